@@ -1,0 +1,71 @@
+"""Every error that DeePar raises on purpose has one root, `DeeparError`.
+
+The children tell *who* was wrong: the caller (`ConfigError`, `ModelError`), a peer (`ProtocolError`), the outside world
+(`BusError`), or ourselves (`InvariantError`, which is a bug and is allowed to crash the process). A `remedy`, where there
+is one, says what to do; the command line prints it under the message.
+"""
+
+from __future__ import annotations
+
+
+class DeeparError(Exception):
+    """Root of all errors raised on purpose. `remedy` tells a person what to do next."""
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+class ConfigError(DeeparError):
+    """A setting, flag or configuration file is wrong; the message names the key."""
+
+
+class UnknownNameError(ConfigError):
+    """A model, node, policy, pattern or task is named that does not exist; the message lists near names."""
+
+
+class ModelError(DeeparError):
+    """A model file is refused: `path` names the file, `fault` what is wrong with it."""
+
+    def __init__(self, path: str, fault: str, *, remedy: str | None = None) -> None:
+        super().__init__(f"{path}: {fault}", remedy=remedy)
+        self.path = path
+        self.fault = fault
+
+
+class CutError(DeeparError):
+    """A model cannot be cut at the position asked for; the message says why."""
+
+
+class ProtocolError(DeeparError):
+    """A message from a peer is broken: undecodable, of a wrong shape, too large, of an unknown version."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause  # a short, stable word for dead letters and metrics, e.g. "undecodable"
+
+
+class BusError(DeeparError):
+    """The bus could not do what was asked."""
+
+
+class BusUnavailableError(BusError):
+    """No broker answers at the address given, or it went away for longer than we wait."""
+
+
+class UnknownTopicError(BusError):
+    """The topic does not exist, or may not be seen."""
+
+
+class MessageTooLargeError(BusError):
+    """A record is larger than the broker's limit, `limit_bytes`."""
+
+    def __init__(self, topic: str, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(f"a record of {size_bytes:,} bytes is over the limit of {limit_bytes:,} of topic {topic}")
+        self.topic = topic
+        self.size_bytes = size_bytes
+        self.limit_bytes = limit_bytes
+
+
+class InvariantError(DeeparError):
+    """Something that must always hold does not: a bug of ours. The message carries the history that led there."""
