@@ -1,0 +1,151 @@
+"""The flow is data: one table of topics. Creation, subscriptions, ACLs, the figure in the docs and the AsyncAPI document
+all derive from it.
+
+A *region* is a partition of the control topics: its planner, its edges, its devices. Names use dots only, since brokers
+mix up `.` and `_` in metric names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from aiokafka.partitioner import murmur2
+
+EDGE_PLACEHOLDER = "<edge>"
+
+NODES = "deepar.nodes"
+TASKS = "deepar.tasks"
+DECISIONS = "deepar.decisions"
+SNAPSHOTS = "deepar.snapshots"
+EVENTS = "deepar.events"
+ACTIVATIONS_EDGE = f"deepar.activations.{EDGE_PLACEHOLDER}"
+ACTIVATIONS_CLOUD = "deepar.activations.cloud"
+RESULTS = "deepar.results"
+DEAD_LETTER = "deepar.dead-letter"
+
+CLOUD_GROUP = "deepar.cloud"
+"""The consumer group that all cloud stages join."""
+
+RESERVED_EDGE_NAMES = frozenset({"cloud"})
+"""An edge of this name would take the cloud's topic."""
+
+
+class Payload(StrEnum):
+    """How a topic's records are encoded."""
+
+    JSON = "JSON"
+    MSGPACK = "msgpack frames"
+    ORIGINAL = "original bytes, origin and error in headers"
+
+
+class PartitionBy(StrEnum):
+    """What decides the partition of a record."""
+
+    REGION = "region"
+    KEY = "hash of the key"
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """One row of the table."""
+
+    name: str  # may hold EDGE_PLACEHOLDER
+    payload: Payload
+    messages: tuple[str, ...]  # class names in bus.messages, or bus.frames
+    key: str  # what the record's key is
+    partition_by: PartitionBy
+    writers: tuple[str, ...]  # roles
+    readers: tuple[str, ...]  # roles
+    purpose: str  # one line for people
+    compacted: bool = False  # keep the last record of each key for ever
+    retention_s: int = 7 * 24 * 3600  # how long, where not compacted
+    retention_bytes: int = -1  # how much a partition keeps, -1: no limit
+
+
+TABLE: tuple[Topic, ...] = (
+    Topic(NODES, Payload.JSON, ("NodeAnnounced", "NodeLeft"), "node", PartitionBy.REGION,
+          ("device", "edge", "cloud"), ("planner", "tools"), "who is there, and how fast", compacted=True),
+    Topic(TASKS, Payload.JSON, ("TaskSubmitted", "TaskCancelled"), "task", PartitionBy.REGION,
+          ("device", "loadgen"), ("planner", "device", "tools"), "what is to be done"),
+    Topic(DECISIONS, Payload.JSON, ("EpochOpened", "PlannerHeartbeat", "Decision"), "region", PartitionBy.REGION,
+          ("planner",), ("planner", "device", "edge", "cloud", "loadgen", "tools"),
+          "the planner's truth: placements, grants, starts, ends", retention_s=-1),
+    Topic(SNAPSHOTS, Payload.JSON, ("Snapshot",), "region", PartitionBy.REGION,
+          ("planner",), ("planner", "device", "edge", "cloud", "tools"), "where a restart begins to read", compacted=True),
+    Topic(EVENTS, Payload.JSON, ("NodeHeartbeat", "TaskProgress", "TaskCompleted", "TaskFailed"), "task or node",
+          PartitionBy.REGION, ("device", "edge", "cloud"), ("planner", "loadgen", "tools"), "what happened"),
+    Topic(ACTIVATIONS_EDGE, Payload.MSGPACK, ("Frame",), "task", PartitionBy.KEY,
+          ("device",), ("edge",), "activations, and the plan with them, to one edge", retention_s=3600, retention_bytes=4 << 30),
+    Topic(ACTIVATIONS_CLOUD, Payload.MSGPACK, ("Frame",), "task", PartitionBy.KEY,
+          ("edge",), ("cloud",), "activations to the cloud stages, one consumer group", retention_s=3600,
+          retention_bytes=4 << 30),
+    Topic(RESULTS, Payload.MSGPACK, ("Frame",), "device", PartitionBy.KEY,
+          ("edge", "cloud"), ("device",), "results, and what was measured", retention_s=3600, retention_bytes=4 << 30),
+    Topic(DEAD_LETTER, Payload.ORIGINAL, (), "origin", PartitionBy.KEY,
+          ("planner", "device", "edge", "cloud"), ("tools",), "what could not be read, for people", retention_s=30 * 24 * 3600),
+)  # fmt: skip
+
+CONTROL_TOPICS = tuple(topic.name for topic in TABLE if topic.payload is Payload.JSON)
+
+
+@dataclass(frozen=True, slots=True)
+class Partitions:
+    """How many partitions the topics get; fixed when they are created."""
+
+    regions: int = 1  # of the control topics
+    activations: int = 1  # of each edge's topic: an edge is one process
+    cloud: int = 8  # bounds how many cloud stages share the work
+    results: int = 4
+    dead_letter: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TopicSpec:
+    """A topic to be created: a row of the table with its placeholder filled and its partitions counted."""
+
+    name: str
+    partitions: int
+    compacted: bool = False
+    retention_s: int = -1
+    retention_bytes: int = -1
+
+
+def activations_topic(edge: str) -> str:
+    """The topic on which `edge` receives activations. Raises ValueError for a reserved name."""
+    if edge in RESERVED_EDGE_NAMES:
+        raise ValueError(f"an edge cannot be called {edge!r}: that name is taken by a topic")
+    return ACTIVATIONS_EDGE.replace(EDGE_PLACEHOLDER, edge)
+
+
+def row(name: str) -> Topic:
+    """The table's row of a topic, an edge's own included. Raises KeyError."""
+    for topic in TABLE:
+        if topic.name == name:
+            return topic
+    if name.startswith("deepar.activations."):
+        return next(topic for topic in TABLE if topic.name == ACTIVATIONS_EDGE)
+    raise KeyError(name)
+
+
+def specs(edges: Iterable[str] = (), partitions: Partitions | None = None) -> list[TopicSpec]:
+    """Every topic that a system with these edges needs."""
+    partitions = partitions or Partitions()
+    counts = {
+        ACTIVATIONS_EDGE: partitions.activations,
+        ACTIVATIONS_CLOUD: partitions.cloud,
+        RESULTS: partitions.results,
+        DEAD_LETTER: partitions.dead_letter,
+    }
+    wanted = []
+    for topic in TABLE:
+        names = [activations_topic(edge) for edge in edges] if topic.name == ACTIVATIONS_EDGE else [topic.name]
+        count = counts.get(topic.name, partitions.regions)
+        wanted += [TopicSpec(name, count, topic.compacted, topic.retention_s, topic.retention_bytes) for name in names]
+    return wanted
+
+
+def partition_of(key: str, partitions: int) -> int:
+    """The partition that any Kafka client's default partitioner picks for `key` (murmur2), so that tools agree."""
+    return int((murmur2(key.encode()) & 0x7FFFFFFF) % partitions)
