@@ -1,0 +1,330 @@
+"""Starts a real Apache Kafka on this machine: one KRaft node, its jars in the cache folder, its heap bounded.
+
+`deepar broker` and the tests use the same class. Its settings are those of `deploy/kafka/server.properties`,
+which docker-compose uses too; only addresses and folders are added here. In the data folder are
+`server.properties` (what was really used), `broker.log` (what Kafka said, kept over restarts) and
+`kafka-data/`.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from bus.errors import BusUnavailableError, ConfigError
+from deploy.broker_artifacts import KAFKA_VERSION, SETTINGS_DIR, Progress, ensure_jars, find_java
+from deploy.broker_handshake import BrokerReply, ask
+
+START_LIMIT_S = 60.0  # a start takes 3-5 s; after a SIGKILL the old session must expire first
+STOP_LIMIT_S = 20.0  # a clean stop takes 1.5 s
+HEAP_MIB = 512
+LOG_KEPT_BYTES = 16 << 20  # a longer log is moved aside at the next start
+
+# Runs in the child before Java does: asks the kernel to end it when the parent goes, whatever way it goes
+# (Linux).
+_DIE_WITH_PARENT = (
+    "import ctypes, os, sys\n"
+    "ctypes.CDLL(None).prctl(1, 15)\n"  # PR_SET_PDEATHSIG, SIGTERM
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1)\n"
+    "os.execv(sys.argv[2], sys.argv[2:])\n"
+)
+
+
+class BrokerStartError(BusUnavailableError):
+    """Kafka did not come up; the message carries the end of its log."""
+
+
+class PortTakenError(ConfigError):
+    """Something else listens at the port that was asked for."""
+
+
+class DataInUseError(ConfigError):
+    """Another broker runs on the same data folder."""
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens at right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class KafkaBroker:
+    """One Apache Kafka node that this process starts, stops, kills and starts again, same data, same port.
+
+    `port` and the controller's port are chosen free when not given. `settings` override `server.properties`.
+    All methods block; none is safe to call from two threads at once. On Linux the broker ends with this
+    process, if it was started from the main thread (the kernel ties it to the thread). Raises
+    MissingProgramError, ArtifactsError, PortTakenError, DataInUseError or BrokerStartError from `start`.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        port: int | None = None,
+        settings: Mapping[str, str] | None = None,
+        started_by: str = "started by deepar",
+        heap_mib: int = HEAP_MIB,
+        progress: Progress | None = None,
+    ) -> None:
+        self.data_dir = data_dir.absolute()
+        self.log_file = self.data_dir / "broker.log"
+        self.kind = f"Apache Kafka {KAFKA_VERSION} (KRaft, {started_by})"
+        self._wanted_port = port
+        self._port = port
+        self._controller_port: int | None = None
+        self._settings = dict(settings or {})
+        self._heap_mib = heap_mib
+        self._progress: Progress = progress or (lambda line: None)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._lock: IO[str] | None = None
+        self._log_start = 0  # where this run's part of the log begins
+
+    def __repr__(self) -> str:
+        state = f"running, pid {self.pid}" if self.running else "stopped"
+        return f"<{self.kind} at {self._port and self.bootstrap}, {state}>"
+
+    @property
+    def bootstrap(self) -> str:
+        """`127.0.0.1:PORT`, for `bootstrap_servers`; known from the first start on."""
+        if self._port is None:
+            raise BrokerStartError("the broker has no address before its first start")
+        return f"127.0.0.1:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of Java, or None when it does not run."""
+        return self._child.pid if self.running and self._child else None
+
+    @property
+    def running(self) -> bool:
+        """Whether the process lives (it may not serve yet, or no longer)."""
+        return self._child is not None and self._child.poll() is None
+
+    def start(self, limit_s: float = START_LIMIT_S) -> float:
+        """Starts it and waits until it serves; the seconds that took (fetching jars not counted)."""
+        if self.running:
+            return 0.0
+        java, _ = find_java()
+        jars = ensure_jars(self._progress)
+        self._prepare_data_dir()
+        try:
+            for attempt in range(3):
+                started = time.monotonic()
+                self._choose_ports()
+                self._launch(java, jars)
+                try:
+                    self._wait_until_it_serves(started + limit_s)
+                    return time.monotonic() - started
+                except BrokerStartError as error:
+                    self.kill()
+                    # A free port can be taken between our look and Kafka's bind: choose others, unless it was
+                    # asked for.
+                    if "BindException" not in str(error) or self._wanted_port is not None or attempt == 2:
+                        raise
+                    self._port = self._controller_port = None
+            raise AssertionError("unreachable")
+        except BaseException:  # a Ctrl-C while it starts must not leave Java behind
+            self.kill()
+            raise
+
+    def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
+        """Asks it to end (SIGTERM) and waits; after `limit_s` it is killed."""
+        if self._child is not None and self._child.poll() is None:
+            self._child.terminate()
+            try:
+                self._child.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                self._child.kill()
+        self._reap()
+
+    def kill(self) -> None:
+        """SIGKILL, as a power cut would: nothing is flushed, no goodbye is said."""
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(signal.SIGKILL)
+        self._reap()
+
+    def restart(self, limit_s: float = START_LIMIT_S) -> float:
+        """Stops it, if it runs, and starts it on the same data and port; the seconds until it serves."""
+        self.stop()
+        return self.start(limit_s)
+
+    def erase(self) -> None:
+        """Deletes topics, records and logs, nothing else there. Raises DataInUseError while a broker runs."""
+        self._prepare_data_dir()
+        self._release()
+        shutil.rmtree(self.data_dir / "kafka-data", ignore_errors=True)
+        for name in ("server.properties", "broker.log", "broker.log.1"):
+            (self.data_dir / name).unlink(missing_ok=True)
+
+    def ask(self, timeout_s: float = 2.0) -> BrokerReply:
+        """Shakes hands with it; raises OSError when it does not serve."""
+        return ask(self.bootstrap, timeout_s)
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of what Kafka said in this run."""
+        if not self.log_file.exists():
+            return "(it wrote no log)"
+        with self.log_file.open("rb") as log:
+            log.seek(max(self._log_start, self.log_file.stat().st_size - 200 * lines))
+            return b"\n".join(log.read().splitlines()[-lines:]).decode("utf-8", "replace")
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _prepare_data_dir(self) -> None:
+        """Makes the folder and takes its lock, so that no two brokers, and no `erase`, meet in it."""
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        if self._lock is not None:
+            return
+        lock = (self.data_dir / "lock").open("w", encoding="ascii")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise DataInUseError(
+                f"another broker runs on {self.data_dir}",
+                remedy="stop it, or name another folder with --data",
+            ) from error
+        self._lock = lock
+
+    def _choose_ports(self) -> None:
+        if self._wanted_port is not None:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", self._wanted_port))
+                except OSError as error:
+                    raise _port_error(self._wanted_port, error) from error
+        self._port = self._port or free_port()
+        self._controller_port = self._controller_port or free_port()
+
+    def _launch(self, java: Path, jars: Path) -> None:
+        """Writes the settings, formats the data folder if it is new, and starts Java."""
+        logs = self.data_dir / "kafka-data"
+        properties = self.data_dir / "server.properties"
+        added = {
+            "listeners": f"CLIENTS://127.0.0.1:{self._port},CONTROLLER://127.0.0.1:{self._controller_port}",
+            "advertised.listeners": f"CLIENTS://127.0.0.1:{self._port}",
+            "listener.security.protocol.map": "CLIENTS:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "inter.broker.listener.name": "CLIENTS",
+            "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
+            "log.dirs": str(logs),
+        } | self._settings
+        shared = (SETTINGS_DIR / "server.properties").read_text(encoding="ascii")
+        # A later line wins over an earlier one.
+        lines = "".join(f"{key}={value}\n" for key, value in added.items())
+        properties.write_text(f"{shared}\n# Added by deploy/broker.py\n{lines}", encoding="utf-8")
+
+        run = [str(java), "-cp", f"{jars}/*", "-Dorg.slf4j.simpleLogger.showDateTime=true",
+               "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSXXX"]  # fmt: skip
+        if self.log_file.exists() and self.log_file.stat().st_size > LOG_KEPT_BYTES:
+            self.log_file.replace(self.log_file.with_name("broker.log.1"))
+        with self.log_file.open("ab") as log:
+            self._log_start = log.seek(0, os.SEEK_END)
+            if not (logs / "meta.properties").exists():
+                self._progress("formatting the data folder")
+                shutil.rmtree(logs, ignore_errors=True)  # a format that was interrupted
+                cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode("ascii").rstrip("=")
+                cluster = "A" + cluster[1:]  # Kafka refuses ids that begin with "-"
+                format_it = [
+                    *run,
+                    "-Xmx128m",
+                    "kafka.tools.StorageTool",
+                    "format",
+                    "-t",
+                    cluster,
+                    "-c",
+                    str(properties),
+                ]
+                done = subprocess.run(
+                    format_it, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
+                )
+                if done.returncode != 0:
+                    raise BrokerStartError(f"Kafka refused to format {logs}:\n{self.log_tail()}")
+            serve = [
+                *run,
+                f"-Xmx{self._heap_mib}m",
+                "-XX:+ExitOnOutOfMemoryError",
+                "kafka.Kafka",
+                str(properties),
+            ]
+            if sys.platform == "linux" and threading.current_thread() is threading.main_thread():
+                serve = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *serve]
+            self._progress("starting Apache Kafka")
+            # Its own session: a Ctrl-C at the terminal reaches us alone, and we stop it in order.
+            self._child = subprocess.Popen(
+                serve,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.data_dir,
+                start_new_session=True,
+            )
+
+    def _wait_until_it_serves(self, deadline: float) -> None:
+        assert self._child is not None
+        last: OSError | None = None
+        while time.monotonic() < deadline:
+            code = self._child.poll()
+            if code is not None:
+                raise BrokerStartError(f"Kafka ended with code {code} while starting:\n{self.log_tail()}")
+            try:
+                if self.ask(1.0).advertised == self.bootstrap:
+                    return
+            except OSError as error:
+                last = error
+            time.sleep(0.05)
+        raise BrokerStartError(
+            f"Kafka does not serve at {self.bootstrap} ({last}); its log ends:\n{self.log_tail()}"
+        )
+
+    def _reap(self) -> None:
+        if self._child is not None:
+            self._child.wait()
+            self._child = None
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _port_error(port: int, error: OSError) -> ConfigError:
+    """What is wrong with a port that cannot be bound, and what to do."""
+    if isinstance(error, PermissionError):
+        return PortTakenError(
+            f"port {port} may not be used by this user", remedy="choose one above 1023 with --port"
+        )
+    try:
+        ask(f"127.0.0.1:{port}", 1.0)
+    except OSError:
+        return PortTakenError(
+            f"port {port} is taken by another program ({error.strerror})",
+            remedy=f"choose another with --port (`ss -ltnp sport = {port}` says whose it is)",
+        )
+    return PortTakenError(
+        f"a Kafka broker answers at 127.0.0.1:{port} already",
+        remedy="use that one (it is the default address), or choose another port with --port",
+    )

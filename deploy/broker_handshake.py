@@ -1,0 +1,110 @@
+"""Asks whatever listens at an address whether it speaks Kafka, in two requests and no Kafka library.
+
+A listening port says nothing: a broker opens its port before it can serve. So readiness is what a client
+would ask: `ApiVersions` version 0 and `Metadata` version 1 (Kafka protocol guide; both are answered by every
+broker since 0.10), and a reply that names at least one broker.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from dataclasses import dataclass
+
+_METADATA, _API_VERSIONS = 3, 18
+# Requests that only Apache Kafka's own KRaft broker offers: DescribeQuorum and ConsumerGroupHeartbeat.
+_KRAFT_ONLY = frozenset({55, 68})
+_REPLY_LIMIT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class BrokerReply:
+    """What a broker said of itself."""
+
+    node_id: int  # of the first broker named
+    advertised: str  # host:port that clients will be sent to
+    brokers: int  # how many there are in the cluster
+    is_kraft: bool  # offers what only Apache Kafka in KRaft mode does
+
+
+class NotReadyError(OSError):
+    """Something answers, but it is not a broker that serves (yet)."""
+
+
+def ask(bootstrap: str, timeout_s: float = 2.0) -> BrokerReply:
+    """Shakes hands with the first address in `bootstrap` ("host:port[,host:port]").
+
+    Raises OSError (refused, timed out, closed) or NotReadyError. Plain text only: on a TLS port it raises.
+    """
+    host, _, port = bootstrap.split(",")[0].strip().rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s) as connection:
+        connection.settimeout(timeout_s)
+        versions = _Reply(_exchange(connection, _API_VERSIONS, 0, b""))
+        if versions.number("h") != 0:
+            raise NotReadyError(f"{bootstrap} refuses ApiVersions")
+        offered = set()
+        for _ in range(versions.number("i")):
+            offered.add(versions.number("h"))
+            versions.number("i")  # its least and greatest version
+        no_topics = struct.pack(">i", 0)  # only the brokers are asked for
+        metadata = _Reply(_exchange(connection, _METADATA, 1, no_topics))
+        brokers: list[tuple[int, str]] = []
+        for _ in range(metadata.number("i")):
+            node_id, name, its_port = metadata.number("i"), metadata.text(), metadata.number("i")
+            metadata.text()  # its rack
+            brokers.append((node_id, f"{name}:{its_port}"))
+    if not brokers:
+        raise NotReadyError(f"{bootstrap} speaks Kafka, but no broker is registered yet")
+    return BrokerReply(brokers[0][0], brokers[0][1], len(brokers), offered >= _KRAFT_ONLY)
+
+
+def _exchange(connection: socket.socket, key: int, version: int, body: bytes) -> bytes:
+    """One request, one reply: length, then correlation id, then the body that is returned."""
+    client = b"deepar-probe"
+    request = struct.pack(">hhih", key, version, key, len(client)) + client + body
+    connection.sendall(struct.pack(">i", len(request)) + request)
+    (size,) = struct.unpack(">i", _read(connection, 4))
+    if not 4 <= size <= _REPLY_LIMIT_BYTES:
+        raise NotReadyError(f"a reply of {size} bytes is not Kafka's")
+    reply = _read(connection, size)
+    if struct.unpack(">i", reply[:4]) != (key,):
+        raise NotReadyError("the reply is to another question")
+    return reply[4:]
+
+
+def _read(connection: socket.socket, size: int) -> bytes:
+    parts = bytearray()
+    deadline = time.monotonic() + (connection.gettimeout() or 2.0)
+    while len(parts) < size:
+        if time.monotonic() > deadline:
+            raise TimeoutError("the reply did not come in time")
+        part = connection.recv(size - len(parts))
+        if not part:
+            raise NotReadyError("the connection was closed in the middle of a reply")
+        parts += part
+    return bytes(parts)
+
+
+class _Reply:
+    """Reads big-endian fields off a reply; a short one raises NotReadyError."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def number(self, form: str) -> int:
+        try:
+            (value,) = struct.unpack_from(">" + form, self._data, self._at)
+        except struct.error as error:
+            raise NotReadyError("a reply ends too early") from error
+        self._at += struct.calcsize(form)
+        return int(value)
+
+    def text(self) -> str:
+        size = self.number("h")
+        if size < 0:
+            return ""
+        value = self._data[self._at : self._at + size]
+        self._at += size
+        return value.decode("utf-8", "replace")

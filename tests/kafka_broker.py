@@ -1,0 +1,217 @@
+"""The broker that the tests talk to, as pytest fixtures.
+
+`kafka` is one broker for the whole session, started when a test first asks for it; its topics outlive a test,
+so every test uses names of its own. `kafka_own` is a fresh one for a test that kills it. The first of these
+that is there is taken:
+
+1. the running broker that KAFKA_BOOTSTRAP_SERVERS names;
+2. Apache Kafka, started here (Java 17, jars fetched once by Maven): what continuous integration runs;
+3. `noida-db`, a small stand-in, and only where neither Java nor Maven nor Docker is. It is not Kafka.
+
+DEEPAR_TEST_KAFKA=apache makes anything less than Apache Kafka a failure. The report's header says which one
+it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from bus.errors import DeeparError
+from deploy.broker import BrokerStartError, KafkaBroker, free_port
+from deploy.broker_artifacts import KAFKA_VERSION, find_java, find_maven, have_jars
+from deploy.broker_handshake import ask
+
+STARTED_BY = "started by the tests"
+
+
+class Broker(Protocol):
+    """What the fixtures yield."""
+
+    @property
+    def kind(self) -> str: ...  # e.g. "Apache Kafka 4.3.0 (KRaft, started by the tests)"
+
+    @property
+    def bootstrap(self) -> str: ...  # host:port
+
+
+class OwnBroker(Broker, Protocol):
+    """What `kafka_own` yields: the same data and port over every restart. Deadlines are in seconds."""
+
+    def start(self) -> float: ...
+
+    def stop(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def restart(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class RunningBroker:
+    """A broker that somebody else started."""
+
+    bootstrap: str
+    kind: str
+
+
+class StandInBroker:
+    """noida-db, with the controls of KafkaBroker. A SIGKILL loses what it had not saved."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.kind = f"noida-db {version('noida-db')} (a stand-in, not Kafka; {STARTED_BY})"
+        self._data_dir = data_dir
+        self._port = free_port()
+        self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def bootstrap(self) -> str:
+        return f"127.0.0.1:{self._port}"
+
+    def start(self) -> float:
+        if self._child is not None:
+            return 0.0
+        started = time.monotonic()
+        spec = importlib.util.find_spec("noida_db")
+        assert spec is not None
+        assert spec.origin is not None
+        program = Path(spec.origin).with_name("noida-db")
+        program.chmod(0o755)
+        self._data_dir.mkdir(parents=True, exist_ok=True)
+        with (self._data_dir / "broker.log").open("ab") as log:
+            command = [str(program), "start", "--only", "kafka", "--kafka-port", str(self._port)]
+            self._child = subprocess.Popen(
+                [*command, "--data-dir", str(self._data_dir)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        while time.monotonic() < started + 20:
+            try:
+                ask(self.bootstrap, 1.0)
+            except OSError:
+                time.sleep(0.02)
+            else:
+                return time.monotonic() - started
+        self.kill()
+        raise BrokerStartError(f"noida-db does not serve; see {self._data_dir / 'broker.log'}")
+
+    def stop(self) -> None:
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._end(signal.SIGKILL)
+
+    def restart(self) -> float:
+        self.stop()
+        return self.start()
+
+    def _end(self, how: signal.Signals) -> None:
+        if self._child is not None:
+            self._child.send_signal(how)
+            self._child.wait(20)
+            self._child = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which broker the tests will use: `how` is running, apache, stand-in or none; `text` is for people."""
+
+    how: str
+    text: str
+
+    @property
+    def is_apache(self) -> bool:
+        return self.how == "apache" or (self.how == "running" and "Apache Kafka" in self.text)
+
+
+def choose() -> Choice:
+    """Looks at the environment and at what is installed; starts nothing."""
+    named = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
+    if named:
+        try:
+            reply = ask(named, 3.0)
+        except (OSError, ValueError) as error:
+            return Choice("none", f"KAFKA_BOOTSTRAP_SERVERS={named}, where no broker answers ({error})")
+        what = "Apache Kafka (KRaft" if reply.is_kraft else "not Apache Kafka in KRaft mode ("
+        return Choice("running", f"{what}, running at {named})")
+    try:
+        _, java = find_java()
+        if not have_jars():
+            find_maven()
+    except DeeparError as error:
+        if any(map(shutil.which, ("java", "mvn", "docker"))):
+            return Choice("none", f"{error}; {error.remedy}")
+        if importlib.util.find_spec("noida_db") is None:
+            return Choice("none", "neither Java, Maven nor Docker is installed, nor the stand-in `noida-db`")
+        return Choice(
+            "stand-in", f"noida-db {version('noida-db')}, a stand-in: no Java, Maven or Docker here"
+        )
+    return Choice("apache", f"Apache Kafka {KAFKA_VERSION} (KRaft, {STARTED_BY} on first use), Java {java}")
+
+
+def apache_required() -> bool:
+    """Whether anything less than Apache Kafka is a failure. Raises pytest.UsageError."""
+    wanted = os.environ.get("DEEPAR_TEST_KAFKA", "")
+    if wanted not in ("", "any", "apache"):
+        raise pytest.UsageError(f"DEEPAR_TEST_KAFKA={wanted!r}: it may be 'apache', 'any' or unset")
+    return wanted == "apache"
+
+
+def pytest_report_header() -> str:
+    demanded = "; Apache Kafka is demanded" if apache_required() else ""
+    return f"kafka: {choose().text}{demanded}"
+
+
+def _start(choice: Choice, data_dir: Path) -> OwnBroker:
+    """The chosen kind, started on `data_dir`; fails or skips the test that asked when there is none."""
+    if apache_required() and not choice.is_apache:
+        pytest.fail(f"DEEPAR_TEST_KAFKA=apache demands Apache Kafka, but: {choice.text}", pytrace=False)
+    if choice.how == "none":
+        pytest.fail(f"no broker for this test: {choice.text}", pytrace=False)
+    broker: KafkaBroker | StandInBroker
+    broker = (
+        KafkaBroker(data_dir, started_by=STARTED_BY) if choice.how == "apache" else StandInBroker(data_dir)
+    )
+    try:
+        broker.start()
+    except DeeparError as error:
+        pytest.fail(f"{broker.kind} did not start: {error}\n{error.remedy or ''}", pytrace=False)
+    return broker
+
+
+@pytest.fixture(scope="session")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """One broker for all tests: `.bootstrap` and `.kind`. Do not kill it: `kafka_own` is for that."""
+    choice = choose()
+    if choice.how == "running" and (choice.is_apache or not apache_required()):
+        yield RunningBroker(os.environ["KAFKA_BOOTSTRAP_SERVERS"], choice.text)
+        return
+    broker = _start(choice, tmp_path_factory.mktemp("kafka"))
+    yield broker
+    died = isinstance(broker, KafkaBroker) and not broker.running
+    tail = broker.log_tail() if isinstance(broker, KafkaBroker) else ""
+    broker.stop()
+    if died:
+        pytest.fail(f"the session's broker died during the tests; its log ends:\n{tail}", pytrace=False)
+
+
+@pytest.fixture
+def kafka_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OwnBroker]:
+    """A fresh broker for one test (4-5 s), to stop, kill and restart; never somebody else's."""
+    monkeypatch.delenv("KAFKA_BOOTSTRAP_SERVERS", raising=False)
+    broker = _start(choose(), tmp_path / "kafka")
+    yield broker
+    broker.stop()
