@@ -1,0 +1,53 @@
+# Everything happens in .venv; the system's Python is only used to make it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := bus stages planner loadgen deploy
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev check test demo lock docs clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.made requirements.lock pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@touch $@
+
+setup: $(VENV)/.run ## make .venv with what DeePar needs to run
+
+setup-dev: $(VENV)/.dev ## the same with what its tests need
+
+check: $(VENV)/.dev ## lint, types, generated documents (seconds)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m deploy.flow --check docs
+
+test: $(VENV)/.dev ## all tests, on a real Apache Kafka that they start themselves
+	$(BIN)/python -m pytest
+
+demo: $(VENV)/.run ## a cloud, two edges and four devices on this machine, with real inference
+	@$(BIN)/deepar demo
+
+docs: $(VENV)/.run ## make the generated documents anew
+	$(BIN)/python -m deploy.flow docs
+
+lock: $(VENV)/.dev ## pin the dependencies anew
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+		--custom-compile-command 'make lock' pyproject.toml deploy/build-requirements.in -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+		--custom-compile-command 'make lock' --group dev -c requirements.lock -o requirements-dev.lock pyproject.toml
+
+clean: ## remove what was made here (not the user's cache)
+	rm -rf $(VENV) build dist *.egg-info demo-out figures .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
