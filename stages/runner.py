@@ -1,0 +1,122 @@
+"""The runner port: how a stage computes its part of a model.
+
+Two adapters: `LitertRunner` (stages.litert) computes, `ModelledRunner` here sleeps a profile's time on the loop's clock, so
+that a laptop plays eighty phones and forty edges, live or in virtual time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from bus.errors import UnknownNameError
+from bus.frames import Array, Plan
+from bus.values import ModelProfile
+
+
+class Station(Protocol):
+    """One task's place at a stage: works on the task's samples one after the other."""
+
+    async def run(self, sample: int, inputs: Sequence[Array]) -> list[Array]:
+        """Layers first+1..last on one sample. Returns when a platform of the profile's speed would be done."""
+
+    def close(self) -> None:
+        """The task is over here."""
+
+
+class Runner(Protocol):
+    """What a stage asks of whatever computes."""
+
+    def profiles(self) -> tuple[ModelProfile, ...]:
+        """How fast this platform runs each of its models; what a node announces."""
+
+    async def prepare(self, plan: Plan, first: int, last: int) -> None:
+        """Make layers first+1..last ready, off the critical path of other tasks.
+
+        Raises `UnknownNameError` for a model it does not have, `ModelError` where the hash differs, `CutError`.
+        """
+
+    def station(self, plan: Plan, first: int, last: int) -> Station:
+        """A place for one task's samples; `prepare` must have been awaited."""
+
+    async def close(self) -> None:
+        """Release threads and memory."""
+
+
+class Pace:
+    """Absolute deadlines of one station: a platform of the given speed is done at max(free, ready) + t.
+
+    So a busy host does not distort the play of a slower machine, and timer errors do not add up.
+    """
+
+    def __init__(self) -> None:
+        self._free_s = float("-inf")
+
+    def deadline(self, ready_s: float, busy_s: float) -> float:
+        """When work of `busy_s` that was ready at `ready_s` is done."""
+        self._free_s = max(self._free_s, ready_s) + busy_s
+        return self._free_s
+
+
+async def sleep_until(when_s: float) -> None:
+    """Sleep to an instant of the loop's clock, also where timers fire early."""
+    clock = asyncio.get_running_loop().time
+    while (left_s := when_s - clock()) > 0:
+        await asyncio.sleep(left_s)
+
+
+@lru_cache(maxsize=64)
+def _blank(size_bytes: int) -> Array:
+    array = np.zeros(size_bytes, dtype=np.uint8)
+    array.flags.writeable = False
+    return array
+
+
+class ModelledRunner:
+    """Plays a platform: each segment takes its profile's time and yields as many bytes as the model would."""
+
+    def __init__(self, profiles: Sequence[ModelProfile]) -> None:
+        self._profiles = {profile.model: profile for profile in profiles}
+
+    def profiles(self) -> tuple[ModelProfile, ...]:
+        """What it plays."""
+        return tuple(self._profiles.values())
+
+    async def prepare(self, plan: Plan, first: int, last: int) -> None:
+        """Nothing to do but to check that the model is there."""
+        profile_of(self._profiles, plan)
+
+    def station(self, plan: Plan, first: int, last: int) -> Station:
+        """A place that sleeps."""
+        profile = profile_of(self._profiles, plan)
+        return _ModelledStation(sum(profile.layer_s[first:last]), profile.cut_bytes[last])
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+class _ModelledStation:
+    def __init__(self, busy_s: float, output_bytes: int) -> None:
+        self._busy_s = busy_s
+        self._output = [_blank(output_bytes)]
+        self._pace = Pace()
+
+    async def run(self, sample: int, inputs: Sequence[Array]) -> list[Array]:
+        ready_s = asyncio.get_running_loop().time()
+        await sleep_until(self._pace.deadline(ready_s, self._busy_s))
+        return self._output
+
+    def close(self) -> None:
+        pass
+
+
+def profile_of(profiles: dict[str, ModelProfile], plan: Plan) -> ModelProfile:
+    """The profile of a plan's model. Raises `UnknownNameError`."""
+    try:
+        return profiles[plan.model]
+    except KeyError:
+        raise UnknownNameError(f"no model {plan.model!r} here; there are {', '.join(sorted(profiles))}") from None

@@ -1,0 +1,133 @@
+"""Links held to their grants.
+
+A task sends over a link at the rate it was granted, fixed for its life (the paper's b1 and b2). A link here is a clock: `n`
+bytes that are ready at `ready_s` have crossed at
+
+    free = max(free, ready) + 8 n / rate
+
+and are handed to the bus at that moment, so that the receiver sees them when they would have arrived. Deadlines are
+absolute, on the loop's clock: a timer that fires late makes the next wait shorter, and errors do not add up; idle time
+earns no credit. What lateness could pile up is held down by a guard: in no sliding second does more than a second's worth
+of the rate leave (nor of the whole link's capacity, whatever was granted).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from bus.values import BITS_PER_BYTE
+
+GUARD_S = 1.0
+"""The length of the sliding window in which a rate is never exceeded."""
+
+CHUNK_S = 0.010
+"""A frame is about this much of its link's time, so that a link is shared finely and can be cut off quickly."""
+
+MIN_CHUNK_BYTES = 4096
+"""Below this, frame heads eat the goodput."""
+
+
+def chunk_bytes(rate_bps: int, max_bytes: int) -> int:
+    """How large a frame on a link of `rate_bps` should be."""
+    return max(MIN_CHUNK_BYTES, min(max_bytes, int(rate_bps * CHUNK_S / BITS_PER_BYTE)))
+
+
+class _Guard:
+    """At most `rate_bps` in any sliding second, judged at the moment of leaving."""
+
+    def __init__(self, rate_bps: int) -> None:
+        self.rate_bps = rate_bps
+        self._sent: deque[tuple[float, int]] = deque()
+        self._bytes = 0
+
+    def earliest(self, size_bytes: int, when_s: float) -> float:
+        """The first instant, not before `when_s`, at which `size_bytes` may leave."""
+        budget = max(self.rate_bps * GUARD_S / BITS_PER_BYTE, size_bytes)
+        while self._sent and self._sent[0][0] <= when_s - GUARD_S:
+            self._bytes -= self._sent.popleft()[1]
+        excess = self._bytes + size_bytes - budget
+        for sent_s, sent_bytes in self._sent:
+            if excess <= 1e-6:
+                break
+            when_s = max(when_s, sent_s + GUARD_S)
+            excess -= sent_bytes
+        return when_s
+
+    def note(self, size_bytes: int, when_s: float) -> None:
+        self._sent.append((when_s, size_bytes))
+        self._bytes += size_bytes
+
+
+class Link:
+    """One link of a node, shared by its tasks: device-edge or edge-cloud. `capacity_bps` 0 means unlimited."""
+
+    def __init__(self, capacity_bps: int = 0) -> None:
+        self.capacity_bps = capacity_bps
+        self.sent_bytes = 0
+        self._guard = _Guard(capacity_bps) if capacity_bps else None
+
+    def grant(self, rate_bps: int) -> Grant:
+        """A share of `rate_bps` for one task. Raises ValueError unless positive."""
+        return Grant(self, rate_bps)
+
+    def earliest(self, size_bytes: int, when_s: float) -> float:
+        """When the link as a whole lets `size_bytes` pass."""
+        return self._guard.earliest(size_bytes, when_s) if self._guard else when_s
+
+    def note(self, size_bytes: int, when_s: float) -> None:
+        """`size_bytes` left at `when_s`."""
+        self.sent_bytes += size_bytes
+        if self._guard:
+            self._guard.note(size_bytes, when_s)
+
+
+class Grant:
+    """One task's share of one link, from its start to its end."""
+
+    def __init__(self, link: Link, rate_bps: int) -> None:
+        if rate_bps <= 0:
+            raise ValueError(f"a grant of {rate_bps} bit/s lets nothing through")
+        self.link = link
+        self.rate_bps = rate_bps
+        self.sent_bytes = 0
+        self._free_s = float("-inf")
+        self._guard = _Guard(rate_bps)
+
+    def book(self, size_bytes: int, ready_s: float) -> float:
+        """Put bytes that are ready at `ready_s` on the link; returns when they will have crossed."""
+        self._free_s = max(self._free_s, ready_s) + size_bytes * BITS_PER_BYTE / self.rate_bps
+        return self._free_s
+
+    def earliest(self, size_bytes: int, when_s: float) -> float:
+        """When the guards of the grant and of its link let `size_bytes` go."""
+        return self.link.earliest(size_bytes, self._guard.earliest(size_bytes, when_s))
+
+    def note(self, size_bytes: int, when_s: float) -> None:
+        """`size_bytes` left at `when_s`."""
+        self.sent_bytes += size_bytes
+        self._guard.note(size_bytes, when_s)
+        self.link.note(size_bytes, when_s)
+
+
+async def cross(grants: tuple[Grant, ...], size_bytes: int, ready_s: float) -> float:
+    """Wait until `size_bytes` have crossed every link of `grants`, one after the other; returns that moment.
+
+    The links are stations of a pipeline: while one transfer crosses the second, the next crosses the first, because each
+    is booked from when its bytes were ready, not from when the caller came round to it. One caller at a time a task.
+    """
+    clock = asyncio.get_running_loop().time
+    crossed_s = ready_s
+    for grant in grants:
+        crossed_s = grant.book(size_bytes, crossed_s)
+    while True:
+        now = clock()
+        go_s = max(crossed_s, now)
+        for grant in grants:
+            go_s = grant.earliest(size_bytes, go_s)
+        if go_s <= now:
+            break
+        await asyncio.sleep(go_s - now)
+    for grant in grants:
+        grant.note(size_bytes, now)
+    return now
