@@ -42,7 +42,9 @@ class DecisionLog:
             return self._drop(error.cause, str(error))
         return self.accept(message)
 
-    def accept(self, message: Decision | EpochOpened | PlannerHeartbeat) -> Decision | EpochOpened | PlannerHeartbeat | Dropped:
+    def accept(
+        self, message: Decision | EpochOpened | PlannerHeartbeat
+    ) -> Decision | EpochOpened | PlannerHeartbeat | Dropped:
         """The same for a decoded message."""
         if isinstance(message, EpochOpened):
             if message.epoch <= self.epoch:

@@ -354,9 +354,7 @@ class Snapshot(Message):
 
 TaskMessage = Annotated[TaskSubmitted | TaskCancelled, Field(discriminator="type")]
 NodeMessage = Annotated[NodeAnnounced | NodeLeft, Field(discriminator="type")]
-EventMessage = Annotated[
-    NodeHeartbeat | TaskProgress | TaskCompleted | TaskFailed, Field(discriminator="type")
-]
+EventMessage = Annotated[NodeHeartbeat | TaskProgress | TaskCompleted | TaskFailed, Field(discriminator="type")]
 DecisionMessage = Annotated[EpochOpened | PlannerHeartbeat | Decision, Field(discriminator="type")]
 
 AnyMessage = (

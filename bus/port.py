@@ -91,7 +91,13 @@ class Bus(Protocol):
         """The offset that the next record of each partition will get. Raises `UnknownTopicError`."""
 
     async def post(
-        self, topic: str, value: Payload, *, key: str | None = None, partition: int | None = None, headers: Headers = ()
+        self,
+        topic: str,
+        value: Payload,
+        *,
+        key: str | None = None,
+        partition: int | None = None,
+        headers: Headers = (),
     ) -> Awaitable[Position]:
         """Put a record in line and return what resolves once the bus has acknowledged it (or raises `BusError`).
 
@@ -101,12 +107,21 @@ class Bus(Protocol):
         """
 
     async def send(
-        self, topic: str, value: Payload, *, key: str | None = None, partition: int | None = None, headers: Headers = ()
+        self,
+        topic: str,
+        value: Payload,
+        *,
+        key: str | None = None,
+        partition: int | None = None,
+        headers: Headers = (),
     ) -> Position:
         """`post`, and wait for the acknowledgement."""
 
     async def reader(
-        self, partitions: Iterable[TopicPartition], *, start: Literal["start", "end"] | Mapping[TopicPartition, int]
+        self,
+        partitions: Iterable[TopicPartition],
+        *,
+        start: Literal["start", "end"] | Mapping[TopicPartition, int],
     ) -> Reader:
         """Read these partitions from their start, their end, or given offsets (what is gone: the earliest there is)."""
 

@@ -55,7 +55,11 @@ class Kind(StrEnum):
         """The kind that the cuts imply, by the indicators x, y, z of (17)-(19)."""
         if cut1 == layers:
             return cls.DEVICE
-        tiers = [*(["device"] if cut1 > 0 else []), *(["edge"] if cut1 != cut2 else []), *(["cloud"] if cut2 != layers else [])]
+        tiers = [
+            *(["device"] if cut1 > 0 else []),
+            *(["edge"] if cut1 != cut2 else []),
+            *(["cloud"] if cut2 != layers else []),
+        ]
         return cls("+".join(tiers))
 
 
@@ -193,7 +197,9 @@ class ModelProfile(Frozen):
     def _matching(self) -> Self:
         layers = len(self.layer_names)
         if layers < 1 or len(self.layer_s) != layers or len(self.cut_bytes) != layers + 1:
-            raise ValueError(f"{layers} names, {len(self.layer_s)} times and {len(self.cut_bytes)} sizes do not belong together")
+            raise ValueError(
+                f"{layers} names, {len(self.layer_s)} times and {len(self.cut_bytes)} sizes do not belong together"
+            )
         if any(not 0 < position < layers for position in self.forbidden):
             raise ValueError("only positions inside the model can be forbidden")
         return self

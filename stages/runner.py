@@ -7,7 +7,7 @@ that a laptop plays eighty phones and forty edges, live or in virtual time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -15,14 +15,18 @@ import numpy as np
 
 from bus.errors import UnknownNameError
 from bus.frames import Array, Plan
+from bus.messages import TaskSubmitted
 from bus.values import ModelProfile
 
 
 class Station(Protocol):
     """One task's place at a stage: works on the task's samples one after the other."""
 
-    async def run(self, sample: int, inputs: Sequence[Array]) -> list[Array]:
-        """Layers first+1..last on one sample. Returns when a platform of the profile's speed would be done."""
+    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
+        """Layers first+1..last on one sample whose inputs were there at `ready_s` (the loop's clock).
+
+        Returns when a platform of the announced speed would be done. One call at a time.
+        """
 
     def close(self) -> None:
         """The task is over here."""
@@ -33,6 +37,9 @@ class Runner(Protocol):
 
     def profiles(self) -> tuple[ModelProfile, ...]:
         """How fast this platform runs each of its models; what a node announces."""
+
+    def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
+        """What gives the model's input tensors for sample 0..N-1 of a task. Raises `UnknownNameError`, `ConfigError`."""
 
     async def prepare(self, plan: Plan, first: int, last: int) -> None:
         """Make layers first+1..last ready, off the critical path of other tasks.
@@ -86,13 +93,21 @@ class ModelledRunner:
         """What it plays."""
         return tuple(self._profiles.values())
 
+    def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
+        """As many zero bytes as the input has."""
+        size_bytes = task.input_bytes
+        if size_bytes is None:
+            size_bytes = profile_of(self._profiles, task.model).cut_bytes[0]
+        blank = [_blank(size_bytes)]
+        return lambda sample: blank
+
     async def prepare(self, plan: Plan, first: int, last: int) -> None:
         """Nothing to do but to check that the model is there."""
-        profile_of(self._profiles, plan)
+        profile_of(self._profiles, plan.model)
 
     def station(self, plan: Plan, first: int, last: int) -> Station:
         """A place that sleeps."""
-        profile = profile_of(self._profiles, plan)
+        profile = profile_of(self._profiles, plan.model)
         return _ModelledStation(sum(profile.layer_s[first:last]), profile.cut_bytes[last])
 
     async def close(self) -> None:
@@ -105,8 +120,7 @@ class _ModelledStation:
         self._output = [_blank(output_bytes)]
         self._pace = Pace()
 
-    async def run(self, sample: int, inputs: Sequence[Array]) -> list[Array]:
-        ready_s = asyncio.get_running_loop().time()
+    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
         await sleep_until(self._pace.deadline(ready_s, self._busy_s))
         return self._output
 
@@ -114,9 +128,9 @@ class _ModelledStation:
         pass
 
 
-def profile_of(profiles: dict[str, ModelProfile], plan: Plan) -> ModelProfile:
-    """The profile of a plan's model. Raises `UnknownNameError`."""
+def profile_of(profiles: dict[str, ModelProfile], model: str) -> ModelProfile:
+    """The profile of a model. Raises `UnknownNameError`."""
     try:
-        return profiles[plan.model]
+        return profiles[model]
     except KeyError:
-        raise UnknownNameError(f"no model {plan.model!r} here; there are {', '.join(sorted(profiles))}") from None
+        raise UnknownNameError(f"no model {model!r} here; there are {', '.join(sorted(profiles))}") from None

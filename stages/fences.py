@@ -1,0 +1,54 @@
+"""What a stage knows from the decisions: which attempt of a task counts, and which tasks are over.
+
+The plan travels with the activations, fences do not: a stage that missed that a task was ended or planned again would work
+for nobody. What it reads here tells it what to drop; a frame of a task it has never heard of is not fenced.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from bus.messages import Admitted, Decision, Ended, Placed, Retried, TaskSubmitted
+
+REMEMBERED_ENDS = 100_000
+"""So many ended tasks are remembered, to drop what still arrives of them."""
+
+
+class Fences:
+    """Folds decisions into what stages need of them."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, TaskSubmitted] = {}  # admitted and not ended
+        self.placed: dict[str, Placed] = {}  # the newest placement of each of them
+        self._attempt: dict[str, int] = {}
+        self._ended: OrderedDict[str, None] = OrderedDict()
+
+    def apply(self, decision: Decision) -> set[str]:
+        """Fold one decision in; returns the tasks of which something older is now fenced."""
+        fenced: set[str] = set()
+        for change in decision.changes:
+            match change:
+                case Admitted(task=task):
+                    self.tasks[task.task_id] = task
+                    self._ended.pop(task.task_id, None)
+                case Placed():
+                    self.placed[change.task_id] = change
+                    self._attempt[change.task_id] = change.attempt
+                case Retried():
+                    self._attempt[change.task_id] = change.attempt
+                    self.placed.pop(change.task_id, None)
+                    fenced.add(change.task_id)
+                case Ended():
+                    for known in (self.tasks, self.placed, self._attempt):
+                        known.pop(change.task_id, None)
+                    self._ended[change.task_id] = None
+                    fenced.add(change.task_id)
+                case _:
+                    pass
+        while len(self._ended) > REMEMBERED_ENDS:
+            self._ended.popitem(last=False)
+        return fenced
+
+    def fenced(self, task_id: str, attempt: int) -> bool:
+        """Whether work on this attempt is for nobody."""
+        return task_id in self._ended or attempt < self._attempt.get(task_id, 0)

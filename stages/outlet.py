@@ -1,0 +1,194 @@
+"""One task's way out of a stage: samples in, shaped frames on the bus.
+
+There is one sender task a partition and task, so frames stay in order; acknowledgements are awaited beside it, in order.
+When one fails, everything from there on is sent again (a receiver ignores what it has). Small samples that wait together
+share a frame; large ones are cut into chunks of about ten milliseconds of their link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from bus.errors import BusError, MessageTooLargeError
+from bus.frames import (
+    MAX_FRAME_BYTES,
+    MAX_PIECES,
+    Array,
+    Frame,
+    FrameKind,
+    Piece,
+    Plan,
+    encode_frame,
+    to_pieces,
+)
+from bus.port import Bus, Position
+from stages.shaper import Grant, chunk_bytes, cross
+
+HEAD_BYTES = 4096
+"""What the head of a frame may take of the largest frame; the pieces' own heads come on top."""
+PIECE_HEAD_BYTES = 160
+RETRY_S = 0.2
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """One sample on its way out."""
+
+    sample: int
+    tensors: Sequence[Array]
+    ready_s: float  # when it could first be sent, the loop's clock
+    acknowledged: Callable[[], None]  # called once, when the bus holds all of it
+
+
+@dataclass(slots=True)
+class _Sent:
+    """One frame that the bus may not hold yet."""
+
+    acknowledgement: Awaitable[Position]
+    offered_s: float
+    items: list[Outgoing]  # that are complete with this frame
+    begun: list[Outgoing]  # that have a piece in it
+
+
+class Outlet:
+    """Sends one task's samples to one topic. `run` must be running; `put` never waits (the task's window bounds it)."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        *,
+        topic: str,
+        partition: int,
+        key: str,
+        source: str,
+        kind: FrameKind,
+        plan: Plan,
+        grants: tuple[Grant, ...],
+        gate: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._bus = bus
+        self._to = (topic, partition, key)
+        self._source = source
+        self._kind: FrameKind = kind
+        self._plan = plan
+        self._grants = grants
+        self._gate = gate
+        self._plan_due = kind == "activations"
+        rate_bps = min((grant.rate_bps for grant in grants), default=1 << 40)
+        self._chunk_bytes = chunk_bytes(rate_bps, MAX_FRAME_BYTES - HEAD_BYTES - MAX_PIECES * PIECE_HEAD_BYTES)
+        self._waiting: deque[Outgoing] = deque()
+        self._sent: deque[_Sent] = deque()
+        self._to_send = asyncio.Event()
+        self._to_await = asyncio.Event()
+        self._generation = 0  # counts the times that everything unacknowledged was sent again
+        self._busy_until_s = float("-inf")
+        self.busy_s = 0.0  # first byte offered until the last acknowledged, idle time left out
+        self.frames = 0
+        self.resent = 0
+
+    def put(self, outgoing: Outgoing) -> None:
+        """Send a sample when its turn comes."""
+        self._waiting.append(outgoing)
+        self._to_send.set()
+
+    async def report(self, busy: dict[str, float]) -> None:
+        """Tell the device what was measured here, unshaped: it is no part of the task's data."""
+        topic, partition, key = self._to
+        frame = Frame("report", self._plan.task_id, self._plan.attempt, self._source, report=busy)
+        await self._bus.send(topic, encode_frame(frame), partition=partition, key=key)
+
+    async def run(self) -> None:
+        """Send until cancelled. Raises only for bugs; a bus that fails is tried again."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._send_all())
+            group.create_task(self._await_all())
+
+    async def _send_all(self) -> None:
+        while True:
+            while not self._waiting:
+                self._to_send.clear()
+                await self._to_send.wait()
+            await self._send_next(self._generation)
+
+    async def _send_next(self, generation: int) -> None:
+        """Send the next sample in chunks, or as many small ones as wait together in one frame."""
+        first = self._waiting.popleft()
+        batch = [first]
+        pieces = to_pieces(first.sample, first.tensors, self._chunk_bytes)
+        if len(pieces) > 1:
+            for index, piece in enumerate(pieces):
+                if generation != self._generation:
+                    return  # it is back in line from its beginning
+                await self._send_frame((piece,), batch if index == len(pieces) - 1 else [], batch)
+            return
+        size_bytes = pieces[0].data.nbytes
+        while self._waiting and len(pieces) < MAX_PIECES:
+            following = self._waiting[0]
+            more = sum(array.nbytes for array in following.tensors)
+            if size_bytes + more > self._chunk_bytes:
+                break
+            self._waiting.popleft()
+            batch.append(following)
+            pieces += to_pieces(following.sample, following.tensors, self._chunk_bytes)
+            size_bytes += more
+        await self._send_frame(tuple(pieces), batch, batch)
+
+    async def _send_frame(self, pieces: tuple[Piece, ...], done: list[Outgoing], begun: list[Outgoing]) -> None:
+        plan = self._plan if self._plan_due else None
+        payload = encode_frame(Frame(self._kind, self._plan.task_id, self._plan.attempt, self._source, pieces, plan))
+        offered_s = max(item.ready_s for item in begun)
+        await cross(self._grants, len(payload), offered_s)
+        await self._gate()
+        topic, partition, key = self._to
+        while True:
+            try:
+                acknowledgement = await self._bus.post(topic, payload, partition=partition, key=key)
+                break
+            except MessageTooLargeError:
+                raise
+            except BusError:
+                await asyncio.sleep(RETRY_S)
+        self._plan_due = False
+        self.frames += 1
+        self._sent.append(_Sent(acknowledgement, offered_s, done, list(begun)))
+        self._to_await.set()
+
+    async def _await_all(self) -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            while not self._sent:
+                self._to_await.clear()
+                await self._to_await.wait()
+            sent = self._sent[0]
+            try:
+                await sent.acknowledgement
+            except BusError:
+                await asyncio.sleep(RETRY_S)
+                self._send_again()
+                continue
+            now = clock()
+            self.busy_s += now - min(now, max(sent.offered_s, self._busy_until_s))
+            self._busy_until_s = now
+            self._sent.popleft()
+            for item in sent.items:
+                item.acknowledged()
+
+    def _send_again(self) -> None:
+        """Put everything unacknowledged back in line, in order, each sample from its beginning."""
+        self._generation += 1
+        again: dict[int, Outgoing] = {}
+        for sent in self._sent:
+            for item in sent.begun:
+                again.setdefault(item.sample, item)
+        for later in self._sent:
+            if isinstance(later.acknowledgement, asyncio.Future):
+                later.acknowledgement.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._sent.clear()
+        waiting = {item.sample for item in self._waiting}
+        self._waiting.extendleft(item for item in reversed(again.values()) if item.sample not in waiting)
+        self.resent += len(again)
+        self._plan_due = self._kind == "activations"
+        self._to_send.set()
