@@ -93,7 +93,7 @@ class Bus(Protocol):
     async def post(
         self,
         topic: str,
-        value: Payload,
+        value: Payload | None,
         *,
         key: str | None = None,
         partition: int | None = None,
@@ -109,7 +109,7 @@ class Bus(Protocol):
     async def send(
         self,
         topic: str,
-        value: Payload,
+        value: Payload | None,
         *,
         key: str | None = None,
         partition: int | None = None,

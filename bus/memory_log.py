@@ -1,0 +1,126 @@
+"""One partition of a `MemoryBroker`: records in order, offsets that never change, retention and compaction."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from operator import attrgetter
+from typing import Protocol
+
+from bus.port import Record, TopicPartition
+from bus.topics import TopicSpec
+
+_BY_OFFSET = attrgetter("offset")
+_COMPACT_FROM = 64
+"""A compacted partition is tidied when it holds this many records more than twice its keys."""
+
+
+class Follower(Protocol):
+    """Who is told that a partition has something new."""
+
+    def wake(self) -> None:
+        """There is something to fetch, perhaps."""
+
+
+class PartitionLog:
+    """Records `start` .. `end - 1`, minus what compaction took; readers see those before `visible`."""
+
+    __slots__ = (
+        "_keys",
+        "_records",
+        "bytes_held",
+        "due",
+        "end",
+        "followers",
+        "partition",
+        "spec",
+        "start",
+        "tp",
+        "trim_at",
+        "visible",
+    )
+
+    def __init__(self, spec: TopicSpec, partition: int) -> None:
+        self.spec = spec
+        self.partition = partition
+        self.tp: TopicPartition = (spec.name, partition)
+        self.start = 0  # the first offset that can still be read
+        self.end = 0  # the offset that the next record gets
+        self.visible = 0  # records before this offset are delivered
+        self.due = 0.0  # loop time before which nothing appended from now on may be delivered: keeps delays in order
+        self.bytes_held = 0
+        self.trim_at = 0  # bytes held at which retention is looked at again
+        self.followers: list[Follower] = []
+        self._records: list[Record] = []
+        self._keys: dict[str, int] = {}  # compacted topics only: the last offset of each key
+
+    def __repr__(self) -> str:
+        return f"<{self.spec.name}[{self.partition}] {self.start}..{self.end}, {self.bytes_held:,} bytes>"
+
+    def append(self, record: Record) -> None:
+        """Put a record at the end; its offset is `end` as it was."""
+        self._records.append(record)
+        self.end = record.offset + 1
+        self.bytes_held += held_bytes(record)
+        if self.spec.compacted and record.key is not None:
+            self._keys[record.key] = record.offset
+
+    def reveal(self, offset: int) -> None:
+        """Deliver what stands before `offset`, and tell who follows."""
+        if offset > self.visible:
+            self.visible = offset
+            for follower in self.followers:
+                follower.wake()
+
+    def read(self, offset: int, limit: int) -> list[Record]:
+        """At most `limit` delivered records from `offset` on; from the earliest where `offset` is out of range."""
+        if not self.start <= offset <= self.end:
+            offset = self.start
+        first = self._index(offset)
+        last = min(first + limit, self._index(self.visible))
+        return self._records[first:last] if last > first else []
+
+    def next_offset(self, offset: int) -> int:
+        """Where a reader at `offset` really stands: out of range is the earliest, a compacted tail is behind it."""
+        if not self.start <= offset <= self.end:
+            return self.start
+        first = self._index(offset)
+        return offset if first < len(self._records) else max(offset, self.visible)
+
+    def drop_before(self, offset: int, spare_bytes: int) -> None:
+        """Forget records before `offset`, oldest first, until at most `spare_bytes` are held."""
+        gone = 0
+        records = self._records
+        while gone < len(records) and self.bytes_held > spare_bytes and records[gone].offset < offset:
+            self.bytes_held -= held_bytes(records[gone])
+            gone += 1
+        if gone:
+            self.start = records[gone].offset if gone < len(records) else self.end
+            del records[:gone]
+
+    def compact(self) -> None:
+        """Keep the last record of each key, once enough others stand between them; tombstones go with the next pass."""
+        if len(self._records) < 2 * len(self._keys) + _COMPACT_FROM:
+            return
+        last = len(self._records) - 1  # the newest record stays, as in Kafka's active segment
+        kept = []
+        for index, record in enumerate(self._records):
+            key = record.key
+            if index == last or (key is not None and self._keys[key] == record.offset and record.value is not None):
+                kept.append(record)
+            elif key is not None and self._keys[key] == record.offset:
+                del self._keys[key]  # a tombstone that has done its work
+        self._records = kept
+        self.bytes_held = sum(map(held_bytes, kept))
+
+    def _index(self, offset: int) -> int:
+        records = self._records
+        if not records:
+            return 0
+        if not self.spec.compacted:  # no gaps: the index is a difference
+            return min(max(offset - records[0].offset, 0), len(records))
+        return bisect_left(records, offset, key=_BY_OFFSET)
+
+
+def held_bytes(record: Record) -> int:
+    """What a record counts for retention."""
+    return len(record.value or b"") + len(record.key or "") + sum(len(content) for _, content in record.headers) + 64
