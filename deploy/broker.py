@@ -326,5 +326,5 @@ def _port_error(port: int, error: OSError) -> ConfigError:
         )
     return PortTakenError(
         f"a Kafka broker answers at 127.0.0.1:{port} already",
-        remedy="use that one (it is the default address), or choose another port with --port",
+        remedy=f"use that one (KAFKA_BOOTSTRAP_SERVERS=127.0.0.1:{port}), or choose another port with --port",
     )

@@ -175,6 +175,13 @@ def pytest_report_header() -> str:
     return f"kafka: {choose().text}{demanded}"
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Which broker it was must be told even with -q, where pytest leaves the header out."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and session.config.get_verbosity() < 0:
+        reporter.write_line(pytest_report_header())
+
+
 def _start(choice: Choice, data_dir: Path) -> OwnBroker:
     """The chosen kind, started on `data_dir`; fails or skips the test that asked when there is none."""
     if apache_required() and not choice.is_apache:
