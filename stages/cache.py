@@ -1,0 +1,103 @@
+"""The user's cache folder, and files in it that are whole or absent.
+
+`DEEPAR_CACHE_DIR` names another folder. A file is written under a temporary name, hashed on the way, and renamed when it
+is complete; a lock file beside it makes a second process wait instead of writing the same half gigabyte again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+from platformdirs import user_cache_dir
+
+from bus.errors import ConfigError, ModelError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may then both write; the rename is atomic all the same
+    fcntl = None  # type: ignore[assignment]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""what is being done, bytes done, bytes in total"""
+
+
+def cache_dir(*parts: str) -> Path:
+    """A folder of the cache, made if it is not there, open to this user only. Raises `ConfigError` where that fails."""
+    root = Path(os.environ.get("DEEPAR_CACHE_DIR") or user_cache_dir("deepar"))
+    folder = root.joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(
+            f"the cache folder {folder} cannot be made: {error.strerror}",
+            remedy="set DEEPAR_CACHE_DIR to a folder that can be written",
+        ) from error
+    return folder
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock of `path` against other processes of this machine."""
+    with open(path.with_name(path.name + ".lock"), "a") as handle:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def write_whole(
+    path: Path,
+    chunks: Iterable[bytes | bytearray | memoryview],
+    *,
+    size_bytes: int = 0,
+    progress: Progress | None = None,
+    durable: bool = True,
+) -> str:
+    """Writes a file that is complete or not there; the SHA-256 of what was written.
+
+    `size_bytes`, where given, is checked against the free space beforehand and shown as the total of `progress`. `durable`
+    forces it to the disk before it gets its name. Raises `ModelError` where the disk is full or cannot be written.
+    """
+    digest = hashlib.sha256()
+    temporary: str | None = None
+    try:
+        free = shutil.disk_usage(path.parent).free
+        if size_bytes > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        written = 0
+        with open(handle, "wb", buffering=0) as file:
+            for chunk in chunks:
+                view = memoryview(chunk).cast("B")
+                for start in range(0, view.nbytes, 1 << 24):
+                    piece = view[start : start + (1 << 24)]
+                    digest.update(piece)
+                    while piece.nbytes:
+                        piece = piece[file.write(piece) :]
+                written += view.nbytes
+                if progress is not None:
+                    progress(f"writing {path.name}", written, max(size_bytes, written))
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        need = f", {size_bytes / 1e6:,.0f} MB are needed" if size_bytes else ""
+        raise ModelError(
+            str(path),
+            f"the disk is full{need}" if full else f"cannot be written: {error.strerror}",
+            remedy="make room, or set DEEPAR_CACHE_DIR to a folder on another disk" if full else None,
+        ) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+    return digest.hexdigest()

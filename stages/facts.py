@@ -1,0 +1,16 @@
+"""What only running a model can tell about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class RuntimeFacts:
+    """Findings of a trial run of the main subgraph. Without one, a file's declarations are taken at their word."""
+
+    shapes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # tensor -> shape, where it never changes
+    dynamic: frozenset[int] = frozenset()  # tensors whose shape depends on the values of others
+    missing_kernels: frozenset[str] = frozenset()  # operators that the runtime cannot run
+    delegates: bool = True  # whether the runtime's default delegate takes part of the whole model

@@ -1,0 +1,96 @@
+"""What the slicer needs to know about kinds of operators: state, control flow, cost.
+
+Kinds are the names of the schema's `BuiltinOperator`; custom operators are `CUSTOM:CODE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+from typing import Any
+
+from ai_edge_litert import schema_py_generated as schema
+
+KINDS: dict[int, str] = {
+    code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_") and isinstance(code, int)
+}
+
+CONTROL_FLOW: dict[str, tuple[str, ...]] = {
+    "IF": ("thenSubgraphIndex", "elseSubgraphIndex"),
+    "WHILE": ("condSubgraphIndex", "bodySubgraphIndex"),
+    "CALL": ("subgraph",),
+    "CALL_ONCE": ("initSubgraphIndex",),
+    "STABLEHLO_WHILE": ("condSubgraphIndex", "bodySubgraphIndex"),
+    "STABLEHLO_REDUCE": ("bodySubgraphIndex",),
+    "STABLEHLO_SCATTER": ("updateComputationSubgraphIndex",),
+    "STABLEHLO_SORT": ("comparatorSubgraphIndex",),
+    "STABLEHLO_REDUCE_WINDOW": ("bodySubgraphIndex",),
+    "STABLEHLO_COMPOSITE": ("decompositionSubgraphIndex",),
+}
+"""Operators that run other subgraphs, and the options that name them."""
+
+HANDLES = frozenset({"VAR_HANDLE", "HASHTABLE"})
+"""Operators that make a handle to state by its name: cheap, repeatable, taken along wherever the handle is needed."""
+
+SHAPE_READERS = frozenset({"SHAPE", "RANK"})
+"""Operators that look at a tensor's shape and never at its values."""
+
+WRITERS = frozenset({"ASSIGN_VARIABLE", "HASHTABLE_IMPORT"})
+"""Operators that change the state behind a handle."""
+
+UNREPEATABLE = frozenset(
+    {"RANDOM_STANDARD_NORMAL", "RANDOM_UNIFORM", "MULTINOMIAL", "STABLEHLO_RNG_BIT_GENERATOR", "DELEGATE"}
+)
+"""Operators whose result is not a function of their inputs, so that running them in two slices would differ."""
+
+
+def kind_of(code: Any) -> str:
+    """The kind of an operator code of the object API."""
+    kind = KINDS.get(max(code.builtinCode, code.deprecatedBuiltinCode), "UNKNOWN")
+    return f"CUSTOM:{text(code.customCode)}" if kind == "CUSTOM" else kind
+
+
+def subgraphs_of(operator: Any, kind: str) -> list[tuple[str, int]]:
+    """(option name, subgraph index) for every subgraph that the operator runs."""
+    fields = CONTROL_FLOW.get(kind)
+    if fields is None:
+        if kind == "STABLEHLO_CASE" and operator.builtinOptions2 is not None:
+            indices = operator.builtinOptions2.branchSubgraphIndices
+            return [("branchSubgraphIndices", int(index)) for index in ([] if indices is None else indices)]
+        return []
+    options = operator.builtinOptions if operator.builtinOptions is not None else operator.builtinOptions2
+    return [] if options is None else [(field, int(getattr(options, field))) for field in fields]
+
+
+def text(raw: bytes | str | None) -> str:
+    """A string of the file; bytes that are not UTF-8 are shown, not refused."""
+    return raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw or ""
+
+
+def multiply_accumulates(kind: str, inputs: list[tuple[int, ...] | None], outputs: Iterable[tuple[int, ...]]) -> float:
+    """An estimate of an operator's work from its shapes; one per output value where nothing better is known.
+
+    `inputs` holds None for an optional input that is absent. Convolutions and matrices are counted exactly.
+    """
+    made = float(sum(prod(shape) for shape in outputs))
+    kernel = inputs[1] if len(inputs) > 1 else None
+    first = inputs[0] if inputs else None
+    if kind in ("CONV_2D", "CONV_3D") and kernel is not None and kernel:
+        # a kernel is (filters, height, width, channels), (depth, height, width, channels, filters) in 3-D
+        return made * prod(kernel[1:] if kind == "CONV_2D" else kernel[:-1])
+    if kind == "DEPTHWISE_CONV_2D" and kernel is not None:
+        return made * prod(kernel[1:3])
+    if kind == "TRANSPOSE_CONV" and kernel is not None and len(inputs) > 2 and inputs[2] is not None:
+        return float(prod(inputs[2])) * prod(kernel[:3])
+    if kind == "FULLY_CONNECTED" and kernel is not None and kernel:
+        return made * kernel[-1]
+    if kind == "BATCH_MATMUL" and first:
+        return made * first[-1]
+    if kind in ("MAX_POOL_2D", "AVERAGE_POOL_2D", "MEAN", "SUM", "REDUCE_MAX") and first is not None:
+        return max(made, float(prod(first)))
+    if kind.endswith(("LSTM", "RNN", "SVDF")):
+        steps = first[0] * first[1] if first is not None and len(first) == 3 else 1
+        return max(made, float(sum(prod(shape) for shape in inputs[1:] if shape is not None and len(shape) == 2) * steps))
+    if kind in ("RESHAPE", "SQUEEZE", "EXPAND_DIMS", "SHAPE", "RANK"):
+        return 0.0
+    return made

@@ -1,0 +1,2 @@
+from stages.flatfile import ModelBytes
+def validated(data: ModelBytes, shown: str) -> None: pass
