@@ -7,6 +7,7 @@ for nobody. What it reads here tells it what to drop; a frame of a task it has n
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from bus.messages import Admitted, Decision, Ended, Placed, Retried, TaskSubmitted
 
@@ -49,6 +50,18 @@ class Fences:
             self._ended.popitem(last=False)
         return fenced
 
+    def attempt(self, task_id: str) -> int:
+        """The attempt that counts, 0 for a task that is unknown or over."""
+        return self._attempt.get(task_id, 0)
+
     def fenced(self, task_id: str, attempt: int) -> bool:
         """Whether work on this attempt is for nobody."""
         return task_id in self._ended or attempt < self._attempt.get(task_id, 0)
+
+    def restore(self, task: dict[str, Any]) -> None:
+        """Take over one live task from a planner's snapshot: its submission, placement and attempt."""
+        submitted = TaskSubmitted.model_validate(task["task"])
+        self.tasks[submitted.task_id] = submitted
+        self._attempt[submitted.task_id] = int(task["attempt"])
+        if task.get("placed"):
+            self.placed[submitted.task_id] = Placed.model_validate(task["placed"])

@@ -15,23 +15,24 @@ from bus.port import Record, TopicPartition
 class Receipt:
     """One record under way."""
 
-    __slots__ = ("_ledger", "_open", "_partition", "offset")
+    __slots__ = ("_holds", "_open", "offset")
 
-    def __init__(self, ledger: OffsetLedger, partition: TopicPartition, offset: int) -> None:
-        self._ledger = ledger
-        self._partition = partition
-        self._open = 1
+    def __init__(self, still_open: OrderedDict[int, None], offset: int) -> None:
+        # The partition's records as they were when this one came: after a rebalance the same offset may come again,
+        # under a new receipt, and this one must not close that.
+        self._open = still_open
+        self._holds = 1
         self.offset = offset
 
     def hold(self) -> None:
         """One more piece of work depends on the record."""
-        self._open += 1
+        self._holds += 1
 
     def release(self) -> None:
         """One piece of work is done, or for nobody."""
-        self._open -= 1
-        if self._open == 0:
-            self._ledger.finish(self._partition, self.offset)
+        self._holds -= 1
+        if self._holds == 0:
+            self._open.pop(self.offset, None)
 
 
 class OffsetLedger:
@@ -45,14 +46,10 @@ class OffsetLedger:
     def open(self, record: Record) -> Receipt:
         """Take a record; its receipt is held once by the caller."""
         partition = (record.topic, record.partition)
-        self._open.setdefault(partition, OrderedDict())[record.offset] = None
+        still_open = self._open.setdefault(partition, OrderedDict())
+        still_open[record.offset] = None
         self._next[partition] = record.offset + 1
-        return Receipt(self, partition, record.offset)
-
-    def finish(self, partition: TopicPartition, offset: int) -> None:
-        """All work of a record is done; one of a partition that was taken away is ignored."""
-        if partition in self._open:
-            self._open[partition].pop(offset, None)
+        return Receipt(still_open, record.offset)
 
     def committable(self) -> dict[TopicPartition, int]:
         """What may be committed and has not been."""

@@ -61,7 +61,6 @@ class Outlet:
         bus: Bus,
         *,
         topic: str,
-        partition: int,
         key: str,
         source: str,
         kind: FrameKind,
@@ -70,7 +69,7 @@ class Outlet:
         gate: Callable[[], Awaitable[None]],
     ) -> None:
         self._bus = bus
-        self._to = (topic, partition, key)
+        self._to = (topic, key)
         self._source = source
         self._kind: FrameKind = kind
         self._plan = plan
@@ -93,12 +92,6 @@ class Outlet:
         """Send a sample when its turn comes."""
         self._waiting.append(outgoing)
         self._to_send.set()
-
-    async def report(self, busy: dict[str, float]) -> None:
-        """Tell the device what was measured here, unshaped: it is no part of the task's data."""
-        topic, partition, key = self._to
-        frame = Frame("report", self._plan.task_id, self._plan.attempt, self._source, report=busy)
-        await self._bus.send(topic, encode_frame(frame), partition=partition, key=key)
 
     async def run(self) -> None:
         """Send until cancelled. Raises only for bugs; a bus that fails is tried again."""
@@ -142,10 +135,10 @@ class Outlet:
         offered_s = max(item.ready_s for item in begun)
         await cross(self._grants, len(payload), offered_s)
         await self._gate()
-        topic, partition, key = self._to
+        topic, key = self._to
         while True:
             try:
-                acknowledgement = await self._bus.post(topic, payload, partition=partition, key=key)
+                acknowledgement = await self._bus.post(topic, payload, key=key)
                 break
             except MessageTooLargeError:
                 raise

@@ -1,0 +1,355 @@
+"""What a device does: run the front of its tasks' models, send activations, collect results.
+
+At most `window` samples of a task are under way without a result, and results open the window: that is the backpressure of
+the whole pipeline, since Kafka carries none. The device keeps a task's input until its end, so that another attempt can
+send the samples that have no result yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from bus import topics
+from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
+from bus.frames import Array, Assembler, Frame, Plan, decode_frame
+from bus.messages import Admitted, Decision, Ended, NodeJoined, Retried, Start, TaskCompleted, TaskFailed, TaskSubmitted
+from bus.port import Reader
+from bus.values import Execution, ModelProfile, Parts
+from stages.node import RETRY_S, Node
+from stages.outlet import Outgoing, Outlet
+from stages.shaper import Link
+
+MIN_WINDOW = 8
+MAX_WINDOW = 256
+WINDOW_BYTES = 1 << 20
+
+REPORTS_S = 1.0
+"""How long to wait for what the other stages measured, after the last result."""
+
+
+def window_samples(execution: Execution, cut_bytes: Iterable[int]) -> int:
+    """How many samples of a task may be under way: one in sequential execution; else eight, which fills six stations, or
+    as many more as fit a mebibyte at the widest cut, so that small samples can share frames.
+    """
+    if execution is Execution.SEQUENTIAL:
+        return 1
+    return max(MIN_WINDOW, min(MAX_WINDOW, WINDOW_BYTES // max(1, *cut_bytes)))
+
+
+class ResultSink(Protocol):
+    """Where the results of a device's tasks go; every (task, sample) comes once."""
+
+    def __call__(self, task: TaskSubmitted, sample: int, outputs: list[Array]) -> None: ...
+
+
+@dataclass(slots=True)
+class DeviceTask:
+    """One task of this device, across its attempts."""
+
+    task: TaskSubmitted
+    admitted_s: float  # when this device read of it, its clock
+    results: set[int] = field(default_factory=set)  # samples whose result is there
+    started_s: float | None = None  # when the first attempt began
+    running: asyncio.Task[None] | None = None
+    attempt: Attempt | None = None
+
+
+class Device:
+    """The work of a device."""
+
+    def __init__(self, node: Node, on_result: ResultSink | None = None) -> None:
+        self.node = node
+        self.link1 = Link(node.settings.link1_capacity_bps)
+        self.tasks: dict[str, DeviceTask] = {}
+        self._on_result = on_result
+        self._group: asyncio.TaskGroup | None = None
+        self._draining = False
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        name = self.node.settings.name
+        partition = topics.partition_of(name, await self.node.bus.partitions(topics.RESULTS))
+        reader = await self.node.bus.reader([(topics.RESULTS, partition)], start="end")
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                self.node.status.receiving = True
+                group.create_task(self._receive(reader), name=f"{name}: results")
+        finally:
+            self._group = None
+            await reader.close()
+
+    async def drain(self) -> None:
+        """Start nothing new and return when what runs here has ended."""
+        self._draining = True
+        while any(task.running for task in self.tasks.values()):
+            await asyncio.sleep(0.05)
+
+    # --- decisions ---------------------------------------------------------------------------------------------------
+
+    def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
+        """Begin what was started for this device, and let go of what was fenced."""
+        name = self.node.settings.name
+        for change in decision.changes:
+            match change:
+                case Admitted(task=task) if task.device == name:
+                    self._remember(task)
+                case NodeJoined(node=node) if node.incarnation == self.node.incarnation:
+                    for task in self.node.fences.tasks.values():
+                        if task.device == name:
+                            self._remember(task)
+                case Start(device=device) if device == name:
+                    self._start(change, decision.region)
+                case Retried() if change.task_id in self.tasks:
+                    self._stop(self.tasks[change.task_id])
+                case Ended() if change.task_id in self.tasks:
+                    self._stop(self.tasks.pop(change.task_id))
+                case _:
+                    pass
+
+    def on_lost(self) -> None:
+        """Stop every attempt; the samples that have results keep them for the next one."""
+        for task in self.tasks.values():
+            self._stop(task)
+
+    def _remember(self, task: TaskSubmitted) -> None:
+        if task.task_id not in self.tasks:
+            self.tasks[task.task_id] = DeviceTask(task, asyncio.get_running_loop().time())
+
+    def _start(self, start: Start, region: int) -> None:
+        known = self.tasks.get(start.task_id)
+        placed = self.node.fences.placed.get(start.task_id)
+        if known is None or placed is None or placed.attempt != start.attempt or self._group is None or self._draining:
+            return
+        self._stop(known)
+        if known.started_s is None:
+            known.started_s = asyncio.get_running_loop().time()
+        todo = [sample for sample in range(known.task.samples) if sample not in known.results]
+        plan = Plan.of(placed, region=region, todo=max(1, len(todo)), input_bytes=known.task.input_bytes)
+        known.attempt = Attempt(self, known, plan, todo, self._on_result)
+        known.running = self._group.create_task(
+            known.attempt.run(), name=f"{self.node.settings.name}: {start.task_id}/{start.attempt}"
+        )
+
+    def _stop(self, task: DeviceTask) -> None:
+        if task.running is not None:
+            task.running.cancel()
+        task.running = None
+        task.attempt = None
+
+    # --- results -----------------------------------------------------------------------------------------------------
+
+    async def _receive(self, reader: Reader) -> None:
+        name = self.node.settings.name
+        while True:
+            try:
+                records = await reader.fetch()
+            except BusError as error:
+                self.node.log.warning("cannot read results, trying again", error=str(error))
+                await asyncio.sleep(RETRY_S)
+                continue
+            for record in records:
+                if record.key != name:
+                    continue  # another device's, on the same partition
+                try:
+                    frame = decode_frame(record.value)
+                    known = self.tasks.get(frame.task_id)
+                    if known is None or known.attempt is None or known.attempt.plan.attempt != frame.attempt:
+                        self.node.status.count("fenced_frames")
+                        continue
+                    known.attempt.take(frame)
+                except ProtocolError as error:
+                    await self.node.bury(record, error)
+
+    async def fail(self, plan: Plan, cause: str, detail: str) -> None:
+        """Tell the planner that this device cannot go on with a task."""
+        message = TaskFailed(
+            task_id=plan.task_id,
+            attempt=plan.attempt,
+            node=self.node.settings.name,
+            cause=cause,
+            detail=detail[:2000],
+        )
+        await self.node.tell(topics.EVENTS, message, plan.task_id)
+
+
+class Attempt:
+    """One attempt at one task: the samples in `todo` go out, their results come in."""
+
+    def __init__(
+        self, device: Device, known: DeviceTask, plan: Plan, todo: list[int], on_result: ResultSink | None
+    ) -> None:
+        self.device = device
+        self.known = known
+        self.plan = plan
+        self.todo = todo
+        self.device_s = 0.0
+        self.reports: dict[str, float] = {}
+        self._on_result = on_result
+        self._missing = set(todo)
+        self._assembler = Assembler()
+        self._window = asyncio.Semaphore(window_samples(plan.execution, self._profile().cut_bytes))
+        self._complete = asyncio.Event()
+        self._reported = asyncio.Event()
+        self._last_result_s = 0.0
+        self._broken: ProtocolError | None = None
+
+    async def run(self) -> None:
+        """Send everything, wait for every result, tell the planner."""
+        node = self.device.node
+        try:
+            if self.todo:
+                await self._serve()
+            await self._finish()
+        except DeeparError as error:
+            cause = error.cause if isinstance(error, ProtocolError) else _cause(error)
+            node.log.error("a task cannot go on", task=self.plan.task_id, cause=cause, error=str(error))
+            await self.device.fail(self.plan, cause, str(error))
+        except Exception as error:
+            node.log.exception("a task broke", task=self.plan.task_id)
+            await self.device.fail(self.plan, "stage_error", f"{type(error).__name__}: {error}")
+
+    async def _serve(self) -> None:
+        node, plan = self.device.node, self.plan
+        cut1 = plan.placement.cut1
+        clock = asyncio.get_running_loop().time
+        inputs = node.runner.open_input(self.known.task)
+        async with contextlib.AsyncExitStack() as stack:
+            if cut1:
+                await node.runner.prepare(plan, 0, cut1)
+                station = node.runner.station(plan, 0, cut1)
+                stack.callback(station.close)
+            outlet = self._outlet() if plan.placement.edge else None
+            if outlet is not None:
+                stack.push_async_callback(_cancelled, asyncio.create_task(outlet.run()))
+            for sample in self.todo:
+                await self._window.acquire()
+                if self._broken:
+                    raise self._broken
+                ready_s = clock()
+                tensors = inputs(sample)
+                if cut1:
+                    tensors = await station.run(sample, tensors, ready_s)
+                    now = clock()
+                    self.device_s += now - ready_s
+                    ready_s = now
+                if outlet is None:
+                    self._result(sample, tensors)
+                else:
+                    outlet.put(Outgoing(sample, tensors, ready_s, lambda: None))
+            await self._complete.wait()
+            if self._broken:
+                raise self._broken
+            if outlet is not None:
+                self.reports["link1_s"] = outlet.busy_s
+
+    def _outlet(self) -> Outlet:
+        placement = self.plan.placement
+        assert placement.edge is not None
+        return Outlet(
+            self.device.node.bus,
+            topic=topics.activations_topic(placement.edge),
+            key=self.plan.task_id,
+            source=self.device.node.settings.name,
+            kind="activations",
+            plan=self.plan,
+            grants=(self.device.link1.grant(placement.link1_bps),),
+            gate=self.device.node.gate,
+        )
+
+    # --- results -----------------------------------------------------------------------------------------------------
+
+    def take(self, frame: Frame) -> None:
+        """A frame of results, or a report. Raises `ProtocolError` for one that this attempt cannot use."""
+        if frame.kind == "report":
+            for part, busy_s in frame.report.items():
+                self.reports[part] = self.reports.get(part, 0.0) + busy_s
+            if self._expected() <= self.reports.keys():
+                self._reported.set()
+            return
+        if frame.kind != "result":
+            raise ProtocolError("undecodable", f"a frame of kind {frame.kind} is not for a device")
+        for piece in frame.pieces:
+            try:
+                whole = self._assembler.add(piece)
+            except ProtocolError as error:
+                if error.cause == "missing_chunk":
+                    continue  # its sender sends the sample again
+                self._broken = error
+                self._complete.set()
+                self._window.release()
+                raise
+            if whole is not None:
+                self._result(piece.sample, whole)
+
+    def _result(self, sample: int, outputs: list[Array]) -> None:
+        if sample not in self._missing:
+            self.device.node.status.count("duplicates_suppressed")
+            return
+        self._missing.discard(sample)
+        self.known.results.add(sample)
+        self._last_result_s = asyncio.get_running_loop().time()
+        self._window.release()
+        if self._on_result is not None:
+            self._on_result(self.known.task, sample, outputs)
+        if not self._missing:
+            self._complete.set()
+
+    async def _finish(self) -> None:
+        if self._expected():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPORTS_S):
+                    await self._reported.wait()
+        known, node = self.known, self.device.node
+        started_s = known.started_s if known.started_s is not None else known.admitted_s
+        measured = Parts(
+            device_s=self.device_s,
+            link1_s=self.reports.get("link1_s", 0.0),
+            edge_s=self.reports.get("edge_s", 0.0),
+            link2_s=self.reports.get("link2_s", 0.0),
+            cloud_s=self.reports.get("cloud_s", 0.0),
+            result_s=self.reports.get("result_s", 0.0),
+        )
+        message = TaskCompleted(
+            task_id=self.plan.task_id,
+            attempt=self.plan.attempt,
+            node=node.settings.name,
+            measured=measured,
+            delay_s=max(0.0, self._last_result_s - started_s),
+            wait_s=max(0.0, started_s - known.admitted_s),
+        )
+        await node.tell(topics.EVENTS, message, self.plan.task_id)
+
+    def _expected(self) -> set[str]:
+        """The parts that other stages report."""
+        placement = self.plan.placement
+        parts: set[str] = set()
+        if placement.uses_slot:
+            parts.add("edge_s")
+        if placement.uses_cloud:
+            parts |= {"link2_s", "cloud_s"}
+        if placement.edge is not None:
+            parts.add("result_s")
+        return parts
+
+    def _profile(self) -> ModelProfile:
+        for profile in self.device.node.runner.profiles():
+            if profile.model == self.plan.model:
+                return profile
+        raise ConfigError(f"this device has no model {self.plan.model!r}")
+
+
+def _cause(error: DeeparError) -> str:
+    """A short, stable word for what went wrong, from the error's class."""
+    name = type(error).__name__.removesuffix("Error")
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

@@ -1,0 +1,267 @@
+"""The loop that devices, edges and the cloud share: announce, keep the lease, follow the decisions.
+
+A node first reads the region's decisions to their end, so that it knows what is fenced, then announces itself under a new
+incarnation and begins to work. It holds a lease by heartbeats. When its heartbeats have gone unacknowledged for half a
+lease it stops sending by itself (`gate`), so that by the time the planner declares it lost nothing of it is under way; when
+it reads of its own loss it drops everything and announces itself anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from bus import messages, topics
+from bus.decisions import DecisionLog
+from bus.errors import BusError, ProtocolError
+from bus.messages import Decision, Message, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLeft, NodeLost, Snapshot
+from bus.port import Bus, Reader, Record
+from bus.values import Role
+from stages.fences import Fences
+from stages.runner import Runner
+
+HEARTBEATS_PER_LEASE = 5
+RETRY_S = 0.5
+DEAD_LETTER_VALUE_BYTES = 1_000_000
+
+log = structlog.get_logger("stage")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSettings:
+    """What a node is; validated again when it is announced."""
+
+    name: str
+    role: Role
+    region: int = 0
+    lease_s: float = 10.0
+    slots: int = 0  # r_e, edges only
+    link1_capacity_bps: int = 0  # B_e^1 of an edge; a device's own limit, 0: none
+    link2_capacity_bps: int = 0  # B_e^2 of an edge
+    reachable_edges: tuple[str, ...] | None = None  # E_i of a device, None: all
+
+
+@dataclass(slots=True)
+class NodeStatus:
+    """What a node tells of itself: `/readyz`, `/metrics`, tests."""
+
+    caught_up: bool = False  # has read the decisions to their end
+    warm: bool = False  # its models are ready
+    receiving: bool = False  # its partitions are assigned
+    joined: bool = False  # the planner has taken it in
+    counters: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ready(self) -> bool:
+        """Warm, and able to take work."""
+        return self.caught_up and self.warm and self.receiving
+
+    def count(self, name: str, by: float = 1) -> None:
+        """Add to a counter."""
+        self.counters[name] = self.counters.get(name, 0) + by
+
+
+class Work(Protocol):
+    """What a role does beside the shared loop."""
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+
+    def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
+        """A decision was read; work on the tasks in `fenced` may be for nobody."""
+
+    def on_lost(self) -> None:
+        """This node was declared lost: let go of everything."""
+
+
+class Node:
+    """One node of a region, whatever its role."""
+
+    def __init__(self, bus: Bus, settings: NodeSettings, runner: Runner) -> None:
+        self.bus = bus
+        self.settings = settings
+        self.runner = runner
+        self.fences = Fences()
+        self.status = NodeStatus()
+        self.incarnation = uuid.uuid4().hex[:12]
+        self.log = log.bind(node=settings.name, role=settings.role.value)
+        self._decisions = DecisionLog()
+        self._acknowledged_s = float("-inf")  # when the last heartbeat was acknowledged
+        self._alive = asyncio.Event()
+
+    async def run(self, work: Work) -> None:
+        """Serve until cancelled; leaves politely. Raises `BusError` where the bus cannot be reached at the start."""
+        reader = await self._read_decisions()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(work.run(), name=f"{self.settings.name}: work")
+                group.create_task(self._follow(reader, work), name=f"{self.settings.name}: decisions")
+                group.create_task(self._keep_lease(), name=f"{self.settings.name}: lease")
+        finally:
+            await reader.close()
+
+    async def leave(self) -> None:
+        """Tell the region that this node goes."""
+        message = NodeLeft(node=self.settings.name, region=self.settings.region, incarnation=self.incarnation)
+        await self.tell(topics.NODES, message, self.settings.name)
+
+    async def gate(self) -> None:
+        """Wait while this node may have been declared lost."""
+        await self._alive.wait()
+
+    async def tell(self, topic: str, message: Message, key: str) -> None:
+        """Publish a control message to the region; tried again until the bus has it."""
+        payload = messages.encode(message)
+        while True:
+            try:
+                await self.bus.send(topic, payload, key=key, partition=self.settings.region)
+                return
+            except BusError as error:
+                self.log.warning("cannot publish, trying again", topic=topic, error=str(error))
+                await asyncio.sleep(RETRY_S)
+
+    async def bury(self, record: Record, error: ProtocolError, *, task_id: str = "") -> None:
+        """Put a record that cannot be read on the dead-letter topic, with its origin and the cause."""
+        self.status.count("dead_letters")
+        self.log.warning("dead letter", topic=record.topic, offset=record.offset, cause=error.cause, error=str(error))
+        await bury(self.bus, record, error, task_id=task_id, by=self.settings.name)
+
+    # --- decisions ---------------------------------------------------------------------------------------------------
+
+    async def _read_decisions(self) -> Reader:
+        """Read the region's decisions to their end, from the last snapshot where there is one."""
+        region = self.settings.region
+        begin = await self._last_snapshot()
+        where = (topics.DECISIONS, region)
+        start = {where: begin.offset + 1} if begin else {where: 0}
+        if begin:
+            self._decisions = DecisionLog(epoch=begin.epoch, nonce=begin.nonce, seq=begin.seq)
+            for task in begin.state.get("tasks", {}).values():
+                self.fences.restore(task)
+        reader = await self.bus.reader([where], start=start)
+        while await reader.lag():
+            for record in await reader.fetch(timeout_s=0.2):
+                message = self._decisions.read(record)
+                if isinstance(message, Decision):
+                    self.fences.apply(message)
+        self.status.caught_up = True
+        return reader
+
+    async def _last_snapshot(self) -> Snapshot | None:
+        partition = (topics.SNAPSHOTS, self.settings.region)
+        reader = await self.bus.reader([partition], start="start")
+        newest: Snapshot | None = None
+        try:
+            while await reader.lag():
+                for record in await reader.fetch(timeout_s=0.2):
+                    try:
+                        newest = messages.decode(topics.SNAPSHOTS, record.value)
+                    except ProtocolError as error:
+                        self.log.warning("a broken snapshot is skipped", error=str(error))
+        finally:
+            await reader.close()
+        return newest
+
+    async def _follow(self, reader: Reader, work: Work) -> None:
+        await self._announce()
+        while True:
+            try:
+                records = await reader.fetch()
+            except BusError as error:
+                self.log.warning("cannot read decisions, trying again", error=str(error))
+                await asyncio.sleep(RETRY_S)
+                continue
+            for record in records:
+                message = self._decisions.read(record)
+                if not isinstance(message, Decision):
+                    continue
+                fenced = self.fences.apply(message)
+                lost = False
+                for change in message.changes:
+                    match change:
+                        case NodeJoined(node=node) if node.incarnation == self.incarnation:
+                            self.status.joined = True
+                        case NodeLost(incarnation=incarnation) if incarnation == self.incarnation:
+                            lost = True
+                        case _:
+                            pass
+                if lost:
+                    await self._come_back(work)
+                else:
+                    work.on_decision(message, sorted(fenced))
+
+    async def _come_back(self, work: Work) -> None:
+        self.log.warning("declared lost; letting go of everything and announcing anew")
+        self.status.joined = False
+        work.on_lost()
+        self.incarnation = uuid.uuid4().hex[:12]
+        await self._announce()
+
+    # --- the lease ---------------------------------------------------------------------------------------------------
+
+    async def _announce(self) -> None:
+        s = self.settings
+        message = NodeAnnounced(
+            node=s.name,
+            role=s.role,
+            region=s.region,
+            incarnation=self.incarnation,
+            lease_s=s.lease_s,
+            slots=s.slots,
+            link1_capacity_bps=s.link1_capacity_bps,
+            link2_capacity_bps=s.link2_capacity_bps,
+            reachable_edges=s.reachable_edges,
+            models=self.runner.profiles(),
+        )
+        self.status.warm = True
+        await self.tell(topics.NODES, message, s.name)
+        self._renewed()
+
+    async def _keep_lease(self) -> None:
+        interval_s = self.settings.lease_s / HEARTBEATS_PER_LEASE
+        clock = asyncio.get_running_loop().time
+        while True:
+            if clock() - self._acknowledged_s > self.settings.lease_s / 2:
+                self._alive.clear()
+            message = NodeHeartbeat(node=self.settings.name, incarnation=self.incarnation)
+            try:
+                async with asyncio.timeout(interval_s):
+                    await self.bus.send(
+                        topics.EVENTS,
+                        messages.encode(message),
+                        key=self.settings.name,
+                        partition=self.settings.region,
+                    )
+                self._renewed()
+            except (BusError, TimeoutError) as error:
+                self.log.warning("heartbeat not acknowledged", error=str(error))
+            await asyncio.sleep(interval_s)
+
+    def _renewed(self) -> None:
+        self._acknowledged_s = asyncio.get_running_loop().time()
+        self._alive.set()
+
+
+async def bury(bus: Bus, record: Record, error: ProtocolError, *, task_id: str, by: str) -> None:
+    """Copy a broken record to the dead-letter topic: its bytes as they were, origin and cause in headers."""
+    origin = f"{record.topic}/{record.partition}/{record.offset}"
+    headers = [
+        ("deepar_origin", origin),
+        ("deepar_cause", error.cause),
+        ("deepar_error", str(error)[:1000]),
+        ("deepar_by", by),
+    ]
+    if task_id:
+        headers.append(("deepar_task", task_id))
+    value = (record.value or b"")[:DEAD_LETTER_VALUE_BYTES]
+    encoded = tuple((key, text.encode()) for key, text in headers)
+    try:
+        await bus.send(topics.DEAD_LETTER, value, key=origin, headers=encoded)
+    except BusError as failure:
+        # Losing a dead letter is bad; stopping a partition for it would be worse.
+        log.error("a dead letter could not be kept", origin=origin, error=str(failure))
