@@ -31,9 +31,7 @@ class DeadlockError(DeeparError):
 
     def __init__(self, now_s: float, waiting: tuple[str, ...]) -> None:
         lines = "".join(f"\n  {line}" for line in waiting)
-        super().__init__(
-            f"deadlock at {now_s:.6f} s of virtual time; {len(waiting)} tasks wait for ever:{lines}"
-        )
+        super().__init__(f"deadlock at {now_s:.6f} s of virtual time; {len(waiting)} tasks wait for ever:{lines}")
         self.now_s = now_s
         self.waiting = waiting
 
@@ -49,7 +47,7 @@ class HorizonError(DeeparError):
 
 
 class VirtualTimeError(DeeparError):
-    """Something was asked of the virtual loop that only the real world can do (threads, sockets, processes)."""
+    """Something was asked of the virtual loop that only the real world can do: threads, sockets."""
 
 
 class _Selector(selectors.BaseSelector):
@@ -61,12 +59,8 @@ class _Selector(selectors.BaseSelector):
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         if len(self._keys) >= _SELF_PIPE_REGISTRATIONS:
-            raise VirtualTimeError(
-                "virtual time knows no sockets or pipes: the real world would not wait for it"
-            )
-        key = selectors.SelectorKey(
-            fileobj, fileobj if isinstance(fileobj, int) else fileobj.fileno(), events, data
-        )
+            raise VirtualTimeError("virtual time knows no sockets or pipes: the real world would not wait for it")
+        key = selectors.SelectorKey(fileobj, fileobj if isinstance(fileobj, int) else fileobj.fileno(), events, data)
         self._keys[fileobj] = key
         return key
 
@@ -116,7 +110,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """One line for each task that is not done: its name and the innermost place at which it waits."""
         return tuple(sorted(_describe(task) for task in asyncio.all_tasks(self)))
 
-    def call_soon_threadsafe(
+    def call_soon_threadsafe(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
         if threading.get_ident() != self._owner:
@@ -152,9 +146,7 @@ def run_virtual(main: Coroutine[Any, Any, T], *, horizon_s: float | None = None)
         # A task that swallows its cancellation shows as a second deadlock while the runner closes; say which
         # came first.
         if isinstance(error.__context__, DeadlockError | HorizonError):
-            raise InvariantError(
-                f"tasks outlive their cancellation: {'; '.join(error.waiting)}"
-            ) from error.__context__
+            raise InvariantError(f"tasks outlive their cancellation: {'; '.join(error.waiting)}") from error.__context__
         raise
 
 
@@ -172,6 +164,6 @@ def _describe(task: asyncio.Task[Any]) -> str:
 
 
 def _first(value: Any, *attributes: str) -> Any:
-    """The first of the attributes that the value has and that is not None: coroutines of three makes differ."""
+    """The first of the attributes that the value has and that is not None (coroutines differ)."""
     found = (getattr(value, attribute, None) for attribute in attributes)
     return next((attribute for attribute in found if attribute is not None), None)

@@ -83,7 +83,7 @@ def test_a_deadlock_names_who_waits_and_where() -> None:
 
 def test_a_horizon_ends_a_run_that_timers_keep_alive() -> None:
     async def heartbeat() -> None:
-        while True:  # noqa: ASYNC110
+        while True:
             await asyncio.sleep(1)
 
     async def main() -> None:

@@ -1,0 +1,121 @@
+"""How all plots look: one size of type, colours that the colour-blind can tell apart, a hatch beside each
+colour.
+
+Colours are those of Okabe and Ito, "Color Universal Design" (2008). Figures are made without a window system
+and written as PNG (150 dots an inch) and SVG without dates, so that the same data gives the same files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+GREY = "#8A8A8A"
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, BLACK)
+
+POLICY_LOOKS: dict[str, tuple[str, str, str]] = {
+    "device-only": (ORANGE, "//", "s"),
+    "edge-only": (SKY, "\\\\", "^"),
+    "cloud-only": (PURPLE, "xx", "v"),
+    "neurosurgeon": (GREEN, "..", "D"),
+    "no-delay": (VERMILION, "--", "P"),
+    "deepar": (BLUE, "", "o"),
+}
+"""Policy -> (colour, hatch of a bar, marker of a line)."""
+
+POLICY_LABELS = {
+    "device-only": "Device only",
+    "edge-only": "Edge only",
+    "cloud-only": "Cloud only",
+    "neurosurgeon": "Neurosurgeon",
+    "no-delay": "No delay",
+    "deepar": "DeePar",
+}
+
+_STYLE: Any = {  # matplotlib types its keys as one literal of all of them
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.labelsize": 10,
+    "legend.fontsize": 9,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#DDDDDD",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "svg.hashsalt": "deepar",  # ids in the SVG do not differ between runs
+    "hatch.linewidth": 0.6,
+}
+
+
+def look(policy: str, index: int = 0) -> tuple[str, str, str]:
+    """Colour, hatch and marker of a policy; a user's own policy takes the `index`-th of the cycle."""
+    return POLICY_LOOKS.get(policy, (CYCLE[index % len(CYCLE)], ("++", "oo", "**")[index % 3], "X"))
+
+
+def label(policy: str) -> str:
+    """What a legend calls a policy."""
+    return POLICY_LABELS.get(policy, policy)
+
+
+def figure(width_in: float, height_in: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
+    """A figure in the house's style and its axes (an array where there are several). Labels never overlap
+    (constrained).
+    """
+    with mpl.rc_context(_STYLE):
+        fig = Figure(figsize=(width_in, height_in), layout="constrained")
+        return fig, fig.subplots(rows, columns, **kwargs)
+
+
+def save(fig: Figure, stem: Path, formats: Iterable[str] = ("png", "svg")) -> list[Path]:
+    """Write `STEM.png` and `STEM.svg`; returns the paths."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with mpl.rc_context(_STYLE):
+        for suffix in formats:
+            path = stem.with_name(f"{stem.name}.{suffix}")
+            metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+            fig.savefig(path, metadata=metadata)
+            paths.append(path)
+    return paths
+
+
+def grouped_bars(
+    axes: Axes,
+    groups: list[str],
+    series: dict[str, list[float]],
+    errors: dict[str, list[float]] | None = None,
+    *,
+    values: bool = False,
+) -> None:
+    """Bars of each policy in `series`, side by side in each group, in the order given; error bars where
+    given.
+    """
+    width = 0.8 / max(1, len(series))
+    for index, (policy, heights) in enumerate(series.items()):
+        colour, hatch, _ = look(policy, index)
+        places = [group + (index - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        bars = axes.bar(
+            places,
+            heights,
+            width * 0.92,
+            label=label(policy),
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0.6,
+        )
+        if errors is not None:
+            axes.errorbar(places, heights, yerr=errors[policy], fmt="none", ecolor="#333333", elinewidth=0.9, capsize=2)
+        if values:
+            axes.bar_label(bars, fmt="{:.3g}", fontsize=8, padding=2)
+    axes.set_xticks(range(len(groups)), groups)
