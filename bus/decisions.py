@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 from bus import messages, topics
 from bus.errors import ProtocolError
-from bus.messages import Decision, EpochOpened, PlannerHeartbeat
+from bus.messages import Decision, EpochOpened, PlannerHeartbeat, PlannerLeft
 from bus.port import Record
+
+
+DecisionTopicMessage = Decision | EpochOpened | PlannerHeartbeat | PlannerLeft
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +34,11 @@ class DecisionLog:
         self.nonce = nonce  # of the planner that opened it
         self.planner = ""  # its name, where its opening was read
         self.lease_s = 0.0  # silent for longer, and another may take over
+        self.left = False  # whether that planner has gone politely
         self.seq = seq  # of the last valid decision
         self.dropped = 0  # records that did not count
 
-    def read(self, record: Record) -> Decision | EpochOpened | PlannerHeartbeat | Dropped:
+    def read(self, record: Record) -> DecisionTopicMessage | Dropped:
         """The record's message where it counts; `Dropped` where it does not."""
         try:
             message = messages.decode(topics.DECISIONS, record.value)
@@ -42,19 +46,18 @@ class DecisionLog:
             return self._drop(error.cause, str(error))
         return self.accept(message)
 
-    def accept(
-        self, message: Decision | EpochOpened | PlannerHeartbeat
-    ) -> Decision | EpochOpened | PlannerHeartbeat | Dropped:
+    def accept(self, message: DecisionTopicMessage) -> DecisionTopicMessage | Dropped:
         """The same for a decoded message."""
         if isinstance(message, EpochOpened):
             if message.epoch <= self.epoch:
                 return self._drop("lost_race", f"epoch {message.epoch} of {message.planner}: {self.epoch} is open")
             self.epoch, self.nonce = message.epoch, message.nonce
-            self.planner, self.lease_s = message.planner, message.lease_s
+            self.planner, self.lease_s, self.left = message.planner, message.lease_s, False
             return message
         if (message.epoch, message.nonce) != (self.epoch, self.nonce):
             return self._drop("stale_epoch", f"epoch {message.epoch} ({message.nonce}), {self.epoch} is open")
-        if isinstance(message, PlannerHeartbeat):
+        if not isinstance(message, Decision):
+            self.left = isinstance(message, PlannerLeft)
             return message
         if message.seq != self.seq + 1:
             return self._drop("out_of_sequence", f"sequence {message.seq} after {self.seq}")

@@ -27,7 +27,7 @@ from bus.values import (
     Seconds,
 )
 
-MESSAGE_VERSION = 1
+MESSAGE_VERSION: Literal[1] = 1
 MAX_MESSAGE_BYTES = 1_000_000
 """A control message over this size is refused before it is parsed."""
 
@@ -317,6 +317,15 @@ class PlannerHeartbeat(Message):
     nonce: Name
 
 
+class PlannerLeft(Message):
+    """The planner in charge goes politely: another may take over at once."""
+
+    type: Literal["planner_left"] = "planner_left"
+    region: Annotated[int, Field(ge=0)]
+    epoch: Annotated[int, Field(ge=1)]
+    nonce: Name
+
+
 class Decision(Message):
     """Every change of state made in one step. Readers take only the open (epoch, nonce) and seq = previous + 1."""
 
@@ -355,7 +364,7 @@ class Snapshot(Message):
 TaskMessage = Annotated[TaskSubmitted | TaskCancelled, Field(discriminator="type")]
 NodeMessage = Annotated[NodeAnnounced | NodeLeft, Field(discriminator="type")]
 EventMessage = Annotated[NodeHeartbeat | TaskProgress | TaskCompleted | TaskFailed, Field(discriminator="type")]
-DecisionMessage = Annotated[EpochOpened | PlannerHeartbeat | Decision, Field(discriminator="type")]
+DecisionMessage = Annotated[EpochOpened | PlannerHeartbeat | PlannerLeft | Decision, Field(discriminator="type")]
 
 AnyMessage = (
     TaskSubmitted
@@ -368,6 +377,7 @@ AnyMessage = (
     | TaskFailed
     | EpochOpened
     | PlannerHeartbeat
+    | PlannerLeft
     | Decision
     | Snapshot
 )

@@ -69,7 +69,7 @@ TABLE: tuple[Topic, ...] = (
           ("device", "edge", "cloud"), ("planner", "tools"), "who is there, and how fast", compacted=True),
     Topic(TASKS, Payload.JSON, ("TaskSubmitted", "TaskCancelled"), "task", PartitionBy.REGION,
           ("device", "loadgen"), ("planner", "device", "tools"), "what is to be done"),
-    Topic(DECISIONS, Payload.JSON, ("EpochOpened", "PlannerHeartbeat", "Decision"), "region", PartitionBy.REGION,
+    Topic(DECISIONS, Payload.JSON, ("EpochOpened", "PlannerHeartbeat", "PlannerLeft", "Decision"), "region", PartitionBy.REGION,
           ("planner",), ("planner", "device", "edge", "cloud", "loadgen", "tools"),
           "the planner's truth: placements, grants, starts, ends", retention_s=-1),
     Topic(SNAPSHOTS, Payload.JSON, ("Snapshot",), "region", PartitionBy.REGION,
@@ -77,14 +77,16 @@ TABLE: tuple[Topic, ...] = (
     Topic(EVENTS, Payload.JSON, ("NodeHeartbeat", "TaskProgress", "TaskCompleted", "TaskFailed"), "task or node",
           PartitionBy.REGION, ("device", "edge", "cloud"), ("planner", "loadgen", "tools"), "what happened"),
     Topic(ACTIVATIONS_EDGE, Payload.MSGPACK, ("Frame",), "task", PartitionBy.KEY,
-          ("device",), ("edge",), "activations, and the plan with them, to one edge", retention_s=3600, retention_bytes=4 << 30),
+          ("device",), ("edge",), "activations, and the plan with them, to one edge",
+          retention_s=3600, retention_bytes=4 << 30),
     Topic(ACTIVATIONS_CLOUD, Payload.MSGPACK, ("Frame",), "task", PartitionBy.KEY,
           ("edge",), ("cloud",), "activations to the cloud stages, one consumer group", retention_s=3600,
           retention_bytes=4 << 30),
     Topic(RESULTS, Payload.MSGPACK, ("Frame",), "device", PartitionBy.KEY,
           ("edge", "cloud"), ("device",), "results, and what was measured", retention_s=3600, retention_bytes=4 << 30),
     Topic(DEAD_LETTER, Payload.ORIGINAL, (), "origin", PartitionBy.KEY,
-          ("planner", "device", "edge", "cloud"), ("tools",), "what could not be read, for people", retention_s=30 * 24 * 3600),
+          ("planner", "device", "edge", "cloud"), ("tools",), "what could not be read, for people",
+          retention_s=30 * 24 * 3600),
 )  # fmt: skip
 
 CONTROL_TOPICS = tuple(topic.name for topic in TABLE if topic.payload is Payload.JSON)

@@ -17,6 +17,7 @@ from typing import Protocol
 import structlog
 
 from bus import messages, topics
+from bus.dead_letter import bury
 from bus.decisions import DecisionLog
 from bus.errors import BusError, ProtocolError
 from bus.messages import Decision, Message, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLeft, NodeLost, Snapshot
@@ -27,7 +28,6 @@ from stages.runner import Runner
 
 HEARTBEATS_PER_LEASE = 5
 RETRY_S = 0.5
-DEAD_LETTER_VALUE_BYTES = 1_000_000
 
 log = structlog.get_logger("stage")
 
@@ -245,23 +245,3 @@ class Node:
     def _renewed(self) -> None:
         self._acknowledged_s = asyncio.get_running_loop().time()
         self._alive.set()
-
-
-async def bury(bus: Bus, record: Record, error: ProtocolError, *, task_id: str, by: str) -> None:
-    """Copy a broken record to the dead-letter topic: its bytes as they were, origin and cause in headers."""
-    origin = f"{record.topic}/{record.partition}/{record.offset}"
-    headers = [
-        ("deepar_origin", origin),
-        ("deepar_cause", error.cause),
-        ("deepar_error", str(error)[:1000]),
-        ("deepar_by", by),
-    ]
-    if task_id:
-        headers.append(("deepar_task", task_id))
-    value = (record.value or b"")[:DEAD_LETTER_VALUE_BYTES]
-    encoded = tuple((key, text.encode()) for key, text in headers)
-    try:
-        await bus.send(topics.DEAD_LETTER, value, key=origin, headers=encoded)
-    except BusError as failure:
-        # Losing a dead letter is bad; stopping a partition for it would be worse.
-        log.error("a dead letter could not be kept", origin=origin, error=str(failure))

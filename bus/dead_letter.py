@@ -1,0 +1,34 @@
+"""Dead letters: what could not be read is kept, with its origin and the cause, for people."""
+
+from __future__ import annotations
+
+import structlog
+
+from bus import topics
+from bus.errors import BusError, ProtocolError
+from bus.port import Bus, Record
+
+DEAD_LETTER_VALUE_BYTES = 1_000_000
+"""More than this of a record is not kept: its headers come on top, and both must fit a broker's limit."""
+
+log = structlog.get_logger("dead-letter")
+
+
+async def bury(bus: Bus, record: Record, error: ProtocolError, *, task_id: str, by: str) -> None:
+    """Copy a broken record to the dead-letter topic: its bytes as they were, origin and cause in headers."""
+    origin = f"{record.topic}/{record.partition}/{record.offset}"
+    headers = [
+        ("deepar_origin", origin),
+        ("deepar_cause", error.cause),
+        ("deepar_error", str(error)[:1000]),
+        ("deepar_by", by),
+    ]
+    if task_id:
+        headers.append(("deepar_task", task_id))
+    value = (record.value or b"")[:DEAD_LETTER_VALUE_BYTES]
+    encoded = tuple((key, text.encode()) for key, text in headers)
+    try:
+        await bus.send(topics.DEAD_LETTER, value, key=origin, headers=encoded)
+    except BusError as failure:
+        # Losing a dead letter is bad; stopping a partition for it would be worse.
+        log.error("a dead letter could not be kept", origin=origin, error=str(failure))
