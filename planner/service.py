@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 import structlog
+from planner.core import PlannerCore, Tick
 
 from bus import messages, topics
 from bus.dead_letter import bury
@@ -26,7 +27,6 @@ from bus.decisions import DecisionLog
 from bus.errors import BusError, InvariantError, ProtocolError
 from bus.messages import Decision, EpochOpened, Message, PlannerHeartbeat, PlannerLeft, Snapshot
 from bus.port import Bus, Position, Reader, Record
-from planner.core import PlannerCore, Tick
 
 LEASE_S = 5.0
 HEARTBEATS_PER_LEASE = 5
@@ -176,7 +176,8 @@ class PlannerService:
     def _check_hash(self, recorded: str, seq: int) -> None:
         if self.core.state_hash != recorded:
             raise InvariantError(
-                f"region {self.region}: replaying decision {seq} gives the state {self.core.state_hash}, recorded is {recorded}"
+                f"region {self.region}: replaying decision {seq} gives the state {self.core.state_hash}, "
+                f"recorded is {recorded}"
             )
 
     # --- claiming ----------------------------------------------------------------------------------------------------
@@ -207,21 +208,25 @@ class PlannerService:
         self.standing = Standing.LEADING
         self.log.info("leading", epoch=self._log.epoch, seq=self._log.seq, tasks=self.core.live_tasks)
         try:
-            async with asyncio.TaskGroup() as group:
-                lead = _Lead(self, reader)
-                for step in (lead.read_back, lead.decide, lead.keep_time, lead.await_acknowledgements):
-                    group.create_task(step(), name=f"{self.name}: {step.__name__}")
-        except* (_Deposed, BusError) as failures:
-            first = failures.exceptions[0]
-            while isinstance(first, BaseExceptionGroup):
-                first = first.exceptions[0]
-            raise first from None
-        except* asyncio.CancelledError:
+            await self._lead_until_deposed(reader)
+        except asyncio.CancelledError:
             with contextlib.suppress(BusError, TimeoutError):
                 async with asyncio.timeout(1.0):
                     left = PlannerLeft(region=self.region, epoch=self._log.epoch, nonce=self._nonce)
                     await self._send(topics.DECISIONS, left)
             raise
+
+    async def _lead_until_deposed(self, reader: Reader) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                lead = _Lead(self, reader)
+                for step in (lead.read_back, lead.decide, lead.keep_time, lead.await_acknowledgements):
+                    group.create_task(step(), name=f"{self.name}: {step.__name__}")
+        except* (_Deposed, BusError) as failures:
+            first: BaseException = failures
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            raise first from None
 
     async def _send(self, topic: str, message: Message) -> Position:
         return await self.bus.send(topic, messages.encode(message), key=str(self.region), partition=self.region)

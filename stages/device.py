@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from bus import topics
@@ -236,6 +237,7 @@ class Attempt:
                     tensors = await station.run(sample, tensors, ready_s)
                     now = clock()
                     self.device_s += now - ready_s
+                    node.busy("device_s", plan.task_id, ready_s, now)
                     ready_s = now
                 if outlet is None:
                     self._result(sample, tensors)
@@ -259,6 +261,7 @@ class Attempt:
             plan=self.plan,
             grants=(self.device.link1.grant(placement.link1_bps),),
             gate=self.device.node.gate,
+            on_busy=partial(self.device.node.busy, "link1_s", self.plan.task_id),
         )
 
     # --- results -----------------------------------------------------------------------------------------------------

@@ -291,7 +291,9 @@ class Flow:
                 if self.computes:
                     tensors = await station.run(sample, tensors, ready_s)
                     now = clock()
-                    self.busy_s += now - max(ready_s, free_s)
+                    begin_s = max(ready_s, free_s)
+                    self.busy_s += now - begin_s
+                    self.hop.node.busy("edge_s" if self.hop.is_edge else "cloud_s", self.plan.task_id, begin_s, now)
                     free_s = now
                     ready_s = now
                 left -= 1
@@ -322,6 +324,7 @@ class Flow:
             plan=plan,
             grants=grants,
             gate=hop.node.gate,
+            on_busy=partial(hop.node.busy, "link2_s" if onward else "result_s", plan.task_id),
         )
 
     # --- done --------------------------------------------------------------------------------------------------------

@@ -66,6 +66,12 @@ class NodeStatus:
         self.counters[name] = self.counters.get(name, 0) + by
 
 
+class BusySink(Protocol):
+    """Told of every stretch of work: which part (`device_s`, `link1_s`, ...), of which task, from when to when."""
+
+    def __call__(self, node: str, part: str, task_id: str, begin_s: float, end_s: float) -> None: ...
+
+
 class Work(Protocol):
     """What a role does beside the shared loop."""
 
@@ -82,8 +88,9 @@ class Work(Protocol):
 class Node:
     """One node of a region, whatever its role."""
 
-    def __init__(self, bus: Bus, settings: NodeSettings, runner: Runner) -> None:
+    def __init__(self, bus: Bus, settings: NodeSettings, runner: Runner, *, on_busy: BusySink | None = None) -> None:
         self.bus = bus
+        self._on_busy = on_busy
         self.settings = settings
         self.runner = runner
         self.fences = Fences()
@@ -113,6 +120,12 @@ class Node:
     async def gate(self) -> None:
         """Wait while this node may have been declared lost."""
         await self._alive.wait()
+
+    def busy(self, part: str, task_id: str, begin_s: float, end_s: float) -> None:
+        """A stretch of work on one part of a task's delay, on the loop's clock."""
+        self.status.count(f"{part.removesuffix('_s')}_busy_seconds", end_s - begin_s)
+        if self._on_busy is not None:
+            self._on_busy(self.settings.name, part, task_id, begin_s, end_s)
 
     async def tell(self, topic: str, message: Message, key: str) -> None:
         """Publish a control message to the region; tried again until the bus has it."""

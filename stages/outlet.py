@@ -67,6 +67,7 @@ class Outlet:
         plan: Plan,
         grants: tuple[Grant, ...],
         gate: Callable[[], Awaitable[None]],
+        on_busy: Callable[[float, float], None],
     ) -> None:
         self._bus = bus
         self._to = (topic, key)
@@ -75,6 +76,7 @@ class Outlet:
         self._plan = plan
         self._grants = grants
         self._gate = gate
+        self._on_busy = on_busy
         self._plan_due = kind == "activations"
         rate_bps = min((grant.rate_bps for grant in grants), default=1 << 40)
         self._chunk_bytes = chunk_bytes(rate_bps, MAX_FRAME_BYTES - HEAD_BYTES - MAX_PIECES * PIECE_HEAD_BYTES)
@@ -163,8 +165,10 @@ class Outlet:
                 self._send_again()
                 continue
             now = clock()
-            self.busy_s += now - min(now, max(sent.offered_s, self._busy_until_s))
+            begin_s = min(now, max(sent.offered_s, self._busy_until_s))
+            self.busy_s += now - begin_s
             self._busy_until_s = now
+            self._on_busy(begin_s, now)
             self._sent.popleft()
             for item in sent.items:
                 item.acknowledged()
