@@ -62,12 +62,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def tied_to_us(command: list[str]) -> list[str]:
+    """`command`, made to get SIGTERM when this process goes, whatever way it goes.
+
+    The kernel ties a child to the thread that started it, so this does something on Linux and in the main thread only.
+    """
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        return command
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+
+
 class KafkaBroker:
     """One Apache Kafka node that this process starts, stops, kills and starts again, same data, same port.
 
     `port` and the controller's port are chosen free when not given. `settings` override `server.properties`.
-    All methods block; none is safe to call from two threads at once. On Linux the broker ends with this
-    process, if it was started from the main thread (the kernel ties it to the thread). Raises
+    All methods block; none is safe to call from two threads at once. The broker ends with this process (see
+    `tied_to_us`). Raises
     MissingProgramError, ArtifactsError, PortTakenError, DataInUseError or BrokerStartError from `start`.
     """
 
@@ -257,9 +267,7 @@ class KafkaBroker:
                     "-c",
                     str(properties),
                 ]
-                done = subprocess.run(
-                    format_it, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
-                )
+                done = subprocess.run(format_it, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
                 if done.returncode != 0:
                     raise BrokerStartError(f"Kafka refused to format {logs}:\n{self.log_tail()}")
             serve = [
@@ -269,12 +277,10 @@ class KafkaBroker:
                 "kafka.Kafka",
                 str(properties),
             ]
-            if sys.platform == "linux" and threading.current_thread() is threading.main_thread():
-                serve = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *serve]
             self._progress("starting Apache Kafka")
             # Its own session: a Ctrl-C at the terminal reaches us alone, and we stop it in order.
             self._child = subprocess.Popen(
-                serve,
+                tied_to_us(serve),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -295,9 +301,7 @@ class KafkaBroker:
             except OSError as error:
                 last = error
             time.sleep(0.05)
-        raise BrokerStartError(
-            f"Kafka does not serve at {self.bootstrap} ({last}); its log ends:\n{self.log_tail()}"
-        )
+        raise BrokerStartError(f"Kafka does not serve at {self.bootstrap} ({last}); its log ends:\n{self.log_tail()}")
 
     def _reap(self) -> None:
         if self._child is not None:
@@ -314,9 +318,7 @@ class KafkaBroker:
 def _port_error(port: int, error: OSError) -> ConfigError:
     """What is wrong with a port that cannot be bound, and what to do."""
     if isinstance(error, PermissionError):
-        return PortTakenError(
-            f"port {port} may not be used by this user", remedy="choose one above 1023 with --port"
-        )
+        return PortTakenError(f"port {port} may not be used by this user", remedy="choose one above 1023 with --port")
     try:
         ask(f"127.0.0.1:{port}", 1.0)
     except OSError:

@@ -59,9 +59,7 @@ def find_java() -> tuple[Path, str]:
     found = shutil.which("java", path=str(Path(home) / "bin")) if home else None
     found = found or shutil.which("java")
     if found is None:
-        raise MissingProgramError(
-            "java", "Apache Kafka needs Java, and there is no `java` on PATH", remedy=remedy
-        )
+        raise MissingProgramError("java", "Apache Kafka needs Java, and there is no `java` on PATH", remedy=remedy)
     said = subprocess.run([found, "-version"], capture_output=True, text=True, timeout=60, check=False)
     version = re.search(r'version "([^"]+)"', said.stderr + said.stdout)
     if said.returncode != 0 or version is None:
@@ -70,9 +68,7 @@ def find_java() -> tuple[Path, str]:
     first, _, rest = version[1].partition(".")
     major = rest.partition(".")[0] if first == "1" else first  # Java 8 calls itself 1.8
     if int(re.match(r"\d+", major)[0]) < JAVA_MINIMUM:  # type: ignore[index]
-        raise MissingProgramError(
-            "java", f"{found} is Java {version[1]}: Kafka needs {JAVA_MINIMUM}", remedy=remedy
-        )
+        raise MissingProgramError("java", f"{found} is Java {version[1]}: Kafka needs {JAVA_MINIMUM}", remedy=remedy)
     return Path(found), version[1]
 
 

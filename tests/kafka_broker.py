@@ -156,9 +156,7 @@ def choose() -> Choice:
             return Choice("none", f"{error}; {error.remedy}")
         if importlib.util.find_spec("noida_db") is None:
             return Choice("none", "neither Java, Maven nor Docker is installed, nor the stand-in `noida-db`")
-        return Choice(
-            "stand-in", f"noida-db {version('noida-db')}, a stand-in: no Java, Maven or Docker here"
-        )
+        return Choice("stand-in", f"noida-db {version('noida-db')}, a stand-in: no Java, Maven or Docker here")
     return Choice("apache", f"Apache Kafka {KAFKA_VERSION} (KRaft, {STARTED_BY} on first use), Java {java}")
 
 
@@ -189,9 +187,7 @@ def _start(choice: Choice, data_dir: Path) -> OwnBroker:
     if choice.how == "none":
         pytest.fail(f"no broker for this test: {choice.text}", pytrace=False)
     broker: KafkaBroker | StandInBroker
-    broker = (
-        KafkaBroker(data_dir, started_by=STARTED_BY) if choice.how == "apache" else StandInBroker(data_dir)
-    )
+    broker = KafkaBroker(data_dir, started_by=STARTED_BY) if choice.how == "apache" else StandInBroker(data_dir)
     try:
         broker.start()
     except DeeparError as error:

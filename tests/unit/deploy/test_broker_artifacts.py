@@ -149,6 +149,5 @@ def test_every_pinned_jar_has_a_hash_and_kafka_is_the_version_named() -> None:
     assert f"kafka_2.13-{broker_artifacts.KAFKA_VERSION}.jar" in pinned
     assert all(len(digest) == 64 for digest in pinned.values())
     assert (
-        f"<kafka.version>{broker_artifacts.KAFKA_VERSION}<"
-        in (broker_artifacts.SETTINGS_DIR / "pom.xml").read_text()
+        f"<kafka.version>{broker_artifacts.KAFKA_VERSION}<" in (broker_artifacts.SETTINGS_DIR / "pom.xml").read_text()
     )
