@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
-from stages.facts import RuntimeFacts
-from stages.flatfile import ModelBytes
 
 from bus.errors import CutError, ModelError
 from bus.values import CutPoint, ModelManifest, TensorSpec
+from stages.facts import RuntimeFacts
+from stages.flatfile import ModelBytes
 from stages.operators import (
     HANDLES,
     SHAPE_READERS,
@@ -39,7 +39,10 @@ TYPE_NAMES: dict[int, str] = {
 }
 
 TRAVELLING = frozenset(
-    ["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool", "complex64", "complex128"]
+    (
+        *("float16", "float32", "float64", "int8", "int16", "int32", "int64"),
+        *("uint8", "uint16", "uint32", "uint64", "bool", "complex64", "complex128"),
+    )
 )
 """Types whose values can cross a cut, by numpy's names."""
 
@@ -68,6 +71,8 @@ class Graph:
         self.operators: list[Any] = list(self._main.operators or [])
         self.tensors: list[Any] = list(self._main.tensors or [])
         self.kinds = [kind_of(model.operatorCodes[operator.opcodeIndex]) for operator in self.operators]
+        self.whole_inputs = tuple(indices(self._main.inputs))
+        self.whole_outputs = tuple(indices(self._main.outputs))
         self.inputs = tuple(dict.fromkeys(indices(self._main.inputs)))
         self.outputs = tuple(dict.fromkeys(indices(self._main.outputs)))
         self._makers = {out: at for at, operator in enumerate(self.operators) for out in indices(operator.outputs)}
@@ -125,7 +130,7 @@ class Graph:
         """The bytes of a buffer, as a view of the file; None where it has none."""
         found = self.model.buffers[index]
         if isinstance(found.data, np.ndarray) and found.data.size:
-            return memoryview(found.data)
+            return memoryview(found.data.data)
         if found.offset > 1:  # stored behind the flatbuffer, as large models do
             return memoryview(self._data)[found.offset : found.offset + found.size]
         return None
@@ -232,6 +237,9 @@ class Graph:
             for position in range(first, last):
                 reasons.setdefault(position, f"layers {first} to {last} share the state {name}")
         for position in range(1, self.depth):
+            kind = self.kinds[self.layer_operators[position - 1]].removeprefix("CUSTOM:")
+            if kind in self.facts.missing_kernels:
+                reasons.setdefault(position, f"layer {position} is the operator {kind}, for which there is no kernel")
             for tensor in self.live(position):
                 why = self._why_confined(tensor)
                 if why is not None:
@@ -245,9 +253,8 @@ class Graph:
             return f"is of type {self.dtype(tensor)}, which cannot travel"
         if tensor in self.facts.dynamic:
             return "has a shape that is known only at run time"
-        maker = self._makers.get(tensor)
-        if maker is not None and self.kinds[maker].removeprefix("CUSTOM:") in self.facts.missing_kernels:
-            return f"is made by the operator {self.kinds[maker].removeprefix('CUSTOM:')}, for which there is no kernel"
+        if tensor not in self.facts.shapes and any(size < 1 for size in self.shape(tensor)):
+            return "has a shape that the file leaves open"
         return None
 
     def require_cuttable(self, position: int) -> None:
@@ -312,10 +319,9 @@ class Graph:
             kind = self.kinds[at]
             if kind in WRITERS:
                 written |= self.resources_of(at)
-            elif kind != "CALL_ONCE":
+            elif kind != "CALL_ONCE" and any(self._inner_resources(i)[1] for _, i in subgraphs_of(operator, kind)):
                 # handles may be passed into the subgraph, so everything the operator touches counts as written
-                if any(self._inner_resources(index)[1] for _, index in subgraphs_of(operator, kind)):
-                    written |= self.resources_of(at)
+                written |= self.resources_of(at)
         return written
 
     @staticmethod

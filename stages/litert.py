@@ -7,8 +7,10 @@ a segment never come here.
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,7 +21,7 @@ from bus.errors import ModelError
 try:
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 except ImportError:  # 32-bit boards have only the runtime's older package
-    from tflite_runtime.interpreter import Interpreter, OpResolverType  # type: ignore[import-not-found,no-redef]
+    from tflite_runtime.interpreter import Interpreter, OpResolverType
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -88,3 +90,72 @@ class SegmentRunner:
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def examine(path: str, doing: Callable[[str], None]) -> dict[str, Any]:
+    """Runs a whole model once on zeros, without and with the default delegate, and reports what only running shows.
+
+    For `stages.trial`, in a process that may die of it. `doing` is told what is under way. Returns `shapes` (tensor -> shape,
+    where fixed), `dynamic` (tensors without a fixed shape), `missing_kernels`, and `fault` where the runtime refuses.
+    """
+    report: dict[str, Any] = {"shapes": {}, "dynamic": [], "missing_kernels": [], "fault": None}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "preserve all tensors is for debugging", which this is
+            plain = Interpreter(
+                model_path=path,
+                num_threads=1,
+                experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+                experimental_preserve_all_tensors=True,
+            )
+        doing("planning its memory")
+        plain.allocate_tensors()
+        for detail in plain.get_tensor_details():
+            if _is_allocated(plain, detail["index"]):
+                report["shapes"][detail["index"]] = [int(size) for size in detail["shape"]]
+        doing("running it")
+        _invoke_on_zeros(plain)
+        for detail in plain.get_tensor_details():
+            known = report["shapes"].get(detail["index"])
+            if known is None and _is_allocated(plain, detail["index"]):
+                report["dynamic"].append(detail["index"])
+        del plain
+        doing("running it with the default delegate")
+        usual = Interpreter(model_path=path, num_threads=1)
+        usual.allocate_tensors()
+        _invoke_on_zeros(usual)
+    except (ValueError, RuntimeError) as error:
+        missing = _MISSING_KERNEL.search(str(error))
+        if missing:
+            report["missing_kernels"] = [next(filter(None, missing.groups()))]
+        else:
+            report["fault"] = f"the runtime refuses it: {_first_line(error)}"
+    return report
+
+
+_MISSING_KERNEL = re.compile(r"unresolved custom op: (\S+?)\.?(?:\s|$)|Didn't find op for builtin opcode '(\w+)'")
+
+
+def missing_kernel(model: bytes) -> str | None:
+    """The first operator of a model that the runtime has no kernel for: a custom code, or a builtin's kind."""
+    try:
+        Interpreter(model_content=model, num_threads=1).allocate_tensors()
+    except (ValueError, RuntimeError) as error:
+        found = _MISSING_KERNEL.search(str(error))
+        return next(filter(None, found.groups())) if found else None
+    return None
+
+
+def _is_allocated(interpreter: Any, index: int) -> bool:
+    try:
+        interpreter.tensor(index)()
+    except (ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _invoke_on_zeros(interpreter: Any) -> None:
+    for detail in interpreter.get_input_details():
+        if detail["dtype"] is not np.bytes_ and detail["dtype"] is not np.object_:
+            interpreter.set_tensor(detail["index"], np.zeros(detail["shape"], detail["dtype"]))
+    interpreter.invoke()

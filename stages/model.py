@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from stages.validation import validated
-
 from bus.errors import ModelError
 from bus.values import ModelManifest
 from stages.cache import Progress, cache_dir, write_whole
 from stages.facts import RuntimeFacts
 from stages.flatfile import ModelBytes
 from stages.graph import Graph
+from stages.trial import trial
+from stages.validation import validated
 
 KEPT_IN_MEMORY_BYTES = 64 << 20
 """Files up to this size are read; larger ones are copied to the cache, out of reach of their owner, and mapped."""
@@ -37,6 +37,7 @@ class Model:
     path: Path  # where the user, or the zoo, has it
     sha256: str  # of `data`
     data: ModelBytes = field(repr=False)  # the file
+    kept: Path | None = field(default=None, repr=False)  # the file in our cache that `data` maps; None where in memory
     facts: RuntimeFacts = field(default_factory=RuntimeFacts, repr=False)  # what a trial run showed
 
     @property
@@ -54,6 +55,14 @@ class Model:
         """Positions, what crosses them, and the hash: what a node announces."""
         return self.graph.manifest(self.name, self.sha256, self.size_bytes)
 
+    @property
+    def source(self) -> Path | bytes:
+        """What a runner loads to run the whole model: the very bytes that were hashed."""
+        if isinstance(self.data, bytes):
+            return self.data
+        assert self.kept is not None
+        return self.kept
+
     def __hash__(self) -> int:
         return hash(self.sha256)
 
@@ -65,9 +74,14 @@ def model_name(path: Path) -> str:
 
 
 def read_model(
-    path: Path, *, name: str | None = None, sha256: str | None = None, progress: Progress | None = None
+    path: Path,
+    *,
+    name: str | None = None,
+    sha256: str | None = None,
+    progress: Progress | None = None,
+    trusted: bool = False,
 ) -> Model:
-    """Reads, hashes and validates a model file.
+    """Reads, hashes and validates a model file, and runs it once in a process of its own unless it is `trusted`.
 
     Raises `ModelError` where the file is missing, unreadable, not a model, truncated, inconsistent, larger than a flatbuffer
     can be, or does not have the hash that was asked for.
@@ -85,6 +99,7 @@ def read_model(
         if status.st_size < 16:
             raise ModelError(shown, f"has {status.st_size} bytes, too few for a model")
         data: ModelBytes
+        kept: Path | None = None
         if status.st_size <= KEPT_IN_MEMORY_BYTES:
             data = b"".join(iter(lambda: file.read(PIECE_BYTES), b""))
             digest = hashlib.sha256(data).hexdigest()
@@ -92,18 +107,20 @@ def read_model(
             # look before copying: gigabytes of something else are refused at once
             if file.read(8)[4:] != b"TFL3":
                 raise ModelError(shown, "is not a TensorFlow Lite model (no TFL3 mark)")
-            own = cache_dir("models")
-            data, digest = _mapped(file.fileno(), path, own, status.st_size, progress)
+            data, digest, kept = _mapped(file.fileno(), path, status.st_size, progress)
     if sha256 is not None and digest != sha256.lower():
         raise ModelError(shown, f"has SHA-256 {digest}, not {sha256.lower()} as asked for")
     validated(data, shown)
-    return Model(name or model_name(path), path, digest, data)
+    source = data if isinstance(data, bytes) else kept
+    facts = RuntimeFacts() if trusted or source is None else trial(source, digest, shown)
+    return Model(name or model_name(path), path, digest, data, kept, facts)
 
 
 def _mapped(
-    handle: int, path: Path, own: Path, size_bytes: int, progress: Progress | None
-) -> tuple[mmap.mmap, str]:
+    handle: int, path: Path, size_bytes: int, progress: Progress | None
+) -> tuple[mmap.mmap, str, Path]:
     """The file mapped, from the cache: as it is where it lies there already, else as a copy named by its hash."""
+    own = cache_dir("models").resolve()
     if own in path.resolve().parents:
         mapped = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
         digest = hashlib.sha256()
@@ -112,7 +129,7 @@ def _mapped(
                 digest.update(view[start : start + PIECE_BYTES])
                 if progress is not None:
                     progress(f"checking {path.name}", min(start + PIECE_BYTES, size_bytes), size_bytes)
-        return mapped, digest.hexdigest()
+        return mapped, digest.hexdigest(), path
 
     def pieces() -> Iterator[bytes]:
         offset = 0
@@ -127,4 +144,4 @@ def _mapped(
     with contextlib.suppress(OSError):
         os.chmod(kept, 0o400)
     with open(kept, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), digest_hex
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), digest_hex, kept

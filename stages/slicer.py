@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,7 @@ def write_parts(model: Model, cuts: list[int], folder: Path) -> tuple[Path, list
     bounds = [0, *cuts, model.graph.depth]
     roles = ["device", "edge", "cloud"] if len(bounds) == 4 else [f"part{k}" for k in range(1, len(bounds))]
     parts = []
-    for role, begin, end in zip(roles, bounds, bounds[1:], strict=False):
+    for role, (begin, end) in zip(roles, pairwise(bounds), strict=False):
         if begin == end:
             continue
         part = slice_model(model, begin + 1, end)

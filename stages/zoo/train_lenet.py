@@ -69,7 +69,8 @@ class LeNet:
 
     def forward(self, x: Array) -> tuple[Array, dict[str, Any]]:
         """Logits of pictures (n, 28, 28, 1), and what the gradients need."""
-        w, kept = self.weights, {}
+        w = self.weights
+        kept: dict[str, Any] = {}
         for conv, pad in (("conv_1", 2), ("conv_2", 0)):
             padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
             cols = columns(padded, 5)
@@ -96,7 +97,7 @@ class LeNet:
             found[f"{dense}/kernel"], found[f"{dense}/bias"] = flat.T @ grad, grad.sum(0)
             grad = grad @ w[f"{dense}/kernel"].T
         grad = grad.reshape(kept["pooled"])
-        for conv, channels, pad in (("conv_2", 6, 0), ("conv_1", 1, 2)):
+        for conv, channels in (("conv_2", 6), ("conv_1", 1)):
             cols, y, mask, shape = kept[conv]
             grad = (grad[:, :, None, :, None] * mask).reshape(y.shape) * (y > 0)
             found[f"{conv}/kernel"] = np.einsum("nhwk,nhwf->kf", cols, grad, optimize=True)

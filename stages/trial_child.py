@@ -1,0 +1,63 @@
+"""The child of `stages.trial`: loads a model, runs it once on zeros, prints what it found, one JSON object a line.
+
+The last line counts. A line with `doing` says what was under way, should the process die there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+from typing import Any
+
+MEMORY_FLOOR_BYTES = 3 << 30
+MEMORY_FACTOR = 8
+
+
+def main() -> None:
+    """Examines the file named on the command line."""
+    path = sys.argv[1]
+    limit = MEMORY_FLOOR_BYTES + MEMORY_FACTOR * os.path.getsize(path)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    from stages.litert import examine
+
+    def say(**words: Any) -> None:
+        sys.stdout.write(json.dumps(words) + "\n")
+        sys.stdout.flush()
+
+    with contextlib.suppress(BrokenPipeError):
+        say(doing="loading it")
+        report = examine(path, lambda doing: say(doing=doing))
+        if report["missing_kernels"]:
+            # the runtime names only the first; a model of nothing but the operator tells about each of the others
+            report["missing_kernels"] = sorted({*report["missing_kernels"], *_missing_custom(path)})
+        say(**report)
+
+
+def _missing_custom(path: str) -> list[str]:
+    from ai_edge_litert import schema_py_generated as schema
+
+    from stages.litert import missing_kernel
+    from stages.operators import kind_of
+    from stages.zoo.graph_builder import GraphBuilder
+
+    with open(path, "rb") as file:
+        model = schema.ModelT.InitFromPackedBuf(file.read(), 0)
+    missing = []
+    for kind in {kind_of(code) for code in model.operatorCodes}:
+        if kind.startswith("CUSTOM:"):
+            graph = GraphBuilder("one operator")
+            ends = [graph.input("input", (1,)), graph.tensor("output", (1,))]
+            graph.operator("CUSTOM", ends[:1], ends[1:], custom_code=kind.removeprefix("CUSTOM:"))
+            graph.output(ends[1])
+            found = missing_kernel(graph.to_bytes())
+            if found:
+                missing.append(found)
+    return missing
+
+
+if __name__ == "__main__":
+    main()
