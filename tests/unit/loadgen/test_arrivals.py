@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bus.errors import ConfigError, UnknownNameError
-from loadgen import arrivals, quantities, schedule
+from loadgen import arrivals, schedule
 from loadgen.source import PAPER_MIX, PAPER_MODELS, Mix, draw, parse_models
 from loadgen.streams import Streams
 
@@ -186,26 +186,3 @@ def test_time_scale_and_order() -> None:
         schedule.Schedule(entries=one.entries[::-1])
     with pytest.raises(ConfigError, match="two tasks"):
         schedule.Schedule(entries=(one.entries[0], one.entries[0]))
-
-
-@pytest.mark.parametrize(
-    ("parse", "text", "value"),
-    [
-        (quantities.seconds, "2s", 2.0),
-        (quantities.seconds, "250ms", 0.25),
-        (quantities.seconds, "5min", 300.0),
-        (quantities.seconds, 3, 3.0),
-        (quantities.bits_per_second, "100Mbps", 100_000_000),
-        (quantities.bits_per_second, "1.5 Gbit/s", 1_500_000_000),
-        (quantities.size_bytes, "600KB", 600_000),
-        (quantities.size_bytes, "4KiB", 4096),
-    ],
-)
-def test_quantities(parse: object, text: str, value: float) -> None:
-    assert parse(text) == value  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("text", ["", "fast", "2 parsecs", "-1s", "1e999s"])
-def test_quantities_that_are_none(text: str) -> None:
-    with pytest.raises(ConfigError, match="span of time"):
-        quantities.seconds(text)
