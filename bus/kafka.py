@@ -1,0 +1,315 @@
+"""`KafkaBus`: the bus port on Apache Kafka, through aiokafka. `docs/bus.md` says what its settings are for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Awaitable, Iterable, Mapping
+from functools import lru_cache
+from typing import Literal
+
+from aiokafka import AIOKafkaConsumer
+from aiokafka import TopicPartition as KafkaPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaError, TopicAlreadyExistsError, TopicAuthorizationFailedError, for_code
+
+from bus.errors import BusError, BusUnavailableError, ConfigError, MessageTooLargeError
+from bus.kafka_connection import KafkaConnection
+from bus.kafka_errors import translated, unknown_topic
+from bus.kafka_readers import KafkaMember, KafkaReader, cut_off
+from bus.kafka_sender import KafkaSender
+from bus.limits import record_bytes
+from bus.port import Headers, Payload, Position, RebalanceCallback, TopicPartition
+from bus.topics import TopicSpec, partition_of
+
+__all__ = ["KafkaBus", "KafkaConnection"]
+
+_REQUEST_S = 5.0  # what a request about topics or offsets may take, retries included
+_RETRY_S = 0.1
+_CLOSE_S = 3.0
+_MAX_COPIES = 3  # of each partition, where there are that many brokers
+
+_partition_of = lru_cache(maxsize=1 << 16)(partition_of)
+
+
+class KafkaBus:
+    """One process's connection to Kafka, or to one Kafka a site. Implements `bus.port.Bus`."""
+
+    name = "kafka"
+
+    def __init__(self, connection: KafkaConnection) -> None:
+        self._connection = connection
+        self._sites: dict[str, _Site] = {}
+        self._counts: dict[str, int] = {}  # partitions of topics; fixed when a topic is made
+        self._readers: list[KafkaReader] = []
+        self._turn = 0
+        self._is_open = False
+        library = logging.getLogger("aiokafka")
+        if library.level < logging.WARNING:  # INFO is chatter, DEBUG prints payloads
+            library.setLevel(logging.WARNING)
+
+    def __repr__(self) -> str:
+        return f"<KafkaBus {self._connection.client_id} at {self._connection.bootstrap_servers}>"
+
+    async def __aenter__(self) -> KafkaBus:
+        await self._connection.check()
+        self._is_open = True
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._is_open = False
+        for reader in list(self._readers):
+            await reader.close()
+        for site in self._sites.values():
+            await site.close()
+        self._sites.clear()
+
+    # --- topics ------------------------------------------------------------------------------------------------------
+
+    async def create_topics(self, specs: Iterable[TopicSpec]) -> None:
+        wanted: dict[str, list[TopicSpec]] = defaultdict(list)
+        for spec in specs:
+            wanted[self._connection.servers_of(spec.name)].append(spec)
+        for servers, there in wanted.items():
+            await (await self._site(servers)).create_topics(there)
+
+    async def partitions(self, topic: str) -> int:
+        count = self._counts.get(topic)
+        if count is None:
+            site = await self._site(self._connection.servers_of(topic))
+            count = self._counts[topic] = await site.partitions(topic)
+        return count
+
+    async def end_offsets(self, topic: str) -> dict[int, int]:
+        count = await self.partitions(topic)
+        site = await self._site(self._connection.servers_of(topic))
+        return await site.end_offsets(topic, count)
+
+    # --- posting -----------------------------------------------------------------------------------------------------
+
+    async def post(
+        self,
+        topic: str,
+        value: Payload | None,
+        *,
+        key: str | None = None,
+        partition: int | None = None,
+        headers: Headers = (),
+    ) -> Awaitable[Position]:
+        count = self._counts.get(topic) or await self.partitions(topic)
+        if partition is None:
+            if key is not None:
+                partition = _partition_of(key, count)
+            else:
+                partition = self._turn = (self._turn + 1) % count
+        elif not 0 <= partition < count:
+            raise BusError(f"{topic} has {count} partitions, there is no {partition}")
+        key_bytes = None if key is None else key.encode()
+        size_bytes = record_bytes(len(value or b""), len(key_bytes or b""), headers)
+        if size_bytes > self._connection.max_record_bytes:
+            raise MessageTooLargeError(topic, size_bytes, self._connection.max_record_bytes)
+        site = await self._site(self._connection.servers_of(topic))
+        data = value if value is None or type(value) is bytes else bytes(value)
+        return await site.sender.post(topic, partition, key_bytes, data, headers, size_bytes)
+
+    async def send(
+        self,
+        topic: str,
+        value: Payload | None,
+        *,
+        key: str | None = None,
+        partition: int | None = None,
+        headers: Headers = (),
+    ) -> Position:
+        return await (await self.post(topic, value, key=key, partition=partition, headers=headers))
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    async def reader(
+        self, partitions: Iterable[TopicPartition], *, start: Literal["start", "end"] | Mapping[TopicPartition, int]
+    ) -> KafkaReader:
+        wanted = list(partitions)
+        for topic, number in wanted:
+            count = await self.partitions(topic)  # assign() on a topic that is not there reads nothing, for ever
+            if not 0 <= number < count:
+                raise BusError(f"{topic} has {count} partitions, there is no {number}")
+        servers = self._one_site(topic for topic, _ in wanted)
+        if isinstance(start, str):
+            reader = KafkaReader(self._connection, servers, start, dict.fromkeys(wanted, -1))
+        else:
+            positions = {partition: start.get(partition, -1) for partition in wanted}
+            reader = KafkaReader(self._connection, servers, "start", positions)
+        await reader.open()
+        self._keep(reader)
+        return reader
+
+    async def join(
+        self,
+        topics: Iterable[str],
+        *,
+        group: str,
+        on_assigned: RebalanceCallback | None = None,
+        on_revoked: RebalanceCallback | None = None,
+    ) -> KafkaMember:
+        names = tuple(topics)
+        for topic in names:
+            await self.partitions(topic)
+        member = KafkaMember(self._connection, self._one_site(names), group, names, on_assigned, on_revoked)
+        await member.open()
+        self._keep(member)
+        return member
+
+    async def abandon(self) -> None:
+        """Go without a word, as a killed process does: what was not acknowledged is lost, groups find out by timeout."""
+        self._is_open = False
+        for reader in self._readers:
+            await reader.abandon()
+        for site in self._sites.values():
+            await site.close()
+        self._sites.clear()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    async def _site(self, servers: str) -> _Site:
+        if not self._is_open:
+            raise BusError("the bus is not open: use it as `async with KafkaBus(...) as bus`")
+        site = self._sites.get(servers)
+        if site is None:
+            if servers != self._connection.bootstrap_servers:
+                await self._connection.check(servers)
+            site = self._sites.setdefault(servers, _Site(self._connection, servers))
+        return site
+
+    def _one_site(self, topics: Iterable[str]) -> str:
+        servers = sorted({self._connection.servers_of(topic) for topic in topics})
+        if len(servers) != 1:
+            raise ConfigError(f"one reader cannot read from several sites: {', '.join(servers) or 'none named'}")
+        return servers[0]
+
+    def _keep(self, reader: KafkaReader) -> None:
+        self._readers = [known for known in self._readers if not known.is_closed]
+        self._readers.append(reader)
+
+
+class _Site:
+    """One cluster: its producer, and what is asked about its topics."""
+
+    def __init__(self, connection: KafkaConnection, servers: str) -> None:
+        self._connection = connection
+        self._servers = servers
+        self.sender = KafkaSender(connection, servers)
+        self._admin: AIOKafkaAdminClient | None = None
+        self._asker: AIOKafkaConsumer | None = None  # knows offsets
+        self._starting = asyncio.Lock()
+
+    async def create_topics(self, specs: list[TopicSpec]) -> None:
+        admin = await self._started_admin()
+        deadline = asyncio.get_running_loop().time() + _REQUEST_S
+        while True:
+            try:
+                brokers = len((await admin.describe_cluster())["brokers"])
+                copies = self._connection.replication or min(brokers, _MAX_COPIES)
+                response = await admin.create_topics(
+                    [NewTopic(spec.name, spec.partitions, copies, topic_configs=_configs(spec)) for spec in specs]
+                )
+            except (KafkaError, TimeoutError) as error:  # it asks a random node, which may be the dead one
+                await self._retry(deadline, error, "its topics")
+                continue
+            for name, code, *message in response.topic_errors:
+                kind = for_code(code)
+                if code != 0 and kind is not TopicAlreadyExistsError:
+                    raise BusError(f"topic {name} cannot be created: {message[0] if message else kind.__name__}")
+            break
+        missing = [spec.name for spec in specs]
+        while missing:  # created is not yet known everywhere
+            known = await self._topics()
+            missing = [name for name in missing if name not in known]
+            if missing:
+                await self._retry(deadline, None, ", ".join(missing))
+
+    async def partitions(self, topic: str) -> int:
+        """Asks for all topics: asking for one would create it where brokers create topics on sight."""
+        count = (await self._topics()).get(topic)
+        if count is None:
+            raise unknown_topic(topic)
+        if isinstance(count, BusError):
+            raise count
+        return count
+
+    async def end_offsets(self, topic: str, count: int) -> dict[int, int]:
+        asker = await self._started_asker()
+        try:
+            async with asyncio.timeout(_REQUEST_S):
+                ends = await asker.end_offsets([KafkaPartition(topic, number) for number in range(count)])
+        except (KafkaError, TimeoutError) as error:
+            raise translated(error, topic) from error
+        return {partition.partition: offset for partition, offset in sorted(ends.items())}
+
+    async def close(self) -> None:
+        await self.sender.close()
+        if self._admin is not None:
+            await asyncio.wait([asyncio.ensure_future(self._admin.close())], timeout=_CLOSE_S)
+        if self._asker is not None:
+            await cut_off(self._asker)  # it is in no group: nobody waits for a goodbye
+
+    async def _topics(self) -> dict[str, int | BusError]:
+        """The partitions of every topic that has a leader everywhere, or why we may not know."""
+        admin = await self._started_admin()
+        deadline = asyncio.get_running_loop().time() + _REQUEST_S
+        while True:
+            try:
+                described = await admin.describe_topics()
+            except (KafkaError, TimeoutError) as error:
+                await self._retry(deadline, error, "its topics")
+                continue
+            known: dict[str, int | BusError] = {}
+            for topic in described:
+                error_type = for_code(topic["error_code"])
+                if error_type is TopicAuthorizationFailedError:
+                    known[topic["topic"]] = translated(error_type(), topic["topic"])
+                elif topic["error_code"] == 0 and topic["partitions"]:
+                    known[topic["topic"]] = len(topic["partitions"])
+            return known
+
+    async def _retry(self, deadline: float, error: BaseException | None, what: str) -> None:
+        if asyncio.get_running_loop().time() > deadline:
+            raise BusUnavailableError(f"{self._servers} does not tell about {what} within {_REQUEST_S:g} s") from error
+        await asyncio.sleep(_RETRY_S)
+
+    async def _started_admin(self) -> AIOKafkaAdminClient:
+        async with self._starting:
+            if self._admin is None:
+                admin = AIOKafkaAdminClient(**self._connection.client_settings(self._servers))
+                try:
+                    async with asyncio.timeout(_REQUEST_S):
+                        await admin.start()
+                except (KafkaError, TimeoutError) as error:
+                    await admin.close()
+                    raise translated(error, self._servers) from error
+                self._admin = admin
+            return self._admin
+
+    async def _started_asker(self) -> AIOKafkaConsumer:
+        async with self._starting:
+            if self._asker is None:
+                asker = AIOKafkaConsumer(**self._connection.client_settings(self._servers), enable_auto_commit=False)
+                try:
+                    async with asyncio.timeout(_REQUEST_S):
+                        await asker.start()
+                except (KafkaError, TimeoutError) as error:
+                    await cut_off(asker)
+                    raise translated(error, self._servers) from error
+                self._asker = asker
+            return self._asker
+
+
+def _configs(spec: TopicSpec) -> dict[str, str]:
+    if spec.compacted:
+        return {"cleanup.policy": "compact"}
+    retention_ms = spec.retention_s * 1000 if spec.retention_s >= 0 else -1
+    return {
+        "cleanup.policy": "delete",
+        "retention.ms": str(retention_ms),
+        "retention.bytes": str(spec.retention_bytes),
+    }

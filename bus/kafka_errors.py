@@ -1,0 +1,36 @@
+"""aiokafka's errors in our words; nowhere else are they looked at."""
+
+from __future__ import annotations
+
+from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
+    GroupAuthorizationFailedError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
+)
+
+from bus.errors import BusError, BusUnavailableError, MessageTooLargeError, UnknownTopicError
+
+_FORBIDDEN = (TopicAuthorizationFailedError, GroupAuthorizationFailedError, ClusterAuthorizationFailedError)
+
+
+def translated(error: BaseException, topic: str, *, size_bytes: int = 0, limit_bytes: int = 0) -> BusError:
+    """The `BusError` that says what an error of aiokafka means for a caller who dealt with `topic`."""
+    if isinstance(error, BusError):
+        return error
+    if isinstance(error, MessageSizeTooLargeError):
+        return MessageTooLargeError(topic, size_bytes, limit_bytes)
+    if isinstance(error, UnknownTopicOrPartitionError):
+        return unknown_topic(topic)
+    if isinstance(error, _FORBIDDEN):
+        return BusError(f"not allowed on {topic}: {error!r}", remedy="`deepar acls` prints what each role needs")
+    if isinstance(error, KafkaError) and not error.retriable:
+        return BusError(f"{topic}: {error!r}")
+    return BusUnavailableError(f"the broker of {topic} does not answer: {error!r}")
+
+
+def unknown_topic(topic: str) -> UnknownTopicError:
+    """There is no such topic."""
+    return UnknownTopicError(f"there is no topic {topic}", remedy="create_topics() makes the topics of the table")

@@ -1,0 +1,405 @@
+"""Reading from one Kafka cluster: readers with positions of their own, and members of groups."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
+from aiokafka import TopicPartition as KafkaPartition
+from aiokafka.errors import (
+    CommitFailedError,
+    ConsumerStoppedError,
+    IllegalStateError,
+    KafkaError,
+)
+
+from bus.errors import BusError, BusUnavailableError
+from bus.kafka_connection import KafkaConnection
+from bus.kafka_errors import translated
+from bus.port import RebalanceCallback, Record, TopicPartition
+
+COMMIT_TIMEOUT_S = 3.0
+"""aiokafka's commit may hang while the coordinator is away; it is tried this long, three times."""
+
+FETCH_BYTES = 4 << 20
+"""What a fetch brings of one partition at most; bounds what a reader holds beside what it has returned."""
+
+SESSION_TIMEOUT_S = 6.0
+"""How long a group waits for a member that was killed."""
+
+_COMMIT_TRIES = 3
+_CLOSE_S = 3.0
+_WATCH_S = 2.0  # how often a reader that gets nothing asks whether there is something
+_REBALANCE_TIMEOUT_S = 10.0
+_GRACE_S = 0.25  # what a fetch may take beyond its timeout, during a rebalance
+
+
+class KafkaReader:
+    """A reader of some partitions of one cluster, in no group."""
+
+    def __init__(
+        self, connection: KafkaConnection, servers: str, start: str | None, positions: dict[TopicPartition, int]
+    ) -> None:
+        """`start` is "start" or "end" for partitions whose position is -1."""
+        self._connection = connection
+        self._servers = servers
+        self._start = start
+        self._positions = positions
+        self._consumer: AIOKafkaConsumer | None = None
+        self._closed = False
+        self._watch_at = 0.0
+        self._behind: dict[TopicPartition, int] = {}  # positions that were behind the end at the last look
+        self.restarts = 0  # consumers that were stuck and replaced
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} at {self._servers}, {self._positions}>"
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it has ended."""
+        return self._closed
+
+    async def open(self) -> None:
+        """Connect, and know every position. Raises `BusError`."""
+        consumer = AIOKafkaConsumer(**self._settings())
+        try:
+            await self._begin(consumer)
+        except (KafkaError, TimeoutError) as error:
+            await cut_off(consumer)
+            raise translated(error, self._what()) from error
+        except BaseException:
+            await cut_off(consumer)
+            raise
+        self._consumer = consumer
+        self._watch_at = asyncio.get_running_loop().time() + _WATCH_S
+
+    async def fetch(self, *, max_records: int = 500, timeout_s: float = 1.0) -> list[Record]:
+        if self._closed:
+            raise BusError("the reader is closed")
+        try:
+            fetched = await self._getmany(max_records, timeout_s)
+        except ConsumerStoppedError:
+            return []
+        except KafkaError as error:
+            if self._closed:
+                return []
+            raise translated(error, self._what()) from error
+        records: list[Record] = []
+        for partition, batch in fetched.items():
+            self._positions[partition.topic, partition.partition] = batch[-1].offset + 1
+            records += [
+                Record(
+                    record.topic,
+                    record.partition,
+                    record.offset,
+                    record.timestamp,
+                    None if record.key is None else record.key.decode("utf-8", "replace"),
+                    record.value,
+                    record.headers,
+                )
+                for record in batch
+            ]
+        if not records and not self._closed:
+            await self._refresh()
+            if asyncio.get_running_loop().time() >= self._watch_at:
+                await self._look()
+        return records
+
+    def position(self, partition: TopicPartition) -> int:
+        try:
+            return self._positions[partition]
+        except KeyError:
+            raise BusError(f"{partition[0]}[{partition[1]}] is not read here") from None
+
+    async def seek(self, partition: TopicPartition, offset: int) -> None:
+        self.position(partition)
+        self._open_consumer().seek(KafkaPartition(*partition), offset)
+        self._positions[partition] = offset
+
+    async def lag(self) -> int:
+        await self._refresh()
+        ends = await self._ends()
+        return sum(max(end - self._positions.get(partition, end), 0) for partition, end in ends.items())
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            await _finish(consumer)
+
+    async def abandon(self) -> None:
+        """Go without a word, as a killed process does; a group finds out when the session runs out."""
+        self._closed = True
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            await cut_off(consumer)
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        return self._connection.client_settings(self._servers) | {
+            "enable_auto_commit": False,
+            "auto_offset_reset": "earliest",
+            "max_partition_fetch_bytes": FETCH_BYTES,
+        }
+
+    async def _begin(self, consumer: AIOKafkaConsumer) -> None:
+        await consumer.start()
+        partitions = {KafkaPartition(*partition): partition for partition in self._positions}
+        consumer.assign(list(partitions))
+        unknown = []
+        for partition, ours in partitions.items():
+            if self._positions[ours] < 0:
+                unknown.append(partition)
+            else:
+                consumer.seek(partition, self._positions[ours])
+        if unknown:
+            seek = consumer.seek_to_end if self._start == "end" else consumer.seek_to_beginning
+            async with asyncio.timeout(_CLOSE_S):
+                await seek(*unknown)
+                for partition in unknown:
+                    self._positions[partitions[partition]] = await consumer.position(partition)
+
+    async def _getmany(self, max_records: int, timeout_s: float) -> Mapping[KafkaPartition, list[Any]]:
+        fetched: Mapping[KafkaPartition, list[Any]] = await self._open_consumer().getmany(
+            timeout_ms=int(timeout_s * 1000), max_records=max_records
+        )
+        return fetched
+
+    async def _refresh(self) -> None:
+        """Positions may move without records: over transaction markers, and where compaction took the last ones."""
+        consumer = self._open_consumer()
+        for partition in self._positions:
+            # Only a known position answers at once; one that is being looked up stays as it is.
+            state = consumer._subscription.subscription.assignment.state_value(KafkaPartition(*partition))
+            if state is not None and state.has_valid_position:
+                self._positions[partition] = state.position
+
+    async def _ends(self) -> dict[TopicPartition, int]:
+        consumer = self._open_consumer()
+        wanted = [KafkaPartition(*partition) for partition in self._positions]
+        if not wanted:
+            return {}
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                ends = await consumer.end_offsets(wanted)
+        except (KafkaError, TimeoutError) as error:
+            raise translated(error, self._what()) from error
+        return {(partition.topic, partition.partition): offset for partition, offset in ends.items()}
+
+    async def _look(self) -> None:
+        """Nothing comes. If there is something, and was at the last look too, the consumer is stuck: take a new one.
+
+        Seen after broker restarts: connected, no error, no records, for ever.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            ends = await self._ends()
+        except BusError:
+            ends = {}  # the broker is away: that is no stall
+        behind = {
+            partition: self._positions[partition]
+            for partition, end in ends.items()
+            if self._positions.get(partition, end) < end
+        }
+        stuck = any(self._behind.get(partition) == position for partition, position in behind.items())
+        self._behind = behind
+        self._watch_at = loop.time() + _WATCH_S
+        if stuck and not self._closed:
+            self._behind = {}
+            self.restarts += 1
+            consumer, self._consumer = self._consumer, None
+            if consumer is not None:
+                await _finish(consumer)
+            await self.open()
+
+    def _what(self) -> str:
+        return ", ".join(sorted({topic for topic, _ in self._positions})) or "Kafka"
+
+    def _open_consumer(self) -> AIOKafkaConsumer:
+        if self._consumer is None:
+            raise BusError("the reader is closed")
+        return self._consumer
+
+
+class KafkaMember(KafkaReader):
+    """A reader whose partitions its group decides."""
+
+    def __init__(
+        self,
+        connection: KafkaConnection,
+        servers: str,
+        group: str,
+        topics: tuple[str, ...],
+        on_assigned: RebalanceCallback | None,
+        on_revoked: RebalanceCallback | None,
+    ) -> None:
+        super().__init__(connection, servers, "start", {})
+        self._group = group
+        self._topics = topics
+        self._on_assigned = on_assigned
+        self._on_revoked = on_revoked
+        self._held: frozenset[TopicPartition] = frozenset()
+        self._reading = asyncio.Event()  # between assigned and revoked
+        self._error: Exception | None = None  # what a callback raised
+
+    def assignment(self) -> frozenset[TopicPartition]:
+        return self._held
+
+    async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
+        ours = {KafkaPartition(*partition): offset for partition, offset in offsets.items() if partition in self._held}
+        if not ours:
+            return
+        cause: BaseException | None = None
+        for _ in range(_COMMIT_TRIES):
+            consumer = self._consumer
+            if consumer is None:
+                return
+            try:
+                async with asyncio.timeout(COMMIT_TIMEOUT_S):
+                    await consumer.commit(ours)
+                return
+            except (CommitFailedError, IllegalStateError):
+                return  # the group has gone on without us: what we did will be done again
+            except TimeoutError as error:
+                cause = error
+            except KafkaError as error:
+                if not error.retriable:
+                    raise translated(error, self._what()) from error
+                cause = error
+        raise BusUnavailableError(
+            f"the offsets of group {self._group} could not be committed within {COMMIT_TIMEOUT_S * _COMMIT_TRIES:g} s"
+        ) from cause
+
+    async def close(self) -> None:
+        self._reading.set()  # a fetch that waits for the assignment ends; closing is settled before it runs
+        await super().close()
+        self._held = frozenset()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {
+            "group_id": self._group,
+            "session_timeout_ms": int(SESSION_TIMEOUT_S * 1000),
+            "heartbeat_interval_ms": 500,  # a member learns of a rebalance by heartbeat
+            "rebalance_timeout_ms": int(_REBALANCE_TIMEOUT_S * 1000),
+            "max_poll_interval_ms": 24 * 3600 * 1000,  # a stage that waits for permits is not dead
+        }
+
+    async def _begin(self, consumer: AIOKafkaConsumer) -> None:
+        await consumer.start()
+        consumer.subscribe(list(self._topics), listener=_Listener(self, consumer))
+
+    async def _getmany(self, max_records: int, timeout_s: float) -> Mapping[KafkaPartition, list[Any]]:
+        self._raise_error()
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        fetched: Mapping[KafkaPartition, list[Any]] = {}
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s + _GRACE_S):  # getmany() outwaits its timeout during a rebalance
+                if not self._reading.is_set():
+                    await self._reading.wait()
+                    timeout_s = max(deadline - asyncio.get_running_loop().time(), 0.0)
+                if self._closed:
+                    return {}
+                fetched = await super()._getmany(max_records, timeout_s)
+        self._raise_error()
+        return fetched
+
+    async def _refresh(self) -> None:
+        if self._reading.is_set():
+            await super()._refresh()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _what(self) -> str:
+        return f"group {self._group} on {', '.join(self._topics)}"
+
+    # --- for the listener --------------------------------------------------------------------------------------------
+
+    async def revoked(self) -> None:
+        """What was held goes to others when this returns."""
+        held = self._held
+        self._reading.clear()
+        if held and not self._closed:
+            await self._tell(self._on_revoked, held)
+        self._held = frozenset()
+        self._positions.clear()
+
+    async def assigned(self, consumer: AIOKafkaConsumer, partitions: list[KafkaPartition]) -> None:
+        """These partitions are ours, and read on from what was committed."""
+        consumer.pause(*partitions)  # nothing is read before the callback has returned
+        self._held = frozenset((partition.topic, partition.partition) for partition in partitions)
+        try:
+            async with asyncio.timeout(_REBALANCE_TIMEOUT_S):
+                for partition in partitions:
+                    self._positions[partition.topic, partition.partition] = await consumer.position(partition)
+        except (TimeoutError, KafkaError):
+            return  # the broker went away again: another rebalance follows
+        await self._tell(self._on_assigned, self._held)
+        if not self._closed:
+            consumer.resume(*partitions)
+            self._reading.set()
+
+    async def _tell(self, callback: RebalanceCallback | None, partitions: frozenset[TopicPartition]) -> None:
+        if callback is None:
+            return
+        try:
+            await callback(partitions)
+        except Exception as error:  # aiokafka would only log it; the next fetch raises it, where the caller is
+            self._error = error
+            self._reading.set()
+
+
+class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
+    def __init__(self, member: KafkaMember, consumer: AIOKafkaConsumer) -> None:
+        self._member = member
+        self._consumer = consumer
+
+    async def on_partitions_revoked(self, revoked: set[KafkaPartition]) -> None:
+        await self._member.revoked()
+
+    async def on_partitions_assigned(self, assigned: set[KafkaPartition]) -> None:
+        await self._member.assigned(self._consumer, sorted(assigned))
+
+
+async def _finish(consumer: AIOKafkaConsumer) -> None:
+    """Leave politely, or, when that takes too long, at once."""
+    stopping = asyncio.ensure_future(consumer.stop())
+    done, _ = await asyncio.wait([stopping], timeout=_CLOSE_S)
+    if not done:
+        stopping.cancel()
+        await asyncio.wait([stopping])
+    if not done or stopping.exception() is not None:
+        await cut_off(consumer)
+
+
+async def cut_off(consumer: AIOKafkaConsumer) -> None:
+    """End a consumer at once, without a word to its group. aiokafka has no call for this."""
+    consumer._closed = True  # it would warn that nobody closed it
+    tasks: list[asyncio.Task[Any] | None] = []
+    coordinator, fetcher = consumer._coordinator, consumer._fetcher
+    if coordinator is not None:
+        names = ("_coordination_task", "_heartbeat_task", "_commit_refresh_task", "_reset_committed_task")
+        tasks += [getattr(coordinator, name, None) for name in names]
+    if fetcher is not None:
+        fetcher._closed = True
+        tasks += [fetcher._fetch_task, *fetcher._pending_tasks]
+        for waiter in list(fetcher._fetch_waiters):
+            fetcher._notify(waiter)
+    running = [task for task in tasks if task is not None and not task.done()]
+    for task in running:
+        task.cancel()
+    with suppress(TimeoutError, KafkaError, OSError):
+        async with asyncio.timeout(1.0):
+            await consumer._client.close()
+    if running:
+        await asyncio.wait(running, timeout=1.0)
