@@ -1,0 +1,157 @@
+"""`deepar tail`: follow a control topic, as a table on a terminal and as JSON Lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from bus import messages, topics
+from bus.errors import ConfigError, ProtocolError
+from bus.messages import NodeHeartbeat, PlannerHeartbeat
+from bus.port import Bus, Record
+from deploy import nodes
+from deploy.commands_services import Bootstrap
+from deploy.decision_lines import lines_of
+from deploy.process import run_on_uvloop
+
+tail_app = typer.Typer(no_args_is_help=True, help="Follow what happens: decisions, tasks, events or nodes.")
+
+Offset = Annotated[
+    str,
+    typer.Option(
+        "--offset", "-o", help="start, end, or a number: where to begin (a negative one: so many before the end)."
+    ),
+]
+Count = Annotated[int | None, typer.Option("--count", "-n", min=1, help="Stop after so many records.")]
+AtEnd = Annotated[bool, typer.Option("--exit", "-e", help="Stop at the end instead of waiting for more.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON Lines, also on a terminal.")]
+Region = Annotated[int | None, typer.Option("--region", min=0, help="Only this region.")]
+Heartbeats = Annotated[bool, typer.Option("--heartbeats", help="Show signs of life too (in the table).")]
+
+
+def _command(topic: str, what: str) -> Callable[..., None]:
+    def tail(
+        offset: Offset = "start",
+        count: Count = None,
+        at_end: AtEnd = False,
+        as_json: AsJson = False,
+        region: Region = None,
+        heartbeats: Heartbeats = False,
+        bootstrap_servers: Bootstrap = None,
+    ) -> None:
+        if sys.stdout.isatty() and not as_json:
+            show: Callable[[Record], None] = Table(topic, heartbeats=heartbeats)
+        else:
+            show = json_line
+        run_on_uvloop(_tail(nodes.kafka_bus(bootstrap_servers), topic, offset, count, at_end, region, show))
+
+    tail.__doc__ = (
+        f"Follow {what}\n\nA table on a terminal; JSON Lines when piped or with --json: the record as it stands."
+    )
+    return tail
+
+
+for _name, _topic, _what in (
+    ("decisions", topics.DECISIONS, "the planner's decisions: who got what, where, and who waits."),
+    ("tasks", topics.TASKS, "the tasks that are submitted."),
+    ("events", topics.EVENTS, "what the stages report: completions, failures, heartbeats."),
+    ("nodes", topics.NODES, "the nodes that announce themselves."),
+):
+    tail_app.command(_name)(_command(_topic, _what))
+
+
+async def _tail(
+    bus: Bus,
+    topic: str,
+    offset: str,
+    count: int | None,
+    at_end: bool,
+    region: int | None,
+    show: Callable[[Record], None],
+) -> None:
+    async with bus:
+        ends = await bus.end_offsets(topic)
+        if region is not None and region not in ends:
+            raise ConfigError(f"there is no region {region}: {topic} has {len(ends)}, counted from 0")
+        wanted = {(topic, p): _begin(offset, end) for p, end in ends.items() if region in (None, p)}
+        reader = await bus.reader(list(wanted), start=wanted)
+        shown = 0
+        try:
+            while True:
+                for record in await reader.fetch(timeout_s=0.5):
+                    show(record)
+                    shown += 1
+                    if shown == count:
+                        return
+                if at_end and await reader.lag() == 0:
+                    return
+        finally:
+            await reader.close()
+
+
+def _begin(offset: str, end: int) -> int:
+    match offset:
+        case "start" | "beginning":
+            return 0
+        case "end":
+            return end
+    try:
+        number = int(offset)
+    except ValueError:
+        raise ConfigError(f"--offset {offset}: it is start, end or a number") from None
+    return number if number >= 0 else max(0, end + number)
+
+
+def json_line(record: Record) -> None:
+    """Print a record as it stands on the topic: one JSON object a line."""
+    try:
+        value: Any = json.loads(record.value) if record.value is not None else None
+    except ValueError:
+        value = (record.value or b"").decode("utf-8", "replace")
+    line = {
+        "topic": record.topic,
+        "partition": record.partition,
+        "offset": record.offset,
+        "timestamp": _iso(record.timestamp_ms),
+        "key": record.key,
+        "value": value,
+    }
+    sys.stdout.write(json.dumps(line, separators=(",", ":")) + "\n")
+    sys.stdout.flush()
+
+
+def _iso(timestamp_ms: int) -> str:
+    from datetime import UTC, datetime
+
+    moment = datetime.fromtimestamp(timestamp_ms / 1000, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Table:
+    """Prints records as lines of a table that grows."""
+
+    def __init__(self, topic: str, *, heartbeats: bool) -> None:
+        self._topic = topic
+        self._heartbeats = heartbeats
+        self._console = Console(highlight=False)
+        self._console.print(f"[bold]{'time':<12} {'offset':>7}  {'who':<16} {'what':<14} details[/]")
+
+    def __call__(self, record: Record) -> None:
+        time_of_day = _iso(record.timestamp_ms)[11:23]
+        where = f"{time_of_day:<12} {record.offset:>7}"
+        try:
+            message = messages.decode(self._topic, record.value)
+        except ProtocolError as error:
+            self._console.print(f"[red]{where}  {'?':<16} {'unreadable':<14} {escape(str(error))}[/]")
+            return
+        if isinstance(message, NodeHeartbeat | PlannerHeartbeat) and not self._heartbeats:
+            return
+        for style, who, what, details in lines_of(message):
+            text = f"{where}  {escape(who):<16} {escape(what):<14} {escape(details)}"
+            self._console.print(f"[{style}]{text}[/]" if style else text, soft_wrap=True)

@@ -1,0 +1,35 @@
+"""Logs go to stderr: for people on a terminal, JSON lines elsewhere. Data goes to stdout and never comes here."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+
+QUIET_LOGGERS = ("aiokafka", "asyncio", "aiohttp", "matplotlib")
+"""Held at WARNING whatever is asked for: aiokafka prints payloads at DEBUG."""
+
+
+def configure_logging(level: str = "info", *, json_lines: bool | None = None) -> None:
+    """Set up structlog for the process; `json_lines` None: JSON unless stderr is a terminal."""
+    as_json = not sys.stderr.isatty() if json_lines is None else json_lines
+    number = getattr(logging, level.upper())
+    processors: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if as_json:
+        processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    else:
+        processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    logging.basicConfig(stream=sys.stderr, level=number, format="%(name)s: %(message)s")
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR if name == "aiokafka" else logging.WARNING)

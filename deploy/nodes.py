@@ -1,0 +1,230 @@
+"""Putting services together: a bus from settings, a runner from models or profiles, a node or a planner around them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import structlog
+from planner.core import PlannerCore
+from planner.profiles import load_profile
+from stages.compute import LitertRunner
+
+from bus import topics
+from bus.errors import ConfigError, UnknownTopicError
+from bus.kafka import KafkaBus
+from bus.kafka_connection import KafkaConnection
+from bus.port import Bus
+from bus.topics import Partitions
+from bus.values import Execution, ModelProfile, Objective, Role
+from deploy.probes import Health, serve_probes
+from deploy.process import until_stopped
+from planner.service import PlannerService, Standing
+from stages.device import Device, ResultSink
+from stages.hop import Hop
+from stages.node import BusySink, Node, NodeSettings
+from stages.runner import ModelledRunner, Runner
+from stages.zoo import load_model
+
+log = structlog.get_logger("deepar")
+Progress = Callable[[str], None]
+
+
+def kafka_bus(bootstrap_servers: str | None = None) -> KafkaBus:
+    """A bus on Kafka as the environment describes it. Raises `ConfigError`."""
+    return KafkaBus(KafkaConnection.from_env(bootstrap_servers=bootstrap_servers))
+
+
+async def create_missing_topics(bus: Bus, edges: Sequence[str] = (), partitions: Partitions | None = None) -> None:
+    """Create every topic that a system with these edges needs and that is not there."""
+    await bus.create_topics(topics.specs(edges, partitions))
+
+
+async def require_region(bus: Bus, region: int) -> None:
+    """Raise `ConfigError` where the control topics are missing or have no partition for the region."""
+    try:
+        regions = await bus.partitions(topics.DECISIONS)
+    except UnknownTopicError:
+        raise ConfigError("the topics are not there", remedy="create them: deepar topics create") from None
+    if region >= regions:
+        raise ConfigError(f"there is no region {region}: the topics have {regions}, counted from 0")
+
+
+def make_runner(
+    role: Role,
+    name: str,
+    *,
+    models: Sequence[str],
+    runner: str = "litert",
+    profile: str | None = None,
+    slowdown: float = 1.0,
+    threads: int = 1,
+    say: Progress | None = None,
+) -> Runner:
+    """A runner that computes (`litert`) or plays (`modelled`) the models.
+
+    `profile` names measured times to play or to pace by; without one this machine is measured (and remembered). `slowdown`
+    stretches them. Raises `UnknownNameError`, `ModelError`, `ConfigError`.
+    """
+    if runner == "modelled" and profile is not None:
+        platform = load_profile(profile)
+        known = {played.model: played for played in getattr(platform, role.value).values()}
+        missing = [model for model in models if model not in known]
+        if missing:
+            raise ConfigError(f"profile {profile} has no {', '.join(missing)}; it has {', '.join(sorted(known))}")
+        return ModelledRunner([scaled(known[model], slowdown, f"{role} {name}") for model in models])
+    loaded = [load_model(model) for model in models]
+    measured = LitertRunner(loaded, slowdown=slowdown, num_threads=threads, platform=f"{role} {name}", say=say)
+    if runner == "modelled":
+        return ModelledRunner(measured.profiles())
+    return measured
+
+
+def scaled(profile: ModelProfile, slowdown: float, platform: str) -> ModelProfile:
+    """The same model on a machine `slowdown` times slower."""
+    return profile.model_copy(
+        update={"platform": platform, "layer_s": tuple(seconds * slowdown for seconds in profile.layer_s)}
+    )
+
+
+def make_work(node: Node, on_result: ResultSink | None = None) -> Device | Hop:
+    """What a node of this role does."""
+    return Device(node, on_result) if node.settings.role is Role.DEVICE else Hop(node)
+
+
+async def run_stage(
+    bus: Bus,
+    settings: NodeSettings,
+    make: Callable[[], Runner],
+    *,
+    http_port: int | None = None,
+    http_host: str = "127.0.0.1",
+    on_result: ResultSink | None = None,
+    on_busy: BusySink | None = None,
+) -> None:
+    """One stage as a process: ready its models, serve, drain when asked to stop, leave."""
+    async with bus:
+        await require_region(bus, settings.region)
+        if settings.role is Role.EDGE:
+            await create_missing_topics(bus, [settings.name])
+        runner = await asyncio.to_thread(make)
+        node = Node(bus, settings, runner, on_busy=on_busy)
+        work = make_work(node, on_result)
+        labels = {"role": settings.role.value, "node": settings.name, "region": str(settings.region)}
+
+        def look() -> Health:
+            status = node.status
+            detail = {
+                "caught_up": status.caught_up,
+                "warm": status.warm,
+                "receiving": status.receiving,
+                "joined": status.joined,
+            }
+            counters = dict(status.counters)
+            if isinstance(work, Hop):
+                sent = {"link1_bytes": work.results.sent_bytes, "link2_bytes": work.link2.sent_bytes}
+                counters |= {name: float(value) for name, value in sent.items()}
+            else:
+                counters["link1_bytes"] = float(work.link1.sent_bytes)
+            tasks = len(work.flows) if isinstance(work, Hop) else len(work.tasks)
+            return Health(status.ready, detail, {"tasks": float(tasks)}, counters)
+
+        async with serve_probes(look, port=http_port, host=http_host, labels=labels):
+            try:
+                asked = await until_stopped(
+                    node.run(work), drain=work.drain, node=settings.name, role=settings.role.value
+                )
+                if asked:
+                    async with asyncio.timeout(3.0):
+                        await node.leave()
+            finally:
+                await runner.close()
+
+
+def make_planner(
+    bus: Bus,
+    *,
+    name: str = "planner",
+    region: int = 0,
+    policy: str = "deepar",
+    objective: Objective = Objective.PIPELINED,
+    execution: Execution = Execution.STREAMING,
+    max_waiting: int = 10_000,
+    lease_s: float = 5.0,
+    take_over: bool = False,
+    snapshot_every: int = 500,
+) -> PlannerService:
+    """A planner's service. Raises `UnknownNameError` for a policy that does not exist."""
+
+    def make_core() -> PlannerCore:
+        return PlannerCore(region, policy=policy, objective=objective, execution=execution, max_waiting=max_waiting)
+
+    return PlannerService(
+        bus,
+        make_core,
+        name=name,
+        region=region,
+        lease_s=lease_s,
+        take_over=take_over,
+        snapshot_every=snapshot_every,
+    )
+
+
+async def run_planner(
+    bus: Bus, service: PlannerService, *, http_port: int | None = None, http_host: str = "127.0.0.1"
+) -> None:
+    """A planner as a process."""
+    async with bus:
+        await require_region(bus, service.region)
+
+        def look() -> Health:
+            core = service.core
+            detail = {"standing": service.standing.value}
+            gauges = {"leading": float(service.standing is Standing.LEADING), "tasks": float(core.live_tasks)}
+            return Health(
+                service.standing is not Standing.READING, detail, gauges, {"decisions": float(service.decisions)}
+            )
+
+        labels = {"role": "planner", "node": service.name, "region": str(service.region)}
+        async with serve_probes(look, port=http_port, host=http_host, labels=labels):
+            await until_stopped(service.run(), planner=service.name, region=service.region)
+
+
+@contextlib.asynccontextmanager
+async def embedded(bus: Bus, services: Sequence[Callable[[], object]]) -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group that is cancelled when the block ends: planner and stages inside one process."""
+    group = asyncio.TaskGroup()
+    stop = _Stop()
+    try:
+        async with group:
+            yield group
+            raise stop
+    except* _Stop:
+        pass
+
+
+class _Stop(Exception):
+    """Ends the embedded services."""
+
+
+def result_file(path: Path) -> ResultSink:
+    """Appends one JSON line a result: task, sample, and the index of the largest output."""
+    import json
+
+    import numpy as np
+
+    from bus.frames import Array
+    from bus.messages import TaskSubmitted
+
+    handle = path.open("a", encoding="utf-8")
+
+    def keep(task: TaskSubmitted, sample: int, outputs: list[Array]) -> None:
+        line = {"task_id": task.task_id, "model": task.model, "sample": sample}
+        if outputs and outputs[0].size:
+            line["top"] = int(np.argmax(outputs[0]))
+        handle.write(json.dumps(line) + "\n")
+        handle.flush()
+
+    return keep

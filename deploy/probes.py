@@ -1,0 +1,98 @@
+"""`/livez`, `/readyz` and `/metrics` of every service, on a small HTTP server of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+LAG_PROBE_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a service tells of itself."""
+
+    ready: bool
+    detail: dict[str, Any]
+    gauges: dict[str, float]
+    counters: dict[str, float]
+
+
+class _Collector:
+    """Reads the service's numbers when they are asked for."""
+
+    def __init__(self, look: Callable[[], Health], labels: dict[str, str], lag: Callable[[], float]) -> None:
+        self._look = look
+        self._labels = labels
+        self._lag = lag
+
+    def collect(self) -> Iterable[Metric]:
+        """One metric a number, labelled with who it is (never with a task)."""
+        health = self._look()
+        names, values = list(self._labels), list(self._labels.values())
+        gauges = {"ready": float(health.ready), "loop_lag_seconds": self._lag(), **health.gauges}
+        for name, value in sorted(gauges.items()):
+            gauge = GaugeMetricFamily(f"deepar_{name}", name.replace("_", " "), labels=names)
+            gauge.add_metric(values, value)
+            yield gauge
+        for name, value in sorted(health.counters.items()):
+            counter = CounterMetricFamily(f"deepar_{name}", name.replace("_", " "), labels=names)
+            counter.add_metric(values, value)
+            yield counter
+
+
+def loop_name() -> str:
+    """`uvloop`, or what else runs."""
+    return type(asyncio.get_running_loop()).__module__.split(".", 1)[0]
+
+
+@contextlib.asynccontextmanager
+async def serve_probes(
+    look: Callable[[], Health], *, port: int | None, labels: dict[str, str], host: str = "127.0.0.1"
+) -> AsyncIterator[None]:
+    """Answer probes while the block runs; `port` None: no server. Raises OSError where the port is taken."""
+    if port is None:
+        yield
+        return
+    lag_s = 0.0
+
+    async def watch_lag() -> None:
+        nonlocal lag_s
+        clock = asyncio.get_running_loop().time
+        while True:
+            due_s = clock() + LAG_PROBE_S
+            await asyncio.sleep(LAG_PROBE_S)
+            lag_s = max(0.0, clock() - due_s)
+
+    registry = CollectorRegistry()
+    registry.register(_Collector(look, labels, lambda: lag_s))  # type: ignore[arg-type]
+
+    async def livez(request: web.Request) -> web.Response:
+        return web.json_response({"live": True, "loop": loop_name()})
+
+    async def readyz(request: web.Request) -> web.Response:
+        health = look()
+        body = {"ready": health.ready, "loop": loop_name(), **labels, **health.detail}
+        return web.json_response(body, status=200 if health.ready else 503)
+
+    async def metrics(request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(registry), content_type="text/plain")
+
+    app = web.Application()
+    app.add_routes([web.get("/livez", livez), web.get("/readyz", readyz), web.get("/metrics", metrics)])
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    watching = asyncio.create_task(watch_lag())
+    try:
+        await web.TCPSite(runner, host, port).start()
+        yield
+    finally:
+        watching.cancel()
+        await runner.cleanup()

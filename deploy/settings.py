@@ -1,0 +1,154 @@
+"""The configuration file of `deepar up`: one TOML file that says what runs.
+
+execution = "streaming"              # or "sequential", the paper's way
+objective = "pipelined"              # or "sequential", the paper's (7)
+models = ["lenet", "alexnet"]        # names of the zoo, or .tflite files
+
+[bus]
+kind = "memory"                      # or "kafka"
+
+[planner]
+policy = "deepar"
+
+[[edge]]
+name = "e1"
+slots = 2
+link1 = "200Mbps"
+link2 = "40Mbps"
+slowdown = 3.0
+
+[[device]]
+name = "d1"
+slowdown = 10.0
+
+[[cloud]]
+name = "c1"
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from bus.errors import ConfigError
+from bus.units import parse_duration, parse_rate
+from bus.values import Execution, NodeName, Objective
+
+
+def _or_value_error(parse: Any) -> Any:
+    def checked(value: Any) -> Any:
+        try:
+            return parse(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+    return checked
+
+
+Rate = Annotated[int, BeforeValidator(_or_value_error(parse_rate)), Field(ge=0)]
+Duration = Annotated[float, BeforeValidator(_or_value_error(parse_duration)), Field(gt=0)]
+
+
+class _Strict(BaseModel):
+    """A misspelt key is an error, not a silent default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NodeOptions(_Strict):
+    """What every node may be given."""
+
+    name: NodeName
+    slowdown: Annotated[float, Field(ge=1.0)] = 1.0  # plays a machine so many times slower than this one
+    models: tuple[str, ...] | None = None  # None: the file's
+    profile: str | None = None  # a profile to play instead of computing: a name or a file
+    runner: Literal["litert", "modelled"] = "litert"  # compute, or sleep the profile's time
+    threads: Annotated[int, Field(ge=1)] = 1  # threads of the runtime for one inference
+
+
+class DeviceOptions(NodeOptions):
+    """A device."""
+
+    link: Rate = 0  # its own limit on link 1, 0: none
+    edges: tuple[NodeName, ...] | None = None  # E_i, the edges it can reach; None: all
+
+
+class EdgeOptions(NodeOptions):
+    """An edge."""
+
+    slots: Annotated[int, Field(ge=1)] = 2  # r_e, tasks computing at once
+    link1: Rate = 1_000_000_000  # B_e^1, to its devices
+    link2: Rate = 100_000_000  # B_e^2, to the cloud
+
+
+class CloudOptions(NodeOptions):
+    """A cloud stage."""
+
+
+class BusOptions(_Strict):
+    """Which bus: inside this process, or Kafka (`KAFKA_*` variables say how to get in)."""
+
+    kind: Literal["memory", "kafka"] = "memory"
+    bootstrap_servers: str | None = None  # host:port; None: KAFKA_BOOTSTRAP_SERVERS, else localhost:9092
+    regions: Annotated[int, Field(ge=1)] = 1  # partitions of the control topics
+
+
+class PlannerOptions(_Strict):
+    """The planner."""
+
+    policy: str = "deepar"
+    lease: Duration = 5.0
+    max_waiting: Annotated[int, Field(ge=1)] = 10_000
+
+
+class UpSettings(_Strict):
+    """The whole file."""
+
+    region: Annotated[int, Field(ge=0)] = 0
+    lease: Duration = 10.0  # of the nodes
+    objective: Objective = Objective.PIPELINED
+    execution: Execution = Execution.STREAMING
+    models: Annotated[tuple[str, ...], Field(min_length=1)] = ("lenet",)
+    bus: BusOptions = BusOptions()
+    planner: PlannerOptions | None = PlannerOptions()
+    device: tuple[DeviceOptions, ...] = ()
+    edge: tuple[EdgeOptions, ...] = ()
+    cloud: tuple[CloudOptions, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [node.name for node in (*self.device, *self.edge, *self.cloud)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)}: a name may stand for one node only")
+        if self.bus.kind == "memory":
+            known = {edge.name for edge in self.edge}
+            for device in self.device:
+                for edge in device.edges or ():
+                    if edge not in known:
+                        raise ValueError(f"device {device.name} names the edge {edge}, there is none of that name")
+        if (self.objective is Objective.PIPELINED) != (self.execution is Execution.STREAMING):
+            raise ValueError("objective pipelined goes with execution streaming, sequential with sequential")
+        return self
+
+
+def load_settings(path: Path) -> UpSettings:
+    """Read and check a file. Raises `ConfigError` naming the file and the key."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    try:
+        return UpSettings.model_validate(table)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part + 1 if isinstance(part, int) else part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "there is no such key"
+        raise ConfigError(f"{path}: {key + ': ' if key else ''}{message}") from None
