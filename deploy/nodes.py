@@ -8,9 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import structlog
-from planner.core import PlannerCore
 from planner.profiles import load_profile
-from stages.compute import LitertRunner
 
 from bus import topics
 from bus.errors import ConfigError, UnknownTopicError
@@ -21,7 +19,9 @@ from bus.topics import Partitions
 from bus.values import Execution, ModelProfile, Objective, Role
 from deploy.probes import Health, serve_probes
 from deploy.process import until_stopped
+from planner.core import PlannerCore
 from planner.service import PlannerService, Standing
+from stages.compute import LitertRunner
 from stages.device import Device, ResultSink
 from stages.hop import Hop
 from stages.node import BusySink, Node, NodeSettings
@@ -193,7 +193,7 @@ async def run_planner(
 
 
 @contextlib.asynccontextmanager
-async def embedded(bus: Bus, services: Sequence[Callable[[], object]]) -> AsyncIterator[asyncio.TaskGroup]:
+async def embedded() -> AsyncIterator[asyncio.TaskGroup]:
     """A task group that is cancelled when the block ends: planner and stages inside one process."""
     group = asyncio.TaskGroup()
     stop = _Stop()

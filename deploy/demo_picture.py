@@ -1,0 +1,73 @@
+"""The picture of a run: who worked on what, when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploy.demo import Run
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; black left out.
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+PARTS = {
+    "device_s": "computes",
+    "link1_s": "link 1",
+    "edge_s": "computes",
+    "link2_s": "link 2",
+    "cloud_s": "computes",
+    "result_s": "results back",
+}
+
+
+def draw_run(run: Run, path: Path) -> None:
+    """One row for every node and what it does, one colour a task; PNG or SVG by the path's ending."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = sorted(
+        {(stretch.node, stretch.part) for stretch in run.stretches if stretch.part != "result_s"},
+        key=lambda row: ("dec".index(row[0][0]), row[0], list(PARTS).index(row[1])),
+    )
+    tasks = [outcome.task_id for outcome in run.outcomes]
+    figure, axes = pyplot.subplots(figsize=(11, 0.9 + 0.38 * len(rows)), layout="constrained")
+    for height, row in enumerate(reversed(rows)):
+        for index, task_id in enumerate(tasks):
+            spans = [
+                (stretch.begin_s, max(stretch.end_s - stretch.begin_s, 0.004))
+                for stretch in run.stretches
+                if (stretch.node, stretch.part) == row and stretch.task_id == task_id
+            ]
+            if not spans:
+                continue
+            colour = COLOURS[index % len(COLOURS)]
+            hatch = "//" if index >= len(COLOURS) else None
+            axes.broken_barh(
+                spans,
+                (height - 0.4, 0.8),
+                facecolors=colour,
+                hatch=hatch,
+                edgecolor="white" if hatch else "none",
+                linewidth=0,
+            )
+    axes.set_yticks(range(len(rows)), [f"{node} {PARTS[part]}" for node, part in reversed(rows)])
+    axes.set_xlabel("time since the first arrival (s)")
+    axes.set_title(f"Who worked on what: {len(tasks)} tasks under {run.policy}")
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [
+        pyplot.Rectangle(
+            (0, 0),
+            1,
+            1,
+            facecolor=COLOURS[i % len(COLOURS)],
+            hatch="//" if i >= len(COLOURS) else None,
+            edgecolor="white",
+        )
+        for i in range(len(tasks))
+    ]
+    axes.legend(handles, tasks, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
