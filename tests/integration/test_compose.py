@@ -1,0 +1,163 @@
+"""The compose file, run for real: images built, services healthy, records kept over kills, a quick and clean end."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+from deploy.broker import free_port
+from deploy.broker_handshake import ask
+from tests import compose_engine
+from tests.compose_engine import COMPOSE_FILE, Engine, NoEngineError
+
+DOWN_LIMIT_S = 15.0
+
+
+@pytest.fixture(scope="module")
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """A Docker engine with Compose; skips where there is none, fails where DEEPAR_TEST_DOCKER=required."""
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+
+    def say(line: str) -> None:
+        if reporter is not None:
+            reporter.write_line(f"docker: {line}")
+
+    try:
+        started = compose_engine.start(say)
+    except NoEngineError as error:
+        if compose_engine.required():
+            pytest.fail(f"DEEPAR_TEST_DOCKER=required, but: {error}", pytrace=False)
+        pytest.skip(f"{error} (DEEPAR_TEST_DOCKER=required installs what is missing)")
+    yield started
+    started.stop()
+
+
+class Deployment:
+    """The compose file as a project of its own, with a broker port of its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.port = free_port()
+        self.env = {
+            "COMPOSE_PROJECT_NAME": f"deepar-test-{os.getpid()}",
+            "DEEPAR_KAFKA_PORT": str(self.port),
+            **compose_engine.base_images(engine),
+        }
+
+    @property
+    def bootstrap(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def __call__(self, *words: str, limit_s: float = 600, check: bool = True) -> str:
+        """Output of `docker compose WORDS`."""
+        return self.engine.compose(*words, env=self.env, limit_s=limit_s, check=check)
+
+    def container(self, service: str) -> dict[str, Any]:
+        """What `docker inspect` says of a service's container."""
+        name = self("ps", "--all", "--quiet", service).split()[-1]
+        found: list[dict[str, Any]] = json.loads(self.engine.docker("inspect", name))
+        return found[0]
+
+    def down(self) -> float:
+        """Ends and removes everything; the seconds that took."""
+        started = time.monotonic()
+        self("down", "--volumes", "--remove-orphans", limit_s=120)
+        return time.monotonic() - started
+
+
+@pytest.fixture
+def deployment(engine: Engine) -> Iterator[Deployment]:
+    """A deployment that is not up yet, and is gone after the test."""
+    one = Deployment(engine)
+    yield one
+    one.down()
+
+
+def _services(engine: Engine) -> dict[str, dict[str, Any]]:
+    said = engine.compose("config", "--format", "json")
+    services: dict[str, dict[str, Any]] = json.loads(said[said.index("{") :])["services"]
+    return services
+
+
+def test_every_service_is_confined(engine: Engine) -> None:
+    """Read-only, without capabilities or new privileges, bounded in memory and processes, ended gently."""
+    for name, service in _services(engine).items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert int(service["mem_limit"]) <= 1 << 30, name
+        assert 0 < service["pids_limit"] <= 512, name
+        assert not service.get("privileged"), name
+        for port in service.get("ports", []):
+            assert port["host_ip"] == "127.0.0.1", f"{name}: a port without a password is open to others"
+
+
+def test_every_service_waits_for_what_it_needs(engine: Engine) -> None:
+    """Long-running services have a health check; nothing starts before what it depends on is healthy or done."""
+    services = _services(engine)
+    assert set(services) == {"broker", "topics", "planner", "cloud", "e1", "e2", "d1", "d2", "d3"}
+    for name, service in services.items():
+        assert ("healthcheck" in service) is (name != "topics"), name
+        for needed, how in service.get("depends_on", {}).items():
+            done = "service_completed_successfully" if needed == "topics" else "service_healthy"
+            assert how["condition"] == done, f"{name} on {needed}"
+
+
+async def test_the_broker_serves_both_sides_and_keeps_its_records(deployment: Deployment) -> None:
+    deployment("up", "--build", "--wait", "broker", limit_s=900)
+    reply = ask(deployment.bootstrap)
+    assert (reply.advertised, reply.is_kraft) == (deployment.bootstrap, True)
+    container = deployment.container("broker")
+    assert container["Config"]["User"] == "10001:10001"
+
+    admin = AIOKafkaAdminClient(bootstrap_servers=deployment.bootstrap)
+    await admin.start()
+    await admin.create_topics([NewTopic("kept", num_partitions=1, replication_factor=1)])
+    await admin.close()
+    assert await _append(deployment.bootstrap) == 0
+
+    # From inside, clients are sent to the inner listener.
+    inner = _metadata_over("29092", deployment)
+    assert inner == "broker:29092"
+
+    deployment("kill", "--signal", "SIGKILL", "broker")
+    deployment("up", "--wait", "broker", limit_s=120)
+    assert await _append(deployment.bootstrap) == 1
+    assert deployment.down() < DOWN_LIMIT_S
+
+
+async def _append(bootstrap: str) -> int:
+    """Appends one record; its offset, which counts the records that were there."""
+    producer = AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all")
+    await producer.start()
+    try:
+        return int((await producer.send_and_wait("kept", b"x")).offset)
+    finally:
+        await producer.stop()
+
+
+def _metadata_over(port: str, deployment: Deployment) -> str:
+    """The address that the broker advertises on one of its listeners, asked from within its container."""
+    script = (
+        f"exec 3<>/dev/tcp/127.0.0.1/{port}; "
+        r"printf '\0\0\0\24\0\3\0\1\0\0\0\3\0\6deepar\0\0\0\0' >&3; timeout 3 head -c 32 <&3 | od -An -v -tx1 -w99"
+    )
+    reply = bytes.fromhex(deployment("exec", "-T", "broker", "bash", "-c", script))
+    at = 4 + 4 + 4 + 4  # length, correlation, count of brokers, node id
+    size = int.from_bytes(reply[at : at + 2], "big")
+    host = reply[at + 2 : at + 2 + size]
+    return f"{host.decode()}:{int.from_bytes(reply[at + 2 + size : at + 6 + size], 'big')}"
+
+
+def test_the_compose_file_names_the_settings_that_the_launcher_uses() -> None:
+    """One settings file: the image copies it, the launcher reads it."""
+    assert "COPY server.properties" in (Path(COMPOSE_FILE).parent / "kafka" / "Dockerfile").read_text()
+    assert "./server.properties" not in COMPOSE_FILE.read_text()
