@@ -44,6 +44,12 @@ class Blob:
         return cls(view.nbytes, lambda: (view,))
 
 
+def forget_pages(data: ModelBytes) -> None:
+    """Lets go of the memory of a mapped file; it is read again where it is touched again."""
+    if isinstance(data, mmap.mmap) and hasattr(data, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED)
+
+
 def tflite_chunks(model: ModelT, blobs: Mapping[int, Blob]) -> Iterable[Chunk]:
     """The bytes of the `.tflite` file of `model`, whose buffer k holds `blobs[k]` where given, in order.
 
@@ -64,7 +70,7 @@ def tflite_chunks(model: ModelT, blobs: Mapping[int, Blob]) -> Iterable[Chunk]:
     for index, blob in sorted(filled.items()):
         table = packed.Buffers(index)._tab
         reference = table.Pos + table.Offset(4)
-        start = -(-(position + 4) // WEIGHT_ALIGNMENT_BYTES) * WEIGHT_ALIGNMENT_BYTES
+        start = _aligned(position)
         struct.pack_into("<I", head, reference, start - 4 - reference)
         tail.append((bytes(start - 4 - position) + struct.pack("<I", blob.size_bytes), blob))
         position = start + blob.size_bytes
@@ -80,6 +86,20 @@ def tflite_chunks(model: ModelT, blobs: Mapping[int, Blob]) -> Iterable[Chunk]:
             yield piece
         if written != blob.size_bytes:
             raise ValueError(f"a weight said {blob.size_bytes:,} bytes and had {written:,}")
+
+
+def tflite_size(head_bytes: int, blobs: Mapping[int, Blob]) -> int:
+    """The size of the file whose first chunk has `head_bytes`."""
+    position = head_bytes
+    for _, blob in sorted(blobs.items()):
+        if blob.size_bytes:
+            position = _aligned(position) + blob.size_bytes
+    return position
+
+
+def _aligned(position: int) -> int:
+    """Where the next weight's data start: after its length of four bytes, on an alignment boundary."""
+    return -(-(position + 4) // WEIGHT_ALIGNMENT_BYTES) * WEIGHT_ALIGNMENT_BYTES
 
 
 def tflite_bytes(model: ModelT, blobs: Mapping[int, Blob]) -> bytes:

@@ -144,11 +144,15 @@ class Graph:
         """The operator that makes the tensor, None for inputs and constants."""
         return self._makers.get(tensor)
 
+    def outputs_of(self, operator: int) -> list[int]:
+        """The tensors that an operator makes."""
+        return indices(self.operators[operator].outputs)
+
     # --- layers --------------------------------------------------------------------------------------------------
 
     def _carried(self) -> frozenset[int]:
         """Operators that are no layers (see the head of this file)."""
-        written = self._written_resources()
+        written = self.written_resources
         fixed = {at for at in range(len(self.tensors)) if self.is_constant(at)}
         carried: set[int] = set()
         for at, operator in enumerate(self.operators):
@@ -312,7 +316,8 @@ class Graph:
                 writes |= deeper_writes
         return found, writes
 
-    def _written_resources(self) -> set[str]:
+    @cached_property
+    def written_resources(self) -> frozenset[str]:
         """State that the main subgraph changes after its initialisation, directly or in control flow."""
         written: set[str] = set()
         for at, operator in enumerate(self.operators):
@@ -322,7 +327,7 @@ class Graph:
             elif kind != "CALL_ONCE" and any(self._inner_resources(i)[1] for _, i in subgraphs_of(operator, kind)):
                 # handles may be passed into the subgraph, so everything the operator touches counts as written
                 written |= self.resources_of(at)
-        return written
+        return frozenset(written)
 
     @staticmethod
     def _handle_name(operator: Any, kind: str) -> str:
@@ -334,7 +339,7 @@ class Graph:
     def _stateful_spans(self) -> Iterable[tuple[str, int, int]]:
         """(name, first layer, last layer) for state that the layers between must keep in one slice."""
         spans: dict[str, list[int]] = {}
-        written = self._written_resources()
+        written = self.written_resources
         for position, at in enumerate(self.layer_operators, start=1):
             for name in self.resources_of(at) & written:
                 spans.setdefault(name, []).append(position)

@@ -18,7 +18,7 @@ from bus.errors import ModelError
 from bus.values import ModelManifest
 from stages.cache import Progress, cache_dir, write_whole
 from stages.facts import RuntimeFacts
-from stages.flatfile import ModelBytes
+from stages.flatfile import ModelBytes, forget_pages
 from stages.graph import Graph
 from stages.trial import trial
 from stages.validation import validated
@@ -129,6 +129,7 @@ def _mapped(
                 digest.update(view[start : start + PIECE_BYTES])
                 if progress is not None:
                     progress(f"checking {path.name}", min(start + PIECE_BYTES, size_bytes), size_bytes)
+        forget_pages(mapped)  # hashing touched every page
         return mapped, digest.hexdigest(), path
 
     def pieces() -> Iterator[bytes]:

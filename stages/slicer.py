@@ -21,7 +21,7 @@ from ai_edge_litert import schema_py_generated as schema
 from bus.errors import CutError, UnknownNameError
 from bus.values import ModelManifest, TensorSpec
 from stages.cache import write_whole
-from stages.flatfile import Blob, Chunk, tflite_chunks
+from stages.flatfile import Blob, Chunk, tflite_chunks, tflite_size
 from stages.graph import Graph, indices
 from stages.model import Model
 from stages.operators import CONTROL_FLOW, SHAPE_READERS, kind_of, subgraphs_of, text
@@ -44,6 +44,7 @@ class SlicedPart:
     reads: tuple[str, ...]  # names of the file's inputs, in its order
     makes: tuple[str, ...]  # names of the file's outputs, in its order
     size_bytes: int  # of its weights, near enough the file's
+    renew: bool  # whether forgetting its state takes a new interpreter
     _model: Any
     _blobs: Mapping[int, Blob]
 
@@ -52,6 +53,10 @@ class SlicedPart:
         """Names of what passes over the part untouched."""
         made = set(self.makes)
         return tuple(spec.name for spec in self.outputs if spec.name not in made)
+
+    def file_bytes(self, head_bytes: int) -> int:
+        """The exact size of the file, whose structure in front has `head_bytes`."""
+        return tflite_size(head_bytes, self._blobs)
 
     def chunks(self) -> Iterable[Chunk]:
         """The file's bytes, in order; the weights come straight from the source's mapping."""
@@ -154,6 +159,7 @@ class _Cutting:
             reads=tuple(graph.names[tensor] for tensor in inputs),
             makes=tuple(graph.names[tensor] for tensor in outputs),
             size_bytes=sum(blob.size_bytes for blob in self._blobs.values()),
+            renew=any(graph.resources_of(at) & graph.written_resources for at in operators),
             _model=self._target,
             _blobs=self._blobs,
         )

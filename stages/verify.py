@@ -122,16 +122,10 @@ def verify(
 
     Raises `ModelError` where the whole cannot run (an operator without a kernel, say), `CutError` where a pair cannot be cut.
     """
-    bench = _Bench(model, num_threads, delegate)
-    if model.facts.missing_kernels:
-        raise ModelError(
-            str(model.path),
-            f"cannot run as a whole: there is no kernel for {', '.join(sorted(model.facts.missing_kernels))}",
-            remedy="its slices are valid for a runtime that has the operator",
-        )
-    whole = SegmentRunner(model.source, num_threads, delegate=delegate, title=str(model.path))
-    wanted = [bench.whole(whole, sample) for sample in samples]
-    del whole
+    limit = runnable_depth(model)
+    pairs = [pair for pair in pairs if pair[1] <= limit]
+    bench = _Bench(model, num_threads, delegate, limit)
+    wanted = bench.whole(samples)
     worst: Pair | None = None
     largest, differing = 0.0, []
     for done, pair in enumerate(pairs):
@@ -155,7 +149,39 @@ def verify(
         worst=worst,
         uncuttable=tuple(sorted(model.graph.blocked.items())),
         differing=tuple(dict.fromkeys(differing)),
+        explanation=_explained(model, limit, bool(differing), delegate),
     )
+
+
+def runnable_depth(model: Model) -> int:
+    """The last position up to which this runtime can run the model: l, unless an operator has no kernel.
+
+    Raises `ModelError` where not even one layer can be run.
+    """
+    graph = model.graph
+    missing = model.facts.missing_kernels
+    first = next((p for p, layer in enumerate(graph.layers, 1) if layer.kind.removeprefix("CUSTOM:") in missing), None)
+    limit = graph.depth if first is None else next(p for p in range(first - 1, -1, -1) if p not in graph.blocked)
+    if limit == 0:
+        raise ModelError(
+            str(model.path),
+            f"cannot be run: there is no kernel for {', '.join(sorted(missing))}",
+            remedy="its slices are valid for a runtime that has the operator",
+        )
+    return limit
+
+
+def _explained(model: Model, limit: int, differs: bool, delegate: bool) -> str | None:
+    words = []
+    if limit < model.graph.depth:
+        missing = ", ".join(sorted(model.facts.missing_kernels))
+        words.append(f"layers behind {limit} were not run: this runtime has no kernel for {missing}")
+    if differs and delegate:
+        words.append(
+            "the delegate chooses kernels for stretches of the model that a cut divides, and sums in another order; "
+            "without it (--no-delegate) the parts are compared on the same kernels"
+        )
+    return "; ".join(words) or None
 
 
 def identical(left: Array, right: Array) -> bool:
@@ -179,28 +205,34 @@ def difference(left: Array, right: Array) -> float:
 class _Bench:
     """Loaded parts, and what they said to which input."""
 
-    def __init__(self, model: Model, num_threads: int, delegate: bool) -> None:
+    def __init__(self, model: Model, num_threads: int, delegate: bool, limit: int) -> None:
         self._model, self._num_threads, self._delegate = model, num_threads, delegate
+        self._limit = limit
         self._stateful = model.graph.stateful
         self._outcomes: dict[tuple[int, int, int], tuple[list[bytes], list[Array]]] = {}
 
-    def whole(self, runner: SegmentRunner, sample: Sequence[Array]) -> list[Array]:
-        """The whole model's outputs in the manifest's order."""
-        specs = self._model.manifest.cuts[0].tensors
-        by_name = {spec.name: value for spec, value in zip(specs, sample, strict=True)}
-        runner.reset()
-        outputs = runner.run([by_name[name] for name in self._whole_inputs()])
-        order = self._model.graph.whole_outputs
-        unique = dict(zip(order, outputs, strict=True))
-        return [unique[tensor] for tensor in self._model.graph.outputs]
-
-    def _whole_inputs(self) -> list[str]:
+    def whole(self, samples: Sequence[Sequence[Array]]) -> list[list[Array]]:
+        """The model's outputs in one piece, in the manifest's order: from the file as it is, where all of it can be run."""
         graph = self._model.graph
-        return [graph.names[tensor] for tensor in graph.whole_inputs]
+        if self._limit < graph.depth:
+            part = slice_model(self._model, 1, self._limit)
+            runner = self._runner(part)
+            return [run_part(part, runner, sample) for sample in samples]
+        runner = SegmentRunner(
+            self._model.source, self._num_threads, delegate=self._delegate, title=str(self._model.path), renew=self._stateful
+        )
+        found = []
+        for sample in samples:
+            given = dict(zip(graph.inputs, sample, strict=True))
+            if self._stateful:
+                runner.reset()
+            made = dict(zip(graph.whole_outputs, runner.run([given[t] for t in graph.whole_inputs]), strict=True))
+            found.append([made[tensor] for tensor in graph.outputs])
+        return found
 
     def chained(self, pair: Pair, number: int, sample: Sequence[Array]) -> list[Array]:
         """The outputs of the parts between the cuts, one after the other."""
-        bounds = sorted({0, *pair, self._model.graph.depth})
+        bounds = sorted({0, *pair, self._limit})
         values = list(sample)
         for begin, end in pairwise(bounds):
             values = self._outcome(begin + 1, end, number, values)
