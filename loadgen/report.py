@@ -196,7 +196,6 @@ def _cumulative(done: Sequence[Outcome]) -> Figure:
 
 
 def _parts(done: Sequence[Outcome]) -> Figure:
-    fig, axes = plots.figure(8.5, 3.8)
     rows: list[tuple[str, list[float]]] = []
     for kind in sorted({outcome.kind for outcome in done}):
         mine = [outcome for outcome in done if outcome.kind == kind]
@@ -204,7 +203,8 @@ def _parts(done: Sequence[Outcome]) -> Figure:
             found = [parts for parts in (getattr(outcome, name) for outcome in mine) if parts is not None]
             if found:
                 means = [sum(getattr(parts, part) for parts in found) / len(found) for part in PARTS]
-                rows.append((f"{kind}\n{name}", means))
+                rows.append((f"{kind}, {name}", means))
+    fig, axes = plots.figure(8.5, 0.9 + 0.27 * len(rows))
     lefts = [0.0] * len(rows)
     for index, part in enumerate(PARTS):
         widths = [means[index] for _, means in rows]

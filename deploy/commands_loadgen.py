@@ -1,0 +1,342 @@
+"""`deepar loadgen replay | bench`: submit tasks to a running system, and measure this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from bus.errors import ConfigError, DeeparError
+from bus.port import Bus
+from bus.units import format_seconds, parse_duration, parse_rate
+from bus.values import Role
+from deploy.nodes import kafka_bus, require_region
+from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSED, EXIT_USAGE, run_on_uvloop
+from loadgen import arrivals, metrics, report, schedule
+from loadgen.metrics import Threshold
+from loadgen.outcome import Recorder
+from loadgen.replay import ReplayResult, await_planner, find_nodes, utc_now
+from loadgen.replay import replay as play
+from loadgen.scenario import parse_size
+from loadgen.source import PAPER_MIX, Mix, Range, parse_models
+
+PLANNER_TIMEOUT_S = 10.0
+"""A planner in charge speaks at least once a second or so; silence for this long means there is none."""
+
+app = typer.Typer(no_args_is_help=True, help="Submit tasks to a running system, and measure this machine.")
+
+
+class Distribution(StrEnum):
+    """How requests of a given mean rate are spread."""
+
+    CONSTANT = "constant"
+    POISSON = "poisson"
+
+
+@contextlib.contextmanager
+def errors_reported(console: Console) -> Iterator[None]:
+    """Our errors become one line, a remedy and an exit code: 2 for wrong input, 1 for the rest, 105 for
+    Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("interrupted", style="yellow")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except DeeparError as error:
+        console.print(f"error: {error}", style="bold red", markup=False)
+        if error.remedy:
+            console.print(f"  {error.remedy}", markup=False)
+        raise typer.Exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED) from None
+
+
+@app.command()
+def replay(
+    tasks: Annotated[int, typer.Option(min=1, help="How many tasks, warm-up not counted.")] = 20,
+    within: Annotated[
+        str, typer.Option(help="The paper's arrivals: all tasks at uniformly drawn instants within this time.")
+    ] = "10s",
+    request_rate: Annotated[float | None, typer.Option(help="Tasks per second, in the place of --within.")] = None,
+    request_distribution: Annotated[
+        Distribution, typer.Option(help="How tasks of --request-rate are spread.")
+    ] = Distribution.POISSON,
+    request_intervals: Annotated[
+        Path | None, typer.Option(help="A file with the gaps between tasks in seconds: one a line, or a JSON list.")
+    ] = None,
+    burst_size: Annotated[
+        int | None, typer.Option(min=1, help="Tasks that arrive at once, every --burst-every.")
+    ] = None,
+    burst_every: Annotated[str, typer.Option(help="Time from burst to burst.")] = "10s",
+    scenario: Annotated[
+        arrivals.Scenario | None,
+        typer.Option(help="An MLPerf scenario; Server takes its rate from --request-rate.", case_sensitive=False),
+    ] = None,
+    schedule_file: Annotated[
+        Path | None, typer.Option("--schedule", help='JSON Lines: {"at_s": 1.5, "model": "lenet", ...} a task.')
+    ] = None,
+    models: Annotated[
+        str, typer.Option(help="A mix: lenet, or lenet=3,alexnet=1, or paper (the paper's four and its parameters).")
+    ] = "lenet",
+    samples: Annotated[str | None, typer.Option(help="Samples a task: 10, or drawn from 1..1000.")] = None,
+    max_link1: Annotated[
+        str | None, typer.Option(help="A task's cap on link 1: 100Mbps, or drawn from 20Mbps..300Mbps.")
+    ] = None,
+    max_link2: Annotated[str | None, typer.Option(help="A task's cap on link 2.")] = None,
+    input_size: Annotated[str | None, typer.Option(help="Bytes of one input: 600KB, or drawn from 10KB..1MB.")] = None,
+    deadline: Annotated[str | None, typer.Option(help="A task that is not done by then is EXPIRED.")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="Devices to submit for, a,b,c; else all that announced themselves.")
+    ] = None,
+    random_seed: Annotated[
+        int, typer.Option("--random-seed", "--seed", min=0, help="Of everything that is drawn.")
+    ] = 0,
+    warmup: Annotated[int, typer.Option(min=0, help="Tasks that run first and are left out of the summary.")] = 0,
+    time_scale: Annotated[float, typer.Option(help="Stretches every arrival: 0.1 plays ten times as fast.")] = 1.0,
+    region: Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Whose planner is to decide.")] = 0,
+    bootstrap_servers: Annotated[
+        str | None, typer.Option(envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port.")
+    ] = None,
+    drain_timeout: Annotated[
+        str, typer.Option(help="Give up when no task has ended for so long after the last arrival.")
+    ] = "120s",
+    out: Annotated[
+        Path | None, typer.Option(envvar="DEEPAR_REPLAY_OUT", help="Folder for the files; by default replay-SEED-TIME.")
+    ] = None,
+    max_mean: Annotated[str | None, typer.Option(help="Exit with 99 when the mean delay is above.")] = None,
+    max_p50: Annotated[str | None, typer.Option(help="Exit with 99 when the median delay is above.")] = None,
+    max_p90: Annotated[str | None, typer.Option(help="Exit with 99 when the 90th percentile is above.")] = None,
+    max_p99: Annotated[str | None, typer.Option(help="Exit with 99 when the 99th percentile is above.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Submit tasks on Kafka, open loop, and report what came of each.
+
+    Delays count from the instant at which a task was due. Files: profile_export.jsonl (a line a task),
+    summary.json, summary.csv, report.html.
+    """
+    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    with errors_reported(log):
+        limits = _thresholds(max_mean=max_mean, max_p50=max_p50, max_p90=max_p90, max_p99=max_p99)
+        paper = models.strip() == "paper"
+        default_samples = PAPER_MIX.samples if paper else (scenario.samples,) * 2 if scenario else (10.0, 10.0)
+        mix = Mix(
+            models=parse_models(models),
+            samples=_range(samples, float) or default_samples,
+            max_link1_bps=_range(max_link1, parse_rate) or (PAPER_MIX.max_link1_bps if paper else None),
+            max_link2_bps=_range(max_link2, parse_rate) or (PAPER_MIX.max_link2_bps if paper else None),
+            input_bytes=_range(input_size, parse_size) or (PAPER_MIX.input_bytes if paper else None),
+            deadline_s=None if deadline is None else parse_duration(deadline),
+            datasets={"lenet": "digits"},
+        )
+        if schedule_file is not None and not schedule_file.exists():
+            raise ConfigError(f"--schedule {schedule_file}: no such file")
+        pattern = _pattern(
+            tasks=tasks, within=within, rate=request_rate, distribution=request_distribution,
+            gaps=request_intervals, burst_size=burst_size, burst_every=burst_every, scenario=scenario,
+        )  # fmt: skip
+        prefix = f"replay-{utc_now():%Y%m%dT%H%M%S}-{random_seed}"
+
+        def make(names: list[str]) -> schedule.Schedule:
+            if schedule_file is not None:
+                plan = schedule.read(schedule_file, names, seed=random_seed, prefix=prefix).with_warmup(warmup)
+            else:
+                plan = schedule.make(
+                    tasks + warmup, pattern, mix, names, seed=random_seed, prefix=prefix, warmup=warmup,
+                    closed=scenario is not None and scenario.closed,
+                )  # fmt: skip
+            return plan.scaled(time_scale)
+
+        wait_s = parse_duration(drain_timeout)
+        folder = out or Path(f"replay-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}")
+        named = None if devices is None else [name.strip() for name in devices.split(",")]
+        bus = kafka_bus(bootstrap_servers)
+        run = ReplayRun(bus, region, named, make, wait_s, log)
+        interrupted = run.play()
+        summary = run.result.summary
+        files = report.write_files(folder, run.result.outcomes, summary, began_at=run.began_at)
+        summary["files"] = [str(path) for path in files]
+        if as_json:
+            print(json.dumps(summary))
+        else:
+            print_summary(Console(highlight=False), summary)
+        missed = [sentence for limit in limits if (sentence := limit.missed(summary))]
+        for sentence in missed:
+            log.print(f"missed: {sentence}", style="bold red", markup=False)
+        if interrupted:
+            raise typer.Exit(EXIT_INTERRUPTED)
+        if missed:
+            raise typer.Exit(EXIT_MISSED)
+        if summary["unfinished"] or not summary["completed"]:
+            log.print(f"{summary['unfinished']} of {summary['submitted']} tasks had no end", style="bold red")
+            raise typer.Exit(EXIT_FAILED)
+
+
+class ReplayRun:
+    """One replay with a live display; keeps what was seen when it is interrupted."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        region: int,
+        devices: list[str] | None,
+        make: Callable[[list[str]], schedule.Schedule],
+        drain_timeout_s: float,
+        console: Console,
+    ) -> None:
+        self.bus, self.region, self.devices, self.make = bus, region, devices, make
+        self.drain_timeout_s, self.console = drain_timeout_s, console
+        self.recorder = Recorder()
+        self.seed = 0
+        self.total = 0
+        self.began_at = utc_now()
+        self._began_s = time.monotonic()
+
+    @property
+    def result(self) -> ReplayResult:
+        """What has been seen so far."""
+        return ReplayResult(
+            outcomes=tuple(self.recorder.outcomes.values()), seed=self.seed, dropped_records=0, unreadable_records=0
+        )
+
+    def play(self) -> bool:
+        """Run to the end; True when Ctrl-C cut it short."""
+        try:
+            run_on_uvloop(self._play())
+        except KeyboardInterrupt:
+            if not self.recorder.outcomes:
+                raise
+            return True
+        return False
+
+    async def _play(self) -> None:
+        async with self.bus:
+            await require_region(self.bus, self.region)
+            await await_planner(self.bus, self.region, timeout_s=PLANNER_TIMEOUT_S)
+            names = self.devices
+            if names is None:
+                names = [node.node for node in await find_nodes(self.bus, self.region, [Role.DEVICE])]
+                if not names:
+                    raise ConfigError(
+                        f"no device has announced itself in region {self.region}",
+                        remedy="start one: deepar stage device",
+                    )
+            plan = self.make(names)
+            self.seed, self.total = plan.seed, len(plan)
+            self.console.print(f"seed {plan.seed}; streams: {plan.streams or 'from the file'}", style="dim")
+            self.began_at, self._began_s = utc_now(), time.monotonic()
+            with Live(console=self.console, get_renderable=self._table, refresh_per_second=4, transient=True):
+                await play(
+                    self.bus,
+                    plan,
+                    region=self.region,
+                    drain_timeout_s=self.drain_timeout_s,
+                    recorder=self.recorder,
+                    wall_clock=utc_now,
+                )
+
+    def _table(self) -> Table:
+        recorder, delays = self.recorder, list(self.recorder.delays_s)
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for name in ("time", "submitted", "running", "ended", "mean", "p50", "p90", "p99"):
+            table.add_column(name, justify="right")
+        found = metrics.distribution(delays)
+        cells = [_short(found[name]) for name in ("mean", "p50", "p90", "p99")]
+        elapsed = f"{time.monotonic() - self._began_s:.0f} s"
+        counts = (f"{recorder.submitted}/{self.total}", str(recorder.running), str(recorder.ended))
+        table.add_row(elapsed, *counts, *cells)
+        return table
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """The summary as people read it."""
+    states = ", ".join(
+        f"{summary[name]} {name}"
+        for name in ("completed", "rejected", "failed", "expired", "unfinished")
+        if summary[name]
+    )
+    console.print(
+        f"{summary['submitted']} tasks submitted: {states}; policy {summary['policy']}; seed {summary['seed']}"
+    )
+    if summary["causes"]:
+        causes = ", ".join(f"{cause}: {count}" for cause, count in summary["causes"].items())
+        console.print(f"causes: {causes}", markup=False)
+    table = Table(title="Delay from the instant that was due")
+    for name in ("", "tasks", "mean", "p50", "p90", "p99", "p99.9"):
+        table.add_column(name, justify="left" if not name else "right")
+    delay = summary["delay_s"]
+    table.add_row("all", str(summary["completed"]), *(_short(delay[k]) for k in ("mean", "p50", "p90", "p99", "p99_9")))
+    for group in ("by_kind", "by_model"):
+        table.add_section()
+        for name, row in summary[group].items():
+            cells = (_short(row[k]) for k in ("mean_delay_s", "p50_s", "p90_s", "p99_s", "p99_9_s"))
+            table.add_row(name, str(row["tasks"]), *cells)
+    console.print(table)
+    for path in summary.get("files", []):
+        console.print(f"  {path}", markup=False)
+
+
+def _short(seconds: float | None) -> str:
+    return "-" if seconds is None else format_seconds(seconds)
+
+
+def _range(text: str | None, parse: Callable[[str], float]) -> Range | None:
+    if text is None:
+        return None
+    low, dots, high = text.partition("..")
+    try:
+        return (parse(low), parse(high if dots else low))
+    except ValueError:
+        raise ConfigError(f"{text!r} is neither a number nor a range LOW..HIGH") from None
+
+
+def _thresholds(**flags: str | None) -> list[Threshold]:
+    return [
+        Threshold(name.replace("_", "-"), name.removeprefix("max_"), parse_duration(text))
+        for name, text in flags.items()
+        if text is not None
+    ]
+
+
+def _pattern(
+    *,
+    tasks: int,
+    within: str,
+    rate: float | None,
+    distribution: Distribution,
+    gaps: Path | None,
+    burst_size: int | None,
+    burst_every: str,
+    scenario: arrivals.Scenario | None,
+) -> arrivals.Arrivals:
+    given = [
+        name
+        for name, on in (
+            ("--request-intervals", gaps is not None),
+            ("--burst-size", burst_size is not None),
+            ("--scenario", scenario is not None),
+        )
+        if on
+    ]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other")
+    if scenario is arrivals.Scenario.SERVER:
+        if rate is None:
+            raise ConfigError("--scenario Server needs --request-rate")
+        return arrivals.poisson(rate)
+    if scenario is not None:
+        return arrivals.at_once()
+    if gaps is not None:
+        return arrivals.intervals(arrivals.read_intervals(gaps))
+    if burst_size is not None:
+        return arrivals.bursts(burst_size, parse_duration(burst_every))
+    if rate is not None:
+        return arrivals.constant(rate) if distribution is Distribution.CONSTANT else arrivals.poisson(rate)
+    return arrivals.uniform(parse_duration(within))

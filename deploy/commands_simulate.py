@@ -1,0 +1,249 @@
+"""`deepar simulate FIGURE | all | sweep | compare`: the paper's experiments, sweeps beyond them, and
+simulation against life.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bus.errors import ConfigError
+from bus.units import format_seconds
+from bus.values import Objective
+from deploy.commands_loadgen import errors_reported
+from deploy.process import EXIT_MISSED
+from loadgen import figures, scenario
+from loadgen.figure_result import POLICIES, FigureOptions, FigureResult
+from loadgen.sweep import Axis, SweepOptions
+from loadgen.sweep import sweep as run_sweep
+from planner.policies import load_policy
+
+app = typer.Typer(no_args_is_help=True, help="The paper's experiments with one command each, and sweeps beyond them.")
+
+Seeds = Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")]
+Policies = Annotated[str, typer.Option(help="Names of policies, a,b,c; your own as module:name.")]
+Out = Annotated[Path, typer.Option(file_okay=False, envvar="DEEPAR_FIGURES", help="Folder for CSV, PNG and SVG.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as there are cores.")]
+Cluster = Annotated[str | None, typer.Option(help="Address of a Dask scheduler, tcp://host:8786 (extra `cluster`).")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Profile = Annotated[str, typer.Option(help="How fast device, edge and cloud are: `paper`, or a file.")]
+ObjectiveFlag = Annotated[
+    Objective, typer.Option(help="`sequential` is the paper's; `pipelined` streams samples through the stages.")
+]
+
+
+FIGURES, SWEEP = Path("figures"), Path("sweep")
+ALL_POLICIES = ",".join(POLICIES)
+
+
+def _figure_command(name: str, doc: str) -> None:
+    def command(
+        seeds: Seeds = 10,
+        policies: Policies = ALL_POLICIES,
+        objective: ObjectiveFlag = Objective.SEQUENTIAL,
+        out: Out = FIGURES,
+        profile: Profile = "paper",
+        jobs: Jobs = None,
+        cluster: Cluster = None,
+        as_json: AsJson = False,
+    ) -> None:
+        make_figures(
+            (name,), seeds=seeds, policies=policies, objective=objective, out=out, profile=profile, jobs=jobs,
+            cluster=cluster, as_json=as_json,
+        )  # fmt: skip
+
+    app.command(name, help=doc)(command)
+
+
+@app.command("fig1a")
+def fig1a(
+    out: Out = FIGURES,
+    profile: Profile = "paper",
+    live: Annotated[bool, typer.Option("--live", help="Measure AlexNet on this machine.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """AlexNet, one sample: on the device, the edge, the cloud, and cut between them."""
+    make_figures(("fig1a",), out=out, profile=profile, live=live, as_json=as_json)
+
+
+@app.command("fig1b")
+def fig1b(out: Out = FIGURES, profile: Profile = "paper", as_json: AsJson = False) -> None:
+    """AlexNet, each layer's delay and output size; measures this machine beside the paper's."""
+    make_figures(("fig1b",), out=out, profile=profile, as_json=as_json)
+
+
+@app.command("fig3")
+def fig3(out: Out = FIGURES, profile: Profile = "paper", as_json: AsJson = False) -> None:
+    """VGG, DeepFace and LeNet, one sample, four ways of running each."""
+    make_figures(("fig3",), out=out, profile=profile, as_json=as_json)
+
+
+_figure_command("fig4a", "Many tasks: 10 edges, 20-80 devices, arrivals within 300 s.")
+_figure_command("fig4b", "Many tasks: 10 edges, 20-80 devices, arrivals within 50 s.")
+_figure_command("fig4c", "Many tasks: 40 edges, 20-80 devices, arrivals within 50 s.")
+_figure_command("all", "Every figure of the paper.")
+
+
+def make_figures(
+    names: tuple[str, ...],
+    *,
+    out: Path,
+    as_json: bool,
+    seeds: int = 10,
+    policies: str = ALL_POLICIES,
+    objective: Objective = Objective.SEQUENTIAL,
+    profile: str = "paper",
+    jobs: int | None = None,
+    cluster: str | None = None,
+    live: bool = False,
+) -> None:
+    """Make figures, print their claims, exit with 99 where one is missed."""
+    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    everything = names == ("all",)
+    results: list[FigureResult] = []
+    with errors_reported(log), _progress(log) as tell:
+        options = FigureOptions(
+            out=out,
+            seeds=seeds,
+            policies=_policies(policies),
+            objective=objective,
+            profile=profile,
+            jobs=jobs or os.cpu_count() or 1,
+            cluster=cluster,
+            live=live,
+            progress=tell,
+        )
+        results += [figures.make(name, options) for name in (figures.FIGURES if everything else names)]
+    if as_json:
+        found = [result.as_object() for result in results]
+        print(json.dumps({"figures": found} if everything else found[0]))
+    else:
+        console = Console(highlight=False)
+        for result in results:
+            _print_claims(console, result)
+    if not all(result.passed for result in results):
+        raise typer.Exit(EXIT_MISSED)
+
+
+@app.command()
+def sweep(
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="devices=20:200:20 (both ends), edges=10,40, reachable=1,2,all; may be repeated."),
+    ] = None,
+    scenario_file: Annotated[
+        Path | None, typer.Option("--scenario", help="A TOML file with the scenario to vary.")
+    ] = None,
+    policies: Policies = ALL_POLICIES,
+    seeds: Seeds = 10,
+    out: Out = SWEEP,
+    jobs: Jobs = None,
+    cluster: Cluster = None,
+    as_json: AsJson = False,
+) -> None:
+    """Every combination of the parameters given, to one tidy CSV and small multiples. Interrupted, it goes
+    on.
+    """
+    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    with errors_reported(log), _progress(log) as tell:
+        base = scenario.Scenario() if scenario_file is None else scenario.read(scenario_file)
+        options = SweepOptions(
+            out=out,
+            scenario=base,
+            axes=tuple(Axis.parse(text) for text in vary or ()),
+            policies=_policies(policies),
+            seeds=seeds,
+            jobs=jobs or os.cpu_count() or 1,
+            cluster=cluster,
+            progress=lambda done, total: tell("sweep", done, total),
+        )
+        rows, files = run_sweep(options)
+    if as_json:
+        print(json.dumps({"runs": len(rows), "files": [str(path) for path in files]}))
+        return
+    console = Console(highlight=False)
+    console.print(f"{len(rows)} runs")
+    for path in files:
+        console.print(f"  {path}", markup=False)
+
+
+def _policies(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise ConfigError("--policies names no policy")
+    for name in names:
+        load_policy(name)
+    return names
+
+
+def _print_claims(console: Console, result: FigureResult) -> None:
+    table = Table(title=f"{result.figure}, {result.seeds} seed{'s' if result.seeds > 1 else ''}", title_justify="left")
+    for name in ("", "claim", "paper", "ours", "spread"):
+        table.add_column(name)
+    for claim in result.claims:
+        verdict = "[green]PASS[/]" if claim.passed else "[bold red]MISS[/]"
+        table.add_row(verdict, claim.text, claim.paper, claim.ours, claim.spread)
+    if result.claims:
+        console.print(table)
+    else:
+        for point in result.series:
+            console.print(f"{point['x']}  {point['policy']}: {format_seconds(point['mean_delay_s'])}")
+    for note in result.notes:
+        console.print(f"note: {note}", style="dim", markup=False)
+    for path in result.files:
+        console.print(f"  {path}", markup=False)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left on a terminal; a line now and then elsewhere."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    with Progress(*columns, console=console, transient=True) as bars:
+        known: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in known:
+                known[what] = bars.add_task(what, total=total)
+            bars.update(known[what], completed=done, total=total)
+
+        yield tell
+
+
+class _Lines:
+    """Progress for logs: at most a line in ten seconds, with the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._began: dict[str, tuple[float, int]] = {}
+        self._said_s = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        began_s, before = self._began.setdefault(what, (now_s, done))
+        if done < total and now_s - self._said_s < 10:
+            return
+        self._said_s = now_s
+        fresh = done - before
+        left_s = (now_s - began_s) / fresh * (total - done) if fresh else None
+        left = f", about {format_seconds(left_s)} left" if left_s else ""
+        self.console.print(f"{what}: {done}/{total}{left}", style="dim")

@@ -1,0 +1,81 @@
+"""How fast the simulated device, edge and cloud are: three rows of profiles, and the links of the one-task
+experiments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from planner.profiles import load_profile
+
+from bus.errors import UnknownNameError
+from bus.values import ModelProfile, Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Platforms:
+    """Profiles by tier, and what stands around one task alone."""
+
+    profiles: Mapping[Role, tuple[ModelProfile, ...]]  # what each tier announces
+    link1_bps: int  # b1 of Figures 1(a) and 3
+    link2_bps: int  # b2
+    input_bytes: Mapping[str, int]  # G(0) of one sample in Figures 1(a) and 3, by model
+    origin: str  # where the numbers come from, for notes beside plots
+
+    def model(self, role: Role, name: str) -> ModelProfile:
+        """One model's profile on one tier. Raises `UnknownNameError`."""
+        for profile in self.profiles[role]:
+            if profile.model == name:
+                return profile
+        known = ", ".join(profile.model for profile in self.profiles[role])
+        raise UnknownNameError(f"the {role} has no profile of {name!r}; there are {known}")
+
+
+@lru_cache(maxsize=8)
+def platforms(name: str) -> Platforms:
+    """The platforms of a profile by name (`paper`) or file. Raises `UnknownNameError`, `ConfigError`."""
+    found = load_profile(name)
+    return Platforms(
+        profiles={
+            Role.DEVICE: tuple(found.device.values()),
+            Role.EDGE: tuple(found.edge.values()),
+            Role.CLOUD: tuple(found.cloud.values()),
+        },
+        link1_bps=found.link1_bps,
+        link2_bps=found.link2_bps,
+        input_bytes=dict(found.input_bytes),
+        origin=f"profile `{name}`",
+    )
+
+
+def measured(progress: Callable[[str, int, int], None] | None = None) -> Platforms:
+    """AlexNet measured layer by layer on this machine, which plays the edge.
+
+    The device and the cloud are this machine, slower or faster by the same factors as in the `paper` profile;
+    links and input are the paper's. Takes seconds, and the first time makes AlexNet's weights. Raises
+    `ModelError`.
+    """
+    from stages.profiler import machine_profile
+    from stages.zoo import load_model
+
+    paper = platforms("paper")
+    if progress is not None:
+        progress("measuring AlexNet", 0, 1)
+    here = machine_profile(load_model("alexnet"))
+    if progress is not None:
+        progress("measuring AlexNet", 1, 1)
+    edge_s = sum(paper.model(Role.EDGE, "alexnet").layer_s)
+    profiles = {}
+    for role in (Role.DEVICE, Role.EDGE, Role.CLOUD):
+        factor = sum(paper.model(role, "alexnet").layer_s) / edge_s
+        scaled = tuple(seconds * factor for seconds in here.layer_s)
+        profiles[role] = (here.model_copy(update={"layer_s": scaled, "platform": f"this machine as {role}"}),)
+    return Platforms(
+        profiles=profiles,
+        link1_bps=paper.link1_bps,
+        link2_bps=paper.link2_bps,
+        input_bytes={"alexnet": here.cut_bytes[0]},
+        origin="this machine as the edge; device and cloud as many times slower as in profile `paper`",
+    )

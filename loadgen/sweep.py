@@ -1,0 +1,254 @@
+"""Sweeps: every combination of some parameters, policies and seeds to one tidy CSV and a page of small
+multiples.
+
+A row is appended as soon as its run is done, so an interrupted sweep goes on where it stopped: rows whose key
+(the varied parameters, policy, seed) is already in the file are not run again. A file of another scenario is
+refused. When all is done the file is written once more in the order of the sweep, so the same sweep gives the
+same bytes however it was run.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bus.errors import ConfigError
+from loadgen import plots
+from loadgen.cells import Cell, run_as_completed
+from loadgen.figure_result import POLICIES
+from loadgen.metrics import half_width_95
+from loadgen.scenario import FIELDS, Scenario, coerce
+
+MAX_RUNS = 1_000_000
+MAX_PANELS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One parameter and the values it takes, as the user wrote them."""
+
+    name: str
+    values: tuple[Any, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Axis:
+        """`devices=20:200:20` (both ends included), `edges=10,40`, `reachable=1,2,all`,
+        `samples=1..10,1..1000`.
+
+        Raises `ConfigError` naming what is wrong.
+        """
+        name, equals, what = text.partition("=")
+        name = name.strip()
+        if not equals or not what.strip():
+            raise ConfigError(f"--vary {text}: write it like devices=20:200:20 or edges=10,40")
+        if name in ("policy", "seed", "name"):
+            raise ConfigError(f"--vary {name}: use {'--policies' if name == 'policy' else '--seeds'}")
+        if name not in FIELDS:
+            raise ConfigError(f"--vary {name}: no such parameter; there are {', '.join(sorted(FIELDS))}")
+        values = tuple(_values(name, what))
+        for value in values:
+            coerce(name, value)
+        return cls(name, values)
+
+
+def _values(name: str, what: str) -> Iterable[Any]:
+    if ":" in what and "," not in what:
+        parts = what.split(":")
+        try:
+            low, high = float(parts[0]), float(parts[1])
+            step = float(parts[2]) if len(parts) > 2 else 1.0
+        except (ValueError, IndexError):
+            raise ConfigError(f"--vary {name}={what}: a range is START:END:STEP in numbers") from None
+        if len(parts) > 3 or step <= 0 or high < low:
+            raise ConfigError(f"--vary {name}={what}: a range is START:END:STEP, rising")
+        count = int((high - low) / step + 1e-9) + 1
+        for value in (low + index * step for index in range(count)):
+            yield int(value) if value == int(value) else value
+    else:
+        yield from (value.strip() for value in what.split(","))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepOptions:
+    """What to run and where to put it."""
+
+    out: Path  # sweep.csv, sweep.png, sweep.svg, sweep.json
+    scenario: Scenario = field(default_factory=Scenario)  # what the axes change
+    axes: tuple[Axis, ...] = ()
+    policies: tuple[str, ...] = POLICIES
+    seeds: int = 10
+    jobs: int = 1
+    cluster: str | None = None
+    progress: Callable[[int, int], None] | None = None  # (runs done, runs in all)
+
+
+def sweep(options: SweepOptions) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Run what is missing; returns all rows in the order of the sweep, and the files. Raises `ConfigError`."""
+    cells = plan(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "sweep.csv"
+    names = [axis.name for axis in options.axes]
+    known = _resume(options, path, names)
+    missing = [index for index, cell in enumerate(cells) if _key(cell, names) not in known]
+    done = len(cells) - len(missing)
+    if options.progress is not None:
+        options.progress(done, len(cells))
+    found: dict[int, dict[str, Any]] = {
+        index: known[_key(cell, names)] for index, cell in enumerate(cells) if _key(cell, names) in known
+    }
+    runs = run_as_completed([cells[index] for index in missing], jobs=options.jobs, cluster=options.cluster)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer: csv.DictWriter[str] | None = None
+        for position, row in runs:
+            if writer is None:
+                writer = csv.DictWriter(file, list(row), lineterminator="\n")
+                if file.tell() == 0:
+                    writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            found[missing[position]] = row
+            done += 1
+            if options.progress is not None:
+                options.progress(done, len(cells))
+    rows = [found[index] for index in range(len(cells))]
+    _rewrite(path, rows)
+    pictures = draw(options, rows) if options.axes else []
+    return rows, [path, options.out / "sweep.json", *pictures]
+
+
+def plan(options: SweepOptions) -> list[Cell]:
+    """Every cell: the axes in the order given, then policies, then seeds. Raises `ConfigError`."""
+    if options.seeds < 1:
+        raise ConfigError(f"--seeds {options.seeds}: at least one")
+    total = int(np.prod([len(axis.values) for axis in options.axes], initial=1)) * len(options.policies) * options.seeds
+    if total > MAX_RUNS:
+        raise ConfigError(f"{total:,} runs are more than {MAX_RUNS:,}; vary less at once")
+    cells = []
+    for values in itertools.product(*(axis.values for axis in options.axes)):
+        varied = {axis.name: value for axis, value in zip(options.axes, values, strict=True)}
+        for policy in options.policies:
+            scenario = options.scenario.varied(**varied, policy=policy)
+            labels = {**{name: str(value) for name, value in varied.items()}, "policy": policy}
+            cells += [Cell(scenario, seed, labels) for seed in range(options.seeds)]
+    return cells
+
+
+def draw(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> list[Path]:
+    """Small multiples: mean delay over the first axis, a line a policy, a panel for every value of the
+    others.
+    """
+    x_axis, others = options.axes[0], options.axes[1:]
+    panels = list(itertools.product(*(axis.values for axis in others)))[:MAX_PANELS]
+    columns = min(len(panels), len(others[-1].values) if others else 1, 4)
+    lines = -(-len(panels) // columns)
+    width_in = max(5.5, 3.1 * columns + 0.6)
+    fig, grid = plots.figure(width_in, 2.7 * lines + 0.7, lines, columns, sharey=True, sharex=True, squeeze=False)
+    xs, numeric = _places(x_axis)
+    for index, panel in enumerate(panels):
+        axes = grid[index // columns][index % columns]
+        here = {axis.name: str(value) for axis, value in zip(others, panel, strict=True)}
+        for number, policy in enumerate(options.policies):
+            means, errors = [], []
+            for value in x_axis.values:
+                wanted = {**here, x_axis.name: str(value), "policy": policy}
+                delays = [
+                    float(row["mean_delay_s"])
+                    for row in rows
+                    if row["mean_delay_s"] not in (None, "") and all(row[k] == v for k, v in wanted.items())
+                ]
+                means.append(float(np.mean(delays)) if delays else np.nan)
+                errors.append(half_width_95(delays))
+            colour, _, marker = plots.look(policy, number)
+            axes.errorbar(
+                xs, means, yerr=errors, color=colour, marker=marker, markersize=4.5, capsize=2,
+                linewidth=1.4, elinewidth=0.8, label=plots.label(policy),
+            )  # fmt: skip
+        axes.set_ylim(bottom=0)
+        if here:
+            axes.set_title(", ".join(f"{name} = {value}" for name, value in here.items()), fontsize=9)
+        if not numeric:
+            axes.set_xticks(xs, [str(value) for value in x_axis.values])
+        if index // columns == lines - 1 or index + columns >= len(panels):
+            axes.set_xlabel(_axis_label(x_axis.name))
+        if index % columns == 0:
+            axes.set_ylabel("mean delay (s)")
+    for index in range(len(panels), lines * columns):
+        grid[index // columns][index % columns].set_axis_off()
+    handles, names = grid[0][0].get_legend_handles_labels()
+    fig.legend(
+        handles, names, loc="outside upper center", ncols=min(len(names), 3 if columns < 2 else 6), frameon=False
+    )
+    return plots.save(fig, options.out / "sweep")
+
+
+_UNITS = {"within_s": "arrivals within (s)", "devices": "number of devices", "edges": "number of edges"}
+
+
+def _axis_label(name: str) -> str:
+    return _UNITS.get(name, name.replace("_bps", " (bit/s)").replace("_s", " (s)").replace("_", " "))
+
+
+def _places(axis: Axis) -> tuple[list[float], bool]:
+    try:
+        return [float(value) for value in axis.values], True
+    except ValueError:
+        return [float(index) for index in range(len(axis.values))], False
+
+
+def _key(cell: Cell, names: Sequence[str]) -> tuple[str, ...]:
+    return (*(cell.labels[name] for name in names), cell.labels["policy"], str(cell.seed))
+
+
+def _resume(options: SweepOptions, path: Path, names: Sequence[str]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Rows that an earlier run of the same sweep has left. Raises `ConfigError` for those of another."""
+    base = {key: value for key, value in asdict(options.scenario).items() if key not in ("name", "policy", *names)}
+    print_ = hashlib.sha256(json.dumps(base, sort_keys=True, default=str).encode()).hexdigest()
+    record = options.out / "sweep.json"
+    wanted = {"scenario": base, "axes": list(names), "fingerprint": print_}
+    if path.exists() and path.stat().st_size:
+        try:
+            before = json.loads(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = {}
+        if (before.get("fingerprint"), before.get("axes")) != (print_, list(names)):
+            raise ConfigError(f"{path} holds another sweep", remedy="choose another --out, or remove it to start again")
+        with path.open(encoding="utf-8", newline="") as file:
+            # A line that a kill cut short has too few columns, and is run again.
+            rows = [row for row in csv.DictReader(file) if None not in row.values() and row.get("kinds")]
+        _rewrite(path, rows)
+        return {(*(row[name] for name in names), row["policy"], row["seed"]): _typed(row, names) for row in rows}
+    record.write_text(json.dumps(wanted, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    return {}
+
+
+def _typed(row: dict[str, str], names: Sequence[str]) -> dict[str, Any]:
+    """A row as `run_cell` gave it: numbers are numbers again (`repr` of a float is exact)."""
+    typed: dict[str, Any] = {}
+    for key, value in row.items():
+        if key in (*names, "policy", "kinds"):
+            typed[key] = value
+        elif value == "":
+            typed[key] = None
+        else:
+            typed[key] = int(value) if value.lstrip("-").isdigit() else float(value)
+    return typed
+
+
+def _rewrite(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_suffix(".csv.part")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
