@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import structlog
-from planner.profiles import load_profile
+
 
 from bus import topics
 from bus.errors import ConfigError, UnknownTopicError
@@ -69,6 +69,8 @@ def make_runner(
     stretches them. Raises `UnknownNameError`, `ModelError`, `ConfigError`.
     """
     if runner == "modelled" and profile is not None:
+        from planner.profiles import load_profile
+
         platform = load_profile(profile)
         known = {played.model: played for played in getattr(platform, role.value).values()}
         missing = [model for model in models if model not in known]

@@ -14,6 +14,7 @@ of the rate leave (nor of the whole link's capacity, whatever was granted).
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 
 from bus.values import BITS_PER_BYTE
@@ -28,9 +29,24 @@ MIN_CHUNK_BYTES = 4096
 """Below this, frame heads eat the goodput."""
 
 
+HEAD_BYTES = 160
+"""What a chunk's frame is longer than its data, about."""
+
+
 def chunk_bytes(rate_bps: int, max_bytes: int) -> int:
-    """How large a frame on a link of `rate_bps` should be."""
-    return max(MIN_CHUNK_BYTES, min(max_bytes, int(rate_bps * CHUNK_S / BITS_PER_BYTE)))
+    """How much data a frame on a link of `rate_bps` should carry.
+
+    A whole number of frames makes up a second's worth of the rate: the guard lets only whole frames into a second, and half
+    a frame left over each second would be lost.
+    """
+    second_bytes = rate_bps * GUARD_S / BITS_PER_BYTE
+    wanted = max(MIN_CHUNK_BYTES, min(max_bytes, rate_bps * CHUNK_S / BITS_PER_BYTE))
+    frames = math.ceil(second_bytes / wanted)
+    return (
+        max(MIN_CHUNK_BYTES // 2, min(max_bytes, int(second_bytes / frames) - HEAD_BYTES))
+        if frames
+        else MIN_CHUNK_BYTES
+    )
 
 
 class _Guard:
@@ -43,18 +59,19 @@ class _Guard:
 
     def earliest(self, size_bytes: int, when_s: float) -> float:
         """The first instant, not before `when_s`, at which `size_bytes` may leave."""
-        budget = max(self.rate_bps * GUARD_S / BITS_PER_BYTE, size_bytes)
-        while self._sent and self._sent[0][0] <= when_s - GUARD_S:
-            self._bytes -= self._sent.popleft()[1]
-        excess = self._bytes + size_bytes - budget
+        budget = max(self.rate_bps * GUARD_S / BITS_PER_BYTE, size_bytes) + 1e-6
+        within = self._bytes
         for sent_s, sent_bytes in self._sent:
-            if excess <= 1e-6:
+            if within + size_bytes <= budget:
                 break
             when_s = max(when_s, sent_s + GUARD_S)
-            excess -= sent_bytes
+            within -= sent_bytes
         return when_s
 
     def note(self, size_bytes: int, when_s: float) -> None:
+        """`size_bytes` leave at `when_s`, which is now: what left a second ago and more is forgotten."""
+        while self._sent and self._sent[0][0] <= when_s - GUARD_S:
+            self._bytes -= self._sent.popleft()[1]
         self._sent.append((when_s, size_bytes))
         self._bytes += size_bytes
 

@@ -1,0 +1,126 @@
+"""A whole region on the embedded bus in virtual time: the real planner, the real stages, modelled machines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from bus import topics
+from bus.memory import MemoryBroker, MemoryBus
+from bus.messages import SeedInput, TaskSubmitted
+from bus.values import Execution, ModelProfile, Objective, Role
+from deploy import nodes
+from loadgen.outcome import Outcome
+from loadgen.replay import replay
+from loadgen.schedule import Entry, Schedule
+from planner.service import PlannerService
+from stages.device import Device
+from stages.hop import Hop
+from stages.node import Node, NodeSettings
+from stages.runner import ModelledRunner
+
+LAYERS = ("conv", "pool", "dense")
+CUT_BYTES = (40_000, 60_000, 10_000, 40)
+
+
+def profile(role: Role, scale: float = 1.0, model: str = "toy") -> ModelProfile:
+    """A model of three layers, slower upstream."""
+    speed = {Role.DEVICE: 4.0, Role.EDGE: 2.0, Role.CLOUD: 1.0}[role] * scale
+    return ModelProfile(
+        model=model,
+        sha256="0" * 64,
+        platform=role.value,
+        layer_names=LAYERS,
+        layer_s=(0.010 * speed, 0.001 * speed, 0.008 * speed),
+        cut_bytes=CUT_BYTES,
+    )
+
+
+@dataclass
+class World:
+    """Who is there, and what was seen."""
+
+    bus: MemoryBus
+    broker: MemoryBroker
+    service: PlannerService
+    nodes: dict[str, Node] = field(default_factory=dict)
+    works: dict[str, Device | Hop] = field(default_factory=dict)
+    trace: list[tuple[float, str, str, str]] = field(default_factory=list)
+    shown: list[tuple[str, int]] = field(default_factory=list)
+
+    async def replay(self, tasks: Sequence[TaskSubmitted], gap_s: float = 0.05) -> dict[str, Outcome]:
+        """Submit tasks at a constant rate and wait for all of them."""
+        entries = tuple(Entry(at_s=index * gap_s, task=task) for index, task in enumerate(tasks))
+        result = await replay(self.bus, Schedule(entries=entries), drain_timeout_s=60.0)
+        return {outcome.task_id: outcome for outcome in result.outcomes}
+
+
+def task(number: int, device: str = "d1", samples: int = 10, **more: object) -> TaskSubmitted:
+    """A task of the toy model."""
+    return TaskSubmitted(
+        task_id=f"t{number}", device=device, model="toy", samples=samples, input=SeedInput(seed=number), **more
+    )
+
+
+@contextlib.asynccontextmanager
+async def world(
+    *,
+    devices: Sequence[str] = ("d1", "d2", "d3"),
+    edges: Sequence[str] = ("e1", "e2"),
+    clouds: Sequence[str] = ("c1",),
+    slots: int = 1,
+    link1_bps: int = 100_000_000,
+    link2_bps: int = 20_000_000,
+    policy: str = "deepar",
+    objective: Objective = Objective.PIPELINED,
+    lease_s: float = 10.0,
+    broker: MemoryBroker | None = None,
+) -> AsyncIterator[World]:
+    """A region that has come up: everybody has joined."""
+    broker = broker or MemoryBroker()
+    execution = Execution.STREAMING if objective is Objective.PIPELINED else Execution.SEQUENTIAL
+    async with MemoryBus(broker, "world") as bus:
+        await nodes.create_missing_topics(bus, edges)
+        service = nodes.make_planner(bus, policy=policy, objective=objective, execution=execution)
+        made = World(bus, broker, service)
+        clock = asyncio.get_running_loop().time
+        cast = [
+            *(NodeSettings(name=name, role=Role.CLOUD, lease_s=lease_s) for name in clouds),
+            *(
+                NodeSettings(
+                    name=name,
+                    role=Role.EDGE,
+                    slots=slots,
+                    link1_capacity_bps=link1_bps,
+                    link2_capacity_bps=link2_bps,
+                    lease_s=lease_s,
+                )
+                for name in edges
+            ),
+            *(NodeSettings(name=name, role=Role.DEVICE, lease_s=lease_s) for name in devices),
+        ]
+        async with nodes.embedded() as group:
+            group.create_task(service.run(), name="planner")
+            for settings in cast:
+                node = Node(
+                    bus,
+                    settings,
+                    ModelledRunner([profile(settings.role)]),
+                    on_busy=lambda node, part, task_id, begin_s, end_s: made.trace.append(
+                        (round(end_s, 9), node, part, task_id)
+                    ),
+                )
+                work = nodes.make_work(node, lambda task, sample, outputs: made.shown.append((task.task_id, sample)))
+                made.nodes[settings.name] = node
+                made.works[settings.name] = work
+                group.create_task(node.run(work), name=settings.name)
+            async with asyncio.timeout(60.0):
+                while not all(node.status.joined for node in made.nodes.values()):
+                    await asyncio.sleep(0.01)
+            made.trace.append((round(clock(), 9), "", "ready", ""))
+            yield made
+
+
+__all__ = ["World", "profile", "task", "topics", "world"]

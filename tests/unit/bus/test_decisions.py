@@ -1,0 +1,57 @@
+"""The reading rule: whoever reads the same log obeys the same planner."""
+
+from __future__ import annotations
+
+from bus import messages
+from bus.decisions import DecisionLog, Dropped
+from bus.messages import Decision, EpochOpened, PlannerHeartbeat, PlannerLeft
+from bus.port import Record
+
+
+def opened(epoch: int, nonce: str) -> EpochOpened:
+    return EpochOpened(region=0, epoch=epoch, nonce=nonce, planner=f"p-{nonce}", lease_s=5.0)
+
+
+def decision(epoch: int, nonce: str, seq: int) -> Decision:
+    return Decision(region=0, epoch=epoch, nonce=nonce, seq=seq, now_s=0.0, inputs={}, changes=(), ledger_hash="h")
+
+
+def test_decisions_of_the_open_epoch_count_in_sequence() -> None:
+    log = DecisionLog()
+    assert isinstance(log.accept(opened(1, "a")), EpochOpened)
+    assert log.accept(decision(1, "a", 1)) == decision(1, "a", 1)
+    assert log.accept(decision(1, "a", 1)) == Dropped("out_of_sequence", "sequence 1 after 1")
+    assert isinstance(log.accept(decision(1, "a", 3)), Dropped)
+    assert log.accept(decision(1, "a", 2)) == decision(1, "a", 2)
+    assert (log.seq, log.dropped) == (2, 2)
+
+
+def test_the_first_to_open_an_epoch_wins_and_the_rest_is_dropped() -> None:
+    log = DecisionLog()
+    log.accept(opened(1, "a"))
+    log.accept(decision(1, "a", 1))
+    assert isinstance(log.accept(opened(2, "b")), EpochOpened)
+    assert isinstance(log.accept(opened(2, "c")), Dropped)
+    assert isinstance(log.accept(decision(1, "a", 2)), Dropped)
+    assert isinstance(log.accept(decision(2, "c", 2)), Dropped)
+    assert isinstance(log.accept(PlannerHeartbeat(region=0, epoch=1, nonce="a")), Dropped)
+    assert log.accept(decision(2, "b", 2)) == decision(2, "b", 2)
+    assert log.planner == "p-b"
+
+
+def test_a_planner_that_leaves_says_so_until_the_next_epoch() -> None:
+    log = DecisionLog()
+    log.accept(opened(1, "a"))
+    log.accept(PlannerLeft(region=0, epoch=1, nonce="a"))
+    assert log.left
+    log.accept(opened(2, "b"))
+    assert not log.left
+
+
+def test_garbage_on_the_topic_is_dropped_with_its_cause() -> None:
+    log = DecisionLog()
+    record = Record("deepar.decisions", 0, 0, 0, "0", b"garbage")
+    assert isinstance(dropped := log.read(record), Dropped)
+    assert dropped.reason == "undecodable"
+    good = Record("deepar.decisions", 0, 1, 0, "0", messages.encode(opened(1, "a")))
+    assert log.read(good) == opened(1, "a")

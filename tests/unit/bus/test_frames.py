@@ -1,0 +1,177 @@
+"""Activation frames: what goes in comes out, and nothing hostile gets through."""
+
+from __future__ import annotations
+
+import random
+
+import msgpack
+import numpy as np
+import pytest
+
+from bus import frames
+from bus.errors import ProtocolError
+from bus.frames import Assembler, Frame, Piece, Plan, TensorHead, decode_frame, encode_frame, to_pieces
+from bus.values import Execution, Kind, Placement
+
+
+def plan() -> Plan:
+    placement = Placement(
+        kind=Kind.DEVICE_EDGE_CLOUD, edge="e1", cut1=1, cut2=2, cut1_name="a", cut2_name="b", link1_bps=5, link2_bps=6
+    )
+    return Plan(
+        task_id="t1", attempt=2, region=0, device="d1", model="toy", sha256="0" * 64, samples=9, todo=4,
+        execution=Execution.STREAMING, placement=placement,
+    )  # fmt: skip
+
+
+def payload_of(**changes: object) -> bytes:
+    """A frame as a stranger would write it, with parts of it replaced or (None) left out."""
+    data = bytes(range(12))
+    head: dict = {
+        "v": 1, "kind": "activations", "task": "t1", "attempt": 1, "from": "d1",
+        "pieces": [{"sample": 0, "at": 0, "size": 12, "bytes": 12, "tensors": [{"dtype": "float32", "shape": [3]}]}],
+        "data": data,
+    }  # fmt: skip
+    head |= changes
+    return msgpack.packb({key: value for key, value in head.items() if value is not None})
+
+
+def test_a_frame_comes_back_as_it_was() -> None:
+    arrays = [np.arange(6, dtype=np.float32).reshape(1, 2, 3), np.array([7], dtype=np.int64)]
+    frame = Frame("activations", "t1", 2, "d1", tuple(to_pieces(5, arrays, 1000)), plan())
+    decoded = decode_frame(encode_frame(frame))
+    assert (decoded.kind, decoded.task_id, decoded.attempt, decoded.source) == ("activations", "t1", 2, "d1")
+    assert decoded.plan == plan()
+    made = Assembler().add(decoded.pieces[0])
+    assert made is not None
+    for array, again in zip(arrays, made, strict=True):
+        assert again.dtype == array.dtype
+        np.testing.assert_array_equal(again, array)
+
+
+def test_any_msgpack_reader_can_read_a_frame() -> None:
+    pieces = tuple(to_pieces(5, [np.arange(3, dtype=np.uint8)], 1000))
+    plain = msgpack.unpackb(encode_frame(Frame("result", "t1", 1, "c1", pieces)))
+    assert plain["pieces"] == [
+        {"sample": 5, "at": 0, "size": 3, "bytes": 3, "tensors": [{"dtype": "uint8", "shape": [3]}]}
+    ]
+    assert plain["data"] == b"\x00\x01\x02"
+
+
+def test_the_layout_of_a_stranger_is_read() -> None:
+    piece = decode_frame(payload_of()).pieces[0]
+    assert piece.tensors == (TensorHead("float32", (3,)),)
+    assert bytes(piece.data) == bytes(range(12))
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1, 1000)])
+def test_chunks_are_put_together(shape: tuple[int, ...]) -> None:
+    array = np.arange(np.prod(shape, dtype=int), dtype=np.float64).reshape(shape)
+    assembler, made = Assembler(), None
+    for piece in to_pieces(3, [array], 333):
+        assert made is None
+        assert piece.data.nbytes <= 333
+        made = assembler.add(decode_frame(encode_frame(Frame("result", "t", 1, "x", (piece,)))).pieces[0])
+    assert made is not None
+    np.testing.assert_array_equal(made[0], array)
+    assert assembler.pending_bytes == 0
+
+
+def test_chunks_that_come_twice_or_from_the_beginning_again_do_no_harm() -> None:
+    array = np.arange(100, dtype=np.uint8)
+    pieces = to_pieces(0, [array], 30)
+    assembler = Assembler()
+    made = [assembler.add(piece) for piece in (pieces[0], pieces[1], pieces[0], pieces[1], pieces[2], pieces[3])]
+    assert [result is not None for result in made] == [False] * 5 + [True]
+    np.testing.assert_array_equal(made[-1][0], array)
+
+
+def test_a_gap_is_named_and_nothing_is_made_up() -> None:
+    pieces = to_pieces(0, [np.arange(100, dtype=np.uint8)], 30)
+    assembler = Assembler()
+    assembler.add(pieces[0])
+    with pytest.raises(ProtocolError) as caught:
+        assembler.add(pieces[2])
+    assert caught.value.cause == "missing_chunk"
+
+
+def test_a_frame_that_is_too_large_is_never_sent() -> None:
+    piece = to_pieces(0, [np.zeros(frames.MAX_FRAME_BYTES, np.uint8)], 1 << 30)[0]
+    with pytest.raises(ValueError, match="over"):
+        encode_frame(Frame("activations", "t", 1, "d1", (piece,)))
+
+
+PIECE = {"sample": 0, "at": 0, "size": 12, "bytes": 12, "tensors": [{"dtype": "float32", "shape": [3]}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"v": 2}, "unknown_version"),
+        ({"v": None}, "unknown_version"),
+        ({"kind": "bomb"}, "undecodable"),
+        ({"task": ""}, "undecodable"),
+        ({"task": 5}, "undecodable"),
+        ({"attempt": -1}, "undecodable"),
+        ({"attempt": True}, "undecodable"),
+        ({"pieces": None}, "undecodable"),
+        ({"pieces": {}}, "undecodable"),
+        ({"pieces": [{}]}, "undecodable"),
+        ({"pieces": []}, "wrong_shape"),
+        ({"data": b""}, "wrong_shape"),
+        ({"data": "text"}, "undecodable"),
+        ({"pieces": [PIECE | {"size": 13}]}, "wrong_shape"),
+        ({"pieces": [PIECE | {"size": 1 << 39}]}, "oversized"),
+        ({"pieces": [PIECE | {"at": 13}]}, "wrong_shape"),
+        ({"pieces": [PIECE | {"bytes": 11}]}, "wrong_shape"),
+        ({"pieces": [PIECE, PIECE]}, "wrong_shape"),
+        ({"pieces": [PIECE | {"tensors": [{"dtype": "object", "shape": [3]}]}]}, "wrong_shape"),
+        ({"pieces": [PIECE | {"tensors": [{"dtype": "float32", "shape": [4]}]}]}, "wrong_shape"),
+        ({"pieces": [PIECE | {"tensors": [{"dtype": "float32", "shape": [1 << 20, 1 << 20]}]}]}, "wrong_shape"),
+        ({"pieces": [PIECE | {"tensors": [{"dtype": "float32", "shape": [1] * 9}]}]}, "wrong_shape"),
+        ({"pieces": [PIECE | {"tensors": [{"dtype": "float32", "shape": [-3]}]}]}, "undecodable"),
+        ({"plan": {"task_id": "t1"}}, "undecodable"),
+        ({"plan": [1]}, "undecodable"),
+        ({"report": {"edge_s": "soon"}}, "undecodable"),
+        ({"report": [1]}, "undecodable"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_its_cause(changes: dict, cause: str) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        decode_frame(payload_of(**changes))
+    assert caught.value.cause == cause
+
+
+@pytest.mark.parametrize("payload", [None, b"", b"\x80", b"\xc1", b"garbage", b"\x80" * 1000, b"\x91" * 100_000])
+def test_what_is_no_frame_is_refused(payload: bytes | None) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        decode_frame(payload)
+    assert caught.value.cause == "undecodable"
+
+
+def test_too_large_a_frame_is_refused_before_it_is_read() -> None:
+    with pytest.raises(ProtocolError) as caught:
+        decode_frame(b"\x80" * (frames.MAX_FRAME_BYTES + 1))
+    assert caught.value.cause == "oversized"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_broken_bytes_raise_nothing_else(seed: int) -> None:
+    rng = random.Random(seed)
+    good = encode_frame(Frame("activations", "t1", 2, "d1", tuple(to_pieces(5, [np.arange(9.0)], 1000)), plan()))
+    for _ in range(200):
+        broken = bytearray(good)
+        for _ in range(rng.randint(1, 4)):
+            broken[rng.randrange(len(broken))] = rng.randrange(256)
+        try:
+            frame = decode_frame(bytes(broken[: rng.randint(0, len(broken))] if rng.random() < 0.3 else broken))
+            for piece in frame.pieces:
+                Assembler().add(piece)
+        except ProtocolError:
+            pass
+
+
+def test_pieces_point_into_the_payload() -> None:
+    payload = payload_of()
+    piece: Piece = decode_frame(payload).pieces[0]
+    assert piece.data.obj is payload

@@ -1,0 +1,71 @@
+"""The card and the house rules, held by a test: folders, packages, who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MAY_IMPORT = {
+    "bus": {"bus"},
+    "planner": {"bus", "planner"},
+    "stages": {"bus", "stages"},
+    "loadgen": {"bus", "planner", "stages", "loadgen"},
+    "deploy": {"bus", "planner", "stages", "loadgen", "deploy"},
+}
+CARD_PACKAGES = {"aiokafka", "msgpack", "numpy", "ai-edge-litert", "uvloop", "structlog"}
+FILES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return {name.split(".")[0] for name in names} & (MAY_IMPORT.keys() | {"tests"})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    assert imported_rooms(path) <= MAY_IMPORT[room]
+
+
+def test_the_layering_test_can_fail(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("from planner.core import PlannerCore\nimport tests\n", encoding="utf-8")
+    assert imported_rooms(wrong) == {"planner", "tests"}
+
+
+def test_the_cards_packages_are_dependencies() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    names = {entry.split(">")[0].split("=")[0].strip() for entry in project["project"]["dependencies"]}
+    assert names >= CARD_PACKAGES
+    assert "tensorflow" not in names
+    assert any(entry.startswith("pytest-asyncio") for entry in project["dependency-groups"]["dev"])
+
+
+def test_the_top_level_is_the_cards() -> None:
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    made = {"build", "dist", "demo-out", "figures", "runs"}
+    packages = {name for name in folders - made if not name.endswith(".egg-info")} - {"__pycache__"}
+    assert packages == {"bus", "stages", "planner", "deploy", "loadgen", "tests", "docs"}
+    assert (ROOT / "pyproject.toml").is_file()
+
+
+def test_no_file_has_a_catch_all_name() -> None:
+    assert not {path.stem for path in FILES} & {"utils", "helpers", "common", "base", "misc"}
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock"])
+def test_the_lock_is_hashed_and_names_no_host(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert "://" not in text
+    requirements = [line for line in text.splitlines() if line and not line.startswith((" ", "#"))]
+    assert requirements
+    assert text.count("--hash=sha256:") >= len(requirements)
