@@ -47,6 +47,10 @@ class BrokerStartError(BusUnavailableError):
     """Kafka did not come up; the message carries the end of its log."""
 
 
+class BrokerDiedError(BusUnavailableError):
+    """Kafka was running and has ended by itself."""
+
+
 class PortTakenError(ConfigError):
     """Something else listens at the port that was asked for."""
 

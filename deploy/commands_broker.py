@@ -13,10 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bus.errors import ConfigError, DeeparError
-from deploy.broker import KafkaBroker
-
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 105
+from deploy.broker import BrokerDiedError, KafkaBroker
+from deploy.process import EXIT_INTERRUPTED, EXIT_OK
 
 
 class _Stop(BaseException):
@@ -75,9 +73,7 @@ def broker(
             for number, handler in before.items():
                 signal.signal(number, handler)
     except _Stop as stop:
-        raise typer.Exit(EXIT_INTERRUPTED if stop.number == signal.SIGINT else 0) from None
-    except DeeparError as error:
-        _fail(log, error)
+        raise typer.Exit(EXIT_INTERRUPTED if stop.number == signal.SIGINT else EXIT_OK) from None
 
 
 def _what_next(bootstrap: str) -> str:
@@ -91,21 +87,16 @@ def _what_next(bootstrap: str) -> str:
 
 
 def _wait_for_its_end(one: KafkaBroker) -> None:
-    """Returns never: raises _Stop at a signal, BusError when Kafka ends by itself."""
+    """Returns never: raises _Stop at a signal, BrokerDiedError when Kafka ends by itself."""
     idle = threading.Event()
     while one.running:
         idle.wait(0.2)
-    raise DeeparError(f"Apache Kafka ended by itself; its log ends:\n{one.log_tail()}", remedy=f"see {one.log_file}")
+    raise BrokerDiedError(
+        f"Apache Kafka ended by itself; its log ends:\n{one.log_tail()}", remedy=f"see {one.log_file}"
+    )
 
 
 def _raise_stop(number: int, _: FrameType | None) -> NoReturn:
     for other in (signal.SIGINT, signal.SIGTERM):
         signal.signal(other, signal.SIG_IGN)
     raise _Stop(number)
-
-
-def _fail(log: Console, error: DeeparError) -> NoReturn:
-    log.print(f"error: {error}", style="red", markup=False)
-    if error.remedy:
-        log.print(f"  {error.remedy}", markup=False)
-    raise typer.Exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED)
