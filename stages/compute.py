@@ -46,7 +46,6 @@ class LitertRunner:
         self._pool = pool or ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
         self._owns_pool = pool is None
         self._stores = dict(stores or {})
-        self._prepared: dict[tuple[str, int, int], Segment] = {}
         self._profiles: dict[str, ModelProfile] = {}
         for model in models:
             if model.name not in self._stores:
@@ -76,13 +75,13 @@ class LitertRunner:
         model = self._model(plan.model)
         if model.sha256 != plan.sha256:
             raise ModelError(model.name, f"its SHA-256 is {model.sha256}, the plan is for {plan.sha256}")
-        self._prepared[model.name, first, last] = await self._stores[model.name].get(first + 1, last)
+        await self._stores[model.name].ready(first, last)
 
     def station(self, plan: Plan, first: int, last: int) -> Station:
         """A place on the prepared segment."""
         profile = profile_of(self._profiles, plan.model)
         busy_s = sum(profile.layer_s[first:last]) if self._slowdown > 1.0 else None
-        return _LitertStation(self._prepared[plan.model, first, last], self._pool, busy_s)
+        return _LitertStation(self._stores[plan.model].get(first, last), self._pool, busy_s)
 
     async def close(self) -> None:
         """Stop the worker threads that are this runner's own."""
@@ -111,7 +110,7 @@ class _LitertStation:
         return outputs
 
     def close(self) -> None:
-        pass
+        self._segment.release()
 
 
 def _dataset(name: str, start: int, specs: Sequence[TensorSpec]) -> Callable[[int], list[Array]]:
