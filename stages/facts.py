@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 class RuntimeFacts:
     """Findings of a trial run of the main subgraph. Without one, a file's declarations are taken at their word."""
 
-    shapes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # tensor -> shape, where it never changes
-    dynamic: frozenset[int] = frozenset()  # tensors whose shape depends on the values of others
+    shapes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # tensor -> shape, where the runtime knew it before
+    late: Mapping[int, tuple[int, ...] | None] = field(default_factory=dict)  # -> shape that turned out, None if several did
     missing_kernels: frozenset[str] = frozenset()  # operators that the runtime cannot run
-    delegates: bool = True  # whether the runtime's default delegate takes part of the whole model

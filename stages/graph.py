@@ -26,6 +26,8 @@ from stages.flatfile import ModelBytes
 from stages.operators import (
     HANDLES,
     SHAPE_READERS,
+    SHAPED_BY,
+    SHAPED_BY_VALUES,
     UNREPEATABLE,
     WRITERS,
     kind_of,
@@ -91,8 +93,14 @@ class Graph:
 
     def shape(self, tensor: int) -> tuple[int, ...]:
         """The shape at run time where it was looked up, else the declared one."""
-        known = self.facts.shapes.get(tensor)
+        known = self.facts.shapes.get(tensor) or self.facts.late.get(tensor)
         return known if known is not None else tuple(indices(self.tensors[tensor].shape))
+
+    def known_shape(self, tensor: int) -> tuple[int, ...] | None:
+        """The shape at run time where it was looked up and never changes."""
+        if tensor in self.unsettled or self.is_constant(tensor):
+            return None
+        return self.facts.shapes.get(tensor) or self.facts.late.get(tensor)
 
     def dtype(self, tensor: int) -> str:
         """numpy's name of the type, or the format's where numpy has none."""
@@ -255,11 +263,39 @@ class Graph:
         """Why the tensor cannot cross a cut, None if it can."""
         if self.dtype(tensor) not in TRAVELLING:
             return f"is of type {self.dtype(tensor)}, which cannot travel"
-        if tensor in self.facts.dynamic:
+        if tensor in self.unsettled:
             return "has a shape that is known only at run time"
         if tensor not in self.facts.shapes and any(size < 1 for size in self.shape(tensor)):
             return "has a shape that the file leaves open"
         return None
+
+    @cached_property
+    def unsettled(self) -> frozenset[int]:
+        """Tensors whose shape depends on the values of the input.
+
+        The runtime calls a shape dynamic as soon as it is computed, also where it is computed from shapes that never
+        change. So what the runtime did not know beforehand is settled if nothing in its making looked at values that may
+        vary, and the trial's two runs agreed.
+        """
+        fixed = {t for t in range(len(self.tensors)) if self.is_constant(t)}
+        fixed |= {t for at in self.carried for t in indices(self.operators[at].outputs)}
+        unsettled: set[int] = set()
+        for at, operator in enumerate(self.operators):
+            kind = self.kinds[at]
+            inputs = indices(operator.inputs)
+            deciding = [inputs[k] for k in SHAPED_BY.get(kind, ()) if k < len(inputs)]
+            open_ended = (
+                kind in SHAPED_BY_VALUES
+                or kind.startswith("CUSTOM:")
+                or bool(subgraphs_of(operator, kind))
+                or any(tensor in unsettled for tensor in inputs)
+                or any(tensor >= 0 and tensor not in fixed for tensor in deciding)
+            )
+            for tensor in indices(operator.outputs):
+                late = tensor in self.facts.late
+                if late and (open_ended or self.facts.late[tensor] is None):
+                    unsettled.add(tensor)
+        return frozenset(unsettled)
 
     def require_cuttable(self, position: int) -> None:
         """Raises `CutError` where the model cannot be cut at `position`."""

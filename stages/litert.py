@@ -7,6 +7,7 @@ a segment never come here.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
@@ -125,9 +126,10 @@ def examine(path: str, doing: Callable[[str], None]) -> dict[str, Any]:
     """Runs a whole model once on zeros, without and with the default delegate, and reports what only running shows.
 
     For `stages.trial`, in a process that may die of it. `doing` is told what is under way. Returns `shapes` (tensor -> shape,
-    where fixed), `dynamic` (tensors without a fixed shape), `missing_kernels`, and `fault` where the runtime refuses.
+    where the runtime knows it beforehand), `late` (tensor -> shape where it only turned out; None where two inputs led to two
+    shapes, or to none), `missing_kernels`, and `fault` where the runtime refuses.
     """
-    report: dict[str, Any] = {"shapes": {}, "dynamic": [], "missing_kernels": [], "fault": None}
+    report: dict[str, Any] = {"shapes": {}, "late": {}, "missing_kernels": [], "fault": None}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "preserve all tensors is for debugging", which this is
@@ -139,20 +141,20 @@ def examine(path: str, doing: Callable[[str], None]) -> dict[str, Any]:
             )
         doing("planning its memory")
         plain.allocate_tensors()
-        for detail in plain.get_tensor_details():
-            if _is_allocated(plain, detail["index"]):
-                report["shapes"][detail["index"]] = [int(size) for size in detail["shape"]]
+        report["shapes"] = _allocated(plain)
         doing("running it")
-        _invoke_on_zeros(plain)
-        for detail in plain.get_tensor_details():
-            known = report["shapes"].get(detail["index"])
-            if known is None and _is_allocated(plain, detail["index"]):
-                report["dynamic"].append(detail["index"])
+        for fill in (0, 1):
+            _invoke_on(plain, fill)
+            found = _allocated(plain)
+            for detail in plain.get_tensor_details():
+                index, shape = detail["index"], found.get(detail["index"])
+                if index not in report["shapes"]:
+                    report["late"][index] = shape if report["late"].get(index, shape) == shape else None
         del plain
         doing("running it with the default delegate")
         usual = Interpreter(model_path=path, num_threads=1)
         usual.allocate_tensors()
-        _invoke_on_zeros(usual)
+        _invoke_on(usual, 0)
     except (ValueError, RuntimeError) as error:
         missing = _MISSING_KERNEL.search(str(error))
         if missing:
@@ -175,16 +177,20 @@ def missing_kernel(model: bytes) -> str | None:
     return None
 
 
-def _is_allocated(interpreter: Any, index: int) -> bool:
-    try:
-        interpreter.tensor(index)()
-    except (ValueError, RuntimeError):
-        return False
-    return True
+def _allocated(interpreter: Any) -> dict[int, list[int]]:
+    """The shapes of all tensors that have memory now. Strings and resources are not looked at: that crashes the runtime."""
+    shapes = {}
+    for detail in interpreter.get_tensor_details():
+        if np.dtype(detail["dtype"]).kind not in "fiubc":
+            continue
+        with contextlib.suppress(ValueError, RuntimeError):
+            interpreter.tensor(detail["index"])()
+            shapes[detail["index"]] = [int(size) for size in detail["shape"]]
+    return shapes
 
 
-def _invoke_on_zeros(interpreter: Any) -> None:
+def _invoke_on(interpreter: Any, fill: int) -> None:
     for detail in interpreter.get_input_details():
-        if detail["dtype"] is not np.bytes_ and detail["dtype"] is not np.object_:
-            interpreter.set_tensor(detail["index"], np.zeros(detail["shape"], detail["dtype"]))
+        if detail["dtype"] not in (np.bytes_, np.object_, np.str_):
+            interpreter.set_tensor(detail["index"], np.full(detail["shape"], fill, detail["dtype"]))
     interpreter.invoke()

@@ -35,6 +35,24 @@ HANDLES = frozenset({"VAR_HANDLE", "HASHTABLE"})
 SHAPE_READERS = frozenset({"SHAPE", "RANK"})
 """Operators that look at a tensor's shape and never at its values."""
 
+SHAPED_BY: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("RESHAPE", "TILE", "PAD", "PADV2", "MIRROR_PAD", "BROADCAST_TO", "ONE_HOT", "TOPK_V2"), (1,)),
+    **dict.fromkeys(("RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR", "TRANSPOSE", "EXPAND_DIMS", "RFFT2D"), (1,)),
+    **dict.fromkeys(("MEAN", "SUM", "REDUCE_MAX", "REDUCE_MIN", "REDUCE_PROD", "REDUCE_ANY", "REDUCE_ALL"), (1,)),
+    **dict.fromkeys(("ARG_MAX", "ARG_MIN", "SPARSE_TO_DENSE", "MULTINOMIAL"), (1,)),
+    **dict.fromkeys(("SLICE", "SPLIT_V", "SPACE_TO_BATCH_ND", "BATCH_TO_SPACE_ND"), (1, 2)),
+    **dict.fromkeys(("FILL", "SPLIT", "TRANSPOSE_CONV", "CONV_3D_TRANSPOSE", "RANDOM_UNIFORM"), (0,)),
+    **dict.fromkeys(("SCATTER_ND", "UNSORTED_SEGMENT_SUM", "UNSORTED_SEGMENT_MAX", "UNSORTED_SEGMENT_MIN"), (2,)),
+    **dict.fromkeys(("NON_MAX_SUPPRESSION_V4", "NON_MAX_SUPPRESSION_V5", "UNSORTED_SEGMENT_PROD"), (2,)),
+    "RANDOM_STANDARD_NORMAL": (0,),
+    "STRIDED_SLICE": (1, 2, 3),
+    "RANGE": (0, 1, 2),
+}
+"""Operands whose *values* say which shape the result has."""
+
+SHAPED_BY_VALUES = frozenset({"WHERE", "UNIQUE", "SEGMENT_SUM"})
+"""Operators whose result has as many values as their input happens to ask for."""
+
 WRITERS = frozenset({"ASSIGN_VARIABLE", "HASHTABLE_IMPORT"})
 """Operators that change the state behind a handle."""
 

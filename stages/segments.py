@@ -12,6 +12,7 @@ their pieces grow together again; then the least recently used pieces are let go
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import os
@@ -20,6 +21,7 @@ import weakref
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -152,6 +154,7 @@ class SegmentStore:
         self._asked: OrderedDict[int, None] = OrderedDict()  # bounds beyond the useful ones, oldest first
         self._pieces: OrderedDict[tuple[int, int], Piece] = OrderedDict()  # least recently used first
         self._segments: weakref.WeakSet[Segment] = weakref.WeakSet()  # in use
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"prepare-{model.name}")
         self._looking = threading.Lock()  # short: the tables above
         self._preparing = threading.RLock()  # long: slicing and loading
 
@@ -184,10 +187,12 @@ class SegmentStore:
             self._tidy()
         return segment
 
+    async def ready(self, begin: int, end: int) -> Segment:
+        """`prepare` in a thread of the store's own, so that neither the loop nor running tasks wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self.prepare, begin, end)
+
     def get(self, begin: int, end: int) -> Segment:
-        """The segment, at once if it was prepared; else this call prepares it."""
-        if not self.is_ready(begin, end):
-            return self.prepare(begin, end)
+        """The segment, at once. One that was not prepared, or was let go since, is made ready by its first `run`."""
         segment = Segment(self, begin, end)
         with self._looking:
             self._segments.add(segment)
@@ -208,6 +213,7 @@ class SegmentStore:
 
     def close(self) -> None:
         """Lets everything go. Segments must not be used any more."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
         with self._preparing, self._looking:
             self._pieces.clear()
             self._segments.clear()

@@ -145,7 +145,7 @@ class _Cutting:
         main = schema.SubGraphT(name=self._source.subgraphs[0].name, debugMetadataIndex=-1)
         self._target.subgraphs.append(main)
         self._subgraphs[0] = 0
-        main.tensors = [self._tensor(graph.tensors[tensor], self._noted_value(tensor, noted)) for tensor in used]
+        main.tensors = [self._tensor(graph.tensors[t], self._noted_value(t, noted), graph.known_shape(t)) for t in used]
         main.inputs = [renumbered[tensor] for tensor in inputs]
         main.outputs = [renumbered[tensor] for tensor in outputs]
         main.operators = [self._operator(graph.operators[at], renumbered) for at in operators]
@@ -211,8 +211,12 @@ class _Cutting:
                 self._blobs[self._buffers[index]] = Blob.of(data)
         return self._buffers[index]
 
-    def _tensor(self, source: Any, value: np.ndarray[Any, Any] | None = None) -> Any:
+    def _tensor(
+        self, source: Any, value: np.ndarray[Any, Any] | None = None, shape: tuple[int, ...] | None = None
+    ) -> Any:
         tensor = copy.copy(source)
+        if shape is not None:
+            tensor.shape = list(shape)  # the file may say 1 where it means "some"
         if value is None:
             tensor.buffer = self._buffer(source.buffer)
         else:

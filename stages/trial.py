@@ -27,7 +27,7 @@ from stages.facts import RuntimeFacts
 LONGEST_S = 30.0
 """How long a trial may take; a whole VGG-16 takes one second."""
 
-TRIAL_VERSION = 1
+TRIAL_VERSION = 2
 """Raised when the child reports something else than before, so that kept findings are made anew."""
 
 CHILD = "from stages.trial_child import main; main()"
@@ -47,7 +47,7 @@ def trial(source: Path | bytes, sha256: str, shown: str) -> RuntimeFacts:
         raise ModelError(shown, found["fault"])
     return RuntimeFacts(
         shapes={int(tensor): tuple(shape) for tensor, shape in found["shapes"].items()},
-        dynamic=frozenset(found["dynamic"]),
+        late={int(tensor): None if shape is None else tuple(shape) for tensor, shape in found["late"].items()},
         missing_kernels=frozenset(found["missing_kernels"]),
     )
 

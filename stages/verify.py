@@ -19,6 +19,7 @@ from bus.errors import ConfigError, CutError, ModelError
 from bus.values import TensorSpec
 from stages.litert import SegmentRunner
 from stages.model import Model
+from stages.operators import UNREPEATABLE
 from stages.slicer import SlicedPart, slice_model
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -149,7 +150,7 @@ def verify(
         worst=worst,
         uncuttable=tuple(sorted(model.graph.blocked.items())),
         differing=tuple(dict.fromkeys(differing)),
-        explanation=_explained(model, limit, bool(differing), delegate),
+        explanation=_explained(model, limit, _cause(model, differing, samples, num_threads, delegate)),
     )
 
 
@@ -171,16 +172,31 @@ def runnable_depth(model: Model) -> int:
     return limit
 
 
-def _explained(model: Model, limit: int, differs: bool, delegate: bool) -> str | None:
-    words = []
+def _cause(
+    model: Model, differing: Sequence[Pair], samples: Sequence[Sequence[Array]], num_threads: int, delegate: bool
+) -> str | None:
+    """Why parts and whole differ, where that can be shown; None where it cannot, or they do not."""
+    if not differing:
+        return None
+    drawing = sorted({kind for kind in model.graph.kinds if kind in UNREPEATABLE})
+    if drawing:
+        return f"the model does not repeat itself even in one piece: it draws random numbers ({', '.join(drawing)})"
+    if not delegate:
+        return None
+    again = verify(model, differing[:20], samples, num_threads=num_threads, delegate=False)
+    if not again.bit_identical:
+        return None
+    return (
+        "the default delegate (XNNPACK) computes stretches of operators in another order than the parts of a stretch; "
+        "without the delegate the same parts are bit-identical to the whole"
+    )
+
+
+def _explained(model: Model, limit: int, cause: str | None) -> str | None:
+    words = [cause] if cause else []
     if limit < model.graph.depth:
         missing = ", ".join(sorted(model.facts.missing_kernels))
         words.append(f"layers behind {limit} were not run: this runtime has no kernel for {missing}")
-    if differs and delegate:
-        words.append(
-            "the delegate chooses kernels for stretches of the model that a cut divides, and sums in another order; "
-            "without it (--no-delegate) the parts are compared on the same kernels"
-        )
     return "; ".join(words) or None
 
 
