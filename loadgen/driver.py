@@ -34,6 +34,7 @@ from planner.core import PlannerCore, Tick
 
 _END = 0  # at one instant, resources are freed before they are asked for
 UNLIMITED = 1 << 60
+_NOTHING = Parts()
 
 
 @dataclass(slots=True)
@@ -104,11 +105,11 @@ class Drive:
             return  # it has ended otherwise, or runs again elsewhere
         started_s = outcome.started_s if outcome.started_s is not None else self.now_s
         self._handle(
-            TaskCompleted.model_construct(
+            TaskCompleted(
                 task_id=task_id,
                 attempt=attempt,
                 node=outcome.device,
-                measured=outcome.predicted or Parts(),
+                measured=outcome.predicted or _NOTHING,
                 delay_s=self.now_s - started_s,
                 wait_s=started_s - outcome.scheduled_s,
             )
