@@ -78,7 +78,7 @@ class Graph:
         self.inputs = tuple(dict.fromkeys(indices(self._main.inputs)))
         self.outputs = tuple(dict.fromkeys(indices(self._main.outputs)))
         self._makers = {out: at for at, operator in enumerate(self.operators) for out in indices(operator.outputs)}
-        self.carried = self._carried()
+        self.carried, self.unsettled = self._classified()
         self.layer_operators = [at for at in range(len(self.operators)) if at not in self.carried]
         if not self.layer_operators:
             raise ModelError(path, "has no operator that depends on its input")
@@ -158,28 +158,45 @@ class Graph:
 
     # --- layers --------------------------------------------------------------------------------------------------
 
-    def _carried(self) -> frozenset[int]:
-        """Operators that are no layers (see the head of this file)."""
-        written = self.written_resources
+    def _classified(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Operators that are no layers (see the head of this file), and tensors whose shape depends on the input's values.
+
+        The runtime calls a shape dynamic as soon as it is computed, also where it is computed from shapes that never
+        change. So what the runtime did not know beforehand is settled if nothing in its making looked at values that may
+        vary, and the trial's two runs agreed.
+        """
+        late = self.facts.late
         fixed = {at for at in range(len(self.tensors)) if self.is_constant(at)}
         carried: set[int] = set()
+        unsettled: set[int] = set()
         for at, operator in enumerate(self.operators):
-            kind = self.kinds[at]
-            inputs = [tensor for tensor in indices(operator.inputs) if tensor >= 0]
-            if kind in HANDLES or kind == "CALL_ONCE":
-                repeatable = True
-            elif kind in UNREPEATABLE or kind in WRITERS or kind.startswith("CUSTOM:") or subgraphs_of(operator, kind):
-                repeatable = False
-            elif kind == "READ_VARIABLE":
-                repeatable = not self.resources_of(at) & written
-            else:
-                repeatable = bool(inputs) and all(tensor in fixed for tensor in inputs)
-                # the shape of a tensor whose shape never changes is a constant too; the slicer writes it down
-                repeatable |= kind in SHAPE_READERS and bool(inputs) and inputs[0] in self.facts.shapes
-            if repeatable:
+            kind, inputs, outputs = self.kinds[at], indices(operator.inputs), indices(operator.outputs)
+            if self._is_repeatable(at, kind, [t for t in inputs if t >= 0], fixed, unsettled):
                 carried.add(at)
-                fixed.update(indices(operator.outputs))
-        return frozenset(carried)
+                fixed.update(outputs)
+                continue
+            open_ended = (
+                kind in SHAPED_BY_VALUES
+                or kind.startswith("CUSTOM:")
+                or bool(subgraphs_of(operator, kind))
+                or any(tensor in unsettled for tensor in inputs)
+                or any(inputs[k] >= 0 and inputs[k] not in fixed for k in SHAPED_BY.get(kind, ()) if k < len(inputs))
+            )
+            unsettled.update(t for t in outputs if t in late and (open_ended or late[t] is None))
+        return frozenset(carried), frozenset(unsettled)
+
+    def _is_repeatable(self, at: int, kind: str, inputs: list[int], fixed: set[int], unsettled: set[int]) -> bool:
+        """Whether the operator says the same in every slice, whatever the model's input."""
+        if kind in HANDLES or kind == "CALL_ONCE":
+            return True
+        if kind == "READ_VARIABLE":
+            return not self.resources_of(at) & self.written_resources
+        if kind in SHAPE_READERS and inputs and inputs[0] not in unsettled:
+            # the shape of a tensor whose shape never changes is a constant too; the slicer writes it down
+            return inputs[0] in self.facts.shapes or inputs[0] in self.facts.late
+        if kind in UNREPEATABLE or kind in WRITERS or kind.startswith("CUSTOM:") or subgraphs_of(self.operators[at], kind):
+            return False
+        return bool(inputs) and all(tensor in fixed for tensor in inputs)
 
     @cached_property
     def layers(self) -> list[Layer]:
@@ -268,34 +285,6 @@ class Graph:
         if tensor not in self.facts.shapes and any(size < 1 for size in self.shape(tensor)):
             return "has a shape that the file leaves open"
         return None
-
-    @cached_property
-    def unsettled(self) -> frozenset[int]:
-        """Tensors whose shape depends on the values of the input.
-
-        The runtime calls a shape dynamic as soon as it is computed, also where it is computed from shapes that never
-        change. So what the runtime did not know beforehand is settled if nothing in its making looked at values that may
-        vary, and the trial's two runs agreed.
-        """
-        fixed = {t for t in range(len(self.tensors)) if self.is_constant(t)}
-        fixed |= {t for at in self.carried for t in indices(self.operators[at].outputs)}
-        unsettled: set[int] = set()
-        for at, operator in enumerate(self.operators):
-            kind = self.kinds[at]
-            inputs = indices(operator.inputs)
-            deciding = [inputs[k] for k in SHAPED_BY.get(kind, ()) if k < len(inputs)]
-            open_ended = (
-                kind in SHAPED_BY_VALUES
-                or kind.startswith("CUSTOM:")
-                or bool(subgraphs_of(operator, kind))
-                or any(tensor in unsettled for tensor in inputs)
-                or any(tensor >= 0 and tensor not in fixed for tensor in deciding)
-            )
-            for tensor in indices(operator.outputs):
-                late = tensor in self.facts.late
-                if late and (open_ended or self.facts.late[tensor] is None):
-                    unsettled.add(tensor)
-        return frozenset(unsettled)
 
     def require_cuttable(self, position: int) -> None:
         """Raises `CutError` where the model cannot be cut at `position`."""
