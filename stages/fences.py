@@ -60,7 +60,7 @@ class Fences:
 
     def restore(self, task: dict[str, Any]) -> None:
         """Take over one live task from a planner's snapshot: its submission, placement and attempt."""
-        submitted = TaskSubmitted.model_validate(task["task"])
+        submitted = TaskSubmitted.model_validate(task["submitted"])
         self.tasks[submitted.task_id] = submitted
         self._attempt[submitted.task_id] = int(task["attempt"])
         if task.get("placed"):

@@ -154,7 +154,7 @@ class Node:
         start = {where: begin.offset + 1} if begin else {where: 0}
         if begin:
             self._decisions = DecisionLog(epoch=begin.epoch, nonce=begin.nonce, seq=begin.seq)
-            for task in begin.state.get("tasks", {}).values():
+            for task in begin.state.get("tasks", []):
                 self.fences.restore(task)
         reader = await self.bus.reader([where], start=start)
         while await reader.lag():
