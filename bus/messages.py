@@ -247,6 +247,16 @@ class Moved(Frozen):
     to_s: float  # the start promised now
 
 
+class Overran(Frozen):
+    """A running task has passed its predicted end; it keeps what it holds, and others plan with this end instead."""
+
+    type: Literal["overran"] = "overran"
+    task_id: Name
+    attempt: Attempt
+    from_s: float  # the predicted end that has passed
+    to_s: float  # the end assumed now
+
+
 class Retried(Frozen):
     """What a task had is taken back; it is planned again under a new attempt, older attempts are fenced."""
 
@@ -291,7 +301,7 @@ class NodeLost(Frozen):
 
 
 Change = Annotated[
-    Admitted | Placed | BandwidthGrant | Start | Moved | Retried | Ended | NodeJoined | NodeLost,
+    Admitted | Placed | BandwidthGrant | Start | Moved | Overran | Retried | Ended | NodeJoined | NodeLost,
     Field(discriminator="type"),
 ]
 

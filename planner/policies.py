@@ -1,0 +1,109 @@
+"""Who decides: the paper's policies, and the door through which a user's own comes in.
+
+A policy is anything with a `name` and a `place`. It is given Algorithm 1 over one task and the ledger as it stands
+(`Algorithm`), and returns a `Choice` of it, or None when the task must wait for nodes to join. The paper's are restrictions:
+
+>>> class Thrifty:
+...     '''Never uses the cloud.'''
+...
+...     name = "thrifty"
+...
+...     def place(self, algorithm):
+...         return algorithm.best({DEVICE, DEVICE_EDGE})
+
+It is named by an entry point of the group `deepar.policies`, or as `module:name`; a class is instantiated without
+arguments. A policy must be a function of what it is given: no clock, no randomness, no state of its own, or a decision could
+not be explained afterwards.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Final, Protocol, runtime_checkable
+
+from bus.errors import ConfigError, UnknownNameError
+from planner.algorithm import EVERY_FAMILY, Algorithm, Choice
+from planner.search import DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+
+ENTRY_POINT_GROUP: Final = "deepar.policies"
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What the planner asks for every task."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    def place(self, algorithm: Algorithm) -> Choice | None:
+        """Where and when, or None: nothing that is there will do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restriction:
+    """Algorithm 1 over some of its candidates."""
+
+    name: str
+    families: frozenset[int] = EVERY_FAMILY
+    device_computes: bool = True  # False: cut1 = 0
+    delayed: bool = True  # False: start now, or run locally
+
+    def place(self, algorithm: Algorithm) -> Choice | None:
+        """The best of what is allowed."""
+        return algorithm.best(self.families, device_computes=self.device_computes, delayed=self.delayed)
+
+    def needs_edge(self) -> bool:
+        """Whether a device that reaches no edge can never be served."""
+        return DEVICE not in self.families
+
+
+BUILT_IN: Final[dict[str, Policy]] = {
+    policy.name: policy
+    for policy in (
+        Restriction("deepar"),
+        Restriction("no-delay", delayed=False),
+        Restriction("device-only", frozenset({DEVICE})),
+        Restriction("edge-only", frozenset({DEVICE_EDGE}), device_computes=False),
+        Restriction("cloud-only", frozenset({DEVICE_CLOUD}), device_computes=False),
+        # one cut, anywhere: a cut behind the last layer is the device alone, as in the original
+        Restriction("neurosurgeon", frozenset({DEVICE, DEVICE_CLOUD})),
+    )
+}
+
+
+def load_policy(name: str) -> Policy:
+    """A built-in policy, one by entry point, or `module:name`.
+
+    Raises `UnknownNameError` for a name that nobody has, `ConfigError` for something that is not a policy.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UnknownNameError(f"policy {name}: {error}") from error
+        return _checked(name, found)
+    plugins = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    if name in plugins:
+        return _checked(name, plugins[name].load())
+    known = sorted({*BUILT_IN, *plugins})
+    near = difflib.get_close_matches(name, known, n=3) or known
+    raise UnknownNameError(f"no policy is called {name}; there is {', '.join(near)}")
+
+
+def policy_names() -> list[str]:
+    """Every policy that can be named without a colon."""
+    return [*BUILT_IN, *sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)} - set(BUILT_IN))]
+
+
+def _checked(name: str, found: object) -> Policy:
+    policy = found() if isinstance(found, type) else found
+    if not isinstance(policy, Policy):
+        raise ConfigError(f"policy {name}: {found!r} has no `name` and `place`")
+    return policy

@@ -1,0 +1,63 @@
+"""The life of a task: one enum (in `bus.messages`), one table of transitions.
+
+`None` stands for a task that the planner has never seen. A pair that is not in the table is a bug: `next_state` raises with
+the task, what it was, what was to happen, and its recent history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Final
+
+from bus.errors import InvariantError
+from bus.messages import TaskState
+
+
+class Step(StrEnum):
+    """What can happen to a task; the names are those of the changes in a decision."""
+
+    ADMITTED = "admitted"
+    PLACED = "placement"
+    MOVED = "moved"
+    START = "start"
+    OVERRAN = "overran"
+    RETRIED = "retried"
+    COMPLETED = "COMPLETED"
+    REJECTED = "REJECTED"
+    FAILED = "FAILED"
+    EXPIRED = "EXPIRED"
+
+
+_WAITING, _SCHEDULED, _RUNNING = TaskState.WAITING, TaskState.SCHEDULED, TaskState.RUNNING
+
+TRANSITIONS: Final[dict[tuple[TaskState | None, Step], TaskState]] = {
+    (None, Step.ADMITTED): _WAITING,
+    (_WAITING, Step.PLACED): _SCHEDULED,
+    (_SCHEDULED, Step.MOVED): _SCHEDULED,
+    (_SCHEDULED, Step.START): _RUNNING,
+    (_RUNNING, Step.OVERRAN): _RUNNING,
+    (_WAITING, Step.RETRIED): _WAITING,
+    (_SCHEDULED, Step.RETRIED): _WAITING,
+    (_RUNNING, Step.RETRIED): _WAITING,
+    # the device has every result: true whatever the planner believed, e.g. after a loss declared too early
+    (_WAITING, Step.COMPLETED): TaskState.COMPLETED,
+    (_SCHEDULED, Step.COMPLETED): TaskState.COMPLETED,
+    (_RUNNING, Step.COMPLETED): TaskState.COMPLETED,
+    (_WAITING, Step.REJECTED): TaskState.REJECTED,
+    (_WAITING, Step.FAILED): TaskState.FAILED,
+    (_SCHEDULED, Step.FAILED): TaskState.FAILED,
+    (_RUNNING, Step.FAILED): TaskState.FAILED,
+    (_WAITING, Step.EXPIRED): TaskState.EXPIRED,
+    (_SCHEDULED, Step.EXPIRED): TaskState.EXPIRED,
+    (_RUNNING, Step.EXPIRED): TaskState.EXPIRED,
+}
+
+
+def next_state(task_id: str, state: TaskState | None, step: Step, history: Iterable[str] = ()) -> TaskState:
+    """The state after a step. Raises `InvariantError` for a transition that is not in the table."""
+    to = TRANSITIONS.get((state, step))
+    if to is None:
+        past = "; ".join(history) or "nothing"
+        raise InvariantError(f"task {task_id}: no transition from {state or 'unknown'} by {step}; before that: {past}")
+    return to
