@@ -1,0 +1,128 @@
+"""The core-only driver: exact delays, the core's queueing, determinism, noise."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from bus.messages import SeedInput, TaskState, TaskSubmitted
+from bus.values import Objective, Role
+from loadgen.driver import Drive, core_for, drive, log_normal
+from loadgen.outcome import Outcome
+from loadgen.scenario import Scenario
+from loadgen.schedule import Entry
+from planner.cost import Costs, PlatformRow
+from tests.unit.loadgen.machines import machines
+
+POLICIES = ("device-only", "edge-only", "cloud-only", "neurosurgeon", "no-delay", "deepar")
+BUSY = Scenario(devices=60, edges=3, within_s=30)
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_task_completes_after_what_the_cost_model_says(policy: str, objective: Objective) -> None:
+    scenario = BUSY.varied(policy=policy, objective=objective)
+    platform = machines()
+    outcomes = drive(scenario, 3, platform)
+    assert [o.task_id for o in outcomes] == [e.task.task_id for e in scenario.schedule(3).entries]
+    tasks = {entry.task.task_id: entry.task for entry in scenario.schedule(3).entries}
+    for outcome in outcomes:
+        assert outcome.state is TaskState.COMPLETED
+        place, task = outcome.placement, tasks[outcome.task_id]
+        rows = (PlatformRow(platform.model(role, task.model)) for role in (Role.DEVICE, Role.EDGE, Role.CLOUD))
+        expected = Costs(*rows).delay_s(
+            place.cut1, place.cut2, place.link1_bps, place.link2_bps, task.samples, objective, task.input_bytes
+        )
+        assert outcome.ended_s - outcome.started_s == pytest.approx(expected, rel=1e-9)
+        assert outcome.delay_s == pytest.approx(outcome.wait_s + expected, rel=1e-9)
+
+
+def test_nothing_is_over_booked_at_any_instant() -> None:
+    """Constraints (8)-(10) from the outside: replayed from the outcomes alone, not from the core's own
+    ledger.
+    """
+    outcomes = drive(BUSY, 1, machines())
+    nodes = {node.node: node for node in BUSY.nodes(1, machines().profiles)}
+    assert any(outcome.wait_s > 0 for outcome in outcomes), "nobody waited: the test would prove nothing"
+    for instant in sorted({outcome.started_s for outcome in outcomes}):
+        for name, edge in nodes.items():
+            if edge.role is not Role.EDGE:
+                continue
+            there = [
+                o.placement for o in outcomes if o.placement.edge == name and o.started_s <= instant < o.ended_s - 1e-9
+            ]
+            assert sum(place.uses_slot for place in there) <= edge.slots
+            assert sum(place.link1_bps for place in there) <= edge.link1_capacity_bps
+            assert sum(place.link2_bps for place in there) <= edge.link2_capacity_bps
+
+
+def test_the_same_seed_gives_the_same_outcomes_and_another_does_not() -> None:
+    assert drive(BUSY, 5, machines()) == drive(BUSY, 5, machines())
+    assert drive(BUSY, 5, machines()) != drive(BUSY, 6, machines())
+
+
+def test_a_policy_without_delays_never_waits_for_an_edge() -> None:
+    outcomes = drive(BUSY.varied(policy="no-delay"), 1, machines())
+    assert all(outcome.wait_s == pytest.approx(0, abs=1e-9) for outcome in outcomes)
+
+
+def test_waiting_pays_where_edges_are_scarce() -> None:
+    """Algorithm 1's delayed start must be worth something on these tasks, or nothing tests it."""
+    means = {
+        policy: np.mean([o.delay_s for seed in range(6) for o in drive(BUSY.varied(policy=policy), seed, machines())])
+        for policy in ("deepar", "no-delay", "edge-only", "device-only")
+    }
+    assert means["deepar"] < means["edge-only"]
+    assert means["deepar"] < means["device-only"]
+    waited = [o.wait_s > 0 for seed in range(6) for o in drive(BUSY, seed, machines())]
+    assert 0.02 < np.mean(waited) < 0.9
+
+
+def test_streaming_is_never_slower_than_one_sample_at_a_time() -> None:
+    alone = Scenario(devices=8, edges=8, reachable=None, within_s=2000)
+    sequential = drive(alone, 2, machines())
+    pipelined = drive(alone.varied(objective="pipelined"), 2, machines())
+    for one, other in zip(sequential, pipelined, strict=True):
+        assert other.delay_s <= one.delay_s + 1e-9
+    assert sum(o.delay_s for o in pipelined) < 0.8 * sum(o.delay_s for o in sequential)
+
+
+def test_noise_changes_delays_and_not_their_mean() -> None:
+    draw = log_normal(0.3, 7)
+    factors = [draw() for _ in range(20_000)]
+    assert np.mean(factors) == pytest.approx(1.0, abs=0.01)
+    assert np.std(np.log(factors)) == pytest.approx(0.3, rel=0.02)
+    noisy = BUSY.varied(noise=0.3)
+    assert drive(noisy, 1, machines()) == drive(noisy, 1, machines())
+    outcomes = drive(noisy, 1, machines())
+    assert all(outcome.state is TaskState.COMPLETED for outcome in outcomes)
+    ratios = [math.log(o.device_delay_s / o.predicted_delay_s) for o in outcomes]
+    assert np.std(ratios) == pytest.approx(0.3, rel=0.35)
+
+
+def test_deadlines_expire_in_virtual_time() -> None:
+    outcomes = drive(BUSY.varied(deadline_s=5), 1, machines())
+    late = [outcome for outcome in outcomes if outcome.state is TaskState.EXPIRED]
+    assert late
+    for outcome in late:
+        assert outcome.ended_s == pytest.approx(outcome.scheduled_s + 5)
+        assert outcome.delay_s is None
+
+
+def test_entries_may_be_a_generator_and_rejected_tasks_end() -> None:
+    ended: list[Outcome] = []
+    run = Drive(core_for(BUSY), ended.append)
+    run.announce(BUSY.nodes(0, machines().profiles))
+
+    def entries():
+        for index in range(5):
+            task = TaskSubmitted(
+                task_id=f"t-{index}", device="device-00001", model="nothing", samples=1, input=SeedInput(seed=0)
+            )
+            yield Entry(at_s=float(index), task=task)
+
+    run.run(entries())
+    assert [outcome.state for outcome in ended] == [TaskState.REJECTED] * 5
+    assert {outcome.cause for outcome in ended} == {"unknown_model"}
