@@ -40,7 +40,8 @@ class Report:
     max_abs_diff: float  # the largest difference found, in the outputs' units
     worst: Pair | None  # the pair that showed it, None where there is no difference
     uncuttable: tuple[tuple[int, str], ...]  # positions and why
-    explanation: str | None = None  # what makes the difference, where that is known
+    explanation: str | None = None  # what makes the difference, where that was shown; and what was not run
+    explained: bool = False  # whether the difference was shown to come from the runtime and not from the cut
     differing: tuple[Pair, ...] = ()  # all pairs that differ
 
 
@@ -141,6 +142,7 @@ def verify(
                     worst, largest = pair, max(largest, gap)
     if step is not None:
         step(len(pairs), len(pairs))
+    cause = _cause(model, differing, samples, num_threads, delegate)
     return Report(
         model=model.name,
         positions=model.graph.depth + 1,
@@ -150,7 +152,8 @@ def verify(
         worst=worst,
         uncuttable=tuple(sorted(model.graph.blocked.items())),
         differing=tuple(dict.fromkeys(differing)),
-        explanation=_explained(model, limit, _cause(model, differing, samples, num_threads, delegate)),
+        explanation=_explained(model, limit, cause),
+        explained=cause is not None,
     )
 
 

@@ -1,0 +1,318 @@
+"""`deepar models ...` and `deepar profile`: what a model looks like from outside, its parts, its speed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from bus.errors import ConfigError, CutError
+from deploy.model_tables import cuts_table, models_table, parts_table, profile_table, show_tree, verify_lines
+from deploy.process import EXIT_FAILED
+from deploy.profile_chart import draw_profile
+from stages.cache import write_whole
+from stages.cuts import useful_positions, work_shares
+from stages.model import Model
+from stages.profiler import measure
+from stages.slicer import position_of, write_parts
+from stages.verify import named_inputs, pairs_of, random_inputs
+from stages.verify import verify as verify_parts
+from stages.zoo import list_models, load_model
+
+app = typer.Typer(no_args_is_help=True, help="List, look at, cut and verify models. MODEL is a zoo name or a .tflite file.")
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A name from `deepar models list`, or a .tflite file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Sha256 = Annotated[str | None, typer.Option("--sha256", help="Refuse the file unless it has this hash.")]
+Threads = Annotated[int, typer.Option(min=1, max=64, help="Threads of the runtime.")]
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """The models that DeePar brings. Those with weights from a seed are generated when they are first used."""
+    entries = list_models()
+    if as_json:
+        _print({"models": [_entry(entry) for entry in entries]})
+    else:
+        Console().print(models_table(entries))
+
+
+@app.command()
+def show(model: ModelArgument, as_json: Json = False, sha256: Sha256 = None) -> None:
+    """What a model takes, gives and consists of."""
+    loaded = _load(model, sha256)
+    if as_json:
+        manifest = loaded.manifest
+        _print(
+            {
+                "model": loaded.name,
+                "path": str(loaded.path),
+                "sha256": loaded.sha256,
+                "size_bytes": loaded.size_bytes,
+                "layers": manifest.layers,
+                "inputs": [spec.model_dump(mode="json") for spec in manifest.cuts[0].tensors],
+                "outputs": [spec.model_dump(mode="json") for spec in manifest.cuts[-1].tensors],
+                "work": sum(cut.work for cut in manifest.cuts),
+                "stateful": loaded.graph.stateful,
+                "carried_operators": len(loaded.graph.carried),
+                "missing_kernels": sorted(loaded.facts.missing_kernels),
+                "kinds": _counted(layer.kind for layer in loaded.graph.layers),
+                "uncuttable": _uncuttable(loaded),
+            }
+        )
+    else:
+        Console().print(show_tree(loaded))
+
+
+@app.command()
+def cuts(
+    model: ModelArgument,
+    as_json: Json = False,
+    useful: Annotated[
+        bool, typer.Option("--useful", help="Only the cuts on the front of work before and bytes crossing.")
+    ] = False,
+    sha256: Sha256 = None,
+) -> None:
+    """Where a model can be cut, what crosses each cut, and how much work lies before it."""
+    loaded = _load(model, sha256)
+    manifest = loaded.manifest
+    front, shares = set(useful_positions(manifest)), work_shares(manifest)
+    shown = [cut for cut in manifest.cuts if not useful or cut.position in front]
+    if not as_json:
+        Console().print(cuts_table(loaded, shown, front, shares))
+        return
+    _print(
+        {
+            "model": loaded.name,
+            "layers": manifest.layers,
+            "cuts": [
+                {
+                    "position": cut.position,
+                    "name": cut.name,
+                    "tensors": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in cut.tensors],
+                    "cut_bytes": cut.cut_bytes,
+                    "work_share": shares[cut.position],
+                    "useful": cut.position in front,
+                    "cuttable": cut.cuttable,
+                    "reason": cut.reason or None,
+                }
+                for cut in shown
+            ],
+        }
+    )
+
+
+@app.command("slice")
+def slice_(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="Folder for the parts and manifest.json.", file_okay=False)],
+    cut1: Annotated[str, typer.Option(metavar="NAME|N", help="The device's last layer: a name or a position.")],
+    cut2: Annotated[
+        str | None, typer.Option(metavar="NAME|N", help="The edge's last layer; without it the cloud runs the rest.")
+    ] = None,
+    as_json: Json = False,
+    sha256: Sha256 = None,
+) -> None:
+    """Cut a model into valid .tflite parts, for the device, the edge and the cloud.
+
+    Example: `deepar models slice alexnet --cut1 maxpool_1 --cut2 maxpool_3 --out parts`
+    """
+    loaded = _load(model, sha256)
+    first = position_of(loaded, cut1)
+    second = first if cut2 is None else position_of(loaded, cut2)
+    if first > second:
+        raise CutError(f"cut1 {cut1} lies behind cut2 {cut2}")
+    manifest, parts = write_parts(loaded, [first, second], out)
+    if as_json:
+        kept = ("role", "file", "first", "last", "size_bytes", "sha256")
+        _print({"manifest": str(manifest), "parts": [{key: part[key] for key in kept} for part in parts]})
+    else:
+        Console().print(parts_table(loaded, manifest, parts))
+
+
+@app.command()
+def verify(
+    model: ModelArgument,
+    cuts: Annotated[
+        str, typer.Option(metavar="all|single|N", help="Every pair, every position once, or that and N random pairs.")
+    ] = "60",
+    inputs: Annotated[
+        Path | None, typer.Option(help="An .npz file with an array for each input.", exists=True, dir_okay=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Random samples to run besides the given ones.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random pairs and samples.")] = 0,
+    num_threads: Threads = 1,
+    delegate: Annotated[bool, typer.Option(help="Use the runtime's default delegate (XNNPACK).")] = True,
+    as_json: Json = False,
+    sha256: Sha256 = None,
+) -> None:
+    """Run the whole model and its parts on the same inputs and compare the results bit by bit.
+
+    Exit code 1 unless all are identical, or the difference is shown to come from the runtime and not from the cut.
+    """
+    loaded = _load(model, sha256)
+    rng = np.random.default_rng(seed)
+    given = _given(loaded, inputs) if inputs is not None else []
+    chosen = [*given, *(random_inputs(loaded, rng) for _ in range(samples))]
+    if not chosen:
+        raise ConfigError("there is nothing to run: --samples 0 needs --inputs")
+    with _bar(f"verifying {loaded.name}") as bar:
+        report = verify_parts(
+            loaded,
+            pairs_of(loaded, cuts, seed),
+            chosen,
+            num_threads=num_threads,
+            delegate=delegate,
+            step=lambda done, total: bar(done, total, ""),
+        )
+    if as_json:
+        worst = None if report.worst is None else {"cut1": report.worst[0], "cut2": report.worst[1]}
+        _print(
+            {
+                "model": report.model,
+                "positions": report.positions,
+                "checked": report.checked,
+                "bit_identical": report.bit_identical,
+                "max_abs_diff": report.max_abs_diff,
+                "worst": worst,
+                "uncuttable": _uncuttable(loaded),
+                "samples": len(chosen),
+                "differing": [{"cut1": first, "cut2": second} for first, second in report.differing],
+                "explanation": report.explanation,
+            }
+        )
+    else:
+        Console().print(verify_lines(report, len(chosen)))
+    if not report.bit_identical and not report.explained:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def profile(
+    model: ModelArgument,
+    num_threads: Threads = 1,
+    num_runs: Annotated[int, typer.Option(min=1, help="Timed runs of the whole and of every layer.")] = 10,
+    warmup_runs: Annotated[int, typer.Option(min=0, help="Runs before them that do not count.")] = 2,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the profile as nodes announce it (JSON), and the chart beside it.", dir_okay=False),
+    ] = None,
+    chart: Annotated[Path | None, typer.Option(help="Write the bar chart here (.png, .svg or .pdf).", dir_okay=False)] = None,
+    platform: Annotated[str, typer.Option(help="What the profile calls this machine.")] = "this machine",
+    as_json: Json = False,
+    sha256: Sha256 = None,
+) -> None:
+    """Measure how long every layer of a model takes on this machine, and what it sends if the model is cut after it.
+
+    Each layer is timed as a slice of its own, and the whole in one piece; layers are scaled to add up to the whole.
+    """
+    loaded = _load(model, sha256)
+    with _bar(f"profiling {loaded.name}") as bar:
+        found = measure(
+            loaded,
+            num_threads=num_threads,
+            num_runs=num_runs,
+            warmup_runs=warmup_runs,
+            step=lambda what, done, total: bar(done, total, what),
+        )
+    profiled = found.profile(platform)
+    if out is not None:
+        write_whole(out.absolute(), [profiled.model_dump_json(indent=2).encode() + b"\n"])
+    chart = chart or (out.with_suffix(".png") if out is not None else None)
+    if chart is not None:
+        draw_profile(found, profiled, chart)
+    if not as_json:
+        console = Console()
+        console.print(profile_table(found, profiled))
+        for path in filter(None, (out, chart)):
+            console.print(f"written: {path}")
+        return
+    rows: list[dict[str, Any]] = [
+        {
+            "position": layer.position,
+            "name": layer.name,
+            "kind": layer.kind,
+            "median_s": layer.median_s,
+            "spread_s": layer.spread_s,
+            "output_bytes": layer.output_bytes,
+            "scaled_s": profiled.layer_s[layer.position - 1],
+            "cut_bytes": profiled.cut_bytes[layer.position],
+        }
+        for layer in found.layers
+    ]
+    _print(
+        {
+            "model": loaded.name,
+            "platform": platform,
+            "whole_s": found.whole_s,
+            "sum_of_slices_s": found.sum_of_slices_s,
+            "layers": rows,
+            "num_threads": num_threads,
+            "num_runs": num_runs,
+            "files": [str(path) for path in (out, chart) if path is not None],
+        }
+    )
+
+
+# --- what the commands share -----------------------------------------------------------------------------------------
+
+
+def _print(report: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+def _load(model: str, sha256: str | None) -> Model:
+    """The model, with a bar while it is generated, copied or hashed."""
+    with _bar("loading") as bar:
+        return load_model(model, lambda what, done, total: bar(done, total, what), sha256=sha256)
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Any]:
+    """A progress bar on stderr that goes away: call it with done, total, what."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+
+        def update(done: int, total: int, what: str) -> None:
+            progress.update(task, completed=done, total=total, description=f"{title} {what}".strip())
+
+        yield update
+
+
+def _given(loaded: Model, path: Path) -> list[list[np.ndarray[Any, Any]]]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return named_inputs(loaded, dict(stored))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as an .npz file: {error}") from error
+
+
+def _uncuttable(loaded: Model) -> list[dict[str, Any]]:
+    return [{"position": position, "reason": reason} for position, reason in sorted(loaded.graph.blocked.items())]
+
+
+def _counted(kinds: Iterator[str] | Any) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for kind in kinds:
+        counts[kind] = counts.get(kind, 0) + 1
+    return counts
+
+
+def _entry(entry: Any) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "title": entry.title,
+        "layers": entry.layers,
+        "size_bytes": entry.size_bytes,
+        "sha256": entry.sha256,
+        "path": str(entry.path),
+        "ready": entry.ready,
+    }
