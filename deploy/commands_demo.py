@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bus.units import format_seconds
+from bus.units import format_rate, format_seconds
 from bus.values import Parts
-from deploy.decision_lines import parts_text
 from deploy.demo import POLICIES, SLOWDOWN, Demo, Run, digits_right
 from deploy.demo_picture import draw_run
 from deploy.log_setup import configure_logging
@@ -32,18 +32,20 @@ def demo(
     """Watch a device, an edge and a cloud recognise handwritten digits together.
 
     One cloud, two edges and four devices run in this process with real inference; a dozen tasks of LeNet and AlexNet arrive
-    over six seconds. The same tasks then run on each single place, for comparison.
+    over nine seconds. The same tasks then run on each single place, for comparison.
     """
     configure_logging("warning")
-    console = Console(stderr=as_json, highlight=False)
-    runs = run_on_uvloop(_play(console, seed))
+    console = Console(
+        stderr=as_json, highlight=False, width=None if sys.stderr.isatty() or sys.stdout.isatty() else 100
+    )
+    runs, links = run_on_uvloop(_play(console, seed))
     best = runs[0]
     draw_run(best.run, picture)
     report = _report(runs, picture)
     if as_json:
         sys.stdout.write(json.dumps(report) + "\n")
     else:
-        _show(console, runs, report)
+        _show(console, runs, report, links)
     unfinished = [outcome.task_id for played in runs for outcome in played.run.outcomes if outcome.delay_s is None]
     digits = report["digits"]
     if unfinished or not digits["equal_to_whole"] or digits["correct"] <= 0.95 * digits["total"]:
@@ -58,7 +60,7 @@ class _Played:
         self.correct, self.total = right
 
 
-async def _play(console: Console, seed: int) -> list[_Played]:
+async def _play(console: Console, seed: int) -> tuple[list[_Played], str]:
     import asyncio
 
     columns = (
@@ -90,7 +92,7 @@ async def _play(console: Console, seed: int) -> list[_Played]:
                 run = await show.run(policy, watch)
                 bars.update(bar, doing=f"mean delay {format_seconds(run.mean_delay_s)}")
                 played.append(_Played(run, digits_right(show.schedule, run)))
-            return played
+            return played, f"link 1 {format_rate(show.link1_bps)}, link 2 {format_rate(show.link2_bps)}"
         finally:
             show.close()
 
@@ -128,26 +130,32 @@ def _task(outcome: Outcome, policy: str) -> dict[str, Any]:
     }
 
 
-def _show(console: Console, runs: list[_Played], report: dict[str, Any]) -> None:
+def _show(console: Console, runs: list[_Played], report: dict[str, Any], links: str) -> None:
     best = runs[0]
-    table = Table(title="What DeePar did with each task", title_justify="left", header_style="bold", show_lines=True)
-    for name in ("task", "runs on", "cut after", "wait", "delay", "predicted and [green]measured[/] busy times"):
-        table.add_column(name)
+    table = Table(
+        title="What DeePar did with each task", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for name in ("task", "runs on", "cut after", "wait\n[green]delay[/]"):
+        table.add_column(name, overflow="fold")
+    for name in ("device", "link 1", "edge", "link 2", "cloud", "result"):
+        table.add_column(name, justify="right")
     for outcome in best.run.outcomes:
         place = outcome.placement
         where = cuts = "-"
         if place is not None:
             where = place.kind.value + (f"\nvia {place.edge}" if place.edge else "")
             cuts = "\n".join(dict.fromkeys((place.cut1_name, place.cut2_name))) if place.edge else "not cut"
+        ended = f"[green]{outcome.delay_s:.2f}[/]" if outcome.delay_s is not None else f"[red]{outcome.state}[/]"
+        predicted, measured = (outcome.predicted or Parts()).model_dump(), (outcome.measured or Parts()).model_dump()
         table.add_row(
-            f"{outcome.task_id}\n{outcome.samples} x {outcome.model}",
+            f"{outcome.task_id}\n[dim]{outcome.samples} x {outcome.model}[/]",
             where,
             cuts,
-            format_seconds(outcome.wait_s or 0.0),
-            format_seconds(outcome.delay_s) if outcome.delay_s is not None else f"[red]{outcome.state}[/]",
-            f"{parts_text(outcome.predicted or Parts())}\n[green]{parts_text(outcome.measured or Parts())}[/]",
+            f"{outcome.wait_s or 0.0:.2f}\n{ended}",
+            *(_pair(predicted[part], measured[part]) for part in predicted),
         )
     console.print(table)
+    console.print("[dim]seconds; above what was predicted, below in green what was measured, over all samples[/]")
     digits = report["digits"]
     same = "the same as" if digits["equal_to_whole"] else "[red]not the same as[/]"
     console.print(
@@ -155,14 +163,20 @@ def _show(console: Console, runs: list[_Played], report: dict[str, Any]) -> None
         f"every output is {same} the uncut model's, bit for bit."
     )
     slower = ", ".join(f"{role.value} {factor:g}x" for role, factor in SLOWDOWN.items())
-    console.print(f"\n[bold]Mean delay of the same tasks[/] [dim](this machine, slowed down: {slower})[/]")
+    console.print(f"\n[bold]Mean delay of the same tasks[/] [dim]({slower} slower than this machine; {links})[/]")
     slowest = max(played.run.mean_delay_s for played in runs)
     for played in runs:
         mean_s = played.run.mean_delay_s
-        bar = "#" * max(1, round(40 * mean_s / slowest))
-        note = "" if played is best else f"  DeePar takes {100 * (1 - best.run.mean_delay_s / mean_s):.0f} % less"
+        bar = "#" * max(1, round(30 * mean_s / slowest))
+        less = 100 * (1 - best.run.mean_delay_s / mean_s)
+        note = "" if played is best else f"  DeePar takes {abs(less):.0f} % {'less' if less >= 0 else 'more'}"
         console.print(
             f"  {played.run.policy:<12} {format_seconds(mean_s):>8}  [{'green' if played is best else 'blue'}]{bar}[/]{note}"
         )
     console.print(f"\nWho worked on what, when: [bold]{report['picture']}[/]", soft_wrap=True)
     console.print("Next: [cyan]deepar broker[/] and the README, for the same as separate processes on Kafka.")
+
+
+def _pair(predicted_s: float, measured_s: float) -> str:
+    """Predicted above measured; a dash where nothing was to be done."""
+    return f"{predicted_s:.2f}\n[green]{measured_s:.2f}[/]" if predicted_s or measured_s else "-"

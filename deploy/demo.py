@@ -12,12 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from stages.profiler import machine_profile
 
 from bus.frames import Array
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import DatasetInput, SeedInput, TaskSubmitted
-from bus.values import Execution, ModelProfile, Objective, Role
+from bus.values import BITS_PER_BYTE, Execution, ModelProfile, Objective, Role
 from deploy import nodes
 from loadgen.outcome import Outcome, Recorder
 from loadgen.replay import replay
@@ -26,20 +25,32 @@ from stages.compute import WORKERS, LitertRunner
 from stages.litert import SegmentRunner
 from stages.model import Model
 from stages.node import Node, NodeSettings
+from stages.profiler import machine_profile
 from stages.segments import SegmentStore
 from stages.zoo import digits, load_model
 
 POLICIES = ("deepar", "edge-only", "cloud-only", "device-only")
 MODELS = ("lenet", "alexnet")
-SLOWDOWN = {Role.DEVICE: 10.0, Role.EDGE: 4.0, Role.CLOUD: 2.0}
-"""How much slower than this machine each tier is played. The cloud's 2.0 leaves room for two runs at once on two cores."""
+SLOWDOWN = {Role.DEVICE: 9.0, Role.EDGE: 7.5, Role.CLOUD: 4.5}
+"""How much slower than this machine each tier is played. High, so that two cores can play seven machines at once and a busy
+host does not show: all of them together compute for a tenth of the time."""
 
-LINK1_BPS, LINK2_BPS = 200_000_000, 20_000_000
+LENET_S = 0.0035
+"""LeNet is played on small chips: on one of this machine's place a digit takes this long, not its real 40 microseconds."""
+
+LINK1_SHARE, LINK2_SHARE = 2.1, 2.85
+"""Links are played too: AlexNet's input crosses link 1, and its `maxpool_2` link 2, in these multiples of AlexNet's own time
+on this machine. So the demonstration looks alike on a fast and on a slow machine."""
+
+DIGITS_LINK1_BPS, DIGITS_LINK2_BPS = 800_000, 1_000_000
+"""What a task of digits may take of the links: a sensor's radio."""
+
 SLOTS = 2
 DEVICES = ("d1", "d2", "d3", "d4")
 EDGES = ("e1", "e2")
-DIGITS_A_TASK = 50
-PICTURES_A_TASK = 6
+DIGITS_A_TASK = 40
+PICTURES_A_TASK = 4
+GAP_S = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +81,8 @@ class Run:
         return sum(delays) / len(delays) if delays else float("nan")
 
 
-def schedule(seed: int) -> Schedule:
-    """A dozen tasks over six seconds: digits for LeNet, seeded pictures for AlexNet, device after device."""
+def schedule(seed: int, link2_bps: int) -> Schedule:
+    """A dozen tasks over nine seconds: digits for LeNet, seeded pictures for AlexNet, device after device."""
     rng = np.random.default_rng(seed)
     entries = []
     for index in range(12):
@@ -86,8 +97,10 @@ def schedule(seed: int) -> Schedule:
             input=DatasetInput(name="digits", start=(index // 3) * DIGITS_A_TASK)
             if model == "lenet"
             else SeedInput(seed=int(rng.integers(1 << 31))),
+            max_link1_bps=DIGITS_LINK1_BPS if model == "lenet" else None,
+            max_link2_bps=DIGITS_LINK2_BPS if model == "lenet" else link2_bps,
         )
-        entries.append(Entry(at_s=index * 0.5, task=task))
+        entries.append(Entry(at_s=index * GAP_S, task=task))
     return Schedule(entries=tuple(entries), seed=seed)
 
 
@@ -95,11 +108,16 @@ class Demo:
     """Models, measured times and worker threads that the runs share."""
 
     def __init__(self, seed: int, say: Callable[[str], None], progress: Callable[[str, int, int], None] | None) -> None:
-        self.schedule = schedule(seed)
         self._models: Sequence[Model] = [load_model(name, progress) for name in MODELS]
-        self._profiles: Mapping[str, ModelProfile] = {
-            model.name: machine_profile(model, num_threads=1, say=say) for model in self._models
-        }
+        measured = {model.name: machine_profile(model, num_threads=1, say=say) for model in self._models}
+        lenet, alexnet = measured["lenet"], measured["alexnet"]
+        chips = nodes.scaled(lenet, LENET_S / sum(lenet.layer_s), lenet.platform)
+        self._profiles: Mapping[str, ModelProfile] = {"lenet": chips, "alexnet": alexnet}
+        alexnet_s = sum(alexnet.layer_s)
+        crossing2_bytes = alexnet.cut_bytes[alexnet.layer_names.index("maxpool_2") + 1]
+        self.link1_bps = round(BITS_PER_BYTE * alexnet.cut_bytes[0] / (LINK1_SHARE * alexnet_s))
+        self.link2_bps = round(BITS_PER_BYTE * crossing2_bytes / (LINK2_SHARE * alexnet_s))
+        self.schedule = schedule(seed, self.link2_bps)
         self._stores = {model.name: SegmentStore(model, num_threads=1, replicas=WORKERS) for model in self._models}
         for store in self._stores.values():
             store.warm(say)
@@ -128,7 +146,7 @@ class Demo:
                     bus, policy=policy, objective=Objective.PIPELINED, execution=Execution.STREAMING
                 )
                 group.create_task(service.run(), name="planner")
-                members = [self._node(bus, settings, on_busy) for settings in _cast()]
+                members = [self._node(bus, settings, on_busy) for settings in self._cast()]
                 for node in members:
                     work = nodes.make_work(node, self._keeper(run))
                     group.create_task(node.run(work), name=node.settings.name)
@@ -150,6 +168,22 @@ class Demo:
             pool=self._pool,
         )
         return Node(bus, settings, runner, on_busy=on_busy)
+
+    def _cast(self) -> list[NodeSettings]:
+        """Who plays. An edge's links carry as many tasks at their full rate as it has slots."""
+        cloud = [NodeSettings(name="c1", role=Role.CLOUD)]
+        edges = [
+            NodeSettings(
+                name=name,
+                role=Role.EDGE,
+                slots=SLOTS,
+                link1_capacity_bps=self.link1_bps * SLOTS,
+                link2_capacity_bps=self.link2_bps * SLOTS,
+            )
+            for name in EDGES
+        ]
+        devices = [NodeSettings(name=name, role=Role.DEVICE, link1_capacity_bps=self.link1_bps) for name in DEVICES]
+        return [*cloud, *edges, *devices]
 
     def _keeper(self, run: Run) -> Callable[[TaskSubmitted, int, list[Array]], None]:
         def keep(task: TaskSubmitted, sample: int, outputs: list[Array]) -> None:
@@ -177,16 +211,3 @@ def digits_right(schedule: Schedule, run: Run) -> tuple[int, int]:
         assert isinstance(source, DatasetInput)
         correct += answer == int(labels[(source.start + sample) % len(labels)])
     return correct, len(run.answers)
-
-
-def _cast() -> list[NodeSettings]:
-    """Who plays."""
-    cloud = [NodeSettings(name="c1", role=Role.CLOUD)]
-    edges = [
-        NodeSettings(
-            name=name, role=Role.EDGE, slots=SLOTS, link1_capacity_bps=LINK1_BPS * 2, link2_capacity_bps=LINK2_BPS * 2
-        )
-        for name in EDGES
-    ]
-    devices = [NodeSettings(name=name, role=Role.DEVICE, link1_capacity_bps=LINK1_BPS) for name in DEVICES]
-    return [*cloud, *edges, *devices]

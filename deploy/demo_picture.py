@@ -32,22 +32,18 @@ def draw_run(run: Run, path: Path) -> None:
     tasks = [outcome.task_id for outcome in run.outcomes]
     figure, axes = pyplot.subplots(figsize=(11, 0.9 + 0.38 * len(rows)), layout="constrained")
     for height, row in enumerate(reversed(rows)):
+        spans = {task_id: _spans(run, row, task_id) for task_id in tasks}
+        lanes = _lanes({task_id: found for task_id, found in spans.items() if found})
+        lane_height = 0.8 / (max(lanes.values(), default=0) + 1)
         for index, task_id in enumerate(tasks):
-            spans = [
-                (stretch.begin_s, max(stretch.end_s - stretch.begin_s, 0.004))
-                for stretch in run.stretches
-                if (stretch.node, stretch.part) == row and stretch.task_id == task_id
-            ]
-            if not spans:
+            if task_id not in lanes:
                 continue
-            colour = COLOURS[index % len(COLOURS)]
-            hatch = "//" if index >= len(COLOURS) else None
             axes.broken_barh(
-                spans,
-                (height - 0.4, 0.8),
-                facecolors=colour,
-                hatch=hatch,
-                edgecolor="white" if hatch else "none",
+                spans[task_id],
+                (height - 0.4 + lanes[task_id] * lane_height, lane_height),
+                facecolors=COLOURS[index % len(COLOURS)],
+                hatch="//" if index >= len(COLOURS) else None,
+                edgecolor="white",
                 linewidth=0,
             )
     axes.set_yticks(range(len(rows)), [f"{node} {PARTS[part]}" for node, part in reversed(rows)])
@@ -71,3 +67,24 @@ def draw_run(run: Run, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _spans(run: Run, row: tuple[str, str], task_id: str) -> list[tuple[float, float]]:
+    """(begin, length) of every stretch of a task in a row, none too short to be seen."""
+    return [
+        (stretch.begin_s, max(stretch.end_s - stretch.begin_s, 0.004))
+        for stretch in run.stretches
+        if (stretch.node, stretch.part) == row and stretch.task_id == task_id
+    ]
+
+
+def _lanes(spans: dict[str, list[tuple[float, float]]]) -> dict[str, int]:
+    """A lane for each task, so that tasks that overlap in time do not hide each other."""
+    lanes: dict[str, int] = {}
+    free_s: list[float] = []
+    for task_id, found in sorted(spans.items(), key=lambda item: item[1][0]):
+        begin_s, end_s = found[0][0], found[-1][0] + found[-1][1]
+        lane = next((lane for lane, until_s in enumerate(free_s) if until_s <= begin_s), len(free_s))
+        free_s[lane : lane + 1] = [end_s]
+        lanes[task_id] = lane
+    return lanes

@@ -23,7 +23,8 @@ from stages.runner import Pace, Station, profile_of, sleep_until
 from stages.segments import Segment, SegmentStore
 from stages.zoo import digits
 
-WORKERS = max(2, os.cpu_count() or 1)
+WORKERS = 4 * max(2, os.cpu_count() or 1)
+"""More threads than cores: the operating system shares them out, so that a digit does not queue behind a photograph."""
 
 
 class LitertRunner:
