@@ -159,7 +159,7 @@ class Algorithm:
     def on_device(self) -> Choice | None:
         """Everything on the device, as soon as it is free for so long."""
         request, now = self.request, self.now
-        delay = request.device_search.device_s(request.samples)
+        delay = request.device_search.device_s(request.samples, request.objective)
         if delay is None:
             return None
         start, layers = now, request.device_row.layers

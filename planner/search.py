@@ -125,9 +125,12 @@ class CutSearch:
         self._second_front = _front(behind[::-1], strict=True)[::-1]
         self._pairs: _Pairs | None = None
 
-    def device_s(self, samples: int) -> float | None:
-        """w_0: everything on the device; the objectives agree. None when it is not allowed."""
-        return None if self._device_s is None else samples * self._device_s
+    def device_s(self, samples: int, objective: Objective) -> float | None:
+        """w_0: everything on the device; the objectives agree but for rounding. None when it is not allowed."""
+        one = self._device_s
+        if one is None or objective is Objective.SEQUENTIAL:
+            return None if one is None else samples * one
+        return one + (samples - 1) * one
 
     def best(
         self,
@@ -144,9 +147,8 @@ class CutSearch:
         Without `device_free` only cut1 = 0 is tried. `link2_bps` is not looked at by `DEVICE_EDGE`.
         """
         if family == DEVICE:
-            if self._device_s is None or not device_free:
-                return None
-            return samples * self._device_s, self.costs.layers, self.costs.layers
+            alone = self.device_s(samples, objective)
+            return None if alone is None or not device_free else (alone, self.costs.layers, self.costs.layers)
         if objective is Objective.SEQUENTIAL:
             cuts = self._sequential(family, link1_bps, link2_bps, input_bytes, device_free)
         else:
