@@ -14,7 +14,6 @@ from bus.errors import ProtocolError
 from bus.messages import Decision, EpochOpened, PlannerHeartbeat, PlannerLeft
 from bus.port import Record
 
-
 DecisionTopicMessage = Decision | EpochOpened | PlannerHeartbeat | PlannerLeft
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
+from dataclasses import dataclass
 from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from bus.errors import ConfigError, DeeparError
-from deploy import commands_services, commands_tail
 from deploy.log_setup import configure_logging
 from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 
@@ -31,6 +33,35 @@ app = typer.Typer(
 RUN, SEE, MODELS = "Run", "See", "Models, plans and experiments"
 
 
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """Where a command lives. Its module is imported only if it is the one that was asked for, or for the list of all."""
+
+    name: str
+    panel: str
+    module: str
+    attribute: str
+
+
+COMMANDS = (
+    _Command("demo", RUN, "deploy.commands_demo", "demo"),
+    _Command("broker", RUN, "deploy.commands_broker", "broker"),
+    _Command("up", RUN, "deploy.commands_services", "up"),
+    _Command("planner", RUN, "deploy.commands_services", "planner"),
+    _Command("stage", RUN, "deploy.commands_services", "stage_app"),
+    _Command("topics", RUN, "deploy.commands_services", "topics_app"),
+    _Command("loadgen", RUN, "deploy.commands_loadgen", "app"),
+    _Command("tail", SEE, "deploy.commands_tail", "tail_app"),
+    _Command("explain", SEE, "deploy.commands_plan", "explain"),
+    _Command("doctor", SEE, "deploy.commands_doctor", "doctor"),
+    _Command("healthcheck", SEE, "deploy.healthcheck", "healthcheck"),
+    _Command("models", MODELS, "deploy.commands_models", "app"),
+    _Command("profile", MODELS, "deploy.commands_models", "profile"),
+    _Command("plan", MODELS, "deploy.commands_plan", "plan"),
+    _Command("simulate", MODELS, "deploy.commands_simulate", "app"),
+)
+
+
 @app.callback()
 def _root(
     log_level: Annotated[
@@ -42,35 +73,20 @@ def _root(
     configure_logging(log_level)
 
 
-def _register() -> None:
-    from deploy import commands_broker, commands_demo, commands_doctor
-
-    app.command("demo", rich_help_panel=RUN)(commands_demo.demo)
-    app.command("broker", rich_help_panel=RUN)(commands_broker.broker)
-    app.command("up", rich_help_panel=RUN)(commands_services.up)
-    app.command("planner", rich_help_panel=RUN)(commands_services.planner)
-    app.add_typer(commands_services.stage_app, name="stage", rich_help_panel=RUN)
-    app.add_typer(commands_services.topics_app, name="topics", rich_help_panel=RUN)
-    app.command("healthcheck", rich_help_panel=SEE)(commands_services.healthcheck)
-    app.add_typer(commands_tail.tail_app, name="tail", rich_help_panel=SEE)
-    app.command("doctor", rich_help_panel=SEE)(commands_doctor.doctor)
-    _register_rooms()
-
-
-def _register_rooms() -> None:
-    from deploy import commands_loadgen, commands_models, commands_plan, commands_simulate
-
-    app.add_typer(commands_loadgen.app, name="loadgen", rich_help_panel=RUN)
-    app.add_typer(commands_models.app, name="models", rich_help_panel=MODELS)
-    app.command("profile", rich_help_panel=MODELS)(commands_models.profile)
-    app.command("plan", rich_help_panel=MODELS)(commands_plan.plan)
-    app.command("explain", rich_help_panel=SEE)(commands_plan.explain)
-    app.add_typer(commands_simulate.app, name="simulate", rich_help_panel=MODELS)
+def _register(arguments: list[str]) -> None:
+    """Add the command that is asked for; all of them where none is (`deepar --help`, a misspelt name)."""
+    named = [command for command in COMMANDS if command.name in arguments[:3]]
+    for command in named or COMMANDS:
+        found = getattr(importlib.import_module(command.module), command.attribute)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=command.name, rich_help_panel=command.panel)
+        else:
+            app.command(command.name, rich_help_panel=command.panel)(found)
 
 
 def main() -> NoReturn:
     """Run the command line; every `DeeparError` becomes a line that says what is wrong and what to do."""
-    _register()
+    _register(sys.argv[1:])
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -107,16 +123,10 @@ def main() -> NoReturn:
 
 def _complain(error: DeeparError) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]error:[/] {_plain(str(error))}")
+    console.print(f"[bold red]error:[/] {escape(str(error))}")
     if error.remedy:
-        console.print(f"  [cyan]{_plain(error.remedy)}[/]")
+        console.print(f"  [cyan]{escape(error.remedy)}[/]")
     return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _exit(code: int) -> NoReturn:

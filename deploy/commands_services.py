@@ -1,12 +1,8 @@
-"""`deepar planner | stage | up | topics | healthcheck`: the services, one process each or all in one."""
+"""`deepar planner | stage | up | topics`: the services, one process each or all in one."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import urllib.error
-import urllib.request
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bus import topics
-from bus.errors import BusUnavailableError, ConfigError
+from bus.errors import ConfigError
 from bus.port import Bus
 from bus.topics import Partitions
 from bus.units import parse_duration, parse_rate
@@ -373,33 +369,4 @@ def topics_list() -> None:
     Console().print(table)
 
 
-# --- deepar healthcheck ----------------------------------------------------------------------------------------------
-
-
-def healthcheck(
-    url: Annotated[
-        str | None, typer.Argument(help="What to ask. Default: /readyz on DEEPAR_HTTP_PORT of this machine.")
-    ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 3.0,
-) -> None:
-    """Ask a service whether it is ready; exit 0 if it is. For containers and scripts."""
-    if url is None:
-        port = os.environ.get("DEEPAR_HTTP_PORT")
-        if not port:
-            raise ConfigError("nothing to ask", remedy="set DEEPAR_HTTP_PORT, or name a URL")
-        url = f"http://127.0.0.1:{port}/readyz"
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"{url} is no http URL")
-    try:
-        with urllib.request.urlopen(url, timeout=timeout) as answer:
-            body, ready = json.loads(answer.read()), answer.status == 200
-    except urllib.error.HTTPError as error:
-        body, ready = json.loads(error.read() or b"{}"), False
-    except (OSError, ValueError) as error:
-        raise BusUnavailableError(f"{url} does not answer: {error}") from None
-    typer.echo(json.dumps(body))
-    if not ready:
-        raise typer.Exit(1)
-
-
-__all__ = ["healthcheck", "planner", "stage_app", "topics_app", "up"]
+__all__ = ["planner", "stage_app", "topics_app", "up"]

@@ -12,6 +12,8 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from deploy.process import loop_name
+
 LAG_PROBE_S = 0.25
 
 
@@ -48,11 +50,6 @@ class _Collector:
             yield counter
 
 
-def loop_name() -> str:
-    """`uvloop`, or what else runs."""
-    return type(asyncio.get_running_loop()).__module__.split(".", 1)[0]
-
-
 @contextlib.asynccontextmanager
 async def serve_probes(
     look: Callable[[], Health], *, port: int | None, labels: dict[str, str], host: str = "127.0.0.1"
@@ -72,7 +69,7 @@ async def serve_probes(
             lag_s = max(0.0, clock() - due_s)
 
     registry = CollectorRegistry()
-    registry.register(_Collector(look, labels, lambda: lag_s))  # type: ignore[arg-type]
+    registry.register(_Collector(look, labels, lambda: lag_s))
 
     async def livez(request: web.Request) -> web.Response:
         return web.json_response({"live": True, "loop": loop_name()})

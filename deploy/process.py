@@ -11,11 +11,14 @@ from typing import Any, TypeVar
 import structlog
 import uvloop
 
-from deploy.probes import loop_name
-
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_MISSED, EXIT_INTERRUPTED = 0, 1, 2, 99, 105
 
 T = TypeVar("T")
+
+
+def loop_name() -> str:
+    """`uvloop`, or what else runs."""
+    return type(asyncio.get_running_loop()).__module__.split(".", 1)[0]
 
 
 def run_on_uvloop(main: Coroutine[Any, Any, T]) -> T:
@@ -28,7 +31,7 @@ async def until_stopped(
     serve: Coroutine[Any, Any, None],
     *,
     drain: Callable[[], Coroutine[Any, Any, None]] | None = None,
-    drain_s: float = 20.0,
+    drain_s: float = 8.0,
     **who: Any,
 ) -> bool:
     """Run a service until it ends by itself or SIGTERM or SIGINT asks it to end.
