@@ -132,9 +132,7 @@ def _device_free(reservations: list[Reservation], device: str, start: float, end
     return not any(r.device == device and r.start_s < end and r.end_s > start for r in reservations)
 
 
-def _least_free(
-    reservations: list[Reservation], option: EdgeOption, start: float, end: float
-) -> tuple[int, int, int]:
+def _least_free(reservations: list[Reservation], option: EdgeOption, start: float, end: float) -> tuple[int, int, int]:
     """The least free slots and bandwidths at any instant of [start, end)."""
     account = option.account
     here = [r for r in reservations if r.edge == account.name]
