@@ -107,12 +107,7 @@ def planner(
         snapshot_every=snapshot_every,
     )
 
-    async def main() -> None:
-        async with bus:
-            await nodes.create_missing_topics(bus)
-        await nodes.run_planner(bus, service, http_port=http_port, http_host=http_host)
-
-    run_on_uvloop(main())
+    run_on_uvloop(nodes.run_planner(bus, service, http_port=http_port, http_host=http_host))
 
 
 def execution_of(objective: Objective) -> Execution:

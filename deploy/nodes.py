@@ -11,7 +11,7 @@ import structlog
 
 
 from bus import topics
-from bus.errors import ConfigError, UnknownTopicError
+from bus.errors import BusError, BusUnavailableError, ConfigError, UnknownTopicError
 from bus.kafka import KafkaBus
 from bus.kafka_connection import KafkaConnection
 from bus.port import Bus
@@ -42,8 +42,16 @@ async def create_missing_topics(bus: Bus, edges: Sequence[str] = (), partitions:
     await bus.create_topics(topics.specs(edges, partitions))
 
 
-async def require_region(bus: Bus, region: int) -> None:
-    """Raise `ConfigError` where the control topics are missing or have no partition for the region."""
+async def require_region(bus: Bus, region: int, edges: Sequence[str] = ()) -> None:
+    """Create the topics that are missing, where this user may. Raises `ConfigError` where they still are, or have no
+    partition for the region.
+    """
+    try:
+        await create_missing_topics(bus, edges)
+    except BusUnavailableError:
+        raise
+    except BusError as error:
+        log.info("may not create topics; they must be there", error=str(error))
     try:
         regions = await bus.partitions(topics.DECISIONS)
     except UnknownTopicError:
@@ -108,9 +116,7 @@ async def run_stage(
 ) -> None:
     """One stage as a process: ready its models, serve, drain when asked to stop, leave."""
     async with bus:
-        await require_region(bus, settings.region)
-        if settings.role is Role.EDGE:
-            await create_missing_topics(bus, [settings.name])
+        await require_region(bus, settings.region, [settings.name] if settings.role is Role.EDGE else [])
         runner = await asyncio.to_thread(make)
         node = Node(bus, settings, runner, on_busy=on_busy)
         work = make_work(node, on_result)
