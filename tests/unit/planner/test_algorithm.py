@@ -1,0 +1,115 @@
+"""Algorithm 1: the decisions of the literal reference from identical ledgers, and what waiting is worth."""
+
+import pytest
+
+from bus.messages import Placed, Start
+from bus.values import Kind, Objective
+from planner.algorithm import Algorithm, Choice
+from planner.core import PlannerCore
+from planner.policies import BUILT_IN, Restriction
+from tests.unit.planner import reference
+from tests.unit.planner.scenes import MBPS, World, cloud, device, edge, only, task
+
+
+class Compared:
+    """A policy that asks the reference the same question, from the same ledger, every time."""
+
+    def __init__(self, policy: Restriction) -> None:
+        self.policy = policy
+        self.name = policy.name
+        self.core: PlannerCore | None = None
+        self.asked = 0
+
+    def place(self, algorithm: Algorithm) -> Choice | None:
+        choice = self.policy.place(algorithm)
+        assert self.core is not None
+        wanted = reference.place(
+            algorithm.request,
+            self.core.ledger,
+            algorithm.now,
+            device=self.core.tasks[algorithm.request.task_id].submitted.device,
+            families=self.policy.families,
+            device_computes=self.policy.device_computes,
+            delayed=self.policy.delayed,
+        )
+        assert choice == wanted
+        self.asked += 1
+        return choice
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("objective", list(Objective))
+def test_every_decision_equals_the_references(name: str, objective: Objective) -> None:
+    policy = BUILT_IN[name]
+    assert isinstance(policy, Restriction)
+    asked = delayed = 0
+    for seed in range(6):
+        compared = Compared(policy)
+        core = PlannerCore(0, compared, objective)
+        compared.core = core
+        world = World(core, seed, rate=(0.2, 1.0, 5.0)[seed % 3], validate=False).run()
+        asked += compared.asked
+        delayed += world.counts["delayed"]
+    assert asked > 300
+    assert delayed > 30 or name == "no-delay"
+
+
+def test_delayed_start_takes_the_slot_that_is_about_to_be_freed() -> None:
+    core = PlannerCore(0)
+    for node in (edge(slots=1), device("d1"), device("d2")):
+        core.handle(node, 0.0)
+    first = only(core.handle(task("t1", "d1", samples=10), 0.0), Placed)
+    assert first.placement.kind is Kind.EDGE
+    end_s = first.start_s + first.delay_s
+    changes = core.handle(task("t2", "d2", samples=10), end_s - 0.01)
+    second = only(changes, Placed)
+    assert second.placement.edge == "e1"
+    assert second.start_s == end_s
+    assert second.wait_s == pytest.approx(0.01)
+    assert not [change for change in changes if isinstance(change, Start)]
+
+
+def test_no_delay_runs_on_the_device_where_deepar_would_wait() -> None:
+    core = PlannerCore(0, "no-delay")
+    for node in (edge(slots=1), device("d1"), device("d2")):
+        core.handle(node, 0.0)
+    first = only(core.handle(task("t1", "d1", samples=10), 0.0), Placed)
+    second = only(core.handle(task("t2", "d2", samples=10), first.delay_s - 0.01), Placed)
+    assert second.placement.kind is Kind.DEVICE
+    assert second.wait_s == 0.0
+
+
+def test_a_grant_is_what_is_free_during_the_whole_interval_not_at_its_start() -> None:
+    """Someone already scheduled holds bandwidth from later on: the new task gets only what is left beside it."""
+    core = PlannerCore(0, "edge-only")
+    nodes = (edge(slots=3, link1_capacity_bps=100 * MBPS), *(device(f"d{i}") for i in range(4)))
+    for node in nodes:
+        core.handle(node, 0.0)
+    core.handle(task("t1", "d1", samples=1000, max_link1_bps=90 * MBPS), 0.0)
+    core.handle(task("t2", "d2", samples=10, max_link1_bps=60 * MBPS), 0.0)
+    core.handle(task("t3", "d3", samples=1000, max_link1_bps=60 * MBPS), 0.0)
+    for i in range(4, 12):
+        core.handle(task(f"t{i}", "d0", samples=10 * i, max_link1_bps=70 * MBPS), 0.1 * i)
+        core.validate()
+
+
+def test_a_device_computes_one_task_at_a_time_and_sends_another_beside_it() -> None:
+    core = PlannerCore(0, "device-only")
+    core.handle(device(), 0.0)
+    first = only(core.handle(task("t1"), 0.0), Placed)
+    second = only(core.handle(task("t2"), 0.0), Placed)
+    assert second.start_s == first.delay_s
+    core = PlannerCore(0)
+    core.handle(device(), 0.0)
+    core.handle(task("t1", samples=1000), 0.0)  # no edge is there, so the device is taken
+    core.handle(edge(slots=5), 1.0)
+    core.handle(cloud(), 1.0)
+    other = only(core.handle(task("t2"), 1.0), Placed)
+    assert (other.placement.cut1, other.wait_s) == (0, 0.0)
+
+
+def test_ties_go_to_the_edge_that_is_first_by_name() -> None:
+    core = PlannerCore(0)
+    for node in (edge("e2"), edge("e1"), edge("e10"), device()):
+        core.handle(node, 0.0)
+    assert only(core.handle(task(), 0.0), Placed).placement.edge == "e1"

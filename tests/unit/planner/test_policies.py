@@ -1,0 +1,88 @@
+"""The paper's policies, and the door for others."""
+
+import sys
+import types
+
+import pytest
+
+from bus.errors import ConfigError, InvariantError, UnknownNameError
+from bus.messages import Placed
+from bus.values import Kind
+from planner import Algorithm, Choice, PlannerCore, load_policy, policy_names
+from planner.search import DEVICE, DEVICE_EDGE
+from tests.unit.planner.scenes import World, cloud, device, edge, only, profile, task
+
+
+@pytest.mark.parametrize(
+    ("policy", "kinds"),
+    [
+        ("device-only", {Kind.DEVICE}),
+        ("edge-only", {Kind.EDGE}),
+        ("cloud-only", {Kind.CLOUD}),
+        ("neurosurgeon", {Kind.DEVICE, Kind.DEVICE_CLOUD, Kind.CLOUD}),
+    ],
+)
+def test_a_baseline_places_only_as_it_may(policy: str, kinds: set[Kind]) -> None:
+    world = World(PlannerCore(0, policy), seed=3).run()
+    assert {placed.placement.kind for placed in world.placed.values()} <= kinds
+    assert world.counts["placement"] > 50
+
+
+def test_names_of_policies() -> None:
+    wanted = ["deepar", "no-delay", "device-only", "edge-only", "cloud-only", "neurosurgeon"]
+    assert policy_names()[:6] == wanted
+    assert load_policy("deepar").name == "deepar"
+    with pytest.raises(UnknownNameError, match="edge-only"):
+        load_policy("edge-onyl")
+    with pytest.raises(UnknownNameError):
+        load_policy("no_such_module_here:Policy")
+
+
+class Thrifty:
+    """Never uses the cloud."""
+
+    name = "thrifty"
+
+    def place(self, algorithm: Algorithm) -> Choice | None:
+        return algorithm.best({DEVICE, DEVICE_EDGE})
+
+
+class Greedy:
+    """Claims what is not there."""
+
+    name = "greedy"
+
+    def place(self, algorithm: Algorithm) -> Choice | None:
+        layers = algorithm.request.device_row.layers
+        return Choice(DEVICE_EDGE, "e1", 0, layers, 10**12, 0, algorithm.now, 1.0)
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> str:
+    found = types.ModuleType("users_policies")
+    found.Thrifty = Thrifty  # type: ignore[attr-defined]
+    found.nothing = 3  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "users_policies", found)
+    return "users_policies"
+
+
+def test_a_users_policy_comes_in_by_module_and_name(module: str) -> None:
+    core = PlannerCore(0, f"{module}:Thrifty")
+    for node in (edge(), cloud(speed=1000.0), device(models=(profile(cut_bytes=(100, 100, 100, 100)),))):
+        core.handle(node, 0.0)
+    placed = only(core.handle(task(), 0.0), Placed)
+    assert placed.policy == "thrifty"
+    assert "cloud" not in placed.placement.kind
+
+
+def test_what_is_no_policy_is_refused(module: str) -> None:
+    with pytest.raises(ConfigError, match="nothing"):
+        load_policy(f"{module}:nothing")
+
+
+def test_a_policy_that_takes_what_is_not_free_is_stopped() -> None:
+    core = PlannerCore(0, Greedy())
+    for node in (edge(), device()):
+        core.handle(node, 0.0)
+    with pytest.raises(InvariantError, match="greedy"):
+        core.handle(task(), 0.0)
