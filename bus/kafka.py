@@ -42,6 +42,7 @@ class KafkaBus:
         self._connection = connection
         self._sites: dict[str, _Site] = {}
         self._counts: dict[str, int] = {}  # partitions of topics; fixed when a topic is made
+        self._ways: dict[str, tuple[int, KafkaSender]] = {}  # partitions of a topic, and who sends there
         self._readers: list[KafkaReader] = []
         self._turn = 0
         self._is_open = False
@@ -64,6 +65,7 @@ class KafkaBus:
         for site in self._sites.values():
             await site.close()
         self._sites.clear()
+        self._ways.clear()
 
     # --- topics ------------------------------------------------------------------------------------------------------
 
@@ -97,7 +99,11 @@ class KafkaBus:
         partition: int | None = None,
         headers: Headers = (),
     ) -> Awaitable[Position]:
-        count = self._counts.get(topic) or await self.partitions(topic)
+        way = self._ways.get(topic)
+        if way is None:
+            count = await self.partitions(topic)
+            way = self._ways[topic] = (count, (await self._site(self._connection.servers_of(topic))).sender)
+        count, sender = way
         if partition is None:
             if key is not None:
                 partition = _partition_of(key, count)
@@ -109,9 +115,8 @@ class KafkaBus:
         size_bytes = record_bytes(len(value or b""), len(key_bytes or b""), headers)
         if size_bytes > self._connection.max_record_bytes:
             raise MessageTooLargeError(topic, size_bytes, self._connection.max_record_bytes)
-        site = await self._site(self._connection.servers_of(topic))
         data = value if value is None or type(value) is bytes else bytes(value)
-        return await site.sender.post(topic, partition, key_bytes, data, headers, size_bytes)
+        return await sender.post(topic, partition, key_bytes, data, headers, size_bytes)
 
     async def send(
         self,
@@ -168,6 +173,7 @@ class KafkaBus:
         for site in self._sites.values():
             await site.close()
         self._sites.clear()
+        self._ways.clear()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bus.errors import BusError
+from bus.faults import Faults
 from bus.memory_groups import Group
 from bus.memory_log import PartitionLog
 from bus.port import RebalanceCallback, Record, TopicPartition
@@ -162,6 +163,9 @@ class MemoryMember(MemoryReader):
         self._callback = asyncio.Lock()
 
     async def fetch(self, *, max_records: int = 500, timeout_s: float = 1.0) -> list[Record]:
+        faults = self._bus.broker.faults
+        if faults is not None and self._reading:
+            self._suffer(faults)
         records = await super().fetch(max_records=max_records, timeout_s=timeout_s)
         if self._error is not None:
             error, self._error = self._error, None
@@ -263,16 +267,15 @@ class MemoryMember(MemoryReader):
         pass  # what a group has still to read is known by its commits
 
     def _take(self, limit: int) -> list[Record]:
-        if not self._reading or self._error is not None:
-            return []
-        faults = self._bus.broker.faults
-        if faults is not None:
-            if faults.strikes(faults.rebalance):
-                self._group.rebalance()
-            if self._logs and faults.strikes(faults.redelivery):
-                log = self._logs[faults.random.randrange(len(self._logs))]
-                self._positions[log.tp] = self._group.committed.get(log.tp, log.start)
-        return super()._take(limit)
+        return super()._take(limit) if self._reading and self._error is None else []
+
+    def _suffer(self, faults: Faults) -> None:
+        """What may strike a fetch. Once a fetch: a certain rebalance would otherwise follow itself for ever."""
+        if faults.strikes(faults.rebalance):
+            self._group.rebalance()
+        if self._logs and faults.strikes(faults.redelivery):
+            log = self._logs[faults.random.randrange(len(self._logs))]
+            self._positions[log.tp] = self._group.committed.get(log.tp, log.start)
 
 
 def _resolve(waiter: asyncio.Future[bool], expired: bool) -> None:
