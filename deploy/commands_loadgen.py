@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import importlib
+import inspect
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,12 +16,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from bus.errors import ConfigError, DeeparError
+from bus.errors import ConfigError, UnknownNameError
 from bus.port import Bus
 from bus.units import format_seconds, parse_duration, parse_rate
 from bus.values import Role
 from deploy.nodes import kafka_bus, require_region
-from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSED, EXIT_USAGE, run_on_uvloop
+from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSED, run_on_uvloop
 from loadgen import arrivals, metrics, report, schedule
 from loadgen.metrics import Threshold
 from loadgen.outcome import Recorder
@@ -40,23 +41,6 @@ class Distribution(StrEnum):
 
     CONSTANT = "constant"
     POISSON = "poisson"
-
-
-@contextlib.contextmanager
-def errors_reported(console: Console) -> Iterator[None]:
-    """Our errors become one line, a remedy and an exit code: 2 for wrong input, 1 for the rest, 105 for
-    Ctrl-C.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print("interrupted", style="yellow")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    except DeeparError as error:
-        console.print(f"error: {error}", style="bold red", markup=False)
-        if error.remedy:
-            console.print(f"  {error.remedy}", markup=False)
-        raise typer.Exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED) from None
 
 
 @app.command()
@@ -123,60 +107,59 @@ def replay(
     summary.json, summary.csv, report.html.
     """
     log = Console(stderr=True, highlight=False, soft_wrap=True)
-    with errors_reported(log):
-        limits = _thresholds(max_mean=max_mean, max_p50=max_p50, max_p90=max_p90, max_p99=max_p99)
-        paper = models.strip() == "paper"
-        default_samples = PAPER_MIX.samples if paper else (scenario.samples,) * 2 if scenario else (10.0, 10.0)
-        mix = Mix(
-            models=parse_models(models),
-            samples=_range(samples, float) or default_samples,
-            max_link1_bps=_range(max_link1, parse_rate) or (PAPER_MIX.max_link1_bps if paper else None),
-            max_link2_bps=_range(max_link2, parse_rate) or (PAPER_MIX.max_link2_bps if paper else None),
-            input_bytes=_range(input_size, parse_size) or (PAPER_MIX.input_bytes if paper else None),
-            deadline_s=None if deadline is None else parse_duration(deadline),
-            datasets={"lenet": "digits"},
-        )
-        if schedule_file is not None and not schedule_file.exists():
-            raise ConfigError(f"--schedule {schedule_file}: no such file")
-        pattern = _pattern(
-            tasks=tasks, within=within, rate=request_rate, distribution=request_distribution,
-            gaps=request_intervals, burst_size=burst_size, burst_every=burst_every, scenario=scenario,
-        )  # fmt: skip
-        prefix = f"replay-{utc_now():%Y%m%dT%H%M%S}-{random_seed}"
+    limits = _thresholds(max_mean=max_mean, max_p50=max_p50, max_p90=max_p90, max_p99=max_p99)
+    paper = models.strip() == "paper"
+    default_samples = PAPER_MIX.samples if paper else (scenario.samples,) * 2 if scenario else (10.0, 10.0)
+    mix = Mix(
+        models=parse_models(models),
+        samples=_range(samples, float) or default_samples,
+        max_link1_bps=_range(max_link1, parse_rate) or (PAPER_MIX.max_link1_bps if paper else None),
+        max_link2_bps=_range(max_link2, parse_rate) or (PAPER_MIX.max_link2_bps if paper else None),
+        input_bytes=_range(input_size, parse_size) or (PAPER_MIX.input_bytes if paper else None),
+        deadline_s=None if deadline is None else parse_duration(deadline),
+        datasets={"lenet": "digits"},
+    )
+    if schedule_file is not None and not schedule_file.exists():
+        raise ConfigError(f"--schedule {schedule_file}: no such file")
+    pattern = _pattern(
+        tasks=tasks, within=within, rate=request_rate, distribution=request_distribution,
+        gaps=request_intervals, burst_size=burst_size, burst_every=burst_every, scenario=scenario,
+    )  # fmt: skip
+    prefix = f"replay-{utc_now():%Y%m%dT%H%M%S}-{random_seed}"
 
-        def make(names: list[str]) -> schedule.Schedule:
-            if schedule_file is not None:
-                plan = schedule.read(schedule_file, names, seed=random_seed, prefix=prefix).with_warmup(warmup)
-            else:
-                plan = schedule.make(
-                    tasks + warmup, pattern, mix, names, seed=random_seed, prefix=prefix, warmup=warmup,
-                    closed=scenario is not None and scenario.closed,
-                )  # fmt: skip
-            return plan.scaled(time_scale)
-
-        wait_s = parse_duration(drain_timeout)
-        folder = out or Path(f"replay-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}")
-        named = None if devices is None else [name.strip() for name in devices.split(",")]
-        bus = kafka_bus(bootstrap_servers)
-        run = ReplayRun(bus, region, named, make, wait_s, log)
-        interrupted = run.play()
-        summary = run.result.summary
-        files = report.write_files(folder, run.result.outcomes, summary, began_at=run.began_at)
-        summary["files"] = [str(path) for path in files]
-        if as_json:
-            print(json.dumps(summary))
+    def make(names: list[str]) -> schedule.Schedule:
+        if schedule_file is not None:
+            plan = schedule.read(schedule_file, names, seed=random_seed, prefix=prefix).with_warmup(warmup)
         else:
-            print_summary(Console(highlight=False), summary)
-        missed = [sentence for limit in limits if (sentence := limit.missed(summary))]
-        for sentence in missed:
-            log.print(f"missed: {sentence}", style="bold red", markup=False)
-        if interrupted:
-            raise typer.Exit(EXIT_INTERRUPTED)
-        if missed:
-            raise typer.Exit(EXIT_MISSED)
-        if summary["unfinished"] or not summary["completed"]:
-            log.print(f"{summary['unfinished']} of {summary['submitted']} tasks had no end", style="bold red")
-            raise typer.Exit(EXIT_FAILED)
+            plan = schedule.make(
+                tasks + warmup, pattern, mix, names, seed=random_seed, prefix=prefix, warmup=warmup,
+                closed=scenario is not None and scenario.closed,
+            )  # fmt: skip
+        return plan.scaled(time_scale)
+
+    wait_s = parse_duration(drain_timeout)
+    folder = out or Path(f"replay-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}")
+    named = None if devices is None else [name.strip() for name in devices.split(",")]
+    bus = kafka_bus(bootstrap_servers)
+    run = ReplayRun(bus, region, named, make, wait_s, log)
+    interrupted = run.play()
+    summary = run.result.summary
+    files = report.write_files(folder, run.result.outcomes, summary, began_at=run.began_at)
+    summary["files"] = [str(path) for path in files]
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        print_summary(Console(highlight=False), summary)
+    missed = [sentence for limit in limits if (sentence := limit.missed(summary))]
+    for sentence in missed:
+        log.print(f"missed: {sentence}", style="bold red", markup=False)
+    if interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if missed:
+        raise typer.Exit(EXIT_MISSED)
+    if summary["unfinished"] or not summary["completed"]:
+        log.print(f"{summary['unfinished']} of {summary['submitted']} tasks had no end", style="bold red")
+        raise typer.Exit(EXIT_FAILED)
 
 
 class ReplayRun:
@@ -340,3 +323,68 @@ def _pattern(
     if rate is not None:
         return arrivals.constant(rate) if distribution is Distribution.CONSTANT else arrivals.poisson(rate)
     return arrivals.uniform(parse_duration(within))
+
+
+BENCHES = {
+    "slices": "the parts of a cut model over the whole",
+    "planner": "search and decision times",
+    "bus": "hops and streams over the bare library",
+    "decision": "task submitted to decision received",
+    "pipeline": "streams through modelled stages over the bottleneck",
+    "simulator": "a million tasks through the core",
+}
+"""Benchmark -> what it measures; each is `run` of the module `loadgen.bench_NAME`."""
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in BENCHES.items()))],
+    bus: Annotated[str | None, typer.Option(help="memory or kafka, where the benchmark has both.")] = None,
+    bootstrap_servers: Annotated[
+        str | None, typer.Option(envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port.")
+    ] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Of simulator: how many tasks.")] = None,
+    random_seed: Annotated[int | None, typer.Option("--random-seed", "--seed", min=0, help="Of what is drawn.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Measure this machine. Exit code 99 when an aim is missed."""
+    if name not in BENCHES:
+        raise UnknownNameError(f"there is no benchmark {name!r}; there are {', '.join(BENCHES)}")
+    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    measure = importlib.import_module(f"loadgen.bench_{name}").run
+    wanted = {"bus": bus, "bootstrap": bootstrap_servers, "tasks": tasks, "seed": random_seed}
+    takes = inspect.signature(measure).parameters
+    given = {key: value for key, value in wanted.items() if value is not None and key in takes}
+    found: dict[str, Any] = measure(progress=lambda line: log.print(line, style="dim", markup=False), **given)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print_bench(Console(highlight=False), found)
+    if not all(aim["pass"] for aim in found["aims"]):
+        raise typer.Exit(EXIT_MISSED)
+
+
+def print_bench(console: Console, found: dict[str, Any]) -> None:
+    """A benchmark's results as people read them: one table for each shape of row, then the aims."""
+    console.print(f"{found['bench']} on {found['machine']}", markup=False)
+    shapes: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in found["results"]:
+        shapes.setdefault(tuple(row), []).append(row)
+    for columns, rows in shapes.items():
+        table = Table(*columns)
+        for row in rows:
+            table.add_row(*(_cell(key, row[key]) for key in columns))
+        console.print(table)
+    aims = Table("", "aim", "value", "to reach")
+    for aim in found["aims"]:
+        verdict = "[green]PASS[/]" if aim["pass"] else "[bold red]MISS[/]"
+        aims.add_row(verdict, aim["name"], _cell("", aim["value"]), _cell("", aim["aim"]))
+    console.print(aims)
+    if found.get("note"):
+        console.print(found["note"], style="yellow", markup=False)
+
+
+def _cell(key: str, value: Any) -> str:
+    if isinstance(value, float):
+        return format_seconds(value) if key.endswith("_s") and "per_s" not in key else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -4,11 +4,12 @@ simulation against life.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,12 +19,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bus.errors import ConfigError
+from bus.kafka import KafkaConnection
 from bus.units import format_seconds
 from bus.values import Objective
-from deploy.commands_loadgen import errors_reported
+from deploy.broker import KafkaBroker
 from deploy.process import EXIT_MISSED
+from loadgen import compare as compared
 from loadgen import figures, scenario
-from loadgen.figure_result import POLICIES, FigureOptions, FigureResult
+from loadgen.figure_result import POLICIES, FigureOptions, FigureResult, write_csv
+from loadgen.platforms import platforms
 from loadgen.sweep import Axis, SweepOptions
 from loadgen.sweep import sweep as run_sweep
 from planner.policies import load_policy
@@ -42,7 +46,7 @@ ObjectiveFlag = Annotated[
 ]
 
 
-FIGURES, SWEEP = Path("figures"), Path("sweep")
+FIGURES, SWEEP, COMPARE = Path("figures"), Path("sweep"), Path("compare")
 ALL_POLICIES = ",".join(POLICIES)
 
 
@@ -111,7 +115,7 @@ def make_figures(
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     everything = names == ("all",)
     results: list[FigureResult] = []
-    with errors_reported(log), _progress(log) as tell:
+    with _progress(log) as tell:
         options = FigureOptions(
             out=out,
             seeds=seeds,
@@ -155,7 +159,7 @@ def sweep(
     on.
     """
     log = Console(stderr=True, highlight=False, soft_wrap=True)
-    with errors_reported(log), _progress(log) as tell:
+    with _progress(log) as tell:
         base = scenario.Scenario() if scenario_file is None else scenario.read(scenario_file)
         options = SweepOptions(
             out=out,
@@ -175,6 +179,48 @@ def sweep(
     console.print(f"{len(rows)} runs")
     for path in files:
         console.print(f"  {path}", markup=False)
+
+
+@app.command()
+def compare(
+    scenario_file: Annotated[Path | None, typer.Option("--scenario", help="A TOML file; by default 60 tasks.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
+    bootstrap_servers: Annotated[
+        str | None, typer.Option(help="An idle Kafka, host:port; by default one is started for the occasion.")
+    ] = None,
+    out: Out = COMPARE,
+    as_json: AsJson = False,
+) -> None:
+    """The same tasks simulated, and run live on Apache Kafka in several processes with modelled machines.
+
+    Exit code 99 unless 95 % of the tasks are placed the same, means agree within 5 % and the median error of
+    a task is at most 10 %.
+    """
+    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    tasks = compared.SCENARIO if scenario_file is None else scenario.read(scenario_file)
+    with contextlib.ExitStack() as stack, _progress(log) as tell:
+        if bootstrap_servers is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deepar-compare-")))
+            broker = stack.enter_context(KafkaBroker(folder, started_by="started by deepar simulate compare"))
+            bootstrap_servers = broker.bootstrap
+        found = compared.compare(
+            platforms(tasks.profile),
+            KafkaConnection.from_env(bootstrap_servers=bootstrap_servers),
+            scenario=tasks,
+            seed=seed,
+            say=lambda line: log.print(line, style="dim", markup=False),
+            progress=lambda recorder: tell("live", recorder.ended, len(recorder.outcomes)),
+        )
+    files = [write_csv(out / "compare.csv", compared.rows(found)), *compared.draw(found, out / "compare")]
+    numbers = found.as_object() | {"files": [str(path) for path in files]}
+    if as_json:
+        print(json.dumps(numbers))
+    else:
+        console = Console(highlight=False)
+        for name, value in numbers.items():
+            console.print(f"{name}: {value}", markup=False)
+    if not found.agrees:
+        raise typer.Exit(EXIT_MISSED)
 
 
 def _policies(text: str) -> tuple[str, ...]:
@@ -204,7 +250,7 @@ def _print_claims(console: Console, result: FigureResult) -> None:
         console.print(f"  {path}", markup=False)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar with the time left on a terminal; a line now and then elsewhere."""
     columns = (

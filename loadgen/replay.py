@@ -18,7 +18,7 @@ from typing import Any
 from bus import messages, topics
 from bus.decisions import DecisionLog, Dropped
 from bus.errors import BusError, BusUnavailableError, ProtocolError
-from bus.messages import Decision, NodeAnnounced, NodeLeft, Snapshot, TaskCompleted
+from bus.messages import Decision, NodeAnnounced, NodeJoined, NodeLeft, NodeLost, Snapshot, TaskCompleted
 from bus.port import Bus, Position, Reader
 from bus.values import Role
 from loadgen import metrics
@@ -240,6 +240,31 @@ async def await_planner(bus: Bus, region: int, *, timeout_s: float) -> DecisionL
             f"no planner has spoken for region {region} within {timeout_s:g} s",
             remedy="start one: deepar planner",
         ) from None
+    finally:
+        await reader.close()
+
+
+async def await_nodes(bus: Bus, region: int, names: Iterable[str], *, timeout_s: float) -> None:
+    """Wait until the planner has taken all of these nodes in. Raises `BusUnavailableError` naming who is
+    missing.
+    """
+    wanted = set(names)
+    missing = set(wanted)
+    log = DecisionLog()
+    reader = await bus.reader([(topics.DECISIONS, region)], start="start")
+    try:
+        async with asyncio.timeout(timeout_s):
+            while missing:
+                for record in await reader.fetch(timeout_s=FETCH_S):
+                    message = log.read(record)
+                    for change in message.changes if isinstance(message, Decision) else ():
+                        if isinstance(change, NodeJoined):
+                            missing.discard(change.node.node)
+                        elif isinstance(change, NodeLost):
+                            missing |= {change.node} & wanted
+    except TimeoutError:
+        some = ", ".join(sorted(missing)[:10])
+        raise BusUnavailableError(f"{len(missing)} nodes have not joined in {timeout_s:g} s: {some}") from None
     finally:
         await reader.close()
 

@@ -1,0 +1,55 @@
+"""What one process of a live comparison runs: the planner, or some nodes with modelled machines, on Kafka
+until terminated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import structlog
+import uvloop
+
+from bus.kafka import KafkaBus, KafkaConnection
+from bus.messages import NodeAnnounced
+from bus.topics import specs
+from bus.values import Role
+from loadgen.driver import core_for
+from loadgen.scenario import Scenario
+from loadgen.simulator import settings_of
+from planner.service import PlannerService
+from stages.device import Device
+from stages.hop import Hop
+from stages.node import Node
+from stages.runner import ModelledRunner
+
+
+@dataclass(frozen=True, slots=True)
+class LiveServices:
+    """What a process is to run; travels to it as a value."""
+
+    connection: KafkaConnection
+    nodes: tuple[NodeAnnounced, ...]  # played here, by these announcements
+    planned: Scenario | None  # run the planner of region 0 as this scenario says
+
+
+def serve(services: LiveServices) -> None:
+    """Run until the process is terminated."""
+    # Chatter of five processes on one terminal hides what matters; warnings stay.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(services))
+
+
+async def _serve(services: LiveServices) -> None:
+    async with KafkaBus(services.connection) as bus, asyncio.TaskGroup() as group:
+        edges = [node.node for node in services.nodes if node.role is Role.EDGE]
+        await bus.create_topics(specs(edges))
+        if services.planned is not None:
+            planned = services.planned
+            group.create_task(PlannerService(bus, lambda: core_for(planned)).run(), name="planner")
+        for announced in services.nodes:
+            node = Node(bus, settings_of(announced), ModelledRunner(announced.models))
+            work = Device(node) if announced.role is Role.DEVICE else Hop(node)
+            group.create_task(node.run(work), name=announced.node)
