@@ -143,7 +143,7 @@ class PlannerCore:
         self._searches: dict[tuple[PlatformRow | None, ...], CutSearch] = {}
         self._cloud_rows: dict[tuple[str, str], PlatformRow | None] = {}
         self._ends: list[tuple[float, int, str]] = []  # heap of predicted ends of what runs
-        self._timers: list[tuple[float, int, str]] = []  # heap of deadlines and of patience
+        self._deadlines: list[tuple[float, int, str]] = []  # heap
         self._leases: dict[str, float] = {}  # node -> when its lease is over
         self._lease_heap: list[tuple[float, str]] = []
         # of the step that is being taken
@@ -188,9 +188,7 @@ class PlannerCore:
 
     def next_wakeup(self) -> float | None:
         """Ledger time at which a `Tick` has something to look at, or None."""
-        lease = self._next_lease()
-        timer = self._next_timer()
-        wakeup = min(lease, timer)
+        wakeup = min(self._next_lease(), self._next_deadline(), self._next_impatience())
         return None if wakeup == NEVER else wakeup
 
     # --- events ------------------------------------------------------------------------------------------------------
@@ -221,11 +219,11 @@ class PlannerCore:
     def _on_tick(self, now: float) -> None:
         while self._next_lease() <= now:
             self._lose(self.nodes[self._lease_heap[0][1]], "lease_expired", now)
-        while self._next_timer() <= now:
-            task = self.tasks[heappop(self._timers)[2]]
-            if task.deadline_s <= now:
-                self._end(task, TaskState.EXPIRED, now, cause="deadline")
-            elif task.submitted.device not in self.nodes:
+        while self._next_deadline() <= now:
+            self._end(self.tasks[heappop(self._deadlines)[2]], TaskState.EXPIRED, now, cause="deadline")
+        while self._next_impatience() <= now:
+            task = next(iter(self._waiting.values()))
+            if task.submitted.device not in self.nodes:
                 self._end(task, TaskState.FAILED, now, cause="device_lost", detail=task.submitted.device)
             else:
                 self._end(task, TaskState.FAILED, now, cause="no_node", detail="nothing joined that it may use")
@@ -669,8 +667,7 @@ class PlannerCore:
         task.history.append(f"{Step.ADMITTED} at {now:.6f}")
         self.tasks[task_id] = self._touched[task_id] = self._waiting[task_id] = task
         if task.deadline_s != NEVER:
-            heappush(self._timers, (task.deadline_s, task.seq, task_id))
-        heappush(self._timers, (now + self.patience_s, task.seq, task_id))
+            heappush(self._deadlines, (task.deadline_s, task.seq, task_id))
 
     def _apply_placed(self, task: Task, change: Placed, now: float) -> None:
         self._step(task, Step.PLACED, change.start_s)
@@ -705,7 +702,6 @@ class PlannerCore:
         task.placed = None
         task.waiting_since_s = now
         self._waiting[task.task_id] = task
-        heappush(self._timers, (now + self.patience_s, task.seq, task.task_id))
 
     def _apply_ended(self, task: Task, change: Ended, now: float) -> None:
         task_id = task.task_id
@@ -794,17 +790,20 @@ class PlannerCore:
                 heappush(heap, (real, name))
         return NEVER
 
-    def _next_timer(self) -> float:
-        timers = self._timers
-        while timers:
-            at_s, seq, task_id = timers[0]
+    def _next_deadline(self) -> float:
+        heap = self._deadlines
+        while heap:
+            at_s, seq, task_id = heap[0]
             task = self.tasks.get(task_id)
             if task is not None and task.seq == seq:
-                if at_s == task.deadline_s:
-                    return at_s
-                if task.state is TaskState.WAITING and at_s == task.waiting_since_s + self.patience_s:
-                    return at_s
-            heappop(timers)
+                return at_s
+            heappop(heap)
+        return NEVER
+
+    def _next_impatience(self) -> float:
+        """When the task that has been WAITING for longest has waited for too long."""
+        for task in self._waiting.values():  # in the order in which they began to wait
+            return task.waiting_since_s + self.patience_s
         return NEVER
 
     def restart_leases(self, now: float) -> None:
@@ -885,7 +884,7 @@ class PlannerCore:
         for entry in state["nodes"]:
             models = [{**state["profiles"][index], "platform": platform} for index, platform in entry["models"]]
             self._apply_joined(NodeJoined(node=NodeAnnounced.model_validate({**entry["announced"], "models": models})))
-        for entry in state["tasks"]:
+        for entry in sorted(state["tasks"], key=lambda entry: (entry["waiting_since_s"], entry["seq"])):
             self._restore_task(entry)
         self._seq = state["admitted"]
         self._hash += self.ended.restore(state["ended"])
@@ -908,10 +907,9 @@ class PlannerCore:
         task.history.append("restored")
         self.tasks[task.task_id] = self._touched[task.task_id] = task
         if task.deadline_s != NEVER:
-            heappush(self._timers, (task.deadline_s, task.seq, task.task_id))
+            heappush(self._deadlines, (task.deadline_s, task.seq, task.task_id))
         if entry["placed"] is None:
             self._waiting[task.task_id] = task
-            heappush(self._timers, (task.waiting_since_s + self.patience_s, task.seq, task.task_id))
             return
         task.placed = Placed.model_validate(entry["placed"])
         r = _reservation(task, task.placed)

@@ -1,0 +1,392 @@
+"""What the core does with each event, the odd ones included."""
+
+import pytest
+
+from bus.errors import InvariantError
+from bus.messages import (
+    BandwidthGrant,
+    Ended,
+    HandleInput,
+    Moved,
+    NodeHeartbeat,
+    NodeJoined,
+    NodeLeft,
+    NodeLost,
+    Overran,
+    Placed,
+    Retried,
+    Start,
+    TaskCancelled,
+    TaskProgress,
+    TaskState,
+)
+from bus.values import Kind, Role
+from planner.core import Event, PlannerCore, Tick
+from tests.unit.planner.scenes import MBPS, SHA, cloud, completed, device, edge, failed, only, profile, task, types
+
+
+def core_with(*events: Event, policy: str = "deepar", **settings: object) -> PlannerCore:
+    core = PlannerCore(0, policy, **settings)  # type: ignore[arg-type]
+    for event in events:
+        core.handle(event, 0.0)
+    return core
+
+
+def test_a_task_is_admitted_placed_granted_and_started_in_one_step() -> None:
+    core = core_with(edge(), cloud(), device())
+    changes = core.handle(task(), 1.0)
+    placed = only(changes, Placed)
+    assert types(changes)[:2] == ["admitted", "placement"]
+    assert only(changes, Start).at_s == 1.0
+    assert placed.parts.total_s == pytest.approx(placed.delay_s)
+    grants = {change.link: change.bps for change in changes if isinstance(change, BandwidthGrant)}
+    assert grants == {
+        link: bps for link, bps in ((1, placed.placement.link1_bps), (2, placed.placement.link2_bps)) if bps
+    }
+    core.validate()
+
+
+def test_completion_frees_what_was_held() -> None:
+    core = core_with(edge(), device())
+    core.handle(task(), 0.0)
+    ended = only(core.handle(completed(), 5.0), Ended)
+    assert (ended.state, ended.edge, ended.released_slots) == (TaskState.COMPLETED, "e1", 1)
+    assert ended.released_link1_bps == 100 * MBPS
+    assert core.live_tasks == 0
+    assert not core.ledger.reservations
+    core.validate()
+
+
+def test_duplicates_change_nothing() -> None:
+    core = core_with(edge(), device())
+    core.handle(task(), 0.0)
+    assert core.handle(task(), 0.1) == []
+    core.handle(completed(), 1.0)
+    for event in (task(), completed(), failed(), TaskCancelled(task_id="t1"), TaskCancelled(task_id="t9")):
+        assert core.handle(event, 2.0) == []
+    assert core.handle(TaskProgress(task_id="t1", attempt=1, node="d1", done=3), 2.0) == []
+
+
+def test_only_the_last_ended_tasks_are_remembered() -> None:
+    core = core_with(edge(), device(), remember_ended=3)
+    for i in range(5):
+        core.handle(task(f"t{i}"), float(i))
+        core.handle(completed(f"t{i}"), i + 0.5)
+    assert len(core.ended) == 3
+    assert core.handle(task("t2"), 9.0) == []
+    assert types(core.handle(task("t0"), 9.0))[0] == "admitted"
+    core.validate()
+
+
+# --- what waits, and what can never be
+
+
+def test_a_task_of_an_unknown_device_waits_until_it_joins() -> None:
+    core = core_with(edge())
+    assert types(core.handle(task(), 0.0)) == ["admitted"]
+    assert "placement" in types(core.handle(device(), 1.0))
+    core.validate()
+
+
+def test_patience_ends() -> None:
+    core = core_with(edge(), patience_s=60.0)
+    core.handle(task(), 1.0)
+    assert core.next_wakeup() == edge().lease_s
+    core.handle(NodeHeartbeat(node="e1", incarnation="i1"), 55.0)
+    assert core.handle(Tick(), 60.9) == []
+    ended = only(core.handle(Tick(), 61.0), Ended)
+    assert (ended.state, ended.cause) == (TaskState.FAILED, "device_lost")
+
+
+@pytest.mark.parametrize(
+    ("policy", "events", "submitted", "cause"),
+    [
+        ("deepar", (device(models=()),), task(), "unknown_model"),
+        ("edge-only", (edge(), device(reachable_edges=())), task(), "unreachable"),
+        ("edge-only", (edge(slots=0), device()), task(), "never_fits"),
+        ("edge-only", (edge(models=()), device()), task(), "never_fits"),
+        ("edge-only", (edge(), device()), task(max_link1_bps=0), "never_fits"),
+        ("cloud-only", (edge(link2_capacity_bps=0), cloud(), device()), task(), "never_fits"),
+    ],
+)
+def test_what_can_never_fit_is_rejected_with_the_reason(policy, events, submitted, cause) -> None:  # type: ignore[no-untyped-def]
+    core = core_with(*events, policy=policy)
+    ended = only(core.handle(submitted, 0.0), Ended)
+    assert (ended.state, ended.cause) == (TaskState.REJECTED, cause)
+    assert ended.detail
+    core.validate()
+
+
+def test_cloud_only_waits_for_a_cloud_and_edge_only_for_the_edge_that_is_named() -> None:
+    core = core_with(edge(), device(), policy="cloud-only")
+    assert types(core.handle(task(), 0.0)) == ["admitted"]
+    assert only(core.handle(cloud(), 1.0), Placed).placement.kind is Kind.CLOUD
+    core = core_with(edge("e2"), device(reachable_edges=("e1",)), policy="edge-only")
+    assert types(core.handle(task(), 0.0)) == ["admitted"]
+    assert only(core.handle(edge("e1"), 1.0), Placed).placement.edge == "e1"
+
+
+def test_a_device_that_reaches_no_edge_computes_itself() -> None:
+    core = core_with(edge(), cloud(), device(reachable_edges=()))
+    assert only(core.handle(task(), 0.0), Placed).placement.kind is Kind.DEVICE
+
+
+def test_a_model_of_another_hash_is_not_used_on_an_edge() -> None:
+    core = core_with(edge(models=(profile(sha256="1" * 64),)), device())
+    placed = only(core.handle(task(), 0.0), Placed)
+    assert placed.placement.kind is Kind.DEVICE
+    assert placed.sha256 == SHA
+
+
+def test_a_full_queue_rejects_only_what_would_have_to_wait() -> None:
+    core = core_with(edge(slots=1), device("d1"), device("d2"), policy="edge-only", max_waiting=1)
+    core.handle(task("t1"), 0.0)
+    assert only(core.handle(task("t2"), 0.0), Placed).wait_s > 0
+    ended = only(core.handle(task("t3", "d2"), 0.0), Ended)
+    assert (ended.state, ended.cause) == (TaskState.REJECTED, "queue_full")
+    core.handle(edge("e2"), 0.1)
+    assert only(core.handle(task("t4", "d2"), 0.2), Start).task_id == "t4"
+    core.validate()
+
+
+def test_a_deadline_expires_a_task_in_every_state() -> None:
+    core = core_with(edge(slots=1, lease_s=100), device(lease_s=100), policy="edge-only")
+    core.handle(task("running", deadline_s=5.0, samples=1000), 0.0)
+    core.handle(task("scheduled", deadline_s=6.0), 0.0)
+    core.handle(task("waiting", "d9", deadline_s=7.0), 0.0)
+    assert core.next_wakeup() == 5.0
+    changes = core.handle(Tick(), 5.0)
+    assert (only(changes, Ended).task_id, only(changes, Ended).state) == ("running", TaskState.EXPIRED)
+    assert only(changes, Start).task_id == "scheduled"
+    assert {change.task_id for change in core.handle(Tick(), 8.0) if isinstance(change, Ended)} == {
+        "scheduled",
+        "waiting",
+    }
+    assert core.live_tasks == 0
+
+
+# --- reality against prediction
+
+
+def test_an_early_end_pulls_the_next_forward_and_a_late_one_pushes_it_back() -> None:
+    core = core_with(edge(slots=1), device("d1"), device("d2"), policy="edge-only")
+    first = only(core.handle(task("t1", "d1"), 0.0), Placed)
+    core.handle(task("t2", "d2"), 0.0)
+    early = core.handle(completed("t1"), first.delay_s / 2)
+    assert only(early, Start).at_s == first.delay_s / 2
+    core.handle(task("t3", "d1"), first.delay_s / 2)
+    end_s = first.delay_s * 1.5
+    late = core.handle(task("t4", "d1"), end_s + 0.01)  # t2 should have ended
+    assert only(late, Overran).task_id == "t2"
+    assert [change.task_id for change in late if isinstance(change, Moved)] == ["t3"]
+    assert not [change for change in late if isinstance(change, Start)]
+    core.validate()
+    now_starts = core.handle(completed("t2", "d2"), end_s + 0.02)
+    assert only(now_starts, Start).task_id == "t3"
+    core.validate()
+
+
+def test_a_task_never_starts_merely_because_its_time_has_come() -> None:
+    core = core_with(edge(slots=1), device("d1"), device("d2"), policy="edge-only")
+    first = only(core.handle(task("t1", "d1"), 0.0), Placed)
+    core.handle(task("t2", "d2"), 0.0)
+    for late in (1.0, 2.0, 4.0, 8.0):
+        assert "start" not in types(core.handle(Tick(), first.delay_s * late))
+        core.validate()
+
+
+def test_moving_a_task_moves_what_its_device_was_promised_on_another_edge() -> None:
+    core = core_with(edge("e1", slots=1), cloud(), device("d1"), device("d2"))
+    core.handle(task("t1", "d2", samples=200), 0.0)
+    for i in range(2, 8):
+        core.handle(task(f"t{i}", "d1", samples=50 * i), 0.0)
+    core.handle(edge("e2", slots=1), 0.1)
+    for i in range(8, 12):
+        core.handle(task(f"t{i}", "d1", samples=20 * i), 0.2)
+    core.handle(completed("t1", "d2"), 0.3)
+    core.validate()
+
+
+# --- failures
+
+
+def test_a_failure_ends_a_task_and_a_retryable_one_starts_it_again() -> None:
+    core = core_with(edge(), device())
+    core.handle(task(), 0.0)
+    changes = core.handle(failed(retryable=True), 1.0)
+    assert types(changes)[0] == "retried"
+    assert only(changes, Start).attempt == 2
+    assert core.handle(failed(attempt=1), 1.5) == []  # of an attempt that was taken back
+    ended = only(core.handle(failed(attempt=2), 2.0), Ended)
+    assert (ended.state, ended.cause) == (TaskState.FAILED, "bad_frame")
+    core.validate()
+
+
+def test_retries_are_bounded() -> None:
+    core = core_with(edge(), device(), max_attempts=3)
+    core.handle(task(), 0.0)
+    for attempt in (1, 2):
+        assert only(core.handle(failed(attempt=attempt, retryable=True), 1.0), Retried)
+    assert only(core.handle(failed(attempt=3, retryable=True), 1.0), Ended).state is TaskState.FAILED
+
+
+def test_completion_of_an_attempt_that_was_taken_back_is_still_true() -> None:
+    core = core_with(edge(), device())
+    core.handle(task(), 0.0)
+    core.handle(failed(retryable=True), 1.0)
+    assert only(core.handle(completed(attempt=1), 1.5), Ended).state is TaskState.COMPLETED
+    core.validate()
+
+
+def test_completion_from_another_node_than_the_device_is_not_believed() -> None:
+    core = core_with(edge(), device())
+    core.handle(task(), 0.0)
+    assert core.handle(completed(node="d2"), 1.0) == []
+
+
+def test_cancelling_fails_a_task() -> None:
+    core = core_with(edge(), device())
+    core.handle(task(), 0.0)
+    ended = only(core.handle(TaskCancelled(task_id="t1"), 1.0), Ended)
+    assert (ended.state, ended.cause, ended.released_slots) == (TaskState.FAILED, "cancelled", 1)
+
+
+# --- nodes
+
+
+def test_a_silent_node_is_lost_after_a_whole_lease_and_not_before() -> None:
+    core = core_with(edge(lease_s=10.0), device(lease_s=1000.0))
+    core.handle(NodeHeartbeat(node="e1", incarnation="i1"), 6.0)
+    core.handle(NodeHeartbeat(node="e1", incarnation="i0"), 15.0)  # an old incarnation renews nothing
+    core.handle(NodeHeartbeat(node="e9", incarnation="i1"), 15.0)
+    assert core.next_wakeup() == 16.0
+    assert core.handle(Tick(), 15.9) == []
+    lost = only(core.handle(Tick(), 16.0), NodeLost)
+    assert (lost.node, lost.cause) == ("e1", "lease_expired")
+    assert core.next_wakeup() == 1000.0
+
+
+def test_heartbeats_leave_no_trace_and_leases_begin_anew_after_a_restart() -> None:
+    core = core_with(edge(lease_s=10.0), device(lease_s=10.0))
+    before = core.state_hash
+    assert core.handle(NodeHeartbeat(node="e1", incarnation="i1"), 6.0) == []
+    assert core.state_hash == before
+    again = PlannerCore.from_state(core.to_state())
+    assert again.next_wakeup() is None
+    again.restart_leases(100.0)
+    assert again.next_wakeup() == 110.0
+
+
+def test_an_edges_tasks_are_placed_again_when_it_is_lost() -> None:
+    core = core_with(edge("e1"), edge("e2", speed=2.0), device())
+    assert only(core.handle(task(), 0.0), Placed).placement.edge == "e1"
+    changes = core.handle(NodeLeft(node="e1", incarnation="i1"), 1.0)
+    assert types(changes)[:2] == ["retried", "node_lost"]
+    assert only(changes, Placed).placement.edge == "e2"
+    assert only(changes, Start).attempt == 2
+    core.validate()
+
+
+def test_a_lost_device_takes_its_handles_with_it_and_the_rest_waits_for_it() -> None:
+    core = core_with(edge(), device())
+    core.handle(task("kept"), 0.0)
+    core.handle(task("held", input=HandleInput(handle="h")), 0.0)
+    changes = core.handle(NodeLeft(node="d1", incarnation="i1"), 0.1)
+    ended = only(changes, Ended)
+    assert (ended.task_id, ended.cause) == ("held", "input_lost")
+    assert only(changes, Retried).task_id == "kept"
+    assert "placement" not in types(changes)
+    back = core.handle(device(incarnation="i2"), 5.0)
+    assert (only(back, Start).task_id, only(back, Start).attempt) == ("kept", 2)
+    core.validate()
+
+
+def test_a_new_incarnation_replaces_the_old_one() -> None:
+    core = core_with(edge(), device())
+    core.handle(task(), 0.0)
+    changes = core.handle(device(incarnation="i2"), 1.0)
+    assert types(changes)[:3] == ["retried", "node_lost", "node_joined"]
+    assert only(changes, NodeLost).cause == "replaced"
+    assert only(changes, Start).attempt == 2
+    assert core.handle(device(incarnation="i2"), 2.0) == []  # the same again refreshes the lease
+    assert core.next_wakeup() == 10.0
+    assert core.handle(NodeLeft(node="d1", incarnation="i1"), 3.0) == []  # the old one's farewell comes late
+
+
+def test_a_node_of_another_region_is_not_ours() -> None:
+    core = PlannerCore(region=2)
+    assert core.handle(edge(), 0.0) == []
+    assert types(core.handle(edge(region=2), 0.0)) == ["node_joined"]
+
+
+def test_a_lowered_capacity_takes_back_the_latest() -> None:
+    core = core_with(edge(slots=2), device("d1"), device("d2"), policy="edge-only")
+    core.handle(task("t1", "d1", samples=100), 0.0)
+    core.handle(task("t2", "d2", samples=100), 0.1)
+    changes = core.handle(edge(slots=1), 0.2)
+    assert (only(changes, Retried).task_id, only(changes, Retried).cause) == ("t2", "capacity_lowered")
+    assert only(changes, NodeJoined)
+    assert only(changes, Placed).wait_s > 0
+    core.validate()
+
+
+def test_a_scheduled_task_that_can_no_longer_fit_is_planned_again() -> None:
+    core = core_with(edge(slots=1), device("d1"), device("d2"), policy="edge-only")
+    core.handle(task("t1", "d1", max_link1_bps=10 * MBPS), 0.0)
+    core.handle(task("t2", "d2", max_link1_bps=90 * MBPS), 0.0)
+    changes = core.handle(edge(slots=1, link1_capacity_bps=50 * MBPS), 0.1)
+    assert (only(changes, Retried).task_id, only(changes, Retried).cause) == ("t2", "no_longer_fits")
+    assert only(changes, Placed).placement.link1_bps == 50 * MBPS
+    core.validate()
+
+
+def test_an_edge_that_drops_the_model_loses_the_task() -> None:
+    core = core_with(edge("e1"), edge("e2", speed=2.0), device())
+    core.handle(task(), 0.0)
+    changes = core.handle(edge("e1", models=()), 0.1)
+    assert only(changes, Retried).cause == "model_gone"
+    assert only(changes, Placed).placement.edge == "e2"
+
+
+def test_the_last_cloud_takes_its_tasks_along_and_one_of_two_does_not() -> None:
+    core = core_with(edge(), cloud("c1", speed=1000.0), cloud("c2", speed=1000.0), device(), policy="cloud-only")
+    core.handle(task(), 0.0)
+    assert types(core.handle(NodeLeft(node="c1", incarnation="i1"), 0.1)) == ["node_lost"]
+    changes = core.handle(NodeLeft(node="c2", incarnation="i1"), 0.2)
+    assert types(changes) == ["retried", "node_lost"]
+    assert only(core.handle(cloud("c3"), 0.3), Start).attempt == 2
+    core.validate()
+
+
+def test_a_name_that_comes_back_in_another_role_is_another_node() -> None:
+    core = core_with(edge("n1"), device())
+    changes = core.handle(cloud("n1"), 1.0)
+    assert types(changes) == ["node_lost", "node_joined"]
+    assert core.nodes["n1"].announced.role is Role.CLOUD
+
+
+# --- caps
+
+
+def test_grants_keep_to_the_least_of_all_caps() -> None:
+    core = core_with(edge(link1_capacity_bps=80 * MBPS), device(link1_capacity_bps=60 * MBPS), policy="edge-only")
+    placed = only(core.handle(task(max_link1_bps=70 * MBPS), 0.0), Placed)
+    assert placed.placement.link1_bps == 60 * MBPS
+    core = core_with(edge(link1_capacity_bps=80 * MBPS), device(), policy="edge-only")
+    assert only(core.handle(task(max_link1_bps=None), 0.0), Placed).placement.link1_bps == 80 * MBPS
+
+
+def test_ledger_time_does_not_go_back() -> None:
+    core = core_with(edge(), device())
+    core.handle(task("t1"), 10.0)
+    assert only(core.handle(completed("t1"), 3.0), Ended)
+    assert core.now_s == 10.0
+
+
+def test_a_change_that_cannot_be_is_a_bug() -> None:
+    core = core_with(edge(), device())
+    changes = core.handle(task(), 0.0)
+    ended = only(core.handle(completed(), 1.0), Ended)
+    for change in (ended, only(changes, Placed), only(changes, Start)):
+        with pytest.raises(InvariantError):
+            core.apply(change, 2.0)
