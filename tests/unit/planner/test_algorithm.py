@@ -80,17 +80,27 @@ def test_no_delay_runs_on_the_device_where_deepar_would_wait() -> None:
 
 
 def test_a_grant_is_what_is_free_during_the_whole_interval_not_at_its_start() -> None:
-    """Someone already scheduled holds bandwidth from later on: the new task gets only what is left beside it."""
+    """10 Mbit/s are free now, none from the start of a scheduled task on: a task that needs longer cannot have them."""
     core = PlannerCore(0, "edge-only")
-    nodes = (edge(slots=3, link1_capacity_bps=100 * MBPS), *(device(f"d{i}") for i in range(4)))
-    for node in nodes:
+    for node in (edge(slots=9, link1_capacity_bps=100 * MBPS), *(device(f"d{i}") for i in range(1, 6))):
         core.handle(node, 0.0)
-    core.handle(task("t1", "d1", samples=1000, max_link1_bps=90 * MBPS), 0.0)
-    core.handle(task("t2", "d2", samples=10, max_link1_bps=60 * MBPS), 0.0)
-    core.handle(task("t3", "d3", samples=1000, max_link1_bps=60 * MBPS), 0.0)
-    for i in range(4, 12):
-        core.handle(task(f"t{i}", "d0", samples=10 * i, max_link1_bps=70 * MBPS), 0.1 * i)
+
+    def placed(name: str, samples: int, mbps: int) -> Placed:
+        found = only(core.handle(task(f"t{name}", f"d{name}", samples=samples, max_link1_bps=mbps * MBPS), 0.0), Placed)
         core.validate()
+        assert isinstance(found, Placed)
+        return found
+
+    first = placed("1", 100, 50)
+    placed("2", 2000, 40)
+    third = placed("3", 1000, 60)
+    assert third.start_s == first.delay_s
+    assert third.placement.link1_bps == 60 * MBPS
+    long = placed("4", 100, 60)
+    assert long.start_s >= third.start_s + third.delay_s
+    short = placed("5", 10, 60)  # over before the third begins
+    assert (short.start_s, short.placement.link1_bps) == (0.0, 10 * MBPS)
+    assert short.delay_s <= third.start_s
 
 
 def test_a_device_computes_one_task_at_a_time_and_sends_another_beside_it() -> None:
