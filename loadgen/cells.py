@@ -96,11 +96,13 @@ def _on_cluster(cells: Sequence[Cell], address: str) -> Iterator[tuple[int, dict
     except ImportError:
         raise ConfigError("--cluster needs Dask", remedy="install the extra: pip install 'deepar[cluster]'") from None
     try:
-        client = distributed.Client(address, timeout="10s")
+        client = distributed.Client(address, timeout="5s")  # type: ignore[no-untyped-call]
     except (OSError, TimeoutError) as error:
         raise ConfigError(f"no Dask scheduler answers at {address}: {error}") from None
     with client:
         futures = client.map(run_cell, cells, pure=False)
         order = {future.key: index for index, future in enumerate(futures)}
-        for future, row in distributed.as_completed(futures, with_results=True):
+        for future, row in distributed.as_completed(  # type: ignore[no-untyped-call]
+            futures, with_results=True
+        ):
             yield order[future.key], row

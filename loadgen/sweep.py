@@ -152,6 +152,9 @@ def draw(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> list[Path]:
     width_in = max(5.5, 3.1 * columns + 0.6)
     fig, grid = plots.figure(width_in, 2.7 * lines + 0.7, lines, columns, sharey=True, sharex=True, squeeze=False)
     xs, numeric = _places(x_axis)
+    # Side by side, or the error bars of one policy hide those of another.
+    gaps = [later - earlier for earlier, later in itertools.pairwise(sorted(xs))]
+    dodge = 0.05 * min((gap for gap in gaps if gap > 0), default=1.0)
     for index, panel in enumerate(panels):
         axes = grid[index // columns][index % columns]
         here = {axis.name: str(value) for axis, value in zip(others, panel, strict=True)}
@@ -167,9 +170,10 @@ def draw(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> list[Path]:
                 means.append(float(np.mean(delays)) if delays else np.nan)
                 errors.append(half_width_95(delays))
             colour, _, marker = plots.look(policy, number)
+            shift = (number - (len(options.policies) - 1) / 2) * dodge
             axes.errorbar(
-                xs, means, yerr=errors, color=colour, marker=marker, markersize=4.5, capsize=2,
-                linewidth=1.4, elinewidth=0.8, label=plots.label(policy),
+                [x + shift for x in xs], means, yerr=errors, color=colour, marker=marker, markersize=4.5, capsize=2,
+                linewidth=1.3, elinewidth=0.8, label=plots.label(policy),
             )  # fmt: skip
         axes.set_ylim(bottom=0)
         if here:
