@@ -1,0 +1,112 @@
+"""The file of `deepar up`: the example is complete and parses, and what is wrong with a file is named with its key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import deploy
+from bus.errors import ConfigError
+from deploy.settings import (
+    BusOptions,
+    CloudOptions,
+    DeviceOptions,
+    EdgeOptions,
+    PlannerOptions,
+    UpSettings,
+    load_settings,
+)
+
+EXAMPLE = Path(deploy.__file__).with_name("example.toml")
+
+SMALL = """
+models = ["lenet"]
+
+[[edge]]
+name = "e1"
+
+[[device]]
+name = "d1"
+edges = ["e1"]
+
+[[cloud]]
+name = "c1"
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "up.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_the_example_is_what_its_comments_say() -> None:
+    settings = load_settings(EXAMPLE)
+    assert settings.bus.kind == "kafka"
+    assert [node.name for node in (*settings.cloud, *settings.edge, *settings.device)] == [
+        "c1", "e1", "e2", "d1", "d2", "d3",
+    ]  # fmt: skip
+    assert settings.edge[0].link2 == 40_000_000
+    assert settings.device[0].edges == ("e1", "e2")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [UpSettings, BusOptions, PlannerOptions, CloudOptions, EdgeOptions, DeviceOptions],
+    ids=lambda o: o.__name__,
+)
+def test_the_example_shows_every_key_with_a_comment(options: type[UpSettings]) -> None:
+    lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
+    tables = {"bus", "planner", "device", "edge", "cloud"}
+    for key in set(options.model_fields) - tables:
+        shown = [line for line in lines if re.match(rf"(# )?{key} = ", line)]
+        assert any("#" in line[2:] for line in shown) or (options is not UpSettings and key == "name"), key
+
+
+def test_what_is_left_out_has_the_default(tmp_path: Path) -> None:
+    settings = load_settings(written(tmp_path, SMALL))
+    assert settings.planner == PlannerOptions()
+    assert (settings.edge[0].slots, settings.edge[0].link1, settings.device[0].runner) == (2, 10**9, "litert")
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "said"),
+    [
+        (("models =", "modles ="), "modles", "there is no such key"),
+        (('name = "e1"', 'name = "e1"\nslot = 2'), "edge.1.slot", "there is no such key"),
+        (('name = "e1"', 'name = "e1"\nslots = 0'), "edge.1.slots", "greater than or equal to 1"),
+        (('name = "e1"', 'name = "e1"\nlink1 = "fast"'), "edge.1.link1", "'fast' is no rate"),
+        (('name = "e1"', 'name = "e 1"'), "edge.1.name", "match pattern"),
+        (('name = "d1"', 'name = "d1"\nslowdown = 0.5'), "device.1.slowdown", "greater than or equal to 1"),
+        (('name = "c1"', 'runner = "litert"'), "cloud.1.name", "required"),
+        (('name = "c1"', 'name = "e1"'), None, "e1: a name may stand for one node only"),
+        (('edges = ["e1"]', 'edges = ["e2"]'), None, "device d1 names the edge e2"),
+        (("models =", 'lease = "soon"\nmodels ='), "lease", "'soon' is no duration"),
+        (("models =", 'execution = "sequential"\nmodels ='), None, "objective pipelined goes with"),
+    ],
+)
+def test_an_error_names_the_file_the_key_and_the_cause(
+    tmp_path: Path, change: tuple[str, str], key: str | None, said: str
+) -> None:
+    file = written(tmp_path, SMALL.replace(*change))
+    with pytest.raises(ConfigError) as caught:
+        load_settings(file)
+    prefix = f"{file}: {key}: " if key else f"{file}: "
+    assert str(caught.value).startswith(prefix)
+    assert said in str(caught.value)
+
+
+def test_broken_toml_is_named_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"up\.toml: not TOML: .*line 3"):
+        load_settings(written(tmp_path, "region = 0\n[bus]\nkind = kafka\n"))
+    file = tmp_path / "up.toml"
+    file.write_bytes(b"region = \xff")
+    with pytest.raises(ConfigError, match=r"up\.toml: not TOML"):
+        load_settings(file)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: No such file"):
+        load_settings(tmp_path / "none.toml")
