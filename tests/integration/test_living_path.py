@@ -1,0 +1,162 @@
+"""The README's flow: separate processes on Kafka recognise digits; what is broken is named; the rest goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+
+import msgpack
+import pytest
+
+from bus import topics
+from bus.kafka import KafkaBus
+from bus.kafka_connection import KafkaConnection
+from bus.port import Record
+from deploy.broker import free_port
+from tests.integration.deepar_processes import Processes
+from tests.kafka_broker import OwnBroker, choose
+from tests.kafka_broker import _start as start_broker
+
+NODES = {
+    "cloud": ("stage", "cloud"),
+    "e1": ("stage", "edge", "--name", "e1"),
+    "e2": ("stage", "edge", "--name", "e2"),
+    "d1": ("stage", "device", "--name", "d1", "--slowdown", "50"),
+    "d2": ("stage", "device", "--name", "d2", "--slowdown", "50"),
+    "d3": ("stage", "device", "--name", "d3", "--slowdown", "50", "--results", "d3.jsonl"),
+}
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnBroker]:
+    """A broker of this module's own, so that its region is its own."""
+    made = start_broker(choose(), tmp_path_factory.mktemp("kafka"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def region(broker: OwnBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """Planner, cloud, two edges and three devices, all ready."""
+    with Processes(broker.bootstrap, tmp_path_factory.mktemp("region")) as processes:
+        started = [processes.start("planner", "planner")]
+        started += [
+            processes.start(name, *arguments, DEEPAR_MODELS="lenet", DEEPAR_HTTP_HOST="127.0.0.1")
+            for name, arguments in NODES.items()
+        ]
+        for one in started:
+            one.wait_ready()
+        yield processes
+
+
+def read_all(bootstrap: str, topic: str) -> list[Record]:
+    """A topic from its start to its end."""
+
+    async def read() -> list[Record]:
+        records: list[Record] = []
+        async with KafkaBus(KafkaConnection(bootstrap_servers=bootstrap)) as bus:
+            ends = await bus.end_offsets(topic)
+            reader = await bus.reader([(topic, partition) for partition in ends], start="start")
+            while await reader.lag():
+                records += await reader.fetch(timeout_s=0.5)
+            await reader.close()
+        return records
+
+    return asyncio.run(read())
+
+
+def send_all(bootstrap: str, records: list[tuple[str, bytes, str | None]]) -> None:
+    """Put raw bytes on topics."""
+
+    async def send() -> None:
+        async with KafkaBus(KafkaConnection(bootstrap_servers=bootstrap)) as bus:
+            for topic, value, key in records:
+                await bus.send(topic, value, key=key)
+
+    asyncio.run(send())
+
+
+def test_twenty_tasks_complete_and_every_step_stands_on_the_topics(region: Processes) -> None:
+    done = region.run("loadgen", "replay", "--tasks", "20", "--within", "4s", "--samples", "20", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["submitted"], summary["completed"]) == (20, 20)
+
+    tailed = region.run("tail", "decisions", "--json", "--exit")
+    assert tailed.returncode == 0, tailed.stderr
+    lines = [json.loads(line) for line in tailed.stdout.splitlines()]
+    assert lines[0].keys() == {"topic", "partition", "offset", "timestamp", "key", "value"}
+    changes = [change for line in lines for change in line["value"].get("changes", [])]
+    placed = [change for change in changes if change["type"] == "placement"]
+    assert len(placed) == 20
+    assert sum(change["type"] == "start" for change in changes) == 20
+    grants = sum(change["type"] == "bandwidth_grant" for change in changes)
+    assert grants == sum(bool(p["placement"][f"link{n}_bps"]) for p in placed for n in (1, 2))
+    ended = [change["task_id"] for change in changes if change["type"] == "ended"]
+    assert len(ended) == len(set(ended)) == 20
+
+
+def test_results_come_back_to_their_device_each_once(region: Processes) -> None:
+    lines = [json.loads(line) for line in (region.folder / "d3.jsonl").read_text().splitlines()]
+    shown = [(line["task_id"], line["sample"]) for line in lines]
+    assert shown
+    assert len(shown) == len(set(shown))
+    assert len(shown) % 20 == 0
+
+
+def test_every_service_runs_on_uvloop_and_says_so(region: Processes) -> None:
+    for one in region.all:
+        assert one.wait_ready()["loop"] == "uvloop"
+        first = next(json.loads(line) for line in one.text().splitlines() if '"starting"' in line)
+        assert first["loop"] == "uvloop"
+
+
+def test_garbage_on_any_topic_is_dead_lettered_with_its_cause_and_the_rest_goes_on(
+    region: Processes, broker: OwnBroker
+) -> None:
+    garbage = msgpack.packb({"v": 99})
+    written = [
+        (topics.TASKS, b"garbage", "x"),
+        (topics.EVENTS, b"\xff\xfe", None),
+        (topics.NODES, b'{"type":"node_announced","v":7}', "x"),
+        (topics.DECISIONS, b"garbage", "0"),
+        (topics.activations_topic("e1"), garbage, "x"),
+        (topics.ACTIVATIONS_CLOUD, b"", "x"),
+        (topics.RESULTS, b"garbage", "d1"),
+    ]
+    send_all(broker.bootstrap, written)
+    wanted = {topic for topic, *_ in written} - {topics.DECISIONS}  # readers of decisions skip what does not count
+    until_s = time.monotonic() + 30
+    buried: dict[str, dict[str, str]] = {}
+    while time.monotonic() < until_s and buried.keys() < wanted:
+        for record in read_all(broker.bootstrap, topics.DEAD_LETTER):
+            headers = {key: value.decode() for key, value in record.headers}
+            buried[headers["deepar_origin"].split("/")[0]] = headers
+    assert buried.keys() == wanted
+    assert {headers["deepar_cause"] for headers in buried.values()} == {"undecodable", "unknown_version"}
+    again = region.run("loadgen", "replay", "--tasks", "4", "--within", "1s", "--seed", "9", "--json")
+    assert json.loads(again.stdout)["completed"] == 4, again.stderr
+
+
+def test_a_task_of_an_unknown_model_is_rejected_with_the_reason(region: Processes) -> None:
+    done = region.run("loadgen", "replay", "--tasks", "1", "--within", "1s", "--models", "nosuchnet", "--json")
+    assert "nosuchnet" in done.stdout + done.stderr or json.loads(done.stdout)["rejected"] == 1
+
+
+def test_a_broker_that_is_not_there_is_named_within_seconds(region: Processes) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    before_s = time.monotonic()
+    failed = region.run("tail", "decisions", "-b", address)
+    assert time.monotonic() - before_s < 10
+    assert failed.returncode == 1
+    assert address in failed.stderr
+    assert "deepar broker" in failed.stderr
+
+
+def test_a_service_ends_politely_when_asked(region: Processes) -> None:
+    before_s = time.monotonic()
+    assert all(one.end() == 0 for one in region.all)
+    assert time.monotonic() - before_s < 30
+    assert all("Traceback" not in one.text() for one in region.all)
