@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import msgpack
@@ -48,6 +49,10 @@ DTYPES = frozenset(
     + ("float16", "float32", "float64", "complex64")
 )
 ITEM_BYTES = {name: np.dtype(name).itemsize for name in sorted(DTYPES)}
+_NAMES = {np.dtype(name): name for name in sorted(DTYPES)}  # dtype.name is computed anew each time it is asked for
+_DTYPES = {name: np.dtype(name) for name in sorted(DTYPES)}
+_COUNTS_BELOW = 1 << 40
+_FIRST_LOOK_BYTES = 16 * 1024  # holds most heads; what the unpacker is fed is copied
 
 Array = npt.NDArray[Any]
 FrameKind = Literal["activations", "result", "report"]
@@ -151,7 +156,7 @@ def encode_frame(frame: Frame) -> bytes:
 
 def to_pieces(sample: int, tensors: Sequence[Array], chunk_bytes: int) -> list[Piece]:
     """One sample's tensors as pieces of at most `chunk_bytes`, without copying where it is one contiguous tensor."""
-    heads = tuple(TensorHead(array.dtype.name, array.shape) for array in tensors)
+    heads = tuple([_head(_NAMES.get(array.dtype) or array.dtype.name, array.shape) for array in tensors])
     if len(tensors) == 1:
         payload = _bytes_of(tensors[0])
     else:
@@ -165,11 +170,19 @@ def to_pieces(sample: int, tensors: Sequence[Array], chunk_bytes: int) -> list[P
     ]
 
 
+@lru_cache(maxsize=4096)
+def _head(dtype: str, shape: tuple[int, ...]) -> TensorHead:
+    """Samples of a model have the same few heads."""
+    return TensorHead(dtype, shape)
+
+
 def _bytes_of(array: Array) -> memoryview:
+    if array.dtype.kind in "fiub" and array.size and array.ndim and array.flags.c_contiguous and array.dtype.isnative:
+        return array.data.cast("B")
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
     # A flat byte view: memoryview.cast refuses shapes that hold a zero and arrays of rank 0.
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -207,11 +220,22 @@ def decode_frame(payload: Payload | None) -> Frame:
 
 
 def _unpack(view: memoryview) -> tuple[dict[str, Any], memoryview]:
+    try:
+        return _unpack_head(view, _FIRST_LOOK_BYTES)
+    except msgpack.OutOfData:
+        pass
+    try:
+        return _unpack_head(view, MAX_HEAD_BYTES)
+    except msgpack.OutOfData as error:
+        raise ProtocolError("undecodable", f"not a msgpack map: {type(error).__name__}: {error}") from None
+
+
+def _unpack_head(view: memoryview, look_bytes: int) -> tuple[dict[str, Any], memoryview]:
     unpacker = msgpack.Unpacker(
-        raw=False, strict_map_key=True, max_buffer_size=MAX_HEAD_BYTES, max_array_len=MAX_PIECES, max_map_len=64,
+        raw=False, strict_map_key=True, max_buffer_size=look_bytes, max_array_len=MAX_PIECES, max_map_len=64,
         max_str_len=4096, max_bin_len=0, max_ext_len=0,
     )  # fmt: skip
-    unpacker.feed(view[:MAX_HEAD_BYTES])
+    unpacker.feed(view[:look_bytes])
     head: dict[str, Any] = {}
     try:
         for _ in range(unpacker.read_map_header()):
@@ -221,7 +245,7 @@ def _unpack(view: memoryview) -> tuple[dict[str, Any], memoryview]:
             if not isinstance(key, str) or key in head:
                 raise ProtocolError("undecodable", "a key is no string, or stands twice")
             head[key] = unpacker.unpack()
-    except ProtocolError:
+    except (ProtocolError, msgpack.OutOfData):
         raise
     except (ValueError, msgpack.UnpackException, TypeError, RecursionError) as error:
         raise ProtocolError("undecodable", f"not a msgpack map: {type(error).__name__}: {error}") from None
@@ -248,12 +272,17 @@ def _pieces(described: Any, data: memoryview) -> Iterator[Piece]:
         raise ProtocolError("undecodable", "pieces are no array")
     begin = 0
     for entry in described:
-        sample, at, size, length = (_count(entry[key]) for key in ("sample", "at", "size", "bytes"))
+        sample, at, size, length = (
+            _count(entry["sample"]),
+            _count(entry["at"]),
+            _count(entry["size"]),
+            _count(entry["bytes"]),
+        )
         if size > MAX_SAMPLE_BYTES:
             raise ProtocolError("oversized", f"a sample of {size:,} bytes, over {MAX_SAMPLE_BYTES:,}")
         if at + length > size or begin + length > data.nbytes or (length == 0 and size > 0):
             raise ProtocolError("wrong_shape", f"sample {sample}: a piece lies outside its sample or its frame")
-        tensors = tuple(_tensor(head) for head in entry["tensors"]) if at == 0 else ()
+        tensors = tuple([_tensor(head) for head in entry["tensors"]]) if at == 0 else ()
         if at == 0 and (len(tensors) > MAX_TENSORS or sum(t.size_bytes for t in tensors) != size):
             raise ProtocolError("wrong_shape", f"sample {sample}: its tensors do not make up {size:,} bytes")
         yield Piece(sample, at, size, data[begin : begin + length], tensors)
@@ -268,11 +297,11 @@ def _tensor(head: Any) -> TensorHead:
         raise ProtocolError("wrong_shape", f"dtype {str(dtype)[:20]!r} is not allowed")
     if not isinstance(shape, list) or len(shape) > MAX_RANK:
         raise ProtocolError("wrong_shape", f"a rank over {MAX_RANK}")
-    return TensorHead(dtype, tuple(_count(extent) for extent in shape))
+    return _head(dtype, tuple([_count(extent) for extent in shape]))
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 40:
+    if type(value) is not int or not 0 <= value < _COUNTS_BELOW:
         raise ProtocolError("undecodable", f"{str(value)[:40]!r} is no count")
     return value
 
@@ -331,6 +360,6 @@ def to_tensors(heads: Iterable[TensorHead], payload: memoryview) -> list[Array]:
     arrays, at = [], 0
     for head in heads:
         part = payload[at : at + head.size_bytes]
-        arrays.append(np.frombuffer(part, dtype=head.dtype).reshape(head.shape))
+        arrays.append(np.frombuffer(part, dtype=_DTYPES[head.dtype]).reshape(head.shape))
         at += head.size_bytes
     return arrays
