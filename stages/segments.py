@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import threading
 import weakref
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -30,11 +29,13 @@ import numpy as np
 
 from bus.errors import ConfigError
 from bus.values import TensorSpec
+from stages.allocator import give_back, map_large_blocks
 from stages.cache import cache_dir, write_whole
 from stages.cuts import useful_positions
 from stages.flatfile import forget_pages
 from stages.litert import SegmentRunner
 from stages.model import Model
+from stages.pieces import Piece
 from stages.slicer import SlicedPart, slice_model
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -42,50 +43,13 @@ Array: TypeAlias = np.ndarray[Any, Any]
 IN_MEMORY_BYTES = 4 << 20
 """Pieces up to this size are no files, and are never let go between samples."""
 
-SPARE_BYTES = 32 << 20
+SPARE_BYTES = 24 << 20
 """Any model may take this much beyond what its weights need, so that small models are never trimmed."""
 
-PROCESS_BYTES = 68 << 20
+PROCESS_BYTES = 80 << 20
 """What the interpreter, the libraries and the allocator take of the fifth that a large model may have for activations."""
 
 Say: TypeAlias = Callable[[str], None]
-
-
-class Piece:
-    """Consecutive layers, loaded: one interpreter, more where several tasks meet and memory allows.
-
-    With `keep` off, no interpreter outlives its sample. That is for running without the delegate: loading then only maps the
-    file, and what is saved is the kernels' scratch memory and the pages of weights that other pieces need next.
-    """
-
-    def __init__(self, part: SlicedPart, load: Callable[[], SegmentRunner], size_bytes: int, *, keep: bool) -> None:
-        self.reads, self.makes = part.reads, part.makes
-        self.size_bytes = size_bytes  # of memory that one interpreter takes, an estimate
-        self.loaded = 1  # interpreters there are
-        self._load = load
-        self._keep = keep
-        first = load()  # also where nothing is kept: a model that the runtime refuses is to be known now
-        self._idle = [first] if keep else []
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def runner(self, may_grow: Callable[[Piece], bool]) -> Iterator[SegmentRunner]:
-        """An interpreter for this thread alone; waits for one, or adds one if `may_grow`."""
-        found: SegmentRunner | None = None
-        with self._changed:
-            if self._keep and not self._idle and may_grow(self):
-                self.loaded += 1
-            elif self._keep:
-                self._changed.wait_for(lambda: self._idle)
-                found = self._idle.pop()
-        runner = found or self._load()
-        try:
-            yield runner
-        finally:
-            if self._keep:
-                with self._changed:
-                    self._idle.append(runner)
-                    self._changed.notify()
 
 
 class Segment:
@@ -141,6 +105,8 @@ class SegmentStore:
         replicas: int = 1,
         delegate: bool = True,
     ) -> None:
+        if model.size_bytes > IN_MEMORY_BYTES:
+            map_large_blocks()
         self.model = model
         self.stateful = model.graph.stateful
         self._folder = folder or cache_dir("segments", model.sha256[:16])
@@ -164,7 +130,7 @@ class SegmentStore:
             if say is not None:
                 say(f"preparing {self.model.name} {begin + 1}..{end}")
             self._require(begin, end)
-        self._tidy()
+        give_back()
 
     def prepare(self, begin: int, end: int) -> Segment:
         """Makes layers begin+1..end ready and returns them.
@@ -184,7 +150,7 @@ class SegmentStore:
             self._split_at(end)
             self.chain(begin, end)
             self._trim()
-            self._tidy()
+            give_back()
         return segment
 
     async def ready(self, begin: int, end: int) -> Segment:
@@ -217,7 +183,7 @@ class SegmentStore:
         with self._preparing, self._looking:
             self._pieces.clear()
             self._segments.clear()
-        self._tidy()
+        give_back()
 
     # --- what segments ask ---------------------------------------------------------------------------------------
 
@@ -357,12 +323,6 @@ class SegmentStore:
             reverse=True,
         )
         return {*graph.live(begin), *graph.live(end), *inner[:2]}
-
-    @staticmethod
-    def _tidy() -> None:
-        """Hands memory that the C library holds back to the system, where it can be asked to."""
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _holds(path: Path, part: SlicedPart) -> bool:
