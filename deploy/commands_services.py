@@ -240,22 +240,19 @@ def _say(line: str) -> None:
 
 def node_settings(options: NodeOptions, *, region: int, lease_s: float) -> NodeSettings:
     """What a node of these options announces."""
-    shared = {"name": options.name, "region": region, "lease_s": lease_s}
+    make = partial(NodeSettings, name=options.name, region=region, lease_s=lease_s)
     match options:
         case DeviceOptions():
-            return NodeSettings(
-                **shared, role=Role.DEVICE, link1_capacity_bps=options.link, reachable_edges=options.edges
-            )
+            return make(role=Role.DEVICE, link1_capacity_bps=options.link, reachable_edges=options.edges)
         case EdgeOptions():
-            return NodeSettings(
-                **shared,
+            return make(
                 role=Role.EDGE,
                 slots=options.slots,
                 link1_capacity_bps=options.link1,
                 link2_capacity_bps=options.link2,
             )
         case _:
-            return NodeSettings(**shared, role=Role.CLOUD)
+            return make(role=Role.CLOUD)
 
 
 # --- deepar up -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from loadgen.outcome import Outcome, Recorder
 from loadgen.replay import replay
 from loadgen.schedule import Entry, Schedule
 from stages.compute import WORKERS, LitertRunner
+from stages.device import ResultSink
 from stages.litert import SegmentRunner
 from stages.model import Model
 from stages.node import Node, NodeSettings
@@ -185,7 +186,7 @@ class Demo:
         devices = [NodeSettings(name=name, role=Role.DEVICE, link1_capacity_bps=self.link1_bps) for name in DEVICES]
         return [*cloud, *edges, *devices]
 
-    def _keeper(self, run: Run) -> Callable[[TaskSubmitted, int, list[Array]], None]:
+    def _keeper(self, run: Run) -> ResultSink:
         def keep(task: TaskSubmitted, sample: int, outputs: list[Array]) -> None:
             if isinstance(task.input, DatasetInput):
                 picture = (task.input.start + sample) % len(self._whole)

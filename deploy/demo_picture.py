@@ -24,6 +24,7 @@ def draw_run(run: Run, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.patches import Rectangle
 
     rows = sorted(
         {(stretch.node, stretch.part) for stretch in run.stretches if stretch.part != "result_s"},
@@ -53,7 +54,7 @@ def draw_run(run: Run, path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     handles = [
-        pyplot.Rectangle(
+        Rectangle(
             (0, 0),
             1,
             1,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import structlog
 
-
 from bus import topics
 from bus.errors import BusError, BusUnavailableError, ConfigError, UnknownTopicError
 from bus.kafka import KafkaBus

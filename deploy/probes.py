@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -58,6 +57,8 @@ async def serve_probes(
     if port is None:
         yield
         return
+    from aiohttp import web  # half a second to import, and most commands serve no probes
+
     lag_s = 0.0
 
     async def watch_lag() -> None:
