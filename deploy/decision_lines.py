@@ -17,6 +17,7 @@ from bus.messages import (
     NodeJoined,
     NodeLeft,
     NodeLost,
+    Overran,
     Placed,
     PlannerHeartbeat,
     PlannerLeft,
@@ -105,6 +106,9 @@ def _change(change: Any) -> Line:
                 f"starts {format_seconds(abs(change.to_s - change.from_s))} "
                 + ("later" if change.to_s > change.from_s else "earlier"),
             )
+        case Overran():
+            later = format_seconds(max(0.0, change.to_s - change.from_s))
+            return "dim", change.task_id, "overran", f"its end is now expected {later} later"
         case Retried():
             return (
                 "yellow",

@@ -1,0 +1,206 @@
+"""What `deepar top` shows: a region's view as one screen of text. Pure: the same view gives the same screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from bus.messages import TaskState
+from bus.units import format_rate, format_seconds
+from bus.values import Parts, Role
+from deploy.region_report import counts, delays
+from deploy.region_view import STATIONS, LinkUse, RegionView, TaskView
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; every part also has a letter.
+STATION_STYLE = {
+    "device": "#E69F00",
+    "link1": "#56B4E9",
+    "edge": "#009E73",
+    "link2": "#0072B2",
+    "cloud": "#CC79A7",
+    "result": "#999999",
+}
+STATION_LETTER = {"device": "D", "link1": "1", "edge": "E", "link2": "2", "cloud": "C", "result": "r"}
+_STATE_STYLE = {
+    TaskState.RUNNING: "bold",
+    TaskState.COMPLETED: "",
+    TaskState.FAILED: "bold #D55E00",
+    TaskState.EXPIRED: "#D55E00",
+    TaskState.REJECTED: "#D55E00",
+}
+BAR = 24
+FIXED_ROWS = 14
+"""Rows that frames, headings and the header take."""
+
+
+def screen(view: RegionView, *, rows: int = 40, per_s: float | None = None) -> RenderableType:
+    """One screen of about `rows` rows; `per_s`: records read a second, where that is known."""
+    edges_and_clouds = len(view.role(Role.EDGE)) + len(view.role(Role.CLOUD))
+    room = max(6, rows - FIXED_ROWS - edges_and_clouds)
+    waiting_rows = min(len(_waiting(view)), max(2, room // 4))
+    line_rows = max(2, room // 4)
+    task_rows = max(2, room - waiting_rows - line_rows)
+    return Group(
+        _header(view, per_s),
+        Panel(_nodes(view), title="nodes", title_align="left", border_style="dim"),
+        Panel(_waits(view, waiting_rows), title="waiting", title_align="left", border_style="dim"),
+        Panel(_tasks(view, task_rows), title=_legend(), title_align="left", border_style="dim"),
+        Panel(_lines(view, line_rows), title="decisions", title_align="left", border_style="dim"),
+    )
+
+
+def _header(view: RegionView, per_s: float | None) -> Text:
+    found, spent = counts(view), delays(view)
+    who = (
+        f"led by {view.log.planner}, epoch {view.log.epoch}" if view.standing == "led" else f"planner: {view.standing}"
+    )
+    text = Text.assemble(
+        ("deepar top", "bold"),
+        f"  region {view.region}  {who}  decision {view.seq}  {view.now_s:.1f} s",
+        f"  {per_s:.0f} records/s" if per_s is not None else "",
+        "\n",
+    )
+    parts = [f"{found[state.value]} {state.value.lower()}" for state in TaskState if found[state.value]]
+    text.append("tasks   " + (", ".join(parts) or "none yet") + "\n")
+    flow = " > ".join(f"{_station(name)} {count}" for name, count in view.flow().items())
+    text.append(f"running {flow}\n")
+    if spent["mean"] is not None:
+        named = "  ".join(f"{name} {format_seconds(value)}" for name, value in spent.items() if value is not None)
+        text.append(f"delay   {named}  (admission to end)")
+    else:
+        text.append("delay   no task has completed yet")
+    return text
+
+
+def _nodes(view: RegionView) -> Table:
+    table = Table(box=None, padding=(0, 1), expand=False)
+    for name in ("node", "role", "slots", "link 1", "link 2", "tasks"):
+        table.add_column(name, no_wrap=True)
+    for node in (*view.role(Role.EDGE), *view.role(Role.CLOUD)):
+        name, role = node.announced.node, node.announced.role
+        style = "" if node.standing == "joined" else "dim"
+        label = name if node.standing == "joined" else f"{name} ({node.standing})"
+        tasks = Text(_some(view.tasks_on(node), 4))
+        if role is Role.EDGE:
+            used, slots = len(view.slot_holders(name)), node.announced.slots
+            slot_text = Text(f"{_blocks(used, slots)} {used}/{slots}", style=STATION_STYLE["edge"])
+            links = [_link(view.link(name, 1), "link1"), _link(view.link(name, 2), "link2")]
+            table.add_row(label, role.value, slot_text, *links, tasks, style=style)
+        else:
+            table.add_row(label, role.value, "", "", "", tasks, style=style)
+    devices = [
+        f"{n.announced.node}{'' if n.standing == 'joined' else f' ({n.standing})'} {len(view.tasks_on(n))}"
+        for n in view.role(Role.DEVICE)
+    ]
+    table.add_row("devices", "device", "", "", "", Text(_some(devices, 8)))
+    return table
+
+
+def _link(use: LinkUse, station: str) -> Text:
+    filled = min(10, round(use.share * 10)) or int(use.granted_bps > 0)
+    return Text.assemble(
+        ("█" * filled + "░" * (10 - filled), STATION_STYLE[station]),
+        f" {format_rate(use.granted_bps) if use.granted_bps else '0'} of {format_rate(use.capacity_bps)}",
+    )
+
+
+def _waiting(view: RegionView) -> list[TaskView]:
+    return view.live(TaskState.WAITING, TaskState.SCHEDULED)
+
+
+def _waits(view: RegionView, rows: int) -> RenderableType:
+    waiting = _waiting(view)
+    if not waiting:
+        return Text("nobody", style="dim")
+    table = Table.grid(padding=(0, 2))
+    shown = waiting if len(waiting) <= rows else waiting[: rows - 1]
+    for task in shown:
+        when = "" if task.start_s is None else f"starts at {task.start_s:.1f} s"
+        table.add_row(Text(task.task_id), Text(when), Text(f"for {view.waits_for(task)}"))
+    if len(shown) < len(waiting):
+        table.add_row(Text(f"and {len(waiting) - len(shown)} more", style="dim"))
+    return table
+
+
+def _tasks(view: RegionView, rows: int) -> RenderableType:
+    """The tasks that run, then those that ended last."""
+    running = view.live(TaskState.RUNNING)
+    ended = [task for task in reversed(view.tasks.values()) if task.state.ended]
+    shown = [*running[:rows], *ended[: max(0, rows - len(running))]]
+    if not shown:
+        return Text("no task yet", style="dim")
+    longest_s = max((max(_spans(task), default=0.0) for task in shown), default=0.0)
+    table = Table(box=None, padding=(0, 1), expand=False)
+    for name in ("task", "state", "where", "waited", "predicted", "", "measured", ""):
+        table.add_column(name, no_wrap=True)
+    for task in shown:
+        where = "" if task.placement is None else task.placement.kind.value
+        if task.placement is not None and task.placement.edge is not None:
+            where += f" {task.placement.edge}"
+        table.add_row(
+            Text(task.task_id),
+            Text(task.state.value.lower(), style=_STATE_STYLE.get(task.state, "")),
+            Text(where or task.cause),
+            "" if task.wait_s is None else format_seconds(round(task.wait_s, 4)),
+            _bar(task.predicted, task.predicted_delay_s, longest_s),
+            "" if task.predicted_delay_s is None else format_seconds(task.predicted_delay_s),
+            _bar(task.measured, task.delay_s, longest_s),
+            "" if task.delay_s is None else format_seconds(task.delay_s),
+        )
+    return table
+
+
+def _spans(task: TaskView) -> list[float]:
+    return [span for span in (task.predicted_delay_s, task.delay_s) if span is not None]
+
+
+def _bar(parts: Parts | None, delay_s: float | None, longest_s: float) -> Text:
+    """As long as the delay, shared among the stations by their busy times (which overlap while samples stream)."""
+    text = Text()
+    if parts is None or not delay_s or not parts.total_s or not longest_s:
+        return text
+    cells = max(1, round(BAR * delay_s / longest_s))
+    passed_s, drawn = 0.0, 0
+    for station in (*STATIONS, "result"):
+        passed_s += getattr(parts, f"{station}_s")
+        until = round(cells * passed_s / parts.total_s)
+        text.append(STATION_LETTER[station] * (until - drawn), style=f"black on {STATION_STYLE[station]}")
+        drawn = until
+    return text
+
+
+def _legend() -> Text:
+    text = Text("tasks: ")
+    for station, letter in STATION_LETTER.items():
+        text.append(f" {letter} ", style=f"black on {STATION_STYLE[station]}")
+        text.append(f" {_station(station)}  ")
+    return text
+
+
+def _lines(view: RegionView, rows: int) -> RenderableType:
+    if not view.lines:
+        return Text("none yet", style="dim")
+    table = Table.grid(padding=(0, 2))
+    for line in list(view.lines)[-rows:]:
+        texts = (line.who, line.what, line.details)
+        table.add_row(
+            Text(f"{line.at_s:.2f} s", style="dim"), *(Text(text, no_wrap=True, overflow="ellipsis") for text in texts)
+        )
+    return table
+
+
+def _station(name: str) -> str:
+    return {"link1": "link 1", "link2": "link 2", "result": "results"}.get(name, name)
+
+
+def _blocks(used: int, slots: int) -> str:
+    return "■" * used + "□" * (slots - used) if slots <= 8 else ""
+
+
+def _some(names: Sequence[str], limit: int) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
