@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -20,8 +20,9 @@ from bus.frames import Array, Assembler, Frame, Plan, decode_frame
 from bus.messages import Admitted, Decision, Ended, NodeJoined, Retried, Start, TaskCompleted, TaskFailed, TaskSubmitted
 from bus.port import Reader
 from bus.values import Execution, ModelProfile, Parts
-from stages.node import RETRY_S, Node
-from stages.outlet import Outgoing, Outlet
+from stages.node import RETRY_S, Node, cause_of
+from stages.outlet import Outgoing, Outlet, sending
+from stages.runner import Station
 from stages.shaper import Link
 
 MIN_WINDOW = 8
@@ -31,6 +32,11 @@ WINDOW_BYTES = 1 << 20
 REPORTS_S = 1.0
 """How long to wait for what the other stages measured, after the last result."""
 
+STALL_S = 30.0
+STALL_SAMPLES = 10
+"""Nothing sent and no result for `STALL_S` and ten samples' predicted time, while the bus was there: something was lost
+that nobody will send again (a record that fell out of retention, say), so the device asks for another attempt."""
+
 
 def window_samples(execution: Execution, cut_bytes: Iterable[int]) -> int:
     """How many samples of a task may be under way: one in sequential execution; else eight, which fills six stations, or
@@ -39,6 +45,10 @@ def window_samples(execution: Execution, cut_bytes: Iterable[int]) -> int:
     if execution is Execution.SEQUENTIAL:
         return 1
     return max(MIN_WINDOW, min(MAX_WINDOW, WINDOW_BYTES // max(1, *cut_bytes)))
+
+
+class StalledError(DeeparError):
+    """A task's results stay away for no reason that the device can see."""
 
 
 class ResultSink(Protocol):
@@ -62,8 +72,18 @@ class DeviceTask:
 class Device:
     """The work of a device."""
 
-    def __init__(self, node: Node, on_result: ResultSink | None = None) -> None:
+    def __init__(
+        self,
+        node: Node,
+        on_result: ResultSink | None = None,
+        *,
+        kept: Callable[[str], Iterable[int]] = lambda task_id: (),
+    ) -> None:
+        """`kept` tells the samples of a task whose results outlived the device's last process, where a sink keeps them:
+        they are neither computed nor shown again.
+        """
         self.node = node
+        self._kept = kept
         self.link1 = Link(node.settings.link1_capacity_bps)
         self.tasks: dict[str, DeviceTask] = {}
         self._on_result = on_result
@@ -78,8 +98,9 @@ class Device:
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                self.node.status.receiving = True
                 group.create_task(self._receive(reader), name=f"{name}: results")
+                self.node.status.receiving = True
+                self.node.serving.set()
         finally:
             self._group = None
             await reader.close()
@@ -87,7 +108,7 @@ class Device:
     async def drain(self) -> None:
         """Start nothing new and return when what runs here has ended."""
         self._draining = True
-        while any(task.running for task in self.tasks.values()):
+        while any(task.running and not task.running.done() for task in self.tasks.values()):
             await asyncio.sleep(0.05)
 
     # --- decisions ---------------------------------------------------------------------------------------------------
@@ -119,7 +140,8 @@ class Device:
 
     def _remember(self, task: TaskSubmitted) -> None:
         if task.task_id not in self.tasks:
-            self.tasks[task.task_id] = DeviceTask(task, asyncio.get_running_loop().time())
+            now = asyncio.get_running_loop().time()
+            self.tasks[task.task_id] = DeviceTask(task, now, set(self._kept(task.task_id)))
 
     def _start(self, start: Start, region: int) -> None:
         known = self.tasks.get(start.task_id)
@@ -131,7 +153,8 @@ class Device:
             known.started_s = asyncio.get_running_loop().time()
         todo = [sample for sample in range(known.task.samples) if sample not in known.results]
         plan = Plan.of(placed, region=region, todo=max(1, len(todo)), input_bytes=known.task.input_bytes)
-        known.attempt = Attempt(self, known, plan, todo, self._on_result)
+        patience_s = STALL_S + STALL_SAMPLES * placed.parts.total_s / placed.samples
+        known.attempt = Attempt(self, known, plan, todo, self._on_result, patience_s)
         known.running = self._group.create_task(
             known.attempt.run(), name=f"{self.node.settings.name}: {start.task_id}/{start.attempt}"
         )
@@ -166,7 +189,7 @@ class Device:
                 except ProtocolError as error:
                     await self.node.bury(record, error)
 
-    async def fail(self, plan: Plan, cause: str, detail: str) -> None:
+    async def fail(self, plan: Plan, cause: str, detail: str, *, retryable: bool = False) -> None:
         """Tell the planner that this device cannot go on with a task."""
         message = TaskFailed(
             task_id=plan.task_id,
@@ -174,6 +197,7 @@ class Device:
             node=self.node.settings.name,
             cause=cause,
             detail=detail[:2000],
+            retryable=retryable,
         )
         await self.node.tell(topics.EVENTS, message, plan.task_id)
 
@@ -182,7 +206,13 @@ class Attempt:
     """One attempt at one task: the samples in `todo` go out, their results come in."""
 
     def __init__(
-        self, device: Device, known: DeviceTask, plan: Plan, todo: list[int], on_result: ResultSink | None
+        self,
+        device: Device,
+        known: DeviceTask,
+        plan: Plan,
+        todo: list[int],
+        on_result: ResultSink | None,
+        patience_s: float,
     ) -> None:
         self.device = device
         self.known = known
@@ -193,11 +223,13 @@ class Attempt:
         self._on_result = on_result
         self._missing = set(todo)
         self._assembler = Assembler()
-        self._window = asyncio.Semaphore(window_samples(plan.execution, self._profile().cut_bytes))
+        self._window = asyncio.Semaphore(0)  # opened once the model is known
         self._complete = asyncio.Event()
         self._reported = asyncio.Event()
-        self._last_result_s = 0.0
-        self._broken: ProtocolError | None = None
+        self._last_result_s = asyncio.get_running_loop().time()
+        self._moved_s = self._last_result_s  # when anything was last sent, or came back
+        self._patience_s = patience_s
+        self._broken: Exception | None = None
 
     async def run(self) -> None:
         """Send everything, wait for every result, tell the planner."""
@@ -206,48 +238,83 @@ class Attempt:
             if self.todo:
                 await self._serve()
             await self._finish()
-        except DeeparError as error:
-            cause = error.cause if isinstance(error, ProtocolError) else _cause(error)
-            node.log.error("a task cannot go on", task=self.plan.task_id, cause=cause, error=str(error))
-            await self.device.fail(self.plan, cause, str(error))
+        except StalledError as error:
+            node.log.warning("no results; asking for another attempt", task=self.plan.task_id, error=str(error))
+            node.status.count("stalled_attempts")
+            await self.device.fail(self.plan, "stalled", str(error), retryable=True)
         except Exception as error:
-            node.log.exception("a task broke", task=self.plan.task_id)
-            await self.device.fail(self.plan, "stage_error", f"{type(error).__name__}: {error}")
+            cause = cause_of(error)
+            node.log.error("a task cannot go on", task=self.plan.task_id, cause=cause, error=str(error))
+            if not isinstance(error, DeeparError):
+                node.log.exception("a task broke", task=self.plan.task_id)
+            await self.device.fail(self.plan, cause, f"{type(error).__name__}: {error}")
 
     async def _serve(self) -> None:
         node, plan = self.device.node, self.plan
         cut1 = plan.placement.cut1
-        clock = asyncio.get_running_loop().time
         inputs = node.runner.open_input(self.known.task)
+        for _ in range(window_samples(plan.execution, self._profile().cut_bytes)):
+            self._window.release()
         async with contextlib.AsyncExitStack() as stack:
+            station: Station | None = None
             if cut1:
                 await node.runner.prepare(plan, 0, cut1)
                 station = node.runner.station(plan, 0, cut1)
                 stack.callback(station.close)
-            outlet = self._outlet() if plan.placement.edge else None
-            if outlet is not None:
-                stack.push_async_callback(_cancelled, asyncio.create_task(outlet.run()))
-            for sample in self.todo:
-                await self._window.acquire()
-                if self._broken:
-                    raise self._broken
-                ready_s = clock()
-                tensors = inputs(sample)
-                if cut1:
-                    tensors = await station.run(sample, tensors, ready_s)
-                    now = clock()
-                    self.device_s += now - ready_s
-                    node.busy("device_s", plan.task_id, ready_s, now)
-                    ready_s = now
-                if outlet is None:
-                    self._result(sample, tensors)
-                else:
-                    outlet.put(Outgoing(sample, tensors, ready_s, lambda: None))
-            await self._complete.wait()
+            if plan.placement.edge is None:
+                await self._send(inputs, station, None)
+                return
+            outlet = self._outlet()
+            self._moved_s = asyncio.get_running_loop().time()
+            watch = asyncio.create_task(self._watch(), name=f"{node.settings.name}: watch {plan.task_id}")
+            stack.push_async_callback(_cancelled, watch)
+            async with sending(outlet):
+                await self._send(inputs, station, outlet)
+            self.reports["link1_s"] = outlet.busy_s
+
+    async def _send(self, inputs: Callable[[int], list[Array]], station: Station | None, outlet: Outlet | None) -> None:
+        """Every sample, as the window opens; returns when every result is there."""
+        node, plan = self.device.node, self.plan
+        clock = asyncio.get_running_loop().time
+        for sample in self.todo:
+            await self._window.acquire()
             if self._broken:
                 raise self._broken
-            if outlet is not None:
-                self.reports["link1_s"] = outlet.busy_s
+            ready_s = clock()
+            tensors = inputs(sample)
+            if station is not None:
+                tensors = await station.run(sample, tensors, ready_s)
+                now = clock()
+                self.device_s += now - ready_s
+                node.busy("device_s", plan.task_id, ready_s, now)
+                ready_s = now
+            if outlet is None:
+                self._result(sample, tensors)
+            else:
+                self._moved_s = ready_s
+                outlet.put(Outgoing(sample, tensors, ready_s, self._sent))
+        await self._complete.wait()
+        if self._broken:
+            raise self._broken
+
+    def _sent(self) -> None:
+        self._moved_s = asyncio.get_running_loop().time()
+
+    async def _watch(self) -> None:
+        """Break the attempt off when it stands still for longer than anything explains."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(self._patience_s / 4)
+            if not self.device.node.alive:
+                self._moved_s = clock()  # no bus, no results
+            elif clock() - self._moved_s > self._patience_s:
+                self._break(StalledError(f"{len(self._missing)} samples without a result for {self._patience_s:.0f} s"))
+                return
+
+    def _break(self, error: Exception) -> None:
+        self._broken = error
+        self._complete.set()
+        self._window.release()
 
     def _outlet(self) -> Outlet:
         placement = self.plan.placement
@@ -282,9 +349,7 @@ class Attempt:
             except ProtocolError as error:
                 if error.cause == "missing_chunk":
                     continue  # its sender sends the sample again
-                self._broken = error
-                self._complete.set()
-                self._window.release()
+                self._break(error)
                 raise
             if whole is not None:
                 self._result(piece.sample, whole)
@@ -295,10 +360,13 @@ class Attempt:
             return
         self._missing.discard(sample)
         self.known.results.add(sample)
-        self._last_result_s = asyncio.get_running_loop().time()
+        self._last_result_s = self._moved_s = asyncio.get_running_loop().time()
         self._window.release()
         if self._on_result is not None:
-            self._on_result(self.known.task, sample, outputs)
+            try:
+                self._on_result(self.known.task, sample, outputs)
+            except Exception as error:  # a full disk, say: this task's trouble, not the device's
+                self._break(error)
         if not self._missing:
             self._complete.set()
 
@@ -344,12 +412,6 @@ class Attempt:
             if profile.model == self.plan.model:
                 return profile
         raise ConfigError(f"this device has no model {self.plan.model!r}")
-
-
-def _cause(error: DeeparError) -> str:
-    """A short, stable word for what went wrong, from the error's class."""
-    name = type(error).__name__.removesuffix("Error")
-    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

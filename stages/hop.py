@@ -12,7 +12,10 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
+
+from pydantic import ValidationError
 
 from bus import topics
 from bus.errors import BusError, DeeparError, ProtocolError
@@ -20,16 +23,35 @@ from bus.frames import Array, Assembler, Frame, Piece, Plan, decode_frame, encod
 from bus.messages import Decision, TaskFailed
 from bus.port import Member, Record, TopicPartition
 from bus.values import Role
-from stages.node import RETRY_S, Node
+from stages.node import RETRY_S, Node, cause_of
 from stages.offsets import OffsetLedger, Receipt
-from stages.outlet import Outgoing, Outlet
+from stages.outlet import Outgoing, Outlet, sending
+from stages.runner import Station
 from stages.shaper import Grant, Link
 
 COMMIT_S = 0.25
 """Offsets are committed this often; what a crash repeats is bounded by it."""
 
-ORPHANS = 10_000
-"""So many frames of tasks whose plan has not been seen yet are kept."""
+ORPHAN_BYTES = 64 << 20
+"""So much of tasks whose plan has not been seen yet is kept; what comes beyond is a dead letter."""
+
+STRANGER_S = 30.0
+"""What is silent for so long and belongs to no task that the region knows is let go of."""
+
+FOREIGN_S = 600.0
+"""The same for a task of another region, whose decisions this cloud stage does not read."""
+
+SWEEP_S = 5.0
+
+
+@dataclass(slots=True)
+class _Orphan:
+    """A record whose task's plan has not been seen yet."""
+
+    record: Record
+    frame: Frame
+    receipt: Receipt
+    since_s: float
 
 
 class Hop:
@@ -46,10 +68,9 @@ class Hop:
         self.slots = asyncio.Semaphore(settings.slots) if self.is_edge else None
         self.offsets = OffsetLedger()
         self.flows: dict[tuple[str, int], Flow] = {}
-        self._orphans: dict[tuple[str, int], list[tuple[Piece, Receipt]]] = {}
-        self._orphaned = 0
+        self._orphans: dict[tuple[str, int], list[_Orphan]] = {}
+        self._orphan_bytes = 0
         self._group: asyncio.TaskGroup | None = None
-        self._draining = False
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -62,6 +83,8 @@ class Hop:
                 self._group = group
                 group.create_task(self._receive(member), name=f"{name}: receive")
                 group.create_task(self._commit(member), name=f"{name}: commit")
+                group.create_task(self._sweep(), name=f"{name}: sweep")
+                self.node.serving.set()
         finally:
             self._group = None
             with contextlib.suppress(BusError, TimeoutError):
@@ -69,30 +92,29 @@ class Hop:
             await member.close()
 
     async def drain(self) -> None:
-        """Take nothing new and return when the flows here have ended."""
-        self._draining = True
-        while self.flows:
+        """Return when the flows here have ended."""
+        while any(not flow.closed for flow in self.flows.values()):
             await asyncio.sleep(0.05)
 
     def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
         """Let go of what was ended or planned again; give plans to frames that waited for one."""
         gone = frozenset(fenced)
-        for task_id, attempt in [key for key in self.flows if key[0] in gone]:
-            if self.node.fences.fenced(task_id, attempt):
-                self.flows[task_id, attempt].stop(discard=True)
+        fences = self.node.fences
+        for key in [key for key in self.flows if key[0] in gone and fences.fenced(*key)]:
+            self.flows.pop(key).stop(discard=True)
         for key in list(self._orphans):
             task_id, attempt = key
-            if self.node.fences.fenced(task_id, attempt):
-                self._drop_orphans(key)
-            elif (placed := self.node.fences.placed.get(task_id)) is not None and placed.attempt == attempt:
-                self._adopt(Plan.of(placed, region=decision.region, todo=placed.samples))
+            if fences.fenced(task_id, attempt):
+                for orphan in self._take_orphans(key):
+                    orphan.receipt.release()
+            elif (placed := fences.placed.get(task_id)) is not None and placed.attempt == attempt:
+                try:
+                    self._adopt(Plan.of(placed, region=decision.region, todo=placed.samples))
+                except ProtocolError as error:
+                    self._refuse(self._take_orphans(key), error)
 
     def on_lost(self) -> None:
-        """Let go of every flow; what was under way is planned again elsewhere."""
-        for flow in list(self.flows.values()):
-            flow.stop(discard=True)
-        for key in list(self._orphans):
-            self._drop_orphans(key)
+        """Nothing more: what was planned again is fenced, and what another cloud stage could do as well goes on here."""
 
     # --- receiving ---------------------------------------------------------------------------------------------------
 
@@ -101,9 +123,18 @@ class Hop:
 
     async def _revoked(self, partitions: frozenset[TopicPartition]) -> None:
         """Another member gets these, and with them every record that was not committed."""
-        for flow in [flow for flow in self.flows.values() if flow.partition in partitions]:
-            flow.stop(discard=False)
+        stopped = []
+        for key, flow in list(self.flows.items()):
+            if flow.partitions & partitions:
+                del self.flows[key]
+                flow.stop(discard=False)
+                stopped.append(flow.task)
+        for key, orphans in list(self._orphans.items()):
+            for orphan in self._take_orphans(key) if _partition(orphans[0].record) in partitions else ():
+                orphan.receipt.release()
         self.offsets.forget(partitions)
+        # Only when they have let go may the frames come again, to them or to others.
+        await asyncio.gather(*(task for task in stopped if task is not None), return_exceptions=True)
 
     async def _receive(self, member: Member) -> None:
         while True:
@@ -113,12 +144,21 @@ class Hop:
                 self.node.log.warning("cannot read activations, trying again", error=str(error))
                 await asyncio.sleep(RETRY_S)
                 continue
+            poison: list[tuple[Record, ProtocolError, str, int, Receipt]] = []
             for record in records:
                 receipt = self.offsets.open(record)
+                task_id = record.key or ""
+                attempt = self.node.fences.attempt(task_id)
                 try:
-                    self._take(record, decode_frame(record.value), receipt)
+                    frame = decode_frame(record.value)
+                    task_id, attempt = frame.task_id, frame.attempt
+                    self._take(record, frame, receipt)
                 except ProtocolError as error:
-                    await self._bury(record, error)
+                    poison.append((record, error, task_id, attempt, receipt))
+                else:
+                    receipt.release()
+            for record, fault, task_id, attempt, receipt in poison:
+                await self._bury(record, fault, task_id, attempt)
                 receipt.release()
 
     async def _commit(self, member: Member) -> None:
@@ -133,8 +173,28 @@ class Hop:
             except (BusError, TimeoutError) as error:
                 self.node.log.warning("cannot commit, trying again", error=str(error))
 
+    async def _sweep(self) -> None:
+        """Let go of what belongs to no task that anybody knows: it would hold a slot, memory and offsets for ever."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = asyncio.get_running_loop().time()
+            for (task_id, attempt), flow in list(self.flows.items()):
+                ours = flow.plan.region == self.node.settings.region
+                silent_s = now - flow.heard_s
+                if task_id not in self.node.fences.tasks and silent_s > (STRANGER_S if ours else FOREIGN_S):
+                    del self.flows[task_id, attempt]
+                    flow.stop(discard=True)
+                    self.node.status.count("strangers")
+            for key, orphans in list(self._orphans.items()):
+                if now - orphans[-1].since_s <= STRANGER_S:
+                    continue
+                self._refuse(
+                    self._take_orphans(key),
+                    ProtocolError("no_plan", f"task {key[0]} attempt {key[1]} came without a plan"),
+                )
+
     def _take(self, record: Record, frame: Frame, receipt: Receipt) -> None:
-        """Hand a frame's pieces to its flow."""
+        """Hand a frame's pieces to its flow. Raises `ProtocolError` where it cannot be used."""
         if frame.kind != "activations":
             raise ProtocolError("undecodable", f"a frame of kind {frame.kind} is not for {record.topic}")
         key = (frame.task_id, frame.attempt)
@@ -144,48 +204,68 @@ class Hop:
         if frame.plan is not None:
             if (frame.plan.task_id, frame.plan.attempt) != key:
                 raise ProtocolError("wrong_shape", "the plan is another task's")
-            self._adopt(frame.plan, (record.topic, record.partition))
-        placed = self.node.fences.placed.get(frame.task_id)
-        if key not in self.flows and placed is not None and placed.attempt == frame.attempt:
-            plan = Plan.of(placed, region=self.node.settings.region, todo=placed.samples)
-            self._adopt(plan, (record.topic, record.partition))
+            self._adopt(frame.plan)
+        elif key not in self.flows:
+            placed = self.node.fences.placed.get(frame.task_id)
+            if placed is not None and placed.attempt == frame.attempt:
+                self._adopt(Plan.of(placed, region=self.node.settings.region, todo=placed.samples))
         if key in self.flows:
-            for piece in frame.pieces:
-                receipt.hold()
-                self.flows[key].take(piece, receipt)
+            self.flows[key].take_frame(record, frame, receipt)
             return
-        if self._orphaned >= ORPHANS:
+        size_bytes = len(record.value or b"")
+        if self._orphan_bytes + size_bytes > ORPHAN_BYTES:
             raise ProtocolError("no_plan", f"task {frame.task_id} attempt {frame.attempt} came without a plan")
-        for piece in frame.pieces:
-            receipt.hold()
-            self._orphans.setdefault(key, []).append((piece, receipt))
-            self._orphaned += 1
+        receipt.hold()
+        since_s = asyncio.get_running_loop().time()
+        self._orphans.setdefault(key, []).append(_Orphan(record, frame, receipt, since_s))
+        self._orphan_bytes += size_bytes
 
-    def _adopt(self, plan: Plan, partition: TopicPartition | None = None) -> None:
-        """Open the flow of a plan, and give it the frames that came before the plan."""
+    def _adopt(self, plan: Plan) -> None:
+        """Open the flow of a plan, and give it the frames that came before the plan.
+
+        Raises `ProtocolError` for a plan that cannot be followed here.
+        """
         key = (plan.task_id, plan.attempt)
         if key in self.flows or self._group is None:
             return
-        flow = Flow(self, plan, partition)
+        flow = Flow(self, plan)
         self.flows[key] = flow
         flow.task = self._group.create_task(
             flow.run(), name=f"{self.node.settings.name}: {plan.task_id}/{plan.attempt}"
         )
-        for piece, receipt in self._orphans.pop(key, ()):
-            self._orphaned -= 1
-            flow.take(piece, receipt)
+        for orphan in self._take_orphans(key):
+            try:
+                flow.take_frame(orphan.record, orphan.frame, orphan.receipt)
+            except ProtocolError as error:
+                self._refuse([orphan], error)
+            else:
+                orphan.receipt.release()
 
-    def _drop_orphans(self, key: tuple[str, int]) -> None:
-        for _, receipt in self._orphans.pop(key):
-            self._orphaned -= 1
-            receipt.release()
+    def _take_orphans(self, key: tuple[str, int]) -> list[_Orphan]:
+        orphans = self._orphans.pop(key, [])
+        self._orphan_bytes -= sum(len(orphan.record.value or b"") for orphan in orphans)
+        return orphans
 
-    async def _bury(self, record: Record, error: ProtocolError) -> None:
+    def _refuse(self, orphans: list[_Orphan], error: ProtocolError) -> None:
+        """Dead-letter frames that were put by."""
+
+        async def bury() -> None:
+            for orphan in orphans:
+                await self._bury(orphan.record, error, orphan.frame.task_id, orphan.frame.attempt)
+                orphan.receipt.release()
+
+        if self._group is not None:
+            self._group.create_task(bury(), name=f"{self.node.settings.name}: dead letters")
+
+    async def _bury(self, record: Record, error: ProtocolError, task_id: str, attempt: int) -> None:
         """Dead-letter a record; where it names a live task, that task fails with the cause."""
-        task_id = record.key or ""
         await self.node.bury(record, error, task_id=task_id)
-        if attempt := self.node.fences.attempt(task_id):
-            await self.fail(task_id, attempt, error.cause, str(error))
+        if attempt and not self.node.fences.fenced(task_id, attempt):
+            flow = self.flows.get((task_id, attempt))
+            if flow is not None:
+                flow.stop(discard=True)
+            with contextlib.suppress(ValidationError):  # a name that no task can have
+                await self.fail(task_id, attempt, error.cause, str(error))
 
     async def fail(self, task_id: str, attempt: int, cause: str, detail: str, *, retryable: bool = False) -> None:
         """Tell the planner that this stage cannot go on with a task."""
@@ -201,110 +281,149 @@ class Hop:
 
 
 class Flow:
-    """One attempt of one task at this stage."""
+    """One attempt of one task at this stage.
 
-    def __init__(self, hop: Hop, plan: Plan, partition: TopicPartition | None) -> None:
+    It stays among the hop's flows, closed, until its task is over or the attempt is fenced: what still comes of it is
+    dropped then, instead of being worked on again.
+    """
+
+    def __init__(self, hop: Hop, plan: Plan) -> None:
+        placement = plan.placement
         self.hop = hop
         self.plan = plan
-        self.partition = partition
+        self.partitions: set[TopicPartition] = set()  # where its frames came from
         self.task: asyncio.Task[None] | None = None
-        placement = plan.placement
-        self.first, self.last = (placement.cut1, placement.cut2) if hop.is_edge else (placement.cut2, -1)
+        self.closed = False
+        self.heard_s = asyncio.get_running_loop().time()  # when it last took or finished something
         self.computes = placement.uses_slot if hop.is_edge else True
+        self.first, self.last = (placement.cut1, placement.cut2) if hop.is_edge else (placement.cut2, 0)
         self.busy_s = 0.0
+        self._expected_bytes: int | None = None
+        self._check()
         self._assembler = Assembler()
-        self._ready: deque[tuple[int, list[Array], float, list[Receipt]]] = deque()
+        self._ready: deque[tuple[int, list[Array], float]] = deque()
         self._arrived = asyncio.Event()
-        self._receipts: dict[int, list[Receipt]] = {}
+        self._receipts: dict[int, list[Receipt]] = {}  # of samples that are not acknowledged downstream yet
+        self._whole: set[int] = set()  # of those, the samples that have all their pieces
         self._done: set[int] = set()
         self._finished = asyncio.Event()
-        self._broken: ProtocolError | None = None
-        self._discard = False
+
+    def _check(self) -> None:
+        """Whether the plan can be followed here. Raises `ProtocolError`."""
+        plan, placement = self.plan, self.plan.placement
+        if placement.edge is None or not placement.link1_bps or (placement.uses_cloud and not placement.link2_bps):
+            raise ProtocolError("wrong_shape", f"task {plan.task_id}: a plan without an edge, or without rates")
+        if not self.hop.is_edge and not placement.uses_cloud:
+            raise ProtocolError("wrong_shape", f"task {plan.task_id}: a plan without the cloud")
+        profile = next((p for p in self.hop.node.runner.profiles() if p.model == plan.model), None)
+        if profile is None:
+            if self.computes:
+                raise ProtocolError("unknown_model", f"task {plan.task_id}: there is no model {plan.model!r} here")
+            return
+        if self.computes and profile.sha256 != plan.sha256:
+            raise ProtocolError("unknown_model", f"task {plan.task_id}: {plan.model} is another one here")
+        if placement.cut2 > profile.layers:
+            raise ProtocolError("wrong_shape", f"task {plan.task_id}: {plan.model} has {profile.layers} layers")
+        if not self.hop.is_edge:
+            self.last = profile.layers
+        if profile.sha256 == plan.sha256:
+            cut_bytes = profile.cut_bytes[self.first]
+            self._expected_bytes = plan.input_bytes if self.first == 0 and plan.input_bytes is not None else cut_bytes
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
-    def take(self, piece: Piece, receipt: Receipt) -> None:
-        """One piece that arrived; its receipt is held once for it."""
-        if piece.sample in self._done or self._broken:
+    def take_frame(self, record: Record, frame: Frame, receipt: Receipt) -> None:
+        """The pieces of a frame. Raises `ProtocolError` for one that cannot be used."""
+        self.partitions.add(_partition(record))
+        self.heard_s = asyncio.get_running_loop().time()
+        for piece in frame.pieces:
+            self._take(piece, receipt)
+
+    def _take(self, piece: Piece, receipt: Receipt) -> None:
+        sample = piece.sample
+        if self.closed or sample in self._done:
             self.hop.node.status.count("duplicates_suppressed")
-            receipt.release()
             return
+        if sample in self._whole:
+            # Under way already; yet this record, too, is done only when the sample is.
+            self.hop.node.status.count("duplicates_suppressed")
+            receipt.hold()
+            self._receipts[sample].append(receipt)
+            return
+        if self._expected_bytes is not None and piece.size_bytes != self._expected_bytes:
+            raise ProtocolError(
+                "wrong_shape",
+                f"sample {sample} of {self.plan.model} at {self.first}: {piece.size_bytes:,} bytes, "
+                f"it takes {self._expected_bytes:,}",
+            )
         try:
             whole = self._assembler.add(piece)
         except ProtocolError as error:
-            receipt.release()
-            if error.cause != "missing_chunk":  # a gap is filled when its sender sends the sample again
-                self._broken = error
-                self._arrived.set()
+            if error.cause != "missing_chunk":
+                raise
+            self.hop.node.status.count("gaps")  # its sender begins the sample again
             return
-        self._receipts.setdefault(piece.sample, []).append(receipt)
+        receipt.hold()
+        self._receipts.setdefault(sample, []).append(receipt)
         if whole is not None:
-            self._ready.append(
-                (piece.sample, whole, asyncio.get_running_loop().time(), self._receipts.pop(piece.sample))
-            )
+            self._whole.add(sample)
+            self._ready.append((sample, whole, self.heard_s))
             self._arrived.set()
 
     # --- through -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Wait for a slot, work through the samples, report; stops when done or fenced."""
+        """Wait for a slot, work through the samples, report; ends when all are done, or when stopped."""
         node = self.hop.node
         try:
             await self._serve()
-        except DeeparError as error:
-            cause = error.cause if isinstance(error, ProtocolError) else type(error).__name__
-            node.log.error("a task cannot go on here", task=self.plan.task_id, cause=cause, error=str(error))
-            self._discard = True
-            await self.hop.fail(self.plan.task_id, self.plan.attempt, cause, str(error))
+            self.closed = True
         except Exception as error:
             # A model that breaks in its runtime must not take the other tasks of this stage down.
-            node.log.exception("a task broke here", task=self.plan.task_id)
-            self._discard = True
-            await self.hop.fail(self.plan.task_id, self.plan.attempt, "stage_error", f"{type(error).__name__}: {error}")
-        finally:
-            self._release()
+            cause = cause_of(error)
+            node.log.error("a task cannot go on here", task=self.plan.task_id, cause=cause, error=str(error))
+            if not isinstance(error, DeeparError):
+                node.log.exception("a task broke here", task=self.plan.task_id)
+            self._let_go()
+            await self.hop.fail(self.plan.task_id, self.plan.attempt, cause, f"{type(error).__name__}: {error}")
 
     async def _serve(self) -> None:
         runner = self.hop.node.runner
         async with contextlib.AsyncExitStack() as stack:
+            station: Station | None = None
             if self.computes:
-                if self.last < 0:
-                    self.last = next(p.layers for p in runner.profiles() if p.model == self.plan.model)
                 await runner.prepare(self.plan, self.first, self.last)
                 if self.hop.slots is not None:
                     await stack.enter_async_context(self.hop.slots)
                 station = runner.station(self.plan, self.first, self.last)
                 stack.callback(station.close)
             outlet = self._outlet()
-            sending = asyncio.create_task(outlet.run())
-            stack.push_async_callback(_cancelled, sending)
-            clock = asyncio.get_running_loop().time
-            free_s = float("-inf")
-            left = self.plan.todo
-            while left:
-                while not self._ready:
-                    if self._broken:
-                        raise self._broken
-                    self._arrived.clear()
-                    await self._arrived.wait()
-                sample, tensors, ready_s, receipts = self._ready.popleft()
-                if self.computes:
-                    tensors = await station.run(sample, tensors, ready_s)
-                    now = clock()
-                    begin_s = max(ready_s, free_s)
-                    self.busy_s += now - begin_s
-                    self.hop.node.busy("edge_s" if self.hop.is_edge else "cloud_s", self.plan.task_id, begin_s, now)
-                    free_s = now
-                    ready_s = now
-                left -= 1
-                outlet.put(Outgoing(sample, tensors, ready_s, partial(self._acknowledged, sample, receipts)))
-            await self._finished.wait()
+            async with sending(outlet):
+                await self._work(station, outlet)
             await self._report(outlet.busy_s)
+
+    async def _work(self, station: Station | None, outlet: Outlet) -> None:
+        clock = asyncio.get_running_loop().time
+        free_s = float("-inf")
+        for _ in range(self.plan.todo):
+            while not self._ready:
+                self._arrived.clear()
+                await self._arrived.wait()
+            sample, tensors, ready_s = self._ready.popleft()
+            if station is not None:
+                tensors = await station.run(sample, tensors, ready_s)
+                now = clock()
+                begin_s = max(ready_s, free_s)
+                self.busy_s += now - begin_s
+                self.hop.node.busy("edge_s" if self.hop.is_edge else "cloud_s", self.plan.task_id, begin_s, now)
+                free_s = now
+                ready_s = now
+            outlet.put(Outgoing(sample, tensors, ready_s, partial(self._acknowledged, sample)))
+        await self._finished.wait()
 
     def _outlet(self) -> Outlet:
         hop, plan = self.hop, self.plan
         placement = plan.placement
-        assert placement.edge is not None
         onward = hop.is_edge and placement.uses_cloud
         topic = topics.ACTIVATIONS_CLOUD if onward else topics.RESULTS
         key = plan.task_id if onward else plan.device
@@ -329,9 +448,12 @@ class Flow:
 
     # --- done --------------------------------------------------------------------------------------------------------
 
-    def _acknowledged(self, sample: int, receipts: list[Receipt]) -> None:
+    def _acknowledged(self, sample: int) -> None:
+        """The bus holds what came of a sample; only now may its records be committed."""
+        self.heard_s = asyncio.get_running_loop().time()
         self._done.add(sample)
-        for receipt in receipts:
+        self._whole.discard(sample)
+        for receipt in self._receipts.pop(sample, ()):
             receipt.release()
         if len(self._done) >= self.plan.todo:
             self._finished.set()
@@ -349,23 +471,22 @@ class Flow:
             node.log.warning("a report was not sent", task=plan.task_id, error=str(error))
 
     def stop(self, *, discard: bool) -> None:
-        """Let go. `discard`: the attempt is fenced, nobody wants its frames; else another member will get them."""
-        self._discard = discard
+        """End it. `discard`: nobody wants its frames any more; else another member will get them."""
         if self.task is not None:
             self.task.cancel()
+        if discard:
+            self._let_go()
+        self.closed = True
 
-    def _release(self) -> None:
-        self.hop.flows.pop((self.plan.task_id, self.plan.attempt), None)
-        if not self._discard:
-            return  # what is not committed comes again
-        for receipts in [*self._receipts.values(), *(entry[3] for entry in self._ready)]:
+    def _let_go(self) -> None:
+        """Nothing that was taken will be asked for again."""
+        self.closed = True
+        for receipts in self._receipts.values():
             for receipt in receipts:
                 receipt.release()
         self._receipts.clear()
         self._ready.clear()
 
 
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+def _partition(record: Record) -> TopicPartition:
+    return (record.topic, record.partition)

@@ -19,7 +19,7 @@ import structlog
 from bus import messages, topics
 from bus.dead_letter import bury
 from bus.decisions import DecisionLog
-from bus.errors import BusError, ProtocolError
+from bus.errors import BusError, DeeparError, ProtocolError
 from bus.messages import Decision, Message, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLeft, NodeLost, Snapshot
 from bus.port import Bus, Reader, Record
 from bus.values import Role
@@ -76,13 +76,13 @@ class Work(Protocol):
     """What a role does beside the shared loop."""
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Serve until cancelled; sets `Node.serving` when it can take what it is sent."""
 
     def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
         """A decision was read; work on the tasks in `fenced` may be for nobody."""
 
     def on_lost(self) -> None:
-        """This node was declared lost: let go of everything."""
+        """This node was declared lost: let go of what the region now gives to others."""
 
 
 class Node:
@@ -98,8 +98,9 @@ class Node:
         self.incarnation = uuid.uuid4().hex[:12]
         self.log = log.bind(node=settings.name, role=settings.role.value)
         self._decisions = DecisionLog()
-        self._acknowledged_s = float("-inf")  # when the last heartbeat was acknowledged
-        self._alive = asyncio.Event()
+        self.serving = asyncio.Event()  # set by the work once it can take what it is sent; announced only then
+        self._heard_s = float("-inf")  # when the last sign of life that was acknowledged was sent
+        self._renewed = asyncio.Event()
 
     async def run(self, work: Work) -> None:
         """Serve until cancelled; leaves politely. Raises `BusError` where the bus cannot be reached at the start."""
@@ -117,9 +118,16 @@ class Node:
         message = NodeLeft(node=self.settings.name, region=self.settings.region, incarnation=self.incarnation)
         await self.tell(topics.NODES, message, self.settings.name)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the region cannot have declared this node lost: looked at anew each time, for a process that slept."""
+        return asyncio.get_running_loop().time() - self._heard_s <= self.settings.lease_s / 2
+
     async def gate(self) -> None:
         """Wait while this node may have been declared lost."""
-        await self._alive.wait()
+        while not self.alive:
+            self._renewed.clear()
+            await self._renewed.wait()
 
     def busy(self, part: str, task_id: str, begin_s: float, end_s: float) -> None:
         """A stretch of work on one part of a task's delay, on the loop's clock."""
@@ -181,6 +189,7 @@ class Node:
         return newest
 
     async def _follow(self, reader: Reader, work: Work) -> None:
+        await self.serving.wait()
         await self._announce()
         while True:
             try:
@@ -203,10 +212,9 @@ class Node:
                             lost = True
                         case _:
                             pass
+                work.on_decision(message, sorted(fenced))
                 if lost:
                     await self._come_back(work)
-                else:
-                    work.on_decision(message, sorted(fenced))
 
     async def _come_back(self, work: Work) -> None:
         self.log.warning("declared lost; letting go of everything and announcing anew")
@@ -232,15 +240,15 @@ class Node:
             models=self.runner.profiles(),
         )
         self.status.warm = True
+        sent_s = asyncio.get_running_loop().time()
         await self.tell(topics.NODES, message, s.name)
-        self._renewed()
+        self._renew(sent_s)
 
     async def _keep_lease(self) -> None:
         interval_s = self.settings.lease_s / HEARTBEATS_PER_LEASE
         clock = asyncio.get_running_loop().time
         while True:
-            if clock() - self._acknowledged_s > self.settings.lease_s / 2:
-                self._alive.clear()
+            sent_s = clock()
             message = NodeHeartbeat(node=self.settings.name, incarnation=self.incarnation)
             try:
                 async with asyncio.timeout(interval_s):
@@ -250,11 +258,22 @@ class Node:
                         key=self.settings.name,
                         partition=self.settings.region,
                     )
-                self._renewed()
+                self._renew(sent_s)
             except (BusError, TimeoutError) as error:
                 self.log.warning("heartbeat not acknowledged", error=str(error))
             await asyncio.sleep(interval_s)
 
-    def _renewed(self) -> None:
-        self._acknowledged_s = asyncio.get_running_loop().time()
-        self._alive.set()
+    def _renew(self, sent_s: float) -> None:
+        """The region has heard of this node at `sent_s` or later, so its lease runs from then at the earliest."""
+        self._heard_s = max(self._heard_s, sent_s)
+        self._renewed.set()
+
+
+def cause_of(error: Exception) -> str:
+    """A short, stable word for what went wrong, for the `TaskFailed` that it becomes."""
+    if isinstance(error, ProtocolError):
+        return error.cause
+    if not isinstance(error, DeeparError):
+        return "stage_error"
+    name = type(error).__name__.removesuffix("Error")
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")

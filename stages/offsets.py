@@ -7,8 +7,6 @@ record. What is not committed is delivered again: at least once.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from bus.port import Record, TopicPartition
 
 
@@ -17,7 +15,7 @@ class Receipt:
 
     __slots__ = ("_holds", "_open", "offset")
 
-    def __init__(self, still_open: OrderedDict[int, None], offset: int) -> None:
+    def __init__(self, still_open: dict[int, int], offset: int) -> None:
         # The partition's records as they were when this one came: after a rebalance the same offset may come again,
         # under a new receipt, and this one must not close that.
         self._open = still_open
@@ -32,37 +30,42 @@ class Receipt:
         """One piece of work is done, or for nobody."""
         self._holds -= 1
         if self._holds == 0:
-            self._open.pop(self.offset, None)
+            self._open[self.offset] -= 1
+            if not self._open[self.offset]:
+                del self._open[self.offset]
 
 
 class OffsetLedger:
     """The open records of one consumer."""
 
     def __init__(self) -> None:
-        self._open: dict[TopicPartition, OrderedDict[int, None]] = {}
+        self._open: dict[TopicPartition, dict[int, int]] = {}  # offset -> receipts that are open
         self._next: dict[TopicPartition, int] = {}
         self._committed: dict[TopicPartition, int] = {}
 
     def open(self, record: Record) -> Receipt:
         """Take a record; its receipt is held once by the caller."""
         partition = (record.topic, record.partition)
-        still_open = self._open.setdefault(partition, OrderedDict())
-        still_open[record.offset] = None
-        self._next[partition] = record.offset + 1
+        still_open = self._open.setdefault(partition, {})
+        still_open[record.offset] = still_open.get(record.offset, 0) + 1
+        self._next[partition] = max(self._next.get(partition, 0), record.offset + 1)
         return Receipt(still_open, record.offset)
 
     def committable(self) -> dict[TopicPartition, int]:
         """What may be committed and has not been."""
         ready = {}
         for partition, following in self._next.items():
-            offset = next(iter(self._open[partition]), following)
-            if offset != self._committed.get(partition):
+            # The smallest, not the first: a record that was delivered again stands behind those that came meanwhile.
+            offset = min(self._open[partition], default=following)
+            if offset > self._committed.get(partition, -1):
                 ready[partition] = offset
         return ready
 
     def committed(self, offsets: dict[TopicPartition, int]) -> None:
         """These have been committed."""
-        self._committed.update(offsets)
+        for partition, offset in offsets.items():
+            if partition in self._next:  # else it was given to another member meanwhile
+                self._committed[partition] = max(offset, self._committed.get(partition, -1))
 
     def forget(self, partitions: frozenset[TopicPartition]) -> None:
         """These partitions are another member's now."""

@@ -8,8 +8,9 @@ share a frame; large ones are cut into chunks of about ten milliseconds of their
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from bus.errors import BusError, MessageTooLargeError
@@ -81,6 +82,7 @@ class Outlet:
         rate_bps = min((grant.rate_bps for grant in grants), default=1 << 40)
         self._chunk_bytes = chunk_bytes(rate_bps, MAX_FRAME_BYTES - HEAD_BYTES - MAX_PIECES * PIECE_HEAD_BYTES)
         self._waiting: deque[Outgoing] = deque()
+        self._begun: list[Outgoing] = []  # what the frame that is being sent has a piece of
         self._sent: deque[_Sent] = deque()
         self._to_send = asyncio.Event()
         self._to_await = asyncio.Event()
@@ -113,32 +115,39 @@ class Outlet:
         first = self._waiting.popleft()
         batch = [first]
         pieces = to_pieces(first.sample, first.tensors, self._chunk_bytes)
-        if len(pieces) > 1:
-            for index, piece in enumerate(pieces):
-                if generation != self._generation:
-                    return  # it is back in line from its beginning
-                await self._send_frame((piece,), batch if index == len(pieces) - 1 else [], batch)
-            return
-        size_bytes = pieces[0].data.nbytes
-        while self._waiting and len(pieces) < MAX_PIECES:
-            following = self._waiting[0]
-            more = sum(array.nbytes for array in following.tensors)
-            if size_bytes + more > self._chunk_bytes:
-                break
-            self._waiting.popleft()
-            batch.append(following)
-            pieces += to_pieces(following.sample, following.tensors, self._chunk_bytes)
-            size_bytes += more
-        await self._send_frame(tuple(pieces), batch, batch)
+        if len(pieces) == 1:
+            size_bytes = pieces[0].data.nbytes
+            while self._waiting and len(pieces) < MAX_PIECES:
+                following = self._waiting[0]
+                more = sum(array.nbytes for array in following.tensors)
+                if size_bytes + more > self._chunk_bytes:
+                    break
+                self._waiting.popleft()
+                batch.append(following)
+                pieces += to_pieces(following.sample, following.tensors, self._chunk_bytes)
+                size_bytes += more
+        self._begun = batch
+        frames = [(piece,) for piece in pieces] if len(batch) == 1 else [tuple(pieces)]
+        for index, frame in enumerate(frames):
+            await self._send_frame(frame, batch if index == len(frames) - 1 else [], generation)
+            if generation != self._generation:
+                return  # all of it is back in line from its beginning
+        self._begun = []
 
-    async def _send_frame(self, pieces: tuple[Piece, ...], done: list[Outgoing], begun: list[Outgoing]) -> None:
-        plan = self._plan if self._plan_due else None
-        payload = encode_frame(Frame(self._kind, self._plan.task_id, self._plan.attempt, self._source, pieces, plan))
+    async def _send_frame(self, pieces: tuple[Piece, ...], done: list[Outgoing], generation: int) -> None:
+        begun = self._begun
         offered_s = max(item.ready_s for item in begun)
-        await cross(self._grants, len(payload), offered_s)
-        await self._gate()
         topic, key = self._to
         while True:
+            plan = self._plan if self._plan_due else None
+            payload = encode_frame(
+                Frame(self._kind, self._plan.task_id, self._plan.attempt, self._source, pieces, plan)
+            )
+            await self._gate()  # before the link, so that what waits here does not leave all at once
+            await cross(self._grants, len(payload), offered_s)
+            await self._gate()
+            if generation != self._generation:
+                return
             try:
                 acknowledgement = await self._bus.post(topic, payload, key=key)
                 break
@@ -146,9 +155,12 @@ class Outlet:
                 raise
             except BusError:
                 await asyncio.sleep(RETRY_S)
+        if generation != self._generation:
+            _forget(acknowledgement)
+            return
         self._plan_due = False
         self.frames += 1
-        self._sent.append(_Sent(acknowledgement, offered_s, done, list(begun)))
+        self._sent.append(_Sent(acknowledgement, offered_s, done, begun))
         self._to_await.set()
 
     async def _await_all(self) -> None:
@@ -160,6 +172,8 @@ class Outlet:
             sent = self._sent[0]
             try:
                 await sent.acknowledgement
+            except MessageTooLargeError:
+                raise  # and would be again
             except BusError:
                 await asyncio.sleep(RETRY_S)
                 self._send_again()
@@ -177,15 +191,34 @@ class Outlet:
         """Put everything unacknowledged back in line, in order, each sample from its beginning."""
         self._generation += 1
         again: dict[int, Outgoing] = {}
-        for sent in self._sent:
-            for item in sent.begun:
-                again.setdefault(item.sample, item)
+        for item in [*(item for sent in self._sent for item in sent.begun), *self._begun]:
+            again.setdefault(item.sample, item)
         for later in self._sent:
-            if isinstance(later.acknowledgement, asyncio.Future):
-                later.acknowledgement.add_done_callback(lambda done: done.cancelled() or done.exception())
+            _forget(later.acknowledgement)
         self._sent.clear()
-        waiting = {item.sample for item in self._waiting}
-        self._waiting.extendleft(item for item in reversed(again.values()) if item.sample not in waiting)
+        self._begun = []
+        self._waiting.extendleft(reversed(again.values()))
         self.resent += len(again)
         self._plan_due = self._kind == "activations"
         self._to_send.set()
+
+
+def _forget(acknowledgement: Awaitable[Position]) -> None:
+    """Nobody will await it; let its failure, if any, pass without a warning."""
+    if isinstance(acknowledgement, asyncio.Future):
+        acknowledgement.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+@contextlib.asynccontextmanager
+async def sending(outlet: Outlet) -> AsyncIterator[None]:
+    """Runs an outlet beside the block; what breaks it ends the block. Raises what either raised, not in a group."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(outlet.run())
+            yield
+            task.cancel()
+    except BaseExceptionGroup as failures:
+        first: BaseException = failures
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
