@@ -234,7 +234,14 @@ def _stacked(
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     top = max(bottoms)
     for place, total in zip(places, bottoms, strict=True):
-        axes.text(place, total + 0.02 * top, f"{total:.3g} ms", ha="center", va="bottom", fontsize=9)
+        axes.text(
+            place,
+            total + 0.02 * top,
+            f"{total:.0f} ms" if total >= 100 else f"{total:.3g} ms",
+            ha="center",
+            va="bottom",
+            fontsize=9,
+        )
     if paper is not None:
         axes.scatter(
             [place + 0.39 for place in places], list(paper.values()), marker="D", s=26, color=plots.BLACK,

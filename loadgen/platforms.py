@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from planner.profiles import load_profile
-
 from bus.errors import UnknownNameError
 from bus.values import ModelProfile, Role
+from planner.profiles import load_profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +44,8 @@ def platforms(name: str) -> Platforms:
         },
         link1_bps=found.link1_bps,
         link2_bps=found.link2_bps,
-        input_bytes=dict(found.input_bytes),
-        origin=f"profile `{name}`",
+        input_bytes={model: found.input_bytes.get(model, found.device[model].cut_bytes[0]) for model in found.models},
+        origin=f"profile `{found.name}`",
     )
 
 
