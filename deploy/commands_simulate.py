@@ -238,7 +238,7 @@ def _print_claims(console: Console, result: FigureResult) -> None:
         table.add_column(name)
     for claim in result.claims:
         verdict = "[green]PASS[/]" if claim.passed else "[bold red]MISS[/]"
-        table.add_row(verdict, claim.text, claim.paper, claim.ours, claim.spread)
+        table.add_row(verdict, claim.text, claim.paper_text, claim.ours_text, claim.spread_text)
     if result.claims:
         console.print(table)
     else:

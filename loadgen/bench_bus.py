@@ -203,7 +203,8 @@ class _Framed:
         receiving = asyncio.ensure_future(self._receive(1))
         sent = await self._send(0, payload)
         await receiving
-        await asyncio.gather(*sent)
+        for acknowledged in sent:
+            await acknowledged
 
     async def stream(self, payload: Array, count: int) -> None:
         receiving = asyncio.ensure_future(self._receive(count))

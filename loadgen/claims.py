@@ -17,15 +17,18 @@ ABOUT_POINTS = 5.0
 """How far "about" reaches, in percentage points."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """One statement of the paper beside ours."""
+    """One statement of the paper beside ours. Numbers are in `unit`; words where the statement has no number."""
 
     text: str  # what is claimed
-    paper: str  # the paper's value
-    ours: str  # ours
-    spread: str  # over the seeds; "exact" where nothing is drawn
+    paper: float | str  # the paper's value
+    ours: float | str  # ours
     passed: bool
+    spread: float | None = None  # standard deviation over the seeds; None where nothing is drawn
+    unit: str = ""  # of the numbers
+    rule: str = ""  # about, over, up to: how the paper puts it
+    remark: str = ""  # what else to know, for people
 
     def as_row(self) -> dict[str, Any]:
         """As `--json` prints it."""
@@ -35,12 +38,40 @@ class Claim:
             "ours": self.ours,
             "spread": self.spread,
             "pass": self.passed,
+            "unit": self.unit,
+            "rule": self.rule,
+            "remark": self.remark,
         }
+
+    @property
+    def paper_text(self) -> str:
+        """The paper's value as people read it."""
+        return f"{self.rule} {_words(self.paper, self.unit)}".strip()
+
+    @property
+    def ours_text(self) -> str:
+        """Our value as people read it."""
+        prefix = "up to " if self.rule == "up to" else ""
+        return f"{prefix}{_words(self.ours, self.unit)}" + (f" ({self.remark})" if self.remark else "")
+
+    @property
+    def spread_text(self) -> str:
+        """The spread as people read it."""
+        return "" if self.spread is None else f"sd {self.spread:.1f} {'points' if self.unit == '%' else self.unit}"
 
     def line(self) -> str:
         """As the plots print it."""
-        spread = "" if self.spread == "exact" else f" ({self.spread})"
-        return f"{'PASS' if self.passed else 'MISS'}  {self.text}: paper {self.paper}, ours {self.ours}{spread}"
+        spread = f", {self.spread_text}" if self.spread is not None else ""
+        return (
+            f"{'PASS' if self.passed else 'MISS'}  {self.text}: paper {self.paper_text}, ours {self.ours_text}{spread}"
+        )
+
+
+def _words(value: float | str, unit: str) -> str:
+    if isinstance(value, str):
+        return value
+    number = f"{value:.1f}".removesuffix(".0") if unit == "%" else f"{value:.4g}"
+    return f"{number} {unit}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,32 +107,31 @@ Rule = Callable[[str, Reductions, float], Claim]
 
 def about(text: str, found: Reductions, percent: float) -> Claim:
     """At least `percent` less 5 points, on the mean over the x axis."""
-    return _claim(text, f"about {percent:g} %", found, found.mean, found.mean >= percent - ABOUT_POINTS)
+    return _claim(text, "about", found, percent, found.mean, found.mean >= percent - ABOUT_POINTS)
 
 
 def over(text: str, found: Reductions, percent: float) -> Claim:
     """More than `percent`, on the mean over the x axis."""
-    return _claim(text, f"over {percent:g} %", found, found.mean, found.mean > percent)
+    return _claim(text, "over", found, percent, found.mean, found.mean > percent)
 
 
 def up_to(text: str, found: Reductions, percent: float) -> Claim:
     """At least `percent` at the best x."""
-    return _claim(text, f"up to {percent:g} %", found, found.best, found.best >= percent, "up to ")
+    return _claim(text, "up to", found, percent, found.best, found.best >= percent)
 
 
-def _claim(text: str, paper: str, found: Reductions, ours: float, passed: bool, prefix: str = "") -> Claim:
-    return Claim(text, paper, f"{prefix}{ours:.1f} %", f"sd {found.spread:.1f} points", bool(passed))
+def _claim(text: str, rule: str, found: Reductions, percent: float, ours: float, passed: bool) -> Claim:
+    return Claim(text=text, paper=percent, ours=ours, spread=found.spread, passed=bool(passed), unit="%", rule=rule)
 
 
 def near(text: str, paper: float, ours: float, *, unit: str, tolerance: float) -> Claim:
     """A number within a relative tolerance, nothing drawn."""
-    passed = abs(ours - paper) <= tolerance * abs(paper)
-    return Claim(text, f"{paper:g} {unit}", f"{ours:.4g} {unit}", "exact", passed)
+    return Claim(text=text, paper=paper, ours=ours, unit=unit, passed=abs(ours - paper) <= tolerance * abs(paper))
 
 
-def is_true(text: str, paper: str, ours: str, passed: bool, *, spread: str = "exact") -> Claim:
-    """A statement without a number of its own."""
-    return Claim(text, paper, ours, spread, passed)
+def is_true(text: str, paper: str, ours: str, passed: bool) -> Claim:
+    """A statement without a number."""
+    return Claim(text=text, paper=paper, ours=ours, passed=passed)
 
 
 def all_pass(claims: Sequence[Claim]) -> bool:

@@ -44,7 +44,7 @@ def test_over_is_strict(percent: float, passed: bool) -> None:
 def test_up_to_means_the_best_x() -> None:
     assert claims.up_to("x", found(5, 30.1), 30).passed
     assert not claims.up_to("x", found(29, 29.9), 30).passed
-    assert "up to" in claims.up_to("x", found(5, 31), 30).ours
+    assert claims.up_to("x", found(5, 31), 30).ours_text == "up to 31 %"
 
 
 def test_near_is_relative() -> None:
@@ -54,5 +54,8 @@ def test_near_is_relative() -> None:
 
 def test_a_claim_as_text_and_as_a_row() -> None:
     claim = claims.over("below device-only", found(50, 50), 60)
-    assert claim.line().startswith("MISS  below device-only: paper over 60 %, ours 50.0 %")
-    assert claim.as_row()["pass"] is False
+    assert claim.line() == "MISS  below device-only: paper over 60 %, ours 50 %, sd 0.0 points"
+    row = claim.as_row()
+    assert (row["paper"], row["ours"], row["unit"], row["pass"]) == (60, pytest.approx(50), "%", False)
+    words = claims.is_true("cuts after", "a, b", "a, c", False)
+    assert words.line() == "MISS  cuts after: paper a, b, ours a, c"
