@@ -28,7 +28,7 @@ BITS_PER_BYTE = 8
 class Frozen(BaseModel):
     """A value: equal by content, never changed. Unknown keys are ignored, so that newer writers can be read."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class Role(StrEnum):
