@@ -66,14 +66,15 @@ class Topic:
 
 TABLE: tuple[Topic, ...] = (
     Topic(NODES, Payload.JSON, ("NodeAnnounced", "NodeLeft"), "node", PartitionBy.REGION,
-          ("device", "edge", "cloud"), ("planner", "tools"), "who is there, and how fast", compacted=True),
+          ("device", "edge", "cloud"), ("planner", "loadgen", "tools"), "who is there, and how fast", compacted=True),
     Topic(TASKS, Payload.JSON, ("TaskSubmitted", "TaskCancelled"), "task", PartitionBy.REGION,
           ("device", "loadgen"), ("planner", "device", "tools"), "what is to be done"),
     Topic(DECISIONS, Payload.JSON, ("EpochOpened", "PlannerHeartbeat", "PlannerLeft", "Decision"), "region",
           PartitionBy.REGION, ("planner",), ("planner", "device", "edge", "cloud", "loadgen", "tools"),
           "the planner's truth: placements, grants, starts, ends", retention_s=-1),
     Topic(SNAPSHOTS, Payload.JSON, ("Snapshot",), "region", PartitionBy.REGION,
-          ("planner",), ("planner", "device", "edge", "cloud", "tools"), "where a restart begins to read", compacted=True),
+          ("planner",), ("planner", "device", "edge", "cloud", "loadgen", "tools"), "where a restart begins to read",
+          compacted=True),
     Topic(EVENTS, Payload.JSON, ("NodeHeartbeat", "TaskProgress", "TaskCompleted", "TaskFailed"), "task or node",
           PartitionBy.REGION, ("device", "edge", "cloud"), ("planner", "loadgen", "tools"), "what happened"),
     Topic(ACTIVATIONS_EDGE, Payload.MSGPACK, ("Frame",), "task", PartitionBy.KEY,

@@ -19,14 +19,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from bus.errors import BusUnavailableError, ConfigError
 from deploy.broker_artifacts import KAFKA_VERSION, SETTINGS_DIR, Progress, ensure_jars, find_java
-from deploy.broker_handshake import BrokerReply, ask
+from deploy.broker_handshake import BrokerReply, NotReadyError, ask
 
 START_LIMIT_S = 60.0  # a start takes 3-5 s; after a SIGKILL the old session must expire first
 STOP_LIMIT_S = 20.0  # a clean stop takes 1.5 s
@@ -66,6 +66,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def new_cluster_id() -> str:
+    """16 random bytes in base64url, as Kafka wants them; it refuses ids that begin with "-"."""
+    return "A" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode("ascii").rstrip("=")[1:]
+
+
 def tied_to_us(command: list[str]) -> list[str]:
     """`command`, made to get SIGTERM when this process goes, whatever way it goes.
 
@@ -79,10 +84,12 @@ def tied_to_us(command: list[str]) -> list[str]:
 class KafkaBroker:
     """One Apache Kafka node that this process starts, stops, kills and starts again, same data, same port.
 
-    `port` and the controller's port are chosen free when not given. `settings` override `server.properties`.
-    All methods block; none is safe to call from two threads at once. The broker ends with this process (see
-    `tied_to_us`). Raises
-    MissingProgramError, ArtifactsError, PortTakenError, DataInUseError or BrokerStartError from `start`.
+    `port` and `controller_port` are chosen free when not given. `settings` override `server.properties`. For a node of
+    a cluster of several, `cluster_id` is the cluster's; for one with users, `format_words` go to `StorageTool format`
+    (whose output is then thrown away: it prints verifiers of passwords) and `ready` asks whether it serves, raising
+    OSError or BusUnavailableError while it does not. All methods block; none is safe to call from two threads at once.
+    The broker ends with this process (see `tied_to_us`). Raises MissingProgramError, ArtifactsError, PortTakenError,
+    DataInUseError or BrokerStartError from `start`.
     """
 
     def __init__(
@@ -90,7 +97,11 @@ class KafkaBroker:
         data_dir: Path,
         *,
         port: int | None = None,
+        controller_port: int | None = None,
         settings: Mapping[str, str] | None = None,
+        cluster_id: str | None = None,
+        format_words: Sequence[str] = (),
+        ready: Callable[[], None] | None = None,
         started_by: str = "started by deepar",
         heap_mib: int = HEAP_MIB,
         progress: Progress | None = None,
@@ -100,7 +111,10 @@ class KafkaBroker:
         self.kind = f"Apache Kafka {KAFKA_VERSION} (KRaft, {started_by})"
         self._wanted_port = port
         self._port = port
-        self._controller_port: int | None = None
+        self._controller_port = controller_port
+        self._cluster_id = cluster_id
+        self._format_words = tuple(format_words)
+        self._ready = ready or self._answers
         self._settings = dict(settings or {})
         self._heap_mib = heap_mib
         self._progress: Progress = progress or (lambda line: None)
@@ -133,16 +147,11 @@ class KafkaBroker:
         """Starts it and waits until it serves; the seconds that took (fetching jars not counted)."""
         if self.running:
             return 0.0
-        java, _ = find_java()
-        jars = ensure_jars(self._progress)
-        self._prepare_data_dir()
         try:
             for attempt in range(3):
-                started = time.monotonic()
-                self._choose_ports()
-                self._launch(java, jars)
+                started = self.launch()
                 try:
-                    self._wait_until_it_serves(started + limit_s)
+                    self.wait(started + limit_s)
                     return time.monotonic() - started
                 except BrokerStartError as error:
                     self.kill()
@@ -155,6 +164,33 @@ class KafkaBroker:
         except BaseException:  # a Ctrl-C while it starts must not leave Java behind
             self.kill()
             raise
+
+    def launch(self) -> float:
+        """Starts it without waiting, as nodes must that need each other; when that was, for `wait`."""
+        java, _ = find_java()
+        jars = ensure_jars(self._progress)
+        self._prepare_data_dir()
+        started = time.monotonic()
+        self._choose_ports()
+        self._launch(java, jars)
+        return started
+
+    def wait(self, deadline: float) -> None:
+        """Waits until it serves. Raises BrokerStartError at `deadline` (of `time.monotonic`), or when it has ended."""
+        assert self._child is not None
+        last: Exception | None = None
+        while time.monotonic() < deadline:
+            code = self._child.poll()
+            if code is not None:
+                raise BrokerStartError(f"Kafka ended with code {code} while starting:\n{self.log_tail()}")
+            try:
+                self._ready()
+            except (OSError, BusUnavailableError) as error:
+                last = error
+                time.sleep(0.05)
+            else:
+                return
+        raise BrokerStartError(f"Kafka does not serve at {self.bootstrap} ({last}); its log ends:\n{self.log_tail()}")
 
     def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
         """Asks it to end (SIGTERM) and waits; after `limit_s` it is killed."""
@@ -259,8 +295,7 @@ class KafkaBroker:
             if not (logs / "meta.properties").exists():
                 self._progress("formatting the data folder")
                 shutil.rmtree(logs, ignore_errors=True)  # a format that was interrupted
-                cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode("ascii").rstrip("=")
-                cluster = "A" + cluster[1:]  # Kafka refuses ids that begin with "-"
+                cluster = self._cluster_id or new_cluster_id()
                 format_it = [
                     *run,
                     "-Xmx128m",
@@ -271,7 +306,10 @@ class KafkaBroker:
                     "-c",
                     str(properties),
                 ]
-                done = subprocess.run(format_it, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
+                said = subprocess.DEVNULL if self._format_words else log
+                done = subprocess.run(
+                    [*format_it, *self._format_words], stdin=subprocess.DEVNULL, stdout=said, stderr=log, check=False
+                )
                 if done.returncode != 0:
                     raise BrokerStartError(f"Kafka refused to format {logs}:\n{self.log_tail()}")
             serve = [
@@ -292,20 +330,11 @@ class KafkaBroker:
                 start_new_session=True,
             )
 
-    def _wait_until_it_serves(self, deadline: float) -> None:
-        assert self._child is not None
-        last: OSError | None = None
-        while time.monotonic() < deadline:
-            code = self._child.poll()
-            if code is not None:
-                raise BrokerStartError(f"Kafka ended with code {code} while starting:\n{self.log_tail()}")
-            try:
-                if self.ask(1.0).advertised == self.bootstrap:
-                    return
-            except OSError as error:
-                last = error
-            time.sleep(0.05)
-        raise BrokerStartError(f"Kafka does not serve at {self.bootstrap} ({last}); its log ends:\n{self.log_tail()}")
+    def _answers(self) -> None:
+        """It tells clients of itself. Raises OSError."""
+        told = self.ask(1.0).addresses
+        if self.bootstrap not in told:
+            raise NotReadyError(f"{self.bootstrap} is not among the brokers that it tells of: {', '.join(told)}")
 
     def _reap(self) -> None:
         if self._child is not None:

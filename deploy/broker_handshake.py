@@ -24,8 +24,13 @@ class BrokerReply:
 
     node_id: int  # of the first broker named
     advertised: str  # host:port that clients will be sent to
-    brokers: int  # how many there are in the cluster
+    addresses: tuple[str, ...]  # host:port of every broker of the cluster
     is_kraft: bool  # offers what only Apache Kafka in KRaft mode does
+
+    @property
+    def brokers(self) -> int:
+        """How many there are in the cluster."""
+        return len(self.addresses)
 
 
 class NotReadyError(OSError):
@@ -56,7 +61,8 @@ def ask(bootstrap: str, timeout_s: float = 2.0) -> BrokerReply:
             brokers.append((node_id, f"{name}:{its_port}"))
     if not brokers:
         raise NotReadyError(f"{bootstrap} speaks Kafka, but no broker is registered yet")
-    return BrokerReply(brokers[0][0], brokers[0][1], len(brokers), offered >= _KRAFT_ONLY)
+    addresses = tuple(address for _, address in brokers)
+    return BrokerReply(brokers[0][0], addresses[0], addresses, offered >= _KRAFT_ONLY)
 
 
 def _exchange(connection: socket.socket, key: int, version: int, body: bytes) -> bytes:
