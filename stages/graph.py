@@ -94,7 +94,7 @@ class Graph:
     def shape(self, tensor: int) -> tuple[int, ...]:
         """The shape at run time where it was looked up, else the declared one."""
         known = self.facts.shapes.get(tensor) or self.facts.late.get(tensor)
-        return known if known is not None else tuple(indices(self.tensors[tensor].shape))
+        return known if known is not None else tuple(max(size, 0) for size in indices(self.tensors[tensor].shape))
 
     def known_shape(self, tensor: int) -> tuple[int, ...] | None:
         """The shape at run time where it was looked up and never changes."""
@@ -175,14 +175,14 @@ class Graph:
                 carried.add(at)
                 fixed.update(outputs)
                 continue
-            open_ended = (
-                kind in SHAPED_BY_VALUES
-                or kind.startswith("CUSTOM:")
-                or bool(subgraphs_of(operator, kind))
-                or any(tensor in unsettled for tensor in inputs)
-                or any(inputs[k] >= 0 and inputs[k] not in fixed for k in SHAPED_BY.get(kind, ()) if k < len(inputs))
-            )
-            unsettled.update(t for t in outputs if t in late and (open_ended or late[t] is None))
+            if kind in SHAPED_BY_VALUES or any(
+                inputs[k] >= 0 and inputs[k] not in fixed for k in SHAPED_BY.get(kind, ()) if k < len(inputs)
+            ):
+                unsettled.update(outputs)
+                continue
+            # these may or may not, and the runtime knows
+            doubtful = kind.startswith("CUSTOM:") or subgraphs_of(operator, kind) or unsettled.intersection(inputs)
+            unsettled.update(t for t in outputs if t in late and (doubtful or late[t] is None))
         return frozenset(carried), frozenset(unsettled)
 
     def _is_repeatable(self, at: int, kind: str, inputs: list[int], fixed: set[int], unsettled: set[int]) -> bool:

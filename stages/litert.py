@@ -50,7 +50,7 @@ class SegmentRunner:
         self._turn = threading.Lock()
         self._source, self._num_threads, self._delegate, self._renew = source, num_threads, delegate, renew
         self._interpreter = self._loaded()
-        # list() keeps the file's order, which is the order of the boundary in the manifest
+        # in the file's order, which is the order of the boundary in the manifest
         self._inputs = [(detail["name"], detail["index"]) for detail in self._interpreter.get_input_details()]
         self._outputs = [(detail["name"], detail["index"]) for detail in self._interpreter.get_output_details()]
 
@@ -141,15 +141,19 @@ def examine(path: str, doing: Callable[[str], None]) -> dict[str, Any]:
             )
         doing("planning its memory")
         plain.allocate_tensors()
-        report["shapes"] = _allocated(plain)
+        before = _allocated(plain)
         doing("running it")
+        runs = []
         for fill in (0, 1):
             _invoke_on(plain, fill)
-            found = _allocated(plain)
-            for detail in plain.get_tensor_details():
-                index, shape = detail["index"], found.get(detail["index"])
-                if index not in report["shapes"]:
-                    report["late"][index] = shape if report["late"].get(index, shape) == shape else None
+            runs.append(_allocated(plain))
+        for detail in plain.get_tensor_details():
+            index = detail["index"]
+            one, two = (run.get(index) for run in runs)
+            if one == two == before.get(index) is not None:
+                report["shapes"][index] = one
+            else:
+                report["late"][index] = one if one == two else None
         del plain
         doing("running it with the default delegate")
         usual = Interpreter(model_path=path, num_threads=1)

@@ -53,7 +53,10 @@ class Model:
     @cached_property
     def manifest(self) -> ModelManifest:
         """Positions, what crosses them, and the hash: what a node announces."""
-        return self.graph.manifest(self.name, self.sha256, self.size_bytes)
+        try:
+            return self.graph.manifest(self.name, self.sha256, self.size_bytes)
+        except ValueError as error:
+            raise ModelError(str(self.path), f"cannot be described: {error}") from error
 
     @property
     def source(self) -> Path | bytes:
@@ -92,10 +95,11 @@ def read_model(
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         raise ModelError(shown, f"cannot be opened: {error.strerror}") from error
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise ModelError(shown, "is not a regular file")
     with open(handle, "rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ModelError(shown, "is not a regular file")
         if status.st_size < 16:
             raise ModelError(shown, f"has {status.st_size} bytes, too few for a model")
         data: ModelBytes

@@ -145,6 +145,14 @@ def _need(condition: bool, fault: str) -> None:
         raise _Fault(fault)
 
 
+def _check_text(raw: Any, what: str) -> None:
+    """The runtime's Python face cannot read a name that is not UTF-8."""
+    try:
+        (raw or b"").decode("utf-8")
+    except UnicodeDecodeError:
+        raise _Fault(f"has {what} that is not UTF-8: {text(raw)[:40]}") from None
+
+
 def _check(model: Any, size_bytes: int) -> None:
     _need(model.version == 3, f"is of schema version {model.version}, not 3")
     _need(bool(model.subgraphs), "has no subgraph")
@@ -158,6 +166,7 @@ def _check(model: Any, size_bytes: int) -> None:
     for code in model.operatorCodes:
         number = max(code.builtinCode, code.deprecatedBuiltinCode)
         _need(number in KINDS, f"has an operator of unknown code {number}")
+        _check_text(code.customCode, "a custom operator's name")
     for number, graph in enumerate(model.subgraphs):
         _Subgraph(model, number, graph).check()
     _check_no_recursion(model)
@@ -166,9 +175,11 @@ def _check(model: Any, size_bytes: int) -> None:
         _need(there, f"has metadata {text(entry.name)} in buffer {entry.buffer}, which is not there")
     for entry in model.signatureDefs or []:
         key = text(entry.signatureKey)
+        _check_text(entry.signatureKey, "a signature's name")
         _need(0 <= entry.subgraphIndex < len(model.subgraphs), f"has signature {key} for a subgraph that is not there")
         tensors = model.subgraphs[entry.subgraphIndex].tensors or []
         for name in (*(entry.inputs or []), *(entry.outputs or [])):
+            _check_text(name.name, "a name in a signature")
             _need(0 <= name.tensorIndex < len(tensors), f"has signature {key} with a tensor that is not there")
 
 
@@ -237,6 +248,7 @@ class _Subgraph:
 
     def _tensor(self, index: int, tensor: Any) -> int:
         """Checks one tensor; the bytes that its declaration asks for."""
+        _check_text(tensor.name, "a tensor's name")
         name = f"{text(tensor.name) or f'tensor {index}'}{self._where}"
         buffers = self._model.buffers or []
         _need(0 <= tensor.buffer < len(buffers), f"has {name} in buffer {tensor.buffer}, which is not there")

@@ -97,15 +97,16 @@ def named_inputs(model: Model, given: Mapping[str, Array]) -> list[list[Array]]:
         if spec.name not in given:
             raise ConfigError(f"the inputs file has no {spec.name}; it has {', '.join(given) or 'nothing'}")
         array = given[spec.name]
+        stack = array
         if array.shape == spec.shape:
-            array = array[None]
+            stack = array[None]
         elif array.ndim == len(spec.shape) and array.shape[1:] == spec.shape[1:] and spec.shape[0] == 1:
-            array = array[:, None]
-        if array.shape[1:] != spec.shape or array.dtype != np.dtype(spec.dtype):
+            stack = array[:, None]
+        if stack.shape[1:] != spec.shape or array.dtype != np.dtype(spec.dtype):
             raise ConfigError(
                 f"input {spec.name} is {array.dtype}{list(array.shape)}, the model takes {spec.dtype}{list(spec.shape)}"
             )
-        stacks.append(array)
+        stacks.append(stack)
     if len({len(stack) for stack in stacks}) != 1:
         raise ConfigError("the arrays of the inputs file hold different numbers of samples")
     return [list(sample) for sample in zip(*stacks, strict=True)]

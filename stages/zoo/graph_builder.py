@@ -76,6 +76,10 @@ class GraphBuilder:
         self._graph.tensors.append(tensor)
         return len(self._graph.tensors) - 1
 
+    def record(self, tensor: int) -> Any:
+        """The tensor's entry of the object API, for what this builder has no words for."""
+        return self._graph.tensors[tensor]
+
     def input(self, name: str, shape: Sequence[int], dtype: str = "float32", **more: Any) -> int:
         """Adds a tensor that the caller fills."""
         index = self.tensor(name, shape, dtype, **more)
@@ -88,7 +92,7 @@ class GraphBuilder:
 
     def constant(self, name: str, value: np.ndarray[Any, Any], dtype: str | None = None, **more: Any) -> int:
         """Adds a tensor with data."""
-        array = np.ascontiguousarray(value)
+        array = np.asarray(value, order="C")  # ascontiguousarray would give a scalar a dimension
         data = array.tobytes()
         return self.weights(name, array.shape, dtype or array.dtype.name, lambda: (data,), len(data), **more)
 

@@ -95,7 +95,9 @@ def load_model(name_or_path: str | Path, progress: Progress | None = None, *, sh
 def generate(network: Network, path: Path, progress: Progress | None = None) -> str:
     """Writes the network with weights from its seed; the file's SHA-256."""
     graph = build(network, seeded(network.seed))
-    return write_whole(path, graph.chunks(), size_bytes=graph.size_bytes, progress=progress)
+    digest = write_whole(path, graph.chunks(), size_bytes=graph.size_bytes, progress=progress)
+    path.chmod(0o400)  # it is mapped while it is used, and must not change under anyone's hands
+    return digest
 
 
 def _hash_differs(path: Path, expected: str) -> bool:
