@@ -93,7 +93,7 @@ def replay(
         str, typer.Option(help="Give up when no task has ended for so long after the last arrival.")
     ] = "120s",
     out: Annotated[
-        Path | None, typer.Option(envvar="DEEPAR_REPLAY_OUT", help="Folder for the files; by default replay-SEED-TIME.")
+        Path | None, typer.Option(envvar="DEEPAR_REPLAY_OUT", help="Folder for the files; by default runs/replay-SEED-TIME.")
     ] = None,
     max_mean: Annotated[str | None, typer.Option(help="Exit with 99 when the mean delay is above.")] = None,
     max_p50: Annotated[str | None, typer.Option(help="Exit with 99 when the median delay is above.")] = None,
@@ -138,7 +138,7 @@ def replay(
         return plan.scaled(time_scale)
 
     wait_s = parse_duration(drain_timeout)
-    folder = out or Path(f"replay-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}")
+    folder = out or Path(f"runs/replay-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}")
     named = None if devices is None else [name.strip() for name in devices.split(",")]
     bus = kafka_bus(bootstrap_servers)
     run = ReplayRun(bus, region, named, make, wait_s, log)

@@ -46,7 +46,7 @@ ObjectiveFlag = Annotated[
 ]
 
 
-FIGURES, SWEEP, COMPARE = Path("figures"), Path("sweep"), Path("compare")
+FIGURES, SWEEP, COMPARE = Path("figures"), Path("runs/sweep"), Path("runs/compare")
 ALL_POLICIES = ",".join(POLICIES)
 
 
