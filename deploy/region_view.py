@@ -48,6 +48,9 @@ KEEP_ENDED: Final = 500
 """So many tasks are shown after their end; counts and mean go on over all of them."""
 
 KEEP_LINES: Final = 500
+NAMED: Final = 4
+"""So many tasks are named where more hold something."""
+
 RECENT: Final = 1000
 """Percentiles are over so many of the last tasks."""
 
@@ -339,7 +342,8 @@ class RegionView:
         holders = self.slot_holders(place.edge)
         slots = self.nodes[place.edge].announced.slots
         if place.uses_slot and len(holders) >= slots:
-            lacking.append(f"a slot of {place.edge} (held by {', '.join(holders)})")
+            more = f" and {len(holders) - NAMED} more" if len(holders) > NAMED else ""
+            lacking.append(f"a slot of {place.edge} (held by {', '.join(holders[:NAMED])}{more})")
         for number, wanted_bps in ((1, place.link1_bps), (2, place.link2_bps)):
             use = self.link(place.edge, 1 if number == 1 else 2)
             free_bps = max(0, use.capacity_bps - use.granted_bps)

@@ -33,7 +33,7 @@ _STATE_STYLE = {
     TaskState.REJECTED: "#D55E00",
 }
 BAR = 24
-FIXED_ROWS = 14
+FIXED_ROWS = 16
 """Rows that frames, headings and the header take."""
 
 
@@ -89,9 +89,9 @@ def _nodes(view: RegionView) -> Table:
             used, slots = len(view.slot_holders(name)), node.announced.slots
             slot_text = Text(f"{_blocks(used, slots)} {used}/{slots}", style=STATION_STYLE["edge"])
             links = [_link(view.link(name, 1), "link1"), _link(view.link(name, 2), "link2")]
-            table.add_row(label, role.value, slot_text, *links, tasks, style=style)
+            table.add_row(Text(label), role.value, slot_text, *links, tasks, style=style)
         else:
-            table.add_row(label, role.value, "", "", "", tasks, style=style)
+            table.add_row(Text(label), role.value, "", "", "", tasks, style=style)
     devices = [
         f"{n.announced.node}{'' if n.standing == 'joined' else f' ({n.standing})'} {len(view.tasks_on(n))}"
         for n in view.role(Role.DEVICE)
@@ -120,7 +120,9 @@ def _waits(view: RegionView, rows: int) -> RenderableType:
     shown = waiting if len(waiting) <= rows else waiting[: rows - 1]
     for task in shown:
         when = "" if task.start_s is None else f"starts at {task.start_s:.1f} s"
-        table.add_row(Text(task.task_id), Text(when), Text(f"for {view.waits_for(task)}"))
+        table.add_row(
+            Text(task.task_id), Text(when), Text(f"for {view.waits_for(task)}", no_wrap=True, overflow="ellipsis")
+        )
     if len(shown) < len(waiting):
         table.add_row(Text(f"and {len(waiting) - len(shown)} more", style="dim"))
     return table

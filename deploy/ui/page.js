@@ -4,9 +4,9 @@
 
 const STATIONS = ["device", "link1", "edge", "link2", "cloud", "result"];
 const NAMES = { link1: "link 1", link2: "link 2", result: "results" };
-const SHOWN_TASKS = 60, KEPT_TASKS = 560, KEPT_LINES = 200;
+const SHOWN_TASKS = 200, KEPT_TASKS = 560, KEPT_LINES = 200;
 const ENDED = new Set(["COMPLETED", "REJECTED", "FAILED", "EXPIRED"]);
-const BAD = new Set(["REJECTED", "FAILED", "EXPIRED", "lost", "failed", "overran", "planned again"]);
+const BAD = new Set(["REJECTED", "FAILED", "EXPIRED", "lost", "failed", "planned again"]);
 
 const state = { tasks: new Map(), lines: [], last: null, chosen: null, dirty: false, drawn: 0 };
 const $ = (id) => document.getElementById(id);
@@ -171,16 +171,17 @@ function shares(parts, className) {
   return box;
 }
 
-function shownTasks() {
+// The tasks of the last so many seconds before the latest end or start; the newest first.
+function shownTasks(now) {
+  const window_s = Number($("window").value) || Infinity;
   const all = [...state.tasks.values()];
-  const live = all.filter((task) => !ENDED.has(task.state));
-  const ended = all.filter((task) => ENDED.has(task.state));
-  const chosen = [...ended.slice(-Math.max(SHOWN_TASKS - live.length, 10)), ...live.slice(0, SHOWN_TASKS)];
-  return chosen.slice(-SHOWN_TASKS).sort((a, b) => a.admitted_s - b.admitted_s);
+  const until = all.reduce((latest, task) => Math.max(latest, ENDED.has(task.state) ? task.end_s : now.now_s), 0);
+  return all.filter((task) => !ENDED.has(task.state) || task.end_s > until - window_s)
+    .sort((a, b) => b.admitted_s - a.admitted_s).slice(0, SHOWN_TASKS);
 }
 
 function drawTasks(now) {
-  const shown = shownTasks();
+  const shown = shownTasks(now);
   let from = Infinity, to = -Infinity;
   for (const task of shown) {
     from = Math.min(from, task.admitted_s);
@@ -250,4 +251,5 @@ $("legend").replaceChildren(...["wait", ...STATIONS].map((station) => {
   entry.append(make("i", station === "wait" ? "i-wait" : station), station === "wait" ? "waits" : NAMES[station] || station);
   return entry;
 }));
+$("window").addEventListener("change", () => { if (state.last) draw(); });
 connect();

@@ -1,0 +1,244 @@
+"""The view of a region, from hand-made records."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+from rich.console import Console
+
+from bus import messages, topics
+from bus.messages import (
+    Admitted,
+    Decision,
+    Ended,
+    EpochOpened,
+    Message,
+    NodeAnnounced,
+    NodeHeartbeat,
+    NodeJoined,
+    NodeLost,
+    Placed,
+    PlannerHeartbeat,
+    Retried,
+    SeedInput,
+    Start,
+    TaskFailed,
+    TaskState,
+    TaskSubmitted,
+)
+from bus.port import Record
+from bus.values import Execution, Kind, Objective, Parts, Placement, Role
+from deploy import region_view
+from deploy.region_feed import in_order
+from deploy.region_report import changed_tasks, report
+from deploy.region_view import RegionView
+from deploy.top import screen
+
+DEVICE = NodeAnnounced(node="d1", role=Role.DEVICE, incarnation="i1")
+EDGE = NodeAnnounced(
+    node="e1", role=Role.EDGE, incarnation="i2", slots=1, link1_capacity_bps=10_000_000, link2_capacity_bps=4_000_000
+)
+PARTS = Parts(device_s=1.0, link1_s=2.0, edge_s=3.0, link2_s=4.0, cloud_s=5.0)
+PLACE = Placement(
+    kind=Kind.DEVICE_EDGE_CLOUD, edge="e1", cut1=1, cut2=2, cut1_name="conv", cut2_name="pool",
+    link1_bps=6_000_000, link2_bps=3_000_000,
+)  # fmt: skip
+
+
+class Topics:
+    """Writes records as the region would."""
+
+    def __init__(self) -> None:
+        self.view = RegionView()
+        self.offsets = count()
+        self.seq = 0
+        self.clock_ms = 1_000_000
+        self.send(topics.DECISIONS, EpochOpened(region=0, epoch=1, nonce="n", planner="p1", lease_s=5.0))
+
+    def record(self, topic: str, message: Message | bytes) -> Record:
+        value = message if isinstance(message, bytes) else messages.encode(message)
+        return Record(topic, 0, next(self.offsets), self.clock_ms, None, value)
+
+    def send(self, topic: str, message: Message | bytes) -> None:
+        self.view.read(self.record(topic, message))
+
+    def decide(self, now_s: float, *changes: object) -> None:
+        self.seq += 1
+        self.clock_ms = 1_000_000 + round(now_s * 1000)
+        self.send(
+            topics.DECISIONS,
+            Decision(
+                region=0, epoch=1, nonce="n", seq=self.seq, now_s=now_s, inputs={}, changes=changes, ledger_hash="h"
+            ),
+        )  # fmt: skip
+
+
+def admitted(name: str, device: str = "d1") -> Admitted:
+    return Admitted(task=TaskSubmitted(task_id=name, device=device, model="toy", samples=5, input=SeedInput(seed=1)))
+
+
+def placed(name: str, start_s: float, now_s: float, placement: Placement = PLACE, attempt: int = 1) -> Placed:
+    return Placed(
+        task_id=name, attempt=attempt, device="d1", model="toy", sha256="0" * 64, samples=5, policy="deepar",
+        objective=Objective.PIPELINED, execution=Execution.STREAMING, placement=placement, start_s=start_s,
+        wait_s=start_s - now_s, delay_s=15.0, parts=PARTS,
+    )  # fmt: skip
+
+
+def start(name: str, at_s: float, attempt: int = 1) -> Start:
+    return Start(task_id=name, attempt=attempt, device="d1", at_s=at_s)
+
+
+def completed(name: str) -> Ended:
+    return Ended(task_id=name, attempt=1, state=TaskState.COMPLETED, measured=PARTS, delay_s=14.5)
+
+
+@pytest.fixture
+def region() -> Topics:
+    made = Topics()
+    made.decide(0.0, NodeJoined(node=DEVICE), NodeJoined(node=EDGE))
+    return made
+
+
+def test_links_and_slots_fill_with_what_runs_and_empty_at_its_end(region: Topics) -> None:
+    view = region.view
+    region.decide(1.0, admitted("t1"), placed("t1", 1.0, 1.0))
+    assert view.link("e1", 1).granted_bps == 0, "scheduled holds nothing yet"
+    region.decide(1.0, start("t1", 1.0))
+    assert view.link("e1", 1).granted == {"t1": 6_000_000}
+    assert view.link("e1", 2).share == pytest.approx(0.75)
+    assert view.slot_holders("e1") == ["t1"]
+    assert view.flow() == dict.fromkeys(region_view.STATIONS, 1)
+    region.decide(15.5, completed("t1"))
+    assert (view.link("e1", 1).granted, view.slot_holders("e1")) == ({}, [])
+    assert view.ended[TaskState.COMPLETED] == 1
+    assert view.tasks["t1"].delay_s == 14.5
+    assert report(view)["delay_s"]["mean"] == pytest.approx(14.5)
+
+
+def test_a_relayed_task_takes_no_slot(region: Topics) -> None:
+    relayed = PLACE.model_copy(update={"kind": Kind.DEVICE_CLOUD, "cut2": 1})
+    region.decide(1.0, admitted("t1"), placed("t1", 1.0, 1.0, relayed), start("t1", 1.0))
+    assert region.view.slot_holders("e1") == []
+    assert region.view.link("e1", 2).granted_bps == 3_000_000
+
+
+def test_a_waiting_task_names_what_it_lacks(region: Topics) -> None:
+    region.decide(1.0, admitted("t1"), placed("t1", 1.0, 1.0), start("t1", 1.0))
+    region.decide(2.0, admitted("t2"), placed("t2", 16.0, 2.0))
+    region.decide(2.0, admitted("t3", "d9"))
+    view = region.view
+    assert view.waits_for(view.tasks["t2"]) == (
+        "a slot of e1 (held by t1) and 6 Mbps of link 1 of e1 (4 Mbps free) and 3 Mbps of link 2 of e1 (1 Mbps free)"
+    )
+    assert view.waits_for(view.tasks["t3"]) == "d9 to join"
+    assert view.waits_for(view.tasks["t1"]) == ""
+    region.decide(3.0, completed("t1"))
+    assert view.waits_for(view.tasks["t2"]) == "its turn on e1, after tasks placed before it"
+
+
+def test_a_lost_node_and_another_attempt(region: Topics) -> None:
+    region.decide(1.0, admitted("t1"), placed("t1", 1.0, 1.0), start("t1", 1.0))
+    region.decide(
+        5.0,
+        NodeLost(node="e1", incarnation="i2", cause="lease_expired"),
+        Retried(task_id="t1", attempt=2, cause="node_lost"),
+    )
+    task = region.view.tasks["t1"]
+    assert region.view.nodes["e1"].standing == "lost"
+    assert (task.state, task.attempt, task.placement) == (TaskState.WAITING, 2, None)
+    assert region.view.link("e1", 1).granted_bps == 0
+
+
+def test_records_that_do_not_count_change_nothing(region: Topics) -> None:
+    before = region.view.version
+    stale = Decision(
+        region=0, epoch=1, nonce="other", seq=2, now_s=9.0, inputs={}, changes=(admitted("t9"),), ledger_hash="h"
+    )
+    region.send(topics.DECISIONS, stale)
+    region.send(topics.EVENTS, b"{ no json")
+    region.send(topics.NODES, b"\xff\xff")
+    assert region.view.version == before
+    assert "t9" not in region.view.tasks
+    assert (region.view.log.dropped, region.view.unreadable) == (1, 2)
+
+
+def test_time_goes_on_with_the_planners_heartbeats(region: Topics) -> None:
+    region.decide(7.0, admitted("t1"))
+    region.clock_ms += 2500
+    region.send(topics.DECISIONS, PlannerHeartbeat(region=0, epoch=1, nonce="n"))
+    assert region.view.now_s == pytest.approx(9.5)
+
+
+def test_an_announced_node_is_not_yet_joined_and_heartbeats_do_not_grow_the_version(region: Topics) -> None:
+    region.send(topics.NODES, NodeAnnounced(node="e2", role=Role.EDGE, incarnation="i3", slots=1))
+    assert region.view.nodes["e2"].standing == "announced"
+    region.send(topics.NODES, EDGE)
+    assert region.view.nodes["e1"].standing == "joined"
+    before = region.view.version
+    region.send(topics.EVENTS, NodeHeartbeat(node="e1", incarnation="i2"))
+    assert region.view.version == before
+    assert region.view.nodes["e1"].heard_ms == region.clock_ms
+
+
+def test_a_failure_that_a_stage_reports_becomes_a_line(region: Topics) -> None:
+    region.send(topics.EVENTS, TaskFailed(task_id="t1", attempt=1, node="e1", cause="bad_frame"))
+    assert (region.view.lines[-1].who, region.view.lines[-1].what) == ("t1", "failed")
+
+
+def test_memory_is_bounded(region: Topics, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(region_view, "KEEP_ENDED", 3)
+    for number in range(10):
+        region.decide(
+            float(number), admitted(f"t{number}"), placed(f"t{number}", number, number), start(f"t{number}", number)
+        )
+        region.decide(number + 0.5, completed(f"t{number}"))
+    assert list(region.view.tasks) == ["t7", "t8", "t9"]
+    assert report(region.view)["counts"]["COMPLETED"] == 10
+    # an id that is used again while its first task is still shown
+    region.decide(20.0, admitted("t8"))
+    region.decide(21.0, admitted("t10"), completed("t10"))
+    region.decide(22.0, admitted("t11"), completed("t11"))
+    assert region.view.tasks["t8"].state is TaskState.WAITING
+
+
+def test_a_report_since_a_version_holds_only_what_changed(region: Topics) -> None:
+    region.decide(1.0, admitted("t1"), admitted("t2"))
+    first = report(region.view)
+    region.decide(2.0, placed("t1", 2.0, 2.0))
+    later = report(region.view, since=first["version"], lines_since=first["last_line"])
+    assert [task["task_id"] for task in later["tasks"]] == ["t1"]
+    assert [line["what"] for line in later["lines"]] == ["placed #1"]
+    assert changed_tasks(region.view, region.view.version) == []
+
+
+def test_a_run_played_again_keeps_each_topics_order() -> None:
+    def record(topic: str, offset: int, at_ms: int) -> Record:
+        return Record(topic, 0, offset, at_ms, None, b"")
+
+    mixed = [record("a", 0, 100), record("a", 1, 50), record("a", 2, 120), record("b", 0, 110), record("b", 1, 115)]
+    assert [(r.topic, r.offset) for r, _ in in_order(mixed)] == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2)]
+
+
+def shown(view: RegionView, rows: int) -> str:
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(screen(view, rows=rows))
+    return capture.get()
+
+
+def test_names_on_the_screen_are_text_and_not_markup(region: Topics) -> None:
+    detail = "[red]boo[/] [link=http://x]"
+    region.send(topics.EVENTS, TaskFailed(task_id="t1", attempt=1, node="e1", cause="x", detail=detail))
+    assert detail in shown(region.view, 30)
+
+
+@pytest.mark.parametrize("rows", [26, 40, 60])
+def test_the_screen_fits_its_rows(region: Topics, rows: int) -> None:
+    for number in range(60):
+        region.decide(1.0, admitted(f"t{number}"), placed(f"t{number}", 5.0, 1.0))
+    for number in range(30):
+        region.decide(2.0, start(f"t{number}", 2.0))
+    lines = shown(region.view, rows).splitlines()
+    assert rows * 0.8 <= len(lines) <= rows, "\n".join(lines)
