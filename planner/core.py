@@ -619,7 +619,11 @@ class PlannerCore:
         """Apply a recorded decision. Whoever folds compares `state_hash` with the record's."""
         for change in decision.changes:
             self.apply(change, decision.now_s)
-        self.now_s = max(self.now_s, decision.now_s)
+        self.settled(decision.now_s)
+
+    def settled(self, now: float) -> None:
+        """All changes of a record have been applied: nothing of them is left to be walked."""
+        self.now_s = max(self.now_s, now)
         self._changed_edges.clear()
         self._changed_devices.clear()
 

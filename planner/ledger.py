@@ -147,13 +147,10 @@ class Timeline:
             and min(self.free2[first:last]) >= link2_bps
         )
 
-    def lacking(self, slots: int, link1_bps: int, link2_bps: int) -> list[int]:
-        """Indices of the steps in which so much is not free, ascending."""
-        return [
-            i
-            for i, (free, free1, free2) in enumerate(zip(self.slots, self.free1, self.free2, strict=True))
-            if free < slots or free1 < link1_bps or free2 < link2_bps
-        ]
+    def at(self, at_s: float) -> tuple[int, int, int]:
+        """What is free at an instant: slots, link 1, link 2."""
+        i = bisect_right(self.times, at_s) - 1
+        return self.slots[i], self.free1[i], self.free2[i]
 
     def _cut(self, at_s: float) -> int:
         """The index of a breakpoint at `at_s`, made if need be."""

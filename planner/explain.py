@@ -1,0 +1,225 @@
+"""Why a task got what it got, from the decision record alone.
+
+The records before the decision are folded into a core, the decision's own changes up to the placement on top of it; then
+Algorithm 1 is asked for the best start of *every* pair of edge and family, not only for the winner. Nothing that the planner
+knew is missing from the records, so nothing has to be guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from bus.errors import UnknownNameError
+from bus.messages import Admitted, Decision, Ended, Moved, Overran, Placed, Retried, Start, TaskSubmitted
+from bus.values import Kind, Placement
+from planner.algorithm import Algorithm, Choice, EdgeOption, Request
+from planner.core import PlannerCore
+from planner.policies import BUILT_IN, Restriction
+from planner.search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One pair of edge and family, at its best start."""
+
+    placement: Placement | None  # None where there is no start at all
+    edge: str | None
+    family: str  # in the paper's words
+    start_in_s: float | None  # delta_t
+    delay_s: float | None  # w
+    lacked: str  # what it had not at once, or why it cannot be; empty where it could start now with all it wants
+    chosen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Everything that can be said about one task."""
+
+    task_id: str
+    state: str  # the last state that the records show
+    decided: Placed | None  # the last placement; None: never placed
+    decided_at_s: float | None  # ledger time of it
+    candidates: tuple[Candidate, ...]  # best first; empty without a placement
+    waited_for: tuple[str, ...]  # what its start waited for, in words
+    story: tuple[str, ...]  # what happened to it since it was submitted, in order
+
+
+_FAMILIES = {
+    DEVICE: "device",
+    DEVICE_EDGE: "device+edge",
+    DEVICE_CLOUD: "device+cloud",
+    ALL_THREE: "device+edge+cloud",
+}
+
+
+def explain(decisions: Iterable[Decision], task_id: str, core: PlannerCore | None = None) -> Explanation:
+    """Fold `decisions` (of one region, from the first or from the state of `core` on) and explain a task.
+
+    Raises `UnknownNameError` when the records do not know the task.
+    """
+    core = PlannerCore() if core is None else core
+    submitted: TaskSubmitted | None = core.tasks[task_id].submitted if task_id in core.tasks else None
+    state = core.tasks[task_id].state.value if task_id in core.tasks else ""
+    placed: Placed | None = None
+    placed_at_s: float | None = None
+    candidates: tuple[Candidate, ...] = ()
+    waited_for: tuple[str, ...] = ()
+    story: list[str] = []
+    for decision in decisions:
+        if core.region != decision.region:
+            core.region = decision.region
+        for change in decision.changes:
+            if isinstance(change, Placed) and change.task_id == task_id and submitted is not None:
+                candidates = _candidates(core, submitted, change, decision.now_s)
+                waited_for = _waited_for(core, change)
+                placed, placed_at_s = change, decision.now_s
+            core.apply(change, decision.now_s)
+            if isinstance(change, Admitted) and change.task.task_id == task_id:
+                submitted = change.task
+                story.append(f"{decision.now_s:.3f} s: admitted")
+            elif getattr(change, "task_id", None) == task_id:
+                line = _line(change)
+                if line:
+                    story.append(f"{decision.now_s:.3f} s: {line}")
+        core.settled(decision.now_s)
+        task = core.tasks.get(task_id)
+        ended = core.ended.get(task_id)
+        state = task.state.value if task is not None else ended.value if ended is not None else state
+    if submitted is None:
+        raise UnknownNameError(f"no decision is about a task called {task_id}")
+    return Explanation(task_id, state, placed, placed_at_s, candidates, waited_for, tuple(story))
+
+
+def _candidates(core: PlannerCore, submitted: TaskSubmitted, placed: Placed, now: float) -> tuple[Candidate, ...]:
+    core.objective = placed.objective
+    request = core.request(submitted)
+    if not isinstance(request, Request):
+        return ()
+    policy = BUILT_IN.get(placed.policy)
+    rules = policy if isinstance(policy, Restriction) else Restriction(placed.policy)
+    found = [_candidate(request, None, DEVICE, rules, placed, now)]
+    found += [
+        _candidate(request, option, family, rules, placed, now)
+        for option in request.edges
+        for family in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE)
+    ]
+    far = float("inf")
+    found.sort(key=lambda c: (not c.chosen, far if c.delay_s is None else (c.start_in_s or 0.0) + c.delay_s))
+    return tuple(found)
+
+
+def _candidate(
+    request: Request, option: EdgeOption | None, family: int, rules: Restriction, placed: Placed, now: float
+) -> Candidate:
+    edge = None if option is None else option.account.name
+    alone = replace(request, edges=() if option is None else (option,))
+    algorithm = Algorithm(alone, now)
+    choice = algorithm.best({family}, device_computes=rules.device_computes, delayed=rules.delayed)
+    allowed = family in rules.families
+    lacked = _lacked(algorithm, option, family, rules, choice) if allowed else f"{rules.name} does not use it"
+    if choice is None:
+        return Candidate(None, edge, _FAMILIES[family], None, None, lacked, chosen=False)
+    placement = placement_of(request, choice)
+    return Candidate(
+        placement=placement,
+        edge=edge,
+        family=_FAMILIES[family],
+        start_in_s=choice.start_s - now,
+        delay_s=choice.delay_s,
+        lacked=lacked,
+        chosen=allowed and placement == placed.placement,
+    )
+
+
+def placement_of(request: Request, choice: Choice) -> Placement:
+    """A choice as messages carry it."""
+    row = request.device_row
+    return Placement(
+        kind=Kind.of(choice.cut1, choice.cut2, row.layers),
+        edge=choice.edge,
+        cut1=choice.cut1,
+        cut2=choice.cut2,
+        cut1_name=row.names[choice.cut1 - 1] if choice.cut1 else "input",
+        cut2_name=row.names[choice.cut2 - 1] if choice.cut2 else "input",
+        link1_bps=choice.link1_bps,
+        link2_bps=choice.link2_bps,
+    )
+
+
+def _lacked(
+    algorithm: Algorithm, option: EdgeOption | None, family: int, rules: Restriction, choice: Choice | None
+) -> str:
+    """What this pair had not at `now`: a slot, bandwidth, the device; or why it can never be."""
+    request, now = algorithm.request, algorithm.now
+    device_busy = request.device is not None and not request.device.free(now, now)
+    lacks: list[str] = []
+    if option is None:
+        if not rules.device_computes:
+            return f"{rules.name} does not use it"
+        return "the device computes another task" if device_busy else ""
+    account, timeline = option.account, option.account.timeline
+    if family != DEVICE_CLOUD and option.search.costs.edge is None:
+        return "the edge does not run the model"
+    if family != DEVICE_EDGE and option.search.costs.cloud is None:
+        return "no cloud runs the model"
+    slots, free1, free2 = timeline.at(now)
+    if family != DEVICE_CLOUD and slots < 1:
+        lacks.append(f"a slot ({account.slots} taken)" if account.slots else "a slot (it has none)")
+    if free1 < option.max_link1_bps:
+        lacks.append(f"bandwidth on link 1 ({_mbps(free1)} free of {_mbps(option.max_link1_bps)} wanted)")
+    if family != DEVICE_EDGE and free2 < option.max_link2_bps:
+        lacks.append(f"bandwidth on link 2 ({_mbps(free2)} free of {_mbps(option.max_link2_bps)} wanted)")
+    if choice is not None and choice.cut1 == 0 and device_busy and rules.device_computes:
+        lacks.append("the device, which computes another task")
+    if choice is None and not lacks:
+        lacks.append("allowed cuts" if option.max_link1_bps else "any bandwidth on link 1")
+    if not lacks and choice is not None:
+        free = algorithm.at(option, family, now, device_computes=rules.device_computes)
+        if free is None:
+            lacks.append("room for the whole of its time beside what is scheduled")
+        elif (free.link1_bps, free.link2_bps) < (
+            option.max_link1_bps,
+            0 if family == DEVICE_EDGE else option.max_link2_bps,
+        ):
+            lacks.append("its full bandwidth for the whole of its time")
+    return "; ".join(lacks)
+
+
+def _waited_for(core: PlannerCore, placed: Placed) -> tuple[str, ...]:
+    """Whose ends the start was put at."""
+    if placed.wait_s <= 0:
+        return ()
+    found = []
+    for task_id, r in sorted(core.ledger.reservations.items()):
+        if r.end_s != placed.start_s:
+            continue
+        if r.edge is not None and r.edge == placed.placement.edge:
+            found.append(f"{task_id} to end on {r.edge}")
+        elif r.device is not None and r.device == placed.device:
+            found.append(f"{task_id} to end on {r.device}")
+    return tuple(found)
+
+
+def _line(change: object) -> str:
+    """A change as a line of the task's story."""
+    if isinstance(change, Placed):
+        where = change.placement
+        through = f" through {where.edge}" if where.edge else ""
+        wait = f", to start in {change.wait_s:.3f} s" if change.wait_s else ""
+        return f"attempt {change.attempt} placed on {where.kind}{through}{wait}, {change.delay_s:.3f} s predicted"
+    if isinstance(change, Start):
+        return f"attempt {change.attempt} starts"
+    if isinstance(change, Moved):
+        return f"start moved by {change.to_s - change.from_s:+.3f} s"
+    if isinstance(change, Overran):
+        return "overruns its predicted end"
+    if isinstance(change, Retried):
+        return f"taken back ({change.cause}{': ' + change.detail if change.detail else ''}); attempt {change.attempt} follows"
+    if isinstance(change, Ended):
+        return " ".join(word for word in (change.state.value, change.cause, change.detail) if word)
+    return ""
+
+
+def _mbps(bps: int) -> str:
+    return f"{bps / 1e6:.3g} Mbit/s"
