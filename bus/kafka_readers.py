@@ -213,10 +213,14 @@ class KafkaReader:
         if stuck and not self._closed:
             self._behind = {}
             self.restarts += 1
+            await self._let_go()
             consumer, self._consumer = self._consumer, None
             if consumer is not None:
                 await _finish(consumer)
             await self.open()
+
+    async def _let_go(self) -> None:
+        """Before the consumer is replaced."""
 
     def _what(self) -> str:
         return ", ".join(sorted({topic for topic, _ in self._positions})) or "Kafka"
@@ -311,6 +315,9 @@ class KafkaMember(KafkaReader):
         self._raise_error()
         return fetched
 
+    async def _let_go(self) -> None:
+        await self.revoked()
+
     async def _refresh(self) -> None:
         if self._reading.is_set():
             await super()._refresh()
@@ -336,6 +343,8 @@ class KafkaMember(KafkaReader):
 
     async def assigned(self, consumer: AIOKafkaConsumer, partitions: list[KafkaPartition]) -> None:
         """These partitions are ours, and read on from what was committed."""
+        if self._closed:
+            return
         consumer.pause(*partitions)  # nothing is read before the callback has returned
         self._held = frozenset((partition.topic, partition.partition) for partition in partitions)
         try:

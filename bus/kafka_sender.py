@@ -210,4 +210,9 @@ async def _cut_off(producer: AIOKafkaProducer) -> None:
             await producer.client.close()
     if sending is not None:
         await asyncio.wait([sending], timeout=1.0)
-    producer._message_accumulator.fail_all(ProducerClosed())
+    accumulator = producer._message_accumulator
+    # Batches that wait for another try have left this set, and their callbacks look for them there.
+    accumulator._pending_batches.update(
+        batch for batches in accumulator._batches.values() for batch in batches if batch.retry_count
+    )
+    accumulator.fail_all(ProducerClosed())

@@ -109,6 +109,7 @@ async def measure(
     generator = random.Random(seed)
     async with AsyncExitStack() as stack:
         name = f"deepar.bench.{os.getpid()}.{seed}"
+        stack.push_async_callback(_delete_topics, connection, [f"{name}.bare", f"{name}.framed"])  # last of all
         ours: Way
         bare: Way
         if connection is not None:
@@ -117,7 +118,6 @@ async def measure(
         else:
             bare = _Queue()
             ours = await stack.enter_async_context(_Framed(MemoryBus(), f"{name}.framed"))
-        stack.push_async_callback(_delete_topics, connection, [f"{name}.bare", f"{name}.framed"])
         progress("warming up")
         small = _payload(STREAM_SAMPLE_BYTES)
         for way in (bare, ours):

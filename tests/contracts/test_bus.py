@@ -620,7 +620,7 @@ async def test_members_come_and_go_and_nothing_is_lost(place: Place) -> None:
 async def test_a_broker_killed_in_the_middle_of_a_stream_loses_nothing_acknowledged(kafka_own: OwnBroker) -> None:
     """G6: 2,000 records, SIGKILL after 700 of them, the same data started again; no operator touches the bus."""
     topic = "contract.restart"
-    connection = KafkaConnection(bootstrap_servers=kafka_own.bootstrap)
+    connection = KafkaConnection(bootstrap_servers=kafka_own.bootstrap, delivery_timeout_s=120.0)
     acknowledged: dict[int, int] = {}  # offset -> number
     received: list[Record] = []
     in_group: set[int] = set()
@@ -656,7 +656,7 @@ async def test_a_broker_killed_in_the_middle_of_a_stream_loses_nothing_acknowled
             await asyncio.to_thread(kafka_own.start)
             return asyncio.get_running_loop().time()
 
-        async with asyncio.timeout(90), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(150), asyncio.TaskGroup() as group:
             broken = group.create_task(break_it())
             group.create_task(produce())
             reading = group.create_task(consume())

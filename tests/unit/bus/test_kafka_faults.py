@@ -131,6 +131,27 @@ async def test_a_consumer_that_is_stuck_is_replaced(bus: KafkaBus) -> None:
     assert reader.restarts == 1
 
 
+async def test_a_member_that_is_stuck_lets_go_and_joins_again(bus: KafkaBus) -> None:
+    topic = name()
+    await bus.create_topics([TopicSpec(topic, 1)])
+    told: list[str] = []
+
+    async def assigned(partitions: object) -> None:
+        told.append("assigned")
+
+    async def revoked(partitions: object) -> None:
+        told.append("revoked")
+
+    member = await bus.join([topic], group=topic, on_assigned=assigned, on_revoked=revoked)
+    await bus.send(topic, b"first")
+    assert len(await read(member, 1)) == 1
+    await member.commit({(topic, 0): 1})
+    member._consumer.pause(KafkaPartition(topic, 0))
+    await bus.send(topic, b"second")
+    assert [record.value for record in await read(member, 1)] == [b"second"]
+    assert told == ["assigned", "revoked", "assigned"]
+
+
 async def test_a_reader_that_has_nothing_to_read_is_not_stuck(bus: KafkaBus) -> None:
     topic = name()
     await bus.create_topics([TopicSpec(topic, 1)])
