@@ -19,6 +19,7 @@ from bus.values import Execution, ModelProfile, Objective, Role
 from deploy.probes import Health, serve_probes
 from deploy.process import until_stopped
 from planner.core import PlannerCore
+from planner.profiles import load_profile
 from planner.service import PlannerService, Standing
 from stages.compute import LitertRunner
 from stages.device import Device, ResultSink
@@ -76,8 +77,6 @@ def make_runner(
     stretches them. Raises `UnknownNameError`, `ModelError`, `ConfigError`.
     """
     if runner == "modelled" and profile is not None:
-        from planner.profiles import load_profile
-
         platform = load_profile(profile)
         known = {played.model: played for played in getattr(platform, role.value).values()}
         missing = [model for model in models if model not in known]
