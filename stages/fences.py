@@ -58,10 +58,13 @@ class Fences:
         """Whether work on this attempt is for nobody."""
         return task_id in self._ended or attempt < self._attempt.get(task_id, 0)
 
-    def restore(self, task: dict[str, Any]) -> None:
-        """Take over one live task from a planner's snapshot: its submission, placement and attempt."""
-        submitted = TaskSubmitted.model_validate(task["submitted"])
-        self.tasks[submitted.task_id] = submitted
-        self._attempt[submitted.task_id] = int(task["attempt"])
-        if task.get("placed"):
-            self.placed[submitted.task_id] = Placed.model_validate(task["placed"])
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what a planner's snapshot tells: of live tasks submission, placement and attempt; which ones are over."""
+        for task in state.get("tasks", []):
+            submitted = TaskSubmitted.model_validate(task["submitted"])
+            self.tasks[submitted.task_id] = submitted
+            self._attempt[submitted.task_id] = int(task["attempt"])
+            if task.get("placed"):
+                self.placed[submitted.task_id] = Placed.model_validate(task["placed"])
+        for task_id, _ in state.get("ended", []):
+            self._ended[task_id] = None

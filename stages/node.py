@@ -162,8 +162,7 @@ class Node:
         start = {where: begin.offset + 1} if begin else {where: 0}
         if begin:
             self._decisions = DecisionLog(epoch=begin.epoch, nonce=begin.nonce, seq=begin.seq)
-            for task in begin.state.get("tasks", []):
-                self.fences.restore(task)
+            self.fences.restore(begin.state)
         reader = await self.bus.reader([where], start=start)
         while await reader.lag():
             for record in await reader.fetch(timeout_s=0.2):

@@ -99,9 +99,13 @@ class Outlet:
 
     async def run(self) -> None:
         """Send until cancelled. Raises only for bugs; a bus that fails is tried again."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._send_all())
-            group.create_task(self._await_all())
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._send_all())
+                group.create_task(self._await_all())
+        finally:
+            for sent in self._sent:
+                _forget(sent.acknowledgement)
 
     async def _send_all(self) -> None:
         while True:
