@@ -110,6 +110,7 @@ class Line:
 class LinkUse:
     """What running tasks hold of a link."""
 
+    number: Literal[1, 2]
     capacity_bps: int
     granted: dict[str, int] = field(default_factory=dict)  # task -> bits/s
 
@@ -307,7 +308,7 @@ class RegionView:
             if (placement := task.placement) is not None and placement.edge == edge:
                 granted[task.task_id] = placement.link1_bps if number == 1 else placement.link2_bps
         capacity_bps = node.link1_capacity_bps if number == 1 else node.link2_capacity_bps
-        return LinkUse(capacity_bps, {task: bps for task, bps in sorted(granted.items()) if bps})
+        return LinkUse(number, capacity_bps, {task: bps for task, bps in sorted(granted.items()) if bps})
 
     def tasks_on(self, node: NodeView) -> list[str]:
         """The running tasks that a node has to do with."""
@@ -334,21 +335,38 @@ class RegionView:
             return (
                 f"{task.device} to join" if known is None or known.standing != "joined" else "a place that can run it"
             )
-        if task.state is not TaskState.SCHEDULED or (place := task.placement) is None or place.edge is None:
+        if task.state is not TaskState.SCHEDULED or (place := task.placement) is None:
             return ""
-        if place.edge not in self.nodes:
-            return f"{place.edge} to join"
         lacking = []
-        holders = self.slot_holders(place.edge)
-        slots = self.nodes[place.edge].announced.slots
-        if place.uses_slot and len(holders) >= slots:
-            more = f" and {len(holders) - NAMED} more" if len(holders) > NAMED else ""
-            lacking.append(f"a slot of {place.edge} (held by {', '.join(holders[:NAMED])}{more})")
-        for number, wanted_bps in ((1, place.link1_bps), (2, place.link2_bps)):
-            use = self.link(place.edge, 1 if number == 1 else 2)
-            free_bps = max(0, use.capacity_bps - use.granted_bps)
+        if place.cut1 > 0 and (busy := self._computing(task.device)):
+            lacking.append(f"{task.device} to finish {_names(busy)}")
+        if place.edge is not None:
+            lacking += self._lacking_at(place, place.edge)
+        return (
+            " and ".join(lacking)
+            or f"its turn{f' on {place.edge}' if place.edge else ''}, after tasks placed before it"
+        )
+
+    def _computing(self, device: str) -> list[str]:
+        """The tasks that compute on a device: it takes one at a time."""
+        return sorted(t.task_id for t in self._running.values() if t.device == device and (p := t.placement) and p.cut1)
+
+    def _lacking_at(self, place: Placement, edge: str) -> list[str]:
+        if edge not in self.nodes:
+            return [f"{edge} to join"]
+        lacking = []
+        holders = self.slot_holders(edge)
+        if place.uses_slot and len(holders) >= self.nodes[edge].announced.slots:
+            lacking.append(f"a slot of {edge} (held by {_names(holders)})")
+        for link, wanted_bps in ((self.link(edge, 1), place.link1_bps), (self.link(edge, 2), place.link2_bps)):
+            free_bps = max(0, link.capacity_bps - link.granted_bps)
             if wanted_bps > free_bps:
                 lacking.append(
-                    f"{format_rate(wanted_bps)} of link {number} of {place.edge} ({format_rate(free_bps)} free)"
+                    f"{format_rate(wanted_bps)} of link {link.number} of {edge} ({format_rate(free_bps)} free)"
                 )
-        return " and ".join(lacking) or f"its turn on {place.edge}, after tasks placed before it"
+        return lacking
+
+
+def _names(tasks: list[str]) -> str:
+    more = f" and {len(tasks) - NAMED} more" if len(tasks) > NAMED else ""
+    return ", ".join(tasks[:NAMED]) + more

@@ -130,12 +130,20 @@ def test_a_waiting_task_names_what_it_lacks(region: Topics) -> None:
     region.decide(2.0, admitted("t3", "d9"))
     view = region.view
     assert view.waits_for(view.tasks["t2"]) == (
-        "a slot of e1 (held by t1) and 6 Mbps of link 1 of e1 (4 Mbps free) and 3 Mbps of link 2 of e1 (1 Mbps free)"
+        "d1 to finish t1 and a slot of e1 (held by t1) and "
+        "6 Mbps of link 1 of e1 (4 Mbps free) and 3 Mbps of link 2 of e1 (1 Mbps free)"
     )
     assert view.waits_for(view.tasks["t3"]) == "d9 to join"
     assert view.waits_for(view.tasks["t1"]) == ""
     region.decide(3.0, completed("t1"))
     assert view.waits_for(view.tasks["t2"]) == "its turn on e1, after tasks placed before it"
+
+
+def test_a_device_computes_one_task_at_a_time(region: Topics) -> None:
+    alone = Placement(kind=Kind.DEVICE, cut1=3, cut2=3, cut1_name="out", cut2_name="out")
+    region.decide(1.0, admitted("t1"), placed("t1", 1.0, 1.0, alone), start("t1", 1.0))
+    region.decide(2.0, admitted("t2"), placed("t2", 16.0, 2.0, alone))
+    assert region.view.waits_for(region.view.tasks["t2"]) == "d1 to finish t1"
 
 
 def test_a_lost_node_and_another_attempt(region: Topics) -> None:
