@@ -23,9 +23,11 @@ from bus.kafka import KafkaConnection
 from bus.units import format_seconds
 from bus.values import Objective
 from deploy.broker import KafkaBroker
+from deploy.log_setup import configure_logging
 from deploy.process import EXIT_MISSED
 from loadgen import compare as compared
 from loadgen import figures, scenario
+from loadgen.figure_check import check_figures
 from loadgen.figure_result import POLICIES, FigureOptions, FigureResult, write_csv
 from loadgen.platforms import platforms
 from loadgen.sweep import Axis, SweepOptions
@@ -197,6 +199,7 @@ def compare(
     a task is at most 10 %.
     """
     log = Console(stderr=True, highlight=False, soft_wrap=True)
+    configure_logging("warning")
     tasks = compared.SCENARIO if scenario_file is None else scenario.read(scenario_file)
     with contextlib.ExitStack() as stack, _progress(log) as tell:
         if bootstrap_servers is None:
@@ -220,6 +223,36 @@ def compare(
         for name, value in numbers.items():
             console.print(f"{name}: {value}", markup=False)
     if not found.agrees:
+        raise typer.Exit(EXIT_MISSED)
+
+
+@app.command()
+def check(
+    devices: Annotated[int, typer.Option(min=1, help="Of Figure 4's settings.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
+    profile: Profile = "paper",
+    as_json: AsJson = False,
+) -> None:
+    """One seed of each figure on the live code in virtual time, against the core-only driver that makes the
+    figures.
+
+    Exit code 99 unless placements are the same and mean delays within a percent.
+    """
+    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    configure_logging("warning")  # in virtual time the shells' own log is noise
+    checks = check_figures(
+        devices=devices, seed=seed, profile=profile, say=lambda line: log.print(line, style="dim", markup=False)
+    )
+    if as_json:
+        print(json.dumps({"seed": seed, "checks": [one.as_row() for one in checks]}))
+    else:
+        table = Table("", "figure", "case", "tasks", "same placement", "mean ratio", "largest error")
+        for one in checks:
+            verdict = "[green]PASS[/]" if one.passed else "[bold red]MISS[/]"
+            numbers = (f"{100 * one.same_placement:.0f} %", f"{one.mean_ratio:.4f}", f"{100 * one.largest_error:.2f} %")
+            table.add_row(verdict, one.figure, one.case, str(one.tasks), *numbers)
+        Console(highlight=False).print(table)
+    if not all(one.passed for one in checks):
         raise typer.Exit(EXIT_MISSED)
 
 

@@ -28,11 +28,11 @@ DOMINATE = 50.0  # percent: more than all else together
 FAR_BELOW = 0.7  # "much lower": at most this share
 
 
-def one_task(platform: Platforms, model: str, policy: str, *, profile: str = "paper") -> Outcome:
+def one_task_scenario(platform: Platforms, model: str, policy: str, *, profile: str = "paper") -> Scenario:
     """One sample of one model, alone on one device, one edge and the cloud, with the links of the one-task
     experiments.
     """
-    scenario = Scenario(
+    return Scenario(
         name="one-task",
         devices=1,
         edges=1,
@@ -49,7 +49,11 @@ def one_task(platform: Platforms, model: str, policy: str, *, profile: str = "pa
         policy=policy,
         profile=profile,
     )
-    return drive(scenario, 0, platform)[0]
+
+
+def one_task(platform: Platforms, model: str, policy: str, *, profile: str = "paper") -> Outcome:
+    """What becomes of that task."""
+    return drive(one_task_scenario(platform, model, policy, profile=profile), 0, platform)[0]
 
 
 def fig1a(options: FigureOptions) -> FigureResult:
