@@ -41,8 +41,6 @@ CHECKPOINT_EVERY = 1000
 SNAPSHOTS_READ = 3
 """So many of the newest snapshots are looked at; of a compacted topic the last record always remains."""
 RETRY_S = 0.5
-CATCH_UP_S = 0.05
-"""Leases are looked at again after this long while inputs stand unread."""
 INPUTS = (topics.NODES, topics.TASKS, topics.EVENTS)
 UNREADABLE = ("undecodable", "oversized", "unknown_version")
 """Why a record on the decisions is a dead letter; others are drafts of a planner that lost the region."""
@@ -117,10 +115,6 @@ class PlannerService:
                 await asyncio.sleep(RETRY_S)
             finally:
                 await reader.close()
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                # A task group that is cancelled while one of its tasks fails reports the failure alone.
-                raise asyncio.CancelledError
 
     # --- standing by -------------------------------------------------------------------------------------------------
 
@@ -256,14 +250,18 @@ class PlannerService:
         self.core.restart_leases(self.now_s())
         self.standing = Standing.LEADING
         self.log.info("leading", epoch=self._log.epoch, seq=self._log.seq, tasks=self.core.live_tasks)
+        # A task of its own: a task group that is cancelled while one of its tasks fails reports the failure alone, and the
+        # cancellation would be lost.
+        leading = asyncio.create_task(self._lead_until_deposed(reader), name=f"{self.name}: leading")
         try:
-            await self._lead_until_deposed(reader)
+            await asyncio.wait({leading})
         except asyncio.CancelledError:
-            with contextlib.suppress(BusError, TimeoutError):
-                async with asyncio.timeout(1.0):
-                    left = PlannerLeft(region=self.region, epoch=self._log.epoch, nonce=self._nonce)
-                    await self._send(topics.DECISIONS, left)
+            leading.cancel()
+            await asyncio.wait({leading})
+            if leading.cancelled() or leading.exception() is None:
+                await self._leave()
             raise
+        leading.result()
 
     async def _lead_until_deposed(self, reader: Reader) -> None:
         try:
@@ -276,6 +274,14 @@ class PlannerService:
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]
             raise first from None
+
+    async def _leave(self) -> None:
+        """Say that the region is free, where that can be said quickly."""
+        with contextlib.suppress(BusError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._send(
+                    topics.DECISIONS, PlannerLeft(region=self.region, epoch=self._log.epoch, nonce=self._nonce)
+                )
 
     async def _send(self, topic: str, message: Message) -> Position:
         return await self.bus.send(topic, messages.encode(message), key=str(self.region), partition=self.region)

@@ -1,0 +1,257 @@
+"""Planners that can be killed or frozen between any two steps, and puppets that answer them; all on virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bus import messages, topics
+from bus.decisions import DecisionLog
+from bus.errors import BusError
+from bus.memory import MemoryBroker, MemoryBus
+from bus.messages import Decision, NodeAnnounced, Start, TaskCompleted, TaskSubmitted
+from bus.port import Position, Reader, Record
+from bus.topics import Partitions
+from bus.values import Parts, Role
+from planner.core import PlannerCore
+from planner.service import PlannerService
+from tests.decision_story import Story, read_story
+from tests.sim.world import profile, task
+
+FOREVER_S = 1e6
+"""A node's lease, where leases are not what is tried."""
+
+
+class FragileBus:
+    """A planner's connection: it counts what passes, before and after each call, and can end or stop the process there."""
+
+    def __init__(self, broker: MemoryBroker, name: str, *, fuse: int | None = None) -> None:
+        self.inner = MemoryBus(broker, name)
+        self.name = self.inner.name
+        self.fuse = fuse  # dies at this step
+        self.steps = 0
+        self.died = asyncio.Event()
+        self._runs = asyncio.Event()
+        self._runs.set()
+        self.sees = asyncio.Event()  # cleared: no decisions can be read, though everything can be written
+        self.sees.set()
+
+    async def step(self) -> None:
+        self.steps += 1
+        if self.steps == self.fuse and not self.died.is_set():
+            self.kill()
+        if self.died.is_set():
+            await asyncio.get_running_loop().create_future()  # the dead do not go on
+        await self._runs.wait()
+
+    def kill(self) -> None:
+        self.died.set()
+        self.inner.kill()
+
+    def freeze(self) -> None:
+        self._runs.clear()
+
+    def thaw(self) -> None:
+        self._runs.set()
+
+    async def around(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        await self.step()
+        result = await call()
+        await self.step()
+        return result
+
+    async def __aenter__(self) -> FragileBus:
+        await self.inner.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if not self.died.is_set():
+            await self.inner.__aexit__(*exc)
+
+    async def end_offsets(self, topic: str) -> dict[int, int]:
+        return await self.around(lambda: self.inner.end_offsets(topic))
+
+    async def partitions(self, topic: str) -> int:
+        return await self.inner.partitions(topic)
+
+    async def post(self, topic: str, value: bytes, **more: Any) -> Awaitable[Position]:
+        return await self.around(lambda: self.inner.post(topic, value, **more))
+
+    async def send(self, topic: str, value: bytes, **more: Any) -> Position:
+        return await self.around(lambda: self.inner.send(topic, value, **more))
+
+    async def reader(self, partitions: Iterable[tuple[str, int]], *, start: Any) -> Reader:
+        wanted = list(partitions)
+        blinds = any(topic == topics.DECISIONS for topic, _ in wanted)
+        return FragileReader(self, await self.around(lambda: self.inner.reader(wanted, start=start)), blinds)
+
+    async def join(self, names: Iterable[str], **more: Any) -> Any:
+        return await self.inner.join(names, **more)
+
+
+class FragileReader:
+    """A reader of a `FragileBus`."""
+
+    def __init__(self, bus: FragileBus, inner: Reader, blinds: bool) -> None:
+        self._bus, self._inner, self._blinds = bus, inner, blinds
+
+    async def fetch(self, *, max_records: int = 500, timeout_s: float = 1.0) -> list[Record]:
+        records = await self._bus.around(lambda: self._inner.fetch(max_records=max_records, timeout_s=timeout_s))
+        if self._blinds:
+            await self._bus.sees.wait()
+        return records
+
+    def position(self, partition: tuple[str, int]) -> int:
+        return self._inner.position(partition)
+
+    async def seek(self, partition: tuple[str, int], offset: int) -> None:
+        await self._inner.seek(partition, offset)
+
+    async def lag(self) -> int:
+        return await self._bus.around(self._inner.lag)
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+
+@dataclass
+class Process:
+    """A planner as if in a process of its own."""
+
+    bus: FragileBus
+    service: PlannerService
+    task: asyncio.Task[None] = field(init=False)
+
+    async def run(self) -> None:
+        async with self.bus:
+            await self.service.run()
+
+    async def kill(self) -> None:
+        """As by SIGKILL."""
+        self.bus.kill()
+        await self.stop()
+
+    async def stop(self) -> None:
+        """As by SIGTERM. Raises what the planner failed of."""
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+
+
+@dataclass
+class Town:
+    """A region without planners, and what is needed to start some."""
+
+    broker: MemoryBroker
+    bus: MemoryBus  # of everybody else
+    region: int = 0
+    processes: list[Process] = field(default_factory=list)
+
+    def core(self) -> PlannerCore:
+        return PlannerCore(self.region)
+
+    def start(self, name: str = "p", *, fuse: int | None = None, lease_s: float = 1.0, **more: Any) -> Process:
+        bus = FragileBus(self.broker, name, fuse=fuse)
+        service = PlannerService(bus, self.core, name=name, region=self.region, lease_s=lease_s, **more)
+        process = Process(bus, service)
+        process.task = asyncio.get_running_loop().create_task(process.run(), name=name)
+        self.processes.append(process)
+        return process
+
+    async def story(self, log: DecisionLog | None = None) -> Story:
+        return await read_story(self.bus, self.core, region=self.region, log=log)
+
+    async def tell(self, topic: str, message: messages.Message, key: str) -> None:
+        while True:
+            try:
+                await self.bus.send(topic, messages.encode(message), key=key, partition=self.region)
+            except BusError:
+                await asyncio.sleep(0.1)
+            else:
+                return
+
+    async def announce(self, devices: Sequence[str] = ("d1", "d2", "d3"), lease_s: float = FOREVER_S) -> None:
+        """The nodes of the toy world: two edges, one cloud, some devices."""
+        cast = [("c1", Role.CLOUD), ("e1", Role.EDGE), ("e2", Role.EDGE), *((name, Role.DEVICE) for name in devices)]
+        for name, role in cast:
+            more: dict[str, int] = {}
+            if role is Role.EDGE:
+                more = {"slots": 1, "link1_capacity_bps": 100_000_000, "link2_capacity_bps": 20_000_000}
+            await self.tell(
+                topics.NODES,
+                NodeAnnounced(
+                    node=name,
+                    role=role,
+                    region=self.region,
+                    incarnation=f"{name}-1",
+                    lease_s=lease_s,
+                    models=(profile(role),),
+                    **more,
+                ),
+                name,
+            )
+
+    async def submit(self, numbers: Iterable[int], gap_s: float = 0.05) -> list[TaskSubmitted]:
+        tasks = [task(number, f"d{number % 3 + 1}") for number in numbers]
+        for one in tasks:
+            await self.tell(topics.TASKS, one, one.task_id)
+            await asyncio.sleep(gap_s)
+        return tasks
+
+    async def play(self, *, service_s: float = 0.1) -> None:
+        """Puppets of all devices: what is started is reported done after a while, once an attempt; until cancelled."""
+        log = DecisionLog()
+        reader = await self.bus.reader([(topics.DECISIONS, self.region)], start="start")
+        started: set[tuple[str, int]] = set()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                for record in await reader.fetch():
+                    message = log.read(record)
+                    for change in message.changes if isinstance(message, Decision) else ():
+                        if isinstance(change, Start) and (change.task_id, change.attempt) not in started:
+                            started.add((change.task_id, change.attempt))
+                            group.create_task(self._finish(change, service_s))
+
+    async def _finish(self, start: Start, service_s: float) -> None:
+        await asyncio.sleep(service_s)
+        done = TaskCompleted(
+            task_id=start.task_id, attempt=start.attempt, node=start.device, measured=Parts(), delay_s=service_s
+        )
+        await self.tell(topics.EVENTS, done, start.task_id)
+
+    async def until_ended(self, count: int, timeout_s: float = 600.0) -> Story:
+        """Wait until so many tasks have ended, by the topic."""
+        async with asyncio.timeout(timeout_s):
+            while len((story := await self.story()).ends) < count:
+                await asyncio.sleep(1.0)
+                for process in self.processes:
+                    if process.task.done() and not process.bus.died.is_set() and not process.task.cancelled():
+                        process.task.result()  # a planner that failed says why
+        return story
+
+
+@contextlib.asynccontextmanager
+async def town(broker: MemoryBroker | None = None, *, regions: int = 1) -> AsyncIterator[Town]:
+    """A region whose nodes have announced themselves and whose devices are played."""
+    made = broker or MemoryBroker()
+    async with MemoryBus(made, "town") as bus:
+        await bus.create_topics(topics.specs(partitions=Partitions(regions=regions)))
+        place = Town(made, bus)
+        await place.announce()
+        playing = asyncio.create_task(place.play(), name="puppets")
+        try:
+            yield place
+        finally:
+            playing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await playing
+            for process in place.processes:
+                process.bus.thaw()
+                process.bus.sees.set()
+                await process.stop()
+
+
+__all__ = ["FOREVER_S", "FragileBus", "Process", "Story", "Town", "town"]
