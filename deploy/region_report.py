@@ -16,7 +16,7 @@ from deploy.region_view import LinkUse, NodeView, RegionView, TaskView
 WAITING_SHOWN = 50
 
 
-def report(view: RegionView, *, since: int = 0, lines_since: int = 0, max_lines: int = 200) -> dict[str, Any]:
+def report(view: RegionView, *, since: int = 0, lines_since: int = 0, max_lines: int = 80) -> dict[str, Any]:
     """Everything that can be seen; of tasks and lines only what is newer than a view's version and a line's number.
 
     `version` and `last_line` are what to ask from next time.

@@ -4,11 +4,12 @@
 
 const STATIONS = ["device", "link1", "edge", "link2", "cloud", "result"];
 const NAMES = { link1: "link 1", link2: "link 2", result: "results" };
-const SHOWN_TASKS = 200, KEPT_TASKS = 560, KEPT_LINES = 200;
+const SHOWN_TASKS = 100, KEPT_TASKS = 560, KEPT_LINES = 80;
+const REST = 3; // a page that takes long to draw rests so many times as long before it draws again, so that it stays usable
 const ENDED = new Set(["COMPLETED", "REJECTED", "FAILED", "EXPIRED"]);
 const BAD = new Set(["REJECTED", "FAILED", "EXPIRED", "lost", "failed", "planned again"]);
 
-const state = { tasks: new Map(), lines: [], last: null, chosen: null, dirty: false, drawn: 0 };
+const state = { tasks: new Map(), lines: [], last: null, chosen: null, dirty: false, drawn: 0, restUntil: 0 };
 const $ = (id) => document.getElementById(id);
 
 function make(tag, className, text) {
@@ -48,7 +49,7 @@ function take(message) {
   state.lines.splice(0, state.lines.length - KEPT_LINES);
   if (!state.dirty) {
     state.dirty = true;
-    requestAnimationFrame(draw);
+    setTimeout(() => requestAnimationFrame(drawMeasured), Math.max(0, state.restUntil - performance.now()));
   }
 }
 
@@ -62,6 +63,16 @@ function connect() {
 }
 
 // --- drawing ----------------------------------------------------------------------------------------------------------
+
+function drawMeasured() {
+  const began = performance.now();
+  draw();
+  setTimeout(() => { // after the browser has laid out and painted
+    const ended = performance.now();
+    state.slowest = Math.max(state.slowest || 0, ended - began);
+    state.restUntil = ended + REST * (ended - began);
+  });
+}
 
 function draw() {
   state.dirty = false;
