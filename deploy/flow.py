@@ -1,4 +1,6 @@
-"""`docs/flow.md`, made from the topics table: `python -m deploy.flow docs`, and `--check` to see whether it is current."""
+"""`docs/flow.md` and `docs/asyncapi.json`, made from the topics table and the messages: `python -m deploy.flow docs`, and
+`--check` to see whether they are current.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from pathlib import Path
 
 from bus import topics
 from bus.topics import TABLE, Topic
+from deploy.asyncapi import asyncapi_page
 
 HEAD = """# The flow
 
@@ -67,17 +70,17 @@ def _row(topic: Topic) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page into a folder, or with `--check` tell whether the one there is current."""
+    """Write the documents into a folder, or with `--check` tell whether those there are current."""
     check = "--check" in arguments
     folder = Path(next(argument for argument in arguments if not argument.startswith("--")))
-    page, path = flow_page(), folder / "flow.md"
-    if not check:
-        path.write_text(page, encoding="utf-8")
-        return 0
-    if path.exists() and path.read_text(encoding="utf-8") == page:
-        return 0
-    print(f"{path} is not what bus/topics.py says; run `make docs`", file=sys.stderr)
-    return 1
+    stale = 0
+    for path, page in ((folder / "flow.md", flow_page()), (folder / "asyncapi.json", asyncapi_page())):
+        if not check:
+            path.write_text(page, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != page:
+            print(f"{path} is not what bus/ says; run `make docs`", file=sys.stderr)
+            stale += 1
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":
