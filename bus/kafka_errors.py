@@ -28,9 +28,16 @@ def translated(error: BaseException, topic: str, *, size_bytes: int = 0, limit_b
         return BusError(f"not allowed on {topic}: {error!r}", remedy="`deepar acls` prints what each role needs")
     if isinstance(error, KafkaError) and not error.retriable:
         return BusError(f"{topic}: {error!r}")
-    return BusUnavailableError(f"the broker of {topic} does not answer: {error!r}")
+    return BusUnavailableError(
+        f"the broker of {topic} does not answer: {error!r}",
+        remedy="see that it is up, and that it speaks what KAFKA_SECURITY_PROTOCOL says",
+    )
 
 
 def unknown_topic(topic: str) -> UnknownTopicError:
     """There is no such topic."""
-    return UnknownTopicError(f"there is no topic {topic}", remedy="create_topics() makes the topics of the table")
+    return UnknownTopicError(
+        f"there is no topic {topic}",
+        remedy="`deepar topics create` makes those that are missing; where there are access control lists, it may be there "
+        "and may not be ours to see (`deepar acls`)",
+    )

@@ -304,6 +304,8 @@ class KafkaMember(KafkaReader):
         self._raise_error()
         deadline = asyncio.get_running_loop().time() + timeout_s
         fetched: Mapping[KafkaPartition, list[Any]] = {}
+        if not self._reading.is_set() and (coordinator := self._open_consumer()._coordinator) is not None:
+            coordinator.check_errors()  # a group that we may not join: getmany() would tell, which is not called before
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s + _GRACE_S):  # getmany() outwaits its timeout during a rebalance
                 if not self._reading.is_set():
