@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bus.errors import ConfigError, CutError
-from deploy.model_tables import cuts_table, models_table, parts_table, profile_table, show_tree, verify_lines
+from bus.errors import ConfigError, CutError, UnknownNameError
+from deploy.commands_profile import profile
+from deploy.model_loading import Json, ModelArgument, Sha256, Threads, load, print_json, progress_bar, stored_arrays
+from deploy.model_tables import cuts_table, models_table, parts_table, show_tree, size, verify_lines
 from deploy.process import EXIT_FAILED
-from deploy.profile_chart import draw_profile
 from stages.cache import write_whole
 from stages.cuts import useful_positions, work_shares
 from stages.model import Model
-from stages.profiler import measure
 from stages.slicer import position_of, write_parts
 from stages.verify import named_inputs, pairs_of, random_inputs
 from stages.verify import verify as verify_parts
-from stages.zoo import list_models, load_model
+from stages.zoo import list_models
+from stages.zoo.networks import NETWORKS, trained
+from stages.zoo.networks import build as build_network
+
+__all__ = ["app", "profile"]
 
 app = typer.Typer(no_args_is_help=True, help="List, look at, cut and verify models. MODEL is a zoo name or a .tflite file.")
-
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A name from `deepar models list`, or a .tflite file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Sha256 = Annotated[str | None, typer.Option("--sha256", help="Refuse the file unless it has this hash.")]
-Threads = Annotated[int, typer.Option(min=1, max=64, help="Threads of the runtime.")]
 
 
 @app.command("list")
@@ -40,7 +35,7 @@ def list_(as_json: Json = False) -> None:
     """The models that DeePar brings. Those with weights from a seed are generated when they are first used."""
     entries = list_models()
     if as_json:
-        _print({"models": [_entry(entry) for entry in entries]})
+        print_json({"models": [_entry(entry) for entry in entries]})
     else:
         Console().print(models_table(entries))
 
@@ -48,10 +43,10 @@ def list_(as_json: Json = False) -> None:
 @app.command()
 def show(model: ModelArgument, as_json: Json = False, sha256: Sha256 = None) -> None:
     """What a model takes, gives and consists of."""
-    loaded = _load(model, sha256)
+    loaded = load(model, sha256)
     if as_json:
         manifest = loaded.manifest
-        _print(
+        print_json(
             {
                 "model": loaded.name,
                 "path": str(loaded.path),
@@ -82,14 +77,14 @@ def cuts(
     sha256: Sha256 = None,
 ) -> None:
     """Where a model can be cut, what crosses each cut, and how much work lies before it."""
-    loaded = _load(model, sha256)
+    loaded = load(model, sha256)
     manifest = loaded.manifest
     front, shares = set(useful_positions(manifest)), work_shares(manifest)
     shown = [cut for cut in manifest.cuts if not useful or cut.position in front]
     if not as_json:
         Console().print(cuts_table(loaded, shown, front, shares))
         return
-    _print(
+    print_json(
         {
             "model": loaded.name,
             "layers": manifest.layers,
@@ -125,7 +120,7 @@ def slice_(
 
     Example: `deepar models slice alexnet --cut1 maxpool_1 --cut2 maxpool_3 --out parts`
     """
-    loaded = _load(model, sha256)
+    loaded = load(model, sha256)
     first = position_of(loaded, cut1)
     second = first if cut2 is None else position_of(loaded, cut2)
     if first > second:
@@ -133,9 +128,39 @@ def slice_(
     manifest, parts = write_parts(loaded, [first, second], out)
     if as_json:
         kept = ("role", "file", "first", "last", "size_bytes", "sha256")
-        _print({"manifest": str(manifest), "parts": [{key: part[key] for key in kept} for part in parts]})
+        print_json({"manifest": str(manifest), "parts": [{key: part[key] for key in kept} for part in parts]})
     else:
         Console().print(parts_table(loaded, manifest, parts))
+
+
+@app.command()
+def build(
+    network: Annotated[str, typer.Argument(help="The layout: lenet, alexnet, vgg16 or deepface.")],
+    weights: Annotated[
+        Path, typer.Option(help="An .npz file with LAYER/kernel and LAYER/bias.", exists=True, dir_okay=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The .tflite file to write.", dir_okay=False)],
+    as_json: Json = False,
+) -> None:
+    """Write a network of the zoo with your own weights.
+
+    Kernels are float32 in TensorFlow Lite's order: (filters, height, width, channels) for convolutions, (outputs, inputs) for
+    fully-connected layers, whose inputs are counted row by row, channels last.
+    """
+    if network not in NETWORKS:
+        raise UnknownNameError(f"no network is called {network}", remedy=f"name one of {', '.join(NETWORKS)}")
+    with stored_arrays(weights) as stored, progress_bar(f"writing {out.name}") as bar:
+        graph = build_network(NETWORKS[network], trained(stored, NETWORKS[network]))
+        digest = write_whole(
+            out.absolute(),
+            graph.chunks(),
+            size_bytes=graph.size_bytes,
+            progress=lambda what, done, total: bar(done, total, ""),
+        )
+    if as_json:
+        print_json({"network": network, "file": str(out), "sha256": digest, "size_bytes": out.stat().st_size})
+    else:
+        Console().print(f"written: {out}, {size(out.stat().st_size)}, SHA-256 {digest}")
 
 
 @app.command()
@@ -158,13 +183,13 @@ def verify(
 
     Exit code 1 unless all are identical, or the difference is shown to come from the runtime and not from the cut.
     """
-    loaded = _load(model, sha256)
+    loaded = load(model, sha256)
     rng = np.random.default_rng(seed)
     given = _given(loaded, inputs) if inputs is not None else []
     chosen = [*given, *(random_inputs(loaded, rng) for _ in range(samples))]
     if not chosen:
         raise ConfigError("there is nothing to run: --samples 0 needs --inputs")
-    with _bar(f"verifying {loaded.name}") as bar:
+    with progress_bar(f"verifying {loaded.name}") as bar:
         report = verify_parts(
             loaded,
             pairs_of(loaded, cuts, seed),
@@ -175,7 +200,7 @@ def verify(
         )
     if as_json:
         worst = None if report.worst is None else {"cut1": report.worst[0], "cut2": report.worst[1]}
-        _print(
+        print_json(
             {
                 "model": report.model,
                 "positions": report.positions,
@@ -195,104 +220,9 @@ def verify(
         raise typer.Exit(EXIT_FAILED)
 
 
-def profile(
-    model: ModelArgument,
-    num_threads: Threads = 1,
-    num_runs: Annotated[int, typer.Option(min=1, help="Timed runs of the whole and of every layer.")] = 10,
-    warmup_runs: Annotated[int, typer.Option(min=0, help="Runs before them that do not count.")] = 2,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Write the profile as nodes announce it (JSON), and the chart beside it.", dir_okay=False),
-    ] = None,
-    chart: Annotated[Path | None, typer.Option(help="Write the bar chart here (.png, .svg or .pdf).", dir_okay=False)] = None,
-    platform: Annotated[str, typer.Option(help="What the profile calls this machine.")] = "this machine",
-    as_json: Json = False,
-    sha256: Sha256 = None,
-) -> None:
-    """Measure how long every layer of a model takes on this machine, and what it sends if the model is cut after it.
-
-    Each layer is timed as a slice of its own, and the whole in one piece; layers are scaled to add up to the whole.
-    """
-    loaded = _load(model, sha256)
-    with _bar(f"profiling {loaded.name}") as bar:
-        found = measure(
-            loaded,
-            num_threads=num_threads,
-            num_runs=num_runs,
-            warmup_runs=warmup_runs,
-            step=lambda what, done, total: bar(done, total, what),
-        )
-    profiled = found.profile(platform)
-    if out is not None:
-        write_whole(out.absolute(), [profiled.model_dump_json(indent=2).encode() + b"\n"])
-    chart = chart or (out.with_suffix(".png") if out is not None else None)
-    if chart is not None:
-        draw_profile(found, profiled, chart)
-    if not as_json:
-        console = Console()
-        console.print(profile_table(found, profiled))
-        for path in filter(None, (out, chart)):
-            console.print(f"written: {path}")
-        return
-    rows: list[dict[str, Any]] = [
-        {
-            "position": layer.position,
-            "name": layer.name,
-            "kind": layer.kind,
-            "median_s": layer.median_s,
-            "spread_s": layer.spread_s,
-            "output_bytes": layer.output_bytes,
-            "scaled_s": profiled.layer_s[layer.position - 1],
-            "cut_bytes": profiled.cut_bytes[layer.position],
-        }
-        for layer in found.layers
-    ]
-    _print(
-        {
-            "model": loaded.name,
-            "platform": platform,
-            "whole_s": found.whole_s,
-            "sum_of_slices_s": found.sum_of_slices_s,
-            "layers": rows,
-            "num_threads": num_threads,
-            "num_runs": num_runs,
-            "files": [str(path) for path in (out, chart) if path is not None],
-        }
-    )
-
-
-# --- what the commands share -----------------------------------------------------------------------------------------
-
-
-def _print(report: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(report) + "\n")
-
-
-def _load(model: str, sha256: str | None) -> Model:
-    """The model, with a bar while it is generated, copied or hashed."""
-    with _bar("loading") as bar:
-        return load_model(model, lambda what, done, total: bar(done, total, what), sha256=sha256)
-
-
-@contextmanager
-def _bar(title: str) -> Iterator[Any]:
-    """A progress bar on stderr that goes away: call it with done, total, what."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"))
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=None)
-
-        def update(done: int, total: int, what: str) -> None:
-            progress.update(task, completed=done, total=total, description=f"{title} {what}".strip())
-
-        yield update
-
-
 def _given(loaded: Model, path: Path) -> list[list[np.ndarray[Any, Any]]]:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return named_inputs(loaded, dict(stored))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read as an .npz file: {error}") from error
+    with stored_arrays(path) as stored:
+        return named_inputs(loaded, dict(stored))
 
 
 def _uncuttable(loaded: Model) -> list[dict[str, Any]]:

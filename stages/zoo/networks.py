@@ -8,7 +8,7 @@ the paper's reference [1]: the layout of VGG-16 (Simonyan and Zisserman, configu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod, sqrt
@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from bus.errors import ConfigError
 from stages.flatfile import Chunk
 from stages.zoo.graph_builder import GraphBuilder
 
@@ -152,13 +153,19 @@ def seeded(seed: int) -> WeightSource:
     return source
 
 
-def trained(weights: dict[str, Array], network: Network) -> WeightSource:
-    """Weights from arrays named `LAYER/kernel` and `LAYER/bias` in the shapes of the format."""
+def trained(weights: Mapping[str, Array], network: Network) -> WeightSource:
+    """Weights from arrays named `LAYER/kernel` and `LAYER/bias` in the shapes of the format.
+
+    The source raises `ConfigError`, when it is asked, where one is missing or has another shape.
+    """
 
     def source(layer: int, part: str, shape: Sequence[int], fan_in: int) -> Iterable[Chunk]:
-        value = weights[f"{network.layers[layer].name}/{part}"]
+        name = f"{network.layers[layer].name}/{part}"
+        if name not in weights:
+            raise ConfigError(f"there is no {name} among the weights; it has the shape {tuple(shape)}")
+        value = weights[name]
         if value.shape != tuple(shape):
-            raise ValueError(f"{network.layers[layer].name}/{part} has shape {value.shape}, not {tuple(shape)}")
+            raise ConfigError(f"{name} has the shape {value.shape}, not {tuple(shape)}")
         return [np.ascontiguousarray(value, "<f4").tobytes()]
 
     return source

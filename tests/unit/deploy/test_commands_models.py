@@ -1,0 +1,158 @@
+"""`deepar models ...` and `deepar profile`: what they print for programs and for people, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from bus.errors import ConfigError, CutError, ModelError
+from bus.values import ModelProfile
+from deploy import commands_models
+from stages.litert import SegmentRunner
+from stages.zoo import digits
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def app() -> Any:
+    import typer
+
+    whole = typer.Typer()
+    whole.add_typer(commands_models.app, name="models")
+    whole.command("profile")(commands_models.profile)
+    return whole
+
+
+def call(app: Any, *words: str) -> Result:
+    result = runner.invoke(app, list(words))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def read(app: Any, *words: str) -> dict[str, Any]:
+    result = call(app, *words, "--json")
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 1
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_list_names_the_paper_s_networks(app: Any) -> None:
+    assert [entry["name"] for entry in read(app, "models", "list")["models"]] == ["lenet", "alexnet", "vgg16", "deepface"]
+    assert "LeNet-5" in call(app, "models", "list").stdout
+
+
+def test_show_tells_what_a_model_takes_and_gives(app: Any) -> None:
+    shown = read(app, "models", "show", "lenet")
+    assert shown["layers"] == 7
+    assert shown["inputs"][0]["shape"] == [1, 28, 28, 1]
+    assert shown["kinds"] == {"CONV_2D": 2, "MAX_POOL_2D": 2, "FULLY_CONNECTED": 3}
+    assert "lenet" in call(app, "models", "show", "lenet").stdout
+
+
+def test_cuts_has_every_position(app: Any) -> None:
+    found = read(app, "models", "cuts", "lenet")
+    assert (found["model"], found["layers"], len(found["cuts"])) == ("lenet", 7, 8)
+    second = found["cuts"][2]
+    assert second == {
+        "position": 2,
+        "name": "maxpool_1",
+        "tensors": [{"name": "maxpool_1", "dtype": "float32", "shape": [1, 14, 14, 6]}],
+        "cut_bytes": 14 * 14 * 6 * 4,
+        "work_share": pytest.approx(0.29, abs=0.01),
+        "useful": False,
+        "cuttable": True,
+        "reason": None,
+    }
+    useful = [cut["position"] for cut in read(app, "models", "cuts", "lenet", "--useful")["cuts"]]
+    assert useful == [cut["position"] for cut in found["cuts"] if cut["useful"]]
+    assert "maxpool_1" in call(app, "models", "cuts", "lenet").stdout
+
+
+def test_slice_writes_parts_that_run(app: Any, tmp_path: Path) -> None:
+    out = tmp_path / "parts"
+    found = read(app, "models", "slice", "lenet", "--cut1", "maxpool_1", "--cut2", "5", "--out", str(out))
+    assert set(found["parts"][0]) == {"role", "file", "first", "last", "size_bytes", "sha256"}
+    values = [digits()[0][:1]]
+    for part in found["parts"]:
+        values = SegmentRunner(out / part["file"]).run(values)
+    assert values[0].argmax() == digits()[1][0]
+    assert json.loads(Path(found["manifest"]).read_text())["model"] == "lenet"
+    assert "edge" in call(app, "models", "slice", "lenet", "--cut1", "1", "--cut2", "2", "--out", str(out)).stdout
+    with pytest.raises(CutError, match="lies behind"):
+        call(app, "models", "slice", "lenet", "--cut1", "4", "--cut2", "2", "--out", str(out))
+
+
+def test_verify_reports_as_promised(app: Any, tmp_path: Path) -> None:
+    found = read(app, "models", "verify", "lenet", "--cuts", "all")
+    assert (found["positions"], found["checked"], found["bit_identical"]) == (8, 36, True)
+    assert (found["max_abs_diff"], found["worst"], found["uncuttable"]) == (0.0, None, [])
+    np.savez(tmp_path / "in.npz", input=digits()[0][:5])
+    given = read(app, "models", "verify", "lenet", "--cuts", "single", "--inputs", str(tmp_path / "in.npz"), "--samples", "0")
+    assert given["samples"] == 5
+    assert "bit-identical" in call(app, "models", "verify", "lenet", "--cuts", "2").stdout
+
+
+def test_verify_fails_when_a_part_errs(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = SegmentRunner.run
+
+    def wrong(self: SegmentRunner, inputs: Any) -> Any:
+        outputs = honest(self, inputs)
+        return [value + 1 for value in outputs] if self.title == "lenet 3-7" else outputs
+
+    monkeypatch.setattr(SegmentRunner, "run", wrong)
+    result = call(app, "models", "verify", "lenet", "--cuts", "single", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["worst"] == {"cut1": 2, "cut2": 2}
+    assert "different" in call(app, "models", "verify", "lenet", "--cuts", "single").stdout
+
+
+def test_verify_refuses_what_it_cannot_use(app: Any, tmp_path: Path) -> None:
+    (tmp_path / "in.npz").write_bytes(b"no archive")
+    with pytest.raises(ConfigError, match="cannot be read as an"):
+        call(app, "models", "verify", "lenet", "--inputs", str(tmp_path / "in.npz"))
+    with pytest.raises(ConfigError, match="nothing to run"):
+        call(app, "models", "verify", "lenet", "--samples", "0")
+    with pytest.raises(ModelError, match="as asked for"):
+        call(app, "models", "show", "lenet", "--sha256", "0" * 64)
+
+
+def test_profile_writes_what_nodes_announce_and_a_chart(app: Any, tmp_path: Path) -> None:
+    out = tmp_path / "profile.json"
+    found = read(app, "profile", "lenet", "--num-runs", "2", "--out", str(out), "--platform", "bench")
+    assert (found["model"], found["platform"], len(found["layers"])) == ("lenet", "bench", 7)
+    assert {"position", "name", "kind", "median_s", "spread_s", "output_bytes"} <= set(found["layers"][0])
+    assert found["sum_of_slices_s"] == pytest.approx(sum(layer["median_s"] for layer in found["layers"]))
+    assert ModelProfile.model_validate_json(out.read_text()).whole_s == found["whole_s"]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "conv_1" in call(app, "profile", "lenet", "--num-runs", "1", "--chart", str(tmp_path / "x.svg")).stdout
+    assert (tmp_path / "x.svg").exists()
+
+
+def test_build_writes_a_network_with_the_user_s_own_weights(app: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    shapes = {"conv_1": (6, 5, 5, 1), "conv_2": (16, 5, 5, 6), "fc_1": (120, 400), "fc_2": (84, 120), "fc_3": (10, 84)}
+    arrays = {f"{name}/kernel": rng.random(shape, np.float32) for name, shape in shapes.items()}
+    arrays |= {f"{name}/bias": np.zeros(shape[0], np.float32) for name, shape in shapes.items()}
+    np.savez(tmp_path / "mine.npz", **arrays)
+    out = tmp_path / "mine.tflite"
+    words = ("models", "build", "lenet", "--weights", str(tmp_path / "mine.npz"), "--out", str(out))
+    assert read(app, *words)["size_bytes"] == out.stat().st_size
+    assert read(app, "models", "verify", str(out), "--cuts", "single")["bit_identical"]
+    np.savez(tmp_path / "mine.npz", **{**arrays, "fc_1/kernel": arrays["fc_2/kernel"]})
+    out.unlink()
+    with pytest.raises(ConfigError, match=r"fc_1/kernel has the shape \(84, 120\), not \(120, 400\)"):
+        call(app, *words)
+    assert not out.exists()
