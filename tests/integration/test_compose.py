@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,10 @@ from tests import compose_engine
 from tests.compose_engine import COMPOSE_FILE, Engine, NoEngineError
 
 DOWN_LIMIT_S = 15.0
+CLUSTER_FILE = COMPOSE_FILE.with_name("docker-compose.cluster.yml")
+TASKS = 20
+SERVICES = ("broker", "planner", "cloud", "e1", "e2", "d1", "d2", "d3")
+BETWEEN_KILLS_S = 4.0
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +55,7 @@ class Deployment:
         self.env = {
             "COMPOSE_PROJECT_NAME": f"deepar-test-{os.getpid()}",
             "DEEPAR_KAFKA_PORT": str(self.port),
+            "DEEPAR_MODELS": "lenet",  # AlexNet's weights would take each container a minute
             **compose_engine.base_images(engine),
         }
 
@@ -109,6 +116,88 @@ def test_every_service_waits_for_what_it_needs(engine: Engine) -> None:
         for needed, how in service.get("depends_on", {}).items():
             done = "service_completed_successfully" if needed == "topics" else "service_healthy"
             assert how["condition"] == done, f"{name} on {needed}"
+
+
+def test_a_whole_deployment_survives_the_kill_of_each_service(deployment: Deployment, tmp_path: Path) -> None:
+    """Everything healthy; each service killed while twenty tasks run; every one of them completes; a quick, clean end."""
+    deployment("up", "--build", "--wait", limit_s=900)
+    for service in SERVICES:
+        inspected = deployment.container(service)
+        assert inspected["State"]["Health"]["Status"] == "healthy", service
+        assert inspected["Config"]["User"] == "10001:10001", service
+
+    with _replay(deployment, tmp_path) as replay:
+        _await_first_task(deployment)
+        for service in SERVICES:
+            name = deployment.container(service)["Id"]
+            deployment.engine.docker("kill", name)  # Docker starts no container again that a person killed: we do
+            deployment.engine.docker("start", name)
+            time.sleep(BETWEEN_KILLS_S)
+        said, errors = replay.communicate(timeout=240)
+    assert replay.returncode == 0, errors
+    summary = json.loads(said)
+    assert (summary["submitted"], summary["completed"]) == (TASKS, TASKS)
+
+    deployment("up", "--wait", limit_s=180)  # all of them came back
+    assert deployment.down() < DOWN_LIMIT_S
+    assert not deployment("ps", "--all", "--quiet").strip()
+
+
+def _replay(deployment: Deployment, folder: Path) -> subprocess.Popen[str]:
+    """`deepar loadgen replay` on the host, over the port that the compose file opens."""
+    command = ["loadgen", "replay", "--tasks", str(TASKS), "--within", f"{len(SERVICES) * BETWEEN_KILLS_S:.0f}s"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy.cli", *command, "--samples", "10", "--out", str(folder), "--json"],
+        env={**os.environ, "KAFKA_BOOTSTRAP_SERVERS": deployment.bootstrap},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _await_first_task(deployment: Deployment) -> None:
+    """Return once a task of the replay has been submitted."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        command = [
+            sys.executable,
+            "-m",
+            "deploy.cli",
+            "tail",
+            "tasks",
+            "--offset",
+            "start",
+            "--exit",
+            "-n",
+            "1",
+            "--json",
+        ]
+        if compose_engine.run(command, env={"KAFKA_BOOTSTRAP_SERVERS": deployment.bootstrap}, limit_s=60).strip():
+            return
+    raise AssertionError("the replay did not submit a task within a minute")
+
+
+def test_profiles_and_the_cluster_are_valid(engine: Engine) -> None:
+    """Files with foreign images, which cannot be pulled everywhere: Compose accepts them, what they mount is there."""
+    everything = {"COMPOSE_PROFILES": "console,metrics"}
+    said = engine.compose("config", "--format", "json", env=everything)
+    services = json.loads(said[said.index("{") :])["services"]
+    assert {"console", "prometheus", "grafana"} <= set(services)
+    for name in ("console", "prometheus", "grafana"):
+        assert services[name]["read_only"], name
+        assert all(port["host_ip"] == "127.0.0.1" for port in services[name]["ports"]), name
+        binds = [volume["source"] for volume in services[name]["volumes"] if volume["type"] == "bind"]
+        assert binds, name
+        assert all(Path(source).exists() for source in binds), binds
+
+    said = engine.compose("config", "--format", "json", files=(COMPOSE_FILE, CLUSTER_FILE))
+    services = json.loads(said[said.index("{") :])["services"]
+    brokers = [services[name] for name in ("broker", "broker2", "broker3")]
+    assert len({broker["environment"]["KAFKA_NODE_ID"] for broker in brokers}) == 3
+    assert len({broker["environment"]["KAFKA_CLUSTER_ID"] for broker in brokers}) == 1
+    assert len({port["published"] for broker in brokers for port in broker["ports"]}) == 3
+    for name in ("topics", *SERVICES[1:]):
+        assert services[name]["environment"]["KAFKA_BOOTSTRAP_SERVERS"].count(":29092") == 3, name
 
 
 async def test_the_broker_serves_both_sides_and_keeps_its_records(deployment: Deployment) -> None:
