@@ -18,8 +18,10 @@ from bus.topics import Partitions
 from bus.units import parse_duration, parse_rate
 from bus.values import Execution, Objective, Role
 from deploy import nodes
+from deploy.planner_regions import parse_regions, run_regions
 from deploy.process import run_on_uvloop, until_stopped
 from deploy.settings import CloudOptions, DeviceOptions, EdgeOptions, NodeOptions, UpSettings, load_settings
+from planner.service import PlannerService
 from stages.node import Node, NodeSettings
 
 stage_app = typer.Typer(no_args_is_help=True, help="Run one stage: a device, an edge or a cloud worker.")
@@ -67,6 +69,13 @@ Threads = Annotated[int, typer.Option("--num-threads", min=1, help="Threads of o
 def planner(
     bootstrap_servers: Bootstrap = None,
     region: Region = 0,
+    regions: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DEEPAR_REGIONS",
+            help="Several regions: 0,1,2 stands by for each; `all` shares all with the other planners that say so.",
+        ),
+    ] = None,
     name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="What this planner is called.")] = "planner",
     policy: Annotated[
         str,
@@ -94,20 +103,28 @@ def planner(
     A second planner for the same region stands by and takes over when the first falls silent.
     """
     bus = nodes.kafka_bus(bootstrap_servers)
-    service = nodes.make_planner(
-        bus,
-        name=name,
-        region=region,
-        policy=policy,
-        objective=objective,
-        execution=execution_of(objective),
-        max_waiting=max_waiting,
-        lease_s=parse_duration(lease),
-        take_over=take_over,
-        snapshot_every=snapshot_every,
-    )
+    lease_s = parse_duration(lease)
 
-    run_on_uvloop(nodes.run_planner(bus, service, http_port=http_port, http_host=http_host))
+    def make(region: int) -> PlannerService:
+        return nodes.make_planner(
+            bus,
+            name=name,
+            region=region,
+            policy=policy,
+            objective=objective,
+            execution=execution_of(objective),
+            max_waiting=max_waiting,
+            lease_s=lease_s,
+            take_over=take_over,
+            snapshot_every=snapshot_every,
+        )
+
+    make(region)  # an unknown policy is told before anything is connected
+    if regions is None:
+        run_on_uvloop(nodes.run_planner(bus, make(region), http_port=http_port, http_host=http_host))
+    else:
+        wanted = parse_regions(regions)
+        run_on_uvloop(run_regions(bus, make, wanted, name=name, http_port=http_port, http_host=http_host))
 
 
 def execution_of(objective: Objective) -> Execution:

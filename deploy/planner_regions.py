@@ -1,0 +1,82 @@
+"""`deepar planner --regions`: one process that plans for several regions, or for its share of all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from bus import topics
+from bus.errors import ConfigError
+from bus.port import Bus
+from deploy import nodes
+from deploy.probes import Health, serve_probes
+from deploy.process import until_stopped
+from planner.regions import RegionShare
+from planner.service import PlannerService, Standing
+
+ALL = "all"
+
+
+def parse_regions(text: str) -> tuple[int, ...] | None:
+    """`all` as None, `0,2,5` as numbers, ascending. Raises `ConfigError`."""
+    if text.strip().lower() == ALL:
+        return None
+    try:
+        regions = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        regions = []
+    if not regions or regions[0] < 0:
+        raise ConfigError(f"--regions {text}: it is `all`, or numbers with commas between them: 0,1,2")
+    return tuple(regions)
+
+
+class _Listed:
+    """A planner for each region of a list: it leads where nobody does, and stands by everywhere else."""
+
+    def __init__(self, make_service: Callable[[int], PlannerService], regions: tuple[int, ...]) -> None:
+        self.services = {region: make_service(region) for region in regions}
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for region, service in self.services.items():
+                group.create_task(service.run(), name=f"{service.name}: region {region}")
+
+
+async def run_regions(
+    bus: Bus,
+    make_service: Callable[[int], PlannerService],
+    regions: tuple[int, ...] | None,
+    *,
+    name: str,
+    http_port: int | None = None,
+    http_host: str = "127.0.0.1",
+) -> None:
+    """Planners of these regions as a process; None: a share of all, divided with the other planners that do so.
+
+    Raises `ConfigError` for a region that the topics have no partition for.
+    """
+    async with bus:
+        await nodes.require_region(bus, max(regions) if regions else 0)
+        planners = _Listed(make_service, regions) if regions is not None else RegionShare(bus, make_service)
+        total = await bus.partitions(topics.DECISIONS)
+
+        def look() -> Health:
+            services = planners.services
+            standings = [service.standing for service in services.values()]
+            return Health(
+                ready=Standing.READING not in standings,
+                detail={"standing": {str(region): service.standing.value for region, service in services.items()}},
+                gauges={
+                    "leading": float(standings.count(Standing.LEADING)),
+                    "tasks": float(sum(service.core.live_tasks for service in services.values())),
+                },
+                counters={"decisions": float(sum(service.decisions for service in services.values()))},
+            )
+
+        which = ALL if regions is None else ",".join(map(str, regions))
+        labels = {"role": "planner", "node": name, "region": which}
+        async with serve_probes(look, port=http_port, host=http_host, labels=labels):
+            await until_stopped(planners.run(), planner=name, regions=which, of=total)
+
+
+__all__ = ["parse_regions", "run_regions"]
