@@ -20,22 +20,20 @@ Ties: the earlier start, then the family, then the edge by name, then cut1, then
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from heapq import heapify, heappop, heapreplace
-from typing import Final
+from typing import Final, NamedTuple
 
 from bus.values import Objective
 from planner.cost import PlatformRow
 from planner.ledger import SHORTEST_S, DeviceAccount, EdgeAccount
-from planner.search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, CutSearch
+from planner.search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, CutSearch, Found
 
 EVERY_FAMILY: Final = frozenset({DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE})
-_SLACK: Final = 1.0 + 1e-12  # a bound may be off by rounding; a candidate that could tie is not cut off
+_NEVER: Final = float("inf")
 
 
-@dataclass(frozen=True, slots=True)
-class EdgeOption:
+class EdgeOption(NamedTuple):
     """An edge that a task may use: its account, and the prepared search through it."""
 
     account: EdgeAccount
@@ -44,8 +42,7 @@ class EdgeOption:
     max_link2_bps: int  # min of the task's B2 and the edge's capacity
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A task as Algorithm 1 sees it. `edges` are E_i, those of them that are there, in order of name."""
 
     task_id: str
@@ -54,12 +51,11 @@ class Request:
     device_row: PlatformRow
     device_search: CutSearch  # without edge and cloud: w_0
     device: DeviceAccount | None  # its reservations; None: nobody computes there
-    edges: tuple[EdgeOption, ...]
+    edges: Sequence[EdgeOption]
     objective: Objective
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """A start that fits: what to reserve, from when, and how long it will take."""
 
     family: int
@@ -87,7 +83,7 @@ class Algorithm:
 
     def best(
         self,
-        families: Iterable[int] = EVERY_FAMILY,
+        families: Collection[int] = EVERY_FAMILY,
         *,
         device_computes: bool = True,
         delayed: bool = True,
@@ -98,63 +94,69 @@ class Algorithm:
         considered now or not at all, as in lines 6-8 left out; the device alone still waits for itself.
         """
         request, now = self.request, self.now
-        families = frozenset(families)
-        objective, samples, input_bytes = request.objective, request.samples, request.input_bytes
-        device = request.device
         best: Choice | None = None
-        best_value = float("inf")
-        best_key: Key | None = None
+        best_value = _NEVER
+        best_tie: tuple[float, int, str] = (_NEVER, 0, "")
         if DEVICE in families and device_computes:
             best = self.on_device()
             if best is not None:
-                best_key = self.key(best)
-                best_value = best_key[0]
-        # a lower bound for every pair, the same work done once for edges of a kind
-        bounds: dict[tuple[CutSearch, int, int, int], float | None] = {}
-        heap: list[tuple[float, int, str, float, int, EdgeOption, float]] = []
-        for option in request.edges:
-            b1, b2 = option.max_link1_bps, option.max_link2_bps
-            if b1 < 1:
-                continue
-            search = option.search
-            for family in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE):
-                if family not in families or (family != DEVICE_EDGE and b2 < 1):
-                    continue
-                if family != DEVICE_CLOUD and option.account.slots < 1:
-                    continue
-                probe = (search, family, b1, b2 if family != DEVICE_EDGE else 0)
-                if probe in bounds:
-                    least = bounds[probe]
-                else:
-                    found = search.best(family, b1, b2, samples, objective, input_bytes, device_computes)
-                    least = bounds[probe] = None if found is None else found[0]
-                if least is not None and least <= best_value * _SLACK:
-                    heap.append((least, family, option.account.name, now, 0, option, least))
-        heapify(heap)
+                best_value = best.start_s - now + best.delay_s
+                best_tie = (best.start_s, DEVICE, "")
+        heap = self._bounds(families, device_computes, best_value)
         ends: list[float] = []
-        if device is not None and device_computes and delayed:
-            ends = sorted({r.end_s for r in device.reservations.values() if r.end_s > now})
+        if request.device is not None and device_computes and delayed:
+            ends = sorted({r.end_s for r in request.device.reservations.values() if r.end_s > now})
         while heap:
-            bound, family, name, start, next_end, option, least = heap[0]
-            if bound > best_value * _SLACK:
+            value, family, name, start, i, option, full = heap[0]
+            if value > best_value:
                 break
-            choice = self._at(option, family, start, device_computes, best_value)
+            if value == best_value and (start, family, name) > best_tie:
+                heappop(heap)  # it could tie at best, and loses ties; so do its later starts
+                continue
+            choice = self._at(option, family, start, i, device_computes, best_value, full)
             if choice is not None:
-                key = self.key(choice)
-                if best_key is None or key < best_key:
-                    best, best_key, best_value = choice, key, key[0]
+                found = start - now + choice.delay_s
+                if found < best_value or (start, family, name) < best_tie:
+                    best, best_value, best_tie = choice, found, (start, family, name)
             if delayed:
-                following = _next_start(option, family, start)
-                while next_end < len(ends) and ends[next_end] <= start:
-                    next_end += 1
-                if next_end < len(ends) and ends[next_end] < following:
-                    following = ends[next_end]
-                value = following - now + least
-                if value <= best_value * _SLACK and following != float("inf"):
-                    heapreplace(heap, (value, family, name, following, next_end, option, least))
+                following, at = _next_start(option, family, i)
+                if ends:
+                    later = bisect_right(ends, start)
+                    if later < len(ends) and ends[later] < following:
+                        following = ends[later]
+                        at = bisect_right(option.account.timeline.times, following) - 1
+                value = following - now + full[0]
+                if value <= best_value and following != _NEVER:
+                    heapreplace(heap, (value, family, name, following, at, option, full))
                     continue
             heappop(heap)
         return best
+
+    def _bounds(self, families: Collection[int], device_computes: bool, worst: float) -> list[_Pair]:
+        """Every pair at its start now, bounded by w at full caps; pairs that cannot be, or cannot win, are left out."""
+        request, now = self.request, self.now
+        known: dict[tuple[CutSearch, int, int, int], Found | None] = {}
+        heap: list[_Pair] = []
+        wanted = [family for family in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE) if family in families]
+        for option in request.edges:
+            account, search, b1, b2 = option
+            if b1 < 1:
+                continue
+            i = bisect_right(account.timeline.times, now) - 1
+            for family in wanted:
+                if (family != DEVICE_EDGE and b2 < 1) or (family != DEVICE_CLOUD and account.slots < 1):
+                    continue
+                probe = (search, family, b1, b2 if family != DEVICE_EDGE else 0)
+                if probe in known:  # edges of a kind are searched once
+                    found = known[probe]
+                else:
+                    found = known[probe] = search.best(
+                        family, b1, b2, request.samples, request.objective, request.input_bytes, device_computes
+                    )
+                if found is not None and found[0] <= worst:
+                    heap.append((found[0], family, account.name, now, i, option, found))
+        heapify(heap)
+        return heap
 
     def on_device(self) -> Choice | None:
         """Everything on the device, as soon as it is free for so long."""
@@ -173,7 +175,8 @@ class Algorithm:
 
     def at(self, option: EdgeOption, family: int, start_s: float, *, device_computes: bool = True) -> Choice | None:
         """One pair at one start, with the largest grants that fit during the whole interval; None if it cannot be."""
-        return self._at(option, family, start_s, device_computes, float("inf"))
+        i = bisect_right(option.account.timeline.times, start_s) - 1
+        return self._at(option, family, start_s, i, device_computes, _NEVER, None)
 
     def key(self, choice: Choice) -> Key:
         """What is minimised."""
@@ -187,78 +190,102 @@ class Algorithm:
         )
 
     def _at(
-        self, option: EdgeOption, family: int, start: float, device_computes: bool, give_up: float
+        self,
+        option: EdgeOption,
+        family: int,
+        start: float,
+        i: int,
+        device_computes: bool,
+        worst: float,
+        full: Found | None,
     ) -> Choice | None:
-        """`at`, abandoned as soon as its value exceeds `give_up`."""
-        request = self.request
-        account = option.account
+        """`at`, given up as soon as w + delta_t exceeds `worst`.
+
+        `i` is the step of the timeline that `start` lies in, `full` what the search finds at full caps.
+        """
+        account, search, max1, max2 = option
         timeline = account.timeline
-        times, slots = timeline.times, timeline.slots
-        wants_slot, wants_link2 = family != DEVICE_CLOUD, family != DEVICE_EDGE
-        i = bisect_right(times, start) - 1
-        if wants_slot and slots[i] < 1:
+        slots, free1, free2 = timeline.slots, timeline.free1, timeline.free2
+        if family != DEVICE_CLOUD and slots[i] < 1:
             return None
-        b1 = timeline.free1[i]
-        if b1 > option.max_link1_bps:
-            b1 = option.max_link1_bps
-        b2 = 0
-        if wants_link2:
-            b2 = timeline.free2[i]
-            if b2 > option.max_link2_bps:
-                b2 = option.max_link2_bps
-            if b2 < 1:
+        b1 = free1[i]
+        if b1 >= max1:
+            b1 = max1
+        elif b1 < 1:
+            return None
+        if family == DEVICE_EDGE:
+            b2 = 0
+            at_full = b1 == max1
+        else:
+            b2 = free2[i]
+            if b2 >= max2:
+                b2 = max2
+                at_full = b1 == max1
+            elif b2 < 1:
                 return None
-        if b1 < 1:
-            return None
+            else:
+                at_full = False
+        request = self.request
         device = request.device
-        if device is not None and device_computes:
-            device_computes = device.free(start, start)
-        give_up = give_up * _SLACK - (start - self.now)
+        if device is not None and device_computes and not device.free(start, start):
+            device_computes = at_full = False
+        delta = start - self.now
         seen = i + 1
-        search: Callable[..., tuple[float, int, int] | None] = option.search.best
         while True:
-            found = search(family, b1, b2, request.samples, request.objective, request.input_bytes, device_computes)
-            if found is None or found[0] > give_up:
-                return None
+            found: Found | None
+            if at_full and full is not None:
+                found = full
+            else:
+                found = search.best(
+                    family, b1, b2, request.samples, request.objective, request.input_bytes, device_computes
+                )
+                if found is None:
+                    return None
             delay, cut1, cut2 = found
+            if delta + delay > worst:
+                return None
             end = start + (delay if delay > SHORTEST_S else SHORTEST_S)
             if cut1 and device is not None and not device.free(start, end):
-                device_computes = False
+                device_computes = at_full = False
                 continue
-            upto = bisect_left(times, end, seen)
+            upto = bisect_left(timeline.times, end, seen)
             if upto == seen:
                 break
-            if wants_slot and min(slots[seen:upto]) < 1:
+            if family != DEVICE_CLOUD and min(slots[seen:upto]) < 1:
                 return None
             changed = False
-            least = min(timeline.free1[seen:upto])
+            least = min(free1[seen:upto])
             if least < b1:
                 b1, changed = least, True
-            if wants_link2:
-                least = min(timeline.free2[seen:upto])
+                if b1 < 1:
+                    return None
+            if family != DEVICE_EDGE:
+                least = min(free2[seen:upto])
                 if least < b2:
                     b2, changed = least, True
                     if b2 < 1:
                         return None
-            if b1 < 1:
-                return None
             seen = upto
             if not changed:
                 break
+            at_full = False
         return Choice(family, account.name, cut1, cut2, b1, b2, start, delay)
 
 
-def _next_start(option: EdgeOption, family: int, start: float) -> float:
+_Pair = tuple[float, int, str, float, int, EdgeOption, Found]
+"""bound of w + delta_t, family, edge, start, step of the timeline, the edge again, what the search finds at full caps."""
+
+
+def _next_start(option: EdgeOption, family: int, i: int) -> tuple[float, int]:
     """The next instant on this edge at which something is freed and nothing this family needs is wholly taken."""
     timeline = option.account.timeline
-    times, slots, free1, free2 = timeline.times, timeline.slots, timeline.free1, timeline.free2
-    wants_slot, wants_link2 = family != DEVICE_CLOUD, family != DEVICE_EDGE
-    for i in range(bisect_right(times, start), len(times)):
+    slots, free1, free2 = timeline.slots, timeline.free1, timeline.free2
+    for k in range(i + 1, len(slots)):
         if (
-            (slots[i] > slots[i - 1] or free1[i] > free1[i - 1] or free2[i] > free2[i - 1])
-            and (slots[i] or not wants_slot)
-            and free1[i]
-            and (free2[i] or not wants_link2)
+            (slots[k] > slots[k - 1] or free1[k] > free1[k - 1] or free2[k] > free2[k - 1])
+            and (slots[k] or family == DEVICE_CLOUD)
+            and free1[k]
+            and (free2[k] or family == DEVICE_EDGE)
         ):
-            return times[i]
-    return float("inf")
+            return timeline.times[k], k
+    return _NEVER, 0

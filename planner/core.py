@@ -454,7 +454,7 @@ class PlannerCore:
             row,
             self._search(row, None, None),
             self.ledger.devices.get(submitted.device),
-            tuple(options),
+            options,
             self.objective,
         )
 

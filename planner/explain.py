@@ -8,7 +8,7 @@ knew is missing from the records, so nothing has to be guessed.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bus.errors import UnknownNameError
 from bus.messages import Admitted, Decision, Ended, Moved, Overran, Placed, Retried, Start, TaskSubmitted
@@ -113,7 +113,7 @@ def _candidate(
     request: Request, option: EdgeOption | None, family: int, rules: Restriction, placed: Placed, now: float
 ) -> Candidate:
     edge = None if option is None else option.account.name
-    alone = replace(request, edges=() if option is None else (option,))
+    alone = request._replace(edges=() if option is None else (option,))
     algorithm = Algorithm(alone, now)
     choice = algorithm.best({family}, device_computes=rules.device_computes, delayed=rules.delayed)
     allowed = family in rules.families

@@ -13,7 +13,7 @@ twelve numbers in all, beside one b1, one b2 and AlexNet's input size. They are 
 * no coefficient is smaller on a platform that the paper calls more powerful.
 
 First differential evolution over Figures 1 and 3 and over tasks of Fig. 4 that never meet (closed form), then a random
-descent with Fig. 4 itself, simulated with `PlannerCore`. Everything is drawn from fixed seeds: the same versions of numpy and scipy
+descent with Fig. 4 itself, simulated with `PlannerCore`. Everything is drawn from fixed seeds: the same numpy and scipy
 give the same file, in some minutes. What cannot hold at once is Fig. 4's "about 20 %" below edge-only in (a) and "about 40 %"
 in (c): (c) has four times the edges and a sixth of the time, which is nearly the same load, so both come out nearly the same.
 The fit takes (c)'s. `python -m planner.fit_paper planner/data/paper.json` makes the file that is shipped.

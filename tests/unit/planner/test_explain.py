@@ -1,0 +1,86 @@
+"""Why a task got what it got, from the records alone."""
+
+import pytest
+
+from bus.errors import UnknownNameError
+from bus.messages import Decision, Ended, Placed, TaskState
+from planner.core import PlannerCore
+from planner.explain import explain
+from tests.unit.planner.scenes import World, completed, device, edge, task
+
+
+def records(*events: object, policy: str = "deepar") -> list[Decision]:
+    core = PlannerCore(0, policy)
+    found = []
+    for number, event in enumerate(events):
+        now = max(0.0, number * 0.01)
+        changes = core.handle(event, now)  # type: ignore[arg-type]
+        if changes:
+            found.append(
+                Decision(
+                    region=0,
+                    epoch=1,
+                    nonce="n",
+                    seq=len(found) + 1,
+                    now_s=now,
+                    inputs={},
+                    changes=tuple(changes),
+                    ledger_hash=core.state_hash,
+                )
+            )
+    return found
+
+
+def test_the_one_that_was_chosen_comes_first_and_is_the_recorded_one() -> None:
+    for seed in range(3):
+        world = World(PlannerCore(0), seed, rate=3.0, validate=False).run()
+        for task_id, placed in list(world.placed.items())[::5]:
+            found = explain(world.log, task_id)
+            assert found.decided == placed
+            assert found.state == world.ended[task_id].state
+            assert [c.chosen for c in found.candidates].count(True) == 1
+            best = found.candidates[0]
+            assert best.placement == placed.placement
+            assert best.start_in_s == pytest.approx(placed.wait_s)
+            assert best.delay_s == pytest.approx(placed.delay_s)
+            ends = [
+                c.start_in_s + c.delay_s for c in found.candidates if c.start_in_s is not None and c.delay_s is not None
+            ]
+            assert ends == sorted(ends)
+            assert bool(found.waited_for) == (placed.wait_s > 0)
+
+
+def test_what_was_lacked_and_waited_for_is_said() -> None:
+    log = records(edge(slots=1), device("d1"), device("d2"), task("t1", "d1"), task("t2", "d2"))
+    found = explain(log, "t2")
+    chosen = found.candidates[0]
+    assert chosen.chosen
+    assert "slot" in chosen.lacked
+    assert found.waited_for == ("t1 to end on e1",)
+    assert any("admitted" in line for line in found.story)
+    cloudless = [c for c in found.candidates if c.family == "device+cloud"]
+    assert cloudless[0].placement is None
+    assert "cloud" in cloudless[0].lacked
+
+
+def test_a_policy_that_does_not_use_a_candidate_is_named() -> None:
+    log = records(edge(), device(), task(), completed(), policy="edge-only")
+    found = explain(log, "t1")
+    alone = next(c for c in found.candidates if c.family == "device")
+    assert "edge-only" in alone.lacked
+    assert not alone.chosen
+    assert found.state == TaskState.COMPLETED
+
+
+def test_a_task_that_was_never_placed_has_only_a_story() -> None:
+    log = records(edge(), device(models=()), task())
+    found = explain(log, "t1")
+    assert (found.decided, found.candidates, found.state) == (None, (), TaskState.REJECTED)
+    assert "unknown_model" in found.story[-1]
+    assert [c for d in log for c in d.changes if isinstance(c, Ended)]
+    assert not [c for d in log for c in d.changes if isinstance(c, Placed)]
+
+
+def test_an_unknown_task() -> None:
+    with pytest.raises(UnknownNameError, match="t9"):
+        explain(records(edge(), device(), task()), "t9")

@@ -1,0 +1,102 @@
+"""Questions about one task alone: constraints, the best so many, and where the best cuts change."""
+
+import pytest
+
+from bus.errors import ConfigError, CutError
+from bus.values import Kind, Objective, Role
+from planner.cost import PlatformRow
+from planner.plan import Constraints, Plan, Situation, plans, position_of, stretches, sweep
+from planner.profiles import load_profile
+from planner.search import CutSearch
+
+PAPER = load_profile("paper")
+
+
+def situation(model: str = "alexnet", objective: Objective = Objective.SEQUENTIAL, **limits: object) -> Situation:
+    return Situation(
+        PAPER.device[model],
+        PAPER.edge[model],
+        PAPER.cloud[model],
+        100_000_000,
+        20_000_000,
+        samples=10,
+        objective=objective,
+        constraints=Constraints(**limits),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_the_best_plan_is_what_the_search_finds(objective: Objective) -> None:
+    for model in PAPER.models:
+        asked = situation(model, objective)
+        rows = [PlatformRow(tier[model]) for tier in (PAPER.device, PAPER.edge, PAPER.cloud)]
+        search = CutSearch(rows[0], rows[1], rows[2])
+        found = [search.best(f, asked.link1_bps, asked.link2_bps, 10, objective) for f in range(4)]
+        best = plans(asked)[0]
+        assert best.delay_s == min(one[0] for one in found if one is not None)
+
+
+def test_top_is_in_order_and_complete() -> None:
+    every = plans(situation(), 10_000)
+    layers = PAPER.device["alexnet"].layers
+    assert len(every) == (layers + 1) * (layers + 2) // 2
+    assert [p.delay_s for p in every] == sorted(p.delay_s for p in every)
+    assert plans(situation(), 3) == every[:3]
+    assert every[0].parts.total_s == pytest.approx(every[0].delay_s)
+
+
+def test_each_constraint_is_kept() -> None:
+    profile = PAPER.device["alexnet"]
+
+    def all_keep(keep: object, **limits: object) -> list[Plan]:
+        found = plans(situation(**limits), 10_000)
+        assert found
+        assert all(keep(p) for p in found)  # type: ignore[operator]
+        return found
+
+    all_keep(lambda p: "cloud" not in p.kind, forbidden=frozenset({Role.CLOUD}))
+    all_keep(lambda p: p.cut1 == p.cut2, forbidden=frozenset({Role.EDGE}))
+    all_keep(lambda p: p.cut1 == 0, forbidden=frozenset({Role.DEVICE}))
+    all_keep(lambda p: "edge" in p.kind, pinned=frozenset({Role.EDGE}))
+    only = all_keep(
+        lambda p: p.kind is Kind.DEVICE, pinned=frozenset({Role.DEVICE}), forbidden=frozenset({Role.EDGE, Role.CLOUD})
+    )
+    assert len(only) == 1
+    kept = position_of(profile, "conv_2")
+    all_keep(lambda p: p.cut1 >= kept, keep_on_device=kept)
+    small = all_keep(lambda p: p.delay_s <= 5.0, max_cut_bytes=100_000, max_delay_s=5.0)
+    sent = {profile.cut_bytes[cut] for p in small for cut in (p.cut1, p.cut2) if 0 < cut < profile.layers}
+    assert max(sent) <= 100_000
+    assert all(p.cut1 > 0 for p in small)  # the input is larger
+
+
+def test_constraints_may_leave_nothing_and_may_not_contradict() -> None:
+    assert plans(situation(max_delay_s=1e-6)) == []
+    with pytest.raises(ConfigError, match="edge"):
+        Constraints(frozenset({Role.EDGE}), frozenset({Role.EDGE}))
+
+
+def test_the_tasks_own_input_counts_against_the_cap() -> None:
+    from dataclasses import replace
+
+    asked = replace(situation(max_cut_bytes=50_000), input_bytes=10_000)
+    assert any(p.cut1 == 0 for p in plans(asked, 1000))
+
+
+def test_layers_by_name_and_number() -> None:
+    profile = PAPER.device["alexnet"]
+    assert (position_of(profile, "input"), position_of(profile, "maxpool_1"), position_of(profile, "7")) == (0, 3, 7)
+    for wrong in ("conv_9", "99", "-1"):
+        with pytest.raises(CutError, match="conv_1"):
+            position_of(profile, wrong)
+
+
+def test_the_best_cuts_change_along_a_sweep() -> None:
+    bandwidths = [10**k for k in range(4, 12)]
+    best = sweep(situation(), 1, bandwidths)
+    delays = [p.delay_s for p in best if p is not None]
+    assert delays == sorted(delays, reverse=True)
+    found = stretches(bandwidths, best)
+    assert found[0].cut1 == PAPER.device["alexnet"].layers  # hardly any bandwidth: the device alone
+    assert len(found) >= 3
+    assert [s.from_bps for s in found] == sorted(s.from_bps for s in found)
