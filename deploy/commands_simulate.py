@@ -23,6 +23,7 @@ from bus.kafka import KafkaConnection
 from bus.units import format_seconds
 from bus.values import Objective
 from deploy.broker import KafkaBroker
+from deploy.commands_chaos import chaos
 from deploy.log_setup import configure_logging
 from deploy.process import EXIT_MISSED
 from loadgen import compare as compared
@@ -47,6 +48,8 @@ ObjectiveFlag = Annotated[
     Objective, typer.Option(help="`sequential` is the paper's; `pipelined` streams samples through the stages.")
 ]
 
+
+app.command()(chaos)
 
 FIGURES, SWEEP, COMPARE = Path("figures"), Path("runs/sweep"), Path("runs/compare")
 ALL_POLICIES = ",".join(POLICIES)

@@ -41,12 +41,10 @@ from stages.runner import ModelledRunner, Station
 
 LEASE_S = 4.0
 JOIN_S = 60.0
-CONVERGE_S = 400.0
-"""Virtual seconds after healing within which every task must have ended."""
 SETTLE_S = 4.0
 """Virtual seconds after the last end within which nothing of a task may be left anywhere."""
 
-CUT_BYTES = (9_000, 14_000, 5_000, 40)
+CUT_BYTES = (9_000, 14_000, 1_200, 3_000)
 LAYER_S = (0.08, 0.02, 0.06)
 SPEED = {Role.DEVICE: 5.0, Role.EDGE: 2.0, Role.CLOUD: 1.0}
 
@@ -60,9 +58,11 @@ class ChaosScenario:
     clouds: int = 2
     planners: int = 2
     tasks: int = 8
-    samples: tuple[int, int] = (1, 12)
-    faults_s: float = 25.0  # virtual seconds during which things go wrong
-    faults: tuple[int, int] = (3, 8)  # how many, beside what the bus does
+    samples: tuple[int, int] = (2, 24)
+    faults_s: float = 20.0  # virtual seconds during which things go wrong
+    faults: tuple[int, int] = (5, 12)  # how many
+    converge_s: float = 150.0  # virtual seconds after healing within which every task must have ended
+    clock_off_s: float | None = None  # how far the wall clock is off; None: drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,8 +326,9 @@ class _Chaos:
         """First faults, then heal, then judge."""
         loop = asyncio.get_running_loop()
         loop.set_task_factory(task_factory)
-        hours = self.random.choice([0.0, -1.0, 1.0])  # clocks off: nobody may notice
-        self.broker.wall_clock = lambda: 1e9 + loop.time() + hours * 3600.0
+        drawn_s = self.random.choice([0.0, -3600.0, 3600.0])  # nobody may notice
+        off_s = drawn_s if self.scenario.clock_off_s is None else self.scenario.clock_off_s
+        self.broker.wall_clock = lambda: 1e9 + loop.time() + off_s
         async with MemoryBus(self.broker, "client") as client:
             await client.create_topics(topics.specs(self.edges, Partitions(cloud=3, results=2)))
             self._cast()
@@ -338,7 +339,7 @@ class _Chaos:
             await self._break(client)
             self._heal()
             await submitting
-            ended = await self._until(self._all_ended, CONVERGE_S, "not every task ended")
+            ended = await self._until(self._all_ended, self.scenario.converge_s, "not every task ended")
             if ended:
                 await asyncio.sleep(SETTLE_S)
             oracle = self._judge(settled=ended)
@@ -363,7 +364,7 @@ class _Chaos:
         """Send each task until it is acknowledged; a second copy must not matter."""
         draw = random.Random(self.seed + 1)
         for task in self.tasks:
-            await asyncio.sleep(draw.random() * self.scenario.faults_s / self.scenario.tasks)
+            await asyncio.sleep(draw.random() * 1.2 * self.scenario.faults_s / self.scenario.tasks)
             while True:
                 try:
                     await client.send(topics.TASKS, messages.encode(task), key=task.task_id, partition=0)
@@ -413,7 +414,20 @@ class _Chaos:
         for _ in range(count):
             await asyncio.sleep(draw.expovariate(count / self.scenario.faults_s))
             kind = draw.choice(
-                ["crash", "crash", "crash", "freeze", "freeze", "cut", "broker", "terminate", "bus", "bus", "poison"]
+                [
+                    "crash",
+                    "crash",
+                    "crash",
+                    "freeze",
+                    "freeze",
+                    "cut",
+                    "broker",
+                    "terminate",
+                    "bus",
+                    "bus",
+                    "bus",
+                    "poison",
+                ]
             )
             process = draw.choice(self.processes)
             self.faults[kind if kind in ("broker", "bus", "poison") else f"{kind} {_role(process.name)}"] += 1
@@ -424,7 +438,11 @@ class _Chaos:
     async def _crash(self, process: Process, client: MemoryBus) -> None:
         loop = asyncio.get_running_loop()
         away_s = self.random.choice([0.05, 1.0, 2.0 * LEASE_S])
-        process.crash_in(self.random.randrange(1, 150), lambda: loop.call_later(away_s, process.start) and None)
+
+        def restart() -> None:
+            loop.call_later(away_s, process.start)
+
+        process.crash_in(self.random.randrange(1, 150), restart)
 
     async def _freeze(self, process: Process, client: MemoryBus) -> None:
         process.freeze()
@@ -453,7 +471,7 @@ class _Chaos:
     async def _bus(self, process: Process, client: MemoryBus) -> None:
         draw = self.random
         kinds = ("lost_ack", "lost_post", "duplicate", "rebalance", "redelivery", "stale_commit", "late")
-        chosen = {kind: draw.choice([0.02, 0.1]) for kind in draw.sample(kinds, draw.randint(1, 4))}
+        chosen = {kind: draw.choice([0.02, 0.1, 0.3]) for kind in draw.sample(kinds, draw.randint(1, 4))}
         for kind in chosen:
             self.faults[f"bus {kind}"] += 1
         self.broker.faults = Faults(random=random.Random(draw.random()), late_s=0.05, **chosen)
