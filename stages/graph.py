@@ -120,6 +120,12 @@ class Graph:
             counts[name] = counts.get(name, 0) + 1
         return [name if name and counts[name] == 1 else f"{name}#{index}" for index, name in enumerate(plain)]
 
+    @cached_property
+    def input_aliases(self) -> dict[str, str]:
+        """Input tensor's name -> the name that the model's first signature has for it."""
+        named = [entry for entry in self.model.signatureDefs or [] if entry.subgraphIndex == 0]
+        return {self.names[entry.tensorIndex]: text(entry.name) for entry in (named[0].inputs or [] if named else [])}
+
     def spec(self, tensor: int) -> TensorSpec:
         """The tensor as messages describe it."""
         quantization = self.tensors[tensor].quantization

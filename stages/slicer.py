@@ -21,10 +21,13 @@ from ai_edge_litert import schema_py_generated as schema
 from bus.errors import CutError, UnknownNameError
 from bus.values import ModelManifest, TensorSpec
 from stages.cache import write_whole
-from stages.flatfile import Blob, Chunk, tflite_chunks, tflite_size
+from stages.flatfile import LARGEST_FILE_BYTES, Blob, Chunk, tflite_chunks, tflite_size
 from stages.graph import Graph, indices
 from stages.model import Model
 from stages.operators import CONTROL_FLOW, SHAPE_READERS, kind_of, subgraphs_of, text
+
+STRUCTURE_BYTES = 1 << 24
+"""Left for what is not weights in a file that is nearly as large as a file can be."""
 
 STREAMED_BYTES = 4096
 """Buffers from this size on are copied from the mapped source, never through the heap."""
@@ -102,7 +105,10 @@ def slice_model(model: Model, first: int, last: int) -> SlicedPart:
         raise CutError(f"{model.name} has layers 1 to {graph.depth}, not {first} to {last}")
     graph.require_cuttable(first - 1)
     graph.require_cuttable(last)
-    return _Cutting(graph, first, last).part()
+    part = _Cutting(graph, first, last).part()
+    if part.size_bytes > LARGEST_FILE_BYTES - STRUCTURE_BYTES:
+        raise CutError(f"layers {first} to {last} of {model.name} have {part.size_bytes:,} bytes, too many for one file")
+    return part
 
 
 class _Cutting:

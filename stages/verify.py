@@ -85,18 +85,20 @@ def _random(spec: TensorSpec, rng: np.random.Generator) -> Array:
 
 
 def named_inputs(model: Model, given: Mapping[str, Array]) -> list[list[Array]]:
-    """Samples out of arrays by tensor name (or, for a model of one input, any name).
+    """Samples out of arrays by tensor name, or by the name that the model's signature has for it (one input: any name).
 
     An array has the tensor's shape, or one more dimension in front for several samples. Raises `ConfigError`.
     """
     specs = model.manifest.cuts[0].tensors
+    aliases = model.graph.input_aliases
     if len(specs) == 1 and len(given) == 1:
         given = {specs[0].name: next(iter(given.values()))}
     stacks = []
     for spec in specs:
-        if spec.name not in given:
-            raise ConfigError(f"the inputs file has no {spec.name}; it has {', '.join(given) or 'nothing'}")
-        array = given[spec.name]
+        name = spec.name if spec.name in given else aliases.get(spec.name, spec.name)
+        if name not in given:
+            raise ConfigError(f"the inputs file has no {name}; it has {', '.join(given) or 'nothing'}")
+        array = given[name]
         stack = array
         if array.shape == spec.shape:
             stack = array[None]

@@ -114,5 +114,7 @@ def test_inputs_of_a_file_are_matched_by_name_and_shape(lenet: Model, tmp_path: 
     two = load(tmp_path, "two_in_three_out")
     both = {"a": np.ones((3, 16), np.float32), "b": np.zeros((3, 16), np.float32)}
     assert [[float(v[0, 0]) for v in sample] for sample in named_inputs(two, both)] == [[1.0, 0.0]] * 3
-    with pytest.raises(ConfigError, match="has no b; it has a"):
+    # the model's signature calls them left and right
+    assert len(named_inputs(two, {"left": both["a"], "right": both["b"]})) == 3
+    with pytest.raises(ConfigError, match="has no right; it has a"):
         named_inputs(two, {"a": both["a"]})
