@@ -1,0 +1,44 @@
+"""Logs: what an error held in its variables does not get into them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from deploy.log_setup import configure_logging
+
+PLANTED = "planted-0xC0FFEE"
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    level = logging.getLogger().level
+    handlers = list(logging.getLogger().handlers)
+    yield
+    structlog.reset_defaults()
+    logging.getLogger().setLevel(level)
+    logging.getLogger().handlers = handlers
+
+
+@pytest.mark.parametrize("json_lines", [False, True])
+def test_a_traceback_shows_no_variables(capsys: pytest.CaptureFixture[str], json_lines: bool) -> None:
+    configure_logging("debug", json_lines=json_lines)
+    settings = {"sasl_plain_password": PLANTED}
+    try:
+        raise ValueError(f"{len(settings)} setting is wrong")
+    except ValueError:
+        structlog.get_logger("test").exception("it failed")
+    said = capsys.readouterr().err
+    assert "1 setting is wrong" in said
+    assert "Traceback" in said
+    assert PLANTED not in said
+
+
+def test_the_kafka_client_stays_quiet_at_debug() -> None:
+    """It prints payloads and requests at DEBUG."""
+    configure_logging("debug", json_lines=True)
+    assert logging.getLogger("aiokafka").getEffectiveLevel() >= logging.WARNING
+    assert logging.getLogger("aiokafka.conn").getEffectiveLevel() >= logging.WARNING
