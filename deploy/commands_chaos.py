@@ -28,7 +28,11 @@ def chaos(
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     steps = iter(track(range(seeds), "chaos", console=log, disable=not log.is_terminal, transient=True))
     next(steps)
-    found = simulated.run(range(seed, seed + seeds), progress=lambda done, total: next(steps, None) and None)
+
+    def tell(done: int, total: int) -> None:
+        next(steps, None)
+
+    found = simulated.run(range(seed, seed + seeds), progress=tell)
     if as_json:
         print(json.dumps(found))
     else:
