@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bus.kafka import KafkaBus
 from bus.kafka_connection import KafkaConnection
 from bus.port import Bus
 from bus.topics import Partitions
+from bus.units import parse_duration
 from bus.values import Execution, ModelProfile, Objective, Role
 from deploy.probes import Health, serve_probes
 from deploy.process import until_stopped
@@ -31,10 +33,35 @@ from stages.zoo import load_model
 log = structlog.get_logger("deepar")
 Progress = Callable[[str], None]
 
+BROKER_RETRY_S = 1.0
+
 
 def kafka_bus(bootstrap_servers: str | None = None) -> KafkaBus:
     """A bus on Kafka as the environment describes it. Raises `ConfigError`."""
     return KafkaBus(KafkaConnection.from_env(bootstrap_servers=bootstrap_servers))
+
+
+@contextlib.asynccontextmanager
+async def patiently(bus: Bus) -> AsyncIterator[Bus]:
+    """Open a bus; while no broker answers, try again for as long as `DEEPAR_BROKER_PATIENCE` says (default: not at all).
+
+    Where a supervisor starts everything at once, to wait costs less than to end and be started again. Raises what the last
+    try raised.
+    """
+    patience_s = parse_duration(os.environ.get("DEEPAR_BROKER_PATIENCE", "0s"))
+    clock = asyncio.get_running_loop().time
+    deadline_s = clock() + patience_s
+    async with contextlib.AsyncExitStack() as stack:
+        while True:
+            try:
+                await stack.enter_async_context(bus)
+                break
+            except BusUnavailableError as error:
+                if clock() >= deadline_s:
+                    raise
+                log.warning("waiting for the broker", error=str(error))
+                await asyncio.sleep(BROKER_RETRY_S)
+        yield bus
 
 
 async def create_missing_topics(bus: Bus, edges: Sequence[str] = (), partitions: Partitions | None = None) -> None:
@@ -113,7 +140,7 @@ async def run_stage(
     on_busy: BusySink | None = None,
 ) -> None:
     """One stage as a process: ready its models, serve, drain when asked to stop, leave."""
-    async with bus:
+    async with patiently(bus):
         await require_region(bus, settings.region, [settings.name] if settings.role is Role.EDGE else [])
         runner = await asyncio.to_thread(make)
         node = Node(bus, settings, runner, on_busy=on_busy)
@@ -182,7 +209,7 @@ async def run_planner(
     bus: Bus, service: PlannerService, *, http_port: int | None = None, http_host: str = "127.0.0.1"
 ) -> None:
     """A planner as a process."""
-    async with bus:
+    async with patiently(bus):
         await require_region(bus, service.region)
 
         def look() -> Health:
