@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from bus import messages, topics
+from bus.decisions import DecisionLog, Dropped
 from bus.errors import ConfigError, ProtocolError
-from bus.messages import NodeHeartbeat, PlannerHeartbeat
+from bus.messages import Decision, EpochOpened, NodeHeartbeat, PlannerHeartbeat
 from bus.port import Bus, Record
 from deploy import nodes
 from deploy.commands_services import Bootstrap
-from deploy.decision_lines import lines_of
+from deploy.decision_lines import LEGEND, Held, lines_of
 from deploy.process import run_on_uvloop
 
 tail_app = typer.Typer(no_args_is_help=True, help="Follow what happens: decisions, tasks, events or nodes.")
@@ -136,10 +137,14 @@ def _iso(timestamp_ms: int) -> str:
 class Table:
     """Prints records as lines of a table that grows."""
 
-    def __init__(self, topic: str, *, heartbeats: bool) -> None:
+    def __init__(self, topic: str, *, heartbeats: bool, console: Console | None = None) -> None:
         self._topic = topic
         self._heartbeats = heartbeats
-        self._console = Console(highlight=False)
+        self._console = console or Console(highlight=False)
+        self._held: dict[int, Held] = {}  # by region
+        self._logs: dict[int, DecisionLog] = {}  # by region
+        if topic == topics.DECISIONS:
+            self._console.print(f"[dim]{LEGEND}[/]", soft_wrap=True)
         self._console.print(f"[bold]{'time':<12} {'offset':>7}  {'who':<16} {'what':<14} details[/]")
 
     def __call__(self, record: Record) -> None:
@@ -152,6 +157,22 @@ class Table:
             return
         if isinstance(message, NodeHeartbeat | PlannerHeartbeat) and not self._heartbeats:
             return
-        for style, who, what, details in lines_of(message):
+        if self._topic == topics.DECISIONS and (why := self._ignored(record.partition, message)):
+            self._console.print(f"[dim]{where}  {'planner':<16} {'ignored':<14} {escape(why)}[/]", soft_wrap=True)
+            return
+        for style, who, what, details in lines_of(message, self._held.setdefault(record.partition, Held())):
             text = f"{where}  {escape(who):<16} {escape(what):<14} {escape(details)}"
             self._console.print(f"[{style}]{text}[/]" if style else text, soft_wrap=True)
+
+    def _ignored(self, region: int, message: Any) -> str:
+        """Why nobody obeys a record of the decisions; empty where it counts. The first that is read is taken to count."""
+        log = self._logs.get(region)
+        if log is None:
+            log = self._logs[region] = DecisionLog()
+            if not isinstance(message, EpochOpened):
+                seq = message.seq - 1 if isinstance(message, Decision) else 0
+                log = self._logs[region] = DecisionLog(epoch=message.epoch, nonce=message.nonce, seq=seq)
+        elif isinstance(message, Decision) and log.seq == 0 and message.nonce == log.nonce:
+            log.seq = message.seq - 1  # reading began in between
+        accepted = log.accept(message)
+        return f"{accepted.reason}: {accepted.detail}" if isinstance(accepted, Dropped) else ""

@@ -1,8 +1,14 @@
-"""Records of the control topics as lines that an operator reads at a glance: who got what, where, and who waits for what."""
+"""Records of the control topics as lines that an operator reads at a glance: who got what, where, and who waits for what.
+
+A task's placement, its grants and its start stand in one line: `d1 -117 Mbps-> e1 -20 Mbps-> (cloud)`, the bandwidth on the
+arrow, in parentheses who only passes on. What a task waits for is not in the record; `Held` follows what is reserved, and
+names whose predicted end the start was put to.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from bus.messages import (
@@ -32,10 +38,17 @@ from bus.messages import (
     TaskSubmitted,
 )
 from bus.units import format_rate, format_seconds
-from bus.values import Parts, Placement
+from bus.values import Parts, Placement, Role
 
 Line = tuple[str, str, str, str]
 """style, who, what, details"""
+
+LEGEND = (
+    "A -rate-> B: reserved bandwidth; (A): only passes on; [green]green[/] works or has worked, [yellow]yellow[/] waits or "
+    "is planned again, [red]red[/] failed or lost, [cyan]cyan[/] nodes, [blue]blue[/] planners"
+)
+_SAME_S = 1e-6  # a start that was put to another task's end stands at exactly that instant
+_NAMED = 3  # so many of those that a task waits for are named
 
 _STATE_STYLE = {
     TaskState.COMPLETED: "green",
@@ -45,12 +58,80 @@ _STATE_STYLE = {
 }
 
 
-def lines_of(message: Any) -> Iterator[Line]:
-    """One line for each thing that a message says."""
+@dataclass(slots=True)
+class _Holding:
+    """What one task has, or will have."""
+
+    placed: Placed
+    start_s: float
+    end_s: float  # predicted; ledger time, as all here
+
+
+class Held:
+    """Follows the decisions of one region, as far back as they were read: what is reserved, by whom, until when."""
+
+    def __init__(self) -> None:
+        self._holdings: dict[str, _Holding] = {}
+
+    def note(self, change: Any) -> None:
+        """Take in one change, in order."""
+        if isinstance(change, Placed):
+            self._holdings[change.task_id] = _Holding(change, change.start_s, change.start_s + change.delay_s)
+            return
+        holding = self._holdings.get(getattr(change, "task_id", ""))
+        match change:
+            case Moved() if holding:
+                holding.start_s, holding.end_s = change.to_s, change.to_s + holding.placed.delay_s
+            case Start() if holding:
+                holding.start_s, holding.end_s = change.at_s, change.at_s + holding.placed.delay_s
+            case Overran() if holding:
+                holding.end_s = change.to_s
+            case Retried() | Ended():
+                self._holdings.pop(change.task_id, None)
+            case _:
+                pass
+
+    def placed(self, task_id: str) -> Placed | None:
+        """Where a task was put, if that was read."""
+        holding = self._holdings.get(task_id)
+        return holding.placed if holding else None
+
+    def waits_for(self, task_id: str) -> str:
+        """`t3 (slot of e1), t4 (d2)`: whose end a task's start was put to, and what it shares with them; or nothing."""
+        own = self._holdings[task_id]
+        found = []
+        for other_id, other in self._holdings.items():
+            shared = _shared(own.placed, other.placed)
+            if other_id != task_id and shared and abs(other.end_s - own.start_s) <= _SAME_S:
+                found.append(f"{other_id} ({shared})")
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        return ", ".join(found[:_NAMED]) + more
+
+
+def _shared(one: Placed, other: Placed) -> str:
+    """What two placements both take, in words."""
+    if one.device == other.device and one.placement.cut1 and other.placement.cut1:
+        return one.device
+    a, b = one.placement, other.placement
+    if a.edge is None or a.edge != b.edge:
+        return ""
+    both = [
+        name
+        for name, shared in (
+            ("slot", a.uses_slot and b.uses_slot),
+            ("link 1", a.link1_bps and b.link1_bps),
+            ("link 2", a.link2_bps and b.link2_bps),
+        )
+        if shared
+    ]
+    return f"{', '.join(both)} of {a.edge}" if both else ""
+
+
+def lines_of(message: Any, held: Held | None = None) -> Iterator[Line]:
+    """One line for each thing that a message says. `held` knows the decisions before it, and is kept up to date."""
     match message:
         case Decision():
-            for change in message.changes:
-                yield _change(change)
+            yield from _decision(message, Held() if held is None else held)
         case EpochOpened():
             yield "bold blue", message.planner, "leads", f"region {message.region} from epoch {message.epoch} on"
         case PlannerHeartbeat():
@@ -85,47 +166,78 @@ def lines_of(message: Any) -> Iterator[Line]:
             yield "", "?", type(message).__name__, ""
 
 
-def _change(change: Any) -> Line:
-    match change:
-        case Admitted(task=task):
-            return "", task.task_id, "admitted", _work(task)
-        case Placed():
-            waits = f", waits {format_seconds(change.wait_s)}" if change.wait_s > 0 else ""
-            details = f"{placement_text(change.placement)}; {format_seconds(change.delay_s)} expected{waits}"
-            return "bold", change.task_id, f"placed #{change.attempt}", details
-        case BandwidthGrant():
-            ends = f"device - {change.edge}" if change.link == 1 else f"{change.edge} - cloud"
-            return "", change.task_id, "granted", f"{format_rate(change.bps)} on link {change.link} ({ends})"
-        case Start():
-            return "green", change.task_id, "starts", f"on {change.device}, attempt {change.attempt}"
-        case Moved():
-            return (
-                "yellow",
-                change.task_id,
-                "moved",
-                f"starts {format_seconds(abs(change.to_s - change.from_s))} "
-                + ("later" if change.to_s > change.from_s else "earlier"),
-            )
-        case Overran():
-            later = format_seconds(max(0.0, change.to_s - change.from_s))
-            return "dim", change.task_id, "overran", f"its end is now expected {later} later"
-        case Retried():
-            return (
-                "yellow",
-                change.task_id,
-                "planned again",
-                f"attempt {change.attempt}: {change.cause} {change.detail}",
-            )
-        case Ended():
-            took = f"in {format_seconds(change.delay_s)}" if change.delay_s is not None else ""
-            details = " ".join(filter(None, (took, change.cause, change.detail)))
-            return _STATE_STYLE[change.state], change.task_id, change.state.value, details
-        case NodeJoined(node=node):
-            return "cyan", node.node, "joined", _node(node)
-        case NodeLost():
-            return "red", change.node, "lost", change.cause
-        case _:
-            return "", "?", type(change).__name__, ""
+def _decision(decision: Decision, held: Held) -> Iterator[Line]:
+    """A placement with its grants and its start is one line, an admission that is placed at once is part of it."""
+    placed = {change.task_id for change in decision.changes if isinstance(change, Placed)}
+    at_once = {
+        (change.task_id, change.attempt)
+        for change in decision.changes
+        if isinstance(change, Start) and change.task_id in placed
+    }
+    admitted = {change.task.task_id for change in decision.changes if isinstance(change, Admitted)}
+    for change in decision.changes:
+        before = held.placed(getattr(change, "task_id", ""))
+        held.note(change)
+        match change:
+            case Admitted(task=task):
+                if task.task_id not in placed:
+                    yield "", task.task_id, "admitted", _work(task)
+            case Placed():
+                yield _placed(change, held, (change.task_id, change.attempt) in at_once, change.task_id in admitted)
+            case BandwidthGrant():
+                if before is None:  # its placement was not read: then it stands for itself
+                    ends = f"device - {change.edge}" if change.link == 1 else f"{change.edge} - cloud"
+                    yield "", change.task_id, "granted", f"{format_rate(change.bps)} on link {change.link} ({ends})"
+            case Start():
+                if (change.task_id, change.attempt) not in at_once:
+                    details = route_text(before) if before else f"on {change.device}, attempt {change.attempt}"
+                    yield "green", change.task_id, "starts", details
+            case Moved():
+                by = format_seconds(abs(change.to_s - change.from_s))
+                after = held.waits_for(change.task_id) if before else ""
+                left = format_seconds(max(0.0, change.to_s - decision.now_s))
+                details = (
+                    f"{'later' if change.to_s > change.from_s else 'earlier'} by {by}{after and ', after ' + after}"
+                )
+                yield "yellow", change.task_id, f"waits {left}", details
+            case Overran():
+                late = format_seconds(max(0.0, decision.now_s - change.from_s))
+                left = format_seconds(max(0.0, change.to_s - decision.now_s))
+                yield "yellow", change.task_id, "overran", f"late by {late}, now expected to end in {left}"
+            case Retried():
+                details = f"{change.cause} {change.detail}".strip()
+                yield "yellow", change.task_id, f"attempt {change.attempt}", f"planned again: {details}"
+            case Ended():
+                yield _ended(change)
+            case NodeJoined(node=node):
+                yield "cyan", node.node, "joined", _node(node)
+            case NodeLost():
+                yield "red", change.node, "lost", change.cause
+            case _:
+                yield "", "?", type(change).__name__, ""
+
+
+def _placed(change: Placed, held: Held, at_once: bool, new: bool) -> Line:
+    again = "" if change.attempt == 1 else f", attempt {change.attempt}"
+    details = f"{route_text(change):<46}  {_cuts_text(change.placement):<24}  {format_seconds(change.delay_s)} expected"
+    if new:
+        details += f", {change.samples} x {change.model}"
+    if at_once:
+        return "bold green", change.task_id, "starts", details + again
+    after = held.waits_for(change.task_id)
+    waits = f"waits {format_seconds(change.wait_s)}"
+    return "bold yellow", change.task_id, waits, f"{details}{again}{after and ', after ' + after}"
+
+
+def _ended(change: Ended) -> Line:
+    took = f"in {format_seconds(change.delay_s)}" if change.delay_s is not None else ""
+    freed = []
+    if change.released_slots:
+        freed.append("a slot")
+    freed += [format_rate(bps) for bps in (change.released_link1_bps, change.released_link2_bps) if bps]
+    frees = f"(frees {', '.join(freed)} of {change.edge})" if freed and change.edge else ""
+    details = " ".join(filter(None, (took, change.cause, change.detail, frees)))
+    return _STATE_STYLE[change.state], change.task_id, change.state.value, details
 
 
 def _work(task: TaskSubmitted) -> str:
@@ -136,9 +248,10 @@ def _work(task: TaskSubmitted) -> str:
 def _node(node: NodeAnnounced) -> str:
     details = [node.role.value]
     if node.slots:
-        details.append(f"{node.slots} slots")
+        details.append(f"{node.slots} slot{'s' if node.slots > 1 else ''}")
     if node.link1_capacity_bps:
-        details.append(f"link 1 {format_rate(node.link1_capacity_bps)}")
+        most = "at most " if node.role is Role.DEVICE else ""
+        details.append(f"link 1 {most}{format_rate(node.link1_capacity_bps)}")
     if node.link2_capacity_bps:
         details.append(f"link 2 {format_rate(node.link2_capacity_bps)}")
     if node.reachable_edges is not None:
@@ -146,6 +259,28 @@ def _node(node: NodeAnnounced) -> str:
     if node.models:
         details.append(f"runs {', '.join(f'{p.model} in {format_seconds(sum(p.layer_s))}' for p in node.models)}")
     return ", ".join(details)
+
+
+def route_text(placed: Placed) -> str:
+    """`d1 -117 Mbps-> (e1) -20 Mbps-> cloud`: where a task goes, with what; in parentheses who only passes on."""
+    placement = placed.placement
+    tiers = placement.kind.value.split("+")
+    text = placed.device if "device" in tiers else f"({placed.device})"
+    if placement.edge is not None:
+        text += f" -{format_rate(placement.link1_bps)}-> "
+        text += placement.edge if "edge" in tiers else f"({placement.edge})"
+    if placement.uses_cloud:
+        text += f" -{format_rate(placement.link2_bps)}-> cloud"
+    return text
+
+
+def _cuts_text(placement: Placement) -> str:
+    if placement.edge is None:
+        return "uncut"
+    names = dict.fromkeys(
+        (placement.cut1_name, placement.cut2_name) if placement.uses_cloud else (placement.cut1_name,)
+    )
+    return f"cut after {' | '.join(names)}"
 
 
 def placement_text(placement: Placement) -> str:
