@@ -274,7 +274,7 @@ class RegionView:
     def _say(self, lines: Iterable[tuple[str, str, str, str]]) -> None:
         for style, who, what, details in lines:
             self._lines += 1
-            self.lines.append(Line(self._lines, self.now_s, style, who, what, details))
+            self.lines.append(Line(self._lines, self.now_s, style, who, what, " ".join(details.split())))
         self._changed()
 
     # --- looking -----------------------------------------------------------------------------------------------------

@@ -78,8 +78,8 @@ def _header(view: RegionView, per_s: float | None) -> Text:
 
 def _nodes(view: RegionView) -> Table:
     table = Table(box=None, padding=(0, 1), expand=False)
-    for name in ("node", "role", "slots", "link 1", "link 2", "tasks"):
-        table.add_column(name, no_wrap=True)
+    for name, least in (("node", 7), ("role", 6), ("slots", 6), ("link 1", 30), ("link 2", 30), ("tasks", 8)):
+        table.add_column(name, no_wrap=True, min_width=least)
     for node in (*view.role(Role.EDGE), *view.role(Role.CLOUD)):
         name, role = node.announced.node, node.announced.role
         style = "" if node.standing == "joined" else "dim"
@@ -170,15 +170,19 @@ def _bar(parts: Parts | None, delay_s: float | None, longest_s: float) -> Text:
     for station in (*STATIONS, "result"):
         passed_s += getattr(parts, f"{station}_s")
         until = round(cells * passed_s / parts.total_s)
-        text.append(STATION_LETTER[station] * (until - drawn), style=f"black on {STATION_STYLE[station]}")
+        text.append(STATION_LETTER[station] * (until - drawn), style=_on(station))
         drawn = until
     return text
+
+
+def _on(station: str) -> str:
+    return f"{'white' if station == 'link2' else 'black'} on {STATION_STYLE[station]}"
 
 
 def _legend() -> Text:
     text = Text("tasks: ")
     for station, letter in STATION_LETTER.items():
-        text.append(f" {letter} ", style=f"black on {STATION_STYLE[station]}")
+        text.append(f" {letter} ", style=_on(station))
         text.append(f" {_station(station)}  ")
     return text
 
