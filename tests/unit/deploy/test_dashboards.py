@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,11 @@ def test_every_alarm_is_explained() -> None:
     assert len(names) >= 6
     for name in names:
         assert f"`{name}`" in page, name
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="Prometheus' own checker is not installed")
+def test_prometheus_accepts_the_alarms() -> None:
+    done = subprocess.run(
+        ["promtool", "check", "rules", ALARMS], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
