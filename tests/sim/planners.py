@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +14,27 @@ from bus.errors import BusError
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import Decision, NodeAnnounced, Start, TaskCompleted, TaskSubmitted
 from bus.port import Position, Reader, Record
-from bus.topics import Partitions
 from bus.values import Parts, Role
+from deploy.nodes import make_work
 from planner.core import PlannerCore
 from planner.service import PlannerService
+from stages.node import Node, NodeSettings
+from stages.runner import ModelledRunner
 from tests.decision_story import Story, read_story
 from tests.sim.world import profile, task
 
 FOREVER_S = 1e6
 """A node's lease, where leases are not what is tried."""
+
+
+TOWNSPEOPLE = (
+    ("c1", Role.CLOUD),
+    ("e1", Role.EDGE),
+    ("e2", Role.EDGE),
+    ("d1", Role.DEVICE),
+    ("d2", Role.DEVICE),
+    ("d3", Role.DEVICE),
+)
 
 
 class FragileBus:
@@ -149,6 +161,7 @@ class Town:
     bus: MemoryBus  # of everybody else
     region: int = 0
     processes: list[Process] = field(default_factory=list)
+    shown: list[tuple[str, int]] = field(default_factory=list)  # results, where the stages are real
 
     def core(self) -> PlannerCore:
         return PlannerCore(self.region)
@@ -173,10 +186,9 @@ class Town:
             else:
                 return
 
-    async def announce(self, devices: Sequence[str] = ("d1", "d2", "d3"), lease_s: float = FOREVER_S) -> None:
-        """The nodes of the toy world: two edges, one cloud, some devices."""
-        cast = [("c1", Role.CLOUD), ("e1", Role.EDGE), ("e2", Role.EDGE), *((name, Role.DEVICE) for name in devices)]
-        for name, role in cast:
+    async def announce(self, lease_s: float = FOREVER_S) -> None:
+        """The nodes of the toy world: two edges, one cloud, three devices."""
+        for name, role in TOWNSPEOPLE:
             more: dict[str, int] = {}
             if role is Role.EDGE:
                 more = {"slots": 1, "link1_capacity_bps": 100_000_000, "link2_capacity_bps": 20_000_000}
@@ -215,6 +227,18 @@ class Town:
                             started.add((change.task_id, change.attempt))
                             group.create_task(self._finish(change, service_s))
 
+    async def stages(self) -> None:
+        """The same nodes for real, until cancelled; `shown` has what the devices gave out."""
+        async with asyncio.TaskGroup() as group:
+            for name, role in TOWNSPEOPLE:
+                more: dict[str, int] = {}
+                if role is Role.EDGE:
+                    more = {"slots": 1, "link1_capacity_bps": 100_000_000, "link2_capacity_bps": 20_000_000}
+                settings = NodeSettings(name=name, role=role, region=self.region, lease_s=60.0, **more)
+                node = Node(self.bus, settings, ModelledRunner([profile(role)]))
+                work = make_work(node, lambda task, sample, outputs: self.shown.append((task.task_id, sample)))
+                group.create_task(node.run(work), name=name)
+
     async def _finish(self, start: Start, service_s: float) -> None:
         await asyncio.sleep(service_s)
         done = TaskCompleted(
@@ -234,14 +258,15 @@ class Town:
 
 
 @contextlib.asynccontextmanager
-async def town(broker: MemoryBroker | None = None, *, regions: int = 1) -> AsyncIterator[Town]:
-    """A region whose nodes have announced themselves and whose devices are played."""
+async def town(broker: MemoryBroker | None = None, *, real: bool = False) -> AsyncIterator[Town]:
+    """A region whose nodes have announced themselves and whose devices are played; or `real` stages, modelled."""
     made = broker or MemoryBroker()
     async with MemoryBus(made, "town") as bus:
-        await bus.create_topics(topics.specs(partitions=Partitions(regions=regions)))
+        await bus.create_topics(topics.specs(["e1", "e2"]))
         place = Town(made, bus)
-        await place.announce()
-        playing = asyncio.create_task(place.play(), name="puppets")
+        if not real:
+            await place.announce()
+        playing = asyncio.create_task(place.stages() if real else place.play(), name="stages")
         try:
             yield place
         finally:

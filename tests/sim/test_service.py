@@ -13,7 +13,7 @@ from bus.decisions import DecisionLog
 from bus.errors import InvariantError
 from bus.faults import Faults
 from bus.memory import MemoryBroker
-from bus.messages import Decision, Ended, NodeHeartbeat, NodeLost, Snapshot
+from bus.messages import Decision, Ended, NodeHeartbeat, NodeLost, Snapshot, TaskState
 from loadgen.virtual_loop import run_virtual
 from planner import service as service_module
 from planner.service import Standing
@@ -85,6 +85,24 @@ def test_killed_again_and_again(seed: int) -> None:
     fuses = [random.randrange(1, 100) for _ in range(12)]
     story, _, _ = run_virtual(_killed(fuses, snapshot_every=random.choice((1, 3, 1000))), horizon_s=HORIZON_S)
     story.check(IDS)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_again_and_again_among_real_stages(seed: int) -> None:
+    random = Random(seed)
+
+    async def run() -> tuple[Story, Town]:
+        async with town(real=True) as place:
+            fuses = [random.randrange(1, 90) for _ in range(8)]
+            planners = asyncio.create_task(_mortal(place, fuses, snapshot_every=6))
+            await place.submit(range(TASKS))
+            await planners
+            return await place.until_ended(TASKS), place
+
+    story, place = run_virtual(run(), horizon_s=HORIZON_S)
+    story.check(IDS)
+    assert {state for states in story.ends.values() for state in states} == {TaskState.COMPLETED}
+    assert sorted(place.shown) == sorted((task_id, sample) for task_id in IDS for sample in range(10))
 
 
 @pytest.mark.parametrize("seed", range(4))
