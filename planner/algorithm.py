@@ -31,6 +31,7 @@ from planner.search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, CutSear
 
 EVERY_FAMILY: Final = frozenset({DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE})
 _NEVER: Final = float("inf")
+_MOST_TRIED: Final = 6
 
 
 class EdgeOption(NamedTuple):
@@ -107,19 +108,19 @@ class Algorithm:
         if request.device is not None and device_computes and delayed:
             ends = sorted({r.end_s for r in request.device.reservations.values() if r.end_s > now})
         while heap:
-            value, family, name, start, i, option, full = heap[0]
+            value, family, name, start, i, option, full, tried = heap[0]
             if value > best_value:
                 break
             if value == best_value and (start, family, name) > best_tie:
                 heappop(heap)  # it could tie at best, and loses ties; so do its later starts
                 continue
-            choice = self._at(option, family, start, i, device_computes, best_value, full)
+            choice = self._at(option, family, start, i, device_computes, best_value, full, tried)
             if choice is not None:
                 found = start - now + choice.delay_s
                 if found < best_value or (start, family, name) < best_tie:
                     best, best_value, best_tie = choice, found, (start, family, name)
             if delayed:
-                following, at = _next_start(option, family, i)
+                following, at = _next_start(option, family, i, best_value - full[0] + now)
                 if ends:
                     later = bisect_right(ends, start)
                     if later < len(ends) and ends[later] < following:
@@ -127,7 +128,7 @@ class Algorithm:
                         at = bisect_right(option.account.timeline.times, following) - 1
                 value = following - now + full[0]
                 if value <= best_value and following != _NEVER:
-                    heapreplace(heap, (value, family, name, following, at, option, full))
+                    heapreplace(heap, (value, family, name, following, at, option, full, tried))
                     continue
             heappop(heap)
         return best
@@ -135,7 +136,7 @@ class Algorithm:
     def _bounds(self, families: Collection[int], device_computes: bool, worst: float) -> list[_Pair]:
         """Every pair at its start now, bounded by w at full caps; pairs that cannot be, or cannot win, are left out."""
         request, now = self.request, self.now
-        known: dict[tuple[CutSearch, int, int, int], Found | None] = {}
+        known: dict[tuple[CutSearch, int, int, int], tuple[Found | None, list[tuple[int, int, float]]]] = {}
         heap: list[_Pair] = []
         wanted = [family for family in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE) if family in families]
         for option in request.edges:
@@ -148,13 +149,15 @@ class Algorithm:
                     continue
                 probe = (search, family, b1, b2 if family != DEVICE_EDGE else 0)
                 if probe in known:  # edges of a kind are searched once
-                    found = known[probe]
+                    found, tried = known[probe]
                 else:
-                    found = known[probe] = search.best(
+                    found = search.best(
                         family, b1, b2, request.samples, request.objective, request.input_bytes, device_computes
                     )
+                    tried = []
+                    known[probe] = found, tried
                 if found is not None and found[0] <= worst:
-                    heap.append((found[0], family, account.name, now, i, option, found))
+                    heap.append((found[0], family, account.name, now, i, option, found, tried))
         heapify(heap)
         return heap
 
@@ -176,7 +179,7 @@ class Algorithm:
     def at(self, option: EdgeOption, family: int, start_s: float, *, device_computes: bool = True) -> Choice | None:
         """One pair at one start, with the largest grants that fit during the whole interval; None if it cannot be."""
         i = bisect_right(option.account.timeline.times, start_s) - 1
-        return self._at(option, family, start_s, i, device_computes, _NEVER, None)
+        return self._at(option, family, start_s, i, device_computes, _NEVER, None, [])
 
     def key(self, choice: Choice) -> Key:
         """What is minimised."""
@@ -198,10 +201,12 @@ class Algorithm:
         device_computes: bool,
         worst: float,
         full: Found | None,
+        tried: list[tuple[int, int, float]],
     ) -> Choice | None:
         """`at`, given up as soon as w + delta_t exceeds `worst`.
 
-        `i` is the step of the timeline that `start` lies in, `full` what the search finds at full caps.
+        `i` is the step of the timeline that `start` lies in, `full` what the search finds at full caps; `tried` holds w at
+        other grants: with no more than those, w is no less.
         """
         account, search, max1, max2 = option
         timeline = account.timeline
@@ -236,11 +241,17 @@ class Algorithm:
             if at_full and full is not None:
                 found = full
             else:
+                least_delay = worst - delta
+                for more1, more2, least_w in tried:
+                    if b1 <= more1 and b2 <= more2 and least_w > least_delay:
+                        return None
                 found = search.best(
                     family, b1, b2, request.samples, request.objective, request.input_bytes, device_computes
                 )
                 if found is None:
                     return None
+                if device_computes and len(tried) < _MOST_TRIED:
+                    tried.append((b1, b2, found[0]))
             delay, cut1, cut2 = found
             if delta + delay > worst:
                 return None
@@ -272,20 +283,25 @@ class Algorithm:
         return Choice(family, account.name, cut1, cut2, b1, b2, start, delay)
 
 
-_Pair = tuple[float, int, str, float, int, EdgeOption, Found]
-"""bound of w + delta_t, family, edge, start, step of the timeline, the edge again, what the search finds at full caps."""
+_Pair = tuple[float, int, str, float, int, EdgeOption, Found, list[tuple[int, int, float]]]
+"""bound of w + delta_t, family, edge, start, step of the timeline, the edge again, w at full caps and at other grants."""
 
 
-def _next_start(option: EdgeOption, family: int, i: int) -> tuple[float, int]:
-    """The next instant on this edge at which something is freed and nothing this family needs is wholly taken."""
+def _next_start(option: EdgeOption, family: int, i: int, latest: float) -> tuple[float, int]:
+    """The next instant on this edge at which something is freed and nothing this family needs is wholly taken.
+
+    Not looked for much beyond `latest`.
+    """
     timeline = option.account.timeline
-    slots, free1, free2 = timeline.slots, timeline.free1, timeline.free2
+    times, slots, free1, free2 = timeline.times, timeline.slots, timeline.free1, timeline.free2
     for k in range(i + 1, len(slots)):
+        if times[k] > latest:
+            return times[k], k
         if (
             (slots[k] > slots[k - 1] or free1[k] > free1[k - 1] or free2[k] > free2[k - 1])
             and (slots[k] or family == DEVICE_CLOUD)
             and free1[k]
             and (free2[k] or family == DEVICE_EDGE)
         ):
-            return timeline.times[k], k
+            return times[k], k
     return _NEVER, 0

@@ -420,11 +420,34 @@ class PlannerCore:
         row = device.rows.get(submitted.model)
         if row is None:
             return "unknown_model"
+        reach = device.reach.get(row.model)
+        if reach is None:
+            reach = device.reach[row.model] = self._reach(device, row)
+        cap1, cap2 = submitted.max_link1_bps, submitted.max_link2_bps
+        options = [
+            EdgeOption(
+                option.account,
+                option.search,
+                option.max_link1_bps if cap1 is None or option.max_link1_bps < cap1 else cap1,
+                option.max_link2_bps if cap2 is None or option.max_link2_bps < cap2 else cap2,
+            )
+            for option in reach
+        ]
+        return Request(
+            submitted.task_id,
+            submitted.samples,
+            submitted.input_bytes,
+            row,
+            device.alone[row.model],
+            self.ledger.devices.get(submitted.device),
+            options,
+            self.objective,
+        )
+
+    def _reach(self, device: Node, row: PlatformRow) -> list[EdgeOption]:
+        """The edges that a device can reach, for one model, in order of name; kept until a node joins or is lost."""
+        device.alone[row.model] = self._search(row, None, None)
         announced = device.announced
-        cap1 = submitted.max_link1_bps
-        if announced.link1_capacity_bps and (cap1 is None or announced.link1_capacity_bps < cap1):
-            cap1 = announced.link1_capacity_bps
-        cap2 = submitted.max_link2_bps
         cloud = self._cloud_row(row.model, row.sha256)
         names = self._edge_names if announced.reachable_edges is None else sorted(set(announced.reachable_edges))
         options: list[EdgeOption] = []
@@ -438,25 +461,20 @@ class PlannerCore:
             if edge is None and cloud is None:
                 continue
             account = self.ledger.edges[name]
-            limit1, limit2 = account.link1_capacity_bps, account.link2_capacity_bps
-            options.append(
-                EdgeOption(
-                    account,
-                    self._search(row, edge, cloud),
-                    limit1 if cap1 is None or limit1 < cap1 else cap1,
-                    limit2 if cap2 is None or limit2 < cap2 else cap2,
-                )
-            )
-        return Request(
-            submitted.task_id,
-            submitted.samples,
-            submitted.input_bytes,
-            row,
-            self._search(row, None, None),
-            self.ledger.devices.get(submitted.device),
-            options,
-            self.objective,
-        )
+            limit1 = account.link1_capacity_bps
+            if announced.link1_capacity_bps and announced.link1_capacity_bps < limit1:
+                limit1 = announced.link1_capacity_bps
+            options.append(EdgeOption(account, self._search(row, edge, cloud), limit1, account.link2_capacity_bps))
+        return options
+
+    def _forget_reach(self, changed: NodeAnnounced) -> None:
+        """A node has joined, changed or gone: what was kept about it is looked up anew."""
+        if changed.role is Role.DEVICE:
+            return  # a device's own node is made anew
+        for node in self.nodes.values():
+            reachable = node.announced.reachable_edges
+            if changed.role is Role.CLOUD or reachable is None or changed.node in reachable:
+                node.reach.clear()
 
     def decide(self, submitted: TaskSubmitted, now: float) -> Choice | None:
         """What the policy would choose for a task at this moment; nothing is booked. None: nothing will do."""
@@ -729,6 +747,7 @@ class PlannerCore:
             raise InvariantError(f"{name} joins as {announced.role} while it is {old.announced.role}")
         node = self.nodes[name] = Node(announced, self._rows)
         self._hash += node.digest - (old.digest if old is not None else 0)
+        self._forget_reach(announced)
         if announced.role is Role.EDGE:
             if old is None:
                 insort(self._edge_names, name)
@@ -744,6 +763,7 @@ class PlannerCore:
         if node is None:
             raise InvariantError(f"{change!r}: it is not there")
         self._hash -= node.digest
+        self._forget_reach(node.announced)
         self._leases.pop(change.node, None)
         if node.announced.role is Role.EDGE:
             self._edge_names.remove(change.node)

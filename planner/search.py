@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bus.values import BITS_PER_BYTE, Objective
-from planner.cost import Costs, PlatformRow, delay_of
+from planner.cost import Costs, PlatformRow
 
 DEVICE: Final = 0
 DEVICE_EDGE: Final = 1
@@ -156,8 +156,7 @@ class CutSearch:
         if cuts is None:
             return None
         cut1, cut2 = cuts
-        parts = self.costs.sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes)
-        return delay_of(parts, samples, objective), cut1, cut2
+        return self.costs.delay_s(cut1, cut2, link1_bps, link2_bps, samples, objective, input_bytes), cut1, cut2
 
     # --- sequential ---
 

@@ -7,8 +7,10 @@ from hashlib import blake2b
 from typing import Any, Final
 
 from bus.messages import NodeAnnounced, Placed, TaskState, TaskSubmitted
+from planner.algorithm import EdgeOption
 from planner.cost import PlatformRow, RowTable
 from planner.ledger import Reservation
+from planner.search import CutSearch
 
 HISTORY: Final = 12
 """So many steps of a task are kept, for the message of an `InvariantError`; they are not part of the state."""
@@ -54,12 +56,14 @@ class Task:
 class Node:
     """A node that is part of the region."""
 
-    __slots__ = ("_texts", "announced", "digest", "rows")
+    __slots__ = ("_texts", "alone", "announced", "digest", "reach", "rows")
 
     def __init__(self, announced: NodeAnnounced, table: RowTable) -> None:
         self.announced = announced
         self.rows: dict[str, PlatformRow] = {profile.model: table.row(profile) for profile in announced.models}
         self.digest = hash_of("node|" + announced.model_dump_json())
+        self.reach: dict[str, list[EdgeOption]] = {}  # of a device, by model; derived, not part of the state
+        self.alone: dict[str, CutSearch] = {}
         self._texts: list[tuple[str, str]] | None = None
 
     def profile_texts(self) -> list[tuple[str, str]]:
