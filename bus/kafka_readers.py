@@ -389,7 +389,8 @@ async def _finish(consumer: AIOKafkaConsumer) -> None:
     if not done:
         stopping.cancel()
         await asyncio.wait([stopping])
-    if not done or stopping.exception() is not None:
+    # It is cancelled where aiokafka awaits a task of its own that it has cancelled: that must not look like our own end.
+    if not done or stopping.cancelled() or stopping.exception() is not None:
         await cut_off(consumer)
 
 
