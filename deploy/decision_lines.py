@@ -224,6 +224,8 @@ def _placed(change: Placed, held: Held, at_once: bool, new: bool) -> Line:
         details += f", {change.samples} x {change.model}"
     if at_once:
         return "bold green", change.task_id, "starts", details + again
+    if not change.wait_s:
+        return "bold", change.task_id, f"placed #{change.attempt}", details
     after = held.waits_for(change.task_id)
     waits = f"waits {format_seconds(change.wait_s)}"
     return "bold yellow", change.task_id, waits, f"{details}{again}{after and ', after ' + after}"
