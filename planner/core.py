@@ -29,19 +29,15 @@ declares nobody lost.
 
 from __future__ import annotations
 
-import json
-from bisect import insort
-from collections.abc import Iterable
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from heapq import heappop
 from typing import Any, Final
 
-from bus.errors import ConfigError, InvariantError
+from bus.errors import InvariantError
 from bus.messages import (
     Admitted,
     BandwidthGrant,
     Change,
-    Decision,
     Ended,
     HandleInput,
     Moved,
@@ -62,25 +58,20 @@ from bus.messages import (
     TaskSubmitted,
 )
 from bus.values import Execution, Kind, Objective, Placement, Role
+from planner import snapshot
 from planner.algorithm import Algorithm, Choice, EdgeOption, Request
-from planner.cost import PlatformRow, RowTable
-from planner.ledger import Ledger, Reservation
 from planner.policies import Policy, Restriction, load_policy
-from planner.search import DEVICE_CLOUD, DEVICE_EDGE, CutSearch
-from planner.states import Step, next_state
-from planner.tasks import HASH_MASK, NEVER, EndedTasks, Node, Task, hash_of
+from planner.reach import Reach
+from planner.region_state import DEFAULT_PATIENCE_S, DEFAULT_REMEMBER_ENDED
+from planner.search import DEVICE_CLOUD, DEVICE_EDGE
+from planner.tasks import Node, Task
 from planner.walk import due, walk
 
 DEFAULT_MAX_WAITING: Final = 10_000
-DEFAULT_PATIENCE_S: Final = 600.0
-DEFAULT_REMEMBER_ENDED: Final = 10_000
 DEFAULT_MAX_ATTEMPTS: Final = 100
 OVERRUN_SHARE: Final = 0.1
 """A task past its predicted end is assumed to take a tenth of its delay more, or as long as it is late, if that is longer."""
 OVERRUN_LEAST_S: Final = 0.001
-MAX_SEARCHES: Final = 20_000
-"""Prepared searches kept; they are made again when needed."""
-STATE_VERSION: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +92,7 @@ Event = (
 )
 
 
-class PlannerCore:
+class PlannerCore(Reach):
     """All that the planner of one region knows, and how it decides.
 
     Raises `InvariantError` where a bug of ours shows (a transition that is not in the table, a second release); such an
@@ -120,37 +111,13 @@ class PlannerCore:
         remember_ended: int = DEFAULT_REMEMBER_ENDED,
         max_attempts: int = DEFAULT_MAX_ATTEMPTS,
     ) -> None:
-        self.region = region
+        super().__init__(region, objective, patience_s=patience_s, remember_ended=remember_ended)
         self.policy = load_policy(policy) if isinstance(policy, str) else policy
-        self.objective = objective
         self.execution = execution
         self.max_waiting = max_waiting
-        self.patience_s = patience_s
         self.max_attempts = max_attempts
-        self.now_s = float("-inf")  # the latest `now` seen
-        self.ledger = Ledger()
-        self.tasks: dict[str, Task] = {}  # those that have not ended
-        self.ended = EndedTasks(remember_ended)
-        self.nodes: dict[str, Node] = {}
-        self._edge_names: list[str] = []  # ascending
-        self._cloud_names: list[str] = []
-        self._waiting: dict[str, Task] = {}
-        self._running = 0
-        self._seq = 0  # tasks admitted so far
-        self._hash = 0  # sum over everything but what is in _touched
-        self._touched: dict[str, Task] = {}
-        self._rows = RowTable()
-        self._searches: dict[tuple[PlatformRow | None, ...], CutSearch] = {}
-        self._cloud_rows: dict[tuple[str, str], PlatformRow | None] = {}
-        self._ends: list[tuple[float, int, str]] = []  # heap of predicted ends of what runs
-        self._deadlines: list[tuple[float, int, str]] = []  # heap
-        self._leases: dict[str, float] = {}  # node -> when its lease is over
-        self._lease_heap: list[tuple[float, str]] = []
-        # of the step that is being taken
-        self._changes: list[Change] = []
-        self._changed_edges: dict[str, bool] = {}  # name -> whether more than due starts may have changed
-        self._changed_devices: dict[str, bool] = {}
-        self._replan: list[tuple[int, str]] = []
+        self._changes: list[Change] = []  # of the step that is being taken
+        self._replan: list[tuple[int, str]] = []  # tasks to be placed before it is over
 
     # --- the one way in ----------------------------------------------------------------------------------------------
 
@@ -185,11 +152,6 @@ class PlannerCore:
             self._settle(now)
         self._changes = []
         return changes
-
-    def next_wakeup(self) -> float | None:
-        """Ledger time at which a `Tick` has something to look at, or None."""
-        wakeup = min(self._next_lease(), self._next_deadline(), self._next_impatience())
-        return None if wakeup == NEVER else wakeup
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -411,71 +373,6 @@ class PlannerCore:
         )
 
     # --- placing -----------------------------------------------------------------------------------------------------
-
-    def request(self, submitted: TaskSubmitted) -> Request | str | None:
-        """A task as Algorithm 1 sees it; None while its device is not there; a cause where it never can be."""
-        device = self.nodes.get(submitted.device)
-        if device is None or device.announced.role is not Role.DEVICE:
-            return None
-        row = device.rows.get(submitted.model)
-        if row is None:
-            return "unknown_model"
-        reach = device.reach.get(row.model)
-        if reach is None:
-            reach = device.reach[row.model] = self._reach(device, row)
-        cap1, cap2 = submitted.max_link1_bps, submitted.max_link2_bps
-        options = [
-            EdgeOption(
-                option.account,
-                option.search,
-                option.max_link1_bps if cap1 is None or option.max_link1_bps < cap1 else cap1,
-                option.max_link2_bps if cap2 is None or option.max_link2_bps < cap2 else cap2,
-            )
-            for option in reach
-        ]
-        return Request(
-            submitted.task_id,
-            submitted.samples,
-            submitted.input_bytes,
-            row,
-            device.alone[row.model],
-            self.ledger.devices.get(submitted.device),
-            options,
-            self.objective,
-        )
-
-    def _reach(self, device: Node, row: PlatformRow) -> list[EdgeOption]:
-        """The edges that a device can reach, for one model, in order of name; kept until a node joins or is lost."""
-        device.alone[row.model] = self._search(row, None, None)
-        announced = device.announced
-        cloud = self._cloud_row(row.model, row.sha256)
-        names = self._edge_names if announced.reachable_edges is None else sorted(set(announced.reachable_edges))
-        options: list[EdgeOption] = []
-        for name in names:
-            node = self.nodes.get(name)
-            if node is None or node.announced.role is not Role.EDGE:
-                continue
-            edge = node.rows.get(row.model)
-            if edge is not None and (edge.sha256 != row.sha256 or edge.layers != row.layers):
-                edge = None
-            if edge is None and cloud is None:
-                continue
-            account = self.ledger.edges[name]
-            limit1 = account.link1_capacity_bps
-            if announced.link1_capacity_bps and announced.link1_capacity_bps < limit1:
-                limit1 = announced.link1_capacity_bps
-            options.append(EdgeOption(account, self._search(row, edge, cloud), limit1, account.link2_capacity_bps))
-        return options
-
-    def _forget_reach(self, changed: NodeAnnounced) -> None:
-        """A node has joined, changed or gone: what was kept about it is looked up anew."""
-        if changed.role is Role.DEVICE:
-            return  # a device's own node is made anew
-        for node in self.nodes.values():
-            reachable = node.announced.reachable_edges
-            if changed.role is Role.CLOUD or reachable is None or changed.node in reachable:
-                node.reach.clear()
-
     def decide(self, submitted: TaskSubmitted, now: float) -> Choice | None:
         """What the policy would choose for a task at this moment; nothing is booked. None: nothing will do."""
         request = self.request(submitted)
@@ -601,319 +498,22 @@ class PlannerCore:
                 )
         return "never_fits", "; ".join(lacks[:10])
 
-    def _row(self, node: str, model: str, sha256: str) -> PlatformRow | None:
-        row = self.nodes[node].rows.get(model)
-        return row if row is not None and row.sha256 == sha256 else None
-
-    def _cloud_row(self, model: str, sha256: str) -> PlatformRow | None:
-        """How the cloud runs a model: the profile of its fastest node, of equals the first by name."""
-        key = model, sha256
-        if key not in self._cloud_rows:
-            self._cloud_rows[key] = self._fastest_cloud(self._cloud_names, model, sha256)
-        return self._cloud_rows[key]
-
-    def _fastest_cloud(self, names: Iterable[str], model: str, sha256: str) -> PlatformRow | None:
-        rows = [row for name in names if (row := self._row(name, model, sha256)) is not None]
-        return min(rows, key=lambda row: row.compute_s[-1], default=None)
-
-    def _search(self, device: PlatformRow, edge: PlatformRow | None, cloud: PlatformRow | None) -> CutSearch:
-        if cloud is not None and cloud.layers != device.layers:
-            cloud = None
-        key = device, edge, cloud
-        search = self._searches.get(key)
-        if search is None:
-            if len(self._searches) >= MAX_SEARCHES:
-                self._searches.clear()
-            search = self._searches[key] = CutSearch(device, edge, cloud)
-        return search
-
-    # --- the one mutator ---------------------------------------------------------------------------------------------
-
     def _do(self, change: Change, now: float) -> None:
         self.apply(change, now)
         self._changes.append(change)
 
-    def fold(self, decision: Decision) -> None:
-        """Apply a recorded decision. Whoever folds compares `state_hash` with the record's."""
-        for change in decision.changes:
-            self.apply(change, decision.now_s)
-        self.settled(decision.now_s)
-
-    def settled(self, now: float) -> None:
-        """All changes of a record have been applied: nothing of them is left to be walked."""
-        self.now_s = max(self.now_s, now)
-        self._changed_edges.clear()
-        self._changed_devices.clear()
-
-    def apply(self, change: Change, now: float) -> None:
-        """Make one change, decided here or recorded earlier. Raises `InvariantError` for one that cannot be."""
-        if isinstance(change, Admitted):
-            self._apply_admitted(change, now)
-        elif isinstance(change, NodeJoined):
-            self._apply_joined(change)
-        elif isinstance(change, NodeLost):
-            self._apply_lost(change)
-        else:
-            task = self.tasks.get(change.task_id)
-            if task is None:
-                raise InvariantError(f"{change!r} is about a task that is not live")
-            self._touched[change.task_id] = task
-            if isinstance(change, Placed):
-                self._apply_placed(task, change, now)
-            elif isinstance(change, BandwidthGrant):
-                self._apply_grant(change)
-            elif isinstance(change, Start):
-                self._apply_start(task, change)
-            elif isinstance(change, Ended):
-                self._apply_ended(task, change, now)
-            elif isinstance(change, Moved):
-                self._step(task, Step.MOVED, change.to_s)
-                self._note(self.ledger.reservations[task.task_id], whole=True)
-                self.ledger.move(task.task_id, change.to_s)
-            elif isinstance(change, Overran):
-                self._step(task, Step.OVERRAN, change.to_s)
-                r = self.ledger.reservations[task.task_id]
-                self.ledger.prolong(task.task_id, change.to_s)
-                heappush(self._ends, (change.to_s, task.seq, task.task_id))
-                self._note(r, whole=True)
-            else:
-                self._apply_retried(task, change, now)
-
-    def _apply_admitted(self, change: Admitted, now: float) -> None:
-        submitted = change.task
-        task_id = submitted.task_id
-        if task_id in self.tasks:
-            raise InvariantError(f"{task_id} is admitted twice")
-        self._seq += 1
-        task = Task(submitted, self._seq, now)
-        task.history.append(f"{Step.ADMITTED} at {now:.6f}")
-        self.tasks[task_id] = self._touched[task_id] = self._waiting[task_id] = task
-        if task.deadline_s != NEVER:
-            heappush(self._deadlines, (task.deadline_s, task.seq, task_id))
-
-    def _apply_placed(self, task: Task, change: Placed, now: float) -> None:
-        self._step(task, Step.PLACED, change.start_s)
-        if change.attempt != task.attempt:
-            raise InvariantError(f"{task!r} is placed as attempt {change.attempt}")
-        task.placed = change
-        del self._waiting[task.task_id]
-        self.ledger.reserve(_reservation(task, change), now)
-
-    def _apply_grant(self, change: BandwidthGrant) -> None:
-        r = self.ledger.reservations.get(change.task_id)
-        if r is None or r.edge != change.edge or change.bps != (r.link1_bps if change.link == 1 else r.link2_bps):
-            raise InvariantError(f"{change!r} is not what is reserved: {r}")
-
-    def _apply_start(self, task: Task, change: Start) -> None:
-        self._step(task, Step.START, change.at_s)
-        r = self.ledger.reservations[task.task_id]
-        if r.start_s != change.at_s:
-            self._note(r, whole=True)
-            self.ledger.move(task.task_id, change.at_s)
-        self.ledger.start(task.task_id)
-        self._running += 1
-        heappush(self._ends, (r.end_s, task.seq, task.task_id))
-
-    def _apply_retried(self, task: Task, change: Retried, now: float) -> None:
-        self._step(task, Step.RETRIED, now)
-        if change.attempt <= task.attempt:
-            raise InvariantError(f"{task!r} is retried as attempt {change.attempt}")
-        if task.task_id in self.ledger.reservations:
-            self._release(task, now)
-        task.attempt = change.attempt
-        task.placed = None
-        task.waiting_since_s = now
-        self._waiting[task.task_id] = task
-
-    def _apply_ended(self, task: Task, change: Ended, now: float) -> None:
-        task_id = task.task_id
-        self._step(task, Step(change.state.value), now)
-        if task_id in self.ledger.reservations:
-            r = self._release(task, now)
-            released = (r.edge, r.slots, r.link1_bps, r.link2_bps)
-            recorded = (change.edge, change.released_slots, change.released_link1_bps, change.released_link2_bps)
-            if released != recorded:
-                raise InvariantError(f"{task_id} releases {released}, recorded is {recorded}")
-        self._waiting.pop(task_id, None)
-        del self.tasks[task_id]
-        del self._touched[task_id]
-        self._hash += self.ended.add(task_id, change.state) - task.digest
-
-    def _apply_joined(self, change: NodeJoined) -> None:
-        announced = change.node
-        name = announced.node
-        old = self.nodes.get(name)
-        if old is not None and old.announced.role is not announced.role:
-            raise InvariantError(f"{name} joins as {announced.role} while it is {old.announced.role}")
-        node = self.nodes[name] = Node(announced, self._rows)
-        self._hash += node.digest - (old.digest if old is not None else 0)
-        self._forget_reach(announced)
-        if announced.role is Role.EDGE:
-            if old is None:
-                insort(self._edge_names, name)
-            self.ledger.open_edge(name, announced.slots, announced.link1_capacity_bps, announced.link2_capacity_bps)
-            self._changed_edges[name] = True
-        elif announced.role is Role.CLOUD:
-            if old is None:
-                insort(self._cloud_names, name)
-            self._cloud_rows.clear()
-
-    def _apply_lost(self, change: NodeLost) -> None:
-        node = self.nodes.pop(change.node, None)
-        if node is None:
-            raise InvariantError(f"{change!r}: it is not there")
-        self._hash -= node.digest
-        self._forget_reach(node.announced)
-        self._leases.pop(change.node, None)
-        if node.announced.role is Role.EDGE:
-            self._edge_names.remove(change.node)
-            self.ledger.close_edge(change.node)
-            self._changed_edges.pop(change.node, None)
-        elif node.announced.role is Role.CLOUD:
-            self._cloud_names.remove(change.node)
-            self._cloud_rows.clear()
-
-    def _release(self, task: Task, now: float) -> Reservation:
-        r = self.ledger.release(task.task_id)
-        self._running -= r.running
-        # what ends exactly when it was predicted to changes nothing for anybody but those who are due
-        self._note(r, whole=not (r.running and r.end_s == now))
-        return r
-
-    def _note(self, r: Reservation, *, whole: bool) -> None:
-        if r.edge is not None:
-            self._changed_edges[r.edge] = whole or self._changed_edges.get(r.edge, False)
-        if r.device is not None:
-            self._changed_devices[r.device] = whole or self._changed_devices.get(r.device, False)
-
-    def _step(self, task: Task, step: Step, at_s: float) -> None:
-        before = task.state
-        task.state = next_state(task.task_id, before, step, task.history)
-        task.history.append(f"{before} -> {task.state} by {step} at {at_s:.6f}")
-
-    # --- leases and timers -------------------------------------------------------------------------------------------
-
-    def _renew(self, name: str, incarnation: str, now: float) -> None:
-        node = self.nodes.get(name)
-        if node is None or node.announced.incarnation != incarnation:
-            return
-        until = now + node.announced.lease_s
-        if name not in self._leases or until < self._leases[name]:
-            heappush(self._lease_heap, (until, name))
-        self._leases[name] = until
-
-    def _next_lease(self) -> float:
-        heap, leases = self._lease_heap, self._leases
-        while heap:
-            until, name = heap[0]
-            real = leases.get(name)
-            if real == until:
-                return until
-            heappop(heap)
-            if real is not None and real > until:
-                heappush(heap, (real, name))
-        return NEVER
-
-    def _next_deadline(self) -> float:
-        heap = self._deadlines
-        while heap:
-            at_s, seq, task_id = heap[0]
-            task = self.tasks.get(task_id)
-            if task is not None and task.seq == seq:
-                return at_s
-            heappop(heap)
-        return NEVER
-
-    def _next_impatience(self) -> float:
-        """When the task that has been WAITING for longest has waited for too long."""
-        for task in self._waiting.values():  # in the order in which they began to wait
-            return task.waiting_since_s + self.patience_s
-        return NEVER
-
-    def restart_leases(self, now: float) -> None:
-        """After a restart every lease begins anew, in full."""
-        self.now_s = max(self.now_s, now)
-        self._leases = {name: now + node.announced.lease_s for name, node in self.nodes.items()}
-        self._lease_heap = [(until, name) for name, until in self._leases.items()]
-        heapify(self._lease_heap)
-
     # --- the state as a value ----------------------------------------------------------------------------------------
-
-    @property
-    def state_hash(self) -> str:
-        """128 bits over tasks, reservations, nodes and what is remembered; kept up to date, not computed anew."""
-        if self._touched:
-            reservations = self.ledger.reservations
-            for task_id, task in self._touched.items():
-                digest = hash_of(task.text(reservations.get(task_id)))
-                self._hash += digest - task.digest
-                task.digest = digest
-            self._touched.clear()
-        self._hash &= HASH_MASK
-        return f"{(self._hash + self._seq) & HASH_MASK:032x}"
-
-    @property
-    def live_tasks(self) -> int:
-        """Tasks that have not ended."""
-        return len(self.tasks)
 
     def to_state(self) -> dict[str, Any]:
         """Everything that decides what will happen, as JSON can carry it. Equal profiles are written once."""
-        profiles: dict[str, int] = {}
-        nodes = []
-        for node in self.nodes.values():
-            models = [[profiles.setdefault(text, len(profiles)), platform] for text, platform in node.profile_texts()]
-            announced = node.announced.model_dump(mode="json", exclude={"models"})
-            nodes.append({"announced": announced, "models": models})
-        tasks = []
-        for task in self.tasks.values():
-            r = self.ledger.reservations.get(task.task_id)
-            tasks.append(
-                {
-                    "submitted": task.submitted.model_dump(mode="json"),
-                    "seq": task.seq,
-                    "state": task.state.value,
-                    "attempt": task.attempt,
-                    "deadline_s": None if task.deadline_s == NEVER else task.deadline_s,
-                    "waiting_since_s": task.waiting_since_s,
-                    "placed": None if task.placed is None else task.placed.model_dump(mode="json"),
-                    "start_s": None if r is None else r.start_s,
-                    "end_s": None if r is None else r.end_s,
-                }
-            )
-        return {
-            "version": STATE_VERSION,
-            "region": self.region,
-            "now_s": None if self.now_s == float("-inf") else self.now_s,
-            "admitted": self._seq,
-            "profiles": [json.loads(text) for text in profiles],
-            "nodes": nodes,
-            "tasks": tasks,
-            "ended": self.ended.to_state(),
-        }
+        return snapshot.to_state(self)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take on a state of `to_state`; the core must be new. Leases: see `restart_leases`.
 
         Raises `ConfigError` for a state of another version or region.
         """
-        if state.get("version") != STATE_VERSION or state.get("region") != self.region:
-            raise ConfigError(
-                f"a state of version {state.get('version')}, region {state.get('region')}; "
-                f"wanted {STATE_VERSION}, {self.region}"
-            )
-        if self.tasks or self.nodes:
-            raise InvariantError("only a new core can be restored")
-        self.now_s = float("-inf") if state["now_s"] is None else state["now_s"]
-        for entry in state["nodes"]:
-            models = [{**state["profiles"][index], "platform": platform} for index, platform in entry["models"]]
-            self._apply_joined(NodeJoined(node=NodeAnnounced.model_validate({**entry["announced"], "models": models})))
-        for entry in sorted(state["tasks"], key=lambda entry: (entry["waiting_since_s"], entry["seq"])):
-            self._restore_task(entry)
-        self._seq = state["admitted"]
-        self._hash += self.ended.restore(state["ended"])
-        self._changed_edges.clear()
-        self._changed_devices.clear()
+        snapshot.restore(self, state)
 
     @classmethod
     def from_state(cls, state: dict[str, Any], **settings: Any) -> PlannerCore:
@@ -922,80 +522,9 @@ class PlannerCore:
         core.restore(state)
         return core
 
-    def _restore_task(self, entry: dict[str, Any]) -> None:
-        submitted = TaskSubmitted.model_validate(entry["submitted"])
-        task = Task(submitted, entry["seq"], entry["waiting_since_s"])
-        task.state = TaskState(entry["state"])
-        task.attempt = entry["attempt"]
-        task.deadline_s = NEVER if entry["deadline_s"] is None else entry["deadline_s"]
-        task.history.append("restored")
-        self.tasks[task.task_id] = self._touched[task.task_id] = task
-        if task.deadline_s != NEVER:
-            heappush(self._deadlines, (task.deadline_s, task.seq, task.task_id))
-        if entry["placed"] is None:
-            self._waiting[task.task_id] = task
-            return
-        task.placed = Placed.model_validate(entry["placed"])
-        r = _reservation(task, task.placed)
-        r.start_s, r.end_s, r.running = entry["start_s"], entry["end_s"], task.state is TaskState.RUNNING
-        self.ledger.reserve(r, self.now_s)
-        if r.running:
-            self._running += 1
-            heappush(self._ends, (r.end_s, task.seq, task.task_id))
-
     def validate(self) -> None:
-        """All that must hold between events: (8)-(11), one task a device, every reservation a live task's, the hash.
-
-        Raises `InvariantError`. It looks at everything and takes its time; it is for tests.
-        """
-        self.ledger.audit(self.now_s)
-        for task in self.tasks.values():
-            r = self.ledger.reservations.get(task.task_id)
-            placed = task.placed
-            if task.state.ended or (task.state is TaskState.WAITING) != (r is None) or (placed is None) != (r is None):
-                raise InvariantError(f"{task!r} holds {r}")
-            if (task.state is TaskState.WAITING) != (task.task_id in self._waiting):
-                raise InvariantError(f"{task!r} is among the waiting, or is not, against its state")
-            if r is None or placed is None:
-                continue
-            if r.running != (task.state is TaskState.RUNNING):
-                raise InvariantError(f"{task!r} holds {r}")
-            submitted, placement = task.submitted, placed.placement
-            for bps, cap in (
-                (placement.link1_bps, submitted.max_link1_bps),
-                (placement.link2_bps, submitted.max_link2_bps),
-            ):
-                if cap is not None and bps > cap:
-                    raise InvariantError(f"(11) is broken: {task!r} is granted {bps} of {cap}")
-            device = self.nodes.get(submitted.device)
-            reach = None if device is None else device.announced.reachable_edges
-            if device is None or (placement.edge is not None and reach is not None and placement.edge not in reach):
-                raise InvariantError(f"(13) is broken: {task!r} on {placement.edge}, reachable {reach}")
-        strangers = self.ledger.reservations.keys() - self.tasks.keys()
-        if strangers or len(self._waiting) + len(self.ledger.reservations) != len(self.tasks):
-            raise InvariantError(f"reservations of nobody: {sorted(strangers)}")
-        if self._running != sum(task.state is TaskState.RUNNING for task in self.tasks.values()):
-            raise InvariantError("the count of running tasks is wrong")
-        reservations = self.ledger.reservations
-        expected = self._seq + self.ended.digest() + sum(node.digest for node in self.nodes.values())
-        expected += sum(hash_of(task.text(reservations.get(task.task_id))) for task in self.tasks.values())
-        if self.state_hash != f"{expected & HASH_MASK:032x}":
-            raise InvariantError("the hash that was kept up to date is not that of the state")
-
-
-def _reservation(task: Task, placed: Placed) -> Reservation:
-    placement = placed.placement
-    return Reservation(
-        task.task_id,
-        task.seq,
-        placement.edge,
-        placed.device if placement.cut1 else None,
-        placed.start_s,
-        placed.delay_s,
-        int(placement.uses_slot),
-        placement.link1_bps,
-        placement.link2_bps,
-    )
+        """Check all that must hold between events; see `snapshot.validate`. Raises `InvariantError`. For tests."""
+        snapshot.validate(self)
 
 
 def _seq(task: Task) -> int:

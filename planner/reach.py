@@ -1,0 +1,111 @@
+"""What a task can use: which edges its device reaches, and how fast each tier runs its model.
+
+Profiles come with the nodes' announcements and are matched by name and hash with the device's. The cloud's nodes are one
+consumer group, so any of them may serve a task; it is predicted by the fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from bus.messages import TaskSubmitted
+from bus.values import Objective, Role
+from planner.algorithm import EdgeOption, Request
+from planner.cost import PlatformRow
+from planner.region_state import RegionState
+from planner.search import CutSearch
+from planner.tasks import Node
+
+MAX_SEARCHES: Final = 20_000
+"""Prepared searches kept; they are made again when needed."""
+
+
+class Reach(RegionState):
+    """A region that can say what Algorithm 1 has to choose from."""
+
+    def __init__(self, region: int = 0, objective: Objective = Objective.SEQUENTIAL, **settings: Any) -> None:
+        super().__init__(region, **settings)
+        self.objective = objective
+        self._searches: dict[tuple[PlatformRow | None, ...], CutSearch] = {}
+
+    def request(self, submitted: TaskSubmitted) -> Request | str | None:
+        """A task as Algorithm 1 sees it; None while its device is not there; a cause where it never can be."""
+        device = self.nodes.get(submitted.device)
+        if device is None or device.announced.role is not Role.DEVICE:
+            return None
+        row = device.rows.get(submitted.model)
+        if row is None:
+            return "unknown_model"
+        reach = device.reach.get(row.model)
+        if reach is None:
+            reach = device.reach[row.model] = self._reach(device, row)
+        cap1, cap2 = submitted.max_link1_bps, submitted.max_link2_bps
+        options = [
+            EdgeOption(
+                option.account,
+                option.search,
+                option.max_link1_bps if cap1 is None or option.max_link1_bps < cap1 else cap1,
+                option.max_link2_bps if cap2 is None or option.max_link2_bps < cap2 else cap2,
+            )
+            for option in reach
+        ]
+        return Request(
+            submitted.task_id,
+            submitted.samples,
+            submitted.input_bytes,
+            row,
+            device.alone[row.model],
+            self.ledger.devices.get(submitted.device),
+            options,
+            self.objective,
+        )
+
+    def _reach(self, device: Node, row: PlatformRow) -> list[EdgeOption]:
+        """The edges that a device can reach, for one model, in order of name; kept until a node joins or is lost."""
+        device.alone[row.model] = self._search(row, None, None)
+        announced = device.announced
+        cloud = self._cloud_row(row.model, row.sha256)
+        names = self._edge_names if announced.reachable_edges is None else sorted(set(announced.reachable_edges))
+        options: list[EdgeOption] = []
+        for name in names:
+            node = self.nodes.get(name)
+            if node is None or node.announced.role is not Role.EDGE:
+                continue
+            edge = node.rows.get(row.model)
+            if edge is not None and (edge.sha256 != row.sha256 or edge.layers != row.layers):
+                edge = None
+            if edge is None and cloud is None:
+                continue
+            account = self.ledger.edges[name]
+            limit1 = account.link1_capacity_bps
+            if announced.link1_capacity_bps and announced.link1_capacity_bps < limit1:
+                limit1 = announced.link1_capacity_bps
+            options.append(EdgeOption(account, self._search(row, edge, cloud), limit1, account.link2_capacity_bps))
+        return options
+
+    def _row(self, node: str, model: str, sha256: str) -> PlatformRow | None:
+        row = self.nodes[node].rows.get(model)
+        return row if row is not None and row.sha256 == sha256 else None
+
+    def _cloud_row(self, model: str, sha256: str) -> PlatformRow | None:
+        """How the cloud runs a model: the profile of its fastest node, of equals the first by name."""
+        key = model, sha256
+        if key not in self._cloud_rows:
+            self._cloud_rows[key] = self._fastest_cloud(self._cloud_names, model, sha256)
+        return self._cloud_rows[key]
+
+    def _fastest_cloud(self, names: Iterable[str], model: str, sha256: str) -> PlatformRow | None:
+        rows = [row for name in names if (row := self._row(name, model, sha256)) is not None]
+        return min(rows, key=lambda row: row.compute_s[-1], default=None)
+
+    def _search(self, device: PlatformRow, edge: PlatformRow | None, cloud: PlatformRow | None) -> CutSearch:
+        if cloud is not None and cloud.layers != device.layers:
+            cloud = None
+        key = device, edge, cloud
+        search = self._searches.get(key)
+        if search is None:
+            if len(self._searches) >= MAX_SEARCHES:
+                self._searches.clear()
+            search = self._searches[key] = CutSearch(device, edge, cloud)
+        return search

@@ -1,0 +1,328 @@
+"""What the planner of one region knows, and the one way in which that changes.
+
+`RegionState.apply` is the only mutator: whether a change was just decided or is read back from the decision topic, it does
+the same, so folding the records rebuilds the state and its hash. What is derived (heaps, counts, what a device reaches) is
+rebuilt on the way and is in no hash. Leases are soft state: see `restart_leases`.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from heapq import heapify, heappop, heappush
+from typing import Final
+
+from bus.errors import InvariantError
+from bus.messages import (
+    Admitted,
+    BandwidthGrant,
+    Change,
+    Decision,
+    Ended,
+    Moved,
+    NodeAnnounced,
+    NodeJoined,
+    NodeLost,
+    Overran,
+    Placed,
+    Retried,
+    Start,
+)
+from bus.values import Role
+from planner.cost import PlatformRow, RowTable
+from planner.ledger import Ledger, Reservation
+from planner.states import Step, next_state
+from planner.tasks import HASH_MASK, NEVER, EndedTasks, Node, Task, hash_of
+
+DEFAULT_PATIENCE_S: Final = 600.0
+DEFAULT_REMEMBER_ENDED: Final = 10_000
+
+
+class RegionState:
+    """The state of a region. Raises `InvariantError` for a change that cannot be; it is unusable afterwards."""
+
+    def __init__(
+        self,
+        region: int = 0,
+        *,
+        patience_s: float = DEFAULT_PATIENCE_S,
+        remember_ended: int = DEFAULT_REMEMBER_ENDED,
+    ) -> None:
+        self.region = region
+        self.patience_s = patience_s  # so long a task may be WAITING
+        self.now_s = float("-inf")  # the latest `now` seen
+        self.ledger = Ledger()
+        self.tasks: dict[str, Task] = {}  # those that have not ended
+        self.ended = EndedTasks(remember_ended)
+        self.nodes: dict[str, Node] = {}
+        self._edge_names: list[str] = []  # ascending
+        self._cloud_names: list[str] = []
+        self._waiting: dict[str, Task] = {}
+        self._running = 0
+        self._seq = 0  # tasks admitted so far
+        self._hash = 0  # sum over everything but what is in _touched
+        self._touched: dict[str, Task] = {}
+        self._rows = RowTable()
+        self._cloud_rows: dict[tuple[str, str], PlatformRow | None] = {}
+        self._ends: list[tuple[float, int, str]] = []  # heap of predicted ends of what runs
+        self._deadlines: list[tuple[float, int, str]] = []  # heap
+        self._leases: dict[str, float] = {}  # node -> when its lease is over
+        self._lease_heap: list[tuple[float, str]] = []
+        # what the changes since the last `settled` concern: name -> whether more than due starts may have changed
+        self._changed_edges: dict[str, bool] = {}
+        self._changed_devices: dict[str, bool] = {}
+
+    # --- the one mutator ---------------------------------------------------------------------------------------------
+
+    def fold(self, decision: Decision) -> None:
+        """Apply a recorded decision. Whoever folds compares `state_hash` with the record's."""
+        for change in decision.changes:
+            self.apply(change, decision.now_s)
+        self.settled(decision.now_s)
+
+    def settled(self, now: float) -> None:
+        """All changes of a record have been applied: nothing of them is left to be walked."""
+        self.now_s = max(self.now_s, now)
+        self._changed_edges.clear()
+        self._changed_devices.clear()
+
+    def apply(self, change: Change, now: float) -> None:
+        """Make one change, decided here or recorded earlier. Raises `InvariantError` for one that cannot be."""
+        if isinstance(change, Admitted):
+            self._apply_admitted(change, now)
+        elif isinstance(change, NodeJoined):
+            self._apply_joined(change)
+        elif isinstance(change, NodeLost):
+            self._apply_lost(change)
+        else:
+            task = self.tasks.get(change.task_id)
+            if task is None:
+                raise InvariantError(f"{change!r} is about a task that is not live")
+            self._touched[change.task_id] = task
+            if isinstance(change, Placed):
+                self._apply_placed(task, change, now)
+            elif isinstance(change, BandwidthGrant):
+                self._apply_grant(change)
+            elif isinstance(change, Start):
+                self._apply_start(task, change)
+            elif isinstance(change, Ended):
+                self._apply_ended(task, change, now)
+            elif isinstance(change, Moved):
+                self._step(task, Step.MOVED, change.to_s)
+                self._note(self.ledger.reservations[task.task_id], whole=True)
+                self.ledger.move(task.task_id, change.to_s)
+            elif isinstance(change, Overran):
+                self._step(task, Step.OVERRAN, change.to_s)
+                r = self.ledger.reservations[task.task_id]
+                self.ledger.prolong(task.task_id, change.to_s)
+                heappush(self._ends, (change.to_s, task.seq, task.task_id))
+                self._note(r, whole=True)
+            else:
+                self._apply_retried(task, change, now)
+
+    def _apply_admitted(self, change: Admitted, now: float) -> None:
+        submitted = change.task
+        task_id = submitted.task_id
+        if task_id in self.tasks:
+            raise InvariantError(f"{task_id} is admitted twice")
+        self._seq += 1
+        task = Task(submitted, self._seq, now)
+        task.history.append(f"{Step.ADMITTED} at {now:.6f}")
+        self.tasks[task_id] = self._touched[task_id] = self._waiting[task_id] = task
+        if task.deadline_s != NEVER:
+            heappush(self._deadlines, (task.deadline_s, task.seq, task_id))
+
+    def _apply_placed(self, task: Task, change: Placed, now: float) -> None:
+        self._step(task, Step.PLACED, change.start_s)
+        if change.attempt != task.attempt:
+            raise InvariantError(f"{task!r} is placed as attempt {change.attempt}")
+        task.placed = change
+        del self._waiting[task.task_id]
+        self.ledger.reserve(reservation_of(task, change), now)
+
+    def _apply_grant(self, change: BandwidthGrant) -> None:
+        r = self.ledger.reservations.get(change.task_id)
+        if r is None or r.edge != change.edge or change.bps != (r.link1_bps if change.link == 1 else r.link2_bps):
+            raise InvariantError(f"{change!r} is not what is reserved: {r}")
+
+    def _apply_start(self, task: Task, change: Start) -> None:
+        self._step(task, Step.START, change.at_s)
+        r = self.ledger.reservations[task.task_id]
+        if r.start_s != change.at_s:
+            self._note(r, whole=True)
+            self.ledger.move(task.task_id, change.at_s)
+        self.ledger.start(task.task_id)
+        self._running += 1
+        heappush(self._ends, (r.end_s, task.seq, task.task_id))
+
+    def _apply_retried(self, task: Task, change: Retried, now: float) -> None:
+        self._step(task, Step.RETRIED, now)
+        if change.attempt <= task.attempt:
+            raise InvariantError(f"{task!r} is retried as attempt {change.attempt}")
+        if task.task_id in self.ledger.reservations:
+            self._release(task, now)
+        task.attempt = change.attempt
+        task.placed = None
+        task.waiting_since_s = now
+        self._waiting[task.task_id] = task
+
+    def _apply_ended(self, task: Task, change: Ended, now: float) -> None:
+        task_id = task.task_id
+        self._step(task, Step(change.state.value), now)
+        if task_id in self.ledger.reservations:
+            r = self._release(task, now)
+            released = (r.edge, r.slots, r.link1_bps, r.link2_bps)
+            recorded = (change.edge, change.released_slots, change.released_link1_bps, change.released_link2_bps)
+            if released != recorded:
+                raise InvariantError(f"{task_id} releases {released}, recorded is {recorded}")
+        self._waiting.pop(task_id, None)
+        del self.tasks[task_id]
+        del self._touched[task_id]
+        self._hash += self.ended.add(task_id, change.state) - task.digest
+
+    def _apply_joined(self, change: NodeJoined) -> None:
+        announced = change.node
+        name = announced.node
+        old = self.nodes.get(name)
+        if old is not None and old.announced.role is not announced.role:
+            raise InvariantError(f"{name} joins as {announced.role} while it is {old.announced.role}")
+        node = self.nodes[name] = Node(announced, self._rows)
+        self._hash += node.digest - (old.digest if old is not None else 0)
+        self._forget_reach(announced)
+        if announced.role is Role.EDGE:
+            if old is None:
+                insort(self._edge_names, name)
+            self.ledger.open_edge(name, announced.slots, announced.link1_capacity_bps, announced.link2_capacity_bps)
+            self._changed_edges[name] = True
+        elif announced.role is Role.CLOUD:
+            if old is None:
+                insort(self._cloud_names, name)
+            self._cloud_rows.clear()
+
+    def _apply_lost(self, change: NodeLost) -> None:
+        node = self.nodes.pop(change.node, None)
+        if node is None:
+            raise InvariantError(f"{change!r}: it is not there")
+        self._hash -= node.digest
+        self._forget_reach(node.announced)
+        self._leases.pop(change.node, None)
+        if node.announced.role is Role.EDGE:
+            self._edge_names.remove(change.node)
+            self.ledger.close_edge(change.node)
+            self._changed_edges.pop(change.node, None)
+        elif node.announced.role is Role.CLOUD:
+            self._cloud_names.remove(change.node)
+            self._cloud_rows.clear()
+
+    def _release(self, task: Task, now: float) -> Reservation:
+        r = self.ledger.release(task.task_id)
+        self._running -= r.running
+        # what ends exactly when it was predicted to changes nothing for anybody but those who are due
+        self._note(r, whole=not (r.running and r.end_s == now))
+        return r
+
+    def _note(self, r: Reservation, *, whole: bool) -> None:
+        if r.edge is not None:
+            self._changed_edges[r.edge] = whole or self._changed_edges.get(r.edge, False)
+        if r.device is not None:
+            self._changed_devices[r.device] = whole or self._changed_devices.get(r.device, False)
+
+    def _step(self, task: Task, step: Step, at_s: float) -> None:
+        before = task.state
+        task.state = next_state(task.task_id, before, step, task.history)
+        task.history.append(f"{before} -> {task.state} by {step} at {at_s:.6f}")
+
+    # --- leases and timers -------------------------------------------------------------------------------------------
+
+    def _renew(self, name: str, incarnation: str, now: float) -> None:
+        node = self.nodes.get(name)
+        if node is None or node.announced.incarnation != incarnation:
+            return
+        until = now + node.announced.lease_s
+        if name not in self._leases or until < self._leases[name]:
+            heappush(self._lease_heap, (until, name))
+        self._leases[name] = until
+
+    def _next_lease(self) -> float:
+        heap, leases = self._lease_heap, self._leases
+        while heap:
+            until, name = heap[0]
+            real = leases.get(name)
+            if real == until:
+                return until
+            heappop(heap)
+            if real is not None and real > until:
+                heappush(heap, (real, name))
+        return NEVER
+
+    def _next_deadline(self) -> float:
+        heap = self._deadlines
+        while heap:
+            at_s, seq, task_id = heap[0]
+            task = self.tasks.get(task_id)
+            if task is not None and task.seq == seq:
+                return at_s
+            heappop(heap)
+        return NEVER
+
+    def _next_impatience(self) -> float:
+        """When the task that has been WAITING for longest has waited for too long."""
+        for task in self._waiting.values():  # in the order in which they began to wait
+            return task.waiting_since_s + self.patience_s
+        return NEVER
+
+    def restart_leases(self, now: float) -> None:
+        """After a restart every lease begins anew, in full."""
+        self.now_s = max(self.now_s, now)
+        self._leases = {name: now + node.announced.lease_s for name, node in self.nodes.items()}
+        self._lease_heap = [(until, name) for name, until in self._leases.items()]
+        heapify(self._lease_heap)
+
+    def _forget_reach(self, changed: NodeAnnounced) -> None:
+        """A node has joined, changed or gone: what was kept about it is looked up anew."""
+        if changed.role is Role.DEVICE:
+            return  # a device's own node is made anew
+        for node in self.nodes.values():
+            reachable = node.announced.reachable_edges
+            if changed.role is Role.CLOUD or reachable is None or changed.node in reachable:
+                node.reach.clear()
+
+    def next_wakeup(self) -> float | None:
+        """Ledger time at which a `Tick` has something to look at, or None."""
+        wakeup = min(self._next_lease(), self._next_deadline(), self._next_impatience())
+        return None if wakeup == NEVER else wakeup
+
+    # --- the state as a value ----------------------------------------------------------------------------------------
+
+    @property
+    def state_hash(self) -> str:
+        """128 bits over tasks, reservations, nodes and what is remembered; kept up to date, not computed anew."""
+        if self._touched:
+            reservations = self.ledger.reservations
+            for task_id, task in self._touched.items():
+                digest = hash_of(task.text(reservations.get(task_id)))
+                self._hash += digest - task.digest
+                task.digest = digest
+            self._touched.clear()
+        self._hash &= HASH_MASK
+        return f"{(self._hash + self._seq) & HASH_MASK:032x}"
+
+    @property
+    def live_tasks(self) -> int:
+        """Tasks that have not ended."""
+        return len(self.tasks)
+
+
+def reservation_of(task: Task, placed: Placed) -> Reservation:
+    """What a placement reserves."""
+    placement = placed.placement
+    return Reservation(
+        task.task_id,
+        task.seq,
+        placement.edge,
+        placed.device if placement.cut1 else None,
+        placed.start_s,
+        placed.delay_s,
+        int(placement.uses_slot),
+        placement.link1_bps,
+        placement.link2_bps,
+    )
