@@ -22,6 +22,9 @@ from bus.values import BITS_PER_BYTE
 GUARD_S = 1.0
 """The length of the sliding window in which a rate is never exceeded."""
 
+CLOCK_S = 0.002
+"""uvloop's clock counts whole milliseconds and its timers may fire one early: the guard keeps this much more than a second."""
+
 CHUNK_S = 0.010
 """A frame is about this much of its link's time, so that a link is shared finely and can be cut off quickly."""
 
@@ -64,13 +67,13 @@ class _Guard:
         for sent_s, sent_bytes in self._sent:
             if within + size_bytes <= budget:
                 break
-            when_s = max(when_s, sent_s + GUARD_S)
+            when_s = max(when_s, sent_s + GUARD_S + CLOCK_S)
             within -= sent_bytes
         return when_s
 
     def note(self, size_bytes: int, when_s: float) -> None:
         """`size_bytes` leave at `when_s`, which is now: what left a second ago and more is forgotten."""
-        while self._sent and self._sent[0][0] <= when_s - GUARD_S:
+        while self._sent and self._sent[0][0] + GUARD_S + CLOCK_S <= when_s:
             self._bytes -= self._sent.popleft()[1]
         self._sent.append((when_s, size_bytes))
         self._bytes += size_bytes

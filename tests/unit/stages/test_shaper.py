@@ -66,7 +66,8 @@ def test_two_links_in_a_row_are_a_pipeline() -> None:
         return asyncio.get_running_loop().time()
 
     # the slower link is the bottleneck: 10 x 0.2 s, after the first has crossed the faster one in 0.1 s
-    assert run_virtual(run()) == pytest.approx(2.1)
+    # (and a guard's clock margin of two milliseconds a second)
+    assert run_virtual(run()) == pytest.approx(2.1, abs=0.005)
 
 
 def test_the_link_holds_its_capacity_whatever_was_granted() -> None:

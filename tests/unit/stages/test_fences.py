@@ -1,0 +1,61 @@
+"""What a stage drops: ended tasks, older attempts; and what it keeps: everything it has not heard of."""
+
+from __future__ import annotations
+
+from bus.messages import Admitted, Decision, Ended, Placed, Retried, SeedInput, TaskState, TaskSubmitted
+from bus.values import Execution, Kind, Objective, Parts, Placement
+from stages.fences import Fences
+
+TASK = TaskSubmitted(task_id="t", device="d", model="m", samples=2, input=SeedInput(seed=1))
+
+
+def placed(attempt: int) -> Placed:
+    return Placed(
+        task_id="t",
+        attempt=attempt,
+        device="d",
+        model="m",
+        sha256="0" * 64,
+        samples=2,
+        policy="p",
+        objective=Objective.PIPELINED,
+        execution=Execution.STREAMING,
+        placement=Placement(kind=Kind.DEVICE, cut1=1, cut2=1, cut1_name="a", cut2_name="a"),
+        start_s=0.0,
+        wait_s=0.0,
+        delay_s=1.0,
+        parts=Parts(),
+    )
+
+
+def decision(seq: int, *changes: object) -> Decision:
+    return Decision(region=0, epoch=1, nonce="n", seq=seq, now_s=0.0, inputs={}, changes=changes, ledger_hash="h")
+
+
+def test_an_older_attempt_is_fenced_and_a_newer_or_unknown_one_is_not() -> None:
+    fences = Fences()
+    assert fences.apply(decision(1, Admitted(task=TASK), placed(1))) == set()
+    assert not fences.fenced("t", 1)
+    assert fences.apply(decision(2, Retried(task_id="t", attempt=2, cause="node_lost"))) == {"t"}
+    assert fences.fenced("t", 1)
+    assert not fences.fenced("t", 2)
+    assert not fences.fenced("stranger", 1)
+    assert "t" not in fences.placed
+
+
+def test_what_has_ended_is_fenced_whatever_its_attempt() -> None:
+    fences = Fences()
+    fences.apply(decision(1, Admitted(task=TASK), placed(1)))
+    assert fences.apply(decision(2, Ended(task_id="t", attempt=1, state=TaskState.COMPLETED))) == {"t"}
+    assert fences.fenced("t", 1)
+    assert fences.fenced("t", 7)
+    assert (fences.tasks, fences.placed, fences.attempt("t")) == ({}, {}, 0)
+
+
+def test_a_snapshot_brings_live_tasks_and_those_that_are_over() -> None:
+    fences = Fences()
+    live = {"submitted": TASK.model_dump(mode="json"), "attempt": 3, "placed": placed(3).model_dump(mode="json")}
+    fences.restore({"tasks": [live], "ended": [["old", "COMPLETED"]]})
+    assert fences.fenced("t", 2)
+    assert fences.placed["t"] == placed(3)
+    assert fences.fenced("old", 1)

@@ -1,0 +1,126 @@
+"""What leaves a stage: in order, shaped, sent again from the beginning where the bus failed, acknowledged once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from bus.errors import MessageTooLargeError, ProtocolError
+from bus.faults import Faults
+from bus.frames import Assembler, Plan, decode_frame
+from bus.memory import MemoryBroker, MemoryBus
+from bus.topics import TopicSpec
+from bus.values import Execution, Kind, Placement
+from loadgen.virtual_loop import run_virtual
+from stages.outlet import Outgoing, Outlet, sending
+from stages.shaper import Link
+
+PLAN = Plan(
+    task_id="t",
+    attempt=1,
+    region=0,
+    device="d",
+    model="m",
+    sha256="0" * 64,
+    samples=20,
+    todo=20,
+    execution=Execution.STREAMING,
+    placement=Placement(
+        kind=Kind.EDGE, edge="e", cut1=0, cut2=1, cut1_name="input", cut2_name="all", link1_bps=1_000_000
+    ),
+)
+
+
+async def _send(sizes: list[int], faults: Faults | None = None) -> tuple[Counter[int], dict[int, bytes], int, int]:
+    """Acknowledgements by sample, what arrived, plans seen, samples sent again."""
+    broker = MemoryBroker(latency_s=0.001)
+    acknowledged: Counter[int] = Counter()
+    async with MemoryBus(broker) as bus:
+        await bus.create_topics([TopicSpec("out", 1)])
+        outlet = Outlet(
+            bus,
+            topic="out",
+            key="t",
+            source="d",
+            kind="activations",
+            plan=PLAN,
+            grants=(Link().grant(1_000_000),),
+            gate=lambda: asyncio.sleep(0),
+            on_busy=lambda begin_s, end_s: None,
+        )
+        broker.faults = faults
+        reader = await bus.reader([("out", 0)], start="start")
+        arrived: dict[int, bytes] = {}
+        plans = 0
+        assembler = Assembler()
+
+        def acknowledge(sample: int) -> None:
+            # The bus must hold all of a sample by now.
+            acknowledged[sample] += 1
+
+        async with asyncio.timeout(600.0), sending(outlet):
+            for sample, size in enumerate(sizes):
+                payload = [np.full(size, sample, np.uint8)]
+                outlet.put(Outgoing(sample, payload, 0.0, lambda sample=sample: acknowledge(sample)))
+            while len(acknowledged) < len(sizes):
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(1.0)
+        while await reader.lag():
+            for record in await reader.fetch():
+                frame = decode_frame(record.value)
+                plans += frame.plan is not None
+                for piece in frame.pieces:
+                    if piece.sample in arrived:
+                        continue
+                    with contextlib.suppress(ProtocolError):  # a gap: the sample begins again further on
+                        if (whole := assembler.add(piece)) is not None:
+                            arrived[piece.sample] = whole[0].tobytes()
+        return acknowledged, arrived, plans, outlet.resent
+
+
+def test_every_sample_is_acknowledged_once_and_whole() -> None:
+    sizes = [10, 20_000, 500, 3, 40_000, 7]
+    acknowledged, arrived, plans, resent = run_virtual(_send(sizes))
+    assert acknowledged == Counter(dict.fromkeys(range(6), 1))
+    assert arrived == {sample: bytes([sample]) * size for sample, size in enumerate(sizes)}
+    assert (plans, resent) == (1, 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_failed_sends_begin_the_sample_again_and_nothing_is_acknowledged_twice_or_before_it_is_there(seed: int) -> None:
+    generator = random.Random(seed)
+    sizes = [generator.choice([5, 900, 12_000]) for _ in range(20)]
+    faults = Faults(random=random.Random(seed), lost_ack=0.1, lost_post=0.1, duplicate=0.05, late=0.2, late_s=0.05)
+    acknowledged, arrived, plans, resent = run_virtual(_send(sizes, faults))
+    assert acknowledged == Counter(dict.fromkeys(range(20), 1))
+    assert arrived == {sample: bytes([sample]) * size for sample, size in enumerate(sizes)}
+    assert resent > 0
+    assert plans > 1, "who reads from here on must find the plan"
+
+
+def test_what_can_never_be_sent_ends_the_block_instead_of_hanging() -> None:
+    async def run() -> None:
+        async with MemoryBus(MemoryBroker(max_record_bytes=1_000)) as bus:
+            await bus.create_topics([TopicSpec("out", 1)])
+            outlet = Outlet(
+                bus,
+                topic="out",
+                key="t",
+                source="d",
+                kind="activations",
+                plan=PLAN,
+                grants=(Link().grant(1_000_000),),
+                gate=lambda: asyncio.sleep(0),
+                on_busy=lambda begin_s, end_s: None,
+            )
+            async with asyncio.timeout(10.0), sending(outlet):
+                outlet.put(Outgoing(0, [np.zeros(5_000, np.uint8)], 0.0, lambda: None))
+                await asyncio.Event().wait()
+
+    with pytest.raises(MessageTooLargeError):
+        run_virtual(run())
