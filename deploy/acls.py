@@ -18,6 +18,7 @@ from aiokafka.protocol.admin import CreateAclsRequest, CreateAclsRequestStruct
 from bus import topics
 from bus.errors import BusError, BusUnavailableError, ConfigError
 from bus.kafka_connection import KafkaConnection
+from planner.regions import PLANNER_GROUP
 
 EDGE = "edge"
 ADMIN = "admin"
@@ -99,6 +100,8 @@ def _entries(role: str, edges: Iterable[str]) -> list[Entry]:
         found |= {Entry(Resource.GROUP, edge_group(edge), Operation.READ) for edge in edges}
     if role == "cloud":
         found.add(Entry(Resource.GROUP, topics.CLOUD_GROUP, Operation.READ))
+    if role == "planner":
+        found.add(Entry(Resource.GROUP, PLANNER_GROUP, Operation.READ))
     return sorted(found)
 
 
