@@ -1,0 +1,36 @@
+"""The benchmarks of streams and decisions measure something, and report it in the shape that INTERFACE promises."""
+
+from __future__ import annotations
+
+import pytest
+
+from loadgen import bench_decision, bench_pipeline
+from loadgen.bench_pipeline import STATIONS, Load, worst_second_bytes
+
+
+def test_the_worst_second_slides() -> None:
+    assert worst_second_bytes([(0.0, 5), (0.4, 5), (0.9, 5), (1.0, 7), (3.0, 9)]) == 17
+    assert worst_second_bytes([(0.0, 5), (1.0, 6)]) == 6
+
+
+def test_streams_through_each_station_and_a_shaper() -> None:
+    sizes = bench_pipeline.Sizes(
+        rounds=1, loads=(Load(0.004, 4_000, 10, 0.9, sequential=True),), rates_bps=(10**7,), shaped_s=0.2
+    )
+    found = bench_pipeline.run("memory", sizes=sizes)
+    streams, (shaped,) = found["results"][:-1], found["results"][-1:]
+    assert [row["case"].split()[0] for row in streams] == list(STATIONS)
+    for row in streams:
+        assert row["streamed_s"] >= 10 * 0.004
+        assert row["sequential_s"] > 10 * 0.004
+        assert row["throughput"] * row["streamed_s"] == pytest.approx(10)
+    assert 0 < shaped["shaped_bps"] <= 1.2 * shaped["granted_bps"]
+    assert {"bench", "machine", "results", "aims", "busyness"} <= found.keys()
+
+
+def test_decisions_are_timed() -> None:
+    found = bench_decision.run("memory", sizes=bench_decision.Sizes(tasks=40, dropped=10, rate_per_s=200.0))
+    (row,) = found["results"]
+    assert row["tasks"] == 30
+    assert 0 < row["p50_s"] <= row["p99_s"]
+    assert row["rate_per_s"] == 200.0

@@ -1,0 +1,171 @@
+"""A device alone: what it does when results stay away, when its last process left results, and before it can listen."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+from bus import messages, topics
+from bus.memory import MemoryBroker, MemoryBus
+from bus.messages import (
+    Admitted,
+    Decision,
+    EpochOpened,
+    Placed,
+    SeedInput,
+    Start,
+    TaskCompleted,
+    TaskFailed,
+    TaskSubmitted,
+)
+from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
+from loadgen.virtual_loop import run_virtual
+from stages.device import STALL_S, Device
+from stages.node import Node, NodeSettings
+from stages.runner import ModelledRunner
+
+PROFILE = ModelProfile(
+    model="toy", sha256="0" * 64, platform="p", layer_names=("a", "b"), layer_s=(0.01, 0.01), cut_bytes=(100, 60, 8)
+)
+TASK = TaskSubmitted(task_id="t", device="d", model="toy", samples=4, input=SeedInput(seed=1))
+ALONE = Placement(kind=Kind.DEVICE, cut1=2, cut2=2, cut1_name="b", cut2_name="b")
+AT_EDGE = Placement(kind=Kind.DEVICE_EDGE, edge="e", cut1=1, cut2=2, cut1_name="a", cut2_name="b", link1_bps=1_000_000)
+
+
+def changes(placement: Placement, attempt: int = 1) -> tuple[Any, ...]:
+    placed = Placed(
+        task_id="t",
+        attempt=attempt,
+        device="d",
+        model="toy",
+        sha256="0" * 64,
+        samples=4,
+        policy="p",
+        objective=Objective.PIPELINED,
+        execution=Execution.STREAMING,
+        placement=placement,
+        start_s=0.0,
+        wait_s=0.0,
+        delay_s=1.0,
+        parts=Parts(device_s=0.04),
+    )
+    return (Admitted(task=TASK), placed, Start(task_id="t", attempt=attempt, device="d", at_s=0.0))
+
+
+class Region:
+    """One device, and a planner's pen."""
+
+    def __init__(self, bus: MemoryBus, broker: MemoryBroker, kept: Iterable[int]) -> None:
+        self.bus, self.broker = bus, broker
+        self.shown: list[int] = []
+        settings = NodeSettings(name="d", role=Role.DEVICE)
+        self.node = Node(bus, settings, ModelledRunner([PROFILE]))
+        self.device = Device(
+            self.node, lambda task, sample, outputs: self.shown.append(sample), kept=lambda task_id: kept
+        )
+
+    async def decide(self, *what: Any) -> None:
+        decision = Decision(region=0, epoch=1, nonce="n", seq=1, now_s=0.0, inputs={}, changes=what, ledger_hash="h")
+        await self.bus.send(topics.DECISIONS, messages.encode(decision), key="0", partition=0)
+
+    def events(self) -> list[Any]:
+        log = self.broker.logs(topics.EVENTS)[0]
+        found = [messages.decode(topics.EVENTS, record.value) for record in log.read(0, log.end)]
+        return [event for event in found if isinstance(event, TaskCompleted | TaskFailed)]
+
+
+@contextlib.asynccontextmanager
+async def region(kept: Iterable[int] = ()) -> AsyncIterator[Region]:
+    broker = MemoryBroker()
+    async with MemoryBus(broker) as bus:
+        await bus.create_topics(topics.specs(["e"]))
+        opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=60.0)
+        await bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
+        made = Region(bus, broker, kept)
+        task = asyncio.create_task(made.node.run(made.device))
+        await asyncio.sleep(0.5)
+        yield made
+        assert not task.done(), task
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def test_a_task_of_its_own_is_shown_and_reported() -> None:
+    async def run() -> None:
+        async with region() as r:
+            await r.decide(*changes(ALONE))
+            await asyncio.sleep(2.0)
+            assert r.shown == [0, 1, 2, 3]
+            (done,) = r.events()
+            assert isinstance(done, TaskCompleted)
+
+    run_virtual(run())
+
+
+def test_results_that_outlived_the_last_process_are_neither_computed_nor_shown_again() -> None:
+    async def run() -> None:
+        async with region(kept=(0, 2)) as r:
+            await r.decide(*changes(ALONE))
+            await asyncio.sleep(2.0)
+            assert r.shown == [1, 3]
+            assert r.node.status.counters["device_busy_seconds"] < 0.05
+
+    run_virtual(run())
+
+
+def test_results_that_stay_away_make_it_ask_for_another_attempt() -> None:
+    async def run() -> None:
+        async with region() as r:
+            await r.decide(*changes(AT_EDGE))  # there is no edge that would answer
+            await asyncio.sleep(STALL_S)
+            assert r.events() == []
+            await asyncio.sleep(STALL_S)
+            (failed,) = r.events()
+            assert (failed.cause, failed.retryable) == ("stalled", True)
+
+    run_virtual(run())
+
+
+def test_a_broker_that_is_away_is_no_stall() -> None:
+    async def run() -> None:
+        async with region() as r:
+            await r.decide(*changes(AT_EDGE))
+            await asyncio.sleep(1.0)
+            r.broker.pause()
+            await asyncio.sleep(5 * STALL_S)
+            r.broker.resume()
+            await asyncio.sleep(STALL_S / 2)
+            assert r.events() == []
+
+    run_virtual(run())
+
+
+def test_a_model_that_is_not_there_fails_the_task_and_not_the_device() -> None:
+    async def run() -> None:
+        async with region() as r:
+            admitted, placed, start = changes(ALONE)
+            await r.decide(admitted, placed.model_copy(update={"model": "other"}), start)
+            await asyncio.sleep(1.0)
+            (failed,) = r.events()
+            assert (failed.cause, failed.retryable) == ("config", False)
+
+    run_virtual(run())
+
+
+def test_a_sink_that_fails_fails_its_task_and_not_the_device() -> None:
+    async def run() -> None:
+        async with region() as r:
+
+            def full(task: TaskSubmitted, sample: int, outputs: Any) -> None:
+                raise OSError("the disk is full")
+
+            r.device._on_result = full
+            await r.decide(*changes(ALONE))
+            await asyncio.sleep(1.0)
+            (failed,) = r.events()
+            assert failed.cause == "stage_error"
+            assert "the disk is full" in failed.detail
+
+    run_virtual(run())
