@@ -160,7 +160,7 @@ async def test_of_two_planners_one_works_and_the_other_stands_by_until_the_first
                 assert {outcome.state for outcome in result.outcomes} == {TaskState.COMPLETED}
 
             def start(name: str) -> Process:
-                return processes.start(name, "planner", "--name", name, "--region", "1", "--lease", "2s")
+                return processes.start(name, "planner", "--name", name, "--region", "1", "--lease", "3s")
 
             first = start("first")
             await _say(first, LEADS)
