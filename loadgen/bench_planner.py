@@ -299,6 +299,12 @@ def decision_case(edges: int, tasks: int, objective: Objective, seed: int, refer
     }
 
 
+def _timed(core: PlannerCore, task: TaskSubmitted, now: float) -> float:
+    began = time.perf_counter()
+    core.decide(task, now)
+    return time.perf_counter() - began
+
+
 def _compare(reference: Any, core: PlannerCore, task: TaskSubmitted, now: float, slow: dict[str, list[float]]) -> None:
     """The reference on the same question; it must decide the same."""
     request = core.request(task)
