@@ -41,17 +41,17 @@ SCENARIO = Scenario(
     name="compare",
     devices=20,
     tasks=60,
-    edges=4,
+    edges=3,
     reachable=2,
-    within_s=60.0,
+    within_s=12.0,
     models={"alexnet": 1.0, "vgg16": 1.0, "deepface": 1.0},
     samples=(1, 12),
     input_bytes=(100_000, 600_000),
     edge_link1_bps=(0.2e9, 0.6e9),
     edge_link2_bps=(0.03e9, 0.1e9),
-    slots=(1, 3),
+    slots=(1, 2),
 )
-"""Sixty tasks that compete for four edges; LeNet is left out, since its stations would stretch the rest by
+"""Sixty tasks that compete for three edges; LeNet is left out, since its stations would stretch the rest by
 hundreds.
 """
 

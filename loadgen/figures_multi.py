@@ -189,7 +189,7 @@ def _waiting(setting: Setting, found: Reductions, table: _Table) -> Claim:
     waited = 100 * table.waited[_key(1, "deepar")]
     return Claim(
         text="waiting pays: DeePar's delay below no-delay",
-        paper=0.0 if judged else "not stated",
+        paper=0.0 if judged else "-",
         ours=found.mean,
         spread=found.spread,
         passed=found.mean > 0 or not judged,
@@ -202,7 +202,7 @@ def _waiting(setting: Setting, found: Reductions, table: _Table) -> Claim:
 def _streaming(found: Reductions) -> Claim:
     return Claim(
         text="streaming lowers DeePar's delay on the same tasks",
-        paper="not in the paper",
+        paper="-",
         ours=found.mean,
         spread=found.spread,
         passed=found.mean > 0,

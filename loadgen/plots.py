@@ -27,6 +27,7 @@ POLICY_LOOKS: dict[str, tuple[str, str, str]] = {
     "neurosurgeon": (GREEN, "..", "D"),
     "no-delay": (VERMILION, "--", "P"),
     "deepar": (BLUE, "", "o"),
+    "deepar (sequential)": (GREY, "..", "*"),
 }
 """Policy -> (colour, hatch of a bar, marker of a line)."""
 
@@ -37,6 +38,7 @@ POLICY_LABELS = {
     "neurosurgeon": "Neurosurgeon",
     "no-delay": "No delay",
     "deepar": "DeePar",
+    "deepar (sequential)": "DeePar, sequential",
 }
 
 _STYLE: Any = {  # matplotlib types its keys as one literal of all of them
