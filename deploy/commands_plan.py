@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -164,21 +165,29 @@ def _plan_table(situation: Situation, found: list[Plan]) -> Table:
         title=f"{situation.device.model}, {situation.samples} sample{'s' * (situation.samples != 1)}, "
         f"{situation.objective.value}: links {format_rate(situation.link1_bps)} and {format_rate(situation.link2_bps)}",
         title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    for heading in ("delay", "runs on", "device up to", "edge up to"):
-        table.add_column(heading, justify="right" if heading == "delay" else "left")
+    table.add_column("delay", justify="right", no_wrap=True)
+    table.add_column("cut after", overflow="fold")
     for heading in ("device", "link 1", "edge", "link 2", "cloud", "result"):
-        table.add_column(heading, justify="right", style="dim")
+        table.add_column(heading, justify="right", style="dim", no_wrap=True)
     for one in found:
-        layers = situation.device.layers
         table.add_row(
             format_seconds(one.delay_s),
-            one.kind.value,
-            one.cut1_name if one.cut1 else "-",
-            one.cut2_name if one.cut2 not in (0, layers) and one.cut1 != one.cut2 else "-",
+            _cuts(one, situation.device.layers),
             *(format_seconds(part) if part else "" for part in one.parts.model_dump().values()),
         )
     return table
+
+
+def _cuts(one: Plan, layers: int) -> str:
+    """The cuts as people say them; what computes shows in the columns beside."""
+    if one.cut1 == layers:
+        return "nowhere: device"
+    if one.cut1 == one.cut2 or one.cut2 == layers:
+        return one.cut1_name
+    return f"{one.cut1_name}, {one.cut2_name}"
 
 
 def _nothing(situation: Situation) -> str:
@@ -304,35 +313,28 @@ def show(found: Explanation, console: Console) -> None:
     if found.decided is None:
         console.print("It was never placed.", highlight=False)
         return
-    table = Table(title=f"Candidates at {found.decided_at_s:.3f} s, best start of each", title_justify="left")
-    for heading in (
-        "",
-        "edge",
-        "runs on",
-        "cuts",
-        "link 1",
-        "link 2",
-        "starts in",
-        "takes",
-        "done in",
-        "lacked at once",
-    ):
-        table.add_column(heading, justify="right" if heading in ("starts in", "takes", "done in") else "left")
+    table = Table(
+        title=f"Candidates at {found.decided_at_s:.3f} s, best start of each",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("", "edge", "cut after", "starts in", "takes", "done in", "granted"):
+        table.add_column(heading, justify="right" if heading.endswith(("in", "takes")) else "left", no_wrap=True)
+    table.add_column("lacked at once")
     for c in found.candidates:
         if c.placement is None or c.start_in_s is None or c.delay_s is None:
-            table.add_row("", c.edge or "", c.family, "", "", "", "", "never", "", c.lacked)
+            table.add_row("", c.edge or "", c.family, "never", "", "", "", c.lacked)
             continue
         where = c.placement
         table.add_row(
             "=>" if c.chosen else "",
             c.edge or "",
-            where.kind.value,
-            f"{where.cut1_name}, {where.cut2_name}",
-            format_rate(where.link1_bps) if where.link1_bps else "",
-            format_rate(where.link2_bps) if where.link2_bps else "",
+            "device alone" if where.edge is None else f"{where.cut1_name}, {where.cut2_name}",
             format_seconds(c.start_in_s),
             format_seconds(c.delay_s),
             format_seconds(c.start_in_s + c.delay_s),
+            ", ".join(format_rate(bps) for bps in (where.link1_bps, where.link2_bps) if bps),
             c.lacked,
         )
     console.print(table)

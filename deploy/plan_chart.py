@@ -45,7 +45,9 @@ def draw_plan(situation: Situation, path: Path) -> None:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     panels[0].set_ylabel("delay of the best plan (s)")
-    figure.suptitle(f"{names.model}, {situation.samples} samples, {situation.objective.value}")
+    figure.suptitle(
+        f"{names.model}, {situation.samples} sample{'s' * (situation.samples != 1)}, {situation.objective.value}"
+    )
     figure.legend(loc="outside right upper", title="cuts after", frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
