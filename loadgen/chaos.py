@@ -392,7 +392,7 @@ class _Chaos:
             for name, service in self.planners.items()
             if service.standing is Standing.LEADING and not self._process(name).dead
         ]
-        return max(leading, key=lambda service: service._log.epoch, default=None)
+        return max(leading, key=lambda service: service.decision_log.epoch, default=None)
 
     def _process(self, name: str) -> Process:
         return next(process for process in self.processes if process.name == name)

@@ -15,8 +15,8 @@ from bus.faults import Faults
 from bus.memory import MemoryBroker
 from bus.messages import Decision, Ended, NodeHeartbeat, NodeLost, Snapshot, TaskState
 from loadgen.virtual_loop import run_virtual
-from planner import service as service_module
-from planner.service import Standing
+from planner import leading
+from planner.service import PlannerService, Standing
 from tests.sim.planners import Process, Story, Town, town
 
 TASKS = 8
@@ -253,7 +253,7 @@ def test_a_standby_that_begins_at_a_snapshot_respects_the_lease_it_did_not_read(
             await asyncio.sleep(30.0)
             assert first.service.standing is Standing.LEADING
             assert second.service.standing is Standing.STANDING_BY
-            assert second.service._log.planner == "first"
+            assert second.service.decision_log.planner == "first"
             return [opened.planner for opened in (await place.story()).opened]
 
     assert run_virtual(run(), horizon_s=HORIZON_S) == ["first"]
@@ -322,7 +322,7 @@ def test_a_planner_that_was_frozen_declares_nobody_lost_whose_heartbeats_lie_unr
 
 
 def test_inputs_that_change_nothing_are_recorded_as_read_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "CHECKPOINT_EVERY", 50)
+    monkeypatch.setattr(leading, "CHECKPOINT_EVERY", 50)
 
     async def run() -> Story:
         async with town() as place:
@@ -379,14 +379,14 @@ def test_planted_a_reader_that_ignores_epochs_is_found_out() -> None:
 
 
 def test_planted_a_planner_that_commits_before_it_decides_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    decided = service_module._Lead._decided
+    decided = leading.Lead._decided
 
     async def too_early(self: Any, changes: Any, now_s: float) -> None:
         if any(isinstance(change, Ended) for change in changes):
-            self.service._inputs[topics.TASKS] += 1  # as if the next task were done with
+            self.service.inputs[topics.TASKS] += 1  # as if the next task were done with
         await decided(self, changes, now_s)
 
-    monkeypatch.setattr(service_module._Lead, "_decided", too_early)
+    monkeypatch.setattr(leading.Lead, "_decided", too_early)
     found = 0
     for fuse in range(60, 120, 10):
         try:
@@ -402,6 +402,6 @@ def test_planted_a_planner_that_believes_any_snapshot_is_found_out(monkeypatch: 
         await reader.fetch(max_records=1)
         return True
 
-    monkeypatch.setattr(service_module.PlannerService, "_proves", believes)
+    monkeypatch.setattr(PlannerService, "_proves", believes)
     with pytest.raises((AssertionError, InvariantError, TimeoutError)):
         run_virtual(_planted_snapshot({"seq": 10_000, "nonce": "never-written"}), horizon_s=HORIZON_S)

@@ -1,0 +1,238 @@
+"""One spell of leading a region: decide on every input, put the records on their way, read them back.
+
+`planner.service` tells when a spell begins and what follows it; everything that is decided in between can be void, and is
+folded anew from the topic when the spell is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Iterable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from bus import messages, topics
+from bus.dead_letter import bury
+from bus.decisions import Dropped
+from bus.errors import BusError, InvariantError, ProtocolError
+from bus.messages import Change, Decision, EpochOpened, PlannerHeartbeat, Snapshot
+from bus.port import Position, Reader, Record
+from planner.core import Event, Tick
+
+if TYPE_CHECKING:
+    from planner.service import PlannerService
+
+HEARTBEATS_PER_LEASE = 5
+MAX_UNPROVEN = 200
+"""So many decisions may be on their way before the planner waits for their place in the log."""
+CHECKPOINT_EVERY = 1000
+"""After so many inputs that changed nothing (heartbeats, mostly) a record without changes says that they were read."""
+INPUTS = (topics.NODES, topics.TASKS, topics.EVENTS)
+UNREADABLE = ("undecodable", "oversized", "unknown_version")
+"""Why a record on the decisions is a dead letter; others are drafts of a planner that lost the region."""
+
+
+class Deposed(Exception):
+    """What was decided last may not count; fold the topic anew."""
+
+
+class Lead:
+    """One spell of leading: from winning an epoch to losing it."""
+
+    def __init__(self, service: PlannerService, reader: Reader) -> None:
+        self.service = service
+        self.reader = reader
+        self.epoch = service.decision_log.epoch
+        self.nonce = service.nonce
+        self.seq = service.decision_log.seq
+        self._unproven: deque[tuple[int, bytes]] = deque()  # sequence and record: decided, not yet read back
+        self._acknowledgements: asyncio.Queue[Awaitable[Position]] = asyncio.Queue()
+        self._room = asyncio.Event()
+        self._spoke_s = float("-inf")
+        self._unrecorded = 0  # inputs read since the last decision
+        self._due: dict[str, int] | None = None  # where the inputs ended when it was time for a `Tick`
+        self._snapshots: dict[int, Snapshot] = {}  # by sequence, waiting for their proof
+        self._proven: asyncio.Queue[Snapshot] = asyncio.Queue()
+
+    # --- what is written ---------------------------------------------------------------------------------------------
+
+    async def read_back(self) -> None:
+        """Read what really stands in the log; what this planner decided must be there, in order, and nothing else."""
+        service = self.service
+        while True:
+            for record in await self.reader.fetch():
+                message = service.decision_log.read(record)
+                if isinstance(message, EpochOpened):
+                    raise Deposed(f"{message.planner} opened epoch {message.epoch}")
+                if isinstance(message, Dropped) and self._unproven and record.value == self._unproven[0][1]:
+                    raise InvariantError(f"decision {self._unproven[0][0]} does not count: {message.detail}")
+                if isinstance(message, Dropped) and message.reason in UNREADABLE:
+                    error = ProtocolError(message.reason, message.detail)
+                    await bury(service.bus, record, error, task_id="", by=service.name)
+                if not isinstance(message, Decision):
+                    continue
+                if not self._unproven or message.seq != self._unproven[0][0]:
+                    raise InvariantError(f"decision {message.seq} came back, which was not the next that was sent")
+                self._unproven.popleft()
+                self._room.set()
+                if (snapshot := self._snapshots.pop(message.seq, None)) is not None:
+                    self._proven.put_nowait(snapshot.model_copy(update={"offset": record.offset}))
+
+    async def await_acknowledgements(self) -> None:
+        """A decision whose fate is unknown ends the spell: the log will tell."""
+        while True:
+            acknowledgement = await self._acknowledgements.get()
+            try:
+                await acknowledgement
+            except BusError as error:
+                raise Deposed(f"a decision may not have been written: {error}") from None
+
+    async def show_life(self) -> None:
+        """A sign of life where there is nothing to decide."""
+        service = self.service
+        clock = asyncio.get_running_loop().time
+        interval_s = service.lease_s / HEARTBEATS_PER_LEASE
+        while True:
+            wait_s = self._spoke_s + interval_s - clock()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+                continue
+            heartbeat = PlannerHeartbeat(region=service.region, epoch=self.epoch, nonce=self.nonce)
+            await self._post(messages.encode(heartbeat))
+
+    async def keep(self) -> None:
+        """Write the snapshots that are proven. Without one a restart reads further back: no reason to stop leading."""
+        service = self.service
+        while True:
+            snapshot = await self._proven.get()
+            payload = messages.encode(snapshot)
+            if len(payload) > messages.MAX_MESSAGE_BYTES:
+                service.log.warning("the state is too large for a snapshot", seq=snapshot.seq, size_bytes=len(payload))
+                continue
+            try:
+                await service.bus.send(topics.SNAPSHOTS, payload, key=str(service.region), partition=service.region)
+            except BusError as error:
+                service.log.warning("a snapshot could not be kept", seq=snapshot.seq, error=str(error))
+
+    # --- deciding ----------------------------------------------------------------------------------------------------
+
+    async def decide(self) -> None:
+        """One step for every record of the region's inputs, in the order in which they are read; and one when time is up."""
+        service = self.service
+        start = {(topic, service.region): service.inputs[topic] for topic in INPUTS}
+        reader = await service.bus.reader(list(start), start=start)
+        try:
+            while True:
+                records = await reader.fetch(timeout_s=self._patience_s())
+                # Nodes first: a task that arrives with its device must find it there.
+                for record in sorted(records, key=lambda record: INPUTS.index(record.topic)):
+                    await self._take(record)
+                await self._look_at_clock(reader)
+        finally:
+            await reader.close()
+
+    async def _take(self, record: Record) -> None:
+        service = self.service
+        try:
+            message = messages.decode(record.topic, record.value)
+        except ProtocolError as error:
+            await bury(service.bus, record, error, task_id=record.key or "", by=service.name)
+            message = None
+        await self._step(message, (record.topic, record.offset + 1))
+
+    def _patience_s(self) -> float:
+        """How long to wait for inputs."""
+        wakeup_s = self.service.core.next_wakeup()
+        if wakeup_s is None:
+            return 1.0
+        return 0.1 if self._due is not None else min(1.0, max(0.001, wakeup_s - self.service.now_s()))
+
+    async def _look_at_clock(self, reader: Reader) -> None:
+        """Leases, deadlines and patience, once everything is read that was there when their time was up.
+
+        So nobody is declared lost whose heartbeat lies unread: after a takeover, under load, or when this process was frozen.
+        """
+        service = self.service
+        wakeup_s = service.core.next_wakeup()
+        if wakeup_s is None or wakeup_s > service.now_s():
+            self._due = None
+            return
+        if self._due is None:
+            try:
+                self._due = {topic: (await service.bus.end_offsets(topic))[service.region] for topic in INPUTS}
+            except BusError as error:
+                service.log.warning("cannot ask where the inputs end, trying again", error=str(error))
+                return
+        if all(reader.position((topic, service.region)) >= end for topic, end in self._due.items()):
+            self._due = None
+            await self._step(Tick(), None)
+
+    async def _step(self, event: Event | None, consumed: tuple[str, int] | None) -> None:
+        """Let the core decide, and put the record on its way. Only `decide` comes here, so records keep their order."""
+        service = self.service
+        while len(self._unproven) >= MAX_UNPROVEN:
+            self._room.clear()
+            await self._room.wait()
+        now_s = service.now_s()
+        changes = service.core.handle(event, now_s) if event is not None else []
+        if consumed is not None:
+            service.inputs[consumed[0]] = consumed[1]
+            self._unrecorded += 1
+        if changes or self._unrecorded >= CHECKPOINT_EVERY:
+            await self._decided(changes, now_s)
+
+    async def _decided(self, changes: Iterable[Change], now_s: float) -> None:
+        service = self.service
+        self.seq += 1
+        self._unrecorded = 0
+        decision = Decision(
+            region=service.region,
+            epoch=self.epoch,
+            nonce=self.nonce,
+            seq=self.seq,
+            now_s=now_s,
+            inputs=dict(service.inputs),
+            changes=tuple(changes),
+            ledger_hash=service.core.state_hash,
+            at=utc(),
+        )
+        payload = messages.encode(decision)
+        if len(payload) > messages.MAX_MESSAGE_BYTES:
+            raise InvariantError(f"decision {self.seq} takes {len(payload):,} bytes, which nobody would read")
+        self._unproven.append((self.seq, payload))
+        if self.seq % service.snapshot_every == 0:
+            self._snapshots[self.seq] = self._snapshot(decision)
+        await self._post(payload)
+        service.decisions += 1
+
+    def _snapshot(self, decision: Decision) -> Snapshot:
+        service = self.service
+        leader = {"planner": service.name, "lease_s": service.lease_s}
+        return Snapshot(
+            region=decision.region,
+            epoch=decision.epoch,
+            nonce=decision.nonce,
+            seq=decision.seq,
+            offset=0,  # known once it is read back
+            now_s=decision.now_s,
+            inputs=decision.inputs,
+            ledger_hash=decision.ledger_hash,
+            state=service.core.to_state() | {"leader": leader},
+        )
+
+    async def _post(self, payload: bytes) -> None:
+        service = self.service
+        acknowledgement = await service.bus.post(
+            topics.DECISIONS, payload, key=str(service.region), partition=service.region
+        )
+        self._acknowledgements.put_nowait(acknowledgement)
+        self._spoke_s = asyncio.get_running_loop().time()
+
+
+def utc() -> str:
+    """Now, for people to read."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+__all__ = ["HEARTBEATS_PER_LEASE", "INPUTS", "Deposed", "Lead", "utc"]
