@@ -1,0 +1,264 @@
+"""Every command in the docs: it is one that the command line takes, and those of the user's pages are run for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from deploy import cli
+from deploy.broker import free_port
+from tests.integration.deepar_processes import Processes
+from tests.kafka_broker import OwnBroker
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+OURS = ("quickstart.md", "concepts.md", "own-model.md", "own-policy.md", "limits.md", "interface.md")
+FENCE = re.compile(r"^```(?:sh|shell|bash|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+ELSEWHERE = {
+    "make demo": "tests/integration/test_demo.py plays it",
+    "deepar broker": "tests/integration/test_broker.py starts, kills and restarts it",
+}
+"""Commands of our pages that are run by other tests."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One command of a page."""
+
+    page: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}: {self.text}"
+
+
+def lines_of(page: Path) -> Iterator[Line]:
+    for block in FENCE.findall(page.read_text(encoding="utf-8")):
+        for text in block.replace("\\\n", " ").splitlines():
+            stripped = text.removeprefix("$ ").split("  #")[0].strip()
+            if stripped and not stripped.startswith("#"):
+                yield Line(page.name, " ".join(stripped.split()))
+
+
+LINES = [line for page in PAGES for line in lines_of(page)]
+OUR_LINES = [line for line in LINES if line.page in OURS]
+
+
+@pytest.fixture(scope="module")
+def command() -> Any:
+    """The whole command line."""
+    cli._register([])
+    return typer.main.get_command(cli.app)
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "deepar " in line.text], ids=str)
+def test_every_deepar_command_in_the_docs_is_one(
+    line: Line, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name, its options and their types; nothing is run."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line.text.split("|")[0])
+    while words and "=" in words[0]:
+        words.pop(0)
+    if not words or words[0] != "deepar":
+        return
+    for place, word in enumerate(words):
+        if word.endswith(".tflite"):
+            shutil.copy(ROOT / "stages/data/lenet.tflite", tmp_path / "MODEL.tflite")
+            words[place] = str(tmp_path / "MODEL.tflite")
+    rest, context, found = words[1:], None, command
+    while True:
+        try:
+            context = found.make_context(found.name or "deepar", rest, parent=context)
+        except typer.Exit:
+            return  # --help
+        except Exception as error:
+            tell = getattr(error, "format_message", None)  # a usage error
+            if tell is None:
+                raise
+            pytest.fail(f"{line}: {tell()}", pytrace=False)
+        if not hasattr(found, "resolve_command"):
+            return
+        _, inner, rest = found.resolve_command(context, [*context._protected_args, *context.args])
+        assert inner is not None, line
+        found = inner
+
+
+def test_a_command_that_is_none_is_noticed(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("deepar tail decisions --bogus", "deepar nothing", "deepar loadgen replay --tasks many"):
+        with pytest.raises((pytest.fail.Exception, Exception), match=r"(?i)no such|invalid"):
+            test_every_deepar_command_in_the_docs_is_one(Line("x.md", text), command, tmp_path, monkeypatch)
+
+
+class Shell:
+    """Runs lines of the docs in a folder, as they stand."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.folder = folder
+        scripts = sysconfig.get_path("scripts")
+        self.environment = os.environ | {
+            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+            "NO_COLOR": "1",
+            "COLUMNS": "160",
+            **environment,
+        }
+        self.ran: set[str] = set()
+        (folder / "docs").symlink_to(ROOT / "docs")
+        (folder / "deploy").symlink_to(ROOT / "deploy")
+        shutil.copy(ROOT / "stages/data/lenet.tflite", folder / "MODEL.tflite")
+
+    def run(self, text: str, timeout_s: float = 240.0) -> str:
+        """A command that ends, and ends well: what it printed. It must be in our pages."""
+        assert text in {line.text for line in OUR_LINES}, f"no page says: {text}"
+        self.ran.add(text)
+        done = subprocess.run(
+            ["bash", "-c", text],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+WITHOUT_BROKER = (
+    "deepar models cuts MODEL.tflite",
+    "deepar models verify MODEL.tflite",
+    "deepar profile MODEL.tflite --out here.json",
+    "deepar plan MODEL.tflite --device here.json --edge here.json --cloud here.json --link1 100Mbps --link2 20Mbps",
+    "PYTHONPATH=docs/examples deepar simulate sweep --policies deepar,private_first:PrivateFirst"
+    " --vary devices=20 --seeds 1 --out sweep",
+)
+"""In the order in which they are run."""
+SERVED = {
+    "PYTHONPATH=docs/examples deepar planner --policy private_first:PrivateFirst",
+    "deepar stage cloud --model MODEL.tflite",
+    "deepar stage edge --name e1 --model MODEL.tflite",
+    "deepar stage device --name d1 --model MODEL.tflite",
+    "deepar up deploy/example.toml",
+    "deepar ui",
+}
+WITH_BROKER = {
+    "deepar loadgen replay --models MODEL --tasks 5",
+    "deepar loadgen replay --tasks 20 --within 10s",
+    "deepar top",
+    "deepar top --once",
+    "deepar top --json",
+    "deepar tail decisions --exit",
+    "python docs/examples/watch.py localhost:9092",
+}
+
+
+def test_every_command_of_our_pages_is_run_somewhere() -> None:
+    assert {line.text for line in OUR_LINES} == {*WITHOUT_BROKER} | SERVED | WITH_BROKER | ELSEWHERE.keys()
+
+
+def test_the_policy_in_the_page_is_the_file_that_is_run() -> None:
+    page = (ROOT / "docs/own-policy.md").read_text(encoding="utf-8")
+    shown = page.split("```python\n")[1].split("```")[0].strip()
+    assert (ROOT / "docs/examples/private_first.py").read_text(encoding="utf-8").strip().endswith(shown)
+    assert len(shown.splitlines()) <= 40
+
+
+def test_every_picture_and_page_that_is_linked_is_there() -> None:
+    for page in (ROOT / "docs" / name for name in OURS):
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_commands_that_need_no_broker(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    for text in WITHOUT_BROKER:
+        printed = shell.run(text)
+        if "sweep" in text:
+            assert (tmp_path / "sweep" / "sweep.csv").read_text().count("private_first:PrivateFirst") == 1
+        if "verify" in text:
+            assert "identical" in printed
+
+
+def start(processes: Processes, text: str, **environment: str) -> None:
+    """Start a service as a page says, and wait until it is ready."""
+    words = shlex.split(text)
+    extra = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("-"))
+    arguments = [word for word in words if "=" not in word][1:]
+    processes.start(arguments[0], *arguments, **extra, **environment)
+
+
+def look(port: int) -> dict[str, Any]:
+    """What the page of `deepar ui` is told; nothing before it listens."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/state.json", timeout=5.0) as answer:
+            return dict(json.load(answer))
+    except OSError:
+        return {"nodes": [], "counts": {}}
+
+
+def test_commands_that_need_a_broker(kafka_own: OwnBroker, tmp_path: Path) -> None:
+    """Own model and own policy as processes, then the quick start, its views, and the tool in plain Kafka."""
+    shell = Shell(tmp_path, KAFKA_BOOTSTRAP_SERVERS=kafka_own.bootstrap)
+    with Processes(kafka_own.bootstrap, tmp_path) as processes:
+        for text in sorted(SERVED - {"deepar ui", "deepar up deploy/example.toml"}):
+            start(processes, text)
+        for one in processes.all:
+            one.wait_ready()
+        assert "5 completed" in shell.run("deepar loadgen replay --models MODEL --tasks 5")
+        assert '"private-first"' in shell.run("deepar tail decisions --exit")
+        for one in processes.all:
+            one.end()
+
+        port = free_port()
+        start(processes, "deepar ui", DEEPAR_UI_PORT=str(port))
+        start(processes, "deepar up deploy/example.toml")
+        until_s = time.monotonic() + 120.0
+        while {"c1", "e1", "e2", "d1", "d2", "d3"} - {
+            n["name"] for n in look(port)["nodes"] if n["standing"] == "joined"
+        }:
+            assert time.monotonic() < until_s, [one.text() for one in processes.all]
+            time.sleep(0.2)
+        shell.run("deepar loadgen replay --tasks 20 --within 10s")
+        seen = json.loads(shell.run("deepar top --json"))
+        assert seen["counts"]["COMPLETED"] == 25
+        assert {node["name"] for node in seen["nodes"] if node["standing"] == "joined"} >= {
+            "c1",
+            "e1",
+            "e2",
+            "d1",
+            "d2",
+        }
+        for text in ("deepar top", "deepar top --once"):
+            assert "25 completed" in shell.run(text)
+        assert look(port)["counts"]["COMPLETED"] == 25
+    tool = subprocess.run(
+        [sys.executable, str(ROOT / "docs/examples/watch.py"), kafka_own.bootstrap],
+        capture_output=True,
+        text=True,
+        timeout=120.0,
+        cwd=tmp_path,
+    )
+    assert tool.returncode == 0, tool.stderr
+    assert tool.stdout.count(": COMPLETED") == 25
+    assert "frame of " in tool.stdout
+    assert "float32" in tool.stdout
+
+
+def test_the_example_uses_nothing_of_ours() -> None:
+    imports = re.findall(r"^(?:from|import) (\w+)", (ROOT / "docs/examples/watch.py").read_text(), re.MULTILINE)
+    assert set(imports) - set(sys.stdlib_module_names) == {"msgpack", "aiokafka"}
