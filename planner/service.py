@@ -253,15 +253,17 @@ class PlannerService:
         leading.result()
 
     async def _lead_until_deposed(self, reader: Reader) -> None:
+        first: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 lead = Lead(self, reader)
                 for step in (lead.read_back, lead.decide, lead.show_life, lead.await_acknowledgements, lead.keep):
                     group.create_task(step(), name=f"{self.name}: {step.__name__}")
         except* (Deposed, BusError) as failures:
-            first: BaseException = failures
+            first = failures
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]
+        if first is not None:  # raised here: early releases of Python 3.11 wrap what is raised above in a group once more
             raise first from None
 
     async def _leave(self) -> None:
