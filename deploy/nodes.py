@@ -12,8 +12,10 @@ import structlog
 
 from bus import topics
 from bus.errors import BusError, BusUnavailableError, ConfigError, UnknownTopicError
+from bus.frames import Array
 from bus.kafka import KafkaBus
 from bus.kafka_connection import KafkaConnection
+from bus.messages import TaskSubmitted
 from bus.port import Bus
 from bus.topics import Partitions
 from bus.units import parse_duration
@@ -126,7 +128,11 @@ def scaled(profile: ModelProfile, slowdown: float, platform: str) -> ModelProfil
 
 def make_work(node: Node, on_result: ResultSink | None = None) -> Device | Hop:
     """What a node of this role does."""
-    return Device(node, on_result) if node.settings.role is Role.DEVICE else Hop(node)
+    if node.settings.role is not Role.DEVICE:
+        return Hop(node)
+    if isinstance(on_result, ResultFile):
+        return Device(node, on_result, kept=on_result.kept)
+    return Device(node, on_result)
 
 
 async def run_stage(
@@ -242,22 +248,41 @@ class _Stop(Exception):
     """Ends the embedded services."""
 
 
-def result_file(path: Path) -> ResultSink:
-    """Appends one JSON line a result: task, sample, and the index of the largest output."""
-    import json
+class ResultFile:
+    """One JSON line a result: task, sample, and the index of the largest output. Each (task, sample) stands there once,
+    also when the device that writes was killed and started again: what is in the file is not computed again.
+    """
 
-    import numpy as np
+    def __init__(self, path: Path) -> None:
+        import json
 
-    from bus.frames import Array
-    from bus.messages import TaskSubmitted
+        self._kept: dict[str, set[int]] = {}
+        before = path.read_bytes() if path.exists() else b""
+        for line in before.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
+                known = json.loads(line)
+                self._kept.setdefault(str(known["task_id"]), set()).add(int(known["sample"]))
+        self._handle = path.open("a", encoding="utf-8")
+        if before and not before.endswith(b"\n"):
+            self._handle.write("\n")
 
-    handle = path.open("a", encoding="utf-8")
+    def kept(self, task_id: str) -> set[int]:
+        """The samples of a task that are in the file."""
+        return self._kept.get(task_id, set())
 
-    def keep(task: TaskSubmitted, sample: int, outputs: list[Array]) -> None:
-        line = {"task_id": task.task_id, "model": task.model, "sample": sample}
+    def __call__(self, task: TaskSubmitted, sample: int, outputs: list[Array]) -> None:
+        import json
+
+        import numpy as np
+
+        line: dict[str, object] = {"task_id": task.task_id, "model": task.model, "sample": sample}
         if outputs and outputs[0].size:
             line["top"] = int(np.argmax(outputs[0]))
-        handle.write(json.dumps(line) + "\n")
-        handle.flush()
+        self._handle.write(json.dumps(line) + "\n")
+        self._handle.flush()
+        self._kept.setdefault(task.task_id, set()).add(sample)
 
-    return keep
+
+def result_file(path: Path) -> ResultFile:
+    """A sink for a device's results; see `ResultFile`."""
+    return ResultFile(path)
