@@ -22,6 +22,8 @@ listener.security.protocol.map=INTERNAL:PLAINTEXT,EXTERNAL:PLAINTEXT,CONTROLLER:
 inter.broker.listener.name=INTERNAL
 controller.quorum.voters=${KAFKA_VOTERS:-1@127.0.0.1:29093}
 log.dirs=$data
+# Containers of one machine start together: with two seconds a broker that is short of processor time is never taken back.
+broker.session.timeout.ms=6000
 END
 if [ "${KAFKA_COPIES:-1}" -gt 1 ]; then
     cat >> "$settings" <<END

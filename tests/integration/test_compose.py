@@ -74,7 +74,7 @@ class Deployment:
         found: list[dict[str, Any]] = json.loads(self.engine.docker("inspect", name))
         return found[0]
 
-    def await_healthy(self, service: str, limit_s: float = 120.0) -> None:
+    def await_healthy(self, service: str, limit_s: float = 240.0) -> None:
         """Return once a service's health check says so."""
         deadline = time.monotonic() + limit_s
         while (state := self.container(service)["State"]["Health"]["Status"]) != "healthy":
