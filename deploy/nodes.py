@@ -270,6 +270,10 @@ class ResultFile:
         """The samples of a task that are in the file."""
         return self._kept.get(task_id, set())
 
+    def close(self) -> None:
+        """Nothing more will come."""
+        self._handle.close()
+
     def __call__(self, task: TaskSubmitted, sample: int, outputs: list[Array]) -> None:
         import json
 

@@ -18,13 +18,17 @@ def test_what_a_killed_device_had_written_is_kept_and_a_line_cut_short_is_not(tm
     first = result_file(path)
     first(TASK, 0, [np.array([0.1, 0.9])])
     first(TASK, 2, [])
+    first.close()
     with path.open("a") as handle:
         handle.write('{"task_id": "t", "sam')
     again = result_file(path)
     assert again.kept("t") == {0, 2}
     assert again.kept("other") == set()
     again(TASK, 1, [])
+    again.close()
     lines = path.read_text().splitlines()
     assert json.loads(lines[0]) == {"task_id": "t", "model": "m", "sample": 0, "top": 1}
     assert json.loads(lines[-1])["sample"] == 1
-    assert result_file(path).kept("t") == {0, 1, 2}
+    last = result_file(path)
+    assert last.kept("t") == {0, 1, 2}
+    last.close()
