@@ -1,0 +1,107 @@
+"""`deepar plan` and `deepar explain` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from bus.errors import ConfigError, DeeparError, UnknownNameError
+from bus.messages import EpochOpened
+from deploy.commands_plan import explain, plan
+from planner.core import PlannerCore
+from planner.profiles import load_profile
+from tests.unit.planner.scenes import World
+
+app = typer.Typer()
+app.command("plan")(plan)
+app.command("explain")(explain)
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    if isinstance(result.exception, DeeparError):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def test_alexnet_on_the_paper_profile_is_cut_where_the_paper_cuts_it() -> None:
+    found = json.loads(run("plan", "alexnet", "--profile", "paper", "--top", "2", "--json"))
+    first = found["plans"][0]
+    assert (first["cut1_name"], first["cut2_name"], first["kind"]) == ("maxpool_1", "maxpool_3", "device+edge+cloud")
+    assert first["delay_s"] == pytest.approx(0.043, rel=0.01)
+    assert sum(first["parts"].values()) == pytest.approx(first["delay_s"])
+    assert (found["model"], found["objective"], found["samples"]) == ("alexnet", "sequential", 1)
+    assert len(found["plans"]) == 2
+
+
+def test_flags_become_constraints() -> None:
+    kept = json.loads(run("plan", "alexnet", "--keep-on-device", "conv_2", "--forbid", "cloud", "--json"))["plans"][0]
+    assert kept["cut1"] >= 4
+    assert "cloud" not in kept["kind"]
+    alone = json.loads(run("plan", "lenet", "--forbid", "edge", "--forbid", "cloud", "--json"))["plans"][0]
+    assert (alone["kind"], alone["edge"], alone["link1_bps"]) == ("device", None, 0)
+    many = json.loads(
+        run("plan", "vgg16", "--samples", "100", "--objective", "pipelined", "--link1", "100Mbps", "--json")
+    )
+    assert many["link1_bps"] == 100_000_000
+
+
+def test_no_plan_is_exit_code_1_and_says_so() -> None:
+    assert json.loads(run("plan", "alexnet", "--max-delay", "1ms", "--json", code=1))["plans"] == []
+
+
+def test_a_platform_of_ones_own_and_one_that_does_not_match(tmp_path: Path) -> None:
+    mine = load_profile("paper").edge["alexnet"]
+    path = tmp_path / "edge.json"
+    path.write_text(mine.model_copy(update={"layer_s": tuple(s / 10 for s in mine.layer_s)}).model_dump_json())
+    fast = json.loads(run("plan", "alexnet", "--edge", str(path), "--json"))["plans"][0]
+    assert fast["delay_s"] < 0.043
+    path.write_text(mine.model_copy(update={"sha256": "1" * 64}).model_dump_json())
+    with pytest.raises(ConfigError, match="another alexnet"):
+        run("plan", "alexnet", "--edge", str(path))
+    with pytest.raises(UnknownNameError, match="lenet"):
+        run("plan", "nosuch")
+
+
+def test_the_plot_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "plot.svg"
+    run("plan", "alexnet", "--plot", str(path))
+    assert path.stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, World]:
+    world = World(PlannerCore(0), 3, rate=6.0, validate=False).run()
+    path = tmp_path_factory.mktemp("dump") / "decisions.jsonl"
+    opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=1.0)
+    lines = [opened.model_dump_json(), *('{"value":' + d.model_dump_json() + "}" for d in world.log)]
+    path.write_text("\n".join(lines) + "\n")
+    return path, world
+
+
+def test_explain_reads_a_dump_of_tail(dump: tuple[Path, World]) -> None:
+    path, world = dump
+    task_id = next(name for name, placed in world.placed.items() if placed.wait_s > 0)
+    found = json.loads(run("explain", task_id, "--from", str(path), "--json"))
+    assert found["task_id"] == task_id
+    assert found["waited_for"]
+    chosen = [c for c in found["candidates"] if c["chosen"]]
+    assert chosen[0]["placement"] == found["decided"]["placement"]
+    assert {"placement", "start_in_s", "delay_s", "lacked"} <= set(chosen[0])
+    assert task_id in run("explain", task_id, "--from", str(path))
+
+
+def test_explain_refuses_what_is_no_dump(tmp_path: Path, dump: tuple[Path, World]) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("not json\n")
+    with pytest.raises(ConfigError, match="line 1"):
+        run("explain", "t1", "--from", str(broken))
+    with pytest.raises(ConfigError, match="no such file"):
+        run("explain", "t1", "--from", str(tmp_path / "none"))
+    with pytest.raises(UnknownNameError, match="t999"):
+        run("explain", "t999", "--from", str(dump[0]))
