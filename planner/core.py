@@ -29,6 +29,7 @@ declares nobody lost.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heappop
 from typing import Any, Final
@@ -60,12 +61,13 @@ from bus.messages import (
 from bus.values import Execution, Kind, Objective, Placement, Role
 from planner import snapshot
 from planner.algorithm import Algorithm, Choice, EdgeOption, Request
+from planner.ledger import Reservation
 from planner.policies import Policy, Restriction, load_policy
 from planner.reach import Reach
 from planner.region_state import DEFAULT_PATIENCE_S, DEFAULT_REMEMBER_ENDED
 from planner.search import DEVICE_CLOUD, DEVICE_EDGE
-from planner.tasks import Node, Task
-from planner.walk import due, walk
+from planner.tasks import NEVER, Node, Task
+from planner.walk import pull, walk
 
 DEFAULT_MAX_WAITING: Final = 10_000
 DEFAULT_MAX_ATTEMPTS: Final = 100
@@ -318,10 +320,11 @@ class PlannerCore(Reach):
         edges, devices = self._changed_edges, self._changed_devices
         if not edges and not devices:
             return
-        if any(edges.values()) or any(devices.values()):
+        found: Iterable[tuple[Reservation, float | None]]
+        if NEVER in edges.values() or NEVER in devices.values() or self.ledger.missed(edges, devices, now):
             found = walk(self.ledger, edges, devices, now)
         else:
-            found = due(self.ledger, edges, devices, now)
+            found = pull(self.ledger, dict(edges), dict(devices), now)
         for r, start in found:
             task = self.tasks[r.task_id]
             if start is None:

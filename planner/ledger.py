@@ -302,6 +302,22 @@ class Ledger:
             account.timeline.change(r.end_s, end_s, -r.slots, -r.link1_bps, -r.link2_bps)
         r.end_s = end_s
 
+    def missed(self, edges: Iterable[str], devices: Iterable[str], now: float) -> bool:
+        """Whether somebody there was promised a start before `now`: something ended late."""
+        accounts: list[EdgeAccount | DeviceAccount | None] = [self.edges.get(name) for name in edges]
+        accounts += [self.devices.get(name) for name in devices]
+        return any(account is not None and account.queue and account.queue[0][0] < now for account in accounts)
+
+    def overbooked(self, r: Reservation, from_s: float) -> bool:
+        """Whether, from `from_s` to the end of `r`, more is promised than there is on its edge or device."""
+        account = self._edge(r)
+        if account is not None and not account.timeline.fits(from_s, r.end_s, 0, 0, 0):
+            return True
+        if r.device is None:
+            return False
+        others = self.devices[r.device].reservations.values()
+        return any(o is not r and o.start_s < r.end_s and o.end_s > from_s for o in others)
+
     def start(self, task_id: str) -> None:
         """What was scheduled runs."""
         r = self.reservations[task_id]

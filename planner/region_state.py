@@ -67,9 +67,9 @@ class RegionState:
         self._deadlines: list[tuple[float, int, str]] = []  # heap
         self._leases: dict[str, float] = {}  # node -> when its lease is over
         self._lease_heap: list[tuple[float, str]] = []
-        # what the changes since the last `settled` concern: name -> whether more than due starts may have changed
-        self._changed_edges: dict[str, bool] = {}
-        self._changed_devices: dict[str, bool] = {}
+        # what the changes since the last `settled` concern: name -> until when something was freed; NEVER: anything may be
+        self._changed_edges: dict[str, float] = {}
+        self._changed_devices: dict[str, float] = {}
 
     # --- the one mutator ---------------------------------------------------------------------------------------------
 
@@ -108,14 +108,15 @@ class RegionState:
                 self._apply_ended(task, change, now)
             elif isinstance(change, Moved):
                 self._step(task, Step.MOVED, change.to_s)
-                self._note(self.ledger.reservations[task.task_id], whole=True)
+                self._note(self.ledger.reservations[task.task_id], NEVER)
                 self.ledger.move(task.task_id, change.to_s)
             elif isinstance(change, Overran):
                 self._step(task, Step.OVERRAN, change.to_s)
                 r = self.ledger.reservations[task.task_id]
                 self.ledger.prolong(task.task_id, change.to_s)
                 heappush(self._ends, (change.to_s, task.seq, task.task_id))
-                self._note(r, whole=True)
+                # who was promised what is now held for longer must be moved; if nobody was, nothing has changed
+                self._note(r, NEVER if self.ledger.overbooked(r, change.from_s) else now)
             else:
                 self._apply_retried(task, change, now)
 
@@ -148,7 +149,7 @@ class RegionState:
         self._step(task, Step.START, change.at_s)
         r = self.ledger.reservations[task.task_id]
         if r.start_s != change.at_s:
-            self._note(r, whole=True)
+            self._note(r, NEVER)
             self.ledger.move(task.task_id, change.at_s)
         self.ledger.start(task.task_id)
         self._running += 1
@@ -192,7 +193,7 @@ class RegionState:
             if old is None:
                 insort(self._edge_names, name)
             self.ledger.open_edge(name, announced.slots, announced.link1_capacity_bps, announced.link2_capacity_bps)
-            self._changed_edges[name] = True
+            self._changed_edges[name] = NEVER
         elif announced.role is Role.CLOUD:
             if old is None:
                 insort(self._cloud_names, name)
@@ -216,15 +217,14 @@ class RegionState:
     def _release(self, task: Task, now: float) -> Reservation:
         r = self.ledger.release(task.task_id)
         self._running -= r.running
-        # what ends exactly when it was predicted to changes nothing for anybody but those who are due
-        self._note(r, whole=not (r.running and r.end_s == now))
+        self._note(r, max(r.end_s, now))  # what ends when it was predicted to concerns only those who are due
         return r
 
-    def _note(self, r: Reservation, *, whole: bool) -> None:
+    def _note(self, r: Reservation, until: float) -> None:
         if r.edge is not None:
-            self._changed_edges[r.edge] = whole or self._changed_edges.get(r.edge, False)
+            self._changed_edges[r.edge] = max(until, self._changed_edges.get(r.edge, until))
         if r.device is not None:
-            self._changed_devices[r.device] = whole or self._changed_devices.get(r.device, False)
+            self._changed_devices[r.device] = max(until, self._changed_devices.get(r.device, until))
 
     def _step(self, task: Task, step: Step, at_s: float) -> None:
         before = task.state

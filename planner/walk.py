@@ -8,35 +8,94 @@ cuts and grants stay.
 A task that is put elsewhere in time also leaves its device to others at other times, and these may stand on other edges; so
 what comes after it in the order is walked there as well. What does not change is not touched.
 
-When something ended exactly when it was predicted to, nobody's first instant has changed but that of those who were to start
-now; then there is nothing to walk (`due`).
+When resources were only given back, nobody has to be moved to later, and there is a cheaper way to the same end (`pull`);
+when something ended exactly when it was predicted to, nobody's first instant has changed but that of those who are due now.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from heapq import heappop, heappush
 from typing import Final
 
-from planner.ledger import FOREVER, DeviceAccount, EdgeAccount, Ledger, Reservation, Timeline
+from planner.ledger import FOREVER, LONG_AGO, DeviceAccount, EdgeAccount, Ledger, Reservation, Timeline
 
 _FIRST: Final = (float("-inf"), -1)
 
 
-def due(
-    ledger: Ledger, edges: Iterable[str], devices: Iterable[str], now: float
-) -> list[tuple[Reservation, float | None]]:
-    """Those on these edges and devices whose start has come, when nothing ended but what was predicted to end now."""
-    found: dict[str, Reservation] = {}
-    accounts: list[EdgeAccount | DeviceAccount | None] = [ledger.edges.get(name) for name in edges]
-    accounts += [ledger.devices.get(name) for name in devices]
-    for account in accounts:
-        for start, _, r in account.queue if account is not None else ():
-            if start > now:
-                break
-            found[r.task_id] = r
-    return [(r, r.start_s) for r in sorted(found.values(), key=lambda r: r.key)]
+def pull(
+    ledger: Ledger, edges: Mapping[str, float], devices: Mapping[str, float], now: float
+) -> Iterator[tuple[Reservation, float]]:
+    """Who starts now or earlier than promised, when resources were only given back: the same as `walk`, for less work.
+
+    `edges` and `devices` say until when something was freed (not after now: only who is due may start). Each task that is
+    yielded must be moved in the ledger before the next is asked for.
+
+    A task r promised from s on may begin at an earlier t if what it needs is free in [t, min(s, t + w)) on the ledger as it
+    stands, with everybody in it. From s on it stands in the ledger itself, so there it fits; and before s nobody is in it who
+    stands behind r in the order. So nothing has to be taken out of the timeline, and only instants before the end of what
+    was freed need be looked at.
+    """
+    on_edge, on_device = dict(edges), dict(devices)
+    heap: list[tuple[float, int, Reservation]] = []
+    queued: set[str] = set()
+
+    def push(account: EdgeAccount | DeviceAccount | None, key: tuple[float, int], until: float) -> None:
+        if account is None:
+            return
+        queue = account.queue
+        for item in queue[bisect_left(queue, key) :]:
+            if until <= now < item[0]:
+                return  # only who is due
+            if item[2].task_id not in queued:
+                queued.add(item[2].task_id)
+                heappush(heap, item)
+
+    for name, until in edges.items():
+        push(ledger.edges.get(name), _FIRST, until)
+    for name, until in devices.items():
+        push(ledger.devices.get(name), _FIRST, until)
+    while heap:
+        start, seq, r = heappop(heap)
+        if start <= now:
+            yield r, start
+            continue
+        freed = max(on_edge.get(r.edge or "", now), on_device.get(r.device or "", now))
+        earlier = _earlier(ledger, r, now, min(start, freed))
+        if earlier is None:
+            continue
+        old_end = r.end_s
+        yield r, earlier
+        if r.edge is not None:
+            on_edge[r.edge] = max(on_edge.get(r.edge, now), old_end)
+            push(ledger.edges[r.edge], (start, seq + 1), old_end)
+        if r.device is not None:
+            on_device[r.device] = max(on_device.get(r.device, now), old_end)
+            push(ledger.devices[r.device], (start, seq + 1), old_end)
+
+
+def _earlier(ledger: Ledger, r: Reservation, now: float, limit: float) -> float | None:
+    """The first instant before `limit` at which `r` could begin, or None."""
+    begin, length, t = r.start_s, r.length_s, now
+    busy: list[tuple[float, float]] = []
+    if r.device is not None:
+        others = ledger.devices[r.device].reservations.values()
+        busy = sorted((LONG_AGO if o.running else o.start_s, o.end_s) for o in others if o is not r)
+    timeline = None if r.edge is None else ledger.edges[r.edge].timeline
+    while t < limit:
+        for first, last in busy:
+            if first < min(begin, t + length) and last > t:
+                t = last
+        if t >= limit:
+            return None
+        if timeline is None:
+            return t
+        later = _next_gap(timeline, r, t, min(begin, t + length))
+        if later == t:
+            return t
+        t = later
+    return None
 
 
 def walk(
