@@ -23,7 +23,7 @@ GUARD_S = 1.0
 """The length of the sliding window in which a rate is never exceeded."""
 
 CLOCK_S = 0.002
-"""uvloop's clock counts whole milliseconds and its timers may fire one early: the guard keeps this much more than a second."""
+"""uvloop's clock counts whole milliseconds, its timers may fire one early: the guard keeps this much more than a second."""
 
 CHUNK_S = 0.010
 """A frame is about this much of its link's time, so that a link is shared finely and can be cut off quickly."""
