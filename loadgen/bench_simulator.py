@@ -45,13 +45,11 @@ SCENARIO = Scenario(
     edges=100,
     reachable=4,
     samples=(1, 1000),
-    edge_link1_bps=(0.3e9, 1.2e9),
-    edge_link2_bps=(0.05e9, 0.3e9),
-    slots=(1, 10),
+    slots=(2, 12),
 )
-"""Fig. 4's draws, but for edges whose links are scarce, so that tasks wait."""
+"""Fig. 4's draws, with slots so that a third of the tasks wait at this load."""
 
-RATE_PER_S = 20.0
+RATE_PER_S = 30.0
 """Arrivals a second in one region (Poisson): about 1,000 tasks in flight."""
 
 BATCH = 10_000

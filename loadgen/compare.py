@@ -41,7 +41,7 @@ SCENARIO = Scenario(
     name="compare",
     devices=20,
     tasks=60,
-    edges=3,
+    edges=4,
     reachable=2,
     within_s=12.0,
     models={"alexnet": 1.0, "vgg16": 1.0, "deepface": 1.0},
@@ -49,9 +49,9 @@ SCENARIO = Scenario(
     input_bytes=(100_000, 600_000),
     edge_link1_bps=(0.2e9, 0.6e9),
     edge_link2_bps=(0.03e9, 0.1e9),
-    slots=(1, 2),
+    slots=(1, 3),
 )
-"""Sixty tasks that compete for three edges; LeNet is left out, since its stations would stretch the rest by
+"""Sixty tasks that compete for four edges; LeNet is left out, since its stations would stretch the rest by
 hundreds.
 """
 
