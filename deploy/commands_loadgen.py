@@ -93,7 +93,8 @@ def replay(
         str, typer.Option(help="Give up when no task has ended for so long after the last arrival.")
     ] = "120s",
     out: Annotated[
-        Path | None, typer.Option(envvar="DEEPAR_REPLAY_OUT", help="Folder for the files; by default runs/replay-SEED-TIME.")
+        Path | None,
+        typer.Option(envvar="DEEPAR_REPLAY_OUT", help="Folder for the files; by default runs/replay-SEED-TIME."),
     ] = None,
     max_mean: Annotated[str | None, typer.Option(help="Exit with 99 when the mean delay is above.")] = None,
     max_p50: Annotated[str | None, typer.Option(help="Exit with 99 when the median delay is above.")] = None,

@@ -27,7 +27,9 @@ from stages.zoo.networks import build as build_network
 
 __all__ = ["app", "profile"]
 
-app = typer.Typer(no_args_is_help=True, help="List, look at, cut and verify models. MODEL is a zoo name or a .tflite file.")
+app = typer.Typer(
+    no_args_is_help=True, help="List, look at, cut and verify models. MODEL is a zoo name or a .tflite file."
+)
 
 
 @app.command("list")

@@ -24,7 +24,9 @@ def profile(
         Path | None,
         typer.Option(help="Write the profile as nodes announce it (JSON), and the chart beside it.", dir_okay=False),
     ] = None,
-    chart: Annotated[Path | None, typer.Option(help="Write the bar chart here (.png, .svg or .pdf).", dir_okay=False)] = None,
+    chart: Annotated[
+        Path | None, typer.Option(help="Write the bar chart here (.png, .svg or .pdf).", dir_okay=False)
+    ] = None,
     platform: Annotated[str, typer.Option(help="What the profile calls this machine.")] = "this machine",
     as_json: Json = False,
     sha256: Sha256 = None,

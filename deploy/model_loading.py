@@ -19,7 +19,9 @@ from bus.errors import ConfigError
 from stages.model import Model
 from stages.zoo import load_model
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A name from `deepar models list`, or a .tflite file.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A name from `deepar models list`, or a .tflite file.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Sha256 = Annotated[str | None, typer.Option("--sha256", help="Refuse the file unless it has this hash.")]
 Threads = Annotated[int, typer.Option(min=1, max=64, help="Threads of the runtime.")]

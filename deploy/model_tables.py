@@ -86,7 +86,12 @@ def cuts_table(model: Model, cuts: Iterable[CutPoint], useful: set[int], shares:
         if len(cut.tensors) > 3:
             specs.append(f"and {len(cut.tensors) - 3} more")
         table.add_row(
-            str(cut.position), escape(cut.name), "\n".join(specs), size(cut.cut_bytes), f"{shares[cut.position]:.1%}", note
+            str(cut.position),
+            escape(cut.name),
+            "\n".join(specs),
+            size(cut.cut_bytes),
+            f"{shares[cut.position]:.1%}",
+            note,
         )
     return table
 

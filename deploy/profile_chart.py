@@ -23,7 +23,9 @@ def draw_profile(found: Measurement, profile: ModelProfile, path: Path) -> None:
     figure, delay = pyplot.subplots(figsize=(max(7.0, 0.36 * min(len(layers), 80)), 4.2), layout="constrained")
     size = delay.twinx()
     delay.bar([x - 0.2 for x in places], [1e3 * s for s in profile.layer_s], 0.4, color="#30638e", label="delay")
-    size.bar([x + 0.2 for x in places], [layer.output_bytes / 1e3 for layer in layers], 0.4, color="#edae49", label="output")
+    size.bar(
+        [x + 0.2 for x in places], [layer.output_bytes / 1e3 for layer in layers], 0.4, color="#edae49", label="output"
+    )
     names = [layer.name if len(layers) <= MOST_NAMES else str(layer.position) for layer in layers]
     step = 1 if len(layers) <= MOST_NAMES else len(layers) // 40
     delay.set_xticks(list(places)[::step], [name[-24:] for name in names][::step], rotation=60, ha="right", fontsize=8)

@@ -229,14 +229,14 @@ def region_of(edges: int, tasks: int, objective: Objective, seed: int) -> Region
         reachable = tuple(f"e{j}" for j in rng.sample(range(edges), REACHABLE))
         core.handle(_node(f"d{i}", Role.DEVICE, rows.device, reachable_edges=reachable), 0.0)
     region = Region(core, rng, devices, rows.models, idle=[f"d{i}" for i in range(devices)])
-    gap_s = 60.0 / tasks  # tasks take about a minute
+    gap_s = 30.0 / tasks  # tasks take about a minute
     while len(core.tasks) < tasks:
         region.take(region.next_task())
         region.now += rng.expovariate(1.0) * gap_s
         while region.ends and region.ends[0][0] <= region.now:
             region.one_ends()
-        if region.submitted > 6 * tasks:
-            gap_s *= 0.5  # they end as fast as they come
+        if region.submitted > tasks and region.submitted % (tasks // 4) == 0:
+            gap_s *= 0.6  # they end as fast as they come
     for _ in range(min(tasks, 1000)):
         region.one_ends()
         region.take(region.next_task())

@@ -91,9 +91,7 @@ def _aim(name: str, value: float, aim: float) -> dict[str, Any]:
     return {"name": name, "value": value, "aim": aim, "pass": value <= aim}
 
 
-def ratios(
-    model: Model, rounds: int, rng: np.random.Generator, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def ratios(model: Model, rounds: int, rng: np.random.Generator, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """A row for every cut that can be made: parts over whole, one thread."""
     graph = model.graph
     given = dict(zip(graph.inputs, random_inputs(model, rng), strict=True))

@@ -263,7 +263,9 @@ class PlannerService:
             first = failures
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]
-        if first is not None:  # raised here: early releases of Python 3.11 wrap what is raised above in a group once more
+        if (
+            first is not None
+        ):  # raised here: early releases of Python 3.11 wrap what is raised above in a group once more
             raise first from None
 
     async def _leave(self) -> None:

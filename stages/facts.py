@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 class RuntimeFacts:
     """Findings of a trial run of the main subgraph. Without one, a file's declarations are taken at their word."""
 
-    shapes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # tensor -> shape, where the runtime knew it before
-    late: Mapping[int, tuple[int, ...] | None] = field(default_factory=dict)  # -> shape that turned out, None if several did
+    shapes: Mapping[int, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # tensor -> shape, where the runtime knew it before
+    late: Mapping[int, tuple[int, ...] | None] = field(
+        default_factory=dict
+    )  # -> shape that turned out, None if several did
     missing_kernels: frozenset[str] = frozenset()  # operators that the runtime cannot run

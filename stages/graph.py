@@ -37,7 +37,9 @@ from stages.operators import (
 )
 
 TYPE_NAMES: dict[int, str] = {
-    code: name.lower() for name, code in vars(schema.TensorType).items() if not name.startswith("_") and isinstance(code, int)
+    code: name.lower()
+    for name, code in vars(schema.TensorType).items()
+    if not name.startswith("_") and isinstance(code, int)
 }
 
 TRAVELLING = frozenset(
@@ -200,7 +202,12 @@ class Graph:
         if kind in SHAPE_READERS and inputs and inputs[0] not in unsettled:
             # the shape of a tensor whose shape never changes is a constant too; the slicer writes it down
             return inputs[0] in self.facts.shapes or inputs[0] in self.facts.late
-        if kind in UNREPEATABLE or kind in WRITERS or kind.startswith("CUSTOM:") or subgraphs_of(self.operators[at], kind):
+        if (
+            kind in UNREPEATABLE
+            or kind in WRITERS
+            or kind.startswith("CUSTOM:")
+            or subgraphs_of(self.operators[at], kind)
+        ):
             return False
         return bool(inputs) and all(tensor in fixed for tensor in inputs)
 
@@ -364,7 +371,9 @@ class Graph:
     def _handle_name(operator: Any, kind: str) -> str:
         options = operator.builtinOptions
         if kind == "VAR_HANDLE":
-            return "/".join(filter(None, (text(options.container), text(options.sharedName)))) if options else "variable"
+            return (
+                "/".join(filter(None, (text(options.container), text(options.sharedName)))) if options else "variable"
+            )
         return f"table {options.tableId}" if options else "table"
 
     def _stateful_spans(self) -> Iterable[tuple[str, int, int]]:

@@ -120,9 +120,7 @@ def read_model(
     return Model(name or model_name(path), path, digest, data, kept, facts)
 
 
-def _mapped(
-    handle: int, path: Path, size_bytes: int, progress: Progress | None
-) -> tuple[mmap.mmap, str, Path]:
+def _mapped(handle: int, path: Path, size_bytes: int, progress: Progress | None) -> tuple[mmap.mmap, str, Path]:
     """The file mapped, from the cache: as it is where it lies there already, else as a copy named by its hash."""
     own = cache_dir("models").resolve()
     if own in path.resolve().parents:

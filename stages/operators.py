@@ -12,7 +12,9 @@ from typing import Any
 from ai_edge_litert import schema_py_generated as schema
 
 KINDS: dict[int, str] = {
-    code: name for name, code in vars(schema.BuiltinOperator).items() if not name.startswith("_") and isinstance(code, int)
+    code: name
+    for name, code in vars(schema.BuiltinOperator).items()
+    if not name.startswith("_") and isinstance(code, int)
 }
 
 CONTROL_FLOW: dict[str, tuple[str, ...]] = {
@@ -108,7 +110,9 @@ def multiply_accumulates(kind: str, inputs: list[tuple[int, ...] | None], output
         return max(made, float(prod(first)))
     if kind.endswith(("LSTM", "RNN", "SVDF")):
         steps = first[0] * first[1] if first is not None and len(first) == 3 else 1
-        return max(made, float(sum(prod(shape) for shape in inputs[1:] if shape is not None and len(shape) == 2) * steps))
+        return max(
+            made, float(sum(prod(shape) for shape in inputs[1:] if shape is not None and len(shape) == 2) * steps)
+        )
     if kind in ("RESHAPE", "SQUEEZE", "EXPAND_DIMS", "SHAPE", "RANK"):
         return 0.0
     return made

@@ -76,7 +76,13 @@ class Measurement:
 
 
 def measure(
-    model: Model, *, num_threads: int = 1, num_runs: int = 10, warmup_runs: int = 1, seed: int = 0, step: Step | None = None
+    model: Model,
+    *,
+    num_threads: int = 1,
+    num_runs: int = 10,
+    warmup_runs: int = 1,
+    seed: int = 0,
+    step: Step | None = None,
 ) -> Measurement:
     """Times the whole model and every layer, `num_runs` times each after `warmup_runs`.
 
@@ -113,7 +119,9 @@ def measure(
         total = sum(layer.work for layer in layers)
         for layer in layers:
             share = layer.work / total if total else 1 / len(layers)
-            row = LayerTime(layer.position, layer.name, layer.kind, median_s * share, spread_s * share, layer.output_bytes)
+            row = LayerTime(
+                layer.position, layer.name, layer.kind, median_s * share, spread_s * share, layer.output_bytes
+            )
             rows.append(row)
     if step is not None:
         step("done", len(bounds), len(bounds))

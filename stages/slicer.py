@@ -91,7 +91,8 @@ def position_of(model: Model, cut: str | int) -> int:
             return point.position
     names = [point.name for point in model.manifest.cuts]
     raise UnknownNameError(
-        f"{model.name} has no layer {wanted}", remedy=f"its positions are {', '.join(names[:8])}, ... (deepar models cuts)"
+        f"{model.name} has no layer {wanted}",
+        remedy=f"its positions are {', '.join(names[:8])}, ... (deepar models cuts)",
     )
 
 
@@ -107,7 +108,9 @@ def slice_model(model: Model, first: int, last: int) -> SlicedPart:
     graph.require_cuttable(last)
     part = _Cutting(graph, first, last).part()
     if part.size_bytes > LARGEST_FILE_BYTES - STRUCTURE_BYTES:
-        raise CutError(f"layers {first} to {last} of {model.name} have {part.size_bytes:,} bytes, too many for one file")
+        raise CutError(
+            f"layers {first} to {last} of {model.name} have {part.size_bytes:,} bytes, too many for one file"
+        )
     return part
 
 
@@ -272,7 +275,8 @@ class _Cutting:
         if not named:
             return
         aliases = [
-            {entry.tensorIndex: text(entry.name) for entry in side or []} for side in (named[0].inputs, named[0].outputs)
+            {entry.tensorIndex: text(entry.name) for entry in side or []}
+            for side in (named[0].inputs, named[0].outputs)
         ]
         maps = [
             [
@@ -332,4 +336,3 @@ def write_parts(model: Model, cuts: list[int], folder: Path) -> tuple[Path, list
     path = folder / "manifest.json"
     write_whole(path, [json.dumps(document, indent=2).encode() + b"\n"])
     return path, parts
-

@@ -300,7 +300,9 @@ def _check_strings(data: Any, count: int, name: str) -> None:
     _need(held == count and data.size >= 4 * (count + 2), f"has strings {name} with {held} instead of {count}")
     offsets = data[4 : 4 * (count + 2)].view("<i4")
     ordered = bool((np.diff(offsets) >= 0).all())
-    _need(ordered and offsets[0] >= 4 * (count + 2) and offsets[-1] <= data.size, f"has strings {name} outside themselves")
+    _need(
+        ordered and offsets[0] >= 4 * (count + 2) and offsets[-1] <= data.size, f"has strings {name} outside themselves"
+    )
 
 
 def _check_sparsity(sparsity: Any, shape: list[int], name: str) -> None:

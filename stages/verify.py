@@ -241,7 +241,11 @@ class _Bench:
             runner = self._runner(part)
             return [run_part(part, runner, sample) for sample in samples]
         runner = SegmentRunner(
-            self._model.source, self._num_threads, delegate=self._delegate, title=str(self._model.path), renew=self._stateful
+            self._model.source,
+            self._num_threads,
+            delegate=self._delegate,
+            title=str(self._model.path),
+            renew=self._stateful,
         )
         found = []
         for sample in samples:

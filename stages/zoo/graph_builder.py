@@ -140,7 +140,10 @@ class GraphBuilder:
             self._model.operatorCodes.append(
                 schema.OperatorCodeT(
                     # codes above 126 do not fit the old one-byte field, whose marker for them is 127
-                    deprecatedBuiltinCode=min(code, 127), builtinCode=code, customCode=custom_code, version=version
+                    deprecatedBuiltinCode=min(code, 127),
+                    builtinCode=code,
+                    customCode=custom_code,
+                    version=version,
                 )
             )
         return self._codes[key]

@@ -50,7 +50,12 @@ def read(app: Any, *words: str) -> dict[str, Any]:
 
 
 def test_list_names_the_paper_s_networks(app: Any) -> None:
-    assert [entry["name"] for entry in read(app, "models", "list")["models"]] == ["lenet", "alexnet", "vgg16", "deepface"]
+    assert [entry["name"] for entry in read(app, "models", "list")["models"]] == [
+        "lenet",
+        "alexnet",
+        "vgg16",
+        "deepface",
+    ]
     assert "LeNet-5" in call(app, "models", "list").stdout
 
 
@@ -100,7 +105,9 @@ def test_verify_reports_as_promised(app: Any, tmp_path: Path) -> None:
     assert (found["positions"], found["checked"], found["bit_identical"]) == (8, 36, True)
     assert (found["max_abs_diff"], found["worst"], found["uncuttable"]) == (0.0, None, [])
     np.savez(tmp_path / "in.npz", input=digits()[0][:5])
-    given = read(app, "models", "verify", "lenet", "--cuts", "single", "--inputs", str(tmp_path / "in.npz"), "--samples", "0")
+    given = read(
+        app, "models", "verify", "lenet", "--cuts", "single", "--inputs", str(tmp_path / "in.npz"), "--samples", "0"
+    )
     assert given["samples"] == 5
     assert "bit-identical" in call(app, "models", "verify", "lenet", "--cuts", "2").stdout
 

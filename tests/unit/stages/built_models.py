@@ -26,7 +26,9 @@ def _weights(graph: GraphBuilder, name: str, shape: Sequence[int], seed: int) ->
     return graph.constant(name, (_rng(seed).standard_normal(shape) * 0.3).astype(np.float32))
 
 
-def conv(graph: GraphBuilder, name: str, x: int, shape: Sequence[int], filters: int, size: int = 3, act: int = RELU) -> int:
+def conv(
+    graph: GraphBuilder, name: str, x: int, shape: Sequence[int], filters: int, size: int = 3, act: int = RELU
+) -> int:
     """A convolution that keeps height and width; `shape` is the input's."""
     kernel = _weights(graph, f"{name}/kernel", (filters, size, size, shape[3]), len(name) + filters)
     bias = _weights(graph, f"{name}/bias", (filters,), 3)
@@ -288,7 +290,11 @@ def finding() -> GraphBuilder:
     """WHERE: as many rows as there are values above zero."""
     graph = GraphBuilder("a shape that depends on the input")
     x = graph.input("input", (6,))
-    yes, places, rows = graph.tensor("yes", (6,), "bool"), graph.tensor("places", (1, 1), "int64"), graph.tensor("rows", (1,))
+    yes, places, rows = (
+        graph.tensor("yes", (6,), "bool"),
+        graph.tensor("places", (1, 1), "int64"),
+        graph.tensor("rows", (1,)),
+    )
     shifted = graph.tensor("shifted", (6,))
     half = graph.constant("half", np.float32(0.5))
     graph.operator("SUB", [x, half], [shifted], schema.SubOptionsT())

@@ -132,7 +132,10 @@ FAULTS: dict[str, tuple[Callable[[schema.ModelT], None], str]] = {
     ),
     "unknown type": (lambda m: setattr(main(m).tensors[0], "type", 77), "of the unknown type 77"),
     "unknown operator": (lambda m: setattr(m.operatorCodes[0], "builtinCode", 9999), "of unknown code 9999"),
-    "operator code not there": (lambda m: setattr(main(m).operators[0], "opcodeIndex", 9), "of code 9, which is not there"),
+    "operator code not there": (
+        lambda m: setattr(main(m).operators[0], "opcodeIndex", 9),
+        "of code 9, which is not there",
+    ),
     "tensor not there": (
         lambda m: setattr(main(m).operators[0], "inputs", set_at(main(m).operators[0].inputs, 0, 4000)),
         "read tensor 4000",
@@ -238,6 +241,8 @@ def test_a_model_that_kills_the_runtime_kills_only_a_child(tmp_path: Path, monke
 
 def test_a_stride_of_zero_is_refused_by_the_trial(tmp_path: Path) -> None:
     path = tmp_path / "model.tflite"
-    path.write_bytes(edited(built_models.residual, lambda m: setattr(main(m).operators[0].builtinOptions, "strideW", 0)))
+    path.write_bytes(
+        edited(built_models.residual, lambda m: setattr(main(m).operators[0].builtinOptions, "strideW", 0))
+    )
     with pytest.raises(ModelError, match=r"model\.tflite: (the runtime refuses it|a trial run)"):
         load_model(path)

@@ -52,9 +52,7 @@ def test_a_profile_needs_runs(lenet: Model, wrong: dict[str, int]) -> None:
         measure(lenet, **wrong)
 
 
-def test_this_machine_is_measured_once(
-    lenet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_this_machine_is_measured_once(lenet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path))
     said: list[str] = []
     first = machine_profile(lenet, say=said.append)

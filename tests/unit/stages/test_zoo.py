@@ -27,7 +27,9 @@ PAPER_ALEXNET = [
 def test_lenet_recognises_digits_that_its_training_never_saw(lenet: Model) -> None:
     images, labels = digits()
     runner = SegmentRunner(lenet.source)
-    right = sum(int(runner.run([image[None]])[0].argmax() == label) for image, label in zip(images, labels, strict=True))
+    right = sum(
+        int(runner.run([image[None]])[0].argmax() == label) for image, label in zip(images, labels, strict=True)
+    )
     assert len(images) >= 300
     assert right / len(images) > 0.95
 
@@ -49,7 +51,9 @@ def test_alexnet_has_the_paper_s_layers(alexnet: Model) -> None:
     assert alexnet.manifest.cuts[0].cut_bytes == 227 * 227 * 3 * 4
 
 
-@pytest.mark.parametrize(("network", "outputs", "parameters"), [(VGG16, 1000, 138_357_544), (DEEPFACE, 2622, 145_002_878)])
+@pytest.mark.parametrize(
+    ("network", "outputs", "parameters"), [(VGG16, 1000, 138_357_544), (DEEPFACE, 2622, 145_002_878)]
+)
 def test_vgg_and_deepface_are_the_published_networks(network: object, outputs: int, parameters: int) -> None:
     graph = build(network, seeded(1))  # type: ignore[arg-type]
     assert graph.size_bytes == 4 * parameters
@@ -92,7 +96,9 @@ def test_generating_shows_progress_and_leaves_one_whole_file(tmp_path: Path) -> 
     assert seen[-1][0] == path.stat().st_size
 
 
-def test_a_damaged_file_in_the_cache_is_generated_anew(lenet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_file_in_the_cache_is_generated_anew(
+    lenet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = build(LENET, seeded(3)).to_bytes()
     monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path))
     monkeypatch.setitem(NETWORKS, "small", replace(LENET, name="small", seed=3))
