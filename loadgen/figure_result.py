@@ -27,6 +27,7 @@ class FigureOptions:
     policies: tuple[str, ...] = POLICIES
     objective: Objective = Objective.SEQUENTIAL
     profile: str = "paper"
+    reachable: tuple[int | None, ...] = (1, 2, None)  # E_i of Figure 4, a panel each; claims are judged on the first
     jobs: int = 1
     cluster: str | None = None  # address of a Dask scheduler
     live: bool = False  # of fig1a: measure this machine

@@ -22,9 +22,6 @@ from loadgen.scenario import Scenario
 DEVICES = (20, 40, 60, 80)
 """The x axis of Figure 4."""
 
-REACHABLE: tuple[int | None, ...] = (1, 2, None)
-"""E_i: one random edge (what the claims are judged on), two, every edge."""
-
 SEQUENTIAL = "deepar (sequential)"
 """What `deepar` is called beside itself when the figure is made for the other objective."""
 
@@ -57,10 +54,11 @@ def make(name: str, options: FigureOptions) -> FigureResult:
     setting = SETTINGS[name]
     cells = _cells(setting, options)
     rows = run_cells(cells, jobs=options.jobs, cluster=options.cluster, progress=options.tell(name))
-    table = _Table(rows, options.seeds)
+    table = _Table(rows, options.seeds, options.reachable)
     claims = tuple(_claims(setting, table, options))
-    fig, axes = plots.figure(11.0, 3.7, 1, len(REACHABLE), sharey=True)
-    for panel, reachable in zip(axes, REACHABLE, strict=True):
+    fig, grid = plots.figure(11.0, 3.7, 1, len(options.reachable), sharey=True, squeeze=False)
+    axes = grid[0]
+    for panel, reachable in zip(axes, options.reachable, strict=True):
         _draw(panel, table, reachable)
     axes[0].set_ylabel("mean delay of a task (s)")
     axes[0].set_ylim(bottom=0)
@@ -78,7 +76,7 @@ def _cells(setting: Setting, options: FigureOptions) -> list[Cell]:
     columns = [(policy, policy, options.objective) for policy in options.policies]
     if options.objective is not Objective.SEQUENTIAL and "deepar" in options.policies:
         columns.append((SEQUENTIAL, "deepar", Objective.SEQUENTIAL))
-    for reachable in REACHABLE:
+    for reachable in options.reachable:
         for devices in DEVICES:
             for column, policy, objective in columns:
                 for seed in range(options.seeds):
@@ -100,12 +98,13 @@ def _cells(setting: Setting, options: FigureOptions) -> list[Cell]:
 class _Table:
     """Mean delays by (reachable, policy), as arrays of shape (seeds, x)."""
 
-    def __init__(self, rows: list[dict[str, Any]], seeds: int) -> None:
+    def __init__(self, rows: list[dict[str, Any]], seeds: int, reachable_edges: tuple[int | None, ...]) -> None:
         self.rows = rows
+        self.reachable = reachable_edges
         self.policies = list(dict.fromkeys(row["policy"] for row in rows))
         self.means: dict[tuple[str, str], np.ndarray] = {}
         self.waited: dict[tuple[str, str], float] = {}
-        for reachable in REACHABLE:
+        for reachable in self.reachable:
             for policy in self.policies:
                 mine = [r for r in rows if r["policy"] == policy and r["reachable"] == (reachable or "all")]
                 mine.sort(key=lambda row: (row["seed"], row["devices"]))
@@ -116,12 +115,17 @@ class _Table:
     def of(self, policy: str, reachable: int | None = 1) -> np.ndarray:
         return self.means[_key(reachable, policy)]
 
+    @property
+    def judged(self) -> int | None:
+        """E_i of the claims."""
+        return self.reachable[0]
+
     def has(self, *policies: str) -> bool:
         return all(policy in self.policies for policy in policies)
 
     def series(self) -> list[dict[str, Any]]:
         found = []
-        for reachable in REACHABLE:
+        for reachable in self.reachable:
             for policy in self.policies:
                 values = self.of(policy, reachable)
                 for index, devices in enumerate(DEVICES):
@@ -149,7 +153,8 @@ def _draw(axes: Axes, table: _Table, reachable: int | None) -> None:
         for policy in table.policies
     }
     plots.grouped_bars(axes, [str(devices) for devices in DEVICES], means, errors)
-    edges = {1: "one reachable edge", 2: "two reachable edges", None: "every edge reachable"}[reachable]
+    names = {1: "one reachable edge", 2: "two reachable edges", None: "every edge reachable"}
+    edges = names.get(reachable, f"{reachable} reachable edges")
     axes.set(title=edges, xlabel="number of devices")
 
 
@@ -165,28 +170,30 @@ def _claims(setting: Setting, table: _Table, options: FigureOptions) -> list[Cla
     }
     if not table.has("deepar"):
         return []
-    deepar = table.of("deepar")
+    deepar = table.of("deepar", table.judged)
     claims = []
     for baseline, rule, percent in wanted[setting.figure]:
         if table.has(baseline):
-            found = Reductions.of(deepar, table.of(baseline))
+            found = Reductions.of(deepar, table.of(baseline, table.judged))
             claims.append(rule(f"DeePar's delay below {baseline}", found, percent))
     baselines = [policy for policy in ("device-only", "edge-only", "cloud-only") if table.has(policy)]
     if baselines:
-        worst = min(float((table.of(policy).mean(axis=0) - deepar.mean(axis=0)).min()) for policy in baselines)
+        worst = min(
+            float((table.of(policy, table.judged).mean(axis=0) - deepar.mean(axis=0)).min()) for policy in baselines
+        )
         best = "best at every x" if worst > 0 else "beaten at some x"
         claims.append(rules.is_true("DeePar best of the paper's four", "best", best, worst > 0))
     if table.has("no-delay"):
-        claims.append(_waiting(setting, Reductions.of(deepar, table.of("no-delay")), table))
+        claims.append(_waiting(setting, Reductions.of(deepar, table.of("no-delay", table.judged)), table))
     if table.has(SEQUENTIAL):
-        claims.append(_streaming(Reductions.of(deepar, table.of(SEQUENTIAL))))
+        claims.append(_streaming(Reductions.of(deepar, table.of(SEQUENTIAL, table.judged))))
     return claims
 
 
 def _waiting(setting: Setting, found: Reductions, table: _Table) -> Claim:
     """Waiting must pay somewhere, or it was not tested; with one edge it does in (a) and (b)."""
     judged = setting.figure != "fig4c"
-    waited = 100 * table.waited[_key(1, "deepar")]
+    waited = 100 * table.waited[_key(table.judged, "deepar")]
     return Claim(
         text="waiting pays: DeePar's delay below no-delay",
         paper=0.0 if judged else "-",
