@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bus.errors import ConfigError
 from bus.units import format_rate, format_seconds
 from bus.values import Parts
 from deploy.demo import POLICIES, SLOWDOWN, Demo, Run, digits_right
@@ -20,6 +21,7 @@ from deploy.demo_picture import draw_run
 from deploy.log_setup import configure_logging
 from deploy.process import EXIT_FAILED, run_on_uvloop
 from loadgen.outcome import Outcome, Recorder
+from planner.policies import load_policy
 
 
 def demo(
@@ -28,6 +30,9 @@ def demo(
         "demo-out/run.png"
     ),
     seed: Annotated[int, typer.Option(min=0, help="Of the AlexNet pictures.")] = 1,
+    policies: Annotated[
+        str, typer.Option(help="Whose runs to play, one after the other; the first is told about in full.")
+    ] = ",".join(POLICIES),
 ) -> None:
     """Watch a device, an edge and a cloud recognise handwritten digits together.
 
@@ -38,7 +43,12 @@ def demo(
     console = Console(
         stderr=as_json, highlight=False, width=None if sys.stderr.isatty() or sys.stdout.isatty() else 100
     )
-    runs, links = run_on_uvloop(_play(console, seed))
+    names = tuple(name.strip() for name in policies.split(",") if name.strip())
+    for name in names:
+        load_policy(name)  # a misspelt one is named before anything runs
+    if not names:
+        raise ConfigError("--policies: name at least one")
+    runs, links = run_on_uvloop(_play(console, seed, names))
     best = runs[0]
     draw_run(best.run, picture)
     report = _report(runs, picture)
@@ -60,7 +70,7 @@ class _Played:
         self.correct, self.total = right
 
 
-async def _play(console: Console, seed: int) -> tuple[list[_Played], str]:
+async def _play(console: Console, seed: int, policies: tuple[str, ...]) -> tuple[list[_Played], str]:
     import asyncio
 
     columns = (
@@ -81,7 +91,7 @@ async def _play(console: Console, seed: int) -> tuple[list[_Played], str]:
         bars.update(ready, completed=1, total=1, doing="measured")
         try:
             played = []
-            for policy in POLICIES:
+            for policy in policies:
                 bar = bars.add_task(policy, total=len(show.schedule), doing="")
 
                 def watch(recorder: Recorder, bar: Any = bar) -> None:

@@ -122,7 +122,7 @@ def test_it_plans_and_simulates(installed: Installed) -> None:
 
 
 def test_it_demonstrates(installed: Installed) -> None:
-    done = installed.deepar("demo", "--json", limit_s=300)
+    done = installed.deepar("demo", "--json", "--policies", "deepar", limit_s=300)
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert shown["digits"]["equal_to_whole"]

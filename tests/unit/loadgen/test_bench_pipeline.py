@@ -1,4 +1,4 @@
-"""The benchmarks of streams and decisions measure something, and report it in the shape that INTERFACE promises."""
+"""The benchmarks of streams and decisions measure something, and report it in the shape that is promised."""
 
 from __future__ import annotations
 
