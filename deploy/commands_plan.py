@@ -266,7 +266,7 @@ def read_topic(bootstrap_servers: str | None, region: int) -> list[Decision]:
 
 
 def explanation_json(found: Explanation) -> dict[str, Any]:
-    """The object that INTERFACE describes, with the task's story added."""
+    """The object that docs/json.md describes, with the task's story added."""
     decided = None
     if found.decided is not None:
         placed = found.decided

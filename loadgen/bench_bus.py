@@ -91,7 +91,7 @@ def run(
     seed: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure, on uvloop, and report as INTERFACE says: `bench, machine, results, aims`, and `busyness`.
+    """Measure, on uvloop, and report as docs/json.md says: `bench, machine, results, aims`, and `busyness`.
 
     `bootstrap` or `connection` names the broker (neither: what the environment says). Topics of its own are
     made and deleted. Raises `BusError` where there is no broker.

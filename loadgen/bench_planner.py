@@ -78,7 +78,7 @@ RATIO_AIMS = {"reference": 1000.0, "reference_fast_search": 50.0}
 
 
 def run(*, seed: int = 1, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Measure; the object that INTERFACE describes. Some minutes."""
+    """Measure; the object that docs/json.md describes. Some minutes."""
     say = progress or (lambda line: None)
     results: list[dict[str, Any]] = []
     for objective in Objective:

@@ -67,7 +67,7 @@ class RegionRun:
 
 
 def run(*, tasks: int = TASKS, seed: int = 1, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Measure 10,000, 100,000 and `tasks` tasks; the object that INTERFACE describes, with the growth added."""
+    """Measure 10,000, 100,000 and `tasks` tasks; the object that docs/json.md describes, with the growth added."""
     say = progress or (lambda line: None)
     results: list[dict[str, Any]] = []
     for size in (*(size for size in SIZES if size < tasks), tasks):

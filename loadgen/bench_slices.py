@@ -52,7 +52,7 @@ def run(
     seed: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure; the object that INTERFACE describes, with `memory` added (`None` for no memory model leaves it out).
+    """Measure; the object that docs/json.md describes, with `memory` added (`None` for no memory model leaves it out).
 
     Raises `ModelError` where a model's weights cannot be generated.
     """
