@@ -142,7 +142,9 @@ def test_garbage_on_any_topic_is_dead_lettered_with_its_cause_and_the_rest_goes_
 
 def test_a_task_of_an_unknown_model_is_rejected_with_the_reason(region: Processes) -> None:
     done = region.run("loadgen", "replay", "--tasks", "1", "--within", "1s", "--models", "nosuchnet", "--json")
-    assert "nosuchnet" in done.stdout + done.stderr or json.loads(done.stdout)["rejected"] == 1
+    summary = json.loads(done.stdout)
+    assert (summary["submitted"], summary["completed"], summary["rejected"]) == (1, 0, 1), done.stderr
+    assert "unknown_model" in summary["causes"]
 
 
 def test_a_broker_that_is_not_there_is_named_within_seconds(region: Processes) -> None:
