@@ -8,6 +8,8 @@ not counted, so they show as a loss). The sequential run streams nothing: one sa
 
 The shaper is judged at the sender: bytes of frames handed to the bus, over the time they took, over the grant.
 
+Real LeNet runs through the same stages, unshaped, beside what bare aiokafka moves (`loadgen.bench_lenet`).
+
 On Kafka it speaks for the planner of the region, so the broker must be its own.
 """
 
@@ -17,7 +19,6 @@ import asyncio
 import os
 import platform
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -26,31 +27,15 @@ from typing import Any, Literal
 import numpy as np
 import uvloop
 
-from bus import messages, topics
 from bus.frames import Plan
 from bus.kafka import KafkaBus, KafkaConnection
 from bus.memory import MemoryBroker, MemoryBus
-from bus.messages import (
-    Admitted,
-    Change,
-    Decision,
-    Ended,
-    EpochOpened,
-    Placed,
-    SeedInput,
-    Start,
-    TaskCompleted,
-    TaskState,
-    TaskSubmitted,
-)
 from bus.port import Bus, Payload, Position
-from bus.topics import Partitions, TopicSpec
-from bus.values import BITS_PER_BYTE, Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
+from bus.topics import TopicSpec
+from bus.values import BITS_PER_BYTE, Execution, Kind, ModelProfile, Placement, Role
+from loadgen import bench_lenet
 from loadgen.busyness import BusynessWatch
-from loadgen.replay import open_decisions
-from stages.device import Device
-from stages.hop import Hop
-from stages.node import Node, NodeSettings
+from loadgen.staged import TIMEOUT_S, Staged
 from stages.outlet import Outgoing, Outlet
 from stages.runner import ModelledRunner
 from stages.shaper import Link
@@ -66,7 +51,7 @@ RATES_BPS = (1_000_000, 10_000_000, 100_000_000, 300_000_000, 1_000_000_000)
 KAFKA_MAX_BPS = 300_000_000
 SHAPED_S = 3.0
 SHAPED_AIM = 0.985
-_TIMEOUT_S = 120.0
+LENET_AIM = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +78,7 @@ class Sizes:
 
     rounds: int = 3
     loads: tuple[Load, ...] = LOADS
+    lenet_samples: int = 10_000
     rates_bps: tuple[int, ...] = RATES_BPS
     shaped_s: float = SHAPED_S
 
@@ -127,6 +113,12 @@ async def _measure(name: str, connection: KafkaConnection | None, sizes: Sizes, 
                 results.append(row)
                 label = f"{row['case']}: throughput over the bottleneck's"
                 aims.append(_aim(label, row["throughput"] / row["bottleneck_throughput"], load.aim))
+        if sizes.lenet_samples:
+            row = await bench_lenet.measure(name, make, connection, sizes.lenet_samples, sizes.rounds, progress)
+            results.append(row)
+            if row["bare_samples_per_s"] is not None:
+                ratio = row["samples_per_s"] / row["bare_samples_per_s"]
+                aims.append(_aim("LeNet: samples over what bare aiokafka moves", ratio, LENET_AIM))
         for rate_bps in sizes.rates_bps:
             if name == "kafka" and rate_bps > KAFKA_MAX_BPS:
                 continue
@@ -160,7 +152,17 @@ def _aim(name: str, value: float, aim: float) -> dict[str, Any]:
 async def _bottleneck(name: str, make: Callable[[str], Bus], station: str, load: Load, rounds: int) -> dict[str, Any]:
     """One station slowest; medians over the rounds, one more of which comes first and is dropped."""
     takes_s = {other: load.sample_s * (1.0 if other == station else OTHERS) for other in STATIONS}
-    async with _Stages(make, takes_s, load.sample_bytes) as stages:
+    rates_bps = [round(load.sample_bytes * BITS_PER_BYTE / takes_s[link]) for link in ("link1", "link2")]
+    profile = ModelProfile(
+        model="bench",
+        sha256="0" * 64,
+        platform="bench",
+        layer_names=("front", "middle", "rest"),
+        layer_s=(takes_s["device"], takes_s["edge"], takes_s["cloud"]),
+        cut_bytes=(load.sample_bytes, load.sample_bytes, load.sample_bytes, RESULT_BYTES),
+    )
+    runners = {role: ModelledRunner([profile]) for role in Role}
+    async with Staged(make, runners, profile, cuts=(1, 2), rates_bps=(rates_bps[0], rates_bps[1])) as stages:
         await stages.play(min(load.samples, 20), Execution.STREAMING)
         streamed_s = median([await stages.play(load.samples, Execution.STREAMING) for _ in range(rounds)])
         row = {
@@ -175,129 +177,6 @@ async def _bottleneck(name: str, make: Callable[[str], Bus], station: str, load:
             few = max(1, load.samples // 10)
             row["sequential_s"] = await stages.play(few, Execution.SEQUENTIAL) * load.samples / few
     return row
-
-
-class _Stages:
-    """A device, an edge and a cloud with fixed speeds, and the director that tells them what to do."""
-
-    _made = 0
-
-    def __init__(self, make: Callable[[str], Bus], takes_s: dict[str, float], sample_bytes: int) -> None:
-        _Stages._made += 1
-        mark = f"bench-{os.getpid()}-{_Stages._made}"
-        self.device, self.edge, self.cloud = f"{mark}-d", f"{mark}-e", f"{mark}-c"
-        self._make = make
-        self._rates_bps = [round(sample_bytes * BITS_PER_BYTE / takes_s[link]) for link in ("link1", "link2")]
-        self._profile = ModelProfile(
-            model="bench",
-            sha256="0" * 64,
-            platform="bench",
-            layer_names=("front", "middle", "rest"),
-            layer_s=(takes_s["device"], takes_s["edge"], takes_s["cloud"]),
-            cut_bytes=(sample_bytes, sample_bytes, sample_bytes, RESULT_BYTES),
-        )
-        self._tasks = 0
-        self._stack = AsyncExitStack()
-        self._serving: list[asyncio.Task[None]] = []
-
-    async def __aenter__(self) -> _Stages:
-        self._bus = await self._stack.enter_async_context(self._make("director"))
-        await self._bus.create_topics(topics.specs([self.edge], Partitions()))
-        log, reader = await open_decisions(self._bus, 0)
-        await reader.close()
-        self._epoch, self._seq, self._nonce = log.epoch + 1, log.seq, f"bench-{os.getpid()}-{_Stages._made}"
-        opened = EpochOpened(region=0, epoch=self._epoch, nonce=self._nonce, planner="bench", lease_s=3600.0)
-        await self._bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
-        waiting = []
-        for name, role in ((self.device, Role.DEVICE), (self.edge, Role.EDGE), (self.cloud, Role.CLOUD)):
-            bus = await self._stack.enter_async_context(self._make(name))
-            rates = self._rates_bps if role is Role.EDGE else [0, 0]
-            settings = NodeSettings(
-                name=name,
-                role=role,
-                slots=int(role is Role.EDGE),
-                link1_capacity_bps=rates[0],
-                link2_capacity_bps=rates[1],
-            )
-            node = Node(bus, settings, ModelledRunner([self._profile]))
-            work = Device(node) if role is Role.DEVICE else Hop(node)
-            self._serving.append(asyncio.create_task(node.run(work), name=name))
-            waiting.append(node)
-        async with asyncio.timeout(_TIMEOUT_S):
-            while not all(node.status.ready for node in waiting):
-                await asyncio.sleep(0.02)
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        for task in self._serving:
-            task.cancel()
-        await asyncio.gather(*self._serving, return_exceptions=True)
-        await self._stack.aclose()
-
-    async def play(self, samples: int, execution: Execution) -> float:
-        """Stream one task; seconds from its start to its last result, the device's clock."""
-        self._tasks += 1
-        task = TaskSubmitted(
-            task_id=f"{self.device}-{self._tasks}",
-            device=self.device,
-            model="bench",
-            samples=samples,
-            input=SeedInput(seed=self._tasks),
-        )
-        placement = Placement(
-            kind=Kind.DEVICE_EDGE_CLOUD,
-            edge=self.edge,
-            cut1=1,
-            cut2=2,
-            cut1_name="front",
-            cut2_name="middle",
-            link1_bps=self._rates_bps[0],
-            link2_bps=self._rates_bps[1],
-        )
-        placed = Placed(
-            task_id=task.task_id,
-            attempt=1,
-            device=self.device,
-            model="bench",
-            sha256=self._profile.sha256,
-            samples=samples,
-            policy="bench",
-            objective=Objective.PIPELINED,
-            execution=execution,
-            placement=placement,
-            start_s=0.0,
-            wait_s=0.0,
-            delay_s=0.0,
-            parts=Parts(),
-        )
-        events = await self._bus.reader([(topics.EVENTS, 0)], start="end")
-        try:
-            await self._decide(
-                Admitted(task=task), placed, Start(task_id=task.task_id, attempt=1, device=self.device, at_s=0.0)
-            )
-            async with asyncio.timeout(_TIMEOUT_S):
-                while True:
-                    for record in await events.fetch():
-                        event = messages.decode(topics.EVENTS, record.value)
-                        if isinstance(event, TaskCompleted) and event.task_id == task.task_id:
-                            await self._decide(Ended(task_id=task.task_id, attempt=1, state=TaskState.COMPLETED))
-                            return event.delay_s
-        finally:
-            await events.close()
-
-    async def _decide(self, *changes: Change) -> None:
-        self._seq += 1
-        decision = Decision(
-            region=0,
-            epoch=self._epoch,
-            nonce=self._nonce,
-            seq=self._seq,
-            now_s=0.0,
-            inputs={},
-            changes=changes,
-            ledger_hash="bench",
-        )
-        await self._bus.send(topics.DECISIONS, messages.encode(decision), key="0", partition=0)
 
 
 # --- the shaper ------------------------------------------------------------------------------------------------------
@@ -353,7 +232,7 @@ async def _shaped(make: Callable[[str], Bus], rate_bps: int, for_s: float) -> di
         for sample in range(count):
             await left.acquire()
             outlet.put(Outgoing(sample, payload, loop.time(), done))
-        async with asyncio.timeout(_TIMEOUT_S):
+        async with asyncio.timeout(TIMEOUT_S):
             await over.wait()
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)

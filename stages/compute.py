@@ -27,6 +27,13 @@ WORKERS = 4 * max(2, os.cpu_count() or 1)
 """More threads than cores: the operating system shares them out, so that a digit does not queue behind a photograph."""
 
 
+INLINE_S = 0.000_2
+"""Work that takes less is done on the event loop: handing it to a thread and back would cost several times as much."""
+
+BREATH_S = 0.001
+"""After so much work on the event loop others get their turn."""
+
+
 class LitertRunner:
     """Computes with LiteRT. Models are loaded and measured when it is built, which takes seconds; do that in a thread."""
 
@@ -80,9 +87,11 @@ class LitertRunner:
 
     def station(self, plan: Plan, first: int, last: int) -> Station:
         """A place on the prepared segment."""
-        profile = profile_of(self._profiles, plan.model)
-        busy_s = sum(profile.layer_s[first:last]) if self._slowdown > 1.0 else None
-        return _LitertStation(self._stores[plan.model].get(first, last), self._pool, busy_s)
+        played_s = sum(profile_of(self._profiles, plan.model).layer_s[first:last])
+        segment = self._stores[plan.model].get(first, last)
+        if self._slowdown > 1.0:
+            return _PlayedStation(segment, self._pool, played_s)
+        return _InlineStation(segment, played_s) if played_s < INLINE_S else _LitertStation(segment, self._pool)
 
     async def close(self) -> None:
         """Stop the worker threads that are this runner's own."""
@@ -98,17 +107,46 @@ class LitertRunner:
 
 
 class _LitertStation:
-    def __init__(self, segment: Segment, pool: ThreadPoolExecutor, busy_s: float | None) -> None:
+    """Computes in a worker thread; the result leaves when it is there."""
+
+    def __init__(self, segment: Segment, pool: ThreadPoolExecutor) -> None:
         self._segment = segment
         self._pool = pool
+
+    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._segment.run, inputs)
+
+    def close(self) -> None:
+        self._segment.release()
+
+
+class _PlayedStation(_LitertStation):
+    """The same; the result is handed over when a slower machine would have it."""
+
+    def __init__(self, segment: Segment, pool: ThreadPoolExecutor, busy_s: float) -> None:
+        super().__init__(segment, pool)
         self._busy_s = busy_s
         self._pace = Pace()
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        outputs = await asyncio.get_running_loop().run_in_executor(self._pool, self._segment.run, inputs)
-        if self._busy_s is not None:
-            await sleep_until(self._pace.deadline(ready_s, self._busy_s))
+        outputs = await super().run(sample, inputs, ready_s)
+        await sleep_until(self._pace.deadline(ready_s, self._busy_s))
         return outputs
+
+
+class _InlineStation:
+    """Computes on the event loop, for layers that are done before a thread would wake up."""
+
+    def __init__(self, segment: Segment, takes_s: float) -> None:
+        self._segment = segment
+        self._a_breath = max(1, int(BREATH_S / max(takes_s, 1e-6)))
+        self._runs = 0
+
+    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
+        self._runs += 1
+        if self._runs % self._a_breath == 0:
+            await asyncio.sleep(0)
+        return self._segment.run(inputs)
 
     def close(self) -> None:
         self._segment.release()

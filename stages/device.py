@@ -26,8 +26,8 @@ from stages.runner import Station
 from stages.shaper import Link
 
 MIN_WINDOW = 8
-MAX_WINDOW = 256
-WINDOW_BYTES = 1 << 20
+MAX_WINDOW = 1024
+WINDOW_BYTES = 4 << 20
 
 REPORTS_S = 1.0
 """How long to wait for what the other stages measured, after the last result."""
@@ -40,7 +40,7 @@ that nobody will send again (a record that fell out of retention, say), so the d
 
 def window_samples(execution: Execution, cut_bytes: Iterable[int]) -> int:
     """How many samples of a task may be under way: one in sequential execution; else eight, which fills six stations, or
-    as many more as fit a mebibyte at the widest cut, so that small samples can share frames.
+    as many more as fit four mebibytes at the widest cut, so that small samples can share frames.
     """
     if execution is Execution.SEQUENTIAL:
         return 1

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from stages.litert import SegmentRunner
 from stages.slicer import SlicedPart
@@ -27,21 +26,21 @@ class Piece:
         self._idle = [first] if keep else []
         self._changed = threading.Condition()
 
-    @contextlib.contextmanager
-    def runner(self, may_grow: Callable[[Piece], bool]) -> Iterator[SegmentRunner]:
-        """An interpreter for this thread alone; waits for one, or adds one if `may_grow`."""
-        found: SegmentRunner | None = None
+    def take(self, may_grow: Callable[[Piece], bool]) -> SegmentRunner:
+        """An interpreter for this thread alone, until `give`; waits for one, or adds one if `may_grow`."""
+        if not self._keep:
+            return self._load()
         with self._changed:
-            if self._keep and not self._idle and may_grow(self):
-                self.loaded += 1
-            elif self._keep:
+            if not self._idle and not may_grow(self):
                 self._changed.wait_for(lambda: self._idle)
-                found = self._idle.pop()
-        runner = found or self._load()
-        try:
-            yield runner
-        finally:
-            if self._keep:
-                with self._changed:
-                    self._idle.append(runner)
-                    self._changed.notify()
+            if self._idle:
+                return self._idle.pop()
+            self.loaded += 1
+        return self._load()
+
+    def give(self, runner: SegmentRunner) -> None:
+        """The interpreter is free again."""
+        if self._keep:
+            with self._changed:
+                self._idle.append(runner)
+                self._changed.notify()

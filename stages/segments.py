@@ -72,10 +72,15 @@ class Segment:
             raise ConfigError(f"{self} takes {len(self.inputs)} tensors, not {len(inputs)}")
         known = {spec.name: value for spec, value in zip(self.inputs, inputs, strict=True)}
         for piece in self._store.chain(self.begin, self.end):
-            with piece.runner(self._store.may_grow) as runner:
+            runner = piece.take(
+                self._store.may_grow
+            )  # no context manager: for a small piece it costs as much as its work
+            try:
                 if self._store.stateful:
                     runner.reset()
                 made = runner.run([known[name] for name in piece.reads])
+            finally:
+                piece.give(runner)
             known.update(zip(piece.makes, made, strict=True))
         return [known[spec.name] for spec in self.outputs]
 

@@ -15,15 +15,22 @@ def test_the_worst_second_slides() -> None:
 
 def test_streams_through_each_station_and_a_shaper() -> None:
     sizes = bench_pipeline.Sizes(
-        rounds=1, loads=(Load(0.004, 4_000, 10, 0.9, sequential=True),), rates_bps=(10**7,), shaped_s=0.2
+        rounds=1,
+        loads=(Load(0.004, 4_000, 10, 0.9, sequential=True),),
+        lenet_samples=200,
+        rates_bps=(10**7,),
+        shaped_s=0.2,
     )
     found = bench_pipeline.run("memory", sizes=sizes)
-    streams, (shaped,) = found["results"][:-1], found["results"][-1:]
+    *streams, lenet, shaped = found["results"]
     assert [row["case"].split()[0] for row in streams] == list(STATIONS)
     for row in streams:
         assert row["streamed_s"] >= 10 * 0.004
         assert row["sequential_s"] > 10 * 0.004
         assert row["throughput"] * row["streamed_s"] == pytest.approx(10)
+    assert lenet["samples_per_s"] > 0
+    assert lenet["bare_samples_per_s"] is None
+    assert all(1.0 <= samples <= 200 for samples in lenet["samples_a_record"])
     assert 0 < shaped["shaped_bps"] <= 1.2 * shaped["granted_bps"]
     assert {"bench", "machine", "results", "aims", "busyness"} <= found.keys()
 
