@@ -143,20 +143,32 @@ def frame_schema() -> dict[str, Any]:
             "shape": {"type": "array", "maxItems": frames.MAX_RANK, "items": {"type": "integer", "minimum": 0}},
         },
     }
+    size = count("a sample's whole payload in bytes", frames.MAX_SAMPLE_BYTES)
+    tensors = {
+        "type": "array",
+        "maxItems": frames.MAX_TENSORS,
+        "items": tensor,
+        "description": "what the payload is, where `at` is 0: little-endian, C order, one after the other",
+    }
     piece = {
         "type": "object",
         "required": ["sample", "at", "size", "bytes"],
         "properties": {
             "sample": count("which sample of the task"),
             "at": count("where in the sample's payload this piece begins"),
-            "size": count("the sample's whole payload in bytes", frames.MAX_SAMPLE_BYTES),
+            "size": size,
             "bytes": count("this piece's length; the pieces' bytes stand in `data` one after the other"),
-            "tensors": {
-                "type": "array",
-                "maxItems": frames.MAX_TENSORS,
-                "items": tensor,
-                "description": "what the payload is, where `at` is 0: little-endian, C order, one after the other",
-            },
+            "tensors": tensors,
+        },
+    }
+    alike = {
+        "type": "object",
+        "description": "whole samples with the same tensors, each of `size` bytes in `data`",
+        "required": ["samples", "size", "tensors"],
+        "properties": {
+            "samples": {"type": "array", "maxItems": frames.MAX_PIECES, "items": count("which sample of the task")},
+            "size": size,
+            "tensors": tensors,
         },
     }
     return {
@@ -176,7 +188,7 @@ def frame_schema() -> dict[str, Any]:
                 "additionalProperties": {"type": "number"},
                 "description": "busy seconds by part, kind `report` only",
             },
-            "pieces": {"type": "array", "maxItems": frames.MAX_PIECES, "items": piece},
+            "pieces": {"type": "array", "maxItems": frames.MAX_PIECES, "items": {"oneOf": [piece, alike]}},
             "data": {"type": "string", "contentEncoding": "binary", "description": "msgpack bin; the last entry"},
         },
     }

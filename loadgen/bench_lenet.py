@@ -57,7 +57,7 @@ async def measure(
 ) -> dict[str, Any]:
     """Samples a second, medians over the rounds (one more comes first and is dropped), ours and bare in turn.
 
-    Without a `connection` (on `MemoryBus`) there is no bare way: `bare_samples_per_s` and `bare_framed_samples_per_s` are None.
+    Without a `connection` (on `MemoryBus`) there is no bare way: both `bare_` figures are None.
     """
     runner = await asyncio.to_thread(LitertRunner, [load_model("lenet")])
     profile = runner.profiles()[0]

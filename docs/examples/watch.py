@@ -68,9 +68,12 @@ def decode_frame(payload):
         raise ValueError(f"frame version {frame['v']}")
     pieces, begin = [], 0
     for piece in frame["pieces"]:
-        data = frame["data"][begin : begin + piece["bytes"]]
-        begin += piece["bytes"]
-        pieces.append((piece, data))
+        # whole samples with the same tensors share one description: take it as one piece each
+        for sample in piece.get("samples", [piece.get("sample")]):
+            one = {"at": 0, "bytes": piece["size"]} | piece | {"sample": sample}
+            data = frame["data"][begin : begin + one["bytes"]]
+            begin += one["bytes"]
+            pieces.append((one, data))
     return frame, pieces
 
 

@@ -58,6 +58,23 @@ def test_any_msgpack_reader_can_read_a_frame() -> None:
     assert plain["data"] == b"\x00\x01\x02"
 
 
+def test_whole_samples_that_are_alike_are_described_once() -> None:
+    arrays = [np.arange(3, dtype=np.uint8) + sample for sample in range(4)]
+    alike = [to_pieces(sample, [array], 1000)[0] for sample, array in enumerate(arrays)]
+    other = to_pieces(9, [np.zeros(2, np.float32)], 1000)
+    cut = to_pieces(10, [np.zeros(4, np.uint8)], 3)
+    pieces = (*alike[:3], *other, *cut, alike[3])
+    payload = encode_frame(Frame("activations", "t1", 1, "d1", pieces))
+    head = msgpack.unpackb(payload)["pieces"]
+    assert head[0] == {"samples": [0, 1, 2], "size": 3, "tensors": [{"dtype": "uint8", "shape": [3]}]}
+    assert [entry.get("sample") for entry in head] == [None, 9, 10, 10, 3]
+    again = decode_frame(payload).pieces
+    assert [(p.sample, p.at, p.size_bytes, p.tensors) for p in again] == [
+        (p.sample, p.at, p.size_bytes, p.tensors) for p in pieces
+    ]
+    assert [bytes(p.data) for p in again] == [bytes(p.data) for p in pieces]
+
+
 def test_the_layout_of_a_stranger_is_read() -> None:
     piece = decode_frame(payload_of()).pieces[0]
     assert piece.tensors == (TensorHead("float32", (3,)),)
@@ -101,6 +118,7 @@ def test_a_frame_that_is_too_large_is_never_sent() -> None:
         encode_frame(Frame("activations", "t", 1, "d1", (piece,)))
 
 
+ALIKE = {"samples": [0], "size": 12, "tensors": [{"dtype": "float32", "shape": [3]}]}
 PIECE = {"sample": 0, "at": 0, "size": 12, "bytes": 12, "tensors": [{"dtype": "float32", "shape": [3]}]}
 
 
@@ -130,6 +148,12 @@ PIECE = {"sample": 0, "at": 0, "size": 12, "bytes": 12, "tensors": [{"dtype": "f
         ({"pieces": [PIECE | {"tensors": [{"dtype": "float32", "shape": [1 << 20, 1 << 20]}]}]}, "wrong_shape"),
         ({"pieces": [PIECE | {"tensors": [{"dtype": "float32", "shape": [1] * 9}]}]}, "wrong_shape"),
         ({"pieces": [PIECE | {"tensors": [{"dtype": "float32", "shape": [-3]}]}]}, "undecodable"),
+        ({"pieces": [ALIKE | {"samples": [0, 1]}]}, "wrong_shape"),
+        ({"pieces": [ALIKE | {"samples": {}}]}, "undecodable"),
+        ({"pieces": [ALIKE | {"samples": [-1]}]}, "undecodable"),
+        ({"pieces": [ALIKE | {"size": 8}]}, "wrong_shape"),
+        ({"pieces": [{"samples": [0], "size": 12}]}, "undecodable"),
+        ({"pieces": [ALIKE | {"samples": [0] * 300, "size": 0, "tensors": []}] * 2, "data": b""}, "undecodable"),
         ({"plan": {"task_id": "t1"}}, "undecodable"),
         ({"plan": [1]}, "undecodable"),
         ({"report": {"edge_s": "soon"}}, "undecodable"),
@@ -158,7 +182,8 @@ def test_too_large_a_frame_is_refused_before_it_is_read() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_broken_bytes_raise_nothing_else(seed: int) -> None:
     rng = random.Random(seed)
-    good = encode_frame(Frame("activations", "t1", 2, "d1", tuple(to_pieces(5, [np.arange(9.0)], 1000)), plan()))
+    samples = [piece for sample in range(1 + seed % 3) for piece in to_pieces(sample, [np.arange(9.0)], 1000)]
+    good = encode_frame(Frame("activations", "t1", 2, "d1", tuple(samples), plan()))
     for _ in range(200):
         broken = bytearray(good)
         for _ in range(rng.randint(1, 4)):
