@@ -10,6 +10,7 @@ wait, no step can ever follow: `DeadlockError` names them.
 from __future__ import annotations
 
 import asyncio
+import math
 import selectors
 import threading
 from collections.abc import Callable, Coroutine, Mapping
@@ -105,6 +106,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         if self._horizon_s is not None and instant > self._horizon_s:
             raise HorizonError(self._horizon_s, self.waiting())
         self._now_s = max(self._now_s, instant)
+        # asyncio runs a timer that is due within the clock's resolution at once. A clock that jumps has none to speak of:
+        # with a nanosecond, whoever sleeps for the last half of one would wake up too early, and again, for ever.
+        self._clock_resolution = math.ulp(self._now_s)
 
     def waiting(self) -> tuple[str, ...]:
         """One line for each task that is not done: its name and the innermost place at which it waits."""

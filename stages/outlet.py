@@ -2,7 +2,7 @@
 
 There is one sender task a partition and task, so frames stay in order; acknowledgements are awaited beside it, in order.
 When one fails, everything from there on is sent again (a receiver ignores what it has). Small samples that wait together
-share a frame; large ones are cut into chunks of about ten milliseconds of their link.
+share a frame; large ones are cut into chunks of some milliseconds of their link.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from bus.frames import (
     to_pieces,
 )
 from bus.port import Bus, Position
-from stages.shaper import Grant, chunk_bytes, cross
+from stages.shaper import Grant, cross, frame_bytes
 
-HEAD_BYTES = 4096
-"""What the head of a frame may take of the largest frame; the pieces' own heads come on top."""
-PIECE_HEAD_BYTES = 160
+MAX_DATA_BYTES = MAX_FRAME_BYTES - 4096 - MAX_PIECES * 160
+"""The rest of the largest frame is for its head: a plan, and the descriptions of its pieces."""
 RETRY_S = 0.2
 
 
@@ -79,8 +78,8 @@ class Outlet:
         self._gate = gate
         self._on_busy = on_busy
         self._plan_due = kind == "activations"
-        rate_bps = min((grant.rate_bps for grant in grants), default=1 << 40)
-        self._chunk_bytes = chunk_bytes(rate_bps, MAX_FRAME_BYTES - HEAD_BYTES - MAX_PIECES * PIECE_HEAD_BYTES)
+        self._rate_bps = min((grant.rate_bps for grant in grants), default=1 << 40)
+        self._frame_bytes = 0  # of data; chosen for the first sample, and all are of one size
         self._waiting: deque[Outgoing] = deque()
         self._begun: list[Outgoing] = []  # what the frame that is being sent has a piece of
         self._sent: deque[_Sent] = deque()
@@ -118,17 +117,20 @@ class Outlet:
         """Send the next sample in chunks, or as many small ones as wait together in one frame."""
         first = self._waiting.popleft()
         batch = [first]
-        pieces = to_pieces(first.sample, first.tensors, self._chunk_bytes)
+        if not self._frame_bytes:
+            sample_bytes = sum(array.nbytes for array in first.tensors)
+            self._frame_bytes = frame_bytes(self._rate_bps, sample_bytes, MAX_DATA_BYTES)
+        pieces = to_pieces(first.sample, first.tensors, self._frame_bytes)
         if len(pieces) == 1:
             size_bytes = pieces[0].data.nbytes
             while self._waiting and len(pieces) < MAX_PIECES:
                 following = self._waiting[0]
                 more = sum(array.nbytes for array in following.tensors)
-                if size_bytes + more > self._chunk_bytes:
+                if size_bytes + more > self._frame_bytes:
                     break
                 self._waiting.popleft()
                 batch.append(following)
-                pieces += to_pieces(following.sample, following.tensors, self._chunk_bytes)
+                pieces += to_pieces(following.sample, following.tensors, self._frame_bytes)
                 size_bytes += more
         self._begun = batch
         frames = [(piece,) for piece in pieces] if len(batch) == 1 else [tuple(pieces)]

@@ -25,31 +25,50 @@ GUARD_S = 1.0
 CLOCK_S = 0.002
 """uvloop's clock counts whole milliseconds, its timers may fire one early: the guard keeps this much more than a second."""
 
-CHUNK_S = 0.010
-"""A frame is about this much of its link's time, so that a link is shared finely and can be cut off quickly."""
+FRAME_S = (0.0025, 0.020)
+"""A frame is so much of its link's time, so that a link is shared finely and can be cut off quickly."""
 
-MIN_CHUNK_BYTES = 4096
-"""Below this, frame heads eat the goodput."""
-
+MIN_FRAME_BYTES = 4096
+"""On slow links a frame may take longer: below this, frame heads eat the goodput."""
 
 HEAD_BYTES = 160
-"""What a chunk's frame is longer than its data, about."""
+"""What a frame is longer than its data, about."""
+
+FRAME_COST_S = 0.000_010
+"""What a frame costs its sender beside the bytes: the reason to take large ones where all else is equal."""
+
+_CANDIDATES = 256
 
 
-def chunk_bytes(rate_bps: int, max_bytes: int) -> int:
-    """How much data a frame on a link of `rate_bps` should carry.
+def frame_bytes(rate_bps: int, sample_bytes: int, max_bytes: int) -> int:
+    """How much data a frame should carry, for samples of `sample_bytes` on a link of `rate_bps`: a whole number of samples,
+    or a sample's n-th part.
 
-    A whole number of frames makes up a second's worth of the rate: the guard lets only whole frames into a second, and half
-    a frame left over each second would be lost.
+    Two things are lost on a link that is held to its rate in every second: the heads of frames, and what is left over of a
+    second when no whole frame fits any more. Of the sizes that take between 2.5 and 20 ms the one that loses least is taken.
     """
     second_bytes = rate_bps * GUARD_S / BITS_PER_BYTE
-    wanted = max(MIN_CHUNK_BYTES, min(max_bytes, rate_bps * CHUNK_S / BITS_PER_BYTE))
-    frames = math.ceil(second_bytes / wanted)
-    return (
-        max(MIN_CHUNK_BYTES // 2, min(max_bytes, int(second_bytes / frames) - HEAD_BYTES))
-        if frames
-        else MIN_CHUNK_BYTES
-    )
+    most = max(min(MIN_FRAME_BYTES, max_bytes), min(max_bytes, int(second_bytes * FRAME_S[1])))
+    least = min(most // 2, max(MIN_FRAME_BYTES, int(second_bytes * FRAME_S[0])))  # something to choose from, always
+    sample_bytes = max(1, sample_bytes)
+    parts = math.ceil(sample_bytes / most)
+    sizes = [
+        math.ceil(sample_bytes / n)
+        for n in range(parts, 1 + min(max(parts, sample_bytes // least), parts + _CANDIDATES))
+    ]
+    if sample_bytes <= most:
+        samples = most // sample_bytes
+        sizes += [
+            sample_bytes * n for n in range(max(1, least // sample_bytes, samples - _CANDIDATES), 1 + samples)
+        ]
+
+    def lost(size: int) -> float:
+        frame = size + HEAD_BYTES
+        a_second = second_bytes / frame
+        left_over = 1.0 - int(a_second) / a_second if a_second >= 1.0 else 0.0
+        return HEAD_BYTES / frame + left_over + FRAME_COST_S * a_second / GUARD_S
+
+    return min(sizes, key=lambda size: (lost(size), -size))
 
 
 class _Guard:

@@ -181,3 +181,23 @@ def test_the_loop_fits_asyncio_runner() -> None:
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         assert runner.run(main()) == 1.0
         assert runner.run(main()) == 2.0
+
+
+def test_a_sleep_shorter_than_a_nanosecond_ends_at_its_instant_whoever_else_is_busy() -> None:
+    async def main() -> tuple[float, int]:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(1.0)
+        until_s, sleeps = loop.time() + 3e-10, 0
+
+        async def busy() -> None:
+            for _ in range(100):
+                await asyncio.sleep(0)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(busy())
+            while loop.time() < until_s:
+                await asyncio.sleep(until_s - loop.time())
+                sleeps += 1
+        return loop.time() - until_s, sleeps
+
+    assert run_virtual(main()) == (0.0, 1)

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from loadgen.virtual_loop import run_virtual
-from stages.shaper import Grant, Link, chunk_bytes, cross
+from stages.shaper import HEAD_BYTES, Grant, Link, cross, frame_bytes
 
 
 async def _send(grants: tuple[Grant, ...], sizes: list[int], gap_s: float = 0.0) -> list[tuple[float, int]]:
@@ -26,7 +26,7 @@ def worst_second_bps(sent: list[tuple[float, int]]) -> float:
 
 @pytest.mark.parametrize("rate_bps", [1_000_000, 20_000_000, 1_000_000_000])
 def test_the_rate_is_the_grant(rate_bps: int) -> None:
-    size = chunk_bytes(rate_bps, 1_000_000) + 150
+    size = frame_bytes(rate_bps, 1_000_000, 1_000_000) + HEAD_BYTES
     count = int(5 * rate_bps / (8 * size))
     sent = run_virtual(_send((Link().grant(rate_bps),), [size] * count))
     assert 8 * size * count / sent[-1][0] == pytest.approx(rate_bps, rel=5e-3)
@@ -86,6 +86,26 @@ def test_a_grant_of_nothing_is_refused() -> None:
         Link().grant(0)
 
 
-@pytest.mark.parametrize(("rate_bps", "size"), [(1_000, 2048), (8_000_000, 9_840), (10**10, 999_840)])
-def test_a_frame_is_about_ten_milliseconds_of_its_link(rate_bps: int, size: int) -> None:
-    assert chunk_bytes(rate_bps, 1_000_000) == size
+@pytest.mark.parametrize(
+    ("rate_bps", "sample_bytes", "size"),
+    [
+        (1_000, 3, 4095),  # so slow that heads count more than time
+        (60_000_000, 150_000, 37_500),  # 199 of 199.1 frames fit a second
+        (16_000_000, 4_000, 28_000),  # seven samples share a frame
+        (1 << 40, 4_000, 952_000),  # not held back: the largest
+        (1 << 40, 10_000_000, 909_091),
+        (8_000_000, 0, 19_840),
+    ],
+)
+def test_a_frame_is_cut_so_that_little_of_a_second_is_left_over(rate_bps: int, sample_bytes: int, size: int) -> None:
+    assert frame_bytes(rate_bps, sample_bytes, 954_000) == size
+
+
+@pytest.mark.parametrize("rate_bps", [1_000_000, 5_000_000, 18_000_000, 100_000_000, 1_000_000_000])
+@pytest.mark.parametrize("sample_bytes", [40, 1_000, 4_704, 150_000, 3_000_000])
+def test_heads_and_left_overs_cost_little(rate_bps: int, sample_bytes: int) -> None:
+    frame = frame_bytes(rate_bps, sample_bytes, 954_000) + HEAD_BYTES
+    second = rate_bps / 8
+    goodput = int(second / frame) * (frame - HEAD_BYTES) / second
+    assert goodput > (0.92 if rate_bps < 5_000_000 else 0.97)
+    assert frame * 8 / rate_bps <= 0.035
