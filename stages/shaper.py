@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import deque
+from collections.abc import Callable
 
 from bus.values import BITS_PER_BYTE
 
 GUARD_S = 1.0
 """The length of the sliding window in which a rate is never exceeded."""
 
-CLOCK_S = 0.002
-"""uvloop's clock counts whole milliseconds, its timers may fire one early: the guard keeps this much more than a second."""
+CLOCK_S = 0.000_5
+"""Between the look at the clock and the hand-over to the bus: the guard keeps this much more than a second."""
 
 FRAME_S = (0.0025, 0.020)
 """A frame is so much of its link's time, so that a link is shared finely and can be cut off quickly."""
@@ -58,9 +60,7 @@ def frame_bytes(rate_bps: int, sample_bytes: int, max_bytes: int) -> int:
     ]
     if sample_bytes <= most:
         samples = most // sample_bytes
-        sizes += [
-            sample_bytes * n for n in range(max(1, least // sample_bytes, samples - _CANDIDATES), 1 + samples)
-        ]
+        sizes += [sample_bytes * n for n in range(max(1, least // sample_bytes, samples - _CANDIDATES), 1 + samples)]
 
     def lost(size: int) -> float:
         frame = size + HEAD_BYTES
@@ -155,7 +155,7 @@ async def cross(grants: tuple[Grant, ...], size_bytes: int, ready_s: float) -> f
     The links are stations of a pipeline: while one transfer crosses the second, the next crosses the first, because each
     is booked from when its bytes were ready, not from when the caller came round to it. One caller at a time a task.
     """
-    clock = asyncio.get_running_loop().time
+    clock = _exact_clock()
     crossed_s = ready_s
     for grant in grants:
         crossed_s = grant.book(size_bytes, crossed_s)
@@ -170,3 +170,11 @@ async def cross(grants: tuple[Grant, ...], size_bytes: int, ready_s: float) -> f
     for grant in grants:
         grant.note(size_bytes, now)
     return now
+
+
+def _exact_clock() -> Callable[[], float]:
+    """The loop's clock. uvloop's stands still for as long as a turn of the loop takes, and counts whole milliseconds: the
+    system's, which it follows, tells when bytes really leave.
+    """
+    loop = asyncio.get_running_loop()
+    return time.monotonic if type(loop).__module__ == "uvloop" else loop.time
