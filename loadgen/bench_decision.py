@@ -22,11 +22,23 @@ from bus import messages, topics
 from bus.decisions import DecisionLog
 from bus.kafka import KafkaBus, KafkaConnection
 from bus.memory import MemoryBroker, MemoryBus
-from bus.messages import Admitted, Decision, NodeAnnounced, NodeJoined, SeedInput, Start, TaskCompleted, TaskSubmitted
+from bus.messages import (
+    Admitted,
+    Decision,
+    NodeAnnounced,
+    NodeJoined,
+    NodeLeft,
+    NodeLost,
+    SeedInput,
+    Start,
+    TaskCompleted,
+    TaskSubmitted,
+)
 from bus.port import Bus, Reader
 from bus.topics import Partitions
 from bus.values import ModelProfile, Parts, Role
 from loadgen.busyness import BusynessWatch
+from loadgen.replay import open_decisions, require_unled
 from planner.core import PlannerCore
 from planner.service import PlannerService
 
@@ -62,7 +74,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure, on uvloop; `bench, machine, results, aims`, and `busyness`.
 
-    It uses a region of its own, the last one of the topics that are there. Raises `BusError` where there is no broker.
+    It leads the last region of the topics that are there while it lasts. Raises `ConfigError` where somebody else leads it,
+    and `BusError` where there is no broker.
     """
     connection = KafkaConnection.from_env(bootstrap_servers=bootstrap) if bus == "kafka" else None
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -83,7 +96,10 @@ async def _measure(
         generator = await connect("generator")
         await generator.create_topics(topics.specs([], Partitions()))
         region = await generator.partitions(topics.DECISIONS) - 1
-        service = PlannerService(await connect("planner"), lambda: PlannerCore(region), region=region, take_over=True)
+        log, reader = await open_decisions(generator, region)
+        await reader.close()
+        require_unled(log, region)
+        service = PlannerService(await connect("planner"), lambda: PlannerCore(region), region=region)
         trial = _Trial(generator, region, sizes, seed)
         async with asyncio.TaskGroup() as group:
             planner = group.create_task(service.run(), name="planner")
@@ -93,6 +109,7 @@ async def _measure(
                 progress(f"{sizes.tasks} tasks at {sizes.rate_per_s:g} a second")
             async with asyncio.timeout(_TIMEOUT_S + sizes.tasks / sizes.rate_per_s), watch:
                 await trial.play()
+            await trial.leave()
             planner.cancel()
     delays = sorted(trial.delays_s[sizes.dropped :])
     p50_s, p99_s = delays[len(delays) // 2], delays[min(len(delays) * 99 // 100, len(delays) - 1)]
@@ -122,6 +139,7 @@ class _Trial:
         self.delays_s: list[float] = []
         self._mark = f"bench-{os.getpid()}-{seed}"
         self._sent_s: dict[str, float] = {}
+        self._nodes: list[str] = []  # each its own incarnation
         self._log = DecisionLog()
         self._reader: Reader | None = None
 
@@ -129,7 +147,6 @@ class _Trial:
         """Nodes that are only names, and wait until the planner has taken them in."""
         where = (topics.DECISIONS, self.region)
         self._reader = await self.bus.reader([where], start="start")
-        missing = set()
         for index in range(DEVICES + EDGES + 1):
             role = Role.CLOUD if index == 0 else Role.EDGE if index <= EDGES else Role.DEVICE
             message = NodeAnnounced(
@@ -143,11 +160,21 @@ class _Trial:
                 link2_capacity_bps=10**9 if role is Role.EDGE else 0,
                 models=(_profile(role),),
             )
-            missing.add(message.node)
+            self._nodes.append(message.node)
             await self._send(topics.NODES, message, message.node)
+        missing = set(self._nodes)
         while missing:
             for decision in await self._decisions():
                 missing -= {change.node.node for change in decision.changes if isinstance(change, NodeJoined)}
+
+    async def leave(self) -> None:
+        """The nodes go, and the planner has read it."""
+        async with asyncio.timeout(_TIMEOUT_S):
+            for node in (gone := set(self._nodes)):
+                await self._send(topics.NODES, NodeLeft(node=node, region=self.region, incarnation=node), node)
+            while gone:
+                for decision in await self._decisions():
+                    gone -= {change.node for change in decision.changes if isinstance(change, NodeLost)}
 
     async def play(self) -> None:
         """Open loop: each task is sent when it is due."""

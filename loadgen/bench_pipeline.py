@@ -10,7 +10,7 @@ The shaper is judged at the sender: bytes of frames handed to the bus, over the 
 
 Real LeNet runs through the same stages, unshaped, beside what bare aiokafka moves (`loadgen.bench_lenet`).
 
-On Kafka it speaks for the planner of the region, so the broker must be its own.
+On Kafka it leads region 0 while it lasts, and refuses a broker whose region 0 has a planner.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 
 from bus import messages, topics
 from bus.decisions import DecisionLog, Dropped
-from bus.errors import BusError, BusUnavailableError, ProtocolError
+from bus.errors import BusError, BusUnavailableError, ConfigError, ProtocolError
 from bus.messages import Decision, NodeAnnounced, NodeJoined, NodeLeft, NodeLost, Snapshot, TaskCompleted
 from bus.port import Bus, Position, Reader
 from bus.values import Role
@@ -221,6 +221,15 @@ async def open_decisions(bus: Bus, region: int) -> tuple[DecisionLog, Reader]:
         for record in await reader.fetch(timeout_s=FETCH_S):
             log.read(record)
     return log, reader
+
+
+def require_unled(log: DecisionLog, region: int) -> None:
+    """For benchmarks that take a region over. Raises `ConfigError` where a planner leads it, or did and has not left."""
+    if log.epoch and not log.left:
+        raise ConfigError(
+            f"{log.planner} leads region {region} of this broker, and a benchmark would take its place",
+            remedy="start a broker for it: deepar broker --port 9192 --data /tmp/deepar-bench",
+        )
 
 
 async def await_planner(bus: Bus, region: int, *, timeout_s: float) -> DecisionLog:

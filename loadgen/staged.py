@@ -1,7 +1,8 @@
 """A device, an edge and a cloud with a director in the planner's place: streams whose placement is fixed, for benchmarks.
 
-The stages are the real shells on a real bus. The director opens an epoch of its own in region 0 and writes decisions there,
-so on Kafka the broker must be its own.
+The stages are the real shells on a real bus. The director leads region 0 for as long as it lasts: it folds what was decided
+there into a core of its own, opens an epoch, applies each decision before it writes it, and at the end takes its nodes away
+and leaves, so that a planner can follow it. It refuses a region that somebody else leads.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import AsyncExitStack
 from typing import Self
 
 from bus import messages, topics
+from bus.decisions import DecisionLog
 from bus.messages import (
     Admitted,
     Change,
@@ -20,7 +22,10 @@ from bus.messages import (
     Ended,
     EpochOpened,
     InputSource,
+    NodeJoined,
+    NodeLost,
     Placed,
+    PlannerLeft,
     SeedInput,
     Start,
     TaskCompleted,
@@ -31,7 +36,8 @@ from bus.messages import (
 from bus.port import Bus
 from bus.topics import Partitions
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
-from loadgen.replay import open_decisions
+from loadgen.replay import require_unled
+from planner.core import PlannerCore
 from stages.device import Device, ResultSink
 from stages.hop import Hop
 from stages.node import Node, NodeSettings
@@ -69,18 +75,17 @@ class Staged:
         self._rates_bps = rates_bps
         self._on_result = on_result
         self._tasks = 0
+        self._core = PlannerCore(0)
+        self._begun_s = 0.0
+        self._inputs: dict[str, int] = {}
+        self._nodes: list[Node] = []
         self._stack = AsyncExitStack()
         self._serving: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
         self._bus = await self._stack.enter_async_context(self._make_bus("director"))
         await self._bus.create_topics(topics.specs([self.edge], Partitions()))
-        log, reader = await open_decisions(self._bus, 0)
-        await reader.close()
-        self._epoch, self._seq = log.epoch + 1, log.seq
-        opened = EpochOpened(region=0, epoch=self._epoch, nonce=self._mark, planner="bench", lease_s=3600.0)
-        await self._bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
-        nodes = []
+        await self._lead()
         for name, role in ((self.device, Role.DEVICE), (self.edge, Role.EDGE), (self.cloud, Role.CLOUD)):
             bus = await self._stack.enter_async_context(self._make_bus(name))
             rates = self._rates_bps if role is Role.EDGE else (0, 0)
@@ -94,17 +99,53 @@ class Staged:
             node = Node(bus, settings, self._runners[role])
             work = Device(node, self._on_result) if role is Role.DEVICE else Hop(node)
             self._serving.append(asyncio.create_task(node.run(work), name=name))
-            nodes.append(node)
+            self._nodes.append(node)
         async with asyncio.timeout(TIMEOUT_S):
-            while not all(node.status.ready for node in nodes):
+            while not all(node.status.ready for node in self._nodes):
                 await asyncio.sleep(0.02)
+        await self._decide(*(NodeJoined(node=node.announcement()) for node in self._nodes))
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         for task in self._serving:
             task.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
-        await self._stack.aclose()
+        try:
+            if not self._core.live_tasks:  # a task that failed half-way is left to whoever leads next
+                await self._leave()
+        finally:
+            await self._stack.aclose()
+
+    async def _lead(self) -> None:
+        """Fold the region's decisions and open an epoch. Raises `ConfigError` where a planner leads."""
+        log = DecisionLog()
+        reader = await self._bus.reader([(topics.DECISIONS, 0)], start="start")
+        try:
+            while await reader.lag():
+                for record in await reader.fetch(timeout_s=0.2):
+                    message = log.read(record)
+                    if isinstance(message, Decision):
+                        self._core.fold(message)
+                        self._inputs = message.inputs
+        finally:
+            await reader.close()
+        require_unled(log, 0)
+        self._epoch, self._seq, self._begun_s = log.epoch + 1, log.seq, max(0.0, self._core.now_s)
+        opened = EpochOpened(region=0, epoch=self._epoch, nonce=self._mark, planner="bench", lease_s=3600.0)
+        await self._write(opened)
+
+    async def _leave(self) -> None:
+        """Take the nodes away; whoever leads next need not read what they said."""
+        for topic in (topics.NODES, topics.TASKS, topics.EVENTS):
+            self._inputs = {**self._inputs, topic: (await self._bus.end_offsets(topic))[0]}
+        await self._decide(
+            *(
+                NodeLost(node=node.settings.name, incarnation=node.incarnation, cause="left")
+                for node in self._nodes
+                if node.settings.name in self._core.nodes
+            )
+        )
+        await self._write(PlannerLeft(region=0, epoch=self._epoch, nonce=self._mark))
 
     async def play(self, samples: int, execution: Execution, source: InputSource | None = None) -> float:
         """Run one task; seconds from its start to its last result, the device's clock.
@@ -121,8 +162,9 @@ class Staged:
         )
         events = await self._bus.reader([(topics.EVENTS, 0)], start="end")
         try:
-            start = Start(task_id=task.task_id, attempt=1, device=self.device, at_s=0.0)
-            await self._decide(Admitted(task=task), self._placed(task, execution), start)
+            placed = self._placed(task, execution)
+            start = Start(task_id=task.task_id, attempt=1, device=self.device, at_s=placed.start_s)
+            await self._decide(Admitted(task=task), placed, start)
             async with asyncio.timeout(TIMEOUT_S):
                 while True:
                     for record in await events.fetch():
@@ -130,7 +172,7 @@ class Staged:
                         if isinstance(event, TaskFailed) and event.task_id == task.task_id:
                             raise RuntimeError(f"{event.node}: {event.cause}: {event.detail}")
                         if isinstance(event, TaskCompleted) and event.task_id == task.task_id:
-                            await self._decide(Ended(task_id=task.task_id, attempt=1, state=TaskState.COMPLETED))
+                            await self._decide(self._ended(placed))
                             return event.delay_s
         finally:
             await events.close()
@@ -159,22 +201,41 @@ class Staged:
             objective=Objective.PIPELINED,
             execution=execution,
             placement=placement,
-            start_s=0.0,
+            start_s=self._core.now_s,
             wait_s=0.0,
             delay_s=0.0,
             parts=Parts(),
         )
 
+    def _ended(self, placed: Placed) -> Ended:
+        return Ended(
+            task_id=placed.task_id,
+            attempt=1,
+            state=TaskState.COMPLETED,
+            edge=self.edge,
+            released_slots=1,
+            released_link1_bps=placed.placement.link1_bps,
+            released_link2_bps=placed.placement.link2_bps,
+        )
+
     async def _decide(self, *changes: Change) -> None:
         self._seq += 1
-        decision = Decision(
-            region=0,
-            epoch=self._epoch,
-            nonce=self._mark,
-            seq=self._seq,
-            now_s=0.0,
-            inputs={},
-            changes=changes,
-            ledger_hash="bench",
+        now_s = self._begun_s
+        for change in changes:
+            self._core.apply(change, now_s)
+        self._core.settled(now_s)
+        await self._write(
+            Decision(
+                region=0,
+                epoch=self._epoch,
+                nonce=self._mark,
+                seq=self._seq,
+                now_s=now_s,
+                inputs=self._inputs,
+                changes=changes,
+                ledger_hash=self._core.state_hash,
+            )
         )
-        await self._bus.send(topics.DECISIONS, messages.encode(decision), key="0", partition=0)
+
+    async def _write(self, message: messages.Message) -> None:
+        await self._bus.send(topics.DECISIONS, messages.encode(message), key="0", partition=0)

@@ -224,9 +224,10 @@ class Node:
 
     # --- the lease ---------------------------------------------------------------------------------------------------
 
-    async def _announce(self) -> None:
+    def announcement(self) -> NodeAnnounced:
+        """What this node tells the region of itself."""
         s = self.settings
-        message = NodeAnnounced(
+        return NodeAnnounced(
             node=s.name,
             role=s.role,
             region=s.region,
@@ -238,9 +239,11 @@ class Node:
             reachable_edges=s.reachable_edges,
             models=self.runner.profiles(),
         )
+
+    async def _announce(self) -> None:
         self.status.warm = True
         sent_s = asyncio.get_running_loop().time()
-        await self.tell(topics.NODES, message, s.name)
+        await self.tell(topics.NODES, self.announcement(), self.settings.name)
         self._renew(sent_s)
 
     async def _keep_lease(self) -> None:

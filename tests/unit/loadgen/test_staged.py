@@ -1,0 +1,64 @@
+"""The director of the benchmarks leads a region properly: a planner can follow it, and it takes nobody's place."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from bus import messages, topics
+from bus.errors import ConfigError
+from bus.memory import MemoryBroker, MemoryBus
+from bus.messages import EpochOpened
+from bus.values import Execution, ModelProfile, Role
+from loadgen.staged import Staged
+from loadgen.virtual_loop import run_virtual
+from planner.core import PlannerCore
+from planner.service import PlannerService, Standing
+from stages.runner import ModelledRunner
+
+PROFILE = ModelProfile(
+    model="toy",
+    sha256="0" * 64,
+    platform="toy",
+    layer_names=("front", "middle", "rest"),
+    layer_s=(0.1, 0.1, 0.1),
+    cut_bytes=(1000, 1000, 1000, 10),
+)
+
+
+def staged(broker: MemoryBroker) -> Staged:
+    runners = {role: ModelledRunner([PROFILE]) for role in Role}
+    return Staged(lambda client: MemoryBus(broker, client), runners, PROFILE, cuts=(1, 2), rates_bps=(10**6, 10**6))
+
+
+def test_a_planner_can_follow_it() -> None:
+    async def run() -> tuple[Standing, list[str], int]:
+        broker = MemoryBroker()
+        for _ in range(2):  # and it can follow itself
+            async with staged(broker) as stages:
+                assert await stages.play(3, Execution.STREAMING) > 0.3
+        async with MemoryBus(broker, "planner") as bus:
+            service = PlannerService(bus, lambda: PlannerCore(0))
+            task = asyncio.create_task(service.run())
+            await asyncio.sleep(2.0)
+            found = service.standing, sorted(service.core.nodes), service.core.live_tasks
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            return found
+
+    assert run_virtual(run(), horizon_s=1000.0) == (Standing.LEADING, [], 0)
+
+
+def test_it_takes_no_planner_s_place() -> None:
+    async def run() -> None:
+        broker = MemoryBroker()
+        async with MemoryBus(broker, "somebody") as bus:
+            await bus.create_topics(topics.specs())
+            opened = EpochOpened(region=0, epoch=1, nonce="n", planner="theirs", lease_s=5.0)
+            await bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
+        async with staged(broker):
+            raise AssertionError("it must not get here")
+
+    with pytest.raises(ConfigError, match="theirs leads region 0"):
+        run_virtual(run(), horizon_s=1000.0)
