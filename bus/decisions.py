@@ -33,6 +33,7 @@ class DecisionLog:
         self.nonce = nonce  # of the planner that opened it
         self.planner = ""  # its name, where its opening was read
         self.lease_s = 0.0  # silent for longer, and another may take over
+        self.identity: str | None = None  # of which master it demands proofs, where it does
         self.left = False  # whether that planner has gone politely
         self.seq = seq  # of the last valid decision
         self.dropped = 0  # records that did not count
@@ -52,6 +53,7 @@ class DecisionLog:
                 return self._drop("lost_race", f"epoch {message.epoch} of {message.planner}: {self.epoch} is open")
             self.epoch, self.nonce = message.epoch, message.nonce
             self.planner, self.lease_s, self.left = message.planner, message.lease_s, False
+            self.identity = message.identity
             return message
         if (message.epoch, message.nonce) != (self.epoch, self.nonce):
             return self._drop("stale_epoch", f"epoch {message.epoch} ({message.nonce}), {self.epoch} is open")
