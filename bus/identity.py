@@ -4,8 +4,8 @@ Kafka knows which user writes to a topic, and not for which node a message insid
 its planner holds a *master secret*, every sender a *key* derived from it for one speaker (`device:d1`), and every record on a
 topic of `bus.claims` two headers more, the speaker and an HMAC-SHA-256 over what the record says and where it stands:
 
-    a speaker's key    HMAC(master, "deepar identity 1\\n" SPEAKER)
-    a record's proof   HMAC(speaker's key, "deepar record 1\\n" SPEAKER "\\n" TOPIC "\\n" PARTITION "\\n" KEY BYTES "\\n" KEY VALUE)
+    speaker's key   HMAC(master, "deepar identity 1" LF SPEAKER)
+    record's proof  HMAC(speaker's key, "deepar record 1" LF SPEAKER LF TOPIC LF PARTITION LF LENGTH OF KEY LF KEY VALUE)
 
 Neither a speaker nor a topic holds a line feed, and the key's length is told, so no two records have one text. The partition
 is the region. A *fingerprint* names a master without telling anything of it; the region tells it to all (`EpochOpened`), so a
@@ -211,7 +211,7 @@ def _read(path: Path) -> str:
 
 
 def satisfy(demanded: str | None, key: Key | None, who: str) -> None:
-    """Raises `ConfigError` where a region demands a proof that this sender cannot give; `demanded`: its master's fingerprint."""
+    """Raises `ConfigError` where a region demands a proof that this sender cannot give (`demanded`: of which master)."""
     if demanded is None or (key is not None and key.fingerprint == demanded):
         return
     remedy = "DEEPAR_IDENTITY_KEY_FILE names the file with it; `deepar identity key` makes one"
