@@ -14,9 +14,12 @@ from bus import claims, messages
 from bus.claims import Parties
 from bus.errors import ProtocolError
 from bus.identity import WRONG_IDENTITY, Master
+from bus.messages import NodeAnnounced
 from bus.port import Record
 from planner.core import PlannerCore
 
+MAX_ANNOUNCEMENT_BYTES: Final = 400_000
+"""A node's announcement is copied into the decision that takes it in, beside what else follows from it."""
 LETTERS_AT_ONCE: Final = 100
 LETTERS_PER_S: Final = 2.0
 """Refusals above this rate are counted and not kept one by one: a flood of them must not hold the region up."""
@@ -35,10 +38,10 @@ class Doorkeeper:
     def read(self, record: Record, core: PlannerCore) -> Any:
         """The message of a record. Raises `ProtocolError`: broken, or (`wrong_identity`) not to be obeyed."""
         if self.master is None:
-            return messages.decode(record.topic, record.value)
+            return _decoded(record)
         try:
             speaker = self.master.speaker(record)
-            message = messages.decode(record.topic, record.value)
+            message = _decoded(record)
             claims.check(speaker, record, message, _parties(core, getattr(message, "task_id", None)))
         except ProtocolError as error:
             self.refused += error.cause == WRONG_IDENTITY
@@ -56,6 +59,16 @@ class Doorkeeper:
             return False
         self._letters -= 1.0
         return True
+
+
+def _decoded(record: Record) -> Any:
+    message = messages.decode(record.topic, record.value)
+    if isinstance(message, NodeAnnounced):
+        size_bytes = len(messages.encode(message))  # as it will stand in the decision, not as it came
+        if size_bytes > MAX_ANNOUNCEMENT_BYTES:
+            said = f"{message.node} announces {size_bytes:,} bytes, over {MAX_ANNOUNCEMENT_BYTES:,}"
+            raise ProtocolError("oversized", said)
+    return message
 
 
 def _parties(core: PlannerCore, task_id: str | None) -> Parties | None:

@@ -173,7 +173,18 @@ def test_a_stage_without_a_key_is_told_and_no_key_is_in_what_it_says(secure: Sec
     asyncio.run(demand())
     key = Master.new().key(Speaker("device", "d1"))
     write_secret(tmp_path / "key", key.to_text())
-    words = ["--log-level", "debug", "stage", "device", "--model", "lenet", "--profile", "paper", "--runner", "modelled"]
+    words = [
+        "--log-level",
+        "debug",
+        "stage",
+        "device",
+        "--model",
+        "lenet",
+        "--profile",
+        "paper",
+        "--runner",
+        "modelled",
+    ]
     for more, said in (
         ({}, "device d1 has no key"),
         ({"DEEPAR_IDENTITY_KEY_FILE": str(tmp_path / "key")}, f"{master.fingerprint}, and that of device:d1 is of"),

@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import structlog
 
 from bus import messages, topics
 from bus.errors import ConfigError
@@ -386,3 +387,62 @@ def test_a_flood_of_forgeries_is_counted_and_does_not_hold_up_the_region(monkeyp
     assert refused == 500
     assert 10 <= letters < 30
     assert letters + unkept == refused
+
+
+def test_no_secret_is_in_a_log_or_a_dead_letter() -> None:
+    """Neither the master, nor a key, nor a proof, nor what else a record's headers held."""
+    key = MASTER.key(Speaker("device", "d1"))
+    beat = messages.encode(NodeHeartbeat(node="d2", incarnation="d2-1"))
+    planted = (("authorization", b"planted-0xC0FFEE"), ("deepar_cause", b"planted-0xC0FFEE"))
+    proof = key.headers(topics.EVENTS, 0, "d2", beat)
+
+    async def run() -> tuple[str, int]:
+        async with town(real=True, master=MASTER) as place:
+            place.start("only", snapshot_every=2)
+            await place.submit(range(TASKS))
+            for headers in (proof, proof[:1], (), (*proof, *proof)):
+                await place.bus.send(topics.EVENTS, beat, key="d2", partition=0, headers=(*headers, *planted))
+            for topic in topics.CLAIMED_TOPICS:
+                await place.bus.send(topic, b"{", key="d2", partition=0, headers=planted)
+                await place.bus_of("device:d1").send(topic, b"{", key="d2", partition=0, headers=planted)
+            await place.until_ended(TASKS)
+            kept = ""
+            names = [spec.name for spec in topics.specs() if spec.name not in topics.CLAIMED_TOPICS]
+            for name in names:
+                for log in place.broker.logs(name):
+                    kept += repr(log.read(0, log.end))
+            return kept, len(await read_letters(place.bus))
+
+    with structlog.testing.capture_logs() as logged:
+        kept, letters = run_virtual(run(), horizon_s=HORIZON_S)
+    assert letters == 10
+    assert len([line for line in logged if line["event"] == "not obeyed"]) == 7
+    told = repr(logged) + kept
+    assert "wrong_identity" in told
+    for secret in (bytes(range(32)), key.secret, proof[1][1], b"planted-0xC0FFEE"):
+        assert secret.hex() not in told
+        assert repr(secret)[2:-1] not in told
+
+
+# --- what a node may announce ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("master", [None, MASTER], ids=["trusting", "demanding"])
+def test_an_announcement_too_large_for_a_decision_is_refused_and_the_planner_goes_on(master: Master | None) -> None:
+    """It can be read, and the record that would take the node in could not: nobody may end a planner with that."""
+    many = tuple(f"edge-{number}" for number in range(10_000, 86_900))
+    announced = NodeAnnounced(node="d9", role=Role.DEVICE, incarnation="d9-1", reachable_edges=many)
+    assert len(messages.encode(announced)) < messages.MAX_MESSAGE_BYTES
+
+    async def run() -> tuple[Story, list[str]]:
+        async with town(master=master) as place:
+            process = place.start("only")
+            await place.tell(topics.NODES, announced, "d9", "device:d9")
+            await place.submit(range(TASKS))
+            story = await place.until_ended(TASKS)
+            assert not process.task.done()
+            return story, [letter.cause for letter in await read_letters(place.bus)]
+
+    story, causes = run_virtual(run(), horizon_s=HORIZON_S)
+    story.check(IDS)
+    assert causes == ["oversized"]
