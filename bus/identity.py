@@ -37,7 +37,7 @@ WRONG_IDENTITY: Final = "wrong_identity"
 
 SECRET_BYTES: Final = 32
 PROOF_LENGTH: Final = 64  # hexadecimal digits
-REMEMBERED_KEYS: Final = 4096  # of so many speakers a planner keeps the derived key: 100 bytes each
+REMEMBERED_KEYS: Final = 4096  # of so many speakers a planner keeps the derived key: some hundred bytes each
 SPEAKING_ROLES: Final = tuple(
     dict.fromkeys(role for topic in topics.TABLE if topic.name in topics.CLAIMED_TOPICS for role in topic.writers)
 )
@@ -119,7 +119,7 @@ class Master:
         if not hmac.compare_digest(expected, proof):
             raise refused(f"the proof is not that of {_printable(claimed)}")
         try:
-            return Speaker.parse(claimed.decode())
+            return _speaker_of(claimed)
         except (ConfigError, UnicodeDecodeError) as error:
             raise refused(str(error)) from None
 
@@ -132,6 +132,11 @@ class Master:
 
     def __repr__(self) -> str:
         return f"<Master {self.fingerprint}>"
+
+
+@lru_cache(REMEMBERED_KEYS)
+def _speaker_of(proven: bytes) -> Speaker:
+    return Speaker.parse(proven.decode())
 
 
 def refused(why: str) -> ProtocolError:
