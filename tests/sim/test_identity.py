@@ -27,6 +27,7 @@ from bus.messages import (
 from bus.port import Headers
 from bus.values import Parts, Role
 from deploy.commands_deadletter import Letter, read_letters
+from deploy.nodes import planner_counters
 from loadgen.replay import replay
 from loadgen.schedule import Entry, Schedule
 from loadgen.virtual_loop import run_virtual
@@ -139,7 +140,8 @@ async def _forged(forgery: str, master: Master | None) -> tuple[Story, list[Lett
         assert master is None or before.ends == {}  # t0 is still d2's
         await place.tell(topics.EVENTS, done, "t0", "device:d2")
         await asyncio.sleep(2.0)
-        return await place.story(), await _letters(place), process.service.door.refused
+        counted = planner_counters([process.service])["wrong_identity"]  # as /metrics tells it
+        return await place.story(), await _letters(place), int(counted)
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)

@@ -7,6 +7,7 @@ import hmac
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,20 @@ def test_the_proof_is_what_the_page_says_it_is() -> None:
     text = b"deepar record 1\ndevice:d1\ndeepar.events\n0\n2\nd1" + VALUE
     expected = hmac.new(secret, text, hashlib.sha256).hexdigest()
     assert dict(record().headers) == {IDENTITY_HEADER: b"device:d1", PROOF_HEADER: expected.encode()}
+
+
+def test_the_page_s_function_and_its_numbers_are_right(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "interface.md").read_text(encoding="utf-8")
+    section = page.split("## Who speaks")[1].split("\n## ")[0]
+    found: dict[str, Any] = {"hmac": hmac, "hashlib": hashlib, "Path": Path}
+    exec(section.split("```python\n")[1].split("```")[0], found)  # our own page
+    file = tmp_path / "key"
+    file.write_text(section.split("    file   ")[1].split("\n")[0], encoding="ascii")
+    value = section.split("the bytes of `")[1].split("`")[0].encode()
+    headers = found["proof"](str(file), topics.EVENTS, 0, "d1", value)
+    assert headers[1] == ("deepar_proof", section.split("    proof  ")[1].split("\n")[0].encode())
+    assert load_key(file) == MASTER.key(D1)
+    assert MASTER.speaker(Record(topics.EVENTS, 0, 0, 0, "d1", value, tuple(headers))) == D1
 
 
 def _claiming(name: bytes) -> tuple[tuple[str, bytes], ...]:
