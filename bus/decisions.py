@@ -38,6 +38,11 @@ class DecisionLog:
         self.seq = seq  # of the last valid decision
         self.dropped = 0  # records that did not count
 
+    @property
+    def demanded(self) -> str | None:
+        """Of which master the planner in charge demands proofs of identity; None where it demands none, or has left."""
+        return None if self.left else self.identity
+
     def read(self, record: Record) -> DecisionTopicMessage | Dropped:
         """The record's message where it counts; `Dropped` where it does not."""
         try:

@@ -106,7 +106,7 @@ class _Replay:
         self.log, decisions = await open_decisions(self.bus, self.region)
         events = await self.bus.reader([(topics.EVENTS, self.region)], start="end")
         try:
-            satisfy_region(self.bus, self.log.identity, "whoever submits")
+            satisfy_region(self.bus, self.log.demanded, "whoever submits")
             for entry in self.schedule.entries:
                 self.recorder.expect(entry)
             self._began_s = self._loop.time()

@@ -184,17 +184,37 @@ class Node:
                 if isinstance(message, Decision):
                     self.fences.apply(message)
         try:
-            self._satisfy()
-        except ConfigError:
+            await self._hear_demand(reader)
+        except BaseException:
             await reader.close()
             raise
         self.status.caught_up = True
         return reader
 
+    async def _hear_demand(self, reader: Reader) -> None:
+        """Where this node could not prove who it is, wait for the planner to say so: it would be refused without a word.
+
+        The one that demands it in the topic may be gone, and the next, which perhaps starts just now, hold another master.
+        Raises `ConfigError`.
+        """
+        try:
+            self._satisfy()
+            return
+        except ConfigError as error:
+            self.log.warning("waiting for what the planner says", last=str(error))
+        heard = False
+        while not heard:
+            for record in await reader.fetch(timeout_s=0.2):
+                message = self._decisions.read(record)
+                if isinstance(message, Decision):
+                    self.fences.apply(message)
+                heard = heard or isinstance(message, Message)
+        self._satisfy()
+
     def _satisfy(self) -> None:
-        """What cannot prove who it is would be refused without a word. Raises `ConfigError`."""
+        """Raises `ConfigError` where the region demands a proof of identity that the bus does not give."""
         settings = self.settings
-        satisfy_region(self.bus, self._decisions.identity, f"{settings.role.value} {settings.name}")
+        satisfy_region(self.bus, self._decisions.demanded, f"{settings.role.value} {settings.name}")
 
     async def _last_snapshot(self) -> Snapshot | None:
         partition = (topics.SNAPSHOTS, self.settings.region)

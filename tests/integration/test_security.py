@@ -26,9 +26,9 @@ from bus.values import Role
 from deploy import acls, nodes
 from loadgen.replay import replay
 from loadgen.schedule import Entry, Schedule
-from planner.service import Standing
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
+from tests.integration.deepar_processes import Processes
 from tests.kafka_broker import apache_required, choose
 from tests.secure_kafka import SecureBroker, make_authority
 from tests.sim.world import profile, task
@@ -158,42 +158,62 @@ async def test_what_a_device_says_as_another_is_refused_and_seen(secure: SecureB
     assert {letter["topic"] for letter in letters} == {topics.NODES, topics.EVENTS, topics.TASKS}
 
 
-def test_a_stage_without_a_key_is_told_and_no_key_is_in_what_it_says(secure: SecureBroker, tmp_path: Path) -> None:
-    """As processes, at debug: with no key, and with one of another master. Each ends by itself and says what it lacks."""
+UP = """
+models = ["lenet"]
+[bus]
+kind = "kafka"
+[[cloud]]
+name = "c1"
+[[edge]]
+name = "e1"
+[[edge]]
+name = "e2"
+[[device]]
+name = "d1"
+""".replace("name", 'runner = "modelled"\nprofile = "paper"\nname')
+
+
+def test_commands_prove_who_they_are_and_tell_nobody_how(secure: SecureBroker, tmp_path: Path) -> None:
+    """`deepar up` with the master, a device and a load generator with keys, as processes, at debug. One that has no key, and
+    one whose key is of another master, end by themselves and say what they lack.
+    """
+    (tmp_path / "up.toml").write_text(UP, encoding="ascii")
     master = Master.new()
-
-    async def demand() -> None:
-        async with KafkaBus(secure.connection("planner")) as bus:
-            service = nodes.make_planner(bus, master=master, take_over=True)
-            async with nodes.embedded() as group:
-                group.create_task(service.run())
-                while service.standing is not Standing.LEADING:
-                    await asyncio.sleep(0.05)
-
-    asyncio.run(demand())
-    key = Master.new().key(Speaker("device", "d1"))
-    write_secret(tmp_path / "key", key.to_text())
-    words = [
-        "--log-level",
-        "debug",
-        "stage",
-        "device",
-        "--model",
-        "lenet",
-        "--profile",
-        "paper",
-        "--runner",
-        "modelled",
-    ]
-    for more, said in (
-        ({}, "device d1 has no key"),
-        ({"DEEPAR_IDENTITY_KEY_FILE": str(tmp_path / "key")}, f"{master.fingerprint}, and that of device:d1 is of"),
-    ):
-        done = _deepar(secure.environment("d1") | more, *words)
-        assert done.returncode == 2, done.stderr
-        assert said in done.stderr
-        assert "DEEPAR_IDENTITY_KEY_FILE" in done.stderr
-        assert key.secret.hex() not in done.stdout + done.stderr
+    keys = {name: master.key(Speaker.parse(name)) for name in ("device:d2", "loadgen:x")}
+    keys["other"] = Master.new().key(Speaker("device", "d1"))
+    write_secret(tmp_path / "master", master.to_text())
+    for name, key in keys.items():
+        write_secret(tmp_path / name, key.to_text())
+    debug = ("--log-level", "debug")
+    stage = ["stage", "device", "--model", "lenet", "--runner", "modelled", "--profile", "paper"]
+    with Processes(secure.bootstrap, tmp_path) as processes:
+        up = processes.start(
+            "up", *debug, "up", "up.toml", "--identity-master", "master", **secure.environment("admin")
+        )
+        proving = {"DEEPAR_IDENTITY_KEY_FILE": "device:d2"}
+        d2 = processes.start("d2", *debug, *stage, "--name", "d2", **secure.environment("d2"), **proving)
+        until_s = time.monotonic() + 90.0
+        while not (d2.ready() or {}).get("joined"):
+            assert time.monotonic() < until_s, up.text() + d2.text()
+            time.sleep(0.1)
+        processes.environment |= secure.environment("loadgen")
+        replay = ["loadgen", "replay", "--devices", "d1,d2", "--tasks", "4", "--within", "1s", "--json"]
+        done = processes.run(*debug, *replay, "--identity-key", "loadgen:x")
+        assert json.loads(done.stdout)["completed"] == 4, done.stderr + up.text() + d2.text()
+        said = done.stdout + done.stderr
+        processes.environment |= secure.environment("d1")
+        for more, lacks in (
+            ((), "device d1 has no key"),
+            (("--identity-key", "other"), f"{master.fingerprint}, and that of device:d1 is of"),
+        ):
+            done = processes.run(*debug, *stage, *more)
+            assert done.returncode == 2, done.stderr
+            assert lacks in done.stderr
+            assert "DEEPAR_IDENTITY_KEY_FILE" in done.stderr
+            said += done.stdout + done.stderr
+        said += up.text() + d2.text()
+    for secret in (master.to_text().split()[1], *(key.secret.hex() for key in keys.values())):
+        assert secret not in said
 
 
 async def test_a_device_cannot_write_decisions(secure: SecureBroker) -> None:

@@ -17,6 +17,7 @@ from bus.messages import (
     Message,
     NodeAnnounced,
     NodeHeartbeat,
+    NodeJoined,
     NodeLeft,
     NodeLost,
     TaskCancelled,
@@ -229,13 +230,13 @@ async def _told(master: Master | None, started: str) -> tuple[str, list[str]]:
         if started == "before the planner":
             starting = asyncio.create_task(_start(place, master))
             await asyncio.sleep(2.0)
-        process = place.start("only", snapshot_every=2)
+        place.start("only", snapshot_every=2)
         await _leading(place)
         if started == "behind a snapshot":
             await place.submit(range(4))
             await place.until_ended(4)
-            await process.stop()
             await asyncio.sleep(1.0)
+            assert (await place.bus.end_offsets(topics.SNAPSHOTS))[0] > 0
         if started != "before the planner":
             starting = asyncio.create_task(_start(place, master))
         clock = asyncio.get_running_loop().time
@@ -259,6 +260,36 @@ def test_a_node_with_no_key_or_a_key_of_another_master_is_told_at_once() -> None
     told, refused = run_virtual(_told(other, "after the planner"), horizon_s=HORIZON_S)
     assert f"that of device:d1 is of {other.fingerprint}" in told
     assert refused == []
+
+
+@pytest.mark.parametrize("end", ["left", "killed"])
+def test_a_node_with_a_new_key_waits_for_the_planner_that_knows_it(end: str) -> None:
+    """A region changes its master: node and planner start at once, behind a log that demands the old one."""
+
+    async def run() -> tuple[bool, list[str]]:
+        async with town(master=MASTER) as place:
+            old = place.start("old", snapshot_every=2)
+            await place.submit(range(4))
+            await place.until_ended(4)
+            await (old.stop() if end == "left" else old.kill())
+            fresh = Master(bytes(32))
+            starting = asyncio.create_task(_start(place, fresh))
+            await asyncio.sleep(0.5)
+            assert not starting.done()
+            place.start("new", master=fresh)
+            await asyncio.sleep(5.0)
+            assert not starting.done()
+            joined = [
+                change.node.node
+                for decision in (await place.story()).decisions
+                for change in decision.changes
+                if isinstance(change, NodeJoined) and len(change.node.incarnation) == 12  # a real node's
+            ]
+            starting.cancel()
+            await asyncio.wait({starting})
+            return joined == ["d1"], [letter.error for letter in await _letters(place) if "d1" in letter.error]
+
+    assert run_virtual(run(), horizon_s=HORIZON_S) == (True, [])
 
 
 def test_a_node_hears_of_a_demand_that_is_new() -> None:
