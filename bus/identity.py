@@ -36,7 +36,7 @@ WRONG_IDENTITY: Final = "wrong_identity"
 """The cause of a dead letter whose sender is not, or may not speak as, whom it names."""
 
 SECRET_BYTES: Final = 32
-PROOF_LENGTH: Final = 64  # hexadecimal digits
+MAX_HEADER_BYTES: Final = 128  # a speaker takes at most 108, a proof 64
 REMEMBERED_KEYS: Final = 4096  # of so many speakers a planner keeps the derived key: some hundred bytes each
 SPEAKING_ROLES: Final = tuple(
     dict.fromkeys(role for topic in topics.TABLE if topic.name in topics.CLAIMED_TOPICS for role in topic.writers)
@@ -159,7 +159,7 @@ def _proof_of(record: Record) -> tuple[bytes, bytes]:
     found = []
     for name in (IDENTITY_HEADER, PROOF_HEADER):
         contents = [content for header, content in record.headers if header == name]
-        if len(contents) != 1 or not contents[0] or len(contents[0]) > 128:
+        if len(contents) != 1 or not contents[0] or len(contents[0]) > MAX_HEADER_BYTES:
             raise refused(f"{'no' if not contents else 'a broken'} header {name}: nobody answers for this record")
         found.append(bytes(contents[0]))
     return found[0], found[1]
