@@ -33,9 +33,15 @@ class DecisionLog:
         self.nonce = nonce  # of the planner that opened it
         self.planner = ""  # its name, where its opening was read
         self.lease_s = 0.0  # silent for longer, and another may take over
+        self.identity: str | None = None  # of which master it demands proofs, where it does
         self.left = False  # whether that planner has gone politely
         self.seq = seq  # of the last valid decision
         self.dropped = 0  # records that did not count
+
+    @property
+    def demanded(self) -> str | None:
+        """Of which master the planner in charge demands proofs of identity; None where it demands none, or has left."""
+        return None if self.left else self.identity
 
     def read(self, record: Record) -> DecisionTopicMessage | Dropped:
         """The record's message where it counts; `Dropped` where it does not."""
@@ -52,6 +58,7 @@ class DecisionLog:
                 return self._drop("lost_race", f"epoch {message.epoch} of {message.planner}: {self.epoch} is open")
             self.epoch, self.nonce = message.epoch, message.nonce
             self.planner, self.lease_s, self.left = message.planner, message.lease_s, False
+            self.identity = message.identity
             return message
         if (message.epoch, message.nonce) != (self.epoch, self.nonce):
             return self._drop("stale_epoch", f"epoch {message.epoch} ({message.nonce}), {self.epoch} is open")

@@ -315,6 +315,7 @@ class EpochOpened(Message):
     nonce: Name  # tells apart two planners that open the same epoch
     planner: NodeName  # who
     lease_s: Annotated[float, Field(gt=0)]  # silent for longer, and another may take over
+    identity: Name | None = None  # fingerprint of the master by whose keys senders prove who they are; None: no need
     at: str | None = None  # ISO 8601 UTC, for people
 
 

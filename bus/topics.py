@@ -68,7 +68,7 @@ TABLE: tuple[Topic, ...] = (
     Topic(NODES, Payload.JSON, ("NodeAnnounced", "NodeLeft"), "node", PartitionBy.REGION,
           ("device", "edge", "cloud"), ("planner", "loadgen", "tools"), "who is there, and how fast", compacted=True),
     Topic(TASKS, Payload.JSON, ("TaskSubmitted", "TaskCancelled"), "task", PartitionBy.REGION,
-          ("device", "loadgen"), ("planner", "device", "tools"), "what is to be done"),
+          ("device", "loadgen"), ("planner", "tools"), "what is to be done"),
     Topic(DECISIONS, Payload.JSON, ("EpochOpened", "PlannerHeartbeat", "PlannerLeft", "Decision"), "region",
           PartitionBy.REGION, ("planner",), ("planner", "device", "edge", "cloud", "loadgen", "tools"),
           "the planner's truth: placements, grants, starts, ends", retention_s=-1),
@@ -91,6 +91,9 @@ TABLE: tuple[Topic, ...] = (
 )  # fmt: skip
 
 CONTROL_TOPICS = tuple(topic.name for topic in TABLE if topic.payload is Payload.JSON)
+
+CLAIMED_TOPICS = tuple(topic.name for topic in TABLE if topic.payload is Payload.JSON and topic.writers != ("planner",))
+"""Control topics that several roles write: what a record there says of a node is a claim (`bus.claims`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,10 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter
 
-from bus import frames, messages
+from bus import claims, frames, messages
+from bus.claims import Claim
 from bus.frames import Plan
+from bus.identity import IDENTITY_HEADER, PROOF_HEADER
 from bus.topics import EDGE_PLACEHOLDER, TABLE, PartitionBy, Payload, Topic
 
 SCHEMA_REF: Final = "#/components/schemas/{model}"
@@ -91,7 +93,7 @@ def _milliseconds(seconds: int) -> int:
 
 def _message(name: str, topic: Topic, schemas: dict[str, Any]) -> dict[str, Any]:
     key = {"type": "string", "description": topic.key}
-    common = {"name": name, "bindings": {"kafka": {"key": key}}}
+    common: dict[str, Any] = {"name": name, "bindings": {"kafka": {"key": key}}}
     if topic.payload is Payload.ORIGINAL:
         text = "The record's bytes as they were; where they came from and what was wrong stands in the headers."
         return common | {"summary": text, "contentType": "application/octet-stream", "payload": {"type": "string"}}
@@ -102,8 +104,25 @@ def _message(name: str, topic: Topic, schemas: dict[str, Any]) -> dict[str, Any]
         return common | {"summary": summary, "contentType": FRAME_TYPE, "payload": _ref("Frame")}
     model = getattr(messages, name)
     _collect(model, schemas)
+    if (claim := claims.BY_MESSAGE.get(name)) is not None:
+        common["headers"] = _headers(claim)
     summary = (model.__doc__ or name).strip().split("\n")[0]
     return common | {"summary": summary, "contentType": JSON_TYPE, "payload": _ref(name)}
+
+
+def _headers(claim: Claim) -> dict[str, Any]:
+    """The two that prove who speaks; where a region demands none, neither is needed."""
+    itself, others = " or ".join(claim.itself), " or ".join(claim.others)
+    who = f"a {itself} for its own {'task' if claim.node is None else claim.node}"
+    who += f", a {others} for any" if others else ""
+    return {
+        "type": "object",
+        "description": "Both where `identity` of the open epoch is set, none else; docs/interface.md says how to make them.",
+        "properties": {
+            IDENTITY_HEADER: {"type": "string", "description": f"who speaks, ROLE:NAME: {who}"},
+            PROOF_HEADER: {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "its HMAC-SHA-256"},
+        },
+    }
 
 
 def _collect(model: type, schemas: dict[str, Any]) -> None:

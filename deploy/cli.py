@@ -51,6 +51,7 @@ COMMANDS = (
     _Command("stage", RUN, "deploy.commands_services", "stage_app"),
     _Command("topics", RUN, "deploy.commands_services", "topics_app"),
     _Command("acls", RUN, "deploy.commands_acls", "acls"),
+    _Command("identity", RUN, "deploy.commands_identity", "app"),
     _Command("loadgen", RUN, "deploy.commands_loadgen", "app"),
     _Command("tail", SEE, "deploy.commands_tail", "tail_app"),
     _Command("top", SEE, "deploy.commands_top", "top"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,7 +20,8 @@ from rich.markup import escape
 
 from bus import messages, topics
 from bus.decisions import DecisionLog
-from bus.errors import DeeparError, ProtocolError, UnknownTopicError
+from bus.errors import ConfigError, DeeparError, ProtocolError, UnknownTopicError
+from bus.identity import Key, load_key, load_master
 from bus.kafka import KafkaBus
 from bus.messages import NodeAnnounced
 from bus.port import Bus
@@ -65,7 +68,7 @@ def doctor(
 
 async def examine(bus: KafkaBus) -> list[Check]:
     """Every check; those of the system need the broker and are left out where none answers."""
-    checks = [_python(), await asyncio.to_thread(_kernel), _disk()]
+    checks = [_python(), await asyncio.to_thread(_kernel), _disk(), *identity_checks(os.environ)]
     try:
         async with bus:
             checks.append(Check("broker", True, f"{bus!r} answers"))
@@ -108,6 +111,40 @@ def _disk() -> Check:
     return Check("disk", free > NEEDED_DISK_BYTES, detail, "make room, or set DEEPAR_CACHE_DIR to another folder")
 
 
+def identity_checks(environment: Mapping[str, str]) -> list[Check]:
+    """Of the key or master that the environment names: that it is one, of whom, and that nobody else can read it."""
+    checks = []
+    for variable, load in (("DEEPAR_IDENTITY_KEY_FILE", load_key), ("DEEPAR_IDENTITY_MASTER_FILE", load_master)):
+        if not (name := environment.get(variable)):
+            continue
+        file = Path(name)
+        try:
+            found = load(file)
+        except ConfigError as error:
+            checks.append(Check("identity", False, f"{variable}: {error}", error.remedy or f"see {variable}"))
+            continue
+        said = f"{file}: of master {found.fingerprint}"
+        node = environment.get("DEEPAR_NODE")
+        if isinstance(found, Key):
+            said = f"{file}: the key of {found.speaker}, of master {found.fingerprint}"
+            if node and node != found.speaker.name:
+                remedy = f"deepar identity key {node} --role {found.speaker.role}"
+                checks.append(Check("identity", False, f"{said}, and DEEPAR_NODE is {node}", remedy))
+                continue
+        open_to_others = bool(file.stat().st_mode & 0o077)
+        said += ", and others on this machine may read it" if open_to_others else ""
+        checks.append(Check("identity", not open_to_others, said, f"chmod 600 {file}"))
+    return checks
+
+
+def _own_key() -> Key | None:
+    """The key that the environment names; whether it is one has been looked at already."""
+    try:
+        return load_key(Path(os.environ["DEEPAR_IDENTITY_KEY_FILE"]))
+    except (KeyError, ConfigError):
+        return None
+
+
 async def _topics(bus: Bus) -> list[Check]:
     missing = []
     for spec in topics.specs():
@@ -145,6 +182,11 @@ async def _planners(bus: Bus) -> list[Check]:
         )
         if log.left:
             detail = f"{name}: the planner has left"
+        if log.identity is not None:
+            detail += f"; it demands proofs of identity, by keys of master {log.identity}"
+            if (key := _own_key()) is not None and key.fingerprint != log.identity:
+                said = f"{name} demands keys of master {log.identity}, and ours is of {key.fingerprint}"
+                checks.append(Check("identity", False, said, "deepar identity key, with the region's master"))
         checks.append(
             Check("planner", leads, detail, "start one: deepar planner (it takes over a stale epoch by itself)")
         )

@@ -18,8 +18,10 @@ from rich.table import Table
 
 from bus.errors import ConfigError, UnknownNameError
 from bus.port import Bus
+from bus.signed import signed
 from bus.units import format_seconds, parse_duration, parse_rate
 from bus.values import Role
+from deploy.identities import KeyFile, submitter_of
 from deploy.nodes import kafka_bus, require_region
 from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSED, run_on_uvloop
 from loadgen import arrivals, metrics, report, schedule
@@ -96,6 +98,7 @@ def replay(
         Path | None,
         typer.Option(envvar="DEEPAR_REPLAY_OUT", help="Folder for the files; by default runs/replay-SEED-TIME."),
     ] = None,
+    identity_key: KeyFile = None,
     max_mean: Annotated[str | None, typer.Option(help="Exit with 99 when the mean delay is above.")] = None,
     max_p50: Annotated[str | None, typer.Option(help="Exit with 99 when the median delay is above.")] = None,
     max_p90: Annotated[str | None, typer.Option(help="Exit with 99 when the 90th percentile is above.")] = None,
@@ -141,7 +144,7 @@ def replay(
     wait_s = parse_duration(drain_timeout)
     folder = out or Path(f"runs/replay-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}")
     named = None if devices is None else [name.strip() for name in devices.split(",")]
-    bus = kafka_bus(bootstrap_servers)
+    bus = signed(kafka_bus(bootstrap_servers), submitter_of(identity_key))
     run = ReplayRun(bus, region, named, make, wait_s, log)
     interrupted = run.play()
     summary = run.result.summary

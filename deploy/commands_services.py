@@ -13,11 +13,14 @@ from rich.table import Table
 
 from bus import topics
 from bus.errors import ConfigError
+from bus.identity import Key, Master, Speaker
 from bus.port import Bus
+from bus.signed import signed
 from bus.topics import Partitions
 from bus.units import parse_duration, parse_rate
 from bus.values import Execution, Objective, Role
 from deploy import nodes
+from deploy.identities import KeyFile, MasterFile, key_of, master_of
 from deploy.planner_regions import parse_regions, run_regions
 from deploy.process import run_on_uvloop, until_stopped
 from deploy.settings import CloudOptions, DeviceOptions, EdgeOptions, NodeOptions, UpSettings, load_settings
@@ -95,6 +98,10 @@ def planner(
         bool, typer.Option("--take-over", help="Do not wait until the leading planner is silent.")
     ] = False,
     snapshot_every: Annotated[int, typer.Option(min=1, help="Decisions between two snapshots.")] = 500,
+    identity_master: MasterFile = None,
+    trust_everybody: Annotated[
+        bool, typer.Option("--trust-everybody", help="Demand no proofs of identity, though the region did until now.")
+    ] = False,
     http_port: HttpPort = None,
     http_host: HttpHost = "127.0.0.1",
 ) -> None:
@@ -104,6 +111,9 @@ def planner(
     """
     bus = nodes.kafka_bus(bootstrap_servers)
     lease_s = parse_duration(lease)
+    master = master_of(identity_master)
+    if master is not None and trust_everybody:
+        raise ConfigError("--trust-everybody and --identity-master exclude each other")
 
     def make(region: int) -> PlannerService:
         return nodes.make_planner(
@@ -117,6 +127,8 @@ def planner(
             lease_s=lease_s,
             take_over=take_over,
             snapshot_every=snapshot_every,
+            master=master,
+            trust_everybody=trust_everybody,
         )
 
     make(region)  # an unknown policy is told before anything is connected
@@ -149,6 +161,7 @@ def device(
     bootstrap_servers: Bootstrap = None,
     region: Region = 0,
     lease: Lease = "10s",
+    identity_key: KeyFile = None,
     http_port: HttpPort = None,
     http_host: HttpHost = "127.0.0.1",
 ) -> None:
@@ -162,7 +175,7 @@ def device(
         runner=_runner(runner),
         threads=num_threads,
     )
-    _run_stage(options, models, bootstrap_servers, region, lease, http_port, http_host, results)
+    _run_stage(options, models, bootstrap_servers, region, lease, identity_key, http_port, http_host, results)
 
 
 @stage_app.command("edge")
@@ -179,6 +192,7 @@ def edge(
     bootstrap_servers: Bootstrap = None,
     region: Region = 0,
     lease: Lease = "10s",
+    identity_key: KeyFile = None,
     http_port: HttpPort = None,
     http_host: HttpHost = "127.0.0.1",
 ) -> None:
@@ -195,7 +209,7 @@ def edge(
         runner=_runner(runner),
         threads=num_threads,
     )
-    _run_stage(options, models, bootstrap_servers, region, lease, http_port, http_host, None)
+    _run_stage(options, models, bootstrap_servers, region, lease, identity_key, http_port, http_host, None)
 
 
 @stage_app.command("cloud")
@@ -209,12 +223,13 @@ def cloud(
     bootstrap_servers: Bootstrap = None,
     region: Region = 0,
     lease: Lease = "10s",
+    identity_key: KeyFile = None,
     http_port: HttpPort = None,
     http_host: HttpHost = "127.0.0.1",
 ) -> None:
     """Run a cloud worker: it computes the rest of the models. Several share the work as one consumer group."""
     options = CloudOptions(name=name, slowdown=slowdown, profile=profile, runner=_runner(runner), threads=num_threads)
-    _run_stage(options, models, bootstrap_servers, region, lease, http_port, http_host, None)
+    _run_stage(options, models, bootstrap_servers, region, lease, identity_key, http_port, http_host, None)
 
 
 def _runner(kind: str) -> str:
@@ -229,12 +244,14 @@ def _run_stage(
     bootstrap_servers: str | None,
     region: int,
     lease: str,
+    identity_key: Path | None,
     http_port: int | None,
     http_host: str,
     results: Path | None,
 ) -> None:
     names = [name for entry in models or ["lenet", "alexnet"] for name in entry.split(",") if name]
     settings = node_settings(options, region=region, lease_s=parse_duration(lease))
+    key = key_of(Speaker(settings.role.value, settings.name), identity_key)
     make = partial(
         nodes.make_runner,
         settings.role,
@@ -247,7 +264,7 @@ def _run_stage(
         say=_say,
     )
     on_result = nodes.result_file(results) if results else None
-    bus = nodes.kafka_bus(bootstrap_servers)
+    bus = signed(nodes.kafka_bus(bootstrap_servers), key)
     run_on_uvloop(nodes.run_stage(bus, settings, make, http_port=http_port, http_host=http_host, on_result=on_result))
 
 
@@ -278,12 +295,14 @@ def node_settings(options: NodeOptions, *, region: int, lease_s: float) -> NodeS
 def up(
     file: Annotated[Path, typer.Argument(help="A TOML file: which nodes, models, bus and planner.")],
     bootstrap_servers: Bootstrap = None,
+    identity_master: MasterFile = None,
     http_port: HttpPort = None,
     http_host: HttpHost = "127.0.0.1",
 ) -> None:
     """Start the planner and all stages of one TOML file in this process, until Ctrl-C.
 
-    With `bus.kind = "kafka"` other processes can submit tasks and follow along; `deploy/example.toml` shows every key.
+    With `bus.kind = "kafka"` other processes can submit tasks and follow along; `deploy/example.toml` shows every key. With a
+    master secret the region demands proofs of identity, and every node here gets its key from it.
     """
     settings = load_settings(file)
     if settings.bus.kind == "memory":
@@ -291,13 +310,14 @@ def up(
             f"{file}: bus.kind: with the bus inside this process nobody could submit a task",
             remedy='set kind = "kafka" and start `deepar broker`; for a run without a broker: deepar demo',
         )
-    run_on_uvloop(
-        run_up(settings, nodes.kafka_bus(bootstrap_servers or settings.bus.bootstrap_servers), http_port, http_host)
-    )
+    bus = nodes.kafka_bus(bootstrap_servers or settings.bus.bootstrap_servers)
+    run_on_uvloop(run_up(settings, bus, http_port, http_host, master_of(identity_master)))
 
 
-async def run_up(settings: UpSettings, bus: Bus, http_port: int | None, http_host: str) -> None:
-    """Planner and stages around one bus, in one event loop."""
+async def run_up(
+    settings: UpSettings, bus: Bus, http_port: int | None, http_host: str, master: Master | None = None
+) -> None:
+    """Planner and stages around one bus, in one event loop; with a `master` each of them proves who it is."""
     options: list[NodeOptions] = [*settings.cloud, *settings.edge, *settings.device]
     async with bus:
         partitions = Partitions(regions=settings.bus.regions)
@@ -329,14 +349,23 @@ async def run_up(settings: UpSettings, bus: Bus, http_port: int | None, http_hos
                         execution=settings.execution,
                         max_waiting=settings.planner.max_waiting,
                         lease_s=settings.planner.lease,
+                        master=master,
                     )
                     group.create_task(service.run(), name="planner")
                 for option in options:
                     made = node_settings(option, region=settings.region, lease_s=settings.lease)
-                    node = Node(bus, made, runners[option.name])
+                    node = Node(signed(bus, _key(made, option, master)), made, runners[option.name])
                     group.create_task(node.run(nodes.make_work(node)), name=option.name)
 
         await until_stopped(serve(), nodes=len(options), region=settings.region)
+
+
+def _key(settings: NodeSettings, option: NodeOptions, master: Master | None) -> Key | None:
+    """A node's key: from the file that is named for it, else made of the master."""
+    speaker = Speaker(settings.role.value, settings.name)
+    if option.identity_key is not None:
+        return key_of(speaker, Path(option.identity_key))
+    return None if master is None else master.key(speaker)
 
 
 # --- deepar topics ---------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 
 import structlog
@@ -13,6 +13,7 @@ import structlog
 from bus import topics
 from bus.errors import BusError, BusUnavailableError, ConfigError, UnknownTopicError
 from bus.frames import Array
+from bus.identity import Master
 from bus.kafka import KafkaBus
 from bus.kafka_connection import KafkaConnection
 from bus.messages import TaskSubmitted
@@ -194,8 +195,10 @@ def make_planner(
     lease_s: float = 5.0,
     take_over: bool = False,
     snapshot_every: int = 500,
+    master: Master | None = None,
+    trust_everybody: bool = False,
 ) -> PlannerService:
-    """A planner's service. Raises `UnknownNameError` for a policy that does not exist."""
+    """A planner's service; with a `master` it demands proofs of identity. Raises `UnknownNameError` for an unknown policy."""
 
     def make_core() -> PlannerCore:
         return PlannerCore(region, policy=policy, objective=objective, execution=execution, max_waiting=max_waiting)
@@ -208,7 +211,18 @@ def make_planner(
         lease_s=lease_s,
         take_over=take_over,
         snapshot_every=snapshot_every,
+        master=master,
+        trust_everybody=trust_everybody,
     )
+
+
+def planner_counters(services: Iterable[PlannerService]) -> dict[str, float]:
+    """What `/metrics` counts of one planner, or of one process's planners together."""
+    some = list(services)
+    return {
+        "decisions": float(sum(service.decisions for service in some)),
+        "wrong_identity": float(sum(service.door.refused for service in some)),
+    }
 
 
 async def run_planner(
@@ -222,9 +236,7 @@ async def run_planner(
             core = service.core
             detail = {"standing": service.standing.value}
             gauges = {"leading": float(service.standing is Standing.LEADING), "tasks": float(core.live_tasks)}
-            return Health(
-                service.standing is not Standing.READING, detail, gauges, {"decisions": float(service.decisions)}
-            )
+            return Health(service.standing is not Standing.READING, detail, gauges, planner_counters([service]))
 
         labels = {"role": "planner", "node": service.name, "region": str(service.region)}
         async with serve_probes(look, port=http_port, host=http_host, labels=labels):

@@ -70,7 +70,7 @@ async def run_regions(
                     "leading": float(standings.count(Standing.LEADING)),
                     "tasks": float(sum(service.core.live_tasks for service in services.values())),
                 },
-                counters={"decisions": float(sum(service.decisions for service in services.values()))},
+                counters=nodes.planner_counters(services.values()),
             )
 
         which = ALL if regions is None else ",".join(map(str, regions))

@@ -20,6 +20,7 @@ from bus.decisions import DecisionLog, Dropped
 from bus.errors import BusError, BusUnavailableError, ConfigError, ProtocolError
 from bus.messages import Decision, NodeAnnounced, NodeJoined, NodeLeft, NodeLost, Snapshot, TaskCompleted
 from bus.port import Bus, Position, Reader
+from bus.signed import satisfy_region
 from bus.values import Role
 from loadgen import metrics
 from loadgen.outcome import Outcome, Recorder
@@ -64,7 +65,8 @@ async def replay(
 
     `progress` is called on every submission and on every record read. `recorder` may be passed in to look at
     the outcomes while, or although, the replay is interrupted. `wall_clock` stamps `submitted_at` for people
-    (virtual time leaves it out). The topics must exist. Raises `BusError`.
+    (virtual time leaves it out). The topics must exist. Raises `BusError`, and `ConfigError` where the
+    region demands a proof of identity that `bus` does not give (`bus.signed`).
     """
     run = _Replay(bus, schedule, region, recorder or Recorder(), progress, wall_clock)
     await run.play(drain_timeout_s)
@@ -104,6 +106,7 @@ class _Replay:
         self.log, decisions = await open_decisions(self.bus, self.region)
         events = await self.bus.reader([(topics.EVENTS, self.region)], start="end")
         try:
+            satisfy_region(self.bus, self.log.demanded, "whoever submits")
             for entry in self.schedule.entries:
                 self.recorder.expect(entry)
             self._began_s = self._loop.time()
@@ -216,6 +219,7 @@ async def open_decisions(bus: Bus, region: int) -> tuple[DecisionLog, Reader]:
         reader = await bus.reader([partition], start="start")
     else:
         log = DecisionLog(epoch=latest.epoch, nonce=latest.nonce, seq=latest.seq)
+        log.identity = latest.state.get("leader", {}).get("identity")
         reader = await bus.reader([partition], start={partition: latest.offset + 1})
     while await reader.lag():
         for record in await reader.fetch(timeout_s=FETCH_S):

@@ -16,6 +16,7 @@ from bus import messages, topics
 from bus.dead_letter import bury
 from bus.decisions import Dropped
 from bus.errors import BusError, InvariantError, ProtocolError
+from bus.identity import WRONG_IDENTITY
 from bus.messages import Change, Decision, EpochOpened, PlannerHeartbeat, Snapshot
 from bus.port import Position, Reader, Record
 from planner.core import Event, Tick
@@ -135,11 +136,21 @@ class Lead:
     async def _take(self, record: Record) -> None:
         service = self.service
         try:
-            message = messages.decode(record.topic, record.value)
+            message = service.door.read(record, service.core)
         except ProtocolError as error:
-            await bury(service.bus, record, error, task_id=record.key or "", by=service.name)
+            await self._turn_away(record, error)
             message = None
         await self._step(message, (record.topic, record.offset + 1))
+
+    async def _turn_away(self, record: Record, error: ProtocolError) -> None:
+        """What is broken, or not said by whom it names, is kept for people and changes nothing."""
+        service = self.service
+        if not service.door.keeps(error, asyncio.get_running_loop().time()):
+            return
+        if error.cause == WRONG_IDENTITY:
+            where = f"{record.topic}/{record.partition}/{record.offset}"
+            service.log.warning("not obeyed", why=str(error), origin=where, refused=service.door.refused)
+        await bury(service.bus, record, error, task_id=record.key or "", by=service.name)
 
     def _patience_s(self) -> float:
         """How long to wait for inputs."""
@@ -208,7 +219,7 @@ class Lead:
 
     def _snapshot(self, decision: Decision) -> Snapshot:
         service = self.service
-        leader = {"planner": service.name, "lease_s": service.lease_s}
+        leader = {"planner": service.name, "lease_s": service.lease_s, "identity": service.demanded}
         return Snapshot(
             region=decision.region,
             epoch=decision.epoch,

@@ -23,10 +23,12 @@ import structlog
 
 from bus import messages, topics
 from bus.decisions import DecisionLog
-from bus.errors import BusError, DeeparError, InvariantError, ProtocolError
+from bus.errors import BusError, ConfigError, DeeparError, InvariantError, ProtocolError
+from bus.identity import Master
 from bus.messages import Decision, EpochOpened, Message, PlannerLeft, Snapshot
 from bus.port import Bus, Position, Reader
 from planner.core import PlannerCore
+from planner.doorkeeper import Doorkeeper
 from planner.leading import HEARTBEATS_PER_LEASE, INPUTS, Deposed, Lead, utc
 
 LEASE_S = 5.0
@@ -47,7 +49,11 @@ class Standing(StrEnum):
 
 
 class PlannerService:
-    """One planner of one region. `make_core` gives an empty core with the policy and objective wanted."""
+    """One planner of one region. `make_core` gives an empty core with the policy and objective wanted.
+
+    With a `master` the region demands proofs of identity from now on. Without, it stays as it is: where it demands them this
+    planner will not serve it, unless it is told that the region is to `trust_everybody` again.
+    """
 
     def __init__(
         self,
@@ -59,6 +65,8 @@ class PlannerService:
         lease_s: float = LEASE_S,
         take_over: bool = False,
         snapshot_every: int = SNAPSHOT_EVERY,
+        master: Master | None = None,
+        trust_everybody: bool = False,
     ) -> None:
         self.bus = bus
         self.core = make_core()
@@ -67,9 +75,11 @@ class PlannerService:
         self.lease_s = lease_s
         self.standing = Standing.READING
         self.decisions = 0  # records written while leading
+        self.door = Doorkeeper(master)
         self.log = log.bind(planner=name, region=region)
         self._make_core = make_core
         self._take_over = take_over
+        self._trust_everybody = trust_everybody
         self.snapshot_every = snapshot_every
         self.decision_log = DecisionLog()  # the reading rule, as far as was read
         self.inputs: dict[str, int] = {}  # topic -> next offset to read
@@ -81,8 +91,15 @@ class PlannerService:
         """Ledger time, while leading."""
         return self._now_s + (asyncio.get_running_loop().time() - self._since_s)
 
+    @property
+    def demanded(self) -> str | None:
+        """The fingerprint of the master whose keys this planner demands proofs by."""
+        return None if self.door.master is None else self.door.master.fingerprint
+
     async def run(self) -> None:
-        """Serve until cancelled: stand by, lead, stand by again. Raises `InvariantError` for bugs only."""
+        """Serve until cancelled: stand by, lead, stand by again. Raises `InvariantError` for bugs only, and `ConfigError`
+        where the region demands proofs of identity that this planner could not check.
+        """
         while True:
             try:
                 reader = await self._fold()
@@ -157,6 +174,7 @@ class PlannerService:
             leader.get("planner", ""),
             leader.get("lease_s", self.lease_s),
         )
+        self.decision_log.identity = leader.get("identity")
         self.inputs, self._now_s = dict.fromkeys(INPUTS, 0) | snapshot.inputs, snapshot.now_s
         return True
 
@@ -183,6 +201,7 @@ class PlannerService:
             # The clock before the question: a process that is frozen in between must not take its own silence for another's.
             asked_s = clock()
             if await reader.lag() == 0:
+                self._require_master()
                 # An epoch that this very planner opened and does not lead (its send failed, or its spell ended) is nobody's.
                 free = self.decision_log.epoch == 0 or self.decision_log.left or self.decision_log.nonce == self.nonce
                 silent = asked_s - heard_s > (self.decision_log.lease_s or self.lease_s)
@@ -197,6 +216,14 @@ class PlannerService:
                     self._fold_in(message)
                 if isinstance(message, Message):
                     heard_s = clock()
+
+    def _require_master(self) -> None:
+        """A region that was safe must not become unsafe because one of its planners was started without the secret."""
+        if self.decision_log.identity is not None and self.demanded is None and not self._trust_everybody:
+            raise ConfigError(
+                f"region {self.region} demands proofs of identity, and this planner has no master secret",
+                remedy="name its file in DEEPAR_IDENTITY_MASTER_FILE; to give proofs up: deepar planner --trust-everybody",
+            )
 
     def _fold_in(self, decision: Decision) -> None:
         self.core.fold(decision)
@@ -219,7 +246,13 @@ class PlannerService:
         epoch = self.decision_log.epoch + 1
         self._take_over = False  # once; two that were told to would else go on for ever
         opened = EpochOpened(
-            region=self.region, epoch=epoch, nonce=self.nonce, planner=self.name, lease_s=self.lease_s, at=utc()
+            region=self.region,
+            epoch=epoch,
+            nonce=self.nonce,
+            planner=self.name,
+            lease_s=self.lease_s,
+            identity=self.demanded,
+            at=utc(),
         )
         await self._send(topics.DECISIONS, opened)
         while True:

@@ -19,9 +19,20 @@ import structlog
 from bus import messages, topics
 from bus.dead_letter import bury
 from bus.decisions import DecisionLog
-from bus.errors import BusError, DeeparError, ProtocolError
-from bus.messages import Decision, Message, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLeft, NodeLost, Snapshot
+from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
+from bus.messages import (
+    Decision,
+    EpochOpened,
+    Message,
+    NodeAnnounced,
+    NodeHeartbeat,
+    NodeJoined,
+    NodeLeft,
+    NodeLost,
+    Snapshot,
+)
 from bus.port import Bus, Reader, Record
+from bus.signed import satisfy_region
 from bus.values import Role
 from stages.fences import Fences
 from stages.runner import Runner
@@ -103,7 +114,9 @@ class Node:
         self._renewed = asyncio.Event()
 
     async def run(self, work: Work) -> None:
-        """Serve until cancelled; leaves politely. Raises `BusError` where the bus cannot be reached at the start."""
+        """Serve until cancelled; leaves politely. Raises `BusError` where the bus cannot be reached at the start, and
+        `ConfigError` where the region demands a proof of identity that the bus does not give (`bus.signed`).
+        """
         reader = await self._read_decisions()
         try:
             async with asyncio.TaskGroup() as group:
@@ -162,6 +175,7 @@ class Node:
         start = {where: begin.offset + 1} if begin else {where: 0}
         if begin:
             self._decisions = DecisionLog(epoch=begin.epoch, nonce=begin.nonce, seq=begin.seq)
+            self._decisions.identity = begin.state.get("leader", {}).get("identity")
             self.fences.restore(begin.state)
         reader = await self.bus.reader([where], start=start)
         while await reader.lag():
@@ -169,8 +183,38 @@ class Node:
                 message = self._decisions.read(record)
                 if isinstance(message, Decision):
                     self.fences.apply(message)
+        try:
+            await self._hear_demand(reader)
+        except BaseException:
+            await reader.close()
+            raise
         self.status.caught_up = True
         return reader
+
+    async def _hear_demand(self, reader: Reader) -> None:
+        """Where this node could not prove who it is, wait for the planner to say so: it would be refused without a word.
+
+        The one that demands it in the topic may be gone, and the next, which perhaps starts just now, hold another master.
+        Raises `ConfigError`.
+        """
+        try:
+            self._satisfy()
+            return
+        except ConfigError as error:
+            self.log.warning("waiting for what the planner says", last=str(error))
+        heard = False
+        while not heard:
+            for record in await reader.fetch(timeout_s=0.2):
+                message = self._decisions.read(record)
+                if isinstance(message, Decision):
+                    self.fences.apply(message)
+                heard = heard or isinstance(message, Message)
+        self._satisfy()
+
+    def _satisfy(self) -> None:
+        """Raises `ConfigError` where the region demands a proof of identity that the bus does not give."""
+        settings = self.settings
+        satisfy_region(self.bus, self._decisions.demanded, f"{settings.role.value} {settings.name}")
 
     async def _last_snapshot(self) -> Snapshot | None:
         partition = (topics.SNAPSHOTS, self.settings.region)
@@ -199,6 +243,8 @@ class Node:
                 continue
             for record in records:
                 message = self._decisions.read(record)
+                if isinstance(message, EpochOpened):
+                    self._satisfy()
                 if not isinstance(message, Decision):
                     continue
                 fenced = self.fences.apply(message)

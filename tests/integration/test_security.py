@@ -9,21 +9,26 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from bus import topics
+from bus import messages, topics
 from bus.errors import BusError, BusUnavailableError, UnknownTopicError
+from bus.identity import IDENTITY_HEADER, PROOF_HEADER, Master, Speaker, write_secret
 from bus.kafka import KafkaBus
+from bus.messages import NodeAnnounced, NodeHeartbeat, NodeLeft, TaskFailed
+from bus.port import Bus
+from bus.signed import signed
 from bus.values import Role
 from deploy import acls, nodes
 from loadgen.replay import replay
 from loadgen.schedule import Entry, Schedule
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
+from tests.integration.deepar_processes import Processes
 from tests.kafka_broker import apache_required, choose
 from tests.secure_kafka import SecureBroker, make_authority
 from tests.sim.world import profile, task
@@ -39,6 +44,7 @@ USERS = {
     "e1": "edge:e1",
     "e2": "edge:e2",
     "d1": "device",
+    "d2": "device",
     "loadgen": "loadgen",
     "anna": "tools",
 }
@@ -65,35 +71,149 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureBroker]:
     one.broker.stop()
 
 
-async def test_the_whole_pipeline_works_each_as_a_user_of_its_own(secure: SecureBroker) -> None:
+@asynccontextmanager
+async def region(secure: SecureBroker, master: Master | None = None) -> AsyncIterator[Callable[[str], Bus]]:
+    """A planner and everybody else, each as a user of its own and, with a `master`, with a key of its own; all have joined.
+
+    Gives the bus of `device:d1`, or of whom else, as that user and with that key.
+    """
+    cast = [
+        NodeSettings(name="c1", role=Role.CLOUD),
+        *(
+            NodeSettings(name=name, role=Role.EDGE, slots=2, link1_capacity_bps=10**8, link2_capacity_bps=5 * 10**7)
+            for name in EDGES
+        ),
+        NodeSettings(name="d1", role=Role.DEVICE),
+        NodeSettings(name="d2", role=Role.DEVICE),
+    ]
     async with AsyncExitStack() as stack:
-
-        async def bus_of(user: str) -> KafkaBus:
-            return await stack.enter_async_context(KafkaBus(secure.connection(user)))
-
-        cast = [
-            NodeSettings(name="c1", role=Role.CLOUD),
-            *(
-                NodeSettings(name=name, role=Role.EDGE, slots=2, link1_capacity_bps=10**8, link2_capacity_bps=5 * 10**7)
-                for name in EDGES
-            ),
-            NodeSettings(name="d1", role=Role.DEVICE),
-        ]
-        buses = {settings.name: await bus_of(settings.name) for settings in cast}
+        buses: dict[str, Bus] = {}
+        for speaker in (*(f"{settings.role.value}:{settings.name}" for settings in cast), "loadgen:loadgen"):
+            bus = await stack.enter_async_context(KafkaBus(secure.connection(speaker.partition(":")[2])))
+            buses[speaker] = signed(bus, None if master is None else master.key(Speaker.parse(speaker)))
+        planner = await stack.enter_async_context(KafkaBus(secure.connection("planner")))
         # Activations go to an edge, from there to the cloud, and results come back: every topic is used.
-        service = nodes.make_planner(await bus_of("planner"), policy="cloud-only")
-        load = await bus_of("loadgen")
+        service = nodes.make_planner(planner, policy="cloud-only", master=master, trust_everybody=master is None)
         group = await stack.enter_async_context(nodes.embedded())
         group.create_task(service.run())
-        played = [Node(buses[settings.name], settings, ModelledRunner([profile(settings.role)])) for settings in cast]
-        for node in played:
-            group.create_task(node.run(nodes.make_work(node)))
+        played = []
+        for settings in cast:
+            bus = buses[f"{settings.role.value}:{settings.name}"]
+            played.append(Node(bus, settings, ModelledRunner([profile(settings.role)])))
+            group.create_task(played[-1].run(nodes.make_work(played[-1])))
         async with asyncio.timeout(60.0):
             while not all(node.status.joined for node in played):
                 await asyncio.sleep(0.05)
+        yield buses.__getitem__
+
+
+async def test_the_whole_pipeline_works_each_as_a_user_of_its_own(secure: SecureBroker) -> None:
+    async with region(secure) as bus_of:
         entries = tuple(Entry(at_s=0.1 * number, task=task(number, samples=4)) for number in range(6))
-        result = await replay(load, Schedule(entries=entries), drain_timeout_s=60.0)
+        result = await replay(bus_of("loadgen:loadgen"), Schedule(entries=entries), drain_timeout_s=60.0)
         assert [outcome.state for outcome in result.outcomes] == ["COMPLETED"] * len(entries)
+
+
+async def test_what_a_device_says_as_another_is_refused_and_seen(secure: SecureBroker) -> None:
+    """The whole pipeline where the region demands proofs, while d1's user speaks as d2 with all that it has."""
+    master = Master.new()
+    forged = [
+        (topics.NODES, NodeLeft(node="d2", incarnation="x"), "d2"),
+        (topics.NODES, NodeAnnounced(node="d2", role=Role.DEVICE, incarnation="x"), "d2"),
+        (topics.EVENTS, NodeHeartbeat(node="d2", incarnation="x"), "d2"),
+        (topics.TASKS, task(999, "d2"), "t999"),
+        *(
+            (topics.EVENTS, TaskFailed(task_id=f"t{n}", attempt=1, node="d2", cause="x"), f"t{n}")
+            for n in range(100, 104)
+        ),
+    ]
+    async with region(secure, master) as bus_of:
+        entries = tuple(Entry(at_s=0.2 * n, task=task(100 + n, f"d{n % 2 + 1}", samples=4)) for n in range(4))
+        load = bus_of("loadgen:loadgen")
+        replaying = asyncio.create_task(replay(load, Schedule(entries=entries), drain_timeout_s=60.0))
+        for topic, message, key in forged:
+            await bus_of("device:d1").send(topic, messages.encode(message), key=key, partition=0)
+            await asyncio.sleep(0.1)
+        # and once more without its own proof, under d2's name
+        stolen = ((IDENTITY_HEADER, b"device:d2"), (PROOF_HEADER, b"0" * 64))
+        async with KafkaBus(secure.connection("d1")) as plain:
+            await plain.send(topics.NODES, messages.encode(forged[0][1]), key="d2", partition=0, headers=stolen)
+        result = await replaying
+        assert [outcome.state for outcome in result.outcomes] == ["COMPLETED"] * len(entries)
+        reader = await load.reader([(topics.DECISIONS, 0)], start="start")
+        said = b""
+        while await reader.lag():
+            said += b"".join(record.value or b"" for record in await reader.fetch())
+        await reader.close()
+        assert b"t999" not in said
+        assert f'"identity":"{master.fingerprint}"'.encode() in said
+    listed = await asyncio.to_thread(_deepar, secure.environment("anna"), "dead-letter", "list", "--json")
+    refused = [letter for letter in json.loads(listed.stdout)["letters"] if letter["cause"] == "wrong_identity"]
+    letters = [letter for letter in refused if "d2" in letter["error"]]  # others: heartbeats of before the demand
+    assert [letter["error"] for letter in letters] == [
+        *(f"device:d1 speaks as d2 in a {message.type}" for _, message, _ in forged),
+        "the proof is not that of device:d2",
+    ]
+    assert all(letter["by"] == "planner" and letter["size_bytes"] for letter in letters)
+    assert {letter["topic"] for letter in letters} == {topics.NODES, topics.EVENTS, topics.TASKS}
+
+
+UP = """
+models = ["lenet"]
+[bus]
+kind = "kafka"
+[[cloud]]
+name = "c1"
+[[edge]]
+name = "e1"
+[[edge]]
+name = "e2"
+[[device]]
+name = "d1"
+""".replace("name", 'runner = "modelled"\nprofile = "paper"\nname')
+
+
+def test_commands_prove_who_they_are_and_tell_nobody_how(secure: SecureBroker, tmp_path: Path) -> None:
+    """`deepar up` with the master, a device and a load generator with keys, as processes, at debug. One that has no key, and
+    one whose key is of another master, end by themselves and say what they lack.
+    """
+    (tmp_path / "up.toml").write_text(UP, encoding="ascii")
+    master = Master.new()
+    keys = {name: master.key(Speaker.parse(name)) for name in ("device:d2", "loadgen:x")}
+    keys["other"] = Master.new().key(Speaker("device", "d1"))
+    write_secret(tmp_path / "master", master.to_text())
+    for name, key in keys.items():
+        write_secret(tmp_path / name, key.to_text())
+    debug = ("--log-level", "debug")
+    stage = ["stage", "device", "--model", "lenet", "--runner", "modelled", "--profile", "paper"]
+    with Processes(secure.bootstrap, tmp_path) as processes:
+        up = processes.start(
+            "up", *debug, "up", "up.toml", "--identity-master", "master", **secure.environment("admin")
+        )
+        proving = {"DEEPAR_IDENTITY_KEY_FILE": "device:d2"}
+        d2 = processes.start("d2", *debug, *stage, "--name", "d2", **secure.environment("d2"), **proving)
+        until_s = time.monotonic() + 90.0
+        while not (d2.ready() or {}).get("joined"):
+            assert time.monotonic() < until_s, up.text() + d2.text()
+            time.sleep(0.1)
+        processes.environment |= secure.environment("loadgen")
+        replay = ["loadgen", "replay", "--devices", "d1,d2", "--tasks", "4", "--within", "1s", "--json"]
+        done = processes.run(*debug, *replay, "--identity-key", "loadgen:x")
+        assert json.loads(done.stdout)["completed"] == 4, done.stderr + up.text() + d2.text()
+        said = done.stdout + done.stderr
+        processes.environment |= secure.environment("d1")
+        for more, lacks in (
+            ((), "device d1 has no key"),
+            (("--identity-key", "other"), f"{master.fingerprint}, and that of device:d1 is of"),
+        ):
+            done = processes.run(*debug, *stage, *more)
+            assert done.returncode == 2, done.stderr
+            assert lacks in done.stderr
+            assert "DEEPAR_IDENTITY_KEY_FILE" in done.stderr
+            said += done.stdout + done.stderr
+        said += up.text() + d2.text()
+    for secret in (master.to_text().split()[1], *(key.secret.hex() for key in keys.values())):
+        assert secret not in said
 
 
 async def test_a_device_cannot_write_decisions(secure: SecureBroker) -> None:

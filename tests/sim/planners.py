@@ -11,9 +11,11 @@ from typing import Any
 from bus import messages, topics
 from bus.decisions import DecisionLog
 from bus.errors import BusError
+from bus.identity import Master, Speaker
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import Decision, NodeAnnounced, Start, TaskCompleted, TaskSubmitted
-from bus.port import Position, Reader, Record
+from bus.port import Bus, Position, Reader, Record
+from bus.signed import signed
 from bus.values import Parts, Role
 from deploy.nodes import make_work
 from planner.core import PlannerCore
@@ -161,13 +163,16 @@ class Town:
     bus: MemoryBus  # of everybody else
     region: int = 0
     processes: list[Process] = field(default_factory=list)
+    nodes: dict[str, Node] = field(default_factory=dict)  # where the stages are real
     shown: list[tuple[str, int]] = field(default_factory=list)  # results, where the stages are real
+    master: Master | None = None  # whose keys prove who speaks; None: the region believes everybody
 
     def core(self) -> PlannerCore:
         return PlannerCore(self.region)
 
     def start(self, name: str = "p", *, fuse: int | None = None, lease_s: float = 1.0, **more: Any) -> Process:
         bus = FragileBus(self.broker, name, fuse=fuse)
+        more.setdefault("master", self.master)
         service = PlannerService(bus, self.core, name=name, region=self.region, lease_s=lease_s, **more)
         process = Process(bus, service)
         process.task = asyncio.get_running_loop().create_task(process.run(), name=name)
@@ -177,10 +182,15 @@ class Town:
     async def story(self, log: DecisionLog | None = None) -> Story:
         return await read_story(self.bus, self.core, region=self.region, log=log)
 
-    async def tell(self, topic: str, message: messages.Message, key: str) -> None:
+    def bus_of(self, speaker: str) -> Bus:
+        """The town's bus, as `device:d1` uses it."""
+        return self.bus if self.master is None else signed(self.bus, self.master.key(Speaker.parse(speaker)))
+
+    async def tell(self, topic: str, message: messages.Message, key: str, speaker: str = "loadgen:town") -> None:
+        bus = self.bus_of(speaker)
         while True:
             try:
-                await self.bus.send(topic, messages.encode(message), key=key, partition=self.region)
+                await bus.send(topic, messages.encode(message), key=key, partition=self.region)
             except BusError:
                 await asyncio.sleep(0.1)
             else:
@@ -204,6 +214,7 @@ class Town:
                     **more,
                 ),
                 name,
+                f"{role.value}:{name}",
             )
 
     async def submit(self, numbers: Iterable[int], gap_s: float = 0.05) -> list[TaskSubmitted]:
@@ -235,7 +246,8 @@ class Town:
                 if role is Role.EDGE:
                     more = {"slots": 1, "link1_capacity_bps": 100_000_000, "link2_capacity_bps": 20_000_000}
                 settings = NodeSettings(name=name, role=role, region=self.region, lease_s=60.0, **more)
-                node = Node(self.bus, settings, ModelledRunner([profile(role)]))
+                bus = self.bus_of(f"{role.value}:{name}")
+                node = self.nodes[name] = Node(bus, settings, ModelledRunner([profile(role)]))
                 work = make_work(node, lambda task, sample, outputs: self.shown.append((task.task_id, sample)))
                 group.create_task(node.run(work), name=name)
 
@@ -244,7 +256,7 @@ class Town:
         done = TaskCompleted(
             task_id=start.task_id, attempt=start.attempt, node=start.device, measured=Parts(), delay_s=service_s
         )
-        await self.tell(topics.EVENTS, done, start.task_id)
+        await self.tell(topics.EVENTS, done, start.task_id, f"device:{start.device}")
 
     async def until_ended(self, count: int, timeout_s: float = 600.0) -> Story:
         """Wait until so many tasks have ended, by the topic."""
@@ -258,12 +270,14 @@ class Town:
 
 
 @contextlib.asynccontextmanager
-async def town(broker: MemoryBroker | None = None, *, real: bool = False) -> AsyncIterator[Town]:
+async def town(
+    broker: MemoryBroker | None = None, *, real: bool = False, master: Master | None = None
+) -> AsyncIterator[Town]:
     """A region whose nodes have announced themselves and whose devices are played; or `real` stages, modelled."""
     made = broker or MemoryBroker()
     async with MemoryBus(made, "town") as bus:
         await bus.create_topics(topics.specs(["e1", "e2"]))
-        place = Town(made, bus)
+        place = Town(made, bus, master=master)
         if not real:
             await place.announce()
         playing = asyncio.create_task(place.stages() if real else place.play(), name="stages")

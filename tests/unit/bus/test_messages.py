@@ -36,6 +36,10 @@ def test_unknown_keys_of_a_newer_writer_are_ignored() -> None:
         (messages.encode(task()).replace(b'"v":1', b'"v":2'), "unknown_version"),
         (b" " * (MAX_MESSAGE_BYTES + 1), "oversized"),
         (b'{"a":' * 5000, "undecodable"),
+        (messages.encode(task())[:-1] + b',"new":' + b"[" * 450_000 + b"]" * 450_000 + b"}", "undecodable"),
+        (messages.encode(task()).replace(b'"samples":3', b'"samples":' + b"9" * 900_000), "undecodable"),
+        (messages.encode(task()).replace(b'"samples":3', b'"samples":1e999'), "undecodable"),
+        (messages.encode(task()).replace(b'"d1"', b'"\\ud800"'), "undecodable"),
     ],
 )
 def test_what_is_wrong_is_refused_with_its_cause(payload: bytes | None, cause: str) -> None:

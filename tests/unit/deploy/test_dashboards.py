@@ -25,7 +25,9 @@ def given() -> set[str]:
     counted = set(re.findall(r"\.count\(\"(\w+)\"", text))
     counted |= {f"{part}_busy_seconds" for part in ("device", "link1", "edge", "link2", "cloud", "result")}
     text = (ROOT / "deploy" / "nodes.py").read_text(encoding="utf-8")
-    counted |= set(re.findall(r"\"(link\d_bytes|decisions)\":", text)) | set(re.findall(r"counters\[\"(\w+)\"\]", text))
+    counted |= set(re.findall(r"\"(link\d_bytes|decisions|wrong_identity)\":", text)) | set(
+        re.findall(r"counters\[\"(\w+)\"\]", text)
+    )
     gauges = set(re.findall(r"\"(leading|tasks)\":", text))
     registry = CollectorRegistry()
     health = Health(True, {}, dict.fromkeys(gauges, 1.0), dict.fromkeys(counted, 1.0))

@@ -214,6 +214,25 @@ def test_poison_is_dead_lettered_its_task_fails_with_the_cause_and_the_partition
     run_virtual(run())
 
 
+def test_a_model_of_the_same_name_with_other_bytes_is_not_computed_with() -> None:
+    """Models are pinned: the plan says by which SHA-256 it was made."""
+
+    async def run() -> None:
+        async with edge() as e:
+            other = plan("u", sha256="1" * 64)
+            await e.give(frame(0, task_id="u", with_plan=other), key="u")
+            await asyncio.sleep(1.0)
+            ((_, _, headers),) = e.read(topics.DEAD_LETTER)
+            assert (headers["deepar_cause"], headers["deepar_error"]) == (
+                "unknown_model",
+                "task u: toy is another one here",
+            )
+            assert [(failed.task_id, failed.cause) for failed in e.failures()] == [("u", "unknown_model")]
+            assert e.results() == []
+
+    run_virtual(run())
+
+
 def test_frames_without_a_plan_wait_and_are_dead_letters_in_the_end() -> None:
     async def run() -> None:
         async with edge() as e:

@@ -1,0 +1,72 @@
+"""`deepar identity`: a region's master secret, and the keys that are made of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bus.errors import ConfigError
+from bus.identity import SPEAKING_ROLES, Master, Speaker, load_key, load_master, write_secret
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Keys that prove which node a message is of. The region's planner holds the master, each node its own key.",
+)
+
+
+@app.command("new-master")
+def new_master(
+    out: Annotated[Path, typer.Option(help="The new file; only its owner may read it.")] = Path("deepar.master"),
+) -> None:
+    """Make a master secret. Whoever holds it can speak as everybody: it belongs to the planner, and to whoever makes keys."""
+    master = Master.new()
+    write_secret(out, master.to_text())
+    typer.echo(
+        f"{out}: master {master.fingerprint}; the planner takes it by DEEPAR_IDENTITY_MASTER_FILE={out}", err=True
+    )
+
+
+@app.command("key")
+def key(
+    name: Annotated[str, typer.Argument(help="The node's name; of a load generator any name.")],
+    role: Annotated[str, typer.Option(help=f"{', '.join(SPEAKING_ROLES)}.")],
+    master: Annotated[
+        Path, typer.Option(envvar="DEEPAR_IDENTITY_MASTER_FILE", help="The region's master secret.")
+    ] = Path("deepar.master"),
+    out: Annotated[
+        Path | None, typer.Option(help="The new file; only its owner may read it. [default: ROLE-NAME.key]")
+    ] = None,
+) -> None:
+    """Make the key of one node. The same name gives the same key: keep one role a name."""
+    made = load_master(master).key(Speaker(role, name))
+    file = out or Path(f"{role}-{name}.key")
+    write_secret(file, made.to_text())
+    typer.echo(
+        f"{file}: {made.speaker}, of master {made.fingerprint}; it takes it by DEEPAR_IDENTITY_KEY_FILE={file}",
+        err=True,
+    )
+
+
+@app.command("show")
+def show(
+    file: Annotated[Path, typer.Argument(help="A key or a master.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Say whose a file is, and of which master; never the secret."""
+    found: dict[str, str | None]
+    try:
+        one = load_key(file)
+        found = {"kind": "key", "speaker": str(one.speaker), "master": one.fingerprint}
+    except ConfigError:
+        found = {"kind": "master", "speaker": None, "master": load_master(file).fingerprint}
+    if as_json:
+        sys.stdout.write(json.dumps(found) + "\n")
+    else:
+        typer.echo(f"{found['kind']} {found['speaker'] or ''}".strip() + f", master {found['master']}")
+
+
+__all__ = ["app"]

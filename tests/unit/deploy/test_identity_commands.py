@@ -1,0 +1,134 @@
+"""`deepar identity` and what looks at its files: keys for those they are of, and no secret on any stream."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bus import messages, topics
+from bus.errors import ConfigError
+from bus.identity import Key, Master, Speaker, load_key, load_master, write_secret
+from bus.memory import MemoryBroker, MemoryBus
+from bus.messages import EpochOpened
+from deploy import commands_doctor, commands_services
+from deploy.commands_identity import app
+from deploy.commands_services import node_settings
+from deploy.identities import key_of, submitter_of
+from deploy.settings import DeviceOptions
+
+D1 = Speaker("device", "d1")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DEEPAR_IDENTITY_MASTER_FILE", raising=False)
+    return tmp_path
+
+
+def secrets_of(folder: Path) -> list[str]:
+    """Everything in the files that nobody may see."""
+    return [word for file in folder.iterdir() for word in file.read_text().split() if len(word) == 64]
+
+
+def test_a_master_its_keys_and_what_is_said_of_them(folder: Path) -> None:
+    runner = CliRunner()
+    said = [
+        runner.invoke(app, words, catch_exceptions=False)
+        for words in (
+            ["new-master"],
+            ["key", "d1", "--role", "device"],
+            ["key", "lg", "--role", "loadgen", "--master", "deepar.master", "--out", "lg"],
+            ["show", "device-d1.key", "--json"],
+            ["show", "deepar.master"],
+            ["show", "lg"],
+        )
+    ]
+    assert [result.exit_code for result in said] == [0] * 6
+    assert {file.name for file in folder.iterdir()} == {"deepar.master", "device-d1.key", "lg"}
+    master = load_master(folder / "deepar.master")
+    assert load_key(folder / "device-d1.key") == master.key(D1)
+    assert json.loads(said[3].stdout) == {"kind": "key", "speaker": "device:d1", "master": master.fingerprint}
+    assert said[4].stdout == f"master, master {master.fingerprint}\n"
+    assert said[5].stdout == f"key loadgen:lg, master {master.fingerprint}\n"
+    assert len(secrets_of(folder)) == 3
+    for result in said:
+        assert not any(secret in result.output for secret in secrets_of(folder))
+
+
+def test_what_cannot_be_made_is_named(folder: Path) -> None:
+    runner = CliRunner()
+    for words, said in (
+        (["key", "d1", "--role", "device"], "No such file"),
+        (["key", "p", "--role", "planner", "--master", "m"], "no role that speaks"),
+        (["show", "m.key"], "No such file"),
+    ):
+        if "m" in words:
+            write_secret(folder / "m", Master.new().to_text())
+        with pytest.raises(ConfigError, match=said):
+            runner.invoke(app, words, catch_exceptions=False)
+
+
+def test_a_key_serves_only_whom_it_is_of(folder: Path) -> None:
+    master = Master.new()
+    for speaker in ("device:d1", "edge:e1", "loadgen:lg"):
+        write_secret(folder / speaker, master.key(Speaker.parse(speaker)).to_text())
+    assert key_of(D1, folder / "device:d1") == master.key(D1)
+    assert key_of(D1, None) is None
+    assert submitter_of(None) is None
+    with pytest.raises(ConfigError, match="holds the key of edge:e1, and this is device:d1"):
+        key_of(D1, folder / "edge:e1")
+    assert isinstance(submitter_of(folder / "loadgen:lg"), Key)
+    assert isinstance(submitter_of(folder / "device:d1"), Key)
+    with pytest.raises(ConfigError, match="edge:e1, who may submit no tasks"):
+        submitter_of(folder / "edge:e1")
+
+
+def test_up_makes_keys_of_its_master_unless_a_node_has_its_own(folder: Path) -> None:
+    master, other = Master.new(), Master.new()
+    write_secret(folder / "k", other.key(D1).to_text())
+    plain, own = DeviceOptions(name="d1"), DeviceOptions(name="d1", identity_key=str(folder / "k"))
+    settings = node_settings(plain, region=0, lease_s=1.0)
+    assert commands_services._key(settings, plain, None) is None
+    assert commands_services._key(settings, plain, master) == master.key(D1)
+    assert commands_services._key(settings, own, master) == other.key(D1)
+
+
+def test_the_doctor_looks_at_the_files(folder: Path) -> None:
+    master = Master.new()
+    write_secret(folder / "k", master.key(D1).to_text())
+    write_secret(folder / "m", master.to_text())
+    files = {"DEEPAR_IDENTITY_KEY_FILE": str(folder / "k"), "DEEPAR_IDENTITY_MASTER_FILE": str(folder / "m")}
+    look = commands_doctor.identity_checks
+    assert look({}) == []
+    fine = look(files | {"DEEPAR_NODE": "d1"})
+    assert [check.ok for check in fine] == [True, True]
+    assert "device:d1" in fine[0].detail
+    another = look(files | {"DEEPAR_NODE": "d2"})[0]
+    assert (another.ok, another.remedy) == (False, "deepar identity key d2 --role device")
+    (folder / "k").chmod(0o644)
+    assert "others on this machine may read it" in look(files)[0].detail
+    swapped = look({"DEEPAR_IDENTITY_KEY_FILE": str(folder / "m")})[0]
+    assert not swapped.ok
+    assert "the planner's alone" in swapped.detail
+    told = repr([fine, another, swapped])
+    assert not any(secret in told for secret in secrets_of(folder))
+
+
+async def test_the_doctor_compares_with_what_the_region_demands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    master, other = Master.new(), Master.new()
+    write_secret(folder / "k", other.key(D1).to_text())
+    opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=5.0, identity=master.fingerprint)
+    async with MemoryBus(MemoryBroker(), "doctor") as bus:
+        await bus.create_topics(topics.specs())
+        await bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
+        monkeypatch.delenv("DEEPAR_IDENTITY_KEY_FILE", raising=False)
+        (planner,) = await commands_doctor._planners(bus)
+        assert f"by keys of master {master.fingerprint}" in planner.detail
+        monkeypatch.setenv("DEEPAR_IDENTITY_KEY_FILE", str(folder / "k"))
+        identity, _ = await commands_doctor._planners(bus)
+    assert not identity.ok
+    assert identity.detail.endswith(f"ours is of {other.fingerprint}")
