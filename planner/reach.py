@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from bus.messages import TaskSubmitted
 from bus.values import Objective, Role
-from planner.algorithm import EdgeOption, Request
+from planner.algorithm import EdgeOption, Reached, Request
 from planner.cost import PlatformRow
 from planner.region_state import RegionState
 from planner.search import CutSearch
@@ -37,33 +37,13 @@ class Reach(RegionState):
         row = device.rows.get(submitted.model)
         if row is None:
             return "unknown_model"
-        reach = device.reach.get(row.model)
-        if reach is None:
-            reach = device.reach[row.model] = self._reach(device, row)
-        cap1, cap2 = submitted.max_link1_bps, submitted.max_link2_bps
-        options = [
-            EdgeOption(
-                option.account,
-                option.search,
-                option.max_link1_bps if cap1 is None or option.max_link1_bps < cap1 else cap1,
-                option.max_link2_bps if cap2 is None or option.max_link2_bps < cap2 else cap2,
-            )
-            for option in reach
-        ]
-        return Request(
-            submitted.task_id,
-            submitted.samples,
-            submitted.input_bytes,
-            row,
-            device.alone[row.model],
-            self.ledger.devices.get(submitted.device),
-            options,
-            self.objective,
-        )
+        reached = device.reach.get(row.model)
+        if reached is None:
+            reached = device.reach[row.model] = self._reach(device, row)
+        return Request(submitted, reached, self.ledger.devices.get(submitted.device), self.objective)
 
-    def _reach(self, device: Node, row: PlatformRow) -> list[EdgeOption]:
-        """The edges that a device can reach, for one model, in order of name; kept until a node joins or is lost."""
-        device.alone[row.model] = self._search(row, None, None)
+    def _reach(self, device: Node, row: PlatformRow) -> Reached:
+        """What a device can use for one model; kept until a node joins or is lost."""
         announced = device.announced
         cloud = self._cloud_row(row.model, row.sha256)
         names = self._edge_names if announced.reachable_edges is None else sorted(set(announced.reachable_edges))
@@ -82,7 +62,7 @@ class Reach(RegionState):
             if announced.link1_capacity_bps and announced.link1_capacity_bps < limit1:
                 limit1 = announced.link1_capacity_bps
             options.append(EdgeOption(account, self._search(row, edge, cloud), limit1, account.link2_capacity_bps))
-        return options
+        return Reached(row, self._search(row, None, None), options)
 
     def _row(self, node: str, model: str, sha256: str) -> PlatformRow | None:
         row = self.nodes[node].rows.get(model)
