@@ -120,22 +120,21 @@ class Drive:
     def _handle(self, event: Any) -> None:
         now_s, live = self.now_s, self._live
         for change in self.core.handle(event, now_s):
-            kind = type(change)
-            if kind is Placed:
+            if isinstance(change, Placed):
                 outcome = live[change.task_id]
                 outcome.placed_s, outcome.attempt, outcome.policy = now_s, change.attempt, change.policy
                 outcome.placement, outcome.predicted = change.placement, change.parts
                 outcome.predicted_delay_s, outcome.predicted_wait_s = change.delay_s, change.wait_s
-            elif kind is Start:
+            elif isinstance(change, Start):
                 task_id = change.task_id
                 outcome = live[task_id]
                 outcome.started_s = now_s
                 self._sequence += 1
                 end_s = now_s + (outcome.predicted_delay_s or 0.0) * self.slowdown()
                 heappush(self._heap, (end_s, _END, self._sequence, (task_id, change.attempt)))
-            elif kind is Retried:
+            elif isinstance(change, Retried):
                 live[change.task_id].started_s = None
-            elif kind is Ended:
+            elif isinstance(change, Ended):
                 outcome = live.pop(change.task_id)
                 outcome.state, outcome.cause, outcome.ended_s = change.state, change.cause, now_s
                 outcome.measured, outcome.device_delay_s = change.measured, change.delay_s

@@ -20,9 +20,9 @@ Ties: the earlier start, then the family, then the edge by name, then cut1, then
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from copy import copy
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush
 from typing import Final, NamedTuple
 
 from bus.makers import maker
@@ -66,9 +66,9 @@ class Reached:
         self.row = row
         self.device_search = device_search
         self.edges = edges  # with no task's caps, in order of name
-        self.least_link1_bps = min((option.max_link1_bps for option in edges), default=0)
-        self.least_link2_bps = min((option.max_link2_bps for option in edges), default=0)
-        self.by_search = group(edges, lambda option: (option.search, 0, 0, option.account.slots >= 1))
+        self.least_link1_bps = min([option.max_link1_bps for option in edges], default=0)
+        self.least_link2_bps = min([option.max_link2_bps for option in edges], default=0)
+        self.by_search = grouped([(option.search, 0, 0, option.account.slots >= 1, option.account) for option in edges])
 
 
 class Request:
@@ -128,10 +128,7 @@ class Request:
         """The edges by what they are to the search."""
         cap1, cap2, reached = self.max_link1_bps, self.max_link2_bps, self._reached
         if cap1 is None or cap2 is None or cap1 > reached.least_link1_bps or cap2 > reached.least_link2_bps:
-            return group(
-                self.edges,
-                lambda option: (option.search, option.max_link1_bps, option.max_link2_bps, option.account.slots >= 1),
-            )
+            return grouped([(search, b1, b2, account.slots >= 1, account) for account, search, b1, b2 in self.edges])
         # the task's own caps are less than any edge's
         return [
             EdgeKind(search, cap1, cap2, computes, accounts) for search, _, _, computes, accounts in reached.by_search
@@ -145,13 +142,11 @@ class Request:
         )
 
 
-def group(
-    edges: Iterable[EdgeOption], kind_of: Callable[[EdgeOption], tuple[CutSearch, int, int, bool]]
-) -> list[EdgeKind]:
+def grouped(edges: Iterable[tuple[CutSearch, int, int, bool, EdgeAccount]]) -> list[EdgeKind]:
     """Edges of a kind together."""
     kinds: dict[tuple[CutSearch, int, int, bool], list[EdgeAccount]] = {}
-    for option in edges:
-        kinds.setdefault(kind_of(option), []).append(option.account)
+    for search, b1, b2, computes, account in edges:
+        kinds.setdefault((search, b1, b2, computes), []).append(account)
     return [EdgeKind(*kind, tuple(accounts)) for kind, accounts in kinds.items()]
 
 
@@ -207,24 +202,27 @@ class Algorithm:
         if request.device is not None and device_computes and delayed:
             ends = sorted({r.end_s for r in request.device.reservations.values() if r.end_s > now})
         while heap:
-            value, family, name, start, i, account, kind, full, tried, alike = heap[0]
+            value, family, name, start, i, kind, full, tried, accounts = heappop(heap)
             if value > best_value:
                 break
-            if value == best_value and (start, family, name) > best_tie:
-                heappop(heap)  # it could tie at best, and loses ties; so do its later starts, and the edges of its kind
-                continue
-            timeline = account.timeline
-            if i < 0:
-                i = bisect_right(timeline.times, now) - 1
-            choice = None
-            if family == DEVICE_CLOUD or timeline.slots[i] > 0:
-                choice = self._at(account, kind, family, start, i, device_computes, best_value, full, tried)
-                if choice is not None:
-                    found = start - now + choice.delay_s
-                    if found < best_value or (start, family, name) < best_tie:
-                        best, best_value, best_tie = choice, found, (start, family, name)
-            if delayed and (choice is None or choice.delay_s != full[0]):  # with full caps now no later start is better
-                following, at = _next_start(timeline, family, i, best_value - full[0] + now)
+            for account in accounts:
+                name = account.name
+                if value == best_value and (start, family, name) > best_tie:
+                    break  # it could tie at best, and loses ties; so do its later starts, and the edges behind it
+                timeline = account.timeline
+                at = i if i >= 0 else bisect_right(timeline.times, now) - 1
+                choice = None
+                if family == DEVICE_CLOUD or timeline.slots[at] > 0:
+                    choice = self._at(account, kind, family, start, at, device_computes, best_value, full, tried)
+                    if choice is not None:
+                        found = start - now + choice.delay_s
+                        if found < best_value or (start, family, name) < best_tie:
+                            best, best_value, best_tie = choice, found, (start, family, name)
+                        if choice.delay_s == full[0]:
+                            continue  # with all it may have: no later start is better
+                if not delayed:
+                    continue
+                following, at = _next_start(timeline, family, at, best_value - full[0] + now)
                 if ends:
                     later = bisect_right(ends, start)
                     if later < len(ends) and ends[later] < following:
@@ -232,21 +230,13 @@ class Algorithm:
                         at = bisect_right(timeline.times, following) - 1
                 later_value = following - now + full[0]
                 if later_value <= best_value and following != _NEVER:
-                    heapreplace(heap, (later_value, family, name, following, at, account, kind, full, tried, ()))
-                else:
-                    heappop(heap)
-            else:
-                heappop(heap)
-            if alike:  # the next edge of its kind has the same bound, and stands behind it in the order
-                account = alike[0]
-                heappush(heap, (value, family, account.name, now, -1, account, kind, full, tried, alike[1:]))
+                    heappush(heap, (later_value, family, name, following, at, kind, full, tried, (account,)))
         return best
 
     def _bounds(self, families: Collection[int], device_computes: bool, worst: float) -> list[_Pair]:
         """Pairs at their start now, bounded by w at full caps; what cannot be, or cannot win, is left out.
 
-        Edges of a kind have the same bounds. The first of them stands for all; `best` takes the next from it when it comes to
-        it.
+        Edges of a kind have the same bounds, and stand there as one.
         """
         request, now = self.request, self.now
         samples, objective, input_bytes = request.samples, request.objective, request.input_bytes
@@ -255,7 +245,7 @@ class Algorithm:
             search, b1, b2, computes, accounts = kind
             if b1 < 1:
                 continue
-            account = accounts[0]
+            name = accounts[0].name
             for family in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE):
                 if (
                     family not in families
@@ -267,7 +257,7 @@ class Algorithm:
                     family, b1, b2 if family != DEVICE_EDGE else 0, samples, objective, input_bytes, device_computes
                 )
                 if found is not None and found[0] <= worst:
-                    heap.append((found[0], family, account.name, now, -1, account, kind, found, [], accounts[1:]))
+                    heap.append((found[0], family, name, now, -1, kind, found, [], accounts))
         heapify(heap)
         return heap
 
@@ -399,16 +389,15 @@ class Algorithm:
 _Pair = tuple[
     float,  # bound of w + delta_t
     int,  # family
-    str,  # edge
+    str,  # edge, the first of them
     float,  # start
     int,  # the step of the edge's timeline that the start lies in; -1: not looked up yet
-    EdgeAccount,
     EdgeKind,
     Found,  # w at full caps
     list[tuple[int, int, float]],  # w at other grants
-    tuple[EdgeAccount, ...],  # the edges of its kind that have not been looked at
+    tuple[EdgeAccount, ...],  # the edge; at first all of its kind
 ]
-"""An edge and a family, at a start. Edge and family are unique in the heap, so nothing behind them is compared."""
+"""Edges and a family, at a start. Edge and family are unique in the heap, so nothing behind them is compared."""
 
 
 def placement_of(request: Request, choice: Choice) -> Placement:

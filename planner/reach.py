@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
-from bus.messages import TaskSubmitted
+from bus.messages import NodeAnnounced, TaskSubmitted
 from bus.values import Objective, Role
 from planner.algorithm import EdgeOption, Reached, Request
 from planner.cost import PlatformRow
@@ -20,6 +20,9 @@ from planner.tasks import Node
 MAX_SEARCHES: Final = 20_000
 """Prepared searches kept; they are made again when needed."""
 
+MAX_OPTIONS: Final = 50_000
+"""Edges as devices of one make see them, kept likewise."""
+
 
 class Reach(RegionState):
     """A region that can say what Algorithm 1 has to choose from."""
@@ -28,6 +31,7 @@ class Reach(RegionState):
         super().__init__(region, **settings)
         self.objective = objective
         self._searches: dict[tuple[PlatformRow | None, ...], CutSearch] = {}
+        self._options: dict[tuple[str, PlatformRow, int], EdgeOption | None] = {}
 
     def request(self, submitted: TaskSubmitted) -> Request | str | None:
         """A task as Algorithm 1 sees it; None while its device is not there; a cause where it never can be."""
@@ -47,22 +51,39 @@ class Reach(RegionState):
         announced = device.announced
         cloud = self._cloud_row(row.model, row.sha256)
         names = self._edge_names if announced.reachable_edges is None else sorted(set(announced.reachable_edges))
+        known, own_bps = self._options, announced.link1_capacity_bps
         options: list[EdgeOption] = []
         for name in names:
-            node = self.nodes.get(name)
-            if node is None or node.announced.role is not Role.EDGE:
-                continue
-            edge = node.rows.get(row.model)
-            if edge is not None and (edge.sha256 != row.sha256 or edge.layers != row.layers):
-                edge = None
-            if edge is None and cloud is None:
-                continue
-            account = self.ledger.edges[name]
-            limit1 = account.link1_capacity_bps
-            if announced.link1_capacity_bps and announced.link1_capacity_bps < limit1:
-                limit1 = announced.link1_capacity_bps
-            options.append(EdgeOption(account, self._search(row, edge, cloud), limit1, account.link2_capacity_bps))
-        return Reached(row, self._search(row, None, None), options)
+            key = name, row, own_bps
+            if key not in known:
+                if len(known) >= MAX_OPTIONS:
+                    known.clear()
+                known[key] = self._option(name, row, cloud, own_bps)
+            option = known[key]
+            if option is not None:
+                options.append(option)
+        return Reached(row, self._search(row, None, None), tuple(options))
+
+    def _option(self, name: str, row: PlatformRow, cloud: PlatformRow | None, own_bps: int) -> EdgeOption | None:
+        """An edge as devices of one make see it, or None where it is no use to them."""
+        node = self.nodes.get(name)
+        if node is None or node.announced.role is not Role.EDGE:
+            return None
+        edge = node.rows.get(row.model)
+        if edge is not None and (edge.sha256 != row.sha256 or edge.layers != row.layers):
+            edge = None
+        if edge is None and cloud is None:
+            return None
+        account = self.ledger.edges[name]
+        limit1 = account.link1_capacity_bps
+        if own_bps and own_bps < limit1:
+            limit1 = own_bps
+        return EdgeOption(account, self._search(row, edge, cloud), limit1, account.link2_capacity_bps)
+
+    def _forget_reach(self, changed: NodeAnnounced) -> None:
+        super()._forget_reach(changed)
+        if changed.role is not Role.DEVICE:
+            self._options.clear()
 
     def _row(self, node: str, model: str, sha256: str) -> PlatformRow | None:
         row = self.nodes[node].rows.get(model)

@@ -31,8 +31,8 @@ from bus.messages import (
 from bus.values import Role
 from planner.cost import PlatformRow, RowTable
 from planner.ledger import Ledger, Reservation
-from planner.states import ENDING, Step, next_state
-from planner.tasks import HASH_MASK, NEVER, EndedTasks, Node, Task, hash_of
+from planner.states import ENDING, TRANSITIONS, Step, next_state
+from planner.tasks import HASH_MASK, HISTORY, NEVER, EndedTasks, Node, Task, hash_of
 
 DEFAULT_PATIENCE_S: Final = 600.0
 DEFAULT_REMEMBER_ENDED: Final = 10_000
@@ -91,7 +91,7 @@ class RegionState:
 
     def apply(self, change: Change, now: float) -> None:
         """Make one change, decided here or recorded earlier. Raises `InvariantError` for one that cannot be."""
-        _APPLY[type(change)](self, change, now)
+        APPLY[type(change)](self, change, now)
 
     def _live(self, change: TaskChange) -> Task:
         """The task that a change is about; its hash must be made anew."""
@@ -109,7 +109,7 @@ class RegionState:
             raise InvariantError(f"{task_id} is admitted twice")
         self._seq += 1
         task = Task(submitted, self._seq, now)
-        task.remember((None, Step.ADMITTED, now))
+        task.history.append((None, Step.ADMITTED, now))
         self.tasks[task_id] = self._touched[task_id] = self._waiting[task_id] = task
         if task.deadline_s != NEVER:
             heappush(self._deadlines, (task.deadline_s, task.seq, task_id))
@@ -231,9 +231,12 @@ class RegionState:
             self._changed_devices[device] = until
 
     def _step(self, task: Task, step: Step, at_s: float) -> None:
-        before = task.state
-        task.state = next_state(task.task_id, before, step, task.history)
-        task.remember((before, step, at_s))
+        before, history = task.state, task.history
+        to = TRANSITIONS.get((before, step))
+        task.state = next_state(task.task_id, before, step, history) if to is None else to
+        history.append((before, step, at_s))
+        if len(history) > 2 * HISTORY:
+            del history[:-HISTORY]
 
     # --- leases and timers -------------------------------------------------------------------------------------------
 
@@ -336,7 +339,7 @@ def reservation_of(task: Task, placed: Placed) -> Reservation:
     )
 
 
-_APPLY: Final[dict[type, Callable[[RegionState, Any, float], None]]] = {
+APPLY: Final[dict[type, Callable[[RegionState, Any, float], None]]] = {
     Admitted: RegionState._apply_admitted,
     Placed: RegionState._apply_placed,
     BandwidthGrant: RegionState._apply_grant,
@@ -348,3 +351,4 @@ _APPLY: Final[dict[type, Callable[[RegionState, Any, float], None]]] = {
     NodeJoined: RegionState._apply_joined,
     NodeLost: RegionState._apply_lost,
 }
+"""What `apply` does with each change."""

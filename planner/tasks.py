@@ -49,13 +49,6 @@ class Task:
         self.digest = 0  # its share of the state's hash
         self.history: list[Happened] = []
 
-    def remember(self, what: Happened) -> None:
-        """A step for the history."""
-        history = self.history
-        history.append(what)
-        if len(history) > 2 * HISTORY:
-            del history[:-HISTORY]
-
     def text(self, r: Reservation | None) -> str:
         """Everything about it that decides what will happen, for the hash."""
         held = ""
