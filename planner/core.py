@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heappop
+from operator import index
 from typing import Any, Final
 
 from bus.errors import InvariantError
@@ -134,7 +135,9 @@ class PlannerCore(Reach):
         self.now_s = now = float(now) if now > self.now_s else self.now_s
         changes = self._changes = []
         _TAKE[type(event)](self, event, now)
-        if changes:
+        if changes and (
+            self._changed_edges or self._changed_devices or self._replan or (self._ends and self._ends[0][0] <= now)
+        ):
             self._settle(now)
         self._changes = []
         return changes
@@ -410,6 +413,8 @@ class PlannerCore(Reach):
 
     def _book(self, task: Task, request: Request, choice: Choice, now: float) -> None:
         submitted, row = task.submitted, request.device_row
+        if not isinstance(self.policy, Restriction):
+            choice = self._plain(choice)
         option = request.edge(choice.edge)
         self._check(request, option, choice, now)
         search = request.device_search if option is None else option.search
@@ -442,10 +447,26 @@ class PlannerCore(Reach):
         if start_s <= now:
             self._do(_start(task_id=task_id, attempt=attempt, device=submitted.device, at_s=start_s), now)
 
+    def _plain(self, choice: Choice) -> Choice:
+        """What a user's policy chose, in numbers of Python's own."""
+        try:
+            family, edge, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
+            whole = (index(cut1), index(cut2), index(link1_bps), index(link2_bps))
+            return Choice(index(family), edge, *whole, float(start_s), float(delay_s))
+        except (TypeError, ValueError) as error:
+            raise InvariantError(f"policy {self.policy.name} chose {choice!r}: {error}") from None
+
     def _check(self, request: Request, option: EdgeOption | None, choice: Choice, now: float) -> None:
-        """A policy may be a user's: what it chose must be free, and within the task's caps (11)."""
-        end = choice.start_s + choice.delay_s
-        good = choice.start_s >= now and (choice.edge is None) == (option is None)
+        """A policy may be a user's: what it chose must be free, within the task's caps (11), and make sense.
+
+        No message that is made of it is validated once more.
+        """
+        end, layers = choice.start_s + choice.delay_s, request.device_row.layers
+        good = (
+            now <= choice.start_s <= end < NEVER
+            and 0 <= choice.cut1 <= choice.cut2 <= layers
+            and (choice.edge is None) == (option is None) == (choice.cut1 == layers)
+        )
         if good and option is not None:
             good = (
                 1 <= choice.link1_bps <= option.max_link1_bps

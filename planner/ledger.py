@@ -59,8 +59,8 @@ class Reservation:
         self.edge = edge  # None: the device alone
         self.device = device  # None: the device only sends its input
         self.start_s = start_s  # ledger time
-        self.length_s = max(delay_s, SHORTEST_S)  # w
-        self.end_s = start_s + self.length_s  # predicted; a task that overruns has it moved on
+        self.length_s = length_s = delay_s if delay_s > SHORTEST_S else SHORTEST_S  # w
+        self.end_s = start_s + length_s  # predicted; a task that overruns has it moved on
         self.slots = slots  # 0 or 1
         self.link1_bps = link1_bps
         self.link2_bps = link2_bps

@@ -333,7 +333,7 @@ def reservation_of(task: Task, placed: Placed) -> Reservation:
         placed.device if placement.cut1 else None,
         placed.start_s,
         placed.delay_s,
-        int(placement.uses_slot),
+        int(placement.cut1 != placement.cut2),
         placement.link1_bps,
         placement.link2_bps,
     )

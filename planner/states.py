@@ -65,7 +65,7 @@ def next_state(task_id: str, state: TaskState | None, step: Step, history: Seque
     """The state after a step. Raises `InvariantError` for a transition that is not in the table."""
     to = TRANSITIONS.get((state, step))
     if to is None:
-        past = "; ".join(in_words(history)) or "nothing"
+        past = "; ".join(in_words(history)) or "nothing that is known"
         raise InvariantError(f"task {task_id}: no transition from {state or 'unknown'} by {step}; before that: {past}")
     return to
 
