@@ -18,6 +18,7 @@ from bus.topics import Partitions
 from bus.units import parse_duration, parse_rate
 from bus.values import Execution, Objective, Role
 from deploy import nodes
+from deploy.otel import tracing
 from deploy.planner_regions import parse_regions, run_regions
 from deploy.process import run_on_uvloop, until_stopped
 from deploy.settings import CloudOptions, DeviceOptions, EdgeOptions, NodeOptions, UpSettings, load_settings
@@ -299,7 +300,7 @@ def up(
 async def run_up(settings: UpSettings, bus: Bus, http_port: int | None, http_host: str) -> None:
     """Planner and stages around one bus, in one event loop."""
     options: list[NodeOptions] = [*settings.cloud, *settings.edge, *settings.device]
-    async with bus:
+    async with tracing("deepar") as on_span, bus:
         partitions = Partitions(regions=settings.bus.regions)
         await nodes.create_missing_topics(bus, [edge.name for edge in settings.edge], partitions)
         await nodes.require_region(bus, settings.region)
@@ -330,10 +331,11 @@ async def run_up(settings: UpSettings, bus: Bus, http_port: int | None, http_hos
                         max_waiting=settings.planner.max_waiting,
                         lease_s=settings.planner.lease,
                     )
+                    service.trace_to(on_span)
                     group.create_task(service.run(), name="planner")
                 for option in options:
                     made = node_settings(option, region=settings.region, lease_s=settings.lease)
-                    node = Node(bus, made, runners[option.name])
+                    node = Node(bus, made, runners[option.name], on_span=on_span)
                     group.create_task(node.run(nodes.make_work(node)), name=option.name)
 
         await until_stopped(serve(), nodes=len(options), region=settings.region)

@@ -23,11 +23,14 @@ import structlog
 
 from bus import messages, topics
 from bus.decisions import DecisionLog
+from bus.envelope import Envelope
 from bus.errors import BusError, DeeparError, InvariantError, ProtocolError
 from bus.messages import Decision, EpochOpened, Message, PlannerLeft, Snapshot
 from bus.port import Bus, Position, Reader
+from bus.tracing import SpanSink
 from planner.core import PlannerCore
 from planner.leading import HEARTBEATS_PER_LEASE, INPUTS, Deposed, Lead, utc
+from planner.traces import TaskTraces
 
 LEASE_S = 5.0
 SNAPSHOT_EVERY = 500
@@ -76,10 +79,16 @@ class PlannerService:
         self._now_s = 0.0  # ledger time at `_since_s`
         self._since_s = 0.0  # the loop's clock
         self.nonce = ""
+        self.envelope = Envelope(f"/deepar/{region}/planner/{name}", uuid.uuid4().hex[:12])
+        self.traces: TaskTraces | None = None
 
     def now_s(self) -> float:
         """Ledger time, while leading."""
         return self._now_s + (asyncio.get_running_loop().time() - self._since_s)
+
+    def trace_to(self, sink: SpanSink | None) -> None:
+        """Tell `sink` of the decisions and the ends of tasks. Before `run`."""
+        self.traces = TaskTraces(self.name, sink) if sink is not None else None
 
     async def run(self) -> None:
         """Serve until cancelled: stand by, lead, stand by again. Raises `InvariantError` for bugs only."""
@@ -200,6 +209,8 @@ class PlannerService:
 
     def _fold_in(self, decision: Decision) -> None:
         self.core.fold(decision)
+        if self.traces is not None:
+            self.traces.fold(decision)
         self.inputs.update(decision.inputs)
         self._now_s = decision.now_s
         self._check_hash(decision.ledger_hash, decision.seq)
@@ -277,7 +288,13 @@ class PlannerService:
                 )
 
     async def _send(self, topic: str, message: Message) -> Position:
-        return await self.bus.send(topic, messages.encode(message), key=str(self.region), partition=self.region)
+        return await self.bus.send(
+            topic,
+            messages.encode(message),
+            key=str(self.region),
+            partition=self.region,
+            headers=self.envelope.headers(message),
+        )
 
 
 __all__ = ["LEASE_S", "PlannerService", "Standing"]

@@ -19,9 +19,12 @@ import structlog
 from bus import messages, topics
 from bus.dead_letter import bury
 from bus.decisions import DecisionLog
+from bus.envelope import Envelope
 from bus.errors import BusError, DeeparError, ProtocolError
+from bus.frames import Plan
 from bus.messages import Decision, Message, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLeft, NodeLost, Snapshot
-from bus.port import Bus, Reader, Record
+from bus.port import Bus, Headers, Reader, Record
+from bus.tracing import TRACEPARENT, Attribute, Span, SpanSink, parent_of, part_span_id, traceparent
 from bus.values import Role
 from stages.fences import Fences
 from stages.runner import Runner
@@ -88,14 +91,24 @@ class Work(Protocol):
 class Node:
     """One node of a region, whatever its role."""
 
-    def __init__(self, bus: Bus, settings: NodeSettings, runner: Runner, *, on_busy: BusySink | None = None) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        settings: NodeSettings,
+        runner: Runner,
+        *,
+        on_busy: BusySink | None = None,
+        on_span: SpanSink | None = None,
+    ) -> None:
         self.bus = bus
         self._on_busy = on_busy
+        self._on_span = on_span
         self.settings = settings
         self.runner = runner
         self.fences = Fences()
         self.status = NodeStatus()
         self.incarnation = uuid.uuid4().hex[:12]
+        self._envelope = Envelope(f"/deepar/{settings.region}/{settings.role.value}/{settings.name}", self.incarnation)
         self.log = log.bind(node=settings.name, role=settings.role.value)
         self._decisions = DecisionLog()
         self.serving = asyncio.Event()  # set by the work once it can take what it is sent; announced only then
@@ -135,12 +148,35 @@ class Node:
         if self._on_busy is not None:
             self._on_busy(self.settings.name, part, task_id, begin_s, end_s)
 
+    def span(
+        self, part: str, plan: Plan, begin_s: float | None, end_s: float, busy_s: float, parent_id: str | None = None
+    ) -> None:
+        """One part of a task's delay is over here: told to who collects traces. `begin_s` None: nothing was done."""
+        if self._on_span is None or begin_s is None:
+            return
+        name = self.settings.name
+        attributes: dict[str, Attribute] = {
+            "deepar.attempt": plan.attempt,
+            "deepar.model": plan.model,
+            "deepar.kind": plan.placement.kind.value,
+            "deepar.node": name,
+            "deepar.role": self.settings.role.value,
+            "deepar.samples": plan.todo,
+            "deepar.busy_s": busy_s,
+        }
+        parent_id = parent_id or parent_of(part, plan, name)
+        self._on_span(Span(plan.task_id, part, part_span_id(part, plan, name), parent_id, begin_s, end_s, attributes))
+
+    def trace_header(self, part: str, plan: Plan) -> Headers:
+        """The header of a record that brings what this part made, so that what comes of it is its child."""
+        return ((TRACEPARENT, traceparent(plan.task_id, part_span_id(part, plan, self.settings.name))),)
+
     async def tell(self, topic: str, message: Message, key: str) -> None:
         """Publish a control message to the region; tried again until the bus has it."""
-        payload = messages.encode(message)
+        payload, headers = messages.encode(message), self._envelope.headers(message)
         while True:
             try:
-                await self.bus.send(topic, payload, key=key, partition=self.settings.region)
+                await self.bus.send(topic, payload, key=key, partition=self.settings.region, headers=headers)
                 return
             except BusError as error:
                 self.log.warning("cannot publish, trying again", topic=topic, error=str(error))
@@ -256,6 +292,7 @@ class Node:
                         messages.encode(message),
                         key=self.settings.name,
                         partition=self.settings.region,
+                        headers=self._envelope.headers(message),
                     )
                 self._renew(sent_s)
             except (BusError, TimeoutError) as error:

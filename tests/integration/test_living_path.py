@@ -9,15 +9,19 @@ from collections.abc import Iterator
 
 import msgpack
 import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from bus import topics
+from bus import messages, topics
 from bus.kafka import KafkaBus
 from bus.kafka_connection import KafkaConnection
+from bus.messages import Decision, Placed
 from bus.port import Record
+from bus.tracing import chain, trace_id
 from deploy.broker import free_port
 from tests.integration.deepar_processes import Processes
 from tests.kafka_broker import OwnBroker, choose
 from tests.kafka_broker import _start as start_broker
+from tests.otlp_collector import Collector, collecting
 
 NODES = {
     "cloud": ("stage", "cloud"),
@@ -38,9 +42,20 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnBroker]:
 
 
 @pytest.fixture(scope="module")
-def region(broker: OwnBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """Planner, cloud, two edges and three devices, all ready."""
+def collector() -> Iterator[Collector]:
+    """What takes the region's traces."""
+    with collecting() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def region(broker: OwnBroker, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """Planner, cloud, two edges and three devices, all ready, telling their traces."""
     with Processes(broker.bootstrap, tmp_path_factory.mktemp("region")) as processes:
+        processes.environment |= {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.address,
+            "OTEL_BSP_SCHEDULE_DELAY": "300",
+        }
         started = [processes.start("planner", "planner")]
         started += [
             processes.start(name, *arguments, DEEPAR_MODELS="lenet", DEEPAR_HTTP_HOST="127.0.0.1")
@@ -96,6 +111,38 @@ def test_twenty_tasks_complete_and_every_step_stands_on_the_topics(region: Proce
     assert grants == sum(bool(p["placement"][f"link{n}_bps"]) for p in placed for n in (1, 2))
     ended = [change["task_id"] for change in changes if change["type"] == "ended"]
     assert len(ended) == len(set(ended)) == 20
+
+
+def test_each_task_is_one_trace_across_the_processes(
+    region: Processes, broker: OwnBroker, collector: Collector
+) -> None:
+    placed = {}
+    for record in read_all(broker.bootstrap, topics.DECISIONS):
+        message = messages.decode(topics.DECISIONS, record.value)
+        for change in message.changes if isinstance(message, Decision) else ():
+            if isinstance(change, Placed):
+                placed[trace_id(change.task_id)] = change.placement
+    assert len(placed) == 20
+    wanted = {trace: {"task", "submit", "decision", *chain(placement)} for trace, placement in placed.items()}
+    until_s = time.monotonic() + 20
+    found: dict[str, dict[str, tuple[str, Span]]] = {}
+    while {trace: spans.keys() for trace, spans in found.items()} != wanted and time.monotonic() < until_s:
+        time.sleep(0.2)
+        found = {}
+        for known, span in list(collector.spans):
+            found.setdefault(span.trace_id.hex(), {})[span.name] = (known["service.name"], span)
+    assert {trace: spans.keys() for trace, spans in found.items()} == wanted
+    for trace, spans in found.items():
+        parts = chain(placed[trace])
+        for child, parent in (
+            ("submit", "task"),
+            ("decision", "task"),
+            *zip(parts, ("decision", *parts), strict=False),
+        ):
+            assert spans[child][1].parent_span_id == spans[parent][1].span_id
+        services = {name: service for name, (service, _) in spans.items()}
+        assert (services["submit"], services["task"]) == ("deepar-loadgen", "deepar-planner")
+        assert all(services[part] == f"deepar-{part}" for part in parts if part in ("device", "edge", "cloud"))
 
 
 def test_results_come_back_to_their_device_each_once(region: Processes) -> None:
