@@ -224,9 +224,8 @@ async def run_planner(
             core = service.core
             detail = {"standing": service.standing.value}
             gauges = {"leading": float(service.standing is Standing.LEADING), "tasks": float(core.live_tasks)}
-            return Health(
-                service.standing is not Standing.READING, detail, gauges, {"decisions": float(service.decisions)}
-            )
+            counters = {"decisions": float(service.decisions), "dead_letters": float(service.dead_letters)}
+            return Health(service.standing is not Standing.READING, detail, gauges, counters)
 
         labels = {"role": "planner", "node": service.name, "region": str(service.region)}
         async with serve_probes(look, port=http_port, host=http_host, labels=labels):

@@ -77,7 +77,10 @@ async def run_regions(
                     "leading": float(standings.count(Standing.LEADING)),
                     "tasks": float(sum(service.core.live_tasks for service in services.values())),
                 },
-                counters={"decisions": float(sum(service.decisions for service in services.values()))},
+                counters={
+                    "decisions": float(sum(service.decisions for service in services.values())),
+                    "dead_letters": float(sum(service.dead_letters for service in services.values())),
+                },
             )
 
         which = ALL if regions is None else ",".join(map(str, regions))

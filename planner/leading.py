@@ -72,6 +72,7 @@ class Lead:
                     raise InvariantError(f"decision {self._unproven[0][0]} does not count: {message.detail}")
                 if isinstance(message, Dropped) and message.reason in UNREADABLE:
                     error = ProtocolError(message.reason, message.detail)
+                    service.dead_letters += 1
                     await bury(service.bus, record, error, task_id="", by=service.name)
                 if not isinstance(message, Decision):
                     continue
@@ -149,6 +150,7 @@ class Lead:
         try:
             message = messages.decode(record.topic, record.value)
         except ProtocolError as error:
+            service.dead_letters += 1
             await bury(service.bus, record, error, task_id=record.key or "", by=service.name)
             message = None
         await self._step(message, (record.topic, record.offset + 1))

@@ -70,6 +70,7 @@ class PlannerService:
         self.lease_s = lease_s
         self.standing = Standing.READING
         self.decisions = 0  # records written while leading
+        self.dead_letters = 0  # records that could not be read
         self.log = log.bind(planner=name, region=region)
         self._make_core = make_core
         self._take_over = take_over

@@ -29,6 +29,12 @@ from bus.values import Role
 from stages.fences import Fences
 from stages.runner import Runner
 
+ALARMED = ("dead_letters", "stalled_attempts")
+"""Counters that alarms look at. They, and the busy times, are there from the start: where a series only begins, Prometheus
+sees no increase.
+"""
+MEASURED = {Role.DEVICE: ("device", "link1"), Role.EDGE: ("edge", "link2", "result"), Role.CLOUD: ("cloud", "result")}
+"""The parts of a delay that each role measures."""
 HEARTBEATS_PER_LEASE = 5
 RETRY_S = 0.5
 
@@ -57,7 +63,7 @@ class NodeStatus:
     warm: bool = False  # its models are ready
     receiving: bool = False  # its partitions are assigned
     joined: bool = False  # the planner has taken it in
-    counters: dict[str, float] = field(default_factory=dict)
+    counters: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ALARMED, 0.0))
 
     @property
     def ready(self) -> bool:
@@ -107,6 +113,8 @@ class Node:
         self.runner = runner
         self.fences = Fences()
         self.status = NodeStatus()
+        for part in MEASURED[settings.role]:
+            self.status.count(f"{part}_busy_seconds", 0.0)
         self.incarnation = uuid.uuid4().hex[:12]
         self._envelope = Envelope(f"/deepar/{settings.region}/{settings.role.value}/{settings.name}", self.incarnation)
         self.log = log.bind(node=settings.name, role=settings.role.value)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import msgpack
 import pytest
@@ -18,10 +20,12 @@ from bus.messages import Decision, Placed
 from bus.port import Record
 from bus.tracing import chain, trace_id
 from deploy.broker import free_port
+from tests import prometheus
 from tests.integration.deepar_processes import Processes
 from tests.kafka_broker import OwnBroker, choose
 from tests.kafka_broker import _start as start_broker
 from tests.otlp_collector import Collector, collecting
+from tests.prometheus import Prometheus
 
 NODES = {
     "cloud": ("stage", "cloud"),
@@ -66,6 +70,19 @@ def region(broker: OwnBroker, collector: Collector, tmp_path_factory: pytest.Tem
         yield processes
 
 
+@pytest.fixture(scope="module")
+def scraping(region: Processes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus | None]:
+    """Prometheus on the compose file's configuration, looking at the region; None where there is none."""
+    programs = prometheus.available()
+    if programs is None:
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("prometheus")
+    config = prometheus.configuration(folder, {one.name: one.http_port for one in region.all}, scrape="1s")
+    with prometheus.running(programs, config, folder) as made:
+        yield made
+
+
 def read_all(bootstrap: str, topic: str) -> list[Record]:
     """A topic from its start to its end."""
 
@@ -93,7 +110,9 @@ def send_all(bootstrap: str, records: list[tuple[str, bytes, str | None]]) -> No
     asyncio.run(send())
 
 
-def test_twenty_tasks_complete_and_every_step_stands_on_the_topics(region: Processes) -> None:
+def test_twenty_tasks_complete_and_every_step_stands_on_the_topics(
+    region: Processes, scraping: Prometheus | None
+) -> None:
     done = region.run("loadgen", "replay", "--tasks", "20", "--within", "4s", "--samples", "20", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -185,6 +204,35 @@ def test_garbage_on_any_topic_is_dead_lettered_with_its_cause_and_the_rest_goes_
     assert {headers["deepar_cause"] for headers in buried.values()} == {"undecodable", "unknown_version"}
     again = region.run("loadgen", "replay", "--tasks", "4", "--within", "1s", "--seed", "9", "--json")
     assert json.loads(again.stdout)["completed"] == 4, again.stderr
+
+
+def test_prometheus_has_data_for_every_panel_and_raises_the_alarm_that_is_due(
+    region: Processes, scraping: Prometheus | None
+) -> None:
+    """After two replays, and the garbage that each node found."""
+    if scraping is None:
+        pytest.skip("Prometheus is not installed (DEEPAR_TEST_DOCKER=required fetches it)")
+    targets = scraping.ask("targets")["activeTargets"]
+    assert [target["health"] for target in targets] == ["up"] * len(region.all), targets
+    dashboard = json.loads((prometheus.DEPLOY / "grafana/dashboards/deepar.json").read_text(encoding="utf-8"))
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            found = scraping.value(target["expr"])
+            assert found, f"panel {panel['title']}: {target['expr']} has no data"
+            labels = {name for entry in found for name in entry["metric"]}
+            assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= labels, panel["title"]
+
+    def rules() -> dict[str, dict[str, Any]]:
+        groups = scraping.ask("rules")["groups"]
+        return {rule["name"]: rule for group in groups for rule in group["rules"]}
+
+    scraping.until(lambda: rules()["DeadLetters"]["state"] == "firing", "the alarm DeadLetters")
+    known = rules()
+    assert {rule["health"] for rule in known.values()} == {"ok"}
+    alarmed = {alert["labels"]["node"] for alert in known["DeadLetters"]["alerts"]}
+    assert alarmed == {"planner", "e1", "c1", "d1"}
+    for name in ("NobodyLeads", "ServiceDown", "NotReady", "StalledAttempts"):
+        assert known[name]["state"] == "inactive", known[name]
 
 
 def test_a_task_of_an_unknown_model_is_rejected_with_the_reason(region: Processes) -> None:
