@@ -21,20 +21,21 @@ from bus.port import Record
 from bus.tracing import chain, trace_id
 from deploy.broker import free_port
 from tests import prometheus
+from tests.documented import README, lines_of
 from tests.integration.deepar_processes import Processes
 from tests.kafka_broker import OwnBroker, choose
 from tests.kafka_broker import _start as start_broker
 from tests.otlp_collector import Collector, collecting
 from tests.prometheus import Prometheus
 
-NODES = {
-    "cloud": ("stage", "cloud"),
-    "e1": ("stage", "edge", "--name", "e1"),
-    "e2": ("stage", "edge", "--name", "e2"),
-    "d1": ("stage", "device", "--name", "d1", "--slowdown", "50"),
-    "d2": ("stage", "device", "--name", "d2", "--slowdown", "50"),
-    "d3": ("stage", "device", "--name", "d3", "--slowdown", "50", "--results", "d3.jsonl"),
-}
+REPLAY = "deepar loadgen replay --tasks 20 --within 20s"
+MORE = {"d3": ("--results", "d3.jsonl")}
+"""What we add to a command of the README, to look at what comes out of it."""
+
+
+def documented_services() -> list[str]:
+    """The README's planner and stages, each as it stands there."""
+    return [line.text for line in lines_of(README) if line.text.startswith(("deepar planner", "deepar stage"))]
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +61,14 @@ def region(broker: OwnBroker, collector: Collector, tmp_path_factory: pytest.Tem
             "OTEL_EXPORTER_OTLP_ENDPOINT": collector.address,
             "OTEL_BSP_SCHEDULE_DELAY": "300",
         }
-        started = [processes.start("planner", "planner")]
-        started += [
-            processes.start(name, *arguments, DEEPAR_MODELS="lenet", DEEPAR_HTTP_HOST="127.0.0.1")
-            for name, arguments in NODES.items()
-        ]
+        started = []
+        for text in documented_services():
+            words = text.split()[1:]
+            name = words[-1] if words[-1] in ("planner", "cloud") else words[words.index("--name") + 1]
+            started.append(
+                processes.start(name, *words, *MORE.get(name, ()), DEEPAR_MODELS="lenet", DEEPAR_HTTP_HOST="127.0.0.1")
+            )
+        assert {one.name for one in started} == {"planner", "cloud", "e1", "e2", "d1", "d2", "d3"}
         for one in started:
             one.wait_ready()
         yield processes
@@ -113,7 +117,8 @@ def send_all(bootstrap: str, records: list[tuple[str, bytes, str | None]]) -> No
 def test_twenty_tasks_complete_and_every_step_stands_on_the_topics(
     region: Processes, scraping: Prometheus | None
 ) -> None:
-    done = region.run("loadgen", "replay", "--tasks", "20", "--within", "4s", "--samples", "20", "--json")
+    assert REPLAY in {line.text for line in lines_of(README)}
+    done = region.run(*REPLAY.split()[1:], "--samples", "20", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["submitted"], summary["completed"]) == (20, 20)
