@@ -49,7 +49,10 @@ async def tracing(service: str, environment: Mapping[str, str] | None = None) ->
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        log.warning("traces are wanted, and OpenTelemetry is not installed", remedy="pip install '.[otel]'")
+        log.warning(
+            "traces are wanted, and OpenTelemetry is not installed",
+            remedy="pip install --require-hashes -r requirements-otel.lock",
+        )
         yield None
         return
     sink = OtelSink(BatchSpanProcessor(OTLPSpanExporter()), service)
