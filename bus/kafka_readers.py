@@ -17,7 +17,7 @@ from aiokafka.errors import (
 )
 
 from bus.errors import BusError, BusUnavailableError
-from bus.kafka_connection import KafkaConnection
+from bus.kafka_connection import KafkaConnection, hang_up
 from bus.kafka_errors import translated
 from bus.port import RebalanceCallback, Record, TopicPartition
 
@@ -410,8 +410,6 @@ async def cut_off(consumer: AIOKafkaConsumer) -> None:
     running = [task for task in tasks if task is not None and not task.done()]
     for task in running:
         task.cancel()
-    with suppress(TimeoutError, KafkaError, OSError):
-        async with asyncio.timeout(1.0):
-            await consumer._client.close()
+    await hang_up(consumer._client)
     if running:
         await asyncio.wait(running, timeout=1.0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from aiokafka.errors import IllegalStateError, KafkaError, KafkaTimeoutError, Me
 from aiokafka.structs import RecordMetadata
 
 from bus.errors import BusError, BusUnavailableError
-from bus.kafka_connection import KafkaConnection
+from bus.kafka_connection import KafkaConnection, hang_up
 from bus.kafka_errors import translated
 from bus.port import Headers, Position, TopicPartition
 
@@ -195,7 +194,7 @@ async def _finish(producer: AIOKafkaProducer) -> None:
     if not done:
         stopping.cancel()
         await asyncio.wait([stopping])
-    if not done or stopping.exception() is not None:
+    if not done or stopping.cancelled() or stopping.exception() is not None:
         await _cut_off(producer)
 
 
@@ -205,9 +204,7 @@ async def _cut_off(producer: AIOKafkaProducer) -> None:
     sending = producer._sender.sender_task
     if sending is not None and not sending.done():
         sending.cancel()
-    with suppress(TimeoutError, KafkaError, OSError):
-        async with asyncio.timeout(1.0):
-            await producer.client.close()
+    await hang_up(producer.client)
     if sending is not None:
         await asyncio.wait([sending], timeout=1.0)
     accumulator = producer._message_accumulator
