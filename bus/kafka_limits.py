@@ -12,7 +12,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
 
 from bus.errors import BusUnavailableError
-from bus.kafka_connection import KafkaConnection
+from bus.kafka_connection import KafkaConnection, hang_up
 
 _REQUEST_S = 5.0
 _TOPIC_KEY = "max.message.bytes"
@@ -52,7 +52,7 @@ async def read_limits(connection: KafkaConnection, prefix: str) -> list[SiteLimi
         except (KafkaError, TimeoutError) as error:
             raise BusUnavailableError(f"{servers} does not tell its limits: {error!r}") from error
         finally:
-            await admin.close()
+            await hang_up(admin._client)
     return found
 
 
