@@ -46,7 +46,10 @@ lock: $(VENV)/.dev ## pin the dependencies anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 		--custom-compile-command 'make lock' pyproject.toml deploy/build-requirements.in -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
-		--custom-compile-command 'make lock' --group dev -c requirements.lock -o requirements-dev.lock pyproject.toml
+		--custom-compile-command 'make lock' --extra otel -c requirements.lock pyproject.toml deploy/build-requirements.in \
+		-o requirements-otel.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+		--custom-compile-command 'make lock' --group dev -c requirements-otel.lock -o requirements-dev.lock pyproject.toml
 
 clean: ## remove what was made here (not the user's cache)
 	rm -rf $(VENV) build dist *.egg-info demo-out figures .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -28,6 +28,7 @@ __all__ = ["KafkaBus", "KafkaConnection"]
 _REQUEST_S = 5.0  # what a request about topics or offsets may take, retries included
 _RETRY_S = 0.1
 _CLOSE_S = 3.0
+_SPREAD_S = 1.0  # what a new topic may take to be known to every broker
 _MAX_COPIES = 3  # of each partition, where there are that many brokers
 
 _partition_of = lru_cache(maxsize=1 << 16)(partition_of)
@@ -237,6 +238,9 @@ class _Site:
     async def partitions(self, topic: str) -> int:
         """Asks for all topics: asking for one would create it where brokers create topics on sight."""
         count = (await self._topics()).get(topic)
+        if count is None and await self._brokers() > 1:
+            await asyncio.sleep(_SPREAD_S)  # of several brokers some learn later what others made or were told
+            count = (await self._topics()).get(topic)
         if count is None:
             raise unknown_topic(topic)
         if isinstance(count, BusError):
@@ -277,6 +281,12 @@ class _Site:
                 elif topic["error_code"] == 0 and topic["partitions"]:
                     known[topic["topic"]] = len(topic["partitions"])
             return known
+
+    async def _brokers(self) -> int:
+        try:
+            return len((await (await self._started_admin()).describe_cluster())["brokers"])
+        except (KafkaError, TimeoutError):
+            return 1
 
     async def _retry(self, deadline: float, error: BaseException | None, what: str) -> None:
         if asyncio.get_running_loop().time() > deadline:

@@ -13,10 +13,21 @@ from bus.claims import Claim
 from bus.frames import Plan
 from bus.identity import IDENTITY_HEADER, PROOF_HEADER
 from bus.topics import EDGE_PLACEHOLDER, TABLE, PartitionBy, Payload, Topic
+from bus.tracing import TRACEPARENT
 
 SCHEMA_REF: Final = "#/components/schemas/{model}"
 JSON_TYPE: Final = "application/json"
 FRAME_TYPE: Final = "application/msgpack"
+
+
+CONTROL_HEADERS: Final = {
+    "content-type": JSON_TYPE,
+    "ce_specversion": "1.0: CloudEvents, binary mode",
+    "ce_source": "/deepar/REGION/ROLE/NAME",
+    "ce_id": "unique a source; of a task's submission the task's name",
+    "ce_type": "deepar.TYPE, the message's type",
+    TRACEPARENT: "W3C trace context, where the message is about one task; its trace follows from the task's name",
+}
 
 
 def document() -> dict[str, Any]:
@@ -99,18 +110,32 @@ def _message(name: str, topic: Topic, schemas: dict[str, Any]) -> dict[str, Any]
         return common | {"summary": text, "contentType": "application/octet-stream", "payload": {"type": "string"}}
     if topic.payload is Payload.MSGPACK:
         schemas["Frame"] = frame_schema()
+        schemas["FrameHeaders"] = _headers({TRACEPARENT: "W3C trace context; in a task's first frame, optional"})
         _collect(Plan, schemas)
         summary = "One msgpack map with string keys and no extension types; `data` is its last entry."
-        return common | {"summary": summary, "contentType": FRAME_TYPE, "payload": _ref("Frame")}
+        return common | {
+            "summary": summary,
+            "contentType": FRAME_TYPE,
+            "headers": _ref("FrameHeaders"),
+            "payload": _ref("Frame"),
+        }
     model = getattr(messages, name)
     _collect(model, schemas)
-    if (claim := claims.BY_MESSAGE.get(name)) is not None:
-        common["headers"] = _headers(claim)
+    schemas["ControlHeaders"] = _headers(CONTROL_HEADERS)
     summary = (model.__doc__ or name).strip().split("\n")[0]
-    return common | {"summary": summary, "contentType": JSON_TYPE, "payload": _ref(name)}
+    headers: dict[str, Any] = _ref("ControlHeaders")
+    if (claim := claims.BY_MESSAGE.get(name)) is not None:
+        headers = {"allOf": [headers, _proof_headers(claim)]}
+    return common | {"summary": summary, "contentType": JSON_TYPE, "headers": headers, "payload": _ref(name)}
 
 
-def _headers(claim: Claim) -> dict[str, Any]:
+def _headers(described: dict[str, str]) -> dict[str, Any]:
+    """Headers are for tools: no reader of ours needs one."""
+    properties = {name: {"type": "string", "description": text} for name, text in described.items()}
+    return {"type": "object", "properties": properties}
+
+
+def _proof_headers(claim: Claim) -> dict[str, Any]:
     """The two that prove who speaks; where a region demands none, neither is needed."""
     itself, others = " or ".join(claim.itself), " or ".join(claim.others)
     who = f"a {itself} for its own {'task' if claim.node is None else claim.node}"

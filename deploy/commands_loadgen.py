@@ -23,6 +23,7 @@ from bus.units import format_seconds, parse_duration, parse_rate
 from bus.values import Role
 from deploy.identities import KeyFile, submitter_of
 from deploy.nodes import kafka_bus, require_region
+from deploy.otel import tracing
 from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSED, run_on_uvloop
 from loadgen import arrivals, metrics, report, schedule
 from loadgen.metrics import Threshold
@@ -204,7 +205,7 @@ class ReplayRun:
         return False
 
     async def _play(self) -> None:
-        async with self.bus:
+        async with tracing("deepar-loadgen") as on_span, self.bus:
             await require_region(self.bus, self.region)
             await await_planner(self.bus, self.region, timeout_s=PLANNER_TIMEOUT_S)
             names = self.devices
@@ -227,6 +228,7 @@ class ReplayRun:
                     drain_timeout_s=self.drain_timeout_s,
                     recorder=self.recorder,
                     wall_clock=utc_now,
+                    on_span=on_span,
                 )
 
     def _table(self) -> Table:

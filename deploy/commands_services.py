@@ -21,6 +21,7 @@ from bus.units import parse_duration, parse_rate
 from bus.values import Execution, Objective, Role
 from deploy import nodes
 from deploy.identities import KeyFile, MasterFile, key_of, master_of
+from deploy.otel import tracing
 from deploy.planner_regions import parse_regions, run_regions
 from deploy.process import run_on_uvloop, until_stopped
 from deploy.settings import CloudOptions, DeviceOptions, EdgeOptions, NodeOptions, UpSettings, load_settings
@@ -319,7 +320,7 @@ async def run_up(
 ) -> None:
     """Planner and stages around one bus, in one event loop; with a `master` each of them proves who it is."""
     options: list[NodeOptions] = [*settings.cloud, *settings.edge, *settings.device]
-    async with bus:
+    async with tracing("deepar") as on_span, bus:
         partitions = Partitions(regions=settings.bus.regions)
         await nodes.create_missing_topics(bus, [edge.name for edge in settings.edge], partitions)
         await nodes.require_region(bus, settings.region)
@@ -351,10 +352,11 @@ async def run_up(
                         lease_s=settings.planner.lease,
                         master=master,
                     )
+                    service.trace_to(on_span)
                     group.create_task(service.run(), name="planner")
                 for option in options:
                     made = node_settings(option, region=settings.region, lease_s=settings.lease)
-                    node = Node(signed(bus, _key(made, option, master)), made, runners[option.name])
+                    node = Node(signed(bus, _key(made, option, master)), made, runners[option.name], on_span=on_span)
                     group.create_task(node.run(nodes.make_work(node)), name=option.name)
 
         await until_stopped(serve(), nodes=len(options), region=settings.region)

@@ -21,6 +21,7 @@ from bus.port import Bus
 from bus.topics import Partitions
 from bus.units import parse_duration
 from bus.values import Execution, ModelProfile, Objective, Role
+from deploy.otel import tracing
 from deploy.probes import Health, serve_probes
 from deploy.process import until_stopped
 from planner.core import PlannerCore
@@ -147,10 +148,10 @@ async def run_stage(
     on_busy: BusySink | None = None,
 ) -> None:
     """One stage as a process: ready its models, serve, drain when asked to stop, leave."""
-    async with patiently(bus):
+    async with tracing(f"deepar-{settings.role.value}") as on_span, patiently(bus):
         await require_region(bus, settings.region, [settings.name] if settings.role is Role.EDGE else [])
         runner = await asyncio.to_thread(make)
-        node = Node(bus, settings, runner, on_busy=on_busy)
+        node = Node(bus, settings, runner, on_busy=on_busy, on_span=on_span)
         work = make_work(node, on_result)
         labels = {"role": settings.role.value, "node": settings.name, "region": str(settings.region)}
 
@@ -221,6 +222,7 @@ def planner_counters(services: Iterable[PlannerService]) -> dict[str, float]:
     some = list(services)
     return {
         "decisions": float(sum(service.decisions for service in some)),
+        "dead_letters": float(sum(service.dead_letters for service in some)),
         "wrong_identity": float(sum(service.door.refused for service in some)),
     }
 
@@ -229,7 +231,8 @@ async def run_planner(
     bus: Bus, service: PlannerService, *, http_port: int | None = None, http_host: str = "127.0.0.1"
 ) -> None:
     """A planner as a process."""
-    async with patiently(bus):
+    async with tracing("deepar-planner") as on_span, patiently(bus):
+        service.trace_to(on_span)
         await require_region(bus, service.region)
 
         def look() -> Health:

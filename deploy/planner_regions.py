@@ -9,6 +9,7 @@ from bus import topics
 from bus.errors import ConfigError
 from bus.port import Bus
 from deploy import nodes
+from deploy.otel import tracing
 from deploy.probes import Health, serve_probes
 from deploy.process import until_stopped
 from planner.regions import RegionShare
@@ -55,9 +56,15 @@ async def run_regions(
 
     Raises `ConfigError` for a region that the topics have no partition for.
     """
-    async with bus:
+    async with tracing("deepar-planner") as on_span, bus:
+
+        def make(region: int) -> PlannerService:
+            service = make_service(region)
+            service.trace_to(on_span)
+            return service
+
         await nodes.require_region(bus, max(regions) if regions else 0)
-        planners = _Listed(make_service, regions) if regions is not None else RegionShare(bus, make_service)
+        planners = _Listed(make, regions) if regions is not None else RegionShare(bus, make)
         total = await bus.partitions(topics.DECISIONS)
 
         def look() -> Health:

@@ -9,6 +9,7 @@ became of those before it.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from typing import Any
 
 from bus import messages, topics
 from bus.decisions import DecisionLog, Dropped
+from bus.envelope import Envelope
 from bus.errors import BusError, BusUnavailableError, ConfigError, ProtocolError
 from bus.messages import Decision, NodeAnnounced, NodeJoined, NodeLeft, NodeLost, Snapshot, TaskCompleted
 from bus.port import Bus, Position, Reader
 from bus.signed import satisfy_region
+from bus.tracing import SUBMIT, TASK, Span, SpanSink, span_id
 from bus.values import Role
 from loadgen import metrics
 from loadgen.outcome import Outcome, Recorder
@@ -59,16 +62,17 @@ async def replay(
     progress: Callable[[Recorder], None] | None = None,
     recorder: Recorder | None = None,
     wall_clock: Callable[[], datetime] | None = None,
+    on_span: SpanSink | None = None,
 ) -> ReplayResult:
     """Submit the schedule and watch until every task has ended, or `drain_timeout_s` have passed without any
     end.
 
     `progress` is called on every submission and on every record read. `recorder` may be passed in to look at
     the outcomes while, or although, the replay is interrupted. `wall_clock` stamps `submitted_at` for people
-    (virtual time leaves it out). The topics must exist. Raises `BusError`, and `ConfigError` where the
-    region demands a proof of identity that `bus` does not give (`bus.signed`).
+    (virtual time leaves it out). `on_span` is told of every submission. The topics must exist. Raises `BusError`,
+    and `ConfigError` where the region demands a proof of identity that `bus` does not give (`bus.signed`).
     """
-    run = _Replay(bus, schedule, region, recorder or Recorder(), progress, wall_clock)
+    run = _Replay(bus, schedule, region, recorder or Recorder(), progress, wall_clock, on_span)
     await run.play(drain_timeout_s)
     return ReplayResult(
         outcomes=tuple(run.recorder.outcomes.values()),
@@ -89,9 +93,11 @@ class _Replay:
         recorder: Recorder,
         progress: Callable[[Recorder], None] | None,
         wall_clock: Callable[[], datetime] | None,
+        on_span: SpanSink | None,
     ) -> None:
         self.bus, self.schedule, self.region, self.recorder = bus, schedule, region, recorder
-        self.progress, self.wall_clock = progress, wall_clock
+        self.progress, self.wall_clock, self.on_span = progress, wall_clock, on_span
+        self.envelope = Envelope(f"/deepar/{region}/loadgen", uuid.uuid4().hex[:12])
         self.log = DecisionLog()
         self.unreadable = 0
         self._loop = asyncio.get_running_loop()
@@ -145,7 +151,13 @@ class _Replay:
         if self.wall_clock is not None:
             task = task.model_copy(update={"submitted_at": self.wall_clock().isoformat()})
         try:
-            return await self.bus.post(topics.TASKS, messages.encode(task), key=task.task_id, partition=self.region)
+            return await self.bus.post(
+                topics.TASKS,
+                messages.encode(task),
+                key=task.task_id,
+                partition=self.region,
+                headers=self.envelope.headers(task),
+            )
         except BusError:
             self._lost(task.task_id)
             return None
@@ -157,10 +169,19 @@ class _Replay:
             self._lost(task_id)
             return
         self.recorder.outcomes[task_id].acknowledged_s = self.now_s()
+        self._tell(task_id)
 
     def _lost(self, task_id: str) -> None:
         self.recorder.lose(task_id)
+        self._tell(task_id, failed="not acknowledged")
         self._changed.set()
+
+    def _tell(self, task_id: str, failed: str = "") -> None:
+        if self.on_span is not None:
+            begin_s = self._began_s + (self.recorder.outcomes[task_id].submitted_s or 0.0)
+            own, parent = span_id(task_id, SUBMIT), span_id(task_id, TASK)
+            attributes = {"deepar.role": "loadgen"}
+            self.on_span(Span(task_id, SUBMIT, own, parent, begin_s, self._loop.time(), attributes, failed))
 
     async def _drain(self, timeout_s: float) -> None:
         with suppress(TimeoutError):

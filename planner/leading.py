@@ -17,7 +17,7 @@ from bus.dead_letter import bury
 from bus.decisions import Dropped
 from bus.errors import BusError, InvariantError, ProtocolError
 from bus.identity import WRONG_IDENTITY
-from bus.messages import Change, Decision, EpochOpened, PlannerHeartbeat, Snapshot
+from bus.messages import Change, Decision, EpochOpened, Message, PlannerHeartbeat, Snapshot
 from bus.port import Position, Reader, Record
 from planner.core import Event, Tick
 
@@ -47,9 +47,11 @@ class Lead:
         self.epoch = service.decision_log.epoch
         self.nonce = service.nonce
         self.seq = service.decision_log.seq
-        self._unproven: deque[tuple[int, bytes]] = deque()  # sequence and record: decided, not yet read back
+        # decided and not yet read back: sequence, record, when its step began
+        self._unproven: deque[tuple[int, bytes, float]] = deque()
         self._acknowledgements: asyncio.Queue[Awaitable[Position]] = asyncio.Queue()
         self._room = asyncio.Event()
+        self._begun_s = 0.0  # when the present step began
         self._spoke_s = float("-inf")
         self._unrecorded = 0  # inputs read since the last decision
         self._due: dict[str, int] | None = None  # where the inputs ended when it was time for a `Tick`
@@ -70,13 +72,17 @@ class Lead:
                     raise InvariantError(f"decision {self._unproven[0][0]} does not count: {message.detail}")
                 if isinstance(message, Dropped) and message.reason in UNREADABLE:
                     error = ProtocolError(message.reason, message.detail)
+                    service.dead_letters += 1
                     await bury(service.bus, record, error, task_id="", by=service.name)
                 if not isinstance(message, Decision):
                     continue
                 if not self._unproven or message.seq != self._unproven[0][0]:
                     raise InvariantError(f"decision {message.seq} came back, which was not the next that was sent")
-                self._unproven.popleft()
+                _, _, begun_s = self._unproven.popleft()
                 self._room.set()
+                if service.traces is not None:
+                    now_s = asyncio.get_running_loop().time()
+                    service.traces.tell(message, begun_s, now_s, now_s - service.now_s())
                 if (snapshot := self._snapshots.pop(message.seq, None)) is not None:
                     self._proven.put_nowait(snapshot.model_copy(update={"offset": record.offset}))
 
@@ -100,7 +106,7 @@ class Lead:
                 await asyncio.sleep(wait_s)
                 continue
             heartbeat = PlannerHeartbeat(region=service.region, epoch=self.epoch, nonce=self.nonce)
-            await self._post(messages.encode(heartbeat))
+            await self._post(heartbeat, messages.encode(heartbeat))
 
     async def keep(self) -> None:
         """Write the snapshots that are proven. Without one a restart reads further back: no reason to stop leading."""
@@ -112,7 +118,13 @@ class Lead:
                 service.log.warning("the state is too large for a snapshot", seq=snapshot.seq, size_bytes=len(payload))
                 continue
             try:
-                await service.bus.send(topics.SNAPSHOTS, payload, key=str(service.region), partition=service.region)
+                await service.bus.send(
+                    topics.SNAPSHOTS,
+                    payload,
+                    key=str(service.region),
+                    partition=service.region,
+                    headers=service.envelope.headers(snapshot),
+                )
             except BusError as error:
                 service.log.warning("a snapshot could not be kept", seq=snapshot.seq, error=str(error))
 
@@ -138,6 +150,7 @@ class Lead:
         try:
             message = service.door.read(record, service.core)
         except ProtocolError as error:
+            service.dead_letters += 1
             await self._turn_away(record, error)
             message = None
         await self._step(message, (record.topic, record.offset + 1))
@@ -185,6 +198,7 @@ class Lead:
         while len(self._unproven) >= MAX_UNPROVEN:
             self._room.clear()
             await self._room.wait()
+        self._begun_s = asyncio.get_running_loop().time()
         now_s = service.now_s()
         changes = service.core.handle(event, now_s) if event is not None else []
         if consumed is not None:
@@ -211,10 +225,10 @@ class Lead:
         payload = messages.encode(decision)
         if len(payload) > messages.MAX_MESSAGE_BYTES:
             raise InvariantError(f"decision {self.seq} takes {len(payload):,} bytes, which nobody would read")
-        self._unproven.append((self.seq, payload))
+        self._unproven.append((self.seq, payload, self._begun_s))
         if self.seq % service.snapshot_every == 0:
             self._snapshots[self.seq] = self._snapshot(decision)
-        await self._post(payload)
+        await self._post(decision, payload)
         service.decisions += 1
 
     def _snapshot(self, decision: Decision) -> Snapshot:
@@ -232,10 +246,14 @@ class Lead:
             state=service.core.to_state() | {"leader": leader},
         )
 
-    async def _post(self, payload: bytes) -> None:
+    async def _post(self, message: Message, payload: bytes) -> None:
         service = self.service
         acknowledgement = await service.bus.post(
-            topics.DECISIONS, payload, key=str(service.region), partition=service.region
+            topics.DECISIONS,
+            payload,
+            key=str(service.region),
+            partition=service.region,
+            headers=service.envelope.headers(message),
         )
         self._acknowledgements.put_nowait(acknowledgement)
         self._spoke_s = asyncio.get_running_loop().time()

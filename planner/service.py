@@ -23,13 +23,16 @@ import structlog
 
 from bus import messages, topics
 from bus.decisions import DecisionLog
+from bus.envelope import Envelope
 from bus.errors import BusError, ConfigError, DeeparError, InvariantError, ProtocolError
 from bus.identity import Master
 from bus.messages import Decision, EpochOpened, Message, PlannerLeft, Snapshot
 from bus.port import Bus, Position, Reader
+from bus.tracing import SpanSink
 from planner.core import PlannerCore
 from planner.doorkeeper import Doorkeeper
 from planner.leading import HEARTBEATS_PER_LEASE, INPUTS, Deposed, Lead, utc
+from planner.traces import TaskTraces
 
 LEASE_S = 5.0
 SNAPSHOT_EVERY = 500
@@ -76,6 +79,7 @@ class PlannerService:
         self.standing = Standing.READING
         self.decisions = 0  # records written while leading
         self.door = Doorkeeper(master)
+        self.dead_letters = 0  # records that could not be read
         self.log = log.bind(planner=name, region=region)
         self._make_core = make_core
         self._take_over = take_over
@@ -86,6 +90,8 @@ class PlannerService:
         self._now_s = 0.0  # ledger time at `_since_s`
         self._since_s = 0.0  # the loop's clock
         self.nonce = ""
+        self.envelope = Envelope(f"/deepar/{region}/planner/{name}", uuid.uuid4().hex[:12])
+        self.traces: TaskTraces | None = None
 
     def now_s(self) -> float:
         """Ledger time, while leading."""
@@ -95,6 +101,10 @@ class PlannerService:
     def demanded(self) -> str | None:
         """The fingerprint of the master whose keys this planner demands proofs by."""
         return None if self.door.master is None else self.door.master.fingerprint
+
+    def trace_to(self, sink: SpanSink | None) -> None:
+        """Tell `sink` of the decisions and the ends of tasks. Before `run`."""
+        self.traces = TaskTraces(self.name, sink) if sink is not None else None
 
     async def run(self) -> None:
         """Serve until cancelled: stand by, lead, stand by again. Raises `InvariantError` for bugs only, and `ConfigError`
@@ -227,6 +237,8 @@ class PlannerService:
 
     def _fold_in(self, decision: Decision) -> None:
         self.core.fold(decision)
+        if self.traces is not None:
+            self.traces.fold(decision)
         self.inputs.update(decision.inputs)
         self._now_s = decision.now_s
         self._check_hash(decision.ledger_hash, decision.seq)
@@ -310,7 +322,13 @@ class PlannerService:
                 )
 
     async def _send(self, topic: str, message: Message) -> Position:
-        return await self.bus.send(topic, messages.encode(message), key=str(self.region), partition=self.region)
+        return await self.bus.send(
+            topic,
+            messages.encode(message),
+            key=str(self.region),
+            partition=self.region,
+            headers=self.envelope.headers(message),
+        )
 
 
 __all__ = ["LEASE_S", "PlannerService", "Standing"]

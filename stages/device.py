@@ -219,6 +219,8 @@ class Attempt:
         self.plan = plan
         self.todo = todo
         self.device_s = 0.0
+        self._began_s: float | None = None  # when it first computed here
+        self._computed_s = 0.0  # when it last did
         self.reports: dict[str, float] = {}
         self._on_result = on_result
         self._missing = set(todo)
@@ -257,6 +259,7 @@ class Attempt:
             self._window.release()
         async with contextlib.AsyncExitStack() as stack:
             station: Station | None = None
+            stack.callback(self._told, None)
             if cut1:
                 await node.runner.prepare(plan, 0, cut1)
                 station = node.runner.station(plan, 0, cut1)
@@ -265,6 +268,7 @@ class Attempt:
                 await self._send(inputs, station, None)
                 return
             outlet = self._outlet()
+            stack.callback(self._told, outlet)
             self._moved_s = asyncio.get_running_loop().time()
             watch = asyncio.create_task(self._watch(), name=f"{node.settings.name}: watch {plan.task_id}")
             stack.push_async_callback(_cancelled, watch)
@@ -285,6 +289,7 @@ class Attempt:
             if station is not None:
                 tensors = await station.run(sample, tensors, ready_s)
                 now = clock()
+                self._began_s, self._computed_s = self._began_s or ready_s, now
                 self.device_s += now - ready_s
                 node.busy("device_s", plan.task_id, ready_s, now)
                 ready_s = now
@@ -296,6 +301,13 @@ class Attempt:
         await self._complete.wait()
         if self._broken:
             raise self._broken
+
+    def _told(self, outlet: Outlet | None) -> None:
+        """What was done here, for traces: computing, or with `outlet` sending."""
+        if outlet is None:
+            self.device.node.span("device", self.plan, self._began_s, self._computed_s, self.device_s)
+        else:
+            self.device.node.span("link1", self.plan, outlet.began_s, outlet.busy_until_s, outlet.busy_s)
 
     def _sent(self) -> None:
         self._moved_s = asyncio.get_running_loop().time()
@@ -329,6 +341,7 @@ class Attempt:
             grants=(self.device.link1.grant(placement.link1_bps),),
             gate=self.device.node.gate,
             on_busy=partial(self.device.node.busy, "link1_s", self.plan.task_id),
+            headers=self.device.node.trace_header("link1", self.plan),
         )
 
     # --- results -----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from bus.errors import BusError, DeeparError, ProtocolError
 from bus.frames import Array, Assembler, Frame, Piece, Plan, decode_frame, encode_frame
 from bus.messages import Decision, TaskFailed
 from bus.port import Member, Record, TopicPartition
+from bus.tracing import parent_in
 from bus.values import Role
 from stages.node import RETRY_S, Node, cause_of
 from stages.offsets import OffsetLedger, Receipt
@@ -298,6 +299,9 @@ class Flow:
         self.computes = placement.uses_slot if hop.is_edge else True
         self.first, self.last = (placement.cut1, placement.cut2) if hop.is_edge else (placement.cut2, 0)
         self.busy_s = 0.0
+        self.parent_id: str | None = None  # the span that this stage's work follows from, where its frames name one
+        self._began_s: float | None = None  # when it first computed here
+        self._free_s = float("-inf")  # when it last did
         self._expected_bytes: int | None = None
         self._check()
         self._assembler = Assembler()
@@ -336,6 +340,8 @@ class Flow:
         """The pieces of a frame. Raises `ProtocolError` for one that cannot be used."""
         self.partitions.add(_partition(record))
         self.heard_s = asyncio.get_running_loop().time()
+        if record.headers and self.parent_id is None:
+            self.parent_id = parent_in(record.headers, self.plan.task_id)
         for piece in frame.pieces:
             self._take(piece, receipt)
 
@@ -398,13 +404,13 @@ class Flow:
                 station = runner.station(self.plan, self.first, self.last)
                 stack.callback(station.close)
             outlet = self._outlet()
+            stack.callback(self._told, outlet)
             async with sending(outlet):
                 await self._work(station, outlet)
             await self._report(outlet.busy_s)
 
     async def _work(self, station: Station | None, outlet: Outlet) -> None:
         clock = asyncio.get_running_loop().time
-        free_s = float("-inf")
         for _ in range(self.plan.todo):
             while not self._ready:
                 self._arrived.clear()
@@ -413,18 +419,33 @@ class Flow:
             if station is not None:
                 tensors = await station.run(sample, tensors, ready_s)
                 now = clock()
-                begin_s = max(ready_s, free_s)
+                begin_s = max(ready_s, self._free_s)
+                if self._began_s is None:
+                    self._began_s = begin_s
                 self.busy_s += now - begin_s
                 self.hop.node.busy("edge_s" if self.hop.is_edge else "cloud_s", self.plan.task_id, begin_s, now)
-                free_s = now
+                self._free_s = now
                 ready_s = now
             outlet.put(Outgoing(sample, tensors, ready_s, partial(self._acknowledged, sample)))
         await self._finished.wait()
 
+    def _told(self, outlet: Outlet) -> None:
+        """What was done here, for traces."""
+        node, part = self.hop.node, "edge" if self.hop.is_edge else "cloud"
+        if self.computes:
+            node.span(part, self.plan, self._began_s, self._free_s, self.busy_s, self.parent_id)
+        follows = None if self.computes else self.parent_id
+        node.span(self._way, self.plan, outlet.began_s, outlet.busy_until_s, outlet.busy_s, follows)
+
+    @property
+    def _way(self) -> str:
+        """The part that sending on from here is."""
+        return "link2" if self.hop.is_edge and self.plan.placement.uses_cloud else "result"
+
     def _outlet(self) -> Outlet:
         hop, plan = self.hop, self.plan
         placement = plan.placement
-        onward = hop.is_edge and placement.uses_cloud
+        onward = self._way == "link2"
         topic = topics.ACTIVATIONS_CLOUD if onward else topics.RESULTS
         key = plan.task_id if onward else plan.device
         grants: tuple[Grant, ...]
@@ -443,7 +464,8 @@ class Flow:
             plan=plan,
             grants=grants,
             gate=hop.node.gate,
-            on_busy=partial(hop.node.busy, "link2_s" if onward else "result_s", plan.task_id),
+            on_busy=partial(hop.node.busy, f"{self._way}_s", plan.task_id),
+            headers=hop.node.trace_header(self._way, plan),
         )
 
     # --- done --------------------------------------------------------------------------------------------------------
@@ -461,7 +483,7 @@ class Flow:
     async def _report(self, sending_s: float) -> None:
         """Tell the device what this stage measured; unshaped, since it is no part of the task's data."""
         plan, node = self.plan, self.hop.node
-        busy = {"link2_s" if self.hop.is_edge and plan.placement.uses_cloud else "result_s": sending_s}
+        busy = {f"{self._way}_s": sending_s}
         if self.computes:
             busy["edge_s" if self.hop.is_edge else "cloud_s"] = self.busy_s
         frame = Frame("report", plan.task_id, plan.attempt, node.settings.name, report=busy)

@@ -19,7 +19,9 @@ import structlog
 from bus import messages, topics
 from bus.dead_letter import bury
 from bus.decisions import DecisionLog
+from bus.envelope import Envelope
 from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
+from bus.frames import Plan
 from bus.messages import (
     Decision,
     EpochOpened,
@@ -31,12 +33,19 @@ from bus.messages import (
     NodeLost,
     Snapshot,
 )
-from bus.port import Bus, Reader, Record
+from bus.port import Bus, Headers, Reader, Record
 from bus.signed import satisfy_region
+from bus.tracing import TRACEPARENT, Attribute, Span, SpanSink, parent_of, part_span_id, traceparent
 from bus.values import Role
 from stages.fences import Fences
 from stages.runner import Runner
 
+ALARMED = ("dead_letters", "stalled_attempts")
+"""Counters that alarms look at. They, and the busy times, are there from the start: where a series only begins, Prometheus
+sees no increase.
+"""
+MEASURED = {Role.DEVICE: ("device", "link1"), Role.EDGE: ("edge", "link2", "result"), Role.CLOUD: ("cloud", "result")}
+"""The parts of a delay that each role measures."""
 HEARTBEATS_PER_LEASE = 5
 RETRY_S = 0.5
 
@@ -65,7 +74,7 @@ class NodeStatus:
     warm: bool = False  # its models are ready
     receiving: bool = False  # its partitions are assigned
     joined: bool = False  # the planner has taken it in
-    counters: dict[str, float] = field(default_factory=dict)
+    counters: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ALARMED, 0.0))
 
     @property
     def ready(self) -> bool:
@@ -99,14 +108,26 @@ class Work(Protocol):
 class Node:
     """One node of a region, whatever its role."""
 
-    def __init__(self, bus: Bus, settings: NodeSettings, runner: Runner, *, on_busy: BusySink | None = None) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        settings: NodeSettings,
+        runner: Runner,
+        *,
+        on_busy: BusySink | None = None,
+        on_span: SpanSink | None = None,
+    ) -> None:
         self.bus = bus
         self._on_busy = on_busy
+        self._on_span = on_span
         self.settings = settings
         self.runner = runner
         self.fences = Fences()
         self.status = NodeStatus()
+        for part in MEASURED[settings.role]:
+            self.status.count(f"{part}_busy_seconds", 0.0)
         self.incarnation = uuid.uuid4().hex[:12]
+        self._envelope = Envelope(f"/deepar/{settings.region}/{settings.role.value}/{settings.name}", self.incarnation)
         self.log = log.bind(node=settings.name, role=settings.role.value)
         self._decisions = DecisionLog()
         self.serving = asyncio.Event()  # set by the work once it can take what it is sent; announced only then
@@ -148,12 +169,35 @@ class Node:
         if self._on_busy is not None:
             self._on_busy(self.settings.name, part, task_id, begin_s, end_s)
 
+    def span(
+        self, part: str, plan: Plan, begin_s: float | None, end_s: float, busy_s: float, parent_id: str | None = None
+    ) -> None:
+        """One part of a task's delay is over here: told to who collects traces. `begin_s` None: nothing was done."""
+        if self._on_span is None or begin_s is None:
+            return
+        name = self.settings.name
+        attributes: dict[str, Attribute] = {
+            "deepar.attempt": plan.attempt,
+            "deepar.model": plan.model,
+            "deepar.kind": plan.placement.kind.value,
+            "deepar.node": name,
+            "deepar.role": self.settings.role.value,
+            "deepar.samples": plan.todo,
+            "deepar.busy_s": busy_s,
+        }
+        parent_id = parent_id or parent_of(part, plan, name)
+        self._on_span(Span(plan.task_id, part, part_span_id(part, plan, name), parent_id, begin_s, end_s, attributes))
+
+    def trace_header(self, part: str, plan: Plan) -> Headers:
+        """The header of a record that brings what this part made, so that what comes of it is its child."""
+        return ((TRACEPARENT, traceparent(plan.task_id, part_span_id(part, plan, self.settings.name))),)
+
     async def tell(self, topic: str, message: Message, key: str) -> None:
         """Publish a control message to the region; tried again until the bus has it."""
-        payload = messages.encode(message)
+        payload, headers = messages.encode(message), self._envelope.headers(message)
         while True:
             try:
-                await self.bus.send(topic, payload, key=key, partition=self.settings.region)
+                await self.bus.send(topic, payload, key=key, partition=self.settings.region, headers=headers)
                 return
             except BusError as error:
                 self.log.warning("cannot publish, trying again", topic=topic, error=str(error))
@@ -305,6 +349,7 @@ class Node:
                         messages.encode(message),
                         key=self.settings.name,
                         partition=self.settings.region,
+                        headers=self._envelope.headers(message),
                     )
                 self._renew(sent_s)
             except (BusError, TimeoutError) as error:

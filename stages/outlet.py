@@ -25,7 +25,7 @@ from bus.frames import (
     encode_frame,
     to_pieces,
 )
-from bus.port import Bus, Position
+from bus.port import Bus, Headers, Position
 from stages.shaper import Grant, cross, frame_bytes
 
 MAX_DATA_BYTES = MAX_FRAME_BYTES - 4096 - MAX_PIECES * 160
@@ -68,7 +68,9 @@ class Outlet:
         grants: tuple[Grant, ...],
         gate: Callable[[], Awaitable[None]],
         on_busy: Callable[[float, float], None],
+        headers: Headers = (),
     ) -> None:
+        """`headers` go with the first frame, and with the first after everything was sent again, as the plan does."""
         self._bus = bus
         self._to = (topic, key)
         self._source = source
@@ -77,6 +79,8 @@ class Outlet:
         self._grants = grants
         self._gate = gate
         self._on_busy = on_busy
+        self._headers = headers
+        self._headers_due = True
         self._plan_due = kind == "activations"
         self._rate_bps = min((grant.rate_bps for grant in grants), default=1 << 40)
         self._frame_bytes = 0  # of data; chosen for the first sample, and all are of one size
@@ -86,7 +90,8 @@ class Outlet:
         self._to_send = asyncio.Event()
         self._to_await = asyncio.Event()
         self._generation = 0  # counts the times that everything unacknowledged was sent again
-        self._busy_until_s = float("-inf")
+        self.began_s: float | None = None  # when the first byte was offered; the loop's clock
+        self.busy_until_s = float("-inf")  # when the last acknowledgement came
         self.busy_s = 0.0  # first byte offered until the last acknowledged, idle time left out
         self.frames = 0
         self.resent = 0
@@ -154,8 +159,9 @@ class Outlet:
             await self._gate()
             if generation != self._generation:
                 return
+            headers = self._headers if self._headers_due else ()
             try:
-                acknowledgement = await self._bus.post(topic, payload, key=key)
+                acknowledgement = await self._bus.post(topic, payload, key=key, headers=headers)
                 break
             except MessageTooLargeError:
                 raise
@@ -164,7 +170,7 @@ class Outlet:
         if generation != self._generation:
             _forget(acknowledgement)
             return
-        self._plan_due = False
+        self._plan_due = self._headers_due = False
         self.frames += 1
         self._sent.append(_Sent(acknowledgement, offered_s, done, begun))
         self._to_await.set()
@@ -185,9 +191,11 @@ class Outlet:
                 self._send_again()
                 continue
             now = clock()
-            begin_s = min(now, max(sent.offered_s, self._busy_until_s))
+            begin_s = min(now, max(sent.offered_s, self.busy_until_s))
+            if self.began_s is None:
+                self.began_s = begin_s
             self.busy_s += now - begin_s
-            self._busy_until_s = now
+            self.busy_until_s = now
             self._on_busy(begin_s, now)
             self._sent.popleft()
             for item in sent.items:
@@ -205,7 +213,7 @@ class Outlet:
         self._begun = []
         self._waiting.extendleft(reversed(again.values()))
         self.resent += len(again)
-        self._plan_due = self._kind == "activations"
+        self._plan_due, self._headers_due = self._kind == "activations", True
         self._to_send.set()
 
 

@@ -1,22 +1,45 @@
-"""Three brokers, every record on three, acknowledged by two: the leader is killed, then the controller; nothing is lost."""
+"""Three brokers, every record on three, acknowledged by two: while a replay runs on the real planner and stages, the leader
+of the decisions is killed, then the controller. What was acknowledged is there, and every result was shown once.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 
+from bus import topics
 from bus.kafka import KafkaBus, KafkaConnection
-from bus.topics import TopicSpec
+from bus.messages import TaskState
+from bus.port import Headers, Payload, Position
+from bus.values import Role
+from deploy import nodes
 from deploy.broker import START_LIMIT_S, KafkaBroker, free_port, new_cluster_id
+from loadgen.chaos_check import Oracle
+from loadgen.outcome import Recorder
+from loadgen.replay import replay
+from loadgen.schedule import Entry, Schedule
+from planner.core import PlannerCore
+from stages.node import Node, NodeSettings
+from stages.runner import ModelledRunner
 from tests.kafka_broker import apache_required, choose
+from tests.sim.world import profile, task
 
-TOPIC = "cluster.records"
-RECORDS_A_PHASE = 400
+EDGES, DEVICES = ("e1", "e2"), ("d1", "d2")
+WAVE, SAMPLES, APART_S = 12, 20, 0.6
+"""So many tasks a replay, one replay after another until both kills are over: how long a broker takes to be back varies."""
+UNDER_WAY = 4
+"""So many tasks must have ended before a kill, and again after it."""
+POLICY = "cloud-only"
+"""Every topic is used: activations go to an edge, from there to the cloud, and results come back."""
 STALL_LIMIT_S = 60.0
 COPIES = {
     "default.replication.factor": "3",
@@ -79,11 +102,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 async def _leader(cluster: Cluster) -> int:
-    """The node that leads the topic's partition."""
+    """The node that leads the decisions of the region."""
     admin = AIOKafkaAdminClient(bootstrap_servers=cluster.bootstrap)
     await admin.start()
     try:
-        (described,) = await admin.describe_topics([TOPIC])
+        (described,) = await admin.describe_topics([topics.DECISIONS])
         return int(described["partitions"][0]["leader"])
     finally:
         await admin.close()
@@ -99,51 +122,179 @@ def _controller(cluster: Cluster) -> int:
     return found[max(found)]
 
 
-async def _sent(bus: KafkaBus, first: int, kept: dict[int, int], longest: list[float]) -> None:
-    """Send records one after another; note the offset of each that is acknowledged, and the longest wait for one."""
-    for number in range(first, first + RECORDS_A_PHASE):
-        before_s = time.monotonic()
-        position = await bus.send(TOPIC, str(number).encode(), key="k", partition=0)
-        kept[number] = position.offset
-        longest.append(time.monotonic() - before_s)
-        await asyncio.sleep(0.005)
+class Witness:
+    """What was acknowledged, where it must stand, and how long each acknowledgement took."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Position, bytes] = {}  # digest of the record at each acknowledged position
+        self.twice: list[Position] = []
+        self.waits: list[tuple[float, float]] = []  # when an acknowledgement came, and after how long
+        self.shown: list[tuple[float, str, int]] = []  # when a result was shown, of which task and sample
+
+    def stall_s(self, from_s: float, to_s: float) -> tuple[float, float]:
+        """Within a span of time: the longest wait for an acknowledgement, the longest time without a result."""
+        longest_s = max(wait_s for at_s, wait_s in self.waits if from_s <= at_s < to_s)
+        at_s = [from_s, *(shown_s for shown_s, *_ in self.shown if from_s <= shown_s < to_s)]
+        return longest_s, max(later - earlier for earlier, later in pairwise(at_s))
 
 
-async def test_no_acknowledged_record_is_lost_or_doubled(cluster: Cluster) -> None:
+class WatchedBus(KafkaBus):
+    """A bus whose acknowledgements are noted."""
+
+    def __init__(self, connection: KafkaConnection, witness: Witness) -> None:
+        super().__init__(connection)
+        self._witness = witness
+
+    async def post(
+        self,
+        topic: str,
+        value: Payload | None,
+        *,
+        key: str | None = None,
+        partition: int | None = None,
+        headers: Headers = (),
+    ) -> Awaitable[Position]:
+        began_s = time.monotonic()
+        digest = _digest(value)
+        acknowledgement = await super().post(topic, value, key=key, partition=partition, headers=headers)
+        assert isinstance(acknowledgement, asyncio.Future)
+
+        def note(done: asyncio.Future[Position]) -> None:
+            if done.cancelled() or done.exception() is not None:
+                return
+            now_s = time.monotonic()
+            self._witness.waits.append((now_s, now_s - began_s))
+            if done.result() in self._witness.kept:
+                self._witness.twice.append(done.result())
+            self._witness.kept[done.result()] = digest
+
+        acknowledgement.add_done_callback(note)
+        return acknowledgement
+
+
+def _digest(value: Payload | None) -> bytes:
+    return hashlib.sha256(value or b"").digest()
+
+
+async def test_the_leader_then_the_controller_is_killed_during_a_replay(cluster: Cluster) -> None:
     connection = KafkaConnection(bootstrap_servers=cluster.bootstrap, delivery_timeout_s=STALL_LIMIT_S)
-    kept: dict[int, int] = {}
-    stalls: dict[str, float] = {}
-    async with KafkaBus(connection) as bus:
-        await bus.create_topics([TopicSpec(TOPIC, 1)])
-        for phase, victim_of in enumerate(("leader", "controller")):
+    witness, recorder = Witness(), Recorder()
+    killed_s: dict[str, float] = {}
+    async with AsyncExitStack() as stack:
+
+        async def bus() -> KafkaBus:
+            return await stack.enter_async_context(WatchedBus(connection, witness))
+
+        load, planning, staging = await bus(), await bus(), await bus()
+        await nodes.create_missing_topics(load, EDGES)
+        group = await stack.enter_async_context(nodes.embedded())
+        group.create_task(nodes.make_planner(planning, policy=POLICY).run())
+        for node in (played := _cast(staging)):
+            group.create_task(
+                node.run(
+                    nodes.make_work(node, lambda t, n, _: witness.shown.append((time.monotonic(), t.task_id, n))),
+                )
+            )
+        await _until(lambda: all(node.status.joined for node in played))
+
+        over = asyncio.Event()
+        replaying = asyncio.create_task(_replay_until(over, load, recorder))
+        for victim_of in ("leader", "controller"):
+            await _more_ended(recorder, replaying)
             victim = await _leader(cluster) if victim_of == "leader" else _controller(cluster)
-            waits: list[float] = []
-            sending = asyncio.create_task(_sent(bus, phase * RECORDS_A_PHASE, kept, waits))
-            while len(kept) < phase * RECORDS_A_PHASE + RECORDS_A_PHASE // 4:
-                await asyncio.sleep(0.01)
-                assert not sending.done(), sending.exception()
+            killed_s[victim_of] = time.monotonic()
             cluster.nodes[victim].kill()
-            async with asyncio.timeout(2 * STALL_LIMIT_S):
-                await sending
-            stalls[victim_of] = max(waits)
-            if victim_of == "leader":  # two are enough to read
-                cluster.nodes[victim].start(2 * START_LIMIT_S)
-    print("longest wait for an acknowledgement:", {name: f"{stall:.1f} s" for name, stall in stalls.items()})
+            if victim_of == "leader":  # two are enough to go on, and three are needed to lose another
+                await asyncio.to_thread(cluster.nodes[victim].start, 2 * START_LIMIT_S)
+                assert await _leader(cluster) != victim
+        await _more_ended(recorder, replaying)
+        over.set()
+        await replaying
+        over_s = time.monotonic()
 
-    there = await _read_all(cluster)
-    assert len(kept) == 2 * RECORDS_A_PHASE
-    lost = [number for number, offset in kept.items() if there.get(offset) != number]
-    assert not lost
-    assert len(there) == len(kept)  # none twice: producers are idempotent
-    assert max(stalls.values()) < STALL_LIMIT_S
+    stalls = {
+        "leader": witness.stall_s(killed_s["leader"], killed_s["controller"]),
+        "controller": witness.stall_s(killed_s["controller"], over_s),
+    }
+    for victim_of, (unacknowledged_s, without_result_s) in stalls.items():
+        print(
+            f"{victim_of} killed: longest wait for an acknowledgement {unacknowledged_s:.1f} s, "
+            f"longest time without a result {without_result_s:.1f} s"
+        )
+    written = {position.topic for position in witness.kept}
+    print(f"{len(recorder.outcomes)} tasks, {len(witness.kept)} records acknowledged on {len(written)} topics")
+    tasks = list(recorder.outcomes)
+    assert {outcome.state for outcome in recorder.outcomes.values()} == {TaskState.COMPLETED}
+    assert Counter((name, sample) for _, name, sample in witness.shown) == {
+        (name, sample): 1 for name in tasks for sample in range(SAMPLES)
+    }
+    assert max(map(max, stalls.values())) < STALL_LIMIT_S
+
+    there, oracle = await _read_back(cluster, witness)
+    assert written >= {
+        topics.TASKS, topics.DECISIONS, topics.EVENTS, topics.RESULTS, topics.ACTIVATIONS_CLOUD
+    }  # fmt: skip
+    assert [position for position, digest in witness.kept.items() if there.get(position) != digest] == []
+    assert witness.twice == []
+    oracle.finish(tasks, {})
+    assert oracle.violations == []
 
 
-async def _read_all(cluster: Cluster) -> dict[int, int]:
-    """Every record of the topic by its offset."""
+def _cast(bus: KafkaBus) -> list[Node]:
+    settings = [
+        NodeSettings(name="c1", role=Role.CLOUD),
+        *(
+            NodeSettings(name=name, role=Role.EDGE, slots=2, link1_capacity_bps=10**8, link2_capacity_bps=5 * 10**7)
+            for name in EDGES
+        ),
+        *(NodeSettings(name=name, role=Role.DEVICE) for name in DEVICES),
+    ]
+    return [Node(bus, one, ModelledRunner([profile(one.role)])) for one in settings]
+
+
+async def _replay_until(over: asyncio.Event, bus: KafkaBus, recorder: Recorder) -> None:
+    """One replay after another, the last until all its tasks have ended."""
+    while not over.is_set():
+        first = len(recorder.outcomes)
+        entries = tuple(
+            Entry(at_s=APART_S * n, task=task(first + n, DEVICES[n % 2], samples=SAMPLES)) for n in range(WAVE)
+        )
+        wave = Recorder()
+        wave.outcomes = recorder.outcomes
+        await replay(bus, Schedule(entries=entries), drain_timeout_s=2 * STALL_LIMIT_S, recorder=wave)
+
+
+async def _more_ended(recorder: Recorder, replaying: asyncio.Task[None]) -> None:
+    """Wait until some more tasks have ended, or the replay has failed."""
+    before = _ended(recorder)
+    await _until(lambda: _ended(recorder) >= before + UNDER_WAY or replaying.done())
+    assert not replaying.done(), replaying.exception()
+
+
+def _ended(recorder: Recorder) -> int:
+    return sum(outcome.state is not None for outcome in recorder.outcomes.values())
+
+
+async def _until(there: Callable[[], bool]) -> None:
+    async with asyncio.timeout(2 * STALL_LIMIT_S):
+        while not there():
+            await asyncio.sleep(0.05)
+
+
+async def _read_back(cluster: Cluster, witness: Witness) -> tuple[dict[Position, bytes], Oracle]:
+    """Digests of every record of the topics that were written, from the two brokers that are left; the decisions, judged."""
+    partitions: dict[str, set[int]] = defaultdict(set)
+    for position in witness.kept:
+        partitions[position.topic].add(position.partition)
+    there: dict[Position, bytes] = {}
+    oracle = Oracle(PlannerCore(0, policy=POLICY))
     async with KafkaBus(KafkaConnection(bootstrap_servers=cluster.bootstrap)) as bus:
-        reader = await bus.reader([(TOPIC, 0)], start="start")
-        found = {}
-        while await reader.lag():
-            for record in await reader.fetch():
-                found[record.offset] = int(record.value or b"-1")
-    return found
+        for topic, numbers in partitions.items():
+            reader = await bus.reader([(topic, number) for number in sorted(numbers)], start="start")
+            while await reader.lag():
+                records = await reader.fetch()
+                there |= {Position(r.topic, r.partition, r.offset): _digest(r.value) for r in records}
+                if topic == topics.DECISIONS:
+                    oracle.read(records)
+            await reader.close()
+    return there, oracle

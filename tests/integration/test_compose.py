@@ -26,6 +26,8 @@ CLUSTER_FILE = COMPOSE_FILE.with_name("docker-compose.cluster.yml")
 TASKS = 20
 SERVICES = ("broker", "planner", "cloud", "e1", "e2", "d1", "d2", "d3")
 ARRIVALS_S = 50
+MORE = ("--scale", "device=2")
+"""Devices beside those that are named."""
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,7 @@ class Deployment:
             "COMPOSE_PROJECT_NAME": f"deepar-test-{os.getpid()}",
             "DEEPAR_KAFKA_PORT": str(self.port),
             "DEEPAR_MODELS": "lenet",  # AlexNet's weights would take each container a minute
+            "COMPOSE_PROFILES": "devices",
             **compose_engine.base_images(engine),
         }
 
@@ -128,7 +131,11 @@ def test_every_service_waits_for_what_it_needs(engine: Engine) -> None:
 
 def test_a_whole_deployment_survives_the_kill_of_each_service(deployment: Deployment, tmp_path: Path) -> None:
     """Everything healthy; each service killed while twenty tasks run; every one of them completes; a quick, clean end."""
-    deployment("up", "--build", "--wait", limit_s=900)
+    deployment("up", "--build", "--wait", *MORE, limit_s=900)
+    assert len(deployment("ps", "--quiet", "device").split()) == 2
+    devices = _devices(deployment)
+    assert devices >= {"d1", "d2", "d3"}
+    assert len(devices) == 5, devices
     for service in SERVICES:
         inspected = deployment.container(service)
         assert inspected["State"]["Health"]["Status"] == "healthy", service
@@ -150,7 +157,7 @@ def test_a_whole_deployment_survives_the_kill_of_each_service(deployment: Deploy
     assert summary["completed"] == TASKS - refused, summary
     assert refused <= TASKS // 4, summary
 
-    deployment("up", "--wait", limit_s=180)  # all of them came back
+    deployment("up", "--wait", *MORE, limit_s=180)  # all of them came back
     assert deployment.down() < DOWN_LIMIT_S
     assert not deployment("ps", "--all", "--quiet").strip()
 
@@ -165,6 +172,14 @@ def _replay(deployment: Deployment, folder: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def _devices(deployment: Deployment) -> set[str]:
+    """The names under which devices have announced themselves."""
+    command = [sys.executable, "-m", "deploy.cli", "tail", "nodes", "--offset", "start", "--exit", "--json"]
+    said = compose_engine.run(command, env={"KAFKA_BOOTSTRAP_SERVERS": deployment.bootstrap}, limit_s=60)
+    values = [json.loads(line)["value"] for line in said.splitlines() if line.startswith("{")]
+    return {value["node"] for value in values if value.get("role") == "device"}
 
 
 def _await_first_task(deployment: Deployment) -> None:
@@ -191,10 +206,10 @@ def _await_first_task(deployment: Deployment) -> None:
 
 def test_profiles_and_the_cluster_are_valid(engine: Engine) -> None:
     """Files with foreign images, which cannot be pulled everywhere: Compose accepts them, what they mount is there."""
-    everything = {"COMPOSE_PROFILES": "console,metrics"}
+    everything = {"COMPOSE_PROFILES": "console,metrics,devices"}
     said = engine.compose("config", "--format", "json", env=everything)
     services = json.loads(said[said.index("{") :])["services"]
-    assert {"console", "prometheus", "grafana"} <= set(services)
+    assert {"console", "prometheus", "grafana", "device"} <= set(services)
     for name in ("console", "prometheus", "grafana"):
         assert services[name]["read_only"], name
         assert all(port["host_ip"] == "127.0.0.1" for port in services[name]["ports"]), name

@@ -12,8 +12,6 @@ import sys
 import sysconfig
 import time
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +20,22 @@ import typer
 
 from deploy import cli
 from deploy.broker import free_port
+from tests.documented import PAGES, ROOT, Line, indented_lines_of, lines_of
 from tests.integration.deepar_processes import Processes
+from tests.integration.test_living_path import documented_services
 from tests.kafka_broker import OwnBroker
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-OURS = ("quickstart.md", "concepts.md", "own-model.md", "own-policy.md", "limits.md", "interface.md")
-FENCE = re.compile(r"^```(?:sh|shell|bash|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+OURS = ("README.md", "quickstart.md", "concepts.md", "own-model.md", "own-policy.md", "limits.md", "interface.md")
 
 ELSEWHERE = {
     "make demo": "tests/integration/test_demo.py plays it",
     "deepar broker": "tests/integration/test_broker.py starts, kills and restarts it",
+    "deepar simulate fig4a --out figures": "tests/sim/test_figures.py makes each figure, with fewer seeds",
+    "deepar simulate all --out figures": "tests/sim/test_figures.py makes each figure, with fewer seeds",
+    **dict.fromkeys(documented_services(), "tests/integration/test_living_path.py starts it so, with LeNet"),
+    "deepar loadgen replay --tasks 20 --within 20s": "tests/integration/test_living_path.py, with 20 samples a task",
 }
 """Commands of our pages that are run by other tests."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One command of a page."""
-
-    page: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page}: {self.text}"
-
-
-def lines_of(page: Path) -> Iterator[Line]:
-    for block in FENCE.findall(page.read_text(encoding="utf-8")):
-        for text in block.replace("\\\n", " ").splitlines():
-            stripped = text.removeprefix("$ ").split("  #")[0].strip()
-            if stripped and not stripped.startswith("#"):
-                yield Line(page.name, " ".join(stripped.split()))
 
 
 LINES = [line for page in PAGES for line in lines_of(page)]
@@ -67,13 +49,18 @@ def command() -> Any:
     return typer.main.get_command(cli.app)
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if "deepar " in line.text], ids=str)
+SHOWN = [line for line in LINES if "deepar " in line.text] + [
+    line for page in PAGES for line in indented_lines_of(page)
+]
+
+
+@pytest.mark.parametrize("line", SHOWN, ids=str)
 def test_every_deepar_command_in_the_docs_is_one(
     line: Line, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its name, its options and their types; nothing is run."""
     monkeypatch.chdir(ROOT)
-    words = shlex.split(line.text.split("|")[0])
+    words = shlex.split(line.text.split(" | ")[0])
     while words and "=" in words[0]:
         words.pop(0)
     if not words or words[0] != "deepar":
@@ -82,6 +69,9 @@ def test_every_deepar_command_in_the_docs_is_one(
         if word.endswith(".tflite"):
             shutil.copy(ROOT / "stages/data/lenet.tflite", tmp_path / "MODEL.tflite")
             words[place] = str(tmp_path / "MODEL.tflite")
+        elif word.endswith(".npz"):
+            (tmp_path / word).touch()
+            words[place] = str(tmp_path / word)
     rest, context, found = words[1:], None, command
     while True:
         try:
@@ -179,9 +169,18 @@ def test_the_policy_in_the_page_is_the_file_that_is_run() -> None:
 
 
 def test_every_picture_and_page_that_is_linked_is_there() -> None:
-    for page in (ROOT / "docs" / name for name in OURS):
+    for page in (page for page in PAGES if page.name in OURS):
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_security_page_makes_a_certificate_that_its_authority_vouches_for(tmp_path: Path) -> None:
+    lines = [line.text for line in LINES if line.page == "security.md" and not line.text.startswith("deepar")]
+    assert any(text.startswith("openssl x509") for text in lines)
+    for text in lines[: 1 + next(n for n, text in enumerate(lines) if "> broker.pem" in text)]:
+        subprocess.run(["bash", "-c", text], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    verify = ["openssl", "verify", "-CAfile", "ca.pem", "-verify_hostname", "broker.example", "broker.pem"]
+    subprocess.run(verify, cwd=tmp_path, check=True, capture_output=True, timeout=60)
 
 
 def test_commands_that_need_no_broker(tmp_path: Path) -> None:

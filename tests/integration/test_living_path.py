@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import msgpack
 import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from bus import topics
+from bus import messages, topics
 from bus.kafka import KafkaBus
 from bus.kafka_connection import KafkaConnection
+from bus.messages import Decision, Placed
 from bus.port import Record
+from bus.tracing import chain, trace_id
 from deploy.broker import free_port
+from tests import prometheus
+from tests.documented import README, lines_of
 from tests.integration.deepar_processes import Processes
 from tests.kafka_broker import OwnBroker, choose
 from tests.kafka_broker import _start as start_broker
+from tests.otlp_collector import Collector, collecting
+from tests.prometheus import Prometheus
 
-NODES = {
-    "cloud": ("stage", "cloud"),
-    "e1": ("stage", "edge", "--name", "e1"),
-    "e2": ("stage", "edge", "--name", "e2"),
-    "d1": ("stage", "device", "--name", "d1", "--slowdown", "50"),
-    "d2": ("stage", "device", "--name", "d2", "--slowdown", "50"),
-    "d3": ("stage", "device", "--name", "d3", "--slowdown", "50", "--results", "d3.jsonl"),
-}
+REPLAY = "deepar loadgen replay --tasks 20 --within 20s"
+MORE = {"d3": ("--results", "d3.jsonl")}
+"""What we add to a command of the README, to look at what comes out of it."""
+
+
+def documented_services() -> list[str]:
+    """The README's planner and stages, each as it stands there."""
+    return [line.text for line in lines_of(README) if line.text.startswith(("deepar planner", "deepar stage"))]
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +47,44 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnBroker]:
 
 
 @pytest.fixture(scope="module")
-def region(broker: OwnBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """Planner, cloud, two edges and three devices, all ready."""
+def collector() -> Iterator[Collector]:
+    """What takes the region's traces."""
+    with collecting() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def region(broker: OwnBroker, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """Planner, cloud, two edges and three devices, all ready, telling their traces."""
     with Processes(broker.bootstrap, tmp_path_factory.mktemp("region")) as processes:
-        started = [processes.start("planner", "planner")]
-        started += [
-            processes.start(name, *arguments, DEEPAR_MODELS="lenet", DEEPAR_HTTP_HOST="127.0.0.1")
-            for name, arguments in NODES.items()
-        ]
+        processes.environment |= {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.address,
+            "OTEL_BSP_SCHEDULE_DELAY": "300",
+        }
+        started = []
+        for text in documented_services():
+            words = text.split()[1:]
+            name = words[-1] if words[-1] in ("planner", "cloud") else words[words.index("--name") + 1]
+            started.append(
+                processes.start(name, *words, *MORE.get(name, ()), DEEPAR_MODELS="lenet", DEEPAR_HTTP_HOST="127.0.0.1")
+            )
+        assert {one.name for one in started} == {"planner", "cloud", "e1", "e2", "d1", "d2", "d3"}
         for one in started:
             one.wait_ready()
         yield processes
+
+
+@pytest.fixture(scope="module")
+def scraping(region: Processes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus | None]:
+    """Prometheus on the compose file's configuration, looking at the region; None where there is none."""
+    programs = prometheus.available()
+    if programs is None:
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("prometheus")
+    config = prometheus.configuration(folder, {one.name: one.http_port for one in region.all}, scrape="1s")
+    with prometheus.running(programs, config, folder) as made:
+        yield made
 
 
 def read_all(bootstrap: str, topic: str) -> list[Record]:
@@ -78,8 +114,11 @@ def send_all(bootstrap: str, records: list[tuple[str, bytes, str | None]]) -> No
     asyncio.run(send())
 
 
-def test_twenty_tasks_complete_and_every_step_stands_on_the_topics(region: Processes) -> None:
-    done = region.run("loadgen", "replay", "--tasks", "20", "--within", "4s", "--samples", "20", "--json")
+def test_twenty_tasks_complete_and_every_step_stands_on_the_topics(
+    region: Processes, scraping: Prometheus | None
+) -> None:
+    assert REPLAY in {line.text for line in lines_of(README)}
+    done = region.run(*REPLAY.split()[1:], "--samples", "20", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["submitted"], summary["completed"]) == (20, 20)
@@ -96,6 +135,38 @@ def test_twenty_tasks_complete_and_every_step_stands_on_the_topics(region: Proce
     assert grants == sum(bool(p["placement"][f"link{n}_bps"]) for p in placed for n in (1, 2))
     ended = [change["task_id"] for change in changes if change["type"] == "ended"]
     assert len(ended) == len(set(ended)) == 20
+
+
+def test_each_task_is_one_trace_across_the_processes(
+    region: Processes, broker: OwnBroker, collector: Collector
+) -> None:
+    placed = {}
+    for record in read_all(broker.bootstrap, topics.DECISIONS):
+        message = messages.decode(topics.DECISIONS, record.value)
+        for change in message.changes if isinstance(message, Decision) else ():
+            if isinstance(change, Placed):
+                placed[trace_id(change.task_id)] = change.placement
+    assert len(placed) == 20
+    wanted = {trace: {"task", "submit", "decision", *chain(placement)} for trace, placement in placed.items()}
+    until_s = time.monotonic() + 20
+    found: dict[str, dict[str, tuple[str, Span]]] = {}
+    while {trace: spans.keys() for trace, spans in found.items()} != wanted and time.monotonic() < until_s:
+        time.sleep(0.2)
+        found = {}
+        for known, span in list(collector.spans):
+            found.setdefault(span.trace_id.hex(), {})[span.name] = (known["service.name"], span)
+    assert {trace: spans.keys() for trace, spans in found.items()} == wanted
+    for trace, spans in found.items():
+        parts = chain(placed[trace])
+        for child, parent in (
+            ("submit", "task"),
+            ("decision", "task"),
+            *zip(parts, ("decision", *parts), strict=False),
+        ):
+            assert spans[child][1].parent_span_id == spans[parent][1].span_id
+        services = {name: service for name, (service, _) in spans.items()}
+        assert (services["submit"], services["task"]) == ("deepar-loadgen", "deepar-planner")
+        assert all(services[part] == f"deepar-{part}" for part in parts if part in ("device", "edge", "cloud"))
 
 
 def test_results_come_back_to_their_device_each_once(region: Processes) -> None:
@@ -138,6 +209,35 @@ def test_garbage_on_any_topic_is_dead_lettered_with_its_cause_and_the_rest_goes_
     assert {headers["deepar_cause"] for headers in buried.values()} == {"undecodable", "unknown_version"}
     again = region.run("loadgen", "replay", "--tasks", "4", "--within", "1s", "--seed", "9", "--json")
     assert json.loads(again.stdout)["completed"] == 4, again.stderr
+
+
+def test_prometheus_has_data_for_every_panel_and_raises_the_alarm_that_is_due(
+    region: Processes, scraping: Prometheus | None
+) -> None:
+    """After two replays, and the garbage that each node found."""
+    if scraping is None:
+        pytest.skip("Prometheus is not installed (DEEPAR_TEST_DOCKER=required fetches it)")
+    targets = scraping.ask("targets")["activeTargets"]
+    assert [target["health"] for target in targets] == ["up"] * len(region.all), targets
+    dashboard = json.loads((prometheus.DEPLOY / "grafana/dashboards/deepar.json").read_text(encoding="utf-8"))
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            found = scraping.value(target["expr"])
+            assert found, f"panel {panel['title']}: {target['expr']} has no data"
+            labels = {name for entry in found for name in entry["metric"]}
+            assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= labels, panel["title"]
+
+    def rules() -> dict[str, dict[str, Any]]:
+        groups = scraping.ask("rules")["groups"]
+        return {rule["name"]: rule for group in groups for rule in group["rules"]}
+
+    scraping.until(lambda: rules()["DeadLetters"]["state"] == "firing", "the alarm DeadLetters")
+    known = rules()
+    assert {rule["health"] for rule in known.values()} == {"ok"}
+    alarmed = {alert["labels"]["node"] for alert in known["DeadLetters"]["alerts"]}
+    assert alarmed == {"planner", "e1", "c1", "d1"}
+    for name in ("NobodyLeads", "ServiceDown", "NotReady", "StalledAttempts"):
+        assert known[name]["state"] == "inactive", known[name]
 
 
 def test_a_task_of_an_unknown_model_is_rejected_with_the_reason(region: Processes) -> None:

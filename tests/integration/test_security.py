@@ -336,6 +336,16 @@ def test_the_command_sets_lists(secure: SecureBroker) -> None:
     assert "refuses to set the lists" in refused.stderr
 
 
+def test_the_doctor_says_what_its_user_may_not_see(secure: SecureBroker) -> None:
+    done = _deepar(secure.environment("anna"), "doctor", "--json")
+    assert done.stdout, done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert checks["broker"]["ok"], done.stderr
+    assert checks["sizes"]["ok"]
+    assert "this user may not (DescribeConfigs): " in checks["sizes"]["detail"]
+    assert secure.passwords["anna"] not in done.stdout + done.stderr
+
+
 def _deepar(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "deploy.cli", *words],

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from bus import topics
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import SeedInput, TaskSubmitted
+from bus.tracing import SpanSink
 from bus.values import Execution, ModelProfile, Objective, Role
 from deploy import nodes
 from loadgen.outcome import Outcome
@@ -77,6 +78,7 @@ async def world(
     objective: Objective = Objective.PIPELINED,
     lease_s: float = 10.0,
     broker: MemoryBroker | None = None,
+    on_span: SpanSink | None = None,
 ) -> AsyncIterator[World]:
     """A region that has come up: everybody has joined."""
     broker = broker or MemoryBroker()
@@ -84,6 +86,7 @@ async def world(
     async with MemoryBus(broker, "world") as bus:
         await nodes.create_missing_topics(bus, edges)
         service = nodes.make_planner(bus, policy=policy, objective=objective, execution=execution)
+        service.trace_to(on_span)
         made = World(bus, broker, service)
         clock = asyncio.get_running_loop().time
         cast = [
@@ -111,6 +114,7 @@ async def world(
                     on_busy=lambda node, part, task_id, begin_s, end_s: made.trace.append(
                         (round(end_s, 9), node, part, task_id)
                     ),
+                    on_span=on_span,
                 )
                 work = nodes.make_work(node, lambda task, sample, outputs: made.shown.append((task.task_id, sample)))
                 made.nodes[settings.name] = node

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
 import deploy
+from bus import topics
+from bus.frames import MAX_FRAME_BYTES
 from deploy.probes import Health, _Collector
+from stages.node import ALARMED
+from tests.prometheus import configuration, find_programs
 
 ROOT = Path(deploy.__file__).parents[1]
 ALARMS = ROOT / "deploy" / "prometheus" / "alarms.yml"
@@ -22,7 +26,7 @@ DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "deepar.json"
 def given() -> set[str]:
     """The metrics of all services, by name, as /metrics prints them."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "stages").glob("*.py"))
-    counted = set(re.findall(r"\.count\(\"(\w+)\"", text))
+    counted = set(re.findall(r"\.count\(\"(\w+)\"", text)) | {*ALARMED}
     counted |= {f"{part}_busy_seconds" for part in ("device", "link1", "edge", "link2", "cloud", "result")}
     text = (ROOT / "deploy" / "nodes.py").read_text(encoding="utf-8")
     counted |= set(re.findall(r"\"(link\d_bytes|decisions|wrong_identity)\":", text)) | set(
@@ -57,9 +61,86 @@ def test_every_alarm_is_explained() -> None:
         assert f"`{name}`" in page, name
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="Prometheus' own checker is not installed")
-def test_prometheus_accepts_the_alarms() -> None:
-    done = subprocess.run(
-        ["promtool", "check", "rules", ALARMS], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def promtool(*words: str | Path) -> None:
+    """Prometheus' own checker must be content."""
+    done = subprocess.run([find_programs().promtool, *words], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prometheus_accepts_the_configuration_and_the_alarms(tmp_path: Path) -> None:
+    promtool("check", "config", configuration(tmp_path, {"planner": 1}))
+    promtool("check", "rules", ALARMS)
+
+
+E1 = '{role="edge", node="e1", region="0"}'
+PLANNER = '{role="planner", node="p1", region="0"}'
+D1 = '{role="device", node="d1", region="0"}'
+WHEN_IT_FIRES = {
+    "NobodyLeads": (f"deepar_leading{PLANNER}", "1 1 1 1 0 0 0 0 0 0", "25s", "45s"),
+    "ServiceDown": ('up{job="deepar", instance="e1:9464"}', "1 1 1 1 0 0 0 0 0 0", "25s", "45s"),
+    "NotReady": (f"deepar_ready{E1}", "1 1 1 1 0 0 0 0 0 0 0 0 0 0", "45s", "65s"),
+    "DeadLetters": (f"deepar_dead_letters_total{E1}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
+    "LoopLag": (f"deepar_loop_lag_seconds{E1}", "0 0 0.1 0.1 0.6 0.6 0.6 0.6 0.6 0.6", "25s", "45s"),
+    "StalledAttempts": (f"deepar_stalled_attempts_total{D1}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
+}
+"""For each alarm a series, its values every five seconds, a moment before it is due and one after."""
+
+
+def test_each_alarm_fires_when_it_is_due_and_not_before(tmp_path: Path) -> None:
+    rules = yaml.safe_load(ALARMS.read_text(encoding="utf-8"))["groups"][0]["rules"]
+    assert {rule["alert"] for rule in rules} == WHEN_IT_FIRES.keys()
+    tests = []
+    for name, (series, values, before, after) in WHEN_IT_FIRES.items():
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', series))
+        if name == "NobodyLeads":
+            labels = {"region": "0"}
+        told = next(rule for rule in rules if rule["alert"] == name)["annotations"]["summary"]
+        told = re.sub(r"{{ \$labels\.(\w+) }}", lambda match, known=labels: known[match[1]], told)
+        others = [] if name == "NobodyLeads" else [{"series": f"deepar_leading{PLANNER}", "values": "1x20"}]
+        tests.append(
+            {
+                "interval": "5s",
+                "input_series": [{"series": series, "values": values}, *others],
+                "alert_rule_test": [
+                    {"eval_time": before, "alertname": name, "exp_alerts": []},
+                    {
+                        "eval_time": after,
+                        "alertname": name,
+                        "exp_alerts": [{"exp_labels": labels, "exp_annotations": {"summary": told}}],
+                    },
+                ],
+            }
+        )
+    file = tmp_path / "alarms_test.yml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(ALARMS)], "evaluation_interval": "5s", "tests": tests}))
+    promtool("test", "rules", file)
+
+
+def test_nobody_leads_when_there_is_no_planner_at_all(tmp_path: Path) -> None:
+    told = "no planner leads the region: tasks wait, nothing is decided"
+    due = {
+        "eval_time": "20s",
+        "alertname": "NobodyLeads",
+        "exp_alerts": [{"exp_labels": {}, "exp_annotations": {"summary": told}}],
+    }
+    tests = [{"interval": "5s", "input_series": [{"series": "up", "values": "1x10"}], "alert_rule_test": [due]}]
+    file = tmp_path / "alarms_test.yml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(ALARMS)], "evaluation_interval": "5s", "tests": tests}))
+    promtool("test", "rules", file)
+
+
+def test_the_console_decodes_the_topics_that_hold_frames_and_no_others() -> None:
+    """Redpanda Console 2: `kafka.messagePack`, names in slashes are patterns; `console.maxDeserializationPayloadSize`."""
+    config = yaml.safe_load((ROOT / "deploy" / "console" / "config.yml").read_text(encoding="utf-8"))
+    assert config["kafka"]["messagePack"]["enabled"] is True
+    names = config["kafka"]["messagePack"]["topicNames"]
+    assert config["console"]["maxDeserializationPayloadSize"] >= MAX_FRAME_BYTES
+
+    def decodes(topic: str) -> bool:
+        return any(re.search(name.strip("/"), topic) if name.startswith("/") else name == topic for name in names)
+
+    for spec in topics.specs(["e1"]):
+        assert decodes(spec.name) is (topics.row(spec.name).payload is topics.Payload.MSGPACK), spec.name
+    for line in (ROOT / "deploy" / "docker-compose.yml").read_text(encoding="utf-8").splitlines():
+        if "redpandadata/console" in line:
+            assert ":v2." in line, "version 3 has these settings elsewhere (serde)"

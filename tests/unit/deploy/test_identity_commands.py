@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bus import messages, topics
 from bus.errors import ConfigError
 from bus.identity import Key, Master, Speaker, load_key, load_master, write_secret
-from bus.memory import MemoryBroker, MemoryBus
-from bus.messages import EpochOpened
-from deploy import commands_doctor, commands_services
+from deploy import commands_services, identity_checks
 from deploy.commands_identity import app
 from deploy.commands_services import node_settings
 from deploy.identities import key_of, submitter_of
@@ -102,7 +99,7 @@ def test_the_doctor_looks_at_the_files(folder: Path) -> None:
     write_secret(folder / "k", master.key(D1).to_text())
     write_secret(folder / "m", master.to_text())
     files = {"DEEPAR_IDENTITY_KEY_FILE": str(folder / "k"), "DEEPAR_IDENTITY_MASTER_FILE": str(folder / "m")}
-    look = commands_doctor.identity_checks
+    look = identity_checks.key_files
     assert look({}) == []
     fine = look(files | {"DEEPAR_NODE": "d1"})
     assert [check.ok for check in fine] == [True, True]
@@ -118,17 +115,15 @@ def test_the_doctor_looks_at_the_files(folder: Path) -> None:
     assert not any(secret in told for secret in secrets_of(folder))
 
 
-async def test_the_doctor_compares_with_what_the_region_demands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_compares_with_what_the_region_demands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     master, other = Master.new(), Master.new()
     write_secret(folder / "k", other.key(D1).to_text())
-    opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=5.0, identity=master.fingerprint)
-    async with MemoryBus(MemoryBroker(), "doctor") as bus:
-        await bus.create_topics(topics.specs())
-        await bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
-        monkeypatch.delenv("DEEPAR_IDENTITY_KEY_FILE", raising=False)
-        (planner,) = await commands_doctor._planners(bus)
-        assert f"by keys of master {master.fingerprint}" in planner.detail
-        monkeypatch.setenv("DEEPAR_IDENTITY_KEY_FILE", str(folder / "k"))
-        identity, _ = await commands_doctor._planners(bus)
-    assert not identity.ok
-    assert identity.detail.endswith(f"ours is of {other.fingerprint}")
+    monkeypatch.delenv("DEEPAR_IDENTITY_KEY_FILE", raising=False)
+    assert identity_checks.demanded_by_region(0, master.fingerprint) == []
+    monkeypatch.setenv("DEEPAR_IDENTITY_KEY_FILE", str(folder / "k"))
+    assert identity_checks.demanded_by_region(0, None) == []
+    (wrong,) = identity_checks.demanded_by_region(0, master.fingerprint)
+    assert not wrong.ok
+    assert wrong.detail.endswith(f"ours is of {other.fingerprint}")
+    (right,) = identity_checks.demanded_by_region(0, other.fingerprint)
+    assert right.ok
