@@ -21,7 +21,7 @@ from bus import topics
 from bus.errors import BusError, DeeparError, ProtocolError
 from bus.frames import Array, Assembler, Frame, Piece, Plan, decode_frame, encode_frame
 from bus.messages import Decision, TaskFailed
-from bus.port import Member, Record, TopicPartition
+from bus.port import Bus, Member, Record, TopicPartition
 from bus.values import Role
 from stages.node import RETRY_S, Node, cause_of
 from stages.offsets import OffsetLedger, Receipt
@@ -435,7 +435,7 @@ class Flow:
         else:
             grants = (hop.results.grant(placement.link2_bps), hop.results.grant(placement.link1_bps))
         return Outlet(
-            hop.node.bus,
+            hop.node.bus if onward else self._way_back(),
             topic=topic,
             key=key,
             source=hop.node.settings.name,
@@ -445,6 +445,11 @@ class Flow:
             gate=hop.node.gate,
             on_busy=partial(hop.node.busy, "link2_s" if onward else "result_s", plan.task_id),
         )
+
+    def _way_back(self) -> Bus:
+        """Where results go: to the site of the edge that the task goes through, as the reservations do."""
+        assert self.plan.placement.edge is not None  # `_check`
+        return self.hop.node.bus.beside(topics.RESULTS, topics.activations_topic(self.plan.placement.edge))
 
     # --- done --------------------------------------------------------------------------------------------------------
 
@@ -466,7 +471,7 @@ class Flow:
             busy["edge_s" if self.hop.is_edge else "cloud_s"] = self.busy_s
         frame = Frame("report", plan.task_id, plan.attempt, node.settings.name, report=busy)
         try:
-            await node.bus.send(topics.RESULTS, encode_frame(frame), key=plan.device)
+            await self._way_back().send(topics.RESULTS, encode_frame(frame), key=plan.device)
         except BusError as error:
             node.log.warning("a report was not sent", task=plan.task_id, error=str(error))
 
