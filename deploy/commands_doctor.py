@@ -19,7 +19,7 @@ from rich.markup import escape
 from bus import messages, topics
 from bus.decisions import DecisionLog
 from bus.errors import DeeparError, ProtocolError, UnknownTopicError
-from bus.kafka import KafkaBus
+from bus.kafka import KafkaBus, KafkaConnection
 from bus.messages import NodeAnnounced
 from bus.port import Bus
 from bus.units import format_seconds
@@ -32,6 +32,7 @@ from stages.zoo import digits, load_model
 
 NEEDED_DISK_BYTES = 2 << 30
 SKEW_S = 2.0
+_ACTIVATIONS = topics.ACTIVATIONS_EDGE.removesuffix(topics.EDGE_PLACEHOLDER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,53 @@ async def examine(bus: KafkaBus) -> list[Check]:
     try:
         async with bus:
             checks.append(Check("broker", True, f"{bus!r} answers"))
+            checks += await _sites(bus)
             for look in (_topics, _planners, _nodes):
                 checks += await _look(look, bus)
     except DeeparError as error:
         checks.append(Check("broker", False, str(error), error.remedy or ""))
     return checks
+
+
+async def _sites(bus: KafkaBus) -> list[Check]:
+    """Whether the broker of every other site answers, and has what this process would read or write there."""
+    checks = []
+    connection = bus.connection
+    for servers in connection.sites[1:]:
+        held = sorted(prefix for prefix, there in connection.routes.items() if there == servers)
+        try:
+            await connection.check(servers)
+            missing = [topic for topic in _kept_at(connection, held) if not await _has(bus, *topic)]
+        except DeeparError as error:
+            detail = f"{error}; it holds {', '.join(held)}"
+            checks.append(Check("site", False, detail, error.remedy or "deepar broker, on a machine of that site"))
+            continue
+        detail = f"{servers} answers and holds {', '.join(held)}"
+        if missing:
+            detail = f"{servers} answers, but has no {', '.join(topic for topic, _ in missing)}"
+        checks.append(Check("site", not missing, detail, "start the edge, or: deepar topics create --edge NAME"))
+    return checks
+
+
+def _kept_at(connection: KafkaConnection, held: list[str]) -> list[tuple[str, str]]:
+    """The topics of one site that can be told from its routes, each with the topic that it stands beside."""
+    names = {topic.name for topic in topics.TABLE}
+    kept = []
+    for name in held:
+        is_edge = name not in names and name.startswith(_ACTIVATIONS)
+        if is_edge or name in names:
+            kept.append((name, name))
+        if is_edge and connection.servers_of(topics.RESULTS, beside=name) == connection.servers_of(name):
+            kept.append((topics.RESULTS, name))
+    return list(dict.fromkeys(kept))
+
+
+async def _has(bus: KafkaBus, topic: str, neighbour: str) -> bool:
+    try:
+        await bus.beside(topic, neighbour).partitions(topic)
+    except UnknownTopicError:
+        return False
+    return True
 
 
 async def _look(look: Callable[[Bus], Awaitable[list[Check]]], bus: Bus) -> list[Check]:

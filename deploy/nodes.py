@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -44,8 +45,9 @@ def kafka_bus(bootstrap_servers: str | None = None) -> KafkaBus:
 
 
 @contextlib.asynccontextmanager
-async def patiently(bus: Bus) -> AsyncIterator[Bus]:
-    """Open a bus; while no broker answers, try again for as long as `DEEPAR_BROKER_PATIENCE` says (default: not at all).
+async def patiently(bus: Bus, ready: Callable[[], Awaitable[None]] | None = None) -> AsyncIterator[Bus]:
+    """Open a bus, and await `ready` on it; while no broker answers, or one of another site does not, try again for as long
+    as `DEEPAR_BROKER_PATIENCE` says (default: not at all).
 
     Where a supervisor starts everything at once, to wait costs less than to end and be started again. Raises what the last
     try raised.
@@ -53,16 +55,22 @@ async def patiently(bus: Bus) -> AsyncIterator[Bus]:
     patience_s = parse_duration(os.environ.get("DEEPAR_BROKER_PATIENCE", "0s"))
     clock = asyncio.get_running_loop().time
     deadline_s = clock() + patience_s
-    async with contextlib.AsyncExitStack() as stack:
+
+    async def insist(call: Callable[[], Awaitable[object]]) -> None:
         while True:
             try:
-                await stack.enter_async_context(bus)
-                break
+                await call()
+                return
             except BusUnavailableError as error:
                 if clock() >= deadline_s:
                     raise
                 log.warning("waiting for the broker", error=str(error))
                 await asyncio.sleep(BROKER_RETRY_S)
+
+    async with contextlib.AsyncExitStack() as stack:
+        await insist(partial(stack.enter_async_context, bus))
+        if ready is not None:
+            await insist(ready)
         yield bus
 
 
@@ -146,8 +154,8 @@ async def run_stage(
     on_busy: BusySink | None = None,
 ) -> None:
     """One stage as a process: ready its models, serve, drain when asked to stop, leave."""
-    async with patiently(bus):
-        await require_region(bus, settings.region, [settings.name] if settings.role is Role.EDGE else [])
+    own = [settings.name] if settings.role is Role.EDGE else []
+    async with patiently(bus, partial(require_region, bus, settings.region, own)):
         runner = await asyncio.to_thread(make)
         node = Node(bus, settings, runner, on_busy=on_busy)
         work = make_work(node, on_result)
@@ -215,8 +223,7 @@ async def run_planner(
     bus: Bus, service: PlannerService, *, http_port: int | None = None, http_host: str = "127.0.0.1"
 ) -> None:
     """A planner as a process."""
-    async with patiently(bus):
-        await require_region(bus, service.region)
+    async with patiently(bus, partial(require_region, bus, service.region)):
 
         def look() -> Health:
             core = service.core
