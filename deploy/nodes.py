@@ -113,15 +113,31 @@ def make_runner(
     `profile` names measured times to play or to pace by; without one this machine is measured (and remembered). `slowdown`
     stretches them. Raises `UnknownNameError`, `ModelError`, `ConfigError`.
     """
-    if runner == "modelled" and profile is not None:
-        platform = load_profile(profile)
-        known = {played.model: played for played in getattr(platform, role.value).values()}
+    known: dict[str, ModelProfile] = {}
+    if profile is not None:
+        known = {played.model: played for played in getattr(load_profile(profile), role.value).values()}
         missing = [model for model in models if model not in known]
         if missing:
             raise ConfigError(f"profile {profile} has no {', '.join(missing)}; it has {', '.join(sorted(known))}")
-        return ModelledRunner([scaled(known[model], slowdown, f"{role} {name}") for model in models])
+        if runner == "modelled":
+            return ModelledRunner([scaled(known[model], slowdown, f"{role} {name}") for model in models])
     loaded = [load_model(model) for model in models]
-    measured = LitertRunner(loaded, slowdown=slowdown, num_threads=threads, platform=f"{role} {name}", say=say)
+    for model in loaded:
+        if model.name in known and known[model.name].sha256 != model.sha256:
+            raise ConfigError(
+                f"profile {profile} is of another {model.name}: its SHA-256 is {known[model.name].sha256}, "
+                f"that of the model {model.sha256}",
+                remedy="play it without computing: --runner modelled",
+            )
+    measured = LitertRunner(
+        loaded,
+        slowdown=slowdown,
+        num_threads=threads,
+        platform=f"{role} {name}",
+        say=say,
+        profiles=known,
+        paced=bool(known),
+    )
     if runner == "modelled":
         return ModelledRunner(measured.profiles())
     return measured
