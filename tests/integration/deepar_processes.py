@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from deploy.broker import free_port, tied_to_us
-from tests.namespaces import Namespace
+from tests.namespaces import Namespace, first_in_line
 
 READY_S = 90.0
 
@@ -93,7 +93,10 @@ class Processes:
                 stdout=sink,
                 stderr=sink,
                 cwd=self.folder,
+                start_new_session=inside is not None,
             )
+        if inside is not None:
+            first_in_line(process.pid)
         self.all.append(made := Process(name, process, log, port, inside))
         return made
 

