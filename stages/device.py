@@ -100,6 +100,7 @@ class Device:
                 await self._hear_all()
                 self.node.status.receiving = True
                 self.node.serving.set()
+                await asyncio.Event().wait()  # also while nobody is heard yet
         finally:
             self._group = None
             self._heard.clear()
