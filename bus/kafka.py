@@ -42,6 +42,8 @@ class KafkaBus:
     def __init__(self, connection: KafkaConnection) -> None:
         self._connection = connection
         self._sites: dict[str, _Site] = {}
+        self._beside: dict[str, KafkaBus] = {}  # by their servers: buses whose home is another site
+        self._is_checked = False  # whether the broker at home has shaken hands
         self._counts: dict[str, int] = {}  # partitions of topics; fixed when a topic is made
         self._ways: dict[str, tuple[int, KafkaSender]] = {}  # partitions of a topic, and who sends there
         self._readers: list[KafkaReader] = []
@@ -54,13 +56,22 @@ class KafkaBus:
     def __repr__(self) -> str:
         return f"<KafkaBus {self._connection.client_id} at {self._connection.bootstrap_servers}>"
 
+    @property
+    def connection(self) -> KafkaConnection:
+        """How it reaches its brokers."""
+        return self._connection
+
     async def __aenter__(self) -> KafkaBus:
+        """Shakes hands with the broker of the control topics; those of other sites may be away until they are used."""
         await self._connection.check()
-        self._is_open = True
+        self._is_open = self._is_checked = True
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         self._is_open = False
+        for other in self._beside.values():
+            await other.__aexit__()
+        self._beside.clear()
         for reader in list(self._readers):
             await reader.close()
         for site in self._sites.values():
@@ -70,10 +81,24 @@ class KafkaBus:
 
     # --- topics ------------------------------------------------------------------------------------------------------
 
+    def beside(self, topic: str, neighbour: str) -> KafkaBus:
+        """A bus of the same process whose home is the neighbour's site; closed with this one."""
+        servers = self._connection.servers_of(topic, beside=neighbour)
+        if servers == self._connection.servers_of(topic):
+            return self
+        other = self._beside.get(servers)
+        if other is None:
+            there = self._connection.model_copy(update={"bootstrap_servers": servers, "routes": {}})
+            other = self._beside[servers] = KafkaBus(there)
+            other._is_open = self._is_open
+        return other
+
     async def create_topics(self, specs: Iterable[TopicSpec]) -> None:
         wanted: dict[str, list[TopicSpec]] = defaultdict(list)
         for spec in specs:
-            wanted[self._connection.servers_of(spec.name)].append(spec)
+            at = [self._connection.servers_of(spec.name, beside=neighbour) for neighbour in (None, *spec.beside)]
+            for servers in dict.fromkeys(at):
+                wanted[servers].append(spec)
         for servers, there in wanted.items():
             await (await self._site(servers)).create_topics(there)
 
@@ -169,6 +194,8 @@ class KafkaBus:
     async def abandon(self) -> None:
         """Go without a word, as a killed process does: what was not acknowledged is lost, groups find out by timeout."""
         self._is_open = False
+        for other in self._beside.values():
+            await other.abandon()
         for reader in self._readers:
             await reader.abandon()
         for site in self._sites.values():
@@ -183,7 +210,7 @@ class KafkaBus:
             raise BusError("the bus is not open: use it as `async with KafkaBus(...) as bus`")
         site = self._sites.get(servers)
         if site is None:
-            if servers != self._connection.bootstrap_servers:
+            if servers != self._connection.bootstrap_servers or not self._is_checked:
                 await self._connection.check(servers)
             site = self._sites.setdefault(servers, _Site(self._connection, servers))
         return site

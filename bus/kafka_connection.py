@@ -115,10 +115,19 @@ class KafkaConnection(BaseModel):
             where = f"{names[0] if names else field}: " if field else ""
             raise ConfigError(f"{where}{first['msg'].removeprefix('Value error, ')}") from None
 
-    def servers_of(self, topic: str) -> str:
-        """The bootstrap servers of the site that holds a topic: those of the longest route that fits."""
+    def servers_of(self, topic: str, *, beside: str | None = None) -> str:
+        """The bootstrap servers of the site that holds a topic: those of the longest route that fits; where none does,
+        those of the topic that it stands `beside`, if one is named.
+        """
         fitting = [prefix for prefix in self.routes if topic == prefix or topic.startswith(prefix.rstrip(".") + ".")]
-        return self.routes[max(fitting, key=len)] if fitting else self.bootstrap_servers
+        if fitting:
+            return self.routes[max(fitting, key=len)]
+        return self.bootstrap_servers if beside is None else self.servers_of(beside)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The bootstrap servers of every site, those of the control topics first."""
+        return tuple(dict.fromkeys([self.bootstrap_servers, *self.routes.values()]))
 
     def client_settings(self, servers: str) -> dict[str, Any]:
         """What aiokafka's producer, consumer and admin client have in common."""

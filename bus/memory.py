@@ -82,6 +82,9 @@ class MemoryBus:
 
     # --- topics ------------------------------------------------------------------------------------------------------
 
+    def beside(self, topic: str, neighbour: str) -> MemoryBus:
+        return self
+
     async def create_topics(self, specs: Iterable[TopicSpec]) -> None:
         await self.reachable()
         self.broker.create(specs)

@@ -81,8 +81,14 @@ class Bus(Protocol):
 
     async def __aexit__(self, *exc: object) -> None: ...
 
+    def beside(self, topic: str, neighbour: str) -> Bus:
+        """The bus of the site that keeps `topic` for those who use `neighbour`; this one where there are no sites.
+
+        The same object for the same site, so that nobody reads one topic twice.
+        """
+
     async def create_topics(self, specs: Iterable[TopicSpec]) -> None:
-        """Create what is missing; what exists stays as it is. Raises `BusError`."""
+        """Create what is missing, at every site that needs it; what exists stays as it is. Raises `BusError`."""
 
     async def partitions(self, topic: str) -> int:
         """How many partitions a topic has. Raises `UnknownTopicError`."""

@@ -19,6 +19,7 @@ class SignedBus:
         self.bus = bus
         self.key = key
         self.name = bus.name
+        self._beside: dict[int, SignedBus] = {}  # by the identity of the bus of another site
 
     async def __aenter__(self) -> SignedBus:
         await self.bus.__aenter__()
@@ -26,6 +27,14 @@ class SignedBus:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.bus.__aexit__(*exc)
+
+    def beside(self, topic: str, neighbour: str) -> Bus:
+        other = self.bus.beside(topic, neighbour)
+        if other is self.bus:
+            return self
+        if (known := self._beside.get(id(other))) is None:
+            known = self._beside[id(other)] = SignedBus(other, self.key)
+        return known
 
     async def create_topics(self, specs: Iterable[TopicSpec]) -> None:
         await self.bus.create_topics(specs)

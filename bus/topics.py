@@ -62,6 +62,7 @@ class Topic:
     compacted: bool = False  # keep the last record of each key for ever
     retention_s: int = 7 * 24 * 3600  # how long, where not compacted
     retention_bytes: int = -1  # how much a partition keeps, -1: no limit
+    beside: str = ""  # a topic: there is one of this name at every site that holds such a one
 
 
 TABLE: tuple[Topic, ...] = (
@@ -84,7 +85,8 @@ TABLE: tuple[Topic, ...] = (
           ("edge",), ("cloud",), "activations to the cloud stages, one consumer group", retention_s=3600,
           retention_bytes=4 << 30),
     Topic(RESULTS, Payload.MSGPACK, ("Frame",), "device", PartitionBy.KEY,
-          ("edge", "cloud"), ("device",), "results, and what was measured", retention_s=3600, retention_bytes=4 << 30),
+          ("edge", "cloud"), ("device",), "results, and what was measured", retention_s=3600, retention_bytes=4 << 30,
+          beside=ACTIVATIONS_EDGE),
     Topic(DEAD_LETTER, Payload.ORIGINAL, (), "origin", PartitionBy.KEY,
           ("planner", "device", "edge", "cloud"), ("tools",), "what could not be read, for people",
           retention_s=30 * 24 * 3600),
@@ -116,6 +118,7 @@ class TopicSpec:
     compacted: bool = False
     retention_s: int = -1
     retention_bytes: int = -1
+    beside: tuple[str, ...] = ()  # it is created at the sites of these topics, too
 
 
 def activations_topic(edge: str) -> str:
@@ -137,6 +140,7 @@ def row(name: str) -> Topic:
 
 def specs(edges: Iterable[str] = (), partitions: Partitions | None = None) -> list[TopicSpec]:
     """Every topic that a system with these edges needs."""
+    edges = tuple(edges)
     partitions = partitions or Partitions()
     counts = {
         ACTIVATIONS_EDGE: partitions.activations,
@@ -148,7 +152,10 @@ def specs(edges: Iterable[str] = (), partitions: Partitions | None = None) -> li
     for topic in TABLE:
         names = [activations_topic(edge) for edge in edges] if topic.name == ACTIVATIONS_EDGE else [topic.name]
         count = counts.get(topic.name, partitions.regions)
-        wanted += [TopicSpec(name, count, topic.compacted, topic.retention_s, topic.retention_bytes) for name in names]
+        beside = tuple(activations_topic(edge) for edge in edges) if topic.beside else ()
+        wanted += [
+            TopicSpec(name, count, topic.compacted, topic.retention_s, topic.retention_bytes, beside) for name in names
+        ]
     return wanted
 
 

@@ -157,12 +157,17 @@ class _CreateMany(CreateAclsRequest):  # type: ignore[misc]
 
 
 async def apply(connection: KafkaConnection, granted: Mapping[str, Sequence[Entry]]) -> int:
-    """Set the lists on the broker as the user of `connection`, who must be a super user or may Alter the cluster; the
-    number of lines set. What is there already stays; nothing is taken away. Raises BusError with the broker's cause.
+    """Set the lists on the broker, on that of every site where there are several, as the user of `connection`, who must be
+    a super user or may Alter the cluster; the number of lines set on each. What is there already stays; nothing is taken
+    away. Raises BusError with the broker's cause.
     """
+    return max([await _apply(connection, servers, granted) for servers in connection.sites])
+
+
+async def _apply(connection: KafkaConnection, servers: str, granted: Mapping[str, Sequence[Entry]]) -> int:
     request: Any = _CreateMany(granted)
-    await connection.check()
-    admin = AIOKafkaAdminClient(**connection.client_settings(connection.bootstrap_servers))
+    await connection.check(servers)
+    admin = AIOKafkaAdminClient(**connection.client_settings(servers))
     try:
         await admin.start()
         response = await admin._send_request(request)

@@ -87,17 +87,20 @@ class KafkaBroker:
     `port` and `controller_port` are chosen free when not given. `settings` override `server.properties`. For a node of
     a cluster of several, `cluster_id` is the cluster's; for one with users, `format_words` go to `StorageTool format`
     (whose output is then thrown away: it prints verifiers of passwords) and `ready` asks whether it serves, raising
-    OSError or BusUnavailableError while it does not. All methods block; none is safe to call from two threads at once.
-    The broker ends with this process (see `tied_to_us`). Raises MissingProgramError, ArtifactsError, PortTakenError,
-    DataInUseError or BrokerStartError from `start`.
+    OSError or BusUnavailableError while it does not. `within` begins the command, for one that runs where this process
+    cannot reach it (`ip netns exec NAME`): it listens at `host` there, and `ready` must be given. All methods block;
+    none is safe to call from two threads at once. The broker ends with this process (see `tied_to_us`). Raises
+    MissingProgramError, ArtifactsError, PortTakenError, DataInUseError or BrokerStartError from `start`.
     """
 
     def __init__(
         self,
         data_dir: Path,
         *,
+        host: str = "127.0.0.1",
         port: int | None = None,
         controller_port: int | None = None,
+        within: Sequence[str] = (),
         settings: Mapping[str, str] | None = None,
         cluster_id: str | None = None,
         format_words: Sequence[str] = (),
@@ -109,6 +112,8 @@ class KafkaBroker:
         self.data_dir = data_dir.absolute()
         self.log_file = self.data_dir / "broker.log"
         self.kind = f"Apache Kafka {KAFKA_VERSION} (KRaft, {started_by})"
+        self._host = host
+        self._within = list(within)
         self._wanted_port = port
         self._port = port
         self._controller_port = controller_port
@@ -128,10 +133,10 @@ class KafkaBroker:
 
     @property
     def bootstrap(self) -> str:
-        """`127.0.0.1:PORT`, for `bootstrap_servers`; known from the first start on."""
+        """`HOST:PORT`, for `bootstrap_servers`; known from the first start on."""
         if self._port is None:
             raise BrokerStartError("the broker has no address before its first start")
-        return f"127.0.0.1:{self._port}"
+        return f"{self._host}:{self._port}"
 
     @property
     def pid(self) -> int | None:
@@ -259,7 +264,7 @@ class KafkaBroker:
         self._lock = lock
 
     def _choose_ports(self) -> None:
-        if self._wanted_port is not None:
+        if self._wanted_port is not None and not self._within:
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
@@ -274,8 +279,8 @@ class KafkaBroker:
         logs = self.data_dir / "kafka-data"
         properties = self.data_dir / "server.properties"
         added = {
-            "listeners": f"CLIENTS://127.0.0.1:{self._port},CONTROLLER://127.0.0.1:{self._controller_port}",
-            "advertised.listeners": f"CLIENTS://127.0.0.1:{self._port}",
+            "listeners": f"CLIENTS://{self.bootstrap},CONTROLLER://127.0.0.1:{self._controller_port}",
+            "advertised.listeners": f"CLIENTS://{self.bootstrap}",
             "listener.security.protocol.map": "CLIENTS:PLAINTEXT,CONTROLLER:PLAINTEXT",
             "inter.broker.listener.name": "CLIENTS",
             "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
@@ -313,6 +318,7 @@ class KafkaBroker:
                 if done.returncode != 0:
                     raise BrokerStartError(f"Kafka refused to format {logs}:\n{self.log_tail()}")
             serve = [
+                *self._within,
                 *run,
                 f"-Xmx{self._heap_mib}m",
                 "-XX:+ExitOnOutOfMemoryError",

@@ -18,7 +18,7 @@ from bus.errors import DeeparError, UnknownTopicError
 from bus.kafka import KafkaBus
 from bus.kafka_connection import KafkaConnection
 from bus.port import Bus
-from deploy import identity_checks, machine_checks, region_checks, size_checks
+from deploy import identity_checks, machine_checks, region_checks, site_checks, size_checks
 from deploy.machine_checks import Check
 from deploy.process import EXIT_FAILED, run_on_uvloop
 
@@ -76,6 +76,7 @@ async def examine(connection: KafkaConnection, models: Sequence[str]) -> list[Ch
         async with bus:
             checks.append(Check("broker", True, f"{bus!r} answers"))
             checks += await size_checks.look(connection)
+            checks += await site_checks.look(bus)
             for look in (region_checks.missing_topics, region_checks.regions):
                 checks += await _look(look, bus)
     except DeeparError as error:

@@ -64,7 +64,9 @@ RunnerKind = Annotated[
 ProfileName = Annotated[
     str | None,
     typer.Option(
-        "--profile", envvar="DEEPAR_PROFILE", help="Times to play with --runner modelled: a name (paper) or a file."
+        "--profile",
+        envvar="DEEPAR_PROFILE",
+        help="Times to play in the place of this machine's, slowdown on top: a name (paper) or a file.",
     ),
 ]
 Threads = Annotated[int, typer.Option("--num-threads", min=1, help="Threads of one inference.")]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -46,8 +47,9 @@ def kafka_bus(bootstrap_servers: str | None = None) -> KafkaBus:
 
 
 @contextlib.asynccontextmanager
-async def patiently(bus: Bus) -> AsyncIterator[Bus]:
-    """Open a bus; while no broker answers, try again for as long as `DEEPAR_BROKER_PATIENCE` says (default: not at all).
+async def patiently(bus: Bus, ready: Callable[[], Awaitable[None]] | None = None) -> AsyncIterator[Bus]:
+    """Open a bus, and await `ready` on it; while no broker answers, or one of another site does not, try again for as long
+    as `DEEPAR_BROKER_PATIENCE` says (default: not at all).
 
     Where a supervisor starts everything at once, to wait costs less than to end and be started again. Raises what the last
     try raised.
@@ -55,16 +57,22 @@ async def patiently(bus: Bus) -> AsyncIterator[Bus]:
     patience_s = parse_duration(os.environ.get("DEEPAR_BROKER_PATIENCE", "0s"))
     clock = asyncio.get_running_loop().time
     deadline_s = clock() + patience_s
-    async with contextlib.AsyncExitStack() as stack:
+
+    async def insist(call: Callable[[], Awaitable[object]]) -> None:
         while True:
             try:
-                await stack.enter_async_context(bus)
-                break
+                await call()
+                return
             except BusUnavailableError as error:
                 if clock() >= deadline_s:
                     raise
                 log.warning("waiting for the broker", error=str(error))
                 await asyncio.sleep(BROKER_RETRY_S)
+
+    async with contextlib.AsyncExitStack() as stack:
+        await insist(partial(stack.enter_async_context, bus))
+        if ready is not None:
+            await insist(ready)
         yield bus
 
 
@@ -107,15 +115,31 @@ def make_runner(
     `profile` names measured times to play or to pace by; without one this machine is measured (and remembered). `slowdown`
     stretches them. Raises `UnknownNameError`, `ModelError`, `ConfigError`.
     """
-    if runner == "modelled" and profile is not None:
-        platform = load_profile(profile)
-        known = {played.model: played for played in getattr(platform, role.value).values()}
+    known: dict[str, ModelProfile] = {}
+    if profile is not None:
+        known = {played.model: played for played in getattr(load_profile(profile), role.value).values()}
         missing = [model for model in models if model not in known]
         if missing:
             raise ConfigError(f"profile {profile} has no {', '.join(missing)}; it has {', '.join(sorted(known))}")
-        return ModelledRunner([scaled(known[model], slowdown, f"{role} {name}") for model in models])
+        if runner == "modelled":
+            return ModelledRunner([scaled(known[model], slowdown, f"{role} {name}") for model in models])
     loaded = [load_model(model) for model in models]
-    measured = LitertRunner(loaded, slowdown=slowdown, num_threads=threads, platform=f"{role} {name}", say=say)
+    for model in loaded:
+        if model.name in known and known[model.name].sha256 != model.sha256:
+            raise ConfigError(
+                f"profile {profile} is of another {model.name}: its SHA-256 is {known[model.name].sha256}, "
+                f"that of the model {model.sha256}",
+                remedy="play it without computing: --runner modelled",
+            )
+    measured = LitertRunner(
+        loaded,
+        slowdown=slowdown,
+        num_threads=threads,
+        platform=f"{role} {name}",
+        say=say,
+        profiles=known,
+        paced=bool(known),
+    )
     if runner == "modelled":
         return ModelledRunner(measured.profiles())
     return measured
@@ -148,8 +172,9 @@ async def run_stage(
     on_busy: BusySink | None = None,
 ) -> None:
     """One stage as a process: ready its models, serve, drain when asked to stop, leave."""
-    async with tracing(f"deepar-{settings.role.value}") as on_span, patiently(bus):
-        await require_region(bus, settings.region, [settings.name] if settings.role is Role.EDGE else [])
+    own = [settings.name] if settings.role is Role.EDGE else []
+    ready = partial(require_region, bus, settings.region, own)
+    async with tracing(f"deepar-{settings.role.value}") as on_span, patiently(bus, ready):
         runner = await asyncio.to_thread(make)
         node = Node(bus, settings, runner, on_busy=on_busy, on_span=on_span)
         work = make_work(node, on_result)
@@ -231,9 +256,11 @@ async def run_planner(
     bus: Bus, service: PlannerService, *, http_port: int | None = None, http_host: str = "127.0.0.1"
 ) -> None:
     """A planner as a process."""
-    async with tracing("deepar-planner") as on_span, patiently(bus):
+    async with (
+        tracing("deepar-planner") as on_span,
+        patiently(bus, partial(require_region, bus, service.region)),
+    ):
         service.trace_to(on_span)
-        await require_region(bus, service.region)
 
         def look() -> Health:
             core = service.core

@@ -1,7 +1,8 @@
 """The runner that computes: LiteRT in worker threads, at this machine's speed or at that of a slower one.
 
 `slowdown` makes it play a machine so many times slower than this one: the inference runs, and its result is handed over at
-the absolute deadline that the slower machine would have kept. At 1.0 nothing is played, results leave when they are there.
+the absolute deadline that the slower machine would have kept. At 1.0 nothing is played, results leave when they are there,
+unless the times of another machine are given, to be `paced` by.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ class LitertRunner:
         say: Callable[[str], None] | None = None,
         stores: Mapping[str, SegmentStore] | None = None,
         profiles: Mapping[str, ModelProfile] | None = None,
+        paced: bool = False,
         pool: ThreadPoolExecutor | None = None,
     ) -> None:
         self._models = {model.name: model for model in models}
-        self._slowdown = slowdown
+        self._paced = paced or slowdown > 1.0
         self._pool = pool or ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
         self._owns_pool = pool is None
         self._stores = dict(stores or {})
@@ -60,8 +62,8 @@ class LitertRunner:
                 self._stores[model.name] = SegmentStore(model, num_threads=num_threads, replicas=WORKERS)
                 self._stores[model.name].warm(say)
             measured = (profiles or {}).get(model.name) or machine_profile(model, num_threads=num_threads, say=say)
-            paced = tuple(seconds * slowdown for seconds in measured.layer_s)
-            self._profiles[model.name] = measured.model_copy(update={"platform": platform, "layer_s": paced})
+            layer_s = tuple(seconds * slowdown for seconds in measured.layer_s)
+            self._profiles[model.name] = measured.model_copy(update={"platform": platform, "layer_s": layer_s})
 
     def profiles(self) -> tuple[ModelProfile, ...]:
         """What a node announces: measured here, stretched by the slowdown."""
@@ -89,7 +91,7 @@ class LitertRunner:
         """A place on the prepared segment."""
         played_s = sum(profile_of(self._profiles, plan.model).layer_s[first:last])
         segment = self._stores[plan.model].get(first, last)
-        if self._slowdown > 1.0:
+        if self._paced:
             return _PlayedStation(segment, self._pool, played_s)
         return _InlineStation(segment, played_s) if played_s < INLINE_S else _LitertStation(segment, self._pool)
 

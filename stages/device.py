@@ -15,10 +15,10 @@ from functools import partial
 from typing import Protocol
 
 from bus import topics
-from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
+from bus.errors import BusError, BusUnavailableError, ConfigError, DeeparError, ProtocolError, UnknownTopicError
 from bus.frames import Array, Assembler, Frame, Plan, decode_frame
 from bus.messages import Admitted, Decision, Ended, NodeJoined, Retried, Start, TaskCompleted, TaskFailed, TaskSubmitted
-from bus.port import Reader
+from bus.port import Bus, Reader
 from bus.values import Execution, ModelProfile, Parts
 from stages.node import RETRY_S, Node, cause_of
 from stages.outlet import Outgoing, Outlet, sending
@@ -88,22 +88,53 @@ class Device:
         self.tasks: dict[str, DeviceTask] = {}
         self._on_result = on_result
         self._group: asyncio.TaskGroup | None = None
+        self._heard: set[Bus] = set()  # the sites whose results are read
+        self._hearing = asyncio.Lock()
         self._draining = False
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        name = self.node.settings.name
-        partition = topics.partition_of(name, await self.node.bus.partitions(topics.RESULTS))
-        reader = await self.node.bus.reader([(topics.RESULTS, partition)], start="end")
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                group.create_task(self._receive(reader), name=f"{name}: results")
+                await self._hear_all()
                 self.node.status.receiving = True
                 self.node.serving.set()
+                await asyncio.Event().wait()  # also while nobody is heard yet
         finally:
             self._group = None
-            await reader.close()
+            self._heard.clear()
+
+    async def _hear_all(self) -> None:
+        """Listen at the sites of the edges that this device is told of; at the region's where it is told of none."""
+        if self.node.settings.reachable_edges is None:
+            await self._hear_at(self.node.bus)
+        for edge in self.node.settings.reachable_edges or ():
+            try:
+                await self.hear(edge)
+            except (BusUnavailableError, UnknownTopicError) as error:
+                if self._site(edge) is self.node.bus:
+                    raise
+                # Tasks through other edges need not wait for it; one through this edge tries again.
+                self.node.log.warning("an edge's site is not there yet", edge=edge, error=str(error))
+
+    def _site(self, edge: str) -> Bus:
+        return self.node.bus.beside(topics.RESULTS, topics.activations_topic(edge))
+
+    async def hear(self, edge: str) -> None:
+        """See to it that what comes back through `edge` from now on is read. Raises `BusError`."""
+        if (site := self._site(edge)) not in self._heard:
+            async with self._hearing:
+                await self._hear_at(site)
+
+    async def _hear_at(self, site: Bus) -> None:
+        if site in self._heard or self._group is None:
+            return
+        name = self.node.settings.name
+        partition = topics.partition_of(name, await site.partitions(topics.RESULTS))
+        reader = await site.reader([(topics.RESULTS, partition)], start="end")
+        self._heard.add(site)
+        self._group.create_task(self._receive(reader), name=f"{name}: results")
 
     async def drain(self) -> None:
         """Start nothing new and return when what runs here has ended."""
@@ -168,6 +199,12 @@ class Device:
     # --- results -----------------------------------------------------------------------------------------------------
 
     async def _receive(self, reader: Reader) -> None:
+        try:
+            await self._read(reader)
+        finally:
+            await reader.close()
+
+    async def _read(self, reader: Reader) -> None:
         name = self.node.settings.name
         while True:
             try:
@@ -272,9 +309,22 @@ class Attempt:
             self._moved_s = asyncio.get_running_loop().time()
             watch = asyncio.create_task(self._watch(), name=f"{node.settings.name}: watch {plan.task_id}")
             stack.push_async_callback(_cancelled, watch)
+            await self._hear(plan.placement.edge)
             async with sending(outlet):
                 await self._send(inputs, station, outlet)
             self.reports["link1_s"] = outlet.busy_s
+
+    async def _hear(self, edge: str) -> None:
+        """Nothing is sent before its results can be heard."""
+        while True:
+            try:
+                await self.device.hear(edge)
+                return
+            except BusError as error:
+                self.device.node.log.warning("cannot read results, trying again", edge=edge, error=str(error))
+                await asyncio.sleep(RETRY_S)
+            if self._broken:
+                raise self._broken
 
     async def _send(self, inputs: Callable[[int], list[Array]], station: Station | None, outlet: Outlet | None) -> None:
         """Every sample, as the window opens; returns when every result is there."""

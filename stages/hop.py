@@ -21,7 +21,7 @@ from bus import topics
 from bus.errors import BusError, DeeparError, ProtocolError
 from bus.frames import Array, Assembler, Frame, Piece, Plan, decode_frame, encode_frame
 from bus.messages import Decision, TaskFailed
-from bus.port import Member, Record, TopicPartition
+from bus.port import Bus, Member, Record, TopicPartition
 from bus.tracing import parent_in
 from bus.values import Role
 from stages.node import RETRY_S, Node, cause_of
@@ -456,7 +456,7 @@ class Flow:
         else:
             grants = (hop.results.grant(placement.link2_bps), hop.results.grant(placement.link1_bps))
         return Outlet(
-            hop.node.bus,
+            hop.node.bus if onward else self._way_back(),
             topic=topic,
             key=key,
             source=hop.node.settings.name,
@@ -467,6 +467,11 @@ class Flow:
             on_busy=partial(hop.node.busy, f"{self._way}_s", plan.task_id),
             headers=hop.node.trace_header(self._way, plan),
         )
+
+    def _way_back(self) -> Bus:
+        """Where results go: to the site of the edge that the task goes through, as the reservations do."""
+        assert self.plan.placement.edge is not None  # `_check`
+        return self.hop.node.bus.beside(topics.RESULTS, topics.activations_topic(self.plan.placement.edge))
 
     # --- done --------------------------------------------------------------------------------------------------------
 
@@ -488,7 +493,7 @@ class Flow:
             busy["edge_s" if self.hop.is_edge else "cloud_s"] = self.busy_s
         frame = Frame("report", plan.task_id, plan.attempt, node.settings.name, report=busy)
         try:
-            await node.bus.send(topics.RESULTS, encode_frame(frame), key=plan.device)
+            await self._way_back().send(topics.RESULTS, encode_frame(frame), key=plan.device)
         except BusError as error:
             node.log.warning("a report was not sent", task=plan.task_id, error=str(error))
 

@@ -105,6 +105,10 @@ def numbered(count: int, start: int = 0) -> list[bytes]:
 # --- topics ----------------------------------------------------------------------------------------------------------
 
 
+async def test_without_sites_every_topic_is_here(place: Place) -> None:
+    assert place.bus.beside("contract.one", "contract.other") is place.bus
+
+
 async def test_a_topic_that_exists_stays_as_it_is(place: Place) -> None:
     topic = await place.topic(3)
     await place.bus.send(topic, b"here", partition=2)

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from deploy.broker import free_port, tied_to_us
+from tests.namespaces import Namespace, first_in_line
 
 READY_S = 90.0
 
@@ -22,7 +23,15 @@ READY_S = 90.0
 class Process:
     """One running command."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path, http_port: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        process: subprocess.Popen[bytes],
+        log: Path,
+        http_port: int,
+        inside: Namespace | None = None,
+    ) -> None:
+        self._inside = inside
         self.name = name
         self.process = process
         self.log = log
@@ -30,6 +39,9 @@ class Process:
 
     def ready(self) -> dict[str, Any] | None:
         """What `/readyz` says, None while it says no."""
+        return self._ask() if self._inside is None else self._inside.call(self._ask)
+
+    def _ask(self) -> dict[str, Any] | None:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/readyz", timeout=2.0) as answer:
                 return dict(json.loads(answer.read()))
@@ -69,25 +81,32 @@ class Processes:
         self.environment = os.environ | {"KAFKA_BOOTSTRAP_SERVERS": bootstrap, "NO_COLOR": "1", "COLUMNS": "160"}
         self.all: list[Process] = []
 
-    def start(self, name: str, *arguments: str, **environment: str) -> Process:
-        """Start `deepar ARGUMENTS`, with a port for its probes."""
+    def start(self, name: str, *arguments: str, inside: Namespace | None = None, **environment: str) -> Process:
+        """Start `deepar ARGUMENTS`, with a port for its probes; `inside` a network namespace, if one is given."""
+        prefix = inside.prefix if inside else []
         port = free_port()
         log = self.folder / f"{name}-{len(self.all)}.log"
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                tied_to_us([sys.executable, "-m", "deploy.cli", *arguments]),
+                tied_to_us([*prefix, sys.executable, "-m", "deploy.cli", *arguments]),
                 env=self.environment | {"DEEPAR_HTTP_PORT": str(port)} | environment,
                 stdout=sink,
                 stderr=sink,
                 cwd=self.folder,
+                start_new_session=inside is not None,
             )
-        self.all.append(made := Process(name, process, log, port))
+        if inside is not None:
+            first_in_line(process.pid)
+        self.all.append(made := Process(name, process, log, port, inside))
         return made
 
-    def run(self, *arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
-        """Run `deepar ARGUMENTS` to its end."""
+    def run(
+        self, *arguments: str, inside: Namespace | None = None, timeout_s: float = 120.0
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `deepar ARGUMENTS` to its end; `inside` a network namespace, if one is given."""
+        prefix = inside.prefix if inside else []
         return subprocess.run(
-            [sys.executable, "-m", "deploy.cli", *arguments],
+            [*prefix, sys.executable, "-m", "deploy.cli", *arguments],
             env=self.environment,
             capture_output=True,
             text=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -20,9 +21,11 @@ from deploy.broker_handshake import ask
 from loadgen.outcome import NOT_ACKNOWLEDGED
 from tests import compose_engine
 from tests.compose_engine import COMPOSE_FILE, Engine, NoEngineError
+from tests.integration.topic_ends import held_by_site, topic_ends
 
 DOWN_LIMIT_S = 15.0
 CLUSTER_FILE = COMPOSE_FILE.with_name("docker-compose.cluster.yml")
+SITES_FILE = COMPOSE_FILE.with_name("docker-compose.sites.yml")
 TASKS = 20
 SERVICES = ("broker", "planner", "cloud", "e1", "e2", "d1", "d2", "d3")
 ARRIVALS_S = 50
@@ -50,10 +53,11 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 
 class Deployment:
-    """The compose file as a project of its own, with a broker port of its own."""
+    """A compose file as a project of its own, with a broker port of its own."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, file: Path = COMPOSE_FILE) -> None:
         self.engine = engine
+        self.file = file
         self.port = free_port()
         self.env = {
             "COMPOSE_PROJECT_NAME": f"deepar-test-{os.getpid()}",
@@ -69,7 +73,7 @@ class Deployment:
 
     def __call__(self, *words: str, limit_s: float = 600, check: bool = True) -> str:
         """Output of `docker compose WORDS`."""
-        return self.engine.compose(*words, env=self.env, limit_s=limit_s, check=check)
+        return self.engine.compose(*words, files=(self.file,), env=self.env, limit_s=limit_s, check=check)
 
     def container(self, service: str) -> dict[str, Any]:
         """What `docker inspect` says of a service's container."""
@@ -99,15 +103,24 @@ def deployment(engine: Engine) -> Iterator[Deployment]:
     one.down()
 
 
-def _services(engine: Engine) -> dict[str, dict[str, Any]]:
-    said = engine.compose("config", "--format", "json")
+@pytest.fixture
+def two_sites(engine: Engine) -> Iterator[Deployment]:
+    """The file of two sites, not up yet, and gone after the test."""
+    one = Deployment(engine, SITES_FILE)
+    one.env |= {"DEEPAR_EDGE_KAFKA_PORT": str(free_port()), "DEEPAR_POLICY": "cloud-only"}
+    yield one
+    one.down()
+
+
+def _services(engine: Engine, file: Path = COMPOSE_FILE) -> dict[str, dict[str, Any]]:
+    said = engine.compose("config", "--format", "json", files=(file,))
     services: dict[str, dict[str, Any]] = json.loads(said[said.index("{") :])["services"]
     return services
 
 
 def test_every_service_is_confined(engine: Engine) -> None:
     """Read-only, without capabilities or new privileges, bounded in memory and processes, ended gently."""
-    for name, service in _services(engine).items():
+    for name, service in [*_services(engine).items(), *_services(engine, SITES_FILE).items()]:
         assert service["read_only"], name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
@@ -120,13 +133,16 @@ def test_every_service_is_confined(engine: Engine) -> None:
 
 def test_every_service_waits_for_what_it_needs(engine: Engine) -> None:
     """Long-running services have a health check; nothing starts before what it depends on is healthy or done."""
-    services = _services(engine)
-    assert set(services) == {"broker", "topics", "planner", "cloud", "e1", "e2", "d1", "d2", "d3"}
-    for name, service in services.items():
-        assert ("healthcheck" in service) is (name != "topics"), name
-        for needed, how in service.get("depends_on", {}).items():
-            done = "service_completed_successfully" if needed == "topics" else "service_healthy"
-            assert how["condition"] == done, f"{name} on {needed}"
+    files = {COMPOSE_FILE: {"e2", "d2", "d3"}, SITES_FILE: {"edge-broker"}}
+    for file, more in files.items():
+        services = _services(engine, file)
+        assert set(services) == {"broker", "topics", "planner", "cloud", "e1", "d1"} | more
+        for name, service in services.items():
+            assert ("healthcheck" in service) is (name != "topics"), name
+            assert ("depends_on" in service) is ("broker" not in name), name
+            for needed, how in service.get("depends_on", {}).items():
+                done = "service_completed_successfully" if needed == "topics" else "service_healthy"
+                assert how["condition"] == done, f"{name} on {needed}"
 
 
 def test_a_whole_deployment_survives_the_kill_of_each_service(deployment: Deployment, tmp_path: Path) -> None:
@@ -225,6 +241,37 @@ def test_profiles_and_the_cluster_are_valid(engine: Engine) -> None:
     assert len({port["published"] for broker in brokers for port in broker["ports"]}) == 3
     for name in ("topics", *SERVICES[1:]):
         assert services[name]["environment"]["KAFKA_BOOTSTRAP_SERVERS"].count(":29092") == 3, name
+
+
+def test_the_services_of_two_sites_share_no_network_but_at_the_brokers(engine: Engine) -> None:
+    networks = {name: set(service["networks"]) for name, service in _services(engine, SITES_FILE).items()}
+    assert networks == {
+        "broker": {"edge", "cloud"},
+        "edge-broker": {"edge", "cloud"},
+        **{name: {"cloud"} for name in ("topics", "planner", "cloud")},
+        **{name: {"edge"} for name in ("e1", "d1")},
+    }
+
+
+def test_two_sites_work_together_over_their_brokers(two_sites: Deployment, tmp_path: Path) -> None:
+    """Tasks go from the device over its site's broker to the edge, over the other's to the cloud, and results back."""
+    two_sites("up", "--build", "--wait", limit_s=900)
+    for here, there in (("d1", "planner"), ("cloud", "e1")):
+        script = f"import socket; socket.create_connection(({there!r}, 9464), 2)"
+        said = two_sites("exec", "-T", here, "python3", "-c", script, check=False)
+        assert "gaierror" in said, f"{here} must not even know the name of {there}: {said}"
+    command = ["loadgen", "replay", "--tasks", "3", "--within", "1s", "--samples", "10", "--out", str(tmp_path)]
+    said = compose_engine.run(
+        [sys.executable, "-m", "deploy.cli", *command],
+        env={"KAFKA_BOOTSTRAP_SERVERS": two_sites.bootstrap},
+        limit_s=120,
+    )
+    assert json.loads((tmp_path / "summary.json").read_text())["completed"] == 3, said
+    edge_port = two_sites.env["DEEPAR_EDGE_KAFKA_PORT"]
+    edge = asyncio.run(topic_ends(f"127.0.0.1:{edge_port}", ["e1"]))
+    held_by_site(edge, asyncio.run(topic_ends(two_sites.bootstrap, ["e1"])), "e1")
+    assert two_sites.down() < DOWN_LIMIT_S
+    assert not two_sites("ps", "--all", "--quiet").strip()
 
 
 async def test_the_broker_serves_both_sides_and_keeps_its_records(deployment: Deployment) -> None:

@@ -303,3 +303,14 @@ def test_the_longest_route_wins() -> None:
     assert connection.servers_of("deepar.activations.e1") == "sites:1"
     assert connection.servers_of("deepar.activations.cloud") == "cloud:1"
     assert connection.servers_of("other") == "home:1"
+
+
+def test_what_has_no_route_stands_beside_what_has_one() -> None:
+    routes = {"deepar.activations.e1": "site1:1", "deepar.activations.e2": "site2:1"}
+    connection = KafkaConnection(bootstrap_servers="home:1", routes=routes)
+    assert connection.servers_of("deepar.results", beside="deepar.activations.e2") == "site2:1"
+    assert connection.servers_of("deepar.results", beside="deepar.activations.e3") == "home:1"
+    assert connection.servers_of("deepar.results") == "home:1"
+    assert connection.sites == ("home:1", "site1:1", "site2:1")
+    routed = connection.model_copy(update={"routes": routes | {"deepar.results": "all:1"}})
+    assert routed.servers_of("deepar.results", beside="deepar.activations.e2") == "all:1"

@@ -180,6 +180,36 @@ async def test_topics_may_live_on_several_sites(kafka: Broker) -> None:
             await bus.join([far, here], group="g")
 
 
+async def test_a_topic_may_stand_at_every_site_that_has_its_neighbour(kafka: Broker) -> None:
+    """The same broker under two names stands for two sites; what is sent beside a neighbour goes by that one's site."""
+    port = kafka.bootstrap.rpartition(":")[2]
+    results, near, far, farther = name(), name(), name(), name()
+    routes = dict.fromkeys((far, farther), f"localhost:{port}")
+    async with KafkaBus(KafkaConnection(bootstrap_servers=kafka.bootstrap, routes=routes)) as bus:
+        assert bus.beside(results, near) is bus
+        site = bus.beside(results, far)
+        assert site is not bus
+        assert site is bus.beside(results, farther)
+        assert site.beside(results, far) is site
+        await bus.create_topics([TopicSpec(results, 1, beside=(near, far))])
+        assert sorted(bus._sites) == sorted([kafka.bootstrap, f"localhost:{port}"])
+        reader = await site.reader([(results, 0)], start="start")
+        await site.send(results, b"back")
+        assert [record.value for record in await read(reader, 1)] == [b"back"]
+        assert list(site._sites) == [f"localhost:{port}"]
+    with pytest.raises(BusError, match="closed"):
+        await reader.fetch()
+
+
+async def test_a_site_beside_that_is_not_there_says_so_and_the_rest_goes_on(kafka: Broker) -> None:
+    far, here = name(), name()
+    async with KafkaBus(KafkaConnection(bootstrap_servers=kafka.bootstrap, routes={far: "127.0.0.1:1"})) as bus:
+        with pytest.raises(BusUnavailableError, match=r"127\.0\.0\.1:1"):
+            await bus.beside(here, far).send(here, b"x")
+        await bus.create_topics([TopicSpec(here, 1)])
+        await bus.send(here, b"x")
+
+
 async def test_a_site_that_is_not_there_says_so_when_it_is_used(kafka: Broker) -> None:
     connection = KafkaConnection(bootstrap_servers=kafka.bootstrap, routes={"faults.far": "127.0.0.1:1"})
     async with KafkaBus(connection) as bus:

@@ -56,12 +56,15 @@ def test_messages_have_the_fields_and_requirements_of_their_schema() -> None:
 
 def test_a_frame_has_the_fields_of_its_schema() -> None:
     schema = document()["components"]["schemas"]["Frame"]
-    pieces = tuple(to_pieces(0, [np.zeros((2, 3), np.float32)], 16))
+    alike = [to_pieces(sample, [np.zeros((2, 3), np.float32)], 100)[0] for sample in (1, 2)]
+    pieces = (*to_pieces(0, [np.zeros((2, 3), np.float32)], 16), *alike)
     frame = msgpack.unpackb(encode_frame(Frame("activations", "t", 1, "d", pieces)))
     assert set(frame) <= set(schema["properties"])
     assert set(schema["required"]) <= set(frame)
-    piece = schema["properties"]["pieces"]["items"]
+    one, many = schema["properties"]["pieces"]["items"]["oneOf"]
+    assert [("samples" in sent) for sent in frame["pieces"]] == [False, False, True]
     for sent in frame["pieces"]:
+        piece = many if "samples" in sent else one
         assert set(sent) <= set(piece["properties"])
         assert set(piece["required"]) <= set(sent)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from bus.errors import BusUnavailableError
@@ -42,3 +44,24 @@ def test_it_waits_for_the_broker(monkeypatch: pytest.MonkeyPatch, patience: str 
         return bus.tries
 
     assert run_virtual(main()) == (4 if opens else 1 if patience is None else 2)
+
+
+@pytest.mark.parametrize(("patience_s", "opens"), [(10, True), (1, False)])
+def test_it_waits_for_the_broker_of_another_site_as_long(
+    monkeypatch: pytest.MonkeyPatch, patience_s: int, opens: bool
+) -> None:
+    monkeypatch.setenv("DEEPAR_BROKER_PATIENCE", f"{patience_s}s")
+    tries = []
+
+    async def site() -> None:
+        tries.append(1)
+        if len(tries) < 4:
+            raise BusUnavailableError("no broker at the site")
+
+    async def main() -> None:
+        with nullcontext() if opens else pytest.raises(BusUnavailableError, match="at the site"):
+            async with nodes.patiently(MemoryBus(MemoryBroker(), "patient"), site):
+                pass
+
+    run_virtual(main())
+    assert len(tries) == (4 if opens else 2)

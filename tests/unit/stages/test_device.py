@@ -7,7 +7,12 @@ import contextlib
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
+import numpy as np
+import pytest
+
 from bus import messages, topics
+from bus.errors import BusUnavailableError
+from bus.frames import Frame, encode_frame, to_pieces
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import (
     Admitted,
@@ -57,10 +62,12 @@ def changes(placement: Placement, attempt: int = 1) -> tuple[Any, ...]:
 class Region:
     """One device, and a planner's pen."""
 
-    def __init__(self, bus: MemoryBus, broker: MemoryBroker, kept: Iterable[int]) -> None:
+    def __init__(
+        self, bus: MemoryBus, broker: MemoryBroker, kept: Iterable[int], edges: tuple[str, ...] | None
+    ) -> None:
         self.bus, self.broker = bus, broker
         self.shown: list[int] = []
-        settings = NodeSettings(name="d", role=Role.DEVICE)
+        settings = NodeSettings(name="d", role=Role.DEVICE, reachable_edges=edges)
         self.node = Node(bus, settings, ModelledRunner([PROFILE]))
         self.device = Device(
             self.node, lambda task, sample, outputs: self.shown.append(sample), kept=lambda task_id: kept
@@ -76,14 +83,37 @@ class Region:
         return [event for event in found if isinstance(event, TaskCompleted | TaskFailed)]
 
 
+class Site(MemoryBus):
+    """The bus of an edge's site, away at first if need be."""
+
+    away = False
+
+    async def partitions(self, topic: str) -> int:
+        if self.away:
+            raise BusUnavailableError("no broker at the site")
+        return await super().partitions(topic)
+
+
+class Routed(MemoryBus):
+    """A bus that knows of the edge's site."""
+
+    site: Site | None = None
+
+    def beside(self, topic: str, neighbour: str) -> MemoryBus:
+        return self.site if self.site and neighbour == topics.activations_topic("e") else self
+
+
 @contextlib.asynccontextmanager
-async def region(kept: Iterable[int] = ()) -> AsyncIterator[Region]:
+async def region(
+    kept: Iterable[int] = (), *, site: Site | None = None, edges: tuple[str, ...] | None = None
+) -> AsyncIterator[Region]:
     broker = MemoryBroker()
-    async with MemoryBus(broker) as bus:
+    async with Routed(broker) as bus:
+        bus.site = site
         await bus.create_topics(topics.specs(["e"]))
         opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=60.0)
         await bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
-        made = Region(bus, broker, kept)
+        made = Region(bus, broker, kept, edges)
         task = asyncio.create_task(made.node.run(made.device))
         await asyncio.sleep(0.5)
         yield made
@@ -167,5 +197,34 @@ def test_a_sink_that_fails_fails_its_task_and_not_the_device() -> None:
             (failed,) = r.events()
             assert failed.cause == "stage_error"
             assert "the disk is full" in failed.detail
+
+    run_virtual(run())
+
+
+@pytest.mark.parametrize("edges", [None, ("e",)])
+@pytest.mark.parametrize("away", [False, True])
+def test_results_are_heard_at_the_site_of_the_edge(edges: tuple[str, ...] | None, away: bool) -> None:
+    """Also where its broker came up after the device; and nothing is sent before they can be heard."""
+
+    async def run() -> None:
+        async with Site(MemoryBroker()) as site:
+            await site.create_topics([spec for spec in topics.specs() if spec.name == topics.RESULTS])
+            site.away = away
+            async with region(site=site, edges=edges) as r:
+                assert r.node.status.ready
+                await r.decide(*changes(AT_EDGE))
+                await asyncio.sleep(1.0)
+                sent = r.broker.logs(topics.activations_topic("e"))[0].end
+                assert (sent == 0) is away
+                site.away = False
+                await asyncio.sleep(1.0)
+                assert r.broker.logs(topics.activations_topic("e"))[0].end > 0
+                for sample in range(4):
+                    pieces = tuple(to_pieces(sample, [np.zeros(8, np.uint8)], 1000))
+                    await site.send(topics.RESULTS, encode_frame(Frame("result", "t", 1, "e", pieces)), key="d")
+                await asyncio.sleep(2.0)
+                assert r.shown == [0, 1, 2, 3]
+                (done,) = r.events()
+                assert isinstance(done, TaskCompleted)
 
     run_virtual(run())

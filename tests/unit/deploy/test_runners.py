@@ -1,0 +1,48 @@
+"""What a stage computes with: at this machine's speed, or paced by a profile of another one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from bus.errors import ConfigError
+from bus.values import Role
+from deploy import nodes
+from stages.compute import LitertRunner
+from stages.zoo import load_model
+
+
+def profile(folder: Path, sha256: str) -> str:
+    """A file in which LeNet takes a second a layer."""
+    cuts = load_model("lenet").manifest.cuts
+    entry = {
+        "model": "lenet",
+        "sha256": sha256,
+        "platform": "slow",
+        "layer_names": [cut.name for cut in cuts[1:]],
+        "layer_s": [1.0] * (len(cuts) - 1),
+        "cut_bytes": [cut.cut_bytes for cut in cuts],
+    }
+    tiers = {"device": [entry], "edge": [entry], "cloud": [entry]}
+    path = folder / "slow.json"
+    path.write_text(json.dumps({"version": 1, "name": "slow", "link1_bps": 1, "link2_bps": 1} | tiers))
+    return str(path)
+
+
+def test_real_inference_is_paced_by_a_profile(tmp_path: Path) -> None:
+    model = load_model("lenet")
+    runner = nodes.make_runner(Role.EDGE, "e", models=["lenet"], profile=profile(tmp_path, model.sha256), slowdown=2.0)
+    assert isinstance(runner, LitertRunner)
+    (announced,) = runner.profiles()
+    assert set(announced.layer_s) == {2.0}
+    assert runner._paced
+    asyncio.run(runner.close())
+
+
+def test_a_profile_of_another_model_of_that_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="another lenet") as refused:
+        nodes.make_runner(Role.EDGE, "e", models=["lenet"], profile=profile(tmp_path, "0" * 64))
+    assert "modelled" in (refused.value.remedy or "")
