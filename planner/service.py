@@ -15,24 +15,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
+from collections import deque
 from collections.abc import Callable
+from datetime import UTC, datetime
 from enum import StrEnum
 
 import structlog
 
-from bus import messages, topics
-from bus.decisions import DecisionLog
-from bus.errors import BusError, DeeparError, InvariantError, ProtocolError
+from bus import messages, snapshots, topics
+from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
+from bus.errors import BusError, DeeparError, InvariantError
 from bus.messages import Decision, EpochOpened, Message, PlannerLeft, Snapshot
-from bus.port import Bus, Position, Reader
+from bus.port import Bus, Position, Reader, Record
 from planner.core import PlannerCore
-from planner.leading import HEARTBEATS_PER_LEASE, INPUTS, Deposed, Lead, utc
+from planner.leading import HEARTBEATS_PER_LEASE, INPUTS, UNREADABLE, Deposed, Lead
 
 LEASE_S = 5.0
 SNAPSHOT_EVERY = 500
-SNAPSHOTS_READ = 3
-"""So many of the newest snapshots are looked at; of a compacted topic the last record always remains."""
+UNREADABLE_KEPT = 100
 RETRY_S = 0.5
 
 log = structlog.get_logger("planner")
@@ -59,7 +61,9 @@ class PlannerService:
         lease_s: float = LEASE_S,
         take_over: bool = False,
         snapshot_every: int = SNAPSHOT_EVERY,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        """`wall_clock` (seconds since 1970) is for people who read the records; nothing is decided by it."""
         self.bus = bus
         self.core = make_core()
         self.name = name
@@ -73,13 +77,21 @@ class PlannerService:
         self.snapshot_every = snapshot_every
         self.decision_log = DecisionLog()  # the reading rule, as far as was read
         self.inputs: dict[str, int] = {}  # topic -> next offset to read
+        self._wall_clock = wall_clock
         self._now_s = 0.0  # ledger time at `_since_s`
         self._since_s = 0.0  # the loop's clock
         self.nonce = ""
+        self.unreadable: deque[tuple[Record, Dropped]] = deque(
+            maxlen=UNREADABLE_KEPT
+        )  # on the decisions, read not leading
 
     def now_s(self) -> float:
         """Ledger time, while leading."""
         return self._now_s + (asyncio.get_running_loop().time() - self._since_s)
+
+    def utc(self) -> str:
+        """Now, for people to read."""
+        return datetime.fromtimestamp(self._wall_clock(), UTC).isoformat(timespec="milliseconds")
 
     async def run(self) -> None:
         """Serve until cancelled: stand by, lead, stand by again. Raises `InvariantError` for bugs only."""
@@ -108,7 +120,7 @@ class PlannerService:
         """The last snapshot that holds; the reader goes on behind it, and what it brings is to be folded in."""
         self.standing = Standing.READING
         where = (topics.DECISIONS, self.region)
-        for snapshot in await self._newest_snapshots():
+        for snapshot in await snapshots.newest(self.bus, self.region):
             if not self._restore(snapshot):
                 continue
             reader = await self.bus.reader([where], start={where: snapshot.offset})
@@ -124,23 +136,6 @@ class PlannerService:
         self.core, self.decision_log = self._make_core(), DecisionLog()
         self.inputs, self._now_s = dict.fromkeys(INPUTS, 0), 0.0
         return await self.bus.reader([where], start="start")
-
-    async def _newest_snapshots(self) -> list[Snapshot]:
-        """The last few snapshots, the newest state first (a planner that was deposed may have written an old one last)."""
-        where = (topics.SNAPSHOTS, self.region)
-        end = (await self.bus.end_offsets(topics.SNAPSHOTS))[self.region]
-        reader = await self.bus.reader([where], start={where: max(0, end - SNAPSHOTS_READ)})
-        found: list[Snapshot] = []
-        try:
-            while await reader.lag():
-                for record in await reader.fetch(timeout_s=0.2):
-                    try:
-                        found.append(messages.decode(topics.SNAPSHOTS, record.value))
-                    except ProtocolError as error:
-                        self.log.warning("a broken snapshot is skipped", error=str(error))
-        finally:
-            await reader.close()
-        return sorted(found, key=lambda snapshot: snapshot.seq, reverse=True)
 
     def _restore(self, snapshot: Snapshot) -> bool:
         """Take on a snapshot's state; False where it cannot be: another version's, or broken."""
@@ -162,18 +157,7 @@ class PlannerService:
 
     async def _proves(self, reader: Reader, snapshot: Snapshot) -> bool:
         """Whether the reader's first record is the decision that the snapshot was taken after."""
-        while True:
-            for record in await reader.fetch(max_records=1, timeout_s=0.2):
-                try:
-                    decision = messages.decode(topics.DECISIONS, record.value)
-                except ProtocolError:
-                    return False
-                if not isinstance(decision, Decision) or record.offset != snapshot.offset:
-                    return False
-                said = (decision.epoch, decision.nonce, decision.seq, decision.ledger_hash)
-                return said == (snapshot.epoch, snapshot.nonce, snapshot.seq, snapshot.ledger_hash)
-            if await reader.lag() == 0:
-                return False
+        return await snapshots.proves(reader, snapshot)
 
     async def _stand_by(self, reader: Reader) -> None:
         """Fold what comes until nobody leads. Returns when this planner should claim the region."""
@@ -192,11 +176,18 @@ class PlannerService:
                     self.standing = Standing.STANDING_BY
                     self.log.info("standing by", leader=self.decision_log.planner, epoch=self.decision_log.epoch)
             for record in await reader.fetch(timeout_s=min(0.2, self.lease_s / HEARTBEATS_PER_LEASE)):
-                message = self.decision_log.read(record)
+                message = self._read(record)
                 if isinstance(message, Decision):
                     self._fold_in(message)
                 if isinstance(message, Message):
                     heard_s = clock()
+
+    def _read(self, record: Record) -> DecisionTopicMessage | Dropped:
+        """A record of the decisions, by the reading rule; what nobody can read is put by for whoever leads next."""
+        message = self.decision_log.read(record)
+        if isinstance(message, Dropped) and message.reason in UNREADABLE:
+            self.unreadable.append((record, message))
+        return message
 
     def _fold_in(self, decision: Decision) -> None:
         self.core.fold(decision)
@@ -219,12 +210,12 @@ class PlannerService:
         epoch = self.decision_log.epoch + 1
         self._take_over = False  # once; two that were told to would else go on for ever
         opened = EpochOpened(
-            region=self.region, epoch=epoch, nonce=self.nonce, planner=self.name, lease_s=self.lease_s, at=utc()
+            region=self.region, epoch=epoch, nonce=self.nonce, planner=self.name, lease_s=self.lease_s, at=self.utc()
         )
         await self._send(topics.DECISIONS, opened)
         while True:
             for record in await reader.fetch():
-                message = self.decision_log.read(record)
+                message = self._read(record)
                 if isinstance(message, Decision):
                     self._fold_in(message)
                 elif isinstance(message, EpochOpened):
@@ -257,7 +248,14 @@ class PlannerService:
         try:
             async with asyncio.TaskGroup() as group:
                 lead = Lead(self, reader)
-                for step in (lead.read_back, lead.decide, lead.show_life, lead.await_acknowledgements, lead.keep):
+                for step in (
+                    lead.read_back,
+                    lead.decide,
+                    lead.show_life,
+                    lead.await_acknowledgements,
+                    lead.keep,
+                    lead.tidy,
+                ):
                     group.create_task(step(), name=f"{self.name}: {step.__name__}")
         except* (Deposed, BusError) as failures:
             first = failures

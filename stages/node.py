@@ -16,11 +16,11 @@ from typing import Protocol
 
 import structlog
 
-from bus import messages, topics
+from bus import messages, snapshots, topics
 from bus.dead_letter import bury
 from bus.decisions import DecisionLog
 from bus.errors import BusError, DeeparError, ProtocolError
-from bus.messages import Decision, Message, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLeft, NodeLost, Snapshot
+from bus.messages import Decision, Message, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLeft, NodeLost
 from bus.port import Bus, Reader, Record
 from bus.values import Role
 from stages.fences import Fences
@@ -155,37 +155,27 @@ class Node:
     # --- decisions ---------------------------------------------------------------------------------------------------
 
     async def _read_decisions(self) -> Reader:
-        """Read the region's decisions to their end, from the last snapshot where there is one."""
-        region = self.settings.region
-        begin = await self._last_snapshot()
-        where = (topics.DECISIONS, region)
-        start = {where: begin.offset + 1} if begin else {where: 0}
-        if begin:
-            self._decisions = DecisionLog(epoch=begin.epoch, nonce=begin.nonce, seq=begin.seq)
-            self.fences.restore(begin.state)
-        reader = await self.bus.reader([where], start=start)
-        while await reader.lag():
-            for record in await reader.fetch(timeout_s=0.2):
-                message = self._decisions.read(record)
-                if isinstance(message, Decision):
-                    self.fences.apply(message)
-        self.status.caught_up = True
-        return reader
-
-    async def _last_snapshot(self) -> Snapshot | None:
-        partition = (topics.SNAPSHOTS, self.settings.region)
-        reader = await self.bus.reader([partition], start="start")
-        newest: Snapshot | None = None
+        """Read the region's decisions to their end, from the newest snapshot that they prove where there is one."""
+        begin, reader = await snapshots.open_decisions(self.bus, self.settings.region)
+        if begin is not None:
+            try:
+                self.fences.restore(begin.state)
+                self._decisions = DecisionLog(epoch=begin.epoch, nonce=begin.nonce, seq=begin.seq)
+            except (LookupError, TypeError, ValueError) as error:  # another version's; then all of them are read
+                self.log.warning("a snapshot cannot be used", seq=begin.seq, error=str(error))
+                self.fences = Fences()
+                await reader.seek((topics.DECISIONS, self.settings.region), 0)
         try:
             while await reader.lag():
                 for record in await reader.fetch(timeout_s=0.2):
-                    try:
-                        newest = messages.decode(topics.SNAPSHOTS, record.value)
-                    except ProtocolError as error:
-                        self.log.warning("a broken snapshot is skipped", error=str(error))
-        finally:
+                    message = self._decisions.read(record)
+                    if isinstance(message, Decision):
+                        self.fences.apply(message)
+        except BusError:
             await reader.close()
-        return newest
+            raise
+        self.status.caught_up = True
+        return reader
 
     async def _follow(self, reader: Reader, work: Work) -> None:
         await self.serving.wait()

@@ -7,6 +7,7 @@ record. What is not committed is delivered again: at least once.
 
 from __future__ import annotations
 
+from bus.errors import InvariantError
 from bus.port import Record, TopicPartition
 
 
@@ -27,7 +28,9 @@ class Receipt:
         self._holds += 1
 
     def release(self) -> None:
-        """One piece of work is done, or for nobody."""
+        """One piece of work is done, or for nobody. Raises `InvariantError` when nothing is left to release."""
+        if self._holds <= 0:
+            raise InvariantError(f"the record at {self.offset} is released more often than it was held")
         self._holds -= 1
         if self._holds == 0:
             self._open[self.offset] -= 1
