@@ -112,12 +112,18 @@ class Lead:
 
     async def await_acknowledgements(self) -> None:
         """A decision whose fate is unknown ends the spell: the log will tell."""
-        while True:
-            acknowledgement = await self._acknowledgements.get()
-            try:
-                await acknowledgement
-            except BusError as error:
-                raise Deposed(f"a decision may not have been written: {error}") from None
+        try:
+            while True:
+                acknowledgement = await self._acknowledgements.get()
+                try:
+                    await acknowledgement
+                except BusError as error:
+                    raise Deposed(f"a decision may not have been written: {error}") from None
+        finally:
+            while not self._acknowledgements.empty():  # nobody will ask for these
+                rest = self._acknowledgements.get_nowait()
+                if isinstance(rest, asyncio.Future):
+                    rest.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def show_life(self) -> None:
         """A sign of life where there is nothing to decide."""
