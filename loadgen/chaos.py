@@ -149,9 +149,7 @@ def run(
     return total.as_object()
 
 
-def _sums(
-    chunks: Sequence[Sequence[int]], scenario: ChaosScenario | None, jobs: int
-) -> Iterator[tuple[int, _Sum]]:
+def _sums(chunks: Sequence[Sequence[int]], scenario: ChaosScenario | None, jobs: int) -> Iterator[tuple[int, _Sum]]:
     if jobs <= 1 or len(chunks) < 2:
         for index, chunk in enumerate(chunks):
             yield index, _run_chunk(chunk, scenario)
@@ -248,7 +246,9 @@ class _Chaos:
                 about = change.task.task_id
             elif change.type == "node_joined":
                 about = change.node.node
-            self.note(change.type, about, *(getattr(change, name, "") for name in ("state", "cause") if hasattr(change, name)))
+            self.note(
+                change.type, about, *(getattr(change, name, "") for name in ("state", "cause") if hasattr(change, name))
+            )
 
     def _task(self, number: int) -> TaskSubmitted:
         draw = self.random
@@ -346,6 +346,8 @@ class _Chaos:
             ended = await self._until(self._all_ended, self.scenario.converge_s, "not every task ended")
             if ended:
                 await asyncio.sleep(SETTLE_S)
+                for process in self.processes:
+                    process.sites = None
                 await self.breaker.garbage_everywhere(client)
                 await asyncio.sleep(SETTLE_S)
             self._judge(settled=ended)
@@ -474,7 +476,7 @@ class _Chaos:
                     self.say("G8", f"{name} has records open: {work.offsets._open}")
 
     def _look_for_letters(self) -> None:
-        """G7: each garbage record is a dead letter, where nothing kept the letter from being written; once, while all is well."""
+        """G7: garbage is a dead letter, unless the letter itself was lost; exactly once while all is well."""
         log = self.broker.logs(topics.DEAD_LETTER)[0]
         kept = Counter(record.key or "" for record in log.read(0, 1 << 30))
         fresh = len(self.breaker.letters) - self.breaker.last_letters

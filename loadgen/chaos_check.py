@@ -157,7 +157,7 @@ class Oracle:
         self._live.pop(end.task_id, None)
 
     def _queue(self, fresh: set[str]) -> None:
-        """G11: a task that has just come waits only where there is room. What is taken back from a lost node may wait, too."""
+        """G11: a task that has just come waits only where there is room. What is taken back may wait all the same."""
         queued = len(self._live) - len(self._running)
         self.longest_queue = max(self.longest_queue, queued)
         if queued > self.core.max_waiting and any(task in self._live and task not in self._running for task in fresh):

@@ -18,6 +18,7 @@ from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import Snapshot, TaskCancelled
 from loadgen.chaos_process import Process
 from loadgen.chaos_region import LEASE_S
+from planner.core import PlannerCore
 
 if TYPE_CHECKING:
     from loadgen.chaos import ChaosScenario
@@ -172,7 +173,9 @@ class Breaker:
     async def _bus(self, process: Process, client: MemoryBus) -> None:
         draw = self._draw
         kinds = ("lost_ack", "lost_post", "duplicate", "rebalance", "redelivery", "stale_commit", "late")
-        chosen: dict[str, Any] = {kind: draw.choice([0.02, 0.1, 0.3]) for kind in draw.sample(kinds, draw.randint(1, 4))}
+        chosen: dict[str, Any] = {
+            kind: draw.choice([0.02, 0.1, 0.3]) for kind in draw.sample(kinds, draw.randint(1, 4))
+        }
         self.lossy = self.lossy or "lost_ack" in chosen or "lost_post" in chosen
         self._spend()
         self._broker.faults = Faults(
@@ -194,9 +197,7 @@ class Breaker:
     def _damage(self, **chance: float) -> None:
         faults = self._broker.faults
         if faults is None:
-            faults = Faults(
-                random=random.Random(self._draw.random()), damages=self._damages, on_damage=self._damaged
-            )
+            faults = Faults(random=random.Random(self._draw.random()), damages=self._damages, on_damage=self._damaged)
         self._to_damage = self._draw.choice([1, 1, 2])
         self._broker.faults = replace(faults, **{"missing": 0.0, "corrupt": 0.0} | chance)  # type: ignore[arg-type]
 
@@ -234,6 +235,7 @@ class Breaker:
         """A snapshot that can be read, of a state that never was; under the region's key, or beside it."""
         draw = self._draw
         self._count("forged snapshot")
+        empty = PlannerCore(0)  # a state that fits its hash, and is not this region's
         snapshot = Snapshot(
             region=0,
             epoch=draw.choice([1, 2, 900]),
@@ -242,8 +244,8 @@ class Breaker:
             offset=draw.choice([0, 7, 10_000]),
             now_s=draw.choice([0.0, 1e6]),
             inputs={topics.TASKS: draw.choice([0, 10_000])},
-            ledger_hash="0" * 32,
-            state=draw.choice([{}, {"version": 1, "region": 0}]),
+            ledger_hash=draw.choice(["0" * 32, empty.state_hash]),
+            state=draw.choice([{}, {"version": 1, "region": 0}, empty.to_state()]),
         )
         with contextlib.suppress(BusError):
             await client.send(topics.SNAPSHOTS, messages.encode(snapshot), key=draw.choice(["0", "x"]), partition=0)
@@ -299,7 +301,7 @@ WEIGHTS = {
     "corrupt": 1,
     "stale": 2,
     "poison": 3,
-    "forge": 1,
+    "forge": 2,
     "cancel": 1,
     "clock": 1,
 }

@@ -109,9 +109,7 @@ class Stage:
     work: Device | Hop | None = None
     counters: Counter[str] = field(default_factory=Counter)  # of those that died
 
-    async def serve(
-        self, bus: MemoryBus, judge: Judge, show: ResultSink, kept: Callable[[str], Iterable[int]]
-    ) -> None:
+    async def serve(self, bus: MemoryBus, judge: Judge, show: ResultSink, kept: Callable[[str], Iterable[int]]) -> None:
         """Run a fresh process of it."""
         settings = self.settings
         if self.node is not None:

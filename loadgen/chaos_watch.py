@@ -43,7 +43,9 @@ class Watch:
     def __init__(self, broker: MemoryBroker, judge: Judge, oracle: Oracle, exempt: Callable[[str], bool]) -> None:
         self.broker = broker
         self.oracle = oracle
-        self.silences: list[float] = []  # seconds from a node's last sign of life to its loss, planner downtime left out
+        self.silences: list[
+            float
+        ] = []  # seconds from a node's last sign of life to its loss, planner downtime left out
         self.on_decision: Callable[[Decision], None] = lambda decision: None
         self.peaks: dict[str, int] = {}  # samples that a task's window held at most, by role
         self._judge = judge
@@ -100,7 +102,9 @@ class Watch:
                 if self._exempt(task_id) or self.oracle.fenced(task_id, attempt):
                     continue
                 self._once(
-                    "G6", f"{name} commits {partition[0]}/{partition[1]}/{at}, {task_id}/{number} is not sent on", task_id
+                    "G6",
+                    f"{name} commits {partition[0]}/{partition[1]}/{at}, {task_id}/{number} is not sent on",
+                    task_id,
                 )
 
     def weigh(self, stage: Stage) -> None:
@@ -146,7 +150,9 @@ class Watch:
             self.peaks[role] = under_way
         if under_way > window:
             self._once(
-                "G8", f"{stage.settings.name} holds {under_way} samples of {task_id}, the window is {window}", stage.settings.name
+                "G8",
+                f"{stage.settings.name} holds {under_way} samples of {task_id}, the window is {window}",
+                stage.settings.name,
             )
 
     # --- what stands in the records ----------------------------------------------------------------------------------
@@ -180,9 +186,11 @@ class Watch:
                     case _:
                         pass
             self.on_decision(message)
-        for node, incarnation in self._members.items():
+        for name, incarnation in self._members.items():
             if self._silent_s(incarnation, now) > LEASE_S + STAGE_S:
-                self._once("G9", f"{node} has been silent for longer than a lease, and is not declared lost", incarnation)
+                self._once(
+                    "G9", f"{name} has been silent for longer than a lease, and is not declared lost", incarnation
+                )
 
     def _silent_s(self, incarnation: str, now: float) -> float:
         """Of a node, or since there is a leader to hear it."""
@@ -192,7 +200,9 @@ class Watch:
         self.silences.append(self._silent_s(change.incarnation, now))
         if self.silences[-1] > LEASE_S + STAGE_S:
             self._once("G9", f"{change.node} is declared lost after {self.silences[-1]:.2f} s", change.incarnation)
-        if now - self._beats[change.incarnation] < LEASE_S - STAGE_S and self._up_s <= now - LEASE_S:
+        heard_s = now - self._beats[change.incarnation]
+        # What came in the last moment may still be unread, or under way to the planner.
+        if STAGE_S / 2 < heard_s < LEASE_S - STAGE_S and self._up_s <= now - LEASE_S:
             self._once("G9", f"{change.node} is declared lost though it was heard", change.incarnation)
 
     # --- inside ------------------------------------------------------------------------------------------------------
@@ -279,7 +289,8 @@ class WatchedBus(MemoryBus):
             await asyncio.sleep(0)
         acknowledgement = await super().post(topic, value, key=key, partition=partition, headers=headers)
         if self._fine:
-            acknowledgement.add_done_callback(_seen)  # who posted it may die before it asks
+            if isinstance(acknowledgement, asyncio.Future):
+                acknowledgement.add_done_callback(_seen)  # who posted it may die before it asks
             await asyncio.sleep(0)
         return acknowledgement
 
@@ -290,8 +301,8 @@ class WatchedBus(MemoryBus):
             self._watch.heard(self.client_id, sent_s)
         return position
 
-    async def join(self, names: Iterable[str], **more: Any) -> Any:
-        return _WatchedMember(await super().join(names, **more), self.client_id, self._watch)
+    async def join(self, topics: Iterable[str], **more: Any) -> Any:
+        return _WatchedMember(await super().join(topics, **more), self.client_id, self._watch)
 
 
 def _seen(future: asyncio.Future[Position]) -> None:
