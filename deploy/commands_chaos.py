@@ -80,7 +80,8 @@ def _sweep(seeds: range, tell: Callable[[int, int], None]) -> dict[str, Any]:
         tell(len(parts) * total + done, len(seeds) * total)
 
     for seed in seeds:
-        parts.append(chaos_awaits.sweep(seed, progress=told))
+        part = chaos_awaits.sweep(seed, progress=told)
+        parts.append(part)
     roles = sorted({role for part in parts for role in part["awaits"]})
     return {
         "seeds": len(parts),
@@ -98,7 +99,8 @@ def _print(console: Console, found: dict[str, Any]) -> None:
         silent = found["replanned_s"]
         console.print(
             f"{found['seeds']} seeds, {found['simulated_hours']:.2f} simulated hours, {found['retries']} further attempts, "
-            f"{found['suppressed_duplicates']} duplicates suppressed, {found['rejected_queue_full']} tasks rejected by a full queue"
+            f"{found['suppressed_duplicates']} duplicates suppressed, "
+            f"{found['rejected_queue_full']} tasks rejected by a full queue"
         )
         if silent["times"]:
             console.print(

@@ -21,6 +21,7 @@ from bus.units import format_seconds
 from bus.values import Objective
 from deploy.broker import KafkaBroker
 from deploy.commands_chaos import chaos
+from deploy.commands_soak import soak
 from deploy.log_setup import configure_logging
 from deploy.process import EXIT_MISSED
 from deploy.progress import progress_bar
@@ -48,6 +49,7 @@ ObjectiveFlag = Annotated[
 
 
 app.command()(chaos)
+app.command()(soak)
 
 FIGURES, SWEEP, COMPARE = Path("figures"), Path("runs/sweep"), Path("runs/compare")
 ALL_POLICIES = ",".join(POLICIES)

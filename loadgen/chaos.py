@@ -9,8 +9,6 @@ record, every commit and every step (`loadgen.chaos_watch`). A seed that fails i
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import multiprocessing
 import random
 from collections import Counter
@@ -19,8 +17,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-
-import structlog
 
 from bus import messages, topics
 from bus.errors import BusError, DeeparError
@@ -31,7 +27,7 @@ from bus.topics import Partitions
 from bus.values import Execution, Objective
 from loadgen.chaos_check import Oracle, Violation
 from loadgen.chaos_faults import Breaker
-from loadgen.chaos_process import Process, task_factory
+from loadgen.chaos_process import Process, quiet, task_factory
 from loadgen.chaos_region import LAYER_S, LEASE_S, MODEL, Stage, cast, same
 from loadgen.chaos_watch import Watch, WatchedBus
 from loadgen.metrics import distribution
@@ -201,7 +197,7 @@ def run_seed(
 
     `sites(name, place, over)` is asked at each await of planner and stages whether that process is to die there.
     """
-    with _quiet():
+    with quiet():
         return run_virtual(_Chaos(seed, scenario or ChaosScenario(), sites).play(), horizon_s=3_600.0)
 
 
@@ -485,14 +481,3 @@ class _Chaos:
                 self.say("G7", f"no dead letter of {origin}")
             elif kept[origin] > 1 and index >= fresh:
                 self.say("G7", f"{kept[origin]} dead letters of {origin}")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A thousand crashes that were ordered need not be told."""
-    before = structlog.get_config()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    try:
-        yield
-    finally:
-        structlog.configure(**before)

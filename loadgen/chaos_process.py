@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextvars import Context, ContextVar
 from typing import Any
+
+import structlog
 
 from bus.errors import BusError
 from bus.memory import MemoryBus
@@ -234,3 +237,14 @@ def _only_bus(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return all(_only_bus(inner) for inner in error.exceptions)
     return isinstance(error, BusError)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """A thousand crashes that were ordered need not be told."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        yield
+    finally:
+        structlog.configure(**before)

@@ -120,6 +120,11 @@ class Hop:
         return self._orphan_bytes + sum(flow.held_bytes for flow in self.flows.values() if not flow.closed)
 
     @property
+    def open_records(self) -> int:
+        """Records that are not done with: their offsets are held."""
+        return self.offsets.open_records
+
+    @property
     def bound_bytes(self) -> int:
         """What `held_bytes` never exceeds: each task's window, once as frames and once as whole samples, and orphans."""
         return ORPHAN_BYTES + sum(flow.bound_bytes for flow in self.flows.values() if not flow.closed)

@@ -23,7 +23,7 @@ from bus.errors import BusError, DeeparError, ProtocolError
 from bus.messages import Decision, Message, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLeft, NodeLost
 from bus.port import Bus, Reader, Record
 from bus.values import Role
-from stages.fences import Fences
+from stages.fences import REMEMBERED_ENDS, Fences
 from stages.runner import Runner
 
 HEARTBEATS_PER_LEASE = 5
@@ -44,6 +44,7 @@ class NodeSettings:
     link1_capacity_bps: int = 0  # B_e^1 of an edge; a device's own limit, 0: none
     link2_capacity_bps: int = 0  # B_e^2 of an edge
     reachable_edges: tuple[str, ...] | None = None  # E_i of a device, None: all
+    remembered_ends: int = REMEMBERED_ENDS  # ended tasks whose late frames are known to be for nobody
 
 
 @dataclass(slots=True)
@@ -93,7 +94,7 @@ class Node:
         self._on_busy = on_busy
         self.settings = settings
         self.runner = runner
-        self.fences = Fences()
+        self.fences = Fences(settings.remembered_ends)
         self.status = NodeStatus()
         self.incarnation = uuid.uuid4().hex[:12]
         self.log = log.bind(node=settings.name, role=settings.role.value)
@@ -163,7 +164,7 @@ class Node:
                 self._decisions = DecisionLog(epoch=begin.epoch, nonce=begin.nonce, seq=begin.seq)
             except (LookupError, TypeError, ValueError) as error:  # another version's; then all of them are read
                 self.log.warning("a snapshot cannot be used", seq=begin.seq, error=str(error))
-                self.fences = Fences()
+                self.fences = Fences(self.settings.remembered_ends)
                 await reader.seek((topics.DECISIONS, self.settings.region), 0)
         try:
             while await reader.lag():

@@ -54,6 +54,11 @@ class OffsetLedger:
         self._next[partition] = max(self._next.get(partition, 0), record.offset + 1)
         return Receipt(still_open, record.offset)
 
+    @property
+    def open_records(self) -> int:
+        """Records that are not done with."""
+        return sum(len(still_open) for still_open in self._open.values())
+
     def committable(self) -> dict[TopicPartition, int]:
         """What may be committed and has not been."""
         ready = {}
