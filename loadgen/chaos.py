@@ -220,7 +220,7 @@ class _Chaos:
         self.crowded = scenario.max_waiting is not None or self.random.random() < 0.15
         drawn = self.random.choice([0, 1, 2]) if self.crowded else DEFAULT_MAX_WAITING
         self.max_waiting = drawn if scenario.max_waiting is None else scenario.max_waiting
-        self.fine = sites is not None or self.random.random() < 0.25  # each call to the bus is an await of its own
+        self.fine = sites is not None or self.random.random() < 0.2  # each call to the bus is an await of its own
         self.tasks = [self._task(index) for index in range(scenario.tasks)]
         self.oracle = Oracle(self._make_core(), self.say)
         self.breaker = Breaker(self.random, scenario, self.broker, self.processes, self.note)

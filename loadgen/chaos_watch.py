@@ -58,6 +58,7 @@ class Watch:
         self._scans: dict[TopicPartition, _Scan] = {}
         self._committed: dict[TopicPartition, int] = {}
         self._seen: dict[Flow, int] = {}
+        self._counted: dict[str, list[tuple[Flow, int]]] = {}  # stage -> samples of its flows when it was last weighed
         self._said: set[tuple[str, ...]] = set()
 
     def begin(self) -> None:
@@ -111,22 +112,25 @@ class Watch:
         """G8: what a stage holds at this moment."""
         work = stage.work
         if isinstance(work, Hop):
-            again_bytes = 0
-            for flow in work.flows.values():
-                if not flow.closed:
-                    again = self._again(flow)
-                    under_way = flow.under_way
-                    if under_way > flow.window + again:
-                        under_way -= self._sent_on(stage, flow)
-                    again_bytes += max(0, flow.under_way - flow.window) * 2 * max(CUT_BYTES)
-                    self._peak(stage, flow.plan.task_id, under_way, flow.window + again)
-            if work.held_bytes > work.bound_bytes - ORPHAN_BYTES + again_bytes + ORPHANS_HERE_BYTES:
-                name = stage.settings.name
-                self._once("G8", f"{name} holds {work.held_bytes:,} of {work.bound_bytes:,} bytes", name)
+            counts = [(flow, flow.under_way) for flow in work.flows.values() if not flow.closed]
+            # Memory is taken for whole samples, so it can only have changed when a number has.
+            if counts and counts != self._counted.get(stage.settings.name):
+                self._counted[stage.settings.name] = counts
+                self._weigh_hop(stage, work, counts)
         elif isinstance(work, Device):
             for task in work.tasks.values():
                 if task.attempt is not None:
                     self._peak(stage, task.task.task_id, task.attempt.under_way, task.attempt.window)
+
+    def _weigh_hop(self, stage: Stage, hop: Hop, counts: list[tuple[Flow, int]]) -> None:
+        name, more_bytes = stage.settings.name, ORPHANS_HERE_BYTES - ORPHAN_BYTES
+        for flow, count in counts:
+            allowed = flow.window + self._again(flow)
+            more_bytes += max(0, count - flow.window) * 2 * max(CUT_BYTES)
+            under_way = count - self._sent_on(stage, flow) if count > allowed else count
+            self._peak(stage, flow.plan.task_id, under_way, allowed)
+        if hop.held_bytes > hop.bound_bytes + more_bytes:
+            self._once("G8", f"{name} holds {hop.held_bytes:,} of {hop.bound_bytes + more_bytes:,} bytes", name)
 
     def _again(self, flow: Flow) -> int:
         """Samples that were there already when a flow was opened: it is the next one after a restart or a rebalance."""
