@@ -43,7 +43,7 @@ def soak(
     ),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Run a region for a day in virtual time: tasks arrive, nodes and planners are killed, leave and join. Does anything grow?
+    """Run a region for a day in virtual time: tasks arrive, nodes and planners are killed, leave, join. Does anything grow?
 
     The first quarter fills caches of a fixed size. Of the rest, the second half may not be above the first by more than the
     table says. Then a cloud ten times slower than it says must slow the device down, within the bounds of every buffer.

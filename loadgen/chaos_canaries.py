@@ -146,9 +146,9 @@ def _give_twice(self: Timeline, r: Reservation) -> None:
 _sound_give = Timeline.give
 
 
-def _release_wrongly(self: Ledger, task_id: str) -> Reservation:
+def _release_wrongly(self: Ledger, task_id: str, *more: Any) -> Reservation:
     """A task that holds nothing any more has its last slot and rates given back once more, to its edge."""
-    r = _sound_ledger_release(self, task_id)
+    r = _sound_ledger_release(self, task_id, *more)
     account = self.edges.get(r.edge or "")
     if account is not None and r.running:
         account.timeline.change(r.start_s, r.end_s, r.slots, r.link1_bps, r.link2_bps)

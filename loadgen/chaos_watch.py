@@ -89,8 +89,8 @@ class Watch:
 
     def commits(self, name: str, offsets: Mapping[TopicPartition, int]) -> None:
         """A stage commits: what became whole before these offsets must stand downstream."""
-        onward = [topics.RESULTS] if (topics.ACTIVATIONS_CLOUD, 0) in offsets or name.startswith("c") else []
-        onward = onward or [topics.ACTIVATIONS_CLOUD, topics.RESULTS]
+        cloud = all(topic == topics.ACTIVATIONS_CLOUD for topic, _ in offsets)
+        onward = [topics.RESULTS] if cloud else [topics.ACTIVATIONS_CLOUD, topics.RESULTS]
         downstream = [self._scan(log) for topic in onward for log in self.broker.logs(topic)]
         for partition, offset in offsets.items():
             scan = self._scan(self.broker.logs(partition[0])[partition[1]])

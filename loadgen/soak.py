@@ -2,7 +2,8 @@
 
 The real planner service and the real stages on `MemoryBus`, with modelled machines. Tasks arrive all day; now and then a
 node or a planner is killed or leaves, or a visitor joins for a while. Memory, open files and tasks in memory are looked at in
-regular intervals; after a warm-up, in which caches of a fixed size fill, the second half of the rest must not be above the first.
+regular intervals. After a warm-up, in which caches of a fixed size fill, the second half of the rest must not be above the
+first.
 
 The broker of the soak keeps a fixed number of bytes of every topic, as a broker's retention would, so that what is measured
 is the services' memory. A second, short run has a cloud that is many times slower than it says.
