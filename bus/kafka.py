@@ -30,7 +30,7 @@ _RETRY_S = 0.1
 _CLOSE_S = 3.0
 _MAX_COPIES = 3  # of each partition, where there are that many brokers
 
-_partition_of = lru_cache(maxsize=1 << 16)(partition_of)
+_partition_of = lru_cache(maxsize=1 << 12)(partition_of)
 
 
 class KafkaBus:

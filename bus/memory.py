@@ -28,7 +28,7 @@ DELIVERY_TIMEOUT_S = 30.0
 _SEND_BUFFER_BYTES = 32 << 20  # of records that wait for the broker; more, and `post` waits
 _POSTS_IN_A_ROW = 32  # then others get a turn, or a sender in a loop would starve them
 
-_partition_of = lru_cache(maxsize=1 << 16)(partition_of)
+_partition_of = lru_cache(maxsize=1 << 12)(partition_of)
 
 
 class MemoryBus:

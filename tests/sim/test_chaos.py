@@ -58,7 +58,7 @@ def test_whatever_breaks_the_region_converges_and_no_guarantee_is_broken(first: 
     assert sum(found["states"].values()) == found["seeds"] * ChaosScenario().tasks
     assert found["replanned_s"]["times"] > 0
     assert LEASE_S - STAGE_S < found["replanned_s"]["max"] <= LEASE_S + STAGE_S
-    struck |= found["faults"].keys()
+    struck.update(found["faults"])
 
 
 @pytest.mark.skipif(SEEDS < 200, reason="fewer seeds need not meet everything")
