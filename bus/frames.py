@@ -363,6 +363,11 @@ class Assembler:
         self._open: dict[int, tuple[tuple[TensorHead, ...], bytearray, int]] = {}
 
     @property
+    def pending(self) -> int:
+        """Samples that are not whole yet."""
+        return len(self._open)
+
+    @property
     def pending_bytes(self) -> int:
         """Memory held for samples that are not whole yet."""
         return sum(len(buffer) for _, buffer, _ in self._open.values())

@@ -31,7 +31,7 @@ _CLOSE_S = 3.0
 _SPREAD_S = 1.0  # what a new topic may take to be known to every broker
 _MAX_COPIES = 3  # of each partition, where there are that many brokers
 
-_partition_of = lru_cache(maxsize=1 << 16)(partition_of)
+_partition_of = lru_cache(maxsize=1 << 12)(partition_of)
 
 
 class KafkaBus:

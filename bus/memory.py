@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache, partial
 from typing import Literal
 
@@ -28,7 +28,7 @@ DELIVERY_TIMEOUT_S = 30.0
 _SEND_BUFFER_BYTES = 32 << 20  # of records that wait for the broker; more, and `post` waits
 _POSTS_IN_A_ROW = 32  # then others get a turn, or a sender in a loop would starve them
 
-_partition_of = lru_cache(maxsize=1 << 16)(partition_of)
+_partition_of = lru_cache(maxsize=1 << 12)(partition_of)
 
 
 class MemoryBus:
@@ -45,6 +45,7 @@ class MemoryBus:
     ) -> None:
         self.broker = broker if broker is not None else MemoryBroker()
         self.client_id = client_id
+        self.wall_clock: Callable[[], float] | None = None  # stamps this client's records; the broker's where None
         self._delivery_timeout_s = delivery_timeout_s
         self._attached = False
         self._linked = True  # False: cut off from the broker
@@ -287,16 +288,20 @@ class MemoryBus:
         broker = self.broker
         loop = asyncio.get_running_loop()
         now = loop.time()
-        timestamp_ms = int((now if broker.wall_clock is None else broker.wall_clock()) * 1000)
+        wall_clock = self.wall_clock or broker.wall_clock
+        timestamp_ms = int((now if wall_clock is None else wall_clock()) * 1000)
         faults = broker.faults
         lost = False
         copies = 1
         if faults is not None:
-            if faults.strikes(faults.lost_post):
+            if faults.strikes("lost_post"):
                 acknowledged.set_exception(BusUnavailableError("the record was not acknowledged"))
                 return
-            lost = faults.strikes(faults.lost_ack)
-            copies += faults.strikes(faults.duplicate)
+            lost = faults.strikes("lost_ack")
+            copies += faults.strikes("duplicate")
+            if data is not None:
+                data = faults.damaged(log.spec.name, key, data)
+                copies = copies if data is not None else 0
         offset = log.end
         for _ in range(copies):
             log.append(Record(log.spec.name, log.partition, log.end, timestamp_ms, key, data, headers))

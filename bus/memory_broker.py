@@ -152,7 +152,7 @@ class MemoryBroker:
         """What acknowledging and delivering a record of this size takes, now."""
         latency_s = self.latency_s
         delay_s = latency_s(size_bytes) if callable(latency_s) else latency_s
-        if self.faults is not None and self.faults.strikes(self.faults.late):
+        if self.faults is not None and self.faults.strikes("late"):
             delay_s += self.faults.random.random() * self.faults.late_s
         return delay_s
 

@@ -178,7 +178,7 @@ class MemoryMember(MemoryReader):
     async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
         await self._bus.reachable()
         faults = self._bus.broker.faults
-        if faults is not None and faults.strikes(faults.stale_commit):
+        if faults is not None and faults.strikes("stale_commit"):
             return
         if self._owner:
             self._group.committed.update({tp: offset for tp, offset in offsets.items() if tp in self._held})
@@ -271,9 +271,9 @@ class MemoryMember(MemoryReader):
 
     def _suffer(self, faults: Faults) -> None:
         """What may strike a fetch. Once a fetch: a certain rebalance would otherwise follow itself for ever."""
-        if faults.strikes(faults.rebalance):
+        if faults.strikes("rebalance"):
             self._group.rebalance()
-        if self._logs and faults.strikes(faults.redelivery):
+        if self._logs and faults.strikes("redelivery"):
             log = self._logs[faults.random.randrange(len(self._logs))]
             self._positions[log.tp] = self._group.committed.get(log.tp, log.start)
 

@@ -8,14 +8,11 @@ import contextlib
 import json
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bus.errors import ConfigError
@@ -24,8 +21,10 @@ from bus.units import format_seconds
 from bus.values import Objective
 from deploy.broker import KafkaBroker
 from deploy.commands_chaos import chaos
+from deploy.commands_soak import soak
 from deploy.log_setup import configure_logging
 from deploy.process import EXIT_MISSED
+from deploy.progress import progress_bar
 from loadgen import compare as compared
 from loadgen import figures, scenario
 from loadgen.figure_check import check_figures
@@ -50,6 +49,7 @@ ObjectiveFlag = Annotated[
 
 
 app.command()(chaos)
+app.command()(soak)
 
 FIGURES, SWEEP, COMPARE = Path("figures"), Path("runs/sweep"), Path("runs/compare")
 ALL_POLICIES = ",".join(POLICIES)
@@ -120,7 +120,7 @@ def make_figures(
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     everything = names == ("all",)
     results: list[FigureResult] = []
-    with _progress(log) as tell:
+    with progress_bar(log) as tell:
         options = FigureOptions(
             out=out,
             seeds=seeds,
@@ -164,7 +164,7 @@ def sweep(
     on.
     """
     log = Console(stderr=True, highlight=False, soft_wrap=True)
-    with _progress(log) as tell:
+    with progress_bar(log) as tell:
         base = scenario.Scenario() if scenario_file is None else scenario.read(scenario_file)
         options = SweepOptions(
             out=out,
@@ -204,7 +204,7 @@ def compare(
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     configure_logging("warning")
     tasks = compared.SCENARIO if scenario_file is None else scenario.read(scenario_file)
-    with contextlib.ExitStack() as stack, _progress(log) as tell:
+    with contextlib.ExitStack() as stack, progress_bar(log) as tell:
         if bootstrap_servers is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deepar-compare-")))
             broker = stack.enter_context(KafkaBroker(folder, started_by="started by deepar simulate compare"))
@@ -284,48 +284,3 @@ def _print_claims(console: Console, result: FigureResult) -> None:
         console.print(f"note: {note}", style="dim", markup=False)
     for path in result.files:
         console.print(f"  {path}", markup=False)
-
-
-@contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time left on a terminal; a line now and then elsewhere."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    if not console.is_terminal:
-        yield _Lines(console)
-        return
-    with Progress(*columns, console=console, transient=True) as bars:
-        known: dict[str, Any] = {}
-
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in known:
-                known[what] = bars.add_task(what, total=total)
-            bars.update(known[what], completed=done, total=total)
-
-        yield tell
-
-
-class _Lines:
-    """Progress for logs: at most a line in ten seconds, with the time left."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._began: dict[str, tuple[float, int]] = {}
-        self._said_s = time.monotonic()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now_s = time.monotonic()
-        began_s, before = self._began.setdefault(what, (now_s, done))
-        if done < total and now_s - self._said_s < 10:
-            return
-        self._said_s = now_s
-        fresh = done - before
-        left_s = (now_s - began_s) / fresh * (total - done) if fresh else None
-        left = f", about {format_seconds(left_s)} left" if left_s else ""
-        self.console.print(f"{what}: {done}/{total}{left}", style="dim")

@@ -2,51 +2,46 @@
 
 One seed draws the tasks, the schedule of faults, where exactly a process dies, and what the bus does wrong. First faults,
 then everything is healed, and the region must converge: every acknowledged task ends once, every sample shows once with the
-right content, the ledger holds at every record, nothing is left behind. A seed that fails is replayed by its number.
+right content, the ledger holds at every record, nothing is left behind. What can be judged while it runs is judged at every
+record, every commit and every step (`loadgen.chaos_watch`). A seed that fails is replayed by its number.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
+import multiprocessing
 import random
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
-
-import numpy as np
-import structlog
 
 from bus import messages, topics
 from bus.errors import BusError, DeeparError
-from bus.faults import Faults
-from bus.frames import Array, Plan
+from bus.frames import Array
 from bus.memory import MemoryBroker, MemoryBus
-from bus.messages import SeedInput, TaskSubmitted
+from bus.messages import Decision, HandleInput, SeedInput, TaskSubmitted
 from bus.topics import Partitions
-from bus.values import Execution, ModelProfile, Objective, Role
+from bus.values import Execution, Objective
 from loadgen.chaos_check import Oracle, Violation
-from loadgen.chaos_process import Process, task_factory
+from loadgen.chaos_faults import Breaker
+from loadgen.chaos_process import Process, quiet, task_factory
+from loadgen.chaos_region import LAYER_S, LEASE_S, MODEL, Stage, cast, same
+from loadgen.chaos_watch import Watch, WatchedBus
+from loadgen.metrics import distribution
 from loadgen.virtual_loop import run_virtual
-from planner.core import PlannerCore
+from planner.core import DEFAULT_MAX_WAITING, PlannerCore
 from planner.service import PlannerService, Standing
 from stages.device import Device
 from stages.hop import Hop
-from stages.node import Node, NodeSettings
-from stages.runner import ModelledRunner, Station
 
-LEASE_S = 4.0
 JOIN_S = 60.0
 SETTLE_S = 4.0
 """Virtual seconds after the last end within which nothing of a task may be left anywhere."""
-
-CUT_BYTES = (9_000, 14_000, 1_200, 3_000)
-LAYER_S = (0.08, 0.02, 0.06)
-SPEED = {Role.DEVICE: 5.0, Role.EDGE: 2.0, Role.CLOUD: 1.0}
+CHUNK = 20
+"""So many seeds a process runs before it reports."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +56,14 @@ class ChaosScenario:
     samples: tuple[int, int] = (2, 24)
     faults_s: float = 20.0  # virtual seconds during which things go wrong
     faults: tuple[int, int] = (5, 12)  # how many
-    converge_s: float = 150.0  # virtual seconds after healing within which every task must have ended
-    clock_off_s: float | None = None  # how far the wall clock is off; None: drawn
+    converge_s: float = 200.0  # virtual seconds after healing within which every task must have ended
+    clocks: bool = True  # wall clocks are off by minutes, and jump
+    max_waiting: int | None = None  # how many tasks may wait, None: drawn; then tasks may come all at once
+
+    @property
+    def edge_names(self) -> list[str]:
+        """Its edges."""
+        return [f"e{index + 1}" for index in range(self.edges)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,212 +77,214 @@ class ChaosRun:
     states: Counter[str]  # how the tasks ended
     retries: int  # attempts beyond the first
     suppressed: int  # duplicates that did not show
+    silences: tuple[float, ...]  # seconds from a node's last sign of life until its tasks were planned again
+    rejected: int  # tasks that a full queue refused
     trace: tuple[tuple[Any, ...], ...]  # what happened, in order; the same for the same seed
 
 
+@dataclass(slots=True)
+class _Sum:
+    """Of many seeds."""
+
+    seeds: int = 0
+    virtual_s: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+    states: Counter[str] = field(default_factory=Counter)
+    violations: list[dict[str, Any]] = field(default_factory=list)
+    retries: int = 0
+    suppressed: int = 0
+    rejected: int = 0
+    silences: list[float] = field(default_factory=list)
+
+    def add(self, other: _Sum) -> None:
+        self.seeds += other.seeds
+        self.virtual_s += other.virtual_s
+        self.faults += other.faults
+        self.states += other.states
+        self.violations += other.violations
+        self.retries += other.retries
+        self.suppressed += other.suppressed
+        self.rejected += other.rejected
+        self.silences += other.silences
+
+    def as_object(self) -> dict[str, Any]:
+        replanned = distribution(self.silences) if self.silences else {}
+        return {
+            "seeds": self.seeds,
+            "simulated_hours": self.virtual_s / 3600.0,
+            "faults": dict(sorted(self.faults.items())),
+            "violations": self.violations,
+            "states": dict(sorted(self.states.items())),
+            "retries": self.retries,
+            "suppressed_duplicates": self.suppressed,
+            "rejected_queue_full": self.rejected,
+            "replanned_s": {"times": len(self.silences), "lease": LEASE_S} | replanned,
+        }
+
+
 def run(
-    seeds: Sequence[int], *, scenario: ChaosScenario | None = None, progress: Callable[[int, int], None] | None = None
+    seeds: Sequence[int],
+    *,
+    scenario: ChaosScenario | None = None,
+    jobs: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Run the seeds; what `deepar simulate chaos --json` prints, and `states`, `retries`, `suppressed_duplicates`."""
-    faults: Counter[str] = Counter()
-    states: Counter[str] = Counter()
-    violations = []
-    virtual_s, retries, suppressed = 0.0, 0, 0
-    for done, seed in enumerate(seeds, 1):
+    """Run the seeds, in `jobs` processes; what `deepar simulate chaos --json` prints, the same whatever `jobs` is."""
+    chunks = [seeds[at : at + CHUNK] for at in range(0, len(seeds), CHUNK)]
+    sums: list[_Sum | None] = [None] * len(chunks)
+    done = 0
+    for index, found in _sums(chunks, scenario, jobs):
+        sums[index] = found
+        done += found.seeds
+        if progress is not None:
+            progress(done, len(seeds))
+    total = _Sum()
+    for part in sums:
+        assert part is not None
+        total.add(part)
+    return total.as_object()
+
+
+def _sums(chunks: Sequence[Sequence[int]], scenario: ChaosScenario | None, jobs: int) -> Iterator[tuple[int, _Sum]]:
+    if jobs <= 1 or len(chunks) < 2:
+        for index, chunk in enumerate(chunks):
+            yield index, _run_chunk(chunk, scenario)
+        return
+    # Not forked: a progress display has threads, and a fork of a process with threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=min(jobs, len(chunks)), mp_context=context) as pool:
+        futures = {pool.submit(_run_chunk, chunk, scenario): index for index, chunk in enumerate(chunks)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _run_chunk(seeds: Iterable[int], scenario: ChaosScenario | None) -> _Sum:
+    total = _Sum()
+    for seed in seeds:
         found = run_seed(seed, scenario=scenario)
-        faults += found.faults
-        states += found.states
-        virtual_s += found.virtual_s
-        retries += found.retries
-        suppressed += found.suppressed
-        violations += [
+        violations = [
             {
                 "seed": seed,
                 "guarantee": violation.guarantee,
                 "what": violation.what,
-                "replay": f"deepar simulate chaos --seeds 1 --seed {seed}",
+                "replay": f"deepar simulate chaos --seeds 1 --seed {seed} --trace -",
             }
             for violation in found.violations
         ]
-        if progress is not None:
-            progress(done, len(seeds))
-    return {
-        "seeds": len(seeds),
-        "simulated_hours": virtual_s / 3600.0,
-        "faults": dict(sorted(faults.items())),
-        "violations": violations,
-        "states": dict(sorted(states.items())),
-        "retries": retries,
-        "suppressed_duplicates": suppressed,
-    }
+        total.add(
+            _Sum(
+                1,
+                found.virtual_s,
+                found.faults,
+                found.states,
+                violations,
+                found.retries,
+                found.suppressed,
+                found.rejected,
+                list(found.silences),
+            )
+        )
+    return total
 
 
-def run_seed(seed: int, *, scenario: ChaosScenario | None = None) -> ChaosRun:
-    """One seed, from the first process to the verdict."""
-    with _quiet():
-        return run_virtual(_Chaos(seed, scenario or ChaosScenario()).play(), horizon_s=3_600.0)
+def run_seed(
+    seed: int, *, scenario: ChaosScenario | None = None, sites: Callable[[str, str, bool], bool] | None = None
+) -> ChaosRun:
+    """One seed, from the first process to the verdict.
 
-
-# --- content that can be checked -------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4096)
-def content(task_id: str, sample: int, position: int) -> Array:
-    """What crosses position `position` for a sample: every byte depends on all three, and on where it stands."""
-    tag = zlib.crc32(f"{task_id}/{sample}/{position}".encode())
-    values = (np.arange(CUT_BYTES[position], dtype=np.uint32) * np.uint32(2654435761) + np.uint32(tag)) >> np.uint32(11)
-    array: Array = values.astype(np.uint8)
-    array.flags.writeable = False
-    return array
-
-
-class CheckedRunner(ModelledRunner):
-    """A modelled machine whose tensors have a content, so that a stage notices when it is given another's."""
-
-    def __init__(self, profile: ModelProfile, chaos: _Chaos, node: str, slots: int) -> None:
-        super().__init__([profile])
-        self._chaos = chaos
-        self._node = node
-        self._slots = slots
-        self._open = 0
-
-    def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
-        """The content of position 0."""
-        return lambda sample: [content(task.task_id, sample, 0)]
-
-    def station(self, plan: Plan, first: int, last: int) -> Station:
-        """A place that checks what it is given, and that no more places are open than the node has slots."""
-        self._open += 1
-        if self._slots and self._open > self._slots:
-            self._chaos.say("G2", f"{self._node} computes {self._open} tasks at once, it has {self._slots} slots")
-        return _CheckedStation(super().station(plan, first, last), self, plan.task_id, first, last)
-
-    def closed(self) -> None:
-        """A place is free again."""
-        self._open -= 1
-
-    def wrong(self, task_id: str, sample: int, position: int) -> None:
-        """Something else came than what was sent."""
-        self._chaos.say("G5", f"{self._node} was given a wrong content for {task_id}/{sample} at {position}")
-
-
-class _CheckedStation:
-    def __init__(self, inner: Station, runner: CheckedRunner, task_id: str, first: int, last: int) -> None:
-        self._inner, self._runner = inner, runner
-        self._task_id, self._first, self._last = task_id, first, last
-
-    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        if not same(inputs, self._task_id, sample, self._first):
-            self._runner.wrong(self._task_id, sample, self._first)
-        await self._inner.run(sample, inputs, ready_s)
-        return [content(self._task_id, sample, self._last)]
-
-    def close(self) -> None:
-        self._inner.close()
-        self._runner.closed()
-
-
-def same(tensors: Sequence[Array], task_id: str, sample: int, position: int) -> bool:
-    """Whether these are the tensors of that sample at that position."""
-    return len(tensors) == 1 and np.array_equal(tensors[0], content(task_id, sample, position))
-
-
-# --- one seed --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Stage:
-    """A stage's process, and what runs in it at the moment."""
-
-    settings: NodeSettings
-    process: Process | None = None
-    node: Node | None = None
-    work: Device | Hop | None = None
-    counters: Counter[str] = field(default_factory=Counter)  # of those that died
+    `sites(name, place, over)` is asked at each await of planner and stages whether that process is to die there.
+    """
+    with quiet():
+        return run_virtual(_Chaos(seed, scenario or ChaosScenario(), sites).play(), horizon_s=3_600.0)
 
 
 class _Chaos:
-    def __init__(self, seed: int, scenario: ChaosScenario) -> None:
+    def __init__(self, seed: int, scenario: ChaosScenario, sites: Callable[[str, str, bool], bool] | None) -> None:
         self.seed = seed
         self.scenario = scenario
         self.random = random.Random(seed)
         self.broker = MemoryBroker(latency_s=0.001, session_timeout_s=3.0)
         self.violations: list[Violation] = []
-        self.faults: Counter[str] = Counter()
         self.trace: list[tuple[Any, ...]] = []
         self.kept: dict[str, set[int]] = {}  # results that were shown: a store that outlives devices
-        self.poisoned: dict[str, str] = {}  # task -> what was done to it
         self.acknowledged: list[str] = []
-        self.stages: list[_Stage] = []
+        self.stages: list[Stage] = []
         self.planners: dict[str, PlannerService] = {}
         self.processes: list[Process] = []
-        edges = [f"e{index + 1}" for index in range(scenario.edges)]
-        self.edges = edges
-        self.tasks = [self._task(index) for index in range(scenario.tasks)]
+        self.sites = sites
         self.policy = self.random.choice(["deepar", "deepar", "deepar", "edge-only", "cloud-only", "no-delay"])
         self.objective = self.random.choice(list(Objective))
+        self.crowded = scenario.max_waiting is not None or self.random.random() < 0.15
+        drawn = self.random.choice([0, 1, 2]) if self.crowded else DEFAULT_MAX_WAITING
+        self.max_waiting = drawn if scenario.max_waiting is None else scenario.max_waiting
+        self.fine = sites is not None or self.random.random() < 0.2  # each call to the bus is an await of its own
+        self.tasks = [self._task(index) for index in range(scenario.tasks)]
+        self.oracle = Oracle(self._make_core(), self.say)
+        self.breaker = Breaker(self.random, scenario, self.broker, self.processes, self.note)
+        self.watch = Watch(self.broker, self, self.oracle, self.breaker.harmed)
 
     def say(self, guarantee: str, what: str) -> None:
         """A guarantee did not hold."""
+        self.note("VIOLATION", guarantee, what)
         self.violations.append(Violation(guarantee, what))
 
     def note(self, *what: Any) -> None:
         """Remember that something happened, and when."""
         self.trace.append((round(asyncio.get_running_loop().time(), 6), *what))
 
+    def _note_decision(self, decision: Decision) -> None:
+        for change in decision.changes:
+            about = getattr(change, "task_id", None) or getattr(change, "node", "")
+            if change.type == "admitted":
+                about = change.task.task_id
+            elif change.type == "node_joined":
+                about = change.node.node
+            self.note(
+                change.type, about, *(getattr(change, name, "") for name in ("state", "cause") if hasattr(change, name))
+            )
+
     def _task(self, number: int) -> TaskSubmitted:
         draw = self.random
         return TaskSubmitted(
             task_id=f"t{number}",
             device=f"d{draw.randrange(self.scenario.devices) + 1}",
-            model="toy",
+            model=MODEL,
             samples=draw.randint(*self.scenario.samples),
-            input=SeedInput(seed=number),
+            input=HandleInput(handle="camera") if draw.random() < 0.1 else SeedInput(seed=number),
             max_link1_bps=draw.choice([None, 500_000]),
+            deadline_s=draw.uniform(5.0, 40.0) if draw.random() < 0.1 else None,
         )
 
     # --- the cast ----------------------------------------------------------------------------------------------------
 
     def _make_core(self) -> PlannerCore:
         execution = Execution.STREAMING if self.objective is Objective.PIPELINED else Execution.SEQUENTIAL
-        return PlannerCore(0, policy=self.policy, objective=self.objective, execution=execution)
+        return PlannerCore(
+            0, policy=self.policy, objective=self.objective, execution=execution, max_waiting=self.max_waiting
+        )
+
+    def _connect(self, name: str) -> MemoryBus:
+        bus = WatchedBus(self.broker, name, self.watch, fine=self.fine)
+        bus.wall_clock = self.breaker.wall_clock(name)
+        self.note("starts", name)
+        return bus
 
     async def _serve_planner(self, name: str, bus: MemoryBus) -> None:
         service = self.planners[name] = PlannerService(
-            bus, self._make_core, name=name, lease_s=LEASE_S / 2, snapshot_every=7
+            bus,
+            self._make_core,
+            name=name,
+            lease_s=LEASE_S / 2,
+            snapshot_every=7,
+            wall_clock=self.breaker.wall_clock(name),
         )
         await service.run()
 
-    async def _serve_stage(self, stage: _Stage, bus: MemoryBus) -> None:
-        settings = stage.settings
-        if stage.node is not None:
-            stage.counters.update(stage.node.status.counters)
-        speed = SPEED[settings.role]
-        profile = ModelProfile(
-            model="toy",
-            sha256="0" * 64,
-            platform=settings.name,
-            layer_names=("conv", "pool", "dense"),
-            layer_s=tuple(seconds * speed for seconds in LAYER_S),
-            cut_bytes=CUT_BYTES,
-        )
-        node = Node(bus, settings, CheckedRunner(profile, self, settings.name, settings.slots))
-        work: Device | Hop
-        if settings.role is Role.DEVICE:
-            work = Device(node, self._show, kept=lambda task_id: self.kept.get(task_id, ()))
-        else:
-            work = Hop(node)
-        stage.node, stage.work = node, work
-        await node.run(work)
-
-    async def _leave(self, stage: _Stage) -> None:
-        """What a stage does on SIGTERM."""
-        if stage.work is None or stage.node is None:
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2.0):
-                await stage.work.drain()
-        await stage.node.leave()
+    async def _serve_stage(self, stage: Stage, bus: MemoryBus) -> None:
+        await stage.serve(bus, self, self._show, lambda task_id: self.kept.get(task_id, ()))
 
     def _show(self, task: TaskSubmitted, sample: int, outputs: list[Array]) -> None:
         shown = self.kept.setdefault(task.task_id, set())
@@ -294,31 +297,28 @@ class _Chaos:
 
     def _cast(self) -> None:
         scenario = self.scenario
-        settings = [
-            *(NodeSettings(name=f"c{i + 1}", role=Role.CLOUD, lease_s=LEASE_S) for i in range(scenario.clouds)),
-            *(
-                NodeSettings(
-                    name=name,
-                    role=Role.EDGE,
-                    slots=1,
-                    link1_capacity_bps=1_500_000,
-                    link2_capacity_bps=800_000,
-                    lease_s=LEASE_S,
-                )
-                for name in self.edges
-            ),
-            *(NodeSettings(name=f"d{i + 1}", role=Role.DEVICE, lease_s=LEASE_S) for i in range(scenario.devices)),
-        ]
         for index in range(scenario.planners):
             name = f"planner{index + 1}"
-            self.processes.append(Process(name, self.broker, partial(self._serve_planner, name)))
-        for one in settings:
-            stage = _Stage(one)
+            self.processes.append(Process(name, partial(self._connect, name), partial(self._serve_planner, name)))
+        for settings in cast(scenario.clouds, scenario.edge_names, scenario.devices):
+            stage = Stage(settings)
             stage.process = Process(
-                one.name, self.broker, partial(self._serve_stage, stage), leave=partial(self._leave, stage)
+                settings.name,
+                partial(self._connect, settings.name),
+                partial(self._serve_stage, stage),
+                leave=stage.leave,
             )
+            stage.process.after = partial(self.watch.weigh, stage)
             self.stages.append(stage)
             self.processes.append(stage.process)
+        if self.sites is not None:
+            for process in self.processes:
+                process.sites = partial(self.sites, process.name)
+                process.crashed = partial(self._restart, process)
+
+    def _restart(self, process: Process) -> None:
+        self.note("dead", process.name)
+        asyncio.get_running_loop().call_later(1.0, process.start)
 
     # --- the play ----------------------------------------------------------------------------------------------------
 
@@ -326,45 +326,51 @@ class _Chaos:
         """First faults, then heal, then judge."""
         loop = asyncio.get_running_loop()
         loop.set_task_factory(task_factory)
-        drawn_s = self.random.choice([0.0, -3600.0, 3600.0])  # nobody may notice
-        off_s = drawn_s if self.scenario.clock_off_s is None else self.scenario.clock_off_s
-        self.broker.wall_clock = lambda: 1e9 + loop.time() + off_s
         async with MemoryBus(self.broker, "client") as client:
-            await client.create_topics(topics.specs(self.edges, Partitions(cloud=3, results=2)))
+            client.wall_clock = self.breaker.wall_clock("client")
+            await client.create_topics(topics.specs(self.scenario.edge_names, Partitions(cloud=3, results=2)))
+            self.watch.begin()
+            self.watch.on_decision = self._note_decision
             self._cast()
             for process in self.processes:
                 process.start()
             await self._until(self._joined, JOIN_S, "not everybody joined")
             submitting = asyncio.create_task(self._submit(client))
-            await self._break(client)
-            self._heal()
+            await self.breaker.play(client)
+            self.breaker.heal()
             await submitting
             ended = await self._until(self._all_ended, self.scenario.converge_s, "not every task ended")
             if ended:
                 await asyncio.sleep(SETTLE_S)
-            oracle = self._judge(settled=ended)
+                for process in self.processes:
+                    process.sites = None
+                await self.breaker.garbage_everywhere(client)
+                await asyncio.sleep(SETTLE_S)
+            self._judge(settled=ended)
             for process in self.processes:
                 process.crash()
             await asyncio.sleep(0.1)
-        oracle.finish(self.acknowledged, self.poisoned)
-        counters: Counter[str] = sum((self._counters(stage) for stage in self.stages), Counter())
-        states = Counter(str(end.state) for ends in oracle.ends.values() for end in ends)
+        oracle = self.oracle
+        counters: Counter[str] = sum((stage.counted() for stage in self.stages), Counter())
         return ChaosRun(
             self.seed,
             loop.time(),
-            self.faults,
-            (*self.violations, *oracle.violations),
-            states,
+            self.breaker.faults(),
+            tuple(self.violations),
+            Counter(str(end.state) for ends in oracle.ends.values() for end in ends),
             sum(oracle.attempts.values()),
             int(counters["duplicates_suppressed"]),
+            tuple(self.watch.silences),
+            sum(end.cause == "queue_full" for ends in oracle.ends.values() for end in ends),
             tuple(self.trace),
         )
 
     async def _submit(self, client: MemoryBus) -> None:
         """Send each task until it is acknowledged; a second copy must not matter."""
         draw = random.Random(self.seed + 1)
+        hurry = 0.05 if self.crowded else 1.2
         for task in self.tasks:
-            await asyncio.sleep(draw.random() * 1.2 * self.scenario.faults_s / self.scenario.tasks)
+            await asyncio.sleep(draw.random() * hurry * self.scenario.faults_s / self.scenario.tasks)
             while True:
                 try:
                     await client.send(topics.TASKS, messages.encode(task), key=task.task_id, partition=0)
@@ -387,15 +393,13 @@ class _Chaos:
         return all(stage.node is not None and stage.node.status.joined for stage in self.stages)
 
     def _leader(self) -> PlannerService | None:
+        dead = {process.name for process in self.processes if process.dead}
         leading = [
             service
             for name, service in self.planners.items()
-            if service.standing is Standing.LEADING and not self._process(name).dead
+            if service.standing is Standing.LEADING and name not in dead
         ]
         return max(leading, key=lambda service: service.decision_log.epoch, default=None)
-
-    def _process(self, name: str) -> Process:
-        return next(process for process in self.processes if process.name == name)
 
     def _all_ended(self) -> bool:
         leader = self._leader()
@@ -405,111 +409,10 @@ class _Chaos:
             and all(leader.core.ended.get(task_id) is not None for task_id in self.acknowledged)
         )
 
-    # --- faults ------------------------------------------------------------------------------------------------------
-
-    async def _break(self, client: MemoryBus) -> None:
-        """What goes wrong, one after the other, often before the last is over."""
-        draw = self.random
-        count = draw.randint(*self.scenario.faults)
-        for _ in range(count):
-            await asyncio.sleep(draw.expovariate(count / self.scenario.faults_s))
-            kind = draw.choice(
-                [
-                    "crash",
-                    "crash",
-                    "crash",
-                    "freeze",
-                    "freeze",
-                    "cut",
-                    "broker",
-                    "terminate",
-                    "bus",
-                    "bus",
-                    "bus",
-                    "poison",
-                ]
-            )
-            process = draw.choice(self.processes)
-            self.faults[kind if kind in ("broker", "bus", "poison") else f"{kind} {_role(process.name)}"] += 1
-            self.note(kind, process.name)
-            await getattr(self, f"_{kind}")(process, client)
-        await asyncio.sleep(draw.random() * 5.0)
-
-    async def _crash(self, process: Process, client: MemoryBus) -> None:
-        loop = asyncio.get_running_loop()
-        away_s = self.random.choice([0.05, 1.0, 2.0 * LEASE_S])
-
-        def restart() -> None:
-            loop.call_later(away_s, process.start)
-
-        process.crash_in(self.random.randrange(1, 150), restart)
-
-    async def _freeze(self, process: Process, client: MemoryBus) -> None:
-        process.freeze()
-        asyncio.get_running_loop().call_later(self.random.uniform(0.2, 2.5 * LEASE_S), process.thaw)
-
-    async def _cut(self, process: Process, client: MemoryBus) -> None:
-        bus = process.bus
-        if bus is not None and not process.dead and not process.frozen:
-            bus.disconnect()
-            asyncio.get_running_loop().call_later(self.random.uniform(0.2, 2.5 * LEASE_S), bus.reconnect)
-
-    async def _broker(self, process: Process, client: MemoryBus) -> None:
-        self.broker.pause()
-        asyncio.get_running_loop().call_later(self.random.uniform(0.2, 9.0), self.broker.resume)
-
-    async def _terminate(self, process: Process, client: MemoryBus) -> None:
-        loop = asyncio.get_running_loop()
-        away_s = self.random.choice([0.5, 6.0])
-
-        async def stop() -> None:
-            await process.stop()
-            loop.call_later(away_s, process.start)
-
-        self._stopping = loop.create_task(stop())
-
-    async def _bus(self, process: Process, client: MemoryBus) -> None:
-        draw = self.random
-        kinds = ("lost_ack", "lost_post", "duplicate", "rebalance", "redelivery", "stale_commit", "late")
-        chosen = {kind: draw.choice([0.02, 0.1, 0.3]) for kind in draw.sample(kinds, draw.randint(1, 4))}
-        for kind in chosen:
-            self.faults[f"bus {kind}"] += 1
-        self.broker.faults = Faults(random=random.Random(draw.random()), late_s=0.05, **chosen)
-
-    async def _poison(self, process: Process, client: MemoryBus) -> None:
-        """Something unreadable on a topic; where it bears a task's name, that task may fail of it."""
-        draw = self.random
-        task = draw.choice(self.tasks)
-        garbage = draw.choice(
-            [b"\x80", b"", b"{}", b"\xc1" * 100, b'{"type":"task_submitted","v":9}', b"\x81\xa1v\x02"]
-        )
-        topic = draw.choice(
-            [topics.TASKS, topics.EVENTS, topics.NODES, topics.RESULTS, topics.DECISIONS, topics.ACTIVATIONS_CLOUD]
-            + [topics.activations_topic(edge) for edge in self.edges]
-        )
-        key = task.device if topic == topics.RESULTS else task.task_id
-        if "activations" in topic:
-            self.poisoned[task.task_id] = "poison"
-        partition = None if "activations" in topic or topic == topics.RESULTS else 0
-        with contextlib.suppress(BusError):
-            await client.send(topic, garbage, key=key, partition=partition)
-
-    def _heal(self) -> None:
-        self.note("heal")
-        self.broker.faults = None
-        self.broker.resume()
-        for process in self.processes:
-            if process.bus is not None:
-                process.bus.reconnect()
-            process.thaw()
-            process.start()
-
     # --- the verdict -------------------------------------------------------------------------------------------------
 
-    def _judge(self, *, settled: bool) -> Oracle:
-        oracle = Oracle(self._make_core())
-        log = self.broker.logs(topics.DECISIONS)[0]
-        oracle.read(log.read(0, log.end))
+    def _judge(self, *, settled: bool) -> None:
+        oracle, breaker = self.oracle, self.breaker
         for process in self.processes:
             for end in process.ends:
                 self.say("G7", f"a process died of an error: {end}")
@@ -518,8 +421,10 @@ class _Chaos:
             whole = set(range(task.samples))
             if ends and str(ends[0].state) == "COMPLETED" and self.kept.get(task.task_id) != whole:
                 self.say("G5", f"{task.task_id} completed without {sorted(whole - self.kept.get(task.task_id, set()))}")
+            if oracle.stalled[task.task_id] and task.task_id not in breaker.missed:
+                self.say("G5", f"{task.task_id} waited for samples that were lost")
         for stage in self.stages:
-            if self._counters(stage)["stalled_attempts"]:
+            if stage.counted()["stalled_attempts"] and not breaker.missed:
                 self.say("G5", f"{stage.settings.name} waited for samples that were lost")
         leader = self._leader()
         if leader is not None:
@@ -530,8 +435,26 @@ class _Chaos:
             if settled and leader.core.state_hash != oracle.core.state_hash:
                 self.say("G3", "the leader's state is not what its decisions say")
         if settled:
+            if not self._joined():
+                self.say("G1", "not everybody is back")
             self._look_for_leftovers()
-        return oracle
+            self._look_for_letters()
+        oracle.finish(self.acknowledged, {task.task_id: self._excuses(task) for task in self.tasks})
+
+    def _excuses(self, task: TaskSubmitted) -> frozenset[str]:
+        """Causes of which a task may fail."""
+        causes = set()
+        if task.task_id in self.breaker.poisoned:
+            causes.add("any")
+        if task.task_id in self.breaker.cancelled:
+            causes.add("cancelled")
+        if task.deadline_s is not None:
+            causes.add("deadline")
+        if isinstance(task.input, HandleInput) and task.device in self.oracle.lost:
+            causes.add("input_lost")
+        if self.crowded:
+            causes.add("queue_full")
+        return frozenset(causes)
 
     def _look_for_leftovers(self) -> None:
         """G8: when every task is over, no stage holds anything of one."""
@@ -544,27 +467,17 @@ class _Chaos:
                 if work.flows or work._orphans or work._orphan_bytes:
                     self.say("G8", f"{name} still has {sorted(work.flows)} and {sorted(work._orphans)}")
                 if work.slots is not None and work.slots._value != stage.settings.slots:
-                    self.say("G8", f"{name} has {work.slots._value} slots free of {stage.settings.slots}")
+                    self.say("G2", f"{name} has {work.slots._value} slots free of {stage.settings.slots}")
                 if any(work.offsets._open.values()):
                     self.say("G8", f"{name} has records open: {work.offsets._open}")
 
-    def _counters(self, stage: _Stage) -> Counter[str]:
-        found = Counter(stage.counters)
-        if stage.node is not None:
-            found.update(stage.node.status.counters)
-        return found
-
-
-def _role(name: str) -> str:
-    return {"p": "planner", "d": "device", "e": "edge", "c": "cloud"}[name[0]]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A thousand crashes that were ordered need not be told."""
-    before = structlog.get_config()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    try:
-        yield
-    finally:
-        structlog.configure(**before)
+    def _look_for_letters(self) -> None:
+        """G7: garbage is a dead letter, unless the letter itself was lost; exactly once while all is well."""
+        log = self.broker.logs(topics.DEAD_LETTER)[0]
+        kept = Counter(record.key or "" for record in log.read(0, 1 << 30))
+        fresh = len(self.breaker.letters) - self.breaker.last_letters
+        for index, origin in enumerate(self.breaker.letters):
+            if not kept[origin] and (index >= fresh or not self.breaker.lossy):
+                self.say("G7", f"no dead letter of {origin}")
+            elif kept[origin] > 1 and index >= fresh:
+                self.say("G7", f"{kept[origin]} dead letters of {origin}")

@@ -5,19 +5,30 @@ A canary is a context manager that replaces one method; nothing here is reachabl
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
+from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
-from bus.frames import Array, Assembler, Piece, to_tensors
-from bus.messages import Decision, EpochOpened
+from bus.errors import BusError, ProtocolError
+from bus.frames import Array, Assembler, Piece, decode_frame, to_tensors
+from bus.messages import Decision, Ended, EpochOpened, Message, Snapshot
+from bus.port import Bus, Reader
+from planner.core import PlannerCore
+from planner.leading import Lead
+from planner.ledger import Ledger, Reservation, Timeline
+from planner.service import PlannerService
 from stages.device import Attempt, Device
 from stages.fences import Fences
 from stages.hop import Flow, Hop
+from stages.node import Node, Work
 from stages.offsets import OffsetLedger, Receipt
 from stages.outlet import Outlet
+from stages.runner import Station
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +38,7 @@ class Canary:
     name: str
     what: str  # in words
     within: int  # seeds, counted from 0, within which it must be caught
-    owner: type
+    owner: type | ModuleType
     method: str
     broken: Callable[..., Any]
 
@@ -106,20 +117,209 @@ def _forget_starts(self: Device, start: Any, region: int) -> None:
 _sound_start = Device._start
 
 
+def _commit_when_first_sent(self: Flow, sample: int) -> None:
+    """What came of a sample gives its records back twice."""
+    twice = [receipt for receipt in self._receipts.get(sample, ()) for _ in range(2)]
+    if sample in self._receipts:
+        self._receipts[sample] = twice
+    _sound_acknowledged(self, sample)
+
+
+_sound_acknowledged = Flow._acknowledged
+
+
+def _carelessly(self: Receipt) -> None:
+    """As `_sound_release`, and nobody minds when it is done once more: the record is closed for the others, too."""
+    self._holds = 1
+    _sound_release(self)
+
+
+_sound_release = Receipt.release
+
+
+def _give_twice(self: Timeline, r: Reservation) -> None:
+    """What is given back is given back again."""
+    _sound_give(self, r)
+    _sound_give(self, r)
+
+
+_sound_give = Timeline.give
+
+
+def _release_wrongly(self: Ledger, task_id: str, *more: Any) -> Reservation:
+    """A task that holds nothing any more has its last slot and rates given back once more, to its edge."""
+    r = _sound_ledger_release(self, task_id, *more)
+    account = self.edges.get(r.edge or "")
+    if account is not None and r.running:
+        account.timeline.change(r.start_s, r.end_s, r.slots, r.link1_bps, r.link2_bps)
+    return r
+
+
+_sound_ledger_release = Ledger.release
+
+
+async def _slot_kept(self: Flow) -> None:
+    """A task that is over goes on holding its slot."""
+    await _sound_serve(self)
+    if self.hop.slots is not None and self.computes:
+        await self.hop.slots.acquire()
+
+
+async def _slot_twice(self: Flow) -> None:
+    """A task that is over gives its slot back twice."""
+    await _sound_serve(self)
+    if self.hop.slots is not None and self.computes:
+        self.hop.slots.release()
+
+
+_sound_serve = Flow._serve
+
+
+def _permit_kept(self: Attempt, sample: int, outputs: list[Array]) -> None:
+    """A result does not open the window."""
+    window, self._window = self._window, asyncio.Semaphore(0)
+    try:
+        _sound_result(self, sample, outputs)
+    finally:
+        self._window = window
+
+
+async def _no_window(
+    self: Attempt, inputs: Callable[[int], list[Array]], station: Station | None, outlet: Outlet | None
+) -> None:
+    """Every sample may be under way at once."""
+    for _ in self.todo:
+        self._window.release()
+    await _sound_send(self, inputs, station, outlet)
+
+
+_sound_send = Attempt._send
+
+
+async def _no_gate(self: Node) -> None:
+    """It sends whatever the region may think of it."""
+
+
+async def _no_watch(self: Attempt) -> None:
+    """What does not come is waited for."""
+
+
+async def _no_return(self: Node, work: Work) -> None:
+    """A node that was declared lost lets go of everything, and nothing follows."""
+    work.on_lost()
+
+
+async def _tell_once(self: Node, topic: str, message: Message, key: str) -> None:
+    """What was not acknowledged is not said again."""
+    with contextlib.suppress(BusError):
+        await self.bus.send(topic, messages.encode(message), key=key, partition=self.settings.region)
+
+
+async def _any_snapshot(bus: Bus, region: int) -> tuple[Snapshot | None, Reader]:
+    """The newest snapshot is believed as it stands."""
+    where = (topics.DECISIONS, region)
+    for snapshot in await snapshots.newest(bus, region):
+        return snapshot, await bus.reader([where], start={where: snapshot.offset + 1})
+    return None, await bus.reader([where], start="start")
+
+
+async def _believes(self: PlannerService, reader: Reader, snapshot: Snapshot) -> bool:
+    """A planner asks the log nothing."""
+    await reader.fetch(max_records=1)
+    return True
+
+
+def _unchecked(self: PlannerService, recorded: str, seq: int) -> None:
+    """Whatever state there is will do."""
+
+
+async def _no_letter(self: Lead) -> None:
+    """Nobody looks after the snapshots."""
+
+
+def _full_queue(self: PlannerCore) -> int:
+    """The queue never looks full."""
+    return 0
+
+
+async def _deaf(self: Lead, reader: Reader) -> None:
+    """Nobody is declared lost."""
+
+
+async def _inputs_early(self: Lead, changes: Any, now_s: float) -> None:
+    """The records say of a task that it was read before it was."""
+    if any(isinstance(change, Ended) for change in changes):
+        self.service.inputs[topics.TASKS] += 1
+    await _sound_decided(self, changes, now_s)
+
+
+_sound_decided = Lead._decided
+
+
+async def _any_attempt(self: Device, reader: Reader) -> None:
+    """Results of fenced attempts are taken like any other."""
+    while True:
+        for record in await reader.fetch():
+            if record.key != self.node.settings.name:
+                continue
+            try:
+                frame = decode_frame(record.value)
+                known = self.tasks.get(frame.task_id)
+                if known is not None and known.attempt is not None:
+                    known.attempt.take(frame)
+            except ProtocolError as error:
+                await self.node.bury(record, error)
+
+
+HARMLESS = Canary("any attempt", "a device takes results of fenced attempts", 0, Device, "_receive", _any_attempt)
+"""Not a bug: a sample's result is the same whichever attempt made it, and shows once. Attempts only fence."""
+
 CANARIES = (
-    Canary("no dedup", "a device shows every result that comes", 20, Attempt, "_result", _no_dedup),
+    Canary("no dedup", "a device shows every result that comes", 5, Attempt, "_result", _no_dedup),
     Canary(
-        "commit before publish", "a record counts as done when it was read", 60, Receipt, "hold", _commit_before_publish
+        "commit before publish", "a record counts as done when it was read", 5, Receipt, "hold", _commit_before_publish
     ),
     Canary(
-        "offsets kept", "a rebalance leaves the ledger of offsets as it was", 60, OffsetLedger, "forget", _keep_offsets
+        "offsets kept", "a rebalance leaves the ledger of offsets as it was", 20, OffsetLedger, "forget", _keep_offsets
     ),
     Canary("ignored epoch", "decisions of deposed planners count", 20, DecisionLog, "accept", _ignore_epoch),
     Canary("ignored fences", "no attempt is ever fenced", 5, Fences, "fenced", _never_fenced),
-    Canary("chunk order trusted", "chunks are put together as they come", 20, Assembler, "add", _trust_order),
-    Canary("never sent again", "a failed acknowledgement is overlooked", 20, Outlet, "_send_again", _never_again),
-    Canary("receipts leaked", "what a fenced attempt held stays open", 20, Flow, "_let_go", _hold_on),
+    Canary("chunk order trusted", "chunks are put together as they come", 5, Assembler, "add", _trust_order),
+    Canary("never sent again", "a failed acknowledgement is overlooked", 10, Outlet, "_send_again", _never_again),
+    Canary("receipts leaked", "what a fenced attempt held stays open", 5, Flow, "_let_go", _hold_on),
     Canary("flows kept", "a hop does not follow the decisions", 5, Hop, "on_decision", _keep_flows),
-    Canary("starts forgotten", "a second attempt is not begun", 20, Device, "_start", _forget_starts),
+    Canary("starts forgotten", "a second attempt is not begun", 5, Device, "_start", _forget_starts),
+    Canary(
+        "receipt released twice",
+        "a sample gives its records back twice",
+        20,
+        Flow,
+        "_acknowledged",
+        _commit_when_first_sent,
+    ),
+    Canary("receipt closed early", "the first release of a record closes it", 5, Receipt, "release", _carelessly),
+    Canary(
+        "reservation released twice",
+        "an edge is given more back than was taken",
+        20,
+        Ledger,
+        "release",
+        _release_wrongly,
+    ),
+    Canary("timeline given twice", "a ledger's release is executed twice", 10, Timeline, "give", _give_twice),
+    Canary("slot leaked", "an edge's slot is not given back", 5, Flow, "_serve", _slot_kept),
+    Canary("slot given back twice", "an edge's slot is given back twice", 5, Flow, "_serve", _slot_twice),
+    Canary("permit leaked", "a result does not open the window", 5, Attempt, "_result", _permit_kept),
+    Canary("window ignored", "a device sends without waiting for results", 5, Attempt, "_send", _no_window),
+    Canary("gate ignored", "a node goes on sending after half a lease", 5, Node, "gate", _no_gate),
+    Canary("no watchdog", "a device waits for results for ever", 10, Attempt, "_watch", _no_watch),
+    Canary("no way back", "a node that was declared lost stays away", 5, Node, "_come_back", _no_return),
+    Canary("told once", "an event that was not acknowledged is not sent again", 5, Node, "tell", _tell_once),
+    Canary("any snapshot (stage)", "a stage believes every snapshot", 40, snapshots, "open_decisions", _any_snapshot),
+    Canary("any snapshot (planner)", "a planner believes every snapshot", 20, PlannerService, "_proves", _believes),
+    Canary("garbage left", "garbage among the snapshots stays", 5, Lead, "tidy", _no_letter),
+    Canary("queue unbounded", "a full queue takes more", 20, PlannerCore, "_queued", _full_queue),
+    Canary("losses unseen", "a silent node is not declared lost", 5, Lead, "_look_at_clock", _deaf),
+    Canary("inputs skipped", "a planner records more input as read than it read", 5, Lead, "_decided", _inputs_early),
 )
 """What is planted, and how soon it must be caught."""

@@ -6,10 +6,10 @@ The oracle reads the decisions with `bus.decisions` and keeps its own ledger: it
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
-from bus.decisions import DecisionLog
+from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
 from bus.errors import DeeparError
 from bus.messages import (
     Admitted,
@@ -18,10 +18,12 @@ from bus.messages import (
     EpochOpened,
     NodeAnnounced,
     NodeJoined,
+    NodeLost,
     Placed,
     Retried,
     Start,
     TaskState,
+    TaskSubmitted,
 )
 from bus.port import Record
 from bus.values import Role
@@ -39,15 +41,21 @@ class Violation:
 class Oracle:
     """Folds a region's decisions and judges them, record by record."""
 
-    def __init__(self, core: PlannerCore) -> None:
+    def __init__(self, core: PlannerCore, say: Callable[[str, str], None] | None = None) -> None:
+        """`say` is told of each violation as it is found, its guarantee and what; else they are in `violations`."""
         self.core = core
+        self._say = say or (lambda guarantee, what: self.violations.append(Violation(guarantee, what)))
         self.log = DecisionLog()
         self.violations: list[Violation] = []
         self.ends: dict[str, list[Ended]] = {}
         self.admitted: Counter[str] = Counter()
         self.attempts: Counter[str] = Counter()
-        self.lost_nodes = 0
+        self.stalled: Counter[str] = Counter()  # attempts that their device gave up for want of results
+        self.lost: set[str] = set()  # nodes that were declared lost, ever
         self.decisions = 0
+        self.longest_queue = 0
+        self._live: dict[str, TaskSubmitted] = {}
+        self._deadlines: dict[str, float] = {}
         self._placed: dict[str, Placed] = {}
         self._running: set[str] = set()
         self._edges: dict[str, NodeAnnounced] = {}
@@ -55,15 +63,24 @@ class Oracle:
         self._openers: dict[int, str] = {}
 
     def read(self, records: Iterable[Record]) -> None:
-        """Judge the decisions of a region from the first on."""
+        """Judge the next records of a region's decisions, from the first on."""
         for record in records:
-            message = self.log.read(record)
-            if isinstance(message, EpochOpened):
-                if message.epoch in self._openers:
-                    self._say("G4", f"epoch {message.epoch} was opened twice")
-                self._openers[message.epoch] = message.nonce
-            elif isinstance(message, Decision):
-                self._judge(message)
+            self.take(record)
+
+    def take(self, record: Record) -> DecisionTopicMessage | None:
+        """Judge one; its message where it counts."""
+        message = self.log.read(record)
+        if isinstance(message, EpochOpened):
+            if message.epoch in self._openers:
+                self._say("G4", f"epoch {message.epoch} was opened twice")
+            self._openers[message.epoch] = message.nonce
+        elif isinstance(message, Decision):
+            self._judge(message)
+        return None if isinstance(message, Dropped) else message
+
+    def fenced(self, task_id: str, attempt: int) -> bool:
+        """Whether work on this attempt is for nobody, by the decisions so far."""
+        return task_id in self.ends or attempt <= self.attempts[task_id]
 
     def _judge(self, decision: Decision) -> None:
         self.decisions += 1
@@ -73,13 +90,26 @@ class Oracle:
             if offset < self._inputs.get(topic, 0):
                 self._say("G3", f"decision {decision.seq} goes back on {topic}")
         self._inputs.update(decision.inputs)
+        fresh: set[str] = set()
+        gone: set[str] = set()
         for change in decision.changes:
             match change:
-                case NodeJoined(node=node) if node.role is Role.EDGE:
-                    self._edges[node.node] = node
+                case NodeJoined(node=node):
+                    gone.discard(node.node)  # replaced by its next process
+                    if node.role is Role.EDGE:
+                        self._edges[node.node] = node
+                case NodeLost(node=name):
+                    self.lost.add(name)
+                    gone.add(name)
                 case Admitted(task=task):
                     self.admitted[task.task_id] += 1
+                    self._live[task.task_id] = task
+                    fresh.add(task.task_id)
+                    if task.deadline_s is not None:
+                        self._deadlines[task.task_id] = decision.now_s + task.deadline_s
                 case Placed():
+                    if change.placement.edge in gone or change.device in gone:
+                        self._say("G9", f"{change.task_id} is placed on a node that is lost")
                     self._placed[change.task_id] = change
                 case Start():
                     if change.task_id in self._running:
@@ -87,13 +117,17 @@ class Oracle:
                     self._running.add(change.task_id)
                 case Retried():
                     self.attempts[change.task_id] += 1
+                    self.stalled[change.task_id] += change.cause == "stalled"
                     self._free(change.task_id)
                 case Ended():
-                    self.ends.setdefault(change.task_id, []).append(change)
-                    self._free(change.task_id)
+                    self._end(change, decision.now_s)
                 case _:
-                    self.lost_nodes += change.type == "node_lost"
+                    pass
+        for task_id, placed in self._placed.items():
+            if placed.placement.edge in gone or placed.device in gone:
+                self._say("G9", f"{task_id} is not taken back from a node that is lost")
         self._weigh(decision.seq)
+        self._queue(fresh)
         try:
             self.core.fold(decision)
         except DeeparError as error:
@@ -101,6 +135,33 @@ class Oracle:
             return
         if self.core.state_hash != decision.ledger_hash:
             self._say("G3", f"replaying decision {decision.seq} gives another state")
+
+    def _end(self, end: Ended, now_s: float) -> None:
+        ends = self.ends.setdefault(end.task_id, [])
+        ends.append(end)
+        if len(ends) > 1:
+            self._say("G1", f"{end.task_id} ended {len(ends)} times")
+        if end.state is TaskState.EXPIRED and now_s < self._deadlines.get(end.task_id, float("inf")):
+            self._say("G1", f"{end.task_id} expires before its deadline, or has none")
+        if end.cause == "queue_full" and len(self._live) - 1 - len(self._running) < self.core.max_waiting:
+            self._say("G11", f"{end.task_id} is rejected although {self.core.max_waiting} may wait")
+        placed = self._placed.get(end.task_id)
+        if placed is not None:
+            where = placed.placement
+            held = (where.edge, int(where.uses_slot), where.link1_bps, where.link2_bps)
+            if held != (end.edge, end.released_slots, end.released_link1_bps, end.released_link2_bps):
+                self._say("G2", f"{end.task_id} held {held} and releases something else")
+        elif end.edge is not None or end.released_slots:
+            self._say("G2", f"{end.task_id} releases what it does not hold")
+        self._free(end.task_id)
+        self._live.pop(end.task_id, None)
+
+    def _queue(self, fresh: set[str]) -> None:
+        """G11: a task that has just come waits only where there is room. What is taken back may wait all the same."""
+        queued = len(self._live) - len(self._running)
+        self.longest_queue = max(self.longest_queue, queued)
+        if queued > self.core.max_waiting and any(task in self._live and task not in self._running for task in fresh):
+            self._say("G11", f"{queued} tasks wait, {self.core.max_waiting} may")
 
     def _free(self, task_id: str) -> None:
         self._running.discard(task_id)
@@ -121,18 +182,17 @@ class Oracle:
             if slots > node.slots or link1 > node.link1_capacity_bps or link2 > node.link2_capacity_bps:
                 self._say("G2", f"after decision {seq} edge {edge} gives {slots} slots, {link1} and {link2} bit/s")
 
-    def finish(self, acknowledged: Iterable[str], poisoned: Mapping[str, str]) -> None:
-        """Judge the ends: each acknowledged task has one, and only poisoned ones failed."""
+    def finish(self, acknowledged: Iterable[str], excused: Mapping[str, Container[str]]) -> None:
+        """Judge the ends: each acknowledged task has one, and fails only of a cause that it is excused for."""
         for task_id in acknowledged:
             ends = self.ends.get(task_id, [])
             if self.admitted[task_id] != 1:
                 self._say("G3", f"{task_id} was admitted {self.admitted[task_id]} times")
-            if len(ends) != 1:
-                self._say("G1", f"{task_id} ended {len(ends)} times")
-            elif ends[0].state is not TaskState.COMPLETED and task_id not in poisoned:
-                self._say("G1", f"{task_id}: {ends[0].state}, {ends[0].cause} {ends[0].detail}")
+            if not ends:
+                self._say("G1", f"{task_id} has no end")
+            elif ends[0].state is not TaskState.COMPLETED:
+                causes = excused.get(task_id, frozenset())
+                if ends[0].cause not in causes and "any" not in causes:
+                    self._say("G1", f"{task_id}: {ends[0].state}, {ends[0].cause} {ends[0].detail}")
         if self._running:
             self._say("G2", f"still running: {sorted(self._running)}")
-
-    def _say(self, guarantee: str, what: str) -> None:
-        self.violations.append(Violation(guarantee, what))

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextvars import Context, ContextVar
 from typing import Any
 
+import structlog
+
 from bus.errors import BusError
-from bus.memory import MemoryBroker, MemoryBus
+from bus.memory import MemoryBus
 
 RESTART_S = 1.0
 """What a supervisor waits before it starts a process again that ended by itself."""
@@ -28,19 +31,27 @@ class Process:
     """One service with a connection of its own, supervised: it is started again when it dies."""
 
     def __init__(
-        self, name: str, broker: MemoryBroker, serve: Service, *, leave: Callable[[], Awaitable[None]] | None = None
+        self,
+        name: str,
+        connect: Callable[[], MemoryBus],
+        serve: Service,
+        *,
+        leave: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.name = name
-        self.broker = broker
+        self.after: Callable[[], None] | None = None  # called after each step of its coroutines
+        self.sites: Callable[[str, bool], bool] | None = None
+        """Asked at each await, by its place and whether it is over: whether the process is to die there."""
         self.steps = 0
         self.frozen = False
         self.dead = True
         self.ends: list[str] = []  # how it ended, where it was not killed and no bus was to blame
         self.bus: MemoryBus | None = None
+        self._connect = connect
         self._serve = serve
         self._leave = leave
         self._crash_at: int | None = None
-        self._crashed: Callable[[], None] = lambda: None
+        self.crashed: Callable[[], None] = lambda: None
         self._sleepers: list[asyncio.Future[None]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -49,7 +60,7 @@ class Process:
         if not self.dead:
             return
         self.dead = self.frozen = False
-        self.bus = MemoryBus(self.broker, self.name)
+        self.bus = self._connect()
         context = Context()
         context.run(_whose.set, self)
         self._task = asyncio.get_running_loop().create_task(self._run(self.bus), name=self.name, context=context)
@@ -81,7 +92,7 @@ class Process:
 
     def crash_in(self, steps: int, then: Callable[[], None]) -> None:
         """SIGKILL between two steps of its coroutines, `steps` from now; then call `then`."""
-        self._crash_at, self._crashed = self.steps + steps, then
+        self._crash_at, self.crashed = self.steps + steps, then
 
     def freeze(self) -> None:
         """SIGSTOP: no step is taken and no sign of life given."""
@@ -115,12 +126,20 @@ class Process:
         self.steps += 1
         if self._crash_at is not None and self.steps >= self._crash_at:
             self._crash_at = None
-            self.frozen = True  # until the crash, which cannot come out of a step of the process itself
-            asyncio.get_running_loop().call_soon(self._die, context=Context())
+            self.crash_here()
+
+    def spare(self) -> None:
+        """No crash that was ordered and has not come yet will come."""
+        self._crash_at = None
+
+    def crash_here(self) -> None:
+        """SIGKILL, before any further step."""
+        self.frozen = True  # until the crash, which cannot come out of a step of the process itself
+        asyncio.get_running_loop().call_soon(self._die, context=Context())
 
     def _die(self) -> None:
         self.crash()
-        self._crashed()
+        self.crashed()
 
     def sleeper(self) -> asyncio.Future[None]:
         """What a coroutine waits for while the process is frozen."""
@@ -163,14 +182,36 @@ class _Driven(Coroutine[Any, Any, Any]):
 
     def _step(self, act: Callable[[Any], Any], what: Any) -> Any:
         process = self._process
-        if not process.dead:
-            process.step()
-            if process.frozen:
-                self._held = (act, what)
-                future = process.sleeper()
-                future._asyncio_future_blocking = True
-                return future
-        return act(what)
+        if process.dead:
+            return act(what)
+        process.step()
+        if process.sites is not None and not process.frozen and process.sites(place_of(self._inner), True):
+            process.crash_here()
+        if process.frozen:
+            self._held = (act, what)
+            future = process.sleeper()
+            future._asyncio_future_blocking = True
+            return future
+        found = act(what)
+        if process.sites is not None and not process.frozen and process.sites(place_of(self._inner), False):
+            process.crash_here()
+        if process.after is not None:
+            process.after()
+        return found
+
+
+def place_of(coroutine: Any) -> str:
+    """Where a coroutine waits, as far in as it is planner's or stages' code: FILE:LINE; empty before its first await."""
+    place = ""
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "ag_frame", None)
+        if frame is not None:
+            room, _, file = frame.f_code.co_filename.rpartition("/")
+            room = room.rpartition("/")[2]
+            if room in ("planner", "stages"):
+                place = f"{room}/{file}:{frame.f_lineno}"
+        coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "ag_await", None)
+    return place
 
 
 def task_factory(loop: asyncio.AbstractEventLoop, coroutine: Any, **more: Any) -> asyncio.Task[Any]:
@@ -196,3 +237,14 @@ def _only_bus(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return all(_only_bus(inner) for inner in error.exceptions)
     return isinstance(error, BusError)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """A thousand crashes that were ordered need not be told."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        yield
+    finally:
+        structlog.configure(**before)

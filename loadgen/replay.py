@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from bus import messages, topics
+from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog, Dropped
 from bus.envelope import Envelope
 from bus.errors import BusError, BusUnavailableError, ConfigError, ProtocolError
-from bus.messages import Decision, NodeAnnounced, NodeJoined, NodeLeft, NodeLost, Snapshot, TaskCompleted
+from bus.messages import Decision, NodeAnnounced, NodeJoined, NodeLeft, NodeLost, TaskCompleted
 from bus.port import Bus, Position, Reader
 from bus.signed import satisfy_region
 from bus.tracing import SUBMIT, TASK, Span, SpanSink, span_id
@@ -224,24 +224,11 @@ async def open_decisions(bus: Bus, region: int) -> tuple[DecisionLog, Reader]:
     Reading goes on behind the region's last snapshot, so that it does not take a year's history to find the
     open epoch.
     """
-    snapshots = await bus.reader([(topics.SNAPSHOTS, region)], start="start")
-    latest: Snapshot | None = None
-    try:
-        while await snapshots.lag():
-            for record in await snapshots.fetch(timeout_s=FETCH_S):
-                if record.value:
-                    with suppress(ProtocolError):
-                        latest = messages.decode(topics.SNAPSHOTS, record.value)
-    finally:
-        await snapshots.close()
-    partition = (topics.DECISIONS, region)
-    if latest is None:
-        log = DecisionLog()
-        reader = await bus.reader([partition], start="start")
-    else:
+    latest, reader = await snapshots.open_decisions(bus, region)
+    log = DecisionLog()
+    if latest is not None:
         log = DecisionLog(epoch=latest.epoch, nonce=latest.nonce, seq=latest.seq)
         log.identity = latest.state.get("leader", {}).get("identity")
-        reader = await bus.reader([partition], start={partition: latest.offset + 1})
     while await reader.lag():
         for record in await reader.fetch(timeout_s=FETCH_S):
             log.read(record)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Iterable
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from bus import messages, topics
@@ -57,12 +56,15 @@ class Lead:
         self._due: dict[str, int] | None = None  # where the inputs ended when it was time for a `Tick`
         self._snapshots: dict[int, Snapshot] = {}  # by sequence, waiting for their proof
         self._proven: asyncio.Queue[Snapshot] = asyncio.Queue()
+        self._kept = b""  # the last snapshot that was written: known to be one
 
     # --- what is written ---------------------------------------------------------------------------------------------
 
     async def read_back(self) -> None:
         """Read what really stands in the log; what this planner decided must be there, in order, and nothing else."""
         service = self.service
+        while service.unreadable:  # what was put there while nobody led
+            await self._bury_unreadable(*service.unreadable.popleft())
         while True:
             for record in await self.reader.fetch():
                 message = service.decision_log.read(record)
@@ -71,9 +73,7 @@ class Lead:
                 if isinstance(message, Dropped) and self._unproven and record.value == self._unproven[0][1]:
                     raise InvariantError(f"decision {self._unproven[0][0]} does not count: {message.detail}")
                 if isinstance(message, Dropped) and message.reason in UNREADABLE:
-                    error = ProtocolError(message.reason, message.detail)
-                    service.dead_letters += 1
-                    await bury(service.bus, record, error, task_id="", by=service.name)
+                    await self._bury_unreadable(record, message)
                 if not isinstance(message, Decision):
                     continue
                 if not self._unproven or message.seq != self._unproven[0][0]:
@@ -86,14 +86,51 @@ class Lead:
                 if (snapshot := self._snapshots.pop(message.seq, None)) is not None:
                     self._proven.put_nowait(snapshot.model_copy(update={"offset": record.offset}))
 
+    async def _bury_unreadable(self, record: Record, dropped: Dropped) -> None:
+        """Dead-letter what is no message on the decisions, once: the next decision says how far that was done."""
+        service = self.service
+        if record.offset >= service.inputs.get(topics.DECISIONS, 0):
+            error = ProtocolError(dropped.reason, dropped.detail)
+            service.dead_letters += 1
+            await bury(service.bus, record, error, task_id="", by=service.name)
+            self._read_up_to(topics.DECISIONS, record)
+
+    def _read_up_to(self, topic: str, record: Record) -> None:
+        """What changes no state is recorded as read by the next decision."""
+        self.service.inputs[topic] = record.offset + 1
+        self._unrecorded += 1
+
+    async def tidy(self) -> None:
+        """Dead-letter what is no snapshot, once. Whoever looks for a snapshot to begin at only skips it."""
+        service = self.service
+        where = (topics.SNAPSHOTS, service.region)
+        reader = await service.bus.reader([where], start={where: service.inputs.get(topics.SNAPSHOTS, 0)})
+        try:
+            while True:
+                for record in await reader.fetch():
+                    if record.value is not None and record.value != self._kept:  # a tombstone is nobody's mistake
+                        try:
+                            messages.decode(record.topic, record.value)
+                        except ProtocolError as error:
+                            await bury(service.bus, record, error, task_id="", by=service.name)
+                    self._read_up_to(topics.SNAPSHOTS, record)
+        finally:
+            await reader.close()
+
     async def await_acknowledgements(self) -> None:
         """A decision whose fate is unknown ends the spell: the log will tell."""
-        while True:
-            acknowledgement = await self._acknowledgements.get()
-            try:
-                await acknowledgement
-            except BusError as error:
-                raise Deposed(f"a decision may not have been written: {error}") from None
+        try:
+            while True:
+                acknowledgement = await self._acknowledgements.get()
+                try:
+                    await acknowledgement
+                except BusError as error:
+                    raise Deposed(f"a decision may not have been written: {error}") from None
+        finally:
+            while not self._acknowledgements.empty():  # nobody will ask for these
+                rest = self._acknowledgements.get_nowait()
+                if isinstance(rest, asyncio.Future):
+                    rest.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def show_life(self) -> None:
         """A sign of life where there is nothing to decide."""
@@ -117,6 +154,7 @@ class Lead:
             if len(payload) > messages.MAX_MESSAGE_BYTES:
                 service.log.warning("the state is too large for a snapshot", seq=snapshot.seq, size_bytes=len(payload))
                 continue
+            self._kept = payload
             try:
                 await service.bus.send(
                     topics.SNAPSHOTS,
@@ -220,7 +258,7 @@ class Lead:
             inputs=dict(service.inputs),
             changes=tuple(changes),
             ledger_hash=service.core.state_hash,
-            at=utc(),
+            at=service.utc(),
         )
         payload = messages.encode(decision)
         if len(payload) > messages.MAX_MESSAGE_BYTES:
@@ -259,9 +297,4 @@ class Lead:
         self._spoke_s = asyncio.get_running_loop().time()
 
 
-def utc() -> str:
-    """Now, for people to read."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-__all__ = ["HEARTBEATS_PER_LEASE", "INPUTS", "Deposed", "Lead", "utc"]
+__all__ = ["HEARTBEATS_PER_LEASE", "INPUTS", "UNREADABLE", "Deposed", "Lead"]

@@ -15,29 +15,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
+from collections import deque
 from collections.abc import Callable
+from datetime import UTC, datetime
 from enum import StrEnum
 
 import structlog
 
-from bus import messages, topics
-from bus.decisions import DecisionLog
+from bus import messages, snapshots, topics
+from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
 from bus.envelope import Envelope
-from bus.errors import BusError, ConfigError, DeeparError, InvariantError, ProtocolError
+from bus.errors import BusError, ConfigError, DeeparError, InvariantError
 from bus.identity import Master
 from bus.messages import Decision, EpochOpened, Message, PlannerLeft, Snapshot
-from bus.port import Bus, Position, Reader
+from bus.port import Bus, Position, Reader, Record
 from bus.tracing import SpanSink
 from planner.core import PlannerCore
 from planner.doorkeeper import Doorkeeper
-from planner.leading import HEARTBEATS_PER_LEASE, INPUTS, Deposed, Lead, utc
+from planner.leading import HEARTBEATS_PER_LEASE, INPUTS, UNREADABLE, Deposed, Lead
 from planner.traces import TaskTraces
 
 LEASE_S = 5.0
 SNAPSHOT_EVERY = 500
-SNAPSHOTS_READ = 3
-"""So many of the newest snapshots are looked at; of a compacted topic the last record always remains."""
+UNREADABLE_KEPT = 100
 RETRY_S = 0.5
 
 log = structlog.get_logger("planner")
@@ -70,7 +72,9 @@ class PlannerService:
         snapshot_every: int = SNAPSHOT_EVERY,
         master: Master | None = None,
         trust_everybody: bool = False,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        """`wall_clock` (seconds since 1970) is for people who read the records; nothing is decided by it."""
         self.bus = bus
         self.core = make_core()
         self.name = name
@@ -87,11 +91,14 @@ class PlannerService:
         self.snapshot_every = snapshot_every
         self.decision_log = DecisionLog()  # the reading rule, as far as was read
         self.inputs: dict[str, int] = {}  # topic -> next offset to read
+        self._wall_clock = wall_clock
         self._now_s = 0.0  # ledger time at `_since_s`
         self._since_s = 0.0  # the loop's clock
         self.nonce = ""
         self.envelope = Envelope(f"/deepar/{region}/planner/{name}", uuid.uuid4().hex[:12])
         self.traces: TaskTraces | None = None
+        # what is no message on the decisions, read while not leading
+        self.unreadable: deque[tuple[Record, Dropped]] = deque(maxlen=UNREADABLE_KEPT)
 
     def now_s(self) -> float:
         """Ledger time, while leading."""
@@ -105,6 +112,10 @@ class PlannerService:
     def trace_to(self, sink: SpanSink | None) -> None:
         """Tell `sink` of the decisions and the ends of tasks. Before `run`."""
         self.traces = TaskTraces(self.name, sink) if sink is not None else None
+
+    def utc(self) -> str:
+        """Now, for people to read."""
+        return datetime.fromtimestamp(self._wall_clock(), UTC).isoformat(timespec="milliseconds")
 
     async def run(self) -> None:
         """Serve until cancelled: stand by, lead, stand by again. Raises `InvariantError` for bugs only, and `ConfigError`
@@ -135,7 +146,7 @@ class PlannerService:
         """The last snapshot that holds; the reader goes on behind it, and what it brings is to be folded in."""
         self.standing = Standing.READING
         where = (topics.DECISIONS, self.region)
-        for snapshot in await self._newest_snapshots():
+        for snapshot in await snapshots.newest(self.bus, self.region):
             if not self._restore(snapshot):
                 continue
             reader = await self.bus.reader([where], start={where: snapshot.offset})
@@ -151,23 +162,6 @@ class PlannerService:
         self.core, self.decision_log = self._make_core(), DecisionLog()
         self.inputs, self._now_s = dict.fromkeys(INPUTS, 0), 0.0
         return await self.bus.reader([where], start="start")
-
-    async def _newest_snapshots(self) -> list[Snapshot]:
-        """The last few snapshots, the newest state first (a planner that was deposed may have written an old one last)."""
-        where = (topics.SNAPSHOTS, self.region)
-        end = (await self.bus.end_offsets(topics.SNAPSHOTS))[self.region]
-        reader = await self.bus.reader([where], start={where: max(0, end - SNAPSHOTS_READ)})
-        found: list[Snapshot] = []
-        try:
-            while await reader.lag():
-                for record in await reader.fetch(timeout_s=0.2):
-                    try:
-                        found.append(messages.decode(topics.SNAPSHOTS, record.value))
-                    except ProtocolError as error:
-                        self.log.warning("a broken snapshot is skipped", error=str(error))
-        finally:
-            await reader.close()
-        return sorted(found, key=lambda snapshot: snapshot.seq, reverse=True)
 
     def _restore(self, snapshot: Snapshot) -> bool:
         """Take on a snapshot's state; False where it cannot be: another version's, or broken."""
@@ -190,18 +184,7 @@ class PlannerService:
 
     async def _proves(self, reader: Reader, snapshot: Snapshot) -> bool:
         """Whether the reader's first record is the decision that the snapshot was taken after."""
-        while True:
-            for record in await reader.fetch(max_records=1, timeout_s=0.2):
-                try:
-                    decision = messages.decode(topics.DECISIONS, record.value)
-                except ProtocolError:
-                    return False
-                if not isinstance(decision, Decision) or record.offset != snapshot.offset:
-                    return False
-                said = (decision.epoch, decision.nonce, decision.seq, decision.ledger_hash)
-                return said == (snapshot.epoch, snapshot.nonce, snapshot.seq, snapshot.ledger_hash)
-            if await reader.lag() == 0:
-                return False
+        return await snapshots.proves(reader, snapshot)
 
     async def _stand_by(self, reader: Reader) -> None:
         """Fold what comes until nobody leads. Returns when this planner should claim the region."""
@@ -221,7 +204,7 @@ class PlannerService:
                     self.standing = Standing.STANDING_BY
                     self.log.info("standing by", leader=self.decision_log.planner, epoch=self.decision_log.epoch)
             for record in await reader.fetch(timeout_s=min(0.2, self.lease_s / HEARTBEATS_PER_LEASE)):
-                message = self.decision_log.read(record)
+                message = self._read(record)
                 if isinstance(message, Decision):
                     self._fold_in(message)
                 if isinstance(message, Message):
@@ -234,6 +217,13 @@ class PlannerService:
                 f"region {self.region} demands proofs of identity, and this planner has no master secret",
                 remedy="name its file in DEEPAR_IDENTITY_MASTER_FILE; to give proofs up: deepar planner --trust-everybody",
             )
+
+    def _read(self, record: Record) -> DecisionTopicMessage | Dropped:
+        """A record of the decisions, by the reading rule; what nobody can read is put by for whoever leads next."""
+        message = self.decision_log.read(record)
+        if isinstance(message, Dropped) and message.reason in UNREADABLE:
+            self.unreadable.append((record, message))
+        return message
 
     def _fold_in(self, decision: Decision) -> None:
         self.core.fold(decision)
@@ -264,12 +254,12 @@ class PlannerService:
             planner=self.name,
             lease_s=self.lease_s,
             identity=self.demanded,
-            at=utc(),
+            at=self.utc(),
         )
         await self._send(topics.DECISIONS, opened)
         while True:
             for record in await reader.fetch():
-                message = self.decision_log.read(record)
+                message = self._read(record)
                 if isinstance(message, Decision):
                     self._fold_in(message)
                 elif isinstance(message, EpochOpened):
@@ -302,7 +292,14 @@ class PlannerService:
         try:
             async with asyncio.TaskGroup() as group:
                 lead = Lead(self, reader)
-                for step in (lead.read_back, lead.decide, lead.show_life, lead.await_acknowledgements, lead.keep):
+                for step in (
+                    lead.read_back,
+                    lead.decide,
+                    lead.show_life,
+                    lead.await_acknowledgements,
+                    lead.keep,
+                    lead.tidy,
+                ):
                     group.create_task(step(), name=f"{self.name}: {step.__name__}")
         except* (Deposed, BusError) as failures:
             first = failures

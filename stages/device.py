@@ -19,15 +19,12 @@ from bus.errors import BusError, BusUnavailableError, ConfigError, DeeparError, 
 from bus.frames import Array, Assembler, Frame, Plan, decode_frame
 from bus.messages import Admitted, Decision, Ended, NodeJoined, Retried, Start, TaskCompleted, TaskFailed, TaskSubmitted
 from bus.port import Bus, Reader
-from bus.values import Execution, ModelProfile, Parts
+from bus.values import ModelProfile, Parts
 from stages.node import RETRY_S, Node, cause_of
 from stages.outlet import Outgoing, Outlet, sending
 from stages.runner import Station
 from stages.shaper import Link
-
-MIN_WINDOW = 8
-MAX_WINDOW = 1024
-WINDOW_BYTES = 4 << 20
+from stages.window import window_samples
 
 REPORTS_S = 1.0
 """How long to wait for what the other stages measured, after the last result."""
@@ -36,15 +33,6 @@ STALL_S = 30.0
 STALL_SAMPLES = 10
 """Nothing sent and no result for `STALL_S` and ten samples' predicted time, while the bus was there: something was lost
 that nobody will send again (a record that fell out of retention, say), so the device asks for another attempt."""
-
-
-def window_samples(execution: Execution, cut_bytes: Iterable[int]) -> int:
-    """How many samples of a task may be under way: one in sequential execution; else eight, which fills six stations, or
-    as many more as fit four mebibytes at the widest cut, so that small samples can share frames.
-    """
-    if execution is Execution.SEQUENTIAL:
-        return 1
-    return max(MIN_WINDOW, min(MAX_WINDOW, WINDOW_BYTES // max(1, *cut_bytes)))
 
 
 class StalledError(DeeparError):
@@ -263,6 +251,8 @@ class Attempt:
         self._missing = set(todo)
         self._assembler = Assembler()
         self._window = asyncio.Semaphore(0)  # opened once the model is known
+        self.window = 0  # its size, in samples
+        self.under_way = 0  # samples that were begun and have no result
         self._complete = asyncio.Event()
         self._reported = asyncio.Event()
         self._last_result_s = asyncio.get_running_loop().time()
@@ -292,7 +282,8 @@ class Attempt:
         node, plan = self.device.node, self.plan
         cut1 = plan.placement.cut1
         inputs = node.runner.open_input(self.known.task)
-        for _ in range(window_samples(plan.execution, self._profile().cut_bytes)):
+        self.window = window_samples(plan.execution, self._profile().cut_bytes)
+        for _ in range(self.window):
             self._window.release()
         async with contextlib.AsyncExitStack() as stack:
             station: Station | None = None
@@ -334,6 +325,7 @@ class Attempt:
             await self._window.acquire()
             if self._broken:
                 raise self._broken
+            self.under_way += 1
             ready_s = clock()
             tensors = inputs(sample)
             if station is not None:
@@ -422,6 +414,7 @@ class Attempt:
             self.device.node.status.count("duplicates_suppressed")
             return
         self._missing.discard(sample)
+        self.under_way -= 1
         self.known.results.add(sample)
         self._last_result_s = self._moved_s = asyncio.get_running_loop().time()
         self._window.release()

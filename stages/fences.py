@@ -11,14 +11,15 @@ from typing import Any
 
 from bus.messages import Admitted, Decision, Ended, Placed, Retried, TaskSubmitted
 
-REMEMBERED_ENDS = 100_000
-"""So many ended tasks are remembered, to drop what still arrives of them."""
+REMEMBERED_ENDS = 10_000
+"""So many ended tasks are remembered, to drop what still arrives of them; as many as the planner remembers."""
 
 
 class Fences:
     """Folds decisions into what stages need of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, remembered_ends: int = REMEMBERED_ENDS) -> None:
+        self.remembered_ends = remembered_ends
         self.tasks: dict[str, TaskSubmitted] = {}  # admitted and not ended
         self.placed: dict[str, Placed] = {}  # the newest placement of each of them
         self._attempt: dict[str, int] = {}
@@ -46,7 +47,7 @@ class Fences:
                     fenced.add(change.task_id)
                 case _:
                     pass
-        while len(self._ended) > REMEMBERED_ENDS:
+        while len(self._ended) > self.remembered_ends:
             self._ended.popitem(last=False)
         return fenced
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from bus import topics
 from bus.errors import BusError, DeeparError, ProtocolError
-from bus.frames import Array, Assembler, Frame, Piece, Plan, decode_frame, encode_frame
+from bus.frames import MAX_SAMPLE_BYTES, Array, Assembler, Frame, Piece, Plan, decode_frame, encode_frame
 from bus.messages import Decision, TaskFailed
 from bus.port import Bus, Member, Record, TopicPartition
 from bus.tracing import parent_in
@@ -29,6 +29,7 @@ from stages.offsets import OffsetLedger, Receipt
 from stages.outlet import Outgoing, Outlet, sending
 from stages.runner import Station
 from stages.shaper import Grant, Link
+from stages.window import MAX_WINDOW, window_samples
 
 COMMIT_S = 0.25
 """Offsets are committed this often; what a crash repeats is bounded by it."""
@@ -113,6 +114,21 @@ class Hop:
                     self._adopt(Plan.of(placed, region=decision.region, todo=placed.samples))
                 except ProtocolError as error:
                     self._refuse(self._take_orphans(key), error)
+
+    @property
+    def held_bytes(self) -> int:
+        """What is buffered here of tasks' data."""
+        return self._orphan_bytes + sum(flow.held_bytes for flow in self.flows.values() if not flow.closed)
+
+    @property
+    def open_records(self) -> int:
+        """Records that are not done with: their offsets are held."""
+        return self.offsets.open_records
+
+    @property
+    def bound_bytes(self) -> int:
+        """What `held_bytes` never exceeds: each task's window, once as frames and once as whole samples, and orphans."""
+        return ORPHAN_BYTES + sum(flow.bound_bytes for flow in self.flows.values() if not flow.closed)
 
     def on_lost(self) -> None:
         """Nothing more: what was planned again is fenced, and what another cloud stage could do as well goes on here."""
@@ -302,8 +318,11 @@ class Flow:
         self.parent_id: str | None = None  # the span that this stage's work follows from, where its frames name one
         self._began_s: float | None = None  # when it first computed here
         self._free_s = float("-inf")  # when it last did
+        self.window = MAX_WINDOW  # samples that its device may have under way
+        self._widest_bytes = MAX_SAMPLE_BYTES  # of a sample here; these two are less where the model is known
         self._expected_bytes: int | None = None
         self._check()
+        self._sending: Outlet | None = None
         self._assembler = Assembler()
         self._ready: deque[tuple[int, list[Array], float]] = deque()
         self._arrived = asyncio.Event()
@@ -331,8 +350,26 @@ class Flow:
         if not self.hop.is_edge:
             self.last = profile.layers
         if profile.sha256 == plan.sha256:
+            self.window = window_samples(plan.execution, profile.cut_bytes)
+            self._widest_bytes = max(plan.input_bytes or 0, *profile.cut_bytes[self.first : self.last + 1])
             cut_bytes = profile.cut_bytes[self.first]
             self._expected_bytes = plan.input_bytes if self.first == 0 and plan.input_bytes is not None else cut_bytes
+
+    @property
+    def under_way(self) -> int:
+        """Samples of which something is here that is not acknowledged downstream."""
+        return len(self._whole) + self._assembler.pending
+
+    @property
+    def held_bytes(self) -> int:
+        """Data of those samples."""
+        waiting = sum(array.nbytes for _, tensors, _ in self._ready for array in tensors)
+        return self._assembler.pending_bytes + waiting + (self._sending.held_bytes if self._sending else 0)
+
+    @property
+    def bound_bytes(self) -> int:
+        """What `held_bytes` never exceeds: the window at the wider end of this stage, twice."""
+        return 2 * self.window * self._widest_bytes
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
@@ -403,7 +440,7 @@ class Flow:
                     await stack.enter_async_context(self.hop.slots)
                 station = runner.station(self.plan, self.first, self.last)
                 stack.callback(station.close)
-            outlet = self._outlet()
+            outlet = self._sending = self._outlet()
             stack.callback(self._told, outlet)
             async with sending(outlet):
                 await self._work(station, outlet)

@@ -16,28 +16,18 @@ from typing import Protocol
 
 import structlog
 
-from bus import messages, topics
+from bus import messages, snapshots, topics
 from bus.dead_letter import bury
 from bus.decisions import DecisionLog
 from bus.envelope import Envelope
 from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
 from bus.frames import Plan
-from bus.messages import (
-    Decision,
-    EpochOpened,
-    Message,
-    NodeAnnounced,
-    NodeHeartbeat,
-    NodeJoined,
-    NodeLeft,
-    NodeLost,
-    Snapshot,
-)
+from bus.messages import Decision, EpochOpened, Message, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLeft, NodeLost
 from bus.port import Bus, Headers, Reader, Record
 from bus.signed import satisfy_region
 from bus.tracing import TRACEPARENT, Attribute, Span, SpanSink, parent_of, part_span_id, traceparent
 from bus.values import Role
-from stages.fences import Fences
+from stages.fences import REMEMBERED_ENDS, Fences
 from stages.runner import Runner
 
 ALARMED = ("dead_letters", "stalled_attempts")
@@ -64,6 +54,7 @@ class NodeSettings:
     link1_capacity_bps: int = 0  # B_e^1 of an edge; a device's own limit, 0: none
     link2_capacity_bps: int = 0  # B_e^2 of an edge
     reachable_edges: tuple[str, ...] | None = None  # E_i of a device, None: all
+    remembered_ends: int = REMEMBERED_ENDS  # ended tasks whose late frames are known to be for nobody
 
 
 @dataclass(slots=True)
@@ -122,7 +113,7 @@ class Node:
         self._on_span = on_span
         self.settings = settings
         self.runner = runner
-        self.fences = Fences()
+        self.fences = Fences(settings.remembered_ends)
         self.status = NodeStatus()
         for part in MEASURED[settings.role]:
             self.status.count(f"{part}_busy_seconds", 0.0)
@@ -212,22 +203,23 @@ class Node:
     # --- decisions ---------------------------------------------------------------------------------------------------
 
     async def _read_decisions(self) -> Reader:
-        """Read the region's decisions to their end, from the last snapshot where there is one."""
-        region = self.settings.region
-        begin = await self._last_snapshot()
-        where = (topics.DECISIONS, region)
-        start = {where: begin.offset + 1} if begin else {where: 0}
-        if begin:
-            self._decisions = DecisionLog(epoch=begin.epoch, nonce=begin.nonce, seq=begin.seq)
-            self._decisions.identity = begin.state.get("leader", {}).get("identity")
-            self.fences.restore(begin.state)
-        reader = await self.bus.reader([where], start=start)
-        while await reader.lag():
-            for record in await reader.fetch(timeout_s=0.2):
-                message = self._decisions.read(record)
-                if isinstance(message, Decision):
-                    self.fences.apply(message)
+        """Read the region's decisions to their end, from the newest snapshot that they prove where there is one."""
+        begin, reader = await snapshots.open_decisions(self.bus, self.settings.region)
+        if begin is not None:
+            try:
+                self.fences.restore(begin.state)
+                self._decisions = DecisionLog(epoch=begin.epoch, nonce=begin.nonce, seq=begin.seq)
+                self._decisions.identity = begin.state.get("leader", {}).get("identity")
+            except (LookupError, TypeError, ValueError) as error:  # another version's; then all of them are read
+                self.log.warning("a snapshot cannot be used", seq=begin.seq, error=str(error))
+                self.fences = Fences(self.settings.remembered_ends)
+                await reader.seek((topics.DECISIONS, self.settings.region), 0)
         try:
+            while await reader.lag():
+                for record in await reader.fetch(timeout_s=0.2):
+                    message = self._decisions.read(record)
+                    if isinstance(message, Decision):
+                        self.fences.apply(message)
             await self._hear_demand(reader)
         except BaseException:
             await reader.close()
@@ -259,21 +251,6 @@ class Node:
         """Raises `ConfigError` where the region demands a proof of identity that the bus does not give."""
         settings = self.settings
         satisfy_region(self.bus, self._decisions.demanded, f"{settings.role.value} {settings.name}")
-
-    async def _last_snapshot(self) -> Snapshot | None:
-        partition = (topics.SNAPSHOTS, self.settings.region)
-        reader = await self.bus.reader([partition], start="start")
-        newest: Snapshot | None = None
-        try:
-            while await reader.lag():
-                for record in await reader.fetch(timeout_s=0.2):
-                    try:
-                        newest = messages.decode(topics.SNAPSHOTS, record.value)
-                    except ProtocolError as error:
-                        self.log.warning("a broken snapshot is skipped", error=str(error))
-        finally:
-            await reader.close()
-        return newest
 
     async def _follow(self, reader: Reader, work: Work) -> None:
         await self.serving.wait()

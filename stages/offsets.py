@@ -7,6 +7,7 @@ record. What is not committed is delivered again: at least once.
 
 from __future__ import annotations
 
+from bus.errors import InvariantError
 from bus.port import Record, TopicPartition
 
 
@@ -27,7 +28,9 @@ class Receipt:
         self._holds += 1
 
     def release(self) -> None:
-        """One piece of work is done, or for nobody."""
+        """One piece of work is done, or for nobody. Raises `InvariantError` when nothing is left to release."""
+        if self._holds <= 0:
+            raise InvariantError(f"the record at {self.offset} is released more often than it was held")
         self._holds -= 1
         if self._holds == 0:
             self._open[self.offset] -= 1
@@ -50,6 +53,11 @@ class OffsetLedger:
         still_open[record.offset] = still_open.get(record.offset, 0) + 1
         self._next[partition] = max(self._next.get(partition, 0), record.offset + 1)
         return Receipt(still_open, record.offset)
+
+    @property
+    def open_records(self) -> int:
+        """Records that are not done with."""
+        return sum(len(still_open) for still_open in self._open.values())
 
     def committable(self) -> dict[TopicPartition, int]:
         """What may be committed and has not been."""

@@ -96,6 +96,13 @@ class Outlet:
         self.frames = 0
         self.resent = 0
 
+    @property
+    def held_bytes(self) -> int:
+        """Data of the samples that the bus does not hold yet."""
+        held = {item.sample: item for sent in self._sent for item in sent.begun}
+        held |= {item.sample: item for item in (*self._begun, *self._waiting)}
+        return sum(array.nbytes for item in held.values() for array in item.tensors)
+
     def put(self, outgoing: Outgoing) -> None:
         """Send a sample when its turn comes."""
         self._waiting.append(outgoing)

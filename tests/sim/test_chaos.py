@@ -5,20 +5,50 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from loadgen import chaos
+from deploy import commands_simulate
+from loadgen import chaos, chaos_awaits
 from loadgen.chaos import ChaosScenario, run_seed
-from loadgen.chaos_canaries import CANARIES, Canary
+from loadgen.chaos_canaries import CANARIES, HARMLESS, Canary
+from loadgen.chaos_region import LEASE_S
+from loadgen.chaos_watch import STAGE_S
 
-SEEDS = int(os.environ.get("DEEPAR_CHAOS_SEEDS", "60"))
+SEEDS = int(os.environ.get("DEEPAR_CHAOS_SEEDS", "200"))
 BLOCK = 20
+ROLES = ("planner", "device", "edge", "cloud")
+TOPICS = ("tasks", "events", "nodes", "decisions", "snapshots", "results", "activations.cloud", "activations.e1")
+KINDS = {
+    *(f"{kind} {role}" for kind in ("crash", "freeze", "freeze beyond a lease:", "cut", "terminate") for role in ROLES),
+    *(
+        f"bus {kind}"
+        for kind in ("lost_ack", "lost_post", "duplicate", "rebalance", "redelivery", "stale_commit", "late")
+    ),
+    *(f"{kind} on {topic}" for kind in ("poison", "garbage") for topic in TOPICS),
+    "broker stop",
+    "bus corrupt",
+    "bus missing",
+    "cancelled",
+    "clock jumps",
+    "forged snapshot",
+    "split",
+    "stale record",
+}
+
+
+@pytest.fixture(scope="module")
+def struck() -> set[str]:
+    """Kinds of faults that the blocks of seeds met."""
+    return set()
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
-def test_whatever_breaks_the_region_converges_and_no_guarantee_is_broken(first: int) -> None:
+def test_whatever_breaks_the_region_converges_and_no_guarantee_is_broken(first: int, struck: set[str]) -> None:
     found = chaos.run(range(first, min(first + BLOCK, SEEDS)))
     assert not found["violations"], "\n".join(
         f"{v['guarantee']} {v['what']}: {v['replay']}" for v in found["violations"]
@@ -26,6 +56,21 @@ def test_whatever_breaks_the_region_converges_and_no_guarantee_is_broken(first: 
     assert found["retries"] > 0, "nothing had to be planned again: the faults were too mild"
     assert found["suppressed_duplicates"] > 0, "nothing came twice: the faults were too mild"
     assert sum(found["states"].values()) == found["seeds"] * ChaosScenario().tasks
+    assert found["replanned_s"]["times"] > 0
+    assert LEASE_S - STAGE_S < found["replanned_s"]["max"] <= LEASE_S + STAGE_S
+    struck.update(found["faults"])
+
+
+@pytest.mark.skipif(SEEDS < 200, reason="fewer seeds need not meet everything")
+def test_every_kind_of_fault_struck(struck: set[str]) -> None:
+    assert struck >= KINDS
+
+
+def test_killed_before_and_after_every_await() -> None:
+    found = chaos_awaits.sweep(0)
+    assert not found["violations"], "\n".join(v["what"] for v in found["violations"])
+    assert set(found["awaits"]) == set(ROLES)
+    assert sum(found["awaits"].values()) > 120
 
 
 def test_the_same_seed_gives_the_same_trace_twice() -> None:
@@ -35,15 +80,73 @@ def test_the_same_seed_gives_the_same_trace_twice() -> None:
     assert first.trace != run_seed(8).trace
 
 
-def test_clocks_that_are_off_by_hours_change_nothing() -> None:
-    right = run_seed(3, scenario=ChaosScenario(clock_off_s=0.0))
-    assert right.trace == run_seed(3, scenario=ChaosScenario(clock_off_s=7200.0)).trace
+def test_any_number_of_processes_gives_the_same_totals() -> None:
+    told: list[tuple[int, int]] = []
+    few = ChaosScenario(tasks=2, faults_s=5.0)
+    found = chaos.run(range(24), scenario=few, jobs=2, progress=lambda done, total: told.append((done, total)))
+    assert found == chaos.run(range(24), scenario=few)
+    assert told[-1] == (24, 24)
+
+
+@pytest.mark.parametrize("seed", [3, 12])
+def test_clocks_that_are_off_by_minutes_and_jump_change_nothing(seed: int) -> None:
+    right = run_seed(seed, scenario=ChaosScenario(clocks=False))
+    assert right.trace == run_seed(seed).trace
+
+
+def test_a_full_queue_rejects_and_does_not_grow() -> None:
+    found = chaos.run(range(500, 510), scenario=ChaosScenario(max_waiting=1))
+    assert not found["violations"], found["violations"]
+    assert found["rejected_queue_full"] >= 10
+    assert found["states"]["COMPLETED"] >= 10
 
 
 @pytest.mark.parametrize("canary", CANARIES, ids=lambda canary: canary.name.replace(" ", "_"))
 def test_a_planted_bug_is_caught(canary: Canary) -> None:
     with canary.planted():
         for seed in range(canary.within):
-            if run_seed(seed, scenario=ChaosScenario(converge_s=60.0)).violations:
+            if run_seed(seed).violations:
                 return
     pytest.fail(f"{canary.what}: not caught within {canary.within} seeds")
+
+
+def test_results_of_a_fenced_attempt_do_no_harm() -> None:
+    with HARMLESS.planted():
+        assert not chaos.run(range(10))["violations"]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(commands_simulate.app, ["chaos", *arguments])
+    return result.exit_code, result.stdout
+
+
+def test_the_command_prints_one_object() -> None:
+    code, out = invoke("--seeds", "2", "--jobs", "1", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["seeds"] == 2
+    assert found["simulated_hours"] > 0
+    assert found["violations"] == []
+
+
+def test_a_violation_comes_with_the_command_that_shows_it(tmp_path: Path) -> None:
+    with next(canary for canary in CANARIES if canary.name == "no dedup").planted():
+        code, out = invoke("--seeds", "10", "--jobs", "1", "--json")
+        first = json.loads(out)["violations"][0]
+        assert code == 1
+        assert first["replay"] == f"deepar simulate chaos --seeds 1 --seed {first['seed']} --trace -"
+        trace = tmp_path / "trace"
+        code, _ = invoke("--seeds", "1", "--seed", str(first["seed"]), "--trace", str(trace))
+        assert code == 1
+        lines = trace.read_text(encoding="utf-8").splitlines()
+    assert any("VIOLATION" in line and first["what"] in line for line in lines)
+    times = [float(line.split()[0]) for line in lines]
+    assert times == sorted(times)
+    assert any("fault" in line for line in lines)
+
+
+def test_a_trace_is_of_one_seed() -> None:
+    assert invoke("--seeds", "2", "--trace", "-")[0] != 0

@@ -291,6 +291,31 @@ def test_a_snapshot_that_the_log_does_not_prove_is_not_believed(change: dict[str
     story.check(IDS | {f"t{number}" for number in range(100, 104)})
 
 
+@pytest.mark.parametrize("topic", [topics.SNAPSHOTS, topics.DECISIONS])
+def test_garbage_is_dead_lettered_once_however_often_planners_start(topic: str) -> None:
+    async def letters(place: Town) -> list[str]:
+        reader = await place.bus.reader([(topics.DEAD_LETTER, 0)], start="start")
+        return [record.key or "" for record in await reader.fetch(timeout_s=0.0)]
+
+    async def run() -> list[str]:
+        async with town() as place:
+            await place.bus.send(topic, b"\x80", key="x", partition=0)  # while nobody leads
+            for number in range(3):
+                planner = place.start(f"p{number}", snapshot_every=4)
+                await place.submit(range(4 * number, 4 * number + 4))
+                await place.until_ended(4 * number + 4)
+                await place.bus.send(topic, b"{}", key="x", partition=0)
+                await asyncio.sleep(1.0)
+                await place.submit([100 + number])  # the next decision says that it was read
+                await asyncio.sleep(2.0)
+                await planner.kill()
+            return await letters(place)
+
+    found = run_virtual(run(), horizon_s=HORIZON_S)
+    assert len(found) == 4
+    assert len(set(found)) == 4
+
+
 # --- leases of nodes -------------------------------------------------------------------------------------------------
 
 

@@ -186,7 +186,8 @@ def test_reading_begins_behind_the_last_snapshot() -> None:
     async def long_history(planner: ScriptedPlanner) -> None:
         await planner.opened()
         # Without the snapshot a reader from the start would find no sequence number 1 and drop everything.
-        planner.seq = 41
+        planner.seq = 40
+        await planner.decide()
         end = (await planner.bus.end_offsets(topics.DECISIONS))[0]
         snapshot = Snapshot(
             region=0, epoch=1, nonce="n", seq=41, offset=end - 1, now_s=0, inputs={}, ledger_hash="h", state={}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from bus.errors import InvariantError
 from bus.port import Record
 from stages.offsets import OffsetLedger
 
@@ -41,3 +44,10 @@ def test_a_receipt_from_before_a_rebalance_closes_nothing_after_it() -> None:
     ledger.open(record(5))
     old.release()
     assert ledger.committable() == {PARTITION: 5}
+
+
+def test_a_receipt_that_is_released_twice_is_a_bug() -> None:
+    receipt = OffsetLedger().open(record(5))
+    receipt.release()
+    with pytest.raises(InvariantError, match="record at 5"):
+        receipt.release()

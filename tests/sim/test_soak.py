@@ -1,0 +1,65 @@
+"""An hour in virtual time: nothing grows, every task ends; what is planted to grow is seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from bus.messages import Ended
+from deploy import commands_simulate
+from loadgen.chaos_canaries import CANARIES
+from loadgen.soak import ALLOWED, SoakScenario, soak
+from loadgen.soak_slow import slow_cloud
+from stages.device import Device
+
+
+def test_an_hour_of_arrivals_and_churn_leaves_nothing_behind() -> None:
+    told: list[tuple[float, float]] = []
+    result = soak(SoakScenario(hours=1.0, looks=48), progress=lambda done, total: told.append((done, total)))
+    assert result.flat, result.verdict()
+    assert result.states == {"COMPLETED": result.submitted}
+    assert result.submitted > 500
+    assert sum(result.churn.values()) > 5
+    assert told[-1] == (pytest.approx(1.0), 1.0)
+
+
+def test_planted_a_device_that_keeps_its_tasks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = Device.on_decision
+
+    def keep(self: Device, decision: Any, fenced: Any) -> None:
+        changes = tuple(change for change in decision.changes if not isinstance(change, Ended))
+        sound(self, decision.model_copy(update={"changes": changes}), fenced)
+
+    monkeypatch.setattr(Device, "on_decision", keep)
+    result = soak(SoakScenario(hours=0.5, looks=24, churn_every_s=1e6))
+    assert not result.flat
+    grown = [row["measure"] for row in result.verdict() if not row["flat"]]
+    assert "stage_tasks" in grown
+
+
+def test_a_slow_cloud_makes_the_device_slow_and_no_buffer_grow() -> None:
+    found = slow_cloud(10.0, samples=120)
+    assert found["within"], found
+    assert found["under_way"] == found["window"]
+    assert found["samples_per_s"]["slow"] < found["samples_per_s"]["as_said"] / 5
+
+
+def test_planted_a_device_that_does_not_wait_fills_the_buffers() -> None:
+    with next(canary for canary in CANARIES if canary.name == "window ignored").planted():
+        assert not slow_cloud(10.0, samples=120)["within"]
+
+
+def test_the_command_writes_a_plot_and_the_numbers(tmp_path: Path) -> None:
+    result = CliRunner().invoke(commands_simulate.app, ["soak", "--hours", "0.25", "--out", str(tmp_path), "--json"])
+    found = json.loads(result.stdout)
+    assert result.exit_code in (0, 99), result.output  # so short a soak need not be flat
+    assert {row["measure"] for row in found["measures"]} == set(ALLOWED)
+    assert found["unended"] == 0
+    assert found["slow_cloud"]["within"]
+    assert {Path(path).name for path in found["files"]} == {"soak.json", "soak.png"}
+    assert all(Path(path).stat().st_size > 1000 for path in found["files"])
+    assert len(json.loads((tmp_path / "soak.json").read_text(encoding="utf-8"))["looks"]) == 144

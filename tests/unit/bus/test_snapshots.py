@@ -1,0 +1,53 @@
+"""Reading begins behind a snapshot only where the decisions prove it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bus import messages, snapshots, topics
+from bus.memory import MemoryBus
+from bus.messages import Decision, EpochOpened, Snapshot
+from loadgen.virtual_loop import run_virtual
+
+
+def decision(seq: int) -> Decision:
+    return Decision(region=0, epoch=1, nonce="n", seq=seq, now_s=0, inputs={}, changes=(), ledger_hash=f"h{seq}")
+
+
+def snapshot(seq: int, **more: Any) -> Snapshot:
+    told = {"epoch": 1, "nonce": "n", "offset": seq, "ledger_hash": f"h{seq}"} | more
+    return Snapshot(region=0, seq=seq, now_s=0, inputs={}, state={}, **told)
+
+
+async def begin(*written: bytes | None) -> tuple[int | None, int]:
+    """Sequence of the snapshot that is believed, and the offset of the first decision read."""
+    async with MemoryBus() as bus:
+        await bus.create_topics(topics.specs([]))
+        opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=1)
+        for message in (opened, *(decision(seq) for seq in range(1, 6))):
+            await bus.send(topics.DECISIONS, messages.encode(message), key="0", partition=0)
+        for value in written:
+            await bus.send(topics.SNAPSHOTS, value, key="0", partition=0)
+        found, reader = await snapshots.open_decisions(bus, 0)
+        return (found.seq if found else None), reader.position((topics.DECISIONS, 0))
+
+
+def test_the_newest_one_that_is_proven_is_taken() -> None:
+    written = [messages.encode(snapshot(2)), messages.encode(snapshot(4))]
+    assert run_virtual(begin(*written)) == (4, 5)
+
+
+@pytest.mark.parametrize(
+    "forged", [{"seq": 900, "offset": 900}, {"nonce": "x"}, {"epoch": 9}, {"ledger_hash": "x"}, {"offset": 0}]
+)
+def test_a_forged_one_is_passed_over(forged: dict[str, Any]) -> None:
+    newest = messages.encode(snapshot(5).model_copy(update=forged))
+    assert run_virtual(begin(messages.encode(snapshot(3)), newest)) == (3, 4)
+    assert run_virtual(begin(newest)) == (None, 0)
+
+
+@pytest.mark.parametrize("garbage", [b"\x80", b"{}", None])
+def test_garbage_is_passed_over(garbage: bytes | None) -> None:
+    assert run_virtual(begin(messages.encode(snapshot(3)), garbage)) == (3, 4)
