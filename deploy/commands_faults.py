@@ -17,11 +17,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from bus.errors import ConfigError
-from bus.kafka_connection import KafkaConnection
+from bus.kafka import KafkaBus, KafkaConnection
 from bus.units import format_seconds, parse_duration
 from deploy.broker import KafkaBroker
 from deploy.live_region import LiveRegion, RegionOptions, result_file
-from deploy.nodes import create_missing_topics, kafka_bus
+from deploy.nodes import create_missing_topics
 from deploy.process import EXIT_FAILED, EXIT_MISSED, run_on_uvloop
 from loadgen.live_chaos import LiveChaos, Load
 from loadgen.live_faults import FLOW_AIM_S, Fault, Findings, Pace, parse_faults
@@ -150,8 +150,9 @@ async def _break(
     broker: KafkaBroker | None,
     say: Any,
 ) -> Findings:
-    connection = KafkaConnection.from_env(bootstrap_servers=bootstrap)
-    async with kafka_bus(bootstrap) as bus:
+    # A broker of our own wants no password, whatever the environment says of others.
+    connection = KafkaConnection.from_env({} if broker else None, bootstrap_servers=bootstrap)
+    async with KafkaBus(connection) as bus:
         region = LiveRegion(options, folder, bootstrap, broker)
         await create_missing_topics(bus, [f"e{number}" for number in range(1, options.edges + 1)])
         async with region:

@@ -24,6 +24,8 @@ POLL_S = 0.02
 PATIENCE = "60s"
 """What a process that is started while the broker is away waits for it, as under any supervisor."""
 
+KEPT = ("DEEPAR_CACHE_DIR", "DEEPAR_LOG_LEVEL", "DEEPAR_KAFKA_ALLOW_CLEAR_TEXT_PASSWORD", "DEEPAR_KAFKA_REPLICATION")
+
 
 class ProcessEndedError(DeeparError):
     """A process has ended that nobody told to."""
@@ -84,13 +86,15 @@ class LiveRegion:
         """`broker`: the one to break, running; None where it is somebody else's."""
         self.folder = folder.absolute()
         self.broker = broker
-        self._environment = os.environ | {
+        # What the user's own services are told by the environment is not meant for these.
+        own = {name: value for name, value in os.environ.items() if not name.startswith("DEEPAR_") or name in KEPT}
+        if broker is not None:
+            own = {name: value for name, value in own.items() if not name.startswith("KAFKA_")}
+        self._environment = own | {
             "KAFKA_BOOTSTRAP_SERVERS": bootstrap,
             "DEEPAR_BROKER_PATIENCE": PATIENCE,
             "NO_COLOR": "1",
         }
-        for name in ("DEEPAR_HTTP_PORT", "DEEPAR_NODE", "DEEPAR_MODELS", "DEEPAR_REGION", "DEEPAR_REGIONS"):
-            self._environment.pop(name, None)
         self._members = {
             name: _Member(target, words, self.folder / f"{name}.log")
             for name, (target, words) in options.commands(self.folder).items()

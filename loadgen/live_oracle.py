@@ -223,7 +223,7 @@ def frame_head(value: bytes | None) -> Json:
                 unpacker.skip()
             else:
                 head[key] = unpacker.unpack()
-    except msgpack.UnpackException as error:
+    except (msgpack.UnpackException, ValueError) as error:
         raise ValueError(f"not a frame: {error}") from None
     return head
 
