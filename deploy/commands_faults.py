@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,9 +129,8 @@ def break_region(
         stack.enter_context(_terminated_like_interrupted())
         broker = None
         if bootstrap is None:
-            data = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="deepar-chaos-", ignore_cleanup_errors=True))
-            )
+            data = folder / "kafka"
+            stack.callback(_tidy, data, folder)
             broker = KafkaBroker(data, started_by="started by deepar loadgen chaos", progress=say)
             stack.callback(broker.kill)
             say(f"{broker.kind} is ready after {broker.start():.1f} s")
@@ -167,6 +166,13 @@ async def _break(
                 say=say,
             )
             return await run.run()
+
+
+def _tidy(data: Path, folder: Path) -> None:
+    """Keep the broker's log and throw its records away."""
+    with contextlib.suppress(OSError):
+        (data / "broker.log").replace(folder / "broker.log")
+    shutil.rmtree(data, ignore_errors=True)
 
 
 @contextlib.contextmanager
