@@ -39,6 +39,7 @@ def chaos(
     grace: Annotated[str, typer.Option(help="After SIGTERM; then a second one.")] = "10s",
     lease: Annotated[str, typer.Option(help="Of the nodes.")] = "10s",
     planner_lease: Annotated[str, typer.Option(help="Of the planner.")] = "5s",
+    planners: Annotated[int, typer.Option(min=1, help="How many; the leading one is hit, the others stand by.")] = 1,
     devices: Annotated[int, typer.Option(min=1, help="How many devices.")] = 2,
     edges: Annotated[int, typer.Option(min=1, help="How many edges.")] = 2,
     in_flight: Annotated[int, typer.Option(min=1, help="Tasks of each device that have not ended, at most.")] = 4,
@@ -75,7 +76,11 @@ def chaos(
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the broker's absence is no news here
     folder = out or Path(f"runs/chaos-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}")
     options = RegionOptions(
-        devices=devices, edges=edges, lease_s=parse_duration(lease), planner_lease_s=parse_duration(planner_lease)
+        planners=planners,
+        devices=devices,
+        edges=edges,
+        lease_s=parse_duration(lease),
+        planner_lease_s=parse_duration(planner_lease),
     )
     pace = Pace(stop_s=parse_duration(stop_for), pause_s=parse_duration(pause), grace_s=parse_duration(grace))
     load = Load(tasks=tasks, samples=samples, in_flight=in_flight)

@@ -35,6 +35,7 @@ class ProcessEndedError(DeeparError):
 class RegionOptions:
     """Who there is, and how fast."""
 
+    planners: int = 1  # the others stand by
     devices: int = 2
     edges: int = 2
     slots: int = 2  # of each edge
@@ -49,9 +50,11 @@ class RegionOptions:
     def commands(self, folder: Path) -> dict[str, tuple[Target, list[str]]]:
         """Name -> what it is, and the words behind `deepar`."""
         lease = ["--model", "lenet", "--lease", f"{self.lease_s}s"]
-        planner = ["planner", "--lease", f"{self.planner_lease_s}s"]
         cloud = ["stage", "cloud", "--name", "c1", "--slowdown", str(self.cloud_slowdown), *lease]
-        found = {"planner": (Target.PLANNER, planner), "c1": (Target.CLOUD, cloud)}
+        found = {"c1": (Target.CLOUD, cloud)}
+        for number in range(1, self.planners + 1):
+            words = ["planner", "--name", f"p{number}", "--lease", f"{self.planner_lease_s}s"]
+            found[f"p{number}"] = (Target.PLANNER, words)
         for number in range(1, self.edges + 1):
             capacity = ["--slots", str(self.slots), "--link1", self.link1, "--link2", self.link2]
             words = ["stage", "edge", "--name", f"e{number}", "--slowdown", str(self.edge_slowdown), *capacity, *lease]

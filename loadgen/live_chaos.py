@@ -170,6 +170,10 @@ class LiveChaos:
     # --- breaking ----------------------------------------------------------------------------------------------------
 
     def _aim(self, fault: Fault) -> FaultRecord:
+        """Of several planners the one that leads is hit, else one that the seed picks."""
+        leader = self.watch.fold.leader
+        if fault.target is Target.PLANNER and leader in self.machines.names(Target.PLANNER):
+            return FaultRecord(fault, leader, self._at_s())
         return FaultRecord(fault, pick(self.machines.names(fault.target), fault, self.seed), self._at_s())
 
     async def _break(self, record: FaultRecord) -> None:

@@ -53,6 +53,11 @@ class DecisionFold:
         self._grants: dict[str, dict[int, int]] = {}  # task -> link -> bits/s of its newest placement
         self._inputs: dict[str, int] = {}
 
+    @property
+    def leader(self) -> str:
+        """The planner that opened the present epoch, empty before the first."""
+        return self.openers.get(self.nonce, "")
+
     def read(self, value: bytes | None) -> Json | None:
         """The message of a record, where it counts; None where it does not."""
         try:

@@ -58,8 +58,8 @@ class Watch:
     def await_sign(self, target: Target, name: str, after_s: float) -> asyncio.Future[float]:
         """Resolves with the instant of the target's first proof of work after `after_s`:
 
-        a planner's decision that counts, a device's result that it shows, an edge's or cloud's frame, each of an attempt
-        that counts; and for the broker a result that any device shows of a task that crosses it.
+        a decision that counts, for the planner; a result that the device shows; a frame that the edge or the cloud sends;
+        each of an attempt that counts. For the broker a result that any device shows of a task that crosses it.
         """
         self._sign = Sign(target, name, after_s, self._loop.create_future())
         return self._sign.seen
@@ -117,15 +117,16 @@ class Watch:
             if change["type"] in ("ended", "node_joined"):
                 self.changed.set()
         if message["changes"]:
-            self._proof((Target.PLANNER,), self.fold.openers.get(message["nonce"], ""), sent_s)
+            self._proof((Target.PLANNER,), None, sent_s)
 
     def _present(self, task_id: str, attempt: int | None) -> bool:
         """Whether the task runs, under this attempt: what an attempt that was taken back still brings is no proof."""
         return task_id in self.fold.running and attempt in (None, self.fold.attempts.get(task_id))
 
-    def _proof(self, targets: tuple[Target, ...], name: str, at_s: float) -> None:
+    def _proof(self, targets: tuple[Target, ...], name: str | None, at_s: float) -> None:
+        """`name` None: whoever leads does it for the target."""
         sign = self._sign
-        if sign is not None and sign.target in targets and sign.name == name and at_s >= sign.after_s:
+        if sign is not None and sign.target in targets and name in (None, sign.name) and at_s >= sign.after_s:
             self._sign = None
             if not sign.seen.done():
                 sign.seen.set_result(at_s)
