@@ -69,8 +69,8 @@ def chaos(
     an attempt that counts; for the broker, the next result that any device shows. flow_after_ready_s is the last part of the
     broker's: since it answered again (aim: 1 s). lost_after_s: from SIGSTOP until the planner declared the node lost.
 
-    Exit code 1 where a sample was lost, shown twice, the ledger was violated, a target did not work again or a process
-    ended by itself; 99 where only the aim was missed.
+    Exit code 1 where a sample was lost or shown twice, the ledger was violated, a task did not complete, a target did not
+    work again or a process ended by itself; 99 where only the aim was missed.
     """
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the broker's absence is no news here
@@ -203,6 +203,8 @@ def failures(findings: Findings) -> list[str]:
         )
         if verdict[key]
     ]
+    if others := verdict["tasks"] - verdict["ends"].get("COMPLETED", 0):
+        found.append(f"{others} tasks did not end COMPLETED")
     found += verdict["violations"]
     found += [
         f"{record.name} did not work again after {record.fault.kind}"
