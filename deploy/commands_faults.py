@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bus.errors import ConfigError
+from bus.errors import BusUnavailableError, ConfigError
 from bus.kafka import KafkaBus, KafkaConnection
 from bus.units import format_seconds, parse_duration
 from deploy.broker import KafkaBroker
@@ -25,7 +25,10 @@ from deploy.nodes import create_missing_topics
 from deploy.process import EXIT_FAILED, EXIT_MISSED, run_on_uvloop
 from loadgen.live_chaos import LiveChaos, Load
 from loadgen.live_faults import FLOW_AIM_S, Fault, Findings, Pace, parse_faults
-from loadgen.replay import utc_now
+from loadgen.replay import await_planner, utc_now
+
+LISTEN_S = 3.0
+"""A planner in charge speaks at least once a second or so."""
 
 
 def chaos(
@@ -159,6 +162,8 @@ async def _break(
     async with KafkaBus(connection) as bus:
         region = LiveRegion(options, folder, bootstrap, broker)
         await create_missing_topics(bus, [f"e{number}" for number in range(1, options.edges + 1)])
+        if broker is None:
+            await _unclaimed(bus)
         async with region:
             run = LiveChaos(
                 region,
@@ -171,6 +176,16 @@ async def _break(
                 say=say,
             )
             return await run.run()
+
+
+async def _unclaimed(bus: KafkaBus) -> None:
+    """Raises `ConfigError` where somebody works in the region that is to be broken."""
+    with contextlib.suppress(BusUnavailableError):
+        log = await await_planner(bus, 0, timeout_s=LISTEN_S)
+        raise ConfigError(
+            f"{log.planner or 'a planner'} leads region 0 on this broker: its work would be broken, too",
+            remedy="stop it, or leave --bootstrap-servers out for a broker of its own",
+        )
 
 
 def _tidy(data: Path, folder: Path) -> None:

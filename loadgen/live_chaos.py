@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,13 +47,13 @@ class Load:
     samples: int = 20_000  # at least, evenly over the tasks
     in_flight: int = 4  # tasks of each device that have not ended
 
-    def of(self, device: str, seed: int) -> Iterator[TaskSubmitted]:
-        """A device's tasks, without end."""
+    def of(self, device: str, seed: int, prefix: str) -> Iterator[TaskSubmitted]:
+        """A device's tasks, without end. The seed says what they are, `prefix` what they are called."""
         each = -(-self.samples // self.tasks)
         mix = Mix(models={"lenet": 1.0}, samples=(each, each), datasets={"lenet": "digits"})
         page = 0
         while True:
-            yield from draw(mix, self.tasks, [device], Streams(seed + page), prefix=f"chaos-{seed}-{device}-{page}")
+            yield from draw(mix, self.tasks, [device], Streams(seed + page), prefix=f"{prefix}-{device}-{page}")
             page += 1
 
 
@@ -78,6 +79,7 @@ class LiveChaos:
         self.findings = Findings(seed)
         self.watch = Watch(machines.results(), region)
         self.acknowledged: dict[str, int] = {}  # task -> samples
+        self._prefix = f"chaos-{uuid.uuid4().hex[:8]}"  # a broker may know the tasks of another run
         self._faults_over = False
         self._now = asyncio.get_running_loop().time
         self._began_s = self._now()
@@ -134,7 +136,7 @@ class LiveChaos:
 
     async def _feed(self, device: str) -> None:
         """Keep tasks of a device in flight until the faults are over and there were enough samples."""
-        coming = self.load.of(device, self.seed)
+        coming = self.load.of(device, self.seed, self._prefix)
         open_tasks: set[str] = set()
         while not (self._faults_over and sum(self.acknowledged.values()) >= self.load.samples):
             open_tasks -= self.watch.fold.ends.keys()

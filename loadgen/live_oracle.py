@@ -269,6 +269,6 @@ def judge(
         samples=len(wanted),
         lost=sum(key not in shown for key in wanted),
         visible_duplicates=sum(times - (key in wanted) for key, times in shown.items()),
-        suppressed_duplicates=sum(max(0, times - 1) for times in results.values()),
+        suppressed_duplicates=sum(times - 1 for key, times in results.items() if key in wanted),
         ledger_violations=tuple(fold.violations),
     )

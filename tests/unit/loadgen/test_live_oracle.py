@@ -190,7 +190,7 @@ def test_a_frame_is_read_without_our_code() -> None:
 
 def test_the_verdict_counts_what_is_lost_shown_twice_and_suppressed() -> None:
     shown = Counter({("t1", 0): 1, ("t1", 1): 2, ("t2", 0): 1, ("ghost", 0): 1})
-    results = Counter({("t1", 0): 3, ("t1", 1): 1})
+    results = Counter({("t1", 0): 3, ("t1", 1): 1, ("of another run", 0): 5})
     verdict = judge(folded(honest()), {"t1": 2, "t2": 2}, shown, results)
     assert (verdict.tasks, verdict.samples) == (2, 4)
     assert verdict.lost == 1
