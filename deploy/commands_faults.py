@@ -72,8 +72,8 @@ def chaos(
     an attempt that counts; for the broker, the next result that any device shows. flow_after_ready_s is the last part of the
     broker's: since it answered again (aim: 1 s). lost_after_s: from SIGSTOP until the planner declared the node lost.
 
-    Exit code 1 where a sample was lost or shown twice, the ledger was violated, a task did not complete, a target did not
-    work again or a process ended by itself; 99 where only the aim was missed.
+    Exit code 1 where a sample was lost, shown twice or wrong, the ledger was violated, a task did not complete, a target did
+    not work again or a process ended by itself; 99 where only the aim was missed.
     """
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the broker's absence is no news here
@@ -214,6 +214,7 @@ def failures(findings: Findings) -> list[str]:
             ("lost", "samples of acknowledged tasks are shown nowhere"),
             ("visible_duplicates", "results are shown again"),
             ("ledger_violations", "rules of the decisions are broken"),
+            ("wrong_results", "results are not those of the uncut model"),
             ("unreadable_frames", "frames on deepar.results cannot be read"),
         )
         if verdict[key]

@@ -19,6 +19,7 @@ from bus import messages, topics
 from bus.errors import BusError, BusUnavailableError
 from bus.messages import TaskSubmitted
 from bus.port import Bus
+from loadgen.live_answers import Answers
 from loadgen.live_faults import Fault, FaultKind, FaultRecord, Findings, Machines, Pace, Target, pick
 from loadgen.live_oracle import judge
 from loadgen.live_reader import RawReader
@@ -79,6 +80,7 @@ class LiveChaos:
         self.findings = Findings(seed)
         self.watch = Watch(machines.results(), region)
         self.acknowledged: dict[str, int] = {}  # task -> samples
+        self._answers = Answers()
         self._prefix = f"chaos-{uuid.uuid4().hex[:8]}"  # a broker may know the tasks of another run
         self._faults_over = False
         self._now = asyncio.get_running_loop().time
@@ -148,6 +150,7 @@ class LiveChaos:
     async def _submit(self, task: TaskSubmitted) -> str:
         """Until it is acknowledged; the same task sent twice is one task."""
         payload = messages.encode(task)
+        self._answers.expect(task)
         while True:
             try:
                 await self.bus.send(topics.TASKS, payload, key=task.task_id, partition=self.region)
@@ -232,10 +235,11 @@ class LiveChaos:
 
     async def _judge(self) -> None:
         """Read everything once more, from the first record on."""
-        tally = Tally(self.region)
+        tally = Tally(self._answers, self.region)
+        tally.look_at(self.machines.results())
         await RawReader(self.settings, [topics.DECISIONS, topics.RESULTS], tally.take).read_all()
         fold = tally.fold
-        verdict = judge(fold, self.acknowledged, Tally.shown(self.machines.results()), tally.results)
+        verdict = judge(fold, self.acknowledged, tally.shown, tally.results)
         kinds = Counter(fold.placements[task]["kind"] for task in self.acknowledged if task in fold.placements)
         self.findings.verdict = {
             "tasks": verdict.tasks,
@@ -251,6 +255,7 @@ class LiveChaos:
             "ignored_decisions": fold.ignored,
             "epochs": len(fold.openers),
             "retries": dict(fold.retries),
+            "wrong_results": tally.wrong,
             "unreadable_frames": tally.unreadable,
         }
 

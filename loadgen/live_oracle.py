@@ -218,26 +218,43 @@ def _holding(placement: Json) -> Holding | None:
 
 def frame_head(value: bytes | None) -> Json:
     """What a frame says of itself, without its data. Raises ValueError where it is none."""
+    return _unpacked(value)[0]
+
+
+def _unpacked(value: bytes | None) -> tuple[Json, int]:
+    """A frame's head, and where the bytes of its data begin."""
+    payload = value or b""
     unpacker = msgpack.Unpacker(raw=False, strict_map_key=True, max_buffer_size=2 << 20)
-    unpacker.feed(value or b"")
+    unpacker.feed(payload)
     head: Json = {}
+    size_bytes = 0
     try:
         for _ in range(unpacker.read_map_header()):
             key = unpacker.unpack()
+            head[key] = unpacker.unpack()
             if key == "data":
-                unpacker.skip()
-            else:
-                head[key] = unpacker.unpack()
+                size_bytes = len(head.pop(key))
     except (msgpack.UnpackException, ValueError) as error:
         raise ValueError(f"not a frame: {error}") from None
-    return head
+    return head, len(payload) - size_bytes  # the data stand last
 
 
-def samples_of(head: Json) -> list[tuple[str, int]]:
-    """The (task, sample) whose beginning a frame of results holds."""
-    if head.get("kind") != "result":
+def results_of(value: bytes | None) -> list[tuple[str, int, bytes | None]]:
+    """The (task, sample, payload) whose beginning a frame of results holds; no payload where it goes on in other frames.
+
+    Raises ValueError, KeyError, TypeError for what is no frame.
+    """
+    head, at = _unpacked(value)
+    if head["kind"] != "result":
         return []
-    return [(head["task"], piece["sample"]) for piece in head["pieces"] if piece["at"] == 0]
+    data = memoryview(value or b"")[at:]
+    found: list[tuple[str, int, bytes | None]] = []
+    for piece in head["pieces"]:
+        if piece["at"] == 0:
+            whole = bytes(data[: piece["bytes"]]) if piece["bytes"] == piece["size"] else None
+            found.append((head["task"], piece["sample"], whole))
+        data = data[piece["bytes"] :]
+    return found
 
 
 @dataclass(frozen=True, slots=True)

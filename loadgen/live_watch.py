@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from bus import topics
+from loadgen.live_answers import Answers
 from loadgen.live_faults import Target
-from loadgen.live_oracle import DecisionFold, Json, frame_head, samples_of
+from loadgen.live_oracle import DecisionFold, Json, frame_head, results_of
 
 TAIL_S = 0.02
 """How often the devices' result files are looked at."""
 
 
-def shown_lines(data: bytes) -> Iterator[tuple[str, int]]:
-    """The (task, sample) of each line of a result file; a line that a kill cut short shows nothing."""
+def shown_lines(data: bytes) -> Iterator[tuple[str, int, int]]:
+    """The (task, sample, index of the largest output) of each line of a result file; one cut short by a kill shows nothing."""
     for line in data.splitlines():
         try:
             entry = json.loads(line)
-            yield str(entry["task_id"]), int(entry["sample"])
+            yield str(entry["task_id"]), int(entry["sample"]), int(entry["top"])
         except (ValueError, KeyError, TypeError):
             continue
 
@@ -100,7 +101,7 @@ class Watch:
         whole = data[: data.rfind(b"\n") + 1]
         self._read_bytes[device] += len(whole)
         now = self._loop.time()
-        for task_id, _ in shown_lines(whole):
+        for task_id, _, _ in shown_lines(whole):
             self.shown += 1
             self.last_shown_s = now
             if self._present(task_id, None):
@@ -135,11 +136,13 @@ class Watch:
 class Tally:
     """Everything that stands on the topics and in the files, when all is over: read anew, from the beginning."""
 
-    def __init__(self, region: int = 0) -> None:
+    def __init__(self, answers: Answers, region: int = 0) -> None:
         self.fold = DecisionFold()
-        self.results: Counter[tuple[str, int]] = Counter()
+        self.results: Counter[tuple[str, int]] = Counter()  # on the topic
+        self.shown: Counter[tuple[str, int]] = Counter()  # in the files
+        self.wrong = 0  # results that are not the uncut model's, on the topic or in a file
         self.unreadable = 0  # frames; poison that nobody planted
-        self._region = region
+        self._answers, self._region = answers, region
 
     def take(self, record: Any) -> None:
         """A record of the decisions or of the results."""
@@ -148,11 +151,17 @@ class Tally:
                 self.fold.read(record.value)
             return
         try:
-            self.results.update(samples_of(frame_head(record.value)))
+            for task_id, sample, payload in results_of(record.value):
+                self.results[task_id, sample] += 1
+                answer = self._answers.of(task_id, sample)
+                self.wrong += answer is not None and payload != answer.payload
         except (ValueError, KeyError, TypeError):
             self.unreadable += 1
 
-    @staticmethod
-    def shown(files: dict[str, Path]) -> Counter[tuple[str, int]]:
+    def look_at(self, files: dict[str, Path]) -> None:
         """What the devices show."""
-        return Counter(pair for path in files.values() if path.exists() for pair in shown_lines(path.read_bytes()))
+        for path in files.values():
+            for task_id, sample, top in shown_lines(path.read_bytes() if path.exists() else b""):
+                self.shown[task_id, sample] += 1
+                answer = self._answers.of(task_id, sample)
+                self.wrong += answer is not None and top != answer.top

@@ -86,6 +86,7 @@ def test_each_process_and_the_broker_is_killed_stopped_and_terminated_and_nothin
     assert found["tasks"] >= 100
     assert found["ends"] == {"COMPLETED": found["tasks"]}
     assert (found["lost"], found["visible_duplicates"], found["ledger_violations"]) == (0, 0, 0), found
+    assert (found["wrong_results"], found["unreadable_frames"]) == (0, 0), found
     assert found["suppressed_duplicates"] > 0
     assert found["retries"]["node_lost"] > 0, "nobody was hit"
     assert 0 < found["recovery_s"]["p50"] <= found["recovery_s"]["p99"]

@@ -16,7 +16,7 @@ from loadgen.live_faults import Fault, FaultKind, FaultRecord, Findings, Target
 
 GOOD: dict[str, Any] = {
     "tasks": 2, "samples": 20, "lost": 0, "visible_duplicates": 0, "suppressed_duplicates": 5, "ledger_violations": 0,
-    "violations": [], "unreadable_frames": 0, "ends": {"COMPLETED": 2},
+    "violations": [], "unreadable_frames": 0, "wrong_results": 0, "ends": {"COMPLETED": 2},
 }  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def test_a_region_that_held_is_fine(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         {"visible_duplicates": 1},
         {"ledger_violations": 1, "violations": ["t1 has no end"]},
         {"unreadable_frames": 1},
+        {"wrong_results": 1},
         {"ends": {"COMPLETED": 1, "FAILED": 1}},
         {"recovered_s": None, "flow_s": None},
     ],

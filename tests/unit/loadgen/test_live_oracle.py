@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack
@@ -12,7 +14,10 @@ import numpy as np
 import pytest
 
 from bus.frames import Frame, encode_frame, to_pieces
-from loadgen.live_oracle import DecisionFold, frame_head, judge, samples_of
+from bus.messages import DatasetInput, TaskSubmitted
+from loadgen.live_answers import Answers
+from loadgen.live_oracle import DecisionFold, frame_head, judge, results_of
+from loadgen.live_watch import Tally
 
 Json = dict[str, Any]
 LINK1, LINK2 = 1000, 300
@@ -175,17 +180,54 @@ def test_each_mistake_is_a_violation(what: str) -> None:
 
 
 def test_a_frame_is_read_without_our_code() -> None:
-    pieces = (*to_pieces(3, [np.zeros(4, np.float32)], 100), *to_pieces(4, [np.zeros(4, np.float32)], 100))
-    head = frame_head(encode_frame(Frame("result", "t1", 2, "c1", pieces)))
+    three, four = np.arange(4, dtype=np.float32), np.arange(4, 8, dtype=np.float32)
+    frame = encode_frame(Frame("result", "t1", 2, "c1", (*to_pieces(3, [three], 100), *to_pieces(4, [four], 100))))
+    head = frame_head(frame)
     assert (head["task"], head["attempt"], head["from"]) == ("t1", 2, "c1")
-    assert samples_of(head) == [("t1", 3), ("t1", 4)]
+    assert results_of(frame) == [("t1", 3, three.tobytes()), ("t1", 4, four.tobytes())]
     first, second = to_pieces(5, [np.zeros(40, np.float32)], 100)
-    assert samples_of(frame_head(encode_frame(Frame("result", "t1", 2, "c1", (first,))))) == [("t1", 5)]
-    assert samples_of(frame_head(encode_frame(Frame("result", "t1", 2, "c1", (second,))))) == []  # counted once
-    assert samples_of(frame_head(encode_frame(Frame("report", "t1", 2, "c1", report={"edge_s": 1.0})))) == []
+    assert results_of(encode_frame(Frame("result", "t1", 2, "c1", (first,)))) == [("t1", 5, None)]
+    assert results_of(encode_frame(Frame("result", "t1", 2, "c1", (second,)))) == []  # counted once
+    assert results_of(encode_frame(Frame("report", "t1", 2, "c1", report={"edge_s": 1.0}))) == []
     for poison in (None, b"", b"\x93abc", msgpack.packb(7)):
         with pytest.raises(ValueError, match="not a frame"):
             frame_head(poison)
+
+
+def test_a_result_that_is_not_the_uncut_models_is_wrong(tmp_path: Path) -> None:
+    answers = Answers()
+    task = TaskSubmitted(
+        task_id="t1", device="d1", model="lenet", samples=2, input=DatasetInput(name="digits", start=7)
+    )
+    answers.expect(task)
+    right = [answers.of("t1", sample) for sample in range(2)]
+    assert right[0] is not None
+    assert right[1] is not None
+    assert right[0].payload != right[1].payload
+    assert answers.of("t9", 0) is None
+
+    def record(*payloads: bytes) -> SimpleNamespace:
+        outputs = [np.frombuffer(payload, np.float32).reshape(1, -1) for payload in payloads]
+        pieces = [piece for sample, output in enumerate(outputs) for piece in to_pieces(sample, [output], 4096)]
+        value = encode_frame(Frame("result", "t1", 1, "c1", tuple(pieces)))
+        return SimpleNamespace(topic="deepar.results", partition=0, value=value)
+
+    tally = Tally(answers)
+    tally.take(record(right[0].payload, right[1].payload))
+    assert (tally.wrong, tally.results) == (0, {("t1", 0): 1, ("t1", 1): 1})
+    tally.take(record(right[1].payload))
+    assert tally.wrong == 1
+    tally.take(SimpleNamespace(topic="deepar.results", partition=0, value=b"poison"))
+    assert tally.unreadable == 1
+
+    shown = tmp_path / "d1.jsonl"
+    lines = [{"task_id": "t1", "sample": sample, "top": answer.top} for sample, answer in enumerate(right) if answer]
+    shown.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"task_id": "t1", "sam')
+    tally.look_at({"d1": shown, "d2": tmp_path / "d2.jsonl"})
+    assert (tally.wrong, tally.shown) == (1, {("t1", 0): 1, ("t1", 1): 1})
+    shown.write_text(json.dumps(lines[0] | {"top": lines[0]["top"] + 1}))
+    tally.look_at({"d1": shown})
+    assert tally.wrong == 2
 
 
 def test_the_verdict_counts_what_is_lost_shown_twice_and_suppressed() -> None:
