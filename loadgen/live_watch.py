@@ -21,7 +21,7 @@ TAIL_S = 0.02
 
 
 def shown_lines(data: bytes) -> Iterator[tuple[str, int, int]]:
-    """The (task, sample, index of the largest output) of each line of a result file; one cut short by a kill shows nothing."""
+    """The (task, sample, largest output) of each line of a result file; one that a kill cut short shows nothing."""
     for line in data.splitlines():
         try:
             entry = json.loads(line)
