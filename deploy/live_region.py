@@ -38,14 +38,14 @@ class RegionOptions:
     planners: int = 1  # the others stand by
     devices: int = 2
     edges: int = 2
-    slots: int = 2  # of each edge
+    slots: int = 4  # of each edge
     link1: str = "1Gbps"  # of each edge, to its devices
     link2: str = "100Mbps"  # of each edge, to the cloud
     lease_s: float = 10.0  # of the nodes
     planner_lease_s: float = 5.0
-    device_slowdown: float = 400.0
-    edge_slowdown: float = 100.0
-    cloud_slowdown: float = 50.0
+    device_slowdown: float = 800.0
+    edge_slowdown: float = 200.0
+    cloud_slowdown: float = 100.0
 
     def commands(self, folder: Path) -> dict[str, tuple[Target, list[str]]]:
         """Name -> what it is, and the words behind `deepar`."""
