@@ -15,7 +15,6 @@ from aiokafka.protocol.admin import ApiVersionRequest
 import bus.kafka  # noqa: F401  # says which class it is to be
 from bus.kafka_wire import Wire
 
-
 BARE = Wire.__mro__[1]
 """aiokafka's own: its module has ours by now."""
 
