@@ -21,8 +21,11 @@ from aiokafka.errors import (
 from aiokafka.helpers import create_ssl_context
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
+from bus import kafka_wire
 from bus.errors import BusUnavailableError, ConfigError
 from bus.limits import MAX_RECORD_BYTES
+
+kafka_wire.use()
 
 CHECK_TIMEOUT_S = 3.0
 """How long a broker may take to shake hands when we start."""

@@ -25,6 +25,7 @@ BATCH_BYTES = 1 << 20
 """Smaller batches would put every chunk of a large tensor in a batch of its own."""
 
 _SETTLE_S = 3.0  # what a failed or closing producer gets to finish its other batches
+_RETRY_S = 0.1  # between two tries to start a producer
 _LOOK_S = 0.5  # how often the oldest unacknowledged record is looked at
 
 
@@ -125,7 +126,7 @@ class KafkaSender:
                     raise BusError("the bus is closed")
                 if self._retiring is not None:
                     await asyncio.wait([self._retiring])
-                producer = AIOKafkaProducer(**self._settings())
+                producer = self._made()
                 try:
                     async with asyncio.timeout(self._connection.delivery_timeout_s):  # start() hangs on some failures
                         await producer.start()
@@ -135,13 +136,20 @@ class KafkaSender:
                         raise BusUnavailableError(
                             f"no broker at {self._servers}: {error!r}", remedy="`deepar broker` starts one"
                         ) from error
-                    await asyncio.sleep(_LOOK_S)
+                    await asyncio.sleep(_RETRY_S)
                 except BaseException:
                     await _cut_off(producer)
                     raise
                 else:
                     self._producer = producer
                     return producer
+
+    def _made(self) -> AIOKafkaProducer:
+        producer = AIOKafkaProducer(**self._settings())
+        # A broker that stops politely leaves its partitions without a leader. aiokafka gives batches up that found none for
+        # a request's time; with ours they wait as long as for a broker that was killed. There is no setting for it.
+        producer._message_accumulator._batch_ttl = self._connection.delivery_timeout_s
+        return producer
 
     def _settings(self) -> dict[str, Any]:
         return self._connection.client_settings(self._servers) | {

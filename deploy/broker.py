@@ -37,9 +37,9 @@ LOG_KEPT_BYTES = 16 << 20  # a longer log is moved aside at the next start
 # (Linux).
 _DIE_WITH_PARENT = (
     "import ctypes, os, sys\n"
-    "ctypes.CDLL(None).prctl(1, 15)\n"  # PR_SET_PDEATHSIG, SIGTERM
+    "ctypes.CDLL(None).prctl(1, int(sys.argv[2]))\n"  # PR_SET_PDEATHSIG
     "os.getppid() == int(sys.argv[1]) or sys.exit(1)\n"
-    "os.execvp(sys.argv[2], sys.argv[2:])\n"
+    "os.execvp(sys.argv[3], sys.argv[3:])\n"
 )
 
 
@@ -71,14 +71,14 @@ def new_cluster_id() -> str:
     return "A" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode("ascii").rstrip("=")[1:]
 
 
-def tied_to_us(command: list[str]) -> list[str]:
-    """`command`, made to get SIGTERM when this process goes, whatever way it goes.
+def tied_to_us(command: list[str], number: signal.Signals = signal.SIGTERM) -> list[str]:
+    """`command`, made to get a signal when this process goes, whatever way it goes.
 
     The kernel ties a child to the thread that started it, so this does something on Linux and in the main thread only.
     """
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return command
-    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), str(int(number)), *command]
 
 
 class KafkaBroker:

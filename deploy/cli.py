@@ -30,6 +30,9 @@ app = typer.Typer(
     """,
 )
 
+TYPERS_INTERRUPTED = 130
+"""What typer makes of a KeyboardInterrupt before we see it."""
+
 RUN, SEE, MODELS = "Run", "See", "Models, plans and experiments"
 
 
@@ -95,7 +98,7 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
-        _exit(code if isinstance(code, int) else 0)
+        _exit(EXIT_INTERRUPTED if code == TYPERS_INTERRUPTED else code if isinstance(code, int) else 0)
     except typer.Exit as finished:
         _exit(finished.exit_code)
     except typer.Abort:

@@ -1,4 +1,4 @@
-"""`deepar loadgen replay | bench`: submit tasks to a running system, and measure this machine."""
+"""`deepar loadgen replay | bench | chaos`: submit tasks to a running system, measure this machine, break processes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from bus.port import Bus
 from bus.signed import signed
 from bus.units import format_seconds, parse_duration, parse_rate
 from bus.values import Role
+from deploy.commands_faults import chaos
 from deploy.identities import KeyFile, submitter_of
 from deploy.nodes import kafka_bus, require_region
 from deploy.otel import tracing
@@ -36,7 +37,10 @@ from loadgen.source import PAPER_MIX, Mix, Range, parse_models
 PLANNER_TIMEOUT_S = 10.0
 """A planner in charge speaks at least once a second or so; silence for this long means there is none."""
 
-app = typer.Typer(no_args_is_help=True, help="Submit tasks to a running system, and measure this machine.")
+app = typer.Typer(
+    no_args_is_help=True, help="Submit tasks to a running system, measure this machine, break real processes."
+)
+app.command()(chaos)
 
 
 class Distribution(StrEnum):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 
 import structlog
@@ -20,9 +18,10 @@ from bus.kafka_connection import KafkaConnection
 from bus.messages import TaskSubmitted
 from bus.port import Bus
 from bus.topics import Partitions
-from bus.units import parse_duration
+from bus.tracing import SpanSink
 from bus.values import Execution, ModelProfile, Objective, Role
 from deploy.otel import tracing
+from deploy.patience import Patience
 from deploy.probes import Health, serve_probes
 from deploy.process import until_stopped
 from planner.core import PlannerCore
@@ -38,42 +37,10 @@ from stages.zoo import load_model
 log = structlog.get_logger("deepar")
 Progress = Callable[[str], None]
 
-BROKER_RETRY_S = 1.0
-
 
 def kafka_bus(bootstrap_servers: str | None = None) -> KafkaBus:
     """A bus on Kafka as the environment describes it. Raises `ConfigError`."""
     return KafkaBus(KafkaConnection.from_env(bootstrap_servers=bootstrap_servers))
-
-
-@contextlib.asynccontextmanager
-async def patiently(bus: Bus, ready: Callable[[], Awaitable[None]] | None = None) -> AsyncIterator[Bus]:
-    """Open a bus, and await `ready` on it; while no broker answers, or one of another site does not, try again for as long
-    as `DEEPAR_BROKER_PATIENCE` says (default: not at all).
-
-    Where a supervisor starts everything at once, to wait costs less than to end and be started again. Raises what the last
-    try raised.
-    """
-    patience_s = parse_duration(os.environ.get("DEEPAR_BROKER_PATIENCE", "0s"))
-    clock = asyncio.get_running_loop().time
-    deadline_s = clock() + patience_s
-
-    async def insist(call: Callable[[], Awaitable[object]]) -> None:
-        while True:
-            try:
-                await call()
-                return
-            except BusUnavailableError as error:
-                if clock() >= deadline_s:
-                    raise
-                log.warning("waiting for the broker", error=str(error))
-                await asyncio.sleep(BROKER_RETRY_S)
-
-    async with contextlib.AsyncExitStack() as stack:
-        await insist(partial(stack.enter_async_context, bus))
-        if ready is not None:
-            await insist(ready)
-        yield bus
 
 
 async def create_missing_topics(bus: Bus, edges: Sequence[str] = (), partitions: Partitions | None = None) -> None:
@@ -172,41 +139,82 @@ async def run_stage(
     on_busy: BusySink | None = None,
 ) -> None:
     """One stage as a process: ready its models, serve, drain when asked to stop, leave."""
-    own = [settings.name] if settings.role is Role.EDGE else []
-    ready = partial(require_region, bus, settings.region, own)
-    async with tracing(f"deepar-{settings.role.value}") as on_span, patiently(bus, ready):
+    patience = Patience.from_env()
+    edges = [settings.name] if settings.role is Role.EDGE else []
+    async with contextlib.AsyncExitStack() as stack:
+        on_span = await stack.enter_async_context(tracing(f"deepar-{settings.role.value}"))
+        await patience.through(lambda: stack.enter_async_context(bus))
+        await patience.through(lambda: require_region(bus, settings.region, edges))
         runner = await asyncio.to_thread(make)
-        node = Node(bus, settings, runner, on_busy=on_busy, on_span=on_span)
-        work = make_work(node, on_result)
+        stage = Stage(bus, settings, runner, on_result, on_busy, on_span)
         labels = {"role": settings.role.value, "node": settings.name, "region": str(settings.region)}
-
-        def look() -> Health:
-            status = node.status
-            detail = {
-                "caught_up": status.caught_up,
-                "warm": status.warm,
-                "receiving": status.receiving,
-                "joined": status.joined,
-            }
-            counters = dict(status.counters)
-            if isinstance(work, Hop):
-                sent = {"link1_bytes": work.results.sent_bytes, "link2_bytes": work.link2.sent_bytes}
-                counters |= {name: float(value) for name, value in sent.items()}
-            else:
-                counters["link1_bytes"] = float(work.link1.sent_bytes)
-            tasks = len(work.flows) if isinstance(work, Hop) else len(work.tasks)
-            return Health(status.ready, detail, {"tasks": float(tasks)}, counters)
-
-        async with serve_probes(look, port=http_port, host=http_host, labels=labels):
+        async with serve_probes(stage.look, port=http_port, host=http_host, labels=labels):
             try:
                 asked = await until_stopped(
-                    node.run(work), drain=work.drain, node=settings.name, role=settings.role.value
+                    patience.through(stage.serve),
+                    drain=lambda: stage.work.drain(),
+                    node=settings.name,
+                    role=settings.role.value,
                 )
                 if asked:
                     async with asyncio.timeout(3.0):
-                        await node.leave()
+                        await stage.node.leave()
             finally:
                 await runner.close()
+
+
+class Stage:
+    """A node and its work; made anew while the broker goes away again before they serve."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        settings: NodeSettings,
+        runner: Runner,
+        on_result: ResultSink | None = None,
+        on_busy: BusySink | None = None,
+        on_span: SpanSink | None = None,
+    ) -> None:
+        self._made_of = (bus, settings, runner)
+        self._on_result, self._on_busy, self._on_span = on_result, on_busy, on_span
+        self._make()
+
+    def _make(self) -> None:
+        self.node = Node(*self._made_of, on_busy=self._on_busy, on_span=self._on_span)
+        self.work = make_work(self.node, self._on_result)
+
+    async def serve(self) -> None:
+        """Serve until cancelled. Raises `BusUnavailableError` where the broker is away before it serves."""
+        try:
+            await self.node.run(self.work)
+        except* BusUnavailableError as away:
+            if self.node.serving.is_set():
+                raise
+            error: BaseException = away
+        else:
+            return
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        self._make()
+        raise error
+
+    def look(self) -> Health:
+        """For the probes."""
+        status, work = self.node.status, self.work
+        detail = {
+            "caught_up": status.caught_up,
+            "warm": status.warm,
+            "receiving": status.receiving,
+            "joined": status.joined,
+        }
+        counters = dict(status.counters)
+        if isinstance(work, Hop):
+            sent = {"link1_bytes": work.results.sent_bytes, "link2_bytes": work.link2.sent_bytes}
+            counters |= {name: float(value) for name, value in sent.items()}
+        else:
+            counters["link1_bytes"] = float(work.link1.sent_bytes)
+        tasks = len(work.flows) if isinstance(work, Hop) else len(work.tasks)
+        return Health(status.ready, detail, {"tasks": float(tasks)}, counters)
 
 
 def make_planner(
@@ -256,11 +264,11 @@ async def run_planner(
     bus: Bus, service: PlannerService, *, http_port: int | None = None, http_host: str = "127.0.0.1"
 ) -> None:
     """A planner as a process."""
-    async with (
-        tracing("deepar-planner") as on_span,
-        patiently(bus, partial(require_region, bus, service.region)),
-    ):
-        service.trace_to(on_span)
+    patience = Patience.from_env()
+    async with contextlib.AsyncExitStack() as stack:
+        service.trace_to(await stack.enter_async_context(tracing("deepar-planner")))
+        await patience.through(lambda: stack.enter_async_context(bus))
+        await patience.through(lambda: require_region(bus, service.region))
 
         def look() -> Health:
             core = service.core

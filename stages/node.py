@@ -328,9 +328,15 @@ class Node:
                         partition=self.settings.region,
                         headers=self._envelope.headers(message),
                     )
-                self._renew(sent_s)
-            except (BusError, TimeoutError) as error:
+            except TimeoutError:
+                # The next goes at once: it is what a bus that comes back acknowledges first, and with it the work goes on.
+                self.log.warning("heartbeat not acknowledged", within_s=interval_s)
+                continue
+            except BusError as error:
                 self.log.warning("heartbeat not acknowledged", error=str(error))
+                await asyncio.sleep(min(interval_s, RETRY_S))
+                continue
+            self._renew(sent_s)
             await asyncio.sleep(interval_s)
 
     def _renew(self, sent_s: float) -> None:

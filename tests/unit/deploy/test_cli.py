@@ -62,6 +62,14 @@ def test_wrong_usage_is_named(
     assert wanted in capsys.readouterr().err
 
 
+def test_an_interrupt_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(bootstrap_servers: str | None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deploy.commands_services.nodes.kafka_bus", interrupted)
+    assert run(monkeypatch, "planner") == 105
+
+
 def test_a_broken_file_names_the_key(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

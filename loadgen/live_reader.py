@@ -1,0 +1,97 @@
+"""Reading raw topics with the bare client: from the first record on, through restarts of the broker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+
+STALL_S = 3.0
+"""Nothing for so long: a new consumer, which costs little, in case the old one is stuck, which happens after restarts."""
+
+RETRY_S = 0.1
+POLL_MS = 50
+
+Take = Callable[[Any], None]
+"""Called with aiokafka's record."""
+
+
+class RawReader:
+    """Follows topics from their first record; each record is taken once."""
+
+    def __init__(self, settings: Mapping[str, Any], topics: Sequence[str], take: Take) -> None:
+        """`settings`: where the broker is and how to get in, as aiokafka's clients want it."""
+        self._settings = dict(settings) | {"enable_auto_commit": False, "auto_offset_reset": "earliest"}
+        self._topics = tuple(topics)
+        self._take = take
+        self._positions: dict[TopicPartition, int] = {}
+
+    async def follow(self) -> None:
+        """Read until cancelled."""
+        while True:
+            with contextlib.suppress(KafkaError, TimeoutError, OSError):
+                await self._spell(asyncio.get_running_loop().time)
+            await asyncio.sleep(RETRY_S)
+
+    async def read_all(self) -> None:
+        """Read on to where the topics end now. Raises KafkaError, TimeoutError."""
+        consumer = await self._consumer()
+        try:
+            async with asyncio.timeout(30.0):
+                ends = await consumer.end_offsets(list(consumer.assignment()))
+            while any(self._positions.get(partition, 0) < end for partition, end in ends.items()):
+                await self._fetch(consumer)
+                for partition in ends:  # a position may pass offsets that hold no record
+                    async with asyncio.timeout(30.0):
+                        self._positions[partition] = await consumer.position(partition)
+        finally:
+            await _stop(consumer)
+
+    async def _spell(self, clock: Callable[[], float]) -> None:
+        """Read with one consumer for as long as it brings something."""
+        consumer = await self._consumer()
+        try:
+            heard_s = clock()
+            while clock() - heard_s < STALL_S:
+                if await self._fetch(consumer):
+                    heard_s = clock()
+        finally:
+            await _stop(consumer)
+
+    async def _consumer(self) -> AIOKafkaConsumer:
+        """A started one, at the positions where the last one was."""
+        consumer = AIOKafkaConsumer(*self._topics, **self._settings)
+        try:
+            async with asyncio.timeout(10.0):
+                await consumer.start()
+        except BaseException:
+            await _stop(consumer)
+            raise
+        for partition in consumer.assignment():
+            if partition in self._positions:
+                consumer.seek(partition, self._positions[partition])
+        return consumer
+
+    async def _fetch(self, consumer: AIOKafkaConsumer) -> int:
+        batches = await consumer.getmany(timeout_ms=POLL_MS)
+        for partition, records in batches.items():
+            for record in records:
+                if record.offset >= self._positions.get(partition, 0):
+                    self._take(record)
+                    self._positions[partition] = record.offset + 1
+        return len(batches)
+
+
+async def _stop(consumer: AIOKafkaConsumer) -> None:
+    """In a task of its own: aiokafka's stop() ends as cancelled where it awaits what it has cancelled itself."""
+    stopping = asyncio.ensure_future(consumer.stop())
+    await asyncio.wait([stopping], timeout=3.0)
+    if not stopping.done():
+        stopping.cancel()
+        await asyncio.wait([stopping])
+    if not stopping.cancelled():
+        stopping.exception()  # it is over either way

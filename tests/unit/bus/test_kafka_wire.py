@@ -1,0 +1,64 @@
+"""A connection that was closed under aiokafka is a broken connection, on uvloop too."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import aiokafka.conn
+import pytest
+import uvloop
+from aiokafka.errors import KafkaConnectionError
+from aiokafka.protocol.admin import ApiVersionRequest
+
+import bus.kafka  # noqa: F401  # says which class it is to be
+from bus.kafka_wire import Wire
+
+BARE = Wire.__mro__[1]
+"""aiokafka's own: its module has ours by now."""
+
+
+async def written_when_closed(kind: type[Any], send: str) -> None:
+    """Write on a connection that has just gone down, before anybody was told."""
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(hear, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    connection = kind(host, port, client_id="test")
+    try:
+        connection._reader, connection._writer = await asyncio.open_connection(host, port)
+        connection._read_task = asyncio.create_task(asyncio.sleep(60.0))
+        connection._writer.transport.abort()
+        await connection._writer.wait_closed()
+        if send == "send":
+            await connection.send(ApiVersionRequest())
+        else:
+            await connection._send_sasl_token(b"token")
+    finally:
+        connection.close()
+        server.close()
+        await server.wait_closed()
+
+
+@pytest.mark.parametrize("send", ["send", "_send_sasl_token"])
+@pytest.mark.parametrize("loop_factory", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_it_is_told_as_a_broken_connection(loop_factory: Callable[[], asyncio.AbstractEventLoop], send: str) -> None:
+    with asyncio.Runner(loop_factory=loop_factory) as runner, pytest.raises(KafkaConnectionError):
+        runner.run(written_when_closed(Wire, send))
+
+
+def test_aiokafka_alone_breaks_on_uvloop() -> None:
+    """Once this fails, the class is needed no longer."""
+    with (
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        pytest.raises(RuntimeError, match="the handler is closed"),
+    ):
+        runner.run(written_when_closed(BARE, "send"))
+
+
+def test_aiokafka_connects_by_it() -> None:
+    assert aiokafka.conn.AIOKafkaConnection is Wire
