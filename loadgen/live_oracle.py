@@ -250,10 +250,12 @@ def results_of(value: bytes | None) -> list[tuple[str, int, bytes | None]]:
     data = memoryview(value or b"")[at:]
     found: list[tuple[str, int, bytes | None]] = []
     for piece in head["pieces"]:
-        if piece["at"] == 0:
-            whole = bytes(data[: piece["bytes"]]) if piece["bytes"] == piece["size"] else None
-            found.append((head["task"], piece["sample"], whole))
-        data = data[piece["bytes"] :]
+        for sample in piece.get("samples", [piece.get("sample")]):  # whole samples that are alike share a description
+            at, size = piece.get("at", 0), piece["size"]
+            length = piece.get("bytes", size)
+            if at == 0:
+                found.append((head["task"], sample, bytes(data[:length]) if length == size else None))
+            data = data[length:]
     return found
 
 
