@@ -77,6 +77,8 @@ class LiveChaos:
         self.machines, self.bus, self.settings = machines, bus, settings
         self.load, self.pace, self.seed, self.region, self.say = load, pace, seed, region, say
         self.faults = [fault for fault in faults if machines.names(fault.target)]
+        if left_out := len(faults) - len(self.faults):
+            say(f"{left_out} faults of the broker are left out: it is not ours to break")
         self.findings = Findings(seed)
         self.watch = Watch(machines.results(), region)
         self.acknowledged: dict[str, int] = {}  # task -> samples
