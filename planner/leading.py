@@ -46,9 +46,8 @@ class Lead:
         self.epoch = service.decision_log.epoch
         self.nonce = service.nonce
         self.seq = service.decision_log.seq
-        self._unproven: deque[tuple[int, bytes, float]] = (
-            deque()
-        )  # sequence, record, when begun: decided, not yet read back
+        # Sequence, record, and when the step began, of what was decided and not yet read back.
+        self._unproven: deque[tuple[int, bytes, float]] = deque()
         self._acknowledgements: asyncio.Queue[Awaitable[Position]] = asyncio.Queue()
         self._room = asyncio.Event()
         self._begun_s = 0.0  # when the present step began
