@@ -46,7 +46,7 @@ class Lead:
         self.epoch = service.decision_log.epoch
         self.nonce = service.nonce
         self.seq = service.decision_log.seq
-        # decided and not yet read back: sequence, record, when its step began
+        # Sequence, record, and when the step began, of what was decided and not yet read back.
         self._unproven: deque[tuple[int, bytes, float]] = deque()
         self._acknowledgements: asyncio.Queue[Awaitable[Position]] = asyncio.Queue()
         self._room = asyncio.Event()

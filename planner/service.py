@@ -188,6 +188,8 @@ class PlannerService:
 
     async def _stand_by(self, reader: Reader) -> None:
         """Fold what comes until nobody leads. Returns when this planner should claim the region."""
+        if self.traces is not None:
+            self.traces.keep(self.core.tasks)
         clock = asyncio.get_running_loop().time
         heard_s = clock()
         while True:

@@ -5,6 +5,8 @@ Told of what the log has proven, never of what is folded: a planner that replays
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from bus.messages import Admitted, Decision, Ended, Placed, Retried, TaskState, TaskSubmitted
 from bus.tracing import DECISION, TASK, Attribute, Span, SpanSink, span_id
 
@@ -17,6 +19,11 @@ class TaskTraces:
         self._sink = sink
         self._admitted: dict[str, tuple[float, TaskSubmitted]] = {}  # ledger time
         self._why: dict[str, str] = {}  # of tasks to be planned again
+
+    def keep(self, live: Container[str]) -> None:
+        """The log is read anew, from a state with these tasks: forget the others, whose ends may not be read again."""
+        self._admitted = {task_id: known for task_id, known in self._admitted.items() if task_id in live}
+        self._why.clear()
 
     def fold(self, decision: Decision) -> None:
         """A decision of the past, or of another planner."""

@@ -331,7 +331,7 @@ class Attempt:
             if station is not None:
                 tensors = await station.run(sample, tensors, ready_s)
                 now = clock()
-                self._began_s, self._computed_s = self._began_s or ready_s, now
+                self._began_s, self._computed_s = ready_s if self._began_s is None else self._began_s, now
                 self.device_s += now - ready_s
                 node.busy("device_s", plan.task_id, ready_s, now)
                 ready_s = now

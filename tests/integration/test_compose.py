@@ -174,6 +174,8 @@ def test_a_whole_deployment_survives_the_kill_of_each_service(deployment: Deploy
     assert refused <= TASKS // 4, summary
 
     deployment("up", "--wait", *MORE, limit_s=180)  # all of them came back
+    deployment("up", "--wait", "--scale", "device=0", limit_s=60)
+    assert not deployment("ps", "--quiet", "device").strip()
     assert deployment.down() < DOWN_LIMIT_S
     assert not deployment("ps", "--all", "--quiet").strip()
 
