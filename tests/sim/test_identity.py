@@ -31,7 +31,7 @@ from bus.signed import signed
 from bus.values import Parts, Role
 from deploy.commands_deadletter import Letter, read_letters
 from deploy.nodes import planner_counters
-from loadgen import chaos
+from loadgen import chaos, chaos_region
 from loadgen.replay import replay
 from loadgen.schedule import Entry, Schedule
 from loadgen.virtual_loop import run_virtual
@@ -486,7 +486,7 @@ def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch) 
         await submit(run, signed(client, MASTER.key(Speaker("loadgen", "chaos"))))  # type: ignore[arg-type]
 
     monkeypatch.setattr(Doorkeeper, "read", listening)
-    monkeypatch.setattr(chaos, "Node", proving)
+    monkeypatch.setattr(chaos_region, "Node", proving)
     monkeypatch.setattr(chaos, "PlannerService", partial(PlannerService, master=MASTER))
     monkeypatch.setattr(chaos._Chaos, "_submit", submitting)
     found = chaos.run(range(12))
