@@ -145,6 +145,6 @@ def draw(result: SoakResult, stem: Path) -> list[Path]:
     tasks.set_ylabel("number")
     tasks.set_xlabel("virtual hours")
     for panel in axes:
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.35 * panel.get_ylim()[1])  # room for the legend
         panel.legend(loc="upper right", ncols=2)
     return plots.save(fig, stem, formats=("png",))
