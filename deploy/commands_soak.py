@@ -51,7 +51,8 @@ def soak(
     """
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     began_s = time.process_time()
-    scenario = SoakScenario(hours=hours, seed=seed, task_every_s=task_every_s, churn_every_s=churn_every_s)
+    looks = max(24, min(144, int(6 * hours)))
+    scenario = SoakScenario(hours=hours, seed=seed, task_every_s=task_every_s, churn_every_s=churn_every_s, looks=looks)
     with progress_bar(log) as bar:
         result = run_soak(
             scenario, progress=lambda done, total: bar("virtual minutes", int(done * 60), int(total * 60))
@@ -144,6 +145,6 @@ def draw(result: SoakResult, stem: Path) -> list[Path]:
     tasks.set_ylabel("number")
     tasks.set_xlabel("virtual hours")
     for panel in axes:
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.35 * panel.get_ylim()[1])  # room for the legend
         panel.legend(loc="upper right", ncols=2)
     return plots.save(fig, stem, formats=("png",))

@@ -342,6 +342,8 @@ class _Chaos:
             ended = await self._until(self._all_ended, self.scenario.converge_s, "not every task ended")
             if ended:
                 await asyncio.sleep(SETTLE_S)
+                # A polite stop from the last of the faults may have come after the healing: wait for who is still away.
+                await self._until(self._all_back, JOIN_S, "not everybody is back")
                 for process in self.processes:
                     process.sites = None
                 await self.breaker.garbage_everywhere(client)
@@ -391,6 +393,9 @@ class _Chaos:
 
     def _joined(self) -> bool:
         return all(stage.node is not None and stage.node.status.joined for stage in self.stages)
+
+    def _all_back(self) -> bool:
+        return self._joined() and not any(process.dead for process in self.processes) and not self.breaker.stopping
 
     def _leader(self) -> PlannerService | None:
         dead = {process.name for process in self.processes if process.dead}

@@ -97,6 +97,11 @@ class Breaker:
             process.thaw()
             process.start()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody who was told to stop is about to."""
+        return bool(self._busy)
+
     def faults(self) -> Counter[str]:
         """How often each kind struck; call it after `heal`."""
         return self.counted + Counter({f"bus {kind}": times for kind, times in self._spent.items()})

@@ -19,7 +19,7 @@ from stages.device import Device
 
 def test_an_hour_of_arrivals_and_churn_leaves_nothing_behind() -> None:
     told: list[tuple[float, float]] = []
-    result = soak(SoakScenario(hours=1.0, looks=48), progress=lambda done, total: told.append((done, total)))
+    result = soak(SoakScenario(hours=1.0, looks=24), progress=lambda done, total: told.append((done, total)))
     assert result.flat, result.verdict()
     assert result.states == {"COMPLETED": result.submitted}
     assert result.submitted > 500
@@ -35,7 +35,7 @@ def test_planted_a_device_that_keeps_its_tasks_is_seen(monkeypatch: pytest.Monke
         sound(self, decision.model_copy(update={"changes": changes}), fenced)
 
     monkeypatch.setattr(Device, "on_decision", keep)
-    result = soak(SoakScenario(hours=0.5, looks=24, churn_every_s=1e6))
+    result = soak(SoakScenario(hours=0.5, looks=16, churn_every_s=1e6))
     assert not result.flat
     grown = [row["measure"] for row in result.verdict() if not row["flat"]]
     assert "stage_tasks" in grown
@@ -62,4 +62,4 @@ def test_the_command_writes_a_plot_and_the_numbers(tmp_path: Path) -> None:
     assert found["slow_cloud"]["within"]
     assert {Path(path).name for path in found["files"]} == {"soak.json", "soak.png"}
     assert all(Path(path).stat().st_size > 1000 for path in found["files"])
-    assert len(json.loads((tmp_path / "soak.json").read_text(encoding="utf-8"))["looks"]) == 144
+    assert len(json.loads((tmp_path / "soak.json").read_text(encoding="utf-8"))["looks"]) == 24
