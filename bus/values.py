@@ -7,6 +7,7 @@ All are frozen and validated when built. Times are seconds, rates bits per secon
 from __future__ import annotations
 
 from enum import StrEnum
+from itertools import product
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -55,12 +56,16 @@ class Kind(StrEnum):
         """The kind that the cuts imply, by the indicators x, y, z of (17)-(19)."""
         if cut1 == layers:
             return cls.DEVICE
-        tiers = [
-            *(["device"] if cut1 > 0 else []),
-            *(["edge"] if cut1 != cut2 else []),
-            *(["cloud"] if cut2 != layers else []),
-        ]
-        return cls("+".join(tiers))
+        return _KIND_OF[cut1 > 0, cut1 != cut2, cut2 != layers]
+
+
+_KIND_OF = {
+    computing: Kind(
+        "+".join(tier for tier, computes in zip(("device", "edge", "cloud"), computing, strict=True) if computes)
+    )
+    for computing in product((False, True), repeat=3)
+    if any(computing)
+}
 
 
 class Objective(StrEnum):

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bus.makers import maker
 from bus.messages import SeedInput, TaskState, TaskSubmitted
 from loadgen.driver import Drive, core_for
 from loadgen.outcome import Outcome
@@ -144,6 +145,8 @@ class _Counted:
 def entries(tasks: int, seed: int) -> Iterator[Entry]:
     """Poisson arrivals with the paper's draws, made in batches so that a million need no memory of their own."""
     streams = Streams(seed)
+    make = maker(TaskSubmitted)  # drawn from ranges that are known
+    devices = [device_name(index) for index in range(SCENARIO.devices)]
     mix = SCENARIO.mix
     names = list(mix.models)
     draws = {name: streams.stream(name) for name in ("gap", "model", "samples", "link1", "link2", "bytes")}
@@ -151,18 +154,18 @@ def entries(tasks: int, seed: int) -> Iterator[Entry]:
     at_s, number = 0.0, 0
     while number < tasks:
         count = min(BATCH, tasks - number)
-        gaps = draws["gap"].exponential(1 / RATE_PER_S, count)
-        picks = draws["model"].integers(0, len(names), count)
+        gaps = draws["gap"].exponential(1 / RATE_PER_S, count).tolist()
+        picks = draws["model"].integers(0, len(names), count).tolist()
         samples = _whole(draws["samples"], mix.samples, count)
         link1, link2 = (
             _whole(draws[n], r, count) for n, r in (("link1", mix.max_link1_bps), ("link2", mix.max_link2_bps))
         )
         sizes = _whole(draws["bytes"], mix.input_bytes, count)
         for index in range(count):
-            at_s += float(gaps[index])
-            task = TaskSubmitted(
+            at_s += gaps[index]
+            task = make(
                 task_id=f"t{number}",
-                device=device_name(number % SCENARIO.devices),
+                device=devices[number % len(devices)],
                 model=names[picks[index]],
                 samples=samples[index],
                 input=source,

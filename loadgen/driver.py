@@ -8,13 +8,14 @@ for. No bus, no bytes, no event loop: this is what the figures, sweeps and milli
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Any
 
 from bus.errors import InvariantError
+from bus.makers import maker
 from bus.messages import (
     Ended,
     NodeAnnounced,
@@ -35,6 +36,7 @@ from planner.core import PlannerCore, Tick
 _END = 0  # at one instant, resources are freed before they are asked for
 UNLIMITED = 1 << 60
 _NOTHING = Parts()
+_completed = maker(TaskCompleted)  # of numbers that were computed here
 
 
 @dataclass(slots=True)
@@ -75,7 +77,7 @@ class Drive:
                 continue
             self.now_s = instant
             if completion:
-                self._complete(heapq.heappop(heap)[3])
+                self._complete(heappop(heap)[3])
             else:
                 assert upcoming is not None
                 self._submit(upcoming)
@@ -105,7 +107,7 @@ class Drive:
             return  # it has ended otherwise, or runs again elsewhere
         started_s = outcome.started_s if outcome.started_s is not None else self.now_s
         self._handle(
-            TaskCompleted(
+            _completed(
                 task_id=task_id,
                 attempt=attempt,
                 node=outcome.device,
@@ -116,23 +118,24 @@ class Drive:
         )
 
     def _handle(self, event: Any) -> None:
-        now_s = self.now_s
+        now_s, live = self.now_s, self._live
         for change in self.core.handle(event, now_s):
             if isinstance(change, Placed):
-                outcome = self._live[change.task_id]
+                outcome = live[change.task_id]
                 outcome.placed_s, outcome.attempt, outcome.policy = now_s, change.attempt, change.policy
                 outcome.placement, outcome.predicted = change.placement, change.parts
                 outcome.predicted_delay_s, outcome.predicted_wait_s = change.delay_s, change.wait_s
             elif isinstance(change, Start):
-                outcome = self._live[change.task_id]
+                task_id = change.task_id
+                outcome = live[task_id]
                 outcome.started_s = now_s
                 self._sequence += 1
                 end_s = now_s + (outcome.predicted_delay_s or 0.0) * self.slowdown()
-                heapq.heappush(self._heap, (end_s, _END, self._sequence, (change.task_id, change.attempt)))
+                heappush(self._heap, (end_s, _END, self._sequence, (task_id, change.attempt)))
             elif isinstance(change, Retried):
-                self._live[change.task_id].started_s = None
+                live[change.task_id].started_s = None
             elif isinstance(change, Ended):
-                outcome = self._live.pop(change.task_id)
+                outcome = live.pop(change.task_id)
                 outcome.state, outcome.cause, outcome.ended_s = change.state, change.cause, now_s
                 outcome.measured, outcome.device_delay_s = change.measured, change.delay_s
                 self.on_end(outcome)

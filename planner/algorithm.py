@@ -20,18 +20,22 @@ Ties: the earlier start, then the family, then the edge by name, then cut1, then
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Sequence
-from heapq import heapify, heappop, heapreplace
+from collections.abc import Collection, Iterable, Sequence
+from copy import copy
+from heapq import heapify, heappop, heappush
 from typing import Final, NamedTuple
 
-from bus.values import Objective
+from bus.makers import maker
+from bus.messages import TaskSubmitted
+from bus.values import Kind, Objective, Placement
 from planner.cost import PlatformRow
-from planner.ledger import SHORTEST_S, DeviceAccount, EdgeAccount
+from planner.ledger import SHORTEST_S, DeviceAccount, EdgeAccount, Timeline
 from planner.search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, CutSearch, Found
 
 EVERY_FAMILY: Final = frozenset({DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE})
 _NEVER: Final = float("inf")
 _MOST_TRIED: Final = 6
+_placement = maker(Placement)
 
 
 class EdgeOption(NamedTuple):
@@ -43,17 +47,107 @@ class EdgeOption(NamedTuple):
     max_link2_bps: int  # min of the task's B2 and the edge's capacity
 
 
-class Request(NamedTuple):
-    """A task as Algorithm 1 sees it. `edges` are E_i, those of them that are there, in order of name."""
+class EdgeKind(NamedTuple):
+    """Edges that are one for the search: the same platforms, the same caps. What is found at full caps holds for all."""
 
-    task_id: str
-    samples: int
-    input_bytes: int | None  # G(0) where it is not the model's
-    device_row: PlatformRow
-    device_search: CutSearch  # without edge and cloud: w_0
-    device: DeviceAccount | None  # its reservations; None: nobody computes there
-    edges: Sequence[EdgeOption]
-    objective: Objective
+    search: CutSearch
+    max_link1_bps: int
+    max_link2_bps: int
+    computes: bool  # whether they have a slot at all
+    accounts: tuple[EdgeAccount, ...]  # in order of name
+
+
+class Reached:
+    """What a device's tasks of one model can use; it stays as it is until a node joins or is lost."""
+
+    __slots__ = ("by_search", "device_search", "edges", "least_link1_bps", "least_link2_bps", "row")
+
+    def __init__(self, row: PlatformRow, device_search: CutSearch, edges: Sequence[EdgeOption]) -> None:
+        self.row = row
+        self.device_search = device_search
+        self.edges = edges  # with no task's caps, in order of name
+        self.least_link1_bps = min([option.max_link1_bps for option in edges], default=0)
+        self.least_link2_bps = min([option.max_link2_bps for option in edges], default=0)
+        self.by_search = grouped([(option.search, 0, 0, option.account.slots >= 1, option.account) for option in edges])
+
+
+class Request:
+    """A task as Algorithm 1 sees it."""
+
+    __slots__ = (
+        "_edges",
+        "_reached",
+        "device",
+        "device_row",
+        "device_search",
+        "input_bytes",
+        "max_link1_bps",
+        "max_link2_bps",
+        "objective",
+        "samples",
+        "task_id",
+    )
+
+    def __init__(
+        self, submitted: TaskSubmitted, reached: Reached, device: DeviceAccount | None, objective: Objective
+    ) -> None:
+        self.task_id = submitted.task_id
+        self.samples = submitted.samples
+        self.input_bytes = submitted.input_bytes  # G(0) where it is not the model's
+        self.max_link1_bps = submitted.max_link1_bps  # the task's own B1 and B2, None: it has none
+        self.max_link2_bps = submitted.max_link2_bps
+        self.device_row = reached.row
+        self.device_search = reached.device_search  # without edge and cloud: w_0
+        self.device = device  # its reservations; None: nobody computes there
+        self.objective = objective
+        self._reached = reached
+        self._edges: Sequence[EdgeOption] | None = None
+
+    @property
+    def edges(self) -> Sequence[EdgeOption]:
+        """E_i, those of them that are there, in order of name, with this task's caps."""
+        if self._edges is None:
+            self._edges = [self._capped(option) for option in self._reached.edges]
+        return self._edges
+
+    def edge(self, name: str | None) -> EdgeOption | None:
+        """One of them."""
+        for option in self._reached.edges:
+            if option.account.name == name:
+                return self._capped(option)
+        return None
+
+    def through(self, option: EdgeOption | None) -> Request:
+        """The same task with one edge, or none."""
+        other = copy(self)
+        other._edges = () if option is None else (option,)
+        other._reached = Reached(self.device_row, self.device_search, other._edges)
+        return other
+
+    def kinds(self) -> Sequence[EdgeKind]:
+        """The edges by what they are to the search."""
+        cap1, cap2, reached = self.max_link1_bps, self.max_link2_bps, self._reached
+        if cap1 is None or cap2 is None or cap1 > reached.least_link1_bps or cap2 > reached.least_link2_bps:
+            return grouped([(search, b1, b2, account.slots >= 1, account) for account, search, b1, b2 in self.edges])
+        # the task's own caps are less than any edge's
+        return [
+            EdgeKind(search, cap1, cap2, computes, accounts) for search, _, _, computes, accounts in reached.by_search
+        ]
+
+    def _capped(self, option: EdgeOption) -> EdgeOption:
+        account, search, b1, b2 = option
+        cap1, cap2 = self.max_link1_bps, self.max_link2_bps
+        return EdgeOption(
+            account, search, b1 if cap1 is None or b1 < cap1 else cap1, b2 if cap2 is None or b2 < cap2 else cap2
+        )
+
+
+def grouped(edges: Iterable[tuple[CutSearch, int, int, bool, EdgeAccount]]) -> list[EdgeKind]:
+    """Edges of a kind together."""
+    kinds: dict[tuple[CutSearch, int, int, bool], list[EdgeAccount]] = {}
+    for search, b1, b2, computes, account in edges:
+        kinds.setdefault((search, b1, b2, computes), []).append(account)
+    return [EdgeKind(*kind, tuple(accounts)) for kind, accounts in kinds.items()]
 
 
 class Choice(NamedTuple):
@@ -108,56 +202,62 @@ class Algorithm:
         if request.device is not None and device_computes and delayed:
             ends = sorted({r.end_s for r in request.device.reservations.values() if r.end_s > now})
         while heap:
-            value, family, name, start, i, option, full, tried = heap[0]
+            value, family, name, start, i, kind, full, tried, accounts = heappop(heap)
             if value > best_value:
                 break
-            if value == best_value and (start, family, name) > best_tie:
-                heappop(heap)  # it could tie at best, and loses ties; so do its later starts
-                continue
-            choice = self._at(option, family, start, i, device_computes, best_value, full, tried)
-            if choice is not None:
-                found = start - now + choice.delay_s
-                if found < best_value or (start, family, name) < best_tie:
-                    best, best_value, best_tie = choice, found, (start, family, name)
-            if delayed:
-                following, at = _next_start(option, family, i, best_value - full[0] + now)
+            for account in accounts:
+                name = account.name
+                if value == best_value and (start, family, name) > best_tie:
+                    break  # it could tie at best, and loses ties; so do its later starts, and the edges behind it
+                timeline = account.timeline
+                at = i if i >= 0 else bisect_right(timeline.times, now) - 1
+                choice = None
+                if family == DEVICE_CLOUD or timeline.slots[at] > 0:
+                    choice = self._at(account, kind, family, start, at, device_computes, best_value, full, tried)
+                    if choice is not None:
+                        found = start - now + choice.delay_s
+                        if found < best_value or (start, family, name) < best_tie:
+                            best, best_value, best_tie = choice, found, (start, family, name)
+                        if choice.delay_s == full[0]:
+                            continue  # with all it may have: no later start is better
+                if not delayed:
+                    continue
+                following, at = _next_start(timeline, family, at, best_value - full[0] + now)
                 if ends:
                     later = bisect_right(ends, start)
                     if later < len(ends) and ends[later] < following:
                         following = ends[later]
-                        at = bisect_right(option.account.timeline.times, following) - 1
-                value = following - now + full[0]
-                if value <= best_value and following != _NEVER:
-                    heapreplace(heap, (value, family, name, following, at, option, full, tried))
-                    continue
-            heappop(heap)
+                        at = bisect_right(timeline.times, following) - 1
+                later_value = following - now + full[0]
+                if later_value <= best_value and following != _NEVER:
+                    heappush(heap, (later_value, family, name, following, at, kind, full, tried, (account,)))
         return best
 
     def _bounds(self, families: Collection[int], device_computes: bool, worst: float) -> list[_Pair]:
-        """Every pair at its start now, bounded by w at full caps; pairs that cannot be, or cannot win, are left out."""
+        """Pairs at their start now, bounded by w at full caps; what cannot be, or cannot win, is left out.
+
+        Edges of a kind have the same bounds, and stand there as one.
+        """
         request, now = self.request, self.now
-        known: dict[tuple[CutSearch, int, int, int], tuple[Found | None, list[tuple[int, int, float]]]] = {}
+        samples, objective, input_bytes = request.samples, request.objective, request.input_bytes
         heap: list[_Pair] = []
-        wanted = [family for family in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE) if family in families]
-        for option in request.edges:
-            account, search, b1, b2 = option
+        for kind in request.kinds():
+            search, b1, b2, computes, accounts = kind
             if b1 < 1:
                 continue
-            i = bisect_right(account.timeline.times, now) - 1
-            for family in wanted:
-                if (family != DEVICE_EDGE and b2 < 1) or (family != DEVICE_CLOUD and account.slots < 1):
+            name = accounts[0].name
+            for family in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE):
+                if (
+                    family not in families
+                    or (family != DEVICE_EDGE and b2 < 1)
+                    or (family != DEVICE_CLOUD and not computes)
+                ):
                     continue
-                probe = (search, family, b1, b2 if family != DEVICE_EDGE else 0)
-                if probe in known:  # edges of a kind are searched once
-                    found, tried = known[probe]
-                else:
-                    found = search.best(
-                        family, b1, b2, request.samples, request.objective, request.input_bytes, device_computes
-                    )
-                    tried = []
-                    known[probe] = found, tried
+                found = search.best(
+                    family, b1, b2 if family != DEVICE_EDGE else 0, samples, objective, input_bytes, device_computes
+                )
                 if found is not None and found[0] <= worst:
-                    heap.append((found[0], family, account.name, now, i, option, found, tried))
+                    heap.append((found[0], family, name, now, -1, kind, found, [], accounts))
         heapify(heap)
         return heap
 
@@ -178,8 +278,10 @@ class Algorithm:
 
     def at(self, option: EdgeOption, family: int, start_s: float, *, device_computes: bool = True) -> Choice | None:
         """One pair at one start, with the largest grants that fit during the whole interval; None if it cannot be."""
-        i = bisect_right(option.account.timeline.times, start_s) - 1
-        return self._at(option, family, start_s, i, device_computes, _NEVER, None, [])
+        account, search, b1, b2 = option
+        kind = EdgeKind(search, b1, b2, account.slots >= 1, (account,))
+        i = bisect_right(account.timeline.times, start_s) - 1
+        return self._at(account, kind, family, start_s, i, device_computes, _NEVER, None, [])
 
     def key(self, choice: Choice) -> Key:
         """What is minimised."""
@@ -194,7 +296,8 @@ class Algorithm:
 
     def _at(
         self,
-        option: EdgeOption,
+        account: EdgeAccount,
+        kind: EdgeKind,
         family: int,
         start: float,
         i: int,
@@ -208,7 +311,7 @@ class Algorithm:
         `i` is the step of the timeline that `start` lies in, `full` what the search finds at full caps; `tried` holds w at
         other grants: with no more than those, w is no less.
         """
-        account, search, max1, max2 = option
+        search, max1, max2, _, _ = kind
         timeline = account.timeline
         slots, free1, free2 = timeline.slots, timeline.free1, timeline.free2
         if family != DEVICE_CLOUD and slots[i] < 1:
@@ -283,23 +386,42 @@ class Algorithm:
         return Choice(family, account.name, cut1, cut2, b1, b2, start, delay)
 
 
-_Pair = tuple[float, int, str, float, int, EdgeOption, Found, list[tuple[int, int, float]]]
-"""bound of w + delta_t, family, edge, start, step of the timeline, the edge again, w at full caps and at other grants."""
+_Pair = tuple[
+    float,  # bound of w + delta_t
+    int,  # family
+    str,  # edge, the first of them
+    float,  # start
+    int,  # the step of the edge's timeline that the start lies in; -1: not looked up yet
+    EdgeKind,
+    Found,  # w at full caps
+    list[tuple[int, int, float]],  # w at other grants
+    tuple[EdgeAccount, ...],  # the edge; at first all of its kind
+]
+"""Edges and a family, at a start. Edge and family are unique in the heap, so nothing behind them is compared."""
 
 
-def _next_start(option: EdgeOption, family: int, i: int, latest: float) -> tuple[float, int]:
-    """The next instant on this edge at which something is freed and nothing this family needs is wholly taken.
+def placement_of(request: Request, choice: Choice) -> Placement:
+    """A choice as messages carry it."""
+    row, cut1, cut2 = request.device_row, choice.cut1, choice.cut2
+    return _placement(
+        kind=Kind.of(cut1, cut2, row.layers),
+        edge=choice.edge,
+        cut1=cut1,
+        cut2=cut2,
+        cut1_name=row.names[cut1 - 1] if cut1 else "input",
+        cut2_name=row.names[cut2 - 1] if cut2 else "input",
+        link1_bps=choice.link1_bps,
+        link2_bps=choice.link2_bps,
+    )
 
-    Not looked for much beyond `latest`.
-    """
-    timeline = option.account.timeline
+
+def _next_start(timeline: Timeline, family: int, i: int, latest: float) -> tuple[float, int]:
+    """The next instant until `latest` at which something is freed and nothing this family needs is wholly taken."""
     times, slots, free1, free2 = timeline.times, timeline.slots, timeline.free1, timeline.free2
-    for k in range(i + 1, len(slots)):
-        if times[k] > latest:
-            return times[k], k
+    for k in range(i + 1, bisect_right(times, latest)):
         if (
-            (slots[k] > slots[k - 1] or free1[k] > free1[k - 1] or free2[k] > free2[k - 1])
-            and (slots[k] or family == DEVICE_CLOUD)
+            (slots[k] > 0 or family == DEVICE_CLOUD)
+            and (slots[k] > slots[k - 1] or free1[k] > free1[k - 1] or free2[k] > free2[k - 1])
             and free1[k]
             and (free2[k] or family == DEVICE_EDGE)
         ):

@@ -29,12 +29,14 @@ declares nobody lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heappop
+from operator import index
 from typing import Any, Final
 
 from bus.errors import InvariantError
+from bus.makers import maker
 from bus.messages import (
     Admitted,
     BandwidthGrant,
@@ -58,13 +60,13 @@ from bus.messages import (
     TaskState,
     TaskSubmitted,
 )
-from bus.values import Execution, Kind, Objective, Placement, Role
+from bus.values import Execution, Objective, Role
 from planner import snapshot
-from planner.algorithm import Algorithm, Choice, EdgeOption, Request
+from planner.algorithm import Algorithm, Choice, EdgeOption, Request, placement_of
 from planner.ledger import Reservation
 from planner.policies import Policy, Restriction, load_policy
 from planner.reach import Reach
-from planner.region_state import DEFAULT_PATIENCE_S, DEFAULT_REMEMBER_ENDED
+from planner.region_state import APPLY, DEFAULT_PATIENCE_S, DEFAULT_REMEMBER_ENDED
 from planner.search import DEVICE_CLOUD, DEVICE_EDGE
 from planner.tasks import NEVER, Node, Task
 from planner.walk import pull, walk
@@ -74,6 +76,10 @@ DEFAULT_MAX_ATTEMPTS: Final = 100
 OVERRUN_SHARE: Final = 0.1
 """A task past its predicted end is assumed to take a tenth of its delay more, or as long as it is late, if that is longer."""
 OVERRUN_LEAST_S: Final = 0.001
+
+# Decisions carry what has been validated when it came in, or was computed here from that.
+_admitted, _placed, _granted, _start = maker(Admitted), maker(Placed), maker(BandwidthGrant), maker(Start)
+_moved, _overran, _retried, _ended = maker(Moved), maker(Overran), maker(Retried), maker(Ended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,32 +131,13 @@ class PlannerCore(Reach):
 
     def handle(self, event: Event, now: float) -> list[Change]:
         """Take an event at ledger time `now`; the changes it makes, already applied, in order."""
-        if now < self.now_s:
-            now = self.now_s  # ledger time does not go back
-        self.now_s = now
-        changes: list[Change] = []
-        self._changes = changes
-        if isinstance(event, TaskSubmitted):
-            self._on_submitted(event, now)
-        elif isinstance(event, TaskCompleted):
-            self._on_completed(event, now)
-        elif isinstance(event, NodeHeartbeat):
-            self._renew(event.node, event.incarnation, now)
-        elif isinstance(event, Tick):
-            self._on_tick(now)
-        elif isinstance(event, TaskFailed):
-            self._on_failed(event, now)
-        elif isinstance(event, NodeAnnounced):
-            self._on_announced(event, now)
-        elif isinstance(event, NodeLeft):
-            node = self.nodes.get(event.node)
-            if node is not None and node.announced.incarnation == event.incarnation:
-                self._lose(node, "left", now)
-        elif isinstance(event, TaskCancelled):
-            task = self.tasks.get(event.task_id)
-            if task is not None:
-                self._end(task, TaskState.FAILED, now, cause="cancelled")
-        if changes:
+        # ledger time does not go back
+        self.now_s = now = float(now) if now > self.now_s else self.now_s
+        changes = self._changes = []
+        _TAKE[type(event)](self, event, now)
+        if changes and (
+            self._changed_edges or self._changed_devices or self._replan or (self._ends and self._ends[0][0] <= now)
+        ):
             self._settle(now)
         self._changes = []
         return changes
@@ -161,7 +148,7 @@ class PlannerCore(Reach):
         task_id = submitted.task_id
         if task_id in self.tasks or self.ended.get(task_id) is not None:
             return
-        self._do(Admitted(task=submitted), now)
+        self._do(_admitted(task=submitted), now)
         # overruns and due starts first: the new task plans with what is so, not with what was predicted
         self._settle(now)
         self._place(self.tasks[task_id], now, fresh=True)
@@ -180,7 +167,23 @@ class PlannerCore(Reach):
         else:
             self._end(task, TaskState.FAILED, now, cause=failed.cause, detail=failed.detail)
 
-    def _on_tick(self, now: float) -> None:
+    def _on_heartbeat(self, heartbeat: NodeHeartbeat, now: float) -> None:
+        self._renew(heartbeat.node, heartbeat.incarnation, now)
+
+    def _on_progress(self, progress: TaskProgress, now: float) -> None:
+        """For people; nothing is decided by it."""
+
+    def _on_cancelled(self, cancelled: TaskCancelled, now: float) -> None:
+        task = self.tasks.get(cancelled.task_id)
+        if task is not None:
+            self._end(task, TaskState.FAILED, now, cause="cancelled")
+
+    def _on_left(self, left: NodeLeft, now: float) -> None:
+        node = self.nodes.get(left.node)
+        if node is not None and node.announced.incarnation == left.incarnation:
+            self._lose(node, "left", now)
+
+    def _on_tick(self, tick: Tick, now: float) -> None:
         while self._next_lease() <= now:
             self._lose(self.nodes[self._lease_heap[0][1]], "lease_expired", now)
         while self._next_deadline() <= now:
@@ -295,8 +298,10 @@ class PlannerCore(Reach):
     def _settle(self, now: float) -> None:
         """Steps 2 to 4: overruns, the walk, and placing what is without a place."""
         while True:
-            self._prolong_overdue(now)
-            self._walk(now)
+            if self._ends and self._ends[0][0] <= now:
+                self._prolong_overdue(now)
+            if self._changed_edges or self._changed_devices:
+                self._walk(now)
             if not self._replan:
                 return
             again, self._replan = sorted(self._replan), []
@@ -314,14 +319,15 @@ class PlannerCore(Reach):
                 continue  # it has ended, or been prolonged
             late = now - (r.start_s + r.length_s)
             to_s = now + max(OVERRUN_SHARE * r.length_s, late, OVERRUN_LEAST_S)
-            self._do(Overran(task_id=task_id, attempt=self.tasks[task_id].attempt, from_s=end, to_s=to_s), now)
+            self._do(_overran(task_id=task_id, attempt=self.tasks[task_id].attempt, from_s=end, to_s=to_s), now)
 
     def _walk(self, now: float) -> None:
         edges, devices = self._changed_edges, self._changed_devices
-        if not edges and not devices:
-            return
         found: Iterable[tuple[Reservation, float | None]]
-        if NEVER in edges.values() or NEVER in devices.values() or self.ledger.missed(edges, devices, now):
+        promised = self.ledger.concerned(edges, devices, now)
+        if promised is None:
+            found = ()
+        elif promised < now or NEVER in edges.values() or NEVER in devices.values():
             found = walk(self.ledger, edges, devices, now)
         else:
             found = pull(self.ledger, dict(edges), dict(devices), now)
@@ -330,9 +336,9 @@ class PlannerCore(Reach):
             if start is None:
                 self._retry(task, "no_longer_fits", now)
             elif start <= now:
-                self._do(Start(task_id=r.task_id, attempt=task.attempt, device=task.submitted.device, at_s=start), now)
+                self._do(_start(task_id=r.task_id, attempt=task.attempt, device=task.submitted.device, at_s=start), now)
             else:
-                self._do(Moved(task_id=r.task_id, attempt=task.attempt, from_s=r.start_s, to_s=start), now)
+                self._do(_moved(task_id=r.task_id, attempt=task.attempt, from_s=r.start_s, to_s=start), now)
         # what the walk did needs no other walk: it has looked at all that its moves concern
         self._changed_edges.clear()
         self._changed_devices.clear()
@@ -344,7 +350,7 @@ class PlannerCore(Reach):
         if task.attempt >= self.max_attempts:
             self._end(task, TaskState.FAILED, now, cause=cause, detail=f"after {task.attempt} attempts; {detail}")
             return
-        self._do(Retried(task_id=task.task_id, attempt=task.attempt + 1, cause=cause, detail=detail), now)
+        self._do(_retried(task_id=task.task_id, attempt=task.attempt + 1, cause=cause, detail=detail), now)
         self._replan_later(task)
 
     def _end(
@@ -359,7 +365,7 @@ class PlannerCore(Reach):
     ) -> None:
         r = self.ledger.reservations.get(task.task_id)
         self._do(
-            Ended(
+            _ended(
                 task_id=task.task_id,
                 attempt=task.attempt,
                 state=state,
@@ -407,64 +413,60 @@ class PlannerCore(Reach):
 
     def _book(self, task: Task, request: Request, choice: Choice, now: float) -> None:
         submitted, row = task.submitted, request.device_row
-        option = next((option for option in request.edges if option.account.name == choice.edge), None)
+        if not isinstance(self.policy, Restriction):
+            choice = self._plain(choice)
+        option = request.edge(choice.edge)
         self._check(request, option, choice, now)
         search = request.device_search if option is None else option.search
-        placement = Placement(
-            kind=Kind.of(choice.cut1, choice.cut2, row.layers),
-            edge=choice.edge,
-            cut1=choice.cut1,
-            cut2=choice.cut2,
-            cut1_name=row.names[choice.cut1 - 1] if choice.cut1 else "input",
-            cut2_name=row.names[choice.cut2 - 1] if choice.cut2 else "input",
-            link1_bps=choice.link1_bps,
-            link2_bps=choice.link2_bps,
+        _, edge, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
+        task_id, attempt = task.task_id, task.attempt
+        placed = _placed(
+            task_id=task_id,
+            attempt=attempt,
+            device=submitted.device,
+            model=row.model,
+            sha256=row.sha256,
+            samples=submitted.samples,
+            policy=self.policy.name,
+            objective=self.objective,
+            execution=self.execution,
+            placement=placement_of(request, choice),
+            start_s=start_s,
+            wait_s=start_s - now,
+            delay_s=delay_s,
+            parts=search.costs.parts(cut1, cut2, link1_bps, link2_bps, submitted.samples, submitted.input_bytes),
         )
-        parts = search.costs.parts(
-            choice.cut1, choice.cut2, choice.link1_bps, choice.link2_bps, submitted.samples, submitted.input_bytes
-        )
-        self._do(
-            Placed(
-                task_id=task.task_id,
-                attempt=task.attempt,
-                device=submitted.device,
-                model=row.model,
-                sha256=row.sha256,
-                samples=submitted.samples,
-                policy=self.policy.name,
-                objective=self.objective,
-                execution=self.execution,
-                placement=placement,
-                start_s=choice.start_s,
-                wait_s=choice.start_s - now,
-                delay_s=choice.delay_s,
-                parts=parts,
-            ),
-            now,
-        )
-        if choice.edge is not None:
-            for link, bps in ((1, choice.link1_bps), (2, choice.link2_bps)):
-                if bps:
-                    self._do(
-                        BandwidthGrant(
-                            task_id=task.task_id,
-                            attempt=task.attempt,
-                            edge=choice.edge,
-                            link=1 if link == 1 else 2,
-                            bps=bps,
-                            from_s=choice.start_s,
-                        ),
-                        now,
-                    )
-        if choice.start_s <= now:
-            self._do(
-                Start(task_id=task.task_id, attempt=task.attempt, device=submitted.device, at_s=choice.start_s), now
-            )
+        self._do(placed, now)
+        if edge is not None:
+            if link1_bps:
+                grant = _granted(task_id=task_id, attempt=attempt, edge=edge, link=1, bps=link1_bps, from_s=start_s)
+                self._do(grant, now)
+            if link2_bps:
+                grant = _granted(task_id=task_id, attempt=attempt, edge=edge, link=2, bps=link2_bps, from_s=start_s)
+                self._do(grant, now)
+        if start_s <= now:
+            self._do(_start(task_id=task_id, attempt=attempt, device=submitted.device, at_s=start_s), now)
+
+    def _plain(self, choice: Choice) -> Choice:
+        """What a user's policy chose, in numbers of Python's own."""
+        try:
+            family, edge, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
+            whole = (index(cut1), index(cut2), index(link1_bps), index(link2_bps))
+            return Choice(index(family), edge, *whole, float(start_s), float(delay_s))
+        except (TypeError, ValueError) as error:
+            raise InvariantError(f"policy {self.policy.name} chose {choice!r}: {error}") from None
 
     def _check(self, request: Request, option: EdgeOption | None, choice: Choice, now: float) -> None:
-        """A policy may be a user's: what it chose must be free, and within the task's caps (11)."""
-        end = choice.start_s + choice.delay_s
-        good = choice.start_s >= now and (choice.edge is None) == (option is None)
+        """A policy may be a user's: what it chose must be free, within the task's caps (11), and make sense.
+
+        No message that is made of it is validated once more.
+        """
+        end, layers = choice.start_s + choice.delay_s, request.device_row.layers
+        good = (
+            now <= choice.start_s <= end < NEVER
+            and 0 <= choice.cut1 <= choice.cut2 <= layers
+            and (choice.edge is None) == (option is None) == (choice.cut1 == layers)
+        )
         if good and option is not None:
             good = (
                 1 <= choice.link1_bps <= option.max_link1_bps
@@ -502,7 +504,7 @@ class PlannerCore(Reach):
         return "never_fits", "; ".join(lacks[:10])
 
     def _do(self, change: Change, now: float) -> None:
-        self.apply(change, now)
+        APPLY[type(change)](self, change, now)  # what `apply` does, with a call less
         self._changes.append(change)
 
     # --- the state as a value ----------------------------------------------------------------------------------------
@@ -532,3 +534,16 @@ class PlannerCore(Reach):
 
 def _seq(task: Task) -> int:
     return task.seq
+
+
+_TAKE: Final[dict[type, Callable[[PlannerCore, Any, float], None]]] = {
+    TaskSubmitted: PlannerCore._on_submitted,
+    TaskCompleted: PlannerCore._on_completed,
+    NodeHeartbeat: PlannerCore._on_heartbeat,
+    Tick: PlannerCore._on_tick,
+    TaskFailed: PlannerCore._on_failed,
+    NodeAnnounced: PlannerCore._on_announced,
+    NodeLeft: PlannerCore._on_left,
+    TaskCancelled: PlannerCore._on_cancelled,
+    TaskProgress: PlannerCore._on_progress,
+}

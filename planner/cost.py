@@ -10,7 +10,10 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from bus.errors import ConfigError
+from bus.makers import maker
 from bus.values import BITS_PER_BYTE, ModelProfile, Objective, Parts
+
+_parts = maker(Parts)
 
 
 class PlatformRow:
@@ -127,14 +130,14 @@ class Costs:
         input_bytes: int | None = None,
     ) -> Parts:
         """(1)-(6) for all samples: busy seconds of each station."""
-        s = self.sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes)
-        return Parts(
-            device_s=samples * s.s1,
-            link1_s=samples * s.s2,
-            edge_s=samples * s.s3,
-            link2_s=samples * s.s4,
-            cloud_s=samples * s.s5,
-            result_s=samples * (s.s6b + s.s6a),
+        s1, s2, s3, s4, s5, s6b, s6a = self.sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes)
+        return _parts(
+            device_s=samples * s1,
+            link1_s=samples * s2,
+            edge_s=samples * s3,
+            link2_s=samples * s4,
+            cloud_s=samples * s5,
+            result_s=samples * (s6b + s6a),
         )
 
     def delay_s(

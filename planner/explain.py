@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from bus.errors import UnknownNameError
 from bus.messages import Admitted, Decision, Ended, Moved, Overran, Placed, Retried, Start, TaskSubmitted
-from bus.values import Kind, Placement
-from planner.algorithm import Algorithm, Choice, EdgeOption, Request
+from bus.values import Placement
+from planner.algorithm import Algorithm, Choice, EdgeOption, Request, placement_of
 from planner.core import PlannerCore
 from planner.policies import BUILT_IN, Restriction
 from planner.search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
@@ -113,7 +113,7 @@ def _candidate(
     request: Request, option: EdgeOption | None, family: int, rules: Restriction, placed: Placed, now: float
 ) -> Candidate:
     edge = None if option is None else option.account.name
-    alone = request._replace(edges=() if option is None else (option,))
+    alone = request.through(option)
     algorithm = Algorithm(alone, now)
     choice = algorithm.best({family}, device_computes=rules.device_computes, delayed=rules.delayed)
     allowed = family in rules.families
@@ -129,21 +129,6 @@ def _candidate(
         delay_s=choice.delay_s,
         lacked=lacked,
         chosen=allowed and placement == placed.placement,
-    )
-
-
-def placement_of(request: Request, choice: Choice) -> Placement:
-    """A choice as messages carry it."""
-    row = request.device_row
-    return Placement(
-        kind=Kind.of(choice.cut1, choice.cut2, row.layers),
-        edge=choice.edge,
-        cut1=choice.cut1,
-        cut2=choice.cut2,
-        cut1_name=row.names[choice.cut1 - 1] if choice.cut1 else "input",
-        cut2_name=row.names[choice.cut2 - 1] if choice.cut2 else "input",
-        link1_bps=choice.link1_bps,
-        link2_bps=choice.link2_bps,
     )
 
 

@@ -5,6 +5,7 @@ Bandwidth is kept in integer bits per second, so a release gives back exactly wh
 An edge's `Timeline` is a step function: parallel lists of breakpoints and of what is *free* (slots, link 1, link 2) from each
 breakpoint to the next. `bisect` finds an instant, `min(slice)` what is free during a whole interval. Breakpoints at which
 nothing changes are dropped, and so is the past; a list has about two entries a reservation, however many edges there are.
+What was free in the past is not kept: whoever asks, asks from now on.
 
 A device computes one task at a time; it has few reservations, so they are a plain list.
 """
@@ -12,7 +13,7 @@ A device computes one task at a time; it has few reservations, so they are a pla
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Final
 
@@ -58,8 +59,8 @@ class Reservation:
         self.edge = edge  # None: the device alone
         self.device = device  # None: the device only sends its input
         self.start_s = start_s  # ledger time
-        self.length_s = max(delay_s, SHORTEST_S)  # w
-        self.end_s = start_s + self.length_s  # predicted; a task that overruns has it moved on
+        self.length_s = length_s = delay_s if delay_s > SHORTEST_S else SHORTEST_S  # w
+        self.end_s = start_s + length_s  # predicted; a task that overruns has it moved on
         self.slots = slots  # 0 or 1
         self.link1_bps = link1_bps
         self.link2_bps = link2_bps
@@ -104,27 +105,46 @@ class Timeline:
         """Add to what is free in [start_s, end_s); negative amounts reserve."""
         if start_s >= end_s:
             return
-        first = self._cut(start_s)
-        last = self._cut(end_s) if end_s != FOREVER else len(self.times)
+        times, free, free1, free2 = self.times, self.slots, self.free1, self.free2
+        # breakpoints at both ends, made where there are none
+        first = bisect_left(times, start_s)
+        if first == len(times) or times[first] != start_s:
+            times.insert(first, start_s)
+            free.insert(first, free[first - 1])
+            free1.insert(first, free1[first - 1])
+            free2.insert(first, free2[first - 1])
+        last = len(times)
+        if end_s != FOREVER:
+            last = bisect_left(times, end_s, first)
+            if last == len(times) or times[last] != end_s:
+                times.insert(last, end_s)
+                free.insert(last, free[last - 1])
+                free1.insert(last, free1[last - 1])
+                free2.insert(last, free2[last - 1])
         if slots:
-            values = self.slots
             for i in range(first, last):
-                values[i] += slots
+                free[i] += slots
         if link1_bps:
-            values = self.free1
             for i in range(first, last):
-                values[i] += link1_bps
+                free1[i] += link1_bps
         if link2_bps:
-            values = self.free2
             for i in range(first, last):
-                values[i] += link2_bps
-        if last < len(self.times):
-            self._join(last)
-        self._join(first)
+                free2[i] += link2_bps
+        # and dropped where nothing changes any more, the later one first
+        for i in (last, first):
+            before = i - 1
+            if (
+                0 < i < len(times)
+                and free[i] == free[before]
+                and free1[i] == free1[before]
+                and free2[i] == free2[before]
+            ):
+                del times[i], free[i], free1[i], free2[i]
 
-    def take(self, r: Reservation) -> None:
-        """Reserve."""
-        self.change(r.start_s, r.end_s, -r.slots, -r.link1_bps, -r.link2_bps)
+    def take(self, r: Reservation, now: float = LONG_AGO) -> None:
+        """Reserve. What begins now needs no breakpoint for it."""
+        start_s = r.start_s
+        self.change(start_s if start_s > now else LONG_AGO, r.end_s, -r.slots, -r.link1_bps, -r.link2_bps)
 
     def give(self, r: Reservation) -> None:
         """Undo `take`. What runs began in the past, which nobody asks about, so no breakpoint is made there."""
@@ -151,27 +171,6 @@ class Timeline:
         """What is free at an instant: slots, link 1, link 2."""
         i = bisect_right(self.times, at_s) - 1
         return self.slots[i], self.free1[i], self.free2[i]
-
-    def _cut(self, at_s: float) -> int:
-        """The index of a breakpoint at `at_s`, made if need be."""
-        times = self.times
-        i = bisect_left(times, at_s)
-        if i == len(times) or times[i] != at_s:
-            times.insert(i, at_s)
-            self.slots.insert(i, self.slots[i - 1])
-            self.free1.insert(i, self.free1[i - 1])
-            self.free2.insert(i, self.free2[i - 1])
-        return i
-
-    def _join(self, i: int) -> None:
-        """Drop breakpoint i if nothing changes there."""
-        if (
-            i > 0
-            and self.slots[i] == self.slots[i - 1]
-            and self.free1[i] == self.free1[i - 1]
-            and self.free2[i] == self.free2[i - 1]
-        ):
-            del self.times[i], self.slots[i], self.free1[i], self.free2[i]
 
 
 class EdgeAccount:
@@ -253,7 +252,7 @@ class Ledger:
         if account is not None:
             account.timeline.forget_before(now)
             account.reservations[r.task_id] = r
-            account.timeline.take(r)
+            account.timeline.take(r, now)
         if r.device is not None:
             device = self.devices.get(r.device)
             if device is None:
@@ -262,7 +261,7 @@ class Ledger:
         if not r.running:
             self._queue(r)
 
-    def release(self, task_id: str) -> Reservation:
+    def release(self, task_id: str, now: float = LONG_AGO) -> Reservation:
         """Give everything back. Raises `InvariantError` when there is nothing to release: never twice."""
         r = self.reservations.pop(task_id, None)
         if r is None:
@@ -272,7 +271,10 @@ class Ledger:
         account = self._edge(r)
         if account is not None:
             del account.reservations[task_id]
-            account.timeline.give(r)
+            if r.end_s > now:
+                account.timeline.give(r)
+            else:  # it ends when it was predicted to: nothing of it lies ahead
+                account.timeline.forget_before(now)
         if r.device is not None:
             device = self.devices[r.device]
             del device.reservations[task_id]
@@ -302,14 +304,26 @@ class Ledger:
             account.timeline.change(r.end_s, end_s, -r.slots, -r.link1_bps, -r.link2_bps)
         r.end_s = end_s
 
-    def missed(self, edges: Iterable[str], devices: Iterable[str], now: float) -> bool:
-        """Whether somebody there was promised a start before `now`: something ended late."""
-        accounts: list[EdgeAccount | DeviceAccount | None] = [self.edges.get(name) for name in edges]
-        accounts += [self.devices.get(name) for name in devices]
-        return any(account is not None and account.queue and account.queue[0][0] < now for account in accounts)
+    def concerned(self, edges: Mapping[str, float], devices: Mapping[str, float], now: float) -> float | None:
+        """The earliest start that was promised to anybody whom a change may concern, or None: nobody waits for it.
+
+        `edges` and `devices` say until when something was freed there. What was freed until now concerns those alone whose
+        start has come. A start before now says that something ended late.
+        """
+        earliest: float | None = None
+        accounts: Mapping[str, EdgeAccount] | Mapping[str, DeviceAccount]
+        for accounts, changed in ((self.edges, edges), (self.devices, devices)):
+            for name, until in changed.items():
+                account = accounts.get(name)
+                if account is None or not account.queue:
+                    continue
+                start = account.queue[0][0]
+                if (start <= now or until > now) and (earliest is None or start < earliest):
+                    earliest = start
+        return earliest
 
     def overbooked(self, r: Reservation, from_s: float) -> bool:
-        """Whether, from `from_s` to the end of `r`, more is promised than there is on its edge or device."""
+        """Whether, from `from_s` (not before now) to the end of `r`, more is promised than there is on its edge or device."""
         account = self._edge(r)
         if account is not None and not account.timeline.fits(from_s, r.end_s, 0, 0, 0):
             return True

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
-from bus.messages import TaskSubmitted
+from bus.messages import NodeAnnounced, TaskSubmitted
 from bus.values import Objective, Role
-from planner.algorithm import EdgeOption, Request
+from planner.algorithm import EdgeOption, Reached, Request
 from planner.cost import PlatformRow
 from planner.region_state import RegionState
 from planner.search import CutSearch
@@ -19,6 +19,9 @@ from planner.tasks import Node
 
 MAX_SEARCHES: Final = 20_000
 """Prepared searches kept; they are made again when needed."""
+
+MAX_OPTIONS: Final = 50_000
+"""Edges as devices of one make see them, kept likewise."""
 
 
 class Reach(RegionState):
@@ -28,6 +31,7 @@ class Reach(RegionState):
         super().__init__(region, **settings)
         self.objective = objective
         self._searches: dict[tuple[PlatformRow | None, ...], CutSearch] = {}
+        self._options: dict[tuple[str, PlatformRow, int], EdgeOption | None] = {}
 
     def request(self, submitted: TaskSubmitted) -> Request | str | None:
         """A task as Algorithm 1 sees it; None while its device is not there; a cause where it never can be."""
@@ -37,52 +41,49 @@ class Reach(RegionState):
         row = device.rows.get(submitted.model)
         if row is None:
             return "unknown_model"
-        reach = device.reach.get(row.model)
-        if reach is None:
-            reach = device.reach[row.model] = self._reach(device, row)
-        cap1, cap2 = submitted.max_link1_bps, submitted.max_link2_bps
-        options = [
-            EdgeOption(
-                option.account,
-                option.search,
-                option.max_link1_bps if cap1 is None or option.max_link1_bps < cap1 else cap1,
-                option.max_link2_bps if cap2 is None or option.max_link2_bps < cap2 else cap2,
-            )
-            for option in reach
-        ]
-        return Request(
-            submitted.task_id,
-            submitted.samples,
-            submitted.input_bytes,
-            row,
-            device.alone[row.model],
-            self.ledger.devices.get(submitted.device),
-            options,
-            self.objective,
-        )
+        reached = device.reach.get(row.model)
+        if reached is None:
+            reached = device.reach[row.model] = self._reach(device, row)
+        return Request(submitted, reached, self.ledger.devices.get(submitted.device), self.objective)
 
-    def _reach(self, device: Node, row: PlatformRow) -> list[EdgeOption]:
-        """The edges that a device can reach, for one model, in order of name; kept until a node joins or is lost."""
-        device.alone[row.model] = self._search(row, None, None)
+    def _reach(self, device: Node, row: PlatformRow) -> Reached:
+        """What a device can use for one model; kept until a node joins or is lost."""
         announced = device.announced
         cloud = self._cloud_row(row.model, row.sha256)
         names = self._edge_names if announced.reachable_edges is None else sorted(set(announced.reachable_edges))
+        known, own_bps = self._options, announced.link1_capacity_bps
         options: list[EdgeOption] = []
         for name in names:
-            node = self.nodes.get(name)
-            if node is None or node.announced.role is not Role.EDGE:
-                continue
-            edge = node.rows.get(row.model)
-            if edge is not None and (edge.sha256 != row.sha256 or edge.layers != row.layers):
-                edge = None
-            if edge is None and cloud is None:
-                continue
-            account = self.ledger.edges[name]
-            limit1 = account.link1_capacity_bps
-            if announced.link1_capacity_bps and announced.link1_capacity_bps < limit1:
-                limit1 = announced.link1_capacity_bps
-            options.append(EdgeOption(account, self._search(row, edge, cloud), limit1, account.link2_capacity_bps))
-        return options
+            key = name, row, own_bps
+            if key not in known:
+                if len(known) >= MAX_OPTIONS:
+                    known.clear()
+                known[key] = self._option(name, row, cloud, own_bps)
+            option = known[key]
+            if option is not None:
+                options.append(option)
+        return Reached(row, self._search(row, None, None), tuple(options))
+
+    def _option(self, name: str, row: PlatformRow, cloud: PlatformRow | None, own_bps: int) -> EdgeOption | None:
+        """An edge as devices of one make see it, or None where it is no use to them."""
+        node = self.nodes.get(name)
+        if node is None or node.announced.role is not Role.EDGE:
+            return None
+        edge = node.rows.get(row.model)
+        if edge is not None and (edge.sha256 != row.sha256 or edge.layers != row.layers):
+            edge = None
+        if edge is None and cloud is None:
+            return None
+        account = self.ledger.edges[name]
+        limit1 = account.link1_capacity_bps
+        if own_bps and own_bps < limit1:
+            limit1 = own_bps
+        return EdgeOption(account, self._search(row, edge, cloud), limit1, account.link2_capacity_bps)
+
+    def _forget_reach(self, changed: NodeAnnounced) -> None:
+        super()._forget_reach(changed)
+        if changed.role is not Role.DEVICE:
+            self._options.clear()
 
     def _row(self, node: str, model: str, sha256: str) -> PlatformRow | None:
         row = self.nodes[node].rows.get(model)

@@ -8,8 +8,9 @@ rebuilt on the way and is in no hash. Leases are soft state: see `restart_leases
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 from heapq import heapify, heappop, heappush
-from typing import Final
+from typing import Any, Final
 
 from bus.errors import InvariantError
 from bus.messages import (
@@ -30,11 +31,14 @@ from bus.messages import (
 from bus.values import Role
 from planner.cost import PlatformRow, RowTable
 from planner.ledger import Ledger, Reservation
-from planner.states import Step, next_state
-from planner.tasks import HASH_MASK, NEVER, EndedTasks, Node, Task, hash_of
+from planner.states import ENDING, TRANSITIONS, Step, next_state
+from planner.tasks import HASH_MASK, HISTORY, NEVER, EndedTasks, Node, Task, hash_of
 
 DEFAULT_PATIENCE_S: Final = 600.0
 DEFAULT_REMEMBER_ENDED: Final = 10_000
+
+TaskChange = Placed | BandwidthGrant | Start | Moved | Overran | Retried | Ended
+"""A change that is about a live task."""
 
 
 class RegionState:
@@ -87,38 +91,16 @@ class RegionState:
 
     def apply(self, change: Change, now: float) -> None:
         """Make one change, decided here or recorded earlier. Raises `InvariantError` for one that cannot be."""
-        if isinstance(change, Admitted):
-            self._apply_admitted(change, now)
-        elif isinstance(change, NodeJoined):
-            self._apply_joined(change)
-        elif isinstance(change, NodeLost):
-            self._apply_lost(change)
-        else:
-            task = self.tasks.get(change.task_id)
-            if task is None:
-                raise InvariantError(f"{change!r} is about a task that is not live")
-            self._touched[change.task_id] = task
-            if isinstance(change, Placed):
-                self._apply_placed(task, change, now)
-            elif isinstance(change, BandwidthGrant):
-                self._apply_grant(change)
-            elif isinstance(change, Start):
-                self._apply_start(task, change)
-            elif isinstance(change, Ended):
-                self._apply_ended(task, change, now)
-            elif isinstance(change, Moved):
-                self._step(task, Step.MOVED, change.to_s)
-                self._note(self.ledger.reservations[task.task_id], NEVER)
-                self.ledger.move(task.task_id, change.to_s)
-            elif isinstance(change, Overran):
-                self._step(task, Step.OVERRAN, change.to_s)
-                r = self.ledger.reservations[task.task_id]
-                self.ledger.prolong(task.task_id, change.to_s)
-                heappush(self._ends, (change.to_s, task.seq, task.task_id))
-                # who was promised what is now held for longer must be moved; if nobody was, nothing has changed
-                self._note(r, NEVER if self.ledger.overbooked(r, change.from_s) else now)
-            else:
-                self._apply_retried(task, change, now)
+        APPLY[type(change)](self, change, now)
+
+    def _live(self, change: TaskChange) -> Task:
+        """The task that a change is about; its hash must be made anew."""
+        task_id = change.task_id
+        task = self.tasks.get(task_id)
+        if task is None:
+            raise InvariantError(f"{change!r} is about a task that is not live")
+        self._touched[task_id] = task
+        return task
 
     def _apply_admitted(self, change: Admitted, now: float) -> None:
         submitted = change.task
@@ -127,12 +109,13 @@ class RegionState:
             raise InvariantError(f"{task_id} is admitted twice")
         self._seq += 1
         task = Task(submitted, self._seq, now)
-        task.history.append(f"{Step.ADMITTED} at {now:.6f}")
+        task.history.append((None, Step.ADMITTED, now))
         self.tasks[task_id] = self._touched[task_id] = self._waiting[task_id] = task
         if task.deadline_s != NEVER:
             heappush(self._deadlines, (task.deadline_s, task.seq, task_id))
 
-    def _apply_placed(self, task: Task, change: Placed, now: float) -> None:
+    def _apply_placed(self, change: Placed, now: float) -> None:
+        task = self._live(change)
         self._step(task, Step.PLACED, change.start_s)
         if change.attempt != task.attempt:
             raise InvariantError(f"{task!r} is placed as attempt {change.attempt}")
@@ -140,12 +123,14 @@ class RegionState:
         del self._waiting[task.task_id]
         self.ledger.reserve(reservation_of(task, change), now)
 
-    def _apply_grant(self, change: BandwidthGrant) -> None:
+    def _apply_grant(self, change: BandwidthGrant, now: float) -> None:
+        self._live(change)
         r = self.ledger.reservations.get(change.task_id)
         if r is None or r.edge != change.edge or change.bps != (r.link1_bps if change.link == 1 else r.link2_bps):
             raise InvariantError(f"{change!r} is not what is reserved: {r}")
 
-    def _apply_start(self, task: Task, change: Start) -> None:
+    def _apply_start(self, change: Start, now: float) -> None:
+        task = self._live(change)
         self._step(task, Step.START, change.at_s)
         r = self.ledger.reservations[task.task_id]
         if r.start_s != change.at_s:
@@ -155,7 +140,23 @@ class RegionState:
         self._running += 1
         heappush(self._ends, (r.end_s, task.seq, task.task_id))
 
-    def _apply_retried(self, task: Task, change: Retried, now: float) -> None:
+    def _apply_moved(self, change: Moved, now: float) -> None:
+        task = self._live(change)
+        self._step(task, Step.MOVED, change.to_s)
+        self._note(self.ledger.reservations[task.task_id], NEVER)
+        self.ledger.move(task.task_id, change.to_s)
+
+    def _apply_overran(self, change: Overran, now: float) -> None:
+        task = self._live(change)
+        self._step(task, Step.OVERRAN, change.to_s)
+        r = self.ledger.reservations[task.task_id]
+        self.ledger.prolong(task.task_id, change.to_s)
+        heappush(self._ends, (change.to_s, task.seq, task.task_id))
+        # who was promised what is now held for longer must be moved; if nobody was, nothing has changed
+        self._note(r, NEVER if self.ledger.overbooked(r, max(change.from_s, now)) else now)
+
+    def _apply_retried(self, change: Retried, now: float) -> None:
+        task = self._live(change)
         self._step(task, Step.RETRIED, now)
         if change.attempt <= task.attempt:
             raise InvariantError(f"{task!r} is retried as attempt {change.attempt}")
@@ -166,9 +167,10 @@ class RegionState:
         task.waiting_since_s = now
         self._waiting[task.task_id] = task
 
-    def _apply_ended(self, task: Task, change: Ended, now: float) -> None:
+    def _apply_ended(self, change: Ended, now: float) -> None:
+        task = self._live(change)
         task_id = task.task_id
-        self._step(task, Step(change.state.value), now)
+        self._step(task, ENDING[change.state], now)
         if task_id in self.ledger.reservations:
             r = self._release(task, now)
             released = (r.edge, r.slots, r.link1_bps, r.link2_bps)
@@ -178,9 +180,10 @@ class RegionState:
         self._waiting.pop(task_id, None)
         del self.tasks[task_id]
         del self._touched[task_id]
-        self._hash += self.ended.add(task_id, change.state) - task.digest
+        self._hash -= task.digest
+        self.ended.add(task_id, change.state)
 
-    def _apply_joined(self, change: NodeJoined) -> None:
+    def _apply_joined(self, change: NodeJoined, now: float) -> None:
         announced = change.node
         name = announced.node
         old = self.nodes.get(name)
@@ -199,7 +202,7 @@ class RegionState:
                 insort(self._cloud_names, name)
             self._cloud_rows.clear()
 
-    def _apply_lost(self, change: NodeLost) -> None:
+    def _apply_lost(self, change: NodeLost, now: float) -> None:
         node = self.nodes.pop(change.node, None)
         if node is None:
             raise InvariantError(f"{change!r}: it is not there")
@@ -215,21 +218,25 @@ class RegionState:
             self._cloud_rows.clear()
 
     def _release(self, task: Task, now: float) -> Reservation:
-        r = self.ledger.release(task.task_id)
+        r = self.ledger.release(task.task_id, now)
         self._running -= r.running
         self._note(r, max(r.end_s, now))  # what ends when it was predicted to concerns only those who are due
         return r
 
     def _note(self, r: Reservation, until: float) -> None:
-        if r.edge is not None:
-            self._changed_edges[r.edge] = max(until, self._changed_edges.get(r.edge, until))
-        if r.device is not None:
-            self._changed_devices[r.device] = max(until, self._changed_devices.get(r.device, until))
+        edge, device = r.edge, r.device
+        if edge is not None and until >= self._changed_edges.get(edge, until):
+            self._changed_edges[edge] = until
+        if device is not None and until >= self._changed_devices.get(device, until):
+            self._changed_devices[device] = until
 
     def _step(self, task: Task, step: Step, at_s: float) -> None:
-        before = task.state
-        task.state = next_state(task.task_id, before, step, task.history)
-        task.history.append(f"{before} -> {task.state} by {step} at {at_s:.6f}")
+        before, history = task.state, task.history
+        to = TRANSITIONS.get((before, step))
+        task.state = next_state(task.task_id, before, step, history) if to is None else to
+        history.append((before, step, at_s))
+        if len(history) > 2 * HISTORY:
+            del history[:-HISTORY]
 
     # --- leases and timers -------------------------------------------------------------------------------------------
 
@@ -288,7 +295,11 @@ class RegionState:
 
     def next_wakeup(self) -> float | None:
         """Ledger time at which a `Tick` has something to look at, or None."""
-        wakeup = min(self._next_lease(), self._next_deadline(), self._next_impatience())
+        wakeup = self._next_lease()
+        if self._deadlines:
+            wakeup = min(wakeup, self._next_deadline())
+        if self._waiting:
+            wakeup = min(wakeup, self._next_impatience())
         return None if wakeup == NEVER else wakeup
 
     # --- the state as a value ----------------------------------------------------------------------------------------
@@ -303,7 +314,7 @@ class RegionState:
                 self._hash += digest - task.digest
                 task.digest = digest
             self._touched.clear()
-        self._hash &= HASH_MASK
+        self._hash = (self._hash + self.ended.hash_change()) & HASH_MASK
         return f"{(self._hash + self._seq) & HASH_MASK:032x}"
 
     @property
@@ -322,7 +333,22 @@ def reservation_of(task: Task, placed: Placed) -> Reservation:
         placed.device if placement.cut1 else None,
         placed.start_s,
         placed.delay_s,
-        int(placement.uses_slot),
+        int(placement.cut1 != placement.cut2),
         placement.link1_bps,
         placement.link2_bps,
     )
+
+
+APPLY: Final[dict[type, Callable[[RegionState, Any, float], None]]] = {
+    Admitted: RegionState._apply_admitted,
+    Placed: RegionState._apply_placed,
+    BandwidthGrant: RegionState._apply_grant,
+    Start: RegionState._apply_start,
+    Moved: RegionState._apply_moved,
+    Overran: RegionState._apply_overran,
+    Retried: RegionState._apply_retried,
+    Ended: RegionState._apply_ended,
+    NodeJoined: RegionState._apply_joined,
+    NodeLost: RegionState._apply_lost,
+}
+"""What `apply` does with each change."""

@@ -44,6 +44,7 @@ Found = tuple[float, int, int]
 """delay in seconds, cut1, cut2."""
 
 _INFINITY: Final = float("inf")
+_SEQUENTIAL: Final = Objective.SEQUENTIAL
 _SLACK: Final = 1e-9  # lines this close to the envelope stay on it: rounding must not lose a tie
 
 
@@ -149,40 +150,56 @@ class CutSearch:
         if family == DEVICE:
             alone = self.device_s(samples, objective)
             return None if alone is None or not device_free else (alone, self.costs.layers, self.costs.layers)
-        if objective is Objective.SEQUENTIAL:
-            cuts = self._sequential(family, link1_bps, link2_bps, input_bytes, device_free)
-        else:
+        if objective is not _SEQUENTIAL:
             cuts = self._pipelined(family, link1_bps, link2_bps, samples, input_bytes, device_free)
-        if cuts is None:
-            return None
-        cut1, cut2 = cuts
-        return self.costs.delay_s(cut1, cut2, link1_bps, link2_bps, samples, objective, input_bytes), cut1, cut2
+            if cuts is None:
+                return None
+            delay = self.costs.delay_s(cuts[0], cuts[1], link1_bps, link2_bps, samples, objective, input_bytes)
+            return delay, cuts[0], cuts[1]
+        # What the planner asks most, so written without further calls. The delays are the sums of `Costs.delay_s`.
+        costs = self.costs
+        layers, sizes, device = costs.layers, costs.cut_bytes, costs.device
+        g0 = sizes[0] if input_bytes is None else input_bytes
+        x1 = BITS_PER_BYTE / link1_bps
+        if family == DEVICE_EDGE:
+            edge, start = costs.edge, self._edge_only
+            best, cut = (_INFINITY, -1) if start is None else (start + g0 * x1, 0)
+            if device_free:
+                for a, g, c, _ in self._edge_envelope:
+                    value = a + g * x1
+                    if value < best:
+                        best, cut = value, c
+            if cut < 0 or edge is None:
+                return None
+            s2 = (sizes[cut] if cut else g0) * x1
+            return samples * (device[cut] + s2 + (edge[layers] - edge[cut]) + self._result * x1), cut, layers
+        x2 = BITS_PER_BYTE / link2_bps
+        cloud = costs.cloud
+        if family == DEVICE_CLOUD:
+            x, start = x1 + x2, self._cloud_only
+            best, cut = (_INFINITY, -1) if start is None else (start + g0 * x, 0)
+            if device_free:
+                for a, g, c, _ in self._relay_envelope:
+                    value = a + g * x
+                    if value < best:
+                        best, cut = value, c
+            if cut < 0 or cloud is None:
+                return None
+            size, s3, cut2 = sizes[cut] if cut else g0, 0.0, cut
+            s4 = size * x2
+        else:
+            pair = self._sequential_pair(x1, x2, g0, device_free)
+            edge = costs.edge
+            if pair is None or edge is None or cloud is None:
+                return None
+            cut, cut2 = pair
+            size, s3 = sizes[cut] if cut else g0, edge[cut2] - edge[cut]
+            s4 = sizes[cut2] * x2
+        s5 = cloud[layers] - cloud[cut2]
+        result = self._result
+        return samples * (device[cut] + size * x1 + s3 + s4 + s5 + (result * x2 + result * x1)), cut, cut2
 
     # --- sequential ---
-
-    def _sequential(
-        self, family: int, link1_bps: float, link2_bps: float, input_bytes: int | None, device_free: bool
-    ) -> tuple[int, int] | None:
-        costs = self.costs
-        layers = costs.layers
-        g0 = costs.cut_bytes[0] if input_bytes is None else input_bytes
-        if family == DEVICE_EDGE:
-            x = BITS_PER_BYTE / link1_bps
-            start, lines = self._edge_only, self._edge_envelope
-        elif family == DEVICE_CLOUD:
-            x = BITS_PER_BYTE / link1_bps + BITS_PER_BYTE / link2_bps
-            start, lines = self._cloud_only, self._relay_envelope
-        else:
-            return self._sequential_pair(BITS_PER_BYTE / link1_bps, BITS_PER_BYTE / link2_bps, g0, device_free)
-        best, cut = (_INFINITY, -1) if start is None else (start + g0 * x, 0)
-        if device_free:
-            for a, g, c, _ in lines:
-                value = a + g * x
-                if value < best:
-                    best, cut = value, c
-        if cut < 0:
-            return None
-        return (cut, layers) if family == DEVICE_EDGE else (cut, cut)
 
     def _sequential_pair(self, x1: float, x2: float, g0: int, device_free: bool) -> tuple[int, int] | None:
         best, cut1, cut2 = _INFINITY, -1, -1

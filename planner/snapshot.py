@@ -65,7 +65,9 @@ def restore(region: RegionState, state: dict[str, Any]) -> None:
     region.now_s = float("-inf") if state["now_s"] is None else state["now_s"]
     for entry in state["nodes"]:
         models = [{**state["profiles"][index], "platform": platform} for index, platform in entry["models"]]
-        region._apply_joined(NodeJoined(node=NodeAnnounced.model_validate({**entry["announced"], "models": models})))
+        region._apply_joined(
+            NodeJoined(node=NodeAnnounced.model_validate({**entry["announced"], "models": models})), region.now_s
+        )
     for entry in sorted(state["tasks"], key=lambda entry: (entry["waiting_since_s"], entry["seq"])):
         _restore_task(region, entry)
     region._seq = state["admitted"]
@@ -80,7 +82,6 @@ def _restore_task(region: RegionState, entry: dict[str, Any]) -> None:
     task.state = TaskState(entry["state"])
     task.attempt = entry["attempt"]
     task.deadline_s = NEVER if entry["deadline_s"] is None else entry["deadline_s"]
-    task.history.append("restored")
     region.tasks[task.task_id] = region._touched[task.task_id] = task
     if task.deadline_s != NEVER:
         heappush(region._deadlines, (task.deadline_s, task.seq, task.task_id))

@@ -6,7 +6,7 @@ the task, what it was, what was to happen, and its recent history.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Final
 
@@ -54,10 +54,24 @@ TRANSITIONS: Final[dict[tuple[TaskState | None, Step], TaskState]] = {
 }
 
 
-def next_state(task_id: str, state: TaskState | None, step: Step, history: Iterable[str] = ()) -> TaskState:
+ENDING: Final[dict[TaskState, Step]] = {state: Step(state.value) for state in TaskState if state.ended}
+"""How a task comes to an end."""
+
+Happened = tuple[TaskState | None, Step, float]
+"""What a task was, what happened to it, and when; words are made of it only when somebody asks."""
+
+
+def next_state(task_id: str, state: TaskState | None, step: Step, history: Sequence[Happened] = ()) -> TaskState:
     """The state after a step. Raises `InvariantError` for a transition that is not in the table."""
     to = TRANSITIONS.get((state, step))
     if to is None:
-        past = "; ".join(history) or "nothing"
+        past = "; ".join(in_words(history)) or "nothing that is known"
         raise InvariantError(f"task {task_id}: no transition from {state or 'unknown'} by {step}; before that: {past}")
     return to
+
+
+def in_words(history: Iterable[Happened]) -> list[str]:
+    """A task's history for people: `WAITING -> SCHEDULED by placement at 1.500000`."""
+    return [
+        f"{state or 'unknown'} -> {TRANSITIONS[state, step]} by {step} at {at_s:.6f}" for state, step, at_s in history
+    ]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from hashlib import blake2b
+from itertools import islice
 from typing import Any, Final
 
 from bus.messages import NodeAnnounced, Placed, TaskState, TaskSubmitted
-from planner.algorithm import EdgeOption
+from planner.algorithm import Reached
 from planner.cost import PlatformRow, RowTable
 from planner.ledger import Reservation
-from planner.search import CutSearch
+from planner.states import Happened
 
 HISTORY: Final = 12
-"""So many steps of a task are kept, for the message of an `InvariantError`; they are not part of the state."""
+"""At least so many steps of a task are kept (at most twice as many), for the message of an `InvariantError`; they are not
+part of the state.
+"""
 
 NEVER: Final = float("inf")
 
@@ -21,10 +24,22 @@ NEVER: Final = float("inf")
 class Task:
     """A task that has not ended."""
 
-    __slots__ = ("attempt", "deadline_s", "digest", "history", "placed", "seq", "state", "submitted", "waiting_since_s")
+    __slots__ = (
+        "attempt",
+        "deadline_s",
+        "digest",
+        "history",
+        "placed",
+        "seq",
+        "state",
+        "submitted",
+        "task_id",
+        "waiting_since_s",
+    )
 
     def __init__(self, submitted: TaskSubmitted, seq: int, now: float) -> None:
         self.submitted = submitted
+        self.task_id = submitted.task_id
         self.seq = seq  # order of admission
         self.state = TaskState.WAITING
         self.attempt = 1
@@ -32,12 +47,7 @@ class Task:
         self.waiting_since_s = now  # when it last became WAITING
         self.placed: Placed | None = None  # of the present attempt
         self.digest = 0  # its share of the state's hash
-        self.history: deque[str] = deque(maxlen=HISTORY)
-
-    @property
-    def task_id(self) -> str:
-        """Its name."""
-        return self.submitted.task_id
+        self.history: list[Happened] = []
 
     def text(self, r: Reservation | None) -> str:
         """Everything about it that decides what will happen, for the hash."""
@@ -45,7 +55,7 @@ class Task:
         if r is not None:
             held = f"{r.edge}|{r.device}|{r.start_s!r}|{r.end_s!r}|{r.slots}|{r.link1_bps}|{r.link2_bps}|{r.running}"
         return (
-            f"task|{self.submitted.task_id}|{self.seq}|{self.state}|{self.attempt}|{self.deadline_s!r}|"
+            f"task|{self.task_id}|{self.seq}|{self.state}|{self.attempt}|{self.deadline_s!r}|"
             f"{self.waiting_since_s!r}|{held}"
         )
 
@@ -56,14 +66,13 @@ class Task:
 class Node:
     """A node that is part of the region."""
 
-    __slots__ = ("_texts", "alone", "announced", "digest", "reach", "rows")
+    __slots__ = ("_texts", "announced", "digest", "reach", "rows")
 
     def __init__(self, announced: NodeAnnounced, table: RowTable) -> None:
         self.announced = announced
         self.rows: dict[str, PlatformRow] = {profile.model: table.row(profile) for profile in announced.models}
         self.digest = hash_of("node|" + announced.model_dump_json())
-        self.reach: dict[str, list[EdgeOption]] = {}  # of a device, by model; derived, not part of the state
-        self.alone: dict[str, CutSearch] = {}
+        self.reach: dict[str, Reached] = {}  # of a device, by model; derived, not part of the state
         self._texts: list[tuple[str, str]] | None = None
 
     def profile_texts(self) -> list[tuple[str, str]]:
@@ -79,19 +88,35 @@ class Node:
 
 
 class EndedTasks:
-    """The last tasks that ended, so that a duplicate of their submission is recognised: bounded, oldest out first."""
+    """The last tasks that ended, so that a duplicate of their submission is recognised: bounded, oldest out first.
+
+    They are hashed when the state's hash is asked for; what came and went in between is never hashed.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._ended: OrderedDict[str, TaskState] = OrderedDict()
+        self._fresh = 0  # the last of them that are not in any hash yet
+        self._gone: list[tuple[str, TaskState]] = []  # those that are in a hash and no longer remembered
 
-    def add(self, task_id: str, state: TaskState) -> int:
-        """Remember one. What the hash of the whole changes by."""
-        change = hash_of(f"ended|{task_id}|{state}")
-        self._ended[task_id] = state
-        if len(self._ended) > self.limit:
-            gone, old = self._ended.popitem(last=False)
-            change -= hash_of(f"ended|{gone}|{old}")
+    def add(self, task_id: str, state: TaskState) -> None:
+        """Remember one."""
+        ended = self._ended
+        ended[task_id] = state
+        self._fresh += 1
+        if len(ended) > self.limit:
+            oldest = ended.popitem(last=False)
+            if self._fresh > len(ended):
+                self._fresh -= 1
+            else:
+                self._gone.append(oldest)
+
+    def hash_change(self) -> int:
+        """What the sum of all hashes has changed by since this was asked for last."""
+        change = sum(_ended_hash(*one) for one in islice(reversed(self._ended.items()), self._fresh))
+        change -= sum(_ended_hash(*one) for one in self._gone)
+        self._fresh = 0
+        self._gone.clear()
         return change
 
     def get(self, task_id: str) -> TaskState | None:
@@ -108,11 +133,17 @@ class EndedTasks:
     def restore(self, state: list[list[Any]]) -> int:
         """From `to_state`. The sum of all hashes."""
         self._ended = OrderedDict((task_id, TaskState(value)) for task_id, value in state)
+        self._fresh = 0
+        self._gone.clear()
         return self.digest()
 
     def digest(self) -> int:
         """The sum of all hashes, computed anew."""
-        return sum(hash_of(f"ended|{task_id}|{state}") for task_id, state in self._ended.items())
+        return sum(_ended_hash(task_id, state) for task_id, state in self._ended.items())
+
+
+def _ended_hash(task_id: str, state: TaskState) -> int:
+    return hash_of(f"ended|{task_id}|{state}")
 
 
 def hash_of(text: str) -> int:

@@ -10,6 +10,7 @@ from hashlib import sha256
 import pytest
 
 from bus import messages
+from bus.messages import Change
 from bus.values import Objective
 from planner.core import PlannerCore
 from tests.unit.planner.scenes import World
@@ -48,3 +49,16 @@ def test_what_is_decided_has_not_changed(policy: str, objective: str) -> None:
             for decision in world.log:
                 digest.update(messages.encode(decision))
     assert digest.hexdigest() == RECORDED[policy, objective]
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_what_the_core_builds_unchecked_is_what_validation_would_build(objective: Objective) -> None:
+    kinds: set[type[Change]] = set()
+    for policy in ("deepar", "cloud-only"):
+        for decision in World(PlannerCore(0, policy, objective), 3, rate=4.0, validate=False).run().log:
+            for change in decision.changes:
+                checked = type(change).model_validate_json(change.model_dump_json())
+                assert checked == change
+                assert checked.model_dump_json() == change.model_dump_json()
+                kinds.add(type(change))
+    assert len(kinds) == 10  # every kind of change there is

@@ -3,6 +3,7 @@
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from bus.errors import ConfigError, InvariantError, UnknownNameError
@@ -78,6 +79,53 @@ def test_a_users_policy_comes_in_by_module_and_name(module: str) -> None:
 def test_what_is_no_policy_is_refused(module: str) -> None:
     with pytest.raises(ConfigError, match="nothing"):
         load_policy(f"{module}:nothing")
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {"cut1": 2, "cut2": 1},  # the edge before the device
+        {"edge": None},  # cuts through no edge
+        {"cut1": 3, "cut2": 3},  # the device alone, through an edge
+        {"cut2": 4},  # a layer that is not there
+        {"link1_bps": 1.5},  # half a bit
+        {"delay_s": float("inf")},
+        {"delay_s": -1.0},
+        {"start_s": -1.0},
+    ],
+)
+def test_a_policy_that_chooses_nonsense_is_stopped(nonsense: dict[str, object]) -> None:
+    class Muddled:
+        name = "muddled"
+
+        def place(self, algorithm: Algorithm) -> Choice | None:
+            choice = algorithm.best({DEVICE_EDGE}, device_computes=False)
+            return choice and choice._replace(**nonsense)
+
+    core = PlannerCore(0, Muddled())
+    for node in (edge(), device()):
+        core.handle(node, 0.0)
+    with pytest.raises(InvariantError, match="muddled"):
+        core.handle(task(), 0.0)
+
+
+def test_numbers_of_another_make_become_plain_ones() -> None:
+    class Numeric:
+        name = "numeric"
+
+        def place(self, algorithm: Algorithm) -> Choice | None:
+            choice = algorithm.best({DEVICE_EDGE})
+            return choice and choice._replace(
+                cut1=np.int64(choice.cut1), link1_bps=np.int64(choice.link1_bps), start_s=0
+            )
+
+    core = PlannerCore(0, Numeric())
+    for node in (edge(), device()):
+        core.handle(node, 0.0)
+    placed = only(core.handle(task(), 0), Placed)
+    assert type(placed.placement.cut1) is int
+    assert type(placed.start_s) is float
+    assert Placed.model_validate_json(placed.model_dump_json()) == placed
 
 
 def test_a_policy_that_takes_what_is_not_free_is_stopped() -> None:

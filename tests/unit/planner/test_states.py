@@ -9,8 +9,13 @@ from planner.states import TRANSITIONS, Step, next_state
 
 def test_a_missing_transition_names_the_task_the_states_and_the_history() -> None:
     with pytest.raises(InvariantError) as caught:
-        next_state("t7", TaskState.COMPLETED, Step.START, ["WAITING -> RUNNING"])
-    for word in ("t7", "COMPLETED", "start", "WAITING -> RUNNING"):
+        next_state(
+            "t7",
+            TaskState.COMPLETED,
+            Step.START,
+            [(None, Step.ADMITTED, 1.0), (TaskState.RUNNING, Step.COMPLETED, 2.5)],
+        )
+    for word in ("t7", "COMPLETED", "start", "unknown -> WAITING", "RUNNING -> COMPLETED by COMPLETED at 2.5"):
         assert word in str(caught.value)
 
 
