@@ -437,13 +437,15 @@ class PlannerCore(Reach):
             parts=search.costs.parts(cut1, cut2, link1_bps, link2_bps, submitted.samples, submitted.input_bytes),
         )
         self._do(placed, now)
-        if edge is not None:
+        if edge is not None:  # grants tell what has been reserved; they change nothing themselves
             if link1_bps:
-                grant = _granted(task_id=task_id, attempt=attempt, edge=edge, link=1, bps=link1_bps, from_s=start_s)
-                self._do(grant, now)
+                self._changes.append(
+                    _granted(task_id=task_id, attempt=attempt, edge=edge, link=1, bps=link1_bps, from_s=start_s)
+                )
             if link2_bps:
-                grant = _granted(task_id=task_id, attempt=attempt, edge=edge, link=2, bps=link2_bps, from_s=start_s)
-                self._do(grant, now)
+                self._changes.append(
+                    _granted(task_id=task_id, attempt=attempt, edge=edge, link=2, bps=link2_bps, from_s=start_s)
+                )
         if start_s <= now:
             self._do(_start(task_id=task_id, attempt=attempt, device=submitted.device, at_s=start_s), now)
 

@@ -92,9 +92,14 @@ class Costs:
         self, cut1: int, cut2: int, link1_bps: float, link2_bps: float, input_bytes: int | None = None
     ) -> SampleParts:
         """(1)-(6) for one sample. `input_bytes` replaces G(0). Bandwidth of an unused link is not looked at."""
+        return SampleParts(*self._sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes))
+
+    def _sample_parts(
+        self, cut1: int, cut2: int, link1_bps: float, link2_bps: float, input_bytes: int | None
+    ) -> tuple[float, float, float, float, float, float, float]:
         layers, sizes, device = self.layers, self.cut_bytes, self.device
         if cut1 == layers:
-            return SampleParts(device[layers], 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+            return device[layers], 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         result = sizes[layers]
         s_per_byte1 = BITS_PER_BYTE / link1_bps
         bytes1 = input_bytes if cut1 == 0 and input_bytes is not None else sizes[cut1]
@@ -104,13 +109,13 @@ class Costs:
                 raise ConfigError("the edge does not run this model")
             s3 = self.edge[cut2] - self.edge[cut1]
         if cut2 == layers:
-            return SampleParts(device[cut1], bytes1 * s_per_byte1, s3, 0.0, 0.0, 0.0, result * s_per_byte1)
+            return device[cut1], bytes1 * s_per_byte1, s3, 0.0, 0.0, 0.0, result * s_per_byte1
         if self.cloud is None:
             raise ConfigError("the cloud does not run this model")
         s_per_byte2 = BITS_PER_BYTE / link2_bps
         bytes2 = bytes1 if cut2 == cut1 else sizes[cut2]
         s5 = self.cloud[layers] - self.cloud[cut2]
-        return SampleParts(
+        return (
             device[cut1],
             bytes1 * s_per_byte1,
             s3,
@@ -130,7 +135,7 @@ class Costs:
         input_bytes: int | None = None,
     ) -> Parts:
         """(1)-(6) for all samples: busy seconds of each station."""
-        s1, s2, s3, s4, s5, s6b, s6a = self.sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes)
+        s1, s2, s3, s4, s5, s6b, s6a = self._sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes)
         return _parts(
             device_s=samples * s1,
             link1_s=samples * s2,
