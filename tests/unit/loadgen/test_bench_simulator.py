@@ -1,0 +1,66 @@
+"""The benchmark of a million tasks, with some hundred."""
+
+import gc
+
+import pytest
+
+from bus.messages import TaskState
+from loadgen import bench_simulator
+from loadgen.bench_simulator import REGIONS, SCENARIO, drive_region, entries, rare_collection
+from loadgen.driver import Drive, core_for, log_normal
+from loadgen.outcome import Outcome
+from loadgen.platforms import platforms
+
+
+def test_the_report_says_what_was_used_of_the_processors() -> None:
+    report = bench_simulator.run(tasks=400)
+    (result,) = report["results"]
+    assert (result["tasks"], result["completed"]) == (400, 400)
+    assert len(result["region_processor_seconds"]) == REGIONS
+    assert result["processor_seconds"] == max(result["region_processor_seconds"]) > 0
+    assert result["processor_us_per_task"] == pytest.approx(sum(result["region_processor_seconds"]) / 400 * 1e6)
+    assert [aim["name"] for aim in report["aims"]] == ["seconds for 400 tasks", "time a task over that at 400"]
+
+
+def test_the_same_seed_drives_the_same_region() -> None:
+    one, two = (drive_region(300, 7) for _ in range(2))
+    assert (one.tasks, one.waited, one.completed, one.in_flight) == (
+        two.tasks,
+        two.waited,
+        two.completed,
+        two.in_flight,
+    )
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_the_core_makes_no_cycles(noise: float) -> None:
+    """The benchmark all but stops the garbage collector: nothing may be left to it, however many tasks there are."""
+    ended: list[TaskState | None] = []
+
+    def end(outcome: Outcome) -> None:
+        ended.append(outcome.state)
+
+    found = []
+    for tasks in (20, 1500):
+        run = Drive(core_for(SCENARIO), end)
+        if noise:
+            run.slowdown = log_normal(noise, 1)
+        run.announce(SCENARIO.nodes(1, platforms(SCENARIO.profile).profiles)[: 1 + SCENARIO.edges + tasks])
+        gc.collect()
+        gc.disable()
+        try:
+            run.run(entries(tasks, 1))
+            found.append(gc.collect())
+        finally:
+            gc.enable()
+    assert len(ended) == 1520
+    assert found[1] <= found[0] + 5  # a generator's frame or two, and not one a task
+
+
+def test_the_collector_is_as_it_was_afterwards() -> None:
+    before = gc.get_threshold()
+    with rare_collection():
+        assert gc.get_threshold()[0] == bench_simulator.COLLECT_AFTER
+        assert gc.isenabled()
+    assert gc.get_threshold() == before
+    assert gc.get_freeze_count() == 0
