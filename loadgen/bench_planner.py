@@ -8,7 +8,7 @@
 * The reference is Algorithm 1 written down literally, kept with the tests; where they are not installed it is left out.
   It takes seconds a decision, so it is timed on a few, and its decisions are checked to be the same.
 
-Decisions are timed by the processor time of the thread, so that being preempted by others does not count; a decision alone
+Everything is timed by the processor time of the thread, so that being preempted by others does not count; a decision alone
 is the best of three besides (it changes nothing). Percentiles are over hundreds of different decisions; the ratio to the
 reference is taken over the same decisions in one run.
 """
@@ -81,7 +81,7 @@ RATIO_AIMS = {"reference": 1000.0, "reference_fast_search": 50.0}
 
 
 def run(*, seed: int = 1, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Measure; the object that docs/json.md describes. Some minutes."""
+    """Measure; the object that docs/json.md describes. One to two minutes of a core."""
     say = progress or (lambda line: None)
     results: list[dict[str, Any]] = []
     for objective in Objective:
@@ -135,15 +135,15 @@ def search_case(layers: int, objective: Objective, seed: int) -> dict[str, Any]:
         best = search.best
         for family in FAMILIES:
             best(family, 1e8, 1e7, 10, objective, 500_000)
-        began = time.perf_counter()
+        began = time.thread_time()
         for b1, b2, samples in questions:
             for family in FAMILIES:
                 best(family, b1, b2, samples, objective, 500_000)
-        fast.append((time.perf_counter() - began) / SEARCHES)
+        fast.append((time.thread_time() - began) / SEARCHES)
         b1, b2, samples = questions[0]
-        began = time.perf_counter()
+        began = time.thread_time()
         wanted = [exhaustive(search.costs, family, b1, b2, samples, objective, 500_000) for family in FAMILIES]
-        brute.append(time.perf_counter() - began)
+        brute.append(time.thread_time() - began)
         for family, one in enumerate(wanted):
             found = best(family, b1, b2, samples, objective, 500_000)
             if found is None or one is None or abs(found[0] - one[0]) > 1e-12 * one[0]:
