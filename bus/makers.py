@@ -1,8 +1,8 @@
 """Messages from quantities that are already checked.
 
 A message that comes from outside is validated when it is decoded or built: that is pydantic's work, and takes one to three
-microseconds. The planner's core makes nine values for each task, from numbers that it has validated before or computed
-itself; checking them again was a tenth of its time. `maker` gives a function that builds such a message at once: equal to
+microseconds. The planner's core makes eight values for each task, from numbers that were validated before or that it computed
+itself; checking them again was an eighth of its time. `maker` gives a function that builds such a message at once: equal to
 the validated one, as frozen, with the same bytes on the wire. What it is given is taken as it is (an int is not made a float,
 a name is not looked at), so it is for code whose quantities are known, and for tests that compare both.
 """

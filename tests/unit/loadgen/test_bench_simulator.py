@@ -19,7 +19,10 @@ def test_the_report_says_what_was_used_of_the_processors() -> None:
     assert len(result["region_processor_seconds"]) == REGIONS
     assert result["processor_seconds"] == max(result["region_processor_seconds"]) > 0
     assert result["processor_us_per_task"] == pytest.approx(sum(result["region_processor_seconds"]) / 400 * 1e6)
-    assert [aim["name"] for aim in report["aims"]] == ["seconds for 400 tasks", "time a task over that at 400"]
+    wall, worked, growth = report["aims"]
+    assert (wall["value"], worked["value"]) == (result["seconds"], result["processor_seconds"])
+    assert wall["aim"] == worked["aim"] == pytest.approx(60.0 * 400 / 1e6)
+    assert growth["value"] == 1.0
 
 
 def test_the_same_seed_drives_the_same_region() -> None:
