@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -245,12 +246,13 @@ class Attempt:
         self.todo = todo
         self.device_s = 0.0
         self._began_s: float | None = None  # when it first computed here
-        self._computed_s = 0.0  # when it last did
+        self._computed_s = float("-inf")  # when it last did
         self.reports: dict[str, float] = {}
         self._on_result = on_result
         self._missing = set(todo)
         self._assembler = Assembler()
         self._window = asyncio.Semaphore(0)  # opened once the model is known
+        self._opened_s: deque[float] = deque()  # when each place of it that is free was opened
         self.window = 0  # its size, in samples
         self.under_way = 0  # samples that were begun and have no result
         self._complete = asyncio.Event()
@@ -284,7 +286,7 @@ class Attempt:
         inputs = node.runner.open_input(self.known.task)
         self.window = window_samples(plan.execution, self._profile().cut_bytes)
         for _ in range(self.window):
-            self._window.release()
+            self._open()
         async with contextlib.AsyncExitStack() as stack:
             station: Station | None = None
             stack.callback(self._told, None)
@@ -326,14 +328,15 @@ class Attempt:
             if self._broken:
                 raise self._broken
             self.under_way += 1
-            ready_s = clock()
+            ready_s = self._opened_s.popleft()  # not now: a device that comes round to it late is not slower for that
             tensors = inputs(sample)
             if station is not None:
                 tensors = await station.run(sample, tensors, ready_s)
                 now = clock()
-                self._began_s, self._computed_s = ready_s if self._began_s is None else self._began_s, now
-                self.device_s += now - ready_s
-                node.busy("device_s", plan.task_id, ready_s, now)
+                begin_s = max(ready_s, self._computed_s)
+                self._began_s, self._computed_s = begin_s if self._began_s is None else self._began_s, now
+                self.device_s += now - begin_s
+                node.busy("device_s", plan.task_id, begin_s, now)
                 ready_s = now
             if outlet is None:
                 self._result(sample, tensors)
@@ -364,6 +367,11 @@ class Attempt:
             elif clock() - self._moved_s > self._patience_s:
                 self._break(StalledError(f"{len(self._missing)} samples without a result for {self._patience_s:.0f} s"))
                 return
+
+    def _open(self) -> None:
+        """One sample more may be under way from now on."""
+        self._opened_s.append(asyncio.get_running_loop().time())
+        self._window.release()
 
     def _break(self, error: Exception) -> None:
         self._broken = error
@@ -417,7 +425,7 @@ class Attempt:
         self.under_way -= 1
         self.known.results.add(sample)
         self._last_result_s = self._moved_s = asyncio.get_running_loop().time()
-        self._window.release()
+        self._open()
         if self._on_result is not None:
             try:
                 self._on_result(self.known.task, sample, outputs)

@@ -30,6 +30,8 @@ from stages.shaper import Grant, cross, frame_bytes
 
 MAX_DATA_BYTES = MAX_FRAME_BYTES - 4096 - MAX_PIECES * 160
 """The rest of the largest frame is for its head: a plan, and the descriptions of its pieces."""
+TENSORS_BYTES = 20
+"""Some frames describe tensors, which takes some 40 bytes, some do not."""
 RETRY_S = 0.2
 
 
@@ -130,8 +132,7 @@ class Outlet:
         first = self._waiting.popleft()
         batch = [first]
         if not self._frame_bytes:
-            sample_bytes = sum(array.nbytes for array in first.tensors)
-            self._frame_bytes = frame_bytes(self._rate_bps, sample_bytes, MAX_DATA_BYTES)
+            self._frame_bytes = self._choose(first)
         pieces = to_pieces(first.sample, first.tensors, self._frame_bytes)
         if len(pieces) == 1:
             size_bytes = pieces[0].data.nbytes
@@ -151,6 +152,13 @@ class Outlet:
             if generation != self._generation:
                 return  # all of it is back in line from its beginning
         self._begun = []
+
+    def _choose(self, first: Outgoing) -> int:
+        """How much data a frame of this task should carry; what its head takes is seen on one without data."""
+        whole = to_pieces(first.sample, first.tensors, MAX_DATA_BYTES)[0]
+        empty = Piece(first.sample, whole.size_bytes, whole.size_bytes, memoryview(b""))
+        head = encode_frame(Frame(self._kind, self._plan.task_id, self._plan.attempt, self._source, (empty,)))
+        return frame_bytes(self._rate_bps, whole.size_bytes, MAX_DATA_BYTES, head_bytes=len(head) + TENSORS_BYTES)
 
     async def _send_frame(self, pieces: tuple[Piece, ...], done: list[Outgoing], generation: int) -> None:
         begun = self._begun

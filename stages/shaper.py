@@ -33,18 +33,16 @@ FRAME_S = (0.0025, 0.020)
 MIN_FRAME_BYTES = 4096
 """On slow links a frame may take longer: below this, frame heads eat the goodput."""
 
-HEAD_BYTES = 160
-"""What a frame is longer than its data, about."""
-
 FRAME_COST_S = 0.000_010
 """What a frame costs its sender beside the bytes: the reason to take large ones where all else is equal."""
 
 _CANDIDATES = 256
+_HEAD_VARIES_BYTES = 20
 
 
-def frame_bytes(rate_bps: int, sample_bytes: int, max_bytes: int) -> int:
+def frame_bytes(rate_bps: int, sample_bytes: int, max_bytes: int, *, head_bytes: int = 160) -> int:
     """How much data a frame should carry, for samples of `sample_bytes` on a link of `rate_bps`: a whole number of samples,
-    or a sample's n-th part.
+    or a sample's n-th part. `head_bytes` is about what a frame is longer than its data.
 
     Two things are lost on a link that is held to its rate in every second: the heads of frames, and what is left over of a
     second when no whole frame fits any more. Of the sizes that take between 2.5 and 20 ms the one that loses least is taken.
@@ -54,21 +52,19 @@ def frame_bytes(rate_bps: int, sample_bytes: int, max_bytes: int) -> int:
     least = min(most // 2, max(MIN_FRAME_BYTES, int(second_bytes * FRAME_S[0])))  # something to choose from, always
     sample_bytes = max(1, sample_bytes)
     parts = math.ceil(sample_bytes / most)
-    sizes = [
-        math.ceil(sample_bytes / n)
-        for n in range(parts, 1 + min(max(parts, sample_bytes // least), parts + _CANDIDATES))
-    ]
-    if sample_bytes <= most:
-        samples = most // sample_bytes
-        sizes += [sample_bytes * n for n in range(max(1, least // sample_bytes, samples - _CANDIDATES), 1 + samples)]
+    counts = range(parts, 1 + min(max(parts, sample_bytes // least), parts + _CANDIDATES))
+    sizes = [math.ceil(sample_bytes / n) for n in counts]
+    samples = most // sample_bytes
+    sizes += [sample_bytes * n for n in range(max(2, least // sample_bytes, samples - _CANDIDATES), 1 + samples)]
 
-    def lost(size: int) -> float:
-        frame = size + HEAD_BYTES
-        a_second = second_bytes / frame
+    def lost(size: int, head: int) -> float:
+        a_second = second_bytes / (size + head)
         left_over = 1.0 - int(a_second) / a_second if a_second >= 1.0 else 0.0
-        return HEAD_BYTES / frame + left_over + FRAME_COST_S * a_second / GUARD_S
+        return head / (size + head) + left_over + FRAME_COST_S * a_second / GUARD_S
 
-    return min(sizes, key=lambda size: (lost(size), -size))
+    # Heads differ by some bytes (numbers grow), and one frame less a second must not hang on that.
+    heads = (head_bytes - _HEAD_VARIES_BYTES, head_bytes + _HEAD_VARIES_BYTES)
+    return min(sizes, key=lambda size: (max(lost(size, head) for head in heads), -size))
 
 
 class _Guard:

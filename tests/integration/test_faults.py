@@ -42,6 +42,8 @@ def chaos(folder: Path, *words: str) -> subprocess.Popen[str]:
             stdout=subprocess.PIPE,
             stderr=progress,
             text=True,
+            # a shell that runs the tests in the background has interrupts ignored, and a child would inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
 from bus import messages, topics
 from bus.errors import ConfigError
+from bus.frames import Array, Plan
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import EpochOpened
 from bus.values import Execution, ModelProfile, Role
@@ -15,7 +17,7 @@ from loadgen.staged import Staged
 from loadgen.virtual_loop import run_virtual
 from planner.core import PlannerCore
 from planner.service import PlannerService, Standing
-from stages.runner import ModelledRunner
+from stages.runner import ModelledRunner, Station
 
 PROFILE = ModelProfile(
     model="toy",
@@ -48,6 +50,39 @@ def test_a_planner_can_follow_it() -> None:
             return found
 
     assert run_virtual(run(), horizon_s=1000.0) == (Standing.LEADING, [], 0)
+
+
+class LateStation:
+    """A station on a loop whose timers fire late."""
+
+    def __init__(self, inner: Station) -> None:
+        self._inner = inner
+
+    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
+        outputs = await self._inner.run(sample, inputs, ready_s)
+        await asyncio.sleep(0.02)
+        return outputs
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class LateRunner(ModelledRunner):
+    def station(self, plan: Plan, first: int, last: int) -> Station:
+        return LateStation(super().station(plan, first, last))
+
+
+def test_late_timers_do_not_make_a_device_slower() -> None:
+    """Its input was there before, so each sample is due from when the one before it was."""
+
+    async def run() -> float:
+        runners = {role: ModelledRunner([PROFILE]) for role in Role} | {Role.DEVICE: LateRunner([PROFILE])}
+        broker = MemoryBroker()
+        make = lambda client: MemoryBus(broker, client)  # noqa: E731
+        async with Staged(make, runners, PROFILE, cuts=(1, 2), rates_bps=(10**6, 10**6)) as stages:
+            return await stages.play(40, Execution.STREAMING)
+
+    assert run_virtual(run(), horizon_s=1000.0) == pytest.approx(40 * 0.1, abs=0.35)
 
 
 def test_it_takes_no_planner_s_place() -> None:
