@@ -61,6 +61,7 @@ class Segment:
         self.inputs: tuple[TensorSpec, ...] = tuple(graph.spec(tensor) for tensor in graph.live(begin))
         self.outputs: tuple[TensorSpec, ...] = tuple(graph.spec(tensor) for tensor in graph.live(end))
         self._store = store
+        self._chain: tuple[int, list[Piece]] = (-1, [])  # as it was when the store had changed so often
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """What crosses position `end`, from what crosses `begin`, each in the boundary's order. Raises `ModelError`.
@@ -71,7 +72,7 @@ class Segment:
         if len(inputs) != len(self.inputs):
             raise ConfigError(f"{self} takes {len(self.inputs)} tensors, not {len(inputs)}")
         known = {spec.name: value for spec, value in zip(self.inputs, inputs, strict=True)}
-        for piece in self._store.chain(self.begin, self.end):
+        for piece in self._pieces():
             runner = piece.take(
                 self._store.may_grow
             )  # no context manager: for a small piece it costs as much as its work
@@ -83,6 +84,18 @@ class Segment:
                 piece.give(runner)
             known.update(zip(piece.makes, made, strict=True))
         return [known[spec.name] for spec in self.outputs]
+
+    def _pieces(self) -> list[Piece]:
+        """Looking them up takes as long as a small model's computation, so those are remembered; large ones, which the store
+        may want to let go of, are not.
+        """
+        store = self._store
+        if not store.small:
+            return store.chain(self.begin, self.end)
+        changes = store.changes
+        if self._chain[0] != changes:
+            self._chain = (changes, store.chain(self.begin, self.end))
+        return self._chain[1]
 
     def release(self) -> None:
         """Says that it will not be used any more (which forgetting it says too)."""
@@ -125,6 +138,8 @@ class SegmentStore:
         self._asked: OrderedDict[int, None] = OrderedDict()  # bounds beyond the useful ones, oldest first
         self._pieces: OrderedDict[tuple[int, int], Piece] = OrderedDict()  # least recently used first
         self._segments: weakref.WeakSet[Segment] = weakref.WeakSet()  # in use
+        self.small = model.size_bytes <= IN_MEMORY_BYTES
+        self.changes = 0  # of bounds and pieces: who keeps a chain asks for it anew when this has moved
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"prepare-{model.name}")
         self._looking = threading.Lock()  # short: the tables above
         self._preparing = threading.RLock()  # long: slicing and loading
@@ -187,6 +202,7 @@ class SegmentStore:
         self._worker.shutdown(wait=True, cancel_futures=True)
         with self._preparing, self._looking:
             self._pieces.clear()
+            self.changes += 1
             self._segments.clear()
         give_back()
 
@@ -235,6 +251,7 @@ class SegmentStore:
                 piece = self._load(begin, end)
                 with self._looking:
                     self._pieces[begin, end] = piece
+                    self.changes += 1
             return piece
 
     def _split_at(self, position: int) -> None:
@@ -252,6 +269,7 @@ class SegmentStore:
             halves = {pair: self._load(*pair) for pair in ((begin, position), (position, end))}
         with self._looking:
             insort(self._bounds, position)
+            self.changes += 1
             self._asked[position] = None
             self._pieces.update(halves)
             self._pieces.pop((begin, end), None)
@@ -272,6 +290,7 @@ class SegmentStore:
                 if idle is None:
                     return
                 del self._pieces[idle]
+                self.changes += 1
             self._delete(*idle)
 
     def _join_at(self, position: int) -> None:
@@ -283,6 +302,7 @@ class SegmentStore:
         joined = self._load(begin, end) if spanned else None
         with self._looking:
             self._bounds.remove(position)
+            self.changes += 1
             del self._asked[position]
             for pair in ((begin, position), (position, end)):
                 self._pieces.pop(pair, None)
