@@ -65,6 +65,8 @@ class KafkaBus:
         """Shakes hands with the broker of the control topics; those of other sites may be away until they are used."""
         await self._connection.check()
         self._is_open = self._is_checked = True
+        for other in self._beside.values():  # asked for before
+            other._is_open = True
         return self
 
     async def __aexit__(self, *exc: object) -> None:

@@ -42,7 +42,7 @@ class SiteLimits:
 async def read_limits(connection: KafkaConnection, prefix: str) -> list[SiteLimits]:
     """The limits of every topic below `prefix`, and of the brokers that hold them. Raises `BusUnavailableError`."""
     found = []
-    for servers in dict.fromkeys([connection.bootstrap_servers, *connection.routes.values()]):
+    for servers in connection.sites:
         admin = AIOKafkaAdminClient(**connection.client_settings(servers))
         try:
             async with asyncio.timeout(2 * _REQUEST_S):

@@ -2,6 +2,9 @@
 
 Whoever can write to `deepar.snapshots` could otherwise make a reader skip decisions that stand, or wait for ever for an epoch
 that was never opened. So a snapshot is believed only when its decision stands at the place it names, with its hash.
+
+That proves its coordinates (epoch, nonce, sequence, hash, offset) and not what else is in it. Planners also compare the state
+with the hash; stages take it as it is.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import structlog
 
 from bus import messages, topics
+from bus.decisions import DecisionLog
 from bus.errors import ProtocolError
 from bus.messages import Decision, Snapshot
 from bus.port import Bus, Reader
@@ -74,3 +78,15 @@ async def open_decisions(bus: Bus, region: int) -> tuple[Snapshot | None, Reader
         await reader.close()
         log.warning("a snapshot of what the log does not say is ignored", region=region, seq=snapshot.seq)
     return None, await bus.reader([where], start="start")
+
+
+def log_behind(snapshot: Snapshot) -> DecisionLog:
+    """The reading rule where a snapshot ends; what it says of the leader is taken where it is of the right kind."""
+    log = DecisionLog(epoch=snapshot.epoch, nonce=snapshot.nonce, seq=snapshot.seq)
+    leader = snapshot.state.get("leader")
+    if isinstance(leader, dict):
+        planner, lease_s, identity = (leader.get(name) for name in ("planner", "lease_s", "identity"))
+        log.planner = planner if isinstance(planner, str) else ""
+        log.lease_s = float(lease_s) if isinstance(lease_s, int | float) else 0.0
+        log.identity = identity if isinstance(identity, str) else None
+    return log

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,7 @@ from bus.values import Execution, Objective, Role
 from deploy import nodes
 from deploy.identities import KeyFile, MasterFile, key_of, master_of
 from deploy.otel import tracing
+from deploy.patience import Patience
 from deploy.planner_regions import parse_regions, run_regions
 from deploy.process import run_on_uvloop, until_stopped
 from deploy.settings import CloudOptions, DeviceOptions, EdgeOptions, NodeOptions, UpSettings, load_settings
@@ -322,10 +324,13 @@ async def run_up(
 ) -> None:
     """Planner and stages around one bus, in one event loop; with a `master` each of them proves who it is."""
     options: list[NodeOptions] = [*settings.cloud, *settings.edge, *settings.device]
-    async with tracing("deepar") as on_span, bus:
-        partitions = Partitions(regions=settings.bus.regions)
-        await nodes.create_missing_topics(bus, [edge.name for edge in settings.edge], partitions)
-        await nodes.require_region(bus, settings.region)
+    patience = Patience.from_env()
+    async with contextlib.AsyncExitStack() as stack:
+        on_span = await stack.enter_async_context(tracing("deepar"))
+        await patience.through(lambda: stack.enter_async_context(bus))
+        partitions, edges = Partitions(regions=settings.bus.regions), [edge.name for edge in settings.edge]
+        await patience.through(lambda: nodes.create_missing_topics(bus, edges, partitions))
+        await patience.through(lambda: nodes.require_region(bus, settings.region))
         runners = {}
         for option in options:
             made = node_settings(option, region=settings.region, lease_s=settings.lease)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from bus import topics
@@ -10,6 +11,7 @@ from bus.errors import ConfigError
 from bus.port import Bus
 from deploy import nodes
 from deploy.otel import tracing
+from deploy.patience import Patience
 from deploy.probes import Health, serve_probes
 from deploy.process import until_stopped
 from planner.regions import RegionShare
@@ -56,16 +58,19 @@ async def run_regions(
 
     Raises `ConfigError` for a region that the topics have no partition for.
     """
-    async with tracing("deepar-planner") as on_span, bus:
+    patience = Patience.from_env()
+    async with contextlib.AsyncExitStack() as stack:
+        on_span = await stack.enter_async_context(tracing("deepar-planner"))
+        await patience.through(lambda: stack.enter_async_context(bus))
 
         def make(region: int) -> PlannerService:
             service = make_service(region)
             service.trace_to(on_span)
             return service
 
-        await nodes.require_region(bus, max(regions) if regions else 0)
+        await patience.through(lambda: nodes.require_region(bus, max(regions) if regions else 0))
         planners = _Listed(make, regions) if regions is not None else RegionShare(bus, make)
-        total = await bus.partitions(topics.DECISIONS)
+        total = await patience.through(lambda: bus.partitions(topics.DECISIONS))
 
         def look() -> Health:
             services = planners.services

@@ -73,7 +73,7 @@ async def regions(bus: Bus) -> list[Check]:
         await _announced(bus, region, seen)
     await _listen(bus, seen)
     now_s = time.time()
-    proofs = [check for leader in seen.leaders for check in demanded_by_region(leader.region, leader.log.identity)]
+    proofs = [check for leader in seen.leaders for check in demanded_by_region(leader.region, leader.log.demanded)]
     planners = [planner_check(leader, now_s) for leader in seen.leaders]
     return [*planners, *proofs, _nodes(seen), *clock_checks(seen, now_s)]
 

@@ -241,10 +241,13 @@ def _only_bus(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """A thousand crashes that were ordered need not be told."""
-    before = structlog.get_config()
+    """A thousand crashes that were ordered need not be told, nor the sends whose acknowledgement nobody lived to await."""
+    before, library = structlog.get_config(), logging.getLogger("asyncio")
+    level = library.level
+    library.setLevel(logging.CRITICAL)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     try:
         yield
     finally:
+        library.setLevel(level)
         structlog.configure(**before)

@@ -47,8 +47,6 @@ class Watch:
         self.fold = DecisionFold()
         self.region = region
         self.shown = 0  # lines in the devices' files
-        self.last_shown_s = float("-inf")
-        self.changed = asyncio.Event()  # a task ended, or a node joined
         self._files = results
         self._read_bytes = dict.fromkeys(results, 0)
         self._loop = asyncio.get_running_loop()
@@ -103,7 +101,6 @@ class Watch:
         now = self._loop.time()
         for task_id, _, _ in shown_lines(whole):
             self.shown += 1
-            self.last_shown_s = now
             if self._present(task_id, None):
                 self._proof((Target.DEVICE,), device, now)
             if self.fold.placements.get(task_id, {}).get("edge") is not None:
@@ -115,8 +112,6 @@ class Watch:
         for change in message["changes"]:
             if change["type"] == "node_lost":
                 self._lost_s[change["node"]] = sent_s
-            if change["type"] in ("ended", "node_joined"):
-                self.changed.set()
         if message["changes"]:
             self._proof((Target.PLANNER,), None, sent_s)
 

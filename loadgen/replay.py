@@ -20,7 +20,7 @@ from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog, Dropped
 from bus.envelope import Envelope
 from bus.errors import BusError, BusUnavailableError, ConfigError, ProtocolError
-from bus.messages import Decision, NodeAnnounced, NodeJoined, NodeLeft, NodeLost, TaskCompleted
+from bus.messages import Decision, EpochOpened, NodeAnnounced, NodeJoined, NodeLeft, NodeLost, TaskCompleted
 from bus.port import Bus, Position, Reader
 from bus.signed import satisfy_region
 from bus.tracing import SUBMIT, TASK, Span, SpanSink, span_id
@@ -201,6 +201,8 @@ class _Replay:
 
     def _read_decision(self, record: Any) -> None:
         message = self.log.read(record)
+        if isinstance(message, EpochOpened):
+            satisfy_region(self.bus, self.log.demanded, "whoever submits")  # or what is sent from now on is refused
         if isinstance(message, Decision) and self.recorder.decide(message, self.now_s()):
             self._changed.set()
 
@@ -225,13 +227,14 @@ async def open_decisions(bus: Bus, region: int) -> tuple[DecisionLog, Reader]:
     open epoch.
     """
     latest, reader = await snapshots.open_decisions(bus, region)
-    log = DecisionLog()
-    if latest is not None:
-        log = DecisionLog(epoch=latest.epoch, nonce=latest.nonce, seq=latest.seq)
-        log.identity = latest.state.get("leader", {}).get("identity")
-    while await reader.lag():
-        for record in await reader.fetch(timeout_s=FETCH_S):
-            log.read(record)
+    log = DecisionLog() if latest is None else snapshots.log_behind(latest)
+    try:
+        while await reader.lag():
+            for record in await reader.fetch(timeout_s=FETCH_S):
+                log.read(record)
+    except BusError:
+        await reader.close()
+        raise
     return log, reader
 
 

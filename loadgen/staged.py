@@ -15,6 +15,7 @@ from typing import Self
 
 from bus import messages, topics
 from bus.decisions import DecisionLog
+from bus.errors import ConfigError
 from bus.messages import (
     Admitted,
     Change,
@@ -25,6 +26,7 @@ from bus.messages import (
     NodeJoined,
     NodeLost,
     Placed,
+    PlannerHeartbeat,
     PlannerLeft,
     SeedInput,
     Start,
@@ -44,6 +46,7 @@ from stages.node import Node, NodeSettings
 from stages.runner import Runner
 
 TIMEOUT_S = 120.0
+LEASE_S = 30.0
 
 
 class Staged:
@@ -81,11 +84,33 @@ class Staged:
         self._nodes: list[Node] = []
         self._stack = AsyncExitStack()
         self._serving: list[asyncio.Task[None]] = []
+        self._speaking: list[asyncio.Task[None]] = []
+        self._epoch = 0  # none opened yet
 
     async def __aenter__(self) -> Self:
+        """Raises `ConfigError` where somebody leads or waits there, and what a stage ends with before it serves."""
+        try:
+            await self._open()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for task in (*self._serving, *self._speaking):
+            task.cancel()
+        await asyncio.gather(*self._serving, *self._speaking, return_exceptions=True)
+        try:
+            if self._epoch:
+                await self._leave()
+        finally:
+            await self._stack.aclose()
+
+    async def _open(self) -> None:
         self._bus = await self._stack.enter_async_context(self._make_bus("director"))
         await self._bus.create_topics(topics.specs([self.edge], Partitions()))
         await self._lead()
+        self._speaking.append(asyncio.create_task(self._show_life(), name="director: heartbeats"))
         for name, role in ((self.device, Role.DEVICE), (self.edge, Role.EDGE), (self.cloud, Role.CLOUD)):
             bus = await self._stack.enter_async_context(self._make_bus(name))
             rates = self._rates_bps if role is Role.EDGE else (0, 0)
@@ -102,19 +127,11 @@ class Staged:
             self._nodes.append(node)
         async with asyncio.timeout(TIMEOUT_S):
             while not all(node.status.ready for node in self._nodes):
+                for task in self._serving:
+                    if task.done():
+                        task.result()
                 await asyncio.sleep(0.02)
         await self._decide(*(NodeJoined(node=node.announcement()) for node in self._nodes))
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        for task in self._serving:
-            task.cancel()
-        await asyncio.gather(*self._serving, return_exceptions=True)
-        try:
-            if not self._core.live_tasks:  # a task that failed half-way is left to whoever leads next
-                await self._leave()
-        finally:
-            await self._stack.aclose()
 
     async def _lead(self) -> None:
         """Fold the region's decisions and open an epoch. Raises `ConfigError` where a planner leads."""
@@ -130,21 +147,30 @@ class Staged:
         finally:
             await reader.close()
         require_unled(log, 0)
-        self._epoch, self._seq, self._begun_s = log.epoch + 1, log.seq, max(0.0, self._core.now_s)
-        opened = EpochOpened(region=0, epoch=self._epoch, nonce=self._mark, planner="bench", lease_s=3600.0)
+        if (await self._bus.end_offsets(topics.TASKS))[0] > self._inputs.get(topics.TASKS, 0):
+            raise ConfigError("tasks wait in region 0 of this broker for a planner", remedy="start it: deepar planner")
+        self._seq, self._begun_s = log.seq, max(0.0, self._core.now_s)
+        self._epoch = log.epoch + 1
+        opened = EpochOpened(region=0, epoch=self._epoch, nonce=self._mark, planner="bench", lease_s=LEASE_S)
         await self._write(opened)
 
+    async def _show_life(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_S / 5)
+            await self._write(PlannerHeartbeat(region=0, epoch=self._epoch, nonce=self._mark))
+
     async def _leave(self) -> None:
-        """Take the nodes away; whoever leads next need not read what they said."""
-        for topic in (topics.NODES, topics.TASKS, topics.EVENTS):
-            self._inputs = {**self._inputs, topic: (await self._bus.end_offsets(topic))[0]}
-        await self._decide(
-            *(
-                NodeLost(node=node.settings.name, incarnation=node.incarnation, cause="left")
-                for node in self._nodes
-                if node.settings.name in self._core.nodes
-            )
-        )
+        """End what runs, take the nodes away, and say so: whoever leads next finds an empty region."""
+        for node in self._nodes:
+            await node.leave()
+        ended = [self._ended(task.placed, TaskState.FAILED) for task in self._core.tasks.values() if task.placed]
+        gone = [
+            NodeLost(node=node.settings.name, incarnation=node.incarnation, cause="left")
+            for node in self._nodes
+            if node.settings.name in self._core.nodes
+        ]
+        if ended or gone:
+            await self._decide(*ended, *gone)
         await self._write(PlannerLeft(region=0, epoch=self._epoch, nonce=self._mark))
 
     async def play(self, samples: int, execution: Execution, source: InputSource | None = None) -> float:
@@ -207,11 +233,12 @@ class Staged:
             parts=Parts(),
         )
 
-    def _ended(self, placed: Placed) -> Ended:
+    def _ended(self, placed: Placed, state: TaskState = TaskState.COMPLETED) -> Ended:
         return Ended(
             task_id=placed.task_id,
             attempt=1,
-            state=TaskState.COMPLETED,
+            state=state,
+            cause="" if state is TaskState.COMPLETED else "cancelled",
             edge=self.edge,
             released_slots=1,
             released_link1_bps=placed.placement.link1_bps,

@@ -112,6 +112,7 @@ class Lead:
                         try:
                             messages.decode(record.topic, record.value)
                         except ProtocolError as error:
+                            service.dead_letters += 1
                             await bury(service.bus, record, error, task_id="", by=service.name)
                     self._read_up_to(topics.SNAPSHOTS, record)
         finally:
@@ -188,7 +189,6 @@ class Lead:
         try:
             message = service.door.read(record, service.core)
         except ProtocolError as error:
-            service.dead_letters += 1
             await self._turn_away(record, error)
             message = None
         await self._step(message, (record.topic, record.offset + 1))
@@ -201,6 +201,7 @@ class Lead:
         if error.cause == WRONG_IDENTITY:
             where = f"{record.topic}/{record.partition}/{record.offset}"
             service.log.warning("not obeyed", why=str(error), origin=where, refused=service.door.refused)
+        service.dead_letters += 1
         await bury(service.bus, record, error, task_id=record.key or "", by=service.name)
 
     def _patience_s(self) -> float:

@@ -172,13 +172,7 @@ class PlannerService:
         except (DeeparError, LookupError, TypeError, ValueError) as error:
             self.log.warning("a snapshot cannot be used", seq=snapshot.seq, error=str(error))
             return False
-        self.decision_log = DecisionLog(epoch=snapshot.epoch, nonce=snapshot.nonce, seq=snapshot.seq)
-        leader = snapshot.state.get("leader", {})
-        self.decision_log.planner, self.decision_log.lease_s = (
-            leader.get("planner", ""),
-            leader.get("lease_s", self.lease_s),
-        )
-        self.decision_log.identity = leader.get("identity")
+        self.decision_log = snapshots.log_behind(snapshot)
         self.inputs, self._now_s = dict.fromkeys(INPUTS, 0) | snapshot.inputs, snapshot.now_s
         return True
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -93,7 +94,8 @@ class LitertRunner:
         segment = self._stores[plan.model].get(first, last)
         if self._paced:
             return _PlayedStation(segment, self._pool, played_s)
-        return _InlineStation(segment, played_s) if played_s < INLINE_S else _LitertStation(segment, self._pool)
+        kind = _InlineStation if played_s < INLINE_S else _LitertStation
+        return kind(segment, self._pool)
 
     async def close(self) -> None:
         """Stop the worker threads that are this runner's own."""
@@ -136,22 +138,22 @@ class _PlayedStation(_LitertStation):
         return outputs
 
 
-class _InlineStation:
-    """Computes on the event loop, for layers that are done before a thread would wake up."""
+class _InlineStation(_LitertStation):
+    """Computes on the event loop, for layers that are done before a thread would wake up; in a thread all the same where the
+    loop would have to wait for an interpreter, or load one.
+    """
 
-    def __init__(self, segment: Segment, takes_s: float) -> None:
-        self._segment = segment
-        self._a_breath = max(1, int(BREATH_S / max(takes_s, 1e-6)))
-        self._runs = 0
+    def __init__(self, segment: Segment, pool: ThreadPoolExecutor) -> None:
+        super().__init__(segment, pool)
+        self._breathed_s = time.perf_counter()
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        self._runs += 1
-        if self._runs % self._a_breath == 0:
+        if not self._segment.idle:
+            return await super().run(sample, inputs, ready_s)
+        if time.perf_counter() - self._breathed_s > BREATH_S:
             await asyncio.sleep(0)
+            self._breathed_s = time.perf_counter()
         return self._segment.run(inputs)
-
-    def close(self) -> None:
-        self._segment.release()
 
 
 def _dataset(name: str, start: int, specs: Sequence[TensorSpec]) -> Callable[[int], list[Array]]:

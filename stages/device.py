@@ -78,7 +78,7 @@ class Device:
         self._on_result = on_result
         self._group: asyncio.TaskGroup | None = None
         self._heard: set[Bus] = set()  # the sites whose results are read
-        self._hearing = asyncio.Lock()
+        self._hearing: dict[Bus, asyncio.Lock] = {}  # one for each: a site that is away holds up no other
         self._draining = False
 
     async def run(self) -> None:
@@ -113,7 +113,7 @@ class Device:
     async def hear(self, edge: str) -> None:
         """See to it that what comes back through `edge` from now on is read. Raises `BusError`."""
         if (site := self._site(edge)) not in self._heard:
-            async with self._hearing:
+            async with self._hearing.setdefault(site, asyncio.Lock()):
                 await self._hear_at(site)
 
     async def _hear_at(self, site: Bus) -> None:
@@ -251,7 +251,7 @@ class Attempt:
         self._on_result = on_result
         self._missing = set(todo)
         self._assembler = Assembler()
-        self._window = asyncio.Semaphore(0)  # opened once the model is known
+        self._window = asyncio.Semaphore(0)  # opened once sending can begin
         self._opened_s: deque[float] = deque()  # when each place of it that is free was opened
         self.window = 0  # its size, in samples
         self.under_way = 0  # samples that were begun and have no result
@@ -285,8 +285,6 @@ class Attempt:
         cut1 = plan.placement.cut1
         inputs = node.runner.open_input(self.known.task)
         self.window = window_samples(plan.execution, self._profile().cut_bytes)
-        for _ in range(self.window):
-            self._open()
         async with contextlib.AsyncExitStack() as stack:
             station: Station | None = None
             stack.callback(self._told, None)
@@ -323,6 +321,10 @@ class Attempt:
         """Every sample, as the window opens; returns when every result is there."""
         node, plan = self.device.node, self.plan
         clock = asyncio.get_running_loop().time
+        for _ in range(
+            self.window
+        ):  # only now: what came before, preparing the model say, is no part of a sample's time
+            self._open()
         for sample in self.todo:
             await self._window.acquire()
             if self._broken:

@@ -208,8 +208,7 @@ class Node:
         if begin is not None:
             try:
                 self.fences.restore(begin.state)
-                self._decisions = DecisionLog(epoch=begin.epoch, nonce=begin.nonce, seq=begin.seq)
-                self._decisions.identity = begin.state.get("leader", {}).get("identity")
+                self._decisions = snapshots.log_behind(begin)
             except (LookupError, TypeError, ValueError) as error:  # another version's; then all of them are read
                 self.log.warning("a snapshot cannot be used", seq=begin.seq, error=str(error))
                 self.fences = Fences(self.settings.remembered_ends)

@@ -26,6 +26,11 @@ class Piece:
         self._idle = [first] if keep else []
         self._changed = threading.Condition()
 
+    @property
+    def idle(self) -> bool:
+        """Whether an interpreter is free at this moment."""
+        return bool(self._idle)
+
     def take(self, may_grow: Callable[[Piece], bool]) -> SegmentRunner:
         """An interpreter for this thread alone, until `give`; waits for one, or adds one if `may_grow`."""
         if not self._keep:

@@ -85,6 +85,11 @@ class Segment:
             known.update(zip(piece.makes, made, strict=True))
         return [known[spec.name] for spec in self.outputs]
 
+    @property
+    def idle(self) -> bool:
+        """Whether it would run at once: of a small model, loaded, and nobody computes with its pieces."""
+        return self._store.small and self._chain[0] == self._store.changes and all(p.idle for p in self._chain[1])
+
     def _pieces(self) -> list[Piece]:
         """Looking them up takes as long as a small model's computation, so those are remembered; large ones, which the store
         may want to let go of, are not.

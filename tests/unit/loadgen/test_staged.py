@@ -52,6 +52,32 @@ def test_a_planner_can_follow_it() -> None:
     assert run_virtual(run(), horizon_s=1000.0) == (Standing.LEADING, [], 0)
 
 
+class BrokenRunner(ModelledRunner):
+    def station(self, plan: Plan, first: int, last: int) -> Station:
+        raise ConfigError("broken")
+
+
+def test_a_task_that_fails_leaves_the_region_clean() -> None:
+    async def run() -> tuple[Standing, list[str], int]:
+        broker = MemoryBroker()
+        runners = {role: ModelledRunner([PROFILE]) for role in Role} | {Role.EDGE: BrokenRunner([PROFILE])}
+        with pytest.raises(RuntimeError, match="broken"):
+            async with Staged(
+                lambda c: MemoryBus(broker, c), runners, PROFILE, cuts=(1, 2), rates_bps=(10**6, 10**6)
+            ) as one:
+                await one.play(3, Execution.STREAMING)
+        async with MemoryBus(broker, "planner") as bus:
+            service = PlannerService(bus, lambda: PlannerCore(0))
+            task = asyncio.create_task(service.run())
+            await asyncio.sleep(2.0)
+            found = service.standing, sorted(service.core.nodes), service.core.live_tasks
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            return found
+
+    assert run_virtual(run(), horizon_s=1000.0) == (Standing.LEADING, [], 0)
+
+
 class LateStation:
     """A station on a loop whose timers fire late."""
 
@@ -68,6 +94,9 @@ class LateStation:
 
 
 class LateRunner(ModelledRunner):
+    async def prepare(self, plan: Plan, first: int, last: int) -> None:
+        await asyncio.sleep(1.0)  # is no part of a sample's time
+
     def station(self, plan: Plan, first: int, last: int) -> Station:
         return LateStation(super().station(plan, first, last))
 
@@ -82,7 +111,7 @@ def test_late_timers_do_not_make_a_device_slower() -> None:
         async with Staged(make, runners, PROFILE, cuts=(1, 2), rates_bps=(10**6, 10**6)) as stages:
             return await stages.play(40, Execution.STREAMING)
 
-    assert run_virtual(run(), horizon_s=1000.0) == pytest.approx(40 * 0.1, abs=0.35)
+    assert run_virtual(run(), horizon_s=1000.0) == pytest.approx(1.0 + 40 * 0.1, abs=0.35)
 
 
 def test_it_takes_no_planner_s_place() -> None:
