@@ -23,6 +23,7 @@ from planner.core import PlannerCore
 if TYPE_CHECKING:
     from loadgen.chaos import ChaosScenario
 
+NO_MESSAGE = b"\xc1 no message"
 GARBAGE = (b"\x80", b"", b"{}", b"\xc1" * 100, b'{"type":"task_submitted","v":9}', b"\x81\xa1v\x02")
 CLOCK_S = 600.0
 """A wall clock is off by up to so much, and jumps by up to so much."""
@@ -207,6 +208,8 @@ class Breaker:
         self._broker.faults = replace(faults, **{"missing": 0.0, "corrupt": 0.0} | chance)  # type: ignore[arg-type]
 
     def _damages(self, topic: str, key: str | None, data: bytes) -> bool:
+        if data in (*GARBAGE, NO_MESSAGE):  # what is lost can become no dead letter
+            return False
         return self._to_damage > 0 and (topic == topics.RESULTS or topic.startswith("deepar.activations."))
 
     def _damaged(self, kind: str, topic: str, key: str | None, data: bytes) -> None:
@@ -279,7 +282,7 @@ class Breaker:
         """Once all is well: each topic gets one, and each must become one dead letter."""
         before = len(self.letters)
         for topic in (*CONTROL, topics.RESULTS, *self._data_topics()):
-            await self._put(client, topic, b"\xc1 no message", "d1" if topic == topics.RESULTS else "nobody", "garbage")
+            await self._put(client, topic, NO_MESSAGE, "d1" if topic == topics.RESULTS else "nobody", "garbage")
         self.last_letters = len(self.letters) - before
 
     async def _put(self, client: MemoryBus, topic: str, value: bytes, key: str, kind: str) -> None:

@@ -56,7 +56,7 @@ class Lead:
         self._due: dict[str, int] | None = None  # where the inputs ended when it was time for a `Tick`
         self._snapshots: dict[int, Snapshot] = {}  # by sequence, waiting for their proof
         self._proven: asyncio.Queue[Snapshot] = asyncio.Queue()
-        self._kept = b""  # the last snapshot that was written: known to be one
+        self._kept: bytes | None = None  # the last snapshot that was written: known to be one
 
     # --- what is written ---------------------------------------------------------------------------------------------
 
