@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaError
 
 from deploy.broker import free_port
 from deploy.broker_handshake import ask
@@ -53,11 +55,11 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 
 class Deployment:
-    """A compose file as a project of its own, with a broker port of its own."""
+    """Compose files as a project of its own, with a broker port of its own."""
 
-    def __init__(self, engine: Engine, file: Path = COMPOSE_FILE) -> None:
+    def __init__(self, engine: Engine, *files: Path) -> None:
         self.engine = engine
-        self.file = file
+        self.files = files or (COMPOSE_FILE,)
         self.port = free_port()
         self.env = {
             "COMPOSE_PROJECT_NAME": f"deepar-test-{os.getpid()}",
@@ -73,7 +75,7 @@ class Deployment:
 
     def __call__(self, *words: str, limit_s: float = 600, check: bool = True) -> str:
         """Output of `docker compose WORDS`."""
-        return self.engine.compose(*words, files=(self.file,), env=self.env, limit_s=limit_s, check=check)
+        return self.engine.compose(*words, files=self.files, env=self.env, limit_s=limit_s, check=check)
 
     def container(self, service: str) -> dict[str, Any]:
         """What `docker inspect` says of a service's container."""
@@ -108,6 +110,15 @@ def two_sites(engine: Engine) -> Iterator[Deployment]:
     """The file of two sites, not up yet, and gone after the test."""
     one = Deployment(engine, SITES_FILE)
     one.env |= {"DEEPAR_EDGE_KAFKA_PORT": str(free_port()), "DEEPAR_POLICY": "cloud-only"}
+    yield one
+    one.down()
+
+
+@pytest.fixture
+def three_brokers(engine: Engine) -> Iterator[Deployment]:
+    """The files of three brokers, not up yet, and gone after the test."""
+    one = Deployment(engine, COMPOSE_FILE, CLUSTER_FILE)
+    one.env |= {f"DEEPAR_KAFKA_PORT{number}": str(free_port()) for number in (2, 3)} | {"COMPOSE_PROFILES": ""}
     yield one
     one.down()
 
@@ -178,6 +189,22 @@ def test_a_whole_deployment_survives_the_kill_of_each_service(deployment: Deploy
     assert not deployment("ps", "--quiet", "device").strip()
     assert deployment.down() < DOWN_LIMIT_S
     assert not deployment("ps", "--all", "--quiet").strip()
+
+
+async def _others_lead(bootstrap: str, *, dead: int, limit_s: float = 60.0) -> None:
+    """Return once no partition is led by the broker that is dead."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        async with asyncio.timeout(limit_s):
+            while True:
+                with contextlib.suppress(KafkaError):  # it may ask the dead one
+                    found = [p["leader"] for topic in await admin.describe_topics() for p in topic["partitions"]]
+                    if found and not {dead, -1} & set(found):
+                        return
+                await asyncio.sleep(0.5)
+    finally:
+        await admin.close()
 
 
 def _replay(deployment: Deployment, folder: Path) -> subprocess.Popen[str]:
@@ -262,18 +289,35 @@ def test_two_sites_work_together_over_their_brokers(two_sites: Deployment, tmp_p
         script = f"import socket; socket.create_connection(({there!r}, 9464), 2)"
         said = two_sites("exec", "-T", here, "python3", "-c", script, check=False)
         assert "gaierror" in said, f"{here} must not even know the name of {there}: {said}"
-    command = ["loadgen", "replay", "--tasks", "3", "--within", "1s", "--samples", "10", "--out", str(tmp_path)]
-    said = compose_engine.run(
-        [sys.executable, "-m", "deploy.cli", *command],
-        env={"KAFKA_BOOTSTRAP_SERVERS": two_sites.bootstrap},
-        limit_s=120,
-    )
-    assert json.loads((tmp_path / "summary.json").read_text())["completed"] == 3, said
+    _replay(two_sites, tmp_path, tasks=3)
     edge_port = two_sites.env["DEEPAR_EDGE_KAFKA_PORT"]
     edge = asyncio.run(topic_ends(f"127.0.0.1:{edge_port}", ["e1"]))
     held_by_site(edge, asyncio.run(topic_ends(two_sites.bootstrap, ["e1"])), "e1")
     assert two_sites.down() < DOWN_LIMIT_S
     assert not two_sites("ps", "--all", "--quiet").strip()
+
+
+def test_of_three_brokers_one_may_be_killed(three_brokers: Deployment, tmp_path: Path) -> None:
+    """The cluster's file for real: what was acknowledged has copies, and work goes on with two."""
+    three_brokers(
+        "up", "--build", "--wait", "broker", "broker2", "broker3", "planner", "cloud", "e1", "d1", limit_s=900
+    )
+    three_brokers("kill", "broker2")
+    asyncio.run(_others_lead(three_brokers.bootstrap, dead=2))
+    _replay(three_brokers, tmp_path, tasks=3)
+    assert three_brokers.down() < DOWN_LIMIT_S
+    assert not three_brokers("ps", "--all", "--quiet").strip()
+
+
+def _replay(deployment: Deployment, folder: Path, *, tasks: int) -> None:
+    """Send a few tasks; every one is done."""
+    command = ["loadgen", "replay", "--tasks", str(tasks), "--within", "1s", "--samples", "10", "--out", str(folder)]
+    said = compose_engine.run(
+        [sys.executable, "-m", "deploy.cli", *command],
+        env={"KAFKA_BOOTSTRAP_SERVERS": deployment.bootstrap},
+        limit_s=120,
+    )
+    assert json.loads((folder / "summary.json").read_text())["completed"] == tasks, said
 
 
 async def test_the_broker_serves_both_sides_and_keeps_its_records(deployment: Deployment) -> None:
