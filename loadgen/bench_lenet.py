@@ -40,7 +40,7 @@ RATE_BPS = 1 << 36
 
 
 @dataclass(frozen=True, slots=True)
-class Hop:
+class Crossing:
     """What crossed one topic: `records` of `record_bytes` each."""
 
     records: int
@@ -64,7 +64,7 @@ async def measure(
     ours: list[float] = []
     framed: list[float] = []
     messages: list[float] = []
-    hops: list[Hop] = []
+    hops: list[Crossing] = []
     try:
         async with AsyncExitStack() as stack:
             stages = await stack.enter_async_context(
@@ -99,12 +99,12 @@ async def _records(bus: Bus, edge: str) -> list[int]:
     return [sum((await bus.end_offsets(name)).values()) for name in names]
 
 
-def _hops(profile: ModelProfile, samples: int, records: list[int]) -> list[Hop]:
+def _hops(profile: ModelProfile, samples: int, records: list[int]) -> list[Crossing]:
     sample_bytes = (profile.cut_bytes[CUTS[0]], profile.cut_bytes[CUTS[1]], profile.cut_bytes[-1])
-    return [Hop(count, samples * size // count) for count, size in zip(records, sample_bytes, strict=True)]
+    return [Crossing(count, samples * size // count) for count, size in zip(records, sample_bytes, strict=True)]
 
 
-async def _relay(connection: KafkaConnection, hops: list[Hop]) -> float:
+async def _relay(connection: KafkaConnection, hops: list[Crossing]) -> float:
     """Seconds from the first record on the first topic to the last on the last, relayed by bare clients."""
     names = [f"deepar.bench.relay.{os.getpid()}.{number}" for number in range(len(hops))]
     async with KafkaBus(connection) as bus:

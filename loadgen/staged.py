@@ -40,7 +40,7 @@ from bus.topics import Partitions
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
 from loadgen.replay import require_unled
 from planner.core import PlannerCore
-from stages.device import Device, ResultSink
+from stages.device import Device
 from stages.hop import Hop
 from stages.node import Node, NodeSettings
 from stages.runner import Runner
@@ -53,7 +53,7 @@ class Staged:
     """The three stages and their director, from `async with` on.
 
     `runners` has one for each role, `profile` is the model's that they all run; tasks are cut after layers `cuts[0]` and
-    `cuts[1]` and granted `rates_bps` on link 1 and link 2. `on_result` sees every result at the device.
+    `cuts[1]` and granted `rates_bps` on link 1 and link 2.
     """
 
     _made = 0
@@ -66,7 +66,6 @@ class Staged:
         *,
         cuts: tuple[int, int],
         rates_bps: tuple[int, int],
-        on_result: ResultSink | None = None,
     ) -> None:
         Staged._made += 1
         self._mark = f"bench-{os.getpid()}-{Staged._made}"
@@ -76,7 +75,6 @@ class Staged:
         self._profile = profile
         self._cuts = cuts
         self._rates_bps = rates_bps
-        self._on_result = on_result
         self._tasks = 0
         self._core = PlannerCore(0)
         self._begun_s = 0.0
@@ -122,7 +120,7 @@ class Staged:
                 link2_capacity_bps=rates[1],
             )
             node = Node(bus, settings, self._runners[role])
-            work = Device(node, self._on_result) if role is Role.DEVICE else Hop(node)
+            work = Device(node) if role is Role.DEVICE else Hop(node)
             self._serving.append(asyncio.create_task(node.run(work), name=name))
             self._nodes.append(node)
         async with asyncio.timeout(TIMEOUT_S):

@@ -83,7 +83,7 @@ class PlannerService:
         self.standing = Standing.READING
         self.decisions = 0  # records written while leading
         self.door = Doorkeeper(master)
-        self.dead_letters = 0  # records that could not be read
+        self.dead_letters = 0  # that this planner wrote, refusals included
         self.log = log.bind(planner=name, region=region)
         self._make_core = make_core
         self._take_over = take_over
