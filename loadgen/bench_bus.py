@@ -109,7 +109,7 @@ async def measure(
     generator = random.Random(seed)
     async with AsyncExitStack() as stack:
         name = f"deepar.bench.{os.getpid()}.{seed}"
-        stack.push_async_callback(_delete_topics, connection, [f"{name}.bare", f"{name}.framed"])  # last of all
+        stack.push_async_callback(delete_topics, connection, [f"{name}.bare", f"{name}.framed"])  # last of all
         ours: Way
         bare: Way
         if connection is not None:
@@ -320,7 +320,8 @@ class _Queue:
             await self._queue.get()
 
 
-async def _delete_topics(connection: KafkaConnection | None, topics: list[str]) -> None:
+async def delete_topics(connection: KafkaConnection | None, topics: list[str]) -> None:
+    """What a benchmark made on a broker goes; without a connection there is none."""
     if connection is not None:
         admin = AIOKafkaAdminClient(**connection.client_settings(connection.bootstrap_servers))
         await admin.start()

@@ -9,7 +9,7 @@ record for every sample, as `bench bus` does for its stream, and once in as many
 from __future__ import annotations
 
 import asyncio
-import os
+import uuid
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from bus.messages import DatasetInput
 from bus.port import Bus
 from bus.topics import TopicSpec
 from bus.values import Execution, ModelProfile, Role
+from loadgen.bench_bus import delete_topics
 from loadgen.staged import TIMEOUT_S, Staged
 from stages.compute import LitertRunner
 from stages.zoo import load_model
@@ -106,11 +107,13 @@ def _hops(profile: ModelProfile, samples: int, records: list[int]) -> list[Cross
 
 async def _relay(connection: KafkaConnection, hops: list[Crossing]) -> float:
     """Seconds from the first record on the first topic to the last on the last, relayed by bare clients."""
-    names = [f"deepar.bench.relay.{os.getpid()}.{number}" for number in range(len(hops))]
+    run = uuid.uuid4().hex[:12]  # a name of its own each time: what was deleted a moment ago may still be going
+    names = [f"deepar.bench.relay.{run}.{number}" for number in range(len(hops))]
     async with KafkaBus(connection) as bus:
         await bus.create_topics([TopicSpec(name, 1, retention_bytes=1 << 30) for name in names])
     settings = connection.client_settings(connection.bootstrap_servers)
     async with AsyncExitStack() as stack:
+        stack.push_async_callback(delete_topics, connection, names)  # last of all
         producers, consumers = [], []
         for name in names:
             producer = AIOKafkaProducer(
