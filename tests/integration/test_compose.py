@@ -168,7 +168,7 @@ def test_a_whole_deployment_survives_the_kill_of_each_service(deployment: Deploy
         assert inspected["State"]["Health"]["Status"] == "healthy", service
         assert inspected["Config"]["User"] == "10001:10001", service
 
-    with _replay(deployment, tmp_path) as replay:
+    with _replaying(deployment, tmp_path) as replay:
         _await_first_task(deployment)
         for service in SERVICES:
             name = deployment.container(service)["Id"]
@@ -207,7 +207,7 @@ async def _others_lead(bootstrap: str, *, dead: int, limit_s: float = 60.0) -> N
         await admin.close()
 
 
-def _replay(deployment: Deployment, folder: Path) -> subprocess.Popen[str]:
+def _replaying(deployment: Deployment, folder: Path) -> subprocess.Popen[str]:
     """`deepar loadgen replay` on the host, over the port that the compose file opens."""
     command = ["loadgen", "replay", "--tasks", str(TASKS), "--within", f"{ARRIVALS_S}s"]
     return subprocess.Popen(
@@ -289,7 +289,7 @@ def test_two_sites_work_together_over_their_brokers(two_sites: Deployment, tmp_p
         script = f"import socket; socket.create_connection(({there!r}, 9464), 2)"
         said = two_sites("exec", "-T", here, "python3", "-c", script, check=False)
         assert "gaierror" in said, f"{here} must not even know the name of {there}: {said}"
-    _replay(two_sites, tmp_path, tasks=3)
+    _complete_tasks(two_sites, tmp_path, tasks=3)
     edge_port = two_sites.env["DEEPAR_EDGE_KAFKA_PORT"]
     edge = asyncio.run(topic_ends(f"127.0.0.1:{edge_port}", ["e1"]))
     held_by_site(edge, asyncio.run(topic_ends(two_sites.bootstrap, ["e1"])), "e1")
@@ -304,12 +304,12 @@ def test_of_three_brokers_one_may_be_killed(three_brokers: Deployment, tmp_path:
     )
     three_brokers("kill", "broker2")
     asyncio.run(_others_lead(three_brokers.bootstrap, dead=2))
-    _replay(three_brokers, tmp_path, tasks=3)
+    _complete_tasks(three_brokers, tmp_path, tasks=3)
     assert three_brokers.down() < DOWN_LIMIT_S
     assert not three_brokers("ps", "--all", "--quiet").strip()
 
 
-def _replay(deployment: Deployment, folder: Path, *, tasks: int) -> None:
+def _complete_tasks(deployment: Deployment, folder: Path, *, tasks: int) -> None:
     """Send a few tasks; every one is done."""
     command = ["loadgen", "replay", "--tasks", str(tasks), "--within", "1s", "--samples", "10", "--out", str(folder)]
     said = compose_engine.run(
