@@ -17,20 +17,21 @@ from typing import Protocol
 import structlog
 
 from bus import messages, snapshots, topics
-from bus.dead_letter import bury
+from bus.dead_letter import Allowance, bury
 from bus.decisions import DecisionLog
 from bus.envelope import Envelope
 from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
 from bus.frames import Plan
 from bus.messages import Decision, EpochOpened, Message, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLeft, NodeLost
 from bus.port import Bus, Headers, Reader, Record
+from bus.proofs import WRONG_IDENTITY
 from bus.signed import satisfy_region
 from bus.tracing import TRACEPARENT, Attribute, Span, SpanSink, parent_of, part_span_id, traceparent
 from bus.values import Role
 from stages.fences import REMEMBERED_ENDS, Fences
 from stages.runner import Runner
 
-ALARMED = ("dead_letters", "stalled_attempts")
+ALARMED = ("dead_letters", "stalled_attempts", "wrong_identity")
 """Counters that alarms look at. They, and the busy times, are there from the start: where a series only begins, Prometheus
 sees no increase.
 """
@@ -121,6 +122,7 @@ class Node:
         self._envelope = Envelope(f"/deepar/{settings.region}/{settings.role.value}/{settings.name}", self.incarnation)
         self.log = log.bind(node=settings.name, role=settings.role.value)
         self._decisions = DecisionLog()
+        self._allowance = Allowance()
         self.serving = asyncio.Event()  # set by the work once it can take what it is sent; announced only then
         self._heard_s = float("-inf")  # when the last sign of life that was acknowledged was sent
         self._renewed = asyncio.Event()
@@ -196,6 +198,10 @@ class Node:
 
     async def bury(self, record: Record, error: ProtocolError, *, task_id: str = "") -> None:
         """Put a record that cannot be read on the dead-letter topic, with its origin and the cause."""
+        if error.cause == WRONG_IDENTITY:
+            self.status.count("wrong_identity")
+            if not self._allowance.take(asyncio.get_running_loop().time()):
+                return
         self.status.count("dead_letters")
         self.log.warning("dead letter", topic=record.topic, offset=record.offset, cause=error.cause, error=str(error))
         await bury(self.bus, record, error, task_id=task_id, by=self.settings.name)
