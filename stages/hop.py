@@ -220,7 +220,7 @@ class Hop:
         """Hand a frame's pieces to its flow. Raises `ProtocolError` where it cannot be used."""
         key = (frame.task_id, frame.attempt)
         followed = self.flows[key].plan if key in self.flows else frame.plan
-        believed = self.senders.believed(sender, record, frame, followed)
+        believed = self.senders.believed(sender, frame, followed)
         if frame.kind != "activations":
             raise ProtocolError("undecodable", f"a frame of kind {frame.kind} is not for {record.topic}")
         if self.node.fences.fenced(*key):

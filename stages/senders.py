@@ -2,7 +2,8 @@
 
 A proof says who has sent a frame. Whether that one may send frames of a task, the decisions say: the task's device sends to
 the edge of its placement, that edge to the cloud, edge or cloud to the device. So a frame of a task that is not decided yet,
-as far as is known here, waits for the decision, also if it brings a plan.
+as far as is known here, waits for the decision, also if it brings a plan. What a frame itself says of its sender (`from`) is
+not looked at.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Senders:
         placed = self._fences.placed.get(task_id)
         return placed is not None and sender.name == self._owner(placed)
 
-    def believed(self, sender: Speaker | None, record: Record, frame: Frame, plan: Plan | None) -> bool:
+    def believed(self, sender: Speaker | None, frame: Frame, plan: Plan | None) -> bool:
         """Whether a frame of activations can be used now; False: it waits for the decision on its task.
 
         `plan`: the one that is followed for it here, else the one that it brings. Raises `ProtocolError`
@@ -43,8 +44,6 @@ class Senders:
         """
         if sender is None:
             return True
-        if frame.source != sender.name or record.key != frame.task_id:
-            raise refused(f"{sender} sends a frame of {frame.task_id} as {frame.source}, under the key {record.key}")
         placed = self._fences.placed.get(frame.task_id)
         if placed is None or placed.attempt != frame.attempt:
             # A cloud stage does not read the decisions of other regions.

@@ -464,7 +464,8 @@ def test_no_secret_is_in_a_log_or_a_dead_letter() -> None:
 # --- among faults ----------------------------------------------------------------------------------------------------
 
 
-def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("master", [MASTER, Master(bytes(range(32)), frames=True)], ids=["control", "frames, too"])
+def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch, master: Master) -> None:
     """`deepar simulate chaos` where the region demands proofs: the same guarantees hold, and only the poison is refused."""
     said: list[str] = []
     read = Doorkeeper.read
@@ -477,16 +478,16 @@ def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch) 
             raise
 
     def proving(bus: Bus, settings: NodeSettings, runner: Runner) -> Node:
-        return Node(signed(bus, MASTER.key(Speaker(settings.role.value, settings.name))), settings, runner)
+        return Node(signed(bus, master.key(Speaker(settings.role.value, settings.name))), settings, runner)
 
     submit = chaos._Chaos._submit
 
     async def submitting(run: Any, client: Bus) -> None:
-        await submit(run, signed(client, MASTER.key(Speaker("loadgen", "chaos"))))  # type: ignore[arg-type]
+        await submit(run, signed(client, master.key(Speaker("loadgen", "chaos"))))  # type: ignore[arg-type]
 
     monkeypatch.setattr(Doorkeeper, "read", listening)
     monkeypatch.setattr(chaos_region, "Node", proving)
-    monkeypatch.setattr(chaos, "PlannerService", partial(PlannerService, master=MASTER))
+    monkeypatch.setattr(chaos, "PlannerService", partial(PlannerService, master=master))
     monkeypatch.setattr(chaos._Chaos, "_submit", submitting)
     found = chaos.run(range(12))
     assert found["violations"] == []

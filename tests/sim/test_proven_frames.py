@@ -235,6 +235,7 @@ def test_nobody_takes_a_task_s_name_before_it_is_decided(region_number: int) -> 
             await asyncio.sleep(1.0)
             outcomes = await region.replay([task(0, samples=SAMPLES)])
             assert outcomes["t0"].state == "COMPLETED"
+            assert region.nodes["d1"].status.counters["stalled_attempts"] == 0  # at once, not in a second attempt
             await asyncio.sleep(1.0)
             return region
 
