@@ -31,7 +31,7 @@ from bus.values import Role
 from stages.fences import REMEMBERED_ENDS, Fences
 from stages.runner import Runner
 
-ALARMED = ("dead_letters", "stalled_attempts", "wrong_identity")
+ALARMED = ("dead_letters", "declared_lost", "stalled_attempts", "wrong_identity")
 """Counters that alarms look at. They, and the busy times, are there from the start: where a series only begins, Prometheus
 sees no increase.
 """
@@ -124,6 +124,7 @@ class Node:
         self._decisions = DecisionLog()
         self._allowance = Allowance()
         self.serving = asyncio.Event()  # set by the work once it can take what it is sent; announced only then
+        self._announced_s = float("-inf")  # when it last was
         self._heard_s = float("-inf")  # when the last sign of life that was acknowledged was sent
         self._renewed = asyncio.Event()
 
@@ -289,8 +290,14 @@ class Node:
 
     async def _come_back(self, work: Work) -> None:
         self.log.warning("declared lost; letting go of everything and announcing anew")
+        self.status.count("declared_lost")
         self.status.joined = False
         work.on_lost()
+        # Two processes of one name take it from each other, each time by a decision that is kept: not without a pause.
+        lease_s = self.settings.lease_s
+        if asyncio.get_running_loop().time() - self._announced_s < lease_s:
+            self.log.warning("declared lost soon after it was announced: has another process this name?")
+            await asyncio.sleep(lease_s / HEARTBEATS_PER_LEASE)
         self.incarnation = uuid.uuid4().hex[:12]
         await self._announce()
 
@@ -316,6 +323,7 @@ class Node:
         self.status.warm = True
         sent_s = asyncio.get_running_loop().time()
         await self.tell(topics.NODES, self.announcement(), self.settings.name)
+        self._announced_s = asyncio.get_running_loop().time()
         self._renew(sent_s)
 
     async def _keep_lease(self) -> None:

@@ -83,6 +83,7 @@ WHEN_IT_FIRES = {
     "NotReady": (f"deepar_ready{E1}", "1 1 1 1 0 0 0 0 0 0 0 0 0 0", "45s", "65s"),
     "DeadLetters": (f"deepar_dead_letters_total{E1}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
     "WrongIdentity": (f"deepar_wrong_identity_total{PLANNER}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
+    "DeclaredLost": (f"deepar_declared_lost_total{E1}", "0 0 0 1 5 5 5 5 5 5", "15s", "25s"),
     "LoopLag": (f"deepar_loop_lag_seconds{E1}", "0 0 0.1 0.1 0.6 0.6 0.6 0.6 0.6 0.6", "25s", "45s"),
     "StalledAttempts": (f"deepar_stalled_attempts_total{D1}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
 }
