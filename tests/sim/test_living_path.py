@@ -76,6 +76,7 @@ def test_two_processes_of_one_name_do_not_flood_the_decisions_and_are_seen() -> 
             playing = asyncio.create_task(twin.run(nodes.make_work(twin)))
             await asyncio.sleep(60.0)
             seen = first.status.counters["declared_lost"]
+            assert {first.status.ready, twin.status.ready} == {True, False}  # one of them has the partition
             playing.cancel()
             await asyncio.wait([playing])
             await asyncio.sleep(first.settings.lease_s)
