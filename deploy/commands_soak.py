@@ -15,8 +15,9 @@ from rich.table import Table
 from deploy.process import EXIT_FAILED, EXIT_MISSED
 from deploy.progress import progress_bar
 from loadgen import plots
-from loadgen.soak import SoakResult, SoakScenario
+from loadgen.soak import SoakResult
 from loadgen.soak import soak as run_soak
+from loadgen.soak_region import SoakScenario
 from loadgen.soak_slow import slow_cloud
 
 LABELS = {

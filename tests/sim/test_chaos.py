@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from deploy import commands_simulate
 from loadgen import chaos, chaos_awaits
-from loadgen.chaos import ChaosScenario, run_seed
-from loadgen.chaos_region import LEASE_S
+from loadgen.chaos import run_seed
+from loadgen.chaos_region import LEASE_S, ChaosScenario
 from loadgen.chaos_watch import STAGE_S
 from tests.sim.canaries import CANARIES, HARMLESS, Canary
 

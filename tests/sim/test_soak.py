@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from bus.messages import Ended
 from deploy import commands_simulate
-from loadgen.soak import ALLOWED, SoakScenario, soak
+from loadgen.soak import ALLOWED, soak
+from loadgen.soak_region import SoakScenario
 from loadgen.soak_slow import slow_cloud
 from stages.device import Device
 from tests.sim.canaries import CANARIES
