@@ -15,7 +15,7 @@ from bus import topics
 from bus.errors import UnknownNameError
 from bus.port import Bus, Record
 from deploy import nodes
-from deploy.commands_services import Bootstrap
+from deploy.options import Bootstrap
 from deploy.process import run_on_uvloop
 
 app = typer.Typer(no_args_is_help=True, help="Dead letters: records that could not be read, with origin and cause.")

@@ -30,7 +30,7 @@ from bus.port import Bus, Headers, Record
 from bus.signed import signed
 from bus.values import Parts, Role
 from deploy.commands_deadletter import Letter, read_letters
-from deploy.nodes import planner_counters
+from deploy.planner_process import planner_counters
 from loadgen import chaos, chaos_play, virtual_region
 from loadgen.chaos_client import Client
 from loadgen.replay import replay
