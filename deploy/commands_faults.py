@@ -25,7 +25,8 @@ from deploy.nodes import create_missing_topics
 from deploy.process import EXIT_FAILED, EXIT_MISSED, run_on_uvloop
 from loadgen.live_chaos import LiveChaos, Load
 from loadgen.live_faults import FLOW_AIM_S, Fault, Findings, Pace, parse_faults
-from loadgen.replay import await_planner, utc_now
+from loadgen.replay import utc_now
+from loadgen.roll_call import await_planner
 
 LISTEN_S = 3.0
 """A planner in charge speaks at least once a second or so."""

@@ -29,8 +29,9 @@ from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSED, run_on_uv
 from loadgen import arrivals, metrics, report, schedule
 from loadgen.metrics import Threshold
 from loadgen.outcome import Recorder
-from loadgen.replay import ReplayResult, await_planner, find_nodes, utc_now
+from loadgen.replay import ReplayResult, utc_now
 from loadgen.replay import replay as play
+from loadgen.roll_call import await_planner, find_nodes
 from loadgen.scenario import parse_size
 from loadgen.source import PAPER_MIX, Mix, Range, parse_models
 

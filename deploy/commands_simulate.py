@@ -26,7 +26,7 @@ from deploy.log_setup import configure_logging
 from deploy.process import EXIT_MISSED
 from deploy.progress import progress_bar
 from loadgen import compare as compared
-from loadgen import figures, scenario
+from loadgen import compare_chart, figures, scenario
 from loadgen.figure_check import check_figures
 from loadgen.figure_result import POLICIES, FigureOptions, FigureResult, write_csv
 from loadgen.platforms import platforms
@@ -160,9 +160,7 @@ def sweep(
     cluster: Cluster = None,
     as_json: AsJson = False,
 ) -> None:
-    """Every combination of the parameters given, to one tidy CSV and small multiples. Interrupted, it goes
-    on.
-    """
+    """Every combination of the parameters given, to one tidy CSV and small multiples. Interrupted, it goes on."""
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     with progress_bar(log) as tell:
         base = scenario.Scenario() if scenario_file is None else scenario.read(scenario_file)
@@ -217,7 +215,7 @@ def compare(
             say=lambda line: log.print(line, style="dim", markup=False),
             progress=lambda recorder: tell("live", recorder.ended, len(recorder.outcomes)),
         )
-    files = [write_csv(out / "compare.csv", compared.rows(found)), *compared.draw(found, out / "compare")]
+    files = [write_csv(out / "compare.csv", compare_chart.rows(found)), *compare_chart.draw(found, out / "compare")]
     numbers = found.as_object() | {"files": [str(path) for path in files]}
     if as_json:
         print(json.dumps(numbers))
