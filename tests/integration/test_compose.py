@@ -18,8 +18,8 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 
-from deploy.broker import free_port
 from deploy.broker_handshake import ask
+from deploy.ports import free_port
 from loadgen.outcome import NOT_ACKNOWLEDGED
 from tests import compose_engine
 from tests.compose_engine import COMPOSE_FILE, Engine, NoEngineError
