@@ -17,7 +17,8 @@ from bus.errors import ConfigError, ProtocolError
 from bus.messages import Decision, EpochOpened, NodeHeartbeat, PlannerHeartbeat
 from bus.port import Bus, Record
 from deploy import nodes
-from deploy.decision_lines import LEGEND, Held, lines_of
+from deploy.decision_lines import LEGEND, lines_of
+from deploy.holdings import Held
 from deploy.options import Bootstrap
 from deploy.process import run_on_uvloop
 
