@@ -23,6 +23,7 @@ from deploy.broker import KafkaBroker
 from deploy.commands_chaos import chaos
 from deploy.commands_soak import soak
 from deploy.log_setup import configure_logging
+from deploy.options import AsJson
 from deploy.process import EXIT_MISSED
 from deploy.progress import progress_bar
 from loadgen import compare as compared
@@ -41,7 +42,6 @@ Policies = Annotated[str, typer.Option(help="Names of policies, a,b,c; your own 
 Out = Annotated[Path, typer.Option(file_okay=False, envvar="DEEPAR_FIGURES", help="Folder for CSV, PNG and SVG.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as there are cores.")]
 Cluster = Annotated[str | None, typer.Option(help="Address of a Dask scheduler, tcp://host:8786 (extra `cluster`).")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Profile = Annotated[str, typer.Option(help="How fast device, edge and cloud are: `paper`, or a file.")]
 ObjectiveFlag = Annotated[
     Objective, typer.Option(help="`sequential` is the paper's; `pipelined` streams samples through the stages.")
