@@ -60,7 +60,7 @@ COMMANDS = (
     _Command("top", SEE, "deploy.commands_top", "top"),
     _Command("ui", SEE, "deploy.commands_ui", "ui"),
     _Command("dead-letter", SEE, "deploy.commands_deadletter", "app"),
-    _Command("explain", SEE, "deploy.commands_plan", "explain"),
+    _Command("explain", SEE, "deploy.commands_explain", "explain"),
     _Command("doctor", SEE, "deploy.commands_doctor", "doctor"),
     _Command("healthcheck", SEE, "deploy.healthcheck", "healthcheck"),
     _Command("models", MODELS, "deploy.commands_models", "app"),
