@@ -52,7 +52,7 @@ COMMANDS = (
     _Command("up", RUN, "deploy.commands_services", "up"),
     _Command("planner", RUN, "deploy.commands_services", "planner"),
     _Command("stage", RUN, "deploy.commands_services", "stage_app"),
-    _Command("topics", RUN, "deploy.commands_services", "topics_app"),
+    _Command("topics", RUN, "deploy.commands_topics", "topics_app"),
     _Command("acls", RUN, "deploy.commands_acls", "acls"),
     _Command("identity", RUN, "deploy.commands_identity", "app"),
     _Command("loadgen", RUN, "deploy.commands_loadgen", "app"),

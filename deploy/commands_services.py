@@ -1,4 +1,4 @@
-"""`deepar planner | stage | up | topics`: the services, one process each or all in one."""
+"""`deepar planner | stage | up`: the services, one process each or all in one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from bus import topics
 from bus.errors import ConfigError
 from bus.identity import Speaker
 from bus.signed import signed
-from bus.topics import Partitions
 from bus.units import parse_duration, parse_rate
 from bus.values import Execution, Objective
 from deploy import nodes
@@ -32,7 +29,6 @@ from deploy.up import run_up
 from planner.service import PlannerService
 
 stage_app = typer.Typer(no_args_is_help=True, help="Run one stage: a device, an edge or a cloud worker.")
-topics_app = typer.Typer(no_args_is_help=True, help="Create or list the topics.")
 
 Lease = Annotated[str, typer.Option(envvar="DEEPAR_LEASE", help="Silent for longer than this means lost.")]
 Models = Annotated[
@@ -269,42 +265,3 @@ def up(
         )
     bus = nodes.kafka_bus(bootstrap_servers or settings.bus.bootstrap_servers)
     run_on_uvloop(run_up(settings, bus, http_port, http_host, master_of(identity_master)))
-
-
-# --- deepar topics ---------------------------------------------------------------------------------------------------
-
-
-@topics_app.command("create")
-def topics_create(
-    edges: Annotated[
-        list[str] | None, typer.Option("--edge", help="Create this edge's topic too; may be given again.")
-    ] = None,
-    regions: Annotated[int, typer.Option(min=1, help="Partitions of the control topics.")] = 1,
-    cloud_partitions: Annotated[int, typer.Option(min=1, help="At most so many cloud workers share the work.")] = 8,
-    bootstrap_servers: Bootstrap = None,
-) -> None:
-    """Create the topics that are missing. Services create theirs by themselves where they may."""
-
-    async def main() -> None:
-        async with nodes.kafka_bus(bootstrap_servers) as bus:
-            partitions = Partitions(regions=regions, cloud=cloud_partitions)
-            await nodes.create_missing_topics(bus, edges or [], partitions)
-            for spec in topics.specs(edges or [], partitions):
-                typer.echo(f"{spec.name}  {await bus.partitions(spec.name)} partition(s)")
-
-    run_on_uvloop(main())
-
-
-@topics_app.command("list")
-def topics_list() -> None:
-    """Show the table of topics: what each carries, who writes it, who reads it."""
-    table = Table("topic", "carries", "key", "written by", "read by", title="the flow")
-    for topic in topics.TABLE:
-        table.add_row(
-            topic.name,
-            f"{', '.join(topic.messages) or '-'} ({topic.payload.value})",
-            topic.key,
-            ", ".join(topic.writers),
-            ", ".join(topic.readers),
-        )
-    Console().print(table)
