@@ -13,10 +13,7 @@ import fcntl
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -27,20 +24,13 @@ from typing import IO, Self
 from bus.errors import BusUnavailableError, ConfigError
 from deploy.broker_artifacts import KAFKA_VERSION, SETTINGS_DIR, Progress, ensure_jars, find_java
 from deploy.broker_handshake import BrokerReply, NotReadyError, ask
+from deploy.child_process import tied_to_us
+from deploy.ports import free_port, require_free
 
 START_LIMIT_S = 60.0  # a start takes 3-5 s; after a SIGKILL the old session must expire first
 STOP_LIMIT_S = 20.0  # a clean stop takes 1.5 s
 HEAP_MIB = 512
 LOG_KEPT_BYTES = 16 << 20  # a longer log is moved aside at the next start
-
-# Runs in the child before Java does: asks the kernel to end it when the parent goes, whatever way it goes
-# (Linux).
-_DIE_WITH_PARENT = (
-    "import ctypes, os, sys\n"
-    "ctypes.CDLL(None).prctl(1, int(sys.argv[2]))\n"  # PR_SET_PDEATHSIG
-    "os.getppid() == int(sys.argv[1]) or sys.exit(1)\n"
-    "os.execvp(sys.argv[3], sys.argv[3:])\n"
-)
 
 
 class BrokerStartError(BusUnavailableError):
@@ -51,34 +41,13 @@ class BrokerDiedError(BusUnavailableError):
     """Kafka was running and has ended by itself."""
 
 
-class PortTakenError(ConfigError):
-    """Something else listens at the port that was asked for."""
-
-
 class DataInUseError(ConfigError):
     """Another broker runs on the same data folder."""
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens at right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def new_cluster_id() -> str:
     """16 random bytes in base64url, as Kafka wants them; it refuses ids that begin with "-"."""
     return "A" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode("ascii").rstrip("=")[1:]
-
-
-def tied_to_us(command: list[str], number: signal.Signals = signal.SIGTERM) -> list[str]:
-    """`command`, made to get a signal when this process goes, whatever way it goes.
-
-    The kernel ties a child to the thread that started it, so this does something on Linux and in the main thread only.
-    """
-    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
-        return command
-    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), str(int(number)), *command]
 
 
 class KafkaBroker:
@@ -111,6 +80,7 @@ class KafkaBroker:
     ) -> None:
         self.data_dir = data_dir.absolute()
         self.log_file = self.data_dir / "broker.log"
+        self._records = self.data_dir / "kafka-data"
         self.kind = f"Apache Kafka {KAFKA_VERSION} (KRaft, {started_by})"
         self._host = host
         self._within = list(within)
@@ -222,7 +192,7 @@ class KafkaBroker:
         """Deletes topics, records and logs, nothing else there. Raises DataInUseError while a broker runs."""
         self._prepare_data_dir()
         self._release()
-        shutil.rmtree(self.data_dir / "kafka-data", ignore_errors=True)
+        shutil.rmtree(self._records, ignore_errors=True)
         for name in ("server.properties", "broker.log", "broker.log.1"):
             (self.data_dir / name).unlink(missing_ok=True)
 
@@ -265,76 +235,58 @@ class KafkaBroker:
 
     def _choose_ports(self) -> None:
         if self._wanted_port is not None and not self._within:
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind(("127.0.0.1", self._wanted_port))
-                except OSError as error:
-                    raise _port_error(self._wanted_port, error) from error
+            require_free(self._wanted_port)
         self._port = self._port or free_port()
         self._controller_port = self._controller_port or free_port()
 
     def _launch(self, java: Path, jars: Path) -> None:
         """Writes the settings, formats the data folder if it is new, and starts Java."""
-        logs = self.data_dir / "kafka-data"
-        properties = self.data_dir / "server.properties"
-        added = {
-            "listeners": f"CLIENTS://{self.bootstrap},CONTROLLER://127.0.0.1:{self._controller_port}",
-            "advertised.listeners": f"CLIENTS://{self.bootstrap}",
-            "listener.security.protocol.map": "CLIENTS:PLAINTEXT,CONTROLLER:PLAINTEXT",
-            "inter.broker.listener.name": "CLIENTS",
-            "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
-            "log.dirs": str(logs),
-        } | self._settings
-        shared = (SETTINGS_DIR / "server.properties").read_text(encoding="ascii")
-        # A later line wins over an earlier one.
-        lines = "".join(f"{key}={value}\n" for key, value in added.items())
-        properties.write_text(f"{shared}\n# Added by deploy/broker.py\n{lines}", encoding="utf-8")
-
+        properties = self._write_properties()
         run = [str(java), "-cp", f"{jars}/*", "-Dorg.slf4j.simpleLogger.showDateTime=true",
                "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSXXX"]  # fmt: skip
         if self.log_file.exists() and self.log_file.stat().st_size > LOG_KEPT_BYTES:
             self.log_file.replace(self.log_file.with_name("broker.log.1"))
         with self.log_file.open("ab") as log:
             self._log_start = log.seek(0, os.SEEK_END)
-            if not (logs / "meta.properties").exists():
-                self._progress("formatting the data folder")
-                shutil.rmtree(logs, ignore_errors=True)  # a format that was interrupted
-                cluster = self._cluster_id or new_cluster_id()
-                format_it = [
-                    *run,
-                    "-Xmx128m",
-                    "kafka.tools.StorageTool",
-                    "format",
-                    "-t",
-                    cluster,
-                    "-c",
-                    str(properties),
-                ]
-                said = subprocess.DEVNULL if self._format_words else log
-                done = subprocess.run(
-                    [*format_it, *self._format_words], stdin=subprocess.DEVNULL, stdout=said, stderr=log, check=False
-                )
-                if done.returncode != 0:
-                    raise BrokerStartError(f"Kafka refused to format {logs}:\n{self.log_tail()}")
-            serve = [
-                *self._within,
-                *run,
-                f"-Xmx{self._heap_mib}m",
-                "-XX:+ExitOnOutOfMemoryError",
-                "kafka.Kafka",
-                str(properties),
-            ]
+            if not (self._records / "meta.properties").exists():
+                self._format([*run, "-Xmx128m", "kafka.tools.StorageTool", "format"], properties, log)
+            serve = [*self._within, *run, f"-Xmx{self._heap_mib}m", "-XX:+ExitOnOutOfMemoryError", "kafka.Kafka"]
             self._progress("starting Apache Kafka")
             # Its own session: a Ctrl-C at the terminal reaches us alone, and we stop it in order.
             self._child = subprocess.Popen(
-                tied_to_us(serve),
+                tied_to_us([*serve, str(properties)]),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=self.data_dir,
                 start_new_session=True,
             )
+
+    def _write_properties(self) -> Path:
+        """The settings that all brokers share, and behind them what is this one's: a later line wins over an earlier one."""
+        added = {
+            "listeners": f"CLIENTS://{self.bootstrap},CONTROLLER://127.0.0.1:{self._controller_port}",
+            "advertised.listeners": f"CLIENTS://{self.bootstrap}",
+            "listener.security.protocol.map": "CLIENTS:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "inter.broker.listener.name": "CLIENTS",
+            "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
+            "log.dirs": str(self._records),
+        } | self._settings
+        shared = (SETTINGS_DIR / "server.properties").read_text(encoding="ascii")
+        lines = "".join(f"{key}={value}\n" for key, value in added.items())
+        properties = self.data_dir / "server.properties"
+        properties.write_text(f"{shared}\n# Added by deploy/broker.py\n{lines}", encoding="utf-8")
+        return properties
+
+    def _format(self, tool: list[str], properties: Path, log: IO[bytes]) -> None:
+        """Makes the data folder one that Kafka accepts. Raises BrokerStartError."""
+        self._progress("formatting the data folder")
+        shutil.rmtree(self._records, ignore_errors=True)  # a format that was interrupted
+        words = ["-t", self._cluster_id or new_cluster_id(), "-c", str(properties), *self._format_words]
+        said = subprocess.DEVNULL if self._format_words else log
+        done = subprocess.run([*tool, *words], stdin=subprocess.DEVNULL, stdout=said, stderr=log, check=False)
+        if done.returncode != 0:
+            raise BrokerStartError(f"Kafka refused to format {self._records}:\n{self.log_tail()}")
 
     def _answers(self) -> None:
         """It tells clients of itself. Raises OSError."""
@@ -352,20 +304,3 @@ class KafkaBroker:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-
-def _port_error(port: int, error: OSError) -> ConfigError:
-    """What is wrong with a port that cannot be bound, and what to do."""
-    if isinstance(error, PermissionError):
-        return PortTakenError(f"port {port} may not be used by this user", remedy="choose one above 1023 with --port")
-    try:
-        ask(f"127.0.0.1:{port}", 1.0)
-    except OSError:
-        return PortTakenError(
-            f"port {port} is taken by another program ({error.strerror})",
-            remedy=f"choose another with --port (`ss -ltnp sport = {port}` says whose it is)",
-        )
-    return PortTakenError(
-        f"a Kafka broker answers at 127.0.0.1:{port} already",
-        remedy=f"use that one (KAFKA_BOOTSTRAP_SERVERS=127.0.0.1:{port}), or choose another port with --port",
-    )

@@ -15,7 +15,7 @@ from bus.errors import ConfigError
 from bus.kafka_connection import KafkaConnection
 from deploy import acls as lists
 from deploy.acls import Entry
-from deploy.commands_services import Bootstrap
+from deploy.options import Bootstrap
 from deploy.process import run_on_uvloop
 
 

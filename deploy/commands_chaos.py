@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bus.errors import ConfigError
+from deploy.options import AsJson
 from deploy.process import EXIT_FAILED
 from deploy.progress import progress_bar
 from loadgen import chaos as simulated
@@ -37,7 +38,7 @@ def chaos(
         Path | None,
         typer.Option(allow_dash=True, help="Write what happened in one seed, in order, to a file; - is stdout."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Break the whole region, heal it, and judge: nothing lost, nothing shown twice, the ledger held at every record.
 

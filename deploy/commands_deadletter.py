@@ -15,15 +15,13 @@ from bus import topics
 from bus.errors import UnknownNameError
 from bus.port import Bus, Record
 from deploy import nodes
-from deploy.commands_services import Bootstrap
+from deploy.options import AsJson, Bootstrap
 from deploy.process import run_on_uvloop
 
 app = typer.Typer(no_args_is_help=True, help="Dead letters: records that could not be read, with origin and cause.")
 
 HEX_BYTES = 512
 """So much of a letter is shown on a terminal."""
-
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 @dataclass(frozen=True, slots=True)

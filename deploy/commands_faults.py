@@ -22,10 +22,12 @@ from bus.units import format_seconds, parse_duration
 from deploy.broker import KafkaBroker
 from deploy.live_region import LiveRegion, RegionOptions, result_file
 from deploy.nodes import create_missing_topics
+from deploy.options import AsJson
 from deploy.process import EXIT_FAILED, EXIT_MISSED, run_on_uvloop
 from loadgen.live_chaos import LiveChaos, Load
 from loadgen.live_faults import FLOW_AIM_S, Fault, Findings, Pace, parse_faults
-from loadgen.replay import await_planner, utc_now
+from loadgen.replay import utc_now
+from loadgen.roll_call import await_planner
 
 LISTEN_S = 3.0
 """A planner in charge speaks at least once a second or so."""
@@ -58,7 +60,7 @@ def chaos(
     out: Annotated[
         Path | None, typer.Option(help="Folder for logs and results; by default runs/chaos-SEED-TIME.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Break real processes while tasks run: nothing may be lost, shown twice, or granted twice.
 

@@ -11,6 +11,7 @@ import typer
 
 from bus.errors import ConfigError
 from bus.identity import SPEAKING_ROLES, Master, Speaker, load_key, load_master, write_secret
+from deploy.options import AsJson
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,7 +58,7 @@ def key(
 @app.command("show")
 def show(
     file: Annotated[Path, typer.Argument(help="A key or a master.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say whose a file is, and of which master; never the secret."""
     found: dict[str, str | bool | None]

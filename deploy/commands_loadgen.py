@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
-import time
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
-from bus.errors import ConfigError, UnknownNameError
-from bus.port import Bus
+from bus.errors import ConfigError
 from bus.signed import signed
-from bus.units import format_seconds, parse_duration, parse_rate
-from bus.values import Role
+from bus.units import parse_duration, parse_rate
+from deploy.commands_bench import bench
 from deploy.commands_faults import chaos
 from deploy.identities import KeyFile, submitter_of
-from deploy.nodes import kafka_bus, require_region
-from deploy.otel import tracing
-from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSED, run_on_uvloop
-from loadgen import arrivals, metrics, report, schedule
+from deploy.nodes import kafka_bus
+from deploy.options import AsJson, BootstrapFromEnv
+from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSED
+from deploy.replay_run import ReplayRun, print_summary
+from loadgen import arrivals, report, schedule
 from loadgen.metrics import Threshold
-from loadgen.outcome import Recorder
-from loadgen.replay import ReplayResult, await_planner, find_nodes, utc_now
-from loadgen.replay import replay as play
+from loadgen.replay import utc_now
 from loadgen.scenario import parse_size
 from loadgen.source import PAPER_MIX, Mix, Range, parse_models
-
-PLANNER_TIMEOUT_S = 10.0
-"""A planner in charge speaks at least once a second or so; silence for this long means there is none."""
 
 app = typer.Typer(
     no_args_is_help=True, help="Submit tasks to a running system, measure this machine, break real processes."
@@ -93,9 +83,7 @@ def replay(
     warmup: Annotated[int, typer.Option(min=0, help="Tasks that run first and are left out of the summary.")] = 0,
     time_scale: Annotated[float, typer.Option(help="Stretches every arrival: 0.1 plays ten times as fast.")] = 1.0,
     region: Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Whose planner is to decide.")] = 0,
-    bootstrap_servers: Annotated[
-        str | None, typer.Option(envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port.")
-    ] = None,
+    bootstrap_servers: BootstrapFromEnv = None,
     drain_timeout: Annotated[
         str, typer.Option(help="Give up when no task has ended for so long after the last arrival.")
     ] = "120s",
@@ -108,7 +96,7 @@ def replay(
     max_p50: Annotated[str | None, typer.Option(help="Exit with 99 when the median delay is above.")] = None,
     max_p90: Annotated[str | None, typer.Option(help="Exit with 99 when the 90th percentile is above.")] = None,
     max_p99: Annotated[str | None, typer.Option(help="Exit with 99 when the 99th percentile is above.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Submit tasks on Kafka, open loop, and report what came of each.
 
@@ -171,113 +159,7 @@ def replay(
         raise typer.Exit(EXIT_FAILED)
 
 
-class ReplayRun:
-    """One replay with a live display; keeps what was seen when it is interrupted."""
-
-    def __init__(
-        self,
-        bus: Bus,
-        region: int,
-        devices: list[str] | None,
-        make: Callable[[list[str]], schedule.Schedule],
-        drain_timeout_s: float,
-        console: Console,
-    ) -> None:
-        self.bus, self.region, self.devices, self.make = bus, region, devices, make
-        self.drain_timeout_s, self.console = drain_timeout_s, console
-        self.recorder = Recorder()
-        self.seed = 0
-        self.total = 0
-        self.began_at = utc_now()
-        self._began_s = time.monotonic()
-
-    @property
-    def result(self) -> ReplayResult:
-        """What has been seen so far."""
-        return ReplayResult(
-            outcomes=tuple(self.recorder.outcomes.values()), seed=self.seed, dropped_records=0, unreadable_records=0
-        )
-
-    def play(self) -> bool:
-        """Run to the end; True when Ctrl-C cut it short."""
-        try:
-            run_on_uvloop(self._play())
-        except KeyboardInterrupt:
-            if not self.recorder.outcomes:
-                raise
-            return True
-        return False
-
-    async def _play(self) -> None:
-        async with tracing("deepar-loadgen") as on_span, self.bus:
-            await require_region(self.bus, self.region)
-            await await_planner(self.bus, self.region, timeout_s=PLANNER_TIMEOUT_S)
-            names = self.devices
-            if names is None:
-                names = [node.node for node in await find_nodes(self.bus, self.region, [Role.DEVICE])]
-                if not names:
-                    raise ConfigError(
-                        f"no device has announced itself in region {self.region}",
-                        remedy="start one: deepar stage device",
-                    )
-            plan = self.make(names)
-            self.seed, self.total = plan.seed, len(plan)
-            self.console.print(f"seed {plan.seed}; streams: {plan.streams or 'from the file'}", style="dim")
-            self.began_at, self._began_s = utc_now(), time.monotonic()
-            with Live(console=self.console, get_renderable=self._table, refresh_per_second=4, transient=True):
-                await play(
-                    self.bus,
-                    plan,
-                    region=self.region,
-                    drain_timeout_s=self.drain_timeout_s,
-                    recorder=self.recorder,
-                    wall_clock=utc_now,
-                    on_span=on_span,
-                )
-
-    def _table(self) -> Table:
-        recorder, delays = self.recorder, list(self.recorder.delays_s)
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for name in ("time", "submitted", "running", "ended", "mean", "p50", "p90", "p99"):
-            table.add_column(name, justify="right")
-        found = metrics.distribution(delays)
-        cells = [_short(found[name]) for name in ("mean", "p50", "p90", "p99")]
-        elapsed = f"{time.monotonic() - self._began_s:.0f} s"
-        counts = (f"{recorder.submitted}/{self.total}", str(recorder.running), str(recorder.ended))
-        table.add_row(elapsed, *counts, *cells)
-        return table
-
-
-def print_summary(console: Console, summary: dict[str, Any]) -> None:
-    """The summary as people read it."""
-    states = ", ".join(
-        f"{summary[name]} {name}"
-        for name in ("completed", "rejected", "failed", "expired", "unfinished")
-        if summary[name]
-    )
-    console.print(
-        f"{summary['submitted']} tasks submitted: {states}; policy {summary['policy']}; seed {summary['seed']}"
-    )
-    if summary["causes"]:
-        causes = ", ".join(f"{cause}: {count}" for cause, count in summary["causes"].items())
-        console.print(f"causes: {causes}", markup=False)
-    table = Table(title="Delay from the instant that was due")
-    for name in ("", "tasks", "mean", "p50", "p90", "p99", "p99.9"):
-        table.add_column(name, justify="left" if not name else "right")
-    delay = summary["delay_s"]
-    table.add_row("all", str(summary["completed"]), *(_short(delay[k]) for k in ("mean", "p50", "p90", "p99", "p99_9")))
-    for group in ("by_kind", "by_model"):
-        table.add_section()
-        for name, row in summary[group].items():
-            cells = (_short(row[k]) for k in ("mean_delay_s", "p50_s", "p90_s", "p99_s", "p99_9_s"))
-            table.add_row(name, str(row["tasks"]), *cells)
-    console.print(table)
-    for path in summary.get("files", []):
-        console.print(f"  {path}", markup=False)
-
-
-def _short(seconds: float | None) -> str:
-    return "-" if seconds is None else format_seconds(seconds)
+app.command()(bench)
 
 
 def _range(text: str | None, parse: Callable[[str], float]) -> Range | None:
@@ -333,68 +215,3 @@ def _pattern(
     if rate is not None:
         return arrivals.constant(rate) if distribution is Distribution.CONSTANT else arrivals.poisson(rate)
     return arrivals.uniform(parse_duration(within))
-
-
-BENCHES = {
-    "slices": "the parts of a cut model over the whole",
-    "planner": "search and decision times",
-    "bus": "hops and streams over the bare library",
-    "decision": "task submitted to decision received",
-    "pipeline": "streams through modelled stages over the bottleneck",
-    "simulator": "a million tasks through the core",
-}
-"""Benchmark -> what it measures; each is `run` of the module `loadgen.bench_NAME`."""
-
-
-@app.command()
-def bench(
-    name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in BENCHES.items()))],
-    bus: Annotated[str | None, typer.Option(help="memory or kafka, where the benchmark has both.")] = None,
-    bootstrap_servers: Annotated[
-        str | None, typer.Option(envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port.")
-    ] = None,
-    tasks: Annotated[int | None, typer.Option(min=1, help="Of simulator: how many tasks.")] = None,
-    random_seed: Annotated[int | None, typer.Option("--random-seed", "--seed", min=0, help="Of what is drawn.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-) -> None:
-    """Measure this machine. Exit code 99 when an aim is missed."""
-    if name not in BENCHES:
-        raise UnknownNameError(f"there is no benchmark {name!r}; there are {', '.join(BENCHES)}")
-    log = Console(stderr=True, highlight=False, soft_wrap=True)
-    measure = importlib.import_module(f"loadgen.bench_{name}").run
-    wanted = {"bus": bus, "bootstrap": bootstrap_servers, "tasks": tasks, "seed": random_seed}
-    takes = inspect.signature(measure).parameters
-    given = {key: value for key, value in wanted.items() if value is not None and key in takes}
-    found: dict[str, Any] = measure(progress=lambda line: log.print(line, style="dim", markup=False), **given)
-    if as_json:
-        print(json.dumps(found))
-    else:
-        print_bench(Console(highlight=False), found)
-    if not all(aim["pass"] for aim in found["aims"]):
-        raise typer.Exit(EXIT_MISSED)
-
-
-def print_bench(console: Console, found: dict[str, Any]) -> None:
-    """A benchmark's results as people read them: one table for each shape of row, then the aims."""
-    console.print(f"{found['bench']} on {found['machine']}", markup=False)
-    shapes: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in found["results"]:
-        shapes.setdefault(tuple(row), []).append(row)
-    for columns, rows in shapes.items():
-        table = Table(*columns)
-        for row in rows:
-            table.add_row(*(_cell(key, row[key]) for key in columns))
-        console.print(table)
-    aims = Table("", "aim", "value", "to reach")
-    for aim in found["aims"]:
-        verdict = "[green]PASS[/]" if aim["pass"] else "[bold red]MISS[/]"
-        aims.add_row(verdict, aim["name"], _cell("", aim["value"]), _cell("", aim["aim"]))
-    console.print(aims)
-    if found.get("note"):
-        console.print(found["note"], style="yellow", markup=False)
-
-
-def _cell(key: str, value: Any) -> str:
-    if isinstance(value, float):
-        return format_seconds(value) if key.endswith("_s") and "per_s" not in key else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,10 +1,9 @@
-"""`deepar plan` and `deepar explain`: where a task would be cut, and why one was placed as it was."""
+"""`deepar plan`: where a model is best cut, under constraints."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,15 +14,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bus import topics
-from bus.decisions import DecisionLog
-from bus.errors import ConfigError, ProtocolError, UnknownNameError
-from bus.messages import Decision, decode
+from bus.errors import ConfigError, UnknownNameError
 from bus.units import format_rate, format_seconds, parse_duration, parse_rate
-from bus.values import Kind, ModelProfile, Objective, Placement, Role
+from bus.values import Kind, ModelProfile, Objective, Role
 from loadgen.scenario import parse_size
-from planner.explain import Explanation
-from planner.explain import explain as explain_task
 from planner.plan import Constraints, Plan, Situation, plans, position_of
 from planner.profiles import PlatformProfiles, load_profile
 
@@ -195,151 +189,3 @@ def _nothing(situation: Situation) -> str:
     if best is None:
         return "no cut keeps to the constraints"
     return f"no cut keeps to the constraints; without them the best takes {format_seconds(best.delay_s)} on {best.kind.value}"
-
-
-def explain(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="The task's id.")],
-    source: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="FILE", help="A dump of the decisions: `deepar tail decisions --exit > FILE`."),
-    ] = None,
-    region: Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Whose planner decided.")] = 0,
-    bootstrap_servers: Annotated[
-        str | None, typer.Option(envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-) -> None:
-    """Why a task was placed as it was: every candidate, what each lacked, and what the start waited for.
-
-    Everything comes from the decision record: from Kafka, or from a file.
-    """
-    decisions = list(read_dump(source, region)) if source is not None else read_topic(bootstrap_servers, region)
-    found = explain_task(decisions, task)
-    if as_json:
-        print(json.dumps(explanation_json(found)))
-    else:
-        show(found, Console())
-
-
-def read_dump(path: Path, region: int) -> Iterator[Decision]:
-    """The decisions that count in a dump: lines of `deepar tail decisions`, or bare records.
-
-    Raises `ConfigError` for a file that is not one.
-    """
-    log = DecisionLog()
-    if not path.is_file():
-        raise ConfigError(f"--from {path}: no such file")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-            value = value.get("value", value)
-            message = decode(topics.DECISIONS, json.dumps(value).encode())
-        except (ValueError, AttributeError, ProtocolError) as error:
-            raise ConfigError(f"{path}, line {number}: no record of {topics.DECISIONS}: {error}") from None
-        if message.region == region and isinstance(accepted := log.accept(message), Decision):
-            yield accepted
-
-
-def read_topic(bootstrap_servers: str | None, region: int) -> list[Decision]:
-    """Every decision of a region that counts, from Kafka, up to now."""
-    from deploy import nodes
-    from deploy.process import run_on_uvloop
-
-    async def read() -> list[Decision]:
-        log = DecisionLog()
-        found: list[Decision] = []
-        where = (topics.DECISIONS, region)
-        async with nodes.kafka_bus(bootstrap_servers) as bus:
-            await nodes.require_region(bus, region)
-            reader = await bus.reader([where], start="start")
-            try:
-                while await reader.lag():
-                    read = [log.read(record) for record in await reader.fetch(timeout_s=0.5)]
-                    found += [message for message in read if isinstance(message, Decision)]
-            finally:
-                await reader.close()
-        return found
-
-    return run_on_uvloop(read())
-
-
-def explanation_json(found: Explanation) -> dict[str, Any]:
-    """The object that docs/json.md describes, with the task's story added."""
-    decided = None
-    if found.decided is not None:
-        placed = found.decided
-        decided = {
-            "at_s": found.decided_at_s,
-            "attempt": placed.attempt,
-            "policy": placed.policy,
-            "objective": placed.objective.value,
-            "start_in_s": placed.wait_s,
-            "delay_s": placed.delay_s,
-            "placement": _placement_json(placed.placement),
-            "parts": placed.parts.model_dump(),
-        }
-    return {
-        "task_id": found.task_id,
-        "state": found.state,
-        "decided": decided,
-        "candidates": [
-            {
-                "placement": None if c.placement is None else _placement_json(c.placement),
-                "edge": c.edge,
-                "family": c.family,
-                "start_in_s": c.start_in_s,
-                "delay_s": c.delay_s,
-                "lacked": c.lacked,
-                "chosen": c.chosen,
-            }
-            for c in found.candidates
-        ],
-        "waited_for": list(found.waited_for),
-        "story": list(found.story),
-    }
-
-
-def _placement_json(placement: Placement) -> dict[str, Any]:
-    return placement.model_dump(mode="json")
-
-
-def show(found: Explanation, console: Console) -> None:
-    """The explanation for a terminal."""
-    console.print(f"[bold]{found.task_id}[/] is {found.state}", highlight=False)
-    for line in found.story:
-        console.print(f"  {line}", highlight=False)
-    if found.decided is None:
-        console.print("It was never placed.", highlight=False)
-        return
-    table = Table(
-        title=f"Candidates at {found.decided_at_s:.3f} s, best start of each",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for heading in ("", "edge", "cut after", "starts in", "takes", "done in", "granted"):
-        table.add_column(heading, justify="right" if heading.endswith(("in", "takes")) else "left", no_wrap=True)
-    table.add_column("lacked at once")
-    for c in found.candidates:
-        if c.placement is None or c.start_in_s is None or c.delay_s is None:
-            table.add_row("", c.edge or "", c.family, "never", "", "", "", c.lacked)
-            continue
-        where = c.placement
-        table.add_row(
-            "=>" if c.chosen else "",
-            c.edge or "",
-            "device alone" if where.edge is None else f"{where.cut1_name}, {where.cut2_name}",
-            format_seconds(c.start_in_s),
-            format_seconds(c.delay_s),
-            format_seconds(c.start_in_s + c.delay_s),
-            ", ".join(format_rate(bps) for bps in (where.link1_bps, where.link2_bps) if bps),
-            c.lacked,
-        )
-    console.print(table)
-    if found.waited_for:
-        console.print(f"It waited for {', '.join(found.waited_for)}.", highlight=False)
-
-
-__all__ = ["explain", "explanation_json", "plan", "read_dump", "read_topic", "show"]

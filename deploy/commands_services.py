@@ -1,54 +1,35 @@
-"""`deepar planner | stage | up | topics`: the services, one process each or all in one."""
+"""`deepar planner | stage | up`: the services, one process each or all in one."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from functools import partial
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from bus import topics
 from bus.errors import ConfigError
-from bus.identity import Key, Master, Speaker
-from bus.port import Bus
+from bus.identity import Speaker
 from bus.signed import signed
-from bus.topics import Partitions
 from bus.units import parse_duration, parse_rate
-from bus.values import Execution, Objective, Role
+from bus.values import Execution, Objective
 from deploy import nodes
 from deploy.identities import KeyFile, MasterFile, key_of, master_of
-from deploy.otel import tracing
-from deploy.patience import Patience
-from deploy.planner_regions import parse_regions, run_regions
-from deploy.process import run_on_uvloop, until_stopped
-from deploy.settings import CloudOptions, DeviceOptions, EdgeOptions, NodeOptions, UpSettings, load_settings
+from deploy.options import Bootstrap, HttpHost, HttpPort, Region
+from deploy.planner_process import parse_regions, run_planner, run_regions
+from deploy.process import run_on_uvloop
+from deploy.result_file import ResultFile
+from deploy.runners import make_runner
+from deploy.settings import CloudOptions, DeviceOptions, EdgeOptions, NodeOptions, load_settings
+from deploy.up import run_up
 from planner.service import PlannerService
-from stages.node import Node, NodeSettings
 
 stage_app = typer.Typer(no_args_is_help=True, help="Run one stage: a device, an edge or a cloud worker.")
-topics_app = typer.Typer(no_args_is_help=True, help="Create or list the topics.")
 
-Bootstrap = Annotated[
-    str | None,
-    typer.Option(
-        "--bootstrap-servers", "-b", help="Kafka, host:port. Default: KAFKA_BOOTSTRAP_SERVERS, else localhost:9092."
-    ),
-]
-Region = Annotated[
-    int, typer.Option(min=0, envvar="DEEPAR_REGION", help="The region: a partition of the control topics.")
-]
-HttpPort = Annotated[
-    int | None,
-    typer.Option(
-        min=1, max=65535, envvar="DEEPAR_HTTP_PORT", help="Serve /livez, /readyz and /metrics here; off unless set."
-    ),
-]
-HttpHost = Annotated[str, typer.Option(envvar="DEEPAR_HTTP_HOST", help="Address that --http-port listens on.")]
 Lease = Annotated[str, typer.Option(envvar="DEEPAR_LEASE", help="Silent for longer than this means lost.")]
 Models = Annotated[
     list[str] | None,
@@ -127,7 +108,7 @@ def planner(
             region=region,
             policy=policy,
             objective=objective,
-            execution=execution_of(objective),
+            execution=Execution.STREAMING if objective is Objective.PIPELINED else Execution.SEQUENTIAL,
             max_waiting=max_waiting,
             lease_s=lease_s,
             take_over=take_over,
@@ -138,18 +119,62 @@ def planner(
 
     make(region)  # an unknown policy is told before anything is connected
     if regions is None:
-        run_on_uvloop(nodes.run_planner(bus, make(region), http_port=http_port, http_host=http_host))
+        run_on_uvloop(run_planner(bus, make(region), http_port=http_port, http_host=http_host))
     else:
         wanted = parse_regions(regions)
         run_on_uvloop(run_regions(bus, make, wanted, name=name, http_port=http_port, http_host=http_host))
 
 
-def execution_of(objective: Objective) -> Execution:
-    """The execution mode that goes with an objective."""
-    return Execution.STREAMING if objective is Objective.PIPELINED else Execution.SEQUENTIAL
+@dataclass(frozen=True, kw_only=True)
+class StageFlags:
+    """The options that every stage has."""
+
+    models: Models = None
+    slowdown: Slowdown = 1.0
+    runner: RunnerKind = "litert"
+    profile: ProfileName = None
+    num_threads: Threads = 1
+    bootstrap_servers: Bootstrap = None
+    region: Region = 0
+    lease: Lease = "10s"
+    identity_key: KeyFile = None
+    http_port: HttpPort = None
+    http_host: HttpHost = "127.0.0.1"
+
+    def machine(self) -> dict[str, Any]:
+        """What of `NodeOptions` says how it computes. Raises `ConfigError`."""
+        if self.runner not in ("litert", "modelled"):
+            raise ConfigError(f"--runner {self.runner}: it is litert or modelled")
+        return {
+            "slowdown": self.slowdown,
+            "profile": self.profile,
+            "runner": self.runner,
+            "threads": self.num_threads,
+        }
+
+    def model_names(self) -> list[str]:
+        """The models that it serves."""
+        return [name for entry in self.models or ["lenet", "alexnet"] for name in entry.split(",") if name]
+
+
+def with_stage_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for typer, which reads the options off a signature: those of `StageFlags` in the place of `flags`."""
+    shared = inspect.signature(StageFlags, eval_str=True).parameters
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        flags = StageFlags(**{name: given.pop(name) for name in shared})
+        command(**given, flags=flags)
+
+    own = [entry for entry in inspect.signature(command, eval_str=True).parameters.values() if entry.name != "flags"]
+    parameters = [entry.replace(kind=inspect.Parameter.KEYWORD_ONLY) for entry in (*own, *shared.values())]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {entry.name: entry.annotation for entry in parameters}
+    return run
 
 
 @stage_app.command("device")
+@with_stage_flags
 def device(
     name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="The device's name.")] = "d1",
     edges: Annotated[
@@ -158,48 +183,28 @@ def device(
     ] = None,
     link: Annotated[str, typer.Option(envvar="DEEPAR_LINK", help="Its own limit on link 1, 0: none.")] = "0",
     results: Annotated[Path | None, typer.Option(help="Append every result as a JSON line to this file.")] = None,
-    models: Models = None,
-    slowdown: Slowdown = 1.0,
-    runner: RunnerKind = "litert",
-    profile: ProfileName = None,
-    num_threads: Threads = 1,
-    bootstrap_servers: Bootstrap = None,
-    region: Region = 0,
-    lease: Lease = "10s",
-    identity_key: KeyFile = None,
-    http_port: HttpPort = None,
-    http_host: HttpHost = "127.0.0.1",
+    *,
+    flags: StageFlags,
 ) -> None:
     """Run a device: it computes the front of its tasks' models, sends activations, and collects results."""
     options = DeviceOptions(
         name=name,
         edges=tuple(edges) if edges else None,
         link=parse_rate(link),
-        slowdown=slowdown,
-        profile=profile,
-        runner=_runner(runner),
-        threads=num_threads,
+        **flags.machine(),
     )
-    _run_stage(options, models, bootstrap_servers, region, lease, identity_key, http_port, http_host, results)
+    _run_stage(options, flags, results)
 
 
 @stage_app.command("edge")
+@with_stage_flags
 def edge(
     name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="The edge's name; part of its topic's name.")] = "e1",
     slots: Annotated[int, typer.Option(min=1, envvar="DEEPAR_SLOTS", help="Tasks that may compute at once (r_e).")] = 2,
     link1: Annotated[str, typer.Option(envvar="DEEPAR_LINK1", help="Capacity to its devices.")] = "1Gbps",
     link2: Annotated[str, typer.Option(envvar="DEEPAR_LINK2", help="Capacity to the cloud.")] = "100Mbps",
-    models: Models = None,
-    slowdown: Slowdown = 1.0,
-    runner: RunnerKind = "litert",
-    profile: ProfileName = None,
-    num_threads: Threads = 1,
-    bootstrap_servers: Bootstrap = None,
-    region: Region = 0,
-    lease: Lease = "10s",
-    identity_key: KeyFile = None,
-    http_port: HttpPort = None,
-    http_host: HttpHost = "127.0.0.1",
+    *,
+    flags: StageFlags,
 ) -> None:
     """Run an edge: it computes the middle of the models in its slots, and relays between devices and the cloud."""
     if name in topics.RESERVED_EDGE_NAMES:
@@ -209,89 +214,32 @@ def edge(
         slots=slots,
         link1=parse_rate(link1),
         link2=parse_rate(link2),
-        slowdown=slowdown,
-        profile=profile,
-        runner=_runner(runner),
-        threads=num_threads,
+        **flags.machine(),
     )
-    _run_stage(options, models, bootstrap_servers, region, lease, identity_key, http_port, http_host, None)
+    _run_stage(options, flags)
 
 
 @stage_app.command("cloud")
+@with_stage_flags
 def cloud(
     name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="This worker's name.")] = "c1",
-    models: Models = None,
-    slowdown: Slowdown = 1.0,
-    runner: RunnerKind = "litert",
-    profile: ProfileName = None,
-    num_threads: Threads = 1,
-    bootstrap_servers: Bootstrap = None,
-    region: Region = 0,
-    lease: Lease = "10s",
-    identity_key: KeyFile = None,
-    http_port: HttpPort = None,
-    http_host: HttpHost = "127.0.0.1",
+    *,
+    flags: StageFlags,
 ) -> None:
     """Run a cloud worker: it computes the rest of the models. Several share the work as one consumer group."""
-    options = CloudOptions(name=name, slowdown=slowdown, profile=profile, runner=_runner(runner), threads=num_threads)
-    _run_stage(options, models, bootstrap_servers, region, lease, identity_key, http_port, http_host, None)
+    options = CloudOptions(name=name, **flags.machine())
+    _run_stage(options, flags)
 
 
-def _runner(kind: str) -> str:
-    if kind not in ("litert", "modelled"):
-        raise ConfigError(f"--runner {kind}: it is litert or modelled")
-    return kind
-
-
-def _run_stage(
-    options: NodeOptions,
-    models: list[str] | None,
-    bootstrap_servers: str | None,
-    region: int,
-    lease: str,
-    identity_key: Path | None,
-    http_port: int | None,
-    http_host: str,
-    results: Path | None,
-) -> None:
-    names = [name for entry in models or ["lenet", "alexnet"] for name in entry.split(",") if name]
-    settings = node_settings(options, region=region, lease_s=parse_duration(lease))
-    key = key_of(Speaker(settings.role.value, settings.name), identity_key)
-    make = partial(
-        nodes.make_runner,
-        settings.role,
-        options.name,
-        models=names,
-        runner=options.runner,
-        profile=options.profile,
-        slowdown=options.slowdown,
-        threads=options.threads,
-        say=_say,
+def _run_stage(options: NodeOptions, flags: StageFlags, results: Path | None = None) -> None:
+    settings = nodes.node_settings(options, region=flags.region, lease_s=parse_duration(flags.lease))
+    key = key_of(Speaker(settings.role.value, settings.name), flags.identity_key)
+    make = partial(make_runner, settings.role, options, flags.model_names(), nodes.log.info)
+    on_result = ResultFile(results) if results else None
+    bus = signed(nodes.kafka_bus(flags.bootstrap_servers), key)
+    run_on_uvloop(
+        nodes.run_stage(bus, settings, make, http_port=flags.http_port, http_host=flags.http_host, on_result=on_result)
     )
-    on_result = nodes.result_file(results) if results else None
-    bus = signed(nodes.kafka_bus(bootstrap_servers), key)
-    run_on_uvloop(nodes.run_stage(bus, settings, make, http_port=http_port, http_host=http_host, on_result=on_result))
-
-
-def _say(line: str) -> None:
-    nodes.log.info(line)
-
-
-def node_settings(options: NodeOptions, *, region: int, lease_s: float) -> NodeSettings:
-    """What a node of these options announces."""
-    make = partial(NodeSettings, name=options.name, region=region, lease_s=lease_s)
-    match options:
-        case DeviceOptions():
-            return make(role=Role.DEVICE, link1_capacity_bps=options.link, reachable_edges=options.edges)
-        case EdgeOptions():
-            return make(
-                role=Role.EDGE,
-                slots=options.slots,
-                link1_capacity_bps=options.link1,
-                link2_capacity_bps=options.link2,
-            )
-        case _:
-            return make(role=Role.CLOUD)
 
 
 # --- deepar up -------------------------------------------------------------------------------------------------------
@@ -317,103 +265,3 @@ def up(
         )
     bus = nodes.kafka_bus(bootstrap_servers or settings.bus.bootstrap_servers)
     run_on_uvloop(run_up(settings, bus, http_port, http_host, master_of(identity_master)))
-
-
-async def run_up(
-    settings: UpSettings, bus: Bus, http_port: int | None, http_host: str, master: Master | None = None
-) -> None:
-    """Planner and stages around one bus, in one event loop; with a `master` each of them proves who it is."""
-    options: list[NodeOptions] = [*settings.cloud, *settings.edge, *settings.device]
-    patience = Patience.from_env()
-    async with contextlib.AsyncExitStack() as stack:
-        on_span = await stack.enter_async_context(tracing("deepar"))
-        await patience.through(lambda: stack.enter_async_context(bus))
-        partitions, edges = Partitions(regions=settings.bus.regions), [edge.name for edge in settings.edge]
-        await patience.through(lambda: nodes.create_missing_topics(bus, edges, partitions))
-        await patience.through(lambda: nodes.require_region(bus, settings.region))
-        runners = {}
-        for option in options:
-            made = node_settings(option, region=settings.region, lease_s=settings.lease)
-            runners[option.name] = await asyncio.to_thread(
-                nodes.make_runner,
-                made.role,
-                option.name,
-                models=option.models or settings.models,
-                runner=option.runner,
-                profile=option.profile,
-                slowdown=option.slowdown,
-                threads=option.threads,
-                say=_say,
-            )
-
-        async def serve() -> None:
-            async with asyncio.TaskGroup() as group:
-                if settings.planner is not None:
-                    service = nodes.make_planner(
-                        bus,
-                        region=settings.region,
-                        policy=settings.planner.policy,
-                        objective=settings.objective,
-                        execution=settings.execution,
-                        max_waiting=settings.planner.max_waiting,
-                        lease_s=settings.planner.lease,
-                        master=master,
-                    )
-                    service.trace_to(on_span)
-                    group.create_task(service.run(), name="planner")
-                for option in options:
-                    made = node_settings(option, region=settings.region, lease_s=settings.lease)
-                    node = Node(signed(bus, _key(made, option, master)), made, runners[option.name], on_span=on_span)
-                    group.create_task(node.run(nodes.make_work(node)), name=option.name)
-
-        await until_stopped(serve(), nodes=len(options), region=settings.region)
-
-
-def _key(settings: NodeSettings, option: NodeOptions, master: Master | None) -> Key | None:
-    """A node's key: from the file that is named for it, else made of the master."""
-    speaker = Speaker(settings.role.value, settings.name)
-    if option.identity_key is not None:
-        return key_of(speaker, Path(option.identity_key))
-    return None if master is None else master.key(speaker)
-
-
-# --- deepar topics ---------------------------------------------------------------------------------------------------
-
-
-@topics_app.command("create")
-def topics_create(
-    edges: Annotated[
-        list[str] | None, typer.Option("--edge", help="Create this edge's topic too; may be given again.")
-    ] = None,
-    regions: Annotated[int, typer.Option(min=1, help="Partitions of the control topics.")] = 1,
-    cloud_partitions: Annotated[int, typer.Option(min=1, help="At most so many cloud workers share the work.")] = 8,
-    bootstrap_servers: Bootstrap = None,
-) -> None:
-    """Create the topics that are missing. Services create theirs by themselves where they may."""
-
-    async def main() -> None:
-        async with nodes.kafka_bus(bootstrap_servers) as bus:
-            partitions = Partitions(regions=regions, cloud=cloud_partitions)
-            await nodes.create_missing_topics(bus, edges or [], partitions)
-            for spec in topics.specs(edges or [], partitions):
-                typer.echo(f"{spec.name}  {await bus.partitions(spec.name)} partition(s)")
-
-    run_on_uvloop(main())
-
-
-@topics_app.command("list")
-def topics_list() -> None:
-    """Show the table of topics: what each carries, who writes it, who reads it."""
-    table = Table("topic", "carries", "key", "written by", "read by", title="the flow")
-    for topic in topics.TABLE:
-        table.add_row(
-            topic.name,
-            f"{', '.join(topic.messages) or '-'} ({topic.payload.value})",
-            topic.key,
-            ", ".join(topic.writers),
-            ", ".join(topic.readers),
-        )
-    Console().print(table)
-
-
-__all__ = ["planner", "stage_app", "topics_app", "up"]

@@ -23,10 +23,11 @@ from deploy.broker import KafkaBroker
 from deploy.commands_chaos import chaos
 from deploy.commands_soak import soak
 from deploy.log_setup import configure_logging
+from deploy.options import AsJson
 from deploy.process import EXIT_MISSED
 from deploy.progress import progress_bar
 from loadgen import compare as compared
-from loadgen import figures, scenario
+from loadgen import compare_chart, figures, scenario
 from loadgen.figure_check import check_figures
 from loadgen.figure_result import POLICIES, FigureOptions, FigureResult, write_csv
 from loadgen.platforms import platforms
@@ -41,7 +42,6 @@ Policies = Annotated[str, typer.Option(help="Names of policies, a,b,c; your own 
 Out = Annotated[Path, typer.Option(file_okay=False, envvar="DEEPAR_FIGURES", help="Folder for CSV, PNG and SVG.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as there are cores.")]
 Cluster = Annotated[str | None, typer.Option(help="Address of a Dask scheduler, tcp://host:8786 (extra `cluster`).")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Profile = Annotated[str, typer.Option(help="How fast device, edge and cloud are: `paper`, or a file.")]
 ObjectiveFlag = Annotated[
     Objective, typer.Option(help="`sequential` is the paper's; `pipelined` streams samples through the stages.")
@@ -160,9 +160,7 @@ def sweep(
     cluster: Cluster = None,
     as_json: AsJson = False,
 ) -> None:
-    """Every combination of the parameters given, to one tidy CSV and small multiples. Interrupted, it goes
-    on.
-    """
+    """Every combination of the parameters given, to one tidy CSV and small multiples. Interrupted, it goes on."""
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     with progress_bar(log) as tell:
         base = scenario.Scenario() if scenario_file is None else scenario.read(scenario_file)
@@ -217,7 +215,7 @@ def compare(
             say=lambda line: log.print(line, style="dim", markup=False),
             progress=lambda recorder: tell("live", recorder.ended, len(recorder.outcomes)),
         )
-    files = [write_csv(out / "compare.csv", compared.rows(found)), *compared.draw(found, out / "compare")]
+    files = [write_csv(out / "compare.csv", compare_chart.rows(found)), *compare_chart.draw(found, out / "compare")]
     numbers = found.as_object() | {"files": [str(path) for path in files]}
     if as_json:
         print(json.dumps(numbers))

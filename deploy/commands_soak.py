@@ -12,11 +12,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from deploy.options import AsJson
 from deploy.process import EXIT_FAILED, EXIT_MISSED
 from deploy.progress import progress_bar
 from loadgen import plots
-from loadgen.soak import SoakResult, SoakScenario
+from loadgen.soak import SoakResult
 from loadgen.soak import soak as run_soak
+from loadgen.soak_region import SoakScenario
 from loadgen.soak_slow import slow_cloud
 
 LABELS = {
@@ -41,7 +43,7 @@ def soak(
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the plot and the numbers.")] = Path(
         "runs/soak"
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a region for a day in virtual time: tasks arrive, nodes and planners are killed, leave, join. Does anything grow?
 

@@ -17,8 +17,9 @@ from bus.errors import ConfigError, ProtocolError
 from bus.messages import Decision, EpochOpened, NodeHeartbeat, PlannerHeartbeat
 from bus.port import Bus, Record
 from deploy import nodes
-from deploy.commands_services import Bootstrap
-from deploy.decision_lines import LEGEND, Held, lines_of
+from deploy.decision_lines import LEGEND, lines_of
+from deploy.holdings import Held
+from deploy.options import Bootstrap
 from deploy.process import run_on_uvloop
 
 tail_app = typer.Typer(no_args_is_help=True, help="Follow what happens: decisions, tasks, events or nodes.")

@@ -14,7 +14,7 @@ from rich.live import Live
 
 from bus.port import Bus
 from deploy import nodes
-from deploy.commands_services import Bootstrap, Region
+from deploy.options import Bootstrap, Region
 from deploy.process import run_on_uvloop
 from deploy.region_feed import follow, play_again
 from deploy.region_report import report

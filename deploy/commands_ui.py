@@ -10,7 +10,7 @@ from rich.console import Console
 
 from bus.port import Bus
 from deploy import nodes
-from deploy.commands_services import Bootstrap, Region
+from deploy.options import Bootstrap, Region
 from deploy.process import run_on_uvloop, until_stopped
 from deploy.region_feed import follow, play_again
 from deploy.region_view import RegionView

@@ -1,14 +1,12 @@
 """Records of the control topics as lines that an operator reads at a glance: who got what, where, and who waits for what.
 
 A task's placement, its grants and its start stand in one line: `d1 -117 Mbps-> e1 -20 Mbps-> (cloud)`, the bandwidth on the
-arrow, in parentheses who only passes on. What a task waits for is not in the record; `Held` follows what is reserved, and
-names whose predicted end the start was put to.
+arrow, in parentheses who only passes on. What a task waits for is not in the record: see `deploy.holdings`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from bus.messages import (
@@ -39,6 +37,7 @@ from bus.messages import (
 )
 from bus.units import format_rate, format_seconds
 from bus.values import Parts, Placement, Role
+from deploy.holdings import Held
 
 Line = tuple[str, str, str, str]
 """style, who, what, details"""
@@ -47,8 +46,6 @@ LEGEND = (
     "A -rate-> B: reserved bandwidth; (A): only passes on; [green]green[/] works or has worked, [yellow]yellow[/] waits or "
     "is planned again, [red]red[/] failed or lost, [cyan]cyan[/] nodes, [blue]blue[/] planners"
 )
-_SAME_S = 1e-6  # a start that was put to another task's end stands at exactly that instant
-_NAMED = 3  # so many of those that a task waits for are named
 
 _STATE_STYLE = {
     TaskState.COMPLETED: "green",
@@ -56,75 +53,6 @@ _STATE_STYLE = {
     TaskState.FAILED: "red",
     TaskState.EXPIRED: "magenta",
 }
-
-
-@dataclass(slots=True)
-class _Holding:
-    """What one task has, or will have."""
-
-    placed: Placed
-    start_s: float
-    end_s: float  # predicted; ledger time, as all here
-
-
-class Held:
-    """Follows the decisions of one region, as far back as they were read: what is reserved, by whom, until when."""
-
-    def __init__(self) -> None:
-        self._holdings: dict[str, _Holding] = {}
-
-    def note(self, change: Any) -> None:
-        """Take in one change, in order."""
-        if isinstance(change, Placed):
-            self._holdings[change.task_id] = _Holding(change, change.start_s, change.start_s + change.delay_s)
-            return
-        holding = self._holdings.get(getattr(change, "task_id", ""))
-        match change:
-            case Moved() if holding:
-                holding.start_s, holding.end_s = change.to_s, change.to_s + holding.placed.delay_s
-            case Start() if holding:
-                holding.start_s, holding.end_s = change.at_s, change.at_s + holding.placed.delay_s
-            case Overran() if holding:
-                holding.end_s = change.to_s
-            case Retried() | Ended():
-                self._holdings.pop(change.task_id, None)
-            case _:
-                pass
-
-    def placed(self, task_id: str) -> Placed | None:
-        """Where a task was put, if that was read."""
-        holding = self._holdings.get(task_id)
-        return holding.placed if holding else None
-
-    def waits_for(self, task_id: str) -> str:
-        """`t3 (slot of e1), t4 (d2)`: whose end a task's start was put to, and what it shares with them; or nothing."""
-        own = self._holdings[task_id]
-        found = []
-        for other_id, other in self._holdings.items():
-            shared = _shared(own.placed, other.placed)
-            if other_id != task_id and shared and abs(other.end_s - own.start_s) <= _SAME_S:
-                found.append(f"{other_id} ({shared})")
-        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        return ", ".join(found[:_NAMED]) + more
-
-
-def _shared(one: Placed, other: Placed) -> str:
-    """What two placements both take, in words."""
-    if one.device == other.device and one.placement.cut1 and other.placement.cut1:
-        return one.device
-    a, b = one.placement, other.placement
-    if a.edge is None or a.edge != b.edge:
-        return ""
-    both = [
-        name
-        for name, shared in (
-            ("slot", a.uses_slot and b.uses_slot),
-            ("link 1", a.link1_bps and b.link1_bps),
-            ("link 2", a.link2_bps and b.link2_bps),
-        )
-        if shared
-    ]
-    return f"{', '.join(both)} of {a.edge}" if both else ""
 
 
 def lines_of(message: Any, held: Held | None = None) -> Iterator[Line]:
@@ -156,7 +84,7 @@ def lines_of(message: Any, held: Held | None = None) -> Iterator[Line]:
         case TaskProgress():
             yield "dim", message.task_id, "progress", f"{message.done} samples"
         case TaskCompleted():
-            details = f"in {format_seconds(message.delay_s)}: {parts_text(message.measured)}"
+            details = f"in {format_seconds(message.delay_s)}: {_parts_text(message.measured)}"
             yield "green", message.task_id, "completed", details
         case TaskFailed():
             yield "red", message.task_id, "failed", f"at {message.node}: {message.cause} {message.detail}"
@@ -285,17 +213,7 @@ def _cuts_text(placement: Placement) -> str:
     return f"cut after {' | '.join(names)}"
 
 
-def placement_text(placement: Placement) -> str:
-    """`device+edge+cloud via e1, cut after maxpool_1 and maxpool_3`."""
-    if placement.edge is None:
-        return "device only"
-    cuts = f"cut after {placement.cut1_name}"
-    if placement.cut2 != placement.cut1:
-        cuts += f" and {placement.cut2_name}"
-    return f"{placement.kind.value} via {placement.edge}, {cuts}"
-
-
-def parts_text(parts: Parts) -> str:
+def _parts_text(parts: Parts) -> str:
     """`device 40 ms, link 1 6 ms, ...`, parts that are zero left out."""
     named = {
         "device": parts.device_s,

@@ -18,6 +18,7 @@ from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import DatasetInput, SeedInput, TaskSubmitted
 from bus.values import BITS_PER_BYTE, Execution, ModelProfile, Objective, Role
 from deploy import nodes
+from deploy.runners import scaled
 from loadgen.outcome import Outcome, Recorder
 from loadgen.replay import replay
 from loadgen.schedule import Entry, Schedule
@@ -112,7 +113,7 @@ class Demo:
         self._models: Sequence[Model] = [load_model(name, progress) for name in MODELS]
         measured = {model.name: machine_profile(model, num_threads=1, say=say) for model in self._models}
         lenet, alexnet = measured["lenet"], measured["alexnet"]
-        chips = nodes.scaled(lenet, LENET_S / sum(lenet.layer_s), lenet.platform)
+        chips = scaled(lenet, LENET_S / sum(lenet.layer_s), lenet.platform)
         self._profiles: Mapping[str, ModelProfile] = {"lenet": chips, "alexnet": alexnet}
         alexnet_s = sum(alexnet.layer_s)
         crossing2_bytes = alexnet.cut_bytes[alexnet.layer_names.index("maxpool_2") + 1]

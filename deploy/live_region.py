@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bus.errors import DeeparError
-from deploy.broker import START_LIMIT_S, KafkaBroker, tied_to_us
+from deploy.broker import START_LIMIT_S, KafkaBroker
+from deploy.child_process import tied_to_us
 from loadgen.live_faults import Target
 
 POLL_S = 0.02

@@ -1,41 +1,37 @@
-"""Putting services together: a bus from settings, a runner from models or profiles, a node or a planner around them."""
+"""Putting services together: a bus as the environment says, a node or a planner around it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 import structlog
 
 from bus import topics
 from bus.errors import BusError, BusUnavailableError, ConfigError, UnknownTopicError
-from bus.frames import Array
 from bus.identity import Master
 from bus.kafka import KafkaBus
 from bus.kafka_connection import KafkaConnection
-from bus.messages import TaskSubmitted
 from bus.port import Bus
 from bus.topics import Partitions
 from bus.tracing import SpanSink
-from bus.values import Execution, ModelProfile, Objective, Role
+from bus.values import Execution, Objective, Role
 from deploy.otel import tracing
 from deploy.patience import Patience
 from deploy.probes import Health, serve_probes
 from deploy.process import until_stopped
+from deploy.result_file import ResultFile
+from deploy.settings import DeviceOptions, EdgeOptions, NodeOptions
 from planner.core import PlannerCore
-from planner.profiles import load_profile
-from planner.service import PlannerService, Standing
-from stages.compute import LitertRunner
+from planner.service import PlannerService
 from stages.device import Device, ResultSink
 from stages.hop import Hop
 from stages.node import BusySink, Node, NodeSettings
-from stages.runner import ModelledRunner, Runner
-from stages.zoo import load_model
+from stages.runner import Runner
 
 log = structlog.get_logger("deepar")
-Progress = Callable[[str], None]
 
 
 def kafka_bus(bootstrap_servers: str | None = None) -> KafkaBus:
@@ -66,57 +62,21 @@ async def require_region(bus: Bus, region: int, edges: Sequence[str] = ()) -> No
         raise ConfigError(f"there is no region {region}: the topics have {regions}, counted from 0")
 
 
-def make_runner(
-    role: Role,
-    name: str,
-    *,
-    models: Sequence[str],
-    runner: str = "litert",
-    profile: str | None = None,
-    slowdown: float = 1.0,
-    threads: int = 1,
-    say: Progress | None = None,
-) -> Runner:
-    """A runner that computes (`litert`) or plays (`modelled`) the models.
-
-    `profile` names measured times to play or to pace by; without one this machine is measured (and remembered). `slowdown`
-    stretches them. Raises `UnknownNameError`, `ModelError`, `ConfigError`.
-    """
-    known: dict[str, ModelProfile] = {}
-    if profile is not None:
-        known = {played.model: played for played in getattr(load_profile(profile), role.value).values()}
-        missing = [model for model in models if model not in known]
-        if missing:
-            raise ConfigError(f"profile {profile} has no {', '.join(missing)}; it has {', '.join(sorted(known))}")
-        if runner == "modelled":
-            return ModelledRunner([scaled(known[model], slowdown, f"{role} {name}") for model in models])
-    loaded = [load_model(model) for model in models]
-    for model in loaded:
-        if model.name in known and known[model.name].sha256 != model.sha256:
-            raise ConfigError(
-                f"profile {profile} is of another {model.name}: its SHA-256 is {known[model.name].sha256}, "
-                f"that of the model {model.sha256}",
-                remedy="play it without computing: --runner modelled",
+def node_settings(options: NodeOptions, *, region: int, lease_s: float) -> NodeSettings:
+    """What a node of these options announces."""
+    make = partial(NodeSettings, name=options.name, region=region, lease_s=lease_s)
+    match options:
+        case DeviceOptions():
+            return make(role=Role.DEVICE, link1_capacity_bps=options.link, reachable_edges=options.edges)
+        case EdgeOptions():
+            return make(
+                role=Role.EDGE,
+                slots=options.slots,
+                link1_capacity_bps=options.link1,
+                link2_capacity_bps=options.link2,
             )
-    measured = LitertRunner(
-        loaded,
-        slowdown=slowdown,
-        num_threads=threads,
-        platform=f"{role} {name}",
-        say=say,
-        profiles=known,
-        paced=bool(known),
-    )
-    if runner == "modelled":
-        return ModelledRunner(measured.profiles())
-    return measured
-
-
-def scaled(profile: ModelProfile, slowdown: float, platform: str) -> ModelProfile:
-    """The same model on a machine `slowdown` times slower."""
-    return profile.model_copy(
-        update={"platform": platform, "layer_s": tuple(seconds * slowdown for seconds in profile.layer_s)}
-    )
+        case _:
+            return make(role=Role.CLOUD)
 
 
 def make_work(node: Node, on_result: ResultSink | None = None) -> Device | Hop:
@@ -250,40 +210,6 @@ def make_planner(
     )
 
 
-def planner_counters(services: Iterable[PlannerService]) -> dict[str, float]:
-    """What `/metrics` counts of one planner, or of one process's planners together."""
-    some = list(services)
-    return {
-        "decisions": float(sum(service.decisions for service in some)),
-        "dead_letters": float(sum(service.dead_letters for service in some)),
-        "wrong_identity": float(sum(service.door.refused for service in some)),
-    }
-
-
-async def run_planner(
-    bus: Bus, service: PlannerService, *, http_port: int | None = None, http_host: str = "127.0.0.1"
-) -> None:
-    """A planner as a process."""
-    patience = Patience.from_env()
-    async with contextlib.AsyncExitStack() as stack:
-        service.trace_to(await stack.enter_async_context(tracing("deepar-planner")))
-        await patience.through(lambda: stack.enter_async_context(bus))
-        await patience.through(lambda: require_region(bus, service.region))
-
-        def look() -> Health:
-            core = service.core
-            detail = {"standing": service.standing.value}
-            gauges = {"tasks": float(core.live_tasks)}
-            leading = {str(service.region): service.standing is Standing.LEADING}
-            return Health(
-                service.standing is not Standing.READING, detail, gauges, planner_counters([service]), leading
-            )
-
-        labels = {"role": "planner", "node": service.name, "region": str(service.region)}
-        async with serve_probes(look, port=http_port, host=http_host, labels=labels):
-            await until_stopped(service.run(), planner=service.name, region=service.region)
-
-
 @contextlib.asynccontextmanager
 async def embedded() -> AsyncIterator[asyncio.TaskGroup]:
     """A task group that is cancelled when the block ends: planner and stages inside one process."""
@@ -299,47 +225,3 @@ async def embedded() -> AsyncIterator[asyncio.TaskGroup]:
 
 class _Stop(Exception):
     """Ends the embedded services."""
-
-
-class ResultFile:
-    """One JSON line a result: task, sample, and the index of the largest output. Each (task, sample) stands there once,
-    also when the device that writes was killed and started again: what is in the file is not computed again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        import json
-
-        self._kept: dict[str, set[int]] = {}
-        before = path.read_bytes() if path.exists() else b""
-        for line in before.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
-                known = json.loads(line)
-                self._kept.setdefault(str(known["task_id"]), set()).add(int(known["sample"]))
-        self._handle = path.open("a", encoding="utf-8")
-        if before and not before.endswith(b"\n"):
-            self._handle.write("\n")
-
-    def kept(self, task_id: str) -> set[int]:
-        """The samples of a task that are in the file."""
-        return self._kept.get(task_id, set())
-
-    def close(self) -> None:
-        """Nothing more will come."""
-        self._handle.close()
-
-    def __call__(self, task: TaskSubmitted, sample: int, outputs: list[Array]) -> None:
-        import json
-
-        import numpy as np
-
-        line: dict[str, object] = {"task_id": task.task_id, "model": task.model, "sample": sample}
-        if outputs and outputs[0].size:
-            line["top"] = int(np.argmax(outputs[0]))
-        self._handle.write(json.dumps(line) + "\n")
-        self._handle.flush()
-        self._kept.setdefault(task.task_id, set()).add(sample)
-
-
-def result_file(path: Path) -> ResultFile:
-    """A sink for a device's results; see `ResultFile`."""
-    return ResultFile(path)

@@ -38,7 +38,7 @@ from bus.port import Bus, Reader
 from bus.topics import Partitions
 from bus.values import ModelProfile, Parts, Role
 from loadgen.busyness import BusynessWatch
-from loadgen.replay import open_decisions, require_unled
+from loadgen.roll_call import open_decisions, require_unled
 from planner.core import PlannerCore
 from planner.service import PlannerService
 

@@ -1,6 +1,4 @@
-"""How busy the machine was while something was measured: a ratio taken on a machine without idle time says
-nothing.
-"""
+"""How busy the machine was while something was measured: a ratio taken on a machine without idle time says nothing."""
 
 from __future__ import annotations
 

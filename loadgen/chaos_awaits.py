@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from loadgen.chaos import ChaosScenario, run_seed
+from loadgen.chaos import run_seed
+from loadgen.chaos_check import Violation
 from loadgen.chaos_faults import role_of
+from loadgen.chaos_region import ChaosScenario
 
 SMALL = ChaosScenario(devices=1, edges=1, clouds=1, planners=1, tasks=2, samples=(2, 6), faults=(0, 0), faults_s=4.0)
 """A region in which nothing else goes wrong."""
@@ -58,12 +60,9 @@ def sweep(
         role, place, over = target
         where = f"{role} killed {'after' if over else 'before'} the await at {place}, visit {seen.visit}"
         violations += [
-            {
-                "seed": seed,
-                "guarantee": violation.guarantee,
-                "what": f"{violation.what}; {where}",
-                "replay": f"deepar simulate chaos --awaits --seed {seed}",
-            }
+            Violation(violation.guarantee, f"{violation.what}; {where}").as_object(
+                seed, f"deepar simulate chaos --awaits --seed {seed}"
+            )
             for violation in run.violations
         ]
         if progress is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
 from bus.errors import DeeparError
@@ -29,6 +30,9 @@ from bus.port import Record
 from bus.values import Role
 from planner.core import PlannerCore
 
+Say = Callable[[str, str], None]
+"""Is told of a guarantee that did not hold (G1..G11), and what happened."""
+
 
 @dataclass(frozen=True, slots=True)
 class Violation:
@@ -37,11 +41,15 @@ class Violation:
     guarantee: str  # G1..G11
     what: str  # for people
 
+    def as_object(self, seed: int, replay: str) -> dict[str, Any]:
+        """What `--json` prints of it, with the command that replays it."""
+        return {"seed": seed, "guarantee": self.guarantee, "what": self.what, "replay": replay}
+
 
 class Oracle:
     """Folds a region's decisions and judges them, record by record."""
 
-    def __init__(self, core: PlannerCore, say: Callable[[str, str], None] | None = None) -> None:
+    def __init__(self, core: PlannerCore, say: Say | None = None) -> None:
         """`say` is told of each violation as it is found, its guarantee and what; else they are in `violations`."""
         self.core = core
         self._say = say or (lambda guarantee, what: self.violations.append(Violation(guarantee, what)))

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bus import messages, topics
 from bus.errors import BusError, ProtocolError
@@ -16,12 +16,9 @@ from bus.faults import Faults
 from bus.frames import decode_frame
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import Snapshot, TaskCancelled
-from loadgen.chaos_process import Process
-from loadgen.chaos_region import LEASE_S
+from loadgen.chaos_region import LEASE_S, ChaosScenario
+from loadgen.virtual_process import Process
 from planner.core import PlannerCore
-
-if TYPE_CHECKING:
-    from loadgen.chaos import ChaosScenario
 
 NO_MESSAGE = b"\xc1 no message"
 GARBAGE = (b"\x80", b"", b"{}", b"\xc1" * 100, b'{"type":"task_submitted","v":9}', b"\x81\xa1v\x02")

@@ -1,30 +1,23 @@
-"""The region that is broken: its processes, and tensors whose content tells which sample they are of."""
+"""The region that is broken: who plays in it, and tensors whose content tells which sample they are of."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 
 from bus.frames import Array, Plan
-from bus.memory import MemoryBus
 from bus.messages import TaskSubmitted
-from bus.values import ModelProfile, Role
-from loadgen.chaos_process import Process
-from stages.device import Device, ResultSink
-from stages.hop import Hop
-from stages.node import Node, NodeSettings
+from bus.values import Role
+from loadgen.chaos_check import Say
+from loadgen.virtual_region import toy_profile
+from stages.node import NodeSettings
 from stages.runner import ModelledRunner, Station
 
 LEASE_S = 4.0
-MODEL = "toy"
 CUT_BYTES = (9_000, 14_000, 1_200, 3_000)
 LAYER_S = (0.08, 0.02, 0.06)
 SPEED = {Role.DEVICE: 5.0, Role.EDGE: 2.0, Role.CLOUD: 1.0}
@@ -32,10 +25,44 @@ SLOTS = 1
 LINK1_BPS, LINK2_BPS = 1_500_000, 800_000
 
 
-class Judge(Protocol):
-    """Who is told that a guarantee did not hold."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChaosScenario:
+    """The region that is broken, and how much."""
 
-    def say(self, guarantee: str, what: str) -> None: ...
+    devices: int = 2
+    edges: int = 2
+    clouds: int = 2
+    planners: int = 2
+    tasks: int = 8
+    samples: tuple[int, int] = (2, 24)
+    faults_s: float = 20.0  # virtual seconds during which things go wrong
+    faults: tuple[int, int] = (5, 12)  # how many
+    converge_s: float = 200.0  # virtual seconds after healing within which every task must have ended
+    clocks: bool = True  # wall clocks are off by minutes, and jump
+    max_waiting: int | None = None  # how many tasks may wait, None: drawn; then tasks may come all at once
+
+    @property
+    def edge_names(self) -> list[str]:
+        """Its edges."""
+        return [f"e{index + 1}" for index in range(self.edges)]
+
+    def nodes(self) -> list[NodeSettings]:
+        """Its stages: cloud workers, edges, devices."""
+        return [
+            *(NodeSettings(name=f"c{index + 1}", role=Role.CLOUD, lease_s=LEASE_S) for index in range(self.clouds)),
+            *(
+                NodeSettings(
+                    name=name,
+                    role=Role.EDGE,
+                    slots=SLOTS,
+                    link1_capacity_bps=LINK1_BPS,
+                    link2_capacity_bps=LINK2_BPS,
+                    lease_s=LEASE_S,
+                )
+                for name in self.edge_names
+            ),
+            *(NodeSettings(name=f"d{index + 1}", role=Role.DEVICE, lease_s=LEASE_S) for index in range(self.devices)),
+        ]
 
 
 @lru_cache(maxsize=4096)
@@ -56,11 +83,12 @@ def same(tensors: Sequence[Array], task_id: str, sample: int, position: int) -> 
 class CheckedRunner(ModelledRunner):
     """A modelled machine whose tensors have a content, so that a stage notices when it is given another's."""
 
-    def __init__(self, profile: ModelProfile, judge: Judge, node: str, slots: int) -> None:
-        super().__init__([profile])
-        self._judge = judge
-        self._node = node
-        self._slots = slots
+    def __init__(self, settings: NodeSettings, say: Say) -> None:
+        layer_s = (seconds * SPEED[settings.role] for seconds in LAYER_S)
+        super().__init__([toy_profile(settings.name, layer_s, CUT_BYTES)])
+        self._say = say
+        self._node = settings.name
+        self._slots = settings.slots
         self._open = 0
 
     def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
@@ -71,7 +99,7 @@ class CheckedRunner(ModelledRunner):
         """A place that checks what it is given, and that no more places are open than the node has slots."""
         self._open += 1
         if self._slots and self._open > self._slots:
-            self._judge.say("G2", f"{self._node} computes {self._open} tasks at once, it has {self._slots} slots")
+            self._say("G2", f"{self._node} computes {self._open} tasks at once, it has {self._slots} slots")
         return _CheckedStation(super().station(plan, first, last), self, plan.task_id, first, last)
 
     def closed(self) -> None:
@@ -80,7 +108,7 @@ class CheckedRunner(ModelledRunner):
 
     def wrong(self, task_id: str, sample: int, position: int) -> None:
         """Something else came than what was sent."""
-        self._judge.say("G5", f"{self._node} was given a wrong content for {task_id}/{sample} at {position}")
+        self._say("G5", f"{self._node} was given a wrong content for {task_id}/{sample} at {position}")
 
 
 class _CheckedStation:
@@ -97,71 +125,3 @@ class _CheckedStation:
     def close(self) -> None:
         self._inner.close()
         self._runner.closed()
-
-
-@dataclass(slots=True)
-class Stage:
-    """A stage's process, and what runs in it at the moment."""
-
-    settings: NodeSettings
-    process: Process | None = None
-    node: Node | None = None
-    work: Device | Hop | None = None
-    counters: Counter[str] = field(default_factory=Counter)  # of those that died
-
-    async def serve(self, bus: MemoryBus, judge: Judge, show: ResultSink, kept: Callable[[str], Iterable[int]]) -> None:
-        """Run a fresh process of it."""
-        settings = self.settings
-        if self.node is not None:
-            self.counters.update(self.node.status.counters)
-        node = Node(bus, settings, CheckedRunner(profile(settings), judge, settings.name, settings.slots))
-        self.work = Device(node, show, kept=kept) if settings.role is Role.DEVICE else Hop(node)
-        self.node = node
-        await node.run(self.work)
-
-    async def leave(self) -> None:
-        """What it does on SIGTERM."""
-        if self.work is None or self.node is None:
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2.0):
-                await self.work.drain()
-        await self.node.leave()
-
-    def counted(self) -> Counter[str]:
-        """What its processes counted, the dead ones too."""
-        found = Counter(self.counters)
-        if self.node is not None:
-            found.update(self.node.status.counters)
-        return found
-
-
-def profile(settings: NodeSettings) -> ModelProfile:
-    """How fast a node of this role runs the model."""
-    return ModelProfile(
-        model=MODEL,
-        sha256="0" * 64,
-        platform=settings.name,
-        layer_names=("conv", "pool", "dense"),
-        layer_s=tuple(seconds * SPEED[settings.role] for seconds in LAYER_S),
-        cut_bytes=CUT_BYTES,
-    )
-
-
-def cast(clouds: int, edges: Iterable[str], devices: int) -> list[NodeSettings]:
-    """Who plays."""
-    return [
-        *(NodeSettings(name=f"c{i + 1}", role=Role.CLOUD, lease_s=LEASE_S) for i in range(clouds)),
-        *(
-            NodeSettings(
-                name=name,
-                role=Role.EDGE,
-                slots=SLOTS,
-                link1_capacity_bps=LINK1_BPS,
-                link2_capacity_bps=LINK2_BPS,
-                lease_s=LEASE_S,
-            )
-            for name in edges
-        ),
-        *(NodeSettings(name=f"d{i + 1}", role=Role.DEVICE, lease_s=LEASE_S) for i in range(devices)),
-    ]

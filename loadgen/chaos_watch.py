@@ -9,19 +9,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from bus import messages, topics
 from bus.errors import ProtocolError
-from bus.frames import decode_frame
-from bus.memory import MemoryBroker, MemoryBus
+from bus.memory import MemoryBroker
 from bus.memory_log import PartitionLog
 from bus.messages import Decision, EpochOpened, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLost
-from bus.port import Headers, Payload, Position, Record, TopicPartition
+from bus.port import Payload, Record, TopicPartition
 from bus.values import Role
-from loadgen.chaos_check import Oracle
-from loadgen.chaos_region import CUT_BYTES, LEASE_S, Judge, Stage
+from loadgen.chaos_check import Oracle, Say
+from loadgen.chaos_region import CUT_BYTES, LEASE_S
+from loadgen.chaos_taps import Scan, Tap
+from loadgen.virtual_region import Stage
 from stages.device import Device
 from stages.hop import ORPHAN_BYTES, Flow, Hop
 
@@ -33,29 +33,25 @@ QUIET_S = 1.0
 ORPHANS_HERE_BYTES = 256 << 10
 """What may wait for its plan in a region as small as this."""
 
-Sample = tuple[str, int, int]
-"""Task, attempt, sample."""
-
 
 class Watch:
-    """Follows one seed's region; what it finds it says to the judge."""
+    """Follows one seed's region; what it finds it says."""
 
-    def __init__(self, broker: MemoryBroker, judge: Judge, oracle: Oracle, exempt: Callable[[str], bool]) -> None:
+    def __init__(self, broker: MemoryBroker, say: Say, oracle: Oracle, exempt: Callable[[str], bool]) -> None:
         self.broker = broker
         self.oracle = oracle
-        self.silences: list[
-            float
-        ] = []  # seconds from a node's last sign of life to its loss, planner downtime left out
+        self.silences: list[float] = []
+        """Seconds from a node's last sign of life to its loss, planner downtime left out."""
         self.on_decision: Callable[[Decision], None] = lambda decision: None
         self.peaks: dict[str, int] = {}  # samples that a task's window held at most, by role
-        self._judge = judge
+        self._say = say
         self._exempt = exempt  # tasks of which nothing need be kept: a poisoned one fails
         self._heard: dict[str, float] = {}  # node -> when it sent what was last acknowledged
         self._beats: dict[str, float] = {}  # incarnation -> when its last sign of life was written
         self._members: dict[str, str] = {}  # node -> incarnation, by the decisions
         self._spoke_s = float("-inf")  # when the leader last wrote
         self._up_s = float("-inf")  # since when it has written without a pause
-        self._scans: dict[TopicPartition, _Scan] = {}
+        self._scans: dict[TopicPartition, Scan] = {}
         self._committed: dict[TopicPartition, int] = {}
         self._seen: dict[Flow, int] = {}
         self._counted: dict[str, list[tuple[Flow, int]]] = {}  # stage -> samples of its flows when it was last weighed
@@ -64,8 +60,8 @@ class Watch:
     def begin(self) -> None:
         """Follow the control topics; the topics must be there."""
         for topic, read in ((topics.DECISIONS, self._read_decision), (topics.EVENTS, self._read_sign)):
-            _Tap(self.broker.logs(topic)[0], read)
-        _Tap(self.broker.logs(topics.NODES)[0], self._read_sign)
+            Tap(self.broker.logs(topic)[0], read)
+        Tap(self.broker.logs(topics.NODES)[0], self._read_sign)
 
     # --- what a process does -----------------------------------------------------------------------------------------
 
@@ -211,10 +207,10 @@ class Watch:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _scan(self, log: PartitionLog) -> _Scan:
+    def _scan(self, log: PartitionLog) -> Scan:
         scan = self._scans.get(log.tp)
         if scan is None:
-            scan = self._scans[log.tp] = _Scan(log)
+            scan = self._scans[log.tp] = Scan(log)
         scan.go_on()
         return scan
 
@@ -222,107 +218,4 @@ class Watch:
         """One violation of a kind about a thing is enough."""
         if (guarantee, *about) not in self._said:
             self._said.add((guarantee, *about))
-            self._judge.say(guarantee, what)
-
-
-class _Tap:
-    """Told of every record of a partition at the moment when it is delivered."""
-
-    def __init__(self, log: PartitionLog, tell: Callable[[Record], None]) -> None:
-        self._log, self._tell, self._next = log, tell, 0
-        log.followers.append(self)
-
-    def wake(self) -> None:
-        for record in self._log.read(self._next, 1 << 30):
-            self._next = record.offset + 1
-            self._tell(record)
-
-
-class _Scan:
-    """Which samples became whole where on a partition of a data topic."""
-
-    def __init__(self, log: PartitionLog) -> None:
-        self._log = log
-        self._next = 0
-        self._filled: dict[Sample, int] = {}
-        self._order: list[tuple[int, Sample]] = []
-        self.whole: set[Sample] = set()
-
-    def go_on(self) -> None:
-        """Read what was delivered since."""
-        for record in self._log.read(self._next, 1 << 30):
-            self._next = record.offset + 1
-            try:
-                frame = decode_frame(record.value)
-            except ProtocolError:
-                continue
-            for piece in frame.pieces:
-                sample = (frame.task_id, frame.attempt, piece.sample)
-                filled = self._filled.get(sample, 0)
-                if piece.at <= filled:
-                    filled = self._filled[sample] = max(filled, piece.at + piece.data.nbytes)
-                if filled >= piece.size_bytes and sample not in self.whole:
-                    self.whole.add(sample)
-                    self._order.append((record.offset, sample))
-
-    def between(self, first: int, end: int) -> Iterable[tuple[int, Sample]]:
-        """Samples that became whole at offsets first .. end - 1."""
-        return [entry for entry in self._order if first <= entry[0] < end]
-
-
-class WatchedBus(MemoryBus):
-    """A process's connection that tells the watch; with `fine`, each call to it is an await of its own."""
-
-    def __init__(self, broker: MemoryBroker, name: str, watch: Watch, *, fine: bool) -> None:
-        super().__init__(broker, name)
-        self._watch = watch
-        self._fine = fine
-        watch.born(name)
-
-    async def post(
-        self,
-        topic: str,
-        value: Payload | None,
-        *,
-        key: str | None = None,
-        partition: int | None = None,
-        headers: Headers = (),
-    ) -> Any:
-        self._watch.sends(self.client_id, topic, value)
-        if self._fine:
-            await asyncio.sleep(0)
-        acknowledgement = await super().post(topic, value, key=key, partition=partition, headers=headers)
-        if self._fine:
-            if isinstance(acknowledgement, asyncio.Future):
-                acknowledgement.add_done_callback(_seen)  # who posted it may die before it asks
-            await asyncio.sleep(0)
-        return acknowledgement
-
-    async def send(self, topic: str, value: Payload | None, **more: Any) -> Position:
-        sent_s = asyncio.get_running_loop().time()
-        position = await super().send(topic, value, **more)
-        if topic in (topics.EVENTS, topics.NODES):
-            self._watch.heard(self.client_id, sent_s)
-        return position
-
-    async def join(self, topics: Iterable[str], **more: Any) -> Any:
-        return _WatchedMember(await super().join(topics, **more), self.client_id, self._watch)
-
-
-def _seen(future: asyncio.Future[Position]) -> None:
-    if not future.cancelled():
-        future.exception()
-
-
-class _WatchedMember:
-    """A member of a group, whose commits are judged."""
-
-    def __init__(self, inner: Any, name: str, watch: Watch) -> None:
-        self._inner, self._name, self._watch = inner, name, watch
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
-        self._watch.commits(self._name, offsets)
-        await self._inner.commit(offsets)
+            self._say(guarantee, what)

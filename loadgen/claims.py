@@ -7,7 +7,7 @@ then shows by how much we differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,8 +132,3 @@ def near(text: str, paper: float, ours: float, *, unit: str, tolerance: float) -
 def is_true(text: str, paper: str, ours: str, passed: bool) -> Claim:
     """A statement without a number."""
     return Claim(text=text, paper=paper, ours=ours, passed=passed)
-
-
-def all_pass(claims: Sequence[Claim]) -> bool:
-    """Whether every claim passes."""
-    return all(claim.passed for claim in claims)

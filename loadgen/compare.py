@@ -10,27 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import uvloop
 
 from bus import topics
-from bus.errors import BusError, BusUnavailableError
 from bus.kafka import KafkaBus, KafkaConnection
-from bus.messages import NodeAnnounced, TaskState
-from bus.values import ModelProfile, Role
-from loadgen import plots
+from bus.messages import TaskState
+from bus.values import ModelProfile
 from loadgen.driver import drive
-from loadgen.live_services import LiveServices, serve
+from loadgen.live_services import running
 from loadgen.outcome import Outcome, Recorder
 from loadgen.platforms import Platforms
-from loadgen.replay import ReplayResult, await_nodes, replay
+from loadgen.replay import ReplayResult, replay
+from loadgen.roll_call import await_nodes
 from loadgen.scenario import Scenario, edge_name
 from loadgen.simulator import simulate
 
@@ -51,9 +46,7 @@ SCENARIO = Scenario(
     edge_link2_bps=(0.03e9, 0.1e9),
     slots=(1, 3),
 )
-"""Sixty tasks that compete for four edges; LeNet is left out, since its stations would stretch the rest by
-hundreds.
-"""
+"""Sixty tasks that compete for four edges; LeNet is left out, since its stations would stretch the rest by hundreds."""
 
 JOIN_TIMEOUT_S = 60.0
 STATIONS = ("device_s", "link1_s", "edge_s", "link2_s", "cloud_s")
@@ -109,9 +102,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """At least 95 % the same placements, means within 5 %, median error at most 10 %, everything
-        completed.
-        """
+        """At least 95 % the same placements, means within 5 %, median error at most 10 %, everything completed."""
         found = self.as_object()
         return bool(
             found["completed"] == found["tasks"]
@@ -139,7 +130,7 @@ def compare(
     last_s = max(outcome.ended_s or 0.0 for outcome in simulated)
     say(f"running live, about {last_s:.0f} s")
     nodes = scenario.nodes(seed, platforms.profiles, lease_s=_LEASE_S)
-    with _services(scenario, nodes, connection):
+    with running(scenario, nodes, connection):
 
         async def run() -> ReplayResult:
             async with KafkaBus(connection) as bus:
@@ -153,9 +144,7 @@ def compare(
 
 
 def time_scale_of(scenario: Scenario, seed: int, platforms: Platforms) -> float:
-    """By how much to stretch time so that the fastest station of any placement takes `MIN_STATION_S` a
-    sample.
-    """
+    """By how much to stretch time so that the fastest station of any placement takes `MIN_STATION_S` a sample."""
     fastest_s = min(
         (
             getattr(outcome.predicted, station) / outcome.samples
@@ -169,9 +158,7 @@ def time_scale_of(scenario: Scenario, seed: int, platforms: Platforms) -> float:
 
 
 def stretched(scenario: Scenario, platforms: Platforms, scale: float) -> tuple[Scenario, Platforms]:
-    """Compute times and arrivals `scale` times as long, bandwidths as much smaller: the same decisions,
-    later.
-    """
+    """Compute times and arrivals `scale` times as long, bandwidths as much smaller: the same decisions, later."""
 
     def slower(profile: ModelProfile) -> ModelProfile:
         return profile.model_copy(update={"layer_s": tuple(seconds * scale for seconds in profile.layer_s)})
@@ -188,89 +175,6 @@ def stretched(scenario: Scenario, platforms: Platforms, scale: float) -> tuple[S
         link1_bps=round(platforms.link1_bps / scale),
         link2_bps=round(platforms.link2_bps / scale),
     )
-
-
-@contextmanager
-def _services(scenario: Scenario, nodes: Sequence[NodeAnnounced], connection: KafkaConnection) -> Iterator[None]:
-    """Planner, cloud, edges and two halves of the devices, each a process of its own."""
-    devices = [node for node in nodes if node.role is Role.DEVICE]
-    parts: dict[str, tuple[NodeAnnounced, ...]] = {
-        "planner": (),
-        "cloud": tuple(node for node in nodes if node.role is Role.CLOUD),
-        "edges": tuple(node for node in nodes if node.role is Role.EDGE),
-        "devices-1": tuple(devices[::2]),
-        "devices-2": tuple(devices[1::2]),
-    }
-    context = multiprocessing.get_context("spawn")
-    processes: list[BaseProcess] = []
-    try:
-        for name, members in parts.items():
-            spec = LiveServices(connection, members, scenario if name == "planner" else None)
-            process = context.Process(target=serve, args=(spec,), name=f"deepar compare: {name}", daemon=True)
-            process.start()
-            processes.append(process)
-        yield
-    except BusUnavailableError as error:
-        ended = [f"{running.name} (exit code {running.exitcode})" for running in processes if not running.is_alive()]
-        if ended:
-            raise BusError(f"{error}; ended early: {', '.join(ended)}") from None
-        raise
-    finally:
-        for running in processes:
-            running.terminate()
-        for running in processes:
-            running.join(5)
-            if running.is_alive():
-                running.kill()
-
-
-def draw(found: Comparison, stem: Path) -> list[Path]:
-    """Live over simulated delay of each task with the diagonal, and the errors in order."""
-    numbers = found.as_object()
-    fig, (left, right) = plots.figure(9.5, 4.2, 1, 2)
-    kinds = sorted({one.kind for one, _ in found.pairs})
-    for index, kind in enumerate(kinds):
-        mine = [(one.delay_s, other.delay_s) for one, other in found.pairs if one.kind == kind]
-        left.scatter(
-            [x for x, _ in mine], [y for _, y in mine], s=24, color=plots.CYCLE[index], marker="os^vDPX"[index % 7],
-            label=f"{kind} ({len(mine)})", linewidths=0, alpha=0.9,
-        )  # fmt: skip
-    top = 1.05 * max(max(one.delay_s or 0, other.delay_s or 0) for one, other in found.pairs)
-    left.plot([0, top], [0, top], color=plots.GREY, linewidth=1, linestyle="--", label="equal")
-    left.set(xlim=(0, top), ylim=(0, top), xlabel="simulated delay (s)", ylabel="live delay (s)", aspect="equal")
-    left.legend(loc="upper left", frameon=False)
-    errors = sorted(100 * ((other.delay_s or 0) / (one.delay_s or 1) - 1) for one, other in found.pairs)
-    right.axhline(0, color=plots.GREY, linewidth=1)
-    right.scatter(range(1, len(errors) + 1), errors, s=18, color=plots.BLUE, linewidths=0)
-    right.set(xlabel="tasks, in the order of their error", ylabel="live over simulated delay (%)")
-    largest = max(12.0, 1.15 * max(abs(error) for error in errors))
-    right.set_ylim(-largest, largest)
-    agreement = f"same placement {100 * numbers['same_placement']:.0f} %, mean ratio {numbers['mean_ratio']:.3f}"
-    error = f"median error {100 * numbers['median_error']:.1f} %"
-    title = f"{numbers['tasks']} tasks, time scale {found.time_scale:.1f}: {agreement}, {error}"
-    fig.suptitle(title, fontsize=10)
-    return plots.save(fig, stem)
-
-
-def rows(found: Comparison) -> list[dict[str, Any]]:
-    """A row a task, for CSV."""
-    by_id = {outcome.task_id: outcome for outcome in found.live}
-    table = []
-    for one in found.simulated:
-        other = by_id[one.task_id]
-        row: dict[str, Any] = {"task_id": one.task_id, "model": one.model, "samples": one.samples}
-        for name, outcome in (("simulated", one), ("live", other)):
-            place = outcome.placement
-            row |= {
-                f"{name}_kind": outcome.kind,
-                f"{name}_edge": place.edge if place else None,
-                f"{name}_cut1": place.cut1_name if place else None,
-                f"{name}_cut2": place.cut2_name if place else None,
-                f"{name}_wait_s": outcome.wait_s,
-                f"{name}_delay_s": outcome.delay_s,
-            }
-        table.append(row)
-    return table
 
 
 def _where(outcome: Outcome) -> tuple[Any, ...] | None:

@@ -23,8 +23,3 @@ def make(name: str, options: FigureOptions) -> FigureResult:
     if name not in FIGURES:
         raise UnknownNameError(f"there is no figure {name!r}; there are {', '.join(FIGURES)}")
     return FIGURES[name](options)
-
-
-def make_all(options: FigureOptions) -> list[FigureResult]:
-    """Make every figure of the paper."""
-    return [make(name, options) for name in FIGURES]

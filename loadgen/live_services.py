@@ -1,16 +1,19 @@
-"""What one process of a live comparison runs: the planner, or some nodes with modelled machines, on Kafka
-until terminated.
-"""
+"""The processes of a live comparison: a planner and nodes with modelled machines, on Kafka until terminated."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 
 import structlog
 import uvloop
 
+from bus.errors import BusError, BusUnavailableError
 from bus.kafka import KafkaBus, KafkaConnection
 from bus.messages import NodeAnnounced
 from bus.topics import specs
@@ -34,7 +37,44 @@ class LiveServices:
     planned: Scenario | None  # run the planner of region 0 as this scenario says
 
 
-def serve(services: LiveServices) -> None:
+@contextmanager
+def running(scenario: Scenario, nodes: Sequence[NodeAnnounced], connection: KafkaConnection) -> Iterator[None]:
+    """Planner, cloud, edges and two halves of the devices, each a process of its own.
+
+    Raises `BusError` naming those that ended early, where the block finds the bus unavailable.
+    """
+    devices = [node for node in nodes if node.role is Role.DEVICE]
+    parts: dict[str, tuple[NodeAnnounced, ...]] = {
+        "planner": (),
+        "cloud": tuple(node for node in nodes if node.role is Role.CLOUD),
+        "edges": tuple(node for node in nodes if node.role is Role.EDGE),
+        "devices-1": tuple(devices[::2]),
+        "devices-2": tuple(devices[1::2]),
+    }
+    context = multiprocessing.get_context("spawn")
+    processes: list[BaseProcess] = []
+    try:
+        for name, members in parts.items():
+            spec = LiveServices(connection, members, scenario if name == "planner" else None)
+            process = context.Process(target=_run, args=(spec,), name=f"deepar compare: {name}", daemon=True)
+            process.start()
+            processes.append(process)
+        yield
+    except BusUnavailableError as error:
+        ended = [f"{running.name} (exit code {running.exitcode})" for running in processes if not running.is_alive()]
+        if ended:
+            raise BusError(f"{error}; ended early: {', '.join(ended)}") from None
+        raise
+    finally:
+        for running in processes:
+            running.terminate()
+        for running in processes:
+            running.join(5)
+            if running.is_alive():
+                running.kill()
+
+
+def _run(services: LiveServices) -> None:
     """Run until the process is terminated."""
     # Chatter of five processes on one terminal hides what matters; warnings stay.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))

@@ -1,6 +1,4 @@
-"""Numbers about many tasks: means, percentiles, confidence intervals, by model and by kind; thresholds on
-them.
-"""
+"""Numbers about many tasks: means, percentiles, confidence intervals, by model and by kind; thresholds on them."""
 
 from __future__ import annotations
 
@@ -35,9 +33,7 @@ def distribution(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def half_width_95(values: Sequence[float]) -> float:
-    """Half the width of the 95 % confidence interval of the mean, by Student's t; 0 for fewer than two
-    values.
-    """
+    """Half the width of the 95 % confidence interval of the mean, by Student's t; 0 for fewer than two values."""
     if len(values) < 2:
         return 0.0
     spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))

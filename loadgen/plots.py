@@ -99,9 +99,7 @@ def grouped_bars(
     *,
     values: bool = False,
 ) -> None:
-    """Bars of each policy in `series`, side by side in each group, in the order given; error bars where
-    given.
-    """
+    """Bars of each policy in `series`, side by side in each group, in the order given; error bars where given."""
     width = 0.8 / max(1, len(series))
     for index, (policy, heights) in enumerate(series.items()):
         colour, hatch, _ = look(policy, index)

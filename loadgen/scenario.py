@@ -108,9 +108,7 @@ class Scenario:
         return self.devices if self.tasks is None else self.tasks
 
     def varied(self, **changes: Any) -> Scenario:
-        """The same with other values, given as a file would: text with units, lists as ranges. Raises
-        `ConfigError`.
-        """
+        """The same with other values, given as a file would: text with units, lists as ranges. Raises `ConfigError`."""
         return dataclasses.replace(self, **{key: coerce(key, value) for key, value in changes.items()})
 
     def schedule(self, seed: int) -> Schedule:

@@ -86,9 +86,7 @@ def make(
     warmup: int = 0,
     closed: bool = False,
 ) -> Schedule:
-    """A schedule of `tasks` tasks, the first `warmup` of them warm-up. The same arguments give the same
-    schedule.
-    """
+    """A schedule of `tasks` tasks, the first `warmup` of them warm-up. The same arguments give the same schedule."""
     if tasks < 1:
         raise ConfigError(f"a schedule needs at least one task, not {tasks}")
     streams = Streams(seed)

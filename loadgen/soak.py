@@ -19,65 +19,19 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bus import messages, topics
-from bus.decisions import DecisionLog
-from bus.errors import BusError
-from bus.frames import Plan
-from bus.memory import MemoryBroker, MemoryBus
-from bus.messages import Decision, Ended, SeedInput, TaskSubmitted
+from bus.memory import MemoryBus
+from bus.messages import Ended, SeedInput, TaskSubmitted
 from bus.topics import Partitions
-from bus.values import Execution, ModelProfile, Objective, Role
-from loadgen.chaos_process import Process, quiet, task_factory
+from loadgen.soak_region import WARM_UP, SoakRegion, SoakScenario
 from loadgen.virtual_loop import run_virtual
-from planner.core import PlannerCore
-from planner.service import PlannerService, Standing
+from loadgen.virtual_process import quiet, task_factory
+from loadgen.virtual_region import MODEL, decided
 from stages.device import Device
 from stages.hop import Hop
-from stages.node import Node, NodeSettings
-from stages.runner import ModelledRunner, Station
-
-MODEL = "toy"
-CUT_BYTES = (40_000, 60_000, 10_000, 400)
-LAYER_S = (0.100, 0.010, 0.080)
-SPEED = {Role.DEVICE: 4.0, Role.EDGE: 2.0, Role.CLOUD: 1.0}
-WARM_UP = 0.25
-"""This share of the samples comes before caches are full."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SoakScenario:
-    """The region, and how long."""
-
-    hours: float = 24.0
-    seed: int = 0
-    devices: int = 3
-    edges: int = 2  # one more comes and goes
-    clouds: int = 2
-    planners: int = 2
-    task_every_s: float = 6.0  # on average
-    samples: tuple[int, int] = (1, 6)
-    churn_every_s: float = 300.0  # on average
-    looks: int = 144  # how often memory is looked at
-    lease_s: float = 10.0
-
-    @property
-    def remember(self) -> int:
-        """Ended tasks that planner and nodes remember: few enough for the warm-up to reach it."""
-        return max(10, min(10_000, int(self.hours * 3600 / self.task_every_s * WARM_UP / 2)))
-
-    @property
-    def keep_bytes(self) -> int:
-        """What the broker keeps of a partition, once it is read: it is full before the warm-up is over."""
-        return max(128 << 10, min(1 << 20, int(self.hours * (128 << 10))))
-
-    @property
-    def snapshot_every(self) -> int:
-        """Decisions from one snapshot to the next: several of them fit what the broker keeps."""
-        return self.keep_bytes // 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,129 +100,12 @@ def soak(scenario: SoakScenario, *, progress: Callable[[float, float], None] | N
         return run_virtual(_Soak(scenario, progress).play(), horizon_s=scenario.hours * 3600 + 7200)
 
 
-def profile(role: Role) -> ModelProfile:
-    """How fast a node says that it runs the model."""
-    return ModelProfile(
-        model=MODEL,
-        sha256="0" * 64,
-        platform=role.value,
-        layer_names=("conv", "pool", "dense"),
-        layer_s=tuple(seconds * SPEED[role] for seconds in LAYER_S),
-        cut_bytes=CUT_BYTES,
-    )
-
-
-class SlowRunner(ModelledRunner):
-    """A machine that is `factor` times slower than it says."""
-
-    def __init__(self, said: ModelProfile, factor: float) -> None:
-        super().__init__([said])
-        slow = said.model_copy(update={"layer_s": tuple(seconds * factor for seconds in said.layer_s)})
-        self._real = ModelledRunner([slow])
-
-    def station(self, plan: Plan, first: int, last: int) -> Station:
-        """A place that takes its time."""
-        return self._real.station(plan, first, last)
-
-
-class Region:
-    """Processes that can be killed, started and asked what they hold."""
-
-    def __init__(self, scenario: SoakScenario, *, cloud_factor: float = 1.0) -> None:
-        self.scenario = scenario
-        self.cloud_factor = cloud_factor
-        self.broker = MemoryBroker(
-            latency_s=0.001,
-            keep_control_bytes=scenario.keep_bytes,
-            keep_consumed_bytes=scenario.keep_bytes,
-            session_timeout_s=3.0,
-        )
-        self.planners: dict[str, PlannerService] = {}
-        self.works: dict[str, Device | Hop] = {}
-        self.nodes: dict[str, Node] = {}
-        self.edges = [f"e{index + 1}" for index in range(scenario.edges + 1)]  # the last is a visitor
-        self.visitors = {self.edges[-1]}
-        self.processes: dict[str, Process] = {}
-        names = [f"planner{index + 1}" for index in range(scenario.planners)]
-        for name in names:
-            self._add(name, partial(self._serve_planner, name), None)
-        for role, count in (
-            (Role.CLOUD, scenario.clouds),
-            (Role.EDGE, len(self.edges)),
-            (Role.DEVICE, scenario.devices),
-        ):
-            for index in range(count):
-                name = f"{role.value[0]}{index + 1}"
-                self._add(name, partial(self._serve_node, name, role), partial(self._leave, name))
-
-    def _add(self, name: str, serve: Any, leave: Any) -> None:
-        self.processes[name] = Process(name, partial(MemoryBus, self.broker, name), serve, leave=leave)
-
-    def start(self, *, visitors: bool = False) -> None:
-        """Everybody but the visitors."""
-        for name, process in self.processes.items():
-            if visitors or name not in self.visitors:
-                process.start()
-
-    @property
-    def joined(self) -> bool:
-        """Whether all that run are part of the region."""
-        running = [name for name, process in self.processes.items() if not process.dead and not name.startswith("p")]
-        return all(name in self.nodes and self.nodes[name].status.joined for name in running)
-
-    def leader(self) -> PlannerService | None:
-        """Who leads."""
-        leading = [
-            service
-            for name, service in self.planners.items()
-            if service.standing is Standing.LEADING and not self.processes[name].dead
-        ]
-        return max(leading, key=lambda service: service.decision_log.epoch, default=None)
-
-    def running(self, kind: type[Device | Hop]) -> list[Any]:
-        """The works of a kind whose processes live."""
-        return [work for name, work in self.works.items() if isinstance(work, kind) and not self.processes[name].dead]
-
-    def _make_core(self) -> PlannerCore:
-        return PlannerCore(
-            0, objective=Objective.PIPELINED, execution=Execution.STREAMING, remember_ended=self.scenario.remember
-        )
-
-    async def _serve_planner(self, name: str, bus: MemoryBus) -> None:
-        service = self.planners[name] = PlannerService(
-            bus, self._make_core, name=name, snapshot_every=self.scenario.snapshot_every
-        )
-        await service.run()
-
-    async def _serve_node(self, name: str, role: Role, bus: MemoryBus) -> None:
-        is_edge = role is Role.EDGE
-        settings = NodeSettings(
-            name=name,
-            role=role,
-            lease_s=self.scenario.lease_s,
-            slots=2 if is_edge else 0,
-            link1_capacity_bps=100_000_000 if is_edge else 0,
-            link2_capacity_bps=20_000_000 if is_edge else 0,
-            remembered_ends=self.scenario.remember,
-        )
-        said = profile(role)
-        runner = SlowRunner(said, self.cloud_factor) if role is Role.CLOUD else ModelledRunner([said])
-        node = self.nodes[name] = Node(bus, settings, runner)
-        work = self.works[name] = Device(node) if role is Role.DEVICE else Hop(node)
-        await node.run(work)
-
-    async def _leave(self, name: str) -> None:
-        if name in self.works:
-            await self.works[name].drain()
-            await self.nodes[name].leave()
-
-
 class _Soak:
     def __init__(self, scenario: SoakScenario, progress: Callable[[float, float], None] | None) -> None:
         self.scenario = scenario
         self.random = random.Random(scenario.seed)
         self.result = SoakResult(scenario)
-        self.region = Region(scenario)
+        self.region = SoakRegion(scenario)
         self._progress = progress
         self._open: set[str] = set()  # tasks that have not ended
 
@@ -280,8 +117,7 @@ class _Soak:
             await client.create_topics(topics.specs(region.edges, Partitions(cloud=3, results=2)))
             counting = loop.create_task(self._count(client))
             region.start()
-            while not region.joined:
-                await asyncio.sleep(0.1)
+            await region.all_joined()
             work = [loop.create_task(self._submit(client)), loop.create_task(self._churn())]
             began_s = loop.time()
             for number in range(1, scenario.looks + 1):
@@ -300,9 +136,7 @@ class _Soak:
             self.result.unended = len(self._open)
             self.result.crashes = [end for process in region.processes.values() for end in process.ends]
             counting.cancel()
-            for process in region.processes.values():
-                process.crash()
-            await asyncio.sleep(0.1)
+            await region.end()
         return self.result
 
     async def _submit(self, client: MemoryBus) -> None:
@@ -327,7 +161,7 @@ class _Soak:
         while True:
             await asyncio.sleep(draw.expovariate(1.0 / self.scenario.churn_every_s))
             process = region.processes[draw.choice(list(region.processes))]
-            if process.name in region.visitors:
+            if process.name == region.visitor:
                 self.result.churn["join" if process.dead else "leave"] += 1
                 if process.dead:
                     process.start()
@@ -346,26 +180,18 @@ class _Soak:
             loop.call_later(draw.uniform(1.0, 90.0), process.start)
 
     async def _count(self, client: MemoryBus) -> None:
-        log = DecisionLog()
-        reader = await client.reader([(topics.DECISIONS, 0)], start="start")
-        while True:
-            try:
-                records = await reader.fetch()
-            except BusError:
-                continue
-            for record in records:
-                message = log.read(record)
-                if isinstance(message, Decision):
-                    for change in message.changes:
-                        if isinstance(change, Ended):
-                            self.result.states[str(change.state)] += 1
-                            self._open.discard(change.task_id)
+        async for change in decided(client):
+            if isinstance(change, Ended):
+                self.result.states[str(change.state)] += 1
+                self._open.discard(change.task_id)
 
     def _look(self, hour: float) -> Look:
         gc.collect()
         region = self.region
         leader = region.leader()
-        devices, hops = region.running(Device), region.running(Hop)
+        works = region.works()
+        devices = [work for work in works if isinstance(work, Device)]
+        hops = [work for work in works if isinstance(work, Hop)]
         return Look(
             hour=hour,
             rss_bytes=_rss_bytes(),

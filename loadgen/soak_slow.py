@@ -12,13 +12,13 @@ from functools import partial
 from typing import Any
 
 from bus import messages, topics
-from bus.decisions import DecisionLog
 from bus.memory import MemoryBus
-from bus.messages import Decision, Ended, Placed, SeedInput, TaskSubmitted
+from bus.messages import Ended, Placed, SeedInput, TaskSubmitted
 from bus.topics import Partitions
-from loadgen.chaos_process import quiet, task_factory
-from loadgen.soak import MODEL, Region, SoakScenario
+from loadgen.soak_region import SoakRegion, SoakScenario
 from loadgen.virtual_loop import run_virtual
+from loadgen.virtual_process import quiet, task_factory
+from loadgen.virtual_region import MODEL, Stage, decided
 from stages.hop import ORPHAN_BYTES, Hop
 
 FACTOR = 10.0
@@ -57,36 +57,28 @@ def slow_cloud(factor: float = FACTOR, samples: int = SAMPLES) -> dict[str, Any]
 async def _play(factor: float, samples: int) -> Played:
     loop = asyncio.get_running_loop()
     loop.set_task_factory(task_factory)
-    region, played = Region(CASE, cloud_factor=factor), Played()
+    region, played = SoakRegion(CASE, cloud_factor=factor), Played()
     async with MemoryBus(region.broker, "client") as client:
         await client.create_topics(topics.specs(region.edges, Partitions(cloud=1, results=1)))
-        for name, process in region.processes.items():
-            process.after = partial(_weigh, region, name, played)
+        for name, stage in region.stages.items():
+            region.processes[name].after = partial(_weigh, stage, played)
         region.start()
-        while not region.joined:
-            await asyncio.sleep(0.1)
+        await region.all_joined()
         task = TaskSubmitted(task_id="long", device="d1", model=MODEL, samples=samples, input=SeedInput(seed=0))
         began_s = loop.time()
         await client.send(topics.TASKS, messages.encode(task), key=task.task_id, partition=0)
-        log = DecisionLog()
-        reader = await client.reader([(topics.DECISIONS, 0)], start="start")
-        ended = False
-        while not ended:
-            for record in await reader.fetch():
-                message = log.read(record)
-                for change in message.changes if isinstance(message, Decision) else ():
-                    if isinstance(change, Placed):
-                        played.kind = str(change.placement.kind)
-                    ended = ended or isinstance(change, Ended)
+        async for change in decided(client):
+            if isinstance(change, Placed):
+                played.kind = str(change.placement.kind)
+            elif isinstance(change, Ended):
+                break
         played.samples_per_s = samples / (loop.time() - began_s)
-        for process in region.processes.values():
-            process.crash()
-        await asyncio.sleep(0.1)
+        await region.end()
     return played
 
 
-def _weigh(region: Region, name: str, played: Played) -> None:
-    work = region.works.get(name)
+def _weigh(stage: Stage, played: Played) -> None:
+    name, work = stage.settings.name, stage.work
     if isinstance(work, Hop):
         held = work.held_bytes
         peak = played.peaks.get(name)

@@ -24,9 +24,7 @@ PAPER_MODELS = ("alexnet", "vgg16", "deepface", "lenet")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
-    """What is drawn for a task. A range of None draws nothing and leaves the field unset. Validated when
-    built.
-    """
+    """What is drawn for a task. A range of None draws nothing and leaves the field unset. Validated when built."""
 
     models: Mapping[str, float]  # name -> weight, over 0
     samples: Range = (1, 1)  # N
@@ -55,9 +53,7 @@ PAPER_MIX = Mix(
     max_link2_bps=(10e6, 50e6),
     input_bytes=(10_000, 1_000_000),
 )
-"""Section V-B: N 1..1000, B^1 20..300 Mbps, B^2 10..50 Mbps, G(0) 10..1000 KB, the four networks equally
-often.
-"""
+"""Section V-B: N 1..1000, B^1 20..300 Mbps, B^2 10..50 Mbps, G(0) 10..1000 KB, the four networks equally often."""
 
 
 def draw(

@@ -38,7 +38,7 @@ from bus.messages import (
 from bus.port import Bus
 from bus.topics import Partitions
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
-from loadgen.replay import require_unled
+from loadgen.roll_call import require_unled
 from planner.core import PlannerCore
 from stages.device import Device
 from stages.hop import Hop

@@ -142,9 +142,7 @@ def plan(options: SweepOptions) -> list[Cell]:
 
 
 def draw(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> list[Path]:
-    """Small multiples: mean delay over the first axis, a line a policy, a panel for every value of the
-    others.
-    """
+    """Small multiples: mean delay over the first axis, a line a policy, a panel for every value of the others."""
     x_axis, others = options.axes[0], options.axes[1:]
     panels = list(itertools.product(*(axis.values for axis in others)))[:MAX_PANELS]
     columns = min(len(panels), len(others[-1].values) if others else 1, 4)

@@ -26,9 +26,7 @@ _SELF_PIPE_REGISTRATIONS = 1
 
 
 class DeadlockError(DeeparError):
-    """Nothing is scheduled and tasks still wait: virtual time has no next instant. `waiting` says who waits
-    where.
-    """
+    """Nothing is scheduled and tasks still wait: virtual time has no next instant. `waiting` says who waits where."""
 
     def __init__(self, now_s: float, waiting: tuple[str, ...]) -> None:
         lines = "".join(f"\n  {line}" for line in waiting)

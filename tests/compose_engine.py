@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from deploy.broker import tied_to_us
 from deploy.broker_artifacts import cache_root
+from deploy.child_process import tied_to_us
 
 COMPOSE_VERSION = "2.32.4"
 SUITE = "bookworm"

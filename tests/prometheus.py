@@ -23,8 +23,9 @@ from typing import Any
 
 import pytest
 
-from deploy.broker import free_port, tied_to_us
 from deploy.broker_artifacts import cache_root
+from deploy.child_process import tied_to_us
+from deploy.ports import free_port
 from tests.compose_engine import CommandError, required, run
 
 DEPLOY = Path(__file__).parents[1] / "deploy"

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bus.kafka_connection import KafkaConnection
-from deploy.broker import KafkaBroker, free_port
+from deploy.broker import KafkaBroker
 from deploy.broker_artifacts import SETTINGS_DIR
+from deploy.ports import free_port
 
 STARTED_BY = "with users, started by the tests"
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from deploy.broker import free_port, tied_to_us
+from deploy.child_process import tied_to_us
+from deploy.ports import free_port
 from tests.namespaces import Namespace, first_in_line
 
 READY_S = 90.0

@@ -20,8 +20,9 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from deploy.broker import DataInUseError, KafkaBroker, PortTakenError, free_port
+from deploy.broker import DataInUseError, KafkaBroker
 from deploy.broker_artifacts import SETTINGS_DIR, jars_dir
+from deploy.ports import PortTakenError, free_port
 from tests.kafka_broker import Broker, OwnBroker, apache_required, choose
 
 REPOSITORY = Path(__file__).parents[2]

@@ -22,7 +22,8 @@ from bus.messages import TaskState
 from bus.port import Headers, Payload, Position
 from bus.values import Role
 from deploy import nodes
-from deploy.broker import START_LIMIT_S, KafkaBroker, free_port, new_cluster_id
+from deploy.broker import START_LIMIT_S, KafkaBroker, new_cluster_id
+from deploy.ports import free_port
 from loadgen.chaos_check import Oracle
 from loadgen.outcome import Recorder
 from loadgen.replay import replay

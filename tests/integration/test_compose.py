@@ -16,8 +16,8 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from deploy.broker import free_port
 from deploy.broker_handshake import ask
+from deploy.ports import free_port
 from loadgen.outcome import NOT_ACKNOWLEDGED
 from tests import compose_engine
 from tests.compose_engine import COMPOSE_FILE, Engine, NoEngineError

@@ -24,9 +24,9 @@ from bus.kafka_connection import KafkaConnection
 from bus.messages import EpochOpened, Message, NodeAnnounced, NodeHeartbeat, NodeLeft
 from bus.values import Role
 from deploy import nodes
-from deploy.broker import free_port
 from deploy.commands_doctor import examine
 from deploy.machine_checks import Check
+from deploy.ports import free_port
 from planner.service import Standing
 from tests.kafka_broker import Broker, apache_required, choose
 from tests.kafka_broker import _start as start

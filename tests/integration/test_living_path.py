@@ -19,7 +19,7 @@ from bus.kafka_connection import KafkaConnection
 from bus.messages import Decision, Placed
 from bus.port import Record
 from bus.tracing import chain, trace_id
-from deploy.broker import free_port
+from deploy.ports import free_port
 from tests import prometheus
 from tests.documented import README, lines_of
 from tests.integration.deepar_processes import Processes

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from deploy import commands_simulate
 from loadgen import chaos, chaos_awaits
-from loadgen.chaos import ChaosScenario, run_seed
-from loadgen.chaos_canaries import CANARIES, HARMLESS, Canary
-from loadgen.chaos_region import LEASE_S
+from loadgen.chaos import run_seed
+from loadgen.chaos_region import LEASE_S, ChaosScenario
 from loadgen.chaos_watch import STAGE_S
+from tests.sim.canaries import CANARIES, HARMLESS, Canary
 
 SEEDS = int(os.environ.get("DEEPAR_CHAOS_SEEDS", "200"))
 BLOCK = 20

@@ -30,8 +30,9 @@ from bus.port import Bus, Headers, Record
 from bus.signed import signed
 from bus.values import Parts, Role
 from deploy.commands_deadletter import Letter, read_letters
-from deploy.nodes import planner_counters
-from loadgen import chaos, chaos_region
+from deploy.planner_process import planner_counters
+from loadgen import chaos, chaos_play, virtual_region
+from loadgen.chaos_client import Client
 from loadgen.replay import replay
 from loadgen.schedule import Entry, Schedule
 from loadgen.virtual_loop import run_virtual
@@ -480,15 +481,15 @@ def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch, 
     def proving(bus: Bus, settings: NodeSettings, runner: Runner) -> Node:
         return Node(signed(bus, master.key(Speaker(settings.role.value, settings.name))), settings, runner)
 
-    submit = chaos._Chaos._submit
+    submit = Client.submit
 
-    async def submitting(run: Any, client: Bus) -> None:
-        await submit(run, signed(client, master.key(Speaker("loadgen", "chaos"))))  # type: ignore[arg-type]
+    async def submitting(client: Client, bus: Bus, *more: Any) -> None:
+        await submit(client, signed(bus, master.key(Speaker("loadgen", "chaos"))), *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Doorkeeper, "read", listening)
-    monkeypatch.setattr(chaos_region, "Node", proving)
-    monkeypatch.setattr(chaos, "PlannerService", partial(PlannerService, master=master))
-    monkeypatch.setattr(chaos._Chaos, "_submit", submitting)
+    monkeypatch.setattr(virtual_region, "Node", proving)
+    monkeypatch.setattr(chaos_play, "PlannerService", partial(PlannerService, master=master))
+    monkeypatch.setattr(Client, "submit", submitting)
     found = chaos.run(range(12))
     assert found["violations"] == []
     assert found["retries"] > 0

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from bus.messages import Ended
 from deploy import commands_simulate
-from loadgen.chaos_canaries import CANARIES
-from loadgen.soak import ALLOWED, SoakScenario, soak
+from loadgen.soak import ALLOWED, soak
+from loadgen.soak_region import SoakScenario
 from loadgen.soak_slow import slow_cloud
 from stages.device import Device
+from tests.sim.canaries import CANARIES
 
 
 def test_an_hour_of_arrivals_and_churn_leaves_nothing_behind() -> None:

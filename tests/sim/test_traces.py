@@ -21,8 +21,8 @@ from bus.port import Record
 from bus.tracing import Span, chain, parent_in, span_id, trace_id, traceparent
 from bus.values import Placement
 from deploy import nodes
-from deploy.broker import free_port
 from deploy.otel import OtelSink, tracing, wanted
+from deploy.ports import free_port
 from loadgen.replay import replay
 from loadgen.schedule import Entry, Schedule
 from loadgen.virtual_loop import run_virtual

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from deploy import cli
-from deploy.broker import free_port
+from deploy.ports import free_port
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from bus.errors import ConfigError, DeeparError, UnknownNameError
 from bus.messages import EpochOpened
-from deploy.commands_plan import explain, plan
+from deploy.commands_explain import explain
+from deploy.commands_plan import plan
 from planner.core import PlannerCore
 from planner.profiles import load_profile
 from tests.unit.planner.scenes import World

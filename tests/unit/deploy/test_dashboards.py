@@ -28,7 +28,7 @@ def given() -> set[str]:
     text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "stages").glob("*.py"))
     counted = set(re.findall(r"\.count\(\"(\w+)\"", text)) | {*ALARMED}
     counted |= {f"{part}_busy_seconds" for part in ("device", "link1", "edge", "link2", "cloud", "result")}
-    text = (ROOT / "deploy" / "nodes.py").read_text(encoding="utf-8")
+    text = "".join((ROOT / "deploy" / file).read_text(encoding="utf-8") for file in ("nodes.py", "planner_process.py"))
     counted |= set(re.findall(r"\"(link\d_bytes|decisions|wrong_identity)\":", text)) | set(
         re.findall(r"counters\[\"(\w+)\"\]", text)
     )

@@ -31,7 +31,8 @@ from bus.messages import (
 from bus.port import Record
 from bus.values import Execution, Kind, Objective, Parts, Placement, Role
 from deploy.commands_tail import Table, json_line
-from deploy.decision_lines import Held, lines_of, route_text
+from deploy.decision_lines import lines_of, route_text
+from deploy.holdings import Held
 
 
 def placed(

@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from bus.errors import ConfigError
 from bus.identity import Key, Master, Speaker, load_key, load_master, write_secret
-from deploy import commands_services, identity_checks
+from deploy import identity_checks
 from deploy.commands_identity import app
-from deploy.commands_services import node_settings
 from deploy.identities import key_of, submitter_of
+from deploy.nodes import node_settings
 from deploy.settings import DeviceOptions
+from deploy.up import node_key
 
 D1 = Speaker("device", "d1")
 
@@ -123,9 +124,9 @@ def test_up_makes_keys_of_its_master_unless_a_node_has_its_own(folder: Path) -> 
     write_secret(folder / "k", other.key(D1).to_text())
     plain, own = DeviceOptions(name="d1"), DeviceOptions(name="d1", identity_key=str(folder / "k"))
     settings = node_settings(plain, region=0, lease_s=1.0)
-    assert commands_services._key(settings, plain, None) is None
-    assert commands_services._key(settings, plain, master) == master.key(D1)
-    assert commands_services._key(settings, own, master) == other.key(D1)
+    assert node_key(settings, plain, None) is None
+    assert node_key(settings, plain, master) == master.key(D1)
+    assert node_key(settings, own, master) == other.key(D1)
 
 
 def test_the_doctor_looks_at_the_files(folder: Path) -> None:

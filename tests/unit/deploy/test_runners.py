@@ -10,7 +10,8 @@ import pytest
 
 from bus.errors import ConfigError
 from bus.values import Role
-from deploy import nodes
+from deploy.runners import make_runner
+from deploy.settings import NodeOptions
 from stages.compute import LitertRunner
 from stages.zoo import load_model
 
@@ -34,7 +35,9 @@ def profile(folder: Path, sha256: str) -> str:
 
 def test_real_inference_is_paced_by_a_profile(tmp_path: Path) -> None:
     model = load_model("lenet")
-    runner = nodes.make_runner(Role.EDGE, "e", models=["lenet"], profile=profile(tmp_path, model.sha256), slowdown=2.0)
+    runner = make_runner(
+        Role.EDGE, NodeOptions(name="e", profile=profile(tmp_path, model.sha256), slowdown=2.0), ["lenet"]
+    )
     assert isinstance(runner, LitertRunner)
     (announced,) = runner.profiles()
     assert set(announced.layer_s) == {2.0}
@@ -44,5 +47,5 @@ def test_real_inference_is_paced_by_a_profile(tmp_path: Path) -> None:
 
 def test_a_profile_of_another_model_of_that_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another lenet") as refused:
-        nodes.make_runner(Role.EDGE, "e", models=["lenet"], profile=profile(tmp_path, "0" * 64))
+        make_runner(Role.EDGE, NodeOptions(name="e", profile=profile(tmp_path, "0" * 64)), ["lenet"])
     assert "modelled" in (refused.value.remedy or "")

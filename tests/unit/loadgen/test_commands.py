@@ -13,7 +13,7 @@ from bus.errors import ConfigError, UnknownNameError
 from bus.messages import TaskState
 from bus.values import Kind, Parts, Placement
 from deploy import commands_loadgen
-from deploy.commands_loadgen import ReplayRun
+from deploy.replay_run import ReplayRun
 from loadgen.schedule import Schedule
 
 PLACEMENT = Placement(kind=Kind.EDGE, edge="e1", cut1=0, cut2=5, cut1_name="input", cut2_name="fc_3")

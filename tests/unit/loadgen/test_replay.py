@@ -30,7 +30,8 @@ from bus.messages import (
 )
 from bus.values import Execution, Kind, Objective, Parts, Placement, Role
 from loadgen import arrivals, metrics, report, schedule
-from loadgen.replay import ReplayResult, await_planner, find_nodes, replay
+from loadgen.replay import ReplayResult, replay
+from loadgen.roll_call import await_planner, find_nodes
 from loadgen.source import Mix
 from loadgen.virtual_loop import run_virtual
 

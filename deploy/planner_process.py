@@ -1,15 +1,15 @@
-"""`deepar planner --regions`: one process that plans for several regions, or for its share of all."""
+"""A planner as a process: of one region, of several, or of its share of all (`deepar planner --regions`)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from bus import topics
 from bus.errors import ConfigError
 from bus.port import Bus
-from deploy import nodes
+from deploy.nodes import require_region
 from deploy.otel import tracing
 from deploy.patience import Patience
 from deploy.probes import Health, serve_probes
@@ -31,6 +31,40 @@ def parse_regions(text: str) -> tuple[int, ...] | None:
     if not regions or regions[0] < 0:
         raise ConfigError(f"--regions {text}: it is `all`, or numbers with commas between them: 0,1,2")
     return tuple(regions)
+
+
+def planner_counters(services: Iterable[PlannerService]) -> dict[str, float]:
+    """What `/metrics` counts of one planner, or of one process's planners together."""
+    some = list(services)
+    return {
+        "decisions": float(sum(service.decisions for service in some)),
+        "dead_letters": float(sum(service.dead_letters for service in some)),
+        "wrong_identity": float(sum(service.door.refused for service in some)),
+    }
+
+
+async def run_planner(
+    bus: Bus, service: PlannerService, *, http_port: int | None = None, http_host: str = "127.0.0.1"
+) -> None:
+    """The planner of one region as a process."""
+    patience = Patience.from_env()
+    async with contextlib.AsyncExitStack() as stack:
+        service.trace_to(await stack.enter_async_context(tracing("deepar-planner")))
+        await patience.through(lambda: stack.enter_async_context(bus))
+        await patience.through(lambda: require_region(bus, service.region))
+
+        def look() -> Health:
+            core = service.core
+            detail = {"standing": service.standing.value}
+            gauges = {"tasks": float(core.live_tasks)}
+            leading = {str(service.region): service.standing is Standing.LEADING}
+            return Health(
+                service.standing is not Standing.READING, detail, gauges, planner_counters([service]), leading
+            )
+
+        labels = {"role": "planner", "node": service.name, "region": str(service.region)}
+        async with serve_probes(look, port=http_port, host=http_host, labels=labels):
+            await until_stopped(service.run(), planner=service.name, region=service.region)
 
 
 class _Listed:
@@ -68,7 +102,7 @@ async def run_regions(
             service.trace_to(on_span)
             return service
 
-        await patience.through(lambda: nodes.require_region(bus, max(regions) if regions else 0))
+        await patience.through(lambda: require_region(bus, max(regions) if regions else 0))
         planners = _Listed(make, regions) if regions is not None else RegionShare(bus, make)
         total = await patience.through(lambda: bus.partitions(topics.DECISIONS))
 
@@ -78,7 +112,7 @@ async def run_regions(
                 ready=all(service.standing is not Standing.READING for service in services.values()),
                 detail={"standing": {str(region): service.standing.value for region, service in services.items()}},
                 gauges={"tasks": float(sum(service.core.live_tasks for service in services.values()))},
-                counters=nodes.planner_counters(services.values()),
+                counters=planner_counters(services.values()),
                 leading={str(region): service.standing is Standing.LEADING for region, service in services.items()},
             )
 
@@ -86,6 +120,3 @@ async def run_regions(
         labels = {"role": "planner", "node": name, "region": which}
         async with serve_probes(look, port=http_port, host=http_host, labels=labels):
             await until_stopped(planners.run(), planner=name, regions=which, of=total)
-
-
-__all__ = ["parse_regions", "run_regions"]

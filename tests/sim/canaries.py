@@ -1,6 +1,6 @@
 """Planted bugs, to see that the simulation finds them: each breaks one promise in one line.
 
-A canary is a context manager that replaces one method; nothing here is reachable from a service.
+A canary is a context manager that replaces one method.
 """
 
 from __future__ import annotations

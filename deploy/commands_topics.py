@@ -1,0 +1,53 @@
+"""`deepar topics`: create what the flow needs, or show it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bus import topics
+from bus.topics import Partitions
+from deploy import nodes
+from deploy.options import Bootstrap
+from deploy.process import run_on_uvloop
+
+topics_app = typer.Typer(no_args_is_help=True, help="Create or list the topics.")
+
+
+@topics_app.command("create")
+def topics_create(
+    edges: Annotated[
+        list[str] | None, typer.Option("--edge", help="Create this edge's topic too; may be given again.")
+    ] = None,
+    regions: Annotated[int, typer.Option(min=1, help="Partitions of the control topics.")] = 1,
+    cloud_partitions: Annotated[int, typer.Option(min=1, help="At most so many cloud workers share the work.")] = 8,
+    bootstrap_servers: Bootstrap = None,
+) -> None:
+    """Create the topics that are missing. Services create theirs by themselves where they may."""
+
+    async def main() -> None:
+        async with nodes.kafka_bus(bootstrap_servers) as bus:
+            partitions = Partitions(regions=regions, cloud=cloud_partitions)
+            await nodes.create_missing_topics(bus, edges or [], partitions)
+            for spec in topics.specs(edges or [], partitions):
+                typer.echo(f"{spec.name}  {await bus.partitions(spec.name)} partition(s)")
+
+    run_on_uvloop(main())
+
+
+@topics_app.command("list")
+def topics_list() -> None:
+    """Show the table of topics: what each carries, who writes it, who reads it."""
+    table = Table("topic", "carries", "key", "written by", "read by", title="the flow")
+    for topic in topics.TABLE:
+        table.add_row(
+            topic.name,
+            f"{', '.join(topic.messages) or '-'} ({topic.payload.value})",
+            topic.key,
+            ", ".join(topic.writers),
+            ", ".join(topic.readers),
+        )
+    Console().print(table)

@@ -1,0 +1,26 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Bootstrap = Annotated[
+    str | None,
+    typer.Option(
+        "--bootstrap-servers", "-b", help="Kafka, host:port. Default: KAFKA_BOOTSTRAP_SERVERS, else localhost:9092."
+    ),
+]
+BootstrapFromEnv = Annotated[str | None, typer.Option(envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port.")]
+Region = Annotated[
+    int, typer.Option(min=0, envvar="DEEPAR_REGION", help="The region: a partition of the control topics.")
+]
+HttpPort = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=65535, envvar="DEEPAR_HTTP_PORT", help="Serve /livez, /readyz and /metrics here; off unless set."
+    ),
+]
+HttpHost = Annotated[str, typer.Option(envvar="DEEPAR_HTTP_HOST", help="Address that --http-port listens on.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]

@@ -1,0 +1,136 @@
+"""A replay as `deepar loadgen replay` runs it: with a live display, and a summary at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from bus.errors import ConfigError
+from bus.port import Bus
+from bus.units import format_seconds
+from bus.values import Role
+from deploy.nodes import require_region
+from deploy.otel import tracing
+from deploy.process import run_on_uvloop
+from loadgen import metrics, schedule
+from loadgen.outcome import Recorder
+from loadgen.replay import ReplayResult, utc_now
+from loadgen.replay import replay as play
+from loadgen.roll_call import await_planner, find_nodes
+
+PLANNER_TIMEOUT_S = 10.0
+"""A planner in charge speaks at least once a second or so; silence for this long means there is none."""
+
+
+class ReplayRun:
+    """One replay with a live display; keeps what was seen when it is interrupted."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        region: int,
+        devices: list[str] | None,
+        make: Callable[[list[str]], schedule.Schedule],
+        drain_timeout_s: float,
+        console: Console,
+    ) -> None:
+        self.bus, self.region, self.devices, self.make = bus, region, devices, make
+        self.drain_timeout_s, self.console = drain_timeout_s, console
+        self.recorder = Recorder()
+        self.seed = 0
+        self.total = 0
+        self.began_at = utc_now()
+        self._began_s = time.monotonic()
+
+    @property
+    def result(self) -> ReplayResult:
+        """What has been seen so far."""
+        return ReplayResult(
+            outcomes=tuple(self.recorder.outcomes.values()), seed=self.seed, dropped_records=0, unreadable_records=0
+        )
+
+    def play(self) -> bool:
+        """Run to the end; True when Ctrl-C cut it short."""
+        try:
+            run_on_uvloop(self._play())
+        except KeyboardInterrupt:
+            if not self.recorder.outcomes:
+                raise
+            return True
+        return False
+
+    async def _play(self) -> None:
+        async with tracing("deepar-loadgen") as on_span, self.bus:
+            await require_region(self.bus, self.region)
+            await await_planner(self.bus, self.region, timeout_s=PLANNER_TIMEOUT_S)
+            names = self.devices
+            if names is None:
+                names = [node.node for node in await find_nodes(self.bus, self.region, [Role.DEVICE])]
+                if not names:
+                    raise ConfigError(
+                        f"no device has announced itself in region {self.region}",
+                        remedy="start one: deepar stage device",
+                    )
+            plan = self.make(names)
+            self.seed, self.total = plan.seed, len(plan)
+            self.console.print(f"seed {plan.seed}; streams: {plan.streams or 'from the file'}", style="dim")
+            self.began_at, self._began_s = utc_now(), time.monotonic()
+            with Live(console=self.console, get_renderable=self._table, refresh_per_second=4, transient=True):
+                await play(
+                    self.bus,
+                    plan,
+                    region=self.region,
+                    drain_timeout_s=self.drain_timeout_s,
+                    recorder=self.recorder,
+                    wall_clock=utc_now,
+                    on_span=on_span,
+                )
+
+    def _table(self) -> Table:
+        recorder, delays = self.recorder, list(self.recorder.delays_s)
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for name in ("time", "submitted", "running", "ended", "mean", "p50", "p90", "p99"):
+            table.add_column(name, justify="right")
+        found = metrics.distribution(delays)
+        cells = [_short(found[name]) for name in ("mean", "p50", "p90", "p99")]
+        elapsed = f"{time.monotonic() - self._began_s:.0f} s"
+        counts = (f"{recorder.submitted}/{self.total}", str(recorder.running), str(recorder.ended))
+        table.add_row(elapsed, *counts, *cells)
+        return table
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """The summary as people read it."""
+    states = ", ".join(
+        f"{summary[name]} {name}"
+        for name in ("completed", "rejected", "failed", "expired", "unfinished")
+        if summary[name]
+    )
+    console.print(
+        f"{summary['submitted']} tasks submitted: {states}; policy {summary['policy']}; seed {summary['seed']}"
+    )
+    if summary["causes"]:
+        causes = ", ".join(f"{cause}: {count}" for cause, count in summary["causes"].items())
+        console.print(f"causes: {causes}", markup=False)
+    table = Table(title="Delay from the instant that was due")
+    for name in ("", "tasks", "mean", "p50", "p90", "p99", "p99.9"):
+        table.add_column(name, justify="left" if not name else "right")
+    delay = summary["delay_s"]
+    table.add_row("all", str(summary["completed"]), *(_short(delay[k]) for k in ("mean", "p50", "p90", "p99", "p99_9")))
+    for group in ("by_kind", "by_model"):
+        table.add_section()
+        for name, row in summary[group].items():
+            cells = (_short(row[k]) for k in ("mean_delay_s", "p50_s", "p90_s", "p99_s", "p99_9_s"))
+            table.add_row(name, str(row["tasks"]), *cells)
+    console.print(table)
+    for path in summary.get("files", []):
+        console.print(f"  {path}", markup=False)
+
+
+def _short(seconds: float | None) -> str:
+    return "-" if seconds is None else format_seconds(seconds)
