@@ -25,6 +25,7 @@ from deploy.commands_faults import chaos
 from deploy.identities import KeyFile, submitter_of
 from deploy.nodes import kafka_bus, require_region
 from deploy.otel import tracing
+from deploy.outputs import writable_folder
 from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSED, run_on_uvloop
 from loadgen import arrivals, metrics, report, schedule
 from loadgen.metrics import Threshold
@@ -37,10 +38,20 @@ from loadgen.source import PAPER_MIX, Mix, Range, parse_models
 PLANNER_TIMEOUT_S = 10.0
 """A planner in charge speaks at least once a second or so; silence for this long means there is none."""
 
+TELL_EVERY_S = 10.0
+"""How often a replay whose stderr is no terminal says how far it is."""
+
 app = typer.Typer(
     no_args_is_help=True, help="Submit tasks to a running system, measure this machine, break real processes."
 )
 app.command()(chaos)
+
+
+class BenchBus(StrEnum):
+    """What a benchmark's records travel over."""
+
+    MEMORY = "memory"
+    KAFKA = "kafka"
 
 
 class Distribution(StrEnum):
@@ -94,7 +105,8 @@ def replay(
     time_scale: Annotated[float, typer.Option(help="Stretches every arrival: 0.1 plays ten times as fast.")] = 1.0,
     region: Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Whose planner is to decide.")] = 0,
     bootstrap_servers: Annotated[
-        str | None, typer.Option(envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port.")
+        str | None,
+        typer.Option("--bootstrap-servers", "-b", envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port."),
     ] = None,
     drain_timeout: Annotated[
         str, typer.Option(help="Give up when no task has ended for so long after the last arrival.")
@@ -113,7 +125,10 @@ def replay(
     """Submit tasks on Kafka, open loop, and report what came of each.
 
     Delays count from the instant at which a task was due. Files: profile_export.jsonl (a line a task),
-    summary.json, summary.csv, report.html.
+    summary.json, summary.csv, report.html. Exit code 99 when a --max-... was missed; 1 when a task had no end, or none
+    completed.
+
+    Example: `deepar loadgen replay --models lenet=3,alexnet=1 --tasks 100 --request-rate 5 --max-p99 2s`
     """
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     limits = _thresholds(max_mean=max_mean, max_p50=max_p50, max_p90=max_p90, max_p99=max_p99)
@@ -147,7 +162,8 @@ def replay(
         return plan.scaled(time_scale)
 
     wait_s = parse_duration(drain_timeout)
-    folder = out or Path(f"runs/replay-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}")
+    make(["d1"])  # what is wrong with the flags is said before anything is connected
+    folder = writable_folder("--out", out or Path(f"runs/replay-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}"))
     named = None if devices is None else [name.strip() for name in devices.split(",")]
     bus = signed(kafka_bus(bootstrap_servers), submitter_of(identity_key))
     run = ReplayRun(bus, region, named, make, wait_s, log)
@@ -167,7 +183,8 @@ def replay(
     if missed:
         raise typer.Exit(EXIT_MISSED)
     if summary["unfinished"] or not summary["completed"]:
-        log.print(f"{summary['unfinished']} of {summary['submitted']} tasks had no end", style="bold red")
+        what = f"{summary['unfinished']} of {summary['submitted']} tasks had no end"
+        log.print(f"failed: {what if summary['unfinished'] else 'no task completed'}", style="bold red")
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -189,7 +206,7 @@ class ReplayRun:
         self.seed = 0
         self.total = 0
         self.began_at = utc_now()
-        self._began_s = time.monotonic()
+        self._began_s = self._told_s = time.monotonic()
 
     @property
     def result(self) -> ReplayResult:
@@ -212,18 +229,21 @@ class ReplayRun:
         async with tracing("deepar-loadgen") as on_span, self.bus:
             await require_region(self.bus, self.region)
             await await_planner(self.bus, self.region, timeout_s=PLANNER_TIMEOUT_S)
-            names = self.devices
-            if names is None:
-                names = [node.node for node in await find_nodes(self.bus, self.region, [Role.DEVICE])]
-                if not names:
-                    raise ConfigError(
-                        f"no device has announced itself in region {self.region}",
-                        remedy="start one: deepar stage device",
-                    )
+            there = [node.node for node in await find_nodes(self.bus, self.region, [Role.DEVICE])]
+            names = there if self.devices is None else self.devices
+            if not names:
+                raise ConfigError(
+                    f"no device has announced itself in region {self.region}",
+                    remedy="start one: deepar stage device",
+                )
+            if absent := [name for name in names if name not in there]:
+                line = f"not there, so their tasks wait: {', '.join(absent)}; deepar stage device --name {absent[0]}"
+                self.console.print(line, style="yellow", markup=False)
             plan = self.make(names)
             self.seed, self.total = plan.seed, len(plan)
             self.console.print(f"seed {plan.seed}; streams: {plan.streams or 'from the file'}", style="dim")
             self.began_at, self._began_s = utc_now(), time.monotonic()
+            self._told_s = self._began_s
             with Live(console=self.console, get_renderable=self._table, refresh_per_second=4, transient=True):
                 await play(
                     self.bus,
@@ -233,7 +253,19 @@ class ReplayRun:
                     recorder=self.recorder,
                     wall_clock=utc_now,
                     on_span=on_span,
+                    progress=None if self.console.is_terminal else self._tell,
                 )
+
+    def _tell(self, recorder: Recorder) -> None:
+        """For logs: a line in ten seconds."""
+        now_s = time.monotonic()
+        if now_s - self._told_s >= TELL_EVERY_S:
+            self._told_s = now_s
+            mean = _short(metrics.distribution(list(recorder.delays_s))["mean"])
+            counts = (
+                f"{recorder.submitted} of {self.total} submitted, {recorder.running} running, {recorder.ended} ended"
+            )
+            self.console.print(f"{now_s - self._began_s:.0f} s: {counts}, mean delay {mean}", style="dim")
 
     def _table(self) -> Table:
         recorder, delays = self.recorder, list(self.recorder.delays_s)
@@ -261,7 +293,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     if summary["causes"]:
         causes = ", ".join(f"{cause}: {count}" for cause, count in summary["causes"].items())
         console.print(f"causes: {causes}", markup=False)
-    table = Table(title="Delay from the instant that was due")
+    table = Table(title="Delay, counted from when each task was due")
     for name in ("", "tasks", "mean", "p50", "p90", "p99", "p99.9"):
         table.add_column(name, justify="left" if not name else "right")
     delay = summary["delay_s"]
@@ -349,20 +381,24 @@ BENCHES = {
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in BENCHES.items()))],
-    bus: Annotated[str | None, typer.Option(help="memory or kafka, where the benchmark has both.")] = None,
+    bus: Annotated[BenchBus | None, typer.Option(help="Where the benchmark has both.")] = None,
     bootstrap_servers: Annotated[
-        str | None, typer.Option(envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port.")
+        str | None,
+        typer.Option("--bootstrap-servers", "-b", envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port."),
     ] = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Of simulator: how many tasks.")] = None,
     random_seed: Annotated[int | None, typer.Option("--random-seed", "--seed", min=0, help="Of what is drawn.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Measure this machine. Exit code 99 when an aim is missed."""
+    """Measure this machine. Exit code 99 when an aim is missed.
+
+    Example: `deepar loadgen bench decision --bus memory --json`
+    """
     if name not in BENCHES:
         raise UnknownNameError(f"there is no benchmark {name!r}; there are {', '.join(BENCHES)}")
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     measure = importlib.import_module(f"loadgen.bench_{name}").run
-    wanted = {"bus": bus, "bootstrap": bootstrap_servers, "tasks": tasks, "seed": random_seed}
+    wanted = {"bus": bus and bus.value, "bootstrap": bootstrap_servers, "tasks": tasks, "seed": random_seed}
     takes = inspect.signature(measure).parameters
     given = {key: value for key, value in wanted.items() if value is not None and key in takes}
     found: dict[str, Any] = measure(progress=lambda line: log.print(line, style="dim", markup=False), **given)

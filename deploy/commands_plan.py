@@ -21,6 +21,7 @@ from bus.errors import ConfigError, ProtocolError, UnknownNameError
 from bus.messages import Decision, decode
 from bus.units import format_rate, format_seconds, parse_duration, parse_rate
 from bus.values import Kind, ModelProfile, Objective, Placement, Role
+from deploy.outputs import writable_file
 from loadgen.scenario import parse_size
 from planner.explain import Explanation
 from planner.explain import explain as explain_task
@@ -69,6 +70,8 @@ def plan(
 
     Exit code 1 when no cut keeps to the constraints.
     """
+    if plot is not None:
+        writable_file("--plot", plot, suffixes=(".png", ".svg"))
     base = load_profile(profile)
     rows = {
         role: _platform(base if given is None else given, role, model)
@@ -205,13 +208,16 @@ def explain(
     ] = None,
     region: Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Whose planner decided.")] = 0,
     bootstrap_servers: Annotated[
-        str | None, typer.Option(envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port.")
+        str | None,
+        typer.Option("--bootstrap-servers", "-b", envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Why a task was placed as it was: every candidate, what each lacked, and what the start waited for.
 
-    Everything comes from the decision record: from Kafka, or from a file.
+    Everything comes from the decision record: from Kafka, or from a file. `deepar tail tasks --exit` names the tasks.
+
+    Example: `deepar explain t1 --from decisions.jsonl`
     """
     decisions = list(read_dump(source, region)) if source is not None else read_topic(bootstrap_servers, region)
     found = explain_task(decisions, task)

@@ -26,7 +26,7 @@ from deploy.otel import tracing
 from deploy.patience import Patience
 from deploy.planner_regions import parse_regions, run_regions
 from deploy.process import run_on_uvloop, until_stopped
-from deploy.settings import CloudOptions, DeviceOptions, EdgeOptions, NodeOptions, UpSettings, load_settings
+from deploy.settings import CloudOptions, DeviceOptions, EdgeOptions, NodeOptions, UpSettings, load_settings, options_of
 from planner.service import PlannerService
 from stages.node import Node, NodeSettings
 
@@ -113,6 +113,8 @@ def planner(
     """Run the planner of a region: it decides where every task runs, and publishes its decisions.
 
     A second planner for the same region stands by and takes over when the first falls silent.
+
+    Example: `deepar planner --policy neurosurgeon --http-port 9100`
     """
     bus = nodes.kafka_bus(bootstrap_servers)
     lease_s = parse_duration(lease)
@@ -170,8 +172,12 @@ def device(
     http_port: HttpPort = None,
     http_host: HttpHost = "127.0.0.1",
 ) -> None:
-    """Run a device: it computes the front of its tasks' models, sends activations, and collects results."""
-    options = DeviceOptions(
+    """Run a device: it computes the front of its tasks' models, sends activations, and collects results.
+
+    Example: `deepar stage device --name d1 --edge e1 --slowdown 8 --results d1.jsonl`
+    """
+    options = options_of(
+        DeviceOptions,
         name=name,
         edges=tuple(edges) if edges else None,
         link=parse_rate(link),
@@ -201,10 +207,14 @@ def edge(
     http_port: HttpPort = None,
     http_host: HttpHost = "127.0.0.1",
 ) -> None:
-    """Run an edge: it computes the middle of the models in its slots, and relays between devices and the cloud."""
+    """Run an edge: it computes the middle of the models in its slots, and relays between devices and the cloud.
+
+    Example: `deepar stage edge --name e1 --slots 4 --link1 1Gbps --link2 100Mbps`
+    """
     if name in topics.RESERVED_EDGE_NAMES:
         raise ConfigError(f"an edge cannot be called {name}: a topic has that name")
-    options = EdgeOptions(
+    options = options_of(
+        EdgeOptions,
         name=name,
         slots=slots,
         link1=parse_rate(link1),
@@ -232,8 +242,13 @@ def cloud(
     http_port: HttpPort = None,
     http_host: HttpHost = "127.0.0.1",
 ) -> None:
-    """Run a cloud worker: it computes the rest of the models. Several share the work as one consumer group."""
-    options = CloudOptions(name=name, slowdown=slowdown, profile=profile, runner=_runner(runner), threads=num_threads)
+    """Run a cloud worker: it computes the rest of the models. Several share the work as one consumer group.
+
+    Example: `deepar stage cloud --name c2 --model MODEL.tflite`
+    """
+    options = options_of(
+        CloudOptions, name=name, slowdown=slowdown, profile=profile, runner=_runner(runner), threads=num_threads
+    )
     _run_stage(options, models, bootstrap_servers, region, lease, identity_key, http_port, http_host, None)
 
 
@@ -308,6 +323,8 @@ def up(
 
     With `bus.kind = "kafka"` other processes can submit tasks and follow along; `deploy/example.toml` shows every key. With a
     master secret the region demands proofs of identity, and every node here gets its key from it.
+
+    Example: `deepar up deploy/example.toml`
     """
     settings = load_settings(file)
     if settings.bus.kind == "memory":
@@ -389,7 +406,10 @@ def topics_create(
     cloud_partitions: Annotated[int, typer.Option(min=1, help="At most so many cloud workers share the work.")] = 8,
     bootstrap_servers: Bootstrap = None,
 ) -> None:
-    """Create the topics that are missing. Services create theirs by themselves where they may."""
+    """Create the topics that are missing. Services create theirs by themselves where they may.
+
+    Example: `deepar topics create --edge e1 --edge e2 --regions 1`
+    """
 
     async def main() -> None:
         async with nodes.kafka_bus(bootstrap_servers) as bus:
@@ -403,8 +423,13 @@ def topics_create(
 
 @topics_app.command("list")
 def topics_list() -> None:
-    """Show the table of topics: what each carries, who writes it, who reads it."""
-    table = Table("topic", "carries", "key", "written by", "read by", title="the flow")
+    """Show the table of topics: what each carries, who writes it, who reads it.
+
+    Example: `deepar topics list`
+    """
+    table = Table(title="the flow")
+    for name in ("topic", "carries", "key", "written by", "read by"):
+        table.add_column(name, overflow="fold")
     for topic in topics.TABLE:
         table.add_row(
             topic.name,
