@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -269,9 +270,9 @@ class ReplayRun:
 
     def _table(self) -> Table:
         recorder, delays = self.recorder, list(self.recorder.delays_s)
-        table = Table(box=None, padding=(0, 2, 0, 0))
+        table = Table(box=None, padding=(0, 1, 0, 0))
         for name in ("time", "submitted", "running", "ended", "mean", "p50", "p90", "p99"):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         found = metrics.distribution(delays)
         cells = [_short(found[name]) for name in ("mean", "p50", "p90", "p99")]
         elapsed = f"{time.monotonic() - self._began_s:.0f} s"
@@ -293,9 +294,10 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     if summary["causes"]:
         causes = ", ".join(f"{cause}: {count}" for cause, count in summary["causes"].items())
         console.print(f"causes: {causes}", markup=False)
-    table = Table(title="Delay, counted from when each task was due")
+    title = "Delay, counted from when each task was due"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("", "tasks", "mean", "p50", "p90", "p99", "p99.9"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name), overflow="fold")
     delay = summary["delay_s"]
     table.add_row("all", str(summary["completed"]), *(_short(delay[k]) for k in ("mean", "p50", "p90", "p99", "p99_9")))
     for group in ("by_kind", "by_model"):

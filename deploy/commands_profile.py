@@ -54,7 +54,7 @@ def profile(
         draw_profile(found, profiled, chart)
     if not as_json:
         console = Console()
-        console.print(profile_table(found, profiled))
+        console.print(profile_table(found, profiled, console.width))
         for path in filter(None, (out, chart)):
             console.print(f"written: {path}")
         return

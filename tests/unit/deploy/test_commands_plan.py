@@ -64,6 +64,8 @@ def test_a_platform_of_ones_own_and_one_that_does_not_match(tmp_path: Path) -> N
     path.write_text(mine.model_copy(update={"sha256": "1" * 64}).model_dump_json())
     with pytest.raises(ConfigError, match="another alexnet"):
         run("plan", "alexnet", "--edge", str(path))
+    with pytest.raises(ConfigError, match=r"edge.json is a profile of alexnet, not of vgg16"):
+        run("plan", "vgg16", "--edge", str(path))
     with pytest.raises(UnknownNameError, match="lenet"):
         run("plan", "nosuch")
 
