@@ -9,9 +9,11 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from statistics import fmean
+from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -54,6 +56,8 @@ app.command()(soak)
 
 FIGURES, SWEEP, COMPARE = Path("figures"), Path("runs/sweep"), Path("runs/compare")
 ALL_POLICIES = ",".join(POLICIES)
+MOST_POINTS = 20
+"""So many points of a sweep are printed."""
 
 
 def _figure_command(name: str, doc: str) -> None:
@@ -196,6 +200,7 @@ def sweep(
         print(json.dumps({"runs": len(rows), "files": [str(path) for path in files]}))
         return
     console = Console(highlight=False)
+    _print_means(console, rows, [axis.name for axis in options.axes])
     console.print(f"{len(rows)} runs")
     for path in files:
         console.print(f"  {path}", markup=False)
@@ -290,10 +295,32 @@ def _policies(text: str) -> tuple[str, ...]:
     return names
 
 
+def _print_means(console: Console, rows: list[dict[str, Any]], axes: list[str]) -> None:
+    """The mean delay of each policy at each point of a sweep, over the seeds."""
+    found: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for row in rows:
+        if row["mean_delay_s"] not in ("", None):
+            point = found.setdefault(tuple(str(row[name]) for name in axes), {})
+            point.setdefault(row["policy"], []).append(float(row["mean_delay_s"]))
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    table = Table(title="Mean delay of a task", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in axes:
+        table.add_column(name, no_wrap=True)
+    for name in policies:
+        table.add_column(name, justify="right", overflow="fold")
+    for values, delays in list(found.items())[:MOST_POINTS]:
+        means = (format_seconds(fmean(delays[name])) if name in delays else "-" for name in policies)
+        table.add_row(*values, *means)
+    console.print(table)
+    if len(found) > MOST_POINTS:
+        console.print(f"and {len(found) - MOST_POINTS} more points in the files")
+
+
 def _print_claims(console: Console, result: FigureResult) -> None:
-    table = Table(title=f"{result.figure}, {result.seeds} seed{'s' if result.seeds > 1 else ''}", title_justify="left")
+    title = f"{result.figure}, {result.seeds} seed{'s' if result.seeds > 1 else ''}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("", "claim", "paper", "ours", "spread"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold", no_wrap=not name)
     for claim in result.claims:
         verdict = "[green]PASS[/]" if claim.passed else "[bold red]MISS[/]"
         table.add_row(verdict, claim.text, claim.paper_text, claim.ours_text, claim.spread_text)
