@@ -6,7 +6,7 @@ import importlib
 import inspect
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.table import Table
 
 from bus.errors import ConfigError, UnknownNameError
+from bus.messages import NodeAnnounced
 from bus.port import Bus
 from bus.signed import signed
 from bus.units import format_seconds, parse_duration, parse_rate
@@ -167,7 +168,8 @@ def replay(
     folder = writable_folder("--out", out or Path(f"runs/replay-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}"))
     named = None if devices is None else [name.strip() for name in devices.split(",")]
     bus = signed(kafka_bus(bootstrap_servers), submitter_of(identity_key))
-    run = ReplayRun(bus, region, named, make, wait_s, log)
+    needed = frozenset(mix.models if schedule_file is None else ())
+    run = ReplayRun(bus, region, named, needed, make, wait_s, log)
     interrupted = run.play()
     summary = run.result.summary
     files = report.write_files(folder, run.result.outcomes, summary, began_at=run.began_at)
@@ -197,11 +199,12 @@ class ReplayRun:
         bus: Bus,
         region: int,
         devices: list[str] | None,
+        models: frozenset[str],
         make: Callable[[list[str]], schedule.Schedule],
         drain_timeout_s: float,
         console: Console,
     ) -> None:
-        self.bus, self.region, self.devices, self.make = bus, region, devices, make
+        self.bus, self.region, self.devices, self.models, self.make = bus, region, devices, models, make
         self.drain_timeout_s, self.console = drain_timeout_s, console
         self.recorder = Recorder()
         self.seed = 0
@@ -230,13 +233,18 @@ class ReplayRun:
         async with tracing("deepar-loadgen") as on_span, self.bus:
             await require_region(self.bus, self.region)
             await await_planner(self.bus, self.region, timeout_s=PLANNER_TIMEOUT_S)
-            there = [node.node for node in await find_nodes(self.bus, self.region, [Role.DEVICE])]
-            names = there if self.devices is None else self.devices
+            found = await find_nodes(self.bus, self.region, [Role.DEVICE])
+            there = [node.node for node in found]
+            names = devices_for(self.models, found) if self.devices is None else self.devices
             if not names:
                 raise ConfigError(
                     f"no device has announced itself in region {self.region}",
                     remedy="start one: deepar stage device",
                 )
+            if self.devices is None and len(names) < len(there):
+                left_out = ", ".join(sorted({*there} - {*names}))
+                line = f"left out, for they do not have {' and '.join(sorted(self.models))}: {left_out}"
+                self.console.print(line, style="yellow", markup=False)
             if absent := [name for name in names if name not in there]:
                 line = f"not there, so their tasks wait: {', '.join(absent)}; deepar stage device --name {absent[0]}"
                 self.console.print(line, style="yellow", markup=False)
@@ -279,6 +287,12 @@ class ReplayRun:
         counts = (f"{recorder.submitted}/{self.total}", str(recorder.running), str(recorder.ended))
         table.add_row(elapsed, *counts, *cells)
         return table
+
+
+def devices_for(models: Set[str], found: Sequence[NodeAnnounced]) -> list[str]:
+    """The names of the devices that have every model, or of all where none has."""
+    able = [node.node for node in found if models <= {profile.model for profile in node.models}]
+    return able or [node.node for node in found]
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
