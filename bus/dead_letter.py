@@ -11,7 +11,27 @@ from bus.port import Bus, Record
 DEAD_LETTER_VALUE_BYTES = 1_000_000
 """More than this of a record is not kept: its headers come on top, and both must fit a broker's limit."""
 
+LETTERS_AT_ONCE = 100
+LETTERS_PER_S = 2.0
+
 log = structlog.get_logger("dead-letter")
+
+
+class Allowance:
+    """How many refusals of who is not whom he names are kept one by one: a flood of them must hold nobody up."""
+
+    def __init__(self) -> None:
+        self._letters = float(LETTERS_AT_ONCE)
+        self._since_s = 0.0
+
+    def take(self, now_s: float) -> bool:
+        """Whether one more is to become a dead letter and a line in the log; else it is only counted."""
+        self._letters = min(LETTERS_AT_ONCE, self._letters + (now_s - self._since_s) * LETTERS_PER_S)
+        self._since_s = now_s
+        if self._letters < 1.0:
+            return False
+        self._letters -= 1.0
+        return True
 
 
 async def bury(bus: Bus, record: Record, error: ProtocolError, *, task_id: str, by: str) -> None:

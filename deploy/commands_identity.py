@@ -21,12 +21,15 @@ app = typer.Typer(
 @app.command("new-master")
 def new_master(
     out: Annotated[Path, typer.Option(help="The new file; only its owner may read it.")] = Path("deepar.master"),
+    frames: Annotated[
+        bool, typer.Option("--frames", help="Demand proofs of activations and results, too (half a millisecond a MB).")
+    ] = False,
 ) -> None:
     """Make a master secret. Whoever holds it can speak as everybody: it belongs to the planner, and to whoever makes keys.
 
     Example: `deepar identity new-master --out region0.master`
     """
-    master = Master.new()
+    master = Master.new(frames=frames)
     write_secret(out, master.to_text())
     typer.echo(
         f"{out}: master {master.fingerprint}; the planner takes it by DEEPAR_IDENTITY_MASTER_FILE={out}", err=True
@@ -66,16 +69,23 @@ def show(
 
     Example: `deepar identity show d1.key`
     """
-    found: dict[str, str | None]
+    found: dict[str, str | bool | None]
     try:
         one = load_key(file)
-        found = {"kind": "key", "speaker": str(one.speaker), "master": one.fingerprint}
+        found = {
+            "kind": "key",
+            "speaker": str(one.speaker),
+            "master": one.fingerprint,
+            "frames": one.frames is not None,
+        }
     except ConfigError:
-        found = {"kind": "master", "speaker": None, "master": load_master(file).fingerprint}
+        secret = load_master(file)
+        found = {"kind": "master", "speaker": None, "master": secret.fingerprint, "frames": secret.frames}
     if as_json:
         sys.stdout.write(json.dumps(found) + "\n")
     else:
-        typer.echo(f"{found['kind']} {found['speaker'] or ''}".strip() + f", master {found['master']}")
+        whose = f"{found['kind']} {found['speaker'] or ''}".strip()
+        typer.echo(f"{whose}, master {found['master']}" + ", for frames too" * bool(found["frames"]))
 
 
 __all__ = ["app"]

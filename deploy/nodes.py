@@ -273,8 +273,11 @@ async def run_planner(
         def look() -> Health:
             core = service.core
             detail = {"standing": service.standing.value}
-            gauges = {"leading": float(service.standing is Standing.LEADING), "tasks": float(core.live_tasks)}
-            return Health(service.standing is not Standing.READING, detail, gauges, planner_counters([service]))
+            gauges = {"tasks": float(core.live_tasks)}
+            leading = {str(service.region): service.standing is Standing.LEADING}
+            return Health(
+                service.standing is not Standing.READING, detail, gauges, planner_counters([service]), leading
+            )
 
         labels = {"role": "planner", "node": service.name, "region": str(service.region)}
         async with serve_probes(look, port=http_port, host=http_host, labels=labels):

@@ -74,15 +74,12 @@ async def run_regions(
 
         def look() -> Health:
             services = planners.services
-            standings = [service.standing for service in services.values()]
             return Health(
-                ready=Standing.READING not in standings,
+                ready=all(service.standing is not Standing.READING for service in services.values()),
                 detail={"standing": {str(region): service.standing.value for region, service in services.items()}},
-                gauges={
-                    "leading": float(standings.count(Standing.LEADING)),
-                    "tasks": float(sum(service.core.live_tasks for service in services.values())),
-                },
+                gauges={"tasks": float(sum(service.core.live_tasks for service in services.values()))},
                 counters=nodes.planner_counters(services.values()),
+                leading={str(region): service.standing is Standing.LEADING for region, service in services.items()},
             )
 
         which = ALL if regions is None else ",".join(map(str, regions))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -24,6 +24,7 @@ class Health:
     detail: dict[str, Any]
     gauges: dict[str, float]
     counters: dict[str, float]
+    leading: dict[str, bool] = field(default_factory=dict)  # of a planner: by region, whether it leads there
 
 
 class _Collector:
@@ -42,6 +43,11 @@ class _Collector:
         for name, value in sorted(gauges.items()):
             gauge = GaugeMetricFamily(f"deepar_{name}", name.replace("_", " "), labels=names)
             gauge.add_metric(values, value)
+            yield gauge
+        if health.leading:  # each under its own region, also where the process is there for several
+            gauge = GaugeMetricFamily("deepar_leading", "leading", labels=names)
+            for region, leads in sorted(health.leading.items()):
+                gauge.add_metric([region if name == "region" else self._labels[name] for name in names], float(leads))
             yield gauge
         for name, value in sorted(health.counters.items()):
             counter = CounterMetricFamily(f"deepar_{name}", name.replace("_", " "), labels=names)

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from bus import claims, messages
 from bus.claims import Parties
+from bus.dead_letter import Allowance
 from bus.errors import ProtocolError
 from bus.identity import WRONG_IDENTITY, Master
 from bus.messages import NodeAnnounced
@@ -20,9 +21,6 @@ from planner.core import PlannerCore
 
 MAX_ANNOUNCEMENT_BYTES: Final = 400_000
 """A node's announcement is copied into the decision that takes it in, beside what else follows from it."""
-LETTERS_AT_ONCE: Final = 100
-LETTERS_PER_S: Final = 2.0
-"""Refusals above this rate are counted and not kept one by one: a flood of them must not hold the region up."""
 
 
 class Doorkeeper:
@@ -32,8 +30,7 @@ class Doorkeeper:
         self.master = master
         self.refused = 0  # records whose sender is not whom it names, or may not say what it says
         self.unkept = 0  # of these, without a dead letter
-        self._letters = float(LETTERS_AT_ONCE)
-        self._since_s = 0.0
+        self._allowance = Allowance()
 
     def read(self, record: Record, core: PlannerCore) -> Any:
         """The message of a record. Raises `ProtocolError`: broken, or (`wrong_identity`) not to be obeyed."""
@@ -52,13 +49,9 @@ class Doorkeeper:
         """Whether this refusal is to become a dead letter and a line in the log; what is merely broken always is."""
         if error.cause != WRONG_IDENTITY:
             return True
-        self._letters = min(LETTERS_AT_ONCE, self._letters + (now_s - self._since_s) * LETTERS_PER_S)
-        self._since_s = now_s
-        if self._letters < 1.0:
-            self.unkept += 1
-            return False
-        self._letters -= 1.0
-        return True
+        kept = self._allowance.take(now_s)
+        self.unkept += not kept
+        return kept
 
 
 def _decoded(record: Record) -> Any:

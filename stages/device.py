@@ -24,6 +24,7 @@ from bus.values import ModelProfile, Parts
 from stages.node import RETRY_S, Node, cause_of
 from stages.outlet import Outgoing, Outlet, sending
 from stages.runner import Station
+from stages.senders import Senders
 from stages.shaper import Link
 from stages.window import window_samples
 
@@ -74,6 +75,7 @@ class Device:
         self.node = node
         self._kept = kept
         self.link1 = Link(node.settings.link1_capacity_bps)
+        self.senders = Senders(node)
         self.tasks: dict[str, DeviceTask] = {}
         self._on_result = on_result
         self._group: asyncio.TaskGroup | None = None
@@ -206,11 +208,13 @@ class Device:
                 if record.key != name:
                     continue  # another device's, on the same partition
                 try:
+                    sender = self.senders.of(record)
                     frame = decode_frame(record.value)
                     known = self.tasks.get(frame.task_id)
                     if known is None or known.attempt is None or known.attempt.plan.attempt != frame.attempt:
                         self.node.status.count("fenced_frames")
                         continue
+                    self.senders.check_result(sender, frame, known.attempt.plan)
                     known.attempt.take(frame)
                 except ProtocolError as error:
                     await self.node.bury(record, error)

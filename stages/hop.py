@@ -20,14 +20,16 @@ from pydantic import ValidationError
 from bus import topics
 from bus.errors import BusError, DeeparError, ProtocolError
 from bus.frames import MAX_SAMPLE_BYTES, Array, Assembler, Frame, Piece, Plan, decode_frame, encode_frame
-from bus.messages import Decision, TaskFailed
+from bus.messages import Decision, Placed, TaskFailed
 from bus.port import Bus, Member, Record, TopicPartition
+from bus.proofs import WRONG_IDENTITY, Speaker
 from bus.tracing import parent_in
 from bus.values import Role
 from stages.node import RETRY_S, Node, cause_of
 from stages.offsets import OffsetLedger, Receipt
 from stages.outlet import Outgoing, Outlet, sending
 from stages.runner import Station
+from stages.senders import Senders
 from stages.shaper import Grant, Link
 from stages.window import MAX_WINDOW, window_samples
 
@@ -53,6 +55,7 @@ class _Orphan:
     record: Record
     frame: Frame
     receipt: Receipt
+    sender: Speaker | None  # where frames are proven
     since_s: float
 
 
@@ -69,6 +72,7 @@ class Hop:
         self.results = Link(settings.link1_capacity_bps if self.is_edge else 0)
         self.slots = asyncio.Semaphore(settings.slots) if self.is_edge else None
         self.offsets = OffsetLedger()
+        self.senders = Senders(node)
         self.flows: dict[tuple[str, int], Flow] = {}
         self._orphans: dict[tuple[str, int], list[_Orphan]] = {}
         self._orphan_bytes = 0
@@ -104,16 +108,17 @@ class Hop:
         fences = self.node.fences
         for key in [key for key in self.flows if key[0] in gone and fences.fenced(*key)]:
             self.flows.pop(key).stop(discard=True)
+        # A plan of another region is believed without its decision: not one that took the name of a task of this region.
+        for key in [(change.task_id, change.attempt) for change in decision.changes if isinstance(change, Placed)]:
+            if key in self.flows and self.flows[key].plan.region != decision.region:
+                self.flows.pop(key).stop(discard=True)
         for key in list(self._orphans):
             task_id, attempt = key
             if fences.fenced(task_id, attempt):
                 for orphan in self._take_orphans(key):
                     orphan.receipt.release()
             elif (placed := fences.placed.get(task_id)) is not None and placed.attempt == attempt:
-                try:
-                    self._adopt(Plan.of(placed, region=decision.region, todo=placed.samples))
-                except ProtocolError as error:
-                    self._refuse(self._take_orphans(key), error)
+                self._take_again(key)
 
     @property
     def held_bytes(self) -> int:
@@ -136,7 +141,7 @@ class Hop:
     # --- receiving ---------------------------------------------------------------------------------------------------
 
     async def _assigned(self, partitions: frozenset[TopicPartition]) -> None:
-        self.node.status.receiving = True
+        self.node.status.receiving = bool(partitions)  # none: others have them all
 
     async def _revoked(self, partitions: frozenset[TopicPartition]) -> None:
         """Another member gets these, and with them every record that was not committed."""
@@ -164,12 +169,13 @@ class Hop:
             poison: list[tuple[Record, ProtocolError, str, int, Receipt]] = []
             for record in records:
                 receipt = self.offsets.open(record)
-                task_id = record.key or ""
-                attempt = self.node.fences.attempt(task_id)
+                task_id, attempt = record.key or "", 0
                 try:
+                    sender = self.senders.of(record)
+                    attempt = self._blamed(sender, task_id, self.node.fences.attempt(task_id))
                     frame = decode_frame(record.value)
-                    task_id, attempt = frame.task_id, frame.attempt
-                    self._take(record, frame, receipt)
+                    task_id, attempt = frame.task_id, self._blamed(sender, frame.task_id, frame.attempt)
+                    self._take(record, frame, receipt, sender)
                 except ProtocolError as error:
                     poison.append((record, error, task_id, attempt, receipt))
                 else:
@@ -210,31 +216,34 @@ class Hop:
                     ProtocolError("no_plan", f"task {key[0]} attempt {key[1]} came without a plan"),
                 )
 
-    def _take(self, record: Record, frame: Frame, receipt: Receipt) -> None:
+    def _take(self, record: Record, frame: Frame, receipt: Receipt, sender: Speaker | None) -> None:
         """Hand a frame's pieces to its flow. Raises `ProtocolError` where it cannot be used."""
+        key = (frame.task_id, frame.attempt)
+        followed = self.flows[key].plan if key in self.flows else frame.plan
+        believed = self.senders.believed(sender, frame, followed)
         if frame.kind != "activations":
             raise ProtocolError("undecodable", f"a frame of kind {frame.kind} is not for {record.topic}")
-        key = (frame.task_id, frame.attempt)
         if self.node.fences.fenced(*key):
             self.node.status.count("fenced_frames")
             return
-        if frame.plan is not None:
-            if (frame.plan.task_id, frame.plan.attempt) != key:
-                raise ProtocolError("wrong_shape", "the plan is another task's")
-            self._adopt(frame.plan)
-        elif key not in self.flows:
-            placed = self.node.fences.placed.get(frame.task_id)
-            if placed is not None and placed.attempt == frame.attempt:
-                self._adopt(Plan.of(placed, region=self.node.settings.region, todo=placed.samples))
-        if key in self.flows:
-            self.flows[key].take_frame(record, frame, receipt)
-            return
+        if frame.plan is not None and (frame.plan.task_id, frame.plan.attempt) != key:
+            raise ProtocolError("wrong_shape", "the plan is another task's")
+        if believed:
+            if frame.plan is not None:
+                self._adopt(frame.plan)
+            elif key not in self.flows:
+                placed = self.node.fences.placed.get(frame.task_id)
+                if placed is not None and placed.attempt == frame.attempt:
+                    self._adopt(Plan.of(placed, region=self.node.settings.region, todo=placed.samples))
+            if key in self.flows:
+                self.flows[key].take_frame(record, frame, receipt)
+                return
         size_bytes = len(record.value or b"")
         if self._orphan_bytes + size_bytes > ORPHAN_BYTES:
             raise ProtocolError("no_plan", f"task {frame.task_id} attempt {frame.attempt} came without a plan")
         receipt.hold()
         since_s = asyncio.get_running_loop().time()
-        self._orphans.setdefault(key, []).append(_Orphan(record, frame, receipt, since_s))
+        self._orphans.setdefault(key, []).append(_Orphan(record, frame, receipt, sender, since_s))
         self._orphan_bytes += size_bytes
 
     def _adopt(self, plan: Plan) -> None:
@@ -250,9 +259,13 @@ class Hop:
         flow.task = self._group.create_task(
             flow.run(), name=f"{self.node.settings.name}: {plan.task_id}/{plan.attempt}"
         )
+        self._take_again(key)
+
+    def _take_again(self, key: tuple[str, int]) -> None:
+        """Take the frames that were put by, now that more is known of their task."""
         for orphan in self._take_orphans(key):
             try:
-                flow.take_frame(orphan.record, orphan.frame, orphan.receipt)
+                self._take(orphan.record, orphan.frame, orphan.receipt, orphan.sender)
             except ProtocolError as error:
                 self._refuse([orphan], error)
             else:
@@ -268,7 +281,9 @@ class Hop:
 
         async def bury() -> None:
             for orphan in orphans:
-                await self._bury(orphan.record, error, orphan.frame.task_id, orphan.frame.attempt)
+                task_id = orphan.frame.task_id
+                blamed = self._blamed(orphan.sender, task_id, orphan.frame.attempt)
+                await self._bury(orphan.record, error, task_id, blamed)
                 orphan.receipt.release()
 
         if self._group is not None:
@@ -277,12 +292,16 @@ class Hop:
     async def _bury(self, record: Record, error: ProtocolError, task_id: str, attempt: int) -> None:
         """Dead-letter a record; where it names a live task, that task fails with the cause."""
         await self.node.bury(record, error, task_id=task_id)
-        if attempt and not self.node.fences.fenced(task_id, attempt):
+        if attempt and error.cause != WRONG_IDENTITY and not self.node.fences.fenced(task_id, attempt):
             flow = self.flows.get((task_id, attempt))
             if flow is not None:
                 flow.stop(discard=True)
             with contextlib.suppress(ValidationError):  # a name that no task can have
                 await self.fail(task_id, attempt, error.cause, str(error))
+
+    def _blamed(self, sender: Speaker | None, task_id: str, attempt: int) -> int:
+        """The attempt that fails of a broken frame: none where it may be another's who has sent it."""
+        return attempt if self.senders.may_send(sender, task_id) else 0
 
     async def fail(self, task_id: str, attempt: int, cause: str, detail: str, *, retryable: bool = False) -> None:
         """Tell the planner that this stage cannot go on with a task."""

@@ -17,20 +17,21 @@ from typing import Protocol
 import structlog
 
 from bus import messages, snapshots, topics
-from bus.dead_letter import bury
+from bus.dead_letter import Allowance, bury
 from bus.decisions import DecisionLog
 from bus.envelope import Envelope
 from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
 from bus.frames import Plan
 from bus.messages import Decision, EpochOpened, Message, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLeft, NodeLost
 from bus.port import Bus, Headers, Reader, Record
+from bus.proofs import WRONG_IDENTITY
 from bus.signed import satisfy_region
 from bus.tracing import TRACEPARENT, Attribute, Span, SpanSink, parent_of, part_span_id, traceparent
 from bus.values import Role
 from stages.fences import REMEMBERED_ENDS, Fences
 from stages.runner import Runner
 
-ALARMED = ("dead_letters", "stalled_attempts")
+ALARMED = ("dead_letters", "declared_lost", "stalled_attempts", "wrong_identity")
 """Counters that alarms look at. They, and the busy times, are there from the start: where a series only begins, Prometheus
 sees no increase.
 """
@@ -121,7 +122,9 @@ class Node:
         self._envelope = Envelope(f"/deepar/{settings.region}/{settings.role.value}/{settings.name}", self.incarnation)
         self.log = log.bind(node=settings.name, role=settings.role.value)
         self._decisions = DecisionLog()
+        self._allowance = Allowance()
         self.serving = asyncio.Event()  # set by the work once it can take what it is sent; announced only then
+        self._announced_s = float("-inf")  # when it last was
         self._heard_s = float("-inf")  # when the last sign of life that was acknowledged was sent
         self._renewed = asyncio.Event()
 
@@ -196,6 +199,10 @@ class Node:
 
     async def bury(self, record: Record, error: ProtocolError, *, task_id: str = "") -> None:
         """Put a record that cannot be read on the dead-letter topic, with its origin and the cause."""
+        if error.cause == WRONG_IDENTITY:
+            self.status.count("wrong_identity")
+            if not self._allowance.take(asyncio.get_running_loop().time()):
+                return
         self.status.count("dead_letters")
         self.log.warning("dead letter", topic=record.topic, offset=record.offset, cause=error.cause, error=str(error))
         await bury(self.bus, record, error, task_id=task_id, by=self.settings.name)
@@ -283,8 +290,14 @@ class Node:
 
     async def _come_back(self, work: Work) -> None:
         self.log.warning("declared lost; letting go of everything and announcing anew")
+        self.status.count("declared_lost")
         self.status.joined = False
         work.on_lost()
+        # Two processes of one name take it from each other, each time by a decision that is kept: not without a pause.
+        lease_s = self.settings.lease_s
+        if asyncio.get_running_loop().time() - self._announced_s < lease_s:
+            self.log.warning("declared lost soon after it was announced: has another process this name?")
+            await asyncio.sleep(lease_s / HEARTBEATS_PER_LEASE)
         self.incarnation = uuid.uuid4().hex[:12]
         await self._announce()
 
@@ -310,6 +323,7 @@ class Node:
         self.status.warm = True
         sent_s = asyncio.get_running_loop().time()
         await self.tell(topics.NODES, self.announcement(), self.settings.name)
+        self._announced_s = asyncio.get_running_loop().time()
         self._renew(sent_s)
 
     async def _keep_lease(self) -> None:

@@ -236,7 +236,7 @@ def test_prometheus_has_data_for_every_panel_and_raises_the_alarm_that_is_due(
     assert {rule["health"] for rule in known.values()} == {"ok"}
     alarmed = {alert["labels"]["node"] for alert in known["DeadLetters"]["alerts"]}
     assert alarmed == {"planner", "e1", "c1", "d1"}
-    for name in ("NobodyLeads", "ServiceDown", "NotReady", "StalledAttempts"):
+    for name in ("NobodyLeads", "ServiceDown", "NotReady", "DeclaredLost", "WrongIdentity", "StalledAttempts"):
         assert known[name]["state"] == "inactive", known[name]
 
 

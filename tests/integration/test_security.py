@@ -18,6 +18,7 @@ import pytest
 
 from bus import messages, topics
 from bus.errors import BusError, BusUnavailableError, UnknownTopicError
+from bus.frames import Frame, encode_frame
 from bus.identity import IDENTITY_HEADER, PROOF_HEADER, Master, Speaker, write_secret
 from bus.kafka import KafkaBus
 from bus.messages import NodeAnnounced, NodeHeartbeat, NodeLeft, TaskFailed
@@ -117,8 +118,10 @@ async def test_the_whole_pipeline_works_each_as_a_user_of_its_own(secure: Secure
 
 
 async def test_what_a_device_says_as_another_is_refused_and_seen(secure: SecureBroker) -> None:
-    """The whole pipeline where the region demands proofs, while d1's user speaks as d2 with all that it has."""
-    master = Master.new()
+    """The whole pipeline where proofs are demanded, of frames too, while d1's user speaks as d2 with all that it has, and
+    e2's shows d1 results in e1's name.
+    """
+    master = Master.new(frames=True)
     forged = [
         (topics.NODES, NodeLeft(node="d2", incarnation="x"), "d2"),
         (topics.NODES, NodeAnnounced(node="d2", role=Role.DEVICE, incarnation="x"), "d2"),
@@ -140,6 +143,10 @@ async def test_what_a_device_says_as_another_is_refused_and_seen(secure: SecureB
         stolen = ((IDENTITY_HEADER, b"device:d2"), (PROOF_HEADER, b"0" * 64))
         async with KafkaBus(secure.connection("d1")) as plain:
             await plain.send(topics.NODES, messages.encode(forged[0][1]), key="d2", partition=0, headers=stolen)
+        async with KafkaBus(secure.connection("e2")) as plain:
+            result_of_e1 = encode_frame(Frame("result", "t100", 1, "e1"))
+            for headers in ((), ((IDENTITY_HEADER, b"edge:e1"), stolen[1])):
+                await plain.send(topics.RESULTS, result_of_e1, key="d1", headers=headers)
         result = await replaying
         assert [outcome.state for outcome in result.outcomes] == ["COMPLETED"] * len(entries)
         reader = await load.reader([(topics.DECISIONS, 0)], start="start")
@@ -155,6 +162,10 @@ async def test_what_a_device_says_as_another_is_refused_and_seen(secure: SecureB
     assert [letter["error"] for letter in letters] == [
         *(f"device:d1 speaks as d2 in a {message.type}" for _, message, _ in forged),
         "the proof is not that of device:d2",
+    ]
+    assert [(letter["topic"], letter["error"]) for letter in refused if letter["by"] == "d1"] == [
+        (topics.RESULTS, "no header deepar_identity: nobody answers for this record"),
+        (topics.RESULTS, "the proof is not that of edge:e1"),
     ]
     assert all(letter["by"] == "planner" and letter["size_bytes"] for letter in letters)
     assert {letter["topic"] for letter in letters} == {topics.NODES, topics.EVENTS, topics.TASKS}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import structlog
 
-from bus import messages, topics
+from bus import dead_letter, messages, topics
 from bus.errors import ConfigError, ProtocolError
 from bus.identity import IDENTITY_HEADER, Key, Master, Speaker
 from bus.messages import (
@@ -35,7 +35,6 @@ from loadgen import chaos, chaos_region
 from loadgen.replay import replay
 from loadgen.schedule import Entry, Schedule
 from loadgen.virtual_loop import run_virtual
-from planner import doorkeeper
 from planner.core import PlannerCore
 from planner.doorkeeper import Doorkeeper
 from planner.service import PlannerService, Standing
@@ -406,13 +405,12 @@ def test_a_planner_without_the_master_does_not_make_a_safe_region_unsafe() -> No
 
 
 def test_a_flood_of_forgeries_is_counted_and_does_not_hold_up_the_region(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doorkeeper, "LETTERS_AT_ONCE", 10)
+    monkeypatch.setattr(dead_letter, "LETTERS_AT_ONCE", 10)
 
     async def run() -> tuple[Story, int, int, int]:
         async with town(master=MASTER) as place:
             process = place.start("only")
             await _leading(place)
-            process.service.door._letters = 10.0
             beat = NodeHeartbeat(node="d2", incarnation="d2-1")
             for _ in range(500):
                 await place.tell(topics.EVENTS, beat, "d2", "device:d1")
@@ -466,7 +464,8 @@ def test_no_secret_is_in_a_log_or_a_dead_letter() -> None:
 # --- among faults ----------------------------------------------------------------------------------------------------
 
 
-def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("master", [MASTER, Master(bytes(range(32)), frames=True)], ids=["control", "frames, too"])
+def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch, master: Master) -> None:
     """`deepar simulate chaos` where the region demands proofs: the same guarantees hold, and only the poison is refused."""
     said: list[str] = []
     read = Doorkeeper.read
@@ -479,16 +478,16 @@ def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch) 
             raise
 
     def proving(bus: Bus, settings: NodeSettings, runner: Runner) -> Node:
-        return Node(signed(bus, MASTER.key(Speaker(settings.role.value, settings.name))), settings, runner)
+        return Node(signed(bus, master.key(Speaker(settings.role.value, settings.name))), settings, runner)
 
     submit = chaos._Chaos._submit
 
     async def submitting(run: Any, client: Bus) -> None:
-        await submit(run, signed(client, MASTER.key(Speaker("loadgen", "chaos"))))  # type: ignore[arg-type]
+        await submit(run, signed(client, master.key(Speaker("loadgen", "chaos"))))  # type: ignore[arg-type]
 
     monkeypatch.setattr(Doorkeeper, "read", listening)
     monkeypatch.setattr(chaos_region, "Node", proving)
-    monkeypatch.setattr(chaos, "PlannerService", partial(PlannerService, master=MASTER))
+    monkeypatch.setattr(chaos, "PlannerService", partial(PlannerService, master=master))
     monkeypatch.setattr(chaos._Chaos, "_submit", submitting)
     found = chaos.run(range(12))
     assert found["violations"] == []

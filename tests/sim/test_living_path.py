@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
+from bus import topics
 from bus.messages import TaskState
-from bus.values import Kind, Objective
+from bus.values import Kind, Objective, Role
+from deploy import nodes
 from loadgen.virtual_loop import run_virtual
-from tests.sim.world import World, task, world
+from stages.node import Node
+from stages.runner import ModelledRunner
+from tests.sim.world import World, profile, task, world
 
 
 async def _run(policy: str = "deepar", objective: Objective = Objective.PIPELINED) -> tuple[World, dict]:
@@ -58,3 +64,27 @@ def test_measured_delays_agree_with_the_plan(objective: Objective) -> None:
         assert outcome.measured.cloud_s == pytest.approx(outcome.predicted.cloud_s, rel=0.02)
         assert outcome.measured.link1_s == pytest.approx(outcome.predicted.link1_s, rel=0.10, abs=1e-3)
         assert outcome.measured.link2_s == pytest.approx(outcome.predicted.link2_s, rel=0.10, abs=1e-3)
+
+
+def test_two_processes_of_one_name_do_not_flood_the_decisions_and_are_seen() -> None:
+    """Each is declared lost when the other announces itself, and comes back: with a pause."""
+
+    async def run() -> tuple[int, float, set[str]]:
+        async with world(edges=("e1",), devices=("d1",)) as region:
+            first = region.nodes["e1"]
+            twin = Node(region.bus, first.settings, ModelledRunner([profile(Role.EDGE)]))
+            playing = asyncio.create_task(twin.run(nodes.make_work(twin)))
+            await asyncio.sleep(60.0)
+            seen = first.status.counters["declared_lost"]
+            assert {first.status.ready, twin.status.ready} == {True, False}  # one of them has the partition
+            playing.cancel()
+            await asyncio.wait([playing])
+            await asyncio.sleep(first.settings.lease_s)
+            outcomes = await region.replay([task(n) for n in range(4)])
+            said = (await region.bus.end_offsets(topics.NODES))[0]
+            return said, seen, {outcome.state for outcome in outcomes.values()}
+
+    said, seen, states = run_virtual(run())
+    assert 3 < seen < 35  # the alarm is due above three; a pause is a fifth of a lease
+    assert said < 80
+    assert states == {TaskState.COMPLETED}

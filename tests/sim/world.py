@@ -8,8 +8,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from bus import topics
+from bus.frames import Array
+from bus.identity import Master, Speaker
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import SeedInput, TaskSubmitted
+from bus.port import Bus
+from bus.signed import signed
 from bus.tracing import SpanSink
 from bus.values import Execution, ModelProfile, Objective, Role
 from deploy import nodes
@@ -46,15 +50,26 @@ class World:
     bus: MemoryBus
     broker: MemoryBroker
     service: PlannerService
+    master: Master | None = None
     nodes: dict[str, Node] = field(default_factory=dict)
     works: dict[str, Device | Hop] = field(default_factory=dict)
     trace: list[tuple[float, str, str, str]] = field(default_factory=list)
     shown: list[tuple[str, int]] = field(default_factory=list)
+    outputs: dict[tuple[str, int], list[Array]] = field(default_factory=dict)  # what was shown last
+
+    def show(self, task: TaskSubmitted, sample: int, outputs: list[Array]) -> None:
+        """A device has a result."""
+        self.shown.append((task.task_id, sample))
+        self.outputs[task.task_id, sample] = outputs
+
+    def bus_of(self, role: str, name: str) -> Bus:
+        """What someone sends and reads with."""
+        return signed(self.bus, None if self.master is None else self.master.key(Speaker(role, name)))
 
     async def replay(self, tasks: Sequence[TaskSubmitted], gap_s: float = 0.05) -> dict[str, Outcome]:
         """Submit tasks at a constant rate and wait for all of them."""
         entries = tuple(Entry(at_s=index * gap_s, task=task) for index, task in enumerate(tasks))
-        result = await replay(self.bus, Schedule(entries=entries), drain_timeout_s=60.0)
+        result = await replay(self.bus_of("loadgen", "world"), Schedule(entries=entries), drain_timeout_s=60.0)
         return {outcome.task_id: outcome for outcome in result.outcomes}
 
 
@@ -79,15 +94,16 @@ async def world(
     lease_s: float = 10.0,
     broker: MemoryBroker | None = None,
     on_span: SpanSink | None = None,
+    master: Master | None = None,
 ) -> AsyncIterator[World]:
-    """A region that has come up: everybody has joined."""
+    """A region that has come up: everybody has joined. With a `master` it demands proofs of identity."""
     broker = broker or MemoryBroker()
     execution = Execution.STREAMING if objective is Objective.PIPELINED else Execution.SEQUENTIAL
     async with MemoryBus(broker, "world") as bus:
         await nodes.create_missing_topics(bus, edges)
-        service = nodes.make_planner(bus, policy=policy, objective=objective, execution=execution)
+        service = nodes.make_planner(bus, policy=policy, objective=objective, execution=execution, master=master)
         service.trace_to(on_span)
-        made = World(bus, broker, service)
+        made = World(bus, broker, service, master)
         clock = asyncio.get_running_loop().time
         cast = [
             *(NodeSettings(name=name, role=Role.CLOUD, lease_s=lease_s) for name in clouds),
@@ -108,7 +124,7 @@ async def world(
             group.create_task(service.run(), name="planner")
             for settings in cast:
                 node = Node(
-                    bus,
+                    made.bus_of(settings.role.value, settings.name),
                     settings,
                     ModelledRunner([profile(settings.role)]),
                     on_busy=lambda node, part, task_id, begin_s, end_s: made.trace.append(
@@ -116,7 +132,7 @@ async def world(
                     ),
                     on_span=on_span,
                 )
-                work = nodes.make_work(node, lambda task, sample, outputs: made.shown.append((task.task_id, sample)))
+                work = nodes.make_work(node, made.show)
                 made.nodes[settings.name] = node
                 made.works[settings.name] = work
                 group.create_task(node.run(work), name=settings.name)

@@ -13,6 +13,7 @@ import pytest
 
 from bus import topics
 from bus.errors import ConfigError, InvariantError, ProtocolError
+from bus.frame_keys import ROWS
 from bus.identity import (
     IDENTITY_HEADER,
     PROOF_HEADER,
@@ -65,6 +66,29 @@ def test_the_page_s_function_and_its_numbers_are_right(tmp_path: Path) -> None:
     assert headers[1] == ("deepar_proof", section.split("    proof  ")[1].split("\n")[0].encode())
     assert load_key(file) == MASTER.key(D1)
     assert MASTER.speaker(Record(topics.EVENTS, 0, 0, 0, "d1", value, tuple(headers))) == D1
+
+
+def test_the_page_s_proof_of_frames_is_ours(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "interface.md").read_text(encoding="utf-8")
+    found: dict[str, Any] = {"hmac": hmac, "hashlib": hashlib, "Path": Path}
+    exec(page.split("## Who speaks")[1].split("```python\n")[1].split("```")[0], found)  # our own page
+    proving = Master(bytes(range(32)), frames=True)
+    key, reader = proving.key(D1), proving.key(Speaker("edge", "e1"))
+    (tmp_path / "d1.key").write_text(key.to_text())
+    topic = topics.activations_topic("e1")
+    made = found["frame_proof"](str(tmp_path / "d1.key"), topics.ACTIVATIONS_EDGE, topic, "t1", b"frame")
+    assert key.frames is not None
+    assert reader.frames is not None
+    assert tuple(made) == key.frames.headers(topic, "t1", b"frame")
+    assert reader.frames.sender(Record(topic, 0, 0, 0, "t1", b"frame", tuple(made))) == D1
+    assert found["proof"](str(tmp_path / "d1.key"), topics.EVENTS, 0, "d1", VALUE) == [*record().headers]
+
+
+def test_who_reads_frames_on_a_topic_may_not_write_there() -> None:
+    """Or it could prove to be another: `bus.frame_keys`."""
+    assert ROWS
+    for row in ROWS:
+        assert not {*row.readers} & {*row.writers}, row.name
 
 
 def _claiming(name: bytes) -> tuple[tuple[str, bytes], ...]:

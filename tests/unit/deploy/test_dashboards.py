@@ -32,9 +32,9 @@ def given() -> set[str]:
     counted |= set(re.findall(r"\"(link\d_bytes|decisions|wrong_identity)\":", text)) | set(
         re.findall(r"counters\[\"(\w+)\"\]", text)
     )
-    gauges = set(re.findall(r"\"(leading|tasks)\":", text))
+    gauges = set(re.findall(r"\"(tasks)\":", text))
     registry = CollectorRegistry()
-    health = Health(True, {}, dict.fromkeys(gauges, 1.0), dict.fromkeys(counted, 1.0))
+    health = Health(True, {}, dict.fromkeys(gauges, 1.0), dict.fromkeys(counted, 1.0), {"0": True})
     registry.register(_Collector(lambda: health, {"role": "edge", "node": "e1", "region": "0"}, lambda: 0.0))
     return set(re.findall(r"^(deepar_\w+)\{", generate_latest(registry).decode(), re.M))
 
@@ -74,6 +74,8 @@ def test_prometheus_accepts_the_configuration_and_the_alarms(tmp_path: Path) -> 
 
 E1 = '{role="edge", node="e1", region="0"}'
 PLANNER = '{role="planner", node="p1", region="0"}'
+ANOTHER_REGION_S = '{role="planner", node="p2", region="1"}'
+NOBODY = "no planner leads {}: tasks wait, nothing is decided"
 D1 = '{role="device", node="d1", region="0"}'
 WHEN_IT_FIRES = {
     "NobodyLeads": (f"deepar_leading{PLANNER}", "1 1 1 1 0 0 0 0 0 0", "25s", "45s"),
@@ -81,6 +83,7 @@ WHEN_IT_FIRES = {
     "NotReady": (f"deepar_ready{E1}", "1 1 1 1 0 0 0 0 0 0 0 0 0 0", "45s", "65s"),
     "DeadLetters": (f"deepar_dead_letters_total{E1}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
     "WrongIdentity": (f"deepar_wrong_identity_total{PLANNER}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
+    "DeclaredLost": (f"deepar_declared_lost_total{E1}", "0 0 0 1 5 5 5 5 5 5", "15s", "25s"),
     "LoopLag": (f"deepar_loop_lag_seconds{E1}", "0 0 0.1 0.1 0.6 0.6 0.6 0.6 0.6 0.6", "25s", "45s"),
     "StalledAttempts": (f"deepar_stalled_attempts_total{D1}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
 }
@@ -96,6 +99,7 @@ def test_each_alarm_fires_when_it_is_due_and_not_before(tmp_path: Path) -> None:
         if name == "NobodyLeads":
             labels = {"region": "0"}
         told = next(rule for rule in rules if rule["alert"] == name)["annotations"]["summary"]
+        told = NOBODY.format("region 0") if name == "NobodyLeads" else told
         told = re.sub(r"{{ \$labels\.(\w+) }}", lambda match, known=labels: known[match[1]], told)
         others = [] if name == "NobodyLeads" else [{"series": f"deepar_leading{PLANNER}", "values": "1x20"}]
         tests.append(
@@ -117,14 +121,37 @@ def test_each_alarm_fires_when_it_is_due_and_not_before(tmp_path: Path) -> None:
     promtool("test", "rules", file)
 
 
-def test_nobody_leads_when_there_is_no_planner_at_all(tmp_path: Path) -> None:
-    told = "no planner leads the region: tasks wait, nothing is decided"
+@pytest.mark.parametrize(
+    ("series", "region"),
+    [
+        ({"up": "1x10"}, None),  # nobody is there at all
+        ({f"deepar_ready{E1}": "1x10"}, "0"),  # stages without a planner
+        # Each region has a planner of its own, and one of them is killed: Prometheus marks its series as stale.
+        (
+            {
+                f"deepar_leading{PLANNER}": "1 1 stale",
+                f"deepar_ready{E1}": "1x10",
+                f"deepar_leading{ANOTHER_REGION_S}": "1x10",
+                f"deepar_ready{ANOTHER_REGION_S}": "1x10",
+            },
+            "0",
+        ),
+        # A process that plans for both leads one of them only.
+        ({f"deepar_leading{PLANNER}": "0x10", f"deepar_leading{ANOTHER_REGION_S}": "1x10"}, "0"),
+    ],
+    ids=["nobody there", "no planner", "one region's planner", "one region of two"],
+)
+def test_nobody_leads(series: dict[str, str], region: str | None, tmp_path: Path) -> None:
+    told = NOBODY.format("any region" if region is None else f"region {region}")
     due = {
-        "eval_time": "20s",
+        "eval_time": "35s",
         "alertname": "NobodyLeads",
-        "exp_alerts": [{"exp_labels": {}, "exp_annotations": {"summary": told}}],
+        "exp_alerts": [
+            {"exp_labels": {} if region is None else {"region": region}, "exp_annotations": {"summary": told}}
+        ],
     }
-    tests = [{"interval": "5s", "input_series": [{"series": "up", "values": "1x10"}], "alert_rule_test": [due]}]
+    inputs = [{"series": name, "values": values} for name, values in series.items()]
+    tests = [{"interval": "5s", "input_series": inputs, "alert_rule_test": [due]}]
     file = tmp_path / "alarms_test.yml"
     file.write_text(yaml.safe_dump({"rule_files": [str(ALARMS)], "evaluation_interval": "5s", "tests": tests}))
     promtool("test", "rules", file)

@@ -48,10 +48,44 @@ def test_a_master_its_keys_and_what_is_said_of_them(folder: Path) -> None:
     assert {file.name for file in folder.iterdir()} == {"deepar.master", "device-d1.key", "lg"}
     master = load_master(folder / "deepar.master")
     assert load_key(folder / "device-d1.key") == master.key(D1)
-    assert json.loads(said[3].stdout) == {"kind": "key", "speaker": "device:d1", "master": master.fingerprint}
+    assert json.loads(said[3].stdout) == {
+        "kind": "key",
+        "speaker": "device:d1",
+        "master": master.fingerprint,
+        "frames": False,
+    }
     assert said[4].stdout == f"master, master {master.fingerprint}\n"
     assert said[5].stdout == f"key loadgen:lg, master {master.fingerprint}\n"
     assert len(secrets_of(folder)) == 3
+    for result in said:
+        assert not any(secret in result.output for secret in secrets_of(folder))
+
+
+def test_a_master_that_demands_it_makes_keys_for_frames(folder: Path) -> None:
+    runner = CliRunner()
+    said = [
+        runner.invoke(app, words.split())
+        for words in (
+            "new-master --out m --frames",
+            "key e1 --role edge --master m --out e1.key",
+            "key lg --role loadgen --master m --out lg.key",
+            "show m",
+            "show e1.key --json",
+            "show lg.key",
+        )
+    ]
+    assert [result.exit_code for result in said] == [0] * 6
+    master, e1 = load_master(folder / "m"), load_key(folder / "e1.key")
+    assert master.frames
+    assert e1 == master.key(Speaker("edge", "e1"))
+    assert e1.frames is not None
+    assert [*e1.frames.reads] == ["deepar.activations.<edge>"]
+    assert [*e1.frames.writes] == ["deepar.activations.cloud", "deepar.results"]
+    plain = Master(bytes.fromhex((folder / "m").read_text().split()[1]))
+    assert master.fingerprint != plain.fingerprint  # so who proves no frames is told that his key will not do
+    assert said[3].stdout == f"master, master {master.fingerprint}, for frames too\n"
+    assert json.loads(said[4].stdout)["frames"] is True
+    assert said[5].stdout == f"key loadgen:lg, master {master.fingerprint}\n"  # it sends none
     for result in said:
         assert not any(secret in result.output for secret in secrets_of(folder))
 

@@ -1,0 +1,102 @@
+"""What every proof of identity is made of: who speaks, the two headers, and what is said of a record that proves nothing."""
+
+from __future__ import annotations
+
+import hmac
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from typing import Final
+
+from bus import topics
+from bus.errors import ConfigError, ProtocolError
+from bus.port import Record
+
+IDENTITY_HEADER: Final = "deepar_identity"
+PROOF_HEADER: Final = "deepar_proof"
+WRONG_IDENTITY: Final = "wrong_identity"
+"""The cause of a dead letter whose sender is not, or may not speak as, whom it names."""
+
+MAX_HEADER_BYTES: Final = 128  # a speaker takes at most 108, a proof 64
+REMEMBERED_KEYS: Final = 4096  # of so many speakers a planner keeps the derived key: some hundred bytes each
+SPEAKING_ROLES: Final = tuple(
+    dict.fromkeys(role for topic in topics.TABLE if topic.name in topics.CLAIMED_TOPICS for role in topic.writers)
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Speaker:
+    """Who may hold a key. Raises `ConfigError` when built of what is no role or no name."""
+
+    role: str  # device, edge, cloud or loadgen
+    name: str  # of the node; of a load generator any name
+
+    def __post_init__(self) -> None:
+        if self.role not in SPEAKING_ROLES:
+            raise ConfigError(f"{self.role!r} is no role that speaks: it is {', '.join(SPEAKING_ROLES)}")
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(f"{self.name!r} is no name: letters, digits, _ and -, at most 100")
+
+    @classmethod
+    def parse(cls, text: str) -> Speaker:
+        """From `device:d1`. Raises `ConfigError`."""
+        role, colon, name = text.partition(":")
+        if not colon:
+            raise ConfigError(f"{text!r} is no speaker: ROLE:NAME")
+        return cls(role, name)
+
+    def __str__(self) -> str:
+        return f"{self.role}:{self.name}"
+
+
+def refused(why: str) -> ProtocolError:
+    """What is raised for a record that is not obeyed."""
+    return ProtocolError(WRONG_IDENTITY, why)
+
+
+def mac(secret: bytes, text: bytes) -> bytes:
+    """HMAC-SHA-256."""
+    return hmac.digest(secret, text, sha256)
+
+
+def proof_of(record: Record) -> tuple[bytes, bytes]:
+    """The two headers. Raises `ProtocolError` where one is missing, twice there, or absurd."""
+    found = []
+    for name in (IDENTITY_HEADER, PROOF_HEADER):
+        contents = [content for header, content in record.headers if header == name]
+        if len(contents) != 1 or not contents[0] or len(contents[0]) > MAX_HEADER_BYTES:
+            raise refused(f"{'no' if not contents else 'a broken'} header {name}: nobody answers for this record")
+        found.append(bytes(contents[0]))
+    return found[0], found[1]
+
+
+def proven(claimed: bytes, expected: bytes, proof: bytes) -> Speaker:
+    """The speaker that is claimed, where the proof is the one expected of it. Raises `ProtocolError`."""
+    # The proof first: what a stranger calls itself is looked at by nobody.
+    if not hmac.compare_digest(expected, proof):
+        raise refused(f"the proof is not that of {ascii(claimed.decode(errors='replace'))[1:-1]}")
+    try:
+        return _speaker_of(claimed)
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise refused(str(error)) from None
+
+
+@lru_cache(REMEMBERED_KEYS)
+def _speaker_of(claimed: bytes) -> Speaker:
+    return Speaker.parse(claimed.decode())
+
+
+__all__ = [
+    "IDENTITY_HEADER",
+    "PROOF_HEADER",
+    "REMEMBERED_KEYS",
+    "SPEAKING_ROLES",
+    "WRONG_IDENTITY",
+    "Speaker",
+    "mac",
+    "proof_of",
+    "proven",
+    "refused",
+]
