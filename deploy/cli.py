@@ -111,6 +111,11 @@ def main() -> NoReturn:
         _exit(0)
     except DeeparError as error:
         _exit(_complain(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A file that cannot be read or written, a full disk: the machine's fault, not a bug.
+        _exit(_complain(DeeparError(f"{error.filename}: {error.strerror}")))
     except BaseExceptionGroup as group:
         ours, others = group.split(DeeparError)
         if ours is None or others is not None:

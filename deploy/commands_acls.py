@@ -36,7 +36,9 @@ def acls(
 ) -> None:
     """Print what each role needs on a broker with access control lists, from the table of topics; --apply sets it.
 
-    Every edge is a role of its own: `--edge e1 --edge e2 --user e1=edge:e1 --user d1=device --apply`.
+    Every edge is a role of its own.
+
+    Example: `deepar acls --edge e1 --edge e2 --user e1=edge:e1 --user d1=device --apply`
     """
     granted = lists.for_users(_users(users or []), edges or [])
     if (apply or commands) and not granted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -27,20 +28,30 @@ BENCHES = {
 """Benchmark -> what it measures; each is `run` of the module `loadgen.bench_NAME`."""
 
 
+class BenchBus(StrEnum):
+    """What a benchmark's records travel over."""
+
+    MEMORY = "memory"
+    KAFKA = "kafka"
+
+
 def bench(
     name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in BENCHES.items()))],
-    bus: Annotated[str | None, typer.Option(help="memory or kafka, where the benchmark has both.")] = None,
+    bus: Annotated[BenchBus | None, typer.Option(help="Where the benchmark has both.")] = None,
     bootstrap_servers: BootstrapFromEnv = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Of simulator: how many tasks.")] = None,
     random_seed: Annotated[int | None, typer.Option("--random-seed", "--seed", min=0, help="Of what is drawn.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure this machine. Exit code 99 when an aim is missed."""
+    """Measure this machine. Exit code 99 when an aim is missed.
+
+    Example: `deepar loadgen bench decision --bus memory --json`
+    """
     if name not in BENCHES:
         raise UnknownNameError(f"there is no benchmark {name!r}; there are {', '.join(BENCHES)}")
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     measure = importlib.import_module(f"loadgen.bench_{name}").run
-    wanted = {"bus": bus, "bootstrap": bootstrap_servers, "tasks": tasks, "seed": random_seed}
+    wanted = {"bus": bus and bus.value, "bootstrap": bootstrap_servers, "tasks": tasks, "seed": random_seed}
     takes = inspect.signature(measure).parameters
     given = {key: value for key, value in wanted.items() if value is not None and key in takes}
     found: dict[str, Any] = measure(progress=lambda line: log.print(line, style="dim", markup=False), **given)

@@ -46,6 +46,8 @@ def broker(
 
     One KRaft node with 512 MB of heap, reachable from this machine only. Needs Java 17 and, the first time,
     Maven.
+
+    Example: `deepar broker --port 19092 --data /tmp/kafka`
     """
     out, log = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     one = KafkaBroker(

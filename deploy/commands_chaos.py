@@ -46,8 +46,9 @@ def chaos(
     the broker stops; records are lost, doubled, corrupted, late, delivered again; clocks jump; garbage and forged snapshots
     stand on the topics. Exit code 1 when a guarantee did not hold; each violation comes with the command that replays it.
 
-    deepar simulate chaos --seeds 10000            everything, on all cores
-    deepar simulate chaos --seeds 1 --seed 4711 --trace -    one seed, step by step
+    Example, everything, on all cores: `deepar simulate chaos --seeds 10000`
+
+    Example, one seed, step by step: `deepar simulate chaos --seeds 1 --seed 4711 --trace -`
     """
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     if trace is not None:

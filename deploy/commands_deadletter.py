@@ -100,7 +100,10 @@ def list_letters(
     as_json: AsJson = False,
     bootstrap_servers: Bootstrap = None,
 ) -> None:
-    """Every dead letter: where it stood, whose it was, what was wrong."""
+    """Every dead letter: where it stood, whose it was, what was wrong.
+
+    Example: `deepar dead-letter list --cause wrong_identity`
+    """
     letters = [
         letter
         for letter in _letters(bootstrap_servers)
@@ -122,7 +125,10 @@ def show(
     as_json: AsJson = False,
     bootstrap_servers: Bootstrap = None,
 ) -> None:
-    """One dead letter with its bytes."""
+    """One dead letter with its bytes.
+
+    Example: `deepar dead-letter show deepar.tasks/0/17 --raw`
+    """
     found = next((letter for letter in _letters(bootstrap_servers) if letter.origin == origin), None)
     if found is None:
         raise UnknownNameError(f"there is no dead letter from {origin}", remedy="see: deepar dead-letter list")

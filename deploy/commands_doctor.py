@@ -46,6 +46,8 @@ def doctor(
     """Check this machine, the broker, topics and sizes of records, planners, nodes and clocks; exit 1 if something is wrong.
 
     It listens to the nodes for some seconds, to hear who is alive and whose clock is wrong. Each finding says what to do.
+
+    Example: `deepar doctor --model alexnet`
     """
     connection = KafkaConnection.from_env(bootstrap_servers=bootstrap_servers)
     with Console(stderr=True).status("looking at this machine, then at the system; some seconds"):
@@ -74,7 +76,7 @@ async def examine(connection: KafkaConnection, models: Sequence[str]) -> list[Ch
     bus = KafkaBus(connection)
     try:
         async with bus:
-            checks.append(Check("broker", True, f"{bus!r} answers"))
+            checks.append(Check("broker", True, f"Kafka at {connection.bootstrap_servers} answers"))
             checks += await size_checks.look(connection)
             checks += await site_checks.look(bus)
             for look in (region_checks.missing_topics, region_checks.regions):

@@ -37,7 +37,9 @@ def explain(
 ) -> None:
     """Why a task was placed as it was: every candidate, what each lacked, and what the start waited for.
 
-    Everything comes from the decision record: from Kafka, or from a file.
+    Everything comes from the decision record: from Kafka, or from a file. `deepar tail tasks --exit` names the tasks.
+
+    Example: `deepar explain t1 --from decisions.jsonl`
     """
     decisions = list(read_dump(source, region)) if source is not None else read_topic(bootstrap_servers, region)
     found = explain_task(decisions, task)
@@ -129,6 +131,14 @@ def _placement_json(placement: Placement) -> dict[str, Any]:
     return placement.model_dump(mode="json")
 
 
+LACKED_BESIDE_FROM = 120
+"""Columns that it takes to show what a candidate lacked beside it, and not below."""
+
+
+def _cut_names(where: Placement) -> str:
+    return "device alone" if where.edge is None else f"{where.cut1_name}, {where.cut2_name}"
+
+
 def show(found: Explanation, console: Console) -> None:
     """The explanation for a terminal."""
     console.print(f"[bold]{found.task_id}[/] is {found.state}", highlight=False)
@@ -145,22 +155,33 @@ def show(found: Explanation, console: Console) -> None:
     )
     for heading in ("", "edge", "cut after", "starts in", "takes", "done in", "granted"):
         table.add_column(heading, justify="right" if heading.endswith(("in", "takes")) else "left", no_wrap=True)
-    table.add_column("lacked at once")
+    beside = console.width >= LACKED_BESIDE_FROM
+    if beside:
+        table.add_column("lacked at once")
+    notes = []
     for c in found.candidates:
-        if c.placement is None or c.start_in_s is None or c.delay_s is None:
-            table.add_row("", c.edge or "", c.family, "never", "", "", "", c.lacked)
-            continue
+        lacked = [c.lacked] if beside else []
         where = c.placement
+        if where is None or c.start_in_s is None or c.delay_s is None:
+            table.add_row("", c.edge or "", c.family, "never", "", "", "", *lacked)
+            notes.append(f"{c.edge or ''} {c.family}: {c.lacked}")
+            continue
+        if c.lacked:
+            notes.append(f"{c.edge or ''} {_cut_names(where)}: {c.lacked}")
         table.add_row(
             "=>" if c.chosen else "",
             c.edge or "",
-            "device alone" if where.edge is None else f"{where.cut1_name}, {where.cut2_name}",
+            _cut_names(where),
             format_seconds(c.start_in_s),
             format_seconds(c.delay_s),
             format_seconds(c.start_in_s + c.delay_s),
             ", ".join(format_rate(bps) for bps in (where.link1_bps, where.link2_bps) if bps),
-            c.lacked,
+            *lacked,
         )
     console.print(table)
+    if notes and not beside:
+        console.print("What each lacked at once:", highlight=False)
+        for note in notes:
+            console.print(f"  {note.strip()}", highlight=False, markup=False)
     if found.waited_for:
         console.print(f"It waited for {', '.join(found.waited_for)}.", highlight=False)

@@ -23,6 +23,7 @@ from deploy.broker import KafkaBroker
 from deploy.live_region import LiveRegion, RegionOptions, result_file
 from deploy.nodes import create_missing_topics
 from deploy.options import AsJson
+from deploy.outputs import writable_folder
 from deploy.process import EXIT_FAILED, EXIT_MISSED, run_on_uvloop
 from loadgen.live_chaos import LiveChaos, Load
 from loadgen.live_faults import FLOW_AIM_S, Fault, Findings, Pace, parse_faults
@@ -76,10 +77,12 @@ def chaos(
 
     Exit code 1 where a sample was lost, shown twice or wrong, the ledger was violated, a task did not complete, a target did
     not work again or a process ended by itself; 99 where only the aim was missed.
+
+    Example: `deepar loadgen chaos --faults kill:broker,stop:edge --stop-for 10s --samples 2000`
     """
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the broker's absence is no news here
-    folder = out or Path(f"runs/chaos-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}")
+    folder = writable_folder("--out", out or Path(f"runs/chaos-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}"))
     options = RegionOptions(
         planners=planners,
         devices=devices,

@@ -26,7 +26,10 @@ def new_master(
         bool, typer.Option("--frames", help="Demand proofs of activations and results, too (half a millisecond a MB).")
     ] = False,
 ) -> None:
-    """Make a master secret. Whoever holds it can speak as everybody: it belongs to the planner, and to whoever makes keys."""
+    """Make a master secret. Whoever holds it can speak as everybody: it belongs to the planner, and to whoever makes keys.
+
+    Example: `deepar identity new-master --out region0.master`
+    """
     master = Master.new(frames=frames)
     write_secret(out, master.to_text())
     typer.echo(
@@ -45,7 +48,10 @@ def key(
         Path | None, typer.Option(help="The new file; only its owner may read it. [default: ROLE-NAME.key]")
     ] = None,
 ) -> None:
-    """Make the key of one node. The same name gives the same key: keep one role a name."""
+    """Make the key of one node. The same name gives the same key: keep one role a name.
+
+    Example: `deepar identity key d1 --role device --master region0.master --out d1.key`
+    """
     made = load_master(master).key(Speaker(role, name))
     file = out or Path(f"{role}-{name}.key")
     write_secret(file, made.to_text())
@@ -60,7 +66,10 @@ def show(
     file: Annotated[Path, typer.Argument(help="A key or a master.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say whose a file is, and of which master; never the secret."""
+    """Say whose a file is, and of which master; never the secret.
+
+    Example: `deepar identity show d1.key`
+    """
     found: dict[str, str | bool | None]
     try:
         one = load_key(file)

@@ -19,6 +19,7 @@ from deploy.commands_faults import chaos
 from deploy.identities import KeyFile, submitter_of
 from deploy.nodes import kafka_bus
 from deploy.options import AsJson, BootstrapFromEnv
+from deploy.outputs import writable_folder
 from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSED
 from deploy.replay_run import ReplayRun, print_summary
 from loadgen import arrivals, report, schedule
@@ -101,7 +102,10 @@ def replay(
     """Submit tasks on Kafka, open loop, and report what came of each.
 
     Delays count from the instant at which a task was due. Files: profile_export.jsonl (a line a task),
-    summary.json, summary.csv, report.html.
+    summary.json, summary.csv, report.html. Exit code 99 when a --max-... was missed; 1 when a task had no end, or none
+    completed.
+
+    Example: `deepar loadgen replay --models lenet=3,alexnet=1 --tasks 100 --request-rate 5 --max-p99 2s`
     """
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     limits = _thresholds(max_mean=max_mean, max_p50=max_p50, max_p90=max_p90, max_p99=max_p99)
@@ -135,10 +139,12 @@ def replay(
         return plan.scaled(time_scale)
 
     wait_s = parse_duration(drain_timeout)
-    folder = out or Path(f"runs/replay-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}")
+    make(["d1"])  # what is wrong with the flags is said before anything is connected
+    folder = writable_folder("--out", out or Path(f"runs/replay-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}"))
     named = None if devices is None else [name.strip() for name in devices.split(",")]
     bus = signed(kafka_bus(bootstrap_servers), submitter_of(identity_key))
-    run = ReplayRun(bus, region, named, make, wait_s, log)
+    needed = frozenset(mix.models if schedule_file is None else ())
+    run = ReplayRun(bus, region, named, needed, make, wait_s, log)
     interrupted = run.play()
     summary = run.result.summary
     files = report.write_files(folder, run.result.outcomes, summary, began_at=run.began_at)
@@ -155,7 +161,8 @@ def replay(
     if missed:
         raise typer.Exit(EXIT_MISSED)
     if summary["unfinished"] or not summary["completed"]:
-        log.print(f"{summary['unfinished']} of {summary['submitted']} tasks had no end", style="bold red")
+        what = f"{summary['unfinished']} of {summary['submitted']} tasks had no end"
+        log.print(f"failed: {what if summary['unfinished'] else 'no task completed'}", style="bold red")
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -14,6 +14,7 @@ from bus.errors import ConfigError, CutError, UnknownNameError
 from deploy.commands_profile import profile
 from deploy.model_loading import Json, ModelArgument, Sha256, Threads, load, print_json, progress_bar, stored_arrays
 from deploy.model_tables import cuts_table, models_table, parts_table, show_tree, size, verify_lines
+from deploy.outputs import writable_folder
 from deploy.process import EXIT_FAILED
 from stages.cache import write_whole
 from stages.cuts import useful_positions, work_shares
@@ -34,7 +35,10 @@ app = typer.Typer(
 
 @app.command("list")
 def list_(as_json: Json = False) -> None:
-    """The models that DeePar brings. Those with weights from a seed are generated when they are first used."""
+    """The models that DeePar brings. Those with weights from a seed are generated when they are first used.
+
+    Example: `deepar models list`
+    """
     entries = list_models()
     if as_json:
         print_json({"models": [_entry(entry) for entry in entries]})
@@ -44,7 +48,10 @@ def list_(as_json: Json = False) -> None:
 
 @app.command()
 def show(model: ModelArgument, as_json: Json = False, sha256: Sha256 = None) -> None:
-    """What a model takes, gives and consists of."""
+    """What a model takes, gives and consists of.
+
+    Example: `deepar models show alexnet`
+    """
     loaded = load(model, sha256)
     if as_json:
         manifest = loaded.manifest
@@ -78,7 +85,10 @@ def cuts(
     ] = False,
     sha256: Sha256 = None,
 ) -> None:
-    """Where a model can be cut, what crosses each cut, and how much work lies before it."""
+    """Where a model can be cut, what crosses each cut, and how much work lies before it.
+
+    Example: `deepar models cuts alexnet --useful`
+    """
     loaded = load(model, sha256)
     manifest = loaded.manifest
     front, shares = set(useful_positions(manifest)), work_shares(manifest)
@@ -127,7 +137,7 @@ def slice_(
     second = first if cut2 is None else position_of(loaded, cut2)
     if first > second:
         raise CutError(f"cut1 {cut1} lies behind cut2 {cut2}")
-    manifest, parts = write_parts(loaded, [first, second], out)
+    manifest, parts = write_parts(loaded, [first, second], writable_folder("--out", out))
     if as_json:
         kept = ("role", "file", "first", "last", "size_bytes", "sha256")
         print_json({"manifest": str(manifest), "parts": [{key: part[key] for key in kept} for part in parts]})
@@ -148,6 +158,8 @@ def build(
 
     Kernels are float32 in TensorFlow Lite's order: (filters, height, width, channels) for convolutions, (outputs, inputs) for
     fully-connected layers, whose inputs are counted row by row, channels last.
+
+    Example: `deepar models build lenet --weights mine.npz --out mine.tflite`
     """
     if network not in NETWORKS:
         raise UnknownNameError(f"no network is called {network}", remedy=f"name one of {', '.join(NETWORKS)}")
@@ -184,6 +196,8 @@ def verify(
     """Run the whole model and its parts on the same inputs and compare the results bit by bit.
 
     Exit code 1 unless all are identical, or the difference is shown to come from the runtime and not from the cut.
+
+    Example: `deepar models verify lenet --cuts all`
     """
     loaded = load(model, sha256)
     rng = np.random.default_rng(seed)

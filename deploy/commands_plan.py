@@ -17,6 +17,7 @@ from rich.table import Table
 from bus.errors import ConfigError, UnknownNameError
 from bus.units import format_rate, format_seconds, parse_duration, parse_rate
 from bus.values import Kind, ModelProfile, Objective, Role
+from deploy.outputs import writable_file
 from loadgen.scenario import parse_size
 from planner.plan import Constraints, Plan, Situation, plans, position_of
 from planner.profiles import PlatformProfiles, load_profile
@@ -63,6 +64,8 @@ def plan(
 
     Exit code 1 when no cut keeps to the constraints.
     """
+    if plot is not None:
+        writable_file("--plot", plot, suffixes=(".png", ".svg"))
     base = load_profile(profile)
     rows = {
         role: _platform(base if given is None else given, role, model)
@@ -96,7 +99,8 @@ def plan(
     if as_json:
         print(json.dumps(_plan_json(situation, found)))
     elif found:
-        Console().print(_plan_table(situation, found))
+        console = Console()
+        console.print(_plan_table(situation, found, console.width))
     if not found:
         print(_nothing(situation), file=sys.stderr)
         raise typer.Exit(1)
@@ -106,9 +110,13 @@ def _platform(source: PlatformProfiles | str, role: Role, model: str) -> ModelPr
     """The profile of `model` on a tier, from a set of platforms, or from a file of one profile."""
     if isinstance(source, str) and source.endswith(".json") and Path(source).is_file():
         try:
-            return ModelProfile.model_validate_json(Path(source).read_bytes())
+            one = ModelProfile.model_validate_json(Path(source).read_bytes())
         except ValidationError:
             pass  # a set of platforms, perhaps
+        else:
+            if one.model != Path(model).name.removesuffix(".tflite"):
+                raise ConfigError(f"{source} is a profile of {one.model}, not of {model}")
+            return one
     found = load_profile(source) if isinstance(source, str) else source
     tier: dict[str, ModelProfile] = getattr(found, role.value)
     if model not in tier:
@@ -154,7 +162,11 @@ def _plan_json(situation: Situation, found: list[Plan]) -> dict[str, Any]:
     }
 
 
-def _plan_table(situation: Situation, found: list[Plan]) -> Table:
+PARTS_FROM = 76
+"""Columns that it takes to show a plan's parts beside its delay and cuts."""
+
+
+def _plan_table(situation: Situation, found: list[Plan], columns: int) -> Table:
     table = Table(
         title=f"{situation.device.model}, {situation.samples} sample{'s' * (situation.samples != 1)}, "
         f"{situation.objective.value}: links {format_rate(situation.link1_bps)} and {format_rate(situation.link2_bps)}",
@@ -164,13 +176,14 @@ def _plan_table(situation: Situation, found: list[Plan]) -> Table:
     )
     table.add_column("delay", justify="right", no_wrap=True)
     table.add_column("cut after", overflow="fold")
-    for heading in ("device", "link 1", "edge", "link 2", "cloud", "result"):
+    for heading in ("device", "link 1", "edge", "link 2", "cloud", "result") if columns >= PARTS_FROM else ():
         table.add_column(heading, justify="right", style="dim", no_wrap=True)
     for one in found:
+        parts = one.parts.model_dump().values() if columns >= PARTS_FROM else ()
         table.add_row(
             format_seconds(one.delay_s),
             _cuts(one, situation.device.layers),
-            *(format_seconds(part) if part else "" for part in one.parts.model_dump().values()),
+            *(format_seconds(part) if part else "" for part in parts),
         )
     return table
 

@@ -34,6 +34,8 @@ def profile(
     """Measure how long every layer of a model takes on this machine, and what it sends if the model is cut after it.
 
     Each layer is timed as a slice of its own, and the whole in one piece; layers are scaled to add up to the whole.
+
+    Example: `deepar profile lenet --num-threads 2 --out here.json`
     """
     loaded = load(model, sha256)
     with progress_bar(f"profiling {loaded.name}") as bar:
@@ -52,7 +54,7 @@ def profile(
         draw_profile(found, profiled, chart)
     if not as_json:
         console = Console()
-        console.print(profile_table(found, profiled))
+        console.print(profile_table(found, profiled, console.width))
         for path in filter(None, (out, chart)):
             console.print(f"written: {path}")
         return

@@ -24,7 +24,7 @@ from deploy.planner_process import parse_regions, run_planner, run_regions
 from deploy.process import run_on_uvloop
 from deploy.result_file import ResultFile
 from deploy.runners import make_runner
-from deploy.settings import CloudOptions, DeviceOptions, EdgeOptions, NodeOptions, load_settings
+from deploy.settings import CloudOptions, DeviceOptions, EdgeOptions, NodeOptions, load_settings, options_of
 from deploy.up import run_up
 from planner.service import PlannerService
 
@@ -94,6 +94,8 @@ def planner(
     """Run the planner of a region: it decides where every task runs, and publishes its decisions.
 
     A second planner for the same region stands by and takes over when the first falls silent.
+
+    Example: `deepar planner --policy neurosurgeon --http-port 9100`
     """
     bus = nodes.kafka_bus(bootstrap_servers)
     lease_s = parse_duration(lease)
@@ -186,8 +188,12 @@ def device(
     *,
     flags: StageFlags,
 ) -> None:
-    """Run a device: it computes the front of its tasks' models, sends activations, and collects results."""
-    options = DeviceOptions(
+    """Run a device: it computes the front of its tasks' models, sends activations, and collects results.
+
+    Example: `deepar stage device --name d1 --edge e1 --slowdown 8 --results d1.jsonl`
+    """
+    options = options_of(
+        DeviceOptions,
         name=name,
         edges=tuple(edges) if edges else None,
         link=parse_rate(link),
@@ -206,10 +212,14 @@ def edge(
     *,
     flags: StageFlags,
 ) -> None:
-    """Run an edge: it computes the middle of the models in its slots, and relays between devices and the cloud."""
+    """Run an edge: it computes the middle of the models in its slots, and relays between devices and the cloud.
+
+    Example: `deepar stage edge --name e1 --slots 4 --link1 1Gbps --link2 100Mbps`
+    """
     if name in topics.RESERVED_EDGE_NAMES:
         raise ConfigError(f"an edge cannot be called {name}: a topic has that name")
-    options = EdgeOptions(
+    options = options_of(
+        EdgeOptions,
         name=name,
         slots=slots,
         link1=parse_rate(link1),
@@ -226,8 +236,11 @@ def cloud(
     *,
     flags: StageFlags,
 ) -> None:
-    """Run a cloud worker: it computes the rest of the models. Several share the work as one consumer group."""
-    options = CloudOptions(name=name, **flags.machine())
+    """Run a cloud worker: it computes the rest of the models. Several share the work as one consumer group.
+
+    Example: `deepar stage cloud --name c2 --model MODEL.tflite`
+    """
+    options = options_of(CloudOptions, name=name, **flags.machine())
     _run_stage(options, flags)
 
 
@@ -256,6 +269,8 @@ def up(
 
     With `bus.kind = "kafka"` other processes can submit tasks and follow along; `deploy/example.toml` shows every key. With a
     master secret the region demands proofs of identity, and every node here gets its key from it.
+
+    Example: `deepar up deploy/example.toml`
     """
     settings = load_settings(file)
     if settings.bus.kind == "memory":

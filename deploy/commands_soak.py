@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.options import AsJson
+from deploy.outputs import writable_folder
 from deploy.process import EXIT_FAILED, EXIT_MISSED
 from deploy.progress import progress_bar
 from loadgen import plots
@@ -50,8 +51,11 @@ def soak(
     The first quarter fills caches of a fixed size. Of the rest, the second half may not be above the first by more than the
     table says. Then a cloud ten times slower than it says must slow the device down, within the bounds of every buffer.
     24 hours take about five minutes of one core. Exit code 99 when something grew; 1 when a task did not end.
+
+    Example: `deepar simulate soak --hours 2 --out runs/soak`
     """
     log = Console(stderr=True, highlight=False, soft_wrap=True)
+    writable_folder("--out", out)
     began_s = time.process_time()
     looks = max(24, min(144, int(6 * hours)))
     scenario = SoakScenario(hours=hours, seed=seed, task_every_s=task_every_s, churn_every_s=churn_every_s, looks=looks)

@@ -54,7 +54,8 @@ def _command(topic: str, what: str) -> Callable[..., None]:
         run_on_uvloop(_tail(nodes.kafka_bus(bootstrap_servers), topic, offset, count, at_end, region, show))
 
     tail.__doc__ = (
-        f"Follow {what}\n\nA table on a terminal; JSON Lines when piped or with --json: the record as it stands."
+        f"Follow {what}\n\nA table on a terminal; JSON Lines when piped or with --json: the record as it stands.\n\n"
+        f"Example, the last twenty: `deepar tail {topic.removeprefix('deepar.')} --offset -20 --exit`"
     )
     return tail
 
@@ -144,6 +145,7 @@ class Table:
         self._console = console or Console(highlight=False)
         self._held: dict[int, Held] = {}  # by region
         self._logs: dict[int, DecisionLog] = {}  # by region
+        self._widths = [16, 14]  # of who and what; they grow with what comes
         if topic == topics.DECISIONS:
             self._console.print(f"[dim]{LEGEND}[/]", soft_wrap=True)
         self._console.print(f"[bold]{'time':<12} {'offset':>7}  {'who':<16} {'what':<14} details[/]")
@@ -162,7 +164,9 @@ class Table:
             self._console.print(f"[dim]{where}  {'planner':<16} {'ignored':<14} {escape(why)}[/]", soft_wrap=True)
             return
         for style, who, what, details in lines_of(message, self._held.setdefault(record.partition, Held())):
-            text = f"{where}  {escape(who):<16} {escape(what):<14} {escape(details)}"
+            self._widths = [max(width, len(cell)) for width, cell in zip(self._widths, (who, what), strict=True)]
+            columns = " ".join(f"{cell:<{width}}" for width, cell in zip(self._widths, (who, what), strict=True))
+            text = f"{where}  {escape(f'{columns} {details}')}"
             self._console.print(f"[{style}]{text}[/]" if style else text, soft_wrap=True)
 
     def _ignored(self, region: int, message: Any) -> str:

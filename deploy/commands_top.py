@@ -37,6 +37,8 @@ def top(
     """See a region at work: nodes with slots and links in use, tasks, delays, and what the waiting ones wait for.
 
     Ctrl-C leaves. Where the output is no terminal, one screen is printed.
+
+    Example: `deepar top --replay --speed 5`
     """
     view = RegionView(region)
     bus = nodes.kafka_bus(bootstrap_servers)
@@ -45,7 +47,8 @@ def top(
         if as_json:
             print(json.dumps(report(view)))
         else:
-            Console(highlight=False).print(screen(view))
+            console = Console(highlight=False)
+            console.print(screen(view, columns=console.width))
         return
     run_on_uvloop(_show(bus, view, speed if replay else None))
 
@@ -66,7 +69,7 @@ async def _show(bus: Bus, view: RegionView, speed: float | None) -> None:
                 while True:
                     await asyncio.wait({reading}, timeout=REFRESH_S)
                     per_s = rate(view.records, asyncio.get_running_loop().time())
-                    live.update(screen(view, rows=console.height, per_s=per_s), refresh=True)
+                    live.update(screen(view, rows=console.height, columns=console.width, per_s=per_s), refresh=True)
                     if reading.done():
                         reading.result()
                         break
@@ -75,7 +78,7 @@ async def _show(bus: Bus, view: RegionView, speed: float | None) -> None:
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
     # the alternate screen is gone; leave the last state on the terminal
-    console.print(screen(view, rows=console.height))
+    console.print(screen(view, rows=console.height, columns=console.width))
 
 
 class Rate:

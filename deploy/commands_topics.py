@@ -26,7 +26,10 @@ def topics_create(
     cloud_partitions: Annotated[int, typer.Option(min=1, help="At most so many cloud workers share the work.")] = 8,
     bootstrap_servers: Bootstrap = None,
 ) -> None:
-    """Create the topics that are missing. Services create theirs by themselves where they may."""
+    """Create the topics that are missing. Services create theirs by themselves where they may.
+
+    Example: `deepar topics create --edge e1 --edge e2 --regions 1`
+    """
 
     async def main() -> None:
         async with nodes.kafka_bus(bootstrap_servers) as bus:
@@ -40,8 +43,13 @@ def topics_create(
 
 @topics_app.command("list")
 def topics_list() -> None:
-    """Show the table of topics: what each carries, who writes it, who reads it."""
-    table = Table("topic", "carries", "key", "written by", "read by", title="the flow")
+    """Show the table of topics: what each carries, who writes it, who reads it.
+
+    Example: `deepar topics list`
+    """
+    table = Table(title="the flow")
+    for name in ("topic", "carries", "key", "written by", "read by"):
+        table.add_column(name, overflow="fold")
     for topic in topics.TABLE:
         table.add_row(
             topic.name,

@@ -34,7 +34,10 @@ def ui(
     ] = False,
     speed: Annotated[float, typer.Option(min=0.01, help="How much faster than it was, with --replay.")] = 1.0,
 ) -> None:
-    """Serve a page that shows a region: nodes, links, the timeline of every task, decisions as they come."""
+    """Serve a page that shows a region: nodes, links, the timeline of every task, decisions as they come.
+
+    Example: `deepar ui --port 8765 --replay --speed 5`
+    """
     view = RegionView(region)
     run_on_uvloop(_serve(nodes.kafka_bus(bootstrap_servers), view, host, port, speed if replay else None))
 

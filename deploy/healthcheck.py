@@ -17,9 +17,12 @@ def healthcheck(
     url: Annotated[
         str | None, typer.Argument(help="What to ask. Default: /readyz on DEEPAR_HTTP_PORT of this machine.")
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 3.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait.")] = 3.0,
 ) -> None:
-    """Ask a service whether it is ready; exit 0 if it is. For containers and scripts."""
+    """Ask a service whether it is ready; exit 0 if it is. For containers and scripts.
+
+    Example: `deepar healthcheck http://127.0.0.1:9100/readyz`
+    """
     if url is None:
         port = os.environ.get("DEEPAR_HTTP_PORT")
         if not port:

@@ -32,6 +32,24 @@ def configure_logging(level: str = "info", *, json_lines: bool | None = None) ->
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )
-    logging.basicConfig(stream=sys.stderr, level=number, format="%(name)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_libraries_as_json() if as_json else logging.Formatter("%(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=number)
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR if name == "aiokafka" else logging.WARNING)
+
+
+def _libraries_as_json() -> logging.Formatter:
+    """What libraries say, as the same JSON lines; `logger` names who."""
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[
+            structlog.stdlib.add_logger_name,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+        ],
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+    )

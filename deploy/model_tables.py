@@ -19,6 +19,8 @@ from stages.verify import Report
 from stages.zoo import ZooEntry
 
 BAR_WIDTH = 12
+NUMBERS_WIDTH = 41
+"""What times, spreads and sizes take beside the bars of a profile, spaces included."""
 
 
 def size(count: float) -> str:
@@ -129,8 +131,12 @@ def verify_lines(report: Report, samples: int) -> Text:
     return text
 
 
-def profile_table(found: Measurement, profile: ModelProfile) -> Table:
-    """Every layer's time and output, with bars."""
+def profile_table(found: Measurement, profile: ModelProfile, columns: int = 120) -> Table:
+    """Every layer's time and output, with bars; on a terminal of few `columns` without kinds, and with short bars."""
+    room = columns - max(len(layer.name) for layer in found.layers) - NUMBERS_WIDTH
+    kinds = max(len(layer.kind) for layer in found.layers) + 2
+    with_kinds = room - kinds >= BAR_WIDTH
+    cells = max(2, min(BAR_WIDTH, (room - kinds * with_kinds) // 2))
     table = Table(
         title=f"{escape(found.model.name)}: {format_seconds(found.whole_s)} in one piece "
         f"(± {format_seconds(found.whole_spread_s)}), {format_seconds(found.sum_of_slices_s)} layer by layer",
@@ -138,7 +144,7 @@ def profile_table(found: Measurement, profile: ModelProfile) -> Table:
         box=None,
         pad_edge=False,
     )
-    for title in ("layer", "kind", "time", "±", "", "output", ""):
+    for title in ("layer", *(["kind"] if with_kinds else []), "time", "±", "", "output", ""):
         right = title in ("time", "±", "output")
         table.add_column(title, justify="right" if right else "left", no_wrap=True)
     slowest = max(profile.layer_s)
@@ -146,16 +152,16 @@ def profile_table(found: Measurement, profile: ModelProfile) -> Table:
     for layer, seconds in zip(found.layers, profile.layer_s, strict=True):
         table.add_row(
             escape(layer.name),
-            f"[dim]{escape(layer.kind.lower())}[/]",
+            *([f"[dim]{escape(layer.kind.lower())}[/]"] if with_kinds else []),
             format_seconds(seconds),
             f"[dim]{format_seconds(layer.spread_s)}[/]",
-            f"[blue]{_bar(seconds, slowest)}[/]",
+            f"[blue]{_bar(seconds, slowest, cells)}[/]",
             size(layer.output_bytes),
-            f"[yellow]{_bar(layer.output_bytes, largest)}[/]",
+            f"[yellow]{_bar(layer.output_bytes, largest, cells)}[/]",
         )
     return table
 
 
-def _bar(value: float, largest: float) -> str:
-    eighths = round(8 * BAR_WIDTH * value / largest) if largest else 0
+def _bar(value: float, largest: float, cells: int) -> str:
+    eighths = round(8 * cells * value / largest) if largest else 0
     return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]

@@ -12,7 +12,10 @@ Bootstrap = Annotated[
         "--bootstrap-servers", "-b", help="Kafka, host:port. Default: KAFKA_BOOTSTRAP_SERVERS, else localhost:9092."
     ),
 ]
-BootstrapFromEnv = Annotated[str | None, typer.Option(envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port.")]
+BootstrapFromEnv = Annotated[
+    str | None,
+    typer.Option("--bootstrap-servers", "-b", envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port."),
+]
 Region = Annotated[
     int, typer.Option(min=0, envvar="DEEPAR_REGION", help="The region: a partition of the control topics.")
 ]

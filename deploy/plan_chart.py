@@ -19,8 +19,9 @@ def draw_plan(situation: Situation, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
+    plain = ticker.FuncFormatter(lambda value, _: f"{value:g}")
     figure, panels = pyplot.subplots(1, 2, figsize=(11.0, 4.2), layout="constrained", sharey=True)
     colours: dict[tuple[int, int], str] = {}
     names = situation.device
@@ -35,16 +36,24 @@ def draw_plan(situation: Situation, path: Path) -> None:
             cuts = (stretch.cut1, stretch.cut2)
             new = cuts not in colours
             colour = colours.setdefault(cuts, COLOURS[len(colours) % len(COLOURS)])
-            label = f"{names.cut_name(stretch.cut1)}, {names.cut_name(stretch.cut2)}" if new else None
+            label = _cuts(situation, stretch.cut1, stretch.cut2) if new else None
             axes.axvspan(stretch.from_bps / 1e6, stretch.to_bps / 1e6, color=colour, alpha=0.35, lw=0, label=label)
-        shown = [(bps / 1e6, plan.delay_s) for bps, plan in zip(bandwidths, best, strict=True) if plan is not None]
+        shown = [
+            (bps / 1e6, 1e3 * plan.delay_s) for bps, plan in zip(bandwidths, best, strict=True) if plan is not None
+        ]
         if shown:
             axes.plot(*zip(*shown, strict=True), color="black", lw=1.5)
-        axes.axvline(here / 1e6, color="black", lw=0.8, ls=":")
-        axes.set(xscale="log", yscale="log", xlabel=f"link {link} (Mbit/s); the other {format_rate(other)}")
+        axes.axvline(
+            here / 1e6, color="black", lw=0.8, ls=":", label="the bandwidth asked about" if link == 2 else None
+        )
+        axes.set(xscale="log", yscale="log", xlabel=f"link {link} (Mbps); the other {format_rate(other)}")
+        axes.xaxis.set_major_formatter(plain)
+        axes.yaxis.set_major_formatter(plain)
+        axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2.0, 3.0, 5.0)))
+        axes.yaxis.set_minor_formatter(plain)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    panels[0].set_ylabel("delay of the best plan (s)")
+    panels[0].set_ylabel("delay of the best plan (ms)")
     figure.suptitle(
         f"{names.model}, {situation.samples} sample{'s' * (situation.samples != 1)}, {situation.objective.value}"
     )
@@ -52,3 +61,11 @@ def draw_plan(situation: Situation, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
+
+
+def _cuts(situation: Situation, cut1: int, cut2: int) -> str:
+    """What the legend calls two cuts; equal ones leave the edge out."""
+    names = situation.device
+    if cut1 == names.layers:
+        return "nowhere: device alone"
+    return ", ".join(dict.fromkeys((names.cut_name(cut1), names.cut_name(cut2))))

@@ -7,6 +7,7 @@ events only add what no decision says (who is announced but not taken in, when a
 
 from __future__ import annotations
 
+import re
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ from bus.port import Record
 from bus.units import format_rate
 from bus.values import Parts, Placement, Role
 from deploy.decision_lines import lines_of
+
+_COLUMNS = re.compile(r"\s{2,}")  # a table's; a line that is not in one has commas
 
 TOPICS: Final = (topics.NODES, topics.DECISIONS, topics.EVENTS)
 """What a view is folded from."""
@@ -274,7 +277,7 @@ class RegionView:
     def _say(self, lines: Iterable[tuple[str, str, str, str]]) -> None:
         for style, who, what, details in lines:
             self._lines += 1
-            self.lines.append(Line(self._lines, self.now_s, style, who, what, " ".join(details.split())))
+            self.lines.append(Line(self._lines, self.now_s, style, who, what, _COLUMNS.sub(", ", details.strip())))
         self._changed()
 
     # --- looking -----------------------------------------------------------------------------------------------------

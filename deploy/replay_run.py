@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from bus.errors import ConfigError
+from bus.messages import NodeAnnounced
 from bus.port import Bus
 from bus.units import format_seconds
 from bus.values import Role
@@ -26,6 +28,9 @@ from loadgen.roll_call import await_planner, find_nodes
 PLANNER_TIMEOUT_S = 10.0
 """A planner in charge speaks at least once a second or so; silence for this long means there is none."""
 
+TELL_EVERY_S = 10.0
+"""How often a replay whose stderr is no terminal says how far it is."""
+
 
 class ReplayRun:
     """One replay with a live display; keeps what was seen when it is interrupted."""
@@ -35,17 +40,18 @@ class ReplayRun:
         bus: Bus,
         region: int,
         devices: list[str] | None,
+        models: frozenset[str],
         make: Callable[[list[str]], schedule.Schedule],
         drain_timeout_s: float,
         console: Console,
     ) -> None:
-        self.bus, self.region, self.devices, self.make = bus, region, devices, make
+        self.bus, self.region, self.devices, self.models, self.make = bus, region, devices, models, make
         self.drain_timeout_s, self.console = drain_timeout_s, console
         self.recorder = Recorder()
         self.seed = 0
         self.total = 0
         self.began_at = utc_now()
-        self._began_s = time.monotonic()
+        self._began_s = self._told_s = time.monotonic()
 
     @property
     def result(self) -> ReplayResult:
@@ -68,18 +74,26 @@ class ReplayRun:
         async with tracing("deepar-loadgen") as on_span, self.bus:
             await require_region(self.bus, self.region)
             await await_planner(self.bus, self.region, timeout_s=PLANNER_TIMEOUT_S)
-            names = self.devices
-            if names is None:
-                names = [node.node for node in await find_nodes(self.bus, self.region, [Role.DEVICE])]
-                if not names:
-                    raise ConfigError(
-                        f"no device has announced itself in region {self.region}",
-                        remedy="start one: deepar stage device",
-                    )
+            found = await find_nodes(self.bus, self.region, [Role.DEVICE])
+            there = [node.node for node in found]
+            names = devices_for(self.models, found) if self.devices is None else self.devices
+            if not names:
+                raise ConfigError(
+                    f"no device has announced itself in region {self.region}",
+                    remedy="start one: deepar stage device",
+                )
+            if self.devices is None and len(names) < len(there):
+                left_out = ", ".join(sorted({*there} - {*names}))
+                line = f"left out, for they do not have {' and '.join(sorted(self.models))}: {left_out}"
+                self.console.print(line, style="yellow", markup=False)
+            if absent := [name for name in names if name not in there]:
+                line = f"not there, so their tasks wait: {', '.join(absent)}; deepar stage device --name {absent[0]}"
+                self.console.print(line, style="yellow", markup=False)
             plan = self.make(names)
             self.seed, self.total = plan.seed, len(plan)
             self.console.print(f"seed {plan.seed}; streams: {plan.streams or 'from the file'}", style="dim")
             self.began_at, self._began_s = utc_now(), time.monotonic()
+            self._told_s = self._began_s
             with Live(console=self.console, get_renderable=self._table, refresh_per_second=4, transient=True):
                 await play(
                     self.bus,
@@ -89,19 +103,37 @@ class ReplayRun:
                     recorder=self.recorder,
                     wall_clock=utc_now,
                     on_span=on_span,
+                    progress=None if self.console.is_terminal else self._tell,
                 )
+
+    def _tell(self, recorder: Recorder) -> None:
+        """For logs: a line in ten seconds."""
+        now_s = time.monotonic()
+        if now_s - self._told_s >= TELL_EVERY_S:
+            self._told_s = now_s
+            mean = _short(metrics.distribution(list(recorder.delays_s))["mean"])
+            counts = (
+                f"{recorder.submitted} of {self.total} submitted, {recorder.running} running, {recorder.ended} ended"
+            )
+            self.console.print(f"{now_s - self._began_s:.0f} s: {counts}, mean delay {mean}", style="dim")
 
     def _table(self) -> Table:
         recorder, delays = self.recorder, list(self.recorder.delays_s)
-        table = Table(box=None, padding=(0, 2, 0, 0))
+        table = Table(box=None, padding=(0, 1, 0, 0))
         for name in ("time", "submitted", "running", "ended", "mean", "p50", "p90", "p99"):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         found = metrics.distribution(delays)
         cells = [_short(found[name]) for name in ("mean", "p50", "p90", "p99")]
         elapsed = f"{time.monotonic() - self._began_s:.0f} s"
         counts = (f"{recorder.submitted}/{self.total}", str(recorder.running), str(recorder.ended))
         table.add_row(elapsed, *counts, *cells)
         return table
+
+
+def devices_for(models: Set[str], found: Sequence[NodeAnnounced]) -> list[str]:
+    """The names of the devices that have every model, or of all where none has."""
+    able = [node.node for node in found if models <= {profile.model for profile in node.models}]
+    return able or [node.node for node in found]
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
@@ -117,9 +149,10 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     if summary["causes"]:
         causes = ", ".join(f"{cause}: {count}" for cause, count in summary["causes"].items())
         console.print(f"causes: {causes}", markup=False)
-    table = Table(title="Delay from the instant that was due")
+    title = "Delay, counted from when each task was due"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("", "tasks", "mean", "p50", "p90", "p99", "p99.9"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name), overflow="fold")
     delay = summary["delay_s"]
     table.add_row("all", str(summary["completed"]), *(_short(delay[k]) for k in ("mean", "p50", "p90", "p99", "p99_9")))
     for group in ("by_kind", "by_model"):

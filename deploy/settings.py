@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -68,6 +68,9 @@ class NodeOptions(_Strict):
     runner: Literal["litert", "modelled"] = "litert"  # compute, or sleep the profile's time
     threads: Annotated[int, Field(ge=1)] = 1  # threads of the runtime for one inference
     identity_key: str | None = None  # file of the key that proves who it is; None: `up` makes it of its master
+
+
+Options = TypeVar("Options", bound=NodeOptions)
 
 
 class DeviceOptions(NodeOptions):
@@ -147,9 +150,24 @@ def load_settings(path: Path) -> UpSettings:
     try:
         return UpSettings.model_validate(table)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part + 1 if isinstance(part, int) else part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = "there is no such key"
-        raise ConfigError(f"{path}: {key + ': ' if key else ''}{message}") from None
+        raise ConfigError(f"{path}: {_first_fault(error)}") from None
+
+
+def options_of(kind: type[Options], **values: Any) -> Options:
+    """A node's options from flags. Raises `ConfigError` naming the flag."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise ConfigError(f"--{_first_fault(error)}") from None
+
+
+def _first_fault(error: ValidationError) -> str:
+    """`KEY: what is wrong`, of the first one."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part + 1 if isinstance(part, int) else part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "there is no such key"
+    elif first["type"] == "string_pattern_mismatch":
+        message = f"{first['input']!r} is no name: letters, digits, _ and - only"
+    return f"{key + ': ' if key else ''}{message}"

@@ -33,12 +33,18 @@ _STATE_STYLE = {
     TaskState.REJECTED: "#D55E00",
 }
 BAR = 24
+"""Cells of the longest bar of a task."""
+WIDE = 150
+"""From so many columns on everything is written out; below, names are shortened at their front and places are letters."""
+STATE_FROM, PREDICTED_FROM = 100, 80
+"""Columns that it takes to show a task's state, and what was predicted for it."""
+SHORT_NAME = 16
 FIXED_ROWS = 16
 """Rows that frames, headings and the header take."""
 
 
-def screen(view: RegionView, *, rows: int = 40, per_s: float | None = None) -> RenderableType:
-    """One screen of about `rows` rows; `per_s`: records read a second, where that is known."""
+def screen(view: RegionView, *, rows: int = 40, columns: int = 160, per_s: float | None = None) -> RenderableType:
+    """One screen of about `rows` rows and `columns` columns; `per_s`: records read a second, where that is known."""
     edges_and_clouds = len(view.role(Role.EDGE)) + len(view.role(Role.CLOUD))
     room = max(6, rows - FIXED_ROWS - edges_and_clouds)
     waiting_rows = min(len(_waiting(view)), max(2, room // 4))
@@ -46,10 +52,10 @@ def screen(view: RegionView, *, rows: int = 40, per_s: float | None = None) -> R
     task_rows = max(2, room - waiting_rows - line_rows)
     return Group(
         _header(view, per_s),
-        Panel(_nodes(view), title="nodes", title_align="left", border_style="dim"),
-        Panel(_waits(view, waiting_rows), title="waiting", title_align="left", border_style="dim"),
-        Panel(_tasks(view, task_rows), title=_legend(), title_align="left", border_style="dim"),
-        Panel(_lines(view, line_rows), title="decisions", title_align="left", border_style="dim"),
+        Panel(_nodes(view, columns), title="nodes", title_align="left", border_style="dim"),
+        Panel(_waits(view, waiting_rows, columns), title="waiting", title_align="left", border_style="dim"),
+        Panel(_tasks(view, task_rows, columns), title=_legend(), title_align="left", border_style="dim"),
+        Panel(_lines(view, line_rows, columns), title="decisions", title_align="left", border_style="dim"),
     )
 
 
@@ -76,35 +82,43 @@ def _header(view: RegionView, per_s: float | None) -> Text:
     return text
 
 
-def _nodes(view: RegionView) -> Table:
-    table = Table(box=None, padding=(0, 1), expand=False)
+def _nodes(view: RegionView, columns: int) -> RenderableType:
+    table = Table(box=None, padding=(0, 1) if columns >= PREDICTED_FROM else (0, 1, 0, 0), expand=False)
+    wide = columns >= WIDE
     for name, least in (("node", 7), ("role", 6), ("slots", 6), ("link 1", 30), ("link 2", 30), ("tasks", 8)):
-        table.add_column(name, no_wrap=True, min_width=least)
+        if wide or name != "role":
+            table.add_column(name, no_wrap=True, min_width=least if wide else None)
+    cells = 10 if wide else 5 if columns >= PREDICTED_FROM else 0
     for node in (*view.role(Role.EDGE), *view.role(Role.CLOUD)):
         name, role = node.announced.node, node.announced.role
         style = "" if node.standing == "joined" else "dim"
         label = name if node.standing == "joined" else f"{name} ({node.standing})"
-        tasks = Text(_some(view.tasks_on(node), 4))
+        row: tuple[RenderableType, ...]
+        working = view.tasks_on(node)
+        tasks = Text(_some(working, 4) if wide else str(len(working) or ""))
         if role is Role.EDGE:
             used, slots = len(view.slot_holders(name)), node.announced.slots
             slot_text = Text(f"{_blocks(used, slots)} {used}/{slots}", style=STATION_STYLE["edge"])
-            links = [_link(view.link(name, 1), "link1"), _link(view.link(name, 2), "link2")]
-            table.add_row(Text(label), role.value, slot_text, *links, tasks, style=style)
+            links = [_link(view.link(name, 1), "link1", cells), _link(view.link(name, 2), "link2", cells)]
+            row = (slot_text, *links, tasks)
         else:
-            table.add_row(Text(label), role.value, "", "", "", tasks, style=style)
+            row = ("", "", "", tasks)
+        table.add_row(Text(label), *([role.value] if wide else []), *row, style=style)
     devices = [
         f"{n.announced.node}{'' if n.standing == 'joined' else f' ({n.standing})'} {len(view.tasks_on(n))}"
         for n in view.role(Role.DEVICE)
     ]
-    table.add_row("devices", "device", "", "", "", Text(_some(devices, 8)))
-    return table
+    if wide:
+        table.add_row("devices", "device", "", "", "", Text(_some(devices, 8)))
+        return table
+    return Group(table, Text(f"{' ' * table.padding[3]}devices and their tasks: {_some(devices, 8) or 'none'}"))
 
 
-def _link(use: LinkUse, station: str) -> Text:
-    filled = min(10, round(use.share * 10)) or int(use.granted_bps > 0)
+def _link(use: LinkUse, station: str, cells: int) -> Text:
+    filled = min(cells, round(use.share * cells)) or int(use.granted_bps > 0)
     return Text.assemble(
-        ("█" * filled + "░" * (10 - filled), STATION_STYLE[station]),
-        f" {format_rate(use.granted_bps) if use.granted_bps else '0'} of {format_rate(use.capacity_bps)}",
+        ("█" * filled + "░" * (cells - filled) + " " * bool(cells), STATION_STYLE[station]),
+        f"{format_rate(use.granted_bps) if use.granted_bps else '0'} of {format_rate(use.capacity_bps)}",
     )
 
 
@@ -112,7 +126,12 @@ def _waiting(view: RegionView) -> list[TaskView]:
     return view.live(TaskState.WAITING, TaskState.SCHEDULED)
 
 
-def _waits(view: RegionView, rows: int) -> RenderableType:
+def _name(task_id: str, columns: int) -> str:
+    """A task's name; where room is scarce its end, which tells tasks of a run apart."""
+    return task_id if columns >= WIDE or len(task_id) <= SHORT_NAME else f"…{task_id[1 - SHORT_NAME :]}"
+
+
+def _waits(view: RegionView, rows: int, columns: int) -> RenderableType:
     waiting = _waiting(view)
     if not waiting:
         return Text("nobody", style="dim")
@@ -121,15 +140,18 @@ def _waits(view: RegionView, rows: int) -> RenderableType:
     for task in shown:
         when = "" if task.start_s is None else f"starts at {task.start_s:.1f} s"
         table.add_row(
-            Text(task.task_id), Text(when), Text(f"for {view.waits_for(task)}", no_wrap=True, overflow="ellipsis")
+            Text(_name(task.task_id, columns)),
+            Text(when),
+            Text(f"for {view.waits_for(task)}", no_wrap=True, overflow="ellipsis"),
         )
     if len(shown) < len(waiting):
         table.add_row(Text(f"and {len(waiting) - len(shown)} more", style="dim"))
     return table
 
 
-def _tasks(view: RegionView, rows: int) -> RenderableType:
+def _tasks(view: RegionView, rows: int, columns: int) -> RenderableType:
     """The tasks that run, then those that ended last."""
+    wide, with_state, with_predicted = columns >= WIDE, columns >= STATE_FROM, columns >= PREDICTED_FROM
     running = view.live(TaskState.RUNNING)
     ended = [task for task in reversed(view.tasks.values()) if task.state.ended]
     shown = [*running[:rows], *ended[: max(0, rows - len(running))]]
@@ -137,35 +159,49 @@ def _tasks(view: RegionView, rows: int) -> RenderableType:
         return Text("no task yet", style="dim")
     longest_s = max((max(_spans(task), default=0.0) for task in shown), default=0.0)
     table = Table(box=None, padding=(0, 1), expand=False)
-    for name in ("task", "state", "where", "waited", "predicted", "", "measured", ""):
+    headings = ["task", *(["state"] if with_state else []), "where", "waited"]
+    headings += [*(["predicted", ""] if with_predicted else []), "measured", ""]
+    for name in headings:
         table.add_column(name, no_wrap=True)
+    bars = 2 if with_predicted else 1
+    taken = 4 + 2 * len(headings) + SHORT_NAME + 8 + 8 * (1 + bars) + 10 * with_state
+    cells = BAR if wide else max(9, min(BAR, (columns - taken) // bars))
     for task in shown:
         where = "" if task.placement is None else task.placement.kind.value
+        if not wide:
+            where = "+".join(STATION_LETTER.get(tier, tier) for tier in where.split("+"))
         if task.placement is not None and task.placement.edge is not None:
             where += f" {task.placement.edge}"
+        state = Text(task.state.value.lower(), style=_STATE_STYLE.get(task.state, ""))
+        predicted = (_bar(task.predicted, task.predicted_delay_s, longest_s, cells), _seconds(task.predicted_delay_s))
         table.add_row(
-            Text(task.task_id),
-            Text(task.state.value.lower(), style=_STATE_STYLE.get(task.state, "")),
+            Text(_name(task.task_id, columns)),
+            *([state] if with_state else []),
             Text(where or task.cause),
-            "" if task.wait_s is None else format_seconds(round(task.wait_s, 4)),
-            _bar(task.predicted, task.predicted_delay_s, longest_s),
-            "" if task.predicted_delay_s is None else format_seconds(task.predicted_delay_s),
-            _bar(task.measured, task.delay_s, longest_s),
-            "" if task.delay_s is None else format_seconds(task.delay_s),
+            _seconds(None if task.wait_s is None else round(task.wait_s, 4)),
+            *(predicted if with_predicted else ()),
+            _bar(task.measured, task.delay_s, longest_s, cells),
+            _seconds(task.delay_s),
         )
     return table
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else format_seconds(seconds)
 
 
 def _spans(task: TaskView) -> list[float]:
     return [span for span in (task.predicted_delay_s, task.delay_s) if span is not None]
 
 
-def _bar(parts: Parts | None, delay_s: float | None, longest_s: float) -> Text:
-    """As long as the delay, shared among the stations by their busy times (which overlap while samples stream)."""
+def _bar(parts: Parts | None, delay_s: float | None, longest_s: float, most: int) -> Text:
+    """As long as the delay, `most` cells for the longest; shared among the stations by their busy times, which overlap while
+    samples stream.
+    """
     text = Text()
     if parts is None or not delay_s or not parts.total_s or not longest_s:
         return text
-    cells = max(1, round(BAR * delay_s / longest_s))
+    cells = max(1, round(most * delay_s / longest_s))
     passed_s, drawn = 0.0, 0
     for station in (*STATIONS, "result"):
         passed_s += getattr(parts, f"{station}_s")
@@ -187,12 +223,12 @@ def _legend() -> Text:
     return text
 
 
-def _lines(view: RegionView, rows: int) -> RenderableType:
+def _lines(view: RegionView, rows: int, columns: int) -> RenderableType:
     if not view.lines:
         return Text("none yet", style="dim")
     table = Table.grid(padding=(0, 2))
     for line in list(view.lines)[-rows:]:
-        texts = (line.who, line.what, line.details)
+        texts = (_name(line.who, columns), line.what, line.details)
         table.add_row(
             Text(f"{line.at_s:.2f} s", style="dim"), *(Text(text, no_wrap=True, overflow="ellipsis") for text in texts)
         )

@@ -97,8 +97,11 @@ def _on_cluster(cells: Sequence[Cell], address: str) -> Iterator[tuple[int, dict
         raise ConfigError("--cluster needs Dask", remedy="install the extra: pip install 'deepar[cluster]'") from None
     try:
         client = distributed.Client(address, timeout="5s")  # type: ignore[no-untyped-call]
-    except (OSError, TimeoutError) as error:
-        raise ConfigError(f"no Dask scheduler answers at {address}: {error}") from None
+    except (OSError, TimeoutError, ValueError) as error:  # ValueError: no address at all
+        raise ConfigError(
+            f"no Dask scheduler answers at {address}: {error}",
+            remedy="start one: dask scheduler, then dask worker ADDRESS",
+        ) from None
     with client:
         futures = client.map(run_cell, cells, pure=False)
         order = {future.key: index for index, future in enumerate(futures)}

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from bus.messages import TaskState
+from bus.units import format_seconds
 from loadgen.outcome import Outcome
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
@@ -110,7 +111,7 @@ class Threshold:
         """A sentence where the run missed it; a run in which nothing completed keeps no limit."""
         value = report["delay_s"][self.statistic]
         if value is None:
-            return f"--{self.name} {self.limit_s:g}s: no task completed"
+            return f"--{self.name} {format_seconds(self.limit_s)}: no task completed"
         if value > self.limit_s:
-            return f"--{self.name} {self.limit_s:g}s: it was {value:.4g} s"
+            return f"--{self.name} {format_seconds(self.limit_s)}: it was {format_seconds(value)}"
         return None

@@ -96,7 +96,7 @@ table {{ border-collapse: collapse; margin: 0.5rem 0 1rem; font-variant-numeric:
 th, td {{ border-bottom: 1px solid #ddd; padding: 0.2rem 0.7rem; text-align: right }}
 th:first-child, td:first-child {{ text-align: left }}
 figure {{ margin: 1.5rem 0 }} img {{ max-width: 100% }} figcaption {{ color: #555 }}
-.wide {{ overflow-x: auto }}
+.wide {{ overflow-x: auto }} .wide td {{ white-space: nowrap }}
 </style></head><body>
 {body}
 </body></html>

@@ -188,8 +188,10 @@ def read(path: Path) -> Scenario:
     """The scenario of a TOML file. Raises `ConfigError` naming the file and the key."""
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
     fields.setdefault("name", path.stem)
     try:
         return Scenario().varied(**fields)
@@ -209,11 +211,11 @@ def coerce(key: str, value: Any) -> Any:
         if key == "input_bytes":
             return _range(value, parse_size)
         if key in ("samples", "slots"):
-            return _range(value, float)
+            return _range(value, _number)
         if key in ("within_s", "deadline_s"):
             return parse_duration(value)
         if key in _WHOLE:
-            number = float(value)
+            number = _number(value)
             if number != int(number):
                 raise ValueError(f"{value!r} is not a whole number")
             return int(number)
@@ -223,9 +225,16 @@ def coerce(key: str, value: Any) -> Any:
             return Objective(value)
         if key == "execution":
             return Execution(value)
-        return float(value) if key == "noise" else str(value)
+        return _number(value) if key == "noise" else str(value)
     except (ValueError, TypeError, ConfigError) as error:
         raise ConfigError(f"{key}: {error}") from None
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (ValueError, TypeError):
+        raise ValueError(f"{value!r} is no number") from None
 
 
 _SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*(ki?b|mi?b|gi?b|b|)", re.IGNORECASE)
@@ -253,9 +262,9 @@ def _range(value: Any, parse: Callable[[Any], float]) -> Range:
 def _models(value: Any) -> dict[str, float]:
     if isinstance(value, str):
         names = [part.partition("=") for part in value.replace("+", ",").split(",")]
-        return {name.strip(): float(weight or 1) for name, _, weight in names}
+        return {name.strip(): _number(weight or 1) for name, _, weight in names}
     if isinstance(value, Mapping):
-        return {str(name): float(weight) for name, weight in value.items()}
+        return {str(name): _number(weight) for name, weight in value.items()}
     return {str(name): 1.0 for name in value}
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from bus.errors import UnknownNameError
 from bus.messages import Admitted, Decision, Ended, Moved, Overran, Placed, Retried, Start, TaskSubmitted
+from bus.units import format_rate
 from bus.values import Placement
 from planner.algorithm import Algorithm, Choice, EdgeOption, Request, placement_of
 from planner.core import PlannerCore
@@ -152,9 +153,9 @@ def _lacked(
     if family != DEVICE_CLOUD and slots < 1:
         lacks.append(f"a slot ({account.slots} taken)" if account.slots else "a slot (it has none)")
     if free1 < option.max_link1_bps:
-        lacks.append(f"bandwidth on link 1 ({_mbps(free1)} free of {_mbps(option.max_link1_bps)} wanted)")
+        lacks.append(f"bandwidth on link 1 ({format_rate(free1)} free of {format_rate(option.max_link1_bps)} wanted)")
     if family != DEVICE_EDGE and free2 < option.max_link2_bps:
-        lacks.append(f"bandwidth on link 2 ({_mbps(free2)} free of {_mbps(option.max_link2_bps)} wanted)")
+        lacks.append(f"bandwidth on link 2 ({format_rate(free2)} free of {format_rate(option.max_link2_bps)} wanted)")
     if choice is not None and choice.cut1 == 0 and device_busy and rules.device_computes:
         lacks.append("the device, which computes another task")
     if choice is None and not lacks:
@@ -204,7 +205,3 @@ def _line(change: object) -> str:
     if isinstance(change, Ended):
         return " ".join(word for word in (change.state.value, change.cause, change.detail) if word)
     return ""
-
-
-def _mbps(bps: int) -> str:
-    return f"{bps / 1e6:.3g} Mbit/s"

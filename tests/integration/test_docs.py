@@ -30,7 +30,6 @@ OURS = ("README.md", "quickstart.md", "concepts.md", "own-model.md", "own-policy
 ELSEWHERE = {
     "make demo": "tests/integration/test_demo.py plays it",
     "deepar broker": "tests/integration/test_broker.py starts, kills and restarts it",
-    "deepar simulate fig4a --out figures": "tests/sim/test_figures.py makes each figure, with fewer seeds",
     "deepar simulate all --out figures": "tests/sim/test_figures.py makes each figure, with fewer seeds",
     **dict.fromkeys(documented_services(), "tests/integration/test_living_path.py starts it so, with LeNet"),
     "deepar loadgen replay --tasks 20 --within 20s": "tests/integration/test_living_path.py, with 20 samples a task",
@@ -136,6 +135,7 @@ WITHOUT_BROKER = (
     "deepar plan MODEL.tflite --device here.json --edge here.json --cloud here.json --link1 100Mbps --link2 20Mbps",
     "PYTHONPATH=docs/examples deepar simulate sweep --policies deepar,private_first:PrivateFirst"
     " --vary devices=20 --seeds 1 --out sweep",
+    "deepar simulate fig4a --out figures",
 )
 """In the order in which they are run."""
 SERVED = {
@@ -183,10 +183,27 @@ def test_the_security_page_makes_a_certificate_that_its_authority_vouches_for(tm
     subprocess.run(verify, cwd=tmp_path, check=True, capture_output=True, timeout=60)
 
 
+def pasted(word: str) -> str:
+    """The output with `word` in it that the README shows."""
+    blocks = re.findall(
+        r"^```text\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    (found,) = [block for block in blocks if word in block]
+    return str(found)
+
+
+def lines_without_margins(text: str) -> list[str]:
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
 def test_commands_that_need_no_broker(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
     for text in WITHOUT_BROKER:
         printed = shell.run(text)
+        for word, of in (("bit-identical", "verify"), ("PrivateFirst", "sweep"), ("fig4a", "fig4a")):
+            if of in text:
+                shown = lines_without_margins(pasted(word))
+                assert lines_without_margins(printed)[: len(shown)] == shown
         if "sweep" in text:
             assert (tmp_path / "sweep" / "sweep.csv").read_text().count("private_first:PrivateFirst") == 1
         if "verify" in text:
@@ -232,7 +249,9 @@ def test_commands_that_need_a_broker(kafka_own: OwnBroker, tmp_path: Path) -> No
         }:
             assert time.monotonic() < until_s, [one.text() for one in processes.all]
             time.sleep(0.2)
-        shell.run("deepar loadgen replay --tasks 20 --within 10s")
+        printed = shell.run("deepar loadgen replay --tasks 20 --within 10s")
+        shown = pasted("20 tasks submitted")
+        assert printed.startswith(shown[: shown.index("tasks     mean")].rstrip())  # numbers differ
         seen = json.loads(shell.run("deepar top --json"))
         assert seen["counts"]["COMPLETED"] == 25
         assert {node["name"] for node in seen["nodes"] if node["standing"] == "joined"} >= {

@@ -49,7 +49,8 @@ def test_a_cluster_of_two_workers_gives_the_same_rows_and_files(tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_scheduler_that_is_not_there_is_named() -> None:
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense"])
+def test_a_scheduler_that_is_not_there_is_named(address: str) -> None:
     pytest.importorskip("distributed")
     with pytest.raises(ConfigError, match="no Dask scheduler answers"):
-        run_cells(CELLS, cluster="tcp://127.0.0.1:1")
+        run_cells(CELLS, cluster=address)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -37,6 +42,38 @@ def test_help_lists_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert all(command.name in shown for command in cli.COMMANDS)
 
 
+def leaves() -> Iterator[tuple[str, Any]]:
+    """Every command that does something, as it is typed."""
+    every = typer.Typer()
+    for command in cli.COMMANDS:
+        found = getattr(importlib.import_module(command.module), command.attribute)
+        if isinstance(found, typer.Typer):
+            every.add_typer(found, name=command.name)
+        else:
+            every.command(command.name)(found)
+    todo: list[tuple[str, Any]] = [("deepar", typer.main.get_command(every))]
+    while todo:
+        name, one = todo.pop()
+        inner = getattr(one, "commands", None)
+        if inner is None:
+            yield name, one
+        else:
+            todo += [(f"{name} {word}", command) for word, command in inner.items()]
+
+
+@pytest.mark.parametrize(("name", "command"), [pytest.param(*leaf, id=leaf[0]) for leaf in leaves()])
+def test_the_help_of_every_command_has_an_example_that_it_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, command: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.npz").touch()  # `models build` asks for it
+    examples = re.findall(r"Example[^:`]*: `([^`]+)`", inspect.cleandoc(command.help or ""))
+    assert examples, command.help
+    for example in examples:
+        assert example == name or example.startswith(f"{name} ")
+        command.make_context(name, shlex.split(example)[len(name.split()) :])
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "wanted"),
     [
@@ -48,6 +85,13 @@ def test_help_lists_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (("tail", "decisions", "--nonsense"), 2, "nonsense"),
         (("--log-level", "loud", "topics", "list"), 2, "loud"),
         (("nosuchcommand",), 2, "nosuchcommand"),
+        (("stage", "edge", "--name", "e 1"), 2, "--name: 'e 1' is no name"),
+        (("loadgen", "bench", "bus", "--bus", "pigeon"), 2, "pigeon"),
+        (("loadgen", "replay", "--scenario", "Server", "-b", "127.0.0.1:1"), 2, "--request-rate"),
+        (("loadgen", "replay", "--time-scale", "0", "-b", "127.0.0.1:1"), 2, "time scale"),
+        (("simulate", "sweep", "--vary", "devices=many"), 2, "'many' is no number"),
+        (("simulate", "sweep", "--scenario", "/nonexistent.toml"), 2, "/nonexistent.toml: No such file"),
+        (("healthcheck", "http://127.0.0.1:1", "--timeout", "-1"), 2, "--timeout"),
         (("up", "/nonexistent.toml"), 2, "nonexistent.toml"),
     ],
 )
@@ -60,6 +104,45 @@ def test_wrong_usage_is_named(
 ) -> None:
     assert run(monkeypatch, *arguments) == code
     assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (("demo", "--picture", "PLACE/run.png"), "--picture"),
+        (("plan", "alexnet", "--plot", "PLACE/plan.png"), "--plot"),
+        (("models", "slice", "lenet", "--cut1", "2", "--out", "PLACE/parts"), "--out"),
+        (("loadgen", "replay", "-b", "127.0.0.1:1", "--out", "PLACE/run"), "--out"),
+        (("loadgen", "chaos", "-b", "127.0.0.1:1", "--out", "PLACE/run"), "--out"),
+        (("simulate", "fig4a", "--out", "PLACE/figures"), "--out"),
+        (("simulate", "sweep", "--out", "PLACE/sweep"), "--out"),
+        (("simulate", "compare", "--out", "PLACE/compare"), "--out"),
+        (("simulate", "soak", "--out", "PLACE/soak"), "--out"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else "",
+)
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    flag: str,
+) -> None:
+    place = tmp_path / "a file"  # a folder cannot be made below it, not even by root
+    place.touch()
+    assert run(monkeypatch, *(word.replace("PLACE", str(place)) for word in arguments)) == 2
+    shown = capsys.readouterr()
+    assert f"{flag} {place}" in shown.err
+    assert "cannot be written" in shown.err
+    assert not shown.out
+
+
+def test_a_file_that_cannot_be_opened_is_a_line_and_not_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a file").touch()
+    assert run(monkeypatch, "broker", "--data", str(tmp_path / "a file" / "kafka")) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'a file' / 'kafka'}: Not a directory")
 
 
 def test_an_interrupt_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,8 @@ def test_a_platform_of_ones_own_and_one_that_does_not_match(tmp_path: Path) -> N
     path.write_text(mine.model_copy(update={"sha256": "1" * 64}).model_dump_json())
     with pytest.raises(ConfigError, match="another alexnet"):
         run("plan", "alexnet", "--edge", str(path))
+    with pytest.raises(ConfigError, match=r"edge.json is a profile of alexnet, not of vgg16"):
+        run("plan", "vgg16", "--edge", str(path))
     with pytest.raises(UnknownNameError, match="lenet"):
         run("plan", "nosuch")
 
@@ -95,6 +97,22 @@ def test_explain_reads_a_dump_of_tail(dump: tuple[Path, World]) -> None:
     assert chosen[0]["placement"] == found["decided"]["placement"]
     assert {"placement", "start_in_s", "delay_s", "lacked"} <= set(chosen[0])
     assert task_id in run("explain", task_id, "--from", str(path))
+
+
+@pytest.mark.parametrize("columns", [60, 80, 119, 200])
+def test_what_a_candidate_lacked_can_be_read_on_every_terminal(
+    dump: tuple[Path, World], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    path, world = dump
+    task_id = next(name for name, placed in world.placed.items() if placed.wait_s > 0)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    found = json.loads(run("explain", task_id, "--from", str(path), "--json"))
+    shown = " ".join(run("explain", task_id, "--from", str(path)).split())
+    lacked = {c["lacked"] for c in found["candidates"] if c["lacked"]}
+    assert lacked
+    if columns < 120:
+        assert all(text in shown for text in lacked)
+    assert ("What each lacked at once:" in shown) is (columns < 120)
 
 
 def test_explain_refuses_what_is_no_dump(tmp_path: Path, dump: tuple[Path, World]) -> None:

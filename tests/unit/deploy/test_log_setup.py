@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 
@@ -42,3 +43,14 @@ def test_the_kafka_client_stays_quiet_at_debug() -> None:
     configure_logging("debug", json_lines=True)
     assert logging.getLogger("aiokafka").getEffectiveLevel() >= logging.WARNING
     assert logging.getLogger("aiokafka.conn").getEffectiveLevel() >= logging.WARNING
+
+
+def test_what_libraries_say_is_json_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own
+    configure_logging("info", json_lines=True)
+    structlog.get_logger("test").info("ours")
+    logging.getLogger("aiokafka.consumer").error("Request failed: %s", "[Error 15]")
+    ours, theirs = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert ours["event"] == "ours"
+    assert (theirs["logger"], theirs["level"]) == ("aiokafka.consumer", "error")
+    assert theirs["event"] == "Request failed: [Error 15]"

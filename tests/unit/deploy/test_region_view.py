@@ -229,10 +229,10 @@ def test_a_run_played_again_keeps_each_topics_order() -> None:
     assert [(r.topic, r.offset) for r, _ in in_order(mixed)] == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2)]
 
 
-def shown(view: RegionView, rows: int) -> str:
-    console = Console(width=140)
+def shown(view: RegionView, rows: int, columns: int = 160) -> str:
+    console = Console(width=columns)
     with console.capture() as capture:
-        console.print(screen(view, rows=rows))
+        console.print(screen(view, rows=rows, columns=columns))
     return capture.get()
 
 
@@ -250,3 +250,17 @@ def test_the_screen_fits_its_rows(region: Topics, rows: int) -> None:
         region.decide(2.0, start(f"t{number}", 2.0))
     lines = shown(region.view, rows).splitlines()
     assert rows * 0.8 <= len(lines) <= rows, "\n".join(lines)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 149, 160])
+def test_no_number_is_cut_off_where_the_terminal_is_narrow(region: Topics, columns: int) -> None:
+    name = "replay-20261125T211743-0-17"
+    region.decide(1.0, admitted(name), placed(name, 1.0, 1.0), start(name, 1.0))
+    lines = shown(region.view, 30, columns).splitlines()
+    assert max(map(len, lines)) <= columns
+    tasks = lines[next(number for number, line in enumerate(lines) if "tasks: " in line) + 1 :]
+    (row,) = [line for line in tasks if "-0-17 " in line and "starts" not in line]
+    assert "…" not in row.replace("…125T211743-0-17", "")
+    assert ("15 s" in row) is (columns >= 80)  # what was predicted
+    (edge,) = [line for line in lines if line.startswith(("│ e1 ", "│  e1 "))]
+    assert "…" not in edge

@@ -78,7 +78,7 @@ def test_what_is_left_out_has_the_default(tmp_path: Path) -> None:
         (('name = "e1"', 'name = "e1"\nslot = 2'), "edge.1.slot", "there is no such key"),
         (('name = "e1"', 'name = "e1"\nslots = 0'), "edge.1.slots", "greater than or equal to 1"),
         (('name = "e1"', 'name = "e1"\nlink1 = "fast"'), "edge.1.link1", "'fast' is no rate"),
-        (('name = "e1"', 'name = "e 1"'), "edge.1.name", "match pattern"),
+        (('name = "e1"', 'name = "e 1"'), "edge.1.name", "is no name"),
         (('name = "d1"', 'name = "d1"\nslowdown = 0.5'), "device.1.slowdown", "greater than or equal to 1"),
         (('name = "c1"', 'runner = "litert"'), "cloud.1.name", "required"),
         (('name = "c1"', 'name = "e1"'), None, "e1: a name may stand for one node only"),

@@ -10,11 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from bus.errors import ConfigError, UnknownNameError
-from bus.messages import TaskState
-from bus.values import Kind, Parts, Placement
+from bus.messages import NodeAnnounced, TaskState
+from bus.values import Kind, Parts, Placement, Role
 from deploy import commands_loadgen
-from deploy.replay_run import ReplayRun
+from deploy.replay_run import ReplayRun, devices_for
 from loadgen.schedule import Schedule
+from planner.profiles import load_profile
 
 PLACEMENT = Placement(kind=Kind.EDGE, edge="e1", cut1=0, cut2=5, cut1_name="input", cut2_name="fc_3")
 
@@ -155,3 +156,14 @@ def test_a_benchmark_prints_its_object_and_fails_when_an_aim_is_missed(monkeypat
     assert CliRunner().invoke(commands_loadgen.app, ["bench", "simulator"]).exit_code == 99
     unknown = CliRunner().invoke(commands_loadgen.app, ["bench", "speed"])
     assert isinstance(unknown.exception, UnknownNameError)
+
+
+def test_a_replay_leaves_out_devices_that_lack_a_model() -> None:
+    def device(name: str, *models: str) -> NodeAnnounced:
+        known = [load_profile("paper").device[model] for model in models]
+        return NodeAnnounced(node=name, role=Role.DEVICE, region=0, incarnation="i", lease_s=10.0, models=tuple(known))
+
+    found = [device("d1", "lenet", "alexnet"), device("d2", "lenet"), device("d3", "vgg16")]
+    assert devices_for({"lenet"}, found) == ["d1", "d2"]
+    assert devices_for({"lenet", "alexnet"}, found) == ["d1"]
+    assert devices_for({"lenet", "vgg16"}, found) == ["d1", "d2", "d3"]  # its tasks are rejected with a cause
