@@ -15,6 +15,7 @@ from bus.messages import (
     Admitted,
     BandwidthGrant,
     Decision,
+    DecisionPart,
     Ended,
     EpochOpened,
     Moved,
@@ -29,6 +30,7 @@ from bus.messages import (
     PlannerLeft,
     Retried,
     Snapshot,
+    SnapshotPart,
     Start,
     TaskCancelled,
     TaskCompleted,
@@ -132,6 +134,8 @@ def lines_of(message: Any, held: Held | None = None) -> Iterator[Line]:
     match message:
         case Decision():
             yield from _decision(message, Held() if held is None else held)
+        case DecisionPart():
+            yield "dim", "planner", "part", f"{message.part} of decision {message.seq}, which follows"
         case EpochOpened():
             yield "bold blue", message.planner, "leads", f"region {message.region} from epoch {message.epoch} on"
         case PlannerHeartbeat():
@@ -160,6 +164,13 @@ def lines_of(message: Any, held: Held | None = None) -> Iterator[Line]:
             yield "green", message.task_id, "completed", details
         case TaskFailed():
             yield "red", message.task_id, "failed", f"at {message.node}: {message.cause} {message.detail}"
+        case SnapshotPart():
+            yield (
+                "dim",
+                f"region {message.region}",
+                "snapshot",
+                f"part {message.part} of that at decision {message.seq}",
+            )
         case Snapshot():
             yield "dim", f"region {message.region}", "snapshot", f"at decision {message.seq}"
         case _:

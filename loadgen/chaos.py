@@ -33,6 +33,8 @@ from loadgen.chaos_watch import Watch, WatchedBus
 from loadgen.metrics import distribution
 from loadgen.virtual_loop import run_virtual
 from planner.core import DEFAULT_MAX_WAITING, PlannerCore
+from planner.division import RECORD_BYTES
+from planner.keeper import PART_BYTES
 from planner.service import PlannerService, Standing
 from stages.device import Device
 from stages.hop import Hop
@@ -279,6 +281,9 @@ class _Chaos:
             name=name,
             lease_s=LEASE_S / 2,
             snapshot_every=7,
+            # in every other seed nearly everything that a planner writes takes several records
+            part_bytes=PART_BYTES if self.seed % 2 else 1_500,
+            record_bytes=RECORD_BYTES if self.seed % 2 else 1_000,
             wall_clock=self.breaker.wall_clock(name),
         )
         await service.run()

@@ -218,15 +218,16 @@ async def _tell_once(self: Node, topic: str, message: Message, key: str) -> None
 async def _any_snapshot(bus: Bus, region: int) -> tuple[Snapshot | None, Reader]:
     """The newest snapshot is believed as it stands."""
     where = (topics.DECISIONS, region)
-    for snapshot in await snapshots.newest(bus, region):
-        return snapshot, await bus.reader([where], start={where: snapshot.offset + 1})
+    async with contextlib.aclosing(snapshots.found(bus, region)) as candidates:
+        async for one in candidates:
+            return one.snapshot, await bus.reader([where], start={where: one.snapshot.offset + 1})
     return None, await bus.reader([where], start="start")
 
 
-async def _believes(self: PlannerService, reader: Reader, snapshot: Snapshot) -> bool:
+async def _believes(self: PlannerService, snapshot: Snapshot) -> Reader:
     """A planner asks the log nothing."""
-    await reader.fetch(max_records=1)
-    return True
+    where = (topics.DECISIONS, snapshot.region)
+    return await self.bus.reader([where], start={where: snapshot.offset + 1})
 
 
 def _unchecked(self: PlannerService, recorded: str, seq: int) -> None:
@@ -316,7 +317,9 @@ CANARIES = (
     Canary("no way back", "a node that was declared lost stays away", 5, Node, "_come_back", _no_return),
     Canary("told once", "an event that was not acknowledged is not sent again", 40, Node, "tell", _tell_once),
     Canary("any snapshot (stage)", "a stage believes every snapshot", 40, snapshots, "open_decisions", _any_snapshot),
-    Canary("any snapshot (planner)", "a planner believes every snapshot", 20, PlannerService, "_proves", _believes),
+    Canary(
+        "any snapshot (planner)", "a planner believes every snapshot", 20, PlannerService, "_reader_behind", _believes
+    ),
     Canary("garbage left", "garbage among the snapshots stays", 5, Lead, "tidy", _no_letter),
     Canary("queue unbounded", "a full queue takes more", 20, PlannerCore, "_queued", _full_queue),
     Canary("losses unseen", "a silent node is not declared lost", 5, Lead, "_look_at_clock", _deaf),

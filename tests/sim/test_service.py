@@ -423,10 +423,10 @@ def test_planted_a_planner_that_commits_before_it_decides_is_found_out(monkeypat
 
 
 def test_planted_a_planner_that_believes_any_snapshot_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def believes(self: Any, reader: Any, snapshot: Snapshot) -> bool:
-        await reader.fetch(max_records=1)
-        return True
+    async def believes(self: Any, snapshot: Snapshot) -> Any:
+        where = (topics.DECISIONS, snapshot.region)
+        return await self.bus.reader([where], start={where: snapshot.offset + 1})
 
-    monkeypatch.setattr(PlannerService, "_proves", believes)
+    monkeypatch.setattr(PlannerService, "_reader_behind", believes)
     with pytest.raises((AssertionError, InvariantError, TimeoutError)):
         run_virtual(_planted_snapshot({"seq": 10_000, "nonce": "never-written"}), horizon_s=HORIZON_S)
