@@ -15,7 +15,7 @@ from bus import messages, snapshots, topics
 from bus.errors import BusError
 from bus.messages import Decision, Message, Snapshot, SnapshotPart
 from bus.port import Position
-from bus.snapshots import PLACES, key_of
+from bus.snapshots import key_of
 from planner.snapshot import Image, spliced
 
 if TYPE_CHECKING:
@@ -88,8 +88,10 @@ class Keeper:
     async def _write(self, snapshot: Snapshot, image: Image) -> None:
         """The parts, what a larger one has left behind them, and the snapshot itself. Raises `BusError`."""
         before = self._newest if self._newest is not None else await self._look()
-        place = 0 if before is None else (before.place + 1) % PLACES
-        widths = [0] * PLACES if before is None else [*before.widths, *[0] * PLACES][:PLACES]
+        place = 0 if before is None else (before.place + 1) % snapshots.PLACES
+        widths = [0] * snapshots.PLACES
+        if before is not None:
+            widths = [*before.widths, *widths][: snapshots.PLACES]
         pieces = image.pieces(self.service.part_bytes)
         lists = next(pieces)
         first, names = 0, list[str]()
