@@ -112,6 +112,7 @@ class NodeAnnounced(Message):
     link2_capacity_bps: BitsPerSecond = 0  # B_e^2 of an edge
     reachable_edges: tuple[NodeName, ...] | None = None  # E_i of a device; None: every edge
     models: tuple[ModelProfile, ...] = ()  # what it can run, and how fast
+    draining: Literal[True] | None = None  # it is about to leave: it finishes what runs there and wants nothing new
 
 
 class NodeLeft(Message):

@@ -171,10 +171,13 @@ class Table:
         """A record of the decisions as readers take it, or why nobody obeys it. The first that is read is taken to count."""
         log = self._logs.get(region)
         if log is None:
-            log = self._logs[region] = DecisionLog()
-            if not isinstance(message, EpochOpened):
-                seq = message.seq - 1 if isinstance(message, Decision | DecisionPart) else 0
-                log = self._logs[region] = DecisionLog(epoch=message.epoch, nonce=message.nonce, seq=seq)
-        elif isinstance(message, Decision | DecisionPart) and log.seq == 0 and message.nonce == log.nonce:
+            known = isinstance(message, EpochOpened)
+            log = DecisionLog() if known else DecisionLog(epoch=message.epoch, nonce=message.nonce)
+            self._logs[region] = log
+        first = isinstance(message, Decision | DecisionPart) and log.seq == 0 and message.nonce == log.nonce
+        if first:
             log.seq = message.seq - 1  # reading began in between
-        return log.accept(message)
+        accepted = log.accept(message)
+        if first and isinstance(accepted, Dropped):  # even in between its parts
+            log.seq = message.seq if isinstance(message, Decision) else 0
+        return accepted

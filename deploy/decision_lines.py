@@ -152,7 +152,7 @@ def lines_of(message: Any, held: Held | None = None) -> Iterator[Line]:
         case TaskCancelled():
             yield "yellow", message.task_id, "cancel asked", ""
         case NodeAnnounced():
-            yield "cyan", message.node, "announced", _node(message)
+            yield "cyan", message.node, "will drain" if message.draining else "announced", _node(message)
         case NodeLeft():
             yield "yellow", message.node, "leaves", ""
         case NodeHeartbeat():
@@ -221,7 +221,7 @@ def _decision(decision: Decision, held: Held) -> Iterator[Line]:
             case Ended():
                 yield _ended(change)
             case NodeJoined(node=node):
-                yield "cyan", node.node, "joined", _node(node)
+                yield "cyan", node.node, "drains" if node.draining else "joined", _node(node)
             case NodeLost():
                 yield "red", change.node, "lost", change.cause
             case _:

@@ -125,6 +125,7 @@ class Stage:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2.0):
+                await self.node.drain()
                 await self.work.drain()
         await self.node.leave()
 

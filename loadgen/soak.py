@@ -259,6 +259,7 @@ class Region:
 
     async def _leave(self, name: str) -> None:
         if name in self.works:
+            await self.nodes[name].drain()
             await self.works[name].drain()
             await self.nodes[name].leave()
 

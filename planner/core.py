@@ -20,6 +20,8 @@ So a task starts only when no running task holds what it was promised. What the 
 * `TaskCompleted` from the task's device ends it whatever attempt it names, even one that was taken back: the device has all
   results. `TaskFailed` of another attempt than the present one is ignored; a retryable one is retried, at most
   `max_attempts` times.
+* A node that announces that it drains gets no new task and keeps what runs there; what was scheduled there is placed
+  elsewhere, or waits, as while a draining device's tasks do.
 * Progress, heartbeats of strangers and of old incarnations, events of tasks that are not live: no change.
 
 Heartbeats are soft state: they renew a lease, are in no record and in no hash; after a restart leases begin anew
@@ -213,6 +215,8 @@ class PlannerCore(Reach):
         self._renew(announced.node, announced.incarnation, now)
         if node is not None and node.announced.role is announced.role:
             self._take_back_unserved(announced, now)
+        if announced.draining:
+            return  # nobody waits for it
         if announced.role is Role.DEVICE:
             found = [task for task in self._waiting.values() if task.submitted.device == announced.node]
         else:
@@ -268,7 +272,9 @@ class PlannerCore(Reach):
             self._retry(self.tasks[r.task_id], "capacity_lowered", now, announced.node)
 
     def _take_back_unserved(self, announced: NodeAnnounced, now: float) -> None:
-        """A node has changed under the same incarnation: what it no longer serves is planned again."""
+        """A node has changed under the same incarnation: what it no longer serves is planned again. Of what a node that
+        drains serves, that is what does not run yet.
+        """
         name = announced.node
         for task in sorted(self.tasks.values(), key=_seq):
             placed = task.placed
@@ -287,11 +293,28 @@ class PlannerCore(Reach):
             elif (
                 announced.role is Role.CLOUD
                 and placement.uses_cloud
-                and self._cloud_row(placed.model, placed.sha256) is None
+                and self._fastest_cloud(self._cloud_names, placed.model, placed.sha256) is None
             ):
                 cause = "model_gone"
+            if (
+                not cause
+                and announced.draining
+                and task.state is TaskState.SCHEDULED
+                and self._waits_for(task, announced)
+            ):
+                cause = "draining"
             if cause:
                 self._retry(task, cause, now, name)
+
+    def _waits_for(self, task: Task, draining: NodeAnnounced) -> bool:
+        """Whether a scheduled task is to run with a node that drains, and in the cloud's case with no other."""
+        assert task.placed is not None
+        placed, placement = task.placed, task.placed.placement
+        if draining.role is Role.DEVICE:
+            return task.submitted.device == draining.node
+        if draining.role is Role.EDGE:
+            return placement.edge == draining.node
+        return placement.uses_cloud and self._cloud_row(placed.model, placed.sha256) is None
 
     # --- what follows from a change ----------------------------------------------------------------------------------
 
@@ -488,10 +511,10 @@ class PlannerCore(Reach):
         if device.reachable_edges == ():
             return "unreachable", f"{device.node} reaches no edge, and {self.policy.name} needs one"
         named = self._edge_names if device.reachable_edges is None else list(device.reachable_edges)
-        if not named or any(name not in self.nodes for name in named):
+        if not named or any(name not in self.nodes or self.nodes[name].draining for name in named):
             return None
         families = self.policy.families if isinstance(self.policy, Restriction) else {DEVICE_CLOUD}
-        if not self._cloud_names and not families <= {DEVICE_EDGE}:
+        if all(self.nodes[name].draining for name in self._cloud_names) and not families <= {DEVICE_EDGE}:
             return None
         lacks = []
         for name in named:
