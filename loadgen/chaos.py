@@ -32,9 +32,10 @@ from loadgen.chaos_region import LAYER_S, LEASE_S, MODEL, Stage, cast, same
 from loadgen.chaos_watch import Watch, WatchedBus
 from loadgen.metrics import distribution
 from loadgen.virtual_loop import run_virtual
-from planner.core import DEFAULT_MAX_WAITING, PlannerCore
+from planner.core import PlannerCore
 from planner.division import RECORD_BYTES
 from planner.keeper import PART_BYTES
+from planner.placing import DEFAULT_MAX_WAITING
 from planner.service import PlannerService, Standing
 from stages.device import Device
 from stages.hop import Hop

@@ -18,9 +18,9 @@ from bus.errors import BusError, ProtocolError
 from bus.frames import Array, Assembler, Piece, decode_frame, to_tensors
 from bus.messages import Decision, Ended, EpochOpened, Message, Snapshot
 from bus.port import Bus, Reader
-from planner.core import PlannerCore
 from planner.leading import Lead
 from planner.ledger import Ledger, Reservation, Timeline
+from planner.placing import Placing
 from planner.service import PlannerService
 from stages.device import Attempt, Device
 from stages.fences import Fences
@@ -238,7 +238,7 @@ async def _no_letter(self: Lead) -> None:
     """Nobody looks after the snapshots."""
 
 
-def _full_queue(self: PlannerCore) -> int:
+def _full_queue(self: Placing) -> int:
     """The queue never looks full."""
     return 0
 
@@ -321,7 +321,7 @@ CANARIES = (
         "any snapshot (planner)", "a planner believes every snapshot", 20, PlannerService, "_reader_behind", _believes
     ),
     Canary("garbage left", "garbage among the snapshots stays", 5, Lead, "tidy", _no_letter),
-    Canary("queue unbounded", "a full queue takes more", 20, PlannerCore, "_queued", _full_queue),
+    Canary("queue unbounded", "a full queue takes more", 20, Placing, "_queued", _full_queue),
     Canary("losses unseen", "a silent node is not declared lost", 5, Lead, "_look_at_clock", _deaf),
     Canary("inputs skipped", "a planner records more input as read than it read", 5, Lead, "_decided", _inputs_early),
 )
