@@ -92,6 +92,7 @@ class Keeper:
         widths = [0] * snapshots.PLACES
         if before is not None:
             widths = [*before.widths, *widths][: snapshots.PLACES]
+        self._written.clear()  # what was not read back by now may as well be looked at
         pieces = image.pieces(self.service.part_bytes)
         lists = next(pieces)
         first, names = 0, list[str]()
