@@ -369,6 +369,10 @@ class Decision(Message):
 # --- deepar.snapshots ------------------------------------------------------------------------------------------------
 
 
+MAX_PARTS = 10_000
+PartCount = Annotated[int, Field(ge=0, le=MAX_PARTS)]
+
+
 class SnapshotPart(Message):
     """A piece of a state that fits no single record. It means nothing without the `Snapshot` that names it."""
 
@@ -387,14 +391,14 @@ class Snapshot(Message):
     epoch: Annotated[int, Field(ge=1)]
     nonce: Name
     seq: int  # of the last decision folded in
-    offset: int  # of that decision on deepar.decisions; reading goes on behind it
+    offset: Annotated[int, Field(ge=0)]  # of that decision on deepar.decisions; reading goes on behind it
     now_s: float  # ledger time
     inputs: dict[str, int]
     ledger_hash: str
-    place: Annotated[int, Field(ge=0)] = 0  # where among the last few it is kept: part of the keys
-    widths: tuple[int, ...] = ()  # by place: how many parts stand there
+    place: Annotated[int, Field(ge=0, le=100)] = 0  # where among the last few it is kept: part of the keys
+    widths: Annotated[tuple[PartCount, ...], Field(max_length=100)] = ()  # by place: how many parts stand there
     first: Annotated[int, Field(ge=0)] = 0  # no part stands before this offset on deepar.snapshots
-    parts: Annotated[tuple[str, ...], Field(max_length=10_000)] = ()  # the digest of each part's record, in order
+    parts: Annotated[tuple[str, ...], Field(max_length=MAX_PARTS)] = ()  # the digest of each part's record, in order
     state: dict[str, Any]  # the planner's own; see planner. Its lists go on where those of the parts end
 
 

@@ -85,7 +85,7 @@ async def _between(bus: Bus, region: int, begin: int, end: int) -> list[Found]:
                 except ProtocolError as error:
                     log.debug("a broken snapshot is skipped", offset=record.offset, error=str(error))
                     continue
-                if isinstance(message, Snapshot):
+                if isinstance(message, Snapshot) and message.region == region:
                     there.append(Found(message, record.offset))
     finally:
         await reader.close()

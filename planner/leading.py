@@ -118,9 +118,8 @@ class Lead:
         try:
             while True:
                 for record in await reader.fetch():
-                    if record.value is not None and not self._keeper.wrote(
-                        record.value
-                    ):  # a tombstone is nobody's mistake
+                    # a tombstone is nobody's mistake
+                    if record.value is not None and not self._keeper.wrote(record.value):
                         try:
                             messages.decode(record.topic, record.value)
                         except ProtocolError as error:

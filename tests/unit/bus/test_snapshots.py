@@ -40,7 +40,16 @@ def test_the_newest_one_that_is_proven_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    "forged", [{"seq": 900, "offset": 900}, {"nonce": "x"}, {"epoch": 9}, {"ledger_hash": "x"}, {"offset": 0}]
+    "forged",
+    [
+        {"seq": 900, "offset": 900},
+        {"region": 7},
+        {"offset": -1},
+        {"nonce": "x"},
+        {"epoch": 9},
+        {"ledger_hash": "x"},
+        {"offset": 0},
+    ],
 )
 def test_a_forged_one_is_passed_over(forged: dict[str, Any]) -> None:
     newest = messages.encode(snapshot(5).model_copy(update=forged))
