@@ -249,6 +249,14 @@ def test_the_table_shows_a_decision_of_several_records_when_it_is_whole() -> Non
     assert lines(1) == [ignored, ignored, ["t4", "starts"]]  # reading began in its midst
 
 
+def test_a_node_that_drains_is_told_apart() -> None:
+    node = NodeAnnounced(node="e1", role=Role.EDGE, incarnation="i")
+    draining = node.model_copy(update={"draining": True})
+    told = [next(iter(lines_of(message)))[1:3] for message in (node, draining)]
+    told += [next(iter(lines_of(decision(NodeJoined(node=one)))))[1:3] for one in (node, draining)]
+    assert told == [("e1", "announced"), ("e1", "will drain"), ("e1", "joined"), ("e1", "drains")]
+
+
 def test_piped_a_record_stays_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     message = decision(placed("t1"), start("t1"))
     json_line(record(7, message))
