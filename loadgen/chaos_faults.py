@@ -254,12 +254,13 @@ class Breaker:
             now_s=draw.choice([0.0, 1e6]),
             inputs={topics.TASKS: draw.choice([0, 10_000])},
             ledger_hash=draw.choice(["0" * 32, empty.state_hash]),
-            parts=draw.choice([(), ("0" * 32,)]),
+            parts=draw.choice([(), (), (), ("0" * 32,)]),
             state=draw.choice([{}, {"version": 1, "region": 0}, empty.to_state()]),
         )
         part = SnapshotPart(region=0, seq=snapshot.seq, part=1, state={"tasks": [{}]})
         place = draw.randrange(PLACES)
-        forged, key = draw.choice([(snapshot, key_of(0, place)), (snapshot, "x"), (part, key_of(0, place, 1))])
+        places = [(snapshot, key_of(0, place)), (snapshot, "x"), (snapshot, "0"), (part, key_of(0, place, 1))]
+        forged, key = draw.choice(places)
         with contextlib.suppress(BusError):
             await client.send(topics.SNAPSHOTS, messages.encode(forged), key=key, partition=0)
 
