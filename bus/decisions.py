@@ -3,6 +3,9 @@
 Several planners may write to a region's partition (an old one that was frozen, two that race for an epoch), but a reader
 obeys one: the first `EpochOpened` of each higher epoch wins, and of the decisions only those of the open (epoch, nonce)
 whose sequence number follows the last. Whoever reads the same partition from the same place draws the same conclusions.
+
+A step that fits no single record comes as `DecisionPart`s and the `Decision` behind them. Parts change nothing: they are put
+by, and when the decision stands, and all of its parts before it, it is given out with the changes of all of them.
 """
 
 from __future__ import annotations
@@ -11,10 +14,10 @@ from dataclasses import dataclass
 
 from bus import messages, topics
 from bus.errors import ProtocolError
-from bus.messages import Decision, EpochOpened, PlannerHeartbeat, PlannerLeft
+from bus.messages import Change, Decision, DecisionPart, EpochOpened, PlannerHeartbeat, PlannerLeft
 from bus.port import Record
 
-DecisionTopicMessage = Decision | EpochOpened | PlannerHeartbeat | PlannerLeft
+DecisionTopicMessage = Decision | DecisionPart | EpochOpened | PlannerHeartbeat | PlannerLeft
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class DecisionLog:
         self.left = False  # whether that planner has gone politely
         self.seq = seq  # of the last valid decision
         self.dropped = 0  # records that did not count
+        self._parts: list[DecisionPart] = []  # of the next decision, as far as they have come
 
     @property
     def demanded(self) -> str | None:
@@ -44,7 +48,7 @@ class DecisionLog:
         return None if self.left else self.identity
 
     def read(self, record: Record) -> DecisionTopicMessage | Dropped:
-        """The record's message where it counts; `Dropped` where it does not."""
+        """The record's message where it counts, a decision with all its changes; `Dropped` where it does not."""
         try:
             message = messages.decode(topics.DECISIONS, record.value)
         except ProtocolError as error:
@@ -59,16 +63,31 @@ class DecisionLog:
             self.epoch, self.nonce = message.epoch, message.nonce
             self.planner, self.lease_s, self.left = message.planner, message.lease_s, False
             self.identity = message.identity
+            self._parts.clear()
             return message
         if (message.epoch, message.nonce) != (self.epoch, self.nonce):
             return self._drop("stale_epoch", f"epoch {message.epoch} ({message.nonce}), {self.epoch} is open")
-        if not isinstance(message, Decision):
+        if isinstance(message, PlannerHeartbeat | PlannerLeft):
             self.left = isinstance(message, PlannerLeft)
             return message
         if message.seq != self.seq + 1:
             return self._drop("out_of_sequence", f"sequence {message.seq} after {self.seq}")
+        parts = self._parts
+        if isinstance(message, DecisionPart):
+            if message.part != len(parts) + 1:
+                return self._drop(
+                    "out_of_sequence", f"part {message.part} of decision {message.seq} after {len(parts)}"
+                )
+            parts.append(message)
+            return message
+        if (message.parts or 0) != len(parts):
+            return self._drop("out_of_sequence", f"decision {message.seq} has {message.parts} parts, {len(parts)} came")
         self.seq = message.seq
-        return message
+        if not parts:
+            return message
+        changes: list[Change] = [change for part in parts for change in part.changes]
+        parts.clear()
+        return message.model_copy(update={"changes": (*changes, *message.changes)})
 
     def _drop(self, reason: str, detail: str) -> Dropped:
         self.dropped += 1

@@ -112,6 +112,7 @@ class NodeAnnounced(Message):
     link2_capacity_bps: BitsPerSecond = 0  # B_e^2 of an edge
     reachable_edges: tuple[NodeName, ...] | None = None  # E_i of a device; None: every edge
     models: tuple[ModelProfile, ...] = ()  # what it can run, and how fast
+    draining: Literal[True] | None = None  # it is about to leave: it finishes what runs there and wants nothing new
 
 
 class NodeLeft(Message):
@@ -337,6 +338,18 @@ class PlannerLeft(Message):
     nonce: Name
 
 
+class DecisionPart(Message):
+    """More changes of a step that fits no single record. They count once its `Decision` stands behind them, else never."""
+
+    type: Literal["decision_part"] = "decision_part"
+    region: Annotated[int, Field(ge=0)]
+    epoch: Annotated[int, Field(ge=1)]
+    nonce: Name
+    seq: Annotated[int, Field(ge=1)]  # of the decision that it is a part of
+    part: Annotated[int, Field(ge=1)]  # counts from 1
+    changes: tuple[Change, ...]
+
+
 class Decision(Message):
     """Every change of state made in one step. Readers take only the open (epoch, nonce) and seq = previous + 1."""
 
@@ -347,7 +360,8 @@ class Decision(Message):
     seq: Annotated[int, Field(ge=1)]  # counts from 1 over the life of the region, not of the epoch
     now_s: float  # ledger time of the step
     inputs: dict[str, int]  # topic -> next offset to read in the region's partition, after this step
-    changes: tuple[Change, ...]
+    changes: tuple[Change, ...]  # behind those of its parts, where there are any
+    parts: Annotated[int, Field(ge=1)] | None = None  # how many records of it stand before this one; None: this is all
     ledger_hash: str  # of the planner's state after the step; a replay must arrive at the same
     at: str | None = None  # ISO 8601 UTC, for people
 
@@ -355,19 +369,37 @@ class Decision(Message):
 # --- deepar.snapshots ------------------------------------------------------------------------------------------------
 
 
+MAX_PARTS = 10_000
+PartCount = Annotated[int, Field(ge=0, le=MAX_PARTS)]
+
+
+class SnapshotPart(Message):
+    """A piece of a state that fits no single record. It means nothing without the `Snapshot` that names it."""
+
+    type: Literal["snapshot_part"] = "snapshot_part"
+    region: Annotated[int, Field(ge=0)]
+    seq: int  # of the decision after which the state was taken
+    part: Annotated[int, Field(ge=1)]  # counts from 1
+    state: dict[str, list[Any]]  # more of the lists of the snapshot's state
+
+
 class Snapshot(Message):
-    """The planner's whole state after a decision, so that a restart need not read all history."""
+    """The planner's whole state after a decision, so that a restart need not read all history. Written behind its parts."""
 
     type: Literal["snapshot"] = "snapshot"
     region: Annotated[int, Field(ge=0)]
     epoch: Annotated[int, Field(ge=1)]
     nonce: Name
     seq: int  # of the last decision folded in
-    offset: int  # of that decision on deepar.decisions; reading goes on behind it
+    offset: Annotated[int, Field(ge=0)]  # of that decision on deepar.decisions; reading goes on behind it
     now_s: float  # ledger time
     inputs: dict[str, int]
     ledger_hash: str
-    state: dict[str, Any]  # the planner's own; see planner
+    place: Annotated[int, Field(ge=0, le=100)] = 0  # where among the last few it is kept: part of the keys
+    widths: Annotated[tuple[PartCount, ...], Field(max_length=100)] = ()  # by place: how many parts stand there
+    first: Annotated[int, Field(ge=0)] = 0  # no part stands before this offset on deepar.snapshots
+    parts: Annotated[tuple[str, ...], Field(max_length=MAX_PARTS)] = ()  # the digest of each part's record, in order
+    state: dict[str, Any]  # the planner's own; see planner. Its lists go on where those of the parts end
 
 
 # --- the one table from topic to message ---------------------------------------------------------------------------
@@ -375,7 +407,10 @@ class Snapshot(Message):
 TaskMessage = Annotated[TaskSubmitted | TaskCancelled, Field(discriminator="type")]
 NodeMessage = Annotated[NodeAnnounced | NodeLeft, Field(discriminator="type")]
 EventMessage = Annotated[NodeHeartbeat | TaskProgress | TaskCompleted | TaskFailed, Field(discriminator="type")]
-DecisionMessage = Annotated[EpochOpened | PlannerHeartbeat | PlannerLeft | Decision, Field(discriminator="type")]
+DecisionMessage = Annotated[
+    EpochOpened | PlannerHeartbeat | PlannerLeft | DecisionPart | Decision, Field(discriminator="type")
+]
+SnapshotMessage = Annotated[Snapshot | SnapshotPart, Field(discriminator="type")]
 
 AnyMessage = (
     TaskSubmitted
@@ -389,8 +424,10 @@ AnyMessage = (
     | EpochOpened
     | PlannerHeartbeat
     | PlannerLeft
+    | DecisionPart
     | Decision
     | Snapshot
+    | SnapshotPart
 )
 
 _adapters: dict[str, TypeAdapter[Any]] = {
@@ -398,7 +435,7 @@ _adapters: dict[str, TypeAdapter[Any]] = {
     "deepar.nodes": TypeAdapter(NodeMessage),
     "deepar.events": TypeAdapter(EventMessage),
     "deepar.decisions": TypeAdapter(DecisionMessage),
-    "deepar.snapshots": TypeAdapter(Snapshot),
+    "deepar.snapshots": TypeAdapter(SnapshotMessage),
 }
 
 

@@ -1,48 +1,95 @@
-"""Where reading a region's decisions may begin: behind the newest snapshot that the log itself proves.
+"""Where reading a region's decisions may begin: behind the newest snapshot that is whole and that the log itself proves.
 
-Whoever can write to `deepar.snapshots` could otherwise make a reader skip decisions that stand, or wait for ever for an epoch
-that was never opened. So a snapshot is believed only when its decision stands at the place it names, with its hash.
+A snapshot is a `Snapshot`, which says all but the long lists of the state, and as many `SnapshotPart`s before it as the lists
+need. It names the digest of each part, so that it is whole or is none, whatever else stands in between. `deepar.snapshots` is
+compacted: a region's snapshots take `PLACES` places in turn, and the keys of a place are those of its snapshot and its parts.
+So one that is written half, by a planner that dies, takes the place of the oldest, and the last two stay as they are.
 
-That proves its coordinates (epoch, nonce, sequence, hash, offset) and not what else is in it. Planners also compare the state
-with the hash; stages take it as it is.
+Whoever can write to the topic could otherwise make a reader skip decisions that stand, or wait for ever for an epoch that was
+never opened. So a snapshot is believed only when its decision stands at the place it names, with its hash. That proves its
+coordinates (epoch, nonce, sequence, hash, offset) and not what else is in it. Planners also compare the state with the hash;
+stages take it as it is.
 """
 
 from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final
 
 import structlog
 
 from bus import messages, topics
 from bus.decisions import DecisionLog
 from bus.errors import ProtocolError
-from bus.messages import Decision, Snapshot
+from bus.messages import Decision, Snapshot, SnapshotPart
 from bus.port import Bus, Reader
 
-SNAPSHOTS_READ = 3
-"""So many of the newest snapshots are looked at; of a compacted topic the last record always remains."""
-FETCH_S = 0.2
+PLACES: Final = 3
+"""Two would do for one writer; a planner that was deposed and does not know it yet may spoil one more."""
+WINDOW: Final = 8
+"""So many of the last records are looked at first, then twice as many before them, and so on."""
+FETCH_S: Final = 0.2
+FETCHED_AT_ONCE: Final = 8
 
 log = structlog.get_logger("snapshots")
 
 
-async def newest(bus: Bus, region: int) -> list[Snapshot]:
-    """The last few snapshots, the newest state first (a planner that was deposed may have written an old one last).
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A snapshot as it stands on the topic, its parts not read yet."""
 
-    What cannot be read is skipped here: the planner that leads dead-letters it, once.
+    snapshot: Snapshot
+    offset: int  # on deepar.snapshots
+
+
+def key_of(region: int, place: int, part: int | None = None) -> str:
+    """The key of a snapshot's record, or of one of its parts (from 1 on)."""
+    return f"{region}/{place}" if part is None else f"{region}/{place}/{part}"
+
+
+def digest(payload: bytes) -> str:
+    """What a snapshot names a part by: 128 bits."""
+    return blake2b(payload, digest_size=16).hexdigest()
+
+
+async def found(bus: Bus, region: int) -> AsyncGenerator[Found]:
+    """The snapshots of a region, from the last records backwards; of those that stand near each other the newest state
+    first (a planner that was deposed may have written an old one last).
+
+    What cannot be read is skipped here: the planner that leads dead-letters it, once. Raises `BusError`.
     """
-    where = (topics.SNAPSHOTS, region)
     end = (await bus.end_offsets(topics.SNAPSHOTS))[region]
-    reader = await bus.reader([where], start={where: max(0, end - SNAPSHOTS_READ)})
-    found: list[Snapshot] = []
+    window = WINDOW
+    while end > 0:
+        begin = max(0, end - window)
+        for one in await _between(bus, region, begin, end):
+            yield one
+        end, window = begin, 2 * window
+
+
+async def _between(bus: Bus, region: int, begin: int, end: int) -> list[Found]:
+    where = (topics.SNAPSHOTS, region)
+    reader = await bus.reader([where], start={where: begin})
+    there: list[Found] = []
     try:
-        while await reader.lag():
-            for record in await reader.fetch(timeout_s=FETCH_S):
+        while reader.position(where) < end and await reader.lag():
+            for record in await reader.fetch(max_records=FETCHED_AT_ONCE, timeout_s=FETCH_S):
+                if record.offset >= end or record.value is None:
+                    continue
                 try:
-                    found.append(messages.decode(topics.SNAPSHOTS, record.value))
+                    message = messages.decode(topics.SNAPSHOTS, record.value)
                 except ProtocolError as error:
                     log.debug("a broken snapshot is skipped", offset=record.offset, error=str(error))
+                    continue
+                if isinstance(message, Snapshot) and message.region == region:
+                    there.append(Found(message, record.offset))
     finally:
         await reader.close()
-    return sorted(found, key=lambda snapshot: snapshot.seq, reverse=True)
+    return sorted(there, key=lambda one: one.snapshot.seq, reverse=True)
 
 
 async def proves(reader: Reader, snapshot: Snapshot) -> bool:
@@ -61,23 +108,80 @@ async def proves(reader: Reader, snapshot: Snapshot) -> bool:
             return False
 
 
+async def reader_behind(bus: Bus, snapshot: Snapshot) -> Reader | None:
+    """A reader of the decisions behind a snapshot, or None where the log does not prove it. Raises `BusError`."""
+    where = (topics.DECISIONS, snapshot.region)
+    reader = await bus.reader([where], start={where: snapshot.offset})
+    try:
+        if await proves(reader, snapshot):
+            return reader
+    except BaseException:
+        await reader.close()
+        raise
+    await reader.close()
+    log.warning("a snapshot of what the log does not say is ignored", region=snapshot.region, seq=snapshot.seq)
+    return None
+
+
+async def whole(bus: Bus, one: Found) -> Snapshot | None:
+    """The snapshot with its whole state, or None where a part is not there (any more). Raises `BusError`."""
+    snapshot = one.snapshot
+    if not snapshot.parts:
+        return snapshot
+    where = (topics.SNAPSHOTS, snapshot.region)
+    wanted = {name: number for number, name in enumerate(snapshot.parts)}
+    parts: dict[int, dict[str, list[Any]]] = {}
+    reader = await bus.reader([where], start={where: snapshot.first})
+    try:
+        while len(parts) < len(wanted) and reader.position(where) < one.offset and await reader.lag():
+            for record in await reader.fetch(max_records=FETCHED_AT_ONCE, timeout_s=FETCH_S):
+                number = None if record.value is None else wanted.get(digest(record.value))
+                if number is not None and number not in parts and (lists := _lists(record.value)) is not None:
+                    parts[number] = lists
+                    await asyncio.sleep(0)  # reading one takes some milliseconds
+    finally:
+        await reader.close()
+    if len(parts) < len(wanted):
+        log.warning("a snapshot is not whole", region=snapshot.region, seq=snapshot.seq, parts=len(snapshot.parts))
+        return None
+    state: dict[str, Any] = {}
+    for lists in (*(parts[number] for number in sorted(parts)), snapshot.state):
+        for name, value in lists.items():
+            if isinstance(value, list) and isinstance(state.get(name), list):
+                state[name].extend(value)
+            else:
+                state[name] = value
+    return snapshot.model_copy(update={"state": state})
+
+
+def _lists(payload: bytes | None) -> dict[str, list[Any]] | None:
+    try:
+        message = messages.decode(topics.SNAPSHOTS, payload)
+    except ProtocolError:
+        return None
+    return message.state if isinstance(message, SnapshotPart) else None
+
+
 async def open_decisions(bus: Bus, region: int) -> tuple[Snapshot | None, Reader]:
-    """A reader of a region's decisions behind the newest snapshot that the log proves, or at the start where none is.
+    """A reader of a region's decisions behind the newest snapshot that is whole and that the log proves, or at the start
+    where none is.
 
     Raises `BusError` where the bus cannot be reached.
     """
-    where = (topics.DECISIONS, region)
-    for snapshot in await newest(bus, region):
-        reader = await bus.reader([where], start={where: snapshot.offset})
-        try:
-            if await proves(reader, snapshot):
+    async with aclosing(found(bus, region)) as candidates:
+        async for one in candidates:
+            reader = await reader_behind(bus, one.snapshot)
+            if reader is None:
+                continue
+            try:
+                snapshot = await whole(bus, one)
+            except BaseException:
+                await reader.close()
+                raise
+            if snapshot is not None:
                 return snapshot, reader
-        except BaseException:
             await reader.close()
-            raise
-        await reader.close()
-        log.warning("a snapshot of what the log does not say is ignored", region=region, seq=snapshot.seq)
-    return None, await bus.reader([where], start="start")
+    return None, await bus.reader([(topics.DECISIONS, region)], start="start")
 
 
 def log_behind(snapshot: Snapshot) -> DecisionLog:

@@ -13,6 +13,7 @@ from bus.messages import (
     Admitted,
     BandwidthGrant,
     Decision,
+    DecisionPart,
     Ended,
     EpochOpened,
     Moved,
@@ -27,6 +28,7 @@ from bus.messages import (
     PlannerLeft,
     Retried,
     Snapshot,
+    SnapshotPart,
     Start,
     TaskCancelled,
     TaskCompleted,
@@ -60,6 +62,8 @@ def lines_of(message: Any, held: Held | None = None) -> Iterator[Line]:
     match message:
         case Decision():
             yield from _decision(message, Held() if held is None else held)
+        case DecisionPart():
+            yield "dim", "planner", "part", f"{message.part} of decision {message.seq}, which follows"
         case EpochOpened():
             yield "bold blue", message.planner, "leads", f"region {message.region} from epoch {message.epoch} on"
         case PlannerHeartbeat():
@@ -76,7 +80,7 @@ def lines_of(message: Any, held: Held | None = None) -> Iterator[Line]:
         case TaskCancelled():
             yield "yellow", message.task_id, "cancel asked", ""
         case NodeAnnounced():
-            yield "cyan", message.node, "announced", _node(message)
+            yield "cyan", message.node, "will drain" if message.draining else "announced", _node(message)
         case NodeLeft():
             yield "yellow", message.node, "leaves", ""
         case NodeHeartbeat():
@@ -88,6 +92,13 @@ def lines_of(message: Any, held: Held | None = None) -> Iterator[Line]:
             yield "green", message.task_id, "completed", details
         case TaskFailed():
             yield "red", message.task_id, "failed", f"at {message.node}: {message.cause} {message.detail}"
+        case SnapshotPart():
+            yield (
+                "dim",
+                f"region {message.region}",
+                "snapshot",
+                f"part {message.part} of that at decision {message.seq}",
+            )
         case Snapshot():
             yield "dim", f"region {message.region}", "snapshot", f"at decision {message.seq}"
         case _:
@@ -138,7 +149,7 @@ def _decision(decision: Decision, held: Held) -> Iterator[Line]:
             case Ended():
                 yield _ended(change)
             case NodeJoined(node=node):
-                yield "cyan", node.node, "joined", _node(node)
+                yield "cyan", node.node, "drains" if node.draining else "joined", _node(node)
             case NodeLost():
                 yield "red", change.node, "lost", change.cause
             case _:

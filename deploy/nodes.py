@@ -112,7 +112,7 @@ async def run_stage(
             try:
                 asked = await until_stopped(
                     patience.through(stage.serve),
-                    drain=lambda: stage.work.drain(),
+                    drain=stage.drain,
                     node=settings.name,
                     role=settings.role.value,
                 )
@@ -157,6 +157,11 @@ class Stage:
             error = error.exceptions[0]
         self._make()
         raise error
+
+    async def drain(self) -> None:
+        """Finish what is under way, and let nothing new come."""
+        await self.node.drain()
+        await self.work.drain()
 
     def look(self) -> Health:
         """For the probes."""

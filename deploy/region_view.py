@@ -65,7 +65,7 @@ class NodeView:
     """One node, as the region last knew it."""
 
     announced: NodeAnnounced
-    standing: Literal["announced", "joined", "lost"] = "announced"
+    standing: Literal["announced", "joined", "draining", "lost"] = "announced"
     heard_ms: int = 0  # when its last sign of life was sent, by its clock
 
 
@@ -214,7 +214,7 @@ class RegionView:
                 self._touch(view)
             case NodeJoined(node=node):
                 heard_ms = self.nodes[node.node].heard_ms if node.node in self.nodes else 0
-                self.nodes[node.node] = NodeView(node, "joined", heard_ms)
+                self.nodes[node.node] = NodeView(node, "draining" if node.draining else "joined", heard_ms)
             case NodeLost():
                 if (gone := self.nodes.get(change.node)) is not None:
                     gone.standing = "lost"

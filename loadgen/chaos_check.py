@@ -67,6 +67,7 @@ class Oracle:
         self._placed: dict[str, Placed] = {}
         self._running: set[str] = set()
         self._edges: dict[str, NodeAnnounced] = {}
+        self._draining: set[str] = set()  # nodes that want nothing new
         self._inputs: dict[str, int] = {}
         self._openers: dict[int, str] = {}
 
@@ -104,10 +105,14 @@ class Oracle:
             match change:
                 case NodeJoined(node=node):
                     gone.discard(node.node)  # replaced by its next process
+                    self._draining.discard(node.node)
+                    if node.draining:
+                        self._draining.add(node.node)
                     if node.role is Role.EDGE:
                         self._edges[node.node] = node
                 case NodeLost(node=name):
                     self.lost.add(name)
+                    self._draining.discard(name)
                     gone.add(name)
                 case Admitted(task=task):
                     self.admitted[task.task_id] += 1
@@ -118,6 +123,8 @@ class Oracle:
                 case Placed():
                     if change.placement.edge in gone or change.device in gone:
                         self._say("G9", f"{change.task_id} is placed on a node that is lost")
+                    if change.placement.edge in self._draining or change.device in self._draining:
+                        self._say("G9", f"{change.task_id} is placed on a node that drains")
                     self._placed[change.task_id] = change
                 case Start():
                     if change.task_id in self._running:

@@ -15,7 +15,8 @@ from bus.errors import BusError, ProtocolError
 from bus.faults import Faults
 from bus.frames import decode_frame
 from bus.memory import MemoryBroker, MemoryBus
-from bus.messages import Snapshot, TaskCancelled
+from bus.messages import Snapshot, SnapshotPart, TaskCancelled
+from bus.snapshots import PLACES, key_of
 from loadgen.chaos_region import LEASE_S, ChaosScenario
 from loadgen.virtual_process import Process
 from planner.core import PlannerCore
@@ -237,7 +238,7 @@ class Breaker:
         await self._put(client, topic, draw.choice(GARBAGE), key, "poison")
 
     async def _forge(self, process: Process, client: MemoryBus) -> None:
-        """A snapshot that can be read, of a state that never was; under the region's key, or beside it."""
+        """A snapshot that can be read, or a part of one, of a state that never was; in a true one's place, or beside it."""
         draw = self._draw
         self._count("forged snapshot")
         empty = PlannerCore(0)  # a state that fits its hash, and is not this region's
@@ -250,10 +251,15 @@ class Breaker:
             now_s=draw.choice([0.0, 1e6]),
             inputs={topics.TASKS: draw.choice([0, 10_000])},
             ledger_hash=draw.choice(["0" * 32, empty.state_hash]),
+            parts=draw.choice([(), (), (), ("0" * 32,)]),
             state=draw.choice([{}, {"version": 1, "region": 0}, empty.to_state()]),
         )
+        part = SnapshotPart(region=0, seq=snapshot.seq, part=1, state={"tasks": [{}]})
+        place = draw.randrange(PLACES)
+        places = [(snapshot, key_of(0, place)), (snapshot, "x"), (snapshot, "0"), (part, key_of(0, place, 1))]
+        forged, key = draw.choice(places)
         with contextlib.suppress(BusError):
-            await client.send(topics.SNAPSHOTS, messages.encode(snapshot), key=draw.choice(["0", "x"]), partition=0)
+            await client.send(topics.SNAPSHOTS, messages.encode(forged), key=key, partition=0)
 
     async def _stale(self, process: Process, client: MemoryBus) -> None:
         """Records that were written long ago come once more, in another order."""

@@ -24,7 +24,10 @@ from loadgen.chaos_verdict import Verdict
 from loadgen.chaos_watch import Watch
 from loadgen.virtual_process import Process, task_factory
 from loadgen.virtual_region import Stage, VirtualRegion
-from planner.core import DEFAULT_MAX_WAITING, PlannerCore
+from planner.core import PlannerCore
+from planner.division import RECORD_BYTES
+from planner.keeper import PART_BYTES
+from planner.placing import DEFAULT_MAX_WAITING
 from planner.service import PlannerService
 
 JOIN_S = 60.0
@@ -120,7 +123,18 @@ class Play:
 
     def _make_planner(self, name: str, bus: MemoryBus) -> PlannerService:
         clock = self.breaker.wall_clock(name)
-        return PlannerService(bus, self._make_core, name=name, lease_s=LEASE_S / 2, snapshot_every=7, wall_clock=clock)
+        # In every other seed nearly everything that a planner writes takes several records.
+        part_bytes, record_bytes = (PART_BYTES, RECORD_BYTES) if self.seed % 2 else (1_500, 1_000)
+        return PlannerService(
+            bus,
+            self._make_core,
+            name=name,
+            lease_s=LEASE_S / 2,
+            snapshot_every=7,
+            part_bytes=part_bytes,
+            record_bytes=record_bytes,
+            wall_clock=clock,
+        )
 
     def _connect(self, name: str) -> MemoryBus:
         bus = WatchedBus(self.broker, name, self.watch, fine=self.fine)

@@ -48,6 +48,7 @@ class DecisionFold:
         self.retries: Counter[str] = Counter()  # cause -> how often
         self.joined: dict[str, Json] = {}  # node -> what it announced, while it is there
         self.running: dict[str, Holding | None] = {}  # task -> what it holds of an edge
+        self._parts: list[list[Json]] = []  # of the next decision, where it takes more than one record
         self._admitted: set[str] = set()
         self._placed: dict[str, Json] = {}  # of tasks that have not ended
         self._grants: dict[str, dict[int, int]] = {}  # task -> link -> bits/s of its newest placement
@@ -74,18 +75,32 @@ class DecisionFold:
             if self.nonce in self.openers:
                 self._say(f"nonce {self.nonce} was used twice")
             self.openers[self.nonce] = message["planner"]
+            self._parts.clear()
             return dict(message)
         if (message["epoch"], message["nonce"]) != (self.epoch, self.nonce):
             self.ignored += 1
             return None
+        if kind in ("decision", "decision_part") and not self._follows(message):
+            self.ignored += 1
+            return None
         if kind == "decision":
-            if message["seq"] != self.seq + 1:
-                self.ignored += 1
-                return None
+            message["changes"] = [change for part in self._parts for change in part] + message["changes"]
+            self._parts.clear()
             self.seq = message["seq"]
             self.decisions += 1
             self._judge(message)
         return dict(message)
+
+    def _follows(self, message: Json) -> bool:
+        """Whether a decision, or a part of one, is the next, with all before it that belongs to it."""
+        if message["seq"] != self.seq + 1:
+            return False
+        if message["type"] == "decision":
+            return bool(message.get("parts", 0) == len(self._parts))
+        if message["part"] != len(self._parts) + 1:
+            return False
+        self._parts.append(message["changes"])
+        return True
 
     def finish(self, acknowledged: Iterable[str]) -> None:
         """Every acknowledged task has exactly one end (a second one was said when it was read), and nothing is still held."""

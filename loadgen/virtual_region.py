@@ -68,6 +68,7 @@ class Stage:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.drain_s):
+                await self.node.drain()
                 await self.work.drain()
         await self.node.leave()
 

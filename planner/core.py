@@ -20,6 +20,8 @@ So a task starts only when no running task holds what it was promised. What the 
 * `TaskCompleted` from the task's device ends it whatever attempt it names, even one that was taken back: the device has all
   results. `TaskFailed` of another attempt than the present one is ignored; a retryable one is retried, at most
   `max_attempts` times.
+* A node that announces that it drains gets no new task and keeps what runs there; what was scheduled there is placed
+  elsewhere, or waits, as while a draining device's tasks do.
 * Progress, heartbeats of strangers and of old incarnations, events of tasks that are not live: no change.
 
 Heartbeats are soft state: they renew a lease, are in no record and in no hash; after a restart leases begin anew
@@ -32,26 +34,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heappop
-from operator import index
 from typing import Any, Final
 
-from bus.errors import InvariantError
 from bus.makers import maker
 from bus.messages import (
     Admitted,
-    BandwidthGrant,
     Change,
-    Ended,
-    HandleInput,
     Moved,
     NodeAnnounced,
     NodeHeartbeat,
-    NodeJoined,
     NodeLeft,
-    NodeLost,
     Overran,
-    Placed,
-    Retried,
     Start,
     TaskCancelled,
     TaskCompleted,
@@ -60,26 +53,18 @@ from bus.messages import (
     TaskState,
     TaskSubmitted,
 )
-from bus.values import Execution, Objective, Role
 from planner import snapshot
-from planner.algorithm import Algorithm, Choice, EdgeOption, Request, placement_of
 from planner.ledger import Reservation
-from planner.policies import Policy, Restriction, load_policy
-from planner.reach import Reach
-from planner.region_state import APPLY, DEFAULT_PATIENCE_S, DEFAULT_REMEMBER_ENDED
-from planner.search import DEVICE_CLOUD, DEVICE_EDGE
-from planner.tasks import NEVER, Node, Task
+from planner.membership import Membership
+from planner.tasks import NEVER
 from planner.walk import pull, walk
 
-DEFAULT_MAX_WAITING: Final = 10_000
-DEFAULT_MAX_ATTEMPTS: Final = 100
 OVERRUN_SHARE: Final = 0.1
 """A task past its predicted end is assumed to take a tenth of its delay more, or as long as it is late, if that is longer."""
 OVERRUN_LEAST_S: Final = 0.001
 
 # Decisions carry what has been validated when it came in, or was computed here from that.
-_admitted, _placed, _granted, _start = maker(Admitted), maker(Placed), maker(BandwidthGrant), maker(Start)
-_moved, _overran, _retried, _ended = maker(Moved), maker(Overran), maker(Retried), maker(Ended)
+_admitted, _start, _moved, _overran = maker(Admitted), maker(Start), maker(Moved), maker(Overran)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,32 +85,12 @@ Event = (
 )
 
 
-class PlannerCore(Reach):
+class PlannerCore(Membership):
     """All that the planner of one region knows, and how it decides.
 
     Raises `InvariantError` where a bug of ours shows (a transition that is not in the table, a second release); such an
     error leaves the core unusable.
     """
-
-    def __init__(
-        self,
-        region: int = 0,
-        policy: str | Policy = "deepar",
-        objective: Objective = Objective.SEQUENTIAL,
-        execution: Execution = Execution.SEQUENTIAL,
-        max_waiting: int = DEFAULT_MAX_WAITING,
-        *,
-        patience_s: float = DEFAULT_PATIENCE_S,
-        remember_ended: int = DEFAULT_REMEMBER_ENDED,
-        max_attempts: int = DEFAULT_MAX_ATTEMPTS,
-    ) -> None:
-        super().__init__(region, objective, patience_s=patience_s, remember_ended=remember_ended)
-        self.policy = load_policy(policy) if isinstance(policy, str) else policy
-        self.execution = execution
-        self.max_waiting = max_waiting
-        self.max_attempts = max_attempts
-        self._changes: list[Change] = []  # of the step that is being taken
-        self._replan: list[tuple[int, str]] = []  # tasks to be placed before it is over
 
     # --- the one way in ----------------------------------------------------------------------------------------------
 
@@ -178,11 +143,6 @@ class PlannerCore(Reach):
         if task is not None:
             self._end(task, TaskState.FAILED, now, cause="cancelled")
 
-    def _on_left(self, left: NodeLeft, now: float) -> None:
-        node = self.nodes.get(left.node)
-        if node is not None and node.announced.incarnation == left.incarnation:
-            self._lose(node, "left", now)
-
     def _on_tick(self, tick: Tick, now: float) -> None:
         while self._next_lease() <= now:
             self._lose(self.nodes[self._lease_heap[0][1]], "lease_expired", now)
@@ -194,104 +154,6 @@ class PlannerCore(Reach):
                 self._end(task, TaskState.FAILED, now, cause="device_lost", detail=task.submitted.device)
             else:
                 self._end(task, TaskState.FAILED, now, cause="no_node", detail="nothing joined that it may use")
-
-    def _on_announced(self, announced: NodeAnnounced, now: float) -> None:
-        if announced.region != self.region:
-            return
-        node = self.nodes.get(announced.node)
-        if node is not None and node.announced.incarnation == announced.incarnation:
-            self._renew(announced.node, announced.incarnation, now)
-            if announced == node.announced:
-                return
-            if announced.role is not node.announced.role:
-                self._lose(node, "replaced", now)
-            elif announced.role is Role.EDGE:
-                self._shrink(announced, now)
-        elif node is not None:
-            self._lose(node, "replaced", now)
-        self._do(NodeJoined(node=announced), now)
-        self._renew(announced.node, announced.incarnation, now)
-        if node is not None and node.announced.role is announced.role:
-            self._take_back_unserved(announced, now)
-        if announced.role is Role.DEVICE:
-            found = [task for task in self._waiting.values() if task.submitted.device == announced.node]
-        else:
-            found = [task for task in self._waiting.values() if task.submitted.device in self.nodes]
-        for task in found:
-            self._replan_later(task)
-
-    def _lose(self, node: Node, cause: str, now: float) -> None:
-        """Take back what depends on a node, then drop it."""
-        announced = node.announced
-        name = announced.node
-        if announced.role is Role.EDGE:
-            touched = [self.tasks[task_id] for task_id in self.ledger.edges[name].reservations]
-        elif announced.role is Role.DEVICE:
-            touched = [
-                task
-                for task in self.tasks.values()
-                if task.submitted.device == name and task.state != TaskState.WAITING
-            ]
-        else:
-            others = [other for other in self._cloud_names if other != name]
-            touched = [
-                task
-                for task in self.tasks.values()
-                if task.placed is not None
-                and task.placed.placement.uses_cloud
-                and self._fastest_cloud(others, task.placed.model, task.placed.sha256) is None
-            ]
-        for task in sorted(touched, key=_seq):
-            if announced.role is Role.DEVICE and isinstance(task.submitted.input, HandleInput):
-                self._end(task, TaskState.FAILED, now, cause="input_lost", detail=f"{name}: {cause}")
-            else:
-                self._retry(task, "node_lost", now, f"{name}: {cause}")
-        if announced.role is Role.DEVICE:
-            for task in sorted(self._waiting.values(), key=_seq):
-                if task.submitted.device != name:
-                    continue
-                if isinstance(task.submitted.input, HandleInput):
-                    self._end(task, TaskState.FAILED, now, cause="input_lost", detail=f"{name}: {cause}")
-        self._do(NodeLost(node=name, incarnation=announced.incarnation, cause=cause), now)
-
-    def _shrink(self, announced: NodeAnnounced, now: float) -> None:
-        """An edge announces less than runs there: take back the latest until the rest fits."""
-        running = [r for r in self.ledger.edges[announced.node].reservations.values() if r.running]
-        running.sort(key=lambda r: r.key)
-        slots = sum(r.slots for r in running)
-        link1, link2 = sum(r.link1_bps for r in running), sum(r.link2_bps for r in running)
-        while running and (
-            slots > announced.slots or link1 > announced.link1_capacity_bps or link2 > announced.link2_capacity_bps
-        ):
-            r = running.pop()
-            slots, link1, link2 = slots - r.slots, link1 - r.link1_bps, link2 - r.link2_bps
-            self._retry(self.tasks[r.task_id], "capacity_lowered", now, announced.node)
-
-    def _take_back_unserved(self, announced: NodeAnnounced, now: float) -> None:
-        """A node has changed under the same incarnation: what it no longer serves is planned again."""
-        name = announced.node
-        for task in sorted(self.tasks.values(), key=_seq):
-            placed = task.placed
-            if placed is None:
-                continue
-            placement, cause = placed.placement, ""
-            if announced.role is Role.DEVICE and task.submitted.device == name:
-                reach = announced.reachable_edges
-                if self._row(name, placed.model, placed.sha256) is None:
-                    cause = "model_gone"
-                elif placement.edge is not None and reach is not None and placement.edge not in reach:
-                    cause = "edge_unreachable"
-            elif announced.role is Role.EDGE and placement.edge == name and placement.uses_slot:
-                if self._row(name, placed.model, placed.sha256) is None:
-                    cause = "model_gone"
-            elif (
-                announced.role is Role.CLOUD
-                and placement.uses_cloud
-                and self._cloud_row(placed.model, placed.sha256) is None
-            ):
-                cause = "model_gone"
-            if cause:
-                self._retry(task, cause, now, name)
 
     # --- what follows from a change ----------------------------------------------------------------------------------
 
@@ -343,172 +205,6 @@ class PlannerCore(Reach):
         self._changed_edges.clear()
         self._changed_devices.clear()
 
-    def _replan_later(self, task: Task) -> None:
-        self._replan.append((task.seq, task.task_id))
-
-    def _retry(self, task: Task, cause: str, now: float, detail: str = "") -> None:
-        if task.attempt >= self.max_attempts:
-            self._end(task, TaskState.FAILED, now, cause=cause, detail=f"after {task.attempt} attempts; {detail}")
-            return
-        self._do(_retried(task_id=task.task_id, attempt=task.attempt + 1, cause=cause, detail=detail), now)
-        self._replan_later(task)
-
-    def _end(
-        self,
-        task: Task,
-        state: TaskState,
-        now: float,
-        *,
-        cause: str = "",
-        detail: str = "",
-        completed: TaskCompleted | None = None,
-    ) -> None:
-        r = self.ledger.reservations.get(task.task_id)
-        self._do(
-            _ended(
-                task_id=task.task_id,
-                attempt=task.attempt,
-                state=state,
-                cause=cause,
-                detail=detail,
-                edge=None if r is None else r.edge,
-                released_slots=0 if r is None else r.slots,
-                released_link1_bps=0 if r is None else r.link1_bps,
-                released_link2_bps=0 if r is None else r.link2_bps,
-                measured=None if completed is None else completed.measured,
-                delay_s=None if completed is None else completed.delay_s,
-            ),
-            now,
-        )
-
-    # --- placing -----------------------------------------------------------------------------------------------------
-    def decide(self, submitted: TaskSubmitted, now: float) -> Choice | None:
-        """What the policy would choose for a task at this moment; nothing is booked. None: nothing will do."""
-        request = self.request(submitted)
-        return self.policy.place(Algorithm(request, now)) if isinstance(request, Request) else None
-
-    def _place(self, task: Task, now: float, *, fresh: bool = False) -> None:
-        """Place a WAITING task, leave it waiting, or reject it."""
-        request = self.request(task.submitted)
-        if isinstance(request, str):
-            detail = f"{task.submitted.device} does not run {task.submitted.model}"
-            self._end(task, TaskState.REJECTED, now, cause=request, detail=detail)
-            return
-        choice = None
-        if request is not None:
-            choice = self.policy.place(Algorithm(request, now))
-            if choice is None and (why := self._hopeless(task, request)) is not None:
-                self._end(task, TaskState.REJECTED, now, cause=why[0], detail=why[1])
-                return
-        if fresh and (choice is None or choice.start_s > now) and self._queued() > self.max_waiting:
-            detail = f"{self.max_waiting} tasks wait already"
-            self._end(task, TaskState.REJECTED, now, cause="queue_full", detail=detail)
-            return
-        if request is not None and choice is not None:
-            self._book(task, request, choice, now)
-
-    def _queued(self) -> int:
-        """Tasks that wait or are scheduled."""
-        return len(self.tasks) - self._running
-
-    def _book(self, task: Task, request: Request, choice: Choice, now: float) -> None:
-        submitted, row = task.submitted, request.device_row
-        if not isinstance(self.policy, Restriction):
-            choice = self._plain(choice)
-        option = request.edge(choice.edge)
-        self._check(request, option, choice, now)
-        search = request.device_search if option is None else option.search
-        _, edge, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
-        task_id, attempt = task.task_id, task.attempt
-        placed = _placed(
-            task_id=task_id,
-            attempt=attempt,
-            device=submitted.device,
-            model=row.model,
-            sha256=row.sha256,
-            samples=submitted.samples,
-            policy=self.policy.name,
-            objective=self.objective,
-            execution=self.execution,
-            placement=placement_of(request, choice),
-            start_s=start_s,
-            wait_s=start_s - now,
-            delay_s=delay_s,
-            parts=search.costs.parts(cut1, cut2, link1_bps, link2_bps, submitted.samples, submitted.input_bytes),
-        )
-        self._do(placed, now)
-        if edge is not None:  # grants tell what has been reserved; they change nothing themselves
-            if link1_bps:
-                self._changes.append(
-                    _granted(task_id=task_id, attempt=attempt, edge=edge, link=1, bps=link1_bps, from_s=start_s)
-                )
-            if link2_bps:
-                self._changes.append(
-                    _granted(task_id=task_id, attempt=attempt, edge=edge, link=2, bps=link2_bps, from_s=start_s)
-                )
-        if start_s <= now:
-            self._do(_start(task_id=task_id, attempt=attempt, device=submitted.device, at_s=start_s), now)
-
-    def _plain(self, choice: Choice) -> Choice:
-        """What a user's policy chose, in numbers of Python's own."""
-        try:
-            family, edge, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
-            whole = (index(cut1), index(cut2), index(link1_bps), index(link2_bps))
-            return Choice(index(family), edge, *whole, float(start_s), float(delay_s))
-        except (TypeError, ValueError) as error:
-            raise InvariantError(f"policy {self.policy.name} chose {choice!r}: {error}") from None
-
-    def _check(self, request: Request, option: EdgeOption | None, choice: Choice, now: float) -> None:
-        """A policy may be a user's: what it chose must be free, within the task's caps (11), and make sense.
-
-        No message that is made of it is validated once more.
-        """
-        end, layers = choice.start_s + choice.delay_s, request.device_row.layers
-        good = (
-            now <= choice.start_s <= end < NEVER
-            and 0 <= choice.cut1 <= choice.cut2 <= layers
-            and (choice.edge is None) == (option is None) == (choice.cut1 == layers)
-        )
-        if good and option is not None:
-            good = (
-                1 <= choice.link1_bps <= option.max_link1_bps
-                and 0 <= choice.link2_bps <= option.max_link2_bps
-                and option.account.timeline.fits(
-                    choice.start_s, end, int(choice.cut1 != choice.cut2), choice.link1_bps, choice.link2_bps
-                )
-            )
-        if good and choice.cut1 and request.device is not None:
-            good = request.device.free(choice.start_s, end)
-        if not good:
-            raise InvariantError(f"policy {self.policy.name} chose for {request.task_id} what is not free: {choice}")
-
-    def _hopeless(self, task: Task, request: Request) -> tuple[str, str] | None:
-        """Cause and detail when no node that may still join could help, else None."""
-        device = self.nodes[task.submitted.device].announced
-        if device.reachable_edges == ():
-            return "unreachable", f"{device.node} reaches no edge, and {self.policy.name} needs one"
-        named = self._edge_names if device.reachable_edges is None else list(device.reachable_edges)
-        if not named or any(name not in self.nodes for name in named):
-            return None
-        families = self.policy.families if isinstance(self.policy, Restriction) else {DEVICE_CLOUD}
-        if not self._cloud_names and not families <= {DEVICE_EDGE}:
-            return None
-        lacks = []
-        for name in named:
-            option = next((option for option in request.edges if option.account.name == name), None)
-            account = self.ledger.edges.get(name)
-            if option is None or account is None:
-                lacks.append(f"{name} does not run it")
-            else:
-                lacks.append(
-                    f"{name} has {account.slots} slots and at most {option.max_link1_bps}/{option.max_link2_bps} bit/s for it"
-                )
-        return "never_fits", "; ".join(lacks[:10])
-
-    def _do(self, change: Change, now: float) -> None:
-        APPLY[type(change)](self, change, now)  # what `apply` does, with a call less
-        self._changes.append(change)
-
     # --- the state as a value ----------------------------------------------------------------------------------------
 
     def to_state(self) -> dict[str, Any]:
@@ -532,10 +228,6 @@ class PlannerCore(Reach):
     def validate(self) -> None:
         """Check all that must hold between events; see `snapshot.validate`. Raises `InvariantError`. For tests."""
         snapshot.validate(self)
-
-
-def _seq(task: Task) -> int:
-    return task.seq
 
 
 _TAKE: Final[dict[type, Callable[[PlannerCore, Any, float], None]]] = {

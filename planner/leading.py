@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bus import messages, topics
 from bus.dead_letter import bury
 from bus.decisions import Dropped
 from bus.errors import BusError, InvariantError, ProtocolError
 from bus.identity import WRONG_IDENTITY
-from bus.messages import Change, Decision, EpochOpened, Message, PlannerHeartbeat, Snapshot
+from bus.messages import Change, Decision, DecisionPart, EpochOpened, Message, PlannerHeartbeat
 from bus.port import Position, Reader, Record
 from planner.core import Event, Tick
+from planner.division import divided
+from planner.keeper import Keeper
 
 if TYPE_CHECKING:
     from planner.service import PlannerService
@@ -37,6 +39,15 @@ class Deposed(Exception):
     """What was decided last may not count; fold the topic anew."""
 
 
+class _Unproven(NamedTuple):
+    """A record that is on its way."""
+
+    seq: int
+    part: int | None  # None: the decision itself
+    payload: bytes
+    begun_s: float  # when its step began, the loop's clock
+
+
 class Lead:
     """One spell of leading: from winning an epoch to losing it."""
 
@@ -46,17 +57,14 @@ class Lead:
         self.epoch = service.decision_log.epoch
         self.nonce = service.nonce
         self.seq = service.decision_log.seq
-        # Sequence, record, and when the step began, of what was decided and not yet read back.
-        self._unproven: deque[tuple[int, bytes, float]] = deque()
+        self._unproven: deque[_Unproven] = deque()  # what was decided and not yet read back
         self._acknowledgements: asyncio.Queue[Awaitable[Position]] = asyncio.Queue()
         self._room = asyncio.Event()
         self._begun_s = 0.0  # when the present step began
         self._spoke_s = float("-inf")
         self._unrecorded = 0  # inputs read since the last decision
         self._due: dict[str, int] | None = None  # where the inputs ended when it was time for a `Tick`
-        self._snapshots: dict[int, Snapshot] = {}  # by sequence, waiting for their proof
-        self._proven: asyncio.Queue[Snapshot] = asyncio.Queue()
-        self._kept: bytes | None = None  # the last snapshot that was written: known to be one
+        self._keeper = Keeper(service)
 
     # --- what is written ---------------------------------------------------------------------------------------------
 
@@ -70,21 +78,23 @@ class Lead:
                 message = service.decision_log.read(record)
                 if isinstance(message, EpochOpened):
                     raise Deposed(f"{message.planner} opened epoch {message.epoch}")
-                if isinstance(message, Dropped) and self._unproven and record.value == self._unproven[0][1]:
-                    raise InvariantError(f"decision {self._unproven[0][0]} does not count: {message.detail}")
+                if isinstance(message, Dropped) and self._unproven and record.value == self._unproven[0].payload:
+                    raise InvariantError(f"decision {self._unproven[0].seq} does not count: {message.detail}")
                 if isinstance(message, Dropped) and message.reason in UNREADABLE:
                     await self._bury_unreadable(record, message)
-                if not isinstance(message, Decision):
+                if not isinstance(message, Decision | DecisionPart):
                     continue
-                if not self._unproven or message.seq != self._unproven[0][0]:
+                part = message.part if isinstance(message, DecisionPart) else None
+                if not self._unproven or (message.seq, part) != (self._unproven[0].seq, self._unproven[0].part):
                     raise InvariantError(f"decision {message.seq} came back, which was not the next that was sent")
-                _, _, begun_s = self._unproven.popleft()
+                begun_s = self._unproven.popleft().begun_s
                 self._room.set()
+                if isinstance(message, DecisionPart):
+                    continue
                 if service.traces is not None:
                     now_s = asyncio.get_running_loop().time()
                     service.traces.tell(message, begun_s, now_s, now_s - service.now_s())
-                if (snapshot := self._snapshots.pop(message.seq, None)) is not None:
-                    self._proven.put_nowait(snapshot.model_copy(update={"offset": record.offset}))
+                self._keeper.proven(message.seq, record.offset)
 
     async def _bury_unreadable(self, record: Record, dropped: Dropped) -> None:
         """Dead-letter what is no message on the decisions, once: the next decision says how far that was done."""
@@ -108,7 +118,8 @@ class Lead:
         try:
             while True:
                 for record in await reader.fetch():
-                    if record.value is not None and record.value != self._kept:  # a tombstone is nobody's mistake
+                    # a tombstone is nobody's mistake
+                    if record.value is not None and not self._keeper.wrote(record.value):
                         try:
                             messages.decode(record.topic, record.value)
                         except ProtocolError as error:
@@ -147,25 +158,8 @@ class Lead:
             await self._post(heartbeat, messages.encode(heartbeat))
 
     async def keep(self) -> None:
-        """Write the snapshots that are proven. Without one a restart reads further back: no reason to stop leading."""
-        service = self.service
-        while True:
-            snapshot = await self._proven.get()
-            payload = messages.encode(snapshot)
-            if len(payload) > messages.MAX_MESSAGE_BYTES:
-                service.log.warning("the state is too large for a snapshot", seq=snapshot.seq, size_bytes=len(payload))
-                continue
-            self._kept = payload
-            try:
-                await service.bus.send(
-                    topics.SNAPSHOTS,
-                    payload,
-                    key=str(service.region),
-                    partition=service.region,
-                    headers=service.envelope.headers(snapshot),
-                )
-            except BusError as error:
-                service.log.warning("a snapshot could not be kept", seq=snapshot.seq, error=str(error))
+        """Write the snapshots that are proven."""
+        await self._keeper.run()
 
     # --- deciding ----------------------------------------------------------------------------------------------------
 
@@ -262,28 +256,21 @@ class Lead:
             at=service.utc(),
         )
         payload = messages.encode(decision)
-        if len(payload) > messages.MAX_MESSAGE_BYTES:
-            raise InvariantError(f"decision {self.seq} takes {len(payload):,} bytes, which nobody would read")
-        self._unproven.append((self.seq, payload, self._begun_s))
-        if self.seq % service.snapshot_every == 0:
-            self._snapshots[self.seq] = self._snapshot(decision)
-        await self._post(decision, payload)
+        if len(payload) > service.record_bytes and len(decision.changes) > 1:
+            parts, decision = divided(decision, service.record_bytes)
+            for part in parts:
+                await self._put(part, messages.encode(part))
+            payload = messages.encode(decision)
+        self._keeper.decided(decision)
+        await self._put(decision, payload)
         service.decisions += 1
 
-    def _snapshot(self, decision: Decision) -> Snapshot:
-        service = self.service
-        leader = {"planner": service.name, "lease_s": service.lease_s, "identity": service.demanded}
-        return Snapshot(
-            region=decision.region,
-            epoch=decision.epoch,
-            nonce=decision.nonce,
-            seq=decision.seq,
-            offset=0,  # known once it is read back
-            now_s=decision.now_s,
-            inputs=decision.inputs,
-            ledger_hash=decision.ledger_hash,
-            state=service.core.to_state() | {"leader": leader},
-        )
+    async def _put(self, record: Decision | DecisionPart, payload: bytes) -> None:
+        if len(payload) > messages.MAX_MESSAGE_BYTES:
+            raise InvariantError(f"decision {record.seq} takes {len(payload):,} bytes, which nobody would read")
+        part = record.part if isinstance(record, DecisionPart) else None
+        self._unproven.append(_Unproven(record.seq, part, payload, self._begun_s))
+        await self._post(record, payload)
 
     async def _post(self, message: Message, payload: bytes) -> None:
         service = self.service

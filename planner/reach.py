@@ -34,9 +34,9 @@ class Reach(RegionState):
         self._options: dict[tuple[str, PlatformRow, int], EdgeOption | None] = {}
 
     def request(self, submitted: TaskSubmitted) -> Request | str | None:
-        """A task as Algorithm 1 sees it; None while its device is not there; a cause where it never can be."""
+        """A task as Algorithm 1 sees it; None while its device is not there, or drains; a cause where it never can be."""
         device = self.nodes.get(submitted.device)
-        if device is None or device.announced.role is not Role.DEVICE:
+        if device is None or device.draining or device.announced.role is not Role.DEVICE:
             return None
         row = device.rows.get(submitted.model)
         if row is None:
@@ -67,7 +67,7 @@ class Reach(RegionState):
     def _option(self, name: str, row: PlatformRow, cloud: PlatformRow | None, own_bps: int) -> EdgeOption | None:
         """An edge as devices of one make see it, or None where it is no use to them."""
         node = self.nodes.get(name)
-        if node is None or node.announced.role is not Role.EDGE:
+        if node is None or node.draining or node.announced.role is not Role.EDGE:
             return None
         edge = node.rows.get(row.model)
         if edge is not None and (edge.sha256 != row.sha256 or edge.layers != row.layers):
@@ -90,10 +90,11 @@ class Reach(RegionState):
         return row if row is not None and row.sha256 == sha256 else None
 
     def _cloud_row(self, model: str, sha256: str) -> PlatformRow | None:
-        """How the cloud runs a model: the profile of its fastest node, of equals the first by name."""
+        """How the cloud runs a model that comes now: the profile of its fastest node, of equals the first by name."""
         key = model, sha256
         if key not in self._cloud_rows:
-            self._cloud_rows[key] = self._fastest_cloud(self._cloud_names, model, sha256)
+            staying = [name for name in self._cloud_names if not self.nodes[name].draining]
+            self._cloud_rows[key] = self._fastest_cloud(staying, model, sha256)
         return self._cloud_rows[key]
 
     def _fastest_cloud(self, names: Iterable[str], model: str, sha256: str) -> PlatformRow | None:

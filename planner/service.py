@@ -7,8 +7,9 @@ consumed, so that state, inputs and outputs are one atomic write. It goes on dec
 reads its own records back; should one not stand where it must, whatever it decided since is void, and it folds the topic
 anew. Ledger time is the region's own: the last record's `now` plus what has passed locally since taking over.
 
-Snapshots only save reading. One is written when its decision has been read back, and believed when that decision stands in
-the log where the snapshot says; else the topic is folded from the start. `docs/service.md` tells the operator's side.
+Snapshots only save reading. One is written when its decision has been read back, and believed when it is whole and that
+decision stands in the log where the snapshot says; else the topic is folded from the start. `docs/service.md` tells the
+operator's side.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
+from contextlib import aclosing
 from datetime import UTC, datetime
 from enum import StrEnum
 
@@ -33,7 +35,9 @@ from bus.messages import Decision, EpochOpened, Message, PlannerLeft, Snapshot
 from bus.port import Bus, Position, Reader, Record
 from bus.tracing import SpanSink
 from planner.core import PlannerCore
+from planner.division import RECORD_BYTES
 from planner.doorkeeper import Doorkeeper
+from planner.keeper import PART_BYTES
 from planner.leading import HEARTBEATS_PER_LEASE, INPUTS, UNREADABLE, Deposed, Lead
 from planner.traces import TaskTraces
 
@@ -70,11 +74,15 @@ class PlannerService:
         lease_s: float = LEASE_S,
         take_over: bool = False,
         snapshot_every: int = SNAPSHOT_EVERY,
+        part_bytes: int = PART_BYTES,
+        record_bytes: int = RECORD_BYTES,
         master: Master | None = None,
         trust_everybody: bool = False,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """`wall_clock` (seconds since 1970) is for people who read the records; nothing is decided by it."""
+        """`part_bytes`: what a record of a snapshot takes about, `record_bytes` one of a decision; what is more is divided.
+
+        `wall_clock` (seconds since 1970) is for people who read the records; nothing is decided by it."""
         self.bus = bus
         self.core = make_core()
         self.name = name
@@ -89,6 +97,9 @@ class PlannerService:
         self._take_over = take_over
         self._trust_everybody = trust_everybody
         self.snapshot_every = snapshot_every
+        self.part_bytes = part_bytes
+        self.record_bytes = record_bytes
+        self.snapshot_seq = 0  # of the decision behind which reading began, or of the last snapshot taken since
         self.decision_log = DecisionLog()  # the reading rule, as far as was read
         self.inputs: dict[str, int] = {}  # topic -> next offset to read
         self._wall_clock = wall_clock
@@ -146,21 +157,21 @@ class PlannerService:
         """The last snapshot that holds; the reader goes on behind it, and what it brings is to be folded in."""
         self.standing = Standing.READING
         where = (topics.DECISIONS, self.region)
-        for snapshot in await snapshots.newest(self.bus, self.region):
-            if not self._restore(snapshot):
-                continue
-            reader = await self.bus.reader([where], start={where: snapshot.offset})
-            try:
-                proven = await self._proves(reader, snapshot)
-            except BaseException:
+        async with aclosing(snapshots.found(self.bus, self.region)) as candidates:
+            async for one in candidates:
+                reader = await self._reader_behind(one.snapshot)
+                if reader is None:
+                    continue
+                try:
+                    snapshot = await snapshots.whole(self.bus, one)
+                except BaseException:
+                    await reader.close()
+                    raise
+                if snapshot is not None and self._restore(snapshot):
+                    return reader
                 await reader.close()
-                raise
-            if proven:
-                return reader
-            await reader.close()
-            self.log.error("a snapshot of what the log does not say is ignored", seq=snapshot.seq)
         self.core, self.decision_log = self._make_core(), DecisionLog()
-        self.inputs, self._now_s = dict.fromkeys(INPUTS, 0), 0.0
+        self.inputs, self._now_s, self.snapshot_seq = dict.fromkeys(INPUTS, 0), 0.0, 0
         return await self.bus.reader([where], start="start")
 
     def _restore(self, snapshot: Snapshot) -> bool:
@@ -174,11 +185,12 @@ class PlannerService:
             return False
         self.decision_log = snapshots.log_behind(snapshot)
         self.inputs, self._now_s = dict.fromkeys(INPUTS, 0) | snapshot.inputs, snapshot.now_s
+        self.snapshot_seq = snapshot.seq
         return True
 
-    async def _proves(self, reader: Reader, snapshot: Snapshot) -> bool:
-        """Whether the reader's first record is the decision that the snapshot was taken after."""
-        return await snapshots.proves(reader, snapshot)
+    async def _reader_behind(self, snapshot: Snapshot) -> Reader | None:
+        """A reader of the decisions behind a snapshot, where the log proves it."""
+        return await snapshots.reader_behind(self.bus, snapshot)
 
     async def _stand_by(self, reader: Reader) -> None:
         """Fold what comes until nobody leads. Returns when this planner should claim the region."""

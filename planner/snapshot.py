@@ -1,8 +1,9 @@
-"""The state as a value: to JSON and back, and a check of everything that must hold."""
+"""The state as a value: an image that is taken at once and written out bit by bit, and back; and a check of it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from heapq import heappush
 from typing import Any, Final
 
@@ -13,41 +14,102 @@ from planner.tasks import HASH_MASK, NEVER, Task, hash_of
 
 STATE_VERSION: Final = 1
 
+Lists = dict[str, list[bytes]]
+"""Pieces of the state's long lists, each entry as JSON."""
+
+
+class Image:
+    """Everything of a region that decides what will happen, as it is at this moment.
+
+    Taking it costs about a microsecond a task, for it only holds on to values that never change; making JSON of it costs ten
+    times as much and can be done in steps, while the region goes on.
+    """
+
+    def __init__(self, region: RegionState) -> None:
+        self.head: dict[str, Any] = {
+            "version": STATE_VERSION,
+            "region": region.region,
+            "now_s": None if region.now_s == float("-inf") else region.now_s,
+            "admitted": region._seq,
+        }
+        self._nodes = list(region.nodes.values())
+        reservations = region.ledger.reservations
+        self._tasks = [
+            (
+                task.submitted,
+                task.seq,
+                task.state,
+                task.attempt,
+                task.deadline_s,
+                task.waiting_since_s,
+                task.placed,
+                None if (r := reservations.get(task.task_id)) is None else (r.start_s, r.end_s),
+            )
+            for task in region.tasks.values()
+        ]
+        self._ended = region.ended.to_state()
+
+    def pieces(self, size_bytes: int) -> Iterator[Lists]:
+        """The long lists in pieces of about so much JSON, at least one. Equal profiles are written once."""
+        piece: Lists = {}
+        held = 0
+        for name, entry in self._entries():
+            if held and held + len(entry) > size_bytes:
+                yield piece
+                piece, held = {}, 0
+            piece.setdefault(name, []).append(entry)
+            held += len(entry) + 1
+        yield piece
+
+    def _entries(self) -> Iterator[tuple[str, bytes]]:
+        profiles: dict[str, int] = {}
+        nodes = []
+        for node in self._nodes:
+            models = [[profiles.setdefault(text, len(profiles)), platform] for text, platform in node.profile_texts()]
+            announced = node.announced.model_dump(mode="json", exclude={"models"})
+            nodes.append(json.dumps({"announced": announced, "models": models}).encode())
+        for text in profiles:
+            yield "profiles", text.encode()
+        for entry in nodes:
+            yield "nodes", entry
+        for submitted, seq, state, attempt, deadline_s, waiting_since_s, placed, held in self._tasks:
+            rest = {
+                "seq": seq,
+                "state": state.value,
+                "attempt": attempt,
+                "deadline_s": None if deadline_s == NEVER else deadline_s,
+                "waiting_since_s": waiting_since_s,
+                "start_s": None if held is None else held[0],
+                "end_s": None if held is None else held[1],
+            }
+            placed_text = b"null" if placed is None else placed.__pydantic_serializer__.to_json(placed)
+            submitted_text = submitted.__pydantic_serializer__.to_json(submitted, exclude_none=True)
+            yield (
+                "tasks",
+                b'{"submitted":%b,"placed":%b,%b' % (submitted_text, placed_text, json.dumps(rest).encode()[1:]),
+            )
+        for pair in self._ended:
+            yield "ended", json.dumps(pair).encode()
+
+    def to_state(self) -> dict[str, Any]:
+        """All of it at once."""
+        (lists,) = self.pieces(1 << 62)
+        state = dict(self.head)
+        for name in ("profiles", "nodes", "tasks", "ended"):
+            state[name] = [json.loads(entry) for entry in lists.get(name, ())]
+        return state
+
+
+def spliced(payload: bytes, lists: Lists) -> bytes:
+    """The JSON of a message whose last field is its `state`, with these lists at the end of it."""
+    inside = b",".join(b'"%b":[%b]' % (name.encode(), b",".join(entries)) for name, entries in lists.items())
+    comma = b"," if inside and not payload.endswith(b"{}}") else b""
+    return payload[:-2] + comma + inside + payload[-2:]
+
 
 def to_state(region: RegionState) -> dict[str, Any]:
     """Everything that decides what will happen, as JSON can carry it. Equal profiles are written once."""
-    profiles: dict[str, int] = {}
-    nodes = []
-    for node in region.nodes.values():
-        models = [[profiles.setdefault(text, len(profiles)), platform] for text, platform in node.profile_texts()]
-        announced = node.announced.model_dump(mode="json", exclude={"models"})
-        nodes.append({"announced": announced, "models": models})
-    tasks = []
-    for task in region.tasks.values():
-        r = region.ledger.reservations.get(task.task_id)
-        tasks.append(
-            {
-                "submitted": task.submitted.model_dump(mode="json"),
-                "seq": task.seq,
-                "state": task.state.value,
-                "attempt": task.attempt,
-                "deadline_s": None if task.deadline_s == NEVER else task.deadline_s,
-                "waiting_since_s": task.waiting_since_s,
-                "placed": None if task.placed is None else task.placed.model_dump(mode="json"),
-                "start_s": None if r is None else r.start_s,
-                "end_s": None if r is None else r.end_s,
-            }
-        )
-    return {
-        "version": STATE_VERSION,
-        "region": region.region,
-        "now_s": None if region.now_s == float("-inf") else region.now_s,
-        "admitted": region._seq,
-        "profiles": [json.loads(text) for text in profiles],
-        "nodes": nodes,
-        "tasks": tasks,
-        "ended": region.ended.to_state(),
-    }
+    return Image(region).to_state()
 
 
 def restore(region: RegionState, state: dict[str, Any]) -> None:
@@ -63,15 +125,16 @@ def restore(region: RegionState, state: dict[str, Any]) -> None:
     if region.tasks or region.nodes:
         raise InvariantError("only a new core can be restored")
     region.now_s = float("-inf") if state["now_s"] is None else state["now_s"]
-    for entry in state["nodes"]:
-        models = [{**state["profiles"][index], "platform": platform} for index, platform in entry["models"]]
+    profiles = state.get("profiles", [])
+    for entry in state.get("nodes", []):
+        models = [{**profiles[index], "platform": platform} for index, platform in entry["models"]]
         region._apply_joined(
             NodeJoined(node=NodeAnnounced.model_validate({**entry["announced"], "models": models})), region.now_s
         )
-    for entry in sorted(state["tasks"], key=lambda entry: (entry["waiting_since_s"], entry["seq"])):
+    for entry in sorted(state.get("tasks", []), key=lambda entry: (entry["waiting_since_s"], entry["seq"])):
         _restore_task(region, entry)
     region._seq = state["admitted"]
-    region._hash += region.ended.restore(state["ended"])
+    region._hash += region.ended.restore(state.get("ended", []))
     region._changed_edges.clear()
     region._changed_devices.clear()
 

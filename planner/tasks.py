@@ -66,12 +66,15 @@ class Task:
 class Node:
     """A node that is part of the region."""
 
-    __slots__ = ("_texts", "announced", "digest", "reach", "rows")
+    __slots__ = ("_texts", "announced", "digest", "draining", "reach", "rows")
 
     def __init__(self, announced: NodeAnnounced, table: RowTable) -> None:
         self.announced = announced
         self.rows: dict[str, PlatformRow] = {profile.model: table.row(profile) for profile in announced.models}
-        self.digest = hash_of("node|" + announced.model_dump_json())
+        self.draining = announced.draining is True
+        # What most nodes never say is left out, so that records from before it could be said have the same hash.
+        left_out = None if self.draining else {"draining"}
+        self.digest = hash_of("node|" + announced.model_dump_json(exclude=left_out))
         self.reach: dict[str, Reached] = {}  # of a device, by model; derived, not part of the state
         self._texts: list[tuple[str, str]] | None = None
 

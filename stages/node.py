@@ -39,6 +39,10 @@ MEASURED = {Role.DEVICE: ("device", "link1"), Role.EDGE: ("edge", "link2", "resu
 """The parts of a delay that each role measures."""
 HEARTBEATS_PER_LEASE = 5
 RETRY_S = 0.5
+NOTED_S = 2.0
+"""So long a node that drains waits for the planner to take note."""
+DRAINED_S = 0.05
+"""How often a node that drains looks whether it has nothing more to do."""
 
 log = structlog.get_logger("stage")
 
@@ -125,6 +129,8 @@ class Node:
         self._allowance = Allowance()
         self.serving = asyncio.Event()  # set by the work once it can take what it is sent; announced only then
         self._announced_s = float("-inf")  # when it last was
+        self._draining = False  # it has said, or is about to say, that it wants nothing new
+        self._noted = asyncio.Event()  # the planner has taken note of that
         self._heard_s = float("-inf")  # when the last sign of life that was acknowledged was sent
         self._renewed = asyncio.Event()
 
@@ -140,6 +146,24 @@ class Node:
                 group.create_task(self._keep_lease(), name=f"{self.settings.name}: lease")
         finally:
             await reader.close()
+
+    async def drain(self) -> None:
+        """Tell the region that this node wants nothing new, and return when nothing runs any more that the planner gave to
+        it by name. Where nobody takes note of it, there is nothing to wait for.
+        """
+        self._draining = True
+        try:
+            async with asyncio.timeout(NOTED_S):
+                await self.tell(topics.NODES, self.announcement(), self.settings.name)
+                await self._noted.wait()
+        except TimeoutError:
+            self.log.warning("nobody took note that this node drains", within_s=NOTED_S)
+            return
+        # From here on what the decisions place here runs; what only waited for this node was placed elsewhere.
+        while self.settings.role is Role.EDGE and any(
+            placed.placement.edge == self.settings.name for placed in self.fences.placed.values()
+        ):
+            await asyncio.sleep(DRAINED_S)
 
     async def leave(self) -> None:
         """Tell the region that this node goes."""
@@ -280,6 +304,8 @@ class Node:
                     match change:
                         case NodeJoined(node=node) if node.incarnation == self.incarnation:
                             self.status.joined = True
+                            if node.draining:
+                                self._noted.set()
                         case NodeLost(incarnation=incarnation) if incarnation == self.incarnation:
                             lost = True
                         case _:
@@ -317,6 +343,7 @@ class Node:
             link2_capacity_bps=s.link2_capacity_bps,
             reachable_edges=s.reachable_edges,
             models=self.runner.profiles(),
+            draining=True if self._draining else None,
         )
 
     async def _announce(self) -> None:

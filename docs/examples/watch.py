@@ -41,19 +41,27 @@ class Region:
 
     def __init__(self):
         self.epoch, self.nonce, self.seq = 0, "", 0
+        self.parts = []  # changes of a decision that takes several records, as far as they have come
 
     def counts(self, message):
         if message["type"] == "epoch_opened":
             if message["epoch"] <= self.epoch:
                 return False  # lost the race
-            self.epoch, self.nonce = message["epoch"], message["nonce"]
+            self.epoch, self.nonce, self.parts = message["epoch"], message["nonce"], []
             return True
         if (message["epoch"], message["nonce"]) != (self.epoch, self.nonce):
             return False  # of a planner that no longer leads
-        if message["type"] == "decision":
+        if message["type"] in ("decision_part", "decision"):
             if message["seq"] != self.seq + 1:
                 return False
-            self.seq = message["seq"]
+            if message["type"] == "decision_part":
+                if message["part"] == len(self.parts) + 1:
+                    self.parts.append(message["changes"])
+                return False  # it counts with its decision
+            if message.get("parts", 0) != len(self.parts):
+                return False
+            message["changes"] = [change for part in self.parts for change in part] + message["changes"]
+            self.seq, self.parts = message["seq"], []
         return True
 
 

@@ -14,9 +14,10 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from bus import messages, topics
+from bus.decisions import DecisionLog
 from bus.kafka import KafkaBus
 from bus.kafka_connection import KafkaConnection
-from bus.messages import Decision, Placed
+from bus.messages import Decision, NodeJoined, NodeLost, Placed
 from bus.port import Record
 from bus.tracing import chain, trace_id
 from deploy.ports import free_port
@@ -257,8 +258,22 @@ def test_a_broker_that_is_not_there_is_named_within_seconds(region: Processes) -
     assert "deepar broker" in failed.stderr
 
 
-def test_a_service_ends_politely_when_asked(region: Processes) -> None:
+def test_a_service_ends_politely_when_asked_and_stages_say_first_that_they_drain(
+    region: Processes, broker: OwnBroker
+) -> None:
+    planner, *stages = region.all
     before_s = time.monotonic()
-    assert all(one.end() == 0 for one in region.all)
+    assert all(one.end() == 0 for one in (*stages, planner))
     assert time.monotonic() - before_s < 30
     assert all("Traceback" not in one.text() for one in region.all)
+    told: dict[str, list[str]] = {}
+    log = DecisionLog()
+    for record in read_all(broker.bootstrap, topics.DECISIONS):
+        decision = log.read(record)
+        for change in decision.changes if isinstance(decision, Decision) else ():
+            if isinstance(change, NodeJoined):
+                told.setdefault(change.node.node, []).append("drains" if change.node.draining else "joined")
+            elif isinstance(change, NodeLost):
+                told[change.node].append(change.cause)
+    assert len(told) == len(stages)
+    assert all(story == ["joined", "drains", "left"] for story in told.values()), told

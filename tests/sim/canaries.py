@@ -18,9 +18,9 @@ from bus.errors import BusError, ProtocolError
 from bus.frames import Array, Assembler, Piece, decode_frame, to_tensors
 from bus.messages import Decision, Ended, EpochOpened, Message, Snapshot
 from bus.port import Bus, Reader
-from planner.core import PlannerCore
 from planner.leading import Lead
 from planner.ledger import Ledger, Reservation, Timeline
+from planner.placing import Placing
 from planner.service import PlannerService
 from stages.device import Attempt, Device
 from stages.fences import Fences
@@ -218,15 +218,16 @@ async def _tell_once(self: Node, topic: str, message: Message, key: str) -> None
 async def _any_snapshot(bus: Bus, region: int) -> tuple[Snapshot | None, Reader]:
     """The newest snapshot is believed as it stands."""
     where = (topics.DECISIONS, region)
-    for snapshot in await snapshots.newest(bus, region):
-        return snapshot, await bus.reader([where], start={where: snapshot.offset + 1})
+    async with contextlib.aclosing(snapshots.found(bus, region)) as candidates:
+        async for one in candidates:
+            return one.snapshot, await bus.reader([where], start={where: one.snapshot.offset + 1})
     return None, await bus.reader([where], start="start")
 
 
-async def _believes(self: PlannerService, reader: Reader, snapshot: Snapshot) -> bool:
+async def _believes(self: PlannerService, snapshot: Snapshot) -> Reader:
     """A planner asks the log nothing."""
-    await reader.fetch(max_records=1)
-    return True
+    where = (topics.DECISIONS, snapshot.region)
+    return await self.bus.reader([where], start={where: snapshot.offset + 1})
 
 
 def _unchecked(self: PlannerService, recorded: str, seq: int) -> None:
@@ -237,7 +238,7 @@ async def _no_letter(self: Lead) -> None:
     """Nobody looks after the snapshots."""
 
 
-def _full_queue(self: PlannerCore) -> int:
+def _full_queue(self: Placing) -> int:
     """The queue never looks full."""
     return 0
 
@@ -285,7 +286,7 @@ CANARIES = (
     Canary("ignored epoch", "decisions of deposed planners count", 20, DecisionLog, "accept", _ignore_epoch),
     Canary("ignored fences", "no attempt is ever fenced", 5, Fences, "fenced", _never_fenced),
     Canary("chunk order trusted", "chunks are put together as they come", 5, Assembler, "add", _trust_order),
-    Canary("never sent again", "a failed acknowledgement is overlooked", 10, Outlet, "_send_again", _never_again),
+    Canary("never sent again", "a failed acknowledgement is overlooked", 30, Outlet, "_send_again", _never_again),
     Canary("receipts leaked", "what a fenced attempt held stays open", 5, Flow, "_let_go", _hold_on),
     Canary("flows kept", "a hop does not follow the decisions", 5, Hop, "on_decision", _keep_flows),
     Canary("starts forgotten", "a second attempt is not begun", 5, Device, "_start", _forget_starts),
@@ -312,13 +313,15 @@ CANARIES = (
     Canary("permit leaked", "a result does not open the window", 5, Attempt, "_result", _permit_kept),
     Canary("window ignored", "a device sends without waiting for results", 5, Attempt, "_send", _no_window),
     Canary("gate ignored", "a node goes on sending after half a lease", 30, Node, "gate", _no_gate),
-    Canary("no watchdog", "a device waits for results for ever", 10, Attempt, "_watch", _no_watch),
+    Canary("no watchdog", "a device waits for results for ever", 20, Attempt, "_watch", _no_watch),
     Canary("no way back", "a node that was declared lost stays away", 5, Node, "_come_back", _no_return),
     Canary("told once", "an event that was not acknowledged is not sent again", 40, Node, "tell", _tell_once),
     Canary("any snapshot (stage)", "a stage believes every snapshot", 40, snapshots, "open_decisions", _any_snapshot),
-    Canary("any snapshot (planner)", "a planner believes every snapshot", 20, PlannerService, "_proves", _believes),
+    Canary(
+        "any snapshot (planner)", "a planner believes every snapshot", 20, PlannerService, "_reader_behind", _believes
+    ),
     Canary("garbage left", "garbage among the snapshots stays", 5, Lead, "tidy", _no_letter),
-    Canary("queue unbounded", "a full queue takes more", 20, PlannerCore, "_queued", _full_queue),
+    Canary("queue unbounded", "a full queue takes more", 20, Placing, "_queued", _full_queue),
     Canary("losses unseen", "a silent node is not declared lost", 5, Lead, "_look_at_clock", _deaf),
     Canary("inputs skipped", "a planner records more input as read than it read", 5, Lead, "_decided", _inputs_early),
 )

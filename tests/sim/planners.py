@@ -166,9 +166,10 @@ class Town:
     nodes: dict[str, Node] = field(default_factory=dict)  # where the stages are real
     shown: list[tuple[str, int]] = field(default_factory=list)  # results, where the stages are real
     master: Master | None = None  # whose keys prove who speaks; None: the region believes everybody
+    make_core: Callable[[], PlannerCore] | None = None  # None: with the defaults
 
     def core(self) -> PlannerCore:
-        return PlannerCore(self.region)
+        return PlannerCore(self.region) if self.make_core is None else self.make_core()
 
     def start(self, name: str = "p", *, fuse: int | None = None, lease_s: float = 1.0, **more: Any) -> Process:
         bus = FragileBus(self.broker, name, fuse=fuse)
@@ -271,16 +272,18 @@ class Town:
 
 @contextlib.asynccontextmanager
 async def town(
-    broker: MemoryBroker | None = None, *, real: bool = False, master: Master | None = None
+    broker: MemoryBroker | None = None, *, real: bool = False, played: bool = True, master: Master | None = None
 ) -> AsyncIterator[Town]:
-    """A region whose nodes have announced themselves and whose devices are played; or `real` stages, modelled."""
+    """A region whose nodes have announced themselves and whose devices are played, or not; or `real` stages, modelled."""
     made = broker or MemoryBroker()
     async with MemoryBus(made, "town") as bus:
         await bus.create_topics(topics.specs(["e1", "e2"]))
         place = Town(made, bus, master=master)
         if not real:
             await place.announce()
-        playing = asyncio.create_task(place.stages() if real else place.play(), name="stages")
+        playing = asyncio.create_task(
+            place.stages() if real else place.play() if played else asyncio.sleep(FOREVER_S), name="stages"
+        )
         try:
             yield place
         finally:

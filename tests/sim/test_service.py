@@ -54,12 +54,12 @@ async def _killed(fuses: list[int], timeout_s: float = 600.0, **more: Any) -> tu
         return story, last, lived[0].bus.steps
 
 
-def _steps_of_a_life() -> int:
+def _steps_of_a_life(**more: Any) -> int:
     """How many steps a planner takes for the whole of `TASKS` tasks."""
 
     async def run() -> int:
         async with town() as place:
-            process = place.start()
+            process = place.start(**more)
             await place.submit(range(TASKS))
             await place.until_ended(TASKS)
             return process.bus.steps
@@ -67,12 +67,14 @@ def _steps_of_a_life() -> int:
     return run_virtual(run(), horizon_s=HORIZON_S)
 
 
-def test_killed_at_any_step_it_forgets_nothing_and_decides_nothing_twice() -> None:
-    steps = _steps_of_a_life()
+@pytest.mark.parametrize("more", [{}, {"record_bytes": 600, "part_bytes": 700}], ids=["whole", "divided"])
+def test_killed_at_any_step_it_forgets_nothing_and_decides_nothing_twice(more: dict[str, int]) -> None:
+    more = more | {"snapshot_every": 5}
+    steps = _steps_of_a_life(**more)
     assert steps > 80
     tried = 0
     for fuse in range(1, steps, 2 if steps < 250 else steps // 100):
-        story, last, _ = run_virtual(_killed([fuse], snapshot_every=5), horizon_s=HORIZON_S)
+        story, last, _ = run_virtual(_killed([fuse], **more), horizon_s=HORIZON_S)
         story.check(IDS)
         assert last.service.decisions <= len(story.decisions)
         tried += len(story.opened)
@@ -423,10 +425,10 @@ def test_planted_a_planner_that_commits_before_it_decides_is_found_out(monkeypat
 
 
 def test_planted_a_planner_that_believes_any_snapshot_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def believes(self: Any, reader: Any, snapshot: Snapshot) -> bool:
-        await reader.fetch(max_records=1)
-        return True
+    async def believes(self: Any, snapshot: Snapshot) -> Any:
+        where = (topics.DECISIONS, snapshot.region)
+        return await self.bus.reader([where], start={where: snapshot.offset + 1})
 
-    monkeypatch.setattr(PlannerService, "_proves", believes)
+    monkeypatch.setattr(PlannerService, "_reader_behind", believes)
     with pytest.raises((AssertionError, InvariantError, TimeoutError)):
         run_virtual(_planted_snapshot({"seq": 10_000, "nonce": "never-written"}), horizon_s=HORIZON_S)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bus import messages
 from bus.decisions import DecisionLog, Dropped
-from bus.messages import Decision, EpochOpened, PlannerHeartbeat, PlannerLeft
+from bus.messages import Decision, DecisionPart, EpochOpened, NodeLost, PlannerHeartbeat, PlannerLeft
 from bus.port import Record
 
 
@@ -37,6 +37,56 @@ def test_the_first_to_open_an_epoch_wins_and_the_rest_is_dropped() -> None:
     assert isinstance(log.accept(PlannerHeartbeat(region=0, epoch=1, nonce="a")), Dropped)
     assert log.accept(decision(2, "b", 2)) == decision(2, "b", 2)
     assert log.planner == "p-b"
+
+
+def lost(*names: str) -> tuple[NodeLost, ...]:
+    return tuple(NodeLost(node=name, incarnation="i", cause="left") for name in names)
+
+
+def part(number: int, *names: str, epoch: int = 1, nonce: str = "a", seq: int = 1) -> DecisionPart:
+    return DecisionPart(region=0, epoch=epoch, nonce=nonce, seq=seq, part=number, changes=lost(*names))
+
+
+def last(parts: int | None, *names: str, epoch: int = 1, nonce: str = "a", seq: int = 1) -> Decision:
+    return decision(epoch, nonce, seq).model_copy(update={"parts": parts, "changes": lost(*names)})
+
+
+def test_a_decision_in_parts_comes_whole_with_its_last_record() -> None:
+    log = DecisionLog()
+    log.accept(opened(1, "a"))
+    assert log.accept(part(1, "x", "y")) == part(1, "x", "y")
+    log.accept(PlannerHeartbeat(region=0, epoch=1, nonce="a"))
+    log.accept(part(2, "z"))
+    assert log.seq == 0
+    whole = log.accept(last(2, "v"))
+    assert isinstance(whole, Decision)
+    assert whole.changes == lost("x", "y", "z", "v")
+    assert log.accept(last(None, "w", seq=2)) == last(None, "w", seq=2)
+
+
+def test_a_decision_without_all_of_its_parts_is_dropped_and_so_are_parts_out_of_order() -> None:
+    log = DecisionLog()
+    log.accept(opened(1, "a"))
+    assert isinstance(log.accept(last(1)), Dropped)
+    assert isinstance(log.accept(part(2, "x")), Dropped)
+    assert isinstance(log.accept(part(1, "x", seq=2)), Dropped)
+    log.accept(part(1, "x"))
+    assert isinstance(log.accept(part(1, "x")), Dropped)  # twice
+    assert isinstance(log.accept(last(2)), Dropped)
+    assert isinstance(log.accept(last(None)), Dropped)
+    whole = log.accept(last(1, "y"))
+    assert isinstance(whole, Decision)
+    assert whole.changes == lost("x", "y")
+
+
+def test_parts_of_a_planner_that_did_not_finish_are_forgotten_with_its_epoch() -> None:
+    log = DecisionLog()
+    log.accept(opened(1, "a"))
+    log.accept(part(1, "x"))
+    log.accept(PlannerLeft(region=0, epoch=1, nonce="a"))
+    log.accept(opened(2, "b"))
+    assert isinstance(log.accept(part(2, "y")), Dropped)  # of the old epoch
+    assert log.accept(last(None, "z", epoch=2, nonce="b")) == last(None, "z", epoch=2, nonce="b")
 
 
 def test_a_planner_that_leaves_says_so_until_the_next_epoch() -> None:

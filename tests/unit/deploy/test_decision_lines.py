@@ -33,6 +33,7 @@ from bus.values import Execution, Kind, Objective, Parts, Placement, Role
 from deploy.commands_tail import Table, json_line
 from deploy.decision_lines import lines_of, route_text
 from deploy.holdings import Held
+from planner.division import divided
 
 
 def placed(
@@ -230,6 +231,31 @@ def test_the_table_may_begin_in_the_middle_of_an_epoch() -> None:
     table(record(41, decision(placed("t5"), start("t5"), seq=17, epoch=3)))
     table(record(42, decision(placed("t6"), start("t6"), seq=18, epoch=3)))
     assert [line.split()[2:4] for line in written.getvalue().splitlines()[2:]] == [["t5", "starts"], ["t6", "starts"]]
+
+
+def test_the_table_shows_a_decision_of_several_records_when_it_is_whole() -> None:
+    def lines(first: int) -> list[list[str]]:
+        written = io.StringIO()
+        table = Table(topics.DECISIONS, heartbeats=False, console=Console(file=written, width=200, no_color=True))
+        large = decision(placed("t1"), start("t1"), placed("t2"), start("t2"), placed("t3"), start("t3"), seq=17)
+        parts, last = divided(large, 1_000)
+        assert len(parts) == 2
+        for offset, message in enumerate([*parts, last, decision(placed("t4"), start("t4"), seq=18)]):
+            if offset >= first:
+                table(record(offset, message))
+        return [line.split()[2:4] for line in written.getvalue().splitlines()[2:]]
+
+    part, ignored = ["planner", "part"], ["planner", "ignored"]
+    assert lines(0) == [part, part, *([f"t{n}", "starts"] for n in (1, 2, 3, 4))]
+    assert lines(1) == [ignored, ignored, ["t4", "starts"]]  # reading began in its midst
+
+
+def test_a_node_that_drains_is_told_apart() -> None:
+    node = NodeAnnounced(node="e1", role=Role.EDGE, incarnation="i")
+    draining = node.model_copy(update={"draining": True})
+    told = [next(iter(lines_of(message)))[1:3] for message in (node, draining)]
+    told += [next(iter(lines_of(decision(NodeJoined(node=one)))))[1:3] for one in (node, draining)]
+    assert told == [("e1", "announced"), ("e1", "will drain"), ("e1", "joined"), ("e1", "drains")]
 
 
 def test_piped_a_record_stays_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,29 @@ def test_an_honest_log_has_no_violation_and_everything_is_known() -> None:
     assert fold.running == {}
 
 
+def in_parts(whole: Json, *, lacks: int | None = None) -> list[Json]:
+    """A decision whose every change but the last is a part of its own; one of them is not there."""
+    *before, last = whole["changes"]
+    head = {key: whole[key] for key in ("v", "region", "epoch", "nonce", "seq")}
+    parts = [
+        head | {"type": "decision_part", "part": number, "changes": [change]}
+        for number, change in enumerate(before, 1)
+        if number != lacks
+    ]
+    return [*parts, whole | {"changes": [last]} | ({"parts": len(before)} if before else {})]
+
+
+def test_a_decision_of_several_records_counts_when_it_is_whole() -> None:
+    first, *rest = honest()
+    fold = folded([first, *(record for whole in rest for record in in_parts(whole))])
+    fold.finish(["t1", "t2"])
+    assert fold.violations == []
+    assert (fold.decisions, fold.ignored) == (7, 0)
+    fold = folded([first, rest[0], *in_parts(rest[1], lacks=2)])
+    assert fold.decisions == 1
+    assert fold.ignored == 3  # what stands behind the part that is not there, and the decision
+
+
 def test_the_reading_rule() -> None:
     fold = folded(
         [

@@ -8,6 +8,7 @@ from bus.messages import (
     Ended,
     HandleInput,
     Moved,
+    NodeAnnounced,
     NodeHeartbeat,
     NodeJoined,
     NodeLeft,
@@ -22,6 +23,7 @@ from bus.messages import (
 )
 from bus.values import Kind, Role
 from planner.core import Event, PlannerCore, Tick
+from planner.tasks import hash_of
 from tests.unit.planner.scenes import MBPS, SHA, cloud, completed, device, edge, failed, only, profile, task, types
 
 
@@ -55,6 +57,45 @@ def test_completion_frees_what_was_held() -> None:
     assert core.live_tasks == 0
     assert not core.ledger.reservations
     core.validate()
+
+
+def drains(node: NodeAnnounced) -> NodeAnnounced:
+    return node.model_copy(update={"draining": True})
+
+
+def test_what_runs_on_an_edge_that_drains_goes_on_and_what_waits_for_it_goes_elsewhere() -> None:
+    slow = edge("e2", speed=2.0)
+    core = core_with(edge("e1"), slow, device(), device("d2"), device("d3"), device("d4"), policy="edge-only")
+    for number, name in enumerate(("d1", "d2", "d3", "d4"), 1):
+        core.handle(task(f"t{number}", name, samples=100), 0.0)
+    on = {r.task_id: r for r in core.ledger.edges["e1"].reservations.values()}
+    assert {r.running for r in on.values()} == {True, False}
+    changes = core.handle(drains(edge("e1")), 1.0)
+    assert {c.task_id for c in changes if isinstance(c, Retried)} == {t for t, r in on.items() if not r.running}
+    assert {c.cause for c in changes if isinstance(c, Retried)} == {"draining"}
+    assert {c.placement.edge for c in changes if isinstance(c, Placed)} == {"e2"}
+    assert {r.running for r in core.ledger.edges["e1"].reservations.values()} == {True}
+    assert only(core.handle(task("t9"), 2.0), Placed).placement.edge == "e2"
+    assert core.handle(drains(edge("e1")), 3.0) == []
+    core.validate()
+    again = PlannerCore.from_state(core.to_state(), policy="edge-only")
+    assert again.state_hash == core.state_hash
+    assert only(again.handle(task("t10", "d2"), 4.0), Placed).placement.edge == "e2"
+
+
+def test_where_nothing_but_a_draining_edge_would_do_a_task_waits_for_another() -> None:
+    core = core_with(drains(edge("e1")), device(), policy="edge-only")
+    assert types(core.handle(task(), 0.0)) == ["admitted"]
+    core.handle(NodeLeft(node="e1", incarnation="i1"), 1.0)
+    changes = core.handle(edge("e1", incarnation="i2"), 2.0)
+    assert types(changes)[:2] == ["node_joined", "placement"]
+    core.validate()
+
+
+def test_a_node_that_does_not_drain_counts_in_the_hash_as_it_always_did() -> None:
+    text = edge().model_dump_json(exclude={"draining"})
+    assert core_with(edge()).nodes["e1"].digest == hash_of("node|" + text)
+    assert core_with(drains(edge())).nodes["e1"].digest != hash_of("node|" + text)
 
 
 def test_duplicates_change_nothing() -> None:

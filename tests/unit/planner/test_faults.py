@@ -12,7 +12,7 @@ import pytest
 from bus.decisions import DecisionLog, Dropped
 from bus.errors import InvariantError
 from bus.messages import Decision, EpochOpened
-from planner import algorithm, core, ledger
+from planner import algorithm, ledger, tasks
 from planner.core import PlannerCore
 from tests.unit.planner.scenes import World
 
@@ -81,8 +81,8 @@ def starts_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def hash_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A change that the hash does not notice."""
-    right = core.Task.text
-    monkeypatch.setattr(core.Task, "text", lambda self, r: right(self, None))
+    right = tasks.Task.text
+    monkeypatch.setattr(tasks.Task, "text", lambda self, r: right(self, None))
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,15 @@ class Region(RuleBasedStateMachine):
         if name in self.joined:
             self.announce(name, self.joined[name].incarnation, slots, link1, link2)
 
+    @rule(name=st.sampled_from(NODES), drains=st.booleans())
+    def drain(self, name: str, drains: bool) -> None:
+        """A node wants nothing new, or wants it again after all."""
+        if name in self.joined:
+            self.take(self.joined[name].model_copy(update={"draining": True if drains else None}))
+            waits = [t for t, p in self.placed.items() if t in self.core.tasks and p.placement.edge == name]
+            if drains and name in EDGES:
+                assert all(t in self.running or self.core.tasks[t].placed is not self.placed[t] for t in waits)
+
     @rule(name=st.sampled_from(NODES), stale=st.booleans())
     def leave(self, name: str, stale: bool) -> None:
         if name in self.joined:
@@ -241,6 +250,8 @@ class Region(RuleBasedStateMachine):
                 self.attempts[change.task.task_id] = 1
             elif isinstance(change, Placed):
                 assert change.attempt == self.attempts[change.task_id]
+                assert not self.joined[change.device].draining
+                assert change.placement.edge is None or not self.joined[change.placement.edge].draining
                 self.placed[change.task_id] = change
             elif isinstance(change, Start):
                 assert change.task_id not in self.running

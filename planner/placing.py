@@ -1,0 +1,230 @@
+"""Where a task is put: the policy's choice, checked and booked; or that it waits, or why it is turned away.
+
+Here is also what every step of the core is made of: a change that is done and noted, an end, another attempt.
+"""
+
+from __future__ import annotations
+
+from operator import index
+from typing import Final
+
+from bus.errors import InvariantError
+from bus.makers import maker
+from bus.messages import (
+    BandwidthGrant,
+    Change,
+    Ended,
+    Placed,
+    Retried,
+    Start,
+    TaskCompleted,
+    TaskState,
+    TaskSubmitted,
+)
+from bus.values import Execution, Objective
+from planner.algorithm import Algorithm, Choice, EdgeOption, Request, placement_of
+from planner.policies import Policy, Restriction, load_policy
+from planner.reach import Reach
+from planner.region_state import APPLY, DEFAULT_PATIENCE_S, DEFAULT_REMEMBER_ENDED
+from planner.search import DEVICE_CLOUD, DEVICE_EDGE
+from planner.tasks import NEVER, Task
+
+DEFAULT_MAX_WAITING: Final = 10_000
+DEFAULT_MAX_ATTEMPTS: Final = 100
+
+# Decisions carry what has been validated when it came in, or was computed here from that.
+_placed, _granted, _start = maker(Placed), maker(BandwidthGrant), maker(Start)
+_retried, _ended = maker(Retried), maker(Ended)
+
+
+class Placing(Reach):
+    """A region in which tasks can be placed, taken back and ended; every change made so is noted, in order."""
+
+    def __init__(
+        self,
+        region: int = 0,
+        policy: str | Policy = "deepar",
+        objective: Objective = Objective.SEQUENTIAL,
+        execution: Execution = Execution.SEQUENTIAL,
+        max_waiting: int = DEFAULT_MAX_WAITING,
+        *,
+        patience_s: float = DEFAULT_PATIENCE_S,
+        remember_ended: int = DEFAULT_REMEMBER_ENDED,
+        max_attempts: int = DEFAULT_MAX_ATTEMPTS,
+    ) -> None:
+        super().__init__(region, objective, patience_s=patience_s, remember_ended=remember_ended)
+        self.policy = load_policy(policy) if isinstance(policy, str) else policy
+        self.execution = execution
+        self.max_waiting = max_waiting
+        self.max_attempts = max_attempts
+        self._changes: list[Change] = []  # of the step that is being taken
+        self._replan: list[tuple[int, str]] = []  # tasks to be placed before it is over
+
+    # --- what a step is made of ---------------------------------------------------------------------------------------
+
+    def _replan_later(self, task: Task) -> None:
+        self._replan.append((task.seq, task.task_id))
+
+    def _retry(self, task: Task, cause: str, now: float, detail: str = "") -> None:
+        if task.attempt >= self.max_attempts:
+            self._end(task, TaskState.FAILED, now, cause=cause, detail=f"after {task.attempt} attempts; {detail}")
+            return
+        self._do(_retried(task_id=task.task_id, attempt=task.attempt + 1, cause=cause, detail=detail), now)
+        self._replan_later(task)
+
+    def _end(
+        self,
+        task: Task,
+        state: TaskState,
+        now: float,
+        *,
+        cause: str = "",
+        detail: str = "",
+        completed: TaskCompleted | None = None,
+    ) -> None:
+        r = self.ledger.reservations.get(task.task_id)
+        self._do(
+            _ended(
+                task_id=task.task_id,
+                attempt=task.attempt,
+                state=state,
+                cause=cause,
+                detail=detail,
+                edge=None if r is None else r.edge,
+                released_slots=0 if r is None else r.slots,
+                released_link1_bps=0 if r is None else r.link1_bps,
+                released_link2_bps=0 if r is None else r.link2_bps,
+                measured=None if completed is None else completed.measured,
+                delay_s=None if completed is None else completed.delay_s,
+            ),
+            now,
+        )
+
+    def _do(self, change: Change, now: float) -> None:
+        APPLY[type(change)](self, change, now)  # what `apply` does, with a call less
+        self._changes.append(change)
+
+    # --- placing -----------------------------------------------------------------------------------------------------
+
+    def decide(self, submitted: TaskSubmitted, now: float) -> Choice | None:
+        """What the policy would choose for a task at this moment; nothing is booked. None: nothing will do."""
+        request = self.request(submitted)
+        return self.policy.place(Algorithm(request, now)) if isinstance(request, Request) else None
+
+    def _place(self, task: Task, now: float, *, fresh: bool = False) -> None:
+        """Place a WAITING task, leave it waiting, or reject it."""
+        request = self.request(task.submitted)
+        if isinstance(request, str):
+            detail = f"{task.submitted.device} does not run {task.submitted.model}"
+            self._end(task, TaskState.REJECTED, now, cause=request, detail=detail)
+            return
+        choice = None
+        if request is not None:
+            choice = self.policy.place(Algorithm(request, now))
+            if choice is None and (why := self._hopeless(task, request)) is not None:
+                self._end(task, TaskState.REJECTED, now, cause=why[0], detail=why[1])
+                return
+        if fresh and (choice is None or choice.start_s > now) and self._queued() > self.max_waiting:
+            detail = f"{self.max_waiting} tasks wait already"
+            self._end(task, TaskState.REJECTED, now, cause="queue_full", detail=detail)
+            return
+        if request is not None and choice is not None:
+            self._book(task, request, choice, now)
+
+    def _queued(self) -> int:
+        """Tasks that wait or are scheduled."""
+        return len(self.tasks) - self._running
+
+    def _book(self, task: Task, request: Request, choice: Choice, now: float) -> None:
+        submitted, row = task.submitted, request.device_row
+        if not isinstance(self.policy, Restriction):
+            choice = self._plain(choice)
+        option = request.edge(choice.edge)
+        self._check(request, option, choice, now)
+        search = request.device_search if option is None else option.search
+        _, edge, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
+        task_id, attempt = task.task_id, task.attempt
+        placed = _placed(
+            task_id=task_id,
+            attempt=attempt,
+            device=submitted.device,
+            model=row.model,
+            sha256=row.sha256,
+            samples=submitted.samples,
+            policy=self.policy.name,
+            objective=self.objective,
+            execution=self.execution,
+            placement=placement_of(request, choice),
+            start_s=start_s,
+            wait_s=start_s - now,
+            delay_s=delay_s,
+            parts=search.costs.parts(cut1, cut2, link1_bps, link2_bps, submitted.samples, submitted.input_bytes),
+        )
+        self._do(placed, now)
+        if edge is not None:  # grants tell what has been reserved; they change nothing themselves
+            if link1_bps:
+                self._changes.append(
+                    _granted(task_id=task_id, attempt=attempt, edge=edge, link=1, bps=link1_bps, from_s=start_s)
+                )
+            if link2_bps:
+                self._changes.append(
+                    _granted(task_id=task_id, attempt=attempt, edge=edge, link=2, bps=link2_bps, from_s=start_s)
+                )
+        if start_s <= now:
+            self._do(_start(task_id=task_id, attempt=attempt, device=submitted.device, at_s=start_s), now)
+
+    def _plain(self, choice: Choice) -> Choice:
+        """What a user's policy chose, in numbers of Python's own."""
+        try:
+            family, edge, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
+            whole = (index(cut1), index(cut2), index(link1_bps), index(link2_bps))
+            return Choice(index(family), edge, *whole, float(start_s), float(delay_s))
+        except (TypeError, ValueError) as error:
+            raise InvariantError(f"policy {self.policy.name} chose {choice!r}: {error}") from None
+
+    def _check(self, request: Request, option: EdgeOption | None, choice: Choice, now: float) -> None:
+        """A policy may be a user's: what it chose must be free, within the task's caps (11), and make sense.
+
+        No message that is made of it is validated once more.
+        """
+        end, layers = choice.start_s + choice.delay_s, request.device_row.layers
+        good = (
+            now <= choice.start_s <= end < NEVER
+            and 0 <= choice.cut1 <= choice.cut2 <= layers
+            and (choice.edge is None) == (option is None) == (choice.cut1 == layers)
+        )
+        if good and option is not None:
+            good = (
+                1 <= choice.link1_bps <= option.max_link1_bps
+                and 0 <= choice.link2_bps <= option.max_link2_bps
+                and option.account.timeline.fits(
+                    choice.start_s, end, int(choice.cut1 != choice.cut2), choice.link1_bps, choice.link2_bps
+                )
+            )
+        if good and choice.cut1 and request.device is not None:
+            good = request.device.free(choice.start_s, end)
+        if not good:
+            raise InvariantError(f"policy {self.policy.name} chose for {request.task_id} what is not free: {choice}")
+
+    def _hopeless(self, task: Task, request: Request) -> tuple[str, str] | None:
+        """Cause and detail when no node that may still join could help, else None."""
+        device = self.nodes[task.submitted.device].announced
+        if device.reachable_edges == ():
+            return "unreachable", f"{device.node} reaches no edge, and {self.policy.name} needs one"
+        named = self._edge_names if device.reachable_edges is None else list(device.reachable_edges)
+        if not named or any(name not in self.nodes or self.nodes[name].draining for name in named):
+            return None
+        families = self.policy.families if isinstance(self.policy, Restriction) else {DEVICE_CLOUD}
+        if all(self.nodes[name].draining for name in self._cloud_names) and not families <= {DEVICE_EDGE}:
+            return None
+        lacks = []
+        for name in named:
+            option = next((option for option in request.edges if option.account.name == name), None)
+            account = self.ledger.edges.get(name)
+            if option is None or account is None:
+                lacks.append(f"{name} does not run it")
+            else:
+                lacks.append(
+                    f"{name} has {account.slots} slots and at most {option.max_link1_bps}/{option.max_link2_bps} bit/s for it"
+                )
+        return "never_fits", "; ".join(lacks[:10])
