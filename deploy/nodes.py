@@ -11,12 +11,12 @@ import structlog
 
 from bus import topics
 from bus.errors import BusError, BusUnavailableError, ConfigError, UnknownTopicError
-from bus.frames import Array
 from bus.identity import Master
 from bus.kafka import KafkaBus
 from bus.kafka_connection import KafkaConnection
 from bus.messages import TaskSubmitted
 from bus.port import Bus
+from bus.tensors import Array
 from bus.topics import Partitions
 from bus.tracing import SpanSink
 from bus.values import Execution, ModelProfile, Objective, Role

@@ -20,9 +20,9 @@ from typing import Any
 
 from bus import messages, topics
 from bus.errors import BusError, DeeparError
-from bus.frames import Array
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import Decision, HandleInput, SeedInput, TaskSubmitted
+from bus.tensors import Array
 from bus.topics import Partitions
 from bus.values import Execution, Objective
 from loadgen.chaos_check import Oracle, Violation

@@ -15,9 +15,10 @@ from typing import Any
 from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
 from bus.errors import BusError, ProtocolError
-from bus.frames import Array, Assembler, Piece, decode_frame, to_tensors
+from bus.frames import decode_frame
 from bus.messages import Decision, Ended, EpochOpened, Message, Snapshot
 from bus.port import Bus, Reader
+from bus.tensors import Array, Assembler, Piece, to_tensors
 from planner.core import PlannerCore
 from planner.leading import Lead
 from planner.ledger import Ledger, Reservation, Timeline

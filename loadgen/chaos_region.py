@@ -13,9 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
-from bus.frames import Array, Plan
+from bus.frames import Plan
 from bus.memory import MemoryBus
 from bus.messages import TaskSubmitted
+from bus.tensors import Array
 from bus.values import ModelProfile, Role
 from loadgen.chaos_process import Process
 from stages.device import Device, ResultSink

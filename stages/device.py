@@ -17,9 +17,10 @@ from typing import Protocol
 
 from bus import topics
 from bus.errors import BusError, BusUnavailableError, ConfigError, DeeparError, ProtocolError, UnknownTopicError
-from bus.frames import Array, Assembler, Frame, Plan, decode_frame
+from bus.frames import Frame, Plan, decode_frame
 from bus.messages import Admitted, Decision, Ended, NodeJoined, Retried, Start, TaskCompleted, TaskFailed, TaskSubmitted
 from bus.port import Bus, Reader
+from bus.tensors import Array, Assembler
 from bus.values import ModelProfile, Parts
 from stages.node import RETRY_S, Node, cause_of
 from stages.outlet import Outgoing, Outlet, sending

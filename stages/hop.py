@@ -19,9 +19,10 @@ from pydantic import ValidationError
 
 from bus import topics
 from bus.errors import BusError, DeeparError, ProtocolError
-from bus.frames import MAX_SAMPLE_BYTES, Array, Assembler, Frame, Piece, Plan, decode_frame, encode_frame
+from bus.frames import MAX_SAMPLE_BYTES, Frame, Plan, decode_frame, encode_frame
 from bus.messages import Decision, TaskFailed
 from bus.port import Bus, Member, Record, TopicPartition
+from bus.tensors import Array, Assembler, Piece
 from bus.tracing import parent_in
 from bus.values import Role
 from stages.node import RETRY_S, Node, cause_of

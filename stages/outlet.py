@@ -14,18 +14,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from bus.errors import BusError, MessageTooLargeError
-from bus.frames import (
-    MAX_FRAME_BYTES,
-    MAX_PIECES,
-    Array,
-    Frame,
-    FrameKind,
-    Piece,
-    Plan,
-    encode_frame,
-    to_pieces,
-)
+from bus.frames import MAX_FRAME_BYTES, MAX_PIECES, Frame, FrameKind, Plan, encode_frame
 from bus.port import Bus, Headers, Position
+from bus.tensors import Array, Piece, to_pieces
 from stages.shaper import Grant, cross, frame_bytes
 
 MAX_DATA_BYTES = MAX_FRAME_BYTES - 4096 - MAX_PIECES * 160

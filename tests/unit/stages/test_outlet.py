@@ -12,8 +12,9 @@ import pytest
 
 from bus.errors import MessageTooLargeError, ProtocolError
 from bus.faults import Faults
-from bus.frames import Assembler, Plan, decode_frame
+from bus.frames import Plan, decode_frame
 from bus.memory import MemoryBroker, MemoryBus
+from bus.tensors import Assembler
 from bus.topics import TopicSpec
 from bus.values import Execution, Kind, Placement
 from loadgen.virtual_loop import run_virtual
