@@ -22,9 +22,8 @@ DTYPES = frozenset(
     + ("float16", "float32", "float64", "complex64")
 )
 ITEM_BYTES = {name: np.dtype(name).itemsize for name in sorted(DTYPES)}
-_NAMES = {np.dtype(name): name for name in sorted(DTYPES)}  # dtype.name is computed anew each time it is asked for
-_PLAIN = frozenset(dtype for dtype in _NAMES if dtype.kind in "fiub")  # which a memoryview can show as bytes
 _DTYPES = {name: np.dtype(name) for name in sorted(DTYPES)}
+_PLAIN = frozenset(dtype for dtype in _DTYPES.values() if dtype.kind in "fiub")  # a memoryview can show them as bytes
 
 Array = npt.NDArray[Any]
 
@@ -62,9 +61,14 @@ def tensor_head(dtype: str, shape: tuple[int, ...]) -> TensorHead:
     return TensorHead(dtype, shape)
 
 
+@lru_cache(maxsize=4096)
+def _head_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> TensorHead:
+    return tensor_head(dtype.name, shape)
+
+
 def to_pieces(sample: int, tensors: Sequence[Array], chunk_bytes: int) -> list[Piece]:
     """One sample's tensors as pieces of at most `chunk_bytes`, without copying where it is one contiguous tensor."""
-    heads = tuple([tensor_head(_NAMES.get(array.dtype) or array.dtype.name, array.shape) for array in tensors])
+    heads = tuple([_head_of(array.dtype, array.shape) for array in tensors])
     if len(tensors) == 1:
         payload = _bytes_of(tensors[0])
     else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -118,12 +118,12 @@ def _forget_starts(self: Device, start: Any, region: int) -> None:
 _sound_start = Device._start
 
 
-def _commit_when_first_sent(self: Flow, sample: int) -> None:
+def _commit_when_first_sent(self: Flow, samples: Sequence[int]) -> None:
     """What came of a sample gives its records back twice."""
-    twice = [receipt for receipt in self._receipts.get(sample, ()) for _ in range(2)]
-    if sample in self._receipts:
-        self._receipts[sample] = twice
-    _sound_acknowledged(self, sample)
+    for sample in samples:
+        if sample in self._receipts:
+            self._receipts[sample] *= 2
+    _sound_acknowledged(self, samples)
 
 
 _sound_acknowledged = Flow._acknowledged

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -345,7 +345,7 @@ class Attempt:
                 self._result(sample, tensors)
             else:
                 self._moved_s = ready_s
-                outlet.put(Outgoing(sample, tensors, ready_s, self._sent))
+                outlet.put(Outgoing(sample, tensors, ready_s))
         await self._complete.wait()
         if self._broken:
             raise self._broken
@@ -357,7 +357,7 @@ class Attempt:
         else:
             self.device.node.span("link1", self.plan, outlet.began_s, outlet.busy_until_s, outlet.busy_s)
 
-    def _sent(self) -> None:
+    def _sent(self, samples: Sequence[int]) -> None:
         self._moved_s = asyncio.get_running_loop().time()
 
     async def _watch(self) -> None:
@@ -394,6 +394,7 @@ class Attempt:
             grants=(self.device.link1.grant(placement.link1_bps),),
             gate=self.device.node.gate,
             on_busy=partial(self.device.node.busy, "link1_s", self.plan.task_id),
+            on_acknowledged=self._sent,
             headers=self.device.node.trace_header("link1", self.plan),
         )
 

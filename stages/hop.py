@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -464,7 +464,7 @@ class Flow:
                 self.hop.node.busy("edge_s" if self.hop.is_edge else "cloud_s", self.plan.task_id, begin_s, now)
                 self._free_s = now
                 ready_s = now
-            outlet.put(Outgoing(sample, tensors, ready_s, partial(self._acknowledged, sample)))
+            outlet.put(Outgoing(sample, tensors, ready_s))
         await self._finished.wait()
 
     def _told(self, outlet: Outlet) -> None:
@@ -503,6 +503,7 @@ class Flow:
             grants=grants,
             gate=hop.node.gate,
             on_busy=partial(hop.node.busy, f"{self._way}_s", plan.task_id),
+            on_acknowledged=self._acknowledged,
             headers=hop.node.trace_header(self._way, plan),
         )
 
@@ -513,13 +514,14 @@ class Flow:
 
     # --- done --------------------------------------------------------------------------------------------------------
 
-    def _acknowledged(self, sample: int) -> None:
-        """The bus holds what came of a sample; only now may its records be committed."""
+    def _acknowledged(self, samples: Sequence[int]) -> None:
+        """The bus holds what came of these samples; only now may their records be committed."""
         self.heard_s = asyncio.get_running_loop().time()
-        self._done.add(sample)
-        self._whole.discard(sample)
-        for receipt in self._receipts.pop(sample, ()):
-            receipt.release()
+        self._done.update(samples)
+        self._whole.difference_update(samples)
+        for sample in samples:
+            for receipt in self._receipts.pop(sample, ()):
+                receipt.release()
         if len(self._done) >= self.plan.todo:
             self._finished.set()
 

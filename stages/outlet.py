@@ -33,7 +33,11 @@ class Outgoing:
     sample: int
     tensors: Sequence[Array]
     ready_s: float  # when it could first be sent, the loop's clock
-    acknowledged: Callable[[], None]  # called once, when the bus holds all of it
+    size_bytes: int = 0  # of its tensors
+
+    def __post_init__(self) -> None:
+        tensors = self.tensors
+        self.size_bytes = tensors[0].nbytes if len(tensors) == 1 else sum(array.nbytes for array in tensors)
 
 
 @dataclass(slots=True)
@@ -61,9 +65,12 @@ class Outlet:
         grants: tuple[Grant, ...],
         gate: Callable[[], Awaitable[None]],
         on_busy: Callable[[float, float], None],
+        on_acknowledged: Callable[[Sequence[int]], None],
         headers: Headers = (),
     ) -> None:
-        """`headers` go with the first frame, and with the first after everything was sent again, as the plan does."""
+        """`on_acknowledged` is told once of every sample that the bus holds all of, of several that shared a frame at once.
+
+        `headers` go with the first frame, and with the first after everything was sent again, as the plan does."""
         self._bus = bus
         self._to = (topic, key)
         self._source = source
@@ -72,6 +79,7 @@ class Outlet:
         self._grants = grants
         self._gate = gate
         self._on_busy = on_busy
+        self._on_acknowledged = on_acknowledged
         self._headers = headers
         self._headers_due = True
         self._plan_due = kind == "activations"
@@ -94,7 +102,7 @@ class Outlet:
         """Data of the samples that the bus does not hold yet."""
         held = {item.sample: item for sent in self._sent for item in sent.begun}
         held |= {item.sample: item for item in (*self._begun, *self._waiting)}
-        return sum(array.nbytes for item in held.values() for array in item.tensors)
+        return sum(item.size_bytes for item in held.values())
 
     def put(self, outgoing: Outgoing) -> None:
         """Send a sample when its turn comes."""
@@ -126,16 +134,14 @@ class Outlet:
             self._frame_bytes = self._choose(first)
         pieces = to_pieces(first.sample, first.tensors, self._frame_bytes)
         if len(pieces) == 1:
-            size_bytes = pieces[0].data.nbytes
+            left_bytes = self._frame_bytes - first.size_bytes
             while self._waiting and len(pieces) < MAX_PIECES:
                 following = self._waiting[0]
-                more = sum(array.nbytes for array in following.tensors)
-                if size_bytes + more > self._frame_bytes:
+                left_bytes -= following.size_bytes
+                if left_bytes < 0:
                     break
-                self._waiting.popleft()
-                batch.append(following)
+                batch.append(self._waiting.popleft())
                 pieces += to_pieces(following.sample, following.tensors, self._frame_bytes)
-                size_bytes += more
         self._begun = batch
         frames = [(piece,) for piece in pieces] if len(batch) == 1 else [tuple(pieces)]
         for index, frame in enumerate(frames):
@@ -204,8 +210,8 @@ class Outlet:
             self.busy_until_s = now
             self._on_busy(begin_s, now)
             self._sent.popleft()
-            for item in sent.items:
-                item.acknowledged()
+            if sent.items:
+                self._on_acknowledged([item.sample for item in sent.items])
 
     def _send_again(self) -> None:
         """Put everything unacknowledged back in line, in order, each sample from its beginning."""

@@ -53,6 +53,7 @@ async def _send(sizes: list[int], faults: Faults | None = None) -> tuple[Counter
             grants=(Link().grant(1_000_000),),
             gate=lambda: asyncio.sleep(0),
             on_busy=lambda begin_s, end_s: None,
+            on_acknowledged=acknowledged.update,  # the bus must hold all of a sample by then
         )
         broker.faults = faults
         reader = await bus.reader([("out", 0)], start="start")
@@ -60,14 +61,9 @@ async def _send(sizes: list[int], faults: Faults | None = None) -> tuple[Counter
         plans = 0
         assembler = Assembler()
 
-        def acknowledge(sample: int) -> None:
-            # The bus must hold all of a sample by now.
-            acknowledged[sample] += 1
-
         async with asyncio.timeout(600.0), sending(outlet):
             for sample, size in enumerate(sizes):
-                payload = [np.full(size, sample, np.uint8)]
-                outlet.put(Outgoing(sample, payload, 0.0, lambda sample=sample: acknowledge(sample)))
+                outlet.put(Outgoing(sample, [np.full(size, sample, np.uint8)], 0.0))
             while len(acknowledged) < len(sizes):
                 await asyncio.sleep(0.05)
             await asyncio.sleep(1.0)
@@ -118,9 +114,10 @@ def test_what_can_never_be_sent_ends_the_block_instead_of_hanging() -> None:
                 grants=(Link().grant(1_000_000),),
                 gate=lambda: asyncio.sleep(0),
                 on_busy=lambda begin_s, end_s: None,
+                on_acknowledged=lambda samples: None,
             )
             async with asyncio.timeout(10.0), sending(outlet):
-                outlet.put(Outgoing(0, [np.zeros(5_000, np.uint8)], 0.0, lambda: None))
+                outlet.put(Outgoing(0, [np.zeros(5_000, np.uint8)], 0.0))
                 await asyncio.Event().wait()
 
     with pytest.raises(MessageTooLargeError):
