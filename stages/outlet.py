@@ -23,6 +23,8 @@ MAX_DATA_BYTES = MAX_FRAME_BYTES - 4096 - MAX_PIECES * 160
 """The rest of the largest frame is for its head: a plan, and the descriptions of its pieces."""
 TENSORS_BYTES = 20
 """Some frames describe tensors, which takes some 40 bytes, some do not."""
+LAST_HEADS = 8
+"""The last samples of a task go in ever smaller frames, as long as what a frame carries is so many times its head."""
 RETRY_S = 0.2
 
 
@@ -85,6 +87,8 @@ class Outlet:
         self._plan_due = kind == "activations"
         self._rate_bps = min((grant.rate_bps for grant in grants), default=1 << 40)
         self._frame_bytes = 0  # of data; chosen for the first sample, and all are of one size
+        self._last_bytes = 0  # the least that a frame of a task's last samples carries
+        self._to_come = plan.todo  # samples that were not put yet
         self._waiting: deque[Outgoing] = deque()
         self._begun: list[Outgoing] = []  # what the frame that is being sent has a piece of
         self._sent: deque[_Sent] = deque()
@@ -107,6 +111,7 @@ class Outlet:
     def put(self, outgoing: Outgoing) -> None:
         """Send a sample when its turn comes."""
         self._waiting.append(outgoing)
+        self._to_come -= 1
         self._to_send.set()
 
     async def run(self) -> None:
@@ -134,7 +139,7 @@ class Outlet:
             self._frame_bytes = self._choose(first)
         pieces = to_pieces(first.sample, first.tensors, self._frame_bytes)
         if len(pieces) == 1:
-            left_bytes = self._frame_bytes - first.size_bytes
+            left_bytes = self._room(first) - first.size_bytes
             while self._waiting and len(pieces) < MAX_PIECES:
                 following = self._waiting[0]
                 left_bytes -= following.size_bytes
@@ -150,12 +155,24 @@ class Outlet:
                 return  # all of it is back in line from its beginning
         self._begun = []
 
+    def _room(self, first: Outgoing) -> int:
+        """How much data the next frame may carry. Of a task's last samples half: whoever computes next begins with a frame's
+        first sample when the frame's last has crossed, and has nothing else to do by then.
+        """
+        guarded = any(grant.guarded for grant in self._grants)  # then room comes as last second's frames went
+        if self._to_come or self._kind != "activations" or guarded:
+            return self._frame_bytes
+        waiting_bytes = first.size_bytes * (1 + len(self._waiting))  # all are of one size
+        return min(self._frame_bytes, max(waiting_bytes // 2, self._last_bytes))
+
     def _choose(self, first: Outgoing) -> int:
         """How much data a frame of this task should carry; what its head takes is seen on one without data."""
         whole = to_pieces(first.sample, first.tensors, MAX_DATA_BYTES)[0]
         empty = Piece(first.sample, whole.size_bytes, whole.size_bytes, memoryview(b""))
         head = encode_frame(Frame(self._kind, self._plan.task_id, self._plan.attempt, self._source, (empty,)))
-        return frame_bytes(self._rate_bps, whole.size_bytes, MAX_DATA_BYTES, head_bytes=len(head) + TENSORS_BYTES)
+        head_bytes = len(head) + TENSORS_BYTES
+        self._last_bytes = LAST_HEADS * head_bytes
+        return frame_bytes(self._rate_bps, whole.size_bytes, MAX_DATA_BYTES, head_bytes=head_bytes)
 
     async def _send_frame(self, pieces: tuple[Piece, ...], done: list[Outgoing], generation: int) -> None:
         begun = self._begun
