@@ -12,7 +12,7 @@ import pytest
 
 from bus.errors import MessageTooLargeError, ProtocolError
 from bus.faults import Faults
-from bus.frames import Plan, decode_frame
+from bus.frames import FrameKind, Plan, decode_frame
 from bus.memory import MemoryBroker, MemoryBus
 from bus.tensors import Assembler
 from bus.topics import TopicSpec
@@ -98,6 +98,35 @@ def test_failed_sends_begin_the_sample_again_and_nothing_is_acknowledged_twice_o
     assert arrived == {sample: bytes([sample]) * size for sample, size in enumerate(sizes)}
     assert resent > 0
     assert plans > 1, "who reads from here on must find the plan"
+
+
+@pytest.mark.parametrize(("kind", "frames"), [("activations", [7, 6, 3, 2, 1, 1]), ("result", [7, 7, 6])])
+def test_the_last_samples_leave_in_ever_smaller_frames_where_somebody_computes_next(
+    kind: FrameKind, frames: list[int]
+) -> None:
+    async def run() -> list[int]:
+        async with MemoryBus(MemoryBroker()) as bus:
+            await bus.create_topics([TopicSpec("out", 1)])
+            outlet = Outlet(
+                bus,
+                topic="out",
+                key="t",
+                source="d",
+                kind=kind,
+                plan=PLAN,
+                grants=(Link().grant(16_000_000),),
+                gate=lambda: asyncio.sleep(0),
+                on_busy=lambda begin_s, end_s: None,
+                on_acknowledged=lambda samples: None,
+            )
+            async with asyncio.timeout(10.0), sending(outlet):
+                for sample in range(PLAN.todo):
+                    outlet.put(Outgoing(sample, [np.zeros(4_000, np.uint8)], 0.0))
+                await asyncio.sleep(1.0)
+            reader = await bus.reader([("out", 0)], start="start")
+            return [len(decode_frame(record.value).pieces) for record in await reader.fetch()]
+
+    assert run_virtual(run()) == frames
 
 
 def test_what_can_never_be_sent_ends_the_block_instead_of_hanging() -> None:
