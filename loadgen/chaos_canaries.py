@@ -23,9 +23,11 @@ from planner.core import PlannerCore
 from planner.leading import Lead
 from planner.ledger import Ledger, Reservation, Timeline
 from planner.service import PlannerService
-from stages.device import Attempt, Device
+from stages.attempt import Attempt
+from stages.device import Device
 from stages.fences import Fences
-from stages.hop import Flow, Hop
+from stages.flow import Flow
+from stages.hop import Hop
 from stages.node import Node, Work
 from stages.offsets import OffsetLedger, Receipt
 from stages.outlet import Outlet
