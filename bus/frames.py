@@ -22,20 +22,18 @@ every count, size, shape and dtype is checked before anything is allocated.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgpack
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field, ValidationError
 
 from bus.errors import ProtocolError
 from bus.messages import Attempt, Placed, Samples
 from bus.port import Payload
+from bus.tensors import DTYPES, Piece, TensorHead, tensor_head, to_arrays, to_tensors
 from bus.values import Execution, Frozen, Name, NodeName, Placement
 
 FRAME_VERSION = 1
@@ -47,17 +45,9 @@ MAX_PIECES = 512
 MAX_SAMPLE_BYTES = 256 * 1024 * 1024
 MAX_TENSORS = 64
 MAX_RANK = 8
-DTYPES = frozenset(
-    ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
-    + ("float16", "float32", "float64", "complex64")
-)
-ITEM_BYTES = {name: np.dtype(name).itemsize for name in sorted(DTYPES)}
-_NAMES = {np.dtype(name): name for name in sorted(DTYPES)}  # dtype.name is computed anew each time it is asked for
-_DTYPES = {name: np.dtype(name) for name in sorted(DTYPES)}
 _COUNTS_BELOW = 1 << 40
 _FIRST_LOOK_BYTES = 16 * 1024  # holds most heads; what the unpacker is fed is copied
 
-Array = npt.NDArray[Any]
 FrameKind = Literal["activations", "result", "report"]
 
 
@@ -86,41 +76,16 @@ class Plan(Frozen):
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class TensorHead:
-    """What one tensor of a payload is: `dtype` from the allow-list and `shape`."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Its length in the payload."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """`data` is the part of a sample's payload of `size_bytes` that begins at `at`."""
-
-    sample: int
-    at: int
-    size_bytes: int
-    data: memoryview
-    tensors: tuple[TensorHead, ...] = ()  # where `at` is 0
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One record of a data topic."""
 
     kind: FrameKind
     task_id: str
     attempt: int
     source: str  # the node that sends it
-    pieces: tuple[Piece, ...] = ()
+    pieces: Sequence[Piece] = ()
     plan: Plan | None = None
-    report: dict[str, float] = field(default_factory=dict)  # busy seconds by part
+    report: Mapping[str, float] = MappingProxyType({})  # busy seconds by part
 
 
 # --- encoding --------------------------------------------------------------------------------------------------------
@@ -128,46 +93,49 @@ class Frame:
 
 def encode_frame(frame: Frame) -> bytes:
     """The frame as msgpack. Raises ValueError where it would be too large to send."""
-    head: dict[str, Any] = {
-        "v": FRAME_VERSION,
-        "kind": frame.kind,
-        "task": frame.task_id,
-        "attempt": frame.attempt,
-        "from": frame.source,
-    }
+    more: dict[str, Any] = {}
     if frame.plan is not None:
-        head["plan"] = frame.plan.model_dump(mode="json", exclude_none=True)
+        more["plan"] = frame.plan.model_dump(mode="json", exclude_none=True)
     if frame.report:
-        head["report"] = frame.report
-    head["pieces"] = _described(frame.pieces)
-    packer = msgpack.Packer(autoreset=False)
-    packer.pack_map_header(len(head) + 1)
-    for key, value in head.items():
-        packer.pack(key)
-        packer.pack(value)
-    packer.pack("data")
-    data_bytes = sum(piece.data.nbytes for piece in frame.pieces)
-    front = packer.bytes()
+        more["report"] = dict(frame.report)
+    more["pieces"] = _described(frame.pieces)
+    entries = bytes((_MAP | (_SENDER_ENTRIES + len(more) + 1),))
+    front = b"".join(
+        (entries, _sender(frame.kind, frame.task_id, frame.attempt, frame.source), msgpack.packb(more)[1:], _DATA)
+    )
+    data = [piece.data for piece in frame.pieces]
+    data_bytes = sum([part.nbytes for part in data])
     if len(front) > MAX_HEAD_BYTES or len(front) + 5 + data_bytes > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {len(front):,} + {data_bytes:,} bytes is over {MAX_FRAME_BYTES:,}")
-    return b"".join([front, b"\xc6", data_bytes.to_bytes(4, "big"), *(piece.data for piece in frame.pieces)])
+    return b"".join((front, b"\xc6", data_bytes.to_bytes(4, "big"), *data))
+
+
+_MAP = 0x80  # msgpack's maps of up to 15 entries begin with this and their number
+_DATA: bytes = msgpack.packb("data")
+_SENDER_ENTRIES = 5
+
+
+@lru_cache(maxsize=1024)
+def _sender(kind: FrameKind, task_id: str, attempt: int, source: str) -> bytes:
+    """The entries that all frames of a task's attempt from one stage have in common, without the map around them."""
+    entries = {"v": FRAME_VERSION, "kind": kind, "task": task_id, "attempt": attempt, "from": source}
+    packed: bytes = msgpack.packb(entries)
+    return packed[1:]
 
 
 def _described(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
     """What the head says of the pieces; whole samples that follow each other and have the same tensors in one entry."""
     entries: list[dict[str, Any]] = []
     alike: tuple[TensorHead, ...] | None = None  # of the whole sample that was described last
+    samples: list[int] = []  # that are described by that entry
     for piece in pieces:
         whole = piece.at == 0 and piece.data.nbytes == piece.size_bytes
         if whole and piece.tensors == alike:
-            last = entries[-1]
-            if "samples" in last:
-                last["samples"].append(piece.sample)
-            else:
-                samples = [last["sample"], piece.sample]
-                entries[-1] = {"samples": samples, "size": piece.size_bytes, "tensors": last["tensors"]}
+            samples.append(piece.sample)
+            if len(samples) == 2:
+                entries[-1] = {"samples": samples, "size": piece.size_bytes, "tensors": entries[-1]["tensors"]}
             continue
-        alike = piece.tensors if whole else None
+        alike, samples = (piece.tensors if whole else None), [piece.sample]
         entry: dict[str, Any] = {
             "sample": piece.sample,
             "at": piece.at,
@@ -178,37 +146,6 @@ def _described(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
             entry["tensors"] = [{"dtype": tensor.dtype, "shape": tensor.shape} for tensor in piece.tensors]
         entries.append(entry)
     return entries
-
-
-def to_pieces(sample: int, tensors: Sequence[Array], chunk_bytes: int) -> list[Piece]:
-    """One sample's tensors as pieces of at most `chunk_bytes`, without copying where it is one contiguous tensor."""
-    heads = tuple([_head(_NAMES.get(array.dtype) or array.dtype.name, array.shape) for array in tensors])
-    if len(tensors) == 1:
-        payload = _bytes_of(tensors[0])
-    else:
-        payload = memoryview(b"".join(_bytes_of(array) for array in tensors))
-    size = payload.nbytes
-    if size <= chunk_bytes:
-        return [Piece(sample, 0, size, payload, heads)]
-    return [
-        Piece(sample, at, size, payload[at : at + chunk_bytes], heads if at == 0 else ())
-        for at in range(0, size, chunk_bytes)
-    ]
-
-
-@lru_cache(maxsize=4096)
-def _head(dtype: str, shape: tuple[int, ...]) -> TensorHead:
-    """Samples of a model have the same few heads."""
-    return TensorHead(dtype, shape)
-
-
-def _bytes_of(array: Array) -> memoryview:
-    if array.dtype.kind in "fiub" and array.size and array.ndim and array.flags.c_contiguous and array.dtype.isnative:
-        return array.data.cast("B")
-    if array.dtype.byteorder == ">":
-        array = array.astype(array.dtype.newbyteorder("<"))
-    # A flat byte view: memoryview.cast refuses shapes that hold a zero and arrays of rank 0.
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -234,7 +171,7 @@ def decode_frame(payload: Payload | None) -> Frame:
             raise ProtocolError("undecodable", f"unknown kind {kind!r}")
         plan = Plan.model_validate(head["plan"]) if "plan" in head else None
         return Frame(
-            kind, _text(head["task"]), _count(head["attempt"]), _text(head["from"]), tuple(_pieces(head["pieces"], data)),
+            kind, _text(head["task"]), _count(head["attempt"]), _text(head["from"]), _pieces(head["pieces"], data),
             plan, {_text(key): float(value) for key, value in head.get("report", {}).items()},
         )  # fmt: skip
     except ValidationError as error:
@@ -246,6 +183,9 @@ def decode_frame(payload: Payload | None) -> Frame:
 
 
 def _unpack(view: memoryview) -> tuple[dict[str, Any], memoryview]:
+    """The head, and the data in place."""
+    if view.nbytes <= _FIRST_LOOK_BYTES and view.nbytes and _MAP < view[0] < _MAP + 16:
+        return _unpack_whole(view)
     try:
         return _unpack_head(view, _FIRST_LOOK_BYTES)
     except msgpack.OutOfData:
@@ -256,21 +196,43 @@ def _unpack(view: memoryview) -> tuple[dict[str, Any], memoryview]:
         raise ProtocolError("undecodable", f"not a msgpack map: {type(error).__name__}: {error}") from None
 
 
+_LIMITS: dict[str, Any] = {
+    "raw": False, "strict_map_key": True, "max_array_len": MAX_PIECES, "max_map_len": 64, "max_str_len": 4096,
+    "max_ext_len": 0,
+}  # fmt: skip
+
+
+def _unpack_whole(view: memoryview) -> tuple[dict[str, Any], memoryview]:
+    """A small frame is unpacked in one call: an unpacker that stops at the data has 40 kB of its own to set up, which takes
+    longer than to copy the data.
+    """
+    try:
+        head = msgpack.unpackb(view, max_bin_len=_FIRST_LOOK_BYTES, **_LIMITS)
+    except (ValueError, msgpack.UnpackException, TypeError, RecursionError) as error:
+        raise ProtocolError("undecodable", f"not a msgpack map: {type(error).__name__}: {error}") from None
+    if len(head) != view[0] - _MAP:
+        raise ProtocolError("undecodable", "a key stands twice")
+    key, data = head.popitem()  # the last
+    if key != "data":
+        raise ProtocolError("undecodable", "no data at the end")
+    if type(data) is not bytes:
+        raise ProtocolError("undecodable", "data is no bin")
+    return head, view[view.nbytes - len(data) :]
+
+
 def _unpack_head(view: memoryview, look_bytes: int) -> tuple[dict[str, Any], memoryview]:
-    unpacker = msgpack.Unpacker(
-        raw=False, strict_map_key=True, max_buffer_size=look_bytes, max_array_len=MAX_PIECES, max_map_len=64,
-        max_str_len=4096, max_bin_len=0, max_ext_len=0,
-    )  # fmt: skip
+    unpacker = msgpack.Unpacker(max_buffer_size=look_bytes, max_bin_len=0, **_LIMITS)
     unpacker.feed(view[:look_bytes])
+    unpack = unpacker.unpack
     head: dict[str, Any] = {}
     try:
         for _ in range(unpacker.read_map_header()):
-            key = unpacker.unpack()
+            key = unpack()
             if key == "data":
                 return head, _bin_at(view, unpacker.tell())
-            if not isinstance(key, str) or key in head:
+            if type(key) is not str or key in head:
                 raise ProtocolError("undecodable", "a key is no string, or stands twice")
-            head[key] = unpacker.unpack()
+            head[key] = unpack()
     except (ProtocolError, msgpack.OutOfData):
         raise
     except (ValueError, msgpack.UnpackException, TypeError, RecursionError) as error:
@@ -293,39 +255,61 @@ def _bin_at(view: memoryview, at: int) -> memoryview:
     return view[start:]
 
 
-def _pieces(described: Any, data: memoryview) -> Iterator[Piece]:
+def _pieces(described: Any, data: memoryview) -> list[Piece]:
     if not isinstance(described, list):
         raise ProtocolError("undecodable", "pieces are no array")
-    begin = count = 0
+    pieces: list[Piece] = []
+    begin = 0
     for entry in described:
-        samples = entry.get("samples")
-        if samples is None:
-            samples, at, size, length = (
-                (entry["sample"],),
-                _count(entry["at"]),
-                _count(entry["size"]),
-                _count(entry["bytes"]),
-            )
-        elif isinstance(samples, list):
-            at, size = 0, _count(entry["size"])
-            length = size
-        else:
-            raise ProtocolError("undecodable", "samples are no array")
-        count += len(samples)
-        if count > MAX_PIECES:
-            raise ProtocolError("undecodable", f"over {MAX_PIECES} pieces in one frame")
+        size = _count(entry["size"])
         if size > MAX_SAMPLE_BYTES:
             raise ProtocolError("oversized", f"a sample of {size:,} bytes, over {MAX_SAMPLE_BYTES:,}")
-        if at + length > size or begin + length * len(samples) > data.nbytes or (length == 0 and size > 0):
-            raise ProtocolError("wrong_shape", f"sample {samples[:1]}: a piece lies outside its sample or its frame")
-        tensors = tuple([_tensor(head) for head in entry["tensors"]]) if at == 0 else ()
-        if at == 0 and (len(tensors) > MAX_TENSORS or sum(t.size_bytes for t in tensors) != size):
-            raise ProtocolError("wrong_shape", f"sample {samples[:1]}: its tensors do not make up {size:,} bytes")
-        for sample in samples:
-            yield Piece(_count(sample), at, size, data[begin : begin + length], tensors)
-            begin += length
+        samples = entry.get("samples")
+        if samples is None:
+            pieces.append(_piece(entry, size, data, begin))
+            begin += pieces[-1].data.nbytes
+        else:
+            pieces += _alike(samples, _tensors(entry, size), size, data[begin:])
+            begin += size * len(samples)
+        if len(pieces) > MAX_PIECES:
+            raise ProtocolError("undecodable", f"over {MAX_PIECES} pieces in one frame")
     if begin != data.nbytes:
         raise ProtocolError("wrong_shape", f"{data.nbytes - begin:,} bytes belong to no piece")
+    return pieces
+
+
+def _piece(entry: dict[str, Any], size: int, data: memoryview, begin: int) -> Piece:
+    """One piece whose bytes begin at `begin`."""
+    sample, at, length = _count(entry["sample"]), _count(entry["at"]), _count(entry["bytes"])
+    end = begin + length
+    if at + length > size or end > data.nbytes or (length == 0 and size > 0):
+        raise ProtocolError("wrong_shape", f"sample {sample}: a piece lies outside its sample or its frame")
+    tensors = _tensors(entry, size) if at == 0 else ()
+    part = data[begin:end]
+    return Piece(sample, at, size, part, tensors, to_tensors(tensors, part) if length == size else None)
+
+
+def _alike(samples: Any, tensors: tuple[TensorHead, ...], size: int, data: memoryview) -> Iterable[Piece]:
+    """Whole samples with the same tensors, the first of which stands at the beginning of `data`."""
+    if not isinstance(samples, list):
+        raise ProtocolError("undecodable", "samples are no array")
+    for sample in samples:
+        _count(sample)
+    count = len(samples)
+    if size * count > data.nbytes:
+        raise ProtocolError("wrong_shape", f"sample {samples[:1]}: a piece lies outside its frame")
+    arrays = to_arrays(tensors, data[: size * count], count) if count else []
+    return [
+        Piece(sample, 0, size, data[number * size : (number + 1) * size], tensors, whole)
+        for number, (sample, whole) in enumerate(zip(samples, arrays, strict=True))
+    ]
+
+
+def _tensors(entry: dict[str, Any], size: int) -> tuple[TensorHead, ...]:
+    tensors = tuple([_tensor(head) for head in entry["tensors"]])
+    if len(tensors) > MAX_TENSORS or sum([tensor.size_bytes for tensor in tensors]) != size:
+        raise ProtocolError("wrong_shape", f"the tensors do not make up {size:,} bytes")
+    return tensors
 
 
 def _tensor(head: Any) -> TensorHead:
@@ -334,7 +318,7 @@ def _tensor(head: Any) -> TensorHead:
         raise ProtocolError("wrong_shape", f"dtype {str(dtype)[:20]!r} is not allowed")
     if not isinstance(shape, list) or len(shape) > MAX_RANK:
         raise ProtocolError("wrong_shape", f"a rank over {MAX_RANK}")
-    return _head(dtype, tuple([_count(extent) for extent in shape]))
+    return tensor_head(dtype, tuple([_count(extent) for extent in shape]))
 
 
 def _count(value: Any) -> int:
@@ -347,61 +331,3 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= 200:
         raise ProtocolError("undecodable", f"{str(value)[:40]!r} is no name")
     return value
-
-
-# --- putting samples together again ----------------------------------------------------------------------------------
-
-
-class Assembler:
-    """Puts the pieces of one task attempt together.
-
-    Pieces of a sample come in order; a piece that came before is ignored. What is kept is bounded by the samples that
-    are under way, and the sender's window bounds those.
-    """
-
-    def __init__(self) -> None:
-        self._open: dict[int, tuple[tuple[TensorHead, ...], bytearray, int]] = {}
-
-    @property
-    def pending(self) -> int:
-        """Samples that are not whole yet."""
-        return len(self._open)
-
-    @property
-    def pending_bytes(self) -> int:
-        """Memory held for samples that are not whole yet."""
-        return sum(len(buffer) for _, buffer, _ in self._open.values())
-
-    def add(self, piece: Piece) -> list[Array] | None:
-        """The sample's tensors, read-only, once it is whole. Raises `ProtocolError` `missing_chunk` on a gap."""
-        if piece.at == 0 and piece.data.nbytes == piece.size_bytes:
-            self._open.pop(piece.sample, None)
-            return to_tensors(piece.tensors, piece.data)
-        if piece.at == 0 and piece.sample not in self._open:
-            self._open[piece.sample] = (piece.tensors, bytearray(piece.size_bytes), 0)
-        if piece.sample not in self._open:
-            raise ProtocolError("missing_chunk", f"sample {piece.sample}: a piece at {piece.at} without the first")
-        tensors, buffer, filled = self._open[piece.sample]
-        end = piece.at + piece.data.nbytes
-        if piece.size_bytes != len(buffer):
-            raise ProtocolError("wrong_shape", f"sample {piece.sample}: its size changed")
-        if piece.at > filled:
-            raise ProtocolError("missing_chunk", f"sample {piece.sample}: bytes {filled}..{piece.at} are missing")
-        if end <= filled:
-            return None
-        buffer[piece.at : end] = piece.data
-        if end < len(buffer):
-            self._open[piece.sample] = (tensors, buffer, end)
-            return None
-        del self._open[piece.sample]
-        return to_tensors(tensors, memoryview(buffer).toreadonly())
-
-
-def to_tensors(heads: Iterable[TensorHead], payload: memoryview) -> list[Array]:
-    """Views of a sample's payload as arrays (read-only, perhaps unaligned)."""
-    arrays, at = [], 0
-    for head in heads:
-        part = payload[at : at + head.size_bytes]
-        arrays.append(np.frombuffer(part, dtype=_DTYPES[head.dtype]).reshape(head.shape))
-        at += head.size_bytes
-    return arrays

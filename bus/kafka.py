@@ -17,7 +17,8 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError, TopicAuthorizat
 from bus.errors import BusError, BusUnavailableError, ConfigError, MessageTooLargeError
 from bus.kafka_connection import REQUEST_S, KafkaConnection, patience_s
 from bus.kafka_errors import translated, unknown_topic
-from bus.kafka_readers import KafkaMember, KafkaReader, cut_off
+from bus.kafka_members import KafkaMember
+from bus.kafka_readers import KafkaReader, cut_off
 from bus.kafka_sender import KafkaSender
 from bus.limits import record_bytes
 from bus.port import Headers, Payload, Position, RebalanceCallback, TopicPartition

@@ -8,8 +8,7 @@ commits how far it is. What is not committed is delivered again (at least once).
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from bus.topics import TopicSpec
 
@@ -18,8 +17,7 @@ TopicPartition = tuple[str, int]
 Payload = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One record as it stands on a topic."""
 
     topic: str
@@ -31,8 +29,7 @@ class Record:
     headers: Headers = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(NamedTuple):
     """Where a record that was sent came to stand."""
 
     topic: str

@@ -12,6 +12,7 @@ from bus import claims, frames, messages
 from bus.claims import Claim
 from bus.frames import Plan
 from bus.identity import IDENTITY_HEADER, PROOF_HEADER
+from bus.tensors import DTYPES
 from bus.topics import EDGE_PLACEHOLDER, TABLE, PartitionBy, Payload, Topic
 from bus.tracing import TRACEPARENT
 
@@ -183,7 +184,7 @@ def frame_schema() -> dict[str, Any]:
         "type": "object",
         "required": ["dtype", "shape"],
         "properties": {
-            "dtype": {"enum": sorted(frames.DTYPES)},
+            "dtype": {"enum": sorted(DTYPES)},
             "shape": {"type": "array", "maxItems": frames.MAX_RANK, "items": {"type": "integer", "minimum": 0}},
         },
     }

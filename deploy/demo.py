@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bus.frames import Array
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import DatasetInput, SeedInput, TaskSubmitted
+from bus.tensors import Array
 from bus.values import BITS_PER_BYTE, Execution, ModelProfile, Objective, Role
 from deploy import nodes
 from deploy.runners import scaled

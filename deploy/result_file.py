@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bus.frames import Array
 from bus.messages import TaskSubmitted
+from bus.tensors import Array
 
 
 class ResultFile:

@@ -30,12 +30,13 @@ from aiokafka import TopicPartition as KafkaPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaConnectionError
 
-from bus.frames import Assembler, Frame, decode_frame, encode_frame, to_pieces
+from bus.frames import Frame, decode_frame, encode_frame
 from bus.kafka import KafkaBus, KafkaConnection
 from bus.kafka_readers import FETCH_BYTES
 from bus.kafka_sender import BATCH_BYTES
 from bus.memory import MemoryBus
 from bus.port import Bus, Reader
+from bus.tensors import Assembler, to_pieces
 from bus.topics import TopicSpec
 from loadgen.busyness import BusynessWatch
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -200,6 +200,18 @@ async def _shaped(make: Callable[[str], Bus], rate_bps: int, for_s: float) -> di
     topic = f"deepar.bench.shaper.{os.getpid()}"
     sample_bytes = max(20_000, min(1_000_000, rate_bps // 80))
     count = max(2, round(rate_bps * for_s / BITS_PER_BYTE / sample_bytes))
+    left = asyncio.Semaphore(8)
+    over = asyncio.Event()
+    acknowledged = 0
+
+    def done(samples: Sequence[int]) -> None:
+        nonlocal acknowledged
+        acknowledged += len(samples)
+        for _ in samples:
+            left.release()
+        if acknowledged == count:
+            over.set()
+
     async with make("shaper") as bus:
         await bus.create_topics([TopicSpec(topic, 1, retention_bytes=64 << 20)])
         watched = _Watched(bus)
@@ -213,25 +225,15 @@ async def _shaped(make: Callable[[str], Bus], rate_bps: int, for_s: float) -> di
             grants=(Link(rate_bps).grant(rate_bps),),
             gate=_open,
             on_busy=lambda begin_s, end_s: None,
+            on_acknowledged=done,
         )
-        left = asyncio.Semaphore(8)
-        over = asyncio.Event()
         payload = [np.zeros(sample_bytes, np.uint8)]
-        acknowledged = 0
-
-        def done() -> None:
-            nonlocal acknowledged
-            acknowledged += 1
-            left.release()
-            if acknowledged == count:
-                over.set()
-
         sending = asyncio.create_task(outlet.run())
         begun_s = perf_counter()
         loop = asyncio.get_running_loop()
         for sample in range(count):
             await left.acquire()
-            outlet.put(Outgoing(sample, payload, loop.time(), done))
+            outlet.put(Outgoing(sample, payload, loop.time()))
         async with asyncio.timeout(TIMEOUT_S):
             await over.wait()
         sending.cancel()

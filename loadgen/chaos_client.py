@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from bus import messages, topics
 from bus.errors import BusError
-from bus.frames import Array
 from bus.memory import MemoryBus
 from bus.messages import HandleInput, SeedInput, TaskSubmitted
+from bus.tensors import Array
 from loadgen.chaos_check import Say
 from loadgen.chaos_region import LAYER_S, ChaosScenario, same
 from loadgen.virtual_region import MODEL

@@ -9,8 +9,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from bus.frames import Array, Plan
+from bus.frames import Plan
 from bus.messages import TaskSubmitted
+from bus.tensors import Array
 from bus.values import Role
 from loadgen.chaos_check import Say
 from loadgen.virtual_region import toy_profile

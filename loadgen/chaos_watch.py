@@ -23,7 +23,8 @@ from loadgen.chaos_region import CUT_BYTES, LEASE_S
 from loadgen.chaos_taps import Scan, Tap
 from loadgen.virtual_region import Stage
 from stages.device import Device
-from stages.hop import ORPHAN_BYTES, Flow, Hop
+from stages.flow import Flow
+from stages.hop import ORPHAN_BYTES, Hop
 
 STAGE_S = 1.0
 """One stage time: what the slowest machine here takes for a sample, and the planner to read."""

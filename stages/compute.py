@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from bus.errors import ConfigError, ModelError, UnknownNameError
-from bus.frames import Array, Plan
+from bus.frames import Plan
 from bus.messages import DatasetInput, SeedInput, TaskSubmitted
+from bus.tensors import Array
 from bus.values import ModelProfile, TensorSpec
 from stages.model import Model
 from stages.profiler import machine_profile

@@ -10,28 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 from pydantic import ValidationError
 
 from bus import topics
-from bus.errors import BusError, DeeparError, ProtocolError
-from bus.frames import MAX_SAMPLE_BYTES, Array, Assembler, Frame, Piece, Plan, decode_frame, encode_frame
+from bus.errors import BusError, ProtocolError
+from bus.frames import Frame, Plan, decode_frame
 from bus.messages import Decision, Placed, TaskFailed
-from bus.port import Bus, Member, Record, TopicPartition
+from bus.port import Member, Record, TopicPartition
 from bus.proofs import WRONG_IDENTITY, Speaker
-from bus.tracing import parent_in
 from bus.values import Role
-from stages.node import RETRY_S, Node, cause_of
+from stages.flow import Flow
+from stages.node import RETRY_S, Node
 from stages.offsets import OffsetLedger, Receipt
-from stages.outlet import Outgoing, Outlet, sending
-from stages.runner import Station
 from stages.senders import Senders
-from stages.shaper import Grant, Link
-from stages.window import MAX_WINDOW, window_samples
+from stages.shaper import Link
 
 COMMIT_S = 0.25
 """Offsets are committed this often; what a crash repeats is bounded by it."""
@@ -314,261 +309,6 @@ class Hop:
             retryable=retryable,
         )
         await self.node.tell(topics.EVENTS, message, task_id)
-
-
-class Flow:
-    """One attempt of one task at this stage.
-
-    It stays among the hop's flows, closed, until its task is over or the attempt is fenced: what still comes of it is
-    dropped then, instead of being worked on again.
-    """
-
-    def __init__(self, hop: Hop, plan: Plan) -> None:
-        placement = plan.placement
-        self.hop = hop
-        self.plan = plan
-        self.partitions: set[TopicPartition] = set()  # where its frames came from
-        self.task: asyncio.Task[None] | None = None
-        self.closed = False
-        self.heard_s = asyncio.get_running_loop().time()  # when it last took or finished something
-        self.computes = placement.uses_slot if hop.is_edge else True
-        self.first, self.last = (placement.cut1, placement.cut2) if hop.is_edge else (placement.cut2, 0)
-        self.busy_s = 0.0
-        self.parent_id: str | None = None  # the span that this stage's work follows from, where its frames name one
-        self._began_s: float | None = None  # when it first computed here
-        self._free_s = float("-inf")  # when it last did
-        self.window = MAX_WINDOW  # samples that its device may have under way
-        self._widest_bytes = MAX_SAMPLE_BYTES  # of a sample here; these two are less where the model is known
-        self._expected_bytes: int | None = None
-        self._check()
-        self._sending: Outlet | None = None
-        self._assembler = Assembler()
-        self._ready: deque[tuple[int, list[Array], float]] = deque()
-        self._arrived = asyncio.Event()
-        self._receipts: dict[int, list[Receipt]] = {}  # of samples that are not acknowledged downstream yet
-        self._whole: set[int] = set()  # of those, the samples that have all their pieces
-        self._done: set[int] = set()
-        self._finished = asyncio.Event()
-
-    def _check(self) -> None:
-        """Whether the plan can be followed here. Raises `ProtocolError`."""
-        plan, placement = self.plan, self.plan.placement
-        if placement.edge is None or not placement.link1_bps or (placement.uses_cloud and not placement.link2_bps):
-            raise ProtocolError("wrong_shape", f"task {plan.task_id}: a plan without an edge, or without rates")
-        if not self.hop.is_edge and not placement.uses_cloud:
-            raise ProtocolError("wrong_shape", f"task {plan.task_id}: a plan without the cloud")
-        profile = next((p for p in self.hop.node.runner.profiles() if p.model == plan.model), None)
-        if profile is None:
-            if self.computes:
-                raise ProtocolError("unknown_model", f"task {plan.task_id}: there is no model {plan.model!r} here")
-            return
-        if self.computes and profile.sha256 != plan.sha256:
-            raise ProtocolError("unknown_model", f"task {plan.task_id}: {plan.model} is another one here")
-        if placement.cut2 > profile.layers:
-            raise ProtocolError("wrong_shape", f"task {plan.task_id}: {plan.model} has {profile.layers} layers")
-        if not self.hop.is_edge:
-            self.last = profile.layers
-        if profile.sha256 == plan.sha256:
-            self.window = window_samples(plan.execution, profile.cut_bytes)
-            self._widest_bytes = max(plan.input_bytes or 0, *profile.cut_bytes[self.first : self.last + 1])
-            cut_bytes = profile.cut_bytes[self.first]
-            self._expected_bytes = plan.input_bytes if self.first == 0 and plan.input_bytes is not None else cut_bytes
-
-    @property
-    def under_way(self) -> int:
-        """Samples of which something is here that is not acknowledged downstream."""
-        return len(self._whole) + self._assembler.pending
-
-    @property
-    def held_bytes(self) -> int:
-        """Data of those samples."""
-        waiting = sum(array.nbytes for _, tensors, _ in self._ready for array in tensors)
-        return self._assembler.pending_bytes + waiting + (self._sending.held_bytes if self._sending else 0)
-
-    @property
-    def bound_bytes(self) -> int:
-        """What `held_bytes` never exceeds: the window at the wider end of this stage, twice."""
-        return 2 * self.window * self._widest_bytes
-
-    # --- in ----------------------------------------------------------------------------------------------------------
-
-    def take_frame(self, record: Record, frame: Frame, receipt: Receipt) -> None:
-        """The pieces of a frame. Raises `ProtocolError` for one that cannot be used."""
-        self.partitions.add(_partition(record))
-        self.heard_s = asyncio.get_running_loop().time()
-        if record.headers and self.parent_id is None:
-            self.parent_id = parent_in(record.headers, self.plan.task_id)
-        for piece in frame.pieces:
-            self._take(piece, receipt)
-
-    def _take(self, piece: Piece, receipt: Receipt) -> None:
-        sample = piece.sample
-        if self.closed or sample in self._done:
-            self.hop.node.status.count("duplicates_suppressed")
-            return
-        if sample in self._whole:
-            # Under way already; yet this record, too, is done only when the sample is.
-            self.hop.node.status.count("duplicates_suppressed")
-            receipt.hold()
-            self._receipts[sample].append(receipt)
-            return
-        if self._expected_bytes is not None and piece.size_bytes != self._expected_bytes:
-            raise ProtocolError(
-                "wrong_shape",
-                f"sample {sample} of {self.plan.model} at {self.first}: {piece.size_bytes:,} bytes, "
-                f"it takes {self._expected_bytes:,}",
-            )
-        try:
-            whole = self._assembler.add(piece)
-        except ProtocolError as error:
-            if error.cause != "missing_chunk":
-                raise
-            self.hop.node.status.count("gaps")  # its sender begins the sample again
-            return
-        receipt.hold()
-        self._receipts.setdefault(sample, []).append(receipt)
-        if whole is not None:
-            self._whole.add(sample)
-            self._ready.append((sample, whole, self.heard_s))
-            self._arrived.set()
-
-    # --- through -----------------------------------------------------------------------------------------------------
-
-    async def run(self) -> None:
-        """Wait for a slot, work through the samples, report; ends when all are done, or when stopped."""
-        node = self.hop.node
-        try:
-            await self._serve()
-            self.closed = True
-        except Exception as error:
-            # A model that breaks in its runtime must not take the other tasks of this stage down.
-            cause = cause_of(error)
-            node.log.error("a task cannot go on here", task=self.plan.task_id, cause=cause, error=str(error))
-            if not isinstance(error, DeeparError):
-                node.log.exception("a task broke here", task=self.plan.task_id)
-            self._let_go()
-            await self.hop.fail(self.plan.task_id, self.plan.attempt, cause, f"{type(error).__name__}: {error}")
-
-    async def _serve(self) -> None:
-        runner = self.hop.node.runner
-        async with contextlib.AsyncExitStack() as stack:
-            station: Station | None = None
-            if self.computes:
-                await runner.prepare(self.plan, self.first, self.last)
-                if self.hop.slots is not None:
-                    await stack.enter_async_context(self.hop.slots)
-                station = runner.station(self.plan, self.first, self.last)
-                stack.callback(station.close)
-            outlet = self._sending = self._outlet()
-            stack.callback(self._told, outlet)
-            async with sending(outlet):
-                await self._work(station, outlet)
-            await self._report(outlet.busy_s)
-
-    async def _work(self, station: Station | None, outlet: Outlet) -> None:
-        clock = asyncio.get_running_loop().time
-        for _ in range(self.plan.todo):
-            while not self._ready:
-                self._arrived.clear()
-                await self._arrived.wait()
-            sample, tensors, ready_s = self._ready.popleft()
-            if station is not None:
-                tensors = await station.run(sample, tensors, ready_s)
-                now = clock()
-                begin_s = max(ready_s, self._free_s)
-                if self._began_s is None:
-                    self._began_s = begin_s
-                self.busy_s += now - begin_s
-                self.hop.node.busy("edge_s" if self.hop.is_edge else "cloud_s", self.plan.task_id, begin_s, now)
-                self._free_s = now
-                ready_s = now
-            outlet.put(Outgoing(sample, tensors, ready_s, partial(self._acknowledged, sample)))
-        await self._finished.wait()
-
-    def _told(self, outlet: Outlet) -> None:
-        """What was done here, for traces."""
-        node, part = self.hop.node, "edge" if self.hop.is_edge else "cloud"
-        if self.computes:
-            node.span(part, self.plan, self._began_s, self._free_s, self.busy_s, self.parent_id)
-        follows = None if self.computes else self.parent_id
-        node.span(self._way, self.plan, outlet.began_s, outlet.busy_until_s, outlet.busy_s, follows)
-
-    @property
-    def _way(self) -> str:
-        """The part that sending on from here is."""
-        return "link2" if self.hop.is_edge and self.plan.placement.uses_cloud else "result"
-
-    def _outlet(self) -> Outlet:
-        hop, plan = self.hop, self.plan
-        placement = plan.placement
-        onward = self._way == "link2"
-        topic = topics.ACTIVATIONS_CLOUD if onward else topics.RESULTS
-        key = plan.task_id if onward else plan.device
-        grants: tuple[Grant, ...]
-        if onward:
-            grants = (hop.link2.grant(placement.link2_bps),)
-        elif hop.is_edge:
-            grants = (hop.results.grant(placement.link1_bps),)
-        else:
-            grants = (hop.results.grant(placement.link2_bps), hop.results.grant(placement.link1_bps))
-        return Outlet(
-            hop.node.bus if onward else self._way_back(),
-            topic=topic,
-            key=key,
-            source=hop.node.settings.name,
-            kind="activations" if onward else "result",
-            plan=plan,
-            grants=grants,
-            gate=hop.node.gate,
-            on_busy=partial(hop.node.busy, f"{self._way}_s", plan.task_id),
-            headers=hop.node.trace_header(self._way, plan),
-        )
-
-    def _way_back(self) -> Bus:
-        """Where results go: to the site of the edge that the task goes through, as the reservations do."""
-        assert self.plan.placement.edge is not None  # `_check`
-        return self.hop.node.bus.beside(topics.RESULTS, topics.activations_topic(self.plan.placement.edge))
-
-    # --- done --------------------------------------------------------------------------------------------------------
-
-    def _acknowledged(self, sample: int) -> None:
-        """The bus holds what came of a sample; only now may its records be committed."""
-        self.heard_s = asyncio.get_running_loop().time()
-        self._done.add(sample)
-        self._whole.discard(sample)
-        for receipt in self._receipts.pop(sample, ()):
-            receipt.release()
-        if len(self._done) >= self.plan.todo:
-            self._finished.set()
-
-    async def _report(self, sending_s: float) -> None:
-        """Tell the device what this stage measured; unshaped, since it is no part of the task's data."""
-        plan, node = self.plan, self.hop.node
-        busy = {f"{self._way}_s": sending_s}
-        if self.computes:
-            busy["edge_s" if self.hop.is_edge else "cloud_s"] = self.busy_s
-        frame = Frame("report", plan.task_id, plan.attempt, node.settings.name, report=busy)
-        try:
-            await self._way_back().send(topics.RESULTS, encode_frame(frame), key=plan.device)
-        except BusError as error:
-            node.log.warning("a report was not sent", task=plan.task_id, error=str(error))
-
-    def stop(self, *, discard: bool) -> None:
-        """End it. `discard`: nobody wants its frames any more; else another member will get them."""
-        if self.task is not None:
-            self.task.cancel()
-        if discard:
-            self._let_go()
-        self.closed = True
-
-    def _let_go(self) -> None:
-        """Nothing that was taken will be asked for again."""
-        self.closed = True
-        for receipts in self._receipts.values():
-            for receipt in receipts:
-                receipt.release()
-        self._receipts.clear()
-        self._ready.clear()
 
 
 def _partition(record: Record) -> TopicPartition:

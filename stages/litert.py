@@ -85,7 +85,12 @@ class SegmentRunner:
         `inputs` are in the file's order, or by tensor name. Raises `ModelError` where one is missing, has another type or
         shape, or the computation fails.
         """
-        values = [inputs[name] for name in self.input_names] if isinstance(inputs, Mapping) else list(inputs)
+        values: Sequence[Array]
+        # Asked for the list first: whether something is a mapping takes as long as a small computation.
+        if isinstance(inputs, list) or not isinstance(inputs, Mapping):
+            values = inputs
+        else:
+            values = [inputs[name] for name in self.input_names]
         if len(values) != len(self._inputs):
             raise ModelError(self.title, f"takes {len(self._inputs)} inputs, not {len(values)}")
         with self._turn:

@@ -14,24 +14,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from bus.errors import BusError, MessageTooLargeError
-from bus.frames import (
-    MAX_FRAME_BYTES,
-    MAX_PIECES,
-    Array,
-    Frame,
-    FrameKind,
-    Piece,
-    Plan,
-    encode_frame,
-    to_pieces,
-)
+from bus.frames import MAX_FRAME_BYTES, MAX_PIECES, Frame, FrameKind, Plan, encode_frame
 from bus.port import Bus, Headers, Position
+from bus.tensors import Array, Piece, to_pieces
 from stages.shaper import Grant, cross, frame_bytes
 
 MAX_DATA_BYTES = MAX_FRAME_BYTES - 4096 - MAX_PIECES * 160
 """The rest of the largest frame is for its head: a plan, and the descriptions of its pieces."""
 TENSORS_BYTES = 20
 """Some frames describe tensors, which takes some 40 bytes, some do not."""
+LAST_HEADS = 8
+"""The last samples of a task go in ever smaller frames, as long as what a frame carries is so many times its head."""
 RETRY_S = 0.2
 
 
@@ -42,7 +35,11 @@ class Outgoing:
     sample: int
     tensors: Sequence[Array]
     ready_s: float  # when it could first be sent, the loop's clock
-    acknowledged: Callable[[], None]  # called once, when the bus holds all of it
+    size_bytes: int = 0  # of its tensors
+
+    def __post_init__(self) -> None:
+        tensors = self.tensors
+        self.size_bytes = tensors[0].nbytes if len(tensors) == 1 else sum(array.nbytes for array in tensors)
 
 
 @dataclass(slots=True)
@@ -70,9 +67,12 @@ class Outlet:
         grants: tuple[Grant, ...],
         gate: Callable[[], Awaitable[None]],
         on_busy: Callable[[float, float], None],
+        on_acknowledged: Callable[[Sequence[int]], None],
         headers: Headers = (),
     ) -> None:
-        """`headers` go with the first frame, and with the first after everything was sent again, as the plan does."""
+        """`on_acknowledged` is told once of every sample that the bus holds all of, of several that shared a frame at once.
+
+        `headers` go with the first frame, and with the first after everything was sent again, as the plan does."""
         self._bus = bus
         self._to = (topic, key)
         self._source = source
@@ -81,11 +81,14 @@ class Outlet:
         self._grants = grants
         self._gate = gate
         self._on_busy = on_busy
+        self._on_acknowledged = on_acknowledged
         self._headers = headers
         self._headers_due = True
         self._plan_due = kind == "activations"
         self._rate_bps = min((grant.rate_bps for grant in grants), default=1 << 40)
         self._frame_bytes = 0  # of data; chosen for the first sample, and all are of one size
+        self._last_bytes = 0  # the least that a frame of a task's last samples carries
+        self._to_come = plan.todo  # samples that were not put yet
         self._waiting: deque[Outgoing] = deque()
         self._begun: list[Outgoing] = []  # what the frame that is being sent has a piece of
         self._sent: deque[_Sent] = deque()
@@ -103,11 +106,12 @@ class Outlet:
         """Data of the samples that the bus does not hold yet."""
         held = {item.sample: item for sent in self._sent for item in sent.begun}
         held |= {item.sample: item for item in (*self._begun, *self._waiting)}
-        return sum(array.nbytes for item in held.values() for array in item.tensors)
+        return sum(item.size_bytes for item in held.values())
 
     def put(self, outgoing: Outgoing) -> None:
         """Send a sample when its turn comes."""
         self._waiting.append(outgoing)
+        self._to_come -= 1
         self._to_send.set()
 
     async def run(self) -> None:
@@ -135,16 +139,14 @@ class Outlet:
             self._frame_bytes = self._choose(first)
         pieces = to_pieces(first.sample, first.tensors, self._frame_bytes)
         if len(pieces) == 1:
-            size_bytes = pieces[0].data.nbytes
+            left_bytes = self._room(first) - first.size_bytes
             while self._waiting and len(pieces) < MAX_PIECES:
                 following = self._waiting[0]
-                more = sum(array.nbytes for array in following.tensors)
-                if size_bytes + more > self._frame_bytes:
+                left_bytes -= following.size_bytes
+                if left_bytes < 0:
                     break
-                self._waiting.popleft()
-                batch.append(following)
+                batch.append(self._waiting.popleft())
                 pieces += to_pieces(following.sample, following.tensors, self._frame_bytes)
-                size_bytes += more
         self._begun = batch
         frames = [(piece,) for piece in pieces] if len(batch) == 1 else [tuple(pieces)]
         for index, frame in enumerate(frames):
@@ -153,12 +155,24 @@ class Outlet:
                 return  # all of it is back in line from its beginning
         self._begun = []
 
+    def _room(self, first: Outgoing) -> int:
+        """How much data the next frame may carry. Of a task's last samples half: whoever computes next begins with a frame's
+        first sample when the frame's last has crossed, and has nothing else to do by then.
+        """
+        guarded = any(grant.guarded for grant in self._grants)  # then room comes as last second's frames went
+        if self._to_come or self._kind != "activations" or guarded:
+            return self._frame_bytes
+        waiting_bytes = first.size_bytes * (1 + len(self._waiting))  # all are of one size
+        return min(self._frame_bytes, max(waiting_bytes // 2, self._last_bytes))
+
     def _choose(self, first: Outgoing) -> int:
         """How much data a frame of this task should carry; what its head takes is seen on one without data."""
         whole = to_pieces(first.sample, first.tensors, MAX_DATA_BYTES)[0]
         empty = Piece(first.sample, whole.size_bytes, whole.size_bytes, memoryview(b""))
         head = encode_frame(Frame(self._kind, self._plan.task_id, self._plan.attempt, self._source, (empty,)))
-        return frame_bytes(self._rate_bps, whole.size_bytes, MAX_DATA_BYTES, head_bytes=len(head) + TENSORS_BYTES)
+        head_bytes = len(head) + TENSORS_BYTES
+        self._last_bytes = LAST_HEADS * head_bytes
+        return frame_bytes(self._rate_bps, whole.size_bytes, MAX_DATA_BYTES, head_bytes=head_bytes)
 
     async def _send_frame(self, pieces: tuple[Piece, ...], done: list[Outgoing], generation: int) -> None:
         begun = self._begun
@@ -213,8 +227,8 @@ class Outlet:
             self.busy_until_s = now
             self._on_busy(begin_s, now)
             self._sent.popleft()
-            for item in sent.items:
-                item.acknowledged()
+            if sent.items:
+                self._on_acknowledged([item.sample for item in sent.items])
 
     def _send_again(self) -> None:
         """Put everything unacknowledged back in line, in order, each sample from its beginning."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ class Piece:
         self._keep = keep
         first = load()  # also where nothing is kept: a model that the runtime refuses is to be known now
         self._idle = [first] if keep else []
+        self._waiting = 0  # threads that wait for one
         self._changed = threading.Condition()
 
     @property
@@ -35,17 +37,30 @@ class Piece:
         """An interpreter for this thread alone, until `give`; waits for one, or adds one if `may_grow`."""
         if not self._keep:
             return self._load()
+        try:
+            return self._idle.pop()  # one step of Python's: a lock would cost as much as a small piece's work
+        except IndexError:
+            return self._waited_for(may_grow)
+
+    def _waited_for(self, may_grow: Callable[[Piece], bool]) -> SegmentRunner:
         with self._changed:
-            if not self._idle and not may_grow(self):
-                self._changed.wait_for(lambda: self._idle)
-            if self._idle:
-                return self._idle.pop()
-            self.loaded += 1
+            self._waiting += 1  # before the look: `give` puts back before it looks here
+            try:
+                while True:
+                    with contextlib.suppress(IndexError):
+                        return self._idle.pop()
+                    if may_grow(self):
+                        self.loaded += 1
+                        break
+                    self._changed.wait()
+            finally:
+                self._waiting -= 1
         return self._load()
 
     def give(self, runner: SegmentRunner) -> None:
         """The interpreter is free again."""
         if self._keep:
-            with self._changed:
-                self._idle.append(runner)
-                self._changed.notify()
+            self._idle.append(runner)
+            if self._waiting:
+                with self._changed:
+                    self._changed.notify()

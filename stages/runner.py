@@ -14,8 +14,9 @@ from typing import Protocol
 import numpy as np
 
 from bus.errors import UnknownNameError
-from bus.frames import Array, Plan
+from bus.frames import Plan
 from bus.messages import TaskSubmitted
+from bus.tensors import Array
 from bus.values import ModelProfile
 
 

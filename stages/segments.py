@@ -4,7 +4,8 @@ The store holds the model as a row of *pieces* that touch at its *bounds*: at fi
 that placements ask for. A segment (layers begin+1..end) is the chain of the pieces between its ends, so two segments that
 overlap share what they share, and a stage that serves every cut of a model needs its weights once. A piece is a `.tflite`
 file in the cache, mapped by the runtime (small ones stay in memory). Splitting a piece copies its weights from the source's
-mapping, loads the two halves beside it, and only then lets it go: whoever runs meanwhile runs on.
+mapping, loads the two halves beside it, and only then lets it go: whoever runs meanwhile runs on. Segments of small models
+are loaded as one piece of their own as well, within a bound: they compute for less time than it takes from piece to piece.
 
 What the pieces may take is bounded. Beyond the budget, bounds that nobody uses any more are given up, oldest first, so that
 their pieces grow together again; then the least recently used pieces are let go.
@@ -46,6 +47,9 @@ IN_MEMORY_BYTES = 4 << 20
 SPARE_BYTES = 24 << 20
 """Any model may take this much beyond what its weights need, so that small models are never trimmed."""
 
+JOINED_BYTES = SPARE_BYTES // 2
+"""So much of it is for small segments in one piece; the rest is for interpreters that work side by side."""
+
 PROCESS_BYTES = 80 << 20
 """What the interpreter, the libraries and the allocator take of the fifth that a large model may have for activations."""
 
@@ -60,6 +64,8 @@ class Segment:
         graph = store.model.graph
         self.inputs: tuple[TensorSpec, ...] = tuple(graph.spec(tensor) for tensor in graph.live(begin))
         self.outputs: tuple[TensorSpec, ...] = tuple(graph.spec(tensor) for tensor in graph.live(end))
+        self._reads = tuple(spec.name for spec in self.inputs)
+        self._makes = tuple(spec.name for spec in self.outputs)
         self._store = store
         self._chain: tuple[int, list[Piece]] = (-1, [])  # as it was when the store had changed so often
 
@@ -71,24 +77,30 @@ class Segment:
         """
         if len(inputs) != len(self.inputs):
             raise ConfigError(f"{self} takes {len(self.inputs)} tensors, not {len(inputs)}")
-        known = {spec.name: value for spec, value in zip(self.inputs, inputs, strict=True)}
-        for piece in self._pieces():
-            runner = piece.take(
-                self._store.may_grow
-            )  # no context manager: for a small piece it costs as much as its work
-            try:
-                if self._store.stateful:
-                    runner.reset()
-                made = runner.run([known[name] for name in piece.reads])
-            finally:
-                piece.give(runner)
+        pieces = self._pieces()
+        if len(pieces) == 1 and pieces[0].reads == self._reads and pieces[0].makes == self._makes:
+            return self._run_piece(pieces[0], inputs)
+        known = dict(zip(self._reads, inputs, strict=True))
+        for piece in pieces:
+            made = self._run_piece(piece, [known[name] for name in piece.reads])
             known.update(zip(piece.makes, made, strict=True))
-        return [known[spec.name] for spec in self.outputs]
+        return [known[name] for name in self._makes]
+
+    def _run_piece(self, piece: Piece, inputs: Sequence[Array]) -> list[Array]:
+        runner = piece.take(self._store.may_grow)  # no context manager: for a small piece it costs as much as its work
+        try:
+            if self._store.stateful:
+                runner.reset()
+            return runner.run(inputs)
+        finally:
+            piece.give(runner)
 
     @property
     def idle(self) -> bool:
         """Whether it would run at once: of a small model, loaded, and nobody computes with its pieces."""
-        return self._store.small and self._chain[0] == self._store.changes and all(p.idle for p in self._chain[1])
+        if not self._store.small or self._chain[0] != self._store.changes:
+            return False
+        return all(piece.idle for piece in self._chain[1])
 
     def _pieces(self) -> list[Piece]:
         """Looking them up takes as long as a small model's computation, so those are remembered; large ones, which the store
@@ -99,7 +111,8 @@ class Segment:
             return store.chain(self.begin, self.end)
         changes = store.changes
         if self._chain[0] != changes:
-            self._chain = (changes, store.chain(self.begin, self.end))
+            joined = store.joined(self.begin, self.end)
+            self._chain = (changes, store.chain(self.begin, self.end) if joined is None else [joined])
         return self._chain[1]
 
     def release(self) -> None:
@@ -142,6 +155,7 @@ class SegmentStore:
         self._bounds: list[int] = sorted({0, *useful_positions(model.manifest), model.graph.depth})
         self._asked: OrderedDict[int, None] = OrderedDict()  # bounds beyond the useful ones, oldest first
         self._pieces: OrderedDict[tuple[int, int], Piece] = OrderedDict()  # least recently used first
+        self._joined: OrderedDict[tuple[int, int], Piece] = OrderedDict()  # small segments, oldest first
         self._segments: weakref.WeakSet[Segment] = weakref.WeakSet()  # in use
         self.small = model.size_bytes <= IN_MEMORY_BYTES
         self.changes = 0  # of bounds and pieces: who keeps a chain asks for it anew when this has moved
@@ -173,7 +187,8 @@ class SegmentStore:
         with self._preparing:
             self._split_at(begin)
             self._split_at(end)
-            self.chain(begin, end)
+            if len(self.chain(begin, end)) > 1 and self.small:
+                self._join(begin, end)
             self._trim()
             give_back()
         return segment
@@ -207,6 +222,7 @@ class SegmentStore:
         self._worker.shutdown(wait=True, cancel_futures=True)
         with self._preparing, self._looking:
             self._pieces.clear()
+            self._joined.clear()
             self.changes += 1
             self._segments.clear()
         give_back()
@@ -229,6 +245,11 @@ class SegmentStore:
             self._split_at(end)
             return self.chain(begin, end)
 
+    def joined(self, begin: int, end: int) -> Piece | None:
+        """Layers begin+1..end of a small model as one piece, where they were asked for lately."""
+        with self._looking:
+            return self._joined.get((begin, end))
+
     def may_grow(self, piece: Piece) -> bool:
         """Whether one more interpreter of the piece is allowed."""
         return piece.loaded < self._replicas and self.loaded_bytes + piece.size_bytes <= self.budget_bytes
@@ -241,7 +262,8 @@ class SegmentStore:
     # --- pieces and bounds ---------------------------------------------------------------------------------------
 
     def _loaded_bytes(self) -> int:
-        return sum(piece.size_bytes * piece.loaded for piece in self._pieces.values())
+        pieces = (*self._pieces.values(), *self._joined.values())
+        return sum(piece.size_bytes * piece.loaded for piece in pieces)
 
     def _pairs(self, begin: int, end: int) -> list[tuple[int, int]]:
         inner = self._bounds[bisect_left(self._bounds, begin) : bisect_right(self._bounds, end)]
@@ -258,6 +280,21 @@ class SegmentStore:
                     self._pieces[begin, end] = piece
                     self.changes += 1
             return piece
+
+    def _join(self, begin: int, end: int) -> None:
+        """Loads a small segment as one piece too: from one interpreter to the next costs as much as its layers take."""
+        with self._looking:
+            known = (begin, end) in self._joined
+            if known:
+                self._joined.move_to_end((begin, end))
+        if known:
+            return
+        piece = self._load(begin, end)
+        with self._looking:
+            self._joined[begin, end] = piece
+            while sum(other.size_bytes * other.loaded for other in self._joined.values()) > JOINED_BYTES:
+                self._joined.popitem(last=False)
+            self.changes += 1
 
     def _split_at(self, position: int) -> None:
         """Makes a position a bound: loads both halves of its piece, then swaps them in."""
@@ -284,6 +321,10 @@ class SegmentStore:
         """Holds the memory to the budget: bounds that nobody uses go first, then pieces."""
         while self.loaded_bytes > self.budget_bytes:
             with self._looking:
+                if self._joined:
+                    self._joined.popitem(last=False)
+                    self.changes += 1
+                    continue
                 used = {position for segment in self._segments for position in (segment.begin, segment.end)}
                 stale = next((position for position in self._asked if position not in used), None)
             if stale is not None:

@@ -126,6 +126,7 @@ class Grant:
         self.link = link
         self.rate_bps = rate_bps
         self.sent_bytes = 0
+        self.guarded = False  # whether what left last had to wait for the guard, not only for its turn
         self._free_s = float("-inf")
         self._guard = _Guard(rate_bps)
 
@@ -155,6 +156,7 @@ async def cross(grants: tuple[Grant, ...], size_bytes: int, ready_s: float) -> f
     crossed_s = ready_s
     for grant in grants:
         crossed_s = grant.book(size_bytes, crossed_s)
+        grant.guarded = grant.earliest(size_bytes, crossed_s) > crossed_s
     while True:
         now = clock()
         go_s = max(crossed_s, now)

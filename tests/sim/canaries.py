@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,16 +15,19 @@ from typing import Any
 from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
 from bus.errors import BusError, ProtocolError
-from bus.frames import Array, Assembler, Piece, decode_frame, to_tensors
+from bus.frames import decode_frame
 from bus.messages import Decision, Ended, EpochOpened, Message, Snapshot
 from bus.port import Bus, Reader
+from bus.tensors import Array, Assembler, Piece, to_tensors
 from planner.leading import Lead
 from planner.ledger import Ledger, Reservation, Timeline
 from planner.placing import Placing
 from planner.service import PlannerService
-from stages.device import Attempt, Device
+from stages.attempt import Attempt
+from stages.device import Device
 from stages.fences import Fences
-from stages.hop import Flow, Hop
+from stages.flow import Flow
+from stages.hop import Hop
 from stages.node import Node, Work
 from stages.offsets import OffsetLedger, Receipt
 from stages.outlet import Outlet
@@ -117,12 +120,12 @@ def _forget_starts(self: Device, start: Any, region: int) -> None:
 _sound_start = Device._start
 
 
-def _commit_when_first_sent(self: Flow, sample: int) -> None:
+def _commit_when_first_sent(self: Flow, samples: Sequence[int]) -> None:
     """What came of a sample gives its records back twice."""
-    twice = [receipt for receipt in self._receipts.get(sample, ()) for _ in range(2)]
-    if sample in self._receipts:
-        self._receipts[sample] = twice
-    _sound_acknowledged(self, sample)
+    for sample in samples:
+        if sample in self._receipts:
+            self._receipts[sample] *= 2
+    _sound_acknowledged(self, samples)
 
 
 _sound_acknowledged = Flow._acknowledged

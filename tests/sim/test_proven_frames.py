@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from bus import topics
-from bus.frames import Frame, Piece, Plan, decode_frame, encode_frame, to_pieces
+from bus.frames import Frame, Plan, decode_frame, encode_frame
 from bus.identity import IDENTITY_HEADER, PROOF_HEADER, Master, Speaker
 from bus.messages import TaskState
 from bus.port import Record
+from bus.tensors import Piece, to_pieces
 from bus.values import Kind, Placement
 from deploy.commands_deadletter import Letter, read_letters
 from loadgen.outcome import Outcome

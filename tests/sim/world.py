@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from bus import topics
-from bus.frames import Array
 from bus.identity import Master, Speaker
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import SeedInput, TaskSubmitted
 from bus.port import Bus
 from bus.signed import signed
+from bus.tensors import Array
 from bus.tracing import SpanSink
 from bus.values import Execution, ModelProfile, Objective, Role
 from deploy import nodes

@@ -10,7 +10,8 @@ import pytest
 
 from bus import frames
 from bus.errors import ProtocolError
-from bus.frames import Assembler, Frame, Piece, Plan, TensorHead, decode_frame, encode_frame, to_pieces
+from bus.frames import Frame, Plan, decode_frame, encode_frame
+from bus.tensors import Assembler, Piece, TensorHead, to_pieces
 from bus.values import Execution, Kind, Placement
 
 

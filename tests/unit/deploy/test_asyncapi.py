@@ -10,8 +10,9 @@ import msgpack
 import numpy as np
 
 from bus import messages
-from bus.frames import Frame, encode_frame, to_pieces
+from bus.frames import Frame, encode_frame
 from bus.messages import NodeHeartbeat, SeedInput, TaskSubmitted
+from bus.tensors import to_pieces
 from bus.topics import TABLE
 from deploy.asyncapi import asyncapi_page, channel_name, document
 from deploy.flow import main

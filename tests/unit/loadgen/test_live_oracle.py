@@ -13,8 +13,9 @@ import msgpack
 import numpy as np
 import pytest
 
-from bus.frames import Frame, encode_frame, to_pieces
+from bus.frames import Frame, encode_frame
 from bus.messages import DatasetInput, TaskSubmitted
+from bus.tensors import to_pieces
 from loadgen.live_answers import Answers
 from loadgen.live_oracle import DecisionFold, frame_head, judge, results_of
 from loadgen.live_watch import Tally

@@ -9,9 +9,10 @@ import pytest
 
 from bus import messages, topics
 from bus.errors import ConfigError
-from bus.frames import Array, Plan
+from bus.frames import Plan
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import EpochOpened
+from bus.tensors import Array
 from bus.values import Execution, ModelProfile, Role
 from loadgen.staged import Staged
 from loadgen.virtual_loop import run_virtual

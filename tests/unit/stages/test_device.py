@@ -12,7 +12,7 @@ import pytest
 
 from bus import messages, topics
 from bus.errors import BusUnavailableError
-from bus.frames import Frame, encode_frame, to_pieces
+from bus.frames import Frame, encode_frame
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import (
     Admitted,
@@ -25,6 +25,7 @@ from bus.messages import (
     TaskFailed,
     TaskSubmitted,
 )
+from bus.tensors import to_pieces
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
 from loadgen.virtual_loop import run_virtual
 from stages.device import STALL_S, Device

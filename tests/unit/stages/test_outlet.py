@@ -12,8 +12,9 @@ import pytest
 
 from bus.errors import MessageTooLargeError, ProtocolError
 from bus.faults import Faults
-from bus.frames import Assembler, Plan, decode_frame
+from bus.frames import FrameKind, Plan, decode_frame
 from bus.memory import MemoryBroker, MemoryBus
+from bus.tensors import Assembler
 from bus.topics import TopicSpec
 from bus.values import Execution, Kind, Placement
 from loadgen.virtual_loop import run_virtual
@@ -52,6 +53,7 @@ async def _send(sizes: list[int], faults: Faults | None = None) -> tuple[Counter
             grants=(Link().grant(1_000_000),),
             gate=lambda: asyncio.sleep(0),
             on_busy=lambda begin_s, end_s: None,
+            on_acknowledged=acknowledged.update,  # the bus must hold all of a sample by then
         )
         broker.faults = faults
         reader = await bus.reader([("out", 0)], start="start")
@@ -59,14 +61,9 @@ async def _send(sizes: list[int], faults: Faults | None = None) -> tuple[Counter
         plans = 0
         assembler = Assembler()
 
-        def acknowledge(sample: int) -> None:
-            # The bus must hold all of a sample by now.
-            acknowledged[sample] += 1
-
         async with asyncio.timeout(600.0), sending(outlet):
             for sample, size in enumerate(sizes):
-                payload = [np.full(size, sample, np.uint8)]
-                outlet.put(Outgoing(sample, payload, 0.0, lambda sample=sample: acknowledge(sample)))
+                outlet.put(Outgoing(sample, [np.full(size, sample, np.uint8)], 0.0))
             while len(acknowledged) < len(sizes):
                 await asyncio.sleep(0.05)
             await asyncio.sleep(1.0)
@@ -103,6 +100,35 @@ def test_failed_sends_begin_the_sample_again_and_nothing_is_acknowledged_twice_o
     assert plans > 1, "who reads from here on must find the plan"
 
 
+@pytest.mark.parametrize(("kind", "frames"), [("activations", [7, 6, 3, 2, 1, 1]), ("result", [7, 7, 6])])
+def test_the_last_samples_leave_in_ever_smaller_frames_where_somebody_computes_next(
+    kind: FrameKind, frames: list[int]
+) -> None:
+    async def run() -> list[int]:
+        async with MemoryBus(MemoryBroker()) as bus:
+            await bus.create_topics([TopicSpec("out", 1)])
+            outlet = Outlet(
+                bus,
+                topic="out",
+                key="t",
+                source="d",
+                kind=kind,
+                plan=PLAN,
+                grants=(Link().grant(16_000_000),),
+                gate=lambda: asyncio.sleep(0),
+                on_busy=lambda begin_s, end_s: None,
+                on_acknowledged=lambda samples: None,
+            )
+            async with asyncio.timeout(10.0), sending(outlet):
+                for sample in range(PLAN.todo):
+                    outlet.put(Outgoing(sample, [np.zeros(4_000, np.uint8)], 0.0))
+                await asyncio.sleep(1.0)
+            reader = await bus.reader([("out", 0)], start="start")
+            return [len(decode_frame(record.value).pieces) for record in await reader.fetch()]
+
+    assert run_virtual(run()) == frames
+
+
 def test_what_can_never_be_sent_ends_the_block_instead_of_hanging() -> None:
     async def run() -> None:
         async with MemoryBus(MemoryBroker(max_record_bytes=1_000)) as bus:
@@ -117,9 +143,10 @@ def test_what_can_never_be_sent_ends_the_block_instead_of_hanging() -> None:
                 grants=(Link().grant(1_000_000),),
                 gate=lambda: asyncio.sleep(0),
                 on_busy=lambda begin_s, end_s: None,
+                on_acknowledged=lambda samples: None,
             )
             async with asyncio.timeout(10.0), sending(outlet):
-                outlet.put(Outgoing(0, [np.zeros(5_000, np.uint8)], 0.0, lambda: None))
+                outlet.put(Outgoing(0, [np.zeros(5_000, np.uint8)], 0.0))
                 await asyncio.Event().wait()
 
     with pytest.raises(MessageTooLargeError):

@@ -49,6 +49,22 @@ def test_segments_that_overlap_share_their_pieces(lenet: Model, tmp_path: Path) 
     assert sum(piece.size_bytes for piece in whole) == store.loaded_bytes
 
 
+def test_a_small_segment_runs_as_one_piece_within_a_bound(
+    lenet: Model, sample: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_of(lenet, tmp_path)
+    segment = store.prepare(0, 7)
+    wanted = segment.run(sample)[0].tobytes()
+    assert len(store.chain(0, 7)) > 1
+    joined = store.joined(0, 7)
+    assert joined is not None
+    monkeypatch.setattr(joined, "take", lambda may_grow: pytest.fail("the joined piece was let go"))
+    monkeypatch.setattr(segments_module, "JOINED_BYTES", joined.size_bytes)
+    store.prepare(0, 6)
+    assert store.joined(0, 7) is None
+    assert segment.run(sample)[0].tobytes() == wanted  # piece by piece
+
+
 def test_useful_cuts_are_ready_after_warming_and_others_after_preparing(lenet: Model, tmp_path: Path) -> None:
     store = store_of(lenet, tmp_path)
     assert not store.is_ready(0, 7)

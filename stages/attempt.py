@@ -1,0 +1,290 @@
+"""One attempt at one task on its device: samples go out as the window opens, results come in and open it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from bus import topics
+from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
+from bus.frames import Frame, Plan
+from bus.messages import TaskCompleted
+from bus.tensors import Array, Assembler
+from bus.values import ModelProfile, Parts
+from stages.node import RETRY_S, cause_of
+from stages.outlet import Outgoing, Outlet, sending
+from stages.runner import Station
+from stages.window import window_samples
+
+if TYPE_CHECKING:
+    from stages.device import Device, DeviceTask, ResultSink
+
+REPORTS_S = 1.0
+"""How long to wait for what the other stages measured, after the last result."""
+
+
+class StalledError(DeeparError):
+    """A task's results stay away for no reason that the device can see."""
+
+
+class Attempt:
+    """One attempt at one task: the samples in `todo` go out, their results come in."""
+
+    def __init__(
+        self,
+        device: Device,
+        known: DeviceTask,
+        plan: Plan,
+        todo: list[int],
+        on_result: ResultSink | None,
+        patience_s: float,
+    ) -> None:
+        self.device = device
+        self.known = known
+        self.plan = plan
+        self.todo = todo
+        self.device_s = 0.0
+        self._began_s: float | None = None  # when it first computed here
+        self._computed_s = float("-inf")  # when it last did
+        self.reports: dict[str, float] = {}
+        self._on_result = on_result
+        self._missing = set(todo)
+        self._assembler = Assembler()
+        self._window = asyncio.Semaphore(0)  # opened once sending can begin
+        self._opened_s: deque[float] = deque()  # when each place of it that is free was opened
+        self.window = 0  # its size, in samples
+        self.under_way = 0  # samples that were begun and have no result
+        self._complete = asyncio.Event()
+        self._reported = asyncio.Event()
+        self._last_result_s = asyncio.get_running_loop().time()
+        self._moved_s = self._last_result_s  # when anything was last sent, or came back
+        self._patience_s = patience_s
+        self._broken: Exception | None = None
+
+    async def run(self) -> None:
+        """Send everything, wait for every result, tell the planner."""
+        node = self.device.node
+        try:
+            if self.todo:
+                await self._serve()
+            await self._finish()
+        except StalledError as error:
+            node.log.warning("no results; asking for another attempt", task=self.plan.task_id, error=str(error))
+            node.status.count("stalled_attempts")
+            await self.device.fail(self.plan, "stalled", str(error), retryable=True)
+        except Exception as error:
+            cause = cause_of(error)
+            node.log.error("a task cannot go on", task=self.plan.task_id, cause=cause, error=str(error))
+            if not isinstance(error, DeeparError):
+                node.log.exception("a task broke", task=self.plan.task_id)
+            await self.device.fail(self.plan, cause, f"{type(error).__name__}: {error}")
+
+    async def _serve(self) -> None:
+        node, plan = self.device.node, self.plan
+        cut1 = plan.placement.cut1
+        inputs = node.runner.open_input(self.known.task)
+        self.window = window_samples(plan.execution, self._profile().cut_bytes)
+        async with contextlib.AsyncExitStack() as stack:
+            station: Station | None = None
+            stack.callback(self._told, None)
+            if cut1:
+                await node.runner.prepare(plan, 0, cut1)
+                station = node.runner.station(plan, 0, cut1)
+                stack.callback(station.close)
+            if plan.placement.edge is None:
+                await self._send(inputs, station, None)
+                return
+            outlet = self._outlet()
+            stack.callback(self._told, outlet)
+            self._moved_s = asyncio.get_running_loop().time()
+            watch = asyncio.create_task(self._watch(), name=f"{node.settings.name}: watch {plan.task_id}")
+            stack.push_async_callback(_cancelled, watch)
+            await self._hear(plan.placement.edge)
+            async with sending(outlet):
+                await self._send(inputs, station, outlet)
+            self.reports["link1_s"] = outlet.busy_s
+
+    async def _hear(self, edge: str) -> None:
+        """Nothing is sent before its results can be heard."""
+        while True:
+            try:
+                await self.device.hear(edge)
+                return
+            except BusError as error:
+                self.device.node.log.warning("cannot read results, trying again", edge=edge, error=str(error))
+                await asyncio.sleep(RETRY_S)
+            if self._broken:
+                raise self._broken
+
+    async def _send(self, inputs: Callable[[int], list[Array]], station: Station | None, outlet: Outlet | None) -> None:
+        """Every sample, as the window opens; returns when every result is there."""
+        node, plan = self.device.node, self.plan
+        clock = asyncio.get_running_loop().time
+        for _ in range(
+            self.window
+        ):  # only now: what came before, preparing the model say, is no part of a sample's time
+            self._open()
+        for sample in self.todo:
+            await self._window.acquire()
+            if self._broken:
+                raise self._broken
+            self.under_way += 1
+            ready_s = self._opened_s.popleft()  # not now: a device that comes round to it late is not slower for that
+            tensors = inputs(sample)
+            if station is not None:
+                tensors = await station.run(sample, tensors, ready_s)
+                now = clock()
+                begin_s = max(ready_s, self._computed_s)
+                self._began_s, self._computed_s = begin_s if self._began_s is None else self._began_s, now
+                self.device_s += now - begin_s
+                node.busy("device_s", plan.task_id, begin_s, now)
+                ready_s = now
+            if outlet is None:
+                self._result(sample, tensors)
+            else:
+                self._moved_s = ready_s
+                outlet.put(Outgoing(sample, tensors, ready_s))
+        await self._complete.wait()
+        if self._broken:
+            raise self._broken
+
+    def _told(self, outlet: Outlet | None) -> None:
+        """What was done here, for traces: computing, or with `outlet` sending."""
+        if outlet is None:
+            self.device.node.span("device", self.plan, self._began_s, self._computed_s, self.device_s)
+        else:
+            self.device.node.span("link1", self.plan, outlet.began_s, outlet.busy_until_s, outlet.busy_s)
+
+    def _sent(self, samples: Sequence[int]) -> None:
+        self._moved_s = asyncio.get_running_loop().time()
+
+    async def _watch(self) -> None:
+        """Break the attempt off when it stands still for longer than anything explains."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(self._patience_s / 4)
+            if not self.device.node.alive:
+                self._moved_s = clock()  # no bus, no results
+            elif clock() - self._moved_s > self._patience_s:
+                self._break(StalledError(f"{len(self._missing)} samples without a result for {self._patience_s:.0f} s"))
+                return
+
+    def _open(self) -> None:
+        """One sample more may be under way from now on."""
+        self._opened_s.append(asyncio.get_running_loop().time())
+        self._window.release()
+
+    def _break(self, error: Exception) -> None:
+        self._broken = error
+        self._complete.set()
+        self._window.release()
+
+    def _outlet(self) -> Outlet:
+        placement = self.plan.placement
+        assert placement.edge is not None
+        return Outlet(
+            self.device.node.bus,
+            topic=topics.activations_topic(placement.edge),
+            key=self.plan.task_id,
+            source=self.device.node.settings.name,
+            kind="activations",
+            plan=self.plan,
+            grants=(self.device.link1.grant(placement.link1_bps),),
+            gate=self.device.node.gate,
+            on_busy=partial(self.device.node.busy, "link1_s", self.plan.task_id),
+            on_acknowledged=self._sent,
+            headers=self.device.node.trace_header("link1", self.plan),
+        )
+
+    # --- results -----------------------------------------------------------------------------------------------------
+
+    def take(self, frame: Frame) -> None:
+        """A frame of results, or a report. Raises `ProtocolError` for one that this attempt cannot use."""
+        if frame.kind == "report":
+            for part, busy_s in frame.report.items():
+                self.reports[part] = self.reports.get(part, 0.0) + busy_s
+            if self._expected() <= self.reports.keys():
+                self._reported.set()
+            return
+        if frame.kind != "result":
+            raise ProtocolError("undecodable", f"a frame of kind {frame.kind} is not for a device")
+        for piece in frame.pieces:
+            try:
+                whole = self._assembler.add(piece)
+            except ProtocolError as error:
+                if error.cause == "missing_chunk":
+                    continue  # its sender sends the sample again
+                self._break(error)
+                raise
+            if whole is not None:
+                self._result(piece.sample, whole)
+
+    def _result(self, sample: int, outputs: list[Array]) -> None:
+        if sample not in self._missing:
+            self.device.node.status.count("duplicates_suppressed")
+            return
+        self._missing.discard(sample)
+        self.under_way -= 1
+        self.known.results.add(sample)
+        self._last_result_s = self._moved_s = asyncio.get_running_loop().time()
+        self._open()
+        if self._on_result is not None:
+            try:
+                self._on_result(self.known.task, sample, outputs)
+            except Exception as error:  # a full disk, say: this task's trouble, not the device's
+                self._break(error)
+        if not self._missing:
+            self._complete.set()
+
+    async def _finish(self) -> None:
+        if self._expected():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPORTS_S):
+                    await self._reported.wait()
+        known, node = self.known, self.device.node
+        started_s = known.started_s if known.started_s is not None else known.admitted_s
+        measured = Parts(
+            device_s=self.device_s,
+            link1_s=self.reports.get("link1_s", 0.0),
+            edge_s=self.reports.get("edge_s", 0.0),
+            link2_s=self.reports.get("link2_s", 0.0),
+            cloud_s=self.reports.get("cloud_s", 0.0),
+            result_s=self.reports.get("result_s", 0.0),
+        )
+        message = TaskCompleted(
+            task_id=self.plan.task_id,
+            attempt=self.plan.attempt,
+            node=node.settings.name,
+            measured=measured,
+            delay_s=max(0.0, self._last_result_s - started_s),
+            wait_s=max(0.0, started_s - known.admitted_s),
+        )
+        await node.tell(topics.EVENTS, message, self.plan.task_id)
+
+    def _expected(self) -> set[str]:
+        """The parts that other stages report."""
+        placement = self.plan.placement
+        parts: set[str] = set()
+        if placement.uses_slot:
+            parts.add("edge_s")
+        if placement.uses_cloud:
+            parts |= {"link2_s", "cloud_s"}
+        if placement.edge is not None:
+            parts.add("result_s")
+        return parts
+
+    def _profile(self) -> ModelProfile:
+        for profile in self.device.node.runner.profiles():
+            if profile.model == self.plan.model:
+                return profile
+        raise ConfigError(f"this device has no model {self.plan.model!r}")
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
