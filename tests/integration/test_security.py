@@ -20,7 +20,7 @@ from bus import messages, topics
 from bus.errors import BusError, BusUnavailableError, UnknownTopicError
 from bus.identity import IDENTITY_HEADER, PROOF_HEADER, Master, Speaker, write_secret
 from bus.kafka import KafkaBus
-from bus.messages import NodeAnnounced, NodeHeartbeat, NodeLeft, TaskFailed
+from bus.messages import NodeAnnounced, NodeHeartbeat, NodeLeft, TaskFailed, TaskSubmitted
 from bus.port import Bus
 from bus.signed import signed
 from bus.values import Role
@@ -100,8 +100,8 @@ async def region(secure: SecureBroker, master: Master | None = None) -> AsyncIte
         group.create_task(service.run())
         played = []
         for settings in cast:
-            bus = buses[f"{settings.role.value}:{settings.name}"]
-            played.append(Node(bus, settings, ModelledRunner([profile(settings.role)])))
+            bus_of_node = buses[f"{settings.role.value}:{settings.name}"]
+            played.append(Node(bus_of_node, settings, ModelledRunner([profile(settings.role)])))
             group.create_task(played[-1].run(nodes.make_work(played[-1])))
         async with asyncio.timeout(60.0):
             while not all(node.status.joined for node in played):
@@ -119,7 +119,7 @@ async def test_the_whole_pipeline_works_each_as_a_user_of_its_own(secure: Secure
 async def test_what_a_device_says_as_another_is_refused_and_seen(secure: SecureBroker) -> None:
     """The whole pipeline where the region demands proofs, while d1's user speaks as d2 with all that it has."""
     master = Master.new()
-    forged = [
+    forged: list[tuple[str, NodeLeft | NodeAnnounced | NodeHeartbeat | TaskSubmitted | TaskFailed, str]] = [
         (topics.NODES, NodeLeft(node="d2", incarnation="x"), "d2"),
         (topics.NODES, NodeAnnounced(node="d2", role=Role.DEVICE, incarnation="x"), "d2"),
         (topics.EVENTS, NodeHeartbeat(node="d2", incarnation="x"), "d2"),
@@ -190,10 +190,10 @@ def test_commands_prove_who_they_are_and_tell_nobody_how(secure: SecureBroker, t
     stage = ["stage", "device", "--model", "lenet", "--runner", "modelled", "--profile", "paper"]
     with Processes(secure.bootstrap, tmp_path) as processes:
         up = processes.start(
-            "up", *debug, "up", "up.toml", "--identity-master", "master", **secure.environment("admin")
+            "up", *debug, "up", "up.toml", "--identity-master", "master", environment=secure.environment("admin")
         )
         proving = {"DEEPAR_IDENTITY_KEY_FILE": "device:d2"}
-        d2 = processes.start("d2", *debug, *stage, "--name", "d2", **secure.environment("d2"), **proving)
+        d2 = processes.start("d2", *debug, *stage, "--name", "d2", environment=secure.environment("d2") | proving)
         until_s = time.monotonic() + 90.0
         while not (d2.ready() or {}).get("joined"):
             assert time.monotonic() < until_s, up.text() + d2.text()

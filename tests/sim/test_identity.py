@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from random import Random
 from typing import Any
@@ -169,14 +170,14 @@ def test_without_a_master_the_same_is_believed(forgery: str) -> None:
     before, story, letters, _ = run_virtual(_forged(forgery, None), horizon_s=HORIZON_S)
     assert letters == []
     ended = before.ends.get("t0")  # what d2 says of it comes later
-    believed = {
+    believed: dict[str, Callable[[], bool]] = {
         "completion": lambda: ended == [TaskState.COMPLETED],
         "submission": lambda: "t77" in story.admitted,
         "announcement": lambda: _lost(story) == ["d2"],
         "announcement as an edge": lambda: _lost(story) == ["d1"],
         "farewell": lambda: _lost(story) == ["d2"],
-    }.get(forgery, lambda: ended == [TaskState.FAILED])
-    assert believed()
+    }
+    assert believed.get(forgery, lambda: ended == [TaskState.FAILED])()
 
 
 def test_a_name_without_its_key_is_worth_nothing() -> None:

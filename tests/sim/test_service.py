@@ -223,7 +223,7 @@ async def _with_snapshot(place: Town, count: int = TASKS) -> Story:
     return story
 
 
-def test_a_restart_reads_only_what_stands_behind_the_last_snapshot() -> None:
+def test_a_restart_reads_only_what_stands_behind_the_last_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> tuple[Story, Process, list[int]]:
         async with town() as place:
             before = await _with_snapshot(place)
@@ -232,7 +232,12 @@ def test_a_restart_reads_only_what_stands_behind_the_last_snapshot() -> None:
             assert fold is not None
             second = place.start("second")
             original = second.service._fold_in
-            second.service._fold_in = lambda decision: (read.append(decision.seq), original(decision))[1]  # type: ignore[method-assign]
+
+            def counted(decision: Decision) -> None:
+                read.append(decision.seq)
+                original(decision)
+
+            monkeypatch.setattr(second.service, "_fold_in", counted)
             while second.service.standing is not Standing.LEADING:
                 await asyncio.sleep(0.1)
             return before, second, read

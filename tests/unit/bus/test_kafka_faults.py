@@ -20,6 +20,8 @@ from tests.kafka_broker import Broker, OwnBroker
 
 _numbers = itertools.count(1)
 
+pytestmark = pytest.mark.live
+
 
 def name() -> str:
     return f"faults.t{next(_numbers)}"
@@ -123,6 +125,7 @@ async def test_a_consumer_that_is_stuck_is_replaced(bus: KafkaBus) -> None:
     await bus.send(topic, b"first", partition=0)
     assert len(await read(reader, 1)) == 1
     # As stuck as after some broker restarts: connected, no error, and nothing is fetched any more.
+    assert reader._consumer is not None
     reader._consumer.pause(KafkaPartition(topic, 1))
     await bus.send(topic, b"second", partition=1)
     await bus.send(topic, b"third", partition=0)
@@ -146,6 +149,7 @@ async def test_a_member_that_is_stuck_lets_go_and_joins_again(bus: KafkaBus) -> 
     await bus.send(topic, b"first")
     assert len(await read(member, 1)) == 1
     await member.commit({(topic, 0): 1})
+    assert member._consumer is not None
     member._consumer.pause(KafkaPartition(topic, 0))
     await bus.send(topic, b"second")
     assert [record.value for record in await read(member, 1)] == [b"second"]

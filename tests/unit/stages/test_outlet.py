@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ async def _send(sizes: list[int], faults: Faults | None = None) -> tuple[Counter
         async with asyncio.timeout(600.0), sending(outlet):
             for sample, size in enumerate(sizes):
                 payload = [np.full(size, sample, np.uint8)]
-                outlet.put(Outgoing(sample, payload, 0.0, lambda sample=sample: acknowledge(sample)))
+                outlet.put(Outgoing(sample, payload, 0.0, partial(acknowledge, sample)))
             while len(acknowledged) < len(sizes):
                 await asyncio.sleep(0.05)
             await asyncio.sleep(1.0)
