@@ -9,8 +9,11 @@ which docker-compose uses too; only addresses and folders are added here. In the
 from __future__ import annotations
 
 import base64
+import contextlib
+import errno
 import fcntl
 import os
+import random
 import shutil
 import signal
 import socket
@@ -31,6 +34,7 @@ from deploy.broker_handshake import BrokerReply, NotReadyError, ask
 START_LIMIT_S = 60.0  # a start takes 3-5 s; after a SIGKILL the old session must expire first
 STOP_LIMIT_S = 20.0  # a clean stop takes 1.5 s
 HEAP_MIB = 512
+_OUR_PORTS = range(20_000, 32_000)
 LOG_KEPT_BYTES = 16 << 20  # a longer log is moved aside at the next start
 
 # Runs in the child before Java does: asks the kernel to end it when the parent goes, whatever way it goes
@@ -60,10 +64,16 @@ class DataInUseError(ConfigError):
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens at right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that nobody listens at right now. Raises OSError where there is none.
+
+    None of those that the kernel gives to connections (32768 and up): a broker that is away for a moment would find its port
+    taken by one.
+    """
+    for port in random.SystemRandom().sample(_OUR_PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(errno.EADDRINUSE, "no free port was found")
 
 
 def new_cluster_id() -> str:

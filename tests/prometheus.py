@@ -25,7 +25,7 @@ import pytest
 
 from deploy.broker import free_port, tied_to_us
 from deploy.broker_artifacts import cache_root
-from tests.compose_engine import CommandError, required, run
+from tests.compose_engine import CommandError, packages_locked, required, run
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 CONFIG, ALARMS = DEPLOY / "prometheus" / "prometheus.yml", DEPLOY / "prometheus" / "alarms.yml"
@@ -66,7 +66,7 @@ def available() -> Programs | None:
 
 
 def _unpack(kept: Path) -> None:
-    with tempfile.TemporaryDirectory() as work:
+    with packages_locked(), tempfile.TemporaryDirectory() as work:
         try:
             run(["apt-get", "download", "-q", "prometheus"], cwd=Path(work))
         except CommandError:  # the lists may be old, or not there

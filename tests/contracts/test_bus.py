@@ -22,6 +22,8 @@ from tests.kafka_broker import OwnBroker
 AnyBus = MemoryBus | KafkaBus
 _numbers = itertools.count(1)
 
+pytestmark = pytest.mark.live
+
 
 class Place:
     """Somewhere to connect to: makes buses that share a broker, and topics with names of their own."""

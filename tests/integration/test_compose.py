@@ -38,11 +38,11 @@ MORE = ("--scale", "device=2")
 @pytest.fixture(scope="module")
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """A Docker engine with Compose; skips where there is none, fails where DEEPAR_TEST_DOCKER=required."""
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
 
     def say(line: str) -> None:
-        if reporter is not None:
-            reporter.write_line(f"docker: {line}")
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            print(f"docker: {line}", file=sys.stderr, flush=True)
 
     try:
         started = compose_engine.start(say)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from tests.prometheus import configuration, find_programs
 ROOT = Path(deploy.__file__).parents[1]
 ALARMS = ROOT / "deploy" / "prometheus" / "alarms.yml"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "deepar.json"
+
+pytestmark = pytest.mark.live  # it may fetch Prometheus, as another live test may
 
 
 def given() -> set[str]:
@@ -87,6 +90,11 @@ WHEN_IT_FIRES = {
 """For each alarm a series, its values every five seconds, a moment before it is due and one after."""
 
 
+def label_in(labels: dict[str, str], match: re.Match[str]) -> str:
+    """What stands for a label in an alarm's text."""
+    return labels[match[1]]
+
+
 def test_each_alarm_fires_when_it_is_due_and_not_before(tmp_path: Path) -> None:
     rules = yaml.safe_load(ALARMS.read_text(encoding="utf-8"))["groups"][0]["rules"]
     assert {rule["alert"] for rule in rules} == WHEN_IT_FIRES.keys()
@@ -96,7 +104,7 @@ def test_each_alarm_fires_when_it_is_due_and_not_before(tmp_path: Path) -> None:
         if name == "NobodyLeads":
             labels = {"region": "0"}
         told = next(rule for rule in rules if rule["alert"] == name)["annotations"]["summary"]
-        told = re.sub(r"{{ \$labels\.(\w+) }}", lambda match, known=labels: known[match[1]], told)
+        told = re.sub(r"{{ \$labels\.(\w+) }}", partial(label_in, labels), told)
         others = [] if name == "NobodyLeads" else [{"series": f"deepar_leading{PLANNER}", "values": "1x20"}]
         tests.append(
             {
