@@ -22,6 +22,9 @@ _numbers = itertools.count(1)
 
 pytestmark = pytest.mark.live
 
+DELIVERY_S = 5.0
+"""How long a record is tried. A broker that has just started on a busy machine has taken more than 2 s for its first."""
+
 
 def name() -> str:
     return f"faults.t{next(_numbers)}"
@@ -47,7 +50,7 @@ def within(limit_s: float, begun: float) -> None:
 
 async def test_an_outage_fails_in_time_and_heals_by_itself(kafka_own: OwnBroker) -> None:
     loop = asyncio.get_running_loop()
-    connection = KafkaConnection(bootstrap_servers=kafka_own.bootstrap, delivery_timeout_s=2.0)
+    connection = KafkaConnection(bootstrap_servers=kafka_own.bootstrap, delivery_timeout_s=DELIVERY_S)
     leaving = KafkaBus(connection)
     async with KafkaBus(connection) as bus:
         await leaving.__aenter__()
@@ -65,7 +68,7 @@ async def test_an_outage_fails_in_time_and_heals_by_itself(kafka_own: OwnBroker)
         for acknowledgement in unacknowledged:
             with pytest.raises(BusUnavailableError):
                 await acknowledgement
-        within(5.0, begun)
+        within(DELIVERY_S + 4.0, begun)
         for request in (bus.end_offsets("outage"), reader.lag(), member.commit({("outage", 0): 1})):
             begun = loop.time()
             with pytest.raises(BusUnavailableError):
