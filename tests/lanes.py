@@ -9,21 +9,45 @@ too little processor, live tests go first, then Docker's: the others run with a 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
-INTEGRATION = Path(__file__).parent / "integration"
+DOCKER = ("tests/integration/test_compose.py",)
+LIVE = (
+    "tests/integration/",
+    "tests/contracts/",
+    "tests/unit/bus/test_kafka_faults.py",
+    "tests/unit/loadgen/test_bench_bus.py",
+    "tests/unit/deploy/test_dashboards.py",  # it may fetch Prometheus, as another live test may
+)
 LANES = ("docker", "live", "")  # in the order in which they begin, so that each of three workers has one
 POLITENESS = {"docker": 5, "live": 0, "": 10}
-"""What a worker's niceness is, and that of all that it starts, once it works in a lane. It never gets less nice again."""
+"""A worker's niceness, and that of all that it starts, once it works in a lane. It never gets less nice again."""
 
 
-def lane_of(item: pytest.Item) -> str:
+def lane_of(node_id: str) -> str:
     """The name of a test's lane; "" for what may run beside anything, in any number."""
-    if item.path.is_relative_to(INTEGRATION):
-        return "docker" if item.path.stem == "test_compose" else "live"
-    return "live" if item.get_closest_marker("live") else ""
+    if node_id.startswith(DOCKER):
+        return "docker"
+    return "live" if node_id.startswith(LIVE) else ""
+
+
+class Lanes(LoadScopeScheduling):  # type: ignore[misc]  # xdist tells no types
+    """Gives a worker a whole lane, or a whole file of what has none; in the order in which the tests stand."""
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False
+
+    def _split_scope(self, nodeid: str) -> str:
+        return lane_of(nodeid) or nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
+    return Lanes(config, log)
 
 
 def is_worker() -> bool:
@@ -31,19 +55,15 @@ def is_worker() -> bool:
     return "PYTEST_XDIST_WORKER" in os.environ
 
 
-@pytest.hookimpl(tryfirst=True)  # the groups must be known when xdist names the tests by them
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not is_worker():
-        return
-    items.sort(key=lambda item: LANES.index(lane_of(item)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(lane_of(item) or item.path.stem))
+    if is_worker():
+        items.sort(key=lambda item: LANES.index(lane_of(item.nodeid)))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if is_worker():
-        os.nice(max(0, POLITENESS[lane_of(item)] - os.nice(0)))
+        os.nice(max(0, POLITENESS[lane_of(item.nodeid)] - os.nice(0)))
 
 
 class Teller:
@@ -59,5 +79,8 @@ class Teller:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if is_worker():
+        # Some thirty brokers are started and none lives long: the quick compiler alone takes a third less of the processor.
+        os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
     if config.getoption("numprocesses", None):
         config.pluginmanager.register(Teller(config))

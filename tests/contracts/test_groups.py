@@ -11,8 +11,6 @@ import pytest
 from bus.port import Member, TopicPartition
 from tests.contracts.place import AnyBus, Place, filled, numbered, read, until, values
 
-pytestmark = pytest.mark.live
-
 
 class Log:
     """What a member's callbacks were told."""

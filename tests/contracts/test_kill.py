@@ -5,15 +5,11 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-import pytest
-
 from bus.errors import BusUnavailableError
 from bus.kafka import KafkaBus, KafkaConnection
 from bus.port import Record
 from bus.topics import TopicSpec
 from tests.kafka_broker import OwnBroker
-
-pytestmark = pytest.mark.live
 
 
 async def test_a_broker_killed_in_the_middle_of_a_stream_loses_nothing_acknowledged(kafka_own: OwnBroker) -> None:

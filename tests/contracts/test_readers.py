@@ -10,8 +10,6 @@ from bus.errors import BusError
 from bus.port import Record
 from tests.contracts.place import Place, numbered, post_all, read, values
 
-pytestmark = pytest.mark.live
-
 
 async def test_readers_start_where_they_are_told(place: Place) -> None:
     topic = await place.topic(2)

@@ -10,8 +10,6 @@ from bus.errors import BusError, MessageTooLargeError, UnknownTopicError
 from bus.topics import TopicSpec, partition_of
 from tests.contracts.place import Place, numbered, post_all, read, values
 
-pytestmark = pytest.mark.live
-
 
 async def test_without_sites_every_topic_is_here(place: Place) -> None:
     assert place.bus.beside("contract.one", "contract.other") is place.bus

@@ -20,8 +20,6 @@ from tests.kafka_broker import Broker, OwnBroker
 
 _numbers = itertools.count(1)
 
-pytestmark = pytest.mark.live
-
 DELIVERY_S = 5.0
 """How long a record is tried. A broker that has just started on a busy machine has taken more than 2 s for its first."""
 

@@ -23,8 +23,6 @@ ROOT = Path(deploy.__file__).parents[1]
 ALARMS = ROOT / "deploy" / "prometheus" / "alarms.yml"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "deepar.json"
 
-pytestmark = pytest.mark.live  # it may fetch Prometheus, as another live test may
-
 
 def given() -> set[str]:
     """The metrics of all services, by name, as /metrics prints them."""
