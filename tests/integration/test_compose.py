@@ -42,7 +42,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
     def say(line: str) -> None:
         with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
-            print(f"docker: {line}", file=sys.stderr, flush=True)
+            print(f"\ndocker: {line}", file=sys.stderr, flush=True)
 
     try:
         started = compose_engine.start(say)

@@ -37,23 +37,27 @@ PLAN = Plan(
 )
 
 
+def outlet_of(bus: MemoryBus) -> Outlet:
+    return Outlet(
+        bus,
+        topic="out",
+        key="t",
+        source="d",
+        kind="activations",
+        plan=PLAN,
+        grants=(Link().grant(1_000_000),),
+        gate=lambda: asyncio.sleep(0),
+        on_busy=lambda begin_s, end_s: None,
+    )
+
+
 async def _send(sizes: list[int], faults: Faults | None = None) -> tuple[Counter[int], dict[int, bytes], int, int]:
     """Acknowledgements by sample, what arrived, plans seen, samples sent again."""
     broker = MemoryBroker(latency_s=0.001)
     acknowledged: Counter[int] = Counter()
     async with MemoryBus(broker) as bus:
         await bus.create_topics([TopicSpec("out", 1)])
-        outlet = Outlet(
-            bus,
-            topic="out",
-            key="t",
-            source="d",
-            kind="activations",
-            plan=PLAN,
-            grants=(Link().grant(1_000_000),),
-            gate=lambda: asyncio.sleep(0),
-            on_busy=lambda begin_s, end_s: None,
-        )
+        outlet = outlet_of(bus)
         broker.faults = faults
         reader = await bus.reader([("out", 0)], start="start")
         arrived: dict[int, bytes] = {}
@@ -108,17 +112,7 @@ def test_what_can_never_be_sent_ends_the_block_instead_of_hanging() -> None:
     async def run() -> None:
         async with MemoryBus(MemoryBroker(max_record_bytes=1_000)) as bus:
             await bus.create_topics([TopicSpec("out", 1)])
-            outlet = Outlet(
-                bus,
-                topic="out",
-                key="t",
-                source="d",
-                kind="activations",
-                plan=PLAN,
-                grants=(Link().grant(1_000_000),),
-                gate=lambda: asyncio.sleep(0),
-                on_busy=lambda begin_s, end_s: None,
-            )
+            outlet = outlet_of(bus)
             async with asyncio.timeout(10.0), sending(outlet):
                 outlet.put(Outgoing(0, [np.zeros(5_000, np.uint8)], 0.0, lambda: None))
                 await asyncio.Event().wait()

@@ -103,16 +103,16 @@ def test_running_tasks_do_not_wait_for_slicing(
 
     def slow(model: Model, first: int, last: int) -> object:
         slicing.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return slice_model(model, first, last)
 
     monkeypatch.setattr(segments_module, "slice_model", slow)
     thread = threading.Thread(target=store.prepare, args=(1, 3))
     thread.start()
-    assert slicing.wait(10)
+    assert slicing.wait(60)
     assert running.run(sample)[0].tobytes() == wanted.tobytes()  # while the other is in the middle of slicing
     go_on.set()
-    thread.join(10)
+    thread.join(60)
     assert store.is_ready(1, 3)
     assert running.run(sample)[0].tobytes() == wanted.tobytes()
 
