@@ -8,7 +8,11 @@ too little processor, live tests go first, then Docker's: the others run with a 
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,7 +67,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if is_worker():
-        os.nice(max(0, POLITENESS[lane_of(item.nodeid)] - os.nice(0)))
+        lane = lane_of(item.nodeid)
+        os.nice(max(0, POLITENESS[lane] - os.nice(0)))
+        if lane:
+            have_for_itself(lane)
+
+
+@cache
+def have_for_itself(lane: str) -> None:
+    """Locks a lane for this process until it ends. Raises AssertionError where another process of this run works in it."""
+    name = f"deepar-lane-{lane}-{os.environ['PYTEST_XDIST_TESTRUNUID']}"
+    lock = os.open(Path(tempfile.gettempdir(), name), os.O_CREAT | os.O_RDWR)  # never closed: that would end it
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise AssertionError(
+            f"two processes run tests of the lane {lane!r}: xdist does not heed our scheduler"
+        ) from None
 
 
 class Teller:
