@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 from aiokafka import AIOKafkaConsumer
 from aiokafka import TopicPartition as KafkaPartition
@@ -15,7 +15,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, TopicAuthorizationFailedError, for_code
 
 from bus.errors import BusError, BusUnavailableError, ConfigError, MessageTooLargeError
-from bus.kafka_connection import KafkaConnection
+from bus.kafka_connection import REQUEST_S, KafkaConnection, patience_s
 from bus.kafka_errors import translated, unknown_topic
 from bus.kafka_readers import KafkaMember, KafkaReader, cut_off
 from bus.kafka_sender import KafkaSender
@@ -25,11 +25,13 @@ from bus.topics import TopicSpec, partition_of
 
 __all__ = ["KafkaBus", "KafkaConnection"]
 
-_REQUEST_S = 5.0  # what a request about topics or offsets may take, retries included
 _RETRY_S = 0.1
+_TRY_S = 1.5  # of several brokers the one that was asked may be dead: another is asked then
 _CLOSE_S = 3.0
 _SPREAD_S = 1.0  # what a new topic may take to be known to every broker
 _MAX_COPIES = 3  # of each partition, where there are that many brokers
+
+T = TypeVar("T")
 
 _partition_of = lru_cache(maxsize=1 << 12)(partition_of)
 
@@ -240,23 +242,21 @@ class _Site:
         self._starting = asyncio.Lock()
 
     async def create_topics(self, specs: list[TopicSpec]) -> None:
-        admin = await self._started_admin()
-        deadline = asyncio.get_running_loop().time() + _REQUEST_S
-        while True:
-            try:
-                brokers = len((await admin.describe_cluster())["brokers"])
-                copies = self._connection.replication or min(brokers, _MAX_COPIES)
-                response = await admin.create_topics(
-                    [NewTopic(spec.name, spec.partitions, copies, topic_configs=_configs(spec)) for spec in specs]
-                )
-            except (KafkaError, TimeoutError) as error:  # it asks a random node, which may be the dead one
-                await self._retry(deadline, error, "its topics")
-                continue
-            for name, code, *message in response.topic_errors:
+        async def create(admin: AIOKafkaAdminClient) -> None:
+            brokers = len((await admin.describe_cluster())["brokers"])
+            copies = self._connection.replication or min(brokers, _MAX_COPIES)
+            made = await admin.create_topics(
+                [NewTopic(spec.name, spec.partitions, copies, topic_configs=_configs(spec)) for spec in specs]
+            )
+            for name, code, *message in made.topic_errors:
                 kind = for_code(code)
+                if kind.retriable:  # another controller is being elected
+                    raise kind()
                 if code != 0 and kind is not TopicAlreadyExistsError:
                     raise BusError(f"topic {name} cannot be created: {message[0] if message else kind.__name__}")
-            break
+
+        await self._ask(create, "its topics")
+        deadline = asyncio.get_running_loop().time() + REQUEST_S
         missing = [spec.name for spec in specs]
         while missing:  # created is not yet known everywhere
             known = await self._topics()
@@ -267,7 +267,7 @@ class _Site:
     async def partitions(self, topic: str) -> int:
         """Asks for all topics: asking for one would create it where brokers create topics on sight."""
         count = (await self._topics()).get(topic)
-        if count is None and await self._brokers() > 1:
+        if count is None and await self._ask(_has_several_brokers, "its brokers"):
             await asyncio.sleep(_SPREAD_S)  # of several brokers some learn later what others made or were told
             count = (await self._topics()).get(topic)
         if count is None:
@@ -278,11 +278,17 @@ class _Site:
 
     async def end_offsets(self, topic: str, count: int) -> dict[int, int]:
         asker = await self._started_asker()
-        try:
-            async with asyncio.timeout(_REQUEST_S):
-                ends = await asker.end_offsets([KafkaPartition(topic, number) for number in range(count)])
-        except (KafkaError, TimeoutError) as error:
-            raise translated(error, topic) from error
+        wanted = [KafkaPartition(topic, number) for number in range(count)]
+        deadline = asyncio.get_running_loop().time() + patience_s(asker._client)
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    ends = await asker.end_offsets(wanted)
+                break
+            except (KafkaError, TimeoutError) as error:
+                if not getattr(error, "retriable", True) or asyncio.get_running_loop().time() > deadline:
+                    raise translated(error, topic) from error
+                await asyncio.sleep(_RETRY_S)
         return {partition.partition: offset for partition, offset in sorted(ends.items())}
 
     async def close(self) -> None:
@@ -294,32 +300,32 @@ class _Site:
 
     async def _topics(self) -> dict[str, int | BusError]:
         """The partitions of every topic that has a leader everywhere, or why we may not know."""
-        admin = await self._started_admin()
-        deadline = asyncio.get_running_loop().time() + _REQUEST_S
-        while True:
-            try:
-                described = await admin.describe_topics()
-            except (KafkaError, TimeoutError) as error:
-                await self._retry(deadline, error, "its topics")
-                continue
-            known: dict[str, int | BusError] = {}
-            for topic in described:
-                error_type = for_code(topic["error_code"])
-                if error_type is TopicAuthorizationFailedError:
-                    known[topic["topic"]] = translated(error_type(), topic["topic"])
-                elif topic["error_code"] == 0 and topic["partitions"]:
-                    known[topic["topic"]] = len(topic["partitions"])
-            return known
+        known: dict[str, int | BusError] = {}
+        for topic in await self._ask(AIOKafkaAdminClient.describe_topics, "its topics"):
+            error_type = for_code(topic["error_code"])
+            if error_type is TopicAuthorizationFailedError:
+                known[topic["topic"]] = translated(error_type(), topic["topic"])
+            elif topic["error_code"] == 0 and topic["partitions"]:
+                known[topic["topic"]] = len(topic["partitions"])
+        return known
 
-    async def _brokers(self) -> int:
-        try:
-            return len((await (await self._started_admin()).describe_cluster())["brokers"])
-        except (KafkaError, TimeoutError):
-            return 1
+    async def _ask(self, request: Callable[[AIOKafkaAdminClient], Awaitable[T]], what: str) -> T:
+        """What the cluster answers. Any broker may be asked, also one that died and is not yet missed: then again."""
+        admin = await self._started_admin()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while True:
+            deadline = began + patience_s(admin._client)
+            has_others = len(admin._client.cluster.brokers()) > 1
+            try:
+                async with asyncio.timeout_at(min(deadline, loop.time() + _TRY_S) if has_others else deadline):
+                    return await request(admin)
+            except (KafkaError, TimeoutError) as error:
+                await self._retry(deadline, error, what)
 
     async def _retry(self, deadline: float, error: BaseException | None, what: str) -> None:
         if asyncio.get_running_loop().time() > deadline:
-            raise BusUnavailableError(f"{self._servers} does not tell about {what} within {_REQUEST_S:g} s") from error
+            raise BusUnavailableError(f"{self._servers} does not tell about {what} in time") from error
         await asyncio.sleep(_RETRY_S)
 
     async def _started_admin(self) -> AIOKafkaAdminClient:
@@ -327,7 +333,7 @@ class _Site:
             if self._admin is None:
                 admin = AIOKafkaAdminClient(**self._connection.client_settings(self._servers))
                 try:
-                    async with asyncio.timeout(_REQUEST_S):
+                    async with asyncio.timeout(REQUEST_S):
                         await admin.start()
                 except (KafkaError, TimeoutError) as error:
                     await admin.close()
@@ -340,13 +346,17 @@ class _Site:
             if self._asker is None:
                 asker = AIOKafkaConsumer(**self._connection.client_settings(self._servers), enable_auto_commit=False)
                 try:
-                    async with asyncio.timeout(_REQUEST_S):
+                    async with asyncio.timeout(REQUEST_S):
                         await asker.start()
                 except (KafkaError, TimeoutError) as error:
                     await cut_off(asker)
                     raise translated(error, self._servers) from error
                 self._asker = asker
             return self._asker
+
+
+async def _has_several_brokers(admin: AIOKafkaAdminClient) -> bool:
+    return len((await admin.describe_cluster())["brokers"]) > 1
 
 
 def _configs(spec: TopicSpec) -> dict[str, str]:

@@ -30,6 +30,12 @@ kafka_wire.use()
 CHECK_TIMEOUT_S = 3.0
 """How long a broker may take to shake hands when we start."""
 
+REQUEST_S = 5.0
+"""What a request about topics or offsets may take, retries included, where there is one broker."""
+
+FAILOVER_S = 20.0
+"""The same where there are several: a dead one is missed after `broker.session.timeout.ms` (9 s), then others lead."""
+
 HANG_UP_S = 1.0
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -233,6 +239,11 @@ class KafkaConnection(BaseModel):
                 remedy="`deepar broker` starts one; KAFKA_BOOTSTRAP_SERVERS names another",
             )
         return BusUnavailableError(f"{server} refuses us: {error!r}")
+
+
+def patience_s(client: AIOKafkaClient) -> float:
+    """How long to wait for a cluster's answer, by how many brokers it said it has."""
+    return FAILOVER_S if len(client.cluster.brokers()) > 1 else REQUEST_S
 
 
 async def hang_up(client: AIOKafkaClient) -> None:

@@ -17,7 +17,7 @@ from aiokafka.errors import (
 )
 
 from bus.errors import BusError, BusUnavailableError
-from bus.kafka_connection import KafkaConnection, hang_up
+from bus.kafka_connection import KafkaConnection, hang_up, patience_s
 from bus.kafka_errors import translated
 from bus.port import RebalanceCallback, Record, TopicPartition
 
@@ -160,7 +160,7 @@ class KafkaReader:
                 consumer.seek(partition, self._positions[ours])
         if unknown:
             seek = consumer.seek_to_end if self._start == "end" else consumer.seek_to_beginning
-            async with asyncio.timeout(_CLOSE_S):
+            async with asyncio.timeout(patience_s(consumer._client)):
                 await seek(*unknown)
                 for partition in unknown:
                     self._positions[partitions[partition]] = await consumer.position(partition)

@@ -176,6 +176,30 @@ def _digest(value: Payload | None) -> bytes:
     return hashlib.sha256(value or b"").digest()
 
 
+async def test_clients_that_start_before_a_death_is_noticed_wait_for_the_others(cluster: Cluster) -> None:
+    """For some seconds brokers still name the dead one, as controller and as leader: whoever asks is patient."""
+    connection = KafkaConnection(bootstrap_servers=cluster.bootstrap)
+    async with KafkaBus(connection) as bus:
+        await nodes.create_missing_topics(bus, EDGES)
+    partition = (topics.EVENTS, 0)
+
+    async def client(number: int) -> None:
+        async with KafkaBus(connection) as bus:
+            await nodes.create_missing_topics(bus, [f"e{10 + number}"])
+            ends = await bus.end_offsets(topics.EVENTS)
+            async with asyncio.timeout(STALL_LIMIT_S):
+                reader = await bus.reader([partition], start="end")
+                sent = await bus.send(topics.EVENTS, b"here", partition=0, key=f"{number}")
+                assert sent.offset >= ends[0]
+                while not any(record.offset == sent.offset for record in await reader.fetch()):
+                    pass
+
+    for victim in (cluster.nodes[1], cluster.nodes[3]):
+        victim.kill()
+        await asyncio.gather(*(client(number) for number in range(3)))
+        await asyncio.to_thread(victim.start, 2 * START_LIMIT_S)
+
+
 async def test_the_leader_then_the_controller_is_killed_during_a_replay(cluster: Cluster) -> None:
     connection = KafkaConnection(bootstrap_servers=cluster.bootstrap, delivery_timeout_s=STALL_LIMIT_S)
     witness, recorder = Witness(), Recorder()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import subprocess
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaError
 
 from deploy.broker import free_port
 from deploy.broker_handshake import ask
@@ -205,22 +203,6 @@ def test_a_whole_deployment_survives_the_kill_of_each_service(deployment: Deploy
     deployment.end()
 
 
-async def _others_lead(bootstrap: str, *, dead: int, limit_s: float = 60.0) -> None:
-    """Return once no partition is led by the broker that is dead."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
-    await admin.start()
-    try:
-        async with asyncio.timeout(limit_s):
-            while True:
-                with contextlib.suppress(KafkaError):  # it may ask the dead one
-                    found = [p["leader"] for topic in await admin.describe_topics() for p in topic["partitions"]]
-                    if found and not {dead, -1} & set(found):
-                        return
-                await asyncio.sleep(0.5)
-    finally:
-        await admin.close()
-
-
 def _replaying(deployment: Deployment, folder: Path) -> subprocess.Popen[str]:
     """`deepar loadgen replay` on the host, over the port that the compose file opens."""
     command = ["loadgen", "replay", "--tasks", str(TASKS), "--within", f"{ARRIVALS_S}s"]
@@ -311,12 +293,11 @@ def test_two_sites_work_together_over_their_brokers(two_sites: Deployment, tmp_p
 
 
 def test_of_three_brokers_one_may_be_killed(three_brokers: Deployment, tmp_path: Path) -> None:
-    """The cluster's file for real: what was acknowledged has copies, and work goes on with two."""
+    """The cluster's file for real: work goes on with two, also before they have noticed."""
     three_brokers(
         "up", "--build", "--wait", "broker", "broker2", "broker3", "planner", "cloud", "e1", "d1", limit_s=900
     )
     three_brokers("kill", "broker2")
-    asyncio.run(_others_lead(three_brokers.bootstrap, dead=2))
     _complete_tasks(three_brokers, tmp_path, tasks=3)
     three_brokers.down()  # not judged: what is left of the quorum may wait for it until its grace is over
 
