@@ -34,7 +34,7 @@ check: $(VENV)/.dev ## lint, types, generated documents (seconds)
 	$(BIN)/python -m deploy.flow --check docs
 
 test: $(VENV)/.dev ## all tests, on a real Apache Kafka that they start themselves
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 3
 
 demo: $(VENV)/.run ## a cloud, two edges and four devices on this machine, with real inference
 	@$(BIN)/deepar demo

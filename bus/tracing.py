@@ -47,7 +47,7 @@ class Span:
 class SpanSink(Protocol):
     """Told of every span when it is over. Must not wait."""
 
-    def __call__(self, span: Span) -> None: ...
+    def __call__(self, span: Span, /) -> None: ...
 
 
 @lru_cache(maxsize=4096)

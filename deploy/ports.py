@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import random
 import socket
 
 from bus.errors import ConfigError
 from deploy.broker_handshake import ask
+
+_OUR_PORTS = range(20_000, 32_000)
 
 
 class PortTakenError(ConfigError):
@@ -13,10 +18,16 @@ class PortTakenError(ConfigError):
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens at right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that nobody listens at right now. Raises OSError where there is none.
+
+    None of those that the kernel gives to connections (32768 and up): a broker that is away for a moment would find its port
+    taken by one.
+    """
+    for port in random.SystemRandom().sample(_OUR_PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(errno.EADDRINUSE, "no free port was found")
 
 
 def require_free(port: int) -> None:

@@ -26,8 +26,10 @@ SEQUENTIAL = "deepar (sequential)"
 """What `deepar` is called beside itself when the figure is made for the other objective."""
 
 NOTES = (
-    "arrivals uniform in the interval, one task a device; only G(0), N, the caps and the edges are drawn, other sizes are "
-    "the model's",
+    (
+        "arrivals uniform in the interval, one task a device; only G(0), N, the caps and the edges are drawn, other sizes "
+        "are the model's"
+    ),
     "left: one random reachable edge a device (claims); middle: two; right: every edge. Bars: mean over seeds, 95 % interval",
 )
 

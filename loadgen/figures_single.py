@@ -62,8 +62,10 @@ def fig1a(options: FigureOptions) -> FigureResult:
     outcomes = {policy: one_task(platform, "alexnet", policy, profile=options.profile) for policy in BARS}
     claims = [] if options.live else _fig1a_claims(outcomes)
     notes = [
-        f"links {platform.link1_bps / 1e6:.1f} and {platform.link2_bps / 1e6:.1f} Mbps, "
-        f"input {platform.input_bytes['alexnet'] / 1e3:.0f} kB; {platform.origin}"
+        (
+            f"links {platform.link1_bps / 1e6:.1f} and {platform.link2_bps / 1e6:.1f} Mbps, "
+            f"input {platform.input_bytes['alexnet'] / 1e3:.0f} kB; {platform.origin}"
+        )
     ]
     if options.live:
         placement = outcomes["deepar"].placement

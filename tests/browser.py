@@ -65,7 +65,7 @@ class Page:
         async with asyncio.timeout(30.0):
             content = await self._replies[number]
         assert "error" not in content, (method, content["error"])
-        return content["result"]
+        return dict(content["result"])
 
     async def open(self, address: str) -> None:
         await self.command("Page.navigate", url=address)

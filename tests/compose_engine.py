@@ -11,6 +11,7 @@ nothing is installed and the tests that need an engine are skipped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,12 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from deploy.broker_artifacts import cache_root
 from deploy.child_process import tied_to_us
+from stages.cache import locked
 
 COMPOSE_VERSION = "2.32.4"
 SUITE = "bookworm"
@@ -199,8 +201,17 @@ def _install(programs: Mapping[str, str], say: Say) -> None:
         raise NoEngineError(f"no Docker engine answers, and {', '.join(missing)} is not installed")
     say(f"installing {', '.join(missing)}")
     env = {"DEBIAN_FRONTEND": "noninteractive"}
-    run(["apt-get", "update", "-q"], env=env)
-    run(["apt-get", "install", "-qy", "--no-install-recommends", *missing], env=env)
+    with packages_locked():
+        run(["apt-get", "update", "-q"], env=env)
+        run(["apt-get", "install", "-qy", "--no-install-recommends", *missing], env=env)
+
+
+@contextlib.contextmanager
+def packages_locked() -> Iterator[None]:
+    """Nobody else among the tests uses apt-get in this block: of two at once, one fails."""
+    cache_root().mkdir(parents=True, exist_ok=True)
+    with locked(cache_root() / "apt-get"):
+        yield
 
 
 def _root_tar() -> Path:

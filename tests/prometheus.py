@@ -26,7 +26,7 @@ import pytest
 from deploy.broker_artifacts import cache_root
 from deploy.child_process import tied_to_us
 from deploy.ports import free_port
-from tests.compose_engine import CommandError, required, run
+from tests.compose_engine import CommandError, packages_locked, required, run
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 CONFIG, ALARMS = DEPLOY / "prometheus" / "prometheus.yml", DEPLOY / "prometheus" / "alarms.yml"
@@ -67,7 +67,7 @@ def available() -> Programs | None:
 
 
 def _unpack(kept: Path) -> None:
-    with tempfile.TemporaryDirectory() as work:
+    with packages_locked(), tempfile.TemporaryDirectory() as work:
         try:
             run(["apt-get", "download", "-q", "prometheus"], cwd=Path(work))
         except CommandError:  # the lists may be old, or not there

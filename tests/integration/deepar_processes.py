@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -82,15 +83,19 @@ class Processes:
         self.environment = os.environ | {"KAFKA_BOOTSTRAP_SERVERS": bootstrap, "NO_COLOR": "1", "COLUMNS": "160"}
         self.all: list[Process] = []
 
-    def start(self, name: str, *arguments: str, inside: Namespace | None = None, **environment: str) -> Process:
-        """Start `deepar ARGUMENTS`, with a port for its probes; `inside` a network namespace, if one is given."""
+    def start(
+        self, name: str, *arguments: str, inside: Namespace | None = None, environment: Mapping[str, str] | None = None
+    ) -> Process:
+        """Start `deepar ARGUMENTS`, with a port for its probes and variables of its own; `inside` a network namespace, if one
+        is given.
+        """
         prefix = inside.prefix if inside else []
         port = free_port()
         log = self.folder / f"{name}-{len(self.all)}.log"
         with log.open("wb") as sink:
             process = subprocess.Popen(
                 tied_to_us([*prefix, sys.executable, "-m", "deploy.cli", *arguments]),
-                env=self.environment | {"DEEPAR_HTTP_PORT": str(port)} | environment,
+                env=self.environment | {"DEEPAR_HTTP_PORT": str(port)} | dict(environment or {}),
                 stdout=sink,
                 stderr=sink,
                 cwd=self.folder,
@@ -113,6 +118,7 @@ class Processes:
             text=True,
             timeout=timeout_s,
             cwd=self.folder,
+            check=False,
         )
 
     def __enter__(self) -> Processes:

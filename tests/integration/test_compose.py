@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -23,7 +24,10 @@ from tests import compose_engine
 from tests.compose_engine import COMPOSE_FILE, Engine, NoEngineError
 from tests.integration.topic_ends import held_by_site, topic_ends
 
-DOWN_LIMIT_S = 15.0
+END_LIMIT_S = 40.0
+"""Of a whole deployment, on a busy machine; a quiet one takes 5."""
+KILLED = 137
+"""The exit code of what SIGKILL ended."""
 CLUSTER_FILE = COMPOSE_FILE.with_name("docker-compose.cluster.yml")
 SITES_FILE = COMPOSE_FILE.with_name("docker-compose.sites.yml")
 TASKS = 20
@@ -36,11 +40,11 @@ MORE = ("--scale", "device=2")
 @pytest.fixture(scope="module")
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """A Docker engine with Compose; skips where there is none, fails where DEEPAR_TEST_DOCKER=required."""
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
 
     def say(line: str) -> None:
-        if reporter is not None:
-            reporter.write_line(f"docker: {line}")
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            print(f"\ndocker: {line}", file=sys.stderr, flush=True)
 
     try:
         started = compose_engine.start(say)
@@ -88,11 +92,23 @@ class Deployment:
             assert time.monotonic() < deadline, f"{service} is {state} {limit_s:.0f} s after its kill"
             time.sleep(0.5)
 
-    def down(self) -> float:
-        """Ends and removes everything; the seconds that took."""
-        started = time.monotonic()
+    def end(self) -> None:
+        """Asks every service to end, and removes everything. Raises AssertionError where one did not heed it, or it took too
+        long. They are given longer than the file gives: how busy the machine is must not show.
+        """
+        started_s = time.monotonic()
+        self("stop", "--timeout", str(int(END_LIMIT_S)), limit_s=300)
+        took_s = time.monotonic() - started_s
+        containers = json.loads(self.engine.docker("inspect", *self("ps", "--all", "--quiet").split()))
+        codes = {one["Config"]["Labels"]["com.docker.compose.service"]: one["State"]["ExitCode"] for one in containers}
+        assert KILLED not in codes.values(), codes
+        assert took_s < END_LIMIT_S, codes
+        self.down()
+        assert not self("ps", "--all", "--quiet").strip()
+
+    def down(self) -> None:
+        """Removes everything."""
         self("down", "--volumes", "--remove-orphans", limit_s=120)
-        return time.monotonic() - started
 
 
 @pytest.fixture
@@ -185,8 +201,7 @@ def test_a_whole_deployment_survives_the_kill_of_each_service(deployment: Deploy
     deployment("up", "--wait", *MORE, limit_s=180)  # all of them came back
     deployment("up", "--wait", "--scale", "device=0", limit_s=60)
     assert not deployment("ps", "--quiet", "device").strip()
-    assert deployment.down() < DOWN_LIMIT_S
-    assert not deployment("ps", "--all", "--quiet").strip()
+    deployment.end()
 
 
 def _replaying(deployment: Deployment, folder: Path) -> subprocess.Popen[str]:
@@ -275,8 +290,7 @@ def test_two_sites_work_together_over_their_brokers(two_sites: Deployment, tmp_p
     edge_port = two_sites.env["DEEPAR_EDGE_KAFKA_PORT"]
     edge = asyncio.run(topic_ends(f"127.0.0.1:{edge_port}", ["e1"]))
     held_by_site(edge, asyncio.run(topic_ends(two_sites.bootstrap, ["e1"])), "e1")
-    assert two_sites.down() < DOWN_LIMIT_S
-    assert not two_sites("ps", "--all", "--quiet").strip()
+    two_sites.end()
 
 
 def test_of_three_brokers_one_may_be_killed(three_brokers: Deployment, tmp_path: Path) -> None:
@@ -286,8 +300,7 @@ def test_of_three_brokers_one_may_be_killed(three_brokers: Deployment, tmp_path:
     )
     three_brokers("kill", "broker2")
     _complete_tasks(three_brokers, tmp_path, tasks=3)
-    assert three_brokers.down() < DOWN_LIMIT_S
-    assert not three_brokers("ps", "--all", "--quiet").strip()
+    three_brokers.down()  # not judged: what is left of the quorum may wait for it until its grace is over
 
 
 def _complete_tasks(deployment: Deployment, folder: Path, *, tasks: int) -> None:
@@ -321,7 +334,7 @@ async def test_the_broker_serves_both_sides_and_keeps_its_records(deployment: De
     deployment("kill", "--signal", "SIGKILL", "broker")
     deployment("up", "--wait", "broker", limit_s=120)
     assert await _append(deployment.bootstrap) == 1
-    assert deployment.down() < DOWN_LIMIT_S
+    deployment.end()
 
 
 async def _append(bootstrap: str) -> int:

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ class Shell:
             capture_output=True,
             text=True,
             timeout=timeout_s,
+            check=False,
         )
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -133,8 +135,10 @@ WITHOUT_BROKER = (
     "deepar models verify MODEL.tflite",
     "deepar profile MODEL.tflite --out here.json",
     "deepar plan MODEL.tflite --device here.json --edge here.json --cloud here.json --link1 100Mbps --link2 20Mbps",
-    "PYTHONPATH=docs/examples deepar simulate sweep --policies deepar,private_first:PrivateFirst"
-    " --vary devices=20 --seeds 1 --out sweep",
+    (
+        "PYTHONPATH=docs/examples deepar simulate sweep --policies deepar,private_first:PrivateFirst"
+        " --vary devices=20 --seeds 1 --out sweep"
+    ),
     "deepar simulate fig4a --out figures",
 )
 """In the order in which they are run."""
@@ -210,12 +214,12 @@ def test_commands_that_need_no_broker(tmp_path: Path) -> None:
             assert "identical" in printed
 
 
-def start(processes: Processes, text: str, **environment: str) -> None:
+def start(processes: Processes, text: str, environment: Mapping[str, str] | None = None) -> None:
     """Start a service as a page says, and wait until it is ready."""
     words = shlex.split(text)
     extra = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("-"))
     arguments = [word for word in words if "=" not in word][1:]
-    processes.start(arguments[0], *arguments, **extra, **environment)
+    processes.start(arguments[0], *arguments, environment=extra | dict(environment or {}))
 
 
 def look(port: int) -> dict[str, Any]:
@@ -241,7 +245,7 @@ def test_commands_that_need_a_broker(kafka_own: OwnBroker, tmp_path: Path) -> No
             one.end()
 
         port = free_port()
-        start(processes, "deepar ui", DEEPAR_UI_PORT=str(port))
+        start(processes, "deepar ui", {"DEEPAR_UI_PORT": str(port)})
         start(processes, "deepar up deploy/example.toml")
         until_s = time.monotonic() + 120.0
         while {"c1", "e1", "e2", "d1", "d2", "d3"} - {
@@ -270,6 +274,7 @@ def test_commands_that_need_a_broker(kafka_own: OwnBroker, tmp_path: Path) -> No
         text=True,
         timeout=120.0,
         cwd=tmp_path,
+        check=False,
     )
     assert tool.returncode == 0, tool.stderr
     assert tool.stdout.count(": COMPLETED") == 25

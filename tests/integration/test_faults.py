@@ -35,16 +35,18 @@ def apache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def chaos(folder: Path, *words: str) -> subprocess.Popen[str]:
     """`deepar loadgen chaos WORDS`, its progress in a file."""
+    # A shell that runs the tests in the background has interrupts ignored, and a child would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with (folder / "progress.log").open("w") as progress:
-        return subprocess.Popen(
+        started = subprocess.Popen(
             [sys.executable, "-m", "deploy.cli", "loadgen", "chaos", "--out", str(folder / "out"), "--json", *words],
             env=os.environ | {"NO_COLOR": "1", "COLUMNS": "160"},
             stdout=subprocess.PIPE,
             stderr=progress,
             text=True,
-            # a shell that runs the tests in the background has interrupts ignored, and a child would inherit that
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
+    signal.signal(signal.SIGINT, before)
+    return started
 
 
 def told(folder: Path) -> str:

@@ -62,13 +62,12 @@ def region(broker: OwnBroker, collector: Collector, tmp_path_factory: pytest.Tem
             "OTEL_EXPORTER_OTLP_ENDPOINT": collector.address,
             "OTEL_BSP_SCHEDULE_DELAY": "300",
         }
+        places = {"DEEPAR_MODELS": "lenet", "DEEPAR_HTTP_HOST": "127.0.0.1"}
         started = []
         for text in documented_services():
             words = text.split()[1:]
             name = words[-1] if words[-1] in ("planner", "cloud") else words[words.index("--name") + 1]
-            started.append(
-                processes.start(name, *words, *MORE.get(name, ()), DEEPAR_MODELS="lenet", DEEPAR_HTTP_HOST="127.0.0.1")
-            )
+            started.append(processes.start(name, *words, *MORE.get(name, ()), environment=places))
         assert {one.name for one in started} == {"planner", "cloud", "e1", "e2", "d1", "d2", "d3"}
         for one in started:
             one.wait_ready()

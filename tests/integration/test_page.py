@@ -12,7 +12,7 @@ import aiohttp
 from rich.console import Console
 
 from bus import messages, topics
-from bus.messages import Message, NodeHeartbeat, TaskFailed
+from bus.messages import Message, NodeHeartbeat, NodeJoined, TaskFailed
 from bus.port import Record
 from deploy.region_feed import follow
 from deploy.region_report import report
@@ -21,7 +21,7 @@ from deploy.top import screen
 from deploy.ui import serve
 from tests.browser import Page, open_page
 from tests.sim.world import task, world
-from tests.unit.deploy.test_region_view import DEVICE, EDGE, NodeJoined, Topics, admitted, completed, placed, start
+from tests.unit.deploy.test_region_view import DEVICE, EDGE, Topics, admitted, completed, placed, start
 
 TASKS = 60
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"

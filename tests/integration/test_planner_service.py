@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ async def stages(bootstrap: str, region: int, devices: int) -> AsyncIterator[Kaf
         await bus.create_topics(topics.specs(edges, Partitions(regions=2, cloud=1)))
         async with nodes.embedded() as group:
             for name, role in roles.items():
-                more = {}
+                more: dict[str, Any] = {}
                 if role is Role.EDGE:
                     more = {"slots": 4, "link1_capacity_bps": 1_000_000_000, "link2_capacity_bps": 200_000_000}
                 settings = NodeSettings(name=name, role=role, region=region, lease_s=60.0, **more)

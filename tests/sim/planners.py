@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from bus import messages, topics
 from bus.decisions import DecisionLog
@@ -14,8 +14,9 @@ from bus.errors import BusError
 from bus.identity import Master, Speaker
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import Decision, NodeAnnounced, Start, TaskCompleted, TaskSubmitted
-from bus.port import Bus, Position, Reader, Record
+from bus.port import Bus, Member, Payload, Position, Reader, Record, TopicPartition
 from bus.signed import signed
+from bus.topics import TopicSpec
 from bus.values import Parts, Role
 from deploy.nodes import make_work
 from planner.core import PlannerCore
@@ -24,6 +25,8 @@ from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 from tests.decision_story import Story, read_story
 from tests.sim.world import profile, task
+
+_Answer = TypeVar("_Answer")
 
 FOREVER_S = 1e6
 """A node's lease, where leases are not what is tried."""
@@ -71,7 +74,7 @@ class FragileBus:
     def thaw(self) -> None:
         self._runs.set()
 
-    async def around(self, call: Callable[[], Awaitable[Any]]) -> Any:
+    async def around(self, call: Callable[[], Awaitable[_Answer]]) -> _Answer:
         await self.step()
         result = await call()
         await self.step()
@@ -91,19 +94,25 @@ class FragileBus:
     async def partitions(self, topic: str) -> int:
         return await self.inner.partitions(topic)
 
-    async def post(self, topic: str, value: bytes, **more: Any) -> Awaitable[Position]:
+    async def post(self, topic: str, value: Payload | None, **more: Any) -> Awaitable[Position]:
         return await self.around(lambda: self.inner.post(topic, value, **more))
 
-    async def send(self, topic: str, value: bytes, **more: Any) -> Position:
+    async def send(self, topic: str, value: Payload | None, **more: Any) -> Position:
         return await self.around(lambda: self.inner.send(topic, value, **more))
 
-    async def reader(self, partitions: Iterable[tuple[str, int]], *, start: Any) -> Reader:
+    async def reader(self, partitions: Iterable[TopicPartition], *, start: Any) -> Reader:
         wanted = list(partitions)
         blinds = any(topic == topics.DECISIONS for topic, _ in wanted)
         return FragileReader(self, await self.around(lambda: self.inner.reader(wanted, start=start)), blinds)
 
-    async def join(self, names: Iterable[str], **more: Any) -> Any:
-        return await self.inner.join(names, **more)
+    async def join(self, topics: Iterable[str], **more: Any) -> Member:
+        return await self.inner.join(topics, **more)
+
+    async def create_topics(self, specs: Iterable[TopicSpec]) -> None:
+        await self.inner.create_topics(specs)
+
+    def beside(self, topic: str, neighbour: str) -> Bus:
+        return self
 
 
 class FragileReader:
@@ -200,7 +209,7 @@ class Town:
     async def announce(self, lease_s: float = FOREVER_S) -> None:
         """The nodes of the toy world: two edges, one cloud, three devices."""
         for name, role in TOWNSPEOPLE:
-            more: dict[str, int] = {}
+            more: dict[str, Any] = {}
             if role is Role.EDGE:
                 more = {"slots": 1, "link1_capacity_bps": 100_000_000, "link2_capacity_bps": 20_000_000}
             await self.tell(
@@ -243,7 +252,7 @@ class Town:
         """The same nodes for real, until cancelled; `shown` has what the devices gave out."""
         async with asyncio.TaskGroup() as group:
             for name, role in TOWNSPEOPLE:
-                more: dict[str, int] = {}
+                more: dict[str, Any] = {}
                 if role is Role.EDGE:
                     more = {"slots": 1, "link1_capacity_bps": 100_000_000, "link2_capacity_bps": 20_000_000}
                 settings = NodeSettings(name=name, role=role, region=self.region, lease_s=60.0, **more)

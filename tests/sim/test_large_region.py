@@ -61,7 +61,12 @@ def _folds(process: Process) -> list[int]:
     """The sequence numbers that a planner folds from now on."""
     folded: list[int] = []
     sound = process.service._fold_in
-    process.service._fold_in = lambda decision: (folded.append(decision.seq), sound(decision))[1]  # type: ignore[method-assign]
+
+    def fold_in(decision: Decision) -> None:
+        folded.append(decision.seq)
+        sound(decision)
+
+    process.service._fold_in = fold_in  # type: ignore[method-assign]
     return folded
 
 

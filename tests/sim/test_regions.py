@@ -88,8 +88,7 @@ async def _moves() -> dict[int, Story]:
 
             await a.end(kill=True)  # dies: the group finds out when its session runs out
             await _until(lambda: len(c.leads()) == REGIONS)
-            for task in submitting:
-                await task
+            await asyncio.gather(*submitting)
             stories = {town.region: await town.until_ended(40) for town in towns}
             await c.end()
             for task in playing:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from rich.console import Console
 
@@ -42,7 +43,7 @@ def held_by(core: PlannerCore) -> dict[str, tuple[int, int, int]]:
     return held
 
 
-async def watched() -> tuple[World, RegionView, list[dict], list[Record]]:
+async def watched() -> tuple[World, RegionView, list[dict[str, Any]], list[Record]]:
     """A replay of sixty tasks, looked at as it goes, and every record of it."""
     async with world(slots=2, link2_bps=10_000_000) as region:
         view = RegionView()
@@ -168,8 +169,8 @@ def test_the_screen_names_every_running_task_and_counts_the_ended_ones() -> None
             for edge in ("e1", "e2"):
                 row = next(line for line in midway.splitlines() if f" {edge} " in line and " edge " in line)
                 assert f" {len(view.slot_holders(edge))}/2 " in row
-                for number, capacity in ((1, "100 Mbps"), (2, "20 Mbps")):
-                    granted_bps = view.link(edge, number).granted_bps
+                for link, capacity in ((view.link(edge, 1), "100 Mbps"), (view.link(edge, 2), "20 Mbps")):
+                    granted_bps = link.granted_bps
                     assert f" {format_rate(granted_bps) if granted_bps else '0'} of {capacity} " in row
             await replaying
             await asyncio.sleep(1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -28,17 +29,18 @@ def plan() -> Plan:
 def payload_of(**changes: object) -> bytes:
     """A frame as a stranger would write it, with parts of it replaced or (None) left out."""
     data = bytes(range(12))
-    head: dict = {
+    head: dict[str, Any] = {
         "v": 1, "kind": "activations", "task": "t1", "attempt": 1, "from": "d1",
         "pieces": [{"sample": 0, "at": 0, "size": 12, "bytes": 12, "tensors": [{"dtype": "float32", "shape": [3]}]}],
         "data": data,
     }  # fmt: skip
     head |= changes
-    return msgpack.packb({key: value for key, value in head.items() if value is not None})
+    packed: bytes = msgpack.packb({key: value for key, value in head.items() if value is not None})
+    return packed
 
 
 def test_a_frame_comes_back_as_it_was() -> None:
-    arrays = [np.arange(6, dtype=np.float32).reshape(1, 2, 3), np.array([7], dtype=np.int64)]
+    arrays: list[np.ndarray] = [np.arange(6, dtype=np.float32).reshape(1, 2, 3), np.array([7], dtype=np.int64)]
     frame = Frame("activations", "t1", 2, "d1", tuple(to_pieces(5, arrays, 1000)), plan())
     decoded = decode_frame(encode_frame(frame))
     assert (decoded.kind, decoded.task_id, decoded.attempt, decoded.source) == ("activations", "t1", 2, "d1")
@@ -101,6 +103,7 @@ def test_chunks_that_come_twice_or_from_the_beginning_again_do_no_harm() -> None
     assembler = Assembler()
     made = [assembler.add(piece) for piece in (pieces[0], pieces[1], pieces[0], pieces[1], pieces[2], pieces[3])]
     assert [result is not None for result in made] == [False] * 5 + [True]
+    assert made[-1] is not None
     np.testing.assert_array_equal(made[-1][0], array)
 
 
@@ -161,7 +164,7 @@ PIECE = {"sample": 0, "at": 0, "size": 12, "bytes": 12, "tensors": [{"dtype": "f
         ({"report": [1]}, "undecodable"),
     ],
 )
-def test_what_is_wrong_is_refused_with_its_cause(changes: dict, cause: str) -> None:
+def test_what_is_wrong_is_refused_with_its_cause(changes: dict[str, Any], cause: str) -> None:
     with pytest.raises(ProtocolError) as caught:
         decode_frame(payload_of(**changes))
     assert caught.value.cause == cause

@@ -34,7 +34,7 @@ D1 = Speaker("device", "d1")
 VALUE = b'{"type":"node_heartbeat","v":1,"node":"d1","incarnation":"i"}'
 
 
-def record(signer: Key | None = None, /, **changes: object) -> Record:
+def record(signer: Key | None = None, /, **changes: Any) -> Record:
     """A heartbeat of d1 as it stands on the topic, signed with d1's key or another; then changed."""
     headers = (signer or MASTER.key(D1)).headers(topics.EVENTS, 0, "d1", VALUE)
     whole = Record(topics.EVENTS, 0, 7, 0, "d1", VALUE, headers)

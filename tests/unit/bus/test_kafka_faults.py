@@ -20,6 +20,9 @@ from tests.kafka_broker import Broker, OwnBroker
 
 _numbers = itertools.count(1)
 
+DELIVERY_S = 5.0
+"""How long a record is tried. A broker that has just started on a busy machine has taken more than 2 s for its first."""
+
 
 def name() -> str:
     return f"faults.t{next(_numbers)}"
@@ -45,7 +48,7 @@ def within(limit_s: float, begun: float) -> None:
 
 async def test_an_outage_fails_in_time_and_heals_by_itself(kafka_own: OwnBroker) -> None:
     loop = asyncio.get_running_loop()
-    connection = KafkaConnection(bootstrap_servers=kafka_own.bootstrap, delivery_timeout_s=2.0)
+    connection = KafkaConnection(bootstrap_servers=kafka_own.bootstrap, delivery_timeout_s=DELIVERY_S)
     leaving = KafkaBus(connection)
     async with KafkaBus(connection) as bus:
         await leaving.__aenter__()
@@ -63,7 +66,7 @@ async def test_an_outage_fails_in_time_and_heals_by_itself(kafka_own: OwnBroker)
         for acknowledgement in unacknowledged:
             with pytest.raises(BusUnavailableError):
                 await acknowledgement
-        within(5.0, begun)
+        within(DELIVERY_S + 4.0, begun)
         for request in (bus.end_offsets("outage"), reader.lag(), member.commit({("outage", 0): 1})):
             begun = loop.time()
             with pytest.raises(BusUnavailableError):
@@ -123,6 +126,7 @@ async def test_a_consumer_that_is_stuck_is_replaced(bus: KafkaBus) -> None:
     await bus.send(topic, b"first", partition=0)
     assert len(await read(reader, 1)) == 1
     # As stuck as after some broker restarts: connected, no error, and nothing is fetched any more.
+    assert reader._consumer is not None
     reader._consumer.pause(KafkaPartition(topic, 1))
     await bus.send(topic, b"second", partition=1)
     await bus.send(topic, b"third", partition=0)
@@ -146,6 +150,7 @@ async def test_a_member_that_is_stuck_lets_go_and_joins_again(bus: KafkaBus) -> 
     await bus.send(topic, b"first")
     assert len(await read(member, 1)) == 1
     await member.commit({(topic, 0): 1})
+    assert member._consumer is not None
     member._consumer.pause(KafkaPartition(topic, 0))
     await bus.send(topic, b"second")
     assert [record.value for record in await read(member, 1)] == [b"second"]

@@ -24,7 +24,7 @@ from loadgen.virtual_loop import run_virtual
 TOPIC = "t"
 
 
-def with_faults(main: Any, partitions: int = 1, **probabilities: float) -> Any:
+def with_faults(main: Any, partitions: int = 1, **probabilities: Any) -> Any:
     async def inside() -> Any:
         broker = MemoryBroker(faults=Faults(random=Random(7), **probabilities))
         async with MemoryBus(broker) as bus:
@@ -41,9 +41,9 @@ async def everything(bus: MemoryBus) -> list[Record]:
 @pytest.mark.parametrize(
     "wrong", [{"lost_ack": 1.5}, {"rebalance": -0.1}, {"late_s": -1.0}, {"late": 2.0}, {"stale_commit": 7}]
 )
-def test_impossible_probabilities_are_refused(wrong: dict[str, float]) -> None:
+def test_impossible_probabilities_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Faults(random=Random(1), **wrong)  # type: ignore[arg-type]
+        Faults(random=Random(1), **wrong)
 
 
 @pytest.mark.parametrize(("fault", "written"), [("lost_ack", 1), ("lost_post", 0)])
@@ -55,7 +55,8 @@ def test_a_lost_acknowledgement_is_a_failure_either_way(fault: str, written: int
         broker.faults = None
         assert (await bus.send(TOPIC, b"y")).offset == written
 
-    with_faults(main, **{fault: 1.0})
+    struck: dict[str, Any] = {fault: 1.0}
+    with_faults(main, **struck)
 
 
 def test_a_duplicate_stands_behind_its_original() -> None:
@@ -130,7 +131,7 @@ def test_late_records_stay_in_order() -> None:
     with_faults(main, late=1.0, late_s=2.0)
 
 
-ALL = {
+ALL: dict[str, Any] = {
     "lost_ack": 0.1,
     "lost_post": 0.1,
     "duplicate": 0.1,

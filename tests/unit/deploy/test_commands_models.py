@@ -151,7 +151,7 @@ def test_profile_writes_what_nodes_announce_and_a_chart(app: Any, tmp_path: Path
 def test_build_writes_a_network_with_the_user_s_own_weights(app: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     shapes = {"conv_1": (6, 5, 5, 1), "conv_2": (16, 5, 5, 6), "fc_1": (120, 400), "fc_2": (84, 120), "fc_3": (10, 84)}
-    arrays = {f"{name}/kernel": rng.random(shape, np.float32) for name, shape in shapes.items()}
+    arrays: dict[str, Any] = {f"{name}/kernel": rng.random(shape, np.float32) for name, shape in shapes.items()}
     arrays |= {f"{name}/bias": np.zeros(shape[0], np.float32) for name, shape in shapes.items()}
     np.savez(tmp_path / "mine.npz", **arrays)
     out = tmp_path / "mine.tflite"

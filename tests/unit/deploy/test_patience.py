@@ -12,7 +12,7 @@ import pytest
 from bus import topics
 from bus.errors import BusUnavailableError
 from bus.memory import MemoryBroker, MemoryBus
-from bus.port import Reader
+from bus.memory_readers import MemoryReader
 from bus.values import Role
 from deploy.nodes import Stage
 from deploy.patience import Patience
@@ -40,7 +40,7 @@ class Fickle(MemoryBus):
 
     absences = 4
 
-    async def reader(self, partitions: Iterable[tuple[str, int]], *, start: Any) -> Reader:
+    async def reader(self, partitions: Iterable[tuple[str, int]], *, start: Any) -> MemoryReader:
         if self.absences:
             self.absences -= 1
             raise BusUnavailableError("gone again")

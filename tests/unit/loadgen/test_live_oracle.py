@@ -19,8 +19,11 @@ from bus.tensors import to_pieces
 from loadgen.live_answers import Answers
 from loadgen.live_oracle import DecisionFold, frame_head, judge, results_of
 from loadgen.live_watch import Tally
+from tests.known import known
 
 Json = dict[str, Any]
+Mistake = Callable[[list[Any]], list[Any]]
+"""Makes a wrong log of an honest one."""
 LINK1, LINK2 = 1000, 300
 
 
@@ -151,7 +154,7 @@ def test_the_reading_rule() -> None:
     assert fold.violations == []
 
 
-def insert(at: int, *messages: Json) -> Callable[[list[Json]], list[Json]]:
+def insert(at: int, *messages: Json) -> Mistake:
     """The honest log with a decision put in; what follows is numbered on."""
 
     def change(log: list[Json]) -> list[Json]:
@@ -161,11 +164,11 @@ def insert(at: int, *messages: Json) -> Callable[[list[Json]], list[Json]]:
     return change
 
 
-def replaced(at: int, message: Json) -> Callable[[list[Json]], list[Json]]:
+def replaced(at: int, message: Json) -> Mistake:
     return lambda log: [*log[:at], message, *log[at + 1 :]]
 
 
-WRONG = {
+WRONG: dict[str, Mistake] = {
     "goes back on deepar.events": replaced(4, decision(4, [ended("t1")], events=1)),
     "admits t1 again": insert(5, decision(5, [admitted("t1")])),
     "which is over": insert(5, decision(5, [ended("t1")])),
@@ -188,7 +191,7 @@ WRONG = {
     "t2 has no end": lambda log: log[:-1],
     "t2 was acknowledged and never admitted": replaced(3, decision(3, [])),
     "still holds": lambda log: log[:-1],
-    "is not JSON": lambda log: [*log, "poison"],  # type: ignore[list-item]
+    "is not JSON": lambda log: [*log, "poison"],
     "was used twice": lambda log: [*log, opened(2, "a")],
 }
 
@@ -224,9 +227,7 @@ def test_a_result_that_is_not_the_uncut_models_is_wrong(tmp_path: Path) -> None:
         task_id="t1", device="d1", model="lenet", samples=2, input=DatasetInput(name="digits", start=7)
     )
     answers.expect(task)
-    right = [answers.of("t1", sample) for sample in range(2)]
-    assert right[0] is not None
-    assert right[1] is not None
+    right = [known(answers.of("t1", sample)) for sample in range(2)]
     assert right[0].payload != right[1].payload
     assert answers.of("t9", 0) is None
 
@@ -245,7 +246,7 @@ def test_a_result_that_is_not_the_uncut_models_is_wrong(tmp_path: Path) -> None:
     assert tally.unreadable == 1
 
     shown = tmp_path / "d1.jsonl"
-    lines = [{"task_id": "t1", "sample": sample, "top": answer.top} for sample, answer in enumerate(right) if answer]
+    lines: list[Json] = [{"task_id": "t1", "sample": n, "top": answer.top} for n, answer in enumerate(right)]
     shown.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"task_id": "t1", "sam')
     tally.look_at({"d1": shown, "d2": tmp_path / "d2.jsonl"})
     assert (tally.wrong, tally.shown) == (1, {("t1", 0): 1, ("t1", 1): 1})

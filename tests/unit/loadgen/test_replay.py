@@ -34,6 +34,7 @@ from loadgen.replay import ReplayResult, replay
 from loadgen.roll_call import await_planner, find_nodes
 from loadgen.source import Mix
 from loadgen.virtual_loop import run_virtual
+from tests.known import known
 
 MIX = Mix(models={"lenet": 1, "alexnet": 1}, samples=(1, 5))
 PLACEMENT = Placement(kind=Kind.EDGE, edge="e1", cut1=0, cut2=5, cut1_name="input", cut2_name="fc_3")
@@ -138,7 +139,7 @@ def test_the_loop_is_open_however_slow_the_system() -> None:
 def test_a_closed_loop_sends_the_next_when_the_last_has_ended() -> None:
     plan = schedule.make(5, arrivals.at_once(), MIX, ["d0"], seed=0, closed=True)
     result = play(plan, lambda task: 2.0)
-    submitted = [outcome.submitted_s for outcome in result.outcomes]
+    submitted = [known(outcome.submitted_s) for outcome in result.outcomes]
     gaps = [later - earlier for earlier, later in itertools.pairwise(submitted)]
     assert all(gap == pytest.approx(2.5, abs=0.05) for gap in gaps)
     assert all(outcome.delay_s == pytest.approx(2.0, abs=0.05) for outcome in result.outcomes)

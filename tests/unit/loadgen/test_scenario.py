@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from loadgen.scenario import Scenario, coerce, parse_size, read
 from tests.unit.loadgen.machines import machines
 
 
-def by_role(scenario: Scenario, seed: int = 0) -> dict[Role, list]:
+def by_role(scenario: Scenario, seed: int = 0) -> dict[Role, list[Any]]:
     nodes = scenario.nodes(seed, machines().profiles)
     return {role: [node for node in nodes if node.role is role] for role in Role}
 

@@ -35,22 +35,31 @@ def staged(broker: MemoryBroker) -> Staged:
     return Staged(lambda client: MemoryBus(broker, client), runners, PROFILE, cuts=(1, 2), rates_bps=(10**6, 10**6))
 
 
+Found = tuple[Standing, list[str], int]
+CLEAN: Found = (Standing.LEADING, [], 0)
+
+
+async def followed(broker: MemoryBroker) -> Found:
+    """What a planner that comes after it finds: whether it leads, who is there, how many tasks live."""
+    async with MemoryBus(broker, "planner") as bus:
+        service = PlannerService(bus, lambda: PlannerCore(0))
+        task = asyncio.create_task(service.run())
+        await asyncio.sleep(2.0)
+        found = service.standing, sorted(service.core.nodes), service.core.live_tasks
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return found
+
+
 def test_a_planner_can_follow_it() -> None:
-    async def run() -> tuple[Standing, list[str], int]:
+    async def run() -> Found:
         broker = MemoryBroker()
         for _ in range(2):  # and it can follow itself
             async with staged(broker) as stages:
                 assert await stages.play(3, Execution.STREAMING) > 0.3
-        async with MemoryBus(broker, "planner") as bus:
-            service = PlannerService(bus, lambda: PlannerCore(0))
-            task = asyncio.create_task(service.run())
-            await asyncio.sleep(2.0)
-            found = service.standing, sorted(service.core.nodes), service.core.live_tasks
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            return found
+        return await followed(broker)
 
-    assert run_virtual(run(), horizon_s=1000.0) == (Standing.LEADING, [], 0)
+    assert run_virtual(run(), horizon_s=1000.0) == CLEAN
 
 
 class BrokenRunner(ModelledRunner):
@@ -59,7 +68,7 @@ class BrokenRunner(ModelledRunner):
 
 
 def test_a_task_that_fails_leaves_the_region_clean() -> None:
-    async def run() -> tuple[Standing, list[str], int]:
+    async def run() -> Found:
         broker = MemoryBroker()
         runners = {role: ModelledRunner([PROFILE]) for role in Role} | {Role.EDGE: BrokenRunner([PROFILE])}
         with pytest.raises(RuntimeError, match="broken"):
@@ -67,16 +76,9 @@ def test_a_task_that_fails_leaves_the_region_clean() -> None:
                 lambda c: MemoryBus(broker, c), runners, PROFILE, cuts=(1, 2), rates_bps=(10**6, 10**6)
             ) as one:
                 await one.play(3, Execution.STREAMING)
-        async with MemoryBus(broker, "planner") as bus:
-            service = PlannerService(bus, lambda: PlannerCore(0))
-            task = asyncio.create_task(service.run())
-            await asyncio.sleep(2.0)
-            found = service.standing, sorted(service.core.nodes), service.core.live_tasks
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            return found
+        return await followed(broker)
 
-    assert run_virtual(run(), horizon_s=1000.0) == (Standing.LEADING, [], 0)
+    assert run_virtual(run(), horizon_s=1000.0) == CLEAN
 
 
 class LateStation:

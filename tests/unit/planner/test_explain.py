@@ -4,17 +4,17 @@ import pytest
 
 from bus.errors import UnknownNameError
 from bus.messages import Decision, Ended, Placed, TaskState
-from planner.core import PlannerCore
+from planner.core import Event, PlannerCore
 from planner.explain import explain
 from tests.unit.planner.scenes import World, completed, device, edge, task
 
 
-def records(*events: object, policy: str = "deepar") -> list[Decision]:
+def records(*events: Event, policy: str = "deepar") -> list[Decision]:
     core = PlannerCore(0, policy)
-    found = []
+    found: list[Decision] = []
     for number, event in enumerate(events):
         now = max(0.0, number * 0.01)
-        changes = core.handle(event, now)  # type: ignore[arg-type]
+        changes = core.handle(event, now)
         if changes:
             found.append(
                 Decision(

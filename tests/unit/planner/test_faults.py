@@ -12,8 +12,9 @@ import pytest
 from bus.decisions import DecisionLog, Dropped
 from bus.errors import InvariantError
 from bus.messages import Decision, EpochOpened
-from planner import algorithm, ledger, tasks
+from planner import algorithm, ledger
 from planner.core import PlannerCore
+from planner.tasks import Task
 from tests.unit.planner.scenes import World
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -81,8 +82,8 @@ def starts_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def hash_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A change that the hash does not notice."""
-    right = tasks.Task.text
-    monkeypatch.setattr(tasks.Task, "text", lambda self, r: right(self, None))
+    right = Task.text
+    monkeypatch.setattr(Task, "text", lambda self, r: right(self, None))
 
 
 @pytest.mark.parametrize(

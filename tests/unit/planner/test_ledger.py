@@ -25,7 +25,7 @@ def test_a_timeline_equals_counting_at_every_instant_and_leaves_nothing_behind()
             r = reservation(f"t{i}", i, rng.randrange(20) / 4, rng.randrange(1, 20) / 4, rng.randrange(1, 20))
             held.append(r)
             timeline.take(r)
-        for step in range(0, 48):
+        for step in range(48):
             at_s = step / 4 + 0.1
             live = [r for r in held if r.start_s <= at_s < r.end_s]
             assert timeline.fits(at_s, at_s + 0.01, 50 - len(live), 1000 - sum(r.link1_bps for r in live), 0)

@@ -6,6 +6,7 @@ The books are kept here a second time, from the changes alone: what runs, where,
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from bus.messages import (
     SeedInput,
     Start,
     TaskCancelled,
+    TaskSubmitted,
 )
 from bus.values import Objective, Role
 from planner.core import Event, PlannerCore, Tick
@@ -43,7 +45,7 @@ class Region(RuleBasedStateMachine):
         super().__init__()
         self.now = 0.0
         self.log: list[Decision] = []
-        self.submitted: list[Event] = []
+        self.submitted: list[TaskSubmitted] = []
         self.ended: dict[str, Ended] = {}
         self.attempts: dict[str, int] = {}
         self.placed: dict[str, Placed] = {}
@@ -53,8 +55,13 @@ class Region(RuleBasedStateMachine):
 
     @initialize(objective=st.sampled_from(Objective), policy=st.sampled_from(["deepar", "edge-only", "no-delay"]))
     def open(self, objective: Objective, policy: str) -> None:
-        self.settings = {"objective": objective, "policy": policy, "max_waiting": 6, "patience_s": 200.0}
-        self.core = PlannerCore(0, **self.settings)  # type: ignore[arg-type]
+        self.settings: dict[str, Any] = {
+            "objective": objective,
+            "policy": policy,
+            "max_waiting": 6,
+            "patience_s": 200.0,
+        }
+        self.core = PlannerCore(0, **self.settings)
         for name in ("e1", "c1", "d1", "d2"):
             self.join(name, 1, 200, 40)
 
@@ -178,7 +185,7 @@ class Region(RuleBasedStateMachine):
     @rule(from_snapshot=st.booleans())
     def crash(self, from_snapshot: bool) -> None:
         """The planner is killed, and another goes on from what was recorded."""
-        again = PlannerCore(0, **self.settings)  # type: ignore[arg-type]
+        again = PlannerCore(0, **self.settings)
         if from_snapshot:
             again.restore(json.loads(json.dumps(self.core.to_state())))
         else:
@@ -230,10 +237,10 @@ class Region(RuleBasedStateMachine):
     # --- the second books
 
     def announce(self, name: str, incarnation: str, slots: int, link1: int, link2: int) -> None:
-        values = {"incarnation": incarnation, "lease_s": LEASE_S}
+        values: dict[str, Any] = {"incarnation": incarnation, "lease_s": LEASE_S}
         if name in EDGES:
-            capacity = {"slots": slots, "link1_capacity_bps": link1 * MBPS, "link2_capacity_bps": link2 * MBPS}
-            self.take(edge(name, **values, **capacity))
+            values |= {"slots": slots, "link1_capacity_bps": link1 * MBPS, "link2_capacity_bps": link2 * MBPS}
+            self.take(edge(name, **values))
         elif name in CLOUDS:
             self.take(cloud(name, **values))
         else:

@@ -1,5 +1,8 @@
 """Questions about one task alone: constraints, the best so many, and where the best cuts change."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from bus.errors import ConfigError, CutError
@@ -12,7 +15,7 @@ from planner.search import CutSearch
 PAPER = load_profile("paper")
 
 
-def situation(model: str = "alexnet", objective: Objective = Objective.SEQUENTIAL, **limits: object) -> Situation:
+def situation(model: str = "alexnet", objective: Objective = Objective.SEQUENTIAL, **limits: Any) -> Situation:
     return Situation(
         PAPER.device[model],
         PAPER.edge[model],
@@ -21,7 +24,7 @@ def situation(model: str = "alexnet", objective: Objective = Objective.SEQUENTIA
         20_000_000,
         samples=10,
         objective=objective,
-        constraints=Constraints(**limits),  # type: ignore[arg-type]
+        constraints=Constraints(**limits),
     )
 
 
@@ -48,10 +51,10 @@ def test_top_is_in_order_and_complete() -> None:
 def test_each_constraint_is_kept() -> None:
     profile = PAPER.device["alexnet"]
 
-    def all_keep(keep: object, **limits: object) -> list[Plan]:
+    def all_keep(keep: Callable[[Plan], bool], **limits: Any) -> list[Plan]:
         found = plans(situation(**limits), 10_000)
         assert found
-        assert all(keep(p) for p in found)  # type: ignore[operator]
+        assert all(keep(p) for p in found)
         return found
 
     all_keep(lambda p: "cloud" not in p.kind, forbidden=frozenset({Role.CLOUD}))

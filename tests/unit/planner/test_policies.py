@@ -2,6 +2,7 @@
 
 import sys
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_what_is_no_policy_is_refused(module: str) -> None:
         {"start_s": -1.0},
     ],
 )
-def test_a_policy_that_chooses_nonsense_is_stopped(nonsense: dict[str, object]) -> None:
+def test_a_policy_that_chooses_nonsense_is_stopped(nonsense: dict[str, Any]) -> None:
     class Muddled:
         name = "muddled"
 
@@ -115,9 +116,13 @@ def test_numbers_of_another_make_become_plain_ones() -> None:
 
         def place(self, algorithm: Algorithm) -> Choice | None:
             choice = algorithm.best({DEVICE_EDGE})
-            return choice and choice._replace(
-                cut1=np.int64(choice.cut1), link1_bps=np.int64(choice.link1_bps), start_s=0
-            )
+            assert choice is not None
+            foreign: dict[str, Any] = {
+                "cut1": np.int64(choice.cut1),
+                "link1_bps": np.int64(choice.link1_bps),
+                "start_s": 0,
+            }
+            return choice._replace(**foreign)
 
     core = PlannerCore(0, Numeric())
     for node in (edge(), device()):

@@ -193,7 +193,9 @@ def branching() -> GraphBuilder:
     graph.operator("ADD", [x, x], [doubled], schema.AddOptionsT())
     axes = graph.constant("axes", np.array([0, 1], np.int32))
     graph.operator("SUM", [doubled, axes], [total], schema.ReducerOptionsT(keepDims=False))
-    graph.operator("GREATER", [total, graph.constant("limit", np.float32(12.0))], [yes], schema.GreaterOptionsT())
+    graph.operator(
+        "GREATER", [total, graph.constant("limit", np.array(12.0, np.float32))], [yes], schema.GreaterOptionsT()
+    )
     one = graph.begin_subgraph("then")
     _unary(graph, "TANH")
     two = graph.begin_subgraph("else")
@@ -296,9 +298,11 @@ def finding() -> GraphBuilder:
         graph.tensor("rows", (1,)),
     )
     shifted = graph.tensor("shifted", (6,))
-    half = graph.constant("half", np.float32(0.5))
+    half = graph.constant("half", np.array(0.5, np.float32))
     graph.operator("SUB", [x, half], [shifted], schema.SubOptionsT())
-    graph.operator("GREATER", [shifted, graph.constant("zero", np.float32(0))], [yes], schema.GreaterOptionsT())
+    graph.operator(
+        "GREATER", [shifted, graph.constant("zero", np.array(0, np.float32))], [yes], schema.GreaterOptionsT()
+    )
     graph.operator("WHERE", [yes], [places], schema.WhereOptionsT())
     graph.operator("GATHER_ND", [shifted, places], [rows], schema.GatherNdOptionsT())
     total = graph.tensor("total", ())

@@ -98,7 +98,9 @@ class Site(MemoryBus):
 class Routed(MemoryBus):
     """A bus that knows of the edge's site."""
 
-    site: Site | None = None
+    def __init__(self, broker: MemoryBroker, site: Site | None) -> None:
+        super().__init__(broker)
+        self.site = site
 
     def beside(self, topic: str, neighbour: str) -> MemoryBus:
         return self.site if self.site and neighbour == topics.activations_topic("e") else self
@@ -109,8 +111,7 @@ async def region(
     kept: Iterable[int] = (), *, site: Site | None = None, edges: tuple[str, ...] | None = None
 ) -> AsyncIterator[Region]:
     broker = MemoryBroker()
-    async with Routed(broker) as bus:
-        bus.site = site
+    async with Routed(broker, site) as bus:
         await bus.create_topics(topics.specs(["e"]))
         opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=60.0)
         await bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
@@ -208,7 +209,8 @@ def test_results_are_heard_at_the_site_of_the_edge(edges: tuple[str, ...] | None
     """Also where its broker came up after the device; and nothing is sent before they can be heard."""
 
     async def run() -> None:
-        async with Site(MemoryBroker()) as site:
+        site = Site(MemoryBroker())
+        async with site:
             await site.create_topics([spec for spec in topics.specs() if spec.name == topics.RESULTS])
             site.away = away
             async with region(site=site, edges=edges) as r:

@@ -115,6 +115,11 @@ def set_at(vector: object, index: int, value: int) -> np.ndarray:
     return changed
 
 
+def outside(model: schema.ModelT) -> None:
+    """Its first weights stand where the file has ended."""
+    model.buffers[1].offset, model.buffers[1].size = 1 << 40, 8
+
+
 FAULTS: dict[str, tuple[Callable[[schema.ModelT], None], str]] = {
     "huge shape": (
         lambda m: setattr(main(m).tensors[0], "shape", np.array([1 << 20, 1 << 20, 4, 4], np.int32)),
@@ -126,10 +131,7 @@ FAULTS: dict[str, tuple[Callable[[schema.ModelT], None], str]] = {
         r"with \d+ bytes instead of \d+",
     ),
     "buffer not there": (lambda m: setattr(main(m).tensors[1], "buffer", 99), "in buffer 99, which is not there"),
-    "buffer outside": (
-        lambda m: (setattr(m.buffers[1], "offset", 1 << 40), setattr(m.buffers[1], "size", 8)),
-        "points outside itself: buffer 1",
-    ),
+    "buffer outside": (outside, "points outside itself: buffer 1"),
     "unknown type": (lambda m: setattr(main(m).tensors[0], "type", 77), "of the unknown type 77"),
     "unknown operator": (lambda m: setattr(m.operatorCodes[0], "builtinCode", 9999), "of unknown code 9999"),
     "operator code not there": (
@@ -160,10 +162,10 @@ def test_each_fault_is_named(fault: str, tmp_path: Path) -> None:
     edit, words = FAULTS[fault]
     path = tmp_path / "broken.tflite"
     path.write_bytes(edited(built_models.residual, edit))
-    began_s = time.monotonic()
+    began_s = time.process_time()
     with pytest.raises(ModelError, match=words) as caught:
         load_model(path)
-    assert time.monotonic() - began_s < PATIENCE_S
+    assert time.process_time() - began_s < PATIENCE_S
     assert caught.value.path == str(path)
     assert caught.value.fault in str(caught.value)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -37,24 +38,28 @@ PLAN = Plan(
 )
 
 
+def outlet_of(bus: MemoryBus, on_acknowledged: Callable[[Sequence[int]], None]) -> Outlet:
+    return Outlet(
+        bus,
+        topic="out",
+        key="t",
+        source="d",
+        kind="activations",
+        plan=PLAN,
+        grants=(Link().grant(1_000_000),),
+        gate=lambda: asyncio.sleep(0),
+        on_busy=lambda begin_s, end_s: None,
+        on_acknowledged=on_acknowledged,
+    )
+
+
 async def _send(sizes: list[int], faults: Faults | None = None) -> tuple[Counter[int], dict[int, bytes], int, int]:
     """Acknowledgements by sample, what arrived, plans seen, samples sent again."""
     broker = MemoryBroker(latency_s=0.001)
     acknowledged: Counter[int] = Counter()
     async with MemoryBus(broker) as bus:
         await bus.create_topics([TopicSpec("out", 1)])
-        outlet = Outlet(
-            bus,
-            topic="out",
-            key="t",
-            source="d",
-            kind="activations",
-            plan=PLAN,
-            grants=(Link().grant(1_000_000),),
-            gate=lambda: asyncio.sleep(0),
-            on_busy=lambda begin_s, end_s: None,
-            on_acknowledged=acknowledged.update,  # the bus must hold all of a sample by then
-        )
+        outlet = outlet_of(bus, acknowledged.update)  # the bus must hold all of a sample by then
         broker.faults = faults
         reader = await bus.reader([("out", 0)], start="start")
         arrived: dict[int, bytes] = {}
@@ -133,18 +138,7 @@ def test_what_can_never_be_sent_ends_the_block_instead_of_hanging() -> None:
     async def run() -> None:
         async with MemoryBus(MemoryBroker(max_record_bytes=1_000)) as bus:
             await bus.create_topics([TopicSpec("out", 1)])
-            outlet = Outlet(
-                bus,
-                topic="out",
-                key="t",
-                source="d",
-                kind="activations",
-                plan=PLAN,
-                grants=(Link().grant(1_000_000),),
-                gate=lambda: asyncio.sleep(0),
-                on_busy=lambda begin_s, end_s: None,
-                on_acknowledged=lambda samples: None,
-            )
+            outlet = outlet_of(bus, lambda samples: None)
             async with asyncio.timeout(10.0), sending(outlet):
                 outlet.put(Outgoing(0, [np.zeros(5_000, np.uint8)], 0.0))
                 await asyncio.Event().wait()

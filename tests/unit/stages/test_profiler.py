@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_layers_that_cannot_be_cut_apart_share_their_time(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("wrong", [{"num_runs": 0}, {"warmup_runs": -1}, {"num_threads": 0}])
-def test_a_profile_needs_runs(lenet: Model, wrong: dict[str, int]) -> None:
+def test_a_profile_needs_runs(lenet: Model, wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="at least one run"):
         measure(lenet, **wrong)
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from bus.errors import ConfigError, ModelError, UnknownNameError
-from stages import cache as cache_module
 from stages.cache import cache_dir, write_whole
 from stages.litert import SegmentRunner
 from stages.model import KEPT_IN_MEMORY_BYTES, Model, model_name, read_model
@@ -119,7 +118,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module.os, "fsync", full)
+    monkeypatch.setattr("stages.cache.os.fsync", full)
     with pytest.raises(ModelError, match="disk is full"):
         write_whole(tmp_path / "y", [b"y"])
     assert not list(tmp_path.iterdir())

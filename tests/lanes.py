@@ -1,0 +1,106 @@
+"""Lanes, so that `make test` uses both cores: Docker's tests, live ones, and all else, beside each other.
+
+A live test starts programs, listens on ports and waits in real time. Live tests never run beside each other. Docker's wait
+longest, mostly for health checks, and share nothing with the others. All else needs a processor and no clock. Where there is
+too little processor, live tests go first, then Docker's: the others run with a lower priority. One process alone, as in
+`pytest tests/unit/bus`, knows no lanes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+DOCKER = ("tests/integration/test_compose.py",)
+LIVE = (
+    "tests/integration/",
+    "tests/contracts/",
+    "tests/unit/bus/test_kafka_faults.py",
+    "tests/unit/loadgen/test_bench_bus.py",
+    "tests/unit/deploy/test_dashboards.py",  # it may fetch Prometheus, as another live test may
+)
+LANES = ("docker", "live", "")  # in the order in which they begin, so that each of three workers has one
+POLITENESS = {"docker": 5, "live": 0, "": 10}
+"""A worker's niceness, and that of all that it starts, once it works in a lane. It never gets less nice again."""
+
+
+def lane_of(node_id: str) -> str:
+    """The name of a test's lane; "" for what may run beside anything, in any number."""
+    if node_id.startswith(DOCKER):
+        return "docker"
+    return "live" if node_id.startswith(LIVE) else ""
+
+
+class Lanes(LoadScopeScheduling):  # type: ignore[misc]  # xdist tells no types
+    """Gives a worker a whole lane, or a whole file of what has none; in the order in which the tests stand."""
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False
+
+    def _split_scope(self, nodeid: str) -> str:
+        return lane_of(nodeid) or nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
+    return Lanes(config, log)
+
+
+def is_worker() -> bool:
+    """Whether this process runs a share of the tests for another."""
+    return "PYTEST_XDIST_WORKER" in os.environ
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if is_worker():
+        items.sort(key=lambda item: LANES.index(lane_of(item.nodeid)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if is_worker():
+        lane = lane_of(item.nodeid)
+        os.nice(max(0, POLITENESS[lane] - os.nice(0)))
+        if lane:
+            have_for_itself(lane)
+
+
+@cache
+def have_for_itself(lane: str) -> None:
+    """Locks a lane for this process until it ends. Raises AssertionError where another process of this run works in it."""
+    name = f"deepar-lane-{lane}-{os.environ['PYTEST_XDIST_TESTRUNUID']}"
+    lock = os.open(Path(tempfile.gettempdir(), name), os.O_CREAT | os.O_RDWR)  # never closed: that would end it
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise AssertionError(
+            f"two processes run tests of the lane {lane!r}: xdist does not heed our scheduler"
+        ) from None
+
+
+class Teller:
+    """Prints a failure when it happens, not only at the end: a run may be cut off before."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and reporter is not None:
+            reporter.write_line(f"\n{report.nodeid} failed in its {report.when}:\n{report.longreprtext}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if is_worker():
+        # Some thirty brokers are started and none lives long: the quick compiler alone takes a third less of the processor.
+        os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
+    if config.getoption("numprocesses", None):
+        config.pluginmanager.register(Teller(config))

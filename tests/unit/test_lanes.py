@@ -1,0 +1,30 @@
+"""What may run beside what, held by a test: a file that is renamed must not leave its lane unnoticed."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.lanes import DOCKER, LIVE, lane_of
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py"))
+REAL_TIME = {"tests.kafka_broker", "tests.compose_engine", "tests.namespaces", "tests.prometheus", "tests.browser"}
+"""Modules that start programs."""
+
+
+def modules_of(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+
+
+def test_every_name_in_the_table_is_there() -> None:
+    assert all((ROOT / name).exists() for name in (*DOCKER, *LIVE))
+    assert {lane_of(f"{file}::test") for file in FILES} == {"docker", "live", ""}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_who_starts_programs_has_a_lane(file: str) -> None:
+    assert lane_of(f"{file}::test_it[x]") or not modules_of(ROOT / file) & REAL_TIME
