@@ -27,6 +27,14 @@ from bus.proofs import IDENTITY_HEADER, PROOF_HEADER, Speaker, mac, proof_of, pr
 ROWS: Final = tuple(topic for topic in topics.TABLE if topic.payload is topics.Payload.MSGPACK)
 
 
+def rows_of(speaker: Speaker) -> tuple[list[str], list[str]]:
+    """The rows that a speaker reads, and those that it writes."""
+    return (
+        [row.name for row in ROWS if speaker.role in row.readers],
+        [row.name for row in ROWS if speaker.role in row.writers],
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class FrameKeys:
     """What a stage needs to prove its own frames and to check those of others."""
@@ -39,10 +47,11 @@ class FrameKeys:
     def of(cls, master_secret: bytes, speaker: Speaker) -> FrameKeys:
         """What the master gives a speaker, as the table of topics says what its role reads and writes."""
         secrets = {row.name: mac(master_secret, f"deepar frames 1\n{row.name}".encode()) for row in ROWS}
+        reads, writes = rows_of(speaker)
         return cls(
             speaker,
-            {row.name: secrets[row.name] for row in ROWS if speaker.role in row.readers},
-            {row.name: mac(secrets[row.name], str(speaker).encode()) for row in ROWS if speaker.role in row.writers},
+            {row: secrets[row] for row in reads},
+            {row: mac(secrets[row], str(speaker).encode()) for row in writes},
         )
 
     def headers(self, topic: str, key: str | None, value: Payload) -> Headers:
@@ -78,4 +87,4 @@ def _proof(secret: bytes, speaker: bytes, topic: str, key: str | None, value: Pa
     return made.hexdigest().encode()
 
 
-__all__ = ["ROWS", "FrameKeys"]
+__all__ = ["ROWS", "FrameKeys", "rows_of"]

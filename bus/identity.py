@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Final
 
 from bus.errors import ConfigError
-from bus.frame_keys import FrameKeys
+from bus.frame_keys import FrameKeys, rows_of
 from bus.port import Headers, Record
 from bus.proofs import (
     IDENTITY_HEADER,
@@ -45,7 +45,7 @@ from bus.proofs import (
 SECRET_BYTES: Final = 32
 _MASTER_FILE = re.compile(r"deepar-master-1 ([0-9a-f]{64})( frames)?\s*")
 _KEY_FILE = re.compile(
-    r"deepar-key-1 ([a-z]+:\S+) ([0-9a-f]{64}) ([0-9a-f]{16})((?:\n(?:reads|writes) \S+ [0-9a-f]{64})*)\s*"
+    r"deepar-key-1 ([a-z]+:\S+) ([0-9a-f]{64}) ([0-9a-f]{16})( frames)?((?:\n(?:reads|writes) \S+ [0-9a-f]{64})*)\s*"
 )
 _FRAME_LINE = re.compile(r"(reads|writes) (\S+) ([0-9a-f]{64})")
 
@@ -67,7 +67,8 @@ class Key:
 
     def to_text(self) -> str:
         """As it stands in a key file."""
-        lines = [f"deepar-key-1 {self.speaker} {self.secret.hex()} {self.fingerprint}"]
+        first = f"deepar-key-1 {self.speaker} {self.secret.hex()} {self.fingerprint}"
+        lines = [first + " frames" * (self.frames is not None)]
         if self.frames is not None:
             lines += [f"reads {row} {secret.hex()}" for row, secret in self.frames.reads.items()]
             lines += [f"writes {row} {secret.hex()}" for row, secret in self.frames.writes.items()]
@@ -152,9 +153,11 @@ def load_key(path: Path) -> Key:
         raise ConfigError(f"{path} holds {kind}", remedy="make one: deepar identity key NAME --role ROLE")
     speaker = Speaker.parse(found[1])
     held: dict[str, dict[str, bytes]] = {"reads": {}, "writes": {}}
-    for way, row, secret in _FRAME_LINE.findall(found[4]):
+    for way, row, secret in _FRAME_LINE.findall(found[5]):
         held[way][row] = bytes.fromhex(secret)
     frames = FrameKeys(speaker, held["reads"], held["writes"]) if found[4] else None
+    if (list(held["reads"]), list(held["writes"])) != (rows_of(speaker) if frames else ([], [])):
+        raise ConfigError(f"{path} is not whole", remedy="copy all of it, or make it anew: deepar identity key")
     return Key(speaker, found[3], bytes.fromhex(found[2]), frames)
 
 

@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Literal, TypeVar
 
 from aiokafka import AIOKafkaConsumer
-from aiokafka import TopicPartition as KafkaPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, TopicAuthorizationFailedError, for_code
 
@@ -18,7 +17,7 @@ from bus.errors import BusError, BusUnavailableError, ConfigError, MessageTooLar
 from bus.kafka_connection import REQUEST_S, KafkaConnection, patience_s
 from bus.kafka_errors import translated, unknown_topic
 from bus.kafka_members import KafkaMember
-from bus.kafka_readers import KafkaReader, cut_off
+from bus.kafka_readers import KafkaReader, cut_off, end_offsets
 from bus.kafka_sender import KafkaSender
 from bus.limits import record_bytes
 from bus.port import Headers, Payload, Position, RebalanceCallback, TopicPartition
@@ -279,18 +278,11 @@ class _Site:
 
     async def end_offsets(self, topic: str, count: int) -> dict[int, int]:
         asker = await self._started_asker()
-        wanted = [KafkaPartition(topic, number) for number in range(count)]
-        deadline = asyncio.get_running_loop().time() + patience_s(asker._client)
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    ends = await asker.end_offsets(wanted)
-                break
-            except (KafkaError, TimeoutError) as error:
-                if not getattr(error, "retriable", True) or asyncio.get_running_loop().time() > deadline:
-                    raise translated(error, topic) from error
-                await asyncio.sleep(_RETRY_S)
-        return {partition.partition: offset for partition, offset in sorted(ends.items())}
+        try:
+            ends = await end_offsets(asker, [(topic, number) for number in range(count)], patience_s(asker._client))
+        except (KafkaError, TimeoutError) as error:
+            raise translated(error, topic) from error
+        return {number: offset for (_, number), offset in sorted(ends.items())}
 
     async def close(self) -> None:
         await self.sender.close()

@@ -1,17 +1,14 @@
-"""Reading from one Kafka cluster: readers with positions of their own, and members of groups."""
+"""Reading from one Kafka cluster, from positions of one's own (members of groups: `bus.kafka_members`)."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer
 from aiokafka import TopicPartition as KafkaPartition
-from aiokafka.errors import (
-    ConsumerStoppedError,
-    KafkaError,
-)
+from aiokafka.errors import ConsumerStoppedError, KafkaError
 
 from bus.errors import BusError
 from bus.kafka_connection import KafkaConnection, hang_up, patience_s
@@ -22,6 +19,7 @@ FETCH_BYTES = 4 << 20
 """What a fetch brings of one partition at most; bounds what a reader holds beside what it has returned."""
 
 _CLOSE_S = 3.0
+_RETRY_S = 0.1
 _WATCH_S = 2.0  # how often a reader that gets nothing asks whether there is something
 
 
@@ -109,7 +107,7 @@ class KafkaReader:
 
     async def lag(self) -> int:
         await self._refresh()
-        ends = await self._ends()
+        ends = await self._ends(patience_s(self._open_consumer()._client))
         return sum(max(end - self._positions.get(partition, end), 0) for partition, end in ends.items())
 
     async def close(self) -> None:
@@ -168,17 +166,11 @@ class KafkaReader:
             if state is not None and state.has_valid_position:
                 self._positions[partition] = state.position
 
-    async def _ends(self) -> dict[TopicPartition, int]:
-        consumer = self._open_consumer()
-        wanted = [KafkaPartition(*partition) for partition in self._positions]
-        if not wanted:
-            return {}
+    async def _ends(self, within_s: float) -> dict[TopicPartition, int]:
         try:
-            async with asyncio.timeout(_CLOSE_S):
-                ends = await consumer.end_offsets(wanted)
+            return await end_offsets(self._open_consumer(), self._positions, within_s)
         except (KafkaError, TimeoutError) as error:
             raise translated(error, self._what()) from error
-        return {(partition.topic, partition.partition): offset for partition, offset in ends.items()}
 
     async def _look(self) -> None:
         """Nothing comes. If there is something, and was at the last look too, the consumer is stuck: take a new one.
@@ -187,7 +179,7 @@ class KafkaReader:
         """
         loop = asyncio.get_running_loop()
         try:
-            ends = await self._ends()
+            ends = await self._ends(_CLOSE_S)
         except BusError:
             ends = {}  # the broker is away: that is no stall
         behind = {
@@ -217,6 +209,26 @@ class KafkaReader:
         if self._consumer is None:
             raise BusError("the reader is closed")
         return self._consumer
+
+
+async def end_offsets(
+    consumer: AIOKafkaConsumer, partitions: Iterable[TopicPartition], within_s: float
+) -> dict[TopicPartition, int]:
+    """Where partitions end; asked again while their leaders are away. Raises `KafkaError` or `TimeoutError`."""
+    wanted = [KafkaPartition(*partition) for partition in partitions]
+    if not wanted:
+        return {}
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + within_s
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline):
+                ends = await consumer.end_offsets(wanted)
+            return {(partition.topic, partition.partition): offset for partition, offset in ends.items()}
+        except KafkaError as error:
+            if not error.retriable or loop.time() > deadline:
+                raise
+            await asyncio.sleep(_RETRY_S)
 
 
 async def _finish(consumer: AIOKafkaConsumer) -> None:

@@ -412,24 +412,6 @@ DecisionMessage = Annotated[
 ]
 SnapshotMessage = Annotated[Snapshot | SnapshotPart, Field(discriminator="type")]
 
-AnyMessage = (
-    TaskSubmitted
-    | TaskCancelled
-    | NodeAnnounced
-    | NodeLeft
-    | NodeHeartbeat
-    | TaskProgress
-    | TaskCompleted
-    | TaskFailed
-    | EpochOpened
-    | PlannerHeartbeat
-    | PlannerLeft
-    | DecisionPart
-    | Decision
-    | Snapshot
-    | SnapshotPart
-)
-
 _adapters: dict[str, TypeAdapter[Any]] = {
     "deepar.tasks": TypeAdapter(TaskMessage),
     "deepar.nodes": TypeAdapter(NodeMessage),

@@ -28,6 +28,9 @@ from bus.errors import ProtocolError
 from bus.messages import Decision, Snapshot, SnapshotPart
 from bus.port import Bus, Reader
 
+STATE_VERSION: Final = 1
+"""Of what a snapshot's state holds. Whoever knows another reads the decisions from their start."""
+
 PLACES: Final = 3
 """Two would do for one writer; a planner that was deposed and does not know it yet may spoil one more."""
 WINDOW: Final = 8

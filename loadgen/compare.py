@@ -76,7 +76,7 @@ class Comparison:
     def same_placement(self) -> float:
         """Share of all tasks with the same kind, edge and cuts."""
         by_id = {outcome.task_id: outcome for outcome in self.live}
-        same = sum(_where(one) == _where(by_id[one.task_id]) for one in self.simulated)
+        same = sum(one.where == by_id[one.task_id].where for one in self.simulated)
         return same / len(self.simulated)
 
     def as_object(self) -> dict[str, Any]:
@@ -175,11 +175,6 @@ def stretched(scenario: Scenario, platforms: Platforms, scale: float) -> tuple[S
         link1_bps=round(platforms.link1_bps / scale),
         link2_bps=round(platforms.link2_bps / scale),
     )
-
-
-def _where(outcome: Outcome) -> tuple[Any, ...] | None:
-    place = outcome.placement
-    return None if place is None else (place.kind, place.edge, place.cut1, place.cut2)
 
 
 def _longest(outcomes: Sequence[Outcome]) -> float:

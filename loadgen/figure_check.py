@@ -15,7 +15,6 @@ from typing import Any
 from loadgen.driver import drive
 from loadgen.figures_multi import SETTINGS
 from loadgen.figures_single import BARS, FIG3_MODELS, one_task_scenario
-from loadgen.outcome import Outcome
 from loadgen.platforms import platforms
 from loadgen.scenario import Scenario
 from loadgen.simulator import simulate
@@ -94,13 +93,8 @@ def check(figure: str, case: str, scenario: Scenario, seed: int) -> FigureCheck:
     found = simulate(scenario, seed, platform).outcomes
     seconds = time.perf_counter() - began_s
     pairs = list(zip(expected, found, strict=True))
-    same = sum(_where(one) == _where(other) for one, other in pairs) / len(pairs)
+    same = sum(one.where == other.where for one, other in pairs) / len(pairs)
     delays = [(one.delay_s or 0.0, other.delay_s or 0.0) for one, other in pairs]
     means = [sum(column) / len(delays) for column in zip(*delays, strict=True)]
     largest = max(abs(other / one - 1) for one, other in delays)
     return FigureCheck(figure, case, len(pairs), same, means[1] / means[0], means[1] - means[0], largest, seconds)
-
-
-def _where(outcome: Outcome) -> tuple[Any, ...] | None:
-    place = outcome.placement
-    return None if place is None else (place.kind, place.edge, place.cut1, place.cut2)

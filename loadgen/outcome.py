@@ -21,7 +21,7 @@ from bus.messages import (
     TaskCompleted,
     TaskState,
 )
-from bus.values import Parts, Placement
+from bus.values import Kind, Parts, Placement
 from loadgen.schedule import Entry
 
 NOT_ACKNOWLEDGED = "not_acknowledged"
@@ -53,6 +53,12 @@ class Outcome:
     predicted_wait_s: float | None = None  # from the decision to the start it promised
     measured: Parts | None = None  # busy times that were measured
     device_delay_s: float | None = None  # from the start to the last result, as the device reported
+
+    @property
+    def where(self) -> tuple[Kind, str | None, int, int] | None:
+        """Its placement without the rates: what two runs of the same task are compared by."""
+        place = self.placement
+        return None if place is None else (place.kind, place.edge, place.cut1, place.cut2)
 
     @property
     def delay_s(self) -> float | None:

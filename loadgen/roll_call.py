@@ -89,7 +89,7 @@ async def await_nodes(bus: Bus, region: int, names: Iterable[str], *, timeout_s:
 
 
 async def find_nodes(bus: Bus, region: int, roles: Iterable[Role] = (Role.DEVICE,)) -> list[NodeAnnounced]:
-    """The nodes of a region that have announced themselves and not left, by name. Leases are not checked."""
+    """The nodes of a region that have announced themselves and neither left nor drain, by name. Leases are not checked."""
     wanted = set(roles)
     reader = await bus.reader([(topics.NODES, region)], start="start")
     nodes: dict[str, NodeAnnounced] = {}
@@ -106,4 +106,4 @@ async def find_nodes(bus: Bus, region: int, roles: Iterable[Role] = (Role.DEVICE
                         nodes.pop(message.node, None)
     finally:
         await reader.close()
-    return [nodes[name] for name in sorted(nodes) if nodes[name].role in wanted]
+    return [nodes[name] for name in sorted(nodes) if nodes[name].role in wanted and not nodes[name].draining]

@@ -56,10 +56,6 @@ class Restriction:
         """The best of what is allowed."""
         return algorithm.best(self.families, device_computes=self.device_computes, delayed=self.delayed)
 
-    def needs_edge(self) -> bool:
-        """Whether a device that reaches no edge can never be served."""
-        return DEVICE not in self.families
-
 
 BUILT_IN: Final[dict[str, Policy]] = {
     policy.name: policy

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from heapq import heappush
-from typing import Any, Final
+from typing import Any
 
 from bus.errors import ConfigError, InvariantError
 from bus.messages import NodeAnnounced, NodeJoined, Placed, TaskState, TaskSubmitted
+from bus.snapshots import STATE_VERSION
 from planner.region_state import RegionState, reservation_of
 from planner.tasks import HASH_MASK, NEVER, Task, hash_of
-
-STATE_VERSION: Final = 1
 
 Lists = dict[str, list[bytes]]
 """Pieces of the state's long lists, each entry as JSON."""

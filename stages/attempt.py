@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bus import topics
-from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
+from bus.errors import BusError, ConfigError, DeeparError, InvariantError, ProtocolError
 from bus.frames import Frame, Plan
 from bus.messages import TaskCompleted
 from bus.tensors import Array, Assembler
@@ -76,6 +76,8 @@ class Attempt:
             node.log.warning("no results; asking for another attempt", task=self.plan.task_id, error=str(error))
             node.status.count("stalled_attempts")
             await self.device.fail(self.plan, "stalled", str(error), retryable=True)
+        except InvariantError:
+            raise  # a bug of ours: the process ends
         except Exception as error:
             cause = cause_of(error)
             node.log.error("a task cannot go on", task=self.plan.task_id, cause=cause, error=str(error))

@@ -149,11 +149,11 @@ class _InlineStation(_LitertStation):
         self._breathed_s = time.perf_counter()
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        if not self._segment.idle:
-            return await super().run(sample, inputs, ready_s)
         if time.perf_counter() - self._breathed_s > BREATH_S:
             await asyncio.sleep(0)
             self._breathed_s = time.perf_counter()
+        if not self._segment.idle:  # asked last: while others had their turn, one may have taken the interpreter
+            return await super().run(sample, inputs, ready_s)
         return self._segment.run(inputs)
 
 

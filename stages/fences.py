@@ -10,6 +10,7 @@ from collections import OrderedDict
 from typing import Any
 
 from bus.messages import Admitted, Decision, Ended, Placed, Retried, TaskSubmitted
+from bus.snapshots import STATE_VERSION
 
 REMEMBERED_ENDS = 10_000
 """So many ended tasks are remembered, to drop what still arrives of them; as many as the planner remembers."""
@@ -60,7 +61,12 @@ class Fences:
         return task_id in self._ended or attempt < self._attempt.get(task_id, 0)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what a planner's snapshot tells: of live tasks submission, placement and attempt; which ones are over."""
+        """Take over what a planner's snapshot tells: of live tasks submission, placement and attempt; which ones are over.
+
+        Raises LookupError, TypeError or ValueError for a state of another version, or a broken one.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"a state of version {state.get('version')}, known is {STATE_VERSION}")
         for task in state.get("tasks", []):
             submitted = TaskSubmitted.model_validate(task["submitted"])
             self.tasks[submitted.task_id] = submitted

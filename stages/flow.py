@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bus import topics
-from bus.errors import BusError, DeeparError, ProtocolError
+from bus.errors import BusError, DeeparError, InvariantError, ProtocolError
 from bus.frames import MAX_SAMPLE_BYTES, Frame, Plan, encode_frame
 from bus.port import Bus, Record, TopicPartition
 from bus.tensors import Array, Assembler, Piece
@@ -153,6 +153,8 @@ class Flow:
         try:
             await self._serve()
             self.closed = True
+        except InvariantError:
+            raise  # a bug of ours, by which records could be lost: the process ends
         except Exception as error:
             # A model that breaks in its runtime must not take the other tasks of this stage down.
             cause = cause_of(error)

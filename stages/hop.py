@@ -32,7 +32,7 @@ COMMIT_S = 0.25
 """Offsets are committed this often; what a crash repeats is bounded by it."""
 
 ORPHAN_BYTES = 64 << 20
-"""So much of tasks whose plan has not been seen yet is kept; what comes beyond is a dead letter."""
+"""So much of tasks whose plan, or (where frames are proven) decision, is not known yet are kept; more is a dead letter."""
 
 STRANGER_S = 30.0
 """What is silent for so long and belongs to no task that the region knows is let go of."""
@@ -45,7 +45,7 @@ SWEEP_S = 5.0
 
 @dataclass(slots=True)
 class _Orphan:
-    """A record whose task's plan has not been seen yet."""
+    """A record whose task's plan, or where frames are proven its decision, has not been seen yet."""
 
     record: Record
     frame: Frame
@@ -204,12 +204,8 @@ class Hop:
                     flow.stop(discard=True)
                     self.node.status.count("strangers")
             for key, orphans in list(self._orphans.items()):
-                if now - orphans[-1].since_s <= STRANGER_S:
-                    continue
-                self._refuse(
-                    self._take_orphans(key),
-                    ProtocolError("no_plan", f"task {key[0]} attempt {key[1]} came without a plan"),
-                )
+                if now - orphans[0].since_s > STRANGER_S:
+                    self._refuse(self._take_orphans(key), _unplanned(orphans[0].frame))
 
     def _take(self, record: Record, frame: Frame, receipt: Receipt, sender: Speaker | None) -> None:
         """Hand a frame's pieces to its flow. Raises `ProtocolError` where it cannot be used."""
@@ -235,7 +231,7 @@ class Hop:
                 return
         size_bytes = len(record.value or b"")
         if self._orphan_bytes + size_bytes > ORPHAN_BYTES:
-            raise ProtocolError("no_plan", f"task {frame.task_id} attempt {frame.attempt} came without a plan")
+            raise _unplanned(frame)
         receipt.hold()
         since_s = asyncio.get_running_loop().time()
         self._orphans.setdefault(key, []).append(_Orphan(record, frame, receipt, sender, since_s))
@@ -309,6 +305,15 @@ class Hop:
             retryable=retryable,
         )
         await self.node.tell(topics.EVENTS, message, task_id)
+
+
+def _unplanned(frame: Frame) -> ProtocolError:
+    """What is said of a frame that was put by for too long, or for which there is no room."""
+    if frame.plan is None:
+        return ProtocolError("no_plan", f"task {frame.task_id} attempt {frame.attempt} came without a plan")
+    return ProtocolError(
+        "undecided", f"task {frame.task_id} attempt {frame.attempt} is not decided, as far as is known"
+    )
 
 
 def _partition(record: Record) -> TopicPartition:

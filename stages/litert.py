@@ -74,11 +74,6 @@ class SegmentRunner:
         """The file's inputs, in order."""
         return tuple(name for name, _ in self._inputs)
 
-    @property
-    def output_names(self) -> tuple[str, ...]:
-        """The file's outputs, in order."""
-        return tuple(name for name, _ in self._outputs)
-
     def run(self, inputs: Mapping[str, Array] | Sequence[Array]) -> list[Array]:
         """Runs once; the results are copies that the caller owns.
 

@@ -129,6 +129,7 @@ class Node:
         self._allowance = Allowance()
         self.serving = asyncio.Event()  # set by the work once it can take what it is sent; announced only then
         self._announced_s = float("-inf")  # when it last was
+        self._group: asyncio.TaskGroup | None = None
         self._draining = False  # it has said, or is about to say, that it wants nothing new
         self._noted = asyncio.Event()  # the planner has taken note of that
         self._heard_s = float("-inf")  # when the last sign of life that was acknowledged was sent
@@ -141,6 +142,7 @@ class Node:
         reader = await self._read_decisions()
         try:
             async with asyncio.TaskGroup() as group:
+                self._group = group
                 group.create_task(work.run(), name=f"{self.settings.name}: work")
                 group.create_task(self._follow(reader, work), name=f"{self.settings.name}: decisions")
                 group.create_task(self._keep_lease(), name=f"{self.settings.name}: lease")
@@ -312,19 +314,25 @@ class Node:
                             pass
                 work.on_decision(message, sorted(fenced))
                 if lost:
-                    await self._come_back(work)
+                    self._come_back(work)
 
-    async def _come_back(self, work: Work) -> None:
+    def _come_back(self, work: Work) -> None:
         self.log.warning("declared lost; letting go of everything and announcing anew")
         self.status.count("declared_lost")
         self.status.joined = False
         work.on_lost()
         # Two processes of one name take it from each other, each time by a decision that is kept: not without a pause.
         lease_s = self.settings.lease_s
+        pause_s = 0.0
         if asyncio.get_running_loop().time() - self._announced_s < lease_s:
             self.log.warning("declared lost soon after it was announced: has another process this name?")
-            await asyncio.sleep(lease_s / HEARTBEATS_PER_LEASE)
+            pause_s = lease_s / HEARTBEATS_PER_LEASE
         self.incarnation = uuid.uuid4().hex[:12]
+        assert self._group is not None
+        self._group.create_task(self._announce_after(pause_s), name=f"{self.settings.name}: coming back")
+
+    async def _announce_after(self, pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
         await self._announce()
 
     # --- the lease ---------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ class Senders:
     def __init__(self, node: Node) -> None:
         self._keys = frame_keys(node.bus)
         self._settings = node.settings
-        self._fences = node.fences
+        self._node = node  # whose fences are replaced where a snapshot cannot be used
 
     def of(self, record: Record) -> Speaker | None:
         """Who has sent a frame; None where nobody has to prove it. Raises `ProtocolError` (`wrong_identity`)."""
@@ -33,7 +33,7 @@ class Senders:
         """Whether frames of a task are that sender's to send, as far as is decided."""
         if sender is None:
             return True
-        placed = self._fences.placed.get(task_id)
+        placed = self._node.fences.placed.get(task_id)
         return placed is not None and sender.name == self._owner(placed)
 
     def believed(self, sender: Speaker | None, frame: Frame, plan: Plan | None) -> bool:
@@ -44,11 +44,17 @@ class Senders:
         """
         if sender is None:
             return True
-        placed = self._fences.placed.get(frame.task_id)
+        fences = self._node.fences
+        placed = fences.placed.get(frame.task_id)
         if placed is None or placed.attempt != frame.attempt:
-            # A cloud stage does not read the decisions of other regions.
-            foreign = plan is not None and plan.region != self._settings.region and self._settings.role is Role.CLOUD
-            return foreign and plan is not None and sender.name == plan.placement.edge
+            # A cloud stage does not read the decisions of other regions; a task of its own is no other region's.
+            foreign = plan is not None and plan.region != self._settings.region and frame.task_id not in fences.tasks
+            return (
+                foreign
+                and self._settings.role is Role.CLOUD
+                and plan is not None
+                and sender.name == plan.placement.edge
+            )
         if sender.name != self._owner(placed):
             raise refused(f"{sender} sends a frame of {frame.task_id}, in which that is {self._owner(placed)}'s to do")
         told = frame.plan

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,14 +69,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         lane = lane_of(item.nodeid)
         os.nice(max(0, POLITENESS[lane] - os.nice(0)))
         if lane:
-            have_for_itself(lane)
+            have_for_itself(lane, item.config._tmp_path_factory.getbasetemp().parent)  # type: ignore[attr-defined]
 
 
 @cache
-def have_for_itself(lane: str) -> None:
-    """Locks a lane for this process until it ends. Raises AssertionError where another process of this run works in it."""
-    name = f"deepar-lane-{lane}-{os.environ['PYTEST_XDIST_TESTRUNUID']}"
-    lock = os.open(Path(tempfile.gettempdir(), name), os.O_CREAT | os.O_RDWR)  # never closed: that would end it
+def have_for_itself(lane: str, folder: Path) -> None:
+    """Locks a lane for this process until it ends. Raises AssertionError where another process of this run works in it.
+
+    `folder`: the run's own, for which pytest sees to.
+    """
+    lock = os.open(folder / f"lane-{lane}", os.O_CREAT | os.O_RDWR)  # never closed: that would end it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -207,7 +207,7 @@ async def _no_watch(self: Attempt) -> None:
     """What does not come is waited for."""
 
 
-async def _no_return(self: Node, work: Work) -> None:
+def _no_return(self: Node, work: Work) -> None:
     """A node that was declared lost lets go of everything, and nothing follows."""
     work.on_lost()
 
@@ -231,10 +231,6 @@ async def _believes(self: PlannerService, snapshot: Snapshot) -> Reader:
     """A planner asks the log nothing."""
     where = (topics.DECISIONS, snapshot.region)
     return await self.bus.reader([where], start={where: snapshot.offset + 1})
-
-
-def _unchecked(self: PlannerService, recorded: str, seq: int) -> None:
-    """Whatever state there is will do."""
 
 
 async def _no_letter(self: Lead) -> None:

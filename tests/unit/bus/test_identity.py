@@ -31,6 +31,7 @@ from bus.signed import SignedBus, satisfy_region, signed
 
 MASTER = Master(bytes(range(32)))
 D1 = Speaker("device", "d1")
+PROVEN_KEY = Master(bytes(range(32)), frames=True).key(D1).to_text()
 VALUE = b'{"type":"node_heartbeat","v":1,"node":"d1","incarnation":"i"}'
 
 
@@ -181,6 +182,9 @@ def test_files_are_the_owners_alone_and_never_written_over(tmp_path: Path) -> No
         (MASTER.key(D1).to_text().replace("deepar-key-1", "deepar-key-2"), load_key, "no key"),
         (MASTER.key(D1).to_text().replace("device:", "planner:"), load_key, "no role"),
         ("secret-é", load_key, "neither a key nor a master"),
+        (PROVEN_KEY.splitlines()[0] + "\n", load_key, "is not whole"),
+        ("\n".join(PROVEN_KEY.splitlines()[:-1]) + "\n", load_key, "is not whole"),
+        (PROVEN_KEY.replace(" frames\n", "\n"), load_key, "is not whole"),
     ],
 )
 def test_a_file_of_another_kind_is_named_and_not_shown(text: str, load: object, said: str, tmp_path: Path) -> None:

@@ -228,6 +228,8 @@ def test_devices_are_found_and_those_that_left_are_not() -> None:
             for node, role in (("d2", Role.DEVICE), ("d1", Role.DEVICE), ("d3", Role.DEVICE), ("e1", Role.EDGE)):
                 announced = NodeAnnounced(node=node, role=role, incarnation="i")
                 await bus.send(topics.NODES, messages.encode(announced), key=node, partition=0)
+            drains = NodeAnnounced(node="d4", role=Role.DEVICE, incarnation="i", draining=True)
+            await bus.send(topics.NODES, messages.encode(drains), key="d4", partition=0)
             left = NodeLeft(node="d3", incarnation="i")
             await bus.send(topics.NODES, messages.encode(left), key="d3", partition=0)
             return [node.node for node in await find_nodes(bus, 0)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from bus.messages import Admitted, Decision, Ended, Placed, Retried, SeedInput, TaskState, TaskSubmitted
+from bus.snapshots import STATE_VERSION
 from bus.values import Execution, Kind, Objective, Parts, Placement
 from stages.fences import Fences
 
@@ -55,7 +58,13 @@ def test_what_has_ended_is_fenced_whatever_its_attempt() -> None:
 def test_a_snapshot_brings_live_tasks_and_those_that_are_over() -> None:
     fences = Fences()
     live = {"submitted": TASK.model_dump(mode="json"), "attempt": 3, "placed": placed(3).model_dump(mode="json")}
-    fences.restore({"tasks": [live], "ended": [["old", "COMPLETED"]]})
+    fences.restore({"version": STATE_VERSION, "tasks": [live], "ended": [["old", "COMPLETED"]]})
     assert fences.fenced("t", 2)
     assert fences.placed["t"] == placed(3)
     assert fences.fenced("old", 1)
+
+
+@pytest.mark.parametrize("state", [{}, {"version": STATE_VERSION + 1, "jobs": []}])
+def test_a_state_of_another_version_is_not_taken_for_an_empty_one(state: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="version"):
+        Fences().restore(state)

@@ -1,0 +1,65 @@
+"""Whose frames a stage takes, by what it knows of the decisions at that moment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bus.frames import Frame, Plan
+from bus.identity import Master, Speaker
+from bus.memory import MemoryBroker, MemoryBus
+from bus.messages import Admitted, Decision, Placed, SeedInput, TaskSubmitted
+from bus.signed import signed
+from bus.values import Execution, Kind, Objective, Parts, Placement, Role
+from stages.fences import Fences
+from stages.node import Node, NodeSettings
+from stages.runner import ModelledRunner
+from stages.senders import Senders
+from tests.sim.world import profile
+
+MASTER = Master(bytes(range(32)), frames=True)
+WHERE = Placement(
+    kind=Kind.CLOUD, edge="e1", cut1=0, cut2=0, cut1_name="input", cut2_name="input", link1_bps=1000, link2_bps=1000
+)
+TASK = TaskSubmitted(task_id="t", device="d1", model="toy", samples=2, input=SeedInput(seed=1))
+PLACED = Placed(
+    task_id="t", attempt=1, device="d1", model="toy", sha256="0" * 64, samples=2, policy="p", start_s=0.0, wait_s=0.0,
+    objective=Objective.PIPELINED, execution=Execution.STREAMING, placement=WHERE, delay_s=1.0, parts=Parts(),
+)  # fmt: skip
+DECISION = Decision(
+    region=0, epoch=1, nonce="n", seq=1, now_s=0.0, inputs={}, changes=(Admitted(task=TASK), PLACED), ledger_hash="h"
+)
+
+
+async def _stage(role: Role, name: str) -> tuple[Node, Senders]:
+    bus = signed(MemoryBus(MemoryBroker(), name), MASTER.key(Speaker(role.value, name)))
+    slots: dict[str, Any] = {"slots": 1, "link1_capacity_bps": 1000, "link2_capacity_bps": 1000}
+    settings = NodeSettings(name=name, role=role, **(slots if role is Role.EDGE else {}))
+    node = Node(bus, settings, ModelledRunner([profile(role)]))
+    return node, Senders(node)
+
+
+def _frame(attempt: int, plan: Plan | None = None) -> Frame:
+    return Frame("activations", "t", attempt, "x", (), plan)
+
+
+async def test_a_stage_that_begins_anew_with_the_decisions_believes_what_it_reads_then() -> None:
+    """`Node` takes fresh fences where a snapshot cannot be used."""
+    node, senders = await _stage(Role.EDGE, "e1")
+    node.fences = Fences()
+    node.fences.apply(DECISION)
+    assert senders.believed(Speaker("device", "d1"), _frame(1), None)
+    assert senders.may_send(Speaker("device", "d1"), "t")
+
+
+async def test_a_task_of_this_region_is_no_other_region_s() -> None:
+    """An edge that has no part in a task plants its next attempt at the cloud, as of another region."""
+    node, senders = await _stage(Role.CLOUD, "c1")
+    stranger = Speaker("edge", "e2")
+    theirs = WHERE.model_copy(update={"edge": "e2"})
+    plan = Plan(
+        task_id="t", attempt=2, region=9, device="d1", model="toy", sha256="0" * 64, samples=2, todo=2,
+        execution="streaming", placement=theirs,
+    )  # fmt: skip
+    assert senders.believed(stranger, _frame(2, plan), plan)  # nobody here has heard of that task
+    node.fences.apply(DECISION)
+    assert not senders.believed(stranger, _frame(2, plan), plan)
