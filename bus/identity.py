@@ -94,7 +94,7 @@ class Master:
 
     def key(self, speaker: Speaker) -> Key:
         """The key of a speaker."""
-        frames = FrameKeys.of(self._secret, speaker) if self.frames else None
+        frames = FrameKeys.of(self._secret, speaker) if self.frames and any(rows_of(speaker)) else None
         return Key(speaker, self.fingerprint, self._derive(str(speaker).encode()), frames)
 
     def speaker(self, record: Record) -> Speaker:
