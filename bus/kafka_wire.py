@@ -1,16 +1,24 @@
-"""aiokafka's connections, made to notice that uvloop has closed them.
+"""aiokafka's connections, made to notice that uvloop has closed them; and its questions, made to wait for an answer.
 
 A broker that is killed closes a connection while a request is about to be written. asyncio's transports swallow that write;
 uvloop's raise RuntimeError, which aiokafka takes for a bug: its heartbeat, fetch and sending tasks end, and a commit breaks
 whoever asked for it (aiokafka issue 1038, open in 0.14). With this class such a write is a broken connection like any other,
 and tried again.
+
+While a partition has no leader, a consumer asks for the cluster's metadata again as soon as it has the last answer, or as its
+connection is refused: three thousand times a second with a broker that has gone politely. Here a client asks at most once in
+its `retry_backoff_ms`.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 import aiokafka.conn
+from aiokafka.client import AIOKafkaClient
+from aiokafka.cluster import ClusterMetadata
 from aiokafka.conn import AIOKafkaConnection, CloseReason
 
 
@@ -31,6 +39,20 @@ class Wire(AIOKafkaConnection):  # type: ignore[misc]
             self.close(reason=CloseReason.CONNECTION_BROKEN)
 
 
+_ask = AIOKafkaClient._metadata_update
+
+
+async def ask_patiently(client: AIOKafkaClient, cluster: ClusterMetadata, topics: Iterable[str] | None) -> bool:
+    """What `AIOKafkaClient._metadata_update` does, at most once in the client's backoff."""
+    loop = asyncio.get_running_loop()
+    await asyncio.sleep(getattr(client, "_may_ask_s", 0.0) - loop.time())
+    try:
+        return bool(await _ask(client, cluster, topics))
+    finally:
+        client._may_ask_s = loop.time() + client._retry_backoff
+
+
 def use() -> None:
-    """From here on aiokafka connects by this class; it has no other place to say so."""
+    """From here on aiokafka connects by this class, and asks in this way; it has no other place to say so."""
     aiokafka.conn.AIOKafkaConnection = Wire
+    AIOKafkaClient._metadata_update = ask_patiently

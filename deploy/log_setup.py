@@ -11,6 +11,9 @@ QUIET_LOGGERS = ("aiokafka", "asyncio", "aiohttp", "matplotlib")
 """Held at WARNING whatever is asked for: aiokafka prints payloads at DEBUG."""
 
 
+SPARING_S = 10.0
+
+
 def configure_logging(level: str = "info", *, json_lines: bool | None = None) -> None:
     """Set up structlog for the process; `json_lines` None: JSON unless stderr is a terminal."""
     as_json = not sys.stderr.isatty() if json_lines is None else json_lines
@@ -33,10 +36,32 @@ def configure_logging(level: str = "info", *, json_lines: bool | None = None) ->
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(Sparing())
     handler.setFormatter(_libraries_as_json() if as_json else logging.Formatter("%(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=number)
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR if name == "aiokafka" else logging.WARNING)
+
+
+class Sparing(logging.Filter):
+    """Lets a library say the same once in `SPARING_S`, and then how often it has: aiokafka says twenty times a second that a
+    broker is away.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[tuple[str, str], tuple[float, int]] = {}  # since when, and how many were held back
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        what = (record.name, str(record.msg))  # as it is written in the library's code, whatever it is about
+        since_s, held = self._held.get(what, (float("-inf"), 0))
+        if record.created - since_s < SPARING_S:
+            self._held[what] = (since_s, held + 1)
+            return False
+        self._held[what] = (record.created, 0)
+        if held:
+            record.msg, record.args = f"{record.getMessage()} ({held} more like it)", None
+        return True
 
 
 def _libraries_as_json() -> logging.Formatter:

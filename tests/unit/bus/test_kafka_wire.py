@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import aiokafka.conn
 import pytest
 import uvloop
+from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaConnectionError
 from aiokafka.protocol.admin import ApiVersionRequest
 
 import bus.kafka  # noqa: F401  # says which class it is to be
+from bus import kafka_wire
 from bus.kafka_wire import Wire
+from loadgen.virtual_loop import run_virtual
 
 BARE = Wire.__mro__[1]
 """aiokafka's own: its module has ours by now."""
@@ -62,3 +66,21 @@ def test_aiokafka_alone_breaks_on_uvloop() -> None:
 
 def test_aiokafka_connects_by_it() -> None:
     assert aiokafka.conn.AIOKafkaConnection is Wire
+
+
+def test_a_client_asks_for_the_cluster_once_in_its_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A consumer whose partition has no leader asks again at once, whatever it is told."""
+    asked_s: list[float] = []
+
+    async def refused(client: AIOKafkaClient, cluster: object, topics: object) -> bool:
+        asked_s.append(asyncio.get_running_loop().time())
+        return False
+
+    async def run() -> None:
+        client = AIOKafkaClient(retry_backoff_ms=50)
+        for _ in range(5):
+            assert not await client._metadata_update(client.cluster, None)
+
+    monkeypatch.setattr(kafka_wire, "_ask", refused)
+    run_virtual(run())
+    assert [later - sooner for sooner, later in pairwise(asked_s)] == pytest.approx([0.05] * 4)

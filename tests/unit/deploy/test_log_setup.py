@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from deploy.log_setup import configure_logging
+from deploy.log_setup import SPARING_S, Sparing, configure_logging
 
 PLANTED = "planted-0xC0FFEE"
 
@@ -54,3 +54,19 @@ def test_what_libraries_say_is_json_too(capsys: pytest.CaptureFixture[str], monk
     assert ours["event"] == "ours"
     assert (theirs["logger"], theirs["level"]) == ("aiokafka.consumer", "error")
     assert theirs["event"] == "Request failed: [Error 15]"
+
+
+def test_a_library_that_repeats_itself_is_counted() -> None:
+    """Thousands of lines while a broker is away say no more than one."""
+    sparing = Sparing()
+
+    def said(at_s: float, message: str, *words: object) -> str | None:
+        record = logging.LogRecord("aiokafka", logging.ERROR, "f", 1, message, words, None)
+        record.created = at_s
+        return record.getMessage() if sparing.filter(record) else None
+
+    told = [said(number / 20, "no %s", number) for number in range(200)]
+    assert [line for line in told if line] == ["no 0"]
+    assert said(1.0, "something else") == "something else"
+    assert said(SPARING_S, "no %s", 200) == "no 200 (199 more like it)"
+    assert said(3 * SPARING_S, "no %s", 201) == "no 201"
