@@ -227,7 +227,7 @@ async def _any_snapshot(bus: Bus, region: int) -> tuple[Snapshot | None, Reader]
     return None, await bus.reader([where], start="start")
 
 
-async def _believes(self: PlannerService, snapshot: Snapshot) -> Reader:
+async def believes(self: PlannerService, snapshot: Snapshot) -> Reader:
     """A planner asks the log nothing."""
     where = (topics.DECISIONS, snapshot.region)
     return await self.bus.reader([where], start={where: snapshot.offset + 1})
@@ -317,7 +317,7 @@ CANARIES = (
     Canary("told once", "an event that was not acknowledged is not sent again", 40, Node, "tell", _tell_once),
     Canary("any snapshot (stage)", "a stage believes every snapshot", 40, snapshots, "open_decisions", _any_snapshot),
     Canary(
-        "any snapshot (planner)", "a planner believes every snapshot", 20, PlannerService, "_reader_behind", _believes
+        "any snapshot (planner)", "a planner believes every snapshot", 20, PlannerService, "_reader_behind", believes
     ),
     Canary("garbage left", "garbage among the snapshots stays", 5, Lead, "tidy", _no_letter),
     Canary("queue unbounded", "a full queue takes more", 20, Placing, "_queued", _full_queue),

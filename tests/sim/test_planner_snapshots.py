@@ -12,6 +12,7 @@ from bus.errors import InvariantError
 from bus.messages import Decision, Snapshot
 from loadgen.virtual_loop import run_virtual
 from planner.service import PlannerService, Standing
+from tests.sim.canaries import believes
 from tests.sim.planners import Process, Story, Town, town
 
 TASKS = 8
@@ -102,10 +103,6 @@ def test_a_snapshot_that_the_log_does_not_prove_is_not_believed(change: dict[str
 
 
 def test_planted_a_planner_that_believes_any_snapshot_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def believes(self: Any, snapshot: Snapshot) -> Any:
-        where = (topics.DECISIONS, snapshot.region)
-        return await self.bus.reader([where], start={where: snapshot.offset + 1})
-
     monkeypatch.setattr(PlannerService, "_reader_behind", believes)
     with pytest.raises((AssertionError, InvariantError, TimeoutError)):
         run_virtual(_planted_snapshot({"seq": 10_000, "nonce": "never-written"}), horizon_s=HORIZON_S)
