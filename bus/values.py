@@ -74,6 +74,11 @@ class Objective(StrEnum):
     SEQUENTIAL = "sequential"
     PIPELINED = "pipelined"
 
+    @property
+    def execution(self) -> Execution:
+        """What the stages do where this is what was planned for."""
+        return Execution.STREAMING if self is Objective.PIPELINED else Execution.SEQUENTIAL
+
 
 class Execution(StrEnum):
     """What the stages do: one sample at a time (the paper's), or all stations busy at once."""

@@ -16,7 +16,7 @@ from bus.errors import ConfigError
 from bus.identity import Speaker
 from bus.signed import signed
 from bus.units import parse_duration, parse_rate
-from bus.values import Execution, Objective
+from bus.values import Objective
 from deploy import nodes
 from deploy.identities import KeyFile, MasterFile, key_of, master_of
 from deploy.options import Bootstrap, HttpHost, HttpPort, Region
@@ -110,7 +110,7 @@ def planner(
             region=region,
             policy=policy,
             objective=objective,
-            execution=Execution.STREAMING if objective is Objective.PIPELINED else Execution.SEQUENTIAL,
+            execution=objective.execution,
             max_waiting=max_waiting,
             lease_s=lease_s,
             take_over=take_over,

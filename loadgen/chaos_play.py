@@ -14,7 +14,7 @@ from bus import topics
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import Decision
 from bus.topics import Partitions
-from bus.values import Execution, Objective, Role
+from bus.values import Objective, Role
 from loadgen.chaos_bus import WatchedBus
 from loadgen.chaos_check import Oracle, Violation
 from loadgen.chaos_client import Client
@@ -116,9 +116,13 @@ class Play:
             self.region.add_stage(stage)
 
     def _make_core(self) -> PlannerCore:
-        execution = Execution.STREAMING if self.objective is Objective.PIPELINED else Execution.SEQUENTIAL
+        objective = self.objective
         return PlannerCore(
-            0, policy=self.policy, objective=self.objective, execution=execution, max_waiting=self.max_waiting
+            0,
+            policy=self.policy,
+            objective=objective,
+            execution=objective.execution,
+            max_waiting=self.max_waiting,
         )
 
     def _make_planner(self, name: str, bus: MemoryBus) -> PlannerService:

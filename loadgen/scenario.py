@@ -98,9 +98,7 @@ class Scenario:
     @property
     def runs_as(self) -> Execution:
         """What the stages do: as told, or what goes with the objective."""
-        if self.execution is not None:
-            return self.execution
-        return Execution.STREAMING if self.objective is Objective.PIPELINED else Execution.SEQUENTIAL
+        return self.objective.execution if self.execution is None else self.execution
 
     @property
     def task_count(self) -> int:

@@ -92,8 +92,8 @@ class Deployment:
             time.sleep(0.5)
 
     def end(self) -> None:
-        """Asks every service to end, in the time that the file gives, and removes everything: `docker compose down`, with a look
-        in between. Raises AssertionError where one did not heed it, or all of it took too long.
+        """Asks every service to end, in the time that the file gives, and removes everything: `docker compose down`, with a
+        look in between. Raises AssertionError where one did not heed it, or all of it took too long.
         """
         started_s = time.monotonic()
         self("stop", limit_s=300)

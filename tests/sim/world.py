@@ -15,7 +15,7 @@ from bus.port import Bus
 from bus.signed import signed
 from bus.tensors import Array
 from bus.tracing import SpanSink
-from bus.values import Execution, ModelProfile, Objective, Role
+from bus.values import ModelProfile, Objective, Role
 from deploy import nodes
 from loadgen.outcome import Outcome
 from loadgen.replay import replay
@@ -98,10 +98,11 @@ async def world(
 ) -> AsyncIterator[World]:
     """A region that has come up: everybody has joined. With a `master` it demands proofs of identity."""
     broker = broker or MemoryBroker()
-    execution = Execution.STREAMING if objective is Objective.PIPELINED else Execution.SEQUENTIAL
     async with MemoryBus(broker, "world") as bus:
         await nodes.create_missing_topics(bus, edges)
-        service = nodes.make_planner(bus, policy=policy, objective=objective, execution=execution, master=master)
+        service = nodes.make_planner(
+            bus, policy=policy, objective=objective, execution=objective.execution, master=master
+        )
         service.trace_to(on_span)
         made = World(bus, broker, service, master)
         clock = asyncio.get_running_loop().time
