@@ -17,3 +17,8 @@ class RuntimeFacts:
         default_factory=dict
     )  # -> shape that turned out, None if several did
     missing_kernels: frozenset[str] = frozenset()  # operators that the runtime cannot run
+
+    def shape(self, tensor: int) -> tuple[int, ...] | None:
+        """The shape that the trial saw, None where it saw none or several."""
+        known = self.shapes.get(tensor)
+        return self.late.get(tensor) if known is None else known

@@ -30,6 +30,7 @@ from stages.operators import (
     SHAPED_BY_VALUES,
     UNREPEATABLE,
     WRITERS,
+    constants_without_elements,
     kind_of,
     multiply_accumulates,
     subgraphs_of,
@@ -80,6 +81,7 @@ class Graph:
         self.inputs = tuple(dict.fromkeys(indices(self._main.inputs)))
         self.outputs = tuple(dict.fromkeys(indices(self._main.outputs)))
         self._makers = {out: at for at, operator in enumerate(self.operators) for out in indices(operator.outputs)}
+        self._without_elements = constants_without_elements(self._main)
         self.carried, self.unsettled = self._classified()
         self.layer_operators = [at for at in range(len(self.operators)) if at not in self.carried]
         if not self.layer_operators:
@@ -95,14 +97,14 @@ class Graph:
 
     def shape(self, tensor: int) -> tuple[int, ...]:
         """The shape at run time where it was looked up, else the declared one."""
-        known = self.facts.shapes.get(tensor) or self.facts.late.get(tensor)
+        known = self.facts.shape(tensor)
         return known if known is not None else tuple(max(size, 0) for size in indices(self.tensors[tensor].shape))
 
     def known_shape(self, tensor: int) -> tuple[int, ...] | None:
         """The shape at run time where it was looked up and never changes."""
         if tensor in self.unsettled or self.is_constant(tensor):
             return None
-        return self.facts.shapes.get(tensor) or self.facts.late.get(tensor)
+        return self.facts.shape(tensor)
 
     def dtype(self, tensor: int) -> str:
         """numpy's name of the type, or the format's where numpy has none."""
@@ -154,6 +156,8 @@ class Graph:
     def is_constant(self, tensor: int) -> bool:
         """Whether the file holds the values."""
         found = self.tensors[tensor]
+        if tensor in self._without_elements:
+            return True
         return not found.isVariable and self.buffer(found.buffer) is not None
 
     def maker(self, tensor: int) -> int | None:
@@ -295,7 +299,7 @@ class Graph:
             return f"is of type {self.dtype(tensor)}, which cannot travel"
         if tensor in self.unsettled:
             return "has a shape that is known only at run time"
-        if tensor not in self.facts.shapes and any(size < 1 for size in self.shape(tensor)):
+        if self.facts.shape(tensor) is None and any(size < 1 for size in self.shape(tensor)):
             return "has a shape that the file leaves open"
         return None
 

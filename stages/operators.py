@@ -11,6 +11,17 @@ from typing import Any
 
 from ai_edge_litert import schema_py_generated as schema
 
+ITEM_BITS: dict[int, int] = {
+    getattr(schema.TensorType, name): bits
+    for name, bits in {
+        "FLOAT32": 32, "FLOAT16": 16, "INT32": 32, "UINT8": 8, "INT64": 64, "BOOL": 8, "INT16": 16, "COMPLEX64": 64,
+        "INT8": 8, "FLOAT64": 64, "COMPLEX128": 128, "UINT64": 64, "UINT32": 32, "UINT16": 16, "INT4": 4, "BFLOAT16": 16,
+        "INT2": 2, "UINT4": 4, "FLOAT8_E4M3FN": 8, "FLOAT8_E5M2": 8,
+    }.items()
+    if hasattr(schema.TensorType, name)
+}  # fmt: skip
+"""Tensor type -> bits of one element, for the types that have a size."""
+
 KINDS: dict[int, str] = {
     code: name
     for name, code in vars(schema.BuiltinOperator).items()
@@ -80,6 +91,21 @@ def subgraphs_of(operator: Any, kind: str) -> list[tuple[str, int]]:
         return []
     options = operator.builtinOptions if operator.builtinOptions is not None else operator.builtinOptions2
     return [] if options is None else [(field, int(getattr(options, field))) for field in fields]
+
+
+def constants_without_elements(graph: Any) -> set[int]:
+    """Tensors of a subgraph that have no elements, are no input, and are made by no operator.
+
+    They are constants: a tensor of shape (0,) is complete without data, whichever buffer it names.
+    """
+    elsewhere = {int(index) for index in (() if graph.inputs is None else graph.inputs)}
+    for operator in graph.operators or []:
+        elsewhere.update(int(index) for index in (() if operator.outputs is None else operator.outputs))
+    return {
+        index
+        for index, tensor in enumerate(graph.tensors or [])
+        if index not in elsewhere and tensor.type in ITEM_BITS and tensor.shape is not None and 0 in tensor.shape
+    }
 
 
 def text(raw: bytes | str | None) -> str:

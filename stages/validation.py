@@ -19,7 +19,7 @@ from ai_edge_litert import schema_py_generated as schema
 from bus.errors import ModelError
 from stages.flatfile import FILE_IDENTIFIER, ModelBytes
 from stages.layout import Field, tables
-from stages.operators import KINDS, kind_of, subgraphs_of, text
+from stages.operators import ITEM_BITS, KINDS, constants_without_elements, kind_of, subgraphs_of, text
 
 MOST_TABLES = 400_000
 """More than any real model has; bounds the time that a file can cost by referring to the same tables again and again."""
@@ -30,16 +30,6 @@ LARGEST_TENSOR_BYTES = 1 << 31
 
 LARGEST_SUM_BYTES = 1 << 36
 """All tensors of a subgraph together."""
-
-_ITEM_BITS: dict[int, int] = {
-    getattr(schema.TensorType, name): bits
-    for name, bits in {
-        "FLOAT32": 32, "FLOAT16": 16, "INT32": 32, "UINT8": 8, "INT64": 64, "BOOL": 8, "INT16": 16, "COMPLEX64": 64,
-        "INT8": 8, "FLOAT64": 64, "COMPLEX128": 128, "UINT64": 64, "UINT32": 32, "UINT16": 16, "INT4": 4, "BFLOAT16": 16,
-        "INT2": 2, "UINT4": 4, "FLOAT8_E4M3FN": 8, "FLOAT8_E5M2": 8,
-    }.items()
-    if hasattr(schema.TensorType, name)
-}  # fmt: skip
 
 
 class _Fault(Exception):
@@ -203,6 +193,7 @@ class _Subgraph:
         for index in (*inputs, *outputs):
             _need(0 <= index < len(self._tensors), f"has input or output {index}{self._where}, which is not there")
         known.update(inputs)
+        known.update(constants_without_elements(self._graph))
         self._operators(known, set(inputs))
         for index in outputs:
             _need(index in known, f"has output {self._name(index)}{self._where}, which nothing makes")
@@ -256,7 +247,7 @@ class _Subgraph:
         shape = _ints(tensor.shape)
         _need(len(shape) <= MOST_RANK or not self._has_data(tensor), f"has {name} of {len(shape)} dimensions")
         _need(all(size >= -1 for size in shape), f"has {name} of the shape {shape}")
-        bits = _ITEM_BITS.get(tensor.type)
+        bits = ITEM_BITS.get(tensor.type)
         size = 0
         if bits is not None:
             size = -(-prod(max(1, extent) if extent < 0 else extent for extent in shape) * bits // 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
@@ -343,3 +344,41 @@ IDENTICAL: dict[str, Callable[[], Any]] = {
     )
 }  # fmt: skip
 """Models whose parts must say exactly what the whole says, at every pair of cuts."""
+
+
+def without_elements(kind: str, spelling: str) -> bytes:
+    """TANH, an operator that reads a constant of no elements, NEG; the constant's buffer is spelled in one of three ways."""
+    graph = GraphBuilder(f"{kind} over a constant without elements")
+    shape, after = {"RESHAPE": ((1, 1), ()), "SUM": ((2, 3), (2, 3)), "CONCATENATION": ((2, 3), (2, 3))}[kind]
+    x = graph.input("input", shape)
+    tanh = graph.tensor("tanh", shape)
+    graph.operator("TANH", [x], [tanh])
+    empty, middle, last = (
+        graph.tensor("empty", (2, 0) if kind == "CONCATENATION" else (0,), EMPTY_TYPES[kind]),
+        graph.tensor("middle", after),
+        graph.tensor("last", after),
+    )
+    options = {
+        "RESHAPE": schema.ReshapeOptionsT(newShape=[]),
+        "SUM": schema.ReducerOptionsT(keepDims=False),
+        "CONCATENATION": schema.ConcatenationOptionsT(axis=1),
+    }[kind]
+    graph.operator(kind, [tanh, empty], [middle], options)
+    graph.operator("NEG", [middle], [last], schema.NegOptionsT())
+    graph.output(last)
+    model = schema.ModelT.InitFromPackedBuf(graph.to_bytes(), 0)
+    if spelling != "buffer 0":
+        data = np.zeros(0, np.uint8) if spelling == "empty vector" else None
+        model.buffers.append(schema.BufferT(data=data))
+        model.subgraphs[0].tensors[empty].buffer = len(model.buffers) - 1
+    return packed(model)
+
+
+EMPTY_TYPES = {"RESHAPE": "int32", "SUM": "int32", "CONCATENATION": "float32"}
+
+
+def packed(model: Any) -> bytes:
+    """The file of a model of the object API, as it stands: nothing is made plain on the way."""
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    return bytes(builder.Output())

@@ -231,6 +231,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 def test_a_model_that_kills_the_runtime_kills_only_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.tflite"
     path.write_bytes(built_models.random_numbers().to_bytes())
+    monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path / "cache"))  # another test may have tried this model already
     monkeypatch.setattr(trial_module, "CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(ModelError, match=r"model\.tflite: a trial run died of SIGSEGV while starting"):
         load_model(path)

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 
-from bus.errors import ConfigError
+from bus.errors import ConfigError, ModelError
 from stages import verify as verify_module
 from stages.litert import SegmentRunner
 from stages.model import Model
 from stages.verify import difference, identical, named_inputs, pairs_of, random_inputs, verify
 from stages.zoo import digits, load_model
+from stages.zoo.graph_builder import GraphBuilder
 from tests.unit.stages import built_models
 
 
@@ -48,6 +50,34 @@ def test_models_of_every_shape_are_bit_identical_at_every_pair(name: str, delega
     report = verify(model, pairs, samples(model, 2), delegate=delegate)
     assert report.checked == len(pairs) > 3
     assert report.bit_identical, (report.differing, report.max_abs_diff)
+
+
+@pytest.mark.parametrize("kind", built_models.EMPTY_TYPES)
+@pytest.mark.parametrize("spelling", ["empty vector", "buffer without data", "buffer 0"])
+def test_constants_without_elements_are_constants(kind: str, spelling: str, tmp_path: Path) -> None:
+    path = tmp_path / "empty.tflite"
+    path.write_bytes(built_models.without_elements(kind, spelling))
+    model = load_model(path)
+    assert model.graph.blocked == {}
+    assert [spec.name for spec in model.manifest.cuts[1].tensors] == ["tanh"]
+    assert model.manifest.cuts[2].tensors[0].shape == (() if kind == "RESHAPE" else (2, 3))
+    report = verify(model, pairs_of(model, "all", 0), samples(model, 2))
+    assert report.checked == 10
+    assert report.bit_identical
+
+
+def test_a_tensor_without_elements_is_still_made_before_it_is_read(tmp_path: Path) -> None:
+    """The order of operators stands, also where what passes between them is nothing."""
+    graph = GraphBuilder("an empty activation")
+    x, empty = graph.input("input", (1, 0)), graph.tensor("empty", (1, 0))
+    last = graph.tensor("last", (1, 0))
+    graph.operator("NEG", [empty], [last], schema.NegOptionsT())
+    graph.operator("TANH", [x], [empty])
+    graph.output(last)
+    path = tmp_path / "early.tflite"
+    path.write_bytes(graph.to_bytes())
+    with pytest.raises(ModelError, match="read empty before anything makes it"):
+        load_model(path)
 
 
 def test_random_numbers_are_named_as_the_cause(tmp_path: Path) -> None:
