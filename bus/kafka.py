@@ -7,11 +7,17 @@ import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaError, TopicAlreadyExistsError, TopicAuthorizationFailedError, for_code
+from aiokafka.errors import (
+    InvalidConfigurationError,
+    KafkaError,
+    TopicAlreadyExistsError,
+    TopicAuthorizationFailedError,
+    for_code,
+)
 
 from bus.errors import BusError, BusUnavailableError, ConfigError, MessageTooLargeError
 from bus.kafka_connection import REQUEST_S, KafkaConnection, patience_s
@@ -19,8 +25,10 @@ from bus.kafka_errors import translated, unknown_topic
 from bus.kafka_members import KafkaMember
 from bus.kafka_readers import KafkaReader, cut_off, end_offsets
 from bus.kafka_sender import KafkaSender
+from bus.kafka_settings import found_topics
 from bus.limits import record_bytes
-from bus.port import Headers, Payload, Position, RebalanceCallback, TopicPartition
+from bus.port import FoundTopic, Headers, Payload, Position, RebalanceCallback, TopicPartition
+from bus.topic_settings import created_with
 from bus.topics import TopicSpec, partition_of
 
 __all__ = ["KafkaBus", "KafkaConnection"]
@@ -112,6 +120,14 @@ class KafkaBus:
             site = await self._site(self._connection.servers_of(topic))
             count = self._counts[topic] = await site.partitions(topic)
         return count
+
+    async def found_topics(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
+        if names is None:
+            return [found for servers in self._connection.sites for found in await (await self._site(servers)).found()]
+        asked: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            asked[self._connection.servers_of(name)].append(name)
+        return [found for servers, there in asked.items() for found in await (await self._site(servers)).found(there)]
 
     async def end_offsets(self, topic: str) -> dict[int, int]:
         count = await self.partitions(topic)
@@ -245,10 +261,10 @@ class _Site:
         async def create(admin: AIOKafkaAdminClient) -> None:
             brokers = len((await admin.describe_cluster())["brokers"])
             copies = self._connection.replication or min(brokers, _MAX_COPIES)
-            made = await admin.create_topics(
-                [NewTopic(spec.name, spec.partitions, copies, topic_configs=_configs(spec)) for spec in specs]
-            )
-            for name, code, *message in made.topic_errors:
+            made = await _create(admin, specs, copies)
+            if any(code == InvalidConfigurationError.errno for _, code, *_ in made):
+                made = await _create(admin, specs, copies, older_kafka=True)
+            for name, code, *message in made:
                 kind = for_code(code)
                 if kind.retriable:  # another controller is being elected
                     raise kind()
@@ -275,6 +291,9 @@ class _Site:
         if isinstance(count, BusError):
             raise count
         return count
+
+    async def found(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
+        return await self._ask(lambda admin: found_topics(admin, self._servers, names), "its topics")
 
     async def end_offsets(self, topic: str, count: int) -> dict[int, int]:
         asker = await self._started_asker()
@@ -352,12 +371,14 @@ async def _has_several_brokers(admin: AIOKafkaAdminClient) -> bool:
     return len((await admin.describe_cluster())["brokers"]) > 1
 
 
-def _configs(spec: TopicSpec) -> dict[str, str]:
-    if spec.compacted:
-        return {"cleanup.policy": "compact"}
-    retention_ms = spec.retention_s * 1000 if spec.retention_s >= 0 else -1
-    return {
-        "cleanup.policy": "delete",
-        "retention.ms": str(retention_ms),
-        "retention.bytes": str(spec.retention_bytes),
-    }
+async def _create(
+    admin: AIOKafkaAdminClient, specs: list[TopicSpec], copies: int, *, older_kafka: bool = False
+) -> list[tuple[Any, ...]]:
+    """Of each topic its name, the error code, and what the broker says of it."""
+    made = await admin.create_topics(
+        [
+            NewTopic(spec.name, spec.partitions, copies, topic_configs=created_with(spec, older_kafka=older_kafka))
+            for spec in specs
+        ]
+    )
+    return list(made.topic_errors)

@@ -17,7 +17,7 @@ from bus.limits import record_bytes
 from bus.memory_broker import REQUEST_TIMEOUT_S, MemoryBroker
 from bus.memory_log import PartitionLog
 from bus.memory_readers import MemoryMember, MemoryReader
-from bus.port import Headers, Payload, Position, RebalanceCallback, Record, TopicPartition
+from bus.port import FoundTopic, Headers, Payload, Position, RebalanceCallback, Record, TopicPartition
 from bus.topics import TopicSpec, partition_of
 
 __all__ = ["Faults", "MemoryBroker", "MemoryBus"]
@@ -93,6 +93,10 @@ class MemoryBus:
     async def partitions(self, topic: str) -> int:
         await self.reachable()
         return len(self.broker.logs(topic))
+
+    async def found_topics(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
+        await self.reachable()
+        return self.broker.found(names)
 
     async def end_offsets(self, topic: str) -> dict[int, int]:
         await self.reachable()

@@ -11,7 +11,8 @@ from bus.faults import Faults
 from bus.limits import MAX_RECORD_BYTES
 from bus.memory_groups import Group
 from bus.memory_log import PartitionLog
-from bus.port import TopicPartition
+from bus.port import FoundTopic, TopicPartition
+from bus.topic_settings import created_with
 from bus.topics import TopicSpec
 
 if TYPE_CHECKING:
@@ -117,6 +118,12 @@ class MemoryBroker:
             raise UnknownTopicError(
                 f"there is no topic {topic}", remedy="create_topics() makes the topics of the table"
             ) from None
+
+    def found(self, names: Iterable[str] | None) -> list[FoundTopic]:
+        """Of these topics (None: all) those that are there."""
+        wanted = self._logs if names is None else names
+        there = [self._logs[name] for name in sorted(wanted) if name in self._logs]
+        return [FoundTopic(logs[0].spec.name, "memory", len(logs), 1, created_with(logs[0].spec)) for logs in there]
 
     def group(self, name: str) -> Group:
         """The group of this name, made where it is new."""

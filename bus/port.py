@@ -37,6 +37,16 @@ class Position(NamedTuple):
     offset: int
 
 
+class FoundTopic(NamedTuple):
+    """A topic as a cluster has it."""
+
+    name: str
+    servers: str  # the cluster's bootstrap servers
+    partitions: int
+    copies: int  # of the partition that has the fewest
+    settings: Mapping[str, str]  # by Kafka's names, as far as this user may see them
+
+
 class Reader(Protocol):
     """Reads the partitions it was given, from where it was told; nobody else is affected."""
 
@@ -89,6 +99,9 @@ class Bus(Protocol):
 
     async def partitions(self, topic: str) -> int:
         """How many partitions a topic has. Raises `UnknownTopicError`."""
+
+    async def found_topics(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
+        """Of these topics those that are there, with their settings; None: all of ours, at every site. Raises `BusError`."""
 
     async def end_offsets(self, topic: str) -> dict[int, int]:
         """The offset that the next record of each partition will get. Raises `UnknownTopicError`."""

@@ -9,7 +9,7 @@ from bus import topics
 from bus.errors import InvariantError
 from bus.frame_keys import FrameKeys
 from bus.identity import Key, satisfy
-from bus.port import Bus, Headers, Member, Payload, Position, Reader, RebalanceCallback, TopicPartition
+from bus.port import Bus, FoundTopic, Headers, Member, Payload, Position, Reader, RebalanceCallback, TopicPartition
 from bus.topics import TopicSpec
 
 
@@ -44,6 +44,9 @@ class SignedBus:
 
     async def partitions(self, topic: str) -> int:
         return await self.bus.partitions(topic)
+
+    async def found_topics(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
+        return await self.bus.found_topics(names)
 
     async def end_offsets(self, topic: str) -> dict[int, int]:
         return await self.bus.end_offsets(topic)

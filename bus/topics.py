@@ -138,6 +138,11 @@ def row(name: str) -> Topic:
     raise KeyError(name)
 
 
+def is_ours(name: str) -> bool:
+    """Whether a topic of this name is of the table, or an edge's."""
+    return name.startswith("deepar.activations.") or any(topic.name == name for topic in TABLE)
+
+
 def specs(edges: Iterable[str] = (), partitions: Partitions | None = None) -> list[TopicSpec]:
     """Every topic that a system with these edges needs."""
     edges = tuple(edges)

@@ -40,11 +40,13 @@ class Operation(StrEnum):
     WRITE = "WRITE"
     CREATE = "CREATE"
     DESCRIBE = "DESCRIBE"
+    DESCRIBE_CONFIGS = "DESCRIBE_CONFIGS"
 
 
 # Numbers of Kafka's protocol, from its Java classes ResourceType, AclOperation, PatternType and AclPermissionType.
 _RESOURCE_CODE = {Resource.TOPIC: 2, Resource.GROUP: 3, Resource.CLUSTER: 4}
 _OPERATION_CODE = {Operation.READ: 3, Operation.WRITE: 4, Operation.CREATE: 5, Operation.DESCRIBE: 8}
+_OPERATION_CODE[Operation.DESCRIBE_CONFIGS] = 10
 _LITERAL, _ALLOW, _ANY_HOST = 3, 3, "*"
 
 
@@ -96,6 +98,10 @@ def _entries(role: str, edges: Iterable[str]) -> list[Entry]:
                 found.add(Entry(Resource.TOPIC, name, Operation.READ))
             if role in row.writers:
                 found.add(Entry(Resource.TOPIC, name, Operation.WRITE))
+            if role in row.readers or role in row.writers:
+                found.add(
+                    Entry(Resource.TOPIC, name, Operation.DESCRIBE_CONFIGS)
+                )  # to refuse a topic that is set wrong
     if role == EDGE:
         found |= {Entry(Resource.GROUP, edge_group(edge), Operation.READ) for edge in edges}
     if role == "cloud":
@@ -126,9 +132,14 @@ def as_commands(granted: Mapping[str, Sequence[Entry]], bootstrap: str) -> list[
             about = "--cluster" if entry.resource is Resource.CLUSTER else f"--{entry.resource.lower()} '{entry.name}'"
             lines.append(
                 f"kafka-acls.sh --bootstrap-server {bootstrap} --command-config admin.properties --add"
-                f" --allow-principal 'User:{user}' --operation {entry.operation.capitalize()} {about}"
+                f" --allow-principal 'User:{user}' --operation {_as_word(entry.operation)} {about}"
             )
     return lines
+
+
+def _as_word(operation: Operation) -> str:
+    """As Kafka's tools spell it: DescribeConfigs."""
+    return "".join(part.capitalize() for part in operation.split("_"))
 
 
 class _CreateMany(CreateAclsRequest):  # type: ignore[misc]

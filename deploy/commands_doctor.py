@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -18,9 +17,11 @@ from bus.errors import DeeparError, UnknownTopicError
 from bus.kafka import KafkaBus
 from bus.kafka_connection import KafkaConnection
 from bus.port import Bus
-from deploy import identity_checks, machine_checks, region_checks, site_checks, size_checks
+from deploy import identity_checks, machine_checks, region_checks, site_checks, size_checks, topic_checks
 from deploy.machine_checks import Check
 from deploy.process import EXIT_FAILED, run_on_uvloop
+
+MARKS = {"ok": "[green]ok  [/]", "warning": "[bold yellow]WARN[/]", "failed": "[bold red]BAD [/]"}
 
 # Nothing here may import the runtime at its head: that it cannot be imported is one of the findings.
 
@@ -43,9 +44,10 @@ def doctor(
         ),
     ] = None,
 ) -> None:
-    """Check this machine, the broker, topics and sizes of records, planners, nodes and clocks; exit 1 if something is wrong.
+    """Check this machine, the broker, topics and sizes of records, planners, nodes and clocks.
 
-    It listens to the nodes for some seconds, to hear who is alive and whose clock is wrong. Each finding says what to do.
+    Each check is ok, WARN (it works, and still something should be done) or BAD. Exit 1 if any is BAD, else 0. It listens to
+    the nodes for some seconds, to hear who is alive and whose clock is wrong. Each finding says what to do.
 
     Example: `deepar doctor --model alexnet`
     """
@@ -53,16 +55,25 @@ def doctor(
     with Console(stderr=True).status("looking at this machine, then at the system; some seconds"):
         checks = run_on_uvloop(examine(connection, models or ["lenet"]))
     if as_json:
-        sys.stdout.write(json.dumps({"checks": [asdict(check) for check in checks]}) + "\n")
+        sys.stdout.write(json.dumps({"checks": [_as_json(check) for check in checks]}) + "\n")
     else:
         console = Console(highlight=False)
         for check in checks:
-            mark = "[green]ok  [/]" if check.ok else "[bold red]BAD [/]"
-            console.print(f"{mark} {check.name:<10} {escape(check.detail)}", soft_wrap=True)
-            if not check.ok and check.remedy:
+            console.print(f"{MARKS[check.state]} {check.name:<10} {escape(check.detail)}", soft_wrap=True)
+            if check.state != "ok" and check.remedy:
                 console.print(f"                [cyan]{escape(check.remedy)}[/]", soft_wrap=True)
     if not all(check.ok for check in checks):
         raise typer.Exit(EXIT_FAILED)
+
+
+def _as_json(check: Check) -> dict[str, object]:
+    return {
+        "name": check.name,
+        "ok": check.ok,
+        "state": check.state,
+        "detail": check.detail,
+        "remedy": check.remedy,
+    }
 
 
 async def examine(connection: KafkaConnection, models: Sequence[str]) -> list[Check]:
@@ -79,7 +90,7 @@ async def examine(connection: KafkaConnection, models: Sequence[str]) -> list[Ch
             checks.append(Check("broker", True, f"Kafka at {connection.bootstrap_servers} answers"))
             checks += await size_checks.look(connection)
             checks += await site_checks.look(bus)
-            for look in (region_checks.missing_topics, region_checks.regions):
+            for look in (topic_checks.missing, topic_checks.settings, region_checks.regions):
                 checks += await _look(look, bus)
     except DeeparError as error:
         checks.append(Check("broker", False, str(error), error.remedy or "deepar broker starts one here"))
@@ -90,4 +101,4 @@ async def _look(look: Callable[[Bus], Awaitable[list[Check]]], bus: Bus) -> list
     try:
         return await look(bus)
     except UnknownTopicError:
-        return []  # `missing_topics` has told
+        return []  # `topic_checks.missing` has told

@@ -1,4 +1,4 @@
-"""`deepar topics`: create what the flow needs, or show it."""
+"""`deepar topics`: create what the flow needs, repair its settings, or show it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bus import topics
+from bus import kafka_settings, topic_settings, topics
+from bus.kafka import KafkaBus
+from bus.kafka_connection import KafkaConnection
 from bus.topics import Partitions
 from deploy import nodes
 from deploy.options import Bootstrap
 from deploy.process import run_on_uvloop
 
-topics_app = typer.Typer(no_args_is_help=True, help="Create or list the topics.")
+topics_app = typer.Typer(no_args_is_help=True, help="Create, repair or list the topics.")
 
 
 @topics_app.command("create")
@@ -37,6 +39,28 @@ def topics_create(
             await nodes.create_missing_topics(bus, edges or [], partitions)
             for spec in topics.specs(edges or [], partitions):
                 typer.echo(f"{spec.name}  {await bus.partitions(spec.name)} partition(s)")
+
+    run_on_uvloop(main())
+
+
+@topics_app.command("repair")
+def topics_repair(bootstrap_servers: Bootstrap = None) -> None:
+    """Set what the table of topics demands on every topic that differs, at every site; needs the right to alter topics.
+
+    Records that a wrong setting has already deleted do not come back.
+
+    Example: `deepar topics repair`
+    """
+
+    async def main() -> None:
+        connection = KafkaConnection.from_env(bootstrap_servers=bootstrap_servers)
+        async with KafkaBus(connection) as bus:
+            wrong = topic_settings.contradictions(await bus.found_topics())
+            await kafka_settings.repair(connection, wrong)
+            for one in wrong:
+                typer.echo(f"{one.topic}  {one.key}={one.repair} (was {one.found})")
+            if not wrong:
+                typer.echo("every topic is set as the table of topics says")
 
     run_on_uvloop(main())
 

@@ -26,9 +26,15 @@ class Check:
     """One thing that was looked at."""
 
     name: str
-    ok: bool
+    ok: bool  # False: something does not work, and the doctor's exit code is 1
     detail: str
     remedy: str = ""
+    warning: bool = False  # it works, and still something should be done
+
+    @property
+    def state(self) -> str:
+        """`ok`, `warning` or `failed`."""
+        return "failed" if not self.ok else "warning" if self.warning else "ok"
 
 
 def python() -> Check:

@@ -9,7 +9,7 @@ from functools import partial
 
 import structlog
 
-from bus import topics
+from bus import topic_settings, topics
 from bus.errors import BusError, BusUnavailableError, ConfigError, UnknownTopicError
 from bus.identity import Master
 from bus.kafka import KafkaBus
@@ -45,8 +45,8 @@ async def create_missing_topics(bus: Bus, edges: Sequence[str] = (), partitions:
 
 
 async def require_region(bus: Bus, region: int, edges: Sequence[str] = ()) -> None:
-    """Create the topics that are missing, where this user may. Raises `ConfigError` where they still are, or have no
-    partition for the region.
+    """Create the topics that are missing, where this user may. Raises `ConfigError` where they still are, have no
+    partition for the region, or are set against the table of topics.
     """
     try:
         await create_missing_topics(bus, edges)
@@ -60,6 +60,7 @@ async def require_region(bus: Bus, region: int, edges: Sequence[str] = ()) -> No
         raise ConfigError("the topics are not there", remedy="create them: deepar topics create") from None
     if region >= regions:
         raise ConfigError(f"there is no region {region}: the topics have {regions}, counted from 0")
+    topic_settings.require(await bus.found_topics(spec.name for spec in topics.specs(edges)))
 
 
 def node_settings(options: NodeOptions, *, region: int, lease_s: float) -> NodeSettings:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from bus import messages, topics
 from bus.decisions import DecisionLog, Dropped
-from bus.errors import ProtocolError, UnknownTopicError
+from bus.errors import ProtocolError
 from bus.messages import EventMessage, NodeAnnounced, NodeHeartbeat, NodeLeft
 from bus.port import Bus, Record
 from bus.units import format_seconds
@@ -46,19 +46,6 @@ class Seen:
         leases = [leader.log.lease_s for leader in self.leaders if leader.log.epoch and not leader.log.left]
         leases += [announced.lease_s for announced, _ in self.nodes.values()]
         return min(LONGEST_LISTENING_S, max(leases) / SIGNS_PER_LEASE + 1.0) if leases else 0.0
-
-
-async def missing_topics(bus: Bus) -> list[Check]:
-    """Whether the topics of the table are there (those of edges are made by the edges)."""
-    missing = []
-    for spec in topics.specs():
-        try:
-            await bus.partitions(spec.name)
-        except UnknownTopicError:
-            missing.append(spec.name)
-    if missing:
-        return [Check("topics", False, f"missing: {', '.join(missing)}", "deepar topics create")]
-    return [Check("topics", True, "all there")]
 
 
 async def regions(bus: Bus) -> list[Check]:
@@ -178,10 +165,12 @@ def _nodes(seen: Seen) -> Check:
     detail = ", ".join(f"{roles.count(role)} {role.value}(s)" for role in (Role.DEVICE, Role.EDGE, Role.CLOUD))
     awaited = {name for name, (node, _) in seen.nodes.items() if node.lease_s / SIGNS_PER_LEASE < LONGEST_LISTENING_S}
     silent = sorted(awaited - seen.clock_off_s.keys())
-    if silent:
-        detail += f"; announced and silent now: {', '.join(silent)}"
     alive = bool(seen.nodes.keys() & seen.clock_off_s.keys()) or len(seen.nodes) > len(awaited)
-    return Check("nodes", alive, detail, "start some: deepar stage device|edge|cloud")
+    if not silent:
+        return Check("nodes", alive, detail, "start some: deepar stage device|edge|cloud")
+    detail += f"; announced and silent now: {', '.join(silent)}"
+    remedy = "start them again: deepar stage device|edge|cloud; one that was taken away for good can be ignored"
+    return Check("nodes", alive, detail, remedy, warning=True)
 
 
 def clock_checks(seen: Seen, now_s: float) -> list[Check]:

@@ -5,34 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bus import topics
-from bus.dead_letter import DEAD_LETTER_VALUE_BYTES
 from bus.errors import BusError
-from bus.frames import MAX_FRAME_BYTES
 from bus.kafka_connection import KafkaConnection
 from bus.kafka_limits import BrokerLimits, SiteLimits, read_limits
 from bus.kafka_readers import FETCH_BYTES
-from bus.limits import record_bytes
-from bus.messages import MAX_MESSAGE_BYTES
-from bus.topics import Payload
+from bus.topic_settings import needed_bytes
 from deploy.machine_checks import Check
 
 NAME = "sizes"
-KEY_BYTES = 200
-"""The longest name that a key can be."""
-HEADERS_BYTES = 2048
-"""More than the headers of any record of ours take."""
-
-
-def needed_bytes(topic: str) -> int:
-    """The largest record that we may put on a topic, as Kafka counts."""
-    value_bytes = {
-        Payload.MSGPACK: MAX_FRAME_BYTES,
-        Payload.JSON: MAX_MESSAGE_BYTES,
-        Payload.ORIGINAL: DEAD_LETTER_VALUE_BYTES,
-    }[topics.row(topic).payload]
-    return record_bytes(value_bytes, KEY_BYTES, ()) + HEADERS_BYTES
-
-
 NEEDED_BYTES = max(needed_bytes(topic.name) for topic in topics.TABLE)
 
 

@@ -197,8 +197,9 @@ def doctor(*words: str, **environment: str) -> tuple[int, dict[str, dict[str, ob
     )
     assert done.stdout, done.stderr
     checks = json.loads(done.stdout)["checks"]
-    assert all(check.keys() == {"name", "ok", "detail", "remedy"} for check in checks)
-    assert all(check["ok"] or check["remedy"] for check in checks)
+    assert all(check.keys() == {"name", "ok", "state", "detail", "remedy"} for check in checks)
+    assert all(check["state"] == "ok" or check["remedy"] for check in checks)
+    assert all(check["ok"] == (check["state"] != "failed") for check in checks)
     return done.returncode, {check["name"]: check for check in checks}
 
 

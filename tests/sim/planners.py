@@ -14,7 +14,7 @@ from bus.errors import BusError
 from bus.identity import Master, Speaker
 from bus.memory import MemoryBroker, MemoryBus
 from bus.messages import Decision, NodeAnnounced, Start, TaskCompleted, TaskSubmitted
-from bus.port import Bus, Member, Payload, Position, Reader, Record, TopicPartition
+from bus.port import Bus, FoundTopic, Member, Payload, Position, Reader, Record, TopicPartition
 from bus.signed import signed
 from bus.topics import TopicSpec
 from bus.values import Parts, Role
@@ -93,6 +93,9 @@ class FragileBus:
 
     async def partitions(self, topic: str) -> int:
         return await self.inner.partitions(topic)
+
+    async def found_topics(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
+        return await self.inner.found_topics(names)
 
     async def post(self, topic: str, value: Payload | None, **more: Any) -> Awaitable[Position]:
         return await self.around(lambda: self.inner.post(topic, value, **more))

@@ -38,7 +38,7 @@ def test_a_device_may_send_to_the_edges_named_and_reads_nothing_there() -> None:
 
 def test_tools_only_read_and_the_admin_only_creates() -> None:
     roles = acls.roles(["e1"])
-    assert {entry.operation for entry in roles["tools"]} == {Operation.READ}
+    assert {entry.operation for entry in roles["tools"]} == {Operation.READ, Operation.DESCRIBE_CONFIGS}
     assert {entry.operation for entry in roles["admin"]} == {Operation.CREATE, Operation.DESCRIBE}
     assert allowed(roles["admin"], Operation.CREATE) == {spec.name for spec in topics.specs(["e1"])}
 
@@ -57,6 +57,7 @@ def test_users_get_the_list_of_their_role() -> None:
     commands = acls.as_commands(granted, "broker:9093")
     assert len(commands) == sum(map(len, granted.values()))
     assert all("--resource-pattern-type" not in command for command in commands)  # literal is the default
+    assert any("'User:x' --operation DescribeConfigs --topic 'deepar.nodes'" in command for command in commands)
     assert any("'User:x' --operation Read --group 'deepar.edge.e1'" in command for command in commands)
 
 

@@ -1,0 +1,237 @@
+"""What the settings of a topic must be, derived from the table of topics, and the command that repairs one that differs.
+
+Creation, the check before a service starts, `deepar doctor` and `deepar topics repair` all use these rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from bus import topics
+from bus.dead_letter import DEAD_LETTER_VALUE_BYTES
+from bus.errors import ConfigError
+from bus.frames import MAX_FRAME_BYTES
+from bus.limits import record_bytes
+from bus.messages import MAX_MESSAGE_BYTES
+from bus.port import FoundTopic
+from bus.topics import Payload, Topic, TopicSpec
+
+PARTITIONS = "partitions"
+"""What the count of partitions is called here, beside Kafka's names of settings."""
+
+KEY_BYTES = 200
+"""The longest name that a key can be."""
+HEADERS_BYTES = 2048
+"""More than the headers of any record of ours take."""
+READABLE_COMPRESSION = ("producer", "uncompressed", "gzip")
+"""What every client of ours can read; the other codecs need libraries that may not be installed."""
+ANY_TIME_MS = (1 << 63) - 1
+LEAST_SEGMENT_MS = 60_000
+"""A partition that begins a file more often makes its broker run out of open files."""
+
+REPAIR = "deepar topics repair"
+
+
+class Judged(Enum):
+    """How a value is compared with the one that is needed."""
+
+    EXACTLY = "exactly"
+    AT_LEAST = "at least"  # -1 is no limit
+    ONE_OF = "one of"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One setting of a topic and what it must be."""
+
+    key: str  # Kafka's name
+    needed: tuple[str, ...]  # the first is what a repair sets
+    judged: Judged
+    why: str  # what goes wrong otherwise
+    fatal: bool = True  # whether services refuse to start; else only `deepar doctor` warns
+
+    def holds(self, value: str) -> bool:
+        """Whether a value that was found is good enough."""
+        if self.judged is not Judged.AT_LEAST:
+            return value in self.needed
+        return _limit(value) >= _limit(self.needed[0])
+
+    def __str__(self) -> str:
+        return {
+            Judged.EXACTLY: self.needed[0],
+            Judged.AT_LEAST: self.needed[0] if self.needed[0] == "-1" else f"{self.needed[0]} or more",
+            Judged.ONE_OF: f"one of {', '.join(self.needed)}",
+        }[self.judged]
+
+
+@dataclass(frozen=True, slots=True)
+class Contradiction:
+    """A setting of a topic that the table of topics does not allow."""
+
+    servers: str  # where
+    topic: str
+    key: str  # Kafka's name of the setting, or `PARTITIONS`
+    found: str
+    needed: str  # for people
+    repair: str  # the value that a repair sets
+    why: str
+    fatal: bool
+
+    def __str__(self) -> str:
+        return f"{self.topic} has {self.key}={self.found}, needed is {self.needed}: {self.why}"
+
+    @property
+    def command(self) -> str:
+        """The call of Kafka's own tools that repairs it."""
+        if self.key == PARTITIONS:
+            return (
+                f"kafka-topics.sh --bootstrap-server {self.servers} --alter --topic {self.topic}"
+                f" --partitions {self.repair}"
+            )
+        return (
+            f"kafka-configs.sh --bootstrap-server {self.servers} --alter --entity-type topics"
+            f" --entity-name {self.topic} --add-config {self.key}={self.repair}"
+        )
+
+
+def needed_bytes(topic: str) -> int:
+    """The largest record that we may put on a topic, as Kafka counts."""
+    value_bytes = {
+        Payload.MSGPACK: MAX_FRAME_BYTES,
+        Payload.JSON: MAX_MESSAGE_BYTES,
+        Payload.ORIGINAL: DEAD_LETTER_VALUE_BYTES,
+    }[topics.row(topic).payload]
+    return record_bytes(value_bytes, KEY_BYTES, ()) + HEADERS_BYTES
+
+
+def rules(topic: str) -> list[Rule]:
+    """What the settings of a topic of the table must be. Raises KeyError for another topic."""
+    row = topics.row(topic)
+    size = str(needed_bytes(topic))
+    return [
+        *_keeping(row),
+        Rule("max.message.bytes", (size,), Judged.AT_LEAST, "it refuses our largest records"),
+        Rule("segment.bytes", (size,), Judged.AT_LEAST, "a record must fit into one file"),
+        Rule("compression.type", READABLE_COMPRESSION, Judged.ONE_OF, "our consumers cannot read other codecs"),
+        Rule(
+            "segment.ms",
+            (str(LEAST_SEGMENT_MS),),
+            Judged.AT_LEAST,
+            "the broker runs out of open files",
+            fatal=False,
+        ),
+        Rule(
+            "message.timestamp.after.max.ms",
+            (str(ANY_TIME_MS),),
+            Judged.AT_LEAST,
+            "it refuses the records of a machine whose clock is further ahead",
+            fatal=False,
+        ),
+        Rule(
+            "message.timestamp.type",
+            ("CreateTime",),
+            Judged.EXACTLY,
+            "deepar doctor cannot see whose clock is wrong",
+            fatal=False,
+        ),
+    ]
+
+
+def _keeping(row: Topic) -> list[Rule]:
+    """How long records stay."""
+    lost = "records are deleted that are still needed"
+    policy = "compact" if row.compacted else "delete"
+    kept = [Rule("cleanup.policy", (policy,), Judged.EXACTLY, lost)]
+    if not row.compacted:
+        kept.append(Rule("retention.ms", (str(_retention_ms(row.retention_s)),), Judged.AT_LEAST, lost))
+        kept.append(Rule("retention.bytes", (str(row.retention_bytes),), Judged.AT_LEAST, lost))
+    return kept
+
+
+def created_with(spec: TopicSpec, *, older_kafka: bool = False) -> dict[str, str]:
+    """The settings of a new topic. `older_kafka`: without what Kafka knows since 3.6 only."""
+    settings = {} if older_kafka else {"message.timestamp.after.max.ms": str(ANY_TIME_MS)}
+    if spec.compacted:
+        return settings | {"cleanup.policy": "compact"}
+    return settings | {
+        "cleanup.policy": "delete",
+        "retention.ms": str(_retention_ms(spec.retention_s)),
+        "retention.bytes": str(spec.retention_bytes),
+    }
+
+
+def _retention_ms(retention_s: int) -> int:
+    return retention_s * 1000 if retention_s >= 0 else -1
+
+
+KEYS = (*dict.fromkeys(rule.key for row in topics.TABLE for rule in rules(row.name)), "min.insync.replicas")
+"""What is asked of every topic."""
+
+
+def contradictions(found: Iterable[FoundTopic]) -> list[Contradiction]:
+    """What is set on topics of the table against it. Settings that this user may not see are taken as right."""
+    known = [topic for topic in found if topics.is_ours(topic.name)]
+    wrong = []
+    for topic in known:
+        for rule in rules(topic.name):
+            value = topic.settings.get(rule.key)
+            if value is not None and not rule.holds(value):
+                wrong.append(
+                    Contradiction(
+                        topic.servers, topic.name, rule.key, value, str(rule), rule.needed[0], rule.why, rule.fatal
+                    )
+                )
+        wrong += _insync(topic)
+    return [*wrong, *_regions(known)]
+
+
+def _insync(topic: FoundTopic) -> Iterable[Contradiction]:
+    """More copies demanded of a write than there are: brokers before Kafka 4 refuse every record then."""
+    value = topic.settings.get("min.insync.replicas")
+    if value is not None and int(value) > topic.copies:
+        needed, why = f"at most {topic.copies} (its copies)", "brokers before Kafka 4 refuse every record"
+        copies = str(topic.copies)
+        yield Contradiction(topic.servers, topic.name, "min.insync.replicas", value, needed, copies, why, False)
+
+
+def _regions(found: Iterable[FoundTopic]) -> Iterable[Contradiction]:
+    """A region is a partition of every control topic, so all must have as many; partitions can only be added."""
+    control = [topic for topic in found if topic.name in topics.CONTROL_TOPICS]
+    regions = max((topic.partitions for topic in control), default=0)
+    for topic in control:
+        if topic.partitions < regions:
+            most = next(other.name for other in control if other.partitions == regions)
+            needed, why = f"{regions}, as {most} has", "a region is one partition of every control topic"
+            yield Contradiction(
+                topic.servers, topic.name, PARTITIONS, str(topic.partitions), needed, str(regions), why, True
+            )
+
+
+def require(found: Iterable[FoundTopic]) -> None:
+    """Raises `ConfigError` where settings contradict the table so that records would be lost or refused."""
+    wrong = [one for one in contradictions(found) if one.fatal]
+    if wrong:
+        raise ConfigError(
+            "; ".join(map(str, wrong)), remedy="\n  ".join([f"{REPAIR}, or:", *(one.command for one in wrong)])
+        )
+
+
+def _limit(value: str) -> float:
+    """A limit as a number, -1 as none at all."""
+    number = int(value)
+    return float("inf") if number == -1 else number
+
+
+__all__ = [
+    "KEYS",
+    "PARTITIONS",
+    "Contradiction",
+    "Rule",
+    "contradictions",
+    "created_with",
+    "needed_bytes",
+    "require",
+    "rules",
+]

@@ -1,0 +1,84 @@
+"""On a real Kafka: topics that are set wrong are refused, named by the doctor, and repaired by one command."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from pathlib import Path
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+from bus import topics
+from bus.kafka import KafkaBus
+from bus.kafka_connection import KafkaConnection
+from bus.topics import TopicSpec
+from deploy import nodes
+from deploy.commands_doctor import examine
+from tests.integration.deepar_processes import Processes
+from tests.kafka_broker import Broker, OwnBroker
+
+PLANTED = {
+    topics.DECISIONS: {"cleanup.policy": "compact"},
+    topics.SNAPSHOTS: {"cleanup.policy": "delete", "segment.bytes": "1048576"},
+    topics.TASKS: {"retention.ms": "60000", "max.message.bytes": "5000"},
+    topics.RESULTS: {"compression.type": "lz4"},
+}
+
+
+async def test_topics_that_are_set_wrong_are_refused_named_and_repaired(kafka_own: OwnBroker, tmp_path: Path) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka_own.bootstrap)
+    await admin.start()
+    try:
+        await admin.create_topics(
+            [NewTopic(name, 1, 1, topic_configs=settings) for name, settings in PLANTED.items()]
+            + [NewTopic(topics.EVENTS, 2, 1)]
+        )
+    finally:
+        await admin.close()
+    connection = KafkaConnection(bootstrap_servers=kafka_own.bootstrap)
+    with Processes(kafka_own.bootstrap, tmp_path) as processes:
+        for command in (("planner",), ("stage", "cloud", "--model", "lenet")):
+            ended = processes.run(*command)
+            assert ended.returncode == 2, ended.stderr
+            for said in (
+                "deepar.decisions has cleanup.policy=compact, needed is delete",
+                "deepar.tasks has retention.ms=60000, needed is 604800000 or more",
+                "deepar.tasks has max.message.bytes=5000",
+                "deepar.results has compression.type=lz4, needed is one of producer",
+                "deepar.tasks has partitions=1, needed is 2",
+                "deepar topics repair",
+                f"kafka-configs.sh --bootstrap-server {kafka_own.bootstrap} --alter",
+                "--entity-name deepar.decisions --add-config cleanup.policy=delete",
+            ):
+                assert said in ended.stderr, ended.stderr
+            assert "Traceback" not in ended.stderr
+        checks = [check for check in await examine(connection, []) if check.name == "topics" and not check.ok]
+        assert {check.detail.split()[0] for check in checks} == {
+            topics.NODES, topics.TASKS, topics.DECISIONS, topics.SNAPSHOTS, topics.RESULTS
+        }  # fmt: skip
+        assert all(check.remedy.startswith("deepar topics repair, or: kafka-") for check in checks)
+        repaired = processes.run("topics", "repair")
+        assert repaired.returncode == 0, repaired.stderr
+        assert "deepar.decisions  cleanup.policy=delete (was compact)" in repaired.stdout
+        again = processes.run("topics", "repair")
+        assert "every topic is set as the table of topics says" in again.stdout, again.stdout + again.stderr
+    async with KafkaBus(connection) as bus:
+        await nodes.require_region(bus, 1)
+        (snapshots,) = await bus.found_topics([topics.SNAPSHOTS])
+    assert snapshots.partitions == 2
+    checks = [check for check in await examine(connection, []) if check.name in ("topics", "sizes")]
+    assert [check.state for check in checks] == ["ok"] * len(checks), checks
+
+
+async def test_a_record_of_a_machine_whose_clock_is_days_ahead_is_taken(kafka: Broker) -> None:
+    async with KafkaBus(KafkaConnection(bootstrap_servers=kafka.bootstrap)) as bus:
+        topic = f"ahead-{uuid.uuid4().hex[:8]}"
+        await bus.create_topics([TopicSpec(topic, 1)])
+    producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap)
+    await producer.start()
+    try:
+        tomorrow_ms = int((time.time() + 3 * 86400) * 1000)
+        assert (await producer.send_and_wait(topic, b"x", timestamp_ms=tomorrow_ms)).offset == 0
+    finally:
+        await producer.stop()
