@@ -8,6 +8,7 @@ when the old one has settled or was cut off, so records that one task posts to o
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from functools import partial
 from typing import Any
@@ -41,6 +42,8 @@ class KafkaSender:
         self._waiting: deque[tuple[float, asyncio.Future[Position]]] = deque()  # deadline, acknowledgement
         self._watch: asyncio.TimerHandle | None = None
         self._retiring: asyncio.Task[None] | None = None
+        self._reviving: asyncio.Task[None] | None = None
+        self._delivered = 0  # records acknowledged, late ones included
         self._closed = False
         self.replaced = 0  # producers that had to go
 
@@ -87,6 +90,8 @@ class KafkaSender:
             await asyncio.wait([self._retiring])
         if producer is not None:
             await _finish(producer)
+        if self._reviving is not None:
+            self._reviving.cancel()
         if self._watch is not None:
             self._watch.cancel()
         self._fail_waiting(BusError("the bus was closed before the record was acknowledged"))
@@ -103,6 +108,8 @@ class KafkaSender:
         error = None if sent.cancelled() else sent.exception()
         if error is not None:
             self._retire(producer)
+        elif not sent.cancelled():
+            self._delivered += 1
         if acknowledged.done():
             return
         if error is not None:
@@ -146,9 +153,10 @@ class KafkaSender:
 
     def _made(self) -> AIOKafkaProducer:
         producer = AIOKafkaProducer(**self._settings())
-        # A broker that stops politely leaves its partitions without a leader. aiokafka gives batches up that found none for
-        # a request's time; with ours they wait as long as for a broker that was killed. There is no setting for it.
-        producer._message_accumulator._batch_ttl = self._connection.delivery_timeout_s
+        # aiokafka fails a whole batch whose partition has no leader (a broker that stops politely leaves it so) once the
+        # batch's first record is older than a request's time. Here every record has a deadline of its own, see `_look`.
+        # There is no setting for it.
+        producer._message_accumulator._batch_ttl = math.inf
         return producer
 
     def _settings(self) -> dict[str, Any]:
@@ -167,25 +175,48 @@ class KafkaSender:
             self._retiring = asyncio.get_running_loop().create_task(_finish(producer))
 
     def _look(self) -> None:
-        """Whether the oldest record has waited too long; aiokafka would wait for ever."""
-        waiting = self._waiting
-        while waiting and waiting[0][1].done():
-            waiting.popleft()
+        """Fail the records whose own time is over; aiokafka would wait for ever. Younger ones still have theirs."""
+        loop, waiting = asyncio.get_running_loop(), self._waiting
         self._watch = None
-        if not waiting:
-            return
-        loop = asyncio.get_running_loop()
-        if loop.time() < waiting[0][0]:
+        expired = False
+        while waiting and (waiting[0][1].done() or waiting[0][0] <= loop.time()):
+            _, acknowledged = waiting.popleft()
+            if not acknowledged.done():
+                expired = True
+                acknowledged.set_exception(self._overdue())
+        if waiting:
             self._watch = loop.call_later(_LOOK_S, self._look)
+        producer = self._producer
+        if not expired or producer is None:
             return
-        producer, self._producer = self._producer, None
-        if producer is not None:
-            self.replaced += 1
-            self._retiring = loop.create_task(_cut_off(producer))
+        if not waiting:  # there is nothing to lose
+            self._drop(producer)
+        elif self._reviving is None or self._reviving.done():
+            self._reviving = loop.create_task(self._revive(producer))
+
+    async def _revive(self, producer: AIOKafkaProducer) -> None:
+        """Replace a producer that delivers nothing although its broker answers again."""
+        try:
+            await self._connection.check(self._servers)
+        except BusError:
+            return  # a new producer would deliver no more than this one
+        delivered = self._delivered
+        await asyncio.sleep(_SETTLE_S)
+        if producer is self._producer and delivered == self._delivered:
+            self._drop(producer)
+
+    def _drop(self, producer: AIOKafkaProducer) -> None:
+        """End the current producer with everything that it has not delivered."""
         self._fail_waiting(
-            BusUnavailableError(
-                f"no acknowledgement within {self._connection.delivery_timeout_s:g} s; it may have been written"
-            )
+            BusUnavailableError("the producer delivered nothing and was replaced; it may have been written")
+        )
+        self._producer = None
+        self.replaced += 1
+        self._retiring = asyncio.get_running_loop().create_task(_cut_off(producer))
+
+    def _overdue(self) -> BusUnavailableError:
+        return BusUnavailableError(
+            f"no acknowledgement within {self._connection.delivery_timeout_s:g} s; it may have been written"
         )
 
     def _fail_waiting(self, error: BusError) -> None:

@@ -88,6 +88,12 @@ def replay(
     drain_timeout: Annotated[
         str, typer.Option(help="Give up when no task has ended for so long after the last arrival.")
     ] = "120s",
+    submit_timeout: Annotated[
+        str,
+        typer.Option(
+            help="Time to keep trying to submit a task while the broker is away; then it is not_acknowledged."
+        ),
+    ] = "30s",
     out: Annotated[
         Path | None,
         typer.Option(envvar="DEEPAR_REPLAY_OUT", help="Folder for the files; by default runs/replay-SEED-TIME."),
@@ -138,11 +144,11 @@ def replay(
             )  # fmt: skip
         return plan.scaled(time_scale)
 
-    wait_s = parse_duration(drain_timeout)
+    wait_s, submit_s = parse_duration(drain_timeout), parse_duration(submit_timeout)
     make(["d1"])  # what is wrong with the flags is said before anything is connected
     folder = writable_folder("--out", out or Path(f"runs/replay-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}"))
     named = None if devices is None else [name.strip() for name in devices.split(",")]
-    bus = signed(kafka_bus(bootstrap_servers), submitter_of(identity_key))
+    bus = signed(kafka_bus(bootstrap_servers, delivery_timeout_s=submit_s), submitter_of(identity_key))
     needed = frozenset(mix.models if schedule_file is None else ())
     run = ReplayRun(bus, region, named, needed, make, wait_s, log)
     interrupted = run.play()

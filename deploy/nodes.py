@@ -25,6 +25,7 @@ from deploy.process import until_stopped
 from deploy.result_file import ResultFile
 from deploy.settings import DeviceOptions, EdgeOptions, NodeOptions
 from planner.core import PlannerCore
+from planner.region_state import DEFAULT_PATIENCE_S
 from planner.service import PlannerService
 from stages.device import Device, ResultSink
 from stages.hop import Hop
@@ -34,9 +35,10 @@ from stages.runner import Runner
 log = structlog.get_logger("deepar")
 
 
-def kafka_bus(bootstrap_servers: str | None = None) -> KafkaBus:
+def kafka_bus(bootstrap_servers: str | None = None, *, delivery_timeout_s: float | None = None) -> KafkaBus:
     """A bus on Kafka as the environment describes it. Raises `ConfigError`."""
-    return KafkaBus(KafkaConnection.from_env(bootstrap_servers=bootstrap_servers))
+    connection = KafkaConnection.from_env(bootstrap_servers=bootstrap_servers, delivery_timeout_s=delivery_timeout_s)
+    return KafkaBus(connection)
 
 
 async def create_missing_topics(bus: Bus, edges: Sequence[str] = (), partitions: Partitions | None = None) -> None:
@@ -192,6 +194,7 @@ def make_planner(
     objective: Objective = Objective.PIPELINED,
     execution: Execution = Execution.STREAMING,
     max_waiting: int = 10_000,
+    patience_s: float = DEFAULT_PATIENCE_S,
     lease_s: float = 5.0,
     take_over: bool = False,
     snapshot_every: int = 500,
@@ -201,7 +204,14 @@ def make_planner(
     """A planner's service; with a `master` it demands proofs of identity. Raises `UnknownNameError` for an unknown policy."""
 
     def make_core() -> PlannerCore:
-        return PlannerCore(region, policy=policy, objective=objective, execution=execution, max_waiting=max_waiting)
+        return PlannerCore(
+            region,
+            policy=policy,
+            objective=objective,
+            execution=execution,
+            max_waiting=max_waiting,
+            patience_s=patience_s,
+        )
 
     return PlannerService(
         bus,

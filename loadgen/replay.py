@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -62,7 +61,7 @@ async def replay(
     on_span: SpanSink | None = None,
 ) -> ReplayResult:
     """Submit the schedule and watch until every task has ended, or `drain_timeout_s` have passed without any
-    end.
+    end. While the bus still tries to deliver a task, the replay waits for it: a bus gives up in bounded time.
 
     `progress` is called on every submission and on every record read. `recorder` may be passed in to look at
     the outcomes while, or although, the replay is interrupted. `wall_clock` stamps `submitted_at` for people
@@ -99,7 +98,8 @@ class _Replay:
         self.unreadable = 0
         self._loop = asyncio.get_running_loop()
         self._began_s = 0.0
-        self._changed = asyncio.Event()  # something ended since it was last cleared
+        self._changed = asyncio.Event()  # something was acknowledged or ended since it was last cleared
+        self._unacknowledged = 0  # tasks that the bus still tries to deliver
 
     def now_s(self) -> float:
         """Seconds since the replay began."""
@@ -160,11 +160,15 @@ class _Replay:
             return None
 
     async def _acknowledge(self, task_id: str, acknowledged: Awaitable[Position]) -> None:
+        self._unacknowledged += 1
         try:
             await acknowledged
         except BusError:
             self._lost(task_id)
             return
+        finally:
+            self._unacknowledged -= 1
+            self._changed.set()
         self.recorder.outcomes[task_id].acknowledged_s = self.now_s()
         self._tell(task_id)
 
@@ -181,10 +185,13 @@ class _Replay:
             self.on_span(Span(task_id, SUBMIT, own, parent, begin_s, self._loop.time(), attributes, failed))
 
     async def _drain(self, timeout_s: float) -> None:
-        with suppress(TimeoutError):
-            while self.recorder.ended < len(self.schedule):
+        while self.recorder.ended < len(self.schedule):
+            try:
                 async with asyncio.timeout(timeout_s):
                     await self._change()
+            except TimeoutError:
+                if not self._unacknowledged:
+                    return
 
     async def _change(self) -> None:
         self._changed.clear()

@@ -42,6 +42,10 @@ if [ ! -e "$data/meta.properties" ]; then
     id=${KAFKA_CLUSTER_ID:-A$(head -c 16 /dev/urandom | base64 | tr '+/' '-_' | cut -c 2-22)}
     java -Xmx128m -cp '/opt/kafka/jars/*' kafka.tools.StorageTool format -t "$id" -c "$settings"
 fi
-exec java "-Xmx${KAFKA_HEAP:-512m}" -XX:+ExitOnOutOfMemoryError -Dorg.slf4j.simpleLogger.showDateTime=true \
+archive=/opt/kafka/classes.jsa  # archive.sh made it
+share=
+[ ! -e "$archive" ] || share=-XX:SharedArchiveFile=$archive
+# shellcheck disable=SC2086  # no word at all where there is no archive
+exec java $share "-Xmx${KAFKA_HEAP:-512m}" -XX:+ExitOnOutOfMemoryError -Dorg.slf4j.simpleLogger.showDateTime=true \
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSXXX" \
     -cp '/opt/kafka/jars/*' kafka.Kafka "$settings"

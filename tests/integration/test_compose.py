@@ -19,7 +19,6 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from deploy.broker_handshake import ask
 from deploy.ports import free_port
-from loadgen.outcome import NOT_ACKNOWLEDGED
 from tests import compose_engine
 from tests.compose_engine import COMPOSE_FILE, Engine, NoEngineError
 from tests.integration.topic_ends import held_by_site, topic_ends
@@ -32,6 +31,8 @@ SITES_FILE = COMPOSE_FILE.with_name("docker-compose.sites.yml")
 TASKS = 20
 SERVICES = ("broker", "planner", "cloud", "e1", "e2", "d1", "d2", "d3")
 ARRIVALS_S = 50
+HEALTHY_S = 240.0
+"""What a service that was killed may take to be healthy again."""
 MORE = ("--scale", "device=2")
 """Devices beside those that are named."""
 
@@ -84,7 +85,7 @@ class Deployment:
         found: list[dict[str, Any]] = json.loads(self.engine.docker("inspect", name))
         return found[0]
 
-    def await_healthy(self, service: str, limit_s: float = 240.0) -> None:
+    def await_healthy(self, service: str, limit_s: float = HEALTHY_S) -> None:
         """Return once a service's health check says so."""
         deadline = time.monotonic() + limit_s
         while (state := self.container(service)["State"]["Health"]["Status"]) != "healthy":
@@ -194,11 +195,9 @@ def test_a_whole_deployment_survives_the_kill_of_each_service(deployment: Deploy
         said, errors = replay.communicate(timeout=240)
     assert replay.returncode == 0, errors
     summary = json.loads(said)
-    # A record that no broker took within half a minute was never accepted; of what was, everything is done.
-    refused = summary["causes"].get(NOT_ACKNOWLEDGED, 0)
+    # The replay tries to submit for longer than a service may take to come back: so every task was accepted, and is done.
     assert summary["submitted"] == TASKS, summary
-    assert summary["completed"] == TASKS - refused, summary
-    assert refused <= TASKS // 4, summary
+    assert summary["completed"] == TASKS, summary
 
     deployment("up", "--wait", *MORE, limit_s=180)  # all of them came back
     deployment("up", "--wait", "--scale", "device=0", limit_s=60)
@@ -209,6 +208,7 @@ def test_a_whole_deployment_survives_the_kill_of_each_service(deployment: Deploy
 def _replaying(deployment: Deployment, folder: Path) -> subprocess.Popen[str]:
     """`deepar loadgen replay` on the host, over the port that the compose file opens."""
     command = ["loadgen", "replay", "--tasks", str(TASKS), "--within", f"{ARRIVALS_S}s"]
+    command += ["--submit-timeout", f"{HEALTHY_S + 60:g}s"]
     return subprocess.Popen(
         [sys.executable, "-m", "deploy.cli", *command, "--samples", "10", "--out", str(folder), "--json"],
         env={**os.environ, "KAFKA_BOOTSTRAP_SERVERS": deployment.bootstrap},

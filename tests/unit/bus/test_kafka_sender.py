@@ -1,30 +1,168 @@
-"""A record whose partition has no leader waits for one, as long as for a broker that is away."""
+"""Every record has a time of its own to be acknowledged, whatever becomes of those before it. In virtual time, around a
+producer that the test scripts.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from aiokafka import TopicPartition
-from aiokafka.errors import NotLeaderForPartitionError
+from aiokafka.structs import RecordMetadata, TopicPartition
 
+from bus.errors import BusUnavailableError
 from bus.kafka_connection import KafkaConnection
 from bus.kafka_sender import KafkaSender
+from bus.port import Position
+from loadgen.virtual_loop import run_virtual
 
+DELIVERY_S = 30.0
 WHERE = TopicPartition("t", 0)
 
 
-@pytest.mark.parametrize(("waited_s", "given_up"), [(6.0, False), (29.0, False), (31.0, True)])
-async def test_a_partition_without_a_leader_is_waited_for(waited_s: float, given_up: bool) -> None:
-    connection = KafkaConnection(bootstrap_servers="127.0.0.1:1", delivery_timeout_s=30.0)
-    producer = KafkaSender(connection, "127.0.0.1:1")._made()
+class ScriptedProducer:
+    """Takes records at once and acknowledges them when it is told to."""
+
+    made: list[ScriptedProducer]
+
+    def __init__(self, **settings: object) -> None:
+        self.unsent: list[asyncio.Future[RecordMetadata]] = []
+        self.client = SimpleNamespace(close=self.start)
+        self._sender = SimpleNamespace(sender_task=None)
+        self._message_accumulator = SimpleNamespace(
+            _batch_ttl=0.0, _pending_batches=set(), _batches={}, fail_all=self.fail
+        )
+        self.made.append(self)
+
+    async def start(self) -> None:
+        pass
+
+    stop = start
+
+    async def send(self, *record: object, headers: object) -> asyncio.Future[RecordMetadata]:
+        sent: asyncio.Future[RecordMetadata] = asyncio.get_running_loop().create_future()
+        self.unsent.append(sent)
+        return sent
+
+    def deliver(self) -> None:
+        for offset, sent in enumerate(self.unsent):
+            sent.set_result(RecordMetadata("t", 0, WHERE, offset, 0, 0, 0))
+        self.unsent.clear()
+
+    def fail(self, error: Exception) -> None:
+        for sent in self.unsent:
+            sent.set_exception(error)
+        self.unsent.clear()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[ScriptedProducer]:
+    """The producers that the sender has made, and a broker that answers no handshake."""
+    producers: list[ScriptedProducer] = []
+    monkeypatch.setattr(ScriptedProducer, "made", producers, raising=False)
+    monkeypatch.setattr("bus.kafka_sender.AIOKafkaProducer", ScriptedProducer)
+    answers(monkeypatch, False)
+    return producers
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    """Whether the broker shakes hands."""
+
+    async def check(self: KafkaConnection, servers: str | None = None) -> None:
+        if not there:
+            raise BusUnavailableError("no broker")
+
+    monkeypatch.setattr(KafkaConnection, "check", check)
+
+
+def sender() -> KafkaSender:
+    return KafkaSender(KafkaConnection(bootstrap_servers="b:1", delivery_timeout_s=DELIVERY_S), "b:1")
+
+
+async def post(one: KafkaSender) -> asyncio.Future[Position]:
+    return await one.post("t", 0, None, b"x", (), 1)
+
+
+def play(main: Any) -> None:
+    run_virtual(main, horizon_s=1_000)
+
+
+def test_an_overdue_record_does_not_take_younger_ones_with_it(made: list[ScriptedProducer]) -> None:
+    async def main() -> None:
+        one = sender()
+        posted = []
+        for _ in range(6):
+            posted.append(await post(one))
+            await asyncio.sleep(8)
+        # 48 s of outage: the first three are overdue, the others have waited for at most 24 s
+        assert [record.done() for record in posted] == [True] * 3 + [False] * 3
+        made[0].deliver()
+        await asyncio.sleep(1)
+        for record in posted[:3]:
+            with pytest.raises(BusUnavailableError, match="within 30 s"):
+                record.result()
+        assert [record.result().offset for record in posted[3:]] == [3, 4, 5]
+        assert len(made) == 1
+        await one.close()
+
+    play(main())
+
+
+def test_a_producer_whose_records_are_all_overdue_is_replaced(made: list[ScriptedProducer]) -> None:
+    """What it still holds is not written behind the back of whoever was told that it failed."""
+
+    async def main() -> None:
+        one = sender()
+        first = await post(one)
+        await asyncio.sleep(DELIVERY_S + 5)
+        assert isinstance(first.exception(), BusUnavailableError)
+        assert not made[0].unsent
+        second = await post(one)
+        made[1].deliver()
+        assert (await second).offset == 0
+        await one.close()
+
+    play(main())
+
+
+@pytest.mark.parametrize("delivers", [True, False])
+def test_a_producer_that_is_stuck_while_its_broker_answers_is_replaced(
+    made: list[ScriptedProducer], monkeypatch: pytest.MonkeyPatch, delivers: bool
+) -> None:
+    """One that has only just found its broker again is left alone."""
+    answers(monkeypatch, True)
+
+    async def main() -> None:
+        one = sender()
+        posted = []
+        for _ in range(5):
+            posted.append(await post(one))
+            await asyncio.sleep(6)
+        await asyncio.sleep(2)  # the first is overdue by now, and the broker answers
+        assert len(made) == 1
+        if delivers:
+            made[0].deliver()
+        await asyncio.sleep(5)
+        assert one.replaced == (not delivers)
+        assert isinstance(posted[0].exception(), BusUnavailableError)
+        if delivers:
+            assert [record.result().offset for record in posted[1:]] == [1, 2, 3, 4]
+        else:
+            assert {type(record.exception()) for record in posted} == {BusUnavailableError}
+        await one.close()
+
+    play(main())
+
+
+async def test_aiokafka_gives_no_batch_up_by_its_own_clock() -> None:
+    """A partition without a leader is waited for as long as a broker that is away: each record's own time."""
+    producer = KafkaSender(KafkaConnection(bootstrap_servers="127.0.0.1:1"), "127.0.0.1:1")._made()
     producer._closed = True  # it was never started; aiokafka would warn
     producer._txn_manager.set_pid_and_epoch(7, 0)  # as after its start
     records = producer._message_accumulator
     acknowledged: asyncio.Future[object] = await records.add_message(WHERE, b"key", b"value", 1.0)
-    records._batches[WHERE][0]._ctime -= waited_s
+    records._batches[WHERE][0]._ctime -= 3600.0
     _, leaderless = records.drain_by_nodes(ignore_nodes=[])
     assert leaderless
-    assert acknowledged.done() is given_up
-    if given_up:
-        assert isinstance(acknowledged.exception(), NotLeaderForPartitionError)
+    assert not acknowledged.done()

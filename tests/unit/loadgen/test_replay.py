@@ -30,6 +30,7 @@ from bus.messages import (
 )
 from bus.values import Execution, Kind, Objective, Parts, Placement, Role
 from loadgen import arrivals, metrics, report, schedule
+from loadgen.outcome import NOT_ACKNOWLEDGED
 from loadgen.replay import ReplayResult, replay
 from loadgen.roll_call import await_planner, find_nodes
 from loadgen.source import Mix
@@ -95,10 +96,18 @@ def play(
     prepare: Callable[[ScriptedPlanner], object] | None = None,
     offset: int = 0,
     drain_timeout_s: float = 60,
+    submit_timeout_s: float = 30,
+    away_s: tuple[float, float] | None = None,
 ) -> ReplayResult:
+    """`away_s`: from when to when the broker is away."""
+
     async def main() -> ReplayResult:
         broker = MemoryBroker()
-        async with MemoryBus(broker, "planner") as planner_bus, MemoryBus(broker, "loadgen") as bus:
+        loadgen = MemoryBus(broker, "loadgen", delivery_timeout_s=submit_timeout_s)
+        async with MemoryBus(broker, "planner") as planner_bus, loadgen as bus:
+            if away_s is not None:
+                asyncio.get_running_loop().call_at(away_s[0], broker.pause)
+                asyncio.get_running_loop().call_at(away_s[1], broker.resume)
             await bus.create_topics(topics.specs(["e1"]))
             planner = ScriptedPlanner(planner_bus, service_s, offset=offset)
             planner.states = states or {}
@@ -163,6 +172,16 @@ def test_tasks_without_an_end_are_unfinished_after_the_drain() -> None:
     assert result.unfinished == 1
     assert result.summary["unfinished"] == 1
     assert result.summary["completed"] == 3
+
+
+def test_tasks_that_wait_for_the_broker_are_no_reason_to_give_up() -> None:
+    """A drain timeout counts from the end of an outage, as long as the tasks may still be accepted."""
+    plan = schedule.make(6, arrivals.uniform(4), MIX, ["d0"], seed=4)
+    result = play(plan, lambda task: 0.1, away_s=(3.0, 200.0), submit_timeout_s=300.0)
+    assert result.summary["completed"] == 6
+    result = play(plan, lambda task: 0.1, away_s=(3.0, 200.0), submit_timeout_s=20.0)
+    assert 0 < result.summary["causes"][NOT_ACKNOWLEDGED] < 6
+    assert result.summary["completed"] + result.summary["causes"][NOT_ACKNOWLEDGED] == 6
 
 
 def test_decisions_of_a_stale_planner_are_not_believed() -> None:
