@@ -56,6 +56,7 @@ COMMANDS = (
     _Command("acls", RUN, "deploy.commands_acls", "acls"),
     _Command("identity", RUN, "deploy.commands_identity", "app"),
     _Command("loadgen", RUN, "deploy.commands_loadgen", "app"),
+    _Command("cancel", RUN, "deploy.commands_cancel", "cancel"),
     _Command("tail", SEE, "deploy.commands_tail", "tail_app"),
     _Command("top", SEE, "deploy.commands_top", "top"),
     _Command("ui", SEE, "deploy.commands_ui", "ui"),

@@ -80,6 +80,14 @@ def planner(
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Waiting tasks above this are rejected (queue_full).")
     ] = 10_000,
+    patience: Annotated[
+        str,
+        typer.Option(
+            envvar="DEEPAR_PATIENCE",
+            help="Time that a task may wait for its device, or for any node that can serve it, before it is rejected "
+            "(no_device) or fails (device_lost, no_node).",
+        ),
+    ] = "10min",
     take_over: Annotated[
         bool, typer.Option("--take-over", help="Do not wait until the leading planner is silent.")
     ] = False,
@@ -98,7 +106,7 @@ def planner(
     Example: `deepar planner --policy neurosurgeon --http-port 9100`
     """
     bus = nodes.kafka_bus(bootstrap_servers)
-    lease_s = parse_duration(lease)
+    lease_s, patience_s = parse_duration(lease), parse_duration(patience)
     master = master_of(identity_master)
     if master is not None and trust_everybody:
         raise ConfigError("--trust-everybody and --identity-master exclude each other")
@@ -112,6 +120,7 @@ def planner(
             objective=objective,
             execution=objective.execution,
             max_waiting=max_waiting,
+            patience_s=patience_s,
             lease_s=lease_s,
             take_over=take_over,
             snapshot_every=snapshot_every,

@@ -50,6 +50,7 @@ async def run_up(
                         objective=settings.objective,
                         execution=settings.execution,
                         max_waiting=settings.planner.max_waiting,
+                        patience_s=settings.planner.patience,
                         lease_s=settings.planner.lease,
                         master=master,
                     )

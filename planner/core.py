@@ -11,7 +11,8 @@ recorded changes rebuilds the same state, and with it the same `state_hash`. An 
 So a task starts only when no running task holds what it was promised. What the core does with the odd cases:
 
 * A second submission of a task is ignored while it is among the live or the last `remember_ended` ended ones.
-* A task whose device is not there, or that nothing which is there can serve, is WAITING; after `patience_s` it is FAILED.
+* A task whose device is not there, or that nothing which is there can serve, is WAITING. After `patience_s` it is REJECTED
+  (`no_device`) where its device never came, else FAILED (`device_lost`, `no_node`).
   With every node there that it names and still no candidate, it is REJECTED (`never_fits`, `unreachable`); a device
   without the model: REJECTED, `unknown_model`.
 * A task that cannot start at once is REJECTED (`queue_full`) when `max_waiting` tasks wait or are scheduled.
@@ -150,8 +151,13 @@ class PlannerCore(Membership):
             self._end(self.tasks[heappop(self._deadlines)[2]], TaskState.EXPIRED, now, cause="deadline")
         while self._next_impatience() <= now:
             task = next(iter(self._waiting.values()))
-            if task.submitted.device not in self.nodes:
-                self._end(task, TaskState.FAILED, now, cause="device_lost", detail=task.submitted.device)
+            device = task.submitted.device
+            if device not in self.nodes and task.attempt == 1:
+                detail = f"{device} has not joined for {self.patience_s:g} s"
+                self._end(task, TaskState.REJECTED, now, cause="no_device", detail=detail)
+            elif device not in self.nodes:
+                detail = f"{device} has not come back for {self.patience_s:g} s"
+                self._end(task, TaskState.FAILED, now, cause="device_lost", detail=detail)
             else:
                 self._end(task, TaskState.FAILED, now, cause="no_node", detail="nothing joined that it may use")
 

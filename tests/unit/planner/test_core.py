@@ -136,6 +136,15 @@ def test_patience_ends() -> None:
     core.handle(NodeHeartbeat(node="e1", incarnation="i1"), 55.0)
     assert core.handle(Tick(), 60.9) == []
     ended = only(core.handle(Tick(), 61.0), Ended)
+    assert (ended.state, ended.cause, ended.detail) == (TaskState.REJECTED, "no_device", "d1 has not joined for 60 s")
+
+
+def test_patience_with_a_device_that_does_not_come_back_ends() -> None:
+    core = core_with(edge(lease_s=1000.0), device(), patience_s=60.0)
+    core.handle(task(), 1.0)
+    core.handle(NodeLeft(node="d1", incarnation="i1"), 2.0)
+    assert core.handle(Tick(), 61.9) == []
+    ended = only(core.handle(Tick(), 62.0), Ended)
     assert (ended.state, ended.cause) == (TaskState.FAILED, "device_lost")
 
 

@@ -1,0 +1,78 @@
+"""`deepar cancel`: end tasks before they are done."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bus.signed import signed
+from bus.units import parse_duration
+from deploy.cancelling import End
+from deploy.cancelling import cancel as cancel_tasks
+from deploy.identities import KeyFile, submitter_of
+from deploy.nodes import kafka_bus, require_region
+from deploy.options import AsJson, BootstrapFromEnv
+from deploy.process import EXIT_FAILED, run_on_uvloop
+
+
+def cancel(
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Ids of tasks.")],
+    region: Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Whose planner has the tasks.")] = 0,
+    timeout: Annotated[str, typer.Option(help="Give up when the planner has not answered for so long.")] = "30s",
+    bootstrap_servers: BootstrapFromEnv = None,
+    identity_key: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cancel tasks: each ends as FAILED, cause `cancelled`, and what it held is free.
+
+    A task that has ended stays as it ended, so cancelling twice does no harm. Exit code 1 where the region knows no such
+    task. `deepar tail tasks --exit` names the tasks.
+
+    Example: `deepar cancel t1 t2`
+    """
+    timeout_s = parse_duration(timeout)
+    bus = signed(kafka_bus(bootstrap_servers), submitter_of(identity_key))
+
+    async def run() -> list[End]:
+        async with bus:
+            await require_region(bus, region)
+            return await cancel_tasks(bus, region, tasks, timeout_s=timeout_s)
+
+    ends = run_on_uvloop(run())
+    if as_json:
+        print(json.dumps({"tasks": [_row(end) for end in ends]}))
+    console, log = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+    for end in ends:
+        if end.state is None:
+            what = f"region {region} knows no task {end.task_id}, or it ended long ago"
+            log.print(f"[bold red]error:[/] {what}", markup=True)
+        elif not as_json:
+            console.print(f"{end.task_id}: {_words(end)}", markup=False)
+    if any(end.state is None for end in ends):
+        log.print("  deepar tail tasks --offset start --exit", style="cyan")
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _words(end: End) -> str:
+    if end.cancelled:
+        return "was cancelled before" if end.before else "cancelled"
+    cause = f" ({end.cause})" if end.cause else ""
+    return (
+        f"had ended before: {end.state}{cause}"
+        if end.before
+        else f"ended before it could be cancelled: {end.state}{cause}"
+    )
+
+
+def _row(end: End) -> dict[str, object]:
+    state = None if end.state is None else end.state.value
+    return {
+        "task_id": end.task_id,
+        "state": state,
+        "cause": end.cause,
+        "cancelled": end.cancelled,
+        "before": end.before,
+    }
