@@ -20,6 +20,7 @@ from deploy.demo import POLICIES, SLOWDOWN, Demo, Run, digits_right
 from deploy.demo_picture import draw_run
 from deploy.log_setup import configure_logging
 from deploy.outputs import writable_file
+from deploy.phrases import cut_names
 from deploy.process import EXIT_FAILED, run_on_uvloop
 from loadgen.outcome import Outcome, Recorder
 from planner.policies import load_policy
@@ -156,8 +157,8 @@ def _show(console: Console, runs: list[_Played], report: dict[str, Any], links: 
         place = outcome.placement
         where = cuts = "-"
         if place is not None:
-            where = place.kind.value + (f"\nvia {place.edge}" if place.edge else "")
-            cuts = "\n".join(dict.fromkeys((place.cut1_name, place.cut2_name))) if place.edge else "not cut"
+            where = place.kind.value + (f"\nthrough {place.edge}" if place.edge else "")
+            cuts = "\n".join(cut_names(place.kind, place.cut1_name, place.cut2_name)) or "uncut"
         ended = f"[green]{outcome.delay_s:.2f}[/]" if outcome.delay_s is not None else f"[red]{outcome.state}[/]"
         predicted, measured = (outcome.predicted or Parts()).model_dump(), (outcome.measured or Parts()).model_dump()
         table.add_row(

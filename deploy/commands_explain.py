@@ -20,6 +20,7 @@ from bus.units import format_rate, format_seconds
 from bus.values import Placement
 from deploy import nodes
 from deploy.options import BootstrapFromEnv
+from deploy.phrases import cut_column
 from deploy.process import run_on_uvloop
 from planner.explain import Explanation
 from planner.explain import explain as explain_task
@@ -136,7 +137,7 @@ LACKED_BESIDE_FROM = 120
 
 
 def _cut_names(where: Placement) -> str:
-    return "device alone" if where.edge is None else f"{where.cut1_name}, {where.cut2_name}"
+    return cut_column(where.kind, where.cut1_name, where.cut2_name)
 
 
 def show(found: Explanation, console: Console) -> None:

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bus.errors import ConfigError, UnknownNameError
-from bus.units import format_rate, format_seconds, parse_duration, parse_rate
+from bus.units import format_count, format_rate, format_seconds, parse_duration, parse_rate
 from bus.values import Kind, ModelProfile, Objective, Role
 from deploy.outputs import writable_file
+from deploy.phrases import cut_column
 from loadgen.scenario import parse_size
 from planner.plan import Constraints, Plan, Situation, plans, position_of
 from planner.profiles import PlatformProfiles, load_profile
@@ -168,7 +169,7 @@ PARTS_FROM = 76
 
 def _plan_table(situation: Situation, found: list[Plan], columns: int) -> Table:
     table = Table(
-        title=f"{situation.device.model}, {situation.samples} sample{'s' * (situation.samples != 1)}, "
+        title=f"{situation.device.model}, {format_count(situation.samples, 'sample')}, "
         f"{situation.objective.value}: links {format_rate(situation.link1_bps)} and {format_rate(situation.link2_bps)}",
         title_justify="left",
         box=SIMPLE_HEAD,
@@ -182,19 +183,10 @@ def _plan_table(situation: Situation, found: list[Plan], columns: int) -> Table:
         parts = one.parts.model_dump().values() if columns >= PARTS_FROM else ()
         table.add_row(
             format_seconds(one.delay_s),
-            _cuts(one, situation.device.layers),
+            cut_column(one.kind, one.cut1_name, one.cut2_name),
             *(format_seconds(part) if part else "" for part in parts),
         )
     return table
-
-
-def _cuts(one: Plan, layers: int) -> str:
-    """The cuts as people say them; what computes shows in the columns beside."""
-    if one.cut1 == layers:
-        return "nowhere: device"
-    if one.cut1 == one.cut2 or one.cut2 == layers:
-        return one.cut1_name
-    return f"{one.cut1_name}, {one.cut2_name}"
 
 
 def _nothing(situation: Situation) -> str:

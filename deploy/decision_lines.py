@@ -38,8 +38,9 @@ from bus.messages import (
     TaskSubmitted,
 )
 from bus.units import format_rate, format_seconds
-from bus.values import Parts, Placement, Role
+from bus.values import Parts, Role
 from deploy.holdings import Held
+from deploy.phrases import STATION_NAMES, cuts_text
 
 Line = tuple[str, str, str, str]
 """style, who, what, details"""
@@ -158,7 +159,7 @@ def _decision(decision: Decision, held: Held) -> Iterator[Line]:
 
 def _placed(change: Placed, held: Held, at_once: bool, new: bool) -> Line:
     again = "" if change.attempt == 1 else f", attempt {change.attempt}"
-    details = f"{route_text(change):<46}  {_cuts_text(change.placement):<24}  {format_seconds(change.delay_s)} expected"
+    details = f"{route_text(change):<46}  {cuts_text(change.placement):<24}  {format_seconds(change.delay_s)} expected"
     if new:
         details += f", {change.samples} x {change.model}"
     if at_once:
@@ -215,23 +216,7 @@ def route_text(placed: Placed) -> str:
     return text
 
 
-def _cuts_text(placement: Placement) -> str:
-    if placement.edge is None:
-        return "uncut"
-    names = dict.fromkeys(
-        (placement.cut1_name, placement.cut2_name) if placement.uses_cloud else (placement.cut1_name,)
-    )
-    return f"cut after {' | '.join(names)}"
-
-
 def _parts_text(parts: Parts) -> str:
     """`device 40 ms, link 1 6 ms, ...`, parts that are zero left out."""
-    named = {
-        "device": parts.device_s,
-        "link 1": parts.link1_s,
-        "edge": parts.edge_s,
-        "link 2": parts.link2_s,
-        "cloud": parts.cloud_s,
-        "result": parts.result_s,
-    }
+    named = {name: getattr(parts, f"{station}_s") for station, name in STATION_NAMES.items()}
     return ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in named.items() if seconds)

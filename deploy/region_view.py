@@ -282,6 +282,12 @@ class RegionView:
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
+    def planner_text(self) -> str:
+        """`region 0, led by p1, epoch 3`: who decides."""
+        if self.standing == "led":
+            return f"region {self.region}, led by {self.log.planner}, epoch {self.log.epoch}"
+        return f"region {self.region}, {'the planner has left' if self.standing == 'left' else self.standing}"
+
     @property
     def now_s(self) -> float:
         """Ledger time when the planner was last heard: that of the last decision and what its clock says has passed since."""

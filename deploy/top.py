@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from bus.messages import TaskState
-from bus.units import format_rate, format_seconds
+from bus.units import format_moment, format_seconds
 from bus.values import Parts, Role
+from deploy.phrases import STATION_NAMES, some, used_text
 from deploy.region_report import counts, delays
-from deploy.region_view import STATIONS, LinkUse, RegionView, TaskView
+from deploy.region_view import LinkUse, RegionView, TaskView
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; every part also has a letter.
 STATION_STYLE = {
@@ -61,19 +60,16 @@ def screen(view: RegionView, *, rows: int = 40, columns: int = 160, per_s: float
 
 def _header(view: RegionView, per_s: float | None) -> Text:
     found, spent = counts(view), delays(view)
-    who = (
-        f"led by {view.log.planner}, epoch {view.log.epoch}" if view.standing == "led" else f"planner: {view.standing}"
-    )
     text = Text.assemble(
         ("deepar top", "bold"),
-        f"  region {view.region}  {who}  decision {view.seq}  {view.now_s:.1f} s",
-        f"  {per_s:.0f} records/s" if per_s is not None else "",
+        f"  {view.planner_text()}, decision {view.seq:,}, {format_moment(view.now_s, 1)}",
+        f", {per_s:.0f} records/s" if per_s is not None else "",
         "\n",
     )
-    parts = [f"{found[state.value]} {state.value.lower()}" for state in TaskState if found[state.value]]
+    parts = [f"{found[state.value]:,} {state.value.lower()}" for state in TaskState if found[state.value]]
     text.append("tasks   " + (", ".join(parts) or "none yet") + "\n")
-    flow = " > ".join(f"{_station(name)} {count}" for name, count in view.flow().items())
-    text.append(f"running {flow}\n")
+    users = [f"{count:,} on {STATION_NAMES[name]}" for name, count in view.flow().items() if count]
+    text.append(f"running {', '.join(users) or 'none'}\n")
     if spent["mean"] is not None:
         named = "  ".join(f"{name} {format_seconds(value)}" for name, value in spent.items() if value is not None)
         text.append(f"delay   {named}  (admission to end)")
@@ -95,7 +91,7 @@ def _nodes(view: RegionView, columns: int) -> RenderableType:
         label = name if node.standing == "joined" else f"{name} ({node.standing})"
         row: tuple[RenderableType, ...]
         working = view.tasks_on(node)
-        tasks = Text(_some(working, 4) if wide else str(len(working) or ""))
+        tasks = Text(some(working, 4) if wide else str(len(working) or ""))
         if role is Role.EDGE:
             used, slots = len(view.slot_holders(name)), node.announced.slots
             slot_text = Text(f"{_blocks(used, slots)} {used}/{slots}", style=STATION_STYLE["edge"])
@@ -109,16 +105,16 @@ def _nodes(view: RegionView, columns: int) -> RenderableType:
         for n in view.role(Role.DEVICE)
     ]
     if wide:
-        table.add_row("devices", "device", "", "", "", Text(_some(devices, 8)))
+        table.add_row("devices", "device", "", "", "", Text(some(devices, 8)))
         return table
-    return Group(table, Text(f"{' ' * table.padding[3]}devices and their tasks: {_some(devices, 8) or 'none'}"))
+    return Group(table, Text(f"{' ' * table.padding[3]}devices and their tasks: {some(devices, 8) or 'none'}"))
 
 
 def _link(use: LinkUse, station: str, cells: int) -> Text:
     filled = min(cells, round(use.share * cells)) or int(use.granted_bps > 0)
     return Text.assemble(
         ("█" * filled + "░" * (cells - filled) + " " * bool(cells), STATION_STYLE[station]),
-        f"{format_rate(use.granted_bps) if use.granted_bps else '0'} of {format_rate(use.capacity_bps)}",
+        used_text(use.granted_bps, use.capacity_bps),
     )
 
 
@@ -134,18 +130,18 @@ def _name(task_id: str, columns: int) -> str:
 def _waits(view: RegionView, rows: int, columns: int) -> RenderableType:
     waiting = _waiting(view)
     if not waiting:
-        return Text("nobody", style="dim")
+        return Text("no task", style="dim")
     table = Table.grid(padding=(0, 2))
     shown = waiting if len(waiting) <= rows else waiting[: rows - 1]
     for task in shown:
-        when = "" if task.start_s is None else f"starts at {task.start_s:.1f} s"
+        when = "" if task.start_s is None else f"starts at {format_moment(task.start_s)}"
         table.add_row(
             Text(_name(task.task_id, columns)),
             Text(when),
             Text(f"for {view.waits_for(task)}", no_wrap=True, overflow="ellipsis"),
         )
     if len(shown) < len(waiting):
-        table.add_row(Text(f"and {len(waiting) - len(shown)} more", style="dim"))
+        table.add_row(Text(f"and {len(waiting) - len(shown):,} more", style="dim"))
     return table
 
 
@@ -203,7 +199,7 @@ def _bar(parts: Parts | None, delay_s: float | None, longest_s: float, most: int
         return text
     cells = max(1, round(most * delay_s / longest_s))
     passed_s, drawn = 0.0, 0
-    for station in (*STATIONS, "result"):
+    for station in STATION_NAMES:
         passed_s += getattr(parts, f"{station}_s")
         until = round(cells * passed_s / parts.total_s)
         text.append(STATION_LETTER[station] * (until - drawn), style=_on(station))
@@ -219,7 +215,7 @@ def _legend() -> Text:
     text = Text("tasks: ")
     for station, letter in STATION_LETTER.items():
         text.append(f" {letter} ", style=_on(station))
-        text.append(f" {_station(station)}  ")
+        text.append(f" {STATION_NAMES[station]}  ")
     return text
 
 
@@ -230,19 +226,11 @@ def _lines(view: RegionView, rows: int, columns: int) -> RenderableType:
     for line in list(view.lines)[-rows:]:
         texts = (_name(line.who, columns), line.what, line.details)
         table.add_row(
-            Text(f"{line.at_s:.2f} s", style="dim"), *(Text(text, no_wrap=True, overflow="ellipsis") for text in texts)
+            Text(format_moment(line.at_s), style="dim"),
+            *(Text(text, no_wrap=True, overflow="ellipsis") for text in texts),
         )
     return table
 
 
-def _station(name: str) -> str:
-    return {"link1": "link 1", "link2": "link 2", "result": "results"}.get(name, name)
-
-
 def _blocks(used: int, slots: int) -> str:
     return "■" * used + "□" * (slots - used) if slots <= 8 else ""
-
-
-def _some(names: Sequence[str], limit: int) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -1,13 +1,15 @@
 "use strict";
-// Draws what /events sends. Whatever comes from topics becomes text nodes only, never markup. Messages are folded as they
+// Draws what /events sends. Whatever comes from topics becomes text nodes only, never markup. Numbers are shown by the texts
+// that come with them (page_message.py); the page formats none but the ticks of its time axis. Messages are folded as they
 // come and drawn at most once a frame, so a burst of thousands of events costs one drawing.
 
 const STATIONS = ["device", "link1", "edge", "link2", "cloud", "result"];
 const NAMES = { link1: "link 1", link2: "link 2", result: "results" };
 const SHOWN_TASKS = 100, KEPT_TASKS = 560, KEPT_LINES = 80;
+const LEAST_SPAN_S = 0.01, TICK_PIXELS = 110;
 const REST = 3; // a page that takes long to draw rests so many times as long before it draws again, so that it stays usable
 const ENDED = new Set(["COMPLETED", "REJECTED", "FAILED", "EXPIRED"]);
-const BAD = new Set(["REJECTED", "FAILED", "EXPIRED", "lost", "failed", "planned again"]);
+const BAD = new Set(["REJECTED", "FAILED", "EXPIRED", "lost", "failed"]);
 
 const state = { tasks: new Map(), lines: [], last: null, chosen: null, dirty: false, drawn: 0, restUntil: 0 };
 const $ = (id) => document.getElementById(id);
@@ -17,19 +19,6 @@ function make(tag, className, text) {
   if (className) element.className = className;
   if (text !== undefined) element.textContent = text;
   return element;
-}
-
-function seconds(value) {
-  if (value === null || value === undefined) return "-";
-  if (value === 0) return "0";
-  if (value < 1) return (value * 1000).toPrecision(3).replace(/\.?0+$/, "") + " ms";
-  return value < 100 ? value.toPrecision(3) + " s" : value.toFixed(0) + " s";
-}
-
-function rate(bps) {
-  for (const [scale, unit] of [[1e9, "Gbps"], [1e6, "Mbps"], [1e3, "kbps"]])
-    if (bps >= scale) return Number((bps / scale).toPrecision(3)) + " " + unit;
-  return bps + " bps";
 }
 
 // --- receiving --------------------------------------------------------------------------------------------------------
@@ -88,31 +77,26 @@ function draw() {
 }
 
 function drawHeader(now) {
-  const planner = now.planner;
-  $("planner").textContent = planner.standing === "led"
-    ? `region ${now.region}, led by ${planner.name}, epoch ${planner.epoch}` : `region ${now.region}: planner ${planner.standing}`;
-  $("planner").className = planner.standing === "led" ? "" : "lost";
-  const entries = [["time", now.now_s.toFixed(1) + " s"], ["decisions", planner.decisions]];
-  for (const [name, count] of Object.entries(now.counts)) if (count) entries.push([name.toLowerCase(), count]);
-  for (const name of ["mean", "p50", "p90", "p99"]) if (now.delay_s[name] !== null) entries.push([name + " delay", seconds(now.delay_s[name])]);
-  $("numbers").replaceChildren(...entries.map(([name, value]) => {
+  $("planner").textContent = now.texts.planner;
+  $("planner").className = now.planner.standing === "led" ? "" : "lost";
+  $("numbers").replaceChildren(...now.texts.numbers.map(([name, value]) => {
     const pair = make("div");
     pair.dataset.name = name;
-    pair.append(make("dt", "", name), make("dd", "", String(value)));
+    pair.append(make("dt", "", name), make("dd", "", value));
     return pair;
   }));
 }
 
-function filled(link, className) {
-  const box = make("div");
+function filled(link, className, texts) {
+  const box = make("div", `${className}-cell`);
   const bar = make("div", "bar");
   for (const [task, bps] of Object.entries(link.grants)) {
     const part = make("span", className);
     part.style.width = `${Math.min(100, 100 * bps / Math.max(1, link.capacity_bps))}%`;
-    part.title = `${task}: ${rate(bps)}`;
+    part.title = `${task}: ${texts[className + "_grants"][task]}`;
     bar.append(part);
   }
-  box.append(bar, make("div", "amount", `${link.granted_bps ? rate(link.granted_bps) : "0"} of ${rate(link.capacity_bps)}`));
+  box.append(bar, make("div", "amount", texts[className]));
   return box;
 }
 
@@ -127,18 +111,18 @@ function drawTopology(now) {
   edges.forEach((edge, index) => {
     const row = make("div", "tier");
     row.dataset.edge = edge.name;
-    row.append(make("div", "amount", index ? "" : `${devices.length} in the region`));
-    row.append(filled(edge.link1, "link1"));
-    const node = make("div", edge.standing === "joined" ? "node" : "node away", edge.name);
+    row.append(make("div", "devices-cell amount", index ? "" : now.texts.devices));
+    row.append(filled(edge.link1, "link1", edge.texts));
+    const node = make("div", edge.standing === "joined" ? "node-cell node" : "node-cell node away", edge.name);
     const slots = make("span", "slots");
     for (let slot = 0; slot < Math.min(edge.slots, 12); slot++) slots.append(make("i", slot < edge.slot_holders.length ? "held" : ""));
     slots.title = edge.slot_holders.join(", ");
-    node.append(slots, make("div", "amount", `${edge.slot_holders.length} of ${edge.slots} slots`));
-    row.append(node, filled(edge.link2, "link2"));
-    const cloud = make("div");
+    node.append(slots, make("div", "amount", edge.texts.slots));
+    row.append(node, filled(edge.link2, "link2", edge.texts));
+    const cloud = make("div", "cloud-cell");
     if (!index) for (const each of clouds) {
       cloud.append(make("div", each.standing === "joined" ? "node" : "node away", each.name));
-      cloud.append(make("div", "amount", `${each.tasks.length} tasks`));
+      cloud.append(make("div", "amount", each.texts.tasks));
     }
     row.append(cloud);
     rows.push(row);
@@ -156,18 +140,16 @@ function drawTopology(now) {
 }
 
 function drawWaiting(now) {
-  const total = now.waiting.length + now.waiting_more;
-  $("waiting-count").textContent = total ? `${total} tasks, and what they wait for` : "nobody";
+  $("waiting-count").textContent = now.texts.waiting;
   $("waiting").replaceChildren(...now.waiting.map((task) => {
     const item = make("li");
     item.dataset.task = task.task_id;
-    item.append(make("b", "", task.task_id), ` for ${task.for}`);
-    if (task.start_s !== null) item.append(make("span", "amount", `, starts at ${task.start_s.toFixed(1)} s`));
+    item.append(make("b", "", task.task_id), ` ${task.text}`);
     return item;
   }));
 }
 
-function shares(parts, className) {
+function shares(parts, className, texts) {
   const box = make("div", className);
   let total = 0;
   for (const station of STATIONS) total += parts[station + "_s"];
@@ -176,7 +158,7 @@ function shares(parts, className) {
     if (part <= 0 || total <= 0) continue;
     const span = make("span", station);
     span.style.width = `${100 * part / total}%`;
-    span.title = `${NAMES[station] || station} ${seconds(part)}`;
+    span.title = `${NAMES[station] || station} ${texts[station]}`;
     box.append(span);
   }
   return box;
@@ -191,15 +173,44 @@ function shownTasks(now) {
     .sort((a, b) => b.admitted_s - a.admitted_s).slice(0, SHOWN_TASKS);
 }
 
-function drawTasks(now) {
-  const shown = shownTasks(now);
+// From the first admission to the latest end: of the plan, of what happened, and now while a task has not ended.
+function timeSpan(shown, now) {
   let from = Infinity, to = -Infinity;
   for (const task of shown) {
-    from = Math.min(from, task.admitted_s);
     const start = task.start_s ?? task.admitted_s;
-    to = Math.max(to, start + (task.predicted_delay_s ?? 0), start + (task.delay_s ?? 0), task.end_s ?? start);
+    from = Math.min(from, task.admitted_s);
+    to = Math.max(to, start + (task.predicted_delay_s ?? 0), start + (task.delay_s ?? 0), task.end_s ?? now.now_s);
+    if (!ENDED.has(task.state)) to = Math.max(to, now.now_s);
   }
-  const span = Math.max(to - from, 0.001);
+  return [from, Math.max(to - from, LEAST_SPAN_S)];
+}
+
+// Ticks at multiples of 1, 2 or 5 times a power of ten, with as many decimals as tell them apart.
+function ticks(from, span, most) {
+  const power = 10 ** Math.floor(Math.log10(span / most));
+  const step = [1, 2, 5, 10].map((times) => times * power).find((each) => span / each <= most);
+  const decimals = Math.max(0, -Math.floor(Math.log10(step * 1.0000001)));
+  const found = [];
+  for (let number = Math.ceil(from / step); number * step <= from + span; number++)
+    found.push([number * step, (number * step).toFixed(decimals) + " s"]);
+  return found;
+}
+
+function drawAxis(from, span) {
+  const axis = $("axis");
+  const most = Math.max(2, Math.floor(axis.clientWidth / TICK_PIXELS));
+  axis.replaceChildren(...ticks(from, span, most).map(([at, text]) => {
+    const tick = make("span", "", text);
+    const share = (at - from) / span;
+    tick.style.left = `${100 * share}%`;
+    tick.style.transform = `translateX(${-100 * share}%)`; // inside the axis at both ends
+    return tick;
+  }));
+}
+
+function drawTasks(now) {
+  const shown = shownTasks(now);
+  const [from, span] = timeSpan(shown, now);
   const place = (element, begin, length) => {
     element.style.left = `${100 * (begin - from) / span}%`;
     element.style.width = `max(2px, ${100 * length / span}%)`;
@@ -213,20 +224,19 @@ function drawTasks(now) {
     const name = make("div", "name");
     const label = make("span");
     label.append(make("bdi", "", task.task_id));
-    name.append(label, make("em", BAD.has(task.state) ? "bad" : "", task.delay_s !== null ? seconds(task.delay_s) : task.state.toLowerCase()));
+    name.append(label, make("em", BAD.has(task.state) ? "bad" : "", task.texts.end));
     const lane = make("div", "lane");
     const start = task.start_s ?? Math.max(now.now_s, task.admitted_s);
     if (start > task.admitted_s) lane.append(place(make("div", "wait"), task.admitted_s, start - task.admitted_s));
-    if (task.predicted) lane.append(place(shares(task.predicted, "plan"), start, task.predicted_delay_s));
-    if (task.measured && task.delay_s !== null) lane.append(place(shares(task.measured, "real"), start, task.delay_s));
-    row.title = `${task.samples} x ${task.model} from ${task.device}: ${task.kind || task.cause || "not placed"}${task.edge ? " via " + task.edge : ""}`;
+    if (task.predicted) lane.append(place(shares(task.predicted, "plan", task.texts.predicted), start, task.predicted_delay_s));
+    if (task.measured && task.delay_s !== null) lane.append(place(shares(task.measured, "real", task.texts.measured), start, task.delay_s));
+    row.title = task.texts.title;
     row.append(name, lane);
     row.addEventListener("click", () => { state.chosen = state.chosen === task.task_id ? null : task.task_id; draw(); });
     return row;
   }));
-  const ticks = [];
-  for (let tick = 0; shown.length && tick <= 6; tick++) ticks.push(make("span", "", (from + span * tick / 6).toFixed(span < 10 ? 2 : 0) + " s"));
-  $("axis").replaceChildren(...ticks);
+  if (shown.length) drawAxis(from, span);
+  else $("axis").replaceChildren();
   drawDetail(state.tasks.get(state.chosen));
 }
 
@@ -234,25 +244,24 @@ function drawDetail(task) {
   const table = $("detail");
   table.hidden = !task;
   if (!task) return;
-  const cut = task.edge ? `, cut after ${task.cut1} and ${task.cut2}, ${rate(task.link1_bps)} and ${rate(task.link2_bps)}` : "";
-  table.caption.textContent = `${task.task_id}: ${task.kind || task.cause || "not placed"}${task.edge ? " via " + task.edge : ""}${cut}`;
+  table.caption.textContent = `${task.task_id}: ${task.texts.title}`;
   const row = (tag, cells) => {
     const line = make("tr");
     cells.forEach((cell, index) => line.append(make(index ? tag : "th", "", cell)));
     return line;
   };
   const names = STATIONS.map((station) => NAMES[station] || station);
-  const of = (parts) => STATIONS.map((station) => parts ? seconds(parts[station + "_s"]) : "-");
+  const of = (texts) => [...STATIONS, "delay"].map((name) => texts[name]);
   table.tHead.replaceChildren(row("th", ["busy", ...names, "delay"]));
   table.tBodies[0].replaceChildren(
-    row("td", ["predicted", ...of(task.predicted), seconds(task.predicted_delay_s)]),
-    row("td", ["measured", ...of(task.measured), seconds(task.delay_s)]));
+    row("td", ["predicted", ...of(task.texts.predicted)]),
+    row("td", ["measured", ...of(task.texts.measured)]));
 }
 
 function drawLines() {
   $("lines").replaceChildren(...state.lines.slice().reverse().map((line) => {
     const item = make("li", BAD.has(line.what) ? "bad" : "");
-    item.append(make("time", "", line.at_s.toFixed(2) + " s"), make("b", "", line.who), ` ${line.what} ${line.details}`);
+    item.append(make("time", "", line.at), make("b", "", line.who), ` ${line.what} ${line.details}`);
     return item;
   }));
 }

@@ -20,6 +20,7 @@ from aiohttp import web
 from bus.errors import ConfigError
 from deploy.region_report import report
 from deploy.region_view import RegionView
+from deploy.ui.page_message import page_message
 
 FOLDER: Final = Path(__file__).parent
 FILES: Final = {
@@ -106,7 +107,7 @@ async def stream(view: RegionView, response: web.StreamResponse) -> None:
     version, last_line, sent_s, fresh = 0, 0, clock(), True
     while True:
         if fresh or view.version != version:
-            message = report(view, since=version, lines_since=last_line)
+            message = page_message(view, since=version, lines_since=last_line)
             message["fresh"] = fresh
             version, last_line, fresh = message["version"], message["last_line"], False
             await response.write(b"data: " + json.dumps(message, separators=(",", ":")).encode() + b"\n\n")

@@ -1,0 +1,93 @@
+"""How rates, durations and counts are written, and that what is written can be read again."""
+
+from __future__ import annotations
+
+import random
+import re
+from itertools import pairwise
+
+import pytest
+
+from bus.units import format_count, format_moment, format_rate, format_seconds, parse_duration, parse_rate
+
+AWKWARD_S = {
+    0: "0 s",
+    1e-12: "<0.001 us",
+    1e-7: "0.1 us",
+    316e-6: "316 us",
+    0.99996e-3: "1 ms",
+    0.01: "10 ms",
+    0.1: "100 ms",
+    0.48: "480 ms",
+    0.5: "500 ms",
+    0.9999: "1 s",
+    0.99996: "1 s",
+    1.25: "1.25 s",
+    59.99: "60 s",
+    100.0: "100 s",
+    119.4: "119 s",
+    119.96: "2 min",
+    480.0: "8 min",
+    999.9: "16.7 min",
+    3600.0: "60 min",
+    7199.0: "2 h",
+    86400.0: "24 h",
+    3.6e6: "1000 h",
+    1e10: "2780000 h",
+    -0.168: "-168 ms",
+}
+AWKWARD_BPS = {
+    0: "0 bps",
+    1: "1 bps",
+    100: "100 bps",
+    999: "999 bps",
+    999.6: "1 kbps",
+    100_000: "100 kbps",
+    999_960: "1 Mbps",
+    480_000_000: "480 Mbps",
+    999_960_000: "1 Gbps",
+    1_000_000_000_000: "1000 Gbps",
+}
+
+
+@pytest.mark.parametrize(("seconds", "text"), AWKWARD_S.items())
+def test_durations(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(("bps", "text"), AWKWARD_BPS.items())
+def test_rates(bps: float, text: str) -> None:
+    assert format_rate(bps) == text
+
+
+def test_what_is_written_is_read_again_within_half_of_the_third_digit() -> None:
+    generator = random.Random(31)
+    for _ in range(5000):
+        seconds, bps = 10 ** generator.uniform(-8, 7), round(10 ** generator.uniform(0, 13))
+        for text, value, again in (
+            (format_seconds(seconds), seconds, parse_duration(format_seconds(seconds))),
+            (format_rate(bps), bps, parse_rate(format_rate(bps))),
+        ):
+            assert again == pytest.approx(value, rel=0.00501), text
+            assert re.fullmatch(r"\d+(\.\d+)? [a-zA-Z]+", text), text
+            assert value > 999 or len(text.split()[0].replace(".", "").lstrip("0")) <= 3, text
+
+
+def test_order_is_kept_within_a_unit() -> None:
+    generator = random.Random(7)
+    values = sorted(10 ** generator.uniform(-6, 6) for _ in range(2000))
+    read = [parse_duration(format_seconds(value)) for value in values]
+    assert all(before <= after * (1 + 1e-9) for before, after in pairwise(read))
+
+
+def test_moments_keep_their_decimals() -> None:
+    assert [format_moment(1665.2), format_moment(0.0, 1), format_moment(12.3456, 3)] == [
+        "1665.20 s",
+        "0.0 s",
+        "12.346 s",
+    ]
+
+
+def test_counts() -> None:
+    assert [format_count(n, "task") for n in (0, 1, 2, 2000)] == ["0 tasks", "1 task", "2 tasks", "2,000 tasks"]
+    assert [format_count(n, "search", "searches") for n in (1, 2)] == ["1 search", "2 searches"]

@@ -1,0 +1,46 @@
+"""The words for placements: what is cut, and what is reserved."""
+
+from __future__ import annotations
+
+import pytest
+
+from bus.values import Kind, Placement
+from deploy.phrases import cut_column, cuts_text, grants_text, place_text
+
+LAYERS = ("input", "conv", "pool", "dense")
+
+
+def placement(kind: Kind, cut1: int, cut2: int, link1_bps: int = 0, link2_bps: int = 0) -> Placement:
+    return Placement(
+        kind=kind, edge=None if kind is Kind.DEVICE else "e1", cut1=cut1, cut2=cut2, cut1_name=LAYERS[cut1],
+        cut2_name=LAYERS[cut2], link1_bps=link1_bps, link2_bps=link2_bps,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "cuts", "text", "column"),
+    [
+        (Kind.DEVICE, (3, 3), "uncut", "device alone"),
+        (Kind.EDGE, (0, 3), "uncut", "edge alone"),
+        (Kind.CLOUD, (0, 0), "uncut", "cloud alone"),
+        (Kind.DEVICE_EDGE, (1, 3), "cut after conv", "conv"),
+        (Kind.DEVICE_CLOUD, (2, 2), "cut after pool", "pool"),
+        (Kind.EDGE_CLOUD, (0, 2), "cut after pool", "pool"),
+        (Kind.DEVICE_EDGE_CLOUD, (1, 2), "cut after conv | pool", "conv, pool"),
+    ],
+)
+def test_only_layers_between_two_tiers_are_named_as_cuts(
+    kind: Kind, cuts: tuple[int, int], text: str, column: str
+) -> None:
+    assert Kind.of(*cuts, 3) is kind
+    place = placement(kind, *cuts)
+    assert cuts_text(place) == text
+    assert cut_column(kind, place.cut1_name, place.cut2_name) == column
+
+
+def test_only_links_that_are_used_are_named() -> None:
+    assert grants_text(placement(Kind.DEVICE, 3, 3)) == ""
+    assert grants_text(placement(Kind.EDGE, 0, 3, 1_000_000_000)) == "1 Gbps on link 1"
+    both = placement(Kind.DEVICE_CLOUD, 1, 1, 500_000_000, 20_000_000)
+    assert place_text(both) == "device+cloud through e1, cut after conv, 500 Mbps on link 1, 20 Mbps on link 2"
+    assert place_text(placement(Kind.DEVICE, 3, 3)) == "device, uncut"
