@@ -17,13 +17,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from bus.errors import ModelError
-
-try:
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
-except ImportError:  # 32-bit boards have only the runtime's older package
-    from tflite_runtime.interpreter import Interpreter, OpResolverType
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -131,14 +127,7 @@ def examine(path: str, doing: Callable[[str], None]) -> dict[str, Any]:
     """
     report: dict[str, Any] = {"shapes": {}, "late": {}, "missing_kernels": [], "fault": None}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "preserve all tensors is for debugging", which this is
-            plain = Interpreter(
-                model_path=path,
-                num_threads=1,
-                experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-                experimental_preserve_all_tensors=True,
-            )
+        plain = _that_keeps_all_tensors(path)
         doing("planning its memory")
         plain.allocate_tensors()
         before = _allocated(plain)
@@ -168,6 +157,47 @@ def examine(path: str, doing: Callable[[str], None]) -> dict[str, Any]:
     return report
 
 
+def _that_keeps_all_tensors(path: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "preserve all tensors is for debugging", which this is
+        return Interpreter(
+            model_path=path,
+            num_threads=1,
+            experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+            experimental_preserve_all_tensors=True,
+        )
+
+
+class SliceTrial:
+    """Runs slices of a model once each, on the values of a run of the whole on zeros.
+
+    For `stages.sandbox`, in a process that may die of it. Where the whole cannot run (an operator has no kernel), the slices
+    run on zeros.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._whole: Any = None
+        with contextlib.suppress(ValueError, RuntimeError):
+            whole = _that_keeps_all_tensors(path)
+            whole.allocate_tensors()
+            _invoke_on(whole, 0)
+            self._whole = whole
+
+    def run(self, path: str, reads: Sequence[int], *, delegate: bool) -> None:
+        """Runs the slice in file `path`, whose inputs are the tensors `reads` of the whole."""
+        resolver = OpResolverType.BUILTIN if delegate else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        with contextlib.suppress(ValueError, RuntimeError):
+            part = Interpreter(model_path=path, num_threads=1, experimental_op_resolver_type=resolver)
+            part.allocate_tensors()
+            if self._whole is None:
+                _invoke_on(part, 0)
+                return
+            for detail, tensor in zip(part.get_input_details(), reads, strict=True):
+                if not _is_text(detail):
+                    part.set_tensor(detail["index"], self._whole.get_tensor(tensor))
+            part.invoke()
+
+
 _MISSING_KERNEL = re.compile(r"unresolved custom op: (\S+?)\.?(?:\s|$)|Didn't find op for builtin opcode '(\w+)'")
 
 
@@ -195,6 +225,10 @@ def _allocated(interpreter: Any) -> dict[int, list[int]]:
 
 def _invoke_on(interpreter: Any, fill: int) -> None:
     for detail in interpreter.get_input_details():
-        if detail["dtype"] not in (np.bytes_, np.object_, np.str_):
+        if not _is_text(detail):
             interpreter.set_tensor(detail["index"], np.full(detail["shape"], fill, detail["dtype"]))
     interpreter.invoke()
+
+
+def _is_text(detail: Mapping[str, Any]) -> bool:
+    return detail["dtype"] in (np.bytes_, np.object_, np.str_)

@@ -39,6 +39,7 @@ class Model:
     data: ModelBytes = field(repr=False)  # the file
     kept: Path | None = field(default=None, repr=False)  # the file in our cache that `data` maps; None where in memory
     facts: RuntimeFacts = field(default_factory=RuntimeFacts, repr=False)  # what a trial run showed
+    trusted: bool = False  # whether it is DeePar's own, which needs no trial runs
 
     @property
     def size_bytes(self) -> int:
@@ -117,7 +118,7 @@ def read_model(
     validated(data, shown)
     source = data if isinstance(data, bytes) else kept
     facts = RuntimeFacts() if trusted or source is None else trial(source, digest, shown)
-    return Model(name or model_name(path), path, digest, data, kept, facts)
+    return Model(name or model_name(path), path, digest, data, kept, facts, trusted)
 
 
 def _mapped(handle: int, path: Path, size_bytes: int, progress: Progress | None) -> tuple[mmap.mmap, str, Path]:

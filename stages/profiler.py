@@ -25,6 +25,7 @@ from bus.values import ModelProfile
 from stages.cache import cache_dir, write_whole
 from stages.litert import SegmentRunner
 from stages.model import Model
+from stages.sandbox import Sandbox
 from stages.slicer import slice_model
 from stages.verify import random_inputs, run_part
 
@@ -107,22 +108,25 @@ def measure(
     del whole
 
     rows: list[LayerTime] = []
-    for number, (begin, end) in enumerate(pairwise(bounds), start=1):
-        layers = graph.layers[begin:end]
-        if step is not None:
-            step(layers[0].name, number, len(bounds))
-        part = slice_model(model, begin + 1, end)
-        runner = SegmentRunner(part.to_bytes(), num_threads, title=f"{model.name} {begin + 1}..{end}")
-        known = {spec.name: value for spec, value in zip(part.inputs, values, strict=True)}
-        median_s, spread_s = timed(runner, [known[name] for name in part.reads])
-        values = run_part(part, runner, values)
-        total = sum(layer.work for layer in layers)
-        for layer in layers:
-            share = layer.work / total if total else 1 / len(layers)
-            row = LayerTime(
-                layer.position, layer.name, layer.kind, median_s * share, spread_s * share, layer.output_bytes
-            )
-            rows.append(row)
+    with Sandbox(model) as sandbox:
+        for number, (begin, end) in enumerate(pairwise(bounds), start=1):
+            layers = graph.layers[begin:end]
+            if step is not None:
+                step(layers[0].name, number, len(bounds))
+            part = slice_model(model, begin + 1, end)
+            data = part.to_bytes()
+            sandbox.admit(part, data)
+            runner = SegmentRunner(data, num_threads, title=f"{model.name} {begin + 1}..{end}")
+            known = {spec.name: value for spec, value in zip(part.inputs, values, strict=True)}
+            median_s, spread_s = timed(runner, [known[name] for name in part.reads])
+            values = run_part(part, runner, values)
+            total = sum(layer.work for layer in layers)
+            for layer in layers:
+                share = layer.work / total if total else 1 / len(layers)
+                row = LayerTime(
+                    layer.position, layer.name, layer.kind, median_s * share, spread_s * share, layer.output_bytes
+                )
+                rows.append(row)
     if step is not None:
         step("done", len(bounds), len(bounds))
     return Measurement(model, whole_s, whole_spread_s, tuple(rows))

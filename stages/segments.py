@@ -37,6 +37,7 @@ from stages.flatfile import forget_pages
 from stages.litert import SegmentRunner
 from stages.model import Model
 from stages.pieces import Piece
+from stages.sandbox import Sandbox
 from stages.slicer import SlicedPart, slice_model
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -152,6 +153,7 @@ class SegmentStore:
         spare_bytes = max(SPARE_BYTES, model.size_bytes // 5 - PROCESS_BYTES)
         default_bytes = self._weight_factor * model.size_bytes + spare_bytes
         self.budget_bytes = default_bytes if budget_bytes is None else budget_bytes
+        self._sandbox = Sandbox(model, delegate=delegate)
         self._bounds: list[int] = sorted({0, *useful_positions(model.manifest), model.graph.depth})
         self._asked: OrderedDict[int, None] = OrderedDict()  # bounds beyond the useful ones, oldest first
         self._pieces: OrderedDict[tuple[int, int], Piece] = OrderedDict()  # least recently used first
@@ -165,10 +167,11 @@ class SegmentStore:
 
     def warm(self, say: Say | None = None) -> None:
         """Loads all pieces between useful cuts: after it, a placement at useful cuts waits for nothing."""
-        for begin, end in pairwise(list(self._bounds)):
-            if say is not None:
-                say(f"preparing {self.model.name} {begin + 1}..{end}")
-            self._require(begin, end)
+        with self._sandbox:
+            for begin, end in pairwise(list(self._bounds)):
+                if say is not None:
+                    say(f"preparing {self.model.name} {begin + 1}..{end}")
+                self._require(begin, end)
         give_back()
 
     def prepare(self, begin: int, end: int) -> Segment:
@@ -184,7 +187,7 @@ class SegmentStore:
         segment = Segment(self, begin, end)
         with self._looking:
             self._segments.add(segment)
-        with self._preparing:
+        with self._preparing, self._sandbox:
             self._split_at(begin)
             self._split_at(end)
             if len(self.chain(begin, end)) > 1 and self.small:
@@ -238,8 +241,11 @@ class SegmentStore:
             for pair in pairs:
                 if pair in self._pieces:
                     self._pieces.move_to_end(pair)
+        if ends_there and None not in found:
+            return [piece for piece in found if piece is not None]
         if ends_there:
-            return [piece or self._require(*pair) for pair, piece in zip(pairs, found, strict=True)]
+            with self._preparing, self._sandbox:
+                return [piece or self._require(*pair) for pair, piece in zip(pairs, found, strict=True)]
         with self._preparing:  # an end was given up since this segment was prepared
             self._split_at(begin)
             self._split_at(end)
@@ -376,6 +382,7 @@ class SegmentStore:
             if not _holds(source, part):
                 write_whole(source, part.chunks(), size_bytes=part.size_bytes, durable=False)
             forget_pages(self.model.data)  # they were read to be copied, no more
+        self._sandbox.admit(part, source)
         crossing = sum(spec_bytes for spec_bytes in map(self.model.graph.size_bytes, self._touched(begin, end)))
 
         def load() -> SegmentRunner:

@@ -21,6 +21,7 @@ from ai_edge_litert import schema_py_generated as schema
 from bus.errors import CutError, UnknownNameError
 from bus.values import ModelManifest, TensorSpec
 from stages.cache import write_whole
+from stages.details import FIELDS, details_of, named_tensors, with_named_tensors
 from stages.flatfile import LARGEST_FILE_BYTES, Blob, Chunk, tflite_chunks, tflite_size
 from stages.graph import Graph, indices
 from stages.model import Model
@@ -32,8 +33,8 @@ STRUCTURE_BYTES = 1 << 24
 STREAMED_BYTES = 4096
 """Buffers from this size on are copied from the mapped source, never through the heap."""
 
-DROPPED_METADATA = frozenset({"TFLITE_METADATA", "model_control_dependencies", "SOURCE_MAP"})
-"""Metadata that speak of the whole model's inputs or operators by number."""
+KEPT_METADATA = frozenset({"min_runtime_version", "CONVERSION_METADATA", "reduced_precision_support"})
+"""Metadata that hold for every part. All other may speak of the whole model's tensors or operators by number."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,15 @@ class _Cutting:
         inputs = [tensor for tensor in before if tensor in read and tensor not in made]
         outputs = [t for t in after if t in made or (graph.is_constant(t) and self._last == graph.depth)]
 
-        used = sorted(read | made | set(outputs) | {t for at in operators for t in self._scratch(at)})
+        touched = read | made | set(outputs) | {t for at in operators for t in self._scratch(at)}
+        used = sorted(with_named_tensors(graph.tensors, touched))
         renumbered = {tensor: number for number, tensor in enumerate(used)}
         main = schema.SubGraphT(name=self._source.subgraphs[0].name, debugMetadataIndex=-1)
         self._target.subgraphs.append(main)
         self._subgraphs[0] = 0
         main.tensors = [self._tensor(graph.tensors[t], self._noted_value(t, noted), graph.known_shape(t)) for t in used]
+        for tensor in used:
+            self._rename_details(tensor, main.tensors[renumbered[tensor]], renumbered)
         main.inputs = [renumbered[tensor] for tensor in inputs]
         main.outputs = [renumbered[tensor] for tensor in outputs]
         main.operators = [self._operator(graph.operators[at], renumbered) for at in operators]
@@ -233,6 +237,17 @@ class _Cutting:
             tensor.buffer = len(self._target.buffers) - 1
         return tensor
 
+    def _rename_details(self, index: int, target: Any, renumbered: Mapping[int, int]) -> None:
+        """Gives the tensors that the quantisation details of tensor `index` name their numbers in the part."""
+        details = details_of(target)
+        if details is None:
+            return
+        target.quantization = copy.copy(target.quantization)
+        target.quantization.details = copy.copy(details)
+        named = named_tensors(self._graph.tensors, index)
+        for field in FIELDS:
+            setattr(target.quantization.details, field, renumbered[named[field]] if field in named else -1)
+
     def _operator(self, source: Any, renumbered: Mapping[int, int] | None) -> Any:
         operator = copy.copy(source)
         operator.debugMetadataIndex = -1
@@ -291,7 +306,7 @@ class _Cutting:
 
     def _metadata(self) -> None:
         for entry in self._source.metadata or []:
-            if text(entry.name) not in DROPPED_METADATA:
+            if text(entry.name) in KEPT_METADATA:
                 self._target.metadata.append(schema.MetadataT(name=entry.name, buffer=self._buffer(entry.buffer)))
 
 

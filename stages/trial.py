@@ -35,7 +35,7 @@ CHILD = "from stages.trial_child import main; main()"
 
 def trial(source: Path | bytes, sha256: str, shown: str) -> RuntimeFacts:
     """What a trial run of the model shows. Raises `ModelError` where it ends badly."""
-    path = cache_dir("trials") / f"{sha256}-{metadata.version('ai-edge-litert')}-{TRIAL_VERSION}.json"
+    path = findings_file(sha256, "json")
     found: dict[str, Any] | None = None
     with contextlib.suppress(OSError, ValueError):
         found = json.loads(path.read_bytes())
@@ -56,7 +56,7 @@ def _run(source: Path | bytes, shown: str) -> dict[str, Any]:
     """Starts the child, waits, reads its report."""
     with contextlib.ExitStack() as stack:
         if isinstance(source, bytes):
-            file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".tflite", dir=cache_dir("trials")))
+            file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".tflite", dir=trial_folder()))
             file.write(source)
             file.flush()
             source = Path(file.name)
@@ -67,7 +67,7 @@ def _run(source: Path | bytes, shown: str) -> dict[str, Any]:
                 capture_output=True,
                 timeout=LONGEST_S,
                 check=False,
-                env=_environment(os.environ),
+                env=child_environment(os.environ),
             )
         except subprocess.TimeoutExpired:
             return {"fault": f"a trial run did not end within {LONGEST_S:.0f} s", "passing": True}
@@ -81,12 +81,27 @@ def _run(source: Path | bytes, shown: str) -> dict[str, Any]:
     if done.returncode < 0:
         cause = f"died of {signal.Signals(-done.returncode).name}"
     else:
-        complaint = done.stderr.decode(errors="replace").strip().splitlines()
-        cause = f"ended with {done.returncode}: {complaint[-1] if complaint else 'no word'}"
+        cause = f"ended with {done.returncode}: {last_words(done.stderr)}"
     return {"fault": f"a trial run {cause} while {stage}", "passing": stage == "starting"}
 
 
-def _environment(own: Mapping[str, str]) -> dict[str, str]:
+def trial_folder() -> Path:
+    """Where findings are kept, and files that a child is to run lie meanwhile."""
+    return cache_dir("trials")
+
+
+def findings_file(sha256: str, kind: str) -> Path:
+    """Where findings of one kind about the model of that hash are kept; another runtime makes its own."""
+    return trial_folder() / f"{sha256}-{metadata.version('ai-edge-litert')}-{TRIAL_VERSION}.{kind}"
+
+
+def last_words(stderr: bytes) -> str:
+    """The last line that a child complained with."""
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
+def child_environment(own: Mapping[str, str]) -> dict[str, str]:
     """The child's environment: ours, our packages importable, one thread for the libraries that start more."""
     root = str(Path(__file__).resolve().parent.parent)
     known = own.get("PYTHONPATH")

@@ -1,6 +1,7 @@
-"""The child of `stages.trial`: loads a model, runs it once on zeros, prints what it found, one JSON object a line.
+"""The child of `stages.trial` and `stages.sandbox`: what may die of a model does so here.
 
-The last line counts. A line with `doing` says what was under way, should the process die there.
+`main` loads a model, runs it once on zeros, and prints what it found, one JSON object a line; the last line counts. `slices`
+does so with the slices that it is told about. A line with `doing` says what was under way, should the process die there.
 """
 
 from __future__ import annotations
@@ -18,23 +19,45 @@ MEMORY_FACTOR = 8
 
 def main() -> None:
     """Examines the file named on the command line."""
+    path = _bounded()
+    from stages.litert import examine
+
+    with contextlib.suppress(BrokenPipeError):
+        _say(doing="loading it")
+        report = examine(path, lambda doing: _say(doing=doing))
+        if report["missing_kernels"]:
+            # the runtime names only the first; a model of nothing but the operator tells about each of the others
+            report["missing_kernels"] = sorted({*report["missing_kernels"], *_missing_custom(path)})
+        _say(**report)
+
+
+def slices() -> None:
+    """Runs the slices that standard input names, one JSON object a line; the command line names the whole model."""
+    path = _bounded()
+    from stages.litert import SliceTrial
+
+    with contextlib.suppress(BrokenPipeError):
+        _say(doing="running the whole")
+        bench = SliceTrial(path)
+        for line in sys.stdin:
+            order = json.loads(line)
+            _say(doing="running it")
+            bench.run(order["path"], order["reads"], delegate=order["delegate"])
+            _say(done=True)
+
+
+def _bounded() -> str:
+    """The file that the command line names. Bounds the memory of this process by its size."""
     path = sys.argv[1]
     limit = MEMORY_FLOOR_BYTES + MEMORY_FACTOR * os.path.getsize(path)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    from stages.litert import examine
+    return path
 
-    def say(**words: Any) -> None:
-        sys.stdout.write(json.dumps(words) + "\n")
-        sys.stdout.flush()
 
-    with contextlib.suppress(BrokenPipeError):
-        say(doing="loading it")
-        report = examine(path, lambda doing: say(doing=doing))
-        if report["missing_kernels"]:
-            # the runtime names only the first; a model of nothing but the operator tells about each of the others
-            report["missing_kernels"] = sorted({*report["missing_kernels"], *_missing_custom(path)})
-        say(**report)
+def _say(**words: Any) -> None:
+    sys.stdout.write(json.dumps(words) + "\n")
+    sys.stdout.flush()
 
 
 def _missing_custom(path: str) -> list[str]:

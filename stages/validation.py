@@ -17,6 +17,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from bus.errors import ModelError
+from stages.details import details_of, elements, named_tensors
 from stages.flatfile import FILE_IDENTIFIER, ModelBytes
 from stages.layout import Field, tables
 from stages.operators import ITEM_BITS, KINDS, constants_without_elements, kind_of, subgraphs_of, text
@@ -152,7 +153,9 @@ def _check(model: Any, size_bytes: int) -> None:
         if buffer.offset > 1:
             end = buffer.offset + buffer.size
             _need(end <= size_bytes, f"points outside itself: buffer {index} ends at byte {end:,} of {size_bytes:,}")
-    _need(not model.externalBuffers, "keeps weights in another file, which is not supported")
+    outside = bool(model.externalBuffers or model.externalBufferGroups)
+    outside |= any(tensor.externalBuffer for graph in model.subgraphs for tensor in graph.tensors or [])
+    _need(not outside, "keeps weights in another file, which is not supported")
     for code in model.operatorCodes:
         number = max(code.builtinCode, code.deprecatedBuiltinCode)
         _need(number in KINDS, f"has an operator of unknown code {number}")
@@ -192,8 +195,11 @@ class _Subgraph:
         inputs, outputs = _ints(self._graph.inputs), _ints(self._graph.outputs)
         for index in (*inputs, *outputs):
             _need(0 <= index < len(self._tensors), f"has input or output {index}{self._where}, which is not there")
-        known.update(inputs)
         known.update(constants_without_elements(self._graph))
+        constants = {index for index in known if not self._tensors[index].isVariable}
+        known.update(inputs)
+        for index in range(len(self._tensors)):
+            self._details(index, constants)
         self._operators(known, set(inputs))
         for index in outputs:
             _need(index in known, f"has output {self._name(index)}{self._where}, which nothing makes")
@@ -279,6 +285,28 @@ class _Subgraph:
                 0 <= axis < len(shape) and shape[axis] == scales,
                 f"has {name} of the shape {shape} with {scales} scales along dimension {axis}",
             )
+
+    def _details(self, index: int, constants: set[int]) -> None:
+        """The runtime looks up the tensors that quantisation details name without checking their indices."""
+        name = f"{self._name(index)}{self._where}"
+        for field, named in named_tensors(self._tensors, index).items():
+            words = f"has {name} quantised with {field} in tensor {named}"
+            _need(0 <= named < len(self._tensors), f"{words}, which is not there")
+            _need(named in constants, f"{words}, which is not a constant")
+            _need(named != index, f"{words}, which is itself")
+        details = details_of(self._tensors[index])
+        if (
+            details is None
+            or getattr(details, "blockShape", None) is not None
+            or hasattr(details, "quantizedDimensions")
+        ):
+            return  # blocks of several dimensions are the runtime's to check
+        weights, scales = self._tensors[index], self._tensors[details.scales]
+        count, covered = elements(weights), elements(scales) * int(details.blockSize)
+        _need(
+            details.blockSize > 0 and covered == count,
+            f"has {name} of {count:,} elements with {elements(scales):,} scales for blocks of {details.blockSize}",
+        )
 
 
 _ALL_TYPES = frozenset(code for name, code in vars(schema.TensorType).items() if isinstance(code, int))

@@ -20,6 +20,7 @@ from bus.values import TensorSpec
 from stages.litert import SegmentRunner
 from stages.model import Model
 from stages.operators import UNREPEATABLE
+from stages.sandbox import Sandbox
 from stages.slicer import SlicedPart, slice_model
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -129,20 +130,21 @@ def verify(
     """
     limit = runnable_depth(model)
     pairs = [pair for pair in pairs if pair[1] <= limit]
-    bench = _Bench(model, num_threads, delegate, limit)
-    wanted = bench.whole(samples)
     worst: Pair | None = None
     largest, differing = 0.0, []
-    for done, pair in enumerate(pairs):
-        if step is not None:
-            step(done, len(pairs))
-        for number, sample in enumerate(samples):
-            found = bench.chained(pair, number, sample)
-            gap = max((difference(a, b) for a, b in zip(wanted[number], found, strict=True)), default=0.0)
-            if gap > 0 or any(not identical(a, b) for a, b in zip(wanted[number], found, strict=True)):
-                differing.append(pair)
-                if worst is None or gap > largest:
-                    worst, largest = pair, max(largest, gap)
+    with Sandbox(model, delegate=delegate) as sandbox:
+        bench = _Bench(model, num_threads, delegate, limit, sandbox)
+        wanted = bench.whole(samples)
+        for done, pair in enumerate(pairs):
+            if step is not None:
+                step(done, len(pairs))
+            for number, sample in enumerate(samples):
+                found = bench.chained(pair, number, sample)
+                gap = max((difference(a, b) for a, b in zip(wanted[number], found, strict=True)), default=0.0)
+                if gap > 0 or any(not identical(a, b) for a, b in zip(wanted[number], found, strict=True)):
+                    differing.append(pair)
+                    if worst is None or gap > largest:
+                        worst, largest = pair, max(largest, gap)
     if step is not None:
         step(len(pairs), len(pairs))
     cause = _cause(model, differing, samples, num_threads, delegate)
@@ -227,8 +229,9 @@ def difference(left: Array, right: Array) -> float:
 class _Bench:
     """Loaded parts, and what they said to which input."""
 
-    def __init__(self, model: Model, num_threads: int, delegate: bool, limit: int) -> None:
+    def __init__(self, model: Model, num_threads: int, delegate: bool, limit: int, sandbox: Sandbox) -> None:
         self._model, self._num_threads, self._delegate = model, num_threads, delegate
+        self._sandbox = sandbox
         self._limit = limit
         self._stateful = model.graph.stateful
         self._outcomes: dict[tuple[int, int, int], tuple[list[bytes], list[Array]]] = {}
@@ -280,7 +283,9 @@ class _Bench:
 
     def _runner(self, part: SlicedPart) -> SegmentRunner:
         title = f"{self._model.name} {part.first}-{part.last}"
-        return SegmentRunner(part.to_bytes(), self._num_threads, delegate=self._delegate, title=title)
+        data = part.to_bytes()
+        self._sandbox.admit(part, data)
+        return SegmentRunner(data, self._num_threads, delegate=self._delegate, title=title)
 
 
 def run_part(part: SlicedPart, runner: SegmentRunner, values: Sequence[Array]) -> list[Array]:

@@ -336,16 +336,6 @@ def random_numbers() -> GraphBuilder:
     return graph
 
 
-IDENTICAL: dict[str, Callable[[], Any]] = {
-    make.__name__: make
-    for make in (
-        residual, inverted_residual, branches, two_in_three_out, fp16_weights, sparse_weights, quantized, wide_integers,
-        branching, looping, reshaping, stateful,
-    )
-}  # fmt: skip
-"""Models whose parts must say exactly what the whole says, at every pair of cuts."""
-
-
 def without_elements(kind: str, spelling: str) -> bytes:
     """TANH, an operator that reads a constant of no elements, NEG; the constant's buffer is spelled in one of three ways."""
     graph = GraphBuilder(f"{kind} over a constant without elements")
@@ -382,3 +372,34 @@ def packed(model: Any) -> bytes:
     builder = flatbuffers.Builder(1024)
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     return bytes(builder.Output())
+
+
+def blockwise() -> GraphBuilder:
+    """int4 weights with a float16 scale for each block of 32, in a tensor that no operator lists."""
+    graph = GraphBuilder("blockwise int4 weights")
+    x, columns = graph.input("input", (1, 64)), 64
+    for number, rows in enumerate((96, 32), start=1):
+        weights = graph.constant(f"weights_{number}", _rng(number).integers(0, 256, rows * columns // 2, np.uint8))
+        scale = (_rng(number + 10).random((rows, columns // 32)) * 0.02 + 0.005).astype(np.float16)
+        scales = graph.constant(f"scales_{number}", scale)
+        record = graph.record(weights)
+        record.shape, record.type = [rows, columns], schema.TensorType.INT4
+        record.quantization = schema.QuantizationParametersT(quantizedDimension=0)
+        record.quantization.detailsType = schema.QuantizationDetails.BlockwiseQuantization
+        record.quantization.details = schema.BlockwiseQuantizationT(scales=scales, zeroPoints=-1, blockSize=32)
+        tanh, y = graph.tensor(f"tanh_{number}", (1, columns)), graph.tensor(f"fc_{number}", (1, rows))
+        graph.operator("TANH", [x], [tanh])
+        graph.operator("FULLY_CONNECTED", [tanh, weights, -1], [y], schema.FullyConnectedOptionsT(NONE), version=12)
+        x, columns = y, rows
+    graph.output(x)
+    return graph
+
+
+IDENTICAL: dict[str, Callable[[], Any]] = {
+    make.__name__: make
+    for make in (
+        residual, inverted_residual, branches, two_in_three_out, fp16_weights, sparse_weights, quantized, wide_integers,
+        branching, looping, reshaping, stateful, blockwise,
+    )
+}  # fmt: skip
+"""Models whose parts must say exactly what the whole says, at every pair of cuts."""

@@ -181,6 +181,49 @@ def test_a_subgraph_that_runs_itself_is_refused(tmp_path: Path) -> None:
         load_model(path)
 
 
+def blockwise_details(model: schema.ModelT) -> schema.BlockwiseQuantizationT:
+    return next(t for t in main(model).tensors if t.name == b"weights_1").quantization.details
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("scales", 99, "weights_1 quantised with scales in tensor 99, which is not there"),
+        ("scales", -5, "weights_1 quantised with scales in tensor -5, which is not there"),
+        ("scales", -1, "weights_1 quantised with scales in tensor -1, which is not there"),
+        ("scales", 0, "weights_1 quantised with scales in tensor 0, which is not a constant"),
+        ("scales", 1, "weights_1 quantised with scales in tensor 1, which is itself"),
+        ("zeroPoints", 99, "weights_1 quantised with zeroPoints in tensor 99, which is not there"),
+        ("zeroPoints", 4, "weights_1 quantised with zeroPoints in tensor 4, which is not a constant"),
+        ("blockSize", 0, "6,144 elements with 192 scales for blocks of 0"),
+        ("blockSize", 64, "6,144 elements with 192 scales for blocks of 64"),
+    ],
+)
+def test_quantisation_details_name_constants_that_are_there(
+    field: str, value: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything runs: the trial would end with another fault."""
+    monkeypatch.setattr(trial_module, "CHILD", "import sys; sys.exit(1)")
+    path = tmp_path / "broken.tflite"
+    path.write_bytes(edited(built_models.blockwise, lambda m: setattr(blockwise_details(m), field, value)))
+    with pytest.raises(ModelError, match=words):
+        load_model(path)
+
+
+@pytest.mark.parametrize("where", ["model", "tensor"])
+def test_weights_in_another_file_are_refused(where: str, tmp_path: Path) -> None:
+    def outsource(model: schema.ModelT) -> None:
+        if where == "model":
+            model.externalBufferGroups = [schema.ExternalBufferGroupT(name="weights.bin")]
+        else:
+            main(model).tensors[1].externalBuffer = 1
+
+    path = tmp_path / "model.tflite"
+    path.write_bytes(edited(built_models.residual, outsource))
+    with pytest.raises(ModelError, match="keeps weights in another file"):
+        load_model(path)
+
+
 @pytest.mark.parametrize("field", ["arraySegments", "arrayIndices"])
 def test_sparse_indices_must_stay_inside(field: str, tmp_path: Path) -> None:
     def poison(model: schema.ModelT) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from bus.errors import CutError, UnknownNameError
 from stages.cuts import useful_positions, work_shares
 from stages.litert import SegmentRunner
 from stages.model import Model
-from stages.operators import kind_of
+from stages.operators import CONTROL_FLOW, kind_of, text
 from stages.slicer import manifest, position_of, slice_model, write_parts
 from stages.validation import validated
 from stages.verify import run_part
@@ -139,6 +141,83 @@ def test_every_part_is_a_sound_file_that_keeps_names(name: str, tmp_path: Path) 
         assert {bytes(t.name) for t in schema.ModelT.InitFromPackedBuf(data, 0).subgraphs[0].tensors} <= names
 
 
+def details_by_name(data: bytes) -> dict[str, str]:
+    """Tensor -> the tensor that its details name as scales."""
+    tensors = schema.ModelT.InitFromPackedBuf(data, 0).subgraphs[0].tensors
+    return {
+        text(tensor.name): text(tensors[details.scales].name)
+        for tensor in tensors
+        if (details := tensor.quantization and tensor.quantization.details) is not None
+    }
+
+
+def test_tensors_that_quantisation_details_name_go_along_under_their_new_numbers(tmp_path: Path) -> None:
+    model = load(tmp_path, built_models.blockwise())
+    assert details_by_name(slice_model(model, 2, 2).to_bytes()) == {"weights_1": "scales_1"}
+    assert details_by_name(slice_model(model, 3, 4).to_bytes()) == {"weights_2": "scales_2"}
+    assert details_by_name(slice_model(model, 3, 3).to_bytes()) == {}
+    both = {"weights_1": "scales_1", "weights_2": "scales_2"}
+    assert details_by_name(slice_model(model, 1, 4).to_bytes()) == both
+    part = schema.ModelT.InitFromPackedBuf(slice_model(model, 4, 4).to_bytes(), 0).subgraphs[0]
+    scales = next(tensor for tensor in part.tensors if tensor.name == b"scales_2")
+    whole = next(tensor for tensor in model.graph.tensors if tensor.name == b"scales_2")
+    assert list(scales.shape) == list(whole.shape)
+    assert len(part.tensors) == 4  # what goes in, weights, scales, what comes out
+
+
+def test_tensors_named_by_tensors_that_are_named_go_along_too(tmp_path: Path) -> None:
+    """Scales may be quantised themselves; and the field for zero points is 0, not -1, where it is not set."""
+    graph = built_models.blockwise()
+    deeper = graph.constant("deeper", np.ones((24,), np.float16))
+    source = graph.record(1).quantization
+    graph.record(1).quantization.details.zeroPoints = 0  # tensor 0 is the model's input
+    scales = graph.record(source.details.scales)
+    scales.quantization = schema.QuantizationParametersT(
+        detailsType=schema.QuantizationDetails.BlockwiseQuantization,
+        details=schema.BlockwiseQuantizationT(scales=deeper, zeroPoints=-1, blockSize=8),
+    )
+    data = slice_model(load(tmp_path, graph), 2, 2).to_bytes()
+    assert details_by_name(data) == {"weights_1": "scales_1", "scales_1": "deeper"}
+    tensors = schema.ModelT.InitFromPackedBuf(data, 0).subgraphs[0].tensors
+    assert [t.quantization.details.zeroPoints for t in tensors if t.name == b"weights_1"] == [-1]
+
+
+NAMING = re.compile(r"(?i)subgraph|tensor|buffer|^scales$|^zeroPoints$|Index$|^inputs$|^outputs$|intermediates")
+RENUMBERED_OR_REFUSED = {
+    "BlockwiseQuantizationT": {"scales", "zeroPoints"},
+    "MultiAxisQuantizationT": {"scales", "zeroPoints"},
+    "MetadataT": {"buffer"},
+    "ModelT": {"subgraphs", "buffers", "metadataBuffer", "externalBufferGroups", "externalBuffers"},
+    "OperatorT": {"opcodeIndex", "inputs", "outputs", "intermediates", "debugMetadataIndex"},
+    "SignatureDefT": {"subgraphIndex", "inputs", "outputs"},
+    "SubGraphT": {"tensors", "inputs", "outputs", "debugMetadataIndex"},
+    "TensorMapT": {"tensorIndex"},
+    "TensorT": {"buffer", "externalBuffer"},
+}
+NAMES_NOTHING = {
+    "OperatorT": {"mutatingVariableInputs"},
+    "TensorT": {"variantTensors"},
+    "UnidirectionalSequenceLSTMOptionsT": {"diagonalRecurrentTensors"},
+}
+"""Flags, and types of what a variant tensor may hold."""
+
+
+def test_every_field_of_the_schema_that_names_a_tensor_a_buffer_or_a_subgraph_is_known() -> None:
+    """A schema that names things in more places must be looked at before it is used: a part must not keep old numbers."""
+    options = {field for fields in CONTROL_FLOW.values() for field in fields} | {"branchSubgraphIndices"}
+    found, in_options = {}, set()
+    for name, record in inspect.getmembers(schema, inspect.isclass):
+        if not name.endswith("T") or not hasattr(record, "InitFromPackedBuf"):
+            continue
+        fields = {field for field in vars(record()) if NAMING.search(field)} - NAMES_NOTHING.get(name, set())
+        if name.endswith("OptionsT"):
+            in_options |= fields
+        elif fields:
+            found[name] = fields
+    assert in_options == options
+    assert found == RENUMBERED_OR_REFUSED
+
+
 def test_signatures_keep_the_callers_names_at_the_model_s_ends(tmp_path: Path) -> None:
     model = load(tmp_path, built_models.two_in_three_out())
     signature = schema.ModelT.InitFromPackedBuf(slice_model(model, 1, 2).to_bytes(), 0).signatureDefs[0]
@@ -151,6 +230,7 @@ def test_metadata_go_along_unless_they_speak_of_the_whole(tmp_path: Path) -> Non
     graph = built_models.residual()
     graph.metadata("min_runtime_version", b"2.3.0")
     graph.metadata("TFLITE_METADATA", b"about the whole model's inputs")
+    graph.metadata("OfflineMemoryAllocation", b"about the whole model's tensors, by their numbers")
     model = load(tmp_path, graph)
     part = schema.ModelT.InitFromPackedBuf(slice_model(model, 2, 3).to_bytes(), 0)
     assert [entry.name for entry in part.metadata] == [b"min_runtime_version"]

@@ -1,0 +1,99 @@
+"""The first run of every slice: in a child, whose death is an error and not ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+
+from bus.errors import ModelError
+from stages import sandbox as sandbox_module
+from stages.model import Model
+from stages.profiler import measure
+from stages.sandbox import Sandbox
+from stages.segments import SegmentStore
+from stages.slicer import slice_model
+from stages.verify import random_inputs, verify
+from stages.zoo import load_model
+from tests.unit.stages import built_models
+
+DEATH = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """A foreign model; no slice of it was tried yet."""
+    monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "model.tflite"
+    path.write_bytes(built_models.blockwise().to_bytes())
+    return load_model(path)
+
+
+def with_stale_scales(data: bytes) -> bytes:
+    """The slice as it would be if the index of its scales had not been renumbered."""
+    part = schema.ModelT.InitFromPackedBuf(data, 0)
+    for tensor in part.subgraphs[0].tensors:
+        if tensor.quantization is not None and tensor.quantization.details is not None:
+            tensor.quantization.details.scales = 1_000_000
+    return built_models.packed(part)
+
+
+@pytest.mark.parametrize("delegate", [True, False])
+def test_a_slice_that_kills_the_runtime_is_an_error_that_names_its_layers(model: Model, delegate: bool) -> None:
+    part = slice_model(model, 1, 2)
+    with Sandbox(model, delegate=delegate) as sandbox:
+        for _ in range(2):  # a death is not remembered as a verdict, and the next child lives
+            with pytest.raises(
+                ModelError, match=r"model\.tflite: a trial run of layers 1 to 2 (died of SIG|ended with)"
+            ):
+                sandbox.admit(part, with_stale_scales(part.to_bytes()))
+        sandbox.admit(part, part.to_bytes())
+
+
+def prepared(model: Model) -> object:
+    return SegmentStore(model).prepare(1, 3)
+
+
+def warmed(model: Model) -> object:
+    SegmentStore(model).warm()
+    return None
+
+
+def got(model: Model) -> object:
+    return SegmentStore(model).get(0, 4).run(random_inputs(model, np.random.default_rng(0)))
+
+
+def verified(model: Model) -> object:
+    return verify(model, [(1, 3)], [random_inputs(model, np.random.default_rng(0))])
+
+
+def measured(model: Model) -> object:
+    return measure(model, num_runs=1)
+
+
+@pytest.mark.parametrize("work", [verified, measured, prepared, warmed, got])
+def test_everything_that_runs_slices_tries_them_first(
+    work: Callable[[Model], object], model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox_module, "CHILD", DEATH)
+        with pytest.raises(ModelError, match=r"a trial run of layers? .* died of SIGSEGV while starting"):
+            work(model)
+    work(model)
+    monkeypatch.setattr(sandbox_module, "CHILD", DEATH)
+    work(model)  # what was tried once is not tried again, in another sandbox either
+
+
+def test_a_child_that_hangs_is_given_up(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox_module, "CHILD", "import time; time.sleep(60)")
+    monkeypatch.setattr(sandbox_module, "LONGEST_S", 0.2)
+    with Sandbox(model) as sandbox, pytest.raises(ModelError, match="layer 1 did not end within"):
+        sandbox.admit(slice_model(model, 1, 1), slice_model(model, 1, 1).to_bytes())
+
+
+def test_deepar_s_own_models_are_not_tried(lenet: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox_module, "CHILD", DEATH)
+    verified(lenet)
