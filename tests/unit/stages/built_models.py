@@ -395,11 +395,24 @@ def blockwise() -> GraphBuilder:
     return graph
 
 
+def flattening() -> GraphBuilder:
+    """FULLY_CONNECTED on the four dimensions of a convolution, which it flattens by itself."""
+    graph = GraphBuilder("a fully-connected layer on a convolution")
+    shape = (1, 3, 5, 2)
+    x = graph.input("input", shape)
+    first = conv(graph, "conv", x, shape, 4)
+    matrix = _weights(graph, "matrix", (6, 60), 9)
+    y = graph.tensor("fc", (1, 6))
+    graph.operator("FULLY_CONNECTED", [first, matrix, -1], [y], schema.FullyConnectedOptionsT(keepNumDims=False))
+    graph.output(y)
+    return graph
+
+
 IDENTICAL: dict[str, Callable[[], Any]] = {
     make.__name__: make
     for make in (
         residual, inverted_residual, branches, two_in_three_out, fp16_weights, sparse_weights, quantized, wide_integers,
-        branching, looping, reshaping, stateful, blockwise,
+        branching, looping, reshaping, stateful, blockwise, flattening,
     )
 }  # fmt: skip
 """Models whose parts must say exactly what the whole says, at every pair of cuts."""

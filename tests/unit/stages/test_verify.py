@@ -12,6 +12,7 @@ from bus.errors import ConfigError, ModelError
 from stages import verify as verify_module
 from stages.litert import SegmentRunner
 from stages.model import Model
+from stages.slicer import slice_model
 from stages.verify import difference, identical, named_inputs, pairs_of, random_inputs, verify
 from stages.zoo import digits, load_model
 from stages.zoo.graph_builder import GraphBuilder
@@ -64,6 +65,20 @@ def test_constants_without_elements_are_constants(kind: str, spelling: str, tmp_
     report = verify(model, pairs_of(model, "all", 0), samples(model, 2))
     assert report.checked == 10
     assert report.bit_identical
+
+
+def test_a_fully_connected_layer_flattens_a_convolution_by_itself(tmp_path: Path) -> None:
+    """Its slice alone, given the four dimensions that cross the cut, computes the matrix product row by row."""
+    model = load(tmp_path, "flattening")
+    assert model.manifest.cuts[1].tensors[0].shape == (1, 3, 5, 4)
+    part = slice_model(model, 2, 2)
+    value = np.random.default_rng(2).standard_normal((1, 3, 5, 4)).astype(np.float32)
+    (found,) = SegmentRunner(part.to_bytes()).run([value])
+    (matrix,) = (at for at, tensor in enumerate(model.graph.tensors) if tensor.name == b"matrix")
+    data = model.graph.buffer(model.graph.tensors[matrix].buffer)
+    assert data is not None
+    weights = np.frombuffer(data, np.float32).reshape(6, 60)
+    np.testing.assert_allclose(found, value.reshape(1, 60) @ weights.T, rtol=1e-5)
 
 
 def test_a_tensor_without_elements_is_still_made_before_it_is_read(tmp_path: Path) -> None:
