@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bus.errors import ConfigError
+from bus.json_text import json_text
 from bus.kafka_connection import KafkaConnection
 from deploy import acls as lists
 from deploy.acls import Entry
@@ -53,7 +53,7 @@ def acls(
         done = run_on_uvloop(lists.apply(KafkaConnection.from_env(bootstrap_servers=bootstrap_servers), granted))
     if as_json:
         report = {"roles": _plain(shown)} | ({"users": _plain(granted)} if granted else {})
-        sys.stdout.write(json.dumps(report | ({"applied": done} if apply else {})) + "\n")
+        sys.stdout.write(json_text(report | ({"applied": done} if apply else {})) + "\n")
         return
     console = Console(highlight=False)
     console.print(_table(granted or shown, "user" if granted else "role"))

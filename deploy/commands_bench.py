@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bus.errors import UnknownNameError
+from bus.json_text import json_text
 from bus.units import format_seconds
 from deploy.options import AsJson, BootstrapFromEnv
 from deploy.process import EXIT_MISSED
@@ -56,7 +56,7 @@ def bench(
     given = {key: value for key, value in wanted.items() if value is not None and key in takes}
     found: dict[str, Any] = measure(progress=lambda line: log.print(line, style="dim", markup=False), **given)
     if as_json:
-        print(json.dumps(found))
+        print(json_text(found))
     else:
         print_bench(Console(highlight=False), found)
     if not all(aim["pass"] for aim in found["aims"]):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from bus.json_text import json_text
 from bus.signed import signed
 from bus.units import parse_duration
 from deploy.cancelling import End
@@ -43,7 +43,7 @@ def cancel(
 
     ends = run_on_uvloop(run())
     if as_json:
-        print(json.dumps({"tasks": [_row(end) for end in ends]}))
+        print(json_text({"tasks": [_row(end) for end in ends]}))
     console, log = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     for end in ends:
         if end.state is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bus.errors import ConfigError
+from bus.json_text import json_text
 from deploy.options import AsJson
 from deploy.process import EXIT_FAILED
 from deploy.progress import progress_bar
@@ -64,7 +64,7 @@ def chaos(
 
         found = _sweep(range(seed, seed + seeds), tell) if awaits else _run(seed, seeds, jobs, tell)
     if as_json:
-        print(json.dumps(found))
+        print(json_text(found))
     else:
         _print(Console(highlight=False), found)
     if found["violations"]:

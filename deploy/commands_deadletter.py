@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from bus import topics
 from bus.errors import UnknownNameError
+from bus.json_text import json_text
 from bus.port import Bus, Record
 from deploy import nodes
 from deploy.options import AsJson, Bootstrap
@@ -110,7 +110,7 @@ def list_letters(
         if cause in (None, letter.cause) and task in (None, letter.task_id)
     ]
     if as_json:
-        print(json.dumps({"letters": [letter.as_object() for letter in letters]}))
+        print(json_text({"letters": [letter.as_object() for letter in letters]}))
         return
     table = Table("origin", "task", "cause", "error", "bytes")
     for letter in letters:
@@ -136,7 +136,7 @@ def show(
         sys.stdout.buffer.write(found.value)
         return
     if as_json:
-        print(json.dumps(found.as_object() | {"value_hex": found.value.hex()}))
+        print(json_text(found.as_object() | {"value_hex": found.value.hex()}))
         return
     console = Console(highlight=False)
     for name, value in found.as_object().items():

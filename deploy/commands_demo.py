@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from bus.errors import ConfigError
+from bus.json_text import json_text
 from bus.units import format_rate, format_seconds
 from bus.values import Parts
 from deploy.demo import POLICIES, SLOWDOWN, Demo, Run, digits_right
@@ -57,7 +57,7 @@ def demo(
     draw_run(best.run, picture)
     report = _report(runs, picture)
     if as_json:
-        sys.stdout.write(json.dumps(report) + "\n")
+        sys.stdout.write(json_text(report) + "\n")
     else:
         _show(console, runs, report, links)
     unfinished = [outcome.task_id for played in runs for outcome in played.run.outcomes if outcome.delay_s is None]

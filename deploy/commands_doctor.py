@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bus.errors import DeeparError, UnknownTopicError
+from bus.json_text import json_text
 from bus.kafka import KafkaBus
 from bus.kafka_connection import KafkaConnection
 from bus.port import Bus
@@ -55,7 +55,7 @@ def doctor(
     with Console(stderr=True).status("looking at this machine, then at the system; some seconds"):
         checks = run_on_uvloop(examine(connection, models or ["lenet"]))
     if as_json:
-        sys.stdout.write(json.dumps({"checks": [_as_json(check) for check in checks]}) + "\n")
+        sys.stdout.write(json_text({"checks": [_as_json(check) for check in checks]}) + "\n")
     else:
         console = Console(highlight=False)
         for check in checks:

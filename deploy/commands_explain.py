@@ -15,6 +15,7 @@ from rich.table import Table
 from bus import topics
 from bus.decisions import DecisionLog
 from bus.errors import ConfigError, ProtocolError
+from bus.json_text import json_text
 from bus.messages import Decision, decode
 from bus.units import format_rate, format_seconds
 from bus.values import Placement
@@ -45,7 +46,7 @@ def explain(
     decisions = list(read_dump(source, region)) if source is not None else read_topic(bootstrap_servers, region)
     found = explain_task(decisions, task)
     if as_json:
-        print(json.dumps(explanation_json(found)))
+        print(json_text(explanation_json(found)))
     else:
         show(found, Console())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shutil
 import signal
@@ -17,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bus.errors import BusUnavailableError, ConfigError
+from bus.json_text import json_text
 from bus.kafka import KafkaBus, KafkaConnection
 from bus.units import format_seconds, parse_duration
 from deploy.broker import KafkaBroker
@@ -97,9 +97,9 @@ def chaos(
         seed=random_seed, bootstrap=bootstrap_servers, log=log,
     )  # fmt: skip
     summary = findings.summary()
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (folder / "summary.json").write_text(json_text(summary, indent=1) + "\n", encoding="utf-8")
     if as_json:
-        print(json.dumps(summary))
+        print(json_text(summary))
     else:
         print_summary(Console(highlight=False), summary, folder)
     failed = [sentence for sentence in failures(findings) if sentence]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from bus.errors import ConfigError
 from bus.identity import SPEAKING_ROLES, Master, Speaker, load_key, load_master, write_secret
+from bus.json_text import json_text
 from deploy.options import AsJson
 
 app = typer.Typer(
@@ -83,7 +83,7 @@ def show(
         secret = load_master(file)
         found = {"kind": "master", "speaker": None, "master": secret.fingerprint, "frames": secret.frames}
     if as_json:
-        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.write(json_text(found) + "\n")
     else:
         whose = f"{found['kind']} {found['speaker'] or ''}".strip()
         typer.echo(f"{whose}, master {found['master']}" + ", for frames too" * bool(found["frames"]))

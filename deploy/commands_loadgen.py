@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 
 from bus.errors import ConfigError
+from bus.json_text import json_text
 from bus.signed import signed
 from bus.units import parse_duration, parse_rate
 from deploy.commands_bench import bench
@@ -156,7 +156,7 @@ def replay(
     files = report.write_files(folder, run.result.outcomes, summary, began_at=run.began_at)
     summary["files"] = [str(path) for path in files]
     if as_json:
-        print(json.dumps(summary))
+        print(json_text(summary))
     else:
         print_summary(Console(highlight=False), summary)
     missed = [sentence for limit in limits if (sentence := limit.missed(summary))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bus.errors import ConfigError, UnknownNameError
+from bus.json_text import json_text
 from bus.units import format_count, format_rate, format_seconds, parse_duration, parse_rate
 from bus.values import Kind, ModelProfile, Objective, Role
 from deploy.outputs import writable_file
@@ -98,7 +98,7 @@ def plan(
         draw_plan(situation, plot)
         print(f"written: {plot}", file=sys.stderr)
     if as_json:
-        print(json.dumps(_plan_json(situation, found)))
+        print(json_text(_plan_json(situation, found)))
     elif found:
         console = Console()
         console.print(_plan_table(situation, found, console.width))

@@ -5,7 +5,6 @@ simulation against life.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bus.errors import ConfigError
+from bus.json_text import json_text
 from bus.kafka import KafkaConnection
 from bus.units import format_seconds
 from bus.values import Objective
@@ -153,7 +153,7 @@ def make_figures(
         results += [figures.make(name, options) for name in (figures.FIGURES if everything else names)]
     if as_json:
         found = [result.as_object() for result in results]
-        print(json.dumps({"figures": found} if everything else found[0]))
+        print(json_text({"figures": found} if everything else found[0]))
     else:
         console = Console(highlight=False)
         for result in results:
@@ -197,7 +197,7 @@ def sweep(
         )
         rows, files = run_sweep(options)
     if as_json:
-        print(json.dumps({"runs": len(rows), "files": [str(path) for path in files]}))
+        print(json_text({"runs": len(rows), "files": [str(path) for path in files]}))
         return
     console = Console(highlight=False)
     _print_means(console, rows, [axis.name for axis in options.axes])
@@ -246,7 +246,7 @@ def compare(
     files = [write_csv(out / "compare.csv", compare_chart.rows(found)), *compare_chart.draw(found, out / "compare")]
     numbers = found.as_object() | {"files": [str(path) for path in files]}
     if as_json:
-        print(json.dumps(numbers))
+        print(json_text(numbers))
     else:
         console = Console(highlight=False)
         for name, value in numbers.items():
@@ -274,7 +274,7 @@ def check(
         devices=devices, seed=seed, profile=profile, say=lambda line: log.print(line, style="dim", markup=False)
     )
     if as_json:
-        print(json.dumps({"seed": seed, "checks": [one.as_row() for one in checks]}))
+        print(json_text({"seed": seed, "checks": [one.as_row() for one in checks]}))
     else:
         table = Table("", "figure", "case", "tasks", "same placement", "mean ratio", "largest error")
         for one in checks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bus.json_text import json_text
 from deploy.options import AsJson
 from deploy.outputs import writable_folder
 from deploy.process import EXIT_FAILED, EXIT_MISSED
@@ -84,10 +84,10 @@ def soak(
         "files": [str(path) for path in files],
     }
     numbers.write_text(
-        json.dumps(found | {"looks": [asdict(look) for look in result.looks]}, indent=1), encoding="utf-8"
+        json_text(found | {"looks": [asdict(look) for look in result.looks]}, indent=1), encoding="utf-8"
     )
     if as_json:
-        print(json.dumps(found))
+        print(json_text(found))
     else:
         _print(Console(highlight=False), found)
     if result.unended or result.crashes:

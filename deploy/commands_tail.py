@@ -14,6 +14,7 @@ from rich.markup import escape
 from bus import messages, topics
 from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
 from bus.errors import ConfigError, ProtocolError
+from bus.json_text import json_text
 from bus.messages import Decision, DecisionPart, EpochOpened, NodeHeartbeat, PlannerHeartbeat
 from bus.port import Bus, Record
 from deploy import nodes
@@ -125,7 +126,7 @@ def json_line(record: Record) -> None:
         "key": record.key,
         "value": value,
     }
-    sys.stdout.write(json.dumps(line, separators=(",", ":")) + "\n")
+    sys.stdout.write(json_text(line, compact=True) + "\n")
     sys.stdout.flush()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import sys
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
+from bus.json_text import json_text
 from bus.port import Bus
 from deploy import nodes
 from deploy.options import Bootstrap, Region
@@ -45,7 +45,7 @@ def top(
     if as_json or once or not sys.stdout.isatty():
         run_on_uvloop(_read_once(bus, view))
         if as_json:
-            print(json.dumps(report(view)))
+            print(json_text(report(view)))
         else:
             console = Console(highlight=False)
             console.print(screen(view, columns=console.width))

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from bus.errors import BusUnavailableError, ConfigError
+from bus.json_text import json_text
 
 
 def healthcheck(
@@ -37,6 +38,6 @@ def healthcheck(
         body, ready = json.loads(error.read() or b"{}"), False
     except (OSError, ValueError) as error:
         raise BusUnavailableError(f"{url} does not answer: {error}") from None
-    typer.echo(json.dumps(body))
+    typer.echo(json_text(body))
     if not ready:
         raise typer.Exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bus.errors import ConfigError
+from bus.json_text import json_text
 from stages.model import Model
 from stages.zoo import load_model
 
@@ -29,7 +29,7 @@ Threads = Annotated[int, typer.Option(min=1, max=64, help="Threads of the runtim
 
 def print_json(report: dict[str, Any]) -> None:
     """One object, one line, on stdout."""
-    sys.stdout.write(json.dumps(report) + "\n")
+    sys.stdout.write(json_text(report) + "\n")
 
 
 def load(model: str, sha256: str | None) -> Model:

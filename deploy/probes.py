@@ -11,6 +11,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from bus.json_text import json_text
 from deploy.process import loop_name
 
 LAG_PROBE_S = 0.25
@@ -79,12 +80,12 @@ async def serve_probes(
     registry.register(_Collector(look, labels, lambda: lag_s))
 
     async def livez(request: web.Request) -> web.Response:
-        return web.json_response({"live": True, "loop": loop_name()})
+        return web.json_response({"live": True, "loop": loop_name()}, dumps=json_text)
 
     async def readyz(request: web.Request) -> web.Response:
         health = look()
         body = {"ready": health.ready, "loop": loop_name(), **labels, **health.detail}
-        return web.json_response(body, status=200 if health.ready else 503)
+        return web.json_response(body, status=200 if health.ready else 503, dumps=json_text)
 
     async def metrics(request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(registry), content_type="text/plain")

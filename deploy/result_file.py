@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bus.json_text import json_text
 from bus.messages import TaskSubmitted
 from bus.tensors import Array
 
@@ -40,6 +41,6 @@ class ResultFile:
         line: dict[str, object] = {"task_id": task.task_id, "model": task.model, "sample": sample}
         if outputs and outputs[0].size:
             line["top"] = int(np.argmax(outputs[0]))
-        self._handle.write(json.dumps(line) + "\n")
+        self._handle.write(json_text(line) + "\n")
         self._handle.flush()
         self._kept.setdefault(task.task_id, set()).add(sample)

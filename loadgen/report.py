@@ -8,7 +8,6 @@ import base64
 import csv
 import html
 import io
-import json
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from bus.json_text import json_text
 from loadgen import plots
 from loadgen.metrics import PERCENTILES
 from loadgen.outcome import Outcome, as_row
@@ -39,9 +39,9 @@ def write_files(
     export = directory / "profile_export.jsonl"
     with export.open("w", encoding="utf-8") as file:
         for outcome in outcomes:
-            file.write(json.dumps(_stamped(as_row(outcome), began_at)) + "\n")
+            file.write(json_text(_stamped(as_row(outcome), began_at)) + "\n")
     as_json = directory / "summary.json"
-    as_json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    as_json.write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
     as_csv = directory / "summary.csv"
     as_csv.write_text(summary_csv(summary), encoding="utf-8")
     report = directory / "report.html"

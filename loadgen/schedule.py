@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bus.errors import ConfigError
+from bus.json_text import json_text
 from bus.messages import TaskSubmitted
 from loadgen.arrivals import Arrivals
 from loadgen.source import Mix, draw
@@ -141,7 +142,7 @@ def write(schedule: Schedule, path: Path) -> None:
         fields = {"at_s": entry.at_s, **entry.task.model_dump(mode="json", exclude_none=True)}
         if entry.warmup:
             fields["warmup"] = True
-        lines.append(json.dumps(fields))
+        lines.append(json_text(fields))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

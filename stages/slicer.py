@@ -8,7 +8,6 @@ a part is not in its file: the *boundaries* of a part list everything that cross
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +18,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from bus.errors import CutError, UnknownNameError
+from bus.json_text import json_text
 from bus.values import ModelManifest, TensorSpec
 from stages.cache import write_whole
 from stages.details import FIELDS, details_of, named_tensors, with_named_tensors
@@ -349,5 +349,5 @@ def write_parts(model: Model, cuts: list[int], folder: Path) -> tuple[Path, list
         "parts": parts,
     }
     path = folder / "manifest.json"
-    write_whole(path, [json.dumps(document, indent=2).encode() + b"\n"])
+    write_whole(path, [json_text(document, indent=2).encode() + b"\n"])
     return path, parts

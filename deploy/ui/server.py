@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Final
@@ -18,6 +17,7 @@ from typing import Final
 from aiohttp import web
 
 from bus.errors import ConfigError
+from bus.json_text import json_text
 from deploy.region_report import report
 from deploy.region_view import RegionView
 from deploy.ui.page_message import page_message
@@ -71,7 +71,7 @@ def application(view: RegionView, *, names: Iterable[str] = ()) -> web.Applicati
         )
 
     async def state(request: web.Request) -> web.Response:
-        return web.json_response(report(view))
+        return web.json_response(report(view), dumps=json_text)
 
     async def events(request: web.Request) -> web.StreamResponse:
         if len(streams) >= MAX_STREAMS:
@@ -110,7 +110,7 @@ async def stream(view: RegionView, response: web.StreamResponse) -> None:
             message = page_message(view, since=version, lines_since=last_line)
             message["fresh"] = fresh
             version, last_line, fresh = message["version"], message["last_line"], False
-            await response.write(b"data: " + json.dumps(message, separators=(",", ":")).encode() + b"\n\n")
+            await response.write(b"data: " + json_text(message, compact=True).encode() + b"\n\n")
             sent_s = clock()
         elif clock() - sent_s > KEEP_ALIVE_S:
             await response.write(b": still here\n\n")

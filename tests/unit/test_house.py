@@ -42,6 +42,35 @@ def test_the_layering_test_can_fail(tmp_path: Path) -> None:
     assert imported_rooms(wrong) == {"planner", "tests"}
 
 
+JSON_BETWEEN_OURSELVES = {
+    "deploy/asyncapi.py",  # a page of the docs, kept as it stands
+    "deploy/commands_explain.py",  # a record on its way back into our decoder
+    "loadgen/sweep.py",  # the key of a run, compared with itself
+    "stages/sandbox.py",
+    "stages/trial.py",
+    "stages/trial_child.py",  # words between a process and its child
+}
+
+
+def writes_json(path: Path) -> bool:
+    """Whether a module writes JSON in the ways of `json` or aiohttp, without `json_text`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if isinstance(node.func.value, ast.Name) and (node.func.value.id, node.func.attr[:4]) == ("json", "dump"):
+                return True
+            if node.func.attr == "json_response" and "json_text" not in [ast.unparse(k.value) for k in node.keywords]:
+                return True
+        if isinstance(node, ast.ImportFrom) and node.module == "json":
+            return True
+    return False
+
+
+def test_json_for_people_and_programs_is_written_in_one_place() -> None:
+    """`bus.json_text`, which never writes NaN or Infinity; messages and state on the bus have codecs of their own."""
+    rooms = [path for path in FILES if path.relative_to(ROOT).parts[0] in ("deploy", "loadgen", "stages")]
+    assert {str(path.relative_to(ROOT)) for path in rooms if writes_json(path)} == JSON_BETWEEN_OURSELVES
+
+
 def test_the_cards_packages_are_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     names = {entry.split(">")[0].split("=")[0].strip() for entry in project["project"]["dependencies"]}

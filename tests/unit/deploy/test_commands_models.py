@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from bus.errors import ConfigError, CutError, ModelError
 from bus.values import ModelProfile
 from deploy import commands_models
 from stages.litert import SegmentRunner
+from stages.verify import verify
 from stages.zoo import digits
 
 runner = CliRunner()
@@ -163,3 +165,16 @@ def test_build_writes_a_network_with_the_user_s_own_weights(app: Any, tmp_path: 
     with pytest.raises(ConfigError, match=r"fc_1/kernel has the shape \(84, 120\), not \(120, 400\)"):
         call(app, *words)
     assert not out.exists()
+
+
+def test_a_difference_without_bound_is_null_with_its_reason(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = verify
+
+    def unbounded(*words: Any, **more: Any) -> Any:
+        return dataclasses.replace(honest(*words, **more), bit_identical=False, max_abs_diff=float("inf"), worst=(1, 2))
+
+    monkeypatch.setattr(commands_models, "verify_parts", unbounded)
+    result = call(app, "models", "verify", "lenet", "--cuts", "single", "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert (found["max_abs_diff"], found["not_finite"]) == (None, {"max_abs_diff": "infinity"})
