@@ -52,6 +52,12 @@ ProfileName = Annotated[
         help="Times to play in the place of this machine's, slowdown on top: a name (paper) or a file.",
     ),
 ]
+Remeasure = Annotated[
+    bool,
+    typer.Option(
+        "--remeasure", envvar="DEEPAR_REMEASURE", help="Measure this machine anew, whatever is remembered of it."
+    ),
+]
 Threads = Annotated[int, typer.Option("--num-threads", min=1, help="Threads of one inference.")]
 
 
@@ -145,6 +151,7 @@ class StageFlags:
     runner: RunnerKind = "litert"
     profile: ProfileName = None
     num_threads: Threads = 1
+    remeasure: Remeasure = False
     bootstrap_servers: Bootstrap = None
     region: Region = 0
     lease: Lease = "10s"
@@ -161,6 +168,7 @@ class StageFlags:
             "profile": self.profile,
             "runner": self.runner,
             "threads": self.num_threads,
+            "remeasure": self.remeasure,
         }
 
     def model_names(self) -> list[str]:

@@ -46,6 +46,7 @@ def make_runner(
         say=say,
         profiles=known,
         paced=bool(known),
+        remeasure=options.remeasure,
     )
     if options.runner == "modelled":
         return ModelledRunner(measured.profiles())

@@ -68,6 +68,7 @@ class NodeOptions(_Strict):
     profile: str | None = None  # a profile to play instead of computing: a name or a file
     runner: Literal["litert", "modelled"] = "litert"  # compute, or sleep the profile's time
     threads: Annotated[int, Field(ge=1)] = 1  # threads of the runtime for one inference
+    remeasure: bool = False  # measure this machine anew, whatever is remembered of it
     identity_key: str | None = None  # file of the key that proves who it is; None: `up` makes it of its master
 
 

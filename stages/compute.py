@@ -51,6 +51,7 @@ class LitertRunner:
         stores: Mapping[str, SegmentStore] | None = None,
         profiles: Mapping[str, ModelProfile] | None = None,
         paced: bool = False,
+        remeasure: bool = False,
         pool: ThreadPoolExecutor | None = None,
     ) -> None:
         self._models = {model.name: model for model in models}
@@ -63,7 +64,9 @@ class LitertRunner:
             if model.name not in self._stores:
                 self._stores[model.name] = SegmentStore(model, num_threads=num_threads, replicas=WORKERS)
                 self._stores[model.name].warm(say)
-            measured = (profiles or {}).get(model.name) or machine_profile(model, num_threads=num_threads, say=say)
+            measured = (profiles or {}).get(model.name) or machine_profile(
+                model, num_threads=num_threads, remeasure=remeasure, say=say
+            )
             layer_s = tuple(seconds * slowdown for seconds in measured.layer_s)
             self._profiles[model.name] = measured.model_copy(update={"platform": platform, "layer_s": layer_s})
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bus.errors import ConfigError
 from bus.values import ModelProfile
 from stages import profiler
+from stages.litert import SegmentRunner
 from stages.model import Model
-from stages.profiler import machine_profile, measure, profile_model
+from stages.profiler import (
+    MAX_TRIES,
+    Measurement,
+    machine_profile,
+    measure,
+    measure_steadily,
+    measuring_alone,
+    profile_model,
+)
+from stages.verify import random_inputs
 from stages.zoo import load_model
 from tests.unit.stages import built_models
 
@@ -64,3 +78,124 @@ def test_this_machine_is_measured_once(lenet: Model, tmp_path: Path, monkeypatch
     machine_profile(lenet, say=said.append)
     machine_profile(lenet, num_threads=2, say=said.append)
     assert len(said) == 3
+
+
+@pytest.fixture
+def quiet(lenet: Model) -> Measurement:
+    """A measurement whose times are plain numbers: 8 ms in one piece, 1 ms each layer."""
+    found = measure(lenet, num_runs=1)
+    layers = tuple(replace(layer, median_s=0.001) for layer in found.layers)
+    return replace(found, whole_s=0.001 * len(layers), layers=layers)
+
+
+def slower(quiet: Measurement, *, whole: float = 1.0, **by_layer: float) -> Measurement:
+    """The same with other processes in between: times as many times as long."""
+    layers = tuple(replace(row, median_s=row.median_s * by_layer.get(row.name, 1.0)) for row in quiet.layers)
+    return replace(quiet, whole_s=quiet.whole_s * whole, layers=layers)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, *found: Measurement) -> list[Measurement]:
+    """Measurements to come, in this order, the last one again and again; returns those that were taken."""
+    taken: list[Measurement] = []
+
+    def next_one(*args: object, **more: object) -> Measurement:
+        taken.append(found[min(len(taken), len(found) - 1)])
+        return taken[-1]
+
+    monkeypatch.setattr(profiler, "measure", next_one)
+    return taken
+
+
+def test_a_measurement_that_agrees_is_taken(lenet: Model, quiet: Measurement, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = scripted(monkeypatch, slower(quiet, whole=1.2))
+    assert measure_steadily(lenet).whole_s == pytest.approx(1.2 * quiet.whole_s)
+    assert len(taken) == 1
+
+
+def test_a_measurement_that_was_disturbed_is_repeated_and_what_was_not_is_kept(
+    lenet: Model, quiet: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    taken = scripted(
+        monkeypatch,
+        slower(quiet, whole=2.7),
+        slower(quiet, whole=3.0, conv_1=9.0),
+        slower(quiet, whole=1.1, conv_2=9.0, fc_1=9.0),
+    )
+    found = measure_steadily(lenet, say=said.append)
+    assert len(taken) == 3
+    assert found.whole_s == pytest.approx(1.1 * quiet.whole_s)
+    assert found.layers == quiet.layers
+    assert not said
+
+
+def test_measurements_that_never_agree_are_said_and_bounded(
+    lenet: Model, quiet: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    taken = scripted(monkeypatch, slower(quiet, whole=2.0), slower(quiet, whole=1.9), slower(quiet, whole=2.5))
+    found = measure_steadily(lenet, say=said.append)
+    assert len(taken) == MAX_TRIES
+    assert found.whole_s == pytest.approx(1.9 * quiet.whole_s)
+    (line,) = said
+    assert "uncertain" in line
+    assert "--remeasure" in line
+
+
+def test_a_noisy_profile_can_be_measured_again(
+    lenet: Model, quiet: Measurement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path))
+    scripted(monkeypatch, slower(quiet, whole=2.7, **{row.name: 2.7 for row in quiet.layers}), quiet)
+    assert machine_profile(lenet).whole_s == machine_profile(lenet).whole_s == pytest.approx(2.7 * quiet.whole_s)
+    assert machine_profile(lenet, remeasure=True).whole_s == quiet.whole_s
+    assert machine_profile(lenet).whole_s == quiet.whole_s
+
+
+def test_processes_that_start_together_measure_one_after_the_other(
+    lenet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waited for another that measured the same model takes over what that one found."""
+    monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path))
+    waits = threading.Event()
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.startswith("waiting"):
+            waits.set()
+
+    second = threading.Thread(target=lambda: said.append(f"{machine_profile(lenet, say=say).whole_s}"))
+    with measuring_alone():
+        second.start()
+        assert waits.wait(60)
+        found = measure(lenet, num_runs=1)
+        profiler.remember(found, num_threads=1)
+    second.join(60)
+    assert said == ["waiting: another process measures this machine", f"{found.whole_s}"]
+
+
+def test_a_profile_that_cannot_be_kept_is_used_all_the_same(
+    lenet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is no reason for a stage not to start."""
+    monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path))
+
+    def full(*args: object, **more: object) -> Iterator[None]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stages.cache.tempfile.mkstemp", full)
+    monkeypatch.setattr(profiler, "locked", full)
+    said: list[str] = []
+    assert machine_profile(lenet, say=said.append).layers == 7
+    assert any("the disk is full" in line for line in said)
+    assert any("without a lock" in line for line in said)
+
+
+def test_time_that_others_had_the_processor_does_not_count(lenet: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = SegmentRunner(lenet.source)
+    inputs = random_inputs(lenet, np.random.default_rng(0))
+    walls, owns = iter([10.0, 10.9]), iter([3.0, 3.2])
+    monkeypatch.setattr("stages.litert.time.perf_counter", lambda: next(walls))
+    monkeypatch.setattr("stages.litert.time.thread_time", lambda: next(owns))
+    assert runner.timed(inputs) == pytest.approx(0.2)
