@@ -6,6 +6,8 @@ whose sequence number follows the last. Whoever reads the same partition from th
 
 A step that fits no single record comes as `DecisionPart`s and the `Decision` behind them. Parts change nothing: they are put
 by, and when the decision stands, and all of its parts before it, it is given out with the changes of all of them.
+
+A reader that must miss nothing says at which offset its first record stands; from there on offsets must follow each other.
 """
 
 from __future__ import annotations
@@ -13,11 +15,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bus import messages, topics
-from bus.errors import ProtocolError
+from bus.errors import BusError, ProtocolError
 from bus.messages import Change, Decision, DecisionPart, EpochOpened, PlannerHeartbeat, PlannerLeft
 from bus.port import Record
 
 DecisionTopicMessage = Decision | DecisionPart | EpochOpened | PlannerHeartbeat | PlannerLeft
+
+
+LARGEST_HOLE = 1
+"""So many offsets may be empty inside a log: the marker of a foreign transaction takes one."""
+
+
+class DecisionsLostError(BusError):
+    """Decisions are gone that this reader has not read: deleted by retention, by compaction, or with their topic."""
+
+    def __init__(self, region: int, expected: int, found: int) -> None:
+        what = f"region {region}: decisions from offset {expected} on are gone, the log goes on at {found}"
+        if found < expected:
+            what = f"region {region}: the decisions begin anew at offset {found}, {expected} was expected next"
+        super().__init__(what, remedy="see how the topic is set: deepar doctor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +47,8 @@ class Dropped:
 class DecisionLog:
     """Applies the reading rule to the records of one region's partition, in order."""
 
-    def __init__(self, *, epoch: int = 0, nonce: str = "", seq: int = 0) -> None:
+    def __init__(self, *, epoch: int = 0, nonce: str = "", seq: int = 0, next_offset: int | None = None) -> None:
+        """`next_offset`: where the next record must stand; None: this reader may begin anywhere and miss some."""
         self.epoch = epoch  # the open epoch, 0 before the first
         self.nonce = nonce  # of the planner that opened it
         self.planner = ""  # its name, where its opening was read
@@ -40,6 +57,7 @@ class DecisionLog:
         self.left = False  # whether that planner has gone politely
         self.seq = seq  # of the last valid decision
         self.dropped = 0  # records that did not count
+        self._next_offset = next_offset
         self._parts: list[DecisionPart] = []  # of the next decision, as far as they have come
 
     @property
@@ -48,7 +66,15 @@ class DecisionLog:
         return None if self.left else self.identity
 
     def read(self, record: Record) -> DecisionTopicMessage | Dropped:
-        """The record's message where it counts, a decision with all its changes; `Dropped` where it does not."""
+        """The record's message where it counts, a decision with all its changes; `Dropped` where it does not.
+
+        Raises `DecisionsLostError`, once for each gap, where records before this one are missing.
+        """
+        expected = self._next_offset
+        if expected is not None:
+            self._next_offset = record.offset + 1
+            if not 0 <= record.offset - expected <= LARGEST_HOLE:
+                raise DecisionsLostError(record.partition, expected, record.offset)
         try:
             message = messages.decode(topics.DECISIONS, record.value)
         except ProtocolError as error:

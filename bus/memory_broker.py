@@ -64,6 +64,7 @@ class MemoryBroker:
         self.session_timeout_s = session_timeout_s
         self.running = True
         self._logs: dict[str, list[PartitionLog]] = {}
+        self._deleted: dict[str, list[PartitionLog]] = {}  # readers hold on to them, and a new topic takes them over
         self._groups: dict[str, Group] = {}
         self._clients: list[MemoryBus] = []
         self._resumed: list[asyncio.Future[None]] = []
@@ -94,6 +95,22 @@ class MemoryBroker:
         if group in self._groups:
             self._groups[group].rebalance()
 
+    def delete_records(self, topic: str, partition: int, before: int) -> None:
+        """Delete the records of a partition before an offset, read or not, as retention does."""
+        log = self.logs(topic)[partition]
+        log.drop_before(before, -1)
+        log.start = max(log.start, min(before, log.end))
+
+    def delete_topic(self, topic: str) -> None:
+        """Delete a topic with all its records and what groups have committed of it."""
+        logs = self.logs(topic)
+        del self._logs[topic]
+        self._deleted[topic] = logs
+        for log in logs:
+            log.gone = True
+            for group in self._groups.values():
+                group.committed.pop(log.tp, None)
+
     def bytes_held(self) -> int:
         """What all partitions hold, in bytes."""
         return sum(log.bytes_held for logs in self._logs.values() for log in logs)
@@ -107,8 +124,16 @@ class MemoryBroker:
     def create(self, specs: Iterable[TopicSpec]) -> None:
         """Create the topics that are missing."""
         for spec in specs:
-            if spec.name not in self._logs:
-                self._logs[spec.name] = [PartitionLog(spec, number) for number in range(spec.partitions)]
+            if spec.name in self._logs:
+                continue
+            logs = self._deleted.pop(spec.name, [])[: spec.partitions]
+            for log in logs:
+                log.begin_anew(spec)
+            logs += [PartitionLog(spec, number) for number in range(len(logs), spec.partitions)]
+            self._logs[spec.name] = logs
+            for group in self._groups.values():
+                if spec.name in group.topics:
+                    group.rebalance()
 
     def logs(self, topic: str) -> list[PartitionLog]:
         """The partitions of a topic, in order. Raises `UnknownTopicError`."""
@@ -128,7 +153,7 @@ class MemoryBroker:
     def group(self, name: str) -> Group:
         """The group of this name, made where it is new."""
         if name not in self._groups:
-            self._groups[name] = Group(name, lambda topic: len(self._logs[topic]), self.when_running)
+            self._groups[name] = Group(name, lambda topic: len(self._logs.get(topic, ())), self.when_running)
         return self._groups[name]
 
     async def when_running(self) -> None:

@@ -31,6 +31,7 @@ class PartitionLog:
         "due",
         "end",
         "followers",
+        "gone",
         "partition",
         "spec",
         "start",
@@ -49,6 +50,7 @@ class PartitionLog:
         self.due = 0.0  # loop time before which nothing appended from now on may be delivered: keeps delays in order
         self.bytes_held = 0
         self.trim_at = 0  # bytes held at which retention is looked at again
+        self.gone = False  # deleted: nothing can be read until a topic of this name is created again
         self.followers: list[Follower] = []
         self._records: list[Record] = []
         self._keys: dict[str, int] = {}  # compacted topics only: the last offset of each key
@@ -96,6 +98,15 @@ class PartitionLog:
         if gone:
             self.start = records[gone].offset if gone < len(records) else self.end
             del records[:gone]
+
+    def begin_anew(self, spec: TopicSpec) -> None:
+        """A topic of the same name was created again: offsets begin at 0; who follows keeps the position it had."""
+        self.spec = spec
+        self.gone = False
+        self.start = self.end = self.visible = self.bytes_held = self.trim_at = 0
+        self.due = 0.0
+        self._records.clear()
+        self._keys.clear()
 
     def compact(self) -> None:
         """Keep the last record of each key, once enough others stand between them; tombstones go with the next pass."""

@@ -75,6 +75,9 @@ class MemoryReader:
 
     async def lag(self) -> int:
         await self._bus.reachable()
+        for log in self._logs:
+            if log.gone:
+                self._bus.broker.logs(log.spec.name)  # raises
         return sum(max(log.end - log.next_offset(self._positions[log.tp]), 0) for log in self._logs)
 
     async def close(self) -> None:
@@ -125,7 +128,7 @@ class MemoryReader:
         for step in range(len(logs)):
             log = logs[(self._turn + step) % len(logs)]
             position = positions[log.tp]
-            if position == log.visible:
+            if position == log.visible or log.gone:
                 continue
             records = log.read(position, limit - len(taken))
             if records:

@@ -23,7 +23,7 @@ from typing import Any, Final
 import structlog
 
 from bus import messages, topics
-from bus.decisions import DecisionLog
+from bus.decisions import DecisionLog, DecisionsLostError
 from bus.errors import ProtocolError
 from bus.messages import Decision, Snapshot, SnapshotPart
 from bus.port import Bus, Reader
@@ -122,7 +122,12 @@ async def reader_behind(bus: Bus, snapshot: Snapshot) -> Reader | None:
         await reader.close()
         raise
     await reader.close()
-    log.warning("a snapshot of what the log does not say is ignored", region=snapshot.region, seq=snapshot.seq)
+    log.warning(
+        "snapshot ignored: the decision log does not confirm it",
+        region=snapshot.region,
+        seq=snapshot.seq,
+        harm="none: reading begins at an older snapshot, or at the start of the log",
+    )
     return None
 
 
@@ -169,7 +174,7 @@ async def open_decisions(bus: Bus, region: int) -> tuple[Snapshot | None, Reader
     """A reader of a region's decisions behind the newest snapshot that is whole and that the log proves, or at the start
     where none is.
 
-    Raises `BusError` where the bus cannot be reached.
+    Raises `BusError` where the bus cannot be reached, and `DecisionsLostError` where there is none and the start is gone.
     """
     async with aclosing(found(bus, region)) as candidates:
         async for one in candidates:
@@ -184,12 +189,22 @@ async def open_decisions(bus: Bus, region: int) -> tuple[Snapshot | None, Reader
             if snapshot is not None:
                 return snapshot, reader
             await reader.close()
-    return None, await bus.reader([(topics.DECISIONS, region)], start="start")
+    return None, await reader_at_start(bus, region)
+
+
+async def reader_at_start(bus: Bus, region: int) -> Reader:
+    """A reader of all decisions. Raises `DecisionsLostError` where the first of them are gone."""
+    where = (topics.DECISIONS, region)
+    reader = await bus.reader([where], start="start")
+    if (begin := reader.position(where)) > 0:
+        await reader.close()
+        raise DecisionsLostError(region, 0, begin)
+    return reader
 
 
 def log_behind(snapshot: Snapshot) -> DecisionLog:
     """The reading rule where a snapshot ends; what it says of the leader is taken where it is of the right kind."""
-    log = DecisionLog(epoch=snapshot.epoch, nonce=snapshot.nonce, seq=snapshot.seq)
+    log = DecisionLog(epoch=snapshot.epoch, nonce=snapshot.nonce, seq=snapshot.seq, next_offset=snapshot.offset + 1)
     leader = snapshot.state.get("leader")
     if isinstance(leader, dict):
         planner, lease_s, identity = (leader.get(name) for name in ("planner", "lease_s", "identity"))

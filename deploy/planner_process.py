@@ -39,6 +39,7 @@ def planner_counters(services: Iterable[PlannerService]) -> dict[str, float]:
     return {
         "decisions": float(sum(service.decisions for service in some)),
         "dead_letters": float(sum(service.dead_letters for service in some)),
+        "lost_inputs": float(sum(service.lost_inputs for service in some)),
         "wrong_identity": float(sum(service.door.refused for service in some)),
     }
 

@@ -73,6 +73,12 @@ class Keeper:
         self._written.discard(name)
         return known
 
+    async def covers(self, offset: int) -> bool:
+        """Whether a planner that finds the log begin at this offset could go on by the newest snapshot. Raises `BusError`."""
+        if self._newest is None:
+            self._newest = await self._look()
+        return self._newest is not None and self._newest.offset >= offset
+
     async def run(self) -> None:
         """Write what is proven, until cancelled."""
         while True:

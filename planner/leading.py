@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from bus import messages, topics
 from bus.dead_letter import bury
-from bus.decisions import Dropped
+from bus.decisions import LARGEST_HOLE, Dropped
 from bus.errors import BusError, InvariantError, ProtocolError
 from bus.identity import WRONG_IDENTITY
 from bus.messages import Change, Decision, DecisionPart, EpochOpened, Message, PlannerHeartbeat
@@ -30,6 +30,8 @@ MAX_UNPROVEN = 200
 """So many decisions may be on their way before the planner waits for their place in the log."""
 CHECKPOINT_EVERY = 1000
 """After so many inputs that changed nothing (heartbeats, mostly) a record without changes says that they were read."""
+GUARD_S = 60.0
+"""How often the planner looks whether decisions are deleted."""
 INPUTS = (topics.NODES, topics.TASKS, topics.EVENTS)
 UNREADABLE = ("undecodable", "oversized", "unknown_version")
 """Why a record on the decisions is a dead letter; others are drafts of a planner that lost the region."""
@@ -161,6 +163,29 @@ class Lead:
         """Write the snapshots that are proven."""
         await self._keeper.run()
 
+    async def guard(self) -> None:
+        """Where decisions are deleted that no snapshot covers, this planner alone knows the state: it writes a snapshot."""
+        service = self.service
+        where = (topics.DECISIONS, service.region)
+        while True:
+            await asyncio.sleep(GUARD_S)
+            try:
+                reader = await service.bus.reader([where], start="start")
+                begin = reader.position(where)
+                await reader.close()
+                covered = begin == 0 or await self._keeper.covers(begin)
+            except BusError as error:
+                service.log.warning("cannot see where the decisions begin, trying again", error=str(error))
+                continue
+            if not covered:
+                service.log.error(
+                    "decisions are deleted that no snapshot covers: writing one",
+                    log_begins_at=begin,
+                    remedy="see how the topic is set: deepar doctor",
+                )
+                service.snapshot_seq = -service.snapshot_every - service.core.live_tasks  # due with the next decision
+                self._unrecorded = CHECKPOINT_EVERY  # which comes with the next input
+
     # --- deciding ----------------------------------------------------------------------------------------------------
 
     async def decide(self) -> None:
@@ -180,6 +205,15 @@ class Lead:
 
     async def _take(self, record: Record) -> None:
         service = self.service
+        missing = record.offset - service.inputs[record.topic]
+        if missing > LARGEST_HOLE and record.topic != topics.NODES:  # which is compacted
+            service.lost_inputs += missing
+            service.log.error(
+                "inputs were deleted before they were read",
+                topic=record.topic,
+                records=missing,
+                remedy="see how the topic is set: deepar doctor",
+            )
         try:
             message = service.door.read(record, service.core)
         except ProtocolError as error:

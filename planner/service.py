@@ -27,7 +27,7 @@ from enum import StrEnum
 import structlog
 
 from bus import messages, snapshots, topics
-from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
+from bus.decisions import DecisionLog, DecisionsLostError, DecisionTopicMessage, Dropped
 from bus.envelope import Envelope
 from bus.errors import BusError, ConfigError, DeeparError, InvariantError
 from bus.identity import Master
@@ -91,6 +91,7 @@ class PlannerService:
         self.standing = Standing.READING
         self.decisions = 0  # records written while leading
         self.door = Doorkeeper(master)
+        self.lost_inputs = 0  # tasks and events that were deleted before this planner read them
         self.dead_letters = 0  # that this planner wrote, refusals included
         self.log = log.bind(planner=name, region=region)
         self._make_core = make_core
@@ -130,11 +131,14 @@ class PlannerService:
 
     async def run(self) -> None:
         """Serve until cancelled: stand by, lead, stand by again. Raises `InvariantError` for bugs only, and `ConfigError`
-        where the region demands proofs of identity that this planner could not check.
+        where the region demands proofs of identity that this planner could not check, or where decisions are gone that no
+        snapshot makes up for.
         """
         while True:
             try:
                 reader = await self._fold()
+            except DecisionsLostError as error:
+                raise self._cannot_go_on(error) from error
             except BusError as error:
                 self.log.warning("cannot read decisions, trying again", error=str(error))
                 await asyncio.sleep(RETRY_S)
@@ -145,6 +149,10 @@ class PlannerService:
                 await self._lead(reader)
             except Deposed as deposed:
                 self.log.warning("not leading", reason=str(deposed))
+            except DecisionsLostError as error:
+                if self.standing is Standing.READING:  # behind the newest snapshot, so another look would find the same
+                    raise self._cannot_go_on(error) from error
+                self.log.warning("decisions are gone; reading the log anew", error=str(error))
             except BusError as error:
                 self.log.warning("the bus failed; reading the log anew", error=str(error))
                 await asyncio.sleep(RETRY_S)
@@ -156,7 +164,6 @@ class PlannerService:
     async def _fold(self) -> Reader:
         """The last snapshot that holds; the reader goes on behind it, and what it brings is to be folded in."""
         self.standing = Standing.READING
-        where = (topics.DECISIONS, self.region)
         async with aclosing(snapshots.found(self.bus, self.region)) as candidates:
             async for one in candidates:
                 reader = await self._reader_behind(one.snapshot)
@@ -170,9 +177,19 @@ class PlannerService:
                 if snapshot is not None and self._restore(snapshot):
                     return reader
                 await reader.close()
-        self.core, self.decision_log = self._make_core(), DecisionLog()
+        reader = await snapshots.reader_at_start(self.bus, self.region)
+        self.core, self.decision_log = self._make_core(), DecisionLog(next_offset=0)
         self.inputs, self._now_s, self.snapshot_seq = dict.fromkeys(INPUTS, 0), 0.0, 0
-        return await self.bus.reader([where], start="start")
+        return reader
+
+    def _cannot_go_on(self, lost: DecisionsLostError) -> ConfigError:
+        """To begin again would forget the tasks under way, and decide every task that stands on the topic once more."""
+        return ConfigError(
+            f"{lost}, and no snapshot covers them: this planner does not know what was decided",
+            remedy=f"restore {topics.DECISIONS} and {topics.SNAPSHOTS} from a backup; or give up every task that has not"
+            f" ended: stop all services, delete {topics.DECISIONS}, {topics.SNAPSHOTS}, {topics.TASKS} and {topics.EVENTS}"
+            " (kafka-topics.sh --delete), then: deepar topics create",
+        )
 
     def _restore(self, snapshot: Snapshot) -> bool:
         """Take on a snapshot's state; False where it cannot be: another version's, or broken."""
@@ -306,6 +323,7 @@ class PlannerService:
                     lead.show_life,
                     lead.await_acknowledgements,
                     lead.keep,
+                    lead.guard,
                     lead.tidy,
                 ):
                     group.create_task(step(), name=f"{self.name}: {step.__name__}")

@@ -147,6 +147,8 @@ class Device:
         """Stop every attempt; the samples that have results keep them for the next one."""
         for task in self.tasks.values():
             self._stop(task)
+        for task_id in [task_id for task_id in self.tasks if task_id not in self.node.fences.tasks]:
+            del self.tasks[task_id]  # its end was missed
 
     def _remember(self, task: TaskSubmitted) -> None:
         if task.task_id not in self.tasks:

@@ -131,7 +131,11 @@ class Hop:
         return ORPHAN_BYTES + sum(flow.bound_bytes for flow in self.flows.values() if not flow.closed)
 
     def on_lost(self) -> None:
-        """Nothing more: what was planned again is fenced, and what another cloud stage could do as well goes on here."""
+        """Let go of what is fenced, should the decisions that said so have been missed. What is not goes on here: another
+        cloud stage could do it as well.
+        """
+        for key in [key for key in self.flows if self.node.fences.fenced(*key)]:
+            self.flows.pop(key).stop(discard=True)
 
     # --- receiving ---------------------------------------------------------------------------------------------------
 

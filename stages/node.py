@@ -18,7 +18,7 @@ import structlog
 
 from bus import messages, snapshots, topics
 from bus.dead_letter import Allowance, bury
-from bus.decisions import DecisionLog
+from bus.decisions import DecisionLog, DecisionsLostError
 from bus.envelope import Envelope
 from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
 from bus.frames import Plan
@@ -31,7 +31,7 @@ from bus.values import Role
 from stages.fences import REMEMBERED_ENDS, Fences
 from stages.runner import Runner
 
-ALARMED = ("dead_letters", "declared_lost", "stalled_attempts", "wrong_identity")
+ALARMED = ("dead_letters", "decisions_missed", "declared_lost", "stalled_attempts", "wrong_identity")
 """Counters that alarms look at. They, and the busy times, are there from the start: where a series only begins, Prometheus
 sees no increase.
 """
@@ -39,6 +39,10 @@ MEASURED = {Role.DEVICE: ("device", "link1"), Role.EDGE: ("edge", "link2", "resu
 """The parts of a delay that each role measures."""
 HEARTBEATS_PER_LEASE = 5
 RETRY_S = 0.5
+LOST_RETRY_S = 2.0
+"""How often a node looks for a snapshot that covers decisions that are gone."""
+TOLD_EVERY_S = 60.0
+"""How often it says that it still waits."""
 NOTED_S = 2.0
 """So long a node that drains waits for the planner to take note."""
 DRAINED_S = 0.05
@@ -98,7 +102,7 @@ class Work(Protocol):
         """A decision was read; work on the tasks in `fenced` may be for nobody."""
 
     def on_lost(self) -> None:
-        """This node was declared lost: let go of what the region now gives to others."""
+        """This node was declared lost, or has missed decisions: let go of what the region now gives to others."""
 
 
 class Node:
@@ -126,6 +130,7 @@ class Node:
         self._envelope = Envelope(f"/deepar/{settings.region}/{settings.role.value}/{settings.name}", self.incarnation)
         self.log = log.bind(node=settings.name, role=settings.role.value)
         self._decisions = DecisionLog()
+        self._reader: Reader  # of the decisions; there while it runs
         self._allowance = Allowance()
         self.serving = asyncio.Event()  # set by the work once it can take what it is sent; announced only then
         self._announced_s = float("-inf")  # when it last was
@@ -139,15 +144,15 @@ class Node:
         """Serve until cancelled; leaves politely. Raises `BusError` where the bus cannot be reached at the start, and
         `ConfigError` where the region demands a proof of identity that the bus does not give (`bus.signed`).
         """
-        reader = await self._read_decisions()
+        self._reader = await self._catch_up()
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 group.create_task(work.run(), name=f"{self.settings.name}: work")
-                group.create_task(self._follow(reader, work), name=f"{self.settings.name}: decisions")
+                group.create_task(self._follow(work), name=f"{self.settings.name}: decisions")
                 group.create_task(self._keep_lease(), name=f"{self.settings.name}: lease")
         finally:
-            await reader.close()
+            await self._reader.close()
 
     async def drain(self) -> None:
         """Tell the region that this node wants nothing new, and return when nothing runs any more that the planner gave to
@@ -235,23 +240,45 @@ class Node:
 
     # --- decisions ---------------------------------------------------------------------------------------------------
 
+    async def _catch_up(self) -> Reader:
+        """`_read_decisions`, tried again while decisions are gone that no snapshot covers: the planner's next one may."""
+        told_s = float("-inf")
+        while True:
+            try:
+                return await self._read_decisions()
+            except DecisionsLostError as error:
+                now_s = asyncio.get_running_loop().time()
+                if now_s - told_s >= TOLD_EVERY_S:
+                    told_s = now_s
+                    self.log.error(
+                        "not ready: waiting for a snapshot",
+                        error=str(error),
+                        remedy="it comes with the planner's next decisions (--snapshot-every); deepar doctor tells more",
+                    )
+            await asyncio.sleep(LOST_RETRY_S)
+
     async def _read_decisions(self) -> Reader:
-        """Read the region's decisions to their end, from the newest snapshot that they prove where there is one."""
+        """Read the region's decisions to their end, from the newest snapshot that they prove where there is one.
+
+        Raises `DecisionsLostError` where some are gone that no snapshot covers.
+        """
+        fences, log = Fences(self.settings.remembered_ends), DecisionLog(next_offset=0)
         begin, reader = await snapshots.open_decisions(self.bus, self.settings.region)
         if begin is not None:
             try:
-                self.fences.restore(begin.state)
-                self._decisions = snapshots.log_behind(begin)
+                fences.restore(begin.state)
+                log = snapshots.log_behind(begin)
             except (LookupError, TypeError, ValueError) as error:  # another version's; then all of them are read
                 self.log.warning("a snapshot cannot be used", seq=begin.seq, error=str(error))
-                self.fences = Fences(self.settings.remembered_ends)
+                fences = Fences(self.settings.remembered_ends)
                 await reader.seek((topics.DECISIONS, self.settings.region), 0)
         try:
             while await reader.lag():
                 for record in await reader.fetch(timeout_s=0.2):
-                    message = self._decisions.read(record)
+                    message = log.read(record)
                     if isinstance(message, Decision):
-                        self.fences.apply(message)
+                        fences.apply(message)
+            self.fences, self._decisions = fences, log
             await self._hear_demand(reader)
         except BaseException:
             await reader.close()
@@ -284,41 +311,62 @@ class Node:
         settings = self.settings
         satisfy_region(self.bus, self._decisions.demanded, f"{settings.role.value} {settings.name}")
 
-    async def _follow(self, reader: Reader, work: Work) -> None:
+    async def _follow(self, work: Work) -> None:
         await self.serving.wait()
         await self._announce()
         while True:
             try:
-                records = await reader.fetch()
+                for record in await self._reader.fetch():
+                    self._obey(record, work)
+            except DecisionsLostError as error:
+                await self._begin_anew(error, work)
             except BusError as error:
                 self.log.warning("cannot read decisions, trying again", error=str(error))
                 await asyncio.sleep(RETRY_S)
-                continue
-            for record in records:
-                message = self._decisions.read(record)
-                if isinstance(message, EpochOpened):
-                    self._satisfy()
-                if not isinstance(message, Decision):
-                    continue
-                fenced = self.fences.apply(message)
-                lost = False
-                for change in message.changes:
-                    match change:
-                        case NodeJoined(node=node) if node.incarnation == self.incarnation:
-                            self.status.joined = True
-                            if node.draining:
-                                self._noted.set()
-                        case NodeLost(incarnation=incarnation) if incarnation == self.incarnation:
-                            lost = True
-                        case _:
-                            pass
-                work.on_decision(message, sorted(fenced))
-                if lost:
-                    self._come_back(work)
+
+    def _obey(self, record: Record, work: Work) -> None:
+        """One record of the decisions."""
+        message = self._decisions.read(record)
+        if isinstance(message, EpochOpened):
+            self._satisfy()
+        if not isinstance(message, Decision):
+            return
+        fenced = self.fences.apply(message)
+        lost = False
+        for change in message.changes:
+            match change:
+                case NodeJoined(node=node) if node.incarnation == self.incarnation:
+                    self.status.joined = True
+                    if node.draining:
+                        self._noted.set()
+                case NodeLost(incarnation=incarnation) if incarnation == self.incarnation:
+                    lost = True
+                case _:
+                    pass
+        work.on_decision(message, sorted(fenced))
+        if lost:
+            self.log.warning("declared lost; letting go of everything and announcing anew")
+            self.status.count("declared_lost")
+            self._come_back(work)
+
+    async def _begin_anew(self, error: DecisionsLostError, work: Work) -> None:
+        """Decisions were missed: read again from the last snapshot, and come back as one who was lost.
+
+        Meanwhile its heartbeats stop, so that the region plans again what this node may not know of.
+        """
+        self.log.warning("decisions were missed; reading again from the last snapshot", error=str(error))
+        self.status.count("decisions_missed")
+        self.status.caught_up = self.status.joined = False
+        while not self.status.caught_up:
+            await self._reader.close()
+            try:
+                self._reader = await self._catch_up()
+            except BusError as away:
+                self.log.warning("cannot read decisions, trying again", error=str(away))
+                await asyncio.sleep(RETRY_S)
+        self._come_back(work)
 
     def _come_back(self, work: Work) -> None:
-        self.log.warning("declared lost; letting go of everything and announcing anew")
-        self.status.count("declared_lost")
         self.status.joined = False
         work.on_lost()
         # Two processes of one name take it from each other, each time by a decision that is kept: not without a pause.
@@ -365,6 +413,9 @@ class Node:
         interval_s = self.settings.lease_s / HEARTBEATS_PER_LEASE
         clock = asyncio.get_running_loop().time
         while True:
+            if not self.status.caught_up:
+                await asyncio.sleep(interval_s)
+                continue
             sent_s = clock()
             message = NodeHeartbeat(node=self.settings.name, incarnation=self.incarnation)
             try:

@@ -30,7 +30,7 @@ def given() -> set[str]:
     counted = set(re.findall(r"\.count\(\"(\w+)\"", text)) | {*ALARMED}
     counted |= {f"{part}_busy_seconds" for part in ("device", "link1", "edge", "link2", "cloud", "result")}
     text = "".join((ROOT / "deploy" / file).read_text(encoding="utf-8") for file in ("nodes.py", "planner_process.py"))
-    counted |= set(re.findall(r"\"(link\d_bytes|decisions|wrong_identity)\":", text)) | set(
+    counted |= set(re.findall(r"\"(link\d_bytes|decisions|lost_inputs|wrong_identity)\":", text)) | set(
         re.findall(r"counters\[\"(\w+)\"\]", text)
     )
     gauges = set(re.findall(r"\"(tasks)\":", text))
@@ -86,6 +86,7 @@ WHEN_IT_FIRES = {
     "WrongIdentity": (f"deepar_wrong_identity_total{PLANNER}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
     "DeclaredLost": (f"deepar_declared_lost_total{E1}", "0 0 0 1 5 5 5 5 5 5", "15s", "25s"),
     "LoopLag": (f"deepar_loop_lag_seconds{E1}", "0 0 0.1 0.1 0.6 0.6 0.6 0.6 0.6 0.6", "25s", "45s"),
+    "RecordsLost": (f"deepar_decisions_missed_total{D1}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
     "StalledAttempts": (f"deepar_stalled_attempts_total{D1}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
 }
 """For each alarm a series, its values every five seconds, a moment before it is due and one after."""
