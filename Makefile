@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := bus stages planner loadgen deploy
+SOURCES := deepar bus stages planner loadgen deploy
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev check test demo lock docs clean

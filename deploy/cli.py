@@ -7,18 +7,97 @@ import importlib
 import os
 import sys
 from dataclasses import dataclass
-from typing import Annotated, NoReturn
+from importlib import metadata
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
 
 from bus.errors import ConfigError, DeeparError
-from deploy.log_setup import configure_logging
+from deploy.interrupts import raise_interrupts
 from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
+
+TYPERS_INTERRUPTED = 130
+"""What typer makes of a KeyboardInterrupt before we see it."""
+
+RUN, SEE, MODELS = "Run", "See", "Models, plans and experiments"
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """Where a command lives. Its module is imported when the command is run, or completed."""
+
+    name: str
+    panel: str
+    module: str
+    attribute: str
+    summary: str  # its line in `deepar --help`
+
+
+COMMANDS = (
+    _Command("demo", RUN, "deploy.commands_demo", "demo", "Watch a cloud, two edges and four devices at work; no broker needed."),
+    _Command("broker", RUN, "deploy.commands_broker", "broker", "Start an Apache Kafka broker on this machine."),
+    _Command("up", RUN, "deploy.commands_services", "up", "Start a planner and stages from a TOML file, in one process."),
+    _Command("planner", RUN, "deploy.commands_services", "planner", "Run the planner: it decides where every task runs."),
+    _Command("stage", RUN, "deploy.commands_services", "stage_app", "Run one stage: a device, an edge or a cloud worker."),
+    _Command("topics", RUN, "deploy.commands_topics", "topics_app", "Create or list the topics on Kafka."),
+    _Command("acls", RUN, "deploy.commands_acls", "acls", "Show or set who may read and write which topic."),
+    _Command("identity", RUN, "deploy.commands_identity", "app", "Make the secrets with which nodes prove who they are."),
+    _Command("loadgen", RUN, "deploy.commands_loadgen", "app", "Submit tasks, measure this machine, break processes."),
+    _Command("cancel", RUN, "deploy.commands_cancel", "cancel", "Cancel tasks before they are done."),
+    _Command("tail", SEE, "deploy.commands_tail", "tail_app", "Follow a topic, one line per message."),
+    _Command("top", SEE, "deploy.commands_top", "top", "Watch nodes and tasks in the terminal."),
+    _Command("ui", SEE, "deploy.commands_ui", "ui", "Watch nodes and tasks in the browser."),
+    _Command("dead-letter", SEE, "deploy.commands_deadletter", "app", "List, show and retry messages that were refused."),
+    _Command("explain", SEE, "deploy.commands_explain", "explain", "Show why a task ran where it ran, and what it took."),
+    _Command("doctor", SEE, "deploy.commands_doctor", "doctor", "Check this machine, the broker and the region."),
+    _Command("healthcheck", SEE, "deploy.healthcheck", "healthcheck", "Ask a service's HTTP probe; for containers."),
+    _Command("models", MODELS, "deploy.commands_models", "app", "List, show, cut and verify models."),
+    _Command("profile", MODELS, "deploy.commands_models", "profile", "Measure each layer of a model on this machine."),
+    _Command("plan", MODELS, "deploy.commands_plan", "plan", "Find where a model is best cut, for given speeds and links."),
+    _Command("simulate", MODELS, "deploy.commands_simulate", "app", "Run the paper's experiments, and sweeps beyond them."),
+)  # fmt: skip
+
+
+class CommandTable(TyperGroup):
+    """The commands of `COMMANDS`: a list needs only the table, and one that is run or completed is imported."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = {
+            one.name: TyperCommand(one.name, help=one.summary, rich_help_panel=one.panel) for one in COMMANDS
+        }
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        for one in COMMANDS:
+            if args and one.name == args[0]:
+                self.commands[one.name] = _imported(one)
+        return super().resolve_command(ctx, args)
+
+
+def _imported(command: _Command) -> Any:
+    """The command itself, as typer makes it."""
+    found = getattr(importlib.import_module(command.module), command.attribute)
+    alone = typer.Typer(rich_markup_mode="markdown")
+    if isinstance(found, typer.Typer):
+        alone.add_typer(found, name=command.name)
+    else:
+        alone.command(command.name)(found)
+    return typer.main.get_group(alone).commands[command.name]
+
+
+def whole() -> Any:
+    """The group `deepar` with every command imported, for whoever looks at all of them."""
+    every = typer.main.get_group(app)
+    every.commands.update({one.name: _imported(one) for one in COMMANDS})
+    return every
+
 
 app = typer.Typer(
     name="deepar",
+    cls=CommandTable,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -30,45 +109,11 @@ app = typer.Typer(
     """,
 )
 
-TYPERS_INTERRUPTED = 130
-"""What typer makes of a KeyboardInterrupt before we see it."""
 
-RUN, SEE, MODELS = "Run", "See", "Models, plans and experiments"
-
-
-@dataclass(frozen=True, slots=True)
-class _Command:
-    """Where a command lives. Its module is imported only if it is the one that was asked for, or for the list of all."""
-
-    name: str
-    panel: str
-    module: str
-    attribute: str
-
-
-COMMANDS = (
-    _Command("demo", RUN, "deploy.commands_demo", "demo"),
-    _Command("broker", RUN, "deploy.commands_broker", "broker"),
-    _Command("up", RUN, "deploy.commands_services", "up"),
-    _Command("planner", RUN, "deploy.commands_services", "planner"),
-    _Command("stage", RUN, "deploy.commands_services", "stage_app"),
-    _Command("topics", RUN, "deploy.commands_topics", "topics_app"),
-    _Command("acls", RUN, "deploy.commands_acls", "acls"),
-    _Command("identity", RUN, "deploy.commands_identity", "app"),
-    _Command("loadgen", RUN, "deploy.commands_loadgen", "app"),
-    _Command("cancel", RUN, "deploy.commands_cancel", "cancel"),
-    _Command("tail", SEE, "deploy.commands_tail", "tail_app"),
-    _Command("top", SEE, "deploy.commands_top", "top"),
-    _Command("ui", SEE, "deploy.commands_ui", "ui"),
-    _Command("dead-letter", SEE, "deploy.commands_deadletter", "app"),
-    _Command("explain", SEE, "deploy.commands_explain", "explain"),
-    _Command("doctor", SEE, "deploy.commands_doctor", "doctor"),
-    _Command("healthcheck", SEE, "deploy.healthcheck", "healthcheck"),
-    _Command("models", MODELS, "deploy.commands_models", "app"),
-    _Command("profile", MODELS, "deploy.commands_models", "profile"),
-    _Command("plan", MODELS, "deploy.commands_plan", "plan"),
-    _Command("simulate", MODELS, "deploy.commands_simulate", "app"),
-)
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"deepar {metadata.version('deepar')}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -76,28 +121,22 @@ def _root(
     log_level: Annotated[
         str, typer.Option(envvar="DEEPAR_LOG_LEVEL", help="debug, info, warning or error; logs go to stderr.")
     ] = "info",
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     if log_level.lower() not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"--log-level {log_level}: it is debug, info, warning or error")
+    raise_interrupts()
+    from deploy.log_setup import configure_logging  # not at the top: the list of commands needs no log
+
     configure_logging(log_level)
-
-
-def _register(arguments: list[str]) -> None:
-    """Add the command that is asked for; all of them where none is (`deepar --help`, a misspelt name)."""
-    named = [command for command in COMMANDS if command.name in arguments[:3]]
-    for command in named or COMMANDS:
-        found = getattr(importlib.import_module(command.module), command.attribute)
-        if isinstance(found, typer.Typer):
-            app.add_typer(found, name=command.name, rich_help_panel=command.panel)
-        else:
-            app.command(command.name, rich_help_panel=command.panel)(found)
 
 
 def main() -> NoReturn:
     """Run the command line; every `DeeparError` becomes a line that says what is wrong and what to do."""
-    _register(sys.argv[1:])
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="deepar", standalone_mode=False)
         sys.stdout.flush()
         _exit(EXIT_INTERRUPTED if code == TYPERS_INTERRUPTED else code if isinstance(code, int) else 0)
     except typer.Exit as finished:

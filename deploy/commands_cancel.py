@@ -10,6 +10,7 @@ from rich.console import Console
 from bus.json_text import json_text
 from bus.signed import signed
 from bus.units import parse_duration
+from deploy import completion
 from deploy.cancelling import End
 from deploy.cancelling import cancel as cancel_tasks
 from deploy.identities import KeyFile, submitter_of
@@ -19,7 +20,9 @@ from deploy.process import EXIT_FAILED, run_on_uvloop
 
 
 def cancel(
-    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Ids of tasks.")],
+    tasks: Annotated[
+        list[str], typer.Argument(metavar="TASK...", help="Ids of tasks.", autocompletion=completion.tasks)
+    ],
     region: Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Whose planner has the tasks.")] = 0,
     timeout: Annotated[str, typer.Option(help="Give up when the planner has not answered for so long.")] = "30s",
     bootstrap_servers: BootstrapFromEnv = None,

@@ -16,6 +16,7 @@ from bus.errors import ConfigError
 from bus.json_text import json_text
 from bus.units import format_rate, format_seconds
 from bus.values import Parts
+from deploy import completion
 from deploy.demo import POLICIES, SLOWDOWN, Demo, Run, digits_right
 from deploy.demo_picture import draw_run
 from deploy.log_setup import configure_logging
@@ -33,7 +34,11 @@ def demo(
     ),
     seed: Annotated[int, typer.Option(min=0, help="Of the AlexNet pictures.")] = 1,
     policies: Annotated[
-        str, typer.Option(help="Whose runs to play, one after the other; the first is told about in full.")
+        str,
+        typer.Option(
+            help="Whose runs to play, one after the other; the first is told about in full.",
+            autocompletion=completion.policies,
+        ),
     ] = ",".join(POLICIES),
 ) -> None:
     """Watch a device, an edge and a cloud recognise handwritten digits together.

@@ -19,7 +19,7 @@ from bus.json_text import json_text
 from bus.messages import Decision, decode
 from bus.units import format_rate, format_seconds
 from bus.values import Placement
-from deploy import nodes
+from deploy import completion, nodes
 from deploy.options import BootstrapFromEnv
 from deploy.phrases import cut_column
 from deploy.process import run_on_uvloop
@@ -28,7 +28,7 @@ from planner.explain import explain as explain_task
 
 
 def explain(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="The task's id.")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The task's id.", autocompletion=completion.tasks)],
     source: Annotated[
         Path | None,
         typer.Option("--from", metavar="FILE", help="A dump of the decisions: `deepar tail decisions --exit > FILE`."),

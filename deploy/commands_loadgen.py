@@ -14,6 +14,7 @@ from bus.errors import ConfigError
 from bus.json_text import json_text
 from bus.signed import signed
 from bus.units import parse_duration, parse_rate
+from deploy import completion
 from deploy.commands_bench import bench
 from deploy.commands_faults import chaos
 from deploy.identities import KeyFile, submitter_of
@@ -66,7 +67,11 @@ def replay(
         Path | None, typer.Option("--schedule", help='JSON Lines: {"at_s": 1.5, "model": "lenet", ...} a task.')
     ] = None,
     models: Annotated[
-        str, typer.Option(help="A mix: lenet, or lenet=3,alexnet=1, or paper (the paper's four and its parameters).")
+        str,
+        typer.Option(
+            help="A mix: lenet, or lenet=3,alexnet=1, or paper (the paper's four and its parameters).",
+            autocompletion=completion.models,
+        ),
     ] = "lenet",
     samples: Annotated[str | None, typer.Option(help="Samples a task: 10, or drawn from 1..1000.")] = None,
     max_link1: Annotated[
@@ -76,7 +81,10 @@ def replay(
     input_size: Annotated[str | None, typer.Option(help="Bytes of one input: 600KB, or drawn from 10KB..1MB.")] = None,
     deadline: Annotated[str | None, typer.Option(help="A task that is not done by then is EXPIRED.")] = None,
     devices: Annotated[
-        str | None, typer.Option(help="Devices to submit for, a,b,c; else all that announced themselves.")
+        str | None,
+        typer.Option(
+            help="Devices to submit for, a,b,c; else all that announced themselves.", autocompletion=completion.devices
+        ),
     ] = None,
     random_seed: Annotated[
         int, typer.Option("--random-seed", "--seed", min=0, help="Of everything that is drawn.")

@@ -17,6 +17,7 @@ from bus.errors import ConfigError, UnknownNameError
 from bus.json_text import json_text
 from bus.units import format_count, format_rate, format_seconds, parse_duration, parse_rate
 from bus.values import Kind, ModelProfile, Objective, Role
+from deploy import completion
 from deploy.outputs import writable_file
 from deploy.phrases import cut_column
 from loadgen.scenario import parse_size
@@ -30,7 +31,12 @@ Platform = Annotated[
 
 
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model of the profile, or a .tflite file.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A model of the profile, or a .tflite file.", autocompletion=completion.models
+        ),
+    ],
     link1: Annotated[str | None, typer.Option(help="Device to edge: 100Mbps. Default: the profile's.")] = None,
     link2: Annotated[str | None, typer.Option(help="Edge to cloud: 20Mbps. Default: the profile's.")] = None,
     profile: Annotated[

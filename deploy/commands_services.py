@@ -17,15 +17,13 @@ from bus.identity import Speaker
 from bus.signed import signed
 from bus.units import parse_duration, parse_rate
 from bus.values import Objective
-from deploy import nodes
+from deploy import completion, nodes
 from deploy.identities import KeyFile, MasterFile, key_of, master_of
 from deploy.options import Bootstrap, HttpHost, HttpPort, Region
 from deploy.planner_process import parse_regions, run_planner, run_regions
 from deploy.process import run_on_uvloop
 from deploy.result_file import ResultFile
-from deploy.runners import make_runner
 from deploy.settings import CloudOptions, DeviceOptions, EdgeOptions, NodeOptions, load_settings, options_of
-from deploy.up import run_up
 from planner.service import PlannerService
 
 stage_app = typer.Typer(no_args_is_help=True, help="Run one stage: a device, an edge or a cloud worker.")
@@ -34,7 +32,11 @@ Lease = Annotated[str, typer.Option(envvar="DEEPAR_LEASE", help="Silent for long
 Models = Annotated[
     list[str] | None,
     typer.Option(
-        "--model", "-m", envvar="DEEPAR_MODELS", help="A model it serves; may be given again. [default: lenet alexnet]"
+        "--model",
+        "-m",
+        envvar="DEEPAR_MODELS",
+        help="A model it serves; may be given again. [default: lenet alexnet]",
+        autocompletion=completion.models,
     ),
 ]
 Slowdown = Annotated[
@@ -77,6 +79,7 @@ def planner(
         typer.Option(
             envvar="DEEPAR_POLICY",
             help="deepar, no-delay, device-only, edge-only, cloud-only, neurosurgeon, or module:name.",
+            autocompletion=completion.policies,
         ),
     ] = "deepar",
     objective: Annotated[
@@ -198,7 +201,12 @@ def device(
     name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="The device's name.")] = "d1",
     edges: Annotated[
         list[str] | None,
-        typer.Option("--edge", envvar="DEEPAR_EDGES", help="An edge it can reach; may be given again. Default: all."),
+        typer.Option(
+            "--edge",
+            envvar="DEEPAR_EDGES",
+            help="An edge it can reach; may be given again. Default: all.",
+            autocompletion=completion.edges,
+        ),
     ] = None,
     link: Annotated[str, typer.Option(envvar="DEEPAR_LINK", help="Its own limit on link 1, 0: none.")] = "0",
     results: Annotated[Path | None, typer.Option(help="Append every result as a JSON line to this file.")] = None,
@@ -262,6 +270,8 @@ def cloud(
 
 
 def _run_stage(options: NodeOptions, flags: StageFlags, results: Path | None = None) -> None:
+    from deploy.runners import make_runner  # not at the top: the runtime of the models takes long to import
+
     settings = nodes.node_settings(options, region=flags.region, lease_s=parse_duration(flags.lease))
     key = key_of(Speaker(settings.role.value, settings.name), flags.identity_key)
     make = partial(make_runner, settings.role, options, flags.model_names(), nodes.log.info)
@@ -289,6 +299,8 @@ def up(
 
     Example: `deepar up deploy/example.toml`
     """
+    from deploy.up import run_up
+
     settings = load_settings(file)
     if settings.bus.kind == "memory":
         raise ConfigError(

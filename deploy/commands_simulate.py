@@ -21,6 +21,7 @@ from bus.json_text import json_text
 from bus.kafka import KafkaConnection
 from bus.units import format_seconds
 from bus.values import Objective
+from deploy import completion
 from deploy.broker import KafkaBroker
 from deploy.commands_chaos import chaos
 from deploy.commands_soak import soak
@@ -41,7 +42,10 @@ from planner.policies import load_policy
 app = typer.Typer(no_args_is_help=True, help="The paper's experiments with one command each, and sweeps beyond them.")
 
 Seeds = Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")]
-Policies = Annotated[str, typer.Option(help="Names of policies, a,b,c; your own as module:name.")]
+Policies = Annotated[
+    str,
+    typer.Option(help="Names of policies, a,b,c; your own as module:name.", autocompletion=completion.policies),
+]
 Out = Annotated[Path, typer.Option(file_okay=False, envvar="DEEPAR_FIGURES", help="Folder for CSV, PNG and SVG.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as there are cores.")]
 Cluster = Annotated[str | None, typer.Option(help="Address of a Dask scheduler, tcp://host:8786 (extra `cluster`).")]

@@ -14,7 +14,6 @@ from deploy.options import Bootstrap, Region
 from deploy.process import run_on_uvloop, until_stopped
 from deploy.region_feed import follow, play_again
 from deploy.region_view import RegionView
-from deploy.ui import serve
 
 PORT = 8765
 
@@ -43,6 +42,8 @@ def ui(
 
 
 async def _serve(bus: Bus, view: RegionView, host: str, port: int, speed: float | None) -> None:
+    from deploy.ui import serve  # not at the top: `ui --help` needs no web server
+
     async def feed() -> None:
         if speed is None:
             await follow(bus, view)

@@ -16,11 +16,15 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from bus.errors import ConfigError
 from bus.json_text import json_text
+from deploy import completion
 from stages.model import Model
 from stages.zoo import load_model
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A name from `deepar models list`, or a .tflite file.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A name from `deepar models list`, or a .tflite file.", autocompletion=completion.models
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Sha256 = Annotated[str | None, typer.Option("--sha256", help="Refuse the file unless it has this hash.")]

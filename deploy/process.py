@@ -8,9 +8,6 @@ import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-import structlog
-import uvloop
-
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_MISSED, EXIT_INTERRUPTED = 0, 1, 2, 99, 105
 
 T = TypeVar("T")
@@ -23,6 +20,8 @@ def loop_name() -> str:
 
 def run_on_uvloop(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on uvloop; Ctrl-C raises KeyboardInterrupt."""
+    import uvloop  # not at the top: whoever only wants an exit code does not wait for it
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main)
 
@@ -39,6 +38,8 @@ async def until_stopped(
     On a signal, `drain` may finish what is under way for at most `drain_s`; then the service is cancelled. A second signal
     cuts the draining short. Returns whether a signal ended it; raises what the service raises.
     """
+    import structlog
+
     log = structlog.get_logger("deepar").bind(**who)
     log.info("starting", loop=loop_name())
     loop = asyncio.get_running_loop()

@@ -6,13 +6,14 @@ import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from bus.values import Objective
 from loadgen import plots
 from loadgen.claims import Claim
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 POLICIES = ("device-only", "edge-only", "cloud-only", "no-delay", "deepar")
 """The paper's bars in the paper's order, with Algorithm 1 without its lines 6-8 before the whole of it."""

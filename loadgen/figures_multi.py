@@ -5,10 +5,9 @@ claims beside ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from bus.values import Objective
 from loadgen import claims as rules
@@ -18,6 +17,9 @@ from loadgen.claims import Claim, Reductions
 from loadgen.figure_result import FigureOptions, FigureResult, finish, write_csv
 from loadgen.metrics import half_width_95
 from loadgen.scenario import Scenario
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DEVICES = (20, 40, 60, 80)
 """The x axis of Figure 4."""

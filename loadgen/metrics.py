@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from bus.messages import TaskState
 from bus.units import format_seconds
@@ -37,8 +36,10 @@ def half_width_95(values: Sequence[float]) -> float:
     """Half the width of the 95 % confidence interval of the mean, by Student's t; 0 for fewer than two values."""
     if len(values) < 2:
         return 0.0
+    from scipy import special  # not at the top: every command would wait for it
+
     spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return spread * float(stats.t.ppf(0.975, len(values) - 1))
+    return spread * float(special.stdtrit(len(values) - 1, 0.975))
 
 
 def summary(outcomes: Iterable[Outcome], *, seed: int) -> dict[str, Any]:

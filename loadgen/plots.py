@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:  # matplotlib is imported by the first picture: most commands draw none, and it takes long
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
@@ -73,6 +73,9 @@ def figure(width_in: float, height_in: float, rows: int = 1, columns: int = 1, *
     """A figure in the house's style and its axes (an array where there are several). Labels never overlap
     (constrained).
     """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     with mpl.rc_context(_STYLE):
         fig = Figure(figsize=(width_in, height_in), layout="constrained")
         return fig, fig.subplots(rows, columns, **kwargs)
@@ -80,6 +83,8 @@ def figure(width_in: float, height_in: float, rows: int = 1, columns: int = 1, *
 
 def save(fig: Figure, stem: Path, formats: Iterable[str] = ("png", "svg")) -> list[Path]:
     """Write `STEM.png` and `STEM.svg`; returns the paths."""
+    import matplotlib as mpl
+
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = []
     with mpl.rc_context(_STYLE):

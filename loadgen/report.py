@@ -11,14 +11,15 @@ import io
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from bus.json_text import json_text
 from loadgen import plots
 from loadgen.metrics import PERCENTILES
 from loadgen.outcome import Outcome, as_row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PARTS = ("device_s", "link1_s", "edge_s", "link2_s", "cloud_s", "result_s")
 PART_COLOURS = (plots.ORANGE, plots.YELLOW, plots.SKY, plots.GREEN, plots.PURPLE, plots.GREY)

@@ -62,7 +62,7 @@ def _run(source: Path | bytes, shown: str) -> dict[str, Any]:
             source = Path(file.name)
         try:
             done = subprocess.run(
-                [sys.executable, "-c", CHILD, str(source)],
+                [sys.executable, "-P", "-c", CHILD, str(source)],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=LONGEST_S,

@@ -45,8 +45,7 @@ OUR_LINES = [line for line in LINES if line.page in OURS]
 @pytest.fixture(scope="module")
 def command() -> Any:
     """The whole command line."""
-    cli._register([])
-    return typer.main.get_command(cli.app)
+    return cli.whole()
 
 
 SHOWN = [line for line in LINES if "deepar " in line.text] + [

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-ROOMS = ("bus", "stages", "planner", "loadgen", "deploy")
+ROOMS = ("deepar", "bus", "stages", "planner", "loadgen", "deploy")
 DATA = (
     "deploy/docker-compose.yml",
     "deploy/example.toml",
@@ -82,27 +82,14 @@ def test_data_is_in_the_wheel_and_tests_are_not(installed: Installed) -> None:
     tops = {name.partition("/")[0] for name in names}
     assert tops - set(ROOMS) == {name for name in tops if name.endswith(".dist-info")}
     assert set(DATA) <= set(names)
-    # Whatever data a room has, it has in the wheel.
-    kinds = {
-        ".json",
-        ".toml",
-        ".yml",
-        ".properties",
-        ".xml",
-        ".sha256",
-        ".sh",
-        ".tflite",
-        ".npz",
-        ".html",
-        ".css",
-        ".js",
-    }
+    # Whatever a room has, it has in the wheel, whatever its kind.
     there = {
         str(path.relative_to(REPOSITORY))
         for room in ROOMS
         for path in (REPOSITORY / room).rglob("*")
-        if path.suffix in kinds and path.is_file()
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
     }
+    assert "deploy/ui/icon.svg" in there
     assert not there - set(names)
 
 
@@ -110,6 +97,20 @@ def test_everything_comes_from_the_wheel(installed: Installed) -> None:
     script = f"import {', '.join(ROOMS)}; print(*(room.__file__ for room in ({', '.join(ROOMS)})))"
     for place in _run(installed.python, "-I", "-c", script).split():
         assert place.startswith(str(installed.python.parents[1])), place
+
+
+def test_a_folder_of_the_users_with_the_name_of_ours_is_named(installed: Installed, tmp_path: Path) -> None:
+    for name in ROOMS[1:]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    started = [installed.python, "-m", "deepar", "plan", "lenet"]
+    done = subprocess.run(started, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert f"{tmp_path / 'bus'} hides DeePar's own package `bus`" in done.stderr
+    assert "Traceback" not in done.stderr
+    # The program `deepar` does not search the folder that it is started in.
+    beside = Installed(installed.wheel, installed.python, tmp_path)
+    assert beside.deepar("plan", "lenet", "--json").returncode == 0
 
 
 def test_it_plans_and_simulates(installed: Installed) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MAY_IMPORT = {
+    "deepar": {"deepar", "deploy"},
     "bus": {"bus"},
     "planner": {"bus", "planner"},
     "stages": {"bus", "stages"},
@@ -83,7 +84,7 @@ def test_the_top_level_is_the_cards() -> None:
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
     made = {"build", "dist", "demo-out", "figures", "runs"}
     packages = {name for name in folders - made if not name.endswith(".egg-info")} - {"__pycache__"}
-    assert packages == {"bus", "stages", "planner", "deploy", "loadgen", "tests", "docs"}
+    assert packages == {"deepar", "bus", "stages", "planner", "deploy", "loadgen", "tests", "docs"}
     assert (ROOT / "pyproject.toml").is_file()
 
 

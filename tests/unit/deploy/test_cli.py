@@ -21,9 +21,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """`deepar ARGUMENTS` in this process, its logging left alone; the exit code."""
     monkeypatch.setattr("sys.argv", ["deepar", *arguments])
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "configure_logging", lambda level: None)
-    monkeypatch.setattr(cli.app, "registered_commands", [])
-    monkeypatch.setattr(cli.app, "registered_groups", [])
+    monkeypatch.setattr("deploy.log_setup.configure_logging", lambda level: None)
+    monkeypatch.setattr(cli, "raise_interrupts", lambda: None)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert isinstance(ended.value.code, int)
@@ -44,14 +43,7 @@ def test_help_lists_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def leaves() -> Iterator[tuple[str, Any]]:
     """Every command that does something, as it is typed."""
-    every = typer.Typer()
-    for command in cli.COMMANDS:
-        found = getattr(importlib.import_module(command.module), command.attribute)
-        if isinstance(found, typer.Typer):
-            every.add_typer(found, name=command.name)
-        else:
-            every.command(command.name)(found)
-    todo: list[tuple[str, Any]] = [("deepar", typer.main.get_command(every))]
+    todo: list[tuple[str, Any]] = [("deepar", cli.whole())]
     while todo:
         name, one = todo.pop()
         inner = getattr(one, "commands", None)
