@@ -292,3 +292,14 @@ def test_a_stride_of_zero_is_refused_by_the_trial(tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError, match=r"model\.tflite: (the runtime refuses it|a trial run)"):
         load_model(path)
+
+
+def test_a_folder_of_the_users_called_stages_is_not_taken_for_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path / "cache"))
+    content = (Path(trial_module.__file__).parent / "data" / "lenet.tflite").read_bytes()
+    assert trial_module.trial(content, "0" * 64, "lenet").shapes
