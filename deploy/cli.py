@@ -37,7 +37,7 @@ class _Command:
 
 
 COMMANDS = (
-    _Command("demo", RUN, "deploy.commands_demo", "demo", "Watch a cloud, two edges and four devices at work; no broker needed."),
+    _Command("demo", RUN, "deploy.commands_demo", "demo", "Watch a device, an edge and a cloud at work, without a broker."),
     _Command("broker", RUN, "deploy.commands_broker", "broker", "Start an Apache Kafka broker on this machine."),
     _Command("up", RUN, "deploy.commands_services", "up", "Start a planner and stages from a TOML file, in one process."),
     _Command("planner", RUN, "deploy.commands_services", "planner", "Run the planner: it decides where every task runs."),
