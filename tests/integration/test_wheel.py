@@ -103,7 +103,7 @@ def test_a_folder_of_the_users_with_the_name_of_ours_is_named(installed: Install
     for name in ROOMS[1:]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
-    started = [installed.python, "-m", "deepar", "plan", "lenet"]
+    started = [str(installed.python), "-m", "deepar", "plan", "lenet"]
     done = subprocess.run(started, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert f"{tmp_path / 'bus'} hides DeePar's own package `bus`" in done.stderr
