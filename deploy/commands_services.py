@@ -24,6 +24,7 @@ from deploy.planner_process import parse_regions, run_planner, run_regions
 from deploy.process import run_on_uvloop
 from deploy.result_file import ResultFile
 from deploy.settings import CloudOptions, DeviceOptions, EdgeOptions, NodeOptions, load_settings, options_of
+from planner.placing import WhenLate
 from planner.service import PlannerService
 
 stage_app = typer.Typer(no_args_is_help=True, help="Run one stage: a device, an edge or a cloud worker.")
@@ -97,6 +98,9 @@ def planner(
             "(no_device) or fails (device_lost, no_node).",
         ),
     ] = "10min",
+    when_late: Annotated[
+        WhenLate, typer.Option(help="What to do with a task that no placement is predicted to end by its deadline.")
+    ] = WhenLate.REJECT,
     take_over: Annotated[
         bool, typer.Option("--take-over", help="Do not wait until the leading planner is silent.")
     ] = False,
@@ -130,6 +134,7 @@ def planner(
             execution=objective.execution,
             max_waiting=max_waiting,
             patience_s=patience_s,
+            when_late=when_late,
             lease_s=lease_s,
             take_over=take_over,
             snapshot_every=snapshot_every,

@@ -25,6 +25,7 @@ from deploy.process import until_stopped
 from deploy.result_file import ResultFile
 from deploy.settings import DeviceOptions, EdgeOptions, NodeOptions
 from planner.core import PlannerCore
+from planner.placing import WhenLate
 from planner.region_state import DEFAULT_PATIENCE_S
 from planner.service import PlannerService
 from stages.device import Device, ResultSink
@@ -195,6 +196,7 @@ def make_planner(
     execution: Execution = Execution.STREAMING,
     max_waiting: int = 10_000,
     patience_s: float = DEFAULT_PATIENCE_S,
+    when_late: WhenLate = WhenLate.REJECT,
     lease_s: float = 5.0,
     take_over: bool = False,
     snapshot_every: int = 500,
@@ -211,6 +213,7 @@ def make_planner(
             execution=execution,
             max_waiting=max_waiting,
             patience_s=patience_s,
+            when_late=when_late,
         )
 
     return PlannerService(

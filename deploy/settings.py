@@ -36,6 +36,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from bus.errors import ConfigError
 from bus.units import parse_duration, parse_rate
 from bus.values import Execution, NodeName, Objective
+from planner.placing import WhenLate
 from planner.region_state import DEFAULT_PATIENCE_S
 
 
@@ -109,6 +110,7 @@ class PlannerOptions(_Strict):
     lease: Duration = 5.0
     max_waiting: Annotated[int, Field(ge=1)] = 10_000
     patience: Duration = DEFAULT_PATIENCE_S
+    when_late: WhenLate = WhenLate.REJECT
 
 
 class UpSettings(_Strict):

@@ -51,6 +51,7 @@ async def run_up(
                         execution=settings.execution,
                         max_waiting=settings.planner.max_waiting,
                         patience_s=settings.planner.patience,
+                        when_late=settings.planner.when_late,
                         lease_s=settings.planner.lease,
                         master=master,
                     )

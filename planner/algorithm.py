@@ -15,6 +15,8 @@ Bounds, which change the time this takes but not its result: w at full caps boun
 starts are taken from a heap by that bound plus delta_t, until it exceeds the best found.
 
 Ties: the earlier start, then the family, then the edge by name, then cut1, then cut2.
+
+A deadline is one more bound: w + delta_t may not exceed what is left until then.
 """
 
 from __future__ import annotations
@@ -168,13 +170,17 @@ Key = tuple[float, float, int, str, int, int]
 
 
 class Algorithm:
-    """Algorithm 1 over one task and the ledger as it stands at `now`. Policies restrict it, or call `at` themselves."""
+    """Algorithm 1 over one task and the ledger as it stands at `now`. Policies restrict it, or call `at` themselves.
 
-    __slots__ = ("now", "request")
+    A placement that is predicted to end after `deadline_s` is no candidate.
+    """
 
-    def __init__(self, request: Request, now: float) -> None:
+    __slots__ = ("deadline_s", "now", "request")
+
+    def __init__(self, request: Request, now: float, deadline_s: float = _NEVER) -> None:
         self.request = request
         self.now = now
+        self.deadline_s = deadline_s  # ledger time
 
     def best(
         self,
@@ -190,7 +196,7 @@ class Algorithm:
         """
         request, now = self.request, self.now
         best: Choice | None = None
-        best_value = _NEVER
+        best_value = self.deadline_s - now
         best_tie: tuple[float, int, str] = (_NEVER, 0, "")
         if DEVICE in families and device_computes:
             best = self.on_device()
@@ -274,6 +280,8 @@ class Algorithm:
                     break
                 if r.end_s > start:
                     start = r.end_s
+        if start - now + delay > self.deadline_s - now:
+            return None
         return Choice(DEVICE, None, layers, layers, 0, 0, start, delay)
 
     def at(self, option: EdgeOption, family: int, start_s: float, *, device_computes: bool = True) -> Choice | None:
@@ -281,7 +289,11 @@ class Algorithm:
         account, search, b1, b2 = option
         kind = EdgeKind(search, b1, b2, account.slots >= 1, (account,))
         i = bisect_right(account.timeline.times, start_s) - 1
-        return self._at(account, kind, family, start_s, i, device_computes, _NEVER, None, [])
+        return self._at(account, kind, family, start_s, i, device_computes, self.deadline_s - self.now, None, [])
+
+    def late_s(self, choice: Choice) -> float:
+        """How long after its deadline a choice is predicted to end; not above 0: it is in time."""
+        return (choice.start_s - self.now + choice.delay_s) - (self.deadline_s - self.now)
 
     def key(self, choice: Choice) -> Key:
         """What is minimised."""

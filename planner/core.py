@@ -4,7 +4,8 @@
 recorded changes rebuilds the same state, and with it the same `state_hash`. An event is taken in this order:
 
 1. what it says itself: a task ends, a node joins or is lost (its tasks are taken back first), a lease or deadline is over;
-2. running tasks whose predicted end has passed are given a later one (`Overran`): they hold what they hold;
+2. tasks that have not started by their deadline are EXPIRED;
+   running tasks whose predicted end has passed are given a later one (`Overran`): they hold what they hold;
 3. the scheduled tasks of every edge and device that changed are walked (`planner.walk`): they start, move, or are taken back;
 4. tasks that were taken back, and tasks that waited for a node, are placed, in order of admission; then the new task.
 
@@ -15,6 +16,8 @@ So a task starts only when no running task holds what it was promised. What the 
   (`no_device`) where its device never came, else FAILED (`device_lost`, `no_node`).
   With every node there that it names and still no candidate, it is REJECTED (`never_fits`, `unreachable`); a device
   without the model: REJECTED, `unknown_model`.
+* A task that no placement is predicted to end by its deadline is REJECTED (`deadline`), or placed all the same
+  (`WhenLate`).
 * A task that cannot start at once is REJECTED (`queue_full`) when `max_waiting` tasks wait or are scheduled.
 * A lost edge's (or the last cloud's) tasks are retried: attempt + 1, placed again. A lost device's tasks are FAILED
   (`input_lost`) if only it had the input, and WAITING for it under the next attempt otherwise.
@@ -34,7 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from heapq import heappop
+from heapq import heappop, heappush
 from typing import Any, Final
 
 from bus.makers import maker
@@ -166,6 +169,8 @@ class PlannerCore(Membership):
     def _settle(self, now: float) -> None:
         """Steps 2 to 4: overruns, the walk, and placing what is without a place."""
         while True:
+            if self._deadlines:
+                self._expire_unstarted(now)
             if self._ends and self._ends[0][0] <= now:
                 self._prolong_overdue(now)
             if self._changed_edges or self._changed_devices:
@@ -177,6 +182,19 @@ class PlannerCore(Membership):
                 task = self.tasks.get(task_id)
                 if task is not None and task.state is TaskState.WAITING:
                     self._place(task, now)
+
+    def _expire_unstarted(self, now: float) -> None:
+        """What has not started by its deadline never starts. What runs is looked at on `Tick`: its end may be on its way."""
+        running = []
+        while self._next_deadline() <= now:
+            entry = heappop(self._deadlines)
+            task = self.tasks[entry[2]]
+            if task.state is TaskState.RUNNING:
+                running.append(entry)
+            else:
+                self._end(task, TaskState.EXPIRED, now, cause="deadline")
+        for entry in running:
+            heappush(self._deadlines, entry)
 
     def _prolong_overdue(self, now: float) -> None:
         ends = self._ends

@@ -8,11 +8,11 @@ knew is missing from the records, so nothing has to be guessed.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bus.errors import UnknownNameError
 from bus.messages import Admitted, Decision, Ended, Moved, Overran, Placed, Retried, Start, TaskSubmitted
-from bus.units import format_rate
+from bus.units import format_rate, format_seconds
 from bus.values import Placement
 from planner.algorithm import Algorithm, Choice, EdgeOption, Request, placement_of
 from planner.core import PlannerCore
@@ -94,6 +94,7 @@ def explain(decisions: Iterable[Decision], task_id: str, core: PlannerCore | Non
 
 def _candidates(core: PlannerCore, submitted: TaskSubmitted, placed: Placed, now: float) -> tuple[Candidate, ...]:
     core.objective = placed.objective
+    deadline_s = core.tasks[submitted.task_id].deadline_s
     request = core.request(submitted)
     if not isinstance(request, Request):
         return ()
@@ -106,8 +107,21 @@ def _candidates(core: PlannerCore, submitted: TaskSubmitted, placed: Placed, now
         for family in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE)
     ]
     far = float("inf")
+    if deadline_s < far:
+        found = [_judged(candidate, deadline_s - now) for candidate in found]
     found.sort(key=lambda c: (not c.chosen, far if c.delay_s is None else (c.start_in_s or 0.0) + c.delay_s))
     return tuple(found)
+
+
+def _judged(candidate: Candidate, left_s: float) -> Candidate:
+    """The same, with what it lacks of the time that is left until the deadline."""
+    if candidate.start_in_s is None or candidate.delay_s is None:
+        return candidate
+    late_s = candidate.start_in_s + candidate.delay_s - left_s
+    if late_s <= 0:
+        return candidate
+    late = f"time (it is predicted to end {format_seconds(late_s)} after the deadline)"
+    return replace(candidate, lacked="; ".join(word for word in (candidate.lacked, late) if word))
 
 
 def _candidate(

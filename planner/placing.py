@@ -5,6 +5,7 @@ Here is also what every step of the core is made of: a change that is done and n
 
 from __future__ import annotations
 
+from enum import StrEnum
 from operator import index
 from typing import Final
 
@@ -37,6 +38,13 @@ _placed, _granted, _start = maker(Placed), maker(BandwidthGrant), maker(Start)
 _retried, _ended = maker(Retried), maker(Ended)
 
 
+class WhenLate(StrEnum):
+    """What becomes of a task that no placement is predicted to end by its deadline."""
+
+    REJECT = "reject"  # REJECTED `deadline`, at once
+    LEAST_LATE = "least-late"  # the policy places it as if it had no deadline; at its deadline it is EXPIRED
+
+
 class Placing(Reach):
     """A region in which tasks can be placed, taken back and ended; every change made so is noted, in order."""
 
@@ -51,12 +59,14 @@ class Placing(Reach):
         patience_s: float = DEFAULT_PATIENCE_S,
         remember_ended: int = DEFAULT_REMEMBER_ENDED,
         max_attempts: int = DEFAULT_MAX_ATTEMPTS,
+        when_late: WhenLate = WhenLate.REJECT,
     ) -> None:
         super().__init__(region, objective, patience_s=patience_s, remember_ended=remember_ended)
         self.policy = load_policy(policy) if isinstance(policy, str) else policy
         self.execution = execution
         self.max_waiting = max_waiting
         self.max_attempts = max_attempts
+        self.when_late = when_late
         self._changes: list[Change] = []  # of the step that is being taken
         self._replan: list[tuple[int, str]] = []  # tasks to be placed before it is over
 
@@ -109,7 +119,22 @@ class Placing(Reach):
     def decide(self, submitted: TaskSubmitted, now: float) -> Choice | None:
         """What the policy would choose for a task at this moment; nothing is booked. None: nothing will do."""
         request = self.request(submitted)
-        return self.policy.place(Algorithm(request, now)) if isinstance(request, Request) else None
+        if not isinstance(request, Request):
+            return None
+        choice, late_s = self._choose(
+            request, now, NEVER if submitted.deadline_s is None else now + submitted.deadline_s
+        )
+        return None if late_s > 0 and self.when_late is WhenLate.REJECT else choice
+
+    def _choose(self, request: Request, now: float, deadline_s: float) -> tuple[Choice | None, float]:
+        """The policy's choice, and how long after the deadline it is predicted to end: above 0 only if nothing is in time."""
+        algorithm = Algorithm(request, now, deadline_s)
+        choice = self.policy.place(algorithm)
+        if deadline_s == NEVER:
+            return choice, 0.0
+        if choice is None:
+            choice = self.policy.place(Algorithm(request, now))
+        return choice, 0.0 if choice is None else algorithm.late_s(choice)
 
     def _place(self, task: Task, now: float, *, fresh: bool = False) -> None:
         """Place a WAITING task, leave it waiting, or reject it."""
@@ -120,7 +145,11 @@ class Placing(Reach):
             return
         choice = None
         if request is not None:
-            choice = self.policy.place(Algorithm(request, now))
+            choice, late_s = self._choose(request, now, task.deadline_s)
+            if late_s > 0 and self.when_late is WhenLate.REJECT:
+                detail = f"the earliest predicted end is {late_s:.3g} s after the deadline"
+                self._end(task, TaskState.REJECTED, now, cause="deadline", detail=detail)
+                return
             if choice is None and (why := self._hopeless(task, request)) is not None:
                 self._end(task, TaskState.REJECTED, now, cause=why[0], detail=why[1])
                 return

@@ -110,11 +110,16 @@ def test_noise_changes_delays_and_not_their_mean() -> None:
 
 
 def test_deadlines_expire_in_virtual_time() -> None:
-    outcomes = drive(BUSY.varied(deadline_s=5), 1, machines())
+    outcomes = drive(BUSY.varied(deadline_s=3, noise=1.0), 1, machines())
+    turned_away = [outcome for outcome in outcomes if outcome.state is TaskState.REJECTED]
+    assert turned_away
+    assert {(outcome.cause, outcome.ended_s) for outcome in turned_away} == {
+        ("deadline", outcome.scheduled_s) for outcome in turned_away
+    }
     late = [outcome for outcome in outcomes if outcome.state is TaskState.EXPIRED]
     assert late
     for outcome in late:
-        assert outcome.ended_s == pytest.approx(outcome.scheduled_s + 5)
+        assert outcome.ended_s == pytest.approx(outcome.scheduled_s + 3)
         assert outcome.delay_s is None
 
 

@@ -54,8 +54,9 @@ def place(
     device_computes: bool = True,
     delayed: bool = True,
     search: Search = every_pair,
+    deadline_s: float = float("inf"),
 ) -> Choice | None:
-    """Lines 4-18 of Algorithm 1, with reservations that fit their whole interval."""
+    """Lines 4-18 of Algorithm 1, with reservations that fit their whole interval, and end by the deadline."""
     reservations = list(ledger.reservations.values())
     known = sorted({now, *(r.end_s for r in reservations if r.end_s > now)})
     best: tuple[float, float, int, str, int, int] | None = None
@@ -70,7 +71,7 @@ def place(
             if family == DEVICE and not device_computes:
                 continue
             choice = _arrange(request, reservations, device, family, option, start, device_computes, search)
-            if choice is None:
+            if choice is None or delta_t + choice.delay_s > deadline_s - now:
                 continue
             key = (delta_t + choice.delay_s, start, family, choice.edge or "", choice.cut1, choice.cut2)
             if best is None or key < best:

@@ -19,6 +19,7 @@ class Compared:
         self.name = policy.name
         self.core: PlannerCore | None = None
         self.asked = 0
+        self.late = 0
 
     def place(self, algorithm: Algorithm) -> Choice | None:
         choice = self.policy.place(algorithm)
@@ -31,9 +32,11 @@ class Compared:
             families=self.policy.families,
             device_computes=self.policy.device_computes,
             delayed=self.policy.delayed,
+            deadline_s=algorithm.deadline_s,
         )
         assert choice == wanted
         self.asked += 1
+        self.late += wanted is None and algorithm.deadline_s < float("inf")
         return choice
 
 
@@ -42,16 +45,18 @@ class Compared:
 def test_every_decision_equals_the_references(name: str, objective: Objective) -> None:
     policy = BUILT_IN[name]
     assert isinstance(policy, Restriction)
-    asked = delayed = 0
+    asked = delayed = late = 0
     for seed in range(6):
         compared = Compared(policy)
         core = PlannerCore(0, compared, objective)
         compared.core = core
         world = World(core, seed, rate=(0.2, 1.0, 5.0)[seed % 3], validate=False).run()
         asked += compared.asked
+        late += compared.late
         delayed += world.counts["delayed"]
     assert asked > 300
     assert delayed > 30 or name == "no-delay"
+    assert late or name != "cloud-only"
 
 
 def test_delayed_start_takes_the_slot_that_is_about_to_be_freed() -> None:

@@ -22,7 +22,10 @@ from bus.messages import (
     TaskState,
 )
 from bus.values import Kind, Role
+from planner.algorithm import Algorithm, Choice
 from planner.core import Event, PlannerCore, Tick
+from planner.placing import WhenLate
+from planner.search import DEVICE
 from planner.tasks import hash_of
 from tests.unit.planner.scenes import MBPS, SHA, cloud, completed, device, edge, failed, only, profile, task, types
 
@@ -200,7 +203,7 @@ def test_a_full_queue_rejects_only_what_would_have_to_wait() -> None:
 
 
 def test_a_deadline_expires_a_task_in_every_state() -> None:
-    core = core_with(edge(slots=1, lease_s=100), device(lease_s=100), policy="edge-only")
+    core = core_with(edge(slots=1, lease_s=100), device(lease_s=100), policy="edge-only", when_late=WhenLate.LEAST_LATE)
     core.handle(task("running", deadline_s=5.0, samples=1000), 0.0)
     core.handle(task("scheduled", deadline_s=6.0), 0.0)
     core.handle(task("waiting", "d9", deadline_s=7.0), 0.0)
@@ -213,6 +216,76 @@ def test_a_deadline_expires_a_task_in_every_state() -> None:
         "waiting",
     }
     assert core.live_tasks == 0
+
+
+def test_a_task_that_no_placement_ends_by_its_deadline_is_rejected_at_once_or_placed_by_an_option() -> None:
+    for when_late, wanted in ((WhenLate.REJECT, "ended"), (WhenLate.LEAST_LATE, "placement")):
+        core = core_with(edge(slots=1), device("d1"), device("d2"), policy="edge-only", when_late=when_late)
+        first = only(core.handle(task("t1", "d1", samples=1000), 0.0), Placed)
+        changes = core.handle(task("t2", "d2", samples=1000, deadline_s=first.delay_s + 1.0), 0.0)
+        assert types(changes)[:2] == ["admitted", wanted]
+        core.validate()
+        if when_late is WhenLate.LEAST_LATE:
+            assert only(changes, Placed).start_s == first.delay_s
+            continue
+        ended = only(changes, Ended)
+        assert (ended.state, ended.cause) == (TaskState.REJECTED, "deadline")
+        assert f"{first.delay_s - 1.0:.3g} s after the deadline" in ended.detail
+        # with enough time it waits, as ever
+        assert only(core.handle(task("t3", "d2", samples=1000, deadline_s=2.1 * first.delay_s), 0.0), Placed)
+
+
+def test_a_deadline_is_looked_at_again_when_a_task_is_planned_again() -> None:
+    core = core_with(edge("e1"), edge("e2", speed=1.5), device(), policy="edge-only")
+    whole_s = only(core.handle(task("t1", samples=100, deadline_s=4.0), 0.0), Placed).delay_s
+    assert whole_s < 4.0
+    changes = core.handle(NodeLeft(node="e1", incarnation="i1"), 0.5)
+    assert types(changes) == ["retried", "node_lost", "ended"]
+    assert (only(changes, Ended).state, only(changes, Ended).cause) == (TaskState.REJECTED, "deadline")
+
+
+class Frugal:
+    """Prefers the device to any edge, as long as that is allowed."""
+
+    name = "frugal"
+
+    def place(self, algorithm: Algorithm) -> Choice | None:
+        return algorithm.best({DEVICE}) or algorithm.best()
+
+
+def test_a_policy_is_offered_only_what_ends_by_the_deadline_while_there_is_any() -> None:
+    core = PlannerCore(0, Frugal())
+    for node in (edge(), device()):
+        core.handle(node, 0.0)
+    assert only(core.handle(task("t1", samples=10, deadline_s=100.0), 0.0), Placed).placement.kind is Kind.DEVICE
+    core.handle(completed("t1"), 1.0)
+    device_s = 10 * 0.06
+    assert only(core.handle(task("t2", samples=10, deadline_s=0.9 * device_s), 2.0), Placed).placement.kind is Kind.EDGE
+
+
+def test_what_is_past_its_deadline_never_starts_whatever_event_frees_its_place() -> None:
+    core = core_with(edge(slots=1), device("d1"), device("d2"), device("d3"), policy="edge-only")
+    first = only(core.handle(task("t1", "d1", samples=100), 0.0), Placed)
+    core.handle(task("t2", "d2", samples=100, deadline_s=2 * first.delay_s + 0.1), 0.0)
+    core.handle(task("t3", "d3", samples=100), 0.0)
+    # the first is late, and ends when the second is past its deadline; no tick comes in between
+    changes = core.handle(completed("t1", "d1"), 2 * first.delay_s + 0.2)
+    assert [(c.task_id, c.state) for c in changes if isinstance(c, Ended)] == [
+        ("t1", TaskState.COMPLETED),
+        ("t2", TaskState.EXPIRED),
+    ]
+    assert only(changes, Start).task_id == "t3"
+    core.validate()
+
+
+def test_what_runs_past_its_deadline_is_left_to_the_tick() -> None:
+    core = core_with(edge(slots=1), device("d1"), device("d2"), policy="edge-only")
+    first = only(core.handle(task("t1", "d1", samples=100, deadline_s=3.0), 0.0), Placed)
+    assert first.delay_s < 3.0
+    core.handle(task("t2", "d2", deadline_s=50.0), 2.9)
+    assert not [c for c in core.handle(task("t3", "d2"), 3.1) if isinstance(c, Ended)]
+    assert only(core.handle(completed("t1", "d1"), 3.2), Ended).state is TaskState.COMPLETED
+    core.validate()
 
 
 # --- reality against prediction

@@ -84,3 +84,13 @@ def test_a_task_that_was_never_placed_has_only_a_story() -> None:
 def test_an_unknown_task() -> None:
     with pytest.raises(UnknownNameError, match="t9"):
         explain(records(edge(), device(), task()), "t9")
+
+
+def test_what_ends_after_the_deadline_is_said_of_each_candidate() -> None:
+    submitted = task("t1", "d1", samples=100, deadline_s=4.0)
+    found = explain(records(edge("e1"), edge("e2", speed=1.5), device("d1"), submitted), "t1")
+    assert found.candidates[0].edge == "e1"
+    assert "deadline" not in found.candidates[0].lacked
+    (slow,) = [c for c in found.candidates if c.edge == "e2" and c.family == "device+edge"]
+    assert slow.delay_s is not None
+    assert "after the deadline" in slow.lacked
