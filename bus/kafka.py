@@ -13,6 +13,7 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import (
     InvalidConfigurationError,
+    InvalidReplicationFactorError,
     KafkaError,
     TopicAlreadyExistsError,
     TopicAuthorizationFailedError,
@@ -269,7 +270,7 @@ class _Site:
                 if kind.retriable:  # another controller is being elected
                     raise kind()
                 if code != 0 and kind is not TopicAlreadyExistsError:
-                    raise BusError(f"topic {name} cannot be created: {message[0] if message else kind.__name__}")
+                    raise _not_created(name, kind, message[0] if message else "")
 
         await self._ask(create, "its topics")
         deadline = asyncio.get_running_loop().time() + REQUEST_S
@@ -369,6 +370,13 @@ class _Site:
 
 async def _has_several_brokers(admin: AIOKafkaAdminClient) -> bool:
     return len((await admin.describe_cluster())["brokers"]) > 1
+
+
+def _not_created(name: str, kind: type[KafkaError], message: str) -> BusError:
+    remedy = None
+    if kind is InvalidReplicationFactorError:
+        remedy = "DEEPAR_KAFKA_REPLICATION says how many copies: at most as many as there are brokers"
+    return BusError(f"topic {name} cannot be created: {message or kind.__name__}", remedy=remedy)
 
 
 async def _create(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,12 +13,14 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.conn import create_conn
 from aiokafka.errors import (
     IllegalSaslStateError,
+    IncompatibleBrokerVersion,
     KafkaConnectionError,
     KafkaError,
     SaslAuthenticationFailed,
     UnsupportedSaslMechanismError,
 )
 from aiokafka.helpers import create_ssl_context
+from aiokafka.protocol.metadata import MetadataRequest
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from bus import kafka_wire
@@ -153,27 +155,80 @@ class KafkaConnection(BaseModel):
         return settings
 
     async def check(self, servers: str | None = None) -> None:
-        """Shake hands with one of the brokers. Raises `BusUnavailableError` with the cause and what to do about it."""
+        """Shake hands with one of the brokers, and with one of those that it sends its clients on to.
+
+        Raises `BusUnavailableError` with the cause and what to do about it.
+        """
         failures: list[BusUnavailableError] = []
-        for server in (servers or self.bootstrap_servers).split(","):
-            host, _, port = server.strip().rpartition(":")
-            if not host or not port.isdigit():
-                raise ConfigError(f"{server!r} is not host:port")
+        for server in addresses(servers or self.bootstrap_servers):
             try:
-                async with asyncio.timeout(CHECK_TIMEOUT_S):
-                    connection = await create_conn(
-                        host.strip("[]"),
-                        int(port),
-                        client_id=self.client_id,
-                        security_protocol=self.security_protocol,
-                        request_timeout_ms=int(CHECK_TIMEOUT_S * 1000),
-                        **self._security(),
-                    )
-                connection.close()
+                advertised = await self._shake_hands(server)
+            except BusUnavailableError as error:
+                failures.append(error)
+                continue
+            if server in advertised:
                 return
-            except (OSError, KafkaError, EOFError, asyncio.IncompleteReadError) as error:  # TimeoutError is an OSError
-                failures.append(self._explain(server.strip(), error))
+            wrong = await self._unreachable(server, advertised)
+            if len(wrong) < len(advertised):
+                return
+            raise wrong[0]
         raise failures[0]
+
+    async def unreachable(self, servers: str | None = None) -> list[BusUnavailableError]:
+        """What is wrong with each address that cannot be reached: those given, and those that the brokers advertise."""
+        wrong: list[BusUnavailableError] = []
+        advertised: dict[str, str] = {}  # by address, who sends clients on to it
+        given = addresses(servers or self.bootstrap_servers)
+        for server in given:
+            try:
+                for address in await self._shake_hands(server):
+                    advertised.setdefault(address, server)
+            except BusUnavailableError as error:
+                wrong.append(error)
+        for address, server in advertised.items():
+            if address not in given:
+                wrong += await self._unreachable(server, [address])
+        return wrong
+
+    async def _unreachable(self, server: str, advertised: Iterable[str]) -> list[BusUnavailableError]:
+        """Of the addresses that a broker sends its clients on to, what is wrong with each that cannot be reached."""
+
+        async def look(address: str) -> BusUnavailableError | None:
+            try:
+                await self._shake_hands(address)
+            except (BusUnavailableError, ConfigError) as error:
+                return BusUnavailableError(
+                    f"{server} answers, and sends its clients on to {address}, which cannot be used here: {error}",
+                    remedy=f"set advertised.listeners of that broker (KAFKA_ADVERTISED_LISTENERS in containers) to an"
+                    f" address that this machine reaches, such as {server}; or make {address} one",
+                )
+            return None
+
+        return [wrong for wrong in await asyncio.gather(*map(look, advertised)) if wrong is not None]
+
+    async def _shake_hands(self, server: str) -> list[str]:
+        """The addresses (host:port) of the brokers of the cluster that answers there. Raises `BusUnavailableError`."""
+        host, port = _host_and_port(server)
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                connection = await create_conn(
+                    host,
+                    port,
+                    client_id=self.client_id,
+                    security_protocol=self.security_protocol,
+                    request_timeout_ms=int(CHECK_TIMEOUT_S * 1000),
+                    **self._security(),
+                )
+                try:
+                    answer = await connection.send(MetadataRequest([]))
+                finally:
+                    connection.close()
+        except (OSError, KafkaError, EOFError, asyncio.IncompleteReadError) as error:  # TimeoutError is an OSError
+            raise self._explain(server, error) from error
+        brokers = [_address(host, port) for _node, host, port, *_rack in answer.brokers]
+        if not brokers:
+            raise _serves_no_clients(server)
+        return brokers
 
     def _security(self) -> dict[str, Any]:
         settings: dict[str, Any] = {}
@@ -216,6 +271,8 @@ class KafkaConnection(BaseModel):
             return BusUnavailableError(
                 f"{server} does not know {self.sasl_mechanism}", remedy="check KAFKA_SASL_MECHANISM"
             )
+        if isinstance(error, IncompatibleBrokerVersion):
+            return _serves_no_clients(server)
         if isinstance(error, IllegalSaslStateError):
             return BusUnavailableError(
                 f"{server} does not ask for a password", remedy="check KAFKA_SECURITY_PROTOCOL and the port"
@@ -239,6 +296,32 @@ class KafkaConnection(BaseModel):
                 remedy="`deepar broker` starts one; KAFKA_BOOTSTRAP_SERVERS names another",
             )
         return BusUnavailableError(f"{server} refuses us: {error!r}")
+
+
+def _serves_no_clients(server: str) -> BusUnavailableError:
+    return BusUnavailableError(
+        f"{server} speaks Kafka, but names no broker for clients",
+        remedy="is it still starting, or is this port a controller's? see `listeners` in its settings for the clients' port",
+    )
+
+
+def addresses(servers: str) -> list[str]:
+    """Each host:port of a list with commas. Raises `ConfigError` for one that is none."""
+    found = [server.strip() for server in servers.split(",") if server.strip()]
+    for server in found:
+        _host_and_port(server)
+    return found
+
+
+def _host_and_port(server: str) -> tuple[str, int]:
+    host, _, port = server.rpartition(":")
+    if not host or "/" in host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"{server!r} is not host:port", remedy="see KAFKA_BOOTSTRAP_SERVERS, or --bootstrap-servers")
+    return host.strip("[]"), int(port)
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def patience_s(client: AIOKafkaClient) -> float:

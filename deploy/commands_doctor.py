@@ -87,7 +87,7 @@ async def examine(connection: KafkaConnection, models: Sequence[str]) -> list[Ch
     bus = KafkaBus(connection)
     try:
         async with bus:
-            checks.append(Check("broker", True, f"Kafka at {connection.bootstrap_servers} answers"))
+            checks += await site_checks.brokers(connection)
             checks += await size_checks.look(connection)
             checks += await site_checks.look(bus)
             for look in (topic_checks.missing, topic_checks.settings, region_checks.regions):

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from bus import topics
 from bus.errors import DeeparError, UnknownTopicError
 from bus.kafka import KafkaBus, KafkaConnection
 from deploy.machine_checks import Check
 
 _ACTIVATIONS = topics.ACTIVATIONS_EDGE.removesuffix(topics.EDGE_PLACEHOLDER)
+
+
+async def brokers(connection: KafkaConnection) -> list[Check]:
+    """Whether every broker at home can be reached: those that are named, and those that they send their clients on to."""
+    wrong = await connection.unreachable()
+    if not wrong:
+        return [Check("broker", True, f"Kafka at {connection.bootstrap_servers} answers")]
+    return _half_down("broker", wrong)
+
+
+def _half_down(name: str, wrong: Iterable[DeeparError]) -> list[Check]:
+    return [Check(name, False, f"{error}; others answer", error.remedy or "see that it is up") for error in wrong]
 
 
 async def look(bus: KafkaBus) -> list[Check]:
@@ -18,6 +32,7 @@ async def look(bus: KafkaBus) -> list[Check]:
         held = sorted(prefix for prefix, there in connection.routes.items() if there == servers)
         try:
             await connection.check(servers)
+            checks += _half_down("site", await connection.unreachable(servers))
             missing = [topic for topic in _kept_at(connection, held) if not await _has(bus, *topic)]
         except DeeparError as error:
             detail = f"{error}; it holds {', '.join(held)}"

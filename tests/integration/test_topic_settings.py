@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 
+import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
@@ -14,9 +17,12 @@ from bus.kafka import KafkaBus
 from bus.kafka_connection import KafkaConnection
 from bus.topics import TopicSpec
 from deploy import nodes
+from deploy.broker import KafkaBroker
+from deploy.broker_handshake import ask
 from deploy.commands_doctor import examine
+from deploy.ports import free_port
 from tests.integration.deepar_processes import Processes
-from tests.kafka_broker import Broker, OwnBroker
+from tests.kafka_broker import Broker, OwnBroker, choose
 
 PLANTED = {
     topics.DECISIONS: {"cleanup.policy": "compact"},
@@ -82,3 +88,37 @@ async def test_a_record_of_a_machine_whose_clock_is_days_ahead_is_taken(kafka: B
         assert (await producer.send_and_wait(topic, b"x", timestamp_ms=tomorrow_ms)).offset == 0
     finally:
         await producer.stop()
+
+
+async def test_every_command_names_an_advertised_address_that_does_not_resolve(tmp_path: Path) -> None:
+    if choose().how != "apache":
+        pytest.skip(f"an Apache Kafka of our own is needed: {choose().text}")
+    port = free_port()
+    broker = KafkaBroker(
+        tmp_path / "kafka",
+        port=port,
+        settings={"advertised.listeners": "CLIENTS://kafka.inside.invalid:9092"},
+        ready=partial(_answers, f"127.0.0.1:{port}"),
+    )
+    broker.start()
+    try:
+        with Processes(broker.bootstrap, tmp_path) as processes:
+            for command in (("planner",), ("topics", "create"), ("tail", "nodes", "--exit"), ("top", "--json")):
+                ended = await asyncio.to_thread(processes.run, *command)
+                assert ended.returncode == 1, ended.stderr
+                assert (
+                    f"{broker.bootstrap} answers, and sends its clients on to kafka.inside.invalid:9092" in ended.stderr
+                )
+                assert "set advertised.listeners" in ended.stderr
+                assert "never retrieved" not in ended.stderr
+                assert len(ended.stderr.splitlines()) == 2, ended.stderr
+        checks = await examine(KafkaConnection(bootstrap_servers=broker.bootstrap), [])
+        (wrong,) = (check for check in checks if check.name == "broker")
+        assert not wrong.ok
+        assert "kafka.inside.invalid:9092" in wrong.detail
+    finally:
+        broker.stop()
+
+
+def _answers(bootstrap: str) -> None:
+    ask(bootstrap, 1.0)

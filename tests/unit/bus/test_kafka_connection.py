@@ -55,28 +55,45 @@ async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     await reader.read(4)
 
 
-async def broker(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answers `ApiVersions`, knows SCRAM, and refuses every password."""
-    try:
-        while True:
-            (length,) = struct.unpack(">i", await reader.readexactly(4))
-            request = await reader.readexactly(length)
-            api, version, correlation = struct.unpack(">hhi", request[:8])
-            if api == 18:  # ApiVersions v0: error, [key, min, max]
-                supported = [(0, 0, 8), (3, 0, 5), (17, 0, 1), (18, 0, 0), (36, 0, 0)]
-                body = struct.pack(">hi", 0, len(supported)) + b"".join(
-                    struct.pack(">hhh", *each) for each in supported
-                )
-            elif api == 17:  # SaslHandshake: error, [mechanism]
-                body = struct.pack(">hi", 0, 1) + _string("SCRAM-SHA-512")
-            elif api == 36:  # SaslAuthenticate v0: error, message, bytes
-                body = struct.pack(">h", 58) + _string("Authentication failed") + struct.pack(">i", 0)
-            else:
-                raise AssertionError(f"unexpected request {api} v{version}")
-            answer = struct.pack(">i", correlation) + body
-            writer.write(struct.pack(">i", len(answer)) + answer)
-    except (asyncio.IncompleteReadError, ConnectionError):
-        pass
+def broker_that(*advertised: str, serves_clients: bool = True) -> Handler:
+    """Answers `ApiVersions` and `Metadata`, knows SCRAM, and refuses every password. It advertises these addresses, where
+    none is given its own.
+    """
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        own = "{}:{}".format(*writer.get_extra_info("sockname")[:2])
+        try:
+            while True:
+                (length,) = struct.unpack(">i", await reader.readexactly(4))
+                request = await reader.readexactly(length)
+                api, version, correlation = struct.unpack(">hhi", request[:8])
+                if api == 18:  # ApiVersions v0: error, [key, min, max]
+                    supported = [(0, 0, 8), (17, 0, 1), (18, 0, 0), (36, 0, 0)] + [(3, 0, 1)] * serves_clients
+                    body = struct.pack(">hi", 0, len(supported)) + b"".join(
+                        struct.pack(">hhh", *each) for each in supported
+                    )
+                elif api == 3:  # Metadata v1: [node, host, port, rack], controller, [topic]
+                    named = advertised or (own,)
+                    body = struct.pack(">i", len(named))
+                    for node, address in enumerate(named):
+                        host, _, port = address.rpartition(":")
+                        body += struct.pack(">i", node) + _string(host) + struct.pack(">ih", int(port), -1)
+                    body += struct.pack(">ii", 0, 0)
+                elif api == 17:  # SaslHandshake: error, [mechanism]
+                    body = struct.pack(">hi", 0, 1) + _string("SCRAM-SHA-512")
+                elif api == 36:  # SaslAuthenticate v0: error, message, bytes
+                    body = struct.pack(">h", 58) + _string("Authentication failed") + struct.pack(">i", 0)
+                else:
+                    raise AssertionError(f"unexpected request {api} v{version}")
+                answer = struct.pack(">i", correlation) + body
+                writer.write(struct.pack(">i", len(answer)) + answer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+
+    return talk
+
+
+broker = broker_that()
 
 
 def _string(text: str) -> bytes:
@@ -135,6 +152,48 @@ async def test_one_of_several_is_enough() -> None:
         pass
     async with peer(broker) as server:
         await KafkaConnection(bootstrap_servers=f"{closed},{server}").check()
+
+
+async def test_an_advertised_address_that_does_not_resolve_is_named() -> None:
+    async with peer(broker_that("kafka-0.inside.invalid:9092")) as server:
+        error = await complaint(server)
+    assert f"{server} answers, and sends its clients on to kafka-0.inside.invalid:9092" in str(error)
+    assert "advertised.listeners" in str(error.remedy)
+    assert server in str(error.remedy)
+
+
+async def test_an_advertised_address_where_nobody_listens_is_named() -> None:
+    async with peer(silent) as closed:
+        pass
+    async with peer(broker_that(closed)) as server:
+        error = await complaint(server)
+    assert f"sends its clients on to {closed}" in str(error)
+    assert "advertised.listeners" in str(error.remedy)
+
+
+async def test_one_advertised_address_of_several_is_enough_and_the_others_can_be_told() -> None:
+    async with peer(silent) as closed:
+        pass
+    async with peer(broker) as other, peer(broker_that(closed, other)) as server:
+        connection = KafkaConnection(bootstrap_servers=server)
+        await connection.check()
+        (wrong,) = await connection.unreachable()
+    assert f"sends its clients on to {closed}" in str(wrong)
+
+
+async def test_a_bootstrap_address_that_is_dead_can_be_told() -> None:
+    async with peer(silent) as closed:
+        pass
+    async with peer(broker) as server:
+        (wrong,) = await KafkaConnection(bootstrap_servers=f"{closed},{server}").unreachable()
+    assert f"no broker at {closed}" in str(wrong)
+
+
+async def test_the_port_of_a_controller() -> None:
+    async with peer(broker_that(serves_clients=False)) as server:
+        error = await complaint(server)
+    assert "names no broker for clients" in str(error)
+    assert "controller" in str(error.remedy)
 
 
 async def test_a_name_that_does_not_exist() -> None:
@@ -217,7 +276,9 @@ async def test_tls_to_a_port_that_speaks_clear_text() -> None:
     assert "clear text" in str(error)
 
 
-@pytest.mark.parametrize("server", ["localhost", "localhost:", ":9092", "localhost:http"])
+@pytest.mark.parametrize(
+    "server", ["localhost", "localhost:", ":9092", "localhost:http", "http://localhost:9092", "localhost:99999"]
+)
 async def test_an_address_that_is_none(server: str) -> None:
     with pytest.raises(ConfigError, match="host:port"):
         await KafkaConnection(bootstrap_servers=server).check()
