@@ -32,6 +32,7 @@ from deploy.process import EXIT_MISSED
 from deploy.progress import progress_bar
 from loadgen import compare as compared
 from loadgen import compare_chart, figures, scenario
+from loadgen.claims import Claim
 from loadgen.figure_check import check_figures
 from loadgen.figure_result import POLICIES, FigureOptions, FigureResult, write_csv
 from loadgen.platforms import platforms
@@ -41,7 +42,7 @@ from planner.policies import load_policy
 
 app = typer.Typer(no_args_is_help=True, help="The paper's experiments with one command each, and sweeps beyond them.")
 
-Seeds = Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")]
+Seeds = Annotated[int, typer.Option(min=1, help="How many seeds.")]
 Policies = Annotated[
     str,
     typer.Option(help="Names of policies, a,b,c; your own as module:name.", autocompletion=completion.policies),
@@ -50,6 +51,7 @@ Out = Annotated[Path, typer.Option(file_okay=False, envvar="DEEPAR_FIGURES", hel
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as there are cores.")]
 Cluster = Annotated[str | None, typer.Option(help="Address of a Dask scheduler, tcp://host:8786 (extra `cluster`).")]
 Profile = Annotated[str, typer.Option(help="How fast device, edge and cloud are: `paper`, or a file.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Draw pictures without title, claims and notes, for a paper.")]
 ObjectiveFlag = Annotated[
     Objective, typer.Option(help="`sequential` is the paper's; `pipelined` streams samples through the stages.")
 ]
@@ -73,16 +75,18 @@ def _figure_command(name: str, doc: str) -> None:
         profile: Profile = "paper",
         jobs: Jobs = None,
         cluster: Cluster = None,
+        plain: Plain = False,
         as_json: AsJson = False,
     ) -> None:
         make_figures(
             (name,), seeds=seeds, policies=policies, objective=objective, out=out, profile=profile, jobs=jobs,
-            cluster=cluster, as_json=as_json,
+            cluster=cluster, plain=plain, as_json=as_json,
         )  # fmt: skip
 
     example = f"Example: `deepar simulate {name} --seeds 30 --policies edge-only,no-delay,deepar --out figures`"
     judged = (
-        "Exit code 99 where a claim of the paper is missed. It is judged on means over the seeds: take ten or more."
+        "Exit code 99 where a claim of the paper is missed, with any number of reachable edges; a claim of our own that is "
+        "not shown leaves it 0. Verdicts rest on means over the seeds: take ten or more."
     )
     app.command(name, help=f"{doc}\n\n{judged}\n\n{example}")(command)
 
@@ -92,31 +96,32 @@ def fig1a(
     out: Out = FIGURES,
     profile: Profile = "paper",
     live: Annotated[bool, typer.Option("--live", help="Measure AlexNet on this machine.")] = False,
+    plain: Plain = False,
     as_json: AsJson = False,
 ) -> None:
     """AlexNet, one sample: on the device, the edge, the cloud, and cut between them.
 
     Example: `deepar simulate fig1a --live --out figures`
     """
-    make_figures(("fig1a",), out=out, profile=profile, live=live, as_json=as_json)
+    make_figures(("fig1a",), out=out, profile=profile, live=live, plain=plain, as_json=as_json)
 
 
 @app.command("fig1b")
-def fig1b(out: Out = FIGURES, profile: Profile = "paper", as_json: AsJson = False) -> None:
+def fig1b(out: Out = FIGURES, profile: Profile = "paper", plain: Plain = False, as_json: AsJson = False) -> None:
     """AlexNet, each layer's delay and output size; measures this machine beside the paper's.
 
     Example: `deepar simulate fig1b --out figures`
     """
-    make_figures(("fig1b",), out=out, profile=profile, as_json=as_json)
+    make_figures(("fig1b",), out=out, profile=profile, plain=plain, as_json=as_json)
 
 
 @app.command("fig3")
-def fig3(out: Out = FIGURES, profile: Profile = "paper", as_json: AsJson = False) -> None:
+def fig3(out: Out = FIGURES, profile: Profile = "paper", plain: Plain = False, as_json: AsJson = False) -> None:
     """VGG, DeepFace and LeNet, one sample, four ways of running each.
 
     Example: `deepar simulate fig3 --json --out figures`
     """
-    make_figures(("fig3",), out=out, profile=profile, as_json=as_json)
+    make_figures(("fig3",), out=out, profile=profile, plain=plain, as_json=as_json)
 
 
 _figure_command("fig4a", "Many tasks: 10 edges, 20-80 devices, arrivals within 300 s.")
@@ -137,8 +142,9 @@ def make_figures(
     jobs: int | None = None,
     cluster: str | None = None,
     live: bool = False,
+    plain: bool = False,
 ) -> None:
-    """Make figures, print their claims, exit with 99 where one is missed."""
+    """Make figures, print their claims, exit with 99 where a claim of the paper is missed."""
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     everything = names == ("all",)
     results: list[FigureResult] = []
@@ -152,6 +158,7 @@ def make_figures(
             jobs=jobs or os.cpu_count() or 1,
             cluster=cluster,
             live=live,
+            plain=plain,
             progress=tell,
         )
         results += [figures.make(name, options) for name in (figures.FIGURES if everything else names)]
@@ -162,7 +169,7 @@ def make_figures(
         console = Console(highlight=False)
         for result in results:
             _print_claims(console, result)
-    if not all(result.passed for result in results):
+    if any(result.missed for result in results):
         raise typer.Exit(EXIT_MISSED)
 
 
@@ -321,19 +328,40 @@ def _print_means(console: Console, rows: list[dict[str, Any]], axes: list[str]) 
 
 
 def _print_claims(console: Console, result: FigureResult) -> None:
-    title = f"{result.figure}, {result.seeds} seed{'s' if result.seeds > 1 else ''}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("", "claim", "paper", "ours", "spread"):
-        table.add_column(name, overflow="fold", no_wrap=not name)
-    for claim in result.claims:
-        verdict = "[green]PASS[/]" if claim.passed else "[bold red]MISS[/]"
-        table.add_row(verdict, claim.text, claim.paper_text, claim.ours_text, claim.spread_text)
-    if result.claims:
+    console.print(f"{result.figure}, {len(result.seeds)} seed{'s' if len(result.seeds) > 1 else ''}")
+    paper = [claim for claim in result.claims if not claim.own]
+    own = [claim for claim in result.claims if claim.own]
+    if paper:
+        table = _claim_table("Claims of the paper", "paper", "ours", "spread")
+        for claim in paper:
+            table.add_row(*_claim_cells(claim), claim.paper_text, claim.ours_text, claim.spread_text)
         console.print(table)
-    else:
+    if own:
+        table = _claim_table(
+            "Claims of our own: they hold where the 95 % interval lies above zero", "ours", "95 % interval"
+        )
+        for claim in own:
+            table.add_row(*_claim_cells(claim), claim.ours_text, claim.ci95_text)
+        console.print(table)
+    if not result.claims:
         for point in result.series:
             console.print(f"{point['x']}  {point['policy']}: {format_seconds(point['mean_delay_s'])}")
     for note in result.notes:
         console.print(f"note: {note}", style="dim", markup=False)
     for path in result.files:
         console.print(f"  {path}", markup=False)
+
+
+def _claim_table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("", "claim", *columns):
+        table.add_column(name, overflow="fold", no_wrap=not name)
+    return table
+
+
+COLOURS = {"misses": "bold red", "not shown": "bold red", "exceeds": "yellow"}
+
+
+def _claim_cells(claim: Claim) -> tuple[str, str]:
+    colour = COLOURS.get(claim.verdict.value, "green")
+    return f"[{colour}]{claim.verdict_text}[/]", f"{claim.text}, {claim.case}" if claim.case else claim.text

@@ -6,14 +6,10 @@ import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bus.values import Objective
-from loadgen import plots
-from loadgen.claims import Claim
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from loadgen.claims import Claim, Verdict
 
 POLICIES = ("device-only", "edge-only", "cloud-only", "no-delay", "deepar")
 """The paper's bars in the paper's order, with Algorithm 1 without its lines 6-8 before the whole of it."""
@@ -28,10 +24,11 @@ class FigureOptions:
     policies: tuple[str, ...] = POLICIES
     objective: Objective = Objective.SEQUENTIAL
     profile: str = "paper"
-    reachable: tuple[int | None, ...] = (1, 2, None)  # E_i of Figure 4, a panel each; claims are judged on the first
+    reachable: tuple[int | None, ...] = (1, 2, None)  # E_i of Figure 4: a panel and a verdict on every claim for each
     jobs: int = 1
     cluster: str | None = None  # address of a Dask scheduler
     live: bool = False  # of fig1a: measure this machine
+    plain: bool = False  # pictures without title, claims and notes, for use in a paper
     progress: Callable[[str, int, int], None] | None = None  # (what, done, in all)
 
     @property
@@ -50,22 +47,23 @@ class FigureResult:
     """One figure, made."""
 
     figure: str
-    seeds: int
+    seeds: tuple[int, ...]  # those that the verdicts rest on; empty where nothing is drawn at random
     claims: tuple[Claim, ...]
     series: tuple[dict[str, Any], ...]
     files: tuple[Path, ...]
     notes: tuple[str, ...] = field(default=())  # assumptions that stand beside the plot
 
     @property
-    def passed(self) -> bool:
-        """Whether every claim passes."""
-        return all(claim.passed for claim in self.claims)
+    def missed(self) -> bool:
+        """Whether a statement of the paper is missed. A claim of our own that is not shown is not a miss."""
+        return any(claim.verdict is Verdict.MISSES for claim in self.claims)
 
     def as_object(self) -> dict[str, Any]:
         """What `deepar simulate FIG --json` prints."""
         return {
             "figure": self.figure,
-            "seeds": self.seeds,
+            "seeds": len(self.seeds),
+            "seed_numbers": list(self.seeds),
             "claims": [claim.as_row() for claim in self.claims],
             "series": list(self.series),
             "files": [str(path) for path in self.files],
@@ -82,35 +80,3 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
-
-
-LINE_IN, TITLE_IN, LEGEND_IN = 0.155, 0.30, 0.27
-"""Heights in inches of a line of 8-point type, of a title, and of a legend."""
-
-
-def finish(fig: Figure, title: str, claims: Sequence[Claim], notes: Sequence[str] = (), *, legend: Any = None) -> None:
-    """A title and, from the axes `legend`, a legend above; the claims with their verdicts and the notes
-    below.
-
-    The figure grows by what they need, so that the axes keep their size and nothing overlaps.
-    """
-    lines = [claim.line() for claim in claims] + [f"Note: {note}" for note in notes]
-    below_in = LINE_IN * len(lines) + 0.12
-    above_in = TITLE_IN + (LEGEND_IN if legend is not None else 0.0)
-    width_in, axes_in = fig.get_size_inches()
-    height_in = axes_in + below_in + above_in
-    fig.set_size_inches(width_in, height_in)
-    rect = (0, below_in / height_in, 1, axes_in / height_in)
-    fig.set_layout_engine("constrained", rect=rect)
-    fig.text(0.5, 1 - 0.08 / height_in, title, fontsize=11, ha="center", va="top")
-    if legend is not None:
-        handles, names = legend.get_legend_handles_labels()
-        place = (0.5, 1 - TITLE_IN / height_in)
-        fig.legend(
-            handles, names, loc="upper center", bbox_to_anchor=place, ncols=len(names), frameon=False, borderaxespad=0
-        )
-    for index, line in enumerate(lines):
-        claim = claims[index] if index < len(claims) else None
-        colour = "#555555" if claim is None else plots.BLACK if claim.passed else plots.VERMILION
-        y_in = below_in - 0.03 - LINE_IN * (index + 1)
-        fig.text(0.012, y_in / height_in, line, fontsize=8, color=colour, va="bottom")

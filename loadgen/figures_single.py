@@ -8,9 +8,10 @@ from typing import Any
 from bus.values import ModelProfile, Role
 from loadgen import claims as rules
 from loadgen import plots
+from loadgen.captions import Caption, finish
 from loadgen.claims import Claim
 from loadgen.driver import drive
-from loadgen.figure_result import FigureOptions, FigureResult, finish, write_csv
+from loadgen.figure_result import FigureOptions, FigureResult, write_csv
 from loadgen.outcome import Outcome
 from loadgen.platforms import Platforms, measured, platforms
 from loadgen.report import PART_COLOURS, PARTS
@@ -19,6 +20,9 @@ from loadgen.scenario import Scenario
 PART_LABELS = ("device computes", "link 1", "edge computes", "link 2", "cloud computes", "result")
 BARS = ("device-only", "edge-only", "cloud-only", "deepar")
 """The paper's bars of these figures, in its order."""
+
+ONE_SEED = (0,)
+"""One task alone: nothing is drawn at random."""
 
 FIG1A_MS = {"device-only": 84.0, "edge-only": 64.0, "cloud-only": 314.0, "deepar": 43.0}
 FIG1A_CUTS = ("maxpool_1", "maxpool_3")
@@ -60,7 +64,7 @@ def fig1a(options: FigureOptions) -> FigureResult:
     """AlexNet, one sample: delay on the device, the edge, the cloud, and cut between them."""
     platform = measured(options.progress) if options.live else platforms(options.profile)
     outcomes = {policy: one_task(platform, "alexnet", policy, profile=options.profile) for policy in BARS}
-    claims = [] if options.live else _fig1a_claims(outcomes)
+    claims = [] if options.live else rules.as_fitted(_fig1a_claims(outcomes), "fig1a" in platform.fitted_to)
     notes = [
         (
             f"links {platform.link1_bps / 1e6:.1f} and {platform.link2_bps / 1e6:.1f} Mbps, "
@@ -75,11 +79,12 @@ def fig1a(options: FigureOptions) -> FigureResult:
     names = ["Device", "Edge", "Cloud", "Hybrid (DeePar)"]
     _stacked(axes, names, [outcomes[policy] for policy in BARS], paper=None if options.live else FIG1A_MS)
     axes.set(ylabel="delay of one sample (ms)")
-    finish(fig, f"Fig. 1(a): AlexNet, one sample{' on this machine' if options.live else ''}", claims, notes)
+    title = f"Fig. 1(a): AlexNet, one sample{' on this machine' if options.live else ''}"
+    finish(fig, Caption(title=title, claims=claims, notes=notes, plain=options.plain))
     stem = options.out / ("fig1a_live" if options.live else "fig1a")
     files = [write_csv(stem.with_suffix(".csv"), _rows("alexnet", outcomes)), *plots.save(fig, stem)]
     series = [_point("AlexNet", policy, outcome) for policy, outcome in outcomes.items()]
-    return FigureResult("fig1a", 1, tuple(claims), tuple(series), tuple(files), tuple(notes))
+    return FigureResult("fig1a", ONE_SEED, tuple(claims), tuple(series), tuple(files), tuple(notes))
 
 
 def _fig1a_claims(outcomes: dict[str, Outcome]) -> list[Claim]:
@@ -106,18 +111,20 @@ def fig3(options: FigureOptions) -> FigureResult:
     for model in ("vgg16", "deepface"):
         claims += _fig3_large(FIG3_MODELS[model], {p: _delay(o) for p, o in outcomes[model].items()})
     claims += _fig3_lenet({policy: _delay(outcome) for policy, outcome in outcomes["lenet"].items()})
+    claims = rules.as_fitted(claims, "fig3" in platform.fitted_to)
     fig, grid = plots.figure(9.5, 3.5, 1, 3, width_ratios=(1, 1, 1))
     for axes, (model, title) in zip(grid, FIG3_MODELS.items(), strict=True):
         _stacked(axes, ["Device", "Edge", "Cloud", "DeePar"], list(outcomes[model].values()), legend=False)
         axes.set_xlabel(f"{title} ({platform.input_bytes[model] / 1e3:.0f} kB)")
     grid[0].set_ylabel("inference delay (ms)")
     notes = (f"links {platform.link1_bps / 1e6:.1f} and {platform.link2_bps / 1e6:.1f} Mbps; {platform.origin}",)
-    finish(fig, "Fig. 3: inference delay of various networks, one sample", claims, notes, legend=grid[0])
+    title = "Fig. 3: inference delay of various networks, one sample"
+    finish(fig, Caption(title=title, claims=claims, notes=notes, plain=options.plain), legend=grid[0])
     stem = options.out / "fig3"
     rows = [row for model in FIG3_MODELS for row in _rows(model, outcomes[model])]
     files = [write_csv(stem.with_suffix(".csv"), rows), *plots.save(fig, stem)]
     series = [_point(FIG3_MODELS[model], policy, outcomes[model][policy]) for model in FIG3_MODELS for policy in BARS]
-    return FigureResult("fig3", 1, tuple(claims), tuple(series), tuple(files), notes)
+    return FigureResult("fig3", ONE_SEED, tuple(claims), tuple(series), tuple(files), notes)
 
 
 def _fig3_large(name: str, delay: dict[str, float]) -> list[Claim]:
@@ -125,7 +132,7 @@ def _fig3_large(name: str, delay: dict[str, float]) -> list[Claim]:
     below = 100 * (1 - delay["deepar"] / delay["edge-only"])
     return [
         rules.is_true(f"{name}: DeePar best", "best", "best" if best else "not best", best),
-        rules.is_true(f"{name}: DeePar's delay below edge-only", "10-30 %", f"{below:.1f} %", 10 <= below <= 30),
+        rules.between(f"{name}: DeePar's delay below edge-only", 10, 30, below),
     ]
 
 
@@ -149,7 +156,8 @@ def fig1b(options: FigureOptions) -> FigureResult:
     one.
     """
     paper = platforms(options.profile)
-    machines = [("the paper's edge, as fitted", paper.model(Role.EDGE, "alexnet"))]
+    fitted = ", as fitted" if paper.fitted_to else ""
+    machines = [(f"the paper's edge{fitted}", paper.model(Role.EDGE, "alexnet"))]
     live = measured(options.progress)
     machines.append(("this machine, measured", live.model(Role.EDGE, "alexnet")))
     fig, grid = plots.figure(10.5, 5.6, 2, 1, squeeze=False)
@@ -162,7 +170,10 @@ def fig1b(options: FigureOptions) -> FigureResult:
             {"machine": where, "layer": name, "delay_s": seconds, "output_bytes": size}
             for name, seconds, size in zip(profile.layer_names, profile.layer_s, profile.cut_bytes[1:], strict=True)
         ]
-    finish(fig, "Fig. 1(b): AlexNet, delay and output size of each layer on the edge", claims)
+    title = "Fig. 1(b): AlexNet, delay and output size of each layer on the edge"
+    unfitted = "; no statement of this figure was used by the fit" if paper.fitted_to else ""
+    notes = (f"{paper.origin}{unfitted}",)
+    finish(fig, Caption(title=title, claims=claims, notes=notes, plain=options.plain))
     stem = options.out / "fig1b"
     files = [write_csv(stem.with_suffix(".csv"), rows), *plots.save(fig, stem)]
     series = [
@@ -170,7 +181,7 @@ def fig1b(options: FigureOptions) -> FigureResult:
         | {"output_bytes": row["output_bytes"]}
         for row in rows
     ]
-    return FigureResult("fig1b", 1, tuple(claims), tuple(series), tuple(files))
+    return FigureResult("fig1b", ONE_SEED, tuple(claims), tuple(series), tuple(files), notes)
 
 
 def _layers(axes: Any, where: str, profile: ModelProfile) -> None:

@@ -32,10 +32,10 @@ def distribution(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def half_width_95(values: Sequence[float]) -> float:
-    """Half the width of the 95 % confidence interval of the mean, by Student's t; 0 for fewer than two values."""
+def half_width_95(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % confidence interval of the mean, by Student's t; None for fewer than two values."""
     if len(values) < 2:
-        return 0.0
+        return None
     from scipy import special  # not at the top: every command would wait for it
 
     spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))

@@ -4,6 +4,7 @@ experiments.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +12,9 @@ from functools import lru_cache
 from bus.errors import UnknownNameError
 from bus.values import ModelProfile, Role
 from planner.profiles import load_profile
+
+FIRST_VERDICT_SEED = 10
+"""Seeds below are for fits and for trials; the verdicts of figures rest on those from here on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +26,13 @@ class Platforms:
     link2_bps: int  # b2
     input_bytes: Mapping[str, int]  # G(0) of one sample in Figures 1(a) and 3, by model
     origin: str  # where the numbers come from, for notes beside plots
+    fitted_to: tuple[str, ...] = ()  # figures whose statements the numbers were fitted to
+    fit_seeds: tuple[int, ...] = ()  # seeds that the fit used; verdicts use others
+
+    def unused_seeds(self, count: int) -> tuple[int, ...]:
+        """The first `count` seeds from `FIRST_VERDICT_SEED` on that the fit did not use."""
+        numbers = (seed for seed in itertools.count(FIRST_VERDICT_SEED) if seed not in self.fit_seeds)
+        return tuple(itertools.islice(numbers, count))
 
     def model(self, role: Role, name: str) -> ModelProfile:
         """One model's profile on one tier. Raises `UnknownNameError`."""
@@ -45,7 +56,9 @@ def platforms(name: str) -> Platforms:
         link1_bps=found.link1_bps,
         link2_bps=found.link2_bps,
         input_bytes={model: found.input_bytes.get(model, found.device[model].cut_bytes[0]) for model in found.models},
-        origin=f"profile `{found.name}`",
+        origin=f"profile {found.name}" + (f": {found.origin}" if found.origin else ""),
+        fitted_to=found.fitted_to,
+        fit_seeds=found.fit_seeds,
     )
 
 

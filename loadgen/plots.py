@@ -7,6 +7,7 @@ and written as PNG (150 dots an inch) and SVG without dates, so that the same da
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,7 @@ def grouped_bars(
     axes: Axes,
     groups: list[str],
     series: dict[str, list[float]],
-    errors: dict[str, list[float]] | None = None,
+    errors: dict[str, list[float | None]] | None = None,
     *,
     values: bool = False,
 ) -> None:
@@ -120,7 +121,20 @@ def grouped_bars(
             linewidth=0.6,
         )
         if errors is not None:
-            axes.errorbar(places, heights, yerr=errors[policy], fmt="none", ecolor="#333333", elinewidth=0.9, capsize=2)
+            axes.errorbar(
+                places,
+                heights,
+                yerr=error_bars(errors[policy]),
+                fmt="none",
+                ecolor="#333333",
+                elinewidth=0.9,
+                capsize=2,
+            )
         if values:
             axes.bar_label(bars, fmt="{:.3g}", fontsize=8, padding=2)
     axes.set_xticks(range(len(groups)), groups)
+
+
+def error_bars(half_widths: Iterable[float | None]) -> list[float]:
+    """For matplotlib, which draws nothing where an interval is not known."""
+    return [math.nan if half is None else half for half in half_widths]

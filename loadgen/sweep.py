@@ -157,7 +157,8 @@ def draw(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> list[Path]:
         axes = grid[index // columns][index % columns]
         here = {axis.name: str(value) for axis, value in zip(others, panel, strict=True)}
         for number, policy in enumerate(options.policies):
-            means, errors = [], []
+            means: list[float] = []
+            errors: list[float | None] = []
             for value in x_axis.values:
                 wanted = {**here, x_axis.name: str(value), "policy": policy}
                 delays = [
@@ -170,8 +171,8 @@ def draw(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> list[Path]:
             colour, _, marker = plots.look(policy, number)
             shift = (number - (len(options.policies) - 1) / 2) * dodge
             axes.errorbar(
-                [x + shift for x in xs], means, yerr=errors, color=colour, marker=marker, markersize=4.5, capsize=2,
-                linewidth=1.3, elinewidth=0.8, label=plots.label(policy),
+                [x + shift for x in xs], means, yerr=plots.error_bars(errors), color=colour, marker=marker, markersize=4.5,
+                capsize=2, linewidth=1.3, elinewidth=0.8, label=plots.label(policy),
             )  # fmt: skip
         axes.set_ylim(bottom=0)
         if here:

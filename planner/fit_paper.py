@@ -10,7 +10,8 @@ twelve numbers in all, beside one b1, one b2 and AlexNet's input size. They are 
   which are the best of all cuts;
 * Fig. 3: DeePar is best for VGG and DeepFace, 10-30 % below edge-only; for LeNet it equals cloud-only, far below the others;
 * Fig. 4: the reductions that it states, for tasks drawn as it says, with one random reachable edge a device;
-* no coefficient is smaller on a platform that the paper calls more powerful.
+* no coefficient is larger on a platform that the paper calls more powerful: work costs the cloud no more than the edge, and
+  the edge no more than the device.
 
 First differential evolution over Figures 1 and 3 and over tasks of Fig. 4 that never meet (closed form), then a random
 descent with Fig. 4 itself, simulated with `PlannerCore`. Everything is drawn from fixed seeds: the same numpy and scipy
@@ -47,7 +48,10 @@ PICTURE_BYTES: Final = {"vgg16": 200_000, "deepface": 200_000, "lenet": 1_000}
 """Input sizes of Fig. 3, as the paper gives them; AlexNet's is fitted."""
 DEVICES: Final = (20, 40, 60, 80)
 SETTINGS: Final = {"4a": (10, 300.0), "4b": (10, 50.0), "4c": (40, 50.0)}
+FITTED_TO: Final = ("fig1a", "fig3", "fig4a", "fig4b", "fig4c")
+"""Figures whose statements the fit aims at; their verdicts say so."""
 FIGURE_4_SEEDS: Final = (1, 2, 3)
+"""Seeds of the fit; no verdict uses them."""
 STARTS: Final = 3
 DESCENT_STEPS: Final = 25
 LONE_TASKS: Final = 48
@@ -314,7 +318,9 @@ def document(found: Vector) -> dict[str, Any]:
     return {
         "version": 1,
         "name": "paper",
-        "origin": "fitted by planner/fit_paper.py to Figures 1(a), 3 and 4 of the paper; nobody measured these times",
+        "origin": "fitted by planner/fit_paper.py to Figures 1(a), 3 and 4 of the paper, not measured",
+        "fitted_to": list(FITTED_TO),
+        "fit_seeds": list(FIGURE_4_SEEDS),
         "seed": SEED,
         "coefficients_ms": {
             tier: dict(

@@ -4,6 +4,8 @@ One file is shipped, `paper`; see `planner.fit_paper` for where its numbers come
 
     {"version": 1, "name": ..., "origin": ..., "link1_bps": ..., "link2_bps": ..., "input_bytes": {MODEL: ...},
      "device": [ModelProfile, ...], "edge": [...], "cloud": [...]}
+
+and, for a profile that was fitted to figures, `"fitted_to": [FIGURE, ...], "fit_seeds": [...]`.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ class PlatformProfiles:
     link1_bps: int  # b1, where nobody says otherwise
     link2_bps: int  # b2
     input_bytes: dict[str, int]  # G(0) by model, where it is not the model's own
+    fitted_to: tuple[str, ...] = ()  # figures whose statements the numbers were fitted to; empty for measured profiles
+    fit_seeds: tuple[int, ...] = ()  # seeds that the fit used: a verdict needs others
 
     @property
     def models(self) -> list[str]:
@@ -73,6 +77,8 @@ def _parse(name: str, text: str) -> PlatformProfiles:
             link1_bps=int(found["link1_bps"]),
             link2_bps=int(found["link2_bps"]),
             input_bytes={model: int(size) for model, size in found.get("input_bytes", {}).items()},
+            fitted_to=tuple(str(figure) for figure in found.get("fitted_to", ())),
+            fit_seeds=tuple(int(seed) for seed in found.get("fit_seeds", ())),
             **tiers,
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValidationError) as error:

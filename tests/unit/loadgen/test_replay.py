@@ -300,4 +300,4 @@ def test_distribution_and_confidence() -> None:
     assert found["max"] == 101
     # Student's t with one degree of freedom: 12.706 times the standard error.
     assert metrics.half_width_95([1.0, 3.0]) == pytest.approx(12.706, rel=1e-3)
-    assert metrics.half_width_95([1.0]) == 0
+    assert metrics.half_width_95([1.0]) is None  # one value says nothing about its spread
