@@ -7,9 +7,9 @@ are moments rather than spans are on the *region's* ledger clock, never on a rem
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from bus.errors import ProtocolError
 from bus.values import (
@@ -239,13 +239,17 @@ class Start(Frozen):
 
 
 class Moved(Frozen):
-    """A scheduled task starts at another instant, because what stands before it changed."""
+    """Scheduled tasks start at other instants, because what stands before them changed: a whole queue in one change."""
 
     type: Literal["moved"] = "moved"
-    task_id: Name
-    attempt: Attempt
-    from_s: float  # the start that was promised
-    to_s: float  # the start promised now
+    task_ids: tuple[Name, ...]  # in the order of the starts that they were promised
+    starts_s: tuple[float, ...]  # ledger time: the start that each is promised now
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if len(self.task_ids) != len(self.starts_s):
+            raise ValueError(f"{len(self.task_ids)} tasks are moved to {len(self.starts_s)} starts")
+        return self
 
 
 class Overran(Frozen):

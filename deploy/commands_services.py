@@ -101,6 +101,9 @@ def planner(
     when_late: Annotated[
         WhenLate, typer.Option(help="What to do with a task that no placement is predicted to end by its deadline.")
     ] = WhenLate.REJECT,
+    max_waiting_per_device: Annotated[
+        int, typer.Option(min=1, help="Waiting tasks of one device above this are rejected (device_queue_full).")
+    ] = 1_000,
     take_over: Annotated[
         bool, typer.Option("--take-over", help="Do not wait until the leading planner is silent.")
     ] = False,
@@ -135,6 +138,7 @@ def planner(
             max_waiting=max_waiting,
             patience_s=patience_s,
             when_late=when_late,
+            max_waiting_per_device=max_waiting_per_device,
             lease_s=lease_s,
             take_over=take_over,
             snapshot_every=snapshot_every,

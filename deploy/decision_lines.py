@@ -117,6 +117,7 @@ def _decision(decision: Decision, held: Held) -> Iterator[Line]:
     admitted = {change.task.task_id for change in decision.changes if isinstance(change, Admitted)}
     for change in decision.changes:
         before = held.placed(getattr(change, "task_id", ""))
+        promised_s = held.start_s(change.task_ids[0]) if isinstance(change, Moved) and change.task_ids else None
         held.note(change)
         match change:
             case Admitted(task=task):
@@ -133,13 +134,7 @@ def _decision(decision: Decision, held: Held) -> Iterator[Line]:
                     details = route_text(before) if before else f"on {change.device}, attempt {change.attempt}"
                     yield "green", change.task_id, "starts", details
             case Moved():
-                by = format_seconds(abs(change.to_s - change.from_s))
-                after = held.waits_for(change.task_id) if before else ""
-                left = format_seconds(max(0.0, change.to_s - decision.now_s))
-                details = (
-                    f"{'later' if change.to_s > change.from_s else 'earlier'} by {by}{after and ', after ' + after}"
-                )
-                yield "yellow", change.task_id, f"waits {left}", details
+                yield from _moved(change, held, promised_s, decision.now_s)
             case Overran():
                 late = format_seconds(max(0.0, decision.now_s - change.from_s))
                 left = format_seconds(max(0.0, change.to_s - decision.now_s))
@@ -155,6 +150,21 @@ def _decision(decision: Decision, held: Held) -> Iterator[Line]:
                 yield "red", change.node, "lost", change.cause
             case _:
                 yield "", "?", type(change).__name__, ""
+
+
+def _moved(change: Moved, held: Held, promised_s: float | None, now_s: float) -> Iterator[Line]:
+    """A moved queue in one line: its first task, and how many follow."""
+    for task_id, start_s in zip(change.task_ids[:1], change.starts_s, strict=False):
+        details = ["moved"]
+        if promised_s is not None:
+            details = [
+                f"{'later' if start_s > promised_s else 'earlier'} by {format_seconds(abs(start_s - promised_s))}"
+            ]
+            if after := held.waits_for(task_id):
+                details.append(f"after {after}")
+        if more := len(change.task_ids) - 1:
+            details.append(f"and {more} more {'tasks' if more > 1 else 'task'} moved with it")
+        yield "yellow", task_id, f"waits {format_seconds(max(0.0, start_s - now_s))}", ", ".join(details)
 
 
 def _placed(change: Placed, held: Held, at_once: bool, new: bool) -> Line:

@@ -31,10 +31,13 @@ class Held:
         if isinstance(change, Placed):
             self._holdings[change.task_id] = _Holding(change, change.start_s, change.start_s + change.delay_s)
             return
+        if isinstance(change, Moved):
+            for task_id, start_s in zip(change.task_ids, change.starts_s, strict=True):
+                if (moved := self._holdings.get(task_id)) is not None:
+                    moved.start_s, moved.end_s = start_s, start_s + moved.placed.delay_s
+            return
         holding = self._holdings.get(getattr(change, "task_id", ""))
         match change:
-            case Moved() if holding:
-                holding.start_s, holding.end_s = change.to_s, change.to_s + holding.placed.delay_s
             case Start() if holding:
                 holding.start_s, holding.end_s = change.at_s, change.at_s + holding.placed.delay_s
             case Overran() if holding:
@@ -48,6 +51,11 @@ class Held:
         """Where a task was put, if that was read."""
         holding = self._holdings.get(task_id)
         return holding.placed if holding else None
+
+    def start_s(self, task_id: str) -> float | None:
+        """When a task starts or started, if that was read; ledger time."""
+        holding = self._holdings.get(task_id)
+        return holding.start_s if holding else None
 
     def waits_for(self, task_id: str) -> str:
         """`t3 (slot of e1), t4 (d2)`: whose end a task's start was put to, and what it shares with them; or nothing."""

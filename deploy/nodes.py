@@ -197,6 +197,7 @@ def make_planner(
     max_waiting: int = 10_000,
     patience_s: float = DEFAULT_PATIENCE_S,
     when_late: WhenLate = WhenLate.REJECT,
+    max_waiting_per_device: int = 1_000,
     lease_s: float = 5.0,
     take_over: bool = False,
     snapshot_every: int = 500,
@@ -214,6 +215,7 @@ def make_planner(
             max_waiting=max_waiting,
             patience_s=patience_s,
             when_late=when_late,
+            max_waiting_per_device=max_waiting_per_device,
         )
 
     return PlannerService(

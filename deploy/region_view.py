@@ -218,7 +218,12 @@ class RegionView:
             case NodeLost():
                 if (gone := self.nodes.get(change.node)) is not None:
                     gone.standing = "lost"
-            case Placed() | Start() | Moved() | Overran() | Retried() | Ended():
+            case Moved():
+                for task_id, start_s in zip(change.task_ids, change.starts_s, strict=True):
+                    if (moved := self.tasks.get(task_id)) is not None:
+                        moved.start_s, moved.end_s = start_s, start_s + (moved.predicted_delay_s or 0.0)
+                        self._touch(moved)
+            case Placed() | Start() | Overran() | Retried() | Ended():
                 if (found := self.tasks.get(change.task_id)) is not None:
                     self._task_change(found, change, now_s)
                     self._touch(found)
@@ -235,8 +240,6 @@ class RegionView:
                 task.state, task.start_s = TaskState.RUNNING, change.at_s
                 task.end_s = change.at_s + (task.predicted_delay_s or 0.0)
                 self._running[task.task_id] = task
-            case Moved():
-                task.start_s, task.end_s = change.to_s, change.to_s + (task.predicted_delay_s or 0.0)
             case Overran():
                 task.end_s = change.to_s
             case Retried():

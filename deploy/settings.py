@@ -111,6 +111,7 @@ class PlannerOptions(_Strict):
     max_waiting: Annotated[int, Field(ge=1)] = 10_000
     patience: Duration = DEFAULT_PATIENCE_S
     when_late: WhenLate = WhenLate.REJECT
+    max_waiting_per_device: Annotated[int, Field(ge=1)] = 1_000
 
 
 class UpSettings(_Strict):

@@ -52,6 +52,7 @@ async def run_up(
                         max_waiting=settings.planner.max_waiting,
                         patience_s=settings.planner.patience,
                         when_late=settings.planner.when_late,
+                        max_waiting_per_device=settings.planner.max_waiting_per_device,
                         lease_s=settings.planner.lease,
                         master=master,
                     )

@@ -151,6 +151,7 @@ def core_for(scenario: Scenario) -> PlannerCore:
         objective=scenario.objective,
         execution=scenario.runs_as,
         max_waiting=UNLIMITED,  # the paper's queue has no end
+        max_waiting_per_device=UNLIMITED,
     )
 
 

@@ -18,7 +18,8 @@ So a task starts only when no running task holds what it was promised. What the 
   without the model: REJECTED, `unknown_model`.
 * A task that no placement is predicted to end by its deadline is REJECTED (`deadline`), or placed all the same
   (`WhenLate`).
-* A task that cannot start at once is REJECTED (`queue_full`) when `max_waiting` tasks wait or are scheduled.
+* A task that cannot start at once is REJECTED (`queue_full`) when `max_waiting` tasks wait or are scheduled, or
+  `max_waiting_per_device` of its own device's (`device_queue_full`).
 * A lost edge's (or the last cloud's) tasks are retried: attempt + 1, placed again. A lost device's tasks are FAILED
   (`input_lost`) if only it had the input, and WAITING for it under the next attempt otherwise.
 * `TaskCompleted` from the task's device ends it whatever attempt it names, even one that was taken back: the device has all
@@ -35,7 +36,7 @@ declares nobody lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any, Final
@@ -66,6 +67,8 @@ from planner.walk import pull, walk
 OVERRUN_SHARE: Final = 0.1
 """A task past its predicted end is assumed to take a tenth of its delay more, or as long as it is late, if that is longer."""
 OVERRUN_LEAST_S: Final = 0.001
+MOVES_A_CHANGE: Final = 1_000
+"""A longer queue is moved by several changes, so that each fits a record of the decisions."""
 
 # Decisions carry what has been validated when it came in, or was computed here from that.
 _admitted, _start, _moved, _overran = maker(Admitted), maker(Start), maker(Moved), maker(Overran)
@@ -209,7 +212,7 @@ class PlannerCore(Membership):
 
     def _walk(self, now: float) -> None:
         edges, devices = self._changed_edges, self._changed_devices
-        found: Iterable[tuple[Reservation, float | None]]
+        found: Sequence[tuple[Reservation, float | None]]
         promised = self.ledger.concerned(edges, devices, now)
         if promised is None:
             found = ()
@@ -217,6 +220,7 @@ class PlannerCore(Membership):
             found = walk(self.ledger, edges, devices, now)
         else:
             found = pull(self.ledger, dict(edges), dict(devices), now)
+        moves: list[tuple[str, float]] = []
         for r, start in found:
             task = self.tasks[r.task_id]
             if start is None:
@@ -224,7 +228,10 @@ class PlannerCore(Membership):
             elif start <= now:
                 self._do(_start(task_id=r.task_id, attempt=task.attempt, device=task.submitted.device, at_s=start), now)
             else:
-                self._do(_moved(task_id=r.task_id, attempt=task.attempt, from_s=r.start_s, to_s=start), now)
+                moves.append((r.task_id, start))
+        for first in range(0, len(moves), MOVES_A_CHANGE):
+            task_ids, starts_s = zip(*moves[first : first + MOVES_A_CHANGE], strict=True)
+            self._do(_moved(task_ids=task_ids, starts_s=starts_s), now)
         # what the walk did needs no other walk: it has looked at all that its moves concern
         self._changed_edges.clear()
         self._changed_devices.clear()

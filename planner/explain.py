@@ -75,6 +75,7 @@ def explain(decisions: Iterable[Decision], task_id: str, core: PlannerCore | Non
                 candidates = _candidates(core, submitted, change, decision.now_s)
                 waited_for = _waited_for(core, change)
                 placed, placed_at_s = change, decision.now_s
+            promised_s = _promised_s(core, task_id)
             core.apply(change, decision.now_s)
             if isinstance(change, Admitted) and change.task.task_id == task_id:
                 submitted = change.task
@@ -83,6 +84,9 @@ def explain(decisions: Iterable[Decision], task_id: str, core: PlannerCore | Non
                 line = _line(change)
                 if line:
                     story.append(f"{decision.now_s:.3f} s: {line}")
+            elif isinstance(change, Moved) and task_id in change.task_ids and promised_s is not None:
+                by_s = change.starts_s[change.task_ids.index(task_id)] - promised_s
+                story.append(f"{decision.now_s:.3f} s: start moved by {by_s:+.3f} s")
         core.settled(decision.now_s)
         task = core.tasks.get(task_id)
         ended = core.ended.get(task_id)
@@ -90,6 +94,12 @@ def explain(decisions: Iterable[Decision], task_id: str, core: PlannerCore | Non
     if submitted is None:
         raise UnknownNameError(f"no decision is about a task called {task_id}")
     return Explanation(task_id, state, placed, placed_at_s, candidates, waited_for, tuple(story))
+
+
+def _promised_s(core: PlannerCore, task_id: str) -> float | None:
+    """The start that a task is promised at the moment, ledger time."""
+    r = core.ledger.reservations.get(task_id)
+    return None if r is None else r.start_s
 
 
 def _candidates(core: PlannerCore, submitted: TaskSubmitted, placed: Placed, now: float) -> tuple[Candidate, ...]:
@@ -210,8 +220,6 @@ def _line(change: object) -> str:
         return f"attempt {change.attempt} placed on {where.kind}{through}{wait}, {change.delay_s:.3f} s predicted"
     if isinstance(change, Start):
         return f"attempt {change.attempt} starts"
-    if isinstance(change, Moved):
-        return f"start moved by {change.to_s - change.from_s:+.3f} s"
     if isinstance(change, Overran):
         return "overruns its predicted end"
     if isinstance(change, Retried):

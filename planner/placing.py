@@ -31,6 +31,7 @@ from planner.search import DEVICE_CLOUD, DEVICE_EDGE
 from planner.tasks import NEVER, Task
 
 DEFAULT_MAX_WAITING: Final = 10_000
+DEFAULT_MAX_WAITING_PER_DEVICE: Final = 1_000
 DEFAULT_MAX_ATTEMPTS: Final = 100
 
 # Decisions carry what has been validated when it came in, or was computed here from that.
@@ -60,11 +61,13 @@ class Placing(Reach):
         remember_ended: int = DEFAULT_REMEMBER_ENDED,
         max_attempts: int = DEFAULT_MAX_ATTEMPTS,
         when_late: WhenLate = WhenLate.REJECT,
+        max_waiting_per_device: int = DEFAULT_MAX_WAITING_PER_DEVICE,
     ) -> None:
         super().__init__(region, objective, patience_s=patience_s, remember_ended=remember_ended)
         self.policy = load_policy(policy) if isinstance(policy, str) else policy
         self.execution = execution
         self.max_waiting = max_waiting
+        self.max_waiting_per_device = max_waiting_per_device
         self.max_attempts = max_attempts
         self.when_late = when_late
         self._changes: list[Change] = []  # of the step that is being taken
@@ -153,16 +156,20 @@ class Placing(Reach):
             if choice is None and (why := self._hopeless(task, request)) is not None:
                 self._end(task, TaskState.REJECTED, now, cause=why[0], detail=why[1])
                 return
-        if fresh and (choice is None or choice.start_s > now) and self._queued() > self.max_waiting:
-            detail = f"{self.max_waiting} tasks wait already"
-            self._end(task, TaskState.REJECTED, now, cause="queue_full", detail=detail)
+        if fresh and (choice is None or choice.start_s > now) and (full := self._full_queue(task)) is not None:
+            self._end(task, TaskState.REJECTED, now, cause=full[0], detail=full[1])
             return
         if request is not None and choice is not None:
             self._book(task, request, choice, now)
 
-    def _queued(self) -> int:
-        """Tasks that wait or are scheduled."""
-        return len(self.tasks) - self._running
+    def _full_queue(self, task: Task) -> tuple[str, str] | None:
+        """Cause and detail when this task is one too many among those that wait or are scheduled, else None."""
+        device = task.submitted.device
+        if self._queued_by_device[device] > self.max_waiting_per_device:
+            return "device_queue_full", f"{self.max_waiting_per_device} tasks of {device} wait already"
+        if len(self.tasks) - self._running > self.max_waiting:
+            return "queue_full", f"{self.max_waiting} tasks wait already"
+        return None
 
     def _book(self, task: Task, request: Request, choice: Choice, now: float) -> None:
         submitted, row = task.submitted, request.device_row

@@ -8,6 +8,7 @@ rebuilt on the way and is in no hash. Leases are soft state: see `restart_leases
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from typing import Any, Final
@@ -27,6 +28,7 @@ from bus.messages import (
     Placed,
     Retried,
     Start,
+    TaskState,
 )
 from bus.values import Role
 from planner.cost import PlatformRow, RowTable
@@ -36,9 +38,7 @@ from planner.tasks import HASH_MASK, HISTORY, NEVER, EndedTasks, Node, Task, has
 
 DEFAULT_PATIENCE_S: Final = 600.0
 DEFAULT_REMEMBER_ENDED: Final = 10_000
-
-TaskChange = Placed | BandwidthGrant | Start | Moved | Overran | Retried | Ended
-"""A change that is about a live task."""
+_QUEUED: Final = (TaskState.WAITING, TaskState.SCHEDULED)
 
 
 class RegionState:
@@ -61,6 +61,7 @@ class RegionState:
         self._edge_names: list[str] = []  # ascending
         self._cloud_names: list[str] = []
         self._waiting: dict[str, Task] = {}
+        self._queued_by_device: Counter[str] = Counter()  # tasks that wait or are scheduled
         self._running = 0
         self._seq = 0  # tasks admitted so far
         self._hash = 0  # sum over everything but what is in _touched
@@ -93,12 +94,11 @@ class RegionState:
         """Make one change, decided here or recorded earlier. Raises `InvariantError` for one that cannot be."""
         APPLY[type(change)](self, change, now)
 
-    def _live(self, change: TaskChange) -> Task:
-        """The task that a change is about; its hash must be made anew."""
-        task_id = change.task_id
+    def _live(self, task_id: str, change: Change) -> Task:
+        """A task that a change is about; its hash must be made anew."""
         task = self.tasks.get(task_id)
         if task is None:
-            raise InvariantError(f"{change!r} is about a task that is not live")
+            raise InvariantError(f"{change!r} is about {task_id}, which is not live")
         self._touched[task_id] = task
         return task
 
@@ -111,11 +111,12 @@ class RegionState:
         task = Task(submitted, self._seq, now)
         task.history.append((None, Step.ADMITTED, now))
         self.tasks[task_id] = self._touched[task_id] = self._waiting[task_id] = task
+        self._count_queued(task, +1)
         if task.deadline_s != NEVER:
             heappush(self._deadlines, (task.deadline_s, task.seq, task_id))
 
     def _apply_placed(self, change: Placed, now: float) -> None:
-        task = self._live(change)
+        task = self._live(change.task_id, change)
         self._step(task, Step.PLACED, change.start_s)
         if change.attempt != task.attempt:
             raise InvariantError(f"{task!r} is placed as attempt {change.attempt}")
@@ -124,13 +125,13 @@ class RegionState:
         self.ledger.reserve(reservation_of(task, change), now)
 
     def _apply_grant(self, change: BandwidthGrant, now: float) -> None:
-        self._live(change)
+        self._live(change.task_id, change)
         r = self.ledger.reservations.get(change.task_id)
         if r is None or r.edge != change.edge or change.bps != (r.link1_bps if change.link == 1 else r.link2_bps):
             raise InvariantError(f"{change!r} is not what is reserved: {r}")
 
     def _apply_start(self, change: Start, now: float) -> None:
-        task = self._live(change)
+        task = self._live(change.task_id, change)
         self._step(task, Step.START, change.at_s)
         r = self.ledger.reservations[task.task_id]
         if r.start_s != change.at_s:
@@ -141,13 +142,13 @@ class RegionState:
         heappush(self._ends, (r.end_s, task.seq, task.task_id))
 
     def _apply_moved(self, change: Moved, now: float) -> None:
-        task = self._live(change)
-        self._step(task, Step.MOVED, change.to_s)
-        self._note(self.ledger.reservations[task.task_id], NEVER)
-        self.ledger.move(task.task_id, change.to_s)
+        for task_id, start_s in zip(change.task_ids, change.starts_s, strict=True):
+            self._step(self._live(task_id, change), Step.MOVED, start_s)
+            self._note(self.ledger.reservations[task_id], NEVER)
+            self.ledger.move(task_id, start_s)
 
     def _apply_overran(self, change: Overran, now: float) -> None:
-        task = self._live(change)
+        task = self._live(change.task_id, change)
         self._step(task, Step.OVERRAN, change.to_s)
         r = self.ledger.reservations[task.task_id]
         self.ledger.prolong(task.task_id, change.to_s)
@@ -156,7 +157,7 @@ class RegionState:
         self._note(r, NEVER if self.ledger.overbooked(r, max(change.from_s, now)) else now)
 
     def _apply_retried(self, change: Retried, now: float) -> None:
-        task = self._live(change)
+        task = self._live(change.task_id, change)
         self._step(task, Step.RETRIED, now)
         if change.attempt <= task.attempt:
             raise InvariantError(f"{task!r} is retried as attempt {change.attempt}")
@@ -168,7 +169,7 @@ class RegionState:
         self._waiting[task.task_id] = task
 
     def _apply_ended(self, change: Ended, now: float) -> None:
-        task = self._live(change)
+        task = self._live(change.task_id, change)
         task_id = task.task_id
         self._step(task, ENDING[change.state], now)
         if task_id in self.ledger.reservations:
@@ -234,9 +235,19 @@ class RegionState:
         before, history = task.state, task.history
         to = TRANSITIONS.get((before, step))
         task.state = next_state(task.task_id, before, step, history) if to is None else to
+        queued = task.state in _QUEUED
+        if queued != (before in _QUEUED):
+            self._count_queued(task, +1 if queued else -1)
         history.append((before, step, at_s))
         if len(history) > 2 * HISTORY:
             del history[:-HISTORY]
+
+    def _count_queued(self, task: Task, by: int) -> None:
+        """The task waits or is scheduled from now on, or no longer."""
+        device, counts = task.submitted.device, self._queued_by_device
+        counts[device] += by
+        if not counts[device]:
+            del counts[device]
 
     # --- leases and timers -------------------------------------------------------------------------------------------
 

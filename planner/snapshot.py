@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from heapq import heappush
 from typing import Any
@@ -147,6 +148,8 @@ def _restore_task(region: RegionState, entry: dict[str, Any]) -> None:
     region.tasks[task.task_id] = region._touched[task.task_id] = task
     if task.deadline_s != NEVER:
         heappush(region._deadlines, (task.deadline_s, task.seq, task.task_id))
+    if task.state is not TaskState.RUNNING:
+        region._count_queued(task, +1)
     if entry["placed"] is None:
         region._waiting[task.task_id] = task
         return
@@ -192,6 +195,9 @@ def validate(region: RegionState) -> None:
         raise InvariantError(f"reservations of nobody: {sorted(strangers)}")
     if region._running != sum(task.state is TaskState.RUNNING for task in region.tasks.values()):
         raise InvariantError("the count of running tasks is wrong")
+    queued = Counter(task.submitted.device for task in region.tasks.values() if task.state is not TaskState.RUNNING)
+    if region._queued_by_device != queued:
+        raise InvariantError("the count of a device's queued tasks is wrong")
     reservations = region.ledger.reservations
     expected = region._seq + region.ended.digest() + sum(node.digest for node in region.nodes.values())
     expected += sum(hash_of(task.text(reservations.get(task.task_id))) for task in region.tasks.values())

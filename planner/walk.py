@@ -1,4 +1,4 @@
-"""Predictions are not reality: who may start now, and who must wait for longer, after the ledger has changed.
+"""Predictions are not reality: which scheduled tasks start now, and which move, after the ledger has changed.
 
 A delayed task starts when what it waits for is *actually* free. On every change each edge's scheduled tasks are walked in
 (start, sequence) order, and each is put at the first instant at which its slot and its grants fit beside everything that runs
@@ -8,29 +8,35 @@ cuts and grants stay.
 A task that is put elsewhere in time also leaves its device to others at other times, and these may stand on other edges; so
 what comes after it in the order is walked there as well. What does not change is not touched.
 
-When resources were only given back, nobody has to be moved to later, and there is a cheaper way to the same end (`pull`);
-when something ended exactly when it was predicted to, nobody's first instant has changed but that of those who are due now.
+When resources were only given back, no task moves to a later start, and `pull` finds the same result for less work. When
+something ended exactly when it was predicted to, only the tasks that are due now are looked at.
+
+Both look at each task once, and no task searches again where one that needs no more has found nothing (`_Floors`), so a queue
+of n tasks costs about n searches over a few steps of a timeline each. Neither changes the ledger.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from heapq import heappop, heappush
 from typing import Final
 
-from planner.ledger import FOREVER, LONG_AGO, DeviceAccount, EdgeAccount, Ledger, Reservation, Timeline
+from planner.ledger import FOREVER, LONG_AGO, DeviceAccount, EdgeAccount, Ledger, Queued, Reservation, Timeline
 
-_FIRST: Final = (float("-inf"), -1)
+_FIRST: Final = (LONG_AGO, -1)
+_MOST_FLOORS: Final = 24
+
+Needs = tuple[int, int, int, float]
+"""Slots, bandwidth on link 1 and on link 2, and for how long."""
 
 
 def pull(
     ledger: Ledger, edges: Mapping[str, float], devices: Mapping[str, float], now: float
-) -> Iterator[tuple[Reservation, float]]:
-    """Who starts now or earlier than promised, when resources were only given back: the same as `walk`, for less work.
+) -> list[tuple[Reservation, float]]:
+    """Which tasks start now or earlier than promised, when resources were only given back: what `walk` finds, for less work.
 
-    `edges` and `devices` say until when something was freed (not after now: only who is due may start). Each task that is
-    yielded must be moved in the ledger before the next is asked for.
+    `edges` and `devices` say until when something was freed (not after now: only tasks that are due may start).
 
     A task r promised from s on may begin at an earlier t if what it needs is free in [t, min(s, t + w)) on the ledger as it
     stands, with everybody in it. From s on it stands in the ledger itself, so there it fits; and before s nobody is in it who
@@ -38,174 +44,292 @@ def pull(
     was freed need be looked at.
     """
     on_edge, on_device = dict(edges), dict(devices)
-    heap: list[tuple[float, int, Reservation]] = []
-    queued: set[str] = set()
-
-    def push(account: EdgeAccount | DeviceAccount | None, key: tuple[float, int], until: float) -> None:
-        if account is None:
-            return
-        queue = account.queue
-        for item in queue[bisect_left(queue, key) :]:
-            if until <= now < item[0]:
-                return  # only who is due
-            if item[2].task_id not in queued:
-                queued.add(item[2].task_id)
-                heappush(heap, item)
-
+    room, agenda = _Room(ledger, now), _Agenda()
+    changed: list[tuple[Reservation, float]] = []
     for name, until in edges.items():
-        push(ledger.edges.get(name), _FIRST, until)
+        agenda.add_queue(ledger.edges.get(name), _FIRST, now if until <= now else FOREVER)
     for name, until in devices.items():
-        push(ledger.devices.get(name), _FIRST, until)
-    while heap:
-        start, seq, r = heappop(heap)
+        agenda.add_queue(ledger.devices.get(name), _FIRST, now if until <= now else FOREVER)
+    while agenda.heap:
+        start, seq, r = heappop(agenda.heap)
         if start <= now:
-            yield r, start
+            changed.append((r, start))
             continue
         freed = max(on_edge.get(r.edge or "", now), on_device.get(r.device or "", now))
-        earlier = _earlier(ledger, r, now, min(start, freed))
-        if earlier is None:
+        limit = min(start, freed)
+        earlier = room.first_fit(r, start, limit) if now < limit else limit
+        if earlier >= limit:
             continue
-        old_end = r.end_s
-        yield r, earlier
+        changed.append((r, earlier))
+        room.move(r, earlier)
         if r.edge is not None:
-            on_edge[r.edge] = max(on_edge.get(r.edge, now), old_end)
-            push(ledger.edges[r.edge], (start, seq + 1), old_end)
+            on_edge[r.edge] = max(on_edge.get(r.edge, now), r.end_s)
+            agenda.add_queue(ledger.edges[r.edge], (start, seq + 1), FOREVER)
         if r.device is not None:
-            on_device[r.device] = max(on_device.get(r.device, now), old_end)
-            push(ledger.devices[r.device], (start, seq + 1), old_end)
-
-
-def _earlier(ledger: Ledger, r: Reservation, now: float, limit: float) -> float | None:
-    """The first instant before `limit` at which `r` could begin, or None."""
-    begin, length, t = r.start_s, r.length_s, now
-    busy: list[tuple[float, float]] = []
-    if r.device is not None:
-        others = ledger.devices[r.device].reservations.values()
-        busy = sorted((LONG_AGO if o.running else o.start_s, o.end_s) for o in others if o is not r)
-    timeline = None if r.edge is None else ledger.edges[r.edge].timeline
-    while t < limit:
-        for first, last in busy:
-            if first < min(begin, t + length) and last > t:
-                t = last
-        if t >= limit:
-            return None
-        if timeline is None:
-            return t
-        later = _next_gap(timeline, r, t, min(begin, t + length))
-        if later == t:
-            return t
-        t = later
-    return None
+            on_device[r.device] = max(on_device.get(r.device, now), r.end_s)
+            agenda.add_queue(ledger.devices[r.device], (start, seq + 1), FOREVER)
+    return changed
 
 
 def walk(
     ledger: Ledger, edges: Iterable[str], devices: Iterable[str], now: float
 ) -> list[tuple[Reservation, float | None]]:
-    """Who starts when, of all whom the change may concern, in (start, sequence) order; None: can no longer fit.
+    """Which tasks start when, of all that the change may concern, in (start, sequence) order; None: can no longer fit.
 
     Only those are listed whose start is another than before, or now.
     """
-    return _Walk(ledger, now).run(edges, devices)
+    room, agenda = _Room(ledger, now), _Agenda()
+    changed: list[tuple[Reservation, float | None]] = []
+
+    def open_edge(name: str, key: tuple[float, int]) -> None:
+        """Take the tasks from `key` on out of the edge's room, to be put back one by one."""
+        for r in agenda.add_queue(ledger.edges.get(name), key, FOREVER):
+            room.take_out(r)
+
+    def open_device(name: str, key: tuple[float, int]) -> None:
+        for r in agenda.add_queue(ledger.devices.get(name), key, FOREVER):
+            if r.edge is not None:
+                room.take_out(r)
+                open_edge(r.edge, r.key)
+
+    for edge in edges:
+        open_edge(edge, _FIRST)
+    for device in devices:
+        open_device(device, _FIRST)
+    while agenda.heap:
+        _, _, r = heappop(agenda.heap)
+        found = room.first_fit(r, FOREVER, FOREVER)
+        start = None if found == FOREVER else found
+        room.put(r, start)
+        moved = start != r.start_s
+        if moved and r.device is not None:
+            open_device(r.device, (r.start_s, r.seq + 1))
+        if moved or r.start_s <= now:
+            changed.append((r, start))
+    return changed
 
 
-class _Walk:
-    def __init__(self, ledger: Ledger, now: float) -> None:
-        self.ledger = ledger
-        self.now = now
-        self.trial: dict[str, tuple[Timeline, tuple[float, int]]] = {}  # edge -> without those from a key on
-        self.heap: list[tuple[float, int, Reservation]] = []
-        self.queued: set[str] = set()
-        self.starts: dict[str, float | None] = {}
+class _Agenda:
+    """The scheduled tasks that are still to be looked at, by (start, sequence); each comes once."""
 
-    def run(self, edges: Iterable[str], devices: Iterable[str]) -> list[tuple[Reservation, float | None]]:
-        for edge in edges:
-            self._open_edge(edge, _FIRST)
-        for device in devices:
-            self._open_device(device, _FIRST)
-        changed: list[tuple[Reservation, float | None]] = []
-        while self.heap:
-            _, _, r = heappop(self.heap)
-            start = self._first_fit(r)
-            self.starts[r.task_id] = start
-            if start is not None and r.edge is not None:
-                self.trial[r.edge][0].change(start, start + r.length_s, -r.slots, -r.link1_bps, -r.link2_bps)
-            moved = start is None or start != r.start_s
-            if moved and r.device is not None:
-                self._open_device(r.device, (r.start_s, r.seq + 1))
-            if moved or r.start_s <= self.now:
-                changed.append((r, start))
-        return changed
+    def __init__(self) -> None:
+        self.heap: list[Queued] = []
+        self._known: set[str] = set()
+        self._edges: dict[str, tuple[float, int]] = {}  # whose queue is in it, and from which key on
+        self._devices: dict[str, tuple[float, int]] = {}
 
-    def _push(self, r: Reservation) -> None:
-        if r.task_id not in self.queued:
-            self.queued.add(r.task_id)
-            heappush(self.heap, (r.start_s, r.seq, r))
-
-    def _open_edge(self, edge: str, key: tuple[float, int]) -> None:
-        """Take those from `key` on out of a copy of the edge's timeline, and put them in the heap."""
-        account = self.ledger.edges.get(edge)
-        if account is None:
-            return
-        queue = account.queue
-        if edge in self.trial:
-            timeline, upto = self.trial[edge]
-            if upto <= key:
-                return
-            items = queue[bisect_left(queue, key) : bisect_left(queue, upto)]
-        else:
-            items = queue[bisect_left(queue, key) :]
-            if not items:
-                return
-            timeline = account.timeline.copy()
-        self.trial[edge] = timeline, key
-        for _, _, r in items:
-            timeline.give(r)
-            self._push(r)
-
-    def _open_device(self, device: str, key: tuple[float, int]) -> None:
-        account = self.ledger.devices.get(device)
-        if account is None:
-            return
-        for start, seq, r in account.queue:
-            if (start, seq) >= key and r.task_id not in self.queued:
-                self._push(r)
-                if r.edge is not None:
-                    self._open_edge(r.edge, (start, seq))
-
-    def _first_fit(self, r: Reservation) -> float | None:
-        length = r.length_s
-        busy = self._busy(r)
-        timeline = self.trial[r.edge][0] if r.edge is not None else None
-        start = self.now
-        while True:
-            for begin, end in busy:
-                if begin < start + length and end > start:
-                    start = end
-            if timeline is None:
-                return start
-            later = _next_gap(timeline, r, start, start + length)
-            if later == start:
-                return start
-            if later == FOREVER:
-                return None
-            start = later
-
-    def _busy(self, r: Reservation) -> list[tuple[float, float]]:
-        """When the device is taken by what runs or stands before `r`, in order."""
-        if r.device is None:
+    def add_queue(
+        self, account: EdgeAccount | DeviceAccount | None, key: tuple[float, int], last_s: float
+    ) -> list[Reservation]:
+        """Add an account's tasks from `key` to `last_s`; those that are new."""
+        if account is None or not account.queue:
             return []
-        busy = []
-        for other in self.ledger.devices[r.device].reservations.values():
-            if other is r:
-                continue
-            if other.running:
-                busy.append((float("-inf"), other.end_s))
-            elif other.key < r.key:
-                start = self.starts.get(other.task_id, other.start_s)
-                if start is not None:
-                    busy.append((start, start + other.length_s))
-        busy.sort()
-        return busy
+        opened = self._edges if isinstance(account, EdgeAccount) else self._devices
+        before = opened.get(account.name)
+        queue = account.queue
+        first = bisect_left(queue, key)
+        last = len(queue) if before is None else bisect_left(queue, before)
+        if last_s < FOREVER:
+            last = min(last, bisect_right(queue, (last_s, FOREVER)))
+        elif before is None or key < before:
+            opened[account.name] = key
+        added = []
+        for item in queue[first:last]:
+            r = item[2]
+            if r.task_id not in self._known:
+                self._known.add(r.task_id)
+                heappush(self.heap, item)
+                added.append(r)
+        return added
+
+
+class _Floors:
+    """Before which instant nothing fits that needs at least so much: what earlier searches of one edge or device proved.
+
+    A proof holds while the room only fills up; `freed` says where it does not.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+        self._floors: list[tuple[Needs, float]] = []
+
+    def of(self, needs: Needs) -> float:
+        """No instant before this one need be tried."""
+        slots, link1, link2, length = needs
+        floor = self.now
+        for (slots_, link1_, link2_, length_), proven in self._floors:
+            if proven > floor and slots_ <= slots and link1_ <= link1 and link2_ <= link2 and length_ <= length:
+                floor = proven
+        return floor
+
+    def learn(self, needs: Needs, first_s: float) -> None:
+        """Nothing that needs at least so much fits before `first_s`."""
+        if first_s <= self.now:
+            return
+        kept = [(n, s) for n, s in self._floors if s > first_s or not _at_least(n, needs)]
+        if len(kept) >= _MOST_FLOORS:
+            kept.remove(min(kept, key=lambda entry: entry[1]))
+        kept.append((needs, first_s))
+        self._floors = kept
+
+    def freed(self, from_s: float) -> None:
+        """Something was given back from `from_s` on."""
+        if self._floors:
+            self._floors = [(needs, min(floor, from_s - needs[3])) for needs, floor in self._floors]
+
+
+def _at_least(one: Needs, other: Needs) -> bool:
+    return one[0] >= other[0] and one[1] >= other[1] and one[2] >= other[2] and one[3] >= other[3]
+
+
+class _EdgeRoom:
+    """What is free on an edge; the ledger's own timeline until something is tried."""
+
+    def __init__(self, account: EdgeAccount, now: float) -> None:
+        self._timeline = account.timeline
+        self._own = False
+        self._floors = _Floors(now)
+
+    def earliest(self, r: Reservation, begin: float, limit: float) -> float:
+        """The first instant at which `r` fits until `begin`, where it may stand already; FOREVER: never.
+
+        Nothing is tried from `limit` on.
+        """
+        needs = (r.slots, r.link1_bps, r.link2_bps, r.length_s)
+        floor = self._floors.of(needs)
+        found = self.first(r, floor, begin, limit)
+        if found > floor:
+            self._floors.learn(needs, found)
+        return found
+
+    def first(self, r: Reservation, start: float, begin: float, limit: float) -> float:
+        """The same, not before `start`."""
+        while start < limit:
+            later = _next_gap(self._timeline, r, start, min(begin, start + r.length_s))
+            if later == start:
+                break
+            start = later
+        return start
+
+    def give(self, r: Reservation, unless_before_s: float = LONG_AGO) -> None:
+        """Give back what `r` holds; what lies before `unless_before_s` it takes again at once."""
+        self._changing().give(r)
+        self._floors.freed(max(r.start_s, unless_before_s))
+
+    def take(self, r: Reservation, start: float) -> None:
+        """Let `r` hold what it needs from `start` on."""
+        self._changing().change(start, start + r.length_s, -r.slots, -r.link1_bps, -r.link2_bps)
+
+    def _changing(self) -> Timeline:
+        if not self._own:
+            self._timeline, self._own = self._timeline.copy(), True
+        return self._timeline
+
+
+class _DeviceRoom:
+    """When a device is taken by what runs, and by what stands before the task that is looked at."""
+
+    def __init__(self, account: DeviceAccount, now: float) -> None:
+        self._queue = account.queue
+        self._passed = 0  # so many of the queue are in the intervals
+        self._begins: list[float] = []  # of disjoint intervals, ascending; those that touch are one
+        self._ends: list[float] = []
+        self._floors = _Floors(now)
+        for r in account.running:
+            self._take(LONG_AGO, r.end_s)
+
+    def pass_to(self, r: Reservation, starts: Mapping[str, float | None]) -> None:
+        """Take in what stands before `r`, where it has been put meanwhile."""
+        queue, key = self._queue, r.key
+        while self._passed < len(queue) and queue[self._passed][:2] < key:
+            other = queue[self._passed][2]
+            start = starts.get(other.task_id, other.start_s)
+            if start is not None:
+                self._take(start, start + other.length_s)
+            self._passed += 1
+
+    def earliest(self, r: Reservation) -> float:
+        """The first instant from which the device is free for so long."""
+        needs = (0, 0, 0, r.length_s)
+        floor = self._floors.of(needs)
+        found = self.first(r, floor)
+        if found > floor:
+            self._floors.learn(needs, found)
+        return found
+
+    def first(self, r: Reservation, start: float) -> float:
+        """The same, not before `start`."""
+        begins, ends, length = self._begins, self._ends, r.length_s
+        i = bisect_right(ends, start)
+        while i < len(begins) and begins[i] < start + length:
+            start = ends[i]
+            i += 1
+        return start
+
+    def _take(self, begin: float, end: float) -> None:
+        i, j = bisect_left(self._ends, begin), bisect_right(self._begins, end)
+        if i < j:
+            begin, end = min(begin, self._begins[i]), max(end, self._ends[j - 1])
+        self._begins[i:j], self._ends[i:j] = [begin], [end]
+
+
+class _Room:
+    """What is free on every edge and device that is looked at, beside what stands before the task that is looked at."""
+
+    def __init__(self, ledger: Ledger, now: float) -> None:
+        self._ledger = ledger
+        self._now = now
+        self._edges: dict[str, _EdgeRoom] = {}
+        self._devices: dict[str, _DeviceRoom] = {}
+        self._starts: dict[str, float | None] = {}  # of those that were put elsewhere; None: nowhere
+
+    def first_fit(self, r: Reservation, begin: float, limit: float) -> float:
+        """The first instant at which `r` fits until `begin`; what is not before `limit` need not be exact."""
+        edge = None if r.edge is None else self._edge(r.edge)
+        device = None if r.device is None else self._device(r.device)
+        if device is not None:
+            device.pass_to(r, self._starts)
+        start = self._now if edge is None else edge.earliest(r, begin, limit)
+        if device is None or start >= limit:
+            return start
+        start = max(start, device.earliest(r))
+        while edge is not None and start < limit:
+            later = edge.first(r, device.first(r, start), begin, limit)
+            if later == start:
+                break
+            start = later
+        return start
+
+    def move(self, r: Reservation, start: float) -> None:
+        """Put `r` at an earlier start than the one at which it stands."""
+        self._starts[r.task_id] = start
+        if r.edge is not None:
+            room = self._edge(r.edge)
+            room.give(r, start + r.length_s)
+            room.take(r, start)
+
+    def take_out(self, r: Reservation) -> None:
+        """Give back what `r` holds on its edge."""
+        assert r.edge is not None
+        self._edge(r.edge).give(r)
+
+    def put(self, r: Reservation, start: float | None) -> None:
+        """Put back what was taken out, at `start` or nowhere."""
+        self._starts[r.task_id] = start
+        if r.edge is not None and start is not None:
+            self._edge(r.edge).take(r, start)
+
+    def _edge(self, name: str) -> _EdgeRoom:
+        room = self._edges.get(name)
+        if room is None:
+            room = self._edges[name] = _EdgeRoom(self._ledger.edges[name], self._now)
+        return room
+
+    def _device(self, name: str) -> _DeviceRoom:
+        room = self._devices.get(name)
+        if room is None:
+            room = self._devices[name] = _DeviceRoom(self._ledger.devices[name], self._now)
+        return room
 
 
 def _next_gap(timeline: Timeline, r: Reservation, start: float, end: float) -> float:

@@ -23,6 +23,7 @@ from planner.leading import Lead
 from planner.ledger import Ledger, Reservation, Timeline
 from planner.placing import Placing
 from planner.service import PlannerService
+from planner.tasks import Task
 from stages.attempt import Attempt
 from stages.device import Device
 from stages.fences import Fences
@@ -237,9 +238,8 @@ async def _no_letter(self: Lead) -> None:
     """Nobody looks after the snapshots."""
 
 
-def _full_queue(self: Placing) -> int:
+def _endless_queue(self: Placing, task: Task) -> None:
     """The queue never looks full."""
-    return 0
 
 
 async def _deaf(self: Lead, reader: Reader) -> None:
@@ -320,7 +320,7 @@ CANARIES = (
         "any snapshot (planner)", "a planner believes every snapshot", 20, PlannerService, "_reader_behind", believes
     ),
     Canary("garbage left", "garbage among the snapshots stays", 5, Lead, "tidy", _no_letter),
-    Canary("queue unbounded", "a full queue takes more", 20, Placing, "_queued", _full_queue),
+    Canary("queue unbounded", "a full queue takes more", 20, Placing, "_full_queue", _endless_queue),
     Canary("losses unseen", "a silent node is not declared lost", 5, Lead, "_look_at_clock", _deaf),
     Canary("inputs skipped", "a planner records more input as read than it read", 5, Lead, "_decided", _inputs_early),
 )

@@ -91,7 +91,7 @@ def test_an_edge_is_lost_under_which_1600_tasks_wait_and_the_planner_dies_in_the
 
     async def run() -> None:
         async with town(played=False) as place:
-            place.make_core = lambda: PlannerCore(0, "edge-only", max_waiting=100_000)
+            place.make_core = lambda: PlannerCore(0, "edge-only", max_waiting=100_000, max_waiting_per_device=100_000)
             first = place.start("first")
             await place.submit(range(WAITING), gap_s=0.0)
             while first.service.core.live_tasks < WAITING:

@@ -141,7 +141,7 @@ def test_a_task_that_waits_names_whose_end_it_waits_for_and_what_they_share() ->
     (overran, moved) = lines_of(
         decision(
             Overran(task_id="t1", attempt=1, from_s=2.0, to_s=2.5),
-            Moved(task_id="t3", attempt=1, from_s=2.0, to_s=2.5),
+            Moved(task_ids=("t3",), starts_s=(2.5,)),
             now_s=2.1,
         ),
         held,
@@ -169,12 +169,10 @@ def test_a_task_that_waits_names_whose_end_it_waits_for_and_what_they_share() ->
 
 
 def test_reading_may_begin_in_the_middle() -> None:
-    changes = [start("t7"), Moved(task_id="t8", attempt=1, from_s=3.0, to_s=1.0), *grants("t9")[:1]]
-    assert [(who, what) for _, who, what, _ in lines_of(decision(*changes))] == [
-        ("t7", "starts"),
-        ("t8", "waits 1 s"),
-        ("t9", "granted"),
-    ]
+    changes = [start("t7"), Moved(task_ids=("t8", "t6"), starts_s=(1.0, 2.0)), *grants("t9")[:1]]
+    lines = list(lines_of(decision(*changes)))
+    assert [(who, what) for _, who, what, _ in lines] == [("t7", "starts"), ("t8", "waits 1 s"), ("t9", "granted")]
+    assert lines[1][3] == "moved, and 1 more task moved with it"
 
 
 def test_every_type_of_change_has_words_of_its_own() -> None:

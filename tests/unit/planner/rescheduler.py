@@ -1,0 +1,65 @@
+"""The rescheduler written down as it reads, to compare the planner with: slow, and meant to be obvious.
+
+Every scheduled task, in order of (start, sequence), is put at the first instant at which what it needs is free beside what
+runs and what was put before it. It reads reservations and capacities, never a timeline or a queue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.ledger import EdgeAccount, Ledger, Reservation
+
+NEVER = float("inf")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one task holds, and when."""
+
+    r: Reservation
+    begin: float
+    end: float
+
+
+def first_instants(ledger: Ledger, now: float) -> list[tuple[str, float | None]]:
+    """Each scheduled task that is due, moves, or fits nowhere any more (None), and the start that it gets."""
+    reservations = list(ledger.reservations.values())
+    held = [Held(r, -NEVER, r.end_s) for r in reservations if r.running]
+    changed: list[tuple[str, float | None]] = []
+    for r in sorted((r for r in reservations if not r.running), key=lambda r: (r.start_s, r.seq)):
+        start = first_instant(ledger, r, held, now)
+        if start is not None:
+            held.append(Held(r, start, start + r.length_s))
+        if start != r.start_s or start <= now:
+            changed.append((r.task_id, start))
+    return changed
+
+
+def first_instant(ledger: Ledger, r: Reservation, held: list[Held], now: float) -> float | None:
+    """Now or an end: nothing becomes free at another instant."""
+    for start in sorted({now, *(one.end for one in held if one.end > now)}):
+        if fits(ledger, r, held, start):
+            return start
+    return None
+
+
+def fits(ledger: Ledger, r: Reservation, held: list[Held], start: float) -> bool:
+    """Whether all that `r` needs is free during [start, start + its length)."""
+    end = start + r.length_s
+    beside = [one for one in held if one.begin < end and one.end > start]
+    if r.device is not None and any(one.r.device == r.device for one in beside):
+        return False
+    if r.edge is None:
+        return True
+    here = [one for one in beside if one.r.edge == r.edge]
+    return all(_room(ledger.edges[r.edge], r, here, at_s) for at_s in {start, *(max(start, one.begin) for one in here)})
+
+
+def _room(edge: EdgeAccount, r: Reservation, here: list[Held], at_s: float) -> bool:
+    others = [one.r for one in here if one.begin <= at_s < one.end]
+    return (
+        r.slots + sum(other.slots for other in others) <= edge.slots
+        and r.link1_bps + sum(other.link1_bps for other in others) <= edge.link1_capacity_bps
+        and r.link2_bps + sum(other.link2_bps for other in others) <= edge.link2_capacity_bps
+    )
