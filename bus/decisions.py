@@ -47,8 +47,14 @@ class Dropped:
 class DecisionLog:
     """Applies the reading rule to the records of one region's partition, in order."""
 
-    def __init__(self, *, epoch: int = 0, nonce: str = "", seq: int = 0, next_offset: int | None = None) -> None:
-        """`next_offset`: where the next record must stand; None: this reader may begin anywhere and miss some."""
+    def __init__(
+        self, *, epoch: int = 0, nonce: str = "", seq: int = 0, next_offset: int | None = None, joins: bool = False
+    ) -> None:
+        """`next_offset`: where the next record must stand; None: this reader may begin anywhere and miss some.
+
+        `joins`: the log may begin in between (views, tools). Until an `EpochOpened` is read the highest epoch of any record
+        is taken to be open, and its first decision to be the next.
+        """
         self.epoch = epoch  # the open epoch, 0 before the first
         self.nonce = nonce  # of the planner that opened it
         self.planner = ""  # its name, where its opening was read
@@ -58,6 +64,7 @@ class DecisionLog:
         self.seq = seq  # of the last valid decision
         self.dropped = 0  # records that did not count
         self._next_offset = next_offset
+        self._joins = joins
         self._parts: list[DecisionPart] = []  # of the next decision, as far as they have come
 
     @property
@@ -90,7 +97,10 @@ class DecisionLog:
             self.planner, self.lease_s, self.left = message.planner, message.lease_s, False
             self.identity = message.identity
             self._parts.clear()
+            self._joins = False
             return message
+        if self._joins:
+            self._join(message)
         if (message.epoch, message.nonce) != (self.epoch, self.nonce):
             return self._drop("stale_epoch", f"epoch {message.epoch} ({message.nonce}), {self.epoch} is open")
         if isinstance(message, PlannerHeartbeat | PlannerLeft):
@@ -114,6 +124,16 @@ class DecisionLog:
         changes: list[Change] = [change for part in parts for change in part.changes]
         parts.clear()
         return message.model_copy(update={"changes": (*changes, *message.changes)})
+
+    def _join(self, message: Decision | DecisionPart | PlannerHeartbeat | PlannerLeft) -> None:
+        """Take up the epoch of a record whose opening is not there to be read."""
+        if message.epoch > self.epoch:
+            self.epoch, self.nonce, self.seq = message.epoch, message.nonce, 0
+            self._parts.clear()
+        counts = (message.epoch, message.nonce) == (self.epoch, self.nonce)
+        if counts and self.seq == 0 and isinstance(message, Decision | DecisionPart):
+            begins = (message.part == 1) if isinstance(message, DecisionPart) else not message.parts
+            self.seq = message.seq - 1 if begins else message.seq if isinstance(message, Decision) else 0
 
     def _drop(self, reason: str, detail: str) -> Dropped:
         self.dropped += 1

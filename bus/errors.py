@@ -58,10 +58,16 @@ class UnknownTopicError(BusError):
 
 
 class MessageTooLargeError(BusError):
-    """A record is larger than the broker's limit, `limit_bytes`."""
+    """A record is larger than the limit of its topic, `limit_bytes` where that is known."""
 
-    def __init__(self, topic: str, size_bytes: int, limit_bytes: int) -> None:
-        super().__init__(f"a record of {size_bytes:,} bytes is over the limit of {limit_bytes:,} of topic {topic}")
+    def __init__(self, topic: str, size_bytes: int, limit_bytes: int | None) -> None:
+        limit = "the limit (max.message.bytes)" if limit_bytes is None else f"the limit of {limit_bytes:,}"
+        what = f"a record of {size_bytes:,} bytes"
+        if limit_bytes is not None and size_bytes <= limit_bytes:  # it went in a batch, and the batch is judged
+            what = f"a batch of records, one of {size_bytes:,} bytes,"
+        super().__init__(
+            f"{what} is over {limit} of topic {topic}", remedy="`deepar doctor` compares the sizes that are allowed"
+        )
         self.topic = topic
         self.size_bytes = size_bytes
         self.limit_bytes = limit_bytes

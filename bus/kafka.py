@@ -253,7 +253,7 @@ class _Site:
     def __init__(self, connection: KafkaConnection, servers: str) -> None:
         self._connection = connection
         self._servers = servers
-        self.sender = KafkaSender(connection, servers)
+        self.sender = KafkaSender(connection, servers, self._limit_of)
         self._admin: AIOKafkaAdminClient | None = None
         self._asker: AIOKafkaConsumer | None = None  # knows offsets
         self._starting = asyncio.Lock()
@@ -295,6 +295,10 @@ class _Site:
 
     async def found(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
         return await self._ask(lambda admin: found_topics(admin, self._servers, names), "its topics")
+
+    async def _limit_of(self, topic: str) -> int | None:
+        limits = [int(found.settings.get("max.message.bytes", 0)) for found in await self.found([topic])]
+        return limits[0] or None if limits else None
 
     async def end_offsets(self, topic: str, count: int) -> dict[int, int]:
         asker = await self._started_asker()

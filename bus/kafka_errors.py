@@ -16,7 +16,7 @@ from bus.errors import BusError, BusUnavailableError, MessageTooLargeError, Unkn
 _FORBIDDEN = (TopicAuthorizationFailedError, GroupAuthorizationFailedError, ClusterAuthorizationFailedError)
 
 
-def translated(error: BaseException, topic: str, *, size_bytes: int = 0, limit_bytes: int = 0) -> BusError:
+def translated(error: BaseException, topic: str, *, size_bytes: int = 0, limit_bytes: int | None = None) -> BusError:
     """The `BusError` that says what an error of aiokafka means for a caller who dealt with `topic`."""
     if isinstance(error, BusError):
         return error

@@ -8,8 +8,10 @@ when the old one has settled or was cut off, so records that one task posts to o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections import deque
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +19,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import IllegalStateError, KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, ProducerClosed
 from aiokafka.structs import RecordMetadata
 
-from bus.errors import BusError, BusUnavailableError
+from bus.errors import BusError, BusUnavailableError, MessageTooLargeError
 from bus.kafka_connection import KafkaConnection, hang_up
 from bus.kafka_errors import translated
 from bus.port import Headers, Position, TopicPartition
@@ -30,11 +32,17 @@ _RETRY_S = 0.1  # between two tries to start a producer
 _LOOK_S = 0.5  # how often the oldest unacknowledged record is looked at
 
 
+LimitOf = Callable[[str], Awaitable[int | None]]
+
+
 class KafkaSender:
     """The producer of one cluster, whichever it is at the moment."""
 
-    def __init__(self, connection: KafkaConnection, servers: str) -> None:
+    def __init__(self, connection: KafkaConnection, servers: str, limit_of: LimitOf | None = None) -> None:
+        """`limit_of` tells the largest record that a topic takes, in bytes, where that can be known."""
         self._connection = connection
+        self._limit_of = limit_of
+        self._telling: set[asyncio.Task[None]] = set()  # failures whose limit is being asked for
         self._servers = servers
         self._producer: AIOKafkaProducer | None = None
         self._starting = asyncio.Lock()
@@ -92,6 +100,8 @@ class KafkaSender:
             await _finish(producer)
         if self._reviving is not None:
             self._reviving.cancel()
+        if self._telling:
+            await asyncio.wait(self._telling)
         if self._watch is not None:
             self._watch.cancel()
         self._fail_waiting(BusError("the bus was closed before the record was acknowledged"))
@@ -112,13 +122,27 @@ class KafkaSender:
             self._delivered += 1
         if acknowledged.done():
             return
-        if error is not None:
+        if isinstance(error, MessageSizeTooLargeError):
+            telling = asyncio.get_running_loop().create_task(self._tell_limit(acknowledged, topic, size_bytes))
+            self._telling.add(telling)
+            telling.add_done_callback(self._telling.discard)
+        elif error is not None:
             acknowledged.set_exception(self._told(error, topic, size_bytes))
         elif sent.cancelled():
             acknowledged.set_exception(BusUnavailableError(f"a record for {topic} was not acknowledged"))
         else:
             done = sent.result()
             acknowledged.set_result(Position(done.topic, done.partition, done.offset))
+
+    async def _tell_limit(self, acknowledged: asyncio.Future[Position], topic: str, size_bytes: int) -> None:
+        """The broker refused a record for its size; by which limit only the topic's settings tell."""
+        limit_bytes = None
+        if self._limit_of is not None:
+            with contextlib.suppress(BusError, TimeoutError):
+                async with asyncio.timeout(_SETTLE_S):
+                    limit_bytes = await self._limit_of(topic)
+        if not acknowledged.done():
+            acknowledged.set_exception(MessageTooLargeError(topic, size_bytes, limit_bytes))
 
     def _told(self, error: BaseException, topic: str, size_bytes: int) -> BusError:
         return translated(error, topic, size_bytes=size_bytes, limit_bytes=self._connection.max_record_bytes)

@@ -56,7 +56,7 @@ def read_dump(path: Path, region: int) -> Iterator[Decision]:
 
     Raises `ConfigError` for a file that is not one.
     """
-    log = DecisionLog()
+    log = DecisionLog(joins=True)
     if not path.is_file():
         raise ConfigError(f"--from {path}: no such file")
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -76,11 +76,11 @@ def read_topic(bootstrap_servers: str | None, region: int) -> list[Decision]:
     """Every decision of a region that counts, from Kafka, up to now."""
 
     async def read() -> list[Decision]:
-        log = DecisionLog()
+        log = DecisionLog(joins=True)
         found: list[Decision] = []
         where = (topics.DECISIONS, region)
         async with nodes.kafka_bus(bootstrap_servers) as bus:
-            await nodes.require_region(bus, region)
+            await nodes.require_partition(bus, region)
             reader = await bus.reader([where], start="start")
             try:
                 while await reader.lag():

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from bus import messages, topics
-from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
+from bus.decisions import DecisionLog, Dropped
 from bus.errors import ConfigError, ProtocolError
 from bus.json_text import json_text
-from bus.messages import Decision, DecisionPart, EpochOpened, NodeHeartbeat, PlannerHeartbeat
+from bus.messages import NodeHeartbeat, PlannerHeartbeat
 from bus.port import Bus, Record
 from deploy import nodes
 from deploy.decision_lines import LEGEND, lines_of
@@ -162,7 +162,7 @@ class Table:
         if isinstance(message, NodeHeartbeat | PlannerHeartbeat) and not self._heartbeats:
             return
         if self._topic == topics.DECISIONS:
-            message = self._accepted(record.partition, message)
+            message = self._logs.setdefault(record.partition, DecisionLog(joins=True)).accept(message)
             if isinstance(message, Dropped):
                 why = escape(f"{message.reason}: {message.detail}")
                 self._console.print(f"[dim]{where}  {'planner':<16} {'ignored':<14} {why}[/]", soft_wrap=True)
@@ -172,18 +172,3 @@ class Table:
             columns = " ".join(f"{cell:<{width}}" for width, cell in zip(self._widths, (who, what), strict=True))
             text = f"{where}  {escape(f'{columns} {details}')}"
             self._console.print(f"[{style}]{text}[/]" if style else text, soft_wrap=True)
-
-    def _accepted(self, region: int, message: Any) -> DecisionTopicMessage | Dropped:
-        """A record of the decisions as readers take it, or why nobody obeys it. The first that is read is taken to count."""
-        log = self._logs.get(region)
-        if log is None:
-            known = isinstance(message, EpochOpened)
-            log = DecisionLog() if known else DecisionLog(epoch=message.epoch, nonce=message.nonce)
-            self._logs[region] = log
-        first = isinstance(message, Decision | DecisionPart) and log.seq == 0 and message.nonce == log.nonce
-        if first:
-            log.seq = message.seq - 1  # reading began in between
-        accepted = log.accept(message)
-        if first and isinstance(accepted, Dropped):  # even in between its parts
-            log.seq = message.seq if isinstance(message, Decision) else 0
-        return accepted

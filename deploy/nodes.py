@@ -57,13 +57,18 @@ async def require_region(bus: Bus, region: int, edges: Sequence[str] = ()) -> No
         raise
     except BusError as error:
         log.info("may not create topics; they must be there", error=str(error))
+    await require_partition(bus, region)
+    topic_settings.require(await bus.found_topics(spec.name for spec in topics.specs(edges)))
+
+
+async def require_partition(bus: Bus, region: int) -> None:
+    """Raises `ConfigError` where there are no topics, or none of them has a partition for the region."""
     try:
         regions = await bus.partitions(topics.DECISIONS)
     except UnknownTopicError:
         raise ConfigError("the topics are not there", remedy="create them: deepar topics create") from None
     if region >= regions:
         raise ConfigError(f"there is no region {region}: the topics have {regions}, counted from 0")
-    topic_settings.require(await bus.found_topics(spec.name for spec in topics.specs(edges)))
 
 
 def node_settings(options: NodeOptions, *, region: int, lease_s: float) -> NodeSettings:

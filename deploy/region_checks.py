@@ -6,15 +6,17 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from bus import messages, topics
-from bus.decisions import DecisionLog, Dropped
+from bus import messages, snapshots, topics
+from bus.decisions import DecisionLog, DecisionsLostError, Dropped
 from bus.errors import ProtocolError
 from bus.messages import EventMessage, NodeAnnounced, NodeHeartbeat, NodeLeft
 from bus.port import Bus, Record
+from bus.topic_settings import REPAIR
 from bus.units import format_seconds
 from bus.values import Role
 from deploy.identity_checks import demanded_by_region
 from deploy.machine_checks import Check
+from planner.service import LEASE_S
 
 SKEW_S = 2.0
 """A record that has just come and says that it was sent so far from now was sent by a clock that is wrong."""
@@ -31,6 +33,7 @@ class Leader:
     log: DecisionLog
     newest_s: float = 0.0  # seconds since 1970, the clock of who wrote the last record that counts
     heard: bool = False  # while we listened
+    lost: str = ""  # why a planner that starts now would not know what was decided
 
 
 @dataclass(slots=True)
@@ -43,7 +46,7 @@ class Seen:
 
     def listening_s(self) -> float:
         """Long enough for a sign of life of each, as far as that is bearable."""
-        leases = [leader.log.lease_s for leader in self.leaders if leader.log.epoch and not leader.log.left]
+        leases = [leader.log.lease_s or LEASE_S for leader in self.leaders if leader.log.epoch and not leader.log.left]
         leases += [announced.lease_s for announced, _ in self.nodes.values()]
         return min(LONGEST_LISTENING_S, max(leases) / SIGNS_PER_LEASE + 1.0) if leases else 0.0
 
@@ -55,18 +58,26 @@ async def regions(bus: Bus) -> list[Check]:
     """
     seen = Seen()
     for region in range(await bus.partitions(topics.DECISIONS)):
-        seen.leaders.append(await _leader(bus, region))
+        seen.leaders.append(await leader_of(bus, region))
     for region in range(await bus.partitions(topics.NODES)):
         await _announced(bus, region, seen)
     await _listen(bus, seen)
     now_s = time.time()
     proofs = [check for leader in seen.leaders for check in demanded_by_region(leader.region, leader.log.demanded)]
     planners = [planner_check(leader, now_s) for leader in seen.leaders]
-    return [*planners, *proofs, _nodes(seen), *clock_checks(seen, now_s)]
+    lost = [
+        Check(
+            "decisions", False, leader.lost, f"keep its planner running, it writes a snapshot within a minute; {REPAIR}"
+        )
+        for leader in seen.leaders
+        if leader.lost
+    ]
+    return [*planners, *lost, *proofs, nodes_check(seen), *clock_checks(seen, now_s)]
 
 
-async def _leader(bus: Bus, region: int) -> Leader:
-    leader = Leader(region, DecisionLog())
+async def leader_of(bus: Bus, region: int) -> Leader:
+    """Who leads a region, as far as its log tells: also where the log does not begin at offset 0."""
+    leader = Leader(region, DecisionLog(joins=True))
     reader = await bus.reader([(topics.DECISIONS, region)], start="start")
     try:
         while await reader.lag():
@@ -75,7 +86,22 @@ async def _leader(bus: Bus, region: int) -> Leader:
                     leader.newest_s = record.timestamp_ms / 1000
     finally:
         await reader.close()
+    if leader.log.epoch and not leader.log.lease_s:  # the record that opened the epoch is gone
+        await _ask_snapshot(bus, leader)
     return leader
+
+
+async def _ask_snapshot(bus: Bus, leader: Leader) -> None:
+    """Who leads, and by which lease, where only a snapshot tells it."""
+    try:
+        snapshot, reader = await snapshots.open_decisions(bus, leader.region)
+    except DecisionsLostError as error:
+        leader.lost = f"{error}, and no snapshot covers them"
+        return
+    await reader.close()
+    if snapshot is not None and snapshot.epoch == leader.log.epoch:
+        known = snapshots.log_behind(snapshot)
+        leader.log.planner, leader.log.lease_s, leader.log.identity = known.planner, known.lease_s, known.identity
 
 
 async def _announced(bus: Bus, region: int, seen: Seen) -> None:
@@ -135,17 +161,17 @@ def planner_check(leader: Leader, now_s: float) -> Check:
     if log.left:
         return Check("planner", False, f"{where}: the planner has left", "start one: deepar planner")
     who = f"{log.planner or 'a planner'}"
-    silent_s = now_s - leader.newest_s
-    if leader.heard or 0.0 <= silent_s <= log.lease_s:
+    silent_s, lease_s = now_s - leader.newest_s, log.lease_s or LEASE_S
+    if leader.heard or 0.0 <= silent_s <= lease_s:
         return Check("planner", True, f"{where}: {who} leads epoch {log.epoch}")
     since = datetime.fromtimestamp(leader.newest_s, UTC).isoformat(timespec="seconds")
     return Check(
         "planner",
         False,
         f"{where}: stale planner lock: {who} holds epoch {log.epoch} and has been silent since {since}"
-        f" ({_ago(silent_s)}), its lease is {format_seconds(log.lease_s)}, and nobody took over: no task is decided",
+        f" ({_ago(silent_s)}), its lease is {format_seconds(lease_s)}, and nobody took over: no task is decided",
         f"deepar planner --region {leader.region} --take-over"
-        f" (without --take-over it leads after {format_seconds(log.lease_s)})",
+        f" (without --take-over it leads after {format_seconds(lease_s)})",
     )
 
 
@@ -160,7 +186,8 @@ def _span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 120 else format_seconds(seconds)
 
 
-def _nodes(seen: Seen) -> Check:
+def nodes_check(seen: Seen) -> Check:
+    """Who has announced itself, and who of them is silent."""
     roles = [announced.role for announced, _ in seen.nodes.values()]
     detail = ", ".join(f"{roles.count(role)} {role.value}(s)" for role in (Role.DEVICE, Role.EDGE, Role.CLOUD))
     awaited = {name for name, (node, _) in seen.nodes.items() if node.lease_s / SIGNS_PER_LEASE < LONGEST_LISTENING_S}

@@ -144,7 +144,7 @@ class RegionView:
         self.ended: Counter[TaskState] = Counter()
         self.delay_sum_s = 0.0
         self.recent_delays_s: deque[float] = deque(maxlen=RECENT)  # admission to end, completed tasks
-        self.log = DecisionLog()
+        self.log = DecisionLog(joins=True)
         self._now_s = 0.0  # of the last decision
         self._since_ms: int | None = None  # when that, or the epoch's opening, was sent: the planner's clock
         self._heard_ms = 0  # when the planner was last heard

@@ -69,7 +69,7 @@ async def await_nodes(bus: Bus, region: int, names: Iterable[str], *, timeout_s:
     """Wait until the planner has taken all of these nodes in. Raises `BusUnavailableError` naming who is missing."""
     wanted = set(names)
     missing = set(wanted)
-    log = DecisionLog()
+    log = DecisionLog(joins=True)
     reader = await bus.reader([(topics.DECISIONS, region)], start="start")
     try:
         async with asyncio.timeout(timeout_s):

@@ -139,6 +139,7 @@ async def test_a_record_that_is_too_large_is_refused_and_the_rest_goes_on(place:
     with pytest.raises(MessageTooLargeError) as refused:
         await place.bus.send(topic, bytes(1_048_600))
     assert refused.value.topic == topic
+    assert refused.value.limit_bytes is not None
     assert refused.value.size_bytes > refused.value.limit_bytes
     await place.bus.send(topic, b"small")
     reader = await place.bus.reader([(topic, 0)], start="start")

@@ -13,6 +13,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from bus import topics
+from bus.errors import MessageTooLargeError
 from bus.kafka import KafkaBus
 from bus.kafka_connection import KafkaConnection
 from bus.topics import TopicSpec
@@ -122,3 +123,18 @@ async def test_every_command_names_an_advertised_address_that_does_not_resolve(t
 
 def _answers(bootstrap: str) -> None:
     ask(bootstrap, 1.0)
+
+
+async def test_a_record_that_the_broker_refuses_is_told_with_its_topics_own_limit(kafka: Broker) -> None:
+    topic = f"small-{uuid.uuid4().hex[:8]}"
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    await admin.start()
+    await admin.create_topics([NewTopic(topic, 1, 1, topic_configs={"max.message.bytes": "100000"})])
+    await admin.close()
+    async with KafkaBus(KafkaConnection(bootstrap_servers=kafka.bootstrap)) as bus:
+        with pytest.raises(
+            MessageTooLargeError, match=r"a record of 130,\d+ bytes is over the limit of 100,000"
+        ) as refused:
+            await bus.send(topic, bytes(130_000))
+        assert refused.value.limit_bytes == 100_000
+        assert (await bus.send(topic, bytes(90_000))).offset == 0

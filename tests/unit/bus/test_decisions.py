@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from bus import messages
-from bus.decisions import DecisionLog, Dropped
+from bus.decisions import DecisionLog, DecisionsLostError, Dropped
 from bus.messages import Decision, DecisionPart, EpochOpened, NodeLost, PlannerHeartbeat, PlannerLeft
 from bus.port import Record
 
@@ -105,3 +107,41 @@ def test_garbage_on_the_topic_is_dropped_with_its_cause() -> None:
     assert dropped.reason == "undecodable"
     good = Record("deepar.decisions", 0, 1, 0, "0", messages.encode(opened(1, "a")))
     assert log.read(good) == opened(1, "a")
+
+
+def test_a_log_that_begins_in_between_is_joined_at_its_newest_epoch() -> None:
+    log = DecisionLog(joins=True)
+    log.accept(PlannerHeartbeat(region=0, epoch=4, nonce="a"))
+    assert isinstance(log.accept(PlannerHeartbeat(region=0, epoch=7, nonce="b")), PlannerHeartbeat)
+    assert isinstance(log.accept(decision(4, "a", 12)), Dropped)
+    assert log.accept(decision(7, "b", 90)) == decision(7, "b", 90)
+    assert isinstance(log.accept(decision(7, "b", 92)), Dropped)
+    assert log.accept(decision(7, "b", 91)) == decision(7, "b", 91)
+    assert (log.epoch, log.nonce, log.seq) == (7, "b", 91)
+    log.accept(opened(8, "c"))
+    assert isinstance(log.accept(PlannerHeartbeat(region=0, epoch=9, nonce="d")), Dropped), "9 was never opened"
+
+
+def test_a_log_that_begins_in_the_midst_of_a_decision_goes_on_with_the_next() -> None:
+    log = DecisionLog(joins=True)
+    assert isinstance(log.accept(part(2, "z", seq=5)), Dropped)
+    assert isinstance(log.accept(last(2, "w", seq=5)), Dropped)
+    assert isinstance(log.accept(part(1, "x", seq=6)), DecisionPart)
+    assert log.accept(last(1, "y", seq=6)) == last(1, "x", "y", seq=6)
+
+
+def record(offset: int, message: Decision | EpochOpened) -> Record:
+    return Record("deepar.decisions", 0, offset, 0, "0", messages.encode(message))
+
+
+@pytest.mark.parametrize(
+    ("begin", "found", "lost"), [(0, 1, False), (0, 2, True), (5, 5, False), (5, 4, True), (5, 900, True)]
+)
+def test_a_reader_that_must_miss_nothing_is_told_of_a_gap_once(begin: int, found: int, lost: bool) -> None:
+    log = DecisionLog(next_offset=begin)
+    if lost:
+        with pytest.raises(DecisionsLostError, match=f"{begin}.*{found}|{found}.*{begin}"):
+            log.read(record(found, opened(1, "a")))
+    else:
+        log.read(record(found, opened(1, "a")))
+    log.read(record(found + 1, decision(1, "a", 1)))

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.structs import RecordMetadata, TopicPartition
 
-from bus.errors import BusUnavailableError
+from bus.errors import BusUnavailableError, MessageTooLargeError
 from bus.kafka_connection import KafkaConnection
 from bus.kafka_sender import KafkaSender
 from bus.port import Position
@@ -166,3 +167,31 @@ async def test_aiokafka_gives_no_batch_up_by_its_own_clock() -> None:
     _, leaderless = records.drain_by_nodes(ignore_nodes=[])
     assert leaderless
     assert not acknowledged.done()
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "limit_bytes", "said"),
+    [
+        (130_121, 100_000, "a record of 130,121 bytes is over the limit of 100,000 of topic t"),
+        (10_121, 100_000, "a batch of records, one of 10,121 bytes, is over the limit of 100,000 of topic t"),
+        (130_121, None, "a record of 130,121 bytes is over the limit (max.message.bytes) of topic t"),
+    ],
+)
+def test_what_the_broker_refuses_is_told_with_the_limit_that_it_has(
+    made: list[ScriptedProducer], size_bytes: int, limit_bytes: int | None, said: str
+) -> None:
+    async def limit_of(topic: str) -> int | None:
+        if limit_bytes is None:
+            raise BusUnavailableError("away")
+        return limit_bytes
+
+    async def main() -> str:
+        sender = KafkaSender(KafkaConnection(bootstrap_servers="b:1"), "b:1", limit_of)
+        acknowledged = await sender.post("t", 0, None, b"x", (), size_bytes)
+        made[0].fail(MessageSizeTooLargeError())
+        with pytest.raises(MessageTooLargeError) as refused:
+            await acknowledged
+        await sender.close()
+        return str(refused.value)
+
+    assert run_virtual(main()) == said

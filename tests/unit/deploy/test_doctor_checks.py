@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import aclosing
+
 import pytest
 
-from bus import topics
+from bus import snapshots, topics
 from bus.decisions import DecisionLog
 from bus.kafka_connection import KafkaConnection
 from bus.kafka_limits import BrokerLimits, SiteLimits
 from bus.kafka_readers import FETCH_BYTES
 from bus.limits import MAX_RECORD_BYTES
+from bus.messages import NodeAnnounced
+from bus.values import Role
+from deploy import topic_checks
 from deploy.machine_checks import Check
-from deploy.region_checks import Leader, Seen, clock_checks, planner_check
+from deploy.region_checks import Leader, Seen, clock_checks, leader_of, nodes_check, planner_check
 from deploy.size_checks import NEEDED_BYTES, compare
+from loadgen.virtual_loop import run_virtual
+from tests.sim.planners import town
 
 KAFKAS_DEFAULTS = BrokerLimits(1, 1_048_588, 1_048_576, 104_857_600)
 
@@ -74,3 +82,50 @@ def test_a_planner_is_silent_only_after_its_lease() -> None:
     assert planner_check(Leader(0, log, newest_s=100.0), 104.0).ok
     assert "stale planner lock" in planner_check(Leader(0, log, newest_s=100.0), 106.0).detail
     assert planner_check(Leader(0, log, newest_s=100.0, heard=True), 7300.0).ok
+
+
+def look(*, snapshot: bool) -> tuple[Leader, list[Check]]:
+    """What the doctor finds in a region whose log has lost its first records, while its planner leads."""
+
+    async def main() -> tuple[Leader, list[Check]]:
+        async with town(played=False) as place:
+            planner = place.start("p7", snapshot_every=2 if snapshot else 10_000, lease_s=4.0)
+            await place.submit(range(3))
+            await asyncio.sleep(20.0)
+            begin = (await place.bus.end_offsets(topics.DECISIONS))[0] - 3
+            if snapshot:
+                async with aclosing(snapshots.found(place.bus, 0)) as candidates:
+                    begin = (await anext(aiter(candidates))).snapshot.offset
+            place.broker.delete_records(topics.DECISIONS, 0, begin)
+            leader = await leader_of(place.bus, 0)
+            assert planner.service.decision_log.epoch == leader.log.epoch == 1
+            return leader, await topic_checks.settings(place.bus)
+
+    return run_virtual(main())
+
+
+@pytest.mark.parametrize("snapshot", [True, False])
+def test_a_planner_whose_opening_is_gone_is_seen_to_lead(snapshot: bool) -> None:
+    leader, _ = look(snapshot=snapshot)
+    found = planner_check(leader, leader.newest_s + 1.0)
+    assert found.ok
+    assert ("p7" if snapshot else "a planner") + " leads epoch 1" in found.detail
+    assert not planner_check(leader, leader.newest_s + 60.0).ok
+    assert leader.log.lease_s == (4.0 if snapshot else 0.0)
+    assert bool(leader.lost) is not snapshot
+
+
+def test_topics_that_are_made_by_us_are_set_right() -> None:
+    _, checks = look(snapshot=True)
+    assert [check.state for check in checks] == ["ok"]
+
+
+def test_silent_nodes_are_a_warning_unless_all_are() -> None:
+    announced = NodeAnnounced(node="d1", role=Role.DEVICE, incarnation="i", lease_s=1.0)
+    seen = Seen(nodes={"d1": (announced, 0.0), "d2": (announced, 0.0)}, clock_off_s={"d1": 0.0})
+    assert nodes_check(seen).state == "warning"
+    assert nodes_check(seen).ok
+    assert "silent now: d2" in nodes_check(seen).detail
+    assert nodes_check(Seen(nodes=seen.nodes)).state == "failed"
+    seen.clock_off_s["d2"] = 0.0
+    assert nodes_check(seen).state == "ok"
