@@ -7,6 +7,7 @@ task that runs or is scheduled. A start is worth `w + delta_t`; the least is tak
   interval, and w depends on the grants; so begin with what is free at the start, compute w, look at the interval, and repeat
   until nothing changes. Grants only fall, so w only grows and it ends.
 * cut1 > 0 needs the device for the whole interval; while it is taken, only cut1 = 0 is tried. That, too, only goes one way.
+* A device that announced a limit of its own link has one more timeline: the grant on link 1 is the least free on both.
 * Only ends *on the same edge or device* are candidate starts. Let s be an end elsewhere, and s' < s the last instant before
   it at which something was freed here, or now. Between s' and s what is free here only falls, so it is least over [s', s + w)
   where it is least over [s, s + w); whatever fits at s fits at s' with no smaller grant, and is done earlier. So s loses.
@@ -205,8 +206,9 @@ class Algorithm:
                 best_tie = (best.start_s, DEVICE, "")
         heap = self._bounds(families, device_computes, best_value)
         ends: list[float] = []
-        if request.device is not None and device_computes and delayed:
-            ends = sorted({r.end_s for r in request.device.reservations.values() if r.end_s > now})
+        device = request.device
+        if device is not None and delayed and (device_computes or device.limited):
+            ends = device.freed(now)
         while heap:
             value, family, name, start, i, kind, full, tried, accounts = heappop(heap)
             if value > best_value:
@@ -275,11 +277,7 @@ class Algorithm:
             return None
         start, layers = now, request.device_row.layers
         if request.device is not None:
-            for r in sorted(request.device.reservations.values(), key=lambda r: (r.start_s, r.seq)):
-                if r.start_s >= start + max(delay, SHORTEST_S):
-                    break
-                if r.end_s > start:
-                    start = r.end_s
+            start = request.device.first_free(now, max(delay, SHORTEST_S))
         if start - now + delay > self.deadline_s - now:
             return None
         return Choice(DEVICE, None, layers, layers, 0, 0, start, delay)
@@ -349,6 +347,15 @@ class Algorithm:
         device = request.device
         if device is not None and device_computes and not device.free(start, start):
             device_computes = at_full = False
+        own = device.timeline if device is not None and device.limited else None
+        own_seen = 0
+        if own is not None:
+            own_seen = bisect_right(own.times, start)
+            least = own.free1[own_seen - 1]
+            if least < b1:
+                b1, at_full = least, False
+                if b1 < 1:
+                    return None
         delta = start - self.now
         seen = i + 1
         while True:
@@ -374,26 +381,32 @@ class Algorithm:
             if cut1 and device is not None and not device.free(start, end):
                 device_computes = at_full = False
                 continue
-            upto = bisect_left(timeline.times, end, seen)
-            if upto == seen:
-                break
-            if family != DEVICE_CLOUD and min(slots[seen:upto]) < 1:
-                return None
             changed = False
-            least = min(free1[seen:upto])
-            if least < b1:
-                b1, changed = least, True
-                if b1 < 1:
+            upto = bisect_left(timeline.times, end, seen)
+            if upto > seen:
+                if family != DEVICE_CLOUD and min(slots[seen:upto]) < 1:
                     return None
-            if family != DEVICE_EDGE:
-                least = min(free2[seen:upto])
-                if least < b2:
-                    b2, changed = least, True
-                    if b2 < 1:
-                        return None
-            seen = upto
+                least = min(free1[seen:upto])
+                if least < b1:
+                    b1, changed = least, True
+                if family != DEVICE_EDGE:
+                    least = min(free2[seen:upto])
+                    if least < b2:
+                        b2, changed = least, True
+                        if b2 < 1:
+                            return None
+                seen = upto
+            if own is not None:
+                upto = bisect_left(own.times, end, own_seen)
+                if upto > own_seen:
+                    least = min(own.free1[own_seen:upto])
+                    if least < b1:
+                        b1, changed = least, True
+                    own_seen = upto
             if not changed:
                 break
+            if b1 < 1:
+                return None
             at_full = False
         return Choice(family, account.name, cut1, cut2, b1, b2, start, delay)
 

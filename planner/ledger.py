@@ -7,20 +7,22 @@ breakpoint to the next. `bisect` finds an instant, `min(slice)` what is free dur
 nothing changes are dropped, and so is the past; a list has about two entries a reservation, however many edges there are.
 What was free in the past is not kept: whoever asks, asks from now on.
 
-A device computes one task at a time; it has few reservations, so they are a plain list.
+A device has such a timeline, too: it computes one task at a time, and where it announced a limit of its own link, the grants
+on link 1 of its tasks, whatever edges they use, never exceed it in sum.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from bus.errors import InvariantError
 
 FOREVER: Final = float("inf")
 LONG_AGO: Final = float("-inf")
+UNLIMITED_BPS: Final = 1 << 62
+"""What is free on the link of a device that announced no limit of its own."""
 SHORTEST_S: Final = 1e-6
 """A reservation is never shorter, so that whatever runs is seen to hold something."""
 
@@ -29,6 +31,7 @@ class Reservation:
     """What one placement holds in [start_s, end_s): perhaps a slot, bandwidth on both links, perhaps its device."""
 
     __slots__ = (
+        "computes",
         "device",
         "edge",
         "end_s",
@@ -36,6 +39,7 @@ class Reservation:
         "link1_bps",
         "link2_bps",
         "running",
+        "sender",
         "seq",
         "slots",
         "start_s",
@@ -53,11 +57,14 @@ class Reservation:
         slots: int,
         link1_bps: int,
         link2_bps: int,
+        computes: bool = True,
     ) -> None:
         self.task_id = task_id
         self.seq = seq  # order of admission, settles equal starts
         self.edge = edge  # None: the device alone
-        self.device = device  # None: the device only sends its input
+        self.sender = device  # whose task it is
+        self.computes = computes  # whether the device runs layers, rather than only send its input
+        self.device = device  # the device on which the ledger books it; None: it holds nothing there
         self.start_s = start_s  # ledger time
         self.length_s = length_s = delay_s if delay_s > SHORTEST_S else SHORTEST_S  # w
         self.end_s = start_s + length_s  # predicted; a task that overruns has it moved on
@@ -142,12 +149,12 @@ class Timeline:
                 del times[i], free[i], free1[i], free2[i]
 
     def take(self, r: Reservation, now: float = LONG_AGO) -> None:
-        """Reserve. What begins now needs no breakpoint for it."""
+        """Reserve, on an edge. What begins now needs no breakpoint for it."""
         start_s = r.start_s
         self.change(start_s if start_s > now else LONG_AGO, r.end_s, -r.slots, -r.link1_bps, -r.link2_bps)
 
     def give(self, r: Reservation) -> None:
-        """Undo `take`. What runs began in the past, which nobody asks about, so no breakpoint is made there."""
+        """Undo `take`. What runs began in the past, which is never asked for, so no breakpoint is made there."""
         self.change(LONG_AGO if r.running else r.start_s, r.end_s, r.slots, r.link1_bps, r.link2_bps)
 
     def forget_before(self, now: float) -> None:
@@ -199,29 +206,50 @@ class EdgeAccount:
         self.slots, self.link1_capacity_bps, self.link2_capacity_bps = slots, link1_capacity_bps, link2_capacity_bps
 
 
-def _key(r: Reservation) -> tuple[float, int]:
-    return r.start_s, r.seq
-
-
 class DeviceAccount:
-    """One device: the tasks that compute on it, one at a time."""
+    """One device: the tasks that compute on it, one at a time, and where its link is limited, all that send over it."""
 
-    __slots__ = ("name", "queue", "reservations", "running")
+    __slots__ = ("limited", "link1_capacity_bps", "name", "queue", "reservations", "timeline")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, link1_capacity_bps: int = 0) -> None:
         self.name = name
+        self.limited = link1_capacity_bps > 0
+        self.link1_capacity_bps = link1_capacity_bps or UNLIMITED_BPS
         self.reservations: dict[str, Reservation] = {}
-        self.running: list[Reservation] = []  # one, unless something is wrong
         self.queue: list[Queued] = []  # those not running yet, by (start, sequence)
+        self.timeline = Timeline(1, self.link1_capacity_bps, 0)  # its slot is the device's processor
+
+    def take(self, r: Reservation, now: float = LONG_AGO) -> None:
+        """Reserve the processor, the link, or both."""
+        start_s = r.start_s
+        self.timeline.change(start_s if start_s > now else LONG_AGO, r.end_s, -r.computes, -r.link1_bps, 0)
+
+    def give(self, r: Reservation) -> None:
+        """Undo `take`."""
+        self.timeline.change(LONG_AGO if r.running else r.start_s, r.end_s, r.computes, r.link1_bps, 0)
 
     def free(self, start_s: float, end_s: float) -> bool:
-        """Whether nobody computes there in [start_s, end_s)."""
-        for r in self.running:
-            if r.end_s > start_s and r.start_s < end_s:
-                return False
-        # those that are queued follow one another, so the last that starts before the end is the last to end
-        before = bisect_left(self.queue, (end_s,)) - 1
-        return before < 0 or self.queue[before][2].end_s <= start_s
+        """Whether no task computes there in [start_s, end_s)."""
+        times = self.timeline.times
+        first = bisect_right(times, start_s) - 1
+        return min(self.timeline.slots[first : bisect_left(times, end_s, first + 1)]) > 0
+
+    def first_free(self, start_s: float, length_s: float) -> float:
+        """The first instant from `start_s` on, from which no task computes there for so long."""
+        times, slots = self.timeline.times, self.timeline.slots
+        for i in range(bisect_right(times, start_s) - 1, len(times)):
+            if times[i] >= start_s + length_s:
+                break
+            if slots[i] < 1:
+                start_s = times[i + 1] if i + 1 < len(times) else FOREVER
+        return start_s
+
+    def freed(self, now: float) -> list[float]:
+        """Instants after `now` from which the processor is free, or more of the link, ascending."""
+        line = self.timeline
+        times, slots, free1 = line.times, line.slots, line.free1
+        first = max(1, bisect_right(times, now))
+        return [times[i] for i in range(first, len(times)) if slots[i] > slots[i - 1] or free1[i] > free1[i - 1]]
 
 
 class Ledger:
@@ -229,7 +257,8 @@ class Ledger:
 
     def __init__(self) -> None:
         self.edges: dict[str, EdgeAccount] = {}
-        self.devices: dict[str, DeviceAccount] = {}
+        self.devices: dict[str, DeviceAccount] = {}  # those on which something is booked
+        self.own_links: dict[str, int] = {}  # limits that devices announced of their own link, bit/s
         self.reservations: dict[str, Reservation] = {}
 
     def open_edge(self, name: str, slots: int, link1_capacity_bps: int, link2_capacity_bps: int) -> None:
@@ -246,6 +275,20 @@ class Ledger:
         if account.reservations:
             raise InvariantError(f"edge {name} is closed with reservations {sorted(account.reservations)}")
 
+    def limit_device(self, name: str, link1_capacity_bps: int) -> list[Reservation]:
+        """A device announces what its own link carries, 0: no limit. The reservations that this concerns."""
+        if self.own_links.get(name, 0) == link1_capacity_bps:
+            return []
+        if link1_capacity_bps:
+            self.own_links[name] = link1_capacity_bps
+        else:
+            del self.own_links[name]
+        self.devices.pop(name, None)
+        concerned = [r for r in self.reservations.values() if r.sender == name]
+        for r in concerned:
+            self._book_device(r, LONG_AGO)
+        return concerned
+
     def reserve(self, r: Reservation, now: float) -> None:
         """Book a reservation. Raises `InvariantError` if its task has one already or its edge is unknown."""
         if r.task_id in self.reservations:
@@ -256,15 +299,26 @@ class Ledger:
             account.timeline.forget_before(now)
             account.reservations[r.task_id] = r
             account.timeline.take(r, now)
-        if r.device is not None:
-            device = self.devices.get(r.device)
-            if device is None:
-                device = self.devices[r.device] = DeviceAccount(r.device)
-            device.reservations[r.task_id] = r
-            if r.running:
-                device.running.append(r)
+            if not r.running:
+                insort(account.queue, (r.start_s, r.seq, r))
+        self._book_device(r, now)
+
+    def _book_device(self, r: Reservation, now: float) -> None:
+        """What a reservation holds of its device: the processor, or a share of a link that is limited."""
+        name = r.sender
+        if name is None or not (r.computes or (r.link1_bps and name in self.own_links)):
+            r.device = None
+            return
+        r.device = name
+        device = self.devices.get(name)
+        if device is None:
+            device = self.devices[name] = DeviceAccount(name, self.own_links.get(name, 0))
+        else:
+            device.timeline.forget_before(now)
+        device.reservations[r.task_id] = r
+        device.take(r, now)
         if not r.running:
-            self._queue(r)
+            insort(device.queue, (r.start_s, r.seq, r))
 
     def release(self, task_id: str, now: float = LONG_AGO) -> Reservation:
         """Give everything back. Raises `InvariantError` when there is nothing to release: never twice."""
@@ -283,10 +337,12 @@ class Ledger:
         if r.device is not None:
             device = self.devices[r.device]
             del device.reservations[task_id]
-            if r.running:
-                device.running.remove(r)
             if not device.reservations:
                 del self.devices[r.device]
+            elif r.end_s > now:
+                device.give(r)
+            else:
+                device.timeline.forget_before(now)
         return r
 
     def move(self, task_id: str, start_s: float) -> None:
@@ -294,21 +350,27 @@ class Ledger:
         r = self.reservations[task_id]
         if r.running:
             raise InvariantError(f"{r} runs and cannot be moved")
-        account = self._edge(r)
+        account, device = self._edge(r), self._device(r)
         if account is not None:
             account.timeline.give(r)
+        if device is not None:
+            device.give(r)
         self._unqueue(r)
         r.start_s, r.end_s = start_s, start_s + r.length_s
         self._queue(r)
         if account is not None:
             account.timeline.take(r)
+        if device is not None:
+            device.take(r)
 
     def prolong(self, task_id: str, end_s: float) -> None:
         """A running task keeps what it holds until `end_s`."""
         r = self.reservations[task_id]
-        account = self._edge(r)
+        account, device = self._edge(r), self._device(r)
         if account is not None:
             account.timeline.change(r.end_s, end_s, -r.slots, -r.link1_bps, -r.link2_bps)
+        if device is not None:
+            device.timeline.change(r.end_s, end_s, -r.computes, -r.link1_bps, 0)
         r.end_s = end_s
 
     def concerned(self, edges: Mapping[str, float], devices: Mapping[str, float], now: float) -> float | None:
@@ -331,21 +393,16 @@ class Ledger:
 
     def overbooked(self, r: Reservation, from_s: float) -> bool:
         """Whether, from `from_s` (not before now) to the end of `r`, more is promised than there is on its edge or device."""
-        account = self._edge(r)
-        if account is not None and not account.timeline.fits(from_s, r.end_s, 0, 0, 0):
-            return True
-        if r.device is None:
-            return False
-        others = self.devices[r.device].reservations.values()
-        return any(o is not r and o.start_s < r.end_s and o.end_s > from_s for o in others)
+        return any(
+            account is not None and not account.timeline.fits(from_s, r.end_s, 0, 0, 0)
+            for account in (self._edge(r), self._device(r))
+        )
 
     def start(self, task_id: str) -> None:
         """What was scheduled runs."""
         r = self.reservations[task_id]
         self._unqueue(r)
         r.running = True
-        if r.device is not None:
-            self.devices[r.device].running.append(r)
 
     def _queue(self, r: Reservation) -> None:
         item = (r.start_s, r.seq, r)
@@ -364,17 +421,17 @@ class Ledger:
             del queue[bisect_left(queue, item)]
 
     def audit(self, now: float) -> None:
-        """Check (8)-(10) and one task a device at every instant from `now` on, from the reservations themselves.
+        """Check (8)-(10), one task a device and its own link at every instant from `now` on.
 
-        Also that the timelines agree with them. Raises `InvariantError`.
+        All is counted from the reservations, and the timelines must agree with them. Raises `InvariantError`.
         """
         for account in self.edges.values():
-            _audit_edge(account, now)
+            held = [(r, (r.slots, r.link1_bps, r.link2_bps)) for r in account.reservations.values()]
+            capacity = (account.slots, account.link1_capacity_bps, account.link2_capacity_bps)
+            _audit(f"edge {account.name}", account.timeline, held, capacity, now)
         for device in self.devices.values():
-            ordered = sorted(device.reservations.values(), key=_key)
-            for before, after in pairwise(ordered):
-                if before.end_s > after.start_s and before.end_s > now:
-                    raise InvariantError(f"device {device.name} computes two tasks at once: {before} and {after}")
+            held = [(r, (int(r.computes), r.link1_bps, 0)) for r in device.reservations.values()]
+            _audit(f"device {device.name}", device.timeline, held, (1, device.link1_capacity_bps, 0), now)
         for task_id, r in self.reservations.items():
             holders: Iterable[bool] = (
                 r.edge is None or self.edges[r.edge].reservations.get(task_id) is r,
@@ -401,27 +458,33 @@ class Ledger:
             raise InvariantError(f"{r} is on an edge that is not there")
         return account
 
+    def _device(self, r: Reservation) -> DeviceAccount | None:
+        return None if r.device is None else self.devices[r.device]
 
-def _audit_edge(account: EdgeAccount, now: float) -> None:
-    timeline = account.timeline
-    running = [r for r in account.reservations.values() if r.running]  # also those past their predicted end
-    if (
-        sum(r.slots for r in running) > account.slots
-        or sum(r.link1_bps for r in running) > account.link1_capacity_bps
-        or sum(r.link2_bps for r in running) > account.link2_capacity_bps
-    ):
-        raise InvariantError(f"more runs on {account.name} than it has: {running}")
-    for at_s in _instants(account.reservations.values(), timeline.times, now):
-        live = [r for r in account.reservations.values() if r.start_s <= at_s < r.end_s]
-        used = (sum(r.slots for r in live), sum(r.link1_bps for r in live), sum(r.link2_bps for r in live))
-        capacity = (account.slots, account.link1_capacity_bps, account.link2_capacity_bps)
+
+Amounts = tuple[int, int, int]
+"""Slots, link 1, link 2."""
+
+
+def _audit(
+    name: str, timeline: Timeline, held: Sequence[tuple[Reservation, Amounts]], capacity: Amounts, now: float
+) -> None:
+    running = [(r, amounts) for r, amounts in held if r.running]  # also those past their predicted end
+    if any(amount > limit for amount, limit in zip(_sum(running), capacity, strict=True)):
+        raise InvariantError(f"more runs on {name} than it has: {running}")
+    for at_s in _instants([r for r, _ in held], timeline.times, now):
+        live = [(r, amounts) for r, amounts in held if r.start_s <= at_s < r.end_s]
+        used = _sum(live)
         for number, amount, limit in zip(("(8)", "(9)", "(10)"), used, capacity, strict=True):
             if amount > limit:
-                raise InvariantError(f"{number} is broken on {account.name} at {at_s}: {amount} > {limit}, {live}")
-        i = bisect_right(timeline.times, at_s) - 1
-        free = (timeline.slots[i], timeline.free1[i], timeline.free2[i])
+                raise InvariantError(f"{number} is broken on {name} at {at_s}: {amount} > {limit}, {live}")
+        free = timeline.at(at_s)
         if free != tuple(limit - amount for amount, limit in zip(used, capacity, strict=True)):
-            raise InvariantError(f"the timeline of {account.name} says {free} at {at_s}, its reservations {used}")
+            raise InvariantError(f"the timeline of {name} says {free} at {at_s}, its reservations {used}")
+
+
+def _sum(held: Sequence[tuple[Reservation, Amounts]]) -> Amounts:
+    return sum(a[0] for _, a in held), sum(a[1] for _, a in held), sum(a[2] for _, a in held)
 
 
 def _instants(reservations: Iterable[Reservation], times: Iterable[float], now: float) -> Iterator[float]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from bus.messages import HandleInput, NodeAnnounced, NodeJoined, NodeLeft, NodeLost, TaskState
 from bus.values import Role
+from planner.ledger import Reservation
 from planner.placing import Placing
 from planner.tasks import Node, Task
+
+NO_LIMIT: Final = 1 << 62
 
 
 class Membership(Placing):
@@ -22,7 +27,12 @@ class Membership(Placing):
             if announced.role is not node.announced.role:
                 self._lose(node, "replaced", now)
             elif announced.role is Role.EDGE:
-                self._shrink(announced, now)
+                running = [r for r in self.ledger.edges[announced.node].reservations.values() if r.running]
+                limits = (announced.slots, announced.link1_capacity_bps, announced.link2_capacity_bps)
+                self._shrink(running, limits, announced, now)
+            elif announced.role is Role.DEVICE and announced.link1_capacity_bps:
+                running = [r for r in self.ledger.reservations.values() if r.running and r.sender == announced.node]
+                self._shrink(running, (NO_LIMIT, announced.link1_capacity_bps, NO_LIMIT), announced, now)
         elif node is not None:
             self._lose(node, "replaced", now)
         self._do(NodeJoined(node=announced), now)
@@ -77,15 +87,14 @@ class Membership(Placing):
                     self._end(task, TaskState.FAILED, now, cause="input_lost", detail=f"{name}: {cause}")
         self._do(NodeLost(node=name, incarnation=announced.incarnation, cause=cause), now)
 
-    def _shrink(self, announced: NodeAnnounced, now: float) -> None:
-        """An edge announces less than runs there: take back the latest until the rest fits."""
-        running = [r for r in self.ledger.edges[announced.node].reservations.values() if r.running]
+    def _shrink(
+        self, running: list[Reservation], limits: tuple[int, int, int], announced: NodeAnnounced, now: float
+    ) -> None:
+        """A node announces less than runs there: take back the latest until the rest fits slots, link 1 and link 2."""
         running.sort(key=lambda r: r.key)
         slots = sum(r.slots for r in running)
         link1, link2 = sum(r.link1_bps for r in running), sum(r.link2_bps for r in running)
-        while running and (
-            slots > announced.slots or link1 > announced.link1_capacity_bps or link2 > announced.link2_capacity_bps
-        ):
+        while slots > limits[0] or link1 > limits[1] or link2 > limits[2]:
             r = running.pop()
             slots, link1, link2 = slots - r.slots, link1 - r.link1_bps, link2 - r.link2_bps
             self._retry(self.tasks[r.task_id], "capacity_lowered", now, announced.node)

@@ -237,8 +237,9 @@ class Placing(Reach):
                     choice.start_s, end, int(choice.cut1 != choice.cut2), choice.link1_bps, choice.link2_bps
                 )
             )
-        if good and choice.cut1 and request.device is not None:
-            good = request.device.free(choice.start_s, end)
+        if good and request.device is not None:
+            computes = int(choice.cut1 > 0)
+            good = request.device.timeline.fits(choice.start_s, end, computes, choice.link1_bps, 0)
         if not good:
             raise InvariantError(f"policy {self.policy.name} chose for {request.task_id} what is not free: {choice}")
 

@@ -198,6 +198,9 @@ class RegionState:
                 insort(self._edge_names, name)
             self.ledger.open_edge(name, announced.slots, announced.link1_capacity_bps, announced.link2_capacity_bps)
             self._changed_edges[name] = NEVER
+        elif announced.role is Role.DEVICE:
+            for r in self.ledger.limit_device(name, announced.link1_capacity_bps):
+                self._note(r, NEVER)
         elif announced.role is Role.CLOUD:
             if old is None:
                 insort(self._cloud_names, name)
@@ -214,6 +217,8 @@ class RegionState:
             self._edge_names.remove(change.node)
             self.ledger.close_edge(change.node)
             self._changed_edges.pop(change.node, None)
+        elif node.announced.role is Role.DEVICE:
+            self.ledger.limit_device(change.node, 0)
         elif node.announced.role is Role.CLOUD:
             self._cloud_names.remove(change.node)
             self._cloud_rows.clear()
@@ -341,12 +346,13 @@ def reservation_of(task: Task, placed: Placed) -> Reservation:
         task.task_id,
         task.seq,
         placement.edge,
-        placed.device if placement.cut1 else None,
+        placed.device,
         placed.start_s,
         placed.delay_s,
         int(placement.cut1 != placement.cut2),
         placement.link1_bps,
         placement.link2_bps,
+        computes=placement.cut1 > 0,
     )
 
 

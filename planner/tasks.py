@@ -53,7 +53,8 @@ class Task:
         """Everything about it that decides what will happen, for the hash."""
         held = ""
         if r is not None:
-            held = f"{r.edge}|{r.device}|{r.start_s!r}|{r.end_s!r}|{r.slots}|{r.link1_bps}|{r.link2_bps}|{r.running}"
+            device = r.sender if r.computes else None
+            held = f"{r.edge}|{device}|{r.start_s!r}|{r.end_s!r}|{r.slots}|{r.link1_bps}|{r.link2_bps}|{r.running}"
         return (
             f"task|{self.task_id}|{self.seq}|{self.state}|{self.attempt}|{self.deadline_s!r}|"
             f"{self.waiting_since_s!r}|{held}"

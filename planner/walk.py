@@ -195,7 +195,7 @@ class _EdgeRoom:
 
         Nothing is tried from `limit` on.
         """
-        needs = (r.slots, r.link1_bps, r.link2_bps, r.length_s)
+        needs = _of_edge(r)
         floor = self._floors.of(needs)
         found = self.first(r, floor, begin, limit)
         if found > floor:
@@ -204,8 +204,9 @@ class _EdgeRoom:
 
     def first(self, r: Reservation, start: float, begin: float, limit: float) -> float:
         """The same, not before `start`."""
+        needs = _of_edge(r)
         while start < limit:
-            later = _next_gap(self._timeline, r, start, min(begin, start + r.length_s))
+            later = _next_gap(self._timeline, needs, start, min(begin, start + r.length_s))
             if later == start:
                 break
             start = later
@@ -227,16 +228,16 @@ class _EdgeRoom:
 
 
 class _DeviceRoom:
-    """When a device is taken by what runs, and by what stands before the task that is looked at."""
+    """What is left of a device, its processor and its own link, by what runs and by what stands before the task looked at."""
 
     def __init__(self, account: DeviceAccount, now: float) -> None:
         self._queue = account.queue
-        self._passed = 0  # so many of the queue are in the intervals
-        self._begins: list[float] = []  # of disjoint intervals, ascending; those that touch are one
-        self._ends: list[float] = []
+        self._passed = 0  # so many of the queue are in the timeline
+        self._timeline = Timeline(1, account.link1_capacity_bps, 0)
         self._floors = _Floors(now)
-        for r in account.running:
-            self._take(LONG_AGO, r.end_s)
+        for r in account.reservations.values():
+            if r.running:
+                self._take(r, LONG_AGO, r.end_s)
 
     def pass_to(self, r: Reservation, starts: Mapping[str, float | None]) -> None:
         """Take in what stands before `r`, where it has been put meanwhile."""
@@ -245,12 +246,12 @@ class _DeviceRoom:
             other = queue[self._passed][2]
             start = starts.get(other.task_id, other.start_s)
             if start is not None:
-                self._take(start, start + other.length_s)
+                self._take(other, start, start + other.length_s)
             self._passed += 1
 
     def earliest(self, r: Reservation) -> float:
-        """The first instant from which the device is free for so long."""
-        needs = (0, 0, 0, r.length_s)
+        """The first instant from which it has what `r` needs for so long; FOREVER: never."""
+        needs = _of_device(r)
         floor = self._floors.of(needs)
         found = self.first(r, floor)
         if found > floor:
@@ -259,18 +260,13 @@ class _DeviceRoom:
 
     def first(self, r: Reservation, start: float) -> float:
         """The same, not before `start`."""
-        begins, ends, length = self._begins, self._ends, r.length_s
-        i = bisect_right(ends, start)
-        while i < len(begins) and begins[i] < start + length:
-            start = ends[i]
-            i += 1
+        needs, length = _of_device(r), r.length_s
+        while (later := _next_gap(self._timeline, needs, start, start + length)) != start:
+            start = later
         return start
 
-    def _take(self, begin: float, end: float) -> None:
-        i, j = bisect_left(self._ends, begin), bisect_right(self._begins, end)
-        if i < j:
-            begin, end = min(begin, self._begins[i]), max(end, self._ends[j - 1])
-        self._begins[i:j], self._ends[i:j] = [begin], [end]
+    def _take(self, r: Reservation, begin: float, end: float) -> None:
+        self._timeline.change(begin, end, -r.computes, -r.link1_bps, 0)
 
 
 class _Room:
@@ -332,10 +328,18 @@ class _Room:
         return room
 
 
-def _next_gap(timeline: Timeline, r: Reservation, start: float, end: float) -> float:
-    """`start` if `r` fits in [start, end); else the next breakpoint at which it could begin, FOREVER if there is none."""
+def _of_edge(r: Reservation) -> Needs:
+    return r.slots, r.link1_bps, r.link2_bps, r.length_s
+
+
+def _of_device(r: Reservation) -> Needs:
+    return int(r.computes), r.link1_bps, 0, r.length_s
+
+
+def _next_gap(timeline: Timeline, needs: Needs, start: float, end: float) -> float:
+    """`start` if so much is free in [start, end); else the next breakpoint at which it could begin; FOREVER: none."""
     times, slots, free1, free2 = timeline.times, timeline.slots, timeline.free1, timeline.free2
-    need, need1, need2 = r.slots, r.link1_bps, r.link2_bps
+    need, need1, need2, _ = needs
     i, count = bisect_right(times, start) - 1, len(times)
     while i < count and (times[i] < end):
         if slots[i] < need or free1[i] < need1 or free2[i] < need2:

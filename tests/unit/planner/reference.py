@@ -70,7 +70,8 @@ def place(
                 continue
             if family == DEVICE and not device_computes:
                 continue
-            choice = _arrange(request, reservations, device, family, option, start, device_computes, search)
+            own = (device, ledger.own_links.get(device))
+            choice = _arrange(request, reservations, own, family, option, start, device_computes, search)
             if choice is None or delta_t + choice.delay_s > deadline_s - now:
                 continue
             key = (delta_t + choice.delay_s, start, family, choice.edge or "", choice.cut1, choice.cut2)
@@ -91,7 +92,7 @@ def _candidates(request: Request, families: Collection[int]) -> Iterable[tuple[i
 def _arrange(
     request: Request,
     reservations: list[Reservation],
-    device: str,
+    own: tuple[str, int | None],
     family: int,
     option: EdgeOption | None,
     start: float,
@@ -99,6 +100,7 @@ def _arrange(
     search: Search,
 ) -> Choice | None:
     """One j at one start: the largest grants that fit during the whole interval, found by repetition."""
+    device, own_bps = own
     if option is None:
         found = search(request.device_search, DEVICE, 0, 0, request, True)
         if found is None or not _device_free(reservations, device, start, start + max(found[0], SHORTEST_S)):
@@ -112,6 +114,8 @@ def _arrange(
         if family != DEVICE_CLOUD and slots < 1:
             return None
         new1 = min(option.max_link1_bps, free1)
+        if own_bps is not None:
+            new1 = min(new1, own_bps - _most_sent(reservations, device, start, end))
         new2 = 0 if family == DEVICE_EDGE else min(option.max_link2_bps, free2)
         if new1 < 1 or (family != DEVICE_EDGE and new2 < 1):
             return None
@@ -130,7 +134,14 @@ def _arrange(
 
 
 def _device_free(reservations: list[Reservation], device: str, start: float, end: float) -> bool:
-    return not any(r.device == device and r.start_s < end and r.end_s > start for r in reservations)
+    return not any(r.computes and r.sender == device and r.start_s < end and r.end_s > start for r in reservations)
+
+
+def _most_sent(reservations: list[Reservation], device: str, start: float, end: float) -> int:
+    """The most that a device's tasks are granted on link 1 at any instant of [start, end)."""
+    mine = [r for r in reservations if r.sender == device]
+    instants = [start, *(r.start_s for r in mine if start < r.start_s < end)]
+    return max(sum(r.link1_bps for r in mine if r.start_s <= at_s < r.end_s) for at_s in instants)
 
 
 def _least_free(reservations: list[Reservation], option: EdgeOption, start: float, end: float) -> tuple[int, int, int]:

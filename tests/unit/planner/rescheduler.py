@@ -48,12 +48,24 @@ def fits(ledger: Ledger, r: Reservation, held: list[Held], start: float) -> bool
     """Whether all that `r` needs is free during [start, start + its length)."""
     end = start + r.length_s
     beside = [one for one in held if one.begin < end and one.end > start]
-    if r.device is not None and any(one.r.device == r.device for one in beside):
+    mine = [] if r.sender is None else [one for one in beside if one.r.sender == r.sender]
+    if r.computes and any(one.r.computes for one in mine):
+        return False
+    own_bps = ledger.own_links.get(r.sender or "", NEVER)
+    if r.link1_bps and not all(_own_room(own_bps, r, mine, at_s) for at_s in _instants(mine, start)):
         return False
     if r.edge is None:
         return True
     here = [one for one in beside if one.r.edge == r.edge]
-    return all(_room(ledger.edges[r.edge], r, here, at_s) for at_s in {start, *(max(start, one.begin) for one in here)})
+    return all(_room(ledger.edges[r.edge], r, here, at_s) for at_s in _instants(here, start))
+
+
+def _instants(beside: list[Held], start: float) -> set[float]:
+    return {start, *(max(start, one.begin) for one in beside)}
+
+
+def _own_room(own_bps: float, r: Reservation, mine: list[Held], at_s: float) -> bool:
+    return r.link1_bps + sum(one.r.link1_bps for one in mine if one.begin <= at_s < one.end) <= own_bps
 
 
 def _room(edge: EdgeAccount, r: Reservation, here: list[Held], at_s: float) -> bool:

@@ -130,6 +130,7 @@ class World:
         rate: float = 1.0,
         orderly: bool = False,
         validate: bool = True,
+        own_links: bool = False,
     ) -> None:
         self.core = core
         self.rng = random.Random(seed)
@@ -144,6 +145,7 @@ class World:
         self._count = 0
         self._edges = [f"e{i}" for i in range(edges)]
         self._reach = reach
+        self._own_links = own_links  # whether devices limit their own link
         self._tasks = tasks
         names = [*self._edges, "c0", *(f"d{i}" for i in range(devices))]
         for name in names:
@@ -261,7 +263,9 @@ class World:
             return cloud(name, incarnation=incarnation, lease_s=1e6, models=models)
         if name[0] == "d":
             reachable = tuple(rng.sample(self._edges, min(len(self._edges), self._reach)))
-            return device(name, incarnation=incarnation, lease_s=1e6, models=models, reachable_edges=reachable)
+            own_bps = rng.randrange(20 * MBPS, 200 * MBPS) if self._own_links else 0
+            values = {"reachable_edges": reachable, "link1_capacity_bps": own_bps}
+            return device(name, incarnation=incarnation, lease_s=1e6, models=models, **values)
         return edge(
             name,
             incarnation=incarnation,

@@ -41,8 +41,9 @@ class Compared:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("own_links", [False, True], ids=["", "own-links"])
 @pytest.mark.parametrize("objective", list(Objective))
-def test_every_decision_equals_the_references(name: str, objective: Objective) -> None:
+def test_every_decision_equals_the_references(name: str, objective: Objective, own_links: bool) -> None:
     policy = BUILT_IN[name]
     assert isinstance(policy, Restriction)
     asked = delayed = late = 0
@@ -50,7 +51,10 @@ def test_every_decision_equals_the_references(name: str, objective: Objective) -
         compared = Compared(policy)
         core = PlannerCore(0, compared, objective)
         compared.core = core
-        world = World(core, seed, rate=(0.2, 1.0, 5.0)[seed % 3], validate=False).run()
+        rate = (0.2, 1.0, 5.0)[seed % 3]
+        world = World(
+            core, seed, rate=rate, validate=own_links, devices=4 if own_links else 12, own_links=own_links
+        ).run()
         asked += compared.asked
         late += compared.late
         delayed += world.counts["delayed"]

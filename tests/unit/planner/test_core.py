@@ -25,12 +25,26 @@ from bus.values import Kind, Role
 from planner.algorithm import Algorithm, Choice
 from planner.core import Event, PlannerCore, Tick
 from planner.placing import WhenLate
-from planner.search import DEVICE
+from planner.policies import Policy, Restriction
+from planner.search import DEVICE, DEVICE_EDGE
 from planner.tasks import hash_of
-from tests.unit.planner.scenes import MBPS, SHA, cloud, completed, device, edge, failed, only, profile, task, types
+from tests.unit.planner.scenes import (
+    MBPS,
+    SHA,
+    cloud,
+    completed,
+    device,
+    edge,
+    failed,
+    faster,
+    only,
+    profile,
+    task,
+    types,
+)
 
 
-def core_with(*events: Event, policy: str = "deepar", **settings: object) -> PlannerCore:
+def core_with(*events: Event, policy: str | Policy = "deepar", **settings: object) -> PlannerCore:
     core = PlannerCore(0, policy, **settings)  # type: ignore[arg-type]
     for event in events:
         core.handle(event, 0.0)
@@ -318,15 +332,90 @@ def test_a_task_never_starts_merely_because_its_time_has_come() -> None:
         core.validate()
 
 
-def test_moving_a_task_moves_what_its_device_was_promised_on_another_edge() -> None:
-    core = core_with(edge("e1", slots=1), cloud(), device("d1"), device("d2"))
-    core.handle(task("t1", "d2", samples=200), 0.0)
-    for i in range(2, 8):
-        core.handle(task(f"t{i}", "d1", samples=50 * i), 0.0)
-    core.handle(edge("e2", slots=1), 0.1)
-    for i in range(8, 12):
-        core.handle(task(f"t{i}", "d1", samples=20 * i), 0.2)
-    core.handle(completed("t1", "d2"), 0.3)
+# Two edges that run one model each, and a device whose tasks on both must share it: its processor, or its own link.
+_HEAVY_INPUT = (20_000_000, 1_000, 1_000, 10)
+_LIGHT_INPUT = (500_000, 500_000, 500_000, 10)
+
+
+def two_edges_and_a_device(cut_bytes: tuple[int, ...], own_bps: int) -> PlannerCore:
+    models = [profile(model, (0.01, 0.3, 0.3), cut_bytes) for model in ("a", "b")]
+    return core_with(
+        edge("e1", slots=1, models=(faster(models[0], 10.0),)),
+        edge("e2", slots=1, models=(faster(models[1], 10.0),)),
+        device("d1", models=tuple(models), link1_capacity_bps=own_bps),
+        device("d2", models=tuple(models)),
+        policy=Restriction("through-edges", frozenset({DEVICE_EDGE})),
+    )
+
+
+@pytest.mark.parametrize(
+    ("cut_bytes", "own_bps", "computes"), [(_HEAVY_INPUT, 0, True), (_LIGHT_INPUT, 20 * MBPS, False)]
+)
+@pytest.mark.parametrize("ends_at", [0.5, 1.5], ids=["early", "late"])
+def test_moving_a_task_moves_what_its_device_was_promised_on_another_edge(
+    cut_bytes: tuple[int, ...], own_bps: int, computes: bool, ends_at: float
+) -> None:
+    core = two_edges_and_a_device(cut_bytes, own_bps)
+    first = only(core.handle(task("t1", "d2", model="a", samples=100), 0.0), Placed)
+    second = only(core.handle(task("t2", "d1", model="a", samples=50), 0.0), Placed)
+    third = only(core.handle(task("t3", "d1", model="b", samples=200), 0.0), Placed)
+    assert [placed.placement.edge for placed in (first, second, third)] == ["e1", "e1", "e2"]
+    assert [placed.placement.cut1 > 0 for placed in (second, third)] == [computes, computes]
+    assert second.start_s == first.delay_s
+    assert third.start_s == second.start_s + second.delay_s  # the second edge is idle all the time
+    now = ends_at * first.delay_s
+    core.handle(task("t4", "d2", model="b", samples=1), now)  # an event that finds the first task late, if it is
+    core.validate()
+    if ends_at > 1.0:
+        assert core.ledger.reservations["t2"].start_s > now
+        assert core.ledger.reservations["t3"].start_s == core.ledger.reservations["t2"].end_s
+    core.handle(completed("t1", "d2"), now)
+    core.validate()
+    moved = core.ledger.reservations["t2"]
+    assert moved.running
+    assert core.ledger.reservations["t3"].start_s == moved.end_s == now + second.delay_s
+
+
+@pytest.mark.parametrize("policy", ["deepar", "edge-only", "cloud-only", "no-delay", "neurosurgeon"])
+def test_what_a_device_is_promised_at_once_never_exceeds_its_own_link(policy: str) -> None:
+    own = 20 * MBPS
+    nodes = [edge(f"e{i}", slots=8) for i in range(3)]
+    core = core_with(*nodes, cloud(), device(link1_capacity_bps=own), policy=policy)
+    for number in range(6):
+        core.handle(task(f"t{number}", samples=20 + 5 * number, max_link1_bps=own), 0.1 * number)
+        core.validate()
+    held = list(core.ledger.reservations.values())
+    assert sum(r.link1_bps > 0 for r in held) >= (1 if policy == "no-delay" else 3) or policy == "neurosurgeon"
+    for at_s in {r.start_s for r in held}:
+        assert sum(r.link1_bps for r in held if r.start_s <= at_s < r.end_s) <= own
+
+
+def test_tasks_with_smaller_caps_share_a_devices_own_link() -> None:
+    core = core_with(edge(slots=8), device(link1_capacity_bps=20 * MBPS), policy="edge-only")
+    for number in range(4):
+        core.handle(task(f"t{number}", max_link1_bps=8 * MBPS), 0.0)
+    grants = [r.link1_bps for r in core.ledger.reservations.values() if r.running]
+    assert grants == [8 * MBPS, 8 * MBPS, 4 * MBPS]
+    core.validate()
+
+
+def test_a_device_that_lowers_its_own_link_gets_back_what_no_longer_fits() -> None:
+    core = core_with(edge(slots=8), device(), policy="edge-only")
+    for number in range(4):
+        core.handle(task(f"t{number}", max_link1_bps=20 * MBPS), 0.0)
+    assert sum(r.running for r in core.ledger.reservations.values()) == 4
+    changes = core.handle(device(link1_capacity_bps=50 * MBPS), 0.1)
+    assert [c.task_id for c in changes if isinstance(c, Retried)] == ["t3", "t2"]
+    core.validate()
+    assert [r.link1_bps for r in core.ledger.reservations.values() if r.running] == [20 * MBPS, 20 * MBPS, 10 * MBPS]
+    again = PlannerCore.from_state(core.to_state(), policy="edge-only")
+    again.validate()
+    assert again.state_hash == core.state_hash
+    # a device without a limit again: its tasks no longer wait for one another
+    changes = core.handle(device(), 0.2)
+    assert {c.task_id for c in changes if isinstance(c, Start)} == {
+        t for t, r in again.ledger.reservations.items() if not r.running
+    }
     core.validate()
 
 

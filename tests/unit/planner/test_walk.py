@@ -24,10 +24,11 @@ from tests.unit.planner.scenes import MBPS, World, cloud, completed, device, edg
 Starts = list[tuple[str, float | None]]
 
 
+@pytest.mark.parametrize("own_links", [False, True], ids=["", "own-links"])
 @pytest.mark.parametrize("objective", list(Objective))
 @pytest.mark.parametrize("policy", ["deepar", "edge-only", "device-only"])
 def test_every_reschedule_of_a_region_equals_the_naive_one(
-    objective: Objective, policy: str, monkeypatch: pytest.MonkeyPatch
+    objective: Objective, policy: str, own_links: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared = {"pull": 0, "walk": 0, "nobody": 0}
     moved = 0
@@ -63,6 +64,7 @@ def test_every_reschedule_of_a_region_equals_the_naive_one(
             edges=2 + seed % 3,
             devices=(8, 20, 40)[seed % 3],
             validate=False,
+            own_links=own_links,
         ).run()
     assert compared["pull"] > 100
     assert compared["walk"] > 20
@@ -92,14 +94,17 @@ def crowded(rng: random.Random, tasks: int, devices: int, *, alike: bool) -> Led
     ledger = Ledger()
     for name in ("e1", "e2"):
         ledger.open_edge(name, rng.randrange(1, 4), 100, 100)
+    for number in range(0, devices, 2):  # half of the devices limit their own link
+        ledger.limit_device(f"d{number}", rng.randrange(100, 120))
     for seq in range(tasks):
         edge_name = rng.choice((None, "e1", "e2", "e2"))
         length = 1.0 if alike else rng.choice((0.25, 0.5, 1.0, 3.0, rng.random() * 4))
         needs = (1, 50, 50) if alike else (rng.randrange(2), rng.randrange(1, 101), rng.randrange(101))
         if edge_name is None:
             needs = (0, 0, 0)
-        device_name = f"d{rng.randrange(devices)}" if edge_name is None or rng.random() < 0.7 else None
-        r = Reservation(f"t{seq}", seq, edge_name, device_name, NEVER_YET, length, *needs)
+        device_name = f"d{rng.randrange(devices)}" if edge_name is None or rng.random() < 0.8 else None
+        computes = edge_name is None or rng.random() < 0.7
+        r = Reservation(f"t{seq}", seq, edge_name, device_name, NEVER_YET, length, *needs, computes=computes)
         ledger.reserve(r, 0.0)
         (start,) = [start for task_id, start in first_instants(ledger, 0.0) if task_id == r.task_id]
         assert start is not None
@@ -224,6 +229,18 @@ def one_edge(tasks: int) -> PlannerCore:
     return region
 
 
+def one_own_link(tasks: int) -> PlannerCore:
+    """A device whose own link is what its tasks wait for."""
+    rng = random.Random(3)
+    region = PlannerCore(0, "edge-only")
+    for event in (edge("e1", slots=9), edge("e2", slots=9), device("d1", link1_capacity_bps=100 * MBPS)):
+        region.handle(event, 0.0)
+    for i in range(tasks):
+        cap = rng.randrange(5, 90) * MBPS
+        region.handle(task(f"t{i}", "d1", samples=rng.randrange(5, 50), max_link1_bps=cap), 0.0)
+    return region
+
+
 def mixed(tasks: int) -> PlannerCore:
     """Devices that compute themselves and use edges, too."""
     rng = random.Random(2)
@@ -248,7 +265,7 @@ def overrun(region: PlannerCore) -> None:
 
 
 @pytest.mark.parametrize("event", [end_early, overrun])
-@pytest.mark.parametrize("make", [one_device, one_edge, mixed])
+@pytest.mark.parametrize("make", [one_device, one_edge, one_own_link, mixed])
 def test_an_event_costs_work_in_proportion_to_the_queue_at_most(
     make: Callable[[int], PlannerCore], event: Callable[[PlannerCore], None]
 ) -> None:
