@@ -67,6 +67,7 @@ class Oracle:
         self._placed: dict[str, Placed] = {}
         self._running: set[str] = set()
         self._edges: dict[str, NodeAnnounced] = {}
+        self._own_links: dict[str, int] = {}  # of devices, bit/s; 0: no limit
         self._draining: set[str] = set()  # nodes that want nothing new
         self._inputs: dict[str, int] = {}
         self._openers: dict[int, str] = {}
@@ -110,6 +111,8 @@ class Oracle:
                         self._draining.add(node.node)
                     if node.role is Role.EDGE:
                         self._edges[node.node] = node
+                    elif node.role is Role.DEVICE:
+                        self._own_links[node.node] = node.link1_capacity_bps
                 case NodeLost(node=name):
                     self.lost.add(name)
                     self._draining.discard(name)
@@ -183,11 +186,13 @@ class Oracle:
         self._placed.pop(task_id, None)
 
     def _weigh(self, seq: int) -> None:
-        """(8) to (10): what runs fits."""
+        """(8) to (10), and the own link of each device: what runs fits."""
         used: dict[str, list[int]] = {}
+        sent: Counter[str] = Counter()
         for task_id in self._running:
             placement = self._placed[task_id].placement if task_id in self._placed else None
             if placement is not None and placement.edge is not None:
+                sent[self._placed[task_id].device] += placement.link1_bps
                 sums = used.setdefault(placement.edge, [0, 0, 0])
                 sums[0] += placement.uses_slot
                 sums[1] += placement.link1_bps
@@ -196,6 +201,11 @@ class Oracle:
             node = self._edges[edge]
             if slots > node.slots or link1 > node.link1_capacity_bps or link2 > node.link2_capacity_bps:
                 self._say("G2", f"after decision {seq} edge {edge} gives {slots} slots, {link1} and {link2} bit/s")
+        for device, bps in sent.items():
+            if 0 < self._own_links.get(device, 0) < bps:
+                self._say(
+                    "G2", f"after decision {seq} the tasks of device {device} are promised {bps} bit/s of its own link"
+                )
 
     def finish(self, acknowledged: Iterable[str], excused: Mapping[str, Container[str]]) -> None:
         """Judge the ends: each acknowledged task has one, and fails only of a cause that it is excused for."""

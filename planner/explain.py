@@ -178,6 +178,12 @@ def _lacked(
         lacks.append(f"a slot ({account.slots} taken)" if account.slots else "a slot (it has none)")
     if free1 < option.max_link1_bps:
         lacks.append(f"bandwidth on link 1 ({format_rate(free1)} free of {format_rate(option.max_link1_bps)} wanted)")
+    if request.device is not None and request.device.limited:
+        own_bps = request.device.timeline.at(now)[1]
+        if own_bps < option.max_link1_bps:
+            lacks.append(
+                f"the device's own link ({format_rate(own_bps)} free of {format_rate(option.max_link1_bps)} wanted)"
+            )
     if family != DEVICE_EDGE and free2 < option.max_link2_bps:
         lacks.append(f"bandwidth on link 2 ({format_rate(free2)} free of {format_rate(option.max_link2_bps)} wanted)")
     if choice is not None and choice.cut1 == 0 and device_busy and rules.device_computes:
