@@ -36,7 +36,7 @@ from loadgen.claims import Claim
 from loadgen.figure_check import check_figures
 from loadgen.figure_result import POLICIES, FigureOptions, FigureResult, write_csv
 from loadgen.platforms import platforms
-from loadgen.sweep import Axis, SweepOptions
+from loadgen.sweep import Axis, SweepOptions, SweepResult
 from loadgen.sweep import sweep as run_sweep
 from planner.policies import load_policy
 
@@ -191,6 +191,9 @@ def sweep(
 ) -> None:
     """Every combination of the parameters given, to one tidy CSV and small multiples. Interrupted, it goes on.
 
+    Runs that the folder holds already are reused as long as nothing that they depend on has changed: scenario, seed,
+    source of the policy, profile, version.
+
     Example: `deepar simulate sweep --vary devices=20:200:20 --vary edges=10,40 --policies no-delay,deepar --out runs/city`
     """
     log = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -206,15 +209,24 @@ def sweep(
             cluster=cluster,
             progress=lambda done, total: tell("sweep", done, total),
         )
-        rows, files = run_sweep(options)
+        done = run_sweep(options)
     if as_json:
-        print(json_text({"runs": len(rows), "files": [str(path) for path in files]}))
+        counts = {"runs": len(done.rows), "reused": done.reused, "stale": done.stale}
+        print(json_text({**counts, "files": [str(path) for path in done.files]}))
         return
     console = Console(highlight=False)
-    _print_means(console, rows, [axis.name for axis in options.axes])
-    console.print(f"{len(rows)} runs")
-    for path in files:
+    _print_means(console, done.rows, [axis.name for axis in options.axes])
+    console.print(_runs_text(done))
+    for path in done.files:
         console.print(f"  {path}", markup=False)
+
+
+def _runs_text(done: SweepResult) -> str:
+    total = len(done.rows)
+    if not done.reused and not done.stale:
+        return f"{total} run{'s' * (total != 1)}"
+    text = f"reused {done.reused} of {total} runs"
+    return text + (f"; {done.stale} ran again: policy, profile or version has changed" if done.stale else "")
 
 
 @app.command()

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from bus.errors import UnknownNameError
 from bus.values import ModelProfile, Role
-from planner.profiles import load_profile
+from planner.profiles import parse_profile, profile_text
 
 FIRST_VERDICT_SEED = 10
 """Seeds below are for fits and for trials; the verdicts of figures rest on those from here on."""
@@ -43,10 +43,14 @@ class Platforms:
         raise UnknownNameError(f"the {role} has no profile of {name!r}; there are {known}")
 
 
-@lru_cache(maxsize=8)
 def platforms(name: str) -> Platforms:
-    """The platforms of a profile by name (`paper`) or file. Raises `UnknownNameError`, `ConfigError`."""
-    found = load_profile(name)
+    """The platforms of a profile by name (`paper`) or file, as the file is now. Raises `UnknownNameError`, `ConfigError`."""
+    return _platforms(name, profile_text(name))
+
+
+@lru_cache(maxsize=8)
+def _platforms(name: str, text: str) -> Platforms:
+    found = parse_profile(name, text)
     return Platforms(
         profiles={
             Role.DEVICE: tuple(found.device.values()),

@@ -1,10 +1,10 @@
 """Sweeps: every combination of some parameters, policies and seeds to one tidy CSV and a page of small
 multiples.
 
-A row is appended as soon as its run is done, so an interrupted sweep goes on where it stopped: rows whose key
-(the varied parameters, policy, seed) is already in the file are not run again. A file of another scenario is
-refused. When all is done the file is written once more in the order of the sweep, so the same sweep gives the
-same bytes however it was run.
+A row is appended as soon as its run is done, so an interrupted sweep goes on where it stopped. Each row carries the
+key of its run (`loadgen.run_key`), a hash of all that the run depends on; a row is reused only under an equal key, so
+a changed policy, profile or version runs again. A file of another scenario is refused. When all is done the file is
+written once more in the order of the sweep, so the same sweep gives the same bytes however it was run.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from loadgen import plots
 from loadgen.cells import Cell, run_as_completed
 from loadgen.figure_result import POLICIES
 from loadgen.metrics import half_width_95
+from loadgen.run_key import KEY_DIGITS, RunKeys
 from loadgen.scenario import FIELDS, Scenario, coerce
 
 MAX_RUNS = 1_000_000
 MAX_PANELS = 24
+KEY_COLUMN = "run_key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,38 +92,49 @@ class SweepOptions:
     progress: Callable[[int, int], None] | None = None  # (runs done, runs in all)
 
 
-def sweep(options: SweepOptions) -> tuple[list[dict[str, Any]], list[Path]]:
-    """Run what is missing; returns all rows in the order of the sweep, and the files. Raises `ConfigError`."""
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """A sweep, done."""
+
+    rows: list[dict[str, Any]]  # in the order of the sweep
+    files: list[Path]
+    reused: int  # rows that an earlier sweep left
+    stale: int  # rows of an earlier sweep whose policy, profile or code has changed since: run again
+
+
+def sweep(options: SweepOptions) -> SweepResult:
+    """Run what is missing. Raises `ConfigError`."""
     cells = plan(options)
+    keys = RunKeys()
+    wanted = [keys.key(cell) for cell in cells]
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "sweep.csv"
     names = [axis.name for axis in options.axes]
-    known = _resume(options, path, names)
-    missing = [index for index, cell in enumerate(cells) if _key(cell, names) not in known]
-    done = len(cells) - len(missing)
+    before = _resume(options, path, names, set(wanted))
+    found = {index: before.valid[key] | cells[index].labels for index, key in enumerate(wanted) if key in before.valid}
+    missing = [index for index in range(len(cells)) if index not in found]
+    reused, stale = len(found), sum(_place(cells[index], names) in before.stale for index in missing)
     if options.progress is not None:
-        options.progress(done, len(cells))
-    found: dict[int, dict[str, Any]] = {
-        index: known[_key(cell, names)] for index, cell in enumerate(cells) if _key(cell, names) in known
-    }
+        options.progress(len(found), len(cells))
     runs = run_as_completed([cells[index] for index in missing], jobs=options.jobs, cluster=options.cluster)
     with path.open("a", encoding="utf-8", newline="") as file:
         writer: csv.DictWriter[str] | None = None
-        for position, row in runs:
+        for position, run in runs:
+            index = missing[position]
+            row = {**run, KEY_COLUMN: wanted[index]}
             if writer is None:
                 writer = csv.DictWriter(file, list(row), lineterminator="\n")
                 if file.tell() == 0:
                     writer.writeheader()
             writer.writerow(row)
             file.flush()
-            found[missing[position]] = row
-            done += 1
+            found[index] = row
             if options.progress is not None:
-                options.progress(done, len(cells))
+                options.progress(len(found), len(cells))
     rows = [found[index] for index in range(len(cells))]
     _rewrite(path, rows)
     pictures = draw(options, rows) if options.axes else []
-    return rows, [path, options.out / "sweep.json", *pictures]
+    return SweepResult(rows, [path, options.out / "sweep.json", *pictures], reused, stale)
 
 
 def plan(options: SweepOptions) -> list[Cell]:
@@ -206,37 +219,51 @@ def _places(axis: Axis) -> tuple[list[float], bool]:
         return [float(index) for index in range(len(axis.values))], False
 
 
-def _key(cell: Cell, names: Sequence[str]) -> tuple[str, ...]:
+def _place(cell: Cell, names: Sequence[str]) -> tuple[str, ...]:
+    """Which row of the sweep a cell is, whatever its result depends on."""
     return (*(cell.labels[name] for name in names), cell.labels["policy"], str(cell.seed))
 
 
-def _resume(options: SweepOptions, path: Path, names: Sequence[str]) -> dict[tuple[str, ...], dict[str, Any]]:
-    """Rows that an earlier run of the same sweep has left. Raises `ConfigError` for those of another."""
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What an earlier run of the same sweep left."""
+
+    valid: dict[str, dict[str, Any]] = field(default_factory=dict)  # rows to reuse, by the key of their run
+    stale: set[tuple[str, ...]] = field(default_factory=set)  # places of rows that hold no longer
+
+
+def _resume(options: SweepOptions, path: Path, names: Sequence[str], wanted: set[str]) -> _Before:
+    """Read the rows that are there; keep those under one of the keys `wanted`. Raises `ConfigError` for another sweep's."""
     base = {key: value for key, value in asdict(options.scenario).items() if key not in ("name", "policy", *names)}
     print_ = hashlib.sha256(json.dumps(base, sort_keys=True, default=str).encode()).hexdigest()
     record = options.out / "sweep.json"
-    wanted = {"scenario": base, "axes": list(names), "fingerprint": print_}
-    if path.exists() and path.stat().st_size:
-        try:
-            before = json.loads(record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            before = {}
-        if (before.get("fingerprint"), before.get("axes")) != (print_, list(names)):
-            raise ConfigError(f"{path} holds another sweep", remedy="choose another --out, or remove it to start again")
-        with path.open(encoding="utf-8", newline="") as file:
-            # A line that a kill cut short has too few columns, and is run again.
-            rows = [row for row in csv.DictReader(file) if None not in row.values() and row.get("kinds")]
-        _rewrite(path, rows)
-        return {(*(row[name] for name in names), row["policy"], row["seed"]): _typed(row, names) for row in rows}
-    record.write_text(json.dumps(wanted, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
-    return {}
+    described = {"scenario": base, "axes": list(names), "fingerprint": print_}
+    if not (path.exists() and path.stat().st_size):
+        record.write_text(json.dumps(described, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+        return _Before()
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    if (before.get("fingerprint"), before.get("axes")) != (print_, list(names)):
+        raise ConfigError(f"{path} holds another sweep", remedy="choose another --out, or remove it to start again")
+    with path.open(encoding="utf-8", newline="") as file:
+        # A line that a kill cut short has too few columns, and is run again.
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    valid = [row for row in rows if row.get(KEY_COLUMN) in wanted and row[KEY_COLUMN]]
+    _rewrite(path, valid)
+    columns = (*names, "policy", "seed")
+    # Half a key is a line that was cut short; no key at all is a row of a version that wrote none.
+    stale = [row for row in rows if row not in valid and len(row.get(KEY_COLUMN, "")) in (0, KEY_DIGITS)]
+    places = {tuple(row.get(name, "") for name in columns) for row in stale}
+    return _Before({row[KEY_COLUMN]: _typed(row, names) for row in valid}, places)
 
 
 def _typed(row: dict[str, str], names: Sequence[str]) -> dict[str, Any]:
     """A row as `run_cell` gave it: numbers are numbers again (`repr` of a float is exact)."""
     typed: dict[str, Any] = {}
     for key, value in row.items():
-        if key in (*names, "policy", "kinds"):
+        if key in (*names, "policy", "kinds", KEY_COLUMN):
             typed[key] = value
         elif value == "":
             typed[key] = None

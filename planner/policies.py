@@ -93,6 +93,15 @@ def load_policy(name: str) -> Policy:
     raise UnknownNameError(f"no policy is called {name}; there is {', '.join(near)}")
 
 
+def policy_module(name: str) -> str | None:
+    """The module that defines a policy; None for a built-in one and for a name that is unknown."""
+    if name in BUILT_IN:
+        return None
+    if ":" in name:
+        return name.partition(":")[0]
+    return next((point.module for point in entry_points(group=ENTRY_POINT_GROUP) if point.name == name), None)
+
+
 def policy_names() -> list[str]:
     """Every policy that can be named without a colon."""
     return [*BUILT_IN, *sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)} - set(BUILT_IN))]

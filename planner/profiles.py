@@ -52,17 +52,26 @@ def load_profile(name_or_path: str | Path) -> PlatformProfiles:
     Raises `UnknownNameError` where neither exists, `ConfigError` for a file that is broken; the message names it.
     """
     name = str(name_or_path)
+    return parse_profile(name, profile_text(name))
+
+
+def profile_text(name: str) -> str:
+    """The content of a profile's file. Raises `UnknownNameError`, `ConfigError`."""
     if name in SHIPPED:
-        return _parse(name, files("planner").joinpath("data", f"{name}.json").read_text(encoding="utf-8"))
+        return files("planner").joinpath("data", f"{name}.json").read_text(encoding="utf-8")
     path = Path(name)
     if not path.is_file():
         raise UnknownNameError(
             f"no profile is called {name}: there is {', '.join(SHIPPED)}, or the path of a JSON file"
         )
-    return _parse(name, path.read_text(encoding="utf-8"))
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"profile {name} cannot be read: {error}") from error
 
 
-def _parse(name: str, text: str) -> PlatformProfiles:
+def parse_profile(name: str, text: str) -> PlatformProfiles:
+    """A profile from the content of its file. Raises `ConfigError` naming `name`."""
     try:
         found: dict[str, Any] = json.loads(text)
         if found.get("version") != PROFILE_VERSION:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bus.errors import ConfigError
@@ -13,6 +19,7 @@ from loadgen import sweep as sweeps
 from loadgen.cells import Cell, run_cell, run_cells
 from loadgen.scenario import Scenario
 from loadgen.sweep import Axis, SweepOptions, sweep
+from planner.profiles import profile_text
 from tests.unit.loadgen.machines import machines
 
 POLICIES = ("edge-only", "deepar")
@@ -63,7 +70,8 @@ def test_a_broken_axis_says_what_is_wrong(text: str, message: str) -> None:
 
 def test_one_tidy_row_a_run(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    rows, files = sweep(options(tmp_path, "devices=4:12:4", "edges=1,2", progress=lambda *n: told.append(n)))
+    done = sweep(options(tmp_path, "devices=4:12:4", "edges=1,2", progress=lambda *n: told.append(n)))
+    rows, files = done.rows, done.files
     assert len(rows) == 3 * 2 * 2 * 2
     assert [path.name for path in files] == ["sweep.csv", "sweep.json", "sweep.png", "sweep.svg"]
     assert all(path.exists() for path in files)
@@ -77,7 +85,7 @@ def test_one_tidy_row_a_run(tmp_path: Path) -> None:
 
 
 def test_a_row_is_the_run_of_its_scenario(tmp_path: Path) -> None:
-    rows, _ = sweep(options(tmp_path, "devices=5,9"))
+    rows = sweep(options(tmp_path, "devices=5,9")).rows
     wanted = run_cell(Cell(Scenario(devices=9, edges=2, within_s=5, policy="deepar"), 1, {}))
     row = next(r for r in rows if (r["devices"], r["policy"], r["seed"]) == ("9", "deepar", 1))
     assert row["mean_delay_s"] == wanted["mean_delay_s"]
@@ -86,7 +94,7 @@ def test_a_row_is_the_run_of_its_scenario(tmp_path: Path) -> None:
 def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _ = sweep(options(tmp_path / "whole"))
+    whole = sweep(options(tmp_path / "whole")).rows
     runs: list[int] = []
     original = cells.run_cell
 
@@ -109,9 +117,10 @@ def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_bytes(
         return original(cell)
 
     monkeypatch.setattr(cells, "run_cell", counted)
-    again, _ = sweep(options(tmp_path / "part"))
+    again = sweep(options(tmp_path / "part"))
     assert len(runs) == 12 - 4
-    assert again == whole
+    assert (again.reused, again.stale) == (4, 0)
+    assert again.rows == whole
     assert path.read_bytes() == (tmp_path / "whole" / "sweep.csv").read_bytes()
 
 
@@ -120,8 +129,79 @@ def test_another_sweep_is_not_mixed_in(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another sweep"):
         sweep(options(tmp_path, "edges=1,2"))
     more = options(tmp_path, "devices=4:16:4")  # more values of the same axis belong to the same sweep
-    rows, _ = sweep(more)
-    assert len(rows) == 16
+    done = sweep(more)
+    assert len(done.rows) == 16
+    assert (done.reused, done.stale) == (12, 0)
+
+
+def policy_file(folder: Path, body: str, name: str = "mine") -> None:
+    """A policy `MODULE:Mine` that imports a module of its own."""
+    head = f"from {name}_rules import CHOSEN\n\n\nclass Mine:\n    name = 'mine'\n\n"
+    (folder / f"{name}.py").write_text(f"{head}    def place(self, algorithm):\n        {body}\n")
+
+
+RUN = """
+import sys
+from tests.unit.loadgen import test_sweep as here
+from loadgen import cells
+cells.platforms = lambda profile: here.machines()
+done = here.sweep(here.replace(here.options(here.Path(sys.argv[1])), policies=("edge-only", "mine:Mine"), seeds=1))
+print(done.reused, done.stale, [row["mean_delay_s"] for row in done.rows if row["policy"] == "mine:Mine"])
+"""
+
+
+def fresh_process(out: Path, modules: Path) -> tuple[int, int, list[float]]:
+    """(reused, stale, delays) of a sweep in a process of its own, as a user who edits a policy runs it."""
+    path = os.pathsep.join((str(modules), str(Path(__file__).parents[3])))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(out)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    reused, stale, delays = done.stdout.split(" ", 2)
+    return int(reused), int(stale), json.loads(delays)
+
+
+def test_an_edited_policy_or_a_module_that_it_imports_runs_again(tmp_path: Path) -> None:
+    modules, out = tmp_path / "modules", tmp_path / "out"
+    modules.mkdir()
+    policy_file(modules, "return algorithm.best(CHOSEN)")
+    rules = modules / "mine_rules.py"
+    rules.write_text("from planner.search import DEVICE\n\nCHOSEN = {DEVICE}\n")
+    first = fresh_process(out, modules)
+    assert first[:2] == (0, 0)
+    assert fresh_process(out, modules) == (6, 0, first[2])
+    rules.write_text("from planner.search import DEVICE_EDGE\n\nCHOSEN = {DEVICE_EDGE}\n")
+    second = fresh_process(out, modules)
+    assert second[:2] == (3, 3)  # the built-in policy's runs are reused
+    assert second[2] != first[2]
+    policy_file(modules, "return algorithm.best(CHOSEN, device_computes=False)")
+    assert fresh_process(out, modules)[:2] == (3, 3)
+
+
+def test_a_changed_profile_or_version_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = tmp_path / "mine.json"
+    profile.write_text(profile_text("paper"))
+    made = replace(options(tmp_path / "out"), scenario=Scenario(devices=6, edges=2, within_s=5, profile=str(profile)))
+    sweep(made)
+    assert sweep(made).reused == 12
+    profile.write_text(profile_text("paper").replace('"link1_bps": 2', '"link1_bps": 1'))
+    done = sweep(made)
+    assert (done.reused, done.stale) == (0, 12)
+    monkeypatch.setattr(np, "__version__", "9.9")
+    assert sweep(made).stale == 12
+
+
+def test_rows_of_a_version_that_wrote_no_keys_run_again(tmp_path: Path) -> None:
+    done = sweep(options(tmp_path))
+    with done.files[0].open(newline="") as file:
+        rows = [{name: value for name, value in row.items() if name != "run_key"} for row in csv.DictReader(file)]
+    with done.files[0].open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    again = sweep(options(tmp_path))
+    assert (again.reused, again.stale, again.rows) == (0, 12, done.rows)
 
 
 def test_too_many_runs_are_refused_before_they_begin(tmp_path: Path) -> None:
