@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,18 @@ from rich.console import Console
 
 from bus.errors import ConfigError, CutError, UnknownNameError
 from deploy.commands_profile import profile
-from deploy.model_loading import Json, ModelArgument, Sha256, Threads, load, print_json, progress_bar, stored_arrays
+from deploy.model_loading import (
+    InputShapes,
+    Json,
+    ModelArgument,
+    Sha256,
+    SignatureName,
+    Threads,
+    load,
+    print_json,
+    progress_bar,
+    stored_arrays,
+)
 from deploy.model_tables import cuts_table, models_table, parts_table, show_tree, size, verify_lines
 from deploy.outputs import writable_folder
 from deploy.process import EXIT_FAILED
@@ -47,19 +59,25 @@ def list_(as_json: Json = False) -> None:
 
 
 @app.command()
-def show(model: ModelArgument, as_json: Json = False, sha256: Sha256 = None) -> None:
+def show(
+    model: ModelArgument,
+    as_json: Json = False,
+    sha256: Sha256 = None,
+    signature: SignatureName = None,
+    input_shape: InputShapes = None,
+) -> None:
     """What a model takes, gives and consists of.
 
     Example: `deepar models show alexnet`
     """
-    loaded = load(model, sha256)
+    loaded = load(model, sha256, signature, input_shape)
     if as_json:
         manifest = loaded.manifest
         print_json(
             {
                 "model": loaded.name,
                 "path": str(loaded.path),
-                "sha256": loaded.sha256,
+                "sha256": loaded.file_sha256,
                 "size_bytes": loaded.size_bytes,
                 "layers": manifest.layers,
                 "inputs": [spec.model_dump(mode="json") for spec in manifest.cuts[0].tensors],
@@ -70,6 +88,10 @@ def show(model: ModelArgument, as_json: Json = False, sha256: Sha256 = None) -> 
                 "missing_kernels": sorted(loaded.facts.missing_kernels),
                 "kinds": _counted(layer.kind for layer in loaded.graph.layers),
                 "uncuttable": _uncuttable(loaded),
+                "signature": loaded.contents.meant,
+                "signatures": [asdict(one) for one in loaded.contents.signatures],
+                "unseen": list(loaded.contents.unseen),
+                "open_inputs": [asdict(one) for one in loaded.contents.open_inputs],
             }
         )
     else:
@@ -84,12 +106,14 @@ def cuts(
         bool, typer.Option("--useful", help="Only the cuts on the front of work before and bytes crossing.")
     ] = False,
     sha256: Sha256 = None,
+    signature: SignatureName = None,
+    input_shape: InputShapes = None,
 ) -> None:
     """Where a model can be cut, what crosses each cut, and how much work lies before it.
 
     Example: `deepar models cuts alexnet --useful`
     """
-    loaded = load(model, sha256)
+    loaded = load(model, sha256, signature, input_shape)
     manifest = loaded.manifest
     front, shares = set(useful_positions(manifest)), work_shares(manifest)
     shown = [cut for cut in manifest.cuts if not useful or cut.position in front]
@@ -127,12 +151,14 @@ def slice_(
     ] = None,
     as_json: Json = False,
     sha256: Sha256 = None,
+    signature: SignatureName = None,
+    input_shape: InputShapes = None,
 ) -> None:
     """Cut a model into valid .tflite parts, for the device, the edge and the cloud.
 
     Example: `deepar models slice alexnet --cut1 maxpool_1 --cut2 maxpool_3 --out parts`
     """
-    loaded = load(model, sha256)
+    loaded = load(model, sha256, signature, input_shape)
     first = position_of(loaded, cut1)
     second = first if cut2 is None else position_of(loaded, cut2)
     if first > second:
@@ -192,6 +218,8 @@ def verify(
     delegate: Annotated[bool, typer.Option(help="Use the runtime's default delegate (XNNPACK).")] = True,
     as_json: Json = False,
     sha256: Sha256 = None,
+    signature: SignatureName = None,
+    input_shape: InputShapes = None,
 ) -> None:
     """Run the whole model and its parts on the same inputs and compare the results bit by bit.
 
@@ -199,7 +227,7 @@ def verify(
 
     Example: `deepar models verify lenet --cuts all`
     """
-    loaded = load(model, sha256)
+    loaded = load(model, sha256, signature, input_shape)
     rng = np.random.default_rng(seed)
     given = _given(loaded, inputs) if inputs is not None else []
     chosen = [*given, *(random_inputs(loaded, rng) for _ in range(samples))]
@@ -228,6 +256,8 @@ def verify(
                 "samples": len(chosen),
                 "differing": [{"cut1": first, "cut2": second} for first, second in report.differing],
                 "explanation": report.explanation,
+                "signature": report.signature,
+                "unseen": list(report.unseen),
             }
         )
     else:

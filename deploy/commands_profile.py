@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from deploy.model_loading import Json, ModelArgument, Sha256, Threads, load, print_json, progress_bar
+from deploy.model_loading import (
+    InputShapes,
+    Json,
+    ModelArgument,
+    Sha256,
+    SignatureName,
+    Threads,
+    load,
+    print_json,
+    progress_bar,
+)
 from deploy.model_tables import profile_table
 from deploy.profile_chart import draw_profile
 from stages.cache import write_whole
@@ -30,6 +40,8 @@ def profile(
     platform: Annotated[str, typer.Option(help="What the profile calls this machine.")] = "this machine",
     as_json: Json = False,
     sha256: Sha256 = None,
+    signature: SignatureName = None,
+    input_shape: InputShapes = None,
 ) -> None:
     """Measure how long every layer of a model takes on this machine, and what it sends if the model is cut after it.
 
@@ -38,7 +50,7 @@ def profile(
 
     Example: `deepar profile lenet --num-threads 2 --out here.json`
     """
-    loaded = load(model, sha256)
+    loaded = load(model, sha256, signature, input_shape)
     log = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def say(line: str) -> None:

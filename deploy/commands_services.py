@@ -23,9 +23,19 @@ from deploy.options import Bootstrap, HttpHost, HttpPort, Region
 from deploy.planner_process import parse_regions, run_planner, run_regions
 from deploy.process import run_on_uvloop
 from deploy.result_file import ResultFile
-from deploy.settings import CloudOptions, DeviceOptions, EdgeOptions, NodeOptions, load_settings, options_of
+from deploy.settings import (
+    CloudOptions,
+    DeviceOptions,
+    EdgeOptions,
+    NodeOptions,
+    Served,
+    ServedModel,
+    load_settings,
+    options_of,
+)
 from planner.placing import WhenLate
 from planner.service import PlannerService
+from stages.choice import parse_shapes, shape_words
 
 stage_app = typer.Typer(no_args_is_help=True, help="Run one stage: a device, an edge or a cloud worker.")
 
@@ -38,6 +48,19 @@ Models = Annotated[
         envvar="DEEPAR_MODELS",
         help="A model it serves; may be given again. [default: lenet alexnet]",
         autocompletion=completion.models,
+    ),
+]
+Signature = Annotated[
+    str | None,
+    typer.Option("--signature", envvar="DEEPAR_SIGNATURE", help="Which signature of its one --model is meant."),
+]
+InputShape = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape",
+        envvar="DEEPAR_INPUT_SHAPE",
+        metavar="NAME=1x1280",
+        help="Shape of an input that its one --model leaves open; repeatable.",
     ),
 ]
 Slowdown = Annotated[
@@ -159,6 +182,8 @@ class StageFlags:
     """The options that every stage has."""
 
     models: Models = None
+    signature: Signature = None
+    input_shape: InputShape = None
     slowdown: Slowdown = 1.0
     runner: RunnerKind = "litert"
     profile: ProfileName = None
@@ -183,9 +208,18 @@ class StageFlags:
             "remeasure": self.remeasure,
         }
 
-    def model_names(self) -> list[str]:
-        """The models that it serves."""
-        return [name for entry in self.models or ["lenet", "alexnet"] for name in entry.split(",") if name]
+    def served(self) -> list[Served]:
+        """The models that it serves. Raises `ConfigError` where it is open which of them a signature or a shape is for."""
+        names = [name for entry in self.models or ["lenet", "alexnet"] for name in entry.split(",") if name]
+        shapes = {name: shape_words(shape) for name, shape in parse_shapes(self.input_shape or ()).items()}
+        if self.signature is None and not shapes:
+            return list(names)
+        if len(names) != 1:
+            raise ConfigError(
+                "--signature and --input-shape are about one model, and there are several",
+                remedy="name one --model, or start the nodes with `deepar up`, whose file says it of each model",
+            )
+        return [ServedModel(model=names[0], signature=self.signature, input_shape=shapes)]
 
 
 def with_stage_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -283,7 +317,7 @@ def _run_stage(options: NodeOptions, flags: StageFlags, results: Path | None = N
 
     settings = nodes.node_settings(options, region=flags.region, lease_s=parse_duration(flags.lease))
     key = key_of(Speaker(settings.role.value, settings.name), flags.identity_key)
-    make = partial(make_runner, settings.role, options, flags.model_names(), nodes.log.info)
+    make = partial(make_runner, settings.role, options, flags.served(), nodes.log.info)
     on_result = ResultFile(results) if results else None
     bus = signed(nodes.kafka_bus(flags.bootstrap_servers), key)
     run_on_uvloop(

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from bus.errors import ConfigError
 from bus.json_text import json_text
 from deploy import completion
+from stages.choice import Choice, parse_shapes
 from stages.model import Model
 from stages.zoo import load_model
 
@@ -28,6 +29,15 @@ ModelArgument = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Sha256 = Annotated[str | None, typer.Option("--sha256", help="Refuse the file unless it has this hash.")]
+SignatureName = Annotated[
+    str | None, typer.Option("--signature", help="Which signature is meant. [default: the main subgraph's]")
+]
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape", metavar="NAME=1x1280", help="Shape of an input that the file leaves open; repeatable."
+    ),
+]
 Threads = Annotated[int, typer.Option(min=1, max=64, help="Threads of the runtime.")]
 
 
@@ -36,10 +46,11 @@ def print_json(report: dict[str, Any]) -> None:
     sys.stdout.write(json_text(report) + "\n")
 
 
-def load(model: str, sha256: str | None) -> Model:
+def load(model: str, sha256: str | None, signature: str | None = None, input_shapes: list[str] | None = None) -> Model:
     """The model, with a bar while it is generated, copied or hashed."""
+    choice = Choice(signature, parse_shapes(input_shapes or ()))
     with progress_bar("loading") as bar:
-        return load_model(model, lambda what, done, total: bar(done, total, what), sha256=sha256)
+        return load_model(model, lambda what, done, total: bar(done, total, what), sha256=sha256, choice=choice)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def show_tree(model: Model) -> Tree:
     """One model."""
     manifest, graph = model.manifest, model.graph
     tree = Tree(f"[bold]{escape(model.name)}[/]  {escape(str(model.path))}")
-    tree.add(f"{size(model.size_bytes)}, SHA-256 {model.sha256}")
+    tree.add(f"{size(model.size_bytes)}, SHA-256 {model.file_sha256}")
     work = sum(cut.work for cut in manifest.cuts)
     tree.add(f"{manifest.layers} layers, {work / 1e6:,.1f} million multiply-accumulates")
     if graph.carried:
@@ -60,6 +60,19 @@ def show_tree(model: Model) -> Tree:
         branch = tree.add(f"{title} {size(cut.cut_bytes)}")
         for spec in cut.tensors:
             branch.add(_spec(spec))
+    if len(model.contents.signatures) > 1 or model.contents.unseen:
+        branch = tree.add("signatures" if model.contents.signatures else "no signatures")
+        for one in model.contents.signatures:
+            call = f"{escape(one.name)}({escape(', '.join(one.inputs))}) -> {escape(', '.join(one.outputs))}"
+            branch.add(f"[bold]{call}: this is about it[/]" if one.meant else f"{call}: --signature {escape(one.name)}")
+        others = [words for words in model.contents.unseen if not words.startswith("signature ")]
+        if others:
+            branch.add(f"not looked at: {escape(', '.join(others))}")
+    for entry in model.contents.open_inputs:
+        declared = "x".join(map(str, entry.declared))
+        tree.add(
+            escape(f"{entry.name} is open: {entry.words}, here {declared}; --input-shape {entry.name}={entry.words}")
+        )
     if graph.stateful:
         tree.add("keeps state between samples; every sample starts afresh here")
     if model.facts.missing_kernels:

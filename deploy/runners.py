@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from bus.errors import ConfigError
 from bus.values import ModelProfile, Role
-from deploy.settings import NodeOptions
+from deploy.settings import NodeOptions, Served, ServedModel
 from planner.profiles import load_profile
 from stages.compute import LitertRunner
 from stages.runner import ModelledRunner, Runner
@@ -14,7 +14,7 @@ from stages.zoo import load_model
 
 
 def make_runner(
-    role: Role, options: NodeOptions, models: Sequence[str], say: Callable[[str], None] | None = None
+    role: Role, options: NodeOptions, models: Sequence[Served], say: Callable[[str], None] | None = None
 ) -> Runner:
     """A runner that computes (`litert`) or plays (`modelled`) the models.
 
@@ -22,15 +22,20 @@ def make_runner(
     Raises `UnknownNameError`, `ModelError`, `ConfigError`.
     """
     profile, slowdown, platform = options.profile, options.slowdown, f"{role.value} {options.name}"
+    wanted = [ServedModel(model=entry) if isinstance(entry, str) else entry for entry in models]
     known: dict[str, ModelProfile] = {}
     if profile is not None:
         known = {played.model: played for played in getattr(load_profile(profile), role.value).values()}
-        missing = [model for model in models if model not in known]
+        missing = [entry.model for entry in wanted if entry.model not in known]
         if missing:
             raise ConfigError(f"profile {profile} has no {', '.join(missing)}; it has {', '.join(sorted(known))}")
         if options.runner == "modelled":
-            return ModelledRunner([scaled(known[model], slowdown, platform) for model in models])
-    loaded = [load_model(model) for model in models]
+            return ModelledRunner([scaled(known[entry.model], slowdown, platform) for entry in wanted])
+    loaded = [load_model(entry.model, choice=entry.choice) for entry in wanted]
+    by_name = {model.name: model for model in loaded}
+    for model in loaded:
+        if by_name[model.name].sha256 != model.sha256:
+            raise ConfigError(f"two of the models are called {model.name}", remedy="rename one of the files")
     for model in loaded:
         if model.name in known and known[model.name].sha256 != model.sha256:
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 execution = "streaming"              # or "sequential", the paper's way
 objective = "pipelined"              # or "sequential", the paper's (7)
-models = ["lenet", "alexnet"]        # names of the zoo, or .tflite files
+models = ["lenet", "alexnet"]        # names of the zoo, .tflite files, or tables: see `ServedModel`
 
 [bus]
 kind = "memory"                      # or "kafka"
@@ -31,13 +31,14 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from bus.errors import ConfigError
 from bus.units import parse_duration, parse_rate
 from bus.values import Execution, NodeName, Objective
 from planner.placing import WhenLate
 from planner.region_state import DEFAULT_PATIENCE_S
+from stages.choice import Choice, parse_shapes
 
 
 def _or_value_error(parse: Any) -> Any:
@@ -60,12 +61,37 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class ServedModel(_Strict):
+    """A model with what its file leaves open: `{model = "FILE", signature = "NAME", input_shape = {NAME = "1x1280"}}`."""
+
+    model: str  # a name of the zoo, or a .tflite file
+    signature: str | None = None  # None: the main subgraph's
+    input_shape: dict[str, str] = {}  # input's name -> its dimensions
+
+    @property
+    def choice(self) -> Choice:
+        """The same as loading a model takes it. Raises `ConfigError`."""
+        return Choice(self.signature, parse_shapes(f"{name}={sizes}" for name, sizes in self.input_shape.items()))
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        _or_value_error(lambda served: served.choice)(self)
+        return self
+
+
+Served = Annotated[
+    Annotated[str, Tag("name")] | Annotated[ServedModel, Tag("table")],
+    Discriminator(lambda entry: "table" if isinstance(entry, dict | ServedModel) else "name"),
+]
+"""A model as a file of settings names it."""
+
+
 class NodeOptions(_Strict):
     """What every node may be given."""
 
     name: NodeName
     slowdown: Annotated[float, Field(ge=1.0)] = 1.0  # plays a machine so many times slower than this one
-    models: tuple[str, ...] | None = None  # None: the file's
+    models: tuple[Served, ...] | None = None  # None: the file's
     profile: str | None = None  # a profile to play instead of computing: a name or a file
     runner: Literal["litert", "modelled"] = "litert"  # compute, or sleep the profile's time
     threads: Annotated[int, Field(ge=1)] = 1  # threads of the runtime for one inference
@@ -121,7 +147,7 @@ class UpSettings(_Strict):
     lease: Duration = 10.0  # of the nodes
     objective: Objective = Objective.PIPELINED
     execution: Execution = Execution.STREAMING
-    models: Annotated[tuple[str, ...], Field(min_length=1)] = ("lenet",)
+    models: Annotated[tuple[Served, ...], Field(min_length=1)] = ("lenet",)
     bus: BusOptions = BusOptions()
     planner: PlannerOptions | None = PlannerOptions()
     device: tuple[DeviceOptions, ...] = ()

@@ -25,6 +25,9 @@ WEIGHT_ALIGNMENT_BYTES = 64
 LARGEST_FILE_BYTES = (1 << 31) - 1
 """Offsets inside a flatbuffer are signed to most verifiers, so a file ends at 2 GiB."""
 
+STREAMED_BYTES = 4096
+"""Buffers from this size on are copied from the mapped source, never through the heap."""
+
 ModelBytes: TypeAlias = bytes | mmap.mmap  # a model file, in memory or mapped
 Chunk: TypeAlias = bytes | bytearray | memoryview
 ModelT: TypeAlias = Any  # the generated object API is not typed
@@ -42,6 +45,16 @@ class Blob:
         """A blob that is there already; it is kept, not copied."""
         view = memoryview(data).cast("B")
         return cls(view.nbytes, lambda: (view,))
+
+
+def stored_bytes(model: ModelT, data: ModelBytes, index: int) -> memoryview | None:
+    """The bytes of a buffer of `model`, the unpacked `data`, as a view of it; None where the buffer has none."""
+    found = model.buffers[index]
+    if isinstance(found.data, np.ndarray) and found.data.size:
+        return memoryview(found.data.data)
+    if found.offset > 1:  # stored behind the flatbuffer, as large models do
+        return memoryview(data)[found.offset : found.offset + found.size]
+    return None
 
 
 def forget_pages(data: ModelBytes) -> None:

@@ -22,7 +22,7 @@ from ai_edge_litert import schema_py_generated as schema
 from bus.errors import CutError, ModelError
 from bus.values import CutPoint, ModelManifest, TensorSpec
 from stages.facts import RuntimeFacts
-from stages.flatfile import ModelBytes
+from stages.flatfile import ModelBytes, stored_bytes
 from stages.operators import (
     HANDLES,
     SHAPE_READERS,
@@ -146,12 +146,7 @@ class Graph:
 
     def buffer(self, index: int) -> memoryview | None:
         """The bytes of a buffer, as a view of the file; None where it has none."""
-        found = self.model.buffers[index]
-        if isinstance(found.data, np.ndarray) and found.data.size:
-            return memoryview(found.data.data)
-        if found.offset > 1:  # stored behind the flatbuffer, as large models do
-            return memoryview(self._data)[found.offset : found.offset + found.size]
-        return None
+        return stored_bytes(self.model, self._data, index)
 
     def is_constant(self, tensor: int) -> bool:
         """Whether the file holds the values."""

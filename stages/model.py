@@ -9,19 +9,23 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+
+from ai_edge_litert import schema_py_generated as schema
 
 from bus.errors import ModelError
 from bus.values import ModelManifest
 from stages.cache import Progress, cache_dir, write_whole
+from stages.choice import Choice, shape_words
 from stages.facts import RuntimeFacts
-from stages.flatfile import ModelBytes, forget_pages
+from stages.flatfile import Chunk, ModelBytes, forget_pages, tflite_chunks
 from stages.graph import Graph
 from stages.trial import trial
 from stages.validation import validated
+from stages.variants import Contents, chosen_hash, contents, rewritten
 
 KEPT_IN_MEMORY_BYTES = 64 << 20
 """Files up to this size are read; larger ones are copied to the cache, out of reach of their owner, and mapped."""
@@ -35,11 +39,15 @@ class Model:
 
     name: str  # the name that messages use
     path: Path  # where the user, or the zoo, has it
-    sha256: str  # of `data`
+    sha256: str  # of the file; made of it and the choice where one was made
     data: ModelBytes = field(repr=False)  # the file
     kept: Path | None = field(default=None, repr=False)  # the file in our cache that `data` maps; None where in memory
     facts: RuntimeFacts = field(default_factory=RuntimeFacts, repr=False)  # what a trial run showed
     trusted: bool = False  # whether it is DeePar's own, which needs no trial runs
+    file_sha256: str = ""  # of the file that the user has
+    contents: Contents = field(
+        default_factory=Contents, repr=False
+    )  # its signatures, what is not looked at, open inputs
 
     @property
     def size_bytes(self) -> int:
@@ -73,8 +81,12 @@ class Model:
 
 def model_name(path: Path) -> str:
     """A name that messages can carry, from a file's."""
-    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", path.name.removesuffix(".tflite")).strip("-._+")
-    return name[:100] or "model"
+    return clean_name(path.name.removesuffix(".tflite"))
+
+
+def clean_name(words: str) -> str:
+    """The words with a dash for what a model's name may not have."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", words).strip("-._+")[:100] or "model"
 
 
 def read_model(
@@ -84,10 +96,13 @@ def read_model(
     sha256: str | None = None,
     progress: Progress | None = None,
     trusted: bool = False,
+    choice: Choice | None = None,
 ) -> Model:
     """Reads, hashes and validates a model file, and runs it once in a process of its own unless it is `trusted`.
 
-    Raises `ModelError` where the file is missing, unreadable, not a model, truncated, inconsistent, larger than a flatbuffer
+    `choice` says which signature and which shapes are meant. A signature on another subgraph than the main one gives the
+    model a name of its own, `NAME.SIGNATURE`. Raises `UnknownNameError` and `ConfigError` for a choice that the file does not
+    offer, `ModelError` where the file is missing, unreadable, not a model, truncated, inconsistent, larger than a flatbuffer
     can be, or does not have the hash that was asked for.
     """
     shown = str(path)
@@ -116,9 +131,53 @@ def read_model(
     if sha256 is not None and digest != sha256.lower():
         raise ModelError(shown, f"has SHA-256 {digest}, not {sha256.lower()} as asked for")
     validated(data, shown)
-    source = data if isinstance(data, bytes) else kept
-    facts = RuntimeFacts() if trusted or source is None else trial(source, digest, shown)
-    return Model(name or model_name(path), path, digest, data, kept, facts, trusted)
+    known_as = name or model_name(path)
+    return _as_chosen(
+        Model(known_as, path, digest, data, kept, file_sha256=digest, trusted=trusted), choice or Choice()
+    )
+
+
+def _as_chosen(model: Model, choice: Choice) -> Model:
+    """The model that the choice makes of a file that was read, tried unless it is trusted as it stands."""
+    shown = str(model.path)
+    unpacked = schema.ModelT.InitFromPackedBuf(model.data, 0)
+    found = contents(unpacked, choice, shown)
+    sha256 = chosen_hash(model.sha256, unpacked, choice, shown)
+    if sha256 != model.sha256:
+        blobs = rewritten(unpacked, model.data, choice, shown)
+        data, kept = _stored(tflite_chunks(unpacked, blobs), sha256, model.size_bytes)
+        validated(data, shown)
+        model = replace(model, sha256=sha256, data=data, kept=kept, trusted=False)
+    if found.main:
+        model = replace(model, name=clean_name(f"{model.name}.{found.meant}"))
+    model = replace(model, contents=found)
+    return model if model.trusted else replace(model, facts=_tried(model, choice))
+
+
+def _tried(model: Model, choice: Choice) -> RuntimeFacts:
+    """What a trial run shows. Raises `ModelError`, which names the shapes that were given and the inputs that are open."""
+    try:
+        return trial(model.source, model.sha256, str(model.path))
+    except ModelError as error:
+        words = [f"{name} was given as {shape_words(shape)}" for name, shape in choice.input_shapes.items()]
+        words += [
+            f"{one.name} is open, {one.words}, and was run at {shape_words(one.declared)}"
+            for one in model.contents.open_inputs
+        ]
+        if not words:
+            raise
+        fault = f"{error.fault.rstrip('.')}; its input {', '.join(words)}"
+        raise ModelError(error.path, fault, remedy=model.contents.remedy) from error
+
+
+def _stored(chunks: Iterable[Chunk], sha256: str, size_bytes: int) -> tuple[ModelBytes, Path | None]:
+    """A file that was made: in memory, or mapped from the cache where it is large."""
+    if size_bytes <= KEPT_IN_MEMORY_BYTES:
+        return b"".join(bytes(chunk) for chunk in chunks), None
+    kept = cache_dir("models") / f"{sha256}.tflite"
+    write_whole(kept, chunks, size_bytes=size_bytes, durable=False)
+    with open(kept, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), kept
 
 
 def _mapped(handle: int, path: Path, size_bytes: int, progress: Progress | None) -> tuple[mmap.mmap, str, Path]:

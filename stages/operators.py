@@ -75,6 +75,10 @@ UNREPEATABLE = frozenset(
 """Operators whose result is not a function of their inputs, so that running them in two slices would differ."""
 
 
+KEPT_METADATA = frozenset({"min_runtime_version", "CONVERSION_METADATA", "reduced_precision_support"})
+"""Metadata that hold for every part. All other may speak of the whole model's tensors or operators by number."""
+
+
 def kind_of(code: Any) -> str:
     """The kind of an operator code of the object API."""
     kind = KINDS.get(max(code.builtinCode, code.deprecatedBuiltinCode), "UNKNOWN")

@@ -22,19 +22,13 @@ from bus.json_text import json_text
 from bus.values import ModelManifest, TensorSpec
 from stages.cache import write_whole
 from stages.details import FIELDS, details_of, named_tensors, with_named_tensors
-from stages.flatfile import LARGEST_FILE_BYTES, Blob, Chunk, tflite_chunks, tflite_size
+from stages.flatfile import LARGEST_FILE_BYTES, STREAMED_BYTES, Blob, Chunk, tflite_chunks, tflite_size
 from stages.graph import Graph, indices
 from stages.model import Model
-from stages.operators import CONTROL_FLOW, SHAPE_READERS, kind_of, subgraphs_of, text
+from stages.operators import CONTROL_FLOW, KEPT_METADATA, SHAPE_READERS, kind_of, subgraphs_of, text
 
 STRUCTURE_BYTES = 1 << 24
 """Left for what is not weights in a file that is nearly as large as a file can be."""
-
-STREAMED_BYTES = 4096
-"""Buffers from this size on are copied from the mapped source, never through the heap."""
-
-KEPT_METADATA = frozenset({"min_runtime_version", "CONVERSION_METADATA", "reduced_precision_support"})
-"""Metadata that hold for every part. All other may speak of the whole model's tensors or operators by number."""
 
 
 @dataclass(frozen=True)
@@ -343,7 +337,8 @@ def write_parts(model: Model, cuts: list[int], folder: Path) -> tuple[Path, list
         )
     document = {
         "model": model.name,
-        "sha256": model.sha256,
+        "sha256": model.file_sha256,
+        "signature": model.contents.meant,
         "layers": model.graph.depth,
         "cuts": [{"position": cut, "name": model.manifest.cuts[cut].name} for cut in cuts],
         "parts": parts,

@@ -44,6 +44,8 @@ class Report:
     explanation: str | None = None  # what makes the difference, where that was shown; and what was not run
     explained: bool = False  # whether the difference was shown to come from the runtime and not from the cut
     differing: tuple[Pair, ...] = ()  # all pairs that differ
+    signature: str | None = None  # the one that was run; None where the model has none
+    unseen: tuple[str, ...] = ()  # what of the file was not run, in words
 
 
 def pairs_of(model: Model, cuts: str, seed: int) -> list[Pair]:
@@ -159,6 +161,8 @@ def verify(
         differing=tuple(dict.fromkeys(differing)),
         explanation=_explained(model, limit, cause),
         explained=cause is not None,
+        signature=model.contents.meant,
+        unseen=model.contents.unseen,
     )
 
 
@@ -205,6 +209,9 @@ def _explained(model: Model, limit: int, cause: str | None) -> str | None:
     if limit < model.graph.depth:
         missing = ", ".join(sorted(model.facts.missing_kernels))
         words.append(f"layers behind {limit} were not run: this runtime has no kernel for {missing}")
+    if model.contents.unseen:
+        meant = f"signature {model.contents.meant}" if model.contents.meant else "the main subgraph"
+        words.append(f"this is about {meant} alone; not looked at: {', '.join(model.contents.unseen)}")
     return "; ".join(words) or None
 
 

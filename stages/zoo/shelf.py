@@ -13,6 +13,7 @@ import numpy as np
 
 from bus.errors import ModelError, UnknownNameError
 from stages.cache import Progress, cache_dir, locked, write_whole
+from stages.choice import Choice
 from stages.model import Model, read_model
 from stages.zoo.networks import LENET, NETWORKS, Network, build, seeded
 
@@ -58,12 +59,18 @@ def list_models() -> list[ZooEntry]:
     return entries
 
 
-def load_model(name_or_path: str | Path, progress: Progress | None = None, *, sha256: str | None = None) -> Model:
+def load_model(
+    name_or_path: str | Path,
+    progress: Progress | None = None,
+    *,
+    sha256: str | None = None,
+    choice: Choice | None = None,
+) -> Model:
     """A model of the zoo by its name, or any `.tflite` file by its path; read, hashed, validated.
 
     Weights from a seed are generated at the first use, into the cache, with `progress(what, done_bytes, total_bytes)`.
-    `sha256`, where given, must be the file's. Raises `UnknownNameError` for a name that is neither, `ModelError` for a file
-    that is refused.
+    `sha256`, where given, must be the file's; `choice` says which signature and which shapes are meant. Raises
+    `UnknownNameError` for a name that is neither, `ModelError` for a file that is refused.
     """
     name = str(name_or_path)
     network = NETWORKS.get(name)
@@ -75,12 +82,12 @@ def load_model(name_or_path: str | Path, progress: Progress | None = None, *, sh
             raise UnknownNameError(
                 f"no model is called {name}{hint}", remedy=f"name one of {', '.join(NETWORKS)}, or a .tflite file"
             )
-        return read_model(path, sha256=sha256, progress=progress)
+        return read_model(path, sha256=sha256, progress=progress, choice=choice)
 
     path, expected = _path(network), SHA256[network.name]
     if path.is_file():
         try:
-            model = read_model(path, name=network.name, sha256=expected, progress=progress, trusted=True)
+            model = read_model(path, name=network.name, sha256=expected, progress=progress, trusted=True, choice=choice)
         except ModelError:
             if network is LENET:
                 raise
@@ -89,7 +96,7 @@ def load_model(name_or_path: str | Path, progress: Progress | None = None, *, sh
     with locked(path):
         if not path.is_file() or _hash_differs(path, expected):
             generate(network, path, progress)
-    return _checked(read_model(path, name=network.name, sha256=expected, trusted=True), sha256)
+    return _checked(read_model(path, name=network.name, sha256=expected, trusted=True, choice=choice), sha256)
 
 
 def generate(network: Network, path: Path, progress: Progress | None = None) -> str:
@@ -109,8 +116,8 @@ def _hash_differs(path: Path, expected: str) -> bool:
 
 
 def _checked(model: Model, sha256: str | None) -> Model:
-    if sha256 is not None and sha256.lower() != model.sha256:
-        raise ModelError(str(model.path), f"has SHA-256 {model.sha256}, not {sha256.lower()} as asked for")
+    if sha256 is not None and sha256.lower() != model.file_sha256:
+        raise ModelError(str(model.path), f"has SHA-256 {model.file_sha256}, not {sha256.lower()} as asked for")
     return model
 
 

@@ -17,6 +17,7 @@ from deploy import commands_models
 from stages.litert import SegmentRunner
 from stages.verify import verify
 from stages.zoo import digits
+from tests.unit.stages import built_models
 
 runner = CliRunner()
 
@@ -178,3 +179,49 @@ def test_a_difference_without_bound_is_null_with_its_reason(app: Any, monkeypatc
     assert result.exit_code == 1
     found = json.loads(result.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert (found["max_abs_diff"], found["not_finite"]) == (None, {"max_abs_diff": "infinity"})
+
+
+@pytest.fixture
+def halves(tmp_path: Path) -> str:
+    path = tmp_path / "halves.tflite"
+    path.write_bytes(built_models.two_halves().to_bytes())
+    return str(path)
+
+
+def test_show_lists_signatures_and_says_which_is_meant(app: Any, halves: str) -> None:
+    shown = read(app, "models", "show", halves)
+    assert shown["signature"] == "encode"
+    assert [(one["name"], one["meant"]) for one in shown["signatures"]] == [("encode", True), ("decode", False)]
+    assert shown["unseen"] == ["signature decode"]
+    words = call(app, "models", "show", halves, "--signature", "decode").stdout
+    assert "encode(picture) -> code: --signature encode" in words
+    assert "decode(code) -> picture: this is about it" in words
+
+
+def test_every_command_takes_a_signature(app: Any, halves: str, tmp_path: Path) -> None:
+    chosen = (halves, "--signature", "decode")
+    assert read(app, "models", "show", *chosen)["inputs"][0]["shape"] == [1, 200]
+    assert read(app, "models", "cuts", *chosen)["layers"] == 5
+    parts = read(app, "models", "slice", *chosen, "--cut1", "1", "--cut2", "3", "--out", str(tmp_path))
+    assert [part["file"] for part in parts["parts"]] == [
+        f"halves.decode-{layers}.tflite" for layers in ("1-1", "2-3", "4-5")
+    ]
+    assert json.loads((tmp_path / "manifest.json").read_text())["signature"] == "decode"
+    verdict = read(app, "models", "verify", *chosen)
+    assert (verdict["signature"], verdict["unseen"]) == ("decode", ["signature encode"])
+    assert read(app, "profile", *chosen, "--num-runs", "1")["model"] == "halves.decode"
+    assert "not looked at: signature decode" in call(app, "models", "verify", halves).stdout
+
+
+def test_every_command_takes_the_shape_of_an_open_input(app: Any, tmp_path: Path) -> None:
+    path = tmp_path / "sound.tflite"
+    path.write_bytes(built_models.open_length().to_bytes())
+    chosen = (str(path), "--input-shape", "audio=1x20x1x1")
+    assert read(app, "models", "show", *chosen)["inputs"][0]["shape"] == [1, 20, 1, 1]
+    assert read(app, "models", "cuts", *chosen)["cuts"][1]["tensors"][0]["shape"] == [1, 7, 1, 3]
+    assert read(app, "models", "slice", *chosen, "--cut1", "1", "--out", str(tmp_path / "parts"))["parts"]
+    assert read(app, "models", "verify", *chosen)["bit_identical"]
+    assert read(app, "profile", *chosen, "--num-runs", "1")["layers"]
+    with pytest.raises(ModelError, match="sound is open") as caught:
+        call(app, "models", "show", str(path))
+    assert "--input-shape sound=?x?x1x1" in str(caught.value.remedy)

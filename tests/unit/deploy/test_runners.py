@@ -10,10 +10,12 @@ import pytest
 
 from bus.errors import ConfigError
 from bus.values import Role
+from deploy.commands_services import StageFlags
 from deploy.runners import make_runner
-from deploy.settings import NodeOptions
+from deploy.settings import NodeOptions, Served, ServedModel
 from stages.compute import LitertRunner
 from stages.zoo import load_model
+from tests.unit.stages import built_models
 
 
 def profile(folder: Path, sha256: str) -> str:
@@ -49,3 +51,37 @@ def test_a_profile_of_another_model_of_that_name_is_refused(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="another lenet") as refused:
         make_runner(Role.EDGE, NodeOptions(name="e", profile=profile(tmp_path, "0" * 64)), ["lenet"])
     assert "modelled" in (refused.value.remedy or "")
+
+
+@pytest.fixture
+def two_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "halves.tflite"
+    path.write_bytes(built_models.two_halves().to_bytes())
+    return str(path)
+
+
+def test_a_stage_serves_the_signatures_it_was_told_to(two_halves: str) -> None:
+    entries: list[Served] = [two_halves, ServedModel(model=two_halves, signature="decode")]
+    runner = make_runner(Role.EDGE, NodeOptions(name="e"), entries)
+    assert [(profile.model, profile.cut_bytes[0]) for profile in runner.profiles()] == [
+        ("halves", 4 * 12),
+        ("halves.decode", 4 * 200),
+    ]
+    asyncio.run(runner.close())
+
+
+def test_two_models_of_one_name_are_refused(two_halves: str, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere" / "halves.tflite"
+    other.parent.mkdir()
+    other.write_bytes(built_models.residual().to_bytes())
+    with pytest.raises(ConfigError, match="two of the models are called halves"):
+        make_runner(Role.EDGE, NodeOptions(name="e"), [two_halves, str(other)])
+
+
+def test_flags_name_the_signature_and_shapes_of_one_model() -> None:
+    chosen = StageFlags(models=["m.tflite"], signature="decode", input_shape=["x=1x128"]).served()
+    assert chosen == [ServedModel(model="m.tflite", signature="decode", input_shape={"x": "1x128"})]
+    assert StageFlags(models=["a,b"]).served() == ["a", "b"]
+    with pytest.raises(ConfigError, match="are about one model"):
+        StageFlags(models=["a", "b"], signature="decode").served()

@@ -15,9 +15,11 @@ from deploy.settings import (
     DeviceOptions,
     EdgeOptions,
     PlannerOptions,
+    ServedModel,
     UpSettings,
     load_settings,
 )
+from stages.choice import Choice
 
 EXAMPLE = Path(deploy.__file__).with_name("example.toml")
 
@@ -110,3 +112,18 @@ def test_broken_toml_is_named_with_its_place(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: No such file"):
         load_settings(tmp_path / "none.toml")
+
+
+def test_a_model_may_say_which_signature_and_shapes_are_meant(tmp_path: Path) -> None:
+    table = '{model = "m.tflite", signature = "decode", input_shape = {x = "1x128"}}'
+    settings = load_settings(written(tmp_path, SMALL.replace('["lenet"]', f'["lenet", {table}]')))
+    plain, chosen = settings.models
+    assert plain == "lenet"
+    assert isinstance(chosen, ServedModel)
+    assert (chosen.model, chosen.choice) == ("m.tflite", Choice("decode", {"x": (1, 128)}))
+    for wrong, words in (
+        ('{model = "m.tflite", input_shape = {x = "1,128"}}', "write NAME=1x1280"),
+        ('{model = "m.tflite", signatur = "decode"}', "there is no such key"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load_settings(written(tmp_path, SMALL.replace('["lenet"]', f"[{wrong}]")))

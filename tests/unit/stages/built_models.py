@@ -416,3 +416,50 @@ IDENTICAL: dict[str, Callable[[], Any]] = {
     )
 }  # fmt: skip
 """Models whose parts must say exactly what the whole says, at every pair of cuts."""
+
+
+def two_halves() -> GraphBuilder:
+    """`encode` on the main subgraph, `decode` on another that runs a branch; weights large enough to be streamed."""
+    graph = GraphBuilder("two signatures")
+    x = graph.input("x", (1, 12))
+    hidden, code = graph.tensor("hidden", (1, 200)), graph.tensor("code", (1, 200))
+    graph.operator("FULLY_CONNECTED", [x, _weights(graph, "w1", (200, 12), 1), -1], [hidden], _PLAIN)
+    graph.operator("TANH", [hidden], [code])
+    graph.output(code)
+    graph.signature("encode", {"picture": x}, {"code": code})
+    then = graph.begin_subgraph("then")
+    _unary(graph, "TANH")
+    otherwise = graph.begin_subgraph("else")
+    _unary(graph, "LOGISTIC")
+    decoder = graph.begin_subgraph("decoder")
+    given, yes = graph.input("given", (1, 200)), graph.tensor("yes", (), "bool")
+    back, branched, y = (graph.tensor(name, (1, 12)) for name in ("back", "branched", "y"))
+    total = graph.tensor("total", ())
+    graph.operator("FULLY_CONNECTED", [given, _weights(graph, "w2", (12, 200), 2), -1], [back], _PLAIN)
+    axes = graph.constant("axes", np.array([0, 1], np.int32))
+    graph.operator("SUM", [back, axes], [total], schema.ReducerOptionsT(keepDims=False))
+    zero = graph.constant("zero", np.array(0.0, np.float32))
+    graph.operator("GREATER", [total, zero], [yes], schema.GreaterOptionsT())
+    graph.operator("IF", [yes, back], [branched], schema.IfOptionsT(then, otherwise))
+    graph.operator("NEG", [branched], [y], schema.NegOptionsT())
+    graph.output(y)
+    graph.signature("decode", {"code": given}, {"picture": y}, subgraph=decoder)
+    return graph
+
+
+_PLAIN = schema.FullyConnectedOptionsT(NONE)
+
+
+def open_length() -> GraphBuilder:
+    """Frames of 8 samples of a sound of any length; the declared length of 1 is too short for the window."""
+    graph = GraphBuilder("an input of any length")
+    x = graph.input("sound", (1, 1, 1, 1), signature=(-1, -1, 1, 1))
+    kernel, bias = _weights(graph, "kernel", (3, 8, 1, 1), 4), graph.constant("bias", np.zeros(3, np.float32))
+    frames, loud, last = (graph.tensor(n, (1, 1, 1, 3), signature=(-1, -1, 1, 3)) for n in ("frames", "loud", "last"))
+    options = schema.Conv2DOptionsT(schema.Padding.VALID, 1, 2, NONE)
+    graph.operator("CONV_2D", [x, kernel, bias], [frames], options)
+    graph.operator("ABS", [frames], [loud])
+    graph.operator("TANH", [loud], [last])
+    graph.output(last)
+    graph.signature("serving_default", {"audio": x}, {"energy": last})
+    return graph
