@@ -29,6 +29,8 @@ def main() -> NoReturn:
 
     try:
         run()
+    except KeyboardInterrupt:  # one more, while the first was answered
+        sys.exit(EXIT_INTERRUPTED)
     finally:
         # What the interpreter still does at its exit is not worth a traceback.
         signal.signal(signal.SIGINT, _leave)

@@ -16,7 +16,7 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from bus.errors import ConfigError, DeeparError
-from deploy.interrupts import raise_interrupts
+from deploy.interrupts import end_children, raise_interrupts
 from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 
 TYPERS_INTERRUPTED = 130
@@ -138,12 +138,14 @@ def main() -> NoReturn:
     try:
         code = app(prog_name="deepar", standalone_mode=False)
         sys.stdout.flush()
-        _exit(EXIT_INTERRUPTED if code == TYPERS_INTERRUPTED else code if isinstance(code, int) else 0)
+        if code == TYPERS_INTERRUPTED:
+            end_children()
+            _exit(EXIT_INTERRUPTED)
+        _exit(code if isinstance(code, int) else 0)
     except typer.Exit as finished:
         _exit(finished.exit_code)
-    except typer.Abort:
-        _exit(EXIT_INTERRUPTED)
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
+        end_children()
         _exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # Whoever read our output has seen enough (`| head`); Python would complain once more at exit.

@@ -22,6 +22,12 @@ def raise_interrupts() -> None:
     sys.unraisablehook = _unraisable
 
 
+def end_children() -> None:
+    """Kill the worker processes that there still are."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 def _as_interrupt(number: int, frame: FrameType | None) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         raise KeyboardInterrupt
@@ -33,6 +39,5 @@ def _unraisable(what: sys.UnraisableHookArgs) -> None:
     if what.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(what)
         return
-    for child in multiprocessing.active_children():
-        child.kill()
+    end_children()
     os._exit(EXIT_INTERRUPTED)

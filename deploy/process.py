@@ -20,10 +20,13 @@ def loop_name() -> str:
 
 def run_on_uvloop(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on uvloop; Ctrl-C raises KeyboardInterrupt."""
-    import uvloop  # not at the top: whoever only wants an exit code does not wait for it
+    try:
+        import uvloop  # not at the top: whoever only wants an exit code does not wait for it
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(main)
+    finally:
+        main.close()  # interrupted before it began, it would complain that nobody awaited it
 
 
 async def until_stopped(

@@ -16,12 +16,10 @@ milliseconds to find nothing.
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
@@ -37,6 +35,7 @@ from loadgen.platforms import platforms
 from loadgen.scenario import Scenario, device_name
 from loadgen.schedule import Entry
 from loadgen.streams import Streams
+from loadgen.workers import worker_pool
 
 REGIONS = 2
 TASKS = 1_000_000
@@ -112,8 +111,7 @@ def run(*, tasks: int = TASKS, seed: int = 1, progress: Callable[[str], None] | 
 
 def _measure(tasks: int, seed: int) -> dict[str, Any]:
     share = tasks // REGIONS
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=min(REGIONS, os.cpu_count() or 1), mp_context=context) as pool:
+    with worker_pool(min(REGIONS, os.cpu_count() or 1)) as pool:
         list(pool.map(_warm, range(REGIONS)))  # imports are not what is measured
         began_s = time.perf_counter()
         runs = list(pool.map(drive_region, repeat(share), range(seed, seed + REGIONS)))

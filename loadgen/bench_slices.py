@@ -10,19 +10,18 @@ occupies after each. Anonymous memory is what no other process can share; reside
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from loadgen.workers import worker_pool
 from stages.litert import SegmentRunner
 from stages.model import Model
 from stages.segments import SegmentStore
@@ -131,8 +130,7 @@ def ratios(model: Model, rounds: int, rng: np.random.Generator, say: Callable[[s
 
 
 def _in_a_process(name: str, delegate: bool, pairs: int, seed: int) -> list[dict[str, Any]]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+    with worker_pool(1) as pool:
         return pool.submit(serve, name, delegate, pairs, seed).result()
 
 

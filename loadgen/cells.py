@@ -6,10 +6,9 @@ Cells are independent and carry everything they need, so they run in this proces
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,7 @@ from loadgen.driver import completed, drive
 from loadgen.metrics import distribution
 from loadgen.platforms import platforms
 from loadgen.scenario import Scenario
+from loadgen.workers import worker_pool
 
 Progress = Callable[[int, int], None]
 """(cells done, cells in all)."""
@@ -79,15 +79,10 @@ def run_as_completed(
         for index, cell in enumerate(cells):
             yield index, run_cell(cell)
     else:
-        # Not forked: a progress display has threads, and a fork of a process with threads may hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(max_workers=jobs, mp_context=context) as pool:
+        with worker_pool(jobs) as pool:
             futures = {pool.submit(run_cell, cell): index for index, cell in enumerate(cells)}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+            for future in as_completed(futures):
+                yield futures[future], future.result()
 
 
 def _on_cluster(cells: Sequence[Cell], address: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -9,10 +9,8 @@ is replayed by its number.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -23,6 +21,7 @@ from loadgen.chaos_region import LEASE_S, ChaosScenario
 from loadgen.metrics import distribution
 from loadgen.virtual_loop import run_virtual
 from loadgen.virtual_process import quiet
+from loadgen.workers import worker_pool
 
 CHUNK = 20
 """So many seeds a process runs before it reports."""
@@ -50,11 +49,7 @@ def run(
         if jobs <= 1 or len(chunks) < 2:
             found = map(play, chunks)
         else:
-            # Not forked: a progress display has threads, and a fork of a process with threads may hang.
-            context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(max_workers=min(jobs, len(chunks)), mp_context=context)
-            stack.callback(pool.shutdown, cancel_futures=True)
-            found = pool.map(play, chunks)
+            found = stack.enter_context(worker_pool(min(jobs, len(chunks)))).map(play, chunks)
         for runs in found:
             done.append(runs)
             if progress is not None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 
 import structlog
 import uvloop
@@ -21,6 +19,7 @@ from bus.values import Role
 from loadgen.driver import core_for
 from loadgen.scenario import Scenario
 from loadgen.simulator import settings_of
+from loadgen.workers import Worker
 from planner.service import PlannerService
 from stages.device import Device
 from stages.hop import Hop
@@ -51,12 +50,11 @@ def running(scenario: Scenario, nodes: Sequence[NodeAnnounced], connection: Kafk
         "devices-1": tuple(devices[::2]),
         "devices-2": tuple(devices[1::2]),
     }
-    context = multiprocessing.get_context("spawn")
-    processes: list[BaseProcess] = []
+    processes: list[Worker] = []
     try:
         for name, members in parts.items():
             spec = LiveServices(connection, members, scenario if name == "planner" else None)
-            process = context.Process(target=_run, args=(spec,), name=f"deepar compare: {name}", daemon=True)
+            process = Worker(target=_run, args=(spec,), name=f"deepar compare: {name}", daemon=True)
             process.start()
             processes.append(process)
         yield

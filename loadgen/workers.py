@@ -1,0 +1,86 @@
+"""Worker processes that end with us: on Ctrl-C, on an error, and when we are killed.
+
+A Ctrl-C at the terminal goes to every process in the foreground. Workers are started with SIGINT blocked, so that it reaches
+this process alone, which ends them. They are spawned, not forked: a progress display has threads, and a fork of a process
+with threads may hang.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import FrameType
+
+PR_SET_PDEATHSIG = 1
+"""Linux, `prctl`: the signal that this process gets when the thread that started it ends."""
+
+
+class Worker(SpawnProcess):
+    """A process that Ctrl-C does not reach, and that ends when its parent does."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self._starter = os.getpid()
+
+    def start(self) -> None:
+        with interrupts_held():
+            super().start()
+
+    def run(self) -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+            if os.getppid() != self._starter:
+                os._exit(1)  # it has ended while we imported
+        super().run()
+
+
+class WorkerContext(SpawnContext):
+    """`multiprocessing`, with `Worker` as its process."""
+
+    Process = Worker
+
+
+@contextmanager
+def worker_pool(most: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of at most `most` workers. Where the block raises, they are killed, whatever they are doing."""
+    pool = ProcessPoolExecutor(max_workers=most, mp_context=WorkerContext())
+    try:
+        yield pool
+    except BaseException:
+        with interrupts_held():
+            for child in multiprocessing.active_children():
+                child.kill()
+            pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """SIGINT and SIGTERM wait for the end of the block; processes started in it have SIGINT blocked. For the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
