@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at several moments of commands that start workers: exit code 105, no traceback, no process left.
+"""Signals at several moments of commands that start workers: no traceback, no process left, and 105 where Python can choose.
 
 The moments are counted in processor time of the command and its workers, so that they are the same on a busy machine: while
 modules are imported, while workers start and import theirs, while they work.
@@ -43,6 +43,7 @@ def session(leader: int) -> Iterator[tuple[int, float]]:
         *((words, signal.SIGINT, 2.5) for words in (CHAOS, FIGURE, BENCH)),
         *((SWEEP, signal.SIGTERM, after_s) for after_s in (0.8, 3.0)),
         (CHAOS, signal.SIGTERM, 2.5),
+        (SWEEP, signal.SIGKILL, 5.0),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, tuple) else str(getattr(value, "name", value)),
 )
@@ -69,7 +70,7 @@ def test_an_interrupt_leaves_nothing_behind(
             command.send_signal(number)
         said, _ = command.communicate(timeout=PATIENCE_S)
         assert "Traceback" not in said
-        assert command.returncode == 105, said
+        assert command.returncode == (-number if number is signal.SIGKILL else 105), said
         # The resource tracker of `multiprocessing` ends when it notices that we have.
         while left := list(session(command.pid)):
             assert time.monotonic() < until_s, left
