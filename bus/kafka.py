@@ -37,6 +37,7 @@ __all__ = ["KafkaBus", "KafkaConnection"]
 _RETRY_S = 0.1
 _TRY_S = 1.5  # of several brokers the one that was asked may be dead: another is asked then
 _CLOSE_S = 3.0
+_COUNT_AGE_S = 5.0  # then a topic's partitions are asked for again: it may have been deleted and made anew
 _SPREAD_S = 1.0  # what a new topic may take to be known to every broker
 _MAX_COPIES = 3  # of each partition, where there are that many brokers
 
@@ -55,7 +56,7 @@ class KafkaBus:
         self._sites: dict[str, _Site] = {}
         self._beside: dict[str, KafkaBus] = {}  # by their servers: buses whose home is another site
         self._is_checked = False  # whether the broker at home has shaken hands
-        self._counts: dict[str, int] = {}  # partitions of topics; fixed when a topic is made
+        self._counts: dict[str, tuple[float, int]] = {}  # when a topic was asked for, and its partitions
         self._ways: dict[str, tuple[int, KafkaSender]] = {}  # partitions of a topic, and who sends there
         self._readers: list[KafkaReader] = []
         self._turn = 0
@@ -116,10 +117,13 @@ class KafkaBus:
             await (await self._site(servers)).create_topics(there)
 
     async def partitions(self, topic: str) -> int:
-        count = self._counts.get(topic)
-        if count is None:
+        now_s = asyncio.get_running_loop().time()
+        asked_s, count = self._counts.get(topic, (float("-inf"), 0))
+        if now_s - asked_s > _COUNT_AGE_S:
+            self._counts.pop(topic, None)
             site = await self._site(self._connection.servers_of(topic))
-            count = self._counts[topic] = await site.partitions(topic)
+            count = await site.partitions(topic)
+            self._counts[topic] = (now_s, count)
         return count
 
     async def found_topics(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
@@ -151,6 +155,11 @@ class KafkaBus:
             count = await self.partitions(topic)
             way = self._ways[topic] = (count, (await self._site(self._connection.servers_of(topic))).sender)
         count, sender = way
+        if (
+            now := sender.partitions(topic)
+        ) is not None and now != count:  # it was deleted and made again, or has grown
+            count = now
+            self._ways[topic] = (count, sender)
         if partition is None:
             if key is not None:
                 partition = _partition_of(key, count)

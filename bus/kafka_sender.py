@@ -80,6 +80,8 @@ class KafkaSender:
                     # cases the record is in no batch yet.
                     if self._closed or loop.time() > deadline:
                         raise BusUnavailableError(f"the broker of {topic} takes no records: {error!r}") from error
+                except AssertionError as error:  # aiokafka asserts that the partition is there
+                    raise BusError(f"{topic} has no partition {partition} any more") from error
                 except KafkaError as error:
                     self._retire(producer)
                     raise self._told(error, topic, size_bytes) from error
@@ -89,6 +91,13 @@ class KafkaSender:
             self._watch = loop.call_later(_LOOK_S, self._look)
         sent.add_done_callback(partial(self._settle, producer, acknowledged, topic, size_bytes))
         return acknowledged
+
+    def partitions(self, topic: str) -> int | None:
+        """How many partitions a topic has as far as the producer knows, which looks every five seconds; None: unknown."""
+        if self._producer is None:
+            return None
+        there = self._producer.client.cluster._partitions.get(topic)
+        return len(there) if there else None
 
     async def close(self) -> None:
         """Flush, and close in bounded time; what is not acknowledged by then has failed."""

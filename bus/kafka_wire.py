@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
+import aiokafka.client
 import aiokafka.conn
 from aiokafka.client import AIOKafkaClient
 from aiokafka.cluster import ClusterMetadata
 from aiokafka.conn import AIOKafkaConnection, CloseReason
+from aiokafka.protocol.metadata import MetadataRequest
 
 
 class Wire(AIOKafkaConnection):  # type: ignore[misc]
@@ -56,3 +59,4 @@ def use() -> None:
     """From here on aiokafka connects by this class, and asks in this way; it has no other place to say so."""
     aiokafka.conn.AIOKafkaConnection = Wire
     AIOKafkaClient._metadata_update = ask_patiently
+    aiokafka.client.MetadataRequest = partial(MetadataRequest, allow_auto_topic_creation=False)

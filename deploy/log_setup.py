@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections.abc import Callable
+from typing import Any
 
 import structlog
 
@@ -12,6 +15,10 @@ QUIET_LOGGERS = ("aiokafka", "asyncio", "aiohttp", "matplotlib")
 
 
 SPARING_S = 10.0
+REPEAT_S = 60.0
+MOST_REMEMBERED = 1000
+TOLD_BY_US = ("Topic %s not found in cluster metadata", "Topic %s is not available during auto-create initialization")
+"""What aiokafka says twenty times a second of a topic that is gone; `deploy.topic_watch` says it once, with the remedy."""
 
 
 def configure_logging(level: str = "info", *, json_lines: bool | None = None) -> None:
@@ -22,6 +29,7 @@ def configure_logging(level: str = "info", *, json_lines: bool | None = None) ->
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        SparingRepeats(),
     ]
     if as_json:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
@@ -43,6 +51,33 @@ def configure_logging(level: str = "info", *, json_lines: bool | None = None) ->
         logging.getLogger(name).setLevel(logging.ERROR if name == "aiokafka" else logging.WARNING)
 
 
+class SparingRepeats:
+    """Lets a service say that something failed of the same error once in `REPEAT_S`, and then how often it has."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._held: dict[tuple[str, ...], tuple[float, int]] = {}  # since when, and how many were held back
+
+    def __call__(self, logger: Any, method: str, entry: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        """A processor of structlog. Raises `DropEvent`."""
+        if method != "warning" or "error" not in entry:
+            return entry
+        what = tuple(
+            str(entry.get(name, "")) for name in ("event", "error", "node", "planner", "region", "topic", "task")
+        )
+        since_s, held = self._held.get(what, (float("-inf"), 0))
+        now_s = self._clock()
+        if now_s - since_s < REPEAT_S:
+            self._held[what] = (since_s, held + 1)
+            raise structlog.DropEvent
+        if len(self._held) >= MOST_REMEMBERED:
+            self._held.clear()
+        self._held[what] = (now_s, 0)
+        if held:
+            entry["more_like_it"] = held
+        return entry
+
+
 class Sparing(logging.Filter):
     """Lets a library say the same once in `SPARING_S`, and then how often it has: aiokafka says twenty times a second that a
     broker is away.
@@ -53,6 +88,8 @@ class Sparing(logging.Filter):
         self._held: dict[tuple[str, str], tuple[float, int]] = {}  # since when, and how many were held back
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.startswith("aiokafka") and str(record.msg).startswith(TOLD_BY_US):
+            return False
         what = (record.name, str(record.msg))  # as it is written in the library's code, whatever it is about
         since_s, held = self._held.get(what, (float("-inf"), 0))
         if record.created - since_s < SPARING_S:

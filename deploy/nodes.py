@@ -24,6 +24,7 @@ from deploy.probes import Health, serve_probes
 from deploy.process import until_stopped
 from deploy.result_file import ResultFile
 from deploy.settings import DeviceOptions, EdgeOptions, NodeOptions
+from deploy.topic_watch import TopicWatch, used_by
 from planner.core import PlannerCore
 from planner.placing import WhenLate
 from planner.region_state import DEFAULT_PATIENCE_S
@@ -115,9 +116,15 @@ async def run_stage(
         await patience.through(lambda: stack.enter_async_context(bus))
         await patience.through(lambda: require_region(bus, settings.region, edges))
         runner = await asyncio.to_thread(make)
+        watch = TopicWatch(bus, used_by(settings.role.value, settings.name), settings.region + 1)
         stage = Stage(bus, settings, runner, on_result, on_busy, on_span)
         labels = {"role": settings.role.value, "node": settings.name, "region": str(settings.region)}
-        async with serve_probes(stage.look, port=http_port, host=http_host, labels=labels):
+        await stack.enter_async_context(watch.watching())
+
+        def look() -> Health:
+            return stage.look().without(watch.missing)
+
+        async with serve_probes(look, port=http_port, host=http_host, labels=labels):
             try:
                 asked = await until_stopped(
                     patience.through(stage.serve),

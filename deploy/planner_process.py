@@ -14,6 +14,7 @@ from deploy.otel import tracing
 from deploy.patience import Patience
 from deploy.probes import Health, serve_probes
 from deploy.process import until_stopped
+from deploy.topic_watch import TopicWatch, used_by
 from planner.regions import RegionShare
 from planner.service import PlannerService, Standing
 
@@ -53,6 +54,7 @@ async def run_planner(
         service.trace_to(await stack.enter_async_context(tracing("deepar-planner")))
         await patience.through(lambda: stack.enter_async_context(bus))
         await patience.through(lambda: require_region(bus, service.region))
+        watch = await stack.enter_async_context(TopicWatch(bus, used_by("planner"), service.region + 1).watching())
 
         def look() -> Health:
             core = service.core
@@ -61,7 +63,7 @@ async def run_planner(
             leading = {str(service.region): service.standing is Standing.LEADING}
             return Health(
                 service.standing is not Standing.READING, detail, gauges, planner_counters([service]), leading
-            )
+            ).without(watch.missing)
 
         labels = {"role": "planner", "node": service.name, "region": str(service.region)}
         async with serve_probes(look, port=http_port, host=http_host, labels=labels):
@@ -106,6 +108,8 @@ async def run_regions(
         await patience.through(lambda: require_region(bus, max(regions) if regions else 0))
         planners = _Listed(make, regions) if regions is not None else RegionShare(bus, make)
         total = await patience.through(lambda: bus.partitions(topics.DECISIONS))
+        needed = max(regions) + 1 if regions else total
+        watch = await stack.enter_async_context(TopicWatch(bus, used_by("planner"), needed).watching())
 
         def look() -> Health:
             services = planners.services
@@ -115,7 +119,7 @@ async def run_regions(
                 gauges={"tasks": float(sum(service.core.live_tasks for service in services.values()))},
                 counters=planner_counters(services.values()),
                 leading={str(region): service.standing is Standing.LEADING for region, service in services.items()},
-            )
+            ).without(watch.missing)
 
         which = ALL if regions is None else ",".join(map(str, regions))
         labels = {"role": "planner", "node": name, "region": which}

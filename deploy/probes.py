@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -26,6 +26,13 @@ class Health:
     gauges: dict[str, float]
     counters: dict[str, float]
     leading: dict[str, bool] = field(default_factory=dict)  # of a planner: by region, whether it leads there
+
+    def without(self, missing: Mapping[str, str]) -> Health:
+        """The same of a service some of whose topics are missing: not ready, and it says why."""
+        gauges = self.gauges | {"missing_topics": float(len(missing))}
+        if not missing:
+            return replace(self, gauges=gauges)
+        return replace(self, ready=False, detail=self.detail | {"missing_topics": dict(missing)}, gauges=gauges)
 
 
 class _Collector:

@@ -18,6 +18,7 @@ from deploy.patience import Patience
 from deploy.process import until_stopped
 from deploy.runners import make_runner
 from deploy.settings import NodeOptions, UpSettings
+from deploy.topic_watch import TopicWatch, used_by
 from stages.node import Node, NodeSettings
 
 
@@ -33,6 +34,10 @@ async def run_up(
         partitions, edges = Partitions(regions=settings.bus.regions), [edge.name for edge in settings.edge]
         await patience.through(lambda: nodes.create_missing_topics(bus, edges, partitions))
         await patience.through(lambda: nodes.require_region(bus, settings.region))
+        watched = dict.fromkeys(used_by("planner"))
+        for option in options:
+            watched |= dict.fromkeys(used_by(node_settings(option, region=0, lease_s=1.0).role.value, option.name))
+        await stack.enter_async_context(TopicWatch(bus, watched, settings.region + 1).watching())
         runners = {}
         for option in options:
             made = node_settings(option, region=settings.region, lease_s=settings.lease)

@@ -8,6 +8,7 @@ send the samples that have no result yet.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -24,6 +25,8 @@ from stages.senders import Senders
 from stages.shaper import Link
 
 STALL_S = 30.0
+PARTITION_S = 5.0
+"""How often a device looks which partition its results come on."""
 STALL_SAMPLES = 10
 """Nothing sent and no result for `STALL_S` and ten samples' predicted time, while the bus was there: something was lost
 that nobody will send again (a record that fell out of retention, say), so the device asks for another attempt."""
@@ -109,11 +112,13 @@ class Device:
     async def _hear_at(self, site: Bus) -> None:
         if site in self._heard or self._group is None:
             return
-        name = self.node.settings.name
-        partition = topics.partition_of(name, await site.partitions(topics.RESULTS))
+        partition = await self._results_partition(site)
         reader = await site.reader([(topics.RESULTS, partition)], start="end")
         self._heard.add(site)
-        self._group.create_task(self._receive(reader), name=f"{name}: results")
+        self._group.create_task(self._receive(site, partition, reader), name=f"{self.node.settings.name}: results")
+
+    async def _results_partition(self, site: Bus) -> int:
+        return topics.partition_of(self.node.settings.name, await site.partitions(topics.RESULTS))
 
     async def drain(self) -> None:
         """Start nothing new and return when what runs here has ended."""
@@ -179,11 +184,27 @@ class Device:
 
     # --- results -----------------------------------------------------------------------------------------------------
 
-    async def _receive(self, reader: Reader) -> None:
-        try:
-            await self._read(reader)
-        finally:
-            await reader.close()
+    async def _receive(self, site: Bus, partition: int, reader: Reader) -> None:
+        """Read this device's partition, and go with it to another where the topic is made again or grows."""
+        while True:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    reading = group.create_task(self._read(reader))
+                    partition, following = await self._moved(site, partition)
+                    reading.cancel()
+            finally:
+                await reader.close()
+            self.node.log.warning("results come on another partition", partition=partition)
+            reader = following
+
+    async def _moved(self, site: Bus, partition: int) -> tuple[int, Reader]:
+        """Another partition that is this device's now, and a reader of all that stands there."""
+        while True:
+            await asyncio.sleep(PARTITION_S)
+            with contextlib.suppress(BusError):  # it is away, or the topic is: the old one may come back
+                now = await self._results_partition(site)
+                if now != partition:
+                    return now, await site.reader([(topics.RESULTS, now)], start="start")
 
     async def _read(self, reader: Reader) -> None:
         name = self.node.settings.name

@@ -35,7 +35,7 @@ def given() -> set[str]:
     )
     gauges = set(re.findall(r"\"(tasks)\":", text))
     registry = CollectorRegistry()
-    health = Health(True, {}, dict.fromkeys(gauges, 1.0), dict.fromkeys(counted, 1.0), {"0": True})
+    health = Health(True, {}, dict.fromkeys(gauges, 1.0), dict.fromkeys(counted, 1.0), {"0": True}).without({})
     registry.register(_Collector(lambda: health, {"role": "edge", "node": "e1", "region": "0"}, lambda: 0.0))
     return set(re.findall(r"^(deepar_\w+)\{", generate_latest(registry).decode(), re.M))
 
@@ -82,6 +82,7 @@ WHEN_IT_FIRES = {
     "NobodyLeads": (f"deepar_leading{PLANNER}", "1 1 1 1 0 0 0 0 0 0", "25s", "45s"),
     "ServiceDown": ('up{job="deepar", instance="e1:9464"}', "1 1 1 1 0 0 0 0 0 0", "25s", "45s"),
     "NotReady": (f"deepar_ready{E1}", "1 1 1 1 0 0 0 0 0 0 0 0 0 0", "45s", "65s"),
+    "TopicMissing": (f"deepar_missing_topics{E1}", "0 0 0 0 1 1 1 1 1 1", "30s", "40s"),
     "DeadLetters": (f"deepar_dead_letters_total{E1}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
     "WrongIdentity": (f"deepar_wrong_identity_total{PLANNER}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
     "DeclaredLost": (f"deepar_declared_lost_total{E1}", "0 0 0 1 5 5 5 5 5 5", "15s", "25s"),

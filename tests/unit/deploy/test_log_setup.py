@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from deploy.log_setup import SPARING_S, Sparing, configure_logging
+from deploy.log_setup import SPARING_S, Sparing, SparingRepeats, configure_logging
 
 PLANTED = "planted-0xC0FFEE"
 
@@ -70,3 +70,33 @@ def test_a_library_that_repeats_itself_is_counted() -> None:
     assert said(1.0, "something else") == "something else"
     assert said(SPARING_S, "no %s", 200) == "no 200 (199 more like it)"
     assert said(3 * SPARING_S, "no %s", 201) == "no 201"
+
+
+def test_a_failure_that_a_service_repeats_is_told_once_a_minute_and_counted() -> None:
+    times_s = [0.0]
+    sparing = SparingRepeats(lambda: times_s[-1])
+
+    def told(method: str, **entry: str) -> dict[str, object] | None:
+        try:
+            return dict(sparing(None, method, dict(entry)))
+        except structlog.DropEvent:
+            return None
+
+    failed = {"event": "cannot read", "error": "no topic", "node": "e1"}
+    seen = []
+    while times_s[-1] < 130.0:
+        seen.append(told("warning", **failed))
+        times_s.append(times_s[-1] + 2.0)
+    assert [line for line in seen if line] == [failed, failed | {"more_like_it": 29}, failed | {"more_like_it": 29}]
+    assert told("warning", **failed | {"node": "e2"}) is not None
+    assert told("warning", **failed | {"error": "another"}) is not None
+    assert all(told("error", **failed) and told("info", event="ready") for _ in range(3))
+
+
+def test_what_is_said_of_missing_topics_by_the_library_is_left_to_us() -> None:
+    record = logging.LogRecord(
+        "aiokafka.cluster", logging.ERROR, "f", 1, "Topic %s not found in cluster metadata", ("t",), None
+    )
+    assert not Sparing().filter(record)
+    record.name = "other"
+    assert Sparing().filter(record)

@@ -26,9 +26,10 @@ from bus.messages import (
     TaskSubmitted,
 )
 from bus.tensors import to_pieces
+from bus.topics import TopicSpec
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
 from loadgen.virtual_loop import run_virtual
-from stages.device import STALL_S, Device
+from stages.device import PARTITION_S, STALL_S, Device
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 
@@ -229,5 +230,24 @@ def test_results_are_heard_at_the_site_of_the_edge(edges: tuple[str, ...] | None
                 assert r.shown == [0, 1, 2, 3]
                 (done,) = r.events()
                 assert isinstance(done, TaskCompleted)
+
+    run_virtual(run())
+
+
+@pytest.mark.parametrize("partitions", [1, 2, 9])
+def test_a_device_goes_with_its_partition_where_results_are_made_again_with_other_partitions(partitions: int) -> None:
+    async def run() -> None:
+        async with region() as r:
+            r.broker.delete_topic(topics.RESULTS)
+            await asyncio.sleep(10.0)
+            r.broker.create([TopicSpec(topics.RESULTS, partitions)])
+            await r.decide(*changes(AT_EDGE))
+            await asyncio.sleep(0.1)  # results that come before the device has looked are read all the same
+            for sample in range(4):
+                pieces = to_pieces(sample, [np.zeros(2, np.float32)], 1000)
+                frame = Frame("result", "t", 1, "e", tuple(pieces))
+                await r.bus.send(topics.RESULTS, encode_frame(frame), key="d")
+            await asyncio.sleep(2 * PARTITION_S)
+            assert r.shown == [0, 1, 2, 3]
 
     run_virtual(run())
