@@ -34,6 +34,7 @@ from bus.errors import ProtocolError
 from bus.messages import Attempt, Placed, Samples
 from bus.port import Payload
 from bus.tensors import DTYPES, Piece, TensorHead, tensor_head, to_arrays, to_tensors
+from bus.validation import first_fault
 from bus.values import Execution, Frozen, Name, NodeName, Placement
 
 FRAME_VERSION = 1
@@ -175,9 +176,7 @@ def decode_frame(payload: Payload | None) -> Frame:
             plan, {_text(key): float(value) for key, value in head.get("report", {}).items()},
         )  # fmt: skip
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ProtocolError("undecodable", f"plan.{where}: {first['msg']}") from None
+        raise ProtocolError("undecodable", first_fault(error, "plan")) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ProtocolError("undecodable", f"{type(error).__name__}: {error}") from None
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from bus.errors import ProtocolError
+from bus.validation import first_fault
 from bus.values import (
     BitsPerSecond,
     Bytes,
@@ -438,13 +439,12 @@ def encode(message: Message) -> bytes:
 def decode(topic: str, payload: bytes | None) -> Any:
     """The message of a control topic. Raises `ProtocolError` with cause `oversized`, `undecodable`, or `unknown_version`."""
     if payload is None or not payload:
-        raise ProtocolError("undecodable", f"an empty record on {topic}")
+        raise ProtocolError("undecodable", "the record is empty")
     if len(payload) > MAX_MESSAGE_BYTES:
-        raise ProtocolError("oversized", f"{len(payload):,} bytes on {topic}, over {MAX_MESSAGE_BYTES:,}")
+        raise ProtocolError("oversized", f"{len(payload):,} bytes, over {MAX_MESSAGE_BYTES:,}")
     try:
         return _adapters[topic].validate_json(payload)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        cause = "unknown_version" if first["loc"][-1:] == ("v",) else "undecodable"
-        raise ProtocolError(cause, f"on {topic}: {where}: {first['msg']}") from None
+        place = error.errors(include_url=False, include_input=False)[0]["loc"]
+        cause = "unknown_version" if place[-1:] == ("v",) else "undecodable"
+        raise ProtocolError(cause, first_fault(error)) from None

@@ -135,6 +135,8 @@ def _root(
 
 def main() -> NoReturn:
     """Run the command line; every `DeeparError` becomes a line that says what is wrong and what to do."""
+    if {"--help", "-h"} & set(sys.argv):
+        importlib.import_module("deploy.help_tables").fold_long_words()
     try:
         code = app(prog_name="deepar", standalone_mode=False)
         sys.stdout.flush()

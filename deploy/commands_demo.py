@@ -39,7 +39,7 @@ def demo(
             help="Whose runs to play, one after the other; the first is told about in full.",
             autocompletion=completion.policies,
         ),
-    ] = ",".join(POLICIES),
+    ] = ", ".join(POLICIES),
 ) -> None:
     """Watch a device, an edge and a cloud recognise handwritten digits together.
 

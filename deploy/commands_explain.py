@@ -17,7 +17,7 @@ from bus.decisions import DecisionLog
 from bus.errors import ConfigError, ProtocolError
 from bus.json_text import json_text
 from bus.messages import Decision, decode
-from bus.units import format_rate, format_seconds
+from bus.units import format_moment, format_rate, format_seconds
 from bus.values import Placement
 from deploy import completion, nodes
 from deploy.options import BootstrapFromEnv
@@ -150,7 +150,7 @@ def show(found: Explanation, console: Console) -> None:
         console.print("It was never placed.", highlight=False)
         return
     table = Table(
-        title=f"Candidates at {found.decided_at_s:.3f} s, best start of each",
+        title=f"Candidates at {format_moment(found.decided_at_s or 0.0, 3)}, best start of each",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

@@ -61,7 +61,7 @@ app.command()(chaos)
 app.command()(soak)
 
 FIGURES, SWEEP, COMPARE = Path("figures"), Path("runs/sweep"), Path("runs/compare")
-ALL_POLICIES = ",".join(POLICIES)
+ALL_POLICIES = ", ".join(POLICIES)
 MOST_POINTS = 20
 """So many points of a sweep are printed."""
 

@@ -37,7 +37,7 @@ from bus.messages import (
     TaskState,
     TaskSubmitted,
 )
-from bus.units import format_rate, format_seconds
+from bus.units import format_count, format_rate, format_seconds
 from bus.values import Parts, Role
 from deploy.holdings import Held
 from deploy.phrases import STATION_NAMES, cuts_text
@@ -87,12 +87,12 @@ def lines_of(message: Any, held: Held | None = None) -> Iterator[Line]:
         case NodeHeartbeat():
             yield "dim", message.node, "alive", ""
         case TaskProgress():
-            yield "dim", message.task_id, "progress", f"{message.done} samples"
+            yield "dim", message.task_id, "progress", f"{format_count(message.done, 'sample')} done"
         case TaskCompleted():
             details = f"in {format_seconds(message.delay_s)}: {_parts_text(message.measured)}"
             yield "green", message.task_id, "completed", details
         case TaskFailed():
-            yield "red", message.task_id, "failed", f"at {message.node}: {message.cause} {message.detail}"
+            yield "red", message.task_id, "failed", f"at {message.node}, {_why(message.cause, message.detail)}"
         case SnapshotPart():
             yield (
                 "dim",
@@ -131,17 +131,17 @@ def _decision(decision: Decision, held: Held) -> Iterator[Line]:
                     yield "", change.task_id, "granted", f"{format_rate(change.bps)} on link {change.link} ({ends})"
             case Start():
                 if (change.task_id, change.attempt) not in at_once:
-                    details = route_text(before) if before else f"on {change.device}, attempt {change.attempt}"
+                    details = route_text(before) if before else f"on {change.device}"
                     yield "green", change.task_id, "starts", details
             case Moved():
                 yield from _moved(change, held, promised_s, decision.now_s)
             case Overran():
                 late = format_seconds(max(0.0, decision.now_s - change.from_s))
                 left = format_seconds(max(0.0, change.to_s - decision.now_s))
-                yield "yellow", change.task_id, "overran", f"late by {late}, now expected to end in {left}"
+                yield "yellow", change.task_id, "overran", f"by {late} so far; given {left} more"
             case Retried():
-                details = f"{change.cause} {change.detail}".strip()
-                yield "yellow", change.task_id, f"attempt {change.attempt}", f"planned again: {details}"
+                details = f"planned again after {_why(change.cause, change.detail)}"
+                yield "yellow", change.task_id, f"attempt {change.attempt}", details
             case Ended():
                 yield _ended(change)
             case NodeJoined(node=node):
@@ -188,8 +188,13 @@ def _ended(change: Ended) -> Line:
         freed.append("a slot")
     freed += [format_rate(bps) for bps in (change.released_link1_bps, change.released_link2_bps) if bps]
     frees = f"(frees {', '.join(freed)} of {change.edge})" if freed and change.edge else ""
-    details = " ".join(filter(None, (took, change.cause, change.detail, frees)))
+    details = " ".join(filter(None, (took, _why(change.cause, change.detail), frees)))
     return _STATE_STYLE[change.state], change.task_id, change.state.value, details
+
+
+def _why(cause: str, detail: str) -> str:
+    """`node_lost: e1 was silent`: the cause's short word, and what is known beside it."""
+    return ": ".join(filter(None, (cause, detail)))
 
 
 def _work(task: TaskSubmitted) -> str:
@@ -200,7 +205,7 @@ def _work(task: TaskSubmitted) -> str:
 def _node(node: NodeAnnounced) -> str:
     details = [node.role.value]
     if node.slots:
-        details.append(f"{node.slots} slot{'s' if node.slots > 1 else ''}")
+        details.append(format_count(node.slots, "slot"))
     if node.link1_capacity_bps:
         most = "at most " if node.role is Role.DEVICE else ""
         details.append(f"link 1 {most}{format_rate(node.link1_capacity_bps)}")

@@ -9,7 +9,9 @@ import typer
 Bootstrap = Annotated[
     str | None,
     typer.Option(
-        "--bootstrap-servers", "-b", help="Kafka, host:port. Default: KAFKA_BOOTSTRAP_SERVERS, else localhost:9092."
+        "--bootstrap-servers",
+        "-b",
+        help="Kafka as host:port; by default KAFKA_BOOTSTRAP_SERVERS or else localhost:9092.",
     ),
 ]
 BootstrapFromEnv = Annotated[
@@ -22,7 +24,11 @@ Region = Annotated[
 HttpPort = Annotated[
     int | None,
     typer.Option(
-        min=1, max=65535, envvar="DEEPAR_HTTP_PORT", help="Serve /livez, /readyz and /metrics here; off unless set."
+        min=1,
+        max=65535,
+        metavar="PORT",
+        envvar="DEEPAR_HTTP_PORT",
+        help="Serve /livez, /readyz and /metrics here; off unless set.",
     ),
 ]
 HttpHost = Annotated[str, typer.Option(envvar="DEEPAR_HTTP_HOST", help="Address that --http-port listens on.")]

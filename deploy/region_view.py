@@ -41,6 +41,7 @@ from bus.port import Record
 from bus.units import format_rate
 from bus.values import Parts, Placement, Role
 from deploy.decision_lines import lines_of
+from deploy.holdings import Held
 
 _COLUMNS = re.compile(r"\s{2,}")  # a table's; a line that is not in one has commas
 
@@ -151,6 +152,7 @@ class RegionView:
         self._running: dict[str, TaskView] = {}
         self._ended: deque[TaskView] = deque()
         self._lines = 0
+        self._held = Held()
 
     # --- folding -----------------------------------------------------------------------------------------------------
 
@@ -196,7 +198,7 @@ class RegionView:
                 self._now_s, self._since_ms, self.seq = message.now_s, timestamp_ms, message.seq
                 for change in message.changes:
                     self._change(change, message.now_s)
-                self._say(lines_of(message))
+                self._say(lines_of(message, self._held))
             case EpochOpened():
                 self.standing, self._since_ms, self._heard_ms = "led", timestamp_ms, timestamp_ms
                 self._say(lines_of(message))
@@ -373,9 +375,8 @@ class RegionView:
         for link, wanted_bps in ((self.link(edge, 1), place.link1_bps), (self.link(edge, 2), place.link2_bps)):
             free_bps = max(0, link.capacity_bps - link.granted_bps)
             if wanted_bps > free_bps:
-                lacking.append(
-                    f"{format_rate(wanted_bps)} of link {link.number} of {edge} ({format_rate(free_bps)} free)"
-                )
+                free = format_rate(free_bps) if free_bps else "none"
+                lacking.append(f"{format_rate(wanted_bps)} of link {link.number} of {edge} ({free} free)")
         return lacking
 
 

@@ -8,11 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from bus.messages import TaskState
-from bus.units import format_moment, format_seconds
+from bus.units import format_count, format_moment, format_seconds
 from bus.values import Parts, Role
 from deploy.phrases import STATION_NAMES, some, used_text
 from deploy.region_report import counts, delays
-from deploy.region_view import LinkUse, RegionView, TaskView
+from deploy.region_view import LinkUse, NodeView, RegionView, TaskView
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; every part also has a letter.
 STATION_STYLE = {
@@ -100,14 +100,19 @@ def _nodes(view: RegionView, columns: int) -> RenderableType:
         else:
             row = ("", "", "", tasks)
         table.add_row(Text(label), *([role.value] if wide else []), *row, style=style)
-    devices = [
-        f"{n.announced.node}{'' if n.standing == 'joined' else f' ({n.standing})'} {len(view.tasks_on(n))}"
-        for n in view.role(Role.DEVICE)
-    ]
+    devices = [_device(view, node) for node in view.role(Role.DEVICE)]
     if wide:
         table.add_row("devices", "device", "", "", "", Text(some(devices, 8)))
         return table
-    return Group(table, Text(f"{' ' * table.padding[3]}devices and their tasks: {some(devices, 8) or 'none'}"))
+    return Group(table, Text(f"{' ' * table.padding[3]}devices: {some(devices, 8) or 'none'}"))
+
+
+def _device(view: RegionView, node: NodeView) -> str:
+    """`d1`, `d2 (2 tasks)`, `d3 (lost)`."""
+    tasks = len(view.tasks_on(node))
+    notes: list[str] = [] if node.standing == "joined" else [node.standing]
+    notes += [format_count(tasks, "task")] if tasks else []
+    return node.announced.node + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _link(use: LinkUse, station: str, cells: int) -> Text:

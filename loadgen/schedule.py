@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from bus.errors import ConfigError
 from bus.json_text import json_text
 from bus.messages import TaskSubmitted
+from bus.validation import first_fault
 from loadgen.arrivals import Arrivals
 from loadgen.source import Mix, draw
 from loadgen.streams import Streams
@@ -168,9 +169,7 @@ def _entry(fields: dict[str, Any], devices: Sequence[str], index: int, seed: int
     try:
         task = TaskSubmitted.model_validate({**defaults, **fields})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{where}: {key}: {first['msg']}") from None
+        raise ConfigError(f"{where}: {first_fault(error)}") from None
     return Entry(at_s=float(at_s), task=task, warmup=warmup)
 
 

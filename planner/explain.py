@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from bus.errors import UnknownNameError
 from bus.messages import Admitted, Decision, Ended, Moved, Overran, Placed, Retried, Start, TaskSubmitted
-from bus.units import format_rate, format_seconds
+from bus.units import format_moment, format_rate, format_seconds
 from bus.values import Placement
 from planner.algorithm import Algorithm, Choice, EdgeOption, Request, placement_of
 from planner.core import PlannerCore
@@ -79,14 +79,15 @@ def explain(decisions: Iterable[Decision], task_id: str, core: PlannerCore | Non
             core.apply(change, decision.now_s)
             if isinstance(change, Admitted) and change.task.task_id == task_id:
                 submitted = change.task
-                story.append(f"{decision.now_s:.3f} s: admitted")
+                story.append(f"{format_moment(decision.now_s, 3)}: admitted")
             elif getattr(change, "task_id", None) == task_id:
                 line = _line(change)
                 if line:
-                    story.append(f"{decision.now_s:.3f} s: {line}")
+                    story.append(f"{format_moment(decision.now_s, 3)}: {line}")
             elif isinstance(change, Moved) and task_id in change.task_ids and promised_s is not None:
                 by_s = change.starts_s[change.task_ids.index(task_id)] - promised_s
-                story.append(f"{decision.now_s:.3f} s: start moved by {by_s:+.3f} s")
+                by = f"{format_seconds(abs(by_s))} {'later' if by_s > 0 else 'earlier'}"
+                story.append(f"{format_moment(decision.now_s, 3)}: start moved {by}")
         core.settled(decision.now_s)
         task = core.tasks.get(task_id)
         ended = core.ended.get(task_id)
@@ -177,15 +178,15 @@ def _lacked(
     if family != DEVICE_CLOUD and slots < 1:
         lacks.append(f"a slot ({account.slots} taken)" if account.slots else "a slot (it has none)")
     if free1 < option.max_link1_bps:
-        lacks.append(f"bandwidth on link 1 ({format_rate(free1)} free of {format_rate(option.max_link1_bps)} wanted)")
+        lacks.append(f"bandwidth on link 1 ({_free(free1)} free of {format_rate(option.max_link1_bps)} wanted)")
     if request.device is not None and request.device.limited:
         own_bps = request.device.timeline.at(now)[1]
         if own_bps < option.max_link1_bps:
             lacks.append(
-                f"the device's own link ({format_rate(own_bps)} free of {format_rate(option.max_link1_bps)} wanted)"
+                f"the device's own link ({_free(own_bps)} free of {format_rate(option.max_link1_bps)} wanted)"
             )
     if family != DEVICE_EDGE and free2 < option.max_link2_bps:
-        lacks.append(f"bandwidth on link 2 ({format_rate(free2)} free of {format_rate(option.max_link2_bps)} wanted)")
+        lacks.append(f"bandwidth on link 2 ({_free(free2)} free of {format_rate(option.max_link2_bps)} wanted)")
     if choice is not None and choice.cut1 == 0 and device_busy and rules.device_computes:
         lacks.append("the device, which computes another task")
     if choice is None and not lacks:
@@ -200,6 +201,10 @@ def _lacked(
         ):
             lacks.append("its full bandwidth for the whole of its time")
     return "; ".join(lacks)
+
+
+def _free(bps: int) -> str:
+    return format_rate(bps) if bps else "none"
 
 
 def _waited_for(core: PlannerCore, placed: Placed) -> tuple[str, ...]:
@@ -222,8 +227,8 @@ def _line(change: object) -> str:
     if isinstance(change, Placed):
         where = change.placement
         through = f" through {where.edge}" if where.edge else ""
-        wait = f", to start in {change.wait_s:.3f} s" if change.wait_s else ""
-        return f"attempt {change.attempt} placed on {where.kind}{through}{wait}, {change.delay_s:.3f} s predicted"
+        wait = f", to start in {format_seconds(change.wait_s)}" if change.wait_s else ""
+        return f"attempt {change.attempt} placed on {where.kind}{through}{wait}, {format_seconds(change.delay_s)} predicted"
     if isinstance(change, Start):
         return f"attempt {change.attempt} starts"
     if isinstance(change, Overran):
@@ -231,5 +236,7 @@ def _line(change: object) -> str:
     if isinstance(change, Retried):
         return f"taken back ({change.cause}{': ' + change.detail if change.detail else ''}); attempt {change.attempt} follows"
     if isinstance(change, Ended):
-        return " ".join(word for word in (change.state.value, change.cause, change.detail) if word)
+        took = "" if change.delay_s is None else f"in {format_seconds(change.delay_s)}"
+        why = ": ".join(filter(None, (change.cause, change.detail)))
+        return " ".join(filter(None, (change.state.value, took, why)))
     return ""

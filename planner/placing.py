@@ -22,6 +22,7 @@ from bus.messages import (
     TaskState,
     TaskSubmitted,
 )
+from bus.units import format_count, format_rate
 from bus.values import Execution, Objective
 from planner.algorithm import Algorithm, Choice, EdgeOption, Request, placement_of
 from planner.policies import Policy, Restriction, load_policy
@@ -80,7 +81,13 @@ class Placing(Reach):
 
     def _retry(self, task: Task, cause: str, now: float, detail: str = "") -> None:
         if task.attempt >= self.max_attempts:
-            self._end(task, TaskState.FAILED, now, cause=cause, detail=f"after {task.attempt} attempts; {detail}")
+            self._end(
+                task,
+                TaskState.FAILED,
+                now,
+                cause=cause,
+                detail=f"after {format_count(task.attempt, 'attempt')}; {detail}",
+            )
             return
         self._do(_retried(task_id=task.task_id, attempt=task.attempt + 1, cause=cause, detail=detail), now)
         self._replan_later(task)
@@ -262,6 +269,7 @@ class Placing(Reach):
                 lacks.append(f"{name} does not run it")
             else:
                 lacks.append(
-                    f"{name} has {account.slots} slots and at most {option.max_link1_bps}/{option.max_link2_bps} bit/s for it"
+                    f"{name} has {format_count(account.slots, 'slot')}, and for it at most "
+                    f"{format_rate(option.max_link1_bps)} on link 1 and {format_rate(option.max_link2_bps)} on link 2"
                 )
         return "never_fits", "; ".join(lacks[:10])

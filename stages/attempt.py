@@ -15,7 +15,7 @@ from bus.frames import Frame, Plan
 from bus.messages import TaskCompleted
 from bus.tensors import Array, Assembler
 from bus.values import ModelProfile, Parts
-from stages.node import RETRY_S, cause_of
+from stages.node import RETRY_S, cause_of, detail_of
 from stages.outlet import Outgoing, Outlet, sending
 from stages.runner import Station
 from stages.window import window_samples
@@ -83,7 +83,7 @@ class Attempt:
             node.log.error("a task cannot go on", task=self.plan.task_id, cause=cause, error=str(error))
             if not isinstance(error, DeeparError):
                 node.log.exception("a task broke", task=self.plan.task_id)
-            await self.device.fail(self.plan, cause, f"{type(error).__name__}: {error}")
+            await self.device.fail(self.plan, cause, detail_of(error))
 
     async def _serve(self) -> None:
         node, plan = self.device.node, self.plan

@@ -18,7 +18,7 @@ from bus.frames import MAX_SAMPLE_BYTES, Frame, Plan, encode_frame
 from bus.port import Bus, Record, TopicPartition
 from bus.tensors import Array, Assembler, Piece
 from bus.tracing import parent_in
-from stages.node import cause_of
+from stages.node import cause_of, detail_of
 from stages.offsets import Receipt
 from stages.outlet import Outgoing, Outlet, sending
 from stages.runner import Station
@@ -162,7 +162,7 @@ class Flow:
             if not isinstance(error, DeeparError):
                 node.log.exception("a task broke here", task=self.plan.task_id)
             self._let_go()
-            await self.hop.fail(self.plan.task_id, self.plan.attempt, cause, f"{type(error).__name__}: {error}")
+            await self.hop.fail(self.plan.task_id, self.plan.attempt, cause, detail_of(error))
 
     async def _serve(self) -> None:
         runner = self.hop.node.runner

@@ -444,6 +444,11 @@ class Node:
         self._renewed.set()
 
 
+def detail_of(error: Exception) -> str:
+    """What went wrong, in words; of an error that is not ours its type too, which `cause_of` does not tell."""
+    return str(error) if isinstance(error, DeeparError) else f"{type(error).__name__}: {error}"
+
+
 def cause_of(error: Exception) -> str:
     """A short, stable word for what went wrong, for the `TaskFailed` that it becomes."""
     if isinstance(error, ProtocolError):

@@ -261,7 +261,8 @@ function drawDetail(task) {
 function drawLines() {
   $("lines").replaceChildren(...state.lines.slice().reverse().map((line) => {
     const item = make("li", BAD.has(line.what) ? "bad" : "");
-    item.append(make("time", "", line.at), make("b", "", line.who), ` ${line.what} ${line.details}`);
+    item.append(make("time", "", line.at), make("b", "", line.who), ` ${line.what}`);
+    if (line.details) item.append(make("span", "details", line.details));
     return item;
   }));
 }

@@ -17,10 +17,10 @@ from deploy import cli
 from deploy.ports import free_port
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, columns: int = 200) -> int:
     """`deepar ARGUMENTS` in this process, its logging left alone; the exit code."""
     monkeypatch.setattr("sys.argv", ["deepar", *arguments])
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr("deploy.log_setup.configure_logging", lambda level: None)
     monkeypatch.setattr(cli, "raise_interrupts", lambda: None)
     with pytest.raises(SystemExit) as ended:
@@ -64,6 +64,16 @@ def test_the_help_of_every_command_has_an_example_that_it_takes(
     for example in examples:
         assert example == name or example.startswith(f"{name} ")
         command.make_context(name, shlex.split(example)[len(name.split()) :])
+
+
+@pytest.mark.parametrize("name", [name for name, _ in leaves()])
+def test_no_word_of_a_help_is_cut_off_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert run(monkeypatch, *name.split()[1:], "--help", columns=80) == 0
+    shown = capsys.readouterr().out
+    assert "Usage" in shown
+    assert [line for line in shown.splitlines() if "…" in line] == []
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from bus.messages import (
     Retried,
     SeedInput,
     Start,
+    TaskFailed,
+    TaskProgress,
     TaskState,
     TaskSubmitted,
 )
@@ -146,7 +148,7 @@ def test_a_task_that_waits_names_whose_end_it_waits_for_and_what_they_share() ->
         ),
         held,
     )
-    assert overran == ("yellow", "t1", "overran", "late by 100 ms, now expected to end in 400 ms")
+    assert overran == ("yellow", "t1", "overran", "by 100 ms so far; given 400 ms more")
     assert moved == ("yellow", "t3", "waits 400 ms", "later by 500 ms, after t1 (slot, link 1, link 2 of e1)")
     ended, started = lines_of(
         decision(
@@ -166,6 +168,26 @@ def test_a_task_that_waits_names_whose_end_it_waits_for_and_what_they_share() ->
     )
     assert ended == ("green", "t1", "COMPLETED", "in 2.4 s (frees a slot, 117 Mbps, 20 Mbps of e1)")
     assert started == ("green", "t3", "starts", "d9 -117 Mbps-> e1 -20 Mbps-> cloud")
+
+
+@pytest.mark.parametrize(
+    ("cause", "detail", "told"),
+    [("config", "profile x is missing", "config: profile x is missing"), ("stalled", "", "stalled")],
+)
+def test_causes_are_told_the_same_way_wherever_they_stand(cause: str, detail: str, told: str) -> None:
+    changes = [
+        Retried(task_id="t1", attempt=2, cause=cause, detail=detail),
+        Ended(task_id="t1", attempt=2, state=TaskState.FAILED, cause=cause, detail=detail),
+    ]
+    failed = TaskFailed(task_id="t1", attempt=1, node="e1", cause=cause, detail=detail)
+    found = [details for message in (failed, decision(*changes)) for *_, details in lines_of(message)]
+    assert found == [f"at e1, {told}", f"planned again after {told}", told]
+
+
+def test_what_is_counted_is_singular_where_it_is_one() -> None:
+    node = NodeAnnounced(node="e1", role=Role.EDGE, incarnation="i", slots=1)
+    lines = [*lines_of(TaskProgress(task_id="t1", attempt=1, node="d1", done=1)), *lines_of(node)]
+    assert [details for *_, details in lines] == ["1 sample done", "edge, 1 slot"]
 
 
 def test_reading_may_begin_in_the_middle() -> None:
@@ -190,7 +212,7 @@ def test_every_type_of_change_has_words_of_its_own() -> None:
         )
     }
     assert lines["t1"] == ("admitted", "3 x toy from d1, within 9 s")
-    assert lines["t2"] == ("attempt 2", "planned again: node_lost e1: lease_expired")
+    assert lines["t2"] == ("attempt 2", "planned again after node_lost: e1: lease_expired")
     assert lines["t3"] == ("REJECTED", "queue_full")
     assert lines["d1"] == ("joined", "device, link 1 at most 5 Mbps")
     assert lines["e1"] == ("lost", "lease_expired")

@@ -1,9 +1,12 @@
 """Why a task got what it got, from the records alone."""
 
+import re
+
 import pytest
 
 from bus.errors import UnknownNameError
 from bus.messages import Decision, Ended, Placed, TaskState
+from bus.units import parse_duration
 from planner.core import Event, PlannerCore
 from planner.explain import explain
 from tests.unit.planner.scenes import World, completed, device, edge, task
@@ -79,6 +82,17 @@ def test_a_task_that_was_never_placed_has_only_a_story() -> None:
     assert "unknown_model" in found.story[-1]
     assert [c for d in log for c in d.changes if isinstance(c, Ended)]
     assert not [c for d in log for c in d.changes if isinstance(c, Placed)]
+
+
+def test_the_story_tells_durations_to_three_digits_with_a_unit() -> None:
+    log = records(edge(slots=1), device("d1"), device("d2"), task("t1", "d1"), task("t2", "d2"), completed("t1"))
+    story = [line for task_id in ("t1", "t2") for line in explain(log, task_id).story]
+    durations = [found for line in story for found in re.findall(r"([0-9.]+ \w+) (?:predicted|later|earlier)", line)]
+    durations += [found for line in story for found in re.findall(r"(?:start|COMPLETED) in ([0-9.]+ \w+)", line)]
+    assert len(durations) >= 3
+    for text in durations:
+        assert parse_duration(text) > 0, story
+        assert len(text.split()[0].replace(".", "").lstrip("0")) <= 3, story
 
 
 def test_an_unknown_task() -> None:
