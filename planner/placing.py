@@ -22,7 +22,7 @@ from bus.messages import (
     TaskState,
     TaskSubmitted,
 )
-from bus.units import format_count, format_rate
+from bus.units import format_count, format_rate, format_seconds
 from bus.values import Execution, Objective
 from planner.algorithm import Algorithm, Choice, EdgeOption, Request, placement_of
 from planner.policies import Policy, Restriction, load_policy
@@ -157,7 +157,7 @@ class Placing(Reach):
         if request is not None:
             choice, late_s = self._choose(request, now, task.deadline_s)
             if late_s > 0 and self.when_late is WhenLate.REJECT:
-                detail = f"the earliest predicted end is {late_s:.3g} s after the deadline"
+                detail = f"the earliest predicted end is {format_seconds(late_s)} after the deadline"
                 self._end(task, TaskState.REJECTED, now, cause="deadline", detail=detail)
                 return
             if choice is None and (why := self._hopeless(task, request)) is not None:
@@ -173,9 +173,9 @@ class Placing(Reach):
         """Cause and detail when this task is one too many among those that wait or are scheduled, else None."""
         device = task.submitted.device
         if self._queued_by_device[device] > self.max_waiting_per_device:
-            return "device_queue_full", f"{self.max_waiting_per_device} tasks of {device} wait already"
+            return "device_queue_full", f"{format_count(self.max_waiting_per_device, 'task')} of {device} wait already"
         if len(self.tasks) - self._running > self.max_waiting:
-            return "queue_full", f"{self.max_waiting} tasks wait already"
+            return "queue_full", f"{format_count(self.max_waiting, 'task')} wait already"
         return None
 
     def _book(self, task: Task, request: Request, choice: Choice, now: float) -> None:

@@ -201,7 +201,7 @@ def test_lines_of_a_start_and_a_move_tell_where_and_after_whom(region: Topics) -
     region.decide(1.0, admitted("t1"), placed("t1", 1.0, 1.0), start("t1", 1.0))
     region.decide(2.0, admitted("t2"), placed("t2", 16.0, 2.0))
     region.decide(3.0, Overran(task_id="t1", attempt=1, from_s=16.0, to_s=18.0))
-    region.decide(3.0, Moved(task_id="t2", attempt=1, from_s=16.0, to_s=18.0))
+    region.decide(3.0, Moved(task_ids=("t2",), starts_s=(18.0,)))
     assert region.view.lines[-1].details == "later by 2 s, after t1 (d1)"
     region.decide(17.0, completed("t1"), start("t2", 17.0))
     assert region.view.lines[-1].details == "d1 -6 Mbps-> e1 -3 Mbps-> cloud"
