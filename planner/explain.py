@@ -182,9 +182,7 @@ def _lacked(
     if request.device is not None and request.device.limited:
         own_bps = request.device.timeline.at(now)[1]
         if own_bps < option.max_link1_bps:
-            lacks.append(
-                f"the device's own link ({_free(own_bps)} free of {format_rate(option.max_link1_bps)} wanted)"
-            )
+            lacks.append(f"the device's own link ({_free(own_bps)} free of {format_rate(option.max_link1_bps)} wanted)")
     if family != DEVICE_EDGE and free2 < option.max_link2_bps:
         lacks.append(f"bandwidth on link 2 ({_free(free2)} free of {format_rate(option.max_link2_bps)} wanted)")
     if choice is not None and choice.cut1 == 0 and device_busy and rules.device_computes:

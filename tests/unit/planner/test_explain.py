@@ -114,5 +114,5 @@ def test_the_devices_own_link_is_said_to_be_lacked_and_waited_for() -> None:
     own = device("d1", link1_capacity_bps=20_000_000)
     log = records(edge(slots=4), own, task("t1", "d1"), task("t2", "d1"), policy="edge-only")
     found = explain(log, "t2")
-    assert "the device's own link (0 bps free of 20 Mbps wanted)" in found.candidates[0].lacked
+    assert "the device's own link (none free of 20 Mbps wanted)" in found.candidates[0].lacked
     assert found.waited_for == ("t1 to end on e1",)

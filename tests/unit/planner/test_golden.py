@@ -30,10 +30,10 @@ RECORDED = {
     ("no-delay", "pipelined"): "d3518f986d74abe402a24aef56d957d398d6d3c2a734cb83cbf0a8954482728a",
     ("device-only", "sequential"): "189cd7664809a3ec0cce05f1c5fdbe65f0c6a1ce55361259ec4d62611142457a",
     ("device-only", "pipelined"): "9111745af0fbd824ca0ad6c85accb9d8721a90465529126e0a6a585ed82dc56f",
-    ("edge-only", "sequential"): "2ee4c913e8872bca50a489f72a6dc46f116012b81543e196c419794e1523a825",
+    ("edge-only", "sequential"): "ae569b8ec1e9539c34a5d8ee11d0ce7885670139747b854957542cd9410dd987",
     ("edge-only", "pipelined"): "6868fe7a0203eab705beafefc0ea7247d018d1bc5508ef09ce9f77cdcb4dbd7d",
-    ("cloud-only", "sequential"): "5df8166bbbf9ea1976fd0dfee3a1e5715d77ee8fe55b46bc5dd1935ec5bd74f3",
-    ("cloud-only", "pipelined"): "fe5de3de3939453a3a1b568905843ac992aaad8ba42bdd8722f31645aaaa8349",
+    ("cloud-only", "sequential"): "528bdc6e460cdc4780b796f92f501b1696ccdb887d5a10b535933149fceee765",
+    ("cloud-only", "pipelined"): "690b41f32127b7534cb182a63e901bfd37409dc21d4322d20137cbc1fc188bef",
     ("neurosurgeon", "sequential"): "349cc7eae4f705227b7285aec1cc66b8252d2ba0802a09abfae5cc578c81ebb5",
     ("neurosurgeon", "pipelined"): "85b5f474e5c6d5e8a9155457e95a5045a0dfdba1bf9904c4a928727b2f26cd8e",
 }
