@@ -29,7 +29,7 @@ from deploy.model_tables import cuts_table, models_table, parts_table, show_tree
 from deploy.outputs import writable_folder
 from deploy.process import EXIT_FAILED
 from stages.cache import write_whole
-from stages.cuts import useful_positions, work_shares
+from stages.cuts import even_cuts, useful_positions, work_shares
 from stages.model import Model
 from stages.slicer import position_of, write_parts
 from stages.verify import named_inputs, pairs_of, random_inputs
@@ -145,7 +145,10 @@ def cuts(
 def slice_(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="Folder for the parts and manifest.json.", file_okay=False)],
-    cut1: Annotated[str, typer.Option(metavar="NAME|N", help="The device's last layer: a name or a position.")],
+    cut1: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|N", help="The device's last layer: a name or a position. [default: even work]"),
+    ] = None,
     cut2: Annotated[
         str | None, typer.Option(metavar="NAME|N", help="The edge's last layer; without it the cloud runs the rest.")
     ] = None,
@@ -156,13 +159,12 @@ def slice_(
 ) -> None:
     """Cut a model into valid .tflite parts, for the device, the edge and the cloud.
 
+    Without cuts, the three parts get about the same work.
+
     Example: `deepar models slice alexnet --cut1 maxpool_1 --cut2 maxpool_3 --out parts`
     """
     loaded = load(model, sha256, signature, input_shape)
-    first = position_of(loaded, cut1)
-    second = first if cut2 is None else position_of(loaded, cut2)
-    if first > second:
-        raise CutError(f"cut1 {cut1} lies behind cut2 {cut2}")
+    first, second = _asked_cuts(loaded, cut1, cut2)
     manifest, parts = write_parts(loaded, [first, second], writable_folder("--out", out))
     if as_json:
         kept = ("role", "file", "first", "last", "size_bytes", "sha256")
@@ -264,6 +266,19 @@ def verify(
         Console().print(verify_lines(report, len(chosen)))
     if not report.bit_identical and not report.explained:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _asked_cuts(loaded: Model, cut1: str | None, cut2: str | None) -> tuple[int, int]:
+    """The positions that two options name. Raises `ConfigError`, `UnknownNameError`, `CutError`."""
+    if cut1 is None:
+        if cut2 is not None:
+            raise ConfigError("--cut2 needs --cut1", remedy="--cut1 0 leaves the device nothing but the input")
+        return even_cuts(loaded.manifest)
+    first = position_of(loaded, cut1)
+    second = first if cut2 is None else position_of(loaded, cut2)
+    if first > second:
+        raise CutError(f"cut1 {cut1} lies behind cut2 {cut2}")
+    return first, second
 
 
 def _given(loaded: Model, path: Path) -> list[list[np.ndarray[Any, Any]]]:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted([README, *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^```(?:sh|shell|bash|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"(?<!`)`(deepar [^`]+)`")
 INDENTED = re.compile(r"^    ((?:\w+=\S+ )?deepar .+)$", re.MULTILINE)
 
 
@@ -39,3 +40,10 @@ def indented_lines_of(page: Path) -> Iterator[Line]:
     for text in INDENTED.findall(page.read_text(encoding="utf-8").replace("\\\n", " ")):
         command = re.split(r"\s{3,}(?=[#a-z])|\s{2,}#", text)[0]
         yield Line(page.name, " ".join(command.split()))
+
+
+def inline_lines_of(page: Path) -> Iterator[Line]:
+    """Those in its sentences, between backticks: whole commands, or only a command's name."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for found in INLINE.findall(text):
+        yield Line(page.name, " ".join(found.split()))

@@ -21,7 +21,7 @@ import typer
 
 from deploy import cli
 from deploy.ports import free_port
-from tests.documented import PAGES, ROOT, Line, indented_lines_of, lines_of
+from tests.documented import PAGES, ROOT, Line, indented_lines_of, inline_lines_of, lines_of
 from tests.integration.deepar_processes import Processes
 from tests.integration.test_living_path import documented_services
 from tests.kafka_broker import OwnBroker
@@ -33,13 +33,27 @@ ELSEWHERE = {
     "deepar broker": "tests/integration/test_broker.py starts, kills and restarts it",
     "deepar simulate all --out figures": "tests/sim/test_figures.py makes each figure, with fewer seeds",
     **dict.fromkeys(documented_services(), "tests/integration/test_living_path.py starts it so, with LeNet"),
+    "deepar tail decisions --json": "tests/integration/test_living_path.py, with --exit",
+    "deepar --install-completion": "it writes into the user's shell",
     "deepar loadgen replay --tasks 20 --within 20s": "tests/integration/test_living_path.py, with 20 samples a task",
 }
 """Commands of our pages that are run by other tests."""
 
 
 LINES = [line for page in PAGES for line in lines_of(page)]
-OUR_LINES = [line for line in LINES if line.page in OURS]
+INLINE = [line for page in PAGES for line in inline_lines_of(page)]
+
+
+def command_and_rest(line: Line, command: Any) -> tuple[Any, list[str]]:
+    """The command that a line names, and the words behind its name."""
+    found, words = command, line.text.split()[1:]
+    while words and words[0] in getattr(found, "commands", {}):
+        found = found.commands[words.pop(0)]
+    return found, words
+
+
+WITH_WORDS = [line for line in INLINE if command_and_rest(line, cli.whole())[1]]
+OUR_LINES = [line for line in (*LINES, *WITH_WORDS) if line.page in OURS]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +103,37 @@ def test_every_deepar_command_in_the_docs_is_one(
         found = inner
 
 
+@pytest.mark.parametrize("line", INLINE, ids=str)
+def test_every_command_in_a_sentence_is_one(
+    line: Line, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sentence may speak of a command, of one of its options, or leave words out (`...`, `[--json]`); else it is whole."""
+    found, words = command_and_rest(line, command)
+    inside = [found, *getattr(found, "commands", {}).values()]
+    options = {option for one in inside for parameter in one.params for option in parameter.opts}
+    options |= {"--install-completion"} if found is command else set()  # added when the program starts
+    left_out = any(word == "..." or word.startswith("[") for word in words)
+    placeholder = bool(words) and words[0].isupper() and hasattr(found, "commands")
+    if left_out or placeholder or (len(words) == 1 and words[0] in options) or not words:
+        assert {word.strip("[]") for word in words if word.lstrip("[").startswith("--")} <= options
+        return
+    numbered = re.sub(r"\bN\b", "1", line.text)
+    test_every_deepar_command_in_the_docs_is_one(Line(line.page, numbered), command, tmp_path, monkeypatch)
+
+
+def test_a_sentence_with_half_a_command_is_noticed(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in (
+        "deepar models build --out FILE",
+        "deepar nothing",
+        "deepar planner --bogus",
+        "deepar tail ... --bogus",
+    ):
+        with pytest.raises((pytest.fail.Exception, Exception), match=r"(?i)no such|missing|bogus"):
+            test_every_command_in_a_sentence_is_one(Line("x.md", text), command, tmp_path, monkeypatch)
+
+
 def test_a_command_that_is_none_is_noticed(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("deepar tail decisions --bogus", "deepar nothing", "deepar loadgen replay --tasks many"):
         with pytest.raises((pytest.fail.Exception, Exception), match=r"(?i)no such|invalid"):
@@ -132,6 +177,7 @@ class Shell:
 WITHOUT_BROKER = (
     "deepar models cuts MODEL.tflite",
     "deepar models verify MODEL.tflite",
+    "deepar models slice MODEL.tflite --out parts",
     "deepar profile MODEL.tflite --out here.json",
     "deepar plan MODEL.tflite --device here.json --edge here.json --cloud here.json --link1 100Mbps --link2 20Mbps",
     (
@@ -154,6 +200,7 @@ WITH_BROKER = {
     "deepar loadgen replay --tasks 20 --within 10s",
     "deepar top",
     "deepar top --once",
+    "deepar top --replay --speed 5",
     "deepar top --json",
     "deepar tail decisions --exit",
     "python docs/examples/watch.py localhost:9092",
@@ -264,7 +311,7 @@ def test_commands_that_need_a_broker(kafka_own: OwnBroker, tmp_path: Path) -> No
             "d1",
             "d2",
         }
-        for text in ("deepar top", "deepar top --once"):
+        for text in ("deepar top", "deepar top --once", "deepar top --replay --speed 5"):
             assert "25 completed" in shell.run(text)
         assert look(port)["counts"]["COMPLETED"] == 25
     tool = subprocess.run(

@@ -225,3 +225,11 @@ def test_every_command_takes_the_shape_of_an_open_input(app: Any, tmp_path: Path
     with pytest.raises(ModelError, match="sound is open") as caught:
         call(app, "models", "show", str(path))
     assert "--input-shape sound=?x?x1x1" in str(caught.value.remedy)
+
+
+def test_slice_without_cuts_makes_three_parts(app: Any, tmp_path: Path) -> None:
+    parts = read(app, "models", "slice", "lenet", "--out", str(tmp_path))["parts"]
+    assert [part["role"] for part in parts] == ["device", "edge", "cloud"]
+    assert (parts[0]["first"], parts[-1]["last"]) == (1, 7)
+    with pytest.raises(ConfigError, match="--cut2 needs --cut1"):
+        call(app, "models", "slice", "lenet", "--cut2", "3", "--out", str(tmp_path))

@@ -13,7 +13,7 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from bus.errors import CutError, UnknownNameError
-from stages.cuts import useful_positions, work_shares
+from stages.cuts import even_cuts, useful_positions, work_shares
 from stages.litert import SegmentRunner
 from stages.model import Model
 from stages.operators import CONTROL_FLOW, kind_of, text
@@ -235,6 +235,22 @@ def test_metadata_go_along_unless_they_speak_of_the_whole(tmp_path: Path) -> Non
     part = schema.ModelT.InitFromPackedBuf(slice_model(model, 2, 3).to_bytes(), 0)
     assert [entry.name for entry in part.metadata] == [b"min_runtime_version"]
     assert bytes(part.buffers[part.metadata[0].buffer].data) == b"2.3.0"
+
+
+def test_parts_are_even_where_nobody_names_cuts(alexnet: Model, tmp_path: Path) -> None:
+    cuts = even_cuts(alexnet.manifest)
+    shares = [work_shares(alexnet.manifest)[cut] for cut in cuts]
+    for share, wanted in zip(shares, (1 / 3, 2 / 3), strict=True):
+        others = [abs(other - wanted) for other in work_shares(alexnet.manifest)[1:-1]]
+        assert abs(share - wanted) == pytest.approx(min(others))
+    assert cuts[0] < cuts[1]
+    stateful = load(tmp_path, built_models.stateful())
+    assert not {*even_cuts(stateful.manifest)} & stateful.graph.blocked.keys()
+    single = GraphBuilder("one layer")
+    x, y = single.input("x", (1, 4)), single.tensor("y", (1, 4))
+    single.operator("TANH", [x], [y])
+    single.output(y)
+    assert even_cuts(load(tmp_path, single).manifest) == (0, 0)
 
 
 def test_cuts_are_named_by_layer_or_position(lenet: Model) -> None:
