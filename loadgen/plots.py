@@ -82,6 +82,10 @@ def figure(width_in: float, height_in: float, rows: int = 1, columns: int = 1, *
         return fig, fig.subplots(rows, columns, **kwargs)
 
 
+UNDATED = {"svg": {"Date": None}, "png": {"Software": None}, "pdf": {"CreationDate": None}}
+"""Format -> what is left out of the file, so that the same data gives the same bytes."""
+
+
 def save(fig: Figure, stem: Path, formats: Iterable[str] = ("png", "svg")) -> list[Path]:
     """Write `STEM.png` and `STEM.svg`; returns the paths."""
     import matplotlib as mpl
@@ -91,8 +95,7 @@ def save(fig: Figure, stem: Path, formats: Iterable[str] = ("png", "svg")) -> li
     with mpl.rc_context(_STYLE):
         for suffix in formats:
             path = stem.with_name(f"{stem.name}.{suffix}")
-            metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-            fig.savefig(path, metadata=metadata)
+            fig.savefig(path, metadata=UNDATED.get(suffix.lower()))
             paths.append(path)
     return paths
 
@@ -138,3 +141,34 @@ def grouped_bars(
 def error_bars(half_widths: Iterable[float | None]) -> list[float]:
     """For matplotlib, which draws nothing where an interval is not known."""
     return [math.nan if half is None else half for half in half_widths]
+
+
+LOG_STEPS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+FEWEST_TICKS, MOST_TICKS = 4, 10
+
+
+def log_ticks(axis: Any, low: float, high: float) -> None:
+    """At least four labelled ticks at round numbers on a logarithmic axis, however narrow its range is."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in LOG_STEPS:
+        ticks = [step * 10.0**power for power in powers for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= FEWEST_TICKS:
+            break
+    else:
+        ticks = [
+            tick for tick in MaxNLocator(6, min_n_ticks=FEWEST_TICKS).tick_values(low, high) if low <= tick <= high
+        ]
+    axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // MOST_TICKS)]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def shortened(name: str, most: int) -> str:
+    """A name with its middle left out where it has more than `most` characters; its end tells layers apart."""
+    if len(name) <= most:
+        return name
+    head = most // 3
+    return f"{name[:head]}…{name[head + 1 - most :]}"
