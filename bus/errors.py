@@ -33,6 +33,10 @@ class ModelError(DeeparError):
         self.fault = fault
 
 
+class PolicyError(DeeparError):
+    """A user's policy raised an error, or chose what cannot be; the message names the policy and the line."""
+
+
 class CutError(DeeparError):
     """A model cannot be cut at the position asked for; the message says why."""
 

@@ -50,7 +50,7 @@ class DatasetInput(Frozen):
 
     type: Literal["dataset"] = "dataset"
     name: Name  # e.g. "digits"
-    start: Annotated[int, Field(ge=0)] = 0  # first sample; the range wraps around
+    start: Annotated[int, Field(ge=0, lt=1 << 63)] = 0  # first sample; the range wraps around
 
 
 class SeedInput(Frozen):
@@ -108,7 +108,7 @@ class NodeAnnounced(Message):
     region: Annotated[int, Field(ge=0)] = 0  # whose planner it obeys
     incarnation: Name  # one for each start of the process or return from a loss
     lease_s: Annotated[float, Field(gt=0)] = 10.0  # silent for longer means lost
-    slots: Annotated[int, Field(ge=0)] = 0  # r_e: tasks computing at once; edges only
+    slots: Annotated[int, Field(ge=0, le=1_000_000)] = 0  # r_e: tasks computing at once; edges only
     link1_capacity_bps: BitsPerSecond = 0  # B_e^1 of an edge; of a device its own limit, 0: none
     link2_capacity_bps: BitsPerSecond = 0  # B_e^2 of an edge
     reachable_edges: tuple[NodeName, ...] | None = None  # E_i of a device; None: every edge

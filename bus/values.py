@@ -18,7 +18,9 @@ Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9]
 NodeName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """A node's name becomes part of topic names, so it holds letters, digits, `_` and `-` only."""
 
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+"""A span of time; sums and products of a few of them stay finite."""
+
 Bytes = Annotated[int, Field(ge=0, le=1 << 40)]
 BitsPerSecond = Annotated[int, Field(ge=0, le=1 << 50)]
 
@@ -182,6 +184,13 @@ class ModelManifest(Frozen):
         return self
 
 
+MAX_LAYERS = 1_024
+"""The pipelined search looks at every pair of cuts, and its memory grows with the square of this."""
+
+MAX_MODEL_S = 1e6
+"""The longest that one sample may take on a platform: eleven days."""
+
+
 class ModelProfile(Frozen):
     """How one platform runs one model: a row of F and G of the paper, for one sample.
 
@@ -210,6 +219,10 @@ class ModelProfile(Frozen):
             raise ValueError(
                 f"{layers} names, {len(self.layer_s)} times and {len(self.cut_bytes)} sizes do not belong together"
             )
+        if layers > MAX_LAYERS:
+            raise ValueError(f"{self.model} has {layers:,} layers, over {MAX_LAYERS:,}: take several as one")
+        if not (total_s := sum(self.layer_s)) <= MAX_MODEL_S:
+            raise ValueError(f"{self.model} takes {total_s:.3g} s for one sample, over {MAX_MODEL_S:.0f} s")
         if any(not 0 < position < layers for position in self.forbidden):
             raise ValueError("only positions inside the model can be forbidden")
         return self

@@ -41,6 +41,8 @@ def planner_counters(services: Iterable[PlannerService]) -> dict[str, float]:
         "decisions": float(sum(service.decisions for service in some)),
         "dead_letters": float(sum(service.dead_letters for service in some)),
         "lost_inputs": float(sum(service.lost_inputs for service in some)),
+        "policy_errors": float(sum(service.policy_errors for service in some)),
+        "input_failures": float(sum(service.input_failures for service in some)),
         "wrong_identity": float(sum(service.door.refused for service in some)),
     }
 

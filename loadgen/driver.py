@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Any
 
-from bus.errors import InvariantError
+from bus.errors import InvariantError, PolicyError
 from bus.makers import maker
 from bus.messages import (
     Ended,
@@ -138,6 +138,8 @@ class Drive:
                 outcome = live.pop(change.task_id)
                 outcome.state, outcome.cause, outcome.ended_s = change.state, change.cause, now_s
                 outcome.measured, outcome.device_delay_s = change.measured, change.delay_s
+                if change.cause == "policy_error":
+                    raise PolicyError(f"task {change.task_id}: {change.detail}")
                 self.on_end(outcome)
         wakeup_s = self.core.next_wakeup()
         self._wakeup_s = math.inf if wakeup_s is None else wakeup_s

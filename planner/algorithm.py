@@ -264,7 +264,7 @@ class Algorithm:
                 found = search.best(
                     family, b1, b2 if family != DEVICE_EDGE else 0, samples, objective, input_bytes, device_computes
                 )
-                if found is not None and found[0] <= worst:
+                if found is not None and found[0] <= worst and found[0] < _NEVER:
                     heap.append((found[0], family, name, now, -1, kind, found, [], accounts))
         heapify(heap)
         return heap
@@ -273,7 +273,7 @@ class Algorithm:
         """Everything on the device, as soon as it is free for so long."""
         request, now = self.request, self.now
         delay = request.device_search.device_s(request.samples, request.objective)
-        if delay is None:
+        if delay is None or not delay < _NEVER:
             return None
         start, layers = now, request.device_row.layers
         if request.device is not None:
@@ -375,7 +375,7 @@ class Algorithm:
                 if device_computes and len(tried) < _MOST_TRIED:
                     tried.append((b1, b2, found[0]))
             delay, cut1, cut2 = found
-            if delta + delay > worst:
+            if delta + delay > worst or not delay < _NEVER:
                 return None
             end = start + (delay if delay > SHORTEST_S else SHORTEST_S)
             if cut1 and device is not None and not device.free(start, end):

@@ -27,6 +27,8 @@ So a task starts only when no running task holds what it was promised. What the 
   `max_attempts` times.
 * A node that announces that it drains gets no new task and keeps what runs there; what was scheduled there is placed
   elsewhere, or waits, as while a draining device's tasks do.
+* An input whose handling raised is taken back with all it did (`planner.leading`); its task is REJECTED or FAILED
+  (`planner_error`). A task for which a user's policy raises, or chooses what cannot be, is REJECTED (`policy_error`).
 * Progress, heartbeats of strangers and of old incarnations, events of tasks that are not live: no change.
 
 Heartbeats are soft state: they renew a lease, are in no record and in no hash; after a restart leases begin anew
@@ -79,6 +81,14 @@ class Tick:
     """Time has passed: leases, deadlines and patience are looked at."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unhandled:
+    """Handling an input failed in an earlier try, which left no trace; its task ends with the cause."""
+
+    message: Any  # the input
+    detail: str  # the error, for people
+
+
 Event = (
     TaskSubmitted
     | TaskCancelled
@@ -89,6 +99,7 @@ Event = (
     | TaskCompleted
     | TaskFailed
     | Tick
+    | Unhandled
 )
 
 
@@ -149,6 +160,17 @@ class PlannerCore(Membership):
         task = self.tasks.get(cancelled.task_id)
         if task is not None:
             self._end(task, TaskState.FAILED, now, cause="cancelled")
+
+    def _on_unhandled(self, unhandled: Unhandled, now: float) -> None:
+        message = unhandled.message
+        if isinstance(message, TaskSubmitted):
+            if message.task_id in self.tasks or self.ended.get(message.task_id) is not None:
+                return
+            self._do(_admitted(task=message), now)
+        task = self.tasks.get(getattr(message, "task_id", ""))
+        if task is not None:
+            state = TaskState.REJECTED if isinstance(message, TaskSubmitted) else TaskState.FAILED
+            self._end(task, state, now, cause="planner_error", detail=unhandled.detail)
 
     def _on_tick(self, tick: Tick, now: float) -> None:
         while self._next_lease() <= now:
@@ -271,4 +293,5 @@ _TAKE: Final[dict[type, Callable[[PlannerCore, Any, float], None]]] = {
     NodeLeft: PlannerCore._on_left,
     TaskCancelled: PlannerCore._on_cancelled,
     TaskProgress: PlannerCore._on_progress,
+    Unhandled: PlannerCore._on_unhandled,
 }

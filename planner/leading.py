@@ -7,18 +7,20 @@ folded anew from the topic when the spell is over.
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections import deque
 from collections.abc import Awaitable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus import messages, topics
 from bus.dead_letter import bury
 from bus.decisions import LARGEST_HOLE, Dropped
 from bus.errors import BusError, InvariantError, ProtocolError
 from bus.identity import WRONG_IDENTITY
-from bus.messages import Change, Decision, DecisionPart, EpochOpened, Message, PlannerHeartbeat
+from bus.messages import Change, Decision, DecisionPart, Ended, EpochOpened, Message, PlannerHeartbeat
 from bus.port import Position, Reader, Record
-from planner.core import Event, Tick
+from planner.core import Event, Tick, Unhandled
 from planner.division import divided
 from planner.keeper import Keeper
 
@@ -33,12 +35,26 @@ CHECKPOINT_EVERY = 1000
 GUARD_S = 60.0
 """How often the planner looks whether decisions are deleted."""
 INPUTS = (topics.NODES, topics.TASKS, topics.EVENTS)
+MAX_DETAIL = 1_000
+"""So many characters are kept of why an input could not be handled."""
 UNREADABLE = ("undecodable", "oversized", "unknown_version")
 """Why a record on the decisions is a dead letter; others are drafts of a planner that lost the region."""
 
 
 class Deposed(Exception):
     """What was decided last may not count; fold the topic anew."""
+
+
+class InputFailed(Deposed):
+    """An input could not be handled, and the state may be broken: fold the topic anew, and do without the input."""
+
+
+class Failure(NamedTuple):
+    """Why an input could not be handled."""
+
+    message: Any  # what the record says; None where reading it failed
+    detail: str
+    times: int  # 1: handling it failed; 2: ending its task with that cause failed, too
 
 
 class _Unproven(NamedTuple):
@@ -214,12 +230,59 @@ class Lead:
                 records=missing,
                 remedy="see how the topic is set: deepar doctor",
             )
+        message, failure = None, service.failures.get((record.topic, record.offset))
         try:
-            message = service.door.read(record, service.core)
+            if failure is None:
+                message = event = await self._read(record)
+            else:
+                event = await self._give_up(record, failure)
+            await self._step(event, (record.topic, record.offset + 1))
+        except (BusError, Deposed):
+            raise
+        except Exception as error:
+            raise self._failed(record, message, error) from error
+        if failure is not None:
+            if self._unrecorded:
+                await self._decided((), service.now_s())  # so that no other planner meets it
+            del service.failures[record.topic, record.offset]
+
+    async def _read(self, record: Record) -> Any:
+        """The message of a record; None where it is turned away."""
+        try:
+            return self.service.door.read(record, self.service.core)
         except ProtocolError as error:
             await self._turn_away(record, error)
-            message = None
-        await self._step(message, (record.topic, record.offset + 1))
+            return None
+
+    def _failed(self, record: Record, message: Any, error: Exception) -> InputFailed:
+        """Remember that an input cannot be handled. What it did to the state is undone by folding the topic anew."""
+        service = self.service
+        origin = f"{record.topic}/{record.partition}/{record.offset}"
+        service.log.error("input cannot be handled", origin=origin, exc_info=error)
+        service.input_failures += 1
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        where = f"{PurePath(frame.f_code.co_filename).name}:{line}"
+        detail = f"{type(error).__name__} at {where}: {error}"[:MAX_DETAIL]
+        before = service.failures.get((record.topic, record.offset))
+        service.failures[record.topic, record.offset] = Failure(
+            message, detail, 1 if before is None else before.times + 1
+        )
+        return InputFailed(f"{origin} cannot be handled: {detail}")
+
+    async def _give_up(self, record: Record, failure: Failure) -> Event | None:
+        """Dead-letter an input that cannot be handled; what ends its task, unless that fails as well."""
+        service = self.service
+        service.dead_letters += 1
+        await bury(
+            service.bus,
+            record,
+            ProtocolError("planner_error", failure.detail),
+            task_id=getattr(failure.message, "task_id", ""),
+            by=service.name,
+        )
+        return (
+            Unhandled(failure.message, failure.detail) if failure.times == 1 and failure.message is not None else None
+        )
 
     async def _turn_away(self, record: Record, error: ProtocolError) -> None:
         """What is broken, or not said by whom it names, is kept for people and changes nothing."""
@@ -276,6 +339,11 @@ class Lead:
 
     async def _decided(self, changes: Iterable[Change], now_s: float) -> None:
         service = self.service
+        changes = tuple(changes)
+        for change in changes:
+            if isinstance(change, Ended) and change.cause == "policy_error":
+                service.policy_errors += 1
+                service.log.error("policy failed; task rejected", task=change.task_id, why=change.detail)
         self.seq += 1
         self._unrecorded = 0
         decision = Decision(
@@ -285,7 +353,7 @@ class Lead:
             seq=self.seq,
             now_s=now_s,
             inputs=dict(service.inputs),
-            changes=tuple(changes),
+            changes=changes,
             ledger_hash=service.core.state_hash,
             at=service.utc(),
         )

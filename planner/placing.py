@@ -9,7 +9,7 @@ from enum import StrEnum
 from operator import index
 from typing import Final
 
-from bus.errors import InvariantError
+from bus.errors import InvariantError, PolicyError
 from bus.makers import maker
 from bus.messages import (
     BandwidthGrant,
@@ -25,7 +25,7 @@ from bus.messages import (
 from bus.units import format_count, format_rate, format_seconds
 from bus.values import Execution, Objective
 from planner.algorithm import Algorithm, Choice, EdgeOption, Request, placement_of
-from planner.policies import Policy, Restriction, load_policy
+from planner.policies import Policy, Restriction, load_policy, policy_fault
 from planner.reach import Reach
 from planner.region_state import APPLY, DEFAULT_PATIENCE_S, DEFAULT_REMEMBER_ENDED
 from planner.search import DEVICE_CLOUD, DEVICE_EDGE
@@ -139,11 +139,11 @@ class Placing(Reach):
     def _choose(self, request: Request, now: float, deadline_s: float) -> tuple[Choice | None, float]:
         """The policy's choice, and how long after the deadline it is predicted to end: above 0 only if nothing is in time."""
         algorithm = Algorithm(request, now, deadline_s)
-        choice = self.policy.place(algorithm)
+        choice = self._asked(algorithm)
         if deadline_s == NEVER:
             return choice, 0.0
         if choice is None:
-            choice = self.policy.place(Algorithm(request, now))
+            choice = self._asked(Algorithm(request, now))
         return choice, 0.0 if choice is None else algorithm.late_s(choice)
 
     def _place(self, task: Task, now: float, *, fresh: bool = False) -> None:
@@ -153,9 +153,16 @@ class Placing(Reach):
             detail = f"{task.submitted.device} does not run {task.submitted.model}"
             self._end(task, TaskState.REJECTED, now, cause=request, detail=detail)
             return
-        choice = None
+        choice, placed = None, None
         if request is not None:
-            choice, late_s = self._choose(request, now, task.deadline_s)
+            try:
+                choice, late_s = self._choose(request, now, task.deadline_s)
+                placed = None if choice is None else self._placement(task, request, choice, now)
+            except (Exception, SystemExit) as error:
+                if isinstance(self.policy, Restriction):
+                    raise  # a bug of ours
+                self._end(task, TaskState.REJECTED, now, cause="policy_error", detail=policy_fault(self.policy, error))
+                return
             if late_s > 0 and self.when_late is WhenLate.REJECT:
                 detail = f"the earliest predicted end is {format_seconds(late_s)} after the deadline"
                 self._end(task, TaskState.REJECTED, now, cause="deadline", detail=detail)
@@ -166,8 +173,8 @@ class Placing(Reach):
         if fresh and (choice is None or choice.start_s > now) and (full := self._full_queue(task)) is not None:
             self._end(task, TaskState.REJECTED, now, cause=full[0], detail=full[1])
             return
-        if request is not None and choice is not None:
-            self._book(task, request, choice, now)
+        if placed is not None:
+            self._book(placed, now)
 
     def _full_queue(self, task: Task) -> tuple[str, str] | None:
         """Cause and detail when this task is one too many among those that wait or are scheduled, else None."""
@@ -178,18 +185,16 @@ class Placing(Reach):
             return "queue_full", f"{format_count(self.max_waiting, 'task')} wait already"
         return None
 
-    def _book(self, task: Task, request: Request, choice: Choice, now: float) -> None:
+    def _placement(self, task: Task, request: Request, choice: Choice, now: float) -> Placed:
+        """The placement that a choice is. Raises for one that cannot be; nothing is changed yet."""
         submitted, row = task.submitted, request.device_row
-        if not isinstance(self.policy, Restriction):
-            choice = self._plain(choice)
         option = request.edge(choice.edge)
         self._check(request, option, choice, now)
         search = request.device_search if option is None else option.search
-        _, edge, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
-        task_id, attempt = task.task_id, task.attempt
+        _, _, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
         placed = _placed(
-            task_id=task_id,
-            attempt=attempt,
+            task_id=task.task_id,
+            attempt=task.attempt,
             device=submitted.device,
             model=row.model,
             sha256=row.sha256,
@@ -203,6 +208,14 @@ class Placing(Reach):
             delay_s=delay_s,
             parts=search.costs.parts(cut1, cut2, link1_bps, link2_bps, submitted.samples, submitted.input_bytes),
         )
+        if not isinstance(self.policy, Restriction):
+            placed = Placed.model_validate(placed.model_dump())
+        return placed
+
+    def _book(self, placed: Placed, now: float) -> None:
+        placement, start_s = placed.placement, placed.start_s
+        edge, link1_bps, link2_bps = placement.edge, placement.link1_bps, placement.link2_bps
+        task_id, attempt = placed.task_id, placed.attempt
         self._do(placed, now)
         if edge is not None:  # grants tell what has been reserved; they change nothing themselves
             if link1_bps:
@@ -214,16 +227,20 @@ class Placing(Reach):
                     _granted(task_id=task_id, attempt=attempt, edge=edge, link=2, bps=link2_bps, from_s=start_s)
                 )
         if start_s <= now:
-            self._do(_start(task_id=task_id, attempt=attempt, device=submitted.device, at_s=start_s), now)
+            self._do(_start(task_id=task_id, attempt=attempt, device=placed.device, at_s=start_s), now)
+
+    def _asked(self, algorithm: Algorithm) -> Choice | None:
+        choice = self.policy.place(algorithm)
+        return choice if choice is None or isinstance(self.policy, Restriction) else self._plain(choice)
 
     def _plain(self, choice: Choice) -> Choice:
-        """What a user's policy chose, in numbers of Python's own."""
+        """What a user's policy chose, in numbers of Python's own. Raises `PolicyError` for what is no choice."""
         try:
             family, edge, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
             whole = (index(cut1), index(cut2), index(link1_bps), index(link2_bps))
             return Choice(index(family), edge, *whole, float(start_s), float(delay_s))
         except (TypeError, ValueError) as error:
-            raise InvariantError(f"policy {self.policy.name} chose {choice!r}: {error}") from None
+            raise PolicyError(f"it chose {choice!r:.200}, which is no Choice: {error}") from None
 
     def _check(self, request: Request, option: EdgeOption | None, choice: Choice, now: float) -> None:
         """A policy may be a user's: what it chose must be free, within the task's caps (11), and make sense.
@@ -247,8 +264,18 @@ class Placing(Reach):
         if good and request.device is not None:
             computes = int(choice.cut1 > 0)
             good = request.device.timeline.fits(choice.start_s, end, computes, choice.link1_bps, 0)
+        if good and option is not None:
+            costs, forbidden = option.search.costs, option.search.forbidden
+            good = (
+                not {choice.cut1, choice.cut2} & forbidden
+                and (choice.cut1 == choice.cut2 or costs.edge is not None)
+                and (choice.cut2 == layers or (costs.cloud is not None and choice.link2_bps >= 1))
+            )
         if not good:
-            raise InvariantError(f"policy {self.policy.name} chose for {request.task_id} what is not free: {choice}")
+            fault = f"it chose for {request.task_id} what cannot be, or is not free: {choice!r:.300}"
+            if isinstance(self.policy, Restriction):
+                raise InvariantError(f"policy {self.policy.name}: {fault}")
+            raise PolicyError(fault)
 
     def _hopeless(self, task: Task, request: Request) -> tuple[str, str] | None:
         """Cause and detail when no node that may still join could help, else None."""

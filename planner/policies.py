@@ -20,15 +20,19 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import traceback
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import PurePath
 from typing import Final, Protocol, runtime_checkable
 
-from bus.errors import ConfigError, UnknownNameError
+from bus.errors import ConfigError, PolicyError, UnknownNameError
 from planner.algorithm import EVERY_FAMILY, Algorithm, Choice
 from planner.search import DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 
 ENTRY_POINT_GROUP: Final = "deepar.policies"
+MAX_FAULT: Final = 1_000
+"""So many characters are kept of what went wrong in a policy."""
 
 
 @runtime_checkable
@@ -84,6 +88,8 @@ def load_policy(name: str) -> Policy:
             found = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError) as error:
             raise UnknownNameError(f"policy {name}: {error}") from error
+        except Exception as error:
+            raise ConfigError(f"policy {name} cannot be imported: {type(error).__name__}: {error}") from error
         return _checked(name, found)
     plugins = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name in plugins:
@@ -108,7 +114,25 @@ def policy_names() -> list[str]:
 
 
 def _checked(name: str, found: object) -> Policy:
-    policy = found() if isinstance(found, type) else found
-    if not isinstance(policy, Policy):
+    try:
+        policy = found() if isinstance(found, type) else found
+    except Exception as error:
+        raise ConfigError(f"policy {name} cannot be made: {type(error).__name__}: {error}") from error
+    if not isinstance(policy, Policy) or not isinstance(policy.name, str):
         raise ConfigError(f"policy {name}: {found!r} has no `name` and `place`")
     return policy
+
+
+def policy_fault(policy: Policy, error: BaseException) -> str:
+    """What went wrong in a user's policy: its name, the file and line that raised or where `place` stands, the error."""
+    place = getattr(type(policy).place, "__code__", None)
+    where = "" if place is None else f" ({_named(place.co_filename)}:{place.co_firstlineno})"
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if place is not None and frame.f_code.co_filename == place.co_filename:
+            where = f" ({_named(place.co_filename)}:{line})"
+    what = str(error) if isinstance(error, PolicyError) else f"{type(error).__name__}: {error}"
+    return f"policy {policy.name}{where}: {what}"[:MAX_FAULT]
+
+
+def _named(path: str) -> str:
+    return PurePath(path).name

@@ -74,6 +74,7 @@ class CutSearch:
         "_second_front",
         "_zero",
         "costs",
+        "forbidden",
     )
 
     def __init__(
@@ -86,7 +87,9 @@ class CutSearch:
     ) -> None:
         self.costs = costs = Costs(device, edge, cloud)
         layers, size = costs.layers, costs.cut_bytes
-        forbidden = device.forbidden.union(*(row.forbidden for row in (edge, cloud) if row is not None))
+        self.forbidden = forbidden = device.forbidden.union(
+            *(row.forbidden for row in (edge, cloud) if row is not None)
+        )
         ones = set(range(layers + 1) if allowed1 is None else allowed1) - forbidden
         twos = set(range(layers + 1) if allowed2 is None else allowed2) - forbidden
         f_d, f_e, f_c = costs.device, costs.edge, costs.cloud
@@ -299,18 +302,20 @@ class _Pairs:
             seconds = firsts = seconds[:0]
         c1 = np.repeat(firsts, len(seconds))
         c2 = np.tile(seconds, len(firsts))
-        keep = c1 < c2
-        self._c1: npt.NDArray[np.intp] = c1[keep]
-        self._c2: npt.NDArray[np.intp] = c2[keep]
-        self._zeros = int(np.count_nonzero(self._c1 == 0))
         size = np.array(costs.cut_bytes, dtype=np.float64)
         device = np.array(costs.device)
         edge = np.array(f_e if f_e is not None else costs.device)
         cloud = np.array(f_c if f_c is not None else costs.device)
-        on_edge = edge[self._c2] - edge[self._c1]
-        in_cloud = cloud[-1] - cloud[self._c2]
-        self._sum = device[self._c1] + on_edge + in_cloud
-        self._busy = np.maximum(np.maximum(device[self._c1], on_edge), in_cloud)
+        with np.errstate(over="ignore", invalid="ignore"):  # a delay that is not finite is no candidate
+            total = device[c1] + (edge[c2] - edge[c1]) + (cloud[-1] - cloud[c2])
+        keep = (c1 < c2) & np.isfinite(total)
+        self._c1: npt.NDArray[np.int16] = c1[keep].astype(np.int16)
+        self._c2: npt.NDArray[np.int16] = c2[keep].astype(np.int16)
+        self._zeros = int(np.count_nonzero(self._c1 == 0))
+        self._sum = total[keep]
+        self._busy = np.maximum(
+            np.maximum(device[self._c1], edge[self._c2] - edge[self._c1]), cloud[-1] - cloud[self._c2]
+        )
         self._g1 = size[self._c1]
         self._g2 = size[self._c2]
         self._room1, self._room2, self._room3 = (np.empty_like(self._sum) for _ in range(3))
@@ -327,7 +332,8 @@ class _Pairs:
         np.maximum(one, two, out=busy)
         np.maximum(busy, self._busy[:count], out=busy)
         np.maximum(busy, result * max(x1, x2), out=busy)
-        np.multiply(busy, more, out=busy)
+        with np.errstate(over="ignore"):
+            np.multiply(busy, more, out=busy)
         np.add(one, two, out=one)
         np.add(one, self._sum[:count], out=one)
         np.add(one, busy, out=one)

@@ -38,7 +38,7 @@ from planner.core import PlannerCore
 from planner.division import RECORD_BYTES
 from planner.doorkeeper import Doorkeeper
 from planner.keeper import PART_BYTES
-from planner.leading import HEARTBEATS_PER_LEASE, INPUTS, UNREADABLE, Deposed, Lead
+from planner.leading import HEARTBEATS_PER_LEASE, INPUTS, UNREADABLE, Deposed, Failure, Lead
 from planner.traces import TaskTraces
 
 LEASE_S = 5.0
@@ -92,6 +92,9 @@ class PlannerService:
         self.decisions = 0  # records written while leading
         self.door = Doorkeeper(master)
         self.lost_inputs = 0  # tasks and events that were deleted before this planner read them
+        self.policy_errors = 0  # tasks rejected because a user's policy failed
+        self.input_failures = 0  # inputs that could not be handled: bugs of ours
+        self.failures: dict[tuple[str, int], Failure] = {}  # topic and offset of those that are still to be passed over
         self.dead_letters = 0  # that this planner wrote, refusals included
         self.log = log.bind(planner=name, region=region)
         self._make_core = make_core

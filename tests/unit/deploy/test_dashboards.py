@@ -30,9 +30,9 @@ def given() -> set[str]:
     counted = set(re.findall(r"\.count\(\"(\w+)\"", text)) | {*ALARMED}
     counted |= {f"{part}_busy_seconds" for part in ("device", "link1", "edge", "link2", "cloud", "result")}
     text = "".join((ROOT / "deploy" / file).read_text(encoding="utf-8") for file in ("nodes.py", "planner_process.py"))
-    counted |= set(re.findall(r"\"(link\d_bytes|decisions|lost_inputs|wrong_identity)\":", text)) | set(
-        re.findall(r"counters\[\"(\w+)\"\]", text)
-    )
+    counted |= set(
+        re.findall(r"\"(link\d_bytes|decisions|lost_inputs|wrong_identity|policy_errors|input_failures)\":", text)
+    ) | set(re.findall(r"counters\[\"(\w+)\"\]", text))
     gauges = set(re.findall(r"\"(tasks)\":", text))
     registry = CollectorRegistry()
     health = Health(True, {}, dict.fromkeys(gauges, 1.0), dict.fromkeys(counted, 1.0), {"0": True}).without({})
@@ -84,6 +84,8 @@ WHEN_IT_FIRES = {
     "NotReady": (f"deepar_ready{E1}", "1 1 1 1 0 0 0 0 0 0 0 0 0 0", "45s", "65s"),
     "TopicMissing": (f"deepar_missing_topics{E1}", "0 0 0 0 1 1 1 1 1 1", "30s", "40s"),
     "DeadLetters": (f"deepar_dead_letters_total{E1}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
+    "PolicyErrors": (f"deepar_policy_errors_total{PLANNER}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
+    "InputFailures": (f"deepar_input_failures_total{PLANNER}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
     "WrongIdentity": (f"deepar_wrong_identity_total{PLANNER}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
     "DeclaredLost": (f"deepar_declared_lost_total{E1}", "0 0 0 1 5 5 5 5 5 5", "15s", "25s"),
     "LoopLag": (f"deepar_loop_lag_seconds{E1}", "0 0 0.1 0.1 0.6 0.6 0.6 0.6 0.6 0.6", "25s", "45s"),

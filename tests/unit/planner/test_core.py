@@ -21,11 +21,11 @@ from bus.messages import (
     TaskProgress,
     TaskState,
 )
-from bus.values import Kind, Role
+from bus.values import Kind, Objective, Role
 from planner.algorithm import Algorithm, Choice
 from planner.core import Event, PlannerCore, Tick
 from planner.placing import WhenLate
-from planner.policies import Policy, Restriction
+from planner.policies import BUILT_IN, Policy, Restriction
 from planner.search import DEVICE, DEVICE_EDGE
 from planner.tasks import hash_of
 from tests.unit.planner.scenes import (
@@ -602,3 +602,28 @@ def test_a_change_that_cannot_be_is_a_bug() -> None:
     for change in (ended, only(changes, Placed), only(changes, Start)):
         with pytest.raises(InvariantError):
             core.apply(change, 2.0)
+
+
+# --- numbers without an end
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+@pytest.mark.parametrize("policy", sorted(BUILT_IN))
+@pytest.mark.parametrize("endless", ["device", "edge", "cloud", "device edge", "device edge cloud"])
+def test_a_delay_that_is_not_finite_is_no_candidate(policy: str, objective: Objective, endless: str) -> None:
+    """Validation refuses such a profile; should one come in all the same, nothing is put there and the planner goes on."""
+    slow = profile().model_copy(update={"layer_s": (1e308, 1e308, 1e308)})
+    core = PlannerCore(0, policy, objective)
+    for made in (edge, cloud, device):
+        announced: NodeAnnounced = made()
+        core.handle(announced.model_copy(update={"models": (slow,)}) if made.__name__ in endless else announced, 0.0)
+    for i in range(3):
+        core.handle(task(f"t{i}"), 0.1)
+    for one in core.tasks.values():
+        if one.placed is not None:
+            assert one.placed.delay_s < 1e6
+            placement = one.placed.placement
+            assert not (placement.cut1 and "device" in endless)
+            assert not (placement.uses_slot and "edge" in endless)
+            assert not (placement.uses_cloud and "cloud" in endless)
+    core.validate()

@@ -1,16 +1,19 @@
 """The paper's policies, and the door for others."""
 
+import re
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bus.errors import ConfigError, InvariantError, UnknownNameError
-from bus.messages import Placed
+from bus.errors import ConfigError, UnknownNameError
+from bus.messages import Ended, NodeLeft, Placed, TaskState
 from bus.values import Kind
 from planner import Algorithm, Choice, PlannerCore, load_policy, policy_names
+from planner.policies import Policy
 from planner.search import DEVICE, DEVICE_EDGE
 from tests.unit.planner.scenes import World, cloud, device, edge, only, profile, task
 
@@ -95,7 +98,7 @@ def test_what_is_no_policy_is_refused(module: str) -> None:
         {"start_s": -1.0},
     ],
 )
-def test_a_policy_that_chooses_nonsense_is_stopped(nonsense: dict[str, Any]) -> None:
+def test_a_task_for_which_a_policy_chooses_nonsense_is_rejected(nonsense: dict[str, Any]) -> None:
     class Muddled:
         name = "muddled"
 
@@ -103,11 +106,7 @@ def test_a_policy_that_chooses_nonsense_is_stopped(nonsense: dict[str, Any]) -> 
             choice = algorithm.best({DEVICE_EDGE}, device_computes=False)
             return choice and choice._replace(**nonsense)
 
-    core = PlannerCore(0, Muddled())
-    for node in (edge(), device()):
-        core.handle(node, 0.0)
-    with pytest.raises(InvariantError, match="muddled"):
-        core.handle(task(), 0.0)
+    rejected(Muddled(), r"policy muddled \(test_policies.py:\d+\): it chose ")
 
 
 def test_numbers_of_another_make_become_plain_ones() -> None:
@@ -133,9 +132,107 @@ def test_numbers_of_another_make_become_plain_ones() -> None:
     assert Placed.model_validate_json(placed.model_dump_json()) == placed
 
 
-def test_a_policy_that_takes_what_is_not_free_is_stopped() -> None:
-    core = PlannerCore(0, Greedy())
+def test_a_task_for_which_a_policy_takes_what_is_not_free_is_rejected() -> None:
+    rejected(Greedy(), r"policy greedy \(test_policies.py:\d+\): it chose for t1 what cannot be, or is not free")
+
+
+def rejected(policy: Policy, why: str) -> None:
+    """The task is rejected for it, nothing is held, and the planner goes on."""
+    core = PlannerCore(0, policy)
     for node in (edge(), device()):
         core.handle(node, 0.0)
-    with pytest.raises(InvariantError, match="greedy"):
-        core.handle(task(), 0.0)
+    for now in (0.0, 1.0):
+        ended = only(core.handle(task(f"t{now + 1:.0f}"), now), Ended)
+        assert (ended.state, ended.cause) == (TaskState.REJECTED, "policy_error")
+        assert re.match(why.replace("t1", "t[12]"), ended.detail), ended.detail
+    assert not core.ledger.reservations
+    core.validate()
+
+
+class Nested:
+    name = "nested"
+
+    def place(self, algorithm: Algorithm) -> Any:
+        return self.divide(0)
+
+    def divide(self, by: int) -> Any:
+        return 1 / by
+
+
+class Quitting:
+    name = "quitting"
+
+    def place(self, algorithm: Algorithm) -> Choice | None:
+        sys.exit("no")
+
+
+class Wordy:
+    name = "wordy"
+
+    def place(self, algorithm: Algorithm) -> Any:
+        return "edge, please" * 1000
+
+
+class Nan:
+    name = "nan"
+
+    def place(self, algorithm: Algorithm) -> Any:
+        choice = algorithm.best()
+        return choice and choice._replace(delay_s=float("nan"))
+
+
+class Numbered:
+    name = "numbered"
+
+    def place(self, algorithm: Algorithm) -> Any:
+        choice = algorithm.best({DEVICE_EDGE})
+        return choice and choice._replace(edge=7)  # type: ignore[arg-type]
+
+
+class Cloudy:
+    """Cuts for a cloud that is not there, without bandwidth to it."""
+
+    name = "cloudy"
+
+    def place(self, algorithm: Algorithm) -> Any:
+        choice = algorithm.best({DEVICE_EDGE}, device_computes=False)
+        return choice and choice._replace(cut2=choice.cut2 - 1)
+
+
+@pytest.mark.parametrize("policy", [Nested(), Quitting(), Wordy(), Nan(), Numbered(), Cloudy()], ids=lambda p: p.name)
+def test_whatever_a_policy_does_the_planner_goes_on(policy: Policy) -> None:
+    rejected(policy, rf"policy {policy.name} \(test_policies.py:\d+\): ")
+
+
+def test_an_error_names_the_line_that_raised_it() -> None:
+    line = Nested.divide.__code__.co_firstlineno + 1
+    rejected(Nested(), rf"policy nested \(test_policies.py:{line}\): ZeroDivisionError: division by zero$")
+
+
+def test_a_policy_that_fails_while_tasks_are_planned_again_ends_only_them() -> None:
+    class Fragile:
+        name = "fragile"
+
+        def place(self, algorithm: Algorithm) -> Choice | None:
+            if len(algorithm.request.edges) < 2:
+                raise RuntimeError("only one edge")
+            return algorithm.best({DEVICE_EDGE}, device_computes=False)
+
+    core = PlannerCore(0, Fragile())
+    for node in (edge("e1", speed=8.0), edge("e2"), device(lease_s=1e6)):
+        core.handle(node, 0.0)
+    placed = only(core.handle(task(), 0.0), Placed)
+    ended = only(core.handle(NodeLeft(node=placed.placement.edge or "", incarnation="i1"), 0.1), Ended)
+    assert (ended.state, ended.cause) == (TaskState.REJECTED, "policy_error")
+    assert ended.detail.endswith("RuntimeError: only one edge")
+    core.validate()
+
+
+def test_a_policy_that_cannot_be_made_or_imported_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "broken_policies.py").write_text("1 / 0\n", encoding="utf-8")
+    (tmp_path / "needy_policies.py").write_text("class Needy:\n    def __init__(self, gain): ...\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="broken_policies:Any cannot be imported: ZeroDivisionError"):
+        load_policy("broken_policies:Any")
+    with pytest.raises(ConfigError, match="needy_policies:Needy cannot be made: TypeError"):
+        load_policy("needy_policies:Needy")
