@@ -161,7 +161,7 @@ def drive(scenario: Scenario, seed: int, platforms: Platforms) -> list[Outcome]:
     """Run a scenario through the core; the outcomes in the order in which the tasks were due.
 
     Delays are exact: predicted times, or with `scenario.noise` predicted times with log-normal noise of mean
-    1 from a stream of the same seed. Raises `ConfigError`, `InvariantError`.
+    1 from a stream of the same seed. Raises `ConfigError`, `InvariantError`, `PolicyError`.
     """
     outcomes: list[Outcome] = []
     run = Drive(core_for(scenario), outcomes.append)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bus.errors import PolicyError
 from bus.messages import SeedInput, TaskState, TaskSubmitted
 from bus.values import Objective, Role
 from loadgen.driver import Drive, core_for, drive, log_normal
@@ -138,3 +140,18 @@ def test_entries_may_be_a_generator_and_rejected_tasks_end() -> None:
     run.run(entries())
     assert [outcome.state for outcome in ended] == [TaskState.REJECTED] * 5
     assert {outcome.cause for outcome in ended} == {"unknown_model"}
+
+
+def test_a_policy_that_fails_ends_the_simulation_with_its_name_and_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines = [
+        "class Broken:",
+        '    name = "broken"',
+        "    def place(self, algorithm):",
+        "        return algorithm.bets()",
+    ]
+    (tmp_path / "failing_policies.py").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(PolicyError, match=r"policy broken \(failing_policies.py:4\): AttributeError: .* 'bets'"):
+        drive(BUSY.varied(policy="failing_policies:Broken"), 3, machines())
