@@ -12,10 +12,11 @@ A reader that must miss nothing says at which offset its first record stands; fr
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from bus import messages, topics
-from bus.errors import BusError, ProtocolError
+from bus.errors import BusError, ConfigError, ProtocolError
 from bus.messages import Change, Decision, DecisionPart, EpochOpened, PlannerHeartbeat, PlannerLeft
 from bus.port import Record
 
@@ -34,6 +35,16 @@ class DecisionsLostError(BusError):
         if found < expected:
             what = f"region {region}: the decisions begin anew at offset {found}, {expected} was expected next"
         super().__init__(what, remedy="see how the topic is set: deepar doctor")
+
+
+class DecisionUnreadableError(ConfigError):
+    """The next decision of the planner in charge cannot be read here, so nothing that follows it could be obeyed."""
+
+    def __init__(self, region: int, offset: int, planner: str, why: str) -> None:
+        super().__init__(
+            f"region {region}: the decision of {planner or 'the planner in charge'} at offset {offset} cannot be read: {why}",
+            remedy="the planner is of a newer version: run the same version of deepar everywhere",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +86,8 @@ class DecisionLog:
     def read(self, record: Record) -> DecisionTopicMessage | Dropped:
         """The record's message where it counts, a decision with all its changes; `Dropped` where it does not.
 
-        Raises `DecisionsLostError`, once for each gap, where records before this one are missing.
+        Where no record may be missed, raises `DecisionsLostError`, once for each gap, if records before this one are missing,
+        and `DecisionUnreadableError` if this is the next decision and its changes are of no known kind.
         """
         expected = self._next_offset
         if expected is not None:
@@ -85,8 +97,22 @@ class DecisionLog:
         try:
             message = messages.decode(topics.DECISIONS, record.value)
         except ProtocolError as error:
+            if expected is not None and self._is_next(record.value):
+                raise DecisionUnreadableError(record.partition, record.offset, self.planner, str(error)) from error
             return self._drop(error.cause, str(error))
         return self.accept(message)
+
+    def _is_next(self, payload: bytes | None) -> bool:
+        """Whether a record that cannot be read is the next decision of the open epoch, or a part of it."""
+        if not payload or len(payload) > messages.MAX_MESSAGE_BYTES:
+            return False
+        try:
+            found = json.loads(payload)
+        except (ValueError, RecursionError):
+            return False
+        if not isinstance(found, dict) or found.get("type") not in ("decision", "decision_part"):
+            return False
+        return (found.get("epoch"), found.get("nonce"), found.get("seq")) == (self.epoch, self.nonce, self.seq + 1)
 
     def accept(self, message: DecisionTopicMessage) -> DecisionTopicMessage | Dropped:
         """The same for a decoded message."""

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from random import Random
 from typing import Any
 
 import pytest
 
-from bus.decisions import DecisionLog
+from bus import topics
+from bus.decisions import DecisionLog, DecisionUnreadableError
 from bus.errors import InvariantError
 from bus.messages import Decision
+from bus.values import Role
+from deploy.nodes import make_work
 from loadgen.virtual_loop import run_virtual
 from planner.service import Standing
+from stages.node import Node, NodeSettings
+from stages.runner import ModelledRunner
 from tests.sim.planners import Process, Story, Town, town
+from tests.sim.world import profile
 
 TASKS = 8
 IDS = {f"t{number}" for number in range(TASKS)}
@@ -137,3 +144,30 @@ class _Gullible(DecisionLog):
 def test_planted_a_reader_that_ignores_epochs_is_found_out() -> None:
     with pytest.raises((AssertionError, InvariantError)):
         run_virtual(_two_decide(_Gullible()), horizon_s=HORIZON_S)
+
+
+def test_a_planner_that_stands_by_and_a_stage_end_where_they_cannot_read_a_decision() -> None:
+    """They are of an older version: the one must not take over with a state of the past, the other must not seem ready."""
+
+    async def run() -> None:
+        async with town(played=False) as place:
+            place.start("newer", lease_s=60.0)
+            older = place.start("older", lease_s=60.0)
+            settings = NodeSettings(name="d9", role=Role.DEVICE)
+            node = Node(place.bus, settings, ModelledRunner([profile(Role.DEVICE)]))
+            stage = asyncio.create_task(node.run(make_work(node)))
+            while older.service.standing is not Standing.STANDING_BY or not node.status.joined:
+                await asyncio.sleep(0.1)
+            log = older.service.decision_log
+            fields = {"v": 1, "type": "decision", "epoch": log.epoch, "nonce": log.nonce, "seq": log.seq + 1}
+            fields["changes"] = [{"type": "teleported"}]
+            await place.bus.send(topics.DECISIONS, json.dumps(fields).encode(), key="0", partition=0)
+            for ending in (stage, older.task):
+                await asyncio.wait([ending], timeout=60.0)
+                error: BaseException | None = ending.exception()
+                while isinstance(error, BaseExceptionGroup):
+                    error = error.exceptions[0]
+                assert isinstance(error, DecisionUnreadableError)
+            place.processes.clear()
+
+    run_virtual(run(), horizon_s=HORIZON_S)

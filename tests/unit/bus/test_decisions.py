@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from bus import messages
-from bus.decisions import DecisionLog, DecisionsLostError, Dropped
+from bus.decisions import DecisionLog, DecisionsLostError, DecisionUnreadableError, Dropped
 from bus.messages import Decision, DecisionPart, EpochOpened, NodeLost, PlannerHeartbeat, PlannerLeft
 from bus.port import Record
 
@@ -130,8 +132,9 @@ def test_a_log_that_begins_in_the_midst_of_a_decision_goes_on_with_the_next() ->
     assert log.accept(last(1, "y", seq=6)) == last(1, "x", "y", seq=6)
 
 
-def record(offset: int, message: Decision | EpochOpened) -> Record:
-    return Record("deepar.decisions", 0, offset, 0, "0", messages.encode(message))
+def record(offset: int, message: Decision | EpochOpened | bytes) -> Record:
+    payload = message if isinstance(message, bytes) else messages.encode(message)
+    return Record("deepar.decisions", 0, offset, 0, "0", payload)
 
 
 @pytest.mark.parametrize(
@@ -145,3 +148,46 @@ def test_a_reader_that_must_miss_nothing_is_told_of_a_gap_once(begin: int, found
     else:
         log.read(record(found, opened(1, "a")))
     log.read(record(found + 1, decision(1, "a", 1)))
+
+
+def of_tomorrow(epoch: int, nonce: str, seq: int, **changed: object) -> bytes:
+    """A decision with a change that only a newer version knows."""
+    fields = json.loads(messages.encode(decision(epoch, nonce, seq))) | {"changes": [{"type": "teleported"}]} | changed
+    return json.dumps(fields).encode()
+
+
+def test_a_decision_of_a_newer_version_is_an_error_and_not_silence() -> None:
+    """Whoever skipped it would drop all that follows as out of sequence, for ever and without a word."""
+    log = DecisionLog(next_offset=0)
+    log.read(record(0, opened(1, "a")))
+    log.read(record(1, decision(1, "a", 1)))
+    with pytest.raises(DecisionUnreadableError, match=r"p-a at offset 2 .*teleported") as error:
+        log.read(record(2, of_tomorrow(1, "a", 2)))
+    assert "same version" in (error.value.remedy or "")
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        of_tomorrow(1, "b", 2),
+        of_tomorrow(2, "a", 2),
+        of_tomorrow(1, "a", 3),
+        of_tomorrow(1, "a", 1),
+        of_tomorrow(1, "a", 2, type="letter"),
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"2",
+    ],
+)
+def test_what_is_no_next_decision_is_dropped_whatever_is_in_it(stray: bytes) -> None:
+    log = DecisionLog(next_offset=0)
+    log.read(record(0, opened(1, "a")))
+    log.read(record(1, decision(1, "a", 1)))
+    assert isinstance(log.read(record(2, stray)), Dropped)
+    assert log.read(record(3, decision(1, "a", 2))) == decision(1, "a", 2)
+
+
+def test_views_skip_what_they_cannot_read() -> None:
+    log = DecisionLog(joins=True)
+    log.read(record(0, opened(1, "a")))
+    assert isinstance(log.read(record(1, of_tomorrow(1, "a", 1))), Dropped)
