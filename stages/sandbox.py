@@ -171,5 +171,5 @@ def _file_of(source: Path | bytes) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _scratch_file() -> Iterator[IO[bytes]]:
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile(dir=trial_folder()) as file:  # /tmp may be read-only
         yield file
