@@ -285,3 +285,9 @@ async def _cut_off(producer: AIOKafkaProducer) -> None:
         batch for batches in accumulator._batches.values() for batch in batches if batch.retry_count
     )
     accumulator.fail_all(ProducerClosed())
+    for batch in (
+        *accumulator._pending_batches,
+        *(one for batches in accumulator._batches.values() for one in batches),
+    ):
+        if batch._drain_waiter.done() and not batch._drain_waiter.cancelled():
+            batch._drain_waiter.exception()  # who waited for room is gone, and asyncio would complain

@@ -272,6 +272,8 @@ class PlannerService:
 
     async def _claim(self, reader: Reader) -> None:
         """Open the next epoch and read on until it is known who opened it first."""
+        if self.decision_log.epoch == 0:
+            await self._require_no_snapshot()
         self.nonce = uuid.uuid4().hex[:12]
         epoch = self.decision_log.epoch + 1
         self._take_over = False  # once; two that were told to would else go on for ever
@@ -294,6 +296,12 @@ class PlannerService:
                     if message.nonce != self.nonce:
                         raise Deposed(f"{message.planner} opened epoch {message.epoch} first")
                     return
+
+    async def _require_no_snapshot(self) -> None:
+        """A log in which no epoch was ever opened is that of a new region, unless there are snapshots of what it held."""
+        async with aclosing(snapshots.found(self.bus, self.region)) as candidates:
+            async for one in candidates:
+                raise self._cannot_go_on(DecisionsLostError(self.region, one.snapshot.offset, 0))
 
     # --- leading -----------------------------------------------------------------------------------------------------
 

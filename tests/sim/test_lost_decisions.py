@@ -125,6 +125,29 @@ def test_a_planner_that_leads_reads_again_where_records_were_lost_under_it() -> 
     run_virtual(main())
 
 
+@pytest.mark.parametrize("while_it_leads", [False, True])
+def test_a_planner_stops_where_the_log_was_made_anew_and_snapshots_tell_of_another(while_it_leads: bool) -> None:
+    async def main() -> None:
+        async with town(played=False) as place:
+            planner = place.start(snapshot_every=5)
+            await place.submit(range(6))
+            await until(lambda: planner.service.snapshot_seq > 0)
+            await asyncio.sleep(5.0)
+            if not while_it_leads:
+                await planner.kill()
+            place.broker.delete_topic(topics.DECISIONS)
+            await asyncio.sleep(1.0)
+            place.broker.create(topics.specs())
+            if not while_it_leads:
+                planner = place.start("q", snapshot_every=5)
+            ended = await what_it_ended_of(place, planner)
+            assert isinstance(ended, ConfigError)
+            assert "the decisions begin anew at offset 0" in str(ended)
+            assert topics.SNAPSHOTS in str(ended.remedy)
+
+    run_virtual(main())
+
+
 class OneDevice:
     """A region whose device d1 has a connection of its own that can be cut."""
 
