@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -16,7 +17,7 @@ from bus.decisions import DecisionLog, Dropped
 from bus.errors import ConfigError, ProtocolError
 from bus.json_text import json_text
 from bus.messages import NodeHeartbeat, PlannerHeartbeat
-from bus.port import Bus, Record
+from bus.port import Bus, Record, TopicPartition
 from deploy import nodes
 from deploy.decision_lines import LEGEND, lines_of
 from deploy.holdings import Held
@@ -49,9 +50,9 @@ def _command(topic: str, what: str) -> Callable[..., None]:
         bootstrap_servers: Bootstrap = None,
     ) -> None:
         if sys.stdout.isatty() and not as_json:
-            show: Callable[[Record], None] = Table(topic, heartbeats=heartbeats)
+            show: Shown = Table(topic, heartbeats=heartbeats)
         else:
-            show = json_line
+            show = JsonLines()
         run_on_uvloop(_tail(nodes.kafka_bus(bootstrap_servers), topic, offset, count, at_end, region, show))
 
     tail.__doc__ = (
@@ -77,18 +78,24 @@ async def _tail(
     count: int | None,
     at_end: bool,
     region: int | None,
-    show: Callable[[Record], None],
+    show: Shown,
 ) -> None:
     async with bus:
         ends = await bus.end_offsets(topic)
         if region is not None and region not in ends:
             raise ConfigError(f"there is no region {region}: {topic} has {len(ends)}, counted from 0")
-        wanted = {(topic, p): _begin(offset, end) for p, end in ends.items() if region in (None, p)}
+        wanted = {
+            (topic, p): await _begin(bus, (topic, p), offset, end, show)
+            for p, end in ends.items()
+            if region in (None, p)
+        }
         reader = await bus.reader(list(wanted), start=wanted)
         shown = 0
         try:
             while True:
                 for record in await reader.fetch(timeout_s=0.5):
+                    if not show.shows(record):
+                        continue
                     show(record)
                     shown += 1
                     if shown == count:
@@ -99,7 +106,7 @@ async def _tail(
             await reader.close()
 
 
-def _begin(offset: str, end: int) -> int:
+async def _begin(bus: Bus, where: TopicPartition, offset: str, end: int, show: Shown) -> int:
     match offset:
         case "start" | "beginning":
             return 0
@@ -109,7 +116,44 @@ def _begin(offset: str, end: int) -> int:
         number = int(offset)
     except ValueError:
         raise ConfigError(f"--offset {offset}: it is start, end or a number") from None
-    return number if number >= 0 else max(0, end + number)
+    return number if number >= 0 else await _back(bus, where, -number, end, show)
+
+
+async def _back(bus: Bus, where: TopicPartition, number: int, end: int, show: Shown) -> int:
+    """The offset behind which so many records before the end are shown: heartbeats do not count where they are hidden."""
+    back = number
+    while True:
+        begin = max(0, end - back)
+        reader = await bus.reader([where], start={where: begin})
+        shown: deque[int] = deque(maxlen=number)
+        try:
+            while reader.position(where) < end and await reader.lag():
+                shown += [record.offset for record in await reader.fetch(timeout_s=0.5) if show.shows(record)]
+        finally:
+            await reader.close()
+        if len(shown) == number or begin == 0:
+            return shown[0] if shown else begin
+        back *= 4
+
+
+class Shown(Protocol):
+    """A way to print records."""
+
+    def shows(self, record: Record) -> bool:
+        """Whether it prints anything for a record."""
+
+    def __call__(self, record: Record) -> None: ...
+
+
+class JsonLines:
+    """Prints every record as it stands on the topic: one JSON object a line."""
+
+    def shows(self, record: Record) -> bool:
+        """Every record."""
+        return True
+
+    def __call__(self, record: Record) -> None:
+        json_line(record)
 
 
 def json_line(record: Record) -> None:
@@ -150,6 +194,15 @@ class Table:
         if topic == topics.DECISIONS:
             self._console.print(f"[dim]{LEGEND}[/]", soft_wrap=True)
         self._console.print(f"[bold]{'time':<12} {'offset':>7}  {'who':<16} {'what':<14} details[/]")
+
+    def shows(self, record: Record) -> bool:
+        """All but the heartbeats that are hidden."""
+        if self._heartbeats:
+            return True
+        try:
+            return not isinstance(messages.decode(self._topic, record.value), NodeHeartbeat | PlannerHeartbeat)
+        except ProtocolError:
+            return True
 
     def __call__(self, record: Record) -> None:
         time_of_day = _iso(record.timestamp_ms)[11:23]

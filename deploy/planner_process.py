@@ -64,7 +64,12 @@ async def run_planner(
             gauges = {"tasks": float(core.live_tasks)}
             leading = {str(service.region): service.standing is Standing.LEADING}
             return Health(
-                service.standing is not Standing.READING, detail, gauges, planner_counters([service]), leading
+                ready=service.standing is not Standing.READING,
+                detail=detail,
+                gauges=gauges,
+                counters=planner_counters([service]),
+                leading=leading,
+                statistics={str(service.region): service.statistics},
             ).without(watch.missing)
 
         labels = {"role": "planner", "node": service.name, "region": str(service.region)}
@@ -121,6 +126,7 @@ async def run_regions(
                 gauges={"tasks": float(sum(service.core.live_tasks for service in services.values()))},
                 counters=planner_counters(services.values()),
                 leading={str(region): service.standing is Standing.LEADING for region, service in services.items()},
+                statistics={str(region): service.statistics for region, service in services.items()},
             ).without(watch.missing)
 
         which = ALL if regions is None else ",".join(map(str, regions))

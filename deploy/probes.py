@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from bus.json_text import json_text
+from deploy.metric_help import HELP
 from deploy.process import loop_name
+from planner.task_statistics import Histogram, TaskStatistics
 
 LAG_PROBE_S = 0.25
 
@@ -26,6 +29,7 @@ class Health:
     gauges: dict[str, float]
     counters: dict[str, float]
     leading: dict[str, bool] = field(default_factory=dict)  # of a planner: by region, whether it leads there
+    statistics: dict[str, TaskStatistics] = field(default_factory=dict)  # of a planner: by region, of ended tasks
 
     def without(self, missing: Mapping[str, str]) -> Health:
         """The same of a service some of whose topics are missing: not ready, and it says why."""
@@ -49,18 +53,44 @@ class _Collector:
         names, values = list(self._labels), list(self._labels.values())
         gauges = {"ready": float(health.ready), "loop_lag_seconds": self._lag(), **health.gauges}
         for name, value in sorted(gauges.items()):
-            gauge = GaugeMetricFamily(f"deepar_{name}", name.replace("_", " "), labels=names)
+            gauge = GaugeMetricFamily(f"deepar_{name}", HELP[name], labels=names)
             gauge.add_metric(values, value)
             yield gauge
-        if health.leading:  # each under its own region, also where the process is there for several
-            gauge = GaugeMetricFamily("deepar_leading", "leading", labels=names)
+        if health.leading:
+            gauge = GaugeMetricFamily("deepar_leading", HELP["leading"], labels=names)
             for region, leads in sorted(health.leading.items()):
-                gauge.add_metric([region if name == "region" else self._labels[name] for name in names], float(leads))
+                gauge.add_metric(self._values_in(region), float(leads))
             yield gauge
         for name, value in sorted(health.counters.items()):
-            counter = CounterMetricFamily(f"deepar_{name}", name.replace("_", " "), labels=names)
+            counter = CounterMetricFamily(f"deepar_{name}", HELP[name], labels=names)
             counter.add_metric(values, value)
             yield counter
+        if health.statistics:
+            yield from self._histograms(health.statistics)
+
+    def _values_in(self, region: str) -> list[str]:
+        """The labels of a number of one region, also where the process is there for several."""
+        return [region if name == "region" else value for name, value in self._labels.items()]
+
+    def _histograms(self, statistics: Mapping[str, TaskStatistics]) -> Iterable[Metric]:
+        names = list(self._labels)
+        delays = HistogramMetricFamily(
+            "deepar_task_delay_seconds", HELP["task_delay_seconds"], labels=[*names, "outcome", "kind"]
+        )
+        ratios = HistogramMetricFamily("deepar_prediction_ratio", HELP["prediction_ratio"], labels=[*names, "kind"])
+        for region, found in sorted(statistics.items()):
+            for (outcome, kind), histogram in sorted(found.delays.items()):
+                delays.add_metric([*self._values_in(region), outcome, kind], _buckets(histogram), histogram.total)
+            for kind, histogram in sorted(found.ratios.items()):
+                ratios.add_metric([*self._values_in(region), kind], _buckets(histogram), histogram.total)
+        yield delays
+        yield ratios
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    """Cumulative counts by upper bound."""
+    bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
+    return list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))
 
 
 @contextlib.asynccontextmanager

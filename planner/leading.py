@@ -14,11 +14,11 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus import messages, topics
-from bus.dead_letter import bury
+from bus.dead_letter import Allowance, bury
 from bus.decisions import LARGEST_HOLE, Dropped
 from bus.errors import BusError, InvariantError, ProtocolError
 from bus.identity import WRONG_IDENTITY
-from bus.messages import Change, Decision, DecisionPart, Ended, EpochOpened, Message, PlannerHeartbeat
+from bus.messages import Change, Decision, DecisionPart, Ended, EpochOpened, Message, PlannerHeartbeat, TaskState
 from bus.port import Position, Reader, Record
 from planner.core import Event, Tick, Unhandled
 from planner.division import divided
@@ -83,6 +83,8 @@ class Lead:
         self._unrecorded = 0  # inputs read since the last decision
         self._due: dict[str, int] | None = None  # where the inputs ended when it was time for a `Tick`
         self._keeper = Keeper(service)
+        self._rejections = Allowance()
+        self._not_logged = 0  # rejections since the last one in the log
 
     # --- what is written ---------------------------------------------------------------------------------------------
 
@@ -109,10 +111,27 @@ class Lead:
                 self._room.set()
                 if isinstance(message, DecisionPart):
                     continue
+                now_s = asyncio.get_running_loop().time()
+                service.statistics.tell(message)
+                self._log_rejections(message, now_s)
                 if service.traces is not None:
-                    now_s = asyncio.get_running_loop().time()
                     service.traces.tell(message, begun_s, now_s, now_s - service.now_s())
                 self._keeper.proven(message.seq, record.offset)
+
+    def _log_rejections(self, decision: Decision, now_s: float) -> None:
+        for change in decision.changes:
+            if isinstance(change, Ended) and change.state is TaskState.REJECTED:
+                if self._rejections.take(now_s):
+                    self.service.log.warning(
+                        "task rejected",
+                        task=change.task_id,
+                        cause=change.cause,
+                        detail=change.detail,
+                        not_logged_before=self._not_logged,
+                    )
+                    self._not_logged = 0
+                else:
+                    self._not_logged += 1
 
     async def _bury_unreadable(self, record: Record, dropped: Dropped) -> None:
         """Dead-letter what is no message on the decisions, once: the next decision says how far that was done."""

@@ -39,6 +39,7 @@ from planner.division import RECORD_BYTES
 from planner.doorkeeper import Doorkeeper
 from planner.keeper import PART_BYTES
 from planner.leading import HEARTBEATS_PER_LEASE, INPUTS, UNREADABLE, Deposed, Failure, Lead
+from planner.task_statistics import TaskStatistics
 from planner.traces import TaskTraces
 
 LEASE_S = 5.0
@@ -112,6 +113,7 @@ class PlannerService:
         self.nonce = ""
         self.envelope = Envelope(f"/deepar/{region}/planner/{name}", uuid.uuid4().hex[:12])
         self.traces: TaskTraces | None = None
+        self.statistics = TaskStatistics()
         # what is no message on the decisions, read while not leading
         self.unreadable: deque[tuple[Record, Dropped]] = deque(maxlen=UNREADABLE_KEPT)
 
@@ -216,6 +218,7 @@ class PlannerService:
         """Fold what comes until nobody leads. Returns when this planner should claim the region."""
         if self.traces is not None:
             self.traces.keep(self.core.tasks)
+        self.statistics.keep(self.core.tasks)
         clock = asyncio.get_running_loop().time
         heard_s = clock()
         while True:
@@ -257,6 +260,7 @@ class PlannerService:
         self.core.fold(decision)
         if self.traces is not None:
             self.traces.fold(decision)
+        self.statistics.fold(decision)
         self.inputs.update(decision.inputs)
         self._now_s = decision.now_s
         self._check_hash(decision.ledger_hash, decision.seq)

@@ -80,7 +80,7 @@ class Device:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 await self._hear_all()
-                self.node.status.receiving = True
+                self.node.receives(True)
                 self.node.serving.set()
                 await asyncio.Event().wait()  # also while nobody is heard yet
         finally:

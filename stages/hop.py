@@ -140,7 +140,7 @@ class Hop:
     # --- receiving ---------------------------------------------------------------------------------------------------
 
     async def _assigned(self, partitions: frozenset[TopicPartition]) -> None:
-        self.node.status.receiving = bool(partitions)  # none: others have them all
+        self.node.receives(bool(partitions))  # none: others have them all
 
     async def _revoked(self, partitions: frozenset[TopicPartition]) -> None:
         """Another member gets these, and with them every record that was not committed."""

@@ -139,6 +139,7 @@ class Node:
         self._noted = asyncio.Event()  # the planner has taken note of that
         self._heard_s = float("-inf")  # when the last sign of life that was acknowledged was sent
         self._renewed = asyncio.Event()
+        self._said_ready = False  # what the log says last
 
     async def run(self, work: Work) -> None:
         """Serve until cancelled; leaves politely. Raises `BusError` where the bus cannot be reached at the start, and
@@ -176,6 +177,22 @@ class Node:
         """Tell the region that this node goes."""
         message = NodeLeft(node=self.settings.name, region=self.settings.region, incarnation=self.incarnation)
         await self.tell(topics.NODES, message, self.settings.name)
+
+    def receives(self, assigned: bool) -> None:
+        """Whether partitions are assigned to this node now."""
+        self.status.receiving = assigned
+        self._say_readiness()
+
+    def _say_readiness(self) -> None:
+        """Log when the node becomes ready, and when it is not any more."""
+        ready = self.status.ready
+        if ready is self._said_ready:
+            return
+        self._said_ready = ready
+        if ready:
+            self.log.info("ready")
+        else:
+            self.log.warning("no longer ready", caught_up=self.status.caught_up, receiving=self.status.receiving)
 
     @property
     def alive(self) -> bool:
@@ -284,6 +301,7 @@ class Node:
             await reader.close()
             raise
         self.status.caught_up = True
+        self._say_readiness()
         return reader
 
     async def _hear_demand(self, reader: Reader) -> None:
@@ -336,6 +354,8 @@ class Node:
         for change in message.changes:
             match change:
                 case NodeJoined(node=node) if node.incarnation == self.incarnation:
+                    if not self.status.joined:
+                        self.log.info("joined the region", region=self.settings.region)
                     self.status.joined = True
                     if node.draining:
                         self._noted.set()
@@ -357,6 +377,7 @@ class Node:
         self.log.warning("decisions were missed; reading again from the last snapshot", error=str(error))
         self.status.count("decisions_missed")
         self.status.caught_up = self.status.joined = False
+        self._say_readiness()
         while not self.status.caught_up:
             await self._reader.close()
             try:
@@ -404,6 +425,7 @@ class Node:
 
     async def _announce(self) -> None:
         self.status.warm = True
+        self._say_readiness()
         sent_s = asyncio.get_running_loop().time()
         await self.tell(topics.NODES, self.announcement(), self.settings.name)
         self._announced_s = asyncio.get_running_loop().time()

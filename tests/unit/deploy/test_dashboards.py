@@ -15,29 +15,74 @@ from prometheus_client import CollectorRegistry, generate_latest
 import deploy
 from bus import topics
 from bus.frames import MAX_FRAME_BYTES
+from deploy.planner_process import planner_counters
 from deploy.probes import Health, _Collector
+from planner.core import PlannerCore
+from planner.task_statistics import TaskStatistics
 from stages.node import ALARMED
 from tests.prometheus import configuration, find_programs
+from tests.unit.planner.scenes import World
 
 ROOT = Path(deploy.__file__).parents[1]
 ALARMS = ROOT / "deploy" / "prometheus" / "alarms.yml"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "deepar.json"
 
 
-def given() -> set[str]:
-    """The metrics of all services, by name, as /metrics prints them."""
+def metrics_text() -> str:
+    """/metrics with a value of everything that any service counts."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "stages").glob("*.py"))
     counted = set(re.findall(r"\.count\(\"(\w+)\"", text)) | {*ALARMED}
     counted |= {f"{part}_busy_seconds" for part in ("device", "link1", "edge", "link2", "cloud", "result")}
     text = "".join((ROOT / "deploy" / file).read_text(encoding="utf-8") for file in ("nodes.py", "planner_process.py"))
-    counted |= set(
-        re.findall(r"\"(link\d_bytes|decisions|lost_inputs|wrong_identity|policy_errors|input_failures)\":", text)
-    ) | set(re.findall(r"counters\[\"(\w+)\"\]", text))
+    counted |= planner_counters([]).keys()
+    counted |= set(re.findall(r"\"(link\d_bytes)\":", text)) | set(re.findall(r"counters\[\"(\w+)\"\]", text))
     gauges = set(re.findall(r"\"(tasks)\":", text))
     registry = CollectorRegistry()
-    health = Health(True, {}, dict.fromkeys(gauges, 1.0), dict.fromkeys(counted, 1.0), {"0": True}).without({})
+    statistics = TaskStatistics()
+    for decision in World(PlannerCore(0), 1, validate=False).run().log:
+        statistics.tell(decision)
+    health = Health(
+        ready=True,
+        detail={},
+        gauges=dict.fromkeys(gauges, 1.0),
+        counters=dict.fromkeys(counted, 1.0),
+        leading={"0": True},
+        statistics={"0": statistics, "7": statistics},
+    ).without({})
     registry.register(_Collector(lambda: health, {"role": "edge", "node": "e1", "region": "0"}, lambda: 0.0))
-    return set(re.findall(r"^(deepar_\w+)\{", generate_latest(registry).decode(), re.M))
+    return generate_latest(registry).decode()
+
+
+def given() -> set[str]:
+    """The metrics of all services, by name, as /metrics prints them."""
+    return set(re.findall(r"^(deepar_\w+)\{", metrics_text(), re.M))
+
+
+def test_every_metric_has_a_sentence_that_says_more_than_its_name() -> None:
+    helps = dict(re.findall(r"^# HELP (\w+) (.*)$", metrics_text(), re.M))
+    assert len(helps) > 20
+    assert len(set(helps.values())) == len(helps)
+    for name, sentence in helps.items():
+        words = name.removeprefix("deepar_").removesuffix("_total").replace("_", " ")
+        assert re.fullmatch(r"[A-Z1].{20,}\.", sentence), (name, sentence)
+        assert sentence.lower().rstrip(".") != words
+
+
+def test_histograms_are_cumulative_and_stand_under_their_own_region() -> None:
+    samples = re.findall(
+        r"^deepar_(task_delay_seconds|prediction_ratio)_bucket\{(.*)\} ([0-9.]+)$", metrics_text(), re.M
+    )
+    series: dict[tuple[str, frozenset[tuple[str, str]]], list[float]] = {}
+    for name, labels, value in samples:
+        others = frozenset(pair for pair in re.findall(r'(\w+)="([^"]*)"', labels) if pair[0] != "le")
+        assert {"role", "node", "region", "kind"} <= {label for label, _ in others}
+        series.setdefault((name, others), []).append(float(value))
+    for counts in series.values():
+        assert counts == sorted(counts)
+        assert counts[-1] > 0
+    assert {(name, dict(labels)["region"]) for name, labels in series} == {
+        (name, region) for name in ("task_delay_seconds", "prediction_ratio") for region in ("0", "7")
+    }
 
 
 @pytest.mark.parametrize("file", [ALARMS, DASHBOARD], ids=lambda file: file.name)
@@ -90,6 +135,12 @@ WHEN_IT_FIRES = {
     "DeclaredLost": (f"deepar_declared_lost_total{E1}", "0 0 0 1 5 5 5 5 5 5", "15s", "25s"),
     "LoopLag": (f"deepar_loop_lag_seconds{E1}", "0 0 0.1 0.1 0.6 0.6 0.6 0.6 0.6 0.6", "25s", "45s"),
     "RecordsLost": (f"deepar_decisions_missed_total{D1}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
+    "TasksFail": (
+        'deepar_task_delay_seconds_count{role="planner", node="p1", region="0", outcome="failed", kind="edge"}',
+        "0 0 0 0 5 5 5 5 5 5",
+        "15s",
+        "25s",
+    ),
     "StalledAttempts": (f"deepar_stalled_attempts_total{D1}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
 }
 """For each alarm a series, its values every five seconds, a moment before it is due and one after."""
@@ -106,7 +157,7 @@ def test_each_alarm_fires_when_it_is_due_and_not_before(tmp_path: Path) -> None:
     tests = []
     for name, (series, values, before, after) in WHEN_IT_FIRES.items():
         labels = dict(re.findall(r'(\w+)="([^"]*)"', series))
-        if name == "NobodyLeads":
+        if name in ("NobodyLeads", "TasksFail"):  # of a region, not of one service
             labels = {"region": "0"}
         told = next(rule for rule in rules if rule["alert"] == name)["annotations"]["summary"]
         told = NOBODY.format("region 0") if name == "NobodyLeads" else told

@@ -1,0 +1,74 @@
+"""Histograms of ended tasks: each task is counted once, with its outcome, its kind, and how well it was predicted."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from bus.messages import Decision, Ended, TaskState
+from planner.core import PlannerCore
+from planner.task_statistics import NOT_PLACED, Histogram, TaskStatistics
+from tests.unit.planner.scenes import World
+
+
+def told(log: list[Decision], *, folded: int = 0) -> TaskStatistics:
+    statistics = TaskStatistics()
+    for number, decision in enumerate(log):
+        (statistics.fold if number < folded else statistics.tell)(decision)
+    return statistics
+
+
+def counted(statistics: TaskStatistics) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for (outcome, _), histogram in statistics.delays.items():
+        found[outcome] += sum(histogram.counts)
+    return found
+
+
+@pytest.mark.parametrize("folded", [0, 40])
+def test_every_end_is_counted_once_with_its_outcome(folded: int) -> None:
+    world = World(PlannerCore(0), 5, rate=4.0, validate=False).run()
+    ends = Counter(
+        change.state.value.lower()
+        for decision in world.log[folded:]
+        for change in decision.changes
+        if isinstance(change, Ended)
+    )
+    statistics = told(world.log, folded=folded)
+    assert counted(statistics) == ends
+    assert len(ends) > 1
+    completed = {kind for outcome, kind in statistics.delays if outcome == "completed"}
+    assert NOT_PLACED not in completed
+    ratios = sum(sum(histogram.counts) for histogram in statistics.ratios.values())
+    assert ratios == ends[TaskState.COMPLETED.value.lower()]
+
+
+def test_the_sums_are_those_of_the_records() -> None:
+    world = World(PlannerCore(0), 6, rate=2.0, validate=False).run()
+    statistics = told(world.log)
+    ratio_sum = sum(
+        end.delay_s / world.placed[task_id].delay_s
+        for task_id, end in world.ended.items()
+        if end.state is TaskState.COMPLETED and end.delay_s is not None
+    )
+    assert sum(histogram.total for histogram in statistics.ratios.values()) == pytest.approx(ratio_sum)
+
+
+def test_a_value_on_a_bound_belongs_to_it_and_one_above_all_to_the_last() -> None:
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.0, 1.0, 1.5, 2.0, 2.1, 100.0):
+        histogram.observe(value)
+    assert histogram.counts == [2, 2, 2]
+    assert histogram.total == pytest.approx(106.6)
+
+
+def test_what_is_kept_is_what_lives() -> None:
+    world = World(PlannerCore(0), 7, rate=4.0, validate=False).run()
+    statistics = told(world.log[:50], folded=50)
+    statistics.keep({})
+    for decision in world.log[50:]:
+        statistics.tell(decision)
+    admitted = {change.task.task_id for d in world.log[50:] for change in d.changes if change.type == "admitted"}
+    ended = {change.task_id for d in world.log[50:] for change in d.changes if isinstance(change, Ended)}
+    assert sum(counted(statistics).values()) == len(admitted & ended)
