@@ -16,6 +16,8 @@ HELP: Final = {
     "dead_letters": "Records that could not be read and were copied to the dead-letter topic.",
     "decisions_missed": "Times that decisions were deleted before this node had read them.",
     "lost_inputs": "Input records that were deleted before the planner had read them.",
+    "policy_errors": "Tasks that were rejected because a user's policy failed.",
+    "input_failures": "Input records that the planner could not handle because of a bug of its own.",
     "wrong_identity": "Records whose sender was not the one that they name.",
     "declared_lost": "Times that the planner declared this node lost.",
     "duplicates_suppressed": "Frames that came again and were dropped.",

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from planner.service import PlannerService
 
 HEARTBEATS_PER_LEASE = 5
+POLICY_ERROR = "policy_error"
+"""The cause of a rejection that is the fault of a user's policy."""
+
 MAX_UNPROVEN = 200
 """So many decisions may be on their way before the planner waits for their place in the log."""
 CHECKPOINT_EVERY = 1000
@@ -119,19 +122,16 @@ class Lead:
                 self._keeper.proven(message.seq, record.offset)
 
     def _log_rejections(self, decision: Decision, now_s: float) -> None:
+        """A line for each rejected task, up to a rate; those that are the policy's fault have one of their own."""
         for change in decision.changes:
-            if isinstance(change, Ended) and change.state is TaskState.REJECTED:
-                if self._rejections.take(now_s):
-                    self.service.log.warning(
-                        "task rejected",
-                        task=change.task_id,
-                        cause=change.cause,
-                        detail=change.detail,
-                        not_logged_before=self._not_logged,
-                    )
-                    self._not_logged = 0
-                else:
-                    self._not_logged += 1
+            if not isinstance(change, Ended) or change.state is not TaskState.REJECTED or change.cause == POLICY_ERROR:
+                continue
+            if not self._rejections.take(now_s):
+                self._not_logged += 1
+                continue
+            about = {"task": change.task_id, "cause": change.cause, "detail": change.detail}
+            self.service.log.warning("task rejected", **about, not_logged_before=self._not_logged)
+            self._not_logged = 0
 
     async def _bury_unreadable(self, record: Record, dropped: Dropped) -> None:
         """Dead-letter what is no message on the decisions, once: the next decision says how far that was done."""
@@ -360,7 +360,7 @@ class Lead:
         service = self.service
         changes = tuple(changes)
         for change in changes:
-            if isinstance(change, Ended) and change.cause == "policy_error":
+            if isinstance(change, Ended) and change.cause == POLICY_ERROR:
                 service.policy_errors += 1
                 service.log.error("policy failed; task rejected", task=change.task_id, why=change.detail)
         self.seq += 1
