@@ -31,6 +31,9 @@ ANY_TIME_MS = (1 << 63) - 1
 LEAST_SEGMENT_MS = 60_000
 """A partition that begins a file more often makes its broker run out of open files."""
 
+CLOCKS_SEEN_ON = (topics.EVENTS,)
+"""Topics with a retention on which records keep their sender's time: heartbeats show the doctor every node's clock."""
+
 REPAIR = "deepar topics repair"
 
 
@@ -129,14 +132,18 @@ def rules(topic: str) -> list[Rule]:
             "it refuses the records of a machine whose clock is further ahead",
             fatal=False,
         ),
-        Rule(
-            "message.timestamp.type",
-            ("CreateTime",),
-            Judged.EXACTLY,
-            "deepar doctor cannot see whose clock is wrong",
-            fatal=False,
-        ),
+        _stamped(row),
     ]
+
+
+def _stamped(row: Topic) -> Rule:
+    """Whose clock a record's time is: it decides when the record is deleted, and by it the doctor sees who is wrong."""
+    key, seen = "message.timestamp.type", row.name in CLOCKS_SEEN_ON
+    if row.compacted or row.retention_s < 0 or seen:
+        why = "deepar doctor cannot see whose clock is wrong"
+        return Rule(key, ("CreateTime",), Judged.EXACTLY, why, fatal=False)
+    why = "records of a machine whose clock is behind are deleted at once"
+    return Rule(key, ("LogAppendTime",), Judged.EXACTLY, why, fatal=False)
 
 
 def _keeping(row: Topic) -> list[Rule]:
@@ -152,7 +159,10 @@ def _keeping(row: Topic) -> list[Rule]:
 
 def created_with(spec: TopicSpec, *, older_kafka: bool = False) -> dict[str, str]:
     """The settings of a new topic. `older_kafka`: without what Kafka knows since 3.6 only."""
-    settings = {} if older_kafka else {"message.timestamp.after.max.ms": str(ANY_TIME_MS)}
+    stamped = _stamped(topics.row(spec.name)).needed[0] if topics.is_ours(spec.name) else "CreateTime"
+    settings = {"message.timestamp.type": stamped}
+    if not older_kafka:
+        settings["message.timestamp.after.max.ms"] = str(ANY_TIME_MS)
     if spec.compacted:
         return settings | {"cleanup.policy": "compact"}
     return settings | {

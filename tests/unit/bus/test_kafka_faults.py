@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 import uvloop
+from aiokafka import AIOKafkaProducer
 from aiokafka import TopicPartition as KafkaPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from bus.errors import BusError, BusUnavailableError, ConfigError, MessageTooLargeError
 from bus.kafka import KafkaBus, KafkaConnection
 from bus.port import Reader, Record
-from bus.topics import TopicSpec
+from bus.topics import TopicSpec, activations_topic
 from tests.kafka_broker import Broker, OwnBroker
 
 _numbers = itertools.count(1)
@@ -223,8 +224,6 @@ async def test_a_site_that_is_not_there_says_so_when_it_is_used(kafka: Broker) -
 
 
 async def test_a_foreign_key_that_is_no_text_does_not_stop_a_reader(kafka: Broker, bus: KafkaBus) -> None:
-    from aiokafka import AIOKafkaProducer
-
     topic = name()
     await bus.create_topics([TopicSpec(topic, 1)])
     producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap)
@@ -279,3 +278,15 @@ async def test_closing_twice_and_using_what_is_closed(bus: KafkaBus) -> None:
         await member.fetch()
     with pytest.raises(BusError):
         await member.seek((topic, 0), 0)
+
+
+async def test_a_record_from_a_machine_whose_clock_is_behind_is_as_young_as_it_is(kafka: Broker, bus: KafkaBus) -> None:
+    """Kafka deletes by the record's time, within minutes where that is older than the topic's retention."""
+    topic = activations_topic("clock-behind")
+    await bus.create_topics([TopicSpec(topic, 1, retention_s=3600)])
+    producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap)
+    await producer.start()
+    await producer.send_and_wait(topic, b"x", partition=0, timestamp_ms=1_000)
+    await producer.stop()
+    (record,) = await read(await bus.reader([(topic, 0)], start="start"), 1)
+    assert record.timestamp_ms > 1_700_000_000_000

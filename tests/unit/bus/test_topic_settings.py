@@ -141,3 +141,13 @@ def test_every_rule_says_what_goes_wrong_otherwise() -> None:
         rules = topic_settings.rules(name)
         assert all(rule.why for rule in rules)
         assert len({rule.key for rule in rules}) == len(rules)
+
+
+def test_what_is_deleted_by_age_has_the_age_that_the_broker_says() -> None:
+    """A board without a clock of its own begins in 1970: what it submits must not be deleted as fifty years old."""
+    stamped = {name: created_with(spec)["message.timestamp.type"] for name, spec in SPECS.items()}
+    by_age = {
+        name for name, spec in SPECS.items() if not spec.compacted and spec.retention_s >= 0 and name != topics.EVENTS
+    }
+    assert {name for name, kind in stamped.items() if kind == "LogAppendTime"} == by_age
+    assert by_age >= {topics.TASKS, topics.RESULTS, topics.ACTIVATIONS_CLOUD, "deepar.activations.e1"}
