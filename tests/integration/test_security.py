@@ -347,7 +347,7 @@ def test_the_command_sets_lists(secure: SecureBroker) -> None:
     done = _deepar(secure.environment("admin"), "acls", "--edge", "e3", "--user", "e3=edge:e3", "--apply", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["applied"] == len(told["users"]["e3"]) == 9
+    assert told["applied"] == len(told["users"]["e3"]) == 17  # each of eight topics twice: use, settings; and its group
     refused = _deepar(secure.environment("anna"), "acls", "--edge", "e3", "--user", "e3=edge:e3", "--apply")
     assert refused.returncode == 1
     assert "refuses to set the lists" in refused.stderr
