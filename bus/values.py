@@ -12,6 +12,8 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bus.errors import ConfigError
+
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+/:-]*$")]
 """A node, task or model name: printable, without blanks, safe in a topic name but for `/`, `:` and `+`."""
 
@@ -80,6 +82,12 @@ class Objective(StrEnum):
     def execution(self) -> Execution:
         """What the stages do where this is what was planned for."""
         return Execution.STREAMING if self is Objective.PIPELINED else Execution.SEQUENTIAL
+
+    def executed_as(self, execution: Execution | None) -> Execution:
+        """What the stages do: what goes with this. Raises `ConfigError` where something else is asked for."""
+        if execution not in (None, self.execution):
+            raise ConfigError(f"objective {self} goes with execution {self.execution}, not {execution}")
+        return self.execution
 
 
 class Execution(StrEnum):

@@ -166,8 +166,10 @@ class UpSettings(_Strict):
                 for edge in device.edges or ():
                     if edge not in known:
                         raise ValueError(f"device {device.name} names the edge {edge}, there is none of that name")
-        if (self.objective is Objective.PIPELINED) != (self.execution is Execution.STREAMING):
-            raise ValueError("objective pipelined goes with execution streaming, sequential with sequential")
+        try:
+            self.objective.executed_as(self.execution)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return self
 
 

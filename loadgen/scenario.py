@@ -81,7 +81,7 @@ class Scenario:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ConfigError(f"{name}: {low:g}..{high:g} is not a range of numbers over 0")
-        _ = self.mix  # validates its ranges
+        _ = self.mix, self.runs_as  # validates its ranges, and that both belong together
 
     @property
     def mix(self) -> Mix:
@@ -97,8 +97,8 @@ class Scenario:
 
     @property
     def runs_as(self) -> Execution:
-        """What the stages do: as told, or what goes with the objective."""
-        return self.objective.execution if self.execution is None else self.execution
+        """What the stages do: what goes with the objective."""
+        return self.objective.executed_as(self.execution)
 
     @property
     def task_count(self) -> int:

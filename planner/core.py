@@ -14,7 +14,7 @@ So a task starts only when no running task holds what it was promised. What the 
 * A second submission of a task is ignored while it is among the live or the last `remember_ended` ended ones.
 * A task whose device is not there, or that nothing which is there can serve, is WAITING. After `patience_s` it is REJECTED
   (`no_device`) where its device never came, else FAILED (`device_lost`, `no_node`).
-  With every node there that it names and still no candidate, it is REJECTED (`never_fits`, `unreachable`); a device
+  With every edge there that its device names and still no candidate, it is REJECTED (`never_fits`, `unreachable`); a device
   without the model: REJECTED, `unknown_model`.
 * A task that no placement is predicted to end by its deadline is REJECTED (`deadline`), or placed all the same
   (`WhenLate`).

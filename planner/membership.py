@@ -6,6 +6,7 @@ from typing import Final
 
 from bus.messages import HandleInput, NodeAnnounced, NodeJoined, NodeLeft, NodeLost, TaskState
 from bus.values import Role
+from planner.cost import PlatformRow
 from planner.ledger import Reservation
 from planner.placing import Placing
 from planner.tasks import Node, Task
@@ -35,10 +36,13 @@ class Membership(Placing):
                 self._shrink(running, (NO_LIMIT, announced.link1_capacity_bps, NO_LIMIT), announced, now)
         elif node is not None:
             self._lose(node, "replaced", now)
+        before = self._clouds_used() if announced.role is Role.CLOUD else {}
         self._do(NodeJoined(node=announced), now)
         self._renew(announced.node, announced.incarnation, now)
         if node is not None and node.announced.role is announced.role:
             self._take_back_unserved(announced, now)
+            if node.announced.incarnation == announced.incarnation:
+                self._take_back_changed(node, before, now)
         if announced.draining:
             return  # nobody waits for it
         if announced.role is Role.DEVICE:
@@ -133,6 +137,35 @@ class Membership(Placing):
                 cause = "draining"
             if cause:
                 self._retry(task, cause, now, name)
+
+    def _clouds_used(self) -> dict[tuple[str, str], PlatformRow | None]:
+        """By model and hash, what the placed tasks' part in the cloud was predicted by."""
+        placed = [task.placed for task in self.tasks.values() if task.placed is not None]
+        used = {(one.model, one.sha256) for one in placed if one.placement.uses_cloud}
+        return {key: self._cloud_row(*key) for key in used}
+
+    def _take_back_changed(self, before: Node, clouds: dict[tuple[str, str], PlatformRow | None], now: float) -> None:
+        """Plan anew the scheduled tasks whose placement rests on what a node, now changed, said before."""
+        name, role = before.announced.node, before.announced.role
+        after = self.nodes[name]
+        for task in sorted(self.tasks.values(), key=_seq):
+            placed = task.placed
+            if placed is None or task.state is not TaskState.SCHEDULED:
+                continue
+            placement, model = placed.placement, (placed.model, placed.sha256)
+            if role is Role.DEVICE:
+                rests = task.submitted.device == name
+                limit = after.announced.link1_capacity_bps
+                changed = before.rows.get(placed.model) is not after.rows.get(placed.model)
+                changed = changed or 0 < limit < placement.link1_bps
+            elif role is Role.EDGE:
+                rests = placement.edge == name and placement.uses_slot
+                changed = before.rows.get(placed.model) is not after.rows.get(placed.model)
+            else:
+                rests = placement.uses_cloud
+                changed = clouds.get(model) is not self._cloud_row(*model)
+            if rests and changed:
+                self._retry(task, "node_changed", now, name)
 
     def _waits_for(self, task: Task, draining: NodeAnnounced) -> bool:
         """Whether a scheduled task is to run with a node that drains, and in the cloud's case with no other."""

@@ -55,7 +55,7 @@ class Placing(Reach):
         region: int = 0,
         policy: str | Policy = "deepar",
         objective: Objective = Objective.SEQUENTIAL,
-        execution: Execution = Execution.SEQUENTIAL,
+        execution: Execution | None = None,
         max_waiting: int = DEFAULT_MAX_WAITING,
         *,
         patience_s: float = DEFAULT_PATIENCE_S,
@@ -66,7 +66,7 @@ class Placing(Reach):
     ) -> None:
         super().__init__(region, objective, patience_s=patience_s, remember_ended=remember_ended)
         self.policy = load_policy(policy) if isinstance(policy, str) else policy
-        self.execution = execution
+        self.execution = objective.executed_as(execution)
         self.max_waiting = max_waiting
         self.max_waiting_per_device = max_waiting_per_device
         self.max_attempts = max_attempts
@@ -280,6 +280,8 @@ class Placing(Reach):
     def _hopeless(self, task: Task, request: Request) -> tuple[str, str] | None:
         """Cause and detail when no node that may still join could help, else None."""
         device = self.nodes[task.submitted.device].announced
+        if device.reachable_edges is None and task.submitted.max_link1_bps != 0:
+            return None  # another edge may join
         if device.reachable_edges == ():
             return "unreachable", f"{device.node} reaches no edge, and {self.policy.name} needs one"
         named = self._edge_names if device.reachable_edges is None else list(device.reachable_edges)

@@ -14,11 +14,11 @@ from bus.values import Objective, Role
 from planner.algorithm import EdgeOption, Reached, Request
 from planner.cost import PlatformRow
 from planner.region_state import RegionState
-from planner.search import CutSearch
+from planner.search import CutSearch, search_bytes
 from planner.tasks import Node
 
-MAX_SEARCHES: Final = 20_000
-"""Prepared searches kept; they are made again when needed."""
+MAX_SEARCH_BYTES: Final = 256 << 20
+"""Prepared searches kept, in bytes; beyond that all are dropped, and made again when needed."""
 
 MAX_OPTIONS: Final = 50_000
 """Edges as devices of one make see them, kept likewise."""
@@ -27,9 +27,12 @@ MAX_OPTIONS: Final = 50_000
 class Reach(RegionState):
     """A region that can say what Algorithm 1 has to choose from."""
 
+    max_search_bytes = MAX_SEARCH_BYTES
+
     def __init__(self, region: int = 0, objective: Objective = Objective.SEQUENTIAL, **settings: Any) -> None:
         super().__init__(region, **settings)
         self.objective = objective
+        self.search_bytes = 0  # that the prepared searches hold
         self._searches: dict[tuple[PlatformRow | None, ...], CutSearch] = {}
         self._options: dict[tuple[str, PlatformRow, int], EdgeOption | None] = {}
 
@@ -107,7 +110,17 @@ class Reach(RegionState):
         key = device, edge, cloud
         search = self._searches.get(key)
         if search is None:
-            if len(self._searches) >= MAX_SEARCHES:
-                self._searches.clear()
+            size_bytes = search_bytes(device.layers, self.objective)
+            if self.search_bytes + size_bytes > self.max_search_bytes:
+                self._forget_searches()
+            self.search_bytes += size_bytes
             search = self._searches[key] = CutSearch(device, edge, cloud)
         return search
+
+    def _forget_searches(self) -> None:
+        """Drop all prepared searches, and all that keeps hold of one."""
+        self._searches.clear()
+        self._options.clear()
+        for node in self.nodes.values():
+            node.reach.clear()
+        self.search_bytes = 0

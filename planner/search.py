@@ -48,6 +48,16 @@ _SEQUENTIAL: Final = Objective.SEQUENTIAL
 _SLACK: Final = 1e-9  # lines this close to the envelope stay on it: rounding must not lose a tie
 
 
+_LINE_BYTES: Final = 700  # that a layer takes in the lines of a search, at most
+_PAIR_BYTES: Final = 62  # that a pair of cuts takes in a pipelined search
+
+
+def search_bytes(layers: int, objective: Objective) -> int:
+    """What a prepared search of so many layers holds in memory, at most."""
+    pairs = layers * (layers + 1) // 2 if objective is not _SEQUENTIAL else 0
+    return layers * _LINE_BYTES + pairs * _PAIR_BYTES + 5_000
+
+
 class CutSearch:
     """Prepared search for one model on one device, edge and cloud.
 

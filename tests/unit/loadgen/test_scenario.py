@@ -113,3 +113,15 @@ def test_sizes_and_ranges() -> None:
     assert coerce("samples", "1..10") == (1, 10)
     assert coerce("reachable", "all") is None
     assert coerce("tasks", "12") == 12
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+@pytest.mark.parametrize("execution", [None, *Execution])
+def test_a_scenario_takes_the_execution_that_goes_with_its_objective(
+    objective: Objective, execution: Execution | None
+) -> None:
+    if execution in (None, objective.execution):
+        assert Scenario(objective=objective, execution=execution).runs_as is objective.execution
+    else:
+        with pytest.raises(ConfigError, match=f"objective {objective} goes with execution {objective.execution}"):
+            Scenario(objective=objective, execution=execution)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bus.errors import InvariantError
+from bus.errors import ConfigError, InvariantError
 from bus.messages import (
     BandwidthGrant,
     Ended,
@@ -21,12 +21,12 @@ from bus.messages import (
     TaskProgress,
     TaskState,
 )
-from bus.values import Kind, Objective, Role
+from bus.values import Execution, Kind, Objective, Role
 from planner.algorithm import Algorithm, Choice
 from planner.core import Event, PlannerCore, Tick
 from planner.placing import WhenLate
 from planner.policies import BUILT_IN, Policy, Restriction
-from planner.search import DEVICE, DEVICE_EDGE
+from planner.search import ALL_THREE, DEVICE, DEVICE_EDGE
 from planner.tasks import hash_of
 from tests.unit.planner.scenes import (
     MBPS,
@@ -170,10 +170,10 @@ def test_patience_with_a_device_that_does_not_come_back_ends() -> None:
     [
         ("deepar", (device(models=()),), task(), "unknown_model"),
         ("edge-only", (edge(), device(reachable_edges=())), task(), "unreachable"),
-        ("edge-only", (edge(slots=0), device()), task(), "never_fits"),
-        ("edge-only", (edge(models=()), device()), task(), "never_fits"),
+        ("edge-only", (edge(slots=0), device(reachable_edges=("e1",))), task(), "never_fits"),
+        ("edge-only", (edge(models=()), device(reachable_edges=("e1",))), task(), "never_fits"),
         ("edge-only", (edge(), device()), task(max_link1_bps=0), "never_fits"),
-        ("cloud-only", (edge(link2_capacity_bps=0), cloud(), device()), task(), "never_fits"),
+        ("cloud-only", (edge(link2_capacity_bps=0), cloud(), device(reachable_edges=("e1",))), task(), "never_fits"),
     ],
 )
 def test_what_can_never_fit_is_rejected_with_the_reason(policy, events, submitted, cause) -> None:  # type: ignore[no-untyped-def]
@@ -627,3 +627,95 @@ def test_a_delay_that_is_not_finite_is_no_candidate(policy: str, objective: Obje
             assert not (placement.uses_slot and "edge" in endless)
             assert not (placement.uses_cloud and "cloud" in endless)
     core.validate()
+
+
+def test_a_task_that_no_edge_can_serve_waits_where_another_edge_may_join() -> None:
+    core = core_with(edge(slots=0), device(), policy="edge-only")
+    assert types(core.handle(task(), 0.0)) == ["admitted"]
+    assert only(core.handle(edge("e2"), 1.0), Start).task_id == "t1"
+    core.validate()
+
+
+# --- a node changes under the same incarnation
+
+
+def scheduled_behind_another() -> tuple[PlannerCore, Placed]:
+    """A region in which t1 runs and t2 is scheduled behind it, on the same edge and with the cloud."""
+    core = PlannerCore(0, Restriction("all-three", frozenset({ALL_THREE})))
+    for node in (edge(slots=1), cloud(), device("d1"), device("d2")):
+        core.handle(node, 0.0)
+    core.handle(task("t1", "d1"), 0.0)
+    placed = only(core.handle(task("t2", "d2"), 0.0), Placed)
+    assert placed.wait_s > 0
+    return core, placed
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        device("d2", models=(profile(forbidden=(1,)),)),
+        device("d2", models=(faster(profile(), 50.0),)),
+        device("d2", link1_capacity_bps=3 * MBPS),
+        edge(slots=1, speed=2.0),
+        edge(slots=1, speed=8.0, link1_capacity_bps=900 * MBPS),
+        cloud(speed=1.5),
+    ],
+    ids=["forbidden", "faster device", "slower link", "slower edge", "faster edge", "slower cloud"],
+)
+def test_what_rests_on_what_a_node_said_before_is_planned_again(changed: NodeAnnounced) -> None:
+    core, before = scheduled_behind_another()
+    changes = core.handle(changed, 0.01)
+    retried, again = only(changes, Retried), only(changes, Placed)
+    assert (retried.task_id, retried.cause, retried.detail) == ("t2", "node_changed", changed.node)
+    assert again.task_id == "t2"
+    assert (again.placement, again.delay_s, again.start_s) != (before.placement, before.delay_s, before.start_s)
+    core.validate()
+    # it is what a planner would choose that never knew anything else
+    fresh = PlannerCore(0, core.policy)
+    for name in ("e1", "c1", "d1", "d2"):
+        fresh.handle(core.nodes[name].announced, 0.0)
+    fresh.handle(task("t1", "d1"), 0.0)
+    fresh.ledger.prolong("t1", core.ledger.reservations["t1"].end_s)
+    wanted = fresh.decide(task("t2", "d2"), 0.01)
+    assert wanted is not None
+    assert (wanted.cut1, wanted.cut2) == (again.placement.cut1, again.placement.cut2)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        device("d2", link1_capacity_bps=2_000 * MBPS),
+        device("d2", lease_s=20.0),
+        device("d1", models=(faster(profile(), 3.0),)),
+        edge(slots=2),
+        edge("e1", slots=1, models=(faster(profile(), 4.0), profile("other"))),
+        cloud(lease_s=20.0),
+        cloud("c2", speed=5.0),
+    ],
+    ids=["more link", "lease", "another device", "more slots", "another model", "cloud's lease", "slower second cloud"],
+)
+def test_what_rests_on_nothing_that_changed_stays(changed: NodeAnnounced) -> None:
+    core, _ = scheduled_behind_another()
+    assert "retried" not in types(core.handle(changed, 0.01))
+    core.validate()
+
+
+def test_what_runs_keeps_its_placement_when_a_node_changes() -> None:
+    core = core_with(edge(slots=1), device(), policy="edge-only")
+    core.handle(task(), 0.0)
+    assert types(core.handle(edge(slots=1, speed=2.0), 0.01)) == ["node_joined"]
+
+
+# --- one rule for what is minimised and what the stages do
+
+
+def test_an_objective_goes_with_one_execution() -> None:
+    assert PlannerCore(0, objective=Objective.PIPELINED).execution is Execution.STREAMING
+    assert PlannerCore(0, objective=Objective.SEQUENTIAL).execution is Execution.SEQUENTIAL
+    for objective in Objective:
+        for execution in Execution:
+            if execution is objective.execution:
+                assert PlannerCore(0, objective=objective, execution=execution).execution is execution
+            else:
+                with pytest.raises(ConfigError, match=f"objective {objective} goes with execution"):
+                    PlannerCore(0, objective=objective, execution=execution)

@@ -25,17 +25,17 @@ TASKS = 150
 
 RECORDED = {
     ("deepar", "sequential"): "fee9945c5203527b0028190704523d1f87b5b864c67b48c47816ddb37bc62e7b",
-    ("deepar", "pipelined"): "549ee48c4d60d928453cdcf0c30940494a34f58a267411e80010aa136190aba0",
+    ("deepar", "pipelined"): "26da47a19c260fee0e1c8967392120d0b2536714dcccd54147ed3d960a265967",
     ("no-delay", "sequential"): "978d9ad8209fee39d230d05e417a1f14ddfa818ba91cac75283920c4f65caf48",
-    ("no-delay", "pipelined"): "d3518f986d74abe402a24aef56d957d398d6d3c2a734cb83cbf0a8954482728a",
+    ("no-delay", "pipelined"): "c3e4b5443d2980ceec26acdbb5914a29f2561937669ce4e9adacc5fcc12d98fd",
     ("device-only", "sequential"): "189cd7664809a3ec0cce05f1c5fdbe65f0c6a1ce55361259ec4d62611142457a",
-    ("device-only", "pipelined"): "9111745af0fbd824ca0ad6c85accb9d8721a90465529126e0a6a585ed82dc56f",
+    ("device-only", "pipelined"): "b493c39b6546fe785dc75b3095b0bd5ed82bbc1ca80e39affef5c8e70dd42ca1",
     ("edge-only", "sequential"): "ae569b8ec1e9539c34a5d8ee11d0ce7885670139747b854957542cd9410dd987",
-    ("edge-only", "pipelined"): "6868fe7a0203eab705beafefc0ea7247d018d1bc5508ef09ce9f77cdcb4dbd7d",
+    ("edge-only", "pipelined"): "15fd95f2a7f0f3654b8c11d268f32be084da57ba6b6bc5e03d27fec7492946e7",
     ("cloud-only", "sequential"): "528bdc6e460cdc4780b796f92f501b1696ccdb887d5a10b535933149fceee765",
-    ("cloud-only", "pipelined"): "690b41f32127b7534cb182a63e901bfd37409dc21d4322d20137cbc1fc188bef",
+    ("cloud-only", "pipelined"): "12115d02c4cbc55eba9e773ecc8cbfc0df2c56d9d3c49cf1e820fd252f547973",
     ("neurosurgeon", "sequential"): "349cc7eae4f705227b7285aec1cc66b8252d2ba0802a09abfae5cc578c81ebb5",
-    ("neurosurgeon", "pipelined"): "85b5f474e5c6d5e8a9155457e95a5045a0dfdba1bf9904c4a928727b2f26cd8e",
+    ("neurosurgeon", "pipelined"): "ee447038e2f3f2ff4b49958e44b1886ce20b6a57aa5a5afe39d0079cdeba92de",
 }
 
 

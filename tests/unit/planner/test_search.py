@@ -1,12 +1,26 @@
 """The search finds what trying every pair finds."""
 
+import gc
 import random
+import tracemalloc
 
 import pytest
 
-from bus.values import Objective
-from planner.search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, CutSearch, exhaustive, family_of
-from tests.unit.planner.scenes import random_rows
+from bus.messages import Change
+from bus.values import MAX_LAYERS, ModelProfile, Objective
+from planner.core import PlannerCore
+from planner.cost import PlatformRow
+from planner.search import (
+    ALL_THREE,
+    DEVICE,
+    DEVICE_CLOUD,
+    DEVICE_EDGE,
+    CutSearch,
+    exhaustive,
+    family_of,
+    search_bytes,
+)
+from tests.unit.planner.scenes import cloud, completed, device, edge, profile, random_rows, task
 
 FAMILIES = (DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE)
 CASES = 10_000
@@ -89,3 +103,68 @@ def test_tiers_that_do_not_run_the_model_are_not_used() -> None:
         assert CutSearch(device, edge, None).best(DEVICE_CLOUD, 1000, 1000, 1, objective) is None
         assert CutSearch(device, edge, None).best(ALL_THREE, 1000, 1000, 1, objective) is None
         assert CutSearch(device, edge, None).best(DEVICE_EDGE, 1000, 1000, 1, objective) is not None
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+@pytest.mark.parametrize("layers", [1, 10, 97, 300, MAX_LAYERS])
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_search_holds_no_more_than_it_is_said_to(objective: Objective, layers: int, alike: bool) -> None:
+    """`alike`: every layer costs the same and sends less than the one before, so that no cut is worse than another."""
+    if alike:
+        sizes = tuple(10**6 - 100 * j for j in range(layers + 1))
+        slow, middle, fast = (PlatformRow(profile("m", (0.001 * speed,) * layers, sizes)) for speed in (3, 2, 1))
+    else:
+        slow, middle, fast = random_rows(random.Random(layers), layers, exact=False)
+    tracemalloc.start()
+    try:
+        search = CutSearch(slow, middle, fast)
+        for family in range(4):
+            search.best(family, 1e8, 1e7, 100, objective)
+        held_bytes = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert held_bytes <= search_bytes(layers, objective)
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_the_searches_of_many_devices_of_their_own_make_are_bounded_in_bytes(objective: Objective) -> None:
+    layers, devices = 40, 30
+    sizes = tuple(1000 + j for j in range(layers + 1))
+
+    def made(name: str) -> ModelProfile:
+        rng = random.Random(name)
+        return profile("m", tuple(rng.random() for _ in range(layers)), sizes)
+
+    def region(max_search_bytes: int) -> tuple[list[Change], int, int]:
+        core = PlannerCore(0, "deepar", objective)
+        core.max_search_bytes = max_search_bytes
+        for name in ("e1", "e2"):
+            core.handle(edge(name, slots=4, models=(made(name),)), 0.0)
+        core.handle(cloud(models=(made("c1"),)), 0.0)
+        for i in range(devices):
+            core.handle(device(f"d{i}", models=(made(f"d{i}"),)), 0.0)
+        gc.collect()
+        tracemalloc.start()
+        try:
+            changes, most = [], 0
+            for i in range(2 * devices):
+                changes += core.handle(task(f"t{i}", f"d{i % devices}", samples=3), 1.0)
+                core.handle(completed(f"t{i}", f"d{i % devices}"), 1.0)
+                most = max(most, core.search_bytes)
+            gc.collect()
+            held = sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces(IN_SEARCH).traces)
+        finally:
+            tracemalloc.stop()
+        return changes, most, held
+
+    few = 8 * search_bytes(layers, objective)
+    bounded, most, held = region(few)
+    assert most <= few
+    assert held <= few
+    unbounded, all_of_them, held_then = region(1 << 40)
+    assert all_of_them >= 2 * devices * search_bytes(layers, objective)
+    assert held_then > 2 * held
+    assert bounded == unbounded  # it costs time, not another decision
+
+
+IN_SEARCH = [tracemalloc.Filter(True, "*/planner/search.py", all_frames=False)]
