@@ -7,6 +7,12 @@ is one, says what to do; the command line prints it under the message.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+NEAR = 0.6
+"""How alike a name must be to be asked for, from 0 to 1, as `difflib` measures it."""
+
 
 class DeeparError(Exception):
     """Root of all errors raised on purpose. `remedy` tells a person what to do next."""
@@ -22,6 +28,16 @@ class ConfigError(DeeparError):
 
 class UnknownNameError(ConfigError):
     """A model, node, policy, pattern or task is named that does not exist; the message lists near names."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], *, remedy: str | None = None) -> UnknownNameError:
+    """The error for a `name` that is none of `known`: asks for the nearest; its remedy lists them, unless one is given."""
+    names = [str(one) for one in known]
+    folded = {one.casefold(): one for one in names}
+    near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=NEAR)
+    question = f"; did you mean {folded[near[0]]}?" if near else ""
+    all_of_them = f"there are: {', '.join(names)}" if names else "there are none"
+    return UnknownNameError(f"there is no {kind} {name!r}{question}", remedy=remedy or all_of_them)
 
 
 class ModelError(DeeparError):

@@ -1,15 +1,19 @@
-"""Rates, durations and counts as people write and read them: `100Mbps`, `1.5 Gbit/s`, `200 ms`, `1 task`."""
+"""Rates, durations, sizes and counts as people write and read them: `100Mbps`, `1.5 Gbit/s`, `200 ms`, `1 task`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bus.errors import ConfigError
 
-_SCALE = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
-_RATE = re.compile(r"([0-9]*\.?[0-9]+)\s*([kmg]?)(?:bps|bit/s|bits/s)?", re.IGNORECASE)
-_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_QUANTITY = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-z/]*)", re.IGNORECASE)
+_SCALES = {"k": 1e3, "m": 1e6, "g": 1e9}
+_RATES = _SCALES | {
+    f"{scale}{unit}": factor for scale, factor in ({"": 1.0} | _SCALES).items() for unit in ("bps", "bit/s", "bits/s")
+}
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_BYTES = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _RATE_UNITS = ((1e9, 1e9, "Gbps"), (1e6, 1e6, "Mbps"), (1e3, 1e3, "kbps"), (0.0, 1.0, "bps"))
 _TIME_UNITS = (
     (7200.0, 3600.0, "h"),
@@ -20,23 +24,48 @@ _TIME_UNITS = (
 )
 """From which value on a unit is used, and its size: largest first."""
 
-_DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", re.IGNORECASE)
+_LARGEST = 1e18
+"""Of any quantity, in its smallest unit: more is a slip of the finger, and too much for the arithmetic."""
 
 
-def parse_rate(text: str | int | float) -> int:
-    """Bits per second. Raises `ConfigError`."""
-    match = _RATE.fullmatch(str(text).strip())
-    if match is None:
-        raise ConfigError(f"{text!r} is no rate", remedy="write it like 100Mbps, 1.5Gbps or 250000")
-    return round(float(match[1]) * _SCALE[match[2].lower()])
+def parse_rate(text: str | float, where: str = "") -> int:
+    """Bits per second from `100Mbps`, `1.5 Gbit/s`; 0 needs no unit. `where` is said in front: a flag, a variable.
+
+    Raises `ConfigError`.
+    """
+    return round(_parse(text, where, "rate", _RATES, ("Mbps", "1.5Gbps", "250kbps")))
 
 
-def parse_duration(text: str | int | float) -> float:
-    """Seconds. Raises `ConfigError`."""
-    match = _DURATION.fullmatch(str(text).strip())
-    if match is None or match[2].lower() not in _SECONDS:
-        raise ConfigError(f"{text!r} is no duration", remedy="write it like 200ms, 2s, 5min or 1.5")
-    return float(match[1]) * _SECONDS[match[2].lower()]
+def parse_duration(text: str | float, where: str = "") -> float:
+    """Seconds from `200ms`, `2s`, `5min`; 0 needs no unit. `where` is said in front. Raises `ConfigError`."""
+    return _parse(text, where, "duration", _SECONDS, ("s", "200ms", "5min"))
+
+
+def parse_size(text: str | float, where: str = "") -> int:
+    """Bytes from `600KB` (1,000 each), `4KiB` (1,024 each), `100B`; 0 needs no unit. `where` is said in front.
+
+    Raises `ConfigError`.
+    """
+    return round(_parse(text, where, "size", _BYTES, ("KB", "4KiB", "1000B")))
+
+
+def _parse(text: str | float, where: str, what: str, units: Mapping[str, float], like: tuple[str, str, str]) -> float:
+    """A number with one of `units`. `like` is for the error: a unit for a number that has none, and two examples."""
+    shown = f"{where} {text}" if where else repr(text)
+    unit, *examples = like
+    match = _QUANTITY.fullmatch(str(text).strip())
+    if match is None or (match[2] and match[2].lower() not in units):
+        raise ConfigError(f"{shown}: not a {what}", remedy=f"write it like 100{unit}, {' or '.join(examples)}")
+    number = float(match[1])
+    if not match[2] and number:
+        raise ConfigError(
+            f"{shown}: a {what} without a unit",
+            remedy=f"write {match[1]}{unit}, or another unit: {' or '.join(examples)}",
+        )
+    value = number * units[match[2].lower()] if match[2] else 0.0
+    if value > _LARGEST:
+        raise ConfigError(f"{shown}: more than any {what} can be")
+    return value
 
 
 def format_rate(bps: float) -> str:

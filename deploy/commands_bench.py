@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bus.errors import UnknownNameError
+from bus.errors import unknown_name
 from bus.json_text import json_text
 from bus.units import format_seconds
 from deploy.options import AsJson, BootstrapFromEnv
@@ -48,7 +48,7 @@ def bench(
     Example: `deepar loadgen bench decision --bus memory --json`
     """
     if name not in BENCHES:
-        raise UnknownNameError(f"there is no benchmark {name!r}; there are {', '.join(BENCHES)}")
+        raise unknown_name("benchmark", name, BENCHES)
     log = Console(stderr=True, highlight=False, soft_wrap=True)
     measure = importlib.import_module(f"loadgen.bench_{name}").run
     wanted = {"bus": bus and bus.value, "bootstrap": bootstrap_servers, "tasks": tasks, "seed": random_seed}

@@ -36,7 +36,7 @@ def cancel(
 
     Example: `deepar cancel t1 t2`
     """
-    timeout_s = parse_duration(timeout)
+    timeout_s = parse_duration(timeout, "--timeout")
     bus = signed(kafka_bus(bootstrap_servers), submitter_of(identity_key))
 
     async def run() -> list[End]:

@@ -87,10 +87,14 @@ def chaos(
         planners=planners,
         devices=devices,
         edges=edges,
-        lease_s=parse_duration(lease),
-        planner_lease_s=parse_duration(planner_lease),
+        lease_s=parse_duration(lease, "--lease"),
+        planner_lease_s=parse_duration(planner_lease, "--planner-lease"),
     )
-    pace = Pace(stop_s=parse_duration(stop_for), pause_s=parse_duration(pause), grace_s=parse_duration(grace))
+    pace = Pace(
+        stop_s=parse_duration(stop_for, "--stop-for"),
+        pause_s=parse_duration(pause, "--pause"),
+        grace_s=parse_duration(grace, "--grace"),
+    )
     load = Load(tasks=tasks, samples=samples, in_flight=in_flight)
     findings = break_region(
         options, folder, parse_faults(faults, random_seed), load, pace,

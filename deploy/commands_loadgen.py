@@ -13,7 +13,7 @@ from rich.console import Console
 from bus.errors import ConfigError
 from bus.json_text import json_text
 from bus.signed import signed
-from bus.units import parse_duration, parse_rate
+from bus.units import parse_duration, parse_rate, parse_size
 from deploy import completion
 from deploy.commands_bench import bench
 from deploy.commands_faults import chaos
@@ -26,7 +26,6 @@ from deploy.replay_run import ReplayRun, print_summary
 from loadgen import arrivals, report, schedule
 from loadgen.metrics import Threshold
 from loadgen.replay import utc_now
-from loadgen.scenario import parse_size
 from loadgen.source import PAPER_MIX, Mix, Range, parse_models
 
 app = typer.Typer(
@@ -127,11 +126,11 @@ def replay(
     default_samples = PAPER_MIX.samples if paper else (scenario.samples,) * 2 if scenario else (10.0, 10.0)
     mix = Mix(
         models=parse_models(models),
-        samples=_range(samples, float) or default_samples,
-        max_link1_bps=_range(max_link1, parse_rate) or (PAPER_MIX.max_link1_bps if paper else None),
-        max_link2_bps=_range(max_link2, parse_rate) or (PAPER_MIX.max_link2_bps if paper else None),
-        input_bytes=_range(input_size, parse_size) or (PAPER_MIX.input_bytes if paper else None),
-        deadline_s=None if deadline is None else parse_duration(deadline),
+        samples=_range(samples, _number, "--samples") or default_samples,
+        max_link1_bps=_range(max_link1, parse_rate, "--max-link1") or (PAPER_MIX.max_link1_bps if paper else None),
+        max_link2_bps=_range(max_link2, parse_rate, "--max-link2") or (PAPER_MIX.max_link2_bps if paper else None),
+        input_bytes=_range(input_size, parse_size, "--input-size") or (PAPER_MIX.input_bytes if paper else None),
+        deadline_s=None if deadline is None else parse_duration(deadline, "--deadline"),
         datasets={"lenet": "digits"},
     )
     if schedule_file is not None and not schedule_file.exists():
@@ -152,7 +151,8 @@ def replay(
             )  # fmt: skip
         return plan.scaled(time_scale)
 
-    wait_s, submit_s = parse_duration(drain_timeout), parse_duration(submit_timeout)
+    wait_s = parse_duration(drain_timeout, "--drain-timeout")
+    submit_s = parse_duration(submit_timeout, "--submit-timeout")
     make(["d1"])  # what is wrong with the flags is said before anything is connected
     folder = writable_folder("--out", out or Path(f"runs/replay-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}"))
     named = None if devices is None else [name.strip() for name in devices.split(",")]
@@ -183,19 +183,26 @@ def replay(
 app.command()(bench)
 
 
-def _range(text: str | None, parse: Callable[[str], float]) -> Range | None:
+def _range(text: str | None, parse: Callable[[str, str], float], flag: str) -> Range | None:
+    """A number, or a range LOW..HIGH to draw from."""
     if text is None:
         return None
     low, dots, high = text.partition("..")
+    return (parse(low, flag), parse(high if dots else low, flag))
+
+
+def _number(text: str, flag: str) -> float:
     try:
-        return (parse(low), parse(high if dots else low))
+        return float(text)
     except ValueError:
-        raise ConfigError(f"{text!r} is neither a number nor a range LOW..HIGH") from None
+        raise ConfigError(f"{flag} {text}: not a number", remedy="write it like 10, or as a range: 1..1000") from None
 
 
 def _thresholds(**flags: str | None) -> list[Threshold]:
     return [
-        Threshold(name.replace("_", "-"), name.removeprefix("max_"), parse_duration(text))
+        Threshold(
+            name.replace("_", "-"), name.removeprefix("max_"), parse_duration(text, f"--{name.replace('_', '-')}")
+        )
         for name, text in flags.items()
         if text is not None
     ]
@@ -232,7 +239,7 @@ def _pattern(
     if gaps is not None:
         return arrivals.intervals(arrivals.read_intervals(gaps))
     if burst_size is not None:
-        return arrivals.bursts(burst_size, parse_duration(burst_every))
+        return arrivals.bursts(burst_size, parse_duration(burst_every, "--burst-every"))
     if rate is not None:
         return arrivals.constant(rate) if distribution is Distribution.CONSTANT else arrivals.poisson(rate)
-    return arrivals.uniform(parse_duration(within))
+    return arrivals.uniform(parse_duration(within, "--within"))

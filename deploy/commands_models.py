@@ -11,7 +11,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from bus.errors import ConfigError, CutError, UnknownNameError
+from bus.errors import ConfigError, CutError, unknown_name
 from deploy.commands_profile import profile
 from deploy.model_loading import (
     InputShapes,
@@ -190,7 +190,7 @@ def build(
     Example: `deepar models build lenet --weights mine.npz --out mine.tflite`
     """
     if network not in NETWORKS:
-        raise UnknownNameError(f"no network is called {network}", remedy=f"name one of {', '.join(NETWORKS)}")
+        raise unknown_name("network", network, NETWORKS)
     with stored_arrays(weights) as stored, progress_bar(f"writing {out.name}") as bar:
         graph = build_network(NETWORKS[network], trained(stored, NETWORKS[network]))
         digest = write_whole(

@@ -13,14 +13,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bus.errors import ConfigError, UnknownNameError
+from bus.errors import ConfigError, unknown_name
 from bus.json_text import json_text
-from bus.units import format_count, format_rate, format_seconds, parse_duration, parse_rate
+from bus.units import format_count, format_rate, format_seconds, parse_duration, parse_rate, parse_size
 from bus.values import Kind, ModelProfile, Objective, Role
 from deploy import completion
 from deploy.outputs import writable_file
 from deploy.phrases import cut_column
-from loadgen.scenario import parse_size
 from planner.plan import Constraints, Plan, Situation, plans, position_of
 from planner.profiles import PlatformProfiles, load_profile
 
@@ -79,13 +78,13 @@ def plan(
         for role, given in ((Role.DEVICE, device), (Role.EDGE, edge), (Role.CLOUD, cloud))
     }
     on_device = rows[Role.DEVICE]
-    size = parse_size(input_size) if input_size is not None else base.input_bytes.get(model)
+    size = parse_size(input_size, "--input-size") if input_size is not None else base.input_bytes.get(model)
     situation = Situation(
         device=on_device,
         edge=_matching(on_device, rows[Role.EDGE]),
         cloud=_matching(on_device, rows[Role.CLOUD]),
-        link1_bps=base.link1_bps if link1 is None else parse_rate(link1),
-        link2_bps=base.link2_bps if link2 is None else parse_rate(link2),
+        link1_bps=base.link1_bps if link1 is None else parse_rate(link1, "--link1"),
+        link2_bps=base.link2_bps if link2 is None else parse_rate(link2, "--link2"),
         samples=samples,
         objective=objective,
         input_bytes=size,
@@ -93,8 +92,8 @@ def plan(
             pinned=frozenset(pin or ()),
             forbidden=frozenset(forbid or ()),
             keep_on_device=0 if keep_on_device is None else position_of(on_device, keep_on_device),
-            max_cut_bytes=None if max_bytes is None else parse_size(max_bytes),
-            max_delay_s=None if max_delay is None else parse_duration(max_delay),
+            max_cut_bytes=None if max_bytes is None else parse_size(max_bytes, "--max-bytes"),
+            max_delay_s=None if max_delay is None else parse_duration(max_delay, "--max-delay"),
         ),
     )
     found = plans(situation, top)
@@ -127,9 +126,12 @@ def _platform(source: PlatformProfiles | str, role: Role, model: str) -> ModelPr
     found = load_profile(source) if isinstance(source, str) else source
     tier: dict[str, ModelProfile] = getattr(found, role.value)
     if model not in tier:
-        raise UnknownNameError(
-            f"profile {found.name} has no {model} on its {role.value}; it has {', '.join(tier)}",
-            remedy=f"measure it: deepar profile {model} --out {role.value}.json, then --{role.value} {role.value}.json",
+        file = f"{role.value}.json"
+        raise unknown_name(
+            f"model in profile {found.name} called",
+            model,
+            tier,
+            remedy=f"it has {', '.join(tier)}; to add it: deepar profile {model} --out {file}, and --{role.value} {file}",
         )
     return tier[model]
 

@@ -145,7 +145,7 @@ def planner(
     Example: `deepar planner --policy neurosurgeon --http-port 9100`
     """
     bus = nodes.kafka_bus(bootstrap_servers)
-    lease_s, patience_s = parse_duration(lease), parse_duration(patience)
+    lease_s, patience_s = parse_duration(lease, "--lease"), parse_duration(patience, "--patience")
     master = master_of(identity_master)
     if master is not None and trust_everybody:
         raise ConfigError("--trust-everybody and --identity-master exclude each other")
@@ -264,7 +264,7 @@ def device(
         DeviceOptions,
         name=name,
         edges=tuple(edges) if edges else None,
-        link=parse_rate(link),
+        link=parse_rate(link, "--link"),
         **flags.machine(),
     )
     _run_stage(options, flags, results)
@@ -290,8 +290,8 @@ def edge(
         EdgeOptions,
         name=name,
         slots=slots,
-        link1=parse_rate(link1),
-        link2=parse_rate(link2),
+        link1=parse_rate(link1, "--link1"),
+        link2=parse_rate(link2, "--link2"),
         **flags.machine(),
     )
     _run_stage(options, flags)
@@ -315,7 +315,7 @@ def cloud(
 def _run_stage(options: NodeOptions, flags: StageFlags, results: Path | None = None) -> None:
     from deploy.runners import make_runner  # not at the top: the runtime of the models takes long to import
 
-    settings = nodes.node_settings(options, region=flags.region, lease_s=parse_duration(flags.lease))
+    settings = nodes.node_settings(options, region=flags.region, lease_s=parse_duration(flags.lease, "--lease"))
     key = key_of(Speaker(settings.role.value, settings.name), flags.identity_key)
     make = partial(make_runner, settings.role, options, flags.served(), nodes.log.info)
     on_result = ResultFile(results) if results else None

@@ -32,7 +32,7 @@ class Patience:
     @classmethod
     def from_env(cls) -> Patience:
         """As the environment says; by default none at all. Raises `ConfigError`."""
-        return cls(parse_duration(os.environ.get("DEEPAR_BROKER_PATIENCE", "0s")))
+        return cls(parse_duration(os.environ.get("DEEPAR_BROKER_PATIENCE", "0s"), "DEEPAR_BROKER_PATIENCE"))
 
     async def through(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """What the first attempt gives that finds a broker. Raises what the last one raised."""

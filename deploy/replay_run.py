@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from bus.errors import ConfigError
+from bus.errors import ConfigError, unknown_name
 from bus.messages import NodeAnnounced
 from bus.port import Bus
 from bus.units import format_seconds
@@ -90,6 +90,7 @@ class ReplayRun:
                 line = f"not there, so their tasks wait: {', '.join(absent)}; deepar stage device --name {absent[0]}"
                 self.console.print(line, style="yellow", markup=False)
             plan = self.make(names)
+            require_models(plan, found)
             self.seed, self.total = plan.seed, len(plan)
             self.console.print(f"seed {plan.seed}; streams: {plan.streams or 'from the file'}", style="dim")
             self.began_at, self._began_s = utc_now(), time.monotonic()
@@ -134,6 +135,15 @@ def devices_for(models: Set[str], found: Sequence[NodeAnnounced]) -> list[str]:
     """The names of the devices that have every model, or of all where none has."""
     able = [node.node for node in found if models <= {profile.model for profile in node.models}]
     return able or [node.node for node in found]
+
+
+def require_models(plan: schedule.Schedule, found: Sequence[NodeAnnounced]) -> None:
+    """Raises `UnknownNameError` for a task whose device is there, and whose model no device has: it would be rejected."""
+    known = sorted({profile.model for node in found for profile in node.models})
+    there = {node.node for node in found}
+    for entry in plan.entries:
+        if entry.task.device in there and entry.task.model not in known:
+            raise unknown_name("model on any device called", entry.task.model, known)
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ def _or_value_error(parse: Any) -> Any:
         try:
             return parse(value)
         except ConfigError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(f"{error}; {error.remedy}" if error.remedy else str(error)) from None
 
     return checked
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from bus.errors import UnknownNameError
+from bus.errors import unknown_name
 from loadgen import figures_multi, figures_single
 from loadgen.figure_result import FigureOptions, FigureResult
 
@@ -21,5 +21,5 @@ FIGURES: dict[str, Callable[[FigureOptions], FigureResult]] = {
 def make(name: str, options: FigureOptions) -> FigureResult:
     """Make one figure. Raises `UnknownNameError`."""
     if name not in FIGURES:
-        raise UnknownNameError(f"there is no figure {name!r}; there are {', '.join(FIGURES)}")
+        raise unknown_name("figure", name, FIGURES)
     return FIGURES[name](options)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from bus.errors import UnknownNameError
+from bus.errors import unknown_name
 from bus.values import ModelProfile, Role
 from planner.profiles import parse_profile, profile_text
 
@@ -39,8 +39,7 @@ class Platforms:
         for profile in self.profiles[role]:
             if profile.model == name:
                 return profile
-        known = ", ".join(profile.model for profile in self.profiles[role])
-        raise UnknownNameError(f"the {role} has no profile of {name!r}; there are {known}")
+        raise unknown_name(f"model profiled on the {role} called", name, [one.model for one in self.profiles[role]])
 
 
 def platforms(name: str) -> Platforms:

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bus.errors import ConfigError
+from bus.errors import ConfigError, unknown_name
 from bus.messages import NodeAnnounced
-from bus.units import parse_duration, parse_rate
+from bus.units import parse_duration, parse_rate, parse_size
 from bus.values import Execution, ModelProfile, Objective, Role
 from loadgen import arrivals
 from loadgen.schedule import Schedule, make
@@ -200,18 +200,18 @@ def read(path: Path) -> Scenario:
 def coerce(key: str, value: Any) -> Any:
     """A field's value from what a file or a flag says. Raises `ConfigError` naming the key."""
     if key not in FIELDS:
-        raise ConfigError(f"{key}: no such parameter; there are {', '.join(sorted(FIELDS))}")
+        raise unknown_name("parameter of a scenario called", key, sorted(FIELDS))
     try:
         if key in _NULLABLE and value in (None, "all", "none"):
             return None
         if key in _RATES:
-            return _range(value, parse_rate)
+            return _range(value, partial(_whole_in_the_keys_unit, parse_rate))
         if key == "input_bytes":
-            return _range(value, parse_size)
+            return _range(value, partial(_whole_in_the_keys_unit, parse_size))
         if key in ("samples", "slots"):
             return _range(value, _number)
         if key in ("within_s", "deadline_s"):
-            return parse_duration(value)
+            return _in_the_keys_unit(parse_duration, value)
         if key in _WHOLE:
             number = _number(value)
             if number != int(number):
@@ -225,7 +225,22 @@ def coerce(key: str, value: Any) -> Any:
             return Execution(value)
         return _number(value) if key == "noise" else str(value)
     except (ValueError, TypeError, ConfigError) as error:
-        raise ConfigError(f"{key}: {error}") from None
+        raise ConfigError(f"{key}: {error}", remedy=getattr(error, "remedy", None)) from None
+
+
+def _in_the_keys_unit(parse: Callable[[str], float], value: Any) -> float:
+    """A quantity with its unit, or a plain number: the key's name ends in the unit (`_bps`, `_s`, `_bytes`)."""
+    try:
+        number = float(value)
+    except (ValueError, TypeError):
+        return parse(str(value))
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{value!r} is not a number from 0 up")
+    return number
+
+
+def _whole_in_the_keys_unit(parse: Callable[[str], float], value: Any) -> int:
+    return round(_in_the_keys_unit(parse, value))
 
 
 def _number(value: Any) -> float:
@@ -233,18 +248,6 @@ def _number(value: Any) -> float:
         return float(value)
     except (ValueError, TypeError):
         raise ValueError(f"{value!r} is no number") from None
-
-
-_SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*(ki?b|mi?b|gi?b|b|)", re.IGNORECASE)
-_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-
-
-def parse_size(text: str | int | float) -> int:
-    """Bytes from `600KB` (1,000 each), `4KiB` (1,024 each), `100`. Raises `ConfigError`."""
-    match = _SIZE.fullmatch(str(text).strip())
-    if match is None:
-        raise ConfigError(f"{text!r} is no size", remedy="write it like 600KB, 4KiB or 1000")
-    return round(float(match[1]) * _BYTES[match[2].lower()])
 
 
 def _range(value: Any, parse: Callable[[Any], float]) -> Range:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bus.errors import ConfigError, UnknownNameError
+from bus.errors import ConfigError, unknown_name
 from bus.messages import DatasetInput, SeedInput, TaskSubmitted
 from loadgen.streams import Streams
 
@@ -107,7 +107,7 @@ def parse_models(text: str, *, known: Sequence[str] | None = None) -> dict[str, 
     for part in text.split(","):
         name, _, weight = part.strip().partition("=")
         if known is not None and name not in known:
-            raise UnknownNameError(f"there is no model {name!r}; there are {', '.join(known)}")
+            raise unknown_name("model", name, known)
         try:
             mix[name] = float(weight) if weight else 1.0
         except ValueError:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bus.errors import ConfigError
+from bus.errors import ConfigError, unknown_name
 from loadgen import plots
 from loadgen.cells import Cell, run_as_completed
 from loadgen.figure_result import POLICIES
@@ -54,7 +54,7 @@ class Axis:
         if name in ("policy", "seed", "name"):
             raise ConfigError(f"--vary {name}: use {'--policies' if name == 'policy' else '--seeds'}")
         if name not in FIELDS:
-            raise ConfigError(f"--vary {name}: no such parameter; there are {', '.join(sorted(FIELDS))}")
+            raise unknown_name("parameter of a scenario called", name, sorted(FIELDS))
         values = tuple(_values(name, what))
         for value in values:
             coerce(name, value)

@@ -18,15 +18,15 @@ not be explained afterwards.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import traceback
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import PurePath
+from types import ModuleType
 from typing import Final, Protocol, runtime_checkable
 
-from bus.errors import ConfigError, PolicyError, UnknownNameError
+from bus.errors import ConfigError, PolicyError, UnknownNameError, unknown_name
 from planner.algorithm import EVERY_FAMILY, Algorithm, Choice
 from planner.search import DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 
@@ -84,19 +84,12 @@ def load_policy(name: str) -> Policy:
         return BUILT_IN[name]
     if ":" in name:
         module_name, _, attribute = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UnknownNameError(f"policy {name}: {error}") from error
-        except Exception as error:
-            raise ConfigError(f"policy {name} cannot be imported: {type(error).__name__}: {error}") from error
-        return _checked(name, found)
+        return _checked(name, _imported(name, module_name, attribute))
     plugins = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name in plugins:
         return _checked(name, plugins[name].load())
-    known = sorted({*BUILT_IN, *plugins})
-    near = difflib.get_close_matches(name, known, n=3) or known
-    raise UnknownNameError(f"no policy is called {name}; there is {', '.join(near)}")
+    known = policy_names()
+    raise unknown_name("policy", name, known)
 
 
 def policy_module(name: str) -> str | None:
@@ -108,6 +101,39 @@ def policy_module(name: str) -> str | None:
     return next((point.module for point in entry_points(group=ENTRY_POINT_GROUP) if point.name == name), None)
 
 
+def _imported(name: str, module_name: str, attribute: str) -> object:
+    """What `module:name` names. The user's own code runs: whatever it raises is told with its file and line."""
+    if not module_name or not attribute:
+        raise ConfigError(f"policy {name}: write a policy of your own as module:name")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise ConfigError(f"policy {name}: {module_name} imports {error.name}, which is not installed") from error
+        raise UnknownNameError(
+            f"policy {name}: Python finds no module {error.name}",
+            remedy="put its folder on PYTHONPATH, as in: PYTHONPATH=. deepar ...; or install it into this environment",
+        ) from error
+    except Exception as error:
+        raise ConfigError(f"policy {name} cannot be imported: {_place(error)}") from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise unknown_name(f"policy in {module_name} called", attribute, _policies_of(module))
+    return found
+
+
+def _policies_of(module: ModuleType) -> list[str]:
+    """Names in a module of what looks like a policy."""
+    return [name for name, value in vars(module).items() if callable(getattr(value, "place", None)) and name[0] != "_"]
+
+
+def _place(error: Exception) -> str:
+    """An error of the user's code, and where it arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
 def policy_names() -> list[str]:
     """Every policy that can be named without a colon."""
     return [*BUILT_IN, *sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)} - set(BUILT_IN))]
@@ -117,7 +143,7 @@ def _checked(name: str, found: object) -> Policy:
     try:
         policy = found() if isinstance(found, type) else found
     except Exception as error:
-        raise ConfigError(f"policy {name} cannot be made: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"policy {name} cannot be made: {_place(error)}") from error
     if not isinstance(policy, Policy) or not isinstance(policy.name, str):
         raise ConfigError(f"policy {name}: {found!r} has no `name` and `place`")
     return policy

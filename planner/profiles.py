@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from bus.errors import ConfigError, UnknownNameError
+from bus.errors import ConfigError, unknown_name
 from bus.values import ModelProfile
 
 PROFILE_VERSION: Final = 1
@@ -61,9 +61,9 @@ def profile_text(name: str) -> str:
         return files("planner").joinpath("data", f"{name}.json").read_text(encoding="utf-8")
     path = Path(name)
     if not path.is_file():
-        raise UnknownNameError(
-            f"no profile is called {name}: there is {', '.join(SHIPPED)}, or the path of a JSON file"
-        )
+        if path.exists():
+            raise ConfigError(f"profile {name} is a folder, not a JSON file")
+        raise unknown_name("profile", name, SHIPPED, remedy=f"name {' or '.join(SHIPPED)}, or the path of a JSON file")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

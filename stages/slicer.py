@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from bus.errors import CutError, UnknownNameError
+from bus.errors import CutError, unknown_name
 from bus.json_text import json_text
 from bus.values import ModelManifest, TensorSpec
 from stages.cache import write_whole
@@ -85,10 +85,8 @@ def position_of(model: Model, cut: str | int) -> int:
         if point.name == wanted:
             return point.position
     names = [point.name for point in model.manifest.cuts]
-    raise UnknownNameError(
-        f"{model.name} has no layer {wanted}",
-        remedy=f"its positions are {', '.join(names[:8])}, ... (deepar models cuts)",
-    )
+    remedy = f"its positions are {', '.join(names[:8])}, ... (deepar models cuts {model.name})"
+    raise unknown_name(f"layer of {model.name} called", wanted, names, remedy=remedy)
 
 
 def slice_model(model: Model, first: int, last: int) -> SlicedPart:

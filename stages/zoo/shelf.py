@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -11,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from bus.errors import ModelError, UnknownNameError
+from bus.errors import ModelError, unknown_name
 from stages.cache import Progress, cache_dir, locked, write_whole
 from stages.choice import Choice
 from stages.model import Model, read_model
@@ -77,11 +76,7 @@ def load_model(
     if network is None:
         path = Path(name_or_path)
         if not path.exists() and path.suffix != ".tflite" and len(path.parts) == 1:
-            near = difflib.get_close_matches(name, NETWORKS, n=2)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise UnknownNameError(
-                f"no model is called {name}{hint}", remedy=f"name one of {', '.join(NETWORKS)}, or a .tflite file"
-            )
+            raise unknown_name("model", name, NETWORKS, remedy=f"name one of {', '.join(NETWORKS)}, or a .tflite file")
         return read_model(path, sha256=sha256, progress=progress, choice=choice)
 
     path, expected = _path(network), SHA256[network.name]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 
-from bus.units import format_count, format_moment, format_rate, format_seconds, parse_duration, parse_rate
+from bus.errors import ConfigError
+from bus.units import format_count, format_moment, format_rate, format_seconds, parse_duration, parse_rate, parse_size
 
 AWKWARD_S = {
     0: "0 s",
@@ -91,3 +93,53 @@ def test_moments_keep_their_decimals() -> None:
 def test_counts() -> None:
     assert [format_count(n, "task") for n in (0, 1, 2, 2000)] == ["0 tasks", "1 task", "2 tasks", "2,000 tasks"]
     assert [format_count(n, "search", "searches") for n in (1, 2)] == ["1 search", "2 searches"]
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (parse_rate, "100Mbps", 100_000_000),
+        (parse_rate, "1.5 Gbit/s", 1_500_000_000),
+        (parse_rate, "250kbps", 250_000),
+        (parse_rate, "8 bits/s", 8),
+        (parse_rate, "0", 0),
+        (parse_duration, "200ms", 0.2),
+        (parse_duration, ".5 h", 1800.0),
+        (parse_duration, "0", 0.0),
+        (parse_size, "600KB", 600_000),
+        (parse_size, "4KiB", 4096),
+        (parse_size, "17B", 17),
+    ],
+)
+def test_quantities_are_read_with_their_units(parse: Callable[[str], float], text: str, value: float) -> None:
+    assert parse(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "message", "remedy"),
+    [
+        (parse_rate, "100", "--flag 100: a rate without a unit", "write 100Mbps"),
+        (parse_rate, "1.5", "--flag 1.5: a rate without a unit", "write 1.5Mbps"),
+        (parse_duration, "7", "--flag 7: a duration without a unit", "write 7s"),
+        (parse_size, "64", "--flag 64: a size without a unit", "write 64KB"),
+        (parse_rate, "5 apples", "--flag 5 apples: not a rate", "write it like 100Mbps"),
+        (parse_rate, "-5Mbps", "--flag -5Mbps: not a rate", "write it like"),
+        (parse_rate, "nan", "--flag nan: not a rate", "write it like"),
+        (parse_duration, "", "--flag : not a duration", "write it like"),
+        (parse_size, "10MBps", "--flag 10MBps: not a size", "write it like"),
+    ],
+)
+def test_a_quantity_without_a_unit_is_an_error_that_says_what_to_write(
+    parse: Callable[[str, str], float], text: str, message: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(text, "--flag")
+    assert str(caught.value) == message
+    assert (caught.value.remedy or "").startswith(remedy)
+
+
+@pytest.mark.parametrize("parse", [parse_rate, parse_duration, parse_size])
+def test_a_quantity_that_is_too_large_is_an_error(parse: Callable[[str], float]) -> None:
+    for text in ("9" * 400, "9" * 400 + "h", "9" * 400 + "Gbps", "9" * 400 + "GB", "9" * 30 + "h"):
+        with pytest.raises(ConfigError):
+            parse(text)

@@ -13,8 +13,10 @@ from bus.errors import ConfigError, UnknownNameError
 from bus.messages import NodeAnnounced, TaskState
 from bus.values import Kind, Parts, Placement, Role
 from deploy import commands_loadgen
-from deploy.replay_run import ReplayRun, devices_for
+from deploy.replay_run import ReplayRun, devices_for, require_models
+from loadgen import arrivals, schedule
 from loadgen.schedule import Schedule
+from loadgen.source import Mix, parse_models
 from planner.profiles import load_profile
 
 PLACEMENT = Placement(kind=Kind.EDGE, edge="e1", cut1=0, cut2=5, cut1_name="input", cut2_name="fc_3")
@@ -130,7 +132,15 @@ def test_an_interrupted_replay_writes_what_it_has(tmp_path: Path, monkeypatch: p
         (["--scenario", "Server"], "needs --request-rate"),
         (["--burst-size", "2", "--scenario", "Offline"], "exclude each other"),
         (["--samples", "many"], "many"),
-        (["--max-link1", "fast"], "fast"),
+        (["--max-link1", "fast"], "--max-link1 fast"),
+        (["--max-link1", "100"], "--max-link1 100: a rate without a unit"),
+        (["--max-link2", "20..300Mbps"], "--max-link2 20: a rate without a unit"),
+        (["--input-size", "600"], "--input-size 600: a size without a unit"),
+        (["--within", "10"], "--within 10: a duration without a unit"),
+        (["--burst-size", "2", "--burst-every", "5"], "--burst-every 5: a duration without a unit"),
+        (["--deadline", "3"], "--deadline 3: a duration without a unit"),
+        (["--max-p99", "2"], "--max-p99 2: a duration without a unit"),
+        (["--drain-timeout", "60"], "--drain-timeout 60: a duration without a unit"),
         (["--models", "lenet=x"], "weight of lenet"),
         (["--schedule", "nowhere.jsonl"], "no such file"),
         (["--time-scale", "0"], "time scale"),
@@ -156,6 +166,22 @@ def test_a_benchmark_prints_its_object_and_fails_when_an_aim_is_missed(monkeypat
     assert CliRunner().invoke(commands_loadgen.app, ["bench", "simulator"]).exit_code == 99
     unknown = CliRunner().invoke(commands_loadgen.app, ["bench", "speed"])
     assert isinstance(unknown.exception, UnknownNameError)
+
+
+def test_a_model_that_no_device_has_is_told_before_anything_is_submitted() -> None:
+    known = tuple(load_profile("paper").device[model] for model in ("lenet", "alexnet"))
+    found = [NodeAnnounced(node="d1", role=Role.DEVICE, region=0, incarnation="i", lease_s=10.0, models=known)]
+
+    def plan(models: str, device: str) -> Schedule:
+        return schedule.make(9, arrivals.at_once(), Mix(models=parse_models(models)), [device], seed=0)
+
+    with pytest.raises(UnknownNameError, match=r"'lenett'; did you mean lenet\?") as caught:
+        require_models(plan("alexnet,lenett", "d1"), found)
+    assert caught.value.remedy == "there are: alexnet, lenet"
+    with pytest.raises(UnknownNameError, match=r"no model on any device called 'zebra'$"):
+        require_models(plan("zebra", "d1"), found)
+    require_models(plan("lenet,alexnet", "d1"), found)
+    require_models(plan("zebra", "later"), found)
 
 
 def test_a_replay_leaves_out_devices_that_lack_a_model() -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from bus.errors import ConfigError
+from bus.units import parse_size
 from bus.values import Execution, Objective, Role
-from loadgen.scenario import Scenario, coerce, parse_size, read
+from loadgen.scenario import Scenario, coerce, read
 from tests.unit.loadgen.machines import machines
 
 
@@ -83,7 +84,7 @@ def test_a_file_may_write_units_and_ranges(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("device = 3", "device: no such parameter"),
+        ("device = 3", "no parameter .* called 'device'; did you mean devices"),
         ("devices = 0", "devices: 0"),
         ("devices = 2.5", "devices: 2.5 is not a whole number"),
         ("reachable = 20", "20 of 10 edges"),

@@ -54,7 +54,7 @@ def test_axes() -> None:
     ("text", "message"),
     [
         ("devices", "write it like"),
-        ("device=3", "no such parameter"),
+        ("device=3", "did you mean devices"),
         ("devices=9:1:2", "rising"),
         ("devices=1:9:0", "rising"),
         ("devices=a:b", "numbers"),

@@ -37,7 +37,7 @@ def test_names_of_policies() -> None:
     wanted = ["deepar", "no-delay", "device-only", "edge-only", "cloud-only", "neurosurgeon"]
     assert policy_names()[:6] == wanted
     assert load_policy("deepar").name == "deepar"
-    with pytest.raises(UnknownNameError, match="edge-only"):
+    with pytest.raises(UnknownNameError, match=r"did you mean edge-only\?"):
         load_policy("edge-onyl")
     with pytest.raises(UnknownNameError):
         load_policy("no_such_module_here:Policy")
@@ -236,3 +236,28 @@ def test_a_policy_that_cannot_be_made_or_imported_is_named(monkeypatch: pytest.M
         load_policy("broken_policies:Any")
     with pytest.raises(ConfigError, match="needy_policies:Needy cannot be made: TypeError"):
         load_policy("needy_policies:Needy")
+
+
+@pytest.mark.parametrize(
+    ("source", "attribute", "message", "remedy"),
+    [
+        (None, "Mine", "Python finds no module", "PYTHONPATH"),
+        ("import no_such_package", "Mine", "imports no_such_package, which is not installed", ""),
+        ("1 / 0", "Mine", "ZeroDivisionError: division by zero .*mine.py, line 1", ""),
+        ("def broken(:", "Mine", "SyntaxError", ""),
+        ("class Mime:\n    name = 'm'\n    def place(self, algorithm): ...", "Mine", "did you mean Mime", ""),
+        ("class Mine:\n    def __init__(self): raise OSError('no file')", "Mine", "OSError: no file .*, line 2", ""),
+        ("", "", "module:name", ""),
+    ],
+)
+def test_what_is_wrong_with_a_policy_of_the_users_is_said(
+    source: str | None, attribute: str, message: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    if source is not None:
+        (tmp_path / "mine.py").write_text(source, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_policy(f"mine:{attribute}")
+    assert remedy in (caught.value.remedy or "")
+    monkeypatch.delitem(sys.modules, "mine", raising=False)

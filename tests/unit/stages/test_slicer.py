@@ -256,7 +256,7 @@ def test_parts_are_even_where_nobody_names_cuts(alexnet: Model, tmp_path: Path) 
 def test_cuts_are_named_by_layer_or_position(lenet: Model) -> None:
     assert position_of(lenet, "maxpool_1") == position_of(lenet, 2) == position_of(lenet, "2") == 2
     assert position_of(lenet, "input") == 0
-    with pytest.raises(UnknownNameError, match="lenet has no layer pool_9"):
+    with pytest.raises(UnknownNameError, match="no layer of lenet called 'pool_9'; did you mean maxpool_"):
         position_of(lenet, "pool_9")
     with pytest.raises(CutError, match="positions 0 to 7, not 8"):
         position_of(lenet, "8")
