@@ -187,7 +187,6 @@ def draw(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> list[Path]:
                 [x + shift for x in xs], means, yerr=plots.error_bars(errors), color=colour, marker=marker, markersize=4.5,
                 capsize=2, linewidth=1.3, elinewidth=0.8, label=plots.label(policy),
             )  # fmt: skip
-        axes.set_ylim(bottom=0)
         if here:
             axes.set_title(", ".join(f"{name} = {value}" for name, value in here.items()), fontsize=9)
         if not numeric:
@@ -196,6 +195,8 @@ def draw(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> list[Path]:
             axes.set_xlabel(_axis_label(x_axis.name))
         if index % columns == 0:
             axes.set_ylabel("mean delay (s)")
+    # The axis is shared: only now is everything on it that it must show.
+    grid[0][0].set_ylim(0, grid[0][0].get_ylim()[1])
     for index in range(len(panels), lines * columns):
         grid[index // columns][index % columns].set_axis_off()
     handles, names = grid[0][0].get_legend_handles_labels()
@@ -205,7 +206,12 @@ def draw(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> list[Path]:
     return plots.save(fig, options.out / "sweep")
 
 
-_UNITS = {"within_s": "arrivals within (s)", "devices": "number of devices", "edges": "number of edges"}
+_UNITS = {
+    "within_s": "arrivals within (s)",
+    "devices": "number of devices",
+    "edges": "number of edges",
+    "reachable": "reachable edges",
+}
 
 
 def _axis_label(name: str) -> str:

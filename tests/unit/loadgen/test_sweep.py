@@ -9,12 +9,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from bus.errors import ConfigError
-from loadgen import cells
+from loadgen import cells, plots
 from loadgen import sweep as sweeps
 from loadgen.cells import Cell, run_cell, run_cells
 from loadgen.scenario import Scenario
@@ -134,6 +135,24 @@ def test_another_sweep_is_not_mixed_in(tmp_path: Path) -> None:
     assert (done.reused, done.stale) == (12, 0)
 
 
+def test_every_panel_shows_all_of_its_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The panels share an axis, and the last ones may be the highest."""
+    drawn: list[Any] = []
+
+    def kept(fig: Any, stem: Path) -> list[Path]:
+        drawn.append(fig)
+        return []
+
+    monkeypatch.setattr(plots, "save", kept)
+    sweep(options(tmp_path, "devices=4,8", "within_s=300,1"))
+    axes = drawn[0].axes
+    tops = [max(max(line.get_ydata()) for line in panel.lines) for panel in axes]
+    assert tops[1] > 1.2 * tops[0]
+    for panel, top in zip(axes, tops, strict=True):
+        assert panel.get_ylim()[0] == 0
+        assert panel.get_ylim()[1] > top
+
+
 def policy_file(folder: Path, body: str, name: str = "mine") -> None:
     """A policy `MODULE:Mine` that imports a module of its own."""
     head = f"from {name}_rules import CHOSEN\n\n\nclass Mine:\n    name = 'mine'\n\n"
@@ -143,7 +162,7 @@ def policy_file(folder: Path, body: str, name: str = "mine") -> None:
 RUN = """
 import sys
 from tests.unit.loadgen import test_sweep as here
-from loadgen import cells
+from loadgen import cells, plots
 cells.platforms = lambda profile: here.machines()
 done = here.sweep(here.replace(here.options(here.Path(sys.argv[1])), policies=("edge-only", "mine:Mine"), seeds=1))
 print(done.reused, done.stale, [row["mean_delay_s"] for row in done.rows if row["policy"] == "mine:Mine"])
