@@ -271,6 +271,7 @@ class Retried(Frozen):
     attempt: Attempt  # the new one
     cause: Name  # node_lost, capacity_lowered, ...
     detail: str = ""
+    failed_at: NodeName | None = None  # where the attempt failed; the task avoids it while it can
 
 
 class Ended(Frozen):
@@ -306,8 +307,27 @@ class NodeLost(Frozen):
     cause: Name  # lease_expired, left, replaced
 
 
+class CircuitChanged(Frozen):
+    """An attempt failed at a node, or one succeeded there after others had failed."""
+
+    type: Literal["circuit_changed"] = "circuit_changed"
+    node: NodeName
+    failures: Annotated[int, Field(ge=0)]  # attempts that failed there in a row; 0: it works again
+    until_s: float | None = None  # ledger time until which the node is avoided; None: it is not
+
+
 Change = Annotated[
-    Admitted | Placed | BandwidthGrant | Start | Moved | Overran | Retried | Ended | NodeJoined | NodeLost,
+    Admitted
+    | Placed
+    | BandwidthGrant
+    | Start
+    | Moved
+    | Overran
+    | Retried
+    | Ended
+    | NodeJoined
+    | NodeLost
+    | CircuitChanged,
     Field(discriminator="type"),
 ]
 

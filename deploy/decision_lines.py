@@ -12,6 +12,7 @@ from typing import Any
 from bus.messages import (
     Admitted,
     BandwidthGrant,
+    CircuitChanged,
     Decision,
     DecisionPart,
     Ended,
@@ -148,6 +149,8 @@ def _decision(decision: Decision, held: Held) -> Iterator[Line]:
                 yield "cyan", node.node, "drains" if node.draining else "joined", _node(node)
             case NodeLost():
                 yield "red", change.node, "lost", change.cause
+            case CircuitChanged():
+                yield _circuit(change, decision.now_s)
             case _:
                 yield "", "?", type(change).__name__, ""
 
@@ -165,6 +168,15 @@ def _moved(change: Moved, held: Held, promised_s: float | None, now_s: float) ->
         if more := len(change.task_ids) - 1:
             details.append(f"and {more} more {'tasks' if more > 1 else 'task'} moved with it")
         yield "yellow", task_id, f"waits {format_seconds(max(0.0, start_s - now_s))}", ", ".join(details)
+
+
+def _circuit(change: CircuitChanged, now_s: float) -> Line:
+    if not change.failures:
+        return "green", change.node, "works", "an attempt succeeded there again"
+    times = f"{change.failures} {'attempts' if change.failures > 1 else 'attempt'} in a row failed there"
+    if change.until_s is None:
+        return "yellow", change.node, "failed", times
+    return "red", change.node, "avoided", f"for {format_seconds(max(0.0, change.until_s - now_s))}: {times}"
 
 
 def _placed(change: Placed, held: Held, at_once: bool, new: bool) -> Line:

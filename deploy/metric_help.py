@@ -10,6 +10,7 @@ HELP: Final = {
     "loop_lag_seconds": "Delay of the event loop behind its own timer at the last probe.",
     "missing_topics": "Topics that the service uses and the broker does not have.",
     "tasks": "Tasks that have not ended, as far as this service takes part in them.",
+    "failing_nodes": "Nodes that the planner avoids because attempts keep failing there.",
     "task_delay_seconds": "Time from the admission of a task to its end, by outcome and kind of placement.",
     "prediction_ratio": "Measured delay of a completed task divided by the predicted one, by kind of placement.",
     "decisions": "Decisions that this planner has written.",

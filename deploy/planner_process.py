@@ -15,6 +15,7 @@ from deploy.patience import Patience
 from deploy.probes import Health, serve_probes
 from deploy.process import until_stopped
 from deploy.topic_watch import TopicWatch, used_by
+from planner.core import PlannerCore
 from planner.regions import RegionShare
 from planner.service import PlannerService, Standing
 
@@ -47,6 +48,16 @@ def planner_counters(services: Iterable[PlannerService]) -> dict[str, float]:
     }
 
 
+def planner_gauges(cores: Iterable[PlannerCore]) -> dict[str, float]:
+    """Live tasks, and nodes that are avoided because attempts keep failing there."""
+    found = list(cores)
+    circuits = [circuit for core in found for circuit in core.circuits.values()]
+    return {
+        "tasks": float(sum(core.live_tasks for core in found)),
+        "failing_nodes": float(sum(circuit.until_s is not None for circuit in circuits)),
+    }
+
+
 async def run_planner(
     bus: Bus, service: PlannerService, *, http_port: int | None = None, http_host: str = "127.0.0.1"
 ) -> None:
@@ -61,7 +72,7 @@ async def run_planner(
         def look() -> Health:
             core = service.core
             detail = {"standing": service.standing.value}
-            gauges = {"tasks": float(core.live_tasks)}
+            gauges = planner_gauges([core])
             leading = {str(service.region): service.standing is Standing.LEADING}
             return Health(
                 ready=service.standing is not Standing.READING,
@@ -123,7 +134,7 @@ async def run_regions(
             return Health(
                 ready=all(service.standing is not Standing.READING for service in services.values()),
                 detail={"standing": {str(region): service.standing.value for region, service in services.items()}},
-                gauges={"tasks": float(sum(service.core.live_tasks for service in services.values()))},
+                gauges=planner_gauges(service.core for service in services.values()),
                 counters=planner_counters(services.values()),
                 leading={str(region): service.standing is Standing.LEADING for region, service in services.items()},
                 statistics={str(region): service.statistics for region, service in services.items()},

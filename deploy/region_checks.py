@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog, DecisionsLostError, Dropped
 from bus.errors import ProtocolError
-from bus.messages import EventMessage, NodeAnnounced, NodeHeartbeat, NodeLeft
+from bus.messages import CircuitChanged, Decision, EventMessage, NodeAnnounced, NodeHeartbeat, NodeLeft, NodeLost
 from bus.port import Bus, Record
 from bus.topic_settings import REPAIR
 from bus.units import format_seconds
@@ -34,6 +34,15 @@ class Leader:
     newest_s: float = 0.0  # seconds since 1970, the clock of who wrote the last record that counts
     heard: bool = False  # while we listened
     lost: str = ""  # why a planner that starts now would not know what was decided
+    failing: dict[str, CircuitChanged] = field(default_factory=dict)  # nodes that are avoided, and since which failure
+
+    def note(self, decision: Decision) -> None:
+        """Remember which nodes the planner avoids because attempts keep failing there."""
+        for change in decision.changes:
+            if isinstance(change, CircuitChanged | NodeLost):
+                self.failing.pop(change.node, None)
+            if isinstance(change, CircuitChanged) and change.until_s is not None:
+                self.failing[change.node] = change
 
 
 @dataclass(slots=True)
@@ -72,7 +81,7 @@ async def regions(bus: Bus) -> list[Check]:
         for leader in seen.leaders
         if leader.lost
     ]
-    return [*planners, *lost, *proofs, nodes_check(seen), *clock_checks(seen, now_s)]
+    return [*planners, *lost, *proofs, nodes_check(seen), *failing_checks(seen), *clock_checks(seen, now_s)]
 
 
 async def leader_of(bus: Bus, region: int) -> Leader:
@@ -82,8 +91,12 @@ async def leader_of(bus: Bus, region: int) -> Leader:
     try:
         while await reader.lag():
             for record in await reader.fetch(timeout_s=0.5):
-                if not isinstance(leader.log.read(record), Dropped):
-                    leader.newest_s = record.timestamp_ms / 1000
+                message = leader.log.read(record)
+                if isinstance(message, Dropped):
+                    continue
+                leader.newest_s = record.timestamp_ms / 1000
+                if isinstance(message, Decision):
+                    leader.note(message)
     finally:
         await reader.close()
     if leader.log.epoch and not leader.log.lease_s:  # the record that opened the epoch is gone
@@ -198,6 +211,21 @@ def nodes_check(seen: Seen) -> Check:
     detail += f"; announced and silent now: {', '.join(silent)}"
     remedy = "start them again: deepar stage device|edge|cloud; one that was taken away for good can be ignored"
     return Check("nodes", alive, detail, remedy, warning=True)
+
+
+def failing_checks(seen: Seen) -> list[Check]:
+    """Which nodes the planners avoid, because attempts keep failing there."""
+    told = [
+        f"{name} (region {leader.region}): {change.failures} attempts in a row failed there"
+        for leader in seen.leaders
+        for name, change in sorted(leader.failing.items())
+    ]
+    if not told:
+        return []
+    remedy = (
+        "look at its log and its links, and restart it; tasks go elsewhere while they can, and one at a time tries it"
+    )
+    return [Check("failing", True, "; ".join(told), remedy, warning=True)]
 
 
 def clock_checks(seen: Seen, now_s: float) -> list[Check]:

@@ -63,10 +63,13 @@ class EdgeKind(NamedTuple):
 class Reached:
     """What a device's tasks of one model can use; it stays as it is until a node joins or is lost."""
 
-    __slots__ = ("by_search", "device_search", "edges", "least_link1_bps", "least_link2_bps", "row")
+    __slots__ = ("alone", "by_search", "device_search", "edges", "least_link1_bps", "least_link2_bps", "row")
 
-    def __init__(self, row: PlatformRow, device_search: CutSearch, edges: Sequence[EdgeOption]) -> None:
+    def __init__(
+        self, row: PlatformRow, device_search: CutSearch, edges: Sequence[EdgeOption], *, alone: bool = True
+    ) -> None:
         self.row = row
+        self.alone = alone
         self.device_search = device_search
         self.edges = edges  # with no task's caps, in order of name
         self.least_link1_bps = min([option.max_link1_bps for option in edges], default=0)
@@ -80,6 +83,7 @@ class Request:
     __slots__ = (
         "_edges",
         "_reached",
+        "alone",
         "device",
         "device_row",
         "device_search",
@@ -101,6 +105,7 @@ class Request:
         self.max_link2_bps = submitted.max_link2_bps
         self.device_row = reached.row
         self.device_search = reached.device_search  # without edge and cloud: w_0
+        self.alone = reached.alone  # whether the device may run it alone
         self.device = device  # its reservations; None: nobody computes there
         self.objective = objective
         self._reached = reached
@@ -273,7 +278,7 @@ class Algorithm:
         """Everything on the device, as soon as it is free for so long."""
         request, now = self.request, self.now
         delay = request.device_search.device_s(request.samples, request.objective)
-        if delay is None or not delay < _NEVER:
+        if delay is None or not request.alone or not delay < _NEVER:
             return None
         start, layers = now, request.device_row.layers
         if request.device is not None:

@@ -63,7 +63,7 @@ from bus.messages import (
 from planner import snapshot
 from planner.ledger import Reservation
 from planner.membership import Membership
-from planner.tasks import NEVER
+from planner.tasks import NEVER, Task
 from planner.walk import pull, walk
 
 OVERRUN_SHARE: Final = 0.1
@@ -139,16 +139,32 @@ class PlannerCore(Membership):
     def _on_completed(self, completed: TaskCompleted, now: float) -> None:
         task = self.tasks.get(completed.task_id)
         if task is not None and task.submitted.device == completed.node:
+            placed = task.placed if task.attempt == completed.attempt else None
             self._end(task, TaskState.COMPLETED, now, completed=completed)
+            if placed is not None and self.circuits:
+                self._count_success(placed, now)
 
     def _on_failed(self, failed: TaskFailed, now: float) -> None:
         task = self.tasks.get(failed.task_id)
         if task is None or task.attempt != failed.attempt or task.state is TaskState.WAITING:
             return
+        failed_at = self._failed_at(task, failed) if failed.retryable else None
         if failed.retryable and task.attempt < self.max_attempts:
-            self._retry(task, failed.cause, now, failed.detail)
+            self._retry(task, failed.cause, now, failed.detail, failed_at)
         else:
             self._end(task, TaskState.FAILED, now, cause=failed.cause, detail=failed.detail)
+        if failed_at is not None:
+            self._count_failure(failed_at, now)
+
+    def _failed_at(self, task: Task, failed: TaskFailed) -> str | None:
+        """Where an attempt failed that may succeed elsewhere: the node that says so, if the attempt could have used another.
+
+        A device that says so has waited in vain for its edge, unless it ran the task alone.
+        """
+        if task.placed is None:
+            return None
+        places = self._places(task.placed)
+        return failed.node if failed.node in places else places[0]
 
     def _on_heartbeat(self, heartbeat: NodeHeartbeat, now: float) -> None:
         self._renew(heartbeat.node, heartbeat.incarnation, now)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from bus.errors import UnknownNameError
 from bus.messages import Admitted, Decision, Ended, Moved, Overran, Placed, Retried, Start, TaskSubmitted
 from bus.units import format_moment, format_rate, format_seconds
-from bus.values import Placement
+from bus.values import Placement, Role
 from planner.algorithm import Algorithm, Choice, EdgeOption, Request, placement_of
 from planner.core import PlannerCore
 from planner.policies import BUILT_IN, Restriction
@@ -31,6 +31,7 @@ class Candidate:
     delay_s: float | None  # w
     lacked: str  # what it had not at once, or why it cannot be; empty where it could start now with all it wants
     chosen: bool
+    suspected: bool = False  # left out while others exist, because attempts failed there
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ def _promised_s(core: PlannerCore, task_id: str) -> float | None:
 
 def _candidates(core: PlannerCore, submitted: TaskSubmitted, placed: Placed, now: float) -> tuple[Candidate, ...]:
     core.objective = placed.objective
-    deadline_s = core.tasks[submitted.task_id].deadline_s
+    task = core.tasks.get(submitted.task_id)
+    deadline_s = float("inf") if task is None else task.deadline_s
     request = core.request(submitted)
     if not isinstance(request, Request):
         return ()
@@ -117,10 +119,16 @@ def _candidates(core: PlannerCore, submitted: TaskSubmitted, placed: Placed, now
         for option in request.edges
         for family in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE)
     ]
+    failed = task.avoided if task is not None else ()
+    found = [_suspected(_judged(candidate, deadline_s - now), core, placed, failed, now) for candidate in found]
     far = float("inf")
-    if deadline_s < far:
-        found = [_judged(candidate, deadline_s - now) for candidate in found]
-    found.sort(key=lambda c: (not c.chosen, far if c.delay_s is None else (c.start_in_s or 0.0) + c.delay_s))
+    found.sort(
+        key=lambda c: (
+            not c.chosen,
+            c.suspected,
+            far if c.delay_s is None else (c.start_in_s or 0.0) + c.delay_s,
+        )
+    )
     return tuple(found)
 
 
@@ -133,6 +141,27 @@ def _judged(candidate: Candidate, left_s: float) -> Candidate:
         return candidate
     late = f"time (it is predicted to end {format_seconds(late_s)} after the deadline)"
     return replace(candidate, lacked="; ".join(word for word in (candidate.lacked, late) if word))
+
+
+def _suspected(
+    candidate: Candidate, core: PlannerCore, placed: Placed, failed: tuple[str, ...], now: float
+) -> Candidate:
+    """The same, with the attempts that failed where it would run."""
+    nodes = [candidate.edge or placed.device]
+    if candidate.family in (_FAMILIES[DEVICE_CLOUD], _FAMILIES[ALL_THREE]):
+        nodes += [node for node in sorted({*failed, *core.circuits}) if node in core.nodes and node not in nodes]
+        nodes = [node for node in nodes if node == candidate.edge or core.nodes[node].announced.role is Role.CLOUD]
+    said = [f"an attempt of this task failed at {node}" for node in nodes if node in failed]
+    for node in nodes:
+        circuit = core.circuits.get(node)
+        if circuit is not None and circuit.avoided(now):
+            said.append(
+                f"{circuit.failures} attempts in a row failed at {node}, which is given less until one succeeds"
+            )
+    if not said:
+        return candidate
+    lacks = "; ".join(word for word in (candidate.lacked, *said) if word)
+    return replace(candidate, lacked=lacks, suspected=True)
 
 
 def _candidate(
@@ -232,7 +261,9 @@ def _line(change: object) -> str:
     if isinstance(change, Overran):
         return "overruns its predicted end"
     if isinstance(change, Retried):
-        return f"taken back ({change.cause}{': ' + change.detail if change.detail else ''}); attempt {change.attempt} follows"
+        at = f" at {change.failed_at}, which is avoided while others exist" if change.failed_at else ""
+        why = f"{change.cause}{at}{': ' + change.detail if change.detail else ''}"
+        return f"taken back ({why}); attempt {change.attempt} follows"
     if isinstance(change, Ended):
         took = "" if change.delay_s is None else f"in {format_seconds(change.delay_s)}"
         why = ": ".join(filter(None, (change.cause, change.detail)))

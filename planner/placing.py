@@ -14,6 +14,7 @@ from bus.makers import maker
 from bus.messages import (
     BandwidthGrant,
     Change,
+    CircuitChanged,
     Ended,
     Placed,
     Retried,
@@ -25,6 +26,7 @@ from bus.messages import (
 from bus.units import format_count, format_rate, format_seconds
 from bus.values import Execution, Objective
 from planner.algorithm import Algorithm, Choice, EdgeOption, Request, placement_of
+from planner.circuits import Circuit, avoided
 from planner.policies import Policy, Restriction, load_policy, policy_fault
 from planner.reach import Reach
 from planner.region_state import APPLY, DEFAULT_PATIENCE_S, DEFAULT_REMEMBER_ENDED
@@ -37,7 +39,7 @@ DEFAULT_MAX_ATTEMPTS: Final = 100
 
 # Decisions carry what has been validated when it came in, or was computed here from that.
 _placed, _granted, _start = maker(Placed), maker(BandwidthGrant), maker(Start)
-_retried, _ended = maker(Retried), maker(Ended)
+_retried, _ended, _circuit = maker(Retried), maker(Ended), maker(CircuitChanged)
 
 
 class WhenLate(StrEnum):
@@ -79,7 +81,7 @@ class Placing(Reach):
     def _replan_later(self, task: Task) -> None:
         self._replan.append((task.seq, task.task_id))
 
-    def _retry(self, task: Task, cause: str, now: float, detail: str = "") -> None:
+    def _retry(self, task: Task, cause: str, now: float, detail: str = "", failed_at: str | None = None) -> None:
         if task.attempt >= self.max_attempts:
             self._end(
                 task,
@@ -89,7 +91,8 @@ class Placing(Reach):
                 detail=f"after {format_count(task.attempt, 'attempt')}; {detail}",
             )
             return
-        self._do(_retried(task_id=task.task_id, attempt=task.attempt + 1, cause=cause, detail=detail), now)
+        attempt = task.attempt + 1
+        self._do(_retried(task_id=task.task_id, attempt=attempt, cause=cause, detail=detail, failed_at=failed_at), now)
         self._replan_later(task)
 
     def _end(
@@ -131,20 +134,58 @@ class Placing(Reach):
         request = self.request(submitted)
         if not isinstance(request, Request):
             return None
-        choice, late_s = self._choose(
-            request, now, NEVER if submitted.deadline_s is None else now + submitted.deadline_s
-        )
+        deadline_s = NEVER if submitted.deadline_s is None else now + submitted.deadline_s
+        _, choice, late_s = self._choose(request, submitted, now, deadline_s)
         return None if late_s > 0 and self.when_late is WhenLate.REJECT else choice
 
-    def _choose(self, request: Request, now: float, deadline_s: float) -> tuple[Choice | None, float]:
-        """The policy's choice, and how long after the deadline it is predicted to end: above 0 only if nothing is in time."""
+    def _choose(
+        self,
+        request: Request,
+        submitted: TaskSubmitted,
+        now: float,
+        deadline_s: float,
+        failed_at: tuple[str, ...] = (),
+    ) -> tuple[Request, Choice | None, float]:
+        """The policy's choice, of which request, and how long after the deadline it is predicted to end.
+
+        That is above 0 only if nothing is in time. Nodes at which the task failed, or whose circuits are open, are left out
+        while others exist.
+        """
+        if failed_at or self.circuits:
+            suspects = self._suspects(now)
+            for avoid in {suspects.union(failed_at): None, suspects: None}:
+                other = self.request(submitted, avoid) if avoid else None
+                if isinstance(other, Request):
+                    choice = self._asked(Algorithm(other, now, deadline_s))
+                    if choice is not None:
+                        return other, choice, 0.0
         algorithm = Algorithm(request, now, deadline_s)
         choice = self._asked(algorithm)
         if deadline_s == NEVER:
-            return choice, 0.0
+            return request, choice, 0.0
         if choice is None:
             choice = self._asked(Algorithm(request, now))
-        return choice, 0.0 if choice is None else algorithm.late_s(choice)
+        return request, choice, 0.0 if choice is None else algorithm.late_s(choice)
+
+    def _suspects(self, now: float) -> frozenset[str]:
+        """Nodes whose circuits are open. Clouds are one group of consumers, so only all of them can be left out."""
+        found = avoided(self.circuits, now)
+        return found if found.issuperset(self._cloud_names) else found.difference(self._cloud_names)
+
+    def _count_failure(self, node: str, now: float) -> None:
+        """An attempt failed at a node. Where its circuit opens by that, what was to start there is planned again."""
+        old = self.circuits.get(node, Circuit(0))
+        new = old.after_failure(now)
+        self._do(_circuit(node=node, failures=new.failures, until_s=new.until_s), now)
+        if node in self.ledger.edges and new.until_s is not None and not old.avoided(now):
+            for _, _, r in list(self.ledger.edges[node].queue):
+                self._retry(self.tasks[r.task_id], "circuit_open", now, node)
+
+    def _count_success(self, placed: Placed, now: float) -> None:
+        """An attempt succeeded at all nodes that it used."""
+        for node in self._places(placed):
+            if node in self.circuits:
+                self._do(_circuit(node=node, failures=0), now)
 
     def _place(self, task: Task, now: float, *, fresh: bool = False) -> None:
         """Place a WAITING task, leave it waiting, or reject it."""
@@ -156,7 +197,7 @@ class Placing(Reach):
         choice, placed = None, None
         if request is not None:
             try:
-                choice, late_s = self._choose(request, now, task.deadline_s)
+                request, choice, late_s = self._choose(request, task.submitted, now, task.deadline_s, task.avoided)
                 placed = None if choice is None else self._placement(task, request, choice, now)
             except (Exception, SystemExit) as error:
                 if isinstance(self.policy, Restriction):

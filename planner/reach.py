@@ -6,7 +6,7 @@ consumer group, so any of them may serve a task; it is predicted by the fastest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Final
 
 from bus.messages import NodeAnnounced, TaskSubmitted
@@ -36,8 +36,11 @@ class Reach(RegionState):
         self._searches: dict[tuple[PlatformRow | None, ...], CutSearch] = {}
         self._options: dict[tuple[str, PlatformRow, int], EdgeOption | None] = {}
 
-    def request(self, submitted: TaskSubmitted) -> Request | str | None:
-        """A task as Algorithm 1 sees it; None while its device is not there, or drains; a cause where it never can be."""
+    def request(self, submitted: TaskSubmitted, avoid: Collection[str] = ()) -> Request | str | None:
+        """A task as Algorithm 1 sees it; None while its device is not there, or drains; a cause where it never can be.
+
+        Nodes to `avoid` are left out: edges, the cloud, the device alone.
+        """
         device = self.nodes.get(submitted.device)
         if device is None or device.draining or device.announced.role is not Role.DEVICE:
             return None
@@ -47,6 +50,8 @@ class Reach(RegionState):
         reached = device.reach.get(row.model)
         if reached is None:
             reached = device.reach[row.model] = self._reach(device, row)
+        if avoid:
+            reached = self._without(reached, avoid, device)
         return Request(submitted, reached, self.ledger.devices.get(submitted.device), self.objective)
 
     def _reach(self, device: Node, row: PlatformRow) -> Reached:
@@ -66,6 +71,15 @@ class Reach(RegionState):
             if option is not None:
                 options.append(option)
         return Reached(row, self._search(row, None, None), tuple(options))
+
+    def _without(self, reached: Reached, avoid: Collection[str], device: Node) -> Reached:
+        """What is left of the nodes that a device can use."""
+        row, own_bps = reached.row, device.announced.link1_capacity_bps
+        left = [option for option in reached.edges if option.account.name not in avoid]
+        if any(name in avoid for name in self._cloud_names):
+            local = (self._option(option.account.name, row, None, own_bps) for option in left)
+            left = [option for option in local if option is not None]
+        return Reached(row, reached.device_search, left, alone=device.announced.node not in avoid)
 
     def _option(self, name: str, row: PlatformRow, cloud: PlatformRow | None, own_bps: int) -> EdgeOption | None:
         """An edge as devices of one make see it, or None where it is no use to them."""

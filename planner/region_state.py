@@ -18,6 +18,7 @@ from bus.messages import (
     Admitted,
     BandwidthGrant,
     Change,
+    CircuitChanged,
     Decision,
     Ended,
     Moved,
@@ -31,6 +32,7 @@ from bus.messages import (
     TaskState,
 )
 from bus.values import Role
+from planner.circuits import Circuit
 from planner.cost import PlatformRow, RowTable
 from planner.ledger import Ledger, Reservation
 from planner.states import ENDING, TRANSITIONS, Step, next_state
@@ -58,6 +60,7 @@ class RegionState:
         self.tasks: dict[str, Task] = {}  # those that have not ended
         self.ended = EndedTasks(remember_ended)
         self.nodes: dict[str, Node] = {}
+        self.circuits: dict[str, Circuit] = {}  # of nodes at which the last attempt failed
         self._edge_names: list[str] = []  # ascending
         self._cloud_names: list[str] = []
         self._waiting: dict[str, Task] = {}
@@ -123,6 +126,13 @@ class RegionState:
         task.placed = change
         del self._waiting[task.task_id]
         self.ledger.reserve(reservation_of(task, change), now)
+        if task.avoided or self.circuits:
+            for node in self._places(change):
+                if node in task.avoided:
+                    task.avoided = ()  # there is no other: a new round
+                circuit = self.circuits.get(node)
+                if circuit is not None and circuit.wants_probe(now):
+                    self._set_circuit(node, circuit._replace(probe=task.task_id))
 
     def _apply_grant(self, change: BandwidthGrant, now: float) -> None:
         self._live(change.task_id, change)
@@ -163,6 +173,9 @@ class RegionState:
             raise InvariantError(f"{task!r} is retried as attempt {change.attempt}")
         if task.task_id in self.ledger.reservations:
             self._release(task, now)
+        self._drop_probes(task)
+        if change.failed_at is not None and change.failed_at not in task.avoided:
+            task.avoided = (*task.avoided, change.failed_at)
         task.attempt = change.attempt
         task.placed = None
         task.waiting_since_s = now
@@ -178,6 +191,7 @@ class RegionState:
             recorded = (change.edge, change.released_slots, change.released_link1_bps, change.released_link2_bps)
             if released != recorded:
                 raise InvariantError(f"{task_id} releases {released}, recorded is {recorded}")
+        self._drop_probes(task)
         self._waiting.pop(task_id, None)
         del self.tasks[task_id]
         del self._touched[task_id]
@@ -213,6 +227,7 @@ class RegionState:
         self._hash -= node.digest
         self._forget_reach(node.announced)
         self._leases.pop(change.node, None)
+        self._set_circuit(change.node, None)  # its next process begins anew
         if node.announced.role is Role.EDGE:
             self._edge_names.remove(change.node)
             self.ledger.close_edge(change.node)
@@ -222,6 +237,32 @@ class RegionState:
         elif node.announced.role is Role.CLOUD:
             self._cloud_names.remove(change.node)
             self._cloud_rows.clear()
+
+    def _apply_circuit(self, change: CircuitChanged, now: float) -> None:
+        self._set_circuit(change.node, Circuit(change.failures, change.until_s) if change.failures else None)
+
+    def _set_circuit(self, node: str, circuit: Circuit | None) -> None:
+        old = self.circuits.pop(node, None)
+        if old is not None:
+            self._hash -= hash_of(old.text(node))
+        if circuit is not None:
+            self.circuits[node] = circuit
+            self._hash += hash_of(circuit.text(node))
+
+    def _places(self, placed: Placed) -> list[str]:
+        """The nodes at which an attempt can fail: the edge and the clouds that it uses, or its device."""
+        placement = placed.placement
+        if placement.edge is None:
+            return [placed.device]
+        return [placement.edge, *self._cloud_names] if placement.uses_cloud else [placement.edge]
+
+    def _drop_probes(self, task: Task) -> None:
+        """The task no longer tries a half-open circuit."""
+        if self.circuits and task.placed is not None:
+            for node in self._places(task.placed):
+                circuit = self.circuits.get(node)
+                if circuit is not None and circuit.probe == task.task_id:
+                    self._set_circuit(node, circuit._replace(probe=None))
 
     def _release(self, task: Task, now: float) -> Reservation:
         r = self.ledger.release(task.task_id, now)
@@ -367,5 +408,6 @@ APPLY: Final[dict[type, Callable[[RegionState, Any, float], None]]] = {
     Ended: RegionState._apply_ended,
     NodeJoined: RegionState._apply_joined,
     NodeLost: RegionState._apply_lost,
+    CircuitChanged: RegionState._apply_circuit,
 }
 """What `apply` does with each change."""

@@ -11,6 +11,7 @@ from typing import Any
 from bus.errors import ConfigError, InvariantError
 from bus.messages import NodeAnnounced, NodeJoined, Placed, TaskState, TaskSubmitted
 from bus.snapshots import STATE_VERSION
+from planner.circuits import Circuit
 from planner.region_state import RegionState, reservation_of
 from planner.tasks import HASH_MASK, NEVER, Task, hash_of
 
@@ -31,6 +32,7 @@ class Image:
             "region": region.region,
             "now_s": None if region.now_s == float("-inf") else region.now_s,
             "admitted": region._seq,
+            "circuits": [[name, *circuit] for name, circuit in sorted(region.circuits.items())],
         }
         self._nodes = list(region.nodes.values())
         reservations = region.ledger.reservations
@@ -43,6 +45,7 @@ class Image:
                 task.deadline_s,
                 task.waiting_since_s,
                 task.placed,
+                task.avoided,
                 None if (r := reservations.get(task.task_id)) is None else (r.start_s, r.end_s),
             )
             for task in region.tasks.values()
@@ -72,13 +75,14 @@ class Image:
             yield "profiles", text.encode()
         for entry in nodes:
             yield "nodes", entry
-        for submitted, seq, state, attempt, deadline_s, waiting_since_s, placed, held in self._tasks:
+        for submitted, seq, state, attempt, deadline_s, waiting_since_s, placed, avoided, held in self._tasks:
             rest = {
                 "seq": seq,
                 "state": state.value,
                 "attempt": attempt,
                 "deadline_s": None if deadline_s == NEVER else deadline_s,
                 "waiting_since_s": waiting_since_s,
+                "avoided": avoided,
                 "start_s": None if held is None else held[0],
                 "end_s": None if held is None else held[1],
             }
@@ -133,6 +137,8 @@ def restore(region: RegionState, state: dict[str, Any]) -> None:
         )
     for entry in sorted(state.get("tasks", []), key=lambda entry: (entry["waiting_since_s"], entry["seq"])):
         _restore_task(region, entry)
+    for name, *circuit in state.get("circuits", []):
+        region._set_circuit(name, Circuit(*circuit))
     region._seq = state["admitted"]
     region._hash += region.ended.restore(state.get("ended", []))
     region._changed_edges.clear()
@@ -144,6 +150,7 @@ def _restore_task(region: RegionState, entry: dict[str, Any]) -> None:
     task = Task(submitted, entry["seq"], entry["waiting_since_s"])
     task.state = TaskState(entry["state"])
     task.attempt = entry["attempt"]
+    task.avoided = tuple(entry.get("avoided", ()))
     task.deadline_s = NEVER if entry["deadline_s"] is None else entry["deadline_s"]
     region.tasks[task.task_id] = region._touched[task.task_id] = task
     if task.deadline_s != NEVER:
@@ -200,6 +207,7 @@ def validate(region: RegionState) -> None:
         raise InvariantError("the count of a device's queued tasks is wrong")
     reservations = region.ledger.reservations
     expected = region._seq + region.ended.digest() + sum(node.digest for node in region.nodes.values())
+    expected += sum(hash_of(circuit.text(name)) for name, circuit in region.circuits.items())
     expected += sum(hash_of(task.text(reservations.get(task.task_id))) for task in region.tasks.values())
     if region.state_hash != f"{expected & HASH_MASK:032x}":
         raise InvariantError("the hash that was kept up to date is not that of the state")

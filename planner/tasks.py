@@ -26,6 +26,7 @@ class Task:
 
     __slots__ = (
         "attempt",
+        "avoided",
         "deadline_s",
         "digest",
         "history",
@@ -46,6 +47,7 @@ class Task:
         self.deadline_s = NEVER if submitted.deadline_s is None else now + submitted.deadline_s  # ledger time
         self.waiting_since_s = now  # when it last became WAITING
         self.placed: Placed | None = None  # of the present attempt
+        self.avoided: tuple[str, ...] = ()  # nodes at which attempts failed, since it was last placed at one of them
         self.digest = 0  # its share of the state's hash
         self.history: list[Happened] = []
 
@@ -58,6 +60,8 @@ class Task:
         return (
             f"task|{self.task_id}|{self.seq}|{self.state}|{self.attempt}|{self.deadline_s!r}|"
             f"{self.waiting_since_s!r}|{held}"
+            # left out of most tasks, so that records from before it was known have the same hash
+            f"{'|avoids ' + ','.join(self.avoided) if self.avoided else ''}"
         )
 
     def __repr__(self) -> str:

@@ -36,7 +36,7 @@ def metrics_text() -> str:
     text = "".join((ROOT / "deploy" / file).read_text(encoding="utf-8") for file in ("nodes.py", "planner_process.py"))
     counted |= planner_counters([]).keys()
     counted |= set(re.findall(r"\"(link\d_bytes)\":", text)) | set(re.findall(r"counters\[\"(\w+)\"\]", text))
-    gauges = set(re.findall(r"\"(tasks)\":", text))
+    gauges = set(re.findall(r"\"(tasks|failing_nodes)\":", text))
     registry = CollectorRegistry()
     statistics = TaskStatistics()
     for decision in World(PlannerCore(0), 1, validate=False).run().log:
@@ -141,6 +141,7 @@ WHEN_IT_FIRES = {
         "15s",
         "25s",
     ),
+    "AttemptsKeepFailing": (f"deepar_failing_nodes{PLANNER}", "0 0 0 0 1 1 1 1 1 1", "25s", "45s"),
     "StalledAttempts": (f"deepar_stalled_attempts_total{D1}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
 }
 """For each alarm a series, its values every five seconds, a moment before it is due and one after."""

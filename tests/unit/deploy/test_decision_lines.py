@@ -13,6 +13,7 @@ from bus import messages, topics
 from bus.messages import (
     Admitted,
     BandwidthGrant,
+    CircuitChanged,
     Decision,
     Ended,
     EpochOpened,
@@ -284,3 +285,21 @@ def test_piped_a_record_stays_as_it_stands(capsys: pytest.CaptureFixture[str]) -
     line = json.loads(capsys.readouterr().out)
     assert (line["topic"], line["partition"], line["offset"], line["key"]) == (topics.DECISIONS, 0, 7, "0")
     assert line["value"] == json.loads(messages.encode(message))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (CircuitChanged(node="e1", failures=1), "e1 failed 1 attempt in a row failed there"),
+        (
+            CircuitChanged(node="e1", failures=3, until_s=61.0),
+            "e1 avoided for 60 s: 3 attempts in a row failed there",
+        ),
+        (CircuitChanged(node="e1", failures=0), "e1 works an attempt succeeded there again"),
+    ],
+)
+def test_a_node_at_which_attempts_fail_has_a_line(change: CircuitChanged, line: str) -> None:
+    decision = Decision(
+        region=0, epoch=1, nonce="n", seq=1, now_s=1.0, inputs={}, changes=(change,), ledger_hash="0" * 32
+    )
+    assert [" ".join(found[1:]) for found in lines_of(decision)] == [line]

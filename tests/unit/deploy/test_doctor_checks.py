@@ -13,11 +13,11 @@ from bus.kafka_connection import KafkaConnection
 from bus.kafka_limits import BrokerLimits, SiteLimits
 from bus.kafka_readers import FETCH_BYTES
 from bus.limits import MAX_RECORD_BYTES
-from bus.messages import NodeAnnounced
+from bus.messages import Change, CircuitChanged, Decision, NodeAnnounced, NodeLost
 from bus.values import Role
 from deploy import topic_checks
 from deploy.machine_checks import Check
-from deploy.region_checks import Leader, Seen, clock_checks, leader_of, nodes_check, planner_check
+from deploy.region_checks import Leader, Seen, clock_checks, failing_checks, leader_of, nodes_check, planner_check
 from deploy.size_checks import NEEDED_BYTES, compare
 from loadgen.virtual_loop import run_virtual
 from tests.sim.planners import town
@@ -129,3 +129,20 @@ def test_silent_nodes_are_a_warning_unless_all_are() -> None:
     assert nodes_check(Seen(nodes=seen.nodes)).state == "failed"
     seen.clock_off_s["d2"] = 0.0
     assert nodes_check(seen).state == "ok"
+
+
+def test_nodes_at_which_attempts_keep_failing_are_a_warning_until_one_succeeds_or_they_are_replaced() -> None:
+    leader = Leader(0, DecisionLog())
+
+    def noted(*changes: Change) -> list[Check]:
+        leader.note(
+            Decision(region=0, epoch=1, nonce="n", seq=1, now_s=1.0, inputs={}, changes=changes, ledger_hash="0" * 32)
+        )
+        return failing_checks(Seen([leader]))
+
+    assert noted(CircuitChanged(node="e1", failures=2)) == []
+    (check,) = noted(CircuitChanged(node="e1", failures=3, until_s=61.0))
+    assert (check.state, check.detail) == ("warning", "e1 (region 0): 3 attempts in a row failed there")
+    assert noted(CircuitChanged(node="e1", failures=0)) == []
+    assert len(noted(CircuitChanged(node="e1", failures=4, until_s=61.0))) == 1
+    assert noted(NodeLost(node="e1", incarnation="i1", cause="replaced")) == []

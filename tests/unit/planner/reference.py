@@ -68,7 +68,7 @@ def place(
         for family, option in _candidates(request, families):
             if not delayed and family != DEVICE and start > now:
                 continue
-            if family == DEVICE and not device_computes:
+            if family == DEVICE and not (device_computes and request.alone):
                 continue
             own = (device, ledger.own_links.get(device))
             choice = _arrange(request, reservations, own, family, option, start, device_computes, search)
