@@ -18,7 +18,17 @@ from bus.dead_letter import Allowance, bury
 from bus.decisions import LARGEST_HOLE, Dropped
 from bus.errors import BusError, InvariantError, ProtocolError
 from bus.identity import WRONG_IDENTITY
-from bus.messages import Change, Decision, DecisionPart, Ended, EpochOpened, Message, PlannerHeartbeat, TaskState
+from bus.messages import (
+    Change,
+    Decision,
+    DecisionPart,
+    Ended,
+    EpochOpened,
+    Message,
+    PlannerHeartbeat,
+    TaskState,
+    TaskSubmitted,
+)
 from bus.port import Position, Reader, Record
 from planner.core import Event, Tick, Unhandled
 from planner.division import divided
@@ -268,7 +278,12 @@ class Lead:
     async def _read(self, record: Record) -> Any:
         """The message of a record; None where it is turned away."""
         try:
-            return self.service.door.read(record, self.service.core)
+            message = self.service.door.read(record, self.service.core)
+            if isinstance(message, TaskSubmitted) and self.service.core.contradicts(message):
+                raise ProtocolError(
+                    "task_id_taken", f"another task {message.task_id} was submitted before; this one is ignored"
+                )
+            return message
         except ProtocolError as error:
             await self._turn_away(record, error)
             return None
@@ -308,6 +323,8 @@ class Lead:
         service = self.service
         if not service.door.keeps(error, asyncio.get_running_loop().time()):
             return
+        if error.cause == "task_id_taken":
+            service.log.warning("submission ignored: task id taken", task=record.key, offset=record.offset)
         if error.cause == WRONG_IDENTITY:
             where = f"{record.topic}/{record.partition}/{record.offset}"
             service.log.warning("not obeyed", why=str(error), origin=where, refused=service.door.refused)

@@ -30,13 +30,14 @@ from bus.messages import (
     Retried,
     Start,
     TaskState,
+    TaskSubmitted,
 )
 from bus.values import Role
 from planner.circuits import Circuit
 from planner.cost import PlatformRow, RowTable
 from planner.ledger import Ledger, Reservation
 from planner.states import ENDING, TRANSITIONS, Step, next_state
-from planner.tasks import HASH_MASK, HISTORY, NEVER, EndedTasks, Node, Task, hash_of
+from planner.tasks import HASH_MASK, HISTORY, NEVER, EndedTasks, Node, Task, content_of, hash_of
 
 DEFAULT_PATIENCE_S: Final = 600.0
 DEFAULT_REMEMBER_ENDED: Final = 10_000
@@ -196,7 +197,7 @@ class RegionState:
         del self.tasks[task_id]
         del self._touched[task_id]
         self._hash -= task.digest
-        self.ended.add(task_id, change.state)
+        self.ended.add(task_id, change.state, task.submitted)
 
     def _apply_joined(self, change: NodeJoined, now: float) -> None:
         announced = change.node
@@ -294,6 +295,12 @@ class RegionState:
         counts[device] += by
         if not counts[device]:
             del counts[device]
+
+    def contradicts(self, submitted: TaskSubmitted) -> bool:
+        """Whether another task with the same id was submitted before, as far as that is remembered."""
+        task = self.tasks.get(submitted.task_id)
+        known = self.ended.content(submitted.task_id) if task is None else content_of(task.submitted)
+        return known is not None and known != content_of(submitted)
 
     # --- leases and timers -------------------------------------------------------------------------------------------
 

@@ -106,14 +106,17 @@ class EndedTasks:
         self._ended: OrderedDict[str, TaskState] = OrderedDict()
         self._fresh = 0  # the last of them that are not in any hash yet
         self._gone: list[tuple[str, TaskState]] = []  # those that are in a hash and no longer remembered
+        self._contents: dict[str, int] = {}  # what was submitted; of those that ended since this process began
 
-    def add(self, task_id: str, state: TaskState) -> None:
+    def add(self, task_id: str, state: TaskState, submitted: TaskSubmitted) -> None:
         """Remember one."""
         ended = self._ended
         ended[task_id] = state
+        self._contents[task_id] = content_of(submitted)
         self._fresh += 1
         if len(ended) > self.limit:
             oldest = ended.popitem(last=False)
+            self._contents.pop(oldest[0], None)
             if self._fresh > len(ended):
                 self._fresh -= 1
             else:
@@ -131,6 +134,10 @@ class EndedTasks:
         """How a task ended, if it is remembered."""
         return self._ended.get(task_id)
 
+    def content(self, task_id: str) -> int | None:
+        """`content_of` its submission, where that is known."""
+        return self._contents.get(task_id)
+
     def __len__(self) -> int:
         return len(self._ended)
 
@@ -143,6 +150,7 @@ class EndedTasks:
         self._ended = OrderedDict((task_id, TaskState(value)) for task_id, value in state)
         self._fresh = 0
         self._gone.clear()
+        self._contents.clear()
         return self.digest()
 
     def digest(self) -> int:
@@ -152,6 +160,11 @@ class EndedTasks:
 
 def _ended_hash(task_id: str, state: TaskState) -> int:
     return hash_of(f"ended|{task_id}|{state}")
+
+
+def content_of(submitted: TaskSubmitted) -> int:
+    """Everything that a task asks for, as a number: the same for a submission that is only sent again."""
+    return hash_of(submitted.model_dump_json(exclude={"submitted_at"}))
 
 
 def hash_of(text: str) -> int:

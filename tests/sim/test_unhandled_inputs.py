@@ -202,3 +202,25 @@ def test_a_users_policy_that_fails_is_counted_and_the_planner_goes_on() -> None:
             assert (process.service.policy_errors, process.service.input_failures) == (1, 0)
 
     run_virtual(run(), horizon_s=HORIZON_S)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_task_id_that_comes_again_with_other_content_is_a_dead_letter(ended: bool) -> None:
+    async def run() -> None:
+        async with town() as place:
+            process = place.start()
+            (first,) = await place.submit([0])
+            if ended:
+                await place.until_ended(1)
+            again = first.model_copy(update={"submitted_at": "2026-01-01T00:00:00Z"})
+            other = first.model_copy(update={"samples": first.samples + 1})
+            for one in (again, other, again):
+                await place.tell(topics.TASKS, one, one.task_id)
+            await place.submit(range(1, 4))
+            await place.until_ended(4)
+            (letter,) = await read_letters(place.bus)
+            assert (letter.cause, letter.task_id) == ("task_id_taken", "t0")
+            assert messages.decode(topics.TASKS, letter.value) == other
+            assert process.service.input_failures == 0
+
+    run_virtual(run(), horizon_s=HORIZON_S)
