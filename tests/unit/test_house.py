@@ -46,6 +46,7 @@ def test_the_layering_test_can_fail(tmp_path: Path) -> None:
 JSON_BETWEEN_OURSELVES = {
     "deploy/asyncapi.py",  # a page of the docs, kept as it stands
     "deploy/commands_explain.py",  # a record on its way back into our decoder
+    "loadgen/run_key.py",
     "loadgen/sweep.py",  # the key of a run, compared with itself
     "stages/sandbox.py",
     "stages/trial.py",
