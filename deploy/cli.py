@@ -179,7 +179,7 @@ def main() -> NoReturn:
 
 
 def _complain(error: DeeparError) -> int:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     console.print(f"[bold red]error:[/] {escape(str(error))}")
     if error.remedy:
         console.print(f"  [cyan]{escape(error.remedy)}[/]")

@@ -55,7 +55,7 @@ def acls(
         report = {"roles": _plain(shown)} | ({"users": _plain(granted)} if granted else {})
         sys.stdout.write(json_text(report | ({"applied": done} if apply else {})) + "\n")
         return
-    console = Console(highlight=False)
+    console = Console(emoji=False, highlight=False)
     console.print(_table(granted or shown, "user" if granted else "role"))
     if apply:
         console.print(f"{done} entries are set; what was there before stays")

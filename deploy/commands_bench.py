@@ -49,7 +49,7 @@ def bench(
     """
     if name not in BENCHES:
         raise unknown_name("benchmark", name, BENCHES)
-    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     measure = importlib.import_module(f"loadgen.bench_{name}").run
     wanted = {"bus": bus and bus.value, "bootstrap": bootstrap_servers, "tasks": tasks, "seed": random_seed}
     takes = inspect.signature(measure).parameters
@@ -58,7 +58,7 @@ def bench(
     if as_json:
         print(json_text(found))
     else:
-        print_bench(Console(highlight=False), found)
+        print_bench(Console(emoji=False, highlight=False), found)
     if not all(aim["pass"] for aim in found["aims"]):
         raise typer.Exit(EXIT_MISSED)
 

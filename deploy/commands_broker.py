@@ -49,7 +49,8 @@ def broker(
 
     Example: `deepar broker --port 19092 --data /tmp/kafka`
     """
-    out, log = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+    out = Console(emoji=False, highlight=False, soft_wrap=True)
+    log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     one = KafkaBroker(
         data or default_data_dir(),
         port=port,

@@ -47,7 +47,8 @@ def cancel(
     ends = run_on_uvloop(run())
     if as_json:
         print(json_text({"tasks": [_row(end) for end in ends]}))
-    console, log = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(emoji=False, highlight=False, soft_wrap=True)
+    log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     for end in ends:
         if end.state is None:
             what = f"region {region} knows no task {end.task_id}, or it ended long ago"

@@ -50,7 +50,7 @@ def chaos(
 
     Example, one seed, step by step: `deepar simulate chaos --seeds 1 --seed 4711 --trace -`
     """
-    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     if trace is not None:
         if seeds != 1 or awaits or (as_json and str(trace) == "-"):
             raise ConfigError("--trace shows one seed", remedy="add --seeds 1, and write to a file beside --json")
@@ -66,7 +66,7 @@ def chaos(
     if as_json:
         print(json_text(found))
     else:
-        _print(Console(highlight=False), found)
+        _print(Console(emoji=False, highlight=False), found)
     if found["violations"]:
         raise typer.Exit(EXIT_FAILED)
 

@@ -115,7 +115,7 @@ def list_letters(
     table = Table("origin", "task", "cause", "error", "bytes")
     for letter in letters:
         table.add_row(letter.origin, letter.task_id or "-", letter.cause, letter.error, f"{len(letter.value):,}")
-    Console(highlight=False).print(table if letters else "no dead letters", markup=False)
+    Console(emoji=False, highlight=False).print(table if letters else "no dead letters", markup=False)
 
 
 @app.command()
@@ -138,7 +138,7 @@ def show(
     if as_json:
         print(json_text(found.as_object() | {"value_hex": found.value.hex()}))
         return
-    console = Console(highlight=False)
+    console = Console(emoji=False, highlight=False)
     for name, value in found.as_object().items():
         console.print(f"{name}: {value}", markup=False)
     for line in hex_lines(found.value[:HEX_BYTES]):

@@ -50,7 +50,7 @@ def demo(
     """
     configure_logging("warning")
     width = None if sys.stderr.isatty() or sys.stdout.isatty() else 100
-    console, log = (Console(stderr=stderr, highlight=False, width=width) for stderr in (False, True))
+    console, log = (Console(emoji=False, stderr=stderr, highlight=False, width=width) for stderr in (False, True))
     names = tuple(name.strip() for name in policies.split(",") if name.strip())
     for name in names:
         load_policy(name)  # a misspelt one is named before anything runs

@@ -52,12 +52,12 @@ def doctor(
     Example: `deepar doctor --model alexnet`
     """
     connection = KafkaConnection.from_env(bootstrap_servers=bootstrap_servers)
-    with Console(stderr=True).status("looking at this machine, then at the system; some seconds"):
+    with Console(emoji=False, stderr=True).status("looking at this machine, then at the system; some seconds"):
         checks = run_on_uvloop(examine(connection, models or ["lenet"]))
     if as_json:
         sys.stdout.write(json_text({"checks": [_as_json(check) for check in checks]}) + "\n")
     else:
-        console = Console(highlight=False)
+        console = Console(emoji=False, highlight=False)
         for check in checks:
             console.print(f"{MARKS[check.state]} {check.name:<10} {escape(check.detail)}", soft_wrap=True)
             if check.state != "ok" and check.remedy:

@@ -48,7 +48,7 @@ def explain(
     if as_json:
         print(json_text(explanation_json(found)))
     else:
-        show(found, Console())
+        show(found, Console(emoji=False))
 
 
 def read_dump(path: Path, region: int) -> Iterator[Decision]:

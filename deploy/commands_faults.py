@@ -80,7 +80,7 @@ def chaos(
 
     Example: `deepar loadgen chaos --faults kill:broker,stop:edge --stop-for 10s --samples 2000`
     """
-    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the broker's absence is no news here
     folder = writable_folder("--out", out or Path(f"runs/chaos-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}"))
     options = RegionOptions(
@@ -105,7 +105,7 @@ def chaos(
     if as_json:
         print(json_text(summary))
     else:
-        print_summary(Console(highlight=False), summary, folder)
+        print_summary(Console(emoji=False, highlight=False), summary, folder)
     failed = [sentence for sentence in failures(findings) if sentence]
     for sentence in failed:
         log.print(f"failed: {sentence}", style="bold red", markup=False)

@@ -120,7 +120,7 @@ def replay(
 
     Example: `deepar loadgen replay --models lenet=3,alexnet=1 --tasks 100 --request-rate 5 --max-p99 2s`
     """
-    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     limits = _thresholds(max_mean=max_mean, max_p50=max_p50, max_p90=max_p90, max_p99=max_p99)
     paper = models.strip() == "paper"
     default_samples = PAPER_MIX.samples if paper else (scenario.samples,) * 2 if scenario else (10.0, 10.0)
@@ -166,7 +166,7 @@ def replay(
     if as_json:
         print(json_text(summary))
     else:
-        print_summary(Console(highlight=False), summary)
+        print_summary(Console(emoji=False, highlight=False), summary)
     missed = [sentence for limit in limits if (sentence := limit.missed(summary))]
     for sentence in missed:
         log.print(f"missed: {sentence}", style="bold red", markup=False)

@@ -55,7 +55,7 @@ def list_(as_json: Json = False) -> None:
     if as_json:
         print_json({"models": [_entry(entry) for entry in entries]})
     else:
-        Console().print(models_table(entries))
+        Console(emoji=False).print(models_table(entries))
 
 
 @app.command()
@@ -95,7 +95,7 @@ def show(
             }
         )
     else:
-        Console().print(show_tree(loaded))
+        Console(emoji=False).print(show_tree(loaded))
 
 
 @app.command()
@@ -118,7 +118,7 @@ def cuts(
     front, shares = set(useful_positions(manifest)), work_shares(manifest)
     shown = [cut for cut in manifest.cuts if not useful or cut.position in front]
     if not as_json:
-        Console().print(cuts_table(loaded, shown, front, shares))
+        Console(emoji=False).print(cuts_table(loaded, shown, front, shares))
         return
     print_json(
         {
@@ -170,7 +170,7 @@ def slice_(
         kept = ("role", "file", "first", "last", "size_bytes", "sha256")
         print_json({"manifest": str(manifest), "parts": [{key: part[key] for key in kept} for part in parts]})
     else:
-        Console().print(parts_table(loaded, manifest, parts))
+        Console(emoji=False).print(parts_table(loaded, manifest, parts))
 
 
 @app.command()
@@ -202,7 +202,7 @@ def build(
     if as_json:
         print_json({"network": network, "file": str(out), "sha256": digest, "size_bytes": out.stat().st_size})
     else:
-        Console().print(f"written: {out}, {size(out.stat().st_size)}, SHA-256 {digest}")
+        Console(emoji=False).print(f"written: {out}, {size(out.stat().st_size)}, SHA-256 {digest}")
 
 
 @app.command()
@@ -263,7 +263,7 @@ def verify(
             }
         )
     else:
-        Console().print(verify_lines(report, len(chosen)))
+        Console(emoji=False).print(verify_lines(report, len(chosen)))
     if not report.bit_identical and not report.explained:
         raise typer.Exit(EXIT_FAILED)
 

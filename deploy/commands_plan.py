@@ -105,7 +105,7 @@ def plan(
     if as_json:
         print(json_text(_plan_json(situation, found)))
     elif found:
-        console = Console()
+        console = Console(emoji=False)
         console.print(_plan_table(situation, found, console.width))
     if not found:
         print(_nothing(situation), file=sys.stderr)

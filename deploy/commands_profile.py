@@ -51,7 +51,7 @@ def profile(
     Example: `deepar profile lenet --num-threads 2 --out here.json`
     """
     loaded = load(model, sha256, signature, input_shape)
-    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
 
     def say(line: str) -> None:
         log.print(line, style="yellow", markup=False)
@@ -73,7 +73,7 @@ def profile(
     if chart is not None:
         draw_profile(found, profiled, chart)
     if not as_json:
-        console = Console()
+        console = Console(emoji=False)
         console.print(profile_table(found, profiled, console.width))
         for path in filter(None, (out, chart)):
             console.print(f"written: {path}")

@@ -19,6 +19,7 @@ from rich.table import Table
 from bus.errors import ConfigError
 from bus.json_text import json_text
 from bus.kafka import KafkaConnection
+from bus.kafka_connection import addresses
 from bus.units import format_seconds
 from bus.values import Objective
 from deploy import completion
@@ -145,7 +146,7 @@ def make_figures(
     plain: bool = False,
 ) -> None:
     """Make figures, print their claims, exit with 99 where a claim of the paper is missed."""
-    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     everything = names == ("all",)
     results: list[FigureResult] = []
     with progress_bar(log) as tell:
@@ -166,7 +167,7 @@ def make_figures(
         found = [result.as_object() for result in results]
         print(json_text({"figures": found} if everything else found[0]))
     else:
-        console = Console(highlight=False)
+        console = Console(emoji=False, highlight=False)
         for result in results:
             _print_claims(console, result)
     if any(result.missed for result in results):
@@ -196,7 +197,7 @@ def sweep(
 
     Example: `deepar simulate sweep --vary devices=20:200:20 --vary edges=10,40 --policies no-delay,deepar --out runs/city`
     """
-    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     with progress_bar(log) as tell:
         base = scenario.Scenario() if scenario_file is None else scenario.read(scenario_file)
         options = SweepOptions(
@@ -211,14 +212,27 @@ def sweep(
         )
         done = run_sweep(options)
     if as_json:
-        counts = {"runs": len(done.rows), "reused": done.reused, "stale": done.stale}
+        counts = {
+            "runs": len(done.rows),
+            "reused": done.reused,
+            "stale": done.stale,
+            "incomplete": len(done.incomplete),
+        }
         print(json_text({**counts, "files": [str(path) for path in done.files]}))
         return
-    console = Console(highlight=False)
+    console = Console(emoji=False, highlight=False)
     _print_means(console, done.rows, [axis.name for axis in options.axes])
     console.print(_runs_text(done))
+    if done.incomplete:
+        console.print(_incomplete_text(done), style="yellow", markup=False)
     for path in done.files:
         console.print(f"  {path}", markup=False)
+
+
+def _incomplete_text(done: SweepResult) -> str:
+    tasks = sum(row["tasks"] - row["completed"] for row in done.incomplete)
+    policies = ", ".join(dict.fromkeys(row["policy"] for row in done.incomplete))
+    return f"{tasks} task{'s' * (tasks != 1)} did not complete ({policies}); the means are over those that did"
 
 
 def _runs_text(done: SweepResult) -> str:
@@ -249,17 +263,21 @@ def compare(
 
     Example: `deepar simulate compare --seed 1 --out runs/compare`
     """
-    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     configure_logging("warning")
     tasks = compared.SCENARIO if scenario_file is None else scenario.read(scenario_file)
     writable_folder("--out", out)
+    machines = platforms(tasks.profile)
+    machines.require(tasks.models)
+    if bootstrap_servers is not None:
+        addresses(bootstrap_servers)
     with contextlib.ExitStack() as stack, progress_bar(log) as tell:
         if bootstrap_servers is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deepar-compare-")))
             broker = stack.enter_context(KafkaBroker(folder, started_by="started by deepar simulate compare"))
             bootstrap_servers = broker.bootstrap
         found = compared.compare(
-            platforms(tasks.profile),
+            machines,
             KafkaConnection.from_env(bootstrap_servers=bootstrap_servers),
             scenario=tasks,
             seed=seed,
@@ -271,7 +289,7 @@ def compare(
     if as_json:
         print(json_text(numbers))
     else:
-        console = Console(highlight=False)
+        console = Console(emoji=False, highlight=False)
         for name, value in numbers.items():
             console.print(f"{name}: {value}", markup=False)
     if not found.agrees:
@@ -291,7 +309,7 @@ def check(
 
     Example: `deepar simulate check --devices 40 --seed 1`
     """
-    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     configure_logging("warning")  # in virtual time the shells' own log is noise
     checks = check_figures(
         devices=devices, seed=seed, profile=profile, say=lambda line: log.print(line, style="dim", markup=False)
@@ -304,7 +322,7 @@ def check(
             verdict = "[green]PASS[/]" if one.passed else "[bold red]MISS[/]"
             numbers = (f"{100 * one.same_placement:.0f} %", f"{one.mean_ratio:.4f}", f"{100 * one.largest_error:.2f} %")
             table.add_row(verdict, one.figure, one.case, str(one.tasks), *numbers)
-        Console(highlight=False).print(table)
+        Console(emoji=False, highlight=False).print(table)
     if not all(one.passed for one in checks):
         raise typer.Exit(EXIT_MISSED)
 

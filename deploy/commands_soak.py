@@ -54,7 +54,7 @@ def soak(
 
     Example: `deepar simulate soak --hours 2 --out runs/soak`
     """
-    log = Console(stderr=True, highlight=False, soft_wrap=True)
+    log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     writable_folder("--out", out)
     began_s = time.process_time()
     looks = max(24, min(144, int(6 * hours)))
@@ -89,7 +89,7 @@ def soak(
     if as_json:
         print(json_text(found))
     else:
-        _print(Console(highlight=False), found)
+        _print(Console(emoji=False, highlight=False), found)
     if result.unended or result.crashes:
         raise typer.Exit(EXIT_FAILED)
     if not result.flat or not slow["within"]:

@@ -187,7 +187,7 @@ class Table:
     def __init__(self, topic: str, *, heartbeats: bool, console: Console | None = None) -> None:
         self._topic = topic
         self._heartbeats = heartbeats
-        self._console = console or Console(highlight=False)
+        self._console = console or Console(emoji=False, highlight=False)
         self._held: dict[int, Held] = {}  # by region
         self._logs: dict[int, DecisionLog] = {}  # by region
         self._widths = [16, 14]  # of who and what; they grow with what comes

@@ -47,7 +47,7 @@ def top(
         if as_json:
             print(json_text(report(view)))
         else:
-            console = Console(highlight=False)
+            console = Console(emoji=False, highlight=False)
             console.print(screen(view, columns=console.width))
         return
     run_on_uvloop(_show(bus, view, speed if replay else None))
@@ -59,7 +59,7 @@ async def _read_once(bus: Bus, view: RegionView) -> None:
 
 
 async def _show(bus: Bus, view: RegionView, speed: float | None) -> None:
-    console = Console(highlight=False)
+    console = Console(emoji=False, highlight=False)
     async with bus:
         feed = follow(bus, view) if speed is None else play_again(bus, view, speed=speed)
         reading = asyncio.create_task(feed)

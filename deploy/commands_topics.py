@@ -82,4 +82,4 @@ def topics_list() -> None:
             ", ".join(topic.writers),
             ", ".join(topic.readers),
         )
-    Console().print(table)
+    Console(emoji=False).print(table)

@@ -52,5 +52,5 @@ async def _serve(bus: Bus, view: RegionView, host: str, port: int, speed: float 
             await asyncio.Event().wait()  # the page stays
 
     async with bus, serve(view, host=host, port=port) as address:
-        Console(stderr=True, highlight=False).print(f"[bold]{address}[/]  (Ctrl-C stops it)")
+        Console(emoji=False, stderr=True, highlight=False).print(f"[bold]{address}[/]  (Ctrl-C stops it)")
         await until_stopped(feed(), service="ui", region=view.region)

@@ -57,7 +57,7 @@ def load(model: str, sha256: str | None, signature: str | None = None, input_sha
 def progress_bar(title: str) -> Iterator[Any]:
     """A progress bar on stderr that goes away: call it with done, total, what."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"))
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, TimeElapsedColumn(), console=Console(emoji=False, stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=None)
 
         def update(done: int, total: int, what: str) -> None:

@@ -163,6 +163,7 @@ def drive(scenario: Scenario, seed: int, platforms: Platforms) -> list[Outcome]:
     Delays are exact: predicted times, or with `scenario.noise` predicted times with log-normal noise of mean
     1 from a stream of the same seed. Raises `ConfigError`, `InvariantError`, `PolicyError`.
     """
+    platforms.require(scenario.models)
     outcomes: list[Outcome] = []
     run = Drive(core_for(scenario), outcomes.append)
     if scenario.noise:

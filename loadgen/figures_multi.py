@@ -64,7 +64,7 @@ def make(name: str, options: FigureOptions) -> FigureResult:
     table = _Table(rows, seeds, options.reachable)
     fitted = name in platform.fitted_to
     claims = tuple(claim for reachable in options.reachable for claim in _claims(name, table, reachable, fitted))
-    notes = _notes(seeds, platform)
+    notes = (*_notes(seeds, platform), *_incomplete(rows))
     fig, grid = plots.figure(11.0, 3.7, 1, len(options.reachable), sharey=True, squeeze=False)
     axes = grid[0]
     for panel, reachable in zip(axes, options.reachable, strict=True):
@@ -86,6 +86,19 @@ def _notes(seeds: tuple[int, ...], platform: Platforms) -> tuple[str, ...]:
         "bars: mean over the seeds with its 95 % interval" if len(seeds) > 1 else "one seed: no interval is known"
     )
     return (ASSUMPTIONS, f"{interval}; seeds {number_text(seeds)}{fit}", platform.origin)
+
+
+def _incomplete(rows: list[dict[str, Any]]) -> list[str]:
+    """A note for each policy under which tasks did not complete."""
+    notes = []
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        tasks = sum(row["tasks"] for row in rows if row["policy"] == policy)
+        done = sum(row["completed"] for row in rows if row["policy"] == policy)
+        if done < tasks:
+            notes.append(
+                f"{policy}: {tasks - done} of {tasks} tasks did not complete; the means are over those that did"
+            )
+    return notes
 
 
 def number_text(numbers: Sequence[int]) -> str:
@@ -140,7 +153,7 @@ class _Table:
                 mine.sort(key=lambda row: (row["seed"], row["devices"]))
                 values = np.array([row["mean_delay_s"] for row in mine], dtype=float)
                 self.means[_key(reachable, policy)] = values.reshape(len(seeds), len(DEVICES))
-                self.waited[_key(reachable, policy)] = float(np.mean([row["delayed_share"] for row in mine]))
+                self.waited[_key(reachable, policy)] = float(np.mean([row["delayed_share"] or 0.0 for row in mine]))
 
     def of(self, policy: str, reachable: int | None) -> np.ndarray:
         return self.means[_key(reachable, policy)]

@@ -5,7 +5,7 @@ experiments.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,6 +25,7 @@ class Platforms:
     link1_bps: int  # b1 of Figures 1(a) and 3
     link2_bps: int  # b2
     input_bytes: Mapping[str, int]  # G(0) of one sample in Figures 1(a) and 3, by model
+    name: str  # what error messages call it
     origin: str  # where the numbers come from, for notes beside plots
     fitted_to: tuple[str, ...] = ()  # figures whose statements the numbers were fitted to
     fit_seeds: tuple[int, ...] = ()  # seeds that the fit used; verdicts use others
@@ -33,6 +34,13 @@ class Platforms:
         """The first `count` seeds from `FIRST_VERDICT_SEED` on that the fit did not use."""
         numbers = (seed for seed in itertools.count(FIRST_VERDICT_SEED) if seed not in self.fit_seeds)
         return tuple(itertools.islice(numbers, count))
+
+    def require(self, models: Iterable[str]) -> None:
+        """Raises `UnknownNameError` for a model that no tier has times for: no task of it could be placed."""
+        known = list(dict.fromkeys(profile.model for profiles in self.profiles.values() for profile in profiles))
+        for model in models:
+            if model not in known:
+                raise unknown_name(f"model in {self.name} called", model, known)
 
     def model(self, role: Role, name: str) -> ModelProfile:
         """One model's profile on one tier. Raises `UnknownNameError`."""
@@ -59,6 +67,7 @@ def _platforms(name: str, text: str) -> Platforms:
         link1_bps=found.link1_bps,
         link2_bps=found.link2_bps,
         input_bytes={model: found.input_bytes.get(model, found.device[model].cut_bytes[0]) for model in found.models},
+        name=f"profile {found.name}",
         origin=f"profile {found.name}" + (f": {found.origin}" if found.origin else ""),
         fitted_to=found.fitted_to,
         fit_seeds=found.fit_seeds,
@@ -92,5 +101,6 @@ def measured(progress: Callable[[str, int, int], None] | None = None) -> Platfor
         link1_bps=paper.link1_bps,
         link2_bps=paper.link2_bps,
         input_bytes={"alexnet": here.cut_bytes[0]},
+        name="this machine",
         origin="this machine as the edge; device and cloud as many times slower as in profile `paper`",
     )

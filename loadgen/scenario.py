@@ -81,6 +81,8 @@ class Scenario:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ConfigError(f"{name}: {low:g}..{high:g} is not a range of numbers over 0")
+        if self.slots[0] < 1:
+            raise ConfigError(f"slots: {self.slots[0]:g}..{self.slots[1]:g} begins below one slot")
         _ = self.mix, self.runs_as  # validates its ranges, and that both belong together
 
     @property
@@ -245,6 +247,8 @@ def _whole_in_the_keys_unit(parse: Callable[[str], float], value: Any) -> int:
 
 def _number(value: Any) -> float:
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return float(value)
     except (ValueError, TypeError):
         raise ValueError(f"{value!r} is no number") from None

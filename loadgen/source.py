@@ -44,6 +44,10 @@ class Mix:
             limits = getattr(self, name)
             if limits is not None and not 0 < limits[0] <= limits[1]:
                 raise ConfigError(f"{name}: {limits[0]:g}..{limits[1]:g} is not a range of numbers over 0")
+        if self.samples[0] < 1:
+            raise ConfigError(f"samples: {self.samples[0]:g}..{self.samples[1]:g} begins below one sample")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ConfigError(f"deadline_s: {self.deadline_s:g} is not over 0")
 
 
 PAPER_MIX = Mix(

@@ -13,6 +13,7 @@ import csv
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from loadgen import plots
 from loadgen.cells import Cell, run_as_completed
 from loadgen.figure_result import POLICIES
 from loadgen.metrics import half_width_95
+from loadgen.platforms import platforms
 from loadgen.run_key import KEY_DIGITS, RunKeys
 from loadgen.scenario import FIELDS, Scenario, coerce
 
@@ -69,8 +71,12 @@ def _values(name: str, what: str) -> Iterable[Any]:
             step = float(parts[2]) if len(parts) > 2 else 1.0
         except (ValueError, IndexError):
             raise ConfigError(f"--vary {name}={what}: a range is START:END:STEP in numbers") from None
+        if not all(map(math.isfinite, (low, high, step))):
+            raise ConfigError(f"--vary {name}={what}: a range is START:END:STEP in finite numbers")
         if len(parts) > 3 or step <= 0 or high < low:
             raise ConfigError(f"--vary {name}={what}: a range is START:END:STEP, rising")
+        if (high - low) / step >= MAX_RUNS:
+            raise ConfigError(f"--vary {name}={what}: more than {MAX_RUNS:,} values", remedy="use a larger step")
         count = int((high - low) / step + 1e-9) + 1
         for value in (low + index * step for index in range(count)):
             yield int(value) if value == int(value) else value
@@ -100,6 +106,11 @@ class SweepResult:
     files: list[Path]
     reused: int  # rows that an earlier sweep left
     stale: int  # rows of an earlier sweep whose policy, profile or code has changed since: run again
+
+    @property
+    def incomplete(self) -> list[dict[str, Any]]:
+        """Runs in which not every task completed; their delays are those of the tasks that did."""
+        return [row for row in self.rows if row["completed"] < row["tasks"]]
 
 
 def sweep(options: SweepOptions) -> SweepResult:
@@ -144,6 +155,10 @@ def plan(options: SweepOptions) -> list[Cell]:
     total = int(np.prod([len(axis.values) for axis in options.axes], initial=1)) * len(options.policies) * options.seeds
     if total > MAX_RUNS:
         raise ConfigError(f"{total:,} runs are more than {MAX_RUNS:,}; vary less at once")
+    names = [axis.name for axis in options.axes]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--vary {name} is given twice", remedy=f"name all its values at once: --vary {name}=A,B")
     cells = []
     for values in itertools.product(*(axis.values for axis in options.axes)):
         varied = {axis.name: value for axis, value in zip(options.axes, values, strict=True)}
@@ -151,6 +166,8 @@ def plan(options: SweepOptions) -> list[Cell]:
             scenario = options.scenario.varied(**varied, policy=policy)
             labels = {**{name: str(value) for name, value in varied.items()}, "policy": policy}
             cells += [Cell(scenario, seed, labels) for seed in range(options.seeds)]
+    for scenario in {(cell.scenario.profile, *cell.scenario.models): cell.scenario for cell in cells}.values():
+        platforms(scenario.profile).require(scenario.models)
     return cells
 
 

@@ -90,5 +90,7 @@ def parse_profile(name: str, text: str) -> PlatformProfiles:
             fit_seeds=tuple(int(seed) for seed in found.get("fit_seeds", ())),
             **tiers,
         )
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValidationError) as error:
+    except KeyError as error:
+        raise ConfigError(f"profile {name} is broken: it has no key {error}") from error
+    except (json.JSONDecodeError, TypeError, AttributeError, ValidationError) as error:
         raise ConfigError(f"profile {name} is broken: {error}") from error

@@ -91,6 +91,30 @@ def test_one_seed_has_no_interval_and_shows_nothing(tmp_path: Path) -> None:
     assert [claim.verdict for claim in found.claims if claim.own] == ["not shown"]
 
 
+def test_a_policy_that_completes_nothing_is_said_and_is_null_in_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = "class Idle:\n    name = 'idle'\n\n    def place(self, algorithm):\n        return None\n"
+    (tmp_path / "idle_policy.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = [
+        "fig4c",
+        "--policies",
+        "idle_policy:Idle,deepar",
+        "--seeds",
+        "2",
+        "--jobs",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    result = CliRunner().invoke(commands_simulate.app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert {point["mean_delay_s"] for point in found["series"] if point["policy"] == "idle_policy:Idle"} == {None}
+    assert any("idle_policy:Idle: 1200 of 1200 tasks did not complete" in note for note in found["notes"])
+
+
 def test_a_plain_figure_has_no_claims_inside(tmp_path: Path) -> None:
     texts = {}
     for plain in (False, True):

@@ -73,6 +73,15 @@ def test_json_for_people_and_programs_is_written_in_one_place() -> None:
     assert {str(path.relative_to(ROOT)) for path in rooms if writes_json(path)} == JSON_BETWEEN_OURSELVES
 
 
+def test_nothing_that_is_printed_turns_into_a_picture() -> None:
+    """Rich replaces `:END:` and `:X:` in a user's text by emoji, with or without markup, unless a console is told not to."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Console":
+                told = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "emoji"]
+                assert told == ["False"], f"{path}:{node.lineno}: Console without emoji=False"
+
+
 def test_the_cards_packages_are_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     names = {entry.split(">")[0].split("=")[0].strip() for entry in project["project"]["dependencies"]}

@@ -19,6 +19,7 @@ SPEED = {Role.DEVICE: 1.0, Role.EDGE: 0.5, Role.CLOUD: 0.125}
 def machines() -> Platforms:
     """Device, edge and cloud; the edge twice, the cloud eight times as fast as the device."""
     return Platforms(
+        name="made-up machines",
         profiles={
             role: tuple(
                 ModelProfile(

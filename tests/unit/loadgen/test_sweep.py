@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bus.errors import ConfigError
+from bus.errors import ConfigError, UnknownNameError
 from loadgen import cells, plots
 from loadgen import sweep as sweeps
 from loadgen.cells import Cell, run_cell, run_cells
@@ -62,6 +62,11 @@ def test_axes() -> None:
         ("devices=many", "devices"),
         ("policy=deepar", "--policies"),
         ("seed=1,2", "--seeds"),
+        ("devices=nan:3:1", "finite"),
+        ("devices=1:inf:1", "finite"),
+        ("noise=0:1:nan", "finite"),
+        ("devices=1:1e18:1", "more than"),
+        ("noise=0:1:1e-300", "more than"),
     ],
 )
 def test_a_broken_axis_says_what_is_wrong(text: str, message: str) -> None:
@@ -226,6 +231,24 @@ def test_rows_of_a_version_that_wrote_no_keys_run_again(tmp_path: Path) -> None:
 def test_too_many_runs_are_refused_before_they_begin(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="runs are more than"):
         sweeps.plan(options(tmp_path, "devices=1:1000", "edges=1:1000"))
+
+
+def test_an_axis_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="given twice"):
+        sweeps.plan(options(tmp_path, "devices=4", "edges=2", "devices=8"))
+
+
+def test_a_model_without_times_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"profile paper called 'alexnett'; did you mean alexnet"):
+        sweep(options(tmp_path / "out", "models=lenet,alexnett"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_in_which_tasks_do_not_complete_are_counted(tmp_path: Path) -> None:
+    late = replace(options(tmp_path), scenario=Scenario(devices=6, edges=2, within_s=5, deadline_s=1e-6))
+    done = sweep(late)
+    assert len(done.incomplete) == len(done.rows) == 12
+    assert {row["mean_delay_s"] for row in done.rows} == {None}
 
 
 def test_cells_keep_their_order_and_report(tmp_path: Path) -> None:
