@@ -51,4 +51,4 @@ async def bury(bus: Bus, record: Record, error: ProtocolError, *, task_id: str, 
         await bus.send(topics.DEAD_LETTER, value, key=origin, headers=encoded)
     except BusError as failure:
         # Losing a dead letter is bad; stopping a partition for it would be worse.
-        log.error("a dead letter could not be kept", origin=origin, error=str(failure))
+        log.error("dead letter not written", origin=origin, error=str(failure))

@@ -86,7 +86,7 @@ async def _between(bus: Bus, region: int, begin: int, end: int) -> list[Found]:
                 try:
                     message = messages.decode(topics.SNAPSHOTS, record.value)
                 except ProtocolError as error:
-                    log.debug("a broken snapshot is skipped", offset=record.offset, error=str(error))
+                    log.debug("broken snapshot skipped", offset=record.offset, error=str(error))
                     continue
                 if isinstance(message, Snapshot) and message.region == region:
                     there.append(Found(message, record.offset))
@@ -150,7 +150,7 @@ async def whole(bus: Bus, one: Found) -> Snapshot | None:
     finally:
         await reader.close()
     if len(parts) < len(wanted):
-        log.warning("a snapshot is not whole", region=snapshot.region, seq=snapshot.seq, parts=len(snapshot.parts))
+        log.warning("incomplete snapshot skipped", region=snapshot.region, seq=snapshot.seq, parts=len(snapshot.parts))
         return None
     state: dict[str, Any] = {}
     for lists in (*(parts[number] for number in sorted(parts)), snapshot.state):

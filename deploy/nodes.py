@@ -57,7 +57,7 @@ async def require_region(bus: Bus, region: int, edges: Sequence[str] = ()) -> No
     except BusUnavailableError:
         raise
     except BusError as error:
-        log.info("may not create topics; they must be there", error=str(error))
+        log.info("topics not created: not permitted", error=str(error))
     await require_partition(bus, region)
     topic_settings.require(await bus.found_topics(spec.name for spec in topics.specs(edges)))
 

@@ -50,7 +50,7 @@ async def tracing(service: str, environment: Mapping[str, str] | None = None) ->
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
         log.warning(
-            "traces are wanted, and OpenTelemetry is not installed",
+            "traces not exported: OpenTelemetry is not installed",
             remedy="pip install --require-hashes -r requirements-otel.lock",
         )
         yield None
@@ -66,7 +66,7 @@ async def tracing(service: str, environment: Mapping[str, str] | None = None) ->
         while closing.is_alive() and time.monotonic() < until_s:
             await asyncio.sleep(0.02)
         if closing.is_alive():
-            log.warning("the last traces could not be sent in time", waited_s=CLOSING_S)
+            log.warning("last traces not sent in time", waited_s=CLOSING_S)
 
 
 class OtelSink:

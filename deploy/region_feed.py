@@ -37,7 +37,7 @@ async def follow(bus: Bus, view: RegionView, *, until_end: bool = False) -> None
             except BusUnavailableError as error:
                 if until_end:
                     raise
-                log.warning("cannot read, trying again", error=str(error))
+                log.warning("topics not read; retrying", error=str(error))
                 await asyncio.sleep(RETRY_S)
             await asyncio.sleep(0)  # a full buffer must not keep others from being served
     finally:

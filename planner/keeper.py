@@ -88,7 +88,7 @@ class Keeper:
             try:
                 await self._write(snapshot.model_copy(update={"offset": offset}), image)
             except BusError as error:
-                self.service.log.warning("a snapshot could not be kept", seq=snapshot.seq, error=str(error))
+                self.service.log.warning("snapshot not written", seq=snapshot.seq, error=str(error))
             self._taken = None
 
     async def _write(self, snapshot: Snapshot, image: Image) -> None:

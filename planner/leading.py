@@ -220,7 +220,7 @@ class Lead:
                 await reader.close()
                 covered = begin == 0 or await self._keeper.covers(begin)
             except BusError as error:
-                service.log.warning("cannot see where the decisions begin, trying again", error=str(error))
+                service.log.warning("start of the decisions not read; retrying", error=str(error))
                 continue
             if not covered:
                 service.log.error(
@@ -292,7 +292,7 @@ class Lead:
         """Remember that an input cannot be handled. What it did to the state is undone by folding the topic anew."""
         service = self.service
         origin = f"{record.topic}/{record.partition}/{record.offset}"
-        service.log.error("input cannot be handled", origin=origin, exc_info=error)
+        service.log.error("input not handled", origin=origin, exc_info=error)
         service.input_failures += 1
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)
         where = f"{PurePath(frame.f_code.co_filename).name}:{line}"
@@ -327,7 +327,9 @@ class Lead:
             service.log.warning("submission ignored: task id taken", task=record.key, offset=record.offset)
         if error.cause == WRONG_IDENTITY:
             where = f"{record.topic}/{record.partition}/{record.offset}"
-            service.log.warning("not obeyed", why=str(error), origin=where, refused=service.door.refused)
+            service.log.warning(
+                "record rejected: unauthorized", why=str(error), origin=where, refused=service.door.refused
+            )
         service.dead_letters += 1
         await bury(service.bus, record, error, task_id=record.key or "", by=service.name)
 
@@ -352,7 +354,7 @@ class Lead:
             try:
                 self._due = {topic: (await service.bus.end_offsets(topic))[service.region] for topic in INPUTS}
             except BusError as error:
-                service.log.warning("cannot ask where the inputs end, trying again", error=str(error))
+                service.log.warning("end of the inputs not read; retrying", error=str(error))
                 return
         if all(reader.position((topic, service.region)) >= end for topic, end in self._due.items()):
             self._due = None

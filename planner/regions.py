@@ -47,7 +47,7 @@ class RegionShare:
                     if await member.fetch(timeout_s=RETRY_S):
                         await member.commit({held: member.position(held) for held in member.assignment()})
                 except BusError as error:
-                    log.warning("the planners' group cannot be reached, trying again", error=str(error))
+                    log.warning("planner group not reached; retrying", error=str(error))
                     await asyncio.sleep(RETRY_S)
         finally:
             await self._stop(list(self._running))
@@ -61,7 +61,7 @@ class RegionShare:
             if region not in self._running:
                 service = self.services[region] = self._make_service(region)
                 self._running[region] = asyncio.create_task(service.run(), name=f"{service.name}: region {region}")
-        log.info("looking after regions", regions=regions)
+        log.info("regions assigned", regions=regions)
 
     async def _stop(self, regions: Iterable[int]) -> None:
         stopping = [self._running.pop(region) for region in regions]

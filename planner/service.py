@@ -145,7 +145,7 @@ class PlannerService:
             except DecisionsLostError as error:
                 raise self._cannot_go_on(error) from error
             except BusError as error:
-                self.log.warning("cannot read decisions, trying again", error=str(error))
+                self.log.warning("decisions not read; retrying", error=str(error))
                 await asyncio.sleep(RETRY_S)
                 continue
             try:
@@ -153,13 +153,13 @@ class PlannerService:
                 await self._claim(reader)
                 await self._lead(reader)
             except Deposed as deposed:
-                self.log.warning("not leading", reason=str(deposed))
+                self.log.warning("leadership lost", reason=str(deposed))
             except DecisionsLostError as error:
                 if self.standing is Standing.READING:  # behind the newest snapshot, so another look would find the same
                     raise self._cannot_go_on(error) from error
                 self.log.warning("decisions are gone; reading the log anew", error=str(error))
             except BusError as error:
-                self.log.warning("the bus failed; reading the log anew", error=str(error))
+                self.log.warning("bus failed; reading the log again", error=str(error))
                 await asyncio.sleep(RETRY_S)
             finally:
                 await reader.close()
@@ -203,7 +203,7 @@ class PlannerService:
             self.core.restore(snapshot.state)
             self._check_hash(snapshot.ledger_hash, snapshot.seq)
         except (DeeparError, LookupError, TypeError, ValueError) as error:
-            self.log.warning("a snapshot cannot be used", seq=snapshot.seq, error=str(error))
+            self.log.warning("unusable snapshot skipped", seq=snapshot.seq, error=str(error))
             return False
         self.decision_log = snapshots.log_behind(snapshot)
         self.inputs, self._now_s = dict.fromkeys(INPUTS, 0) | snapshot.inputs, snapshot.now_s

@@ -73,16 +73,16 @@ class Attempt:
                 await self._serve()
             await self._finish()
         except StalledError as error:
-            node.log.warning("no results; asking for another attempt", task=self.plan.task_id, error=str(error))
+            node.log.warning("attempt stalled; another one requested", task=self.plan.task_id, error=str(error))
             node.status.count("stalled_attempts")
             await self.device.fail(self.plan, "stalled", str(error), retryable=True)
         except InvariantError:
             raise  # a bug of ours: the process ends
         except Exception as error:
             cause = cause_of(error)
-            node.log.error("a task cannot go on", task=self.plan.task_id, cause=cause, error=str(error))
+            node.log.error("task failed", task=self.plan.task_id, cause=cause, error=str(error))
             if not isinstance(error, DeeparError):
-                node.log.exception("a task broke", task=self.plan.task_id)
+                node.log.exception("task failed with an unexpected error", task=self.plan.task_id)
             await self.device.fail(self.plan, cause, detail_of(error))
 
     async def _serve(self) -> None:
@@ -117,7 +117,7 @@ class Attempt:
                 await self.device.hear(edge)
                 return
             except BusError as error:
-                self.device.node.log.warning("cannot read results, trying again", edge=edge, error=str(error))
+                self.device.node.log.warning("results not read; retrying", edge=edge, error=str(error))
                 await asyncio.sleep(RETRY_S)
             if self._broken:
                 raise self._broken

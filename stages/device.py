@@ -98,7 +98,7 @@ class Device:
                 if self._site(edge) is self.node.bus:
                     raise
                 # Tasks through other edges need not wait for it; one through this edge tries again.
-                self.node.log.warning("an edge's site is not there yet", edge=edge, error=str(error))
+                self.node.log.warning("site of an edge not reached yet", edge=edge, error=str(error))
 
     def _site(self, edge: str) -> Bus:
         return self.node.bus.beside(topics.RESULTS, topics.activations_topic(edge))
@@ -212,7 +212,7 @@ class Device:
             try:
                 records = await reader.fetch()
             except BusError as error:
-                self.node.log.warning("cannot read results, trying again", error=str(error))
+                self.node.log.warning("results not read; retrying", error=str(error))
                 await asyncio.sleep(RETRY_S)
                 continue
             for record in records:

@@ -158,9 +158,9 @@ class Flow:
         except Exception as error:
             # A model that breaks in its runtime must not take the other tasks of this stage down.
             cause = cause_of(error)
-            node.log.error("a task cannot go on here", task=self.plan.task_id, cause=cause, error=str(error))
+            node.log.error("task failed", task=self.plan.task_id, cause=cause, error=str(error))
             if not isinstance(error, DeeparError):
-                node.log.exception("a task broke here", task=self.plan.task_id)
+                node.log.exception("task failed with an unexpected error", task=self.plan.task_id)
             self._let_go()
             await self.hop.fail(self.plan.task_id, self.plan.attempt, cause, detail_of(error))
 
@@ -268,7 +268,7 @@ class Flow:
         try:
             await self._way_back().send(topics.RESULTS, encode_frame(frame), key=plan.device)
         except BusError as error:
-            node.log.warning("a report was not sent", task=plan.task_id, error=str(error))
+            node.log.warning("report not sent", task=plan.task_id, error=str(error))
 
     def stop(self, *, discard: bool) -> None:
         """End it. `discard`: nobody wants its frames any more; else another member will get them."""

@@ -162,7 +162,7 @@ class Hop:
             try:
                 records = await member.fetch()
             except BusError as error:
-                self.node.log.warning("cannot read activations, trying again", error=str(error))
+                self.node.log.warning("activations not read; retrying", error=str(error))
                 await asyncio.sleep(RETRY_S)
                 continue
             poison: list[tuple[Record, ProtocolError, str, int, Receipt]] = []
@@ -193,7 +193,7 @@ class Hop:
                 await member.commit(ready)
                 self.offsets.committed(ready)
             except (BusError, TimeoutError) as error:
-                self.node.log.warning("cannot commit, trying again", error=str(error))
+                self.node.log.warning("offsets not committed; retrying", error=str(error))
 
     async def _sweep(self) -> None:
         """Let go of what belongs to no task that anybody knows: it would hold a slot, memory and offsets for ever."""

@@ -165,7 +165,7 @@ class Node:
                 await self.tell(topics.NODES, self.announcement(), self.settings.name)
                 await self._noted.wait()
         except TimeoutError:
-            self.log.warning("nobody took note that this node drains", within_s=NOTED_S)
+            self.log.warning("drain not acknowledged", within_s=NOTED_S)
             return
         # From here on what the decisions place here runs; what only waited for this node was placed elsewhere.
         while self.settings.role is Role.EDGE and any(
@@ -242,7 +242,7 @@ class Node:
                 await self.bus.send(topic, payload, key=key, partition=self.settings.region, headers=headers)
                 return
             except BusError as error:
-                self.log.warning("cannot publish, trying again", topic=topic, error=str(error))
+                self.log.warning("message not published; retrying", topic=topic, error=str(error))
                 await asyncio.sleep(RETRY_S)
 
     async def bury(self, record: Record, error: ProtocolError, *, task_id: str = "") -> None:
@@ -252,7 +252,9 @@ class Node:
             if not self._allowance.take(asyncio.get_running_loop().time()):
                 return
         self.status.count("dead_letters")
-        self.log.warning("dead letter", topic=record.topic, offset=record.offset, cause=error.cause, error=str(error))
+        self.log.warning(
+            "record dead-lettered", topic=record.topic, offset=record.offset, cause=error.cause, error=str(error)
+        )
         await bury(self.bus, record, error, task_id=task_id, by=self.settings.name)
 
     # --- decisions ---------------------------------------------------------------------------------------------------
@@ -286,7 +288,7 @@ class Node:
                 fences.restore(begin.state)
                 log = snapshots.log_behind(begin)
             except (LookupError, TypeError, ValueError) as error:  # another version's; then all of them are read
-                self.log.warning("a snapshot cannot be used", seq=begin.seq, error=str(error))
+                self.log.warning("unusable snapshot skipped", seq=begin.seq, error=str(error))
                 fences = Fences(self.settings.remembered_ends)
                 await reader.seek((topics.DECISIONS, self.settings.region), 0)
         try:
@@ -314,7 +316,7 @@ class Node:
             self._satisfy()
             return
         except ConfigError as error:
-            self.log.warning("waiting for what the planner says", last=str(error))
+            self.log.warning("planner not heard yet; waiting", last=str(error))
         heard = False
         while not heard:
             for record in await reader.fetch(timeout_s=0.2):
@@ -339,7 +341,7 @@ class Node:
             except DecisionsLostError as error:
                 await self._begin_anew(error, work)
             except BusError as error:
-                self.log.warning("cannot read decisions, trying again", error=str(error))
+                self.log.warning("decisions not read; retrying", error=str(error))
                 await asyncio.sleep(RETRY_S)
 
     def _obey(self, record: Record, work: Work) -> None:
@@ -365,7 +367,7 @@ class Node:
                     pass
         work.on_decision(message, sorted(fenced))
         if lost:
-            self.log.warning("declared lost; letting go of everything and announcing anew")
+            self.log.warning("declared lost; work dropped, announcing again")
             self.status.count("declared_lost")
             self._come_back(work)
 
@@ -383,7 +385,7 @@ class Node:
             try:
                 self._reader = await self._catch_up()
             except BusError as away:
-                self.log.warning("cannot read decisions, trying again", error=str(away))
+                self.log.warning("decisions not read; retrying", error=str(away))
                 await asyncio.sleep(RETRY_S)
         self._come_back(work)
 
@@ -394,7 +396,7 @@ class Node:
         lease_s = self.settings.lease_s
         pause_s = 0.0
         if asyncio.get_running_loop().time() - self._announced_s < lease_s:
-            self.log.warning("declared lost soon after it was announced: has another process this name?")
+            self.log.warning("declared lost right after announcing; another process may have this name")
             pause_s = lease_s / HEARTBEATS_PER_LEASE
         self.incarnation = uuid.uuid4().hex[:12]
         assert self._group is not None

@@ -117,7 +117,7 @@ def test_no_secret_is_in_a_log_or_a_dead_letter() -> None:
     with structlog.testing.capture_logs() as logged:
         kept, letters = run_virtual(run(), horizon_s=HORIZON_S)
     assert letters == 10
-    assert len([line for line in logged if line["event"] == "not obeyed"]) == 7
+    assert len([line for line in logged if line["event"] == "record rejected: unauthorized"]) == 7
     told = repr(logged) + kept
     assert "wrong_identity" in told
     for secret in (bytes(range(32)), key.secret, proof[1][1], b"planted-0xC0FFEE"):
