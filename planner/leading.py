@@ -330,6 +330,9 @@ class Lead:
             service.log.warning(
                 "record rejected: unauthorized", why=str(error), origin=where, refused=service.door.refused
             )
+        elif self._rejections.take(asyncio.get_running_loop().time()):
+            about = {"topic": record.topic, "offset": record.offset, "cause": error.cause, "error": str(error)}
+            service.log.warning("record dead-lettered", **about)
         service.dead_letters += 1
         await bury(service.bus, record, error, task_id=record.key or "", by=service.name)
 

@@ -6,7 +6,7 @@
 const STATIONS = ["device", "link1", "edge", "link2", "cloud", "result"];
 const NAMES = { link1: "link 1", link2: "link 2", result: "results" };
 const SHOWN_TASKS = 100, KEPT_TASKS = 560, KEPT_LINES = 80;
-const LEAST_SPAN_S = 0.01, TICK_PIXELS = 110;
+const LEAST_SPAN_S = 0.01, TICK_PIXELS = 80;
 const REST = 3; // a page that takes long to draw rests so many times as long before it draws again, so that it stays usable
 const ENDED = new Set(["COMPLETED", "REJECTED", "FAILED", "EXPIRED"]);
 const BAD = new Set(["REJECTED", "FAILED", "EXPIRED", "lost", "failed"]);
@@ -130,7 +130,7 @@ function drawTopology(now) {
   const chips = make("div", "chips");
   for (const device of devices) {
     const kind = device.standing !== "joined" ? "chip away" : device.tasks.length ? "chip busy" : "chip";
-    const chip = make("span", kind, device.tasks.length ? `${device.name} ${device.tasks.length}` : device.name);
+    const chip = make("span", kind, device.tasks.length ? `${device.name}: ${device.texts.tasks}` : device.name);
     chip.title = device.tasks.join(", ");
     chips.append(chip);
   }
