@@ -143,8 +143,8 @@ class KafkaBroker:
     def launch(self) -> float:
         """Starts it without waiting, as nodes must that need each other; when that was, for `wait`."""
         java, _ = find_java()
+        self._prepare_data_dir()  # before minutes of fetching: a folder that cannot be used is said at once
         jars = ensure_jars(self._progress)
-        self._prepare_data_dir()
         started = time.monotonic()
         self._choose_ports()
         self._launch(java, jars)
