@@ -39,6 +39,9 @@ Step = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 """takes a line for people"""
 
+METHOD = 2
+"""Raise it whenever measuring or cutting changes: profiles that were remembered under another number are measured again."""
+
 TOLERANCE = 0.25
 """Share of the whole by which the sum of its slices may differ, `CALL_S` for each slice beside it."""
 
@@ -259,7 +262,9 @@ def _remembered(model: Model, num_threads: int) -> ModelProfile | None:
 
 
 def _profile_path(model: Model, num_threads: int) -> Path:
-    known_by = "\n".join([_processor(), str(num_threads), model.sha256, metadata.version("ai-edge-litert")])
+    known_by = "\n".join(
+        [str(METHOD), _processor(), str(num_threads), model.sha256, metadata.version("ai-edge-litert")]
+    )
     return cache_dir("profiles") / f"{model.name}-{hashlib.sha256(known_by.encode()).hexdigest()[:16]}.json"
 
 

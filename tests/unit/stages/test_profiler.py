@@ -80,6 +80,19 @@ def test_this_machine_is_measured_once(lenet: Model, tmp_path: Path, monkeypatch
     assert len(said) == 3
 
 
+def test_a_profile_of_another_way_of_measuring_is_measured_again(
+    lenet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path))
+    said: list[str] = []
+    machine_profile(lenet, say=said.append)
+    machine_profile(lenet, say=said.append)
+    assert len(said) == 1
+    monkeypatch.setattr(profiler, "METHOD", profiler.METHOD + 1)
+    machine_profile(lenet, say=said.append)
+    assert len(said) == 2
+
+
 @pytest.fixture
 def quiet(lenet: Model) -> Measurement:
     """A measurement whose times are plain numbers: 8 ms in one piece, 1 ms each layer."""
