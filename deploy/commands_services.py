@@ -15,7 +15,7 @@ from bus import topics
 from bus.errors import ConfigError
 from bus.identity import Speaker
 from bus.signed import signed
-from bus.units import parse_duration, parse_rate
+from bus.units import parse_duration
 from bus.values import Objective
 from deploy import completion, nodes
 from deploy.identities import KeyFile, MasterFile, key_of, master_of
@@ -264,7 +264,7 @@ def device(
         DeviceOptions,
         name=name,
         edges=tuple(edges) if edges else None,
-        link=parse_rate(link, "--link"),
+        link=link,
         **flags.machine(),
     )
     _run_stage(options, flags, results)
@@ -290,8 +290,8 @@ def edge(
         EdgeOptions,
         name=name,
         slots=slots,
-        link1=parse_rate(link1, "--link1"),
-        link2=parse_rate(link2, "--link2"),
+        link1=link1,
+        link2=link2,
         **flags.machine(),
     )
     _run_stage(options, flags)

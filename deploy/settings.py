@@ -192,7 +192,7 @@ def options_of(kind: type[Options], **values: Any) -> Options:
     try:
         return kind(**values)
     except ValidationError as error:
-        raise ConfigError(f"--{_first_fault(error)}") from None
+        raise ConfigError(f"--{_first_fault(error).replace('edges.', 'edge ', 1)}") from None
 
 
 def _first_fault(error: ValidationError) -> str:

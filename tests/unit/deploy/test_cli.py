@@ -158,6 +158,25 @@ def test_an_interrupt_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatc
     assert run(monkeypatch, "planner") == 105
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("device",),
+        ("device", "--link", "50Mbps"),
+        ("edge",),
+        ("edge", "--link1", "0.5Gbps", "--link2", "30 Mbps"),
+        ("cloud",),
+    ],
+    ids=" ".join,
+)
+def test_a_stage_takes_its_flags_and_its_defaults(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+    def reached(bootstrap_servers: str | None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deploy.commands_services.nodes.kafka_bus", reached)
+    assert run(monkeypatch, "stage", *words, "--runner", "modelled", "--profile", "paper") == 105
+
+
 def test_a_broken_file_names_the_key(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
