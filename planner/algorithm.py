@@ -7,6 +7,8 @@ task that runs or is scheduled. A start is worth `w + delta_t`; the least is tak
   interval, and w depends on the grants; so begin with what is free at the start, compute w, look at the interval, and repeat
   until nothing changes. Grants only fall, so w only grows and it ends.
 * cut1 > 0 needs the device for the whole interval; while it is taken, only cut1 = 0 is tried. That, too, only goes one way.
+* On an edge with a task that was moved to a later start too often (`MOVES_BORNE`), no start before that task's is a
+  candidate; its start is one.
 * A device that announced a limit of its own link has one more timeline: the grant on link 1 is the least free on both.
 * Only ends *on the same edge or device* are candidate starts. Let s be an end elsewhere, and s' < s the last instant before
   it at which something was freed here, or now. Between s' and s what is free here only falls, so it is least over [s', s + w)
@@ -225,7 +227,8 @@ class Algorithm:
                 timeline = account.timeline
                 at = i if i >= 0 else bisect_right(timeline.times, now) - 1
                 choice = None
-                if family == DEVICE_CLOUD or timeline.slots[at] > 0:
+                turn = account.turn_s() if account.first_served else now
+                if start >= turn and (family == DEVICE_CLOUD or timeline.slots[at] > 0):
                     choice = self._at(account, kind, family, start, at, device_computes, best_value, full, tried)
                     if choice is not None:
                         found = start - now + choice.delay_s
@@ -235,8 +238,11 @@ class Algorithm:
                             continue  # with all it may have: no later start is better
                 if not delayed:
                     continue
-                following, at = _next_start(timeline, family, at, best_value - full[0] + now)
-                if ends:
+                if start < turn:
+                    following, at = turn, bisect_right(timeline.times, turn) - 1
+                else:
+                    following, at = _next_start(timeline, family, at, best_value - full[0] + now)
+                if ends and start >= turn:
                     later = bisect_right(ends, start)
                     if later < len(ends) and ends[later] < following:
                         following = ends[later]
@@ -290,6 +296,8 @@ class Algorithm:
     def at(self, option: EdgeOption, family: int, start_s: float, *, device_computes: bool = True) -> Choice | None:
         """One pair at one start, with the largest grants that fit during the whole interval; None if it cannot be."""
         account, search, b1, b2 = option
+        if start_s < account.turn_s():
+            return None
         kind = EdgeKind(search, b1, b2, account.slots >= 1, (account,))
         i = bisect_right(account.timeline.times, start_s) - 1
         return self._at(account, kind, family, start_s, i, device_computes, self.deadline_s - self.now, None, [])

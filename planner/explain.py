@@ -204,6 +204,9 @@ def _lacked(
     if family != DEVICE_EDGE and option.search.costs.cloud is None:
         return "no cloud runs the model"
     slots, free1, free2 = timeline.at(now)
+    if account.turn_s() > now:
+        first = account.first_served[-1][2]
+        lacks.append(f"its turn ({first.task_id} was moved to a later start {first.moves} times, and goes first)")
     if family != DEVICE_CLOUD and slots < 1:
         lacks.append(f"a slot ({account.slots} taken)" if account.slots else "a slot (it has none)")
     if free1 < option.max_link1_bps:

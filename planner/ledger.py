@@ -23,6 +23,8 @@ FOREVER: Final = float("inf")
 LONG_AGO: Final = float("-inf")
 UNLIMITED_BPS: Final = 1 << 62
 """What is free on the link of a device that announced no limit of its own."""
+MOVES_BORNE: Final = 10
+"""A scheduled task that was moved to a later start so often has waited enough: no other task is put before it on its edge."""
 SHORTEST_S: Final = 1e-6
 """A reservation is never shorter, so that whatever runs is seen to hold something."""
 
@@ -38,6 +40,7 @@ class Reservation:
         "length_s",
         "link1_bps",
         "link2_bps",
+        "moves",
         "running",
         "sender",
         "seq",
@@ -72,6 +75,12 @@ class Reservation:
         self.link1_bps = link1_bps
         self.link2_bps = link2_bps
         self.running = False
+        self.moves = 0  # to a later start
+
+    @property
+    def first_served(self) -> bool:
+        """Whether other tasks are put behind it on its edge."""
+        return self.moves >= MOVES_BORNE and not self.running
 
     @property
     def key(self) -> tuple[float, int]:
@@ -183,7 +192,16 @@ class Timeline:
 class EdgeAccount:
     """One edge: its capacities (8)-(10), what is reserved there, and its timeline."""
 
-    __slots__ = ("link1_capacity_bps", "link2_capacity_bps", "name", "queue", "reservations", "slots", "timeline")
+    __slots__ = (
+        "first_served",
+        "link1_capacity_bps",
+        "link2_capacity_bps",
+        "name",
+        "queue",
+        "reservations",
+        "slots",
+        "timeline",
+    )
 
     def __init__(self, name: str, slots: int, link1_capacity_bps: int, link2_capacity_bps: int) -> None:
         self.name = name
@@ -192,7 +210,12 @@ class EdgeAccount:
         self.link2_capacity_bps = link2_capacity_bps
         self.reservations: dict[str, Reservation] = {}  # by task
         self.queue: list[Queued] = []  # those not running yet, by (start, sequence)
+        self.first_served: list[Queued] = []  # those of the queue that no other task is put before
         self.timeline = Timeline(slots, link1_capacity_bps, link2_capacity_bps)
+
+    def turn_s(self) -> float:
+        """No task that is placed now starts before this."""
+        return self.first_served[-1][0] if self.first_served else LONG_AGO
 
     def resize(self, slots: int, link1_capacity_bps: int, link2_capacity_bps: int) -> None:
         """Take on other capacities, at every instant."""
@@ -301,6 +324,8 @@ class Ledger:
             account.timeline.take(r, now)
             if not r.running:
                 insort(account.queue, (r.start_s, r.seq, r))
+                if r.first_served:
+                    insort(account.first_served, (r.start_s, r.seq, r))
         self._book_device(r, now)
 
     def _book_device(self, r: Reservation, now: float) -> None:
@@ -356,6 +381,7 @@ class Ledger:
         if device is not None:
             device.give(r)
         self._unqueue(r)
+        r.moves += account is not None and start_s > r.start_s
         r.start_s, r.end_s = start_s, start_s + r.length_s
         self._queue(r)
         if account is not None:
@@ -408,6 +434,8 @@ class Ledger:
         item = (r.start_s, r.seq, r)
         if r.edge is not None:
             insort(self.edges[r.edge].queue, item)
+            if r.first_served:
+                insort(self.edges[r.edge].first_served, item)
         if r.device is not None:
             insort(self.devices[r.device].queue, item)
 
@@ -416,6 +444,9 @@ class Ledger:
         if r.edge is not None:
             queue = self.edges[r.edge].queue
             del queue[bisect_left(queue, item)]
+            if r.first_served:
+                queue = self.edges[r.edge].first_served
+                del queue[bisect_left(queue, item)]
         if r.device is not None:
             queue = self.devices[r.device].queue
             del queue[bisect_left(queue, item)]
@@ -444,6 +475,8 @@ class Ledger:
                 for account in (self.edges.get(r.edge or ""), self.devices.get(r.device or ""))
                 if account is not None
             ]
+            if r.edge is not None and ((r.start_s, r.seq, r) in self.edges[r.edge].first_served) != r.first_served:
+                raise InvariantError(f"{r} is served first, or is not, against its {r.moves} moves")
             if any(known == r.running for known in queued):
                 raise InvariantError(f"{r} stands in a queue, or does not, against its state")
         booked = sum(len(account.reservations) for account in self.edges.values())

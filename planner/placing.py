@@ -296,7 +296,8 @@ class Placing(Reach):
         )
         if good and option is not None:
             good = (
-                1 <= choice.link1_bps <= option.max_link1_bps
+                choice.start_s >= option.account.turn_s()
+                and 1 <= choice.link1_bps <= option.max_link1_bps
                 and 0 <= choice.link2_bps <= option.max_link2_bps
                 and option.account.timeline.fits(
                     choice.start_s, end, int(choice.cut1 != choice.cut2), choice.link1_bps, choice.link2_bps

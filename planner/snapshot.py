@@ -46,7 +46,7 @@ class Image:
                 task.waiting_since_s,
                 task.placed,
                 task.avoided,
-                None if (r := reservations.get(task.task_id)) is None else (r.start_s, r.end_s),
+                None if (r := reservations.get(task.task_id)) is None else (r.start_s, r.end_s, r.moves),
             )
             for task in region.tasks.values()
         ]
@@ -85,6 +85,7 @@ class Image:
                 "avoided": avoided,
                 "start_s": None if held is None else held[0],
                 "end_s": None if held is None else held[1],
+                "moves": 0 if held is None else held[2],
             }
             placed_text = b"null" if placed is None else placed.__pydantic_serializer__.to_json(placed)
             submitted_text = submitted.__pydantic_serializer__.to_json(submitted, exclude_none=True)
@@ -163,6 +164,7 @@ def _restore_task(region: RegionState, entry: dict[str, Any]) -> None:
     task.placed = Placed.model_validate(entry["placed"])
     r = reservation_of(task, task.placed)
     r.start_s, r.end_s, r.running = entry["start_s"], entry["end_s"], task.state is TaskState.RUNNING
+    r.moves = entry.get("moves", 0)
     region.ledger.reserve(r, region.now_s)
     if r.running:
         region._running += 1

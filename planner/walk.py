@@ -8,6 +8,9 @@ cuts and grants stay.
 A task that is put elsewhere in time also leaves its device to others at other times, and these may stand on other edges; so
 what comes after it in the order is walked there as well. What does not change is not touched.
 
+Usually a task that needs little may slip in before one that needs much. Where overruns let this happen again and again, the
+one that needs much would never start; so after `MOVES_BORNE` moves to a later start no task is put before it on its edge.
+
 When resources were only given back, no task moves to a later start, and `pull` finds the same result for less work. When
 something ended exactly when it was predicted to, only the tasks that are due now are looked at.
 
@@ -189,6 +192,19 @@ class _EdgeRoom:
         self._timeline = account.timeline
         self._own = False
         self._floors = _Floors(now)
+        self._first_served = account.first_served
+        self._passed = 0  # so many of them are before the task that is looked at
+        self._turn_s = LONG_AGO  # the latest start of those
+
+    def pass_to(self, r: Reservation, starts: Mapping[str, float | None]) -> None:
+        """`r` is put behind those before it that no other task is put before."""
+        queue, key = self._first_served, r.key
+        while self._passed < len(queue) and queue[self._passed][:2] < key:
+            other = queue[self._passed][2]
+            start = starts.get(other.task_id, other.start_s)
+            if start is not None:
+                self._turn_s = max(self._turn_s, start)
+            self._passed += 1
 
     def earliest(self, r: Reservation, begin: float, limit: float) -> float:
         """The first instant at which `r` fits until `begin`, where it may stand already; FOREVER: never.
@@ -197,6 +213,8 @@ class _EdgeRoom:
         """
         needs = _of_edge(r)
         floor = self._floors.of(needs)
+        if self._turn_s > floor:
+            return self.first(r, self._turn_s, begin, limit)  # proves nothing of the instants before
         found = self.first(r, floor, begin, limit)
         if found > floor:
             self._floors.learn(needs, found)
@@ -285,6 +303,8 @@ class _Room:
         device = None if r.device is None else self._device(r.device)
         if device is not None:
             device.pass_to(r, self._starts)
+        if edge is not None:
+            edge.pass_to(r, self._starts)
         start = self._now if edge is None else edge.earliest(r, begin, limit)
         if device is None or start >= limit:
             return start

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 
 from planner.algorithm import EVERY_FAMILY, Choice, EdgeOption, Request
-from planner.ledger import SHORTEST_S, Ledger, Reservation
+from planner.ledger import MOVES_BORNE, SHORTEST_S, Ledger, Reservation
 from planner.search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, CutSearch, Found, exhaustive
 
 Search = Callable[[CutSearch, int, int, int, Request, bool], Found | None]
@@ -58,7 +58,8 @@ def place(
 ) -> Choice | None:
     """Lines 4-18 of Algorithm 1, with reservations that fit their whole interval, and end by the deadline."""
     reservations = list(ledger.reservations.values())
-    known = sorted({now, *(r.end_s for r in reservations if r.end_s > now)})
+    turns = {name: _turn(reservations, name) for name in ledger.edges}
+    known = sorted({now, *(r.end_s for r in reservations if r.end_s > now), *(t for t in turns.values() if t > now)})
     best: tuple[float, float, int, str, int, int] | None = None
     opt: Choice | None = None
     for start in known:
@@ -69,6 +70,8 @@ def place(
             if not delayed and family != DEVICE and start > now:
                 continue
             if family == DEVICE and not (device_computes and request.alone):
+                continue
+            if option is not None and start < turns[option.account.name]:
                 continue
             own = (device, ledger.own_links.get(device))
             choice = _arrange(request, reservations, own, family, option, start, device_computes, search)
@@ -135,6 +138,12 @@ def _arrange(
 
 def _device_free(reservations: list[Reservation], device: str, start: float, end: float) -> bool:
     return not any(r.computes and r.sender == device and r.start_s < end and r.end_s > start for r in reservations)
+
+
+def _turn(reservations: list[Reservation], edge: str) -> float:
+    """When the last of an edge's tasks starts that no other is put before."""
+    starts = [r.start_s for r in reservations if r.edge == edge and not r.running and r.moves >= MOVES_BORNE]
+    return max(starts, default=-float("inf"))
 
 
 def _most_sent(reservations: list[Reservation], device: str, start: float, end: float) -> int:

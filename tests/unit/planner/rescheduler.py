@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.ledger import EdgeAccount, Ledger, Reservation
+from planner.ledger import MOVES_BORNE, EdgeAccount, Ledger, Reservation
 
 NEVER = float("inf")
 
@@ -27,8 +27,11 @@ def first_instants(ledger: Ledger, now: float) -> list[tuple[str, float | None]]
     reservations = list(ledger.reservations.values())
     held = [Held(r, -NEVER, r.end_s) for r in reservations if r.running]
     changed: list[tuple[str, float | None]] = []
+    turns: dict[str | None, float] = {}  # edge: the start of the last task so far that no other is put before
     for r in sorted((r for r in reservations if not r.running), key=lambda r: (r.start_s, r.seq)):
-        start = first_instant(ledger, r, held, now)
+        start = first_instant(ledger, r, held, max(now, turns.get(r.edge, now)))
+        if start is not None and r.edge is not None and r.moves >= MOVES_BORNE:
+            turns[r.edge] = max(start, turns.get(r.edge, start))
         if start is not None:
             held.append(Held(r, start, start + r.length_s))
         if start != r.start_s or start <= now:

@@ -24,17 +24,17 @@ SEEDS = 2
 TASKS = 150
 
 RECORDED = {
-    ("deepar", "sequential"): "c5607738759e92fe66d4fddcac4325bd1824410c609987cf82a1a295083bfb0f",
-    ("deepar", "pipelined"): "44dc1695992b3ee595dc4bc9f4546aeb7c4e9b8d51c237a7b4a13e65ca0666a7",
+    ("deepar", "sequential"): "30186cce3c0eeca78b21a9d77ae2a151d2d68169ade0e8d528b8f41395656d0f",
+    ("deepar", "pipelined"): "9448adb60c61c7951e3b9371e7d01ada898cd7c9c72a2fd6ee3e463fa29000d5",
     ("no-delay", "sequential"): "181c89030969ea2072343374db1b593e1941ba066044d996d0da45cba201e3a7",
     ("no-delay", "pipelined"): "55d8208d429fd985c9152dd7935f861c759a6b2077050ba59e149fa385aabf6e",
     ("device-only", "sequential"): "f04af88c5cce458d36b91a4f8f1d1858608892f405a523dd87be2dc39c3de6b4",
     ("device-only", "pipelined"): "bc2b9e56cd074d48ff758d23d8cb3ea16da0378751230c492d4587dc413dffde",
-    ("edge-only", "sequential"): "d2cb7995bf2b8e764df5247c65920e594597d9236257f3fcbc0eaa5271789be2",
-    ("edge-only", "pipelined"): "bb79d28680c2d03fbf57bfe86fc5891626787c654f4f7f6e4c0e5de170a91d27",
-    ("cloud-only", "sequential"): "6d4cb1e0859d8ff5260d88a59ebb5d6d9a290ebd6a7a67b978456537dfcc3a5a",
-    ("cloud-only", "pipelined"): "d606e16fcacedfc8cb4bf704dcccad7a237f7d337f349123616445b9bba59d3d",
-    ("neurosurgeon", "sequential"): "7f0b8403dfe0552ea26f28352839c5036583fa5790a1fd4d7577e92e003e5704",
+    ("edge-only", "sequential"): "72618631e0439d8c59021c114404e47f7062777ff66d6089e3e62f5c5cec75b1",
+    ("edge-only", "pipelined"): "b792043ad38ec96389ac954b7b2b01f99e45f8a61d67459aef5aa0124d015e6b",
+    ("cloud-only", "sequential"): "3b2c060462168fcf536135d53cd733d633ba0bf0580eb6303c3e5e7ba47d63d3",
+    ("cloud-only", "pipelined"): "e0e44ffe28dc9301ce3cd84aa11c8ccb08ce037b611bb51c2e6a0c2d948853b5",
+    ("neurosurgeon", "sequential"): "3f739233f83134660669b0e98017e5d9891785a916feb3cc483bc2ce009f1f46",
     ("neurosurgeon", "pipelined"): "711145e46419c03c97c67a269acea448c9a48a3aa3ad0a4843bc998c6d446268",
 }
 
