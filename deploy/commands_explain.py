@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,6 +125,8 @@ def explanation_json(found: Explanation) -> dict[str, Any]:
             for c in found.candidates
         ],
         "waited_for": list(found.waited_for),
+        "waits_for": list(found.waits_for),
+        "waiting_since_s": found.waiting_since_s,
         "story": list(found.story),
     }
 
@@ -141,13 +143,24 @@ def _cut_names(where: Placement) -> str:
     return cut_column(where.kind, where.cut1_name, where.cut2_name)
 
 
+def _any_of(names: Sequence[str]) -> str:
+    return ", or ".join(names) or "a node that it may use"
+
+
 def show(found: Explanation, console: Console) -> None:
     """The explanation for a terminal."""
     console.print(f"[bold]{found.task_id}[/] is {found.state}", highlight=False)
     for line in found.story:
         console.print(f"  {line}", highlight=False)
+    if found.waiting_since_s is not None and found.waiting_s is not None:
+        console.print(
+            f"It waits for {_any_of(found.waits_for)}, since {format_moment(found.waiting_since_s, 3)} "
+            f"({format_seconds(found.waiting_s)} before the last record).",
+            highlight=False,
+        )
     if found.decided is None:
-        console.print("It was never placed.", highlight=False)
+        waited = f" It waited for {_any_of(found.waits_for)}." if found.waits_for and found.waiting_s is None else ""
+        console.print(f"It was never placed.{waited}", highlight=False)
         return
     table = Table(
         title=f"Candidates at {format_moment(found.decided_at_s or 0.0, 3)}, best start of each",

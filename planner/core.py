@@ -203,7 +203,10 @@ class PlannerCore(Membership):
                 detail = f"{device} has not come back for {self.patience_s:g} s"
                 self._end(task, TaskState.FAILED, now, cause="device_lost", detail=detail)
             else:
-                self._end(task, TaskState.FAILED, now, cause="no_node", detail="nothing joined that it may use")
+                self._end(task, TaskState.FAILED, now, cause="no_node", detail=self._waited_for(task))
+
+    def _waited_for(self, task: Task) -> str:
+        return f"waited for {', or '.join(self.missing(task.submitted)) or 'a node that it may use'}"
 
     # --- what follows from a change ----------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from bus.errors import UnknownNameError
-from bus.messages import Admitted, Decision, Ended, Moved, Overran, Placed, Retried, Start, TaskSubmitted
+from bus.messages import Admitted, Decision, Ended, Moved, Overran, Placed, Retried, Start, TaskState, TaskSubmitted
 from bus.units import format_moment, format_rate, format_seconds
 from bus.values import Placement, Role
 from planner.algorithm import Algorithm, Choice, EdgeOption, Request, placement_of
@@ -44,6 +44,9 @@ class Explanation:
     decided_at_s: float | None  # ledger time of it
     candidates: tuple[Candidate, ...]  # best first; empty without a placement
     waited_for: tuple[str, ...]  # what its start waited for, in words
+    waits_for: tuple[str, ...]  # what would have to join, in words, when it was last WAITING; any of them may do
+    waiting_since_s: float | None  # ledger time of when it became WAITING; None: it does not wait
+    waiting_s: float | None  # since then, until the last record; None: it does not wait
     story: tuple[str, ...]  # what happened to it since it was submitted, in order
 
 
@@ -67,6 +70,9 @@ def explain(decisions: Iterable[Decision], task_id: str, core: PlannerCore | Non
     placed_at_s: float | None = None
     candidates: tuple[Candidate, ...] = ()
     waited_for: tuple[str, ...] = ()
+    waits_for: tuple[str, ...] = ()
+    since_s: float | None = None
+    waiting_s: float | None = None
     story: list[str] = []
     for decision in decisions:
         if core.region != decision.region:
@@ -92,10 +98,26 @@ def explain(decisions: Iterable[Decision], task_id: str, core: PlannerCore | Non
         core.settled(decision.now_s)
         task = core.tasks.get(task_id)
         ended = core.ended.get(task_id)
+        waits = task is not None and task.state is TaskState.WAITING
+        since_s, waiting_s = None, None
+        if task is not None and waits:
+            waits_for = core.missing(task.submitted)
+            since_s, waiting_s = task.waiting_since_s, decision.now_s - task.waiting_since_s
         state = task.state.value if task is not None else ended.value if ended is not None else state
     if submitted is None:
         raise UnknownNameError(f"no decision is about a task called {task_id}")
-    return Explanation(task_id, state, placed, placed_at_s, candidates, waited_for, tuple(story))
+    return Explanation(
+        task_id=task_id,
+        state=state,
+        decided=placed,
+        decided_at_s=placed_at_s,
+        candidates=candidates,
+        waited_for=waited_for,
+        waits_for=waits_for,
+        waiting_since_s=since_s,
+        waiting_s=waiting_s,
+        story=tuple(story),
+    )
 
 
 def _promised_s(core: PlannerCore, task_id: str) -> float | None:

@@ -54,6 +54,32 @@ class Reach(RegionState):
             reached = self._without(reached, avoid, device)
         return Request(submitted, reached, self.ledger.devices.get(submitted.device), self.objective)
 
+    def missing(self, submitted: TaskSubmitted) -> tuple[str, ...]:
+        """What would have to join for a task that waits, in words; of more than one, any may do."""
+        name, model = submitted.device, submitted.model
+        device = self.nodes.get(name)
+        if device is None:
+            return (f"device {name} to join",)
+        if device.draining:
+            return (f"device {name}, which drains, to join again",)
+        row = device.rows.get(model)
+        if row is None:
+            return ()
+        found = []
+        staying = [cloud for cloud in self._cloud_names if not self.nodes[cloud].draining]
+        if not staying:
+            found.append("a cloud to join")
+        elif self._cloud_row(model, row.sha256) is None:
+            found.append(f"a cloud that runs {model} ({', '.join(staying)} {'do' if staying[1:] else 'does'} not)")
+        reachable = device.announced.reachable_edges
+        names = self._edge_names if reachable is None else sorted(set(reachable))
+        there = [edge for edge in names if edge in self._edge_names and not self.nodes[edge].draining]
+        if not there:
+            found.append("an edge to join" if reachable is None else f"one of the edges {', '.join(names)} to join")
+        elif all(self._row(edge, model, row.sha256) is None for edge in there):
+            found.append(f"an edge that runs {model} ({', '.join(there)} {'do' if there[1:] else 'does'} not)")
+        return tuple(found)
+
     def _reach(self, device: Node, row: PlatformRow) -> Reached:
         """What a device can use for one model; kept until a node joins or is lost."""
         announced = device.announced

@@ -5,11 +5,11 @@ import re
 import pytest
 
 from bus.errors import UnknownNameError
-from bus.messages import Decision, Ended, Placed, TaskState
+from bus.messages import Decision, Ended, NodeAnnounced, Placed, TaskState
 from bus.units import parse_duration
-from planner.core import Event, PlannerCore
+from planner.core import Event, PlannerCore, Tick
 from planner.explain import explain
-from tests.unit.planner.scenes import World, completed, device, edge, task
+from tests.unit.planner.scenes import World, cloud, completed, device, edge, task
 
 
 def records(*events: Event, policy: str = "deepar") -> list[Decision]:
@@ -118,3 +118,39 @@ def test_the_devices_own_link_is_said_to_be_lacked_and_waited_for() -> None:
     found = explain(log, "t2")
     assert "the device's own link (none free of 20 Mbps wanted)" in found.candidates[0].lacked
     assert found.waited_for == ("t1 to end on e1",)
+
+
+@pytest.mark.parametrize(
+    ("policy", "nodes", "waits_for"),
+    [
+        ("cloud-only", [edge(), device("d1")], ("a cloud to join",)),
+        ("cloud-only", [edge(), cloud(draining=True), device("d1")], ("a cloud to join",)),
+        ("cloud-only", [edge(), cloud(models=()), device("d1")], ("a cloud that runs m (c1 does not)",)),
+        ("edge-only", [cloud(), device("d1")], ("an edge to join",)),
+        ("edge-only", [cloud(), device("d1", reachable_edges=("e7", "e8"))], ("one of the edges e7, e8 to join",)),
+        ("deepar", [edge()], ("device d1 to join",)),
+        ("deepar", [edge(), device("d1", draining=True)], ("device d1, which drains, to join again",)),
+    ],
+)
+def test_a_task_that_waits_says_for_what_and_since_when(
+    policy: str, nodes: list[NodeAnnounced], waits_for: tuple[str, ...]
+) -> None:
+    events: list[Event] = [*nodes, task("t1", "d1"), edge("e9", models=(), incarnation="late")]
+    found = explain(records(*events, policy=policy), "t1")
+    assert found.state == TaskState.WAITING
+    assert found.waiting_since_s == pytest.approx(0.01 * len(nodes))
+    if policy != "edge-only" or "d1 to" in waits_for[0] or "e7" in waits_for[0]:
+        assert found.waits_for == waits_for
+    else:  # the last edge that joined does not run it
+        assert found.waits_for == ("an edge that runs m (e9 does not)",)
+    assert found.waiting_s == pytest.approx(0.01)
+    assert found.decided is None
+
+
+def test_a_task_that_found_nothing_fails_with_what_it_waited_for() -> None:
+    core = PlannerCore(0, "cloud-only", patience_s=60.0)
+    for event in (edge(lease_s=1e6), device("d1", lease_s=1e6), task("t1", "d1")):
+        core.handle(event, 0.0)
+    (ended,) = core.handle(Tick(), 61.0)
+    assert isinstance(ended, Ended)
+    assert (ended.cause, ended.detail) == ("no_node", "waited for a cloud to join")

@@ -16,7 +16,7 @@ from bus.messages import Moved, Start, TaskState
 from bus.values import Objective
 from planner import core
 from planner.core import MOVES_A_CHANGE, PlannerCore
-from planner.ledger import Ledger, Reservation
+from planner.ledger import MOVES_BORNE, Ledger, Reservation
 from planner.walk import pull, walk
 from tests.unit.planner.rescheduler import first_instants
 from tests.unit.planner.scenes import MBPS, World, cloud, completed, device, edge, only, profile, task
@@ -105,6 +105,7 @@ def crowded(rng: random.Random, tasks: int, devices: int, *, alike: bool) -> Led
         device_name = f"d{rng.randrange(devices)}" if edge_name is None or rng.random() < 0.8 else None
         computes = edge_name is None or rng.random() < 0.7
         r = Reservation(f"t{seq}", seq, edge_name, device_name, NEVER_YET, length, *needs, computes=computes)
+        r.moves = MOVES_BORNE if rng.random() < 0.1 else 0  # some are served first
         ledger.reserve(r, 0.0)
         (start,) = [start for task_id, start in first_instants(ledger, 0.0) if task_id == r.task_id]
         assert start is not None
