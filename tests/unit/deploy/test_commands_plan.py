@@ -15,7 +15,8 @@ from deploy.commands_explain import explain
 from deploy.commands_plan import plan
 from planner.core import PlannerCore
 from planner.profiles import load_profile
-from tests.unit.planner.scenes import World
+from tests.unit.planner.scenes import World, device, edge, task
+from tests.unit.planner.test_explain import records
 
 app = typer.Typer()
 app.command("plan")(plan)
@@ -125,3 +126,14 @@ def test_explain_refuses_what_is_no_dump(tmp_path: Path, dump: tuple[Path, World
         run("explain", "t1", "--from", str(tmp_path / "none"))
     with pytest.raises(UnknownNameError, match="t999"):
         run("explain", "t999", "--from", str(dump[0]))
+
+
+def test_explain_says_what_a_task_waits_for_and_since_when(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    waiting = records(edge(), device("d1"), task("t1", "d1"), device("d2"), policy="cloud-only")
+    path.write_text("\n".join(decision.model_dump_json() for decision in waiting))
+    shown = " ".join(run("explain", "t1", "--from", str(path)).split())
+    assert "It waits for a cloud to join, since" in shown
+    assert "10 ms before the last record" in shown
+    found = json.loads(run("explain", "t1", "--from", str(path), "--json"))
+    assert (found["state"], found["waits_for"], found["waiting_since_s"]) == ("WAITING", ["a cloud to join"], 0.02)
