@@ -5,6 +5,7 @@ simulation against life.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -375,7 +376,9 @@ def _print_claims(console: Console, result: FigureResult) -> None:
         console.print(table)
     if not result.claims:
         for point in result.series:
-            console.print(f"{point['x']}  {point['policy']}: {format_seconds(point['mean_delay_s'])}")
+            mean_s = point["mean_delay_s"]
+            delay = format_seconds(mean_s) if math.isfinite(mean_s) else "no task completed"
+            console.print(f"{point['x']}  {point['policy']}: {delay}")
     for note in result.notes:
         console.print(f"note: {note}", style="dim", markup=False)
     for path in result.files:

@@ -113,6 +113,8 @@ def test_a_policy_that_completes_nothing_is_said_and_is_null_in_json(
     found = json.loads(result.stdout)
     assert {point["mean_delay_s"] for point in found["series"] if point["policy"] == "idle_policy:Idle"} == {None}
     assert any("idle_policy:Idle: 1200 of 1200 tasks did not complete" in note for note in found["notes"])
+    printed = CliRunner().invoke(commands_simulate.app, arguments).output
+    assert "20  idle_policy:Idle: no task completed" in printed
 
 
 def test_a_plain_figure_has_no_claims_inside(tmp_path: Path) -> None:
