@@ -138,6 +138,10 @@ class DecisionFold:
             self.joined[change["node"]["node"]] = change["node"]
         elif kind == "node_lost":
             self._lose(change, seq)
+        elif kind == "moved":
+            self._move(change, seq)
+        elif kind == "circuit_changed":
+            pass  # it says where the planner will rather not place tasks: nothing is held or freed
         elif task_id not in self._admitted or task_id in self.ends:
             self._say(f"decision {seq}: {kind} for {task_id}, which is {'over' if task_id in self.ends else 'unknown'}")
         elif kind == "retried":
@@ -171,6 +175,16 @@ class DecisionFold:
         if change["device"] not in self.joined:
             self._say(f"decision {seq} starts {task_id} on {change['device']}, which is not there")
         self.running[task_id] = _holding(placement)
+
+    def _move(self, change: Json, seq: int) -> None:
+        """Only what is placed and has not started can get another start."""
+        for task_id in change["task_ids"]:
+            if task_id in self.running or task_id not in self._placed:
+                self._say(
+                    f"decision {seq} moves {task_id}, which {'runs' if task_id in self.running else 'has no place'}"
+                )
+        if len(change["starts_s"]) != len(change["task_ids"]):
+            self._say(f"decision {seq} moves {len(change['task_ids'])} tasks to {len(change['starts_s'])} starts")
 
     def _end(self, change: Json, seq: int) -> None:
         task_id = change["task_id"]

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import msgpack
 import numpy as np
 import pytest
 
 from bus.frames import Frame, encode_frame
-from bus.messages import DatasetInput, TaskSubmitted
+from bus.messages import Change, DatasetInput, TaskSubmitted
 from bus.tensors import to_pieces
 from loadgen.live_answers import Answers
 from loadgen.live_oracle import DecisionFold, frame_head, judge, results_of
@@ -82,16 +82,29 @@ def retried(task: str, attempt: int) -> Json:
     return {"type": "retried", "task_id": task, "attempt": attempt, "cause": "node_lost"}
 
 
+def moved(*tasks: str) -> Json:
+    return {"type": "moved", "task_ids": list(tasks), "starts_s": [9.0 for _ in tasks]}
+
+
+def overran(task: str) -> Json:
+    return {"type": "overran", "task_id": task, "attempt": 1, "from_s": 1.0, "to_s": 2.0}
+
+
+def circuit(node: str) -> Json:
+    return {"type": "circuit_changed", "node": node, "failures": 1, "until_s": None}
+
+
 def honest() -> list[Json]:
-    """Two tasks at once, one of them through a loss of its edge."""
+    """Two tasks at once, one of them through a loss of its edge. It has a change of every type."""
+    returned = EDGE | {"node": EDGE["node"] | {"incarnation": "i2"}}
     return [
         opened(1, "a"),
         decision(1, [joined("d1"), EDGE]),
         decision(2, [admitted("t1"), *placed("t1"), start("t1")]),
-        decision(3, [admitted("t2"), *placed("t2"), start("t2")]),
+        decision(3, [admitted("t2"), *placed("t2"), start("t2"), overran("t1")]),
         decision(4, [ended("t1")]),
-        decision(5, [retried("t2", 2), lost("e1")]),
-        decision(6, [EDGE | {"node": EDGE["node"] | {"incarnation": "i2"}}, *placed("t2", 2), start("t2", 2)]),
+        decision(5, [retried("t2", 2), lost("e1"), circuit("e1")]),
+        decision(6, [returned, *placed("t2", 2), moved("t2"), start("t2", 2)]),
         decision(7, [ended("t2", 2)]),
     ]
 
@@ -112,6 +125,12 @@ def test_an_honest_log_has_no_violation_and_everything_is_known() -> None:
     assert fold.attempts == {"t1": 1, "t2": 2}
     assert fold.retries == {"node_lost": 1}
     assert fold.running == {}
+
+
+def test_the_honest_log_has_a_change_of_every_type() -> None:
+    """A new type of change must be judged here, too, or be known to hold and free nothing."""
+    types = {get_args(kind.model_fields["type"].annotation)[0] for kind in get_args(get_args(Change)[0])}
+    assert {change["type"] for message in honest()[1:] for change in message["changes"]} == types
 
 
 def in_parts(whole: Json, *, lacks: int | None = None) -> list[Json]:
@@ -174,6 +193,11 @@ WRONG: dict[str, Mistake] = {
     "which is over": insert(5, decision(5, [ended("t1")])),
     "which is unknown": insert(5, decision(5, [start("t9")])),
     "starts t2, which runs": insert(4, decision(4, [start("t2")])),
+    "moves t2, which runs": insert(4, decision(4, [moved("t2")])),
+    "moves t1, which has no place": insert(5, decision(5, [moved("t1")])),
+    "moves 1 tasks to 0 starts": replaced(
+        6, decision(6, [EDGE, *placed("t2", 2), moved("t2") | {"starts_s": []}, start("t2", 2)])
+    ),
     "which has no place": replaced(2, decision(2, [admitted("t1"), start("t1")])),
     "on d1, which is not there": replaced(1, decision(1, [EDGE])),
     "not the present one": replaced(6, decision(6, [EDGE, *placed("t2", 1), start("t2", 1)])),
