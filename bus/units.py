@@ -24,7 +24,7 @@ _TIME_UNITS = (
 )
 """From which value on a unit is used, and its size: largest first."""
 
-_LARGEST = 1e18
+_LARGEST = 1e15
 """Of any quantity, in its smallest unit: more is a slip of the finger, and too much for the arithmetic."""
 
 

@@ -10,4 +10,6 @@ def first_fault(error: ValidationError, *within: str) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in (*within, *first["loc"]))
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "string_pattern_mismatch":
+        message = "holds a character that a name may not have: letters and digits, then also _ and -, no blanks"
     return f"{where}: {message}" if where else message

@@ -57,9 +57,13 @@ def read_dump(path: Path, region: int) -> Iterator[Decision]:
     Raises `ConfigError` for a file that is not one.
     """
     log = DecisionLog(joins=True)
-    if not path.is_file():
-        raise ConfigError(f"--from {path}: no such file")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--from {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--from {path}: not a text file") from None
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:

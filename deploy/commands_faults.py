@@ -25,6 +25,7 @@ from deploy.nodes import create_missing_topics
 from deploy.options import AsJson
 from deploy.outputs import writable_folder
 from deploy.process import EXIT_FAILED, EXIT_MISSED, run_on_uvloop
+from deploy.settings import lease_of
 from loadgen.live_chaos import LiveChaos, Load
 from loadgen.live_faults import FLOW_AIM_S, Fault, Findings, Pace, parse_faults
 from loadgen.replay import utc_now
@@ -87,8 +88,8 @@ def chaos(
         planners=planners,
         devices=devices,
         edges=edges,
-        lease_s=parse_duration(lease, "--lease"),
-        planner_lease_s=parse_duration(planner_lease, "--planner-lease"),
+        lease_s=lease_of(lease),
+        planner_lease_s=lease_of(planner_lease, "--planner-lease"),
     )
     pace = Pace(
         stop_s=parse_duration(stop_for, "--stop-for"),

@@ -23,6 +23,7 @@ from deploy.options import AsJson, BootstrapFromEnv
 from deploy.outputs import writable_folder
 from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSED
 from deploy.replay_run import ReplayRun, print_summary
+from deploy.settings import node_name
 from loadgen import arrivals, report, schedule
 from loadgen.metrics import Threshold
 from loadgen.replay import utc_now
@@ -153,9 +154,9 @@ def replay(
 
     wait_s = parse_duration(drain_timeout, "--drain-timeout")
     submit_s = parse_duration(submit_timeout, "--submit-timeout")
-    make(["d1"])  # what is wrong with the flags is said before anything is connected
+    named = None if devices is None else [node_name(name.strip(), "--devices") for name in devices.split(",")]
+    make(named or ["d1"])  # what is wrong with the flags is said before anything is connected
     folder = writable_folder("--out", out or Path(f"runs/replay-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}"))
-    named = None if devices is None else [name.strip() for name in devices.split(",")]
     bus = signed(kafka_bus(bootstrap_servers, delivery_timeout_s=submit_s), submitter_of(identity_key))
     needed = frozenset(mix.models if schedule_file is None else ())
     run = ReplayRun(bus, region, named, needed, make, wait_s, log)

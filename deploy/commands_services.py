@@ -30,7 +30,9 @@ from deploy.settings import (
     NodeOptions,
     Served,
     ServedModel,
+    lease_of,
     load_settings,
+    node_name,
     options_of,
 )
 from planner.placing import WhenLate
@@ -145,7 +147,7 @@ def planner(
     Example: `deepar planner --policy neurosurgeon --http-port 9100`
     """
     bus = nodes.kafka_bus(bootstrap_servers)
-    lease_s, patience_s = parse_duration(lease, "--lease"), parse_duration(patience, "--patience")
+    name, lease_s, patience_s = node_name(name, "--name"), lease_of(lease), parse_duration(patience, "--patience")
     master = master_of(identity_master)
     if master is not None and trust_everybody:
         raise ConfigError("--trust-everybody and --identity-master exclude each other")
@@ -315,7 +317,7 @@ def cloud(
 def _run_stage(options: NodeOptions, flags: StageFlags, results: Path | None = None) -> None:
     from deploy.runners import make_runner  # not at the top: the runtime of the models takes long to import
 
-    settings = nodes.node_settings(options, region=flags.region, lease_s=parse_duration(flags.lease, "--lease"))
+    settings = nodes.node_settings(options, region=flags.region, lease_s=lease_of(flags.lease))
     key = key_of(Speaker(settings.role.value, settings.name), flags.identity_key)
     make = partial(make_runner, settings.role, options, flags.served(), nodes.log.info)
     on_result = ResultFile(results) if results else None

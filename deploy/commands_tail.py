@@ -106,6 +106,9 @@ async def _tail(
             await reader.close()
 
 
+LARGEST_OFFSET = 2**63 - 1
+
+
 async def _begin(bus: Bus, where: TopicPartition, offset: str, end: int, show: Shown) -> int:
     match offset:
         case "start" | "beginning":
@@ -116,6 +119,8 @@ async def _begin(bus: Bus, where: TopicPartition, offset: str, end: int, show: S
         number = int(offset)
     except ValueError:
         raise ConfigError(f"--offset {offset}: it is start, end or a number") from None
+    if abs(number) > LARGEST_OFFSET:
+        raise ConfigError(f"--offset {offset}: larger than an offset can be, {LARGEST_OFFSET:,}")
     return number if number >= 0 else await _back(bus, where, -number, end, show)
 
 

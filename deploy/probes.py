@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -12,6 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from bus.errors import ConfigError
 from bus.json_text import json_text
 from deploy.metric_help import HELP
 from deploy.process import loop_name
@@ -97,7 +99,7 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
 async def serve_probes(
     look: Callable[[], Health], *, port: int | None, labels: dict[str, str], host: str = "127.0.0.1"
 ) -> AsyncIterator[None]:
-    """Answer probes while the block runs; `port` None: no server. Raises OSError where the port is taken."""
+    """Answer probes while the block runs; `port` None: no server. Raises `ConfigError` where it cannot listen."""
     if port is None:
         yield
         return
@@ -133,7 +135,13 @@ async def serve_probes(
     await runner.setup()
     watching = asyncio.create_task(watch_lag())
     try:
-        await web.TCPSite(runner, host, port).start()
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise ConfigError(
+                f"--http-port {port}: cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}",
+                remedy="choose another --http-port, or another --http-host",
+            ) from None
         yield
     finally:
         watching.cancel()

@@ -31,7 +31,17 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from bus.errors import ConfigError
 from bus.units import parse_duration, parse_rate
@@ -193,6 +203,22 @@ def options_of(kind: type[Options], **values: Any) -> Options:
         return kind(**values)
     except ValidationError as error:
         raise ConfigError(f"--{_first_fault(error).replace('edges.', 'edge ', 1)}") from None
+
+
+def node_name(text: str, flag: str) -> str:
+    """The same name, if it is one. Raises `ConfigError` naming the flag."""
+    try:
+        return TypeAdapter(NodeName).validate_python(text)
+    except ValidationError as error:
+        raise ConfigError(f"{flag} {_first_fault(error)}") from None
+
+
+def lease_of(text: str, flag: str = "--lease") -> float:
+    """A lease in seconds. Raises `ConfigError` for none at all: a node would be lost as soon as it has spoken."""
+    lease_s = parse_duration(text, flag)
+    if not lease_s:
+        raise ConfigError(f"{flag} {text}: a lease must be over 0", remedy="write it like 5s")
+    return lease_s
 
 
 def _first_fault(error: ValidationError) -> str:

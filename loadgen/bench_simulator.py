@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from bus.errors import ConfigError
 from bus.makers import maker
 from bus.messages import SeedInput, TaskState, TaskSubmitted
 from loadgen.driver import Drive, core_for
@@ -81,6 +82,8 @@ class RegionRun:
 
 def run(*, tasks: int = TASKS, seed: int = 1, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Measure 10,000, 100,000 and `tasks` tasks; the object that docs/json.md describes, with the growth added."""
+    if tasks < REGIONS:
+        raise ConfigError(f"--tasks {tasks}: at least one a region, {REGIONS} in all")
     say = progress or (lambda line: None)
     results: list[dict[str, Any]] = []
     for size in (*(size for size in SIZES if size < tasks), tasks):

@@ -29,6 +29,7 @@ from loadgen import arrivals
 from loadgen.schedule import Schedule, make
 from loadgen.source import PAPER_MODELS, Mix, Range
 from loadgen.streams import Streams
+from planner.policies import load_policy
 
 NO_LEASE_S = 1e9
 """Simulated nodes that send no heartbeats are never lost: about thirty years."""
@@ -179,6 +180,9 @@ def device_name(index: int) -> str:
 
 
 FIELDS = {entry.name: entry for entry in dataclasses.fields(Scenario)}
+MOST = 10_000_000
+"""Of anything that a scenario counts: more does not fit into the memory of a machine."""
+
 _RATES = {"max_link1_bps", "max_link2_bps", "edge_link1_bps", "edge_link2_bps"}
 _WHOLE = {"devices", "tasks", "edges", "reachable", "burst_size"}
 _NULLABLE = {"tasks", "reachable", "input_bytes", "max_link1_bps", "max_link2_bps", "deadline_s", "execution"}
@@ -216,8 +220,8 @@ def coerce(key: str, value: Any) -> Any:
             return _in_the_keys_unit(parse_duration, value)
         if key in _WHOLE:
             number = _number(value)
-            if number != int(number):
-                raise ValueError(f"{value!r} is not a whole number")
+            if not (abs(number) < MOST and number == int(number)):
+                raise ValueError(f"{value!r} is not a whole number below {MOST:,}")
             return int(number)
         if key == "models":
             return _models(value)
@@ -225,6 +229,8 @@ def coerce(key: str, value: Any) -> Any:
             return Objective(value)
         if key == "execution":
             return Execution(value)
+        if key == "policy":
+            load_policy(str(value))
         return _number(value) if key == "noise" else str(value)
     except (ValueError, TypeError, ConfigError) as error:
         raise ConfigError(f"{key}: {error}", remedy=getattr(error, "remedy", None)) from None

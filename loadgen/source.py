@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from pydantic import ValidationError
 
 from bus.errors import ConfigError, unknown_name
 from bus.messages import DatasetInput, SeedInput, TaskSubmitted
+from bus.validation import first_fault
 from loadgen.streams import Streams
 
 Range = tuple[float, float]
@@ -20,6 +22,10 @@ Range = tuple[float, float]
 
 PAPER_MODELS = ("alexnet", "vgg16", "deepface", "lenet")
 """The four networks of Section V, by their names in the zoo and in the `paper` profile."""
+
+
+MOST = 1e15
+"""Of anything that is drawn for a task; whole numbers up to it are exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +48,10 @@ class Mix:
                 raise ConfigError(f"the weight of {model} in the mix must be over 0, not {weight}")
         for name in ("samples", "max_link1_bps", "max_link2_bps", "input_bytes"):
             limits = getattr(self, name)
-            if limits is not None and not 0 < limits[0] <= limits[1]:
-                raise ConfigError(f"{name}: {limits[0]:g}..{limits[1]:g} is not a range of numbers over 0")
+            if limits is not None and not 0 < limits[0] <= limits[1] <= MOST:
+                raise ConfigError(
+                    f"{name}: {limits[0]:g}..{limits[1]:g} is not a range of numbers over 0, up to {MOST:g}"
+                )
         if self.samples[0] < 1:
             raise ConfigError(f"samples: {self.samples[0]:g}..{self.samples[1]:g} begins below one sample")
         if self.deadline_s is not None and not self.deadline_s > 0:
@@ -82,8 +90,8 @@ def draw(
     for index in range(tasks):
         model = names[int(picks[index])]
         dataset = mix.datasets.get(model)
-        drawn.append(
-            TaskSubmitted(
+        try:
+            task = TaskSubmitted(
                 task_id=f"{prefix}-{index}",
                 device=devices[index % len(devices)],
                 model=model,
@@ -96,7 +104,9 @@ def draw(
                 input_bytes=sizes[index],
                 deadline_s=mix.deadline_s,
             )
-        )
+        except ValidationError as error:
+            raise ConfigError(f"a task for device {devices[index % len(devices)]!r}: {first_fault(error)}") from None
+        drawn.append(task)
     return drawn
 
 

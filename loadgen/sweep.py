@@ -73,8 +73,10 @@ def _values(name: str, what: str) -> Iterable[Any]:
             raise ConfigError(f"--vary {name}={what}: a range is START:END:STEP in numbers") from None
         if not all(map(math.isfinite, (low, high, step))):
             raise ConfigError(f"--vary {name}={what}: a range is START:END:STEP in finite numbers")
-        if len(parts) > 3 or step <= 0 or high < low:
+        if len(parts) > 3 or not (step > 0 and low <= high):
             raise ConfigError(f"--vary {name}={what}: a range is START:END:STEP, rising")
+        if not (high - low) / step < MAX_RUNS:
+            raise ConfigError(f"--vary {name}={what}: more than {MAX_RUNS:,} values")
         if (high - low) / step >= MAX_RUNS:
             raise ConfigError(f"--vary {name}={what}: more than {MAX_RUNS:,} values", remedy="use a larger step")
         count = int((high - low) / step + 1e-9) + 1
