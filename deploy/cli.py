@@ -69,6 +69,7 @@ class CommandTable(TyperGroup):
         self.commands = {
             one.name: TyperCommand(one.name, help=one.summary, rich_help_panel=one.panel) for one in COMMANDS
         }
+        _shorten(self)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         for one in COMMANDS:
@@ -85,7 +86,40 @@ def _imported(command: _Command) -> Any:
         alone.add_typer(found, name=command.name)
     else:
         alone.command(command.name)(found)
-    return typer.main.get_group(alone).commands[command.name]
+    made = typer.main.get_group(alone).commands[command.name]
+    _shorten(made)
+    if HELP & {*sys.argv}:
+        # `N [1<=x<=65535]` takes half of a line; the error of a number outside says it.
+        vars(importlib.import_module("typer.rich_utils"))["RANGE_STRING"] = ""
+    return made
+
+
+SHORT = {
+    **dict.fromkeys(("<str>", "<list[str]>"), "TEXT"),
+    **dict.fromkeys(("<path>", "<file>", "<dir>"), "PATH"),
+    **dict.fromkeys(("<int>", "<int range>", "<float>", "<float range>"), "N"),
+    "<bool>": "",
+}
+"""Typer's words for the values of options -> ours: at 80 columns the names of variables beside them must not be cut."""
+
+
+HELP = {"-h", "--help"}
+LONGEST = 14
+"""Columns that a list of choices may take there; a longer one is told with the option's help."""
+
+
+def _shorten(command: Any) -> None:
+    """Give the options of a command, and of those below it, short words for their values."""
+    context = typer.Context(command)
+    for parameter in command.get_params(context):
+        if parameter.param_type_name != "option" or parameter.metavar is not None:
+            continue
+        shown = parameter.display_type(context) or ""
+        parameter.metavar = SHORT.get(shown, "WORD" if len(shown) > LONGEST else None)
+        if parameter.metavar == "WORD":
+            parameter.help = f"{parameter.help} One of: {shown.strip('<>').replace('|', ', ')}."
+    for inner in getattr(command, "commands", {}).values():
+        _shorten(inner)
 
 
 def whole() -> Any:

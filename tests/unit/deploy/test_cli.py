@@ -76,6 +76,19 @@ def test_no_word_of_a_help_is_cut_off_at_80_columns(
     assert [line for line in shown.splitlines() if "…" in line] == []
 
 
+@pytest.mark.parametrize(("name", "command"), [pytest.param(*leaf, id=leaf[0]) for leaf in leaves()])
+def test_help_is_whole_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, command: Any
+) -> None:
+    assert run(monkeypatch, *name.split()[1:], "--help", columns=80) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+    for parameter in command.params:
+        names = [*parameter.opts, *([parameter.envvar] if isinstance(parameter.envvar, str) else [])]
+        assert all(word in shown for word in names if word.startswith("--") or word.isupper()), names
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "wanted"),
     [
