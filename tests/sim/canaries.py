@@ -271,7 +271,7 @@ async def _any_attempt(self: Device, reader: Reader) -> None:
                 await self.node.bury(record, error)
 
 
-HARMLESS = Canary("any attempt", "a device takes results of fenced attempts", 0, Device, "_receive", _any_attempt)
+HARMLESS = Canary("any attempt", "a device takes results of fenced attempts", 0, Device, "_read", _any_attempt)
 """Not a bug: a sample's result is the same whichever attempt made it, and shows once. Attempts only fence."""
 
 CANARIES = (
