@@ -37,10 +37,12 @@ class BenchBus(StrEnum):
 
 def bench(
     name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in BENCHES.items()))],
-    bus: Annotated[BenchBus | None, typer.Option(help="Where the benchmark has both.")] = None,
+    bus: Annotated[BenchBus | None, typer.Option(help="Bus to measure, for benchmarks that run on both.")] = None,
     bootstrap_servers: BootstrapFromEnv = None,
-    tasks: Annotated[int | None, typer.Option(min=1, help="Of simulator: how many tasks.")] = None,
-    random_seed: Annotated[int | None, typer.Option("--random-seed", "--seed", min=0, help="Of what is drawn.")] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Number of tasks (benchmark simulator only).")] = None,
+    random_seed: Annotated[
+        int | None, typer.Option("--random-seed", "--seed", min=0, help="Random seed for all generated values.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure this machine. Exit code 99 when an aim is missed.

@@ -23,7 +23,7 @@ def cancel(
     tasks: Annotated[
         list[str], typer.Argument(metavar="TASK...", help="Ids of tasks.", autocompletion=completion.tasks)
     ],
-    region: Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Whose planner has the tasks.")] = 0,
+    region: Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Region of the tasks.")] = 0,
     timeout: Annotated[str, typer.Option(help="Give up when the planner has not answered for so long.")] = "30s",
     bootstrap_servers: BootstrapFromEnv = None,
     identity_key: KeyFile = None,

@@ -32,11 +32,11 @@ def demo(
     picture: Annotated[Path, typer.Option(help="Where the picture of the run goes (.png or .svg).")] = Path(
         "demo-out/run.png"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Of the AlexNet pictures.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for the AlexNet pictures.")] = 1,
     policies: Annotated[
         str,
         typer.Option(
-            help="Whose runs to play, one after the other; the first is told about in full.",
+            help="Policies to run one after the other; the first is reported in full.",
             autocompletion=completion.policies,
         ),
     ] = ", ".join(POLICIES),

@@ -33,7 +33,7 @@ def explain(
         Path | None,
         typer.Option("--from", metavar="FILE", help="A dump of the decisions: `deepar tail decisions --exit > FILE`."),
     ] = None,
-    region: Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Whose planner decided.")] = 0,
+    region: Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Region of the task.")] = 0,
     bootstrap_servers: BootstrapFromEnv = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:

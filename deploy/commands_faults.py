@@ -41,11 +41,11 @@ def chaos(
     faults: Annotated[
         str, typer.Option(help="all, or kinds (kill, stop, terminate), targets (planner, device, ...), KIND:TARGET.")
     ] = "all",
-    stop_for: Annotated[str, typer.Option(help="From SIGSTOP to SIGCONT.")] = "30s",
+    stop_for: Annotated[str, typer.Option(help="How long a stopped process stays stopped.")] = "30s",
     pause: Annotated[str, typer.Option(help="Undisturbed work before each fault.")] = "2s",
-    grace: Annotated[str, typer.Option(help="After SIGTERM; then a second one.")] = "10s",
-    lease: Annotated[str, typer.Option(help="Of the nodes.")] = "10s",
-    planner_lease: Annotated[str, typer.Option(help="Of the planner.")] = "5s",
+    grace: Annotated[str, typer.Option(help="Time after SIGTERM before a second one is sent.")] = "10s",
+    lease: Annotated[str, typer.Option(help="Silence after which a node counts as lost.")] = "10s",
+    planner_lease: Annotated[str, typer.Option(help="Silence after which the planner counts as lost.")] = "5s",
     planners: Annotated[int, typer.Option(min=1, help="How many; the leading one is hit, the others stand by.")] = 1,
     devices: Annotated[int, typer.Option(min=1, help="How many devices.")] = 2,
     edges: Annotated[int, typer.Option(min=1, help="How many edges.")] = 2,

@@ -48,7 +48,7 @@ def replay(
     within: Annotated[
         str, typer.Option(help="The paper's arrivals: all tasks at uniformly drawn instants within this time.")
     ] = "10s",
-    request_rate: Annotated[float | None, typer.Option(help="Tasks per second, in the place of --within.")] = None,
+    request_rate: Annotated[float | None, typer.Option(help="Tasks per second, instead of --within.")] = None,
     request_distribution: Annotated[
         Distribution, typer.Option(help="How tasks of --request-rate are spread.")
     ] = Distribution.POISSON,
@@ -77,9 +77,11 @@ def replay(
     max_link1: Annotated[
         str | None, typer.Option(help="A task's cap on link 1: 100Mbps, or drawn from 20Mbps..300Mbps.")
     ] = None,
-    max_link2: Annotated[str | None, typer.Option(help="A task's cap on link 2.")] = None,
+    max_link2: Annotated[str | None, typer.Option(help="A task's cap on link 2, like --max-link1.")] = None,
     input_size: Annotated[str | None, typer.Option(help="Bytes of one input: 600KB, or drawn from 10KB..1MB.")] = None,
-    deadline: Annotated[str | None, typer.Option(help="A task that is not done by then is EXPIRED.")] = None,
+    deadline: Annotated[
+        str | None, typer.Option(help="Time after which an unfinished task ends as EXPIRED: 30s.")
+    ] = None,
     devices: Annotated[
         str | None,
         typer.Option(
@@ -87,14 +89,18 @@ def replay(
         ),
     ] = None,
     random_seed: Annotated[
-        int, typer.Option("--random-seed", "--seed", min=0, help="Of everything that is drawn.")
+        int, typer.Option("--random-seed", "--seed", min=0, help="Random seed for all generated values.")
     ] = 0,
     warmup: Annotated[int, typer.Option(min=0, help="Tasks that run first and are left out of the summary.")] = 0,
-    time_scale: Annotated[float, typer.Option(help="Stretches every arrival: 0.1 plays ten times as fast.")] = 1.0,
-    region: Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Whose planner is to decide.")] = 0,
+    time_scale: Annotated[
+        float, typer.Option(help="Factor on all arrival times: 0.1 submits ten times as fast.")
+    ] = 1.0,
+    region: Annotated[
+        int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Region to submit to: a partition of the control topics.")
+    ] = 0,
     bootstrap_servers: BootstrapFromEnv = None,
     drain_timeout: Annotated[
-        str, typer.Option(help="Give up when no task has ended for so long after the last arrival.")
+        str, typer.Option(help="Give up when no task has ended for this long after the last arrival.")
     ] = "120s",
     submit_timeout: Annotated[
         str,

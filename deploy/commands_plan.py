@@ -55,10 +55,10 @@ def plan(
         str | None, typer.Option(metavar="LAYER", help="The device runs at least up to this layer: name or number.")
     ] = None,
     max_bytes: Annotated[
-        str | None, typer.Option(help="No link may carry more than this for one sample: 300KB.")
+        str | None, typer.Option(help="Largest number of bytes on any link for one sample: 300KB.")
     ] = None,
-    max_delay: Annotated[str | None, typer.Option(help="Only plans that are done by then: 200ms.")] = None,
-    top: Annotated[int, typer.Option("--top", min=1, max=100_000, help="So many plans, best first.")] = 1,
+    max_delay: Annotated[str | None, typer.Option(help="Show only plans that take at most this long: 200ms.")] = None,
+    top: Annotated[int, typer.Option("--top", min=1, max=100_000, help="How many plans to show, best first.")] = 1,
     plot: Annotated[
         Path | None, typer.Option(help="Draw delay over bandwidth with the best cuts (.png, .svg).", dir_okay=False)
     ] = None,

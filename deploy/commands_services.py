@@ -41,7 +41,9 @@ from stages.choice import parse_shapes, shape_words
 
 stage_app = typer.Typer(no_args_is_help=True, help="Run one stage: a device, an edge or a cloud worker.")
 
-Lease = Annotated[str, typer.Option(envvar="DEEPAR_LEASE", help="Silent for longer than this means lost.")]
+Lease = Annotated[
+    str, typer.Option(envvar="DEEPAR_LEASE", help="A process that is silent for longer counts as lost: 5s.")
+]
 Models = Annotated[
     list[str] | None,
     typer.Option(
@@ -66,18 +68,23 @@ InputShape = Annotated[
     ),
 ]
 Slowdown = Annotated[
-    float, typer.Option(min=1.0, envvar="DEEPAR_SLOWDOWN", help="Play a machine so many times slower than this one.")
+    float,
+    typer.Option(
+        min=1.0, envvar="DEEPAR_SLOWDOWN", help="Slow computing down by this factor, to play a slower machine."
+    ),
 ]
 RunnerKind = Annotated[
     str,
-    typer.Option("--runner", envvar="DEEPAR_RUNNER", help="litert computes; modelled only takes the profile's time."),
+    typer.Option(
+        "--runner", envvar="DEEPAR_RUNNER", help="litert runs the models; modelled only waits for the profile's times."
+    ),
 ]
 ProfileName = Annotated[
     str | None,
     typer.Option(
         "--profile",
         envvar="DEEPAR_PROFILE",
-        help="Times to play in the place of this machine's, slowdown on top: a name (paper) or a file.",
+        help="Use these times instead of measuring this machine, with --slowdown on top: a name (paper) or a file.",
     ),
 ]
 Remeasure = Annotated[
@@ -99,7 +106,7 @@ def planner(
             help="Several regions: 0,1,2 stands by for each; `all` shares all with the other planners that say so.",
         ),
     ] = None,
-    name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="What this planner is called.")] = "planner",
+    name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="The planner's name.")] = "planner",
     policy: Annotated[
         str,
         typer.Option(
@@ -135,7 +142,11 @@ def planner(
     snapshot_every: Annotated[int, typer.Option(min=1, help="Decisions between two snapshots.")] = 500,
     identity_master: MasterFile = None,
     trust_everybody: Annotated[
-        bool, typer.Option("--trust-everybody", help="Demand no proofs of identity, though the region did until now.")
+        bool,
+        typer.Option(
+            "--trust-everybody",
+            help="Accept records without proof of identity, in a region that demanded it until now.",
+        ),
     ] = False,
     http_port: HttpPort = None,
     http_host: HttpHost = "127.0.0.1",
@@ -253,7 +264,9 @@ def device(
             autocompletion=completion.edges,
         ),
     ] = None,
-    link: Annotated[str, typer.Option(envvar="DEEPAR_LINK", help="Its own limit on link 1, 0: none.")] = "0",
+    link: Annotated[
+        str, typer.Option(envvar="DEEPAR_LINK", help="Limit of its own link 1, like 50Mbps; 0: no limit.")
+    ] = "0",
     results: Annotated[Path | None, typer.Option(help="Append every result as a JSON line to this file.")] = None,
     *,
     flags: StageFlags,
@@ -277,8 +290,8 @@ def device(
 def edge(
     name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="The edge's name; part of its topic's name.")] = "e1",
     slots: Annotated[int, typer.Option(min=1, envvar="DEEPAR_SLOTS", help="Tasks that may compute at once (r_e).")] = 2,
-    link1: Annotated[str, typer.Option(envvar="DEEPAR_LINK1", help="Capacity to its devices.")] = "1Gbps",
-    link2: Annotated[str, typer.Option(envvar="DEEPAR_LINK2", help="Capacity to the cloud.")] = "100Mbps",
+    link1: Annotated[str, typer.Option(envvar="DEEPAR_LINK1", help="Capacity of link 1, to its devices.")] = "1Gbps",
+    link2: Annotated[str, typer.Option(envvar="DEEPAR_LINK2", help="Capacity of link 2, to the cloud.")] = "100Mbps",
     *,
     flags: StageFlags,
 ) -> None:

@@ -247,7 +247,7 @@ def _runs_text(done: SweepResult) -> str:
 @app.command()
 def compare(
     scenario_file: Annotated[Path | None, typer.Option("--scenario", help="A TOML file; by default 60 tasks.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for all generated values.")] = 0,
     bootstrap_servers: Annotated[
         str | None,
         typer.Option(
@@ -299,8 +299,8 @@ def compare(
 
 @app.command()
 def check(
-    devices: Annotated[int, typer.Option(min=1, help="Of Figure 4's settings.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices in Figure 4's settings.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for all generated values.")] = 0,
     profile: Profile = "paper",
     as_json: AsJson = False,
 ) -> None:

@@ -40,7 +40,7 @@ def soak(
     churn_every_s: Annotated[
         float, typer.Option(min=10.0, help="Seconds between kills, restarts, joins and leaves, on average.")
     ] = 300.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for all generated values.")] = 0,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the plot and the numbers.")] = Path(
         "runs/soak"
     ),

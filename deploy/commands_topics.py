@@ -25,7 +25,9 @@ def topics_create(
         list[str] | None, typer.Option("--edge", help="Create this edge's topic too; may be given again.")
     ] = None,
     regions: Annotated[int, typer.Option(min=1, help="Partitions of the control topics.")] = 1,
-    cloud_partitions: Annotated[int, typer.Option(min=1, help="At most so many cloud workers share the work.")] = 8,
+    cloud_partitions: Annotated[
+        int, typer.Option(min=1, help="Largest number of cloud workers that can share the work.")
+    ] = 8,
     bootstrap_servers: Bootstrap = None,
 ) -> None:
     """Create the topics that are missing. Services create theirs by themselves where they may.
