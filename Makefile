@@ -31,7 +31,7 @@ check: $(VENV)/.dev ## lint, types, generated documents (seconds)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m deploy.flow --check docs
+	$(BIN)/python -m deploy.generated_docs.flow --check docs
 
 test: $(VENV)/.dev ## all tests, on a real Apache Kafka that they start themselves
 	$(BIN)/python -m pytest --numprocesses 3
@@ -40,7 +40,7 @@ demo: $(VENV)/.run ## a cloud, two edges and four devices on this machine, with 
 	@$(BIN)/deepar demo
 
 docs: $(VENV)/.run ## make the generated documents anew
-	$(BIN)/python -m deploy.flow docs
+	$(BIN)/python -m deploy.generated_docs.flow docs
 
 lock: $(VENV)/.dev ## pin the dependencies anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \

@@ -95,7 +95,7 @@ TABLE: tuple[Topic, ...] = (
 CONTROL_TOPICS = tuple(topic.name for topic in TABLE if topic.payload is Payload.JSON)
 
 CLAIMED_TOPICS = tuple(topic.name for topic in TABLE if topic.payload is Payload.JSON and topic.writers != ("planner",))
-"""Control topics that several roles write: what a record there says of a node is a claim (`bus.claims`)."""
+"""Control topics that several roles write: what a record there says of a node is a claim (`bus.identity.authorization`)."""
 
 
 @dataclass(frozen=True, slots=True)

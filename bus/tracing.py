@@ -4,7 +4,7 @@ One task is one trace. Its root is the span `task`, from the admission to the en
 each attempt, and below that the parts of the delay in the order in which a sample meets them (`chain`), each the child of the
 one before it. A planner that replays its log, a stage that restarts and a device that knows only its plan arrive at the same
 ids. Records carry the W3C header `traceparent`, so foreign stages and tools can join in. Nothing here imports OpenTelemetry;
-a `SpanSink` (`deploy/otel.py`) does.
+a `SpanSink` (`deploy/services/otel.py`) does.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from bus.errors import ConfigError, DeeparError
 from deploy.interrupts import end_children, raise_interrupts
-from deploy.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
+from deploy.services.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 
 TYPERS_INTERRUPTED = 130
 """What typer makes of a KeyboardInterrupt before we see it."""
@@ -37,27 +37,27 @@ class _Command:
 
 
 COMMANDS = (
-    _Command("demo", RUN, "deploy.commands_demo", "demo", "Watch a device, an edge and a cloud at work, without a broker."),
-    _Command("broker", RUN, "deploy.commands_broker", "broker", "Start an Apache Kafka broker on this machine."),
-    _Command("up", RUN, "deploy.commands_services", "up", "Start a planner and stages from a TOML file, in one process."),
-    _Command("planner", RUN, "deploy.commands_services", "planner", "Run the planner: it decides where every task runs."),
-    _Command("stage", RUN, "deploy.commands_services", "stage_app", "Run one stage: a device, an edge or a cloud worker."),
-    _Command("topics", RUN, "deploy.commands_topics", "topics_app", "Create or list the topics on Kafka."),
-    _Command("acls", RUN, "deploy.commands_acls", "acls", "Show or set who may read and write which topic."),
-    _Command("identity", RUN, "deploy.commands_identity", "app", "Make the secrets with which nodes prove who they are."),
-    _Command("loadgen", RUN, "deploy.commands_loadgen", "app", "Submit tasks, measure this machine, break processes."),
-    _Command("cancel", RUN, "deploy.commands_cancel", "cancel", "Cancel tasks before they are done."),
-    _Command("tail", SEE, "deploy.commands_tail", "tail_app", "Follow a topic, one line per message."),
-    _Command("top", SEE, "deploy.commands_top", "top", "Watch nodes and tasks in the terminal."),
-    _Command("ui", SEE, "deploy.commands_ui", "ui", "Watch nodes and tasks in the browser."),
-    _Command("dead-letter", SEE, "deploy.commands_deadletter", "app", "List, show and retry messages that were refused."),
-    _Command("explain", SEE, "deploy.commands_explain", "explain", "Show why a task ran where it ran, and what it took."),
-    _Command("doctor", SEE, "deploy.commands_doctor", "doctor", "Check this machine, the broker and the region."),
-    _Command("healthcheck", SEE, "deploy.healthcheck", "healthcheck", "Ask a service's HTTP probe; for containers."),
-    _Command("models", MODELS, "deploy.commands_models", "app", "List, show, cut and verify models."),
-    _Command("profile", MODELS, "deploy.commands_models", "profile", "Measure each layer of a model on this machine."),
-    _Command("plan", MODELS, "deploy.commands_plan", "plan", "Find where a model is best cut, for given speeds and links."),
-    _Command("simulate", MODELS, "deploy.commands_simulate", "app", "Run the paper's experiments, and sweeps beyond them."),
+    _Command("demo", RUN, "deploy.commands.demo", "demo", "Watch a device, an edge and a cloud at work, without a broker."),
+    _Command("broker", RUN, "deploy.commands.broker", "broker", "Start an Apache Kafka broker on this machine."),
+    _Command("up", RUN, "deploy.commands.services", "up", "Start a planner and stages from a TOML file, in one process."),
+    _Command("planner", RUN, "deploy.commands.services", "planner", "Run the planner: it decides where every task runs."),
+    _Command("stage", RUN, "deploy.commands.services", "stage_app", "Run one stage: a device, an edge or a cloud worker."),
+    _Command("topics", RUN, "deploy.commands.topics", "topics_app", "Create or list the topics on Kafka."),
+    _Command("acls", RUN, "deploy.commands.acls", "acls", "Show or set who may read and write which topic."),
+    _Command("identity", RUN, "deploy.commands.identity", "app", "Make the secrets with which nodes prove who they are."),
+    _Command("loadgen", RUN, "deploy.commands.loadgen.replay", "app", "Submit tasks, measure this machine, break processes."),
+    _Command("cancel", RUN, "deploy.commands.cancel", "cancel", "Cancel tasks before they are done."),
+    _Command("tail", SEE, "deploy.commands.tail", "tail_app", "Follow a topic, one line per message."),
+    _Command("top", SEE, "deploy.commands.top", "top", "Watch nodes and tasks in the terminal."),
+    _Command("ui", SEE, "deploy.commands.ui", "ui", "Watch nodes and tasks in the browser."),
+    _Command("dead-letter", SEE, "deploy.commands.dead_letter", "app", "List, show and retry messages that were refused."),
+    _Command("explain", SEE, "deploy.commands.explain", "explain", "Show why a task ran where it ran, and what it took."),
+    _Command("doctor", SEE, "deploy.commands.doctor", "doctor", "Check this machine, the broker and the region."),
+    _Command("healthcheck", SEE, "deploy.commands.healthcheck", "healthcheck", "Ask a service's HTTP probe; for containers."),
+    _Command("models", MODELS, "deploy.commands.models", "app", "List, show, cut and verify models."),
+    _Command("profile", MODELS, "deploy.commands.models", "profile", "Measure each layer of a model on this machine."),
+    _Command("plan", MODELS, "deploy.commands.plan", "plan", "Find where a model is best cut, for given speeds and links."),
+    _Command("simulate", MODELS, "deploy.commands.simulate.figures", "app", "Run the paper's experiments, and sweeps beyond them."),
 )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def _root(
     if log_level.lower() not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"--log-level {log_level}: it is debug, info, warning or error")
     raise_interrupts()
-    from deploy.log_setup import configure_logging  # not at the top: the list of commands needs no log
+    from deploy.services.log_setup import configure_logging  # not at the top: the list of commands needs no log
 
     configure_logging(log_level)
 
@@ -170,7 +170,7 @@ def _root(
 def main() -> NoReturn:
     """Run the command line; every `DeeparError` becomes a line that says what is wrong and what to do."""
     if {"--help", "-h"} & set(sys.argv):
-        importlib.import_module("deploy.help_tables").fold_long_words()
+        importlib.import_module("deploy.console_output.help_tables").fold_long_words()
     try:
         code = app(prog_name="deepar", standalone_mode=False)
         sys.stdout.flush()

@@ -9,7 +9,7 @@ import sys
 import threading
 from types import FrameType
 
-from deploy.process import EXIT_INTERRUPTED
+from deploy.services.process import EXIT_INTERRUPTED
 
 
 def raise_interrupts() -> None:

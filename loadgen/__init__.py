@@ -1,6 +1,5 @@
-"""Who submits tasks, and what came of them: arrivals, sources of tasks, replay over the bus, the simulators,
-the paper's figures.
+"""The load generator: submits tasks, and finds out what happens under load, in simulation and under faults.
 
-This room may import `bus`, `planner` and `stages`; only `deploy` imports it. Nothing here decides about a
-task: live or in virtual time, the planner that decides is the real one.
+Imports `bus`, `planner` and `stages`; only `deploy` imports it. Every wing runs the real planner, live or in virtual
+time. Wings: `replay`, `sim`, `experiments`, `bench`, `chaos`.
 """

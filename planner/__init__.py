@@ -5,9 +5,9 @@ out. Under it lie `cost` ((1)-(7)), `search` (the best cuts), `ledger` (what is 
 `policies`, `walk` (who may start now), `states` and `tasks`; around it `service`, which reads and writes the bus.
 """
 
-from planner.algorithm import Algorithm, Choice, EdgeOption, Request
-from planner.core import PlannerCore, Tick
-from planner.policies import Policy, Restriction, load_policy, policy_names
+from planner.core.core import PlannerCore, Tick
+from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request
+from planner.search.policies import Policy, Restriction, load_policy, policy_names
 
 __all__ = [
     "Algorithm",

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 from bus.errors import UnknownNameError
 from bus.messages import Admitted, Decision, Ended, Moved, Overran, Placed, Retried, Start, TaskState, TaskSubmitted
-from bus.units import format_moment, format_rate, format_seconds
+from bus.text.units import format_moment, format_rate, format_seconds
 from bus.values import Placement, Role
-from planner.algorithm import Algorithm, Choice, EdgeOption, Request, placement_of
-from planner.core import PlannerCore
-from planner.policies import BUILT_IN, Restriction
-from planner.search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.core.core import PlannerCore
+from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request, placement_of
+from planner.search.cut_search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.policies import BUILT_IN, Restriction
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from bus.frames import Frame, Plan
 from bus.messages import TaskCompleted
 from bus.tensors import Array, Assembler
 from bus.values import ModelProfile, Parts
+from stages.frame_sender import Outgoing, Outlet, sending
 from stages.node import RETRY_S, cause_of, detail_of
-from stages.outlet import Outgoing, Outlet, sending
 from stages.runner import Station
 from stages.window import window_samples
 

@@ -20,8 +20,8 @@ from bus.messages import Admitted, Decision, Ended, NodeJoined, Retried, Start, 
 from bus.port import Bus, Reader
 from bus.tensors import Array
 from stages.attempt import Attempt
+from stages.frame_authorization import Senders
 from stages.node import RETRY_S, Node
-from stages.senders import Senders
 from stages.shaper import Link
 
 STALL_S = 30.0

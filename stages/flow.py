@@ -18,9 +18,9 @@ from bus.frames import MAX_SAMPLE_BYTES, Frame, Plan, encode_frame
 from bus.port import Bus, Record, TopicPartition
 from bus.tensors import Array, Assembler, Piece
 from bus.tracing import parent_in
+from stages.frame_sender import Outgoing, Outlet, sending
 from stages.node import cause_of, detail_of
 from stages.offsets import Receipt
-from stages.outlet import Outgoing, Outlet, sending
 from stages.runner import Station
 from stages.shaper import Grant
 from stages.window import MAX_WINDOW, window_samples

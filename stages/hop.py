@@ -18,14 +18,14 @@ from pydantic import ValidationError
 from bus import topics
 from bus.errors import BusError, ProtocolError
 from bus.frames import Frame, Plan, decode_frame
+from bus.identity.proofs import WRONG_IDENTITY, Speaker
 from bus.messages import Decision, Placed, TaskFailed
 from bus.port import Member, Record, TopicPartition
-from bus.proofs import WRONG_IDENTITY, Speaker
 from bus.values import Role
 from stages.flow import Flow
+from stages.frame_authorization import Senders
 from stages.node import RETRY_S, Node
 from stages.offsets import OffsetLedger, Receipt
-from stages.senders import Senders
 from stages.shaper import Link
 
 COMMIT_S = 0.25

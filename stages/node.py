@@ -22,10 +22,10 @@ from bus.decisions import DecisionLog, DecisionsLostError
 from bus.envelope import Envelope
 from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
 from bus.frames import Plan
+from bus.identity.proofs import WRONG_IDENTITY
+from bus.identity.signed_bus import satisfy_region
 from bus.messages import Decision, EpochOpened, Message, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLeft, NodeLost
 from bus.port import Bus, Headers, Reader, Record
-from bus.proofs import WRONG_IDENTITY
-from bus.signed import satisfy_region
 from bus.tracing import TRACEPARENT, Attribute, Span, SpanSink, parent_of, part_span_id, traceparent
 from bus.values import Role
 from stages.fences import REMEMBERED_ENDS, Fences
@@ -143,7 +143,7 @@ class Node:
 
     async def run(self, work: Work) -> None:
         """Serve until cancelled; leaves politely. Raises `BusError` where the bus cannot be reached at the start, and
-        `ConfigError` where the region demands a proof of identity that the bus does not give (`bus.signed`).
+        `ConfigError` where the region demands a proof of identity that the bus does not give (`bus.identity.signed_bus`).
         """
         self._reader = await self._catch_up()
         try:

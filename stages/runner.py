@@ -1,6 +1,7 @@
 """The runner port: how a stage computes its part of a model.
 
-Two adapters: `LitertRunner` (stages.compute) computes, `ModelledRunner` here sleeps a profile's time on the loop's clock, so
+Two adapters: `LitertRunner` (stages.litert_runner) computes, `ModelledRunner` here sleeps a profile's time on the
+loop's clock, so
 that a laptop plays eighty phones and forty edges, live or in virtual time.
 """
 

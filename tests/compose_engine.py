@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from deploy.broker_artifacts import cache_root
-from deploy.child_process import tied_to_us
-from stages.cache import locked
+from deploy.kafka_local.artifacts import cache_root
+from deploy.kafka_local.child_process import tied_to_us
+from stages.models.files.cache import locked
 
 COMPOSE_VERSION = "2.32.4"
 SUITE = "bookworm"

@@ -13,7 +13,7 @@ from bus import topics
 from bus.decisions import DecisionLog, Dropped
 from bus.messages import Admitted, Decision, Ended, EpochOpened, Placed, Start, TaskState
 from bus.port import Bus, Record
-from planner.core import PlannerCore
+from planner.core.core import PlannerCore
 
 
 class Story:

@@ -29,10 +29,10 @@ from typing import Protocol
 import pytest
 
 from bus.errors import DeeparError
-from deploy.broker import BrokerStartError, KafkaBroker
-from deploy.broker_artifacts import KAFKA_VERSION, find_java, find_maven, have_jars
-from deploy.broker_handshake import ask
-from deploy.ports import free_port
+from deploy.kafka_local.artifacts import KAFKA_VERSION, find_java, find_maven, have_jars
+from deploy.kafka_local.broker import BrokerStartError, KafkaBroker
+from deploy.kafka_local.handshake import ask
+from deploy.kafka_local.ports import free_port
 
 STARTED_BY = "started by the tests"
 

@@ -23,9 +23,9 @@ from typing import Any
 
 import pytest
 
-from deploy.broker_artifacts import cache_root
-from deploy.child_process import tied_to_us
-from deploy.ports import free_port
+from deploy.kafka_local.artifacts import cache_root
+from deploy.kafka_local.child_process import tied_to_us
+from deploy.kafka_local.ports import free_port
 from tests.compose_engine import CommandError, packages_locked, required, run
 
 DEPLOY = Path(__file__).parents[1] / "deploy"

@@ -13,10 +13,10 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from bus.kafka_connection import KafkaConnection
-from deploy.broker import KafkaBroker
-from deploy.broker_artifacts import SETTINGS_DIR
-from deploy.ports import free_port
+from bus.kafka.connection import KafkaConnection
+from deploy.kafka_local.artifacts import SETTINGS_DIR
+from deploy.kafka_local.broker import KafkaBroker
+from deploy.kafka_local.ports import free_port
 
 STARTED_BY = "with users, started by the tests"
 

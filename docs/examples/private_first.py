@@ -3,8 +3,8 @@
 PYTHONPATH=docs/examples deepar planner --policy private_first:PrivateFirst
 """
 
-from planner.algorithm import Algorithm, Choice
-from planner.search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.algorithm1 import Algorithm, Choice
+from planner.search.cut_search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 
 NEAR = frozenset({DEVICE, DEVICE_EDGE})
 FAR = frozenset({DEVICE_CLOUD, ALL_THREE})

@@ -1,6 +1,6 @@
 """The models that DeePar brings, and how any other is loaded."""
 
-from stages.model import Model
-from stages.zoo.shelf import ZooEntry, digits, list_models, load_model
+from stages.models.model import Model
+from stages.zoo.registry import ZooEntry, digits, list_models, load_model
 
 __all__ = ["Model", "ZooEntry", "digits", "list_models", "load_model"]

@@ -18,8 +18,8 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from bus.errors import ConfigError
-from stages.flatfile import Chunk
-from stages.zoo.graph_builder import GraphBuilder
+from stages.models.files.flatbuffer_writer import Chunk
+from stages.models.files.graph_builder import GraphBuilder
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from bus.kafka import KafkaBus, KafkaConnection
-from bus.memory import MemoryBroker, MemoryBus
+from bus.kafka.bus import KafkaBus, KafkaConnection
+from bus.memory.bus import MemoryBroker, MemoryBus
 from tests.contracts.place import AnyBus, Place
 
 

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
-from bus.kafka import KafkaBus
-from bus.memory import MemoryBus
+from bus.kafka.bus import KafkaBus
+from bus.memory.bus import MemoryBus
 from bus.port import Bus, Reader, Record
 from bus.topics import TopicSpec
 

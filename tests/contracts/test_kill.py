@@ -6,7 +6,7 @@ import asyncio
 from contextlib import suppress
 
 from bus.errors import BusUnavailableError
-from bus.kafka import KafkaBus, KafkaConnection
+from bus.kafka.bus import KafkaBus, KafkaConnection
 from bus.port import Record
 from bus.topics import TopicSpec
 from tests.kafka_broker import OwnBroker

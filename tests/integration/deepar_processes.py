@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from deploy.child_process import tied_to_us
-from deploy.ports import free_port
+from deploy.kafka_local.child_process import tied_to_us
+from deploy.kafka_local.ports import free_port
 from tests.namespaces import Namespace, first_in_line
 
 READY_S = 90.0

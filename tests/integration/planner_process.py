@@ -9,9 +9,9 @@ from multiprocessing.synchronize import Event
 import structlog
 import uvloop
 
-from bus.kafka import KafkaBus, KafkaConnection
-from planner.core import PlannerCore
-from planner.service import PlannerService, Standing
+from bus.kafka.bus import KafkaBus, KafkaConnection
+from planner.core.core import PlannerCore
+from planner.service.service import PlannerService, Standing
 
 
 def serve(bootstrap: str, name: str, region: int, lease_s: float, snapshot_every: int, leads: Event) -> None:

@@ -20,9 +20,9 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from deploy.broker import DataInUseError, KafkaBroker
-from deploy.broker_artifacts import SETTINGS_DIR, jars_dir
-from deploy.ports import PortTakenError, free_port
+from deploy.kafka_local.artifacts import SETTINGS_DIR, jars_dir
+from deploy.kafka_local.broker import DataInUseError, KafkaBroker
+from deploy.kafka_local.ports import PortTakenError, free_port
 from tests.kafka_broker import Broker, OwnBroker, apache_required, choose
 
 REPOSITORY = Path(__file__).parents[2]
@@ -138,7 +138,7 @@ def test_a_port_of_another_program_is_named(apache: None, tmp_path: Path) -> Non
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's parent-death signal")
 def test_the_broker_ends_with_whoever_started_it(apache: None, tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from deploy.broker import KafkaBroker\n"
+        "import sys, time; from pathlib import Path; from deploy.kafka_local.broker import KafkaBroker\n"
         "broker = KafkaBroker(Path(sys.argv[1])); broker.start(); print(broker.pid, flush=True); time.sleep(600)"
     )
     with subprocess.Popen(
@@ -166,7 +166,7 @@ def _runs(pid: int) -> bool:
 def test_an_ordinary_user_can_run_it(apache: None) -> None:
     nobody = pwd.getpwnam("nobody")
     script = (
-        "import sys; from pathlib import Path; from deploy.broker import KafkaBroker\n"
+        "import sys; from pathlib import Path; from deploy.kafka_local.broker import KafkaBroker\n"
         "with KafkaBroker(Path(sys.argv[1])) as broker: print(broker.ask().brokers)"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -207,7 +207,7 @@ def test_an_ordinary_user_can_run_it(apache: None) -> None:
 @pytest.fixture
 def command(apache: None, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """`deepar broker` in a process of its own, ready."""
-    script = "import typer; from deploy.commands_broker import broker; typer.run(broker)"
+    script = "import typer; from deploy.commands.broker import broker; typer.run(broker)"
     with subprocess.Popen(
         [
             sys.executable,

@@ -17,18 +17,18 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 
 from bus import topics
-from bus.kafka import KafkaBus, KafkaConnection
+from bus.kafka.bus import KafkaBus, KafkaConnection
 from bus.messages import TaskState
 from bus.port import Headers, Payload, Position
 from bus.values import Role
-from deploy import nodes
-from deploy.broker import START_LIMIT_S, KafkaBroker, new_cluster_id
-from deploy.ports import free_port
-from loadgen.chaos_check import Oracle
-from loadgen.outcome import Recorder
-from loadgen.replay import replay
-from loadgen.schedule import Entry, Schedule
-from planner.core import PlannerCore
+from deploy.kafka_local.broker import START_LIMIT_S, KafkaBroker, new_cluster_id
+from deploy.kafka_local.ports import free_port
+from deploy.services import wiring
+from loadgen.chaos.simulated.oracle import Oracle
+from loadgen.replay.outcome import Recorder
+from loadgen.replay.replay import replay
+from loadgen.replay.schedule import Entry, Schedule
+from planner.core.core import PlannerCore
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 from tests.kafka_broker import apache_required, choose
@@ -181,12 +181,12 @@ async def test_clients_that_start_before_a_death_is_noticed_wait_for_the_others(
     """For some seconds brokers still name the dead one, as controller and as leader: whoever asks is patient."""
     connection = KafkaConnection(bootstrap_servers=cluster.bootstrap)
     async with KafkaBus(connection) as bus:
-        await nodes.create_missing_topics(bus, EDGES)
+        await wiring.create_missing_topics(bus, EDGES)
     partition = (topics.EVENTS, 0)
 
     async def client(number: int) -> None:
         async with KafkaBus(connection) as bus:
-            await nodes.create_missing_topics(bus, [f"e{10 + number}"])
+            await wiring.create_missing_topics(bus, [f"e{10 + number}"])
             ends = await bus.end_offsets(topics.EVENTS)
             async with asyncio.timeout(STALL_LIMIT_S):
                 reader = await bus.reader([partition], start={partition: ends[0]})
@@ -212,13 +212,13 @@ async def test_the_leader_then_the_controller_is_killed_during_a_replay(cluster:
             return await stack.enter_async_context(WatchedBus(connection, witness))
 
         load, planning, staging = await bus(), await bus(), await bus()
-        await nodes.create_missing_topics(load, EDGES)
-        group = await stack.enter_async_context(nodes.embedded())
-        group.create_task(nodes.make_planner(planning, policy=POLICY).run())
+        await wiring.create_missing_topics(load, EDGES)
+        group = await stack.enter_async_context(wiring.embedded())
+        group.create_task(wiring.make_planner(planning, policy=POLICY).run())
         for node in (played := _cast(staging)):
             group.create_task(
                 node.run(
-                    nodes.make_work(node, lambda t, n, _: witness.shown.append((time.monotonic(), t.task_id, n))),
+                    wiring.make_work(node, lambda t, n, _: witness.shown.append((time.monotonic(), t.task_id, n))),
                 )
             )
         await _until(lambda: all(node.status.joined for node in played))

@@ -17,8 +17,8 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from deploy.broker_handshake import ask
-from deploy.ports import free_port
+from deploy.kafka_local.handshake import ask
+from deploy.kafka_local.ports import free_port
 from tests import compose_engine
 from tests.compose_engine import COMPOSE_FILE, Engine, NoEngineError
 from tests.integration.topic_ends import held_by_site, topic_ends

@@ -11,11 +11,11 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from bus import messages, topics
 from bus.decisions import DecisionLog
-from bus.kafka import KafkaBus
-from bus.kafka_connection import KafkaConnection
+from bus.kafka.bus import KafkaBus
+from bus.kafka.connection import KafkaConnection
 from bus.messages import Decision, Ended, SeedInput, TaskState, TaskSubmitted
 from bus.topics import Partitions
-from deploy import nodes
+from deploy.services import wiring
 from tests.integration.deepar_processes import Process, Processes
 from tests.kafka_broker import OwnBroker
 
@@ -85,7 +85,7 @@ async def test_topics_that_are_deleted_are_told_and_work_goes_on_when_they_are_m
         device = processes.start("d1", "stage", "device", "--name", "d1", *MODELLED)
         for one in (edge, device):
             await asyncio.to_thread(one.wait_ready)
-        async with KafkaBus(connection) as bus, nodes.embedded() as group:
+        async with KafkaBus(connection) as bus, wiring.embedded() as group:
             tasks = Tasks(bus)
             group.create_task(tasks.follow())
             await tasks.complete(await tasks.submit(0, 3))

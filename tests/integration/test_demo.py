@@ -9,10 +9,10 @@ import pytest
 
 from bus.messages import TaskState
 from bus.values import Kind
-from deploy.commands_demo import _Played, _report
-from deploy.demo import PICTURES_A_TASK, Demo, Run, digits_right
-from deploy.demo_picture import draw_run
-from deploy.process import run_on_uvloop
+from deploy.commands.demo import _Played, _report
+from deploy.demo.demo import PICTURES_A_TASK, Demo, Run, digits_right
+from deploy.demo.picture import draw_run
+from deploy.services.process import run_on_uvloop
 
 
 @pytest.fixture(scope="module")

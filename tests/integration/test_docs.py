@@ -20,7 +20,7 @@ import pytest
 import typer
 
 from deploy import cli
-from deploy.ports import free_port
+from deploy.kafka_local.ports import free_port
 from tests.documented import PAGES, ROOT, Line, indented_lines_of, inline_lines_of, lines_of
 from tests.integration.deepar_processes import Processes
 from tests.integration.test_living_path import documented_services

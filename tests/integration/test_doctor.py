@@ -19,15 +19,15 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from bus import messages, topics
 from bus.decisions import DecisionLog
-from bus.kafka import KafkaBus
-from bus.kafka_connection import KafkaConnection
+from bus.kafka.bus import KafkaBus
+from bus.kafka.connection import KafkaConnection
 from bus.messages import EpochOpened, Message, NodeAnnounced, NodeHeartbeat, NodeLeft
 from bus.values import Role
-from deploy import nodes
-from deploy.commands_doctor import examine
-from deploy.machine_checks import Check
-from deploy.ports import free_port
-from planner.service import Standing
+from deploy.commands.doctor import examine
+from deploy.doctor.machine_checks import Check
+from deploy.kafka_local.ports import free_port
+from deploy.services import wiring
+from planner.service.service import Standing
 from tests.kafka_broker import Broker, apache_required, choose
 from tests.kafka_broker import _start as start
 from tests.unit.stages import built_models
@@ -49,7 +49,7 @@ async def connection(broker: Broker) -> KafkaConnection:
     """The broker with every topic that a region needs."""
     connection = KafkaConnection(bootstrap_servers=broker.bootstrap)
     async with KafkaBus(connection) as bus:
-        await nodes.create_missing_topics(bus)
+        await wiring.create_missing_topics(bus)
     return connection
 
 
@@ -128,8 +128,8 @@ async def test_a_lock_whose_planner_is_gone_is_stale_and_its_remedy_helps(
         (found,) = await bad(connection, "planner")
         assert "ahead of this machine's clock" in found.detail
 
-        service = nodes.make_planner(bus, name="p-new", lease_s=1.0, take_over=True)
-        async with nodes.embedded() as group:
+        service = wiring.make_planner(bus, name="p-new", lease_s=1.0, take_over=True)
+        async with wiring.embedded() as group:
             group.create_task(service.run())
             async with asyncio.timeout(30):
                 while service.standing is not Standing.LEADING:
@@ -164,7 +164,7 @@ async def test_a_node_whose_clock_is_off_is_named(
             await put(topics.EVENTS, heartbeat, time.time() + off_s)
             await asyncio.sleep(0.1)
 
-    async with nodes.embedded() as group:
+    async with wiring.embedded() as group:
         beating = [group.create_task(beat("c-right", 0.0)), group.create_task(beat("c-wrong", off_s))]
         await asyncio.sleep(0.5)
         checks = await examine(connection, [])

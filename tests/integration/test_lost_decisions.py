@@ -12,8 +12,8 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from bus import messages, snapshots, topics
-from bus.kafka import KafkaBus
-from bus.kafka_connection import KafkaConnection
+from bus.kafka.bus import KafkaBus
+from bus.kafka.connection import KafkaConnection
 from bus.messages import Ended, SeedInput, TaskState, TaskSubmitted
 from tests.integration.deepar_processes import Processes
 from tests.kafka_broker import OwnBroker

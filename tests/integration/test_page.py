@@ -14,12 +14,12 @@ from rich.console import Console
 from bus import messages, topics
 from bus.messages import Message, NodeHeartbeat, NodeJoined, TaskFailed
 from bus.port import Record
-from bus.units import format_seconds
-from deploy.region_feed import follow
-from deploy.region_report import report
-from deploy.region_view import RegionView
-from deploy.top import screen
-from deploy.ui import serve
+from bus.text.units import format_seconds
+from deploy.monitor.region_feed import follow
+from deploy.monitor.region_report import report
+from deploy.monitor.region_view import RegionView
+from deploy.monitor.top import screen
+from deploy.monitor.ui import serve
 from tests.browser import Page, open_page
 from tests.sim.world import task, world
 from tests.unit.deploy.test_region_view import DEVICE, EDGE, Topics, admitted, completed, placed, start

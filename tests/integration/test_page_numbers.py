@@ -11,10 +11,10 @@ import pytest
 
 from bus import topics
 from bus.messages import Ended, NodeAnnounced, NodeJoined, Placed, PlannerHeartbeat, TaskState
-from bus.units import parse_duration, parse_rate
+from bus.text.units import parse_duration, parse_rate
 from bus.values import Kind, Parts, Placement, Role
-from deploy.phrases import STATION_NAMES
-from deploy.ui import serve
+from deploy.monitor.phrases import STATION_NAMES
+from deploy.monitor.ui import serve
 from tests.browser import Page, open_page
 from tests.unit.deploy.test_region_view import DEVICE, PLACE, Topics, admitted, placed, start
 

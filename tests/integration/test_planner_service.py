@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from bus import topics
-from bus.kafka import KafkaBus, KafkaConnection
+from bus.kafka.bus import KafkaBus, KafkaConnection
 from bus.messages import SeedInput, TaskState, TaskSubmitted
 from bus.topics import Partitions
 from bus.values import Role
-from deploy import nodes
-from loadgen.replay import replay
-from loadgen.schedule import Entry, Schedule
-from planner.core import PlannerCore
+from deploy.services import wiring
+from loadgen.replay.replay import replay
+from loadgen.replay.schedule import Entry, Schedule
+from planner.core.core import PlannerCore
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 from tests.decision_story import read_story
@@ -58,14 +58,14 @@ async def stages(bootstrap: str, region: int, devices: int) -> AsyncIterator[Kaf
     async with KafkaBus(KafkaConnection(bootstrap_servers=bootstrap)) as bus:
         edges = [name for name, role in roles.items() if role is Role.EDGE]
         await bus.create_topics(topics.specs(edges, Partitions(regions=2, cloud=1)))
-        async with nodes.embedded() as group:
+        async with wiring.embedded() as group:
             for name, role in roles.items():
                 more: dict[str, Any] = {}
                 if role is Role.EDGE:
                     more = {"slots": 4, "link1_capacity_bps": 1_000_000_000, "link2_capacity_bps": 200_000_000}
                 settings = NodeSettings(name=name, role=role, region=region, lease_s=60.0, **more)
                 node = Node(bus, settings, ModelledRunner([profile(role, 0.25)]))
-                group.create_task(node.run(nodes.make_work(node)), name=name)
+                group.create_task(node.run(wiring.make_work(node)), name=name)
             yield bus
 
 

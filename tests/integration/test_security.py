@@ -20,15 +20,16 @@ import pytest
 from bus import messages, topics
 from bus.errors import BusError, BusUnavailableError, UnknownTopicError
 from bus.frames import Frame, encode_frame
-from bus.identity import IDENTITY_HEADER, PROOF_HEADER, Master, Speaker, write_secret
-from bus.kafka import KafkaBus
+from bus.identity.keys import IDENTITY_HEADER, PROOF_HEADER, Master, Speaker, write_secret
+from bus.identity.signed_bus import signed
+from bus.kafka.bus import KafkaBus
 from bus.messages import NodeAnnounced, NodeHeartbeat, NodeLeft, TaskFailed, TaskSubmitted
 from bus.port import Bus
-from bus.signed import signed
 from bus.values import Role
-from deploy import acls, nodes
-from loadgen.replay import replay
-from loadgen.schedule import Entry, Schedule
+from deploy.generated_docs import acls
+from deploy.services import wiring
+from loadgen.replay.replay import replay
+from loadgen.replay.schedule import Entry, Schedule
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 from tests.integration.deepar_processes import Processes
@@ -67,7 +68,7 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureBroker]:
         granted = acls.for_users(USERS, EDGES)
         assert await acls.apply(one.connection("admin"), granted) == sum(map(len, granted.values()))
         async with KafkaBus(one.connection("maker")) as bus:  # the role admin is enough to create them
-            await nodes.create_missing_topics(bus, EDGES)
+            await wiring.create_missing_topics(bus, EDGES)
 
     asyncio.run(prepare())
     yield one
@@ -97,14 +98,14 @@ async def region(secure: SecureBroker, master: Master | None = None) -> AsyncIte
             buses[speaker] = signed(bus, None if master is None else master.key(Speaker.parse(speaker)))
         planner = await stack.enter_async_context(KafkaBus(secure.connection("planner")))
         # Activations go to an edge, from there to the cloud, and results come back: every topic is used.
-        service = nodes.make_planner(planner, policy="cloud-only", master=master, trust_everybody=master is None)
-        group = await stack.enter_async_context(nodes.embedded())
+        service = wiring.make_planner(planner, policy="cloud-only", master=master, trust_everybody=master is None)
+        group = await stack.enter_async_context(wiring.embedded())
         group.create_task(service.run())
         played = []
         for settings in cast:
             bus_of_node = buses[f"{settings.role.value}:{settings.name}"]
             played.append(Node(bus_of_node, settings, ModelledRunner([profile(settings.role)])))
-            group.create_task(played[-1].run(nodes.make_work(played[-1])))
+            group.create_task(played[-1].run(wiring.make_work(played[-1])))
         async with asyncio.timeout(60.0):
             while not all(node.status.joined for node in played):
                 await asyncio.sleep(0.05)
@@ -268,7 +269,7 @@ async def _join(bus: KafkaBus, group: str) -> None:
 async def test_a_name_that_begins_like_another_opens_nothing(secure: SecureBroker) -> None:
     """`e1` has its own topic; `e10`, which begins alike, is not seen by it."""
     async with KafkaBus(secure.connection("admin")) as bus:
-        await nodes.create_missing_topics(bus, ["e10"])
+        await wiring.create_missing_topics(bus, ["e10"])
     async with KafkaBus(secure.connection("e1")) as bus:
         assert await bus.partitions(topics.activations_topic("e1")) == 1
         with pytest.raises(UnknownTopicError):

@@ -21,13 +21,13 @@ from pathlib import Path
 import pytest
 
 from bus import messages, topics
-from bus.kafka import KafkaBus, KafkaConnection
+from bus.kafka.bus import KafkaBus, KafkaConnection
 from bus.messages import Decision, Ended, NodeHeartbeat, NodeLost, SeedInput, TaskState, TaskSubmitted
-from deploy.broker import START_LIMIT_S, KafkaBroker
-from deploy.broker_handshake import ask
-from loadgen.outcome import Outcome
-from loadgen.replay import replay
-from loadgen.schedule import Entry, Schedule
+from deploy.kafka_local.broker import START_LIMIT_S, KafkaBroker
+from deploy.kafka_local.handshake import ask
+from loadgen.replay.outcome import Outcome
+from loadgen.replay.replay import replay
+from loadgen.replay.schedule import Entry, Schedule
 from stages.zoo import load_model
 from tests import namespaces
 from tests.integration.deepar_processes import Process, Processes

@@ -14,14 +14,14 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from bus import topics
 from bus.errors import MessageTooLargeError
-from bus.kafka import KafkaBus
-from bus.kafka_connection import KafkaConnection
+from bus.kafka.bus import KafkaBus
+from bus.kafka.connection import KafkaConnection
 from bus.topics import TopicSpec
-from deploy import nodes
-from deploy.broker import KafkaBroker
-from deploy.broker_handshake import ask
-from deploy.commands_doctor import examine
-from deploy.ports import free_port
+from deploy.commands.doctor import examine
+from deploy.kafka_local.broker import KafkaBroker
+from deploy.kafka_local.handshake import ask
+from deploy.kafka_local.ports import free_port
+from deploy.services import wiring
 from tests.integration.deepar_processes import Processes
 from tests.kafka_broker import Broker, OwnBroker, choose
 
@@ -71,7 +71,7 @@ async def test_topics_that_are_set_wrong_are_refused_named_and_repaired(kafka_ow
         again = processes.run("topics", "repair")
         assert "every topic is set as the table of topics says" in again.stdout, again.stdout + again.stderr
     async with KafkaBus(connection) as bus:
-        await nodes.require_region(bus, 1)
+        await wiring.require_region(bus, 1)
         (snapshots,) = await bus.found_topics([topics.SNAPSHOTS])
     assert snapshots.partitions == 2
     checks = [check for check in await examine(connection, []) if check.name in ("topics", "sizes")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bus import topics
 from bus.errors import UnknownTopicError
-from bus.kafka import KafkaBus, KafkaConnection
+from bus.kafka.bus import KafkaBus, KafkaConnection
 
 
 async def topic_ends(bootstrap: str, edges: list[str]) -> dict[str, int]:

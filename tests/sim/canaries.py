@@ -19,19 +19,19 @@ from bus.frames import decode_frame
 from bus.messages import Decision, Ended, EpochOpened, Message, Snapshot
 from bus.port import Bus, Reader
 from bus.tensors import Array, Assembler, Piece, to_tensors
-from planner.leading import Lead
-from planner.ledger import Ledger, Reservation, Timeline
-from planner.placing import Placing
-from planner.service import PlannerService
-from planner.tasks import Task
+from planner.core.placing import Placing
+from planner.core.records import Task
+from planner.search.ledger import Ledger, Reservation, Timeline
+from planner.service.leader_term import Lead
+from planner.service.service import PlannerService
 from stages.attempt import Attempt
 from stages.device import Device
 from stages.fences import Fences
 from stages.flow import Flow
+from stages.frame_sender import Outlet
 from stages.hop import Hop
 from stages.node import Node, Work
 from stages.offsets import OffsetLedger, Receipt
-from stages.outlet import Outlet
 from stages.runner import Station
 
 

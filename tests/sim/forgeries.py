@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from bus import topics
-from bus.identity import Master
+from bus.identity.keys import Master
 from bus.messages import (
     Message,
     NodeAnnounced,
@@ -17,8 +17,8 @@ from bus.messages import (
     TaskFailed,
 )
 from bus.values import Parts, Role
-from deploy.commands_deadletter import Letter, read_letters
-from planner.service import Standing
+from deploy.commands.dead_letter import Letter, read_letters
+from planner.service.service import Standing
 from tests.decision_story import Story
 from tests.sim.planners import Town
 from tests.sim.world import profile, task

@@ -11,16 +11,16 @@ from typing import Any, TypeVar
 from bus import messages, topics
 from bus.decisions import DecisionLog
 from bus.errors import BusError
-from bus.identity import Master, Speaker
-from bus.memory import MemoryBroker, MemoryBus
+from bus.identity.keys import Master, Speaker
+from bus.identity.signed_bus import signed
+from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Decision, NodeAnnounced, Start, TaskCompleted, TaskSubmitted
 from bus.port import Bus, FoundTopic, Member, Payload, Position, Reader, Record, TopicPartition
-from bus.signed import signed
 from bus.topics import TopicSpec
 from bus.values import Parts, Role
-from deploy.nodes import make_work
-from planner.core import PlannerCore
-from planner.service import PlannerService
+from deploy.services.wiring import make_work
+from planner.core.core import PlannerCore
+from planner.service.service import PlannerService
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 from tests.decision_story import Story, read_story

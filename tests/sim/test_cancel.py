@@ -9,8 +9,8 @@ import pytest
 from bus import messages, topics
 from bus.errors import BusUnavailableError
 from bus.messages import Ended, Start, TaskState
-from deploy.cancelling import End, cancel
-from loadgen.virtual_loop import run_virtual
+from deploy.services.cancellation import End, cancel
+from loadgen.sim.virtual_loop import run_virtual
 from tests.sim.planners import Town, town
 from tests.sim.world import task, world
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from deploy import commands_simulate
-from loadgen import chaos, chaos_awaits
-from loadgen.chaos import run_seed
-from loadgen.chaos_region import LEASE_S, ChaosScenario
-from loadgen.chaos_watch import STAGE_S
+from deploy.commands.simulate import figures
+from loadgen.chaos.simulated import campaign, crash_points
+from loadgen.chaos.simulated.campaign import run_seed
+from loadgen.chaos.simulated.monitor import STAGE_S
+from loadgen.chaos.simulated.region import LEASE_S, ChaosScenario
 from tests.sim.canaries import CANARIES, HARMLESS, Canary
 
 SEEDS = int(os.environ.get("DEEPAR_CHAOS_SEEDS", "200"))
@@ -49,7 +49,7 @@ def struck() -> set[str]:
 
 @pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
 def test_whatever_breaks_the_region_converges_and_no_guarantee_is_broken(first: int, struck: set[str]) -> None:
-    found = chaos.run(range(first, min(first + BLOCK, SEEDS)))
+    found = campaign.run(range(first, min(first + BLOCK, SEEDS)))
     assert not found["violations"], "\n".join(
         f"{v['guarantee']} {v['what']}: {v['replay']}" for v in found["violations"]
     )
@@ -67,7 +67,7 @@ def test_every_kind_of_fault_struck(struck: set[str]) -> None:
 
 
 def test_killed_before_and_after_every_await() -> None:
-    found = chaos_awaits.sweep(0)
+    found = crash_points.sweep(0)
     assert not found["violations"], "\n".join(v["what"] for v in found["violations"])
     assert set(found["awaits"]) == set(ROLES)
     assert sum(found["awaits"].values()) > 120
@@ -83,8 +83,8 @@ def test_the_same_seed_gives_the_same_trace_twice() -> None:
 def test_any_number_of_processes_gives_the_same_totals() -> None:
     told: list[tuple[int, int]] = []
     few = ChaosScenario(tasks=2, faults_s=5.0)
-    found = chaos.run(range(24), scenario=few, jobs=2, progress=lambda done, total: told.append((done, total)))
-    assert found == chaos.run(range(24), scenario=few)
+    found = campaign.run(range(24), scenario=few, jobs=2, progress=lambda done, total: told.append((done, total)))
+    assert found == campaign.run(range(24), scenario=few)
     assert told[-1] == (24, 24)
 
 
@@ -95,7 +95,7 @@ def test_clocks_that_are_off_by_minutes_and_jump_change_nothing(seed: int) -> No
 
 
 def test_a_full_queue_rejects_and_does_not_grow() -> None:
-    found = chaos.run(range(500, 510), scenario=ChaosScenario(max_waiting=1))
+    found = campaign.run(range(500, 510), scenario=ChaosScenario(max_waiting=1))
     assert not found["violations"], found["violations"]
     assert found["rejected_queue_full"] >= 10
     assert found["states"]["COMPLETED"] >= 10
@@ -112,14 +112,14 @@ def test_a_planted_bug_is_caught(canary: Canary) -> None:
 
 def test_results_of_a_fenced_attempt_do_no_harm() -> None:
     with HARMLESS.planted():
-        assert not chaos.run(range(10))["violations"]
+        assert not campaign.run(range(10))["violations"]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(commands_simulate.app, ["chaos", *arguments])
+    result = CliRunner().invoke(figures.app, ["chaos", *arguments])
     return result.exit_code, result.stdout
 
 

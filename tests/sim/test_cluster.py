@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from bus.errors import ConfigError
-from loadgen.cells import Cell, run_cells
-from loadgen.scenario import Scenario
-from loadgen.sweep import Axis, SweepOptions, sweep
+from loadgen.experiments.runs import Cell, run_cells
+from loadgen.experiments.sweep import Axis, SweepOptions, sweep
+from loadgen.sim.scenario import Scenario
 
 CELLS = [
     Cell(Scenario(devices=5, edges=2, within_s=5, policy=policy), seed, {"policy": policy})

@@ -8,9 +8,9 @@ import pytest
 
 from bus.messages import NodeJoined, NodeLost, Placed, Retried, Start, TaskState
 from bus.values import Role
-from deploy import nodes
-from loadgen.virtual_loop import run_virtual
-from planner.core import PlannerCore
+from deploy.services import wiring
+from loadgen.sim.virtual_loop import run_virtual
+from planner.core.core import PlannerCore
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 from tests.decision_story import Story, read_story
@@ -33,7 +33,7 @@ async def _stop(region: World, name: str, *, says_so: bool = True) -> None:
 
 async def _again(region: World, settings: NodeSettings, group: asyncio.TaskGroup) -> None:
     node = Node(region.bus, settings, ModelledRunner([profile(settings.role)]))
-    work = nodes.make_work(node, lambda task, sample, outputs: region.shown.append((task.task_id, sample)))
+    work = wiring.make_work(node, lambda task, sample, outputs: region.shown.append((task.task_id, sample)))
     group.create_task(node.run(work), name=f"{settings.name} again")
 
 
@@ -41,7 +41,7 @@ async def _play(
     stopped: str, *, policy: str, again: NodeSettings | None = None, says_so: bool = True, at_s: float = 1.0
 ) -> tuple[World, Story]:
     """Tasks for all devices, and a node that is told to stop while some of them run."""
-    async with world(policy=policy) as region, nodes.embedded() as group:
+    async with world(policy=policy) as region, wiring.embedded() as group:
         playing = asyncio.create_task(
             region.replay([task(n, f"d{n % 3 + 1}", samples=SAMPLES) for n in range(TASKS)], gap_s=0.2)
         )

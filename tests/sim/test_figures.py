@@ -13,12 +13,11 @@ from typer.testing import CliRunner
 
 from bus.errors import UnknownNameError
 from bus.values import Objective
-from deploy import commands_simulate
-from loadgen import figures
-from loadgen.claims import Verdict
-from loadgen.figure_result import FigureOptions
-from loadgen.figures_multi import DEVICES, SEQUENTIAL
-from planner import fit_paper
+from deploy.commands.simulate import figures as commands_simulate
+from loadgen.experiments import figures, fit_paper
+from loadgen.experiments.claims import Verdict
+from loadgen.experiments.figure_result import FigureOptions
+from loadgen.experiments.figures_multi import DEVICES, SEQUENTIAL
 
 
 def test_fig1a_within_a_percent_with_the_same_cuts(tmp_path: Path) -> None:
@@ -170,7 +169,7 @@ def test_the_command_prints_one_object_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_missed_claim_is_exit_code_99(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {"device-only": 1.0, "edge-only": 64.0, "cloud-only": 314.0, "deepar": 43.0}
-    monkeypatch.setattr("loadgen.figures_single.FIG1A_MS", wrong)
+    monkeypatch.setattr("loadgen.experiments.figures_single.FIG1A_MS", wrong)
     result = CliRunner().invoke(commands_simulate.app, ["fig1a", "--out", str(tmp_path), "--json"])
     assert result.exit_code == 99
     assert [claim["pass"] for claim in json.loads(result.stdout)["claims"]].count(False) == 1
@@ -201,7 +200,7 @@ def test_the_table_says_fitted_beside_the_verdict_and_keeps_our_own_claims_apart
     assert "waiting pays" not in paper
     assert "waiting pays" in own
     assert "below edge-only" not in own
-    assert "fitted by planner/fit_paper.py" in own  # a note under the tables
+    assert "fitted by loadgen/experiments/fit_paper.py" in own  # a note under the tables
 
 
 def test_the_sweep_command(tmp_path: Path) -> None:

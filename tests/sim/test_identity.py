@@ -11,7 +11,8 @@ import pytest
 
 from bus import dead_letter, messages, topics
 from bus.errors import ProtocolError
-from bus.identity import IDENTITY_HEADER, Key, Master, Speaker
+from bus.identity.keys import IDENTITY_HEADER, Key, Master, Speaker
+from bus.identity.signed_bus import signed
 from bus.messages import (
     NodeHeartbeat,
     NodeLeft,
@@ -19,16 +20,17 @@ from bus.messages import (
     TaskState,
 )
 from bus.port import Bus, Headers, Record
-from bus.signed import signed
 from bus.values import Parts
-from deploy.commands_deadletter import Letter
-from deploy.planner_process import planner_counters
-from loadgen import chaos, chaos_play, virtual_region
-from loadgen.chaos_client import Client
-from loadgen.virtual_loop import run_virtual
-from planner.core import PlannerCore
-from planner.doorkeeper import Doorkeeper
-from planner.service import PlannerService
+from deploy.commands.dead_letter import Letter
+from deploy.services.planner_process import planner_counters
+from loadgen.chaos.simulated import campaign
+from loadgen.chaos.simulated import run as chaos_play
+from loadgen.chaos.simulated.client import Client
+from loadgen.sim import region
+from loadgen.sim.virtual_loop import run_virtual
+from planner.core.core import PlannerCore
+from planner.service.input_filter import Doorkeeper
+from planner.service.service import PlannerService
 from stages.node import Node, NodeSettings
 from stages.runner import Runner
 from tests.decision_story import Story
@@ -199,10 +201,10 @@ def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch, 
         await submit(client, signed(bus, master.key(Speaker("loadgen", "chaos"))), *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Doorkeeper, "read", listening)
-    monkeypatch.setattr(virtual_region, "Node", proving)
+    monkeypatch.setattr(region, "Node", proving)
     monkeypatch.setattr(chaos_play, "PlannerService", partial(PlannerService, master=master))
     monkeypatch.setattr(Client, "submit", submitting)
-    found = chaos.run(range(12))
+    found = campaign.run(range(12))
     assert found["violations"] == []
     assert found["retries"] > 0
     assert found["states"]["COMPLETED"] > 80

@@ -9,15 +9,15 @@ import pytest
 
 from bus import topics
 from bus.errors import ConfigError
-from bus.identity import Master
+from bus.identity.keys import Master
 from bus.messages import (
     Decision,
     NodeJoined,
 )
 from bus.values import Role
-from loadgen.replay import replay
-from loadgen.schedule import Entry, Schedule
-from loadgen.virtual_loop import run_virtual
+from loadgen.replay.replay import replay
+from loadgen.replay.schedule import Entry, Schedule
+from loadgen.sim.virtual_loop import run_virtual
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 from tests.sim.forgeries import HORIZON_S, MASTER, leading, letters_of

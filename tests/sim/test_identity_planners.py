@@ -11,15 +11,15 @@ import structlog
 
 from bus import messages, topics
 from bus.errors import ConfigError
-from bus.identity import Master, Speaker
+from bus.identity.keys import Master, Speaker
 from bus.messages import (
     NodeAnnounced,
     NodeHeartbeat,
     TaskState,
 )
 from bus.values import Role
-from deploy.commands_deadletter import Letter, read_letters
-from loadgen.virtual_loop import run_virtual
+from deploy.commands.dead_letter import Letter, read_letters
+from loadgen.sim.virtual_loop import run_virtual
 from tests.decision_story import Story
 from tests.sim.forgeries import FORGERIES, HORIZON_S, IDS, MASTER, TASKS, letters_of, lost_in
 from tests.sim.planners import town

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from bus import memory_log, messages, snapshots, topics
-from bus.memory import MemoryBroker
+from bus import messages, snapshots, topics
+from bus.memory import partition_log
+from bus.memory.bus import MemoryBroker
 from bus.messages import (
     Decision,
     DecisionPart,
@@ -22,11 +23,11 @@ from bus.messages import (
 )
 from bus.port import Record
 from bus.values import Role
-from deploy.region_view import RegionView
-from loadgen.virtual_loop import run_virtual
-from planner import keeper, leading
-from planner.core import PlannerCore
-from planner.service import Standing
+from deploy.monitor.region_view import RegionView
+from loadgen.sim.virtual_loop import run_virtual
+from planner.core.core import PlannerCore
+from planner.service import leader_term, snapshot_writer
+from planner.service.service import Standing
 from stages.fences import Fences
 from tests.decision_story import read_story
 from tests.sim.planners import FOREVER_S, Process, Town, town
@@ -78,7 +79,7 @@ WAITING = 3200
 def test_an_edge_is_lost_under_which_1600_tasks_wait_and_the_planner_dies_in_the_midst(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    put = leading.Lead._put
+    put = leader_term.Lead._put
     died: list[str] = []
 
     async def dies_once(self: Any, record: Decision | DecisionPart, payload: bytes) -> None:
@@ -87,7 +88,7 @@ def test_an_edge_is_lost_under_which_1600_tasks_wait_and_the_planner_dies_in_the
             died.append(self.service.name)
             self.service.bus.kill()
 
-    monkeypatch.setattr(leading.Lead, "_put", dies_once)
+    monkeypatch.setattr(leader_term.Lead, "_put", dies_once)
 
     async def run() -> None:
         async with town(played=False) as place:
@@ -209,7 +210,7 @@ async def _dies_while_it_writes(place: Town, monkeypatch: pytest.MonkeyPatch, li
     await asyncio.sleep(2.0)
     await first.kill()
     assert _newest(place).parts
-    send = keeper.Keeper._send
+    send = snapshot_writer.Keeper._send
     left: list[int] = []
 
     async def dies(self: Any, message: Any, payload: bytes | None, key: str) -> Any:
@@ -218,7 +219,7 @@ async def _dies_while_it_writes(place: Town, monkeypatch: pytest.MonkeyPatch, li
             self.service.bus.kill()
         return await send(self, message, payload, key)
 
-    monkeypatch.setattr(keeper.Keeper, "_send", dies)
+    monkeypatch.setattr(snapshot_writer.Keeper, "_send", dies)
     for life in range(lives):
         left[:] = [2 + life % 5]
         planner = place.start(f"p{life}", part_bytes=1_500)
@@ -241,7 +242,7 @@ def test_a_snapshot_that_is_written_half_destroys_none_that_is_whole(
     monkeypatch: pytest.MonkeyPatch, places: int
 ) -> None:
     """And with a single place, as a planted fault, it does."""
-    monkeypatch.setattr(memory_log, "_COMPACT_FROM", -1_000_000)
+    monkeypatch.setattr(partition_log, "_COMPACT_FROM", -1_000_000)
     monkeypatch.setattr(snapshots, "PLACES", places)
 
     async def run() -> list[int]:
@@ -253,7 +254,7 @@ def test_a_snapshot_that_is_written_half_destroys_none_that_is_whole(
 
 
 def test_a_smaller_snapshot_leaves_nothing_of_a_larger_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_log, "_COMPACT_FROM", -1_000_000)
+    monkeypatch.setattr(partition_log, "_COMPACT_FROM", -1_000_000)
 
     async def run() -> tuple[int, int, Snapshot]:
         async with town(played=False) as place:
@@ -282,7 +283,7 @@ def test_a_smaller_snapshot_leaves_nothing_of_a_larger_one(monkeypatch: pytest.M
 def test_a_forged_part_in_the_place_of_a_true_one_leads_nobody_astray(
     monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(memory_log, "_COMPACT_FROM", -1_000_000)
+    monkeypatch.setattr(partition_log, "_COMPACT_FROM", -1_000_000)
 
     async def run() -> bool:
         async with town(played=False) as place:

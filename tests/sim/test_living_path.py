@@ -9,9 +9,9 @@ import pytest
 from bus import topics
 from bus.messages import TaskState
 from bus.values import Kind, Objective, Role
-from deploy import nodes
-from loadgen.outcome import Outcome
-from loadgen.virtual_loop import run_virtual
+from deploy.services import wiring
+from loadgen.replay.outcome import Outcome
+from loadgen.sim.virtual_loop import run_virtual
 from stages.node import Node
 from stages.runner import ModelledRunner
 from tests.known import known
@@ -76,7 +76,7 @@ def test_two_processes_of_one_name_do_not_flood_the_decisions_and_are_seen() -> 
         async with world(edges=("e1",), devices=("d1",)) as region:
             first = region.nodes["e1"]
             twin = Node(region.bus, first.settings, ModelledRunner([profile(Role.EDGE)]))
-            playing = asyncio.create_task(twin.run(nodes.make_work(twin)))
+            playing = asyncio.create_task(twin.run(wiring.make_work(twin)))
             await asyncio.sleep(60.0)
             seen = first.status.counters["declared_lost"]
             assert {first.status.ready, twin.status.ready} == {True, False}  # one of them has the partition

@@ -7,7 +7,7 @@ import asyncio
 from structlog.testing import capture_logs
 
 from bus.messages import TaskState
-from loadgen.virtual_loop import run_virtual
+from loadgen.sim.virtual_loop import run_virtual
 from tests.sim.world import task, world
 
 NODES = {"d1", "d2", "d3", "e1", "e2", "c1"}

@@ -12,12 +12,12 @@ from structlog.testing import capture_logs
 from bus import snapshots, topics
 from bus.decisions import DecisionsLostError
 from bus.errors import ConfigError
-from bus.memory import MemoryBroker, MemoryBus
+from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.topics import TopicSpec
 from bus.values import Role
-from deploy.nodes import make_work
-from loadgen.virtual_loop import run_virtual
-from planner.service import Standing
+from deploy.services.wiring import make_work
+from loadgen.sim.virtual_loop import run_virtual
+from planner.service.service import Standing
 from stages.node import TOLD_EVERY_S, Node, NodeSettings
 from stages.runner import ModelledRunner
 from tests.sim.planners import Process, Town, town

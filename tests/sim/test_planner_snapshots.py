@@ -10,8 +10,8 @@ import pytest
 from bus import messages, topics
 from bus.errors import InvariantError
 from bus.messages import Decision, Snapshot
-from loadgen.virtual_loop import run_virtual
-from planner.service import PlannerService, Standing
+from loadgen.sim.virtual_loop import run_virtual
+from planner.service.service import PlannerService, Standing
 from tests.sim.canaries import believes
 from tests.sim.planners import Process, Story, Town, town
 

@@ -13,14 +13,14 @@ import pytest
 
 from bus import topics
 from bus.frames import Frame, Plan, decode_frame, encode_frame
-from bus.identity import IDENTITY_HEADER, PROOF_HEADER, Master, Speaker
+from bus.identity.keys import IDENTITY_HEADER, PROOF_HEADER, Master, Speaker
 from bus.messages import TaskState
 from bus.port import Record
 from bus.tensors import Piece, to_pieces
 from bus.values import Kind, Placement
-from deploy.commands_deadletter import Letter, read_letters
-from loadgen.outcome import Outcome
-from loadgen.virtual_loop import run_virtual
+from deploy.commands.dead_letter import Letter, read_letters
+from loadgen.replay.outcome import Outcome
+from loadgen.sim.virtual_loop import run_virtual
 from stages.device import Device
 from tests.sim.world import CUT_BYTES, World, task, world
 

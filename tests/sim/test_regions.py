@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from bus import topics
-from bus.memory import MemoryBroker, MemoryBus
+from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.topics import Partitions
-from loadgen.virtual_loop import run_virtual
-from planner.core import PlannerCore
-from planner.regions import RegionShare
-from planner.service import PlannerService, Standing
+from loadgen.sim.virtual_loop import run_virtual
+from planner.core.core import PlannerCore
+from planner.service.region_group import RegionShare
+from planner.service.service import PlannerService, Standing
 from tests.decision_story import Story
 from tests.sim.planners import Town
 

@@ -13,14 +13,14 @@ from rich.console import Console
 from bus import messages, topics
 from bus.messages import Admitted, Decision, Ended, Placed, PlannerHeartbeat, Start, TaskCompleted, TaskState
 from bus.port import Record
-from bus.units import format_rate
-from deploy.decision_lines import lines_of
-from deploy.region_feed import follow, play_again, read_all
-from deploy.region_report import report
-from deploy.region_view import TOPICS, RegionView
-from deploy.top import screen
-from loadgen.virtual_loop import run_virtual
-from planner.core import PlannerCore
+from bus.text.units import format_rate
+from deploy.monitor.decision_lines import lines_of
+from deploy.monitor.region_feed import follow, play_again, read_all
+from deploy.monitor.region_report import report
+from deploy.monitor.region_view import TOPICS, RegionView
+from deploy.monitor.top import screen
+from loadgen.sim.virtual_loop import run_virtual
+from planner.core.core import PlannerCore
 from tests.sim.world import World, task, world
 
 TASKS = 60

@@ -10,12 +10,12 @@ import pytest
 
 from bus import topics
 from bus.errors import InvariantError
-from bus.faults import Faults
-from bus.memory import MemoryBroker
+from bus.memory.bus import MemoryBroker
+from bus.memory.faults import Faults
 from bus.messages import Ended, NodeHeartbeat, NodeLost, TaskState
-from loadgen.virtual_loop import run_virtual
-from planner import leading
-from planner.service import Standing
+from loadgen.sim.virtual_loop import run_virtual
+from planner.service import leader_term
+from planner.service.service import Standing
 from tests.sim.planners import Process, Story, Town, town
 
 TASKS = 8
@@ -154,7 +154,7 @@ def test_a_planner_that_was_frozen_declares_nobody_lost_whose_heartbeats_lie_unr
 
 
 def test_inputs_that_change_nothing_are_recorded_as_read_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leading, "CHECKPOINT_EVERY", 50)
+    monkeypatch.setattr(leader_term, "CHECKPOINT_EVERY", 50)
 
     async def run() -> Story:
         async with town() as place:
@@ -172,14 +172,14 @@ def test_inputs_that_change_nothing_are_recorded_as_read_now_and_then(monkeypatc
 
 
 def test_planted_a_planner_that_commits_before_it_decides_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    decided = leading.Lead._decided
+    decided = leader_term.Lead._decided
 
     async def too_early(self: Any, changes: Any, now_s: float) -> None:
         if any(isinstance(change, Ended) for change in changes):
             self.service.inputs[topics.TASKS] += 1  # as if the next task were done with
         await decided(self, changes, now_s)
 
-    monkeypatch.setattr(leading.Lead, "_decided", too_early)
+    monkeypatch.setattr(leader_term.Lead, "_decided", too_early)
     found = 0
     for fuse in range(60, 120, 10):
         try:

@@ -6,9 +6,9 @@ import pytest
 
 from bus.messages import TaskState
 from bus.values import Objective
-from loadgen.driver import drive
-from loadgen.scenario import Scenario
-from loadgen.simulator import simulate
+from loadgen.sim.core_driver import drive
+from loadgen.sim.scenario import Scenario
+from loadgen.sim.simulator import simulate
 from tests.known import known
 from tests.unit.loadgen.machines import machines
 

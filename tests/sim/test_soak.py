@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from bus.messages import Ended
-from deploy import commands_simulate
-from loadgen.soak import ALLOWED, soak
-from loadgen.soak_region import SoakScenario
-from loadgen.soak_slow import slow_cloud
+from deploy.commands.simulate import figures
+from loadgen.chaos.simulated.slow_cloud import slow_cloud
+from loadgen.chaos.simulated.soak import ALLOWED, soak
+from loadgen.chaos.simulated.soak_region import SoakScenario
 from stages.device import Device
 from tests.sim.canaries import CANARIES
 
@@ -55,7 +55,7 @@ def test_planted_a_device_that_does_not_wait_fills_the_buffers() -> None:
 
 
 def test_the_command_writes_a_plot_and_the_numbers(tmp_path: Path) -> None:
-    result = CliRunner().invoke(commands_simulate.app, ["soak", "--hours", "0.25", "--out", str(tmp_path), "--json"])
+    result = CliRunner().invoke(figures.app, ["soak", "--hours", "0.25", "--out", str(tmp_path), "--json"])
     found = json.loads(result.stdout)
     assert result.exit_code in (0, 99), result.output  # so short a soak need not be flat
     assert {row["measure"] for row in found["measures"]} == set(ALLOWED)

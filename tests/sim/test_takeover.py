@@ -14,9 +14,9 @@ from bus.decisions import DecisionLog, DecisionUnreadableError
 from bus.errors import InvariantError
 from bus.messages import Decision
 from bus.values import Role
-from deploy.nodes import make_work
-from loadgen.virtual_loop import run_virtual
-from planner.service import Standing
+from deploy.services.wiring import make_work
+from loadgen.sim.virtual_loop import run_virtual
+from planner.service.service import Standing
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 from tests.sim.planners import Process, Story, Town, town

@@ -15,17 +15,17 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 
 from bus import messages, topics
-from bus.memory import MemoryBroker, MemoryBus
+from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Decision, Placed, SeedInput, TaskCompleted, TaskSubmitted
 from bus.port import Record
 from bus.tracing import Span, chain, parent_in, span_id, trace_id, traceparent
 from bus.values import Placement
-from deploy import nodes
-from deploy.otel import OtelSink, tracing, wanted
-from deploy.ports import free_port
-from loadgen.replay import replay
-from loadgen.schedule import Entry, Schedule
-from loadgen.virtual_loop import run_virtual
+from deploy.kafka_local.ports import free_port
+from deploy.services import wiring
+from deploy.services.otel import OtelSink, tracing, wanted
+from loadgen.replay.replay import replay
+from loadgen.replay.schedule import Entry, Schedule
+from loadgen.sim.virtual_loop import run_virtual
 from tests.known import known
 from tests.otlp_collector import collecting
 from tests.sim.world import World, task, world
@@ -171,8 +171,8 @@ def test_a_planner_that_takes_over_repeats_nothing_and_knows_when_a_task_began()
         first: list[Span] = []
         second: list[Span] = []
         async with MemoryBus(broker, "test") as bus:
-            await nodes.create_missing_topics(bus)
-            one, two = (nodes.make_planner(bus, name=name) for name in ("p1", "p2"))
+            await wiring.create_missing_topics(bus)
+            one, two = (wiring.make_planner(bus, name=name) for name in ("p1", "p2"))
             one.trace_to(first.append)
             two.trace_to(second.append)
             leading = asyncio.create_task(one.run())
@@ -227,7 +227,7 @@ def test_spans_reach_a_collector_that_the_variables_name(monkeypatch: pytest.Mon
 
 def test_a_collector_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr("deploy.otel.CLOSING_S", 0.2)
+    monkeypatch.setattr("deploy.services.otel.CLOSING_S", 0.2)
 
     async def run() -> float:
         async with tracing("deepar-test") as sink:
@@ -247,8 +247,8 @@ def test_off_by_default_and_nothing_imported() -> None:
     assert not wanted({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_SDK_DISABLED": "true"})
     assert not wanted({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_TRACES_EXPORTER": "none"})
     script = (
-        "import asyncio, sys, deploy.commands_services, deploy.commands_loadgen\n"
-        "from deploy.otel import tracing\n"
+        "import asyncio, sys, deploy.commands.services, deploy.commands.loadgen.replay\n"
+        "from deploy.services.otel import tracing\n"
         "async def main():\n"
         "    async with tracing('x', {}) as sink:\n"
         "        assert sink is None\n"

@@ -10,11 +10,11 @@ import pytest
 from bus import messages, topics
 from bus.messages import Change, Ended, NodeAnnounced, TaskCompleted, TaskState, TaskSubmitted
 from bus.values import Role
-from deploy.commands_deadletter import Letter, read_letters
-from loadgen.virtual_loop import run_virtual
-from planner.core import Event, PlannerCore, Unhandled
-from planner.doorkeeper import Doorkeeper
-from planner.service import Standing
+from deploy.commands.dead_letter import Letter, read_letters
+from loadgen.sim.virtual_loop import run_virtual
+from planner.core.core import Event, PlannerCore, Unhandled
+from planner.service.input_filter import Doorkeeper
+from planner.service.service import Standing
 from tests.sim.planners import FOREVER_S, Process, Story, Town, town
 from tests.sim.world import profile
 

@@ -8,19 +8,19 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from bus import topics
-from bus.identity import Master, Speaker
-from bus.memory import MemoryBroker, MemoryBus
+from bus.identity.keys import Master, Speaker
+from bus.identity.signed_bus import signed
+from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import SeedInput, TaskSubmitted
 from bus.port import Bus
-from bus.signed import signed
 from bus.tensors import Array
 from bus.tracing import SpanSink
 from bus.values import ModelProfile, Objective, Role
-from deploy import nodes
-from loadgen.outcome import Outcome
-from loadgen.replay import replay
-from loadgen.schedule import Entry, Schedule
-from planner.service import PlannerService
+from deploy.services import wiring as nodes
+from loadgen.replay.outcome import Outcome
+from loadgen.replay.replay import replay
+from loadgen.replay.schedule import Entry, Schedule
+from planner.service.service import PlannerService
 from stages.device import Device
 from stages.hop import Hop
 from stages.node import Node, NodeSettings

@@ -39,18 +39,18 @@ def test_imports_point_one_way(path: Path) -> None:
 
 def test_the_layering_test_can_fail(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.py"
-    wrong.write_text("from planner.core import PlannerCore\nimport tests\n", encoding="utf-8")
+    wrong.write_text("from planner.core.core import PlannerCore\nimport tests\n", encoding="utf-8")
     assert imported_rooms(wrong) == {"planner", "tests"}
 
 
 JSON_BETWEEN_OURSELVES = {
-    "deploy/asyncapi.py",  # a page of the docs, kept as it stands
-    "deploy/commands_explain.py",  # a record on its way back into our decoder
-    "loadgen/run_key.py",
-    "loadgen/sweep.py",  # the key of a run, compared with itself
-    "stages/sandbox.py",
-    "stages/trial.py",
-    "stages/trial_child.py",  # words between a process and its child
+    "deploy/generated_docs/asyncapi.py",  # a page of the docs, kept as it stands
+    "deploy/commands/explain.py",  # a record on its way back into our decoder
+    "loadgen/experiments/run_key.py",
+    "loadgen/experiments/sweep.py",  # the key of a run, compared with itself
+    "stages/models/sandbox.py",
+    "stages/models/runtime/trial_run.py",
+    "stages/models/runtime/trial_child.py",  # words between a process and its child
 }
 
 
@@ -68,7 +68,7 @@ def writes_json(path: Path) -> bool:
 
 
 def test_json_for_people_and_programs_is_written_in_one_place() -> None:
-    """`bus.json_text`, which never writes NaN or Infinity; messages and state on the bus have codecs of their own."""
+    """`bus.text.json_text`, which never writes NaN or Infinity; messages and state on the bus have codecs of their own."""
     rooms = [path for path in FILES if path.relative_to(ROOT).parts[0] in ("deploy", "loadgen", "stages")]
     assert {str(path.relative_to(ROOT)) for path in rooms if writes_json(path)} == JSON_BETWEEN_OURSELVES
 

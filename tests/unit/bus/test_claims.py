@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from bus import claims, messages, topics
-from bus.claims import Parties, check
+from bus import messages, topics
 from bus.errors import ProtocolError
-from bus.identity import SPEAKING_ROLES, Speaker
+from bus.identity import authorization
+from bus.identity.authorization import Parties, check
+from bus.identity.keys import SPEAKING_ROLES, Speaker
 from bus.messages import (
     Message,
     NodeAnnounced,
@@ -29,7 +30,7 @@ MESSAGES = [kind for kind in vars(messages).values() if isinstance(kind, type) a
 NAMING_FIELDS = {"node", "device", "edge"}
 
 
-def uncovered(table: dict[str, claims.Claim]) -> set[str]:
+def uncovered(table: dict[str, authorization.Claim]) -> set[str]:
     """Messages of topics that several roles write, or that name a node, and have no row."""
     by_topic = {name for row in topics.TABLE if row.name in topics.CLAIMED_TOPICS for name in row.messages}
     by_field = {kind.__name__ for kind in MESSAGES if NAMING_FIELDS & kind.model_fields.keys()}
@@ -38,8 +39,8 @@ def uncovered(table: dict[str, claims.Claim]) -> set[str]:
 
 def test_every_message_that_claims_a_node_has_a_row() -> None:
     assert len(MESSAGES) > 12
-    assert uncovered(claims.BY_MESSAGE) == set()
-    for claim in claims.TABLE:
+    assert uncovered(authorization.BY_MESSAGE) == set()
+    for claim in authorization.TABLE:
         kind = getattr(messages, claim.message)
         assert claim.node is None or claim.node in kind.model_fields
         assert (claim.task is not None) == ("task_id" in kind.model_fields and kind is not TaskSubmitted)
@@ -47,9 +48,9 @@ def test_every_message_that_claims_a_node_has_a_row() -> None:
         assert {*claim.itself, *claim.others} <= set(topic.writers)  # Kafka would refuse the rest anyway
 
 
-@pytest.mark.parametrize("missing", claims.BY_MESSAGE)
+@pytest.mark.parametrize("missing", authorization.BY_MESSAGE)
 def test_a_message_without_a_row_is_found(missing: str) -> None:
-    table = {name: claim for name, claim in claims.BY_MESSAGE.items() if name != missing}
+    table = {name: claim for name, claim in authorization.BY_MESSAGE.items() if name != missing}
     assert uncovered(table) == {missing}
 
 

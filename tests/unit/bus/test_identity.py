@@ -12,8 +12,8 @@ import pytest
 
 from bus import topics
 from bus.errors import ConfigError, InvariantError, ProtocolError
-from bus.frame_keys import ROWS
-from bus.identity import (
+from bus.identity.frame_keys import ROWS
+from bus.identity.keys import (
     IDENTITY_HEADER,
     PROOF_HEADER,
     SPEAKING_ROLES,
@@ -25,9 +25,9 @@ from bus.identity import (
     satisfy,
     write_secret,
 )
-from bus.memory import MemoryBroker, MemoryBus
+from bus.identity.signed_bus import SignedBus, satisfy_region, signed
+from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.port import Record
-from bus.signed import SignedBus, satisfy_region, signed
 
 MASTER = Master(bytes(range(32)))
 D1 = Speaker("device", "d1")
@@ -85,7 +85,7 @@ def test_the_page_s_proof_of_frames_is_ours(tmp_path: Path) -> None:
 
 
 def test_who_reads_frames_on_a_topic_may_not_write_there() -> None:
-    """Or it could prove to be another: `bus.frame_keys`."""
+    """Or it could prove to be another: `bus.identity.frame_keys`."""
     assert ROWS
     for row in ROWS:
         assert not {*row.readers} & {*row.writers}, row.name
@@ -129,7 +129,7 @@ def test_what_was_tampered_with_is_refused(broken: Record) -> None:
 
 
 def test_another_may_sign_what_names_d1_and_is_known_by_it() -> None:
-    """Whether d2 may say that of d1 is for `bus.claims` to judge."""
+    """Whether d2 may say that of d1 is for `bus.identity.authorization` to judge."""
     d2 = Speaker("device", "d2")
     assert MASTER.speaker(record(MASTER.key(d2))) == d2
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bus.json_text import json_text
+from bus.text.json_text import json_text
 
 
 def strict(text: str) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bus.errors import BusUnavailableError, ConfigError
-from bus.kafka import KafkaBus, KafkaConnection
+from bus.kafka.bus import KafkaBus, KafkaConnection
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

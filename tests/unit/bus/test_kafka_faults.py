@@ -14,7 +14,7 @@ from aiokafka import TopicPartition as KafkaPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from bus.errors import BusError, BusUnavailableError, ConfigError, MessageTooLargeError
-from bus.kafka import KafkaBus, KafkaConnection
+from bus.kafka.bus import KafkaBus, KafkaConnection
 from bus.port import Reader, Record
 from bus.topics import TopicSpec, activations_topic
 from tests.kafka_broker import Broker, OwnBroker

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bus import kafka_connection, kafka_readers, kafka_sender
+from bus.kafka import connection, readers, sender
 
 
 class Stuck:
@@ -34,7 +34,7 @@ class Stuck:
         await asyncio.gather(self._closed_future)
 
 
-@pytest.mark.parametrize("module", [kafka_readers, kafka_sender])
+@pytest.mark.parametrize("module", [readers, sender])
 @pytest.mark.parametrize("ending", [asyncio.CancelledError(), OSError("gone"), None])
 async def test_a_stop_that_is_cancelled_inside_does_not_cancel_us(
     module: Any, ending: BaseException | None, monkeypatch: pytest.MonkeyPatch
@@ -42,7 +42,7 @@ async def test_a_stop_that_is_cancelled_inside_does_not_cancel_us(
     """Seen when a broker was away for long, and on TLS with uvloop, where a connection now and then closes late: the service
     ended as if somebody had asked it to.
     """
-    for where, name in ((kafka_readers, "_CLOSE_S"), (kafka_sender, "_SETTLE_S"), (kafka_connection, "HANG_UP_S")):
+    for where, name in ((readers, "_CLOSE_S"), (sender, "_SETTLE_S"), (connection, "HANG_UP_S")):
         monkeypatch.setattr(where, name, 0.01)
     one: Any = Stuck(ending)
     await module._finish(one)

@@ -13,10 +13,10 @@ from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.structs import RecordMetadata, TopicPartition
 
 from bus.errors import BusUnavailableError, MessageTooLargeError
-from bus.kafka_connection import KafkaConnection
-from bus.kafka_sender import KafkaSender
+from bus.kafka.connection import KafkaConnection
+from bus.kafka.sender import KafkaSender
 from bus.port import Position
-from loadgen.virtual_loop import run_virtual
+from loadgen.sim.virtual_loop import run_virtual
 
 DELIVERY_S = 30.0
 WHERE = TopicPartition("t", 0)
@@ -62,7 +62,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[ScriptedProducer]:
     """The producers that the sender has made, and a broker that answers no handshake."""
     producers: list[ScriptedProducer] = []
     monkeypatch.setattr(ScriptedProducer, "made", producers, raising=False)
-    monkeypatch.setattr("bus.kafka_sender.AIOKafkaProducer", ScriptedProducer)
+    monkeypatch.setattr("bus.kafka.sender.AIOKafkaProducer", ScriptedProducer)
     answers(monkeypatch, False)
     return producers
 

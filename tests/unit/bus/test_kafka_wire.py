@@ -14,10 +14,10 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaConnectionError
 from aiokafka.protocol.admin import ApiVersionRequest
 
-import bus.kafka  # noqa: F401  # says which class it is to be
-from bus import kafka_wire
-from bus.kafka_wire import Wire
-from loadgen.virtual_loop import run_virtual
+import bus.kafka.bus  # noqa: F401  # says which class it is to be
+from bus.kafka import aiokafka_patches
+from bus.kafka.aiokafka_patches import Wire
+from loadgen.sim.virtual_loop import run_virtual
 
 BARE = Wire.__mro__[1]
 """aiokafka's own: its module has ours by now."""
@@ -81,6 +81,6 @@ def test_a_client_asks_for_the_cluster_once_in_its_backoff(monkeypatch: pytest.M
         for _ in range(5):
             assert not await client._metadata_update(client.cluster, None)
 
-    monkeypatch.setattr(kafka_wire, "_ask", refused)
+    monkeypatch.setattr(aiokafka_patches, "_ask", refused)
     run_virtual(run())
     assert [later - sooner for sooner, later in pairwise(asked_s)] == pytest.approx([0.05] * 4)

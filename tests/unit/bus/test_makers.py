@@ -6,8 +6,8 @@ import pickle
 import pytest
 from pydantic import Field, ValidationError
 
-from bus.makers import maker
 from bus.messages import Ended, Placed, SeedInput, TaskState, TaskSubmitted
+from bus.unchecked_constructors import maker
 from bus.values import Execution, Frozen, Kind, Objective, Parts, Placement
 
 PLACE = {

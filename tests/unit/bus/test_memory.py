@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from bus.errors import BusError, BusUnavailableError
-from bus.memory import MemoryBroker, MemoryBus
+from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.port import Position, Record, TopicPartition
 from bus.topics import TopicSpec
-from loadgen.virtual_loop import run_virtual
+from loadgen.sim.virtual_loop import run_virtual
 
 DATA = TopicSpec("data", 1, retention_bytes=1 << 30)
 CONTROL = TopicSpec("control", 2)

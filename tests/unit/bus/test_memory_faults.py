@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from bus.errors import BusUnavailableError
-from bus.faults import KINDS
-from bus.memory import Faults, MemoryBroker, MemoryBus
+from bus.memory.bus import Faults, MemoryBroker, MemoryBus
+from bus.memory.faults import KINDS
 from bus.port import Record, TopicPartition
 from bus.topics import TopicSpec
-from loadgen.virtual_loop import run_virtual
+from loadgen.sim.virtual_loop import run_virtual
 
 TOPIC = "t"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bus.memory_log import PartitionLog, held_bytes
+from bus.memory.partition_log import PartitionLog, held_bytes
 from bus.port import Record
 from bus.topics import TopicSpec
 

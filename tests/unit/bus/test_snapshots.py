@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from bus import messages, snapshots, topics
-from bus.memory import MemoryBus
+from bus.memory.bus import MemoryBus
 from bus.messages import Decision, EpochOpened, Snapshot, SnapshotPart
-from loadgen.virtual_loop import run_virtual
+from loadgen.sim.virtual_loop import run_virtual
 
 
 def decision(seq: int) -> Decision:

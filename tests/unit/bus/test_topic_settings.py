@@ -8,12 +8,12 @@ import pytest
 
 from bus import topic_settings, topics
 from bus.errors import ConfigError
-from bus.memory import MemoryBus
+from bus.memory.bus import MemoryBus
 from bus.port import FoundTopic
 from bus.topic_settings import PARTITIONS, contradictions, created_with, needed_bytes, require
 from bus.topics import Partitions, TopicSpec
-from deploy.nodes import require_region
-from loadgen.virtual_loop import run_virtual
+from deploy.services.wiring import require_region
+from loadgen.sim.virtual_loop import run_virtual
 
 KAFKAS_DEFAULTS = {
     "cleanup.policy": "delete",

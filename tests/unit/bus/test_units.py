@@ -10,7 +10,15 @@ from itertools import pairwise
 import pytest
 
 from bus.errors import ConfigError
-from bus.units import format_count, format_moment, format_rate, format_seconds, parse_duration, parse_rate, parse_size
+from bus.text.units import (
+    format_count,
+    format_moment,
+    format_rate,
+    format_seconds,
+    parse_duration,
+    parse_rate,
+    parse_size,
+)
 
 AWKWARD_S = {
     0: "0 s",

@@ -6,8 +6,8 @@ import pytest
 
 from bus import topics
 from bus.errors import ConfigError
-from deploy import acls
-from deploy.acls import Entry, Operation, Resource
+from deploy.generated_docs import acls
+from deploy.generated_docs.acls import Entry, Operation, Resource
 
 
 def allowed(entries: list[Entry], operation: Operation) -> set[str]:

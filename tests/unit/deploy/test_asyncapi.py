@@ -14,8 +14,8 @@ from bus.frames import Frame, encode_frame
 from bus.messages import NodeHeartbeat, SeedInput, TaskSubmitted
 from bus.tensors import to_pieces
 from bus.topics import TABLE
-from deploy.asyncapi import asyncapi_page, channel_name, document
-from deploy.flow import main
+from deploy.generated_docs.asyncapi import asyncapi_page, channel_name, document
+from deploy.generated_docs.flow import main
 
 DOCS = Path(__file__).parents[3] / "docs"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy import broker_artifacts
-from deploy.broker_artifacts import (
+from deploy.kafka_local import artifacts
+from deploy.kafka_local.artifacts import (
     ArtifactsError,
     MissingProgramError,
     ensure_jars,
@@ -47,7 +47,7 @@ def two_jars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes
     (settings / "pom.xml").write_text("<project/>")
     pinned = [f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in jars.items()]
     (settings / "jars.sha256").write_text("".join(pinned))
-    monkeypatch.setattr(broker_artifacts, "SETTINGS_DIR", settings)
+    monkeypatch.setattr(artifacts, "SETTINGS_DIR", settings)
     return jars
 
 
@@ -145,9 +145,7 @@ def test_jars_of_another_list_are_replaced(programs: Path, two_jars: dict[str, b
 
 
 def test_every_pinned_jar_has_a_hash_and_kafka_is_the_version_named() -> None:
-    pinned = broker_artifacts.pinned_jars()
-    assert f"kafka_2.13-{broker_artifacts.KAFKA_VERSION}.jar" in pinned
+    pinned = artifacts.pinned_jars()
+    assert f"kafka_2.13-{artifacts.KAFKA_VERSION}.jar" in pinned
     assert all(len(digest) == 64 for digest in pinned.values())
-    assert (
-        f"<kafka.version>{broker_artifacts.KAFKA_VERSION}<" in (broker_artifacts.SETTINGS_DIR / "pom.xml").read_text()
-    )
+    assert f"<kafka.version>{artifacts.KAFKA_VERSION}<" in (artifacts.SETTINGS_DIR / "pom.xml").read_text()

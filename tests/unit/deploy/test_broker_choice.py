@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.broker_handshake import ask
+from deploy.kafka_local.handshake import ask
 from tests import kafka_broker
 
 

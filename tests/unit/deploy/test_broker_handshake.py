@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from deploy.broker_handshake import NotReadyError, ask
+from deploy.kafka_local.handshake import NotReadyError, ask
 
 
 @contextmanager

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from bus.values import ModelProfile
-from deploy import plan_chart, profile_chart
-from deploy.plan_chart import cuts_text, draw_plan, plan_figure
-from deploy.profile_chart import profile_figure
+from deploy.console_output import plan_chart, profile_chart
+from deploy.console_output.plan_chart import cuts_text, draw_plan, plan_figure
+from deploy.console_output.profile_chart import profile_figure
 from loadgen import plots
-from planner.plan import Situation
-from planner.profiles import load_profile
+from planner.search.profiles import load_profile
+from planner.search.what_if import Situation
 
 PAPER = load_profile("paper")
 

@@ -14,14 +14,14 @@ import pytest
 import typer
 
 from deploy import cli
-from deploy.ports import free_port
+from deploy.kafka_local.ports import free_port
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, columns: int = 200) -> int:
     """`deepar ARGUMENTS` in this process, its logging left alone; the exit code."""
     monkeypatch.setattr("sys.argv", ["deepar", *arguments])
     monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr("deploy.log_setup.configure_logging", lambda level: None)
+    monkeypatch.setattr("deploy.services.log_setup.configure_logging", lambda level: None)
     monkeypatch.setattr(cli, "raise_interrupts", lambda: None)
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -167,7 +167,7 @@ def test_an_interrupt_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatc
     def interrupted(bootstrap_servers: str | None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deploy.commands_services.nodes.kafka_bus", interrupted)
+    monkeypatch.setattr("deploy.commands.services.nodes.kafka_bus", interrupted)
     assert run(monkeypatch, "planner") == 105
 
 
@@ -186,7 +186,7 @@ def test_a_stage_takes_its_flags_and_its_defaults(monkeypatch: pytest.MonkeyPatc
     def reached(bootstrap_servers: str | None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deploy.commands_services.nodes.kafka_bus", reached)
+    monkeypatch.setattr("deploy.commands.services.nodes.kafka_bus", reached)
     assert run(monkeypatch, "stage", *words, "--runner", "modelled", "--profile", "paper") == 105
 
 

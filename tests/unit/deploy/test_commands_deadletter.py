@@ -7,9 +7,9 @@ import asyncio
 from bus import topics
 from bus.dead_letter import bury
 from bus.errors import ProtocolError
-from bus.memory import MemoryBus
+from bus.memory.bus import MemoryBus
 from bus.port import Record
-from deploy.commands_deadletter import hex_lines, read_letters
+from deploy.commands.dead_letter import hex_lines, read_letters
 
 
 def test_a_letter_tells_origin_task_cause_and_keeps_the_bytes() -> None:

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from bus.errors import ConfigError
-from deploy import commands_faults, commands_loadgen
-from deploy.live_region import RegionOptions
-from loadgen.live_faults import Fault, FaultKind, FaultRecord, Findings, Target
+from deploy.commands.loadgen import chaos, replay
+from deploy.services.live_region import RegionOptions
+from loadgen.chaos.live.faults import Fault, FaultKind, FaultRecord, Findings, Target
 
 GOOD: dict[str, Any] = {
     "tasks": 2, "samples": 20, "lost": 0, "visible_duplicates": 0, "suppressed_duplicates": 5, "ledger_violations": 0,
@@ -22,8 +22,8 @@ GOOD: dict[str, Any] = {
 
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, findings: Findings) -> tuple[int, dict[str, Any]]:
     """The command on a region that was broken already; its exit code and what it printed."""
-    monkeypatch.setattr(commands_faults, "break_region", lambda *args, **kwargs: findings)
-    result = CliRunner().invoke(commands_loadgen.app, ["chaos", "--json", "--out", str(tmp_path)])
+    monkeypatch.setattr(chaos, "break_region", lambda *args, **kwargs: findings)
+    result = CliRunner().invoke(replay.app, ["chaos", "--json", "--out", str(tmp_path)])
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(result.stdout)
     return result.exit_code, json.loads(result.stdout)
 
@@ -69,7 +69,7 @@ def test_results_that_flow_late_are_an_aim_that_was_missed(monkeypatch: pytest.M
 
 def test_the_results_of_another_run_are_not_judged_again(tmp_path: Path) -> None:
     (tmp_path / "d1.jsonl").touch()
-    result = CliRunner().invoke(commands_loadgen.app, ["chaos", "--out", str(tmp_path)])
+    result = CliRunner().invoke(replay.app, ["chaos", "--out", str(tmp_path)])
     assert isinstance(result.exception, ConfigError)
 
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner, Result
 
 from bus.errors import ConfigError, CutError, ModelError
 from bus.values import ModelProfile
-from deploy import commands_models
-from stages.litert import SegmentRunner
-from stages.verify import verify
+from deploy.commands import models
+from stages.models.runtime.litert import SegmentRunner
+from stages.models.verify import verify
 from stages.zoo import digits
 from tests.unit.stages import built_models
 
@@ -32,8 +32,8 @@ def app() -> Any:
     import typer
 
     whole = typer.Typer()
-    whole.add_typer(commands_models.app, name="models")
-    whole.command("profile")(commands_models.profile)
+    whole.add_typer(models.app, name="models")
+    whole.command("profile")(models.profile)
     return whole
 
 
@@ -174,7 +174,7 @@ def test_a_difference_without_bound_is_null_with_its_reason(app: Any, monkeypatc
     def unbounded(*words: Any, **more: Any) -> Any:
         return dataclasses.replace(honest(*words, **more), bit_identical=False, max_abs_diff=float("inf"), worst=(1, 2))
 
-    monkeypatch.setattr(commands_models, "verify_parts", unbounded)
+    monkeypatch.setattr(models, "verify_parts", unbounded)
     result = call(app, "models", "verify", "lenet", "--cuts", "single", "--json")
     assert result.exit_code == 1
     found = json.loads(result.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))

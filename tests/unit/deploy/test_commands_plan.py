@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from bus.errors import ConfigError, DeeparError, UnknownNameError
 from bus.messages import EpochOpened
-from deploy.commands_explain import explain
-from deploy.commands_plan import plan
-from planner.core import PlannerCore
-from planner.profiles import load_profile
+from deploy.commands.explain import explain
+from deploy.commands.plan import plan
+from planner.core.core import PlannerCore
+from planner.search.profiles import load_profile
 from tests.unit.planner.scenes import World, device, edge, task
 from tests.unit.planner.test_explain import records
 

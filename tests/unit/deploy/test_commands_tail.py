@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from bus import messages, topics
-from bus.memory import MemoryBus
+from bus.memory.bus import MemoryBus
 from bus.messages import EpochOpened, Message, NodeHeartbeat, PlannerHeartbeat, TaskProgress
-from deploy.commands_tail import Table, _tail
+from deploy.commands.tail import Table, _tail
 from tests.unit.deploy.test_decision_lines import admitted, decision
 
 SHOWN = 12

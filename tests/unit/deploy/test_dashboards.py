@@ -15,10 +15,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 import deploy
 from bus import topics
 from bus.frames import MAX_FRAME_BYTES
-from deploy.planner_process import planner_counters
-from deploy.probes import Health, _Collector
-from planner.core import PlannerCore
-from planner.task_statistics import TaskStatistics
+from deploy.services.planner_process import planner_counters
+from deploy.services.probes import Health, _Collector
+from planner.core.core import PlannerCore
+from planner.service.task_statistics import TaskStatistics
 from stages.node import ALARMED
 from tests.prometheus import configuration, find_programs
 from tests.unit.planner.scenes import World

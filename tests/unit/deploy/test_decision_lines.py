@@ -33,10 +33,10 @@ from bus.messages import (
 )
 from bus.port import Record
 from bus.values import Execution, Kind, Objective, Parts, Placement, Role
-from deploy.commands_tail import Table, json_line
-from deploy.decision_lines import lines_of, route_text
-from deploy.holdings import Held
-from planner.division import divided
+from deploy.commands.tail import Table, json_line
+from deploy.monitor.decision_lines import lines_of, route_text
+from deploy.monitor.holdings import Held
+from planner.service.record_split import divided
 
 
 def placed(

@@ -9,17 +9,25 @@ import pytest
 
 from bus import snapshots, topics
 from bus.decisions import DecisionLog
-from bus.kafka_connection import KafkaConnection
-from bus.kafka_limits import BrokerLimits, SiteLimits
-from bus.kafka_readers import FETCH_BYTES
+from bus.kafka.connection import KafkaConnection
+from bus.kafka.limits import BrokerLimits, SiteLimits
+from bus.kafka.readers import FETCH_BYTES
 from bus.limits import MAX_RECORD_BYTES
 from bus.messages import Change, CircuitChanged, Decision, NodeAnnounced, NodeLost
 from bus.values import Role
-from deploy import topic_checks
-from deploy.machine_checks import Check
-from deploy.region_checks import Leader, Seen, clock_checks, failing_checks, leader_of, nodes_check, planner_check
-from deploy.size_checks import NEEDED_BYTES, compare
-from loadgen.virtual_loop import run_virtual
+from deploy.doctor import topic_checks
+from deploy.doctor.machine_checks import Check
+from deploy.doctor.region_checks import (
+    Leader,
+    Seen,
+    clock_checks,
+    failing_checks,
+    leader_of,
+    nodes_check,
+    planner_check,
+)
+from deploy.doctor.size_checks import NEEDED_BYTES, compare
+from loadgen.sim.virtual_loop import run_virtual
 from tests.sim.planners import town
 
 KAFKAS_DEFAULTS = BrokerLimits(1, 1_048_588, 1_048_576, 104_857_600)

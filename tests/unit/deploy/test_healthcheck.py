@@ -12,8 +12,8 @@ import pytest
 import typer
 
 from bus.errors import ConfigError
-from deploy.healthcheck import NoProbeError, healthcheck
-from deploy.ports import free_port
+from deploy.commands.healthcheck import NoProbeError, healthcheck
+from deploy.kafka_local.ports import free_port
 
 TLS_ALERT = bytes.fromhex("15030300020246")
 KAFKA_REPLY = b"\x00\x00\x00\x0a" + bytes(10)

@@ -9,13 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from bus.errors import ConfigError
-from bus.identity import Key, Master, Speaker, load_key, load_master, write_secret
-from deploy import identity_checks
-from deploy.commands_identity import app
-from deploy.identities import key_of, submitter_of
-from deploy.nodes import node_settings
-from deploy.settings import DeviceOptions
-from deploy.up import node_key
+from bus.identity.keys import Key, Master, Speaker, load_key, load_master, write_secret
+from deploy.commands.identity import app
+from deploy.doctor import identity_checks
+from deploy.services.identities import key_of, submitter_of
+from deploy.services.settings import DeviceOptions
+from deploy.services.up import node_key
+from deploy.services.wiring import node_settings
 
 D1 = Speaker("device", "d1")
 

@@ -24,7 +24,7 @@ except KeyboardInterrupt:
     print("files written")
 """
 WAITS = """
-from deploy.process import run_on_uvloop
+from deploy.services.process import run_on_uvloop
 async def main():
     try:
         asyncio.get_running_loop().call_soon(send)
@@ -45,7 +45,7 @@ Garbage()
 while True: pass
 """
 BEFORE = """
-from deploy.process import run_on_uvloop
+from deploy.services.process import run_on_uvloop
 async def main(): pass
 work = main()
 import uvloop

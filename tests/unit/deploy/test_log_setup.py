@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from deploy.log_setup import SPARING_S, Sparing, SparingRepeats, configure_logging
+from deploy.services.log_setup import SPARING_S, Sparing, SparingRepeats, configure_logging
 
 PLANTED = "planted-0xC0FFEE"
 

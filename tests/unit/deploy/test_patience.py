@@ -11,12 +11,12 @@ import pytest
 
 from bus import topics
 from bus.errors import BusUnavailableError
-from bus.memory import MemoryBroker, MemoryBus
-from bus.memory_readers import MemoryReader
+from bus.memory.bus import MemoryBroker, MemoryBus
+from bus.memory.readers import MemoryReader
 from bus.values import Role
-from deploy.nodes import Stage
-from deploy.patience import Patience
-from loadgen.virtual_loop import run_virtual
+from deploy.services.broker_wait import Patience
+from deploy.services.wiring import Stage
+from loadgen.sim.virtual_loop import run_virtual
 from stages.node import NodeSettings
 from stages.runner import ModelledRunner
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bus.values import Kind, Placement
-from deploy.phrases import cut_column, cuts_text, grants_text, place_text
+from deploy.monitor.phrases import cut_column, cuts_text, grants_text, place_text
 
 LAYERS = ("input", "conv", "pool", "dense")
 

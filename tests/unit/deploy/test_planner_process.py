@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bus.errors import ConfigError
-from deploy.planner_process import parse_regions
+from deploy.services.planner_process import parse_regions
 
 
 @pytest.mark.parametrize(("text", "regions"), [("all", None), ("ALL", None), ("0", (0,)), ("2,0,2, 1", (0, 1, 2))])

@@ -31,11 +31,11 @@ from bus.messages import (
 )
 from bus.port import Record
 from bus.values import Execution, Kind, Objective, Parts, Placement, Role
-from deploy import region_view
-from deploy.region_feed import in_order
-from deploy.region_report import changed_tasks, report
-from deploy.region_view import RegionView
-from deploy.top import screen
+from deploy.monitor import region_view
+from deploy.monitor.region_feed import in_order
+from deploy.monitor.region_report import changed_tasks, report
+from deploy.monitor.region_view import RegionView
+from deploy.monitor.top import screen
 
 DEVICE = NodeAnnounced(node="d1", role=Role.DEVICE, incarnation="i1")
 EDGE = NodeAnnounced(

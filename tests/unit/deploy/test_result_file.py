@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bus.messages import SeedInput, TaskSubmitted
-from deploy.result_file import ResultFile
+from deploy.services.result_file import ResultFile
 
 TASK = TaskSubmitted(task_id="t", device="d", model="m", samples=3, input=SeedInput(seed=1))
 

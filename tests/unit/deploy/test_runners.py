@@ -10,10 +10,10 @@ import pytest
 
 from bus.errors import ConfigError
 from bus.values import Role
-from deploy.commands_services import StageFlags
-from deploy.runners import make_runner
-from deploy.settings import NodeOptions, Served, ServedModel
-from stages.compute import LitertRunner
+from deploy.commands.services import StageFlags
+from deploy.services.runners import make_runner
+from deploy.services.settings import NodeOptions, Served, ServedModel
+from stages.litert_runner import LitertRunner
 from stages.zoo import load_model
 from tests.unit.stages import built_models
 

@@ -9,7 +9,7 @@ import pytest
 
 import deploy
 from bus.errors import ConfigError
-from deploy.settings import (
+from deploy.services.settings import (
     BusOptions,
     CloudOptions,
     DeviceOptions,
@@ -19,7 +19,7 @@ from deploy.settings import (
     UpSettings,
     load_settings,
 )
-from stages.choice import Choice
+from stages.models.files.choice import Choice
 
 EXAMPLE = Path(deploy.__file__).with_name("example.toml")
 

@@ -18,11 +18,12 @@ import pytest
 
 import deepar
 from bus import messages, topics
-from bus.memory import MemoryBus
+from bus.memory.bus import MemoryBus
 from bus.topics import Partitions
 from deepar.__main__ import ROOMS
-from deploy import cli, completion
-from deploy.ports import free_port
+from deploy import cli
+from deploy.console_output import completion
+from deploy.kafka_local.ports import free_port
 from tests.unit.planner.scenes import device, edge, task
 
 ROOT = Path(__file__).parents[3]
@@ -165,7 +166,7 @@ def test_tab_offers_the_nodes_and_the_tasks_of_the_region(monkeypatch: pytest.Mo
             await bus.send(topics.TASKS, b"garbage", key="x", partition=1)
 
     asyncio.run(fill())
-    monkeypatch.setattr("deploy.nodes.kafka_bus", lambda bootstrap_servers: bus)
+    monkeypatch.setattr("deploy.services.wiring.kafka_bus", lambda bootstrap_servers: bus)
 
     def context(region: int) -> Any:
         return SimpleNamespace(params={"region": region})

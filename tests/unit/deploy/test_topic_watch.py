@@ -8,11 +8,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from bus import topics
-from bus.memory import MemoryBus
+from bus.memory.bus import MemoryBus
 from bus.topics import Partitions
-from deploy.probes import Health
-from deploy.topic_watch import AGAIN_S, WATCH_S, TopicWatch, used_by
-from loadgen.virtual_loop import run_virtual
+from deploy.services.probes import Health
+from deploy.services.topic_watch import AGAIN_S, WATCH_S, TopicWatch, used_by
+from loadgen.sim.virtual_loop import run_virtual
 
 
 def test_who_needs_which_topic_follows_from_the_table() -> None:

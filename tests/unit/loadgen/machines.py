@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from bus.values import ModelProfile, Role
-from loadgen.platforms import Platforms
+from loadgen.sim.platforms import Platforms
 
 MODELS: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = {
     "alexnet": ((0.020, 0.010, 0.005, 0.030, 0.005), (605_000, 1_160_000, 280_000, 186_000, 36_000, 4_000)),

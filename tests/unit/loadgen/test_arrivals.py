@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bus.errors import ConfigError, UnknownNameError
-from loadgen import arrivals, schedule
-from loadgen.source import PAPER_MIX, PAPER_MODELS, Mix, draw, parse_models
-from loadgen.streams import Streams
+from loadgen.random_streams import Streams
+from loadgen.replay import arrivals, schedule
+from loadgen.replay.task_mix import PAPER_MIX, PAPER_MODELS, Mix, draw, parse_models
 from tests.known import known
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loadgen import bench_decision, bench_pipeline
-from loadgen.bench_pipeline import STATIONS, Load, worst_second_bytes
+from loadgen.bench import decision, pipeline
+from loadgen.bench.pipeline import STATIONS, Load, worst_second_bytes
 
 
 def test_the_worst_second_slides() -> None:
@@ -14,14 +14,14 @@ def test_the_worst_second_slides() -> None:
 
 
 def test_streams_through_each_station_and_a_shaper() -> None:
-    sizes = bench_pipeline.Sizes(
+    sizes = pipeline.Sizes(
         rounds=1,
         loads=(Load(0.004, 4_000, 10, 0.9, sequential=True),),
         lenet_samples=200,
         rates_bps=(10**7,),
         shaped_s=0.2,
     )
-    found = bench_pipeline.run("memory", sizes=sizes)
+    found = pipeline.run("memory", sizes=sizes)
     *streams, lenet, shaped = found["results"]
     assert [row["case"].split()[0] for row in streams] == list(STATIONS)
     for row in streams:
@@ -36,7 +36,7 @@ def test_streams_through_each_station_and_a_shaper() -> None:
 
 
 def test_decisions_are_timed() -> None:
-    found = bench_decision.run("memory", sizes=bench_decision.Sizes(tasks=40, dropped=10, rate_per_s=200.0))
+    found = decision.run("memory", sizes=decision.Sizes(tasks=40, dropped=10, rate_per_s=200.0))
     (row,) = found["results"]
     assert row["tasks"] == 30
     assert 0 < row["p50_s"] <= row["p99_s"]

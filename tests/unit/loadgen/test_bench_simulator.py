@@ -5,15 +5,15 @@ import gc
 import pytest
 
 from bus.messages import TaskState
-from loadgen import bench_simulator
-from loadgen.bench_simulator import REGIONS, SCENARIO, drive_region, entries, rare_collection
-from loadgen.driver import Drive, core_for, log_normal
-from loadgen.outcome import Outcome
-from loadgen.platforms import platforms
+from loadgen.bench import simulator
+from loadgen.bench.simulator import REGIONS, SCENARIO, drive_region, entries, rare_collection
+from loadgen.replay.outcome import Outcome
+from loadgen.sim.core_driver import Drive, core_for, log_normal
+from loadgen.sim.platforms import platforms
 
 
 def test_the_report_says_what_was_used_of_the_processors() -> None:
-    report = bench_simulator.run(tasks=400)
+    report = simulator.run(tasks=400)
     (result,) = report["results"]
     assert (result["tasks"], result["completed"]) == (400, 400)
     assert len(result["region_processor_seconds"]) == REGIONS
@@ -63,7 +63,7 @@ def test_the_core_makes_no_cycles(noise: float) -> None:
 def test_the_collector_is_as_it_was_afterwards() -> None:
     before = gc.get_threshold()
     with rare_collection():
-        assert gc.get_threshold()[0] == bench_simulator.COLLECT_AFTER
+        assert gc.get_threshold()[0] == simulator.COLLECT_AFTER
         assert gc.isenabled()
     assert gc.get_threshold() == before
     assert gc.get_freeze_count() == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loadgen.bench_slices import run, serve
+from loadgen.bench.slices import run, serve
 
 
 @pytest.fixture(autouse=True)

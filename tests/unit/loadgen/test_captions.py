@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from loadgen import claims, plots
-from loadgen.captions import Caption, finish
-from loadgen.claims import Claim, Reductions
+from loadgen import plots
+from loadgen.experiments import claims
+from loadgen.experiments.captions import Caption, finish
+from loadgen.experiments.claims import Claim, Reductions
 
 CASES = ("E_i = 1", "E_i = 2", "E_i = all")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loadgen import claims
-from loadgen.claims import Reductions
+from loadgen.experiments import claims
+from loadgen.experiments.claims import Reductions
 
 BASE = np.array([[100.0, 200.0], [100.0, 400.0]])
 

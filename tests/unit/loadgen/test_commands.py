@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 from bus.errors import ConfigError, UnknownNameError
 from bus.messages import NodeAnnounced, TaskState
 from bus.values import Kind, Parts, Placement, Role
-from deploy import commands_loadgen
-from deploy.replay_run import ReplayRun, devices_for, require_models
-from loadgen import arrivals, schedule
-from loadgen.schedule import Schedule
-from loadgen.source import Mix, parse_models
-from planner.profiles import load_profile
+from deploy.commands.loadgen import replay
+from deploy.console_output.replay_run import ReplayRun, devices_for, require_models
+from loadgen.replay import arrivals, schedule
+from loadgen.replay.schedule import Schedule
+from loadgen.replay.task_mix import Mix, parse_models
+from planner.search.profiles import load_profile
 
 PLACEMENT = Placement(kind=Kind.EDGE, edge="e1", cut1=0, cut2=5, cut1_name="input", cut2_name="fc_3")
 
@@ -46,7 +46,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
 
 
 def invoke(tmp_path: Path, *arguments: str) -> Any:
-    return CliRunner().invoke(commands_loadgen.app, ["replay", "--out", str(tmp_path / "out"), *arguments])
+    return CliRunner().invoke(replay.app, ["replay", "--out", str(tmp_path / "out"), *arguments])
 
 
 def test_one_object_on_stdout_with_the_keys_that_scripts_read(tmp_path: Path, plans: list[Schedule]) -> None:
@@ -153,18 +153,18 @@ def test_wrong_input_is_named(tmp_path: Path, plans: list[Schedule], arguments: 
 
 
 def test_a_benchmark_prints_its_object_and_fails_when_an_aim_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import loadgen.bench_simulator
+    import loadgen.bench.simulator
 
     def run(*, tasks: int = 5, progress: object = None) -> dict[str, Any]:
         aims = [{"name": "a", "value": tasks, "aim": 3, "pass": tasks <= 3}]
         return {"bench": "simulator", "machine": "m", "results": [{"tasks": tasks, "seconds": 1.0}], "aims": aims}
 
-    monkeypatch.setattr(loadgen.bench_simulator, "run", run)
-    result = CliRunner().invoke(commands_loadgen.app, ["bench", "simulator", "--tasks", "2", "--json"])
+    monkeypatch.setattr(loadgen.bench.simulator, "run", run)
+    result = CliRunner().invoke(replay.app, ["bench", "simulator", "--tasks", "2", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["results"] == [{"tasks": 2, "seconds": 1.0}]
-    assert CliRunner().invoke(commands_loadgen.app, ["bench", "simulator"]).exit_code == 99
-    unknown = CliRunner().invoke(commands_loadgen.app, ["bench", "speed"])
+    assert CliRunner().invoke(replay.app, ["bench", "simulator"]).exit_code == 99
+    unknown = CliRunner().invoke(replay.app, ["bench", "speed"])
     assert isinstance(unknown.exception, UnknownNameError)
 
 

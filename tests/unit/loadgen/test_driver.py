@@ -12,11 +12,11 @@ import pytest
 from bus.errors import PolicyError
 from bus.messages import SeedInput, TaskState, TaskSubmitted
 from bus.values import Objective, Role
-from loadgen.driver import Drive, core_for, drive, log_normal
-from loadgen.outcome import Outcome
-from loadgen.scenario import Scenario
-from loadgen.schedule import Entry
-from planner.cost import Costs, PlatformRow
+from loadgen.replay.outcome import Outcome
+from loadgen.replay.schedule import Entry
+from loadgen.sim.core_driver import Drive, core_for, drive, log_normal
+from loadgen.sim.scenario import Scenario
+from planner.search.cost import Costs, PlatformRow
 from tests.known import known
 from tests.unit.loadgen.machines import machines
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bus.errors import ConfigError
-from loadgen.live_chaos import Load
-from loadgen.live_faults import (
+from loadgen.chaos.live.campaign import Load
+from loadgen.chaos.live.faults import (
     Fault,
     FaultKind,
     FaultRecord,

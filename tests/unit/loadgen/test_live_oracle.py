@@ -16,9 +16,9 @@ import pytest
 from bus.frames import Frame, encode_frame
 from bus.messages import Change, DatasetInput, TaskSubmitted
 from bus.tensors import to_pieces
-from loadgen.live_answers import Answers
-from loadgen.live_oracle import DecisionFold, frame_head, judge, results_of
-from loadgen.live_watch import Tally
+from loadgen.chaos.live.expected_results import Answers
+from loadgen.chaos.live.monitor import Tally
+from loadgen.chaos.live.oracle import DecisionFold, frame_head, judge, results_of
 from tests.known import known
 
 Json = dict[str, Any]

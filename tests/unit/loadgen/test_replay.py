@@ -14,7 +14,7 @@ import pytest
 
 from bus import messages, topics
 from bus.errors import BusUnavailableError
-from bus.memory import MemoryBroker, MemoryBus
+from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import (
     Decision,
     Ended,
@@ -29,12 +29,12 @@ from bus.messages import (
     TaskSubmitted,
 )
 from bus.values import Execution, Kind, Objective, Parts, Placement, Role
-from loadgen import arrivals, metrics, report, schedule
-from loadgen.outcome import NOT_ACKNOWLEDGED
-from loadgen.replay import ReplayResult, replay
-from loadgen.roll_call import await_planner, find_nodes
-from loadgen.source import Mix
-from loadgen.virtual_loop import run_virtual
+from loadgen.replay import arrivals, metrics, report, schedule
+from loadgen.replay.outcome import NOT_ACKNOWLEDGED
+from loadgen.replay.readiness import await_planner, find_nodes
+from loadgen.replay.replay import ReplayResult, replay
+from loadgen.replay.task_mix import Mix
+from loadgen.sim.virtual_loop import run_virtual
 from tests.known import known
 
 MIX = Mix(models={"lenet": 1, "alexnet": 1}, samples=(1, 5))

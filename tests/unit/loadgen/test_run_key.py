@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import planner
-from loadgen import platforms as machines
-from loadgen import run_key
-from loadgen.cells import Cell
-from loadgen.run_key import RunKeys, policy_digest
-from loadgen.scenario import Scenario
+from loadgen.experiments import run_key
+from loadgen.experiments.run_key import RunKeys, policy_digest
+from loadgen.experiments.runs import Cell
+from loadgen.sim import platforms as machines
+from loadgen.sim.scenario import Scenario
 
 FILES = {
     "own/__init__.py": "",

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bus.errors import ConfigError
-from bus.units import parse_size
+from bus.text.units import parse_size
 from bus.values import Execution, Objective, Role
-from loadgen.scenario import Scenario, coerce, read
+from loadgen.sim.scenario import Scenario, coerce, read
 from tests.unit.loadgen.machines import machines
 
 

@@ -10,14 +10,14 @@ import pytest
 from bus import messages, topics
 from bus.errors import ConfigError
 from bus.frames import Plan
-from bus.memory import MemoryBroker, MemoryBus
+from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import EpochOpened
 from bus.tensors import Array
 from bus.values import Execution, ModelProfile, Role
-from loadgen.staged import Staged
-from loadgen.virtual_loop import run_virtual
-from planner.core import PlannerCore
-from planner.service import PlannerService, Standing
+from loadgen.bench.fixed_placement import Staged
+from loadgen.sim.virtual_loop import run_virtual
+from planner.core.core import PlannerCore
+from planner.service.service import PlannerService, Standing
 from stages.runner import ModelledRunner, Station
 
 PROFILE = ModelProfile(

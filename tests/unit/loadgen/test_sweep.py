@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from bus.errors import ConfigError, UnknownNameError
-from loadgen import cells, plots
-from loadgen import sweep as sweeps
-from loadgen.cells import Cell, run_cell, run_cells
-from loadgen.scenario import Scenario
-from loadgen.sweep import Axis, SweepOptions, sweep
-from planner.profiles import profile_text
+from loadgen import plots
+from loadgen.experiments import runs as cells
+from loadgen.experiments import sweep as sweeps
+from loadgen.experiments.runs import Cell, run_cell, run_cells
+from loadgen.experiments.sweep import Axis, SweepOptions, sweep
+from loadgen.sim.scenario import Scenario
+from planner.search.profiles import profile_text
 from tests.unit.loadgen.machines import machines
 
 POLICIES = ("edge-only", "deepar")
@@ -191,11 +192,11 @@ def test_an_edited_policy_or_a_module_that_it_imports_runs_again(tmp_path: Path)
     modules.mkdir()
     policy_file(modules, "return algorithm.best(CHOSEN)")
     rules = modules / "mine_rules.py"
-    rules.write_text("from planner.search import DEVICE\n\nCHOSEN = {DEVICE}\n")
+    rules.write_text("from planner.search.cut_search import DEVICE\n\nCHOSEN = {DEVICE}\n")
     first = fresh_process(out, modules)
     assert first[:2] == (0, 0)
     assert fresh_process(out, modules) == (6, 0, first[2])
-    rules.write_text("from planner.search import DEVICE_EDGE\n\nCHOSEN = {DEVICE_EDGE}\n")
+    rules.write_text("from planner.search.cut_search import DEVICE_EDGE\n\nCHOSEN = {DEVICE_EDGE}\n")
     second = fresh_process(out, modules)
     assert second[:2] == (3, 3)  # the built-in policy's runs are reused
     assert second[2] != first[2]

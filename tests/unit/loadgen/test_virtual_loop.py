@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from loadgen.virtual_loop import DeadlockError, HorizonError, VirtualLoop, VirtualTimeError, run_virtual
+from loadgen.sim.virtual_loop import DeadlockError, HorizonError, VirtualLoop, VirtualTimeError, run_virtual
 
 
 def test_an_hour_of_sleep_takes_no_time() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.ledger import MOVES_BORNE, EdgeAccount, Ledger, Reservation
+from planner.search.ledger import MOVES_BORNE, EdgeAccount, Ledger, Reservation
 
 NEVER = float("inf")
 

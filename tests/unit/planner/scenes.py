@@ -23,8 +23,8 @@ from bus.messages import (
     TaskSubmitted,
 )
 from bus.values import ModelProfile, Parts, Role
-from planner.core import Event, PlannerCore, Tick
-from planner.cost import PlatformRow
+from planner.core.core import Event, PlannerCore, Tick
+from planner.search.cost import PlatformRow
 
 SHA = "0" * 64
 MBPS = 1_000_000

@@ -4,9 +4,9 @@ import pytest
 
 from bus.messages import Placed, Start
 from bus.values import Kind, Objective
-from planner.algorithm import Algorithm, Choice
-from planner.core import PlannerCore
-from planner.policies import BUILT_IN, Restriction
+from planner.core.core import PlannerCore
+from planner.search.algorithm1 import Algorithm, Choice
+from planner.search.policies import BUILT_IN, Restriction
 from tests.unit.planner import reference
 from tests.unit.planner.scenes import MBPS, World, cloud, device, edge, only, task
 

@@ -4,8 +4,8 @@ import pytest
 
 from bus.messages import CircuitChanged, Decision, Ended, NodeLeft, Placed, Retried, Start, TaskState
 from bus.values import Kind
-from planner.circuits import OPEN_S, OPENS_AFTER
-from planner.core import Event, PlannerCore
+from planner.core.circuits import OPEN_S, OPENS_AFTER
+from planner.core.core import Event, PlannerCore
 from planner.explain import explain
 from tests.unit.planner.scenes import cloud, completed, device, edge, failed, only, task
 

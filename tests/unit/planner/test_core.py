@@ -22,12 +22,12 @@ from bus.messages import (
     TaskState,
 )
 from bus.values import Execution, Kind, Objective, Role
-from planner.algorithm import Algorithm, Choice
-from planner.core import Event, PlannerCore, Tick
-from planner.placing import WhenLate
-from planner.policies import BUILT_IN, Policy, Restriction
-from planner.search import ALL_THREE, DEVICE, DEVICE_EDGE
-from planner.tasks import hash_of
+from planner.core.core import Event, PlannerCore, Tick
+from planner.core.placing import WhenLate
+from planner.core.records import hash_of
+from planner.search.algorithm1 import Algorithm, Choice
+from planner.search.cut_search import ALL_THREE, DEVICE, DEVICE_EDGE
+from planner.search.policies import BUILT_IN, Policy, Restriction
 from tests.unit.planner.scenes import (
     MBPS,
     SHA,

@@ -4,7 +4,7 @@ import pytest
 
 from bus.errors import ConfigError
 from bus.values import Objective, Parts
-from planner.cost import Costs, PlatformRow, RowTable
+from planner.search.cost import Costs, PlatformRow, RowTable
 from tests.unit.planner.scenes import faster, profile
 
 DEVICE = profile("m", (1.0, 2.0, 3.0), (4000, 2000, 1000, 500))

@@ -9,7 +9,7 @@ import pytest
 from bus import messages
 from bus.decisions import DecisionLog, Dropped
 from bus.messages import Change, Decision, EpochOpened, NodeLost, Retried
-from planner.division import divided
+from planner.service.record_split import divided
 
 
 def decision(random: Random, count: int) -> Decision:

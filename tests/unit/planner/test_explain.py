@@ -6,8 +6,8 @@ import pytest
 
 from bus.errors import UnknownNameError
 from bus.messages import Decision, Ended, NodeAnnounced, Placed, TaskState
-from bus.units import parse_duration
-from planner.core import Event, PlannerCore, Tick
+from bus.text.units import parse_duration
+from planner.core.core import Event, PlannerCore, Tick
 from planner.explain import explain
 from tests.unit.planner.scenes import World, cloud, completed, device, edge, task
 

@@ -12,9 +12,9 @@ import pytest
 from bus.decisions import DecisionLog, Dropped
 from bus.errors import InvariantError
 from bus.messages import Decision, EpochOpened
-from planner import algorithm, ledger
-from planner.core import PlannerCore
-from planner.tasks import Task
+from planner.core.core import PlannerCore
+from planner.core.records import Task
+from planner.search import algorithm1, ledger
 from tests.unit.planner.scenes import World
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -65,7 +65,7 @@ def capacity_checked_at_the_start_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(times: list[float], end_s: float, seen: int = 0) -> int:
         return seen
 
-    monkeypatch.setattr(algorithm, "bisect_left", wrong)
+    monkeypatch.setattr(algorithm1, "bisect_left", wrong)
     # the second look at what a policy chose would stop it first; the ledger's own audit must see it too
     monkeypatch.setattr(PlannerCore, "_check", lambda *_: None)
 
@@ -105,7 +105,7 @@ def test_a_planted_fault_is_caught(plant: Plant, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_policys_choice_is_looked_at_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(algorithm, "bisect_left", lambda times, end_s, seen=0: seen)
+    monkeypatch.setattr(algorithm1, "bisect_left", lambda times, end_s, seen=0: seen)
     with pytest.raises(InvariantError, match="not free"):
         run()
 

@@ -12,7 +12,7 @@ import pytest
 from bus import messages
 from bus.messages import Change
 from bus.values import Objective
-from planner.core import PlannerCore
+from planner.core.core import PlannerCore
 from tests.unit.planner.scenes import World
 
 WORLDS = (

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from bus.errors import InvariantError
-from planner.ledger import FOREVER, LONG_AGO, Ledger, Reservation, Timeline
+from planner.search.ledger import FOREVER, LONG_AGO, Ledger, Reservation, Timeline
 
 
 def reservation(

@@ -30,7 +30,7 @@ from bus.messages import (
     TaskSubmitted,
 )
 from bus.values import Objective, Role
-from planner.core import Event, PlannerCore, Tick
+from planner.core.core import Event, PlannerCore, Tick
 from tests.unit.planner.scenes import MBPS, cloud, completed, device, edge, failed, task
 
 EDGES, DEVICES, CLOUDS = ("e1", "e2"), ("d1", "d2", "d3"), ("c1", "c2")

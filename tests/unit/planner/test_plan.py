@@ -7,10 +7,10 @@ import pytest
 
 from bus.errors import ConfigError, CutError
 from bus.values import Kind, Objective, Role
-from planner.cost import PlatformRow
-from planner.plan import Constraints, Plan, Situation, plans, position_of, stretches, sweep
-from planner.profiles import load_profile
-from planner.search import CutSearch
+from planner.search.cost import PlatformRow
+from planner.search.cut_search import CutSearch
+from planner.search.profiles import load_profile
+from planner.search.what_if import Constraints, Plan, Situation, plans, position_of, stretches, sweep
 
 PAPER = load_profile("paper")
 

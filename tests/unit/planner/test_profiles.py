@@ -8,10 +8,10 @@ import pytest
 
 from bus.errors import ConfigError, UnknownNameError
 from bus.values import Objective, Role
-from planner import fit_paper
-from planner.paper_networks import TABLES
-from planner.plan import Constraints, Situation, plans
-from planner.profiles import load_profile
+from loadgen.experiments import fit_paper
+from loadgen.experiments.paper_networks import TABLES
+from planner.search.profiles import load_profile
+from planner.search.what_if import Constraints, Situation, plans
 
 PAPER = load_profile("paper")
 ALL = frozenset(Role)

@@ -7,7 +7,7 @@ import pytest
 from bus.errors import ConfigError, InvariantError
 from bus.messages import Decision
 from bus.values import Objective
-from planner.core import PlannerCore
+from planner.core.core import PlannerCore
 from tests.unit.planner.scenes import World
 
 

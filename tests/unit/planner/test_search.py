@@ -8,9 +8,9 @@ import pytest
 
 from bus.messages import Change
 from bus.values import MAX_LAYERS, ModelProfile, Objective
-from planner.core import PlannerCore
-from planner.cost import PlatformRow
-from planner.search import (
+from planner.core.core import PlannerCore
+from planner.search.cost import PlatformRow
+from planner.search.cut_search import (
     ALL_THREE,
     DEVICE,
     DEVICE_CLOUD,
@@ -167,4 +167,4 @@ def test_the_searches_of_many_devices_of_their_own_make_are_bounded_in_bytes(obj
     assert bounded == unbounded  # it costs time, not another decision
 
 
-IN_SEARCH = [tracemalloc.Filter(True, "*/planner/search.py", all_frames=False)]
+IN_SEARCH = [tracemalloc.Filter(True, "*/planner/search/cut_search.py", all_frames=False)]

@@ -6,9 +6,9 @@ import itertools
 import pytest
 
 from bus.messages import Moved, Placed, Start
-from planner.core import PlannerCore
+from planner.core.core import PlannerCore
 from planner.explain import explain
-from planner.ledger import MOVES_BORNE
+from planner.search.ledger import MOVES_BORNE
 from tests.unit.planner.scenes import MBPS, World, cloud, completed, device, edge, task
 from tests.unit.planner.test_circuits import Region
 

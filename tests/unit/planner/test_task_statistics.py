@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from bus.messages import Decision, Ended, TaskState
-from planner.core import PlannerCore
-from planner.task_statistics import NOT_PLACED, Histogram, TaskStatistics
+from planner.core.core import PlannerCore
+from planner.service.task_statistics import NOT_PLACED, Histogram, TaskStatistics
 from tests.unit.planner.scenes import World
 
 

@@ -14,10 +14,10 @@ import pytest
 
 from bus.messages import Moved, Start, TaskState
 from bus.values import Objective
-from planner import core
-from planner.core import MOVES_A_CHANGE, PlannerCore
-from planner.ledger import MOVES_BORNE, Ledger, Reservation
-from planner.walk import pull, walk
+from planner.core import core
+from planner.core.core import MOVES_A_CHANGE, PlannerCore
+from planner.core.reschedule import pull, walk
+from planner.search.ledger import MOVES_BORNE, Ledger, Reservation
 from tests.unit.planner.rescheduler import first_instants
 from tests.unit.planner.scenes import MBPS, World, cloud, completed, device, edge, only, profile, task
 

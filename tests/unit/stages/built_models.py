@@ -9,7 +9,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from stages.zoo.graph_builder import GraphBuilder
+from stages.models.files.graph_builder import GraphBuilder
 
 RELU, RELU6, NONE = (
     schema.ActivationFunctionType.RELU,

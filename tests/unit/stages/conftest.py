@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.model import Model
+from stages.models.model import Model
 from stages.zoo import load_model
 
 

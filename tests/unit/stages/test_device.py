@@ -13,7 +13,7 @@ import pytest
 from bus import messages, topics
 from bus.errors import BusUnavailableError
 from bus.frames import Frame, encode_frame
-from bus.memory import MemoryBroker, MemoryBus
+from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import (
     Admitted,
     Decision,
@@ -28,7 +28,7 @@ from bus.messages import (
 from bus.tensors import to_pieces
 from bus.topics import TopicSpec
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
-from loadgen.virtual_loop import run_virtual
+from loadgen.sim.virtual_loop import run_virtual
 from stages.device import PARTITION_S, STALL_S, Device
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner

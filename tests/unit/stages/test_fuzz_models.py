@@ -15,12 +15,12 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from bus.errors import CutError, DeeparError, ModelError
-from stages import trial as trial_module
-from stages.flatfile import tflite_bytes
-from stages.model import Model
-from stages.slicer import slice_model
-from stages.validation import validated
-from stages.verify import pairs_of, random_inputs, verify
+from stages.models.files.flatbuffer_writer import tflite_bytes
+from stages.models.files.validation import validated
+from stages.models.model import Model
+from stages.models.runtime import trial_run as trial_module
+from stages.models.slicer import slice_model
+from stages.models.verify import pairs_of, random_inputs, verify
 from stages.zoo import load_model
 from tests.unit.stages import built_models
 

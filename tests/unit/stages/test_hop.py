@@ -12,11 +12,11 @@ import pytest
 
 from bus import messages, topics
 from bus.frames import Frame, Plan, decode_frame, encode_frame
-from bus.memory import MemoryBroker, MemoryBus
+from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Decision, Ended, EpochOpened, TaskFailed, TaskState
 from bus.tensors import to_pieces
 from bus.values import Execution, Kind, ModelProfile, Placement, Role
-from loadgen.virtual_loop import run_virtual
+from loadgen.sim.virtual_loop import run_virtual
 from stages.hop import STRANGER_S, SWEEP_S, Hop
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import pytest
 
 from bus import topics
-from bus.memory import MemoryBroker, MemoryBus
+from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Decision
 from bus.values import Role
-from loadgen.virtual_loop import run_virtual
+from loadgen.sim.virtual_loop import run_virtual
 from stages.node import HEARTBEATS_PER_LEASE, Node, NodeSettings
 from stages.runner import ModelledRunner
 

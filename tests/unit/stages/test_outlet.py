@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from bus.errors import MessageTooLargeError, ProtocolError
-from bus.faults import Faults
 from bus.frames import FrameKind, Plan, decode_frame
-from bus.memory import MemoryBroker, MemoryBus
+from bus.memory.bus import MemoryBroker, MemoryBus
+from bus.memory.faults import Faults
 from bus.tensors import Assembler
 from bus.topics import TopicSpec
 from bus.values import Execution, Kind, Placement
-from loadgen.virtual_loop import run_virtual
-from stages.outlet import Outgoing, Outlet, sending
+from loadgen.sim.virtual_loop import run_virtual
+from stages.frame_sender import Outgoing, Outlet, sending
 from stages.shaper import Link
 
 PLAN = Plan(

@@ -13,10 +13,9 @@ import pytest
 
 from bus.errors import ConfigError
 from bus.values import ModelProfile
-from stages import profiler
-from stages.litert import SegmentRunner
-from stages.model import Model
-from stages.profiler import (
+from stages.models import profiler
+from stages.models.model import Model
+from stages.models.profiler import (
     MAX_TRIES,
     Measurement,
     machine_profile,
@@ -25,7 +24,8 @@ from stages.profiler import (
     measuring_alone,
     profile_model,
 )
-from stages.verify import random_inputs
+from stages.models.runtime.litert import SegmentRunner
+from stages.models.verify import random_inputs
 from stages.zoo import load_model
 from tests.unit.stages import built_models
 
@@ -197,7 +197,7 @@ def test_a_profile_that_cannot_be_kept_is_used_all_the_same(
     def full(*args: object, **more: object) -> Iterator[None]:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stages.cache.tempfile.mkstemp", full)
+    monkeypatch.setattr("stages.models.files.cache.tempfile.mkstemp", full)
     monkeypatch.setattr(profiler, "locked", full)
     said: list[str] = []
     assert machine_profile(lenet, say=said.append).layers == 7
@@ -209,6 +209,6 @@ def test_time_that_others_had_the_processor_does_not_count(lenet: Model, monkeyp
     runner = SegmentRunner(lenet.source)
     inputs = random_inputs(lenet, np.random.default_rng(0))
     walls, owns = iter([10.0, 10.9]), iter([3.0, 3.2])
-    monkeypatch.setattr("stages.litert.time.perf_counter", lambda: next(walls))
-    monkeypatch.setattr("stages.litert.time.thread_time", lambda: next(owns))
+    monkeypatch.setattr("stages.models.runtime.litert.time.perf_counter", lambda: next(walls))
+    monkeypatch.setattr("stages.models.runtime.litert.time.thread_time", lambda: next(owns))
     assert runner.timed(inputs) == pytest.approx(0.2)

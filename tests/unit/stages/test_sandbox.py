@@ -10,13 +10,13 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from bus.errors import ModelError
-from stages import sandbox as sandbox_module
-from stages.model import Model
-from stages.profiler import measure
-from stages.sandbox import Sandbox
-from stages.segments import SegmentStore
-from stages.slicer import slice_model
-from stages.verify import random_inputs, verify
+from stages.models import sandbox as sandbox_module
+from stages.models.model import Model
+from stages.models.profiler import measure
+from stages.models.sandbox import Sandbox
+from stages.models.segments import SegmentStore
+from stages.models.slicer import slice_model
+from stages.models.verify import random_inputs, verify
 from stages.zoo import load_model
 from tests.unit.stages import built_models
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from bus.errors import ConfigError, CutError
-from stages import segments as segments_module
-from stages.litert import SegmentRunner
-from stages.model import Model
-from stages.segments import SegmentStore
-from stages.slicer import slice_model
-from stages.verify import random_inputs
+from stages.models import segments as segments_module
+from stages.models.model import Model
+from stages.models.runtime.litert import SegmentRunner
+from stages.models.segments import SegmentStore
+from stages.models.slicer import slice_model
+from stages.models.verify import random_inputs
 from stages.zoo import load_model
 from tests.unit.stages import built_models
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from bus.frames import Frame, Plan
-from bus.identity import Master, Speaker
-from bus.memory import MemoryBroker, MemoryBus
+from bus.identity.keys import Master, Speaker
+from bus.identity.signed_bus import signed
+from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Admitted, Decision, Placed, SeedInput, TaskSubmitted
-from bus.signed import signed
 from bus.values import Execution, Kind, Objective, Parts, Placement, Role
 from stages.fences import Fences
+from stages.frame_authorization import Senders
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
-from stages.senders import Senders
 from tests.sim.world import profile
 
 MASTER = Master(bytes(range(32)), frames=True)

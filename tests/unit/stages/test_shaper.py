@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from loadgen.virtual_loop import run_virtual
+from loadgen.sim.virtual_loop import run_virtual
 from stages.shaper import Grant, Link, cross, frame_bytes
 
 HEAD_BYTES = 160  # what `frame_bytes` takes it for

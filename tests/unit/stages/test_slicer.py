@@ -13,15 +13,15 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from bus.errors import CutError, UnknownNameError
-from stages.cuts import even_cuts, useful_positions, work_shares
-from stages.litert import SegmentRunner
-from stages.model import Model
-from stages.operators import CONTROL_FLOW, kind_of, text
-from stages.slicer import manifest, position_of, slice_model, write_parts
-from stages.validation import validated
-from stages.verify import run_part
+from stages.models.cuts import even_cuts, useful_positions, work_shares
+from stages.models.files.graph_builder import GraphBuilder
+from stages.models.files.operators import CONTROL_FLOW, kind_of, text
+from stages.models.files.validation import validated
+from stages.models.model import Model
+from stages.models.runtime.litert import SegmentRunner
+from stages.models.slicer import manifest, position_of, slice_model, write_parts
+from stages.models.verify import run_part
 from stages.zoo import load_model
-from stages.zoo.graph_builder import GraphBuilder
 from tests.unit.stages import built_models
 
 

@@ -10,15 +10,15 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
 from bus.errors import ConfigError, ModelError, UnknownNameError
-from stages.choice import Choice, parse_shapes
-from stages.litert import SegmentRunner
-from stages.profiler import measure
-from stages.segments import SegmentStore
-from stages.slicer import slice_model
-from stages.validation import validated
-from stages.verify import pairs_of, random_inputs, verify
+from stages.models.files.choice import Choice, parse_shapes
+from stages.models.files.graph_builder import GraphBuilder
+from stages.models.files.validation import validated
+from stages.models.profiler import measure
+from stages.models.runtime.litert import SegmentRunner
+from stages.models.segments import SegmentStore
+from stages.models.slicer import slice_model
+from stages.models.verify import pairs_of, random_inputs, verify
 from stages.zoo import load_model
-from stages.zoo.graph_builder import GraphBuilder
 from tests.unit.stages import built_models
 
 DECODE = Choice("decode")

@@ -9,13 +9,13 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from bus.errors import ConfigError, ModelError
-from stages import verify as verify_module
-from stages.litert import SegmentRunner
-from stages.model import Model
-from stages.slicer import slice_model
-from stages.verify import difference, identical, named_inputs, pairs_of, random_inputs, verify
+from stages.models import verify as verify_module
+from stages.models.files.graph_builder import GraphBuilder
+from stages.models.model import Model
+from stages.models.runtime.litert import SegmentRunner
+from stages.models.slicer import slice_model
+from stages.models.verify import difference, identical, named_inputs, pairs_of, random_inputs, verify
 from stages.zoo import digits, load_model
-from stages.zoo.graph_builder import GraphBuilder
 from tests.unit.stages import built_models
 
 

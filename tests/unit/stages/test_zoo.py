@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from bus.errors import ConfigError, ModelError, UnknownNameError
-from stages.cache import cache_dir, write_whole
-from stages.litert import SegmentRunner
-from stages.model import KEPT_IN_MEMORY_BYTES, Model, model_name, read_model
+from stages.models.files.cache import cache_dir, write_whole
+from stages.models.model import KEPT_IN_MEMORY_BYTES, Model, model_name, read_model
+from stages.models.runtime.litert import SegmentRunner
 from stages.zoo import digits, list_models, load_model
 from stages.zoo.networks import ALEXNET, DEEPFACE, LENET, NETWORKS, VGG16, build, seeded
-from stages.zoo.shelf import SHA256, generate
+from stages.zoo.registry import SHA256, generate
 
 PAPER_ALEXNET = [
     *("conv_1", "norm_1", "maxpool_1", "conv_2", "norm_2", "maxpool_2"),
@@ -118,7 +118,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stages.cache.os.fsync", full)
+    monkeypatch.setattr("stages.models.files.cache.os.fsync", full)
     with pytest.raises(ModelError, match="disk is full"):
         write_whole(tmp_path / "y", [b"y"])
     assert not list(tmp_path.iterdir())
@@ -157,7 +157,7 @@ def test_a_wrong_hash_is_refused(lenet: Model, tmp_path: Path) -> None:
 def test_a_large_file_is_used_from_a_copy_that_its_owner_cannot_change(
     lenet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.model.KEPT_IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr("stages.models.model.KEPT_IN_MEMORY_BYTES", 1000)
     assert KEPT_IN_MEMORY_BYTES > 1000
     path = tmp_path / "mine.tflite"
     path.write_bytes(bytes(lenet.data))

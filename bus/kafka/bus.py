@@ -1,0 +1,405 @@
+"""`KafkaBus`: the bus port on Apache Kafka, through aiokafka. `docs/bus.md` says what its settings are for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
+
+from aiokafka import AIOKafkaConsumer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import (
+    InvalidConfigurationError,
+    InvalidReplicationFactorError,
+    KafkaError,
+    TopicAlreadyExistsError,
+    TopicAuthorizationFailedError,
+    for_code,
+)
+
+from bus.errors import BusError, BusUnavailableError, ConfigError, MessageTooLargeError
+from bus.kafka.connection import REQUEST_S, KafkaConnection, patience_s
+from bus.kafka.errors import translated, unknown_topic
+from bus.kafka.members import KafkaMember
+from bus.kafka.readers import KafkaReader, cut_off, end_offsets
+from bus.kafka.sender import KafkaSender
+from bus.kafka.settings import found_topics
+from bus.limits import record_bytes
+from bus.port import FoundTopic, Headers, Payload, Position, RebalanceCallback, TopicPartition
+from bus.topic_settings import created_with
+from bus.topics import TopicSpec, partition_of
+
+__all__ = ["KafkaBus", "KafkaConnection"]
+
+_RETRY_S = 0.1
+_TRY_S = 1.5  # of several brokers the one that was asked may be dead: another is asked then
+_CLOSE_S = 3.0
+_COUNT_AGE_S = 5.0  # then a topic's partitions are asked for again: it may have been deleted and made anew
+_SPREAD_S = 1.0  # what a new topic may take to be known to every broker
+_MAX_COPIES = 3  # of each partition, where there are that many brokers
+
+T = TypeVar("T")
+
+_partition_of = lru_cache(maxsize=1 << 12)(partition_of)
+
+
+class KafkaBus:
+    """One process's connection to Kafka, or to one Kafka a site. Implements `bus.port.Bus`."""
+
+    name = "kafka"
+
+    def __init__(self, connection: KafkaConnection) -> None:
+        self._connection = connection
+        self._sites: dict[str, _Site] = {}
+        self._beside: dict[str, KafkaBus] = {}  # by their servers: buses whose home is another site
+        self._is_checked = False  # whether the broker at home has shaken hands
+        self._counts: dict[str, tuple[float, int]] = {}  # when a topic was asked for, and its partitions
+        self._ways: dict[str, tuple[int, KafkaSender]] = {}  # partitions of a topic, and who sends there
+        self._readers: list[KafkaReader] = []
+        self._turn = 0
+        self._is_open = False
+        library = logging.getLogger("aiokafka")
+        if library.level < logging.WARNING:  # INFO is chatter, DEBUG prints payloads
+            library.setLevel(logging.WARNING)
+
+    def __repr__(self) -> str:
+        return f"<KafkaBus {self._connection.client_id} at {self._connection.bootstrap_servers}>"
+
+    @property
+    def connection(self) -> KafkaConnection:
+        """How it reaches its brokers."""
+        return self._connection
+
+    async def __aenter__(self) -> KafkaBus:
+        """Shakes hands with the broker of the control topics; those of other sites may be away until they are used."""
+        await self._connection.check()
+        self._is_open = self._is_checked = True
+        for other in self._beside.values():  # asked for before
+            other._is_open = True
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._is_open = False
+        for other in self._beside.values():
+            await other.__aexit__()
+        self._beside.clear()
+        for reader in list(self._readers):
+            await reader.close()
+        for site in self._sites.values():
+            await site.close()
+        self._sites.clear()
+        self._ways.clear()
+
+    # --- topics ------------------------------------------------------------------------------------------------------
+
+    def beside(self, topic: str, neighbour: str) -> KafkaBus:
+        """A bus of the same process whose home is the neighbour's site; closed with this one."""
+        servers = self._connection.servers_of(topic, beside=neighbour)
+        if servers == self._connection.servers_of(topic):
+            return self
+        other = self._beside.get(servers)
+        if other is None:
+            there = self._connection.model_copy(update={"bootstrap_servers": servers, "routes": {}})
+            other = self._beside[servers] = KafkaBus(there)
+            other._is_open = self._is_open
+        return other
+
+    async def create_topics(self, specs: Iterable[TopicSpec]) -> None:
+        wanted: dict[str, list[TopicSpec]] = defaultdict(list)
+        for spec in specs:
+            at = [self._connection.servers_of(spec.name, beside=neighbour) for neighbour in (None, *spec.beside)]
+            for servers in dict.fromkeys(at):
+                wanted[servers].append(spec)
+        for servers, there in wanted.items():
+            await (await self._site(servers)).create_topics(there)
+
+    async def partitions(self, topic: str) -> int:
+        now_s = asyncio.get_running_loop().time()
+        asked_s, count = self._counts.get(topic, (float("-inf"), 0))
+        if now_s - asked_s > _COUNT_AGE_S:
+            self._counts.pop(topic, None)
+            site = await self._site(self._connection.servers_of(topic))
+            count = await site.partitions(topic)
+            self._counts[topic] = (now_s, count)
+        return count
+
+    async def found_topics(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
+        if names is None:
+            return [found for servers in self._connection.sites for found in await (await self._site(servers)).found()]
+        asked: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            asked[self._connection.servers_of(name)].append(name)
+        return [found for servers, there in asked.items() for found in await (await self._site(servers)).found(there)]
+
+    async def end_offsets(self, topic: str) -> dict[int, int]:
+        count = await self.partitions(topic)
+        site = await self._site(self._connection.servers_of(topic))
+        return await site.end_offsets(topic, count)
+
+    # --- posting -----------------------------------------------------------------------------------------------------
+
+    async def post(
+        self,
+        topic: str,
+        value: Payload | None,
+        *,
+        key: str | None = None,
+        partition: int | None = None,
+        headers: Headers = (),
+    ) -> Awaitable[Position]:
+        way = self._ways.get(topic)
+        if way is None:
+            count = await self.partitions(topic)
+            way = self._ways[topic] = (count, (await self._site(self._connection.servers_of(topic))).sender)
+        count, sender = way
+        if (
+            now := sender.partitions(topic)
+        ) is not None and now != count:  # it was deleted and made again, or has grown
+            count = now
+            self._ways[topic] = (count, sender)
+        if partition is None:
+            if key is not None:
+                partition = _partition_of(key, count)
+            else:
+                partition = self._turn = (self._turn + 1) % count
+        elif not 0 <= partition < count:
+            raise BusError(f"{topic} has {count} partitions, there is no {partition}")
+        key_bytes = None if key is None else key.encode()
+        size_bytes = record_bytes(len(value or b""), len(key_bytes or b""), headers)
+        if size_bytes > self._connection.max_record_bytes:
+            raise MessageTooLargeError(topic, size_bytes, self._connection.max_record_bytes)
+        data = value if value is None or type(value) is bytes else bytes(value)
+        return await sender.post(topic, partition, key_bytes, data, headers, size_bytes)
+
+    async def send(
+        self,
+        topic: str,
+        value: Payload | None,
+        *,
+        key: str | None = None,
+        partition: int | None = None,
+        headers: Headers = (),
+    ) -> Position:
+        return await (await self.post(topic, value, key=key, partition=partition, headers=headers))
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    async def reader(
+        self, partitions: Iterable[TopicPartition], *, start: Literal["start", "end"] | Mapping[TopicPartition, int]
+    ) -> KafkaReader:
+        wanted = list(partitions)
+        for topic, number in wanted:
+            count = await self.partitions(topic)  # assign() on a topic that is not there reads nothing, for ever
+            if not 0 <= number < count:
+                raise BusError(f"{topic} has {count} partitions, there is no {number}")
+        servers = self._one_site(topic for topic, _ in wanted)
+        if isinstance(start, str):
+            reader = KafkaReader(self._connection, servers, start, dict.fromkeys(wanted, -1))
+        else:
+            positions = {partition: start.get(partition, -1) for partition in wanted}
+            reader = KafkaReader(self._connection, servers, "start", positions)
+        await reader.open()
+        self._keep(reader)
+        return reader
+
+    async def join(
+        self,
+        topics: Iterable[str],
+        *,
+        group: str,
+        on_assigned: RebalanceCallback | None = None,
+        on_revoked: RebalanceCallback | None = None,
+    ) -> KafkaMember:
+        names = tuple(topics)
+        for topic in names:
+            await self.partitions(topic)
+        member = KafkaMember(self._connection, self._one_site(names), group, names, on_assigned, on_revoked)
+        await member.open()
+        self._keep(member)
+        return member
+
+    async def abandon(self) -> None:
+        """Go without a word, as a killed process does: what was not acknowledged is lost, groups find out by timeout."""
+        self._is_open = False
+        for other in self._beside.values():
+            await other.abandon()
+        for reader in self._readers:
+            await reader.abandon()
+        for site in self._sites.values():
+            await site.close()
+        self._sites.clear()
+        self._ways.clear()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    async def _site(self, servers: str) -> _Site:
+        if not self._is_open:
+            raise BusError("the bus is not open: use it as `async with KafkaBus(...) as bus`")
+        site = self._sites.get(servers)
+        if site is None:
+            if servers != self._connection.bootstrap_servers or not self._is_checked:
+                await self._connection.check(servers)
+            site = self._sites.setdefault(servers, _Site(self._connection, servers))
+        return site
+
+    def _one_site(self, topics: Iterable[str]) -> str:
+        servers = sorted({self._connection.servers_of(topic) for topic in topics})
+        if len(servers) != 1:
+            raise ConfigError(f"one reader cannot read from several sites: {', '.join(servers) or 'none named'}")
+        return servers[0]
+
+    def _keep(self, reader: KafkaReader) -> None:
+        self._readers = [known for known in self._readers if not known.is_closed]
+        self._readers.append(reader)
+
+
+class _Site:
+    """One cluster: its producer, and what is asked about its topics."""
+
+    def __init__(self, connection: KafkaConnection, servers: str) -> None:
+        self._connection = connection
+        self._servers = servers
+        self.sender = KafkaSender(connection, servers, self._limit_of)
+        self._admin: AIOKafkaAdminClient | None = None
+        self._asker: AIOKafkaConsumer | None = None  # knows offsets
+        self._starting = asyncio.Lock()
+
+    async def create_topics(self, specs: list[TopicSpec]) -> None:
+        async def create(admin: AIOKafkaAdminClient) -> None:
+            brokers = len((await admin.describe_cluster())["brokers"])
+            copies = self._connection.replication or min(brokers, _MAX_COPIES)
+            made = await _create(admin, specs, copies)
+            if any(code == InvalidConfigurationError.errno for _, code, *_ in made):
+                made = await _create(admin, specs, copies, older_kafka=True)
+            for name, code, *message in made:
+                kind = for_code(code)
+                if kind.retriable:  # another controller is being elected
+                    raise kind()
+                if code != 0 and kind is not TopicAlreadyExistsError:
+                    raise _not_created(name, kind, message[0] if message else "")
+
+        await self._ask(create, "its topics")
+        deadline = asyncio.get_running_loop().time() + REQUEST_S
+        missing = [spec.name for spec in specs]
+        while missing:  # created is not yet known everywhere
+            known = await self._topics()
+            missing = [name for name in missing if name not in known]
+            if missing:
+                await self._retry(deadline, None, ", ".join(missing))
+
+    async def partitions(self, topic: str) -> int:
+        """Asks for all topics: asking for one would create it where brokers create topics on sight."""
+        count = (await self._topics()).get(topic)
+        if count is None and await self._ask(_has_several_brokers, "its brokers"):
+            await asyncio.sleep(_SPREAD_S)  # of several brokers some learn later what others made or were told
+            count = (await self._topics()).get(topic)
+        if count is None:
+            raise unknown_topic(topic)
+        if isinstance(count, BusError):
+            raise count
+        return count
+
+    async def found(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
+        return await self._ask(lambda admin: found_topics(admin, self._servers, names), "its topics")
+
+    async def _limit_of(self, topic: str) -> int | None:
+        limits = [int(found.settings.get("max.message.bytes", 0)) for found in await self.found([topic])]
+        return limits[0] or None if limits else None
+
+    async def end_offsets(self, topic: str, count: int) -> dict[int, int]:
+        asker = await self._started_asker()
+        try:
+            ends = await end_offsets(asker, [(topic, number) for number in range(count)], patience_s(asker._client))
+        except (KafkaError, TimeoutError) as error:
+            raise translated(error, topic) from error
+        return {number: offset for (_, number), offset in sorted(ends.items())}
+
+    async def close(self) -> None:
+        await self.sender.close()
+        if self._admin is not None:
+            await asyncio.wait([asyncio.ensure_future(self._admin.close())], timeout=_CLOSE_S)
+        if self._asker is not None:
+            await cut_off(self._asker)  # it is in no group: nobody waits for a goodbye
+
+    async def _topics(self) -> dict[str, int | BusError]:
+        """The partitions of every topic that has a leader everywhere, or why we may not know."""
+        known: dict[str, int | BusError] = {}
+        for topic in await self._ask(AIOKafkaAdminClient.describe_topics, "its topics"):
+            error_type = for_code(topic["error_code"])
+            if error_type is TopicAuthorizationFailedError:
+                known[topic["topic"]] = translated(error_type(), topic["topic"])
+            elif topic["error_code"] == 0 and topic["partitions"]:
+                known[topic["topic"]] = len(topic["partitions"])
+        return known
+
+    async def _ask(self, request: Callable[[AIOKafkaAdminClient], Awaitable[T]], what: str) -> T:
+        """What the cluster answers. Any broker may be asked, also one that died and is not yet missed: then again."""
+        admin = await self._started_admin()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while True:
+            deadline = began + patience_s(admin._client)
+            has_others = len(admin._client.cluster.brokers()) > 1
+            try:
+                async with asyncio.timeout_at(min(deadline, loop.time() + _TRY_S) if has_others else deadline):
+                    return await request(admin)
+            except (KafkaError, TimeoutError) as error:
+                await self._retry(deadline, error, what)
+
+    async def _retry(self, deadline: float, error: BaseException | None, what: str) -> None:
+        if asyncio.get_running_loop().time() > deadline:
+            raise BusUnavailableError(f"{self._servers} does not tell about {what} in time") from error
+        await asyncio.sleep(_RETRY_S)
+
+    async def _started_admin(self) -> AIOKafkaAdminClient:
+        async with self._starting:
+            if self._admin is None:
+                admin = AIOKafkaAdminClient(**self._connection.client_settings(self._servers))
+                try:
+                    async with asyncio.timeout(REQUEST_S):
+                        await admin.start()
+                except (KafkaError, TimeoutError) as error:
+                    await admin.close()
+                    raise translated(error, self._servers) from error
+                self._admin = admin
+            return self._admin
+
+    async def _started_asker(self) -> AIOKafkaConsumer:
+        async with self._starting:
+            if self._asker is None:
+                asker = AIOKafkaConsumer(**self._connection.client_settings(self._servers), enable_auto_commit=False)
+                try:
+                    async with asyncio.timeout(REQUEST_S):
+                        await asker.start()
+                except (KafkaError, TimeoutError) as error:
+                    await cut_off(asker)
+                    raise translated(error, self._servers) from error
+                self._asker = asker
+            return self._asker
+
+
+async def _has_several_brokers(admin: AIOKafkaAdminClient) -> bool:
+    return len((await admin.describe_cluster())["brokers"]) > 1
+
+
+def _not_created(name: str, kind: type[KafkaError], message: str) -> BusError:
+    remedy = None
+    if kind is InvalidReplicationFactorError:
+        remedy = "DEEPAR_KAFKA_REPLICATION says how many copies: at most as many as there are brokers"
+    return BusError(f"topic {name} cannot be created: {message or kind.__name__}", remedy=remedy)
+
+
+async def _create(
+    admin: AIOKafkaAdminClient, specs: list[TopicSpec], copies: int, *, older_kafka: bool = False
+) -> list[tuple[Any, ...]]:
+    """Of each topic its name, the error code, and what the broker says of it."""
+    made = await admin.create_topics(
+        [
+            NewTopic(spec.name, spec.partitions, copies, topic_configs=created_with(spec, older_kafka=older_kafka))
+            for spec in specs
+        ]
+    )
+    return list(made.topic_errors)

@@ -1,0 +1,94 @@
+"""Settings of topics on Kafka: read, and repaired where they contradict the table of topics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable
+
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaError, for_code
+
+from bus import topics
+from bus.errors import BusError
+from bus.kafka.connection import KafkaConnection, hang_up
+from bus.kafka.errors import translated
+from bus.port import FoundTopic
+from bus.topic_settings import KEYS, PARTITIONS, Contradiction
+
+_REQUEST_S = 10.0
+_SET_ON_TOPIC = 1  # Kafka's ConfigSource DYNAMIC_TOPIC_CONFIG
+
+
+async def found_topics(admin: AIOKafkaAdminClient, servers: str, names: Iterable[str] | None) -> list[FoundTopic]:
+    """Of these topics those that the cluster has; None: all of the table. Raises `KafkaError`."""
+    wanted = None if names is None else set(names)
+    there = {}
+    for topic in await admin.describe_topics():
+        name = topic["topic"]
+        if (
+            topic["error_code"] == 0
+            and topic["partitions"]
+            and (topics.is_ours(name) if wanted is None else name in wanted)
+        ):
+            there[name] = topic["partitions"]
+    settings = await _settings(admin, there)
+    return [
+        FoundTopic(name, servers, len(partitions), min(len(one["replicas"]) for one in partitions), settings[name])
+        for name, partitions in sorted(there.items())
+    ]
+
+
+async def _settings(admin: AIOKafkaAdminClient, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What this user may see of the settings of each topic."""
+    found: dict[str, dict[str, str]] = {name: {} for name in names}
+    asked = [ConfigResource(ConfigResourceType.TOPIC, name, dict.fromkeys(KEYS)) for name in found]
+    for response in await admin.describe_configs(asked) if asked else ():
+        for code, _message, _kind, name, entries in (tuple(resource) for resource in response.resources):
+            if not code:
+                found[name] = {entry[0]: entry[1] for entry in entries if entry[1] is not None}
+    return found
+
+
+async def repair(connection: KafkaConnection, wrong: Iterable[Contradiction]) -> None:
+    """Set what the table of topics demands. Raises `BusError` with the broker's cause."""
+    by_site: dict[str, list[Contradiction]] = defaultdict(list)
+    for one in wrong:
+        by_site[one.servers].append(one)
+    for servers, there in by_site.items():
+        admin = AIOKafkaAdminClient(**connection.client_settings(servers))
+        try:
+            async with asyncio.timeout(_REQUEST_S):
+                await admin.start()
+                await _repair(admin, there)
+        except (KafkaError, TimeoutError) as error:
+            raise translated(error, servers) from error
+        finally:
+            await hang_up(admin._client)
+
+
+async def _repair(admin: AIOKafkaAdminClient, wrong: Iterable[Contradiction]) -> None:
+    settings: dict[str, dict[str, str]] = defaultdict(dict)
+    for one in wrong:
+        if one.key == PARTITIONS:
+            await admin.create_partitions({one.topic: NewPartitions(int(one.repair))})
+        else:
+            settings[one.topic][one.key] = one.repair
+    if not settings:
+        return
+    # The request replaces all that is set on a topic, so what is set there already goes with it.
+    responses = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, name) for name in settings])
+    for response in responses:
+        for code, message, _kind, name, entries in (tuple(resource) for resource in response.resources):
+            if code:
+                raise BusError(f"the settings of {name} may not be read: {message or for_code(code).__name__}")
+            kept = {entry[0]: entry[1] for entry in entries if entry[3] == _SET_ON_TOPIC}
+            settings[name] = kept | settings[name]
+    altered = await admin.alter_configs(
+        [ConfigResource(ConfigResourceType.TOPIC, name, values) for name, values in settings.items()]
+    )
+    for response in altered:
+        for code, message, _kind, name in (tuple(resource) for resource in response.resources):
+            if code:
+                raise BusError(f"{name} cannot be repaired: {message or for_code(code).__name__}")

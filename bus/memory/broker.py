@@ -1,0 +1,216 @@
+"""The broker inside the process: topics, groups, faults. `MemoryBus` is a connection to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from bus.errors import BusUnavailableError, UnknownTopicError
+from bus.limits import MAX_RECORD_BYTES
+from bus.memory.faults import Faults
+from bus.memory.groups import Group
+from bus.memory.partition_log import PartitionLog
+from bus.port import FoundTopic, TopicPartition
+from bus.topic_settings import created_with
+from bus.topics import TopicSpec
+
+if TYPE_CHECKING:
+    from bus.memory.bus import MemoryBus
+
+Latency = float | Callable[[int], float]
+"""Seconds, or seconds for a record of that many bytes."""
+
+KEEP_CONSUMED_BYTES = 8 << 20
+"""How much of what everybody has consumed a partition of a data topic keeps."""
+
+REQUEST_TIMEOUT_S = 3.0
+"""How long a request waits for a broker that is not there."""
+
+_TRIM_STEPS = 8  # retention is looked at after every eighth of what is kept
+
+
+class MemoryBroker:
+    """Topics, partitions and groups in this process's memory; many `MemoryBus` connections may share one.
+
+    It works on any asyncio loop, a virtual one too: it asks only for `loop.time()` and timers, uses no threads and no
+    real clock, and does everything in one order that the calls and the seed of the faults decide.
+
+    Retention. Topics without a `retention_bytes` (control topics) keep everything, unless `keep_control_bytes` is given.
+    Of the others a partition keeps what some reader or group has still to consume (a group from the start on, where it
+    has committed nothing yet), and the newest `keep_consumed_bytes` of the rest; past `retention_bytes` even unread
+    records go, as in Kafka. Compacted topics are compacted as they grow.
+    """
+
+    def __init__(
+        self,
+        *,
+        latency_s: Latency = 0.0,
+        faults: Faults | None = None,
+        wall_clock: Callable[[], float] | None = None,
+        keep_consumed_bytes: int = KEEP_CONSUMED_BYTES,
+        keep_control_bytes: int | None = None,
+        max_record_bytes: int = MAX_RECORD_BYTES,
+        session_timeout_s: float = 6.0,
+    ) -> None:
+        """`latency_s` is what an acknowledgement takes, and a delivery; `wall_clock` (the loop's where None) stamps records;
+        `session_timeout_s` is how long a group waits for a member whose connection is gone."""
+        self.latency_s = latency_s
+        self.faults = faults
+        self.wall_clock = wall_clock
+        self.keep_consumed_bytes = keep_consumed_bytes
+        self.keep_control_bytes = keep_control_bytes
+        self.max_record_bytes = max_record_bytes
+        self.session_timeout_s = session_timeout_s
+        self.running = True
+        self._logs: dict[str, list[PartitionLog]] = {}
+        self._deleted: dict[str, list[PartitionLog]] = {}  # readers hold on to them, and a new topic takes them over
+        self._groups: dict[str, Group] = {}
+        self._clients: list[MemoryBus] = []
+        self._resumed: list[asyncio.Future[None]] = []
+        self._readers: dict[TopicPartition, list[Callable[[], int]]] = {}  # positions of readers without a group
+
+    def __repr__(self) -> str:
+        state = "running" if self.running else "paused"
+        return f"<MemoryBroker {state}, {len(self._logs)} topics, {len(self._groups)} groups, {len(self._clients)} clients>"
+
+    # --- what a person does to it ------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop, as if killed: posts wait in their senders, fetches return nothing, requests fail after a while."""
+        self.running = False
+
+    def resume(self) -> None:
+        """Run again, with everything that was written; groups are as they were."""
+        self.running = True
+        waiting, self._resumed = self._resumed, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+        for client in list(self._clients):
+            client.reconnected()
+
+    def rebalance(self, group: str) -> None:
+        """Make a group share its partitions out anew, as Kafka does whenever it likes."""
+        if group in self._groups:
+            self._groups[group].rebalance()
+
+    def delete_records(self, topic: str, partition: int, before: int) -> None:
+        """Delete the records of a partition before an offset, read or not, as retention does."""
+        log = self.logs(topic)[partition]
+        log.drop_before(before, -1)
+        log.start = max(log.start, min(before, log.end))
+
+    def delete_topic(self, topic: str) -> None:
+        """Delete a topic with all its records and what groups have committed of it."""
+        logs = self.logs(topic)
+        del self._logs[topic]
+        self._deleted[topic] = logs
+        for log in logs:
+            log.gone = True
+            for group in self._groups.values():
+                group.committed.pop(log.tp, None)
+
+    def bytes_held(self) -> int:
+        """What all partitions hold, in bytes."""
+        return sum(log.bytes_held for logs in self._logs.values() for log in logs)
+
+    def committed(self, group: str) -> dict[TopicPartition, int]:
+        """How far a group is, by partition."""
+        return dict(self._groups[group].committed) if group in self._groups else {}
+
+    # --- for `MemoryBus` ---------------------------------------------------------------------------------------------
+
+    def create(self, specs: Iterable[TopicSpec]) -> None:
+        """Create the topics that are missing."""
+        for spec in specs:
+            if spec.name in self._logs:
+                continue
+            logs = self._deleted.pop(spec.name, [])[: spec.partitions]
+            for log in logs:
+                log.begin_anew(spec)
+            logs += [PartitionLog(spec, number) for number in range(len(logs), spec.partitions)]
+            self._logs[spec.name] = logs
+            for group in self._groups.values():
+                if spec.name in group.topics:
+                    group.rebalance()
+
+    def logs(self, topic: str) -> list[PartitionLog]:
+        """The partitions of a topic, in order. Raises `UnknownTopicError`."""
+        try:
+            return self._logs[topic]
+        except KeyError:
+            raise UnknownTopicError(
+                f"there is no topic {topic}", remedy="create_topics() makes the topics of the table"
+            ) from None
+
+    def found(self, names: Iterable[str] | None) -> list[FoundTopic]:
+        """Of these topics (None: all) those that are there."""
+        wanted = self._logs if names is None else names
+        there = [self._logs[name] for name in sorted(wanted) if name in self._logs]
+        return [FoundTopic(logs[0].spec.name, "memory", len(logs), 1, created_with(logs[0].spec)) for logs in there]
+
+    def group(self, name: str) -> Group:
+        """The group of this name, made where it is new."""
+        if name not in self._groups:
+            self._groups[name] = Group(name, lambda topic: len(self._logs.get(topic, ())), self.when_running)
+        return self._groups[name]
+
+    async def when_running(self) -> None:
+        """Wait until the broker runs."""
+        while not self.running:
+            future = asyncio.get_running_loop().create_future()
+            self._resumed.append(future)
+            await future
+
+    def attach(self, client: MemoryBus) -> None:
+        """A connection begins."""
+        self._clients.append(client)
+
+    def detach(self, client: MemoryBus) -> None:
+        """A connection ends."""
+        if client in self._clients:
+            self._clients.remove(client)
+
+    def follow(self, log: PartitionLog, position: Callable[[], int]) -> None:
+        """A reader without a group begins: what it has still to read is kept."""
+        self._readers.setdefault(log.tp, []).append(position)
+
+    def unfollow(self, log: PartitionLog, position: Callable[[], int]) -> None:
+        """That reader is gone."""
+        self._readers[log.tp].remove(position)
+
+    def delay_s(self, size_bytes: int) -> float:
+        """What acknowledging and delivering a record of this size takes, now."""
+        latency_s = self.latency_s
+        delay_s = latency_s(size_bytes) if callable(latency_s) else latency_s
+        if self.faults is not None and self.faults.strikes("late"):
+            delay_s += self.faults.random.random() * self.faults.late_s
+        return delay_s
+
+    def trim(self, log: PartitionLog) -> None:
+        """Retention and compaction of a partition that has just grown."""
+        if log.spec.compacted:
+            log.compact()
+            return
+        limit_bytes = log.spec.retention_bytes
+        keep_bytes = self.keep_control_bytes if limit_bytes < 0 else min(self.keep_consumed_bytes, limit_bytes)
+        if keep_bytes is None:
+            log.trim_at = 1 << 62
+            return
+        if log.bytes_held <= keep_bytes:
+            log.trim_at = keep_bytes
+            return
+        consumers = [position() for position in self._readers.get(log.tp, ())]
+        consumers += [
+            group.committed.get(log.tp, log.start) for group in self._groups.values() if log.spec.name in group.topics
+        ]
+        if consumers:
+            log.drop_before(min(consumers), keep_bytes)
+        if limit_bytes >= 0:
+            log.drop_before(log.end, limit_bytes)
+        log.trim_at = log.bytes_held + max(keep_bytes // _TRIM_STEPS, 1)
+
+    def unavailable(self) -> BusUnavailableError:
+        """What a request that found no broker says."""
+        return BusUnavailableError("the broker does not answer", remedy="resume() the broker, or reconnect() the bus")

@@ -1,0 +1,1 @@
+"""`deepar loadgen ...`: one module a command."""

@@ -1,0 +1,91 @@
+"""`deepar loadgen bench`: measure this machine."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bus.errors import unknown_name
+from bus.text.json_text import json_text
+from bus.text.units import format_seconds
+from deploy.console_output.options import AsJson, BootstrapFromEnv
+from deploy.services.process import EXIT_MISSED
+
+BENCHES = {
+    "slices": "the parts of a cut model over the whole",
+    "planner": "search and decision times",
+    "bus": "hops and streams over the bare library",
+    "decision": "task submitted to decision received",
+    "pipeline": "streams through modelled stages over the bottleneck",
+    "simulator": "a million tasks through the core",
+}
+"""Benchmark -> what it measures; each is `run` of the module `loadgen.bench_NAME`."""
+
+
+class BenchBus(StrEnum):
+    """What a benchmark's records travel over."""
+
+    MEMORY = "memory"
+    KAFKA = "kafka"
+
+
+def bench(
+    name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in BENCHES.items()))],
+    bus: Annotated[BenchBus | None, typer.Option(help="Bus to measure, for benchmarks that run on both.")] = None,
+    bootstrap_servers: BootstrapFromEnv = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Number of tasks (benchmark simulator only).")] = None,
+    random_seed: Annotated[
+        int | None, typer.Option("--random-seed", "--seed", min=0, help="Random seed for all generated values.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine. Exit code 99 when an aim is missed.
+
+    Example: `deepar loadgen bench decision --bus memory --json`
+    """
+    if name not in BENCHES:
+        raise unknown_name("benchmark", name, BENCHES)
+    log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
+    measure = importlib.import_module(f"loadgen.bench_{name}").run
+    wanted = {"bus": bus and bus.value, "bootstrap": bootstrap_servers, "tasks": tasks, "seed": random_seed}
+    takes = inspect.signature(measure).parameters
+    given = {key: value for key, value in wanted.items() if value is not None and key in takes}
+    found: dict[str, Any] = measure(progress=lambda line: log.print(line, style="dim", markup=False), **given)
+    if as_json:
+        print(json_text(found))
+    else:
+        print_bench(Console(emoji=False, highlight=False), found)
+    if not all(aim["pass"] for aim in found["aims"]):
+        raise typer.Exit(EXIT_MISSED)
+
+
+def print_bench(console: Console, found: dict[str, Any]) -> None:
+    """A benchmark's results as people read them: one table for each shape of row, then the aims."""
+    console.print(f"{found['bench']} on {found['machine']}", markup=False)
+    shapes: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in found["results"]:
+        shapes.setdefault(tuple(row), []).append(row)
+    for columns, rows in shapes.items():
+        table = Table(*columns)
+        for row in rows:
+            table.add_row(*(_cell(key, row[key]) for key in columns))
+        console.print(table)
+    aims = Table("", "aim", "value", "to reach")
+    for aim in found["aims"]:
+        verdict = "[green]PASS[/]" if aim["pass"] else "[bold red]MISS[/]"
+        aims.add_row(verdict, aim["name"], _cell("", aim["value"]), _cell("", aim["aim"]))
+    console.print(aims)
+    if found.get("note"):
+        console.print(found["note"], style="yellow", markup=False)
+
+
+def _cell(key: str, value: Any) -> str:
+    if isinstance(value, float):
+        return format_seconds(value) if key.endswith("_s") and "per_s" not in key else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,259 @@
+"""`deepar loadgen chaos`: real processes on a real broker, killed, stopped and terminated in turn while tasks run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bus.errors import BusUnavailableError, ConfigError
+from bus.kafka.bus import KafkaBus, KafkaConnection
+from bus.text.json_text import json_text
+from bus.text.units import format_seconds, parse_duration
+from deploy.console_output.options import AsJson
+from deploy.console_output.writable import writable_folder
+from deploy.kafka_local.broker import KafkaBroker
+from deploy.services.live_region import LiveRegion, RegionOptions, result_file
+from deploy.services.process import EXIT_FAILED, EXIT_MISSED, run_on_uvloop
+from deploy.services.settings import lease_of
+from deploy.services.wiring import create_missing_topics
+from loadgen.chaos.live.campaign import LiveChaos, Load
+from loadgen.chaos.live.faults import FLOW_AIM_S, Fault, Findings, Pace, parse_faults
+from loadgen.replay.readiness import await_planner
+from loadgen.replay.replay import utc_now
+
+LISTEN_S = 3.0
+"""A planner in charge speaks at least once a second or so."""
+
+
+def chaos(
+    tasks: Annotated[int, typer.Option(min=1, help="How many tasks, at least.")] = 100,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples, at least, evenly over the tasks.")] = 20_000,
+    faults: Annotated[
+        str, typer.Option(help="all, or kinds (kill, stop, terminate), targets (planner, device, ...), KIND:TARGET.")
+    ] = "all",
+    stop_for: Annotated[str, typer.Option(help="How long a stopped process stays stopped.")] = "30s",
+    pause: Annotated[str, typer.Option(help="Undisturbed work before each fault.")] = "2s",
+    grace: Annotated[str, typer.Option(help="Time after SIGTERM before a second one is sent.")] = "10s",
+    lease: Annotated[str, typer.Option(help="Silence after which a node counts as lost.")] = "10s",
+    planner_lease: Annotated[str, typer.Option(help="Silence after which the planner counts as lost.")] = "5s",
+    planners: Annotated[int, typer.Option(min=1, help="How many; the leading one is hit, the others stand by.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="How many devices.")] = 2,
+    edges: Annotated[int, typer.Option(min=1, help="How many edges.")] = 2,
+    in_flight: Annotated[int, typer.Option(min=1, help="Tasks of each device that have not ended, at most.")] = 4,
+    random_seed: Annotated[
+        int, typer.Option("--random-seed", "--seed", min=0, help="Of the tasks, the order, and whom a fault hits.")
+    ] = 0,
+    bootstrap_servers: Annotated[
+        str | None,
+        typer.Option(
+            "--bootstrap-servers", "-b", help="Use this broker, host:port, and leave it alone; default: one of its own."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for logs and results; by default runs/chaos-SEED-TIME.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Break real processes while tasks run: nothing may be lost, shown twice, or granted twice.
+
+    Starts Apache Kafka, a planner, a cloud worker, edges and devices as processes of their own. Each of planner, device,
+    edge, cloud and broker is then killed (SIGKILL), stopped (SIGSTOP, later SIGCONT) and terminated (SIGTERM), in turn, and
+    started again where it ended. Afterwards an oracle that shares no code with them reads the raw topics and the devices'
+    result files.
+
+    recovered_s counts from the moment when the target was gone (kill, terminate) or went on again (stop) until it was seen to
+    work: a planner's next decision that counts, the next result that a device shows, the next frame of an edge or cloud, of
+    an attempt that counts; for the broker, the next result that any device shows. flow_after_ready_s is the last part of the
+    broker's: since it answered again (aim: 1 s). lost_after_s: from SIGSTOP until the planner declared the node lost.
+
+    Exit code 1 where a sample was lost, shown twice or wrong, the ledger was violated, a task did not complete, a target did
+    not work again or a process ended by itself; 99 where only the aim was missed.
+
+    Example: `deepar loadgen chaos --faults kill:broker,stop:edge --stop-for 10s --samples 2000`
+    """
+    log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the broker's absence is no news here
+    folder = writable_folder("--out", out or Path(f"runs/chaos-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}"))
+    options = RegionOptions(
+        planners=planners,
+        devices=devices,
+        edges=edges,
+        lease_s=lease_of(lease),
+        planner_lease_s=lease_of(planner_lease, "--planner-lease"),
+    )
+    pace = Pace(
+        stop_s=parse_duration(stop_for, "--stop-for"),
+        pause_s=parse_duration(pause, "--pause"),
+        grace_s=parse_duration(grace, "--grace"),
+    )
+    load = Load(tasks=tasks, samples=samples, in_flight=in_flight)
+    findings = break_region(
+        options, folder, parse_faults(faults, random_seed), load, pace,
+        seed=random_seed, bootstrap=bootstrap_servers, log=log,
+    )  # fmt: skip
+    summary = findings.summary()
+    (folder / "summary.json").write_text(json_text(summary, indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        print(json_text(summary))
+    else:
+        print_summary(Console(emoji=False, highlight=False), summary, folder)
+    failed = [sentence for sentence in failures(findings) if sentence]
+    for sentence in failed:
+        log.print(f"failed: {sentence}", style="bold red", markup=False)
+    for record in findings.flows_late:
+        log.print(
+            f"missed: results flowed {record.flow_after_ready_s:.2f} s after the broker was ready again "
+            f"({record.fault.kind}), not within {FLOW_AIM_S:g} s",
+            style="bold red",
+            markup=False,
+        )
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
+    if findings.flows_late:
+        raise typer.Exit(EXIT_MISSED)
+
+
+def break_region(
+    options: RegionOptions,
+    folder: Path,
+    faults: list[Fault],
+    load: Load,
+    pace: Pace,
+    *,
+    seed: int,
+    bootstrap: str | None,
+    log: Console,
+) -> Findings:
+    """Set everything up, break it, judge it; no process is left. Raises `DeeparError`, KeyboardInterrupt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(1, options.devices + 1):
+        if result_file(folder, f"d{number}").exists():
+            raise ConfigError(f"{folder} holds the results of another run", remedy="name another folder with --out")
+
+    def say(line: str) -> None:
+        log.print(line, style="dim", markup=False)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_terminated_like_interrupted())
+        broker = None
+        if bootstrap is None:
+            data = folder / "kafka"
+            stack.callback(_tidy, data, folder)
+            broker = KafkaBroker(data, started_by="started by deepar loadgen chaos", progress=say)
+            stack.callback(broker.kill)
+            say(f"{broker.kind} is ready after {broker.start():.1f} s")
+            bootstrap = broker.bootstrap
+        return run_on_uvloop(_break(options, folder, faults, load, pace, seed, bootstrap, broker, say))
+
+
+async def _break(
+    options: RegionOptions,
+    folder: Path,
+    faults: list[Fault],
+    load: Load,
+    pace: Pace,
+    seed: int,
+    bootstrap: str,
+    broker: KafkaBroker | None,
+    say: Any,
+) -> Findings:
+    # A broker of our own wants no password, whatever the environment says of others.
+    connection = KafkaConnection.from_env({} if broker else None, bootstrap_servers=bootstrap)
+    async with KafkaBus(connection) as bus:
+        region = LiveRegion(options, folder, bootstrap, broker)
+        await create_missing_topics(bus, [f"e{number}" for number in range(1, options.edges + 1)])
+        if broker is None:
+            await _unclaimed(bus)
+        async with region:
+            run = LiveChaos(
+                region,
+                bus,
+                connection.client_settings(bootstrap),
+                load=load,
+                faults=faults,
+                pace=pace,
+                seed=seed,
+                say=say,
+            )
+            return await run.run()
+
+
+async def _unclaimed(bus: KafkaBus) -> None:
+    """Raises `ConfigError` where somebody works in the region that is to be broken."""
+    with contextlib.suppress(BusUnavailableError):
+        log = await await_planner(bus, 0, timeout_s=LISTEN_S)
+        raise ConfigError(
+            f"{log.planner or 'a planner'} leads region 0 on this broker: its work would be broken, too",
+            remedy="stop it, or leave --bootstrap-servers out for a broker of its own",
+        )
+
+
+def _tidy(data: Path, folder: Path) -> None:
+    """Keep the broker's log and throw its records away."""
+    with contextlib.suppress(OSError):
+        (data / "broker.log").replace(folder / "broker.log")
+    shutil.rmtree(data, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM ends us as Ctrl-C does: in order, with nothing left behind."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def failures(findings: Findings) -> list[str]:
+    """What must not be, in words."""
+    verdict = findings.verdict
+    found = [
+        f"{verdict[key]} {what}"
+        for key, what in (
+            ("lost", "samples of acknowledged tasks are shown nowhere"),
+            ("visible_duplicates", "results are shown again"),
+            ("ledger_violations", "rules of the decisions are broken"),
+            ("wrong_results", "results are not those of the uncut model"),
+            ("unreadable_frames", "frames on deepar.results cannot be read"),
+        )
+        if verdict[key]
+    ]
+    if others := verdict["tasks"] - verdict["ends"].get("COMPLETED", 0):
+        found.append(f"{others} tasks did not end COMPLETED")
+    found += verdict["violations"]
+    found += [
+        f"{record.name} did not work again after {record.fault.kind}"
+        for record in findings.faults
+        if record.recovered_s is None
+    ]
+    return found
+
+
+def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:
+    """The findings as people read them."""
+    table = Table("fault", "process", "at", "works again after", "")
+    for fault in summary["faults"]:
+        more = [
+            f"{key} {format_seconds(fault[key])}" for key in ("flow_after_ready_s", "lost_after_s") if fault.get(key)
+        ]
+        recovered = "never" if fault["recovered_s"] is None else format_seconds(fault["recovered_s"])
+        table.add_row(fault["kind"], fault["name"], f"{fault['at_s']:.1f} s", recovered, ", ".join(more))
+    console.print(table)
+    recovery = {key: "-" if value is None else format_seconds(value) for key, value in summary["recovery_s"].items()}
+    console.print(
+        f"{summary['tasks']} tasks, {summary['samples']:,} samples in {summary['elapsed_s']:.0f} s: {summary['lost']} lost, "
+        f"{summary['visible_duplicates']} shown twice, {summary['suppressed_duplicates']:,} duplicates suppressed, "
+        f"{summary['ledger_violations']} violations of the ledger; recovery p50 {recovery['p50']}, p99 {recovery['p99']}"
+    )
+    console.print(f"  logs and results: {escape(str(folder))}")

@@ -1,0 +1,309 @@
+"""`deepar models ...` and `deepar profile`: what a model looks like from outside, its parts, its speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from bus.errors import ConfigError, CutError, unknown_name
+from deploy.commands.profile import profile
+from deploy.console_output.model_loading import (
+    InputShapes,
+    Json,
+    ModelArgument,
+    Sha256,
+    SignatureName,
+    Threads,
+    load,
+    print_json,
+    progress_bar,
+    stored_arrays,
+)
+from deploy.console_output.model_tables import cuts_table, models_table, parts_table, show_tree, size, verify_lines
+from deploy.console_output.writable import writable_folder
+from deploy.services.process import EXIT_FAILED
+from stages.models.cuts import even_cuts, useful_positions, work_shares
+from stages.models.files.cache import write_whole
+from stages.models.model import Model
+from stages.models.slicer import position_of, write_parts
+from stages.models.verify import named_inputs, pairs_of, random_inputs
+from stages.models.verify import verify as verify_parts
+from stages.zoo import list_models
+from stages.zoo.networks import NETWORKS, trained
+from stages.zoo.networks import build as build_network
+
+__all__ = ["app", "profile"]
+
+app = typer.Typer(
+    no_args_is_help=True, help="List, look at, cut and verify models. MODEL is a zoo name or a .tflite file."
+)
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """The models that DeePar brings. Those with weights from a seed are generated when they are first used.
+
+    Example: `deepar models list`
+    """
+    entries = list_models()
+    if as_json:
+        print_json({"models": [_entry(entry) for entry in entries]})
+    else:
+        Console(emoji=False).print(models_table(entries))
+
+
+@app.command()
+def show(
+    model: ModelArgument,
+    as_json: Json = False,
+    sha256: Sha256 = None,
+    signature: SignatureName = None,
+    input_shape: InputShapes = None,
+) -> None:
+    """What a model takes, gives and consists of.
+
+    Example: `deepar models show alexnet`
+    """
+    loaded = load(model, sha256, signature, input_shape)
+    if as_json:
+        manifest = loaded.manifest
+        print_json(
+            {
+                "model": loaded.name,
+                "path": str(loaded.path),
+                "sha256": loaded.file_sha256,
+                "size_bytes": loaded.size_bytes,
+                "layers": manifest.layers,
+                "inputs": [spec.model_dump(mode="json") for spec in manifest.cuts[0].tensors],
+                "outputs": [spec.model_dump(mode="json") for spec in manifest.cuts[-1].tensors],
+                "work": sum(cut.work for cut in manifest.cuts),
+                "stateful": loaded.graph.stateful,
+                "carried_operators": len(loaded.graph.carried),
+                "missing_kernels": sorted(loaded.facts.missing_kernels),
+                "kinds": _counted(layer.kind for layer in loaded.graph.layers),
+                "uncuttable": _uncuttable(loaded),
+                "signature": loaded.contents.meant,
+                "signatures": [asdict(one) for one in loaded.contents.signatures],
+                "unseen": list(loaded.contents.unseen),
+                "open_inputs": [asdict(one) for one in loaded.contents.open_inputs],
+            }
+        )
+    else:
+        Console(emoji=False).print(show_tree(loaded))
+
+
+@app.command()
+def cuts(
+    model: ModelArgument,
+    as_json: Json = False,
+    useful: Annotated[
+        bool, typer.Option("--useful", help="Only the cuts on the front of work before and bytes crossing.")
+    ] = False,
+    sha256: Sha256 = None,
+    signature: SignatureName = None,
+    input_shape: InputShapes = None,
+) -> None:
+    """Where a model can be cut, what crosses each cut, and how much work lies before it.
+
+    Example: `deepar models cuts alexnet --useful`
+    """
+    loaded = load(model, sha256, signature, input_shape)
+    manifest = loaded.manifest
+    front, shares = set(useful_positions(manifest)), work_shares(manifest)
+    shown = [cut for cut in manifest.cuts if not useful or cut.position in front]
+    if not as_json:
+        Console(emoji=False).print(cuts_table(loaded, shown, front, shares))
+        return
+    print_json(
+        {
+            "model": loaded.name,
+            "layers": manifest.layers,
+            "cuts": [
+                {
+                    "position": cut.position,
+                    "name": cut.name,
+                    "tensors": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in cut.tensors],
+                    "cut_bytes": cut.cut_bytes,
+                    "work_share": shares[cut.position],
+                    "useful": cut.position in front,
+                    "cuttable": cut.cuttable,
+                    "reason": cut.reason or None,
+                }
+                for cut in shown
+            ],
+        }
+    )
+
+
+@app.command("slice")
+def slice_(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="Folder for the parts and manifest.json.", file_okay=False)],
+    cut1: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|N", help="The device's last layer: a name or a position. [default: even work]"),
+    ] = None,
+    cut2: Annotated[
+        str | None, typer.Option(metavar="NAME|N", help="The edge's last layer; without it the cloud runs the rest.")
+    ] = None,
+    as_json: Json = False,
+    sha256: Sha256 = None,
+    signature: SignatureName = None,
+    input_shape: InputShapes = None,
+) -> None:
+    """Cut a model into valid .tflite parts, for the device, the edge and the cloud.
+
+    Without cuts, the three parts get about the same work.
+
+    Example: `deepar models slice alexnet --cut1 maxpool_1 --cut2 maxpool_3 --out parts`
+    """
+    loaded = load(model, sha256, signature, input_shape)
+    first, second = _asked_cuts(loaded, cut1, cut2)
+    manifest, parts = write_parts(loaded, [first, second], writable_folder("--out", out))
+    if as_json:
+        kept = ("role", "file", "first", "last", "size_bytes", "sha256")
+        print_json({"manifest": str(manifest), "parts": [{key: part[key] for key in kept} for part in parts]})
+    else:
+        Console(emoji=False).print(parts_table(loaded, manifest, parts))
+
+
+@app.command()
+def build(
+    network: Annotated[str, typer.Argument(help="The layout: lenet, alexnet, vgg16 or deepface.")],
+    weights: Annotated[
+        Path, typer.Option(help="An .npz file with LAYER/kernel and LAYER/bias.", exists=True, dir_okay=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The .tflite file to write.", dir_okay=False)],
+    as_json: Json = False,
+) -> None:
+    """Write a network of the zoo with your own weights.
+
+    Kernels are float32 in TensorFlow Lite's order: (filters, height, width, channels) for convolutions, (outputs, inputs) for
+    fully-connected layers, whose inputs are counted row by row, channels last.
+
+    Example: `deepar models build lenet --weights mine.npz --out mine.tflite`
+    """
+    if network not in NETWORKS:
+        raise unknown_name("network", network, NETWORKS)
+    with stored_arrays(weights) as stored, progress_bar(f"writing {out.name}") as bar:
+        graph = build_network(NETWORKS[network], trained(stored, NETWORKS[network]))
+        digest = write_whole(
+            out.absolute(),
+            graph.chunks(),
+            size_bytes=graph.size_bytes,
+            progress=lambda what, done, total: bar(done, total, ""),
+        )
+    if as_json:
+        print_json({"network": network, "file": str(out), "sha256": digest, "size_bytes": out.stat().st_size})
+    else:
+        Console(emoji=False).print(f"written: {out}, {size(out.stat().st_size)}, SHA-256 {digest}")
+
+
+@app.command()
+def verify(
+    model: ModelArgument,
+    cuts: Annotated[
+        str, typer.Option(metavar="all|single|N", help="Every pair, every position once, or that and N random pairs.")
+    ] = "60",
+    inputs: Annotated[
+        Path | None, typer.Option(help="An .npz file with an array for each input.", exists=True, dir_okay=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Random samples to run besides the given ones.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random pairs and samples.")] = 0,
+    num_threads: Threads = 1,
+    delegate: Annotated[bool, typer.Option(help="Use the runtime's default delegate (XNNPACK).")] = True,
+    as_json: Json = False,
+    sha256: Sha256 = None,
+    signature: SignatureName = None,
+    input_shape: InputShapes = None,
+) -> None:
+    """Run the whole model and its parts on the same inputs and compare the results bit by bit.
+
+    Exit code 1 unless all are identical, or the difference is shown to come from the runtime and not from the cut.
+
+    Example: `deepar models verify lenet --cuts all`
+    """
+    loaded = load(model, sha256, signature, input_shape)
+    rng = np.random.default_rng(seed)
+    given = _given(loaded, inputs) if inputs is not None else []
+    chosen = [*given, *(random_inputs(loaded, rng) for _ in range(samples))]
+    if not chosen:
+        raise ConfigError("there is nothing to run: --samples 0 needs --inputs")
+    with progress_bar(f"verifying {loaded.name}") as bar:
+        report = verify_parts(
+            loaded,
+            pairs_of(loaded, cuts, seed),
+            chosen,
+            num_threads=num_threads,
+            delegate=delegate,
+            step=lambda done, total: bar(done, total, ""),
+        )
+    if as_json:
+        worst = None if report.worst is None else {"cut1": report.worst[0], "cut2": report.worst[1]}
+        print_json(
+            {
+                "model": report.model,
+                "positions": report.positions,
+                "checked": report.checked,
+                "bit_identical": report.bit_identical,
+                "max_abs_diff": report.max_abs_diff,
+                "worst": worst,
+                "uncuttable": _uncuttable(loaded),
+                "samples": len(chosen),
+                "differing": [{"cut1": first, "cut2": second} for first, second in report.differing],
+                "explanation": report.explanation,
+                "signature": report.signature,
+                "unseen": list(report.unseen),
+            }
+        )
+    else:
+        Console(emoji=False).print(verify_lines(report, len(chosen)))
+    if not report.bit_identical and not report.explained:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _asked_cuts(loaded: Model, cut1: str | None, cut2: str | None) -> tuple[int, int]:
+    """The positions that two options name. Raises `ConfigError`, `UnknownNameError`, `CutError`."""
+    if cut1 is None:
+        if cut2 is not None:
+            raise ConfigError("--cut2 needs --cut1", remedy="--cut1 0 leaves the device nothing but the input")
+        return even_cuts(loaded.manifest)
+    first = position_of(loaded, cut1)
+    second = first if cut2 is None else position_of(loaded, cut2)
+    if first > second:
+        raise CutError(f"cut1 {cut1} lies behind cut2 {cut2}")
+    return first, second
+
+
+def _given(loaded: Model, path: Path) -> list[list[np.ndarray[Any, Any]]]:
+    with stored_arrays(path) as stored:
+        return named_inputs(loaded, dict(stored))
+
+
+def _uncuttable(loaded: Model) -> list[dict[str, Any]]:
+    return [{"position": position, "reason": reason} for position, reason in sorted(loaded.graph.blocked.items())]
+
+
+def _counted(kinds: Iterator[str] | Any) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for kind in kinds:
+        counts[kind] = counts.get(kind, 0) + 1
+    return counts
+
+
+def _entry(entry: Any) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "title": entry.title,
+        "layers": entry.layers,
+        "size_bytes": entry.size_bytes,
+        "sha256": entry.sha256,
+        "path": str(entry.path),
+        "ready": entry.ready,
+    }

@@ -1,0 +1,204 @@
+"""`deepar plan`: where a model is best cut, under constraints."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from bus.errors import ConfigError, unknown_name
+from bus.text.json_text import json_text
+from bus.text.units import format_count, format_rate, format_seconds, parse_duration, parse_rate, parse_size
+from bus.values import Kind, ModelProfile, Objective, Role
+from deploy.console_output import completion
+from deploy.console_output.writable import writable_file
+from deploy.monitor.phrases import cut_column
+from planner.search.profiles import PlatformProfiles, load_profile
+from planner.search.what_if import Constraints, Plan, Situation, plans, position_of
+
+Platform = Annotated[
+    str | None,
+    typer.Option(metavar="P", help="A profile's name or file, or a file that `deepar profile --out` wrote."),
+]
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A model of the profile, or a .tflite file.", autocompletion=completion.models
+        ),
+    ],
+    link1: Annotated[str | None, typer.Option(help="Device to edge: 100Mbps. Default: the profile's.")] = None,
+    link2: Annotated[str | None, typer.Option(help="Edge to cloud: 20Mbps. Default: the profile's.")] = None,
+    profile: Annotated[
+        str, typer.Option(metavar="P", help="Speeds, links and input sizes: a name or a file.")
+    ] = "paper",
+    device: Platform = None,
+    edge: Platform = None,
+    cloud: Platform = None,
+    samples: Annotated[int, typer.Option(min=1, max=10_000_000, help="N, inferences in the task.")] = 1,
+    objective: Annotated[
+        Objective, typer.Option(help="Sum of all parts, or stations busy at once.")
+    ] = Objective.SEQUENTIAL,
+    input_size: Annotated[str | None, typer.Option(help="Bytes of one input: 600KB. Default: the profile's.")] = None,
+    pin: Annotated[list[Role] | None, typer.Option(help="A tier that must compute. Can be repeated.")] = None,
+    forbid: Annotated[list[Role] | None, typer.Option(help="A tier that must not compute. Can be repeated.")] = None,
+    keep_on_device: Annotated[
+        str | None, typer.Option(metavar="LAYER", help="The device runs at least up to this layer: name or number.")
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="Largest number of bytes on any link for one sample: 300KB.")
+    ] = None,
+    max_delay: Annotated[str | None, typer.Option(help="Show only plans that take at most this long: 200ms.")] = None,
+    top: Annotated[int, typer.Option("--top", min=1, max=100_000, help="How many plans to show, best first.")] = 1,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw delay over bandwidth with the best cuts (.png, .svg).", dir_okay=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Where a model is best cut, for given speeds and bandwidths, under constraints.
+
+    Example: `deepar plan alexnet --link1 100Mbps --link2 20Mbps --keep-on-device maxpool_1 --top 5`
+
+    Exit code 1 when no cut keeps to the constraints.
+    """
+    if plot is not None:
+        writable_file("--plot", plot, suffixes=(".png", ".svg"))
+    base = load_profile(profile)
+    rows = {
+        role: _platform(base if given is None else given, role, model)
+        for role, given in ((Role.DEVICE, device), (Role.EDGE, edge), (Role.CLOUD, cloud))
+    }
+    on_device = rows[Role.DEVICE]
+    size = parse_size(input_size, "--input-size") if input_size is not None else base.input_bytes.get(model)
+    situation = Situation(
+        device=on_device,
+        edge=_matching(on_device, rows[Role.EDGE]),
+        cloud=_matching(on_device, rows[Role.CLOUD]),
+        link1_bps=base.link1_bps if link1 is None else parse_rate(link1, "--link1"),
+        link2_bps=base.link2_bps if link2 is None else parse_rate(link2, "--link2"),
+        samples=samples,
+        objective=objective,
+        input_bytes=size,
+        constraints=Constraints(
+            pinned=frozenset(pin or ()),
+            forbidden=frozenset(forbid or ()),
+            keep_on_device=0 if keep_on_device is None else position_of(on_device, keep_on_device),
+            max_cut_bytes=None if max_bytes is None else parse_size(max_bytes, "--max-bytes"),
+            max_delay_s=None if max_delay is None else parse_duration(max_delay, "--max-delay"),
+        ),
+    )
+    found = plans(situation, top)
+    if plot is not None:
+        from deploy.console_output.plan_chart import draw_plan
+
+        draw_plan(situation, plot)
+        print(f"written: {plot}", file=sys.stderr)
+    if as_json:
+        print(json_text(_plan_json(situation, found)))
+    elif found:
+        console = Console(emoji=False)
+        console.print(_plan_table(situation, found, console.width))
+    if not found:
+        print(_nothing(situation), file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _platform(source: PlatformProfiles | str, role: Role, model: str) -> ModelProfile:
+    """The profile of `model` on a tier, from a set of platforms, or from a file of one profile."""
+    if isinstance(source, str) and source.endswith(".json") and Path(source).is_file():
+        try:
+            one = ModelProfile.model_validate_json(Path(source).read_bytes())
+        except ValidationError:
+            pass  # a set of platforms, perhaps
+        else:
+            if one.model != Path(model).name.removesuffix(".tflite"):
+                raise ConfigError(f"{source} is a profile of {one.model}, not of {model}")
+            return one
+    found = load_profile(source) if isinstance(source, str) else source
+    tier: dict[str, ModelProfile] = getattr(found, role.value)
+    if model not in tier:
+        file = f"{role.value}.json"
+        raise unknown_name(
+            f"model in profile {found.name} called",
+            model,
+            tier,
+            remedy=f"it has {', '.join(tier)}; to add it: deepar profile {model} --out {file}, and --{role.value} {file}",
+        )
+    return tier[model]
+
+
+def _matching(device: ModelProfile, other: ModelProfile) -> ModelProfile:
+    if other.sha256 != device.sha256 or other.layers != device.layers:
+        raise ConfigError(
+            f"{other.platform} was measured on another {other.model} than {device.platform}",
+            remedy="give all three tiers profiles of the same model file",
+        )
+    return other
+
+
+def _plan_json(situation: Situation, found: list[Plan]) -> dict[str, Any]:
+    return {
+        "model": situation.device.model,
+        "objective": situation.objective.value,
+        "samples": situation.samples,
+        "link1_bps": situation.link1_bps,
+        "link2_bps": situation.link2_bps,
+        "input_bytes": situation.device.cut_bytes[0] if situation.input_bytes is None else situation.input_bytes,
+        "plans": [
+            {
+                "kind": one.kind.value,
+                "edge": None if one.kind is Kind.DEVICE else "edge",
+                "cut1": one.cut1,
+                "cut2": one.cut2,
+                "cut1_name": one.cut1_name,
+                "cut2_name": one.cut2_name,
+                "link1_bps": one.link1_bps,
+                "link2_bps": one.link2_bps,
+                "delay_s": one.delay_s,
+                "parts": one.parts.model_dump(),
+            }
+            for one in found
+        ],
+    }
+
+
+PARTS_FROM = 76
+"""Columns that it takes to show a plan's parts beside its delay and cuts."""
+
+
+def _plan_table(situation: Situation, found: list[Plan], columns: int) -> Table:
+    table = Table(
+        title=f"{situation.device.model}, {format_count(situation.samples, 'sample')}, "
+        f"{situation.objective.value}: links {format_rate(situation.link1_bps)} and {format_rate(situation.link2_bps)}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("delay", justify="right", no_wrap=True)
+    table.add_column("cut after", overflow="fold")
+    for heading in ("device", "link 1", "edge", "link 2", "cloud", "result") if columns >= PARTS_FROM else ():
+        table.add_column(heading, justify="right", style="dim", no_wrap=True)
+    for one in found:
+        parts = one.parts.model_dump().values() if columns >= PARTS_FROM else ()
+        table.add_row(
+            format_seconds(one.delay_s),
+            cut_column(one.kind, one.cut1_name, one.cut2_name),
+            *(format_seconds(part) if part else "" for part in parts),
+        )
+    return table
+
+
+def _nothing(situation: Situation) -> str:
+    best = next(iter(plans(replace(situation, constraints=Constraints()))), None)
+    if best is None:
+        return "no cut keeps to the constraints"
+    return f"no cut keeps to the constraints; without them the best takes {format_seconds(best.delay_s)} on {best.kind.value}"

@@ -1,0 +1,1 @@
+"""`deepar simulate ...`: one module a command."""

@@ -1,0 +1,78 @@
+"""What the commands about models share: their arguments, loading with a bar, printing for programs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+from zipfile import BadZipFile
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from bus.errors import ConfigError
+from bus.text.json_text import json_text
+from deploy.console_output import completion
+from stages.models.files.choice import Choice, parse_shapes
+from stages.models.model import Model
+from stages.zoo import load_model
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A name from `deepar models list`, or a .tflite file.", autocompletion=completion.models
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Sha256 = Annotated[str | None, typer.Option("--sha256", help="Refuse the file unless it has this hash.")]
+SignatureName = Annotated[
+    str | None, typer.Option("--signature", help="Which signature is meant. [default: the main subgraph's]")
+]
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape", metavar="NAME=1x1280", help="Shape of an input that the file leaves open; repeatable."
+    ),
+]
+Threads = Annotated[int, typer.Option(min=1, max=64, help="Threads of the runtime.")]
+
+
+def print_json(report: dict[str, Any]) -> None:
+    """One object, one line, on stdout."""
+    sys.stdout.write(json_text(report) + "\n")
+
+
+def load(model: str, sha256: str | None, signature: str | None = None, input_shapes: list[str] | None = None) -> Model:
+    """The model, with a bar while it is generated, copied or hashed."""
+    choice = Choice(signature, parse_shapes(input_shapes or ()))
+    with progress_bar("loading") as bar:
+        return load_model(model, lambda what, done, total: bar(done, total, what), sha256=sha256, choice=choice)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Any]:
+    """A progress bar on stderr that goes away: call it with done, total, what."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), console=Console(emoji=False, stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+
+        def update(done: int, total: int, what: str) -> None:
+            progress.update(task, completed=done, total=total, description=f"{title} {what}".strip())
+
+        yield update
+
+
+@contextmanager
+def stored_arrays(path: Path) -> Iterator[Any]:
+    """The arrays of an .npz file, by name; read when they are asked for. Never unpickles."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if not isinstance(stored, np.lib.npyio.NpzFile):
+                raise ConfigError(f"{path} holds one array, not arrays by name; save it with numpy.savez")
+            yield stored
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
+        raise ConfigError(f"{path} cannot be read as an .npz file: {error}") from error

@@ -1,0 +1,195 @@
+"""Who may do what on Kafka: access control lists by role, derived from the table of topics, and how they are set.
+
+Patterns are literal: a prefixed `deepar.activations.e1` would open `deepar.activations.e10` too. What Kafka's lists cannot
+hold apart, a record's claim inside a topic that several write, is in `docs/security.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError, for_code
+from aiokafka.protocol.admin import CreateAclsRequest, CreateAclsRequestStruct
+
+from bus import topics
+from bus.errors import BusError, BusUnavailableError, ConfigError
+from bus.kafka.connection import KafkaConnection
+from planner.service.region_group import PLANNER_GROUP
+
+EDGE = "edge"
+ADMIN = "admin"
+NODES_AND_TOOLS = ("planner", "device", EDGE, "cloud", "loadgen", "tools")
+
+
+class Resource(StrEnum):
+    """What an entry is about, as Kafka names it."""
+
+    TOPIC = "TOPIC"
+    GROUP = "GROUP"
+    CLUSTER = "CLUSTER"
+
+
+class Operation(StrEnum):
+    """What may be done to it, as Kafka names it. Read and Write imply Describe."""
+
+    READ = "READ"
+    WRITE = "WRITE"
+    CREATE = "CREATE"
+    DESCRIBE = "DESCRIBE"
+    DESCRIBE_CONFIGS = "DESCRIBE_CONFIGS"
+
+
+# Numbers of Kafka's protocol, from its Java classes ResourceType, AclOperation, PatternType and AclPermissionType.
+_RESOURCE_CODE = {Resource.TOPIC: 2, Resource.GROUP: 3, Resource.CLUSTER: 4}
+_OPERATION_CODE = {Operation.READ: 3, Operation.WRITE: 4, Operation.CREATE: 5, Operation.DESCRIBE: 8}
+_OPERATION_CODE[Operation.DESCRIBE_CONFIGS] = 10
+_LITERAL, _ALLOW, _ANY_HOST = 3, 3, "*"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Entry:
+    """One line of a list: something that is allowed. What no line allows is refused."""
+
+    resource: Resource
+    name: str
+    operation: Operation
+
+
+def edge_group(edge: str) -> str:
+    """The consumer group of an edge; nobody else may join it."""
+    return f"deepar.edge.{edge}"
+
+
+def roles(edges: Sequence[str] = ()) -> dict[str, list[Entry]]:
+    """What every role needs, no more. With `edges` each edge is a role of its own, `edge:NAME`, and a device may send to
+    those named; without, the placeholder `<edge>` stands for one. Raises ConfigError for a name that a topic has taken.
+    """
+    for edge in edges:
+        if edge in topics.RESERVED_EDGE_NAMES:
+            raise ConfigError(f"an edge cannot be called {edge}: a topic has that name")
+    named = tuple(edges) or (topics.EDGE_PLACEHOLDER,)
+    found: dict[str, list[Entry]] = {}
+    for role in NODES_AND_TOOLS:
+        if role == EDGE and edges:
+            found |= {f"{EDGE}:{edge}": _entries(EDGE, (edge,)) for edge in edges}
+        else:
+            found[role] = _entries(role, named)
+    every = [spec.name for spec in topics.specs()]
+    every += [topics.ACTIVATIONS_EDGE.replace(topics.EDGE_PLACEHOLDER, edge) for edge in named]
+    found[ADMIN] = sorted(
+        Entry(Resource.TOPIC, name, operation) for name in every for operation in (Operation.CREATE, Operation.DESCRIBE)
+    )
+    return found
+
+
+def _entries(role: str, edges: Iterable[str]) -> list[Entry]:
+    """The rows of the table that name this role, and its consumer group."""
+    found: set[Entry] = set()
+    for row in topics.TABLE:
+        names = [row.name]
+        if topics.EDGE_PLACEHOLDER in row.name:
+            names = [row.name.replace(topics.EDGE_PLACEHOLDER, edge) for edge in edges]
+        for name in names:
+            if role in row.readers:
+                found.add(Entry(Resource.TOPIC, name, Operation.READ))
+            if role in row.writers:
+                found.add(Entry(Resource.TOPIC, name, Operation.WRITE))
+            if role in row.readers or role in row.writers:
+                found.add(
+                    Entry(Resource.TOPIC, name, Operation.DESCRIBE_CONFIGS)
+                )  # to refuse a topic that is set wrong
+    if role == EDGE:
+        found |= {Entry(Resource.GROUP, edge_group(edge), Operation.READ) for edge in edges}
+    if role == "cloud":
+        found.add(Entry(Resource.GROUP, topics.CLOUD_GROUP, Operation.READ))
+    if role == "planner":
+        found.add(Entry(Resource.GROUP, PLANNER_GROUP, Operation.READ))
+    return sorted(found)
+
+
+def for_users(users: Mapping[str, str], edges: Sequence[str] = ()) -> dict[str, list[Entry]]:
+    """What each user gets: `users` maps a user's name to a role of `roles(edges)`. Raises ConfigError for another role."""
+    known = roles(edges)
+    found = {}
+    for user, role in users.items():
+        if role not in known:
+            raise ConfigError(f"{user}={role}: there is no such role", remedy=f"there are {', '.join(known)}")
+        if any(topics.EDGE_PLACEHOLDER in entry.name for entry in known[role]):
+            raise ConfigError(f"{user}={role}: which edges there are must be said", remedy="name them with --edge")
+        found[user] = known[role]
+    return found
+
+
+def as_commands(granted: Mapping[str, Sequence[Entry]], bootstrap: str) -> list[str]:
+    """The same as calls of Kafka's own `kafka-acls.sh`."""
+    lines = []
+    for user, entries in granted.items():
+        for entry in entries:
+            about = "--cluster" if entry.resource is Resource.CLUSTER else f"--{entry.resource.lower()} '{entry.name}'"
+            lines.append(
+                f"kafka-acls.sh --bootstrap-server {bootstrap} --command-config admin.properties --add"
+                f" --allow-principal 'User:{user}' --operation {_as_word(entry.operation)} {about}"
+            )
+    return lines
+
+
+def _as_word(operation: Operation) -> str:
+    """As Kafka's tools spell it: DescribeConfigs."""
+    return "".join(part.capitalize() for part in operation.split("_"))
+
+
+class _CreateMany(CreateAclsRequest):  # type: ignore[misc]
+    """aiokafka's request holds one line; the protocol takes many."""
+
+    def __init__(self, granted: Mapping[str, Sequence[Entry]]) -> None:
+        self._lines = [
+            (
+                _RESOURCE_CODE[entry.resource],
+                entry.name,
+                _LITERAL,
+                f"User:{user}",
+                _ANY_HOST,
+                _OPERATION_CODE[entry.operation],
+                _ALLOW,
+            )
+            for user, entries in granted.items()
+            for entry in entries
+        ]
+
+    def build(self, request_struct_class: type[CreateAclsRequestStruct]) -> CreateAclsRequestStruct:
+        """Version 1 and later: version 0 knows no patterns, and is as old as Kafka 1."""
+        if request_struct_class.API_VERSION < 1:
+            raise BusError("this broker is too old for access control lists with patterns")
+        return request_struct_class(self._lines)
+
+
+async def apply(connection: KafkaConnection, granted: Mapping[str, Sequence[Entry]]) -> int:
+    """Set the lists on the broker, on that of every site where there are several, as the user of `connection`, who must be
+    a super user or may Alter the cluster; the number of lines set on each. What is there already stays; nothing is taken
+    away. Raises BusError with the broker's cause.
+    """
+    return max([await _apply(connection, servers, granted) for servers in connection.sites])
+
+
+async def _apply(connection: KafkaConnection, servers: str, granted: Mapping[str, Sequence[Entry]]) -> int:
+    request: Any = _CreateMany(granted)
+    await connection.check(servers)
+    admin = AIOKafkaAdminClient(**connection.client_settings(servers))
+    try:
+        await admin.start()
+        response = await admin._send_request(request)
+    except KafkaError as error:
+        raise BusUnavailableError(f"the access control lists cannot be set: {error!r}") from error
+    finally:
+        await admin.close()
+    for code, message in response.creation_responses:
+        if code:
+            raise BusError(
+                f"the broker refuses to set the lists: {message or for_code(code).__name__}",
+                remedy="the user must be among its super.users, and it needs an authorizer.class.name",
+            )
+    return len(response.creation_responses)

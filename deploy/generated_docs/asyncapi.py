@@ -1,0 +1,247 @@
+"""`docs/asyncapi.json`, an AsyncAPI 3 document made from the topics table, the message schemas and the frame's limits."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+from pydantic import TypeAdapter
+
+from bus import frames, messages
+from bus.frames import Plan
+from bus.identity import authorization
+from bus.identity.authorization import Claim
+from bus.identity.keys import IDENTITY_HEADER, PROOF_HEADER
+from bus.tensors import DTYPES
+from bus.topics import EDGE_PLACEHOLDER, TABLE, PartitionBy, Payload, Topic
+from bus.tracing import TRACEPARENT
+
+SCHEMA_REF: Final = "#/components/schemas/{model}"
+JSON_TYPE: Final = "application/json"
+FRAME_TYPE: Final = "application/msgpack"
+
+
+CONTROL_HEADERS: Final = {
+    "content-type": JSON_TYPE,
+    "ce_specversion": "1.0: CloudEvents, binary mode",
+    "ce_source": "/deepar/REGION/ROLE/NAME",
+    "ce_id": "unique a source; of a task's submission the task's name",
+    "ce_type": "deepar.TYPE, the message's type",
+    TRACEPARENT: "W3C trace context, where the message is about one task; its trace follows from the task's name",
+}
+
+
+def document() -> dict[str, Any]:
+    """The whole document."""
+    schemas: dict[str, Any] = {}
+    message_objects: dict[str, Any] = {}
+    channels: dict[str, Any] = {}
+    operations: dict[str, Any] = {}
+    for topic in TABLE:
+        names = topic.messages or ("DeadLetter",)
+        for name in names:
+            message_objects[name] = _message(name, topic, schemas)
+        channel = channel_name(topic)
+        channels[channel] = _channel(topic, names)
+        for action, roles in (("send", topic.writers), ("receive", topic.readers)):
+            for role in roles:
+                operations[f"{role}-{action}s-{channel}"] = {
+                    "action": action,
+                    "channel": {"$ref": f"#/channels/{channel}"},
+                    "summary": f"{role} {'writes' if action == 'send' else 'reads'} {topic.name}",
+                }
+    return {
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "DeePar",
+            "version": _version(),
+            "description": (
+                "Every record that DeePar writes. Made by `make docs` from bus/topics.py, bus/messages.py and "
+                "bus/frames.py; docs/interface.md says how to use it."
+            ),
+            "license": {"name": "Apache-2.0"},
+        },
+        "defaultContentType": JSON_TYPE,
+        "servers": {"kafka": {"host": "localhost:9092", "protocol": "kafka", "description": "Any Apache Kafka."}},
+        "channels": channels,
+        "operations": operations,
+        "components": {"messages": message_objects, "schemas": dict(sorted(schemas.items()))},
+    }
+
+
+def asyncapi_page() -> str:
+    """The document as text."""
+    return json.dumps(document(), indent=1, ensure_ascii=False) + "\n"
+
+
+def channel_name(topic: Topic) -> str:
+    """`deepar.activations.<edge>` as an identifier: `activations-edge`."""
+    return topic.name.removeprefix("deepar.").replace(".", "-").replace("<", "").replace(">", "")
+
+
+def _channel(topic: Topic, names: tuple[str, ...]) -> dict[str, Any]:
+    where = "the region" if topic.partition_by is PartitionBy.REGION else "murmur2 of the key, as Kafka clients do"
+    channel: dict[str, Any] = {
+        "address": topic.name.replace(EDGE_PLACEHOLDER, "{edge}"),
+        "description": f"{topic.purpose}. Key: {topic.key}. Partition: {where}.",
+        "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in names},
+        "bindings": {
+            "kafka": {
+                "topicConfiguration": {
+                    "cleanup.policy": ["compact"] if topic.compacted else ["delete"],
+                    **({} if topic.compacted else {"retention.ms": _milliseconds(topic.retention_s)}),
+                },
+            }
+        },
+    }
+    if EDGE_PLACEHOLDER in topic.name:
+        channel["parameters"] = {"edge": {"description": "The edge's name: letters, digits, _ and -."}}
+    return channel
+
+
+def _milliseconds(seconds: int) -> int:
+    return seconds * 1000 if seconds >= 0 else -1
+
+
+def _message(name: str, topic: Topic, schemas: dict[str, Any]) -> dict[str, Any]:
+    key = {"type": "string", "description": topic.key}
+    common: dict[str, Any] = {"name": name, "bindings": {"kafka": {"key": key}}}
+    if topic.payload is Payload.ORIGINAL:
+        text = "The record's bytes as they were; where they came from and what was wrong stands in the headers."
+        return common | {"summary": text, "contentType": "application/octet-stream", "payload": {"type": "string"}}
+    if topic.payload is Payload.MSGPACK:
+        schemas["Frame"] = frame_schema()
+        schemas["FrameHeaders"] = _headers({TRACEPARENT: "W3C trace context; in a task's first frame, optional"})
+        _collect(Plan, schemas)
+        summary = "One msgpack map with string keys and no extension types; `data` is its last entry."
+        return common | {
+            "summary": summary,
+            "contentType": FRAME_TYPE,
+            "headers": _ref("FrameHeaders"),
+            "payload": _ref("Frame"),
+        }
+    model = getattr(messages, name)
+    _collect(model, schemas)
+    schemas["ControlHeaders"] = _headers(CONTROL_HEADERS)
+    summary = (model.__doc__ or name).strip().split("\n")[0]
+    headers: dict[str, Any] = _ref("ControlHeaders")
+    if (claim := authorization.BY_MESSAGE.get(name)) is not None:
+        headers = {"allOf": [headers, _proof_headers(claim)]}
+    return common | {"summary": summary, "contentType": JSON_TYPE, "headers": headers, "payload": _ref(name)}
+
+
+def _headers(described: dict[str, str]) -> dict[str, Any]:
+    """Headers are for tools: no reader of ours needs one."""
+    properties = {name: {"type": "string", "description": text} for name, text in described.items()}
+    return {"type": "object", "properties": properties}
+
+
+def _proof_headers(claim: Claim) -> dict[str, Any]:
+    """The two that prove who speaks; where a region demands none, neither is needed."""
+    itself, others = " or ".join(claim.itself), " or ".join(claim.others)
+    who = f"a {itself} for its own {'task' if claim.node is None else claim.node}"
+    who += f", a {others} for any" if others else ""
+    return {
+        "type": "object",
+        "description": "Both where `identity` of the open epoch is set, none else; docs/interface.md says how to make them.",
+        "properties": {
+            IDENTITY_HEADER: {"type": "string", "description": f"who speaks, ROLE:NAME: {who}"},
+            PROOF_HEADER: {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "its HMAC-SHA-256"},
+        },
+    }
+
+
+def _collect(model: type, schemas: dict[str, Any]) -> None:
+    """A model's schema as it stands on the wire, and those that it refers to."""
+    schema = TypeAdapter(model).json_schema(ref_template=SCHEMA_REF, mode="validation")
+    for name, found in {**schema.pop("$defs", {}), model.__name__: schema}.items():
+        schemas[name] = _plain_discriminators(found)
+
+
+def _plain_discriminators(schema: Any) -> Any:
+    """AsyncAPI wants the property's name where pydantic, like OpenAPI, gives an object."""
+    if isinstance(schema, list):
+        return [_plain_discriminators(entry) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    named = schema.get("discriminator")
+    if isinstance(named, dict) and "propertyName" in named:
+        schema = {**schema, "discriminator": named["propertyName"]}
+    return {key: _plain_discriminators(value) for key, value in schema.items()}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def frame_schema() -> dict[str, Any]:
+    """The layout of a frame, with the limits that its decoder enforces."""
+
+    def count(description: str, most: int | None = None) -> dict[str, Any]:
+        return {"type": "integer", "minimum": 0, "description": description} | ({"maximum": most} if most else {})
+
+    tensor = {
+        "type": "object",
+        "required": ["dtype", "shape"],
+        "properties": {
+            "dtype": {"enum": sorted(DTYPES)},
+            "shape": {"type": "array", "maxItems": frames.MAX_RANK, "items": {"type": "integer", "minimum": 0}},
+        },
+    }
+    size = count("a sample's whole payload in bytes", frames.MAX_SAMPLE_BYTES)
+    tensors = {
+        "type": "array",
+        "maxItems": frames.MAX_TENSORS,
+        "items": tensor,
+        "description": "what the payload is, where `at` is 0: little-endian, C order, one after the other",
+    }
+    piece = {
+        "type": "object",
+        "required": ["sample", "at", "size", "bytes"],
+        "properties": {
+            "sample": count("which sample of the task"),
+            "at": count("where in the sample's payload this piece begins"),
+            "size": size,
+            "bytes": count("this piece's length; the pieces' bytes stand in `data` one after the other"),
+            "tensors": tensors,
+        },
+    }
+    alike = {
+        "type": "object",
+        "description": "whole samples with the same tensors, each of `size` bytes in `data`",
+        "required": ["samples", "size", "tensors"],
+        "properties": {
+            "samples": {"type": "array", "maxItems": frames.MAX_PIECES, "items": count("which sample of the task")},
+            "size": size,
+            "tensors": tensors,
+        },
+    }
+    return {
+        "type": "object",
+        "description": f"A msgpack map of at most {frames.MAX_FRAME_BYTES} bytes, what stands before `data` at most "
+        f"{frames.MAX_HEAD_BYTES}.",
+        "required": ["v", "kind", "task", "attempt", "from", "pieces", "data"],
+        "properties": {
+            "v": {"const": frames.FRAME_VERSION},
+            "kind": {"enum": ["activations", "result", "report"]},
+            "task": {"type": "string", "minLength": 1, "maxLength": 200},
+            "attempt": count("of the task; stages drop frames of attempts that were superseded"),
+            "from": {"type": "string", "description": "the node that sends it"},
+            "plan": _ref("Plan") | {"description": "in a task's first frame to a stage"},
+            "report": {
+                "type": "object",
+                "additionalProperties": {"type": "number"},
+                "description": "busy seconds by part, kind `report` only",
+            },
+            "pieces": {"type": "array", "maxItems": frames.MAX_PIECES, "items": {"oneOf": [piece, alike]}},
+            "data": {"type": "string", "contentEncoding": "binary", "description": "msgpack bin; the last entry"},
+        },
+    }
+
+
+def _version() -> str:
+    try:
+        return version("deepar")
+    except PackageNotFoundError:
+        return "0"

@@ -1,0 +1,306 @@
+"""Starts a real Apache Kafka on this machine: one KRaft node, its jars in the cache folder, its heap bounded.
+
+`deepar broker` and the tests use the same class. Its settings are those of `deploy/kafka/server.properties`,
+which docker-compose uses too; only addresses and folders are added here. In the data folder are
+`server.properties` (what was really used), `broker.log` (what Kafka said, kept over restarts) and
+`kafka-data/`.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from bus.errors import BusUnavailableError, ConfigError
+from deploy.kafka_local.artifacts import KAFKA_VERSION, SETTINGS_DIR, Progress, ensure_jars, find_java
+from deploy.kafka_local.child_process import tied_to_us
+from deploy.kafka_local.handshake import BrokerReply, NotReadyError, ask
+from deploy.kafka_local.ports import free_port, require_free
+
+START_LIMIT_S = 60.0  # a start takes 3-5 s; after a SIGKILL the old session must expire first
+STOP_LIMIT_S = 20.0  # a clean stop takes 1.5 s
+HEAP_MIB = 512
+LOG_KEPT_BYTES = 16 << 20  # a longer log is moved aside at the next start
+
+
+class BrokerStartError(BusUnavailableError):
+    """Kafka did not come up; the message carries the end of its log."""
+
+
+class BrokerDiedError(BusUnavailableError):
+    """Kafka was running and has ended by itself."""
+
+
+class DataInUseError(ConfigError):
+    """Another broker runs on the same data folder."""
+
+
+def new_cluster_id() -> str:
+    """16 random bytes in base64url, as Kafka wants them; it refuses ids that begin with "-"."""
+    return "A" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode("ascii").rstrip("=")[1:]
+
+
+class KafkaBroker:
+    """One Apache Kafka node that this process starts, stops, kills and starts again, same data, same port.
+
+    `port` and `controller_port` are chosen free when not given. `settings` override `server.properties`. For a node of
+    a cluster of several, `cluster_id` is the cluster's; for one with users, `format_words` go to `StorageTool format`
+    (whose output is then thrown away: it prints verifiers of passwords) and `ready` asks whether it serves, raising
+    OSError or BusUnavailableError while it does not. `within` begins the command, for one that runs where this process
+    cannot reach it (`ip netns exec NAME`): it listens at `host` there, and `ready` must be given. All methods block;
+    none is safe to call from two threads at once. The broker ends with this process (see `tied_to_us`). Raises
+    MissingProgramError, ArtifactsError, PortTakenError, DataInUseError or BrokerStartError from `start`.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        controller_port: int | None = None,
+        within: Sequence[str] = (),
+        settings: Mapping[str, str] | None = None,
+        cluster_id: str | None = None,
+        format_words: Sequence[str] = (),
+        ready: Callable[[], None] | None = None,
+        started_by: str = "started by deepar",
+        heap_mib: int = HEAP_MIB,
+        progress: Progress | None = None,
+    ) -> None:
+        self.data_dir = data_dir.absolute()
+        self.log_file = self.data_dir / "broker.log"
+        self._records = self.data_dir / "kafka-data"
+        self.kind = f"Apache Kafka {KAFKA_VERSION} (KRaft, {started_by})"
+        self._host = host
+        self._within = list(within)
+        self._wanted_port = port
+        self._port = port
+        self._controller_port = controller_port
+        self._cluster_id = cluster_id
+        self._format_words = tuple(format_words)
+        self._ready = ready or self._answers
+        self._settings = dict(settings or {})
+        self._heap_mib = heap_mib
+        self._progress: Progress = progress or (lambda line: None)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._lock: IO[str] | None = None
+        self._log_start = 0  # where this run's part of the log begins
+
+    def __repr__(self) -> str:
+        state = f"running, pid {self.pid}" if self.running else "stopped"
+        return f"<{self.kind} at {self._port and self.bootstrap}, {state}>"
+
+    @property
+    def bootstrap(self) -> str:
+        """`HOST:PORT`, for `bootstrap_servers`; known from the first start on."""
+        if self._port is None:
+            raise BrokerStartError("the broker has no address before its first start")
+        return f"{self._host}:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of Java, or None when it does not run."""
+        return self._child.pid if self.running and self._child else None
+
+    @property
+    def running(self) -> bool:
+        """Whether the process lives (it may not serve yet, or no longer)."""
+        return self._child is not None and self._child.poll() is None
+
+    def start(self, limit_s: float = START_LIMIT_S) -> float:
+        """Starts it and waits until it serves; the seconds that took (fetching jars not counted)."""
+        if self.running:
+            return 0.0
+        try:
+            for attempt in range(3):
+                started = self.launch()
+                try:
+                    self.wait(started + limit_s)
+                    return time.monotonic() - started
+                except BrokerStartError as error:
+                    self.kill()
+                    # A free port can be taken between our look and Kafka's bind: choose others, unless it was
+                    # asked for.
+                    if "BindException" not in str(error) or self._wanted_port is not None or attempt == 2:
+                        raise
+                    self._port = self._controller_port = None
+            raise AssertionError("unreachable")
+        except BaseException:  # a Ctrl-C while it starts must not leave Java behind
+            self.kill()
+            raise
+
+    def launch(self) -> float:
+        """Starts it without waiting, as nodes must that need each other; when that was, for `wait`."""
+        java, _ = find_java()
+        self._prepare_data_dir()  # before minutes of fetching: a folder that cannot be used is said at once
+        jars = ensure_jars(self._progress)
+        started = time.monotonic()
+        self._choose_ports()
+        self._launch(java, jars)
+        return started
+
+    def wait(self, deadline: float) -> None:
+        """Waits until it serves. Raises BrokerStartError at `deadline` (of `time.monotonic`), or when it has ended."""
+        assert self._child is not None
+        last: Exception | None = None
+        while time.monotonic() < deadline:
+            code = self._child.poll()
+            if code is not None:
+                raise BrokerStartError(f"Kafka ended with code {code} while starting:\n{self.log_tail()}")
+            try:
+                self._ready()
+            except (OSError, BusUnavailableError) as error:
+                last = error
+                time.sleep(0.05)
+            else:
+                return
+        raise BrokerStartError(f"Kafka does not serve at {self.bootstrap} ({last}); its log ends:\n{self.log_tail()}")
+
+    def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
+        """Asks it to end (SIGTERM) and waits; after `limit_s` it is killed."""
+        if self._child is not None and self._child.poll() is None:
+            self._child.terminate()
+            try:
+                self._child.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                self._child.kill()
+        self._reap()
+
+    def kill(self) -> None:
+        """SIGKILL, as a power cut would: nothing is flushed, no goodbye is said."""
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(signal.SIGKILL)
+        self._reap()
+
+    def restart(self, limit_s: float = START_LIMIT_S) -> float:
+        """Stops it, if it runs, and starts it on the same data and port; the seconds until it serves."""
+        self.stop()
+        return self.start(limit_s)
+
+    def erase(self) -> None:
+        """Deletes topics, records and logs, nothing else there. Raises DataInUseError while a broker runs."""
+        self._prepare_data_dir()
+        self._release()
+        shutil.rmtree(self._records, ignore_errors=True)
+        for name in ("server.properties", "broker.log", "broker.log.1"):
+            (self.data_dir / name).unlink(missing_ok=True)
+
+    def ask(self, timeout_s: float = 2.0) -> BrokerReply:
+        """Shakes hands with it; raises OSError when it does not serve."""
+        return ask(self.bootstrap, timeout_s)
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of what Kafka said in this run."""
+        if not self.log_file.exists():
+            return "(it wrote no log)"
+        with self.log_file.open("rb") as log:
+            log.seek(max(self._log_start, self.log_file.stat().st_size - 200 * lines))
+            return b"\n".join(log.read().splitlines()[-lines:]).decode("utf-8", "replace")
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _prepare_data_dir(self) -> None:
+        """Makes the folder and takes its lock, so that no two brokers, and no `erase`, meet in it."""
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        if self._lock is not None:
+            return
+        lock = (self.data_dir / "lock").open("w", encoding="ascii")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise DataInUseError(
+                f"another broker runs on {self.data_dir}",
+                remedy="stop it, or name another folder with --data",
+            ) from error
+        self._lock = lock
+
+    def _choose_ports(self) -> None:
+        if self._wanted_port is not None and not self._within:
+            require_free(self._wanted_port)
+        self._port = self._port or free_port()
+        self._controller_port = self._controller_port or free_port()
+
+    def _launch(self, java: Path, jars: Path) -> None:
+        """Writes the settings, formats the data folder if it is new, and starts Java."""
+        properties = self._write_properties()
+        run = [str(java), "-cp", f"{jars}/*", "-Dorg.slf4j.simpleLogger.showDateTime=true",
+               "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSXXX"]  # fmt: skip
+        if self.log_file.exists() and self.log_file.stat().st_size > LOG_KEPT_BYTES:
+            self.log_file.replace(self.log_file.with_name("broker.log.1"))
+        with self.log_file.open("ab") as log:
+            self._log_start = log.seek(0, os.SEEK_END)
+            if not (self._records / "meta.properties").exists():
+                self._format([*run, "-Xmx128m", "kafka.tools.StorageTool", "format"], properties, log)
+            serve = [*self._within, *run, f"-Xmx{self._heap_mib}m", "-XX:+ExitOnOutOfMemoryError", "kafka.Kafka"]
+            self._progress("starting Apache Kafka")
+            # Its own session: a Ctrl-C at the terminal reaches us alone, and we stop it in order.
+            self._child = subprocess.Popen(
+                tied_to_us([*serve, str(properties)]),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.data_dir,
+                start_new_session=True,
+            )
+
+    def _write_properties(self) -> Path:
+        """The settings that all brokers share, and behind them what is this one's: a later line wins over an earlier one."""
+        added = {
+            "listeners": f"CLIENTS://{self.bootstrap},CONTROLLER://127.0.0.1:{self._controller_port}",
+            "advertised.listeners": f"CLIENTS://{self.bootstrap}",
+            "listener.security.protocol.map": "CLIENTS:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "inter.broker.listener.name": "CLIENTS",
+            "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
+            "log.dirs": str(self._records),
+        } | self._settings
+        shared = (SETTINGS_DIR / "server.properties").read_text(encoding="ascii")
+        lines = "".join(f"{key}={value}\n" for key, value in added.items())
+        properties = self.data_dir / "server.properties"
+        properties.write_text(f"{shared}\n# Added by deploy/kafka_local/broker.py\n{lines}", encoding="utf-8")
+        return properties
+
+    def _format(self, tool: list[str], properties: Path, log: IO[bytes]) -> None:
+        """Makes the data folder one that Kafka accepts. Raises BrokerStartError."""
+        self._progress("formatting the data folder")
+        shutil.rmtree(self._records, ignore_errors=True)  # a format that was interrupted
+        words = ["-t", self._cluster_id or new_cluster_id(), "-c", str(properties), *self._format_words]
+        said = subprocess.DEVNULL if self._format_words else log
+        done = subprocess.run([*tool, *words], stdin=subprocess.DEVNULL, stdout=said, stderr=log, check=False)
+        if done.returncode != 0:
+            raise BrokerStartError(f"Kafka refused to format {self._records}:\n{self.log_tail()}")
+
+    def _answers(self) -> None:
+        """It tells clients of itself. Raises OSError."""
+        told = self.ask(1.0).addresses
+        if self.bootstrap not in told:
+            raise NotReadyError(f"{self.bootstrap} is not among the brokers that it tells of: {', '.join(told)}")
+
+    def _reap(self) -> None:
+        if self._child is not None:
+            self._child.wait()
+            self._child = None
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

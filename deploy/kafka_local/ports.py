@@ -1,0 +1,57 @@
+"""TCP ports of this machine: a free one, or what is wrong with one that was asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import random
+import socket
+
+from bus.errors import ConfigError
+from deploy.kafka_local.handshake import ask
+
+_OUR_PORTS = range(20_000, 32_000)
+
+
+class PortTakenError(ConfigError):
+    """Something else listens at the port that was asked for."""
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens at right now. Raises OSError where there is none.
+
+    None of those that the kernel gives to connections (32768 and up): a broker that is away for a moment would find its port
+    taken by one.
+    """
+    for port in random.SystemRandom().sample(_OUR_PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(errno.EADDRINUSE, "no free port was found")
+
+
+def require_free(port: int) -> None:
+    """Raises `PortTakenError` for a port of the loopback interface that cannot be bound."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise _port_error(port, error) from error
+
+
+def _port_error(port: int, error: OSError) -> ConfigError:
+    """What is wrong with a port that cannot be bound, and what to do."""
+    if isinstance(error, PermissionError):
+        return PortTakenError(f"port {port} may not be used by this user", remedy="choose one above 1023 with --port")
+    try:
+        ask(f"127.0.0.1:{port}", 1.0)
+    except OSError:
+        return PortTakenError(
+            f"port {port} is taken by another program ({error.strerror})",
+            remedy=f"choose another with --port (`ss -ltnp sport = {port}` says whose it is)",
+        )
+    return PortTakenError(
+        f"a Kafka broker answers at 127.0.0.1:{port} already",
+        remedy=f"use that one (KAFKA_BOOTSTRAP_SERVERS=127.0.0.1:{port}), or choose another port with --port",
+    )

@@ -1,0 +1,59 @@
+"""How placements, links and standings read in words: one wording for `top`, `ui`, `tail`, `explain` and `plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bus.text.units import format_rate
+from bus.values import Kind, Placement
+
+STATION_NAMES = {
+    "device": "device",
+    "link1": "link 1",
+    "edge": "edge",
+    "link2": "link 2",
+    "cloud": "cloud",
+    "result": "results",
+}
+"""The parts of a delay, in the order in which a sample passes them."""
+
+_CUT_AT = {Kind.DEVICE_EDGE: (0,), Kind.DEVICE_CLOUD: (0,), Kind.EDGE_CLOUD: (1,), Kind.DEVICE_EDGE_CLOUD: (0, 1)}
+
+
+def cut_names(kind: Kind, cut1_name: str, cut2_name: str) -> tuple[str, ...]:
+    """The layers after which a model is cut; empty where one tier computes all of it."""
+    return tuple((cut1_name, cut2_name)[at] for at in _CUT_AT.get(kind, ()))
+
+
+def cuts_text(placement: Placement) -> str:
+    """`cut after conv | pool`, or `uncut`."""
+    names = cut_names(placement.kind, placement.cut1_name, placement.cut2_name)
+    return f"cut after {' | '.join(names)}" if names else "uncut"
+
+
+def cut_column(kind: Kind, cut1_name: str, cut2_name: str) -> str:
+    """`conv, pool` for a column "cut after"; `edge alone` where nothing is cut."""
+    return ", ".join(cut_names(kind, cut1_name, cut2_name)) or f"{kind.value} alone"
+
+
+def grants_text(placement: Placement) -> str:
+    """`117 Mbps on link 1, 20 Mbps on link 2`: what is reserved."""
+    grants = ((1, placement.link1_bps), (2, placement.link2_bps))
+    return ", ".join(f"{format_rate(bps)} on link {link}" for link, bps in grants if bps)
+
+
+def place_text(placement: Placement) -> str:
+    """`edge+cloud through e1, cut after conv, 117 Mbps on link 1`: where a task is."""
+    through = f" through {placement.edge}" if placement.edge else ""
+    return ", ".join(filter(None, (f"{placement.kind.value}{through}", cuts_text(placement), grants_text(placement))))
+
+
+def used_text(granted_bps: int, capacity_bps: int) -> str:
+    """`40 Mbps of 100 Mbps`: how much of a link is granted."""
+    return f"{format_rate(granted_bps) if granted_bps else '0'} of {format_rate(capacity_bps)}"
+
+
+def some(names: Sequence[str], limit: int) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

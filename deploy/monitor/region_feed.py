@@ -1,0 +1,101 @@
+"""Reads a region's topics into a view: live, or a finished run played again at its own or another pace."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+
+import structlog
+
+from bus import topics
+from bus.errors import BusError, BusUnavailableError, ConfigError
+from bus.port import Bus, Reader, Record, TopicPartition
+from deploy.monitor.region_view import TOPICS, RegionView
+
+EVENTS_BACK = 2000
+"""Live, events begin so far before the end: all that ended stands in the decisions, older events only say who was alive."""
+RETRY_S = 1.0
+LONGEST_PAUSE_S = 2.0
+"""A replay does not show longer silences at their length."""
+
+log = structlog.get_logger("deepar")
+
+
+async def follow(bus: Bus, view: RegionView, *, until_end: bool = False) -> None:
+    """Fold everything up to now and then what comes, until cancelled; with `until_end`, return where the topics end.
+
+    Raises `ConfigError` for a region that is not there, `UnknownTopicError` where the topics are missing.
+    """
+    reader = await open_reader(bus, view.region)
+    try:
+        while True:
+            try:
+                for record in await reader.fetch(timeout_s=0.5):
+                    view.read(record)
+                if until_end and await reader.lag() == 0:
+                    return
+            except BusUnavailableError as error:
+                if until_end:
+                    raise
+                log.warning("topics not read; retrying", error=str(error))
+                await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(0)  # a full buffer must not keep others from being served
+    finally:
+        await reader.close()
+
+
+async def play_again(bus: Bus, view: RegionView, *, speed: float) -> None:
+    """Fold what stands on the topics at `speed` times the pace at which it was sent (0: at once), then return."""
+    records = in_order(await read_all(bus, view.region))
+    clock = asyncio.get_running_loop().time
+    shown_s = clock()
+    before_ms: int | None = None
+    for record, sent_ms in records:
+        if speed > 0 and before_ms is not None:
+            shown_s += min((sent_ms - before_ms) / 1000, LONGEST_PAUSE_S) / speed
+            if (ahead_s := shown_s - clock()) > 0.001:
+                await asyncio.sleep(ahead_s)
+        before_ms = sent_ms
+        view.read(record)
+
+
+async def read_all(bus: Bus, region: int) -> list[Record]:
+    """Every record of the view's topics, as they were read."""
+    reader = await open_reader(bus, region, events_back=None)
+    found: list[Record] = []
+    try:
+        while await reader.lag():
+            found += await reader.fetch(timeout_s=0.2)
+    finally:
+        await reader.close()
+    return found
+
+
+def in_order(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
+    """Records by the time at which they were sent, each topic in its own order whatever the senders' clocks say."""
+    timed: list[tuple[int, Record]] = []
+    latest: dict[str, int] = {}
+    for record in records:
+        latest[record.topic] = max(latest.get(record.topic, 0), record.timestamp_ms)
+        timed.append((latest[record.topic], record))
+    for sent_ms, record in sorted(timed, key=lambda pair: pair[0]):
+        yield record, sent_ms
+
+
+async def open_reader(bus: Bus, region: int, *, events_back: int | None = EVENTS_BACK) -> Reader:
+    """A reader of the view's topics. Raises `ConfigError` for a region that is not there."""
+    try:
+        regions = await bus.partitions(topics.DECISIONS)
+    except BusUnavailableError:
+        raise
+    except BusError as error:
+        raise ConfigError(
+            f"no region to look at: {error}", remedy="start a planner, or: deepar topics create"
+        ) from None
+    if region >= regions:
+        raise ConfigError(f"there is no region {region}: the topics have {regions}, counted from 0")
+    start: dict[TopicPartition, int] = {(topic, region): 0 for topic in TOPICS}
+    if events_back is not None:
+        ends = await bus.end_offsets(topics.EVENTS)
+        start[topics.EVENTS, region] = max(0, ends[region] - events_back)
+    return await bus.reader(list(start), start=start)

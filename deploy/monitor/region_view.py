@@ -1,0 +1,385 @@
+"""What is going on in a region, folded from its topics: who is there, what is held, where each task is, who waits for what.
+
+Pure: records go in (`read`), numbers come out; no clock and no I/O, so the same view serves `deepar top`, `deepar ui`, the
+replay of a finished run, and tests. Decisions are taken by the reading rule of `bus.decisions`; node announcements and
+events only add what no decision says (who is announced but not taken in, when a node was last heard, what went wrong).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from bus import messages, topics
+from bus.decisions import DecisionLog, Dropped
+from bus.errors import ProtocolError
+from bus.messages import (
+    Admitted,
+    Decision,
+    Ended,
+    EpochOpened,
+    Moved,
+    NodeAnnounced,
+    NodeHeartbeat,
+    NodeJoined,
+    NodeLost,
+    Overran,
+    Placed,
+    PlannerHeartbeat,
+    PlannerLeft,
+    Retried,
+    Start,
+    TaskCompleted,
+    TaskFailed,
+    TaskProgress,
+    TaskState,
+)
+from bus.port import Record
+from bus.text.units import format_rate
+from bus.values import Parts, Placement, Role
+from deploy.monitor.decision_lines import lines_of
+from deploy.monitor.holdings import Held
+
+_COLUMNS = re.compile(r"\s{2,}")  # a table's; a line that is not in one has commas
+
+TOPICS: Final = (topics.NODES, topics.DECISIONS, topics.EVENTS)
+"""What a view is folded from."""
+
+KEEP_ENDED: Final = 500
+"""So many tasks are shown after their end; counts and mean go on over all of them."""
+
+KEEP_LINES: Final = 500
+NAMED: Final = 4
+"""So many tasks are named where more hold something."""
+
+RECENT: Final = 1000
+"""Percentiles are over so many of the last tasks."""
+
+STATIONS: Final = ("device", "link1", "edge", "link2", "cloud")
+
+
+@dataclass(slots=True)
+class NodeView:
+    """One node, as the region last knew it."""
+
+    announced: NodeAnnounced
+    standing: Literal["announced", "joined", "draining", "lost"] = "announced"
+    heard_ms: int = 0  # when its last sign of life was sent, by its clock
+
+
+@dataclass(slots=True)
+class TaskView:
+    """One task, as far as it is. Moments are ledger times."""
+
+    task_id: str
+    device: str
+    model: str
+    samples: int
+    admitted_s: float
+    state: TaskState = TaskState.WAITING
+    attempt: int = 1
+    placement: Placement | None = None
+    predicted: Parts | None = None
+    predicted_delay_s: float | None = None  # from its start
+    start_s: float | None = None  # promised or, once it runs, real
+    end_s: float | None = None  # expected or, once it has ended, real
+    measured: Parts | None = None
+    delay_s: float | None = None  # from its start to the last result, the device's clock
+    done: int | None = None  # samples with a result, where a stage tells
+    cause: str = ""
+    version: int = 0  # of the view, when it last changed
+
+    @property
+    def wait_s(self) -> float | None:
+        """From admission to its start, promised or real."""
+        return None if self.start_s is None else max(0.0, self.start_s - self.admitted_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One thing that happened."""
+
+    number: int  # counts from 1
+    at_s: float  # ledger time
+    style: str
+    who: str
+    what: str
+    details: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUse:
+    """What running tasks hold of a link."""
+
+    number: Literal[1, 2]
+    capacity_bps: int
+    granted: dict[str, int] = field(default_factory=dict)  # task -> bits/s
+
+    @property
+    def granted_bps(self) -> int:
+        """The sum of the grants."""
+        return sum(self.granted.values())
+
+    @property
+    def share(self) -> float:
+        """Of the capacity, 0..1."""
+        return self.granted_bps / self.capacity_bps if self.capacity_bps else 0.0
+
+
+class RegionView:
+    """The state of one region, from its records. Memory is bounded by what is alive and the `KEEP_` limits."""
+
+    def __init__(self, region: int = 0) -> None:
+        self.region = region
+        self.version = 0  # grows with every record that changes something
+        self.records = 0
+        self.unreadable = 0
+        self.seq = 0
+        self.standing = "no planner yet"  # or: led, left
+        self.nodes: dict[str, NodeView] = {}
+        self.tasks: OrderedDict[str, TaskView] = OrderedDict()  # the one that changed last stands last
+        self.lines: deque[Line] = deque(maxlen=KEEP_LINES)
+        self.ended: Counter[TaskState] = Counter()
+        self.delay_sum_s = 0.0
+        self.recent_delays_s: deque[float] = deque(maxlen=RECENT)  # admission to end, completed tasks
+        self.log = DecisionLog(joins=True)
+        self._now_s = 0.0  # of the last decision
+        self._since_ms: int | None = None  # when that, or the epoch's opening, was sent: the planner's clock
+        self._heard_ms = 0  # when the planner was last heard
+        self._running: dict[str, TaskView] = {}
+        self._ended: deque[TaskView] = deque()
+        self._lines = 0
+        self._held = Held()
+
+    # --- folding -----------------------------------------------------------------------------------------------------
+
+    def read(self, record: Record) -> None:
+        """Fold one record of `TOPICS`; what cannot be read, or does not count, is counted and left out."""
+        self.records += 1
+        if record.topic == topics.DECISIONS:
+            self._decision(self.log.read(record), record.timestamp_ms)
+            return
+        if record.value is None:
+            return
+        try:
+            message = messages.decode(record.topic, record.value)
+        except ProtocolError:
+            self.unreadable += 1
+            return
+        match message:
+            case NodeAnnounced():
+                known = self.nodes.get(message.node)
+                # A decision may have been read before the announcement that it answers.
+                if known is None or (known.standing == "lost" and known.announced.incarnation != message.incarnation):
+                    self.nodes[message.node] = NodeView(message, "announced", record.timestamp_ms)
+                    self._changed()
+            case NodeHeartbeat() if message.node in self.nodes:
+                self.nodes[message.node].heard_ms = record.timestamp_ms
+            case TaskProgress() if (task := self._live(message.task_id, message.attempt)) is not None:
+                task.done = message.done
+                self._touch(task)
+            case TaskCompleted() if (task := self._live(message.task_id, message.attempt)) is not None:
+                task.measured, task.delay_s = message.measured, message.delay_s
+                self._touch(task)
+            case TaskFailed():
+                self._say(lines_of(message))
+            case _:
+                pass
+
+    def _decision(self, message: Any, timestamp_ms: int) -> None:
+        if isinstance(message, Dropped):
+            return
+        self._heard_ms = max(self._heard_ms, timestamp_ms)
+        match message:
+            case Decision():
+                self._now_s, self._since_ms, self.seq = message.now_s, timestamp_ms, message.seq
+                for change in message.changes:
+                    self._change(change, message.now_s)
+                self._say(lines_of(message, self._held))
+            case EpochOpened():
+                self.standing, self._since_ms, self._heard_ms = "led", timestamp_ms, timestamp_ms
+                self._say(lines_of(message))
+            case PlannerLeft():
+                self.standing = "left"
+                self._say(lines_of(message))
+            case PlannerHeartbeat():
+                self._changed()
+
+    def _change(self, change: Any, now_s: float) -> None:
+        match change:
+            case Admitted(task=task):
+                view = TaskView(task.task_id, task.device, task.model, task.samples, now_s)
+                self.tasks[task.task_id] = view
+                self._touch(view)
+            case NodeJoined(node=node):
+                heard_ms = self.nodes[node.node].heard_ms if node.node in self.nodes else 0
+                self.nodes[node.node] = NodeView(node, "draining" if node.draining else "joined", heard_ms)
+            case NodeLost():
+                if (gone := self.nodes.get(change.node)) is not None:
+                    gone.standing = "lost"
+            case Moved():
+                for task_id, start_s in zip(change.task_ids, change.starts_s, strict=True):
+                    if (moved := self.tasks.get(task_id)) is not None:
+                        moved.start_s, moved.end_s = start_s, start_s + (moved.predicted_delay_s or 0.0)
+                        self._touch(moved)
+            case Placed() | Start() | Overran() | Retried() | Ended():
+                if (found := self.tasks.get(change.task_id)) is not None:
+                    self._task_change(found, change, now_s)
+                    self._touch(found)
+            case _:
+                pass
+
+    def _task_change(self, task: TaskView, change: Any, now_s: float) -> None:
+        match change:
+            case Placed():
+                task.state, task.attempt, task.placement = TaskState.SCHEDULED, change.attempt, change.placement
+                task.predicted, task.predicted_delay_s = change.parts, change.delay_s
+                task.start_s, task.end_s = change.start_s, change.start_s + change.delay_s
+            case Start():
+                task.state, task.start_s = TaskState.RUNNING, change.at_s
+                task.end_s = change.at_s + (task.predicted_delay_s or 0.0)
+                self._running[task.task_id] = task
+            case Overran():
+                task.end_s = change.to_s
+            case Retried():
+                self._running.pop(task.task_id, None)
+                task.state, task.attempt, task.cause = TaskState.WAITING, change.attempt, change.cause
+                task.placement = task.predicted = task.predicted_delay_s = task.start_s = task.end_s = None
+                task.measured = task.delay_s = task.done = None
+            case Ended():
+                self._end(task, change, now_s)
+
+    def _end(self, task: TaskView, ended: Ended, now_s: float) -> None:
+        self._running.pop(task.task_id, None)
+        task.state, task.end_s, task.cause = ended.state, now_s, ended.cause
+        if ended.measured is not None:
+            task.measured, task.delay_s = ended.measured, ended.delay_s
+        self.ended[ended.state] += 1
+        if ended.state is TaskState.COMPLETED:
+            self.delay_sum_s += now_s - task.admitted_s
+            self.recent_delays_s.append(now_s - task.admitted_s)
+        self._ended.append(task)
+        while len(self._ended) > KEEP_ENDED:
+            oldest = self._ended.popleft()
+            if self.tasks.get(oldest.task_id) is oldest:
+                del self.tasks[oldest.task_id]
+
+    def _live(self, task_id: str, attempt: int) -> TaskView | None:
+        task = self.tasks.get(task_id)
+        return task if task is not None and task.attempt == attempt and not task.state.ended else None
+
+    def _touch(self, task: TaskView) -> None:
+        self._changed()
+        task.version = self.version
+        self.tasks.move_to_end(task.task_id)
+
+    def _changed(self) -> None:
+        self.version += 1
+
+    def _say(self, lines: Iterable[tuple[str, str, str, str]]) -> None:
+        for style, who, what, details in lines:
+            self._lines += 1
+            self.lines.append(Line(self._lines, self.now_s, style, who, what, _COLUMNS.sub(", ", details.strip())))
+        self._changed()
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    def planner_text(self) -> str:
+        """`region 0, led by p1, epoch 3`: who decides."""
+        if self.standing == "led":
+            return f"region {self.region}, led by {self.log.planner}, epoch {self.log.epoch}"
+        return f"region {self.region}, {'the planner has left' if self.standing == 'left' else self.standing}"
+
+    @property
+    def now_s(self) -> float:
+        """Ledger time when the planner was last heard: that of the last decision and what its clock says has passed since."""
+        passed_ms = self._heard_ms - self._since_ms if self._since_ms is not None else 0
+        return self._now_s + max(0, passed_ms) / 1000
+
+    def live(self, *states: TaskState) -> list[TaskView]:
+        """Tasks that have not ended, in order of admission; of these states where some are given."""
+        found = [t for t in self.tasks.values() if not t.state.ended and (not states or t.state in states)]
+        return sorted(found, key=lambda task: task.admitted_s)
+
+    def role(self, role: Role) -> list[NodeView]:
+        """The nodes of a role, by name."""
+        return sorted((n for n in self.nodes.values() if n.announced.role is role), key=lambda n: n.announced.node)
+
+    def slot_holders(self, edge: str) -> list[str]:
+        """The tasks that compute on an edge."""
+        return sorted(
+            t.task_id for t in self._running.values() if (p := t.placement) and p.edge == edge and p.uses_slot
+        )
+
+    def link(self, edge: str, number: Literal[1, 2]) -> LinkUse:
+        """What is granted of an edge's link 1 or 2. Raises KeyError for a node that was never seen."""
+        node = self.nodes[edge].announced
+        granted = {}
+        for task in self._running.values():
+            if (placement := task.placement) is not None and placement.edge == edge:
+                granted[task.task_id] = placement.link1_bps if number == 1 else placement.link2_bps
+        capacity_bps = node.link1_capacity_bps if number == 1 else node.link2_capacity_bps
+        return LinkUse(number, capacity_bps, {task: bps for task, bps in sorted(granted.items()) if bps})
+
+    def tasks_on(self, node: NodeView) -> list[str]:
+        """The running tasks that a node has to do with."""
+        name, role = node.announced.node, node.announced.role
+        return sorted(
+            t.task_id
+            for t in self._running.values()
+            if (role is Role.DEVICE and t.device == name)
+            or ((p := t.placement) is not None and (p.uses_cloud if role is Role.CLOUD else p.edge == name))
+        )
+
+    def flow(self) -> dict[str, int]:
+        """How many running tasks use each station."""
+        counts = dict.fromkeys(STATIONS, 0)
+        for task in self._running.values():
+            for station in STATIONS:
+                counts[station] += bool(task.predicted and getattr(task.predicted, f"{station}_s") > 0)
+        return counts
+
+    def waits_for(self, task: TaskView) -> str:
+        """What a task that has not started waits for, "" for any other."""
+        if task.state is TaskState.WAITING:
+            known = self.nodes.get(task.device)
+            return (
+                f"{task.device} to join" if known is None or known.standing != "joined" else "a place that can run it"
+            )
+        if task.state is not TaskState.SCHEDULED or (place := task.placement) is None:
+            return ""
+        lacking = []
+        if place.cut1 > 0 and (busy := self._computing(task.device)):
+            lacking.append(f"{task.device} to finish {_names(busy)}")
+        if place.edge is not None:
+            lacking += self._lacking_at(place, place.edge)
+        return (
+            " and ".join(lacking)
+            or f"its turn{f' on {place.edge}' if place.edge else ''}, after tasks placed before it"
+        )
+
+    def _computing(self, device: str) -> list[str]:
+        """The tasks that compute on a device: it takes one at a time."""
+        return sorted(t.task_id for t in self._running.values() if t.device == device and (p := t.placement) and p.cut1)
+
+    def _lacking_at(self, place: Placement, edge: str) -> list[str]:
+        if edge not in self.nodes:
+            return [f"{edge} to join"]
+        lacking = []
+        holders = self.slot_holders(edge)
+        if place.uses_slot and len(holders) >= self.nodes[edge].announced.slots:
+            lacking.append(f"a slot of {edge} (held by {_names(holders)})")
+        for link, wanted_bps in ((self.link(edge, 1), place.link1_bps), (self.link(edge, 2), place.link2_bps)):
+            free_bps = max(0, link.capacity_bps - link.granted_bps)
+            if wanted_bps > free_bps:
+                free = format_rate(free_bps) if free_bps else "none"
+                lacking.append(f"{format_rate(wanted_bps)} of link {link.number} of {edge} ({free} free)")
+        return lacking
+
+
+def _names(tasks: list[str]) -> str:
+    more = f" and {len(tasks) - NAMED} more" if len(tasks) > NAMED else ""
+    return ", ".join(tasks[:NAMED]) + more

@@ -1,0 +1,77 @@
+"""What a browser is sent: the region's report, and beside every number the text that the page shows for it.
+
+The page formats no number itself, so `deepar ui`, `deepar top` and `deepar tail` show the same text for the same value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bus.messages import TaskState
+from bus.text.units import format_count, format_moment, format_rate, format_seconds
+from bus.values import Role
+from deploy.monitor.phrases import STATION_NAMES, place_text, used_text
+from deploy.monitor.region_report import report
+from deploy.monitor.region_view import RegionView, TaskView
+
+
+def page_message(view: RegionView, *, since: int = 0, lines_since: int = 0) -> dict[str, Any]:
+    """A report (see `deploy.monitor.region_report.report`) with `texts` wherever the page shows numbers."""
+    message = report(view, since=since, lines_since=lines_since)
+    message["texts"] = _header(view, message)
+    for node in message["nodes"]:
+        node["texts"] = _node(node)
+    for task in message["tasks"]:
+        task["texts"] = _task(view.tasks[task["task_id"]])
+    for task in message["waiting"]:
+        starts = "" if task["start_s"] is None else f", starts at {format_moment(task['start_s'])}"
+        task["text"] = f"for {task['for']}{starts}"
+    for line in message["lines"]:
+        line["at"] = format_moment(line["at_s"])
+    return message
+
+
+def _header(view: RegionView, message: dict[str, Any]) -> dict[str, Any]:
+    numbers = [("time", format_moment(message["now_s"], 1)), ("decisions", f"{message['planner']['decisions']:,}")]
+    numbers += [(TaskState(name).value.lower(), f"{count:,}") for name, count in message["counts"].items() if count]
+    numbers += [
+        (f"{name} delay", format_seconds(delay_s))
+        for name, delay_s in message["delay_s"].items()
+        if delay_s is not None
+    ]
+    waiting = len(message["waiting"]) + message["waiting_more"]
+    return {
+        "planner": view.planner_text(),
+        "numbers": numbers,
+        "waiting": f"{format_count(waiting, 'task')}, and what each waits for" if waiting else "no task",
+        "devices": format_count(len(view.role(Role.DEVICE)), "device"),
+    }
+
+
+def _node(node: dict[str, Any]) -> dict[str, Any]:
+    texts: dict[str, Any] = {"tasks": format_count(len(node["tasks"]), "task")}
+    if "slots" in node:
+        texts["slots"] = f"{len(node['slot_holders']):,} of {format_count(node['slots'], 'slot')}"
+        for name in ("link1", "link2"):
+            link = node[name]
+            texts[name] = used_text(link["granted_bps"], link["capacity_bps"])
+            texts[f"{name}_grants"] = {task: format_rate(bps) for task, bps in link["grants"].items()}
+    return texts
+
+
+def _task(task: TaskView) -> dict[str, Any]:
+    where = place_text(task.placement) if task.placement else task.cause or "not placed"
+    work = f"{format_count(task.samples, 'sample')} of {task.model} from {task.device}"
+    return {
+        "end": task.state.value.lower() if task.delay_s is None else format_seconds(task.delay_s),
+        "title": f"{work}: {where}",
+        "predicted": _busy(task, "predicted"),
+        "measured": _busy(task, "measured"),
+    }
+
+
+def _busy(task: TaskView, which: str) -> dict[str, str]:
+    """The busy time of each station and the delay, "-" where it is not known."""
+    parts, delay_s = (task.predicted, task.predicted_delay_s) if which == "predicted" else (task.measured, task.delay_s)
+    texts = {name: "-" if parts is None else format_seconds(getattr(parts, f"{name}_s")) for name in STATION_NAMES}
+    return {**texts, "delay": "-" if delay_s is None else format_seconds(delay_s)}

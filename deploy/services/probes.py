@@ -1,0 +1,148 @@
+"""`/livez`, `/readyz` and `/metrics` of every service, on a small HTTP server of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from bus.errors import ConfigError
+from bus.text.json_text import json_text
+from deploy.services.metric_help import HELP
+from deploy.services.process import loop_name
+from planner.service.task_statistics import Histogram, TaskStatistics
+
+LAG_PROBE_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a service tells of itself."""
+
+    ready: bool
+    detail: dict[str, Any]
+    gauges: dict[str, float]
+    counters: dict[str, float]
+    leading: dict[str, bool] = field(default_factory=dict)  # of a planner: by region, whether it leads there
+    statistics: dict[str, TaskStatistics] = field(default_factory=dict)  # of a planner: by region, of ended tasks
+
+    def without(self, missing: Mapping[str, str]) -> Health:
+        """The same of a service some of whose topics are missing: not ready, and it says why."""
+        gauges = self.gauges | {"missing_topics": float(len(missing))}
+        if not missing:
+            return replace(self, gauges=gauges)
+        return replace(self, ready=False, detail=self.detail | {"missing_topics": dict(missing)}, gauges=gauges)
+
+
+class _Collector:
+    """Reads the service's numbers when they are asked for."""
+
+    def __init__(self, look: Callable[[], Health], labels: dict[str, str], lag: Callable[[], float]) -> None:
+        self._look = look
+        self._labels = labels
+        self._lag = lag
+
+    def collect(self) -> Iterable[Metric]:
+        """One metric a number, labelled with who it is (never with a task)."""
+        health = self._look()
+        names, values = list(self._labels), list(self._labels.values())
+        gauges = {"ready": float(health.ready), "loop_lag_seconds": self._lag(), **health.gauges}
+        for name, value in sorted(gauges.items()):
+            gauge = GaugeMetricFamily(f"deepar_{name}", HELP[name], labels=names)
+            gauge.add_metric(values, value)
+            yield gauge
+        if health.leading:
+            gauge = GaugeMetricFamily("deepar_leading", HELP["leading"], labels=names)
+            for region, leads in sorted(health.leading.items()):
+                gauge.add_metric(self._values_in(region), float(leads))
+            yield gauge
+        for name, value in sorted(health.counters.items()):
+            counter = CounterMetricFamily(f"deepar_{name}", HELP[name], labels=names)
+            counter.add_metric(values, value)
+            yield counter
+        if health.statistics:
+            yield from self._histograms(health.statistics)
+
+    def _values_in(self, region: str) -> list[str]:
+        """The labels of a number of one region, also where the process is there for several."""
+        return [region if name == "region" else value for name, value in self._labels.items()]
+
+    def _histograms(self, statistics: Mapping[str, TaskStatistics]) -> Iterable[Metric]:
+        names = list(self._labels)
+        delays = HistogramMetricFamily(
+            "deepar_task_delay_seconds", HELP["task_delay_seconds"], labels=[*names, "outcome", "kind"]
+        )
+        ratios = HistogramMetricFamily("deepar_prediction_ratio", HELP["prediction_ratio"], labels=[*names, "kind"])
+        for region, found in sorted(statistics.items()):
+            for (outcome, kind), histogram in sorted(found.delays.items()):
+                delays.add_metric([*self._values_in(region), outcome, kind], _buckets(histogram), histogram.total)
+            for kind, histogram in sorted(found.ratios.items()):
+                ratios.add_metric([*self._values_in(region), kind], _buckets(histogram), histogram.total)
+        yield delays
+        yield ratios
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    """Cumulative counts by upper bound."""
+    bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
+    return list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))
+
+
+@contextlib.asynccontextmanager
+async def serve_probes(
+    look: Callable[[], Health], *, port: int | None, labels: dict[str, str], host: str = "127.0.0.1"
+) -> AsyncIterator[None]:
+    """Answer probes while the block runs; `port` None: no server. Raises `ConfigError` where it cannot listen."""
+    if port is None:
+        yield
+        return
+    from aiohttp import web  # half a second to import, and most commands serve no probes
+
+    lag_s = 0.0
+
+    async def watch_lag() -> None:
+        nonlocal lag_s
+        clock = asyncio.get_running_loop().time
+        while True:
+            due_s = clock() + LAG_PROBE_S
+            await asyncio.sleep(LAG_PROBE_S)
+            lag_s = max(0.0, clock() - due_s)
+
+    registry = CollectorRegistry()
+    registry.register(_Collector(look, labels, lambda: lag_s))
+
+    async def livez(request: web.Request) -> web.Response:
+        return web.json_response({"live": True, "loop": loop_name()}, dumps=json_text)
+
+    async def readyz(request: web.Request) -> web.Response:
+        health = look()
+        body = {"ready": health.ready, "loop": loop_name(), **labels, **health.detail}
+        return web.json_response(body, status=200 if health.ready else 503, dumps=json_text)
+
+    async def metrics(request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(registry), content_type="text/plain")
+
+    app = web.Application()
+    app.add_routes([web.get("/livez", livez), web.get("/readyz", readyz), web.get("/metrics", metrics)])
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    watching = asyncio.create_task(watch_lag())
+    try:
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise ConfigError(
+                f"--http-port {port}: cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}",
+                remedy="choose another --http-port, or another --http-host",
+            ) from None
+        yield
+    finally:
+        watching.cancel()
+        await runner.cleanup()

@@ -1,0 +1,65 @@
+"""What a stage computes with: this machine, slowed down or paced by a profile, or a profile that is only played."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from bus.errors import ConfigError
+from bus.values import ModelProfile, Role
+from deploy.services.settings import NodeOptions, Served, ServedModel
+from planner.search.profiles import load_profile
+from stages.litert_runner import LitertRunner
+from stages.runner import ModelledRunner, Runner
+from stages.zoo import load_model
+
+
+def make_runner(
+    role: Role, options: NodeOptions, models: Sequence[Served], say: Callable[[str], None] | None = None
+) -> Runner:
+    """A runner that computes (`litert`) or plays (`modelled`) the models.
+
+    The profile that the options name is played, or paced by; without one this machine is measured (and remembered).
+    Raises `UnknownNameError`, `ModelError`, `ConfigError`.
+    """
+    profile, slowdown, platform = options.profile, options.slowdown, f"{role.value} {options.name}"
+    wanted = [ServedModel(model=entry) if isinstance(entry, str) else entry for entry in models]
+    known: dict[str, ModelProfile] = {}
+    if profile is not None:
+        known = {played.model: played for played in getattr(load_profile(profile), role.value).values()}
+        missing = [entry.model for entry in wanted if entry.model not in known]
+        if missing:
+            raise ConfigError(f"profile {profile} has no {', '.join(missing)}; it has {', '.join(sorted(known))}")
+        if options.runner == "modelled":
+            return ModelledRunner([scaled(known[entry.model], slowdown, platform) for entry in wanted])
+    loaded = [load_model(entry.model, choice=entry.choice) for entry in wanted]
+    by_name = {model.name: model for model in loaded}
+    for model in loaded:
+        if by_name[model.name].sha256 != model.sha256:
+            raise ConfigError(f"two of the models are called {model.name}", remedy="rename one of the files")
+    for model in loaded:
+        if model.name in known and known[model.name].sha256 != model.sha256:
+            raise ConfigError(
+                f"profile {profile} is of another {model.name}: its SHA-256 is {known[model.name].sha256}, "
+                f"that of the model {model.sha256}",
+                remedy="play it without computing: --runner modelled",
+            )
+    measured = LitertRunner(
+        loaded,
+        slowdown=slowdown,
+        num_threads=options.threads,
+        platform=platform,
+        say=say,
+        profiles=known,
+        paced=bool(known),
+        remeasure=options.remeasure,
+    )
+    if options.runner == "modelled":
+        return ModelledRunner(measured.profiles())
+    return measured
+
+
+def scaled(profile: ModelProfile, slowdown: float, platform: str) -> ModelProfile:
+    """The same model on a machine `slowdown` times slower."""
+    return profile.model_copy(
+        update={"platform": platform, "layer_s": tuple(seconds * slowdown for seconds in profile.layer_s)}
+    )

@@ -1,0 +1,233 @@
+"""The configuration file of `deepar up`: one TOML file that says what runs.
+
+execution = "streaming"              # or "sequential", the paper's way
+objective = "pipelined"              # or "sequential", the paper's (7)
+models = ["lenet", "alexnet"]        # names of the zoo, .tflite files, or tables: see `ServedModel`
+
+[bus]
+kind = "memory"                      # or "kafka"
+
+[planner]
+policy = "deepar"
+
+[[edge]]
+name = "e1"
+slots = 2
+link1 = "200Mbps"
+link2 = "40Mbps"
+slowdown = 3.0
+
+[[device]]
+name = "d1"
+slowdown = 10.0
+
+[[cloud]]
+name = "c1"
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from bus.errors import ConfigError
+from bus.text.units import parse_duration, parse_rate
+from bus.values import Execution, NodeName, Objective
+from planner.core.placing import WhenLate
+from planner.core.state import DEFAULT_PATIENCE_S
+from stages.models.files.choice import Choice, parse_shapes
+
+
+def _or_value_error(parse: Any) -> Any:
+    def checked(value: Any) -> Any:
+        try:
+            return parse(value)
+        except ConfigError as error:
+            raise ValueError(f"{error}; {error.remedy}" if error.remedy else str(error)) from None
+
+    return checked
+
+
+Rate = Annotated[int, BeforeValidator(_or_value_error(parse_rate)), Field(ge=0)]
+Duration = Annotated[float, BeforeValidator(_or_value_error(parse_duration)), Field(gt=0)]
+
+
+class _Strict(BaseModel):
+    """A misspelt key is an error, not a silent default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServedModel(_Strict):
+    """A model with what its file leaves open: `{model = "FILE", signature = "NAME", input_shape = {NAME = "1x1280"}}`."""
+
+    model: str  # a name of the zoo, or a .tflite file
+    signature: str | None = None  # None: the main subgraph's
+    input_shape: dict[str, str] = {}  # input's name -> its dimensions
+
+    @property
+    def choice(self) -> Choice:
+        """The same as loading a model takes it. Raises `ConfigError`."""
+        return Choice(self.signature, parse_shapes(f"{name}={sizes}" for name, sizes in self.input_shape.items()))
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        _or_value_error(lambda served: served.choice)(self)
+        return self
+
+
+Served = Annotated[
+    Annotated[str, Tag("name")] | Annotated[ServedModel, Tag("table")],
+    Discriminator(lambda entry: "table" if isinstance(entry, dict | ServedModel) else "name"),
+]
+"""A model as a file of settings names it."""
+
+
+class NodeOptions(_Strict):
+    """What every node may be given."""
+
+    name: NodeName
+    slowdown: Annotated[float, Field(ge=1.0)] = 1.0  # plays a machine so many times slower than this one
+    models: tuple[Served, ...] | None = None  # None: the file's
+    profile: str | None = None  # a profile to play instead of computing: a name or a file
+    runner: Literal["litert", "modelled"] = "litert"  # compute, or sleep the profile's time
+    threads: Annotated[int, Field(ge=1)] = 1  # threads of the runtime for one inference
+    remeasure: bool = False  # measure this machine anew, whatever is remembered of it
+    identity_key: str | None = None  # file of the key that proves who it is; None: `up` makes it of its master
+
+
+Options = TypeVar("Options", bound=NodeOptions)
+
+
+class DeviceOptions(NodeOptions):
+    """A device."""
+
+    link: Rate = 0  # its own limit on link 1, 0: none
+    edges: tuple[NodeName, ...] | None = None  # E_i, the edges it can reach; None: all
+
+
+class EdgeOptions(NodeOptions):
+    """An edge."""
+
+    slots: Annotated[int, Field(ge=1)] = 2  # r_e, tasks computing at once
+    link1: Rate = 1_000_000_000  # B_e^1, to its devices
+    link2: Rate = 100_000_000  # B_e^2, to the cloud
+
+
+class CloudOptions(NodeOptions):
+    """A cloud stage."""
+
+
+class BusOptions(_Strict):
+    """Which bus: inside this process, or Kafka (`KAFKA_*` variables say how to get in)."""
+
+    kind: Literal["memory", "kafka"] = "memory"
+    bootstrap_servers: str | None = None  # host:port; None: KAFKA_BOOTSTRAP_SERVERS, else localhost:9092
+    regions: Annotated[int, Field(ge=1)] = 1  # partitions of the control topics
+
+
+class PlannerOptions(_Strict):
+    """The planner."""
+
+    policy: str = "deepar"
+    lease: Duration = 5.0
+    max_waiting: Annotated[int, Field(ge=1)] = 10_000
+    patience: Duration = DEFAULT_PATIENCE_S
+    when_late: WhenLate = WhenLate.REJECT
+    max_waiting_per_device: Annotated[int, Field(ge=1)] = 1_000
+
+
+class UpSettings(_Strict):
+    """The whole file."""
+
+    region: Annotated[int, Field(ge=0)] = 0
+    lease: Duration = 10.0  # of the nodes
+    objective: Objective = Objective.PIPELINED
+    execution: Execution = Execution.STREAMING
+    models: Annotated[tuple[Served, ...], Field(min_length=1)] = ("lenet",)
+    bus: BusOptions = BusOptions()
+    planner: PlannerOptions | None = PlannerOptions()
+    device: tuple[DeviceOptions, ...] = ()
+    edge: tuple[EdgeOptions, ...] = ()
+    cloud: tuple[CloudOptions, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [node.name for node in (*self.device, *self.edge, *self.cloud)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)}: a name may stand for one node only")
+        if self.bus.kind == "memory":
+            known = {edge.name for edge in self.edge}
+            for device in self.device:
+                for edge in device.edges or ():
+                    if edge not in known:
+                        raise ValueError(f"device {device.name} names the edge {edge}, there is none of that name")
+        try:
+            self.objective.executed_as(self.execution)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+def load_settings(path: Path) -> UpSettings:
+    """Read and check a file. Raises `ConfigError` naming the file and the key."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    try:
+        return UpSettings.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_first_fault(error)}") from None
+
+
+def options_of(kind: type[Options], **values: Any) -> Options:
+    """A node's options from flags. Raises `ConfigError` naming the flag."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise ConfigError(f"--{_first_fault(error).replace('edges.', 'edge ', 1)}") from None
+
+
+def node_name(text: str, flag: str) -> str:
+    """The same name, if it is one. Raises `ConfigError` naming the flag."""
+    try:
+        return TypeAdapter(NodeName).validate_python(text)
+    except ValidationError as error:
+        raise ConfigError(f"{flag} {_first_fault(error)}") from None
+
+
+def lease_of(text: str, flag: str = "--lease") -> float:
+    """A lease in seconds. Raises `ConfigError` for none at all: a node would be lost as soon as it has spoken."""
+    lease_s = parse_duration(text, flag)
+    if not lease_s:
+        raise ConfigError(f"{flag} {text}: a lease must be over 0", remedy="write it like 5s")
+    return lease_s
+
+
+def _first_fault(error: ValidationError) -> str:
+    """`KEY: what is wrong`, of the first one."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part + 1 if isinstance(part, int) else part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "there is no such key"
+    elif first["type"] == "string_pattern_mismatch":
+        message = f"{first['input']!r} is no name: letters, digits, _ and - only"
+    return f"{key + ': ' if key else ''}{message}"

@@ -1,0 +1,81 @@
+"""`deepar up`: the planner and all stages of one file around one bus, in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+from bus.identity.keys import Key, Master, Speaker
+from bus.identity.signed_bus import signed
+from bus.port import Bus
+from bus.topics import Partitions
+from deploy.services import wiring
+from deploy.services.broker_wait import Patience
+from deploy.services.identities import key_of
+from deploy.services.otel import tracing
+from deploy.services.process import until_stopped
+from deploy.services.runners import make_runner
+from deploy.services.settings import NodeOptions, UpSettings
+from deploy.services.topic_watch import TopicWatch, used_by
+from deploy.services.wiring import node_settings
+from stages.node import Node, NodeSettings
+
+
+async def run_up(
+    settings: UpSettings, bus: Bus, http_port: int | None, http_host: str, master: Master | None = None
+) -> None:
+    """Planner and stages around one bus, in one event loop; with a `master` each of them proves who it is."""
+    options: list[NodeOptions] = [*settings.cloud, *settings.edge, *settings.device]
+    patience = Patience.from_env()
+    async with contextlib.AsyncExitStack() as stack:
+        on_span = await stack.enter_async_context(tracing("deepar"))
+        await patience.through(lambda: stack.enter_async_context(bus))
+        partitions, edges = Partitions(regions=settings.bus.regions), [edge.name for edge in settings.edge]
+        await patience.through(lambda: wiring.create_missing_topics(bus, edges, partitions))
+        await patience.through(lambda: wiring.require_region(bus, settings.region))
+        watched = dict.fromkeys(used_by("planner"))
+        for option in options:
+            watched |= dict.fromkeys(used_by(node_settings(option, region=0, lease_s=1.0).role.value, option.name))
+        await stack.enter_async_context(TopicWatch(bus, watched, settings.region + 1).watching())
+        runners = {}
+        for option in options:
+            made = node_settings(option, region=settings.region, lease_s=settings.lease)
+            runners[option.name] = await asyncio.to_thread(
+                make_runner, made.role, option, option.models or settings.models, wiring.log.info
+            )
+
+        async def serve() -> None:
+            async with asyncio.TaskGroup() as group:
+                if settings.planner is not None:
+                    service = wiring.make_planner(
+                        bus,
+                        region=settings.region,
+                        policy=settings.planner.policy,
+                        objective=settings.objective,
+                        execution=settings.execution,
+                        max_waiting=settings.planner.max_waiting,
+                        patience_s=settings.planner.patience,
+                        when_late=settings.planner.when_late,
+                        max_waiting_per_device=settings.planner.max_waiting_per_device,
+                        lease_s=settings.planner.lease,
+                        master=master,
+                    )
+                    service.trace_to(on_span)
+                    group.create_task(service.run(), name="planner")
+                for option in options:
+                    made = node_settings(option, region=settings.region, lease_s=settings.lease)
+                    node = Node(
+                        signed(bus, node_key(made, option, master)), made, runners[option.name], on_span=on_span
+                    )
+                    group.create_task(node.run(wiring.make_work(node)), name=option.name)
+
+        await until_stopped(serve(), nodes=len(options), region=settings.region)
+
+
+def node_key(settings: NodeSettings, option: NodeOptions, master: Master | None) -> Key | None:
+    """A node's key: from the file that is named for it, else made of the master."""
+    speaker = Speaker(settings.role.value, settings.name)
+    if option.identity_key is not None:
+        return key_of(speaker, Path(option.identity_key))
+    return None if master is None else master.key(speaker)

@@ -1,0 +1,260 @@
+"""Putting services together: a bus as the environment says, a node or a planner around it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+
+import structlog
+
+from bus import topic_settings, topics
+from bus.errors import BusError, BusUnavailableError, ConfigError, UnknownTopicError
+from bus.identity.keys import Master
+from bus.kafka.bus import KafkaBus
+from bus.kafka.connection import KafkaConnection
+from bus.port import Bus
+from bus.topics import Partitions
+from bus.tracing import SpanSink
+from bus.values import Execution, Objective, Role
+from deploy.services.broker_wait import Patience
+from deploy.services.otel import tracing
+from deploy.services.probes import Health, serve_probes
+from deploy.services.process import until_stopped
+from deploy.services.result_file import ResultFile
+from deploy.services.settings import DeviceOptions, EdgeOptions, NodeOptions
+from deploy.services.topic_watch import TopicWatch, used_by
+from planner.core.core import PlannerCore
+from planner.core.placing import WhenLate
+from planner.core.state import DEFAULT_PATIENCE_S
+from planner.service.service import PlannerService
+from stages.device import Device, ResultSink
+from stages.hop import Hop
+from stages.node import BusySink, Node, NodeSettings
+from stages.runner import Runner
+
+log = structlog.get_logger("deepar")
+
+
+def kafka_bus(bootstrap_servers: str | None = None, *, delivery_timeout_s: float | None = None) -> KafkaBus:
+    """A bus on Kafka as the environment describes it. Raises `ConfigError`."""
+    connection = KafkaConnection.from_env(bootstrap_servers=bootstrap_servers, delivery_timeout_s=delivery_timeout_s)
+    return KafkaBus(connection)
+
+
+async def create_missing_topics(bus: Bus, edges: Sequence[str] = (), partitions: Partitions | None = None) -> None:
+    """Create every topic that a system with these edges needs and that is not there."""
+    await bus.create_topics(topics.specs(edges, partitions))
+
+
+async def require_region(bus: Bus, region: int, edges: Sequence[str] = ()) -> None:
+    """Create the topics that are missing, where this user may. Raises `ConfigError` where they still are, have no
+    partition for the region, or are set against the table of topics.
+    """
+    try:
+        await create_missing_topics(bus, edges)
+    except BusUnavailableError:
+        raise
+    except BusError as error:
+        log.info("topics not created: not permitted", error=str(error))
+    await require_partition(bus, region)
+    topic_settings.require(await bus.found_topics(spec.name for spec in topics.specs(edges)))
+
+
+async def require_partition(bus: Bus, region: int) -> None:
+    """Raises `ConfigError` where there are no topics, or none of them has a partition for the region."""
+    try:
+        regions = await bus.partitions(topics.DECISIONS)
+    except UnknownTopicError:
+        raise ConfigError("the topics are not there", remedy="create them: deepar topics create") from None
+    if region >= regions:
+        raise ConfigError(f"there is no region {region}: the topics have {regions}, counted from 0")
+
+
+def node_settings(options: NodeOptions, *, region: int, lease_s: float) -> NodeSettings:
+    """What a node of these options announces."""
+    make = partial(NodeSettings, name=options.name, region=region, lease_s=lease_s)
+    match options:
+        case DeviceOptions():
+            return make(role=Role.DEVICE, link1_capacity_bps=options.link, reachable_edges=options.edges)
+        case EdgeOptions():
+            return make(
+                role=Role.EDGE,
+                slots=options.slots,
+                link1_capacity_bps=options.link1,
+                link2_capacity_bps=options.link2,
+            )
+        case _:
+            return make(role=Role.CLOUD)
+
+
+def make_work(node: Node, on_result: ResultSink | None = None) -> Device | Hop:
+    """What a node of this role does."""
+    if node.settings.role is not Role.DEVICE:
+        return Hop(node)
+    if isinstance(on_result, ResultFile):
+        return Device(node, on_result, kept=on_result.kept)
+    return Device(node, on_result)
+
+
+async def run_stage(
+    bus: Bus,
+    settings: NodeSettings,
+    make: Callable[[], Runner],
+    *,
+    http_port: int | None = None,
+    http_host: str = "127.0.0.1",
+    on_result: ResultSink | None = None,
+    on_busy: BusySink | None = None,
+) -> None:
+    """One stage as a process: ready its models, serve, drain when asked to stop, leave."""
+    patience = Patience.from_env()
+    edges = [settings.name] if settings.role is Role.EDGE else []
+    async with contextlib.AsyncExitStack() as stack:
+        on_span = await stack.enter_async_context(tracing(f"deepar-{settings.role.value}"))
+        await patience.through(lambda: stack.enter_async_context(bus))
+        await patience.through(lambda: require_region(bus, settings.region, edges))
+        runner = await asyncio.to_thread(make)
+        watch = TopicWatch(bus, used_by(settings.role.value, settings.name), settings.region + 1)
+        stage = Stage(bus, settings, runner, on_result, on_busy, on_span)
+        labels = {"role": settings.role.value, "node": settings.name, "region": str(settings.region)}
+        await stack.enter_async_context(watch.watching())
+
+        def look() -> Health:
+            return stage.look().without(watch.missing)
+
+        async with serve_probes(look, port=http_port, host=http_host, labels=labels):
+            try:
+                asked = await until_stopped(
+                    patience.through(stage.serve),
+                    drain=stage.drain,
+                    node=settings.name,
+                    role=settings.role.value,
+                )
+                if asked:
+                    async with asyncio.timeout(3.0):
+                        await stage.node.leave()
+            finally:
+                await runner.close()
+
+
+class Stage:
+    """A node and its work; made anew while the broker goes away again before they serve."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        settings: NodeSettings,
+        runner: Runner,
+        on_result: ResultSink | None = None,
+        on_busy: BusySink | None = None,
+        on_span: SpanSink | None = None,
+    ) -> None:
+        self._made_of = (bus, settings, runner)
+        self._on_result, self._on_busy, self._on_span = on_result, on_busy, on_span
+        self._make()
+
+    def _make(self) -> None:
+        self.node = Node(*self._made_of, on_busy=self._on_busy, on_span=self._on_span)
+        self.work = make_work(self.node, self._on_result)
+
+    async def serve(self) -> None:
+        """Serve until cancelled. Raises `BusUnavailableError` where the broker is away before it serves."""
+        try:
+            await self.node.run(self.work)
+        except* BusUnavailableError as away:
+            if self.node.serving.is_set():
+                raise
+            error: BaseException = away
+        else:
+            return
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        self._make()
+        raise error
+
+    async def drain(self) -> None:
+        """Finish what is under way, and let nothing new come."""
+        await self.node.drain()
+        await self.work.drain()
+
+    def look(self) -> Health:
+        """For the probes."""
+        status, work = self.node.status, self.work
+        detail = {
+            "caught_up": status.caught_up,
+            "warm": status.warm,
+            "receiving": status.receiving,
+            "joined": status.joined,
+        }
+        counters = dict(status.counters)
+        if isinstance(work, Hop):
+            sent = {"link1_bytes": work.results.sent_bytes, "link2_bytes": work.link2.sent_bytes}
+            counters |= {name: float(value) for name, value in sent.items()}
+        else:
+            counters["link1_bytes"] = float(work.link1.sent_bytes)
+        tasks = len(work.flows) if isinstance(work, Hop) else len(work.tasks)
+        return Health(status.ready, detail, {"tasks": float(tasks)}, counters)
+
+
+def make_planner(
+    bus: Bus,
+    *,
+    name: str = "planner",
+    region: int = 0,
+    policy: str = "deepar",
+    objective: Objective = Objective.PIPELINED,
+    execution: Execution = Execution.STREAMING,
+    max_waiting: int = 10_000,
+    patience_s: float = DEFAULT_PATIENCE_S,
+    when_late: WhenLate = WhenLate.REJECT,
+    max_waiting_per_device: int = 1_000,
+    lease_s: float = 5.0,
+    take_over: bool = False,
+    snapshot_every: int = 500,
+    master: Master | None = None,
+    trust_everybody: bool = False,
+) -> PlannerService:
+    """A planner's service; with a `master` it demands proofs of identity. Raises `UnknownNameError` for an unknown policy."""
+
+    def make_core() -> PlannerCore:
+        return PlannerCore(
+            region,
+            policy=policy,
+            objective=objective,
+            execution=execution,
+            max_waiting=max_waiting,
+            patience_s=patience_s,
+            when_late=when_late,
+            max_waiting_per_device=max_waiting_per_device,
+        )
+
+    return PlannerService(
+        bus,
+        make_core,
+        name=name,
+        region=region,
+        lease_s=lease_s,
+        take_over=take_over,
+        snapshot_every=snapshot_every,
+        master=master,
+        trust_everybody=trust_everybody,
+    )
+
+
+@contextlib.asynccontextmanager
+async def embedded() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group that is cancelled when the block ends: planner and stages inside one process."""
+    group = asyncio.TaskGroup()
+    stop = _Stop()
+    try:
+        async with group:
+            yield group
+            raise stop
+    except* _Stop:
+        pass
+
+
+class _Stop(Exception):
+    """Ends the embedded services."""

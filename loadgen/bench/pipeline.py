@@ -1,0 +1,281 @@
+"""`deepar loadgen bench pipeline`: how well streams fill the slowest of their five stations, and what a shaper lets through.
+
+The stages are the real shells with modelled machines of known speed; the placement is fixed by a director that stands in for
+the planner and writes its decisions, so that each station is the bottleneck in turn: the others take six tenths of its time.
+Throughput is samples over the time from the start to the last result, the filling of the pipeline included, as the device
+measures it; the bottleneck's is one sample in its time (for a link: the sample's bytes at the granted rate, frames' heads
+not counted, so they show as a loss). The sequential run streams nothing: one sample at a time, on a tenth of the samples.
+
+The shaper is judged at the sender: bytes of frames handed to the bus, over the time they took, over the grant.
+
+Real LeNet runs through the same stages, unshaped, beside what bare aiokafka moves (`loadgen.bench.lenet`).
+
+On Kafka it leads region 0 while it lasts, and refuses a broker whose region 0 has a planner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+import uvloop
+
+from bus.frames import Plan
+from bus.kafka.bus import KafkaBus, KafkaConnection
+from bus.memory.bus import MemoryBroker, MemoryBus
+from bus.port import Bus, Payload, Position
+from bus.topics import TopicSpec
+from bus.values import BITS_PER_BYTE, Execution, Kind, ModelProfile, Placement, Role
+from loadgen.bench import lenet
+from loadgen.bench.cpu_load import BusynessWatch
+from loadgen.bench.fixed_placement import TIMEOUT_S, Staged
+from stages.frame_sender import Outgoing, Outlet
+from stages.runner import ModelledRunner
+from stages.shaper import Link
+
+Progress = Callable[[str], None]
+
+STATIONS = ("device", "link1", "edge", "link2", "cloud")
+OTHERS = 0.6
+"""What the other stations take of the bottleneck's time."""
+
+RESULT_BYTES = 40
+RATES_BPS = (1_000_000, 10_000_000, 100_000_000, 300_000_000, 1_000_000_000)
+KAFKA_MAX_BPS = 300_000_000
+SHAPED_S = 3.0
+SHAPED_AIM = 0.985
+LENET_AIM = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One size of stream."""
+
+    sample_s: float  # at the bottleneck
+    sample_bytes: int  # at either cut
+    samples: int
+    aim: float  # throughput over the bottleneck's
+    sequential: bool = False  # whether the unstreamed run is taken too
+
+
+LOADS = (
+    Load(0.020, 150_000, 200, 0.98, sequential=True),
+    Load(0.002, 4_000, 200, 0.96),
+    Load(0.002, 4_000, 2_000, 0.99),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured; tests take less."""
+
+    rounds: int = 3
+    loads: tuple[Load, ...] = LOADS
+    lenet_samples: int = 10_000
+    rates_bps: tuple[int, ...] = RATES_BPS
+    shaped_s: float = SHAPED_S
+
+
+def run(
+    bus: Literal["memory", "kafka"] = "memory",
+    bootstrap: str | None = None,
+    *,
+    sizes: Sizes | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure, on uvloop; `bench, machine, results, aims`, and `busyness`. Raises `BusError` where there is no broker."""
+    connection = KafkaConnection.from_env(bootstrap_servers=bootstrap) if bus == "kafka" else None
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_measure(bus, connection, sizes or Sizes(), progress or (lambda line: None)))
+
+
+async def _measure(name: str, connection: KafkaConnection | None, sizes: Sizes, progress: Progress) -> dict[str, Any]:
+    results: list[dict[str, Any]] = []
+    aims: list[dict[str, Any]] = []
+    watch = BusynessWatch()
+    broker = MemoryBroker()
+
+    def make(client: str) -> Bus:
+        return MemoryBus(broker, client) if connection is None else KafkaBus(connection)
+
+    async with watch:
+        for load in sizes.loads:
+            for station in STATIONS:
+                progress(f"{station} as the bottleneck, {load.sample_s * 1000:g} ms a sample, {load.samples} samples")
+                row = await _bottleneck(name, make, station, load, sizes.rounds)
+                results.append(row)
+                label = f"{row['case']}: throughput over the bottleneck's"
+                aims.append(_aim(label, row["throughput"] / row["bottleneck_throughput"], load.aim))
+        if sizes.lenet_samples:
+            row = await lenet.measure(name, make, connection, sizes.lenet_samples, sizes.rounds, progress)
+            results.append(row)
+            if row["bare_samples_per_s"] is not None:
+                ratio = row["samples_per_s"] / row["bare_samples_per_s"]
+                aims.append(_aim("LeNet: samples over what bare aiokafka moves", ratio, LENET_AIM))
+        for rate_bps in sizes.rates_bps:
+            if name == "kafka" and rate_bps > KAFKA_MAX_BPS:
+                continue
+            progress(f"shaper at {rate_bps / 1e6:g} Mbit/s")
+            row = await _shaped(make, rate_bps, sizes.shaped_s)
+            results.append(row)
+            ratio = row["shaped_bps"] / rate_bps
+            worst = row["worst_second_bps"] / rate_bps
+            aims.append(_aim(f"shaped over granted, {rate_bps / 1e6:g} Mbit/s", ratio, SHAPED_AIM))
+            aims.append({"name": f"worst second over granted, {rate_bps / 1e6:g} Mbit/s", "value": round(worst, 4),
+                         "aim": 1.0, "pass": worst <= 1.0})  # fmt: skip
+    seen = watch.seen()
+    return {
+        "bench": "pipeline",
+        "machine": f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}, uvloop",
+        "results": results,
+        "aims": aims,
+        "busyness": seen.as_json(),
+        "judgeable": not seen.too_busy,
+        "note": "the machine was too busy to judge" if seen.too_busy else "",
+    }
+
+
+def _aim(name: str, value: float, aim: float) -> dict[str, Any]:
+    return {"name": name, "value": round(value, 4), "aim": aim, "pass": value >= aim}
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+async def _bottleneck(name: str, make: Callable[[str], Bus], station: str, load: Load, rounds: int) -> dict[str, Any]:
+    """One station slowest; medians over the rounds, one more of which comes first and is dropped."""
+    takes_s = {other: load.sample_s * (1.0 if other == station else OTHERS) for other in STATIONS}
+    rates_bps = [round(load.sample_bytes * BITS_PER_BYTE / takes_s[link]) for link in ("link1", "link2")]
+    profile = ModelProfile(
+        model="bench",
+        sha256="0" * 64,
+        platform="bench",
+        layer_names=("front", "middle", "rest"),
+        layer_s=(takes_s["device"], takes_s["edge"], takes_s["cloud"]),
+        cut_bytes=(load.sample_bytes, load.sample_bytes, load.sample_bytes, RESULT_BYTES),
+    )
+    runners = {role: ModelledRunner([profile]) for role in Role}
+    async with Staged(make, runners, profile, cuts=(1, 2), rates_bps=(rates_bps[0], rates_bps[1])) as stages:
+        await stages.play(min(load.samples, 20), Execution.STREAMING)
+        streamed_s = median([await stages.play(load.samples, Execution.STREAMING) for _ in range(rounds)])
+        row = {
+            "bus": name,
+            "case": f"{station} {load.sample_s * 1000:g} ms, {load.sample_bytes:,} bytes, {load.samples:,} samples",
+            "throughput": load.samples / streamed_s,
+            "bottleneck_throughput": 1.0 / load.sample_s,
+            "streamed_s": streamed_s,
+            "sequential_s": None,
+        }
+        if load.sequential:
+            few = max(1, load.samples // 10)
+            row["sequential_s"] = await stages.play(few, Execution.SEQUENTIAL) * load.samples / few
+    return row
+
+
+# --- the shaper ------------------------------------------------------------------------------------------------------
+
+
+class _Watched:
+    """A bus that remembers when how many bytes were handed to it."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self.seen: list[tuple[float, int]] = []
+
+    async def post(self, topic: str, value: Payload | None, **more: Any) -> Awaitable[Position]:
+        """As the bus does."""
+        self.seen.append((perf_counter(), len(value or b"")))
+        return await self._bus.post(topic, value, **more)
+
+
+async def _shaped(make: Callable[[str], Bus], rate_bps: int, for_s: float) -> dict[str, Any]:
+    """One task that always has something to send."""
+    topic = f"deepar.bench.shaper.{os.getpid()}"
+    sample_bytes = max(20_000, min(1_000_000, rate_bps // 80))
+    count = max(2, round(rate_bps * for_s / BITS_PER_BYTE / sample_bytes))
+    left = asyncio.Semaphore(8)
+    over = asyncio.Event()
+    acknowledged = 0
+
+    def done(samples: Sequence[int]) -> None:
+        nonlocal acknowledged
+        acknowledged += len(samples)
+        for _ in samples:
+            left.release()
+        if acknowledged == count:
+            over.set()
+
+    async with make("shaper") as bus:
+        await bus.create_topics([TopicSpec(topic, 1, retention_bytes=64 << 20)])
+        watched = _Watched(bus)
+        outlet = Outlet(
+            watched,  # type: ignore[arg-type]
+            topic=topic,
+            key="bench",
+            source="bench",
+            kind="result",
+            plan=_plan(rate_bps),
+            grants=(Link(rate_bps).grant(rate_bps),),
+            gate=_open,
+            on_busy=lambda begin_s, end_s: None,
+            on_acknowledged=done,
+        )
+        payload = [np.zeros(sample_bytes, np.uint8)]
+        sending = asyncio.create_task(outlet.run())
+        begun_s = perf_counter()
+        loop = asyncio.get_running_loop()
+        for sample in range(count):
+            await left.acquire()
+            outlet.put(Outgoing(sample, payload, loop.time()))
+        async with asyncio.timeout(TIMEOUT_S):
+            await over.wait()
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+    took_s = watched.seen[-1][0] - begun_s
+    total = sum(size for _, size in watched.seen)
+    return {
+        "granted_bps": rate_bps,
+        "shaped_bps": total * BITS_PER_BYTE / took_s,
+        "worst_second_bps": worst_second_bytes(watched.seen) * BITS_PER_BYTE,
+    }
+
+
+def worst_second_bytes(seen: list[tuple[float, int]]) -> int:
+    """The most bytes in any half-open second that begins with a frame; `seen` is (when, bytes), in order."""
+    worst = within = first = 0
+    for when_s, size in seen:
+        within += size
+        while seen[first][0] <= when_s - 1.0:
+            within -= seen[first][1]
+            first += 1
+        worst = max(worst, within)
+    return worst
+
+
+async def _open() -> None:
+    """The gate of a node that is alive."""
+
+
+def _plan(rate_bps: int) -> Plan:
+    placement = Placement(
+        kind=Kind.EDGE, edge="bench", cut1=0, cut2=1, cut1_name="input", cut2_name="all", link1_bps=rate_bps
+    )
+    return Plan(
+        task_id="bench",
+        attempt=1,
+        region=0,
+        device="bench",
+        model="bench",
+        sha256="0" * 64,
+        samples=1,
+        todo=1,
+        execution=Execution.STREAMING,
+        placement=placement,
+    )

@@ -1,0 +1,39 @@
+"""What each sample's result must be: the uncut model's, run here once for every digit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bus.messages import DatasetInput, TaskSubmitted
+from stages.models.runtime.litert import SegmentRunner
+from stages.zoo import digits, load_model
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One result."""
+
+    payload: bytes  # as it stands in a frame
+    top: int  # the index of the largest output, as it stands in a device's file
+
+
+class Answers:
+    """The results of LeNet on the digits, by task and sample."""
+
+    def __init__(self) -> None:
+        whole = SegmentRunner(load_model("lenet").source)
+        outputs = [whole.run([image[np.newaxis]])[0] for image in digits()[0]]
+        self._known = [Answer(output.tobytes(), int(np.argmax(output))) for output in outputs]
+        self._starts: dict[str, int] = {}
+
+    def expect(self, task: TaskSubmitted) -> None:
+        """A task was submitted."""
+        assert isinstance(task.input, DatasetInput)
+        self._starts[task.task_id] = task.input.start
+
+    def of(self, task_id: str, sample: int) -> Answer | None:
+        """The right result, None for a task that is none of ours. The range of a data set wraps around."""
+        start = self._starts.get(task_id)
+        return None if start is None else self._known[(start + sample) % len(self._known)]

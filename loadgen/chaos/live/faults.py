@@ -1,0 +1,181 @@
+"""Faults on real processes: which there are, in which order they come, and what each was found to have done.
+
+The processes themselves belong to whoever implements `Machines` (`deploy/services/live_region.py`): this room starts none.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from bus.errors import ConfigError
+from loadgen.random_streams import Streams
+
+FLOW_AIM_S = 1.0
+"""G6's aim: results flow again so soon after the broker is ready."""
+
+
+class Target(StrEnum):
+    """Whom a fault hits; of several edges and devices the seed picks one."""
+
+    PLANNER = "planner"
+    DEVICE = "device"
+    EDGE = "edge"
+    CLOUD = "cloud"
+    BROKER = "broker"
+
+
+class FaultKind(StrEnum):
+    """What is done to a process."""
+
+    KILL = "kill"  # SIGKILL, and started again at once
+    STOP = "stop"  # SIGSTOP, and SIGCONT after a while
+    TERMINATE = "terminate"  # SIGTERM, and started again when it has ended
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault to come."""
+
+    kind: FaultKind
+    target: Target
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.target}"
+
+
+@dataclass(slots=True)
+class FaultRecord:
+    """One fault that was. Times are seconds."""
+
+    fault: Fault
+    name: str  # of the process
+    at_s: float  # since the replay began
+    recovered_s: float | None = None  # since the process was gone, or went on again, until it was seen to work
+    lost_after_s: float | None = None  # a node that was stopped: until the planner declared it lost
+    ready_s: float | None = None  # the broker: since it was gone, or went on again, until it answered
+    flow_after_ready_s: float | None = None  # the broker: from there to the next result at a device
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        times = {"recovered_s": self.recovered_s}
+        if self.fault.target is Target.BROKER:
+            times |= {"ready_s": self.ready_s, "flow_after_ready_s": self.flow_after_ready_s}
+        elif self.lost_after_s is not None:
+            times["lost_after_s"] = self.lost_after_s
+        rounded = {key: None if value is None else round(value, 3) for key, value in times.items()}
+        what = {"kind": self.fault.kind.value, "target": self.fault.target.value, "name": self.name}
+        return what | {"at_s": round(self.at_s, 3)} | rounded
+
+
+class Machines(Protocol):
+    """The processes of a region and its broker, by name."""
+
+    def names(self, target: Target) -> Sequence[str]:
+        """Who there is; none where the broker is somebody else's."""
+
+    def results(self) -> dict[str, Path]:
+        """Where each device shows its results."""
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Send a signal."""
+
+    async def gone(self, name: str, timeout_s: float) -> bool:
+        """Wait until it has ended; False when it has not within the time."""
+
+    def start(self, name: str) -> None:
+        """Start it again, same name, same data; returns when the process runs, for the broker too."""
+
+    async def broker_answers(self) -> None:
+        """Wait until the broker serves."""
+
+    def check(self) -> None:
+        """Raises `DeeparError` with its log where a process has ended by itself."""
+
+
+def every_fault(seed: int) -> list[Fault]:
+    """Each kind of fault on each target once, in the order that the seed draws."""
+    faults = [Fault(kind, target) for kind in FaultKind for target in Target]
+    order = Streams(seed).stream("faults").permutation(len(faults))
+    return [faults[int(index)] for index in order]
+
+
+def parse_faults(text: str, seed: int) -> list[Fault]:
+    """`all`, or a list of kinds, targets and KIND:TARGET: `kill`, `stop,broker`, `kill:edge,stop:cloud`.
+
+    Raises `ConfigError`.
+    """
+    faults = every_fault(seed)
+    if text.strip() == "all":
+        return faults
+    chosen: set[Fault] = set()
+    for word in text.split(","):
+        parts = word.strip().split(":")
+        found = {fault for fault in faults if set(parts) <= {fault.kind.value, fault.target.value}}
+        if not found or len(parts) > 2:
+            kinds, targets = ", ".join(FaultKind), ", ".join(Target)
+            raise ConfigError(
+                f"--faults {word.strip()!r}: there is no such fault",
+                remedy=f"all, or of {kinds}; {targets}; KIND:TARGET",
+            )
+        chosen |= found
+    return [fault for fault in faults if fault in chosen]
+
+
+def pick(names: Sequence[str], fault: Fault, seed: int) -> str:
+    """Which of several processes a fault hits."""
+    return names[int(Streams(seed).stream(str(fault)).integers(len(names)))]
+
+
+def percentiles(values: Iterable[float | None]) -> dict[str, float | None]:
+    """p50 and p99 of what was measured, by the nearest rank from above; None where nothing was."""
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return {"p50": None, "p99": None}
+    p50, p99 = np.percentile(known, [50, 99], method="inverted_cdf")
+    return {"p50": round(float(p50), 3), "p99": round(float(p99), 3)}
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How the faults follow each other. Seconds."""
+
+    stop_s: float = 30.0  # from SIGSTOP to SIGCONT
+    pause_s: float = 2.0  # undisturbed work before each fault
+    grace_s: float = 10.0  # what a process has to end politely; then it is told a second time
+    recovery_s: float = 60.0  # a target that does not work again by then never will
+
+
+@dataclass(slots=True)
+class Findings:
+    """All of it, for `--json` and for people."""
+
+    seed: int
+    faults: list[FaultRecord] = field(default_factory=list)
+    verdict: dict[str, Any] = field(default_factory=dict)
+    elapsed_s: float = 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """One JSON object."""
+        broker = [record for record in self.faults if record.fault.target is Target.BROKER]
+        return {
+            "seed": self.seed,
+            "faults": [record.line for record in self.faults],
+            **self.verdict,
+            "recovery_s": percentiles(record.recovered_s for record in self.faults),
+            "flow_after_ready_s": percentiles(record.flow_after_ready_s for record in broker),
+            "elapsed_s": round(self.elapsed_s, 1),
+        }
+
+    @property
+    def flows_late(self) -> list[FaultRecord]:
+        """The broker's faults after which results did not flow within the aim."""
+        times = [(record, record.flow_after_ready_s) for record in self.faults]
+        return [record for record, flow_s in times if flow_s is not None and flow_s > FLOW_AIM_S]

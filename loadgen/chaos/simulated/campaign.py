@@ -1,0 +1,87 @@
+"""`deepar simulate chaos`: the real shells and the real core on `MemoryBus` in virtual time, with faults.
+
+One seed draws the tasks, the schedule of faults, where exactly a process dies, and what the bus does wrong. First faults,
+then everything is healed, and the region must converge: every acknowledged task ends once, every sample shows once with the
+right content, the ledger holds at every record, nothing is left behind. What can be judged while it runs is judged at every
+record, every commit and every step (`loadgen.chaos.simulated.monitor`), the rest at the end
+(`loadgen.chaos.simulated.final_checks`). A seed that fails
+is replayed by its number.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from loadgen.chaos.simulated.region import LEASE_S, ChaosScenario
+from loadgen.chaos.simulated.run import ChaosRun, Play, Sites
+from loadgen.replay.metrics import distribution
+from loadgen.sim.process import quiet
+from loadgen.sim.virtual_loop import run_virtual
+from loadgen.workers import worker_pool
+
+CHUNK = 20
+"""So many seeds a process runs before it reports."""
+
+
+def run_seed(seed: int, *, scenario: ChaosScenario | None = None, sites: Sites | None = None) -> ChaosRun:
+    """One seed, from the first process to the verdict."""
+    with quiet():
+        return run_virtual(Play(seed, scenario or ChaosScenario(), sites).play(), horizon_s=3_600.0)
+
+
+def run(
+    seeds: Sequence[int],
+    *,
+    scenario: ChaosScenario | None = None,
+    jobs: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run the seeds, in `jobs` processes; what `deepar simulate chaos --json` prints, the same whatever `jobs` is."""
+    chunks = [seeds[at : at + CHUNK] for at in range(0, len(seeds), CHUNK)]
+    play = partial(_run_chunk, scenario=scenario)
+    found: Iterable[list[ChaosRun]]
+    done: list[list[ChaosRun]] = []
+    with ExitStack() as stack:
+        if jobs <= 1 or len(chunks) < 2:
+            found = map(play, chunks)
+        else:
+            found = stack.enter_context(worker_pool(min(jobs, len(chunks)))).map(play, chunks)
+        for runs in found:
+            done.append(runs)
+            if progress is not None:
+                progress(sum(map(len, done)), len(seeds))
+    return _summary(done)
+
+
+def _run_chunk(seeds: Iterable[int], *, scenario: ChaosScenario | None) -> list[ChaosRun]:
+    # Traces are long, and nobody asked for them.
+    return [replace(run_seed(seed, scenario=scenario), trace=()) for seed in seeds]
+
+
+def _summary(chunks: Iterable[Sequence[ChaosRun]]) -> dict[str, Any]:
+    runs = [run for chunk in chunks for run in chunk]
+    silences = [silence for run in runs for silence in run.silences]
+    return {
+        "seeds": len(runs),
+        "simulated_hours": sum(sum(run.virtual_s for run in chunk) for chunk in chunks) / 3600.0,
+        "faults": _counted(run.faults for run in runs),
+        "violations": [
+            violation.as_object(run.seed, f"deepar simulate chaos --seeds 1 --seed {run.seed} --trace -")
+            for run in runs
+            for violation in run.violations
+        ],
+        "states": _counted(run.states for run in runs),
+        "retries": sum(run.retries for run in runs),
+        "suppressed_duplicates": sum(run.suppressed for run in runs),
+        "rejected_queue_full": sum(run.rejected for run in runs),
+        "replanned_s": {"times": len(silences), "lease": LEASE_S} | (distribution(silences) if silences else {}),
+    }
+
+
+def _counted(counters: Iterable[Counter[str]]) -> dict[str, int]:
+    return dict(sorted(sum(counters, Counter()).items()))

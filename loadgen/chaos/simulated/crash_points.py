@@ -1,0 +1,70 @@
+"""Death before and after every await: each place at which planner or stages wait is, once, the last thing a process does.
+
+A seed is run once to see where its processes wait (as far in as it is planner's or stages' code), then once more for each of
+these places and each side of it: with the process killed when it has begun to wait there, or when it would go on. Which of
+the visits to a place it is, the seed draws. Calls to the bus wait once before and once after, whatever they do.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from loadgen.chaos.simulated.campaign import run_seed
+from loadgen.chaos.simulated.faults import role_of
+from loadgen.chaos.simulated.oracle import Violation
+from loadgen.chaos.simulated.region import ChaosScenario
+
+SMALL = ChaosScenario(devices=1, edges=1, clouds=1, planners=1, tasks=2, samples=(2, 6), faults=(0, 0), faults_s=4.0)
+"""A region in which nothing else goes wrong."""
+
+Await = tuple[str, str, bool]
+"""Role, place, whether the wait is over."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Counts the visits to each await, and says at which one to die."""
+
+    visits: Counter[Await] = field(default_factory=Counter)
+    target: Await | None = None
+    visit: int = 0  # of the target, counted from 1
+    died: bool = False
+
+    def __call__(self, name: str, place: str, over: bool) -> bool:
+        if not place or self.died:
+            return False
+        here = (role_of(name), place, over)
+        self.visits[here] += 1
+        self.died = here == self.target and self.visits[here] == self.visit
+        return self.died
+
+
+def sweep(
+    seed: int = 0, *, scenario: ChaosScenario = SMALL, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Every await of one seed, before and after: `awaits` by role, and `violations` with the place of each death."""
+    first = _Seen()
+    run_seed(seed, scenario=scenario, sites=first)
+    found: Counter[str] = Counter()
+    violations = []
+    draw = random.Random(seed)
+    for done, target in enumerate(sorted(first.visits), 1):
+        seen = _Seen(target=target, visit=draw.randint(1, first.visits[target]))
+        run = run_seed(seed, scenario=scenario, sites=seen)
+        if seen.died:
+            found[target[0]] += 1
+        role, place, over = target
+        where = f"{role} killed {'after' if over else 'before'} the await at {place}, visit {seen.visit}"
+        violations += [
+            Violation(violation.guarantee, f"{violation.what}; {where}").as_object(
+                seed, f"deepar simulate chaos --awaits --seed {seed}"
+            )
+            for violation in run.violations
+        ]
+        if progress is not None:
+            progress(done, len(first.visits))
+    return {"seeds": 1, "awaits": dict(sorted(found.items())), "violations": violations}

@@ -1,0 +1,103 @@
+"""The verdict over a seed: what can only be judged when all is over. `loadgen.chaos.simulated.monitor` judges while
+it runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from bus import topics
+from bus.errors import DeeparError
+from bus.memory.bus import MemoryBroker
+from bus.messages import HandleInput, TaskState, TaskSubmitted
+from loadgen.chaos.simulated.client import Client
+from loadgen.chaos.simulated.faults import Breaker
+from loadgen.chaos.simulated.oracle import Oracle, Say
+from loadgen.sim.region import VirtualRegion
+from stages.device import Device
+from stages.hop import Hop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What is compared with each other."""
+
+    region: VirtualRegion
+    broker: MemoryBroker
+    client: Client
+    oracle: Oracle
+    breaker: Breaker
+    crowded: bool  # whether a full queue may refuse tasks
+    say: Say
+
+    def judge(self, *, settled: bool) -> None:
+        """All of it; what is left behind only where the region has `settled`."""
+        oracle, breaker, client = self.oracle, self.breaker, self.client
+        for process in self.region.processes.values():
+            for end in process.ends:
+                self.say("G7", f"a process died of an error: {end}")
+        for task in client.tasks:
+            ends = oracle.ends.get(task.task_id, [])
+            whole, shown = set(range(task.samples)), client.shown(task.task_id)
+            if ends and ends[0].state is TaskState.COMPLETED and shown != whole:
+                self.say("G5", f"{task.task_id} completed without {sorted(whole - shown)}")
+            if oracle.stalled[task.task_id] and task.task_id not in breaker.missed:
+                self.say("G5", f"{task.task_id} waited for samples that were lost")
+        for stage in self.region.stages.values():
+            if stage.counted()["stalled_attempts"] and not breaker.missed:
+                self.say("G5", f"{stage.settings.name} waited for samples that were lost")
+        leader = self.region.leader()
+        if leader is not None:
+            try:
+                leader.core.validate()
+            except DeeparError as error:
+                self.say("G2", str(error))
+            if settled and leader.core.state_hash != oracle.core.state_hash:
+                self.say("G3", "the leader's state is not what its decisions say")
+        if settled:
+            if not all(stage.joined for stage in self.region.stages.values()):
+                self.say("G1", "not everybody is back")
+            self._look_for_leftovers()
+            self._look_for_letters()
+        oracle.finish(client.acknowledged, {task.task_id: self._excuses(task) for task in client.tasks})
+
+    def _excuses(self, task: TaskSubmitted) -> frozenset[str]:
+        """Causes of which a task may fail."""
+        causes = set()
+        if task.task_id in self.breaker.poisoned:
+            causes.add("any")
+        if task.task_id in self.breaker.cancelled:
+            causes.add("cancelled")
+        if task.deadline_s is not None:
+            causes.add("deadline")
+        if isinstance(task.input, HandleInput) and task.device in self.oracle.lost:
+            causes.add("input_lost")
+        if self.crowded:
+            causes.add("queue_full")
+        return frozenset(causes)
+
+    def _look_for_leftovers(self) -> None:
+        """G8: when every task is over, no stage holds anything of one."""
+        for stage in self.region.stages.values():
+            name, work = stage.settings.name, stage.work
+            if isinstance(work, Device):
+                if work.tasks:
+                    self.say("G8", f"{name} still has {sorted(work.tasks)}")
+            elif isinstance(work, Hop):
+                if work.flows or work._orphans or work._orphan_bytes:
+                    self.say("G8", f"{name} still has {sorted(work.flows)} and {sorted(work._orphans)}")
+                if work.slots is not None and work.slots._value != stage.settings.slots:
+                    self.say("G2", f"{name} has {work.slots._value} slots free of {stage.settings.slots}")
+                if any(work.offsets._open.values()):
+                    self.say("G8", f"{name} has records open: {work.offsets._open}")
+
+    def _look_for_letters(self) -> None:
+        """G7: garbage is a dead letter, unless the letter itself was lost; exactly once while all is well."""
+        log = self.broker.logs(topics.DEAD_LETTER)[0]
+        kept = Counter(record.key or "" for record in log.read(0, 1 << 30))
+        fresh = len(self.breaker.letters) - self.breaker.last_letters
+        for index, origin in enumerate(self.breaker.letters):
+            if not kept[origin] and (index >= fresh or not self.breaker.lossy):
+                self.say("G7", f"no dead letter of {origin}")
+            elif kept[origin] > 1 and index >= fresh:
+                self.say("G7", f"{kept[origin]} dead letters of {origin}")

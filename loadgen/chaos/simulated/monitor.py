@@ -1,0 +1,222 @@
+"""What is judged while the region runs: at every record, every commit and every step of a stage.
+
+* a node whose sign of life is older than half a lease sends nothing (G9);
+* an offset is committed only when all that became whole before it stands downstream, or is for nobody any more (G5, G6);
+* what a stage holds of its tasks stays within the bound that it publishes (G8);
+* a node that is silent is declared lost, and its tasks planned again, in time; and none that was heard is (G9).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from bus import messages, topics
+from bus.errors import ProtocolError
+from bus.memory.bus import MemoryBroker
+from bus.memory.partition_log import PartitionLog
+from bus.messages import Decision, EpochOpened, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLost
+from bus.port import Payload, Record, TopicPartition
+from bus.values import Role
+from loadgen.chaos.simulated.log_scan import Scan, Tap
+from loadgen.chaos.simulated.oracle import Oracle, Say
+from loadgen.chaos.simulated.region import CUT_BYTES, LEASE_S
+from loadgen.sim.region import Stage
+from stages.device import Device
+from stages.flow import Flow
+from stages.hop import ORPHAN_BYTES, Hop
+
+STAGE_S = 1.0
+"""One stage time: what the slowest machine here takes for a sample, and the planner to read."""
+QUIET_S = 1.0
+"""A leader that has written nothing for so long (it speaks five times in two seconds) was away; leases begin anew."""
+
+ORPHANS_HERE_BYTES = 256 << 10
+"""What may wait for its plan in a region as small as this."""
+
+
+class Watch:
+    """Follows one seed's region; what it finds it says."""
+
+    def __init__(self, broker: MemoryBroker, say: Say, oracle: Oracle, exempt: Callable[[str], bool]) -> None:
+        self.broker = broker
+        self.oracle = oracle
+        self.silences: list[float] = []
+        """Seconds from a node's last sign of life to its loss, planner downtime left out."""
+        self.on_decision: Callable[[Decision], None] = lambda decision: None
+        self.peaks: dict[str, int] = {}  # samples that a task's window held at most, by role
+        self._say = say
+        self._exempt = exempt  # tasks of which nothing need be kept: a poisoned one fails
+        self._heard: dict[str, float] = {}  # node -> when it sent what was last acknowledged
+        self._beats: dict[str, float] = {}  # incarnation -> when its last sign of life was written
+        self._members: dict[str, str] = {}  # node -> incarnation, by the decisions
+        self._spoke_s = float("-inf")  # when the leader last wrote
+        self._up_s = float("-inf")  # since when it has written without a pause
+        self._scans: dict[TopicPartition, Scan] = {}
+        self._committed: dict[TopicPartition, int] = {}
+        self._seen: dict[Flow, int] = {}
+        self._counted: dict[str, list[tuple[Flow, int]]] = {}  # stage -> samples of its flows when it was last weighed
+        self._said: set[tuple[str, ...]] = set()
+
+    def begin(self) -> None:
+        """Follow the control topics; the topics must be there."""
+        for topic, read in ((topics.DECISIONS, self._read_decision), (topics.EVENTS, self._read_sign)):
+            Tap(self.broker.logs(topic)[0], read)
+        Tap(self.broker.logs(topics.NODES)[0], self._read_sign)
+
+    # --- what a process does -----------------------------------------------------------------------------------------
+
+    def heard(self, name: str, sent_s: float) -> None:
+        """The bus has acknowledged a sign of life that `name` sent at `sent_s`."""
+        self._heard[name] = max(sent_s, self._heard.get(name, sent_s))
+
+    def born(self, name: str) -> None:
+        """A fresh process: it has given no sign of life."""
+        self._heard.pop(name, None)
+
+    def sends(self, name: str, topic: str, value: Payload | None) -> None:
+        """A process hands a record to its bus. The gate must be open for activations and results, not for reports."""
+        if topic != topics.RESULTS and not topic.startswith("deepar.activations."):
+            return
+        if b"report" in bytes(memoryview(value or b"")[:24]):
+            return
+        silent_s = asyncio.get_running_loop().time() - self._heard.get(name, float("-inf"))
+        if silent_s > LEASE_S / 2 + 1e-6:
+            self._once("G9", f"{name} sends although its last sign of life is {silent_s:.2f} s old", name)
+
+    def commits(self, name: str, offsets: Mapping[TopicPartition, int]) -> None:
+        """A stage commits: what became whole before these offsets must stand downstream."""
+        cloud = all(topic == topics.ACTIVATIONS_CLOUD for topic, _ in offsets)
+        onward = [topics.RESULTS] if cloud else [topics.ACTIVATIONS_CLOUD, topics.RESULTS]
+        downstream = [self._scan(log) for topic in onward for log in self.broker.logs(topic)]
+        for partition, offset in offsets.items():
+            scan = self._scan(self.broker.logs(partition[0])[partition[1]])
+            before = self._committed.get(partition, 0)
+            self._committed[partition] = max(before, offset)
+            for at, sample in scan.between(before, offset):
+                if any(sample in other.whole for other in downstream):
+                    continue
+                task_id, attempt, number = sample
+                if self._exempt(task_id) or self.oracle.fenced(task_id, attempt):
+                    continue
+                self._once(
+                    "G6",
+                    f"{name} commits {partition[0]}/{partition[1]}/{at}, {task_id}/{number} is not sent on",
+                    task_id,
+                )
+
+    def weigh(self, stage: Stage) -> None:
+        """G8: what a stage holds at this moment."""
+        work = stage.work
+        if isinstance(work, Hop):
+            counts = [(flow, flow.under_way) for flow in work.flows.values() if not flow.closed]
+            # Memory is taken for whole samples, so it can only have changed when a number has.
+            if counts and counts != self._counted.get(stage.settings.name):
+                self._counted[stage.settings.name] = counts
+                self._weigh_hop(stage, work, counts)
+        elif isinstance(work, Device):
+            for task in work.tasks.values():
+                if task.attempt is not None:
+                    self._peak(stage, task.task.task_id, task.attempt.under_way, task.attempt.window)
+
+    def _weigh_hop(self, stage: Stage, hop: Hop, counts: list[tuple[Flow, int]]) -> None:
+        name, more_bytes = stage.settings.name, ORPHANS_HERE_BYTES - ORPHAN_BYTES
+        for flow, count in counts:
+            allowed = flow.window + self._again(flow)
+            more_bytes += max(0, count - flow.window) * 2 * max(CUT_BYTES)
+            under_way = count - self._sent_on(stage, flow) if count > allowed else count
+            self._peak(stage, flow.plan.task_id, under_way, allowed)
+        if hop.held_bytes > hop.bound_bytes + more_bytes:
+            self._once("G8", f"{name} holds {hop.held_bytes:,} of {hop.bound_bytes + more_bytes:,} bytes", name)
+
+    def _again(self, flow: Flow) -> int:
+        """Samples that were there already when a flow was opened: it is the next one after a restart or a rebalance."""
+        if flow not in self._seen:
+            key = (flow.plan.task_id, flow.plan.attempt)
+            scans = [self._scan(self.broker.logs(topic)[number]) for topic, number in flow.partitions]
+            found = {entry[1] for scan in scans for entry in scan.between(0, 1 << 62) if entry[1][:2] == key}
+            self._seen[flow] = len(found)
+        return self._seen[flow]
+
+    def _sent_on(self, stage: Stage, flow: Flow) -> int:
+        """Samples that stand downstream already, only the acknowledgement has not come: a result may overtake it."""
+        topic_names = [topics.RESULTS] + ([topics.ACTIVATIONS_CLOUD] if stage.settings.role is Role.EDGE else [])
+        whole = [self._scan(log).whole for topic in topic_names for log in self.broker.logs(topic)]
+        task_id, attempt = flow.plan.task_id, flow.plan.attempt
+        return sum(any((task_id, attempt, sample) in one for one in whole) for sample in flow._whole)
+
+    def _peak(self, stage: Stage, task_id: str, under_way: int, window: int) -> None:
+        role = stage.settings.role.value
+        if under_way > self.peaks.get(role, 0):
+            self.peaks[role] = under_way
+        if under_way > window:
+            self._once(
+                "G8",
+                f"{stage.settings.name} holds {under_way} samples of {task_id}, the window is {window}",
+                stage.settings.name,
+            )
+
+    # --- what stands in the records ----------------------------------------------------------------------------------
+
+    def _read_sign(self, record: Record) -> None:
+        try:
+            message = messages.decode(record.topic, record.value)
+        except ProtocolError:
+            return
+        if isinstance(message, NodeHeartbeat | NodeAnnounced):
+            self._beats[message.incarnation] = asyncio.get_running_loop().time()
+
+    def _read_decision(self, record: Record) -> None:
+        now = asyncio.get_running_loop().time()
+        message = self.oracle.take(record)
+        if message is None:
+            return
+        if now - self._spoke_s > QUIET_S or isinstance(message, EpochOpened):
+            self._up_s = now
+        self._spoke_s = now
+        if isinstance(message, Decision):
+            for change in message.changes:
+                match change:
+                    case NodeJoined(node=node):
+                        self._members[node.node] = node.incarnation
+                        self._beats.setdefault(node.incarnation, now)
+                    case NodeLost():
+                        self._members.pop(change.node, None)
+                        if change.cause == "lease_expired":
+                            self._lost(change, now)
+                    case _:
+                        pass
+            self.on_decision(message)
+        for name, incarnation in self._members.items():
+            if self._silent_s(incarnation, now) > LEASE_S + STAGE_S:
+                self._once(
+                    "G9", f"{name} has been silent for longer than a lease, and is not declared lost", incarnation
+                )
+
+    def _silent_s(self, incarnation: str, now: float) -> float:
+        """Of a node, or since there is a leader to hear it."""
+        return now - max(self._beats[incarnation], self._up_s)
+
+    def _lost(self, change: NodeLost, now: float) -> None:
+        self.silences.append(self._silent_s(change.incarnation, now))
+        if self.silences[-1] > LEASE_S + STAGE_S:
+            self._once("G9", f"{change.node} is declared lost after {self.silences[-1]:.2f} s", change.incarnation)
+        heard_s = now - self._beats[change.incarnation]
+        # What came in the last moment may still be unread, or under way to the planner.
+        if STAGE_S / 2 < heard_s < LEASE_S - STAGE_S and self._up_s <= now - LEASE_S:
+            self._once("G9", f"{change.node} is declared lost though it was heard", change.incarnation)
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _scan(self, log: PartitionLog) -> Scan:
+        scan = self._scans.get(log.tp)
+        if scan is None:
+            scan = self._scans[log.tp] = Scan(log)
+        scan.go_on()
+        return scan
+
+    def _once(self, guarantee: str, what: str, *about: str) -> None:
+        """One violation of a kind about a thing is enough."""
+        if (guarantee, *about) not in self._said:
+            self._said.add((guarantee, *about))
+            self._say(guarantee, what)

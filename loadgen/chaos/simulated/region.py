@@ -1,0 +1,128 @@
+"""The region that is broken: who plays in it, and tensors whose content tells which sample they are of."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from bus.frames import Plan
+from bus.messages import TaskSubmitted
+from bus.tensors import Array
+from bus.values import Role
+from loadgen.chaos.simulated.oracle import Say
+from loadgen.sim.region import toy_profile
+from stages.node import NodeSettings
+from stages.runner import ModelledRunner, Station
+
+LEASE_S = 4.0
+CUT_BYTES = (9_000, 14_000, 1_200, 3_000)
+LAYER_S = (0.08, 0.02, 0.06)
+SPEED = {Role.DEVICE: 5.0, Role.EDGE: 2.0, Role.CLOUD: 1.0}
+SLOTS = 1
+LINK1_BPS, LINK2_BPS = 1_500_000, 800_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChaosScenario:
+    """The region that is broken, and how much."""
+
+    devices: int = 2
+    edges: int = 2
+    clouds: int = 2
+    planners: int = 2
+    tasks: int = 8
+    samples: tuple[int, int] = (2, 24)
+    faults_s: float = 20.0  # virtual seconds during which things go wrong
+    faults: tuple[int, int] = (5, 12)  # how many
+    converge_s: float = 200.0  # virtual seconds after healing within which every task must have ended
+    clocks: bool = True  # wall clocks are off by minutes, and jump
+    max_waiting: int | None = None  # how many tasks may wait, None: drawn; then tasks may come all at once
+
+    @property
+    def edge_names(self) -> list[str]:
+        """Its edges."""
+        return [f"e{index + 1}" for index in range(self.edges)]
+
+    def nodes(self) -> list[NodeSettings]:
+        """Its stages: cloud workers, edges, devices."""
+        return [
+            *(NodeSettings(name=f"c{index + 1}", role=Role.CLOUD, lease_s=LEASE_S) for index in range(self.clouds)),
+            *(
+                NodeSettings(
+                    name=name,
+                    role=Role.EDGE,
+                    slots=SLOTS,
+                    link1_capacity_bps=LINK1_BPS,
+                    link2_capacity_bps=LINK2_BPS,
+                    lease_s=LEASE_S,
+                )
+                for name in self.edge_names
+            ),
+            *(NodeSettings(name=f"d{index + 1}", role=Role.DEVICE, lease_s=LEASE_S) for index in range(self.devices)),
+        ]
+
+
+@lru_cache(maxsize=4096)
+def content(task_id: str, sample: int, position: int) -> Array:
+    """What crosses position `position` for a sample: every byte depends on all three, and on where it stands."""
+    tag = zlib.crc32(f"{task_id}/{sample}/{position}".encode())
+    values = (np.arange(CUT_BYTES[position], dtype=np.uint32) * np.uint32(2654435761) + np.uint32(tag)) >> np.uint32(11)
+    array: Array = values.astype(np.uint8)
+    array.flags.writeable = False
+    return array
+
+
+def same(tensors: Sequence[Array], task_id: str, sample: int, position: int) -> bool:
+    """Whether these are the tensors of that sample at that position."""
+    return len(tensors) == 1 and np.array_equal(tensors[0], content(task_id, sample, position))
+
+
+class CheckedRunner(ModelledRunner):
+    """A modelled machine whose tensors have a content, so that a stage notices when it is given another's."""
+
+    def __init__(self, settings: NodeSettings, say: Say) -> None:
+        layer_s = (seconds * SPEED[settings.role] for seconds in LAYER_S)
+        super().__init__([toy_profile(settings.name, layer_s, CUT_BYTES)])
+        self._say = say
+        self._node = settings.name
+        self._slots = settings.slots
+        self._open = 0
+
+    def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
+        """The content of position 0."""
+        return lambda sample: [content(task.task_id, sample, 0)]
+
+    def station(self, plan: Plan, first: int, last: int) -> Station:
+        """A place that checks what it is given, and that no more places are open than the node has slots."""
+        self._open += 1
+        if self._slots and self._open > self._slots:
+            self._say("G2", f"{self._node} computes {self._open} tasks at once, it has {self._slots} slots")
+        return _CheckedStation(super().station(plan, first, last), self, plan.task_id, first, last)
+
+    def closed(self) -> None:
+        """A place is free again."""
+        self._open -= 1
+
+    def wrong(self, task_id: str, sample: int, position: int) -> None:
+        """Something else came than what was sent."""
+        self._say("G5", f"{self._node} was given a wrong content for {task_id}/{sample} at {position}")
+
+
+class _CheckedStation:
+    def __init__(self, inner: Station, runner: CheckedRunner, task_id: str, first: int, last: int) -> None:
+        self._inner, self._runner = inner, runner
+        self._task_id, self._first, self._last = task_id, first, last
+
+    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
+        if not same(inputs, self._task_id, sample, self._first):
+            self._runner.wrong(self._task_id, sample, self._first)
+        await self._inner.run(sample, inputs, ready_s)
+        return [content(self._task_id, sample, self._last)]
+
+    def close(self) -> None:
+        self._inner.close()
+        self._runner.closed()

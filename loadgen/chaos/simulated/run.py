@@ -1,0 +1,243 @@
+"""One seed: the region is built, broken, healed, and judged."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from bus import topics
+from bus.memory.bus import MemoryBroker, MemoryBus
+from bus.messages import Decision
+from bus.topics import Partitions
+from bus.values import Objective, Role
+from loadgen.chaos.simulated.client import Client
+from loadgen.chaos.simulated.faults import Breaker
+from loadgen.chaos.simulated.final_checks import Verdict
+from loadgen.chaos.simulated.monitor import Watch
+from loadgen.chaos.simulated.oracle import Oracle, Violation
+from loadgen.chaos.simulated.region import LEASE_S, ChaosScenario, CheckedRunner
+from loadgen.chaos.simulated.watched_bus import WatchedBus
+from loadgen.sim.process import Process, task_factory
+from loadgen.sim.region import Stage, VirtualRegion
+from planner.core.core import PlannerCore
+from planner.core.placing import DEFAULT_MAX_WAITING
+from planner.service.record_split import RECORD_BYTES
+from planner.service.service import PlannerService
+from planner.service.snapshot_writer import PART_BYTES
+
+JOIN_S = 60.0
+SETTLE_S = 4.0
+"""Virtual seconds after the last end within which nothing of a task may be left anywhere."""
+
+Sites = Callable[[str, str, bool], bool]
+"""Asked at each await of planner and stages whether a process is to die there: its name, the place, whether it is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChaosRun:
+    """What one seed did."""
+
+    seed: int
+    virtual_s: float
+    faults: Counter[str]  # by kind
+    violations: tuple[Violation, ...]
+    states: Counter[str]  # how the tasks ended
+    retries: int  # attempts beyond the first
+    suppressed: int  # duplicates that did not show
+    silences: tuple[float, ...]  # seconds from a node's last sign of life until its tasks were planned again
+    rejected: int  # tasks that a full queue refused
+    trace: tuple[tuple[Any, ...], ...]  # what happened, in order; the same for the same seed
+
+
+class Play:
+    """Everything that one seed draws, and what came of it."""
+
+    def __init__(self, seed: int, scenario: ChaosScenario, sites: Sites | None) -> None:
+        self.seed = seed
+        self.scenario = scenario
+        draw = random.Random(seed)
+        self.broker = MemoryBroker(latency_s=0.001, session_timeout_s=3.0)
+        self.violations: list[Violation] = []
+        self.trace: list[tuple[Any, ...]] = []
+        self.sites = sites
+        self.policy = draw.choice(["deepar", "deepar", "deepar", "edge-only", "cloud-only", "no-delay"])
+        self.objective = draw.choice(list(Objective))
+        self.crowded = scenario.max_waiting is not None or draw.random() < 0.15
+        drawn = draw.choice([0, 1, 2]) if self.crowded else DEFAULT_MAX_WAITING
+        self.max_waiting = drawn if scenario.max_waiting is None else scenario.max_waiting
+        self.fine = sites is not None or draw.random() < 0.2  # each call to the bus is an await of its own
+        self.client = Client(draw, scenario, hurry=0.05 if self.crowded else 1.2, say=self.say, note=self.note)
+        self.oracle = Oracle(self._make_core(), self.say)
+        self.region = VirtualRegion(self._connect)
+        self._cast()
+        self.processes = list(self.region.processes.values())
+        self.breaker = Breaker(draw, scenario, self.broker, self.processes, self.note)
+        self.watch = Watch(self.broker, self.say, self.oracle, self.breaker.harmed)
+
+    def say(self, guarantee: str, what: str) -> None:
+        """A guarantee did not hold."""
+        self.note("VIOLATION", guarantee, what)
+        self.violations.append(Violation(guarantee, what))
+
+    def note(self, *what: Any) -> None:
+        """Remember that something happened, and when."""
+        self.trace.append((round(asyncio.get_running_loop().time(), 6), *what))
+
+    def _note_decision(self, decision: Decision) -> None:
+        for change in decision.changes:
+            about = getattr(change, "task_id", None) or getattr(change, "node", "")
+            if change.type == "admitted":
+                about = change.task.task_id
+            elif change.type == "node_joined":
+                about = change.node.node
+            self.note(
+                change.type, about, *(getattr(change, name, "") for name in ("state", "cause") if hasattr(change, name))
+            )
+
+    # --- the cast ----------------------------------------------------------------------------------------------------
+
+    def _cast(self) -> None:
+        for index in range(self.scenario.planners):
+            name = f"planner{index + 1}"
+            self.region.add_planner(name, partial(self._make_planner, name))
+        for settings in self.scenario.nodes():
+            stage = Stage(
+                settings=settings,
+                make_runner=partial(CheckedRunner, settings, self.say),
+                on_result=self.client.show if settings.role is Role.DEVICE else None,
+                kept=self.client.shown,
+                drain_s=2.0,
+            )
+            self.region.add_stage(stage)
+
+    def _make_core(self) -> PlannerCore:
+        objective = self.objective
+        return PlannerCore(
+            0,
+            policy=self.policy,
+            objective=objective,
+            execution=objective.execution,
+            max_waiting=self.max_waiting,
+        )
+
+    def _make_planner(self, name: str, bus: MemoryBus) -> PlannerService:
+        clock = self.breaker.wall_clock(name)
+        # In every other seed nearly everything that a planner writes takes several records.
+        part_bytes, record_bytes = (PART_BYTES, RECORD_BYTES) if self.seed % 2 else (1_500, 1_000)
+        return PlannerService(
+            bus,
+            self._make_core,
+            name=name,
+            lease_s=LEASE_S / 2,
+            snapshot_every=7,
+            part_bytes=part_bytes,
+            record_bytes=record_bytes,
+            wall_clock=clock,
+        )
+
+    def _connect(self, name: str) -> MemoryBus:
+        bus = WatchedBus(self.broker, name, self.watch, fine=self.fine)
+        bus.wall_clock = self.breaker.wall_clock(name)
+        self.note("starts", name)
+        return bus
+
+    def _spy(self) -> None:
+        """Have every step of a stage weighed, and every await asked whether it is the last."""
+        for name, stage in self.region.stages.items():
+            self.region.processes[name].after = partial(self.watch.weigh, stage)
+        if self.sites is not None:
+            for process in self.processes:
+                process.sites = partial(self.sites, process.name)
+                process.crashed = partial(self._restart, process)
+
+    def _restart(self, process: Process) -> None:
+        self.note("dead", process.name)
+        asyncio.get_running_loop().call_later(1.0, process.start)
+
+    # --- the play ----------------------------------------------------------------------------------------------------
+
+    async def play(self) -> ChaosRun:
+        """First faults, then heal, then judge."""
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(task_factory)
+        async with MemoryBus(self.broker, "client") as bus:
+            bus.wall_clock = self.breaker.wall_clock("client")
+            await bus.create_topics(topics.specs(self.scenario.edge_names, Partitions(cloud=3, results=2)))
+            self.watch.begin()
+            self.watch.on_decision = self._note_decision
+            self._spy()
+            for process in self.processes:
+                process.start()
+            await self._until(self._joined, JOIN_S, "not everybody joined")
+            submitting = asyncio.create_task(self.client.submit(bus, random.Random(self.seed + 1)))
+            await self.breaker.play(bus)
+            self.breaker.heal()
+            await submitting
+            ended = await self._until(self._all_ended, self.scenario.converge_s, "not every task ended")
+            if ended:
+                await asyncio.sleep(SETTLE_S)
+                # A polite stop from the last of the faults may have come after the healing: wait for who is still away.
+                await self._until(self._all_back, JOIN_S, "not everybody is back")
+                for process in self.processes:
+                    process.sites = None
+                await self.breaker.garbage_everywhere(bus)
+                await asyncio.sleep(SETTLE_S)
+            self._judge(settled=ended)
+            await self.region.end()
+        return self._result(loop.time())
+
+    def _judge(self, *, settled: bool) -> None:
+        verdict = Verdict(
+            region=self.region,
+            broker=self.broker,
+            client=self.client,
+            oracle=self.oracle,
+            breaker=self.breaker,
+            crowded=self.crowded,
+            say=self.say,
+        )
+        verdict.judge(settled=settled)
+
+    def _result(self, virtual_s: float) -> ChaosRun:
+        ends = [end for ends in self.oracle.ends.values() for end in ends]
+        return ChaosRun(
+            seed=self.seed,
+            virtual_s=virtual_s,
+            faults=self.breaker.faults(),
+            violations=tuple(self.violations),
+            states=Counter(str(end.state) for end in ends),
+            retries=sum(self.oracle.attempts.values()),
+            suppressed=int(sum(stage.counted()["duplicates_suppressed"] for stage in self.region.stages.values())),
+            silences=tuple(self.watch.silences),
+            rejected=sum(end.cause == "queue_full" for end in ends),
+            trace=tuple(self.trace),
+        )
+
+    async def _until(self, holds: Callable[[], bool], within_s: float, otherwise: str) -> bool:
+        try:
+            async with asyncio.timeout(within_s):
+                while not holds():
+                    await asyncio.sleep(0.2)
+        except TimeoutError:
+            self.say("G1", f"{otherwise} within {within_s:g} virtual seconds")
+            return False
+        return True
+
+    def _joined(self) -> bool:
+        return all(stage.joined for stage in self.region.stages.values())
+
+    def _all_back(self) -> bool:
+        return self._joined() and not any(process.dead for process in self.processes) and not self.breaker.stopping
+
+    def _all_ended(self) -> bool:
+        leader, client = self.region.leader(), self.client
+        return (
+            len(client.acknowledged) == len(client.tasks)
+            and leader is not None
+            and all(leader.core.ended.get(task_id) is not None for task_id in client.acknowledged)
+        )

@@ -1,0 +1,91 @@
+"""A cloud that is many times slower than it says: the device must become slow, and no buffer may grow.
+
+One long task is played with a cloud that keeps its word and with one that does not; how fast
+samples come, and what edge and cloud held at most beside the bound that they publish, is what is compared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from bus import messages, topics
+from bus.memory.bus import MemoryBus
+from bus.messages import Ended, Placed, SeedInput, TaskSubmitted
+from bus.topics import Partitions
+from loadgen.chaos.simulated.soak_region import SoakRegion, SoakScenario
+from loadgen.sim.process import quiet, task_factory
+from loadgen.sim.region import MODEL, Stage, decided
+from loadgen.sim.virtual_loop import run_virtual
+from stages.hop import ORPHAN_BYTES, Hop
+
+FACTOR = 10.0
+SAMPLES = 300
+CASE = SoakScenario(hours=1.0, devices=1, edges=1, clouds=1, planners=1)
+
+
+@dataclass(slots=True)
+class Played:
+    """One run."""
+
+    samples_per_s: float = 0.0
+    kind: str = ""
+    window: int = 0  # samples that may be under way
+    under_way: int = 0  # samples that the device had under way at most
+    peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # node -> bytes held at most, and the bound then
+
+
+def slow_cloud(factor: float = FACTOR, samples: int = SAMPLES) -> dict[str, Any]:
+    """Both runs, and whether the slow one slowed the device and kept within the bounds."""
+    with quiet():
+        said, slow = (run_virtual(_play(by, samples), horizon_s=36_000.0) for by in (1.0, factor))
+    within = all(peak["held_bytes"] <= peak["bound_bytes"] for peak in slow.peaks.values())
+    return {
+        "factor": factor,
+        "samples": samples,
+        "kind": slow.kind,
+        "samples_per_s": {"as_said": said.samples_per_s, "slow": slow.samples_per_s},
+        "window": slow.window,
+        "under_way": slow.under_way,
+        "buffers": slow.peaks,
+        "within": within and slow.under_way <= slow.window and slow.samples_per_s < said.samples_per_s / 2,
+    }
+
+
+async def _play(factor: float, samples: int) -> Played:
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(task_factory)
+    region, played = SoakRegion(CASE, cloud_factor=factor), Played()
+    async with MemoryBus(region.broker, "client") as client:
+        await client.create_topics(topics.specs(region.edges, Partitions(cloud=1, results=1)))
+        for name, stage in region.stages.items():
+            region.processes[name].after = partial(_weigh, stage, played)
+        region.start()
+        await region.all_joined()
+        task = TaskSubmitted(task_id="long", device="d1", model=MODEL, samples=samples, input=SeedInput(seed=0))
+        began_s = loop.time()
+        await client.send(topics.TASKS, messages.encode(task), key=task.task_id, partition=0)
+        async for change in decided(client):
+            if isinstance(change, Placed):
+                played.kind = str(change.placement.kind)
+            elif isinstance(change, Ended):
+                break
+        played.samples_per_s = samples / (loop.time() - began_s)
+        await region.end()
+    return played
+
+
+def _weigh(stage: Stage, played: Played) -> None:
+    name, work = stage.settings.name, stage.work
+    if isinstance(work, Hop):
+        held = work.held_bytes
+        peak = played.peaks.get(name)
+        if work.flows and (peak is None or held > peak["held_bytes"]):
+            played.peaks[name] = {"held_bytes": held, "bound_bytes": work.bound_bytes - ORPHAN_BYTES}
+    elif work is not None:
+        for task in work.tasks.values():
+            if task.attempt is not None:
+                played.window = max(played.window, task.attempt.window)
+                played.under_way = max(played.under_way, task.attempt.under_way)

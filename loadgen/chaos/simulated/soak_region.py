@@ -1,0 +1,126 @@
+"""The region of a soak: who is in it, who only visits, and a cloud that may be slower than it says."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from functools import partial
+
+from bus.frames import Plan
+from bus.memory.bus import MemoryBroker, MemoryBus
+from bus.values import Execution, ModelProfile, Objective, Role
+from loadgen.sim.region import Stage, VirtualRegion, toy_profile
+from planner.core.core import PlannerCore
+from planner.service.service import PlannerService
+from stages.node import NodeSettings
+from stages.runner import ModelledRunner, Station
+
+CUT_BYTES = (40_000, 60_000, 10_000, 400)
+LAYER_S = (0.100, 0.010, 0.080)
+SPEED = {Role.DEVICE: 4.0, Role.EDGE: 2.0, Role.CLOUD: 1.0}
+WARM_UP = 0.25
+"""This share of a soak is over before caches are full."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoakScenario:
+    """The region, and how long."""
+
+    hours: float = 24.0
+    seed: int = 0
+    devices: int = 3
+    edges: int = 2  # one more comes and goes
+    clouds: int = 2
+    planners: int = 2
+    task_every_s: float = 6.0  # on average
+    samples: tuple[int, int] = (1, 6)
+    churn_every_s: float = 300.0  # on average
+    looks: int = 144  # how often memory is looked at
+    lease_s: float = 10.0
+
+    @property
+    def remember(self) -> int:
+        """Ended tasks that planner and nodes remember: few enough for the warm-up to reach it."""
+        return max(10, min(10_000, int(self.hours * 3600 / self.task_every_s * WARM_UP / 2)))
+
+    @property
+    def keep_bytes(self) -> int:
+        """What the broker keeps of a partition, once it is read: it is full before the warm-up is over."""
+        return max(128 << 10, min(1 << 20, int(self.hours * (128 << 10))))
+
+    @property
+    def snapshot_every(self) -> int:
+        """Decisions from one snapshot to the next: several of them fit what the broker keeps."""
+        return self.keep_bytes // 4096
+
+
+class SlowRunner(ModelledRunner):
+    """A machine that is `factor` times slower than it says."""
+
+    def __init__(self, said: ModelProfile, factor: float) -> None:
+        super().__init__([said])
+        slow = said.model_copy(update={"layer_s": tuple(seconds * factor for seconds in said.layer_s)})
+        self._real = ModelledRunner([slow])
+
+    def station(self, plan: Plan, first: int, last: int) -> Station:
+        """A place that takes its time."""
+        return self._real.station(plan, first, last)
+
+
+class SoakRegion(VirtualRegion):
+    """Planners and stages on a broker that forgets; one edge is a visitor."""
+
+    def __init__(self, scenario: SoakScenario, *, cloud_factor: float = 1.0) -> None:
+        self.scenario = scenario
+        self.broker = MemoryBroker(
+            latency_s=0.001,
+            keep_control_bytes=scenario.keep_bytes,
+            keep_consumed_bytes=scenario.keep_bytes,
+            session_timeout_s=3.0,
+        )
+        super().__init__(partial(MemoryBus, self.broker))
+        self.edges = [f"e{index + 1}" for index in range(scenario.edges + 1)]
+        self.visitor = self.edges[-1]
+        for index in range(scenario.planners):
+            name = f"planner{index + 1}"
+            self.add_planner(name, partial(self._make_planner, name))
+        for role, names in (
+            (Role.CLOUD, [f"c{index + 1}" for index in range(scenario.clouds)]),
+            (Role.EDGE, self.edges),
+            (Role.DEVICE, [f"d{index + 1}" for index in range(scenario.devices)]),
+        ):
+            said = toy_profile(role.value, (seconds * SPEED[role] for seconds in LAYER_S), CUT_BYTES)
+            runner = partial(SlowRunner, said, cloud_factor if role is Role.CLOUD else 1.0)
+            for name in names:
+                self.add_stage(Stage(settings=self._settings(name, role), make_runner=runner))
+
+    def start(self) -> None:
+        """Everybody who is not there, but the visitor."""
+        for name, process in self.processes.items():
+            if name != self.visitor:
+                process.start()
+
+    async def all_joined(self) -> None:
+        """Wait until all who are there are part of the region."""
+        while not all(stage.joined for name, stage in self.stages.items() if not self.processes[name].dead):
+            await asyncio.sleep(0.1)
+
+    def _make_core(self) -> PlannerCore:
+        return PlannerCore(
+            0, objective=Objective.PIPELINED, execution=Execution.STREAMING, remember_ended=self.scenario.remember
+        )
+
+    def _make_planner(self, name: str, bus: MemoryBus) -> PlannerService:
+        return PlannerService(bus, self._make_core, name=name, snapshot_every=self.scenario.snapshot_every)
+
+    def _settings(self, name: str, role: Role) -> NodeSettings:
+        is_edge = role is Role.EDGE
+        return NodeSettings(
+            name=name,
+            role=role,
+            lease_s=self.scenario.lease_s,
+            slots=2 if is_edge else 0,
+            link1_capacity_bps=100_000_000 if is_edge else 0,
+            link2_capacity_bps=20_000_000 if is_edge else 0,
+            remembered_ends=self.scenario.remember,
+        )

@@ -1,0 +1,100 @@
+"""One seed of each figure on the full simulator: the live code must place as the core-only driver does, and
+take as long.
+
+The figures are made with the driver, which stands for the stages by their predicted times. Here the stages
+are the real shells in virtual time, with every frame made and shaped, on the scenario of the figure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from loadgen.experiments.figures_multi import SETTINGS
+from loadgen.experiments.figures_single import BARS, FIG3_MODELS, one_task_scenario
+from loadgen.sim.core_driver import drive
+from loadgen.sim.platforms import platforms
+from loadgen.sim.scenario import Scenario
+from loadgen.sim.simulator import simulate
+
+WITHIN = 0.01
+"""How far mean delays may be apart."""
+
+HEAD_S = 0.0005
+"""Or so far: a task's first frame carries its plan, some 600 bytes, which the cost model does not know; on
+the 18 Mbps of Figure 3 that is a quarter of a millisecond, and only LeNet's single kilobyte is so small that
+it shows.
+"""
+
+MIN_SAME = 0.95
+"""The least share of tasks with the same kind, edge and cuts."""
+
+
+@dataclass(frozen=True, slots=True)
+class FigureCheck:
+    """One scenario both ways."""
+
+    figure: str
+    case: str  # which bar of the figure
+    tasks: int
+    same_placement: float  # share of the tasks with the same kind, edge and cuts
+    mean_ratio: float  # full simulator over driver
+    mean_difference_s: float  # full simulator less driver
+    largest_error: float  # of one task's delay, relative
+    seconds: float  # of wall clock for the full simulator
+
+    @property
+    def passed(self) -> bool:
+        """The same placements but for near ties, delays within a percent."""
+        near = abs(self.mean_ratio - 1) <= WITHIN or abs(self.mean_difference_s) <= HEAD_S
+        return self.same_placement >= MIN_SAME and near
+
+    def as_row(self) -> dict[str, Any]:
+        """For reports."""
+        return {
+            "figure": self.figure,
+            "case": self.case,
+            "tasks": self.tasks,
+            "same_placement": self.same_placement,
+            "mean_ratio": self.mean_ratio,
+            "mean_difference_s": self.mean_difference_s,
+            "largest_error": self.largest_error,
+            "seconds": self.seconds,
+            "pass": self.passed,
+        }
+
+
+def check_figures(
+    *, devices: int = 20, seed: int = 0, profile: str = "paper", say: Callable[[str], None] = lambda line: None
+) -> list[FigureCheck]:
+    """Every bar of Figures 1(a) and 3, and `deepar` in each of Figure 4's settings with `devices` devices."""
+    found = []
+    platform = platforms(profile)
+    for figure, models in (("fig1a", ("alexnet",)), ("fig3", tuple(FIG3_MODELS))):
+        for model in models:
+            for policy in BARS:
+                say(f"{figure}: {model}, {policy}")
+                scenario = one_task_scenario(platform, model, policy, profile=profile)
+                found.append(check(figure, f"{model}, {policy}", scenario, seed))
+    for name, setting in SETTINGS.items():
+        say(f"{name}: {devices} devices")
+        scenario = Scenario(name=name, devices=devices, edges=setting.edges, within_s=setting.within_s, profile=profile)
+        found.append(check(name, f"{devices} devices, deepar", scenario, seed))
+    return found
+
+
+def check(figure: str, case: str, scenario: Scenario, seed: int) -> FigureCheck:
+    """Run one scenario both ways."""
+    platform = platforms(scenario.profile)
+    expected = drive(scenario, seed, platform)
+    began_s = time.perf_counter()
+    found = simulate(scenario, seed, platform).outcomes
+    seconds = time.perf_counter() - began_s
+    pairs = list(zip(expected, found, strict=True))
+    same = sum(one.where == other.where for one, other in pairs) / len(pairs)
+    delays = [(one.delay_s or 0.0, other.delay_s or 0.0) for one, other in pairs]
+    means = [sum(column) / len(delays) for column in zip(*delays, strict=True)]
+    largest = max(abs(other / one - 1) for one, other in delays)
+    return FigureCheck(figure, case, len(pairs), same, means[1] / means[0], means[1] - means[0], largest, seconds)

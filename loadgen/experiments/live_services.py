@@ -1,0 +1,93 @@
+"""The processes of a live comparison: a planner and nodes with modelled machines, on Kafka until terminated."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import structlog
+import uvloop
+
+from bus.errors import BusError, BusUnavailableError
+from bus.kafka.bus import KafkaBus, KafkaConnection
+from bus.messages import NodeAnnounced
+from bus.topics import specs
+from bus.values import Role
+from loadgen.sim.core_driver import core_for
+from loadgen.sim.scenario import Scenario
+from loadgen.sim.simulator import settings_of
+from loadgen.workers import Worker
+from planner.service.service import PlannerService
+from stages.device import Device
+from stages.hop import Hop
+from stages.node import Node
+from stages.runner import ModelledRunner
+
+
+@dataclass(frozen=True, slots=True)
+class LiveServices:
+    """What a process is to run; travels to it as a value."""
+
+    connection: KafkaConnection
+    nodes: tuple[NodeAnnounced, ...]  # played here, by these announcements
+    planned: Scenario | None  # run the planner of region 0 as this scenario says
+
+
+@contextmanager
+def running(scenario: Scenario, nodes: Sequence[NodeAnnounced], connection: KafkaConnection) -> Iterator[None]:
+    """Planner, cloud, edges and two halves of the devices, each a process of its own.
+
+    Raises `BusError` naming those that ended early, where the block finds the bus unavailable.
+    """
+    devices = [node for node in nodes if node.role is Role.DEVICE]
+    parts: dict[str, tuple[NodeAnnounced, ...]] = {
+        "planner": (),
+        "cloud": tuple(node for node in nodes if node.role is Role.CLOUD),
+        "edges": tuple(node for node in nodes if node.role is Role.EDGE),
+        "devices-1": tuple(devices[::2]),
+        "devices-2": tuple(devices[1::2]),
+    }
+    processes: list[Worker] = []
+    try:
+        for name, members in parts.items():
+            spec = LiveServices(connection, members, scenario if name == "planner" else None)
+            process = Worker(target=_run, args=(spec,), name=f"deepar compare: {name}", daemon=True)
+            process.start()
+            processes.append(process)
+        yield
+    except BusUnavailableError as error:
+        ended = [f"{running.name} (exit code {running.exitcode})" for running in processes if not running.is_alive()]
+        if ended:
+            raise BusError(f"{error}; ended early: {', '.join(ended)}") from None
+        raise
+    finally:
+        for running in processes:
+            running.terminate()
+        for running in processes:
+            running.join(5)
+            if running.is_alive():
+                running.kill()
+
+
+def _run(services: LiveServices) -> None:
+    """Run until the process is terminated."""
+    # Chatter of five processes on one terminal hides what matters; warnings stay.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(services))
+
+
+async def _serve(services: LiveServices) -> None:
+    async with KafkaBus(services.connection) as bus, asyncio.TaskGroup() as group:
+        edges = [node.node for node in services.nodes if node.role is Role.EDGE]
+        await bus.create_topics(specs(edges))
+        if services.planned is not None:
+            planned = services.planned
+            group.create_task(PlannerService(bus, lambda: core_for(planned)).run(), name="planner")
+        for announced in services.nodes:
+            node = Node(bus, settings_of(announced), ModelledRunner(announced.models))
+            work = Device(node) if announced.role is Role.DEVICE else Hop(node)
+            group.create_task(node.run(work), name=announced.node)

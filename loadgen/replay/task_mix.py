@@ -1,0 +1,138 @@
+"""What the tasks are: a mix of models and the parameters drawn for each task, the paper's by default.
+
+Every quantity is drawn from a stream of its own (`loadgen.random_streams`), uniformly from a closed range, so the
+fifth task's number of samples is the same whether or not bandwidth caps are drawn too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from pydantic import ValidationError
+
+from bus.errors import ConfigError, unknown_name
+from bus.messages import DatasetInput, SeedInput, TaskSubmitted
+from bus.validation import first_fault
+from loadgen.random_streams import Streams
+
+Range = tuple[float, float]
+"""(least, largest), both included."""
+
+PAPER_MODELS = ("alexnet", "vgg16", "deepface", "lenet")
+"""The four networks of Section V, by their names in the zoo and in the `paper` profile."""
+
+
+MOST = 1e15
+"""Of anything that is drawn for a task; whole numbers up to it are exact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """What is drawn for a task. A range of None draws nothing and leaves the field unset. Validated when built."""
+
+    models: Mapping[str, float]  # name -> weight, over 0
+    samples: Range = (1, 1)  # N
+    max_link1_bps: Range | None = None  # B_i^1
+    max_link2_bps: Range | None = None  # B_i^2
+    input_bytes: Range | None = None  # G_i(0)
+    deadline_s: float | None = None  # of every task
+    datasets: Mapping[str, str] = field(default_factory=dict)  # model -> data set its tasks read; else a seed
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ConfigError("a mix needs at least one model")
+        for model, weight in self.models.items():
+            if not weight > 0:
+                raise ConfigError(f"the weight of {model} in the mix must be over 0, not {weight}")
+        for name in ("samples", "max_link1_bps", "max_link2_bps", "input_bytes"):
+            limits = getattr(self, name)
+            if limits is not None and not 0 < limits[0] <= limits[1] <= MOST:
+                raise ConfigError(
+                    f"{name}: {limits[0]:g}..{limits[1]:g} is not a range of numbers over 0, up to {MOST:g}"
+                )
+        if self.samples[0] < 1:
+            raise ConfigError(f"samples: {self.samples[0]:g}..{self.samples[1]:g} begins below one sample")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ConfigError(f"deadline_s: {self.deadline_s:g} is not over 0")
+
+
+PAPER_MIX = Mix(
+    models=dict.fromkeys(PAPER_MODELS, 1.0),
+    samples=(1, 1000),
+    max_link1_bps=(20e6, 300e6),
+    max_link2_bps=(10e6, 50e6),
+    input_bytes=(10_000, 1_000_000),
+)
+"""Section V-B: N 1..1000, B^1 20..300 Mbps, B^2 10..50 Mbps, G(0) 10..1000 KB, the four networks equally often."""
+
+
+def draw(
+    mix: Mix, tasks: int, devices: Sequence[str], streams: Streams, *, prefix: str = "task"
+) -> list[TaskSubmitted]:
+    """`tasks` tasks named `PREFIX-0`, `PREFIX-1`, ..., on the devices in turn (with as many devices as tasks:
+    one each).
+
+    Raises `ConfigError` when there is no device.
+    """
+    if not devices:
+        raise ConfigError("there is no device to submit tasks for")
+    names = list(mix.models)
+    weights = np.array([mix.models[name] for name in names])
+    picks = streams.stream("model").choice(len(names), size=tasks, p=weights / weights.sum())
+    samples = _whole(mix.samples, tasks, streams, "samples")
+    link1 = _whole(mix.max_link1_bps, tasks, streams, "max_link1")
+    link2 = _whole(mix.max_link2_bps, tasks, streams, "max_link2")
+    sizes = _whole(mix.input_bytes, tasks, streams, "input_bytes")
+    seeds = streams.stream("input").integers(0, 1 << 62, size=tasks)
+    drawn = []
+    for index in range(tasks):
+        model = names[int(picks[index])]
+        dataset = mix.datasets.get(model)
+        try:
+            task = TaskSubmitted(
+                task_id=f"{prefix}-{index}",
+                device=devices[index % len(devices)],
+                model=model,
+                samples=samples[index] or 1,
+                input=DatasetInput(name=dataset, start=int(seeds[index]) % 1_000_000)
+                if dataset
+                else SeedInput(seed=int(seeds[index])),
+                max_link1_bps=link1[index],
+                max_link2_bps=link2[index],
+                input_bytes=sizes[index],
+                deadline_s=mix.deadline_s,
+            )
+        except ValidationError as error:
+            raise ConfigError(f"a task for device {devices[index % len(devices)]!r}: {first_fault(error)}") from None
+        drawn.append(task)
+    return drawn
+
+
+def parse_models(text: str, *, known: Sequence[str] | None = None) -> dict[str, float]:
+    """A mix from `lenet`, `lenet,alexnet` or `lenet=3,alexnet=1`; `paper` means the paper's four.
+
+    Raises `ConfigError` for a bad weight, `UnknownNameError` for a model that is not in `known`.
+    """
+    if text.strip() == "paper":
+        return dict.fromkeys(PAPER_MODELS, 1.0)
+    mix: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.strip().partition("=")
+        if known is not None and name not in known:
+            raise unknown_name("model", name, known)
+        try:
+            mix[name] = float(weight) if weight else 1.0
+        except ValueError:
+            raise ConfigError(f"the weight of {name} in the mix is {weight!r}, not a number") from None
+    return Mix(models=mix).models  # type: ignore[return-value]  # validated, and a dict as we built it
+
+
+def _whole(limits: Range | None, tasks: int, streams: Streams, name: str) -> list[int] | list[None]:
+    """Whole numbers drawn uniformly from the closed range, or as many None."""
+    if limits is None:
+        return [None] * tasks
+    least, largest = round(limits[0]), round(limits[1])
+    values: list[int] = streams.stream(name).integers(least, largest, size=tasks, endpoint=True).tolist()
+    return values

@@ -1,0 +1,184 @@
+"""The core-only driver: the real `PlannerCore` in virtual time, the stages as their predicted times.
+
+A heap of (time, priority, sequence, what) feeds the core with the same messages that the service reads from
+the bus; a task that the core starts ends after its predicted delay, or after a noisy one where noise is asked
+for. No bus, no bytes, no event loop: this is what the figures, sweeps and millions of tasks run on.
+`loadgen.sim.simulator` runs the whole thing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import Any
+
+from bus.errors import InvariantError, PolicyError
+from bus.messages import (
+    Ended,
+    NodeAnnounced,
+    Placed,
+    Retried,
+    Start,
+    TaskCompleted,
+    TaskState,
+)
+from bus.unchecked_constructors import maker
+from bus.values import Parts
+from loadgen.random_streams import Streams
+from loadgen.replay.outcome import Outcome
+from loadgen.replay.schedule import Entry
+from loadgen.sim.platforms import Platforms
+from loadgen.sim.scenario import Scenario
+from planner.core.core import PlannerCore, Tick
+
+_END = 0  # at one instant, resources are freed before they are asked for
+UNLIMITED = 1 << 60
+_NOTHING = Parts()
+_completed = maker(TaskCompleted)  # of numbers that were computed here
+
+
+@dataclass(slots=True)
+class Drive:
+    """One run of the core over a schedule."""
+
+    core: PlannerCore
+    on_end: Callable[[Outcome], None]  # called once for each task, in the order of their ends
+    slowdown: Callable[[], float] = field(default=lambda: 1.0)  # actual over predicted delay of the next start
+    now_s: float = 0.0
+    _heap: list[tuple[float, int, int, Any]] = field(default_factory=list)
+    _sequence: int = 0
+    _live: dict[str, Outcome] = field(default_factory=dict)  # tasks that have not ended
+    _wakeup_s: float = math.inf
+
+    def announce(self, nodes: Iterable[NodeAnnounced]) -> None:
+        """Nodes join at time 0."""
+        for node in nodes:
+            self._handle(node)
+
+    def run(self, entries: Iterable[Entry]) -> None:
+        """Everything, until the last task has ended. Entries are read one ahead, so they may be a generator.
+
+        Raises `InvariantError` when tasks are left that no event will ever end.
+        """
+        arrivals = iter(entries)
+        upcoming = next(arrivals, None)
+        heap = self._heap
+        while upcoming is not None or heap:
+            if heap and (upcoming is None or heap[0][0] <= upcoming.at_s):
+                instant, completion = heap[0][0], True
+            else:
+                assert upcoming is not None
+                instant, completion = upcoming.at_s, False
+            if self._wakeup_s < instant:
+                self.now_s = max(self.now_s, self._wakeup_s)
+                self._handle(Tick())
+                continue
+            self.now_s = instant
+            if completion:
+                self._complete(heappop(heap)[3])
+            else:
+                assert upcoming is not None
+                self._submit(upcoming)
+                upcoming = next(arrivals, None)
+        while self._live and self._wakeup_s < math.inf and self._expires():
+            self.now_s = self._wakeup_s
+            self._handle(Tick())
+        if self._live:
+            names = ", ".join(list(self._live)[:5])
+            raise InvariantError(f"{len(self._live)} tasks wait for an event that never comes: {names}")
+
+    def _expires(self) -> bool:
+        # Only deadlines can end a task now; a wake-up that lies beyond them is a lease of a simulated node.
+        return self._wakeup_s < 1e8
+
+    def _submit(self, entry: Entry) -> None:
+        task = entry.task
+        outcome = Outcome(task.task_id, task.model, task.device, task.samples, entry.at_s, entry.warmup)
+        outcome.submitted_s = self.now_s
+        self._live[task.task_id] = outcome
+        self._handle(task)
+
+    def _complete(self, completion: tuple[str, int]) -> None:
+        task_id, attempt = completion
+        outcome = self._live.get(task_id)
+        if outcome is None or outcome.attempt != attempt:
+            return  # it has ended otherwise, or runs again elsewhere
+        started_s = outcome.started_s if outcome.started_s is not None else self.now_s
+        self._handle(
+            _completed(
+                task_id=task_id,
+                attempt=attempt,
+                node=outcome.device,
+                measured=outcome.predicted or _NOTHING,
+                delay_s=self.now_s - started_s,
+                wait_s=started_s - outcome.scheduled_s,
+            )
+        )
+
+    def _handle(self, event: Any) -> None:
+        now_s, live = self.now_s, self._live
+        for change in self.core.handle(event, now_s):
+            if isinstance(change, Placed):
+                outcome = live[change.task_id]
+                outcome.placed_s, outcome.attempt, outcome.policy = now_s, change.attempt, change.policy
+                outcome.placement, outcome.predicted = change.placement, change.parts
+                outcome.predicted_delay_s, outcome.predicted_wait_s = change.delay_s, change.wait_s
+            elif isinstance(change, Start):
+                task_id = change.task_id
+                outcome = live[task_id]
+                outcome.started_s = now_s
+                self._sequence += 1
+                end_s = now_s + (outcome.predicted_delay_s or 0.0) * self.slowdown()
+                heappush(self._heap, (end_s, _END, self._sequence, (task_id, change.attempt)))
+            elif isinstance(change, Retried):
+                live[change.task_id].started_s = None
+            elif isinstance(change, Ended):
+                outcome = live.pop(change.task_id)
+                outcome.state, outcome.cause, outcome.ended_s = change.state, change.cause, now_s
+                outcome.measured, outcome.device_delay_s = change.measured, change.delay_s
+                if change.cause == "policy_error":
+                    raise PolicyError(f"task {change.task_id}: {change.detail}")
+                self.on_end(outcome)
+        wakeup_s = self.core.next_wakeup()
+        self._wakeup_s = math.inf if wakeup_s is None else wakeup_s
+
+
+def core_for(scenario: Scenario) -> PlannerCore:
+    """A fresh core that decides as the scenario says."""
+    return PlannerCore(
+        0,
+        policy=scenario.policy,
+        objective=scenario.objective,
+        execution=scenario.runs_as,
+        max_waiting=UNLIMITED,  # the paper's queue has no end
+        max_waiting_per_device=UNLIMITED,
+    )
+
+
+def drive(scenario: Scenario, seed: int, platforms: Platforms) -> list[Outcome]:
+    """Run a scenario through the core; the outcomes in the order in which the tasks were due.
+
+    Delays are exact: predicted times, or with `scenario.noise` predicted times with log-normal noise of mean
+    1 from a stream of the same seed. Raises `ConfigError`, `InvariantError`, `PolicyError`.
+    """
+    platforms.require(scenario.models)
+    outcomes: list[Outcome] = []
+    run = Drive(core_for(scenario), outcomes.append)
+    if scenario.noise:
+        run.slowdown = log_normal(scenario.noise, seed)
+    run.announce(scenario.nodes(seed, platforms.profiles))
+    run.run(scenario.schedule(seed).entries)
+    return sorted(outcomes, key=lambda outcome: (outcome.scheduled_s, int(outcome.task_id.rpartition("-")[2])))
+
+
+def log_normal(sigma: float, seed: int) -> Callable[[], float]:
+    """Factors of mean 1 whose logarithm has standard deviation `sigma`."""
+    rng = Streams(seed).stream("noise")
+    return lambda: math.exp(float(rng.normal(-sigma * sigma / 2, sigma)))
+
+
+def completed(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Those that completed; the figures' means are over them, and a run of the paper's completes all."""
+    return [outcome for outcome in outcomes if outcome.state is TaskState.COMPLETED]

@@ -1,0 +1,166 @@
+"""What a task can use: which edges its device reaches, and how fast each tier runs its model.
+
+Profiles come with the nodes' announcements and are matched by name and hash with the device's. The cloud's nodes are one
+consumer group, so any of them may serve a task; it is predicted by the fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any, Final
+
+from bus.messages import NodeAnnounced, TaskSubmitted
+from bus.values import Objective, Role
+from planner.core.records import Node
+from planner.core.state import RegionState
+from planner.search.algorithm1 import EdgeOption, Reached, Request
+from planner.search.cost import PlatformRow
+from planner.search.cut_search import CutSearch, search_bytes
+
+MAX_SEARCH_BYTES: Final = 256 << 20
+"""Prepared searches kept, in bytes; beyond that all are dropped, and made again when needed."""
+
+MAX_OPTIONS: Final = 50_000
+"""Edges as devices of one make see them, kept likewise."""
+
+
+class Reach(RegionState):
+    """A region that can say what Algorithm 1 has to choose from."""
+
+    max_search_bytes = MAX_SEARCH_BYTES
+
+    def __init__(self, region: int = 0, objective: Objective = Objective.SEQUENTIAL, **settings: Any) -> None:
+        super().__init__(region, **settings)
+        self.objective = objective
+        self.search_bytes = 0  # that the prepared searches hold
+        self._searches: dict[tuple[PlatformRow | None, ...], CutSearch] = {}
+        self._options: dict[tuple[str, PlatformRow, int], EdgeOption | None] = {}
+
+    def request(self, submitted: TaskSubmitted, avoid: Collection[str] = ()) -> Request | str | None:
+        """A task as Algorithm 1 sees it; None while its device is not there, or drains; a cause where it never can be.
+
+        Nodes to `avoid` are left out: edges, the cloud, the device alone.
+        """
+        device = self.nodes.get(submitted.device)
+        if device is None or device.draining or device.announced.role is not Role.DEVICE:
+            return None
+        row = device.rows.get(submitted.model)
+        if row is None:
+            return "unknown_model"
+        reached = device.reach.get(row.model)
+        if reached is None:
+            reached = device.reach[row.model] = self._reach(device, row)
+        if avoid:
+            reached = self._without(reached, avoid, device)
+        return Request(submitted, reached, self.ledger.devices.get(submitted.device), self.objective)
+
+    def missing(self, submitted: TaskSubmitted) -> tuple[str, ...]:
+        """What would have to join for a task that waits, in words; of more than one, any may do."""
+        name, model = submitted.device, submitted.model
+        device = self.nodes.get(name)
+        if device is None:
+            return (f"device {name} to join",)
+        if device.draining:
+            return (f"device {name}, which drains, to join again",)
+        row = device.rows.get(model)
+        if row is None:
+            return ()
+        found = []
+        staying = [cloud for cloud in self._cloud_names if not self.nodes[cloud].draining]
+        if not staying:
+            found.append("a cloud to join")
+        elif self._cloud_row(model, row.sha256) is None:
+            found.append(f"a cloud that runs {model} ({', '.join(staying)} {'do' if staying[1:] else 'does'} not)")
+        reachable = device.announced.reachable_edges
+        names = self._edge_names if reachable is None else sorted(set(reachable))
+        there = [edge for edge in names if edge in self._edge_names and not self.nodes[edge].draining]
+        if not there:
+            found.append("an edge to join" if reachable is None else f"one of the edges {', '.join(names)} to join")
+        elif all(self._row(edge, model, row.sha256) is None for edge in there):
+            found.append(f"an edge that runs {model} ({', '.join(there)} {'do' if there[1:] else 'does'} not)")
+        return tuple(found)
+
+    def _reach(self, device: Node, row: PlatformRow) -> Reached:
+        """What a device can use for one model; kept until a node joins or is lost."""
+        announced = device.announced
+        cloud = self._cloud_row(row.model, row.sha256)
+        names = self._edge_names if announced.reachable_edges is None else sorted(set(announced.reachable_edges))
+        known, own_bps = self._options, announced.link1_capacity_bps
+        options: list[EdgeOption] = []
+        for name in names:
+            key = name, row, own_bps
+            if key not in known:
+                if len(known) >= MAX_OPTIONS:
+                    known.clear()
+                known[key] = self._option(name, row, cloud, own_bps)
+            option = known[key]
+            if option is not None:
+                options.append(option)
+        return Reached(row, self._search(row, None, None), tuple(options))
+
+    def _without(self, reached: Reached, avoid: Collection[str], device: Node) -> Reached:
+        """What is left of the nodes that a device can use."""
+        row, own_bps = reached.row, device.announced.link1_capacity_bps
+        left = [option for option in reached.edges if option.account.name not in avoid]
+        if any(name in avoid for name in self._cloud_names):
+            local = (self._option(option.account.name, row, None, own_bps) for option in left)
+            left = [option for option in local if option is not None]
+        return Reached(row, reached.device_search, left, alone=device.announced.node not in avoid)
+
+    def _option(self, name: str, row: PlatformRow, cloud: PlatformRow | None, own_bps: int) -> EdgeOption | None:
+        """An edge as devices of one make see it, or None where it is no use to them."""
+        node = self.nodes.get(name)
+        if node is None or node.draining or node.announced.role is not Role.EDGE:
+            return None
+        edge = node.rows.get(row.model)
+        if edge is not None and (edge.sha256 != row.sha256 or edge.layers != row.layers):
+            edge = None
+        if edge is None and cloud is None:
+            return None
+        account = self.ledger.edges[name]
+        limit1 = account.link1_capacity_bps
+        if own_bps and own_bps < limit1:
+            limit1 = own_bps
+        return EdgeOption(account, self._search(row, edge, cloud), limit1, account.link2_capacity_bps)
+
+    def _forget_reach(self, changed: NodeAnnounced) -> None:
+        super()._forget_reach(changed)
+        if changed.role is not Role.DEVICE:
+            self._options.clear()
+
+    def _row(self, node: str, model: str, sha256: str) -> PlatformRow | None:
+        row = self.nodes[node].rows.get(model)
+        return row if row is not None and row.sha256 == sha256 else None
+
+    def _cloud_row(self, model: str, sha256: str) -> PlatformRow | None:
+        """How the cloud runs a model that comes now: the profile of its fastest node, of equals the first by name."""
+        key = model, sha256
+        if key not in self._cloud_rows:
+            staying = [name for name in self._cloud_names if not self.nodes[name].draining]
+            self._cloud_rows[key] = self._fastest_cloud(staying, model, sha256)
+        return self._cloud_rows[key]
+
+    def _fastest_cloud(self, names: Iterable[str], model: str, sha256: str) -> PlatformRow | None:
+        rows = [row for name in names if (row := self._row(name, model, sha256)) is not None]
+        return min(rows, key=lambda row: row.compute_s[-1], default=None)
+
+    def _search(self, device: PlatformRow, edge: PlatformRow | None, cloud: PlatformRow | None) -> CutSearch:
+        if cloud is not None and cloud.layers != device.layers:
+            cloud = None
+        key = device, edge, cloud
+        search = self._searches.get(key)
+        if search is None:
+            size_bytes = search_bytes(device.layers, self.objective)
+            if self.search_bytes + size_bytes > self.max_search_bytes:
+                self._forget_searches()
+            self.search_bytes += size_bytes
+            search = self._searches[key] = CutSearch(device, edge, cloud)
+        return search
+
+    def _forget_searches(self) -> None:
+        """Drop all prepared searches, and all that keeps hold of one."""
+        self._searches.clear()
+        self._options.clear()
+        for node in self.nodes.values():
+            node.reach.clear()
+        self.search_bytes = 0

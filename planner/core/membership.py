@@ -1,0 +1,182 @@
+"""Nodes come, change, drain and go: what that takes from whom, and who may be placed because of it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from bus.messages import HandleInput, NodeAnnounced, NodeJoined, NodeLeft, NodeLost, TaskState
+from bus.values import Role
+from planner.core.placing import Placing
+from planner.core.records import Node, Task
+from planner.search.cost import PlatformRow
+from planner.search.ledger import Reservation
+
+NO_LIMIT: Final = 1 << 62
+
+
+class Membership(Placing):
+    """A region whose nodes come and go."""
+
+    def _on_announced(self, announced: NodeAnnounced, now: float) -> None:
+        if announced.region != self.region:
+            return
+        node = self.nodes.get(announced.node)
+        if node is not None and node.announced.incarnation == announced.incarnation:
+            self._renew(announced.node, announced.incarnation, now)
+            if announced == node.announced:
+                return
+            if announced.role is not node.announced.role:
+                self._lose(node, "replaced", now)
+            elif announced.role is Role.EDGE:
+                running = [r for r in self.ledger.edges[announced.node].reservations.values() if r.running]
+                limits = (announced.slots, announced.link1_capacity_bps, announced.link2_capacity_bps)
+                self._shrink(running, limits, announced, now)
+            elif announced.role is Role.DEVICE and announced.link1_capacity_bps:
+                running = [r for r in self.ledger.reservations.values() if r.running and r.sender == announced.node]
+                self._shrink(running, (NO_LIMIT, announced.link1_capacity_bps, NO_LIMIT), announced, now)
+        elif node is not None:
+            self._lose(node, "replaced", now)
+        before = self._clouds_used() if announced.role is Role.CLOUD else {}
+        self._do(NodeJoined(node=announced), now)
+        self._renew(announced.node, announced.incarnation, now)
+        if node is not None and node.announced.role is announced.role:
+            self._take_back_unserved(announced, now)
+            if node.announced.incarnation == announced.incarnation:
+                self._take_back_changed(node, before, now)
+        if announced.draining:
+            return  # nobody waits for it
+        if announced.role is Role.DEVICE:
+            found = [task for task in self._waiting.values() if task.submitted.device == announced.node]
+        else:
+            found = [task for task in self._waiting.values() if task.submitted.device in self.nodes]
+        for task in found:
+            self._replan_later(task)
+
+    def _on_left(self, left: NodeLeft, now: float) -> None:
+        node = self.nodes.get(left.node)
+        if node is not None and node.announced.incarnation == left.incarnation:
+            self._lose(node, "left", now)
+
+    def _lose(self, node: Node, cause: str, now: float) -> None:
+        """Take back what depends on a node, then drop it."""
+        announced = node.announced
+        name = announced.node
+        if announced.role is Role.EDGE:
+            touched = [self.tasks[task_id] for task_id in self.ledger.edges[name].reservations]
+        elif announced.role is Role.DEVICE:
+            touched = [
+                task
+                for task in self.tasks.values()
+                if task.submitted.device == name and task.state != TaskState.WAITING
+            ]
+        else:
+            others = [other for other in self._cloud_names if other != name]
+            touched = [
+                task
+                for task in self.tasks.values()
+                if task.placed is not None
+                and task.placed.placement.uses_cloud
+                and self._fastest_cloud(others, task.placed.model, task.placed.sha256) is None
+            ]
+        for task in sorted(touched, key=_seq):
+            if announced.role is Role.DEVICE and isinstance(task.submitted.input, HandleInput):
+                self._end(task, TaskState.FAILED, now, cause="input_lost", detail=f"{name}: {cause}")
+            else:
+                self._retry(task, "node_lost", now, f"{name}: {cause}")
+        if announced.role is Role.DEVICE:
+            for task in sorted(self._waiting.values(), key=_seq):
+                if task.submitted.device != name:
+                    continue
+                if isinstance(task.submitted.input, HandleInput):
+                    self._end(task, TaskState.FAILED, now, cause="input_lost", detail=f"{name}: {cause}")
+        self._do(NodeLost(node=name, incarnation=announced.incarnation, cause=cause), now)
+
+    def _shrink(
+        self, running: list[Reservation], limits: tuple[int, int, int], announced: NodeAnnounced, now: float
+    ) -> None:
+        """A node announces less than runs there: take back the latest until the rest fits slots, link 1 and link 2."""
+        running.sort(key=lambda r: r.key)
+        slots = sum(r.slots for r in running)
+        link1, link2 = sum(r.link1_bps for r in running), sum(r.link2_bps for r in running)
+        while slots > limits[0] or link1 > limits[1] or link2 > limits[2]:
+            r = running.pop()
+            slots, link1, link2 = slots - r.slots, link1 - r.link1_bps, link2 - r.link2_bps
+            self._retry(self.tasks[r.task_id], "capacity_lowered", now, announced.node)
+
+    def _take_back_unserved(self, announced: NodeAnnounced, now: float) -> None:
+        """A node has changed under the same incarnation: what it no longer serves is planned again. Of what a node that
+        drains serves, that is what does not run yet.
+        """
+        name = announced.node
+        for task in sorted(self.tasks.values(), key=_seq):
+            placed = task.placed
+            if placed is None:
+                continue
+            placement, cause = placed.placement, ""
+            if announced.role is Role.DEVICE and task.submitted.device == name:
+                reach = announced.reachable_edges
+                if self._row(name, placed.model, placed.sha256) is None:
+                    cause = "model_gone"
+                elif placement.edge is not None and reach is not None and placement.edge not in reach:
+                    cause = "edge_unreachable"
+            elif announced.role is Role.EDGE and placement.edge == name and placement.uses_slot:
+                if self._row(name, placed.model, placed.sha256) is None:
+                    cause = "model_gone"
+            elif (
+                announced.role is Role.CLOUD
+                and placement.uses_cloud
+                and self._fastest_cloud(self._cloud_names, placed.model, placed.sha256) is None
+            ):
+                cause = "model_gone"
+            if (
+                not cause
+                and announced.draining
+                and task.state is TaskState.SCHEDULED
+                and self._waits_for(task, announced)
+            ):
+                cause = "draining"
+            if cause:
+                self._retry(task, cause, now, name)
+
+    def _clouds_used(self) -> dict[tuple[str, str], PlatformRow | None]:
+        """By model and hash, what the placed tasks' part in the cloud was predicted by."""
+        placed = [task.placed for task in self.tasks.values() if task.placed is not None]
+        used = {(one.model, one.sha256) for one in placed if one.placement.uses_cloud}
+        return {key: self._cloud_row(*key) for key in used}
+
+    def _take_back_changed(self, before: Node, clouds: dict[tuple[str, str], PlatformRow | None], now: float) -> None:
+        """Plan anew the scheduled tasks whose placement rests on what a node, now changed, said before."""
+        name, role = before.announced.node, before.announced.role
+        after = self.nodes[name]
+        for task in sorted(self.tasks.values(), key=_seq):
+            placed = task.placed
+            if placed is None or task.state is not TaskState.SCHEDULED:
+                continue
+            placement, model = placed.placement, (placed.model, placed.sha256)
+            if role is Role.DEVICE:
+                rests = task.submitted.device == name
+                limit = after.announced.link1_capacity_bps
+                changed = before.rows.get(placed.model) is not after.rows.get(placed.model)
+                changed = changed or 0 < limit < placement.link1_bps
+            elif role is Role.EDGE:
+                rests = placement.edge == name and placement.uses_slot
+                changed = before.rows.get(placed.model) is not after.rows.get(placed.model)
+            else:
+                rests = placement.uses_cloud
+                changed = clouds.get(model) is not self._cloud_row(*model)
+            if rests and changed:
+                self._retry(task, "node_changed", now, name)
+
+    def _waits_for(self, task: Task, draining: NodeAnnounced) -> bool:
+        """Whether a scheduled task is to run with a node that drains, and in the cloud's case with no other."""
+        assert task.placed is not None
+        placed, placement = task.placed, task.placed.placement
+        if draining.role is Role.DEVICE:
+            return task.submitted.device == draining.node
+        if draining.role is Role.EDGE:
+            return placement.edge == draining.node
+        return placement.uses_cloud and self._cloud_row(placed.model, placed.sha256) is None
+
+
+def _seq(task: Task) -> int:
+    return task.seq

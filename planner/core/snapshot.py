@@ -1,0 +1,215 @@
+"""The state as a value: an image that is taken at once and written out bit by bit, and back; and a check of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from heapq import heappush
+from typing import Any
+
+from bus.errors import ConfigError, InvariantError
+from bus.messages import NodeAnnounced, NodeJoined, Placed, TaskState, TaskSubmitted
+from bus.snapshots import STATE_VERSION
+from planner.core.circuits import Circuit
+from planner.core.records import HASH_MASK, NEVER, Task, hash_of
+from planner.core.state import RegionState, reservation_of
+
+Lists = dict[str, list[bytes]]
+"""Pieces of the state's long lists, each entry as JSON."""
+
+
+class Image:
+    """Everything of a region that decides what will happen, as it is at this moment.
+
+    Taking it costs about a microsecond a task, for it only holds on to values that never change; making JSON of it costs ten
+    times as much and can be done in steps, while the region goes on.
+    """
+
+    def __init__(self, region: RegionState) -> None:
+        self.head: dict[str, Any] = {
+            "version": STATE_VERSION,
+            "region": region.region,
+            "now_s": None if region.now_s == float("-inf") else region.now_s,
+            "admitted": region._seq,
+            "circuits": [[name, *circuit] for name, circuit in sorted(region.circuits.items())],
+        }
+        self._nodes = list(region.nodes.values())
+        reservations = region.ledger.reservations
+        self._tasks = [
+            (
+                task.submitted,
+                task.seq,
+                task.state,
+                task.attempt,
+                task.deadline_s,
+                task.waiting_since_s,
+                task.placed,
+                task.avoided,
+                None if (r := reservations.get(task.task_id)) is None else (r.start_s, r.end_s, r.moves),
+            )
+            for task in region.tasks.values()
+        ]
+        self._ended = region.ended.to_state()
+
+    def pieces(self, size_bytes: int) -> Iterator[Lists]:
+        """The long lists in pieces of about so much JSON, at least one. Equal profiles are written once."""
+        piece: Lists = {}
+        held = 0
+        for name, entry in self._entries():
+            if held and held + len(entry) > size_bytes:
+                yield piece
+                piece, held = {}, 0
+            piece.setdefault(name, []).append(entry)
+            held += len(entry) + 1
+        yield piece
+
+    def _entries(self) -> Iterator[tuple[str, bytes]]:
+        profiles: dict[str, int] = {}
+        nodes = []
+        for node in self._nodes:
+            models = [[profiles.setdefault(text, len(profiles)), platform] for text, platform in node.profile_texts()]
+            announced = node.announced.model_dump(mode="json", exclude={"models"})
+            nodes.append(json.dumps({"announced": announced, "models": models}).encode())
+        for text in profiles:
+            yield "profiles", text.encode()
+        for entry in nodes:
+            yield "nodes", entry
+        for submitted, seq, state, attempt, deadline_s, waiting_since_s, placed, avoided, held in self._tasks:
+            rest = {
+                "seq": seq,
+                "state": state.value,
+                "attempt": attempt,
+                "deadline_s": None if deadline_s == NEVER else deadline_s,
+                "waiting_since_s": waiting_since_s,
+                "avoided": avoided,
+                "start_s": None if held is None else held[0],
+                "end_s": None if held is None else held[1],
+                "moves": 0 if held is None else held[2],
+            }
+            placed_text = b"null" if placed is None else placed.__pydantic_serializer__.to_json(placed)
+            submitted_text = submitted.__pydantic_serializer__.to_json(submitted, exclude_none=True)
+            yield (
+                "tasks",
+                b'{"submitted":%b,"placed":%b,%b' % (submitted_text, placed_text, json.dumps(rest).encode()[1:]),
+            )
+        for pair in self._ended:
+            yield "ended", json.dumps(pair).encode()
+
+    def to_state(self) -> dict[str, Any]:
+        """All of it at once."""
+        (lists,) = self.pieces(1 << 62)
+        state = dict(self.head)
+        for name in ("profiles", "nodes", "tasks", "ended"):
+            state[name] = [json.loads(entry) for entry in lists.get(name, ())]
+        return state
+
+
+def spliced(payload: bytes, lists: Lists) -> bytes:
+    """The JSON of a message whose last field is its `state`, with these lists at the end of it."""
+    inside = b",".join(b'"%b":[%b]' % (name.encode(), b",".join(entries)) for name, entries in lists.items())
+    comma = b"," if inside and not payload.endswith(b"{}}") else b""
+    return payload[:-2] + comma + inside + payload[-2:]
+
+
+def to_state(region: RegionState) -> dict[str, Any]:
+    """Everything that decides what will happen, as JSON can carry it. Equal profiles are written once."""
+    return Image(region).to_state()
+
+
+def restore(region: RegionState, state: dict[str, Any]) -> None:
+    """Take on a state of `to_state`; the core must be new. Leases: see `restart_leases`.
+
+    Raises `ConfigError` for a state of another version or region.
+    """
+    if state.get("version") != STATE_VERSION or state.get("region") != region.region:
+        raise ConfigError(
+            f"a state of version {state.get('version')}, region {state.get('region')}; "
+            f"wanted {STATE_VERSION}, {region.region}"
+        )
+    if region.tasks or region.nodes:
+        raise InvariantError("only a new core can be restored")
+    region.now_s = float("-inf") if state["now_s"] is None else state["now_s"]
+    profiles = state.get("profiles", [])
+    for entry in state.get("nodes", []):
+        models = [{**profiles[index], "platform": platform} for index, platform in entry["models"]]
+        region._apply_joined(
+            NodeJoined(node=NodeAnnounced.model_validate({**entry["announced"], "models": models})), region.now_s
+        )
+    for entry in sorted(state.get("tasks", []), key=lambda entry: (entry["waiting_since_s"], entry["seq"])):
+        _restore_task(region, entry)
+    for name, *circuit in state.get("circuits", []):
+        region._set_circuit(name, Circuit(*circuit))
+    region._seq = state["admitted"]
+    region._hash += region.ended.restore(state.get("ended", []))
+    region._changed_edges.clear()
+    region._changed_devices.clear()
+
+
+def _restore_task(region: RegionState, entry: dict[str, Any]) -> None:
+    submitted = TaskSubmitted.model_validate(entry["submitted"])
+    task = Task(submitted, entry["seq"], entry["waiting_since_s"])
+    task.state = TaskState(entry["state"])
+    task.attempt = entry["attempt"]
+    task.avoided = tuple(entry.get("avoided", ()))
+    task.deadline_s = NEVER if entry["deadline_s"] is None else entry["deadline_s"]
+    region.tasks[task.task_id] = region._touched[task.task_id] = task
+    if task.deadline_s != NEVER:
+        heappush(region._deadlines, (task.deadline_s, task.seq, task.task_id))
+    if task.state is not TaskState.RUNNING:
+        region._count_queued(task, +1)
+    if entry["placed"] is None:
+        region._waiting[task.task_id] = task
+        return
+    task.placed = Placed.model_validate(entry["placed"])
+    r = reservation_of(task, task.placed)
+    r.start_s, r.end_s, r.running = entry["start_s"], entry["end_s"], task.state is TaskState.RUNNING
+    r.moves = entry.get("moves", 0)
+    region.ledger.reserve(r, region.now_s)
+    if r.running:
+        region._running += 1
+        heappush(region._ends, (r.end_s, task.seq, task.task_id))
+
+
+def validate(region: RegionState) -> None:
+    """All that must hold between events: (8)-(11), one task a device, every reservation a live task's, the hash.
+
+    Raises `InvariantError`. It looks at everything and takes its time; it is for tests.
+    """
+    region.ledger.audit(region.now_s)
+    for task in region.tasks.values():
+        r = region.ledger.reservations.get(task.task_id)
+        placed = task.placed
+        if task.state.ended or (task.state is TaskState.WAITING) != (r is None) or (placed is None) != (r is None):
+            raise InvariantError(f"{task!r} holds {r}")
+        if (task.state is TaskState.WAITING) != (task.task_id in region._waiting):
+            raise InvariantError(f"{task!r} is among the waiting, or is not, against its state")
+        if r is None or placed is None:
+            continue
+        if r.running != (task.state is TaskState.RUNNING):
+            raise InvariantError(f"{task!r} holds {r}")
+        submitted, placement = task.submitted, placed.placement
+        for bps, cap in (
+            (placement.link1_bps, submitted.max_link1_bps),
+            (placement.link2_bps, submitted.max_link2_bps),
+        ):
+            if cap is not None and bps > cap:
+                raise InvariantError(f"(11) is broken: {task!r} is granted {bps} of {cap}")
+        device = region.nodes.get(submitted.device)
+        reach = None if device is None else device.announced.reachable_edges
+        if device is None or (placement.edge is not None and reach is not None and placement.edge not in reach):
+            raise InvariantError(f"(13) is broken: {task!r} on {placement.edge}, reachable {reach}")
+    strangers = region.ledger.reservations.keys() - region.tasks.keys()
+    if strangers or len(region._waiting) + len(region.ledger.reservations) != len(region.tasks):
+        raise InvariantError(f"reservations of nobody: {sorted(strangers)}")
+    if region._running != sum(task.state is TaskState.RUNNING for task in region.tasks.values()):
+        raise InvariantError("the count of running tasks is wrong")
+    queued = Counter(task.submitted.device for task in region.tasks.values() if task.state is not TaskState.RUNNING)
+    if region._queued_by_device != queued:
+        raise InvariantError("the count of a device's queued tasks is wrong")
+    reservations = region.ledger.reservations
+    expected = region._seq + region.ended.digest() + sum(node.digest for node in region.nodes.values())
+    expected += sum(hash_of(circuit.text(name)) for name, circuit in region.circuits.items())
+    expected += sum(hash_of(task.text(reservations.get(task.task_id))) for task in region.tasks.values())
+    if region.state_hash != f"{expected & HASH_MASK:032x}":
+        raise InvariantError("the hash that was kept up to date is not that of the state")

@@ -1,0 +1,467 @@
+"""Algorithm 1: where, and when, should a task start?
+
+For an arriving task every pair of (edge, family) is a candidate, at every known start: now, and the predicted end of each
+task that runs or is scheduled. A start is worth `w + delta_t`; the least is taken. Made precise:
+
+* A reservation must fit during its whole interval [start, start + w). Its grants are the least free bandwidth over the
+  interval, and w depends on the grants; so begin with what is free at the start, compute w, look at the interval, and repeat
+  until nothing changes. Grants only fall, so w only grows and it ends.
+* cut1 > 0 needs the device for the whole interval; while it is taken, only cut1 = 0 is tried. That, too, only goes one way.
+* On an edge with a task that was moved to a later start too often (`MOVES_BORNE`), no start before that task's is a
+  candidate; its start is one.
+* A device that announced a limit of its own link has one more timeline: the grant on link 1 is the least free on both.
+* Only ends *on the same edge or device* are candidate starts. Let s be an end elsewhere, and s' < s the last instant before
+  it at which something was freed here, or now. Between s' and s what is free here only falls, so it is least over [s', s + w)
+  where it is least over [s, s + w); whatever fits at s fits at s' with no smaller grant, and is done earlier. So s loses.
+
+Bounds, which change the time this takes but not its result: w at full caps bounds every start of a pair from below. Pairs and
+starts are taken from a heap by that bound plus delta_t, until it exceeds the best found.
+
+Ties: the earlier start, then the family, then the edge by name, then cut1, then cut2.
+
+A deadline is one more bound: w + delta_t may not exceed what is left until then.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterable, Sequence
+from copy import copy
+from heapq import heapify, heappop, heappush
+from typing import Final, NamedTuple
+
+from bus.messages import TaskSubmitted
+from bus.unchecked_constructors import maker
+from bus.values import Kind, Objective, Placement
+from planner.search.cost import PlatformRow
+from planner.search.cut_search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, CutSearch, Found
+from planner.search.ledger import SHORTEST_S, DeviceAccount, EdgeAccount, Timeline
+
+EVERY_FAMILY: Final = frozenset({DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE})
+_NEVER: Final = float("inf")
+_MOST_TRIED: Final = 6
+_placement = maker(Placement)
+
+
+class EdgeOption(NamedTuple):
+    """An edge that a task may use: its account, and the prepared search through it."""
+
+    account: EdgeAccount
+    search: CutSearch
+    max_link1_bps: int  # min of the task's B1, the device's own limit and the edge's capacity
+    max_link2_bps: int  # min of the task's B2 and the edge's capacity
+
+
+class EdgeKind(NamedTuple):
+    """Edges that are one for the search: the same platforms, the same caps. What is found at full caps holds for all."""
+
+    search: CutSearch
+    max_link1_bps: int
+    max_link2_bps: int
+    computes: bool  # whether they have a slot at all
+    accounts: tuple[EdgeAccount, ...]  # in order of name
+
+
+class Reached:
+    """What a device's tasks of one model can use; it stays as it is until a node joins or is lost."""
+
+    __slots__ = ("alone", "by_search", "device_search", "edges", "least_link1_bps", "least_link2_bps", "row")
+
+    def __init__(
+        self, row: PlatformRow, device_search: CutSearch, edges: Sequence[EdgeOption], *, alone: bool = True
+    ) -> None:
+        self.row = row
+        self.alone = alone
+        self.device_search = device_search
+        self.edges = edges  # with no task's caps, in order of name
+        self.least_link1_bps = min([option.max_link1_bps for option in edges], default=0)
+        self.least_link2_bps = min([option.max_link2_bps for option in edges], default=0)
+        self.by_search = grouped([(option.search, 0, 0, option.account.slots >= 1, option.account) for option in edges])
+
+
+class Request:
+    """A task as Algorithm 1 sees it."""
+
+    __slots__ = (
+        "_edges",
+        "_reached",
+        "alone",
+        "device",
+        "device_row",
+        "device_search",
+        "input_bytes",
+        "max_link1_bps",
+        "max_link2_bps",
+        "objective",
+        "samples",
+        "task_id",
+    )
+
+    def __init__(
+        self, submitted: TaskSubmitted, reached: Reached, device: DeviceAccount | None, objective: Objective
+    ) -> None:
+        self.task_id = submitted.task_id
+        self.samples = submitted.samples
+        self.input_bytes = submitted.input_bytes  # G(0) where it is not the model's
+        self.max_link1_bps = submitted.max_link1_bps  # the task's own B1 and B2, None: it has none
+        self.max_link2_bps = submitted.max_link2_bps
+        self.device_row = reached.row
+        self.device_search = reached.device_search  # without edge and cloud: w_0
+        self.alone = reached.alone  # whether the device may run it alone
+        self.device = device  # its reservations; None: nobody computes there
+        self.objective = objective
+        self._reached = reached
+        self._edges: Sequence[EdgeOption] | None = None
+
+    @property
+    def edges(self) -> Sequence[EdgeOption]:
+        """E_i, those of them that are there, in order of name, with this task's caps."""
+        if self._edges is None:
+            self._edges = [self._capped(option) for option in self._reached.edges]
+        return self._edges
+
+    def edge(self, name: str | None) -> EdgeOption | None:
+        """One of them."""
+        for option in self._reached.edges:
+            if option.account.name == name:
+                return self._capped(option)
+        return None
+
+    def through(self, option: EdgeOption | None) -> Request:
+        """The same task with one edge, or none."""
+        other = copy(self)
+        other._edges = () if option is None else (option,)
+        other._reached = Reached(self.device_row, self.device_search, other._edges)
+        return other
+
+    def kinds(self) -> Sequence[EdgeKind]:
+        """The edges by what they are to the search."""
+        cap1, cap2, reached = self.max_link1_bps, self.max_link2_bps, self._reached
+        if cap1 is None or cap2 is None or cap1 > reached.least_link1_bps or cap2 > reached.least_link2_bps:
+            return grouped([(search, b1, b2, account.slots >= 1, account) for account, search, b1, b2 in self.edges])
+        # the task's own caps are less than any edge's
+        return [
+            EdgeKind(search, cap1, cap2, computes, accounts) for search, _, _, computes, accounts in reached.by_search
+        ]
+
+    def _capped(self, option: EdgeOption) -> EdgeOption:
+        account, search, b1, b2 = option
+        cap1, cap2 = self.max_link1_bps, self.max_link2_bps
+        return EdgeOption(
+            account, search, b1 if cap1 is None or b1 < cap1 else cap1, b2 if cap2 is None or b2 < cap2 else cap2
+        )
+
+
+def grouped(edges: Iterable[tuple[CutSearch, int, int, bool, EdgeAccount]]) -> list[EdgeKind]:
+    """Edges of a kind together."""
+    kinds: dict[tuple[CutSearch, int, int, bool], list[EdgeAccount]] = {}
+    for search, b1, b2, computes, account in edges:
+        kinds.setdefault((search, b1, b2, computes), []).append(account)
+    return [EdgeKind(*kind, tuple(accounts)) for kind, accounts in kinds.items()]
+
+
+class Choice(NamedTuple):
+    """A start that fits: what to reserve, from when, and how long it will take."""
+
+    family: int
+    edge: str | None
+    cut1: int
+    cut2: int
+    link1_bps: int
+    link2_bps: int
+    start_s: float  # ledger time
+    delay_s: float  # w
+
+
+Key = tuple[float, float, int, str, int, int]
+"""What is minimised: w + delta_t, then the tie-breaks."""
+
+
+class Algorithm:
+    """Algorithm 1 over one task and the ledger as it stands at `now`. Policies restrict it, or call `at` themselves.
+
+    A placement that is predicted to end after `deadline_s` is no candidate.
+    """
+
+    __slots__ = ("deadline_s", "now", "request")
+
+    def __init__(self, request: Request, now: float, deadline_s: float = _NEVER) -> None:
+        self.request = request
+        self.now = now
+        self.deadline_s = deadline_s  # ledger time
+
+    def best(
+        self,
+        families: Collection[int] = EVERY_FAMILY,
+        *,
+        device_computes: bool = True,
+        delayed: bool = True,
+    ) -> Choice | None:
+        """The best candidate of some families, or None when there is none.
+
+        Without `device_computes` only cut1 = 0 is considered (and not `DEVICE`). Without `delayed` the edges are
+        considered now or not at all, as in lines 6-8 left out; the device alone still waits for itself.
+        """
+        request, now = self.request, self.now
+        best: Choice | None = None
+        best_value = self.deadline_s - now
+        best_tie: tuple[float, int, str] = (_NEVER, 0, "")
+        if DEVICE in families and device_computes:
+            best = self.on_device()
+            if best is not None:
+                best_value = best.start_s - now + best.delay_s
+                best_tie = (best.start_s, DEVICE, "")
+        heap = self._bounds(families, device_computes, best_value)
+        ends: list[float] = []
+        device = request.device
+        if device is not None and delayed and (device_computes or device.limited):
+            ends = device.freed(now)
+        while heap:
+            value, family, name, start, i, kind, full, tried, accounts = heappop(heap)
+            if value > best_value:
+                break
+            for account in accounts:
+                name = account.name
+                if value == best_value and (start, family, name) > best_tie:
+                    break  # it could tie at best, and loses ties; so do its later starts, and the edges behind it
+                timeline = account.timeline
+                at = i if i >= 0 else bisect_right(timeline.times, now) - 1
+                choice = None
+                turn = account.turn_s() if account.first_served else now
+                if start >= turn and (family == DEVICE_CLOUD or timeline.slots[at] > 0):
+                    choice = self._at(account, kind, family, start, at, device_computes, best_value, full, tried)
+                    if choice is not None:
+                        found = start - now + choice.delay_s
+                        if found < best_value or (start, family, name) < best_tie:
+                            best, best_value, best_tie = choice, found, (start, family, name)
+                        if choice.delay_s == full[0]:
+                            continue  # with all it may have: no later start is better
+                if not delayed:
+                    continue
+                if start < turn:
+                    following, at = turn, bisect_right(timeline.times, turn) - 1
+                else:
+                    following, at = _next_start(timeline, family, at, best_value - full[0] + now)
+                if ends and start >= turn:
+                    later = bisect_right(ends, start)
+                    if later < len(ends) and ends[later] < following:
+                        following = ends[later]
+                        at = bisect_right(timeline.times, following) - 1
+                later_value = following - now + full[0]
+                if later_value <= best_value and following != _NEVER:
+                    heappush(heap, (later_value, family, name, following, at, kind, full, tried, (account,)))
+        return best
+
+    def _bounds(self, families: Collection[int], device_computes: bool, worst: float) -> list[_Pair]:
+        """Pairs at their start now, bounded by w at full caps; what cannot be, or cannot win, is left out.
+
+        Edges of a kind have the same bounds, and stand there as one.
+        """
+        request, now = self.request, self.now
+        samples, objective, input_bytes = request.samples, request.objective, request.input_bytes
+        heap: list[_Pair] = []
+        for kind in request.kinds():
+            search, b1, b2, computes, accounts = kind
+            if b1 < 1:
+                continue
+            name = accounts[0].name
+            for family in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE):
+                if (
+                    family not in families
+                    or (family != DEVICE_EDGE and b2 < 1)
+                    or (family != DEVICE_CLOUD and not computes)
+                ):
+                    continue
+                found = search.best(
+                    family, b1, b2 if family != DEVICE_EDGE else 0, samples, objective, input_bytes, device_computes
+                )
+                if found is not None and found[0] <= worst and found[0] < _NEVER:
+                    heap.append((found[0], family, name, now, -1, kind, found, [], accounts))
+        heapify(heap)
+        return heap
+
+    def on_device(self) -> Choice | None:
+        """Everything on the device, as soon as it is free for so long."""
+        request, now = self.request, self.now
+        delay = request.device_search.device_s(request.samples, request.objective)
+        if delay is None or not request.alone or not delay < _NEVER:
+            return None
+        start, layers = now, request.device_row.layers
+        if request.device is not None:
+            start = request.device.first_free(now, max(delay, SHORTEST_S))
+        if start - now + delay > self.deadline_s - now:
+            return None
+        return Choice(DEVICE, None, layers, layers, 0, 0, start, delay)
+
+    def at(self, option: EdgeOption, family: int, start_s: float, *, device_computes: bool = True) -> Choice | None:
+        """One pair at one start, with the largest grants that fit during the whole interval; None if it cannot be."""
+        account, search, b1, b2 = option
+        if start_s < account.turn_s():
+            return None
+        kind = EdgeKind(search, b1, b2, account.slots >= 1, (account,))
+        i = bisect_right(account.timeline.times, start_s) - 1
+        return self._at(account, kind, family, start_s, i, device_computes, self.deadline_s - self.now, None, [])
+
+    def late_s(self, choice: Choice) -> float:
+        """How long after its deadline a choice is predicted to end; not above 0: it is in time."""
+        return (choice.start_s - self.now + choice.delay_s) - (self.deadline_s - self.now)
+
+    def key(self, choice: Choice) -> Key:
+        """What is minimised."""
+        return (
+            choice.start_s - self.now + choice.delay_s,
+            choice.start_s,
+            choice.family,
+            choice.edge or "",
+            choice.cut1,
+            choice.cut2,
+        )
+
+    def _at(
+        self,
+        account: EdgeAccount,
+        kind: EdgeKind,
+        family: int,
+        start: float,
+        i: int,
+        device_computes: bool,
+        worst: float,
+        full: Found | None,
+        tried: list[tuple[int, int, float]],
+    ) -> Choice | None:
+        """`at`, given up as soon as w + delta_t exceeds `worst`.
+
+        `i` is the step of the timeline that `start` lies in, `full` what the search finds at full caps; `tried` holds w at
+        other grants: with no more than those, w is no less.
+        """
+        search, max1, max2, _, _ = kind
+        timeline = account.timeline
+        slots, free1, free2 = timeline.slots, timeline.free1, timeline.free2
+        if family != DEVICE_CLOUD and slots[i] < 1:
+            return None
+        b1 = free1[i]
+        if b1 >= max1:
+            b1 = max1
+        elif b1 < 1:
+            return None
+        if family == DEVICE_EDGE:
+            b2 = 0
+            at_full = b1 == max1
+        else:
+            b2 = free2[i]
+            if b2 >= max2:
+                b2 = max2
+                at_full = b1 == max1
+            elif b2 < 1:
+                return None
+            else:
+                at_full = False
+        request = self.request
+        device = request.device
+        if device is not None and device_computes and not device.free(start, start):
+            device_computes = at_full = False
+        own = device.timeline if device is not None and device.limited else None
+        own_seen = 0
+        if own is not None:
+            own_seen = bisect_right(own.times, start)
+            least = own.free1[own_seen - 1]
+            if least < b1:
+                b1, at_full = least, False
+                if b1 < 1:
+                    return None
+        delta = start - self.now
+        seen = i + 1
+        while True:
+            found: Found | None
+            if at_full and full is not None:
+                found = full
+            else:
+                least_delay = worst - delta
+                for more1, more2, least_w in tried:
+                    if b1 <= more1 and b2 <= more2 and least_w > least_delay:
+                        return None
+                found = search.best(
+                    family, b1, b2, request.samples, request.objective, request.input_bytes, device_computes
+                )
+                if found is None:
+                    return None
+                if device_computes and len(tried) < _MOST_TRIED:
+                    tried.append((b1, b2, found[0]))
+            delay, cut1, cut2 = found
+            if delta + delay > worst or not delay < _NEVER:
+                return None
+            end = start + (delay if delay > SHORTEST_S else SHORTEST_S)
+            if cut1 and device is not None and not device.free(start, end):
+                device_computes = at_full = False
+                continue
+            changed = False
+            upto = bisect_left(timeline.times, end, seen)
+            if upto > seen:
+                if family != DEVICE_CLOUD and min(slots[seen:upto]) < 1:
+                    return None
+                least = min(free1[seen:upto])
+                if least < b1:
+                    b1, changed = least, True
+                if family != DEVICE_EDGE:
+                    least = min(free2[seen:upto])
+                    if least < b2:
+                        b2, changed = least, True
+                        if b2 < 1:
+                            return None
+                seen = upto
+            if own is not None:
+                upto = bisect_left(own.times, end, own_seen)
+                if upto > own_seen:
+                    least = min(own.free1[own_seen:upto])
+                    if least < b1:
+                        b1, changed = least, True
+                    own_seen = upto
+            if not changed:
+                break
+            if b1 < 1:
+                return None
+            at_full = False
+        return Choice(family, account.name, cut1, cut2, b1, b2, start, delay)
+
+
+_Pair = tuple[
+    float,  # bound of w + delta_t
+    int,  # family
+    str,  # edge, the first of them
+    float,  # start
+    int,  # the step of the edge's timeline that the start lies in; -1: not looked up yet
+    EdgeKind,
+    Found,  # w at full caps
+    list[tuple[int, int, float]],  # w at other grants
+    tuple[EdgeAccount, ...],  # the edge; at first all of its kind
+]
+"""Edges and a family, at a start. Edge and family are unique in the heap, so nothing behind them is compared."""
+
+
+def placement_of(request: Request, choice: Choice) -> Placement:
+    """A choice as messages carry it."""
+    row, cut1, cut2 = request.device_row, choice.cut1, choice.cut2
+    return _placement(
+        kind=Kind.of(cut1, cut2, row.layers),
+        edge=choice.edge,
+        cut1=cut1,
+        cut2=cut2,
+        cut1_name=row.names[cut1 - 1] if cut1 else "input",
+        cut2_name=row.names[cut2 - 1] if cut2 else "input",
+        link1_bps=choice.link1_bps,
+        link2_bps=choice.link2_bps,
+    )
+
+
+def _next_start(timeline: Timeline, family: int, i: int, latest: float) -> tuple[float, int]:
+    """The next instant until `latest` at which something is freed and nothing this family needs is wholly taken."""
+    times, slots, free1, free2 = timeline.times, timeline.slots, timeline.free1, timeline.free2
+    for k in range(i + 1, bisect_right(times, latest)):
+        if (
+            (slots[k] > 0 or family == DEVICE_CLOUD)
+            and (slots[k] > slots[k - 1] or free1[k] > free1[k - 1] or free2[k] > free2[k - 1])
+            and free1[k]
+            and (free2[k] or family == DEVICE_EDGE)
+        ):
+            return times[k], k
+    return _NEVER, 0

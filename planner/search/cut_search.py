@@ -1,0 +1,442 @@
+"""The best two cuts for given bandwidths, exactly, without trying all pairs.
+
+**Sequential.** Per sample, (1)-(6) fall apart into a term of cut1 and a term of cut2. With x1 = 8/b1 and x2 = 8/b2 seconds
+per byte, F_d, F_e, F_c the platforms' cumulative times:
+
+* device+edge (cut2 = l):       F_d(c) - F_e(c) + F_e(l) + G(c) x1           one line in x1 a cut
+* device+cloud (cut1 = cut2):   F_d(c) + F_c(l) - F_c(c) + G(c) (x1 + x2)    one line in x1 + x2 a cut
+* all three:                    [F_d(c1) - F_e(c1) + G(c1) x1] + [F_e(c2) - F_c(c2) + F_c(l) + G(c2) x2], c1 < c2
+
+The least of a set of lines is on their lower envelope, which is made once a model and platform triple and is short (5-10
+of 92 random layers). For all three, the unconstrained best c1 and c2 are the answer when c1 < c2. Otherwise prefix minima
+decide, over the cuts that survive a dominance test: c1 falls out when an earlier c1 has neither a greater intercept nor a
+greater size (then it is no worse for any bandwidth *and* leaves more choice for c2); c2 when a later one is no worse.
+Nothing assumes that a layer is slower on a lower tier.
+
+**Pipelined.** The delay adds (N - 1) times the slowest station. What does not depend on bandwidth (the sum, and the slowest
+of the computing stations) is prepared for each cut (pair); the rest is one pass of numpy over 4,186 pairs at 92 layers, or a
+loop over undominated cuts.
+
+Cut 0 stands apart, because a task may bring its own input size G(0).
+
+Ties: the smaller cut1, then cut2. Sums are rounded differently than in `Costs.delay_s`, so a tie is exact when the
+arithmetic is, and two cuts whose delays differ by less than about 1e-15 of their value may be taken for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from bus.values import BITS_PER_BYTE, Objective
+from planner.search.cost import Costs, PlatformRow
+
+DEVICE: Final = 0
+DEVICE_EDGE: Final = 1
+DEVICE_CLOUD: Final = 2
+ALL_THREE: Final = 3
+"""The four families of Section IV-A: w_0, w_j, w_(j+m), w_(j+2m)."""
+
+Found = tuple[float, int, int]
+"""delay in seconds, cut1, cut2."""
+
+_INFINITY: Final = float("inf")
+_SEQUENTIAL: Final = Objective.SEQUENTIAL
+_SLACK: Final = 1e-9  # lines this close to the envelope stay on it: rounding must not lose a tie
+
+
+_LINE_BYTES: Final = 700  # that a layer takes in the lines of a search, at most
+_PAIR_BYTES: Final = 62  # that a pair of cuts takes in a pipelined search
+
+
+def search_bytes(layers: int, objective: Objective) -> int:
+    """What a prepared search of so many layers holds in memory, at most."""
+    pairs = layers * (layers + 1) // 2 if objective is not _SEQUENTIAL else 0
+    return layers * _LINE_BYTES + pairs * _PAIR_BYTES + 5_000
+
+
+class CutSearch:
+    """Prepared search for one model on one device, edge and cloud.
+
+    `allowed1` and `allowed2` restrict cut1 and cut2 to some positions (default: all); positions that a profile forbids are
+    never used. A cut at 0 or l means that nothing is cut there; they can be disallowed all the same.
+    """
+
+    __slots__ = (
+        "_cloud_only",
+        "_device_s",
+        "_edge_envelope",
+        "_edge_lines",
+        "_edge_only",
+        "_first",
+        "_first_front",
+        "_pairs",
+        "_positions1",
+        "_positions2",
+        "_relay_envelope",
+        "_relay_lines",
+        "_result",
+        "_second",
+        "_second_from0",
+        "_second_front",
+        "_zero",
+        "costs",
+        "forbidden",
+    )
+
+    def __init__(
+        self,
+        device: PlatformRow,
+        edge: PlatformRow | None,
+        cloud: PlatformRow | None,
+        allowed1: Iterable[int] | None = None,
+        allowed2: Iterable[int] | None = None,
+    ) -> None:
+        self.costs = costs = Costs(device, edge, cloud)
+        layers, size = costs.layers, costs.cut_bytes
+        self.forbidden = forbidden = device.forbidden.union(
+            *(row.forbidden for row in (edge, cloud) if row is not None)
+        )
+        ones = set(range(layers + 1) if allowed1 is None else allowed1) - forbidden
+        twos = set(range(layers + 1) if allowed2 is None else allowed2) - forbidden
+        f_d, f_e, f_c = costs.device, costs.edge, costs.cloud
+        self._result = size[layers]
+        self._zero = 0 in ones
+        self._device_s = f_d[layers] if layers in ones and layers in twos else None
+        # position 0 is not in these lists: its size is the task's
+        self._edge_only = f_e[layers] if f_e is not None and self._zero and layers in twos else None
+        self._cloud_only = f_c[layers] if f_c is not None and self._zero and 0 in twos else None
+        inside = range(1, layers)
+        self._edge_lines: list[_Line] = []
+        self._relay_lines: list[_Line] = []
+        self._edge_envelope: list[_Line] = []
+        self._relay_envelope: list[_Line] = []
+        if f_e is not None and layers in twos:
+            last = f_e[layers]
+            lines = [(f_d[c] - f_e[c] + last, size[c], c, max(f_d[c], last - f_e[c])) for c in inside if c in ones]
+            self._edge_lines, self._edge_envelope = _undominated(lines), _envelope(lines)
+        if f_c is not None:
+            last = f_c[layers]
+            both = ones & twos
+            lines = [(f_d[c] + (last - f_c[c]), size[c], c, max(f_d[c], last - f_c[c])) for c in inside if c in both]
+            self._relay_lines, self._relay_envelope = _undominated(lines), _envelope(lines)
+        first: list[_Line] = []
+        second: list[_Line] = []
+        if f_e is not None and f_c is not None:
+            last = f_c[layers]
+            second = [(f_e[c] + (last - f_c[c]), size[c], c, 0.0) for c in inside if c in twos]
+            first = [(f_d[c] - f_e[c], size[c], c, 0.0) for c in inside if c in ones and second and c < second[-1][2]]
+        behind = [line for line in second if first and line[2] > first[0][2]]
+        self._positions1 = ([0] if self._zero else []) + [line[2] for line in first]
+        self._positions2 = [line[2] for line in second]
+        self._second_from0 = _envelope(second)
+        self._first = _envelope(first)
+        self._second = _envelope(behind)
+        self._first_front = _front(first)
+        self._second_front = _front(behind[::-1], strict=True)[::-1]
+        self._pairs: _Pairs | None = None
+
+    def device_s(self, samples: int, objective: Objective) -> float | None:
+        """w_0: everything on the device; the objectives agree but for rounding. None when it is not allowed."""
+        one = self._device_s
+        if one is None or objective is Objective.SEQUENTIAL:
+            return None if one is None else samples * one
+        return one + (samples - 1) * one
+
+    def best(
+        self,
+        family: int,
+        link1_bps: float,
+        link2_bps: float,
+        samples: int,
+        objective: Objective,
+        input_bytes: int | None = None,
+        device_free: bool = True,
+    ) -> Found | None:
+        """The least delay of a family and its cuts, or None where the family has no allowed cuts.
+
+        Without `device_free` only cut1 = 0 is tried. `link2_bps` is not looked at by `DEVICE_EDGE`.
+        """
+        if family == DEVICE:
+            alone = self.device_s(samples, objective)
+            return None if alone is None or not device_free else (alone, self.costs.layers, self.costs.layers)
+        if objective is not _SEQUENTIAL:
+            cuts = self._pipelined(family, link1_bps, link2_bps, samples, input_bytes, device_free)
+            if cuts is None:
+                return None
+            delay = self.costs.delay_s(cuts[0], cuts[1], link1_bps, link2_bps, samples, objective, input_bytes)
+            return delay, cuts[0], cuts[1]
+        # What the planner asks most, so written without further calls. The delays are the sums of `Costs.delay_s`.
+        costs = self.costs
+        layers, sizes, device = costs.layers, costs.cut_bytes, costs.device
+        g0 = sizes[0] if input_bytes is None else input_bytes
+        x1 = BITS_PER_BYTE / link1_bps
+        if family == DEVICE_EDGE:
+            edge, start = costs.edge, self._edge_only
+            best, cut = (_INFINITY, -1) if start is None else (start + g0 * x1, 0)
+            if device_free:
+                for a, g, c, _ in self._edge_envelope:
+                    value = a + g * x1
+                    if value < best:
+                        best, cut = value, c
+            if cut < 0 or edge is None:
+                return None
+            s2 = (sizes[cut] if cut else g0) * x1
+            return samples * (device[cut] + s2 + (edge[layers] - edge[cut]) + self._result * x1), cut, layers
+        x2 = BITS_PER_BYTE / link2_bps
+        cloud = costs.cloud
+        if family == DEVICE_CLOUD:
+            x, start = x1 + x2, self._cloud_only
+            best, cut = (_INFINITY, -1) if start is None else (start + g0 * x, 0)
+            if device_free:
+                for a, g, c, _ in self._relay_envelope:
+                    value = a + g * x
+                    if value < best:
+                        best, cut = value, c
+            if cut < 0 or cloud is None:
+                return None
+            size, s3, cut2 = sizes[cut] if cut else g0, 0.0, cut
+            s4 = size * x2
+        else:
+            pair = self._sequential_pair(x1, x2, g0, device_free)
+            edge = costs.edge
+            if pair is None or edge is None or cloud is None:
+                return None
+            cut, cut2 = pair
+            size, s3 = sizes[cut] if cut else g0, edge[cut2] - edge[cut]
+            s4 = sizes[cut2] * x2
+        s5 = cloud[layers] - cloud[cut2]
+        result = self._result
+        return samples * (device[cut] + size * x1 + s3 + s4 + s5 + (result * x2 + result * x1)), cut, cut2
+
+    # --- sequential ---
+
+    def _sequential_pair(self, x1: float, x2: float, g0: int, device_free: bool) -> tuple[int, int] | None:
+        best, cut1, cut2 = _INFINITY, -1, -1
+        if self._zero:
+            for a, g, c, _ in self._second_from0:
+                value = a + g * x2
+                if value < best:
+                    best, cut2 = value, c
+            if cut2 > 0:
+                best, cut1 = best + g0 * x1, 0
+        if not device_free or not self._first:
+            return None if cut1 < 0 else (cut1, cut2)
+        least1 = least2 = _INFINITY
+        c1 = c2 = -1
+        for a, g, c, _ in self._first:
+            value = a + g * x1
+            if value < least1:
+                least1, c1 = value, c
+        for a, g, c, _ in self._second:
+            value = a + g * x2
+            if value < least2:
+                least2, c2 = value, c
+        if c1 < c2:
+            return (c1, c2) if least1 + least2 < best else (cut1, cut2)
+        if least1 + least2 >= best:
+            return cut1, cut2
+        # the two minima cross: prefix minima of the first term, while the second cut moves up
+        front = self._first_front
+        index, count, prefix, prefix_at = 0, len(front), _INFINITY, -1
+        for a, g, c, _ in self._second_front:
+            while index < count and front[index][2] < c:
+                first = front[index]
+                value = first[0] + first[1] * x1
+                if value < prefix:
+                    prefix, prefix_at = value, first[2]
+                index += 1
+            value = prefix + (a + g * x2)
+            if value < best:
+                best, cut1, cut2 = value, prefix_at, c
+        return None if cut1 < 0 else (cut1, cut2)
+
+    # --- pipelined ---
+
+    def _pipelined(
+        self, family: int, link1_bps: float, link2_bps: float, samples: int, input_bytes: int | None, device_free: bool
+    ) -> tuple[int, int] | None:
+        costs = self.costs
+        layers = costs.layers
+        g0 = costs.cut_bytes[0] if input_bytes is None else input_bytes
+        more = samples - 1
+        x1 = BITS_PER_BYTE / link1_bps
+        if family == ALL_THREE:
+            x2 = BITS_PER_BYTE / link2_bps
+            if self._pairs is None:
+                self._pairs = _Pairs(self)
+            return self._pairs.best(x1, x2, g0, self._result, more, device_free)
+        if family == DEVICE_EDGE:
+            x = slowest = x1
+            base = self._result * x1
+            start, lines = self._edge_only, self._edge_lines
+        else:
+            x2 = BITS_PER_BYTE / link2_bps
+            x, slowest = x1 + x2, max(x1, x2)
+            base = self._result * slowest
+            start, lines = self._cloud_only, self._relay_lines
+        best, cut = _INFINITY, -1
+        if start is not None:
+            best, cut = start + g0 * x + more * max(start, g0 * slowest, base), 0
+        if device_free:
+            for a, g, c, busy in lines:
+                crossing = g * slowest
+                if busy < crossing:
+                    busy = crossing
+                value = a + g * x + more * (base if busy < base else busy)
+                if value < best:
+                    best, cut = value, c
+        if cut < 0:
+            return None
+        return (cut, layers) if family == DEVICE_EDGE else (cut, cut)
+
+
+_Line = tuple[float, int, int, float]
+"""intercept (s), size (bytes), position, slowest computing station (s)."""
+
+
+class _Pairs:
+    """All allowed pairs 0 <= c1 < c2 < l, cut1 outermost, as flat arrays with room to compute in."""
+
+    __slots__ = ("_busy", "_c1", "_c2", "_g1", "_g2", "_room1", "_room2", "_room3", "_sum", "_zeros")
+
+    def __init__(self, search: CutSearch) -> None:
+        costs = search.costs
+        f_e, f_c = costs.edge, costs.cloud
+        seconds = np.array(search._positions2, dtype=np.intp)
+        firsts = np.array(search._positions1, dtype=np.intp)
+        if f_e is None or f_c is None:
+            seconds = firsts = seconds[:0]
+        c1 = np.repeat(firsts, len(seconds))
+        c2 = np.tile(seconds, len(firsts))
+        size = np.array(costs.cut_bytes, dtype=np.float64)
+        device = np.array(costs.device)
+        edge = np.array(f_e if f_e is not None else costs.device)
+        cloud = np.array(f_c if f_c is not None else costs.device)
+        with np.errstate(over="ignore", invalid="ignore"):  # a delay that is not finite is no candidate
+            total = device[c1] + (edge[c2] - edge[c1]) + (cloud[-1] - cloud[c2])
+        keep = (c1 < c2) & np.isfinite(total)
+        self._c1: npt.NDArray[np.int16] = c1[keep].astype(np.int16)
+        self._c2: npt.NDArray[np.int16] = c2[keep].astype(np.int16)
+        self._zeros = int(np.count_nonzero(self._c1 == 0))
+        self._sum = total[keep]
+        self._busy = np.maximum(
+            np.maximum(device[self._c1], edge[self._c2] - edge[self._c1]), cloud[-1] - cloud[self._c2]
+        )
+        self._g1 = size[self._c1]
+        self._g2 = size[self._c2]
+        self._room1, self._room2, self._room3 = (np.empty_like(self._sum) for _ in range(3))
+
+    def best(self, x1: float, x2: float, g0: int, result: int, more: int, device_free: bool) -> tuple[int, int] | None:
+        zeros = self._zeros
+        count = len(self._c1) if device_free else zeros
+        if not count:
+            return None
+        one, two, busy = self._room1[:count], self._room2[:count], self._room3[:count]
+        np.multiply(self._g1[:count], x1, out=one)
+        one[:zeros] = g0 * x1
+        np.multiply(self._g2[:count], x2, out=two)
+        np.maximum(one, two, out=busy)
+        np.maximum(busy, self._busy[:count], out=busy)
+        np.maximum(busy, result * max(x1, x2), out=busy)
+        with np.errstate(over="ignore"):
+            np.multiply(busy, more, out=busy)
+        np.add(one, two, out=one)
+        np.add(one, self._sum[:count], out=one)
+        np.add(one, busy, out=one)
+        at = int(one.argmin())
+        return int(self._c1[at]), int(self._c2[at])
+
+
+def _front(lines: list[_Line], strict: bool = False) -> list[_Line]:
+    """Those not dominated by one that stands before them: in intercept and in size. `strict`: by a better one only."""
+    kept: list[_Line] = []
+    for line in lines:
+        for other in kept:
+            if other[0] <= line[0] and other[1] <= line[1] and not (strict and other[:2] == line[:2]):
+                break
+        else:
+            kept.append(line)
+    return kept
+
+
+def _undominated(lines: list[_Line]) -> list[_Line]:
+    """Those that no other beats in intercept, size and slowest station at once.
+
+    One that is beaten only in the slowest station may still tie, so it stays if its position is smaller.
+    """
+    kept: list[_Line] = []
+    for line in sorted(lines, key=lambda line: (line[0], line[1], line[3], line[2])):
+        a, g, c, busy = line
+        if not any(o[1] <= g and o[3] <= busy and (o[0] < a or o[1] < g or o[2] < c) for o in kept):
+            kept.append(line)
+    return sorted(kept, key=lambda line: line[2])
+
+
+def _envelope(lines: list[_Line]) -> list[_Line]:
+    """The lines that are least somewhere for x > 0, in order of position; those that only touch stay, for ties."""
+    if len(lines) < 3:
+        return list(lines)
+    ordered = sorted(lines, key=lambda line: (line[1], line[0], line[2]))  # by slope
+    hull: list[_Line] = []
+    lowest = _INFINITY
+    for line in ordered:
+        # a steeper line must start lower than every flatter one, or it is never less
+        if line[0] > lowest + _SLACK * abs(lowest):
+            continue
+        lowest = min(lowest, line[0])
+        while len(hull) >= 2 and _above(hull[-2], hull[-1], line):
+            hull.pop()
+        hull.append(line)
+    return sorted(hull, key=lambda line: line[2])
+
+
+def _above(flat: _Line, middle: _Line, steep: _Line) -> bool:
+    """Whether `middle` lies strictly over the other two everywhere, by more than rounding can make."""
+    if middle[1] == flat[1] or steep[1] == middle[1]:
+        return middle[0] > (flat[0] if middle[1] == flat[1] else steep[0])
+    # at the x where flat and steep meet, middle against them
+    x = (flat[0] - steep[0]) / (steep[1] - flat[1])
+    if x <= 0:
+        return False
+    meet = flat[0] + flat[1] * x
+    value = middle[0] + middle[1] * x
+    return value > meet + _SLACK * (abs(meet) + abs(flat[0]) + abs(steep[0]))
+
+
+def exhaustive(
+    costs: Costs,
+    family: int,
+    link1_bps: float,
+    link2_bps: float,
+    samples: int,
+    objective: Objective,
+    input_bytes: int | None = None,
+    allowed1: Iterable[int] | None = None,
+    allowed2: Iterable[int] | None = None,
+) -> Found | None:
+    """The paper's search, every pair of a family in order: what `CutSearch` is measured and tested against."""
+    layers = costs.layers
+    ones = sorted(range(layers + 1) if allowed1 is None else set(allowed1))
+    twos = sorted(range(layers + 1) if allowed2 is None else set(allowed2))
+    best: Found | None = None
+    for cut1 in ones:
+        for cut2 in twos:
+            if cut1 > cut2 or family_of(cut1, cut2, layers) != family:
+                continue
+            delay = costs.delay_s(cut1, cut2, link1_bps, link2_bps, samples, objective, input_bytes)
+            if best is None or delay < best[0]:
+                best = delay, cut1, cut2
+    return best
+
+
+def family_of(cut1: int, cut2: int, layers: int) -> int:
+    """Which of the four families a pair of cuts belongs to, by x, y, z of (17)-(19)."""
+    if cut1 == layers:
+        return DEVICE
+    if cut2 == layers:
+        return DEVICE_EDGE
+    return DEVICE_CLOUD if cut1 == cut2 else ALL_THREE

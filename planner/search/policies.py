@@ -1,0 +1,164 @@
+"""Who decides: the paper's policies, and the door through which a user's own comes in.
+
+A policy is anything with a `name` and a `place`. It is given Algorithm 1 over one task and the ledger as it stands
+(`Algorithm`), and returns a `Choice` of it, or None when the task must wait for nodes to join. The paper's are restrictions:
+
+>>> class Thrifty:
+...     '''Never uses the cloud.'''
+...
+...     name = "thrifty"
+...
+...     def place(self, algorithm):
+...         return algorithm.best({DEVICE, DEVICE_EDGE})
+
+It is named by an entry point of the group `deepar.policies`, or as `module:name`; a class is instantiated without
+arguments. A policy must be a function of what it is given: no clock, no randomness, no state of its own, or a decision could
+not be explained afterwards.
+"""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import PurePath
+from types import ModuleType
+from typing import Final, Protocol, runtime_checkable
+
+from bus.errors import ConfigError, PolicyError, UnknownNameError, unknown_name
+from planner.search.algorithm1 import EVERY_FAMILY, Algorithm, Choice
+from planner.search.cut_search import DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+
+ENTRY_POINT_GROUP: Final = "deepar.policies"
+MAX_FAULT: Final = 1_000
+"""So many characters are kept of what went wrong in a policy."""
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What the planner asks for every task."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    def place(self, algorithm: Algorithm) -> Choice | None:
+        """Where and when, or None: nothing that is there will do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restriction:
+    """Algorithm 1 over some of its candidates."""
+
+    name: str
+    families: frozenset[int] = EVERY_FAMILY
+    device_computes: bool = True  # False: cut1 = 0
+    delayed: bool = True  # False: start now, or run locally
+
+    def place(self, algorithm: Algorithm) -> Choice | None:
+        """The best of what is allowed."""
+        return algorithm.best(self.families, device_computes=self.device_computes, delayed=self.delayed)
+
+
+BUILT_IN: Final[dict[str, Policy]] = {
+    policy.name: policy
+    for policy in (
+        Restriction("deepar"),
+        Restriction("no-delay", delayed=False),
+        Restriction("device-only", frozenset({DEVICE})),
+        Restriction("edge-only", frozenset({DEVICE_EDGE}), device_computes=False),
+        Restriction("cloud-only", frozenset({DEVICE_CLOUD}), device_computes=False),
+        # one cut, anywhere: a cut behind the last layer is the device alone, as in the original
+        Restriction("neurosurgeon", frozenset({DEVICE, DEVICE_CLOUD})),
+    )
+}
+
+
+def load_policy(name: str) -> Policy:
+    """A built-in policy, one by entry point, or `module:name`.
+
+    Raises `UnknownNameError` for a name that nobody has, `ConfigError` for something that is not a policy.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+        return _checked(name, _imported(name, module_name, attribute))
+    plugins = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    if name in plugins:
+        return _checked(name, plugins[name].load())
+    known = policy_names()
+    raise unknown_name("policy", name, known)
+
+
+def policy_module(name: str) -> str | None:
+    """The module that defines a policy; None for a built-in one and for a name that is unknown."""
+    if name in BUILT_IN:
+        return None
+    if ":" in name:
+        return name.partition(":")[0]
+    return next((point.module for point in entry_points(group=ENTRY_POINT_GROUP) if point.name == name), None)
+
+
+def _imported(name: str, module_name: str, attribute: str) -> object:
+    """What `module:name` names. The user's own code runs: whatever it raises is told with its file and line."""
+    if not module_name or not attribute:
+        raise ConfigError(f"policy {name}: write a policy of your own as module:name")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise ConfigError(f"policy {name}: {module_name} imports {error.name}, which is not installed") from error
+        raise UnknownNameError(
+            f"policy {name}: Python finds no module {error.name}",
+            remedy="put its folder on PYTHONPATH, as in: PYTHONPATH=. deepar ...; or install it into this environment",
+        ) from error
+    except Exception as error:
+        raise ConfigError(f"policy {name} cannot be imported: {_place(error)}") from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise unknown_name(f"policy in {module_name} called", attribute, _policies_of(module))
+    return found
+
+
+def _policies_of(module: ModuleType) -> list[str]:
+    """Names in a module of what looks like a policy."""
+    return [name for name, value in vars(module).items() if callable(getattr(value, "place", None)) and name[0] != "_"]
+
+
+def _place(error: Exception) -> str:
+    """An error of the user's code, and where it arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def policy_names() -> list[str]:
+    """Every policy that can be named without a colon."""
+    return [*BUILT_IN, *sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)} - set(BUILT_IN))]
+
+
+def _checked(name: str, found: object) -> Policy:
+    try:
+        policy = found() if isinstance(found, type) else found
+    except Exception as error:
+        raise ConfigError(f"policy {name} cannot be made: {_place(error)}") from error
+    if not isinstance(policy, Policy) or not isinstance(policy.name, str):
+        raise ConfigError(f"policy {name}: {found!r} has no `name` and `place`")
+    return policy
+
+
+def policy_fault(policy: Policy, error: BaseException) -> str:
+    """What went wrong in a user's policy: its name, the file and line that raised or where `place` stands, the error."""
+    place = getattr(type(policy).place, "__code__", None)
+    where = "" if place is None else f" ({_named(place.co_filename)}:{place.co_firstlineno})"
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if place is not None and frame.f_code.co_filename == place.co_filename:
+            where = f" ({_named(place.co_filename)}:{line})"
+    what = str(error) if isinstance(error, PolicyError) else f"{type(error).__name__}: {error}"
+    return f"policy {policy.name}{where}: {what}"[:MAX_FAULT]
+
+
+def _named(path: str) -> str:
+    return PurePath(path).name

@@ -1,0 +1,177 @@
+"""Answers for one task alone: where would it be cut, under which constraints, at which bandwidths?
+
+No ledger, no edge by name: one device, one edge, one cloud, and two links of given bandwidth. Every pair of cuts is looked
+at, because more than the best is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from bus.errors import ConfigError, CutError
+from bus.values import Kind, ModelProfile, Objective, Parts, Role
+from planner.search.cost import Costs, PlatformRow, delay_of
+from planner.search.cut_search import family_of
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """What a plan must keep to. The default asks for nothing."""
+
+    pinned: frozenset[Role] = frozenset()  # tiers that must compute
+    forbidden: frozenset[Role] = frozenset()  # tiers that must not compute; a forbidden edge may still relay
+    keep_on_device: int = 0  # the device runs at least layers 1..keep_on_device (privacy)
+    max_cut_bytes: int | None = None  # neither link may carry more for one sample; the result is not counted
+    max_delay_s: float | None = None  # for all samples
+
+    def __post_init__(self) -> None:
+        both = sorted(role.value for role in self.pinned & self.forbidden)
+        if both:
+            raise ConfigError(f"{', '.join(both)} cannot be pinned and forbidden at once")
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """The question: one model on three platforms, two links, a number of samples."""
+
+    device: ModelProfile
+    edge: ModelProfile | None
+    cloud: ModelProfile | None
+    link1_bps: int
+    link2_bps: int
+    samples: int = 1
+    objective: Objective = Objective.SEQUENTIAL
+    input_bytes: int | None = None  # G(0), None: the model's
+    constraints: Constraints = field(default_factory=Constraints)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One way to run the task."""
+
+    kind: Kind
+    cut1: int
+    cut2: int
+    cut1_name: str
+    cut2_name: str
+    link1_bps: int  # 0 where unused
+    link2_bps: int
+    delay_s: float
+    parts: Parts
+
+
+def position_of(profile: ModelProfile, layer: str) -> int:
+    """The position behind a layer, given by name or number (0 is `input`). Raises `CutError` for one that is not there."""
+    if layer == "input":
+        return 0
+    if layer in profile.layer_names:
+        return profile.layer_names.index(layer) + 1
+    if layer.isdecimal() and int(layer) <= profile.layers:
+        return int(layer)
+    raise CutError(
+        f"{profile.model} has no layer {layer}; there are {', '.join(profile.layer_names)}, or 0 to {profile.layers}"
+    )
+
+
+def plans(situation: Situation, top: int = 1) -> list[Plan]:
+    """The best `top` plans, best first; ties as Algorithm 1 breaks them. Empty when the constraints leave none."""
+    s = situation
+    costs = Costs(
+        PlatformRow(s.device),
+        None if s.edge is None else PlatformRow(s.edge),
+        None if s.cloud is None else PlatformRow(s.cloud),
+    )
+    ranked = []
+    for cut1, cut2 in _allowed(s):
+        parts = costs.sample_parts(cut1, cut2, s.link1_bps or 1, s.link2_bps or 1, s.input_bytes)
+        delay = delay_of(parts, s.samples, s.objective)
+        if s.constraints.max_delay_s is None or delay <= s.constraints.max_delay_s:
+            ranked.append((delay, family_of(cut1, cut2, costs.layers), cut1, cut2))
+    ranked.sort()
+    return [_plan(s, costs, delay, cut1, cut2) for delay, _, cut1, cut2 in ranked[:top]]
+
+
+def _plan(s: Situation, costs: Costs, delay: float, cut1: int, cut2: int) -> Plan:
+    return Plan(
+        kind=Kind.of(cut1, cut2, costs.layers),
+        cut1=cut1,
+        cut2=cut2,
+        cut1_name=s.device.cut_name(cut1),
+        cut2_name=s.device.cut_name(cut2),
+        link1_bps=s.link1_bps if cut1 != costs.layers else 0,
+        link2_bps=s.link2_bps if cut2 != costs.layers else 0,
+        delay_s=delay,
+        parts=costs.parts(cut1, cut2, s.link1_bps or 1, s.link2_bps or 1, s.samples, s.input_bytes),
+    )
+
+
+def _allowed(s: Situation) -> Iterable[tuple[int, int]]:
+    layers, limits = s.device.layers, s.constraints
+    uncut = set(s.device.forbidden)
+    for profile in (s.edge, s.cloud):
+        uncut |= set(profile.forbidden if profile is not None else ())
+    positions = [p for p in range(layers + 1) if p not in uncut]
+    for cut1 in positions:
+        for cut2 in positions:
+            if cut1 > cut2 or cut1 < limits.keep_on_device:
+                continue
+            used = {
+                role
+                for role, computes in (
+                    (Role.DEVICE, cut1 > 0),
+                    (Role.EDGE, cut1 != cut2),
+                    (Role.CLOUD, cut2 != layers),
+                )
+                if computes
+            }
+            if not limits.pinned <= used or limits.forbidden & used:
+                continue
+            if (Role.EDGE in used and s.edge is None) or (Role.CLOUD in used and s.cloud is None):
+                continue
+            if (cut1 != layers and s.link1_bps < 1) or (cut2 != layers and s.link2_bps < 1):
+                continue
+            if limits.max_cut_bytes is not None and _sent(s, cut1, cut2) > limits.max_cut_bytes:
+                continue
+            yield cut1, cut2
+
+
+def _sent(s: Situation, cut1: int, cut2: int) -> int:
+    """The most that either link carries for one sample."""
+    layers = s.device.layers
+    sizes = [s.device.cut_bytes[cut] for cut in (cut1, cut2) if 0 < cut < layers]
+    if cut1 == 0 or cut2 == 0:
+        sizes.append(s.device.cut_bytes[0] if s.input_bytes is None else s.input_bytes)
+    return max(sizes, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """An interval of bandwidth over which the same cuts are best."""
+
+    from_bps: int
+    to_bps: int
+    cut1: int
+    cut2: int
+
+
+def sweep(situation: Situation, link: int, bandwidths: Iterable[int]) -> list[Plan | None]:
+    """The best plan at each bandwidth of one link, the other staying as it is."""
+    found: list[Plan | None] = []
+    for bps in bandwidths:
+        changed = replace(situation, link1_bps=bps) if link == 1 else replace(situation, link2_bps=bps)
+        found.append(next(iter(plans(changed)), None))
+    return found
+
+
+def stretches(bandwidths: list[int], best: list[Plan | None]) -> list[Stretch]:
+    """Where the best cuts change along a sweep."""
+    found: list[Stretch] = []
+    for bps, plan in zip(bandwidths, best, strict=True):
+        if plan is None:
+            continue
+        if found and (found[-1].cut1, found[-1].cut2) == (plan.cut1, plan.cut2):
+            found[-1] = Stretch(found[-1].from_bps, bps, plan.cut1, plan.cut2)
+        else:
+            found.append(Stretch(bps, bps, plan.cut1, plan.cut2))
+    return found

@@ -1,0 +1,210 @@
+"""A model that was read, hashed and checked: the bytes that were hashed are the bytes that are used."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+import re
+import stat
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from ai_edge_litert import schema_py_generated as schema
+
+from bus.errors import ModelError
+from bus.values import ModelManifest
+from stages.models.files.cache import Progress, cache_dir, write_whole
+from stages.models.files.choice import Choice, shape_words
+from stages.models.files.flatbuffer_writer import Chunk, ModelBytes, forget_pages, tflite_chunks
+from stages.models.files.validation import validated
+from stages.models.graph import Graph
+from stages.models.runtime.facts import RuntimeFacts
+from stages.models.runtime.trial_run import trial
+from stages.models.variants import Contents, chosen_hash, contents, rewritten
+
+KEPT_IN_MEMORY_BYTES = 64 << 20
+"""Files up to this size are read; larger ones are copied to the cache, out of reach of their owner, and mapped."""
+
+PIECE_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A `.tflite` model. `data` never changes: it is in memory, or mapped from a file of our own cache."""
+
+    name: str  # the name that messages use
+    path: Path  # where the user, or the zoo, has it
+    sha256: str  # of the file; made of it and the choice where one was made
+    data: ModelBytes = field(repr=False)  # the file
+    kept: Path | None = field(default=None, repr=False)  # the file in our cache that `data` maps; None where in memory
+    facts: RuntimeFacts = field(default_factory=RuntimeFacts, repr=False)  # what a trial run showed
+    trusted: bool = False  # whether it is DeePar's own, which needs no trial runs
+    file_sha256: str = ""  # of the file that the user has
+    contents: Contents = field(
+        default_factory=Contents, repr=False
+    )  # its signatures, what is not looked at, open inputs
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the file."""
+        return len(self.data)
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The operators and tensors, analysed for cutting."""
+        return Graph.of(self.data, str(self.path), self.facts)
+
+    @cached_property
+    def manifest(self) -> ModelManifest:
+        """Positions, what crosses them, and the hash: what a node announces."""
+        try:
+            return self.graph.manifest(self.name, self.sha256, self.size_bytes)
+        except ValueError as error:
+            raise ModelError(str(self.path), f"cannot be described: {error}") from error
+
+    @property
+    def source(self) -> Path | bytes:
+        """What a runner loads to run the whole model: the very bytes that were hashed."""
+        if isinstance(self.data, bytes):
+            return self.data
+        assert self.kept is not None
+        return self.kept
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
+
+def model_name(path: Path) -> str:
+    """A name that messages can carry, from a file's."""
+    return clean_name(path.name.removesuffix(".tflite"))
+
+
+def clean_name(words: str) -> str:
+    """The words with a dash for what a model's name may not have."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", words).strip("-._+")[:100] or "model"
+
+
+def read_model(
+    path: Path,
+    *,
+    name: str | None = None,
+    sha256: str | None = None,
+    progress: Progress | None = None,
+    trusted: bool = False,
+    choice: Choice | None = None,
+) -> Model:
+    """Reads, hashes and validates a model file, and runs it once in a process of its own unless it is `trusted`.
+
+    `choice` says which signature and which shapes are meant. A signature on another subgraph than the main one gives the
+    model a name of its own, `NAME.SIGNATURE`. Raises `UnknownNameError` and `ConfigError` for a choice that the file does not
+    offer, `ModelError` where the file is missing, unreadable, not a model, truncated, inconsistent, larger than a flatbuffer
+    can be, or does not have the hash that was asked for.
+    """
+    shown = str(path)
+    try:
+        # without O_NONBLOCK, opening a pipe would wait for a writer for ever
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        raise ModelError(shown, f"cannot be opened: {error.strerror}") from error
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise ModelError(shown, "is not a regular file")
+    with open(handle, "rb", buffering=0) as file:
+        if status.st_size < 16:
+            raise ModelError(shown, f"has {status.st_size} bytes, too few for a model")
+        data: ModelBytes
+        kept: Path | None = None
+        if status.st_size <= KEPT_IN_MEMORY_BYTES:
+            data = b"".join(iter(lambda: file.read(PIECE_BYTES), b""))
+            digest = hashlib.sha256(data).hexdigest()
+        else:
+            # look before copying: gigabytes of something else are refused at once
+            if file.read(8)[4:] != b"TFL3":
+                raise ModelError(shown, "is not a TensorFlow Lite model (no TFL3 mark)")
+            data, digest, kept = _mapped(file.fileno(), path, status.st_size, progress)
+    if sha256 is not None and digest != sha256.lower():
+        raise ModelError(shown, f"has SHA-256 {digest}, not {sha256.lower()} as asked for")
+    validated(data, shown)
+    known_as = name or model_name(path)
+    return _as_chosen(
+        Model(known_as, path, digest, data, kept, file_sha256=digest, trusted=trusted), choice or Choice()
+    )
+
+
+def _as_chosen(model: Model, choice: Choice) -> Model:
+    """The model that the choice makes of a file that was read, tried unless it is trusted as it stands."""
+    shown = str(model.path)
+    unpacked = schema.ModelT.InitFromPackedBuf(model.data, 0)
+    found = contents(unpacked, choice, shown)
+    sha256 = chosen_hash(model.sha256, unpacked, choice, shown)
+    if sha256 != model.sha256:
+        blobs = rewritten(unpacked, model.data, choice, shown)
+        data, kept = _stored(tflite_chunks(unpacked, blobs), sha256, model.size_bytes)
+        validated(data, shown)
+        model = replace(model, sha256=sha256, data=data, kept=kept, trusted=False)
+    if found.main:
+        model = replace(model, name=clean_name(f"{model.name}.{found.meant}"))
+    model = replace(model, contents=found)
+    return model if model.trusted else replace(model, facts=_tried(model, choice))
+
+
+def _tried(model: Model, choice: Choice) -> RuntimeFacts:
+    """What a trial run shows. Raises `ModelError`, which names the shapes that were given and the inputs that are open."""
+    try:
+        return trial(model.source, model.sha256, str(model.path))
+    except ModelError as error:
+        words = [f"{name} was given as {shape_words(shape)}" for name, shape in choice.input_shapes.items()]
+        words += [
+            f"{one.name} is open, {one.words}, and was run at {shape_words(one.declared)}"
+            for one in model.contents.open_inputs
+        ]
+        if not words:
+            raise
+        fault = f"{error.fault.rstrip('.')}; its input {', '.join(words)}"
+        raise ModelError(error.path, fault, remedy=model.contents.remedy) from error
+
+
+def _stored(chunks: Iterable[Chunk], sha256: str, size_bytes: int) -> tuple[ModelBytes, Path | None]:
+    """A file that was made: in memory, or mapped from the cache where it is large."""
+    if size_bytes <= KEPT_IN_MEMORY_BYTES:
+        return b"".join(bytes(chunk) for chunk in chunks), None
+    kept = cache_dir("models") / f"{sha256}.tflite"
+    write_whole(kept, chunks, size_bytes=size_bytes, durable=False)
+    with open(kept, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), kept
+
+
+def _mapped(handle: int, path: Path, size_bytes: int, progress: Progress | None) -> tuple[mmap.mmap, str, Path]:
+    """The file mapped, from the cache: as it is where it lies there already, else as a copy named by its hash."""
+    own = cache_dir("models").resolve()
+    if own in path.resolve().parents:
+        mapped = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
+        digest = hashlib.sha256()
+        with memoryview(mapped) as view:
+            for start in range(0, size_bytes, PIECE_BYTES):
+                digest.update(view[start : start + PIECE_BYTES])
+                if progress is not None:
+                    progress(f"checking {path.name}", min(start + PIECE_BYTES, size_bytes), size_bytes)
+        forget_pages(mapped)  # hashing touched every page
+        return mapped, digest.hexdigest(), path
+
+    def pieces() -> Iterator[bytes]:
+        offset = 0
+        while piece := os.pread(handle, PIECE_BYTES, offset):
+            offset += len(piece)
+            yield piece
+
+    copy = own / f"copy-{os.getpid()}-{threading.get_ident()}"
+    digest_hex = write_whole(copy, pieces(), size_bytes=size_bytes, progress=progress, durable=False)
+    kept = own / f"{digest_hex}.tflite"
+    os.replace(copy, kept)
+    with contextlib.suppress(OSError):
+        os.chmod(kept, 0o400)
+    with open(kept, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), digest_hex, kept

@@ -1,0 +1,284 @@
+"""Measuring how fast this machine runs every layer of a model.
+
+The runtime does not time operators, so every layer is cut out and timed alone, on the values it would see, and the whole is
+timed too. The layers' times are then scaled to add up to the whole; both numbers are kept. Only computing is timed, not
+copying tensors in and out, which a layer inside a segment does not do. Layers that cannot be cut apart are timed together and
+share the time by their work.
+
+A busy machine must not get into a profile that is kept. So measurements wait for each other (`measuring_alone`), one thread
+is timed by its processor time, and a measurement is repeated until the whole and the sum of its slices agree
+(`measure_steadily`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform as machine
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from bus.errors import ConfigError, ModelError
+from bus.values import ModelProfile
+from stages.models.files.cache import cache_dir, locked, write_whole
+from stages.models.model import Model
+from stages.models.runtime.litert import SegmentRunner
+from stages.models.sandbox import Sandbox
+from stages.models.slicer import slice_model
+from stages.models.verify import random_inputs, run_part
+
+Step = Callable[[str, int, int], None]
+"""what is being measured, parts done, parts in total"""
+
+Say = Callable[[str], None]
+"""takes a line for people"""
+
+METHOD = 2
+"""Raise it whenever measuring or cutting changes: profiles that were remembered under another number are measured again."""
+
+TOLERANCE = 0.25
+"""Share of the whole by which the sum of its slices may differ, `CALL_S` for each slice beside it."""
+
+CALL_S = 0.000_001
+"""What starting a slice costs on its own."""
+
+MAX_TRIES = 5
+"""Measurements of one model before the best of them is taken as it is."""
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One layer's row of the table."""
+
+    position: int  # 1..l
+    name: str  # as in the manifest
+    kind: str  # e.g. "CONV_2D"
+    median_s: float  # of its one-layer slice, unscaled
+    spread_s: float  # between the quartiles of its runs
+    output_bytes: int  # what it makes
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured, before and after scaling."""
+
+    model: Model
+    whole_s: float  # median of the model in one piece
+    whole_spread_s: float  # between the quartiles
+    layers: tuple[LayerTime, ...]
+
+    @property
+    def sum_of_slices_s(self) -> float:
+        """The layers' medians added up."""
+        return sum(layer.median_s for layer in self.layers)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the whole and the sum of its slices tell the same, up to `TOLERANCE`."""
+        allowed_s = TOLERANCE * self.whole_s + CALL_S * len(self.layers)
+        return abs(self.sum_of_slices_s - self.whole_s) <= allowed_s
+
+    def least(self, other: Measurement) -> Measurement:
+        """The smaller of each time of two measurements of a model: what else runs can only make them longer."""
+        whole = min(self, other, key=lambda one: one.whole_s)
+        layers = tuple(min(pair, key=lambda row: row.median_s) for pair in zip(self.layers, other.layers, strict=True))
+        return replace(self, whole_s=whole.whole_s, whole_spread_s=whole.whole_spread_s, layers=layers)
+
+    def profile(self, platform: str) -> ModelProfile:
+        """What a node announces: times that add up to the whole."""
+        scale = self.whole_s / self.sum_of_slices_s if self.sum_of_slices_s else 1.0
+        manifest = self.model.manifest
+        return ModelProfile(
+            model=manifest.model,
+            sha256=manifest.sha256,
+            platform=platform,
+            layer_names=tuple(layer.name for layer in self.layers),
+            layer_s=tuple(layer.median_s * scale for layer in self.layers),
+            cut_bytes=tuple(cut.cut_bytes for cut in manifest.cuts),
+            forbidden=tuple(sorted(self.model.graph.blocked)),
+            whole_s=self.whole_s,
+            sum_of_slices_s=self.sum_of_slices_s,
+        )
+
+
+def measure(
+    model: Model,
+    *,
+    num_threads: int = 1,
+    num_runs: int = 10,
+    warmup_runs: int = 1,
+    seed: int = 0,
+    step: Step | None = None,
+) -> Measurement:
+    """Times the whole model and every layer, `num_runs` times each after `warmup_runs`.
+
+    Raises `ModelError` where the model cannot be run here, `ConfigError` for numbers below 1 (0 for the warm-up).
+    """
+    if num_runs < 1 or warmup_runs < 0 or num_threads < 1:
+        raise ConfigError("a profile needs at least one run and one thread")
+    graph = model.graph
+    values = random_inputs(model, np.random.default_rng(seed))
+
+    def timed(runner: SegmentRunner, inputs: list[np.ndarray]) -> tuple[float, float]:
+        for _ in range(warmup_runs):
+            runner.timed(inputs)
+        return _median_and_spread([runner.timed(inputs) for _ in range(num_runs)])
+
+    bounds = [position for position in range(graph.depth + 1) if position not in graph.blocked]
+    if step is not None:
+        step("the whole", 0, len(bounds))
+    given = dict(zip(graph.inputs, values, strict=True))
+    whole = SegmentRunner(model.source, num_threads, title=str(model.path))
+    whole_s, whole_spread_s = timed(whole, [given[tensor] for tensor in graph.whole_inputs])
+    del whole
+
+    rows: list[LayerTime] = []
+    with Sandbox(model) as sandbox:
+        for number, (begin, end) in enumerate(pairwise(bounds), start=1):
+            layers = graph.layers[begin:end]
+            if step is not None:
+                step(layers[0].name, number, len(bounds))
+            part = slice_model(model, begin + 1, end)
+            data = part.to_bytes()
+            sandbox.admit(part, data)
+            runner = SegmentRunner(data, num_threads, title=f"{model.name} {begin + 1}..{end}")
+            known = {spec.name: value for spec, value in zip(part.inputs, values, strict=True)}
+            median_s, spread_s = timed(runner, [known[name] for name in part.reads])
+            values = run_part(part, runner, values)
+            total = sum(layer.work for layer in layers)
+            for layer in layers:
+                share = layer.work / total if total else 1 / len(layers)
+                row = LayerTime(
+                    layer.position, layer.name, layer.kind, median_s * share, spread_s * share, layer.output_bytes
+                )
+                rows.append(row)
+    if step is not None:
+        step("done", len(bounds), len(bounds))
+    return Measurement(model, whole_s, whole_spread_s, tuple(rows))
+
+
+def measure_steadily(
+    model: Model,
+    *,
+    num_threads: int = 1,
+    num_runs: int = 10,
+    warmup_runs: int = 1,
+    step: Step | None = None,
+    say: Say | None = None,
+) -> Measurement:
+    """`measure`, again until the whole and the sum of its slices agree, at most `MAX_TRIES` times.
+
+    Of several measurements the least times count. `say` is told where they never agree.
+    """
+
+    def once() -> Measurement:
+        return measure(model, num_threads=num_threads, num_runs=num_runs, warmup_runs=warmup_runs, step=step)
+
+    found = once()
+    for _ in range(MAX_TRIES - 1):
+        if found.agrees:
+            return found
+        found = found.least(once())
+    if not found.agrees and say is not None:
+        say(
+            f"{model.name} takes {found.whole_s * 1e3:.3g} ms in one piece and {found.sum_of_slices_s * 1e3:.3g} ms in "
+            f"slices, also after {MAX_TRIES} measurements: its profile is uncertain; measure again on an idle machine "
+            "(deepar profile, or --remeasure of a stage)"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def measuring_alone(say: Say | None = None) -> Iterator[None]:
+    """Holds the lock of this user's measurements on this machine: those that start together take turns."""
+    with contextlib.ExitStack() as stack:
+        try:
+            waiting = "waiting: another process measures this machine"
+            on_wait = None if say is None else lambda: say(waiting)
+            stack.enter_context(locked(cache_dir("profiles") / "measuring", on_wait))
+        except OSError as error:
+            if say is not None:
+                say(f"measuring without a lock against other measurements: {error}")
+        yield
+
+
+def profile_model(
+    model: Model,
+    num_threads: int = 1,
+    num_runs: int = 10,
+    warmup_runs: int = 1,
+    progress: Step | None = None,
+    *,
+    platform: str = "this machine",
+) -> ModelProfile:
+    """`measure`, as what a node announces."""
+    found = measure(model, num_threads=num_threads, num_runs=num_runs, warmup_runs=warmup_runs, step=progress)
+    return found.profile(platform)
+
+
+def machine_profile(
+    model: Model, *, num_threads: int = 1, remeasure: bool = False, say: Say | None = None
+) -> ModelProfile:
+    """The profile of this machine, measured once and remembered in the cache; with `remeasure` measured in any case.
+
+    A machine is known by its processor's name; another processor, thread count, model or runtime is measured anew.
+    """
+    if not remeasure and (known := _remembered(model, num_threads)) is not None:
+        return known
+    with measuring_alone(say):
+        if not remeasure and (known := _remembered(model, num_threads)) is not None:
+            return known  # by a process that this one has waited for
+        if say is not None:
+            say(f"measuring {model.name} on this machine" + ("" if remeasure else ", once"))
+        found = measure_steadily(model, num_threads=num_threads, num_runs=5, say=say)
+        return remember(found, num_threads=num_threads, say=say)
+
+
+def remember(found: Measurement, *, num_threads: int, say: Say | None = None) -> ModelProfile:
+    """Keep a measurement as the profile of this machine; `say` is told where it cannot be kept."""
+    profile = found.profile(_processor())
+    try:
+        write_whole(
+            _profile_path(found.model, num_threads), [profile.model_dump_json(indent=2).encode()], durable=False
+        )
+    except ModelError as error:
+        if say is not None:
+            say(f"the profile is not remembered: {error}")
+    return profile
+
+
+def _remembered(model: Model, num_threads: int) -> ModelProfile | None:
+    with contextlib.suppress(OSError, ValueError):
+        found = ModelProfile.model_validate_json(_profile_path(model, num_threads).read_bytes())
+        if found.sha256 == model.sha256:
+            return found.model_copy(update={"model": model.name})
+    return None
+
+
+def _profile_path(model: Model, num_threads: int) -> Path:
+    known_by = "\n".join(
+        [str(METHOD), _processor(), str(num_threads), model.sha256, metadata.version("ai-edge-litert")]
+    )
+    return cache_dir("profiles") / f"{model.name}-{hashlib.sha256(known_by.encode()).hexdigest()[:16]}.json"
+
+
+def _median_and_spread(times_s: list[float]) -> tuple[float, float]:
+    if len(times_s) < 2:
+        return times_s[0], 0.0
+    low, _, high = statistics.quantiles(times_s, n=4, method="inclusive")
+    return statistics.median(times_s), high - low
+
+
+def _processor() -> str:
+    """The processor's name, as people know it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return machine.processor() or machine.machine()

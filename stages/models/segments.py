@@ -1,0 +1,413 @@
+"""A model in pieces, ready to run from any cut to any cut, with every weight in memory once.
+
+The store holds the model as a row of *pieces* that touch at its *bounds*: at first the useful cuts, then also the positions
+that placements ask for. A segment (layers begin+1..end) is the chain of the pieces between its ends, so two segments that
+overlap share what they share, and a stage that serves every cut of a model needs its weights once. A piece is a `.tflite`
+file in the cache, mapped by the runtime (small ones stay in memory). Splitting a piece copies its weights from the source's
+mapping, loads the two halves beside it, and only then lets it go: whoever runs meanwhile runs on. Segments of small models
+are loaded as one piece of their own as well, within a bound: they compute for less time than it takes from piece to piece.
+
+What the pieces may take is bounded. Beyond the budget, bounds that nobody uses any more are given up, oldest first, so that
+their pieces grow together again; then the least recently used pieces are let go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+import weakref
+from bisect import bisect_left, bisect_right, insort
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from bus.errors import ConfigError
+from bus.values import TensorSpec
+from stages.models.cuts import useful_positions
+from stages.models.files.cache import cache_dir, write_whole
+from stages.models.files.flatbuffer_writer import forget_pages
+from stages.models.loaded_piece import Piece
+from stages.models.model import Model
+from stages.models.runtime.litert import SegmentRunner
+from stages.models.runtime.malloc_trim import give_back, map_large_blocks
+from stages.models.sandbox import Sandbox
+from stages.models.slicer import SlicedPart, slice_model
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+IN_MEMORY_BYTES = 4 << 20
+"""Pieces up to this size are no files, and are never let go between samples."""
+
+SPARE_BYTES = 24 << 20
+"""Any model may take this much beyond what its weights need, so that small models are never trimmed."""
+
+JOINED_BYTES = SPARE_BYTES // 2
+"""So much of it is for small segments in one piece; the rest is for interpreters that work side by side."""
+
+PROCESS_BYTES = 80 << 20
+"""What the interpreter, the libraries and the allocator take of the fifth that a large model may have for activations."""
+
+Say: TypeAlias = Callable[[str], None]
+
+
+class Segment:
+    """Layers begin+1..end, ready to run from any thread. Nothing but relaying where begin = end."""
+
+    def __init__(self, store: SegmentStore, begin: int, end: int) -> None:
+        self.begin, self.end = begin, end
+        graph = store.model.graph
+        self.inputs: tuple[TensorSpec, ...] = tuple(graph.spec(tensor) for tensor in graph.live(begin))
+        self.outputs: tuple[TensorSpec, ...] = tuple(graph.spec(tensor) for tensor in graph.live(end))
+        self._reads = tuple(spec.name for spec in self.inputs)
+        self._makes = tuple(spec.name for spec in self.outputs)
+        self._store = store
+        self._chain: tuple[int, list[Piece]] = (-1, [])  # as it was when the store had changed so often
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """What crosses position `end`, from what crosses `begin`, each in the boundary's order. Raises `ModelError`.
+
+        Blocks, without the GIL: call it from a worker thread. A sample stands for itself: a model that keeps state starts
+        every sample afresh.
+        """
+        if len(inputs) != len(self.inputs):
+            raise ConfigError(f"{self} takes {len(self.inputs)} tensors, not {len(inputs)}")
+        pieces = self._pieces()
+        if len(pieces) == 1 and pieces[0].reads == self._reads and pieces[0].makes == self._makes:
+            return self._run_piece(pieces[0], inputs)
+        known = dict(zip(self._reads, inputs, strict=True))
+        for piece in pieces:
+            made = self._run_piece(piece, [known[name] for name in piece.reads])
+            known.update(zip(piece.makes, made, strict=True))
+        return [known[name] for name in self._makes]
+
+    def _run_piece(self, piece: Piece, inputs: Sequence[Array]) -> list[Array]:
+        runner = piece.take(self._store.may_grow)  # no context manager: for a small piece it costs as much as its work
+        try:
+            if self._store.stateful:
+                runner.reset()
+            return runner.run(inputs)
+        finally:
+            piece.give(runner)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it would run at once: of a small model, loaded, and nobody computes with its pieces."""
+        if not self._store.small or self._chain[0] != self._store.changes:
+            return False
+        return all(piece.idle for piece in self._chain[1])
+
+    def _pieces(self) -> list[Piece]:
+        """Looking them up takes as long as a small model's computation, so those are remembered; large ones, which the store
+        may want to let go of, are not.
+        """
+        store = self._store
+        if not store.small:
+            return store.chain(self.begin, self.end)
+        changes = store.changes
+        if self._chain[0] != changes:
+            joined = store.joined(self.begin, self.end)
+            self._chain = (changes, store.chain(self.begin, self.end) if joined is None else [joined])
+        return self._chain[1]
+
+    def release(self) -> None:
+        """Says that it will not be used any more (which forgetting it says too)."""
+        self._store.released(self)
+
+    def __repr__(self) -> str:
+        return f"{self._store.model.name} {self.begin + 1}..{self.end}"
+
+
+class SegmentStore:
+    """The pieces of one model in one process; every method may be called from any thread.
+
+    At most `replicas` interpreters a piece, for as many tasks at once, where the budget allows. `budget_bytes` bounds the
+    memory of all pieces together; what a segment in use needs is loaded all the same. Without it: the weights (mapped, and
+    once more with the delegate, which repacks them) and a fifth of them, less what the process takes anyway.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        folder: Path | None = None,
+        budget_bytes: int | None = None,
+        *,
+        num_threads: int = 1,
+        replicas: int = 1,
+        delegate: bool = True,
+    ) -> None:
+        if model.size_bytes > IN_MEMORY_BYTES:
+            map_large_blocks()
+        self.model = model
+        self.stateful = model.graph.stateful
+        self._folder = folder or cache_dir("segments", model.sha256[:16])
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._num_threads, self._replicas, self._delegate = num_threads, max(1, replicas), delegate
+        self._weight_factor = 2 if delegate else 1
+        spare_bytes = max(SPARE_BYTES, model.size_bytes // 5 - PROCESS_BYTES)
+        default_bytes = self._weight_factor * model.size_bytes + spare_bytes
+        self.budget_bytes = default_bytes if budget_bytes is None else budget_bytes
+        self._sandbox = Sandbox(model, delegate=delegate)
+        self._bounds: list[int] = sorted({0, *useful_positions(model.manifest), model.graph.depth})
+        self._asked: OrderedDict[int, None] = OrderedDict()  # bounds beyond the useful ones, oldest first
+        self._pieces: OrderedDict[tuple[int, int], Piece] = OrderedDict()  # least recently used first
+        self._joined: OrderedDict[tuple[int, int], Piece] = OrderedDict()  # small segments, oldest first
+        self._segments: weakref.WeakSet[Segment] = weakref.WeakSet()  # in use
+        self.small = model.size_bytes <= IN_MEMORY_BYTES
+        self.changes = 0  # of bounds and pieces: who keeps a chain asks for it anew when this has moved
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"prepare-{model.name}")
+        self._looking = threading.Lock()  # short: the tables above
+        self._preparing = threading.RLock()  # long: slicing and loading
+
+    def warm(self, say: Say | None = None) -> None:
+        """Loads all pieces between useful cuts: after it, a placement at useful cuts waits for nothing."""
+        with self._sandbox:
+            for begin, end in pairwise(list(self._bounds)):
+                if say is not None:
+                    say(f"preparing {self.model.name} {begin + 1}..{end}")
+                self._require(begin, end)
+        give_back()
+
+    def prepare(self, begin: int, end: int) -> Segment:
+        """Makes layers begin+1..end ready and returns them.
+
+        Takes seconds where large weights must be copied and repacked: call it in a thread that no running task needs. Raises
+        `CutError` where the model cannot be cut there, `ModelError` where the disk is full or the runtime refuses.
+        """
+        for position in (begin, end):
+            self.model.graph.require_cuttable(position)
+        if begin > end:
+            raise ConfigError(f"position {begin} lies behind {end}")
+        segment = Segment(self, begin, end)
+        with self._looking:
+            self._segments.add(segment)
+        with self._preparing, self._sandbox:
+            self._split_at(begin)
+            self._split_at(end)
+            if len(self.chain(begin, end)) > 1 and self.small:
+                self._join(begin, end)
+            self._trim()
+            give_back()
+        return segment
+
+    async def ready(self, begin: int, end: int) -> Segment:
+        """`prepare` in a thread of the store's own, so that neither the loop nor running tasks wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self.prepare, begin, end)
+
+    def get(self, begin: int, end: int) -> Segment:
+        """The segment, at once. One that was not prepared, or was let go since, is made ready by its first `run`."""
+        segment = Segment(self, begin, end)
+        with self._looking:
+            self._segments.add(segment)
+        return segment
+
+    def is_ready(self, begin: int, end: int) -> bool:
+        """Whether layers begin+1..end would run at once."""
+        with self._looking:
+            if begin not in self._bounds or end not in self._bounds:
+                return False
+            return all(pair in self._pieces for pair in self._pairs(begin, end))
+
+    @property
+    def loaded_bytes(self) -> int:
+        """An estimate of the memory that the loaded pieces take."""
+        with self._looking:
+            return self._loaded_bytes()
+
+    def close(self) -> None:
+        """Lets everything go. Segments must not be used any more."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        with self._preparing, self._looking:
+            self._pieces.clear()
+            self._joined.clear()
+            self.changes += 1
+            self._segments.clear()
+        give_back()
+
+    # --- what segments ask ---------------------------------------------------------------------------------------
+
+    def chain(self, begin: int, end: int) -> list[Piece]:
+        """The pieces of layers begin+1..end, loading those that were let go."""
+        with self._looking:
+            ends_there = begin in self._bounds and end in self._bounds
+            pairs = self._pairs(begin, end)
+            found = [self._pieces.get(pair) for pair in pairs]
+            for pair in pairs:
+                if pair in self._pieces:
+                    self._pieces.move_to_end(pair)
+        if ends_there and None not in found:
+            return [piece for piece in found if piece is not None]
+        if ends_there:
+            with self._preparing, self._sandbox:
+                return [piece or self._require(*pair) for pair, piece in zip(pairs, found, strict=True)]
+        with self._preparing:  # an end was given up since this segment was prepared
+            self._split_at(begin)
+            self._split_at(end)
+            return self.chain(begin, end)
+
+    def joined(self, begin: int, end: int) -> Piece | None:
+        """Layers begin+1..end of a small model as one piece, where they were asked for lately."""
+        with self._looking:
+            return self._joined.get((begin, end))
+
+    def may_grow(self, piece: Piece) -> bool:
+        """Whether one more interpreter of the piece is allowed."""
+        return piece.loaded < self._replicas and self.loaded_bytes + piece.size_bytes <= self.budget_bytes
+
+    def released(self, segment: Segment) -> None:
+        """The segment's bounds may be given up."""
+        with self._looking:
+            self._segments.discard(segment)
+
+    # --- pieces and bounds ---------------------------------------------------------------------------------------
+
+    def _loaded_bytes(self) -> int:
+        pieces = (*self._pieces.values(), *self._joined.values())
+        return sum(piece.size_bytes * piece.loaded for piece in pieces)
+
+    def _pairs(self, begin: int, end: int) -> list[tuple[int, int]]:
+        inner = self._bounds[bisect_left(self._bounds, begin) : bisect_right(self._bounds, end)]
+        return list(pairwise(inner))
+
+    def _require(self, begin: int, end: int) -> Piece:
+        """The piece between two bounds, loaded."""
+        with self._preparing:
+            with self._looking:
+                piece = self._pieces.get((begin, end))
+            if piece is None:
+                piece = self._load(begin, end)
+                with self._looking:
+                    self._pieces[begin, end] = piece
+                    self.changes += 1
+            return piece
+
+    def _join(self, begin: int, end: int) -> None:
+        """Loads a small segment as one piece too: from one interpreter to the next costs as much as its layers take."""
+        with self._looking:
+            known = (begin, end) in self._joined
+            if known:
+                self._joined.move_to_end((begin, end))
+        if known:
+            return
+        piece = self._load(begin, end)
+        with self._looking:
+            self._joined[begin, end] = piece
+            while sum(other.size_bytes * other.loaded for other in self._joined.values()) > JOINED_BYTES:
+                self._joined.popitem(last=False)
+            self.changes += 1
+
+    def _split_at(self, position: int) -> None:
+        """Makes a position a bound: loads both halves of its piece, then swaps them in."""
+        with self._looking:
+            if position in self._bounds:
+                if position in self._asked:
+                    self._asked.move_to_end(position)
+                return
+            at = bisect_left(self._bounds, position)
+            begin, end = self._bounds[at - 1], self._bounds[at]
+            was_loaded = (begin, end) in self._pieces
+        halves = {}
+        if was_loaded:
+            halves = {pair: self._load(*pair) for pair in ((begin, position), (position, end))}
+        with self._looking:
+            insort(self._bounds, position)
+            self.changes += 1
+            self._asked[position] = None
+            self._pieces.update(halves)
+            self._pieces.pop((begin, end), None)
+        self._delete(begin, end)
+
+    def _trim(self) -> None:
+        """Holds the memory to the budget: bounds that nobody uses go first, then pieces."""
+        while self.loaded_bytes > self.budget_bytes:
+            with self._looking:
+                if self._joined:
+                    self._joined.popitem(last=False)
+                    self.changes += 1
+                    continue
+                used = {position for segment in self._segments for position in (segment.begin, segment.end)}
+                stale = next((position for position in self._asked if position not in used), None)
+            if stale is not None:
+                self._join_at(stale)
+                continue
+            with self._looking:
+                needed = {pair for segment in self._segments for pair in self._pairs(segment.begin, segment.end)}
+                idle = next((pair for pair in self._pieces if pair not in needed), None)
+                if idle is None:
+                    return
+                del self._pieces[idle]
+                self.changes += 1
+            self._delete(*idle)
+
+    def _join_at(self, position: int) -> None:
+        """Gives up a bound. Where a segment in use spans it, the joined piece is loaded before the halves go."""
+        with self._looking:
+            at = self._bounds.index(position)
+            begin, end = self._bounds[at - 1], self._bounds[at + 1]
+            spanned = any(segment.begin < position < segment.end for segment in self._segments)
+        joined = self._load(begin, end) if spanned else None
+        with self._looking:
+            self._bounds.remove(position)
+            self.changes += 1
+            del self._asked[position]
+            for pair in ((begin, position), (position, end)):
+                self._pieces.pop(pair, None)
+            if joined is not None:
+                self._pieces[begin, end] = joined
+        for pair in ((begin, position), (position, end)):
+            self._delete(*pair)
+
+    def _path(self, begin: int, end: int) -> Path:
+        return self._folder / f"{begin + 1}-{end}.tflite"
+
+    def _delete(self, begin: int, end: int) -> None:
+        # a runtime that has it mapped keeps the bytes until it lets go
+        with contextlib.suppress(OSError):
+            self._path(begin, end).unlink()
+
+    def _load(self, begin: int, end: int) -> Piece:
+        part = slice_model(self.model, begin + 1, end)
+        source: Path | bytes
+        small = part.size_bytes <= IN_MEMORY_BYTES
+        if small:
+            source = part.to_bytes()
+        else:
+            source = self._path(begin, end)
+            if not _holds(source, part):
+                write_whole(source, part.chunks(), size_bytes=part.size_bytes, durable=False)
+            forget_pages(self.model.data)  # they were read to be copied, no more
+        self._sandbox.admit(part, source)
+        crossing = sum(spec_bytes for spec_bytes in map(self.model.graph.size_bytes, self._touched(begin, end)))
+
+        def load() -> SegmentRunner:
+            title = f"{self.model.name} {begin + 1}..{end}"
+            return SegmentRunner(source, self._num_threads, delegate=self._delegate, title=title, renew=part.renew)
+
+        size_bytes = self._weight_factor * part.size_bytes + crossing
+        return Piece(part, load, size_bytes, keep=self._delegate or small)
+
+    def _touched(self, begin: int, end: int) -> set[int]:
+        """Tensors that the piece holds at its ends, and its two largest inside: about what its interpreter allocates."""
+        graph = self.model.graph
+        inner = sorted(
+            (out for layer in graph.layers[begin:end] for out in graph.outputs_of(layer.operator)),
+            key=graph.size_bytes,
+            reverse=True,
+        )
+        return {*graph.live(begin), *graph.live(end), *inner[:2]}
+
+
+def _holds(path: Path, part: SlicedPart) -> bool:
+    """Whether a file of an earlier run is this part: the same structure in front, and the same size."""
+    head = bytes(next(iter(part.chunks())))
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(head)) == head and os.fstat(file.fileno()).st_size == part.file_bytes(len(head))
+    except OSError:
+        return False

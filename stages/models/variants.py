@@ -1,0 +1,232 @@
+"""What a file leaves to its user: which of several signatures is meant, and how large its open inputs are.
+
+A choice is written into a copy of the file: the signature's subgraph becomes the first one, and an input is declared with the
+shape that was given. All that follows (trial, cuts, slices, runners) then sees an ordinary model. It has a hash of its own,
+made of the file's and the choice, so that nodes which chose differently do not take each other's activations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from bus.errors import ConfigError, UnknownNameError
+from stages.models.files.choice import Choice, Shape, shape_words
+from stages.models.files.flatbuffer_writer import STREAMED_BYTES, Blob, ModelBytes, stored_bytes
+from stages.models.files.operators import KEPT_METADATA, kind_of, subgraphs_of, text
+
+LARGEST_DIMENSION = (1 << 31) - 1
+"""What the format has room for."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One entry point of a file."""
+
+    name: str  # its key in the file
+    inputs: tuple[str, ...]  # the names that callers use
+    outputs: tuple[str, ...]
+    meant: bool  # whether it is the one that is looked at
+    seen: bool  # whether its subgraph is the one that is looked at
+
+
+@dataclass(frozen=True)
+class OpenInput:
+    """An input whose shape the file leaves open."""
+
+    name: str  # of the tensor
+    declared: Shape  # what it has unless another shape is given
+    pattern: Shape  # -1 for an open dimension
+
+    @property
+    def words(self) -> str:
+        """`1x?`: a question mark for every open dimension."""
+        return shape_words(self.pattern)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file has to choose from, and what a choice leaves out."""
+
+    signatures: tuple[Signature, ...] = ()
+    unseen: tuple[str, ...] = ()  # what is not looked at, in words: `signature decode`, `subgraph 3`
+    open_inputs: tuple[OpenInput, ...] = ()  # of the subgraph that is looked at, as far as no shape was given
+    main: int = 0  # the file's number of the subgraph that is looked at
+
+    @property
+    def meant(self) -> str | None:
+        """The name of the signature that is looked at, None where the subgraph has none."""
+        return next((one.name for one in self.signatures if one.meant), None)
+
+    @property
+    def remedy(self) -> str | None:
+        """How to give the shapes that are open; None where none is."""
+        if not self.open_inputs:
+            return None
+        options = " ".join(f"--input-shape {one.name}={one.words}" for one in self.open_inputs)
+        return f"give a number for every question mark: {options}"
+
+
+def contents(model: Any, choice: Choice, shown: str) -> Contents:
+    """What the file has, seen through a choice. Raises `UnknownNameError` for a signature or input that it does not have."""
+    entry = _chosen(model, choice.signature, shown)
+    main = 0 if entry is None else entry.subgraphIndex
+    signatures = tuple(
+        Signature(
+            name=text(one.signatureKey),
+            inputs=tuple(text(item.name) for item in one.inputs or []),
+            outputs=tuple(text(item.name) for item in one.outputs or []),
+            meant=one is entry,
+            seen=one.subgraphIndex == main,
+        )
+        for one in model.signatureDefs or []
+    )
+    given = _given_shapes(model.subgraphs[main], entry, choice, shown)
+    still_open = tuple(one for index, one in _open_inputs(model.subgraphs[main]).items() if index not in given)
+    return Contents(signatures, tuple(_unseen(model, main, signatures)), still_open, main)
+
+
+def chosen_hash(sha256: str, model: Any, choice: Choice, shown: str) -> str:
+    """The hash that names the file seen through a choice: the file's own where the choice changes nothing."""
+    entry = _chosen(model, choice.signature, shown)
+    main = 0 if entry is None else entry.subgraphIndex
+    shapes = _given_shapes(model.subgraphs[main], entry, choice, shown)
+    shapes = {i: shape for i, shape in shapes.items() if shape != tuple(_ints(model.subgraphs[main].tensors[i].shape))}
+    if entry is _chosen(model, None, shown) and not shapes:
+        return sha256
+    lines = [sha256, *([f"signature {text(entry.signatureKey)}"] if entry is not None else [])]
+    lines += [f"input {index} {shape_words(shape)}" for index, shape in sorted(shapes.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def rewritten(model: Any, data: ModelBytes, choice: Choice, shown: str) -> dict[int, Blob]:
+    """Writes the choice into `model`, the unpacked `data`; returns the large buffers, by number."""
+    entry = _chosen(model, choice.signature, shown)
+    main = 0 if entry is None else entry.subgraphIndex
+    for index, shape in _given_shapes(model.subgraphs[main], entry, choice, shown).items():
+        model.subgraphs[main].tensors[index].shape = list(shape)
+    if entry is not None:
+        model.signatureDefs = [entry]
+        entry.subgraphIndex = 0
+    if main:
+        _swap_subgraphs(model, main)
+        model.metadata = [one for one in model.metadata or [] if text(one.name) in KEPT_METADATA]
+    return _detached_buffers(model, data)
+
+
+def _chosen(model: Any, name: str | None, shown: str) -> Any:
+    """The signature that is meant, None where none was asked for and the main subgraph has none."""
+    entries = list(model.signatureDefs or [])
+    if name is None:
+        return next((entry for entry in entries if entry.subgraphIndex == 0), None)
+    for entry in entries:
+        if text(entry.signatureKey) == name:
+            return entry
+    names = ", ".join(text(entry.signatureKey) for entry in entries)
+    raise UnknownNameError(
+        f"{shown} has no signature {name}", remedy=f"it has {names or 'none: leave --signature out'}"
+    )
+
+
+def _open_inputs(graph: Any) -> dict[int, OpenInput]:
+    found = {}
+    for index in _ints(graph.inputs):
+        tensor = graph.tensors[index]
+        declared, pattern = _ints(tensor.shape), _ints(tensor.shapeSignature) or _ints(tensor.shape)
+        if any(size < 0 for size in pattern):
+            found[index] = OpenInput(text(tensor.name), tuple(max(size, 1) for size in declared), tuple(pattern))
+    return found
+
+
+def _given_shapes(graph: Any, entry: Any, choice: Choice, shown: str) -> dict[int, Shape]:
+    """Input's index -> the shape that was given for it."""
+    names = {text(graph.tensors[index].name): index for index in _ints(graph.inputs)}
+    names |= {text(item.name): item.tensorIndex for item in (entry.inputs or [] if entry is not None else [])}
+    still_open = _open_inputs(graph)
+    found: dict[int, Shape] = {}
+    for name, shape in choice.input_shapes.items():
+        if name not in names:
+            raise UnknownNameError(f"{shown} has no input {name}", remedy=f"its inputs are {', '.join(names)}")
+        index = names[name]
+        declared = tuple(_ints(graph.tensors[index].shape))
+        pattern = still_open[index].pattern if index in still_open else declared
+        fits = len(shape) == len(pattern) and all(
+            wanted in (size, -1) for size, wanted in zip(shape, pattern, strict=True)
+        )
+        if not fits:
+            raise ConfigError(
+                f"--input-shape {name}={shape_words(shape)}: the input of {shown} is {shape_words(pattern) or 'one number'}"
+            )
+        if max(shape, default=0) > LARGEST_DIMENSION:
+            raise ConfigError(
+                f"--input-shape {name}={shape_words(shape)}: no dimension is larger than {LARGEST_DIMENSION:,}"
+            )
+        found[index] = shape
+    return found
+
+
+def _unseen(model: Any, main: int, signatures: Iterable[Signature]) -> Iterable[str]:
+    """What the subgraph `main` and those that it runs leave out."""
+    yield from (f"signature {one.name}" for one in signatures if not one.seen)
+    named = {entry.subgraphIndex for entry in model.signatureDefs or []}
+    reached = _reached(model, {0, main} | named)
+    if main and 0 not in named:
+        yield "the main subgraph, which has no signature"
+    yield from (
+        f"subgraph {index}, which nothing runs" for index in range(len(model.subgraphs)) if index not in reached
+    )
+
+
+def _reached(model: Any, roots: set[int]) -> set[int]:
+    reached: set[int] = set()
+    waiting = list(roots)
+    while waiting:
+        index = waiting.pop()
+        if index not in reached:
+            reached.add(index)
+            for operator in model.subgraphs[index].operators or []:
+                waiting += [below for _, below in subgraphs_of(operator, _kind(model, operator))]
+    return reached
+
+
+def _swap_subgraphs(model: Any, main: int) -> None:
+    """Makes subgraph `main` the first, and the first the one of that number."""
+    graphs = model.subgraphs
+    graphs[0], graphs[main] = graphs[main], graphs[0]
+    moved = {0: main, main: 0}
+    for graph in graphs:
+        for operator in graph.operators or []:
+            options = operator.builtinOptions if operator.builtinOptions is not None else operator.builtinOptions2
+            run = subgraphs_of(operator, _kind(model, operator))
+            if run and run[0][0] == "branchSubgraphIndices":
+                options.branchSubgraphIndices = [moved.get(index, index) for _, index in run]
+                continue
+            for name, index in run:
+                setattr(options, name, moved.get(index, index))
+
+
+def _detached_buffers(model: Any, data: ModelBytes) -> dict[int, Blob]:
+    """Replaces the buffers by ones that can be packed again; large ones are left to be streamed from `data`."""
+    blobs: dict[int, Blob] = {}
+    for index in range(len(model.buffers)):
+        stored = stored_bytes(model, data, index)
+        buffer = schema.BufferT()
+        if stored is not None and stored.nbytes >= STREAMED_BYTES:
+            blobs[index] = Blob.of(stored)
+        elif stored is not None and stored.nbytes:
+            buffer.data = np.frombuffer(bytes(stored), np.uint8)
+        model.buffers[index] = buffer
+    return blobs
+
+
+def _kind(model: Any, operator: Any) -> str:
+    return kind_of(model.operatorCodes[operator.opcodeIndex])
+
+
+def _ints(vector: Any) -> list[int]:
+    return [] if vector is None else [int(item) for item in vector]
