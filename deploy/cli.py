@@ -57,7 +57,7 @@ COMMANDS = (
     _Command("models", MODELS, "deploy.commands.models", "app", "List, show, cut and verify models."),
     _Command("profile", MODELS, "deploy.commands.models", "profile", "Measure each layer of a model on this machine."),
     _Command("plan", MODELS, "deploy.commands.plan", "plan", "Find where a model is best cut, for given speeds and links."),
-    _Command("simulate", MODELS, "deploy.commands.simulate.figures", "app", "Run the paper's experiments, and sweeps beyond them."),
+    _Command("simulate", MODELS, "deploy.commands.simulate.figures", "app", "Run the paper's experiments, and sweeps."),
 )  # fmt: skip
 
 

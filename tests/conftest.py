@@ -1,3 +1,22 @@
 """Fixtures for every test: pytest loads the modules that are named here."""
 
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
 pytest_plugins = ["tests.kafka_broker", "tests.lanes"]
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Undo the log settings of a command that ran in this process: they write to a stderr that pytest closes."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    structlog.reset_defaults()
+    root.setLevel(level)
+    root.handlers = handlers

@@ -240,11 +240,12 @@ def test_prometheus_has_data_for_every_panel_and_raises_the_alarm_that_is_due(
         assert known[name]["state"] == "inactive", known[name]
 
 
-def test_a_task_of_an_unknown_model_is_rejected_with_the_reason(region: Processes) -> None:
-    done = region.run("loadgen", "replay", "--tasks", "1", "--within", "1s", "--models", "nosuchnet", "--json")
-    summary = json.loads(done.stdout)
-    assert (summary["submitted"], summary["completed"], summary["rejected"]) == (1, 0, 1), done.stderr
-    assert "unknown_model" in summary["causes"]
+def test_a_model_that_no_device_has_is_refused_before_anything_is_submitted(region: Processes) -> None:
+    failed = region.run("loadgen", "replay", "--tasks", "1", "--within", "1s", "--models", "lenett", "--json")
+    assert failed.returncode == 2, failed.stderr
+    assert "lenett" in failed.stderr
+    assert "did you mean lenet" in failed.stderr.lower()
+    assert failed.stdout == ""
 
 
 def test_a_broker_that_is_not_there_is_named_within_seconds(region: Processes) -> None:

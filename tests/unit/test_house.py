@@ -46,6 +46,7 @@ def test_the_layering_test_can_fail(tmp_path: Path) -> None:
 JSON_BETWEEN_OURSELVES = {
     "deploy/generated_docs/asyncapi.py",  # a page of the docs, kept as it stands
     "deploy/commands/explain.py",  # a record on its way back into our decoder
+    "loadgen/experiments/fit_paper.py",  # the profile that is shipped
     "loadgen/experiments/run_key.py",
     "loadgen/experiments/sweep.py",  # the key of a run, compared with itself
     "stages/models/sandbox.py",

@@ -52,7 +52,7 @@ def bench(
     if name not in BENCHES:
         raise unknown_name("benchmark", name, BENCHES)
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
-    measure = importlib.import_module(f"loadgen.bench_{name}").run
+    measure = importlib.import_module(f"loadgen.bench.{name}").run
     wanted = {"bus": bus and bus.value, "bootstrap": bootstrap_servers, "tasks": tasks, "seed": random_seed}
     takes = inspect.signature(measure).parameters
     given = {key: value for key, value in wanted.items() if value is not None and key in takes}

@@ -167,7 +167,7 @@ def test_an_interrupt_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatc
     def interrupted(bootstrap_servers: str | None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deploy.commands.services.nodes.kafka_bus", interrupted)
+    monkeypatch.setattr("deploy.services.wiring.kafka_bus", interrupted)
     assert run(monkeypatch, "planner") == 105
 
 
@@ -186,7 +186,7 @@ def test_a_stage_takes_its_flags_and_its_defaults(monkeypatch: pytest.MonkeyPatc
     def reached(bootstrap_servers: str | None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deploy.commands.services.nodes.kafka_bus", reached)
+    monkeypatch.setattr("deploy.services.wiring.kafka_bus", reached)
     assert run(monkeypatch, "stage", *words, "--runner", "modelled", "--profile", "paper") == 105
 
 

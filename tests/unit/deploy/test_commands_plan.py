@@ -122,7 +122,7 @@ def test_explain_refuses_what_is_no_dump(tmp_path: Path, dump: tuple[Path, World
     broken.write_text("not json\n")
     with pytest.raises(ConfigError, match="line 1"):
         run("explain", "t1", "--from", str(broken))
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="No such file"):
         run("explain", "t1", "--from", str(tmp_path / "none"))
     with pytest.raises(UnknownNameError, match="t999"):
         run("explain", "t999", "--from", str(dump[0]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 import structlog
@@ -12,16 +11,6 @@ import structlog
 from deploy.services.log_setup import SPARING_S, Sparing, SparingRepeats, configure_logging
 
 PLANTED = "planted-0xC0FFEE"
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
-    level = logging.getLogger().level
-    handlers = list(logging.getLogger().handlers)
-    yield
-    structlog.reset_defaults()
-    logging.getLogger().setLevel(level)
-    logging.getLogger().handlers = handlers
 
 
 @pytest.mark.parametrize("json_lines", [False, True])

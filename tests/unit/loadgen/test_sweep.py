@@ -168,7 +168,8 @@ def policy_file(folder: Path, body: str, name: str = "mine") -> None:
 RUN = """
 import sys
 from tests.unit.loadgen import test_sweep as here
-from loadgen import cells, plots
+from loadgen import plots
+from loadgen.experiments import runs as cells
 cells.platforms = lambda profile: here.machines()
 done = here.sweep(here.replace(here.options(here.Path(sys.argv[1])), policies=("edge-only", "mine:Mine"), seeds=1))
 print(done.reused, done.stale, [row["mean_delay_s"] for row in done.rows if row["policy"] == "mine:Mine"])

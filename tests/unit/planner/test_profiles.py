@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import planner
 from bus.errors import ConfigError, UnknownNameError
 from bus.values import Objective, Role
 from loadgen.experiments import fit_paper
 from loadgen.experiments.paper_networks import TABLES
 from planner.search.profiles import load_profile
 from planner.search.what_if import Constraints, Situation, plans
+
+SHIPPED = Path(planner.__file__).with_name("data") / "paper.json"
 
 PAPER = load_profile("paper")
 ALL = frozenset(Role)
@@ -66,7 +69,7 @@ def test_figure_3_lenet() -> None:
 
 
 def test_the_file_is_what_the_script_makes_of_its_coefficients() -> None:
-    shipped = json.loads(Path(fit_paper.__file__).with_name("data").joinpath("paper.json").read_text())
+    shipped = json.loads(SHIPPED.read_text())
     values = [v for tier in fit_paper.TIERS for v in shipped["coefficients_ms"][tier].values()]
     fit = np.log([*values, shipped["link1_bps"], shipped["link2_bps"], shipped["input_bytes"]["alexnet"]])
     assert fit_paper.single_task_loss(fit) < 1e-6
@@ -78,7 +81,7 @@ def test_the_file_is_what_the_script_makes_of_its_coefficients() -> None:
 
 
 def test_the_scripts_closed_form_is_the_cost_models() -> None:
-    shipped = json.loads(Path(fit_paper.__file__).with_name("data").joinpath("paper.json").read_text())
+    shipped = json.loads(SHIPPED.read_text())
     values = [v for tier in fit_paper.TIERS for v in shipped["coefficients_ms"][tier].values()]
     fit = np.log([*values, shipped["link1_bps"], shipped["link2_bps"], shipped["input_bytes"]["alexnet"]])
     for model in TABLES:
@@ -102,9 +105,7 @@ def test_figure_4_in_small() -> None:
 
 
 def test_no_coefficient_is_larger_on_a_more_powerful_platform() -> None:
-    shipped = json.loads(Path(fit_paper.__file__).with_name("data").joinpath("paper.json").read_text())[
-        "coefficients_ms"
-    ]
+    shipped = json.loads(SHIPPED.read_text())["coefficients_ms"]
     for name, device in shipped["device"].items():
         assert device >= shipped["edge"][name] >= shipped["cloud"][name], name
 
@@ -129,7 +130,7 @@ def test_tables_of_the_networks_agree_with_what_is_published() -> None:
 
 
 def test_a_profile_of_ones_own(tmp_path: Path) -> None:
-    shipped = json.loads(Path(fit_paper.__file__).with_name("data").joinpath("paper.json").read_text())
+    shipped = json.loads(SHIPPED.read_text())
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({**shipped, "name": "mine", "link1_bps": 5}))
     assert load_profile(path).link1_bps == 5

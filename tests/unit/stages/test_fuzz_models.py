@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
+import stages
 from bus.errors import CutError, DeeparError, ModelError
 from stages.models.files.flatbuffer_writer import tflite_bytes
 from stages.models.files.validation import validated
@@ -301,5 +302,5 @@ def test_a_folder_of_the_users_called_stages_is_not_taken_for_ours(
     (tmp_path / "stages" / "__init__.py").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path / "cache"))
-    content = (Path(trial_module.__file__).parent / "data" / "lenet.tflite").read_bytes()
+    content = (Path(stages.__file__).parent / "data" / "lenet.tflite").read_bytes()
     assert trial_module.trial(content, "0" * 64, "lenet").shapes
