@@ -44,7 +44,7 @@ def planner_counters(services: Iterable[PlannerService]) -> dict[str, float]:
         "lost_inputs": float(sum(service.lost_inputs for service in some)),
         "policy_errors": float(sum(service.policy_errors for service in some)),
         "input_failures": float(sum(service.input_failures for service in some)),
-        "wrong_identity": float(sum(service.door.refused for service in some)),
+        "wrong_identity": float(sum(service.input_filter.refused for service in some)),
     }
 
 

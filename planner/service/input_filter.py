@@ -26,7 +26,7 @@ MAX_ANNOUNCEMENT_BYTES: Final = 400_000
 """A node's announcement is copied into the decision that takes it in, beside what else follows from it."""
 
 
-class Doorkeeper:
+class InputFilter:
     """`master` None: everybody is believed."""
 
     def __init__(self, master: Master | None) -> None:
@@ -81,4 +81,4 @@ def _parties(core: PlannerCore, task_id: str | None) -> Parties | None:
     )
 
 
-__all__ = ["Doorkeeper"]
+__all__ = ["InputFilter"]

@@ -14,7 +14,7 @@ RECORD_BYTES: Final = 800_000
 """A record of the decisions takes at most about so much; what surrounds it on its way fits beside it."""
 
 
-def divided(decision: Decision, record_bytes: int = RECORD_BYTES) -> tuple[list[DecisionPart], Decision]:
+def split_decision(decision: Decision, record_bytes: int = RECORD_BYTES) -> tuple[list[DecisionPart], Decision]:
     """The parts of a decision, in order, and the decision with the changes that are left for it."""
     groups: list[list[Change]] = [[]]
     held = 0
@@ -40,4 +40,4 @@ def divided(decision: Decision, record_bytes: int = RECORD_BYTES) -> tuple[list[
     return parts, decision.model_copy(update={"changes": tuple(last), "parts": len(parts) or None})
 
 
-__all__ = ["RECORD_BYTES", "divided"]
+__all__ = ["RECORD_BYTES", "split_decision"]

@@ -35,9 +35,10 @@ from bus.messages import Decision, EpochOpened, Message, PlannerLeft, Snapshot
 from bus.port import Bus, Position, Reader, Record
 from bus.tracing import SpanSink
 from planner.core.core import PlannerCore
-from planner.service.input_filter import Doorkeeper
-from planner.service.leader_term import HEARTBEATS_PER_LEASE, INPUTS, UNREADABLE, Deposed, Failure, Lead
+from planner.service.input_filter import InputFilter
+from planner.service.leader_term import HEARTBEATS_PER_LEASE, INPUTS, UNREADABLE, Deposed, LeaderTerm
 from planner.service.record_split import RECORD_BYTES
+from planner.service.region_context import Failure
 from planner.service.snapshot_writer import PART_BYTES
 from planner.service.task_statistics import TaskStatistics
 from planner.service.traces import TaskTraces
@@ -91,7 +92,7 @@ class PlannerService:
         self.lease_s = lease_s
         self.standing = Standing.READING
         self.decisions = 0  # records written while leading
-        self.door = Doorkeeper(master)
+        self.input_filter = InputFilter(master)
         self.lost_inputs = 0  # tasks and events that were deleted before this planner read them
         self.policy_errors = 0  # tasks rejected because a user's policy failed
         self.input_failures = 0  # inputs that could not be handled: bugs of ours
@@ -124,7 +125,7 @@ class PlannerService:
     @property
     def demanded(self) -> str | None:
         """The fingerprint of the master whose keys this planner demands proofs by."""
-        return None if self.door.master is None else self.door.master.fingerprint
+        return None if self.input_filter.master is None else self.input_filter.master.fingerprint
 
     def trace_to(self, sink: SpanSink | None) -> None:
         """Tell `sink` of the decisions and the ends of tasks. Before `run`."""
@@ -331,15 +332,15 @@ class PlannerService:
         first: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
-                lead = Lead(self, reader)
+                term = LeaderTerm(self, reader)
                 for step in (
-                    lead.read_back,
-                    lead.decide,
-                    lead.show_life,
-                    lead.await_acknowledgements,
-                    lead.keep,
-                    lead.guard,
-                    lead.tidy,
+                    term.read_back,
+                    term.decide,
+                    term.show_life,
+                    term.await_acknowledgements,
+                    term.keep,
+                    term.guard,
+                    term.tidy,
                 ):
                     group.create_task(step(), name=f"{self.name}: {step.__name__}")
         except* (Deposed, BusError) as failures:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from bus import messages, snapshots, topics
 from bus.errors import BusError
@@ -18,19 +18,17 @@ from bus.messages import Decision, Message, Snapshot, SnapshotPart
 from bus.port import Position
 from bus.snapshots import key_of
 from planner.core.snapshot import Image, spliced
-
-if TYPE_CHECKING:
-    from planner.service.service import PlannerService
+from planner.service.region_context import SnapshotContext
 
 PART_BYTES: Final = 250_000
 """Some two hundred tasks, which take two milliseconds to write out."""
 
 
-class Keeper:
+class SnapshotWriter:
     """One snapshot at a time: taken with a decision, proven, written."""
 
-    def __init__(self, service: PlannerService) -> None:
-        self.service = service
+    def __init__(self, context: SnapshotContext) -> None:
+        self.context = context
         self._taken: tuple[Snapshot, Image] | None = None  # until it is written, or could not be
         self._proven: asyncio.Queue[int] = asyncio.Queue()  # the offset of its decision
         self._newest: Snapshot | None = None  # of the region, as far as the log proves it; looked up when it is needed
@@ -42,13 +40,13 @@ class Keeper:
         One is due after `snapshot_every` decisions, or as many as tasks are live where these are more: so it costs at most
         about what the decisions themselves cost, whatever the size of the state.
         """
-        service = self.service
-        every = max(service.snapshot_every, service.core.live_tasks)
-        if self._taken is not None or decision.seq < service.snapshot_seq + every:
+        context = self.context
+        every = max(context.snapshot_every, context.core.live_tasks)
+        if self._taken is not None or decision.seq < context.snapshot_seq + every:
             return
-        service.snapshot_seq = decision.seq
-        image = Image(service.core)
-        leader = {"planner": service.name, "lease_s": service.lease_s, "identity": service.demanded}
+        context.snapshot_seq = decision.seq
+        image = Image(context.core)
+        leader = {"planner": context.name, "lease_s": context.lease_s, "identity": context.demanded}
         snapshot = Snapshot(
             region=decision.region,
             epoch=decision.epoch,
@@ -89,7 +87,7 @@ class Keeper:
             try:
                 await self._write(snapshot.model_copy(update={"offset": offset}), image)
             except BusError as error:
-                self.service.log.warning("snapshot not written", seq=snapshot.seq, error=str(error))
+                self.context.log.warning("snapshot not written", seq=snapshot.seq, error=str(error))
             self._taken = None
 
     async def _write(self, snapshot: Snapshot, image: Image) -> None:
@@ -100,7 +98,7 @@ class Keeper:
         if before is not None:
             widths = [*before.widths, *widths][: snapshots.PLACES]
         self._written.clear()  # what was not read back by now may as well be looked at
-        pieces = image.pieces(self.service.part_bytes)
+        pieces = image.pieces(self.context.part_bytes)
         lists = next(pieces)
         first, names = 0, list[str]()
         for following in pieces:  # each is made JSON of when the one before is written; the last goes with the snapshot
@@ -122,23 +120,23 @@ class Keeper:
 
     async def _look(self) -> Snapshot | None:
         """The newest snapshot of the region that the log proves: its place is not taken."""
-        service = self.service
-        async with aclosing(snapshots.found(service.bus, service.region)) as candidates:
+        context = self.context
+        async with aclosing(snapshots.found(context.bus, context.region)) as candidates:
             async for one in candidates:
-                reader = await snapshots.reader_behind(service.bus, one.snapshot)
+                reader = await snapshots.reader_behind(context.bus, one.snapshot)
                 if reader is not None:
                     await reader.close()
                     return one.snapshot
         return None
 
     async def _send(self, message: Message, payload: bytes | None, key: str) -> Position:
-        service = self.service
+        context = self.context
         if payload is not None:
             self._written.add(snapshots.digest(payload))
-        headers = service.envelope.headers(message)
-        return await service.bus.send(
-            topics.SNAPSHOTS, payload, key=key, partition=service.region, headers=headers if payload is not None else ()
+        headers = context.envelope.headers(message)
+        return await context.bus.send(
+            topics.SNAPSHOTS, payload, key=key, partition=context.region, headers=headers if payload is not None else ()
         )
 
 
-__all__ = ["PART_BYTES", "Keeper"]
+__all__ = ["PART_BYTES", "SnapshotWriter"]

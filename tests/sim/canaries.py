@@ -22,7 +22,7 @@ from bus.tensors import Array, Assembler, Piece, to_tensors
 from planner.core.placing import Placing
 from planner.core.records import Task
 from planner.search.ledger import Ledger, Reservation, Timeline
-from planner.service.leader_term import Lead
+from planner.service.leader_term import LeaderTerm
 from planner.service.service import PlannerService
 from stages.attempt import Attempt
 from stages.device import Device
@@ -234,7 +234,7 @@ async def believes(self: PlannerService, snapshot: Snapshot) -> Reader:
     return await self.bus.reader([where], start={where: snapshot.offset + 1})
 
 
-async def _no_letter(self: Lead) -> None:
+async def _no_letter(self: LeaderTerm) -> None:
     """Nobody looks after the snapshots."""
 
 
@@ -242,18 +242,18 @@ def _endless_queue(self: Placing, task: Task) -> None:
     """The queue never looks full."""
 
 
-async def _deaf(self: Lead, reader: Reader) -> None:
+async def _deaf(self: LeaderTerm, reader: Reader) -> None:
     """Nobody is declared lost."""
 
 
-async def _inputs_early(self: Lead, changes: Any, now_s: float) -> None:
+async def _inputs_early(self: LeaderTerm, changes: Any, now_s: float) -> None:
     """The records say of a task that it was read before it was."""
     if any(isinstance(change, Ended) for change in changes):
-        self.service.inputs[topics.TASKS] += 1
+        self.context.inputs[topics.TASKS] += 1
     await _sound_decided(self, changes, now_s)
 
 
-_sound_decided = Lead._decided
+_sound_decided = LeaderTerm._decided
 
 
 async def _any_attempt(self: Device, reader: Reader) -> None:
@@ -319,9 +319,11 @@ CANARIES = (
     Canary(
         "any snapshot (planner)", "a planner believes every snapshot", 20, PlannerService, "_reader_behind", believes
     ),
-    Canary("garbage left", "garbage among the snapshots stays", 5, Lead, "tidy", _no_letter),
+    Canary("garbage left", "garbage among the snapshots stays", 5, LeaderTerm, "tidy", _no_letter),
     Canary("queue unbounded", "a full queue takes more", 20, Placing, "_full_queue", _endless_queue),
-    Canary("losses unseen", "a silent node is not declared lost", 5, Lead, "_look_at_clock", _deaf),
-    Canary("inputs skipped", "a planner records more input as read than it read", 5, Lead, "_decided", _inputs_early),
+    Canary("losses unseen", "a silent node is not declared lost", 5, LeaderTerm, "_look_at_clock", _deaf),
+    Canary(
+        "inputs skipped", "a planner records more input as read than it read", 5, LeaderTerm, "_decided", _inputs_early
+    ),
 )
 """What is planted, and how soon it must be caught."""

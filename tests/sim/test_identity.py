@@ -29,7 +29,7 @@ from loadgen.chaos.simulated.client import Client
 from loadgen.sim import region
 from loadgen.sim.virtual_loop import run_virtual
 from planner.core.core import PlannerCore
-from planner.service.input_filter import Doorkeeper
+from planner.service.input_filter import InputFilter
 from planner.service.service import PlannerService
 from stages.node import Node, NodeSettings
 from stages.runner import Runner
@@ -46,7 +46,7 @@ def test_a_region_that_demands_proofs_works_with_real_stages_and_refuses_nobody(
             await place.submit(range(TASKS))
             story = await place.until_ended(TASKS)
             await asyncio.sleep(60.0)  # of heartbeats
-            return story, await letters_of(place), process.service.door.refused
+            return story, await letters_of(place), process.service.input_filter.refused
 
     story, letters, refused = run_virtual(run(), horizon_s=HORIZON_S)
     story.check(IDS)
@@ -169,8 +169,8 @@ def test_a_flood_of_forgeries_is_counted_and_does_not_hold_up_the_region(monkeyp
                 await place.tell(topics.EVENTS, beat, "d2", "device:d1")
             await place.submit(range(TASKS))
             story = await place.until_ended(TASKS)
-            door = process.service.door
-            return story, door.refused, door.unkept, len(await letters_of(place))
+            input_filter = process.service.input_filter
+            return story, input_filter.refused, input_filter.unkept, len(await letters_of(place))
 
     story, refused, unkept, letters = run_virtual(run(), horizon_s=HORIZON_S)
     story.check(IDS)
@@ -183,11 +183,11 @@ def test_a_flood_of_forgeries_is_counted_and_does_not_hold_up_the_region(monkeyp
 def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch, master: Master) -> None:
     """`deepar simulate chaos` where the region demands proofs: the same guarantees hold, and only the poison is refused."""
     said: list[str] = []
-    read = Doorkeeper.read
+    read = InputFilter.read
 
-    def listening(door: Doorkeeper, record: Record, core: PlannerCore) -> Any:
+    def listening(input_filter: InputFilter, record: Record, core: PlannerCore) -> Any:
         try:
-            return read(door, record, core)
+            return read(input_filter, record, core)
         except ProtocolError as error:
             said.append(str(error))
             raise
@@ -200,7 +200,7 @@ def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch, 
     async def submitting(client: Client, bus: Bus, *more: Any) -> None:
         await submit(client, signed(bus, master.key(Speaker("loadgen", "chaos"))), *more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Doorkeeper, "read", listening)
+    monkeypatch.setattr(InputFilter, "read", listening)
     monkeypatch.setattr(region, "Node", proving)
     monkeypatch.setattr(chaos_play, "PlannerService", partial(PlannerService, master=master))
     monkeypatch.setattr(Client, "submit", submitting)

@@ -79,16 +79,16 @@ WAITING = 3200
 def test_an_edge_is_lost_under_which_1600_tasks_wait_and_the_planner_dies_in_the_midst(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    put = leader_term.Lead._put
+    put = leader_term.LeaderTerm._put
     died: list[str] = []
 
     async def dies_once(self: Any, record: Decision | DecisionPart, payload: bytes) -> None:
         await put(self, record, payload)
         if isinstance(record, DecisionPart) and not died:
-            died.append(self.service.name)
-            self.service.bus.kill()
+            died.append(self.context.name)
+            self.context.bus.kill()
 
-    monkeypatch.setattr(leader_term.Lead, "_put", dies_once)
+    monkeypatch.setattr(leader_term.LeaderTerm, "_put", dies_once)
 
     async def run() -> None:
         async with town(played=False) as place:
@@ -210,16 +210,16 @@ async def _dies_while_it_writes(place: Town, monkeypatch: pytest.MonkeyPatch, li
     await asyncio.sleep(2.0)
     await first.kill()
     assert _newest(place).parts
-    send = snapshot_writer.Keeper._send
+    send = snapshot_writer.SnapshotWriter._send
     left: list[int] = []
 
     async def dies(self: Any, message: Any, payload: bytes | None, key: str) -> Any:
         if left and isinstance(message, SnapshotPart) and message.part == left[0]:
             left.clear()
-            self.service.bus.kill()
+            self.context.bus.kill()
         return await send(self, message, payload, key)
 
-    monkeypatch.setattr(snapshot_writer.Keeper, "_send", dies)
+    monkeypatch.setattr(snapshot_writer.SnapshotWriter, "_send", dies)
     for life in range(lives):
         left[:] = [2 + life % 5]
         planner = place.start(f"p{life}", part_bytes=1_500)

@@ -66,7 +66,7 @@ def _steps_of_a_life(**more: Any) -> int:
     return run_virtual(run(), horizon_s=HORIZON_S)
 
 
-@pytest.mark.parametrize("more", [{}, {"record_bytes": 600, "part_bytes": 700}], ids=["whole", "divided"])
+@pytest.mark.parametrize("more", [{}, {"record_bytes": 600, "part_bytes": 700}], ids=["whole", "split"])
 def test_killed_at_any_step_it_forgets_nothing_and_decides_nothing_twice(more: dict[str, int]) -> None:
     more = more | {"snapshot_every": 5}
     steps = _steps_of_a_life(**more)
@@ -172,14 +172,14 @@ def test_inputs_that_change_nothing_are_recorded_as_read_now_and_then(monkeypatc
 
 
 def test_planted_a_planner_that_commits_before_it_decides_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    decided = leader_term.Lead._decided
+    decided = leader_term.LeaderTerm._decided
 
     async def too_early(self: Any, changes: Any, now_s: float) -> None:
         if any(isinstance(change, Ended) for change in changes):
-            self.service.inputs[topics.TASKS] += 1  # as if the next task were done with
+            self.context.inputs[topics.TASKS] += 1  # as if the next task were done with
         await decided(self, changes, now_s)
 
-    monkeypatch.setattr(leader_term.Lead, "_decided", too_early)
+    monkeypatch.setattr(leader_term.LeaderTerm, "_decided", too_early)
     found = 0
     for fuse in range(60, 120, 10):
         try:

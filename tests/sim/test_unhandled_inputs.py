@@ -13,7 +13,7 @@ from bus.values import Role
 from deploy.commands.dead_letter import Letter, read_letters
 from loadgen.sim.virtual_loop import run_virtual
 from planner.core.core import Event, PlannerCore, Unhandled
-from planner.service.input_filter import Doorkeeper
+from planner.service.input_filter import InputFilter
 from planner.service.service import Standing
 from tests.sim.planners import FOREVER_S, Process, Story, Town, town
 from tests.sim.world import profile
@@ -138,14 +138,14 @@ def test_a_node_whose_announcement_cannot_be_handled_is_not_there(monkeypatch: p
 
 
 def test_a_record_that_breaks_the_reader_is_a_dead_letter(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Doorkeeper.read
+    read = InputFilter.read
 
-    def breaks(self: Doorkeeper, record: Any, core: PlannerCore) -> Any:
+    def breaks(self: InputFilter, record: Any, core: PlannerCore) -> Any:
         if record.key == "t3":
             raise RecursionError("planted")
         return read(self, record, core)
 
-    monkeypatch.setattr(Doorkeeper, "read", breaks)
+    monkeypatch.setattr(InputFilter, "read", breaks)
 
     async def run() -> None:
         async with town() as place:

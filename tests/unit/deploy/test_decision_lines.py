@@ -36,7 +36,7 @@ from bus.values import Execution, Kind, Objective, Parts, Placement, Role
 from deploy.commands.tail import Table, json_line
 from deploy.monitor.decision_lines import lines_of, route_text
 from deploy.monitor.holdings import Held
-from planner.service.record_split import divided
+from planner.service.record_split import split_decision
 
 
 def placed(
@@ -259,7 +259,7 @@ def test_the_table_shows_a_decision_of_several_records_when_it_is_whole() -> Non
         written = io.StringIO()
         table = Table(topics.DECISIONS, heartbeats=False, console=Console(file=written, width=200, no_color=True))
         large = decision(placed("t1"), start("t1"), placed("t2"), start("t2"), placed("t3"), start("t3"), seq=17)
-        parts, last = divided(large, 1_000)
+        parts, last = split_decision(large, 1_000)
         assert len(parts) == 2
         for offset, message in enumerate([*parts, last, decision(placed("t4"), start("t4"), seq=18)]):
             if offset >= first:

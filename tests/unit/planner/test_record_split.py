@@ -1,4 +1,4 @@
-"""A decision that is too large becomes several records, and one again for whoever reads them."""
+"""A decision that is too large is split into several records and read as one again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from bus import messages
 from bus.decisions import DecisionLog, Dropped
 from bus.messages import Change, Decision, EpochOpened, NodeLost, Retried
-from planner.service.record_split import divided
+from planner.service.record_split import split_decision
 
 
 def decision(random: Random, count: int) -> Decision:
@@ -24,11 +24,11 @@ def decision(random: Random, count: int) -> Decision:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_is_divided_is_read_as_it_was(seed: int) -> None:
+def test_a_split_decision_is_read_as_it_was(seed: int) -> None:
     random = Random(seed)
     whole = decision(random, random.randrange(1, 60))
     limit = random.choice((1, 100, 500, 2_000))
-    parts, last = divided(whole, limit)
+    parts, last = split_decision(whole, limit)
     log = DecisionLog()
     log.accept(EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=1.0))
     for part in parts:
@@ -42,4 +42,4 @@ def test_what_is_divided_is_read_as_it_was(seed: int) -> None:
 
 def test_what_fits_stays_one_record() -> None:
     whole = decision(Random(0), 10)
-    assert divided(whole) == ([], whole)
+    assert split_decision(whole) == ([], whole)
