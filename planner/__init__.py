@@ -1,8 +1,7 @@
-"""The planner room: where to cut, through which edge, with how much bandwidth, and whether to wait.
+"""The planner room: it decides where each task is cut, which edge it uses, with how much bandwidth, and when it starts.
 
-It imports `bus` only; `loadgen` and `deploy` import it. `core.PlannerCore` is the whole of it without I/O: events in, changes
-out. Under it lie `cost` ((1)-(7)), `search` (the best cuts), `ledger` (what is reserved when), `algorithm` (Algorithm 1),
-`policies`, `walk` (who may start now), `states` and `tasks`; around it `service`, which reads and writes the bus.
+It imports `bus` only; `loadgen` and `deploy` import it. `core` turns events into changes without I/O, `search` holds the
+mathematics of one decision, `service` connects the core to the bus, and `explain` tells why a task was placed as it was.
 """
 
 from planner.core.core import PlannerCore, Tick

@@ -1,40 +1,39 @@
 """The planner's core: events in, changes out. No I/O, no clock, no logging, no randomness.
 
-`handle(event, now)` decides, and every change that it decides goes through one mutator, `apply(change, now)`; so folding
-recorded changes rebuilds the same state, and with it the same `state_hash`. An event is taken in this order:
+`handle(event, now)` decides. Every change goes through one mutator, `apply(change, now)`, so folding the recorded changes
+rebuilds the same state and the same `state_hash`. The core processes an event in four steps:
 
-1. what it says itself: a task ends, a node joins or is lost (its tasks are taken back first), a lease or deadline is over;
-2. tasks that have not started by their deadline are EXPIRED;
-   running tasks whose predicted end has passed are given a later one (`Overran`): they hold what they hold;
-3. the scheduled tasks of every edge and device that changed are walked (`planner.core.reschedule`): they start,
-move, or are taken back;
-4. tasks that were taken back, and tasks that waited for a node, are placed, in order of admission; then the new task.
+1. It applies the event itself: a task ends, a node joins or is lost (its tasks are retried or failed first), or a lease or
+   deadline expires.
+2. It expires tasks that have not started by their deadline, and gives running tasks that are past their predicted end a
+   later one (`Overran`); these keep their reservations.
+3. It walks the scheduled tasks of every edge and device that changed (`planner.core.reschedule`): each starts, moves to
+   another start, or is retried.
+4. It places the retried tasks and the tasks that waited for a node, in order of admission; the new task comes last.
 
-So a task starts only when no running task holds what it was promised. What the core does with the odd cases:
+So a task starts only when the resources reserved for it are free of running tasks. Special cases:
 
-* A second submission of a task is ignored while it is among the live or the last `remember_ended` ended ones.
-* A task whose device is not there, or that nothing which is there can serve, is WAITING. After `patience_s` it is REJECTED
-  (`no_device`) where its device never came, else FAILED (`device_lost`, `no_node`).
-  With every edge there that its device names and still no candidate, it is REJECTED (`never_fits`, `unreachable`); a device
-  without the model: REJECTED, `unknown_model`.
-* A task that no placement is predicted to end by its deadline is REJECTED (`deadline`), or placed all the same
-  (`WhenLate`).
-* A task that cannot start at once is REJECTED (`queue_full`) when `max_waiting` tasks wait or are scheduled, or
-  `max_waiting_per_device` of its own device's (`device_queue_full`).
-* A lost edge's (or the last cloud's) tasks are retried: attempt + 1, placed again. A lost device's tasks are FAILED
-  (`input_lost`) if only it had the input, and WAITING for it under the next attempt otherwise.
-* `TaskCompleted` from the task's device ends it whatever attempt it names, even one that was taken back: the device has all
-  results. `TaskFailed` of another attempt than the present one is ignored; a retryable one is retried, at most
-  `max_attempts` times.
-* A node that announces that it drains gets no new task and keeps what runs there; what was scheduled there is placed
-  elsewhere, or waits, as while a draining device's tasks do.
-* An input whose handling raised is taken back with all it did (`planner.service.leader_term`); its task is REJECTED or FAILED
-  (`planner_error`). A task for which a user's policy raises, or chooses what cannot be, is REJECTED (`policy_error`).
-* Progress, heartbeats of strangers and of old incarnations, events of tasks that are not live: no change.
+* Duplicate submission: ignored if the task is live or among the last `remember_ended` ended tasks.
+* Device absent, or no present node can serve the task: the task is WAITING. After `patience_s` it is REJECTED (`no_device`)
+  if its device never joined, otherwise FAILED (`device_lost`, `no_node`).
+* All edges that the device names are present, but none fits: REJECTED (`never_fits`, `unreachable`). The device does not run
+  the model: REJECTED (`unknown_model`).
+* Every placement is predicted to end after the deadline: REJECTED (`deadline`) or placed anyway, as `WhenLate` says.
+* The task cannot start at once and the queue is full: REJECTED (`queue_full` for more than `max_waiting` queued tasks,
+  `device_queue_full` for more than `max_waiting_per_device` of its device).
+* An edge or the last cloud is lost: its tasks are retried with the next attempt number. A device is lost: its tasks are
+  FAILED (`input_lost`) if only the device had the input; otherwise they wait for it under the next attempt number.
+* `TaskCompleted` from the task's device ends the task, whichever attempt it names, because the device has all results.
+  `TaskFailed` is ignored unless it names the current attempt; a retryable failure is retried up to `max_attempts` attempts.
+* A draining node gets no new tasks and keeps its running ones. Its scheduled tasks are placed elsewhere or wait; tasks of a
+  draining device wait.
+* Handling an input raised an error: `planner.service.leader_term` rolls the input back, and its task is REJECTED or FAILED
+  (`planner_error`). A user's policy raised an error or made an invalid choice: the task is REJECTED (`policy_error`).
+* Progress, heartbeats of unknown nodes or old incarnations, and events of tasks that are not live change nothing.
 
-Heartbeats are soft state: they renew a lease, are in no record and in no hash; after a restart leases begin anew
-(`restart_leases`). Leases, deadlines and patience are looked at on `Tick` only, so a planner that is still catching up
-declares nobody lost.
+Heartbeats are soft state: they renew leases and are neither recorded nor hashed. After a restart every lease starts again in
+full (`restart_leases`). Leases, deadlines and patience are checked only on `Tick`, so a planner that is still catching up
+declares no node lost.
 """
 
 from __future__ import annotations
@@ -68,26 +67,27 @@ from planner.core.reschedule import pull, walk
 from planner.search.ledger import Reservation
 
 OVERRUN_SHARE: Final = 0.1
-"""A task past its predicted end is assumed to take a tenth of its delay more, or as long as it is late, if that is longer."""
+"""Share of its delay by which an overrunning task is prolonged, unless it is already later than that."""
 OVERRUN_LEAST_S: Final = 0.001
+"""Shortest time by which an overrunning task is prolonged."""
 MOVES_A_CHANGE: Final = 1_000
-"""A longer queue is moved by several changes, so that each fits a record of the decisions."""
+"""Limit of moves in one `Moved` change, so that the change fits one record of the decisions topic."""
 
-# Decisions carry what has been validated when it came in, or was computed here from that.
+# Changes are built without validation: their values come from validated messages or are computed here from them.
 _admitted, _start, _moved, _overran = maker(Admitted), maker(Start), maker(Moved), maker(Overran)
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed: leases, deadlines and patience are looked at."""
+    """Time has passed: the core checks leases, deadlines and patience."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unhandled:
-    """Handling an input failed in an earlier try, which left no trace; its task ends with the cause."""
+    """An input whose handling raised an error and was rolled back; its task ends with cause `planner_error`."""
 
     message: Any  # the input
-    detail: str  # the error, for people
+    detail: str  # the error text, for people
 
 
 Event = (
@@ -105,17 +105,17 @@ Event = (
 
 
 class PlannerCore(Membership):
-    """All that the planner of one region knows, and how it decides.
+    """The state of one region's planner and its decisions.
 
-    Raises `InvariantError` where a bug of ours shows (a transition that is not in the table, a second release); such an
-    error leaves the core unusable.
+    Raises `InvariantError` for a bug in the planner (a transition missing from the table, a second release). The core is
+    unusable after such an error.
     """
 
-    # --- the one way in ----------------------------------------------------------------------------------------------
+    # --- the only entry point ----------------------------------------------------------------------------------------
 
     def handle(self, event: Event, now: float) -> list[Change]:
-        """Take an event at ledger time `now`; the changes it makes, already applied, in order."""
-        # ledger time does not go back
+        """Process an event at ledger time `now`. Return its changes in order; they are already applied."""
+        # ledger time never decreases
         self.now_s = now = float(now) if now > self.now_s else self.now_s
         changes = self._changes = []
         _TAKE[type(event)](self, event, now)
@@ -133,7 +133,7 @@ class PlannerCore(Membership):
         if task_id in self.tasks or self.ended.get(task_id) is not None:
             return
         self._do(_admitted(task=submitted), now)
-        # overruns and due starts first: the new task plans with what is so, not with what was predicted
+        # Overruns and due starts come first, so that the new task is placed against the actual state.
         self._settle(now)
         self._place(self.tasks[task_id], now, fresh=True)
 
@@ -158,9 +158,10 @@ class PlannerCore(Membership):
             self._count_failure(failed_at, now)
 
     def _failed_at(self, task: Task, failed: TaskFailed) -> str | None:
-        """Where an attempt failed that may succeed elsewhere: the node that says so, if the attempt could have used another.
+        """The node to which the failure of an attempt is attributed, or None if the attempt was not placed.
 
-        A device that says so has waited in vain for its edge, unless it ran the task alone.
+        This is the reporting node if the attempt used it. If the device reports the failure of an attempt that used an edge,
+        the edge did not answer, so the failure is attributed to the edge.
         """
         if task.placed is None:
             return None
@@ -171,7 +172,7 @@ class PlannerCore(Membership):
         self._renew(heartbeat.node, heartbeat.incarnation, now)
 
     def _on_progress(self, progress: TaskProgress, now: float) -> None:
-        """For people; nothing is decided by it."""
+        """Ignore progress: it is meant for people and affects no decision."""
 
     def _on_cancelled(self, cancelled: TaskCancelled, now: float) -> None:
         task = self.tasks.get(cancelled.task_id)
@@ -209,10 +210,10 @@ class PlannerCore(Membership):
     def _waited_for(self, task: Task) -> str:
         return f"waited for {', or '.join(self.missing(task.submitted)) or 'a node that it may use'}"
 
-    # --- what follows from a change ----------------------------------------------------------------------------------
+    # --- consequences of a change ------------------------------------------------------------------------------------
 
     def _settle(self, now: float) -> None:
-        """Steps 2 to 4: overruns, the walk, and placing what is without a place."""
+        """Run steps 2 to 4 until nothing changes: expiry and overruns, the walk, and placing of retried or waiting tasks."""
         while True:
             if self._deadlines:
                 self._expire_unstarted(now)
@@ -229,7 +230,10 @@ class PlannerCore(Membership):
                     self._place(task, now)
 
     def _expire_unstarted(self, now: float) -> None:
-        """What has not started by its deadline never starts. What runs is looked at on `Tick`: its end may be on its way."""
+        """Expire tasks that have not started by their deadline.
+
+        Running tasks expire on `Tick` only, because their completion may already be on its way.
+        """
         running = []
         while self._next_deadline() <= now:
             entry = heappop(self._deadlines)
@@ -247,7 +251,7 @@ class PlannerCore(Membership):
             end, _, task_id = heappop(ends)
             r = self.ledger.reservations.get(task_id)
             if r is None or not r.running or r.end_s != end:
-                continue  # it has ended, or been prolonged
+                continue  # the task has ended or has a later end already
             late = now - (r.start_s + r.length_s)
             to_s = now + max(OVERRUN_SHARE * r.length_s, late, OVERRUN_LEAST_S)
             self._do(_overran(task_id=task_id, attempt=self.tasks[task_id].attempt, from_s=end, to_s=to_s), now)
@@ -274,18 +278,18 @@ class PlannerCore(Membership):
         for first in range(0, len(moves), MOVES_A_CHANGE):
             task_ids, starts_s = zip(*moves[first : first + MOVES_A_CHANGE], strict=True)
             self._do(_moved(task_ids=task_ids, starts_s=starts_s), now)
-        # what the walk did needs no other walk: it has looked at all that its moves concern
+        # The walk has already covered every task that its own moves affect, so no second walk is needed.
         self._changed_edges.clear()
         self._changed_devices.clear()
 
     # --- the state as a value ----------------------------------------------------------------------------------------
 
     def to_state(self) -> dict[str, Any]:
-        """Everything that decides what will happen, as JSON can carry it. Equal profiles are written once."""
+        """All state that affects later decisions, as JSON values. Equal profiles are written once."""
         return snapshot.to_state(self)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take on a state of `to_state`; the core must be new. Leases: see `restart_leases`.
+        """Load a state of `to_state` into a new core. Leases: see `restart_leases`.
 
         Raises `ConfigError` for a state of another version or region.
         """
@@ -299,7 +303,7 @@ class PlannerCore(Membership):
         return core
 
     def validate(self) -> None:
-        """Check all that must hold between events; see `snapshot.validate`. Raises `InvariantError`. For tests."""
+        """Check the invariants that hold between events; see `snapshot.validate`. Raises `InvariantError`. For tests."""
         snapshot.validate(self)
 
 

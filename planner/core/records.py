@@ -1,4 +1,4 @@
-"""What the planner remembers of tasks and nodes, and how each counts in the hash of its state."""
+"""The planner's records of live tasks, nodes and ended tasks, with the text of each that enters the state hash."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from planner.search.cost import PlatformRow, RowTable
 from planner.search.ledger import Reservation
 
 HISTORY: Final = 12
-"""At least so many steps of a task are kept (at most twice as many), for the message of an `InvariantError`; they are not
-part of the state.
+"""Steps of a task that are kept for the message of an `InvariantError`: at least this many, at most twice as many.
+
+They are not part of the state.
 """
 
 NEVER: Final = float("inf")
@@ -46,13 +47,15 @@ class Task:
         self.attempt = 1
         self.deadline_s = NEVER if submitted.deadline_s is None else now + submitted.deadline_s  # ledger time
         self.waiting_since_s = now  # when it last became WAITING
-        self.placed: Placed | None = None  # of the present attempt
-        self.avoided: tuple[str, ...] = ()  # nodes at which attempts failed, since it was last placed at one of them
-        self.digest = 0  # its share of the state's hash
+        self.placed: Placed | None = None  # the placement of the current attempt
+        self.avoided: tuple[
+            str, ...
+        ] = ()  # nodes at which attempts failed since the task was last placed at one of them
+        self.digest = 0  # the task's share of the state hash
         self.history: list[Happened] = []
 
     def text(self, r: Reservation | None) -> str:
-        """Everything about it that decides what will happen, for the hash."""
+        """The text that enters the state hash: everything about the task that affects later decisions."""
         held = ""
         if r is not None:
             device = r.sender if r.computes else None
@@ -61,7 +64,7 @@ class Task:
         return (
             f"task|{self.task_id}|{self.seq}|{self.state}|{self.attempt}|{self.deadline_s!r}|"
             f"{self.waiting_since_s!r}|{held}"
-            # left out of most tasks, so that records from before it was known have the same hash
+            # omitted when empty, so that older records, written without this field, keep their hash
             f"{'|avoids ' + ','.join(self.avoided) if self.avoided else ''}"
         )
 
@@ -70,7 +73,7 @@ class Task:
 
 
 class Node:
-    """A node that is part of the region."""
+    """A node that has joined the region."""
 
     __slots__ = ("_texts", "announced", "digest", "draining", "reach", "rows")
 
@@ -78,14 +81,14 @@ class Node:
         self.announced = announced
         self.rows: dict[str, PlatformRow] = {profile.model: table.row(profile) for profile in announced.models}
         self.draining = announced.draining is True
-        # What most nodes never say is left out, so that records from before it could be said have the same hash.
+        # `draining` is omitted unless true, so that older records, written without this field, keep their hash.
         left_out = None if self.draining else {"draining"}
         self.digest = hash_of("node|" + announced.model_dump_json(exclude=left_out))
-        self.reach: dict[str, Reached] = {}  # of a device, by model; derived, not part of the state
+        self.reach: dict[str, Reached] = {}  # devices only, by model; a cache, not part of the state
         self._texts: list[tuple[str, str]] | None = None
 
     def profile_texts(self) -> list[tuple[str, str]]:
-        """Each profile as JSON without its platform, and the platform; made once."""
+        """Each profile as JSON without its platform, paired with the platform; computed once."""
         if self._texts is None:
             self._texts = [
                 (profile.model_dump_json(exclude={"platform"}), profile.platform) for profile in self.announced.models
@@ -97,20 +100,22 @@ class Node:
 
 
 class EndedTasks:
-    """The last tasks that ended, so that a duplicate of their submission is recognised: bounded, oldest out first.
+    """The most recently ended tasks, kept to recognise duplicate submissions. Bounded: the oldest is dropped first.
 
-    They are hashed when the state's hash is asked for; what came and went in between is never hashed.
+    Entries are hashed only when the state hash is read, so an entry added and dropped between two reads costs no hash.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._ended: OrderedDict[str, TaskState] = OrderedDict()
-        self._fresh = 0  # the last of them that are not in any hash yet
-        self._gone: list[tuple[str, TaskState]] = []  # those that are in a hash and no longer remembered
-        self._contents: dict[str, int] = {}  # what was submitted; of those that ended since this process began
+        self._fresh = 0  # number of newest entries that are not in the hash yet
+        self._gone: list[tuple[str, TaskState]] = []  # dropped entries that are still in the hash
+        self._contents: dict[
+            str, int
+        ] = {}  # `content_of` each submission, for tasks that ended since this process started
 
     def add(self, task_id: str, state: TaskState, submitted: TaskSubmitted) -> None:
-        """Remember one."""
+        """Add a task, and drop the oldest one if the limit is exceeded."""
         ended = self._ended
         ended[task_id] = state
         self._contents[task_id] = content_of(submitted)
@@ -124,7 +129,7 @@ class EndedTasks:
                 self._gone.append(oldest)
 
     def hash_change(self) -> int:
-        """What the sum of all hashes has changed by since this was asked for last."""
+        """The change of the sum of all hashes since the last call."""
         change = sum(_ended_hash(*one) for one in islice(reversed(self._ended.items()), self._fresh))
         change -= sum(_ended_hash(*one) for one in self._gone)
         self._fresh = 0
@@ -132,22 +137,22 @@ class EndedTasks:
         return change
 
     def get(self, task_id: str) -> TaskState | None:
-        """How a task ended, if it is remembered."""
+        """The state in which a task ended, or None if the task is not in the list."""
         return self._ended.get(task_id)
 
     def content(self, task_id: str) -> int | None:
-        """`content_of` its submission, where that is known."""
+        """`content_of` the task's submission, or None if unknown."""
         return self._contents.get(task_id)
 
     def __len__(self) -> int:
         return len(self._ended)
 
     def to_state(self) -> list[list[str]]:
-        """Oldest first."""
+        """The entries as JSON values, oldest first."""
         return [[task_id, state.value] for task_id, state in self._ended.items()]
 
     def restore(self, state: list[list[Any]]) -> int:
-        """From `to_state`. The sum of all hashes."""
+        """Replace all entries by those of `to_state`. Return the sum of all hashes."""
         self._ended = OrderedDict((task_id, TaskState(value)) for task_id, value in state)
         self._fresh = 0
         self._gone.clear()
@@ -155,7 +160,7 @@ class EndedTasks:
         return self.digest()
 
     def digest(self) -> int:
-        """The sum of all hashes, computed anew."""
+        """The sum of all hashes, computed from scratch."""
         return sum(_ended_hash(task_id, state) for task_id, state in self._ended.items())
 
 
@@ -164,12 +169,12 @@ def _ended_hash(task_id: str, state: TaskState) -> int:
 
 
 def content_of(submitted: TaskSubmitted) -> int:
-    """Everything that a task asks for, as a number: the same for a submission that is only sent again."""
+    """A hash of a submission's content. A resent submission has the same one, since `submitted_at` is left out."""
     return hash_of(submitted.model_dump_json(exclude={"submitted_at"}))
 
 
 def hash_of(text: str) -> int:
-    """128 bits of a text. The state's hash is the sum over everything that is in it, so it can be kept up to date."""
+    """A 128-bit hash of a text. The state hash is the sum of such hashes, so it can be updated incrementally."""
     return int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "little")
 
 

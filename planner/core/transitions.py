@@ -1,7 +1,7 @@
-"""The life of a task: one enum (in `bus.messages`), one table of transitions.
+"""The state machine of a task: `TaskState` (in `bus.messages`), `Step`, and one table of transitions.
 
-`None` stands for a task that the planner has never seen. A pair that is not in the table is a bug: `next_state` raises with
-the task, what it was, what was to happen, and its recent history.
+The state `None` stands for a task that the planner does not know yet. A transition that is missing from the table is a bug:
+`next_state` raises an error that names the task, its state, the step, and its recent history.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bus.messages import TaskState
 
 
 class Step(StrEnum):
-    """What can happen to a task; the names are those of the changes in a decision."""
+    """A step in the life of a task; the values are the names of the changes in a decision."""
 
     ADMITTED = "admitted"
     PLACED = "placement"
@@ -40,7 +40,7 @@ TRANSITIONS: Final[dict[tuple[TaskState | None, Step], TaskState]] = {
     (_WAITING, Step.RETRIED): _WAITING,
     (_SCHEDULED, Step.RETRIED): _WAITING,
     (_RUNNING, Step.RETRIED): _WAITING,
-    # the device has every result: true whatever the planner believed, e.g. after a loss declared too early
+    # The device has every result, so the task is complete in any state, e.g. after a node was declared lost too early.
     (_WAITING, Step.COMPLETED): TaskState.COMPLETED,
     (_SCHEDULED, Step.COMPLETED): TaskState.COMPLETED,
     (_RUNNING, Step.COMPLETED): TaskState.COMPLETED,
@@ -55,17 +55,17 @@ TRANSITIONS: Final[dict[tuple[TaskState | None, Step], TaskState]] = {
 
 
 ENDING: Final[dict[TaskState, Step]] = {state: Step(state.value) for state in TaskState if state.ended}
-"""How a task comes to an end."""
+"""The step that leads to each end state."""
 
 Happened = tuple[TaskState | None, Step, float]
-"""What a task was, what happened to it, and when; words are made of it only when somebody asks."""
+"""State before the step, the step, and ledger time; `in_words` formats it only when an error needs it."""
 
 
 def next_state(task_id: str, state: TaskState | None, step: Step, history: Sequence[Happened] = ()) -> TaskState:
     """The state after a step. Raises `InvariantError` for a transition that is not in the table."""
     to = TRANSITIONS.get((state, step))
     if to is None:
-        past = "; ".join(in_words(history)) or "nothing that is known"
+        past = "; ".join(in_words(history)) or "no known history"
         raise InvariantError(f"task {task_id}: no transition from {state or 'unknown'} by {step}; before that: {past}")
     return to
 

@@ -1,7 +1,7 @@
-"""What a placement costs: the delay parts (1)-(6), and the two objectives over them.
+"""The delay of a placement: its parts (1)-(6), and the two objectives computed from them.
 
-Everything here is arithmetic on the rows of two tables of the paper: F(j, k), the time of layers 1..j of one sample on
-platform k, and G(j), the bytes that cross the cut after layer j. Times are seconds, sizes bytes, bandwidth bits per second.
+The module uses two tables of the paper: F(j, k), the time that platform k needs for layers 1..j of one sample, and G(j), the
+bytes that cross the cut after layer j. Times are in seconds, sizes in bytes, bandwidths in bits per second.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _parts = maker(Parts)
 
 
 class PlatformRow:
-    """One platform's row of F for one model, beside the model's G. Compared by identity: see `RowTable`."""
+    """One platform's row of F for one model, with the model's G. Compared by identity: see `RowTable`."""
 
     __slots__ = ("compute_s", "cut_bytes", "forbidden", "layers", "model", "names", "sha256")
 
@@ -35,13 +35,13 @@ class PlatformRow:
 
 
 class RowTable:
-    """Equal profiles share one row, so that what is prepared for one device serves all of its make."""
+    """A table in which equal profiles share one row, so that a search prepared for one device serves all of the same type."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple[object, ...], PlatformRow] = {}
 
     def row(self, profile: ModelProfile) -> PlatformRow:
-        """The row of a profile, the same object for equal contents."""
+        """The row of a profile; equal profiles get the same object."""
         key = (
             profile.model,
             profile.sha256,
@@ -52,7 +52,7 @@ class RowTable:
         )
         row = self._rows.get(key)
         if row is None:
-            if len(self._rows) >= 20_000:  # rows in use stay alive through their nodes; only the sharing is lost
+            if len(self._rows) >= 20_000:  # nodes keep the rows that they use; clearing only ends the sharing
                 self._rows.clear()
             row = self._rows[key] = PlatformRow(profile)
         return row
@@ -71,9 +71,9 @@ class SampleParts(NamedTuple):
 
 
 class Costs:
-    """One model on one device, one edge and one cloud. A tier that does not run the model is None.
+    """The delays of one model on one device, one edge and one cloud. A tier that does not run the model is None.
 
-    Raises `ConfigError` when the rows do not belong to the same model.
+    Raises `ConfigError` if the rows belong to different models.
     """
 
     __slots__ = ("cloud", "cut_bytes", "device", "edge", "layers")
@@ -91,7 +91,7 @@ class Costs:
     def sample_parts(
         self, cut1: int, cut2: int, link1_bps: float, link2_bps: float, input_bytes: int | None = None
     ) -> SampleParts:
-        """(1)-(6) for one sample. `input_bytes` replaces G(0). Bandwidth of an unused link is not looked at."""
+        """(1)-(6) for one sample. `input_bytes` replaces G(0). The bandwidth of an unused link is ignored."""
         return SampleParts(*self._sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes))
 
     def _sample_parts(
@@ -134,7 +134,7 @@ class Costs:
         samples: int,
         input_bytes: int | None = None,
     ) -> Parts:
-        """(1)-(6) for all samples: busy seconds of each station."""
+        """(1)-(6) for all samples: the busy seconds of each station."""
         s1, s2, s3, s4, s5, s6b, s6a = self._sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes)
         return _parts(
             device_s=samples * s1,
@@ -155,10 +155,10 @@ class Costs:
         objective: Objective,
         input_bytes: int | None = None,
     ) -> float:
-        """Seconds from the start to the last result, by (7) or as a pipeline.
+        """Seconds from the start to the last result: (7) or the pipelined delay, as the objective says.
 
-        The same sums in the same order as `delay_of(sample_parts(...))`, without making the parts: this is what the planner
-        computes most.
+        Adds the same terms in the same order as `delay_of(sample_parts(...))`, but creates no `SampleParts`, because the
+        planner calls this method more often than any other.
         """
         layers, sizes = self.layers, self.cut_bytes
         s1 = self.device[cut1]
