@@ -1,5 +1,5 @@
-"""Models: read and hash a `.tflite` file, cut it into parts, verify and measure the parts, load them ready to run.
+"""Models: reading, hashing, cutting, verifying, measuring and loading `.tflite` files.
 
-Start with `model` and `slicer`. Imports `bus`, `stages.models.files` and `stages.models.runtime`; stages, the zoo, the
-load generator and the command line may import it.
+Start with `model` and `slicer`. The wing imports `bus`, `stages.models.files` and `stages.models.runtime`; the stages, the
+zoo, the load generator and the command line may import it.
 """

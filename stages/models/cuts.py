@@ -1,4 +1,7 @@
-"""Which of a model's positions are worth preparing for."""
+"""Cut positions that a stage prepares before the planner asks for them.
+
+They only order the preparation: the planner's search covers every position.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from bus.values import CutPoint, ModelManifest
 
 
 def useful_positions(manifest: ModelManifest) -> tuple[int, ...]:
-    """The Pareto front of work before a cut and bytes crossing it, 0 and l included.
+    """The Pareto front of work before a cut and bytes crossing it, with 0 and l added.
 
-    A position is on it when no earlier one sends as few bytes. It orders preparation only: the planner's search covers every
-    position, since a useful cut for one pair of platforms need not be one for another.
+    A position is on the front if every earlier position sends more bytes. The planner still searches all positions, because
+    the best cut depends on the pair of platforms.
     """
     smallest = None
     found = []
@@ -23,15 +26,15 @@ def useful_positions(manifest: ModelManifest) -> tuple[int, ...]:
 
 
 def work_shares(manifest: ModelManifest) -> list[float]:
-    """The share of the model's work that lies before each position: 0 at 0, 1 at l."""
+    """For each position, the share of the model's work before it: 0 at position 0, 1 at position l."""
     done = list(accumulate(cut.work for cut in manifest.cuts))
     return [value / done[-1] if done[-1] else 0.0 for value in done]
 
 
 def even_cuts(manifest: ModelManifest) -> tuple[int, int]:
-    """Two inner positions that leave the three parts about the same work; of two that are as good, the one with fewer bytes.
+    """Two inner positions that split the work into about three equal parts; a tie goes to the position with fewer bytes.
 
-    One position twice where the model has no other, 0 where it has none: it then stays in one piece.
+    Returns the same position twice if the model has only one inner position, and (0, 0), one piece, if it has none.
     """
     shares = work_shares(manifest)
     inner = [cut for cut in manifest.cuts if cut.cuttable and 0 < cut.position < manifest.layers]

@@ -1,4 +1,4 @@
-"""One piece of a model: consecutive layers, loaded into the runtime."""
+"""A loaded piece of a model: consecutive layers with the interpreters that run them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from stages.models.runtime.litert import SegmentRunner
 from stages.models.slicer import SlicedPart
 
 
-class Piece:
-    """Consecutive layers, loaded: one interpreter, more where several tasks meet and memory allows.
+class LoadedPiece:
+    """Consecutive layers in one interpreter, or in several where tasks overlap and memory allows.
 
-    With `keep` off, no interpreter outlives its sample. That is for running without the delegate: loading then only maps the
-    file, and what is saved is the kernels' scratch memory and the pages of weights that other pieces need next.
+    With `keep` off, every sample loads an interpreter and frees it afterwards. This suits running without the delegate:
+    loading then only maps the file, and freeing releases the kernels' scratch memory and the weight pages for the next piece.
     """
 
     def __init__(self, part: SlicedPart, load: Callable[[], SegmentRunner], size_bytes: int, *, keep: bool) -> None:
         self.reads, self.makes = part.reads, part.makes
-        self.size_bytes = size_bytes  # of memory that one interpreter takes, an estimate
-        self.loaded = 1  # interpreters there are
+        self.size_bytes = size_bytes  # estimated memory of one interpreter
+        self.loaded = 1  # number of interpreters
         self._load = load
         self._keep = keep
-        first = load()  # also where nothing is kept: a model that the runtime refuses is to be known now
+        first = load()  # also with `keep` off, so that a model that the runtime refuses fails here
         self._idle = [first] if keep else []
-        self._waiting = 0  # threads that wait for one
+        self._waiting = 0  # threads waiting for an interpreter
         self._changed = threading.Condition()
 
     @property
@@ -33,18 +33,18 @@ class Piece:
         """Whether an interpreter is free at this moment."""
         return bool(self._idle)
 
-    def take(self, may_grow: Callable[[Piece], bool]) -> SegmentRunner:
-        """An interpreter for this thread alone, until `give`; waits for one, or adds one if `may_grow`."""
+    def take(self, may_grow: Callable[[LoadedPiece], bool]) -> SegmentRunner:
+        """Takes an interpreter for the calling thread until `give`; waits for a free one, or loads another if `may_grow`."""
         if not self._keep:
             return self._load()
         try:
-            return self._idle.pop()  # one step of Python's: a lock would cost as much as a small piece's work
+            return self._idle.pop()  # `pop` is atomic; a lock would cost as much as running a small piece
         except IndexError:
             return self._waited_for(may_grow)
 
-    def _waited_for(self, may_grow: Callable[[Piece], bool]) -> SegmentRunner:
+    def _waited_for(self, may_grow: Callable[[LoadedPiece], bool]) -> SegmentRunner:
         with self._changed:
-            self._waiting += 1  # before the look: `give` puts back before it looks here
+            self._waiting += 1  # before checking `_idle`: `give` first refills `_idle` and then reads `_waiting`
             try:
                 while True:
                     with contextlib.suppress(IndexError):
@@ -58,7 +58,7 @@ class Piece:
         return self._load()
 
     def give(self, runner: SegmentRunner) -> None:
-        """The interpreter is free again."""
+        """Returns an interpreter taken with `take`."""
         if self._keep:
             self._idle.append(runner)
             if self._waiting:

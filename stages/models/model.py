@@ -1,4 +1,8 @@
-"""A model that was read, hashed and checked: the bytes that were hashed are the bytes that are used."""
+"""A model file that has been read, hashed and validated.
+
+The bytes that were hashed are the bytes that run: a small file stays in memory, a large one is copied to the cache and mapped
+from there, so a later change of the user's file has no effect.
+"""
 
 from __future__ import annotations
 
@@ -28,26 +32,27 @@ from stages.models.runtime.trial_run import trial
 from stages.models.variants import Contents, chosen_hash, contents, rewritten
 
 KEPT_IN_MEMORY_BYTES = 64 << 20
-"""Files up to this size are read; larger ones are copied to the cache, out of reach of their owner, and mapped."""
+"""Files up to this size are read into memory; larger ones are copied to the cache and mapped."""
 
 PIECE_BYTES = 1 << 24
+"""Size of one read."""
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A `.tflite` model. `data` never changes: it is in memory, or mapped from a file of our own cache."""
+    """A `.tflite` model. `data` never changes: it is in memory, or mapped from a file in the cache."""
 
     name: str  # the name that messages use
-    path: Path  # where the user, or the zoo, has it
-    sha256: str  # of the file; made of it and the choice where one was made
-    data: ModelBytes = field(repr=False)  # the file
-    kept: Path | None = field(default=None, repr=False)  # the file in our cache that `data` maps; None where in memory
-    facts: RuntimeFacts = field(default_factory=RuntimeFacts, repr=False)  # what a trial run showed
-    trusted: bool = False  # whether it is DeePar's own, which needs no trial runs
-    file_sha256: str = ""  # of the file that the user has
+    path: Path  # the file of the user or the zoo
+    sha256: str  # of the file; where the user chose a signature or shapes, of the file and the choice
+    data: ModelBytes = field(repr=False)  # the content of the file
+    kept: Path | None = field(default=None, repr=False)  # the cached file that `data` maps; None if in memory
+    facts: RuntimeFacts = field(default_factory=RuntimeFacts, repr=False)  # findings of the trial run
+    trusted: bool = False  # whether it belongs to DeePar and needs no trial runs
+    file_sha256: str = ""  # of the user's file
     contents: Contents = field(
         default_factory=Contents, repr=False
-    )  # its signatures, what is not looked at, open inputs
+    )  # its signatures, its parts outside the chosen signature, its inputs of open shape
 
     @property
     def size_bytes(self) -> int:
@@ -56,20 +61,20 @@ class Model:
 
     @cached_property
     def graph(self) -> Graph:
-        """The operators and tensors, analysed for cutting."""
+        """The operators and tensors, prepared for cutting."""
         return Graph.of(self.data, str(self.path), self.facts)
 
     @cached_property
     def manifest(self) -> ModelManifest:
-        """Positions, what crosses them, and the hash: what a node announces."""
+        """The positions, the tensors that cross them, and the hash, as a node announces them."""
         try:
             return self.graph.manifest(self.name, self.sha256, self.size_bytes)
         except ValueError as error:
-            raise ModelError(str(self.path), f"cannot be described: {error}") from error
+            raise ModelError(str(self.path), f"has a layer or tensor that messages cannot describe: {error}") from error
 
     @property
     def source(self) -> Path | bytes:
-        """What a runner loads to run the whole model: the very bytes that were hashed."""
+        """The path or bytes that a runner loads to run the whole model: exactly the content that was hashed."""
         if isinstance(self.data, bytes):
             return self.data
         assert self.kept is not None
@@ -80,12 +85,12 @@ class Model:
 
 
 def model_name(path: Path) -> str:
-    """A name that messages can carry, from a file's."""
+    """A name that messages can carry, derived from the file name."""
     return clean_name(path.name.removesuffix(".tflite"))
 
 
 def clean_name(words: str) -> str:
-    """The words with a dash for what a model's name may not have."""
+    """The text with a dash in place of each character that a model name may not contain."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", words).strip("-._+")[:100] or "model"
 
 
@@ -100,14 +105,14 @@ def read_model(
 ) -> Model:
     """Reads, hashes and validates a model file, and runs it once in a process of its own unless it is `trusted`.
 
-    `choice` says which signature and which shapes are meant. A signature on another subgraph than the main one gives the
-    model a name of its own, `NAME.SIGNATURE`. Raises `UnknownNameError` and `ConfigError` for a choice that the file does not
-    offer, `ModelError` where the file is missing, unreadable, not a model, truncated, inconsistent, larger than a flatbuffer
-    can be, or does not have the hash that was asked for.
+    `choice` selects a signature and input shapes. A signature outside the main subgraph changes the model's name to
+    `NAME.SIGNATURE`. Raises `UnknownNameError` or `ConfigError` if the file does not offer the choice, and `ModelError` if
+    the file is missing, unreadable, not a model, truncated, inconsistent, too large for a flatbuffer, or its hash is not
+    `sha256`.
     """
     shown = str(path)
     try:
-        # without O_NONBLOCK, opening a pipe would wait for a writer for ever
+        # O_NONBLOCK: without it, opening a named pipe blocks until a writer appears
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         raise ModelError(shown, f"cannot be opened: {error.strerror}") from error
@@ -124,7 +129,7 @@ def read_model(
             data = b"".join(iter(lambda: file.read(PIECE_BYTES), b""))
             digest = hashlib.sha256(data).hexdigest()
         else:
-            # look before copying: gigabytes of something else are refused at once
+            # check the identifier before copying gigabytes
             if file.read(8)[4:] != b"TFL3":
                 raise ModelError(shown, "is not a TensorFlow Lite model (no TFL3 mark)")
             data, digest, kept = _mapped(file.fileno(), path, status.st_size, progress)
@@ -138,7 +143,7 @@ def read_model(
 
 
 def _as_chosen(model: Model, choice: Choice) -> Model:
-    """The model that the choice makes of a file that was read, tried unless it is trusted as it stands."""
+    """The model with the choice applied; it is then run once in a child process unless it is trusted and unchanged."""
     shown = str(model.path)
     unpacked = schema.ModelT.InitFromPackedBuf(model.data, 0)
     found = contents(unpacked, choice, shown)
@@ -155,7 +160,7 @@ def _as_chosen(model: Model, choice: Choice) -> Model:
 
 
 def _tried(model: Model, choice: Choice) -> RuntimeFacts:
-    """What a trial run shows. Raises `ModelError`, which names the shapes that were given and the inputs that are open."""
+    """The findings of a trial run. A `ModelError` names the shapes that the user gave and the inputs of open shape."""
     try:
         return trial(model.source, model.sha256, str(model.path))
     except ModelError as error:
@@ -171,7 +176,7 @@ def _tried(model: Model, choice: Choice) -> RuntimeFacts:
 
 
 def _stored(chunks: Iterable[Chunk], sha256: str, size_bytes: int) -> tuple[ModelBytes, Path | None]:
-    """A file that was made: in memory, or mapped from the cache where it is large."""
+    """Stores a generated file: in memory, or mapped from the cache if it is large."""
     if size_bytes <= KEPT_IN_MEMORY_BYTES:
         return b"".join(bytes(chunk) for chunk in chunks), None
     kept = cache_dir("models") / f"{sha256}.tflite"
@@ -181,7 +186,7 @@ def _stored(chunks: Iterable[Chunk], sha256: str, size_bytes: int) -> tuple[Mode
 
 
 def _mapped(handle: int, path: Path, size_bytes: int, progress: Progress | None) -> tuple[mmap.mmap, str, Path]:
-    """The file mapped, from the cache: as it is where it lies there already, else as a copy named by its hash."""
+    """Maps the file and hashes it. A file outside the cache is first copied there, under its hash as name."""
     own = cache_dir("models").resolve()
     if own in path.resolve().parents:
         mapped = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)

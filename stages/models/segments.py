@@ -1,14 +1,13 @@
-"""A model in pieces, ready to run from any cut to any cut, with every weight in memory once.
+"""A store of loaded pieces of one model, which together run any segment and hold every weight once.
 
-The store holds the model as a row of *pieces* that touch at its *bounds*: at first the useful cuts, then also the positions
-that placements ask for. A segment (layers begin+1..end) is the chain of the pieces between its ends, so two segments that
-overlap share what they share, and a stage that serves every cut of a model needs its weights once. A piece is a `.tflite`
-file in the cache, mapped by the runtime (small ones stay in memory). Splitting a piece copies its weights from the source's
-mapping, loads the two halves beside it, and only then lets it go: whoever runs meanwhile runs on. Segments of small models
-are loaded as one piece of their own as well, within a bound: they compute for less time than it takes from piece to piece.
+Consecutive *pieces* meet at *bounds*: the useful cuts, and later every position that a placement asks for. A segment (layers
+begin+1..end) runs the pieces between its ends, so overlapping segments share pieces and their weights. A piece is a `.tflite`
+file in the cache that the runtime maps; a small one stays in memory. Splitting a piece copies its weights from the mapped
+model, loads both halves, and then removes the piece, so running tasks are not interrupted. In a small model the step from
+one piece to the next costs as much as the layers, so the store also loads each of its segments as one joined piece.
 
-What the pieces may take is bounded. Beyond the budget, bounds that nobody uses any more are given up, oldest first, so that
-their pieces grow together again; then the least recently used pieces are let go.
+A memory budget limits the pieces. Above it, the store removes joined pieces, then merges pieces at bounds that no segment
+uses, oldest first, then unloads the least recently used pieces.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from bus.values import TensorSpec
 from stages.models.cuts import useful_positions
 from stages.models.files.cache import cache_dir, write_whole
 from stages.models.files.flatbuffer_writer import forget_pages
-from stages.models.loaded_piece import Piece
+from stages.models.loaded_piece import LoadedPiece
 from stages.models.model import Model
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.runtime.malloc_trim import give_back, map_large_blocks
@@ -43,22 +42,22 @@ from stages.models.slicer import SlicedPart, slice_model
 Array: TypeAlias = np.ndarray[Any, Any]
 
 IN_MEMORY_BYTES = 4 << 20
-"""Pieces up to this size are no files, and are never let go between samples."""
+"""Pieces up to this size stay in memory without a file, and keep their interpreter between samples."""
 
 SPARE_BYTES = 24 << 20
-"""Any model may take this much beyond what its weights need, so that small models are never trimmed."""
+"""Minimum memory allowance beyond the weights, so that small models stay within their budget."""
 
 JOINED_BYTES = SPARE_BYTES // 2
-"""So much of it is for small segments in one piece; the rest is for interpreters that work side by side."""
+"""Share of `SPARE_BYTES` for joined pieces; the rest is for parallel interpreters."""
 
 PROCESS_BYTES = 80 << 20
-"""What the interpreter, the libraries and the allocator take of the fifth that a large model may have for activations."""
+"""Memory of the Python interpreter, the libraries and the allocator; subtracted from a large model's activation allowance."""
 
 Say: TypeAlias = Callable[[str], None]
 
 
 class Segment:
-    """Layers begin+1..end, ready to run from any thread. Nothing but relaying where begin = end."""
+    """Layers begin+1..end, which any thread may run. If begin = end, it returns its inputs."""
 
     def __init__(self, store: SegmentStore, begin: int, end: int) -> None:
         self.begin, self.end = begin, end
@@ -68,13 +67,13 @@ class Segment:
         self._reads = tuple(spec.name for spec in self.inputs)
         self._makes = tuple(spec.name for spec in self.outputs)
         self._store = store
-        self._chain: tuple[int, list[Piece]] = (-1, [])  # as it was when the store had changed so often
+        self._chain: tuple[int, list[LoadedPiece]] = (-1, [])  # (store.changes at the lookup, pieces)
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
-        """What crosses position `end`, from what crosses `begin`, each in the boundary's order. Raises `ModelError`.
+        """Computes the tensors that cross `end` from those that cross `begin`, each in the boundary's order.
 
-        Blocks, without the GIL: call it from a worker thread. A sample stands for itself: a model that keeps state starts
-        every sample afresh.
+        Blocks without holding the GIL: call it from a worker thread. A model that keeps state is reset before every sample.
+        Raises `ModelError` if the computation fails.
         """
         if len(inputs) != len(self.inputs):
             raise ConfigError(f"{self} takes {len(self.inputs)} tensors, not {len(inputs)}")
@@ -87,8 +86,8 @@ class Segment:
             known.update(zip(piece.makes, made, strict=True))
         return [known[name] for name in self._makes]
 
-    def _run_piece(self, piece: Piece, inputs: Sequence[Array]) -> list[Array]:
-        runner = piece.take(self._store.may_grow)  # no context manager: for a small piece it costs as much as its work
+    def _run_piece(self, piece: LoadedPiece, inputs: Sequence[Array]) -> list[Array]:
+        runner = piece.take(self._store.may_grow)  # a context manager would cost as much as running a small piece
         try:
             if self._store.stateful:
                 runner.reset()
@@ -98,14 +97,15 @@ class Segment:
 
     @property
     def idle(self) -> bool:
-        """Whether it would run at once: of a small model, loaded, and nobody computes with its pieces."""
+        """Whether the model is small and every piece of the segment is loaded and has a free interpreter."""
         if not self._store.small or self._chain[0] != self._store.changes:
             return False
         return all(piece.idle for piece in self._chain[1])
 
-    def _pieces(self) -> list[Piece]:
-        """Looking them up takes as long as a small model's computation, so those are remembered; large ones, which the store
-        may want to let go of, are not.
+    def _pieces(self) -> list[LoadedPiece]:
+        """The pieces to run. For a small model, whose lookup costs as much as its computation, they are cached.
+
+        A large model's pieces are looked up every time, so that the store can unload them.
         """
         store = self._store
         if not store.small:
@@ -117,7 +117,7 @@ class Segment:
         return self._chain[1]
 
     def release(self) -> None:
-        """Says that it will not be used any more (which forgetting it says too)."""
+        """Tells the store that this segment is out of use; garbage collection of the segment has the same effect."""
         self._store.released(self)
 
     def __repr__(self) -> str:
@@ -125,11 +125,11 @@ class Segment:
 
 
 class SegmentStore:
-    """The pieces of one model in one process; every method may be called from any thread.
+    """The pieces of one model in one process; all methods are thread-safe.
 
-    At most `replicas` interpreters a piece, for as many tasks at once, where the budget allows. `budget_bytes` bounds the
-    memory of all pieces together; what a segment in use needs is loaded all the same. Without it: the weights (mapped, and
-    once more with the delegate, which repacks them) and a fifth of them, less what the process takes anyway.
+    Each piece has at most `replicas` interpreters, for as many parallel tasks, if the budget allows. `budget_bytes` limits
+    the memory of all pieces; pieces of a segment in use are loaded even beyond it. The default is the size of the weights
+    (twice with the delegate, which repacks them) plus a fifth for activations, less the memory of the process itself.
     """
 
     def __init__(
@@ -155,18 +155,18 @@ class SegmentStore:
         self.budget_bytes = default_bytes if budget_bytes is None else budget_bytes
         self._sandbox = Sandbox(model, delegate=delegate)
         self._bounds: list[int] = sorted({0, *useful_positions(model.manifest), model.graph.depth})
-        self._asked: OrderedDict[int, None] = OrderedDict()  # bounds beyond the useful ones, oldest first
-        self._pieces: OrderedDict[tuple[int, int], Piece] = OrderedDict()  # least recently used first
-        self._joined: OrderedDict[tuple[int, int], Piece] = OrderedDict()  # small segments, oldest first
+        self._asked: OrderedDict[int, None] = OrderedDict()  # bounds added by `prepare`, least recently used first
+        self._pieces: OrderedDict[tuple[int, int], LoadedPiece] = OrderedDict()  # least recently used first
+        self._joined: OrderedDict[tuple[int, int], LoadedPiece] = OrderedDict()  # small segments, oldest first
         self._segments: weakref.WeakSet[Segment] = weakref.WeakSet()  # in use
         self.small = model.size_bytes <= IN_MEMORY_BYTES
-        self.changes = 0  # of bounds and pieces: who keeps a chain asks for it anew when this has moved
+        self.changes = 0  # counts changes of bounds and pieces; a segment with another count looks up its pieces again
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"prepare-{model.name}")
-        self._looking = threading.Lock()  # short: the tables above
-        self._preparing = threading.RLock()  # long: slicing and loading
+        self._looking = threading.Lock()  # guards the tables above; held briefly
+        self._preparing = threading.RLock()  # serializes slicing and loading; held for seconds
 
     def warm(self, say: Say | None = None) -> None:
-        """Loads all pieces between useful cuts: after it, a placement at useful cuts waits for nothing."""
+        """Loads all pieces between the useful cuts, so that a placement at these cuts starts without delay."""
         with self._sandbox:
             for begin, end in pairwise(list(self._bounds)):
                 if say is not None:
@@ -177,13 +177,13 @@ class SegmentStore:
     def prepare(self, begin: int, end: int) -> Segment:
         """Makes layers begin+1..end ready and returns them.
 
-        Takes seconds where large weights must be copied and repacked: call it in a thread that no running task needs. Raises
-        `CutError` where the model cannot be cut there, `ModelError` where the disk is full or the runtime refuses.
+        Copying and repacking large weights takes seconds: call it in a thread that runs no tasks. Raises `CutError` if the
+        model cannot be cut there, and `ModelError` if the disk is full or the runtime refuses a piece.
         """
         for position in (begin, end):
             self.model.graph.require_cuttable(position)
         if begin > end:
-            raise ConfigError(f"position {begin} lies behind {end}")
+            raise ConfigError(f"a segment cannot begin at position {begin} and end at {end}: give begin <= end")
         segment = Segment(self, begin, end)
         with self._looking:
             self._segments.add(segment)
@@ -197,18 +197,18 @@ class SegmentStore:
         return segment
 
     async def ready(self, begin: int, end: int) -> Segment:
-        """`prepare` in a thread of the store's own, so that neither the loop nor running tasks wait for it."""
+        """Runs `prepare` in the store's own thread, so that the event loop and running tasks continue."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, self.prepare, begin, end)
 
     def get(self, begin: int, end: int) -> Segment:
-        """The segment, at once. One that was not prepared, or was let go since, is made ready by its first `run`."""
+        """Returns the segment immediately; its first `run` loads the pieces that are missing."""
         segment = Segment(self, begin, end)
         with self._looking:
             self._segments.add(segment)
         return segment
 
     def is_ready(self, begin: int, end: int) -> bool:
-        """Whether layers begin+1..end would run at once."""
+        """Whether all pieces of layers begin+1..end are loaded."""
         with self._looking:
             if begin not in self._bounds or end not in self._bounds:
                 return False
@@ -216,12 +216,12 @@ class SegmentStore:
 
     @property
     def loaded_bytes(self) -> int:
-        """An estimate of the memory that the loaded pieces take."""
+        """Estimated memory of the loaded pieces."""
         with self._looking:
             return self._loaded_bytes()
 
     def close(self) -> None:
-        """Lets everything go. Segments must not be used any more."""
+        """Unloads all pieces. Segments must not be used afterwards."""
         self._worker.shutdown(wait=True, cancel_futures=True)
         with self._preparing, self._looking:
             self._pieces.clear()
@@ -230,10 +230,10 @@ class SegmentStore:
             self._segments.clear()
         give_back()
 
-    # --- what segments ask ---------------------------------------------------------------------------------------
+    # --- called by segments --------------------------------------------------------------------------------------
 
-    def chain(self, begin: int, end: int) -> list[Piece]:
-        """The pieces of layers begin+1..end, loading those that were let go."""
+    def chain(self, begin: int, end: int) -> list[LoadedPiece]:
+        """The pieces of layers begin+1..end; loads those that are missing."""
         with self._looking:
             ends_there = begin in self._bounds and end in self._bounds
             pairs = self._pairs(begin, end)
@@ -246,22 +246,22 @@ class SegmentStore:
         if ends_there:
             with self._preparing, self._sandbox:
                 return [piece or self._require(*pair) for pair, piece in zip(pairs, found, strict=True)]
-        with self._preparing:  # an end was given up since this segment was prepared
+        with self._preparing:  # a bound of this segment was removed since it was prepared
             self._split_at(begin)
             self._split_at(end)
             return self.chain(begin, end)
 
-    def joined(self, begin: int, end: int) -> Piece | None:
-        """Layers begin+1..end of a small model as one piece, where they were asked for lately."""
+    def joined(self, begin: int, end: int) -> LoadedPiece | None:
+        """The joined piece of layers begin+1..end of a small model, if it is loaded."""
         with self._looking:
             return self._joined.get((begin, end))
 
-    def may_grow(self, piece: Piece) -> bool:
-        """Whether one more interpreter of the piece is allowed."""
+    def may_grow(self, piece: LoadedPiece) -> bool:
+        """Whether the piece may load another interpreter."""
         return piece.loaded < self._replicas and self.loaded_bytes + piece.size_bytes <= self.budget_bytes
 
     def released(self, segment: Segment) -> None:
-        """The segment's bounds may be given up."""
+        """Marks the segment as out of use, so that its bounds may be removed."""
         with self._looking:
             self._segments.discard(segment)
 
@@ -275,8 +275,8 @@ class SegmentStore:
         inner = self._bounds[bisect_left(self._bounds, begin) : bisect_right(self._bounds, end)]
         return list(pairwise(inner))
 
-    def _require(self, begin: int, end: int) -> Piece:
-        """The piece between two bounds, loaded."""
+    def _require(self, begin: int, end: int) -> LoadedPiece:
+        """Returns the piece between two adjacent bounds; loads it if needed."""
         with self._preparing:
             with self._looking:
                 piece = self._pieces.get((begin, end))
@@ -288,7 +288,7 @@ class SegmentStore:
             return piece
 
     def _join(self, begin: int, end: int) -> None:
-        """Loads a small segment as one piece too: from one interpreter to the next costs as much as its layers take."""
+        """Loads a small segment as one joined piece, to save the steps between interpreters."""
         with self._looking:
             known = (begin, end) in self._joined
             if known:
@@ -303,7 +303,7 @@ class SegmentStore:
             self.changes += 1
 
     def _split_at(self, position: int) -> None:
-        """Makes a position a bound: loads both halves of its piece, then swaps them in."""
+        """Adds a bound: loads both halves of the piece around it, then replaces the piece."""
         with self._looking:
             if position in self._bounds:
                 if position in self._asked:
@@ -324,7 +324,7 @@ class SegmentStore:
         self._delete(begin, end)
 
     def _trim(self) -> None:
-        """Holds the memory to the budget: bounds that nobody uses go first, then pieces."""
+        """Frees memory down to the budget: first joined pieces, then unused bounds, then unused pieces."""
         while self.loaded_bytes > self.budget_bytes:
             with self._looking:
                 if self._joined:
@@ -346,7 +346,7 @@ class SegmentStore:
             self._delete(*idle)
 
     def _join_at(self, position: int) -> None:
-        """Gives up a bound. Where a segment in use spans it, the joined piece is loaded before the halves go."""
+        """Removes a bound. If a segment in use spans it, the merged piece is loaded before the halves are removed."""
         with self._looking:
             at = self._bounds.index(position)
             begin, end = self._bounds[at - 1], self._bounds[at + 1]
@@ -367,11 +367,11 @@ class SegmentStore:
         return self._folder / f"{begin + 1}-{end}.tflite"
 
     def _delete(self, begin: int, end: int) -> None:
-        # a runtime that has it mapped keeps the bytes until it lets go
+        # an interpreter that maps the file keeps its content until it is closed
         with contextlib.suppress(OSError):
             self._path(begin, end).unlink()
 
-    def _load(self, begin: int, end: int) -> Piece:
+    def _load(self, begin: int, end: int) -> LoadedPiece:
         part = slice_model(self.model, begin + 1, end)
         source: Path | bytes
         small = part.size_bytes <= IN_MEMORY_BYTES
@@ -381,7 +381,7 @@ class SegmentStore:
             source = self._path(begin, end)
             if not _holds(source, part):
                 write_whole(source, part.chunks(), size_bytes=part.size_bytes, durable=False)
-            forget_pages(self.model.data)  # they were read to be copied, no more
+            forget_pages(self.model.data)  # the pages were needed only for the copy
         self._sandbox.admit(part, source)
         crossing = sum(spec_bytes for spec_bytes in map(self.model.graph.size_bytes, self._touched(begin, end)))
 
@@ -390,10 +390,10 @@ class SegmentStore:
             return SegmentRunner(source, self._num_threads, delegate=self._delegate, title=title, renew=part.renew)
 
         size_bytes = self._weight_factor * part.size_bytes + crossing
-        return Piece(part, load, size_bytes, keep=self._delegate or small)
+        return LoadedPiece(part, load, size_bytes, keep=self._delegate or small)
 
     def _touched(self, begin: int, end: int) -> set[int]:
-        """Tensors that the piece holds at its ends, and its two largest inside: about what its interpreter allocates."""
+        """The tensors at the ends of the piece and its two largest inner ones: an estimate of its interpreter's memory."""
         graph = self.model.graph
         inner = sorted(
             (out for layer in graph.layers[begin:end] for out in graph.outputs_of(layer.operator)),
@@ -404,7 +404,7 @@ class SegmentStore:
 
 
 def _holds(path: Path, part: SlicedPart) -> bool:
-    """Whether a file of an earlier run is this part: the same structure in front, and the same size."""
+    """Whether an existing file is this part: it has the same structure in front and the same size."""
     head = bytes(next(iter(part.chunks())))
     try:
         with open(path, "rb") as file:

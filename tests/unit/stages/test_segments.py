@@ -193,7 +193,7 @@ def test_wrong_ends_are_refused(lenet: Model, sample: list[np.ndarray], tmp_path
     store = store_of(lenet, tmp_path)
     with pytest.raises(CutError, match="positions 0 to 7, not 8"):
         store.prepare(0, 8)
-    with pytest.raises(ConfigError, match="position 5 lies behind 3"):
+    with pytest.raises(ConfigError, match="cannot begin at position 5 and end at 3"):
         store.prepare(5, 3)
     with pytest.raises(ConfigError, match=r"lenet 1..3 takes 1 tensors, not 2"):
         store.prepare(0, 3).run([*sample, *sample])
