@@ -11,14 +11,15 @@ from types import FrameType
 from typing import NoReturn
 
 ROOMS = ("bus", "deploy", "loadgen", "planner", "stages")
-"""The packages that the program is made of. Their names are common, so a user's folder may hide them."""
+"""DeePar's top-level packages. Their names are common, so a folder of the user may hide them."""
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 105
 
 
 def main() -> NoReturn:
     """Run `deepar` with the arguments of the process."""
-    # Until a command begins there is nothing to clean up, and an exception in the middle of an import may be swallowed.
+    # Before a command starts there is nothing to clean up, and an exception raised during an import may be swallowed:
+    # so the process exits at once.
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)
@@ -29,18 +30,18 @@ def main() -> NoReturn:
 
     try:
         run()
-    except KeyboardInterrupt:  # one more, while the first was answered
+    except KeyboardInterrupt:  # a second Ctrl-C while the first is handled
         sys.exit(EXIT_INTERRUPTED)
     finally:
-        # What the interpreter still does at its exit is not worth a traceback.
+        # A Ctrl-C while the interpreter shuts down exits without a traceback.
         signal.signal(signal.SIGINT, _leave)
 
 
 def shadow(name: str) -> Path | None:
-    """Where Python finds the package `name`, unless that is beside this package, where ours is."""
+    """The foreign path from which Python would import `name`, or None if it finds our own package."""
     spec = find_spec(name)
     if spec is None:
-        return None  # the import says so
+        return None  # the later import reports it
     ours = (Path(__file__).resolve().parents[1] / name).resolve()
     places = [spec.origin] if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
     found = [Path(place).resolve() for place in places if place]

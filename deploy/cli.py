@@ -1,4 +1,7 @@
-"""The one command, `deepar`: what each of its commands is, and how an error becomes a message and an exit code."""
+"""The command line `deepar`: the table of commands, and the conversion of errors to messages and exit codes.
+
+A command's module is imported only when that command runs, so that `deepar --help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,14 @@ from deploy.interrupts import end_children, raise_interrupts
 from deploy.services.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 
 TYPERS_INTERRUPTED = 130
-"""What typer makes of a KeyboardInterrupt before we see it."""
+"""Exit code that typer returns for a KeyboardInterrupt which it caught itself."""
 
 RUN, SEE, MODELS = "Run", "See", "Models, plans and experiments"
 
 
 @dataclass(frozen=True, slots=True)
 class _Command:
-    """Where a command lives. Its module is imported when the command is run, or completed."""
+    """One row of the command table. The module is imported when the command runs or is completed by the shell."""
 
     name: str
     panel: str
@@ -43,17 +46,17 @@ COMMANDS = (
     _Command("planner", RUN, "deploy.commands.services", "planner", "Run the planner: it decides where every task runs."),
     _Command("stage", RUN, "deploy.commands.services", "stage_app", "Run one stage: a device, an edge or a cloud worker."),
     _Command("topics", RUN, "deploy.commands.topics", "topics_app", "Create or list the topics on Kafka."),
-    _Command("acls", RUN, "deploy.commands.acls", "acls", "Show or set who may read and write which topic."),
-    _Command("identity", RUN, "deploy.commands.identity", "app", "Make the secrets with which nodes prove who they are."),
+    _Command("acls", RUN, "deploy.commands.acls", "acls", "Show or set the access control lists of the topics."),
+    _Command("identity", RUN, "deploy.commands.identity", "app", "Create the secrets that prove a node's identity."),
     _Command("loadgen", RUN, "deploy.commands.loadgen.replay", "app", "Submit tasks, measure this machine, break processes."),
     _Command("cancel", RUN, "deploy.commands.cancel", "cancel", "Cancel tasks before they are done."),
     _Command("tail", SEE, "deploy.commands.tail", "tail_app", "Follow a topic, one line per message."),
     _Command("top", SEE, "deploy.commands.top", "top", "Watch nodes and tasks in the terminal."),
     _Command("ui", SEE, "deploy.commands.ui", "ui", "Watch nodes and tasks in the browser."),
-    _Command("dead-letter", SEE, "deploy.commands.dead_letter", "app", "List, show and retry messages that were refused."),
+    _Command("dead-letter", SEE, "deploy.commands.dead_letter", "app", "List and show messages that were rejected."),
     _Command("explain", SEE, "deploy.commands.explain", "explain", "Show why a task ran where it ran, and what it took."),
     _Command("doctor", SEE, "deploy.commands.doctor", "doctor", "Check this machine, the broker and the region."),
-    _Command("healthcheck", SEE, "deploy.commands.healthcheck", "healthcheck", "Ask a service's HTTP probe; for containers."),
+    _Command("healthcheck", SEE, "deploy.commands.healthcheck", "healthcheck", "Query a service's readiness probe."),
     _Command("models", MODELS, "deploy.commands.models", "app", "List, show, cut and verify models."),
     _Command("profile", MODELS, "deploy.commands.models", "profile", "Measure each layer of a model on this machine."),
     _Command("plan", MODELS, "deploy.commands.plan", "plan", "Find where a model is best cut, for given speeds and links."),
@@ -62,7 +65,7 @@ COMMANDS = (
 
 
 class CommandTable(TyperGroup):
-    """The commands of `COMMANDS`: a list needs only the table, and one that is run or completed is imported."""
+    """A typer group that lists commands from `COMMANDS` and imports only the command that is run or completed."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -79,7 +82,7 @@ class CommandTable(TyperGroup):
 
 
 def _imported(command: _Command) -> Any:
-    """The command itself, as typer makes it."""
+    """Import a command and build its typer object."""
     found = getattr(importlib.import_module(command.module), command.attribute)
     alone = typer.Typer(rich_markup_mode="markdown")
     if isinstance(found, typer.Typer):
@@ -89,7 +92,7 @@ def _imported(command: _Command) -> Any:
     made = typer.main.get_group(alone).commands[command.name]
     _shorten(made)
     if HELP & {*sys.argv}:
-        # `N [1<=x<=65535]` takes half of a line; the error of a number outside says it.
+        # The range in `N [1<=x<=65535]` takes half a line; the error for a number outside the range states it.
         vars(importlib.import_module("typer.rich_utils"))["RANGE_STRING"] = ""
     return made
 
@@ -100,16 +103,16 @@ SHORT = {
     **dict.fromkeys(("<int>", "<int range>", "<float>", "<float range>"), "N"),
     "<bool>": "",
 }
-"""Typer's words for the values of options -> ours: at 80 columns the names of variables beside them must not be cut."""
+"""Placeholders for option values: typer's -> ours, short so that environment variable names fit at 80 columns."""
 
 
 HELP = {"-h", "--help"}
 LONGEST = 14
-"""Columns that a list of choices may take there; a longer one is told with the option's help."""
+"""Maximum width of a list of choices in the value column; a longer list is appended to the option's help."""
 
 
 def _shorten(command: Any) -> None:
-    """Give the options of a command, and of those below it, short words for their values."""
+    """Set short value placeholders for the options of a command and its subcommands."""
     context = typer.Context(command)
     for parameter in command.get_params(context):
         if parameter.param_type_name != "option" or parameter.metavar is not None:
@@ -123,7 +126,7 @@ def _shorten(command: Any) -> None:
 
 
 def whole() -> Any:
-    """The group `deepar` with every command imported, for whoever looks at all of them."""
+    """The group `deepar` with every command imported, for tools that inspect all commands."""
     every = typer.main.get_group(app)
     every.commands.update({one.name: _imported(one) for one in COMMANDS})
     return every
@@ -153,22 +156,23 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(
     log_level: Annotated[
-        str, typer.Option(envvar="DEEPAR_LOG_LEVEL", help="debug, info, warning or error; logs go to stderr.")
+        str,
+        typer.Option(envvar="DEEPAR_LOG_LEVEL", help="Log level: debug, info, warning or error; logs go to stderr."),
     ] = "info",
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     if log_level.lower() not in ("debug", "info", "warning", "error"):
-        raise ConfigError(f"--log-level {log_level}: it is debug, info, warning or error")
+        raise ConfigError(f"--log-level {log_level}: must be debug, info, warning or error")
     raise_interrupts()
-    from deploy.services.log_setup import configure_logging  # not at the top: the list of commands needs no log
+    from deploy.services.log_setup import configure_logging  # imported here: listing the commands needs no logging
 
     configure_logging(log_level)
 
 
 def main() -> NoReturn:
-    """Run the command line; every `DeeparError` becomes a line that says what is wrong and what to do."""
+    """Run the command line. A `DeeparError` is printed as one line, with its remedy, instead of a traceback."""
     if {"--help", "-h"} & set(sys.argv):
         importlib.import_module("deploy.console_output.help_tables").fold_long_words()
     try:
@@ -184,7 +188,7 @@ def main() -> NoReturn:
         end_children()
         _exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read our output has seen enough (`| head`); Python would complain once more at exit.
+        # The reader of our output closed the pipe (`| head`); without this, Python reports the error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(0)
     except DeeparError as error:
@@ -192,7 +196,7 @@ def main() -> NoReturn:
     except OSError as error:
         if error.filename is None:
             raise
-        # A file that cannot be read or written, a full disk: the machine's fault, not a bug.
+        # An unreadable file or a full disk is a fault of the machine, not a bug.
         _exit(_complain(DeeparError(f"{error.filename}: {error.strerror}")))
     except BaseExceptionGroup as group:
         ours, others = group.split(DeeparError)
@@ -204,7 +208,7 @@ def main() -> NoReturn:
         assert isinstance(first, DeeparError)
         _exit(_complain(first))
     except Exception as error:
-        # click's own usage errors know how to show themselves
+        # click's usage errors print themselves
         show = getattr(error, "show", None)
         if show is None:
             raise

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a command runs: both raise KeyboardInterrupt, unless the command handles SIGINT itself."""
+"""Handling of Ctrl-C and SIGTERM: both raise KeyboardInterrupt, unless the command handles SIGINT itself."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from deploy.services.process import EXIT_INTERRUPTED
 
 
 def raise_interrupts() -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt, and SIGTERM does what Ctrl-C does. For the main thread."""
+    """Make Ctrl-C and SIGTERM raise KeyboardInterrupt in the main thread; in any other thread do nothing."""
     if threading.current_thread() is not threading.main_thread():
         return
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored: a script has put us into the background
+    if (
+        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    ):  # ignored: a script started this process in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _as_interrupt)
     sys.unraisablehook = _unraisable
 
 
 def end_children() -> None:
-    """Kill the worker processes that there still are."""
+    """Kill the worker processes that are still running."""
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -35,7 +37,7 @@ def _as_interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _unraisable(what: sys.UnraisableHookArgs) -> None:
-    """Python drops a KeyboardInterrupt that arises in a finalizer; the program must end all the same."""
+    """End the process on a KeyboardInterrupt raised in a finalizer, which Python would otherwise ignore."""
     if what.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(what)
         return

@@ -24,15 +24,15 @@ def cancel(
         list[str], typer.Argument(metavar="TASK...", help="Ids of tasks.", autocompletion=completion.tasks)
     ],
     region: Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Region of the tasks.")] = 0,
-    timeout: Annotated[str, typer.Option(help="Give up when the planner has not answered for so long.")] = "30s",
+    timeout: Annotated[str, typer.Option(help="Give up if the planner has not answered within this time.")] = "30s",
     bootstrap_servers: BootstrapFromEnv = None,
     identity_key: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Cancel tasks: each ends as FAILED, cause `cancelled`, and what it held is free.
+    """Cancel tasks: each ends as FAILED, cause `cancelled`, and its reservations are released.
 
-    A task that has ended stays as it ended, so cancelling twice does no harm. Exit code 1 where the region knows no such
-    task. `deepar tail tasks --exit` names the tasks.
+    A task that has already ended keeps its state, so cancelling twice is safe. Exit code 1 if the region does not know a
+    task. `deepar tail tasks --exit` lists the tasks.
 
     Example: `deepar cancel t1 t2`
     """
@@ -51,7 +51,7 @@ def cancel(
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     for end in ends:
         if end.state is None:
-            what = f"region {region} knows no task {end.task_id}, or it ended long ago"
+            what = f"region {region} does not know task {end.task_id}, or the task ended long ago"
             log.print(f"[bold red]error:[/] {what}", markup=True)
         elif not as_json:
             console.print(f"{end.task_id}: {_words(end)}", markup=False)
@@ -62,10 +62,10 @@ def cancel(
 
 def _words(end: End) -> str:
     if end.cancelled:
-        return "was cancelled before" if end.before else "cancelled"
+        return "already cancelled" if end.before else "cancelled"
     cause = f" ({end.cause})" if end.cause else ""
     return (
-        f"had ended before: {end.state}{cause}"
+        f"already ended: {end.state}{cause}"
         if end.before
         else f"ended before it could be cancelled: {end.state}{cause}"
     )

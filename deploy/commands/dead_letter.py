@@ -1,4 +1,4 @@
-"""`deepar dead-letter list|show`: what could not be read, where it came from, and why."""
+"""`deepar dead-letter list|show`: records that were rejected, with their origin and cause."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ from deploy.console_output.options import AsJson, Bootstrap
 from deploy.services import wiring
 from deploy.services.process import run_on_uvloop
 
-app = typer.Typer(no_args_is_help=True, help="Dead letters: records that could not be read, with origin and cause.")
+app = typer.Typer(
+    no_args_is_help=True, help="List and show dead letters: rejected records with their origin and cause."
+)
 
 HEX_BYTES = 512
-"""So much of a letter is shown on a terminal."""
+"""Maximum bytes of a dead letter that are shown on a terminal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """One dead letter. `topic`, `partition` and `offset` are where the broken record stood."""
+    """One dead letter. `topic`, `partition` and `offset` locate the rejected record."""
 
     topic: str
     partition: int
     offset: int
-    task_id: str | None  # whose record it was, where that is known
-    cause: str  # a short, stable word
-    error: str  # for people
-    by: str  # who could not read it
-    value: bytes  # as it was
+    task_id: str | None  # the task that the record belongs to, if known
+    cause: str  # short, stable identifier
+    error: str  # description for people
+    by: str  # the service that rejected it
+    value: bytes  # original bytes
 
     @classmethod
     def of(cls, record: Record) -> Letter:
-        """From a record of the dead-letter topic; whatever header is missing is empty."""
+        """Parse a record of the dead-letter topic; a missing header gives an empty field."""
         headers = {name: content.decode(errors="replace") for name, content in record.headers}
         topic, partition, offset = ([*headers.get("deepar_origin", "").rsplit("/", 2), "", "", ""])[:3]
         return cls(
@@ -59,7 +61,7 @@ class Letter:
         return f"{self.topic}/{self.partition}/{self.offset}"
 
     def as_object(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The object that `--json` prints."""
         return {
             "topic": self.topic,
             "partition": self.partition,
@@ -73,7 +75,7 @@ class Letter:
 
 
 async def read_letters(bus: Bus) -> list[Letter]:
-    """Every dead letter that is kept, oldest first in each partition. Raises `BusError`."""
+    """Read all retained dead letters, oldest first in each partition. Raises `BusError`."""
     partitions = await bus.partitions(topics.DEAD_LETTER)
     reader = await bus.reader([(topics.DEAD_LETTER, number) for number in range(partitions)], start="start")
     letters = []
@@ -95,12 +97,12 @@ def _letters(bootstrap_servers: str | None) -> list[Letter]:
 
 @app.command("list")
 def list_letters(
-    cause: Annotated[str | None, typer.Option(help="Only this cause: undecodable, wrong_shape, ...")] = None,
-    task: Annotated[str | None, typer.Option(help="Only this task's.")] = None,
+    cause: Annotated[str | None, typer.Option(help="Show only this cause: undecodable, wrong_shape, ...")] = None,
+    task: Annotated[str | None, typer.Option(help="Show only dead letters of this task.")] = None,
     as_json: AsJson = False,
     bootstrap_servers: Bootstrap = None,
 ) -> None:
-    """Every dead letter: where it stood, whose it was, what was wrong.
+    """List dead letters with their origin, task, cause and error.
 
     Example: `deepar dead-letter list --cause wrong_identity`
     """
@@ -121,17 +123,17 @@ def list_letters(
 @app.command()
 def show(
     origin: Annotated[str, typer.Argument(help="TOPIC/PARTITION/OFFSET, as `list` prints it.")],
-    raw: Annotated[bool, typer.Option("--raw", help="Only its bytes, as they were, on stdout.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Write only the original bytes to stdout.")] = False,
     as_json: AsJson = False,
     bootstrap_servers: Bootstrap = None,
 ) -> None:
-    """One dead letter with its bytes.
+    """Show one dead letter with its bytes.
 
     Example: `deepar dead-letter show deepar.tasks/0/17 --raw`
     """
     found = next((letter for letter in _letters(bootstrap_servers) if letter.origin == origin), None)
     if found is None:
-        raise UnknownNameError(f"there is no dead letter from {origin}", remedy="see: deepar dead-letter list")
+        raise UnknownNameError(f"no dead letter has the origin {origin}", remedy="list them: deepar dead-letter list")
     if raw:
         sys.stdout.buffer.write(found.value)
         return
@@ -144,11 +146,11 @@ def show(
     for line in hex_lines(found.value[:HEX_BYTES]):
         console.print(line, markup=False)
     if len(found.value) > HEX_BYTES:
-        console.print(f"... {len(found.value) - HEX_BYTES:,} bytes more; all of them: --raw", markup=False)
+        console.print(f"... {len(found.value) - HEX_BYTES:,} more bytes; use --raw for all", markup=False)
 
 
 def hex_lines(data: bytes) -> list[str]:
-    """As `hexdump -C` prints it."""
+    """Format bytes as `hexdump -C` does."""
     lines = []
     for at in range(0, len(data), 16):
         row = data[at : at + 16]

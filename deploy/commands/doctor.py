@@ -1,4 +1,4 @@
-"""`deepar doctor`: look at this machine and the system around it, and say what to do about what is wrong."""
+"""`deepar doctor`: checks of this machine, the broker and the regions, each with a remedy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deploy.services.process import EXIT_FAILED, run_on_uvloop
 
 MARKS = {"ok": "[green]ok  [/]", "warning": "[bold yellow]WARN[/]", "failed": "[bold red]BAD [/]"}
 
-# Nothing here may import the runtime at its head: that it cannot be imported is one of the findings.
+# This module must not import the inference runtime at the top: a failing import is one of the things it reports.
 
 
 def doctor(
@@ -33,7 +33,7 @@ def doctor(
         typer.Option(
             "--model",
             "-m",
-            help="A model whose operators must all have a kernel: a name, or a .tflite file; may be given again."
+            help="Model whose operators must all have a kernel: a name, or a .tflite file; repeatable."
             " [default: lenet]",
         ),
     ] = None,
@@ -46,13 +46,13 @@ def doctor(
 ) -> None:
     """Check this machine, the broker, topics and sizes of records, planners, nodes and clocks.
 
-    Each check is ok, WARN (it works, and still something should be done) or BAD. Exit 1 if any is BAD, else 0. It listens to
-    the nodes for some seconds, to hear who is alive and whose clock is wrong. Each finding says what to do.
+    Each check is ok, WARN (works, but needs attention) or BAD, and comes with a remedy. Exit 1 if any is BAD, else 0.
+    The command listens for some seconds to find live nodes and wrong clocks.
 
     Example: `deepar doctor --model alexnet`
     """
     connection = KafkaConnection.from_env(bootstrap_servers=bootstrap_servers)
-    with Console(emoji=False, stderr=True).status("looking at this machine, then at the system; some seconds"):
+    with Console(emoji=False, stderr=True).status("checking this machine, then the system; takes some seconds"):
         checks = run_on_uvloop(examine(connection, models or ["lenet"]))
     if as_json:
         sys.stdout.write(json_text({"checks": [_as_json(check) for check in checks]}) + "\n")
@@ -77,7 +77,7 @@ def _as_json(check: Check) -> dict[str, object]:
 
 
 async def examine(connection: KafkaConnection, models: Sequence[str]) -> list[Check]:
-    """Every check; those of the system need the broker and are left out where none answers."""
+    """Run every check; checks of the system are skipped if the broker does not answer."""
     checks = [
         machine_checks.python(),
         *await asyncio.to_thread(machine_checks.runtime, models),
@@ -101,4 +101,4 @@ async def _look(look: Callable[[Bus], Awaitable[list[Check]]], bus: Bus) -> list
     try:
         return await look(bus)
     except UnknownTopicError:
-        return []  # `topic_checks.missing` has told
+        return []  # `topic_checks.missing` reports it

@@ -1,4 +1,4 @@
-"""`deepar explain`: why a task was placed as it was."""
+"""`deepar explain`: the reasons for the placement of a task."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ from planner.explain import explain as explain_task
 
 
 def explain(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="The task's id.", autocompletion=completion.tasks)],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Id of the task.", autocompletion=completion.tasks)],
     source: Annotated[
         Path | None,
-        typer.Option("--from", metavar="FILE", help="A dump of the decisions: `deepar tail decisions --exit > FILE`."),
+        typer.Option(
+            "--from", metavar="FILE", help="Read decisions from a file: `deepar tail decisions --exit > FILE`."
+        ),
     ] = None,
     region: Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Region of the task.")] = 0,
     bootstrap_servers: BootstrapFromEnv = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Why a task was placed as it was: every candidate, what each lacked, and what the start waited for.
+    """Explain the placement of a task: all candidates, what each lacked, and what the start waited for.
 
-    Everything comes from the decision record: from Kafka, or from a file. `deepar tail tasks --exit` names the tasks.
+    The decisions are read from Kafka or from a file. `deepar tail tasks --exit` lists the tasks.
 
     Example: `deepar explain t1 --from decisions.jsonl`
     """
@@ -53,9 +55,9 @@ def explain(
 
 
 def read_dump(path: Path, region: int) -> Iterator[Decision]:
-    """The decisions that count in a dump: lines of `deepar tail decisions`, or bare records.
+    """The valid decisions in a dump: lines of `deepar tail decisions`, or bare records.
 
-    Raises `ConfigError` for a file that is not one.
+    Raises `ConfigError` if the file is not such a dump.
     """
     log = DecisionLog(joins=True)
     try:
@@ -72,13 +74,13 @@ def read_dump(path: Path, region: int) -> Iterator[Decision]:
             value = value.get("value", value)
             message = decode(topics.DECISIONS, json.dumps(value).encode())
         except (ValueError, AttributeError, ProtocolError) as error:
-            raise ConfigError(f"{path}, line {number}: no record of {topics.DECISIONS}: {error}") from None
+            raise ConfigError(f"{path}, line {number}: not a record of {topics.DECISIONS}: {error}") from None
         if message.region == region and isinstance(accepted := log.accept(message), Decision):
             yield accepted
 
 
 def read_topic(bootstrap_servers: str | None, region: int) -> list[Decision]:
-    """Every decision of a region that counts, from Kafka, up to now."""
+    """All valid decisions of a region on Kafka up to now."""
 
     async def read() -> list[Decision]:
         log = DecisionLog(joins=True)
@@ -99,7 +101,7 @@ def read_topic(bootstrap_servers: str | None, region: int) -> list[Decision]:
 
 
 def explanation_json(found: Explanation) -> dict[str, Any]:
-    """The object that docs/json.md describes, with the task's story added."""
+    """The JSON object described in docs/json.md, including the history of the task."""
     decided = None
     if found.decided is not None:
         placed = found.decided
@@ -141,7 +143,7 @@ def _placement_json(placement: Placement) -> dict[str, Any]:
 
 
 LACKED_BESIDE_FROM = 120
-"""Columns that it takes to show what a candidate lacked beside it, and not below."""
+"""Minimum terminal width to show what a candidate lacked in the table instead of below it."""
 
 
 def _cut_names(where: Placement) -> str:
@@ -149,11 +151,11 @@ def _cut_names(where: Placement) -> str:
 
 
 def _any_of(names: Sequence[str]) -> str:
-    return ", or ".join(names) or "a node that it may use"
+    return ", or ".join(names) or "a usable node"
 
 
 def show(found: Explanation, console: Console) -> None:
-    """The explanation for a terminal."""
+    """Print the explanation on a terminal."""
     console.print(f"[bold]{found.task_id}[/] is {found.state}", highlight=False)
     for line in found.story:
         console.print(f"  {line}", highlight=False)
@@ -200,7 +202,7 @@ def show(found: Explanation, console: Console) -> None:
         )
     console.print(table)
     if notes and not beside:
-        console.print("What each lacked at once:", highlight=False)
+        console.print("What each lacked for an immediate start:", highlight=False)
         for note in notes:
             console.print(f"  {note.strip()}", highlight=False, markup=False)
     if found.waited_for:

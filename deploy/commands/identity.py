@@ -1,4 +1,4 @@
-"""`deepar identity`: a region's master secret, and the keys that are made of it."""
+"""`deepar identity`: a region's master secret, and the keys that are derived from it."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from deploy.console_output.options import AsJson
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Keys that prove which node a message is of. The region's planner holds the master, each node its own key.",
+    help="Create keys that prove which node sent a message. The planner of a region holds the master, each node its own key.",
 )
 
 
 @app.command("new-master")
 def new_master(
-    out: Annotated[Path, typer.Option(help="The new file; only its owner may read it.")] = Path("deepar.master"),
+    out: Annotated[Path, typer.Option(help="File to create, readable only by its owner.")] = Path("deepar.master"),
     frames: Annotated[
-        bool, typer.Option("--frames", help="Demand proofs of activations and results, too (half a millisecond a MB).")
+        bool, typer.Option("--frames", help="Require proofs for activations and results too (costs 0.5 ms per MB).")
     ] = False,
 ) -> None:
-    """Make a master secret. Whoever holds it can speak as everybody: it belongs to the planner, and to whoever makes keys.
+    """Create a master secret. It can sign as any node: give it only to the planner and to the administrator who creates keys.
 
     Example: `deepar identity new-master --out region0.master`
     """
     master = Master.new(frames=frames)
     write_secret(out, master.to_text())
     typer.echo(
-        f"{out}: master {master.fingerprint}; the planner takes it by DEEPAR_IDENTITY_MASTER_FILE={out}", err=True
+        f"{out}: master {master.fingerprint}; start the planner with DEEPAR_IDENTITY_MASTER_FILE={out}", err=True
     )
 
 
 @app.command("key")
 def key(
-    name: Annotated[str, typer.Argument(help="The node's name; of a load generator any name.")],
-    role: Annotated[str, typer.Option(help=f"{', '.join(SPEAKING_ROLES)}.")],
+    name: Annotated[str, typer.Argument(help="Name of the node, or any name for a load generator.")],
+    role: Annotated[str, typer.Option(help=f"Role of the node: {', '.join(SPEAKING_ROLES)}.")],
     master: Annotated[
-        Path, typer.Option(envvar="DEEPAR_IDENTITY_MASTER_FILE", help="The region's master secret.")
+        Path, typer.Option(envvar="DEEPAR_IDENTITY_MASTER_FILE", help="Master secret of the region.")
     ] = Path("deepar.master"),
     out: Annotated[
-        Path | None, typer.Option(help="The new file; only its owner may read it. [default: ROLE-NAME.key]")
+        Path | None, typer.Option(help="File to create, readable only by its owner. [default: ROLE-NAME.key]")
     ] = None,
 ) -> None:
-    """Make the key of one node. The same name gives the same key: keep one role a name.
+    """Create the key of one node. The same role and name give the same key; use each name for one role only.
 
     Example: `deepar identity key d1 --role device --master region0.master --out d1.key`
     """
@@ -56,17 +56,17 @@ def key(
     file = out or Path(f"{role}-{name}.key")
     write_secret(file, made.to_text())
     typer.echo(
-        f"{file}: {made.speaker}, of master {made.fingerprint}; it takes it by DEEPAR_IDENTITY_KEY_FILE={file}",
+        f"{file}: {made.speaker}, of master {made.fingerprint}; start the node with DEEPAR_IDENTITY_KEY_FILE={file}",
         err=True,
     )
 
 
 @app.command("show")
 def show(
-    file: Annotated[Path, typer.Argument(help="A key or a master.")],
+    file: Annotated[Path, typer.Argument(help="Key file or master file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say whose a file is, and of which master; never the secret.
+    """Show the node and master fingerprint of a key file. The secret is not shown.
 
     Example: `deepar identity show d1.key`
     """
@@ -85,8 +85,8 @@ def show(
     if as_json:
         sys.stdout.write(json_text(found) + "\n")
     else:
-        whose = f"{found['kind']} {found['speaker'] or ''}".strip()
-        typer.echo(f"{whose}, master {found['master']}" + ", for frames too" * bool(found["frames"]))
+        owner = f"{found['kind']} {found['speaker'] or ''}".strip()
+        typer.echo(f"{owner}, master {found['master']}" + ", for frames too" * bool(found["frames"]))
 
 
 __all__ = ["app"]

@@ -1,4 +1,4 @@
-"""`deepar ui`: a region on a page in the browser."""
+"""`deepar ui`: a web page that shows a region."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ PORT = 8765
 def ui(
     bootstrap_servers: Bootstrap = None,
     region: Region = 0,
-    port: Annotated[int, typer.Option(min=0, max=65535, envvar="DEEPAR_UI_PORT", help="0 takes a free one.")] = PORT,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, envvar="DEEPAR_UI_PORT", help="Port to listen on; 0 takes a free one.")
+    ] = PORT,
     host: Annotated[
         str,
         typer.Option(
-            envvar="DEEPAR_UI_HOST", help="Address to listen on. Whoever reaches it sees everything: there is no login."
+            envvar="DEEPAR_UI_HOST",
+            help="Address to listen on. There is no login: anyone who can reach it sees everything.",
         ),
     ] = "127.0.0.1",
     replay: Annotated[
-        bool, typer.Option("--replay", help="Play what stands on the topics again from its beginning.")
+        bool, typer.Option("--replay", help="Replay the records on the topics from the beginning.")
     ] = False,
-    speed: Annotated[float, typer.Option(min=0.01, help="How much faster than it was, with --replay.")] = 1.0,
+    speed: Annotated[float, typer.Option(min=0.01, help="Speed of --replay relative to real time.")] = 1.0,
 ) -> None:
     """Serve a page that shows a region: nodes, links, the timeline of every task, decisions as they come.
 
@@ -42,14 +45,14 @@ def ui(
 
 
 async def _serve(bus: Bus, view: RegionView, host: str, port: int, speed: float | None) -> None:
-    from deploy.monitor.ui import serve  # not at the top: `ui --help` needs no web server
+    from deploy.monitor.ui import serve  # imported here: `ui --help` needs no web server
 
     async def feed() -> None:
         if speed is None:
             await follow(bus, view)
         else:
             await play_again(bus, view, speed=speed)
-            await asyncio.Event().wait()  # the page stays
+            await asyncio.Event().wait()  # keep serving the page
 
     async with bus, serve(view, host=host, port=port) as address:
         Console(emoji=False, stderr=True, highlight=False).print(f"[bold]{address}[/]  (Ctrl-C stops it)")

@@ -114,7 +114,7 @@ def test_what_a_candidate_lacked_can_be_read_on_every_terminal(
     assert lacked
     if columns < 120:
         assert all(text in shown for text in lacked)
-    assert ("What each lacked at once:" in shown) is (columns < 120)
+    assert ("What each lacked for an immediate start:" in shown) is (columns < 120)
 
 
 def test_explain_refuses_what_is_no_dump(tmp_path: Path, dump: tuple[Path, World]) -> None:
