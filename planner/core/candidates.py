@@ -1,7 +1,7 @@
-"""What a task can use: which edges its device reaches, and how fast each tier runs its model.
+"""The candidates for a task: the edges that its device reaches, and the speed of its model on each tier.
 
-Profiles come with the nodes' announcements and are matched by name and hash with the device's. The cloud's nodes are one
-consumer group, so any of them may serve a task; it is predicted by the fastest.
+Nodes announce their profiles, which are matched with the device's profile by model name and hash. The cloud nodes form one
+consumer group, so any of them may serve a task; the prediction uses the fastest.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from planner.search.cost import PlatformRow
 from planner.search.cut_search import CutSearch, search_bytes
 
 MAX_SEARCH_BYTES: Final = 256 << 20
-"""Prepared searches kept, in bytes; beyond that all are dropped, and made again when needed."""
+"""Memory limit for prepared searches. When it is exceeded, all are dropped and rebuilt on demand."""
 
 MAX_OPTIONS: Final = 50_000
-"""Edges as devices of one make see them, kept likewise."""
+"""Limit of cached edge options (an edge as seen by devices with equal profiles). When it is reached, all are dropped."""
 
 
 class Reach(RegionState):
-    """A region that can say what Algorithm 1 has to choose from."""
+    """A region that can list the candidates of Algorithm 1 for a task."""
 
     max_search_bytes = MAX_SEARCH_BYTES
 
     def __init__(self, region: int = 0, objective: Objective = Objective.SEQUENTIAL, **settings: Any) -> None:
         super().__init__(region, **settings)
         self.objective = objective
-        self.search_bytes = 0  # that the prepared searches hold
+        self.search_bytes = 0  # memory that the prepared searches hold
         self._searches: dict[tuple[PlatformRow | None, ...], CutSearch] = {}
         self._options: dict[tuple[str, PlatformRow, int], EdgeOption | None] = {}
 
     def request(self, submitted: TaskSubmitted, avoid: Collection[str] = ()) -> Request | str | None:
-        """A task as Algorithm 1 sees it; None while its device is not there, or drains; a cause where it never can be.
+        """The input of Algorithm 1 for a task. None: its device is absent or drains. A string: the cause of rejection.
 
-        Nodes to `avoid` are left out: edges, the cloud, the device alone.
+        Nodes in `avoid` are left out: edges, the cloud, or the device as the only tier.
         """
         device = self.nodes.get(submitted.device)
         if device is None or device.draining or device.announced.role is not Role.DEVICE:
@@ -55,7 +55,7 @@ class Reach(RegionState):
         return Request(submitted, reached, self.ledger.devices.get(submitted.device), self.objective)
 
     def missing(self, submitted: TaskSubmitted) -> tuple[str, ...]:
-        """What would have to join for a task that waits, in words; of more than one, any may do."""
+        """The nodes that a waiting task needs, in words. If there are several entries, any of them may be enough."""
         name, model = submitted.device, submitted.model
         device = self.nodes.get(name)
         if device is None:
@@ -81,7 +81,7 @@ class Reach(RegionState):
         return tuple(found)
 
     def _reach(self, device: Node, row: PlatformRow) -> Reached:
-        """What a device can use for one model; kept until a node joins or is lost."""
+        """The edges and searches that a device can use for one model; cached until a node joins or is lost."""
         announced = device.announced
         cloud = self._cloud_row(row.model, row.sha256)
         names = self._edge_names if announced.reachable_edges is None else sorted(set(announced.reachable_edges))
@@ -99,7 +99,7 @@ class Reach(RegionState):
         return Reached(row, self._search(row, None, None), tuple(options))
 
     def _without(self, reached: Reached, avoid: Collection[str], device: Node) -> Reached:
-        """What is left of the nodes that a device can use."""
+        """`reached` without the nodes in `avoid`."""
         row, own_bps = reached.row, device.announced.link1_capacity_bps
         left = [option for option in reached.edges if option.account.name not in avoid]
         if any(name in avoid for name in self._cloud_names):
@@ -108,7 +108,7 @@ class Reach(RegionState):
         return Reached(row, reached.device_search, left, alone=device.announced.node not in avoid)
 
     def _option(self, name: str, row: PlatformRow, cloud: PlatformRow | None, own_bps: int) -> EdgeOption | None:
-        """An edge as devices of one make see it, or None where it is no use to them."""
+        """An edge as seen by devices with equal profiles, or None if these devices cannot use it."""
         node = self.nodes.get(name)
         if node is None or node.draining or node.announced.role is not Role.EDGE:
             return None
@@ -133,7 +133,7 @@ class Reach(RegionState):
         return row if row is not None and row.sha256 == sha256 else None
 
     def _cloud_row(self, model: str, sha256: str) -> PlatformRow | None:
-        """How the cloud runs a model that comes now: the profile of its fastest node, of equals the first by name."""
+        """The profile row of the fastest cloud node that does not drain; of equally fast ones, the first by name."""
         key = model, sha256
         if key not in self._cloud_rows:
             staying = [name for name in self._cloud_names if not self.nodes[name].draining]
@@ -158,7 +158,7 @@ class Reach(RegionState):
         return search
 
     def _forget_searches(self) -> None:
-        """Drop all prepared searches, and all that keeps hold of one."""
+        """Drop all prepared searches and all caches that refer to them."""
         self._searches.clear()
         self._options.clear()
         for node in self.nodes.values():

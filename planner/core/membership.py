@@ -1,4 +1,7 @@
-"""Nodes come, change, drain and go: what that takes from whom, and who may be placed because of it."""
+"""The handling of nodes that join, change, drain and leave.
+
+It retries or fails the tasks that depend on a node, and places the tasks that waited for one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ NO_LIMIT: Final = 1 << 62
 
 
 class Membership(Placing):
-    """A region whose nodes come and go."""
+    """A region whose nodes join, change and leave."""
 
     def _on_announced(self, announced: NodeAnnounced, now: float) -> None:
         if announced.region != self.region:
@@ -44,7 +47,7 @@ class Membership(Placing):
             if node.announced.incarnation == announced.incarnation:
                 self._take_back_changed(node, before, now)
         if announced.draining:
-            return  # nobody waits for it
+            return  # a draining node gets no new tasks
         if announced.role is Role.DEVICE:
             found = [task for task in self._waiting.values() if task.submitted.device == announced.node]
         else:
@@ -58,7 +61,7 @@ class Membership(Placing):
             self._lose(node, "left", now)
 
     def _lose(self, node: Node, cause: str, now: float) -> None:
-        """Take back what depends on a node, then drop it."""
+        """Retry or fail the tasks that depend on a node, then remove the node."""
         announced = node.announced
         name = announced.node
         if announced.role is Role.EDGE:
@@ -94,7 +97,7 @@ class Membership(Placing):
     def _shrink(
         self, running: list[Reservation], limits: tuple[int, int, int], announced: NodeAnnounced, now: float
     ) -> None:
-        """A node announces less than runs there: take back the latest until the rest fits slots, link 1 and link 2."""
+        """Retry the latest running tasks of a node until the others fit its lowered slots and bandwidths."""
         running.sort(key=lambda r: r.key)
         slots = sum(r.slots for r in running)
         link1, link2 = sum(r.link1_bps for r in running), sum(r.link2_bps for r in running)
@@ -104,8 +107,9 @@ class Membership(Placing):
             self._retry(self.tasks[r.task_id], "capacity_lowered", now, announced.node)
 
     def _take_back_unserved(self, announced: NodeAnnounced, now: float) -> None:
-        """A node has changed under the same incarnation: what it no longer serves is planned again. Of what a node that
-        drains serves, that is what does not run yet.
+        """Retry the tasks that a node no longer serves after a new announcement.
+
+        If the node drains, these are its scheduled tasks; running tasks stay.
         """
         name = announced.node
         for task in sorted(self.tasks.values(), key=_seq):
@@ -139,13 +143,13 @@ class Membership(Placing):
                 self._retry(task, cause, now, name)
 
     def _clouds_used(self) -> dict[tuple[str, str], PlatformRow | None]:
-        """By model and hash, what the placed tasks' part in the cloud was predicted by."""
+        """The cloud's profile row of every model (name and hash) that a placed task runs in the cloud."""
         placed = [task.placed for task in self.tasks.values() if task.placed is not None]
         used = {(one.model, one.sha256) for one in placed if one.placement.uses_cloud}
         return {key: self._cloud_row(*key) for key in used}
 
     def _take_back_changed(self, before: Node, clouds: dict[tuple[str, str], PlatformRow | None], now: float) -> None:
-        """Plan anew the scheduled tasks whose placement rests on what a node, now changed, said before."""
+        """Retry the scheduled tasks whose placement was based on values that a node has changed."""
         name, role = before.announced.node, before.announced.role
         after = self.nodes[name]
         for task in sorted(self.tasks.values(), key=_seq):
@@ -168,7 +172,7 @@ class Membership(Placing):
                 self._retry(task, "node_changed", now, name)
 
     def _waits_for(self, task: Task, draining: NodeAnnounced) -> bool:
-        """Whether a scheduled task is to run with a node that drains, and in the cloud's case with no other."""
+        """Whether a scheduled task needs the draining node; for a cloud node: whether no other cloud node can serve it."""
         assert task.placed is not None
         placed, placement = task.placed, task.placed.placement
         if draining.role is Role.DEVICE:

@@ -1,6 +1,6 @@
-"""Where a task is put: the policy's choice, checked and booked; or that it waits, or why it is turned away.
+"""The placing of a task: the policy's choice is checked and booked, or the task waits, or it is rejected with a cause.
 
-Here is also what every step of the core is made of: a change that is done and noted, an end, another attempt.
+The module also holds the operations that all event handlers use: apply a change and list it, end a task, retry a task.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ DEFAULT_MAX_WAITING: Final = 10_000
 DEFAULT_MAX_WAITING_PER_DEVICE: Final = 1_000
 DEFAULT_MAX_ATTEMPTS: Final = 100
 
-# Decisions carry what has been validated when it came in, or was computed here from that.
+# Changes are built without validation: their values come from validated messages or are computed here from them.
 _placed, _granted, _start = maker(Placed), maker(BandwidthGrant), maker(Start)
 _retried, _ended, _circuit = maker(Retried), maker(Ended), maker(CircuitChanged)
 
 
 class WhenLate(StrEnum):
-    """What becomes of a task that no placement is predicted to end by its deadline."""
+    """The treatment of a task whose every placement is predicted to end after its deadline."""
 
-    REJECT = "reject"  # REJECTED `deadline`, at once
-    LEAST_LATE = "least-late"  # the policy places it as if it had no deadline; at its deadline it is EXPIRED
+    REJECT = "reject"  # REJECTED at once, with cause `deadline`
+    LEAST_LATE = "least-late"  # the policy places it as if it had no deadline; at its deadline it becomes EXPIRED
 
 
 class Placing(Reach):
-    """A region in which tasks can be placed, taken back and ended; every change made so is noted, in order."""
+    """A region in which tasks can be placed, retried and ended. Each change is applied and added to `_changes`."""
 
     def __init__(
         self,
@@ -73,10 +73,10 @@ class Placing(Reach):
         self.max_waiting_per_device = max_waiting_per_device
         self.max_attempts = max_attempts
         self.when_late = when_late
-        self._changes: list[Change] = []  # of the step that is being taken
-        self._replan: list[tuple[int, str]] = []  # tasks to be placed before it is over
+        self._changes: list[Change] = []  # changes of the event that is being handled
+        self._replan: list[tuple[int, str]] = []  # tasks to place before handling the event ends
 
-    # --- what a step is made of ---------------------------------------------------------------------------------------
+    # --- operations of the event handlers ----------------------------------------------------------------------------
 
     def _replan_later(self, task: Task) -> None:
         self._replan.append((task.seq, task.task_id))
@@ -124,13 +124,13 @@ class Placing(Reach):
         )
 
     def _do(self, change: Change, now: float) -> None:
-        APPLY[type(change)](self, change, now)  # what `apply` does, with a call less
+        APPLY[type(change)](self, change, now)  # same as `apply`; inlined to save a call
         self._changes.append(change)
 
     # --- placing -----------------------------------------------------------------------------------------------------
 
     def decide(self, submitted: TaskSubmitted, now: float) -> Choice | None:
-        """What the policy would choose for a task at this moment; nothing is booked. None: nothing will do."""
+        """The policy's choice for a task at this moment, without booking it. None: no placement is possible."""
         request = self.request(submitted)
         if not isinstance(request, Request):
             return None
@@ -146,10 +146,10 @@ class Placing(Reach):
         deadline_s: float,
         failed_at: tuple[str, ...] = (),
     ) -> tuple[Request, Choice | None, float]:
-        """The policy's choice, of which request, and how long after the deadline it is predicted to end.
+        """The request that was used, the policy's choice for it, and how late the choice is predicted to end.
 
-        That is above 0 only if nothing is in time. Nodes at which the task failed, or whose circuits are open, are left out
-        while others exist.
+        The lateness is above 0 only if every placement ends after the deadline. Nodes at which the task failed, and nodes
+        with open circuits, are used only if no other placement is possible.
         """
         if failed_at or self.circuits:
             suspects = self._suspects(now)
@@ -168,12 +168,12 @@ class Placing(Reach):
         return request, choice, 0.0 if choice is None else algorithm.late_s(choice)
 
     def _suspects(self, now: float) -> frozenset[str]:
-        """Nodes whose circuits are open. Clouds are one group of consumers, so only all of them can be left out."""
+        """Nodes with open circuits. All clouds form one consumer group, so they are avoided all together or not at all."""
         found = avoided(self.circuits, now)
         return found if found.issuperset(self._cloud_names) else found.difference(self._cloud_names)
 
     def _count_failure(self, node: str, now: float) -> None:
-        """An attempt failed at a node. Where its circuit opens by that, what was to start there is planned again."""
+        """Count a failed attempt at a node. If its circuit opens, retry the tasks that are scheduled there."""
         old = self.circuits.get(node, Circuit(0))
         new = old.after_failure(now)
         self._do(_circuit(node=node, failures=new.failures, until_s=new.until_s), now)
@@ -182,7 +182,7 @@ class Placing(Reach):
                 self._retry(self.tasks[r.task_id], "circuit_open", now, node)
 
     def _count_success(self, placed: Placed, now: float) -> None:
-        """An attempt succeeded at all nodes that it used."""
+        """Close the circuits of all nodes that a successful attempt used."""
         for node in self._places(placed):
             if node in self.circuits:
                 self._do(_circuit(node=node, failures=0), now)
@@ -201,7 +201,7 @@ class Placing(Reach):
                 placed = None if choice is None else self._placement(task, request, choice, now)
             except (Exception, SystemExit) as error:
                 if isinstance(self.policy, Restriction):
-                    raise  # a bug of ours
+                    raise  # a built-in policy failed: a bug in the planner
                 self._end(task, TaskState.REJECTED, now, cause="policy_error", detail=policy_fault(self.policy, error))
                 return
             if late_s > 0 and self.when_late is WhenLate.REJECT:
@@ -218,7 +218,7 @@ class Placing(Reach):
             self._book(placed, now)
 
     def _full_queue(self, task: Task) -> tuple[str, str] | None:
-        """Cause and detail when this task is one too many among those that wait or are scheduled, else None."""
+        """Cause and detail if this task exceeds a limit of queued tasks (WAITING or SCHEDULED), else None."""
         device = task.submitted.device
         if self._queued_by_device[device] > self.max_waiting_per_device:
             return "device_queue_full", f"{format_count(self.max_waiting_per_device, 'task')} of {device} wait already"
@@ -227,7 +227,7 @@ class Placing(Reach):
         return None
 
     def _placement(self, task: Task, request: Request, choice: Choice, now: float) -> Placed:
-        """The placement that a choice is. Raises for one that cannot be; nothing is changed yet."""
+        """The placement message for a choice. Raises an error for an invalid choice; the state does not change here."""
         submitted, row = task.submitted, request.device_row
         option = request.edge(choice.edge)
         self._check(request, option, choice, now)
@@ -258,7 +258,7 @@ class Placing(Reach):
         edge, link1_bps, link2_bps = placement.edge, placement.link1_bps, placement.link2_bps
         task_id, attempt = placed.task_id, placed.attempt
         self._do(placed, now)
-        if edge is not None:  # grants tell what has been reserved; they change nothing themselves
+        if edge is not None:  # grants announce the reserved bandwidth; the placement has already reserved it
             if link1_bps:
                 self._changes.append(
                     _granted(task_id=task_id, attempt=attempt, edge=edge, link=1, bps=link1_bps, from_s=start_s)
@@ -275,7 +275,7 @@ class Placing(Reach):
         return choice if choice is None or isinstance(self.policy, Restriction) else self._plain(choice)
 
     def _plain(self, choice: Choice) -> Choice:
-        """What a user's policy chose, in numbers of Python's own. Raises `PolicyError` for what is no choice."""
+        """The choice of a user's policy, converted to Python's int and float. Raises `PolicyError` for anything else."""
         try:
             family, edge, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
             whole = (index(cut1), index(cut2), index(link1_bps), index(link2_bps))
@@ -284,9 +284,9 @@ class Placing(Reach):
             raise PolicyError(f"it chose {choice!r:.200}, which is no Choice: {error}") from None
 
     def _check(self, request: Request, option: EdgeOption | None, choice: Choice, now: float) -> None:
-        """A policy may be a user's: what it chose must be free, within the task's caps (11), and make sense.
+        """Check that a choice is consistent, within the task's caps (11), and free in the ledger.
 
-        No message that is made of it is validated once more.
+        Raises `PolicyError` for a user's policy, and `InvariantError` for a built-in one.
         """
         end, layers = choice.start_s + choice.delay_s, request.device_row.layers
         good = (
@@ -320,7 +320,7 @@ class Placing(Reach):
             raise PolicyError(fault)
 
     def _hopeless(self, task: Task, request: Request) -> tuple[str, str] | None:
-        """Cause and detail when no node that may still join could help, else None."""
+        """Cause and detail if no node that may still join can serve the task, else None."""
         device = self.nodes[task.submitted.device].announced
         if device.reachable_edges is None and task.submitted.max_link1_bps != 0:
             return None  # another edge may join

@@ -1,21 +1,21 @@
-"""Predictions are not reality: which scheduled tasks start now, and which move, after the ledger has changed.
+"""The rescheduling of scheduled tasks after the ledger has changed: which of them start now, and which move.
 
-A delayed task starts when what it waits for is *actually* free. On every change each edge's scheduled tasks are walked in
-(start, sequence) order, and each is put at the first instant at which its slot and its grants fit beside everything that runs
-or stands before it; that instant is now (it starts), or later (it is moved), or does not exist (it is planned again). Edge,
-cuts and grants stay.
+A scheduled task starts when the resources that it waits for are *actually* free. After a change, `walk` visits the scheduled
+tasks of each affected edge in (start, sequence) order. It gives each task the first instant at which its slot and its grants
+fit beside all running tasks and all tasks earlier in the order. If that instant is now, the task starts; if it is later, the
+task moves; if there is none, the task is placed again. Edge, cuts and grants stay the same.
 
-A task that is put elsewhere in time also leaves its device to others at other times, and these may stand on other edges; so
-what comes after it in the order is walked there as well. What does not change is not touched.
+A task that moves also frees and occupies its device at other times, which can affect tasks of that device on other edges. So
+`walk` continues there with the tasks that come later in the order. It leaves unaffected tasks alone.
 
-Usually a task that needs little may slip in before one that needs much. Where overruns let this happen again and again, the
-one that needs much would never start; so after `MOVES_BORNE` moves to a later start no task is put before it on its edge.
+A task that needs little may overtake one that needs much. With frequent overruns this could delay the larger task without
+end, so after `MOVES_BORNE` moves to a later start, no task is put before it on its edge.
 
-When resources were only given back, no task moves to a later start, and `pull` finds the same result for less work. When
-something ended exactly when it was predicted to, only the tasks that are due now are looked at.
+When resources were only freed, no task moves to a later start, and `pull` finds the same result with less work. When a task
+ended exactly at its predicted end, `pull` visits only the tasks that are due now.
 
-Both look at each task once, and no task searches again where one that needs no more has found nothing (`_Floors`), so a queue
-of n tasks costs about n searches over a few steps of a timeline each. Neither changes the ledger.
+Both functions visit each task once. A search skips the instants at which a task with smaller or equal needs has already
+failed to fit (`_Floors`), so a queue of n tasks costs about n short searches. Neither function changes the ledger.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ _FIRST: Final = (LONG_AGO, -1)
 _MOST_FLOORS: Final = 24
 
 Needs = tuple[int, int, int, float]
-"""Slots, bandwidth on link 1 and on link 2, and for how long."""
+"""Slots, bandwidth on link 1, bandwidth on link 2 (bit/s), and length (s)."""
 
 
 def pull(
     ledger: Ledger, edges: Mapping[str, float], devices: Mapping[str, float], now: float
 ) -> list[tuple[Reservation, float]]:
-    """Which tasks start now or earlier than promised, when resources were only given back: what `walk` finds, for less work.
+    """Tasks that start now or earlier than scheduled after resources were only freed: the result of `walk`, with less work.
 
-    `edges` and `devices` say until when something was freed (not after now: only tasks that are due may start).
+    `edges` and `devices` give the time until which resources were freed. If that is not after `now`, only tasks that are due
+    can start.
 
-    A task r promised from s on may begin at an earlier t if what it needs is free in [t, min(s, t + w)) on the ledger as it
-    stands, with everybody in it. From s on it stands in the ledger itself, so there it fits; and before s nobody is in it who
-    stands behind r in the order. So nothing has to be taken out of the timeline, and only instants before the end of what
-    was freed need be looked at.
+    A task r scheduled at s can start at an earlier t if its needs are free in [t, min(s, t + w)) on the current ledger, with
+    all tasks in it. From s on r holds its own reservation, so it fits there; before s the ledger holds no task that comes
+    after r in the order. So no reservation has to be removed from the timeline, and only instants before the end of the
+    freed interval have to be tried.
     """
     on_edge, on_device = dict(edges), dict(devices)
     room, agenda = _Room(ledger, now), _Agenda()
@@ -77,15 +78,15 @@ def pull(
 def walk(
     ledger: Ledger, edges: Iterable[str], devices: Iterable[str], now: float
 ) -> list[tuple[Reservation, float | None]]:
-    """Which tasks start when, of all that the change may concern, in (start, sequence) order; None: can no longer fit.
+    """The tasks that start now or move after a change, with their new starts, in (start, sequence) order.
 
-    Only those are listed whose start is another than before, or now.
+    A start of None means that the task no longer fits. Tasks that keep a later start are not listed.
     """
     room, agenda = _Room(ledger, now), _Agenda()
     changed: list[tuple[Reservation, float | None]] = []
 
     def open_edge(name: str, key: tuple[float, int]) -> None:
-        """Take the tasks from `key` on out of the edge's room, to be put back one by one."""
+        """Remove the edge's tasks from `key` on from its room; `walk` puts them back one by one."""
         for r in agenda.add_queue(ledger.edges.get(name), key, FOREVER):
             room.take_out(r)
 
@@ -113,18 +114,18 @@ def walk(
 
 
 class _Agenda:
-    """The scheduled tasks that are still to be looked at, by (start, sequence); each comes once."""
+    """The scheduled tasks still to be visited, by (start, sequence). Each task is added once."""
 
     def __init__(self) -> None:
         self.heap: list[Queued] = []
         self._known: set[str] = set()
-        self._edges: dict[str, tuple[float, int]] = {}  # whose queue is in it, and from which key on
+        self._edges: dict[str, tuple[float, int]] = {}  # edges whose queues were added, and the first key added
         self._devices: dict[str, tuple[float, int]] = {}
 
     def add_queue(
         self, account: EdgeAccount | DeviceAccount | None, key: tuple[float, int], last_s: float
     ) -> list[Reservation]:
-        """Add an account's tasks from `key` to `last_s`; those that are new."""
+        """Add an account's tasks from `key` to `last_s`. Return those that were not on the agenda before."""
         if account is None or not account.queue:
             return []
         opened = self._edges if isinstance(account, EdgeAccount) else self._devices
@@ -147,9 +148,10 @@ class _Agenda:
 
 
 class _Floors:
-    """Before which instant nothing fits that needs at least so much: what earlier searches of one edge or device proved.
+    """Lower bounds of the start for given needs, proven by earlier searches on the same edge or device.
 
-    A proof holds while the room only fills up; `freed` says where it does not.
+    A bound holds for all needs that are at least as large. It stays valid while resources are only taken; `freed` lowers it
+    when resources are given back.
     """
 
     def __init__(self, now: float) -> None:
@@ -157,7 +159,7 @@ class _Floors:
         self._floors: list[tuple[Needs, float]] = []
 
     def of(self, needs: Needs) -> float:
-        """No instant before this one need be tried."""
+        """The first instant worth trying for these needs."""
         slots, link1, link2, length = needs
         floor = self.now
         for (slots_, link1_, link2_, length_), proven in self._floors:
@@ -166,7 +168,7 @@ class _Floors:
         return floor
 
     def learn(self, needs: Needs, first_s: float) -> None:
-        """Nothing that needs at least so much fits before `first_s`."""
+        """Record that needs at least as large as these do not fit before `first_s`."""
         if first_s <= self.now:
             return
         kept = [(n, s) for n, s in self._floors if s > first_s or not _at_least(n, needs)]
@@ -176,7 +178,7 @@ class _Floors:
         self._floors = kept
 
     def freed(self, from_s: float) -> None:
-        """Something was given back from `from_s` on."""
+        """Lower the bounds after resources were given back from `from_s` on."""
         if self._floors:
             self._floors = [(needs, min(floor, from_s - needs[3])) for needs, floor in self._floors]
 
@@ -186,18 +188,18 @@ def _at_least(one: Needs, other: Needs) -> bool:
 
 
 class _EdgeRoom:
-    """What is free on an edge; the ledger's own timeline until something is tried."""
+    """The free resources of an edge during rescheduling. The ledger's timeline is copied before the first change."""
 
     def __init__(self, account: EdgeAccount, now: float) -> None:
         self._timeline = account.timeline
         self._own = False
         self._floors = _Floors(now)
         self._first_served = account.first_served
-        self._passed = 0  # so many of them are before the task that is looked at
-        self._turn_s = LONG_AGO  # the latest start of those
+        self._passed = 0  # number of first-served tasks that come before the visited task
+        self._turn_s = LONG_AGO  # their latest start
 
     def pass_to(self, r: Reservation, starts: Mapping[str, float | None]) -> None:
-        """`r` is put behind those before it that no other task is put before."""
+        """Advance to `r`: it may not start before the first-served tasks that come before it in the order."""
         queue, key = self._first_served, r.key
         while self._passed < len(queue) and queue[self._passed][:2] < key:
             other = queue[self._passed][2]
@@ -207,21 +209,21 @@ class _EdgeRoom:
             self._passed += 1
 
     def earliest(self, r: Reservation, begin: float, limit: float) -> float:
-        """The first instant at which `r` fits until `begin`, where it may stand already; FOREVER: never.
+        """The first instant before `limit` at which `r` fits, else a value not before `limit`; FOREVER: it never fits.
 
-        Nothing is tried from `limit` on.
+        Resources are checked only until `begin`, because from there on `r` may hold them itself.
         """
         needs = _of_edge(r)
         floor = self._floors.of(needs)
         if self._turn_s > floor:
-            return self.first(r, self._turn_s, begin, limit)  # proves nothing of the instants before
+            return self.first(r, self._turn_s, begin, limit)  # earlier instants are not tried, so no bound is learned
         found = self.first(r, floor, begin, limit)
         if found > floor:
             self._floors.learn(needs, found)
         return found
 
     def first(self, r: Reservation, start: float, begin: float, limit: float) -> float:
-        """The same, not before `start`."""
+        """As `earliest`, but not before `start`."""
         needs = _of_edge(r)
         while start < limit:
             later = _next_gap(self._timeline, needs, start, min(begin, start + r.length_s))
@@ -231,12 +233,12 @@ class _EdgeRoom:
         return start
 
     def give(self, r: Reservation, unless_before_s: float = LONG_AGO) -> None:
-        """Give back what `r` holds; what lies before `unless_before_s` it takes again at once."""
+        """Give back the resources of `r`. The caller takes those before `unless_before_s` again at once."""
         self._changing().give(r)
         self._floors.freed(max(r.start_s, unless_before_s))
 
     def take(self, r: Reservation, start: float) -> None:
-        """Let `r` hold what it needs from `start` on."""
+        """Reserve the needs of `r` from `start` on."""
         self._changing().change(start, start + r.length_s, -r.slots, -r.link1_bps, -r.link2_bps)
 
     def _changing(self) -> Timeline:
@@ -246,11 +248,11 @@ class _EdgeRoom:
 
 
 class _DeviceRoom:
-    """What is left of a device, its processor and its own link, by what runs and by what stands before the task looked at."""
+    """The free resources of a device (processor and own link) beside running tasks and tasks before the visited one."""
 
     def __init__(self, account: DeviceAccount, now: float) -> None:
         self._queue = account.queue
-        self._passed = 0  # so many of the queue are in the timeline
+        self._passed = 0  # number of queued tasks that are in the timeline
         self._timeline = Timeline(1, account.link1_capacity_bps, 0)
         self._floors = _Floors(now)
         for r in account.reservations.values():
@@ -258,7 +260,7 @@ class _DeviceRoom:
                 self._take(r, LONG_AGO, r.end_s)
 
     def pass_to(self, r: Reservation, starts: Mapping[str, float | None]) -> None:
-        """Take in what stands before `r`, where it has been put meanwhile."""
+        """Add the tasks before `r` to the timeline, each at its new start."""
         queue, key = self._queue, r.key
         while self._passed < len(queue) and queue[self._passed][:2] < key:
             other = queue[self._passed][2]
@@ -268,7 +270,7 @@ class _DeviceRoom:
             self._passed += 1
 
     def earliest(self, r: Reservation) -> float:
-        """The first instant from which it has what `r` needs for so long; FOREVER: never."""
+        """The first instant at which the needs of `r` are free for its whole length; FOREVER: never."""
         needs = _of_device(r)
         floor = self._floors.of(needs)
         found = self.first(r, floor)
@@ -277,7 +279,7 @@ class _DeviceRoom:
         return found
 
     def first(self, r: Reservation, start: float) -> float:
-        """The same, not before `start`."""
+        """As `earliest`, but not before `start`."""
         needs, length = _of_device(r), r.length_s
         while (later := _next_gap(self._timeline, needs, start, start + length)) != start:
             start = later
@@ -288,17 +290,17 @@ class _DeviceRoom:
 
 
 class _Room:
-    """What is free on every edge and device that is looked at, beside what stands before the task that is looked at."""
+    """The free resources of all visited edges and devices, beside the tasks before the visited one."""
 
     def __init__(self, ledger: Ledger, now: float) -> None:
         self._ledger = ledger
         self._now = now
         self._edges: dict[str, _EdgeRoom] = {}
         self._devices: dict[str, _DeviceRoom] = {}
-        self._starts: dict[str, float | None] = {}  # of those that were put elsewhere; None: nowhere
+        self._starts: dict[str, float | None] = {}  # new starts by task; None: the task no longer fits
 
     def first_fit(self, r: Reservation, begin: float, limit: float) -> float:
-        """The first instant at which `r` fits until `begin`; what is not before `limit` need not be exact."""
+        """The first instant at which `r` fits on its edge and device, checked until `begin`; exact only before `limit`."""
         edge = None if r.edge is None else self._edge(r.edge)
         device = None if r.device is None else self._device(r.device)
         if device is not None:
@@ -317,7 +319,7 @@ class _Room:
         return start
 
     def move(self, r: Reservation, start: float) -> None:
-        """Put `r` at an earlier start than the one at which it stands."""
+        """Move `r` to an earlier start."""
         self._starts[r.task_id] = start
         if r.edge is not None:
             room = self._edge(r.edge)
@@ -325,12 +327,12 @@ class _Room:
             room.take(r, start)
 
     def take_out(self, r: Reservation) -> None:
-        """Give back what `r` holds on its edge."""
+        """Remove `r` from its edge."""
         assert r.edge is not None
         self._edge(r.edge).give(r)
 
     def put(self, r: Reservation, start: float | None) -> None:
-        """Put back what was taken out, at `start` or nowhere."""
+        """Put `r`, which was taken out, back at `start`; None: leave it out."""
         self._starts[r.task_id] = start
         if r.edge is not None and start is not None:
             self._edge(r.edge).take(r, start)
@@ -357,7 +359,7 @@ def _of_device(r: Reservation) -> Needs:
 
 
 def _next_gap(timeline: Timeline, needs: Needs, start: float, end: float) -> float:
-    """`start` if so much is free in [start, end); else the next breakpoint at which it could begin; FOREVER: none."""
+    """`start` if the needs are free in [start, end), otherwise the next breakpoint at which they are; FOREVER: none."""
     times, slots, free1, free2 = timeline.times, timeline.slots, timeline.free1, timeline.free2
     need, need1, need2, _ = needs
     i, count = bisect_right(times, start) - 1, len(times)

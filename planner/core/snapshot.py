@@ -1,4 +1,7 @@
-"""The state as a value: an image that is taken at once and written out bit by bit, and back; and a check of it."""
+"""The state of a region as JSON: `Image` writes it in pieces, `restore` reads it, `validate` checks the region.
+
+An `Image` is taken in one step and written piece by piece while the region goes on.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from planner.core.records import HASH_MASK, NEVER, Task, hash_of
 from planner.core.state import RegionState, reservation_of
 
 Lists = dict[str, list[bytes]]
-"""Pieces of the state's long lists, each entry as JSON."""
+"""Parts of the long lists of the state, by list name; each entry is JSON."""
 
 
 class Image:
-    """Everything of a region that decides what will happen, as it is at this moment.
+    """A copy of all region state that affects later decisions, as it is at this moment.
 
-    Taking it costs about a microsecond a task, for it only holds on to values that never change; making JSON of it costs ten
-    times as much and can be done in steps, while the region goes on.
+    Taking it costs about one microsecond per task, because it only keeps references to immutable values. Converting it to
+    JSON costs ten times as much; it can be done in steps while the region goes on.
     """
 
     def __init__(self, region: RegionState) -> None:
@@ -53,7 +56,7 @@ class Image:
         self._ended = region.ended.to_state()
 
     def pieces(self, size_bytes: int) -> Iterator[Lists]:
-        """The long lists in pieces of about so much JSON, at least one. Equal profiles are written once."""
+        """The long lists in pieces of about `size_bytes` of JSON; at least one piece. Equal profiles are written once."""
         piece: Lists = {}
         held = 0
         for name, entry in self._entries():
@@ -97,7 +100,7 @@ class Image:
             yield "ended", json.dumps(pair).encode()
 
     def to_state(self) -> dict[str, Any]:
-        """All of it at once."""
+        """The whole state in one piece."""
         (lists,) = self.pieces(1 << 62)
         state = dict(self.head)
         for name in ("profiles", "nodes", "tasks", "ended"):
@@ -106,29 +109,29 @@ class Image:
 
 
 def spliced(payload: bytes, lists: Lists) -> bytes:
-    """The JSON of a message whose last field is its `state`, with these lists at the end of it."""
+    """The JSON of a message whose last field is `state`, with these lists appended to that field."""
     inside = b",".join(b'"%b":[%b]' % (name.encode(), b",".join(entries)) for name, entries in lists.items())
     comma = b"," if inside and not payload.endswith(b"{}}") else b""
     return payload[:-2] + comma + inside + payload[-2:]
 
 
 def to_state(region: RegionState) -> dict[str, Any]:
-    """Everything that decides what will happen, as JSON can carry it. Equal profiles are written once."""
+    """All state that affects later decisions, as JSON values. Equal profiles are written once."""
     return Image(region).to_state()
 
 
 def restore(region: RegionState, state: dict[str, Any]) -> None:
-    """Take on a state of `to_state`; the core must be new. Leases: see `restart_leases`.
+    """Load a state of `to_state` into a new core. Leases: see `restart_leases`.
 
     Raises `ConfigError` for a state of another version or region.
     """
     if state.get("version") != STATE_VERSION or state.get("region") != region.region:
         raise ConfigError(
-            f"a state of version {state.get('version')}, region {state.get('region')}; "
-            f"wanted {STATE_VERSION}, {region.region}"
+            f"the state has version {state.get('version')} and region {state.get('region')}; "
+            f"this planner reads version {STATE_VERSION} and region {region.region}"
         )
     if region.tasks or region.nodes:
-        raise InvariantError("only a new core can be restored")
+        raise InvariantError("cannot restore a state into a core that has tasks or nodes; create a new core")
     region.now_s = float("-inf") if state["now_s"] is None else state["now_s"]
     profiles = state.get("profiles", [])
     for entry in state.get("nodes", []):
@@ -172,9 +175,10 @@ def _restore_task(region: RegionState, entry: dict[str, Any]) -> None:
 
 
 def validate(region: RegionState) -> None:
-    """All that must hold between events: (8)-(11), one task a device, every reservation a live task's, the hash.
+    """Check the invariants that hold between events.
 
-    Raises `InvariantError`. It looks at everything and takes its time; it is for tests.
+    These are (8)-(11) and (13), one computing task per device, a live task for every reservation, the counts, and the hash.
+    Raises `InvariantError`. The check visits the whole state and is slow; it is meant for tests.
     """
     region.ledger.audit(region.now_s)
     for task in region.tasks.values():
@@ -183,7 +187,7 @@ def validate(region: RegionState) -> None:
         if task.state.ended or (task.state is TaskState.WAITING) != (r is None) or (placed is None) != (r is None):
             raise InvariantError(f"{task!r} holds {r}")
         if (task.state is TaskState.WAITING) != (task.task_id in region._waiting):
-            raise InvariantError(f"{task!r} is among the waiting, or is not, against its state")
+            raise InvariantError(f"{task!r}: its entry in the list of waiting tasks contradicts its state")
         if r is None or placed is None:
             continue
         if r.running != (task.state is TaskState.RUNNING):
@@ -194,14 +198,16 @@ def validate(region: RegionState) -> None:
             (placement.link2_bps, submitted.max_link2_bps),
         ):
             if cap is not None and bps > cap:
-                raise InvariantError(f"(11) is broken: {task!r} is granted {bps} of {cap}")
+                raise InvariantError(f"(11) is violated: {task!r} is granted {bps} bit/s, its cap is {cap}")
         device = region.nodes.get(submitted.device)
         reach = None if device is None else device.announced.reachable_edges
         if device is None or (placement.edge is not None and reach is not None and placement.edge not in reach):
-            raise InvariantError(f"(13) is broken: {task!r} on {placement.edge}, reachable {reach}")
+            raise InvariantError(f"(13) is violated: {task!r} uses {placement.edge}, its device reaches {reach}")
     strangers = region.ledger.reservations.keys() - region.tasks.keys()
     if strangers or len(region._waiting) + len(region.ledger.reservations) != len(region.tasks):
-        raise InvariantError(f"reservations of nobody: {sorted(strangers)}")
+        raise InvariantError(
+            f"reservations and waiting tasks do not match the live tasks; unknown: {sorted(strangers)}"
+        )
     if region._running != sum(task.state is TaskState.RUNNING for task in region.tasks.values()):
         raise InvariantError("the count of running tasks is wrong")
     queued = Counter(task.submitted.device for task in region.tasks.values() if task.state is not TaskState.RUNNING)
@@ -212,4 +218,4 @@ def validate(region: RegionState) -> None:
     expected += sum(hash_of(circuit.text(name)) for name, circuit in region.circuits.items())
     expected += sum(hash_of(task.text(reservations.get(task.task_id))) for task in region.tasks.values())
     if region.state_hash != f"{expected & HASH_MASK:032x}":
-        raise InvariantError("the hash that was kept up to date is not that of the state")
+        raise InvariantError("the incrementally updated state hash differs from the hash of the state")

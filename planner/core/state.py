@@ -1,8 +1,8 @@
-"""What the planner of one region knows, and the one way in which that changes.
+"""The state of one region's planner, and its only mutator.
 
-`RegionState.apply` is the only mutator: whether a change was just decided or is read back from the decision topic, it does
-the same, so folding the records rebuilds the state and its hash. What is derived (heaps, counts, what a device reaches) is
-rebuilt on the way and is in no hash. Leases are soft state: see `restart_leases`.
+`RegionState.apply` treats a new change and a change read from the decision topic in the same way, so folding the records
+rebuilds the state and its hash. Derived values (heaps, counts, the edges that a device reaches) are rebuilt by `apply` and
+are not hashed. Leases are soft state: see `restart_leases`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _QUEUED: Final = (TaskState.WAITING, TaskState.SCHEDULED)
 
 
 class RegionState:
-    """The state of a region. Raises `InvariantError` for a change that cannot be; it is unusable afterwards."""
+    """The state of a region. Raises `InvariantError` for an impossible change and is unusable afterwards."""
 
     def __init__(
         self,
@@ -55,10 +55,10 @@ class RegionState:
         remember_ended: int = DEFAULT_REMEMBER_ENDED,
     ) -> None:
         self.region = region
-        self.patience_s = patience_s  # so long a task may be WAITING
+        self.patience_s = patience_s  # longest time that a task may be WAITING
         self.now_s = float("-inf")  # the latest `now` seen
         self.ledger = Ledger()
-        self.tasks: dict[str, Task] = {}  # those that have not ended
+        self.tasks: dict[str, Task] = {}  # live tasks
         self.ended = EndedTasks(remember_ended)
         self.nodes: dict[str, Node] = {}
         self.circuits: dict[str, Circuit] = {}  # of nodes at which the last attempt failed
@@ -68,41 +68,42 @@ class RegionState:
         self._queued_by_device: Counter[str] = Counter()  # tasks that wait or are scheduled
         self._running = 0
         self._seq = 0  # tasks admitted so far
-        self._hash = 0  # sum over everything but what is in _touched
+        self._hash = 0  # sum of all hashes; changes of the tasks in _touched are still missing
         self._touched: dict[str, Task] = {}
         self._rows = RowTable()
         self._cloud_rows: dict[tuple[str, str], PlatformRow | None] = {}
-        self._ends: list[tuple[float, int, str]] = []  # heap of predicted ends of what runs
+        self._ends: list[tuple[float, int, str]] = []  # heap of predicted ends of running tasks
         self._deadlines: list[tuple[float, int, str]] = []  # heap
-        self._leases: dict[str, float] = {}  # node -> when its lease is over
+        self._leases: dict[str, float] = {}  # node -> ledger time at which its lease expires
         self._lease_heap: list[tuple[float, str]] = []
-        # what the changes since the last `settled` concern: name -> until when something was freed; NEVER: anything may be
+        # Edges and devices changed since the last `settled`: name -> time until which resources were freed. NEVER: any
+        # other change, so every scheduled task there must be checked.
         self._changed_edges: dict[str, float] = {}
         self._changed_devices: dict[str, float] = {}
 
-    # --- the one mutator ---------------------------------------------------------------------------------------------
+    # --- the only mutator --------------------------------------------------------------------------------------------
 
     def fold(self, decision: Decision) -> None:
-        """Apply a recorded decision. Whoever folds compares `state_hash` with the record's."""
+        """Apply a recorded decision. The caller compares `state_hash` with the hash in the record."""
         for change in decision.changes:
             self.apply(change, decision.now_s)
         self.settled(decision.now_s)
 
     def settled(self, now: float) -> None:
-        """All changes of a record have been applied: nothing of them is left to be walked."""
+        """Mark all changes of a record as applied: the record contains the walk, so no further walk is needed."""
         self.now_s = max(self.now_s, now)
         self._changed_edges.clear()
         self._changed_devices.clear()
 
     def apply(self, change: Change, now: float) -> None:
-        """Make one change, decided here or recorded earlier. Raises `InvariantError` for one that cannot be."""
+        """Apply one change, newly decided or recorded earlier. Raises `InvariantError` for an impossible change."""
         APPLY[type(change)](self, change, now)
 
     def _live(self, task_id: str, change: Change) -> Task:
-        """A task that a change is about; its hash must be made anew."""
+        """The live task that a change names; its hash is marked as outdated."""
         task = self.tasks.get(task_id)
         if task is None:
-            raise InvariantError(f"{change!r} is about {task_id}, which is not live")
+            raise InvariantError(f"{change!r} names task {task_id}, which is not live")
         self._touched[task_id] = task
         return task
 
@@ -110,7 +111,7 @@ class RegionState:
         submitted = change.task
         task_id = submitted.task_id
         if task_id in self.tasks:
-            raise InvariantError(f"{task_id} is admitted twice")
+            raise InvariantError(f"task {task_id} is admitted twice")
         self._seq += 1
         task = Task(submitted, self._seq, now)
         task.history.append((None, Step.ADMITTED, now))
@@ -123,14 +124,14 @@ class RegionState:
         task = self._live(change.task_id, change)
         self._step(task, Step.PLACED, change.start_s)
         if change.attempt != task.attempt:
-            raise InvariantError(f"{task!r} is placed as attempt {change.attempt}")
+            raise InvariantError(f"{task!r}: placement names attempt {change.attempt}")
         task.placed = change
         del self._waiting[task.task_id]
         self.ledger.reserve(reservation_of(task, change), now)
         if task.avoided or self.circuits:
             for node in self._places(change):
                 if node in task.avoided:
-                    task.avoided = ()  # there is no other: a new round
+                    task.avoided = ()  # no other node was available, so the list starts again
                 circuit = self.circuits.get(node)
                 if circuit is not None and circuit.wants_probe(now):
                     self._set_circuit(node, circuit._replace(probe=task.task_id))
@@ -139,7 +140,7 @@ class RegionState:
         self._live(change.task_id, change)
         r = self.ledger.reservations.get(change.task_id)
         if r is None or r.edge != change.edge or change.bps != (r.link1_bps if change.link == 1 else r.link2_bps):
-            raise InvariantError(f"{change!r} is not what is reserved: {r}")
+            raise InvariantError(f"{change!r} differs from the reservation {r}")
 
     def _apply_start(self, change: Start, now: float) -> None:
         task = self._live(change.task_id, change)
@@ -164,14 +165,14 @@ class RegionState:
         r = self.ledger.reservations[task.task_id]
         self.ledger.prolong(task.task_id, change.to_s)
         heappush(self._ends, (change.to_s, task.seq, task.task_id))
-        # who was promised what is now held for longer must be moved; if nobody was, nothing has changed
+        # If the longer reservation overlaps scheduled tasks, the walk must move them; otherwise no other task is affected.
         self._note(r, NEVER if self.ledger.overbooked(r, max(change.from_s, now)) else now)
 
     def _apply_retried(self, change: Retried, now: float) -> None:
         task = self._live(change.task_id, change)
         self._step(task, Step.RETRIED, now)
         if change.attempt <= task.attempt:
-            raise InvariantError(f"{task!r} is retried as attempt {change.attempt}")
+            raise InvariantError(f"{task!r}: retry names attempt {change.attempt}, which is not a later one")
         if task.task_id in self.ledger.reservations:
             self._release(task, now)
         self._drop_probes(task)
@@ -191,7 +192,7 @@ class RegionState:
             released = (r.edge, r.slots, r.link1_bps, r.link2_bps)
             recorded = (change.edge, change.released_slots, change.released_link1_bps, change.released_link2_bps)
             if released != recorded:
-                raise InvariantError(f"{task_id} releases {released}, recorded is {recorded}")
+                raise InvariantError(f"task {task_id} releases {released}, but the record says {recorded}")
         self._drop_probes(task)
         self._waiting.pop(task_id, None)
         del self.tasks[task_id]
@@ -204,7 +205,7 @@ class RegionState:
         name = announced.node
         old = self.nodes.get(name)
         if old is not None and old.announced.role is not announced.role:
-            raise InvariantError(f"{name} joins as {announced.role} while it is {old.announced.role}")
+            raise InvariantError(f"node {name} joins as {announced.role}, but it is present as {old.announced.role}")
         node = self.nodes[name] = Node(announced, self._rows)
         self._hash += node.digest - (old.digest if old is not None else 0)
         self._forget_reach(announced)
@@ -224,11 +225,11 @@ class RegionState:
     def _apply_lost(self, change: NodeLost, now: float) -> None:
         node = self.nodes.pop(change.node, None)
         if node is None:
-            raise InvariantError(f"{change!r}: it is not there")
+            raise InvariantError(f"{change!r}: the node is not present")
         self._hash -= node.digest
         self._forget_reach(node.announced)
         self._leases.pop(change.node, None)
-        self._set_circuit(change.node, None)  # its next process begins anew
+        self._set_circuit(change.node, None)  # the node's next process starts with a closed circuit
         if node.announced.role is Role.EDGE:
             self._edge_names.remove(change.node)
             self.ledger.close_edge(change.node)
@@ -251,14 +252,14 @@ class RegionState:
             self._hash += hash_of(circuit.text(node))
 
     def _places(self, placed: Placed) -> list[str]:
-        """The nodes at which an attempt can fail: the edge and the clouds that it uses, or its device."""
+        """The nodes at which an attempt can fail: the edge and the clouds that it uses, or the device if it runs alone."""
         placement = placed.placement
         if placement.edge is None:
             return [placed.device]
         return [placement.edge, *self._cloud_names] if placement.uses_cloud else [placement.edge]
 
     def _drop_probes(self, task: Task) -> None:
-        """The task no longer tries a half-open circuit."""
+        """Clear the task as the probe of every half-open circuit."""
         if self.circuits and task.placed is not None:
             for node in self._places(task.placed):
                 circuit = self.circuits.get(node)
@@ -268,7 +269,7 @@ class RegionState:
     def _release(self, task: Task, now: float) -> Reservation:
         r = self.ledger.release(task.task_id, now)
         self._running -= r.running
-        self._note(r, max(r.end_s, now))  # what ends when it was predicted to concerns only those who are due
+        self._note(r, max(r.end_s, now))  # an end on time (`now`) affects only tasks that are due
         return r
 
     def _note(self, r: Reservation, until: float) -> None:
@@ -290,14 +291,14 @@ class RegionState:
             del history[:-HISTORY]
 
     def _count_queued(self, task: Task, by: int) -> None:
-        """The task waits or is scheduled from now on, or no longer."""
+        """Add `by` to the number of queued tasks (WAITING or SCHEDULED) of the task's device."""
         device, counts = task.submitted.device, self._queued_by_device
         counts[device] += by
         if not counts[device]:
             del counts[device]
 
     def contradicts(self, submitted: TaskSubmitted) -> bool:
-        """Whether another task with the same id was submitted before, as far as that is remembered."""
+        """Whether a remembered task has the same id but different content."""
         task = self.tasks.get(submitted.task_id)
         known = self.ended.content(submitted.task_id) if task is None else content_of(task.submitted)
         return known is not None and known != content_of(submitted)
@@ -336,29 +337,29 @@ class RegionState:
         return NEVER
 
     def _next_impatience(self) -> float:
-        """When the task that has been WAITING for longest has waited for too long."""
-        for task in self._waiting.values():  # in the order in which they began to wait
+        """Ledger time at which the patience of the longest WAITING task ends."""
+        for task in self._waiting.values():  # in the order in which they became WAITING
             return task.waiting_since_s + self.patience_s
         return NEVER
 
     def restart_leases(self, now: float) -> None:
-        """After a restart every lease begins anew, in full."""
+        """Start every lease again in full, after a restart."""
         self.now_s = max(self.now_s, now)
         self._leases = {name: now + node.announced.lease_s for name, node in self.nodes.items()}
         self._lease_heap = [(until, name) for name, until in self._leases.items()]
         heapify(self._lease_heap)
 
     def _forget_reach(self, changed: NodeAnnounced) -> None:
-        """A node has joined, changed or gone: what was kept about it is looked up anew."""
+        """Clear the cached `reach` of every device that may use a node that joined, changed or left."""
         if changed.role is Role.DEVICE:
-            return  # a device's own node is made anew
+            return  # a device that joins gets a new `Node` with an empty cache
         for node in self.nodes.values():
             reachable = node.announced.reachable_edges
             if changed.role is Role.CLOUD or reachable is None or changed.node in reachable:
                 node.reach.clear()
 
     def next_wakeup(self) -> float | None:
-        """Ledger time at which a `Tick` has something to look at, or None."""
+        """Ledger time of the next lease expiry, deadline or end of patience, or None; a `Tick` is due then."""
         wakeup = self._next_lease()
         if self._deadlines:
             wakeup = min(wakeup, self._next_deadline())
@@ -370,7 +371,7 @@ class RegionState:
 
     @property
     def state_hash(self) -> str:
-        """128 bits over tasks, reservations, nodes and what is remembered; kept up to date, not computed anew."""
+        """A 128-bit hash of tasks, reservations, nodes, circuits and ended tasks, updated incrementally."""
         if self._touched:
             reservations = self.ledger.reservations
             for task_id, task in self._touched.items():
@@ -383,12 +384,12 @@ class RegionState:
 
     @property
     def live_tasks(self) -> int:
-        """Tasks that have not ended."""
+        """The number of tasks that have not ended."""
         return len(self.tasks)
 
 
 def reservation_of(task: Task, placed: Placed) -> Reservation:
-    """What a placement reserves."""
+    """The reservation of a placement."""
     placement = placed.placement
     return Reservation(
         task.task_id,
@@ -417,4 +418,4 @@ APPLY: Final[dict[type, Callable[[RegionState, Any, float], None]]] = {
     NodeLost: RegionState._apply_lost,
     CircuitChanged: RegionState._apply_circuit,
 }
-"""What `apply` does with each change."""
+"""The handler of each type of change; `apply` looks it up here."""
