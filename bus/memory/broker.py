@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from bus.errors import BusUnavailableError, UnknownTopicError
 from bus.limits import MAX_RECORD_BYTES
@@ -14,9 +14,6 @@ from bus.memory.partition_log import PartitionLog
 from bus.port import FoundTopic, TopicPartition
 from bus.topic_settings import created_with
 from bus.topics import TopicSpec
-
-if TYPE_CHECKING:
-    from bus.memory.bus import MemoryBus
 
 Latency = float | Callable[[int], float]
 """Seconds, or seconds for a record of that many bytes."""
@@ -28,6 +25,13 @@ REQUEST_TIMEOUT_S = 3.0
 """How long a request waits for a broker that is not there."""
 
 _TRIM_STEPS = 8  # retention is looked at after every eighth of what is kept
+
+
+class Client(Protocol):
+    """A connection as the broker sees it."""
+
+    def reconnected(self) -> None:
+        """Continue: the broker runs again."""
 
 
 class MemoryBroker:
@@ -66,7 +70,7 @@ class MemoryBroker:
         self._logs: dict[str, list[PartitionLog]] = {}
         self._deleted: dict[str, list[PartitionLog]] = {}  # readers hold on to them, and a new topic takes them over
         self._groups: dict[str, Group] = {}
-        self._clients: list[MemoryBus] = []
+        self._clients: list[Client] = []
         self._resumed: list[asyncio.Future[None]] = []
         self._readers: dict[TopicPartition, list[Callable[[], int]]] = {}  # positions of readers without a group
 
@@ -163,11 +167,11 @@ class MemoryBroker:
             self._resumed.append(future)
             await future
 
-    def attach(self, client: MemoryBus) -> None:
+    def attach(self, client: Client) -> None:
         """A connection begins."""
         self._clients.append(client)
 
-    def detach(self, client: MemoryBus) -> None:
+    def detach(self, client: Client) -> None:
         """A connection ends."""
         if client in self._clients:
             self._clients.remove(client)

@@ -5,24 +5,39 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from bus.errors import BusError
+from bus.memory.broker import MemoryBroker
 from bus.memory.faults import Faults
 from bus.memory.groups import Group
 from bus.memory.partition_log import PartitionLog
 from bus.port import RebalanceCallback, Record, TopicPartition
 
-if TYPE_CHECKING:
-    from bus.memory.bus import MemoryBus
-
 _FETCHES_IN_A_ROW = 8  # then others get a turn, or a reader that never waits would starve them
+
+
+class Connection(Protocol):
+    """A connection to the broker as its readers see it."""
+
+    client_id: str  # name of the client, for `repr`
+    broker: MemoryBroker  # holds the partitions and groups
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker runs and this connection reaches it."""
+
+    async def reachable(self) -> None:
+        """Wait for the broker. Raises `BusUnavailableError` after the request timeout."""
+
+    def forget(self, reader: MemoryReader) -> None:
+        """Remove a closed reader."""
 
 
 class MemoryReader:
     """A reader of some partitions; positions are its own."""
 
-    def __init__(self, bus: MemoryBus, starts: list[tuple[PartitionLog, int]]) -> None:
+    def __init__(self, bus: Connection, starts: list[tuple[PartitionLog, int]]) -> None:
         self._bus = bus
         self._logs: list[PartitionLog] = []
         self._positions: dict[TopicPartition, int] = {}
@@ -147,7 +162,7 @@ class MemoryMember(MemoryReader):
 
     def __init__(
         self,
-        bus: MemoryBus,
+        bus: Connection,
         group: Group,
         topics: tuple[str, ...],
         on_assigned: RebalanceCallback | None,
