@@ -1,8 +1,7 @@
-"""Why a task got what it got, from the decision record alone.
+"""The explanation of a task's placement, from the decision records alone.
 
-The records before the decision are folded into a core, the decision's own changes up to the placement on top of it; then
-Algorithm 1 is asked for the best start of *every* pair of edge and family, not only for the winner. Nothing that the planner
-knew is missing from the records, so nothing has to be guessed.
+`explain` folds all records before the placement into a core. Then it asks Algorithm 1 for the best start of *every* pair of
+edge and family, not only the winner. The records hold everything the planner knew, so the explanation is exact.
 """
 
 from __future__ import annotations
@@ -24,30 +23,30 @@ from planner.search.policies import BUILT_IN, Restriction
 class Candidate:
     """One pair of edge and family, at its best start."""
 
-    placement: Placement | None  # None where there is no start at all
+    placement: Placement | None  # None if no start is possible
     edge: str | None
-    family: str  # in the paper's words
+    family: str  # in the paper's terms
     start_in_s: float | None  # delta_t
     delay_s: float | None  # w
-    lacked: str  # what it had not at once, or why it cannot be; empty where it could start now with all it wants
+    lacked: str  # the resources missing now, or why it is impossible; empty if it can start now at full bandwidth
     chosen: bool
-    suspected: bool = False  # left out while others exist, because attempts failed there
+    suspected: bool = False  # avoided if other candidates exist, because attempts failed there
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Everything that can be said about one task."""
+    """The explanation of one task."""
 
     task_id: str
     state: str  # the last state that the records show
     decided: Placed | None  # the last placement; None: never placed
-    decided_at_s: float | None  # ledger time of it
-    candidates: tuple[Candidate, ...]  # best first; empty without a placement
-    waited_for: tuple[str, ...]  # what its start waited for, in words
-    waits_for: tuple[str, ...]  # what would have to join, in words, when it was last WAITING; any of them may do
-    waiting_since_s: float | None  # ledger time of when it became WAITING; None: it does not wait
-    waiting_s: float | None  # since then, until the last record; None: it does not wait
-    story: tuple[str, ...]  # what happened to it since it was submitted, in order
+    decided_at_s: float | None  # ledger time of the last placement
+    candidates: tuple[Candidate, ...]  # the chosen one first, then best first; empty without a placement
+    waited_for: tuple[str, ...]  # the task ends that its start waited for, in words
+    waits_for: tuple[str, ...]  # the nodes it needed when it was last WAITING, in words; any of them may be enough
+    waiting_since_s: float | None  # ledger time at which it became WAITING; None: it is not WAITING
+    waiting_s: float | None  # time from then until the last record; None: it is not WAITING
+    story: tuple[str, ...]  # the events since its submission, in order
 
 
 _FAMILIES = {
@@ -59,9 +58,10 @@ _FAMILIES = {
 
 
 def explain(decisions: Iterable[Decision], task_id: str, core: PlannerCore | None = None) -> Explanation:
-    """Fold `decisions` (of one region, from the first or from the state of `core` on) and explain a task.
+    """Fold `decisions` and explain a task.
 
-    Raises `UnknownNameError` when the records do not know the task.
+    The decisions belong to one region and start with its first one, or continue from the state of `core`. Raises
+    `UnknownNameError` if they do not mention the task.
     """
     core = PlannerCore() if core is None else core
     submitted: TaskSubmitted | None = core.tasks[task_id].submitted if task_id in core.tasks else None
@@ -121,7 +121,7 @@ def explain(decisions: Iterable[Decision], task_id: str, core: PlannerCore | Non
 
 
 def _promised_s(core: PlannerCore, task_id: str) -> float | None:
-    """The start that a task is promised at the moment, ledger time."""
+    """The currently scheduled start of a task, in ledger time; None if it has no reservation."""
     r = core.ledger.reservations.get(task_id)
     return None if r is None else r.start_s
 
@@ -155,7 +155,7 @@ def _candidates(core: PlannerCore, submitted: TaskSubmitted, placed: Placed, now
 
 
 def _judged(candidate: Candidate, left_s: float) -> Candidate:
-    """The same, with what it lacks of the time that is left until the deadline."""
+    """The candidate, with a note in `lacked` if it is predicted to end after the deadline."""
     if candidate.start_in_s is None or candidate.delay_s is None:
         return candidate
     late_s = candidate.start_in_s + candidate.delay_s - left_s
@@ -168,7 +168,7 @@ def _judged(candidate: Candidate, left_s: float) -> Candidate:
 def _suspected(
     candidate: Candidate, core: PlannerCore, placed: Placed, failed: tuple[str, ...], now: float
 ) -> Candidate:
-    """The same, with the attempts that failed where it would run."""
+    """The candidate, with notes in `lacked` about attempts that failed on its nodes."""
     nodes = [candidate.edge or placed.device]
     if candidate.family in (_FAMILIES[DEVICE_CLOUD], _FAMILIES[ALL_THREE]):
         nodes += [node for node in sorted({*failed, *core.circuits}) if node in core.nodes and node not in nodes]
@@ -212,7 +212,7 @@ def _candidate(
 def _lacked(
     algorithm: Algorithm, option: EdgeOption | None, family: int, rules: Restriction, choice: Choice | None
 ) -> str:
-    """What this pair had not at `now`: a slot, bandwidth, the device; or why it can never be."""
+    """The resources that this pair lacked at `now` (a slot, bandwidth, the device), or why it is impossible."""
     request, now = algorithm.request, algorithm.now
     device_busy = request.device is not None and not request.device.free(now, now)
     lacks: list[str] = []
@@ -260,7 +260,7 @@ def _free(bps: int) -> str:
 
 
 def _waited_for(core: PlannerCore, placed: Placed) -> tuple[str, ...]:
-    """Whose ends the start was put at."""
+    """The tasks, in words, whose predicted ends the start waits for."""
     if placed.wait_s <= 0:
         return ()
     found = []
@@ -275,7 +275,7 @@ def _waited_for(core: PlannerCore, placed: Placed) -> tuple[str, ...]:
 
 
 def _line(change: object) -> str:
-    """A change as a line of the task's story."""
+    """A change as a line of the task's story; empty for a change that is not told."""
     if isinstance(change, Placed):
         where = change.placement
         through = f" through {where.edge}" if where.edge else ""

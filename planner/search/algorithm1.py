@@ -1,25 +1,25 @@
-"""Algorithm 1: where, and when, should a task start?
+"""Algorithm 1: the search for the place and the start of an arriving task.
 
-For an arriving task every pair of (edge, family) is a candidate, at every known start: now, and the predicted end of each
-task that runs or is scheduled. A start is worth `w + delta_t`; the least is taken. Made precise:
+The candidates are all pairs of edge and family, at every known start: now, and the predicted end of each running or scheduled
+task. The algorithm takes the candidate with the least `w + delta_t`: its delay plus the time until its start. In detail:
 
-* A reservation must fit during its whole interval [start, start + w). Its grants are the least free bandwidth over the
-  interval, and w depends on the grants; so begin with what is free at the start, compute w, look at the interval, and repeat
-  until nothing changes. Grants only fall, so w only grows and it ends.
-* cut1 > 0 needs the device for the whole interval; while it is taken, only cut1 = 0 is tried. That, too, only goes one way.
-* On an edge with a task that was moved to a later start too often (`MOVES_BORNE`), no start before that task's is a
-  candidate; its start is one.
-* A device that announced a limit of its own link has one more timeline: the grant on link 1 is the least free on both.
-* Only ends *on the same edge or device* are candidate starts. Let s be an end elsewhere, and s' < s the last instant before
-  it at which something was freed here, or now. Between s' and s what is free here only falls, so it is least over [s', s + w)
-  where it is least over [s, s + w); whatever fits at s fits at s' with no smaller grant, and is done earlier. So s loses.
+* A reservation must fit during its whole interval [start, start + w). Its grants are the least free bandwidth over that
+  interval, but w depends on the grants. So the algorithm starts with the bandwidth that is free at the start, computes w,
+  checks the interval, and repeats until nothing changes. Grants only fall and w only grows, so the loop ends.
+* cut1 > 0 needs the device for the whole interval. Once the device is found busy, only cut1 = 0 is tried.
+* If a task on an edge was moved to a later start `MOVES_BORNE` times, the edge offers no start before that task's start.
+  That start is a candidate, too.
+* A device with a limited own link has a timeline too: the grant on link 1 is the least free bandwidth on both timelines.
+* Only ends *on the same edge or device* are candidate starts. Let s be an end elsewhere, and let s' < s be now or the last
+  instant at which something was freed here. Between s' and s the free resources here only fall, so their minimum over
+  [s', s + w) equals that over [s, s + w). Whatever fits at s fits at s' with the same grants and ends earlier, so s loses.
 
-Bounds, which change the time this takes but not its result: w at full caps bounds every start of a pair from below. Pairs and
-starts are taken from a heap by that bound plus delta_t, until it exceeds the best found.
+Lower bounds save time without changing the result: w at full caps is a lower bound for every start of a pair. Pairs and
+starts come from a heap, ordered by this bound plus delta_t, until the bound exceeds the best value found.
 
-Ties: the earlier start, then the family, then the edge by name, then cut1, then cut2.
+Ties: the earlier start wins, then the family, the edge by name, cut1, and cut2.
 
-A deadline is one more bound: w + delta_t may not exceed what is left until then.
+A deadline is one more bound: w + delta_t must not exceed the time left until the deadline.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ class EdgeOption(NamedTuple):
 
 
 class EdgeKind(NamedTuple):
-    """Edges that are one for the search: the same platforms, the same caps. What is found at full caps holds for all."""
+    """Edges with the same platforms and the same caps. A result at full caps holds for all of them."""
 
     search: CutSearch
     max_link1_bps: int
     max_link2_bps: int
-    computes: bool  # whether they have a slot at all
+    computes: bool  # whether the edges have any slots
     accounts: tuple[EdgeAccount, ...]  # in order of name
 
 
 class Reached:
-    """What a device's tasks of one model can use; it stays as it is until a node joins or is lost."""
+    """The edges and searches that a device can use for one model. Valid until a node joins or is lost."""
 
     __slots__ = ("alone", "by_search", "device_search", "edges", "least_link1_bps", "least_link2_bps", "row")
 
@@ -73,14 +73,14 @@ class Reached:
         self.row = row
         self.alone = alone
         self.device_search = device_search
-        self.edges = edges  # with no task's caps, in order of name
+        self.edges = edges  # without the caps of a task, in order of name
         self.least_link1_bps = min([option.max_link1_bps for option in edges], default=0)
         self.least_link2_bps = min([option.max_link2_bps for option in edges], default=0)
         self.by_search = grouped([(option.search, 0, 0, option.account.slots >= 1, option.account) for option in edges])
 
 
 class Request:
-    """A task as Algorithm 1 sees it."""
+    """The input of Algorithm 1 for one task."""
 
     __slots__ = (
         "_edges",
@@ -102,26 +102,26 @@ class Request:
     ) -> None:
         self.task_id = submitted.task_id
         self.samples = submitted.samples
-        self.input_bytes = submitted.input_bytes  # G(0) where it is not the model's
-        self.max_link1_bps = submitted.max_link1_bps  # the task's own B1 and B2, None: it has none
+        self.input_bytes = submitted.input_bytes  # G(0); None: the model's own
+        self.max_link1_bps = submitted.max_link1_bps  # the task's caps B1 and B2; None: no cap
         self.max_link2_bps = submitted.max_link2_bps
         self.device_row = reached.row
         self.device_search = reached.device_search  # without edge and cloud: w_0
         self.alone = reached.alone  # whether the device may run it alone
-        self.device = device  # its reservations; None: nobody computes there
+        self.device = device  # the device's reservations; None: it has none
         self.objective = objective
         self._reached = reached
         self._edges: Sequence[EdgeOption] | None = None
 
     @property
     def edges(self) -> Sequence[EdgeOption]:
-        """E_i, those of them that are there, in order of name, with this task's caps."""
+        """The edges of E_i that are present, in order of name, with this task's caps."""
         if self._edges is None:
             self._edges = [self._capped(option) for option in self._reached.edges]
         return self._edges
 
     def edge(self, name: str | None) -> EdgeOption | None:
-        """One of them."""
+        """The edge with this name, with this task's caps, or None."""
         for option in self._reached.edges:
             if option.account.name == name:
                 return self._capped(option)
@@ -135,11 +135,11 @@ class Request:
         return other
 
     def kinds(self) -> Sequence[EdgeKind]:
-        """The edges by what they are to the search."""
+        """The edges, grouped by platforms and caps."""
         cap1, cap2, reached = self.max_link1_bps, self.max_link2_bps, self._reached
         if cap1 is None or cap2 is None or cap1 > reached.least_link1_bps or cap2 > reached.least_link2_bps:
             return grouped([(search, b1, b2, account.slots >= 1, account) for account, search, b1, b2 in self.edges])
-        # the task's own caps are less than any edge's
+        # The task's caps are below those of every edge, so the groups made for the device still hold.
         return [
             EdgeKind(search, cap1, cap2, computes, accounts) for search, _, _, computes, accounts in reached.by_search
         ]
@@ -153,7 +153,7 @@ class Request:
 
 
 def grouped(edges: Iterable[tuple[CutSearch, int, int, bool, EdgeAccount]]) -> list[EdgeKind]:
-    """Edges of a kind together."""
+    """Group edges that have the same search, the same caps, and slots or none."""
     kinds: dict[tuple[CutSearch, int, int, bool], list[EdgeAccount]] = {}
     for search, b1, b2, computes, account in edges:
         kinds.setdefault((search, b1, b2, computes), []).append(account)
@@ -161,7 +161,7 @@ def grouped(edges: Iterable[tuple[CutSearch, int, int, bool, EdgeAccount]]) -> l
 
 
 class Choice(NamedTuple):
-    """A start that fits: what to reserve, from when, and how long it will take."""
+    """A placement that fits: the resources to reserve, the start, and the delay."""
 
     family: int
     edge: str | None
@@ -174,13 +174,13 @@ class Choice(NamedTuple):
 
 
 Key = tuple[float, float, int, str, int, int]
-"""What is minimised: w + delta_t, then the tie-breaks."""
+"""The order of choices: w + delta_t, then the tie-breaks."""
 
 
 class Algorithm:
-    """Algorithm 1 over one task and the ledger as it stands at `now`. Policies restrict it, or call `at` themselves.
+    """Algorithm 1 for one task and the ledger at `now`. Policies call `best` with restrictions, or `at`.
 
-    A placement that is predicted to end after `deadline_s` is no candidate.
+    Placements that are predicted to end after `deadline_s` are not candidates.
     """
 
     __slots__ = ("deadline_s", "now", "request")
@@ -197,10 +197,10 @@ class Algorithm:
         device_computes: bool = True,
         delayed: bool = True,
     ) -> Choice | None:
-        """The best candidate of some families, or None when there is none.
+        """The best candidate of some families, or None if there is none.
 
-        Without `device_computes` only cut1 = 0 is considered (and not `DEVICE`). Without `delayed` the edges are
-        considered now or not at all, as in lines 6-8 left out; the device alone still waits for itself.
+        If `device_computes` is False, only cut1 = 0 is considered, and not `DEVICE`. If `delayed` is False, lines 6-8 of
+        Algorithm 1 are skipped: edges are considered only for a start now, but `DEVICE` may still wait for the device.
         """
         request, now = self.request, self.now
         best: Choice | None = None
@@ -223,7 +223,7 @@ class Algorithm:
             for account in accounts:
                 name = account.name
                 if value == best_value and (start, family, name) > best_tie:
-                    break  # it could tie at best, and loses ties; so do its later starts, and the edges behind it
+                    break  # it can only tie, and it loses the tie; its later starts and the following edges lose as well
                 timeline = account.timeline
                 at = i if i >= 0 else bisect_right(timeline.times, now) - 1
                 choice = None
@@ -235,7 +235,7 @@ class Algorithm:
                         if found < best_value or (start, family, name) < best_tie:
                             best, best_value, best_tie = choice, found, (start, family, name)
                         if choice.delay_s == full[0]:
-                            continue  # with all it may have: no later start is better
+                            continue  # it has its full caps, so no later start is better
                 if not delayed:
                     continue
                 if start < turn:
@@ -253,9 +253,9 @@ class Algorithm:
         return best
 
     def _bounds(self, families: Collection[int], device_computes: bool, worst: float) -> list[_Pair]:
-        """Pairs at their start now, bounded by w at full caps; what cannot be, or cannot win, is left out.
+        """All pairs with start now, as a heap ordered by w at full caps, without impossible pairs and those above `worst`.
 
-        Edges of a kind have the same bounds, and stand there as one.
+        Edges of one kind have the same bound and share one entry.
         """
         request, now = self.request, self.now
         samples, objective, input_bytes = request.samples, request.objective, request.input_bytes
@@ -281,7 +281,7 @@ class Algorithm:
         return heap
 
     def on_device(self) -> Choice | None:
-        """Everything on the device, as soon as it is free for so long."""
+        """The whole model on the device, at the first instant from which the device is free for the whole delay."""
         request, now = self.request, self.now
         delay = request.device_search.device_s(request.samples, request.objective)
         if delay is None or not request.alone or not delay < _NEVER:
@@ -294,7 +294,7 @@ class Algorithm:
         return Choice(DEVICE, None, layers, layers, 0, 0, start, delay)
 
     def at(self, option: EdgeOption, family: int, start_s: float, *, device_computes: bool = True) -> Choice | None:
-        """One pair at one start, with the largest grants that fit during the whole interval; None if it cannot be."""
+        """One pair at one start, with the largest grants that fit during the whole interval; None if it does not fit."""
         account, search, b1, b2 = option
         if start_s < account.turn_s():
             return None
@@ -303,11 +303,11 @@ class Algorithm:
         return self._at(account, kind, family, start_s, i, device_computes, self.deadline_s - self.now, None, [])
 
     def late_s(self, choice: Choice) -> float:
-        """How long after its deadline a choice is predicted to end; not above 0: it is in time."""
+        """The time by which a choice is predicted to end after the deadline; 0 or negative: it is in time."""
         return (choice.start_s - self.now + choice.delay_s) - (self.deadline_s - self.now)
 
     def key(self, choice: Choice) -> Key:
-        """What is minimised."""
+        """The sort key of a choice; the least is the best."""
         return (
             choice.start_s - self.now + choice.delay_s,
             choice.start_s,
@@ -329,10 +329,10 @@ class Algorithm:
         full: Found | None,
         tried: list[tuple[int, int, float]],
     ) -> Choice | None:
-        """`at`, given up as soon as w + delta_t exceeds `worst`.
+        """As `at`, but returns None as soon as w + delta_t exceeds `worst`.
 
-        `i` is the step of the timeline that `start` lies in, `full` what the search finds at full caps; `tried` holds w at
-        other grants: with no more than those, w is no less.
+        `i` is the step of the timeline that contains `start`, and `full` the result of the search at full caps. `tried` holds
+        w at other grants; smaller grants cannot give a smaller w.
         """
         search, max1, max2, _, _ = kind
         timeline = account.timeline
@@ -427,19 +427,19 @@ class Algorithm:
 _Pair = tuple[
     float,  # bound of w + delta_t
     int,  # family
-    str,  # edge, the first of them
+    str,  # name of the first edge
     float,  # start
-    int,  # the step of the edge's timeline that the start lies in; -1: not looked up yet
+    int,  # the step of the edge's timeline that contains the start; -1: not looked up yet
     EdgeKind,
     Found,  # w at full caps
     list[tuple[int, int, float]],  # w at other grants
-    tuple[EdgeAccount, ...],  # the edge; at first all of its kind
+    tuple[EdgeAccount, ...],  # the edge; in the first round all edges of its kind
 ]
-"""Edges and a family, at a start. Edge and family are unique in the heap, so nothing behind them is compared."""
+"""Edges and a family, at a start. Edge and family are unique in the heap, so the later fields are never compared."""
 
 
 def placement_of(request: Request, choice: Choice) -> Placement:
-    """A choice as messages carry it."""
+    """A choice, as the value that messages carry."""
     row, cut1, cut2 = request.device_row, choice.cut1, choice.cut2
     return _placement(
         kind=Kind.of(cut1, cut2, row.layers),
@@ -454,7 +454,10 @@ def placement_of(request: Request, choice: Choice) -> Placement:
 
 
 def _next_start(timeline: Timeline, family: int, i: int, latest: float) -> tuple[float, int]:
-    """The next instant until `latest` at which something is freed and nothing this family needs is wholly taken."""
+    """The next start to try, and its step: something is freed there, and every resource the family needs is partly free.
+
+    Steps after `i` and until `latest` are considered; the start is infinite if there is none.
+    """
     times, slots, free1, free2 = timeline.times, timeline.slots, timeline.free1, timeline.free2
     for k in range(i + 1, bisect_right(times, latest)):
         if (

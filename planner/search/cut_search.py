@@ -1,26 +1,26 @@
-"""The best two cuts for given bandwidths, exactly, without trying all pairs.
+"""An exact search for the best two cuts at given bandwidths, without trying all pairs.
 
-**Sequential.** Per sample, (1)-(6) fall apart into a term of cut1 and a term of cut2. With x1 = 8/b1 and x2 = 8/b2 seconds
-per byte, F_d, F_e, F_c the platforms' cumulative times:
+**Sequential.** Per sample, the sum of (1)-(6) splits into a term of cut1 and a term of cut2. Let x1 = 8/b1 and x2 = 8/b2 be
+the seconds per byte, and F_d, F_e, F_c the cumulative times of the platforms:
 
-* device+edge (cut2 = l):       F_d(c) - F_e(c) + F_e(l) + G(c) x1           one line in x1 a cut
-* device+cloud (cut1 = cut2):   F_d(c) + F_c(l) - F_c(c) + G(c) (x1 + x2)    one line in x1 + x2 a cut
+* device+edge (cut2 = l):       F_d(c) - F_e(c) + F_e(l) + G(c) x1           one line in x1 per cut
+* device+cloud (cut1 = cut2):   F_d(c) + F_c(l) - F_c(c) + G(c) (x1 + x2)    one line in x1 + x2 per cut
 * all three:                    [F_d(c1) - F_e(c1) + G(c1) x1] + [F_e(c2) - F_c(c2) + F_c(l) + G(c2) x2], c1 < c2
 
-The least of a set of lines is on their lower envelope, which is made once a model and platform triple and is short (5-10
-of 92 random layers). For all three, the unconstrained best c1 and c2 are the answer when c1 < c2. Otherwise prefix minima
-decide, over the cuts that survive a dominance test: c1 falls out when an earlier c1 has neither a greater intercept nor a
-greater size (then it is no worse for any bandwidth *and* leaves more choice for c2); c2 when a later one is no worse.
-Nothing assumes that a layer is slower on a lower tier.
+The least of a set of lines lies on their lower envelope. It is computed once per model and triple of platforms, and it is
+short (5-10 lines for 92 random layers). For all three tiers, the separate best c1 and c2 are the answer if c1 < c2.
+Otherwise the search uses prefix minima over the undominated cuts. A c1 is dominated if an earlier c1 has no greater intercept
+and no greater size, because the earlier one is at least as good at any bandwidth *and* leaves more choices for c2. A c2 is
+dominated if a later one is better in this sense. The search does not assume that layers are slower on lower tiers.
 
-**Pipelined.** The delay adds (N - 1) times the slowest station. What does not depend on bandwidth (the sum, and the slowest
-of the computing stations) is prepared for each cut (pair); the rest is one pass of numpy over 4,186 pairs at 92 layers, or a
-loop over undominated cuts.
+**Pipelined.** The delay adds (N - 1) times the slowest station. The terms that do not depend on bandwidth (the sum, and the
+slowest computing station) are prepared for each cut or pair. The rest is one numpy pass over all pairs (4,186 at 92 layers),
+or a loop over the undominated cuts.
 
-Cut 0 stands apart, because a task may bring its own input size G(0).
+Cut 0 is handled separately, because a task may bring its own input size G(0).
 
-Ties: the smaller cut1, then cut2. Sums are rounded differently than in `Costs.delay_s`, so a tie is exact when the
-arithmetic is, and two cuts whose delays differ by less than about 1e-15 of their value may be taken for each other.
+Ties: the smaller cut1 wins, then the smaller cut2. Sums are rounded differently than in `Costs.delay_s`, so two cuts whose
+delays differ by less than about 1e-15 of their value may be confused.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ ALL_THREE: Final = 3
 """The four families of Section IV-A: w_0, w_j, w_(j+m), w_(j+2m)."""
 
 Found = tuple[float, int, int]
-"""delay in seconds, cut1, cut2."""
+"""Delay in seconds, cut1, cut2."""
 
 _INFINITY: Final = float("inf")
 _SEQUENTIAL: Final = Objective.SEQUENTIAL
-_SLACK: Final = 1e-9  # lines this close to the envelope stay on it: rounding must not lose a tie
+_SLACK: Final = 1e-9  # relative tolerance: lines this close to the envelope stay on it, so that rounding loses no tie
 
 
-_LINE_BYTES: Final = 700  # that a layer takes in the lines of a search, at most
-_PAIR_BYTES: Final = 62  # that a pair of cuts takes in a pipelined search
+_LINE_BYTES: Final = 700  # upper bound of the memory per layer for the lines of a search
+_PAIR_BYTES: Final = 62  # memory per pair of cuts in a pipelined search
 
 
 def search_bytes(layers: int, objective: Objective) -> int:
-    """What a prepared search of so many layers holds in memory, at most."""
+    """An upper bound of the memory that a prepared search for this many layers holds."""
     pairs = layers * (layers + 1) // 2 if objective is not _SEQUENTIAL else 0
     return layers * _LINE_BYTES + pairs * _PAIR_BYTES + 5_000
 
 
 class CutSearch:
-    """Prepared search for one model on one device, edge and cloud.
+    """A prepared search for one model on one device, edge and cloud.
 
-    `allowed1` and `allowed2` restrict cut1 and cut2 to some positions (default: all); positions that a profile forbids are
-    never used. A cut at 0 or l means that nothing is cut there; they can be disallowed all the same.
+    `allowed1` and `allowed2` restrict cut1 and cut2 to some positions (default: all). Positions that a profile forbids are
+    never used. Positions 0 and l do not split the model, but they can be disallowed too.
     """
 
     __slots__ = (
@@ -106,7 +106,7 @@ class CutSearch:
         self._result = size[layers]
         self._zero = 0 in ones
         self._device_s = f_d[layers] if layers in ones and layers in twos else None
-        # position 0 is not in these lists: its size is the task's
+        # Position 0 is not in the lists below, because its size depends on the task.
         self._edge_only = f_e[layers] if f_e is not None and self._zero and layers in twos else None
         self._cloud_only = f_c[layers] if f_c is not None and self._zero and 0 in twos else None
         inside = range(1, layers)
@@ -140,7 +140,7 @@ class CutSearch:
         self._pairs: _Pairs | None = None
 
     def device_s(self, samples: int, objective: Objective) -> float | None:
-        """w_0: everything on the device; the objectives agree but for rounding. None when it is not allowed."""
+        """w_0, the delay of the whole model on the device; None if not allowed. Objectives differ only in rounding."""
         one = self._device_s
         if one is None or objective is Objective.SEQUENTIAL:
             return None if one is None else samples * one
@@ -156,9 +156,9 @@ class CutSearch:
         input_bytes: int | None = None,
         device_free: bool = True,
     ) -> Found | None:
-        """The least delay of a family and its cuts, or None where the family has no allowed cuts.
+        """The least delay of a family and its cuts, or None if the family has no allowed cuts.
 
-        Without `device_free` only cut1 = 0 is tried. `link2_bps` is not looked at by `DEVICE_EDGE`.
+        If `device_free` is False, only cut1 = 0 is tried. `DEVICE_EDGE` ignores `link2_bps`.
         """
         if family == DEVICE:
             alone = self.device_s(samples, objective)
@@ -169,7 +169,7 @@ class CutSearch:
                 return None
             delay = self.costs.delay_s(cuts[0], cuts[1], link1_bps, link2_bps, samples, objective, input_bytes)
             return delay, cuts[0], cuts[1]
-        # What the planner asks most, so written without further calls. The delays are the sums of `Costs.delay_s`.
+        # The planner's hottest code, so it makes few calls. The delays are the same sums as in `Costs.delay_s`.
         costs = self.costs
         layers, sizes, device = costs.layers, costs.cut_bytes, costs.device
         g0 = sizes[0] if input_bytes is None else input_bytes
@@ -239,7 +239,7 @@ class CutSearch:
             return (c1, c2) if least1 + least2 < best else (cut1, cut2)
         if least1 + least2 >= best:
             return cut1, cut2
-        # the two minima cross: prefix minima of the first term, while the second cut moves up
+        # The separate minima have c1 >= c2, so take prefix minima of the first term while the second cut moves up.
         front = self._first_front
         index, count, prefix, prefix_at = 0, len(front), _INFINITY, -1
         for a, g, c, _ in self._second_front:
@@ -295,11 +295,11 @@ class CutSearch:
 
 
 _Line = tuple[float, int, int, float]
-"""intercept (s), size (bytes), position, slowest computing station (s)."""
+"""Intercept (s), size (bytes), position, slowest computing station (s)."""
 
 
 class _Pairs:
-    """All allowed pairs 0 <= c1 < c2 < l, cut1 outermost, as flat arrays with room to compute in."""
+    """All allowed pairs 0 <= c1 < c2 < l, ordered by c1 and then c2, as flat arrays with preallocated buffers."""
 
     __slots__ = ("_busy", "_c1", "_c2", "_g1", "_g2", "_room1", "_room2", "_room3", "_sum", "_zeros")
 
@@ -316,7 +316,7 @@ class _Pairs:
         device = np.array(costs.device)
         edge = np.array(f_e if f_e is not None else costs.device)
         cloud = np.array(f_c if f_c is not None else costs.device)
-        with np.errstate(over="ignore", invalid="ignore"):  # a delay that is not finite is no candidate
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite delays are dropped below
             total = device[c1] + (edge[c2] - edge[c1]) + (cloud[-1] - cloud[c2])
         keep = (c1 < c2) & np.isfinite(total)
         self._c1: npt.NDArray[np.int16] = c1[keep].astype(np.int16)
@@ -352,7 +352,7 @@ class _Pairs:
 
 
 def _front(lines: list[_Line], strict: bool = False) -> list[_Line]:
-    """Those not dominated by one that stands before them: in intercept and in size. `strict`: by a better one only."""
+    """The lines that no earlier line dominates in intercept and size. With `strict`, an equal line does not dominate."""
     kept: list[_Line] = []
     for line in lines:
         for other in kept:
@@ -364,9 +364,9 @@ def _front(lines: list[_Line], strict: bool = False) -> list[_Line]:
 
 
 def _undominated(lines: list[_Line]) -> list[_Line]:
-    """Those that no other beats in intercept, size and slowest station at once.
+    """The lines that no other line dominates in intercept, size and slowest station.
 
-    One that is beaten only in the slowest station may still tie, so it stays if its position is smaller.
+    A line that is worse only in the slowest station can still tie, so it stays if its position is smaller.
     """
     kept: list[_Line] = []
     for line in sorted(lines, key=lambda line: (line[0], line[1], line[3], line[2])):
@@ -377,14 +377,14 @@ def _undominated(lines: list[_Line]) -> list[_Line]:
 
 
 def _envelope(lines: list[_Line]) -> list[_Line]:
-    """The lines that are least somewhere for x > 0, in order of position; those that only touch stay, for ties."""
+    """The lines that are least at some x > 0, in order of position. Lines that only touch the envelope stay, for ties."""
     if len(lines) < 3:
         return list(lines)
     ordered = sorted(lines, key=lambda line: (line[1], line[0], line[2]))  # by slope
     hull: list[_Line] = []
     lowest = _INFINITY
     for line in ordered:
-        # a steeper line must start lower than every flatter one, or it is never less
+        # a steeper line is never the least unless it starts below every flatter one
         if line[0] > lowest + _SLACK * abs(lowest):
             continue
         lowest = min(lowest, line[0])
@@ -395,10 +395,10 @@ def _envelope(lines: list[_Line]) -> list[_Line]:
 
 
 def _above(flat: _Line, middle: _Line, steep: _Line) -> bool:
-    """Whether `middle` lies strictly over the other two everywhere, by more than rounding can make."""
+    """Whether `middle` lies, at every x, above one of the other two lines by more than a rounding error."""
     if middle[1] == flat[1] or steep[1] == middle[1]:
         return middle[0] > (flat[0] if middle[1] == flat[1] else steep[0])
-    # at the x where flat and steep meet, middle against them
+    # compare `middle` with the point at which `flat` and `steep` meet
     x = (flat[0] - steep[0]) / (steep[1] - flat[1])
     if x <= 0:
         return False
@@ -418,7 +418,7 @@ def exhaustive(
     allowed1: Iterable[int] | None = None,
     allowed2: Iterable[int] | None = None,
 ) -> Found | None:
-    """The paper's search, every pair of a family in order: what `CutSearch` is measured and tested against."""
+    """The paper's search over every pair of a family in order; the reference for tests and benchmarks of `CutSearch`."""
     layers = costs.layers
     ones = sorted(range(layers + 1) if allowed1 is None else set(allowed1))
     twos = sorted(range(layers + 1) if allowed2 is None else set(allowed2))
@@ -434,7 +434,7 @@ def exhaustive(
 
 
 def family_of(cut1: int, cut2: int, layers: int) -> int:
-    """Which of the four families a pair of cuts belongs to, by x, y, z of (17)-(19)."""
+    """The family of a pair of cuts, by x, y, z of (17)-(19)."""
     if cut1 == layers:
         return DEVICE
     if cut2 == layers:

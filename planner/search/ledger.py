@@ -1,14 +1,14 @@
-"""What is reserved, on which edge or device, from when to when: constraints (8)-(10) over time.
+"""The ledger of reservations on edges and devices: constraints (8)-(10) over time.
 
-Bandwidth is kept in integer bits per second, so a release gives back exactly what was taken and nothing drifts.
+Bandwidth is in integer bits per second, so a release gives back exactly the reserved amount and sums do not drift.
 
-An edge's `Timeline` is a step function: parallel lists of breakpoints and of what is *free* (slots, link 1, link 2) from each
-breakpoint to the next. `bisect` finds an instant, `min(slice)` what is free during a whole interval. Breakpoints at which
-nothing changes are dropped, and so is the past; a list has about two entries a reservation, however many edges there are.
-What was free in the past is not kept: whoever asks, asks from now on.
+An edge's `Timeline` is a step function. Parallel lists hold the breakpoints and the *free* amounts (slots, link 1, link 2)
+from each breakpoint to the next. `bisect` finds an instant, and `min(slice)` gives the amount that is free during a whole
+interval. Breakpoints without a change and breakpoints in the past are dropped, so a list has about two entries per
+reservation. Queries must not reach into the past.
 
-A device has such a timeline, too: it computes one task at a time, and where it announced a limit of its own link, the grants
-on link 1 of its tasks, whatever edges they use, never exceed it in sum.
+A device has a timeline too. It computes one task at a time. If it announced a limit of its own link, the sum of its tasks'
+grants on link 1, over all edges, stays within that limit.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from bus.errors import InvariantError
 FOREVER: Final = float("inf")
 LONG_AGO: Final = float("-inf")
 UNLIMITED_BPS: Final = 1 << 62
-"""What is free on the link of a device that announced no limit of its own."""
+"""The link capacity of a device that announced no limit of its own link."""
 MOVES_BORNE: Final = 10
-"""A scheduled task that was moved to a later start so often has waited enough: no other task is put before it on its edge."""
+"""Number of moves to a later start after which no other task is put before a scheduled task on its edge."""
 SHORTEST_S: Final = 1e-6
-"""A reservation is never shorter, so that whatever runs is seen to hold something."""
+"""Minimum length of a reservation, so that every running task occupies a visible interval."""
 
 
 class Reservation:
-    """What one placement holds in [start_s, end_s): perhaps a slot, bandwidth on both links, perhaps its device."""
+    """The resources that one placement holds in [start_s, end_s): a slot or none, bandwidth on both links, and its device."""
 
     __slots__ = (
         "computes",
@@ -63,28 +63,28 @@ class Reservation:
         computes: bool = True,
     ) -> None:
         self.task_id = task_id
-        self.seq = seq  # order of admission, settles equal starts
+        self.seq = seq  # order of admission; breaks ties between equal starts
         self.edge = edge  # None: the device alone
-        self.sender = device  # whose task it is
-        self.computes = computes  # whether the device runs layers, rather than only send its input
-        self.device = device  # the device on which the ledger books it; None: it holds nothing there
+        self.sender = device  # the device that submitted the task
+        self.computes = computes  # whether the device runs layers; False: it only sends its input
+        self.device = device  # the device on which the ledger books it; None: it holds nothing on its device
         self.start_s = start_s  # ledger time
         self.length_s = length_s = delay_s if delay_s > SHORTEST_S else SHORTEST_S  # w
-        self.end_s = start_s + length_s  # predicted; a task that overruns has it moved on
+        self.end_s = start_s + length_s  # predicted end; an overrun moves it to a later time
         self.slots = slots  # 0 or 1
         self.link1_bps = link1_bps
         self.link2_bps = link2_bps
         self.running = False
-        self.moves = 0  # to a later start
+        self.moves = 0  # number of moves to a later start
 
     @property
     def first_served(self) -> bool:
-        """Whether other tasks are put behind it on its edge."""
+        """Whether no other task may be put before it on its edge."""
         return self.moves >= MOVES_BORNE and not self.running
 
     @property
     def key(self) -> tuple[float, int]:
-        """The order in which scheduled tasks are walked."""
+        """The sort key of scheduled tasks."""
         return self.start_s, self.seq
 
     def __repr__(self) -> str:
@@ -96,7 +96,7 @@ class Reservation:
 
 
 Queued = tuple[float, int, Reservation]
-"""start, sequence, and whose; the sequence is unique, so reservations are never compared."""
+"""Start, sequence and reservation; the sequence is unique, so reservations are never compared."""
 
 
 class Timeline:
@@ -111,18 +111,18 @@ class Timeline:
         self.free2: list[int] = [link2_bps]
 
     def copy(self) -> Timeline:
-        """An independent copy, to try things on."""
+        """An independent copy, for trial changes."""
         other = Timeline.__new__(Timeline)
         other.times, other.slots = self.times.copy(), self.slots.copy()
         other.free1, other.free2 = self.free1.copy(), self.free2.copy()
         return other
 
     def change(self, start_s: float, end_s: float, slots: int, link1_bps: int, link2_bps: int) -> None:
-        """Add to what is free in [start_s, end_s); negative amounts reserve."""
+        """Add to the free amounts in [start_s, end_s); negative amounts reserve."""
         if start_s >= end_s:
             return
         times, free, free1, free2 = self.times, self.slots, self.free1, self.free2
-        # breakpoints at both ends, made where there are none
+        # insert breakpoints at both ends, if missing
         first = bisect_left(times, start_s)
         if first == len(times) or times[first] != start_s:
             times.insert(first, start_s)
@@ -146,7 +146,7 @@ class Timeline:
         if link2_bps:
             for i in range(first, last):
                 free2[i] += link2_bps
-        # and dropped where nothing changes any more, the later one first
+        # drop breakpoints at which nothing changes any more, the later one first
         for i in (last, first):
             before = i - 1
             if (
@@ -158,23 +158,23 @@ class Timeline:
                 del times[i], free[i], free1[i], free2[i]
 
     def take(self, r: Reservation, now: float = LONG_AGO) -> None:
-        """Reserve, on an edge. What begins now needs no breakpoint for it."""
+        """Reserve the edge resources of `r`. A reservation that starts by `now` gets no breakpoint at its start."""
         start_s = r.start_s
         self.change(start_s if start_s > now else LONG_AGO, r.end_s, -r.slots, -r.link1_bps, -r.link2_bps)
 
     def give(self, r: Reservation) -> None:
-        """Undo `take`. What runs began in the past, which is never asked for, so no breakpoint is made there."""
+        """Undo `take`. A running task started in the past, which is never queried, so its start gets no breakpoint."""
         self.change(LONG_AGO if r.running else r.start_s, r.end_s, r.slots, r.link1_bps, r.link2_bps)
 
     def forget_before(self, now: float) -> None:
-        """Drop breakpoints of the past. What is free at `now` and later stays as it is."""
+        """Drop breakpoints before `now`. The free amounts at `now` and later stay the same."""
         gone = bisect_right(self.times, now) - 1
         if gone > 0:
             del self.times[:gone], self.slots[:gone], self.free1[:gone], self.free2[:gone]
             self.times[0] = LONG_AGO
 
     def fits(self, start_s: float, end_s: float, slots: int, link1_bps: int, link2_bps: int) -> bool:
-        """Whether so much is free during the whole of [start_s, end_s)."""
+        """Whether these amounts are free during the whole of [start_s, end_s)."""
         first = bisect_right(self.times, start_s) - 1
         last = bisect_left(self.times, end_s, first + 1)
         return (
@@ -184,13 +184,13 @@ class Timeline:
         )
 
     def at(self, at_s: float) -> tuple[int, int, int]:
-        """What is free at an instant: slots, link 1, link 2."""
+        """The free amounts at an instant: slots, link 1, link 2."""
         i = bisect_right(self.times, at_s) - 1
         return self.slots[i], self.free1[i], self.free2[i]
 
 
 class EdgeAccount:
-    """One edge: its capacities (8)-(10), what is reserved there, and its timeline."""
+    """One edge: its capacities (8)-(10), its reservations, and its timeline."""
 
     __slots__ = (
         "first_served",
@@ -209,16 +209,16 @@ class EdgeAccount:
         self.link1_capacity_bps = link1_capacity_bps
         self.link2_capacity_bps = link2_capacity_bps
         self.reservations: dict[str, Reservation] = {}  # by task
-        self.queue: list[Queued] = []  # those not running yet, by (start, sequence)
-        self.first_served: list[Queued] = []  # those of the queue that no other task is put before
+        self.queue: list[Queued] = []  # scheduled tasks, by (start, sequence)
+        self.first_served: list[Queued] = []  # the tasks of the queue before which no other task may be put
         self.timeline = Timeline(slots, link1_capacity_bps, link2_capacity_bps)
 
     def turn_s(self) -> float:
-        """No task that is placed now starts before this."""
+        """The earliest start for a task that is placed now: the start of the last first-served task."""
         return self.first_served[-1][0] if self.first_served else LONG_AGO
 
     def resize(self, slots: int, link1_capacity_bps: int, link2_capacity_bps: int) -> None:
-        """Take on other capacities, at every instant."""
+        """Change the capacities, at every instant."""
         self.timeline.change(
             LONG_AGO,
             FOREVER,
@@ -230,7 +230,7 @@ class EdgeAccount:
 
 
 class DeviceAccount:
-    """One device: the tasks that compute on it, one at a time, and where its link is limited, all that send over it."""
+    """One device: the tasks that compute on it, one at a time; if its link is limited, also all tasks that send over it."""
 
     __slots__ = ("limited", "link1_capacity_bps", "name", "queue", "reservations", "timeline")
 
@@ -239,11 +239,11 @@ class DeviceAccount:
         self.limited = link1_capacity_bps > 0
         self.link1_capacity_bps = link1_capacity_bps or UNLIMITED_BPS
         self.reservations: dict[str, Reservation] = {}
-        self.queue: list[Queued] = []  # those not running yet, by (start, sequence)
+        self.queue: list[Queued] = []  # scheduled tasks, by (start, sequence)
         self.timeline = Timeline(1, self.link1_capacity_bps, 0)  # its slot is the device's processor
 
     def take(self, r: Reservation, now: float = LONG_AGO) -> None:
-        """Reserve the processor, the link, or both."""
+        """Reserve the device's processor, its link, or both."""
         start_s = r.start_s
         self.timeline.change(start_s if start_s > now else LONG_AGO, r.end_s, -r.computes, -r.link1_bps, 0)
 
@@ -252,13 +252,13 @@ class DeviceAccount:
         self.timeline.change(LONG_AGO if r.running else r.start_s, r.end_s, r.computes, r.link1_bps, 0)
 
     def free(self, start_s: float, end_s: float) -> bool:
-        """Whether no task computes there in [start_s, end_s)."""
+        """Whether the processor is free during the whole of [start_s, end_s)."""
         times = self.timeline.times
         first = bisect_right(times, start_s) - 1
         return min(self.timeline.slots[first : bisect_left(times, end_s, first + 1)]) > 0
 
     def first_free(self, start_s: float, length_s: float) -> float:
-        """The first instant from `start_s` on, from which no task computes there for so long."""
+        """The first instant from `start_s` on from which the processor is free for `length_s`."""
         times, slots = self.timeline.times, self.timeline.slots
         for i in range(bisect_right(times, start_s) - 1, len(times)):
             if times[i] >= start_s + length_s:
@@ -268,7 +268,7 @@ class DeviceAccount:
         return start_s
 
     def freed(self, now: float) -> list[float]:
-        """Instants after `now` from which the processor is free, or more of the link, ascending."""
+        """Instants after `now` at which the processor or a part of the link becomes free, ascending."""
         line = self.timeline
         times, slots, free1 = line.times, line.slots, line.free1
         first = max(1, bisect_right(times, now))
@@ -276,16 +276,16 @@ class DeviceAccount:
 
 
 class Ledger:
-    """All reservations of a region. It does as it is told; who may tell it is `PlannerCore.apply` alone."""
+    """All reservations of a region. Mutated only by `PlannerCore.apply`."""
 
     def __init__(self) -> None:
         self.edges: dict[str, EdgeAccount] = {}
-        self.devices: dict[str, DeviceAccount] = {}  # those on which something is booked
+        self.devices: dict[str, DeviceAccount] = {}  # devices with reservations
         self.own_links: dict[str, int] = {}  # limits that devices announced of their own link, bit/s
         self.reservations: dict[str, Reservation] = {}
 
     def open_edge(self, name: str, slots: int, link1_capacity_bps: int, link2_capacity_bps: int) -> None:
-        """An edge joins, or changes its capacities."""
+        """Add an edge, or change its capacities."""
         account = self.edges.get(name)
         if account is None:
             self.edges[name] = EdgeAccount(name, slots, link1_capacity_bps, link2_capacity_bps)
@@ -293,13 +293,13 @@ class Ledger:
             account.resize(slots, link1_capacity_bps, link2_capacity_bps)
 
     def close_edge(self, name: str) -> None:
-        """An edge is gone. Raises `InvariantError` while anything is reserved there."""
+        """Remove an edge. Raises `InvariantError` if it still has reservations."""
         account = self.edges.pop(name)
         if account.reservations:
-            raise InvariantError(f"edge {name} is closed with reservations {sorted(account.reservations)}")
+            raise InvariantError(f"edge {name} is removed but still has reservations {sorted(account.reservations)}")
 
     def limit_device(self, name: str, link1_capacity_bps: int) -> list[Reservation]:
-        """A device announces what its own link carries, 0: no limit. The reservations that this concerns."""
+        """Set the limit of a device's own link; 0: no limit. Return the reservations that this affects."""
         if self.own_links.get(name, 0) == link1_capacity_bps:
             return []
         if link1_capacity_bps:
@@ -315,7 +315,7 @@ class Ledger:
     def reserve(self, r: Reservation, now: float) -> None:
         """Book a reservation. Raises `InvariantError` if its task has one already or its edge is unknown."""
         if r.task_id in self.reservations:
-            raise InvariantError(f"{r.task_id} reserves twice: {self.reservations[r.task_id]} and {r}")
+            raise InvariantError(f"task {r.task_id} reserves twice: {self.reservations[r.task_id]} and {r}")
         account = self._edge(r)
         self.reservations[r.task_id] = r
         if account is not None:
@@ -329,7 +329,7 @@ class Ledger:
         self._book_device(r, now)
 
     def _book_device(self, r: Reservation, now: float) -> None:
-        """What a reservation holds of its device: the processor, or a share of a link that is limited."""
+        """Book a reservation on its device: the processor, or bandwidth on a limited own link, or both."""
         name = r.sender
         if name is None or not (r.computes or (r.link1_bps and name in self.own_links)):
             r.device = None
@@ -346,10 +346,10 @@ class Ledger:
             insort(device.queue, (r.start_s, r.seq, r))
 
     def release(self, task_id: str, now: float = LONG_AGO) -> Reservation:
-        """Give everything back. Raises `InvariantError` when there is nothing to release: never twice."""
+        """Give back a task's reservation. Raises `InvariantError` if the task has none, e.g. on a second release."""
         r = self.reservations.pop(task_id, None)
         if r is None:
-            raise InvariantError(f"{task_id} releases what it does not hold")
+            raise InvariantError(f"task {task_id} has no reservation to release")
         if not r.running:
             self._unqueue(r)
         account = self._edge(r)
@@ -357,7 +357,7 @@ class Ledger:
             del account.reservations[task_id]
             if r.end_s > now:
                 account.timeline.give(r)
-            else:  # it ends when it was predicted to: nothing of it lies ahead
+            else:  # it ended on time, so nothing of it lies in the future
                 account.timeline.forget_before(now)
         if r.device is not None:
             device = self.devices[r.device]
@@ -371,10 +371,10 @@ class Ledger:
         return r
 
     def move(self, task_id: str, start_s: float) -> None:
-        """A scheduled task gets the same resources, for the same length, from another instant on."""
+        """Move a scheduled task to another start, with the same resources and the same length."""
         r = self.reservations[task_id]
         if r.running:
-            raise InvariantError(f"{r} runs and cannot be moved")
+            raise InvariantError(f"{r} cannot be moved because it is running")
         account, device = self._edge(r), self._device(r)
         if account is not None:
             account.timeline.give(r)
@@ -390,7 +390,7 @@ class Ledger:
             device.take(r)
 
     def prolong(self, task_id: str, end_s: float) -> None:
-        """A running task keeps what it holds until `end_s`."""
+        """Extend the reservation of a running task until `end_s`."""
         r = self.reservations[task_id]
         account, device = self._edge(r), self._device(r)
         if account is not None:
@@ -400,10 +400,10 @@ class Ledger:
         r.end_s = end_s
 
     def concerned(self, edges: Mapping[str, float], devices: Mapping[str, float], now: float) -> float | None:
-        """The earliest start that was promised to anybody whom a change may concern, or None: nobody waits for it.
+        """The earliest start among the scheduled tasks that a change may affect, or None if it affects none.
 
-        `edges` and `devices` say until when something was freed there. What was freed until now concerns those alone whose
-        start has come. A start before now says that something ended late.
+        `edges` and `devices` give the time until which resources were freed. If that is not after `now`, only tasks that are
+        due are affected. A start before `now` means that another task ended late.
         """
         earliest: float | None = None
         accounts: Mapping[str, EdgeAccount] | Mapping[str, DeviceAccount]
@@ -418,14 +418,14 @@ class Ledger:
         return earliest
 
     def overbooked(self, r: Reservation, from_s: float) -> bool:
-        """Whether, from `from_s` (not before now) to the end of `r`, more is promised than there is on its edge or device."""
+        """Whether the edge or device of `r` is overbooked at any time from `from_s` (not before now) to the end of `r`."""
         return any(
             account is not None and not account.timeline.fits(from_s, r.end_s, 0, 0, 0)
             for account in (self._edge(r), self._device(r))
         )
 
     def start(self, task_id: str) -> None:
-        """What was scheduled runs."""
+        """Mark a scheduled task as running."""
         r = self.reservations[task_id]
         self._unqueue(r)
         r.running = True
@@ -452,9 +452,9 @@ class Ledger:
             del queue[bisect_left(queue, item)]
 
     def audit(self, now: float) -> None:
-        """Check (8)-(10), one task a device and its own link at every instant from `now` on.
+        """Check (8)-(10), one computing task per device, and the limits of own links at every instant from `now` on.
 
-        All is counted from the reservations, and the timelines must agree with them. Raises `InvariantError`.
+        The check counts the reservations and compares the result with the timelines. Raises `InvariantError`.
         """
         for account in self.edges.values():
             held = [(r, (r.slots, r.link1_bps, r.link2_bps)) for r in account.reservations.values()]
@@ -469,26 +469,26 @@ class Ledger:
                 r.device is None or self.devices[r.device].reservations.get(task_id) is r,
             )
             if not all(holders):
-                raise InvariantError(f"{r} is not booked where it says")
+                raise InvariantError(f"{r} is missing from the account of its edge or device")
             queued = [
                 any(item[2] is r for item in account.queue)
                 for account in (self.edges.get(r.edge or ""), self.devices.get(r.device or ""))
                 if account is not None
             ]
             if r.edge is not None and ((r.start_s, r.seq, r) in self.edges[r.edge].first_served) != r.first_served:
-                raise InvariantError(f"{r} is served first, or is not, against its {r.moves} moves")
+                raise InvariantError(f"{r}: its entry in the edge's first-served list contradicts its {r.moves} moves")
             if any(known == r.running for known in queued):
-                raise InvariantError(f"{r} stands in a queue, or does not, against its state")
+                raise InvariantError(f"{r}: its entry in a queue contradicts its state")
         booked = sum(len(account.reservations) for account in self.edges.values())
         if booked != sum(r.edge is not None for r in self.reservations.values()):
-            raise InvariantError("an edge holds a reservation of nobody")
+            raise InvariantError("an edge has a reservation that the ledger does not list")
 
     def _edge(self, r: Reservation) -> EdgeAccount | None:
         if r.edge is None:
             return None
         account = self.edges.get(r.edge)
         if account is None:
-            raise InvariantError(f"{r} is on an edge that is not there")
+            raise InvariantError(f"{r} names an edge that is not in the ledger")
         return account
 
     def _device(self, r: Reservation) -> DeviceAccount | None:
@@ -502,18 +502,18 @@ Amounts = tuple[int, int, int]
 def _audit(
     name: str, timeline: Timeline, held: Sequence[tuple[Reservation, Amounts]], capacity: Amounts, now: float
 ) -> None:
-    running = [(r, amounts) for r, amounts in held if r.running]  # also those past their predicted end
+    running = [(r, amounts) for r, amounts in held if r.running]  # includes tasks past their predicted end
     if any(amount > limit for amount, limit in zip(_sum(running), capacity, strict=True)):
-        raise InvariantError(f"more runs on {name} than it has: {running}")
+        raise InvariantError(f"running tasks exceed the capacity of {name}: {running}")
     for at_s in _instants([r for r, _ in held], timeline.times, now):
         live = [(r, amounts) for r, amounts in held if r.start_s <= at_s < r.end_s]
         used = _sum(live)
         for number, amount, limit in zip(("(8)", "(9)", "(10)"), used, capacity, strict=True):
             if amount > limit:
-                raise InvariantError(f"{number} is broken on {name} at {at_s}: {amount} > {limit}, {live}")
+                raise InvariantError(f"{number} is violated on {name} at {at_s}: {amount} > {limit}, {live}")
         free = timeline.at(at_s)
         if free != tuple(limit - amount for amount, limit in zip(used, capacity, strict=True)):
-            raise InvariantError(f"the timeline of {name} says {free} at {at_s}, its reservations {used}")
+            raise InvariantError(f"{name} at {at_s}: its timeline has {free} free, but its reservations use {used}")
 
 
 def _sum(held: Sequence[tuple[Reservation, Amounts]]) -> Amounts:

@@ -1,7 +1,8 @@
-"""Who decides: the paper's policies, and the door through which a user's own comes in.
+"""The placement policies: those of the paper, and the loader for a user's own.
 
-A policy is anything with a `name` and a `place`. It is given Algorithm 1 over one task and the ledger as it stands
-(`Algorithm`), and returns a `Choice` of it, or None when the task must wait for nodes to join. The paper's are restrictions:
+A policy is an object with a `name` and a method `place`. The planner passes it Algorithm 1 for one task and the current
+ledger (`Algorithm`). The policy returns one `Choice`, or None if the task must wait for nodes to join. The paper's policies
+restrict Algorithm 1; a user's policy can do the same:
 
 >>> class Thrifty:
 ...     '''Never uses the cloud.'''
@@ -12,8 +13,8 @@ A policy is anything with a `name` and a `place`. It is given Algorithm 1 over o
 ...         return algorithm.best({DEVICE, DEVICE_EDGE})
 
 It is named by an entry point of the group `deepar.policies`, or as `module:name`; a class is instantiated without
-arguments. A policy must be a function of what it is given: no clock, no randomness, no state of its own, or a decision could
-not be explained afterwards.
+arguments. A policy must depend only on its argument: no clock, no randomness, no state of its own. Otherwise `explain` could
+not reproduce its decisions.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ from planner.search.cut_search import DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 
 ENTRY_POINT_GROUP: Final = "deepar.policies"
 MAX_FAULT: Final = 1_000
-"""So many characters are kept of what went wrong in a policy."""
+"""Limit of characters in the description of a policy's error."""
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """What the planner asks for every task."""
+    """The interface of a policy; the planner calls `place` for every task."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name of the policy in messages."""
 
     def place(self, algorithm: Algorithm) -> Choice | None:
-        """Where and when, or None: nothing that is there will do."""
+        """The placement and start of the task, or None if no present node can serve it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Restriction:
-    """Algorithm 1 over some of its candidates."""
+    """A policy that runs Algorithm 1 over some of its candidates."""
 
     name: str
     families: frozenset[int] = EVERY_FAMILY
@@ -57,7 +58,7 @@ class Restriction:
     delayed: bool = True  # False: start now, or run locally
 
     def place(self, algorithm: Algorithm) -> Choice | None:
-        """The best of what is allowed."""
+        """The best of the allowed candidates."""
         return algorithm.best(self.families, device_computes=self.device_computes, delayed=self.delayed)
 
 
@@ -69,16 +70,16 @@ BUILT_IN: Final[dict[str, Policy]] = {
         Restriction("device-only", frozenset({DEVICE})),
         Restriction("edge-only", frozenset({DEVICE_EDGE}), device_computes=False),
         Restriction("cloud-only", frozenset({DEVICE_CLOUD}), device_computes=False),
-        # one cut, anywhere: a cut behind the last layer is the device alone, as in the original
+        # one cut at any position; a cut after the last layer runs the whole model on the device, as in the original
         Restriction("neurosurgeon", frozenset({DEVICE, DEVICE_CLOUD})),
     )
 }
 
 
 def load_policy(name: str) -> Policy:
-    """A built-in policy, one by entry point, or `module:name`.
+    """The policy with this name: a built-in one, an entry point, or `module:name`.
 
-    Raises `UnknownNameError` for a name that nobody has, `ConfigError` for something that is not a policy.
+    Raises `UnknownNameError` for an unknown name, and `ConfigError` for an object that is not a policy.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
@@ -93,7 +94,7 @@ def load_policy(name: str) -> Policy:
 
 
 def policy_module(name: str) -> str | None:
-    """The module that defines a policy; None for a built-in one and for a name that is unknown."""
+    """The module that defines a policy; None for a built-in policy or an unknown name."""
     if name in BUILT_IN:
         return None
     if ":" in name:
@@ -102,7 +103,7 @@ def policy_module(name: str) -> str | None:
 
 
 def _imported(name: str, module_name: str, attribute: str) -> object:
-    """What `module:name` names. The user's own code runs: whatever it raises is told with its file and line."""
+    """The object that `module:name` names. Importing runs the user's code; its errors are reported with file and line."""
     if not module_name or not attribute:
         raise ConfigError(f"policy {name}: write a policy of your own as module:name")
     try:
@@ -123,19 +124,19 @@ def _imported(name: str, module_name: str, attribute: str) -> object:
 
 
 def _policies_of(module: ModuleType) -> list[str]:
-    """Names in a module of what looks like a policy."""
+    """The public names in a module whose values have a `place` method."""
     return [name for name, value in vars(module).items() if callable(getattr(value, "place", None)) and name[0] != "_"]
 
 
 def _place(error: Exception) -> str:
-    """An error of the user's code, and where it arose."""
+    """An error of the user's code, with the file and line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}"
 
 
 def policy_names() -> list[str]:
-    """Every policy that can be named without a colon."""
+    """The names of all policies that can be given without a module: built-in ones and entry points."""
     return [*BUILT_IN, *sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)} - set(BUILT_IN))]
 
 
@@ -150,7 +151,10 @@ def _checked(name: str, found: object) -> Policy:
 
 
 def policy_fault(policy: Policy, error: BaseException) -> str:
-    """What went wrong in a user's policy: its name, the file and line that raised or where `place` stands, the error."""
+    """An error of a user's policy in words: the policy, the file and line, and the error.
+
+    The line is the one that raised the error in the policy's file, or else the line of `place`.
+    """
     place = getattr(type(policy).place, "__code__", None)
     where = "" if place is None else f" ({_named(place.co_filename)}:{place.co_firstlineno})"
     for frame, line in traceback.walk_tb(error.__traceback__):

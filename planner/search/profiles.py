@@ -1,7 +1,7 @@
-"""Profiles of three platforms and the links between them, from a file: what `plan`, simulations and modelled stages run on.
+"""Profile files: the model times of a device, an edge and a cloud, and the bandwidths between them.
 
-One file is shipped, `paper`; see `loadgen.experiments.fit_paper` for where its numbers come from. A file of one's
-own has the same keys:
+`plan`, simulations and modelled stages use them. One file is shipped, `paper`; `loadgen.experiments.fit_paper` describes the
+origin of its numbers. A user's file has the same keys:
 
     {"version": 1, "name": ..., "origin": ..., "link1_bps": ..., "link2_bps": ..., "input_bytes": {MODEL: ...},
      "device": [ModelProfile, ...], "edge": [...], "cloud": [...]}
@@ -28,36 +28,36 @@ SHIPPED: Final = ("paper",)
 
 @dataclass(frozen=True, slots=True)
 class PlatformProfiles:
-    """How fast a device, an edge and a cloud run some models, and what lies between them."""
+    """The profiles of some models on a device, an edge and a cloud, and the bandwidths of the links between them."""
 
     name: str
     origin: str  # where the numbers come from, for people
     device: dict[str, ModelProfile]  # by model
     edge: dict[str, ModelProfile]
     cloud: dict[str, ModelProfile]
-    link1_bps: int  # b1, where nobody says otherwise
-    link2_bps: int  # b2
-    input_bytes: dict[str, int]  # G(0) by model, where it is not the model's own
+    link1_bps: int  # default of b1
+    link2_bps: int  # default of b2
+    input_bytes: dict[str, int]  # G(0) by model, for models whose G(0) differs from the model's own
     fitted_to: tuple[str, ...] = ()  # figures whose statements the numbers were fitted to; empty for measured profiles
-    fit_seeds: tuple[int, ...] = ()  # seeds that the fit used: a verdict needs others
+    fit_seeds: tuple[int, ...] = ()  # random seeds that the fit used; an evaluation must use other seeds
 
     @property
     def models(self) -> list[str]:
-        """Those that all three platforms run, in the file's order."""
+        """The models that all three platforms run, in the file's order."""
         return [model for model in self.device if model in self.edge and model in self.cloud]
 
 
 def load_profile(name_or_path: str | Path) -> PlatformProfiles:
-    """A shipped profile by name, or a file of one's own.
+    """A shipped profile by name, or the user's file at a path.
 
-    Raises `UnknownNameError` where neither exists, `ConfigError` for a file that is broken; the message names it.
+    Raises `UnknownNameError` if neither exists, and `ConfigError` for an invalid file; the message names it.
     """
     name = str(name_or_path)
     return parse_profile(name, profile_text(name))
 
 
 def profile_text(name: str) -> str:
-    """The content of a profile's file. Raises `UnknownNameError`, `ConfigError`."""
+    """The content of a profile file. Raises `UnknownNameError` or `ConfigError` as `load_profile` does."""
     if name in SHIPPED:
         return files("planner").joinpath("data", f"{name}.json").read_text(encoding="utf-8")
     path = Path(name)

@@ -1,7 +1,7 @@
-"""Answers for one task alone: where would it be cut, under which constraints, at which bandwidths?
+"""The plans for a single task without a ledger: the best cuts under given constraints and bandwidths.
 
-No ledger, no edge by name: one device, one edge, one cloud, and two links of given bandwidth. Every pair of cuts is looked
-at, because more than the best is asked for.
+The setting is one device, one edge, one cloud, and two links. Every pair of cuts is evaluated, because the caller may ask for
+more than the best plan.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from planner.search.cut_search import family_of
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """What a plan must keep to. The default asks for nothing."""
+    """The constraints on a plan. The default has none."""
 
     pinned: frozenset[Role] = frozenset()  # tiers that must compute
     forbidden: frozenset[Role] = frozenset()  # tiers that must not compute; a forbidden edge may still relay
@@ -33,7 +33,7 @@ class Constraints:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """The question: one model on three platforms, two links, a number of samples."""
+    """The input: one model on three platforms, two links, and a number of samples."""
 
     device: ModelProfile
     edge: ModelProfile | None
@@ -42,27 +42,27 @@ class Situation:
     link2_bps: int
     samples: int = 1
     objective: Objective = Objective.SEQUENTIAL
-    input_bytes: int | None = None  # G(0), None: the model's
+    input_bytes: int | None = None  # G(0); None: the model's own
     constraints: Constraints = field(default_factory=Constraints)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One way to run the task."""
+    """One way to run the task: its cuts, bandwidths and delay."""
 
     kind: Kind
     cut1: int
     cut2: int
     cut1_name: str
     cut2_name: str
-    link1_bps: int  # 0 where unused
+    link1_bps: int  # 0 if unused
     link2_bps: int
     delay_s: float
     parts: Parts
 
 
 def position_of(profile: ModelProfile, layer: str) -> int:
-    """The position behind a layer, given by name or number (0 is `input`). Raises `CutError` for one that is not there."""
+    """The position after a layer, given by name or number (0 is `input`). Raises `CutError` for an unknown layer."""
     if layer == "input":
         return 0
     if layer in profile.layer_names:
@@ -75,7 +75,7 @@ def position_of(profile: ModelProfile, layer: str) -> int:
 
 
 def plans(situation: Situation, top: int = 1) -> list[Plan]:
-    """The best `top` plans, best first; ties as Algorithm 1 breaks them. Empty when the constraints leave none."""
+    """The best `top` plans, best first; ties as in Algorithm 1. Empty if no plan meets the constraints."""
     s = situation
     costs = Costs(
         PlatformRow(s.device),
@@ -137,7 +137,7 @@ def _allowed(s: Situation) -> Iterable[tuple[int, int]]:
 
 
 def _sent(s: Situation, cut1: int, cut2: int) -> int:
-    """The most that either link carries for one sample."""
+    """The largest size that either link carries for one sample, in bytes."""
     layers = s.device.layers
     sizes = [s.device.cut_bytes[cut] for cut in (cut1, cut2) if 0 < cut < layers]
     if cut1 == 0 or cut2 == 0:
@@ -156,7 +156,7 @@ class Stretch:
 
 
 def sweep(situation: Situation, link: int, bandwidths: Iterable[int]) -> list[Plan | None]:
-    """The best plan at each bandwidth of one link, the other staying as it is."""
+    """The best plan at each bandwidth of one link, with the other link unchanged; None if no plan is allowed."""
     found: list[Plan | None] = []
     for bps in bandwidths:
         changed = replace(situation, link1_bps=bps) if link == 1 else replace(situation, link2_bps=bps)
@@ -165,7 +165,7 @@ def sweep(situation: Situation, link: int, bandwidths: Iterable[int]) -> list[Pl
 
 
 def stretches(bandwidths: list[int], best: list[Plan | None]) -> list[Stretch]:
-    """Where the best cuts change along a sweep."""
+    """The intervals of a sweep over which the best cuts stay the same."""
     found: list[Stretch] = []
     for bps, plan in zip(bandwidths, best, strict=True):
         if plan is None:
