@@ -1,4 +1,4 @@
-"""Replays over a bus: arrival patterns, schedules of tasks, what came of each task, and reports.
+"""Replays over a bus: arrival patterns, task schedules, task outcomes, and reports.
 
-Start with `replay`. Imports the rooms below; every other wing of `loadgen` may import it.
+Start with `replay`. Imports `bus`, `planner` and `stages`; every other wing of `loadgen` may import it.
 """

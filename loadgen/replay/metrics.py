@@ -1,4 +1,4 @@
-"""Numbers about many tasks: means, percentiles, confidence intervals, by model and by kind; thresholds on them."""
+"""Statistics over task outcomes (means, percentiles, confidence intervals, per model and per kind) and thresholds."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from bus.text.units import format_seconds
 from loadgen.replay.outcome import Outcome
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
-"""Name in reports -> percentile; linear between order statistics, as numpy's default."""
+"""Name in reports -> percentile, interpolated linearly (numpy's default)."""
 
 
 def distribution(values: Sequence[float]) -> dict[str, float | None]:
-    """`mean`, `p50`, `p90`, `p99`, `p99_9`, `min`, `max`; all None where there is no value."""
+    """`mean`, `p50`, `p90`, `p99`, `p99_9`, `min`, `max`; all None if `values` is empty."""
     if not values:
         return dict.fromkeys(("mean", *PERCENTILES, "min", "max"))
     array = np.asarray(values, dtype=float)
@@ -33,21 +33,20 @@ def distribution(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def half_width_95(values: Sequence[float]) -> float | None:
-    """Half the width of the 95 % confidence interval of the mean, by Student's t; None for fewer than two values."""
+    """Half-width of the 95 % confidence interval of the mean (Student's t); None for fewer than two values."""
     if len(values) < 2:
         return None
-    from scipy import special  # not at the top: every command would wait for it
+    from scipy import special  # imported late: loading scipy would slow down every command
 
     spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return spread * float(special.stdtrit(len(values) - 1, 0.975))
 
 
 def summary(outcomes: Iterable[Outcome], *, seed: int) -> dict[str, Any]:
-    """The object that `deepar loadgen replay --json` prints, without `files`. Warm-up tasks are counted
-    apart.
+    """The object that `deepar loadgen replay --json` prints, without `files`.
 
-    `submitted` counts what was handed to the bus; `unfinished` what had no end when the replay stopped
-    watching.
+    Warm-up tasks are only counted in `warmup`. `submitted` counts the tasks handed to the bus; `unfinished` counts
+    the tasks that had not ended when the replay stopped reading.
     """
     everything = list(outcomes)
     counted = [outcome for outcome in everything if not outcome.warmup]
@@ -102,14 +101,14 @@ def _present(values: Iterable[float | None]) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """A limit that a run must keep: exit code 99 where it does not."""
+    """An upper limit on a delay statistic; a run that exceeds it exits with code 99."""
 
-    name: str  # as the flag says it, e.g. "max-p99"
+    name: str  # name of the option without dashes, e.g. "max-p99"
     statistic: str  # a key of the summary's `delay_s`
     limit_s: float
 
     def missed(self, report: dict[str, Any]) -> str | None:
-        """A sentence where the run missed it; a run in which nothing completed keeps no limit."""
+        """A message if the run exceeded the limit, else None. A run without completed tasks exceeds every limit."""
         value = report["delay_s"][self.statistic]
         if value is None:
             return f"--{self.name} {format_seconds(self.limit_s)}: no task completed"

@@ -1,9 +1,8 @@
-"""What came of each task, learned from the records that everybody can read: decisions and events.
+"""Task outcomes, derived from the public decisions and events.
 
-A `Recorder` is fed by whoever watches (a live replay, the simulators) and holds one `Outcome` a task. Times
-are seconds on the watcher's clock from the start of the replay; a delay counts from the instant the task was
-*due*, not from when it was sent, so that a generator or a bus that falls behind shows in the numbers instead
-of hiding in them.
+A live replay or a simulator feeds a `Recorder`, which holds one `Outcome` per task. Times are seconds since the
+start of the replay on the feeder's clock. A delay counts from the time the task was *due*, not from the time it was
+sent, so lag of the generator or the bus is part of the measured delay.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from bus.values import Kind, Parts, Placement
 from loadgen.replay.schedule import Entry
 
 NOT_ACKNOWLEDGED = "not_acknowledged"
-"""The cause of a task that the bus did not take, as far as the generator could see."""
+"""Cause of a task whose submission the bus did not acknowledge."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """One task's story."""
+    """Everything recorded about one task."""
 
     task_id: str
     model: str
@@ -38,65 +37,65 @@ class Outcome:
     samples: int
     scheduled_s: float  # when it was due
     warmup: bool = False
-    submitted_s: float | None = None  # when it was handed to the bus
-    acknowledged_s: float | None = None  # when the bus had it
-    placed_s: float | None = None  # when its (last) placement was read
-    started_s: float | None = None  # when its (last) start was read
-    ended_s: float | None = None  # when its end was seen first
-    state: TaskState | None = None  # how it ended; None: it has not
-    cause: str = ""  # why, where it did not complete
-    attempt: int = 1  # the last one
-    policy: str = ""  # who placed it
-    placement: Placement | None = None  # the last one
-    predicted: Parts | None = None  # busy times the planner expected
-    predicted_delay_s: float | None = None  # w, from the start
-    predicted_wait_s: float | None = None  # from the decision to the start it promised
-    measured: Parts | None = None  # busy times that were measured
+    submitted_s: float | None = None  # when the generator handed it to the bus
+    acknowledged_s: float | None = None  # when the bus acknowledged it
+    placed_s: float | None = None  # when its latest placement was read
+    started_s: float | None = None  # when its latest start was read
+    ended_s: float | None = None  # when its end was first read
+    state: TaskState | None = None  # how it ended; None while unfinished
+    cause: str = ""  # reason, if it did not complete
+    attempt: int = 1  # number of the latest attempt
+    policy: str = ""  # policy that placed it
+    placement: Placement | None = None  # the latest one
+    predicted: Parts | None = None  # busy times that the planner predicted
+    predicted_delay_s: float | None = None  # the paper's w, counted from the start
+    predicted_wait_s: float | None = None  # from the decision to the planned start
+    measured: Parts | None = None  # busy times that the stages measured
     device_delay_s: float | None = None  # from the start to the last result, as the device reported
 
     @property
     def where(self) -> tuple[Kind, str | None, int, int] | None:
-        """Its placement without the rates: what two runs of the same task are compared by."""
+        """Placement without rates (kind, edge, cuts); used to compare two runs of the same task."""
         place = self.placement
         return None if place is None else (place.kind, place.edge, place.cut1, place.cut2)
 
     @property
     def delay_s(self) -> float | None:
-        """From the instant it was due to its end; None unless it completed."""
+        """Time from due to end; None unless it completed."""
         if self.state is not TaskState.COMPLETED or self.ended_s is None:
             return None
         return self.ended_s - self.scheduled_s
 
     @property
     def wait_s(self) -> float | None:
-        """From the instant it was due to its start."""
+        """Time from due to start; None before the start."""
         return None if self.started_s is None else max(0.0, self.started_s - self.scheduled_s)
 
     @property
     def kind(self) -> str:
-        """Of its placement, by the paper's names; "none" where it was never placed."""
+        """Kind of its placement in the paper's terms; "none" if it was never placed."""
         return "none" if self.placement is None else self.placement.kind.value
 
 
 class Recorder:
-    """Follows the tasks of one replay. `outcomes` is in the order in which the tasks were due."""
+    """Tracks the tasks of one replay. `outcomes` is in due order."""
 
     def __init__(self) -> None:
         self.outcomes: dict[str, Outcome] = {}
         self.submitted = 0  # tasks handed to the bus
-        self.running = 0  # tasks between start and end
-        self.ended = 0  # tasks that are over, whatever the state
-        self.delays_s: list[float] = []  # of completed tasks without warm-up, sorted
+        self.running = 0  # tasks that have started and not ended
+        self.ended = 0  # tasks that have ended, in any state
+        self.delays_s: list[float] = []  # delays of completed tasks without warm-up, sorted
 
     def expect(self, entry: Entry) -> Outcome:
-        """A task of the schedule, before it is submitted."""
+        """Register a task of the schedule before it is submitted."""
         task = entry.task
         outcome = Outcome(task.task_id, task.model, task.device, task.samples, entry.at_s, entry.warmup)
         self.outcomes[task.task_id] = outcome
         return outcome
 
     def submit(self, task_id: str, now_s: float, *, due_s: float | None = None) -> None:
-        """The task goes to the bus now; `due_s` corrects the due time of a closed loop."""
+        """Record that the task is handed to the bus now; `due_s` replaces the due time in a closed loop."""
         outcome = self.outcomes[task_id]
         outcome.submitted_s = now_s
         if due_s is not None:
@@ -104,7 +103,7 @@ class Recorder:
         self.submitted += 1
 
     def decide(self, decision: Decision, now_s: float) -> list[Outcome]:
-        """A valid decision was read. Returns the tasks of ours that it ended."""
+        """Apply a valid decision. Returns the tasks of this replay that it ended."""
         over = []
         for change in decision.changes:
             task_id = getattr(change, "task_id", None)
@@ -135,9 +134,7 @@ class Recorder:
         return over
 
     def complete(self, event: TaskCompleted, now_s: float) -> None:
-        """The device says that the last result is there. The decision that ends the task may be read before
-        or after.
-        """
+        """Apply the device's completion event. The decision that ends the task may be read before or after it."""
         outcome = self.outcomes.get(event.task_id)
         if outcome is None or outcome.measured is not None:
             return
@@ -146,8 +143,9 @@ class Recorder:
             outcome.ended_s = now_s
 
     def lose(self, task_id: str) -> None:
-        """The bus did not acknowledge the task. Should the planner have it all the same, its decision will
-        correct this.
+        """Mark the task as failed because the bus did not acknowledge it.
+
+        If the planner received the task anyway, its decision overrides this state.
         """
         outcome = self.outcomes[task_id]
         if outcome.state is None:

@@ -1,4 +1,4 @@
-"""Who is there: whether a planner leads a region, which nodes have joined it, and which have announced themselves."""
+"""Readiness of a region: whether a planner leads it, and which nodes have announced themselves or joined."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from bus.port import Bus, Reader
 from bus.values import Role
 
 FETCH_S = 0.25
-"""How long a fetch waits for news; bounds how late a cancelled follower notices."""
+"""Maximum wait of one fetch; also bounds how long a cancelled reader keeps running."""
 
 
 async def open_decisions(bus: Bus, region: int) -> tuple[DecisionLog, Reader]:
-    """A reader at the end of a region's decisions and the log that knows which of the next records count.
+    """A decision log that knows the current epoch, and a reader positioned at the end of a region's decisions.
 
-    Reading goes on behind the region's last snapshot, so that it does not take a year's history to find the
-    open epoch.
+    The log is built from the records after the region's last snapshot, so the whole history need not be read.
     """
     latest, reader = await snapshots.open_decisions(bus, region)
     log = DecisionLog() if latest is None else snapshots.log_behind(latest)
@@ -36,18 +35,18 @@ async def open_decisions(bus: Bus, region: int) -> tuple[DecisionLog, Reader]:
 
 
 def require_unled(log: DecisionLog, region: int) -> None:
-    """For benchmarks that take a region over. Raises `ConfigError` where a planner leads it, or did and has not left."""
+    """Check that a benchmark may lead the region. Raises `ConfigError` if a planner leads it or did not step down."""
     if log.epoch and not log.left:
         raise ConfigError(
-            f"{log.planner} leads region {region} of this broker, and a benchmark would take its place",
-            remedy="start a broker for it: deepar broker --port 9192 --data /tmp/deepar-bench",
+            f"planner {log.planner} leads region {region} on this broker, and the benchmark would depose it",
+            remedy="start a separate broker: deepar broker --port 9192 --data /tmp/deepar-bench",
         )
 
 
 async def await_planner(bus: Bus, region: int, *, timeout_s: float) -> DecisionLog:
-    """Wait until a record of the open epoch arrives: a planner is alive.
+    """Wait for a record of the current epoch, which proves that a planner is alive.
 
-    Raises `BusUnavailableError` with what to start when none speaks within `timeout_s`.
+    Raises `BusUnavailableError` with a remedy if none arrives within `timeout_s`.
     """
     log, reader = await open_decisions(bus, region)
     try:
@@ -58,7 +57,7 @@ async def await_planner(bus: Bus, region: int, *, timeout_s: float) -> DecisionL
                         return log
     except TimeoutError:
         raise BusUnavailableError(
-            f"no planner has spoken for region {region} within {timeout_s:g} s",
+            f"no planner wrote a decision for region {region} within {timeout_s:g} s",
             remedy="start one: deepar planner",
         ) from None
     finally:
@@ -66,7 +65,7 @@ async def await_planner(bus: Bus, region: int, *, timeout_s: float) -> DecisionL
 
 
 async def await_nodes(bus: Bus, region: int, names: Iterable[str], *, timeout_s: float) -> None:
-    """Wait until the planner has taken all of these nodes in. Raises `BusUnavailableError` naming who is missing."""
+    """Wait until all these nodes have joined. Raises `BusUnavailableError` naming the missing ones."""
     wanted = set(names)
     missing = set(wanted)
     log = DecisionLog(joins=True)
@@ -89,7 +88,7 @@ async def await_nodes(bus: Bus, region: int, names: Iterable[str], *, timeout_s:
 
 
 async def find_nodes(bus: Bus, region: int, roles: Iterable[Role] = (Role.DEVICE,)) -> list[NodeAnnounced]:
-    """The nodes of a region that have announced themselves and neither left nor drain, by name. Leases are not checked."""
+    """Announced nodes of a region that have not left and are not draining, sorted by name. Leases are not checked."""
     wanted = set(roles)
     reader = await bus.reader([(topics.NODES, region)], start="start")
     nodes: dict[str, NodeAnnounced] = {}

@@ -1,9 +1,8 @@
-"""A replay: a schedule submitted over a bus, open loop, and what came of each task read back from the topics.
+"""Replay of a schedule over a bus, with the outcome of each task read back from the topics.
 
-The generator knows nothing that a stranger to the system would not: it writes `deepar.tasks` and reads
-`deepar.decisions` (by the reading rule of `bus.decisions`) and `deepar.events`. It runs on any event loop, so
-the same code drives Kafka, `MemoryBus`, and virtual time. An open-loop task is sent when it is due, whatever
-became of those before it.
+The generator is an ordinary client: it writes `deepar.tasks` and reads `deepar.decisions` (with the reading rule of
+`bus.decisions`) and `deepar.events`. The same code runs on Kafka, `MemoryBus`, and virtual time. An open-loop task is
+sent when it is due, independent of the progress of earlier tasks.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from loadgen.replay.schedule import Entry, Schedule
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayResult:
-    """A replay that is over."""
+    """The result of a finished replay."""
 
-    outcomes: tuple[Outcome, ...]  # in the order in which the tasks were due
-    seed: int  # of the schedule
-    dropped_records: int  # decisions that did not count by the reading rule
+    outcomes: tuple[Outcome, ...]  # in due order
+    seed: int  # seed of the schedule
+    dropped_records: int  # decisions that the reading rule ignored
     unreadable_records: int  # events that could not be decoded
 
     @property
@@ -45,7 +44,7 @@ class ReplayResult:
 
     @property
     def unfinished(self) -> int:
-        """Tasks that had no end when the replay stopped watching."""
+        """Number of tasks that had not ended when the replay stopped reading."""
         return sum(outcome.state is None for outcome in self.outcomes)
 
 
@@ -60,13 +59,13 @@ async def replay(
     wall_clock: Callable[[], datetime] | None = None,
     on_span: SpanSink | None = None,
 ) -> ReplayResult:
-    """Submit the schedule and watch until every task has ended, or `drain_timeout_s` have passed without any
-    end. While the bus still tries to deliver a task, the replay waits for it: a bus gives up in bounded time.
+    """Submit the schedule and read until every task has ended, or until no task ended for `drain_timeout_s`.
 
-    `progress` is called on every submission and on every record read. `recorder` may be passed in to look at
-    the outcomes while, or although, the replay is interrupted. `wall_clock` stamps `submitted_at` for people
-    (virtual time leaves it out). `on_span` is told of every submission. The topics must exist. Raises `BusError`,
-    and `ConfigError` where the region demands a proof of identity that `bus` does not give (`bus.identity.signed_bus`).
+    The replay also waits while the bus still tries to deliver a task; the bus gives up in bounded time. `progress` is
+    called on every submission and every record read. Pass a `recorder` to inspect outcomes during the replay or after
+    an interruption. `wall_clock` fills `submitted_at`, which is informational (virtual time omits it). `on_span`
+    receives a span for every submission. The topics must exist. Raises `BusError`, and `ConfigError` if the region
+    demands signed records and `bus` does not sign (`bus.identity.signed_bus`).
     """
     run = _Replay(bus, schedule, region, recorder or Recorder(), progress, wall_clock, on_span)
     await run.play(drain_timeout_s)
@@ -98,8 +97,8 @@ class _Replay:
         self.unreadable = 0
         self._loop = asyncio.get_running_loop()
         self._began_s = 0.0
-        self._changed = asyncio.Event()  # something was acknowledged or ended since it was last cleared
-        self._unacknowledged = 0  # tasks that the bus still tries to deliver
+        self._changed = asyncio.Event()  # set when a task is acknowledged or ends
+        self._unacknowledged = 0  # tasks that the bus is still delivering
 
     def now_s(self) -> float:
         """Seconds since the replay began."""
@@ -135,7 +134,7 @@ class _Replay:
                     await self._change()
                 due_s = self.now_s()
             else:
-                # Absolute instants: a late wake-up delays one task and is forgotten with the next.
+                # Due times are absolute, so a late wake-up does not delay later tasks.
                 await asyncio.sleep(max(0.0, self._began_s + entry.at_s - self._loop.time()))
             self.recorder.submit(task_id, self.now_s(), due_s=due_s)
             acknowledged = await self._post(entry)
@@ -206,7 +205,9 @@ class _Replay:
     def _read_decision(self, record: Any) -> None:
         message = self.log.read(record)
         if isinstance(message, EpochOpened):
-            satisfy_region(self.bus, self.log.demanded, "whoever submits")  # or what is sent from now on is refused
+            satisfy_region(
+                self.bus, self.log.demanded, "whoever submits"
+            )  # else the planner rejects every further task
         if isinstance(message, Decision) and self.recorder.decide(message, self.now_s()):
             self._changed.set()
 
@@ -214,7 +215,7 @@ class _Replay:
         try:
             event = messages.decode(topics.EVENTS, record.value)
         except ProtocolError:
-            self.unreadable += 1  # somebody else's garbage; the planner dead-letters it
+            self.unreadable += 1  # not written by this replay; the planner dead-letters it
             return
         if isinstance(event, TaskCompleted):
             self.recorder.complete(event, self.now_s())
@@ -225,5 +226,5 @@ class _Replay:
 
 
 def utc_now() -> datetime:
-    """The wall clock, for `submitted_at` and for reports."""
+    """Current wall-clock time, for `submitted_at` and for reports."""
     return datetime.now(UTC)

@@ -1,6 +1,4 @@
-"""The files of a replay: `profile_export.jsonl`, `summary.json`, `summary.csv`, and `report.html` with its
-plots inside.
-"""
+"""Report files of a replay: `profile_export.jsonl`, `summary.json`, `summary.csv`, and a self-contained `report.html`."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 PARTS = ("device_s", "link1_s", "edge_s", "link2_s", "cloud_s", "result_s")
 PART_COLOURS = (plots.ORANGE, plots.YELLOW, plots.SKY, plots.GREEN, plots.PURPLE, plots.GREY)
 MAX_TABLE_ROWS = 500
-"""Tasks listed in the HTML report; all of them are in profile_export.jsonl."""
+"""Maximum number of tasks listed in the HTML report; profile_export.jsonl lists all."""
 
 
 def write_files(
@@ -35,7 +33,7 @@ def write_files(
     began_at: datetime | None = None,
     title: str = "DeePar replay",
 ) -> list[Path]:
-    """Write all files of a replay and return their paths. `began_at` adds times of day to the export."""
+    """Write all files of a replay and return their paths. `began_at` adds wall-clock times to the export."""
     directory.mkdir(parents=True, exist_ok=True)
     export = directory / "profile_export.jsonl"
     with export.open("w", encoding="utf-8") as file:
@@ -51,7 +49,7 @@ def write_files(
 
 
 def summary_csv(summary: dict[str, Any]) -> str:
-    """Rows `group,name,tasks,avg_s,p50_s,p90_s,p99_s,p99_9_s`: all tasks, then each kind, then each model."""
+    """CSV with columns `group,name,tasks,avg_s,p50_s,p90_s,p99_s,p99_9_s`: all tasks, then per kind, then per model."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["group", "name", "tasks", "avg_s", *(f"{name}_s" for name in PERCENTILES)])
@@ -67,7 +65,7 @@ def summary_csv(summary: dict[str, Any]) -> str:
 def html_report(
     outcomes: Sequence[Outcome], summary: dict[str, Any], *, title: str, began_at: datetime | None = None
 ) -> str:
-    """One page without any reference to the outside: numbers, plots, tasks."""
+    """A self-contained page with numbers, plots and tasks; it loads no external resources."""
     done = [outcome for outcome in outcomes if outcome.delay_s is not None]
     pictures = []
     if done:

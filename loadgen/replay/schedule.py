@@ -1,10 +1,8 @@
-"""A schedule: which task is submitted when. Made from arrivals and a source, or read from a file, and kept as
-a value.
+"""Schedules: tasks with their submission times, generated from an arrival pattern or read from a file.
 
-The same schedule can be replayed live, in virtual time and through the core-only driver. As a file it is JSON
-Lines, one task a line: `{"at_s": 1.5, "model": "lenet", "samples": 10, "device": "d1", ...}`; every field of
-`TaskSubmitted` may stand there. `timestamp` (ISO 8601) may stand in the place of `at_s`; times then count
-from the first line's.
+The same schedule can be replayed live, in virtual time, and through the core-only driver. The file format is JSON
+Lines, one task per line: `{"at_s": 1.5, "model": "lenet", "samples": 10, "device": "d1", ...}`. Every field of
+`TaskSubmitted` is allowed. `timestamp` (ISO 8601) may replace `at_s`; times then count from the first line.
 """
 
 from __future__ import annotations
@@ -32,29 +30,29 @@ from loadgen.replay.task_mix import Mix, draw
 class Entry:
     """One task of a schedule."""
 
-    at_s: float  # when it is due, from the start of the replay
-    task: TaskSubmitted  # what is published
-    warmup: bool = False  # runs like the others and is left out of the summary
+    at_s: float  # due time, seconds from the start of the replay
+    task: TaskSubmitted  # message to publish
+    warmup: bool = False  # runs normally but is excluded from the summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """Tasks in the order in which they are due. Validated when built: times do not fall, names differ."""
+    """Tasks in due order. Validated when built: times are ascending, task ids are unique."""
 
     entries: tuple[Entry, ...]
-    closed: bool = False  # a task is due when the one before it has ended (MLPerf's streams), whatever `at_s` says
-    seed: int = 0  # what it was drawn from, for the report
-    streams: str = ""  # the streams that were used, for the report
+    closed: bool = False  # closed loop: a task is due when the previous one has ended, and `at_s` is ignored
+    seed: int = 0  # seed of the generated values, for the report
+    streams: str = ""  # names of the random streams used, for the report
 
     def __post_init__(self) -> None:
         last = 0.0
         seen: set[str] = set()
         for entry in self.entries:
             if not (entry.at_s >= last and math.isfinite(entry.at_s)):
-                raise ConfigError(f"task {entry.task.task_id} is due at {entry.at_s}, before the one before it")
+                raise ConfigError(f"task {entry.task.task_id} is due at {entry.at_s}, earlier than the previous task")
             last = entry.at_s
             if entry.task.task_id in seen:
-                raise ConfigError(f"two tasks of the schedule are called {entry.task.task_id}")
+                raise ConfigError(f"duplicate task id in the schedule: {entry.task.task_id}")
             seen.add(entry.task.task_id)
 
     def __len__(self) -> int:
@@ -62,17 +60,17 @@ class Schedule:
 
     @property
     def span_s(self) -> float:
-        """From the start of the replay to the last arrival."""
+        """Time from the start of the replay to the last arrival."""
         return self.entries[-1].at_s if self.entries else 0.0
 
     def scaled(self, time_scale: float) -> Schedule:
-        """Every arrival at `time_scale` times its instant: 0.1 plays ten times as fast. Raises `ConfigError`."""
+        """A copy with every arrival time multiplied by `time_scale`; 0.1 is ten times as fast. Raises `ConfigError`."""
         if not (time_scale > 0 and math.isfinite(time_scale)):
-            raise ConfigError(f"the time scale must be over 0, not {time_scale}")
+            raise ConfigError(f"the time scale must be greater than 0, not {time_scale}")
         return replace(self, entries=tuple(replace(entry, at_s=entry.at_s * time_scale) for entry in self.entries))
 
     def with_warmup(self, tasks: int) -> Schedule:
-        """The first `tasks` tasks marked as warm-up."""
+        """A copy with the first `tasks` tasks marked as warm-up."""
         marked = (replace(entry, warmup=index < tasks) for index, entry in enumerate(self.entries))
         return replace(self, entries=tuple(marked))
 
@@ -88,7 +86,7 @@ def make(
     warmup: int = 0,
     closed: bool = False,
 ) -> Schedule:
-    """A schedule of `tasks` tasks, the first `warmup` of them warm-up. The same arguments give the same schedule."""
+    """Generate a schedule of `tasks` tasks, the first `warmup` as warm-up. Deterministic for the same arguments."""
     if tasks < 1:
         raise ConfigError(f"a schedule needs at least one task, not {tasks}")
     streams = Streams(seed)
@@ -102,10 +100,10 @@ def make(
 
 
 def read(path: Path, devices: Sequence[str], *, seed: int = 0, prefix: str = "task") -> Schedule:
-    """The schedule of a JSON Lines file. Tasks without a device take `devices` in turn, without an id
-    `PREFIX-LINE`.
+    """Read a schedule from a JSON Lines file.
 
-    Raises `ConfigError` naming file, line and key.
+    Tasks without a device are assigned `devices` round-robin; tasks without an id are named `PREFIX-LINE`. Raises
+    `ConfigError` naming file, line and key.
     """
     entries: list[Entry] = []
     origin: datetime | None = None
@@ -122,22 +120,22 @@ def read(path: Path, devices: Sequence[str], *, seed: int = 0, prefix: str = "ta
         except ValueError as error:
             raise ConfigError(f"{where}: not JSON: {error}") from None
         if not isinstance(fields, dict):
-            raise ConfigError(f"{where}: not an object with keys")
+            raise ConfigError(f"{where}: not a JSON object")
         if "timestamp" in fields and "at_s" not in fields:
             moment = _moment(fields.pop("timestamp"), where)
             origin = origin or moment
             fields["at_s"] = (moment - origin).total_seconds()
         if "at_s" not in fields:
-            raise ConfigError(f"{where}: neither `at_s` nor `timestamp` says when the task is due")
+            raise ConfigError(f"{where}: missing `at_s` or `timestamp`, the time at which the task is due")
         entries.append(_entry(fields, devices, len(entries), seed, f"{prefix}-{number}", where))
     if not entries:
-        raise ConfigError(f"{path}: holds no task")
+        raise ConfigError(f"{path}: contains no tasks")
     entries.sort(key=lambda entry: entry.at_s)
     return Schedule(entries=tuple(entries), seed=seed)
 
 
 def write(schedule: Schedule, path: Path) -> None:
-    """The schedule as JSON Lines that `read` takes."""
+    """Write the schedule as JSON Lines in the format that `read` accepts."""
     lines = []
     for entry in schedule.entries:
         fields = {"at_s": entry.at_s, **entry.task.model_dump(mode="json", exclude_none=True)}
@@ -148,7 +146,7 @@ def write(schedule: Schedule, path: Path) -> None:
 
 
 def merged(schedules: Iterable[Schedule]) -> Schedule:
-    """Several open-loop schedules played at once."""
+    """One schedule that plays several open-loop schedules at the same time."""
     entries = sorted((entry for schedule in schedules for entry in schedule.entries), key=lambda entry: entry.at_s)
     return Schedule(entries=tuple(entries))
 
@@ -158,7 +156,7 @@ def _entry(fields: dict[str, Any], devices: Sequence[str], index: int, seed: int
     if not isinstance(at_s, int | float) or isinstance(at_s, bool) or not (at_s >= 0 and math.isfinite(at_s)):
         raise ConfigError(f"{where}: at_s is {at_s!r}, not a number of seconds")
     if "device" not in fields and not devices:
-        raise ConfigError(f"{where}: no `device`, and none is known to take its place")
+        raise ConfigError(f"{where}: missing `device`, and no default device was given")
     defaults: dict[str, Any] = {
         "task_id": task_id,
         "samples": 1,

@@ -1,7 +1,7 @@
-"""What the tasks are: a mix of models and the parameters drawn for each task, the paper's by default.
+"""Task mix: the models and the random parameters of generated tasks; the defaults are the paper's.
 
-Every quantity is drawn from a stream of its own (`loadgen.random_streams`), uniformly from a closed range, so the
-fifth task's number of samples is the same whether or not bandwidth caps are drawn too.
+Each quantity is drawn uniformly from a closed range, from its own random stream (`loadgen.random_streams`), so
+drawing bandwidth caps does not change, for example, the fifth task's number of samples.
 """
 
 from __future__ import annotations
@@ -18,44 +18,46 @@ from bus.validation import first_fault
 from loadgen.random_streams import Streams
 
 Range = tuple[float, float]
-"""(least, largest), both included."""
+"""(minimum, maximum), both inclusive."""
 
 PAPER_MODELS = ("alexnet", "vgg16", "deepface", "lenet")
-"""The four networks of Section V, by their names in the zoo and in the `paper` profile."""
+"""The four networks of the paper's Section V, named as in the model zoo and the `paper` profile."""
 
 
 MOST = 1e15
-"""Of anything that is drawn for a task; whole numbers up to it are exact."""
+"""Upper limit of every drawn quantity; all integers up to it are exact as floats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
-    """What is drawn for a task. A range of None draws nothing and leaves the field unset. Validated when built."""
+    """Distributions of a task's fields. A range of None leaves the field unset. Validated when built."""
 
-    models: Mapping[str, float]  # name -> weight, over 0
+    models: Mapping[str, float]  # name -> weight, greater than 0
     samples: Range = (1, 1)  # N
     max_link1_bps: Range | None = None  # B_i^1
     max_link2_bps: Range | None = None  # B_i^2
     input_bytes: Range | None = None  # G_i(0)
-    deadline_s: float | None = None  # of every task
-    datasets: Mapping[str, str] = field(default_factory=dict)  # model -> data set its tasks read; else a seed
+    deadline_s: float | None = None  # deadline of every task
+    datasets: Mapping[str, str] = field(
+        default_factory=dict
+    )  # model -> data set that its tasks read; others use a seed
 
     def __post_init__(self) -> None:
         if not self.models:
             raise ConfigError("a mix needs at least one model")
         for model, weight in self.models.items():
             if not weight > 0:
-                raise ConfigError(f"the weight of {model} in the mix must be over 0, not {weight}")
+                raise ConfigError(f"the weight of {model} in the mix must be greater than 0, not {weight}")
         for name in ("samples", "max_link1_bps", "max_link2_bps", "input_bytes"):
             limits = getattr(self, name)
             if limits is not None and not 0 < limits[0] <= limits[1] <= MOST:
                 raise ConfigError(
-                    f"{name}: {limits[0]:g}..{limits[1]:g} is not a range of numbers over 0, up to {MOST:g}"
+                    f"{name}: {limits[0]:g}..{limits[1]:g} must be an ascending range within 0 (exclusive) to {MOST:g}"
                 )
         if self.samples[0] < 1:
-            raise ConfigError(f"samples: {self.samples[0]:g}..{self.samples[1]:g} begins below one sample")
+            raise ConfigError(f"samples: {self.samples[0]:g}..{self.samples[1]:g} must start at 1 or more")
         if self.deadline_s is not None and not self.deadline_s > 0:
-            raise ConfigError(f"deadline_s: {self.deadline_s:g} is not over 0")
+            raise ConfigError(f"deadline_s must be greater than 0, not {self.deadline_s:g}")
 
 
 PAPER_MIX = Mix(
@@ -71,13 +73,12 @@ PAPER_MIX = Mix(
 def draw(
     mix: Mix, tasks: int, devices: Sequence[str], streams: Streams, *, prefix: str = "task"
 ) -> list[TaskSubmitted]:
-    """`tasks` tasks named `PREFIX-0`, `PREFIX-1`, ..., on the devices in turn (with as many devices as tasks:
-    one each).
+    """Draw `tasks` tasks named `PREFIX-0`, `PREFIX-1`, ..., assigned to the devices round-robin.
 
-    Raises `ConfigError` when there is no device.
+    Raises `ConfigError` if `devices` is empty.
     """
     if not devices:
-        raise ConfigError("there is no device to submit tasks for")
+        raise ConfigError("no device to submit tasks for")
     names = list(mix.models)
     weights = np.array([mix.models[name] for name in names])
     picks = streams.stream("model").choice(len(names), size=tasks, p=weights / weights.sum())
@@ -126,11 +127,11 @@ def parse_models(text: str, *, known: Sequence[str] | None = None) -> dict[str, 
             mix[name] = float(weight) if weight else 1.0
         except ValueError:
             raise ConfigError(f"the weight of {name} in the mix is {weight!r}, not a number") from None
-    return Mix(models=mix).models  # type: ignore[return-value]  # validated, and a dict as we built it
+    return Mix(models=mix).models  # type: ignore[return-value]  # `Mix` has validated it, and it is the dict built above
 
 
 def _whole(limits: Range | None, tasks: int, streams: Streams, name: str) -> list[int] | list[None]:
-    """Whole numbers drawn uniformly from the closed range, or as many None."""
+    """One integer per task drawn uniformly from the closed range; a list of None if there is no range."""
     if limits is None:
         return [None] * tasks
     least, largest = round(limits[0]), round(limits[1])

@@ -24,7 +24,6 @@ from bus.values import Parts
 from deploy.commands.dead_letter import Letter
 from deploy.services.planner_process import planner_counters
 from loadgen.chaos.simulated import campaign
-from loadgen.chaos.simulated import run as chaos_play
 from loadgen.chaos.simulated.client import Client
 from loadgen.sim import region
 from loadgen.sim.virtual_loop import run_virtual
@@ -202,7 +201,7 @@ def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(InputFilter, "read", listening)
     monkeypatch.setattr(region, "Node", proving)
-    monkeypatch.setattr(chaos_play, "PlannerService", partial(PlannerService, master=master))
+    monkeypatch.setattr("loadgen.chaos.simulated.run.PlannerService", partial(PlannerService, master=master))
     monkeypatch.setattr(Client, "submit", submitting)
     found = campaign.run(range(12))
     assert found["violations"] == []

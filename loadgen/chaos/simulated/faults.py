@@ -43,8 +43,8 @@ class Breaker:
         self.poisoned: set[str] = set()  # tasks that may fail of what was put on a data topic
         self.missed: set[str] = set()  # tasks of which a record was lost for good
         self.cancelled: set[str] = set()
-        self.letters: list[str] = []  # origins of what must be found among the dead letters
-        self.last_letters = 0  # so many of them were put there when all was well
+        self.dead_letters: list[str] = []  # origins of the records that must be dead-lettered
+        self.last_dead_letters = 0  # how many of them were produced after healing
         self.lossy = False  # whether posts failed at any time, dead letters among them
         self._draw = draw
         self._scenario = scenario
@@ -283,10 +283,10 @@ class Breaker:
 
     async def garbage_everywhere(self, client: MemoryBus) -> None:
         """Once all is well: each topic gets one, and each must become one dead letter."""
-        before = len(self.letters)
+        before = len(self.dead_letters)
         for topic in (*CONTROL, topics.RESULTS, *self._data_topics()):
             await self._put(client, topic, NO_MESSAGE, "d1" if topic == topics.RESULTS else "nobody", "garbage")
-        self.last_letters = len(self.letters) - before
+        self.last_dead_letters = len(self.dead_letters) - before
 
     async def _put(self, client: MemoryBus, topic: str, value: bytes, key: str, kind: str) -> None:
         self._count(f"{kind} on {topic.removeprefix('deepar.')}")
@@ -294,7 +294,7 @@ class Breaker:
         with contextlib.suppress(BusError):
             position = await client.send(topic, value, key=key, partition=partition)
             if kind == "garbage" or topic != topics.RESULTS:  # a device that is away does not read what came meanwhile
-                self.letters.append(f"{position.topic}/{position.partition}/{position.offset}")
+                self.dead_letters.append(f"{position.topic}/{position.partition}/{position.offset}")
 
     def _data_topics(self) -> list[str]:
         return [topics.ACTIVATIONS_CLOUD, *(topics.activations_topic(edge) for edge in self._scenario.edge_names)]

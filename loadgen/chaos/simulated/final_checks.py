@@ -58,7 +58,7 @@ class Verdict:
             if not all(stage.joined for stage in self.region.stages.values()):
                 self.say("G1", "not everybody is back")
             self._look_for_leftovers()
-            self._look_for_letters()
+            self._look_for_dead_letters()
         oracle.finish(client.acknowledged, {task.task_id: self._excuses(task) for task in client.tasks})
 
     def _excuses(self, task: TaskSubmitted) -> frozenset[str]:
@@ -91,12 +91,12 @@ class Verdict:
                 if any(work.offsets._open.values()):
                     self.say("G8", f"{name} has records open: {work.offsets._open}")
 
-    def _look_for_letters(self) -> None:
+    def _look_for_dead_letters(self) -> None:
         """G7: garbage is a dead letter, unless the letter itself was lost; exactly once while all is well."""
         log = self.broker.logs(topics.DEAD_LETTER)[0]
         kept = Counter(record.key or "" for record in log.read(0, 1 << 30))
-        fresh = len(self.breaker.letters) - self.breaker.last_letters
-        for index, origin in enumerate(self.breaker.letters):
+        fresh = len(self.breaker.dead_letters) - self.breaker.last_dead_letters
+        for index, origin in enumerate(self.breaker.dead_letters):
             if not kept[origin] and (index >= fresh or not self.breaker.lossy):
                 self.say("G7", f"no dead letter of {origin}")
             elif kept[origin] > 1 and index >= fresh:

@@ -49,7 +49,7 @@ def test_bursts_intervals_and_offline() -> None:
         (lambda: arrivals.poisson(-1), "request rate"),
         (lambda: arrivals.uniform(float("nan")), "interval"),
         (lambda: arrivals.bursts(0, 1), "burst"),
-        (lambda: arrivals.intervals([]), "no request intervals"),
+        (lambda: arrivals.intervals([]), "list of request intervals is empty"),
         (lambda: arrivals.intervals([1, -1]), "interval 1"),
     ],
 )
@@ -162,12 +162,12 @@ def test_a_short_schedule_file(tmp_path: Path) -> None:
     [
         ("{", r"s\.jsonl:1: not JSON"),
         ("[1]", "not an object"),
-        ('{"model": "a"}', "neither `at_s` nor `timestamp`"),
+        ('{"model": "a"}', "missing `at_s` or `timestamp`"),
         ('{"at_s": "now", "model": "a"}', "at_s is 'now'"),
         ('{"at_s": 1, "model": "a", "samples": 0}', "samples"),
         ('{"at_s": 1}', "model"),
         ('{"timestamp": "noon", "model": "a"}', "'noon'"),
-        ("", "holds no task"),
+        ("", "contains no tasks"),
     ],
 )
 def test_a_broken_schedule_names_its_line_and_key(tmp_path: Path, line: str, message: str) -> None:
@@ -183,7 +183,7 @@ def test_time_scale_and_order() -> None:
     assert one.span_s == 2
     with pytest.raises(ConfigError, match="time scale"):
         one.scaled(0)
-    with pytest.raises(ConfigError, match="before the one before"):
+    with pytest.raises(ConfigError, match="earlier than the previous task"):
         schedule.Schedule(entries=one.entries[::-1])
     with pytest.raises(ConfigError, match="two tasks"):
         schedule.Schedule(entries=(one.entries[0], one.entries[0]))

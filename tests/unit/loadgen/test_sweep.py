@@ -16,7 +16,7 @@ import pytest
 
 from bus.errors import ConfigError, UnknownNameError
 from loadgen import plots
-from loadgen.experiments import runs as cells
+from loadgen.experiments import runs
 from loadgen.experiments import sweep as sweeps
 from loadgen.experiments.runs import Cell, run_cell, run_cells
 from loadgen.experiments.sweep import Axis, SweepOptions, sweep
@@ -29,7 +29,7 @@ POLICIES = ("edge-only", "deepar")
 
 @pytest.fixture(autouse=True)
 def made_up_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cells, "platforms", lambda profile: machines())
+    monkeypatch.setattr(runs, "platforms", lambda profile: machines())
 
 
 def options(out: Path, *axes: str, **more: object) -> SweepOptions:
@@ -102,30 +102,30 @@ def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = sweep(options(tmp_path / "whole")).rows
-    runs: list[int] = []
-    original = cells.run_cell
+    started: list[int] = []
+    original = runs.run_cell
 
     def dies(cell: Cell) -> dict[str, object]:
-        runs.append(1)
-        if len(runs) == 6:
+        started.append(1)
+        if len(started) == 6:
             raise KeyboardInterrupt
         return original(cell)
 
-    monkeypatch.setattr(cells, "run_cell", dies)
+    monkeypatch.setattr(runs, "run_cell", dies)
     with pytest.raises(KeyboardInterrupt):
         sweep(options(tmp_path / "part"))
     # As a kill would: the last line is cut short.
     path = tmp_path / "part" / "sweep.csv"
     path.write_text(path.read_text()[:-20])
-    runs.clear()
+    started.clear()
 
     def counted(cell: Cell) -> dict[str, object]:
-        runs.append(1)
+        started.append(1)
         return original(cell)
 
-    monkeypatch.setattr(cells, "run_cell", counted)
+    monkeypatch.setattr(runs, "run_cell", counted)
     again = sweep(options(tmp_path / "part"))
-    assert len(runs) == 12 - 4
+    assert len(started) == 12 - 4
     assert (again.reused, again.stale) == (4, 0)
     assert again.rows == whole
     assert path.read_bytes() == (tmp_path / "whole" / "sweep.csv").read_bytes()
@@ -169,8 +169,8 @@ RUN = """
 import sys
 from tests.unit.loadgen import test_sweep as here
 from loadgen import plots
-from loadgen.experiments import runs as cells
-cells.platforms = lambda profile: here.machines()
+from loadgen.experiments import runs
+runs.platforms = lambda profile: here.machines()
 done = here.sweep(here.replace(here.options(here.Path(sys.argv[1])), policies=("edge-only", "mine:Mine"), seeds=1))
 print(done.reused, done.stale, [row["mean_delay_s"] for row in done.rows if row["policy"] == "mine:Mine"])
 """
