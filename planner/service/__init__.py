@@ -1,4 +1,4 @@
-"""The planner as a service on the bus: leads a region, filters input, publishes decisions, writes snapshots.
+"""Planner service: leads a region, filters its inputs, publishes decisions and writes snapshots.
 
-Start with `service`. Imports `bus` and `planner.core`; the load generator and the command line may import it.
+Start with `service`. This wing imports `bus` and `planner.core`; `loadgen` and `deploy` may import it.
 """

@@ -1,11 +1,8 @@
-"""Reads what the region's nodes say, and turns away what nobody may say: the way from a record to an event of the core.
+"""Input filter: decodes the records of a region's nodes and rejects invalid and unauthorized ones.
 
-Where the region demands proofs of identity (`bus.identity.keys`), a record is believed to be of whom its proof says,
-and only as
-far as the table of `bus.identity.authorization` lets that speaker go; without, every record that can be read is
-believed. It is turned away
-before the core sees it, so what is refused leaves no trace in the state, and a replay of the decisions, which never looks at
-inputs again, needs neither the master secret nor the proofs.
+If the region requires proofs of identity (`bus.identity.keys`), the filter verifies the sender of each record and checks it
+against the table in `bus.identity.authorization`. Otherwise it accepts every record that can be decoded. Rejected records
+never reach the core, so replaying the decisions needs neither the master secret nor the proofs.
 """
 
 from __future__ import annotations
@@ -23,20 +20,20 @@ from bus.port import Record
 from planner.core.core import PlannerCore
 
 MAX_ANNOUNCEMENT_BYTES: Final = 400_000
-"""A node's announcement is copied into the decision that takes it in, beside what else follows from it."""
+"""Size limit of a node's announcement: the decision that records it contains a copy, next to its other changes."""
 
 
 class InputFilter:
-    """`master` None: everybody is believed."""
+    """Filter of one region. Without a `master` it accepts records without proof of identity."""
 
     def __init__(self, master: Master | None) -> None:
         self.master = master
-        self.refused = 0  # records whose sender is not whom it names, or may not say what it says
-        self.unkept = 0  # of these, without a dead letter
+        self.refused = 0  # unauthorized records: the proof of identity fails, or the sender may not send this message
+        self.not_dead_lettered = 0  # unauthorized records beyond the rate limit of dead letters
         self._allowance = Allowance()
 
     def read(self, record: Record, core: PlannerCore) -> Any:
-        """The message of a record. Raises `ProtocolError`: broken, or (`wrong_identity`) not to be obeyed."""
+        """Decode a record. Raises `ProtocolError` if it is invalid or, with cause `wrong_identity`, unauthorized."""
         if self.master is None:
             return _decoded(record)
         try:
@@ -48,27 +45,31 @@ class InputFilter:
             raise
         return message
 
-    def keeps(self, error: ProtocolError, now_s: float) -> bool:
-        """Whether this refusal is to become a dead letter and a line in the log; what is merely broken always is."""
+    def should_dead_letter(self, error: ProtocolError, now_s: float) -> bool:
+        """Whether to dead-letter and log a rejected record: invalid ones always, unauthorized ones up to a rate limit."""
         if error.cause != WRONG_IDENTITY:
             return True
-        kept = self._allowance.take(now_s)
-        self.unkept += not kept
-        return kept
+        allowed = self._allowance.take(now_s)
+        self.not_dead_lettered += not allowed
+        return allowed
 
 
 def _decoded(record: Record) -> Any:
     message = messages.decode(record.topic, record.value)
     if isinstance(message, NodeAnnounced):
-        size_bytes = len(messages.encode(message))  # as it will stand in the decision, not as it came
+        size_bytes = len(
+            messages.encode(message)
+        )  # its size inside the decision, which may differ from that of the record
         if size_bytes > MAX_ANNOUNCEMENT_BYTES:
-            said = f"{message.node} announces {size_bytes:,} bytes, over {MAX_ANNOUNCEMENT_BYTES:,}"
-            raise ProtocolError("oversized", said)
+            detail = (
+                f"announcement of {message.node} takes {size_bytes:,} bytes; the limit is {MAX_ANNOUNCEMENT_BYTES:,}"
+            )
+            raise ProtocolError("oversized", detail)
     return message
 
 
 def _parties(core: PlannerCore, task_id: str | None) -> Parties | None:
-    """Who takes part in a task at the moment; None: it is not live, and nothing said of it changes anything."""
+    """The nodes that take part in a live task; None for other tasks, which messages no longer change."""
     task = core.tasks.get(task_id) if task_id is not None else None
     if task is None:
         return None

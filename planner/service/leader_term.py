@@ -1,8 +1,7 @@
-"""One spell of leading a region: decide on every input, put the records on their way, read them back.
+"""Leader term: a planner's work from winning an epoch of a region to losing it.
 
-`planner.service.service` tells when a spell begins and what follows it; everything that is decided in between can be
-void, and is
-folded anew from the topic when the spell is over.
+The planner decides on every input, sends each decision without waiting for its acknowledgement, and reads it back from the
+topic. If a decision is missing there, the term ends and `planner.service.service` rebuilds the state from the topic.
 """
 
 from __future__ import annotations
@@ -38,40 +37,41 @@ from planner.service.snapshot_writer import SnapshotWriter
 
 HEARTBEATS_PER_LEASE = 5
 POLICY_ERROR = "policy_error"
-"""The cause of a rejection that is the fault of a user's policy."""
+"""Cause of a rejection after a user's policy failed."""
 
-MAX_UNPROVEN = 200
-"""So many decisions may be on their way before the planner waits for their place in the log."""
+MAX_UNCONFIRMED = 200
+"""Limit for records sent and not yet read back; at the limit the planner stops deciding until one is read back."""
 CHECKPOINT_EVERY = 1000
-"""After so many inputs that changed nothing (heartbeats, mostly) a record without changes says that they were read."""
+"""Number of inputs without a change (mostly heartbeats) after which an empty decision records the input offsets."""
 GUARD_S = 60.0
-"""How often the planner looks whether decisions are deleted."""
+"""Interval between checks for deleted decisions."""
 INPUTS = (topics.NODES, topics.TASKS, topics.EVENTS)
+"""Input topics, in the order in which records of one fetch are handled."""
 MAX_DETAIL = 1_000
-"""So many characters are kept of why an input could not be handled."""
+"""Maximum length, in characters, of the recorded reason why handling an input failed."""
 UNREADABLE = ("undecodable", "oversized", "unknown_version")
-"""Why a record on the decisions is a dead letter; others are drafts of a planner that lost the region."""
+"""Reasons that make a dropped decision record a dead letter. Records dropped for other reasons come from deposed planners."""
 
 
 class Deposed(Exception):
-    """What was decided last may not count; fold the topic anew."""
+    """The term is over. The latest decisions may be void, so the state must be rebuilt from the topic."""
 
 
 class InputFailed(Deposed):
-    """An input could not be handled, and the state may be broken: fold the topic anew, and do without the input."""
+    """Handling an input failed and may have damaged the state: rebuild it from the topic and skip the input."""
 
 
-class _Unproven(NamedTuple):
-    """A record that is on its way."""
+class _Unconfirmed(NamedTuple):
+    """A record that was sent and not yet read back."""
 
     seq: int
     part: int | None  # None: the decision itself
     payload: bytes
-    begun_s: float  # when its step began, the loop's clock
+    begun_s: float  # start of its step, on the event loop's clock
 
 
 class LeaderTerm:
-    """One spell of leading: from winning an epoch to losing it."""
+    """One term of a leader. The service runs its public coroutines side by side and cancels all when one fails."""
 
     def __init__(self, context: RegionContext, reader: Reader) -> None:
         self.context = context
@@ -79,51 +79,56 @@ class LeaderTerm:
         self.epoch = context.decision_log.epoch
         self.nonce = context.nonce
         self.seq = context.decision_log.seq
-        self._unproven: deque[_Unproven] = deque()  # what was decided and not yet read back
+        self._unconfirmed: deque[_Unconfirmed] = deque()  # in the order sent
         self._acknowledgements: asyncio.Queue[Awaitable[Position]] = asyncio.Queue()
         self._room = asyncio.Event()
-        self._begun_s = 0.0  # when the present step began
-        self._spoke_s = float("-inf")
+        self._begun_s = 0.0  # start of the current step, on the event loop's clock
+        self._last_sent_s = float("-inf")  # time of the last record sent, on the event loop's clock
         self._unrecorded = 0  # inputs read since the last decision
-        self._due: dict[str, int] | None = None  # where the inputs ended when it was time for a `Tick`
+        self._due: dict[str, int] | None = None  # end offsets of the inputs when a `Tick` became due
         self._snapshot_writer = SnapshotWriter(context)
         self._rejections = Allowance()
-        self._not_logged = 0  # rejections since the last one in the log
+        self._not_logged = 0  # rejections left out of the log since the last logged one
 
-    # --- what is written ---------------------------------------------------------------------------------------------
+    # --- records written ---------------------------------------------------------------------------------------------
 
     async def read_back(self) -> None:
-        """Read what really stands in the log; what this planner decided must be there, in order, and nothing else."""
+        """Read the decision topic and check that it holds exactly the records this planner sent, in order."""
         context = self.context
-        while context.unreadable:  # what was put there while nobody led
-            await self._bury_unreadable(*context.unreadable.popleft())
+        while context.unreadable:  # read while this planner was standing by
+            await self._dead_letter_unreadable(*context.unreadable.popleft())
         while True:
             for record in await self.reader.fetch():
                 message = context.decision_log.read(record)
                 if isinstance(message, EpochOpened):
                     raise Deposed(f"{message.planner} opened epoch {message.epoch}")
-                if isinstance(message, Dropped) and self._unproven and record.value == self._unproven[0].payload:
-                    raise InvariantError(f"decision {self._unproven[0].seq} does not count: {message.detail}")
+                if isinstance(message, Dropped) and self._unconfirmed and record.value == self._unconfirmed[0].payload:
+                    raise InvariantError(
+                        f"own decision {self._unconfirmed[0].seq} dropped by the reading rule: {message.detail}"
+                    )
                 if isinstance(message, Dropped) and message.reason in UNREADABLE:
-                    await self._bury_unreadable(record, message)
+                    await self._dead_letter_unreadable(record, message)
                 if not isinstance(message, Decision | DecisionPart):
                     continue
                 part = message.part if isinstance(message, DecisionPart) else None
-                if not self._unproven or (message.seq, part) != (self._unproven[0].seq, self._unproven[0].part):
-                    raise InvariantError(f"decision {message.seq} came back, which was not the next that was sent")
-                begun_s = self._unproven.popleft().begun_s
+                if not self._unconfirmed or (message.seq, part) != (
+                    self._unconfirmed[0].seq,
+                    self._unconfirmed[0].part,
+                ):
+                    raise InvariantError(f"decision {message.seq} read back out of order")
+                begun_s = self._unconfirmed.popleft().begun_s
                 self._room.set()
                 if isinstance(message, DecisionPart):
                     continue
                 now_s = asyncio.get_running_loop().time()
-                context.statistics.tell(message)
+                context.statistics.record(message)
                 self._log_rejections(message, now_s)
                 if context.traces is not None:
-                    context.traces.tell(message, begun_s, now_s, now_s - context.now_s())
-                self._snapshot_writer.proven(message.seq, record.offset)
+                    context.traces.record(message, begun_s, now_s, now_s - context.now_s())
+                self._snapshot_writer.decision_read_back(message.seq, record.offset)
 
     def _log_rejections(self, decision: Decision, now_s: float) -> None:
-        """A line for each rejected task, up to a rate; those that are the policy's fault have one of their own."""
+        """Log rejected tasks, rate-limited. `_decided` logs rejections after a policy failure."""
         for change in decision.changes:
             if not isinstance(change, Ended) or change.state is not TaskState.REJECTED or change.cause == POLICY_ERROR:
                 continue
@@ -134,8 +139,8 @@ class LeaderTerm:
             self.context.log.warning("task rejected", **about, not_logged_before=self._not_logged)
             self._not_logged = 0
 
-    async def _bury_unreadable(self, record: Record, dropped: Dropped) -> None:
-        """Dead-letter what is no message on the decisions, once: the next decision says how far that was done."""
+    async def _dead_letter_unreadable(self, record: Record, dropped: Dropped) -> None:
+        """Dead-letter an unreadable record of the decision topic once: the next decision records its offset as read."""
         context = self.context
         if record.offset >= context.inputs.get(topics.DECISIONS, 0):
             error = ProtocolError(dropped.reason, dropped.detail)
@@ -144,19 +149,19 @@ class LeaderTerm:
             self._read_up_to(topics.DECISIONS, record)
 
     def _read_up_to(self, topic: str, record: Record) -> None:
-        """What changes no state is recorded as read by the next decision."""
+        """Have the next decision record this offset as read."""
         self.context.inputs[topic] = record.offset + 1
         self._unrecorded += 1
 
-    async def tidy(self) -> None:
-        """Dead-letter what is no snapshot, once. Whoever looks for a snapshot to begin at only skips it."""
+    async def dead_letter_broken_snapshots(self) -> None:
+        """Dead-letter undecodable records of the snapshot topic once. Readers that search for a snapshot only skip them."""
         context = self.context
         where = (topics.SNAPSHOTS, context.region)
         reader = await context.bus.reader([where], start={where: context.inputs.get(topics.SNAPSHOTS, 0)})
         try:
             while True:
                 for record in await reader.fetch():
-                    # a tombstone is nobody's mistake
+                    # Tombstones are written on purpose.
                     if record.value is not None and not self._snapshot_writer.wrote(record.value):
                         try:
                             messages.decode(record.topic, record.value)
@@ -168,39 +173,39 @@ class LeaderTerm:
             await reader.close()
 
     async def await_acknowledgements(self) -> None:
-        """A decision whose fate is unknown ends the spell: the log will tell."""
+        """End the term if a send fails: only the topic shows whether the record was written."""
         try:
             while True:
                 acknowledgement = await self._acknowledgements.get()
                 try:
                     await acknowledgement
                 except BusError as error:
-                    raise Deposed(f"a decision may not have been written: {error}") from None
+                    raise Deposed(f"sending a decision failed: {error}") from None
         finally:
-            while not self._acknowledgements.empty():  # nobody will ask for these
+            while not self._acknowledgements.empty():  # retrieve their errors, which asyncio would report otherwise
                 rest = self._acknowledgements.get_nowait()
                 if isinstance(rest, asyncio.Future):
                     rest.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    async def show_life(self) -> None:
-        """A sign of life where there is nothing to decide."""
+    async def send_heartbeats(self) -> None:
+        """Send a heartbeat when nothing was sent for a fifth of the lease."""
         context = self.context
         clock = asyncio.get_running_loop().time
         interval_s = context.lease_s / HEARTBEATS_PER_LEASE
         while True:
-            wait_s = self._spoke_s + interval_s - clock()
+            wait_s = self._last_sent_s + interval_s - clock()
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
                 continue
             heartbeat = PlannerHeartbeat(region=context.region, epoch=self.epoch, nonce=self.nonce)
             await self._post(heartbeat, messages.encode(heartbeat))
 
-    async def keep(self) -> None:
-        """Write the snapshots that are proven."""
+    async def write_snapshots(self) -> None:
+        """Write each snapshot after its decision was read back."""
         await self._snapshot_writer.run()
 
-    async def guard(self) -> None:
-        """Where decisions are deleted that no snapshot covers, this planner alone knows the state: it writes a snapshot."""
+    async def guard_log_start(self) -> None:
+        """Force a snapshot if decisions were deleted that no snapshot covers: only this planner still holds the state."""
         context = self.context
         where = (topics.DECISIONS, context.region)
         while True:
@@ -215,47 +220,47 @@ class LeaderTerm:
                 continue
             if not covered:
                 context.log.error(
-                    "decisions are deleted that no snapshot covers: writing one",
+                    "decisions without a snapshot were deleted; snapshot forced",
                     log_begins_at=begin,
-                    remedy="see how the topic is set: deepar doctor",
+                    remedy="check the retention of the topic: deepar doctor",
                 )
-                context.snapshot_seq = -context.snapshot_every - context.core.live_tasks  # due with the next decision
-                self._unrecorded = CHECKPOINT_EVERY  # which comes with the next input
+                context.snapshot_seq = -context.snapshot_every - context.core.live_tasks  # due with the next decision,
+                self._unrecorded = CHECKPOINT_EVERY  # which the next input triggers
 
     # --- deciding ----------------------------------------------------------------------------------------------------
 
     async def decide(self) -> None:
-        """One step for every record of the region's inputs, in the order in which they are read; and one when time is up."""
+        """Handle the region's inputs one by one, and a `Tick` when the core's next wake-up time has passed."""
         context = self.context
         start = {(topic, context.region): context.inputs[topic] for topic in INPUTS}
         reader = await context.bus.reader(list(start), start=start)
         try:
             while True:
-                records = await reader.fetch(timeout_s=self._patience_s())
-                # Nodes first: a task that arrives with its device must find it there.
+                records = await reader.fetch(timeout_s=self._fetch_timeout_s())
+                # Nodes first, so that a task finds its device even if both arrive in one fetch.
                 for record in sorted(records, key=lambda record: INPUTS.index(record.topic)):
                     await self._take(record)
-                await self._look_at_clock(reader)
+                await self._tick_when_due(reader)
         finally:
             await reader.close()
 
     async def _take(self, record: Record) -> None:
         context = self.context
         missing = record.offset - context.inputs[record.topic]
-        if missing > LARGEST_HOLE and record.topic != topics.NODES:  # which is compacted
+        if missing > LARGEST_HOLE and record.topic != topics.NODES:  # compacted, so holes are normal
             context.lost_inputs += missing
             context.log.error(
                 "inputs were deleted before they were read",
                 topic=record.topic,
                 records=missing,
-                remedy="see how the topic is set: deepar doctor",
+                remedy="check the retention of the topic: deepar doctor",
             )
         message, failure = None, context.failures.get((record.topic, record.offset))
         try:
             if failure is None:
                 message = event = await self._read(record)
             else:
-                event = await self._give_up(record, failure)
+                event = await self._skip(record, failure)
             await self._step(event, (record.topic, record.offset + 1))
         except (BusError, Deposed):
             raise
@@ -263,24 +268,24 @@ class LeaderTerm:
             raise self._failed(record, message, error) from error
         if failure is not None:
             if self._unrecorded:
-                await self._decided((), context.now_s())  # so that no other planner meets it
+                await self._decided((), context.now_s())  # record it as read, so that the next leader skips it
             del context.failures[record.topic, record.offset]
 
     async def _read(self, record: Record) -> Any:
-        """The message of a record; None where it is turned away."""
+        """Decode a record; None if it was rejected."""
         try:
             message = self.context.input_filter.read(record, self.context.core)
             if isinstance(message, TaskSubmitted) and self.context.core.contradicts(message):
                 raise ProtocolError(
-                    "task_id_taken", f"another task {message.task_id} was submitted before; this one is ignored"
+                    "task_id_taken", f"task id {message.task_id} belongs to an earlier task; submission ignored"
                 )
             return message
         except ProtocolError as error:
-            await self._turn_away(record, error)
+            await self._reject(record, error)
             return None
 
     def _failed(self, record: Record, message: Any, error: Exception) -> InputFailed:
-        """Remember that an input cannot be handled. What it did to the state is undone by folding the topic anew."""
+        """Remember the input as failed. Rebuilding the state from the topic undoes what it changed."""
         context = self.context
         origin = f"{record.topic}/{record.partition}/{record.offset}"
         context.log.error("input not handled", origin=origin, exc_info=error)
@@ -292,10 +297,10 @@ class LeaderTerm:
         context.failures[record.topic, record.offset] = Failure(
             message, detail, 1 if before is None else before.times + 1
         )
-        return InputFailed(f"{origin} cannot be handled: {detail}")
+        return InputFailed(f"input {origin} not handled: {detail}")
 
-    async def _give_up(self, record: Record, failure: Failure) -> Event | None:
-        """Dead-letter an input that cannot be handled; what ends its task, unless that fails as well."""
+    async def _skip(self, record: Record, failure: Failure) -> Event | None:
+        """Dead-letter a failed input. Return the event that ends its task, or None if that event failed before."""
         context = self.context
         context.dead_letters += 1
         await bury(
@@ -309,10 +314,10 @@ class LeaderTerm:
             Unhandled(failure.message, failure.detail) if failure.times == 1 and failure.message is not None else None
         )
 
-    async def _turn_away(self, record: Record, error: ProtocolError) -> None:
-        """What is broken, or not said by whom it names, is kept for people and changes nothing."""
+    async def _reject(self, record: Record, error: ProtocolError) -> None:
+        """Log and dead-letter an invalid or unauthorized record, rate-limited; the state stays as it is."""
         context = self.context
-        if not context.input_filter.keeps(error, asyncio.get_running_loop().time()):
+        if not context.input_filter.should_dead_letter(error, asyncio.get_running_loop().time()):
             return
         if error.cause == "task_id_taken":
             context.log.warning("submission ignored: task id taken", task=record.key, offset=record.offset)
@@ -327,17 +332,18 @@ class LeaderTerm:
         context.dead_letters += 1
         await bury(context.bus, record, error, task_id=record.key or "", by=context.name)
 
-    def _patience_s(self) -> float:
-        """How long to wait for inputs."""
+    def _fetch_timeout_s(self) -> float:
+        """Timeout of the next fetch of inputs."""
         wakeup_s = self.context.core.next_wakeup()
         if wakeup_s is None:
             return 1.0
         return 0.1 if self._due is not None else min(1.0, max(0.001, wakeup_s - self.context.now_s()))
 
-    async def _look_at_clock(self, reader: Reader) -> None:
-        """Leases, deadlines and patience, once everything is read that was there when their time was up.
+    async def _tick_when_due(self, reader: Reader) -> None:
+        """Let the core handle expired leases and deadlines, after all inputs present at that time have been read.
 
-        So nobody is declared lost whose heartbeat lies unread: after a takeover, under load, or when this process was frozen.
+        A node whose heartbeat still waits unread is therefore not declared lost after a takeover, under load, or after this
+        process was frozen.
         """
         context = self.context
         wakeup_s = context.core.next_wakeup()
@@ -355,9 +361,9 @@ class LeaderTerm:
             await self._step(Tick(), None)
 
     async def _step(self, event: Event | None, consumed: tuple[str, int] | None) -> None:
-        """Let the core decide, and put the record on its way. Only `decide` comes here, so records keep their order."""
+        """Let the core handle an event and send the decision. Called only from `decide`, which preserves their order."""
         context = self.context
-        while len(self._unproven) >= MAX_UNPROVEN:
+        while len(self._unconfirmed) >= MAX_UNCONFIRMED:
             self._room.clear()
             await self._room.wait()
         self._begun_s = asyncio.get_running_loop().time()
@@ -370,6 +376,7 @@ class LeaderTerm:
             await self._decided(changes, now_s)
 
     async def _decided(self, changes: Iterable[Change], now_s: float) -> None:
+        """Send one decision: the changes, the input offsets and the hash of the state after them."""
         context = self.context
         changes = tuple(changes)
         for change in changes:
@@ -393,20 +400,23 @@ class LeaderTerm:
         if len(payload) > context.record_bytes and len(decision.changes) > 1:
             parts, decision = split_decision(decision, context.record_bytes)
             for part in parts:
-                await self._put(part, messages.encode(part))
+                await self._send(part, messages.encode(part))
             payload = messages.encode(decision)
-        self._snapshot_writer.decided(decision)
-        await self._put(decision, payload)
+        self._snapshot_writer.copy_if_due(decision)
+        await self._send(decision, payload)
         context.decisions += 1
 
-    async def _put(self, record: Decision | DecisionPart, payload: bytes) -> None:
+    async def _send(self, record: Decision | DecisionPart, payload: bytes) -> None:
         if len(payload) > messages.MAX_MESSAGE_BYTES:
-            raise InvariantError(f"decision {record.seq} takes {len(payload):,} bytes, which nobody would read")
+            raise InvariantError(
+                f"decision {record.seq} takes {len(payload):,} bytes; the limit is {messages.MAX_MESSAGE_BYTES:,}"
+            )
         part = record.part if isinstance(record, DecisionPart) else None
-        self._unproven.append(_Unproven(record.seq, part, payload, self._begun_s))
+        self._unconfirmed.append(_Unconfirmed(record.seq, part, payload, self._begun_s))
         await self._post(record, payload)
 
     async def _post(self, message: Message, payload: bytes) -> None:
+        """Send a record without waiting; `await_acknowledgements` reports a failure."""
         context = self.context
         acknowledgement = await context.bus.post(
             topics.DECISIONS,
@@ -416,7 +426,7 @@ class LeaderTerm:
             headers=context.envelope.headers(message),
         )
         self._acknowledgements.put_nowait(acknowledgement)
-        self._spoke_s = asyncio.get_running_loop().time()
+        self._last_sent_s = asyncio.get_running_loop().time()
 
 
 __all__ = ["HEARTBEATS_PER_LEASE", "INPUTS", "UNREADABLE", "Deposed", "LeaderTerm"]

@@ -1,7 +1,7 @@
-"""A decision that fits no single record, as several: its changes in parts, and the decision itself behind them.
+"""Record split: a decision too large for one record becomes parts that hold its first changes, then the decision itself.
 
-Cutting it up is all: it is one step still, with one sequence number, one hash, and one set of inputs, which stand in the last
-record. Until that one stands nothing of it counts (`bus.decisions`), so a planner may die between any two of them.
+The decision remains one step: the last record holds its hash and input offsets, and all records share its sequence number.
+Readers ignore the parts until the last record arrives (`bus.decisions`), so a planner may crash between any two records.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from typing import Final
 from bus.messages import Change, Decision, DecisionPart
 
 RECORD_BYTES: Final = 800_000
-"""A record of the decisions takes at most about so much; what surrounds it on its way fits beside it."""
+"""Approximate size limit of a decision record; leaves room for headers below the broker's limit."""
 
 
 def split_decision(decision: Decision, record_bytes: int = RECORD_BYTES) -> tuple[list[DecisionPart], Decision]:
-    """The parts of a decision, in order, and the decision with the changes that are left for it."""
+    """Split a decision into parts, in order, and the decision with its last changes. No parts if it fits one record."""
     groups: list[list[Change]] = [[]]
-    held = 0
+    group_bytes = 0
     for change in decision.changes:
         size_bytes = len(change.__pydantic_serializer__.to_json(change, exclude_none=True)) + 1
-        if held and held + size_bytes > record_bytes:
+        if group_bytes and group_bytes + size_bytes > record_bytes:
             groups.append([])
-            held = 0
+            group_bytes = 0
         groups[-1].append(change)
-        held += size_bytes
-    *before, last = groups
+        group_bytes += size_bytes
+    *earlier, last = groups
     parts = [
         DecisionPart(
             region=decision.region,
@@ -35,7 +35,7 @@ def split_decision(decision: Decision, record_bytes: int = RECORD_BYTES) -> tupl
             part=number,
             changes=tuple(changes),
         )
-        for number, changes in enumerate(before, 1)
+        for number, changes in enumerate(earlier, 1)
     ]
     return parts, decision.model_copy(update={"changes": tuple(last), "parts": len(parts) or None})
 

@@ -43,8 +43,8 @@ class SnapshotContext(Protocol):
     part_bytes: int  # approximate size of a record of a snapshot
 
     @property
-    def demanded(self) -> str | None:
-        """Fingerprint of the master secret; None if the region does not require proofs of identity."""
+    def master_fingerprint(self) -> str | None:
+        """Fingerprint of the master secret; None if this planner does not require proofs of identity."""
 
 
 class RegionContext(SnapshotContext, Protocol):

@@ -1,9 +1,9 @@
-"""Many regions, several planners: a consumer group says who looks after which region.
+"""Region group: a Kafka consumer group that assigns regions to planner processes.
 
-A region is a partition of the control topics, and the group shares partitions out evenly, so a planner that joins takes
-regions over and one that leaves or dies gives them back. The group serves liveness only; that no two planners decide for
-one region is the epochs' work (`planner.service.service`). So an assignment need not be punctual: whoever was given a region
-stands by until its leader lets go, and whoever lost one goes on until it hears of it, and then leaves politely.
+A region is a partition of the control topics, and the group distributes partitions evenly among the processes that are
+alive. The group serves liveness only; epochs ensure that each region has one leader (`planner.service.service`). A late
+assignment is therefore harmless: the new planner stands by until the old leader leaves, and the old planner leads until it
+learns of the change.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ log = structlog.get_logger("planner")
 
 
 class RegionShare:
-    """One planner process's share of all regions. `make_service` gives the planner of a region."""
+    """The regions assigned to one planner process. `make_service` creates the planner of a region."""
 
     def __init__(self, bus: Bus, make_service: Callable[[int], PlannerService]) -> None:
-        self.services: dict[int, PlannerService] = {}  # by region: what this process looks after now
+        self.services: dict[int, PlannerService] = {}  # by region: the planners this process runs now
         self._bus = bus
         self._make_service = make_service
         self._running: dict[int, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Serve until cancelled. Raises what a region's planner raises, and `BusError` where the group cannot be joined."""
+        """Serve until cancelled. Raises any error of a region's planner, and `BusError` if joining the group fails."""
         member = await self._bus.join([topics.NODES], group=PLANNER_GROUP, on_assigned=self._assigned)
         try:
             while True:
                 for running in self._running.values():
                     if running.done():
-                        running.result()  # it serves until it is cancelled: this raises
+                        running.result()  # raises: a planner ends by an error or by cancellation only
                 try:
-                    # The group is joined for its partitions; what stands in them the services read for themselves.
+                    # Membership only provides the assignment; each planner reads the topics itself.
                     if await member.fetch(timeout_s=RETRY_S):
                         await member.commit({held: member.position(held) for held in member.assignment()})
                 except BusError as error:
@@ -54,7 +54,7 @@ class RegionShare:
             await member.close()
 
     async def _assigned(self, partitions: frozenset[TopicPartition]) -> None:
-        """Keep what stays, leave what goes to others, begin what is new."""
+        """Stop the planners of revoked regions and start those of newly assigned ones."""
         regions = sorted(region for _, region in partitions)
         await self._stop([region for region in self._running if region not in regions])
         for region in regions:

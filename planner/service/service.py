@@ -1,15 +1,15 @@
-"""The planner as a service: a consumer around `PlannerCore` that can be killed anywhere and forgets nothing.
+"""Planner service: runs `PlannerCore` for one region on the bus and recovers all state from the decision topic.
 
-The decision topic is the truth. A planner stands by and folds it; when nobody leads (or the leader has been silent for its
-lease) it appends `EpochOpened(highest + 1, nonce)` and reads on until it sees whether it was the first. Then it leads:
-every input is one step of the core, every step with a change is one decision record that also says which inputs were
-consumed, so that state, inputs and outputs are one atomic write. It goes on deciding while records are on their way, and
-reads its own records back; should one not stand where it must, whatever it decided since is void, and it folds the topic
-anew. Ledger time is the region's own: the last record's `now` plus what has passed locally since taking over.
+A planner first replays the topic and stands by. When the region has no leader, or the leader has been silent for its lease,
+the planner appends `EpochOpened(highest + 1, nonce)` and reads on to see whether its record came first. Then it leads
+(`planner.service.leader_term`): each input is one step of the core, and each step with a change is one decision record, which
+also holds the input offsets. State, inputs and outputs are therefore one atomic write. A leader keeps deciding while records
+are in flight and reads its own records back; if one is missing, the planner discards its state and replays the topic.
 
-Snapshots only save reading. One is written when its decision has been read back, and believed when it is whole and that
-decision stands in the log where the snapshot says; else the topic is folded from the start. `docs/service.md` tells the
-operator's side.
+Ledger time is the region's own clock: the `now_s` of the last decision plus the local time since this planner took over.
+
+Snapshots shorten the replay. A snapshot is used only if it is complete and the log confirms its decision; otherwise the
+planner tries an older one or replays from the start. `docs/service.md` is the operator's page.
 """
 
 from __future__ import annotations
@@ -44,26 +44,30 @@ from planner.service.task_statistics import TaskStatistics
 from planner.service.traces import TaskTraces
 
 LEASE_S = 5.0
+"""Default silence of a leader after which another planner takes over."""
 SNAPSHOT_EVERY = 500
-UNREADABLE_KEPT = 100
+"""Default number of decisions from one snapshot to the next."""
+MAX_UNREADABLE = 100
+"""Limit for unreadable decision records that are remembered until this planner leads and dead-letters them."""
 RETRY_S = 0.5
+"""Pause before the planner retries after a failure of the bus."""
 
 log = structlog.get_logger("planner")
 
 
 class Standing(StrEnum):
-    """What a planner is to its region at the moment."""
+    """Current role of a planner in its region."""
 
-    READING = "reading"  # folding history
-    STANDING_BY = "standing by"  # another leads
+    READING = "reading"  # replaying the decision topic
+    STANDING_BY = "standing by"  # another planner leads
     LEADING = "leading"
 
 
 class PlannerService:
-    """One planner of one region. `make_core` gives an empty core with the policy and objective wanted.
+    """One planner of one region. `make_core` creates an empty core with its policy and objective.
 
-    With a `master` the region demands proofs of identity from now on. Without, it stays as it is: where it demands them this
-    planner will not serve it, unless it is told that the region is to `trust_everybody` again.
+    With a `master`, the region requires proofs of identity from this planner's first epoch on. Without one, the planner
+    refuses to serve a region that already requires proofs, unless `trust_everybody` turns them off.
     """
 
     def __init__(
@@ -82,22 +86,23 @@ class PlannerService:
         trust_everybody: bool = False,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """`part_bytes`: what a record of a snapshot takes about, `record_bytes` one of a decision; what is more is divided.
+        """Snapshots are split at about `part_bytes` per record, decisions at about `record_bytes`.
 
-        `wall_clock` (seconds since 1970) is for people who read the records; nothing is decided by it."""
+        `wall_clock` (seconds since 1970) only labels records for people who read them.
+        """
         self.bus = bus
         self.core = make_core()
         self.name = name
         self.region = region
         self.lease_s = lease_s
         self.standing = Standing.READING
-        self.decisions = 0  # records written while leading
+        self.decisions = 0  # decisions written while leading
         self.input_filter = InputFilter(master)
-        self.lost_inputs = 0  # tasks and events that were deleted before this planner read them
+        self.lost_inputs = 0  # tasks and events deleted before this planner read them
         self.policy_errors = 0  # tasks rejected because a user's policy failed
-        self.input_failures = 0  # inputs that could not be handled: bugs of ours
-        self.failures: dict[tuple[str, int], Failure] = {}  # topic and offset of those that are still to be passed over
-        self.dead_letters = 0  # that this planner wrote, refusals included
+        self.input_failures = 0  # inputs that the planner failed to handle: bugs of ours
+        self.failures: dict[tuple[str, int], Failure] = {}  # (topic, offset) -> inputs to skip in the next term
+        self.dead_letters = 0  # dead letters written, unauthorized records included
         self.log = log.bind(planner=name, region=region)
         self._make_core = make_core
         self._take_over = take_over
@@ -105,40 +110,41 @@ class PlannerService:
         self.snapshot_every = snapshot_every
         self.part_bytes = part_bytes
         self.record_bytes = record_bytes
-        self.snapshot_seq = 0  # of the decision behind which reading began, or of the last snapshot taken since
-        self.decision_log = DecisionLog()  # the reading rule, as far as was read
+        self.snapshot_seq = 0  # decision of the last snapshot taken; initially of the one restored
+        self.decision_log = DecisionLog()  # state of the reading rule at the current position
         self.inputs: dict[str, int] = {}  # topic -> next offset to read
         self._wall_clock = wall_clock
         self._now_s = 0.0  # ledger time at `_since_s`
-        self._since_s = 0.0  # the loop's clock
+        self._since_s = 0.0  # on the event loop's clock
         self.nonce = ""
         self.envelope = Envelope(f"/deepar/{region}/planner/{name}", uuid.uuid4().hex[:12])
         self.traces: TaskTraces | None = None
         self.statistics = TaskStatistics()
-        # what is no message on the decisions, read while not leading
-        self.unreadable: deque[tuple[Record, Dropped]] = deque(maxlen=UNREADABLE_KEPT)
+        # unreadable decision records, read while not leading
+        self.unreadable: deque[tuple[Record, Dropped]] = deque(maxlen=MAX_UNREADABLE)
 
     def now_s(self) -> float:
         """Ledger time, while leading."""
         return self._now_s + (asyncio.get_running_loop().time() - self._since_s)
 
     @property
-    def demanded(self) -> str | None:
-        """The fingerprint of the master whose keys this planner demands proofs by."""
+    def master_fingerprint(self) -> str | None:
+        """Fingerprint of the master secret; None if this planner does not require proofs of identity."""
         return None if self.input_filter.master is None else self.input_filter.master.fingerprint
 
     def trace_to(self, sink: SpanSink | None) -> None:
-        """Tell `sink` of the decisions and the ends of tasks. Before `run`."""
+        """Send the spans of tasks and decisions to `sink`. Call it before `run`."""
         self.traces = TaskTraces(self.name, sink) if sink is not None else None
 
     def utc(self) -> str:
-        """Now, for people to read."""
+        """Wall-clock time in UTC, for people who read the records."""
         return datetime.fromtimestamp(self._wall_clock(), UTC).isoformat(timespec="milliseconds")
 
     async def run(self) -> None:
-        """Serve until cancelled: stand by, lead, stand by again. Raises `InvariantError` for bugs only, and `ConfigError`
-        where the region demands proofs of identity that this planner could not check, or where decisions are gone that no
-        snapshot makes up for.
+        """Serve until cancelled: replay, stand by, lead, and again.
+
+        Raises `InvariantError` for bugs only. Raises `ConfigError` if the region requires proofs of identity that this
+        planner has no secret to verify, or if decisions were deleted that no snapshot covers.
         """
         while True:
             try:
@@ -156,11 +162,11 @@ class PlannerService:
             except Deposed as deposed:
                 self.log.warning("leadership lost", reason=str(deposed))
             except DecisionsLostError as error:
-                if self.standing is Standing.READING:  # behind the newest snapshot, so another look would find the same
+                if self.standing is Standing.READING:  # lost behind the newest snapshot, so a retry would find the same
                     raise self._cannot_go_on(error) from error
-                self.log.warning("decisions are gone; reading the log anew", error=str(error))
+                self.log.warning("decisions lost; replaying the topic", error=str(error))
             except BusError as error:
-                self.log.warning("bus failed; reading the log again", error=str(error))
+                self.log.warning("bus failed; replaying the topic", error=str(error))
                 await asyncio.sleep(RETRY_S)
             finally:
                 await reader.close()
@@ -168,7 +174,7 @@ class PlannerService:
     # --- standing by -------------------------------------------------------------------------------------------------
 
     async def _fold(self) -> Reader:
-        """The last snapshot that holds; the reader goes on behind it, and what it brings is to be folded in."""
+        """Restore the newest usable snapshot. The returned reader starts with the first decision to replay."""
         self.standing = Standing.READING
         async with aclosing(snapshots.found(self.bus, self.region)) as candidates:
             async for one in candidates:
@@ -189,16 +195,16 @@ class PlannerService:
         return reader
 
     def _cannot_go_on(self, lost: DecisionsLostError) -> ConfigError:
-        """To begin again would forget the tasks under way, and decide every task that stands on the topic once more."""
+        """An error that stops the planner: an empty state would drop running tasks and decide old ones a second time."""
         return ConfigError(
-            f"{lost}, and no snapshot covers them: this planner does not know what was decided",
-            remedy=f"restore {topics.DECISIONS} and {topics.SNAPSHOTS} from a backup; or give up every task that has not"
-            f" ended: stop all services, delete {topics.DECISIONS}, {topics.SNAPSHOTS}, {topics.TASKS} and {topics.EVENTS}"
+            f"{lost}, and no snapshot covers them: the planner cannot restore the region's state",
+            remedy=f"restore {topics.DECISIONS} and {topics.SNAPSHOTS} from a backup; or drop all unfinished"
+            f" tasks: stop all services, delete {topics.DECISIONS}, {topics.SNAPSHOTS}, {topics.TASKS} and {topics.EVENTS}"
             " (kafka-topics.sh --delete), then: deepar topics create",
         )
 
     def _restore(self, snapshot: Snapshot) -> bool:
-        """Take on a snapshot's state; False where it cannot be: another version's, or broken."""
+        """Load a snapshot's state; False if it is corrupt or of another version."""
         self.core = self._make_core()
         try:
             self.core.restore(snapshot.state)
@@ -212,22 +218,22 @@ class PlannerService:
         return True
 
     async def _reader_behind(self, snapshot: Snapshot) -> Reader | None:
-        """A reader of the decisions behind a snapshot, where the log proves it."""
+        """A reader of the decisions after a snapshot; None if the log does not confirm the snapshot."""
         return await snapshots.reader_behind(self.bus, snapshot)
 
     async def _stand_by(self, reader: Reader) -> None:
-        """Fold what comes until nobody leads. Returns when this planner should claim the region."""
+        """Replay decisions as they arrive. Returns when this planner should claim the region."""
         if self.traces is not None:
-            self.traces.keep(self.core.tasks)
-        self.statistics.keep(self.core.tasks)
+            self.traces.retain(self.core.tasks)
+        self.statistics.retain(self.core.tasks)
         clock = asyncio.get_running_loop().time
         heard_s = clock()
         while True:
-            # The clock before the question: a process that is frozen in between must not take its own silence for another's.
+            # Read the clock before the lag: if this process freezes in between, the leader must not look silent.
             asked_s = clock()
             if await reader.lag() == 0:
                 self._require_master()
-                # An epoch that this very planner opened and does not lead (its send failed, or its spell ended) is nobody's.
+                # An epoch with this planner's own nonce has no leader: its send failed or its term ended.
                 free = self.decision_log.epoch == 0 or self.decision_log.left or self.decision_log.nonce == self.nonce
                 silent = asked_s - heard_s > (self.decision_log.lease_s or self.lease_s)
                 if free or silent or self._take_over:
@@ -243,21 +249,22 @@ class PlannerService:
                     heard_s = clock()
 
     def _require_master(self) -> None:
-        """A region that was safe must not become unsafe because one of its planners was started without the secret."""
-        if self.decision_log.identity is not None and self.demanded is None and not self._trust_everybody:
+        """Stop a planner without a master secret from turning off the region's proofs of identity by accident."""
+        if self.decision_log.identity is not None and self.master_fingerprint is None and not self._trust_everybody:
             raise ConfigError(
-                f"region {self.region} demands proofs of identity, and this planner has no master secret",
-                remedy="name its file in DEEPAR_IDENTITY_MASTER_FILE; to give proofs up: deepar planner --trust-everybody",
+                f"region {self.region} requires proofs of identity, and this planner has no master secret",
+                remedy="set DEEPAR_IDENTITY_MASTER_FILE to its file; to turn proofs off: deepar planner --trust-everybody",
             )
 
     def _read(self, record: Record) -> DecisionTopicMessage | Dropped:
-        """A record of the decisions, by the reading rule; what nobody can read is put by for whoever leads next."""
+        """Apply the reading rule to a decision record. Unreadable ones are kept until this planner leads."""
         message = self.decision_log.read(record)
         if isinstance(message, Dropped) and message.reason in UNREADABLE:
             self.unreadable.append((record, message))
         return message
 
     def _fold_in(self, decision: Decision) -> None:
+        """Apply a decision of the topic to the state and check the hash."""
         self.core.fold(decision)
         if self.traces is not None:
             self.traces.fold(decision)
@@ -269,26 +276,26 @@ class PlannerService:
     def _check_hash(self, recorded: str, seq: int) -> None:
         if self.core.state_hash != recorded:
             raise InvariantError(
-                f"region {self.region}: replaying decision {seq} gives the state {self.core.state_hash}, "
-                f"recorded is {recorded}"
+                f"region {self.region}: state hash after replaying decision {seq} is {self.core.state_hash}, "
+                f"the recorded one is {recorded}"
             )
 
     # --- claiming ----------------------------------------------------------------------------------------------------
 
     async def _claim(self, reader: Reader) -> None:
-        """Open the next epoch and read on until it is known who opened it first."""
+        """Open the next epoch. Returns once the topic shows that this planner opened it first; raises `Deposed` otherwise."""
         if self.decision_log.epoch == 0:
             await self._require_no_snapshot()
         self.nonce = uuid.uuid4().hex[:12]
         epoch = self.decision_log.epoch + 1
-        self._take_over = False  # once; two that were told to would else go on for ever
+        self._take_over = False  # once only: two planners with this option would otherwise depose each other forever
         opened = EpochOpened(
             region=self.region,
             epoch=epoch,
             nonce=self.nonce,
             planner=self.name,
             lease_s=self.lease_s,
-            identity=self.demanded,
+            identity=self.master_fingerprint,
             at=self.utc(),
         )
         await self._send(topics.DECISIONS, opened)
@@ -303,7 +310,7 @@ class PlannerService:
                     return
 
     async def _require_no_snapshot(self) -> None:
-        """A log in which no epoch was ever opened is that of a new region, unless there are snapshots of what it held."""
+        """Check that a topic without an epoch belongs to a new region: a snapshot means that its decisions were deleted."""
         async with aclosing(snapshots.found(self.bus, self.region)) as candidates:
             async for one in candidates:
                 raise self._cannot_go_on(DecisionsLostError(self.region, one.snapshot.offset, 0))
@@ -315,8 +322,8 @@ class PlannerService:
         self.core.restart_leases(self.now_s())
         self.standing = Standing.LEADING
         self.log.info("leading", epoch=self.decision_log.epoch, seq=self.decision_log.seq, tasks=self.core.live_tasks)
-        # A task of its own: a task group that is cancelled while one of its tasks fails reports the failure alone, and the
-        # cancellation would be lost.
+        # Run the term in a separate asyncio task: a task group that is cancelled while one of its tasks fails reports only
+        # the failure, and the cancellation would be lost.
         leading = asyncio.create_task(self._lead_until_deposed(reader), name=f"{self.name}: leading")
         try:
             await asyncio.wait({leading})
@@ -336,24 +343,23 @@ class PlannerService:
                 for step in (
                     term.read_back,
                     term.decide,
-                    term.show_life,
+                    term.send_heartbeats,
                     term.await_acknowledgements,
-                    term.keep,
-                    term.guard,
-                    term.tidy,
+                    term.write_snapshots,
+                    term.guard_log_start,
+                    term.dead_letter_broken_snapshots,
                 ):
                     group.create_task(step(), name=f"{self.name}: {step.__name__}")
         except* (Deposed, BusError) as failures:
             first = failures
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]
-        if (
-            first is not None
-        ):  # raised here: early releases of Python 3.11 wrap what is raised above in a group once more
+        # Raised outside `except*`: early releases of Python 3.11 wrap an error raised inside it in another group.
+        if first is not None:
             raise first from None
 
     async def _leave(self) -> None:
-        """Say that the region is free, where that can be said quickly."""
+        """Announce that the region has no leader; give up after one second."""
         with contextlib.suppress(BusError, TimeoutError):
             async with asyncio.timeout(1.0):
                 await self._send(

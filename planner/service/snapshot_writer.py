@@ -1,9 +1,8 @@
-"""Writes the snapshots of one spell of leading: each after its decision was read back, bit by bit, while deciding goes on.
+"""Snapshot writer of one leader term: it writes the state in parts while the planner goes on deciding.
 
-An image of the state is taken with the decision (`planner.core.snapshot`). When that stands in the log, the image is
-written as
-parts and, behind them, the snapshot that names them; `bus.snapshots` tells what readers believe and how places take turns.
-Without a snapshot a restart reads further back, so nothing that goes wrong here is a reason to stop leading.
+The writer copies the state together with a decision (`planner.core.snapshot`). Once that decision is read back from the
+topic, it writes the parts and then the snapshot record that names them (`bus.snapshots` describes the layout). A missing
+snapshot only makes a restart slower, so a failed write does not end the term.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from planner.core.snapshot import Image, spliced
 from planner.service.region_context import SnapshotContext
 
 PART_BYTES: Final = 250_000
-"""Some two hundred tasks, which take two milliseconds to write out."""
+"""Default size of a part: about two hundred tasks, serialized in about two milliseconds."""
 
 
 class SnapshotWriter:
-    """One snapshot at a time: taken with a decision, proven, written."""
+    """Handles one snapshot at a time: copy the state, wait until its decision is read back, write."""
 
     def __init__(self, context: SnapshotContext) -> None:
         self.context = context
-        self._taken: tuple[Snapshot, Image] | None = None  # until it is written, or could not be
-        self._proven: asyncio.Queue[int] = asyncio.Queue()  # the offset of its decision
-        self._newest: Snapshot | None = None  # of the region, as far as the log proves it; looked up when it is needed
-        self._written: set[str] = set()  # digests of what was written here and not yet read back
+        self._taken: tuple[Snapshot, Image] | None = None  # until the write has succeeded or failed
+        self._confirmed: asyncio.Queue[int] = asyncio.Queue()  # offset of the decision of `_taken`
+        self._newest: Snapshot | None = None  # the region's newest that the log confirms; looked up on first use
+        self._written: set[str] = set()  # digests of own records not yet read back
 
-    def decided(self, decision: Decision) -> None:
-        """A decision is about to be written: take an image of the state after it, where one is due.
+    def copy_if_due(self, decision: Decision) -> None:
+        """Copy the state if a snapshot is due. Called when a decision is about to be sent.
 
-        One is due after `snapshot_every` decisions, or as many as tasks are live where these are more: so it costs at most
-        about what the decisions themselves cost, whatever the size of the state.
+        A snapshot is due after `snapshot_every` decisions, or after as many decisions as there are live tasks if that is
+        more. Snapshots therefore cost at most about as much as the decisions, whatever the size of the state.
         """
         context = self.context
         every = max(context.snapshot_every, context.core.live_tasks)
@@ -46,13 +45,13 @@ class SnapshotWriter:
             return
         context.snapshot_seq = decision.seq
         image = Image(context.core)
-        leader = {"planner": context.name, "lease_s": context.lease_s, "identity": context.demanded}
+        leader = {"planner": context.name, "lease_s": context.lease_s, "identity": context.master_fingerprint}
         snapshot = Snapshot(
             region=decision.region,
             epoch=decision.epoch,
             nonce=decision.nonce,
             seq=decision.seq,
-            offset=0,  # known once it is read back
+            offset=0,  # set after the decision is read back
             now_s=decision.now_s,
             inputs=decision.inputs,
             ledger_hash=decision.ledger_hash,
@@ -60,28 +59,28 @@ class SnapshotWriter:
         )
         self._taken = snapshot, image
 
-    def proven(self, seq: int, offset: int) -> None:
-        """A decision was read back."""
+    def decision_read_back(self, seq: int, offset: int) -> None:
+        """Schedule the write if this decision, now read back at `offset`, has a snapshot."""
         if self._taken is not None and self._taken[0].seq == seq:
-            self._proven.put_nowait(offset)
+            self._confirmed.put_nowait(offset)
 
     def wrote(self, payload: bytes) -> bool:
-        """Whether a record is of this planner's own snapshots; asked once of each."""
+        """Whether this planner wrote the record. Forgets the record, so a second call returns False."""
         name = snapshots.digest(payload)
         known = name in self._written
         self._written.discard(name)
         return known
 
     async def covers(self, offset: int) -> bool:
-        """Whether a planner that finds the log begin at this offset could go on by the newest snapshot. Raises `BusError`."""
+        """Whether the newest snapshot makes up for all decisions before `offset`. Raises `BusError`."""
         if self._newest is None:
-            self._newest = await self._look()
+            self._newest = await self._find_newest()
         return self._newest is not None and self._newest.offset >= offset
 
     async def run(self) -> None:
-        """Write what is proven, until cancelled."""
+        """Write each snapshot whose decision was read back, until cancelled."""
         while True:
-            offset = await self._proven.get()
+            offset = await self._confirmed.get()
             assert self._taken is not None
             snapshot, image = self._taken
             try:
@@ -91,17 +90,17 @@ class SnapshotWriter:
             self._taken = None
 
     async def _write(self, snapshot: Snapshot, image: Image) -> None:
-        """The parts, what a larger one has left behind them, and the snapshot itself. Raises `BusError`."""
-        before = self._newest if self._newest is not None else await self._look()
+        """Write the parts, tombstones for leftover parts of a larger snapshot, and the snapshot. Raises `BusError`."""
+        before = self._newest if self._newest is not None else await self._find_newest()
         place = 0 if before is None else (before.place + 1) % snapshots.PLACES
         widths = [0] * snapshots.PLACES
         if before is not None:
             widths = [*before.widths, *widths][: snapshots.PLACES]
-        self._written.clear()  # what was not read back by now may as well be looked at
+        self._written.clear()  # records not read back by now are checked like those of other writers
         pieces = image.pieces(self.context.part_bytes)
         lists = next(pieces)
         first, names = 0, list[str]()
-        for following in pieces:  # each is made JSON of when the one before is written; the last goes with the snapshot
+        for following in pieces:  # serialized lazily, one per write; the last piece goes into the snapshot itself
             part = SnapshotPart(region=snapshot.region, seq=snapshot.seq, part=len(names) + 1, state={})
             payload = spliced(messages.encode(part), lists)
             position = await self._send(part, payload, key_of(snapshot.region, place, part.part))
@@ -118,8 +117,8 @@ class SnapshotWriter:
         await self._send(snapshot, payload, key_of(snapshot.region, place))
         self._newest = snapshot
 
-    async def _look(self) -> Snapshot | None:
-        """The newest snapshot of the region that the log proves: its place is not taken."""
+    async def _find_newest(self) -> Snapshot | None:
+        """Find the region's newest snapshot that the log confirms; the next write must not overwrite it."""
         context = self.context
         async with aclosing(snapshots.found(context.bus, context.region)) as candidates:
             async for one in candidates:

@@ -1,6 +1,7 @@
-"""Histograms over the tasks that have ended: how long they took, and how well that was predicted.
+"""Task statistics: histograms of the delay of ended tasks and of measured over predicted delay.
 
-Told of what the log has proven, never of what is folded: a planner that replays history counts no task twice.
+Only decisions that this planner wrote and read back are counted. Replayed decisions are only remembered, so a restart counts
+no task twice.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from planner.core.records import Task
 DELAY_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 RATIO_BOUNDS = (0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
 NOT_PLACED = "none"
-"""The kind of a task that had no placement at its end."""
+"""Kind label of a task that ended without a placement."""
 
 
 @dataclass(slots=True)
 class Histogram:
-    """Counts of values by upper bound, as Prometheus has them; the last count is of what lies above all bounds."""
+    """Counts of values by upper bound, as in Prometheus; the last count holds the values above all bounds."""
 
     bounds: tuple[float, ...]
     counts: list[int] = field(default_factory=list)
@@ -30,38 +31,38 @@ class Histogram:
         self.counts = self.counts or [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float) -> None:
-        """Count one value; a value on a bound belongs to it."""
+        """Count one value; upper bounds are inclusive."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
 
 @dataclass(slots=True)
 class _Known:
-    """What the end of a task does not say."""
+    """Facts about a live task that its `Ended` change does not contain."""
 
-    admitted_s: float | None  # ledger time; None where its admission was not read
+    admitted_s: float | None  # ledger time; None if the admission lies before the snapshot that was restored
     placed: Placed | None = None
 
 
 class TaskStatistics:
-    """Remembers live tasks until they end. Memory is bounded by the live tasks."""
+    """Statistics of one region. Memory is bounded by the number of live tasks."""
 
     def __init__(self) -> None:
         self.delays: dict[tuple[str, str], Histogram] = {}  # admission to end, by outcome and kind
         self.ratios: dict[str, Histogram] = {}  # measured over predicted delay of completed tasks, by kind
         self._live: dict[str, _Known] = {}
 
-    def keep(self, live: Mapping[str, Task]) -> None:
-        """The log is read anew, from a state with these tasks: forget the others, whose ends may not be read again."""
+    def retain(self, live: Mapping[str, Task]) -> None:
+        """Forget all tasks except these. Called after the state was rebuilt, which may skip the ends of other tasks."""
         known = self._live
         self._live = {task_id: known.get(task_id) or _Known(None, task.placed) for task_id, task in live.items()}
 
     def fold(self, decision: Decision) -> None:
-        """A decision of the past, or of another planner."""
+        """Remember the tasks of a replayed decision without counting."""
         self._read(decision, count=False)
 
-    def tell(self, decision: Decision) -> None:
-        """A decision of ours that counts now."""
+    def record(self, decision: Decision) -> None:
+        """Count the tasks that a decision of this planner ended."""
         self._read(decision, count=True)
 
     def _read(self, decision: Decision, *, count: bool) -> None:

@@ -1,6 +1,7 @@
-"""What a planner tells to who collects traces: a task's root, and each decision about it.
+"""Task traces: one root span per ended task and one span per placement.
 
-Told of what the log has proven, never of what is folded: a planner that replays history repeats no span.
+Only decisions that this planner wrote and read back produce spans. Replayed decisions are only remembered, so a restart
+emits no span twice.
 """
 
 from __future__ import annotations
@@ -12,37 +13,39 @@ from bus.tracing import DECISION, TASK, Attribute, Span, SpanSink, span_id
 
 
 class TaskTraces:
-    """Remembers when live tasks were admitted, which is all that a root needs and its end does not say."""
+    """Spans of one planner. Remembers the admission of each live task, which its `Ended` change does not contain."""
 
     def __init__(self, planner: str, sink: SpanSink) -> None:
         self._planner = planner
         self._sink = sink
-        self._admitted: dict[str, tuple[float, TaskSubmitted]] = {}  # ledger time
-        self._why: dict[str, str] = {}  # of tasks to be planned again
+        self._admitted: dict[str, tuple[float, TaskSubmitted]] = {}  # task id -> ledger time, submission
+        self._retry_causes: dict[str, str] = {}  # task id -> cause of its latest retry, until it is placed
 
-    def keep(self, live: Container[str]) -> None:
-        """The log is read anew, from a state with these tasks: forget the others, whose ends may not be read again."""
+    def retain(self, live: Container[str]) -> None:
+        """Forget all tasks except these. Called after the state was rebuilt, which may skip the ends of other tasks."""
         self._admitted = {task_id: known for task_id, known in self._admitted.items() if task_id in live}
-        self._why.clear()
+        self._retry_causes.clear()
 
     def fold(self, decision: Decision) -> None:
-        """A decision of the past, or of another planner."""
+        """Remember the tasks of a replayed decision without emitting spans."""
         for change in decision.changes:
             if isinstance(change, Admitted):
                 self._admitted[change.task.task_id] = (decision.now_s, change.task)
             elif isinstance(change, Ended):
                 self._forget(change.task_id)
 
-    def tell(self, decision: Decision, begin_s: float, end_s: float, ledger_s: float) -> None:
-        """A decision of ours that counts now: begun at `begin_s`, read back at `end_s`, on the loop's clock. `ledger_s` is
-        what has to be added to ledger time to have the loop's.
+    def record(self, decision: Decision, begin_s: float, end_s: float, ledger_s: float) -> None:
+        """Emit the spans of a decision of this planner.
+
+        The step began at `begin_s` and the decision was read back at `end_s`, both on the event loop's clock; `ledger_s` is
+        the offset that converts ledger time to that clock.
         """
         for change in decision.changes:
             match change:
                 case Admitted():
                     self._admitted[change.task.task_id] = (decision.now_s, change.task)
                 case Retried():
-                    self._why[change.task_id] = change.cause
+                    self._retry_causes[change.task_id] = change.cause
                 case Placed():
                     self._placed(decision, change, begin_s, end_s)
                 case Ended():
@@ -70,14 +73,14 @@ class TaskTraces:
                 "deepar.link1_bps": placement.link1_bps,
                 "deepar.link2_bps": placement.link2_bps,
             }
-        if why := self._why.pop(task_id, ""):
-            attributes["deepar.again_because"] = why
+        if cause := self._retry_causes.pop(task_id, ""):
+            attributes["deepar.again_because"] = cause
         own, parent = span_id(task_id, DECISION, placed.attempt), span_id(task_id, TASK)
         self._sink(Span(task_id, DECISION, own, parent, begin_s, end_s, attributes))
 
     def _ended(self, decision: Decision, ended: Ended, ledger_s: float) -> None:
         task_id = ended.task_id
-        # Admitted before the snapshot that this planner began with: then only what the device measured is known.
+        # If the admission lies before the restored snapshot, the delay measured by the device gives the start.
         began_s, task = self._admitted.get(task_id, (decision.now_s - (ended.delay_s or 0.0), None))
         attributes: dict[str, Attribute] = {
             "deepar.node": self._planner,
@@ -110,7 +113,7 @@ class TaskTraces:
 
     def _forget(self, task_id: str) -> None:
         self._admitted.pop(task_id, None)
-        self._why.pop(task_id, None)
+        self._retry_causes.pop(task_id, None)
 
 
 __all__ = ["TaskTraces"]

@@ -319,9 +319,11 @@ CANARIES = (
     Canary(
         "any snapshot (planner)", "a planner believes every snapshot", 20, PlannerService, "_reader_behind", believes
     ),
-    Canary("garbage left", "garbage among the snapshots stays", 5, LeaderTerm, "tidy", _no_letter),
+    Canary(
+        "garbage left", "garbage among the snapshots stays", 5, LeaderTerm, "dead_letter_broken_snapshots", _no_letter
+    ),
     Canary("queue unbounded", "a full queue takes more", 20, Placing, "_full_queue", _endless_queue),
-    Canary("losses unseen", "a silent node is not declared lost", 5, LeaderTerm, "_look_at_clock", _deaf),
+    Canary("losses unseen", "a silent node is not declared lost", 5, LeaderTerm, "_tick_when_due", _deaf),
     Canary(
         "inputs skipped", "a planner records more input as read than it read", 5, LeaderTerm, "_decided", _inputs_early
     ),

@@ -169,7 +169,7 @@ def test_a_flood_of_forgeries_is_counted_and_does_not_hold_up_the_region(monkeyp
             await place.submit(range(TASKS))
             story = await place.until_ended(TASKS)
             input_filter = process.service.input_filter
-            return story, input_filter.refused, input_filter.unkept, len(await letters_of(place))
+            return story, input_filter.refused, input_filter.not_dead_lettered, len(await letters_of(place))
 
     story, refused, unkept, letters = run_virtual(run(), horizon_s=HORIZON_S)
     story.check(IDS)

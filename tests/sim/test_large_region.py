@@ -79,7 +79,7 @@ WAITING = 3200
 def test_an_edge_is_lost_under_which_1600_tasks_wait_and_the_planner_dies_in_the_midst(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    put = leader_term.LeaderTerm._put
+    put = leader_term.LeaderTerm._send
     died: list[str] = []
 
     async def dies_once(self: Any, record: Decision | DecisionPart, payload: bytes) -> None:
@@ -88,7 +88,7 @@ def test_an_edge_is_lost_under_which_1600_tasks_wait_and_the_planner_dies_in_the
             died.append(self.context.name)
             self.context.bus.kill()
 
-    monkeypatch.setattr(leader_term.LeaderTerm, "_put", dies_once)
+    monkeypatch.setattr(leader_term.LeaderTerm, "_send", dies_once)
 
     async def run() -> None:
         async with town(played=False) as place:

@@ -43,7 +43,7 @@ def metrics_text() -> str:
     registry = CollectorRegistry()
     statistics = TaskStatistics()
     for decision in World(PlannerCore(0), 1, validate=False).run().log:
-        statistics.tell(decision)
+        statistics.record(decision)
     health = Health(
         ready=True,
         detail={},

@@ -15,7 +15,7 @@ from tests.unit.planner.scenes import World
 def told(log: list[Decision], *, folded: int = 0) -> TaskStatistics:
     statistics = TaskStatistics()
     for number, decision in enumerate(log):
-        (statistics.fold if number < folded else statistics.tell)(decision)
+        (statistics.fold if number < folded else statistics.record)(decision)
     return statistics
 
 
@@ -66,9 +66,9 @@ def test_a_value_on_a_bound_belongs_to_it_and_one_above_all_to_the_last() -> Non
 def test_what_is_kept_is_what_lives() -> None:
     world = World(PlannerCore(0), 7, rate=4.0, validate=False).run()
     statistics = told(world.log[:50], folded=50)
-    statistics.keep({})
+    statistics.retain({})
     for decision in world.log[50:]:
-        statistics.tell(decision)
+        statistics.record(decision)
     admitted = {change.task.task_id for d in world.log[50:] for change in d.changes if change.type == "admitted"}
     ended = {change.task_id for d in world.log[50:] for change in d.changes if isinstance(change, Ended)}
     assert sum(counted(statistics).values()) == len(admitted & ended)
