@@ -1,4 +1,4 @@
-"""`deepar acls`: what every role may do on a broker with access control lists, printed, or set."""
+"""`deepar acls`: access control lists for every role, printed or set on the broker."""
 
 from __future__ import annotations
 
@@ -20,29 +20,27 @@ from deploy.services.process import run_on_uvloop
 
 
 def acls(
-    edges: Annotated[
-        list[str] | None, typer.Option("--edge", help="An edge that there is; may be given again.")
-    ] = None,
+    edges: Annotated[list[str] | None, typer.Option("--edge", help="Name of an edge; repeatable.")] = None,
     users: Annotated[
         list[str] | None,
-        typer.Option("--user", help="USER=ROLE, e.g. alice=tools or e1=edge:e1; may be given again."),
+        typer.Option("--user", help="Role of a user as USER=ROLE, e.g. alice=tools or e1=edge:e1; repeatable."),
     ] = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Set the lists of the --user's on the broker.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Set the lists of each --user on the broker.")] = False,
     commands: Annotated[
-        bool, typer.Option("--commands", help="Print calls of Kafka's kafka-acls.sh for the --user's instead.")
+        bool, typer.Option("--commands", help="Print kafka-acls.sh commands for each --user instead.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     bootstrap_servers: Bootstrap = None,
 ) -> None:
-    """Print what each role needs on a broker with access control lists, from the table of topics; --apply sets it.
+    """Print the access control lists that each role needs, derived from the table of topics. --apply sets them.
 
-    Every edge is a role of its own.
+    Each edge has its own role.
 
     Example: `deepar acls --edge e1 --edge e2 --user e1=edge:e1 --user d1=device --apply`
     """
     granted = lists.for_users(_users(users or []), edges or [])
     if (apply or commands) and not granted:
-        raise ConfigError("whose lists?", remedy="name users with --user USER=ROLE")
+        raise ConfigError("--apply and --commands need at least one user", remedy="add --user USER=ROLE")
     if commands:
         connection = KafkaConnection.from_env(bootstrap_servers=bootstrap_servers)
         print("\n".join(lists.as_commands(granted, connection.bootstrap_servers)))
@@ -58,7 +56,7 @@ def acls(
     console = Console(emoji=False, highlight=False)
     console.print(_table(granted or shown, "user" if granted else "role"))
     if apply:
-        console.print(f"{done} entries are set; what was there before stays")
+        console.print(f"{done} entries are set; existing entries are unchanged")
 
 
 def _users(pairs: Sequence[str]) -> dict[str, str]:
@@ -66,7 +64,7 @@ def _users(pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs:
         user, equals, role = pair.partition("=")
         if not (user and equals and role):
-            raise ConfigError(f"--user {pair}: it is USER=ROLE")
+            raise ConfigError(f"--user {pair}: must be USER=ROLE")
         if user in found:
             raise ConfigError(f"--user {user} is given twice")
         found[user] = role
@@ -81,7 +79,7 @@ def _plain(granted: Mapping[str, Sequence[Entry]]) -> dict[str, list[dict[str, s
 
 
 def _table(granted: Mapping[str, Sequence[Entry]], who: str) -> Table:
-    table = Table(who, "resource", "name", "may", title="what is allowed; everything else is refused")
+    table = Table(who, "resource", "name", "may", title="allowed operations; everything else is denied")
     for name, entries in granted.items():
         merged: dict[tuple[str, str], list[str]] = {}
         for entry in entries:

@@ -18,7 +18,7 @@ from deploy.services.process import EXIT_INTERRUPTED, EXIT_OK
 
 
 class _Stop(BaseException):
-    """A signal asked us to end. Not an Exception, so that nobody takes it for a failure."""
+    """A stop signal arrived. A BaseException, so that `except Exception` does not treat it as a failure."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -26,7 +26,7 @@ class _Stop(BaseException):
 
 
 def default_data_dir() -> Path:
-    """Where a user's broker keeps its records unless told otherwise: data, so not the cache folder."""
+    """Default folder for the broker's records: the user's data folder, because a cache may be deleted."""
     return Path(platformdirs.user_data_dir("deepar")) / "broker"
 
 
@@ -64,7 +64,7 @@ def broker(
                 one.erase()
             took_s = one.start()
             ready = f"[bold green]{one.kind}[/] is ready after {took_s:.1f} s: [bold]{one.bootstrap}[/]"
-            # In one piece: a script may act on the first line.
+            # One write: a script may react to the first line.
             out.print(f"{ready}\n  records and log: {escape(str(one.data_dir))}\n{_what_next(one.bootstrap)}")
             _wait_for_its_end(one)
         finally:
@@ -80,7 +80,7 @@ def broker(
 
 
 def _what_next(bootstrap: str) -> str:
-    """The next commands for a person, with the variable where the address is not the default one."""
+    """Suggested next commands; they set KAFKA_BOOTSTRAP_SERVERS if the address is not the default."""
     prefix = "" if bootstrap == "127.0.0.1:9092" else f"KAFKA_BOOTSTRAP_SERVERS={bootstrap} "
     return (
         f"  next, in other terminals:\n    {prefix}deepar topics create\n    {prefix}deepar planner\n"
@@ -90,12 +90,12 @@ def _what_next(bootstrap: str) -> str:
 
 
 def _wait_for_its_end(one: KafkaBroker) -> None:
-    """Returns never: raises _Stop at a signal, BrokerDiedError when Kafka ends by itself."""
+    """Wait until a signal raises `_Stop`; raise `BrokerDiedError` if Kafka ends first."""
     idle = threading.Event()
     while one.running:
         idle.wait(0.2)
     raise BrokerDiedError(
-        f"Apache Kafka ended by itself; its log ends:\n{one.log_tail()}", remedy=f"see {one.log_file}"
+        f"Apache Kafka ended unexpectedly; last lines of its log:\n{one.log_tail()}", remedy=f"see {one.log_file}"
     )
 
 

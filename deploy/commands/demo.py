@@ -29,14 +29,14 @@ from planner.search.policies import load_policy
 
 def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
-    picture: Annotated[Path, typer.Option(help="Where the picture of the run goes (.png or .svg).")] = Path(
+    picture: Annotated[Path, typer.Option(help="File for the picture of the run (.png or .svg).")] = Path(
         "demo-out/run.png"
     ),
     seed: Annotated[int, typer.Option(min=0, help="Random seed for the AlexNet pictures.")] = 1,
     policies: Annotated[
         str,
         typer.Option(
-            help="Policies to run one after the other; the first is reported in full.",
+            help="Policies to run one after another; the first is reported in full.",
             autocompletion=completion.policies,
         ),
     ] = ", ".join(POLICIES),
@@ -53,7 +53,7 @@ def demo(
     console, log = (Console(emoji=False, stderr=stderr, highlight=False, width=width) for stderr in (False, True))
     names = tuple(name.strip() for name in policies.split(",") if name.strip())
     for name in names:
-        load_policy(name)  # a misspelt one is named before anything runs
+        load_policy(name)  # reports a misspelt name before anything runs
     if not names:
         raise ConfigError("--policies: name at least one")
     writable_file("--picture", picture, suffixes=(".png", ".svg"))
@@ -72,7 +72,7 @@ def demo(
 
 
 class _Played:
-    """A run, and how many of its digits were right."""
+    """A run with its number of correctly recognised digits."""
 
     def __init__(self, run: Run, right: tuple[int, int]) -> None:
         self.run = run
@@ -117,7 +117,7 @@ async def _play(console: Console, seed: int, policies: tuple[str, ...]) -> tuple
 
 
 def _report(runs: list[_Played], picture: Path) -> dict[str, Any]:
-    """What `--json` prints."""
+    """The object that `--json` prints."""
     best = runs[0]
     return {
         "tasks": [_task(outcome, best.run.policy) for outcome in best.run.outcomes],
@@ -197,5 +197,5 @@ def _show(console: Console, runs: list[_Played], report: dict[str, Any], links: 
 
 
 def _pair(predicted_s: float, measured_s: float) -> str:
-    """Predicted above measured; a dash where nothing was to be done."""
+    """Predicted time above measured time; a dash if this part had no work."""
     return f"{predicted_s:.2f}\n[green]{measured_s:.2f}[/]" if predicted_s or measured_s else "-"

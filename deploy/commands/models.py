@@ -1,4 +1,4 @@
-"""`deepar models ...` and `deepar profile`: what a model looks like from outside, its parts, its speed."""
+"""`deepar models` and `deepar profile`: inspection, cutting, verification and profiling of models."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from stages.zoo.networks import build as build_network
 __all__ = ["app", "profile"]
 
 app = typer.Typer(
-    no_args_is_help=True, help="List, look at, cut and verify models. MODEL is a zoo name or a .tflite file."
+    no_args_is_help=True, help="List, show, cut and verify models. MODEL is a zoo name or a .tflite file."
 )
 
 
 @app.command("list")
 def list_(as_json: Json = False) -> None:
-    """The models that DeePar brings. Those with weights from a seed are generated when they are first used.
+    """List the models that DeePar includes. Models with seeded weights are generated on first use.
 
     Example: `deepar models list`
     """
@@ -66,7 +66,7 @@ def show(
     signature: SignatureName = None,
     input_shape: InputShapes = None,
 ) -> None:
-    """What a model takes, gives and consists of.
+    """Show the inputs, outputs and layers of a model.
 
     Example: `deepar models show alexnet`
     """
@@ -103,13 +103,13 @@ def cuts(
     model: ModelArgument,
     as_json: Json = False,
     useful: Annotated[
-        bool, typer.Option("--useful", help="Only the cuts on the front of work before and bytes crossing.")
+        bool, typer.Option("--useful", help="Show only Pareto-optimal cuts (work before the cut, bytes crossing it).")
     ] = False,
     sha256: Sha256 = None,
     signature: SignatureName = None,
     input_shape: InputShapes = None,
 ) -> None:
-    """Where a model can be cut, what crosses each cut, and how much work lies before it.
+    """List the possible cuts of a model, with the tensors that cross and the work before each.
 
     Example: `deepar models cuts alexnet --useful`
     """
@@ -147,10 +147,10 @@ def slice_(
     out: Annotated[Path, typer.Option(help="Folder for the parts and manifest.json.", file_okay=False)],
     cut1: Annotated[
         str | None,
-        typer.Option(metavar="NAME|N", help="The device's last layer: a name or a position. [default: even work]"),
+        typer.Option(metavar="NAME|N", help="Last layer on the device: a name or a position. [default: even work]"),
     ] = None,
     cut2: Annotated[
-        str | None, typer.Option(metavar="NAME|N", help="The edge's last layer; without it the cloud runs the rest.")
+        str | None, typer.Option(metavar="NAME|N", help="Last layer on the edge; without it the cloud runs the rest.")
     ] = None,
     as_json: Json = False,
     sha256: Sha256 = None,
@@ -175,11 +175,11 @@ def slice_(
 
 @app.command()
 def build(
-    network: Annotated[str, typer.Argument(help="The layout: lenet, alexnet, vgg16 or deepface.")],
+    network: Annotated[str, typer.Argument(help="Network layout: lenet, alexnet, vgg16 or deepface.")],
     weights: Annotated[
-        Path, typer.Option(help="An .npz file with LAYER/kernel and LAYER/bias.", exists=True, dir_okay=False)
+        Path, typer.Option(help="Weights: an .npz file with LAYER/kernel and LAYER/bias.", exists=True, dir_okay=False)
     ],
-    out: Annotated[Path, typer.Option(help="The .tflite file to write.", dir_okay=False)],
+    out: Annotated[Path, typer.Option(help="Output file (.tflite).", dir_okay=False)],
     as_json: Json = False,
 ) -> None:
     """Write a network of the zoo with your own weights.
@@ -209,13 +209,18 @@ def build(
 def verify(
     model: ModelArgument,
     cuts: Annotated[
-        str, typer.Option(metavar="all|single|N", help="Every pair, every position once, or that and N random pairs.")
+        str,
+        typer.Option(
+            metavar="all|single|N",
+            help="Cuts to verify: all pairs, every position once, or the latter plus N random pairs.",
+        ),
     ] = "60",
     inputs: Annotated[
-        Path | None, typer.Option(help="An .npz file with an array for each input.", exists=True, dir_okay=False)
+        Path | None,
+        typer.Option(help="Inputs: an .npz file with an array for each input.", exists=True, dir_okay=False),
     ] = None,
-    samples: Annotated[int, typer.Option(min=0, help="Random samples to run besides the given ones.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random pairs and samples.")] = 0,
+    samples: Annotated[int, typer.Option(min=0, help="Number of random samples to run besides the given inputs.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for pairs and samples.")] = 0,
     num_threads: Threads = 1,
     delegate: Annotated[bool, typer.Option(help="Use the runtime's default delegate (XNNPACK).")] = True,
     as_json: Json = False,
@@ -225,7 +230,7 @@ def verify(
 ) -> None:
     """Run the whole model and its parts on the same inputs and compare the results bit by bit.
 
-    Exit code 1 unless all are identical, or the difference is shown to come from the runtime and not from the cut.
+    Exit code 0 if all results are identical, or if every difference is proven to come from the runtime; otherwise 1.
 
     Example: `deepar models verify lenet --cuts all`
     """
@@ -234,7 +239,7 @@ def verify(
     given = _given(loaded, inputs) if inputs is not None else []
     chosen = [*given, *(random_inputs(loaded, rng) for _ in range(samples))]
     if not chosen:
-        raise ConfigError("there is nothing to run: --samples 0 needs --inputs")
+        raise ConfigError("no inputs to run: --samples 0 needs --inputs")
     with progress_bar(f"verifying {loaded.name}") as bar:
         report = verify_parts(
             loaded,
@@ -269,10 +274,10 @@ def verify(
 
 
 def _asked_cuts(loaded: Model, cut1: str | None, cut2: str | None) -> tuple[int, int]:
-    """The positions that two options name. Raises `ConfigError`, `UnknownNameError`, `CutError`."""
+    """The positions of --cut1 and --cut2. Raises `ConfigError`, `UnknownNameError`, `CutError`."""
     if cut1 is None:
         if cut2 is not None:
-            raise ConfigError("--cut2 needs --cut1", remedy="--cut1 0 leaves the device nothing but the input")
+            raise ConfigError("--cut2 needs --cut1", remedy="use --cut1 0 to run no layer on the device")
         return even_cuts(loaded.manifest)
     first = position_of(loaded, cut1)
     second = first if cut2 is None else position_of(loaded, cut2)

@@ -1,4 +1,4 @@
-"""`deepar plan`: where a model is best cut, under constraints."""
+"""`deepar plan`: the best cuts of a model under constraints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from planner.search.what_if import Constraints, Plan, Situation, plans, position
 
 Platform = Annotated[
     str | None,
-    typer.Option(metavar="P", help="A profile's name or file, or a file that `deepar profile --out` wrote."),
+    typer.Option(metavar="P", help="Profile of this tier: a name, or a file such as `deepar profile --out` writes."),
 ]
 
 
@@ -33,42 +33,46 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A model of the profile, or a .tflite file.", autocompletion=completion.models
+            metavar="MODEL", help="Name of a model in the profile, or a .tflite file.", autocompletion=completion.models
         ),
     ],
-    link1: Annotated[str | None, typer.Option(help="Device to edge: 100Mbps. Default: the profile's.")] = None,
-    link2: Annotated[str | None, typer.Option(help="Edge to cloud: 20Mbps. Default: the profile's.")] = None,
+    link1: Annotated[
+        str | None, typer.Option(help="Bandwidth from device to edge: 100Mbps. Default: from the profile.")
+    ] = None,
+    link2: Annotated[
+        str | None, typer.Option(help="Bandwidth from edge to cloud: 20Mbps. Default: from the profile.")
+    ] = None,
     profile: Annotated[
-        str, typer.Option(metavar="P", help="Speeds, links and input sizes: a name or a file.")
+        str, typer.Option(metavar="P", help="Profile with speeds, links and input sizes: a name or a file.")
     ] = "paper",
     device: Platform = None,
     edge: Platform = None,
     cloud: Platform = None,
-    samples: Annotated[int, typer.Option(min=1, max=10_000_000, help="N, inferences in the task.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, max=10_000_000, help="Number of inferences in the task.")] = 1,
     objective: Annotated[
-        Objective, typer.Option(help="Sum of all parts, or stations busy at once.")
+        Objective, typer.Option(help="Delay model: the sum of all parts, or stations that work in parallel.")
     ] = Objective.SEQUENTIAL,
-    input_size: Annotated[str | None, typer.Option(help="Bytes of one input: 600KB. Default: the profile's.")] = None,
-    pin: Annotated[list[Role] | None, typer.Option(help="A tier that must compute. Can be repeated.")] = None,
-    forbid: Annotated[list[Role] | None, typer.Option(help="A tier that must not compute. Can be repeated.")] = None,
+    input_size: Annotated[
+        str | None, typer.Option(help="Bytes of one input: 600KB. Default: from the profile.")
+    ] = None,
+    pin: Annotated[list[Role] | None, typer.Option(help="Tier that must compute; repeatable.")] = None,
+    forbid: Annotated[list[Role] | None, typer.Option(help="Tier that must not compute; repeatable.")] = None,
     keep_on_device: Annotated[
-        str | None, typer.Option(metavar="LAYER", help="The device runs at least up to this layer: name or number.")
+        str | None, typer.Option(metavar="LAYER", help="Minimum last layer on the device: name or number.")
     ] = None,
-    max_bytes: Annotated[
-        str | None, typer.Option(help="Largest number of bytes on any link for one sample: 300KB.")
-    ] = None,
+    max_bytes: Annotated[str | None, typer.Option(help="Maximum bytes on any link for one sample: 300KB.")] = None,
     max_delay: Annotated[str | None, typer.Option(help="Show only plans that take at most this long: 200ms.")] = None,
-    top: Annotated[int, typer.Option("--top", min=1, max=100_000, help="How many plans to show, best first.")] = 1,
+    top: Annotated[int, typer.Option("--top", min=1, max=100_000, help="Number of plans to show, best first.")] = 1,
     plot: Annotated[
         Path | None, typer.Option(help="Draw delay over bandwidth with the best cuts (.png, .svg).", dir_okay=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Where a model is best cut, for given speeds and bandwidths, under constraints.
+    """Find the best cuts of a model for given speeds and bandwidths, under constraints.
 
     Example: `deepar plan alexnet --link1 100Mbps --link2 20Mbps --keep-on-device maxpool_1 --top 5`
 
-    Exit code 1 when no cut keeps to the constraints.
+    Exit code 1 if no cut satisfies the constraints.
     """
     if plot is not None:
         writable_file("--plot", plot, suffixes=(".png", ".svg"))
@@ -118,7 +122,7 @@ def _platform(source: PlatformProfiles | str, role: Role, model: str) -> ModelPr
         try:
             one = ModelProfile.model_validate_json(Path(source).read_bytes())
         except ValidationError:
-            pass  # a set of platforms, perhaps
+            pass  # may be a set of platforms
         else:
             if one.model != Path(model).name.removesuffix(".tflite"):
                 raise ConfigError(f"{source} is a profile of {one.model}, not of {model}")
@@ -172,7 +176,7 @@ def _plan_json(situation: Situation, found: list[Plan]) -> dict[str, Any]:
 
 
 PARTS_FROM = 76
-"""Columns that it takes to show a plan's parts beside its delay and cuts."""
+"""Minimum terminal width to show the parts of a plan beside its delay and cuts."""
 
 
 def _plan_table(situation: Situation, found: list[Plan], columns: int) -> Table:
@@ -200,5 +204,6 @@ def _plan_table(situation: Situation, found: list[Plan], columns: int) -> Table:
 def _nothing(situation: Situation) -> str:
     best = next(iter(plans(replace(situation, constraints=Constraints()))), None)
     if best is None:
-        return "no cut keeps to the constraints"
-    return f"no cut keeps to the constraints; without them the best takes {format_seconds(best.delay_s)} on {best.kind.value}"
+        return "no cut satisfies the constraints"
+    took = format_seconds(best.delay_s)
+    return f"no cut satisfies the constraints; without them the best plan takes {took} on {best.kind.value}"

@@ -1,4 +1,4 @@
-"""`deepar profile`: how fast this machine runs every layer of a model."""
+"""`deepar profile`: measured time of every layer of a model on this machine."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def profile(
     model: ModelArgument,
     num_threads: Threads = 1,
     num_runs: Annotated[int, typer.Option(min=1, help="Timed runs of the whole and of every layer.")] = 10,
-    warmup_runs: Annotated[int, typer.Option(min=0, help="Runs before them that do not count.")] = 2,
+    warmup_runs: Annotated[int, typer.Option(min=0, help="Untimed runs before the timed ones.")] = 2,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the profile as nodes announce it (JSON), and the chart beside it.", dir_okay=False),
+        typer.Option(help="Write the profile to this JSON file, and a chart beside it.", dir_okay=False),
     ] = None,
     chart: Annotated[
-        Path | None, typer.Option(help="Write the bar chart here (.png, .svg or .pdf).", dir_okay=False)
+        Path | None, typer.Option(help="Write a bar chart to this file (.png, .svg or .pdf).", dir_okay=False)
     ] = None,
-    platform: Annotated[str, typer.Option(help="What the profile calls this machine.")] = "this machine",
+    platform: Annotated[str, typer.Option(help="Name of this machine in the profile.")] = "this machine",
     as_json: Json = False,
     sha256: Sha256 = None,
     signature: SignatureName = None,
     input_shape: InputShapes = None,
 ) -> None:
-    """Measure how long every layer of a model takes on this machine, and what it sends if the model is cut after it.
+    """Measure the time and output size of every layer of a model on this machine.
 
-    Each layer is timed as a slice of its own, and the whole in one piece; layers are scaled to add up to the whole. Both are
-    measured again until they agree within 25 %, at most five times. Stages that start here use the result from now on.
+    Each layer is timed as a separate slice, then the layer times are scaled to add up to the time of the whole model.
+    The measurement is repeated until both agree within 25 %, at most five times. Stages on this machine use the result.
 
     Example: `deepar profile lenet --num-threads 2 --out here.json`
     """

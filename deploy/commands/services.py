@@ -1,4 +1,4 @@
-"""`deepar planner | stage | up`: the services, one process each or all in one."""
+"""`deepar planner | stage | up`: the services, in one process each or all in one process."""
 
 from __future__ import annotations
 
@@ -42,22 +42,20 @@ from stages.models.files.choice import parse_shapes, shape_words
 
 stage_app = typer.Typer(no_args_is_help=True, help="Run one stage: a device, an edge or a cloud worker.")
 
-Lease = Annotated[
-    str, typer.Option(envvar="DEEPAR_LEASE", help="A process that is silent for longer counts as lost: 5s.")
-]
+Lease = Annotated[str, typer.Option(envvar="DEEPAR_LEASE", help="Maximum silence before a process counts as lost: 5s.")]
 Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
         "-m",
         envvar="DEEPAR_MODELS",
-        help="A model it serves; may be given again. [default: lenet alexnet]",
+        help="Model that the stage serves; repeatable. [default: lenet alexnet]",
         autocompletion=completion.models,
     ),
 ]
 Signature = Annotated[
     str | None,
-    typer.Option("--signature", envvar="DEEPAR_SIGNATURE", help="Which signature of its one --model is meant."),
+    typer.Option("--signature", envvar="DEEPAR_SIGNATURE", help="Signature to use of the single --model."),
 ]
 InputShape = Annotated[
     list[str] | None,
@@ -65,19 +63,19 @@ InputShape = Annotated[
         "--input-shape",
         envvar="DEEPAR_INPUT_SHAPE",
         metavar="NAME=1x1280",
-        help="Shape of an input that its one --model leaves open; repeatable.",
+        help="Shape of an input that the single --model leaves open; repeatable.",
     ),
 ]
 Slowdown = Annotated[
     float,
-    typer.Option(
-        min=1.0, envvar="DEEPAR_SLOWDOWN", help="Slow computing down by this factor, to play a slower machine."
-    ),
+    typer.Option(min=1.0, envvar="DEEPAR_SLOWDOWN", help="Factor to slow down computing, to emulate a slower machine."),
 ]
 RunnerKind = Annotated[
     str,
     typer.Option(
-        "--runner", envvar="DEEPAR_RUNNER", help="litert runs the models; modelled only waits for the profile's times."
+        "--runner",
+        envvar="DEEPAR_RUNNER",
+        help="Runner: litert computes; modelled only waits for the times of the profile.",
     ),
 ]
 ProfileName = Annotated[
@@ -85,16 +83,16 @@ ProfileName = Annotated[
     typer.Option(
         "--profile",
         envvar="DEEPAR_PROFILE",
-        help="Use these times instead of measuring this machine, with --slowdown on top: a name (paper) or a file.",
+        help="Profile to use instead of measuring this machine: a name (paper) or a file. --slowdown multiplies its times.",
     ),
 ]
 Remeasure = Annotated[
     bool,
     typer.Option(
-        "--remeasure", envvar="DEEPAR_REMEASURE", help="Measure this machine anew, whatever is remembered of it."
+        "--remeasure", envvar="DEEPAR_REMEASURE", help="Measure this machine again and ignore stored measurements."
     ),
 ]
-Threads = Annotated[int, typer.Option("--num-threads", min=1, help="Threads of one inference.")]
+Threads = Annotated[int, typer.Option("--num-threads", min=1, help="Number of threads for one inference.")]
 
 
 def planner(
@@ -104,41 +102,50 @@ def planner(
         str | None,
         typer.Option(
             envvar="DEEPAR_REGIONS",
-            help="Several regions: 0,1,2 stands by for each; `all` shares all with the other planners that say so.",
+            help="Several regions: a list (0,1,2), or `all` to share all regions with other `all` planners.",
         ),
     ] = None,
-    name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="The planner's name.")] = "planner",
+    name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="Name of the planner.")] = "planner",
     policy: Annotated[
         str,
         typer.Option(
             envvar="DEEPAR_POLICY",
-            help="deepar, no-delay, device-only, edge-only, cloud-only, neurosurgeon, or module:name.",
+            help="Policy: deepar, no-delay, device-only, edge-only, cloud-only, neurosurgeon, or module:name.",
             autocompletion=completion.policies,
         ),
     ] = "deepar",
     objective: Annotated[
-        Objective, typer.Option(envvar="DEEPAR_OBJECTIVE", help="What to minimise; pipelined goes with streaming.")
+        Objective,
+        typer.Option(
+            envvar="DEEPAR_OBJECTIVE", help="Delay to minimise: pipelined for streaming execution, or sequential."
+        ),
     ] = Objective.PIPELINED,
     lease: Lease = "5s",
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Waiting tasks above this are rejected (queue_full).")
+        int, typer.Option(min=1, help="Maximum number of waiting tasks; further tasks are rejected (queue_full).")
     ] = 10_000,
     patience: Annotated[
         str,
         typer.Option(
             envvar="DEEPAR_PATIENCE",
-            help="Time that a task may wait for its device, or for any node that can serve it, before it is rejected "
+            help="Maximum time that a task waits for its device or a suitable node before it is rejected "
             "(no_device) or fails (device_lost, no_node).",
         ),
     ] = "10min",
     when_late: Annotated[
-        WhenLate, typer.Option(help="What to do with a task that no placement is predicted to end by its deadline.")
+        WhenLate, typer.Option(help="Action for a task that is predicted to miss its deadline under every placement.")
     ] = WhenLate.REJECT,
     max_waiting_per_device: Annotated[
-        int, typer.Option(min=1, help="Waiting tasks of one device above this are rejected (device_queue_full).")
+        int,
+        typer.Option(
+            min=1, help="Maximum number of waiting tasks per device; further tasks are rejected (device_queue_full)."
+        ),
     ] = 1_000,
     take_over: Annotated[
-        bool, typer.Option("--take-over", help="Do not wait until the leading planner is silent.")
+        bool,
+        typer.Option(
+            "--take-over", help="Take over at once instead of waiting for the leading planner's lease to expire."
+        ),
     ] = False,
     snapshot_every: Annotated[int, typer.Option(min=1, help="Decisions between two snapshots.")] = 500,
     identity_master: MasterFile = None,
@@ -146,15 +153,15 @@ def planner(
         bool,
         typer.Option(
             "--trust-everybody",
-            help="Accept records without proof of identity, in a region that demanded it until now.",
+            help="Accept records without proof of identity even if the region has required it so far.",
         ),
     ] = False,
     http_port: HttpPort = None,
     http_host: HttpHost = "127.0.0.1",
 ) -> None:
-    """Run the planner of a region: it decides where every task runs, and publishes its decisions.
+    """Run the planner of a region. It decides where each task runs and publishes its decisions.
 
-    A second planner for the same region stands by and takes over when the first falls silent.
+    A second planner for the same region stands by and takes over when the first one stops sending heartbeats.
 
     Example: `deepar planner --policy neurosurgeon --http-port 9100`
     """
@@ -183,7 +190,7 @@ def planner(
             trust_everybody=trust_everybody,
         )
 
-    make(region)  # an unknown policy is told before anything is connected
+    make(region)  # reports an unknown policy before connecting
     if regions is None:
         run_on_uvloop(run_planner(bus, make(region), http_port=http_port, http_host=http_host))
     else:
@@ -193,7 +200,7 @@ def planner(
 
 @dataclass(frozen=True, kw_only=True)
 class StageFlags:
-    """The options that every stage has."""
+    """The options that all stages share."""
 
     models: Models = None
     signature: Signature = None
@@ -211,9 +218,9 @@ class StageFlags:
     http_host: HttpHost = "127.0.0.1"
 
     def machine(self) -> dict[str, Any]:
-        """What of `NodeOptions` says how it computes. Raises `ConfigError`."""
+        """The part of `NodeOptions` that describes how the node computes. Raises `ConfigError`."""
         if self.runner not in ("litert", "modelled"):
-            raise ConfigError(f"--runner {self.runner}: it is litert or modelled")
+            raise ConfigError(f"--runner {self.runner}: must be litert or modelled")
         return {
             "slowdown": self.slowdown,
             "profile": self.profile,
@@ -223,21 +230,21 @@ class StageFlags:
         }
 
     def served(self) -> list[Served]:
-        """The models that it serves. Raises `ConfigError` where it is open which of them a signature or a shape is for."""
+        """The models to serve. Raises `ConfigError` if a signature or shape is given for more than one model."""
         names = [name for entry in self.models or ["lenet", "alexnet"] for name in entry.split(",") if name]
         shapes = {name: shape_words(shape) for name, shape in parse_shapes(self.input_shape or ()).items()}
         if self.signature is None and not shapes:
             return list(names)
         if len(names) != 1:
             raise ConfigError(
-                "--signature and --input-shape are about one model, and there are several",
-                remedy="name one --model, or start the nodes with `deepar up`, whose file says it of each model",
+                "--signature and --input-shape need exactly one --model",
+                remedy="pass one --model, or use `deepar up`, whose file sets them per model",
             )
         return [ServedModel(model=names[0], signature=self.signature, input_shape=shapes)]
 
 
 def with_stage_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """A command for typer, which reads the options off a signature: those of `StageFlags` in the place of `flags`."""
+    """Replace the parameter `flags` by the fields of `StageFlags`, because typer reads options from the signature."""
     shared = inspect.signature(StageFlags, eval_str=True).parameters
 
     @wraps(command)
@@ -255,24 +262,24 @@ def with_stage_flags(command: Callable[..., None]) -> Callable[..., None]:
 @stage_app.command("device")
 @with_stage_flags
 def device(
-    name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="The device's name.")] = "d1",
+    name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="Name of the device.")] = "d1",
     edges: Annotated[
         list[str] | None,
         typer.Option(
             "--edge",
             envvar="DEEPAR_EDGES",
-            help="An edge it can reach; may be given again. Default: all.",
+            help="Edge that the device can reach; repeatable. Default: all.",
             autocompletion=completion.edges,
         ),
     ] = None,
     link: Annotated[
-        str, typer.Option(envvar="DEEPAR_LINK", help="Limit of its own link 1, like 50Mbps; 0: no limit.")
+        str, typer.Option(envvar="DEEPAR_LINK", help="Limit of the device's link 1, like 50Mbps; 0: no limit.")
     ] = "0",
     results: Annotated[Path | None, typer.Option(help="Append every result as a JSON line to this file.")] = None,
     *,
     flags: StageFlags,
 ) -> None:
-    """Run a device: it computes the front of its tasks' models, sends activations, and collects results.
+    """Run a device. It computes the first layers of its tasks' models, sends activations and collects results.
 
     Example: `deepar stage device --name d1 --edge e1 --slowdown 8 --results d1.jsonl`
     """
@@ -289,19 +296,21 @@ def device(
 @stage_app.command("edge")
 @with_stage_flags
 def edge(
-    name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="The edge's name; part of its topic's name.")] = "e1",
-    slots: Annotated[int, typer.Option(min=1, envvar="DEEPAR_SLOTS", help="Tasks that may compute at once (r_e).")] = 2,
+    name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="Name of the edge; part of its topic's name.")] = "e1",
+    slots: Annotated[
+        int, typer.Option(min=1, envvar="DEEPAR_SLOTS", help="Maximum number of tasks that compute at once (r_e).")
+    ] = 2,
     link1: Annotated[str, typer.Option(envvar="DEEPAR_LINK1", help="Capacity of link 1, to its devices.")] = "1Gbps",
     link2: Annotated[str, typer.Option(envvar="DEEPAR_LINK2", help="Capacity of link 2, to the cloud.")] = "100Mbps",
     *,
     flags: StageFlags,
 ) -> None:
-    """Run an edge: it computes the middle of the models in its slots, and relays between devices and the cloud.
+    """Run an edge. It computes the middle layers in its slots and relays between devices and the cloud.
 
     Example: `deepar stage edge --name e1 --slots 4 --link1 1Gbps --link2 100Mbps`
     """
     if name in topics.RESERVED_EDGE_NAMES:
-        raise ConfigError(f"an edge cannot be called {name}: a topic has that name")
+        raise ConfigError(f"an edge cannot be named {name}: the name is reserved for a topic")
     options = options_of(
         EdgeOptions,
         name=name,
@@ -316,11 +325,11 @@ def edge(
 @stage_app.command("cloud")
 @with_stage_flags
 def cloud(
-    name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="This worker's name.")] = "c1",
+    name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="Name of the worker.")] = "c1",
     *,
     flags: StageFlags,
 ) -> None:
-    """Run a cloud worker: it computes the rest of the models. Several share the work as one consumer group.
+    """Run a cloud worker. It computes the last layers; several workers share the tasks as one consumer group.
 
     Example: `deepar stage cloud --name c2 --model MODEL.tflite`
     """
@@ -329,7 +338,7 @@ def cloud(
 
 
 def _run_stage(options: NodeOptions, flags: StageFlags, results: Path | None = None) -> None:
-    from deploy.services.runners import make_runner  # not at the top: the runtime of the models takes long to import
+    from deploy.services.runners import make_runner  # imported here: the inference runtime is slow to import
 
     settings = wiring.node_settings(options, region=flags.region, lease_s=lease_of(flags.lease))
     key = key_of(Speaker(settings.role.value, settings.name), flags.identity_key)
@@ -345,7 +354,7 @@ def _run_stage(options: NodeOptions, flags: StageFlags, results: Path | None = N
 
 
 def up(
-    file: Annotated[Path, typer.Argument(help="A TOML file: which nodes, models, bus and planner.")],
+    file: Annotated[Path, typer.Argument(help="TOML file with the nodes, models, bus and planner.")],
     bootstrap_servers: Bootstrap = None,
     identity_master: MasterFile = None,
     http_port: HttpPort = None,
@@ -354,7 +363,7 @@ def up(
     """Start the planner and all stages of one TOML file in this process, until Ctrl-C.
 
     With `bus.kind = "kafka"` other processes can submit tasks and follow along; `deploy/example.toml` shows every key. With a
-    master secret the region demands proofs of identity, and every node here gets its key from it.
+    master secret the region requires proofs of identity, and the key of every node is derived from the secret.
 
     Example: `deepar up deploy/example.toml`
     """
@@ -363,7 +372,7 @@ def up(
     settings = load_settings(file)
     if settings.bus.kind == "memory":
         raise ConfigError(
-            f"{file}: bus.kind: with the bus inside this process nobody could submit a task",
+            f"{file}: bus.kind: tasks cannot be submitted to an in-process bus",
             remedy='set kind = "kafka" and start `deepar broker`; for a run without a broker: deepar demo',
         )
     bus = wiring.kafka_bus(bootstrap_servers or settings.bus.bootstrap_servers)

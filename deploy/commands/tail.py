@@ -24,19 +24,17 @@ from deploy.monitor.holdings import Held
 from deploy.services import wiring
 from deploy.services.process import run_on_uvloop
 
-tail_app = typer.Typer(no_args_is_help=True, help="Follow what happens: decisions, tasks, events or nodes.")
+tail_app = typer.Typer(no_args_is_help=True, help="Follow a control topic: decisions, tasks, events or nodes.")
 
 Offset = Annotated[
     str,
-    typer.Option(
-        "--offset", "-o", help="start, end, or a number: where to begin (a negative one: so many before the end)."
-    ),
+    typer.Option("--offset", "-o", help="First offset: start, end, or a number; -N starts N records before the end."),
 ]
-Count = Annotated[int | None, typer.Option("--count", "-n", min=1, help="Stop after so many records.")]
+Count = Annotated[int | None, typer.Option("--count", "-n", min=1, help="Stop after N records.")]
 AtEnd = Annotated[bool, typer.Option("--exit", "-e", help="Stop at the end instead of waiting for more.")]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON Lines, also on a terminal.")]
-Region = Annotated[int | None, typer.Option("--region", min=0, help="Only this region.")]
-Heartbeats = Annotated[bool, typer.Option("--heartbeats", help="Show signs of life too (in the table).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON Lines even on a terminal.")]
+Region = Annotated[int | None, typer.Option("--region", min=0, help="Show only this region.")]
+Heartbeats = Annotated[bool, typer.Option("--heartbeats", help="Show heartbeats in the table too.")]
 
 
 def _command(topic: str, what: str) -> Callable[..., None]:
@@ -56,17 +54,17 @@ def _command(topic: str, what: str) -> Callable[..., None]:
         run_on_uvloop(_tail(wiring.kafka_bus(bootstrap_servers), topic, offset, count, at_end, region, show))
 
     tail.__doc__ = (
-        f"Follow {what}\n\nA table on a terminal; JSON Lines when piped or with --json: the record as it stands.\n\n"
-        f"Example, the last twenty: `deepar tail {topic.removeprefix('deepar.')} --offset -20 --exit`"
+        f"Follow {what}\n\nPrints a table on a terminal; prints the records as JSON Lines when piped or with --json.\n\n"
+        f"Example, the last 20 records: `deepar tail {topic.removeprefix('deepar.')} --offset -20 --exit`"
     )
     return tail
 
 
 for _name, _topic, _what in (
-    ("decisions", topics.DECISIONS, "the planner's decisions: who got what, where, and who waits."),
-    ("tasks", topics.TASKS, "the tasks that are submitted."),
-    ("events", topics.EVENTS, "what the stages report: completions, failures, heartbeats."),
-    ("nodes", topics.NODES, "the nodes that announce themselves."),
+    ("decisions", topics.DECISIONS, "the planner's decisions: placements, grants, and waiting tasks."),
+    ("tasks", topics.TASKS, "submitted tasks."),
+    ("events", topics.EVENTS, "reports of the stages: completions, failures, heartbeats."),
+    ("nodes", topics.NODES, "announcements of nodes."),
 ):
     tail_app.command(_name)(_command(_topic, _what))
 
@@ -118,14 +116,14 @@ async def _begin(bus: Bus, where: TopicPartition, offset: str, end: int, show: S
     try:
         number = int(offset)
     except ValueError:
-        raise ConfigError(f"--offset {offset}: it is start, end or a number") from None
+        raise ConfigError(f"--offset {offset}: must be start, end or a number") from None
     if abs(number) > LARGEST_OFFSET:
-        raise ConfigError(f"--offset {offset}: larger than an offset can be, {LARGEST_OFFSET:,}")
+        raise ConfigError(f"--offset {offset}: must not exceed {LARGEST_OFFSET:,}")
     return number if number >= 0 else await _back(bus, where, -number, end, show)
 
 
 async def _back(bus: Bus, where: TopicPartition, number: int, end: int, show: Shown) -> int:
-    """The offset behind which so many records before the end are shown: heartbeats do not count where they are hidden."""
+    """The offset from which `number` shown records remain before the end; hidden heartbeats are not counted."""
     back = number
     while True:
         begin = max(0, end - back)
@@ -142,19 +140,19 @@ async def _back(bus: Bus, where: TopicPartition, number: int, end: int, show: Sh
 
 
 class Shown(Protocol):
-    """A way to print records."""
+    """A printer of records."""
 
     def shows(self, record: Record) -> bool:
-        """Whether it prints anything for a record."""
+        """Whether the printer shows this record."""
 
     def __call__(self, record: Record) -> None: ...
 
 
 class JsonLines:
-    """Prints every record as it stands on the topic: one JSON object a line."""
+    """Prints every record unchanged as one line of JSON."""
 
     def shows(self, record: Record) -> bool:
-        """Every record."""
+        """Always true: every record is printed."""
         return True
 
     def __call__(self, record: Record) -> None:
@@ -162,7 +160,7 @@ class JsonLines:
 
 
 def json_line(record: Record) -> None:
-    """Print a record as it stands on the topic: one JSON object a line."""
+    """Print a record unchanged as one line of JSON."""
     try:
         value: Any = json.loads(record.value) if record.value is not None else None
     except ValueError:
@@ -187,7 +185,7 @@ def _iso(timestamp_ms: int) -> str:
 
 
 class Table:
-    """Prints records as lines of a table that grows."""
+    """Prints records as rows of a growing table."""
 
     def __init__(self, topic: str, *, heartbeats: bool, console: Console | None = None) -> None:
         self._topic = topic
@@ -195,13 +193,13 @@ class Table:
         self._console = console or Console(emoji=False, highlight=False)
         self._held: dict[int, Held] = {}  # by region
         self._logs: dict[int, DecisionLog] = {}  # by region
-        self._widths = [16, 14]  # of who and what; they grow with what comes
+        self._widths = [16, 14]  # of columns "who" and "what"; they grow with the content
         if topic == topics.DECISIONS:
             self._console.print(f"[dim]{LEGEND}[/]", soft_wrap=True)
         self._console.print(f"[bold]{'time':<12} {'offset':>7}  {'who':<16} {'what':<14} details[/]")
 
     def shows(self, record: Record) -> bool:
-        """All but the heartbeats that are hidden."""
+        """True except for hidden heartbeats."""
         if self._heartbeats:
             return True
         try:

@@ -1,4 +1,4 @@
-"""`deepar top`: a region on one screen, live or played again."""
+"""`deepar top`: a terminal screen that shows a region, live or replayed."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ def top(
     bootstrap_servers: Bootstrap = None,
     region: Region = 0,
     replay: Annotated[
-        bool, typer.Option("--replay", help="Play what stands on the topics again from its beginning, then stop.")
+        bool, typer.Option("--replay", help="Replay the records on the topics from the beginning, then stop.")
     ] = False,
-    speed: Annotated[float, typer.Option(min=0.01, help="How much faster than it was, with --replay.")] = 1.0,
+    speed: Annotated[float, typer.Option(min=0.01, help="Speed of --replay relative to real time.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print one screen and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what is shown as one JSON object and stop.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the screen's content as one JSON object and stop.")
+    ] = False,
 ) -> None:
-    """See a region at work: nodes with slots and links in use, tasks, delays, and what the waiting ones wait for.
+    """Watch a region: nodes with slots and links in use, tasks, delays, and the reasons why tasks wait.
 
-    Ctrl-C leaves. Where the output is no terminal, one screen is printed.
+    Ctrl-C quits. If the output is not a terminal, one screen is printed.
 
     Example: `deepar top --replay --speed 5`
     """

@@ -1,4 +1,4 @@
-"""`deepar topics`: create what the flow needs, repair its settings, or show it."""
+"""`deepar topics`: creation, repair and listing of the topics."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ topics_app = typer.Typer(no_args_is_help=True, help="Create, repair or list the 
 @topics_app.command("create")
 def topics_create(
     edges: Annotated[
-        list[str] | None, typer.Option("--edge", help="Create this edge's topic too; may be given again.")
+        list[str] | None, typer.Option("--edge", help="Edge whose topic is created too; repeatable.")
     ] = None,
-    regions: Annotated[int, typer.Option(min=1, help="Partitions of the control topics.")] = 1,
+    regions: Annotated[int, typer.Option(min=1, help="Number of regions: partitions of the control topics.")] = 1,
     cloud_partitions: Annotated[
-        int, typer.Option(min=1, help="Largest number of cloud workers that can share the work.")
+        int, typer.Option(min=1, help="Maximum number of cloud workers that can share the work.")
     ] = 8,
     bootstrap_servers: Bootstrap = None,
 ) -> None:
-    """Create the topics that are missing. Services create theirs by themselves where they may.
+    """Create missing topics. A service with sufficient permissions creates its topics at start.
 
     Example: `deepar topics create --edge e1 --edge e2 --regions 1`
     """
@@ -48,9 +48,9 @@ def topics_create(
 
 @topics_app.command("repair")
 def topics_repair(bootstrap_servers: Bootstrap = None) -> None:
-    """Set what the table of topics demands on every topic that differs, at every site; needs the right to alter topics.
+    """Restore the settings of all topics, at every site; needs the permission to alter topics.
 
-    Records that a wrong setting has already deleted do not come back.
+    Records that a wrong setting has already deleted are not restored.
 
     Example: `deepar topics repair`
     """
@@ -63,14 +63,14 @@ def topics_repair(bootstrap_servers: Bootstrap = None) -> None:
             for one in wrong:
                 typer.echo(f"{one.topic}  {one.key}={one.repair} (was {one.found})")
             if not wrong:
-                typer.echo("every topic is set as the table of topics says")
+                typer.echo("all topics have the required settings")
 
     run_on_uvloop(main())
 
 
 @topics_app.command("list")
 def topics_list() -> None:
-    """Show the table of topics: what each carries, who writes it, who reads it.
+    """Show the table of topics: messages, keys, writers and readers.
 
     Example: `deepar topics list`
     """

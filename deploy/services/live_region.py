@@ -141,7 +141,7 @@ class LiveRegion:
         member = self._members[name]
         with member.log.open("ab") as sink:
             member.running = subprocess.Popen(
-                tied_to_us([sys.executable, "-m", "deploy.cli", *member.words], number=signal.SIGKILL),
+                tied_to_us([sys.executable, "-m", "deepar", *member.words], number=signal.SIGKILL),
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=sink,

@@ -133,7 +133,7 @@ def test_verify_refuses_what_it_cannot_use(app: Any, tmp_path: Path) -> None:
     (tmp_path / "in.npz").write_bytes(b"no archive")
     with pytest.raises(ConfigError, match="cannot be read as an"):
         call(app, "models", "verify", "lenet", "--inputs", str(tmp_path / "in.npz"))
-    with pytest.raises(ConfigError, match="nothing to run"):
+    with pytest.raises(ConfigError, match="no inputs to run"):
         call(app, "models", "verify", "lenet", "--samples", "0")
     with pytest.raises(ModelError, match="as asked for"):
         call(app, "models", "show", "lenet", "--sha256", "0" * 64)

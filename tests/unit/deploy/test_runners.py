@@ -83,5 +83,5 @@ def test_flags_name_the_signature_and_shapes_of_one_model() -> None:
     chosen = StageFlags(models=["m.tflite"], signature="decode", input_shape=["x=1x128"]).served()
     assert chosen == [ServedModel(model="m.tflite", signature="decode", input_shape={"x": "1x128"})]
     assert StageFlags(models=["a,b"]).served() == ["a", "b"]
-    with pytest.raises(ConfigError, match="are about one model"):
+    with pytest.raises(ConfigError, match="need exactly one --model"):
         StageFlags(models=["a", "b"], signature="decode").served()
