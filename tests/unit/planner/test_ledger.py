@@ -80,7 +80,7 @@ def test_an_edge_is_not_closed_while_anything_is_reserved_there() -> None:
     ledger = Ledger()
     ledger.open_edge("e1", 1, 100, 100)
     ledger.reserve(reservation(), 0.0)
-    with pytest.raises(InvariantError, match="closed"):
+    with pytest.raises(InvariantError, match="removed but still has reservations"):
         ledger.close_edge("e1")
 
 
