@@ -1,11 +1,12 @@
-"""A model's main subgraph, seen as a chain of layers that can be cut.
+"""The chain of layers and cut positions in a model's main subgraph.
 
-A *layer* is an operator of the main subgraph that depends on the input. Operators that depend on constants alone (fp16
-weights behind DEQUANTIZE, sparse ones behind DENSIFY, arithmetic on shapes) and operators that only name or initialise
-state (VAR_HANDLE, CALL_ONCE) are no layers: they are *carried* into every slice that needs them. Position p lies after
-layer p in the file's order, which is the order of execution. What crosses it is the set of tensors made before and needed
-after, model outputs included. A position may be *blocked*: state on both sides, a shape known only at run time, a type that
-cannot travel, an operator without a kernel.
+A *layer* is an operator of the main subgraph that depends on the input. Two kinds of operator are *carried* instead, which
+means copied into every slice that needs them: those that depend only on constants (DEQUANTIZE of fp16 weights, DENSIFY of
+sparse weights, arithmetic on shapes) and those that only name or initialise state (VAR_HANDLE, CALL_ONCE).
+
+Position p lies after layer p in file order, which is the order of execution. The tensors that cross it are made before it and
+needed after it; model outputs count as needed at the end. A position is *blocked* if layers on both sides share state, or if
+a crossing tensor has a shape known only at run time or a type that messages cannot carry, or if its layer has no kernel.
 """
 
 from __future__ import annotations
@@ -49,23 +50,23 @@ TRAVELLING = frozenset(
         *("uint8", "uint16", "uint32", "uint64", "bool", "complex64", "complex128"),
     )
 )
-"""Types whose values can cross a cut, by numpy's names."""
+"""Types that messages can carry across a cut, by their numpy names."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One position's worth of work."""
+    """One layer."""
 
     position: int  # 1..l
-    name: str  # of its first output, made unique
+    name: str  # of its first output tensor, made unique
     kind: str  # e.g. "CONV_2D"
     operator: int  # index among the main subgraph's operators
-    work: float  # multiply-accumulates, an estimate
-    output_bytes: int  # what it makes
+    work: float  # estimated multiply-accumulates
+    output_bytes: int  # size of its outputs
 
 
 class Graph:
-    """Layers, positions and what crosses them. Nothing here runs the model."""
+    """Layers, positions and crossing tensors, derived from the file and the findings of the trial run."""
 
     def __init__(self, model: Any, data: ModelBytes, path: str, facts: RuntimeFacts) -> None:
         self.model = model
@@ -90,34 +91,34 @@ class Graph:
 
     @classmethod
     def of(cls, data: ModelBytes, path: str, facts: RuntimeFacts | None = None) -> Graph:
-        """Analyses a file that `stages.models.files.validation` has let pass."""
+        """Analyses a file that `stages.models.files.validation` accepted."""
         return cls(schema.ModelT.InitFromPackedBuf(data, 0), data, path, facts or RuntimeFacts())
 
     # --- tensors -------------------------------------------------------------------------------------------------
 
     def shape(self, tensor: int) -> tuple[int, ...]:
-        """The shape at run time where it was looked up, else the declared one."""
+        """The shape that the trial run found, else the declared shape."""
         known = self.facts.shape(tensor)
         return known if known is not None else tuple(max(size, 0) for size in indices(self.tensors[tensor].shape))
 
     def known_shape(self, tensor: int) -> tuple[int, ...] | None:
-        """The shape at run time where it was looked up and never changes."""
+        """The shape that the trial run found, if it is the same for every input; None for constants."""
         if tensor in self.unsettled or self.is_constant(tensor):
             return None
         return self.facts.shape(tensor)
 
     def dtype(self, tensor: int) -> str:
-        """numpy's name of the type, or the format's where numpy has none."""
+        """The type's numpy name, or its name in the format if numpy lacks the type."""
         return TYPE_NAMES.get(self.tensors[tensor].type, "unknown")
 
     def size_bytes(self, tensor: int) -> int:
-        """Bytes of the tensor's values; 0 for types that cannot travel."""
+        """Bytes of the tensor's values; 0 for types that messages cannot carry."""
         dtype = self.dtype(tensor)
         return prod(self.shape(tensor)) * np.dtype(dtype).itemsize if dtype in TRAVELLING else 0
 
     @cached_property
     def names(self) -> list[str]:
-        """Every tensor's name, unique: as in the file, with `#INDEX` where the file repeats or omits it."""
+        """A unique name for every tensor: the name in the file, with `#INDEX` added if it is repeated or empty."""
         plain = [text(tensor.name) for tensor in self.tensors]
         counts: dict[str, int] = {}
         for name in plain:
@@ -126,12 +127,12 @@ class Graph:
 
     @cached_property
     def input_aliases(self) -> dict[str, str]:
-        """Input tensor's name -> the name that the model's first signature has for it."""
+        """Name of each input tensor -> its name in the model's first signature."""
         named = [entry for entry in self.model.signatureDefs or [] if entry.subgraphIndex == 0]
         return {self.names[entry.tensorIndex]: text(entry.name) for entry in (named[0].inputs or [] if named else [])}
 
     def spec(self, tensor: int) -> TensorSpec:
-        """The tensor as messages describe it."""
+        """The tensor's description in messages."""
         quantization = self.tensors[tensor].quantization
         scales = () if quantization is None else tuple(float(scale) for scale in indices_or_none(quantization.scale))
         zeros = () if quantization is None else tuple(int(zero) for zero in indices_or_none(quantization.zeroPoint))
@@ -145,18 +146,18 @@ class Graph:
         )
 
     def buffer(self, index: int) -> memoryview | None:
-        """The bytes of a buffer, as a view of the file; None where it has none."""
+        """The bytes of a buffer as a view of the file; None if it is empty."""
         return stored_bytes(self.model, self._data, index)
 
     def is_constant(self, tensor: int) -> bool:
-        """Whether the file holds the values."""
+        """Whether the file contains the tensor's values."""
         found = self.tensors[tensor]
         if tensor in self._without_elements:
             return True
         return not found.isVariable and self.buffer(found.buffer) is not None
 
     def maker(self, tensor: int) -> int | None:
-        """The operator that makes the tensor, None for inputs and constants."""
+        """The operator that makes the tensor; None for inputs and constants."""
         return self._makers.get(tensor)
 
     def outputs_of(self, operator: int) -> list[int]:
@@ -166,11 +167,10 @@ class Graph:
     # --- layers --------------------------------------------------------------------------------------------------
 
     def _classified(self) -> tuple[frozenset[int], frozenset[int]]:
-        """Operators that are no layers (see the head of this file), and tensors whose shape depends on the input's values.
+        """The carried operators (see the module docstring), and the tensors whose shape depends on the input's values.
 
-        The runtime calls a shape dynamic as soon as it is computed, also where it is computed from shapes that never
-        change. So what the runtime did not know beforehand is settled if nothing in its making looked at values that may
-        vary, and the trial's two runs agreed.
+        The runtime reports every computed shape as dynamic, even one computed from constant shapes. Such a shape counts as
+        fixed if its computation reads no values that vary with the input and both runs of the trial found the same shape.
         """
         late = self.facts.late
         fixed = {at for at in range(len(self.tensors)) if self.is_constant(at)}
@@ -187,19 +187,19 @@ class Graph:
             ):
                 unsettled.update(outputs)
                 continue
-            # these may or may not, and the runtime knows
+            # for these operators the trial run decides
             doubtful = kind.startswith("CUSTOM:") or subgraphs_of(operator, kind) or unsettled.intersection(inputs)
             unsettled.update(t for t in outputs if t in late and (doubtful or late[t] is None))
         return frozenset(carried), frozenset(unsettled)
 
     def _is_repeatable(self, at: int, kind: str, inputs: list[int], fixed: set[int], unsettled: set[int]) -> bool:
-        """Whether the operator says the same in every slice, whatever the model's input."""
+        """Whether the operator gives the same result in every slice and for every model input."""
         if kind in HANDLES or kind == "CALL_ONCE":
             return True
         if kind == "READ_VARIABLE":
             return not self.resources_of(at) & self.written_resources
         if kind in SHAPE_READERS and inputs and inputs[0] not in unsettled:
-            # the shape of a tensor whose shape never changes is a constant too; the slicer writes it down
+            # a fixed shape is a constant; the slicer stores its value
             return inputs[0] in self.facts.shapes or inputs[0] in self.facts.late
         if (
             kind in UNREPEATABLE
@@ -249,7 +249,7 @@ class Graph:
 
     @cached_property
     def _spans(self) -> dict[int, tuple[int, int]]:
-        """tensor -> (position after which it exists, last position before which it is needed)."""
+        """tensor -> (position from which it exists, last layer that reads it, or l + 1 for a model output)."""
         begins = dict.fromkeys(self.inputs, 0)
         ends: dict[int, int] = {}
         for position, at in enumerate(self.layer_operators, start=1):
@@ -263,7 +263,7 @@ class Graph:
         return {tensor: (begin, ends[tensor]) for tensor, begin in begins.items() if tensor in ends}
 
     def live(self, position: int) -> tuple[int, ...]:
-        """The tensors that cross `position`: all inputs at 0, all outputs at l, in the model's order; else in file order."""
+        """The tensors that cross `position`: inputs at 0 and outputs at l, in the model's order; elsewhere in file order."""
         if position == 0:
             return self.inputs
         if position == self.depth:
@@ -272,7 +272,7 @@ class Graph:
 
     @cached_property
     def blocked(self) -> dict[int, str]:
-        """Positions 1..l-1 that cannot be cut, and why."""
+        """The positions in 1..l-1 where the model cannot be cut, with the reason."""
         reasons: dict[int, str] = {}
         for name, first, last in self._stateful_spans():
             for position in range(first, last):
@@ -289,7 +289,7 @@ class Graph:
         return reasons
 
     def _why_confined(self, tensor: int) -> str | None:
-        """Why the tensor cannot cross a cut, None if it can."""
+        """The reason why the tensor cannot cross a cut; None if it can."""
         if self.dtype(tensor) not in TRAVELLING:
             return f"is of type {self.dtype(tensor)}, which cannot travel"
         if tensor in self.unsettled:
@@ -299,14 +299,14 @@ class Graph:
         return None
 
     def require_cuttable(self, position: int) -> None:
-        """Raises `CutError` where the model cannot be cut at `position`."""
+        """Raises `CutError` if the model cannot be cut at `position`."""
         if not 0 <= position <= self.depth:
             raise CutError(f"{self.path} has positions 0 to {self.depth}, not {position}")
         if position in self.blocked:
             raise CutError(f"{self.path} cannot be cut at {position}: {self.blocked[position]}")
 
     def manifest(self, name: str, sha256: str, size_bytes: int) -> ModelManifest:
-        """The model from outside."""
+        """The model's description in messages: its name, its hash and its positions."""
         cuts = []
         for position in range(self.depth + 1):
             layer = self.layers[position - 1] if position else None
@@ -327,7 +327,7 @@ class Graph:
     # --- state ---------------------------------------------------------------------------------------------------
 
     def resources_of(self, at: int) -> frozenset[str]:
-        """The named state that operator `at` of the main subgraph touches, through handles or inside its subgraphs."""
+        """Names of the state that operator `at` of the main subgraph uses, through handles or in its subgraphs."""
         operator, kind = self.operators[at], self.kinds[at]
         found = {self._handle_name(operator, kind)} if kind in HANDLES else set()
         for tensor in indices(operator.inputs):
@@ -339,7 +339,7 @@ class Graph:
         return frozenset(found)
 
     def _inner_resources(self, index: int) -> tuple[set[str], bool]:
-        """State named inside a subgraph and those below it, and whether any of it is written there."""
+        """Names of the state used in a subgraph and the subgraphs it runs, and whether any of them writes state."""
         found: set[str] = set()
         writes = False
         for operator in self.model.subgraphs[index].operators or []:
@@ -355,14 +355,14 @@ class Graph:
 
     @cached_property
     def written_resources(self) -> frozenset[str]:
-        """State that the main subgraph changes after its initialisation, directly or in control flow."""
+        """Names of the state that the main subgraph writes after initialisation, directly or in control flow."""
         written: set[str] = set()
         for at, operator in enumerate(self.operators):
             kind = self.kinds[at]
             if kind in WRITERS:
                 written |= self.resources_of(at)
             elif kind != "CALL_ONCE" and any(self._inner_resources(i)[1] for _, i in subgraphs_of(operator, kind)):
-                # handles may be passed into the subgraph, so everything the operator touches counts as written
+                # the subgraph may receive any of the operator's handles, so all its state counts as written
                 written |= self.resources_of(at)
         return frozenset(written)
 
@@ -376,7 +376,7 @@ class Graph:
         return f"table {options.tableId}" if options else "table"
 
     def _stateful_spans(self) -> Iterable[tuple[str, int, int]]:
-        """(name, first layer, last layer) for state that the layers between must keep in one slice."""
+        """(name, first layer, last layer) for each written state; these layers must stay in one slice."""
         spans: dict[str, list[int]] = {}
         written = self.written_resources
         for position, at in enumerate(self.layer_operators, start=1):
@@ -389,15 +389,15 @@ class Graph:
 
     @cached_property
     def stateful(self) -> bool:
-        """Whether a sample's result may depend on the samples before it."""
+        """Whether a sample's result may depend on earlier samples."""
         return bool(list(self._stateful_spans()))
 
 
 def indices(vector: Any) -> list[int]:
-    """A vector of the object API, which may be absent, as a list of ints."""
+    """A vector of the object API as a list of ints; empty if absent."""
     return [] if vector is None else [int(item) for item in vector]
 
 
 def indices_or_none(vector: Any) -> list[Any]:
-    """A numeric vector of the object API, which may be absent, as a list."""
+    """A numeric vector of the object API as a list; empty if absent."""
     return [] if vector is None or isinstance(vector, int) else list(vector)

@@ -1,12 +1,12 @@
-"""Measuring how fast this machine runs every layer of a model.
+"""The profiler, which measures how long this machine takes for every layer of a model.
 
-The runtime does not time operators, so every layer is cut out and timed alone, on the values it would see, and the whole is
-timed too. The layers' times are then scaled to add up to the whole; both numbers are kept. Only computing is timed, not
-copying tensors in and out, which a layer inside a segment does not do. Layers that cannot be cut apart are timed together and
-share the time by their work.
+The runtime does not time operators, so the profiler cuts out every layer, times it on the values that it receives in the
+model, times the whole model, and scales the layers' times so that they add up to the whole. It times only the computation:
+a layer inside a segment does not copy tensors in or out. Layers that cannot be separated are timed together and share the
+time in proportion to their work.
 
-A busy machine must not get into a profile that is kept. So measurements wait for each other (`measuring_alone`), one thread
-is timed by its processor time, and a measurement is repeated until the whole and the sum of its slices agree
+Three measures keep other load out of a stored profile: measurements on a machine take turns (`measuring_alone`), a single
+thread is timed by its processor time, and a measurement is repeated until the whole and the sum of its slices agree
 (`measure_steadily`).
 """
 
@@ -34,64 +34,64 @@ from stages.models.slicer import slice_model
 from stages.models.verify import random_inputs, run_part
 
 Step = Callable[[str, int, int], None]
-"""what is being measured, parts done, parts in total"""
+"""Receives what is being measured, the parts done, and the total of parts."""
 
 Say = Callable[[str], None]
-"""takes a line for people"""
+"""Receives a line of text for the user."""
 
 METHOD = 2
-"""Raise it whenever measuring or cutting changes: profiles that were remembered under another number are measured again."""
+"""Version of the method. Increase it when measuring or cutting changes: profiles of other versions are measured again."""
 
 TOLERANCE = 0.25
-"""Share of the whole by which the sum of its slices may differ, `CALL_S` for each slice beside it."""
+"""Allowed difference between the whole and the sum of its slices, as a share of the whole; `CALL_S` per slice is added."""
 
 CALL_S = 0.000_001
-"""What starting a slice costs on its own."""
+"""Time to start one slice."""
 
 MAX_TRIES = 5
-"""Measurements of one model before the best of them is taken as it is."""
+"""Maximum number of measurements of one model; after them the shortest times are used."""
 
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One layer's row of the table."""
+    """The measured time of one layer."""
 
     position: int  # 1..l
     name: str  # as in the manifest
     kind: str  # e.g. "CONV_2D"
     median_s: float  # of its one-layer slice, unscaled
-    spread_s: float  # between the quartiles of its runs
-    output_bytes: int  # what it makes
+    spread_s: float  # interquartile range of its runs
+    output_bytes: int  # size of its outputs
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured, before and after scaling."""
+    """The measured times of one model, before scaling."""
 
     model: Model
-    whole_s: float  # median of the model in one piece
-    whole_spread_s: float  # between the quartiles
+    whole_s: float  # median time of the whole model
+    whole_spread_s: float  # interquartile range
     layers: tuple[LayerTime, ...]
 
     @property
     def sum_of_slices_s(self) -> float:
-        """The layers' medians added up."""
+        """The sum of the layers' medians."""
         return sum(layer.median_s for layer in self.layers)
 
     @property
     def agrees(self) -> bool:
-        """Whether the whole and the sum of its slices tell the same, up to `TOLERANCE`."""
+        """Whether the whole and the sum of its slices agree within `TOLERANCE`."""
         allowed_s = TOLERANCE * self.whole_s + CALL_S * len(self.layers)
         return abs(self.sum_of_slices_s - self.whole_s) <= allowed_s
 
     def least(self, other: Measurement) -> Measurement:
-        """The smaller of each time of two measurements of a model: what else runs can only make them longer."""
+        """The smaller of each pair of times from two measurements, because other load can only lengthen a time."""
         whole = min(self, other, key=lambda one: one.whole_s)
         layers = tuple(min(pair, key=lambda row: row.median_s) for pair in zip(self.layers, other.layers, strict=True))
         return replace(self, whole_s=whole.whole_s, whole_spread_s=whole.whole_spread_s, layers=layers)
 
     def profile(self, platform: str) -> ModelProfile:
-        """What a node announces: times that add up to the whole."""
+        """The profile that a node announces; its layer times add up to the time of the whole."""
         scale = self.whole_s / self.sum_of_slices_s if self.sum_of_slices_s else 1.0
         manifest = self.model.manifest
         return ModelProfile(
@@ -118,10 +118,10 @@ def measure(
 ) -> Measurement:
     """Times the whole model and every layer, `num_runs` times each after `warmup_runs`.
 
-    Raises `ModelError` where the model cannot be run here, `ConfigError` for numbers below 1 (0 for the warm-up).
+    Raises `ModelError` if the model cannot run here, and `ConfigError` for numbers below 1 (below 0 for `warmup_runs`).
     """
     if num_runs < 1 or warmup_runs < 0 or num_threads < 1:
-        raise ConfigError("a profile needs at least one run and one thread")
+        raise ConfigError("a profile needs at least one run, one thread, and zero or more warm-up runs")
     graph = model.graph
     values = random_inputs(model, np.random.default_rng(seed))
 
@@ -172,9 +172,9 @@ def measure_steadily(
     step: Step | None = None,
     say: Say | None = None,
 ) -> Measurement:
-    """`measure`, again until the whole and the sum of its slices agree, at most `MAX_TRIES` times.
+    """Repeats `measure` until the whole and the sum of its slices agree, at most `MAX_TRIES` times.
 
-    Of several measurements the least times count. `say` is told where they never agree.
+    Several measurements are combined by their shortest times. If they never agree, `say` receives a warning.
     """
 
     def once() -> Measurement:
@@ -188,7 +188,7 @@ def measure_steadily(
     if not found.agrees and say is not None:
         say(
             f"{model.name} takes {found.whole_s * 1e3:.3g} ms in one piece and {found.sum_of_slices_s * 1e3:.3g} ms in "
-            f"slices, also after {MAX_TRIES} measurements: its profile is uncertain; measure again on an idle machine "
+            f"slices after {MAX_TRIES} measurements: its profile is uncertain; measure again on an idle machine "
             "(deepar profile, or --remeasure of a stage)"
         )
     return found
@@ -196,15 +196,15 @@ def measure_steadily(
 
 @contextlib.contextmanager
 def measuring_alone(say: Say | None = None) -> Iterator[None]:
-    """Holds the lock of this user's measurements on this machine: those that start together take turns."""
+    """Holds the lock that lets only one of this user's processes on this machine measure at a time."""
     with contextlib.ExitStack() as stack:
         try:
-            waiting = "waiting: another process measures this machine"
+            waiting = "waiting for another process that is measuring this machine"
             on_wait = None if say is None else lambda: say(waiting)
             stack.enter_context(locked(cache_dir("profiles") / "measuring", on_wait))
         except OSError as error:
             if say is not None:
-                say(f"measuring without a lock against other measurements: {error}")
+                say(f"measuring without the lock that prevents parallel measurements: {error}")
         yield
 
 
@@ -217,7 +217,7 @@ def profile_model(
     *,
     platform: str = "this machine",
 ) -> ModelProfile:
-    """`measure`, as what a node announces."""
+    """Measures the model once and returns the profile that a node announces."""
     found = measure(model, num_threads=num_threads, num_runs=num_runs, warmup_runs=warmup_runs, step=progress)
     return found.profile(platform)
 
@@ -225,15 +225,15 @@ def profile_model(
 def machine_profile(
     model: Model, *, num_threads: int = 1, remeasure: bool = False, say: Say | None = None
 ) -> ModelProfile:
-    """The profile of this machine, measured once and remembered in the cache; with `remeasure` measured in any case.
+    """The profile of this machine from the cache, measured if it is missing or `remeasure` is set.
 
-    A machine is known by its processor's name; another processor, thread count, model or runtime is measured anew.
+    The cache key is the processor's name, the thread count, the model's hash, the runtime's version and `METHOD`.
     """
     if not remeasure and (known := _remembered(model, num_threads)) is not None:
         return known
     with measuring_alone(say):
         if not remeasure and (known := _remembered(model, num_threads)) is not None:
-            return known  # by a process that this one has waited for
+            return known  # measured by the process that held the lock
         if say is not None:
             say(f"measuring {model.name} on this machine" + ("" if remeasure else ", once"))
         found = measure_steadily(model, num_threads=num_threads, num_runs=5, say=say)
@@ -241,7 +241,7 @@ def machine_profile(
 
 
 def remember(found: Measurement, *, num_threads: int, say: Say | None = None) -> ModelProfile:
-    """Keep a measurement as the profile of this machine; `say` is told where it cannot be kept."""
+    """Stores a measurement as the profile of this machine; `say` receives a warning if the cache cannot be written."""
     profile = found.profile(_processor())
     try:
         write_whole(
@@ -249,7 +249,7 @@ def remember(found: Measurement, *, num_threads: int, say: Say | None = None) ->
         )
     except ModelError as error:
         if say is not None:
-            say(f"the profile is not remembered: {error}")
+            say(f"the profile was not stored: {error}")
     return profile
 
 
@@ -276,7 +276,7 @@ def _median_and_spread(times_s: list[float]) -> tuple[float, float]:
 
 
 def _processor() -> str:
-    """The processor's name, as people know it."""
+    """The processor's product name."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

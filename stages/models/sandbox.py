@@ -1,9 +1,8 @@
-"""A process in which slices of a foreign model run for the first time.
+"""A child process that runs each slice of an untrusted model once before this process loads it.
 
-The trial of the whole model says nothing about its slices: one that the slicer made wrongly, or that a kernel takes badly,
-may kill whoever runs it. So each is loaded and run once by a child before this process does. The child keeps the values of a
-run of the whole model on zeros, so that a slice is tried on what it would see. If the child dies, the slice is refused with a
-`ModelError`. An ordinary complaint of the runtime is left to the real run, which says the same.
+A slice can crash the process that runs it even if the trial run of the whole model passed. The child runs the whole model on
+zeros, keeps all tensor values, and runs each slice on the values that it would receive. If the child dies, the slice is
+rejected with a `ModelError`. An ordinary error of the runtime is ignored here, because the real run raises it again.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ STARTING = "starting"
 
 
 class Sandbox:
-    """The child and what it found. It starts with the first slice that is new, and ends with `close` or the `with` block.
+    """The child process and the slices that passed. The child starts with the first new slice and ends with `close`.
 
-    Slices of a model that DeePar brings are not tried. Verdicts are remembered in the cache. Any thread may call `admit`.
+    Slices of a trusted model skip the child. Passed slices are recorded in the cache. `admit` is thread-safe.
     """
 
     def __init__(self, model: Model, *, delegate: bool = True) -> None:
@@ -56,23 +55,22 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """Ends the child. The next new slice starts another."""
+        """Stops the child. The next new slice starts another one."""
         with self._turn:
             if self._child is not None:
                 self._child.end()
                 self._child = None
 
     def admit(self, part: SlicedPart, source: Path | bytes) -> None:
-        """Returns once the slice, whose file is `source`, ran in the child, now or earlier.
+        """Runs the slice with the file `source` in the child, unless it passed before.
 
-        Raises `ModelError` where the child died or did not answer in time.
+        Raises `ModelError` if the child dies or does not answer in time.
         """
         if self._model.trusted:
             return
         with self._turn:
-            head = next(
-                iter(part.chunks())
-            )  # the weights behind it are the model's, whose hash names the file of verdicts
+            # the structure identifies the slice: its weights are the model's, whose hash is in the name of the record
+            head = next(iter(part.chunks()))
             verdict = f"{hashlib.sha256(head).hexdigest()}{'' if self._delegate else '-plain'}"
             if verdict in self._admitted:
                 return
@@ -93,12 +91,12 @@ class Sandbox:
             raise ModelError(
                 str(self._model.path),
                 f"a trial run of {layers} {fault}",
-                remedy="cut it elsewhere, or run the model in one piece",
+                remedy="cut the model elsewhere, or run it in one piece",
             )
 
 
 class _Child:
-    """The running process: one line of JSON each way for a slice."""
+    """The running process: one line of JSON in each direction per slice."""
 
     def __init__(self, model: Model) -> None:
         self._files = contextlib.ExitStack()
@@ -109,11 +107,11 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=self._complaints,
             env=child_environment(os.environ),
-            bufsize=0,  # `select` sees what a buffer would hide
+            bufsize=0,  # unbuffered, so that `select` sees every line
         )
 
     def run(self, source: Path | bytes, reads: list[int], delegate: bool) -> str | None:
-        """Has a slice run; None if the child lived, else what happened to it."""
+        """Runs a slice in the child. Returns None if the child survived, else a description of what happened."""
         with _file_of(source) as path:
             order = {"path": str(path), "reads": reads, "delegate": delegate}
             assert self._process.stdin is not None
@@ -146,7 +144,7 @@ class _Child:
         return f"ended with {returncode} while {doing}: {last_words(self._complaints.read())}"
 
     def end(self) -> None:
-        """Ends the process and removes its files."""
+        """Stops the process and removes its files."""
         with contextlib.suppress(OSError):
             self._process.kill()
         self._process.wait()
@@ -159,7 +157,7 @@ class _Child:
 
 @contextlib.contextmanager
 def _file_of(source: Path | bytes) -> Iterator[Path]:
-    """A file with the model, for as long as the block lasts."""
+    """The path of a file with the model; a temporary file is removed when the block ends."""
     if isinstance(source, Path):
         yield source
         return

@@ -1,8 +1,9 @@
-"""Cutting a model into `.tflite` parts.
+"""The slicer, which cuts a model into `.tflite` parts.
 
-A part holds the layers first..last with their weights, the carried operators they need, and the subgraphs of their control
-flow. Its inputs are the tensors it reads, its outputs those it makes that are needed later. A tensor that only passes over
-a part is not in its file: the *boundaries* of a part list everything that crosses, and the runner forwards it.
+A part holds the layers first..last with their weights, the carried operators that they need, and the subgraphs of their
+control flow. The file's inputs are the tensors that the part reads, its outputs the tensors that it makes and later layers
+need. A tensor that a later part needs but this one does not use is *forwarded*: it is listed in the part's boundaries
+(`inputs`, `outputs`) but is not in the file, and the runner copies it through.
 """
 
 from __future__ import annotations
@@ -35,36 +36,36 @@ from stages.models.graph import Graph, indices
 from stages.models.model import Model
 
 STRUCTURE_BYTES = 1 << 24
-"""Left for what is not weights in a file that is nearly as large as a file can be."""
+"""Space reserved for everything but weights in a file of maximum size."""
 
 
 @dataclass(frozen=True)
 class SlicedPart:
-    """Layers first..last of a model as a file to be."""
+    """Layers first..last of a model, from which a file can be written."""
 
     first: int  # first layer, 1..l
     last: int  # last layer, first..l
-    inputs: tuple[TensorSpec, ...]  # everything that crosses position first - 1
-    outputs: tuple[TensorSpec, ...]  # everything that crosses position last
+    inputs: tuple[TensorSpec, ...]  # all tensors that cross position first - 1
+    outputs: tuple[TensorSpec, ...]  # all tensors that cross position last
     reads: tuple[str, ...]  # names of the file's inputs, in its order
     makes: tuple[str, ...]  # names of the file's outputs, in its order
-    size_bytes: int  # of its weights, near enough the file's
-    renew: bool  # whether forgetting its state takes a new interpreter
+    size_bytes: int  # of its weights, about the size of the file
+    renew: bool  # whether only a new interpreter resets its state
     _model: Any
     _blobs: Mapping[int, Blob]
 
     @property
     def forwarded(self) -> tuple[str, ...]:
-        """Names of what passes over the part untouched."""
+        """Names of the tensors that cross the part unchanged."""
         made = set(self.makes)
         return tuple(spec.name for spec in self.outputs if spec.name not in made)
 
     def file_bytes(self, head_bytes: int) -> int:
-        """The exact size of the file, whose structure in front has `head_bytes`."""
+        """The exact size of the file if its structure, without the weights, has `head_bytes`."""
         return tflite_size(head_bytes, self._blobs)
 
     def chunks(self) -> Iterable[Chunk]:
-        """The file's bytes, in order; the weights come straight from the source's mapping."""
+        """The file's bytes, in order; the weights are read directly from the mapped model."""
         return tflite_chunks(self._model, self._blobs)
 
     def to_bytes(self) -> bytes:
@@ -73,14 +74,14 @@ class SlicedPart:
 
 
 def manifest(model: Model) -> ModelManifest:
-    """The model's positions and what crosses them."""
+    """The model's positions and the tensors that cross them."""
     return model.manifest
 
 
 def position_of(model: Model, cut: str | int) -> int:
-    """The position that a user names: a number, `input`, or the name of the layer before it.
+    """The position for a user's number, for `input` (0), or for the name of the layer before it.
 
-    Raises `UnknownNameError` for a name that no layer has, `CutError` for a number out of range.
+    Raises `UnknownNameError` for an unknown layer name and `CutError` for a number out of range.
     """
     wanted = str(cut)
     if wanted.isdecimal():
@@ -97,25 +98,25 @@ def position_of(model: Model, cut: str | int) -> int:
 
 
 def slice_model(model: Model, first: int, last: int) -> SlicedPart:
-    """Layers first..last (1-based, both included) as a part of their own.
+    """Cuts out layers first..last (1-based, inclusive).
 
-    Raises `CutError` where there are no such layers, or the model cannot be cut at first - 1 or last.
+    Raises `CutError` if these layers do not exist or the model cannot be cut at first - 1 or last.
     """
     graph = model.graph
     if not 1 <= first <= last <= graph.depth:
         raise CutError(f"{model.name} has layers 1 to {graph.depth}, not {first} to {last}")
     graph.require_cuttable(first - 1)
     graph.require_cuttable(last)
-    part = _Cutting(graph, first, last).part()
+    part = _PartBuilder(graph, first, last).part()
     if part.size_bytes > LARGEST_FILE_BYTES - STRUCTURE_BYTES:
         raise CutError(
-            f"layers {first} to {last} of {model.name} have {part.size_bytes:,} bytes, too many for one file"
+            f"layers {first} to {last} of {model.name} have {part.size_bytes:,} bytes, too many for one file; cut them"
         )
     return part
 
 
-class _Cutting:
-    """One slice in the making."""
+class _PartBuilder:
+    """Builds one part."""
 
     def __init__(self, graph: Graph, first: int, last: int) -> None:
         self._graph = graph
@@ -177,7 +178,7 @@ class _Cutting:
         )
 
     def _with_carried(self, chosen: list[int], results: tuple[int, ...]) -> list[int]:
-        """The chosen operators and the carried ones they need, in the file's order."""
+        """The chosen operators and the carried operators that they need, in file order."""
         graph = self._graph
         needed = set(chosen)
         waiting = [t for at in chosen for t in indices(graph.operators[at].inputs)] + list(results)
@@ -194,7 +195,10 @@ class _Cutting:
         return sorted(needed)
 
     def _is_noted(self, at: int) -> bool:
-        """Whether a carried operator is replaced by its value: the shape of a tensor that the slice may not have."""
+        """Whether the part stores this carried operator's value instead of the operator.
+
+        It reads the shape of a tensor, which the part may not contain.
+        """
         return at in self._graph.carried and self._graph.kinds[at] in SHAPE_READERS
 
     def _noted_value(self, tensor: int, noted: set[int]) -> np.ndarray[Any, Any] | None:
@@ -211,7 +215,7 @@ class _Cutting:
         return [tensor for tensor in indices(self._graph.operators[at].intermediates) if tensor >= 0]
 
     def _buffer(self, index: int) -> int:
-        """The target's number for a buffer of the source, copied on first use."""
+        """The index in the part of a buffer of the model; copies the buffer on first use."""
         if index not in self._buffers:
             data = self._graph.buffer(index)
             target = schema.BufferT()
@@ -228,7 +232,7 @@ class _Cutting:
     ) -> Any:
         tensor = copy.copy(source)
         if shape is not None:
-            tensor.shape = list(shape)  # the file may say 1 where it means "some"
+            tensor.shape = list(shape)  # a file may declare 1 for an open dimension
         if value is None:
             tensor.buffer = self._buffer(source.buffer)
         else:
@@ -237,7 +241,7 @@ class _Cutting:
         return tensor
 
     def _rename_details(self, index: int, target: Any, renumbered: Mapping[int, int]) -> None:
-        """Gives the tensors that the quantisation details of tensor `index` name their numbers in the part."""
+        """Replaces the tensor indices in the quantisation details of tensor `index` by the indices in the part."""
         details = details_of(target)
         if details is None:
             return
@@ -272,7 +276,7 @@ class _Cutting:
         return operator
 
     def _subgraph(self, index: int) -> int:
-        """The target's number for a subgraph of control flow, copied whole on first use."""
+        """The index in the part of a control-flow subgraph; copies the subgraph on first use."""
         if index not in self._subgraphs:
             source = self._source.subgraphs[index]
             target = copy.copy(source)
@@ -284,7 +288,7 @@ class _Cutting:
         return self._subgraphs[index]
 
     def _signature(self, inputs: list[int], outputs: list[int], renumbered: Mapping[int, int]) -> None:
-        """Keeps the whole model's signature names for its own inputs and outputs; tensors between have their names."""
+        """Names the model's inputs and outputs as its signature does; inner tensors keep their tensor names."""
         named = [entry for entry in self._source.signatureDefs or [] if entry.subgraphIndex == 0]
         if not named:
             return
@@ -312,8 +316,8 @@ class _Cutting:
 def write_parts(model: Model, cuts: list[int], folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     """Writes the parts between `cuts` (positions inside the model, ascending) and `manifest.json` into `folder`.
 
-    Returns the manifest's path and its `parts`. Roles are the paper's: the first part is the device's, then edge, then cloud;
-    parts without layers (a cut at 0, at l, or the same twice) have no file. Raises `CutError`, `ModelError`.
+    Returns the manifest's path and its `parts`. With two cuts the parts' roles are device, edge and cloud. A part without
+    layers (a cut at 0, at l, or two equal cuts) has no file. Raises `CutError` or `ModelError`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     bounds = [0, *cuts, model.graph.depth]

@@ -1,8 +1,8 @@
-"""What a file leaves to its user: which of several signatures is meant, and how large its open inputs are.
+"""Variants of a model file: the user's choice of a signature and of shapes for inputs of open shape.
 
-A choice is written into a copy of the file: the signature's subgraph becomes the first one, and an input is declared with the
-shape that was given. All that follows (trial, cuts, slices, runners) then sees an ordinary model. It has a hash of its own,
-made of the file's and the choice, so that nodes which chose differently do not take each other's activations.
+A choice is written into a copy of the file: the signature's subgraph becomes subgraph 0, and inputs declare the given shapes.
+Trial run, cuts, slices and runners then see an ordinary model. Its hash is computed from the file's hash and the choice, so
+that nodes with different choices reject each other's activations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stages.models.files.flatbuffer_writer import STREAMED_BYTES, Blob, ModelByt
 from stages.models.files.operators import KEPT_METADATA, kind_of, subgraphs_of, text
 
 LARGEST_DIMENSION = (1 << 31) - 1
-"""What the format has room for."""
+"""Largest dimension that the file format can store."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class Signature:
     name: str  # its key in the file
     inputs: tuple[str, ...]  # the names that callers use
     outputs: tuple[str, ...]
-    meant: bool  # whether it is the one that is looked at
-    seen: bool  # whether its subgraph is the one that is looked at
+    meant: bool  # whether it is the chosen signature
+    seen: bool  # whether its subgraph is the chosen one
 
 
 @dataclass(frozen=True)
 class OpenInput:
-    """An input whose shape the file leaves open."""
+    """An input with at least one dimension that the file leaves open."""
 
     name: str  # of the tensor
-    declared: Shape  # what it has unless another shape is given
+    declared: Shape  # the shape in the file, used unless the user gives another
     pattern: Shape  # -1 for an open dimension
 
     @property
@@ -51,21 +51,21 @@ class OpenInput:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file has to choose from, and what a choice leaves out."""
+    """The choices that a file offers, and the parts of it outside the chosen signature."""
 
     signatures: tuple[Signature, ...] = ()
-    unseen: tuple[str, ...] = ()  # what is not looked at, in words: `signature decode`, `subgraph 3`
-    open_inputs: tuple[OpenInput, ...] = ()  # of the subgraph that is looked at, as far as no shape was given
-    main: int = 0  # the file's number of the subgraph that is looked at
+    unseen: tuple[str, ...] = ()  # what the choice leaves out: `signature decode`, `subgraph 3`
+    open_inputs: tuple[OpenInput, ...] = ()  # of the chosen subgraph, if the user gave no shape
+    main: int = 0  # index in the file of the chosen subgraph
 
     @property
     def meant(self) -> str | None:
-        """The name of the signature that is looked at, None where the subgraph has none."""
+        """The name of the chosen signature; None if the subgraph has none."""
         return next((one.name for one in self.signatures if one.meant), None)
 
     @property
     def remedy(self) -> str | None:
-        """How to give the shapes that are open; None where none is."""
+        """How to give the open shapes; None if all shapes are fixed."""
         if not self.open_inputs:
             return None
         options = " ".join(f"--input-shape {one.name}={one.words}" for one in self.open_inputs)
@@ -73,7 +73,7 @@ class Contents:
 
 
 def contents(model: Any, choice: Choice, shown: str) -> Contents:
-    """What the file has, seen through a choice. Raises `UnknownNameError` for a signature or input that it does not have."""
+    """The contents of a file under a choice. Raises `UnknownNameError` for an unknown signature or input."""
     entry = _chosen(model, choice.signature, shown)
     main = 0 if entry is None else entry.subgraphIndex
     signatures = tuple(
@@ -92,7 +92,7 @@ def contents(model: Any, choice: Choice, shown: str) -> Contents:
 
 
 def chosen_hash(sha256: str, model: Any, choice: Choice, shown: str) -> str:
-    """The hash that names the file seen through a choice: the file's own where the choice changes nothing."""
+    """The hash of the file under a choice: the file's own hash if the choice changes nothing."""
     entry = _chosen(model, choice.signature, shown)
     main = 0 if entry is None else entry.subgraphIndex
     shapes = _given_shapes(model.subgraphs[main], entry, choice, shown)
@@ -105,7 +105,7 @@ def chosen_hash(sha256: str, model: Any, choice: Choice, shown: str) -> str:
 
 
 def rewritten(model: Any, data: ModelBytes, choice: Choice, shown: str) -> dict[int, Blob]:
-    """Writes the choice into `model`, the unpacked `data`; returns the large buffers, by number."""
+    """Writes the choice into `model`, which was unpacked from `data`; returns the large buffers by index."""
     entry = _chosen(model, choice.signature, shown)
     main = 0 if entry is None else entry.subgraphIndex
     for index, shape in _given_shapes(model.subgraphs[main], entry, choice, shown).items():
@@ -120,7 +120,7 @@ def rewritten(model: Any, data: ModelBytes, choice: Choice, shown: str) -> dict[
 
 
 def _chosen(model: Any, name: str | None, shown: str) -> Any:
-    """The signature that is meant, None where none was asked for and the main subgraph has none."""
+    """The signature called `name`; without a name, the first of the main subgraph, or None if it has none."""
     entries = list(model.signatureDefs or [])
     if name is None:
         return next((entry for entry in entries if entry.subgraphIndex == 0), None)
@@ -144,7 +144,7 @@ def _open_inputs(graph: Any) -> dict[int, OpenInput]:
 
 
 def _given_shapes(graph: Any, entry: Any, choice: Choice, shown: str) -> dict[int, Shape]:
-    """Input's index -> the shape that was given for it."""
+    """Input index -> the shape that the user gave."""
     names = {text(graph.tensors[index].name): index for index in _ints(graph.inputs)}
     names |= {text(item.name): item.tensorIndex for item in (entry.inputs or [] if entry is not None else [])}
     still_open = _open_inputs(graph)
@@ -164,14 +164,14 @@ def _given_shapes(graph: Any, entry: Any, choice: Choice, shown: str) -> dict[in
             )
         if max(shape, default=0) > LARGEST_DIMENSION:
             raise ConfigError(
-                f"--input-shape {name}={shape_words(shape)}: no dimension is larger than {LARGEST_DIMENSION:,}"
+                f"--input-shape {name}={shape_words(shape)}: a dimension is at most {LARGEST_DIMENSION:,}"
             )
         found[index] = shape
     return found
 
 
 def _unseen(model: Any, main: int, signatures: Iterable[Signature]) -> Iterable[str]:
-    """What the subgraph `main` and those that it runs leave out."""
+    """Descriptions of the signatures and subgraphs that `main` and the subgraphs it runs leave out."""
     yield from (f"signature {one.name}" for one in signatures if not one.seen)
     named = {entry.subgraphIndex for entry in model.signatureDefs or []}
     reached = _reached(model, {0, main} | named)
@@ -195,7 +195,7 @@ def _reached(model: Any, roots: set[int]) -> set[int]:
 
 
 def _swap_subgraphs(model: Any, main: int) -> None:
-    """Makes subgraph `main` the first, and the first the one of that number."""
+    """Swaps subgraph `main` with subgraph 0 and updates the operators that run either."""
     graphs = model.subgraphs
     graphs[0], graphs[main] = graphs[main], graphs[0]
     moved = {0: main, main: 0}
@@ -211,7 +211,7 @@ def _swap_subgraphs(model: Any, main: int) -> None:
 
 
 def _detached_buffers(model: Any, data: ModelBytes) -> dict[int, Blob]:
-    """Replaces the buffers by ones that can be packed again; large ones are left to be streamed from `data`."""
+    """Replaces the buffers by ones that can be packed again; returns large ones to be streamed from `data`."""
     blobs: dict[int, Blob] = {}
     for index in range(len(model.buffers)):
         stored = stored_bytes(model, data, index)

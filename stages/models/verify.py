@@ -1,8 +1,8 @@
-"""Checking that a model in parts says what the model in one piece says, bit for bit.
+"""The check that a cut model and the whole model give bit-identical outputs.
 
-For a pair of cuts the three parts run one after the other on what crosses the cuts, and every output is compared with the
-whole's by its bytes. A part that was given bit-identical input before is not run again: the kernels are functions of
-their input (models that keep state are never shortened like this), so it would say the same.
+For each pair of cuts, the three parts run in sequence and their final outputs are compared with the whole model's, byte by
+byte. A part that already ran on the same input is not run again, because kernels are deterministic; this shortcut is off for
+models that keep state.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ Step: TypeAlias = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Report:
-    """What `deepar models verify` prints."""
+    """The result of a verification, as `deepar models verify` prints it."""
 
     model: str  # its name
     positions: int  # l + 1
-    checked: int  # pairs of cuts that were run
-    bit_identical: bool  # whether all outputs of all pairs equal the whole's
-    max_abs_diff: float  # the largest difference found, in the outputs' units
-    worst: Pair | None  # the pair that showed it, None where there is no difference
-    uncuttable: tuple[tuple[int, str], ...]  # positions and why
-    explanation: str | None = None  # what makes the difference, where that was shown; and what was not run
-    explained: bool = False  # whether the difference was shown to come from the runtime and not from the cut
+    checked: int  # number of pairs of cuts that were run
+    bit_identical: bool  # whether all pairs' outputs equal the whole model's
+    max_abs_diff: float  # the largest difference found
+    worst: Pair | None  # the pair with that difference; None if none differs
+    uncuttable: tuple[tuple[int, str], ...]  # positions that cannot be cut, with the reason
+    explanation: str | None = None  # the proven cause of a difference; parts of the file that were not run
+    explained: bool = False  # whether the runtime, not the cut, is proven to cause the difference
     differing: tuple[Pair, ...] = ()  # all pairs that differ
-    signature: str | None = None  # the one that was run; None where the model has none
-    unseen: tuple[str, ...] = ()  # what of the file was not run, in words
+    signature: str | None = None  # the signature that was run; None if the model has none
+    unseen: tuple[str, ...] = ()  # descriptions of the parts of the file that were not run
 
 
 def pairs_of(model: Model, cuts: str, seed: int) -> list[Pair]:
-    """The pairs of cuts (cut1 <= cut2) that a user asks for.
+    """The pairs of cuts (cut1 <= cut2) that the option `--cuts` selects.
 
-    `all` is every pair, `single` every position once (cut1 = cut2), a number N that many random pairs after all single ones.
-    Positions that cannot be cut are left out. Raises `ConfigError` for anything else.
+    `all` selects every pair, `single` one pair per position (cut1 = cut2), a number N all single pairs and N random others.
+    Blocked positions are skipped. Raises `ConfigError` for any other value.
     """
     depth = model.graph.depth
     positions = [position for position in range(depth + 1) if position not in model.graph.blocked]
@@ -63,14 +63,14 @@ def pairs_of(model: Model, cuts: str, seed: int) -> list[Pair]:
     if cuts == "single":
         return single
     if not cuts.isdecimal():
-        raise ConfigError(f"--cuts takes all, single or a number of random pairs, not {cuts}")
+        raise ConfigError(f"--cuts {cuts} is invalid: give all, single, or a number of random pairs")
     double = [pair for pair in every if pair[0] < pair[1]]
     chosen = random.Random(seed).sample(double, min(int(cuts), len(double)))
     return single + sorted(chosen)
 
 
 def random_inputs(model: Model, rng: np.random.Generator) -> list[Array]:
-    """One random sample for the model's inputs: floats in 0..1, small integers their whole range, large ones 0 or 1."""
+    """One random sample: floats in 0..1, integers of up to 16 bits over their full range, wider integers 0 or 1."""
     return [_random(spec, rng) for spec in model.manifest.cuts[0].tensors]
 
 
@@ -83,14 +83,14 @@ def _random(spec: TensorSpec, rng: np.random.Generator) -> Array:
     if dtype.kind in "iu" and dtype.itemsize <= 2:
         limits = np.iinfo(dtype)
         return rng.integers(limits.min, limits.max, spec.shape, dtype, endpoint=True)
-    # wide integers are indices as a rule, and an index out of range is the model's end
+    # wide integers are usually indices, and an index out of range crashes the model
     return rng.integers(0, 2, spec.shape).astype(dtype)
 
 
 def named_inputs(model: Model, given: Mapping[str, Array]) -> list[list[Array]]:
-    """Samples out of arrays by tensor name, or by the name that the model's signature has for it (one input: any name).
+    """Samples from arrays named after the input tensors or after the signature's inputs; a single array may have any name.
 
-    An array has the tensor's shape, or one more dimension in front for several samples. Raises `ConfigError`.
+    An array has the tensor's shape, or one more leading dimension for several samples. Raises `ConfigError`.
     """
     specs = model.manifest.cuts[0].tensors
     aliases = model.graph.input_aliases
@@ -100,7 +100,7 @@ def named_inputs(model: Model, given: Mapping[str, Array]) -> list[list[Array]]:
     for spec in specs:
         name = spec.name if spec.name in given else aliases.get(spec.name, spec.name)
         if name not in given:
-            raise ConfigError(f"the inputs file has no {name}; it has {', '.join(given) or 'nothing'}")
+            raise ConfigError(f"the inputs file lacks the array {name}; it contains {', '.join(given) or 'no arrays'}")
         array = given[name]
         stack = array
         if array.shape == spec.shape:
@@ -113,7 +113,7 @@ def named_inputs(model: Model, given: Mapping[str, Array]) -> list[list[Array]]:
             )
         stacks.append(stack)
     if len({len(stack) for stack in stacks}) != 1:
-        raise ConfigError("the arrays of the inputs file hold different numbers of samples")
+        raise ConfigError("the arrays of the inputs file have different numbers of samples: give each the same number")
     return [list(sample) for sample in zip(*stacks, strict=True)]
 
 
@@ -126,9 +126,9 @@ def verify(
     delegate: bool = True,
     step: Step | None = None,
 ) -> Report:
-    """Runs the whole and the parts of every pair on every sample, and compares.
+    """Runs the whole model and the parts of every pair on every sample, and compares their outputs.
 
-    Raises `ModelError` where the whole cannot run (an operator without a kernel, say), `CutError` where a pair cannot be cut.
+    Raises `ModelError` if the whole model cannot run, for example without a kernel, and `CutError` for a blocked position.
     """
     limit = runnable_depth(model)
     pairs = [pair for pair in pairs if pair[1] <= limit]
@@ -169,7 +169,7 @@ def verify(
 def runnable_depth(model: Model) -> int:
     """The last position up to which this runtime can run the model: l, unless an operator has no kernel.
 
-    Raises `ModelError` where not even one layer can be run.
+    Raises `ModelError` if it cannot run the first layers up to any position.
     """
     graph = model.graph
     missing = model.facts.missing_kernels
@@ -187,7 +187,7 @@ def runnable_depth(model: Model) -> int:
 def _cause(
     model: Model, differing: Sequence[Pair], samples: Sequence[Sequence[Array]], num_threads: int, delegate: bool
 ) -> str | None:
-    """Why parts and whole differ, where that can be shown; None where it cannot, or they do not."""
+    """The proven cause of a difference between parts and whole; None if nothing differs or the cause is unknown."""
     if not differing:
         return None
     drawing = sorted({kind for kind in model.graph.kinds if kind in UNREPEATABLE})
@@ -216,12 +216,12 @@ def _explained(model: Model, limit: int, cause: str | None) -> str | None:
 
 
 def identical(left: Array, right: Array) -> bool:
-    """Whether two arrays are the same bits."""
+    """Whether two arrays have the same type, shape and bytes."""
     return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
 
 
 def difference(left: Array, right: Array) -> float:
-    """The largest absolute difference; infinite where shapes differ or one is a number where the other is not."""
+    """The largest absolute difference; infinite if shapes or types differ, or if only one of two values is NaN."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return float("inf")
     if identical(left, right) or not left.size:
@@ -234,7 +234,7 @@ def difference(left: Array, right: Array) -> float:
 
 
 class _Bench:
-    """Loaded parts, and what they said to which input."""
+    """Runs the whole model and its parts, and caches the outputs of parts by their input."""
 
     def __init__(self, model: Model, num_threads: int, delegate: bool, limit: int, sandbox: Sandbox) -> None:
         self._model, self._num_threads, self._delegate = model, num_threads, delegate
@@ -244,7 +244,7 @@ class _Bench:
         self._outcomes: dict[tuple[int, int, int], tuple[list[bytes], list[Array]]] = {}
 
     def whole(self, samples: Sequence[Sequence[Array]]) -> list[list[Array]]:
-        """The model's outputs in one piece, in the manifest's order: from the file as it is, where all of it can be run."""
+        """The uncut model's outputs, in the manifest's order, computed up to the last position that can run."""
         graph = self._model.graph
         if self._limit < graph.depth:
             part = slice_model(self._model, 1, self._limit)
@@ -267,7 +267,7 @@ class _Bench:
         return found
 
     def chained(self, pair: Pair, number: int, sample: Sequence[Array]) -> list[Array]:
-        """The outputs of the parts between the cuts, one after the other."""
+        """The outputs after running the parts between the cuts in sequence."""
         bounds = sorted({0, *pair, self._limit})
         values = list(sample)
         for begin, end in pairwise(bounds):
@@ -296,7 +296,7 @@ class _Bench:
 
 
 def run_part(part: SlicedPart, runner: SegmentRunner, values: Sequence[Array]) -> list[Array]:
-    """Runs a part on what crosses its front, in the order of its boundary, and returns what crosses its back."""
+    """Computes the tensors of a part's output boundary from those of its input boundary, each in boundary order."""
     if len(values) != len(part.inputs):
         raise CutError(f"layers {part.first} to {part.last} take {len(part.inputs)} tensors, not {len(values)}")
     known = {spec.name: value for spec, value in zip(part.inputs, values, strict=True)}

@@ -132,7 +132,7 @@ def test_models_that_were_chosen_differently_have_hashes_of_their_own(tmp_path: 
         ({"sound": (1, 8, 2, 1)}, ConfigError, r"sound=1x8x2x1: the input of .* is \?x\?x1x1"),
         ({"sound": (1, 3, 1, 1)}, ModelError, "its input sound was given as 1x3x1x1"),
         ({"sound": (1, 1 << 30, 1, 1)}, ModelError, "declares sound of the shape"),
-        ({"sound": (1, 1 << 31, 1, 1)}, ConfigError, "no dimension is larger than 2,147,483,647"),
+        ({"sound": (1, 1 << 31, 1, 1)}, ConfigError, "a dimension is at most 2,147,483,647"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(
