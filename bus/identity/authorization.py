@@ -1,7 +1,7 @@
-"""What a message claims, and who may claim it: one table beside that of the topics.
+"""Authorization table: which role may send which message for which node.
 
-Kafka lets a role write to a topic; this table says for whom a member of that role may speak there. It is looked at where a
-region demands proofs (`bus.identity.keys`), by the planner, before a message changes anything.
+Kafka's access control decides which role writes to a topic; this table decides which nodes and tasks a sender may name in
+its messages. In a region that requires proofs (`bus.identity.keys`) the planner checks it before it applies a message.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ STAGES: Final = ("device", "edge", "cloud")
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One row: which field of a message names a node, and who may name whom in it."""
+    """One row: the field of a message that names a node, and the roles that may fill it."""
 
     message: str  # class name in bus.messages
-    node: str | None  # the field that names whom it speaks for; None: it speaks of a task only
-    itself: tuple[str, ...]  # roles that may speak for the node of their own name
-    others: tuple[str, ...] = ()  # roles that may speak for every node
-    task: tuple[str, ...] | None = None  # roles whose node must take part in the task named; None: no task is touched
+    node: str | None  # the field that names the node; None: the message names only a task
+    itself: tuple[str, ...]  # roles that may name only their own node
+    others: tuple[str, ...] = ()  # roles that may name any node
+    task: tuple[str, ...] | None = None  # roles whose node must take part in the named task; None: not checked
 
 
 TABLE: Final = (
-    Claim("NodeAnnounced", "node", itself=STAGES),  # and its role must be the announced one
+    Claim("NodeAnnounced", "node", itself=STAGES),  # the announced role must also be the sender's
     Claim("NodeLeft", "node", itself=STAGES),
     Claim("NodeHeartbeat", "node", itself=STAGES),
     Claim("TaskSubmitted", "device", itself=("device",), others=("loadgen",)),
@@ -44,18 +44,18 @@ BY_MESSAGE: Final = {claim.message: claim for claim in TABLE}
 
 @dataclass(frozen=True, slots=True)
 class Parties:
-    """Who takes part in a live task."""
+    """The nodes that take part in a live task."""
 
     device: str
     attempt: int
-    edge: str | None  # of the present attempt
-    cloud: bool  # whether the cloud computes in it; its workers share the work, so each of them takes part
+    edge: str | None  # of the current attempt
+    cloud: bool  # whether the cloud computes in it; every cloud worker then takes part
 
 
 def check(speaker: Speaker, record: Record, message: object, parties: Parties | None) -> None:
-    """Whether a proven speaker may say this. `parties`: of the task that the message names, None where it is not live.
+    """Check that an authenticated speaker may send a message. `parties`: of the task it names, None if that is not live.
 
-    Raises `ProtocolError` (`wrong_identity`) saying who spoke as whom; KeyError for a message that is not in the table.
+    Raises `ProtocolError` (`wrong_identity`) that names the speaker and the claim; KeyError for a message without a row.
     """
     claim = BY_MESSAGE[type(message).__name__]
     what = str(getattr(message, "type"))  # noqa: B009  # every message has one
@@ -79,7 +79,7 @@ def _takes_part(speaker: Speaker, message: object, parties: Parties) -> bool:
     if speaker.role == "device":
         return speaker.name == parties.device
     if isinstance(message, TaskFailed) and message.attempt != parties.attempt:
-        return True  # late, of an attempt that is over: the core does not mind it
+        return True  # a late report of an earlier attempt: the core ignores it
     return parties.cloud if speaker.role == "cloud" else speaker.name == parties.edge
 
 

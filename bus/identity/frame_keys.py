@@ -1,15 +1,17 @@
-"""Who sends a frame, where a region's master demands that frames are proven, too.
+"""Frame keys: how stages sign frames and verify the frames they receive.
 
-Control messages are checked by the planner, which holds the master and can make every key. Frames are checked by whoever
-gets them, and must not be a way to speak as others. So there is a secret for each row of data topics: who reads there holds
-it, and can make the key of each of its writers; a writer holds only its own.
+They are used where the region's master also requires proofs on frames. The planner verifies control messages with the
+master, from which it derives every key. Stages verify frames, but must not be able to sign as other stages. Each row of
+data topics therefore has its own secret: readers of the row hold it and derive the keys of its writers; a writer holds
+only its own key.
 
     secret of a row      HMAC(master, "deepar frames 1" LF ROW)
     writer's key         HMAC(secret of the row, SPEAKER)
     frame's proof        HMAC(writer's key, "deepar frame 1" LF SPEAKER LF TOPIC LF LENGTH OF KEY LF KEY VALUE)
 
-Readers of a row could speak as its writers, and the broker's lists hinder them: in the table of topics nobody who reads
-frames on a topic writes there. So it takes two that were taken over, a reader and a writer of one row.
+A reader of a row could forge its writers' proofs, but the broker's access control lists prevent it from writing: in the
+table of topics no role both reads and writes frames on one topic. Forging a frame takes a compromised reader and a
+compromised writer of the same row.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ ROWS: Final = tuple(topic for topic in topics.TABLE if topic.payload is topics.P
 
 
 def rows_of(speaker: Speaker) -> tuple[list[str], list[str]]:
-    """The rows that a speaker reads, and those that it writes."""
+    """The rows that a speaker reads, and the rows that it writes."""
     return (
         [row.name for row in ROWS if speaker.role in row.readers],
         [row.name for row in ROWS if speaker.role in row.writers],
@@ -37,15 +39,15 @@ def rows_of(speaker: Speaker) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class FrameKeys:
-    """What a stage needs to prove its own frames and to check those of others."""
+    """The keys with which one stage signs its frames and verifies the frames of others."""
 
     speaker: Speaker
-    reads: Mapping[str, bytes] = field(repr=False)  # by row: the secret that its writers' keys are made of
+    reads: Mapping[str, bytes] = field(repr=False)  # by row: the secret from which its writers' keys derive
     writes: Mapping[str, bytes] = field(repr=False)  # by row: this speaker's key
 
     @classmethod
     def of(cls, master_secret: bytes, speaker: Speaker) -> FrameKeys:
-        """What the master gives a speaker, as the table of topics says what its role reads and writes."""
+        """The keys of a speaker, derived from the master for the rows that its role reads and writes."""
         secrets = {row.name: mac(master_secret, f"deepar frames 1\n{row.name}".encode()) for row in ROWS}
         reads, writes = rows_of(speaker)
         return cls(
@@ -55,14 +57,14 @@ class FrameKeys:
         )
 
     def headers(self, topic: str, key: str | None, value: Payload) -> Headers:
-        """The two headers of a frame; none for what is no frame."""
+        """The two proof headers of a frame; empty on topics where this speaker writes no frames."""
         if (secret := self.writes.get(_row(topic))) is None:
             return ()
         speaker = str(self.speaker).encode()
         return ((IDENTITY_HEADER, speaker), (PROOF_HEADER, _proof(secret, speaker, topic, key, value)))
 
     def sender(self, record: Record) -> Speaker:
-        """Who has sent a frame that this stage reads. Raises `ProtocolError` (`wrong_identity`) where that is not proven."""
+        """The verified sender of a frame. Raises `ProtocolError` (`wrong_identity`) if the proof is missing or wrong."""
         claimed, proof = proof_of(record)
         secret = mac(self.reads[_row(record.topic)], claimed)
         speaker = proven(claimed, _proof(secret, claimed, record.topic, record.key, record.value or b""), proof)
@@ -75,7 +77,7 @@ class FrameKeys:
 def _row(topic: str) -> str:
     try:
         return topics.row(topic).name
-    except KeyError:  # none of ours
+    except KeyError:  # not a topic of the table
         return ""
 
 
@@ -83,7 +85,7 @@ def _proof(secret: bytes, speaker: bytes, topic: str, key: str | None, value: Pa
     key_bytes = (key or "").encode()
     made = hmac.new(secret, b"deepar frame 1\n%b\n%b\n%d\n" % (speaker, topic.encode(), len(key_bytes)), "sha256")
     made.update(key_bytes)
-    made.update(value)  # not joined with the rest: it may be a megabyte
+    made.update(value)  # hashed separately to avoid copying: it may be a megabyte
     return made.hexdigest().encode()
 
 

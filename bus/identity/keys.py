@@ -1,21 +1,21 @@
-"""Who speaks: a record that claims a node carries a proof that its sender holds that node's key.
+"""Identity keys: senders sign their control messages, and the planner verifies them.
 
-Kafka knows which user writes to a topic, and not for which node a message inside it speaks. So a region may demand a proof:
-its planner holds a *master secret*, every sender a *key* derived from it for one speaker (`device:d1`), and every record on a
-topic of `bus.identity.authorization` two headers more, the speaker and an HMAC-SHA-256 over what the record says and
-where it stands:
+Kafka authenticates the user that writes to a topic, but not the node that a message names. A region may therefore require
+proofs. Its planner holds a *master secret*; each sender holds a *key*, derived from the master for one speaker
+(`device:d1`). Every record on a claimed topic (`bus.topics.CLAIMED_TOPICS`) then carries two extra headers: the speaker,
+and an HMAC-SHA-256 over the record's content and place:
 
     speaker's key   HMAC(master, "deepar identity 1" LF SPEAKER)
     record's proof  HMAC(speaker's key, "deepar record 1" LF SPEAKER LF TOPIC LF PARTITION LF LENGTH OF KEY LF KEY VALUE)
 
-Neither a speaker nor a topic holds a line feed, and the key's length is told, so no two records have one text. The partition
-is the region. A *fingerprint* names a master without telling anything of it; the region tells it to all (`EpochOpened`), so a
-sender with no key, or with one of another master, learns it at once instead of being refused for ever.
+The signed text is unambiguous: speakers and topics contain no line feed, and the length of the key is included. The
+partition is the region. A *fingerprint* identifies a master without revealing it. The planner publishes it
+(`EpochOpened`), so a sender with a missing or wrong key fails at once with a clear error.
 
-A master may demand that frames are proven, too (`bus.identity.frame_keys`); its fingerprint is another then, so all
-or none do it.
+A master may also require proofs on frames (`bus.identity.frame_keys`). That changes its fingerprint, so either all senders
+sign frames or none do.
 
-Secrets are in files, in no variable, no message, no `repr` and no error.
+Secrets are stored only in files: never in variables of the environment, messages, `repr` or errors.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ _FRAME_LINE = re.compile(r"(reads|writes) (\S+) ([0-9a-f]{64})")
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What proves that a record is of `speaker`."""
+    """The key with which `speaker` signs its records."""
 
     speaker: Speaker
     fingerprint: str  # of the master that it was derived from
     secret: bytes = field(repr=False)
-    frames: FrameKeys | None = None  # where the master demands that frames are proven
+    frames: FrameKeys | None = None  # set if the master requires proofs on frames
 
     def headers(self, topic: str, partition: int, key: str | None, value: bytes) -> Headers:
-        """The two headers of a record."""
+        """The two proof headers of a record."""
         speaker = str(self.speaker).encode()
         proof = _proof(self.secret, speaker, topic, partition, key, value)
         return ((IDENTITY_HEADER, speaker), (PROOF_HEADER, proof))
 
     def to_text(self) -> str:
-        """As it stands in a key file."""
+        """The content of a key file."""
         first = f"deepar-key-1 {self.speaker} {self.secret.hex()} {self.fingerprint}"
         lines = [first + " frames" * (self.frames is not None)]
         if self.frames is not None:
@@ -78,10 +78,10 @@ class Key:
 
 
 class Master:
-    """A region's master secret; only planners, and whoever makes keys, hold it."""
+    """A region's master secret, held by its planners and by the operator that issues keys."""
 
     def __init__(self, secret: bytes, *, frames: bool = False) -> None:
-        """`frames`: its region demands that frames are proven, too."""
+        """`frames`: the region also requires proofs on frames."""
         if len(secret) != SECRET_BYTES:
             raise ConfigError(f"a master secret has {SECRET_BYTES} bytes")
         self._secret = secret
@@ -91,7 +91,7 @@ class Master:
 
     @classmethod
     def new(cls, *, frames: bool = False) -> Master:
-        """A fresh one, from the operating system's randomness."""
+        """A new master from the operating system's random source."""
         return cls(secrets.token_bytes(SECRET_BYTES), frames=frames)
 
     def key(self, speaker: Speaker) -> Key:
@@ -100,14 +100,14 @@ class Master:
         return Key(speaker, self.fingerprint, self._derive(str(speaker).encode()), frames)
 
     def speaker(self, record: Record) -> Speaker:
-        """Who has sent a record. Raises `ProtocolError` (`wrong_identity`) where that is not proven."""
+        """The verified sender of a record. Raises `ProtocolError` (`wrong_identity`) if the proof is missing or wrong."""
         claimed, proof = proof_of(record)
         secret = self._secret_of(claimed)
         expected = _proof(secret, claimed, record.topic, record.partition, record.key, record.value or b"")
         return proven(claimed, expected, proof)
 
     def to_text(self) -> str:
-        """As it stands in a master file."""
+        """The content of a master file."""
         return f"deepar-master-1 {self._secret.hex()}{' frames' * self.frames}\n"
 
     def _derive(self, speaker: bytes) -> bytes:
@@ -127,7 +127,7 @@ def _proof(secret: bytes, speaker: bytes, topic: str, partition: int, key: str |
 
 
 def write_secret(path: Path, text: str) -> None:
-    """A new file that only its owner may read. Raises `ConfigError`; a file that is there is never written over."""
+    """Write a new file that only its owner can read. Raises `ConfigError` if the file exists or cannot be written."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -139,7 +139,7 @@ def write_secret(path: Path, text: str) -> None:
 
 
 def load_master(path: Path) -> Master:
-    """From a file. Raises `ConfigError`, which never shows what is in it."""
+    """Load a master from a file. Raises `ConfigError`, which never shows the content."""
     text = _read(path)
     if (found := _MASTER_FILE.fullmatch(text)) is None:
         kind = "a key, not a master secret" if _KEY_FILE.fullmatch(text) else "no master secret"
@@ -148,7 +148,7 @@ def load_master(path: Path) -> Master:
 
 
 def load_key(path: Path) -> Key:
-    """From a file. Raises `ConfigError`, which never shows what is in it."""
+    """Load a key from a file. Raises `ConfigError`, which never shows the content."""
     text = _read(path)
     if (found := _KEY_FILE.fullmatch(text)) is None:
         kind = "a master secret, which is the planner's alone" if _MASTER_FILE.fullmatch(text) else "no key"
@@ -173,11 +173,11 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path} holds neither a key nor a master secret") from None
 
 
-# --- what a region demands -------------------------------------------------------------------------------------------
+# --- a region's requirement -------------------------------------------------------------------------------------------
 
 
 def satisfy(demanded: str | None, key: Key | None, who: str) -> None:
-    """Raises `ConfigError` where a region demands a proof that this sender cannot give (`demanded`: of which master)."""
+    """Check that `key` comes from the master with fingerprint `demanded` (None: no proof required). Raises `ConfigError`."""
     if demanded is None or (key is not None and key.fingerprint == demanded):
         return
     remedy = "DEEPAR_IDENTITY_KEY_FILE names the file with it; `deepar identity key` makes one"

@@ -1,4 +1,7 @@
-"""What every proof of identity is made of: who speaks, the two headers, and what is said of a record that proves nothing."""
+"""Proof headers: the parts shared by the proofs of control messages and of frames.
+
+The speaker, the two headers, and the error raised for a record whose proof is missing or wrong.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from bus.port import Record
 IDENTITY_HEADER: Final = "deepar_identity"
 PROOF_HEADER: Final = "deepar_proof"
 WRONG_IDENTITY: Final = "wrong_identity"
-"""The cause of a dead letter whose sender is not, or may not speak as, whom it names."""
+"""Dead-letter cause: the sender's proof is invalid, or the sender is not authorized for the node that it names."""
 
 MAX_HEADER_BYTES: Final = 128  # a speaker takes at most 108, a proof 64
-REMEMBERED_KEYS: Final = 4096  # of so many speakers a planner keeps the derived key: some hundred bytes each
+REMEMBERED_KEYS: Final = 4096  # derived keys that a planner caches: a few hundred bytes each
 SPEAKING_ROLES: Final = tuple(
     dict.fromkeys(role for topic in topics.TABLE if topic.name in topics.CLAIMED_TOPICS for role in topic.writers)
 )
@@ -28,10 +31,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Speaker:
-    """Who may hold a key. Raises `ConfigError` when built of what is no role or no name."""
+    """A sender that can hold a key. Raises `ConfigError` if the role or the name is invalid."""
 
     role: str  # device, edge, cloud or loadgen
-    name: str  # of the node; of a load generator any name
+    name: str  # of the node; a load generator may have any name
 
     def __post_init__(self) -> None:
         if self.role not in SPEAKING_ROLES:
@@ -41,7 +44,7 @@ class Speaker:
 
     @classmethod
     def parse(cls, text: str) -> Speaker:
-        """From `device:d1`. Raises `ConfigError`."""
+        """Parse `device:d1`. Raises `ConfigError`."""
         role, colon, name = text.partition(":")
         if not colon:
             raise ConfigError(f"{text!r} is no speaker: ROLE:NAME")
@@ -52,7 +55,7 @@ class Speaker:
 
 
 def refused(why: str) -> ProtocolError:
-    """What is raised for a record that is not obeyed."""
+    """The error for a record that is rejected for its sender's identity."""
     return ProtocolError(WRONG_IDENTITY, why)
 
 
@@ -62,7 +65,7 @@ def mac(secret: bytes, text: bytes) -> bytes:
 
 
 def proof_of(record: Record) -> tuple[bytes, bytes]:
-    """The two headers. Raises `ProtocolError` where one is missing, twice there, or absurd."""
+    """The contents of the two proof headers. Raises `ProtocolError` if one is missing, duplicated, empty or too long."""
     found = []
     for name in (IDENTITY_HEADER, PROOF_HEADER):
         contents = [content for header, content in record.headers if header == name]
@@ -73,8 +76,8 @@ def proof_of(record: Record) -> tuple[bytes, bytes]:
 
 
 def proven(claimed: bytes, expected: bytes, proof: bytes) -> Speaker:
-    """The speaker that is claimed, where the proof is the one expected of it. Raises `ProtocolError`."""
-    # The proof first: what a stranger calls itself is looked at by nobody.
+    """The claimed speaker, if its proof equals the expected one. Raises `ProtocolError`."""
+    # The proof is compared first, so that the name of an unauthenticated sender is never parsed.
     if not hmac.compare_digest(expected, proof):
         raise refused(f"the proof is not that of {ascii(claimed.decode(errors='replace'))[1:-1]}")
     try:

@@ -1,4 +1,4 @@
-"""A bus on which every record that claims something carries a proof: a `Bus` around another, for one speaker."""
+"""Signing bus: a `Bus` that wraps another and signs what one speaker sends."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from bus.topics import TopicSpec
 
 
 class SignedBus:
-    """What `key`'s speaker sends on a topic of claims is signed, and its frames where the master demands it; all else passes
-    as it is. Signing a claim takes microseconds, a frame half a millisecond a megabyte.
+    """Signs records on claimed topics, and frames if the master requires it; passes everything else through unchanged.
+
+    Signing a control message takes microseconds; signing a frame takes half a millisecond per megabyte.
     """
 
     def __init__(self, bus: Bus, key: Key) -> None:
@@ -108,17 +109,17 @@ class SignedBus:
 
 
 def signed(bus: Bus, key: Key | None) -> Bus:
-    """The same bus where there is no key."""
+    """`bus`, signing with `key`; `bus` itself if there is no key."""
     return bus if key is None else SignedBus(bus, key)
 
 
 def frame_keys(bus: Bus) -> FrameKeys | None:
-    """What the frames that come over this bus are checked with; None where nobody has to prove them."""
+    """The keys that verify frames received over this bus; None if frames carry no proofs."""
     return bus.key.frames if isinstance(bus, SignedBus) else None
 
 
 def satisfy_region(bus: Bus, demanded: str | None, who: str) -> None:
-    """Raises `ConfigError` where a region demands a proof that this bus does not give."""
+    """Check that this bus gives the proofs that a region requires. Raises `ConfigError`."""
     satisfy(demanded, bus.key if isinstance(bus, SignedBus) else None, who)
 
 

@@ -1,4 +1,4 @@
-"""The broker inside the process: topics, groups, faults. `MemoryBus` is a connection to it."""
+"""In-process broker: topics, consumer groups and injected faults. `MemoryBus` is a connection to it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from bus.topic_settings import created_with
 from bus.topics import TopicSpec
 
 Latency = float | Callable[[int], float]
-"""Seconds, or seconds for a record of that many bytes."""
+"""Seconds, or a function from a record's size in bytes to seconds."""
 
 KEEP_CONSUMED_BYTES = 8 << 20
-"""How much of what everybody has consumed a partition of a data topic keeps."""
+"""How many bytes of fully consumed records a partition of a data topic keeps."""
 
 REQUEST_TIMEOUT_S = 3.0
-"""How long a request waits for a broker that is not there."""
+"""How long a request waits for an unreachable broker."""
 
-_TRIM_STEPS = 8  # retention is looked at after every eighth of what is kept
+_TRIM_STEPS = 8  # retention runs each time a partition grows by an eighth of what it keeps
 
 
 class Client(Protocol):
@@ -37,13 +37,13 @@ class Client(Protocol):
 class MemoryBroker:
     """Topics, partitions and groups in this process's memory; many `MemoryBus` connections may share one.
 
-    It works on any asyncio loop, a virtual one too: it asks only for `loop.time()` and timers, uses no threads and no
-    real clock, and does everything in one order that the calls and the seed of the faults decide.
+    It works on any asyncio loop, virtual time included: it uses only `loop.time()` and timers, no threads and no real
+    clock. The calls and the seed of the faults determine the order of all events.
 
-    Retention. Topics without a `retention_bytes` (control topics) keep everything, unless `keep_control_bytes` is given.
-    Of the others a partition keeps what some reader or group has still to consume (a group from the start on, where it
-    has committed nothing yet), and the newest `keep_consumed_bytes` of the rest; past `retention_bytes` even unread
-    records go, as in Kafka. Compacted topics are compacted as they grow.
+    Retention: topics without `retention_bytes` (control topics) keep everything unless `keep_control_bytes` is set. In
+    other topics a partition keeps the records that some reader or group has not consumed yet (all records, for a group
+    without a commit), plus the newest `keep_consumed_bytes` of the consumed ones. Beyond `retention_bytes` unread records
+    are deleted too, as in Kafka. Compacted topics are compacted as they grow.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class MemoryBroker:
         max_record_bytes: int = MAX_RECORD_BYTES,
         session_timeout_s: float = 6.0,
     ) -> None:
-        """`latency_s` is what an acknowledgement takes, and a delivery; `wall_clock` (the loop's where None) stamps records;
-        `session_timeout_s` is how long a group waits for a member whose connection is gone."""
+        """`latency_s` delays acknowledgement and delivery; `wall_clock` timestamps records (None: the loop's clock);
+        `session_timeout_s` is how long a group waits for a disconnected member."""
         self.latency_s = latency_s
         self.faults = faults
         self.wall_clock = wall_clock
@@ -68,7 +68,9 @@ class MemoryBroker:
         self.session_timeout_s = session_timeout_s
         self.running = True
         self._logs: dict[str, list[PartitionLog]] = {}
-        self._deleted: dict[str, list[PartitionLog]] = {}  # readers hold on to them, and a new topic takes them over
+        self._deleted: dict[
+            str, list[PartitionLog]
+        ] = {}  # readers still refer to them; a new topic of the name reuses them
         self._groups: dict[str, Group] = {}
         self._clients: list[Client] = []
         self._resumed: list[asyncio.Future[None]] = []
@@ -78,14 +80,14 @@ class MemoryBroker:
         state = "running" if self.running else "paused"
         return f"<MemoryBroker {state}, {len(self._logs)} topics, {len(self._groups)} groups, {len(self._clients)} clients>"
 
-    # --- what a person does to it ------------------------------------------------------------------------------------
+    # --- operator actions ------------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Stop, as if killed: posts wait in their senders, fetches return nothing, requests fail after a while."""
+        """Stop, as if killed: posts wait in their senders, fetches return nothing, requests time out."""
         self.running = False
 
     def resume(self) -> None:
-        """Run again, with everything that was written; groups are as they were."""
+        """Run again, with all records and groups unchanged."""
         self.running = True
         waiting, self._resumed = self._resumed, []
         for future in waiting:
@@ -95,7 +97,7 @@ class MemoryBroker:
             client.reconnected()
 
     def rebalance(self, group: str) -> None:
-        """Make a group share its partitions out anew, as Kafka does whenever it likes."""
+        """Force a group to rebalance, as Kafka may at any time."""
         if group in self._groups:
             self._groups[group].rebalance()
 
@@ -106,7 +108,7 @@ class MemoryBroker:
         log.start = max(log.start, min(before, log.end))
 
     def delete_topic(self, topic: str) -> None:
-        """Delete a topic with all its records and what groups have committed of it."""
+        """Delete a topic with its records and its committed offsets."""
         logs = self.logs(topic)
         del self._logs[topic]
         self._deleted[topic] = logs
@@ -116,11 +118,11 @@ class MemoryBroker:
                 group.committed.pop(log.tp, None)
 
     def bytes_held(self) -> int:
-        """What all partitions hold, in bytes."""
+        """Bytes held by all partitions."""
         return sum(log.bytes_held for logs in self._logs.values() for log in logs)
 
     def committed(self, group: str) -> dict[TopicPartition, int]:
-        """How far a group is, by partition."""
+        """The committed offsets of a group, by partition."""
         return dict(self._groups[group].committed) if group in self._groups else {}
 
     # --- for `MemoryBus` ---------------------------------------------------------------------------------------------
@@ -149,13 +151,13 @@ class MemoryBroker:
             ) from None
 
     def found(self, names: Iterable[str] | None) -> list[FoundTopic]:
-        """Of these topics (None: all) those that are there."""
+        """The topics of `names` (None: all topics) that exist."""
         wanted = self._logs if names is None else names
         there = [self._logs[name] for name in sorted(wanted) if name in self._logs]
         return [FoundTopic(logs[0].spec.name, "memory", len(logs), 1, created_with(logs[0].spec)) for logs in there]
 
     def group(self, name: str) -> Group:
-        """The group of this name, made where it is new."""
+        """The group of this name, created if it is new."""
         if name not in self._groups:
             self._groups[name] = Group(name, lambda topic: len(self._logs.get(topic, ())), self.when_running)
         return self._groups[name]
@@ -168,24 +170,24 @@ class MemoryBroker:
             await future
 
     def attach(self, client: Client) -> None:
-        """A connection begins."""
+        """Register a connection."""
         self._clients.append(client)
 
     def detach(self, client: Client) -> None:
-        """A connection ends."""
+        """Remove a connection."""
         if client in self._clients:
             self._clients.remove(client)
 
     def follow(self, log: PartitionLog, position: Callable[[], int]) -> None:
-        """A reader without a group begins: what it has still to read is kept."""
+        """Register a reader without a group: retention keeps what it has not read yet."""
         self._readers.setdefault(log.tp, []).append(position)
 
     def unfollow(self, log: PartitionLog, position: Callable[[], int]) -> None:
-        """That reader is gone."""
+        """Remove that reader."""
         self._readers[log.tp].remove(position)
 
     def delay_s(self, size_bytes: int) -> float:
-        """What acknowledging and delivering a record of this size takes, now."""
+        """The delay of acknowledgement and delivery for a record of this size."""
         latency_s = self.latency_s
         delay_s = latency_s(size_bytes) if callable(latency_s) else latency_s
         if self.faults is not None and self.faults.strikes("late"):
@@ -193,7 +195,7 @@ class MemoryBroker:
         return delay_s
 
     def trim(self, log: PartitionLog) -> None:
-        """Retention and compaction of a partition that has just grown."""
+        """Apply retention or compaction to a partition that has grown."""
         if log.spec.compacted:
             log.compact()
             return
@@ -216,5 +218,5 @@ class MemoryBroker:
         log.trim_at = log.bytes_held + max(keep_bytes // _TRIM_STEPS, 1)
 
     def unavailable(self) -> BusUnavailableError:
-        """What a request that found no broker says."""
+        """The error of a request that could not reach the broker."""
         return BusUnavailableError("the broker does not answer", remedy="resume() the broker, or reconnect() the bus")

@@ -1,7 +1,7 @@
-"""`MemoryBus`: the bus inside the process. The embedded default, and the simulator's bus.
+"""`MemoryBus`: the in-process bus. The embedded default, and the simulator's bus.
 
-Real bytes in real partitions with real groups; `bus.memory.faults` makes it as nasty as Kafka. See `MemoryBroker`
-for what it keeps.
+It stores real bytes in real partitions and has real consumer groups; `bus.memory.faults` adds Kafka's failures.
+`MemoryBroker` describes retention.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from bus.topics import TopicSpec, partition_of
 __all__ = ["Faults", "MemoryBroker", "MemoryBus"]
 
 DELIVERY_TIMEOUT_S = 30.0
-"""A post that has found no broker for this long fails; the record was not written."""
+"""How long a post waits for an unreachable broker before it fails; the record is then not written."""
 
-_SEND_BUFFER_BYTES = 32 << 20  # of records that wait for the broker; more, and `post` waits
-_POSTS_IN_A_ROW = 32  # then others get a turn, or a sender in a loop would starve them
+_SEND_BUFFER_BYTES = 32 << 20  # buffer for records that wait for the broker; when it is full, `post` waits
+_POSTS_IN_A_ROW = 32  # then `post` yields, so that a sender in a loop does not starve other tasks
 
 _partition_of = lru_cache(maxsize=1 << 12)(partition_of)
 
 
 class MemoryBus:
-    """One connection to a `MemoryBroker` (its own where none is given). Implements `bus.port.Bus`."""
+    """One connection to a `MemoryBroker` (a private one by default). Implements `bus.port.Bus`."""
 
     name = "memory"
 
@@ -46,17 +46,17 @@ class MemoryBus:
     ) -> None:
         self.broker = broker if broker is not None else MemoryBroker()
         self.client_id = client_id
-        self.wall_clock: Callable[[], float] | None = None  # stamps this client's records; the broker's where None
+        self.wall_clock: Callable[[], float] | None = None  # timestamps this client's records; None: the broker's clock
         self._delivery_timeout_s = delivery_timeout_s
         self._attached = False
-        self._linked = True  # False: cut off from the broker
+        self._linked = True  # False: disconnected from the broker
         self._cuts = 0
         self._readers: list[MemoryReader] = []
         self._held: deque[_Held] = deque()  # posts that wait for the broker, oldest first
         self._held_bytes = 0
-        self._room: list[asyncio.Future[None]] = []  # posts that wait for room in the buffer
+        self._room: list[asyncio.Future[None]] = []  # posts that wait for buffer space
         self._unacked = 0
-        self._settled: list[asyncio.Future[None]] = []  # who waits for the last acknowledgement
+        self._settled: list[asyncio.Future[None]] = []  # callers that wait for the last acknowledgement
         self._posts = 0
         self._turn = 0
         self._rejoining: list[asyncio.Task[None]] = []
@@ -123,7 +123,7 @@ class MemoryBus:
                 partition = self._turn = (self._turn + 1) % len(logs)
         elif not 0 <= partition < len(logs):
             raise BusError(f"{topic} has {len(logs)} partitions, there is no {partition}")
-        data = None if value is None else bytes(value)  # a copy, unless it cannot change anyway
+        data = None if value is None else bytes(value)  # copies mutable buffers only
         size_bytes = record_bytes(len(data or b""), len(key or ""), headers)
         if size_bytes > self.broker.max_record_bytes:
             raise MessageTooLargeError(topic, size_bytes, self.broker.max_record_bytes)
@@ -206,24 +206,24 @@ class MemoryBus:
 
     @property
     def connected(self) -> bool:
-        """Whether the broker runs and can be reached from here."""
+        """Whether the broker runs and this client can reach it."""
         return self._linked and self.broker.running
 
     def disconnect(self) -> None:
-        """Cut this client off; after a session its groups go on without it."""
+        """Disconnect this client; its groups remove it after the session timeout."""
         if self._linked:
             self._linked = False
             self._cuts += 1
             asyncio.get_running_loop().call_later(self.broker.session_timeout_s, self._lose, self._cuts)
 
     def reconnect(self) -> None:
-        """The way to the broker is there again."""
+        """Restore the connection to the broker."""
         if not self._linked:
             self._linked = True
             self.reconnected()
 
     def kill(self) -> None:
-        """The process is gone as by SIGKILL: nothing is flushed, nobody is told, what was in line is lost."""
+        """Simulate SIGKILL: nothing is flushed, no group is notified, queued records are lost."""
         self._attached = False
         for reader in list(self._readers):
             if isinstance(reader, MemoryMember):
@@ -234,7 +234,7 @@ class MemoryBus:
         self.broker.detach(self)
 
     def reconnected(self) -> None:
-        """Write what waited, oldest first, and go on reading."""
+        """Write the queued records, oldest first, and resume reading."""
         if not self.connected:
             return
         while self._held:
@@ -255,7 +255,7 @@ class MemoryBus:
     # --- for its readers ---------------------------------------------------------------------------------------------
 
     async def reachable(self) -> None:
-        """Wait for the broker. Raises `BusUnavailableError` when it stays away."""
+        """Wait for the broker. Raises `BusUnavailableError` after the request timeout."""
         self._check_open()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + REQUEST_TIMEOUT_S
@@ -265,7 +265,7 @@ class MemoryBus:
             await asyncio.sleep(0.05)
 
     def forget(self, reader: MemoryReader) -> None:
-        """A reader is closed."""
+        """Remove a closed reader."""
         if reader in self._readers:
             self._readers.remove(reader)
 
@@ -318,7 +318,7 @@ class MemoryBus:
             log.reveal(log.end)
             _acknowledge(acknowledged, position, lost)
         else:
-            log.due = max(log.due, now + delay_s)  # never before what stands in front
+            log.due = max(log.due, now + delay_s)  # records are delivered in order
             self._unacked += 1
             loop.call_at(log.due, self._deliver, log, log.end, partial(_acknowledge, acknowledged, position, lost))
 
@@ -346,7 +346,7 @@ class MemoryBus:
         self._held_bytes += size_bytes
 
     def _expire(self) -> None:
-        """The oldest post has waited too long."""
+        """Fail the oldest queued post: it has waited too long."""
         held = self._held.popleft()
         self._held_bytes -= held.size_bytes
         if not held.acknowledged.done():
@@ -359,7 +359,7 @@ class MemoryBus:
             held.timer.cancel()
             if not held.acknowledged.done():
                 held.acknowledged.set_exception(error)
-                held.acknowledged.exception()  # nobody may be left to ask
+                held.acknowledged.exception()  # marks the error as retrieved: the sender may be gone
         self._held_bytes = 0
         self._make_room()
 

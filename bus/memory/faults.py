@@ -1,4 +1,4 @@
-"""What can go wrong on a `MemoryBus`, on request and repeatably."""
+"""Fault injector of a `MemoryBus`, repeatable by its seed."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ KINDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """Probabilities, drawn from one seeded generator in the order in which things happen, so a run repeats exactly.
+    """Fault probabilities. All draws come from one seeded generator in event order, so a run repeats exactly.
 
-    Set `MemoryBroker.faults` to one of these to begin, and to None to heal.
+    Assign to `MemoryBroker.faults` to inject faults; assign None to stop.
     """
 
-    random: Random  # seeded by the caller; used by nobody else
-    lost_ack: float = 0.0  # a post: the record is written, but its sender is told that it failed
-    lost_post: float = 0.0  # a post: the record is not written, and its sender is told that it failed
-    duplicate: float = 0.0  # a post: the record is written twice, one behind the other
-    missing: float = 0.0  # a post: its sender is told that it stands, and nobody ever reads it
-    corrupt: float = 0.0  # a post: other bytes are written than were sent
-    rebalance: float = 0.0  # a member's fetch: its group shares its partitions out anew
-    redelivery: float = 0.0  # a member's fetch: one partition goes back to what was committed, without a rebalance
-    stale_commit: float = 0.0  # a commit: it is ignored, and nobody is told
-    late: float = 0.0  # a post: acknowledgement and delivery are late by up to `late_s`
-    late_s: float = 0.0  # seconds
+    random: Random  # seeded by the caller, used only here
+    lost_ack: float = 0.0  # a post: the record is written, but the sender gets an error
+    lost_post: float = 0.0  # a post: the record is not written, and the sender gets an error
+    duplicate: float = 0.0  # a post: the record is written twice in a row
+    missing: float = 0.0  # a post: it is acknowledged, but the record is not written
+    corrupt: float = 0.0  # a post: the record is written with corrupted bytes
+    rebalance: float = 0.0  # a member's fetch: its group rebalances
+    redelivery: float = 0.0  # a member's fetch: one partition returns to its committed offset, without a rebalance
+    stale_commit: float = 0.0  # a commit: it is silently ignored
+    late: float = 0.0  # a post: acknowledgement and delivery are delayed by up to `late_s`
+    late_s: float = 0.0  # maximum delay
     damages: Callable[[str, str | None, bytes], bool] = lambda topic, key, data: True
-    """Which records may go missing or be corrupted."""
+    """Selects the records that may be lost or corrupted."""
     on_damage: Callable[[str, str, str | None, bytes], None] = lambda kind, topic, key, data: None
-    """Told of each that did: `missing` or `corrupt`, its topic, its key, the bytes that were sent."""
-    times: Counter[str] = field(default_factory=Counter)  # how often each kind struck
+    """Called for each of them with `missing` or `corrupt`, the topic, the key and the bytes sent."""
+    times: Counter[str] = field(default_factory=Counter)  # injected faults by kind
 
     def __post_init__(self) -> None:
         for name in KINDS:
@@ -52,7 +52,7 @@ class Faults:
             raise ValueError(f"late_s is a time, not {self.late_s}")
 
     def strikes(self, kind: str) -> bool:
-        """Whether a fault of this kind happens now. Draws only for faults that can happen at all."""
+        """Whether a fault of this kind happens now. Draws only if its probability is positive."""
         probability = getattr(self, kind)
         if probability > 0.0 and self.random.random() < probability:
             self.times[kind] += 1
@@ -60,7 +60,7 @@ class Faults:
         return False
 
     def damaged(self, topic: str, key: str | None, data: bytes) -> bytes | None:
-        """What is written instead of `data`; None: nothing is."""
+        """The bytes to write instead of `data`; None: the record is lost."""
         if not (self.missing or self.corrupt) or not self.damages(topic, key, data):
             return data
         if self.strikes("missing"):
@@ -72,9 +72,9 @@ class Faults:
         return data
 
     def _garbled(self, data: bytes) -> bytes:
-        """Cut off, overwritten at its head, or with something behind it: what a reader can see.
+        """Truncated, overwritten at the start, or extended: damage that a decoder detects.
 
-        A bit that flips between a sender and a reader is found by the checksum of Kafka's batches, not by us.
+        Single flipped bits are not simulated: Kafka's batch checksums detect them.
         """
         match self.random.randrange(3):
             case 0:

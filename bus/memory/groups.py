@@ -1,7 +1,7 @@
-"""Consumer groups of a `MemoryBroker`: who holds which partition, and how far the group is.
+"""Consumer groups of a `MemoryBroker`: partition assignment and committed offsets.
 
-The protocol is Kafka's eager one, which aiokafka speaks: at every change all members let go (`on_revoked`), then the
-partitions are dealt out anew, then each is told (`on_assigned`) and reads on from what was committed.
+They follow Kafka's eager protocol, as aiokafka does: on every change all members release their partitions (`on_revoked`),
+the group reassigns them, and each member (`on_assigned`) resumes from the committed offsets.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from typing import Protocol
 from bus.port import TopicPartition
 
 REBALANCE_TIMEOUT_S = 10.0
-"""A member that has not let go after this long loses its partitions all the same, and joins again when it is back."""
+"""How long a member may take to release its partitions; later it loses them and rejoins when it is done."""
 
 
 class GroupMember(Protocol):
-    """What a group asks of its members."""
+    """A member as its group sees it."""
 
     topics: tuple[str, ...]
-    dead: bool  # its process is gone and its session has not run out yet
+    dead: bool  # its process was killed and its session has not expired yet
 
     def assignment(self) -> frozenset[TopicPartition]:
-        """What it holds."""
+        """The partitions that it holds."""
 
     async def let_go(self) -> None:
-        """Tell it that its partitions are no longer its own; returns when it has settled that."""
+        """Revoke its partitions; returns when its callback has finished."""
 
     async def take(self, partitions: list[TopicPartition]) -> None:
-        """Tell it what it holds from now on."""
+        """Assign it these partitions."""
 
     def forget(self) -> None:
-        """What it held belongs to others now, whatever it believes."""
+        """Take its partitions away without a callback."""
 
 
 class Group:
@@ -46,8 +46,8 @@ class Group:
         self.members: list[GroupMember] = []  # in the order of joining
         self.generation = 0
         self._count = count  # partitions of a topic
-        self._running = running  # returns when the broker runs
-        self._late: list[GroupMember] = []  # still letting go after the timeout
+        self._running = running  # waits until the broker runs
+        self._late: list[GroupMember] = []  # members that exceeded the rebalance timeout
         self._changed = asyncio.Event()
         self._wanted = False
         self._task: asyncio.Task[None] | None = None
@@ -56,27 +56,27 @@ class Group:
         return f"<group {self.name}, generation {self.generation}, {len(self.members)} members>"
 
     def add(self, member: GroupMember) -> None:
-        """A member joins."""
+        """Add a member and rebalance."""
         self.topics.update(dict.fromkeys(member.topics))
         self.members.append(member)
         self.rebalance()
 
     def remove(self, member: GroupMember) -> None:
-        """A member has left, or its session has run out."""
+        """Remove a member that left or whose session expired, and rebalance."""
         if member in self.members:
             self.members.remove(member)
             member.forget()
             self.rebalance()
 
     def rebalance(self) -> None:
-        """Deal the partitions out anew, as soon as may be."""
+        """Schedule a rebalance."""
         self._wanted = True
         self._changed.set()
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._balance(), name=f"group {self.name}")
 
     async def dissolve(self) -> None:
-        """The last member has left: nothing is to be dealt out. What was committed stays."""
+        """Cancel a pending rebalance after the last member left. Committed offsets stay."""
         if self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -88,16 +88,16 @@ class Group:
             await self._each(
                 [(member, member.let_go()) for member in self.members if not member.dead and member.assignment()]
             )
-            while any(member.dead for member in self.members):  # the dead keep what they held until their session ends
+            while any(member.dead for member in self.members):  # killed members keep theirs until the session expires
                 self._changed.clear()
                 await self._changed.wait()
-            self._wanted = False  # whoever came meanwhile is dealt in
+            self._wanted = False  # members that joined meanwhile are included
             self.generation += 1
             members = [member for member in self.members if member not in self._late]
             await self._each([(member, member.take(share)) for member, share in self._deal(members)])
 
     def _deal(self, members: list[GroupMember]) -> list[tuple[GroupMember, list[TopicPartition]]]:
-        """Partitions in order, dealt in turn among the members that read their topic (Kafka's round robin)."""
+        """Assign partitions in order to the members that read their topic (Kafka's round robin)."""
         shares: list[tuple[GroupMember, list[TopicPartition]]] = [(member, []) for member in members]
         turn = 0
         for topic in sorted({topic for member in members for topic in member.topics}):
@@ -111,7 +111,7 @@ class Group:
         return shares
 
     async def _each(self, calls: Iterable[tuple[GroupMember, Awaitable[None]]]) -> None:
-        """Run the members' callbacks side by side; leave behind who takes too long."""
+        """Run the members' callbacks concurrently; members that exceed the timeout lose their partitions."""
         tasks = [(member, asyncio.ensure_future(call)) for member, call in calls]
         if not tasks:
             return
@@ -122,7 +122,7 @@ class Group:
                 member.forget()
                 task.add_done_callback(partial(self._back, member))
             else:
-                task.result()  # callbacks' own errors are kept by the member; anything here is a bug of ours
+                task.result()  # members keep their callbacks' errors; any other error is a bug
 
     def _back(self, member: GroupMember, _task: asyncio.Future[None]) -> None:
         self._late.remove(member)

@@ -11,14 +11,14 @@ from bus.topics import TopicSpec
 
 _BY_OFFSET = attrgetter("offset")
 _COMPACT_FROM = 64
-"""A compacted partition is tidied when it holds this many records more than twice its keys."""
+"""A partition is compacted when its record count exceeds twice its keys by this many."""
 
 
 class Follower(Protocol):
-    """Who is told that a partition has something new."""
+    """A listener for new records of a partition."""
 
     def wake(self) -> None:
-        """There is something to fetch, perhaps."""
+        """New records may be available."""
 
 
 class PartitionLog:
@@ -45,12 +45,12 @@ class PartitionLog:
         self.partition = partition
         self.tp: TopicPartition = (spec.name, partition)
         self.start = 0  # the first offset that can still be read
-        self.end = 0  # the offset that the next record gets
+        self.end = 0  # the offset of the next record
         self.visible = 0  # records before this offset are delivered
-        self.due = 0.0  # loop time before which nothing appended from now on may be delivered: keeps delays in order
+        self.due = 0.0  # earliest loop time at which later records are delivered: keeps them in order
         self.bytes_held = 0
-        self.trim_at = 0  # bytes held at which retention is looked at again
-        self.gone = False  # deleted: nothing can be read until a topic of this name is created again
+        self.trim_at = 0  # bytes held at which retention runs next
+        self.gone = False  # the topic is deleted: nothing is readable until it is created again
         self.followers: list[Follower] = []
         self._records: list[Record] = []
         self._keys: dict[str, int] = {}  # compacted topics only: the last offset of each key
@@ -59,7 +59,7 @@ class PartitionLog:
         return f"<{self.spec.name}[{self.partition}] {self.start}..{self.end}, {self.bytes_held:,} bytes>"
 
     def append(self, record: Record) -> None:
-        """Put a record at the end; its offset is `end` as it was."""
+        """Append a record whose offset is the current `end`."""
         self._records.append(record)
         self.end = record.offset + 1
         self.bytes_held += held_bytes(record)
@@ -67,14 +67,14 @@ class PartitionLog:
             self._keys[record.key] = record.offset
 
     def reveal(self, offset: int) -> None:
-        """Deliver what stands before `offset`, and tell who follows."""
+        """Deliver records before `offset` and notify the followers."""
         if offset > self.visible:
             self.visible = offset
             for follower in self.followers:
                 follower.wake()
 
     def read(self, offset: int, limit: int) -> list[Record]:
-        """At most `limit` delivered records from `offset` on; from the earliest where `offset` is out of range."""
+        """At most `limit` delivered records from `offset` on; from the earliest if `offset` is out of range."""
         if not self.start <= offset <= self.end:
             offset = self.start
         first = self._index(offset)
@@ -82,14 +82,14 @@ class PartitionLog:
         return self._records[first:last] if last > first else []
 
     def next_offset(self, offset: int) -> int:
-        """Where a reader at `offset` really stands: out of range is the earliest, a compacted tail is behind it."""
+        """The effective position of a reader: the earliest if out of range, and past a compacted tail."""
         if not self.start <= offset <= self.end:
             return self.start
         first = self._index(offset)
         return offset if first < len(self._records) else max(offset, self.visible)
 
     def drop_before(self, offset: int, spare_bytes: int) -> None:
-        """Forget records before `offset`, oldest first, until at most `spare_bytes` are held."""
+        """Delete records before `offset`, oldest first, until at most `spare_bytes` are held."""
         gone = 0
         records = self._records
         while gone < len(records) and self.bytes_held > spare_bytes and records[gone].offset < offset:
@@ -100,7 +100,7 @@ class PartitionLog:
             del records[:gone]
 
     def begin_anew(self, spec: TopicSpec) -> None:
-        """A topic of the same name was created again: offsets begin at 0; who follows keeps the position it had."""
+        """Reset after the topic is created again: offsets begin at 0; followers keep their positions."""
         self.spec = spec
         self.gone = False
         self.start = self.end = self.visible = self.bytes_held = self.trim_at = 0
@@ -109,7 +109,7 @@ class PartitionLog:
         self._keys.clear()
 
     def compact(self) -> None:
-        """Keep the last record of each key, once enough others stand between them; tombstones go with the next pass."""
+        """Keep the last record of each key, once enough stale ones exist; the pass after also removes tombstones."""
         if len(self._records) < 2 * len(self._keys) + _COMPACT_FROM:
             return
         last = len(self._records) - 1  # the newest record stays, as in Kafka's active segment
@@ -119,7 +119,7 @@ class PartitionLog:
             if index == last or (key is not None and self._keys[key] == record.offset and record.value is not None):
                 kept.append(record)
             elif key is not None and self._keys[key] == record.offset:
-                del self._keys[key]  # a tombstone that has done its work
+                del self._keys[key]  # an obsolete tombstone
         self._records = kept
         self.bytes_held = sum(map(held_bytes, kept))
 
@@ -133,5 +133,5 @@ class PartitionLog:
 
 
 def held_bytes(record: Record) -> int:
-    """What a record counts for retention."""
+    """The size of a record for retention, in bytes."""
     return len(record.value or b"") + len(record.key or "") + sum(len(content) for _, content in record.headers) + 64

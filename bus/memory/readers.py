@@ -14,7 +14,7 @@ from bus.memory.groups import Group
 from bus.memory.partition_log import PartitionLog
 from bus.port import RebalanceCallback, Record, TopicPartition
 
-_FETCHES_IN_A_ROW = 8  # then others get a turn, or a reader that never waits would starve them
+_FETCHES_IN_A_ROW = 8  # then `fetch` yields, so that a busy reader does not starve other tasks
 
 
 class Connection(Protocol):
@@ -35,7 +35,7 @@ class Connection(Protocol):
 
 
 class MemoryReader:
-    """A reader of some partitions; positions are its own."""
+    """A reader of fixed partitions that keeps its own positions."""
 
     def __init__(self, bus: Connection, starts: list[tuple[PartitionLog, int]]) -> None:
         self._bus = bus
@@ -54,7 +54,7 @@ class MemoryReader:
     async def fetch(self, *, max_records: int = 500, timeout_s: float = 1.0) -> list[Record]:
         self._fetches += 1
         if self._fetches % _FETCHES_IN_A_ROW == 0:
-            await asyncio.sleep(0)  # before anything is taken: cancelling loses nothing
+            await asyncio.sleep(0)  # yields before taking records, so that cancellation loses none
         if self._closed:
             raise BusError("the reader is closed")
         records = self._take(max_records)
@@ -99,7 +99,7 @@ class MemoryReader:
         self.shut()
 
     def shut(self) -> None:
-        """`close` in one step."""
+        """Synchronous `close`."""
         if not self._closed:
             self._closed = True
             self._end()
@@ -107,7 +107,7 @@ class MemoryReader:
             self.wake()
 
     def wake(self) -> None:
-        """Something may be there to fetch."""
+        """Wake waiting fetches: new records may be available."""
         if self._waiters:
             waiters, self._waiters = self._waiters, []
             for waiter in waiters:
@@ -150,7 +150,7 @@ class MemoryReader:
                 positions[log.tp] = records[-1].offset + 1
                 taken = records if not taken else taken + records
                 if len(taken) >= limit:
-                    self._turn = (self._turn + step + 1) % len(logs)  # who comes next was served last
+                    self._turn = (self._turn + step + 1) % len(logs)  # round robin: start behind this partition
                     break
             else:
                 positions[log.tp] = log.next_offset(position)
@@ -158,7 +158,7 @@ class MemoryReader:
 
 
 class MemoryMember(MemoryReader):
-    """A reader whose partitions its group decides."""
+    """A group member: the group assigns its partitions."""
 
     def __init__(
         self,
@@ -176,8 +176,8 @@ class MemoryMember(MemoryReader):
         self._on_revoked = on_revoked
         self._held: frozenset[TopicPartition] = frozenset()
         self._reading = False  # between assigned and revoked
-        self._owner = False  # whether the group takes its commits
-        self._error: Exception | None = None  # what a callback raised
+        self._owner = False  # whether the group accepts its commits
+        self._error: Exception | None = None  # raised by a callback; the next fetch raises it
         self._callback = asyncio.Lock()
 
     async def fetch(self, *, max_records: int = 500, timeout_s: float = 1.0) -> list[Record]:
@@ -244,7 +244,7 @@ class MemoryMember(MemoryReader):
             await self._group.dissolve()
 
     def die(self) -> None:
-        """Its process is gone without a word: the group finds out when the session runs out."""
+        """Simulate a killed process: the group removes this member after the session timeout."""
         self._closed = self.dead = True
         self._end()
         self._bus.forget(self)
@@ -253,16 +253,16 @@ class MemoryMember(MemoryReader):
 
     @property
     def expelled(self) -> bool:
-        """Whether the group has gone on without it."""
+        """Whether the group has removed this member."""
         return not self._closed and self not in self._group.members
 
     def lose(self) -> None:
-        """The connection has been gone for a whole session: others take over, it does not know yet."""
+        """Session timeout while disconnected: the group reassigns the partitions; this member is not notified."""
         if not self._closed:
             self._group.remove(self)
 
     async def come_back(self) -> None:
-        """The connection is there again after the session ran out: let go of what was held, and join anew."""
+        """Rejoin after reconnecting: release the old partitions, then join the group again."""
         await self.let_go()
         if not self._closed and self not in self._group.members:
             self._group.add(self)
@@ -277,18 +277,18 @@ class MemoryMember(MemoryReader):
             return
         try:
             await callback(partitions)
-        except Exception as error:  # it is raised again by the next fetch, where the caller is
+        except Exception as error:  # the next fetch raises it to the caller
             self._error = error
             self.wake()
 
     def _mark(self, log: PartitionLog) -> None:
-        pass  # what a group has still to read is known by its commits
+        pass  # retention uses the group's committed offsets instead
 
     def _take(self, limit: int) -> list[Record]:
         return super()._take(limit) if self._reading and self._error is None else []
 
     def _suffer(self, faults: Faults) -> None:
-        """What may strike a fetch. Once a fetch: a certain rebalance would otherwise follow itself for ever."""
+        """Inject faults once per fetch: with probability 1, rebalances would otherwise repeat for ever."""
         if faults.strikes("rebalance"):
             self._group.rebalance()
         if self._logs and faults.strikes("redelivery"):
