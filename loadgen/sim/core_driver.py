@@ -1,9 +1,9 @@
-"""The core-only driver: the real `PlannerCore` in virtual time, the stages as their predicted times.
+"""Core-only driver: the real `PlannerCore` in virtual time, with stages replaced by their predicted delays.
 
-A heap of (time, priority, sequence, what) feeds the core with the same messages that the service reads from
-the bus; a task that the core starts ends after its predicted delay, or after a noisy one where noise is asked
-for. No bus, no bytes, no event loop: this is what the figures, sweeps and millions of tasks run on.
-`loadgen.sim.simulator` runs the whole thing.
+A heap of (time, priority, sequence, event) feeds the core with the messages that the service reads from the bus. A
+task that the core starts ends after its predicted delay, multiplied by random noise if the scenario has noise. There
+is no bus, no encoding and no event loop, so figures, sweeps and runs with millions of tasks use this driver.
+`loadgen.sim.simulator` runs the complete live code.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from loadgen.sim.platforms import Platforms
 from loadgen.sim.scenario import Scenario
 from planner.core.core import PlannerCore, Tick
 
-_END = 0  # at one instant, resources are freed before they are asked for
+_END = 0  # at equal times, resources are freed before new requests are handled
 UNLIMITED = 1 << 60
 _NOTHING = Parts()
-_completed = maker(TaskCompleted)  # of numbers that were computed here
+_completed = maker(TaskCompleted)  # skips validation: the values are computed here
 
 
 @dataclass(slots=True)
@@ -44,8 +44,8 @@ class Drive:
     """One run of the core over a schedule."""
 
     core: PlannerCore
-    on_end: Callable[[Outcome], None]  # called once for each task, in the order of their ends
-    slowdown: Callable[[], float] = field(default=lambda: 1.0)  # actual over predicted delay of the next start
+    on_end: Callable[[Outcome], None]  # called once per task, in order of end time
+    slowdown: Callable[[], float] = field(default=lambda: 1.0)  # actual / predicted delay of the next started task
     now_s: float = 0.0
     _heap: list[tuple[float, int, int, Any]] = field(default_factory=list)
     _sequence: int = 0
@@ -53,14 +53,14 @@ class Drive:
     _wakeup_s: float = math.inf
 
     def announce(self, nodes: Iterable[NodeAnnounced]) -> None:
-        """Nodes join at time 0."""
+        """Let the nodes join at time 0."""
         for node in nodes:
             self._handle(node)
 
     def run(self, entries: Iterable[Entry]) -> None:
-        """Everything, until the last task has ended. Entries are read one ahead, so they may be a generator.
+        """Run until the last task has ended. `entries` may be a generator; it is read one entry ahead.
 
-        Raises `InvariantError` when tasks are left that no event will ever end.
+        Raises `InvariantError` if unfinished tasks remain and no event is left that could end them.
         """
         arrivals = iter(entries)
         upcoming = next(arrivals, None)
@@ -87,10 +87,10 @@ class Drive:
             self._handle(Tick())
         if self._live:
             names = ", ".join(list(self._live)[:5])
-            raise InvariantError(f"{len(self._live)} tasks wait for an event that never comes: {names}")
+            raise InvariantError(f"{len(self._live)} tasks are unfinished and no event is left: {names}")
 
     def _expires(self) -> bool:
-        # Only deadlines can end a task now; a wake-up that lies beyond them is a lease of a simulated node.
+        # Only a deadline can end a task now; a wake-up after the last deadline is a lease of a simulated node.
         return self._wakeup_s < 1e8
 
     def _submit(self, entry: Entry) -> None:
@@ -104,7 +104,7 @@ class Drive:
         task_id, attempt = completion
         outcome = self._live.get(task_id)
         if outcome is None or outcome.attempt != attempt:
-            return  # it has ended otherwise, or runs again elsewhere
+            return  # the task ended for another reason, or was retried
         started_s = outcome.started_s if outcome.started_s is not None else self.now_s
         self._handle(
             _completed(
@@ -146,22 +146,22 @@ class Drive:
 
 
 def core_for(scenario: Scenario) -> PlannerCore:
-    """A fresh core that decides as the scenario says."""
+    """A new core with the scenario's policy and objective."""
     return PlannerCore(
         0,
         policy=scenario.policy,
         objective=scenario.objective,
         execution=scenario.runs_as,
-        max_waiting=UNLIMITED,  # the paper's queue has no end
+        max_waiting=UNLIMITED,  # the paper's queue is unbounded
         max_waiting_per_device=UNLIMITED,
     )
 
 
 def drive(scenario: Scenario, seed: int, platforms: Platforms) -> list[Outcome]:
-    """Run a scenario through the core; the outcomes in the order in which the tasks were due.
+    """Run a scenario through the core and return the outcomes in due order.
 
-    Delays are exact: predicted times, or with `scenario.noise` predicted times with log-normal noise of mean
-    1 from a stream of the same seed. Raises `ConfigError`, `InvariantError`, `PolicyError`.
+    Delays are the predicted ones; with `scenario.noise` they are multiplied by log-normal noise of mean 1, drawn from
+    a stream of the same seed. Raises `ConfigError`, `InvariantError`, `PolicyError`.
     """
     platforms.require(scenario.models)
     outcomes: list[Outcome] = []
@@ -174,11 +174,11 @@ def drive(scenario: Scenario, seed: int, platforms: Platforms) -> list[Outcome]:
 
 
 def log_normal(sigma: float, seed: int) -> Callable[[], float]:
-    """Factors of mean 1 whose logarithm has standard deviation `sigma`."""
+    """A generator of log-normal factors with mean 1 and standard deviation `sigma` of the logarithm."""
     rng = Streams(seed).stream("noise")
     return lambda: math.exp(float(rng.normal(-sigma * sigma / 2, sigma)))
 
 
 def completed(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """Those that completed; the figures' means are over them, and a run of the paper's completes all."""
+    """The completed outcomes, over which figures compute means. In the paper's settings all tasks complete."""
     return [outcome for outcome in outcomes if outcome.state is TaskState.COMPLETED]

@@ -1,6 +1,4 @@
-"""How fast the simulated device, edge and cloud are: three rows of profiles, and the links of the one-task
-experiments.
-"""
+"""Simulated platforms: model profiles of device, edge and cloud, and the link rates of the one-task experiments."""
 
 from __future__ import annotations
 
@@ -14,21 +12,21 @@ from bus.values import ModelProfile, Role
 from planner.search.profiles import parse_profile, profile_text
 
 FIRST_VERDICT_SEED = 10
-"""Seeds below are for fits and for trials; the verdicts of figures rest on those from here on."""
+"""First seed used for the verdicts of figures; lower seeds are reserved for fits and trials."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Platforms:
-    """Profiles by tier, and what stands around one task alone."""
+    """Profiles by tier, and the links and input sizes of the one-task experiments."""
 
-    profiles: Mapping[Role, tuple[ModelProfile, ...]]  # what each tier announces
+    profiles: Mapping[Role, tuple[ModelProfile, ...]]  # profiles that nodes of each tier announce
     link1_bps: int  # b1 of Figures 1(a) and 3
     link2_bps: int  # b2
     input_bytes: Mapping[str, int]  # G(0) of one sample in Figures 1(a) and 3, by model
-    name: str  # what error messages call it
-    origin: str  # where the numbers come from, for notes beside plots
-    fitted_to: tuple[str, ...] = ()  # figures whose statements the numbers were fitted to
-    fit_seeds: tuple[int, ...] = ()  # seeds that the fit used; verdicts use others
+    name: str  # name in error messages
+    origin: str  # source of the numbers, for notes beside plots
+    fitted_to: tuple[str, ...] = ()  # figures to whose statements the numbers were fitted
+    fit_seeds: tuple[int, ...] = ()  # seeds that the fit used; verdicts use different ones
 
     def unused_seeds(self, count: int) -> tuple[int, ...]:
         """The first `count` seeds from `FIRST_VERDICT_SEED` on that the fit did not use."""
@@ -36,14 +34,14 @@ class Platforms:
         return tuple(itertools.islice(numbers, count))
 
     def require(self, models: Iterable[str]) -> None:
-        """Raises `UnknownNameError` for a model that no tier has times for: no task of it could be placed."""
+        """Raise `UnknownNameError` for a model without a profile on any tier; its tasks could not be placed."""
         known = list(dict.fromkeys(profile.model for profiles in self.profiles.values() for profile in profiles))
         for model in models:
             if model not in known:
                 raise unknown_name(f"model in {self.name} called", model, known)
 
     def model(self, role: Role, name: str) -> ModelProfile:
-        """One model's profile on one tier. Raises `UnknownNameError`."""
+        """Profile of one model on one tier. Raises `UnknownNameError`."""
         for profile in self.profiles[role]:
             if profile.model == name:
                 return profile
@@ -51,7 +49,7 @@ class Platforms:
 
 
 def platforms(name: str) -> Platforms:
-    """The platforms of a profile by name (`paper`) or file, as the file is now. Raises `UnknownNameError`, `ConfigError`."""
+    """Load the platforms of a profile by name (`paper`) or file. Raises `UnknownNameError`, `ConfigError`."""
     return _platforms(name, profile_text(name))
 
 
@@ -75,11 +73,10 @@ def _platforms(name: str, text: str) -> Platforms:
 
 
 def measured(progress: Callable[[str, int, int], None] | None = None) -> Platforms:
-    """AlexNet measured layer by layer on this machine, which plays the edge.
+    """Measure AlexNet layer by layer on this machine and use the result as the edge.
 
-    The device and the cloud are this machine, slower or faster by the same factors as in the `paper` profile;
-    links and input are the paper's. Takes seconds, and the first time makes AlexNet's weights. Raises
-    `ModelError`.
+    The profiles of the device and the cloud are scaled from it by the factors of the `paper` profile; links and input
+    are the paper's. Takes seconds; the first call also generates AlexNet's weights. Raises `ModelError`.
     """
     from stages.models.profiler import machine_profile
     from stages.zoo import load_model

@@ -1,8 +1,8 @@
-"""A process in virtual time that can be killed, stopped or frozen between any two steps of its coroutines.
+"""Simulated process: runs in virtual time and can be killed, stopped or frozen between any two coroutine steps.
 
-The loop's task factory wraps every coroutine that a process starts (a context variable tells whose it is), so that each
-step, from one await to the next, is counted and can be the last. A killed process flushes nothing: its connection dies
-first, then its tasks are cancelled, so that nothing they do on their way out reaches anybody.
+The loop's task factory wraps every coroutine that a process starts; a context variable identifies the owning process.
+Each step, from one await to the next, is counted, and the process can be killed after any of them. A kill closes the
+bus connection first and cancels the tasks second, so nothing that their cleanup code sends is delivered.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bus.errors import BusError
 from bus.memory.bus import MemoryBus
 
 RESTART_S = 1.0
-"""What a supervisor waits before it starts a process again that ended by itself."""
+"""Delay before the supervisor restarts a process that ended on its own."""
 
 _whose: ContextVar[Process | None] = ContextVar("process", default=None)
 
@@ -28,7 +28,7 @@ Service = Callable[[MemoryBus], Awaitable[None]]
 
 
 class Process:
-    """One service with a connection of its own, supervised: it is started again when it dies."""
+    """One supervised service with its own bus connection; it is restarted when it dies."""
 
     def __init__(
         self,
@@ -39,13 +39,13 @@ class Process:
         leave: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.name = name
-        self.after: Callable[[], None] | None = None  # called after each step of its coroutines
+        self.after: Callable[[], None] | None = None  # called after each coroutine step
         self.sites: Callable[[str, bool], bool] | None = None
-        """Asked at each await, by its place and whether it is over: whether the process is to die there."""
+        """Called at each await with its source location and whether the wait is over; True kills the process there."""
         self.steps = 0
         self.frozen = False
         self.dead = True
-        self.ends: list[str] = []  # how it ended, where it was not killed and no bus was to blame
+        self.ends: list[str] = []  # errors with which it ended, except kills and bus failures
         self.bus: MemoryBus | None = None
         self._connect = connect
         self._serve = serve
@@ -56,7 +56,7 @@ class Process:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin, unless it runs."""
+        """Start the process if it is not running."""
         if not self.dead:
             return
         self.dead = self.frozen = False
@@ -91,11 +91,11 @@ class Process:
         self._wake()
 
     def crash_in(self, steps: int, then: Callable[[], None]) -> None:
-        """SIGKILL between two steps of its coroutines, `steps` from now; then call `then`."""
+        """Simulate SIGKILL after `steps` more coroutine steps, then call `then`."""
         self._crash_at, self.crashed = self.steps + steps, then
 
     def freeze(self) -> None:
-        """SIGSTOP: no step is taken and no sign of life given."""
+        """Simulate SIGSTOP: coroutines take no steps and heartbeats stop."""
         if not self.dead and self.bus is not None:
             self.frozen = True
             self.bus.disconnect()
@@ -108,7 +108,7 @@ class Process:
         self._wake()
 
     async def stop(self) -> None:
-        """SIGTERM: finish or hand over, leave."""
+        """Simulate SIGTERM: the service finishes or hands over its work and leaves."""
         if self.dead or self.frozen or self._task is None or self.bus is None:
             return
         task, bus = self._task, self.bus
@@ -122,19 +122,19 @@ class Process:
             await asyncio.wait([task])
 
     def step(self) -> None:
-        """One of its coroutines is about to go on."""
+        """Count a coroutine step that is about to run."""
         self.steps += 1
         if self._crash_at is not None and self.steps >= self._crash_at:
             self._crash_at = None
             self.crash_here()
 
     def spare(self) -> None:
-        """No crash that was ordered and has not come yet will come."""
+        """Cancel scheduled crashes that have not happened yet."""
         self._crash_at = None
 
     def crash_here(self) -> None:
-        """SIGKILL, before any further step."""
-        self.frozen = True  # until the crash, which cannot come out of a step of the process itself
+        """Simulate SIGKILL before the next coroutine step."""
+        self.frozen = True  # until the crash, which must run outside the process's own steps
         asyncio.get_running_loop().call_soon(self._die, context=Context())
 
     def _die(self) -> None:
@@ -142,7 +142,7 @@ class Process:
         self.crashed()
 
     def sleeper(self) -> asyncio.Future[None]:
-        """What a coroutine waits for while the process is frozen."""
+        """A future that resolves when the process is thawed; frozen coroutines wait for it."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._sleepers.append(future)
         return future
@@ -155,7 +155,7 @@ class Process:
 
 
 class _Driven(Coroutine[Any, Any, Any]):
-    """A coroutine of a process, step by step."""
+    """Wrapper of a process's coroutine that intercepts every step."""
 
     def __init__(self, process: Process, inner: Coroutine[Any, Any, Any]) -> None:
         self._process = process
@@ -178,7 +178,7 @@ class _Driven(Coroutine[Any, Any, Any]):
         self._inner.close()
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        raise NotImplementedError("only a task drives it")
+        raise NotImplementedError("a wrapped coroutine must be run by a task, not awaited")
 
     def _step(self, act: Callable[[Any], Any], what: Any) -> Any:
         process = self._process
@@ -201,7 +201,7 @@ class _Driven(Coroutine[Any, Any, Any]):
 
 
 def place_of(coroutine: Any) -> str:
-    """Where a coroutine waits, as far in as it is planner's or stages' code: FILE:LINE; empty before its first await."""
+    """FILE:LINE of the innermost planner or stages frame in which a coroutine waits; empty before its first await."""
     place = ""
     while coroutine is not None:
         frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "ag_frame", None)
@@ -215,7 +215,7 @@ def place_of(coroutine: Any) -> str:
 
 
 def task_factory(loop: asyncio.AbstractEventLoop, coroutine: Any, **more: Any) -> asyncio.Task[Any]:
-    """For `loop.set_task_factory`: tasks belong to the process whose context they are made in; the broker's to none."""
+    """For `loop.set_task_factory`: assigns each task to the process of its context; the broker's tasks have none."""
     context = more.get("context")
     if getattr(coroutine, "__qualname__", "") == "Group._balance":
         more["context"] = Context()
@@ -233,7 +233,7 @@ def _first(error: BaseException) -> BaseException:
 
 
 def _only_bus(error: BaseException) -> bool:
-    """Whether nothing but the bus was to blame."""
+    """Whether the error consists of bus errors only."""
     if isinstance(error, BaseExceptionGroup):
         return all(_only_bus(inner) for inner in error.exceptions)
     return isinstance(error, BusError)
@@ -241,7 +241,7 @@ def _only_bus(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """A thousand crashes that were ordered need not be told, nor the sends whose acknowledgement nobody lived to await."""
+    """Suppress log messages about injected crashes and about sends whose process died before the acknowledgement."""
     before, library = structlog.get_config(), logging.getLogger("asyncio")
     level = library.level
     library.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""A region in virtual time whose planners and stages are processes that can be killed, started and asked what they hold."""
+"""Simulated region: planners and stages as virtual-time processes that can be killed, restarted and inspected."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from stages.node import Node, NodeSettings
 from stages.runner import Runner
 
 MODEL = "toy"
-"""What every task of such a region runs."""
+"""The model that all tasks of a simulated region run."""
 
 
 def toy_profile(platform: str, layer_s: Iterable[float], cut_bytes: tuple[int, ...]) -> ModelProfile:
-    """How fast a platform runs the toy's three layers, and what crosses its four positions."""
+    """Profile of the three-layer toy model on one platform: time per layer and bytes at each of the four cuts."""
     return ModelProfile(
         model=MODEL,
         sha256="0" * 64,
@@ -40,19 +40,21 @@ def toy_profile(platform: str, layer_s: Iterable[float], cut_bytes: tuple[int, .
 
 @dataclass(slots=True, kw_only=True)
 class Stage:
-    """A node by its settings, and what runs of it at the moment; after a kill that is what died."""
+    """A node: its settings and its current shell. After a kill it keeps the dead shell for inspection."""
 
     settings: NodeSettings
     make_runner: Callable[[], Runner]
-    on_result: ResultSink | None = None  # of a device
-    kept: Callable[[str], Iterable[int]] = lambda task_id: ()  # of a device: samples of a task that were shown already
-    drain_s: float | None = None  # a polite stop waits at most so long for what is under way
+    on_result: ResultSink | None = None  # device only: receives each result
+    kept: Callable[[str], Iterable[int]] = (
+        lambda task_id: ()
+    )  # device only: samples of a task that were already delivered
+    drain_s: float | None = None  # maximum wait for work in flight on SIGTERM
     node: Node | None = None
     work: Device | Hop | None = None
-    _dead: Counter[str] = field(default_factory=Counter)  # what earlier processes counted
+    _dead: Counter[str] = field(default_factory=Counter)  # counters of earlier processes
 
     async def serve(self, bus: MemoryBus) -> None:
-        """Run a fresh process of it."""
+        """Run a new process of the node."""
         if self.node is not None:
             self._dead.update(self.node.status.counters)
         node = self.node = Node(bus, self.settings, self.make_runner())
@@ -63,7 +65,7 @@ class Stage:
         await node.run(self.work)
 
     async def leave(self) -> None:
-        """What it does on SIGTERM."""
+        """Drain and leave the region, as on SIGTERM."""
         if self.work is None or self.node is None:
             return
         with contextlib.suppress(TimeoutError):
@@ -74,25 +76,25 @@ class Stage:
 
     @property
     def joined(self) -> bool:
-        """Whether its last process was part of the region."""
+        """Whether its latest process has joined the region."""
         return self.node is not None and self.node.status.joined
 
     def counted(self) -> Counter[str]:
-        """What its processes counted, the dead ones too."""
+        """Counters summed over all its processes, including dead ones."""
         return self._dead + Counter(self.node.status.counters if self.node is not None else ())
 
 
 class VirtualRegion:
-    """Its processes, in the order in which they were added."""
+    """The processes of a region, in the order in which they were added."""
 
     def __init__(self, connect: Callable[[str], MemoryBus]) -> None:
         self.processes: dict[str, Process] = {}
-        self.planners: dict[str, PlannerService] = {}  # the last that was started under each name
+        self.planners: dict[str, PlannerService] = {}  # latest instance started under each name
         self.stages: dict[str, Stage] = {}
         self._connect = connect
 
     def add_planner(self, name: str, make: Callable[[MemoryBus], PlannerService]) -> None:
-        """A planner, made anew whenever its process starts."""
+        """Add a planner; `make` builds a new service at every start of its process."""
 
         async def serve(bus: MemoryBus) -> None:
             service = self.planners[name] = make(bus)
@@ -101,13 +103,13 @@ class VirtualRegion:
         self.processes[name] = Process(name, partial(self._connect, name), serve)
 
     def add_stage(self, stage: Stage) -> None:
-        """A device, an edge or a cloud worker."""
+        """Add a device, an edge or a cloud worker."""
         name = stage.settings.name
         self.stages[name] = stage
         self.processes[name] = Process(name, partial(self._connect, name), stage.serve, leave=stage.leave)
 
     def leader(self) -> PlannerService | None:
-        """Who leads: of the living, the one with the highest epoch."""
+        """The running planner with the highest epoch, which leads; None if no planner leads."""
         leading = [
             service
             for name, service in self.planners.items()
@@ -116,7 +118,7 @@ class VirtualRegion:
         return max(leading, key=lambda service: service.decision_log.epoch, default=None)
 
     def works(self) -> list[Device | Hop]:
-        """What the living stages do."""
+        """The work objects of the running stages."""
         return [
             stage.work
             for name, stage in self.stages.items()
@@ -124,14 +126,14 @@ class VirtualRegion:
         ]
 
     async def end(self) -> None:
-        """Kill everybody, and let their tasks end."""
+        """Kill all processes and wait until their tasks have ended."""
         for process in self.processes.values():
             process.crash()
         await asyncio.sleep(0.1)
 
 
 async def decided(bus: MemoryBus) -> AsyncIterator[Change]:
-    """Every change that counts, from the region's first decision on; for ever."""
+    """Endless stream of the valid changes of a region, from its first decision on."""
     log = DecisionLog()
     reader = await bus.reader([(topics.DECISIONS, 0)], start="start")
     while True:

@@ -1,13 +1,11 @@
-"""A scenario: the nodes there are, the tasks that arrive, and how they are decided, as one value that a file
-can hold.
+"""Scenarios: the nodes, the arriving tasks and the decision settings of one experiment, as one value.
 
-The core-only driver, the full simulator and a live comparison all run the same scenario: `nodes` and
-`schedule` give the same edges, devices and tasks for the same seed, whoever asks. Defaults are Section V-B of
-the paper with one random reachable edge a device. Every quantity has a stream of its own, so that scenarios
-that differ in one parameter share the rest.
+The core-only driver, the full simulator and the live comparison run the same scenario: `nodes` and `schedule` return
+the same edges, devices and tasks for the same seed. Defaults are the paper's Section V-B with one random reachable
+edge per device. Each quantity has its own random stream, so changing one parameter does not change the others.
 
-A scenario file is TOML with the field names below; rates, sizes and times may be written with units, a range
-as a list of two: `max_link1_bps = ["20Mbps", "300Mbps"]`.
+A scenario file is TOML with the field names below. Rates, sizes and times may have units; a range is a list of two
+values: `max_link1_bps = ["20Mbps", "300Mbps"]`.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from loadgen.replay.task_mix import PAPER_MODELS, Mix, Range
 from planner.search.policies import load_policy
 
 NO_LEASE_S = 1e9
-"""Simulated nodes that send no heartbeats are never lost: about thirty years."""
+"""Lease of simulated nodes that send no heartbeats: about thirty years, so they are never declared lost."""
 
 ARRIVALS = ("uniform", "poisson", "constant", "bursts", "offline")
 
@@ -42,13 +40,13 @@ class Scenario:
     """One experiment. Validated when built; raises `ConfigError` naming the key."""
 
     name: str = "scenario"
-    devices: int = 40  # nodes that submit tasks
-    tasks: int | None = None  # tasks in all; None: one a device, the paper's
+    devices: int = 40  # number of devices; each submits tasks
+    tasks: int | None = None  # total tasks; None: one per device, as in the paper
     edges: int = 10
-    reachable: int | None = 1  # edges each device can reach, drawn at random; None: every edge
+    reachable: int | None = 1  # reachable edges per device, drawn at random; None: all edges
     arrivals: str = "uniform"  # one of ARRIVALS
-    within_s: float = 300.0  # of `uniform`: the interval; else the span that gives the mean rate
-    burst_size: int = 10  # of `bursts`
+    within_s: float = 300.0  # interval of `uniform` arrivals; else tasks / within_s is the mean rate
+    burst_size: int = 10  # tasks per burst of `bursts`
     models: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(PAPER_MODELS, 1.0))  # weights
     samples: Range = (1, 1000)  # N_i
     input_bytes: Range | None = (10_000, 1_000_000)  # G_i(0); None: the model's own
@@ -57,11 +55,11 @@ class Scenario:
     edge_link1_bps: Range = (5e9, 20e9)  # B_e^1
     edge_link2_bps: Range = (0.1e9, 5e9)  # B_e^2
     slots: Range = (1, 10)  # r_e
-    deadline_s: float | None = None  # of every task
-    profile: str = "paper"  # how fast device, edge and cloud are
+    deadline_s: float | None = None  # deadline of every task
+    profile: str = "paper"  # profile with the speeds of device, edge and cloud
     policy: str = "deepar"
     objective: Objective = Objective.SEQUENTIAL
-    execution: Execution | None = None  # None: what goes with the objective
+    execution: Execution | None = None  # None: derived from the objective
     noise: float = 0.0  # standard deviation of log(actual / predicted) of a task's delay
 
     def __post_init__(self) -> None:
@@ -73,22 +71,22 @@ class Scenario:
         if self.reachable is not None and self.reachable > self.edges:
             raise ConfigError(f"reachable: {self.reachable} of {self.edges} edges")
         if self.arrivals not in ARRIVALS:
-            raise ConfigError(f"arrivals: {self.arrivals!r} is none of {', '.join(ARRIVALS)}")
+            raise ConfigError(f"arrivals: {self.arrivals!r} is not one of {', '.join(ARRIVALS)}")
         if not (self.within_s > 0 and math.isfinite(self.within_s)):
-            raise ConfigError(f"within_s: {self.within_s} is not over 0")
+            raise ConfigError(f"within_s must be greater than 0, not {self.within_s}")
         if not 0 <= self.noise < 10:
             raise ConfigError(f"noise: {self.noise} is not a small number from 0 up")
         for name in ("edge_link1_bps", "edge_link2_bps", "slots"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise ConfigError(f"{name}: {low:g}..{high:g} is not a range of numbers over 0")
+                raise ConfigError(f"{name}: {low:g}..{high:g} must be an ascending range of numbers greater than 0")
         if self.slots[0] < 1:
-            raise ConfigError(f"slots: {self.slots[0]:g}..{self.slots[1]:g} begins below one slot")
-        _ = self.mix, self.runs_as  # validates its ranges, and that both belong together
+            raise ConfigError(f"slots: {self.slots[0]:g}..{self.slots[1]:g} must start at 1 or more")
+        _ = self.mix, self.runs_as  # both properties validate the fields that they use
 
     @property
     def mix(self) -> Mix:
-        """What is drawn for a task."""
+        """The task mix of the scenario."""
         return Mix(
             models=self.models,
             samples=self.samples,
@@ -100,20 +98,20 @@ class Scenario:
 
     @property
     def runs_as(self) -> Execution:
-        """What the stages do: what goes with the objective."""
+        """Execution mode of the stages; by default the one that matches the objective."""
         return self.objective.executed_as(self.execution)
 
     @property
     def task_count(self) -> int:
-        """Tasks in all."""
+        """Total number of tasks."""
         return self.devices if self.tasks is None else self.tasks
 
     def varied(self, **changes: Any) -> Scenario:
-        """The same with other values, given as a file would: text with units, lists as ranges. Raises `ConfigError`."""
+        """A copy with changed fields, written as in a file (text with units, lists as ranges). Raises `ConfigError`."""
         return dataclasses.replace(self, **{key: coerce(key, value) for key, value in changes.items()})
 
     def schedule(self, seed: int) -> Schedule:
-        """The tasks, one a device in turn."""
+        """The tasks of a seed, assigned to the devices round-robin."""
         rate = self.task_count / self.within_s
         patterns: dict[str, Callable[[], arrivals.Arrivals]] = {
             "uniform": lambda: arrivals.uniform(self.within_s),
@@ -128,7 +126,7 @@ class Scenario:
     def nodes(
         self, seed: int, profiles: Mapping[Role, tuple[ModelProfile, ...]], *, lease_s: float = NO_LEASE_S
     ) -> list[NodeAnnounced]:
-        """One cloud, the edges, the devices, announced with the profiles of their tier."""
+        """Announcements of one cloud, the edges and the devices, with the profiles of their tier."""
         streams = Streams(seed)
         link1 = streams.stream("edge_link1").uniform(*self.edge_link1_bps, size=self.edges)
         link2 = streams.stream("edge_link2").uniform(*self.edge_link2_bps, size=self.edges)
@@ -154,7 +152,7 @@ class Scenario:
             for index in range(self.edges)
         ]
         for index in range(self.devices):
-            order = reach.permutation(self.edges)  # a device with two edges has the one it would have alone
+            order = reach.permutation(self.edges)  # `reachable=2` extends the choice of `reachable=1`
             near = None if self.reachable is None else tuple(edge_name(int(e)) for e in order[: self.reachable])
             nodes.append(
                 NodeAnnounced(
@@ -170,18 +168,18 @@ class Scenario:
 
 
 def edge_name(index: int) -> str:
-    """Of a simulated edge; sorts like its number, since ties between edges go by id."""
+    """Name of a simulated edge, zero-padded because the planner breaks ties between edges by id."""
     return f"edge-{index:04d}"
 
 
 def device_name(index: int) -> str:
-    """Of a simulated device."""
+    """Name of a simulated device."""
     return f"device-{index:05d}"
 
 
 FIELDS = {entry.name: entry for entry in dataclasses.fields(Scenario)}
 MOST = 10_000_000
-"""Of anything that a scenario counts: more does not fit into the memory of a machine."""
+"""Upper limit of every count in a scenario; more would not fit in memory."""
 
 _RATES = {"max_link1_bps", "max_link2_bps", "edge_link1_bps", "edge_link2_bps"}
 _WHOLE = {"devices", "tasks", "edges", "reachable", "burst_size"}
@@ -189,7 +187,7 @@ _NULLABLE = {"tasks", "reachable", "input_bytes", "max_link1_bps", "max_link2_bp
 
 
 def read(path: Path) -> Scenario:
-    """The scenario of a TOML file. Raises `ConfigError` naming the file and the key."""
+    """Read a scenario from a TOML file. Raises `ConfigError` naming the file and the key."""
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -204,7 +202,7 @@ def read(path: Path) -> Scenario:
 
 
 def coerce(key: str, value: Any) -> Any:
-    """A field's value from what a file or a flag says. Raises `ConfigError` naming the key."""
+    """Convert the value of a file key or an option to the field's type. Raises `ConfigError` naming the key."""
     if key not in FIELDS:
         raise unknown_name("parameter of a scenario called", key, sorted(FIELDS))
     try:
@@ -237,7 +235,7 @@ def coerce(key: str, value: Any) -> Any:
 
 
 def _in_the_keys_unit(parse: Callable[[str], float], value: Any) -> float:
-    """A quantity with its unit, or a plain number: the key's name ends in the unit (`_bps`, `_s`, `_bytes`)."""
+    """Parse a quantity with a unit, or a number in the unit of the key's suffix (`_bps`, `_s`, `_bytes`)."""
     try:
         number = float(value)
     except (ValueError, TypeError):
@@ -257,7 +255,7 @@ def _number(value: Any) -> float:
             raise TypeError
         return float(value)
     except (ValueError, TypeError):
-        raise ValueError(f"{value!r} is no number") from None
+        raise ValueError(f"{value!r} is not a number") from None
 
 
 def _range(value: Any, parse: Callable[[Any], float]) -> Range:

@@ -1,9 +1,9 @@
-"""The full simulator: the live code, all of it, in virtual time.
+"""Full simulator: the complete live code in virtual time.
 
-The real planner's service, the real device, edge and cloud shells and a replay, each on a connection of its
-own to one `MemoryBroker`, with machines played by `ModelledRunner`. Frames are encoded, chunked, shaped and
-decoded as they are over Kafka; only the clock is not. It is a thousand times dearer than `loadgen.sim.core_driver`,
-and checks it: the same scenario must give the same placements, and delays within a percent.
+The real planner service, the real device, edge and cloud shells and a replay each have a connection to one
+`MemoryBroker`; `ModelledRunner` replaces the computation. Frames are encoded, chunked, shaped and decoded as on Kafka.
+The full simulator is about a thousand times slower than `loadgen.sim.core_driver` and validates it: for the same
+scenario both give the same placements, and delays within one percent.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from stages.node import BusySink, Node, NodeSettings
 from stages.runner import ModelledRunner
 
 JOIN_TIMEOUT_S = 120.0
-"""Virtual seconds within which every node must have joined."""
+"""Virtual-time limit for all nodes to join."""
 
 LEASE_S = 60.0
-"""Heartbeats of a hundred nodes are most of the events of a quiet hour; these are rarer than in life."""
+"""Heartbeat interval, longer than the live default because heartbeats would dominate the number of events."""
 
 DRAIN_TIMEOUT_S = 20_000.0
-"""Virtual seconds without any end before the replay gives up: longer than the longest task."""
+"""Virtual seconds without any task end after which the replay gives up; longer than the longest task."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
-    """A simulation that is over."""
+    """The result of a finished simulation."""
 
-    outcomes: tuple[Outcome, ...]  # in the order in which the tasks were due
-    virtual_s: float  # how far the clock went
-    records: int  # on all topics
+    outcomes: tuple[Outcome, ...]  # in due order
+    virtual_s: float  # virtual time at the end
+    records: int  # records on all topics
 
 
 def simulate(
@@ -60,10 +60,10 @@ def simulate(
     progress: Callable[[Recorder], None] | None = None,
     horizon_s: float | None = None,
 ) -> SimulationResult:
-    """Run a scenario (or, with the scenario's nodes, another schedule) on the real shells in virtual time.
+    """Run a scenario on the real shells in virtual time; `schedule` replaces the scenario's own schedule.
 
-    The same arguments give the same outcomes. `on_busy` is told every stretch of work. Raises
-    `DeadlockError`, `HorizonError`, and what the shells raise.
+    The same arguments give the same outcomes. `on_busy` is called for every busy period of a station. Raises
+    `DeadlockError`, `HorizonError`, and the errors of the shells.
     """
     plan = schedule or scenario.schedule(seed)
     return run_virtual(
@@ -116,7 +116,7 @@ async def _joined(nodes: Sequence[Node]) -> None:
 
 
 def settings_of(announced: NodeAnnounced) -> NodeSettings:
-    """The settings with which a shell announces itself as the scenario says."""
+    """Node settings with which a shell sends the given announcement."""
     return NodeSettings(
         name=announced.node,
         role=announced.role,

@@ -104,7 +104,7 @@ def test_help_is_whole_at_80_columns(
         (("loadgen", "bench", "bus", "--bus", "pigeon"), 2, "pigeon"),
         (("loadgen", "replay", "--scenario", "Server", "-b", "127.0.0.1:1"), 2, "--request-rate"),
         (("loadgen", "replay", "--time-scale", "0", "-b", "127.0.0.1:1"), 2, "time scale"),
-        (("simulate", "sweep", "--vary", "devices=many"), 2, "'many' is no number"),
+        (("simulate", "sweep", "--vary", "devices=many"), 2, "'many' is not a number"),
         (("simulate", "sweep", "--scenario", "/nonexistent.toml"), 2, "/nonexistent.toml: No such file"),
         (("simulate", "sweep", "--vary", "devices=9:1"), 2, "START:END:STEP"),
         (("simulate", "sweep", "--policies", "no_such_module:X"), 2, "no_such_module:X"),

@@ -121,7 +121,7 @@ def test_weights_of_a_mix() -> None:
     assert sum(task.model == "a" for task in tasks) == pytest.approx(3000, abs=120)
     with pytest.raises(ConfigError, match="weight of lenet"):
         parse_models("lenet=much")
-    with pytest.raises(ConfigError, match="over 0"):
+    with pytest.raises(ConfigError, match="greater than 0"):
         parse_models("lenet=0")
     with pytest.raises(UnknownNameError, match=r"'lenett'.*lenet"):
         parse_models("lenett", known=["lenet"])
@@ -161,7 +161,7 @@ def test_a_short_schedule_file(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", r"s\.jsonl:1: not JSON"),
-        ("[1]", "not an object"),
+        ("[1]", "not a JSON object"),
         ('{"model": "a"}', "missing `at_s` or `timestamp`"),
         ('{"at_s": "now", "model": "a"}', "at_s is 'now'"),
         ('{"at_s": 1, "model": "a", "samples": 0}', "samples"),
@@ -185,5 +185,5 @@ def test_time_scale_and_order() -> None:
         one.scaled(0)
     with pytest.raises(ConfigError, match="earlier than the previous task"):
         schedule.Schedule(entries=one.entries[::-1])
-    with pytest.raises(ConfigError, match="two tasks"):
+    with pytest.raises(ConfigError, match="duplicate task id"):
         schedule.Schedule(entries=(one.entries[0], one.entries[0]))
