@@ -6,22 +6,21 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from bus import topics
 from bus.errors import BusError, ConfigError, DeeparError, InvariantError, ProtocolError
 from bus.frames import Frame, Plan
-from bus.messages import TaskCompleted
+from bus.messages import TaskCompleted, TaskSubmitted
 from bus.tensors import Array, Assembler
 from bus.values import ModelProfile, Parts
-from stages.frame_sender import Outgoing, Outlet, sending
-from stages.node import RETRY_S, cause_of, detail_of
+from stages.frame_sender import FrameSender, Outgoing, sending
+from stages.node import RETRY_S, Node, cause_of, detail_of
 from stages.runner import Station
+from stages.shaper import Link
 from stages.window import window_samples
-
-if TYPE_CHECKING:
-    from stages.device import Device, DeviceTask, ResultSink
 
 REPORTS_S = 1.0
 """How long to wait for what the other stages measured, after the last result."""
@@ -31,12 +30,43 @@ class StalledError(DeeparError):
     """A task's results stay away for no reason that the device can see."""
 
 
+class ResultSink(Protocol):
+    """Where the results of a device's tasks go; every (task, sample) comes once."""
+
+    def __call__(self, task: TaskSubmitted, sample: int, outputs: list[Array]) -> None: ...
+
+
+class DeviceWork(Protocol):
+    """What an attempt needs of its device."""
+
+    node: Node
+    link1: Link
+
+    async def hear(self, edge: str) -> None:
+        """Read the results that come back through `edge`. Raises `BusError`."""
+
+    async def fail(self, plan: Plan, cause: str, detail: str, *, retryable: bool = False) -> None:
+        """Report to the planner that the attempt failed."""
+
+
+@dataclass(slots=True)
+class DeviceTask:
+    """One task of this device, across its attempts."""
+
+    task: TaskSubmitted
+    admitted_s: float  # when this device read of it, its clock
+    results: set[int] = field(default_factory=set)  # samples whose result is there
+    started_s: float | None = None  # when the first attempt began
+    running: asyncio.Task[None] | None = None
+    attempt: Attempt | None = None
+
+
 class Attempt:
     """One attempt at one task: the samples in `todo` go out, their results come in."""
 
     def __init__(
         self,
-        device: Device,
+        device: DeviceWork,
         known: DeviceTask,
         plan: Plan,
         todo: list[int],
@@ -100,15 +130,15 @@ class Attempt:
             if plan.placement.edge is None:
                 await self._send(inputs, station, None)
                 return
-            outlet = self._outlet()
-            stack.callback(self._told, outlet)
+            sender = self._frame_sender()
+            stack.callback(self._told, sender)
             self._moved_s = asyncio.get_running_loop().time()
             watch = asyncio.create_task(self._watch(), name=f"{node.settings.name}: watch {plan.task_id}")
             stack.push_async_callback(_cancelled, watch)
             await self._hear(plan.placement.edge)
-            async with sending(outlet):
-                await self._send(inputs, station, outlet)
-            self.reports["link1_s"] = outlet.busy_s
+            async with sending(sender):
+                await self._send(inputs, station, sender)
+            self.reports["link1_s"] = sender.busy_s
 
     async def _hear(self, edge: str) -> None:
         """Nothing is sent before its results can be heard."""
@@ -122,7 +152,9 @@ class Attempt:
             if self._broken:
                 raise self._broken
 
-    async def _send(self, inputs: Callable[[int], list[Array]], station: Station | None, outlet: Outlet | None) -> None:
+    async def _send(
+        self, inputs: Callable[[int], list[Array]], station: Station | None, sender: FrameSender | None
+    ) -> None:
         """Every sample, as the window opens; returns when every result is there."""
         node, plan = self.device.node, self.plan
         clock = asyncio.get_running_loop().time
@@ -145,21 +177,21 @@ class Attempt:
                 self.device_s += now - begin_s
                 node.busy("device_s", plan.task_id, begin_s, now)
                 ready_s = now
-            if outlet is None:
+            if sender is None:
                 self._result(sample, tensors)
             else:
                 self._moved_s = ready_s
-                outlet.put(Outgoing(sample, tensors, ready_s))
+                sender.put(Outgoing(sample, tensors, ready_s))
         await self._complete.wait()
         if self._broken:
             raise self._broken
 
-    def _told(self, outlet: Outlet | None) -> None:
-        """What was done here, for traces: computing, or with `outlet` sending."""
-        if outlet is None:
+    def _told(self, sender: FrameSender | None) -> None:
+        """What was done here, for traces: computing, or with `sender` sending."""
+        if sender is None:
             self.device.node.span("device", self.plan, self._began_s, self._computed_s, self.device_s)
         else:
-            self.device.node.span("link1", self.plan, outlet.began_s, outlet.busy_until_s, outlet.busy_s)
+            self.device.node.span("link1", self.plan, sender.began_s, sender.busy_until_s, sender.busy_s)
 
     def _sent(self, samples: Sequence[int]) -> None:
         self._moved_s = asyncio.get_running_loop().time()
@@ -185,10 +217,10 @@ class Attempt:
         self._complete.set()
         self._window.release()
 
-    def _outlet(self) -> Outlet:
+    def _frame_sender(self) -> FrameSender:
         placement = self.plan.placement
         assert placement.edge is not None
-        return Outlet(
+        return FrameSender(
             self.device.node.bus,
             topic=topics.activations_topic(placement.edge),
             key=self.plan.task_id,

@@ -10,17 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from bus import topics
 from bus.errors import BusError, BusUnavailableError, ProtocolError, UnknownTopicError
 from bus.frames import Plan, decode_frame
 from bus.messages import Admitted, Decision, Ended, NodeJoined, Retried, Start, TaskFailed, TaskSubmitted
 from bus.port import Bus, Reader
-from bus.tensors import Array
-from stages.attempt import Attempt
-from stages.frame_authorization import Senders
+from stages.attempt import Attempt, DeviceTask, ResultSink
+from stages.frame_authorization import FrameAuthorization
 from stages.node import RETRY_S, Node
 from stages.shaper import Link
 
@@ -30,24 +27,6 @@ PARTITION_S = 5.0
 STALL_SAMPLES = 10
 """Nothing sent and no result for `STALL_S` and ten samples' predicted time, while the bus was there: something was lost
 that nobody will send again (a record that fell out of retention, say), so the device asks for another attempt."""
-
-
-class ResultSink(Protocol):
-    """Where the results of a device's tasks go; every (task, sample) comes once."""
-
-    def __call__(self, task: TaskSubmitted, sample: int, outputs: list[Array]) -> None: ...
-
-
-@dataclass(slots=True)
-class DeviceTask:
-    """One task of this device, across its attempts."""
-
-    task: TaskSubmitted
-    admitted_s: float  # when this device read of it, its clock
-    results: set[int] = field(default_factory=set)  # samples whose result is there
-    started_s: float | None = None  # when the first attempt began
-    running: asyncio.Task[None] | None = None
-    attempt: Attempt | None = None
 
 
 class Device:
@@ -66,7 +45,7 @@ class Device:
         self.node = node
         self._kept = kept
         self.link1 = Link(node.settings.link1_capacity_bps)
-        self.senders = Senders(node)
+        self.authorization = FrameAuthorization(node)
         self.tasks: dict[str, DeviceTask] = {}
         self._on_result = on_result
         self._group: asyncio.TaskGroup | None = None
@@ -219,16 +198,16 @@ class Device:
                 if record.key != name:
                     continue  # another device's, on the same partition
                 try:
-                    sender = self.senders.of(record)
+                    sender = self.authorization.of(record)
                     frame = decode_frame(record.value)
                     known = self.tasks.get(frame.task_id)
                     if known is None or known.attempt is None or known.attempt.plan.attempt != frame.attempt:
                         self.node.status.count("fenced_frames")
                         continue
-                    self.senders.check_result(sender, frame, known.attempt.plan)
+                    self.authorization.check_result(sender, frame, known.attempt.plan)
                     known.attempt.take(frame)
                 except ProtocolError as error:
-                    await self.node.bury(record, error)
+                    await self.node.dead_letter(record, error)
 
     async def fail(self, plan: Plan, cause: str, detail: str, *, retryable: bool = False) -> None:
         """Tell the planner that this device cannot go on with a task."""

@@ -10,7 +10,7 @@ import contextlib
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from bus import topics
 from bus.errors import BusError, DeeparError, InvariantError, ProtocolError
@@ -18,15 +18,25 @@ from bus.frames import MAX_SAMPLE_BYTES, Frame, Plan, encode_frame
 from bus.port import Bus, Record, TopicPartition
 from bus.tensors import Array, Assembler, Piece
 from bus.tracing import parent_in
-from stages.frame_sender import Outgoing, Outlet, sending
-from stages.node import cause_of, detail_of
+from stages.frame_sender import FrameSender, Outgoing, sending
+from stages.node import Node, cause_of, detail_of
 from stages.offsets import Receipt
 from stages.runner import Station
-from stages.shaper import Grant
+from stages.shaper import Grant, Link
 from stages.window import MAX_WINDOW, window_samples
 
-if TYPE_CHECKING:
-    from stages.hop import Hop
+
+class Stage(Protocol):
+    """What a flow needs of the edge or cloud stage that it runs on."""
+
+    node: Node
+    is_edge: bool
+    link2: Link
+    results: Link
+    slots: asyncio.Semaphore | None
+
+    async def fail(self, task_id: str, attempt: int, cause: str, detail: str, *, retryable: bool = False) -> None:
+        """Report to the planner that the attempt failed."""
 
 
 class Flow:
@@ -36,16 +46,16 @@ class Flow:
     dropped then, instead of being worked on again.
     """
 
-    def __init__(self, hop: Hop, plan: Plan) -> None:
+    def __init__(self, stage: Stage, plan: Plan) -> None:
         placement = plan.placement
-        self.hop = hop
+        self.stage = stage
         self.plan = plan
         self.partitions: set[TopicPartition] = set()  # where its frames came from
         self.task: asyncio.Task[None] | None = None
         self.closed = False
         self.heard_s = asyncio.get_running_loop().time()  # when it last took or finished something
-        self.computes = placement.uses_slot if hop.is_edge else True
-        self.first, self.last = (placement.cut1, placement.cut2) if hop.is_edge else (placement.cut2, 0)
+        self.computes = placement.uses_slot if stage.is_edge else True
+        self.first, self.last = (placement.cut1, placement.cut2) if stage.is_edge else (placement.cut2, 0)
         self.busy_s = 0.0
         self.parent_id: str | None = None  # the span that this stage's work follows from, where its frames name one
         self._began_s: float | None = None  # when it first computed here
@@ -54,7 +64,7 @@ class Flow:
         self._widest_bytes = MAX_SAMPLE_BYTES  # of a sample here; these two are less where the model is known
         self._expected_bytes: int | None = None
         self._check()
-        self._sending: Outlet | None = None
+        self._sending: FrameSender | None = None
         self._assembler = Assembler()
         self._ready: deque[tuple[int, list[Array], float]] = deque()
         self._arrived = asyncio.Event()
@@ -68,9 +78,9 @@ class Flow:
         plan, placement = self.plan, self.plan.placement
         if placement.edge is None or not placement.link1_bps or (placement.uses_cloud and not placement.link2_bps):
             raise ProtocolError("wrong_shape", f"task {plan.task_id}: a plan without an edge, or without rates")
-        if not self.hop.is_edge and not placement.uses_cloud:
+        if not self.stage.is_edge and not placement.uses_cloud:
             raise ProtocolError("wrong_shape", f"task {plan.task_id}: a plan without the cloud")
-        profile = next((p for p in self.hop.node.runner.profiles() if p.model == plan.model), None)
+        profile = next((p for p in self.stage.node.runner.profiles() if p.model == plan.model), None)
         if profile is None:
             if self.computes:
                 raise ProtocolError("unknown_model", f"task {plan.task_id}: there is no model {plan.model!r} here")
@@ -79,7 +89,7 @@ class Flow:
             raise ProtocolError("unknown_model", f"task {plan.task_id}: {plan.model} is another one here")
         if placement.cut2 > profile.layers:
             raise ProtocolError("wrong_shape", f"task {plan.task_id}: {plan.model} has {profile.layers} layers")
-        if not self.hop.is_edge:
+        if not self.stage.is_edge:
             self.last = profile.layers
         if profile.sha256 == plan.sha256:
             self.window = window_samples(plan.execution, profile.cut_bytes)
@@ -117,11 +127,11 @@ class Flow:
     def _take(self, piece: Piece, receipt: Receipt) -> None:
         sample = piece.sample
         if self.closed or sample in self._done:
-            self.hop.node.status.count("duplicates_suppressed")
+            self.stage.node.status.count("duplicates_suppressed")
             return
         if sample in self._whole:
             # Under way already; yet this record, too, is done only when the sample is.
-            self.hop.node.status.count("duplicates_suppressed")
+            self.stage.node.status.count("duplicates_suppressed")
             receipt.hold()
             self._receipts[sample].append(receipt)
             return
@@ -136,7 +146,7 @@ class Flow:
         except ProtocolError as error:
             if error.cause != "missing_chunk":
                 raise
-            self.hop.node.status.count("gaps")  # its sender begins the sample again
+            self.stage.node.status.count("gaps")  # its sender begins the sample again
             return
         receipt.hold()
         self._receipts.setdefault(sample, []).append(receipt)
@@ -149,7 +159,7 @@ class Flow:
 
     async def run(self) -> None:
         """Wait for a slot, work through the samples, report; ends when all are done, or when stopped."""
-        node = self.hop.node
+        node = self.stage.node
         try:
             await self._serve()
             self.closed = True
@@ -162,25 +172,25 @@ class Flow:
             if not isinstance(error, DeeparError):
                 node.log.exception("task failed with an unexpected error", task=self.plan.task_id)
             self._let_go()
-            await self.hop.fail(self.plan.task_id, self.plan.attempt, cause, detail_of(error))
+            await self.stage.fail(self.plan.task_id, self.plan.attempt, cause, detail_of(error))
 
     async def _serve(self) -> None:
-        runner = self.hop.node.runner
+        runner = self.stage.node.runner
         async with contextlib.AsyncExitStack() as stack:
             station: Station | None = None
             if self.computes:
                 await runner.prepare(self.plan, self.first, self.last)
-                if self.hop.slots is not None:
-                    await stack.enter_async_context(self.hop.slots)
+                if self.stage.slots is not None:
+                    await stack.enter_async_context(self.stage.slots)
                 station = runner.station(self.plan, self.first, self.last)
                 stack.callback(station.close)
-            outlet = self._sending = self._outlet()
-            stack.callback(self._told, outlet)
-            async with sending(outlet):
-                await self._work(station, outlet)
-            await self._report(outlet.busy_s)
+            sender = self._sending = self._frame_sender()
+            stack.callback(self._told, sender)
+            async with sending(sender):
+                await self._work(station, sender)
+            await self._report(sender.busy_s)
 
-    async def _work(self, station: Station | None, outlet: Outlet) -> None:
+    async def _work(self, station: Station | None, sender: FrameSender) -> None:
         clock = asyncio.get_running_loop().time
         for _ in range(self.plan.todo):
             while not self._ready:
@@ -194,56 +204,56 @@ class Flow:
                 if self._began_s is None:
                     self._began_s = begin_s
                 self.busy_s += now - begin_s
-                self.hop.node.busy("edge_s" if self.hop.is_edge else "cloud_s", self.plan.task_id, begin_s, now)
+                self.stage.node.busy("edge_s" if self.stage.is_edge else "cloud_s", self.plan.task_id, begin_s, now)
                 self._free_s = now
                 ready_s = now
-            outlet.put(Outgoing(sample, tensors, ready_s))
+            sender.put(Outgoing(sample, tensors, ready_s))
         await self._finished.wait()
 
-    def _told(self, outlet: Outlet) -> None:
+    def _told(self, sender: FrameSender) -> None:
         """What was done here, for traces."""
-        node, part = self.hop.node, "edge" if self.hop.is_edge else "cloud"
+        node, part = self.stage.node, "edge" if self.stage.is_edge else "cloud"
         if self.computes:
             node.span(part, self.plan, self._began_s, self._free_s, self.busy_s, self.parent_id)
         follows = None if self.computes else self.parent_id
-        node.span(self._way, self.plan, outlet.began_s, outlet.busy_until_s, outlet.busy_s, follows)
+        node.span(self._way, self.plan, sender.began_s, sender.busy_until_s, sender.busy_s, follows)
 
     @property
     def _way(self) -> str:
         """The part that sending on from here is."""
-        return "link2" if self.hop.is_edge and self.plan.placement.uses_cloud else "result"
+        return "link2" if self.stage.is_edge and self.plan.placement.uses_cloud else "result"
 
-    def _outlet(self) -> Outlet:
-        hop, plan = self.hop, self.plan
+    def _frame_sender(self) -> FrameSender:
+        stage, plan = self.stage, self.plan
         placement = plan.placement
         onward = self._way == "link2"
         topic = topics.ACTIVATIONS_CLOUD if onward else topics.RESULTS
         key = plan.task_id if onward else plan.device
         grants: tuple[Grant, ...]
         if onward:
-            grants = (hop.link2.grant(placement.link2_bps),)
-        elif hop.is_edge:
-            grants = (hop.results.grant(placement.link1_bps),)
+            grants = (stage.link2.grant(placement.link2_bps),)
+        elif stage.is_edge:
+            grants = (stage.results.grant(placement.link1_bps),)
         else:
-            grants = (hop.results.grant(placement.link2_bps), hop.results.grant(placement.link1_bps))
-        return Outlet(
-            hop.node.bus if onward else self._way_back(),
+            grants = (stage.results.grant(placement.link2_bps), stage.results.grant(placement.link1_bps))
+        return FrameSender(
+            stage.node.bus if onward else self._way_back(),
             topic=topic,
             key=key,
-            source=hop.node.settings.name,
+            source=stage.node.settings.name,
             kind="activations" if onward else "result",
             plan=plan,
             grants=grants,
-            gate=hop.node.gate,
-            on_busy=partial(hop.node.busy, f"{self._way}_s", plan.task_id),
+            gate=stage.node.gate,
+            on_busy=partial(stage.node.busy, f"{self._way}_s", plan.task_id),
             on_acknowledged=self._acknowledged,
-            headers=hop.node.trace_header(self._way, plan),
+            headers=stage.node.trace_header(self._way, plan),
         )
 
     def _way_back(self) -> Bus:
         """Where results go: to the site of the edge that the task goes through, as the reservations do."""
         assert self.plan.placement.edge is not None  # `_check`
-        return self.hop.node.bus.beside(topics.RESULTS, topics.activations_topic(self.plan.placement.edge))
+        return self.stage.node.bus.beside(topics.RESULTS, topics.activations_topic(self.plan.placement.edge))
 
     # --- done --------------------------------------------------------------------------------------------------------
 
@@ -260,10 +270,10 @@ class Flow:
 
     async def _report(self, sending_s: float) -> None:
         """Tell the device what this stage measured; unshaped, since it is no part of the task's data."""
-        plan, node = self.plan, self.hop.node
+        plan, node = self.plan, self.stage.node
         busy = {f"{self._way}_s": sending_s}
         if self.computes:
-            busy["edge_s" if self.hop.is_edge else "cloud_s"] = self.busy_s
+            busy["edge_s" if self.stage.is_edge else "cloud_s"] = self.busy_s
         frame = Frame("report", plan.task_id, plan.attempt, node.settings.name, report=busy)
         try:
             await self._way_back().send(topics.RESULTS, encode_frame(frame), key=plan.device)

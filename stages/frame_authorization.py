@@ -17,7 +17,7 @@ from bus.values import Role
 from stages.node import Node
 
 
-class Senders:
+class FrameAuthorization:
     """What one stage believes."""
 
     def __init__(self, node: Node) -> None:
@@ -83,4 +83,4 @@ class Senders:
         return placed.device if self._settings.role is Role.EDGE else placed.placement.edge
 
 
-__all__ = ["Senders"]
+__all__ = ["FrameAuthorization"]

@@ -52,7 +52,7 @@ class _Sent:
     begun: list[Outgoing]  # that have a piece in it
 
 
-class Outlet:
+class FrameSender:
     """Sends one task's samples to one topic. `run` must be running; `put` never waits (the task's window bounds it)."""
 
     def __init__(
@@ -253,11 +253,11 @@ def _forget(acknowledgement: Awaitable[Position]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def sending(outlet: Outlet) -> AsyncIterator[None]:
-    """Runs an outlet beside the block; what breaks it ends the block. Raises what either raised, not in a group."""
+async def sending(sender: FrameSender) -> AsyncIterator[None]:
+    """Runs a frame sender beside the block; what breaks it ends the block. Raises what either raised, not in a group."""
     try:
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(outlet.run())
+            task = group.create_task(sender.run())
             yield
             task.cancel()
     except BaseExceptionGroup as failures:

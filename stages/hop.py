@@ -23,7 +23,7 @@ from bus.messages import Decision, Placed, TaskFailed
 from bus.port import Member, Record, TopicPartition
 from bus.values import Role
 from stages.flow import Flow
-from stages.frame_authorization import Senders
+from stages.frame_authorization import FrameAuthorization
 from stages.node import RETRY_S, Node
 from stages.offsets import OffsetLedger, Receipt
 from stages.shaper import Link
@@ -67,7 +67,7 @@ class Hop:
         self.results = Link(settings.link1_capacity_bps if self.is_edge else 0)
         self.slots = asyncio.Semaphore(settings.slots) if self.is_edge else None
         self.offsets = OffsetLedger()
-        self.senders = Senders(node)
+        self.authorization = FrameAuthorization(node)
         self.flows: dict[tuple[str, int], Flow] = {}
         self._orphans: dict[tuple[str, int], list[_Orphan]] = {}
         self._orphan_bytes = 0
@@ -170,7 +170,7 @@ class Hop:
                 receipt = self.offsets.open(record)
                 task_id, attempt = record.key or "", 0
                 try:
-                    sender = self.senders.of(record)
+                    sender = self.authorization.of(record)
                     attempt = self._blamed(sender, task_id, self.node.fences.attempt(task_id))
                     frame = decode_frame(record.value)
                     task_id, attempt = frame.task_id, self._blamed(sender, frame.task_id, frame.attempt)
@@ -180,7 +180,7 @@ class Hop:
                 else:
                     receipt.release()
             for record, fault, task_id, attempt, receipt in poison:
-                await self._bury(record, fault, task_id, attempt)
+                await self._dead_letter(record, fault, task_id, attempt)
                 receipt.release()
 
     async def _commit(self, member: Member) -> None:
@@ -215,7 +215,7 @@ class Hop:
         """Hand a frame's pieces to its flow. Raises `ProtocolError` where it cannot be used."""
         key = (frame.task_id, frame.attempt)
         followed = self.flows[key].plan if key in self.flows else frame.plan
-        believed = self.senders.believed(sender, frame, followed)
+        believed = self.authorization.believed(sender, frame, followed)
         if frame.kind != "activations":
             raise ProtocolError("undecodable", f"a frame of kind {frame.kind} is not for {record.topic}")
         if self.node.fences.fenced(*key):
@@ -274,19 +274,19 @@ class Hop:
     def _refuse(self, orphans: list[_Orphan], error: ProtocolError) -> None:
         """Dead-letter frames that were put by."""
 
-        async def bury() -> None:
+        async def dead_letter_all() -> None:
             for orphan in orphans:
                 task_id = orphan.frame.task_id
                 blamed = self._blamed(orphan.sender, task_id, orphan.frame.attempt)
-                await self._bury(orphan.record, error, task_id, blamed)
+                await self._dead_letter(orphan.record, error, task_id, blamed)
                 orphan.receipt.release()
 
         if self._group is not None:
-            self._group.create_task(bury(), name=f"{self.node.settings.name}: dead letters")
+            self._group.create_task(dead_letter_all(), name=f"{self.node.settings.name}: dead letters")
 
-    async def _bury(self, record: Record, error: ProtocolError, task_id: str, attempt: int) -> None:
+    async def _dead_letter(self, record: Record, error: ProtocolError, task_id: str, attempt: int) -> None:
         """Dead-letter a record; where it names a live task, that task fails with the cause."""
-        await self.node.bury(record, error, task_id=task_id)
+        await self.node.dead_letter(record, error, task_id=task_id)
         if attempt and error.cause != WRONG_IDENTITY and not self.node.fences.fenced(task_id, attempt):
             flow = self.flows.get((task_id, attempt))
             if flow is not None:
@@ -296,7 +296,7 @@ class Hop:
 
     def _blamed(self, sender: Speaker | None, task_id: str, attempt: int) -> int:
         """The attempt that fails of a broken frame: none where it may be another's who has sent it."""
-        return attempt if self.senders.may_send(sender, task_id) else 0
+        return attempt if self.authorization.may_send(sender, task_id) else 0
 
     async def fail(self, task_id: str, attempt: int, cause: str, detail: str, *, retryable: bool = False) -> None:
         """Tell the planner that this stage cannot go on with a task."""

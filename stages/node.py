@@ -245,7 +245,7 @@ class Node:
                 self.log.warning("message not published; retrying", topic=topic, error=str(error))
                 await asyncio.sleep(RETRY_S)
 
-    async def bury(self, record: Record, error: ProtocolError, *, task_id: str = "") -> None:
+    async def dead_letter(self, record: Record, error: ProtocolError, *, task_id: str = "") -> None:
         """Put a record that cannot be read on the dead-letter topic, with its origin and the cause."""
         if error.cause == WRONG_IDENTITY:
             self.status.count("wrong_identity")

@@ -29,7 +29,8 @@ from planner.core.core import PlannerCore
 from planner.core.placing import WhenLate
 from planner.core.state import DEFAULT_PATIENCE_S
 from planner.service.service import PlannerService
-from stages.device import Device, ResultSink
+from stages.attempt import ResultSink
+from stages.device import Device
 from stages.hop import Hop
 from stages.node import BusySink, Node, NodeSettings
 from stages.runner import Runner

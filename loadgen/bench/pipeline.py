@@ -36,7 +36,7 @@ from bus.values import BITS_PER_BYTE, Execution, Kind, ModelProfile, Placement, 
 from loadgen.bench import lenet
 from loadgen.bench.cpu_load import BusynessWatch
 from loadgen.bench.fixed_placement import TIMEOUT_S, Staged
-from stages.frame_sender import Outgoing, Outlet
+from stages.frame_sender import FrameSender, Outgoing
 from stages.runner import ModelledRunner
 from stages.shaper import Link
 
@@ -215,7 +215,7 @@ async def _shaped(make: Callable[[str], Bus], rate_bps: int, for_s: float) -> di
     async with make("shaper") as bus:
         await bus.create_topics([TopicSpec(topic, 1, retention_bytes=64 << 20)])
         watched = _Watched(bus)
-        outlet = Outlet(
+        sender = FrameSender(
             watched,  # type: ignore[arg-type]
             topic=topic,
             key="bench",
@@ -228,12 +228,12 @@ async def _shaped(make: Callable[[str], Bus], rate_bps: int, for_s: float) -> di
             on_acknowledged=done,
         )
         payload = [np.zeros(sample_bytes, np.uint8)]
-        sending = asyncio.create_task(outlet.run())
+        sending = asyncio.create_task(sender.run())
         begun_s = perf_counter()
         loop = asyncio.get_running_loop()
         for sample in range(count):
             await left.acquire()
-            outlet.put(Outgoing(sample, payload, loop.time()))
+            sender.put(Outgoing(sample, payload, loop.time()))
         async with asyncio.timeout(TIMEOUT_S):
             await over.wait()
         sending.cancel()

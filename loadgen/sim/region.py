@@ -17,7 +17,8 @@ from bus.messages import Change, Decision
 from bus.values import ModelProfile, Role
 from loadgen.sim.process import Process
 from planner.service.service import PlannerService, Standing
-from stages.device import Device, ResultSink
+from stages.attempt import ResultSink
+from stages.device import Device
 from stages.hop import Hop
 from stages.node import Node, NodeSettings
 from stages.runner import Runner

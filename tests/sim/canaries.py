@@ -28,7 +28,7 @@ from stages.attempt import Attempt
 from stages.device import Device
 from stages.fences import Fences
 from stages.flow import Flow
-from stages.frame_sender import Outlet
+from stages.frame_sender import FrameSender
 from stages.hop import Hop
 from stages.node import Node, Work
 from stages.offsets import OffsetLedger, Receipt
@@ -97,7 +97,7 @@ def _trust_order(self: Assembler, piece: Piece) -> list[Array] | None:
     return to_tensors(tensors, memoryview(bytes(buffer[: piece.size_bytes])))
 
 
-def _never_again(self: Outlet) -> None:
+def _never_again(self: FrameSender) -> None:
     """What was not acknowledged is taken for sent."""
     self._sent.popleft()
 
@@ -165,15 +165,15 @@ _sound_ledger_release = Ledger.release
 async def _slot_kept(self: Flow) -> None:
     """A task that is over goes on holding its slot."""
     await _sound_serve(self)
-    if self.hop.slots is not None and self.computes:
-        await self.hop.slots.acquire()
+    if self.stage.slots is not None and self.computes:
+        await self.stage.slots.acquire()
 
 
 async def _slot_twice(self: Flow) -> None:
     """A task that is over gives its slot back twice."""
     await _sound_serve(self)
-    if self.hop.slots is not None and self.computes:
-        self.hop.slots.release()
+    if self.stage.slots is not None and self.computes:
+        self.stage.slots.release()
 
 
 _sound_serve = Flow._serve
@@ -189,12 +189,12 @@ def _permit_kept(self: Attempt, sample: int, outputs: list[Array]) -> None:
 
 
 async def _no_window(
-    self: Attempt, inputs: Callable[[int], list[Array]], station: Station | None, outlet: Outlet | None
+    self: Attempt, inputs: Callable[[int], list[Array]], station: Station | None, sender: FrameSender | None
 ) -> None:
     """Every sample may be under way at once."""
     for _ in self.todo:
         self._window.release()
-    await _sound_send(self, inputs, station, outlet)
+    await _sound_send(self, inputs, station, sender)
 
 
 _sound_send = Attempt._send
@@ -268,7 +268,7 @@ async def _any_attempt(self: Device, reader: Reader) -> None:
                 if known is not None and known.attempt is not None:
                     known.attempt.take(frame)
             except ProtocolError as error:
-                await self.node.bury(record, error)
+                await self.node.dead_letter(record, error)
 
 
 HARMLESS = Canary("any attempt", "a device takes results of fenced attempts", 0, Device, "_read", _any_attempt)
@@ -285,7 +285,7 @@ CANARIES = (
     Canary("ignored epoch", "decisions of deposed planners count", 20, DecisionLog, "accept", _ignore_epoch),
     Canary("ignored fences", "no attempt is ever fenced", 5, Fences, "fenced", _never_fenced),
     Canary("chunk order trusted", "chunks are put together as they come", 5, Assembler, "add", _trust_order),
-    Canary("never sent again", "a failed acknowledgement is overlooked", 30, Outlet, "_send_again", _never_again),
+    Canary("never sent again", "a failed acknowledgement is overlooked", 30, FrameSender, "_send_again", _never_again),
     Canary("receipts leaked", "what a fenced attempt held stays open", 5, Flow, "_let_go", _hold_on),
     Canary("flows kept", "a hop does not follow the decisions", 5, Hop, "on_decision", _keep_flows),
     Canary("starts forgotten", "a second attempt is not begun", 5, Device, "_start", _forget_starts),

@@ -11,7 +11,7 @@ from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Admitted, Decision, Placed, SeedInput, TaskSubmitted
 from bus.values import Execution, Kind, Objective, Parts, Placement, Role
 from stages.fences import Fences
-from stages.frame_authorization import Senders
+from stages.frame_authorization import FrameAuthorization
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 from tests.sim.world import profile
@@ -30,12 +30,12 @@ DECISION = Decision(
 )
 
 
-async def _stage(role: Role, name: str) -> tuple[Node, Senders]:
+async def _stage(role: Role, name: str) -> tuple[Node, FrameAuthorization]:
     bus = signed(MemoryBus(MemoryBroker(), name), MASTER.key(Speaker(role.value, name)))
     slots: dict[str, Any] = {"slots": 1, "link1_capacity_bps": 1000, "link2_capacity_bps": 1000}
     settings = NodeSettings(name=name, role=role, **(slots if role is Role.EDGE else {}))
     node = Node(bus, settings, ModelledRunner([profile(role)]))
-    return node, Senders(node)
+    return node, FrameAuthorization(node)
 
 
 def _frame(attempt: int, plan: Plan | None = None) -> Frame:
@@ -44,22 +44,22 @@ def _frame(attempt: int, plan: Plan | None = None) -> Frame:
 
 async def test_a_stage_that_begins_anew_with_the_decisions_believes_what_it_reads_then() -> None:
     """`Node` takes fresh fences where a snapshot cannot be used."""
-    node, senders = await _stage(Role.EDGE, "e1")
+    node, authorization = await _stage(Role.EDGE, "e1")
     node.fences = Fences()
     node.fences.apply(DECISION)
-    assert senders.believed(Speaker("device", "d1"), _frame(1), None)
-    assert senders.may_send(Speaker("device", "d1"), "t")
+    assert authorization.believed(Speaker("device", "d1"), _frame(1), None)
+    assert authorization.may_send(Speaker("device", "d1"), "t")
 
 
 async def test_a_task_of_this_region_is_no_other_region_s() -> None:
     """An edge that has no part in a task plants its next attempt at the cloud, as of another region."""
-    node, senders = await _stage(Role.CLOUD, "c1")
+    node, authorization = await _stage(Role.CLOUD, "c1")
     stranger = Speaker("edge", "e2")
     theirs = WHERE.model_copy(update={"edge": "e2"})
     plan = Plan(
         task_id="t", attempt=2, region=9, device="d1", model="toy", sha256="0" * 64, samples=2, todo=2,
         execution="streaming", placement=theirs,
     )  # fmt: skip
-    assert senders.believed(stranger, _frame(2, plan), plan)  # nobody here has heard of that task
+    assert authorization.believed(stranger, _frame(2, plan), plan)  # nobody here has heard of that task
     node.fences.apply(DECISION)
-    assert not senders.believed(stranger, _frame(2, plan), plan)
+    assert not authorization.believed(stranger, _frame(2, plan), plan)

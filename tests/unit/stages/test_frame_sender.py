@@ -19,7 +19,7 @@ from bus.tensors import Assembler
 from bus.topics import TopicSpec
 from bus.values import Execution, Kind, Placement
 from loadgen.sim.virtual_loop import run_virtual
-from stages.frame_sender import Outgoing, Outlet, sending
+from stages.frame_sender import FrameSender, Outgoing, sending
 from stages.shaper import Link
 
 PLAN = Plan(
@@ -38,8 +38,8 @@ PLAN = Plan(
 )
 
 
-def outlet_of(bus: MemoryBus, on_acknowledged: Callable[[Sequence[int]], None]) -> Outlet:
-    return Outlet(
+def frame_sender_of(bus: MemoryBus, on_acknowledged: Callable[[Sequence[int]], None]) -> FrameSender:
+    return FrameSender(
         bus,
         topic="out",
         key="t",
@@ -59,16 +59,16 @@ async def _send(sizes: list[int], faults: Faults | None = None) -> tuple[Counter
     acknowledged: Counter[int] = Counter()
     async with MemoryBus(broker) as bus:
         await bus.create_topics([TopicSpec("out", 1)])
-        outlet = outlet_of(bus, acknowledged.update)  # the bus must hold all of a sample by then
+        sender = frame_sender_of(bus, acknowledged.update)  # the bus must hold all of a sample by then
         broker.faults = faults
         reader = await bus.reader([("out", 0)], start="start")
         arrived: dict[int, bytes] = {}
         plans = 0
         assembler = Assembler()
 
-        async with asyncio.timeout(600.0), sending(outlet):
+        async with asyncio.timeout(600.0), sending(sender):
             for sample, size in enumerate(sizes):
-                outlet.put(Outgoing(sample, [np.full(size, sample, np.uint8)], 0.0))
+                sender.put(Outgoing(sample, [np.full(size, sample, np.uint8)], 0.0))
             while len(acknowledged) < len(sizes):
                 await asyncio.sleep(0.05)
             await asyncio.sleep(1.0)
@@ -82,7 +82,7 @@ async def _send(sizes: list[int], faults: Faults | None = None) -> tuple[Counter
                     with contextlib.suppress(ProtocolError):  # a gap: the sample begins again further on
                         if (whole := assembler.add(piece)) is not None:
                             arrived[piece.sample] = whole[0].tobytes()
-        return acknowledged, arrived, plans, outlet.resent
+        return acknowledged, arrived, plans, sender.resent
 
 
 def test_every_sample_is_acknowledged_once_and_whole() -> None:
@@ -112,7 +112,7 @@ def test_the_last_samples_leave_in_ever_smaller_frames_where_somebody_computes_n
     async def run() -> list[int]:
         async with MemoryBus(MemoryBroker()) as bus:
             await bus.create_topics([TopicSpec("out", 1)])
-            outlet = Outlet(
+            sender = FrameSender(
                 bus,
                 topic="out",
                 key="t",
@@ -124,9 +124,9 @@ def test_the_last_samples_leave_in_ever_smaller_frames_where_somebody_computes_n
                 on_busy=lambda begin_s, end_s: None,
                 on_acknowledged=lambda samples: None,
             )
-            async with asyncio.timeout(10.0), sending(outlet):
+            async with asyncio.timeout(10.0), sending(sender):
                 for sample in range(PLAN.todo):
-                    outlet.put(Outgoing(sample, [np.zeros(4_000, np.uint8)], 0.0))
+                    sender.put(Outgoing(sample, [np.zeros(4_000, np.uint8)], 0.0))
                 await asyncio.sleep(1.0)
             reader = await bus.reader([("out", 0)], start="start")
             return [len(decode_frame(record.value).pieces) for record in await reader.fetch()]
@@ -138,9 +138,9 @@ def test_what_can_never_be_sent_ends_the_block_instead_of_hanging() -> None:
     async def run() -> None:
         async with MemoryBus(MemoryBroker(max_record_bytes=1_000)) as bus:
             await bus.create_topics([TopicSpec("out", 1)])
-            outlet = outlet_of(bus, lambda samples: None)
-            async with asyncio.timeout(10.0), sending(outlet):
-                outlet.put(Outgoing(0, [np.zeros(5_000, np.uint8)], 0.0))
+            sender = frame_sender_of(bus, lambda samples: None)
+            async with asyncio.timeout(10.0), sending(sender):
+                sender.put(Outgoing(0, [np.zeros(5_000, np.uint8)], 0.0))
                 await asyncio.Event().wait()
 
     with pytest.raises(MessageTooLargeError):
