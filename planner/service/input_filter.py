@@ -46,7 +46,7 @@ class InputFilter:
         return message
 
     def should_dead_letter(self, error: ProtocolError, now_s: float) -> bool:
-        """Whether to dead-letter and log a rejected record: invalid ones always, unauthorized ones up to a rate limit."""
+        """Whether to dead-letter a rejected record: invalid ones always, unauthorized ones up to a rate limit."""
         if error.cause != WRONG_IDENTITY:
             return True
         allowed = self._allowance.take(now_s)

@@ -36,6 +36,7 @@ from planner.service.region_context import Failure, RegionContext
 from planner.service.snapshot_writer import SnapshotWriter
 
 HEARTBEATS_PER_LEASE = 5
+"""Number of heartbeats that an idle leader sends per lease."""
 POLICY_ERROR = "policy_error"
 """Cause of a rejection after a user's policy failed."""
 
@@ -81,7 +82,7 @@ class LeaderTerm:
         self.seq = context.decision_log.seq
         self._unconfirmed: deque[_Unconfirmed] = deque()  # in the order sent
         self._acknowledgements: asyncio.Queue[Awaitable[Position]] = asyncio.Queue()
-        self._room = asyncio.Event()
+        self._room = asyncio.Event()  # set when a record was read back
         self._begun_s = 0.0  # start of the current step, on the event loop's clock
         self._last_sent_s = float("-inf")  # time of the last record sent, on the event loop's clock
         self._unrecorded = 0  # inputs read since the last decision
@@ -128,7 +129,7 @@ class LeaderTerm:
                 self._snapshot_writer.decision_read_back(message.seq, record.offset)
 
     def _log_rejections(self, decision: Decision, now_s: float) -> None:
-        """Log rejected tasks, rate-limited. `_decided` logs rejections after a policy failure."""
+        """Log rejected tasks, rate-limited. `_publish_decision` logs rejections after a policy failure."""
         for change in decision.changes:
             if not isinstance(change, Ended) or change.state is not TaskState.REJECTED or change.cause == POLICY_ERROR:
                 continue
@@ -239,12 +240,13 @@ class LeaderTerm:
                 records = await reader.fetch(timeout_s=self._fetch_timeout_s())
                 # Nodes first, so that a task finds its device even if both arrive in one fetch.
                 for record in sorted(records, key=lambda record: INPUTS.index(record.topic)):
-                    await self._take(record)
+                    await self._handle_record(record)
                 await self._tick_when_due(reader)
         finally:
             await reader.close()
 
-    async def _take(self, record: Record) -> None:
+    async def _handle_record(self, record: Record) -> None:
+        """Handle one input. An input that failed in an earlier term is dead-lettered, and its task ends with that cause."""
         context = self.context
         missing = record.offset - context.inputs[record.topic]
         if missing > LARGEST_HOLE and record.topic != topics.NODES:  # compacted, so holes are normal
@@ -268,7 +270,7 @@ class LeaderTerm:
             raise self._failed(record, message, error) from error
         if failure is not None:
             if self._unrecorded:
-                await self._decided((), context.now_s())  # record it as read, so that the next leader skips it
+                await self._publish_decision((), context.now_s())  # record it as read, so that the next leader skips it
             del context.failures[record.topic, record.offset]
 
     async def _read(self, record: Record) -> Any:
@@ -315,7 +317,7 @@ class LeaderTerm:
         )
 
     async def _reject(self, record: Record, error: ProtocolError) -> None:
-        """Log and dead-letter an invalid or unauthorized record, rate-limited; the state stays as it is."""
+        """Dead-letter and log an invalid or unauthorized record, within rate limits; the state does not change."""
         context = self.context
         if not context.input_filter.should_dead_letter(error, asyncio.get_running_loop().time()):
             return
@@ -373,9 +375,9 @@ class LeaderTerm:
             context.inputs[consumed[0]] = consumed[1]
             self._unrecorded += 1
         if changes or self._unrecorded >= CHECKPOINT_EVERY:
-            await self._decided(changes, now_s)
+            await self._publish_decision(changes, now_s)
 
-    async def _decided(self, changes: Iterable[Change], now_s: float) -> None:
+    async def _publish_decision(self, changes: Iterable[Change], now_s: float) -> None:
         """Send one decision: the changes, the input offsets and the hash of the state after them."""
         context = self.context
         changes = tuple(changes)
@@ -407,6 +409,7 @@ class LeaderTerm:
         context.decisions += 1
 
     async def _send(self, record: Decision | DecisionPart, payload: bytes) -> None:
+        """Send a record and remember that it must be read back."""
         if len(payload) > messages.MAX_MESSAGE_BYTES:
             raise InvariantError(
                 f"decision {record.seq} takes {len(payload):,} bytes; the limit is {messages.MAX_MESSAGE_BYTES:,}"

@@ -2,8 +2,8 @@
 
 A region is a partition of the control topics, and the group distributes partitions evenly among the processes that are
 alive. The group serves liveness only; epochs ensure that each region has one leader (`planner.service.service`). A late
-assignment is therefore harmless: the new planner stands by until the old leader leaves, and the old planner leads until it
-learns of the change.
+assignment is therefore harmless: the new planner stands by until the old leader leaves, and the old leader goes on
+until its process learns that the region was revoked.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class PlannerService:
         self.part_bytes = part_bytes
         self.record_bytes = record_bytes
         self.snapshot_seq = 0  # decision of the last snapshot taken; initially of the one restored
-        self.decision_log = DecisionLog()  # state of the reading rule at the current position
+        self.decision_log = DecisionLog()  # the rule which decision records count, up to the last one read
         self.inputs: dict[str, int] = {}  # topic -> next offset to read
         self._wall_clock = wall_clock
         self._now_s = 0.0  # ledger time at `_since_s`
@@ -148,9 +148,9 @@ class PlannerService:
         """
         while True:
             try:
-                reader = await self._fold()
+                reader = await self._start_replay()
             except DecisionsLostError as error:
-                raise self._cannot_go_on(error) from error
+                raise self._unrecoverable(error) from error
             except BusError as error:
                 self.log.warning("decisions not read; retrying", error=str(error))
                 await asyncio.sleep(RETRY_S)
@@ -163,7 +163,7 @@ class PlannerService:
                 self.log.warning("leadership lost", reason=str(deposed))
             except DecisionsLostError as error:
                 if self.standing is Standing.READING:  # lost behind the newest snapshot, so a retry would find the same
-                    raise self._cannot_go_on(error) from error
+                    raise self._unrecoverable(error) from error
                 self.log.warning("decisions lost; replaying the topic", error=str(error))
             except BusError as error:
                 self.log.warning("bus failed; replaying the topic", error=str(error))
@@ -173,8 +173,8 @@ class PlannerService:
 
     # --- standing by -------------------------------------------------------------------------------------------------
 
-    async def _fold(self) -> Reader:
-        """Restore the newest usable snapshot. The returned reader starts with the first decision to replay."""
+    async def _start_replay(self) -> Reader:
+        """Restore the newest usable snapshot or an empty state. The reader starts at the first decision to replay."""
         self.standing = Standing.READING
         async with aclosing(snapshots.found(self.bus, self.region)) as candidates:
             async for one in candidates:
@@ -194,7 +194,7 @@ class PlannerService:
         self.inputs, self._now_s, self.snapshot_seq = dict.fromkeys(INPUTS, 0), 0.0, 0
         return reader
 
-    def _cannot_go_on(self, lost: DecisionsLostError) -> ConfigError:
+    def _unrecoverable(self, lost: DecisionsLostError) -> ConfigError:
         """An error that stops the planner: an empty state would drop running tasks and decide old ones a second time."""
         return ConfigError(
             f"{lost}, and no snapshot covers them: the planner cannot restore the region's state",
@@ -257,7 +257,7 @@ class PlannerService:
             )
 
     def _read(self, record: Record) -> DecisionTopicMessage | Dropped:
-        """Apply the reading rule to a decision record. Unreadable ones are kept until this planner leads."""
+        """Decode a decision record, and drop it if it is void. Unreadable records are kept until this planner leads."""
         message = self.decision_log.read(record)
         if isinstance(message, Dropped) and message.reason in UNREADABLE:
             self.unreadable.append((record, message))
@@ -274,6 +274,7 @@ class PlannerService:
         self._check_hash(decision.ledger_hash, decision.seq)
 
     def _check_hash(self, recorded: str, seq: int) -> None:
+        """Raise `InvariantError` if the state differs from the one that the leader recorded."""
         if self.core.state_hash != recorded:
             raise InvariantError(
                 f"region {self.region}: state hash after replaying decision {seq} is {self.core.state_hash}, "
@@ -313,11 +314,12 @@ class PlannerService:
         """Check that a topic without an epoch belongs to a new region: a snapshot means that its decisions were deleted."""
         async with aclosing(snapshots.found(self.bus, self.region)) as candidates:
             async for one in candidates:
-                raise self._cannot_go_on(DecisionsLostError(self.region, one.snapshot.offset, 0))
+                raise self._unrecoverable(DecisionsLostError(self.region, one.snapshot.offset, 0))
 
     # --- leading -----------------------------------------------------------------------------------------------------
 
     async def _lead(self, reader: Reader) -> None:
+        """Lead until deposed or cancelled; when cancelled, announce that the region has no leader."""
         self._since_s = asyncio.get_running_loop().time()
         self.core.restart_leases(self.now_s())
         self.standing = Standing.LEADING
@@ -336,6 +338,7 @@ class PlannerService:
         leading.result()
 
     async def _lead_until_deposed(self, reader: Reader) -> None:
+        """Run one leader term and raise its first failure."""
         first: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:

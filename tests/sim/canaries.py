@@ -253,7 +253,7 @@ async def _inputs_early(self: LeaderTerm, changes: Any, now_s: float) -> None:
     await _sound_decided(self, changes, now_s)
 
 
-_sound_decided = LeaderTerm._decided
+_sound_decided = LeaderTerm._publish_decision
 
 
 async def _any_attempt(self: Device, reader: Reader) -> None:
@@ -325,7 +325,12 @@ CANARIES = (
     Canary("queue unbounded", "a full queue takes more", 20, Placing, "_full_queue", _endless_queue),
     Canary("losses unseen", "a silent node is not declared lost", 5, LeaderTerm, "_tick_when_due", _deaf),
     Canary(
-        "inputs skipped", "a planner records more input as read than it read", 5, LeaderTerm, "_decided", _inputs_early
+        "inputs skipped",
+        "a planner records more input than it read",
+        5,
+        LeaderTerm,
+        "_publish_decision",
+        _inputs_early,
     ),
 )
 """What is planted, and how soon it must be caught."""

@@ -172,14 +172,14 @@ def test_inputs_that_change_nothing_are_recorded_as_read_now_and_then(monkeypatc
 
 
 def test_planted_a_planner_that_commits_before_it_decides_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    decided = leader_term.LeaderTerm._decided
+    decided = leader_term.LeaderTerm._publish_decision
 
     async def too_early(self: Any, changes: Any, now_s: float) -> None:
         if any(isinstance(change, Ended) for change in changes):
             self.context.inputs[topics.TASKS] += 1  # as if the next task were done with
         await decided(self, changes, now_s)
 
-    monkeypatch.setattr(leader_term.LeaderTerm, "_decided", too_early)
+    monkeypatch.setattr(leader_term.LeaderTerm, "_publish_decision", too_early)
     found = 0
     for fuse in range(60, 120, 10):
         try:
