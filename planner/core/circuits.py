@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 OPENS_AFTER: Final = 3
+"""Number of consecutive failed attempts that opens a circuit."""
 OPEN_S: Final = 60.0
+"""Time for which a circuit stays open."""
 
 
 class Circuit(NamedTuple):

@@ -118,7 +118,7 @@ class PlannerCore(Membership):
         # ledger time never decreases
         self.now_s = now = float(now) if now > self.now_s else self.now_s
         changes = self._changes = []
-        _TAKE[type(event)](self, event, now)
+        _HANDLERS[type(event)](self, event, now)
         if changes and (
             self._changed_edges or self._changed_devices or self._replan or (self._ends and self._ends[0][0] <= now)
         ):
@@ -307,7 +307,7 @@ class PlannerCore(Membership):
         snapshot.validate(self)
 
 
-_TAKE: Final[dict[type, Callable[[PlannerCore, Any, float], None]]] = {
+_HANDLERS: Final[dict[type, Callable[[PlannerCore, Any, float], None]]] = {
     TaskSubmitted: PlannerCore._on_submitted,
     TaskCompleted: PlannerCore._on_completed,
     NodeHeartbeat: PlannerCore._on_heartbeat,

@@ -43,9 +43,9 @@ class Membership(Placing):
         self._do(NodeJoined(node=announced), now)
         self._renew(announced.node, announced.incarnation, now)
         if node is not None and node.announced.role is announced.role:
-            self._take_back_unserved(announced, now)
+            self._retry_unserved(announced, now)
             if node.announced.incarnation == announced.incarnation:
-                self._take_back_changed(node, before, now)
+                self._retry_changed(node, before, now)
         if announced.draining:
             return  # a draining node gets no new tasks
         if announced.role is Role.DEVICE:
@@ -106,7 +106,7 @@ class Membership(Placing):
             slots, link1, link2 = slots - r.slots, link1 - r.link1_bps, link2 - r.link2_bps
             self._retry(self.tasks[r.task_id], "capacity_lowered", now, announced.node)
 
-    def _take_back_unserved(self, announced: NodeAnnounced, now: float) -> None:
+    def _retry_unserved(self, announced: NodeAnnounced, now: float) -> None:
         """Retry the tasks that a node no longer serves after a new announcement.
 
         If the node drains, these are its scheduled tasks; running tasks stay.
@@ -148,7 +148,7 @@ class Membership(Placing):
         used = {(one.model, one.sha256) for one in placed if one.placement.uses_cloud}
         return {key: self._cloud_row(*key) for key in used}
 
-    def _take_back_changed(self, before: Node, clouds: dict[tuple[str, str], PlatformRow | None], now: float) -> None:
+    def _retry_changed(self, before: Node, clouds: dict[tuple[str, str], PlatformRow | None], now: float) -> None:
         """Retry the scheduled tasks whose placement was based on values that a node has changed."""
         name, role = before.announced.node, before.announced.role
         after = self.nodes[name]

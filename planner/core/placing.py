@@ -156,15 +156,15 @@ class Placing(Reach):
             for avoid in {suspects.union(failed_at): None, suspects: None}:
                 other = self.request(submitted, avoid) if avoid else None
                 if isinstance(other, Request):
-                    choice = self._asked(Algorithm(other, now, deadline_s))
+                    choice = self._ask_policy(Algorithm(other, now, deadline_s))
                     if choice is not None:
                         return other, choice, 0.0
         algorithm = Algorithm(request, now, deadline_s)
-        choice = self._asked(algorithm)
+        choice = self._ask_policy(algorithm)
         if deadline_s == NEVER:
             return request, choice, 0.0
         if choice is None:
-            choice = self._asked(Algorithm(request, now))
+            choice = self._ask_policy(Algorithm(request, now))
         return request, choice, 0.0 if choice is None else algorithm.late_s(choice)
 
     def _suspects(self, now: float) -> frozenset[str]:
@@ -208,7 +208,7 @@ class Placing(Reach):
                 detail = f"the earliest predicted end is {format_seconds(late_s)} after the deadline"
                 self._end(task, TaskState.REJECTED, now, cause="deadline", detail=detail)
                 return
-            if choice is None and (why := self._hopeless(task, request)) is not None:
+            if choice is None and (why := self._never_servable(task, request)) is not None:
                 self._end(task, TaskState.REJECTED, now, cause=why[0], detail=why[1])
                 return
         if fresh and (choice is None or choice.start_s > now) and (full := self._full_queue(task)) is not None:
@@ -270,11 +270,11 @@ class Placing(Reach):
         if start_s <= now:
             self._do(_start(task_id=task_id, attempt=attempt, device=placed.device, at_s=start_s), now)
 
-    def _asked(self, algorithm: Algorithm) -> Choice | None:
+    def _ask_policy(self, algorithm: Algorithm) -> Choice | None:
         choice = self.policy.place(algorithm)
-        return choice if choice is None or isinstance(self.policy, Restriction) else self._plain(choice)
+        return choice if choice is None or isinstance(self.policy, Restriction) else self._normalized(choice)
 
-    def _plain(self, choice: Choice) -> Choice:
+    def _normalized(self, choice: Choice) -> Choice:
         """The choice of a user's policy, converted to Python's int and float. Raises `PolicyError` for anything else."""
         try:
             family, edge, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
@@ -319,7 +319,7 @@ class Placing(Reach):
                 raise InvariantError(f"policy {self.policy.name}: {fault}")
             raise PolicyError(fault)
 
-    def _hopeless(self, task: Task, request: Request) -> tuple[str, str] | None:
+    def _never_servable(self, task: Task, request: Request) -> tuple[str, str] | None:
         """Cause and detail if no node that may still join can serve the task, else None."""
         device = self.nodes[task.submitted.device].announced
         if device.reachable_edges is None and task.submitted.max_link1_bps != 0:

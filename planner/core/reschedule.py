@@ -213,7 +213,7 @@ class _EdgeRoom:
 
         Resources are checked only until `begin`, because from there on `r` may hold them itself.
         """
-        needs = _of_edge(r)
+        needs = _edge_needs(r)
         floor = self._floors.of(needs)
         if self._turn_s > floor:
             return self.first(r, self._turn_s, begin, limit)  # earlier instants are not tried, so no bound is learned
@@ -224,7 +224,7 @@ class _EdgeRoom:
 
     def first(self, r: Reservation, start: float, begin: float, limit: float) -> float:
         """As `earliest`, but not before `start`."""
-        needs = _of_edge(r)
+        needs = _edge_needs(r)
         while start < limit:
             later = _next_gap(self._timeline, needs, start, min(begin, start + r.length_s))
             if later == start:
@@ -271,7 +271,7 @@ class _DeviceRoom:
 
     def earliest(self, r: Reservation) -> float:
         """The first instant at which the needs of `r` are free for its whole length; FOREVER: never."""
-        needs = _of_device(r)
+        needs = _device_needs(r)
         floor = self._floors.of(needs)
         found = self.first(r, floor)
         if found > floor:
@@ -280,7 +280,7 @@ class _DeviceRoom:
 
     def first(self, r: Reservation, start: float) -> float:
         """As `earliest`, but not before `start`."""
-        needs, length = _of_device(r), r.length_s
+        needs, length = _device_needs(r), r.length_s
         while (later := _next_gap(self._timeline, needs, start, start + length)) != start:
             start = later
         return start
@@ -350,11 +350,11 @@ class _Room:
         return room
 
 
-def _of_edge(r: Reservation) -> Needs:
+def _edge_needs(r: Reservation) -> Needs:
     return r.slots, r.link1_bps, r.link2_bps, r.length_s
 
 
-def _of_device(r: Reservation) -> Needs:
+def _device_needs(r: Reservation) -> Needs:
     return int(r.computes), r.link1_bps, 0, r.length_s
 
 
