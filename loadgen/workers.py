@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import InvalidStateError, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import FrameType
@@ -55,12 +55,31 @@ def worker_pool(most: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     except BaseException:
-        with interrupts_held():
+        with interrupts_held(), _cancelled_work_ignored():
             for child in multiprocessing.active_children():
                 child.kill()
             pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
+
+
+@contextmanager
+def _cancelled_work_ignored() -> Iterator[None]:
+    """Keep the pool's own thread from printing a traceback when work was cancelled before its worker was killed.
+
+    That thread, in Python 3.11, sets an exception on futures that are already cancelled.
+    """
+    before = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if failure.exc_type is not InvalidStateError:
+            before(failure)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextmanager

@@ -12,6 +12,8 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextvars import Context, ContextVar
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -200,16 +202,24 @@ class _Driven(Coroutine[Any, Any, Any]):
         return found
 
 
+@lru_cache(maxsize=1 << 12)
+def _in_planner_or_stages(filename: str) -> str:
+    """The file's path below the rooms' folder where it belongs to `planner` or `stages`; else empty."""
+    rooms = Path(__file__).resolve().parents[2]
+    path = Path(filename)
+    inside = path.relative_to(rooms) if path.is_relative_to(rooms) else Path()
+    return str(inside) if inside.parts[:1] in (("planner",), ("stages",)) else ""
+
+
 def place_of(coroutine: Any) -> str:
     """FILE:LINE of the innermost planner or stages frame in which a coroutine waits; empty before its first await."""
     place = ""
     while coroutine is not None:
         frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "ag_frame", None)
         if frame is not None:
-            room, _, file = frame.f_code.co_filename.rpartition("/")
-            room = room.rpartition("/")[2]
-            if room in ("planner", "stages"):
-                place = f"{room}/{file}:{frame.f_lineno}"
+            file = _in_planner_or_stages(frame.f_code.co_filename)
+            if file:
+                place = f"{file}:{frame.f_lineno}"
         coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "ag_await", None)
     return place
 

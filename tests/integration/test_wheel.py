@@ -89,7 +89,7 @@ def test_data_is_in_the_wheel_and_tests_are_not(installed: Installed) -> None:
         for path in (REPOSITORY / room).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
     }
-    assert "deploy/ui/icon.svg" in there
+    assert "deploy/monitor/ui/icon.svg" in there
     assert not there - set(names)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import planner
 from bus.errors import UnknownNameError
 from bus.values import Objective
 from deploy.commands.simulate import figures as commands_simulate
@@ -69,7 +70,7 @@ def test_each_number_of_reachable_edges_has_verdicts_on_held_out_seeds(tmp_path:
 
 
 def test_a_profile_that_was_not_fitted_is_not_called_so(tmp_path: Path) -> None:
-    shipped = json.loads(Path(fit_paper.__file__).with_name("data").joinpath("paper.json").read_text())
+    shipped = json.loads((Path(planner.__file__).with_name("data") / "paper.json").read_text())
     mine = tmp_path / "mine.json"
     mine.write_text(
         json.dumps({**shipped, "name": "mine", "origin": "a stopwatch", "fitted_to": [], "fit_seeds": [11]})
