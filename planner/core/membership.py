@@ -109,7 +109,7 @@ class Membership(Placing):
     def _retry_unserved(self, announced: NodeAnnounced, now: float) -> None:
         """Retry the tasks that a node no longer serves after a new announcement.
 
-        If the node drains, these are its scheduled tasks; running tasks stay.
+        If the node drains, its scheduled tasks are retried too; its running tasks stay.
         """
         name = announced.node
         for task in sorted(self.tasks.values(), key=_seq):

@@ -139,7 +139,7 @@ class Request:
         cap1, cap2, reached = self.max_link1_bps, self.max_link2_bps, self._reached
         if cap1 is None or cap2 is None or cap1 > reached.least_link1_bps or cap2 > reached.least_link2_bps:
             return grouped([(search, b1, b2, account.slots >= 1, account) for account, search, b1, b2 in self.edges])
-        # The task's caps are below those of every edge, so the groups made for the device still hold.
+        # No edge has a lower limit than the task's caps, so all edges of one search share these caps.
         return [
             EdgeKind(search, cap1, cap2, computes, accounts) for search, _, _, computes, accounts in reached.by_search
         ]

@@ -76,7 +76,9 @@ def parse_profile(name: str, text: str) -> PlatformProfiles:
     try:
         found: dict[str, Any] = json.loads(text)
         if found.get("version") != PROFILE_VERSION:
-            raise ConfigError(f"profile {name}: version {found.get('version')}, wanted {PROFILE_VERSION}")
+            raise ConfigError(
+                f"profile {name} has version {found.get('version')}; write it in version {PROFILE_VERSION}"
+            )
         tiers = {
             tier: {entry["model"]: ModelProfile.model_validate(entry) for entry in found[tier]}
             for tier in ("device", "edge", "cloud")
