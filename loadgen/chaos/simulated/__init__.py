@@ -1,4 +1,4 @@
-"""Faults in virtual time: seeds, the faults they draw, what is judged while a seed runs and at its end, and the soak.
+"""Fault injection in virtual time: campaigns over seeds, the fault injector, monitors and final checks, and the soak test.
 
 Start with `campaign` and `run`. Imports `loadgen.sim` and `loadgen.replay`.
 """

@@ -1,11 +1,10 @@
-"""`deepar simulate chaos`: the real shells and the real core on `MemoryBus` in virtual time, with faults.
+"""Simulated fault campaign (`deepar simulate chaos`): the real shells and core on `MemoryBus` in virtual time.
 
-One seed draws the tasks, the schedule of faults, where exactly a process dies, and what the bus does wrong. First faults,
-then everything is healed, and the region must converge: every acknowledged task ends once, every sample shows once with the
-right content, the ledger holds at every record, nothing is left behind. What can be judged while it runs is judged at every
-record, every commit and every step (`loadgen.chaos.simulated.monitor`), the rest at the end
-(`loadgen.chaos.simulated.final_checks`). A seed that fails
-is replayed by its number.
+A seed determines the tasks, the schedule of faults, the step at which a process dies, and the errors of the bus. After
+the faults everything is healed and the region must converge: every acknowledged task ends once, every sample is
+delivered once with the right content, the ledger is valid after every record, and no state is left behind.
+`loadgen.chaos.simulated.monitor` checks every record, commit and step during the run;
+`loadgen.chaos.simulated.final_checks` checks the end state. A failing seed is replayed by its number.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from loadgen.sim.virtual_loop import run_virtual
 from loadgen.workers import worker_pool
 
 CHUNK = 20
-"""So many seeds a process runs before it reports."""
+"""Number of seeds that a worker process runs before it reports."""
 
 
 def run_seed(seed: int, *, scenario: ChaosScenario | None = None, sites: Sites | None = None) -> ChaosRun:
-    """One seed, from the first process to the verdict."""
+    """Run one seed, including its checks."""
     with quiet():
         return run_virtual(Play(seed, scenario or ChaosScenario(), sites).play(), horizon_s=3_600.0)
 
@@ -41,7 +40,7 @@ def run(
     jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Run the seeds, in `jobs` processes; what `deepar simulate chaos --json` prints, the same whatever `jobs` is."""
+    """Run the seeds in `jobs` processes; returns what `deepar simulate chaos --json` prints, independent of `jobs`."""
     chunks = [seeds[at : at + CHUNK] for at in range(0, len(seeds), CHUNK)]
     play = partial(_run_chunk, scenario=scenario)
     found: Iterable[list[ChaosRun]]
@@ -59,7 +58,7 @@ def run(
 
 
 def _run_chunk(seeds: Iterable[int], *, scenario: ChaosScenario | None) -> list[ChaosRun]:
-    # Traces are long, and nobody asked for them.
+    # Traces are dropped because they are large and the summary does not use them.
     return [replace(run_seed(seed, scenario=scenario), trace=()) for seed in seeds]
 
 

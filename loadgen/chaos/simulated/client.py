@@ -1,4 +1,4 @@
-"""Who submits the tasks of a seed, and sees their results: the one that nothing may be lost to, or shown twice."""
+"""Simulated client: submits the tasks of a seed and checks that every result arrives once with the right content."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from loadgen.sim.region import MODEL
 
 
 class Client:
-    """Draws the tasks, sends them, and keeps what the devices show: a store that outlives them."""
+    """Draws and sends the tasks, and stores the results that devices deliver; the store survives device crashes."""
 
     def __init__(
         self, draw: random.Random, scenario: ChaosScenario, *, hurry: float, say: Say, note: Callable[..., None]
     ) -> None:
-        """`hurry` is the share of the time of the faults over which the tasks are spread, about half of it on average."""
+        """`hurry` is the fraction of the fault period over which the tasks are spread."""
         self.tasks = [_task(number, draw, scenario) for number in range(scenario.tasks)]
         self.acknowledged: list[str] = []
         self._shown: dict[str, set[int]] = {}
@@ -32,7 +32,7 @@ class Client:
         self._note = note
 
     async def submit(self, bus: MemoryBus, draw: random.Random) -> None:
-        """Send each task until it is acknowledged; a second copy must not matter."""
+        """Send each task until it is acknowledged; the planner must ignore duplicates."""
         for task in self.tasks:
             await asyncio.sleep(draw.random() * self._hurry * self._scenario.faults_s / self._scenario.tasks)
             while True:
@@ -44,16 +44,16 @@ class Client:
             self.acknowledged.append(task.task_id)
 
     def shown(self, task_id: str) -> set[int]:
-        """The samples of a task that were shown."""
+        """The samples of a task that a device delivered."""
         return self._shown.get(task_id, set())
 
     def show(self, task: TaskSubmitted, sample: int, outputs: list[Array]) -> None:
-        """A device has a result."""
+        """Record and check a result that a device delivers."""
         shown = self._shown.setdefault(task.task_id, set())
         if sample in shown:
-            self._say("G5", f"{task.task_id}/{sample} showed twice")
+            self._say("G5", f"{task.task_id}/{sample} was delivered twice")
         if not same(outputs, task.task_id, sample, len(LAYER_S)):
-            self._say("G5", f"{task.task_id}/{sample} showed a wrong content")
+            self._say("G5", f"{task.task_id}/{sample} was delivered with wrong content")
         shown.add(sample)
         self._note("shown", task.task_id, sample)
 

@@ -1,8 +1,8 @@
-"""Death before and after every await: each place at which planner or stages wait is, once, the last thing a process does.
+"""Crash-point sweep: kills a process before and after every await in the planner and the stages.
 
-A seed is run once to see where its processes wait (as far in as it is planner's or stages' code), then once more for each of
-these places and each side of it: with the process killed when it has begun to wait there, or when it would go on. Which of
-the visits to a place it is, the seed draws. Calls to the bus wait once before and once after, whatever they do.
+A seed runs once to collect the awaits (innermost planner or stages frame), then once per await and side: the process is
+killed when it begins to wait there, or just before it resumes. The seed selects which visit to the await is the fatal
+one. Every bus call gets one extra await before and one after it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from loadgen.chaos.simulated.oracle import Violation
 from loadgen.chaos.simulated.region import ChaosScenario
 
 SMALL = ChaosScenario(devices=1, edges=1, clouds=1, planners=1, tasks=2, samples=(2, 6), faults=(0, 0), faults_s=4.0)
-"""A region in which nothing else goes wrong."""
+"""A region without other faults."""
 
 Await = tuple[str, str, bool]
-"""Role, place, whether the wait is over."""
+"""Role, source location of the await, whether the wait is over."""
 
 
 @dataclass(slots=True)
 class _Seen:
-    """Counts the visits to each await, and says at which one to die."""
+    """Counts the visits to each await, and selects the one at which to kill the process."""
 
     visits: Counter[Await] = field(default_factory=Counter)
     target: Await | None = None
@@ -46,7 +46,7 @@ class _Seen:
 def sweep(
     seed: int = 0, *, scenario: ChaosScenario = SMALL, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
-    """Every await of one seed, before and after: `awaits` by role, and `violations` with the place of each death."""
+    """Kill at every await of one seed, before and after; returns `awaits` by role and `violations` with crash points."""
     first = _Seen()
     run_seed(seed, scenario=scenario, sites=first)
     found: Counter[str] = Counter()

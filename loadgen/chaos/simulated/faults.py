@@ -1,4 +1,4 @@
-"""What goes wrong in a seed, and when: faults drawn one after the other, often before the last is over."""
+"""Fault injector for simulated regions: draws faults from the seed; consecutive faults often overlap."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from planner.core.core import PlannerCore
 NO_MESSAGE = b"\xc1 no message"
 GARBAGE = (b"\x80", b"", b"{}", b"\xc1" * 100, b'{"type":"task_submitted","v":9}', b"\x81\xa1v\x02")
 CLOCK_S = 600.0
-"""A wall clock is off by up to so much, and jumps by up to so much."""
+"""Maximum initial skew and maximum jump of a wall clock."""
 CONTROL = (topics.TASKS, topics.EVENTS, topics.NODES, topics.DECISIONS, topics.SNAPSHOTS)
 
 
 class Breaker:
-    """Breaks a region as a seed says, and counts each kind."""
+    """Injects the faults of a seed into a region and counts them by kind."""
 
     def __init__(
         self,
@@ -40,19 +40,19 @@ class Breaker:
         note: Callable[..., None],
     ) -> None:
         self.counted: Counter[str] = Counter()
-        self.poisoned: set[str] = set()  # tasks that may fail of what was put on a data topic
-        self.missed: set[str] = set()  # tasks of which a record was lost for good
+        self.poisoned: set[str] = set()  # tasks that may fail because of injected records
+        self.missed: set[str] = set()  # tasks that permanently lost a record
         self.cancelled: set[str] = set()
         self.dead_letters: list[str] = []  # origins of the records that must be dead-lettered
         self.last_dead_letters = 0  # how many of them were produced after healing
-        self.lossy = False  # whether posts failed at any time, dead letters among them
+        self.lossy = False  # whether sends failed at any time; dead letters may be missing then
         self._draw = draw
         self._scenario = scenario
         self._broker = broker
         self._processes = processes
         self._note = note
         self._to_damage = 0
-        self._spent: Counter[str] = Counter()  # what earlier `Faults` did
+        self._spent: Counter[str] = Counter()  # fault counts of replaced `Faults` values
         self._clock_draw = random.Random(draw.random())
         self._off_s: dict[str, float] = {}
         self._busy: set[asyncio.Task[None]] = set()
@@ -60,7 +60,7 @@ class Breaker:
     # --- clocks ------------------------------------------------------------------------------------------------------
 
     def wall_clock(self, name: str) -> Callable[[], float]:
-        """The clock of a node, off by minutes: nothing may be decided by it."""
+        """The skewed wall clock of a node; no decision may depend on it."""
         time = asyncio.get_running_loop().time
         if not self._scenario.clocks:
             return lambda: 1e9 + time()
@@ -71,7 +71,7 @@ class Breaker:
     # --- the schedule ------------------------------------------------------------------------------------------------
 
     async def play(self, client: MemoryBus) -> None:
-        """Everything that goes wrong, to the end of the last sleep."""
+        """Inject all faults and return after the last pause."""
         draw, scenario = self._draw, self._scenario
         count = draw.randint(*scenario.faults)
         kinds = [kind for kind, weight in WEIGHTS.items() for _ in range(weight)]
@@ -84,7 +84,7 @@ class Breaker:
         await asyncio.sleep(draw.random() * 5.0)
 
     def heal(self) -> None:
-        """Nothing is wrong any more, and whoever is dead is started."""
+        """End all faults and restart dead processes."""
         self._note("heal")
         self._spend()
         self._broker.faults = None
@@ -98,15 +98,15 @@ class Breaker:
 
     @property
     def stopping(self) -> bool:
-        """Whether somebody who was told to stop is about to."""
+        """Whether a process that received SIGTERM is still stopping."""
         return bool(self._busy)
 
     def faults(self) -> Counter[str]:
-        """How often each kind struck; call it after `heal`."""
+        """Number of injected faults by kind; call it after `heal`."""
         return self.counted + Counter({f"bus {kind}": times for kind, times in self._spent.items()})
 
     def harmed(self, task_id: str) -> bool:
-        """Whether something of this task was poisoned, or lost for good."""
+        """Whether a record of this task was corrupted or permanently lost."""
         return task_id in self.poisoned or task_id in self.missed
 
     def _count(self, kind: str, process: Process | None = None) -> None:
@@ -136,7 +136,7 @@ class Breaker:
             self._count("cut", process)
 
     async def _split(self, process: Process, client: MemoryBus) -> None:
-        """Several processes at once are on the wrong side."""
+        """Partition several processes from the broker at the same time."""
         self._count("split")
         away_s = self._draw.uniform(0.2, 2.5 * LEASE_S)
         for other in self._draw.sample(self._processes, len(self._processes) // 2):
@@ -191,11 +191,11 @@ class Breaker:
         )
 
     async def _missing(self, process: Process, client: MemoryBus) -> None:
-        """A few records of activations or results are lost for good."""
+        """Lose a few activation or result records permanently."""
         self._damage(missing=0.3)
 
     async def _corrupt(self, process: Process, client: MemoryBus) -> None:
-        """A record of activations or results is not what was sent."""
+        """Corrupt an activation or result record."""
         self._damage(corrupt=0.3)
 
     def _damage(self, **chance: float) -> None:
@@ -206,7 +206,7 @@ class Breaker:
         self._broker.faults = replace(faults, **{"missing": 0.0, "corrupt": 0.0} | chance)  # type: ignore[arg-type]
 
     def _damages(self, topic: str, key: str | None, data: bytes) -> bool:
-        if data in (*GARBAGE, NO_MESSAGE):  # what is lost can become no dead letter
+        if data in (*GARBAGE, NO_MESSAGE):  # a lost record cannot be dead-lettered
             return False
         return self._to_damage > 0 and (topic == topics.RESULTS or topic.startswith("deepar.activations."))
 
@@ -228,7 +228,7 @@ class Breaker:
     # --- records -----------------------------------------------------------------------------------------------------
 
     async def _poison(self, process: Process, client: MemoryBus) -> None:
-        """Something unreadable on a topic; where it bears a task's name, that task may fail of it."""
+        """Put an unreadable record on a topic; if its key is a task id, that task may fail because of it."""
         draw = self._draw
         task_id = f"t{draw.randrange(self._scenario.tasks)}"
         topic = draw.choice([*CONTROL, topics.RESULTS, *self._data_topics()])
@@ -238,10 +238,10 @@ class Breaker:
         await self._put(client, topic, draw.choice(GARBAGE), key, "poison")
 
     async def _forge(self, process: Process, client: MemoryBus) -> None:
-        """A snapshot that can be read, or a part of one, of a state that never was; in a true one's place, or beside it."""
+        """Write a well-formed snapshot, or part of one, of a false state; it replaces a genuine one or is added."""
         draw = self._draw
         self._count("forged snapshot")
-        empty = PlannerCore(0)  # a state that fits its hash, and is not this region's
+        empty = PlannerCore(0)  # a state that matches its hash but is not this region's state
         snapshot = Snapshot(
             region=0,
             epoch=draw.choice([1, 2, 900]),
@@ -262,7 +262,7 @@ class Breaker:
             await client.send(topics.SNAPSHOTS, messages.encode(forged), key=key, partition=0)
 
     async def _stale(self, process: Process, client: MemoryBus) -> None:
-        """Records that were written long ago come once more, in another order."""
+        """Repeat old records in a different order."""
         draw = self._draw
         topic = draw.choice([topics.TASKS, topics.RESULTS, *self._data_topics()])
         logs = self._broker.logs(topic)
@@ -282,7 +282,7 @@ class Breaker:
             await client.send(topics.TASKS, cancelled, key=task_id, partition=0)
 
     async def garbage_everywhere(self, client: MemoryBus) -> None:
-        """Once all is well: each topic gets one, and each must become one dead letter."""
+        """After healing, put one garbage record on each topic; each must be dead-lettered exactly once."""
         before = len(self.dead_letters)
         for topic in (*CONTROL, topics.RESULTS, *self._data_topics()):
             await self._put(client, topic, NO_MESSAGE, "d1" if topic == topics.RESULTS else "nobody", "garbage")
@@ -293,7 +293,7 @@ class Breaker:
         partition = 0 if topic in CONTROL else None
         with contextlib.suppress(BusError):
             position = await client.send(topic, value, key=key, partition=partition)
-            if kind == "garbage" or topic != topics.RESULTS:  # a device that is away does not read what came meanwhile
+            if kind == "garbage" or topic != topics.RESULTS:  # a device skips results that arrive while it is down
                 self.dead_letters.append(f"{position.topic}/{position.partition}/{position.offset}")
 
     def _data_topics(self) -> list[str]:
@@ -316,9 +316,9 @@ WEIGHTS = {
     "cancel": 1,
     "clock": 1,
 }
-"""How likely each kind is, beside the others."""
+"""Relative weight of each fault kind."""
 
 
 def role_of(name: str) -> str:
-    """The role of a process, by the first letter of its name."""
+    """Role of a process, derived from the first letter of its name."""
     return {"p": "planner", "d": "device", "e": "edge", "c": "cloud"}[name[0]]

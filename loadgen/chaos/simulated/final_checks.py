@@ -1,5 +1,7 @@
-"""The verdict over a seed: what can only be judged when all is over. `loadgen.chaos.simulated.monitor` judges while
-it runs."""
+"""Final checks of a seed: guarantees that can only be checked at the end.
+
+`loadgen.chaos.simulated.monitor` checks the others during the run.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +22,22 @@ from stages.hop import Hop
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What is compared with each other."""
+    """The objects whose final states are compared."""
 
     region: VirtualRegion
     broker: MemoryBroker
     client: Client
     oracle: Oracle
     breaker: Breaker
-    crowded: bool  # whether a full queue may refuse tasks
+    crowded: bool  # whether the planner may reject tasks because its queue is full
     say: Say
 
     def judge(self, *, settled: bool) -> None:
-        """All of it; what is left behind only where the region has `settled`."""
+        """Run all checks; leftovers are checked only if the region has `settled`."""
         oracle, breaker, client = self.oracle, self.breaker, self.client
         for process in self.region.processes.values():
             for end in process.ends:
-                self.say("G7", f"a process died of an error: {end}")
+                self.say("G7", f"a process ended with an error: {end}")
         for task in client.tasks:
             ends = oracle.ends.get(task.task_id, [])
             whole, shown = set(range(task.samples)), client.shown(task.task_id)
@@ -53,16 +55,16 @@ class Verdict:
             except DeeparError as error:
                 self.say("G2", str(error))
             if settled and leader.core.state_hash != oracle.core.state_hash:
-                self.say("G3", "the leader's state is not what its decisions say")
+                self.say("G3", "the leader's state differs from the state replayed from its decisions")
         if settled:
             if not all(stage.joined for stage in self.region.stages.values()):
-                self.say("G1", "not everybody is back")
+                self.say("G1", "not all processes are back")
             self._look_for_leftovers()
             self._look_for_dead_letters()
         oracle.finish(client.acknowledged, {task.task_id: self._excuses(task) for task in client.tasks})
 
     def _excuses(self, task: TaskSubmitted) -> frozenset[str]:
-        """Causes of which a task may fail."""
+        """Causes with which a task may legitimately fail."""
         causes = set()
         if task.task_id in self.breaker.poisoned:
             causes.add("any")
@@ -77,7 +79,7 @@ class Verdict:
         return frozenset(causes)
 
     def _look_for_leftovers(self) -> None:
-        """G8: when every task is over, no stage holds anything of one."""
+        """G8: after every task has ended, no stage holds state of a task."""
         for stage in self.region.stages.values():
             name, work = stage.settings.name, stage.work
             if isinstance(work, Device):
@@ -92,7 +94,7 @@ class Verdict:
                     self.say("G8", f"{name} has records open: {work.offsets._open}")
 
     def _look_for_dead_letters(self) -> None:
-        """G7: garbage is a dead letter, unless the letter itself was lost; exactly once while all is well."""
+        """G7: every garbage record is dead-lettered unless the dead letter was lost; after healing, exactly once."""
         log = self.broker.logs(topics.DEAD_LETTER)[0]
         kept = Counter(record.key or "" for record in log.read(0, 1 << 30))
         fresh = len(self.breaker.dead_letters) - self.breaker.last_dead_letters

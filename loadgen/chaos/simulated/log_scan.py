@@ -1,4 +1,4 @@
-"""What stands in the partitions of a `MemoryBroker`, for who judges: as it comes, and which samples became whole where."""
+"""Inspection of `MemoryBroker` partitions: a callback per delivered record, and the offsets at which samples complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Sample = tuple[str, int, int]
 
 
 class Tap:
-    """Told of every record of a partition at the moment when it is delivered."""
+    """Calls a function for every record of a partition when it is delivered."""
 
     def __init__(self, log: PartitionLog, tell: Callable[[Record], None]) -> None:
         self._log, self._tell, self._next = log, tell, 0
@@ -27,7 +27,7 @@ class Tap:
 
 
 class Scan:
-    """Which samples became whole where on a partition of a data topic."""
+    """Offsets at which samples become complete on a partition of a data topic."""
 
     def __init__(self, log: PartitionLog) -> None:
         self._log = log
@@ -37,7 +37,7 @@ class Scan:
         self.whole: set[Sample] = set()
 
     def go_on(self) -> None:
-        """Read what was delivered since."""
+        """Read the records delivered since the last call."""
         for record in self._log.read(self._next, 1 << 30):
             self._next = record.offset + 1
             try:
@@ -54,5 +54,5 @@ class Scan:
                     self._order.append((record.offset, sample))
 
     def between(self, first: int, end: int) -> Iterable[tuple[int, Sample]]:
-        """Samples that became whole at offsets first .. end - 1."""
+        """Samples that became complete at offsets first .. end - 1, with their offsets."""
         return [entry for entry in self._order if first <= entry[0] < end]

@@ -1,9 +1,9 @@
-"""What is judged while the region runs: at every record, every commit and every step of a stage.
+"""Runtime monitor of a simulated region: checks every record, every commit and every step of a stage.
 
-* a node whose sign of life is older than half a lease sends nothing (G9);
-* an offset is committed only when all that became whole before it stands downstream, or is for nobody any more (G5, G6);
-* what a stage holds of its tasks stays within the bound that it publishes (G8);
-* a node that is silent is declared lost, and its tasks planned again, in time; and none that was heard is (G9).
+* A node whose last acknowledged heartbeat is older than half a lease sends no frames (G9).
+* A stage commits an offset only after every sample that completed before it was sent on or fenced (G5, G6).
+* The memory that a stage holds stays within the bound that it publishes (G8).
+* A silent node is declared lost and its tasks are retried in time; a node with recent heartbeats is not (G9).
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ from stages.flow import Flow
 from stages.hop import ORPHAN_BYTES, Hop
 
 STAGE_S = 1.0
-"""One stage time: what the slowest machine here takes for a sample, and the planner to read."""
+"""Tolerance: the time of the slowest station for one sample plus the planner's reading time."""
 QUIET_S = 1.0
-"""A leader that has written nothing for so long (it speaks five times in two seconds) was away; leases begin anew."""
+"""Silence after which the leader counts as absent and leases restart; a live leader writes five times in two seconds."""
 
 ORPHANS_HERE_BYTES = 256 << 10
-"""What may wait for its plan in a region as small as this."""
+"""Allowance for frames that wait for their plan in such a small region."""
 
 
 class Watch:
-    """Follows one seed's region; what it finds it says."""
+    """Monitors the region of one seed and reports violations to `say`."""
 
     def __init__(self, broker: MemoryBroker, say: Say, oracle: Oracle, exempt: Callable[[str], bool]) -> None:
         self.broker = broker
         self.oracle = oracle
         self.silences: list[float] = []
-        """Seconds from a node's last sign of life to its loss, planner downtime left out."""
+        """Seconds from a node's last heartbeat to its loss, excluding planner downtime."""
         self.on_decision: Callable[[Decision], None] = lambda decision: None
-        self.peaks: dict[str, int] = {}  # samples that a task's window held at most, by role
+        self.peaks: dict[str, int] = {}  # maximum samples in a task's window, by role
         self._say = say
-        self._exempt = exempt  # tasks of which nothing need be kept: a poisoned one fails
-        self._heard: dict[str, float] = {}  # node -> when it sent what was last acknowledged
-        self._beats: dict[str, float] = {}  # incarnation -> when its last sign of life was written
-        self._members: dict[str, str] = {}  # node -> incarnation, by the decisions
+        self._exempt = exempt  # tasks for which samples need not be preserved, e.g. poisoned ones
+        self._heard: dict[str, float] = {}  # node -> send time of its last acknowledged heartbeat
+        self._beats: dict[str, float] = {}  # incarnation -> when its last heartbeat was written
+        self._members: dict[str, str] = {}  # node -> incarnation, according to the decisions
         self._spoke_s = float("-inf")  # when the leader last wrote
-        self._up_s = float("-inf")  # since when it has written without a pause
+        self._up_s = float("-inf")  # start of the leader's current uninterrupted activity
         self._scans: dict[TopicPartition, Scan] = {}
         self._committed: dict[TopicPartition, int] = {}
         self._seen: dict[Flow, int] = {}
-        self._counted: dict[str, list[tuple[Flow, int]]] = {}  # stage -> samples of its flows when it was last weighed
+        self._counted: dict[str, list[tuple[Flow, int]]] = {}  # stage -> samples per flow at the last memory check
         self._said: set[tuple[str, ...]] = set()
 
     def begin(self) -> None:
-        """Follow the control topics; the topics must be there."""
+        """Start following the control topics, which must exist."""
         for topic, read in ((topics.DECISIONS, self._read_decision), (topics.EVENTS, self._read_sign)):
             Tap(self.broker.logs(topic)[0], read)
         Tap(self.broker.logs(topics.NODES)[0], self._read_sign)
@@ -67,25 +67,25 @@ class Watch:
     # --- what a process does -----------------------------------------------------------------------------------------
 
     def heard(self, name: str, sent_s: float) -> None:
-        """The bus has acknowledged a sign of life that `name` sent at `sent_s`."""
+        """Record that the bus acknowledged a heartbeat that `name` sent at `sent_s`."""
         self._heard[name] = max(sent_s, self._heard.get(name, sent_s))
 
     def born(self, name: str) -> None:
-        """A fresh process: it has given no sign of life."""
+        """Record that a new process of `name` started; it has sent no heartbeat yet."""
         self._heard.pop(name, None)
 
     def sends(self, name: str, topic: str, value: Payload | None) -> None:
-        """A process hands a record to its bus. The gate must be open for activations and results, not for reports."""
+        """Check a record that a process sends: activations and results require a recent heartbeat, reports do not."""
         if topic != topics.RESULTS and not topic.startswith("deepar.activations."):
             return
         if b"report" in bytes(memoryview(value or b"")[:24]):
             return
         silent_s = asyncio.get_running_loop().time() - self._heard.get(name, float("-inf"))
         if silent_s > LEASE_S / 2 + 1e-6:
-            self._once("G9", f"{name} sends although its last sign of life is {silent_s:.2f} s old", name)
+            self._once("G9", f"{name} sends although its last heartbeat is {silent_s:.2f} s old", name)
 
     def commits(self, name: str, offsets: Mapping[TopicPartition, int]) -> None:
-        """A stage commits: what became whole before these offsets must stand downstream."""
+        """Check a commit: samples that completed before these offsets must have been sent on."""
         cloud = all(topic == topics.ACTIVATIONS_CLOUD for topic, _ in offsets)
         onward = [topics.RESULTS] if cloud else [topics.ACTIVATIONS_CLOUD, topics.RESULTS]
         downstream = [self._scan(log) for topic in onward for log in self.broker.logs(topic)]
@@ -101,16 +101,16 @@ class Watch:
                     continue
                 self._once(
                     "G6",
-                    f"{name} commits {partition[0]}/{partition[1]}/{at}, {task_id}/{number} is not sent on",
+                    f"{name} commits {partition[0]}/{partition[1]}/{at}, but {task_id}/{number} was not sent on",
                     task_id,
                 )
 
     def weigh(self, stage: Stage) -> None:
-        """G8: what a stage holds at this moment."""
+        """Check the memory that a stage holds now (G8)."""
         work = stage.work
         if isinstance(work, Hop):
             counts = [(flow, flow.under_way) for flow in work.flows.values() if not flow.closed]
-            # Memory is taken for whole samples, so it can only have changed when a number has.
+            # Memory is allocated for whole samples, so it is unchanged while the sample counts are.
             if counts and counts != self._counted.get(stage.settings.name):
                 self._counted[stage.settings.name] = counts
                 self._weigh_hop(stage, work, counts)
@@ -130,7 +130,7 @@ class Watch:
             self._once("G8", f"{name} holds {hop.held_bytes:,} of {hop.bound_bytes + more_bytes:,} bytes", name)
 
     def _again(self, flow: Flow) -> int:
-        """Samples that were there already when a flow was opened: it is the next one after a restart or a rebalance."""
+        """Samples that preceded a flow that was reopened after a restart or a rebalance."""
         if flow not in self._seen:
             key = (flow.plan.task_id, flow.plan.attempt)
             scans = [self._scan(self.broker.logs(topic)[number]) for topic, number in flow.partitions]
@@ -139,7 +139,7 @@ class Watch:
         return self._seen[flow]
 
     def _sent_on(self, stage: Stage, flow: Flow) -> int:
-        """Samples that stand downstream already, only the acknowledgement has not come: a result may overtake it."""
+        """Samples already sent on but not yet acknowledged; a result may arrive before the acknowledgement."""
         topic_names = [topics.RESULTS] + ([topics.ACTIVATIONS_CLOUD] if stage.settings.role is Role.EDGE else [])
         whole = [self._scan(log).whole for topic in topic_names for log in self.broker.logs(topic)]
         task_id, attempt = flow.plan.task_id, flow.plan.attempt
@@ -194,7 +194,7 @@ class Watch:
                 )
 
     def _silent_s(self, incarnation: str, now: float) -> float:
-        """Of a node, or since there is a leader to hear it."""
+        """Seconds since the incarnation's last heartbeat, or since the leader became active if that is later."""
         return now - max(self._beats[incarnation], self._up_s)
 
     def _lost(self, change: NodeLost, now: float) -> None:
@@ -202,7 +202,7 @@ class Watch:
         if self.silences[-1] > LEASE_S + STAGE_S:
             self._once("G9", f"{change.node} is declared lost after {self.silences[-1]:.2f} s", change.incarnation)
         heard_s = now - self._beats[change.incarnation]
-        # What came in the last moment may still be unread, or under way to the planner.
+        # Heartbeats of the last moment may still be in transit to the planner.
         if STAGE_S / 2 < heard_s < LEASE_S - STAGE_S and self._up_s <= now - LEASE_S:
             self._once("G9", f"{change.node} is declared lost though it was heard", change.incarnation)
 
@@ -216,7 +216,7 @@ class Watch:
         return scan
 
     def _once(self, guarantee: str, what: str, *about: str) -> None:
-        """One violation of a kind about a thing is enough."""
+        """Report a violation once per guarantee and subject."""
         if (guarantee, *about) not in self._said:
             self._said.add((guarantee, *about))
             self._say(guarantee, what)

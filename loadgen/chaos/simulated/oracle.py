@@ -1,6 +1,6 @@
-"""What must hold whatever was broken: the guarantees, judged from the records and from what the processes are left with.
+"""Oracle of the simulated campaign: checks the guarantees against a region's decision records.
 
-The oracle reads the decisions with `bus.decisions` and keeps its own ledger: it does not ask the planner's.
+It reads the decisions with `bus.decisions` and keeps a ledger of its own, independent of the planner's.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from bus.values import Role
 from planner.core.core import PlannerCore
 
 Say = Callable[[str, str], None]
-"""Is told of a guarantee that did not hold (G1..G11), and what happened."""
+"""Called for each violation with the guarantee (G1..G11) and a description."""
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A guarantee that did not hold."""
+    """A violated guarantee."""
 
     guarantee: str  # G1..G11
-    what: str  # for people
+    what: str  # description
 
     def as_object(self, seed: int, replay: str) -> dict[str, Any]:
-        """What `--json` prints of it, with the command that replays it."""
+        """The violation as `--json` prints it, with the command that replays it."""
         return {"seed": seed, "guarantee": self.guarantee, "what": self.what, "replay": replay}
 
 
 class Oracle:
-    """Folds a region's decisions and judges them, record by record."""
+    """Replays a region's decisions record by record and checks each."""
 
     def __init__(self, core: PlannerCore, say: Say | None = None) -> None:
-        """`say` is told of each violation as it is found, its guarantee and what; else they are in `violations`."""
+        """`say` receives each violation when it is found; without it they are collected in `violations`."""
         self.core = core
         self._say = say or (lambda guarantee, what: self.violations.append(Violation(guarantee, what)))
         self.log = DecisionLog()
@@ -58,8 +58,8 @@ class Oracle:
         self.ends: dict[str, list[Ended]] = {}
         self.admitted: Counter[str] = Counter()
         self.attempts: Counter[str] = Counter()
-        self.stalled: Counter[str] = Counter()  # attempts that their device gave up for want of results
-        self.lost: set[str] = set()  # nodes that were declared lost, ever
+        self.stalled: Counter[str] = Counter()  # attempts that their device gave up because results were missing
+        self.lost: set[str] = set()  # nodes that were declared lost at any time
         self.decisions = 0
         self.longest_queue = 0
         self._live: dict[str, TaskSubmitted] = {}
@@ -67,18 +67,18 @@ class Oracle:
         self._placed: dict[str, Placed] = {}
         self._running: set[str] = set()
         self._edges: dict[str, NodeAnnounced] = {}
-        self._own_links: dict[str, int] = {}  # of devices, bit/s; 0: no limit
-        self._draining: set[str] = set()  # nodes that want nothing new
+        self._own_links: dict[str, int] = {}  # device -> rate of its own link in bit/s; 0: unlimited
+        self._draining: set[str] = set()  # draining nodes
         self._inputs: dict[str, int] = {}
         self._openers: dict[int, str] = {}
 
     def read(self, records: Iterable[Record]) -> None:
-        """Judge the next records of a region's decisions, from the first on."""
+        """Check the next records of a region's decisions; the first call starts at the first record."""
         for record in records:
             self.take(record)
 
     def take(self, record: Record) -> DecisionTopicMessage | None:
-        """Judge one; its message where it counts."""
+        """Check one record; returns its message if the reading rule accepts it."""
         message = self.log.read(record)
         if isinstance(message, EpochOpened):
             if message.epoch in self._openers:
@@ -89,7 +89,7 @@ class Oracle:
         return None if isinstance(message, Dropped) else message
 
     def fenced(self, task_id: str, attempt: int) -> bool:
-        """Whether work on this attempt is for nobody, by the decisions so far."""
+        """Whether the decisions so far have fenced this attempt."""
         return task_id in self.ends or attempt <= self.attempts[task_id]
 
     def _judge(self, decision: Decision) -> None:
@@ -175,7 +175,7 @@ class Oracle:
         self._live.pop(end.task_id, None)
 
     def _queue(self, fresh: set[str]) -> None:
-        """G11: a task that has just come waits only where there is room. What is taken back may wait all the same."""
+        """G11: a new task is queued only while the queue has room. Retried tasks are exempt."""
         queued = len(self._live) - len(self._running)
         self.longest_queue = max(self.longest_queue, queued)
         if queued > self.core.max_waiting and any(task in self._live and task not in self._running for task in fresh):
@@ -186,7 +186,7 @@ class Oracle:
         self._placed.pop(task_id, None)
 
     def _weigh(self, seq: int) -> None:
-        """(8) to (10), and the own link of each device: what runs fits."""
+        """Check that running tasks fit constraints (8) to (10) and the own link of each device."""
         used: dict[str, list[int]] = {}
         sent: Counter[str] = Counter()
         for task_id in self._running:
@@ -208,7 +208,7 @@ class Oracle:
                 )
 
     def finish(self, acknowledged: Iterable[str], excused: Mapping[str, Container[str]]) -> None:
-        """Judge the ends: each acknowledged task has one, and fails only of a cause that it is excused for."""
+        """Check that each acknowledged task has one end, and failed only with one of its `excused` causes."""
         for task_id in acknowledged:
             ends = self.ends.get(task_id, [])
             if self.admitted[task_id] != 1:

@@ -173,7 +173,7 @@ class Play:
             self._spy()
             for process in self.processes:
                 process.start()
-            await self._until(self._joined, JOIN_S, "not everybody joined")
+            await self._until(self._joined, JOIN_S, "not all processes joined")
             submitting = asyncio.create_task(self.client.submit(bus, random.Random(self.seed + 1)))
             await self.breaker.play(bus)
             self.breaker.heal()
@@ -182,7 +182,7 @@ class Play:
             if ended:
                 await asyncio.sleep(SETTLE_S)
                 # A polite stop from the last of the faults may have come after the healing: wait for who is still away.
-                await self._until(self._all_back, JOIN_S, "not everybody is back")
+                await self._until(self._all_back, JOIN_S, "not all processes are back")
                 for process in self.processes:
                     process.sites = None
                 await self.breaker.garbage_everywhere(bus)
