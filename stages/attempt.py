@@ -1,4 +1,7 @@
-"""One attempt at one task on its device: samples go out as the window opens, results come in and open it."""
+"""One attempt at one task on its device.
+
+The attempt sends samples while its window has room; every result frees one place in the window.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,15 @@ from stages.shaper import Link
 from stages.window import window_samples
 
 REPORTS_S = 1.0
-"""How long to wait for what the other stages measured, after the last result."""
+"""Timeout for the reports of the other stages, counted from the last result."""
 
 
 class StalledError(DeeparError):
-    """A task's results stay away for no reason that the device can see."""
+    """No sample was sent and no result arrived for longer than the attempt's patience."""
 
 
 class ResultSink(Protocol):
-    """Where the results of a device's tasks go; every (task, sample) comes once."""
+    """Receives the results of a device's tasks, each (task, sample) once."""
 
     def __call__(self, task: TaskSubmitted, sample: int, outputs: list[Array]) -> None: ...
 
@@ -54,15 +57,15 @@ class DeviceTask:
     """One task of this device, across its attempts."""
 
     task: TaskSubmitted
-    admitted_s: float  # when this device read of it, its clock
-    results: set[int] = field(default_factory=set)  # samples whose result is there
+    admitted_s: float  # when this device read the admission, on its clock
+    results: set[int] = field(default_factory=set)  # samples whose result has arrived
     started_s: float | None = None  # when the first attempt began
     running: asyncio.Task[None] | None = None
     attempt: Attempt | None = None
 
 
 class Attempt:
-    """One attempt at one task: the samples in `todo` go out, their results come in."""
+    """Sends the samples in `todo` and collects their results."""
 
     def __init__(
         self,
@@ -78,25 +81,25 @@ class Attempt:
         self.plan = plan
         self.todo = todo
         self.device_s = 0.0
-        self._began_s: float | None = None  # when it first computed here
-        self._computed_s = float("-inf")  # when it last did
+        self._began_s: float | None = None  # start of the first computation on this device
+        self._computed_s = float("-inf")  # end of the last one
         self.reports: dict[str, float] = {}
         self._on_result = on_result
         self._missing = set(todo)
         self._assembler = Assembler()
-        self._window = asyncio.Semaphore(0)  # opened once sending can begin
-        self._opened_s: deque[float] = deque()  # when each place of it that is free was opened
-        self.window = 0  # its size, in samples
-        self.under_way = 0  # samples that were begun and have no result
+        self._window = asyncio.Semaphore(0)  # places are released once sending can begin
+        self._opened_s: deque[float] = deque()  # when each free place was released
+        self.window = 0  # window size, in samples
+        self.under_way = 0  # samples started without a result yet
         self._complete = asyncio.Event()
         self._reported = asyncio.Event()
         self._last_result_s = asyncio.get_running_loop().time()
-        self._moved_s = self._last_result_s  # when anything was last sent, or came back
+        self._moved_s = self._last_result_s  # last time a sample was sent or a result arrived
         self._patience_s = patience_s
         self._broken: Exception | None = None
 
     async def run(self) -> None:
-        """Send everything, wait for every result, tell the planner."""
+        """Send all samples, wait for all results, and report to the planner."""
         node = self.device.node
         try:
             if self.todo:
@@ -107,7 +110,7 @@ class Attempt:
             node.status.count("stalled_attempts")
             await self.device.fail(self.plan, "stalled", str(error), retryable=True)
         except InvariantError:
-            raise  # a bug of ours: the process ends
+            raise  # a bug in DeePar: end the process
         except Exception as error:
             cause = cause_of(error)
             node.log.error("task failed", task=self.plan.task_id, cause=cause, error=str(error))
@@ -141,7 +144,7 @@ class Attempt:
             self.reports["link1_s"] = sender.busy_s
 
     async def _hear(self, edge: str) -> None:
-        """Nothing is sent before its results can be heard."""
+        """Subscribe to the results that come through `edge`; retry until that succeeds."""
         while True:
             try:
                 await self.device.hear(edge)
@@ -155,7 +158,7 @@ class Attempt:
     async def _send(
         self, inputs: Callable[[int], list[Array]], station: Station | None, sender: FrameSender | None
     ) -> None:
-        """Every sample, as the window opens; returns when every result is there."""
+        """Send every sample as the window allows; return when all results have arrived."""
         node, plan = self.device.node, self.plan
         clock = asyncio.get_running_loop().time
         for _ in range(
@@ -167,7 +170,9 @@ class Attempt:
             if self._broken:
                 raise self._broken
             self.under_way += 1
-            ready_s = self._opened_s.popleft()  # not now: a device that comes round to it late is not slower for that
+            ready_s = (
+                self._opened_s.popleft()
+            )  # the release time, so that waiting in the event loop does not count as computing
             tensors = inputs(sample)
             if station is not None:
                 tensors = await station.run(sample, tensors, ready_s)
@@ -187,7 +192,7 @@ class Attempt:
             raise self._broken
 
     def _told(self, sender: FrameSender | None) -> None:
-        """What was done here, for traces: computing, or with `sender` sending."""
+        """Record a trace span: of sending where `sender` is given, else of computing."""
         if sender is None:
             self.device.node.span("device", self.plan, self._began_s, self._computed_s, self.device_s)
         else:
@@ -197,18 +202,18 @@ class Attempt:
         self._moved_s = asyncio.get_running_loop().time()
 
     async def _watch(self) -> None:
-        """Break the attempt off when it stands still for longer than anything explains."""
+        """Abort the attempt when it makes no progress for longer than `patience_s`."""
         clock = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(self._patience_s / 4)
             if not self.device.node.alive:
-                self._moved_s = clock()  # no bus, no results
+                self._moved_s = clock()  # the bus is away, so missing results are expected
             elif clock() - self._moved_s > self._patience_s:
                 self._break(StalledError(f"{len(self._missing)} samples without a result for {self._patience_s:.0f} s"))
                 return
 
     def _open(self) -> None:
-        """One sample more may be under way from now on."""
+        """Release one more place in the window."""
         self._opened_s.append(asyncio.get_running_loop().time())
         self._window.release()
 
@@ -237,7 +242,7 @@ class Attempt:
     # --- results -----------------------------------------------------------------------------------------------------
 
     def take(self, frame: Frame) -> None:
-        """A frame of results, or a report. Raises `ProtocolError` for one that this attempt cannot use."""
+        """Process a frame of results or a report. Raises `ProtocolError` where the frame is unusable."""
         if frame.kind == "report":
             for part, busy_s in frame.report.items():
                 self.reports[part] = self.reports.get(part, 0.0) + busy_s
@@ -245,13 +250,15 @@ class Attempt:
                 self._reported.set()
             return
         if frame.kind != "result":
-            raise ProtocolError("undecodable", f"a frame of kind {frame.kind} is not for a device")
+            raise ProtocolError(
+                "undecodable", f"a frame of kind {frame.kind} cannot be sent to a device; expected result or report"
+            )
         for piece in frame.pieces:
             try:
                 whole = self._assembler.add(piece)
             except ProtocolError as error:
                 if error.cause == "missing_chunk":
-                    continue  # its sender sends the sample again
+                    continue  # the sending stage sends the sample again
                 self._break(error)
                 raise
             if whole is not None:
@@ -269,7 +276,7 @@ class Attempt:
         if self._on_result is not None:
             try:
                 self._on_result(self.known.task, sample, outputs)
-            except Exception as error:  # a full disk, say: this task's trouble, not the device's
+            except Exception as error:  # for example a full disk; fails this task only
                 self._break(error)
         if not self._missing:
             self._complete.set()
@@ -300,7 +307,7 @@ class Attempt:
         await node.tell(topics.EVENTS, message, self.plan.task_id)
 
     def _expected(self) -> set[str]:
-        """The parts that other stages report."""
+        """Names of the parts that other stages report."""
         placement = self.plan.placement
         parts: set[str] = set()
         if placement.uses_slot:

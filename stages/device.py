@@ -1,8 +1,8 @@
-"""What a device does: run the front of its tasks' models, send activations, collect results.
+"""The device stage: runs the first layers of its tasks' models, sends activations, collects results.
 
-At most `window` samples of a task are under way without a result, and results open the window: that is the backpressure of
-the whole pipeline, since Kafka carries none. The device keeps a task's input until its end, so that another attempt can
-send the samples that have no result yet.
+At most `window` samples of a task are in the pipeline without a result. This window is the only backpressure, because
+Kafka provides none. The device keeps a task's input until the task ends, so that a later attempt can send the samples
+that have no result yet.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from stages.shaper import Link
 
 STALL_S = 30.0
 PARTITION_S = 5.0
-"""How often a device looks which partition its results come on."""
+"""Interval at which a device checks which partition carries its results."""
 STALL_SAMPLES = 10
-"""Nothing sent and no result for `STALL_S` and ten samples' predicted time, while the bus was there: something was lost
-that nobody will send again (a record that fell out of retention, say), so the device asks for another attempt."""
+"""The device requests another attempt after `STALL_S` plus the predicted time of ten samples without progress, while the
+bus was reachable: then a record is lost for good, for example through retention."""
 
 
 class Device:
@@ -39,8 +39,8 @@ class Device:
         *,
         kept: Callable[[str], Iterable[int]] = lambda task_id: (),
     ) -> None:
-        """`kept` tells the samples of a task whose results outlived the device's last process, where a sink keeps them:
-        they are neither computed nor shown again.
+        """`kept` returns the samples of a task whose results the sink stored before a restart of the device. The device
+        skips these samples.
         """
         self.node = node
         self._kept = kept
@@ -49,8 +49,8 @@ class Device:
         self.tasks: dict[str, DeviceTask] = {}
         self._on_result = on_result
         self._group: asyncio.TaskGroup | None = None
-        self._heard: set[Bus] = set()  # the sites whose results are read
-        self._hearing: dict[Bus, asyncio.Lock] = {}  # one for each: a site that is away holds up no other
+        self._heard: set[Bus] = set()  # sites whose results are being read
+        self._hearing: dict[Bus, asyncio.Lock] = {}  # one lock per site, so that an unreachable site delays only itself
         self._draining = False
 
     async def run(self) -> None:
@@ -61,13 +61,13 @@ class Device:
                 await self._hear_all()
                 self.node.receives(True)
                 self.node.serving.set()
-                await asyncio.Event().wait()  # also while nobody is heard yet
+                await asyncio.Event().wait()  # also before any site is reachable
         finally:
             self._group = None
             self._heard.clear()
 
     async def _hear_all(self) -> None:
-        """Listen at the sites of the edges that this device is told of; at the region's where it is told of none."""
+        """Read results at the sites of all reachable edges, or at the region's site where no edges are configured."""
         if self.node.settings.reachable_edges is None:
             await self._hear_at(self.node.bus)
         for edge in self.node.settings.reachable_edges or ():
@@ -76,14 +76,14 @@ class Device:
             except (BusUnavailableError, UnknownTopicError) as error:
                 if self._site(edge) is self.node.bus:
                     raise
-                # Tasks through other edges need not wait for it; one through this edge tries again.
+                # Tasks through other edges go on; an attempt through this edge retries.
                 self.node.log.warning("site of an edge not reached yet", edge=edge, error=str(error))
 
     def _site(self, edge: str) -> Bus:
         return self.node.bus.beside(topics.RESULTS, topics.activations_topic(edge))
 
     async def hear(self, edge: str) -> None:
-        """See to it that what comes back through `edge` from now on is read. Raises `BusError`."""
+        """Read the results that come back through `edge` from now on. Raises `BusError`."""
         if (site := self._site(edge)) not in self._heard:
             async with self._hearing.setdefault(site, asyncio.Lock()):
                 await self._hear_at(site)
@@ -100,7 +100,7 @@ class Device:
         return topics.partition_of(self.node.settings.name, await site.partitions(topics.RESULTS))
 
     async def drain(self) -> None:
-        """Start nothing new and return when what runs here has ended."""
+        """Start no new attempts and return when the running ones have ended."""
         self._draining = True
         while any(task.running and not task.running.done() for task in self.tasks.values()):
             await asyncio.sleep(0.05)
@@ -108,7 +108,7 @@ class Device:
     # --- decisions ---------------------------------------------------------------------------------------------------
 
     def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
-        """Begin what was started for this device, and let go of what was fenced."""
+        """Start the attempts that the decision starts on this device and stop those that it ends."""
         name = self.node.settings.name
         for change in decision.changes:
             match change:
@@ -132,7 +132,7 @@ class Device:
         for task in self.tasks.values():
             self._stop(task)
         for task_id in [task_id for task_id in self.tasks if task_id not in self.node.fences.tasks]:
-            del self.tasks[task_id]  # its end was missed
+            del self.tasks[task_id]  # the node missed the decision that ended it
 
     def _remember(self, task: TaskSubmitted) -> None:
         if task.task_id not in self.tasks:
@@ -164,7 +164,7 @@ class Device:
     # --- results -----------------------------------------------------------------------------------------------------
 
     async def _receive(self, site: Bus, partition: int, reader: Reader) -> None:
-        """Read this device's partition, and go with it to another where the topic is made again or grows."""
+        """Read this device's partition; follow it when the topic is recreated or gains partitions."""
         while True:
             try:
                 async with asyncio.TaskGroup() as group:
@@ -173,14 +173,14 @@ class Device:
                     reading.cancel()
             finally:
                 await reader.close()
-            self.node.log.warning("results come on another partition", partition=partition)
+            self.node.log.warning("results moved to another partition", partition=partition)
             reader = following
 
     async def _moved(self, site: Bus, partition: int) -> tuple[int, Reader]:
-        """Another partition that is this device's now, and a reader of all that stands there."""
+        """Wait until another partition carries this device's results; return it with a reader from its start."""
         while True:
             await asyncio.sleep(PARTITION_S)
-            with contextlib.suppress(BusError):  # it is away, or the topic is: the old one may come back
+            with contextlib.suppress(BusError):  # bus or topic unavailable: look again later
                 now = await self._results_partition(site)
                 if now != partition:
                     return now, await site.reader([(topics.RESULTS, now)], start="start")
@@ -196,7 +196,7 @@ class Device:
                 continue
             for record in records:
                 if record.key != name:
-                    continue  # another device's, on the same partition
+                    continue  # belongs to another device on the same partition
                 try:
                     sender = self.authorization.of(record)
                     frame = decode_frame(record.value)
@@ -210,7 +210,7 @@ class Device:
                     await self.node.dead_letter(record, error)
 
     async def fail(self, plan: Plan, cause: str, detail: str, *, retryable: bool = False) -> None:
-        """Tell the planner that this device cannot go on with a task."""
+        """Report to the planner that this device cannot continue the attempt."""
         message = TaskFailed(
             task_id=plan.task_id,
             attempt=plan.attempt,

@@ -1,6 +1,7 @@
-"""One attempt of one task at an edge or a cloud stage: its samples in, through this stage's layers, and out.
+"""One attempt at one task on an edge or cloud stage.
 
-A frame's record is held until everything that came out of it is acknowledged downstream; the hop commits what is done.
+A flow receives samples, computes its layers, and sends the outputs on. It holds the record of a frame until the bus has
+acknowledged all outputs made from it; then the hop may commit the record's offset.
 """
 
 from __future__ import annotations
@@ -40,53 +41,55 @@ class Stage(Protocol):
 
 
 class Flow:
-    """One attempt of one task at this stage.
+    """One attempt at one task on this stage.
 
-    It stays among the hop's flows, closed, until its task is over or the attempt is fenced: what still comes of it is
-    dropped then, instead of being worked on again.
+    A finished flow stays in the hop's table, closed, until its task ends or its attempt is fenced, so that late
+    duplicates are dropped instead of computed again.
     """
 
     def __init__(self, stage: Stage, plan: Plan) -> None:
         placement = plan.placement
         self.stage = stage
         self.plan = plan
-        self.partitions: set[TopicPartition] = set()  # where its frames came from
+        self.partitions: set[TopicPartition] = set()  # partitions that its frames came from
         self.task: asyncio.Task[None] | None = None
         self.closed = False
-        self.heard_s = asyncio.get_running_loop().time()  # when it last took or finished something
+        self.heard_s = asyncio.get_running_loop().time()  # last time a frame arrived or a sample was acknowledged
         self.computes = placement.uses_slot if stage.is_edge else True
         self.first, self.last = (placement.cut1, placement.cut2) if stage.is_edge else (placement.cut2, 0)
         self.busy_s = 0.0
-        self.parent_id: str | None = None  # the span that this stage's work follows from, where its frames name one
-        self._began_s: float | None = None  # when it first computed here
-        self._free_s = float("-inf")  # when it last did
-        self.window = MAX_WINDOW  # samples that its device may have under way
-        self._widest_bytes = MAX_SAMPLE_BYTES  # of a sample here; these two are less where the model is known
+        self.parent_id: str | None = None  # parent trace span, where the frames name one
+        self._began_s: float | None = None  # start of the first computation on this stage
+        self._free_s = float("-inf")  # end of the last one
+        self.window = MAX_WINDOW  # samples that its device may have in the pipeline
+        self._widest_bytes = (
+            MAX_SAMPLE_BYTES  # upper limit for one sample; `_check` lowers both limits where the model is known
+        )
         self._expected_bytes: int | None = None
         self._check()
         self._sending: FrameSender | None = None
         self._assembler = Assembler()
         self._ready: deque[tuple[int, list[Array], float]] = deque()
         self._arrived = asyncio.Event()
-        self._receipts: dict[int, list[Receipt]] = {}  # of samples that are not acknowledged downstream yet
-        self._whole: set[int] = set()  # of those, the samples that have all their pieces
+        self._receipts: dict[int, list[Receipt]] = {}  # by sample, until acknowledged downstream
+        self._whole: set[int] = set()  # complete samples not yet acknowledged downstream
         self._done: set[int] = set()
         self._finished = asyncio.Event()
 
     def _check(self) -> None:
-        """Whether the plan can be followed here. Raises `ProtocolError`."""
+        """Check that this stage can follow the plan. Raises `ProtocolError`."""
         plan, placement = self.plan, self.plan.placement
         if placement.edge is None or not placement.link1_bps or (placement.uses_cloud and not placement.link2_bps):
-            raise ProtocolError("wrong_shape", f"task {plan.task_id}: a plan without an edge, or without rates")
+            raise ProtocolError("wrong_shape", f"task {plan.task_id}: the plan lacks an edge or a link rate")
         if not self.stage.is_edge and not placement.uses_cloud:
-            raise ProtocolError("wrong_shape", f"task {plan.task_id}: a plan without the cloud")
+            raise ProtocolError("wrong_shape", f"task {plan.task_id}: the plan does not use the cloud")
         profile = next((p for p in self.stage.node.runner.profiles() if p.model == plan.model), None)
         if profile is None:
             if self.computes:
-                raise ProtocolError("unknown_model", f"task {plan.task_id}: there is no model {plan.model!r} here")
+                raise ProtocolError("unknown_model", f"task {plan.task_id}: this stage has no model {plan.model!r}")
             return
         if self.computes and profile.sha256 != plan.sha256:
-            raise ProtocolError("unknown_model", f"task {plan.task_id}: {plan.model} is another one here")
+            raise ProtocolError("unknown_model", f"task {plan.task_id}: SHA-256 of {plan.model} differs from the plan")
         if placement.cut2 > profile.layers:
             raise ProtocolError("wrong_shape", f"task {plan.task_id}: {plan.model} has {profile.layers} layers")
         if not self.stage.is_edge:
@@ -99,24 +102,24 @@ class Flow:
 
     @property
     def under_way(self) -> int:
-        """Samples of which something is here that is not acknowledged downstream."""
+        """Number of samples held here and not yet acknowledged downstream."""
         return len(self._whole) + self._assembler.pending
 
     @property
     def held_bytes(self) -> int:
-        """Data of those samples."""
+        """Bytes of data held for those samples."""
         waiting = sum(array.nbytes for _, tensors, _ in self._ready for array in tensors)
         return self._assembler.pending_bytes + waiting + (self._sending.held_bytes if self._sending else 0)
 
     @property
     def bound_bytes(self) -> int:
-        """What `held_bytes` never exceeds: the window at the wider end of this stage, twice."""
+        """Upper limit of `held_bytes`: twice the window, at this stage's widest tensor."""
         return 2 * self.window * self._widest_bytes
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
     def take_frame(self, record: Record, frame: Frame, receipt: Receipt) -> None:
-        """The pieces of a frame. Raises `ProtocolError` for one that cannot be used."""
+        """Accept the pieces of a frame. Raises `ProtocolError` where the frame is unusable."""
         self.partitions.add((record.topic, record.partition))
         self.heard_s = asyncio.get_running_loop().time()
         if record.headers and self.parent_id is None:
@@ -130,7 +133,7 @@ class Flow:
             self.stage.node.status.count("duplicates_suppressed")
             return
         if sample in self._whole:
-            # Under way already; yet this record, too, is done only when the sample is.
+            # A duplicate of a sample in work: its record, too, is done only when the sample is.
             self.stage.node.status.count("duplicates_suppressed")
             receipt.hold()
             self._receipts[sample].append(receipt)
@@ -139,14 +142,14 @@ class Flow:
             raise ProtocolError(
                 "wrong_shape",
                 f"sample {sample} of {self.plan.model} at {self.first}: {piece.size_bytes:,} bytes, "
-                f"it takes {self._expected_bytes:,}",
+                f"expected {self._expected_bytes:,}",
             )
         try:
             whole = self._assembler.add(piece)
         except ProtocolError as error:
             if error.cause != "missing_chunk":
                 raise
-            self.stage.node.status.count("gaps")  # its sender begins the sample again
+            self.stage.node.status.count("gaps")  # the sender restarts the sample
             return
         receipt.hold()
         self._receipts.setdefault(sample, []).append(receipt)
@@ -158,15 +161,15 @@ class Flow:
     # --- through -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Wait for a slot, work through the samples, report; ends when all are done, or when stopped."""
+        """Wait for a slot, compute all samples, and report; return when all are acknowledged."""
         node = self.stage.node
         try:
             await self._serve()
             self.closed = True
         except InvariantError:
-            raise  # a bug of ours, by which records could be lost: the process ends
+            raise  # a bug in DeePar that could lose records: end the process
         except Exception as error:
-            # A model that breaks in its runtime must not take the other tasks of this stage down.
+            # A model that fails in its runtime must not stop the other tasks of this stage.
             cause = cause_of(error)
             node.log.error("task failed", task=self.plan.task_id, cause=cause, error=str(error))
             if not isinstance(error, DeeparError):
@@ -211,7 +214,7 @@ class Flow:
         await self._finished.wait()
 
     def _told(self, sender: FrameSender) -> None:
-        """What was done here, for traces."""
+        """Record the trace spans of this stage."""
         node, part = self.stage.node, "edge" if self.stage.is_edge else "cloud"
         if self.computes:
             node.span(part, self.plan, self._began_s, self._free_s, self.busy_s, self.parent_id)
@@ -220,7 +223,7 @@ class Flow:
 
     @property
     def _way(self) -> str:
-        """The part that sending on from here is."""
+        """Name of the delay part that sending from this stage belongs to."""
         return "link2" if self.stage.is_edge and self.plan.placement.uses_cloud else "result"
 
     def _frame_sender(self) -> FrameSender:
@@ -251,14 +254,14 @@ class Flow:
         )
 
     def _way_back(self) -> Bus:
-        """Where results go: to the site of the edge that the task goes through, as the reservations do."""
+        """The bus for results: the site of the task's edge, whose links the planner reserved."""
         assert self.plan.placement.edge is not None  # `_check`
         return self.stage.node.bus.beside(topics.RESULTS, topics.activations_topic(self.plan.placement.edge))
 
     # --- done --------------------------------------------------------------------------------------------------------
 
     def _acknowledged(self, samples: Sequence[int]) -> None:
-        """The bus holds what came of these samples; only now may their records be committed."""
+        """The bus holds the outputs of these samples: release their records for commit."""
         self.heard_s = asyncio.get_running_loop().time()
         self._done.update(samples)
         self._whole.difference_update(samples)
@@ -269,7 +272,7 @@ class Flow:
             self._finished.set()
 
     async def _report(self, sending_s: float) -> None:
-        """Tell the device what this stage measured; unshaped, since it is no part of the task's data."""
+        """Send the measured times to the device, unshaped, because a report is not task data."""
         plan, node = self.plan, self.stage.node
         busy = {f"{self._way}_s": sending_s}
         if self.computes:
@@ -281,7 +284,7 @@ class Flow:
             node.log.warning("report not sent", task=plan.task_id, error=str(error))
 
     def stop(self, *, discard: bool) -> None:
-        """End it. `discard`: nobody wants its frames any more; else another member will get them."""
+        """Stop the flow. `discard` releases its records for commit; else another member receives them again."""
         if self.task is not None:
             self.task.cancel()
         if discard:
@@ -289,7 +292,7 @@ class Flow:
         self.closed = True
 
     def _let_go(self) -> None:
-        """Nothing that was taken will be asked for again."""
+        """Close the flow, release its records and drop its data."""
         self.closed = True
         for receipts in self._receipts.values():
             for receipt in receipts:

@@ -1,9 +1,9 @@
-"""Whose frames a stage takes, where the region demands that frames are proven (`bus.identity.frame_keys`); else everybody's.
+"""Authorization of frames: which sender may send frames of which task.
 
-A proof says who has sent a frame. Whether that one may send frames of a task, the decisions say: the task's device sends to
-the edge of its placement, that edge to the cloud, edge or cloud to the device. So a frame of a task that is not decided yet,
-as far as is known here, waits for the decision, also if it brings a plan. What a frame itself says of its sender (`from`) is
-not looked at.
+It applies where the region requires proofs of identity (`bus.identity.frame_keys`); elsewhere every frame is accepted. The
+proof names the sender of a frame. The planner's decisions name the authorized one: the task's device sends to the edge of its
+placement, that edge to the cloud, and edge or cloud to the device. A frame whose decision has not arrived yet is buffered,
+even if it carries a plan. For activations, the frame's own `from` field is ignored.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from stages.node import Node
 
 
 class FrameAuthorization:
-    """What one stage believes."""
+    """Checks the senders of the frames that one stage receives."""
 
     def __init__(self, node: Node) -> None:
         self._keys = frame_keys(node.bus)
         self._settings = node.settings
-        self._node = node  # whose fences are replaced where a snapshot cannot be used
+        self._node = node  # kept instead of its fences, because the node may replace those
 
     def of(self, record: Record) -> Speaker | None:
-        """Who has sent a frame; None where nobody has to prove it. Raises `ProtocolError` (`wrong_identity`)."""
+        """The proven sender of a frame; None where no proof is required. Raises `ProtocolError` (`wrong_identity`)."""
         return None if self._keys is None else self._keys.sender(record)
 
     def may_send(self, sender: Speaker | None, task_id: str) -> bool:
-        """Whether frames of a task are that sender's to send, as far as is decided."""
+        """Whether the decisions read so far authorize the sender to send frames of the task."""
         if sender is None:
             return True
         placed = self._node.fences.placed.get(task_id)
         return placed is not None and sender.name == self._owner(placed)
 
     def believed(self, sender: Speaker | None, frame: Frame, plan: Plan | None) -> bool:
-        """Whether a frame of activations can be used now; False: it waits for the decision on its task.
+        """Whether a frame of activations can be used now; False means it waits for the decision on its task.
 
-        `plan`: the one that is followed for it here, else the one that it brings. Raises `ProtocolError`
-        (`wrong_identity`) where the sender may not send it.
+        `plan` is the plan that this stage follows for the task, else the plan in the frame. Raises `ProtocolError`
+        (`wrong_identity`) where the sender is unauthorized.
         """
         if sender is None:
             return True
         fences = self._node.fences
         placed = fences.placed.get(frame.task_id)
         if placed is None or placed.attempt != frame.attempt:
-            # A cloud stage does not read the decisions of other regions; a task of its own is no other region's.
+            # A cloud stage reads its own region's decisions only, so it accepts unknown tasks of other regions.
             foreign = plan is not None and plan.region != self._settings.region and frame.task_id not in fences.tasks
             return (
                 foreign
@@ -65,13 +65,13 @@ class FrameAuthorization:
         return True
 
     def check_result(self, sender: Speaker | None, frame: Frame, plan: Plan) -> None:
-        """Whether a result or a report comes from who works on the task. Raises `ProtocolError` (`wrong_identity`)."""
+        """Check that a stage of the plan sent this result or report. Raises `ProtocolError` (`wrong_identity`)."""
         if sender is None:
             return
         placement = plan.placement
         by_edge = sender.role == Role.EDGE.value and sender.name == placement.edge
         by_cloud = sender.role == Role.CLOUD.value and placement.uses_cloud
-        if frame.kind != "report":  # both report; the last one of them has the results
+        if frame.kind != "report":  # both stages send reports; only the last one sends results
             by_edge = by_edge and not placement.uses_cloud
         if frame.source != sender.name or not (by_edge or by_cloud):
             raise refused(
@@ -79,7 +79,7 @@ class FrameAuthorization:
             )
 
     def _owner(self, placed: Placed) -> str | None:
-        """Who sends this stage the frames of a task."""
+        """Name of the node that sends the task's frames to this stage."""
         return placed.device if self._settings.role is Role.EDGE else placed.placement.edge
 
 

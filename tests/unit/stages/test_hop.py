@@ -226,7 +226,7 @@ def test_a_model_of_the_same_name_with_other_bytes_is_not_computed_with() -> Non
             ((_, _, headers),) = e.read(topics.DEAD_LETTER)
             assert (headers["deepar_cause"], headers["deepar_error"]) == (
                 "unknown_model",
-                "task u: toy is another one here",
+                "task u: SHA-256 of toy differs from the plan",
             )
             assert [(failed.task_id, failed.cause) for failed in e.failures()] == [("u", "unknown_model")]
             assert e.results() == []
