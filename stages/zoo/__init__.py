@@ -1,4 +1,4 @@
-"""The models that DeePar brings, and how any other is loaded."""
+"""The models supplied with DeePar, and the loader for any model."""
 
 from stages.models.model import Model
 from stages.zoo.registry import ZooEntry, digits, list_models, load_model

@@ -1,8 +1,8 @@
 """The paper's networks, layer by layer: LeNet-5, AlexNet, VGG-16 and DeepFace.
 
-Each is a chain of convolutions, max-pools and fully-connected layers (AlexNet also normalises), activations fused into
-them, logits at the end. A layer's name is the name of the tensor it makes. AlexNet is the one-tower form with the paper's
-layer names; dropout does nothing at inference and is absent. DeepFace is Parkhi et al., "Deep face recognition" (2015),
+Each is a chain of convolutions, max-pools and fully-connected layers (AlexNet also normalises) with fused activations;
+the outputs are logits. A layer's name is the name of the tensor it makes. AlexNet is the one-tower form with the paper's
+layer names, without dropout, which has no effect at inference. DeepFace is Parkhi et al., "Deep face recognition" (2015),
 the paper's reference [1]: the layout of VGG-16 (Simonyan and Zisserman, configuration D) with 2,622 outputs.
 """
 
@@ -24,7 +24,7 @@ from stages.models.files.graph_builder import GraphBuilder
 Array: TypeAlias = np.ndarray[Any, Any]
 
 PIECE_VALUES = 1 << 20
-"""Values of a weight that are drawn and written at once (4 MiB)."""
+"""Number of weight values that are generated and written at a time (4 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class MaxPool:
-    """The largest value of each window."""
+    """A max-pool over square windows."""
 
     name: str
     size: int
@@ -74,7 +74,7 @@ class Network:
     title: str  # as people read it
     input_shape: tuple[int, int, int, int]  # batch, height, width, channels
     layers: tuple[Layer, ...]
-    seed: int  # of the weights, where they are not trained
+    seed: int  # random seed of untrained weights
 
 
 def _vgg(name: str, title: str, outputs: int, seed: int) -> Network:
@@ -129,7 +129,7 @@ NETWORKS: dict[str, Network] = {network.name: network for network in (LENET, ALE
 
 
 def _drawn(seed: int, layer: int, shape: Sequence[int], bound: float) -> Iterable[Chunk]:
-    """Weights uniform in [-bound, bound), the same bits on every machine: raw Philox words, exact float arithmetic."""
+    """Weights uniform in [-bound, bound), bit-identical on every machine: raw Philox words and exact float arithmetic."""
     words = np.random.Philox(key=(seed << 32) + layer)
     remaining = prod(shape)
     while remaining > 0:
@@ -156,13 +156,13 @@ def seeded(seed: int) -> WeightSource:
 def trained(weights: Mapping[str, Array], network: Network) -> WeightSource:
     """Weights from arrays named `LAYER/kernel` and `LAYER/bias` in the shapes of the format.
 
-    The source raises `ConfigError`, when it is asked, where one is missing or has another shape.
+    The returned source raises `ConfigError` if an array is missing or has another shape.
     """
 
     def source(layer: int, part: str, shape: Sequence[int], fan_in: int) -> Iterable[Chunk]:
         name = f"{network.layers[layer].name}/{part}"
         if name not in weights:
-            raise ConfigError(f"there is no {name} among the weights; it has the shape {tuple(shape)}")
+            raise ConfigError(f"the weights lack the array {name}; add it with the shape {tuple(shape)}")
         value = weights[name]
         if value.shape != tuple(shape):
             raise ConfigError(f"{name} has the shape {value.shape}, not {tuple(shape)}")
@@ -172,7 +172,7 @@ def trained(weights: Mapping[str, Array], network: Network) -> WeightSource:
 
 
 def build(network: Network, source: WeightSource) -> GraphBuilder:
-    """The network as a model under construction; nothing is drawn or read before it is written."""
+    """A builder of the network's model; weights are generated or read when the model is written."""
     graph = GraphBuilder(network.title)
     shape: tuple[int, ...] = network.input_shape
     tensor = graph.input("input", shape)

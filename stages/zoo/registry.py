@@ -1,4 +1,7 @@
-"""The models that DeePar brings: where they are, and how they come to be there."""
+"""The zoo: the models supplied with DeePar, their files, and the generation of seeded ones.
+
+LeNet is a file of the package; the other networks are generated into the cache on first use.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ SHA256 = {
     "vgg16": "fd11c7464caceb78682d2a7128d8e54cfe0a0231f1f8539739fcbacedc709dec",
     "deepface": "a3f82562df0656967323d942c9d83250c08916eece7a688d62113a807702d3d6",
 }
-"""What the files must hash to: every node then speaks of the same weights."""
+"""Expected hashes of the files, so that every node uses the same weights."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,12 @@ class ZooEntry:
     """One model of the zoo, as `deepar models list` prints it."""
 
     name: str  # as users write it
-    title: str  # as people read it
+    title: str  # display name
     layers: int  # l
-    size_bytes: int  # of the file, within a few kilobytes where it is not generated yet
-    sha256: str  # what the file hashes to
-    path: Path  # where it is or will be
-    ready: bool  # whether the file is there
+    size_bytes: int  # of the file; accurate to a few kilobytes before it is generated
+    sha256: str  # expected hash of the file
+    path: Path  # of the file, also before it is generated
+    ready: bool  # whether the file exists
 
 
 def _path(network: Network) -> Path:
@@ -47,7 +50,7 @@ def _path(network: Network) -> Path:
 
 
 def list_models() -> list[ZooEntry]:
-    """The zoo, in the order of the paper's networks. Nothing is generated."""
+    """The entries of the zoo in the paper's order, without generating files."""
     entries = []
     for network in NETWORKS.values():
         path = _path(network)
@@ -65,11 +68,11 @@ def load_model(
     sha256: str | None = None,
     choice: Choice | None = None,
 ) -> Model:
-    """A model of the zoo by its name, or any `.tflite` file by its path; read, hashed, validated.
+    """Reads, hashes and validates a model: a zoo model by name, or any `.tflite` file by path.
 
-    Weights from a seed are generated at the first use, into the cache, with `progress(what, done_bytes, total_bytes)`.
-    `sha256`, where given, must be the file's; `choice` says which signature and which shapes are meant. Raises
-    `UnknownNameError` for a name that is neither, `ModelError` for a file that is refused.
+    A seeded model is generated into the cache on first use, with calls of `progress(what, done_bytes, total_bytes)`.
+    `sha256`, if given, must equal the file's hash; `choice` selects a signature and input shapes. Raises `UnknownNameError`
+    for an unknown name and `ModelError` for an invalid file.
     """
     name = str(name_or_path)
     network = NETWORKS.get(name)
@@ -95,10 +98,10 @@ def load_model(
 
 
 def generate(network: Network, path: Path, progress: Progress | None = None) -> str:
-    """Writes the network with weights from its seed; the file's SHA-256."""
+    """Writes the network's file with weights from its seed and returns the SHA-256."""
     graph = build(network, seeded(network.seed))
     digest = write_whole(path, graph.chunks(), size_bytes=graph.size_bytes, progress=progress)
-    path.chmod(0o400)  # it is mapped while it is used, and must not change under anyone's hands
+    path.chmod(0o400)  # read-only, because processes map the file while they use it
     return digest
 
 
@@ -118,9 +121,9 @@ def _checked(model: Model, sha256: str | None) -> Model:
 
 @cache
 def digits() -> tuple[Array, Array]:
-    """The test digits: images (n, 28, 28, 1) of float32 in 0..1, and labels (n,) of int64; neither can be written.
+    """The test digits: images (n, 28, 28, 1) of float32 in 0..1, and labels (n,) of int64; both read-only.
 
-    They are 500 pictures of the UCI "Optical Recognition of Handwritten Digits" that LeNet's training never saw.
+    They are 500 pictures of the UCI "Optical Recognition of Handwritten Digits", held out from the training of LeNet.
     """
     with resources.as_file(resources.files("stages").joinpath("data", "digits.npz")) as path, np.load(path) as stored:
         images = stored["images"].astype(np.float32) / np.float32(255)

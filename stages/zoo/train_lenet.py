@@ -1,10 +1,8 @@
-"""Trains LeNet-5 on the handwritten digits that scikit-learn carries, and writes the two files in `stages/data`.
+"""The training script for LeNet-5, which writes the two files in `stages/data`.
 
-    python -m stages.zoo.train_lenet
-
-needs scikit-learn, a development dependency. The digits (1,797 pictures of 8x8 from 43 people, UCI "Optical Recognition of
-Handwritten Digits") are brought to 28x28 by bilinear zoom and a border. 1,297 train, 500 are kept for tests. The network's
-gradients are written out below: two convolutions and three matrices need no framework.
+Run `python -m stages.zoo.train_lenet`; it needs scikit-learn, a development dependency. The digits (1,797 pictures of 8x8
+from 43 people, UCI "Optical Recognition of Handwritten Digits") are enlarged to 28x28 by bilinear zoom and a border. 1,297
+are for training, 500 for tests. The gradients are computed with NumPy.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ BATCH = 32
 
 
 def pictures(small: Array) -> Array:
-    """8x8 pictures with values 0..16 as 28x28 bytes: three times as large, two pixels of border."""
+    """Enlarges 8x8 pictures with values 0..16 threefold and adds a border of two pixels: 28x28 bytes."""
     large = np.stack([zoom(picture / 16.0, 3, order=1) for picture in small])
     return np.pad(np.round(255 * large.clip(0, 1)).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))[..., None]
 
@@ -38,7 +36,7 @@ def columns(x: Array, size: int) -> Array:
 
 
 def scattered(grad: Array, size: int, channels: int, shape: tuple[int, ...]) -> Array:
-    """The gradient of `columns`: adds every window back to where it came from."""
+    """The gradient of `columns`: adds every window's values to their source pixels."""
     out = np.zeros(shape, np.float32)
     height, width = grad.shape[1:3]
     parts = grad.reshape(*grad.shape[:3], size, size, channels)
@@ -49,7 +47,7 @@ def scattered(grad: Array, size: int, channels: int, shape: tuple[int, ...]) -> 
 
 
 def pooled(x: Array) -> tuple[Array, Array]:
-    """2x2 max-pool, and the mask of which value won."""
+    """2x2 max-pool, and the mask of the maxima, in which equal maxima share the weight 1."""
     n, h, w, c = x.shape
     blocks = x.reshape(n, h // 2, 2, w // 2, 2, c)
     top = blocks.max(axis=(2, 4), keepdims=True)
@@ -68,7 +66,7 @@ class LeNet:
             self.weights[f"{name}/bias"] = np.zeros(shape[1], np.float32)
 
     def forward(self, x: Array) -> tuple[Array, dict[str, Any]]:
-        """Logits of pictures (n, 28, 28, 1), and what the gradients need."""
+        """Logits of pictures (n, 28, 28, 1), and the intermediate values that `gradients` reads."""
         w = self.weights
         kept: dict[str, Any] = {}
         for conv, pad in (("conv_1", 2), ("conv_2", 0)):
@@ -117,7 +115,7 @@ class LeNet:
 
 
 def train(x: Array, labels: Array, seed: int) -> LeNet:
-    """Adam on the cross-entropy, pictures moved by up to two pixels."""
+    """Trains with Adam on the cross-entropy; each picture is shifted by up to two pixels."""
     rng = np.random.default_rng(seed)
     net = LeNet(rng)
     moments = {name: [np.zeros_like(value), np.zeros_like(value)] for name, value in net.weights.items()}

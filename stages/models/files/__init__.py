@@ -1,4 +1,4 @@
-"""`.tflite` files as bytes: validation, the schema's layout, writing, building by hand, and the user's cache folder.
+"""`.tflite` files as bytes: validation, schema layout, writing, building by hand, and the user's cache folder.
 
-Imports `bus` only; may be imported by all that handles models.
+Imports only `bus`; every module that handles models may import it.
 """

@@ -1,7 +1,7 @@
-"""The user's cache folder, and files in it that are whole or absent.
+"""The user's cache folder, with atomic writes and file locks.
 
-`DEEPAR_CACHE_DIR` names another folder. A file is written under a temporary name, hashed on the way, and renamed when it
-is complete; a lock file beside it makes a second process wait instead of writing the same half gigabyte again.
+`DEEPAR_CACHE_DIR` overrides the folder. A file is written under a temporary name, hashed while it is written, and renamed
+when it is complete. A lock file lets a second process wait for a large file instead of writing it again.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from bus.errors import ConfigError, ModelError
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes may then both write; the rename is atomic all the same
+except ImportError:  # Windows has no fcntl: two processes may both write, but the rename is still atomic
     fcntl = None  # type: ignore[assignment]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""what is being done, bytes done, bytes in total"""
+"""Receives a description of the step, the bytes done, and the total bytes."""
 
 
 def cache_dir(*parts: str) -> Path:
-    """A folder of the cache, made if it is not there, open to this user only. Raises `ConfigError` where that fails."""
+    """Returns a folder of the cache, created for this user only if missing. Raises `ConfigError` if that fails."""
     root = Path(os.environ.get("DEEPAR_CACHE_DIR") or user_cache_dir("deepar"))
     folder = root.joinpath(*parts)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise ConfigError(
-            f"the cache folder {folder} cannot be made: {error.strerror}",
-            remedy="set DEEPAR_CACHE_DIR to a folder that can be written",
+            f"the cache folder {folder} cannot be created: {error.strerror}",
+            remedy="set DEEPAR_CACHE_DIR to a writable folder",
         ) from error
     return folder
 
 
 @contextlib.contextmanager
 def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Holds the lock of `path` against other processes of this machine; `on_wait` is called where another has it."""
+    """Locks `path` against other processes of this machine; calls `on_wait` if it must wait for another process."""
     with open(path.with_name(path.name + ".lock"), "a") as handle:
         if fcntl is not None:
             try:
@@ -65,10 +65,10 @@ def write_whole(
     progress: Progress | None = None,
     durable: bool = True,
 ) -> str:
-    """Writes a file that is complete or not there; the SHA-256 of what was written.
+    """Writes a file atomically and returns its SHA-256.
 
-    `size_bytes`, where given, is checked against the free space beforehand and shown as the total of `progress`. `durable`
-    forces it to the disk before it gets its name. Raises `ModelError` where the disk is full or cannot be written.
+    `size_bytes`, if given, is first compared with the free space, and is the total that `progress` receives. `durable` syncs
+    the file to the disk before the rename. Raises `ModelError` if the disk is full or not writable.
     """
     digest = hashlib.sha256()
     temporary: str | None = None
@@ -99,7 +99,7 @@ def write_whole(
         raise ModelError(
             str(path),
             f"the disk is full{need}" if full else f"cannot be written: {error.strerror}",
-            remedy="make room, or set DEEPAR_CACHE_DIR to a folder on another disk" if full else None,
+            remedy="free disk space, or set DEEPAR_CACHE_DIR to a folder on another disk" if full else None,
         ) from error
     finally:
         if temporary is not None:

@@ -1,9 +1,9 @@
-"""Writing `.tflite` files with their weights streamed.
+"""A writer of `.tflite` files that streams the weights.
 
-A flatbuffer refers forwards only, so the weights can stand behind everything else: the structure is packed by the
-flatbuffers library with one-byte stand-ins for the weights, the stand-ins' references are then pointed at the tail, and
-the weights follow piece by piece. The file is an ordinary flatbuffer (no out-of-line buffers, which older readers do not
-know), half a gigabyte is written in the time of a copy, and memory never holds more than one piece.
+Offsets in a flatbuffer point forwards, so weights may follow the rest of the file. The flatbuffers library packs the
+structure with a one-byte placeholder per weight; the writer redirects the placeholders' offsets to the end of the file and
+then writes the weights there in chunks. The result is an ordinary flatbuffer without the external buffers that older readers
+reject, and memory holds only one chunk at a time.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ai_edge_litert import schema_py_generated as schema
 
 FILE_IDENTIFIER = b"TFL3"
 WEIGHT_ALIGNMENT_BYTES = 64
-"""The format asks for 16; a cache line keeps vector loads of every kernel aligned."""
+"""One cache line, so that vector loads are aligned in every kernel; the format requires 16."""
 
 LARGEST_FILE_BYTES = (1 << 31) - 1
-"""Offsets inside a flatbuffer are signed to most verifiers, so a file ends at 2 GiB."""
+"""Maximum file size: most verifiers read flatbuffer offsets as signed 32-bit integers."""
 
 STREAMED_BYTES = 4096
-"""Buffers from this size on are copied from the mapped source, never through the heap."""
+"""Buffers of at least this size are copied directly from the mapped source, without heap memory."""
 
 ModelBytes: TypeAlias = bytes | mmap.mmap  # a model file, in memory or mapped
 Chunk: TypeAlias = bytes | bytearray | memoryview
@@ -35,38 +35,38 @@ ModelT: TypeAlias = Any  # the generated object API is not typed
 
 @dataclass(frozen=True)
 class Blob:
-    """The bytes of one weight buffer, produced when they are written."""
+    """The bytes of one weight buffer, generated when they are written."""
 
-    size_bytes: int  # the sum of the pieces
-    pieces: Callable[[], Iterable[Chunk]]  # called once for each writing
+    size_bytes: int  # total size of the pieces
+    pieces: Callable[[], Iterable[Chunk]]  # called once per written file
 
     @classmethod
     def of(cls, data: Chunk) -> Blob:
-        """A blob that is there already; it is kept, not copied."""
+        """A blob of existing bytes, which are referenced, not copied."""
         view = memoryview(data).cast("B")
         return cls(view.nbytes, lambda: (view,))
 
 
 def stored_bytes(model: ModelT, data: ModelBytes, index: int) -> memoryview | None:
-    """The bytes of a buffer of `model`, the unpacked `data`, as a view of it; None where the buffer has none."""
+    """The bytes of a buffer as a view; None if it is empty. `model` was unpacked from `data`."""
     found = model.buffers[index]
     if isinstance(found.data, np.ndarray) and found.data.size:
         return memoryview(found.data.data)
-    if found.offset > 1:  # stored behind the flatbuffer, as large models do
+    if found.offset > 1:  # large models store weights after the flatbuffer
         return memoryview(data)[found.offset : found.offset + found.size]
     return None
 
 
 def forget_pages(data: ModelBytes) -> None:
-    """Lets go of the memory of a mapped file; it is read again where it is touched again."""
+    """Frees the memory pages of a mapped file; a later access reads them from the file again."""
     if isinstance(data, mmap.mmap) and hasattr(data, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
         data.madvise(mmap.MADV_DONTNEED)
 
 
 def tflite_chunks(model: ModelT, blobs: Mapping[int, Blob]) -> Iterable[Chunk]:
-    """The bytes of the `.tflite` file of `model`, whose buffer k holds `blobs[k]` where given, in order.
+    """The bytes, in order, of the `.tflite` file of `model`, with `blobs[k]` as content of buffer k.
 
-    Raises `ValueError` where the file would be larger than a flatbuffer can be, or a blob does not have the size it says.
+    Raises `ValueError` if the file exceeds the maximum size or a blob differs from its declared size.
     """
     filled = {index: blob for index, blob in blobs.items() if blob.size_bytes > 0}
     for index in filled:
@@ -98,11 +98,11 @@ def tflite_chunks(model: ModelT, blobs: Mapping[int, Blob]) -> Iterable[Chunk]:
             written += memoryview(piece).nbytes
             yield piece
         if written != blob.size_bytes:
-            raise ValueError(f"a weight said {blob.size_bytes:,} bytes and had {written:,}")
+            raise ValueError(f"a weight was declared with {blob.size_bytes:,} bytes and has {written:,}")
 
 
 def tflite_size(head_bytes: int, blobs: Mapping[int, Blob]) -> int:
-    """The size of the file whose first chunk has `head_bytes`."""
+    """The size of a file whose structure (the first chunk) has `head_bytes`."""
     position = head_bytes
     for _, blob in sorted(blobs.items()):
         if blob.size_bytes:
@@ -111,7 +111,7 @@ def tflite_size(head_bytes: int, blobs: Mapping[int, Blob]) -> int:
 
 
 def _aligned(position: int) -> int:
-    """Where the next weight's data start: after its length of four bytes, on an alignment boundary."""
+    """The offset of the next weight's data: after its 4-byte length, on an alignment boundary."""
     return -(-(position + 4) // WEIGHT_ALIGNMENT_BYTES) * WEIGHT_ALIGNMENT_BYTES
 
 

@@ -1,6 +1,6 @@
-"""Building `.tflite` models by hand: tensors, operators, subgraphs, weights that are produced when written.
+"""A builder of `.tflite` models from tensors, operators, subgraphs and weights.
 
-The zoo's networks are made with it, and so are the small models of the tests.
+The zoo's networks and the tests' small models are built with it. Weights are generated when the file is written.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class GraphBuilder:
         self.begin_subgraph("main")
 
     def begin_subgraph(self, name: str) -> int:
-        """Starts a further subgraph, which the following calls fill; its index."""
+        """Starts another subgraph, which the following calls fill, and returns its index."""
         self._graph = schema.SubGraphT(tensors=[], inputs=[], outputs=[], operators=[], name=name)
         self._model.subgraphs.append(self._graph)
         return len(self._model.subgraphs) - 1
 
     def resume_subgraph(self, index: int) -> None:
-        """Goes on filling subgraph `index`."""
+        """Directs the following calls to subgraph `index`."""
         self._graph = self._model.subgraphs[index]
 
     def tensor(
@@ -64,7 +64,7 @@ class GraphBuilder:
         variable: bool = False,
         buffer: int = 0,
     ) -> int:
-        """Adds a tensor; `signature` is the shape with -1 for dimensions that are not known."""
+        """Adds a tensor; `signature` is the shape with -1 for open dimensions."""
         tensor = schema.TensorT(shape=list(shape), type=_DTYPES[dtype], buffer=buffer, name=name, isVariable=variable)
         tensor.hasRank = True
         if signature is not None:
@@ -77,7 +77,7 @@ class GraphBuilder:
         return len(self._graph.tensors) - 1
 
     def record(self, tensor: int) -> Any:
-        """The tensor's entry of the object API, for what this builder has no words for."""
+        """The tensor's object of the schema's API, for settings that this builder does not cover."""
         return self._graph.tensors[tensor]
 
     def input(self, name: str, shape: Sequence[int], dtype: str = "float32", **more: Any) -> int:
@@ -87,12 +87,12 @@ class GraphBuilder:
         return index
 
     def output(self, *tensors: int) -> None:
-        """Declares what the subgraph returns."""
+        """Declares outputs of the subgraph."""
         self._graph.outputs.extend(tensors)
 
     def constant(self, name: str, value: np.ndarray[Any, Any], dtype: str | None = None, **more: Any) -> int:
         """Adds a tensor with data."""
-        array = np.asarray(value, order="C")  # ascontiguousarray would give a scalar a dimension
+        array = np.asarray(value, order="C")  # ascontiguousarray would turn a scalar into an array of one dimension
         data = array.tobytes()
         return self.weights(name, array.shape, dtype or array.dtype.name, lambda: (data,), len(data), **more)
 
@@ -105,7 +105,7 @@ class GraphBuilder:
         size_bytes: int,
         **more: Any,
     ) -> int:
-        """Adds a tensor whose data are produced piece by piece when the model is written."""
+        """Adds a tensor whose data are generated in pieces when the model is written."""
         self._model.buffers.append(schema.BufferT())
         self._blobs[len(self._model.buffers) - 1] = Blob(size_bytes, pieces)
         return self.tensor(name, shape, dtype, buffer=len(self._model.buffers) - 1, **more)
@@ -139,7 +139,7 @@ class GraphBuilder:
             self._codes[key] = len(self._model.operatorCodes)
             self._model.operatorCodes.append(
                 schema.OperatorCodeT(
-                    # codes above 126 do not fit the old one-byte field, whose marker for them is 127
+                    # the old one-byte field holds 127 for all codes above 126
                     deprecatedBuiltinCode=min(code, 127),
                     builtinCode=code,
                     customCode=custom_code,
@@ -166,11 +166,11 @@ class GraphBuilder:
 
     @property
     def size_bytes(self) -> int:
-        """About what the file will have, within a few kilobytes of structure."""
+        """The size of the weights; the file is a few kilobytes larger."""
         return sum(blob.size_bytes for blob in self._blobs.values())
 
     def chunks(self) -> Iterable[Chunk]:
-        """The file's bytes, in order, once."""
+        """The bytes of the file, in order."""
         return tflite_chunks(self._model, self._blobs)
 
     def to_bytes(self) -> bytes:

@@ -1,4 +1,4 @@
-"""What the slicer needs to know about kinds of operators: state, control flow, cost.
+"""Properties of operator kinds that the slicer needs: state, control flow and cost.
 
 Kinds are the names of the schema's `BuiltinOperator`; custom operators are `CUSTOM:CODE`.
 """
@@ -20,7 +20,7 @@ ITEM_BITS: dict[int, int] = {
     }.items()
     if hasattr(schema.TensorType, name)
 }  # fmt: skip
-"""Tensor type -> bits of one element, for the types that have a size."""
+"""Tensor type -> bits per element, for types of fixed size."""
 
 KINDS: dict[int, str] = {
     code: name
@@ -43,10 +43,10 @@ CONTROL_FLOW: dict[str, tuple[str, ...]] = {
 """Operators that run other subgraphs, and the options that name them."""
 
 HANDLES = frozenset({"VAR_HANDLE", "HASHTABLE"})
-"""Operators that make a handle to state by its name: cheap, repeatable, taken along wherever the handle is needed."""
+"""Operators that create a handle to named state; the slicer copies them into every slice that uses the handle."""
 
 SHAPE_READERS = frozenset({"SHAPE", "RANK"})
-"""Operators that look at a tensor's shape and never at its values."""
+"""Operators that read only the shape of their input."""
 
 SHAPED_BY: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("RESHAPE", "TILE", "PAD", "PADV2", "MIRROR_PAD", "BROADCAST_TO", "ONE_HOT", "TOPK_V2"), (1,)),
@@ -61,10 +61,10 @@ SHAPED_BY: dict[str, tuple[int, ...]] = {
     "STRIDED_SLICE": (1, 2, 3),
     "RANGE": (0, 1, 2),
 }
-"""Operands whose *values* say which shape the result has."""
+"""Operands whose *values* determine the shape of the result."""
 
 SHAPED_BY_VALUES = frozenset({"WHERE", "UNIQUE", "SEGMENT_SUM"})
-"""Operators whose result has as many values as their input happens to ask for."""
+"""Operators whose result's size depends on the input's values."""
 
 WRITERS = frozenset({"ASSIGN_VARIABLE", "HASHTABLE_IMPORT"})
 """Operators that change the state behind a handle."""
@@ -72,11 +72,11 @@ WRITERS = frozenset({"ASSIGN_VARIABLE", "HASHTABLE_IMPORT"})
 UNREPEATABLE = frozenset(
     {"RANDOM_STANDARD_NORMAL", "RANDOM_UNIFORM", "MULTINOMIAL", "STABLEHLO_RNG_BIT_GENERATOR", "DELEGATE"}
 )
-"""Operators whose result is not a function of their inputs, so that running them in two slices would differ."""
+"""Operators whose result is not determined by their inputs, so that two slices would compute different values."""
 
 
 KEPT_METADATA = frozenset({"min_runtime_version", "CONVERSION_METADATA", "reduced_precision_support"})
-"""Metadata that hold for every part. All other may speak of the whole model's tensors or operators by number."""
+"""Metadata that apply to every part. Others may refer to tensors or operators of the whole model by index."""
 
 
 def kind_of(code: Any) -> str:
@@ -113,14 +113,14 @@ def constants_without_elements(graph: Any) -> set[int]:
 
 
 def text(raw: bytes | str | None) -> str:
-    """A string of the file; bytes that are not UTF-8 are shown, not refused."""
+    """A string of the file; bytes that are not UTF-8 are escaped."""
     return raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw or ""
 
 
 def multiply_accumulates(kind: str, inputs: list[tuple[int, ...] | None], outputs: Iterable[tuple[int, ...]]) -> float:
-    """An estimate of an operator's work from its shapes; one per output value where nothing better is known.
+    """Estimated multiply-accumulates of an operator from its shapes; by default one per output value.
 
-    `inputs` holds None for an optional input that is absent. Convolutions and matrices are counted exactly.
+    `inputs` holds None for an absent optional input. Convolutions and matrix products are counted exactly.
     """
     made = float(sum(prod(shape) for shape in outputs))
     kernel = inputs[1] if len(inputs) > 1 else None

@@ -1,6 +1,6 @@
-"""Quantisation details that name tensors by their index: scales and zero points that no operator lists as an input.
+"""Quantisation details that refer to other tensors: scales and zero points outside the operators' inputs.
 
-The kernel looks them up in the subgraph when it reads the weights, so they belong to the weights wherever those go.
+The kernel reads these tensors together with the weights, so a slice with the weights must contain them too.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ FIELDS = (SCALES, ZERO_POINTS)
 
 
 def details_of(tensor: Any) -> Any:
-    """The table of quantisation details if it names tensors, else None."""
+    """The table of quantisation details if it refers to tensors, else None."""
     details = None if tensor.quantization is None else tensor.quantization.details
     return details if hasattr(details, SCALES) else None
 
 
 def named_tensors(tensors: list[Any], index: int) -> dict[str, int]:
-    """Field -> index of the tensor that it names, for one tensor of a subgraph; indices are as the file has them.
+    """Field -> index of the tensor that it refers to, for one tensor of a subgraph; indices are not validated.
 
-    Zero points are absent at -1. They are at 0 too, the field's default, unless tensor 0 fits the scales.
+    Zero points are absent if the index is -1, or if it is 0 (the default) and tensor 0 has another size than the scales.
     """
     details = details_of(tensors[index])
     if details is None:
@@ -34,7 +34,7 @@ def named_tensors(tensors: list[Any], index: int) -> dict[str, int]:
 
 
 def with_named_tensors(tensors: list[Any], chosen: set[int]) -> set[int]:
-    """`chosen` and every tensor that its quantisation details name, directly or through one another."""
+    """`chosen` and all tensors that their quantisation details refer to, directly or indirectly."""
     found: set[int] = set()
     waiting = list(chosen)
     while waiting:
@@ -46,7 +46,7 @@ def with_named_tensors(tensors: list[Any], chosen: set[int]) -> set[int]:
 
 
 def elements(tensor: Any) -> int:
-    """How many elements the declared shape has; 0 where it is open."""
+    """Number of elements of the declared shape; 0 if a dimension is open."""
     return prod(max(int(size), 0) for size in (() if tensor.shape is None else tensor.shape))
 
 

@@ -1,7 +1,7 @@
-"""What tables a `.tflite` file consists of, read off the schema's generated writer.
+"""The table layout of `.tflite` files, derived from the schema's generated writer.
 
-The generated module has functions to *write* each field; called with a recorder in the place of a builder they say which slot
-a field has, how wide it is, and how wide the elements of a vector are. Only what an offset leads to is written down here.
+The generated module has a function that writes each field. Called with a recorder instead of a builder, it reveals the
+field's slot, its width, and the width of vector elements. Only the targets of offsets are listed here by hand.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LEADS_TO: dict[tuple[str, str], str] = {
     ("SignatureDef", "Inputs"): "TensorMap",
     ("SignatureDef", "Outputs"): "TensorMap",
 }
-"""(table, field) -> the table it refers to, or holds a vector of. Other offsets lead to strings or vectors of numbers."""
+"""(table, field) -> the table that the field, or each element of its vector, refers to. Others are strings or numbers."""
 
 _UNIONS: dict[tuple[str, str], str] = {
     ("QuantizationParameters", "Details"): "QuantizationDetails",
@@ -45,7 +45,7 @@ _UNIONS: dict[tuple[str, str], str] = {
     ("Operator", "BuiltinOptions"): "BuiltinOptions",
     ("Operator", "BuiltinOptions2"): "BuiltinOptions2",
 }
-"""(table, field) -> the enumeration that says which table it is; the slot before holds the enumeration's value."""
+"""(table, field) -> the enumeration of its possible tables; the preceding slot holds the value of the enumeration."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Field:
     is_offset: bool = False
     element_width: int = 1  # of a vector's elements; 1 for strings
     is_text: bool = False  # a string, which ends with a zero byte
-    table: str | None = None  # the table that the offset, or each element of the vector, leads to
+    table: str | None = None  # the table that the offset or each vector element refers to
     is_vector: bool = False  # a vector, of numbers or of offsets
-    union: tuple[str | None, ...] = ()  # the table for each value of the slot before, for a union
+    union: tuple[str | None, ...] = ()  # for a union: the table for each value of the preceding slot
 
 
 class _Recorder:
-    """Notes what a builder is told."""
+    """Records the calls that a builder would receive."""
 
     def __init__(self) -> None:
         self.slot: tuple[int, int, bool] | None = None

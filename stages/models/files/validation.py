@@ -1,9 +1,9 @@
-"""Is this a `.tflite` file? Every offset is followed and every number that the runtime takes on trust is looked at first.
+"""Validation of `.tflite` files, before the runtime reads offsets and numbers that it does not check itself.
 
-Two passes. `_Walk` knows the format of flatbuffers: each table, vector and string must lie inside the file. `_check` knows
-the meaning: indices name things that exist, operators come after what they read, constants are as large as their shape
-says, no tensor is absurdly large. What is left for the runtime itself (strides of zero, shapes that do not fit) is tried in a
-process of its own by `stages.models.runtime.trial_run`.
+It has two passes. `_Walk` checks the flatbuffer format: every table, vector and string lies inside the file. `_check` checks
+the meaning: indices refer to existing objects, operators follow the operators whose results they read, constants have the
+size of their shape, tensors are not too large. Faults that only the runtime can find, such as strides of zero, are left to
+the trial run in a child process (`stages.models.runtime.trial_run`).
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from stages.models.files.quantization_details import details_of, elements, named
 from stages.models.files.schema_layout import Field, tables
 
 MOST_TABLES = 400_000
-"""More than any real model has; bounds the time that a file can cost by referring to the same tables again and again."""
+"""Maximum number of tables, above any real model; it limits the time spent on a file that repeats references."""
 
 MOST_RANK = 8
 LARGEST_TENSOR_BYTES = 1 << 31
-"""A single tensor larger than this is refused: the runtime would try to allocate it."""
+"""Maximum size of one tensor, because the runtime would try to allocate a larger one."""
 
 LARGEST_SUM_BYTES = 1 << 36
-"""All tensors of a subgraph together."""
+"""Maximum size of all tensors of a subgraph together."""
 
 
 class _Fault(Exception):
-    """What is wrong, in words."""
+    """A fault of the file, in words that follow its name."""
 
 
 def validated(data: ModelBytes, shown: str) -> None:
-    """Returns if the file is sound. Raises `ModelError` naming the file and the fault."""
+    """Raises `ModelError` with the file's name and the fault if the file is invalid."""
     try:
         if data[4:8] != FILE_IDENTIFIER:
             raise _Fault("is not a TensorFlow Lite model (no TFL3 mark)")
@@ -47,7 +47,7 @@ def validated(data: ModelBytes, shown: str) -> None:
     except _Fault as fault:
         raise ModelError(shown, str(fault)) from None
     except (struct.error, ValueError, IndexError, OverflowError, TypeError, AttributeError) as error:
-        # the walk should have caught it; whatever the generated reader stumbles over is a broken file all the same
+        # a fault that the walk missed: an error of the generated reader also means that the file is damaged
         raise ModelError(shown, f"is damaged ({type(error).__name__}: {error})") from error
 
 
@@ -62,7 +62,7 @@ class _Walk:
         self._sound: set[tuple[int, str]] = set()
 
     def model(self) -> None:
-        """The whole file, from its root."""
+        """Checks the whole file, starting at its root."""
         self._table(self._offset(0, "the root"), "Model")
 
     def _read(self, form: str, at: int, what: str) -> int:
@@ -137,7 +137,7 @@ def _need(condition: bool, fault: str) -> None:
 
 
 def _check_text(raw: Any, what: str) -> None:
-    """The runtime's Python face cannot read a name that is not UTF-8."""
+    """Rejects a name that is not UTF-8, because the runtime's Python API cannot read it."""
     try:
         (raw or b"").decode("utf-8")
     except UnicodeDecodeError:
@@ -177,7 +177,7 @@ def _check(model: Any, size_bytes: int) -> None:
 
 
 class _Subgraph:
-    """One subgraph's meaning."""
+    """Checks the meaning of one subgraph."""
 
     def __init__(self, model: Any, number: int, graph: Any) -> None:
         self._model, self._graph = model, graph
@@ -244,7 +244,7 @@ class _Subgraph:
         return (isinstance(buffer.data, np.ndarray) and buffer.data.size > 0) or buffer.offset > 1
 
     def _tensor(self, index: int, tensor: Any) -> int:
-        """Checks one tensor; the bytes that its declaration asks for."""
+        """Checks one tensor and returns the size of its declared shape in bytes."""
         _check_text(tensor.name, "a tensor's name")
         name = f"{text(tensor.name) or f'tensor {index}'}{self._where}"
         buffers = self._model.buffers or []
@@ -287,7 +287,7 @@ class _Subgraph:
             )
 
     def _details(self, index: int, constants: set[int]) -> None:
-        """The runtime looks up the tensors that quantisation details name without checking their indices."""
+        """Checks the tensor indices in quantisation details, which the runtime uses unchecked."""
         name = f"{self._name(index)}{self._where}"
         for field, named in named_tensors(self._tensors, index).items():
             words = f"has {name} quantised with {field} in tensor {named}"
@@ -300,7 +300,7 @@ class _Subgraph:
             or getattr(details, "blockShape", None) is not None
             or hasattr(details, "quantizedDimensions")
         ):
-            return  # blocks of several dimensions are the runtime's to check
+            return  # the runtime checks blocks of several dimensions itself
         weights, scales = self._tensors[index], self._tensors[details.scales]
         count, covered = elements(weights), elements(scales) * int(details.blockSize)
         _need(
@@ -313,7 +313,7 @@ _ALL_TYPES = frozenset(code for name, code in vars(schema.TensorType).items() if
 
 
 def _check_strings(data: Any, count: int, name: str) -> None:
-    """A constant of strings: a count, that many + 1 offsets, the characters."""
+    """Checks a string constant, which consists of a count, count + 1 offsets, and the characters."""
     _need(data is not None and data.size >= 4, f"has strings {name} without their count")
     held = int(data[:4].view("<i4")[0])
     _need(held == count and data.size >= 4 * (count + 2), f"has strings {name} with {held} instead of {count}")
@@ -325,7 +325,7 @@ def _check_strings(data: Any, count: int, name: str) -> None:
 
 
 def _check_sparsity(sparsity: Any, shape: list[int], name: str) -> None:
-    """The indices of a sparse constant must stay inside it (the runtime expands it without looking)."""
+    """Checks that the indices of a sparse constant stay inside it, because the runtime expands it unchecked."""
     order, blocks = _ints(sparsity.traversalOrder), _ints(sparsity.blockMap)
     dims = sparsity.dimMetadata or []
     rank = len(shape)
@@ -348,7 +348,7 @@ def _check_sparsity(sparsity: Any, shape: list[int], name: str) -> None:
 
 
 def _extent(dims: list[Any], order: list[int], blocks: list[int], shape: list[int], at: int, fault: str) -> int:
-    """How many values the axis of level `at` has: blocks count for themselves and divide the axis they split."""
+    """The number of values on the axis of level `at`; an axis split into blocks has its size divided by the block size."""
     axis = order[at]
     sizes = {blocks[order[k] - len(shape)]: int(dims[k].denseSize) for k in range(len(order)) if order[k] >= len(shape)}
     if axis >= len(shape):
@@ -364,7 +364,7 @@ def _values(vector: Any) -> np.ndarray[Any, Any]:
 
 
 def _check_no_recursion(model: Any) -> None:
-    """A subgraph that runs itself, directly or around corners, would never end."""
+    """Rejects a subgraph that runs itself, directly or indirectly, because it would never end."""
 
     def below(index: int) -> Iterable[int]:
         for operator in model.subgraphs[index].operators or []:

@@ -1,4 +1,4 @@
-"""The runtime (LiteRT), and the trial run of an unknown model in a process of its own.
+"""The runtime (LiteRT), and the trial run of an untrusted model in a child process.
 
-Start with `litert`, the one module that imports the runtime. Imports `bus` and `stages.models.files`.
+Start with `litert`, the only module that imports the runtime. The wing imports `bus` and `stages.models.files`.
 """

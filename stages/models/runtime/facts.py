@@ -1,4 +1,4 @@
-"""What only running a model can tell about it."""
+"""Facts about a model that only a trial run finds: shapes and missing kernels."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class RuntimeFacts:
-    """Findings of a trial run of the main subgraph. Without one, a file's declarations are taken at their word."""
+    """Findings of a trial run of the main subgraph. Without findings, the shapes declared in the file apply."""
 
     shapes: Mapping[int, tuple[int, ...]] = field(
         default_factory=dict
-    )  # tensor -> shape, where the runtime knew it before
+    )  # tensor -> shape that the runtime knew before running
     late: Mapping[int, tuple[int, ...] | None] = field(
         default_factory=dict
-    )  # -> shape that turned out, None if several did
+    )  # tensor -> shape found by running; None if it varied or was not found
     missing_kernels: frozenset[str] = frozenset()  # operators that the runtime cannot run
 
     def shape(self, tensor: int) -> tuple[int, ...] | None:
-        """The shape that the trial saw, None where it saw none or several."""
+        """The shape that the trial run found; None if it varied or was not found."""
         known = self.shapes.get(tensor)
         return self.late.get(tensor) if known is None else known

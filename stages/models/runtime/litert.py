@@ -1,8 +1,7 @@
-"""Running `.tflite` files on LiteRT: the one module that imports the runtime.
+"""Runners of `.tflite` files on LiteRT; the only module that imports the runtime.
 
-An interpreter belongs to one thread at a time: `SegmentRunner` refuses a second caller by waiting for the first. `invoke`
-releases the GIL, so runners work side by side. The interpreter copies inputs in and results out; tensors that only pass over
-a segment never come here.
+An interpreter serves one thread at a time: a second caller of a `SegmentRunner` waits for the first. `invoke` releases the
+GIL, so several runners work in parallel. The interpreter copies inputs in and results out.
 """
 
 from __future__ import annotations
@@ -26,16 +25,15 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 
 _FINE_THREAD_CLOCK = sys.platform != "win32"
-"""Windows counts a thread's processor time in steps of 16 ms."""
+"""False on Windows, which counts a thread's processor time in steps of 16 ms."""
 
 
 class SegmentRunner:
     """One `.tflite` file, loaded and ready to run.
 
-    `source` is a path, which is mapped and so shared with the page cache, or bytes, which are kept. With `delegate` off
-    the runtime's default delegate (XNNPACK, which repacks weights into memory of its own) is not used. `renew` says that
-    the model writes resource variables, which only a new interpreter forgets. Raises `ModelError` where the runtime
-    refuses the model.
+    `source` is a path, which the runtime maps, or bytes, which stay in memory. `delegate` enables the runtime's default
+    delegate (XNNPACK, which repacks weights into its own memory). `renew` means that the model writes resource variables,
+    which only a new interpreter resets. Raises `ModelError` if the runtime refuses the model.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class SegmentRunner:
         self._turn = threading.Lock()
         self._source, self._num_threads, self._delegate, self._renew = source, num_threads, delegate, renew
         self._interpreter = self._loaded()
-        # in the file's order, which is the order of the boundary in the manifest
+        # in file order
         self._inputs = [(detail["name"], detail["index"]) for detail in self._interpreter.get_input_details()]
         self._outputs = [(detail["name"], detail["index"]) for detail in self._interpreter.get_output_details()]
 
@@ -72,17 +70,17 @@ class SegmentRunner:
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """The file's inputs, in order."""
+        """Names of the file's inputs, in file order."""
         return tuple(name for name, _ in self._inputs)
 
     def run(self, inputs: Mapping[str, Array] | Sequence[Array]) -> list[Array]:
-        """Runs once; the results are copies that the caller owns.
+        """Runs once and returns copies of the results.
 
-        `inputs` are in the file's order, or by tensor name. Raises `ModelError` where one is missing, has another type or
-        shape, or the computation fails.
+        `inputs` are a sequence in file order or a mapping by tensor name. Raises `ModelError` if their number, a type or a
+        shape is wrong, or if the computation fails.
         """
         values: Sequence[Array]
-        # Asked for the list first: whether something is a mapping takes as long as a small computation.
+        # The list check comes first: an `isinstance` check for a mapping takes as long as running a small model.
         if isinstance(inputs, list) or not isinstance(inputs, Mapping):
             values = inputs
         else:
@@ -101,7 +99,7 @@ class SegmentRunner:
     def timed(self, inputs: Sequence[Array]) -> float:
         """Seconds that one computation takes, without copying inputs in or results out.
 
-        With one thread, the time that other processes had the processor does not count.
+        With one thread, time that the processor spends on other processes is excluded.
         """
         with self._turn:
             try:
@@ -118,7 +116,7 @@ class SegmentRunner:
                 raise ModelError(self.title, f"the computation failed: {_first_line(error)}") from error
 
     def reset(self) -> None:
-        """Forgets the state of earlier samples, where the model keeps any."""
+        """Resets the state that earlier samples left in the model."""
         with self._turn:
             if self._renew:
                 self._interpreter = self._loaded()
@@ -131,12 +129,11 @@ def _first_line(error: Exception) -> str:
 
 
 def examine(path: str, doing: Callable[[str], None]) -> dict[str, Any]:
-    """Runs a whole model once on zeros, without and with the default delegate, and reports what only running shows.
+    """Runs a whole model without the default delegate on zeros and on ones, then with it on zeros, and reports the findings.
 
-    For `stages.models.runtime.trial_run`, in a process that may die of it. `doing` is told what is under way.
-    Returns `shapes` (tensor -> shape,
-    where the runtime knows it beforehand), `late` (tensor -> shape where it only turned out; None where two inputs led to two
-    shapes, or to none), `missing_kernels`, and `fault` where the runtime refuses.
+    The child process of `stages.models.runtime.trial_run` calls it, because a model may crash the process. `doing` receives
+    each step. Returns `shapes` (tensor -> shape that the runtime knows before running), `late` (tensor -> shape found by
+    running; None if the two runs differ or found none), `missing_kernels`, and `fault` if the runtime refuses the model.
     """
     report: dict[str, Any] = {"shapes": {}, "late": {}, "missing_kernels": [], "fault": None}
     try:
@@ -172,7 +169,7 @@ def examine(path: str, doing: Callable[[str], None]) -> dict[str, Any]:
 
 def _that_keeps_all_tensors(path: str) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "preserve all tensors is for debugging", which this is
+        warnings.simplefilter("ignore")  # the runtime warns that preserving all tensors is for debugging
         return Interpreter(
             model_path=path,
             num_threads=1,
@@ -182,11 +179,10 @@ def _that_keeps_all_tensors(path: str) -> Any:
 
 
 class SliceTrial:
-    """Runs slices of a model once each, on the values of a run of the whole on zeros.
+    """Runs each slice of a model once, on the values that a run of the whole model on zeros computes.
 
-    For `stages.models.sandbox`, in a process that may die of it. Where the whole cannot run (an operator has no
-    kernel), the slices
-    run on zeros.
+    The child process of `stages.models.sandbox` uses it, because a slice may crash the process. If the whole model cannot
+    run, for example because an operator has no kernel, the slices run on zeros.
     """
 
     def __init__(self, path: str) -> None:
@@ -198,7 +194,7 @@ class SliceTrial:
             self._whole = whole
 
     def run(self, path: str, reads: Sequence[int], *, delegate: bool) -> None:
-        """Runs the slice in file `path`, whose inputs are the tensors `reads` of the whole."""
+        """Runs the slice in file `path`; `reads` are the whole model's tensors that are its inputs."""
         resolver = OpResolverType.BUILTIN if delegate else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         with contextlib.suppress(ValueError, RuntimeError):
             part = Interpreter(model_path=path, num_threads=1, experimental_op_resolver_type=resolver)
@@ -216,7 +212,7 @@ _MISSING_KERNEL = re.compile(r"unresolved custom op: (\S+?)\.?(?:\s|$)|Didn't fi
 
 
 def missing_kernel(model: bytes) -> str | None:
-    """The first operator of a model that the runtime has no kernel for: a custom code, or a builtin's kind."""
+    """The first operator of a model without a kernel in the runtime: its custom code or builtin kind."""
     try:
         Interpreter(model_content=model, num_threads=1).allocate_tensors()
     except (ValueError, RuntimeError) as error:
@@ -226,7 +222,7 @@ def missing_kernel(model: bytes) -> str | None:
 
 
 def _allocated(interpreter: Any) -> dict[int, list[int]]:
-    """The shapes of all tensors that have memory now. Strings and resources are not looked at: that crashes the runtime."""
+    """The shapes of all allocated tensors, except strings and resources, whose access crashes the runtime."""
     shapes = {}
     for detail in interpreter.get_tensor_details():
         if np.dtype(detail["dtype"]).kind not in "fiubc":

@@ -1,7 +1,7 @@
-"""The child of `stages.models.runtime.trial_run` and `stages.models.sandbox`: what may die of a model does so here.
+"""The child process of `stages.models.runtime.trial_run` and `stages.models.sandbox`, where an untrusted model may crash.
 
-`main` loads a model, runs it once on zeros, and prints what it found, one JSON object a line; the last line counts. `slices`
-does so with the slices that it is told about. A line with `doing` says what was under way, should the process die there.
+It prints one JSON object per line. `main` runs a model and prints its findings in the last line; `slices` runs the slices
+named on standard input. A line with `doing` names the current step, which the parent reports if the child dies.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def main() -> None:
         _say(doing="loading it")
         report = examine(path, lambda doing: _say(doing=doing))
         if report["missing_kernels"]:
-            # the runtime names only the first; a model of nothing but the operator tells about each of the others
+            # the runtime names only the first; the others are tested with a model of one operator each
             report["missing_kernels"] = sorted({*report["missing_kernels"], *_missing_custom(path)})
         _say(**report)
 
 
 def slices() -> None:
-    """Runs the slices that standard input names, one JSON object a line; the command line names the whole model."""
+    """Runs the slices named on standard input, one JSON object per line; the command line names the whole model."""
     path = _bounded()
     from stages.models.runtime.litert import SliceTrial
 
@@ -47,7 +47,7 @@ def slices() -> None:
 
 
 def _bounded() -> str:
-    """The file that the command line names. Bounds the memory of this process by its size."""
+    """Returns the file named on the command line and limits this process's memory in proportion to its size."""
     path = sys.argv[1]
     limit = MEMORY_FLOOR_BYTES + MEMORY_FACTOR * os.path.getsize(path)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

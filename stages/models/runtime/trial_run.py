@@ -1,9 +1,8 @@
-"""A trial run of a foreign model in a process of its own.
+"""A trial run of an untrusted model in a child process.
 
-A file may be well-formed and still bring the runtime down: a stride of zero, an index out of bounds, a loop without end, a
-tensor of a terabyte. So a model that is not ours is first loaded and run once by a child with bounded memory and time; if
-the child dies, the model is refused and nothing else happened. The child also reports what only the runtime knows: which
-shapes are fixed, which operators have no kernel. Its findings are kept in the cache under the model's hash.
+A well-formed file can still crash the runtime: a stride of zero, an index out of bounds, an endless loop, a tensor of a
+terabyte. So a child with limited memory and time loads and runs the model first; if the child dies, the model is rejected.
+The child also reports which shapes are fixed and which operators have no kernel. The findings are cached by the model's hash.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from stages.models.files.cache import cache_dir, write_whole
 from stages.models.runtime.facts import RuntimeFacts
 
 LONGEST_S = 30.0
-"""How long a trial may take; a whole VGG-16 takes one second."""
+"""Time limit of a trial run; VGG-16 takes one second."""
 
 TRIAL_VERSION = 3
-"""Raised when the child reports something else than before, so that kept findings are made anew."""
+"""Version of the child's report. Increase it when the report changes, so that cached findings are replaced."""
 
 CHILD = "from stages.models.runtime.trial_child import main; main()"
 
 
 def trial(source: Path | bytes, sha256: str, shown: str) -> RuntimeFacts:
-    """What a trial run of the model shows. Raises `ModelError` where it ends badly."""
+    """The findings of a trial run, from the cache if possible. Raises `ModelError` if the run fails."""
     path = findings_file(sha256, "json")
     found: dict[str, Any] | None = None
     with contextlib.suppress(OSError, ValueError):
@@ -53,7 +52,7 @@ def trial(source: Path | bytes, sha256: str, shown: str) -> RuntimeFacts:
 
 
 def _run(source: Path | bytes, shown: str) -> dict[str, Any]:
-    """Starts the child, waits, reads its report."""
+    """Runs the child and returns its report."""
     with contextlib.ExitStack() as stack:
         if isinstance(source, bytes):
             file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".tflite", dir=trial_folder()))
@@ -86,23 +85,23 @@ def _run(source: Path | bytes, shown: str) -> dict[str, Any]:
 
 
 def trial_folder() -> Path:
-    """Where findings are kept, and files that a child is to run lie meanwhile."""
+    """The folder of findings, and of temporary files that a child runs."""
     return cache_dir("trials")
 
 
 def findings_file(sha256: str, kind: str) -> Path:
-    """Where findings of one kind about the model of that hash are kept; another runtime makes its own."""
+    """The path of one kind of findings about a model; each version of the runtime has its own."""
     return trial_folder() / f"{sha256}-{metadata.version('ai-edge-litert')}-{TRIAL_VERSION}.{kind}"
 
 
 def last_words(stderr: bytes) -> str:
-    """The last line that a child complained with."""
+    """The last line that a child wrote to standard error."""
     lines = stderr.decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else "it said nothing"
 
 
 def child_environment(own: Mapping[str, str]) -> dict[str, str]:
-    """The child's environment: ours, our packages importable, one thread for the libraries that start more."""
+    """The environment `own` with DeePar's packages importable and numeric libraries limited to one thread."""
     root = str(Path(__file__).resolve().parents[3])
     known = own.get("PYTHONPATH")
     return {
