@@ -1,4 +1,4 @@
-"""The load generator: submits tasks, and finds out what happens under load, in simulation and under faults.
+"""The load generator: submits tasks and measures the system live, in simulation and under faults.
 
 Imports `bus`, `planner` and `stages`; only `deploy` imports it. Every wing runs the real planner, live or in virtual
 time. Wings: `replay`, `sim`, `experiments`, `bench`, `chaos`.

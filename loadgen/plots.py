@@ -1,5 +1,4 @@
-"""How all plots look: one size of type, colours that the colour-blind can tell apart, a hatch beside each
-colour.
+"""Style of all plots: one font size, colours suitable for colour-blind readers, and a hatch for each colour.
 
 Colours are those of Okabe and Ito, "Color Universal Design" (2008). Figures are made without a window system
 and written as PNG (150 dots an inch) and SVG without dates, so that the same data gives the same files.

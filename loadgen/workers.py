@@ -1,4 +1,4 @@
-"""Worker processes that end with us: on Ctrl-C, on an error, and when we are killed.
+"""Worker processes that end with their parent: on Ctrl-C, on an error, and when the parent is killed.
 
 A Ctrl-C at the terminal goes to every process in the foreground. Workers are started with SIGINT blocked, so that it reaches
 this process alone, which ends them. They are spawned, not forked: a progress display has threads, and a fork of a process

@@ -1,4 +1,4 @@
-"""A region in its stride, without its shells: a planner's core with many tasks in flight, one arriving as one ends."""
+"""A loaded planner core without shells: many tasks in flight, and a new task for each that ends."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from planner.search.profiles import load_profile
 
 REACHABLE = 4
 CROWDED = 500
-"""From so many tasks an edge on a step takes milliseconds: fewer are measured, and the region is filled in a tenth of the
-time, so that fewer tasks end meanwhile.
+"""Tasks per edge from which a step takes milliseconds. Above it fewer steps are measured, and the region is filled in a
+tenth of the time so that fewer tasks end meanwhile.
 """
 
 SHARE_LINK1_BPS = (80e6, 300e6)
@@ -26,7 +26,7 @@ SHARE_SLOTS = (0.1, 0.6)
 
 @dataclass
 class BusyRegion:
-    """A region in its stride: as many tasks in flight as wanted, one arriving as one ends."""
+    """A region in steady state: a constant number of tasks in flight, with a new task for each that ends."""
 
     core: PlannerCore
     rng: random.Random

@@ -1,9 +1,8 @@
-"""Simulation against life: one scenario, simulated in virtual time and run live on Kafka, task by task.
+"""Comparison of simulation and live run: one scenario in virtual time and on Kafka, compared task by task.
 
-Both runs use modelled machines, stretched so that every station takes at least 20 ms a sample: below that, a
-laptop's timers and a broker's hops would be compared with the network instead of the schedule with itself.
-Bandwidths shrink by the factor by which compute times and arrivals grow, so the decisions are those of the
-unstretched scenario.
+Both runs use modelled machines and are slowed down so that every station takes at least 20 ms per sample; with shorter
+times, timer resolution and broker latency would dominate the difference. Bandwidths shrink by the factor by which
+compute times and arrivals grow, so the decisions equal those of the original scenario.
 """
 
 from __future__ import annotations

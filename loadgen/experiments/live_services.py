@@ -74,7 +74,7 @@ def running(scenario: Scenario, nodes: Sequence[NodeAnnounced], connection: Kafk
 
 def _run(services: LiveServices) -> None:
     """Run until the process is terminated."""
-    # Chatter of five processes on one terminal hides what matters; warnings stay.
+    # Only warnings are logged, because five processes share one terminal.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(services))

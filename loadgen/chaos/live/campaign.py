@@ -1,7 +1,7 @@
-"""Faults on a region of real processes, one after the other, while tasks run; and the verdict, read from the raw topics.
+"""Live fault campaign: injects faults into real processes under load, then checks the raw topics.
 
-Every fault waits until its target was seen to work again, so that what was measured has one cause. Tasks are kept coming, a
-few a device, until the faults are over and there were as many samples as asked for.
+The next fault starts only after the target of the previous one works again, so each measurement has one cause. Each
+device keeps a few tasks in flight until the faults are over and the requested number of samples is reached.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from loadgen.random_streams import Streams
 from loadgen.replay.task_mix import Mix, draw
 
 JOIN_S = 120.0
-"""What planner and nodes get to find each other at the start."""
+"""Time limit for the planner to start and all nodes to join."""
 
 SILENCE_S = 120.0
-"""Nothing ended for so long after the last fault: the rest will not."""
+"""Time without a task end after the last fault, after which the remaining tasks count as stuck."""
 
 POLL_S = 0.05
 TELL_S = 10.0
-"""How often the progress is told."""
+"""Interval of progress messages."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What runs while things break."""
+    """The load during the faults."""
 
     tasks: int = 100  # at least
     samples: int = 20_000  # at least, evenly over the tasks
@@ -78,7 +78,7 @@ class LiveChaos:
         self.load, self.pace, self.seed, self.region, self.say = load, pace, seed, region, say
         self.faults = [fault for fault in faults if machines.names(fault.target)]
         if left_out := len(faults) - len(self.faults):
-            say(f"{left_out} faults of the broker are left out: it is not ours to break")
+            say(f"{left_out} broker faults skipped: this run does not own the broker")
         self.findings = Findings(seed)
         self.watch = Watch(machines.results(), region)
         self.acknowledged: dict[str, int] = {}  # task -> samples
@@ -89,7 +89,7 @@ class LiveChaos:
         self._began_s = self._now()
 
     async def run(self) -> Findings:
-        """Break, heal, judge. Raises `DeeparError` where the region does not come up or a process ends by itself."""
+        """Run the campaign. Raises `DeeparError` if the region does not start or a process ends on its own."""
         followed = [topics.DECISIONS, topics.RESULTS, topics.ACTIVATIONS_CLOUD]
         reader = RawReader(self.settings, followed, self.watch.take)
         async with _beside(reader.follow(), self.watch.tail(), self._look_after()):
@@ -122,7 +122,7 @@ class LiveChaos:
         self.say(f"{len(wanted)} nodes have joined; {len(self.faults)} faults to come")
 
     async def _look_after(self) -> None:
-        """No process may end that was not told to."""
+        """Raise if a process ends that was not stopped by a fault."""
         while True:
             self.machines.check()
             await asyncio.sleep(POLL_S)
@@ -163,7 +163,7 @@ class LiveChaos:
         return task.task_id
 
     async def _settle(self) -> None:
-        """Wait for the ends of all tasks, for as long as there are any."""
+        """Wait until all tasks have ended, or until none ended for `SILENCE_S`."""
         ends = self.watch.fold.ends
         known, until_s = len(ends), self._now() + SILENCE_S
         while left := len(self.acknowledged.keys() - ends.keys()):
@@ -177,7 +177,7 @@ class LiveChaos:
     # --- breaking ----------------------------------------------------------------------------------------------------
 
     def _aim(self, fault: Fault) -> FaultRecord:
-        """Of several planners the one that leads is hit, else one that the seed picks."""
+        """Select the process to hit: the leader among planners, otherwise one that the seed selects."""
         leader = self.watch.fold.leader
         if fault.target is Target.PLANNER and leader in self.machines.names(Target.PLANNER):
             return FaultRecord(fault, leader, self._at_s())

@@ -1,4 +1,4 @@
-"""What each sample's result must be: the uncut model's, run here once for every digit."""
+"""Expected result of each sample: the output of the uncut model, computed once per digit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Faults on real processes: which there are, in which order they come, and what each was found to have done.
+"""Faults on real processes: kinds, targets, order, and the measured effect of each.
 
-The processes themselves belong to whoever implements `Machines` (`deploy/services/live_region.py`): this room starts none.
+The implementation of `Machines` (`deploy/services/live_region.py`) owns the processes; this module starts none.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from bus.errors import ConfigError
 from loadgen.random_streams import Streams
 
 FLOW_AIM_S = 1.0
-"""G6's aim: results flow again so soon after the broker is ready."""
+"""Goal of G6: maximum time from broker readiness to the next result."""
 
 
 class Target(StrEnum):
-    """Whom a fault hits; of several edges and devices the seed picks one."""
+    """Role that a fault hits; among several edges or devices the seed selects one."""
 
     PLANNER = "planner"
     DEVICE = "device"
@@ -79,7 +79,7 @@ class Machines(Protocol):
     """The processes of a region and its broker, by name."""
 
     def names(self, target: Target) -> Sequence[str]:
-        """Who there is; none where the broker is somebody else's."""
+        """Process names of a target; empty for a broker that this run does not own."""
 
     def results(self) -> dict[str, Path]:
         """Where each device shows its results."""
@@ -97,7 +97,7 @@ class Machines(Protocol):
         """Wait until the broker serves."""
 
     def check(self) -> None:
-        """Raises `DeeparError` with its log where a process has ended by itself."""
+        """Raise `DeeparError` with the log of a process that ended on its own."""
 
 
 def every_fault(seed: int) -> list[Fault]:

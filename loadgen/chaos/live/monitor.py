@@ -1,4 +1,4 @@
-"""What can be seen of a region from outside: the decisions that count, who sends frames, what the devices show."""
+"""External monitor of a live region: reads valid decisions, senders of frames, and the devices' result files."""
 
 from __future__ import annotations
 
@@ -129,14 +129,14 @@ class Watch:
 
 
 class Tally:
-    """Everything that stands on the topics and in the files, when all is over: read anew, from the beginning."""
+    """Final count of everything on the topics and in the result files, read again from the beginning."""
 
     def __init__(self, answers: Answers, region: int = 0) -> None:
         self.fold = DecisionFold()
         self.results: Counter[tuple[str, int]] = Counter()  # on the topic
         self.shown: Counter[tuple[str, int]] = Counter()  # in the files
         self.wrong = 0  # results that are not the uncut model's, on the topic or in a file
-        self.unreadable = 0  # frames; poison that nobody planted
+        self.unreadable = 0  # frames that cannot be decoded; none is injected on purpose
         self._answers, self._region = answers, region
 
     def take(self, record: Any) -> None:

@@ -1,8 +1,8 @@
-"""What must hold when real processes are broken, judged from the raw topics alone.
+"""Oracle of the live campaign: checks the guarantees from the raw topics alone.
 
-Nothing of ours is used to read: JSON, msgpack and the rules of `docs/interface.md`, folded here a second time. So a mistake
-in `bus.decisions`, in the frames or in the planner's ledger shows as a violation instead of being read the same wrong way
-twice. `tests/unit/loadgen/test_live_oracle.py` plants the mistakes.
+It shares no code with the product: it decodes JSON and msgpack and implements the rules of `docs/interface.md` a second
+time. An error in `bus.decisions`, the frames or the planner's ledger therefore shows as a violation.
+`tests/unit/loadgen/test_live_oracle.py` injects such errors.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 STALL_S = 3.0
-"""Nothing for so long: a new consumer, which costs little, in case the old one is stuck, which happens after restarts."""
+"""Idle time after which a new consumer is created, because a consumer can hang after a broker restart."""
 
 RETRY_S = 0.1
 POLL_MS = 50

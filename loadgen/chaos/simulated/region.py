@@ -1,4 +1,4 @@
-"""The region that is broken: who plays in it, and tensors whose content tells which sample they are of."""
+"""The region under test: its nodes, and tensors whose content identifies their sample."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LINK1_BPS, LINK2_BPS = 1_500_000, 800_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChaosScenario:
-    """The region that is broken, and how much."""
+    """Size of the region under test and the amount of faults."""
 
     devices: int = 2
     edges: int = 2
@@ -36,7 +36,7 @@ class ChaosScenario:
     planners: int = 2
     tasks: int = 8
     samples: tuple[int, int] = (2, 24)
-    faults_s: float = 20.0  # virtual seconds during which things go wrong
+    faults_s: float = 20.0  # virtual seconds of fault injection
     faults: tuple[int, int] = (5, 12)  # how many
     converge_s: float = 200.0  # virtual seconds after healing within which every task must have ended
     clocks: bool = True  # wall clocks are off by minutes, and jump
@@ -68,7 +68,7 @@ class ChaosScenario:
 
 @lru_cache(maxsize=4096)
 def content(task_id: str, sample: int, position: int) -> Array:
-    """What crosses position `position` for a sample: every byte depends on all three, and on where it stands."""
+    """The tensor of a sample at a cut position; every byte depends on task, sample, position and its own index."""
     tag = zlib.crc32(f"{task_id}/{sample}/{position}".encode())
     values = (np.arange(CUT_BYTES[position], dtype=np.uint32) * np.uint32(2654435761) + np.uint32(tag)) >> np.uint32(11)
     array: Array = values.astype(np.uint8)
@@ -82,7 +82,7 @@ def same(tensors: Sequence[Array], task_id: str, sample: int, position: int) -> 
 
 
 class CheckedRunner(ModelledRunner):
-    """A modelled machine whose tensors have a content, so that a stage notices when it is given another's."""
+    """A modelled machine whose tensors have checkable content, so that a mix-up of samples is detected."""
 
     def __init__(self, settings: NodeSettings, say: Say) -> None:
         layer_s = (seconds * SPEED[settings.role] for seconds in LAYER_S)
@@ -97,19 +97,19 @@ class CheckedRunner(ModelledRunner):
         return lambda sample: [content(task.task_id, sample, 0)]
 
     def station(self, plan: Plan, first: int, last: int) -> Station:
-        """A place that checks what it is given, and that no more places are open than the node has slots."""
+        """A station that checks its inputs, and that the node has no more open stations than slots."""
         self._open += 1
         if self._slots and self._open > self._slots:
             self._say("G2", f"{self._node} computes {self._open} tasks at once, it has {self._slots} slots")
         return _CheckedStation(super().station(plan, first, last), self, plan.task_id, first, last)
 
     def closed(self) -> None:
-        """A place is free again."""
+        """Record that a station was closed."""
         self._open -= 1
 
     def wrong(self, task_id: str, sample: int, position: int) -> None:
-        """Something else came than what was sent."""
-        self._say("G5", f"{self._node} was given a wrong content for {task_id}/{sample} at {position}")
+        """Report that a tensor differs from what was sent."""
+        self._say("G5", f"{self._node} received wrong content for {task_id}/{sample} at position {position}")
 
 
 class _CheckedStation:

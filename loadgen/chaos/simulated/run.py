@@ -1,4 +1,4 @@
-"""One seed: the region is built, broken, healed, and judged."""
+"""Run of one seed: builds the region, injects faults, heals it, and checks the guarantees."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from planner.service.snapshot_writer import PART_BYTES
 
 JOIN_S = 60.0
 SETTLE_S = 4.0
-"""Virtual seconds after the last end within which nothing of a task may be left anywhere."""
+"""Virtual seconds after the last task end within which all task state must be released."""
 
 Sites = Callable[[str, str, bool], bool]
-"""Asked at each await of planner and stages whether a process is to die there: its name, the place, whether it is over."""
+"""(process, source location, whether the wait is over) -> whether to kill it there; called at each await."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChaosRun:
-    """What one seed did."""
+    """The result of one seed."""
 
     seed: int
     virtual_s: float
@@ -48,14 +48,14 @@ class ChaosRun:
     violations: tuple[Violation, ...]
     states: Counter[str]  # how the tasks ended
     retries: int  # attempts beyond the first
-    suppressed: int  # duplicates that did not show
-    silences: tuple[float, ...]  # seconds from a node's last sign of life until its tasks were planned again
+    suppressed: int  # duplicate results that devices suppressed
+    silences: tuple[float, ...]  # seconds from a node's last heartbeat until its tasks were retried
     rejected: int  # tasks that a full queue refused
     trace: tuple[tuple[Any, ...], ...]  # what happened, in order; the same for the same seed
 
 
 class Play:
-    """Everything that one seed draws, and what came of it."""
+    """The state of one seed's run."""
 
     def __init__(self, seed: int, scenario: ChaosScenario, sites: Sites | None) -> None:
         self.seed = seed
@@ -70,7 +70,7 @@ class Play:
         self.crowded = scenario.max_waiting is not None or draw.random() < 0.15
         drawn = draw.choice([0, 1, 2]) if self.crowded else DEFAULT_MAX_WAITING
         self.max_waiting = drawn if scenario.max_waiting is None else scenario.max_waiting
-        self.fine = sites is not None or draw.random() < 0.2  # each call to the bus is an await of its own
+        self.fine = sites is not None or draw.random() < 0.2  # every bus call gets extra awaits
         self.client = Client(draw, scenario, hurry=0.05 if self.crowded else 1.2, say=self.say, note=self.note)
         self.oracle = Oracle(self._make_core(), self.say)
         self.region = VirtualRegion(self._connect)
@@ -80,12 +80,12 @@ class Play:
         self.watch = Watch(self.broker, self.say, self.oracle, self.breaker.harmed)
 
     def say(self, guarantee: str, what: str) -> None:
-        """A guarantee did not hold."""
+        """Record a violated guarantee."""
         self.note("VIOLATION", guarantee, what)
         self.violations.append(Violation(guarantee, what))
 
     def note(self, *what: Any) -> None:
-        """Remember that something happened, and when."""
+        """Append an event with its time to the trace."""
         self.trace.append((round(asyncio.get_running_loop().time(), 6), *what))
 
     def _note_decision(self, decision: Decision) -> None:
@@ -147,7 +147,7 @@ class Play:
         return bus
 
     def _spy(self) -> None:
-        """Have every step of a stage weighed, and every await asked whether it is the last."""
+        """Install the memory check at every stage step and the crash decision at every await."""
         for name, stage in self.region.stages.items():
             self.region.processes[name].after = partial(self.watch.weigh, stage)
         if self.sites is not None:
@@ -162,7 +162,7 @@ class Play:
     # --- the play ----------------------------------------------------------------------------------------------------
 
     async def play(self) -> ChaosRun:
-        """First faults, then heal, then judge."""
+        """Inject the faults, heal the region, then run the checks."""
         loop = asyncio.get_running_loop()
         loop.set_task_factory(task_factory)
         async with MemoryBus(self.broker, "client") as bus:

@@ -1,7 +1,7 @@
-"""A cloud that is many times slower than it says: the device must become slow, and no buffer may grow.
+"""Backpressure test with a cloud many times slower than its profile: the device must slow down and buffers stay bounded.
 
-One long task is played with a cloud that keeps its word and with one that does not; how fast
-samples come, and what edge and cloud held at most beside the bound that they publish, is what is compared.
+One long task runs with an accurate cloud and with a slow one. The two runs are compared by sample rate and by the
+peak memory of edge and cloud relative to their published bounds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CASE = SoakScenario(hours=1.0, devices=1, edges=1, clouds=1, planners=1)
 
 @dataclass(slots=True)
 class Played:
-    """One run."""
+    """Measurements of one run."""
 
     samples_per_s: float = 0.0
     kind: str = ""
@@ -38,7 +38,7 @@ class Played:
 
 
 def slow_cloud(factor: float = FACTOR, samples: int = SAMPLES) -> dict[str, Any]:
-    """Both runs, and whether the slow one slowed the device and kept within the bounds."""
+    """Run both cases; report whether the slow cloud slowed the device and memory stayed within the bounds."""
     with quiet():
         said, slow = (run_virtual(_play(by, samples), horizon_s=36_000.0) for by in (1.0, factor))
     within = all(peak["held_bytes"] <= peak["bound_bytes"] for peak in slow.peaks.values())

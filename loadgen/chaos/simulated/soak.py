@@ -1,12 +1,11 @@
-"""`deepar simulate soak`: a day of arrivals and churn in virtual time, and whether anything grows.
+"""Soak test (`deepar simulate soak`): a day of arrivals and churn in virtual time, checked for resource growth.
 
-The real planner service and the real stages on `MemoryBus`, with modelled machines. Tasks arrive all day; now and then a
-node or a planner is killed or leaves, or a visitor joins for a while. Memory, open files and tasks in memory are looked at in
-regular intervals. After a warm-up, in which caches of a fixed size fill, the second half of the rest must not be above the
-first.
+The real planner service and stages run on `MemoryBus` with modelled machines. Tasks arrive all day; nodes and planners
+are killed or leave at intervals, and a temporary edge joins. Memory, open files and tasks in memory are sampled at
+regular intervals. After a warm-up that fills the fixed-size caches, the second half must not exceed the first.
 
-The broker of the soak keeps a fixed number of bytes of every topic, as a broker's retention would, so that what is measured
-is the services' memory. A second, short run has a cloud that is many times slower than it says.
+The soak's broker keeps a fixed number of bytes per topic, like a broker's retention, so the measurement covers the
+services' memory. A second, short run uses a cloud many times slower than its profile.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from stages.hop import Hop
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was in memory at one moment."""
+    """Resource usage at one moment."""
 
     hour: float
     rss_bytes: int  # of the whole process
@@ -59,12 +58,12 @@ ALLOWED: dict[str, tuple[float, float]] = {
     "open_records": (0.25, 3.0),
     "broker_bytes": (0.10, 1 << 20),
 }
-"""How far the mean of the second half may be above that of the first: a share of it, and an amount."""
+"""Allowed excess of the second half's mean over the first half's: a relative and an absolute tolerance."""
 
 
 @dataclass(slots=True)
 class SoakResult:
-    """What one soak saw."""
+    """Measurements of one soak."""
 
     scenario: SoakScenario
     looks: list[Look] = field(default_factory=list)
@@ -72,7 +71,7 @@ class SoakResult:
     states: Counter[str] = field(default_factory=Counter)
     submitted: int = 0
     unended: int = 0
-    crashes: list[str] = field(default_factory=list)  # processes that died of an error
+    crashes: list[str] = field(default_factory=list)  # processes that ended with an error
 
     def verdict(self) -> list[dict[str, Any]]:
         """For each measure the means of both halves after the warm-up, what is allowed, and whether it is flat."""
@@ -155,7 +154,7 @@ class _Soak:
             await client.send(topics.TASKS, messages.encode(task), key=task.task_id, partition=0)
 
     async def _churn(self) -> None:
-        """Somebody is killed, leaves, or comes; whoever is gone is back within a minute or two."""
+        """Kill, stop or add processes at random; stopped processes return within a minute or two."""
         draw, loop = self.random, asyncio.get_running_loop()
         region = self.region
         while True:

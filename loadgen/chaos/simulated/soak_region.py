@@ -1,4 +1,4 @@
-"""The region of a soak: who is in it, who only visits, and a cloud that may be slower than it says."""
+"""Region of the soak test: permanent nodes, one temporary edge, and a cloud that may be slower than its profile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WARM_UP = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoakScenario:
-    """The region, and how long."""
+    """Size of the region and duration of the soak."""
 
     hours: float = 24.0
     seed: int = 0
@@ -55,7 +55,7 @@ class SoakScenario:
 
 
 class SlowRunner(ModelledRunner):
-    """A machine that is `factor` times slower than it says."""
+    """A machine that is `factor` times slower than its announced profile."""
 
     def __init__(self, said: ModelProfile, factor: float) -> None:
         super().__init__([said])
@@ -63,12 +63,12 @@ class SlowRunner(ModelledRunner):
         self._real = ModelledRunner([slow])
 
     def station(self, plan: Plan, first: int, last: int) -> Station:
-        """A place that takes its time."""
+        """A station with the slowed-down times."""
         return self._real.station(plan, first, last)
 
 
 class SoakRegion(VirtualRegion):
-    """Planners and stages on a broker that forgets; one edge is a visitor."""
+    """Planners and stages on a broker with limited retention; one edge is temporary."""
 
     def __init__(self, scenario: SoakScenario, *, cloud_factor: float = 1.0) -> None:
         self.scenario = scenario
@@ -95,13 +95,13 @@ class SoakRegion(VirtualRegion):
                 self.add_stage(Stage(settings=self._settings(name, role), make_runner=runner))
 
     def start(self) -> None:
-        """Everybody who is not there, but the visitor."""
+        """Start all processes that are not running, except the temporary edge."""
         for name, process in self.processes.items():
             if name != self.visitor:
                 process.start()
 
     async def all_joined(self) -> None:
-        """Wait until all who are there are part of the region."""
+        """Wait until all running nodes have joined the region."""
         while not all(stage.joined for name, stage in self.stages.items() if not self.processes[name].dead):
             await asyncio.sleep(0.1)
 

@@ -1,4 +1,4 @@
-"""A process's connection to the bus, as the watch sees it."""
+"""Bus connection that reports a process's sends and commits to the monitor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loadgen.chaos.simulated.monitor import Watch
 
 
 class WatchedBus(MemoryBus):
-    """A process's connection that tells the watch; with `fine`, each call to it is an await of its own."""
+    """A process's connection that reports to the monitor; `fine` adds an await before and after every call."""
 
     def __init__(self, broker: MemoryBroker, name: str, watch: Watch, *, fine: bool) -> None:
         super().__init__(broker, name)
@@ -28,7 +28,7 @@ class WatchedBus(MemoryBus):
         acknowledgement = await super().post(topic, value, **more)
         if self._fine:
             if isinstance(acknowledgement, asyncio.Future):
-                acknowledgement.add_done_callback(_seen)  # who posted it may die before it asks
+                acknowledgement.add_done_callback(_seen)  # the sender may die before it awaits this
             await asyncio.sleep(0)
         return acknowledgement
 
@@ -49,7 +49,7 @@ def _seen(future: asyncio.Future[Position]) -> None:
 
 
 class _WatchedMember:
-    """A member of a group, whose commits are judged."""
+    """A consumer group member whose commits the monitor checks."""
 
     def __init__(self, inner: Any, name: str, watch: Watch) -> None:
         self._inner, self._name, self._watch = inner, name, watch
