@@ -74,7 +74,7 @@ LOADS = (
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured; tests take less."""
+    """Amount of work to measure; tests use smaller values."""
 
     rounds: int = 3
     loads: tuple[Load, ...] = LOADS
@@ -183,7 +183,7 @@ async def _bottleneck(name: str, make: Callable[[str], Bus], station: str, load:
 
 
 class _Watched:
-    """A bus that remembers when how many bytes were handed to it."""
+    """A bus that records the time and size of every send."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -196,7 +196,7 @@ class _Watched:
 
 
 async def _shaped(make: Callable[[str], Bus], rate_bps: int, for_s: float) -> dict[str, Any]:
-    """One task that always has something to send."""
+    """Measure the shaper with one task that always has data to send."""
     topic = f"deepar.bench.shaper.{os.getpid()}"
     sample_bytes = max(20_000, min(1_000_000, rate_bps // 80))
     count = max(2, round(rate_bps * for_s / BITS_PER_BYTE / sample_bytes))
@@ -260,7 +260,7 @@ def worst_second_bytes(seen: list[tuple[float, int]]) -> int:
 
 
 async def _open() -> None:
-    """The gate of a node that is alive."""
+    """The send gate of a live node: always open."""
 
 
 def _plan(rate_bps: int) -> Plan:

@@ -1,4 +1,4 @@
-"""`deepar loadgen bench planner`: how fast the planner searches, decides, and books.
+"""Planner benchmark (`deepar loadgen bench planner`): time of search, decision and event handling.
 
 * `search`: all cuts of a model for one edge (the four families), against the paper's exhaustive search, on random models.
 * `decision`: one arriving task against a ledger in its stride: (edges, tasks in flight) in {10, 100, 1000} x {100, 1000,
@@ -236,7 +236,7 @@ def load_reference() -> Any:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """The garbage collector's pauses depend on how much else is alive; they are the process's, not the planner's."""
+    """Disable the garbage collector, whose pauses depend on the other objects in the process."""
     gc.collect()
     gc.disable()
     try:
@@ -254,7 +254,7 @@ def _percentile(values: list[float], percent: int) -> float:
 
 
 def aims_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the measurements are held against."""
+    """Compare the measurements with their goals."""
     searches = {(row["layers"], row["objective"]): row for row in results if "layers" in row}
     cases = {(row["edges"], row["tasks_in_flight"], row["objective"]): row for row in results if "edges" in row}
     found = []

@@ -70,7 +70,7 @@ COLLECT_AFTER = 200_000
 
 @dataclass(frozen=True, slots=True)
 class RegionRun:
-    """What one region's run came to."""
+    """Measurements of one region's run."""
 
     tasks: int
     seconds: float  # of the drive alone, by the process's wall clock
@@ -115,7 +115,7 @@ def run(*, tasks: int = TASKS, seed: int = 1, progress: Callable[[str], None] | 
 def _measure(tasks: int, seed: int) -> dict[str, Any]:
     share = tasks // REGIONS
     with worker_pool(min(REGIONS, os.cpu_count() or 1)) as pool:
-        list(pool.map(_warm, range(REGIONS)))  # imports are not what is measured
+        list(pool.map(_warm, range(REGIONS)))  # keeps import time out of the measurement
         began_s = time.perf_counter()
         runs = list(pool.map(drive_region, repeat(share), range(seed, seed + REGIONS)))
         seconds = time.perf_counter() - began_s
@@ -153,7 +153,7 @@ def drive_region(tasks: int, seed: int) -> RegionRun:
 
 @contextmanager
 def rare_collection() -> Iterator[None]:
-    """What is alive stays so, and cycles are looked for rarely."""
+    """Freeze live objects and run the garbage collector rarely."""
     thresholds = gc.get_threshold()
     gc.collect()
     gc.freeze()
@@ -166,7 +166,7 @@ def rare_collection() -> Iterator[None]:
 
 
 class _Counted:
-    """Sums instead of a million outcomes."""
+    """Running sums, so that a million outcomes need not be kept."""
 
     def __init__(self) -> None:
         self.waited = self.completed = 0

@@ -1,7 +1,6 @@
-"""The text around a picture: its title and legend above; below, the claims with their verdicts, and notes.
+"""Captions of figures: title and legend above the axes; claims with verdicts, and notes, below.
 
-The figure grows by what the text needs, so that the axes keep their size and nothing overlaps. A plain figure has the
-legend only.
+The figure grows by the height of the text, so the axes keep their size. A plain figure has only the legend.
 """
 
 from __future__ import annotations

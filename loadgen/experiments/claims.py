@@ -1,13 +1,13 @@
-"""Verdicts: statements of the paper, and claims of our own, beside what was found.
+"""Claims and verdicts: the paper's statements and this project's own claims, compared with measured values.
 
-A statement of the paper is judged two-sided wherever its words are: it agrees, exceeds or misses.
+A statement of the paper agrees, exceeds or misses:
 
 * "about X %" agrees within 5 points of X, on the mean over the x axis; a larger reduction exceeds, a smaller one misses.
 * "up to X %" is judged at the best x: it misses below X, and exceeds more than 5 points above X.
 * "over X %" is strict, and has no upper side.
 * a range agrees inside, exceeds above and misses below.
 
-A claim of our own holds only if its 95 % confidence interval over the seeds lies above zero; otherwise it is not shown.
+An own claim holds only if its 95 % confidence interval over the seeds lies above zero; otherwise it is "not shown".
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""One seed of each figure on the full simulator: the live code must place as the core-only driver does, and
-take as long.
+"""Cross-check of the figures: one seed of each on the full simulator, compared with the core-only driver.
 
-The figures are made with the driver, which stands for the stages by their predicted times. Here the stages
-are the real shells in virtual time, with every frame made and shaped, on the scenario of the figure.
+The figures use the driver, which replaces the stages with predicted times. The full simulator runs the real shells on
+the same scenario and must give the same placements and delays.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ from loadgen.sim.scenario import Scenario
 from loadgen.sim.simulator import simulate
 
 WITHIN = 0.01
-"""How far mean delays may be apart."""
+"""Maximum relative difference of the mean delays."""
 
 HEAD_S = 0.0005
-"""Or so far: a task's first frame carries its plan, some 600 bytes, which the cost model does not know; on
-the 18 Mbps of Figure 3 that is a quarter of a millisecond, and only LeNet's single kilobyte is so small that
-it shows.
+"""Alternative absolute tolerance. A task's first frame carries its plan, about 600 bytes that the cost model ignores;
+at Figure 3's 18 Mbps they take a quarter of a millisecond, which is significant only for LeNet's 1 kB input.
 """
 
 MIN_SAME = 0.95
@@ -34,7 +32,7 @@ MIN_SAME = 0.95
 
 @dataclass(frozen=True, slots=True)
 class FigureCheck:
-    """One scenario both ways."""
+    """Comparison of one scenario on both simulators."""
 
     figure: str
     case: str  # which bar of the figure
@@ -86,7 +84,7 @@ def check_figures(
 
 
 def check(figure: str, case: str, scenario: Scenario, seed: int) -> FigureCheck:
-    """Run one scenario both ways."""
+    """Run one scenario on both simulators."""
     platform = platforms(scenario.profile)
     expected = drive(scenario, seed, platform)
     began_s = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What every figure yields: claims with a verdict, series of numbers, and the files it was drawn to."""
+"""Result of a figure: claims with verdicts, data series, and the files written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POLICIES = ("device-only", "edge-only", "cloud-only", "no-delay", "deepar")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FigureOptions:
-    """What the user may choose for a figure."""
+    """User options of a figure."""
 
     out: Path  # where the files go
     seeds: int = 10  # how many seeds, from 0
@@ -44,7 +44,7 @@ class FigureOptions:
 
 @dataclass(frozen=True, slots=True)
 class FigureResult:
-    """One figure, made."""
+    """The result of making one figure."""
 
     figure: str
     seeds: tuple[int, ...]  # those that the verdicts rest on; empty where nothing is drawn at random

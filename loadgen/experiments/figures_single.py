@@ -56,7 +56,7 @@ def one_task_scenario(platform: Platforms, model: str, policy: str, *, profile: 
 
 
 def one_task(platform: Platforms, model: str, policy: str, *, profile: str = "paper") -> Outcome:
-    """What becomes of that task."""
+    """Run that task and return its outcome."""
     return drive(one_task_scenario(platform, model, policy, profile=profile), 0, platform)[0]
 
 

@@ -29,7 +29,7 @@ from stages.runner import ModelledRunner
 
 @dataclass(frozen=True, slots=True)
 class LiveServices:
-    """What a process is to run; travels to it as a value."""
+    """What one worker process runs; pickled and sent to it."""
 
     connection: KafkaConnection
     nodes: tuple[NodeAnnounced, ...]  # played here, by these announcements

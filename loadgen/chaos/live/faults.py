@@ -41,7 +41,7 @@ class FaultKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault to come."""
+    """One planned fault."""
 
     kind: FaultKind
     target: Target
@@ -52,7 +52,7 @@ class Fault:
 
 @dataclass(slots=True)
 class FaultRecord:
-    """One fault that was. Times are seconds."""
+    """One injected fault and its measurements. Times are seconds."""
 
     fault: Fault
     name: str  # of the process
@@ -135,7 +135,7 @@ def pick(names: Sequence[str], fault: Fault, seed: int) -> str:
 
 
 def percentiles(values: Iterable[float | None]) -> dict[str, float | None]:
-    """p50 and p99 of what was measured, by the nearest rank from above; None where nothing was."""
+    """p50 and p99 of the values that are not None, by nearest rank; None if there are none."""
     known = sorted(value for value in values if value is not None)
     if not known:
         return {"p50": None, "p99": None}
@@ -145,7 +145,7 @@ def percentiles(values: Iterable[float | None]) -> dict[str, float | None]:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How the faults follow each other. Seconds."""
+    """Timing of the faults, in seconds."""
 
     stop_s: float = 30.0  # from SIGSTOP to SIGCONT
     pause_s: float = 2.0  # undisturbed work before each fault
@@ -155,7 +155,7 @@ class Pace:
 
 @dataclass(slots=True)
 class Findings:
-    """All of it, for `--json` and for people."""
+    """Results of a live campaign."""
 
     seed: int
     faults: list[FaultRecord] = field(default_factory=list)

@@ -32,7 +32,7 @@ def shown_lines(data: bytes) -> Iterator[tuple[str, int, int]]:
 
 @dataclass(slots=True)
 class Sign:
-    """The sign of life that is waited for: who must give it, and from when on it counts."""
+    """A pending wait for proof that a target works: which target, and the earliest time that counts."""
 
     target: Target
     name: str
@@ -41,7 +41,7 @@ class Sign:
 
 
 class Watch:
-    """Follows a region live. Everything it learns has the loop's clock."""
+    """Follows a live region. All times are on the event loop's clock."""
 
     def __init__(self, results: dict[str, Path], region: int = 0) -> None:
         self.fold = DecisionFold()
@@ -120,7 +120,7 @@ class Watch:
         return task_id in self.fold.running and attempt in (None, self.fold.attempts.get(task_id))
 
     def _proof(self, targets: tuple[Target, ...], name: str | None, at_s: float) -> None:
-        """`name` None: whoever leads does it for the target."""
+        """Resolve pending waits for these targets; `name` None matches any process of the target."""
         sign = self._sign
         if sign is not None and sign.target in targets and name in (None, sign.name) and at_s >= sign.after_s:
             self._sign = None
@@ -154,7 +154,7 @@ class Tally:
             self.unreadable += 1
 
     def look_at(self, files: dict[str, Path]) -> None:
-        """What the devices show."""
+        """Count the results in the devices' files."""
         for path in files.values():
             for task_id, sample, top in shown_lines(path.read_bytes() if path.exists() else b""):
                 self.shown[task_id, sample] += 1

@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What a task that runs holds of its edge."""
+    """Edge resources that a running task holds."""
 
     edge: str
     slots: int
@@ -34,7 +34,7 @@ class Holding:
 
 
 class DecisionFold:
-    """Folds one region's `deepar.decisions` from the first record on: what counts, what holds, what ended how."""
+    """Replays one region's `deepar.decisions` from the first record: valid records, held resources, and task ends."""
 
     def __init__(self) -> None:
         self.epoch, self.nonce, self.seq = 0, "", 0
@@ -141,7 +141,7 @@ class DecisionFold:
         elif kind == "moved":
             self._move(change, seq)
         elif kind == "circuit_changed":
-            pass  # it says where the planner will rather not place tasks: nothing is held or freed
+            pass  # a placement hint of the planner; it holds and frees no resources
         elif task_id not in self._admitted or task_id in self.ends:
             self._say(f"decision {seq}: {kind} for {task_id}, which is {'over' if task_id in self.ends else 'unknown'}")
         elif kind == "retried":
@@ -177,7 +177,7 @@ class DecisionFold:
         self.running[task_id] = _holding(placement)
 
     def _move(self, change: Json, seq: int) -> None:
-        """Only what is placed and has not started can get another start."""
+        """Check a new start time: allowed only for a placed task that has not started."""
         for task_id in change["task_ids"]:
             if task_id in self.running or task_id not in self._placed:
                 self._say(
@@ -214,7 +214,7 @@ class DecisionFold:
                 self._say(f"decision {seq}: {task_id} is placed with {wanted} and granted {self._grants.get(task_id)}")
 
     def _weigh(self, seq: int) -> None:
-        """(8) to (10) of the paper: what runs on an edge fits what the edge announced."""
+        """Check the paper's constraints (8) to (10): running tasks fit the capacity that their edge announced."""
         used: dict[str, list[int]] = {}
         for held in self.running.values():
             if held is not None:
@@ -290,7 +290,7 @@ def results_of(value: bytes | None) -> list[tuple[str, int, bytes | None]]:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How often each promise was broken, and how often a duplicate had to be kept from showing."""
+    """Number of violations of each guarantee, and number of suppressed duplicates."""
 
     tasks: int  # acknowledged
     samples: int  # of those tasks

@@ -37,7 +37,7 @@ class ChaosScenario:
     tasks: int = 8
     samples: tuple[int, int] = (2, 24)
     faults_s: float = 20.0  # virtual seconds of fault injection
-    faults: tuple[int, int] = (5, 12)  # how many
+    faults: tuple[int, int] = (5, 12)  # minimum and maximum number of faults
     converge_s: float = 200.0  # virtual seconds after healing within which every task must have ended
     clocks: bool = True  # wall clocks are off by minutes, and jump
     max_waiting: int | None = None  # how many tasks may wait, None: drawn; then tasks may come all at once
