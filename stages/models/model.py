@@ -44,7 +44,7 @@ class Model:
 
     name: str  # the name that messages use
     path: Path  # the file of the user or the zoo
-    sha256: str  # of the file; where the user chose a signature or shapes, of the file and the choice
+    sha256: str  # hash of the file, or of the file and the choice if the user chose a signature or shapes
     data: ModelBytes = field(repr=False)  # the content of the file
     kept: Path | None = field(default=None, repr=False)  # the cached file that `data` maps; None if in memory
     facts: RuntimeFacts = field(default_factory=RuntimeFacts, repr=False)  # findings of the trial run
@@ -143,7 +143,7 @@ def read_model(
 
 
 def _as_chosen(model: Model, choice: Choice) -> Model:
-    """The model with the choice applied; it is then run once in a child process unless it is trusted and unchanged."""
+    """Applies the choice, then runs the model once in a child process unless it is trusted and unchanged."""
     shown = str(model.path)
     unpacked = schema.ModelT.InitFromPackedBuf(model.data, 0)
     found = contents(unpacked, choice, shown)

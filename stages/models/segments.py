@@ -1,7 +1,7 @@
 """A store of loaded pieces of one model, which together run any segment and hold every weight once.
 
 Consecutive *pieces* meet at *bounds*: the useful cuts, and later every position that a placement asks for. A segment (layers
-begin+1..end) runs the pieces between its ends, so overlapping segments share pieces and their weights. A piece is a `.tflite`
+begin+1..end) runs the pieces between its ends, so overlapping segments share pieces and weights. A piece is a `.tflite`
 file in the cache that the runtime maps; a small one stays in memory. Splitting a piece copies its weights from the mapped
 model, loads both halves, and then removes the piece, so running tasks are not interrupted. In a small model the step from
 one piece to the next costs as much as the layers, so the store also loads each of its segments as one joined piece.
@@ -324,7 +324,7 @@ class SegmentStore:
         self._delete(begin, end)
 
     def _trim(self) -> None:
-        """Frees memory down to the budget: first joined pieces, then unused bounds, then unused pieces."""
+        """Frees memory until the budget holds: joined pieces first, then pieces at unused bounds, then unused pieces."""
         while self.loaded_bytes > self.budget_bytes:
             with self._looking:
                 if self._joined:

@@ -34,7 +34,7 @@ LARGEST_SUM_BYTES = 1 << 36
 
 
 class _Fault(Exception):
-    """A fault of the file, in words that follow its name."""
+    """A fault of the file, as a predicate: the error text puts the file's name before it."""
 
 
 def validated(data: ModelBytes, shown: str) -> None:
