@@ -13,7 +13,7 @@ from bus.messages import Admitted, Decision, Ended, Placed, Retried, TaskSubmitt
 from bus.snapshots import STATE_VERSION
 
 REMEMBERED_ENDS = 10_000
-"""So many ended tasks are remembered, to drop what still arrives of them; as many as the planner remembers."""
+"""Number of ended tasks that are remembered, to drop their late frames; the planner remembers as many."""
 
 
 class Fences:
@@ -57,7 +57,7 @@ class Fences:
         return self._attempt.get(task_id, 0)
 
     def fenced(self, task_id: str, attempt: int) -> bool:
-        """Whether work on this attempt is for nobody."""
+        """Whether this attempt no longer counts, so that work on it is dropped."""
         return task_id in self._ended or attempt < self._attempt.get(task_id, 0)
 
     def restore(self, state: dict[str, Any]) -> None:

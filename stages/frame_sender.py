@@ -1,8 +1,8 @@
-"""One task's way out of a stage: samples in, shaped frames on the bus.
+"""The frame sender: packs one task's samples into frames and sends them at the granted rate.
 
-There is one sender task a partition and task, so frames stay in order; acknowledgements are awaited beside it, in order.
-When one fails, everything from there on is sent again (a receiver ignores what it has). Small samples that wait together
-share a frame; large ones are cut into chunks of some milliseconds of their link.
+One coroutine sends the frames of a task in order; another awaits their acknowledgements in the same order. After a failed
+acknowledgement, that frame and all later ones are sent again, and receivers drop the duplicates. Small waiting samples share
+a frame; large ones are cut into chunks that take a few milliseconds of link time.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from bus.tensors import Array, Piece, to_pieces
 from stages.shaper import Grant, cross, frame_bytes
 
 MAX_DATA_BYTES = MAX_FRAME_BYTES - 4096 - MAX_PIECES * 160
-"""The rest of the largest frame is for its head: a plan, and the descriptions of its pieces."""
+"""Limit for data in one frame; the rest is reserved for the head: a plan and the descriptions of the pieces."""
 TENSORS_BYTES = 20
-"""Some frames describe tensors, which takes some 40 bytes, some do not."""
+"""Average head size of tensor descriptions, which some frames carry (about 40 bytes) and others do not."""
 LAST_HEADS = 8
-"""The last samples of a task go in ever smaller frames, as long as what a frame carries is so many times its head."""
+"""The last frames of a task shrink, but carry at least this many times the size of their head."""
 RETRY_S = 0.2
 
 
 @dataclass(slots=True)
 class Outgoing:
-    """One sample on its way out."""
+    """One sample to send."""
 
     sample: int
     tensors: Sequence[Array]
-    ready_s: float  # when it could first be sent, the loop's clock
+    ready_s: float  # when it was ready to send, on the loop's clock
     size_bytes: int = 0  # of its tensors
 
     def __post_init__(self) -> None:
@@ -44,12 +44,12 @@ class Outgoing:
 
 @dataclass(slots=True)
 class _Sent:
-    """One frame that the bus may not hold yet."""
+    """One posted frame that is not acknowledged yet."""
 
     acknowledgement: Awaitable[Position]
     offered_s: float
-    items: list[Outgoing]  # that are complete with this frame
-    begun: list[Outgoing]  # that have a piece in it
+    items: list[Outgoing]  # samples that this frame completes
+    begun: list[Outgoing]  # samples with a piece in this frame
 
 
 class FrameSender:
@@ -70,9 +70,9 @@ class FrameSender:
         on_acknowledged: Callable[[Sequence[int]], None],
         headers: Headers = (),
     ) -> None:
-        """`on_acknowledged` is told once of every sample that the bus holds all of, of several that shared a frame at once.
+        """`on_acknowledged` is called once for each sample that the bus holds completely; samples of one frame share a call.
 
-        `headers` go with the first frame, and with the first after everything was sent again, as the plan does."""
+        The plan and `headers` go with the first frame, and again with the first frame after each resend."""
         self._bus = bus
         self._to = (topic, key)
         self._source = source
@@ -88,13 +88,13 @@ class FrameSender:
         self._rate_bps = min((grant.rate_bps for grant in grants), default=1 << 40)
         self._frame_bytes = 0  # of data; chosen for the first sample, and all are of one size
         self._last_bytes = 0  # the least that a frame of a task's last samples carries
-        self._to_come = plan.todo  # samples that were not put yet
+        self._to_come = plan.todo  # samples not passed to `put` yet
         self._waiting: deque[Outgoing] = deque()
-        self._begun: list[Outgoing] = []  # what the frame that is being sent has a piece of
+        self._begun: list[Outgoing] = []  # samples in the frame being sent
         self._sent: deque[_Sent] = deque()
         self._to_send = asyncio.Event()
         self._to_await = asyncio.Event()
-        self._generation = 0  # counts the times that everything unacknowledged was sent again
+        self._generation = 0  # number of resends so far
         self.began_s: float | None = None  # when the first byte was offered; the loop's clock
         self.busy_until_s = float("-inf")  # when the last acknowledgement came
         self.busy_s = 0.0  # first byte offered until the last acknowledged, idle time left out
@@ -103,19 +103,19 @@ class FrameSender:
 
     @property
     def held_bytes(self) -> int:
-        """Data of the samples that the bus does not hold yet."""
+        """Bytes of the samples that are not acknowledged yet."""
         held = {item.sample: item for sent in self._sent for item in sent.begun}
         held |= {item.sample: item for item in (*self._begun, *self._waiting)}
         return sum(item.size_bytes for item in held.values())
 
     def put(self, outgoing: Outgoing) -> None:
-        """Send a sample when its turn comes."""
+        """Queue a sample for sending."""
         self._waiting.append(outgoing)
         self._to_come -= 1
         self._to_send.set()
 
     async def run(self) -> None:
-        """Send until cancelled. Raises only for bugs; a bus that fails is tried again."""
+        """Send until cancelled. Retries when the bus fails; raises where a frame is too large."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._send_all())
@@ -152,7 +152,7 @@ class FrameSender:
         for index, frame in enumerate(frames):
             await self._send_frame(frame, batch if index == len(frames) - 1 else [], generation)
             if generation != self._generation:
-                return  # all of it is back in line from its beginning
+                return  # the whole batch was queued again
         self._begun = []
 
     def _room(self, first: Outgoing) -> int:
@@ -214,7 +214,7 @@ class FrameSender:
             try:
                 await sent.acknowledgement
             except MessageTooLargeError:
-                raise  # and would be again
+                raise  # a retry would fail the same way
             except BusError:
                 await asyncio.sleep(RETRY_S)
                 self._send_again()
@@ -231,7 +231,7 @@ class FrameSender:
                 self._on_acknowledged([item.sample for item in sent.items])
 
     def _send_again(self) -> None:
-        """Put everything unacknowledged back in line, in order, each sample from its beginning."""
+        """Queue all unacknowledged samples again, in order, each from its first piece."""
         self._generation += 1
         again: dict[int, Outgoing] = {}
         for item in [*(item for sent in self._sent for item in sent.begun), *self._begun]:
@@ -247,14 +247,14 @@ class FrameSender:
 
 
 def _forget(acknowledgement: Awaitable[Position]) -> None:
-    """Nobody will await it; let its failure, if any, pass without a warning."""
+    """Ignore the outcome of an acknowledgement, so that a failure causes no asyncio warning."""
     if isinstance(acknowledgement, asyncio.Future):
         acknowledgement.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 @contextlib.asynccontextmanager
 async def sending(sender: FrameSender) -> AsyncIterator[None]:
-    """Runs a frame sender beside the block; what breaks it ends the block. Raises what either raised, not in a group."""
+    """Runs a frame sender while the block runs; a failure of either ends both and is raised without a group."""
     try:
         async with asyncio.TaskGroup() as group:
             task = group.create_task(sender.run())

@@ -1,9 +1,8 @@
-"""What an edge and the cloud do: take activations in, compute their part (or only relay), send them on.
+"""The edge and cloud stages: receive activations, compute their layers (or relay), and send the outputs on.
 
-Frames are drained from the topic into per-task flows at once, so no task blocks another at the head of a partition; each
-flow waits for its slot (edges), works through its samples in order and sends them out shaped. What is buffered is bounded
-by the windows of the tasks that the planner admitted. An offset is committed when everything that came out of its record
-is acknowledged downstream.
+A hop moves frames from the topic into one flow per task at once, so that tasks do not block each other within a partition.
+Each flow waits for its slot (edges only), computes its samples in order and sends the outputs through the shaper. The windows
+of the admitted tasks bound the buffers. An offset is committed when all outputs of its record are acknowledged downstream.
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ from stages.offsets import OffsetLedger, Receipt
 from stages.shaper import Link
 
 COMMIT_S = 0.25
-"""Offsets are committed this often; what a crash repeats is bounded by it."""
+"""Commit interval; it bounds the work that is repeated after a crash."""
 
 ORPHAN_BYTES = 64 << 20
-"""So much of tasks whose plan, or (where frames are proven) decision, is not known yet are kept; more is a dead letter."""
+"""Buffer limit for frames whose plan or decision has not arrived yet; beyond it frames are dead-lettered."""
 
 STRANGER_S = 30.0
-"""What is silent for so long and belongs to no task that the region knows is let go of."""
+"""A flow of an unknown task is dropped after this long without frames."""
 
 FOREIGN_S = 600.0
-"""The same for a task of another region, whose decisions this cloud stage does not read."""
+"""The same limit for tasks of other regions, whose decisions this cloud stage does not read."""
 
 SWEEP_S = 5.0
 
 
 @dataclass(slots=True)
 class _Orphan:
-    """A record whose task's plan, or where frames are proven its decision, has not been seen yet."""
+    """A buffered record whose plan, or required decision, has not arrived yet."""
 
     record: Record
     frame: Frame
@@ -93,17 +92,17 @@ class Hop:
             await member.close()
 
     async def drain(self) -> None:
-        """Return when the flows here have ended."""
+        """Return when all flows have ended."""
         while any(not flow.closed for flow in self.flows.values()):
             await asyncio.sleep(0.05)
 
     def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
-        """Let go of what was ended or planned again; give plans to frames that waited for one."""
+        """Stop flows that the decision ended or replanned, and process buffered frames that it placed."""
         gone = frozenset(fenced)
         fences = self.node.fences
         for key in [key for key in self.flows if key[0] in gone and fences.fenced(*key)]:
             self.flows.pop(key).stop(discard=True)
-        # A plan of another region is believed without its decision: not one that took the name of a task of this region.
+        # Plans of other regions are accepted without a decision, except under a task name of this region.
         for key in [(change.task_id, change.attempt) for change in decision.changes if isinstance(change, Placed)]:
             if key in self.flows and self.flows[key].plan.region != decision.region:
                 self.flows.pop(key).stop(discard=True)
@@ -117,33 +116,31 @@ class Hop:
 
     @property
     def held_bytes(self) -> int:
-        """What is buffered here of tasks' data."""
+        """Bytes of task data buffered on this stage."""
         return self._orphan_bytes + sum(flow.held_bytes for flow in self.flows.values() if not flow.closed)
 
     @property
     def open_records(self) -> int:
-        """Records that are not done with: their offsets are held."""
+        """Number of records whose offsets cannot be committed yet."""
         return self.offsets.open_records
 
     @property
     def bound_bytes(self) -> int:
-        """What `held_bytes` never exceeds: each task's window, once as frames and once as whole samples, and orphans."""
+        """Upper limit of `held_bytes`: the limits of all open flows plus the orphan buffer."""
         return ORPHAN_BYTES + sum(flow.bound_bytes for flow in self.flows.values() if not flow.closed)
 
     def on_lost(self) -> None:
-        """Let go of what is fenced, should the decisions that said so have been missed. What is not goes on here: another
-        cloud stage could do it as well.
-        """
+        """Stop fenced flows, because their decisions may have been missed; the other flows go on."""
         for key in [key for key in self.flows if self.node.fences.fenced(*key)]:
             self.flows.pop(key).stop(discard=True)
 
     # --- receiving ---------------------------------------------------------------------------------------------------
 
     async def _assigned(self, partitions: frozenset[TopicPartition]) -> None:
-        self.node.receives(bool(partitions))  # none: others have them all
+        self.node.receives(bool(partitions))  # empty: other members have all partitions
 
     async def _revoked(self, partitions: frozenset[TopicPartition]) -> None:
-        """Another member gets these, and with them every record that was not committed."""
+        """Stop the flows of revoked partitions; another member receives their uncommitted records."""
         stopped = []
         for key, flow in list(self.flows.items()):
             if flow.partitions & partitions:
@@ -154,7 +151,7 @@ class Hop:
             for orphan in self._take_orphans(key) if _partition(orphans[0].record) in partitions else ():
                 orphan.receipt.release()
         self.offsets.forget(partitions)
-        # Only when they have let go may the frames come again, to them or to others.
+        # Wait until they have stopped, because the frames may be delivered again right after this.
         await asyncio.gather(*(task for task in stopped if task is not None), return_exceptions=True)
 
     async def _receive(self, member: Member) -> None:
@@ -196,7 +193,7 @@ class Hop:
                 self.node.log.warning("offsets not committed; retrying", error=str(error))
 
     async def _sweep(self) -> None:
-        """Let go of what belongs to no task that anybody knows: it would hold a slot, memory and offsets for ever."""
+        """Drop flows and buffered frames of unknown tasks, which would hold slots, memory and offsets forever."""
         while True:
             await asyncio.sleep(SWEEP_S)
             now = asyncio.get_running_loop().time()
@@ -212,7 +209,7 @@ class Hop:
                     self._refuse(self._take_orphans(key), _unplanned(orphans[0].frame))
 
     def _take(self, record: Record, frame: Frame, receipt: Receipt, sender: Speaker | None) -> None:
-        """Hand a frame's pieces to its flow. Raises `ProtocolError` where it cannot be used."""
+        """Pass a frame's pieces to its flow. Raises `ProtocolError` where the frame is unusable."""
         key = (frame.task_id, frame.attempt)
         followed = self.flows[key].plan if key in self.flows else frame.plan
         believed = self.authorization.believed(sender, frame, followed)
@@ -222,7 +219,7 @@ class Hop:
             self.node.status.count("fenced_frames")
             return
         if frame.plan is not None and (frame.plan.task_id, frame.plan.attempt) != key:
-            raise ProtocolError("wrong_shape", "the plan is another task's")
+            raise ProtocolError("wrong_shape", "the plan in the frame is for another task or attempt")
         if believed:
             if frame.plan is not None:
                 self._adopt(frame.plan)
@@ -242,9 +239,9 @@ class Hop:
         self._orphan_bytes += size_bytes
 
     def _adopt(self, plan: Plan) -> None:
-        """Open the flow of a plan, and give it the frames that came before the plan.
+        """Start the flow of a plan and pass it the frames that arrived before the plan.
 
-        Raises `ProtocolError` for a plan that cannot be followed here.
+        Raises `ProtocolError` where this stage cannot follow the plan.
         """
         key = (plan.task_id, plan.attempt)
         if key in self.flows or self._group is None:
@@ -257,7 +254,7 @@ class Hop:
         self._take_again(key)
 
     def _take_again(self, key: tuple[str, int]) -> None:
-        """Take the frames that were put by, now that more is known of their task."""
+        """Process a task's buffered frames after its plan or decision has arrived."""
         for orphan in self._take_orphans(key):
             try:
                 self._take(orphan.record, orphan.frame, orphan.receipt, orphan.sender)
@@ -272,7 +269,7 @@ class Hop:
         return orphans
 
     def _refuse(self, orphans: list[_Orphan], error: ProtocolError) -> None:
-        """Dead-letter frames that were put by."""
+        """Dead-letter buffered frames."""
 
         async def dead_letter_all() -> None:
             for orphan in orphans:
@@ -285,21 +282,21 @@ class Hop:
             self._group.create_task(dead_letter_all(), name=f"{self.node.settings.name}: dead letters")
 
     async def _dead_letter(self, record: Record, error: ProtocolError, task_id: str, attempt: int) -> None:
-        """Dead-letter a record; where it names a live task, that task fails with the cause."""
+        """Dead-letter a record; fail the attempt that it belongs to, if that is live."""
         await self.node.dead_letter(record, error, task_id=task_id)
         if attempt and error.cause != WRONG_IDENTITY and not self.node.fences.fenced(task_id, attempt):
             flow = self.flows.get((task_id, attempt))
             if flow is not None:
                 flow.stop(discard=True)
-            with contextlib.suppress(ValidationError):  # a name that no task can have
+            with contextlib.suppress(ValidationError):  # the key is not a valid task name
                 await self.fail(task_id, attempt, error.cause, str(error))
 
     def _blamed(self, sender: Speaker | None, task_id: str, attempt: int) -> int:
-        """The attempt that fails of a broken frame: none where it may be another's who has sent it."""
+        """The attempt to fail for a broken frame; 0 where its sender is unauthorized."""
         return attempt if self.authorization.may_send(sender, task_id) else 0
 
     async def fail(self, task_id: str, attempt: int, cause: str, detail: str, *, retryable: bool = False) -> None:
-        """Tell the planner that this stage cannot go on with a task."""
+        """Report to the planner that this stage cannot continue the attempt."""
         message = TaskFailed(
             task_id=task_id,
             attempt=attempt,
@@ -312,7 +309,7 @@ class Hop:
 
 
 def _unplanned(frame: Frame) -> ProtocolError:
-    """What is said of a frame that was put by for too long, or for which there is no room."""
+    """The error for a frame that was buffered too long or exceeds the buffer limit."""
     if frame.plan is None:
         return ProtocolError("no_plan", f"task {frame.task_id} attempt {frame.attempt} came without a plan")
     return ProtocolError(

@@ -1,9 +1,9 @@
-"""The loop that devices, edges and the cloud share: announce, keep the lease, follow the decisions.
+"""The node loop that devices, edges and the cloud share: announce, keep the lease, follow the decisions.
 
 A node first reads the region's decisions to their end, so that it knows what is fenced, then announces itself under a new
-incarnation and begins to work. It holds a lease by heartbeats. When its heartbeats have gone unacknowledged for half a
-lease it stops sending by itself (`gate`), so that by the time the planner declares it lost nothing of it is under way; when
-it reads of its own loss it drops everything and announces itself anew.
+incarnation and begins to work. Heartbeats renew its lease. After half a lease without an acknowledged heartbeat it stops
+sending (`gate`), so that none of its frames are in flight when the planner declares it lost. When it reads that it was
+declared lost, it drops all work and announces itself again.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ MEASURED = {Role.DEVICE: ("device", "link1"), Role.EDGE: ("edge", "link2", "resu
 HEARTBEATS_PER_LEASE = 5
 RETRY_S = 0.5
 LOST_RETRY_S = 2.0
-"""How often a node looks for a snapshot that covers decisions that are gone."""
+"""Retry interval while a node waits for a snapshot that covers deleted decisions."""
 TOLD_EVERY_S = 60.0
-"""How often it says that it still waits."""
+"""Interval at which a waiting node logs that it still waits."""
 NOTED_S = 2.0
-"""So long a node that drains waits for the planner to take note."""
+"""Timeout for the planner's acknowledgement of a drain."""
 DRAINED_S = 0.05
-"""How often a node that drains looks whether it has nothing more to do."""
+"""Interval at which a draining node checks whether its work has ended."""
 
 log = structlog.get_logger("stage")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSettings:
-    """What a node is; validated again when it is announced."""
+    """Configuration of a node; validated again when the node announces itself."""
 
     name: str
     role: Role
@@ -63,17 +63,17 @@ class NodeSettings:
     link1_capacity_bps: int = 0  # B_e^1 of an edge; a device's own limit, 0: none
     link2_capacity_bps: int = 0  # B_e^2 of an edge
     reachable_edges: tuple[str, ...] | None = None  # E_i of a device, None: all
-    remembered_ends: int = REMEMBERED_ENDS  # ended tasks whose late frames are known to be for nobody
+    remembered_ends: int = REMEMBERED_ENDS  # number of ended tasks remembered, to drop their late frames
 
 
 @dataclass(slots=True)
 class NodeStatus:
-    """What a node tells of itself: `/readyz`, `/metrics`, tests."""
+    """State of a node for `/readyz`, `/metrics` and tests."""
 
     caught_up: bool = False  # has read the decisions to their end
     warm: bool = False  # its models are ready
     receiving: bool = False  # its partitions are assigned
-    joined: bool = False  # the planner has taken it in
+    joined: bool = False  # the planner has accepted it
     counters: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ALARMED, 0.0))
 
     @property
@@ -99,10 +99,10 @@ class Work(Protocol):
         """Serve until cancelled; sets `Node.serving` when it can take what it is sent."""
 
     def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
-        """A decision was read; work on the tasks in `fenced` may be for nobody."""
+        """Handle a decision; `fenced` names tasks with an attempt that no longer counts."""
 
     def on_lost(self) -> None:
-        """This node was declared lost, or has missed decisions: let go of what the region now gives to others."""
+        """Drop work that the region may have given to others: the node was declared lost or missed decisions."""
 
 
 class Node:
@@ -156,8 +156,8 @@ class Node:
             await self._reader.close()
 
     async def drain(self) -> None:
-        """Tell the region that this node wants nothing new, and return when nothing runs any more that the planner gave to
-        it by name. Where nobody takes note of it, there is nothing to wait for.
+        """Announce that this node accepts no new tasks, and return when the tasks placed on it have ended. Returns early
+        where the planner does not acknowledge the drain within `NOTED_S`.
         """
         self._draining = True
         try:
@@ -174,7 +174,7 @@ class Node:
             await asyncio.sleep(DRAINED_S)
 
     async def leave(self) -> None:
-        """Tell the region that this node goes."""
+        """Announce that this node leaves the region."""
         message = NodeLeft(node=self.settings.name, region=self.settings.region, incarnation=self.incarnation)
         await self.tell(topics.NODES, message, self.settings.name)
 
@@ -235,7 +235,7 @@ class Node:
         return ((TRACEPARENT, traceparent(plan.task_id, part_span_id(part, plan, self.settings.name))),)
 
     async def tell(self, topic: str, message: Message, key: str) -> None:
-        """Publish a control message to the region; tried again until the bus has it."""
+        """Publish a control message to the region; retry until the bus acknowledges it."""
         payload, headers = messages.encode(message), self._envelope.headers(message)
         while True:
             try:
@@ -246,7 +246,7 @@ class Node:
                 await asyncio.sleep(RETRY_S)
 
     async def dead_letter(self, record: Record, error: ProtocolError, *, task_id: str = "") -> None:
-        """Put a record that cannot be read on the dead-letter topic, with its origin and the cause."""
+        """Publish an unusable record to the dead-letter topic with its origin and the cause."""
         if error.cause == WRONG_IDENTITY:
             self.status.count("wrong_identity")
             if not self._allowance.take(asyncio.get_running_loop().time()):
@@ -345,7 +345,7 @@ class Node:
                 await asyncio.sleep(RETRY_S)
 
     def _obey(self, record: Record, work: Work) -> None:
-        """One record of the decisions."""
+        """Handle one record of the decisions topic."""
         message = self._decisions.read(record)
         if isinstance(message, EpochOpened):
             self._satisfy()
@@ -409,7 +409,7 @@ class Node:
     # --- the lease ---------------------------------------------------------------------------------------------------
 
     def announcement(self) -> NodeAnnounced:
-        """What this node tells the region of itself."""
+        """The announcement of this node."""
         s = self.settings
         return NodeAnnounced(
             node=s.name,

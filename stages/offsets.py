@@ -12,7 +12,7 @@ from bus.port import Record, TopicPartition
 
 
 class Receipt:
-    """One record under way."""
+    """Counts the work that still depends on one record."""
 
     __slots__ = ("_holds", "_open", "offset")
 
@@ -28,7 +28,7 @@ class Receipt:
         self._holds += 1
 
     def release(self) -> None:
-        """One piece of work is done, or for nobody. Raises `InvariantError` when nothing is left to release."""
+        """One piece of work is done or dropped. Raises `InvariantError` when nothing is left to release."""
         if self._holds <= 0:
             raise InvariantError(f"the record at {self.offset} is released more often than it was held")
         self._holds -= 1
@@ -56,7 +56,7 @@ class OffsetLedger:
 
     @property
     def open_records(self) -> int:
-        """Records that are not done with."""
+        """Number of records that still have work open."""
         return sum(len(still_open) for still_open in self._open.values())
 
     def committable(self) -> dict[TopicPartition, int]:
@@ -70,13 +70,13 @@ class OffsetLedger:
         return ready
 
     def committed(self, offsets: dict[TopicPartition, int]) -> None:
-        """These have been committed."""
+        """Note that these offsets were committed."""
         for partition, offset in offsets.items():
             if partition in self._next:  # else it was given to another member meanwhile
                 self._committed[partition] = max(offset, self._committed.get(partition, -1))
 
     def forget(self, partitions: frozenset[TopicPartition]) -> None:
-        """These partitions are another member's now."""
+        """Forget partitions that were assigned to another member."""
         for partition in partitions:
             for known in (self._open, self._next, self._committed):
                 known.pop(partition, None)
