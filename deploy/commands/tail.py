@@ -81,7 +81,7 @@ async def _tail(
     async with bus:
         ends = await bus.end_offsets(topic)
         if region is not None and region not in ends:
-            raise ConfigError(f"there is no region {region}: {topic} has {len(ends)}, counted from 0")
+            raise ConfigError(f"region {region} does not exist: {topic} has {len(ends)} region(s), counted from 0")
         wanted = {
             (topic, p): await _begin(bus, (topic, p), offset, end, show)
             for p, end in ends.items()

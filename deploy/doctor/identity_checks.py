@@ -1,4 +1,4 @@
-"""What `deepar doctor` looks at where proofs of identity are demanded: our key, and whether it is of the region's master."""
+"""Identity checks of `deepar doctor`: the local key files, and whether they match the master of each region."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deploy.doctor.machine_checks import Check
 
 
 def key_files(environment: Mapping[str, str]) -> list[Check]:
-    """Of the key or master that the environment names: that it is one, of whom, and that nobody else can read it."""
+    """Check the key and master files named by the environment: validity, owner, and file permissions."""
     checks = []
     for variable, load in (("DEEPAR_IDENTITY_KEY_FILE", load_key), ("DEEPAR_IDENTITY_MASTER_FILE", load_master)):
         if not (name := environment.get(variable)):
@@ -32,13 +32,13 @@ def key_files(environment: Mapping[str, str]) -> list[Check]:
                 checks.append(Check("identity", False, f"{said}, and DEEPAR_NODE is {node}", remedy))
                 continue
         open_to_others = bool(file.stat().st_mode & 0o077)
-        said += ", and others on this machine may read it" if open_to_others else ""
+        said += ", and other users of this machine can read it" if open_to_others else ""
         checks.append(Check("identity", not open_to_others, said, f"chmod 600 {file}"))
     return checks
 
 
 def own_key() -> Key | None:
-    """The key that the environment names; whether it is one has been looked at already."""
+    """The key named by the environment, or None; `key_files` reports an invalid one."""
     try:
         return load_key(Path(os.environ["DEEPAR_IDENTITY_KEY_FILE"]))
     except (KeyError, ConfigError):
@@ -46,11 +46,11 @@ def own_key() -> Key | None:
 
 
 def demanded_by_region(region: int, demanded: str | None) -> list[Check]:
-    """Whether our key, where we have one, is of the master that a region demands (its fingerprint; None: no proofs)."""
+    """Check our key, if any, against the master fingerprint that a region requires (None: no proofs required)."""
     key = own_key()
     if demanded is None or key is None:
         return []
     if key.fingerprint != demanded:
-        said = f"region {region} demands keys of master {demanded}, and ours is of {key.fingerprint}"
-        return [Check("identity", False, said, "deepar identity key, with the region's master")]
-    return [Check("identity", True, f"region {region} demands keys of master {demanded}, and ours is one")]
+        said = f"region {region} requires keys of master {demanded}, but ours is of {key.fingerprint}"
+        return [Check("identity", False, said, "create a key with the region's master: deepar identity key")]
+    return [Check("identity", True, f"region {region} requires keys of master {demanded}, and ours matches")]

@@ -1,4 +1,4 @@
-"""What `deepar doctor` looks at on this machine: Python, the runtime and its kernels, the disk."""
+"""Machine checks of `deepar doctor`: Python, the inference runtime and its kernels, the disk."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from stages.models.files.cache import cache_dir
 
 NEEDED_DISK_BYTES = 2 << 30
 PROBE_BYTES = 1 << 20
-"""So much is written to see whether the disk takes it: quotas and read-only mounts do not show in the free space."""
+"""Size of a test write, which detects quotas and read-only mounts that the free space does not show."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
-    ok: bool  # False: something does not work, and the doctor's exit code is 1
+    ok: bool  # False: something does not work; the exit code is 1
     detail: str
     remedy: str = ""
-    warning: bool = False  # it works, and still something should be done
+    warning: bool = False  # it works but needs attention
 
     @property
     def state(self) -> str:
@@ -44,7 +44,7 @@ def python() -> Check:
 
 
 def runtime(models: Iterable[str]) -> list[Check]:
-    """LeNet reads one digit: the runtime is there and computes; then every operator of `models` must have a kernel."""
+    """Check the runtime by recognising one digit with LeNet, then check that it has kernels for all operators of `models`."""
     try:
         from stages.models.runtime import litert
         from stages.zoo import digits, load_model
@@ -60,9 +60,9 @@ def runtime(models: Iterable[str]) -> list[Check]:
         answer = int(litert.SegmentRunner(model.source).run([images[:1]])[0].argmax())
         took = format_seconds(time.perf_counter() - before_s)
         said = f"LeNet reads a {answer}, which is a {labels[0]}, in {took}"
-        checks.append(Check("litert", answer == int(labels[0]), said, "make setup installs the runtime anew"))
+        checks.append(Check("litert", answer == int(labels[0]), said, "make setup reinstalls the runtime"))
     except DeeparError as error:
-        return [Check("litert", False, str(error), error.remedy or "make setup installs the runtime anew")]
+        return [Check("litert", False, str(error), error.remedy or "make setup reinstalls the runtime")]
     return checks + [_kernels(name) for name in models]
 
 
@@ -88,8 +88,8 @@ def _kernels(name: str) -> Check:
 
 
 def disk() -> Check:
-    """Whether the cache folder's disk has room, and takes what is written."""
-    remedy = "make room, or set DEEPAR_CACHE_DIR to a folder on another disk"
+    """Whether the disk of the cache folder has free space and is writable."""
+    remedy = "free some space, or set DEEPAR_CACHE_DIR to a folder on another disk"
     try:
         folder = cache_dir()
         free = shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""What `deepar doctor` looks at in the regions: topics, planners and their locks, nodes, clocks."""
+"""Region checks of `deepar doctor`: planners and their leadership, nodes, clocks."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from deploy.doctor.machine_checks import Check
 from planner.service.service import LEASE_S
 
 SKEW_S = 2.0
-"""A record that has just come and says that it was sent so far from now was sent by a clock that is wrong."""
+"""Maximum clock skew: a larger difference between a new record's timestamp and our clock is reported."""
 SIGNS_PER_LEASE = 5
-"""Nodes and planners give so many signs of life a lease."""
+"""Number of heartbeats that nodes and planners send per lease."""
 LONGEST_LISTENING_S = 15.0
 
 
 @dataclass(slots=True)
 class Leader:
-    """Who leads a region, by its log."""
+    """The leader of a region, according to its decision log."""
 
     region: int
     log: DecisionLog
-    newest_s: float = 0.0  # seconds since 1970, the clock of who wrote the last record that counts
-    heard: bool = False  # while we listened
-    lost: str = ""  # why a planner that starts now would not know what was decided
-    failing: dict[str, CircuitChanged] = field(default_factory=dict)  # nodes that are avoided, and since which failure
+    newest_s: float = 0.0  # send time of the last valid record, seconds since 1970, planner's clock
+    heard: bool = False  # whether it sent a record while we listened
+    lost: str = ""  # why a new planner could not recover the decisions; empty if it could
+    failing: dict[str, CircuitChanged] = field(default_factory=dict)  # avoided nodes and the change that caused it
 
     def note(self, decision: Decision) -> None:
-        """Remember which nodes the planner avoids because attempts keep failing there."""
+        """Record which nodes the planner avoids after repeated failed attempts."""
         for change in decision.changes:
             if isinstance(change, CircuitChanged | NodeLost):
                 self.failing.pop(change.node, None)
@@ -47,23 +47,25 @@ class Leader:
 
 @dataclass(slots=True)
 class Seen:
-    """Everybody who has announced himself or leads, and what was heard of them."""
+    """All leaders and announced nodes, with the heartbeats heard from them."""
 
     leaders: list[Leader] = field(default_factory=list)
-    nodes: dict[str, tuple[NodeAnnounced, float]] = field(default_factory=dict)  # and when, by its clock
-    clock_off_s: dict[str, float] = field(default_factory=dict)  # of who was heard: its clock minus ours
+    nodes: dict[str, tuple[NodeAnnounced, float]] = field(
+        default_factory=dict
+    )  # announcement and its send time, by the node's clock
+    clock_off_s: dict[str, float] = field(default_factory=dict)  # of nodes heard: their clock minus ours
 
     def listening_s(self) -> float:
-        """Long enough for a sign of life of each, as far as that is bearable."""
+        """Listening time that covers one heartbeat of each, limited by `LONGEST_LISTENING_S`."""
         leases = [leader.log.lease_s or LEASE_S for leader in self.leaders if leader.log.epoch and not leader.log.left]
         leases += [announced.lease_s for announced, _ in self.nodes.values()]
         return min(LONGEST_LISTENING_S, max(leases) / SIGNS_PER_LEASE + 1.0) if leases else 0.0
 
 
 async def regions(bus: Bus) -> list[Check]:
-    """Who leads, who is there, and whose clock is wrong: read from the topics, then listened for some seconds.
+    """Check leaders, nodes and clocks: read the topics, then listen for some seconds.
 
-    Raises `UnknownTopicError` where there are no topics.
+    Raises `UnknownTopicError` if the topics do not exist.
     """
     seen = Seen()
     for region in range(await bus.partitions(topics.DECISIONS)):
@@ -85,7 +87,7 @@ async def regions(bus: Bus) -> list[Check]:
 
 
 async def leader_of(bus: Bus, region: int) -> Leader:
-    """Who leads a region, as far as its log tells: also where the log does not begin at offset 0."""
+    """Read the leader of a region from its decision log, which need not begin at offset 0."""
     leader = Leader(region, DecisionLog(joins=True))
     reader = await bus.reader([(topics.DECISIONS, region)], start="start")
     try:
@@ -99,13 +101,13 @@ async def leader_of(bus: Bus, region: int) -> Leader:
                     leader.note(message)
     finally:
         await reader.close()
-    if leader.log.epoch and not leader.log.lease_s:  # the record that opened the epoch is gone
+    if leader.log.epoch and not leader.log.lease_s:  # the record that opened the epoch was deleted
         await _ask_snapshot(bus, leader)
     return leader
 
 
 async def _ask_snapshot(bus: Bus, leader: Leader) -> None:
-    """Who leads, and by which lease, where only a snapshot tells it."""
+    """Take the leader and its lease from a snapshot, if the log no longer has them."""
     try:
         snapshot, reader = await snapshots.open_decisions(bus, leader.region)
     except DecisionsLostError as error:
@@ -135,7 +137,7 @@ async def _announced(bus: Bus, region: int, seen: Seen) -> None:
 
 
 async def _listen(bus: Bus, seen: Seen) -> None:
-    """Hear who is alive now, and by how much each one's clock differs from ours."""
+    """Listen for heartbeats and measure how much each sender's clock differs from ours."""
     until_s = time.monotonic() + seen.listening_s()
     places = [(topics.EVENTS, region) for region in range(await bus.partitions(topics.EVENTS))]
     places += [(topics.DECISIONS, leader.region) for leader in seen.leaders]
@@ -145,14 +147,14 @@ async def _listen(bus: Bus, seen: Seen) -> None:
             for record in await reader.fetch(timeout_s=0.1):
                 for name in _who(record, seen):
                     off_s = record.timestamp_ms / 1000 - time.time()
-                    # What waited somewhere looks late; the quickest of its records tells the most.
+                    # A delayed record looks like a slow clock, so the smallest difference is kept.
                     seen.clock_off_s[name] = min(off_s, seen.clock_off_s.get(name, off_s), key=abs)
     finally:
         await reader.close()
 
 
 def _who(record: Record, seen: Seen) -> list[str]:
-    """Who gives a sign of life by this record."""
+    """The names of the nodes or planners that this record shows to be alive."""
     if record.topic == topics.DECISIONS:
         leader = next(leader for leader in seen.leaders if leader.region == record.partition)
         if isinstance(leader.log.read(record), Dropped):
@@ -167,10 +169,10 @@ def _who(record: Record, seen: Seen) -> list[str]:
 
 
 def planner_check(leader: Leader, now_s: float) -> Check:
-    """Whether somebody leads a region, or only seems to: its lock is its epoch, and who opened it may be long gone."""
+    """Check that a live planner leads the region; an open epoch alone may belong to a planner that has crashed."""
     log, where = leader.log, f"region {leader.region}"
     if log.epoch == 0:
-        return Check("planner", False, f"{where}: no planner was ever there", "start one: deepar planner")
+        return Check("planner", False, f"{where}: no planner has ever run", "start one: deepar planner")
     if log.left:
         return Check("planner", False, f"{where}: the planner has left", "start one: deepar planner")
     who = f"{log.planner or 'a planner'}"
@@ -193,14 +195,14 @@ def _ago(seconds: float) -> str:
 
 
 def _span(seconds: float) -> str:
-    """Hours and minutes where seconds are no help to people."""
+    """Format a duration in hours, minutes or seconds, whichever is readable."""
     if seconds >= 3600:
         return f"{seconds / 3600:,.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 120 else format_seconds(seconds)
 
 
 def nodes_check(seen: Seen) -> Check:
-    """Who has announced itself, and who of them is silent."""
+    """Check announced nodes and report the silent ones."""
     roles = [announced.role for announced, _ in seen.nodes.values()]
     detail = ", ".join(f"{roles.count(role)} {role.value}(s)" for role in (Role.DEVICE, Role.EDGE, Role.CLOUD))
     awaited = {name for name, (node, _) in seen.nodes.items() if node.lease_s / SIGNS_PER_LEASE < LONGEST_LISTENING_S}
@@ -209,12 +211,12 @@ def nodes_check(seen: Seen) -> Check:
     if not silent:
         return Check("nodes", alive, detail, "start some: deepar stage device|edge|cloud")
     detail += f"; announced and silent now: {', '.join(silent)}"
-    remedy = "start them again: deepar stage device|edge|cloud; one that was taken away for good can be ignored"
+    remedy = "start them again: deepar stage device|edge|cloud; ignore nodes that were removed permanently"
     return Check("nodes", alive, detail, remedy, warning=True)
 
 
 def failing_checks(seen: Seen) -> list[Check]:
-    """Which nodes the planners avoid, because attempts keep failing there."""
+    """Report nodes that planners avoid after repeated failed attempts."""
     told = [
         f"{name} (region {leader.region}): {change.failures} attempts in a row failed there"
         for leader in seen.leaders
@@ -222,14 +224,12 @@ def failing_checks(seen: Seen) -> list[Check]:
     ]
     if not told:
         return []
-    remedy = (
-        "look at its log and its links, and restart it; tasks go elsewhere while they can, and one at a time tries it"
-    )
+    remedy = "check the node's log and links, and restart it; tasks use other nodes, one at a time retries it"
     return [Check("failing", True, "; ".join(told), remedy, warning=True)]
 
 
 def clock_checks(seen: Seen, now_s: float) -> list[Check]:
-    """Whose clock differs from this machine's: of those heard now either way, of the silent only what lies in the future."""
+    """Compare clocks with this machine's. For a silent node, only a timestamp in the future proves a wrong clock."""
     off_s = dict(seen.clock_off_s)
     for name, (_, sent_s) in seen.nodes.items():
         if name not in off_s and sent_s - now_s > SKEW_S:
@@ -245,6 +245,6 @@ def clock_checks(seen: Seen, now_s: float) -> list[Check]:
     )
     remedy = "set them by NTP (chronyc makestep)"
     if len(off_s) > 1 and len(wrong) == len(off_s) and max(wrong.values()) - min(wrong.values()) < SKEW_S:
-        remedy = "all differ alike, so it is this machine's clock that is wrong: set it by NTP (chronyc makestep)"
-    detail = f"clocks disagree: {told}; no decision minds, but times in tables and traces will be wrong"
+        remedy = "all differ by the same amount, so this machine's clock is wrong: set it by NTP (chronyc makestep)"
+    detail = f"clocks disagree: {told}; decisions are not affected, but times in tables and traces are wrong"
     return [Check("clocks", False, detail, remedy)]

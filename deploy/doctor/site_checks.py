@@ -1,4 +1,4 @@
-"""What `deepar doctor` looks at where sites have brokers of their own: whether each answers and has what belongs there."""
+"""Site checks of `deepar doctor`: whether the broker of every site answers and has the topics of its site."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ACTIVATIONS = topics.ACTIVATIONS_EDGE.removesuffix(topics.EDGE_PLACEHOLDER)
 
 
 async def brokers(connection: KafkaConnection) -> list[Check]:
-    """Whether every broker at home can be reached: those that are named, and those that they send their clients on to."""
+    """Check that every broker of the main site is reachable, including those that the cluster advertises."""
     wrong = await connection.unreachable()
     if not wrong:
         return [Check("broker", True, f"Kafka at {connection.bootstrap_servers} answers")]
@@ -21,11 +21,11 @@ async def brokers(connection: KafkaConnection) -> list[Check]:
 
 
 def _half_down(name: str, wrong: Iterable[DeeparError]) -> list[Check]:
-    return [Check(name, False, f"{error}; others answer", error.remedy or "see that it is up") for error in wrong]
+    return [Check(name, False, f"{error}; others answer", error.remedy or "check that it runs") for error in wrong]
 
 
 async def look(bus: KafkaBus) -> list[Check]:
-    """Whether the broker of every other site answers, and has what this process would read or write there."""
+    """Check that the broker of every other site answers and has the topics that this process would use there."""
     checks = []
     connection = bus.connection
     for servers in connection.sites[1:]:
@@ -40,13 +40,13 @@ async def look(bus: KafkaBus) -> list[Check]:
             continue
         detail = f"{servers} answers and holds {', '.join(held)}"
         if missing:
-            detail = f"{servers} answers, but has no {', '.join(topic for topic, _ in missing)}"
+            detail = f"{servers} answers, but lacks {', '.join(topic for topic, _ in missing)}"
         checks.append(Check("site", not missing, detail, "start the edge, or: deepar topics create --edge NAME"))
     return checks
 
 
 def _kept_at(connection: KafkaConnection, held: list[str]) -> list[tuple[str, str]]:
-    """The topics of one site that can be told from its routes, each with the topic that it stands beside."""
+    """The topics of one site that follow from its routes, each with the topic whose site it shares."""
     names = {topic.name for topic in topics.TABLE}
     kept = []
     for name in held:

@@ -1,4 +1,4 @@
-"""Whether topics, brokers, producer and consumers agree on how large a record may be."""
+"""Record size checks of `deepar doctor`: topics, brokers, producer and consumers must agree on the maximum size."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ NEEDED_BYTES = max(needed_bytes(topic.name) for topic in topics.TABLE)
 
 
 async def look(connection: KafkaConnection) -> list[Check]:
-    """Ask the brokers and compare. Raises nothing: what cannot be asked is said."""
+    """Read the limits from the brokers and compare them. A broker that does not answer becomes a failed check."""
     try:
         sites = await read_limits(connection, "deepar.")
     except BusError as error:
-        return [Check(NAME, False, str(error), error.remedy or "see that the broker answers, and ask again")]
+        return [Check(NAME, False, str(error), error.remedy or "check that the broker answers, then run this again")]
     return compare(sites, producer_bytes=connection.max_record_bytes, consumer_bytes=FETCH_BYTES)
 
 
 def compare(sites: Iterable[SiteLimits], *, producer_bytes: int, consumer_bytes: int) -> list[Check]:
-    """One check a disagreement, or one that says that there is none.
+    """One failed check per disagreement, or a single passed check.
 
-    `producer_bytes` is the largest record that our producer lets through, `consumer_bytes` what our consumers fetch of one
-    partition at once.
+    `producer_bytes` is the largest record that our producer accepts, `consumer_bytes` the size of one fetch per partition.
     """
     bad: list[Check] = []
     if producer_bytes < NEEDED_BYTES:
@@ -67,7 +66,7 @@ def compare(sites: Iterable[SiteLimits], *, producer_bytes: int, consumer_bytes:
         f"{least:,}), their brokers, and our consumers ({consumer_bytes:,} a fetch)"
     )
     if hidden:
-        detail += f"; not looked at, this user may not (DescribeConfigs): {', '.join(hidden)}"
+        detail += f"; not checked, this user lacks the permission DescribeConfigs: {', '.join(hidden)}"
     return [Check(NAME, True, detail)]
 
 
@@ -94,7 +93,12 @@ def _broker(servers: str, broker: BrokerLimits, producer_bytes: int) -> Iterable
     held = (
         ("message.max.bytes", broker.message_max_bytes, NEEDED_BYTES, "new topics there refuse our frames"),
         ("replica.fetch.max.bytes", broker.replica_fetch_max_bytes, NEEDED_BYTES, "its copies of our frames lag"),
-        ("socket.request.max.bytes", broker.socket_request_max_bytes, producer_bytes, "it hangs up on our producer"),
+        (
+            "socket.request.max.bytes",
+            broker.socket_request_max_bytes,
+            producer_bytes,
+            "it closes the connection of our producer",
+        ),
     )
     for key, value_bytes, least_bytes, so in held:
         if value_bytes < least_bytes:

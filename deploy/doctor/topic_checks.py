@@ -1,4 +1,4 @@
-"""What `deepar doctor` looks at in the topics: whether they are there, and set as the table of topics says."""
+"""Topic checks of `deepar doctor`: whether the topics exist and have the settings of the table of topics."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from bus.topic_settings import REPAIR
 from deploy.doctor.machine_checks import Check
 
 NAME = "topics"
-JUDGED_ELSEWHERE = "max.message.bytes"
-"""`size_checks` compares it with brokers, producer and consumers, too."""
+CHECKED_BY_SIZE_CHECKS = "max.message.bytes"
+"""Setting that `size_checks` checks, because it also depends on brokers, producer and consumers."""
 
 
 async def missing(bus: Bus) -> list[Check]:
-    """Whether the topics of the table are there (those of edges are made by the edges)."""
+    """Check that the topics of the table exist; each edge creates its own topic."""
     gone = []
     for spec in topics.specs():
         try:
@@ -27,15 +27,15 @@ async def missing(bus: Bus) -> list[Check]:
 
 
 async def settings(bus: Bus) -> list[Check]:
-    """Whether they keep what they must, take what we send, and have a partition for every region."""
+    """Check retention, record types and partition counts of the topics."""
     found = await bus.found_topics()
-    wrong = [one for one in topic_settings.contradictions(found) if one.key != JUDGED_ELSEWHERE]
+    wrong = [one for one in topic_settings.contradictions(found) if one.key != CHECKED_BY_SIZE_CHECKS]
     if wrong:
         return [
             Check(NAME, not one.fatal, str(one), f"{REPAIR}, or: {one.command}", warning=not one.fatal) for one in wrong
         ]
     hidden = [topic.name for topic in found if not topic.settings]
-    detail = f"{len(found)} are set as the table of topics says"
+    detail = f"{len(found)} topics have the required settings"
     if hidden:
-        detail += f"; not looked at, this user may not (DescribeConfigs): {', '.join(hidden)}"
+        detail += f"; not checked, this user lacks the permission DescribeConfigs: {', '.join(hidden)}"
     return [Check(NAME, True, detail)]

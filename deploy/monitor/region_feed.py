@@ -93,7 +93,7 @@ async def open_reader(bus: Bus, region: int, *, events_back: int | None = EVENTS
             f"no region to look at: {error}", remedy="start a planner, or: deepar topics create"
         ) from None
     if region >= regions:
-        raise ConfigError(f"there is no region {region}: the topics have {regions}, counted from 0")
+        raise ConfigError(f"region {region} does not exist: the topics have {regions} region(s), counted from 0")
     start: dict[TopicPartition, int] = {(topic, region): 0 for topic in TOPICS}
     if events_back is not None:
         ends = await bus.end_offsets(topics.EVENTS)

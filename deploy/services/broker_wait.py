@@ -1,7 +1,7 @@
-"""Waiting for a broker that is away while a service starts, for as long as `DEEPAR_BROKER_PATIENCE` says.
+"""Retry while the broker is unavailable at the start of a service, limited by `DEEPAR_BROKER_PATIENCE`.
 
-Where a supervisor starts everything at once, to wait costs less than to end and be started again. A service that serves
-waits for its broker without end; this is about the time before.
+If a supervisor starts all services at once, waiting is cheaper than exiting and being restarted. Once a service has started,
+it waits for its broker without a limit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Patience:
-    """One service's, over everything that it does to start."""
+    """The time limit for all start-up steps of one service."""
 
     def __init__(self, patience_s: float) -> None:
         self._clock = asyncio.get_running_loop().time
@@ -31,11 +31,11 @@ class Patience:
 
     @classmethod
     def from_env(cls) -> Patience:
-        """As the environment says; by default none at all. Raises `ConfigError`."""
+        """Read `DEEPAR_BROKER_PATIENCE`, default 0 s. Raises `ConfigError`."""
         return cls(parse_duration(os.environ.get("DEEPAR_BROKER_PATIENCE", "0s"), "DEEPAR_BROKER_PATIENCE"))
 
     async def through(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """What the first attempt gives that finds a broker. Raises what the last one raised."""
+        """Retry `attempt` while the broker is unavailable; after the limit, raise its last error."""
         while True:
             try:
                 return await attempt()

@@ -1,7 +1,7 @@
-"""Cancels tasks: asks the planner on `deepar.tasks`, and follows the decisions until each task has ended.
+"""Cancellation of tasks: requests on `deepar.tasks`, followed in the decisions until each task has ended.
 
-The planner decides what came first: a task that completes before the planner reads the request stays COMPLETED. A request
-for a task that is over changes nothing, so asking twice does no harm.
+The planner decides the order: a task that completes before the planner reads the request stays COMPLETED. A request
+for an ended task changes nothing, so a repeated request is safe.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from bus.messages import Admitted, Decision, Ended, Snapshot, TaskCancelled, Tas
 from bus.port import Bus, Reader
 
 CANCELLED = "cancelled"
-"""The cause of a task that was FAILED because it was cancelled."""
+"""Cause of a task that is FAILED because it was cancelled."""
 
 FETCH_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """How a task that was to be cancelled stands now."""
+    """Outcome of the cancellation of one task."""
 
     task_id: str
-    state: TaskState | None  # None: the region knows no such task
+    state: TaskState | None  # None: unknown to the region
     cause: str = ""
-    before: bool = False  # whether it was over before anything was asked
+    before: bool = False  # whether it had ended before the request
 
     @property
     def cancelled(self) -> bool:
@@ -41,11 +41,11 @@ class End:
 
 
 class _Region:
-    """Which tasks of a region live and how others ended, folded from a snapshot and the decisions behind it."""
+    """Live and ended tasks of a region, folded from a snapshot and the decisions after it."""
 
     def __init__(self, snapshot: Snapshot | None) -> None:
         self.log = DecisionLog() if snapshot is None else snapshots.log_behind(snapshot)
-        self.read_tasks = 0  # offset on deepar.tasks up to which the planner has surely read
+        self.read_tasks = 0  # offset on deepar.tasks that the planner has read at least up to
         self.live: set[str] = set()
         self.ended: dict[str, tuple[TaskState, str]] = {}  # state and cause
         if snapshot is not None:
@@ -54,7 +54,7 @@ class _Region:
             self.ended.update((task_id, (TaskState(state), "")) for task_id, state in snapshot.state.get("ended", ()))
 
     async def read(self, reader: Reader) -> None:
-        """Fold what comes within a moment."""
+        """Fold the decisions of one fetch."""
         for record in await reader.fetch(timeout_s=FETCH_S):
             message = self.log.read(record)
             if not isinstance(message, Decision):
@@ -70,10 +70,10 @@ class _Region:
 
 
 async def cancel(bus: Bus, region: int, task_ids: Iterable[str], *, timeout_s: float) -> list[End]:
-    """Cancel tasks of a region and wait until each has ended. Tasks that the region does not know are left alone.
+    """Cancel tasks of a region and wait until each has ended. Unknown tasks are skipped.
 
-    Raises `BusUnavailableError` where no planner has answered within `timeout_s`, and `ConfigError` where the region demands
-    a proof of identity that `bus` does not give.
+    Raises `BusUnavailableError` if no planner answers within `timeout_s`, and `ConfigError` if the region requires
+    a proof of identity that `bus` does not provide.
     """
     wanted = list(dict.fromkeys(task_ids))
     snapshot, reader = await snapshots.open_decisions(bus, region)
@@ -81,7 +81,7 @@ async def cancel(bus: Bus, region: int, task_ids: Iterable[str], *, timeout_s: f
         known = _Region(snapshot)
         while await reader.lag():
             await known.read(reader)
-        satisfy_region(bus, known.log.demanded, "whoever cancels")
+        satisfy_region(bus, known.log.demanded, "the canceller")
         before = {task_id for task_id in wanted if task_id in known.ended}
         strangers = {task_id for task_id in wanted if task_id not in known.live and task_id not in before}
         if strangers:
@@ -102,7 +102,7 @@ async def cancel(bus: Bus, region: int, task_ids: Iterable[str], *, timeout_s: f
 
 
 async def _submitted(bus: Bus, region: int, begin: int) -> set[str]:
-    """Tasks that stand on `deepar.tasks` from an offset on: the planner may not have read them yet."""
+    """Tasks on `deepar.tasks` from an offset on, which the planner may not have read yet."""
     where = (topics.TASKS, region)
     found: set[str] = set()
     reader = await bus.reader([where], start={where: begin})
@@ -136,9 +136,9 @@ async def _await_ends(known: _Region, reader: Reader, asked: list[str], timeout_
     except TimeoutError:
         left = [task_id for task_id in asked if task_id not in known.ended]
         raise BusUnavailableError(
-            f"no planner has cancelled {', '.join(left[:5])} within {timeout_s:g} s; the request stands on {topics.TASKS} "
-            "and holds as soon as a planner reads it",
-            remedy="see whether one leads: deepar doctor; or start one: deepar planner",
+            f"no planner has cancelled {', '.join(left[:5])} within {timeout_s:g} s; the request stays on {topics.TASKS} "
+            "and takes effect when a planner reads it",
+            remedy="check whether a planner leads: deepar doctor; or start one: deepar planner",
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""The keys and masters of processes: from the files that flags, variables or `deepar up`'s file name."""
+"""Loading of identity keys and masters from files, and the command line options that name them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KeyFile = Annotated[
     typer.Option(
         "--identity-key",
         envvar="DEEPAR_IDENTITY_KEY_FILE",
-        help="The key that proves who speaks, where the region demands it (`deepar identity`).",
+        help="File with the identity key, if the region requires one (`deepar identity`).",
     ),
 ]
 MasterFile = Annotated[
@@ -23,39 +23,39 @@ MasterFile = Annotated[
     typer.Option(
         "--identity-master",
         envvar="DEEPAR_IDENTITY_MASTER_FILE",
-        help="Demand that every node proves who it is, by keys of this master secret (`deepar identity`).",
+        help="File with the master secret; every node must then prove its identity (`deepar identity`).",
     ),
 ]
 
 
 def key_of(speaker: Speaker, file: Path | None) -> Key | None:
-    """The key in a file. Raises `ConfigError` where it is another's."""
+    """Load a key. Raises `ConfigError` if it belongs to another node."""
     if file is None:
         return None
     key = load_key(file)
     if key.speaker != speaker:
         raise ConfigError(
-            f"{file} holds the key of {key.speaker}, and this is {speaker}",
-            remedy=f"make its own: deepar identity key {speaker.name} --role {speaker.role}",
+            f"{file} holds the key of {key.speaker}, but this process is {speaker}",
+            remedy=f"create its key: deepar identity key {speaker.name} --role {speaker.role}",
         )
     return key
 
 
 def submitter_of(file: Path | None) -> Key | None:
-    """The key of whoever submits tasks: a load generator's, or a device's, who may submit its own. Raises `ConfigError`."""
+    """Load the key of a submitter: a load generator, or a device that submits its own tasks. Raises `ConfigError`."""
     if file is None:
         return None
     key = load_key(file)
     if key.speaker.role not in ("loadgen", "device"):
         raise ConfigError(
-            f"{file} holds the key of {key.speaker}, who may submit no tasks",
-            remedy="make one: deepar identity key NAME --role loadgen",
+            f"{file} holds the key of {key.speaker}, which may not submit tasks",
+            remedy="create one: deepar identity key NAME --role loadgen",
         )
     return key
 
 
 def master_of(file: Path | None) -> Master | None:
-    """The master in a file. Raises `ConfigError`."""
+    """Load the master in a file. Raises `ConfigError`."""
     return None if file is None else load_master(file)
 
 

@@ -1,7 +1,7 @@
-"""A region of real processes and a broker of its own, to be broken: started, signalled, started again, all ended.
+"""A region of real processes for fault injection, optionally with its own broker.
 
-Each process is `deepar ...` as a person would start it, in a session of its own (a Ctrl-C at the terminal reaches us alone),
-and is killed by the kernel when we go, whatever way we go, also while it is stopped.
+Each process runs `deepar ...` in its own session, so that a Ctrl-C at the terminal reaches only this process. The kernel
+kills every process, even a stopped one, when this process ends for any reason.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from loadgen.chaos.live.faults import Target
 
 POLL_S = 0.02
 PATIENCE = "60s"
-"""What a process that is started while the broker is away waits for it, as under any supervisor."""
+"""Time that a process waits for an unavailable broker at its start."""
 
 KEPT = ("DEEPAR_CACHE_DIR", "DEEPAR_LOG_LEVEL", "DEEPAR_KAFKA_ALLOW_CLEAR_TEXT_PASSWORD", "DEEPAR_KAFKA_REPLICATION")
 
 
 class ProcessEndedError(DeeparError):
-    """A process has ended that nobody told to."""
+    """A process of the region ended without a signal from the fault injector."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionOptions:
-    """Who there is, and how fast."""
+    """Number of processes of each role, and their speeds."""
 
     planners: int = 1  # the others stand by
     devices: int = 2
@@ -49,7 +49,7 @@ class RegionOptions:
     cloud_slowdown: float = 100.0
 
     def commands(self, folder: Path) -> dict[str, tuple[Target, list[str]]]:
-        """Name -> what it is, and the words behind `deepar`."""
+        """Process name -> its role and the arguments of `deepar`."""
         lease = ["--model", "lenet", "--lease", f"{self.lease_s}s"]
         cloud = ["stage", "cloud", "--name", "c1", "--slowdown", str(self.cloud_slowdown), *lease]
         found = {"c1": (Target.CLOUD, cloud)}
@@ -68,29 +68,29 @@ class RegionOptions:
 
 
 def result_file(folder: Path, device: str) -> Path:
-    """Where a device shows its results."""
+    """The results file of a device."""
     return folder / f"{device}.jsonl"
 
 
 @dataclass(slots=True)
 class _Member:
-    """One process of the region, over its lives."""
+    """One process of the region, across restarts."""
 
     target: Target
     words: list[str]
     log: Path
     running: subprocess.Popen[bytes] | None = None
-    may_end: bool = field(default=False)  # a signal has told it to
+    may_end: bool = field(default=False)  # a signal asked it to end
 
 
 class LiveRegion:
     """Implements `loadgen.chaos.live.faults.Machines`. Use it in the main thread, as an async context manager."""
 
     def __init__(self, options: RegionOptions, folder: Path, bootstrap: str, broker: KafkaBroker | None) -> None:
-        """`broker`: the one to break, running; None where it is somebody else's."""
+        """`broker`: a running broker to inject faults into; None if the broker must not be touched."""
         self.folder = folder.absolute()
         self.broker = broker
-        # What the user's own services are told by the environment is not meant for these.
+        # Settings of the user's own services in the environment must not affect these processes.
         own = {name: value for name, value in os.environ.items() if not name.startswith("DEEPAR_") or name in KEPT}
         if broker is not None:
             own = {name: value for name, value in own.items() if not name.startswith("KAFKA_")}
@@ -135,7 +135,7 @@ class LiveRegion:
     def start(self, name: str) -> None:
         if name == "broker":
             assert self.broker is not None
-            self.broker.stop()  # it has ended: this lets go of what it held
+            self.broker.stop()  # it has ended; this releases its lock
             self.broker.launch()
             return
         member = self._members[name]
@@ -159,7 +159,7 @@ class LiveRegion:
         for name, member in self._members.items():
             if member.running is not None and not member.may_end and (code := member.running.poll()) is not None:
                 raise ProcessEndedError(
-                    f"{name} has ended by itself with code {code}; its log ends:\n{log_tail(member.log)}",
+                    f"{name} ended unexpectedly with code {code}; last lines of its log:\n{log_tail(member.log)}",
                     remedy=f"see {member.log}",
                 )
 
@@ -177,7 +177,7 @@ class LiveRegion:
     async def __aexit__(self, *exc: object) -> None:
         for member in self._members.values():
             if member.running is not None and member.running.poll() is None:
-                member.running.kill()  # ends one that is stopped, too
+                member.running.kill()  # works on a stopped process too
         for member in self._members.values():
             if member.running is not None:
                 member.running.wait()

@@ -1,4 +1,4 @@
-"""Logs go to stderr: for people on a terminal, JSON lines elsewhere. Data goes to stdout and never comes here."""
+"""Log configuration: text on a terminal, JSON lines elsewhere, always on stderr. Stdout is reserved for data."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from typing import Any
 import structlog
 
 QUIET_LOGGERS = ("aiokafka", "asyncio", "aiohttp", "matplotlib")
-"""Held at WARNING whatever is asked for: aiokafka prints payloads at DEBUG."""
+"""Loggers that stay at WARNING or above at every log level: aiokafka prints payloads at DEBUG."""
 
 
-SPARING_S = 10.0
+LIBRARY_REPEAT_S = 10.0
 REPEAT_S = 60.0
-MOST_REMEMBERED = 1000
-TOLD_BY_US = ("Topic %s not found in cluster metadata", "Topic %s is not available during auto-create initialization")
-"""What aiokafka says twenty times a second of a topic that is gone; `deploy.services.topic_watch` says it once, with
+MAX_REMEMBERED = 1000
+REPORTED_BY_TOPIC_WATCH = (
+    "Topic %s not found in cluster metadata",
+    "Topic %s is not available during auto-create initialization",
+)
+"""Messages that aiokafka logs twenty times a second for a deleted topic; `deploy.services.topic_watch` logs it once, with
 the remedy."""
 
 
@@ -30,12 +33,12 @@ def configure_logging(level: str = "info", *, json_lines: bool | None = None) ->
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        SparingRepeats(),
+        RepeatLimiter(),
     ]
     if as_json:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        # structlog's own choice shows local variables, and with them passwords.
+        # structlog's default formatter shows local variables, which may hold passwords.
         plain = structlog.dev.plain_traceback
         processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain))
     structlog.configure(
@@ -45,22 +48,22 @@ def configure_logging(level: str = "info", *, json_lines: bool | None = None) ->
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(Sparing())
+    handler.addFilter(LibraryRepeatLimiter())
     handler.setFormatter(_libraries_as_json() if as_json else logging.Formatter("%(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=number)
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR if name == "aiokafka" else logging.WARNING)
 
 
-class SparingRepeats:
-    """Lets a service say that something failed of the same error once in `REPEAT_S`, and then how often it has."""
+class RepeatLimiter:
+    """Structlog processor that passes equal warnings once per `REPEAT_S`, with the number of suppressed ones."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._held: dict[tuple[str, ...], tuple[float, int]] = {}  # since when, and how many were held back
+        self._held: dict[tuple[str, ...], tuple[float, int]] = {}  # start of the interval, number suppressed
 
     def __call__(self, logger: Any, method: str, entry: structlog.typing.EventDict) -> structlog.typing.EventDict:
-        """A processor of structlog. Raises `DropEvent`."""
+        """Pass or suppress one log entry. Raises `DropEvent`."""
         if method != "warning" or "error" not in entry:
             return entry
         what = tuple(
@@ -71,7 +74,7 @@ class SparingRepeats:
         if now_s - since_s < REPEAT_S:
             self._held[what] = (since_s, held + 1)
             raise structlog.DropEvent
-        if len(self._held) >= MOST_REMEMBERED:
+        if len(self._held) >= MAX_REMEMBERED:
             self._held.clear()
         self._held[what] = (now_s, 0)
         if held:
@@ -79,21 +82,22 @@ class SparingRepeats:
         return entry
 
 
-class Sparing(logging.Filter):
-    """Lets a library say the same once in `SPARING_S`, and then how often it has: aiokafka says twenty times a second that a
-    broker is away.
+class LibraryRepeatLimiter(logging.Filter):
+    """Log filter that passes equal library messages once per `LIBRARY_REPEAT_S`, with the number of suppressed ones.
+
+    aiokafka logs twenty times a second that a broker is unavailable.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._held: dict[tuple[str, str], tuple[float, int]] = {}  # since when, and how many were held back
+        self._held: dict[tuple[str, str], tuple[float, int]] = {}  # start of the interval, number suppressed
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.name.startswith("aiokafka") and str(record.msg).startswith(TOLD_BY_US):
+        if record.name.startswith("aiokafka") and str(record.msg).startswith(REPORTED_BY_TOPIC_WATCH):
             return False
-        what = (record.name, str(record.msg))  # as it is written in the library's code, whatever it is about
+        what = (record.name, str(record.msg))  # the format string: the arguments do not matter
         since_s, held = self._held.get(what, (float("-inf"), 0))
-        if record.created - since_s < SPARING_S:
+        if record.created - since_s < LIBRARY_REPEAT_S:
             self._held[what] = (since_s, held + 1)
             return False
         self._held[what] = (record.created, 0)
@@ -103,7 +107,7 @@ class Sparing(logging.Filter):
 
 
 def _libraries_as_json() -> logging.Formatter:
-    """What libraries say, as the same JSON lines; `logger` names who."""
+    """Formatter that renders library messages as JSON lines; `logger` names the library."""
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[
             structlog.stdlib.add_logger_name,

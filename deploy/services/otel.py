@@ -1,8 +1,8 @@
-"""Traces by OpenTelemetry, where its variables say so; else nothing of it is imported.
+"""Export of traces to OpenTelemetry, if its environment variables enable it; otherwise OpenTelemetry is not imported.
 
-Spans arrive when they are over, with ids that follow from the task (`bus/tracing.py`). They are handed to OpenTelemetry's own
-SDK, which batches and sends them from a thread of its own, drops them when its queue is full, and reads the rest of its
-variables (`OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_BSP_*`, ...) itself.
+Spans arrive when they have ended, with ids derived from the task (`bus/tracing.py`). The OpenTelemetry SDK batches and sends
+them from its own thread, drops them when its queue is full, and reads its remaining variables (`OTEL_EXPORTER_OTLP_HEADERS`,
+`OTEL_RESOURCE_ATTRIBUTES`, `OTEL_BSP_*`, ...) itself.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 CLOSING_S = 5.0
-"""So long a service that ends waits for its last spans to be sent."""
+"""Maximum time that a stopping service waits until its last spans are sent."""
 
 log = structlog.get_logger("deepar")
 
 
 def wanted(environment: Mapping[str, str]) -> bool:
-    """Whether traces are to be exported: an endpoint is named, and nothing switches them off."""
+    """Whether the environment names an endpoint for traces and does not disable them."""
     off = environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
     exporter = environment.get("OTEL_TRACES_EXPORTER", "otlp").strip().lower()
     return not off and exporter == "otlp" and any(environment.get(name) for name in ENDPOINTS)
@@ -38,9 +38,9 @@ def wanted(environment: Mapping[str, str]) -> bool:
 
 @contextlib.asynccontextmanager
 async def tracing(service: str, environment: Mapping[str, str] | None = None) -> AsyncIterator[SpanSink | None]:
-    """A sink for the spans of this process while the block runs; None where none are wanted, or none can be had.
+    """A sink for the spans of this process while the block runs; None if traces are disabled or the SDK is missing.
 
-    `service` is what the process is called where `OTEL_SERVICE_NAME` does not say so.
+    `service` is the name of the process unless `OTEL_SERVICE_NAME` is set.
     """
     if not wanted(os.environ if environment is None else environment):
         yield None
@@ -59,7 +59,7 @@ async def tracing(service: str, environment: Mapping[str, str] | None = None) ->
     try:
         yield sink
     finally:
-        # In a thread that holds nobody up, since it sends, and goes on trying for long where nobody takes it.
+        # In a daemon thread, because closing sends the remaining spans and retries for a long time if the endpoint is down.
         closing = threading.Thread(target=sink.close, name="last traces", daemon=True)
         closing.start()
         until_s = time.monotonic() + CLOSING_S
@@ -79,7 +79,7 @@ class OtelSink:
         from opentelemetry.sdk.trace.id_generator import IdGenerator
 
         class NextIds(IdGenerator):
-            """The SDK asks for ids while it starts a span; ours are known."""
+            """Gives the SDK the ids of the next span, which are derived from the task."""
 
             trace_id = span_id = 0
 
@@ -98,7 +98,7 @@ class OtelSink:
         self._ahead_ns: int | None = None  # the wall clock minus the loop's
 
     def __call__(self, span: Span) -> None:
-        """Record a span that is over."""
+        """Record an ended span."""
         trace = self._trace
         self._ids.trace_id, self._ids.span_id = int(trace_id(span.task_id), 16), int(span.span_id, 16)
         parent = trace.INVALID_SPAN
@@ -119,11 +119,11 @@ class OtelSink:
         started.end(self._wall_ns(span.end_s))
 
     def _wall_ns(self, moment_s: float) -> int:
-        """The loop's clock as nanoseconds since 1970, by one reading of both: spans of one process keep their distances."""
+        """Convert event loop time to nanoseconds since 1970; the offset is read once per process."""
         if self._ahead_ns is None:
             self._ahead_ns = time.time_ns() - int(asyncio.get_running_loop().time() * 1e9)
         return self._ahead_ns + int(moment_s * 1e9)
 
     def close(self) -> None:
-        """Send what is left, and end. Blocks."""
+        """Send the remaining spans and shut down. Blocks."""
         self._provider.shutdown()

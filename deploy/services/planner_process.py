@@ -1,4 +1,4 @@
-"""A planner as a process: of one region, of several, or of its share of all (`deepar planner --regions`)."""
+"""The planner process: for one region, several regions, or a share of all (`deepar planner --regions`)."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def parse_regions(text: str) -> tuple[int, ...] | None:
     except ValueError:
         regions = []
     if not regions or regions[0] < 0:
-        raise ConfigError(f"--regions {text}: it is `all`, or numbers with commas between them: 0,1,2")
+        raise ConfigError(f"--regions {text}: must be `all` or a comma-separated list such as 0,1,2")
     return tuple(regions)
 
 
 def planner_counters(services: Iterable[PlannerService]) -> dict[str, float]:
-    """What `/metrics` counts of one planner, or of one process's planners together."""
+    """Counters for `/metrics`, summed over the planners of this process."""
     some = list(services)
     return {
         "decisions": float(sum(service.decisions for service in some)),
@@ -61,7 +61,7 @@ def planner_gauges(cores: Iterable[PlannerCore]) -> dict[str, float]:
 async def run_planner(
     bus: Bus, service: PlannerService, *, http_port: int | None = None, http_host: str = "127.0.0.1"
 ) -> None:
-    """The planner of one region as a process."""
+    """Run the planner of one region as a process."""
     patience = Patience.from_env()
     async with contextlib.AsyncExitStack() as stack:
         service.trace_to(await stack.enter_async_context(tracing("deepar-planner")))
@@ -89,7 +89,7 @@ async def run_planner(
 
 
 class _Listed:
-    """A planner for each region of a list: it leads where nobody does, and stands by everywhere else."""
+    """One planner per listed region; each leads its region or stands by if another planner leads."""
 
     def __init__(self, make_service: Callable[[int], PlannerService], regions: tuple[int, ...]) -> None:
         self.services = {region: make_service(region) for region in regions}
@@ -109,9 +109,9 @@ async def run_regions(
     http_port: int | None = None,
     http_host: str = "127.0.0.1",
 ) -> None:
-    """Planners of these regions as a process; None: a share of all, divided with the other planners that do so.
+    """Run planners for these regions as a process; None: for a share of all regions, divided among such planners.
 
-    Raises `ConfigError` for a region that the topics have no partition for.
+    Raises `ConfigError` if the topics have no partition for a region.
     """
     patience = Patience.from_env()
     async with contextlib.AsyncExitStack() as stack:

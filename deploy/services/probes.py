@@ -1,4 +1,4 @@
-"""`/livez`, `/readyz` and `/metrics` of every service, on a small HTTP server of its own."""
+"""HTTP server of a service for `/livez`, `/readyz` and `/metrics`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ LAG_PROBE_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What a service tells of itself."""
+    """The state that a service reports to its probes."""
 
     ready: bool
     detail: dict[str, Any]
     gauges: dict[str, float]
     counters: dict[str, float]
-    leading: dict[str, bool] = field(default_factory=dict)  # of a planner: by region, whether it leads there
-    statistics: dict[str, TaskStatistics] = field(default_factory=dict)  # of a planner: by region, of ended tasks
+    leading: dict[str, bool] = field(default_factory=dict)  # planners only: region -> whether it leads there
+    statistics: dict[str, TaskStatistics] = field(
+        default_factory=dict
+    )  # planners only: region -> statistics of ended tasks
 
     def without(self, missing: Mapping[str, str]) -> Health:
-        """The same of a service some of whose topics are missing: not ready, and it says why."""
+        """A copy that is not ready if topics are missing, with the missing topics in `detail`."""
         gauges = self.gauges | {"missing_topics": float(len(missing))}
         if not missing:
             return replace(self, gauges=gauges)
@@ -42,7 +44,7 @@ class Health:
 
 
 class _Collector:
-    """Reads the service's numbers when they are asked for."""
+    """A Prometheus collector that reads the service's health at each scrape."""
 
     def __init__(self, look: Callable[[], Health], labels: dict[str, str], lag: Callable[[], float]) -> None:
         self._look = look
@@ -50,7 +52,7 @@ class _Collector:
         self._lag = lag
 
     def collect(self) -> Iterable[Metric]:
-        """One metric a number, labelled with who it is (never with a task)."""
+        """One metric per number, labelled with role, node and region (never with a task)."""
         health = self._look()
         names, values = list(self._labels), list(self._labels.values())
         gauges = {"ready": float(health.ready), "loop_lag_seconds": self._lag(), **health.gauges}
@@ -71,7 +73,7 @@ class _Collector:
             yield from self._histograms(health.statistics)
 
     def _values_in(self, region: str) -> list[str]:
-        """The labels of a number of one region, also where the process is there for several."""
+        """The labels with `region` replaced, for a process that serves several regions."""
         return [region if name == "region" else value for name, value in self._labels.items()]
 
     def _histograms(self, statistics: Mapping[str, TaskStatistics]) -> Iterable[Metric]:
@@ -99,11 +101,11 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
 async def serve_probes(
     look: Callable[[], Health], *, port: int | None, labels: dict[str, str], host: str = "127.0.0.1"
 ) -> AsyncIterator[None]:
-    """Answer probes while the block runs; `port` None: no server. Raises `ConfigError` where it cannot listen."""
+    """Answer probes while the block runs; with `port` None, run no server. Raises `ConfigError` if it cannot listen."""
     if port is None:
         yield
         return
-    from aiohttp import web  # half a second to import, and most commands serve no probes
+    from aiohttp import web  # imported here: it takes half a second, and most commands serve no probes
 
     lag_s = 0.0
 

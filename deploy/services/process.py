@@ -1,4 +1,4 @@
-"""One service as a process: uvloop, signals, exit codes, a first log line that says what runs."""
+"""The process around a service: event loop, signals, exit codes, start and stop logging."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ T = TypeVar("T")
 
 
 def loop_name() -> str:
-    """`uvloop`, or what else runs."""
+    """Name of the running event loop's package, e.g. `uvloop`."""
     return type(asyncio.get_running_loop()).__module__.split(".", 1)[0]
 
 
 def run_on_uvloop(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on uvloop; Ctrl-C raises KeyboardInterrupt."""
     try:
-        import uvloop  # not at the top: whoever only wants an exit code does not wait for it
+        import uvloop  # imported here: users of the exit codes do not need it
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(main)
     finally:
-        main.close()  # interrupted before it began, it would complain that nobody awaited it
+        main.close()  # avoids a "never awaited" warning if it was interrupted before its start
 
 
 async def until_stopped(
@@ -36,10 +36,10 @@ async def until_stopped(
     drain_s: float = 8.0,
     **who: Any,
 ) -> bool:
-    """Run a service until it ends by itself or SIGTERM or SIGINT asks it to end.
+    """Run a service until it ends or SIGTERM or SIGINT arrives.
 
-    On a signal, `drain` may finish what is under way for at most `drain_s`; then the service is cancelled. A second signal
-    cuts the draining short. Returns whether a signal ended it; raises what the service raises.
+    On a signal, `drain` may finish tasks under way for at most `drain_s`; then the service is cancelled. A second signal
+    ends the draining. Returns whether a signal ended it; raises what the service raises.
     """
     import structlog
 
@@ -51,7 +51,7 @@ async def until_stopped(
 
     def asked(number: int) -> None:
         (hurry if stop.is_set() else stop).set()
-        log.info("asked to stop", signal=signal.Signals(number).name)
+        log.info("stop requested", signal=signal.Signals(number).name)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked, number)

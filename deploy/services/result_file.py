@@ -1,4 +1,4 @@
-"""The file in which a device keeps its results."""
+"""The file to which a device appends its results."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from bus.text.json_text import json_text
 
 
 class ResultFile:
-    """One JSON line a result: task, sample, and the index of the largest output. Each (task, sample) stands there once,
-    also when the device that writes was killed and started again: what is in the file is not computed again.
+    """One JSON line per result: task, sample, and the index of the largest output.
+
+    Each (task, sample) is written once, even if the device is killed and restarted: samples in the file are not recomputed.
     """
 
     def __init__(self, path: Path) -> None:
         self._kept: dict[str, set[int]] = {}
         before = path.read_bytes() if path.exists() else b""
         for line in before.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line truncated by a kill
                 known = json.loads(line)
                 self._kept.setdefault(str(known["task_id"]), set()).add(int(known["sample"]))
         self._handle = path.open("a", encoding="utf-8")
@@ -34,7 +35,7 @@ class ResultFile:
         return self._kept.get(task_id, set())
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Close the file."""
         self._handle.close()
 
     def __call__(self, task: TaskSubmitted, sample: int, outputs: list[Array]) -> None:

@@ -1,4 +1,4 @@
-"""What a stage computes with: this machine, slowed down or paced by a profile, or a profile that is only played."""
+"""The runner of a stage: computing on this machine, slowed down or paced by a profile, or waiting for a profile's times."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from stages.zoo import load_model
 def make_runner(
     role: Role, options: NodeOptions, models: Sequence[Served], say: Callable[[str], None] | None = None
 ) -> Runner:
-    """A runner that computes (`litert`) or plays (`modelled`) the models.
+    """A runner that computes the models (`litert`) or only waits for their times (`modelled`).
 
-    The profile that the options name is played, or paced by; without one this machine is measured (and remembered).
+    Times come from the profile in the options; without one this machine is measured and the result is stored.
     Raises `UnknownNameError`, `ModelError`, `ConfigError`.
     """
     profile, slowdown, platform = options.profile, options.slowdown, f"{role.value} {options.name}"
@@ -35,13 +35,13 @@ def make_runner(
     by_name = {model.name: model for model in loaded}
     for model in loaded:
         if by_name[model.name].sha256 != model.sha256:
-            raise ConfigError(f"two of the models are called {model.name}", remedy="rename one of the files")
+            raise ConfigError(f"two models are named {model.name}", remedy="rename one of the files")
     for model in loaded:
         if model.name in known and known[model.name].sha256 != model.sha256:
             raise ConfigError(
-                f"profile {profile} is of another {model.name}: its SHA-256 is {known[model.name].sha256}, "
-                f"that of the model {model.sha256}",
-                remedy="play it without computing: --runner modelled",
+                f"profile {profile} was measured on a different {model.name}: its SHA-256 is {known[model.name].sha256}, "
+                f"the model has {model.sha256}",
+                remedy="use the profile without computing: --runner modelled",
             )
     measured = LitertRunner(
         loaded,
@@ -59,7 +59,7 @@ def make_runner(
 
 
 def scaled(profile: ModelProfile, slowdown: float, platform: str) -> ModelProfile:
-    """The same model on a machine `slowdown` times slower."""
+    """The profile of a machine that is `slowdown` times slower."""
     return profile.model_copy(
         update={"platform": platform, "layer_s": tuple(seconds * slowdown for seconds in profile.layer_s)}
     )

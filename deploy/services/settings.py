@@ -66,13 +66,13 @@ Duration = Annotated[float, BeforeValidator(_or_value_error(parse_duration)), Fi
 
 
 class _Strict(BaseModel):
-    """A misspelt key is an error, not a silent default."""
+    """Base of all settings; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ServedModel(_Strict):
-    """A model with what its file leaves open: `{model = "FILE", signature = "NAME", input_shape = {NAME = "1x1280"}}`."""
+    """A model with its choices: `{model = "FILE", signature = "NAME", input_shape = {NAME = "1x1280"}}`."""
 
     model: str  # a name of the zoo, or a .tflite file
     signature: str | None = None  # None: the main subgraph's
@@ -80,7 +80,7 @@ class ServedModel(_Strict):
 
     @property
     def choice(self) -> Choice:
-        """The same as loading a model takes it. Raises `ConfigError`."""
+        """The choice in the form that loading a model expects. Raises `ConfigError`."""
         return Choice(self.signature, parse_shapes(f"{name}={sizes}" for name, sizes in self.input_shape.items()))
 
     @model_validator(mode="after")
@@ -93,20 +93,20 @@ Served = Annotated[
     Annotated[str, Tag("name")] | Annotated[ServedModel, Tag("table")],
     Discriminator(lambda entry: "table" if isinstance(entry, dict | ServedModel) else "name"),
 ]
-"""A model as a file of settings names it."""
+"""A model in a settings file: a name, or a table."""
 
 
 class NodeOptions(_Strict):
-    """What every node may be given."""
+    """Options that all nodes share."""
 
     name: NodeName
-    slowdown: Annotated[float, Field(ge=1.0)] = 1.0  # plays a machine so many times slower than this one
+    slowdown: Annotated[float, Field(ge=1.0)] = 1.0  # emulates a machine slower by this factor
     models: tuple[Served, ...] | None = None  # None: the file's
-    profile: str | None = None  # a profile to play instead of computing: a name or a file
+    profile: str | None = None  # profile with times: a name or a file
     runner: Literal["litert", "modelled"] = "litert"  # compute, or sleep the profile's time
     threads: Annotated[int, Field(ge=1)] = 1  # threads of the runtime for one inference
-    remeasure: bool = False  # measure this machine anew, whatever is remembered of it
-    identity_key: str | None = None  # file of the key that proves who it is; None: `up` makes it of its master
+    remeasure: bool = False  # measure this machine again, ignore stored measurements
+    identity_key: str | None = None  # file of the identity key; None: derived from the master of `up`
 
 
 Options = TypeVar("Options", bound=NodeOptions)
@@ -132,7 +132,7 @@ class CloudOptions(NodeOptions):
 
 
 class BusOptions(_Strict):
-    """Which bus: inside this process, or Kafka (`KAFKA_*` variables say how to get in)."""
+    """The bus: in this process, or Kafka (`KAFKA_*` variables configure the connection)."""
 
     kind: Literal["memory", "kafka"] = "memory"
     bootstrap_servers: str | None = None  # host:port; None: KAFKA_BOOTSTRAP_SERVERS, else localhost:9092
@@ -169,13 +169,13 @@ class UpSettings(_Strict):
         names = [node.name for node in (*self.device, *self.edge, *self.cloud)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"{', '.join(twice)}: a name may stand for one node only")
+            raise ValueError(f"{', '.join(twice)}: duplicate node name")
         if self.bus.kind == "memory":
             known = {edge.name for edge in self.edge}
             for device in self.device:
                 for edge in device.edges or ():
                     if edge not in known:
-                        raise ValueError(f"device {device.name} names the edge {edge}, there is none of that name")
+                        raise ValueError(f"device {device.name} names the edge {edge}, which is not defined")
         try:
             self.objective.executed_as(self.execution)
         except ConfigError as error:
@@ -206,7 +206,7 @@ def options_of(kind: type[Options], **values: Any) -> Options:
 
 
 def node_name(text: str, flag: str) -> str:
-    """The same name, if it is one. Raises `ConfigError` naming the flag."""
+    """Validate and return a node name. Raises `ConfigError` naming the flag."""
     try:
         return TypeAdapter(NodeName).validate_python(text)
     except ValidationError as error:
@@ -214,20 +214,20 @@ def node_name(text: str, flag: str) -> str:
 
 
 def lease_of(text: str, flag: str = "--lease") -> float:
-    """A lease in seconds. Raises `ConfigError` for none at all: a node would be lost as soon as it has spoken."""
+    """A lease in seconds. Raises `ConfigError` for 0: a node would be lost immediately after each heartbeat."""
     lease_s = parse_duration(text, flag)
     if not lease_s:
-        raise ConfigError(f"{flag} {text}: a lease must be over 0", remedy="write it like 5s")
+        raise ConfigError(f"{flag} {text}: a lease must be longer than 0", remedy="write it like 5s")
     return lease_s
 
 
 def _first_fault(error: ValidationError) -> str:
-    """`KEY: what is wrong`, of the first one."""
+    """The first fault as `KEY: what is wrong`."""
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part + 1 if isinstance(part, int) else part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "there is no such key"
+        message = "unknown key"
     elif first["type"] == "string_pattern_mismatch":
-        message = f"{first['input']!r} is no name: letters, digits, _ and - only"
+        message = f"{first['input']!r} is not a valid name: only letters, digits, _ and - are allowed"
     return f"{key + ': ' if key else ''}{message}"

@@ -1,4 +1,4 @@
-"""Watches the topics that a service uses: one that is deleted makes the service not ready, and is told with what to do."""
+"""Watch on the topics that a service uses. A deleted topic makes the service not ready and is logged with a remedy."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from bus.values import Role
 
 WATCH_S = 5.0
 AGAIN_S = 60.0
-"""How often it is told again while topics are missing."""
+"""Interval between repeated log entries while topics are missing."""
 
 log = structlog.get_logger("deepar")
 
 
 def used_by(role: str, name: str = "") -> tuple[str, ...]:
-    """The topics without which a service of this role cannot work: of edges' topics only the edge's own."""
+    """The topics that a service of this role needs; an edge needs only its own activations topic."""
     used = [row.name for row in topics.TABLE if role in row.readers or role in row.writers]
     if role == Role.EDGE.value:
         return tuple(topics.activations_topic(name) if topic == topics.ACTIVATIONS_EDGE else topic for topic in used)
@@ -29,7 +29,7 @@ def used_by(role: str, name: str = "") -> tuple[str, ...]:
 
 
 class TopicWatch:
-    """`missing` is empty while all topics are there, with a partition for each region."""
+    """Checks periodically that all topics exist and have a partition for each region; `missing` lists the faults."""
 
     def __init__(self, bus: Bus, names: Iterable[str], regions: int) -> None:
         """`regions`: how many partitions the control topics must have."""
@@ -56,17 +56,17 @@ class TopicWatch:
             try:
                 await self.look()
             except BusError as error:
-                log.debug("cannot look at the topics", error=str(error))  # the broker is away: whoever needs it says so
+                log.debug("topics not checked", error=str(error))  # the broker is unavailable; its users log that
 
     async def look(self) -> None:
-        """Ask once. Raises `BusError`."""
+        """Check once. Raises `BusError`."""
         there = {found.name: found.partitions for found in await self._bus.found_topics(self._names)}
         missing = {}
         for name in self._names:
             if name not in there:
-                missing[name] = "it is gone"
+                missing[name] = "deleted"
             elif name in topics.CONTROL_TOPICS and there[name] < self._regions:
-                missing[name] = f"it has {there[name]} partitions, {self._regions} are needed"
+                missing[name] = f"has {there[name]} partitions, needs {self._regions}"
         self._tell(missing)
         self.missing = missing
 
@@ -75,12 +75,12 @@ class TopicWatch:
         if missing and (missing != self.missing or now_s - self._told_s >= AGAIN_S):
             self._told_s = now_s
             said = "; ".join(f"{name}: {what}" for name, what in missing.items())
-            remedy = f"deepar topics create --regions {self._regions}, or restore them; deepar doctor tells more"
-            if any(there != "it is gone" for there in missing.values()):
-                remedy = "deepar topics repair; deepar doctor tells more"
+            remedy = f"deepar topics create --regions {self._regions}, or restore them; details: deepar doctor"
+            if any(there != "deleted" for there in missing.values()):
+                remedy = "deepar topics repair; details: deepar doctor"
             log.error("not ready: topics are missing", topics=said, remedy=remedy)
         elif self.missing and not missing:
-            log.info("all topics are there again")
+            log.info("missing topics restored")
 
 
 __all__ = ["TopicWatch", "used_by"]

@@ -1,4 +1,4 @@
-"""`deepar up`: the planner and all stages of one file around one bus, in one event loop."""
+"""The process of `deepar up`: a planner and all stages of one file, on one bus and one event loop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stages.node import Node, NodeSettings
 async def run_up(
     settings: UpSettings, bus: Bus, http_port: int | None, http_host: str, master: Master | None = None
 ) -> None:
-    """Planner and stages around one bus, in one event loop; with a `master` each of them proves who it is."""
+    """Run planner and stages on one bus, in one event loop; with a `master`, all of them prove their identity."""
     options: list[NodeOptions] = [*settings.cloud, *settings.edge, *settings.device]
     patience = Patience.from_env()
     async with contextlib.AsyncExitStack() as stack:
@@ -74,7 +74,7 @@ async def run_up(
 
 
 def node_key(settings: NodeSettings, option: NodeOptions, master: Master | None) -> Key | None:
-    """A node's key: from the file that is named for it, else made of the master."""
+    """The key of a node: from its configured file, else derived from the master."""
     speaker = Speaker(settings.role.value, settings.name)
     if option.identity_key is not None:
         return key_of(speaker, Path(option.identity_key))

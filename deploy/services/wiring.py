@@ -1,4 +1,4 @@
-"""Putting services together: a bus as the environment says, a node or a planner around it."""
+"""Construction of services: a bus configured from the environment, and a node or planner on that bus."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ log = structlog.get_logger("deepar")
 
 
 def kafka_bus(bootstrap_servers: str | None = None, *, delivery_timeout_s: float | None = None) -> KafkaBus:
-    """A bus on Kafka as the environment describes it. Raises `ConfigError`."""
+    """A Kafka bus, configured from the environment. Raises `ConfigError`."""
     connection = KafkaConnection.from_env(bootstrap_servers=bootstrap_servers, delivery_timeout_s=delivery_timeout_s)
     return KafkaBus(connection)
 
 
 async def create_missing_topics(bus: Bus, edges: Sequence[str] = (), partitions: Partitions | None = None) -> None:
-    """Create every topic that a system with these edges needs and that is not there."""
+    """Create the missing topics of a system with these edges."""
     await bus.create_topics(topics.specs(edges, partitions))
 
 
 async def require_region(bus: Bus, region: int, edges: Sequence[str] = ()) -> None:
-    """Create the topics that are missing, where this user may. Raises `ConfigError` where they still are, have no
-    partition for the region, or are set against the table of topics.
+    """Create missing topics if this user has the permission. Raises `ConfigError` if topics are still missing, have no
+    partition for the region, or have settings that contradict the table of topics.
     """
     try:
         await create_missing_topics(bus, edges)
@@ -64,17 +64,17 @@ async def require_region(bus: Bus, region: int, edges: Sequence[str] = ()) -> No
 
 
 async def require_partition(bus: Bus, region: int) -> None:
-    """Raises `ConfigError` where there are no topics, or none of them has a partition for the region."""
+    """Raise `ConfigError` unless the topics exist and have a partition for the region."""
     try:
         regions = await bus.partitions(topics.DECISIONS)
     except UnknownTopicError:
-        raise ConfigError("the topics are not there", remedy="create them: deepar topics create") from None
+        raise ConfigError("the topics do not exist", remedy="create them: deepar topics create") from None
     if region >= regions:
-        raise ConfigError(f"there is no region {region}: the topics have {regions}, counted from 0")
+        raise ConfigError(f"region {region} does not exist: the topics have {regions} region(s), counted from 0")
 
 
 def node_settings(options: NodeOptions, *, region: int, lease_s: float) -> NodeSettings:
-    """What a node of these options announces."""
+    """The settings that a node with these options announces."""
     make = partial(NodeSettings, name=options.name, region=region, lease_s=lease_s)
     match options:
         case DeviceOptions():
@@ -91,7 +91,7 @@ def node_settings(options: NodeOptions, *, region: int, lease_s: float) -> NodeS
 
 
 def make_work(node: Node, on_result: ResultSink | None = None) -> Device | Hop:
-    """What a node of this role does."""
+    """The work loop for a node's role: `Device` or `Hop`."""
     if node.settings.role is not Role.DEVICE:
         return Hop(node)
     if isinstance(on_result, ResultFile):
@@ -109,7 +109,7 @@ async def run_stage(
     on_result: ResultSink | None = None,
     on_busy: BusySink | None = None,
 ) -> None:
-    """One stage as a process: ready its models, serve, drain when asked to stop, leave."""
+    """Run one stage as a process: load its models, serve, drain on a stop signal, leave the region."""
     patience = Patience.from_env()
     edges = [settings.name] if settings.role is Role.EDGE else []
     async with contextlib.AsyncExitStack() as stack:
@@ -141,7 +141,7 @@ async def run_stage(
 
 
 class Stage:
-    """A node and its work; made anew while the broker goes away again before they serve."""
+    """A node and its work, recreated if the broker becomes unavailable before they serve."""
 
     def __init__(
         self,
@@ -152,16 +152,16 @@ class Stage:
         on_busy: BusySink | None = None,
         on_span: SpanSink | None = None,
     ) -> None:
-        self._made_of = (bus, settings, runner)
+        self._parts = (bus, settings, runner)
         self._on_result, self._on_busy, self._on_span = on_result, on_busy, on_span
         self._make()
 
     def _make(self) -> None:
-        self.node = Node(*self._made_of, on_busy=self._on_busy, on_span=self._on_span)
+        self.node = Node(*self._parts, on_busy=self._on_busy, on_span=self._on_span)
         self.work = make_work(self.node, self._on_result)
 
     async def serve(self) -> None:
-        """Serve until cancelled. Raises `BusUnavailableError` where the broker is away before it serves."""
+        """Serve until cancelled. Raises `BusUnavailableError` if the broker is unavailable before the node serves."""
         try:
             await self.node.run(self.work)
         except* BusUnavailableError as away:
@@ -176,12 +176,12 @@ class Stage:
         raise error
 
     async def drain(self) -> None:
-        """Finish what is under way, and let nothing new come."""
+        """Finish tasks under way and accept no new ones."""
         await self.node.drain()
         await self.work.drain()
 
     def look(self) -> Health:
-        """For the probes."""
+        """The health that the probes report."""
         status, work = self.node.status, self.work
         detail = {
             "caught_up": status.caught_up,
@@ -217,7 +217,7 @@ def make_planner(
     master: Master | None = None,
     trust_everybody: bool = False,
 ) -> PlannerService:
-    """A planner's service; with a `master` it demands proofs of identity. Raises `UnknownNameError` for an unknown policy."""
+    """A planner service; with a `master` it requires proofs of identity. Raises `UnknownNameError` for an unknown policy."""
 
     def make_core() -> PlannerCore:
         return PlannerCore(

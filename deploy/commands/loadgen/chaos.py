@@ -32,31 +32,35 @@ from loadgen.replay.readiness import await_planner
 from loadgen.replay.replay import utc_now
 
 LISTEN_S = 3.0
-"""A planner in charge speaks at least once a second or so."""
+"""Listening time; a leading planner sends a record about once a second."""
 
 
 def chaos(
-    tasks: Annotated[int, typer.Option(min=1, help="How many tasks, at least.")] = 100,
-    samples: Annotated[int, typer.Option(min=1, help="How many samples, at least, evenly over the tasks.")] = 20_000,
+    tasks: Annotated[int, typer.Option(min=1, help="Minimum number of tasks.")] = 100,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Minimum number of samples, spread evenly over the tasks.")
+    ] = 20_000,
     faults: Annotated[
-        str, typer.Option(help="all, or kinds (kill, stop, terminate), targets (planner, device, ...), KIND:TARGET.")
+        str,
+        typer.Option(help="Faults: all, kinds (kill, stop, terminate), targets (planner, device, ...) or KIND:TARGET."),
     ] = "all",
-    stop_for: Annotated[str, typer.Option(help="How long a stopped process stays stopped.")] = "30s",
+    stop_for: Annotated[str, typer.Option(help="Duration of a stop fault.")] = "30s",
     pause: Annotated[str, typer.Option(help="Undisturbed work before each fault.")] = "2s",
     grace: Annotated[str, typer.Option(help="Time after SIGTERM before a second one is sent.")] = "10s",
     lease: Annotated[str, typer.Option(help="Silence after which a node counts as lost.")] = "10s",
     planner_lease: Annotated[str, typer.Option(help="Silence after which the planner counts as lost.")] = "5s",
-    planners: Annotated[int, typer.Option(min=1, help="How many; the leading one is hit, the others stand by.")] = 1,
-    devices: Annotated[int, typer.Option(min=1, help="How many devices.")] = 2,
-    edges: Annotated[int, typer.Option(min=1, help="How many edges.")] = 2,
-    in_flight: Annotated[int, typer.Option(min=1, help="Tasks of each device that have not ended, at most.")] = 4,
+    planners: Annotated[int, typer.Option(min=1, help="Number of planners; faults hit the leading one.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 2,
+    edges: Annotated[int, typer.Option(min=1, help="Number of edges.")] = 2,
+    in_flight: Annotated[int, typer.Option(min=1, help="Maximum number of unfinished tasks per device.")] = 4,
     random_seed: Annotated[
-        int, typer.Option("--random-seed", "--seed", min=0, help="Of the tasks, the order, and whom a fault hits.")
+        int,
+        typer.Option("--random-seed", "--seed", min=0, help="Random seed for tasks, fault order and fault targets."),
     ] = 0,
     bootstrap_servers: Annotated[
         str | None,
         typer.Option(
-            "--bootstrap-servers", "-b", help="Use this broker, host:port, and leave it alone; default: one of its own."
+            "--bootstrap-servers", "-b", help="Use this broker (host:port) without breaking it; default: start one."
         ),
     ] = None,
     out: Annotated[
@@ -64,7 +68,7 @@ def chaos(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Break real processes while tasks run: nothing may be lost, shown twice, or granted twice.
+    """Inject faults into real processes while tasks run; verify that nothing is lost, shown twice or granted twice.
 
     Starts Apache Kafka, a planner, a cloud worker, edges and devices as processes of their own. Each of planner, device,
     edge, cloud and broker is then killed (SIGKILL), stopped (SIGSTOP, later SIGCONT) and terminated (SIGTERM), in turn, and
@@ -82,7 +86,7 @@ def chaos(
     Example: `deepar loadgen chaos --faults kill:broker,stop:edge --stop-for 10s --samples 2000`
     """
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the broker's absence is no news here
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # an unavailable broker is expected here
     folder = writable_folder("--out", out or Path(f"runs/chaos-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}"))
     options = RegionOptions(
         planners=planners,
@@ -134,7 +138,7 @@ def break_region(
     bootstrap: str | None,
     log: Console,
 ) -> Findings:
-    """Set everything up, break it, judge it; no process is left. Raises `DeeparError`, KeyboardInterrupt."""
+    """Start the region, inject faults, judge the results, end all processes. Raises `DeeparError`, KeyboardInterrupt."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(1, options.devices + 1):
         if result_file(folder, f"d{number}").exists():
@@ -167,13 +171,13 @@ async def _break(
     broker: KafkaBroker | None,
     say: Any,
 ) -> Findings:
-    # A broker of our own wants no password, whatever the environment says of others.
+    # Our own broker needs no password, so the connection settings of the environment are ignored.
     connection = KafkaConnection.from_env({} if broker else None, bootstrap_servers=bootstrap)
     async with KafkaBus(connection) as bus:
         region = LiveRegion(options, folder, bootstrap, broker)
         await create_missing_topics(bus, [f"e{number}" for number in range(1, options.edges + 1)])
         if broker is None:
-            await _unclaimed(bus)
+            await _require_no_planner(bus)
         async with region:
             run = LiveChaos(
                 region,
@@ -188,18 +192,18 @@ async def _break(
             return await run.run()
 
 
-async def _unclaimed(bus: KafkaBus) -> None:
-    """Raises `ConfigError` where somebody works in the region that is to be broken."""
+async def _require_no_planner(bus: KafkaBus) -> None:
+    """Raise `ConfigError` if a planner already leads the region that faults are injected into."""
     with contextlib.suppress(BusUnavailableError):
         log = await await_planner(bus, 0, timeout_s=LISTEN_S)
         raise ConfigError(
-            f"{log.planner or 'a planner'} leads region 0 on this broker: its work would be broken, too",
+            f"{log.planner or 'a planner'} leads region 0 on this broker: faults would break its work",
             remedy="stop it, or leave --bootstrap-servers out for a broker of its own",
         )
 
 
 def _tidy(data: Path, folder: Path) -> None:
-    """Keep the broker's log and throw its records away."""
+    """Keep the broker's log and delete its records."""
     with contextlib.suppress(OSError):
         (data / "broker.log").replace(folder / "broker.log")
     shutil.rmtree(data, ignore_errors=True)
@@ -207,7 +211,7 @@ def _tidy(data: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM ends us as Ctrl-C does: in order, with nothing left behind."""
+    """Treat SIGTERM like Ctrl-C, so that all processes are cleaned up."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     try:
         yield
@@ -216,7 +220,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def failures(findings: Findings) -> list[str]:
-    """What must not be, in words."""
+    """The violated guarantees, as sentences."""
     verdict = findings.verdict
     found = [
         f"{verdict[key]} {what}"
@@ -233,7 +237,7 @@ def failures(findings: Findings) -> list[str]:
         found.append(f"{others} tasks did not end COMPLETED")
     found += verdict["violations"]
     found += [
-        f"{record.name} did not work again after {record.fault.kind}"
+        f"{record.name} did not recover after {record.fault.kind}"
         for record in findings.faults
         if record.recovered_s is None
     ]
@@ -241,8 +245,8 @@ def failures(findings: Findings) -> list[str]:
 
 
 def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:
-    """The findings as people read them."""
-    table = Table("fault", "process", "at", "works again after", "")
+    """Print the findings on a terminal."""
+    table = Table("fault", "process", "at", "recovered after", "")
     for fault in summary["faults"]:
         more = [
             f"{key} {format_seconds(fault[key])}" for key in ("flow_after_ready_s", "lost_after_s") if fault.get(key)

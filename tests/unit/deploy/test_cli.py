@@ -100,7 +100,7 @@ def test_help_is_whole_at_80_columns(
         (("tail", "decisions", "--nonsense"), 2, "nonsense"),
         (("--log-level", "loud", "topics", "list"), 2, "loud"),
         (("nosuchcommand",), 2, "nosuchcommand"),
-        (("stage", "edge", "--name", "e 1"), 2, "--name: 'e 1' is no name"),
+        (("stage", "edge", "--name", "e 1"), 2, "--name: 'e 1' is not a valid name"),
         (("loadgen", "bench", "bus", "--bus", "pigeon"), 2, "pigeon"),
         (("loadgen", "replay", "--scenario", "Server", "-b", "127.0.0.1:1"), 2, "--request-rate"),
         (("loadgen", "replay", "--time-scale", "0", "-b", "127.0.0.1:1"), 2, "time scale"),

@@ -70,7 +70,7 @@ def test_only_what_a_topic_really_carries_is_asked_of_it() -> None:
 def test_what_may_not_be_looked_at_is_said() -> None:
     (check,) = compared(hidden=("broker 1",))
     assert check.ok
-    assert "DescribeConfigs): broker 1" in check.detail
+    assert "DescribeConfigs: broker 1" in check.detail
 
 
 def test_where_all_clocks_differ_alike_it_is_this_machines() -> None:

@@ -111,11 +111,11 @@ def test_a_key_serves_only_whom_it_is_of(folder: Path) -> None:
     assert key_of(D1, folder / "device:d1") == master.key(D1)
     assert key_of(D1, None) is None
     assert submitter_of(None) is None
-    with pytest.raises(ConfigError, match="holds the key of edge:e1, and this is device:d1"):
+    with pytest.raises(ConfigError, match="holds the key of edge:e1, but this process is device:d1"):
         key_of(D1, folder / "edge:e1")
     assert isinstance(submitter_of(folder / "loadgen:lg"), Key)
     assert isinstance(submitter_of(folder / "device:d1"), Key)
-    with pytest.raises(ConfigError, match="edge:e1, who may submit no tasks"):
+    with pytest.raises(ConfigError, match="edge:e1, which may not submit tasks"):
         submitter_of(folder / "edge:e1")
 
 
@@ -142,7 +142,7 @@ def test_the_doctor_looks_at_the_files(folder: Path) -> None:
     another = look(files | {"DEEPAR_NODE": "d2"})[0]
     assert (another.ok, another.remedy) == (False, "deepar identity key d2 --role device")
     (folder / "k").chmod(0o644)
-    assert "others on this machine may read it" in look(files)[0].detail
+    assert "other users of this machine can read it" in look(files)[0].detail
     swapped = look({"DEEPAR_IDENTITY_KEY_FILE": str(folder / "m")})[0]
     assert not swapped.ok
     assert "the planner's alone" in swapped.detail

@@ -8,7 +8,7 @@ import logging
 import pytest
 import structlog
 
-from deploy.services.log_setup import SPARING_S, Sparing, SparingRepeats, configure_logging
+from deploy.services.log_setup import LIBRARY_REPEAT_S, LibraryRepeatLimiter, RepeatLimiter, configure_logging
 
 PLANTED = "planted-0xC0FFEE"
 
@@ -47,7 +47,7 @@ def test_what_libraries_say_is_json_too(capsys: pytest.CaptureFixture[str], monk
 
 def test_a_library_that_repeats_itself_is_counted() -> None:
     """Thousands of lines while a broker is away say no more than one."""
-    sparing = Sparing()
+    sparing = LibraryRepeatLimiter()
 
     def said(at_s: float, message: str, *words: object) -> str | None:
         record = logging.LogRecord("aiokafka", logging.ERROR, "f", 1, message, words, None)
@@ -57,13 +57,13 @@ def test_a_library_that_repeats_itself_is_counted() -> None:
     told = [said(number / 20, "no %s", number) for number in range(200)]
     assert [line for line in told if line] == ["no 0"]
     assert said(1.0, "something else") == "something else"
-    assert said(SPARING_S, "no %s", 200) == "no 200 (199 more like it)"
-    assert said(3 * SPARING_S, "no %s", 201) == "no 201"
+    assert said(LIBRARY_REPEAT_S, "no %s", 200) == "no 200 (199 more like it)"
+    assert said(3 * LIBRARY_REPEAT_S, "no %s", 201) == "no 201"
 
 
 def test_a_failure_that_a_service_repeats_is_told_once_a_minute_and_counted() -> None:
     times_s = [0.0]
-    sparing = SparingRepeats(lambda: times_s[-1])
+    sparing = RepeatLimiter(lambda: times_s[-1])
 
     def told(method: str, **entry: str) -> dict[str, object] | None:
         try:
@@ -86,6 +86,6 @@ def test_what_is_said_of_missing_topics_by_the_library_is_left_to_us() -> None:
     record = logging.LogRecord(
         "aiokafka.cluster", logging.ERROR, "f", 1, "Topic %s not found in cluster metadata", ("t",), None
     )
-    assert not Sparing().filter(record)
+    assert not LibraryRepeatLimiter().filter(record)
     record.name = "other"
-    assert Sparing().filter(record)
+    assert LibraryRepeatLimiter().filter(record)

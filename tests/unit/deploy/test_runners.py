@@ -48,7 +48,7 @@ def test_real_inference_is_paced_by_a_profile(tmp_path: Path) -> None:
 
 
 def test_a_profile_of_another_model_of_that_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="another lenet") as refused:
+    with pytest.raises(ConfigError, match="different lenet") as refused:
         make_runner(Role.EDGE, NodeOptions(name="e", profile=profile(tmp_path, "0" * 64)), ["lenet"])
     assert "modelled" in (refused.value.remedy or "")
 
@@ -75,7 +75,7 @@ def test_two_models_of_one_name_are_refused(two_halves: str, tmp_path: Path) -> 
     other = tmp_path / "elsewhere" / "halves.tflite"
     other.parent.mkdir()
     other.write_bytes(built_models.residual().to_bytes())
-    with pytest.raises(ConfigError, match="two of the models are called halves"):
+    with pytest.raises(ConfigError, match="two models are named halves"):
         make_runner(Role.EDGE, NodeOptions(name="e"), [two_halves, str(other)])
 
 

@@ -76,16 +76,16 @@ def test_what_is_left_out_has_the_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "key", "said"),
     [
-        (("models =", "modles ="), "modles", "there is no such key"),
-        (('name = "e1"', 'name = "e1"\nslot = 2'), "edge.1.slot", "there is no such key"),
+        (("models =", "modles ="), "modles", "unknown key"),
+        (('name = "e1"', 'name = "e1"\nslot = 2'), "edge.1.slot", "unknown key"),
         (('name = "e1"', 'name = "e1"\nslots = 0'), "edge.1.slots", "greater than or equal to 1"),
         (('name = "e1"', 'name = "e1"\nlink1 = "fast"'), "edge.1.link1", "'fast': not a rate; write it like 100Mbps"),
         (('name = "e1"', 'name = "e1"\nlink1 = 200'), "edge.1.link1", "200: a rate without a unit; write 200Mbps"),
         (("models =", "lease = 5\nmodels ="), "lease", "5: a duration without a unit; write 5s"),
-        (('name = "e1"', 'name = "e 1"'), "edge.1.name", "is no name"),
+        (('name = "e1"', 'name = "e 1"'), "edge.1.name", "is not a valid name"),
         (('name = "d1"', 'name = "d1"\nslowdown = 0.5'), "device.1.slowdown", "greater than or equal to 1"),
         (('name = "c1"', 'runner = "litert"'), "cloud.1.name", "required"),
-        (('name = "c1"', 'name = "e1"'), None, "e1: a name may stand for one node only"),
+        (('name = "c1"', 'name = "e1"'), None, "e1: duplicate node name"),
         (('edges = ["e1"]', 'edges = ["e2"]'), None, "device d1 names the edge e2"),
         (("models =", 'lease = "soon"\nmodels ='), "lease", "'soon': not a duration; write it like"),
         (("models =", 'execution = "sequential"\nmodels ='), None, "objective pipelined goes with"),
@@ -125,7 +125,7 @@ def test_a_model_may_say_which_signature_and_shapes_are_meant(tmp_path: Path) ->
     assert (chosen.model, chosen.choice) == ("m.tflite", Choice("decode", {"x": (1, 128)}))
     for wrong, words in (
         ('{model = "m.tflite", input_shape = {x = "1,128"}}', "write NAME=1x1280"),
-        ('{model = "m.tflite", signatur = "decode"}', "there is no such key"),
+        ('{model = "m.tflite", signatur = "decode"}', "unknown key"),
     ):
         with pytest.raises(ConfigError, match=words):
             load_settings(written(tmp_path, SMALL.replace('["lenet"]', f"[{wrong}]")))
