@@ -1,11 +1,10 @@
-"""`deepar loadgen bench bus`: what the bus port and the frames cost over the bare library, measured in one
-run.
+"""Bus benchmark (`deepar loadgen bench bus`): overhead of the bus port and the frames over the bare client library.
 
-A *hop* is a tensor handed to the sender until the receiver holds it as an array: framing, posting, fetching,
-decoding, putting together. The *bare* hop moves as many bytes as one record through aiokafka with the same
-settings (`linger_ms` 0, `acks` all, idempotent, large batches) and ends when the consumer returns them. Both
-take turns in shuffled order, so that whatever else the machine does meets both alike; the first round is
-dropped. On `MemoryBus` the bare way is an `asyncio.Queue` that is handed a copy.
+A *hop* lasts from handing a tensor to the sender until the receiver holds it as an array: framing, sending, fetching,
+decoding, reassembly. The *bare* hop moves the same bytes as one record through aiokafka with the same settings
+(`linger_ms` 0, `acks` all, idempotent, large batches) until the consumer returns them. Both alternate in shuffled
+order, so other load affects them equally; the first round is dropped. On `MemoryBus` the bare hop is an
+`asyncio.Queue` that receives a copy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How busy the machine was while something was measured: a ratio taken on a machine without idle time says nothing."""
+"""CPU load during a measurement. Ratios measured on a machine without idle time are unreliable."""
 
 from __future__ import annotations
 

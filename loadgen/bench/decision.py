@@ -1,8 +1,8 @@
-"""`deepar loadgen bench decision`: from a task's submission to the decision about it, as a device would read it.
+"""Decision benchmark (`deepar loadgen bench decision`): time from a task's submission until a device reads its decision.
 
-A real planner serves a region whose nodes are only announced; tasks come at a constant rate, and each is reported complete as
-soon as its start is read, so that the region neither fills nor empties. Planner and generator share this process, so what is
-measured holds both, and three trips over the bus: task, decision, and the reading of it.
+A real planner serves a region whose nodes are announced but not run. Tasks arrive at a constant rate, and each is
+reported complete as soon as its start is read, so the load stays constant. Planner and generator share this process;
+the measured time includes both and the bus trips of task and decision.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A device, an edge and a cloud with a director in the planner's place: streams whose placement is fixed, for benchmarks.
+"""Fixed placement for benchmarks: a device, an edge and a cloud, with a director in place of the planner.
 
-The stages are the real shells on a real bus. The director leads region 0 for as long as it lasts: it folds what was decided
-there into a core of its own, opens an epoch, applies each decision before it writes it, and at the end takes its nodes away
-and leaves, so that a planner can follow it. It refuses a region that somebody else leads.
+The stages are the real shells on a real bus. The director leads region 0 during the benchmark: it replays the region's
+decisions into its own core, opens an epoch, and applies each decision before it writes it. At the end it removes its
+nodes and steps down, so that a planner can take over. It rejects a region that already has a leader.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Staged:
         self._epoch = 0  # none opened yet
 
     async def __aenter__(self) -> Self:
-        """Raises `ConfigError` where somebody leads or waits there, and what a stage ends with before it serves."""
+        """Raises `ConfigError` if a planner leads or stands by there, and the error of a stage that fails to start."""
         try:
             await self._open()
         except BaseException:

@@ -1,9 +1,9 @@
-"""Real LeNet through device, edge and cloud, as fast as they go; and what bare aiokafka moves with the same bytes.
+"""LeNet benchmark: maximum throughput of device, edge and cloud, compared with bare aiokafka moving the same bytes.
 
-All three stages share this process, nothing is played and nothing is shaped. The *bare* way computes nothing: it relays the
-same bytes over three topics, each hop with a consumer and a producer of its own (aiokafka, the same settings); once with a
-record for every sample, as `bench bus` does for its stream, and once in as many records as the stages were seen to send
-(framed). All count from the first record to the last result.
+All three stages run in this process with real computation and no rate limit. The *bare* baseline only relays the same
+bytes over three topics; each hop has its own aiokafka consumer and producer with the same settings. It runs once with
+one record per sample, and once with as many records as the stages sent (framed). Times run from the first record to
+the last result.
 """
 
 from __future__ import annotations

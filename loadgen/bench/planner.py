@@ -46,7 +46,7 @@ SEARCH_MODELS = 12
 SEARCHES = 60
 DECISIONS = 400
 REPEATS = 3
-"""A decision alone changes nothing, so it is asked for again, and the best counts: what it costs, not who else runs."""
+"""Repetitions of each decision. Deciding does not change state; the minimum excludes the effect of other processes."""
 DECISIONS_OF_MANY = 100
 REFERENCE_DECISIONS = 3
 REFERENCE_DECISIONS_OF_AIM = 15

@@ -5,7 +5,7 @@ Policy `deepar`, 100 edges a region, four reachable from each device, about 1,00
 and slots so tight that about a third of the tasks wait for a resource. Growth is measured from 10,000 tasks
 up: a core that rescans what it has seen would show here as time a task that rises with their number.
 
-The aim is of the clock on the wall, on two cores that nobody else uses. On a busy machine the processor time of the two
+The goal is wall-clock time on two otherwise idle cores. On a busy machine the processor time of the two
 processes says what it would be (and still too much, for a shared core computes slower): `processor_seconds`.
 
 The garbage collector looks for cycles when 200,000 objects more have been made than freed, instead of 700: the core makes no

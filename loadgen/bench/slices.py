@@ -1,11 +1,10 @@
-"""`deepar loadgen bench slices`: what cutting a model costs, in time and in memory.
+"""Slicing benchmark (`deepar loadgen bench slices`): cost of cutting a model, in time and in memory.
 
-*Time*: at every cut, the two parts and the whole take turns in one run, tensors copied in and out of each; a round's
-ratio is the parts' sum over the whole, a cut's ratio the median over its rounds. The machine's noise hits both sides of
-a ratio alike.
+*Time*: at every cut, the two parts and the whole model run alternately, with tensors copied in and out, so machine
+noise affects them equally. A round's ratio is the sum of the parts over the whole; a cut's ratio is the median.
 
-*Memory*: a process of its own serves VGG-16 as all three stages at one cut pair after another, and reads what it
-occupies after each. Anonymous memory is what no other process can share; resident also counts mapped weights.
+*Memory*: a separate process serves VGG-16 as all three stages at successive cut pairs, and reads its memory after
+each. Anonymous memory cannot be shared with other processes; resident memory also includes mapped weights.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Figure 4: many tasks at once. The paper's mean delay over the number of devices, with spread, and its
-claims beside ours.
-"""
+"""Figure 4 (many concurrent tasks): mean delay over the number of devices, with spread, and the paper's claims."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's four networks as tables: what each layer multiplies, reads and writes. Computed from the architectures.
+"""Cost tables of the paper's four networks: operations and bytes per layer, computed from the architectures.
 
 AlexNet (Krizhevsky et al. 2012, one tower, 227 x 227), VGG-16 (Simonyan and Zisserman 2014, configuration D), DeepFace (the
 paper's reference [1], Parkhi et al. 2015: VGG-16 with 2,622 outputs) and LeNet-5 (LeCun et al. 1998, 28 x 28). Layers carry

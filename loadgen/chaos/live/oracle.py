@@ -308,7 +308,7 @@ def judge(
 ) -> Verdict:
     """The verdict on tasks (task -> samples) whose results `shown` counts in the devices' files and `results` on the topic.
 
-    What the file of a device shows of a task that nobody submitted is a visible duplicate, too.
+    A result in a device's file for a task that was never submitted also counts as a visible duplicate.
     """
     wanted = {(task_id, sample) for task_id, samples in acknowledged.items() for sample in range(samples)}
     fold.finish(acknowledged)

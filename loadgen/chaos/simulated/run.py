@@ -181,7 +181,7 @@ class Play:
             ended = await self._until(self._all_ended, self.scenario.converge_s, "not every task ended")
             if ended:
                 await asyncio.sleep(SETTLE_S)
-                # A polite stop from the last of the faults may have come after the healing: wait for who is still away.
+                # A process that received SIGTERM just before healing may still be restarting, so wait for it.
                 await self._until(self._all_back, JOIN_S, "not all processes are back")
                 for process in self.processes:
                     process.sites = None
