@@ -93,7 +93,7 @@ class LitertRunner:
         await self._stores[model.name].ready(first, last)
 
     def station(self, plan: Plan, first: int, last: int) -> Station:
-        """A place on the prepared segment."""
+        """A station on the prepared segment."""
         played_s = sum(profile_of(self._profiles, plan.model).layer_s[first:last])
         segment = self._stores[plan.model].get(first, last)
         if self._paced:
@@ -102,7 +102,7 @@ class LitertRunner:
         return kind(segment, self._pool)
 
     async def close(self) -> None:
-        """Stop the worker threads that are this runner's own."""
+        """Stop the worker threads that this runner created."""
         if self._owns_pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -115,7 +115,7 @@ class LitertRunner:
 
 
 class _LitertStation:
-    """Computes in a worker thread; the result leaves when it is there."""
+    """Computes in a worker thread and returns the result as soon as it is computed."""
 
     def __init__(self, segment: Segment, pool: ThreadPoolExecutor) -> None:
         self._segment = segment
@@ -129,7 +129,7 @@ class _LitertStation:
 
 
 class _PlayedStation(_LitertStation):
-    """The same; the result is handed over when a slower machine would have it."""
+    """Computes in a worker thread and returns the result when the emulated slower machine would."""
 
     def __init__(self, segment: Segment, pool: ThreadPoolExecutor, busy_s: float) -> None:
         super().__init__(segment, pool)

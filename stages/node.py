@@ -287,7 +287,11 @@ class Node:
             try:
                 fences.restore(begin.state)
                 log = snapshots.log_behind(begin)
-            except (LookupError, TypeError, ValueError) as error:  # another version's; then all of them are read
+            except (
+                LookupError,
+                TypeError,
+                ValueError,
+            ) as error:  # written by another version: read all decisions instead
                 self.log.warning("unusable snapshot skipped", seq=begin.seq, error=str(error))
                 fences = Fences(self.settings.remembered_ends)
                 await reader.seek((topics.DECISIONS, self.settings.region), 0)
@@ -307,9 +311,9 @@ class Node:
         return reader
 
     async def _hear_demand(self, reader: Reader) -> None:
-        """Where this node could not prove who it is, wait for the planner to say so: it would be refused without a word.
+        """Wait for the current planner's decisions where this node lacks the identity that the topic's last planner requires.
 
-        The one that demands it in the topic may be gone, and the next, which perhaps starts just now, hold another master.
+        That planner may have been replaced by one with another master key.
         Raises `ConfigError`.
         """
         try:
@@ -372,9 +376,9 @@ class Node:
             self._come_back(work)
 
     async def _begin_anew(self, error: DecisionsLostError, work: Work) -> None:
-        """Decisions were missed: read again from the last snapshot, and come back as one who was lost.
+        """Recover from missed decisions: read again from the last snapshot, drop work and announce the node again.
 
-        Meanwhile its heartbeats stop, so that the region plans again what this node may not know of.
+        Heartbeats stop meanwhile, so that the planner replans tasks that this node may not know of.
         """
         self.log.warning("decisions were missed; reading again from the last snapshot", error=str(error))
         self.status.count("decisions_missed")
@@ -392,7 +396,7 @@ class Node:
     def _come_back(self, work: Work) -> None:
         self.status.joined = False
         work.on_lost()
-        # Two processes of one name take it from each other, each time by a decision that is kept: not without a pause.
+        # Two processes with one name would displace each other in a tight loop of decisions; the pause slows this down.
         lease_s = self.settings.lease_s
         pause_s = 0.0
         if asyncio.get_running_loop().time() - self._announced_s < lease_s:
@@ -463,18 +467,18 @@ class Node:
             await asyncio.sleep(interval_s)
 
     def _renew(self, sent_s: float) -> None:
-        """The region has heard of this node at `sent_s` or later, so its lease runs from then at the earliest."""
+        """Renew the lease from `sent_s`, when the acknowledged message was sent."""
         self._heard_s = max(self._heard_s, sent_s)
         self._renewed.set()
 
 
 def detail_of(error: Exception) -> str:
-    """What went wrong, in words; of an error that is not ours its type too, which `cause_of` does not tell."""
+    """Text of an error for `TaskFailed`; includes the type of errors from outside DeePar."""
     return str(error) if isinstance(error, DeeparError) else f"{type(error).__name__}: {error}"
 
 
 def cause_of(error: Exception) -> str:
-    """A short, stable word for what went wrong, for the `TaskFailed` that it becomes."""
+    """Short, stable cause of an error for `TaskFailed`."""
     if isinstance(error, ProtocolError):
         return error.cause
     if not isinstance(error, DeeparError):

@@ -22,35 +22,35 @@ from bus.values import ModelProfile
 
 
 class Station(Protocol):
-    """One task's place at a stage: works on the task's samples one after the other."""
+    """Computes one task's samples on one stage, one after the other."""
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        """Layers first+1..last on one sample whose inputs were there at `ready_s` (the loop's clock).
+        """Compute layers first+1..last for a sample whose inputs were ready at `ready_s` (the loop's clock).
 
         Returns when a platform of the announced speed would be done. One call at a time.
         """
 
     def close(self) -> None:
-        """The task is over here."""
+        """Release the station when the task has ended."""
 
 
 class Runner(Protocol):
-    """What a stage asks of whatever computes."""
+    """Port through which a stage loads and runs models."""
 
     def profiles(self) -> tuple[ModelProfile, ...]:
-        """How fast this platform runs each of its models; what a node announces."""
+        """Profiles of all models on this platform, as the node announces them."""
 
     def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
-        """What gives the model's input tensors for sample 0..N-1 of a task. Raises `UnknownNameError`, `ConfigError`."""
+        """Return a function from sample number to input tensors. Raises `UnknownNameError`, `ConfigError`."""
 
     async def prepare(self, plan: Plan, first: int, last: int) -> None:
-        """Make layers first+1..last ready, off the critical path of other tasks.
+        """Prepare layers first+1..last without delaying other tasks.
 
         Raises `UnknownNameError` for a model it does not have, `ModelError` where the hash differs, `CutError`.
         """
 
     def station(self, plan: Plan, first: int, last: int) -> Station:
-        """A place for one task's samples; `prepare` must have been awaited."""
+        """A station for one task's samples; requires a completed `prepare`."""
 
     async def close(self) -> None:
         """Release threads and memory."""
@@ -59,7 +59,7 @@ class Runner(Protocol):
 class Pace:
     """Absolute deadlines of one station: a platform of the given speed is done at max(free, ready) + t.
 
-    So a busy host does not distort the play of a slower machine, and timer errors do not add up.
+    With absolute deadlines, a busy host does not distort the emulated platform and timer errors do not add up.
     """
 
     def __init__(self) -> None:
@@ -86,17 +86,17 @@ def _blank(size_bytes: int) -> Array:
 
 
 class ModelledRunner:
-    """Plays a platform: each segment takes its profile's time and yields as many bytes as the model would."""
+    """Emulates a platform: each segment sleeps its profile's time and returns as many bytes as the model would."""
 
     def __init__(self, profiles: Sequence[ModelProfile]) -> None:
         self._profiles = {profile.model: profile for profile in profiles}
 
     def profiles(self) -> tuple[ModelProfile, ...]:
-        """What it plays."""
+        """The emulated profiles."""
         return tuple(self._profiles.values())
 
     def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
-        """As many zero bytes as the input has."""
+        """Zero bytes, as many as the task's input has."""
         size_bytes = task.input_bytes
         if size_bytes is None:
             size_bytes = profile_of(self._profiles, task.model).cut_bytes[0]
@@ -104,16 +104,16 @@ class ModelledRunner:
         return lambda sample: blank
 
     async def prepare(self, plan: Plan, first: int, last: int) -> None:
-        """Nothing to do but to check that the model is there."""
+        """Check that the model has a profile."""
         profile_of(self._profiles, plan.model)
 
     def station(self, plan: Plan, first: int, last: int) -> Station:
-        """A place that sleeps."""
+        """A station that sleeps instead of computing."""
         profile = profile_of(self._profiles, plan.model)
         return _ModelledStation(sum(profile.layer_s[first:last]), profile.cut_bytes[last])
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: this runner holds no resources."""
 
 
 class _ModelledStation:

@@ -1,4 +1,4 @@
-"""Links held to their grants.
+"""The shaper: delays frames so that each task stays within its granted link rate.
 
 A task sends over a link at the rate it was granted, fixed for its life (the paper's b1 and b2). A link here is a clock: `n`
 bytes that are ready at `ready_s` have crossed at
@@ -28,13 +28,13 @@ CLOCK_S = 0.000_5
 """Between the look at the clock and the hand-over to the bus: the guard keeps this much more than a second."""
 
 FRAME_S = (0.0025, 0.020)
-"""A frame is so much of its link's time, so that a link is shared finely and can be cut off quickly."""
+"""Range of link time per frame; short frames let tasks share a link evenly and stop quickly."""
 
 MIN_FRAME_BYTES = 4096
 """On slow links a frame may take longer: below this, frame heads eat the goodput."""
 
 FRAME_COST_S = 0.000_010
-"""What a frame costs its sender beside the bytes: the reason to take large ones where all else is equal."""
+"""Sender's fixed cost per frame, which favours large frames."""
 
 _CANDIDATES = 256
 _HEAD_VARIES_BYTES = 20

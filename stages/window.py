@@ -1,4 +1,4 @@
-"""How many samples of a task may be under way: what bounds every buffer between its device and its last stage."""
+"""The window: the number of samples of a task in the pipeline at once. It bounds every buffer from device to last stage."""
 
 from __future__ import annotations
 
