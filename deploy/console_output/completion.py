@@ -1,4 +1,4 @@
-"""What TAB offers for models, policies, nodes and tasks.
+"""Shell completion of models, policies, nodes and tasks.
 
 Nodes and tasks are read from the broker. A shell waits for the answer, so it comes within `LIMIT_S` or not at all, and
 nothing is ever printed beside it: the user is in the middle of a line.
@@ -103,7 +103,7 @@ def _from_broker(context: typer.Context, read: Callable[[Bus, int], Awaitable[li
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Nothing on stderr, and an end in time, whatever the libraries do."""
+    """Silence stderr and enforce a time limit while completing."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         os._exit(0)

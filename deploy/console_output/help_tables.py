@@ -34,7 +34,7 @@ def _fold(table: Table) -> None:
 
 
 def fold_long_words() -> None:
-    """From now on helps break long words."""
+    """Make help tables break long words from now on."""
     for name, folding in (("Table", _FoldingTable), ("Columns", _FoldingColumns)):
         assert hasattr(rich_utils, name), f"typer.rich_utils has no {name} any more"
         setattr(rich_utils, name, folding)

@@ -28,9 +28,9 @@ ModelArgument = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Sha256 = Annotated[str | None, typer.Option("--sha256", help="Refuse the file unless it has this hash.")]
+Sha256 = Annotated[str | None, typer.Option("--sha256", help="Expected SHA-256 of the file; another hash is an error.")]
 SignatureName = Annotated[
-    str | None, typer.Option("--signature", help="Which signature is meant. [default: the main subgraph's]")
+    str | None, typer.Option("--signature", help="Signature to use. [default: the main subgraph's]")
 ]
 InputShapes = Annotated[
     list[str] | None,
@@ -38,7 +38,7 @@ InputShapes = Annotated[
         "--input-shape", metavar="NAME=1x1280", help="Shape of an input that the file leaves open; repeatable."
     ),
 ]
-Threads = Annotated[int, typer.Option(min=1, max=64, help="Threads of the runtime.")]
+Threads = Annotated[int, typer.Option(min=1, max=64, help="Number of threads for one inference.")]
 
 
 def print_json(report: dict[str, Any]) -> None:

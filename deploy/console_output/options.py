@@ -18,9 +18,7 @@ BootstrapFromEnv = Annotated[
     str | None,
     typer.Option("--bootstrap-servers", "-b", envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port."),
 ]
-Region = Annotated[
-    int, typer.Option(min=0, envvar="DEEPAR_REGION", help="The region: a partition of the control topics.")
-]
+Region = Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Region: a partition of the control topics.")]
 HttpPort = Annotated[
     int | None,
     typer.Option(
@@ -28,8 +26,8 @@ HttpPort = Annotated[
         max=65535,
         metavar="PORT",
         envvar="DEEPAR_HTTP_PORT",
-        help="Serve /livez, /readyz and /metrics here; off unless set.",
+        help="Port for /livez, /readyz and /metrics; off unless set.",
     ),
 ]
 HttpHost = Annotated[str, typer.Option(envvar="DEEPAR_HTTP_HOST", help="Address that --http-port listens on.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -26,10 +26,10 @@ from loadgen.replay.replay import ReplayResult, utc_now
 from loadgen.replay.replay import replay as play
 
 PLANNER_TIMEOUT_S = 10.0
-"""A planner in charge speaks at least once a second or so; silence for this long means there is none."""
+"""Listening time for a planner: a leading one sends a record about once a second."""
 
 TELL_EVERY_S = 10.0
-"""How often a replay whose stderr is no terminal says how far it is."""
+"""Interval of progress lines if stderr is not a terminal."""
 
 
 class ReplayRun:
@@ -55,7 +55,7 @@ class ReplayRun:
 
     @property
     def result(self) -> ReplayResult:
-        """What has been seen so far."""
+        """The outcomes seen so far."""
         return ReplayResult(
             outcomes=tuple(self.recorder.outcomes.values()), seed=self.seed, dropped_records=0, unreadable_records=0
         )
@@ -147,7 +147,7 @@ def require_models(plan: schedule.Schedule, found: Sequence[NodeAnnounced]) -> N
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
-    """The summary as people read it."""
+    """Print the summary on a terminal."""
     states = ", ".join(
         f"{summary[name]} {name}"
         for name in ("completed", "rejected", "failed", "expired", "unfinished")

@@ -1,4 +1,4 @@
-"""Whether what a command is asked to write can be written, found out before the work and not after it."""
+"""Early checks that the output paths of a command are writable, before its work begins."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from bus.errors import ConfigError
 
 
 def writable_folder(flag: str, folder: Path) -> Path:
-    """See that `folder` is there or can be made; nothing is left behind. Raises `ConfigError`, naming `flag`, if not."""
+    """Check that `folder` exists or can be created, without creating it. Raises `ConfigError`, naming `flag`, if not."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(None, "it may not be written into")
+            raise PermissionError(None, "no permission to write into it")
     except OSError as error:
         raise _refused(flag, folder, error.strerror) from None
     finally:
@@ -26,7 +26,7 @@ def writable_folder(flag: str, folder: Path) -> Path:
 
 
 def writable_file(flag: str, file: Path, *, suffixes: tuple[str, ...] = ()) -> Path:
-    """The same for a file, whose name must end in one of `suffixes`, if there are any."""
+    """Check that a file is writable and, if `suffixes` are given, ends in one of them."""
     if suffixes and file.suffix.lower() not in suffixes:
         raise ConfigError(f"{flag} {file}: its name must end in {' or '.join(suffixes)}")
     if file.is_dir():

@@ -1,7 +1,7 @@
-"""Who may do what on Kafka: access control lists by role, derived from the table of topics, and how they are set.
+"""Access control lists for Kafka by role, derived from the table of topics, and their installation on a broker.
 
-Patterns are literal: a prefixed `deepar.activations.e1` would open `deepar.activations.e10` too. What Kafka's lists cannot
-hold apart, a record's claim inside a topic that several write, is in `docs/security.md`.
+Patterns are literal: a prefixed `deepar.activations.e1` would open `deepar.activations.e10` too. Kafka's lists cannot
+check the sender that a record claims inside a topic with several writers; `docs/security.md` covers that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NODES_AND_TOOLS = ("planner", "device", EDGE, "cloud", "loadgen", "tools")
 
 
 class Resource(StrEnum):
-    """What an entry is about, as Kafka names it."""
+    """The type of resource of an entry, as Kafka names it."""
 
     TOPIC = "TOPIC"
     GROUP = "GROUP"
@@ -34,7 +34,7 @@ class Resource(StrEnum):
 
 
 class Operation(StrEnum):
-    """What may be done to it, as Kafka names it. Read and Write imply Describe."""
+    """The allowed operation, as Kafka names it. Read and Write imply Describe."""
 
     READ = "READ"
     WRITE = "WRITE"
@@ -52,7 +52,7 @@ _LITERAL, _ALLOW, _ANY_HOST = 3, 3, "*"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Entry:
-    """One line of a list: something that is allowed. What no line allows is refused."""
+    """One entry of a list: an allowed operation. Everything without an entry is denied."""
 
     resource: Resource
     name: str
@@ -60,7 +60,7 @@ class Entry:
 
 
 def edge_group(edge: str) -> str:
-    """The consumer group of an edge; nobody else may join it."""
+    """The consumer group of an edge; only that edge may join it."""
     return f"deepar.edge.{edge}"
 
 
@@ -112,7 +112,7 @@ def _entries(role: str, edges: Iterable[str]) -> list[Entry]:
 
 
 def for_users(users: Mapping[str, str], edges: Sequence[str] = ()) -> dict[str, list[Entry]]:
-    """What each user gets: `users` maps a user's name to a role of `roles(edges)`. Raises ConfigError for another role."""
+    """The entries of each user; `users` maps names to roles of `roles(edges)`. Raises ConfigError for another role."""
     known = roles(edges)
     found = {}
     for user, role in users.items():

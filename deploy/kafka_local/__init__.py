@@ -1,4 +1,4 @@
-"""A real Apache Kafka on this machine: its jars, its settings, its start and end.
+"""A local Apache Kafka: its jars, settings, start and stop.
 
 Start with `broker`. Services, the commands and the tests may import it.
 """

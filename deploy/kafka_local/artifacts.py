@@ -103,7 +103,7 @@ def find_maven() -> Path:
 
 
 def ensure_jars(progress: Progress | None = None) -> Path:
-    """The folder of jars, fetched now if it is not there (44 MB, about 10 s).
+    """The folder of jars, fetched if it does not exist (44 MB, about 10 s).
 
     `progress` gets a line for a person a few times a second. Raises MissingProgramError without Maven,
     ArtifactsError when Maven fails or a jar is not the pinned one.
@@ -123,7 +123,7 @@ def ensure_jars(progress: Progress | None = None) -> Path:
         try:
             jars.rename(target)
         except OSError:
-            if not have_jars():  # else somebody was faster, which is as good
+            if not have_jars():  # otherwise another process has put them there
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Starts a real Apache Kafka on this machine: one KRaft node, its jars in the cache folder, its heap bounded.
+"""A local Apache Kafka broker: one KRaft node with a bounded heap and its jars in the cache folder.
 
 `deepar broker` and the tests use the same class. Its settings are those of `deploy/kafka/server.properties`,
 which docker-compose uses too; only addresses and folders are added here. In the data folder are
@@ -34,11 +34,11 @@ LOG_KEPT_BYTES = 16 << 20  # a longer log is moved aside at the next start
 
 
 class BrokerStartError(BusUnavailableError):
-    """Kafka did not come up; the message carries the end of its log."""
+    """Kafka did not start; the message contains the end of its log."""
 
 
 class BrokerDiedError(BusUnavailableError):
-    """Kafka was running and has ended by itself."""
+    """Kafka ended unexpectedly."""
 
 
 class DataInUseError(ConfigError):
@@ -46,7 +46,7 @@ class DataInUseError(ConfigError):
 
 
 def new_cluster_id() -> str:
-    """16 random bytes in base64url, as Kafka wants them; it refuses ids that begin with "-"."""
+    """16 random bytes in base64url, the format of Kafka; the first character is fixed because "-" is not allowed there."""
     return "A" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode("ascii").rstrip("=")[1:]
 
 
@@ -115,11 +115,11 @@ class KafkaBroker:
 
     @property
     def running(self) -> bool:
-        """Whether the process lives (it may not serve yet, or no longer)."""
+        """Whether the process is running; it may not accept requests."""
         return self._child is not None and self._child.poll() is None
 
     def start(self, limit_s: float = START_LIMIT_S) -> float:
-        """Starts it and waits until it serves; the seconds that took (fetching jars not counted)."""
+        """Start the broker and wait until it serves. Returns the seconds taken, without fetching jars."""
         if self.running:
             return 0.0
         try:
@@ -130,20 +130,20 @@ class KafkaBroker:
                     return time.monotonic() - started
                 except BrokerStartError as error:
                     self.kill()
-                    # A free port can be taken between our look and Kafka's bind: choose others, unless it was
-                    # asked for.
+                    # Another process may take a free port before Kafka binds it: choose another, unless the caller
+                    # chose the port.
                     if "BindException" not in str(error) or self._wanted_port is not None or attempt == 2:
                         raise
                     self._port = self._controller_port = None
             raise AssertionError("unreachable")
-        except BaseException:  # a Ctrl-C while it starts must not leave Java behind
+        except BaseException:  # a Ctrl-C during the start must not leave a Java process
             self.kill()
             raise
 
     def launch(self) -> float:
-        """Starts it without waiting, as nodes must that need each other; when that was, for `wait`."""
+        """Start without waiting, as nodes of a cluster need each other. Returns the start time, for `wait`."""
         java, _ = find_java()
-        self._prepare_data_dir()  # before minutes of fetching: a folder that cannot be used is said at once
+        self._prepare_data_dir()  # before fetching jars, so that an unusable folder is reported at once
         jars = ensure_jars(self._progress)
         started = time.monotonic()
         self._choose_ports()
@@ -168,7 +168,7 @@ class KafkaBroker:
         raise BrokerStartError(f"Kafka does not serve at {self.bootstrap} ({last}); its log ends:\n{self.log_tail()}")
 
     def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
-        """Asks it to end (SIGTERM) and waits; after `limit_s` it is killed."""
+        """Send SIGTERM and wait; after `limit_s`, kill the process."""
         if self._child is not None and self._child.poll() is None:
             self._child.terminate()
             try:
@@ -178,18 +178,18 @@ class KafkaBroker:
         self._reap()
 
     def kill(self) -> None:
-        """SIGKILL, as a power cut would: nothing is flushed, no goodbye is said."""
+        """Send SIGKILL, to simulate a power failure."""
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(signal.SIGKILL)
         self._reap()
 
     def restart(self, limit_s: float = START_LIMIT_S) -> float:
-        """Stops it, if it runs, and starts it on the same data and port; the seconds until it serves."""
+        """Stop the broker if it runs and start it on the same data and port. Returns the seconds until it serves."""
         self.stop()
         return self.start(limit_s)
 
     def erase(self) -> None:
-        """Deletes topics, records and logs, nothing else there. Raises DataInUseError while a broker runs."""
+        """Delete topics, records and logs, but no other file. Raises DataInUseError while a broker runs."""
         self._prepare_data_dir()
         self._release()
         shutil.rmtree(self._records, ignore_errors=True)
@@ -197,11 +197,11 @@ class KafkaBroker:
             (self.data_dir / name).unlink(missing_ok=True)
 
     def ask(self, timeout_s: float = 2.0) -> BrokerReply:
-        """Shakes hands with it; raises OSError when it does not serve."""
+        """Perform a handshake; raises OSError if the broker does not serve."""
         return ask(self.bootstrap, timeout_s)
 
     def log_tail(self, lines: int = 20) -> str:
-        """The last lines of what Kafka said in this run."""
+        """The last lines of Kafka's log of this run."""
         if not self.log_file.exists():
             return "(it wrote no log)"
         with self.log_file.open("rb") as log:
@@ -218,7 +218,7 @@ class KafkaBroker:
         self.stop()
 
     def _prepare_data_dir(self) -> None:
-        """Makes the folder and takes its lock, so that no two brokers, and no `erase`, meet in it."""
+        """Create the data folder and lock it against other brokers and `erase`."""
         self.data_dir.mkdir(parents=True, exist_ok=True)
         if self._lock is not None:
             return
@@ -252,7 +252,7 @@ class KafkaBroker:
                 self._format([*run, "-Xmx128m", "kafka.tools.StorageTool", "format"], properties, log)
             serve = [*self._within, *run, f"-Xmx{self._heap_mib}m", "-XX:+ExitOnOutOfMemoryError", "kafka.Kafka"]
             self._progress("starting Apache Kafka")
-            # Its own session: a Ctrl-C at the terminal reaches us alone, and we stop it in order.
+            # Its own session: a Ctrl-C at the terminal reaches only this process, which then stops Kafka cleanly.
             self._child = subprocess.Popen(
                 tied_to_us([*serve, str(properties)]),
                 stdin=subprocess.DEVNULL,
@@ -263,7 +263,7 @@ class KafkaBroker:
             )
 
     def _write_properties(self) -> Path:
-        """The settings that all brokers share, and behind them what is this one's: a later line wins over an earlier one."""
+        """The shared settings followed by the settings of this broker: a later line overrides an earlier one."""
         added = {
             "listeners": f"CLIENTS://{self.bootstrap},CONTROLLER://127.0.0.1:{self._controller_port}",
             "advertised.listeners": f"CLIENTS://{self.bootstrap}",
@@ -279,9 +279,9 @@ class KafkaBroker:
         return properties
 
     def _format(self, tool: list[str], properties: Path, log: IO[bytes]) -> None:
-        """Makes the data folder one that Kafka accepts. Raises BrokerStartError."""
+        """Format the data folder for Kafka. Raises BrokerStartError."""
         self._progress("formatting the data folder")
-        shutil.rmtree(self._records, ignore_errors=True)  # a format that was interrupted
+        shutil.rmtree(self._records, ignore_errors=True)  # left by an interrupted format
         words = ["-t", self._cluster_id or new_cluster_id(), "-c", str(properties), *self._format_words]
         said = subprocess.DEVNULL if self._format_words else log
         done = subprocess.run([*tool, *words], stdin=subprocess.DEVNULL, stdout=said, stderr=log, check=False)

@@ -1,4 +1,4 @@
-"""A child that does not outlive us."""
+"""Child processes that end together with this process (Linux)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 
-# Runs in the child before the command does: asks the kernel to end it when the parent goes, whatever way it goes
+# Runs in the child before the command: the kernel then signals the child when the parent ends for any reason
 # (Linux).
 _DIE_WITH_PARENT = (
     "import ctypes, os, sys\n"
@@ -18,7 +18,7 @@ _DIE_WITH_PARENT = (
 
 
 def tied_to_us(command: list[str], number: signal.Signals = signal.SIGTERM) -> list[str]:
-    """`command`, made to get a signal when this process goes, whatever way it goes.
+    """Wrap `command` so that it receives a signal when this process ends for any reason.
 
     The kernel ties a child to the thread that started it, so this does something on Linux and in the main thread only.
     """

@@ -1,7 +1,7 @@
-"""Asks whatever listens at an address whether it speaks Kafka, in two requests and no Kafka library.
+"""Readiness check of a broker by two raw Kafka protocol requests, without a Kafka library.
 
-A listening port says nothing: a broker opens its port before it can serve. So readiness is what a client
-would ask: `ApiVersions` version 0 and `Metadata` version 1 (Kafka protocol guide; both are answered by every
+An open port is not enough, because a broker opens its port before it can serve. So the check sends what a client
+sends: `ApiVersions` version 0 and `Metadata` version 1 (Kafka protocol guide; both are answered by every
 broker since 0.10), and a reply that names at least one broker.
 """
 
@@ -20,7 +20,7 @@ _REPLY_LIMIT_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class BrokerReply:
-    """What a broker said of itself."""
+    """The answer of a broker."""
 
     node_id: int  # of the first broker named
     advertised: str  # host:port that clients will be sent to
@@ -29,12 +29,12 @@ class BrokerReply:
 
     @property
     def brokers(self) -> int:
-        """How many there are in the cluster."""
+        """Number of brokers in the cluster."""
         return len(self.addresses)
 
 
 class NotReadyError(OSError):
-    """Something answers, but it is not a broker that serves (yet)."""
+    """The listener answers, but is not a Kafka broker that serves requests yet."""
 
 
 def ask(bootstrap: str, timeout_s: float = 2.0) -> BrokerReply:
@@ -72,10 +72,10 @@ def _exchange(connection: socket.socket, key: int, version: int, body: bytes) ->
     connection.sendall(struct.pack(">i", len(request)) + request)
     (size,) = struct.unpack(">i", _read(connection, 4))
     if not 4 <= size <= _REPLY_LIMIT_BYTES:
-        raise NotReadyError(f"a reply of {size} bytes is not Kafka's")
+        raise NotReadyError(f"a reply of {size} bytes is not a Kafka reply")
     reply = _read(connection, size)
     if struct.unpack(">i", reply[:4]) != (key,):
-        raise NotReadyError("the reply is to another question")
+        raise NotReadyError("the reply has a wrong correlation id")
     return reply[4:]
 
 

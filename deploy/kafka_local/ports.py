@@ -1,4 +1,4 @@
-"""TCP ports of this machine: a free one, or what is wrong with one that was asked for."""
+"""TCP ports of this machine: choice of a free one, and check of a requested one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OUR_PORTS = range(20_000, 32_000)
 
 
 class PortTakenError(ConfigError):
-    """Something else listens at the port that was asked for."""
+    """Another process listens on the requested port."""
 
 
 def free_port() -> int:
@@ -49,7 +49,7 @@ def _port_error(port: int, error: OSError) -> ConfigError:
     except OSError:
         return PortTakenError(
             f"port {port} is taken by another program ({error.strerror})",
-            remedy=f"choose another with --port (`ss -ltnp sport = {port}` says whose it is)",
+            remedy=f"choose another with --port (`ss -ltnp sport = {port}` shows the process)",
         )
     return PortTakenError(
         f"a Kafka broker answers at 127.0.0.1:{port} already",

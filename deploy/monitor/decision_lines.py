@@ -1,7 +1,7 @@
-"""Records of the control topics as lines that an operator reads at a glance: who got what, where, and who waits for what.
+"""Text lines for records of the control topics: placements, grants, and waiting tasks.
 
 A task's placement, its grants and its start stand in one line: `d1 -117 Mbps-> e1 -20 Mbps-> (cloud)`, the bandwidth on the
-arrow, in parentheses who only passes on. What a task waits for is not in the record: see `deploy.monitor.holdings`.
+arrow, in parentheses a node that only relays. `deploy.monitor.holdings` derives what a task waits for.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def _node(node: NodeAnnounced) -> str:
 
 
 def route_text(placed: Placed) -> str:
-    """`d1 -117 Mbps-> (e1) -20 Mbps-> cloud`: where a task goes, with what; in parentheses who only passes on."""
+    """`d1 -117 Mbps-> (e1) -20 Mbps-> cloud`: where a task goes, with what; in parentheses a node that only relays."""
     placement = placed.placement
     tiers = placement.kind.value.split("+")
     text = placed.device if "device" in tiers else f"({placed.device})"

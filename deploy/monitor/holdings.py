@@ -1,4 +1,4 @@
-"""What the tasks of a region hold, followed through its decisions: so that it can be said whose end a start was put to."""
+"""Reservations of the tasks of a region, derived from its decisions, to name the task that another one waits for."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from bus.messages import Ended, Moved, Overran, Placed, Retried, Start
 
 _SAME_S = 1e-6  # a start that was put to another task's end stands at exactly that instant
-_NAMED = 3  # so many of those that a task waits for are named
+_NAMED = 3  # maximum number of awaited tasks that are named
 
 
 @dataclass(slots=True)
 class _Holding:
-    """What one task has, or will have."""
+    """The reservation of one task."""
 
     placed: Placed
     start_s: float

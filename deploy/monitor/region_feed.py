@@ -1,4 +1,4 @@
-"""Reads a region's topics into a view: live, or a finished run played again at its own or another pace."""
+"""Reading of a region's topics into a view, live or as a replay at a chosen speed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVENTS_BACK = 2000
 """Live, events begin so far before the end: all that ended stands in the decisions, older events only say who was alive."""
 RETRY_S = 1.0
 LONGEST_PAUSE_S = 2.0
-"""A replay does not show longer silences at their length."""
+"""Longer silences are shortened to this in a replay."""
 
 log = structlog.get_logger("deepar")
 

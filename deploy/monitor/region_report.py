@@ -1,4 +1,4 @@
-"""A region's view as plain numbers: what the page is sent, and what `deepar top --json` prints.
+"""A region's view as plain numbers, for the web page and `deepar top --json`.
 
 Times in seconds of the region's clock, rates in bits/s.
 """

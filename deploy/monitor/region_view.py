@@ -1,8 +1,8 @@
-"""What is going on in a region, folded from its topics: who is there, what is held, where each task is, who waits for what.
+"""The state of a region, folded from its topics: nodes, reservations, placements, and the reasons why tasks wait.
 
-Pure: records go in (`read`), numbers come out; no clock and no I/O, so the same view serves `deepar top`, `deepar ui`, the
+The view is pure: it takes records (`read`) and has no clock and no I/O, so it serves `deepar top`, `deepar ui`, the
 replay of a finished run, and tests. Decisions are taken by the reading rule of `bus.decisions`; node announcements and
-events only add what no decision says (who is announced but not taken in, when a node was last heard, what went wrong).
+events add what decisions lack (announced nodes that have not joined, the last heartbeat of each node, failures).
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ from deploy.monitor.holdings import Held
 _COLUMNS = re.compile(r"\s{2,}")  # a table's; a line that is not in one has commas
 
 TOPICS: Final = (topics.NODES, topics.DECISIONS, topics.EVENTS)
-"""What a view is folded from."""
+"""The topics that a view is folded from."""
 
 KEEP_ENDED: Final = 500
-"""So many tasks are shown after their end; counts and mean go on over all of them."""
+"""Maximum number of ended tasks that are shown; counts and the mean cover all ended tasks."""
 
 KEEP_LINES: Final = 500
 NAMED: Final = 4
-"""So many tasks are named where more hold something."""
+"""Maximum number of task names in a list of holders."""
 
 RECENT: Final = 1000
-"""Percentiles are over so many of the last tasks."""
+"""Number of recent tasks that percentiles cover."""
 
 STATIONS: Final = ("device", "link1", "edge", "link2", "cloud")
 
@@ -67,7 +67,7 @@ class NodeView:
 
     announced: NodeAnnounced
     standing: Literal["announced", "joined", "draining", "lost"] = "announced"
-    heard_ms: int = 0  # when its last sign of life was sent, by its clock
+    heard_ms: int = 0  # send time of its last heartbeat, by its clock
 
 
 @dataclass(slots=True)
@@ -100,7 +100,7 @@ class TaskView:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One thing that happened."""
+    """One event in the list of recent events."""
 
     number: int  # counts from 1
     at_s: float  # ledger time
@@ -157,7 +157,7 @@ class RegionView:
     # --- folding -----------------------------------------------------------------------------------------------------
 
     def read(self, record: Record) -> None:
-        """Fold one record of `TOPICS`; what cannot be read, or does not count, is counted and left out."""
+        """Fold one record of `TOPICS`; unreadable and invalid records are counted and skipped."""
         self.records += 1
         if record.topic == topics.DECISIONS:
             self._decision(self.log.read(record), record.timestamp_ms)
@@ -343,7 +343,7 @@ class RegionView:
         return counts
 
     def waits_for(self, task: TaskView) -> str:
-        """What a task that has not started waits for, "" for any other."""
+        """The reason why a task has not started; "" for any other task."""
         if task.state is TaskState.WAITING:
             known = self.nodes.get(task.device)
             return (

@@ -1,4 +1,4 @@
-"""What `deepar top` shows: a region's view as one screen of text. Pure: the same view gives the same screen."""
+"""The screen of `deepar top`: a region's view as text. Pure: the same view gives the same screen."""
 
 from __future__ import annotations
 

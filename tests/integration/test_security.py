@@ -360,7 +360,7 @@ def test_the_doctor_says_what_its_user_may_not_see(secure: SecureBroker) -> None
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert checks["broker"]["ok"], done.stderr
     assert checks["sizes"]["ok"]
-    assert "this user may not (DescribeConfigs): " in checks["sizes"]["detail"]
+    assert "this user lacks the permission DescribeConfigs: " in checks["sizes"]["detail"]
     assert secure.passwords["anna"] not in done.stdout + done.stderr
 
 

@@ -1,4 +1,4 @@
-"""`deepar simulate chaos`: the region in virtual time, broken in every way that a seed can think of."""
+"""`deepar simulate chaos`: random fault injection into a region in virtual time."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from loadgen.chaos.simulated import crash_points
 
 
 def chaos(
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="The first seed; the others follow it.")] = 0,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as there are cores.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="First random seed; the others follow it.")] = 0,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Number of processes; default: the number of cores.")] = None,
     awaits: Annotated[
         bool,
         typer.Option(
             "--awaits",
-            help="Instead of faults that are drawn: kill each process once before and once after every await of "
+            help="Instead of random faults, kill each process once before and once after every await of "
             "planner and stages, in a small region.",
         ),
     ] = False,
     trace: Annotated[
         Path | None,
-        typer.Option(allow_dash=True, help="Write what happened in one seed, in order, to a file; - is stdout."),
+        typer.Option(allow_dash=True, help="Write the events of one seed, in order, to a file; - is stdout."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Break the whole region, heal it, and judge: nothing lost, nothing shown twice, the ledger held at every record.
+    """Inject faults into a region, then verify that nothing is lost or shown twice and the ledger holds at every record.
 
     Real planner, real stages, modelled machines. Processes are killed between any two steps, frozen, cut off, terminated;
     the broker stops; records are lost, doubled, corrupted, late, delivered again; clocks jump; garbage and forged snapshots

@@ -43,20 +43,21 @@ from loadgen.sim import scenario
 from loadgen.sim.platforms import platforms
 from planner.search.policies import load_policy
 
-app = typer.Typer(no_args_is_help=True, help="The paper's experiments with one command each, and sweeps beyond them.")
+app = typer.Typer(no_args_is_help=True, help="Run the paper's experiments, one command each, and sweeps beyond them.")
 
-Seeds = Annotated[int, typer.Option(min=1, help="How many seeds.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds.")]
 Policies = Annotated[
     str,
     typer.Option(help="Names of policies, a,b,c; your own as module:name.", autocompletion=completion.policies),
 ]
 Out = Annotated[Path, typer.Option(file_okay=False, envvar="DEEPAR_FIGURES", help="Folder for CSV, PNG and SVG.")]
-Jobs = Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as there are cores.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Number of processes; default: the number of cores.")]
 Cluster = Annotated[str | None, typer.Option(help="Address of a Dask scheduler, tcp://host:8786 (extra `cluster`).")]
-Profile = Annotated[str, typer.Option(help="How fast device, edge and cloud are: `paper`, or a file.")]
+Profile = Annotated[str, typer.Option(help="Profile with the speeds of device, edge and cloud: `paper`, or a file.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Draw pictures without title, claims and notes, for a paper.")]
 ObjectiveFlag = Annotated[
-    Objective, typer.Option(help="`sequential` is the paper's; `pipelined` streams samples through the stages.")
+    Objective,
+    typer.Option(help="Delay model: `sequential` as in the paper; `pipelined` streams samples through the stages."),
 ]
 
 
@@ -66,7 +67,7 @@ app.command()(soak)
 FIGURES, SWEEP, COMPARE = Path("figures"), Path("runs/sweep"), Path("runs/compare")
 ALL_POLICIES = ", ".join(POLICIES)
 MOST_POINTS = 20
-"""So many points of a sweep are printed."""
+"""Maximum number of points of a sweep that are printed."""
 
 
 def _figure_command(name: str, doc: str) -> None:
@@ -147,7 +148,7 @@ def make_figures(
     live: bool = False,
     plain: bool = False,
 ) -> None:
-    """Make figures, print their claims, exit with 99 where a claim of the paper is missed."""
+    """Make figures and print their claims; exit with 99 if a claim of the paper is missed."""
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     everything = names == ("all",)
     results: list[FigureResult] = []
@@ -192,7 +193,7 @@ def sweep(
     cluster: Cluster = None,
     as_json: AsJson = False,
 ) -> None:
-    """Every combination of the parameters given, to one tidy CSV and small multiples. Interrupted, it goes on.
+    """Run every combination of the given parameters; write one tidy CSV and small multiples. Resumes if interrupted.
 
     Runs that the folder holds already are reused as long as nothing that they depend on has changed: scenario, seed,
     source of the policy, profile, version.
@@ -251,14 +252,12 @@ def compare(
     seed: Annotated[int, typer.Option(min=0, help="Random seed for all generated values.")] = 0,
     bootstrap_servers: Annotated[
         str | None,
-        typer.Option(
-            "--bootstrap-servers", "-b", help="An idle Kafka, host:port; by default one is started for the occasion."
-        ),
+        typer.Option("--bootstrap-servers", "-b", help="Idle Kafka broker, host:port; by default a broker is started."),
     ] = None,
     out: Out = COMPARE,
     as_json: AsJson = False,
 ) -> None:
-    """The same tasks simulated, and run live on Apache Kafka in several processes with modelled machines.
+    """Run the same tasks in simulation and live on Apache Kafka with modelled machines, and compare the results.
 
     Exit code 99 unless 95 % of the tasks are placed the same, means agree within 5 % and the median error of
     a task is at most 10 %. It takes about five minutes.
@@ -305,14 +304,14 @@ def check(
     profile: Profile = "paper",
     as_json: AsJson = False,
 ) -> None:
-    """One seed of each figure on the live code in virtual time, against the core-only driver that makes the figures.
+    """Compare the live code in virtual time with the core-only driver that makes the figures, one seed per figure.
 
     Exit code 99 unless placements are the same and mean delays within a percent.
 
     Example: `deepar simulate check --devices 40 --seed 1`
     """
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
-    configure_logging("warning")  # in virtual time the shells' own log is noise
+    configure_logging("warning")  # logs of services in virtual time are noise
     checks = check_figures(
         devices=devices, seed=seed, profile=profile, say=lambda line: log.print(line, style="dim", markup=False)
     )

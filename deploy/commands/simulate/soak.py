@@ -1,4 +1,4 @@
-"""`deepar simulate soak`: a day of arrivals and churn in virtual time, and whether anything grows."""
+"""`deepar simulate soak`: a leak test with a day of arrivals and churn in virtual time."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from loadgen.chaos.simulated.soak_region import SoakScenario
 
 LABELS = {
     "rss_bytes": "memory of the process",
-    "python_blocks": "pieces of memory given out",
+    "python_blocks": "allocated memory blocks",
     "open_files": "open files",
     "coroutines": "coroutines",
     "live_tasks": "tasks of the planner",
     "stage_tasks": "tasks of devices and stages",
-    "open_records": "records not done with",
+    "open_records": "records in progress",
     "broker_bytes": "bytes kept by the broker",
 }
 
 
 def soak(
-    hours: Annotated[float, typer.Option(min=0.25, help="Of virtual time.")] = 24.0,
+    hours: Annotated[float, typer.Option(min=0.25, help="Hours of virtual time to simulate.")] = 24.0,
     task_every_s: Annotated[float, typer.Option(min=0.5, help="Seconds between arrivals, on average.")] = 6.0,
     churn_every_s: Annotated[
         float, typer.Option(min=10.0, help="Seconds between kills, restarts, joins and leaves, on average.")
@@ -46,7 +46,7 @@ def soak(
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Run a region for a day in virtual time: tasks arrive, nodes and planners are killed, leave, join. Does anything grow?
+    """Run a region for a day in virtual time with arrivals, kills, leaves and joins, and check that nothing grows.
 
     The first quarter fills caches of a fixed size. Of the rest, the second half may not be above the first by more than the
     table says. Then a cloud ten times slower than it says must slow the device down, within the bounds of every buffer.

@@ -1,9 +1,8 @@
-"""Serves the page and a stream of what changes in a region.
+"""Web server for the page and for a stream of changes in a region.
 
-Updates are coalesced: every browser is sent what changed since its last message, at most five times a second, however many
-records came. A browser that cannot keep up gets fewer and larger messages, never a queue. The page may load nothing from
-elsewhere and run no script but its own, and a request must name an address that this server is known by, so that no other
-site can read it through a browser (DNS rebinding).
+Updates are coalesced: every browser receives the changes since its last message, at most five times a second. A slow browser
+gets fewer and larger messages, never a queue. The page loads nothing from elsewhere and runs only its own script. A request
+must name a known address of this server, so that no other site can read it through a browser (DNS rebinding).
 """
 
 from __future__ import annotations
