@@ -1,4 +1,4 @@
-"""Dead letters: what could not be read is kept, with its origin and the cause, for people."""
+"""Dead letters: rejected records, kept for the operator with their origin and cause."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bus.errors import BusError, ProtocolError
 from bus.port import Bus, Record
 
 DEAD_LETTER_VALUE_BYTES = 1_000_000
-"""More than this of a record is not kept: its headers come on top, and both must fit a broker's limit."""
+"""How many bytes of a record are kept; with the headers added they must fit the broker's limit."""
 
 LETTERS_AT_ONCE = 100
 LETTERS_PER_S = 2.0
@@ -18,14 +18,14 @@ log = structlog.get_logger("dead-letter")
 
 
 class Allowance:
-    """How many refusals of who is not whom he names are kept one by one: a flood of them must hold nobody up."""
+    """Rate limiter for identity failures that are dead-lettered individually, so that a flood cannot stall the reader."""
 
     def __init__(self) -> None:
         self._letters = float(LETTERS_AT_ONCE)
         self._since_s = 0.0
 
     def take(self, now_s: float) -> bool:
-        """Whether one more is to become a dead letter and a line in the log; else it is only counted."""
+        """Whether the next failure is dead-lettered and logged; otherwise it is only counted."""
         self._letters = min(LETTERS_AT_ONCE, self._letters + (now_s - self._since_s) * LETTERS_PER_S)
         self._since_s = now_s
         if self._letters < 1.0:
@@ -35,7 +35,7 @@ class Allowance:
 
 
 async def bury(bus: Bus, record: Record, error: ProtocolError, *, task_id: str, by: str) -> None:
-    """Copy a broken record to the dead-letter topic: its bytes as they were, origin and cause in headers."""
+    """Copy a rejected record to the dead-letter topic: unchanged bytes, with origin and cause in headers."""
     origin = f"{record.topic}/{record.partition}/{record.offset}"
     headers = [
         ("deepar_origin", origin),
@@ -50,5 +50,5 @@ async def bury(bus: Bus, record: Record, error: ProtocolError, *, task_id: str, 
     try:
         await bus.send(topics.DEAD_LETTER, value, key=origin, headers=encoded)
     except BusError as failure:
-        # Losing a dead letter is bad; stopping a partition for it would be worse.
+        # The record is dropped: a lost dead letter is better than a blocked partition.
         log.error("dead letter not written", origin=origin, error=str(failure))

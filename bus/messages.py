@@ -30,41 +30,41 @@ from bus.values import (
 
 MESSAGE_VERSION: Literal[1] = 1
 MAX_MESSAGE_BYTES = 1_000_000
-"""A control message over this size is refused before it is parsed."""
+"""Size limit of a control message; larger ones are rejected before parsing."""
 
 Attempt = Annotated[int, Field(ge=1)]
 Samples = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
 class Message(Frozen):
-    """What stands on a control topic."""
+    """A record of a control topic."""
 
-    v: Literal[1] = MESSAGE_VERSION  # a message of another version is refused
+    v: Literal[1] = MESSAGE_VERSION  # message format version; others are rejected
 
 
 # --- what a task reads -----------------------------------------------------------------------------------------------
 
 
 class DatasetInput(Frozen):
-    """A range of a data set that every device has; it survives a restart."""
+    """Samples of a data set that every device has; available after a restart."""
 
-    type: Literal["dataset"] = "dataset"
+    type: Literal["dataset"] = "dataset"  # selects the class
     name: Name  # e.g. "digits"
     start: Annotated[int, Field(ge=0, lt=1 << 63)] = 0  # first sample; the range wraps around
 
 
 class SeedInput(Frozen):
-    """Samples made from a seed; it survives a restart."""
+    """Samples generated from a seed; available after a restart."""
 
-    type: Literal["seed"] = "seed"
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)]  # of numpy's default generator, one stream a sample
+    type: Literal["seed"] = "seed"  # selects the class
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)]  # for numpy's default generator, one stream per sample
 
 
 class HandleInput(Frozen):
-    """Samples that only the device's process holds: lost with it (FAILED, `input_lost`)."""
+    """Samples held only in the device's process; if it ends, the task ends as FAILED, `input_lost`."""
 
-    type: Literal["handle"] = "handle"
-    handle: Name  # what the device calls it
+    type: Literal["handle"] = "handle"  # selects the class
+    handle: Name  # the device's name for the samples
 
 
 InputSource = Annotated[DatasetInput | SeedInput | HandleInput, Field(discriminator="type")]
@@ -74,115 +74,115 @@ InputSource = Annotated[DatasetInput | SeedInput | HandleInput, Field(discrimina
 
 
 class TaskSubmitted(Message):
-    """A device asks for `samples` inferences of `model`. Once acknowledged it ends in exactly one way (G1)."""
+    """A device asks for `samples` inferences of `model`. An acknowledged task ends exactly once (G1)."""
 
-    type: Literal["task_submitted"] = "task_submitted"
+    type: Literal["task_submitted"] = "task_submitted"  # selects the class
     task_id: Name  # unique; a second submission of the same id is ignored
-    device: NodeName  # where the input is and the result goes
-    model: Name  # by name, never by path
-    samples: Samples  # N
-    input: InputSource  # where the samples come from
-    max_link1_bps: BitsPerSecond | None = None  # B1 of the task, None: the device's own limit
-    max_link2_bps: BitsPerSecond | None = None  # B2 of the task, None: no limit of its own
-    input_bytes: Bytes | None = None  # G(0) where it differs from the model's
-    deadline_s: Annotated[float, Field(gt=0)] | None = None  # after the planner has read it; then EXPIRED
-    submitted_at: str | None = None  # ISO 8601 UTC, for people; no decision reads it
+    device: NodeName  # the device that holds the input and receives the result
+    model: Name  # model name, never a path
+    samples: Samples  # N, the number of samples
+    input: InputSource  # source of the samples
+    max_link1_bps: BitsPerSecond | None = None  # B1, the task's limit on link 1; None: the device's limit
+    max_link2_bps: BitsPerSecond | None = None  # B2, the task's limit on link 2; None: no limit
+    input_bytes: Bytes | None = None  # G(0) of one sample; None: the model's
+    deadline_s: Annotated[float, Field(gt=0)] | None = None  # from admission; the task then ends as EXPIRED
+    submitted_at: str | None = None  # ISO 8601 UTC, for display; no decision reads it
 
 
 class TaskCancelled(Message):
-    """Somebody wants a task ended: FAILED, cause `cancelled`."""
+    """A client cancels a task, which ends as FAILED, cause `cancelled`."""
 
-    type: Literal["task_cancelled"] = "task_cancelled"
-    task_id: Name
+    type: Literal["task_cancelled"] = "task_cancelled"  # selects the class
+    task_id: Name  # the task
 
 
 # --- deepar.nodes ----------------------------------------------------------------------------------------------------
 
 
 class NodeAnnounced(Message):
-    """A node tells what it is and how fast it runs its models. A new `incarnation` replaces all that was."""
+    """A node announces its role, capacity and model speeds. A new `incarnation` replaces the previous announcement."""
 
-    type: Literal["node_announced"] = "node_announced"
-    node: NodeName
-    role: Role
-    region: Annotated[int, Field(ge=0)] = 0  # whose planner it obeys
-    incarnation: Name  # one for each start of the process or return from a loss
-    lease_s: Annotated[float, Field(gt=0)] = 10.0  # silent for longer means lost
-    slots: Annotated[int, Field(ge=0, le=1_000_000)] = 0  # r_e: tasks computing at once; edges only
-    link1_capacity_bps: BitsPerSecond = 0  # B_e^1 of an edge; of a device its own limit, 0: none
+    type: Literal["node_announced"] = "node_announced"  # selects the class
+    node: NodeName  # name of the node
+    role: Role  # what the node does for tasks
+    region: Annotated[int, Field(ge=0)] = 0  # the region whose planner it follows
+    incarnation: Name  # new for each process start and each return after a loss
+    lease_s: Annotated[float, Field(gt=0)] = 10.0  # the node is lost when silent for longer
+    slots: Annotated[int, Field(ge=0, le=1_000_000)] = 0  # r_e, tasks that compute concurrently; edges only
+    link1_capacity_bps: BitsPerSecond = 0  # B_e^1 of an edge; limit of a device, 0: no limit
     link2_capacity_bps: BitsPerSecond = 0  # B_e^2 of an edge
-    reachable_edges: tuple[NodeName, ...] | None = None  # E_i of a device; None: every edge
-    models: tuple[ModelProfile, ...] = ()  # what it can run, and how fast
-    draining: Literal[True] | None = None  # it is about to leave: it finishes what runs there and wants nothing new
+    reachable_edges: tuple[NodeName, ...] | None = None  # E_i, edges that a device reaches; None: all
+    models: tuple[ModelProfile, ...] = ()  # models that the node runs, with their speed
+    draining: Literal[True] | None = None  # drains: finishes running tasks and accepts no new ones
 
 
 class NodeLeft(Message):
-    """A node goes politely, after it has drained."""
+    """A node leaves after it has drained."""
 
-    type: Literal["node_left"] = "node_left"
-    node: NodeName
-    region: Annotated[int, Field(ge=0)] = 0
-    incarnation: Name
+    type: Literal["node_left"] = "node_left"  # selects the class
+    node: NodeName  # name of the node
+    region: Annotated[int, Field(ge=0)] = 0  # partition of the control topics
+    incarnation: Name  # which life of the node
 
 
 # --- deepar.events ---------------------------------------------------------------------------------------------------
 
 
 class NodeHeartbeat(Message):
-    """A node is alive; renews its lease. Its loss is declared only after a whole lease."""
+    """A node renews its lease. The planner declares it lost after one lease without a heartbeat."""
 
-    type: Literal["node_heartbeat"] = "node_heartbeat"
-    node: NodeName
-    incarnation: Name
+    type: Literal["node_heartbeat"] = "node_heartbeat"  # selects the class
+    node: NodeName  # name of the node
+    incarnation: Name  # which life of the node
 
 
 class TaskProgress(Message):
-    """How far a task is, for people; the planner does not decide by it."""
+    """Progress of a task, for display; no decision reads it."""
 
-    type: Literal["task_progress"] = "task_progress"
-    task_id: Name
-    attempt: Attempt
-    node: NodeName
+    type: Literal["task_progress"] = "task_progress"  # selects the class
+    task_id: Name  # the task
+    attempt: Attempt  # attempt of the task, from 1
+    node: NodeName  # name of the node
     done: Annotated[int, Field(ge=0)]  # samples with a result
 
 
 class TaskCompleted(Message):
     """Every sample of a task has its result at the device."""
 
-    type: Literal["task_completed"] = "task_completed"
-    task_id: Name
-    attempt: Attempt  # the attempt that was running when the last result came
+    type: Literal["task_completed"] = "task_completed"  # selects the class
+    task_id: Name  # the task
+    attempt: Attempt  # the attempt that delivered the last result
     node: NodeName  # the device
-    measured: Parts  # busy times, each by the clock of who was busy
-    delay_s: Seconds  # from reading the Start to the last result, the device's clock
-    wait_s: Seconds = 0.0  # from the submission to the Start, the device's clock
+    measured: Parts  # busy times, each on the clock of the node that measured it
+    delay_s: Seconds  # from Start to the last result, on the device's clock
+    wait_s: Seconds = 0.0  # from submission to Start, on the device's clock
 
 
 class TaskFailed(Message):
-    """A stage cannot go on with a task, whatever the reason; the planner ends it with this cause."""
+    """A stage reports that an attempt failed; the planner retries the task or ends it with this cause."""
 
-    type: Literal["task_failed"] = "task_failed"
-    task_id: Name
-    attempt: Attempt
-    node: NodeName
+    type: Literal["task_failed"] = "task_failed"  # selects the class
+    task_id: Name  # the task
+    attempt: Attempt  # attempt of the task, from 1
+    node: NodeName  # name of the node
     cause: Name  # a short, stable word: input_lost, bad_frame, unknown_model, ...
-    detail: Annotated[str, Field(max_length=2000)] = ""  # for people
-    retryable: bool = False  # another attempt elsewhere could succeed
+    detail: Annotated[str, Field(max_length=2000)] = ""  # explanation for display
+    retryable: bool = False  # an attempt at another node may succeed
 
 
-# --- deepar.decisions: the changes a decision record is made of ---------------------------------------------------
+# --- deepar.decisions: the changes in a decision record ---------------------------------------------------
 
 
 class TaskState(StrEnum):
-    """The states of a task; the table of transitions stands in `planner`."""
+    """The states of a task; `planner` holds the table of transitions."""
 
-    WAITING = "WAITING"  # admitted; nothing it may use is there yet
-    SCHEDULED = "SCHEDULED"  # reserved from a later instant on
-    RUNNING = "RUNNING"  # its resources are its own
-    COMPLETED = "COMPLETED"
-    REJECTED = "REJECTED"
-    FAILED = "FAILED"
-    EXPIRED = "EXPIRED"
+    WAITING = "WAITING"  # admitted; no usable resources yet
+    SCHEDULED = "SCHEDULED"  # resources are reserved from a later time
+    RUNNING = "RUNNING"  # it holds its resources
+    COMPLETED = "COMPLETED"  # every result is at the device
+    REJECTED = "REJECTED"  # the planner cannot place it
+    FAILED = "FAILED"  # ended by an error or a cancellation
+    EXPIRED = "EXPIRED"  # passed its deadline
 
     @property
     def ended(self) -> bool:
@@ -191,60 +191,60 @@ class TaskState(StrEnum):
 
 
 class Admitted(Frozen):
-    """The planner has read a task and will see it to its end."""
+    """The planner admits a task and is responsible for it until it ends."""
 
-    type: Literal["admitted"] = "admitted"
-    task: TaskSubmitted
+    type: Literal["admitted"] = "admitted"  # selects the class
+    task: TaskSubmitted  # the submission
 
 
 class Placed(Frozen):
-    """Where, with how much, and from when a task will run."""
+    """The planner places a task: nodes, bandwidth and start time."""
 
-    type: Literal["placement"] = "placement"
-    task_id: Name
-    attempt: Attempt
-    device: NodeName
-    model: Name
-    sha256: str  # of the model that was profiled; stages refuse another
-    samples: Samples
-    policy: str  # who decided
-    objective: Objective  # what was minimised
-    execution: Execution  # what the stages are to do
-    placement: Placement
-    start_s: float  # ledger time from which everything is reserved
-    wait_s: Seconds  # start_s - now
-    delay_s: Seconds  # w, predicted from the start
-    parts: Parts  # predicted
+    type: Literal["placement"] = "placement"  # selects the class
+    task_id: Name  # the task
+    attempt: Attempt  # attempt of the task, from 1
+    device: NodeName  # the device of the task
+    model: Name  # model name
+    sha256: str  # of the profiled model file; stages reject other files
+    samples: Samples  # number of samples
+    policy: str  # name of the policy that chose the placement
+    objective: Objective  # minimised by the policy
+    execution: Execution  # how the stages process samples
+    placement: Placement  # nodes, cuts and bandwidth
+    start_s: float  # ledger time from which resources are reserved
+    wait_s: Seconds  # start_s minus the time of the decision
+    delay_s: Seconds  # w, predicted delay from the start
+    parts: Parts  # predicted parts of the delay
 
 
 class BandwidthGrant(Frozen):
     """A share of a link for a task's life: constraint (9) on link 1, (10) on link 2."""
 
-    type: Literal["bandwidth_grant"] = "bandwidth_grant"
-    task_id: Name
-    attempt: Attempt
-    edge: NodeName
-    link: Literal[1, 2]
-    bps: Annotated[int, Field(gt=0)]
+    type: Literal["bandwidth_grant"] = "bandwidth_grant"  # selects the class
+    task_id: Name  # the task
+    attempt: Attempt  # attempt of the task, from 1
+    edge: NodeName  # the edge whose link is shared
+    link: Literal[1, 2]  # 1: device to edge, 2: edge to cloud
+    bps: Annotated[int, Field(gt=0)]  # reserved bits per second
     from_s: float  # ledger time
 
 
 class Start(Frozen):
-    """The resources are actually free, and now the task's: go."""
+    """The task's resources are free and assigned to it: the device starts."""
 
-    type: Literal["start"] = "start"
-    task_id: Name
-    attempt: Attempt
-    device: NodeName
+    type: Literal["start"] = "start"  # selects the class
+    task_id: Name  # the task
+    attempt: Attempt  # attempt of the task, from 1
+    device: NodeName  # the device of the task
     at_s: float  # ledger time
 
 
 class Moved(Frozen):
-    """Scheduled tasks start at other instants, because what stands before them changed: a whole queue in one change."""
+    """Scheduled tasks get new start times because a task ahead of them changed; one change covers a whole queue."""
 
-    type: Literal["moved"] = "moved"
-    task_ids: tuple[Name, ...]  # in the order of the starts that they were promised
-    starts_s: tuple[float, ...]  # ledger time: the start that each is promised now
+    type: Literal["moved"] = "moved"  # selects the class
+    task_ids: tuple[Name, ...]  # in the order of their previous starts
+    starts_s: tuple[float, ...]  # new start of each task, ledger time
 
     @model_validator(mode="after")
     def _paired(self) -> Self:
@@ -254,66 +254,66 @@ class Moved(Frozen):
 
 
 class Overran(Frozen):
-    """A running task has passed its predicted end; it keeps what it holds, and others plan with this end instead."""
+    """A running task passed its predicted end; it keeps its resources, and the planner assumes a later end."""
 
-    type: Literal["overran"] = "overran"
-    task_id: Name
-    attempt: Attempt
-    from_s: float  # the predicted end that has passed
-    to_s: float  # the end assumed now
+    type: Literal["overran"] = "overran"  # selects the class
+    task_id: Name  # the task
+    attempt: Attempt  # attempt of the task, from 1
+    from_s: float  # predicted end, now past
+    to_s: float  # end assumed from now on
 
 
 class Retried(Frozen):
-    """What a task had is taken back; it is planned again under a new attempt, older attempts are fenced."""
+    """The planner releases a task's resources and plans a new attempt; older attempts are fenced."""
 
-    type: Literal["retried"] = "retried"
-    task_id: Name
-    attempt: Attempt  # the new one
+    type: Literal["retried"] = "retried"  # selects the class
+    task_id: Name  # the task
+    attempt: Attempt  # the new attempt
     cause: Name  # node_lost, capacity_lowered, ...
-    detail: str = ""
-    failed_at: NodeName | None = None  # where the attempt failed; the task avoids it while it can
+    detail: str = ""  # explanation for display
+    failed_at: NodeName | None = None  # node where the attempt failed; the task avoids it if possible
 
 
 class Ended(Frozen):
-    """A task is over, and what it held is free."""
+    """A task ends and releases its resources."""
 
-    type: Literal["ended"] = "ended"
-    task_id: Name
-    attempt: Attempt
+    type: Literal["ended"] = "ended"  # selects the class
+    task_id: Name  # the task
+    attempt: Attempt  # attempt of the task, from 1
     state: TaskState  # COMPLETED, REJECTED, FAILED or EXPIRED
-    cause: str = ""  # a short, stable word unless COMPLETED
-    detail: str = ""  # for people
-    edge: NodeName | None = None  # where the released resources lie
-    released_slots: int = 0
-    released_link1_bps: BitsPerSecond = 0
-    released_link2_bps: BitsPerSecond = 0
-    measured: Parts | None = None  # as the device reported
-    delay_s: Seconds | None = None  # as the device reported
+    cause: str = ""  # a short, stable word; empty if COMPLETED
+    detail: str = ""  # explanation for display
+    edge: NodeName | None = None  # the edge that held the released resources
+    released_slots: int = 0  # compute slots released
+    released_link1_bps: BitsPerSecond = 0  # bandwidth released on link 1
+    released_link2_bps: BitsPerSecond = 0  # bandwidth released on link 2
+    measured: Parts | None = None  # reported by the device
+    delay_s: Seconds | None = None  # reported by the device
 
 
 class NodeJoined(Frozen):
-    """A node is part of the region from here on (or is back, or has changed)."""
+    """A node joins the region, returns to it, or changes its announcement."""
 
-    type: Literal["node_joined"] = "node_joined"
-    node: NodeAnnounced
+    type: Literal["node_joined"] = "node_joined"  # selects the class
+    node: NodeAnnounced  # its announcement
 
 
 class NodeLost(Frozen):
-    """A node has been silent for a whole lease, or has left; what ran there is planned again."""
+    """A node left or its lease expired; the planner retries the tasks that ran there."""
 
-    type: Literal["node_lost"] = "node_lost"
-    node: NodeName
-    incarnation: Name
+    type: Literal["node_lost"] = "node_lost"  # selects the class
+    node: NodeName  # name of the node
+    incarnation: Name  # which life of the node
     cause: Name  # lease_expired, left, replaced
 
 
 class CircuitChanged(Frozen):
-    """An attempt failed at a node, or one succeeded there after others had failed."""
+    """A node's circuit breaker changed: an attempt failed there, or succeeded after failures."""
 
-    type: Literal["circuit_changed"] = "circuit_changed"
-    node: NodeName
-    failures: Annotated[int, Field(ge=0)]  # attempts that failed there in a row; 0: it works again
-    until_s: float | None = None  # ledger time until which the node is avoided; None: it is not
+    type: Literal["circuit_changed"] = "circuit_changed"  # selects the class
+    node: NodeName  # name of the node
+    failures: Annotated[int, Field(ge=0)]  # consecutive failed attempts; 0: the node works again
+    until_s: float | None = None  # ledger time until which the node is avoided; None: not avoided
 
 
 Change = Annotated[
@@ -335,60 +335,60 @@ Change = Annotated[
 class EpochOpened(Message):
     """A planner claims a region. The first record of an epoch wins; lower epochs are dropped (G4)."""
 
-    type: Literal["epoch_opened"] = "epoch_opened"
-    region: Annotated[int, Field(ge=0)]
+    type: Literal["epoch_opened"] = "epoch_opened"  # selects the class
+    region: Annotated[int, Field(ge=0)]  # partition of the control topics
     epoch: Annotated[int, Field(ge=1)]  # highest seen + 1
-    nonce: Name  # tells apart two planners that open the same epoch
-    planner: NodeName  # who
-    lease_s: Annotated[float, Field(gt=0)]  # silent for longer, and another may take over
-    identity: Name | None = None  # fingerprint of the master by whose keys senders prove who they are; None: no need
-    at: str | None = None  # ISO 8601 UTC, for people
+    nonce: Name  # distinguishes planners that open the same epoch
+    planner: NodeName  # name of the planner
+    lease_s: Annotated[float, Field(gt=0)]  # another planner may take over when silent for longer
+    identity: Name | None = None  # fingerprint of the master for proofs; None: not required
+    at: str | None = None  # ISO 8601 UTC, for display
 
 
 class PlannerHeartbeat(Message):
-    """The planner in charge is alive though it has nothing to decide."""
+    """The leading planner is alive and has nothing to decide."""
 
-    type: Literal["planner_heartbeat"] = "planner_heartbeat"
-    region: Annotated[int, Field(ge=0)]
-    epoch: Annotated[int, Field(ge=1)]
-    nonce: Name
+    type: Literal["planner_heartbeat"] = "planner_heartbeat"  # selects the class
+    region: Annotated[int, Field(ge=0)]  # partition of the control topics
+    epoch: Annotated[int, Field(ge=1)]  # leader term of the planner
+    nonce: Name  # distinguishes planners that open the same epoch
 
 
 class PlannerLeft(Message):
-    """The planner in charge goes politely: another may take over at once."""
+    """The leading planner leaves: another may take over at once."""
 
-    type: Literal["planner_left"] = "planner_left"
-    region: Annotated[int, Field(ge=0)]
-    epoch: Annotated[int, Field(ge=1)]
-    nonce: Name
+    type: Literal["planner_left"] = "planner_left"  # selects the class
+    region: Annotated[int, Field(ge=0)]  # partition of the control topics
+    epoch: Annotated[int, Field(ge=1)]  # leader term of the planner
+    nonce: Name  # distinguishes planners that open the same epoch
 
 
 class DecisionPart(Message):
-    """More changes of a step that fits no single record. They count once its `Decision` stands behind them, else never."""
+    """Some changes of a step too large for one record. They take effect only when its `Decision` follows."""
 
-    type: Literal["decision_part"] = "decision_part"
-    region: Annotated[int, Field(ge=0)]
-    epoch: Annotated[int, Field(ge=1)]
-    nonce: Name
-    seq: Annotated[int, Field(ge=1)]  # of the decision that it is a part of
+    type: Literal["decision_part"] = "decision_part"  # selects the class
+    region: Annotated[int, Field(ge=0)]  # partition of the control topics
+    epoch: Annotated[int, Field(ge=1)]  # leader term of the planner
+    nonce: Name  # distinguishes planners that open the same epoch
+    seq: Annotated[int, Field(ge=1)]  # sequence number of its decision
     part: Annotated[int, Field(ge=1)]  # counts from 1
-    changes: tuple[Change, ...]
+    changes: tuple[Change, ...]  # some changes of the step, in order
 
 
 class Decision(Message):
     """Every change of state made in one step. Readers take only the open (epoch, nonce) and seq = previous + 1."""
 
-    type: Literal["decision"] = "decision"
-    region: Annotated[int, Field(ge=0)]
-    epoch: Annotated[int, Field(ge=1)]
-    nonce: Name
-    seq: Annotated[int, Field(ge=1)]  # counts from 1 over the life of the region, not of the epoch
+    type: Literal["decision"] = "decision"  # selects the class
+    region: Annotated[int, Field(ge=0)]  # partition of the control topics
+    epoch: Annotated[int, Field(ge=1)]  # leader term of the planner
+    nonce: Name  # distinguishes planners that open the same epoch
+    seq: Annotated[int, Field(ge=1)]  # counts from 1 across all epochs of the region
     now_s: float  # ledger time of the step
     inputs: dict[str, int]  # topic -> next offset to read in the region's partition, after this step
-    changes: tuple[Change, ...]  # behind those of its parts, where there are any
-    parts: Annotated[int, Field(ge=1)] | None = None  # how many records of it stand before this one; None: this is all
-    ledger_hash: str  # of the planner's state after the step; a replay must arrive at the same
-    at: str | None = None  # ISO 8601 UTC, for people
+    changes: tuple[Change, ...]  # applied after the changes of its parts
+    parts: Annotated[int, Field(ge=1)] | None = None  # number of its DecisionPart records; None: none
+    ledger_hash: str  # hash of the planner's state after the step; a replay must match
+    at: str | None = None  # ISO 8601 UTC, for display
 
 
 # --- deepar.snapshots ------------------------------------------------------------------------------------------------
@@ -399,32 +399,32 @@ PartCount = Annotated[int, Field(ge=0, le=MAX_PARTS)]
 
 
 class SnapshotPart(Message):
-    """A piece of a state that fits no single record. It means nothing without the `Snapshot` that names it."""
+    """A piece of a state too large for one record. Valid only with the `Snapshot` that lists it."""
 
-    type: Literal["snapshot_part"] = "snapshot_part"
-    region: Annotated[int, Field(ge=0)]
-    seq: int  # of the decision after which the state was taken
+    type: Literal["snapshot_part"] = "snapshot_part"  # selects the class
+    region: Annotated[int, Field(ge=0)]  # partition of the control topics
+    seq: int  # decision after which the state was taken
     part: Annotated[int, Field(ge=1)]  # counts from 1
-    state: dict[str, list[Any]]  # more of the lists of the snapshot's state
+    state: dict[str, list[Any]]  # beginnings of the lists in the snapshot's state
 
 
 class Snapshot(Message):
-    """The planner's whole state after a decision, so that a restart need not read all history. Written behind its parts."""
+    """The planner's whole state after a decision, from which a restart continues. Written after its parts."""
 
-    type: Literal["snapshot"] = "snapshot"
-    region: Annotated[int, Field(ge=0)]
-    epoch: Annotated[int, Field(ge=1)]
-    nonce: Name
-    seq: int  # of the last decision folded in
-    offset: Annotated[int, Field(ge=0)]  # of that decision on deepar.decisions; reading goes on behind it
+    type: Literal["snapshot"] = "snapshot"  # selects the class
+    region: Annotated[int, Field(ge=0)]  # partition of the control topics
+    epoch: Annotated[int, Field(ge=1)]  # leader term of the planner
+    nonce: Name  # distinguishes planners that open the same epoch
+    seq: int  # last decision included in the state
+    offset: Annotated[int, Field(ge=0)]  # of that decision on deepar.decisions; readers continue after it
     now_s: float  # ledger time
-    inputs: dict[str, int]
-    ledger_hash: str
-    place: Annotated[int, Field(ge=0, le=100)] = 0  # where among the last few it is kept: part of the keys
-    widths: Annotated[tuple[PartCount, ...], Field(max_length=100)] = ()  # by place: how many parts stand there
-    first: Annotated[int, Field(ge=0)] = 0  # no part stands before this offset on deepar.snapshots
-    parts: Annotated[tuple[str, ...], Field(max_length=MAX_PARTS)] = ()  # the digest of each part's record, in order
-    state: dict[str, Any]  # the planner's own; see planner. Its lists go on where those of the parts end
+    inputs: dict[str, int]  # topic -> next offset to read
+    ledger_hash: str  # hash of the planner's state
+    place: Annotated[int, Field(ge=0, le=100)] = 0  # storage place among the last few snapshots; part of the keys
+    widths: Annotated[tuple[PartCount, ...], Field(max_length=100)] = ()  # number of parts at each place
+    first: Annotated[int, Field(ge=0)] = 0  # offset on deepar.snapshots of its first part, or earlier
+    parts: Annotated[tuple[str, ...], Field(max_length=MAX_PARTS)] = ()  # digest of each part's record, in order
+    state: dict[str, Any]  # the planner's state; its lists continue those of the parts
 
 
 # --- the one table from topic to message ---------------------------------------------------------------------------

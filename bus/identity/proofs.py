@@ -38,16 +38,18 @@ class Speaker:
 
     def __post_init__(self) -> None:
         if self.role not in SPEAKING_ROLES:
-            raise ConfigError(f"{self.role!r} is no role that speaks: it is {', '.join(SPEAKING_ROLES)}")
+            raise ConfigError(
+                f"{self.role!r} is not a role that can hold a key: use one of {', '.join(SPEAKING_ROLES)}"
+            )
         if not _NAME.fullmatch(self.name):
-            raise ConfigError(f"{self.name!r} is no name: letters, digits, _ and -, at most 100")
+            raise ConfigError(f"{self.name!r} is not a valid name: use at most 100 letters, digits, _ and -")
 
     @classmethod
     def parse(cls, text: str) -> Speaker:
         """Parse `device:d1`. Raises `ConfigError`."""
         role, colon, name = text.partition(":")
         if not colon:
-            raise ConfigError(f"{text!r} is no speaker: ROLE:NAME")
+            raise ConfigError(f"{text!r} is not a speaker: write ROLE:NAME")
         return cls(role, name)
 
     def __str__(self) -> str:
@@ -70,7 +72,7 @@ def proof_of(record: Record) -> tuple[bytes, bytes]:
     for name in (IDENTITY_HEADER, PROOF_HEADER):
         contents = [content for header, content in record.headers if header == name]
         if len(contents) != 1 or not contents[0] or len(contents[0]) > MAX_HEADER_BYTES:
-            raise refused(f"{'no' if not contents else 'a broken'} header {name}: nobody answers for this record")
+            raise refused(f"{'no' if not contents else 'a broken'} header {name}: the record is not signed")
         found.append(bytes(contents[0]))
     return found[0], found[1]
 

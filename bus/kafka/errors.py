@@ -1,4 +1,4 @@
-"""aiokafka's errors in our words; nowhere else are they looked at."""
+"""Translation of aiokafka's errors to `BusError`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FORBIDDEN = (TopicAuthorizationFailedError, GroupAuthorizationFailedError, Clus
 
 
 def translated(error: BaseException, topic: str, *, size_bytes: int = 0, limit_bytes: int | None = None) -> BusError:
-    """The `BusError` that says what an error of aiokafka means for a caller who dealt with `topic`."""
+    """The `BusError` for an aiokafka error that occurred on `topic`."""
     if isinstance(error, BusError):
         return error
     if isinstance(error, MessageSizeTooLargeError):
@@ -35,7 +35,7 @@ def translated(error: BaseException, topic: str, *, size_bytes: int = 0, limit_b
 
 
 def unknown_topic(topic: str) -> UnknownTopicError:
-    """There is no such topic."""
+    """The error for a topic that does not exist or is not visible."""
     return UnknownTopicError(
         f"there is no topic {topic}",
         remedy="`deepar topics create` makes those that are missing; where there are access control lists, it may be there "

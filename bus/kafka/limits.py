@@ -1,4 +1,4 @@
-"""What Kafka's brokers and topics say about the size of records, for `deepar doctor`."""
+"""Record size limits of Kafka's brokers and topics, read for `deepar doctor`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class BrokerLimits:
     """One broker's limits, bytes."""
 
     node: int
-    message_max_bytes: int  # of topics that say nothing themselves
-    replica_fetch_max_bytes: int  # what a follower asks for of one partition
-    socket_request_max_bytes: int  # what the broker reads of one request
+    message_max_bytes: int  # default for topics without their own limit
+    replica_fetch_max_bytes: int  # fetch size of a follower replica per partition
+    socket_request_max_bytes: int  # largest request that the broker accepts
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class SiteLimits:
     """The limits of one Kafka cluster."""
 
     servers: str
-    topics: Mapping[str, int]  # name -> largest record batch in bytes, whether its own or the broker's default
+    topics: Mapping[str, int]  # topic -> largest record batch in bytes, its own or the broker's default
     brokers: tuple[BrokerLimits, ...]
-    hidden: tuple[str, ...]  # what this user may not see
+    hidden: tuple[str, ...]  # topics and brokers whose settings this user may not read
 
 
 async def read_limits(connection: KafkaConnection, prefix: str) -> list[SiteLimits]:

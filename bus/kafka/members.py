@@ -1,4 +1,4 @@
-"""Members of Kafka's groups: readers whose partitions the group decides, and that commit what is done."""
+"""Members of Kafka consumer groups: readers with assigned partitions and committed offsets."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from bus.kafka.readers import KafkaReader
 from bus.port import RebalanceCallback, TopicPartition
 
 COMMIT_TIMEOUT_S = 3.0
-"""aiokafka's commit may hang while the coordinator is away; it is tried this long, three times."""
+"""Timeout of one commit attempt, of three: aiokafka's commit may hang while the coordinator is unavailable."""
 
 SESSION_TIMEOUT_S = 6.0
-"""How long a group waits for a member that was killed."""
+"""How long a group waits for a killed member."""
 
 _COMMIT_TRIES = 3
 _REBALANCE_TIMEOUT_S = 10.0
@@ -29,7 +29,7 @@ _GRACE_S = 0.25  # what a fetch may take beyond its timeout, during a rebalance
 
 
 class KafkaMember(KafkaReader):
-    """A reader whose partitions its group decides."""
+    """A group member: the group assigns its partitions."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class KafkaMember(KafkaReader):
                     await consumer.commit(ours)
                 return
             except (CommitFailedError, IllegalStateError):
-                return  # the group has gone on without us: what we did will be done again
+                return  # the group removed this member: its uncommitted records are delivered again
             except TimeoutError as error:
                 cause = error
             except KafkaError as error:
@@ -132,7 +132,7 @@ class KafkaMember(KafkaReader):
     # --- for the listener --------------------------------------------------------------------------------------------
 
     async def revoked(self) -> None:
-        """What was held goes to others when this returns."""
+        """Release all partitions; the group reassigns them when this returns."""
         held = self._held
         self._reading.clear()
         if held and not self._closed:
@@ -141,17 +141,17 @@ class KafkaMember(KafkaReader):
         self._positions.clear()
 
     async def assigned(self, consumer: AIOKafkaConsumer, partitions: list[KafkaPartition]) -> None:
-        """These partitions are ours, and read on from what was committed."""
+        """Take over these partitions at their committed offsets."""
         if self._closed:
             return
-        consumer.pause(*partitions)  # nothing is read before the callback has returned
+        consumer.pause(*partitions)  # reading starts after the callback returns
         self._held = frozenset((partition.topic, partition.partition) for partition in partitions)
         try:
             async with asyncio.timeout(_REBALANCE_TIMEOUT_S):
                 for partition in partitions:
                     self._positions[partition.topic, partition.partition] = await consumer.position(partition)
         except (TimeoutError, KafkaError):
-            return  # the broker went away again: another rebalance follows
+            return  # the broker is unavailable again: another rebalance follows
         await self._tell(self._on_assigned, self._held)
         if not self._closed:
             consumer.resume(*partitions)
@@ -162,7 +162,7 @@ class KafkaMember(KafkaReader):
             return
         try:
             await callback(partitions)
-        except Exception as error:  # aiokafka would only log it; the next fetch raises it, where the caller is
+        except Exception as error:  # aiokafka would only log it; the next fetch raises it to the caller
             self._error = error
             self._reading.set()
 

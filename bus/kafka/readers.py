@@ -1,4 +1,4 @@
-"""Reading from one Kafka cluster, from positions of one's own (members of groups: `bus.kafka.members`)."""
+"""Kafka reader: reads partitions of one cluster without a group (group members: `bus.kafka.members`)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from bus.kafka.errors import translated
 from bus.port import Record, TopicPartition
 
 FETCH_BYTES = 4 << 20
-"""What a fetch brings of one partition at most; bounds what a reader holds beside what it has returned."""
+"""Fetch size limit per partition; it bounds the records that a reader buffers."""
 
 _CLOSE_S = 3.0
 _RETRY_S = 0.1
-_WATCH_S = 2.0  # how often a reader that gets nothing asks whether there is something
+_WATCH_S = 2.0  # how often an idle reader checks whether records are available
 
 
 class KafkaReader:
@@ -37,7 +37,7 @@ class KafkaReader:
         self._consumer: AIOKafkaConsumer | None = None
         self._closed = False
         self._watch_at = 0.0
-        self._behind: dict[TopicPartition, int] = {}  # positions that were behind the end at the last look
+        self._behind: dict[TopicPartition, int] = {}  # positions that were behind the end at the last check
         self.restarts = 0  # consumers that were stuck and replaced
 
     def __repr__(self) -> str:
@@ -45,11 +45,11 @@ class KafkaReader:
 
     @property
     def is_closed(self) -> bool:
-        """Whether it has ended."""
+        """Whether the reader is closed."""
         return self._closed
 
     async def open(self) -> None:
-        """Connect, and know every position. Raises `BusError`."""
+        """Connect and resolve every position. Raises `BusError`."""
         consumer = AIOKafkaConsumer(**self._settings())
         try:
             await self._begin(consumer)
@@ -119,7 +119,7 @@ class KafkaReader:
             await _finish(consumer)
 
     async def abandon(self) -> None:
-        """Go without a word, as a killed process does; a group finds out when the session runs out."""
+        """Stop like a killed process; a group notices after the session timeout."""
         self._closed = True
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
@@ -173,15 +173,15 @@ class KafkaReader:
             raise translated(error, self._what()) from error
 
     async def _look(self) -> None:
-        """Nothing comes. If there is something, and was at the last look too, the consumer is stuck: take a new one.
+        """Replace a stuck consumer: records are available at the same position in two checks, but none arrive.
 
-        Seen after broker restarts: connected, no error, no records, for ever.
+        This was observed after broker restarts: connected, no error, no records.
         """
         loop = asyncio.get_running_loop()
         try:
             ends = await self._ends(_CLOSE_S)
         except BusError:
-            ends = {}  # the broker is away: that is no stall
+            ends = {}  # the broker is unavailable: the consumer is not stuck
         behind = {
             partition: self._positions[partition]
             for partition, end in ends.items()
@@ -200,7 +200,7 @@ class KafkaReader:
             await self.open()
 
     async def _let_go(self) -> None:
-        """Before the consumer is replaced."""
+        """Called before the consumer is replaced."""
 
     def _what(self) -> str:
         return ", ".join(sorted({topic for topic, _ in self._positions})) or "Kafka"
@@ -214,7 +214,7 @@ class KafkaReader:
 async def end_offsets(
     consumer: AIOKafkaConsumer, partitions: Iterable[TopicPartition], within_s: float
 ) -> dict[TopicPartition, int]:
-    """Where partitions end; asked again while their leaders are away. Raises `KafkaError` or `TimeoutError`."""
+    """The end offsets of partitions; retried while leaders are unavailable. Raises `KafkaError` or `TimeoutError`."""
     wanted = [KafkaPartition(*partition) for partition in partitions]
     if not wanted:
         return {}
@@ -232,7 +232,7 @@ async def end_offsets(
 
 
 async def _finish(consumer: AIOKafkaConsumer) -> None:
-    """Leave politely, or, when that takes too long, at once."""
+    """Stop the consumer; if that exceeds the timeout, cut it off."""
     stopping = asyncio.ensure_future(consumer.stop())
     done, _ = await asyncio.wait([stopping], timeout=_CLOSE_S)
     if not done:
@@ -244,7 +244,7 @@ async def _finish(consumer: AIOKafkaConsumer) -> None:
 
 
 async def cut_off(consumer: AIOKafkaConsumer) -> None:
-    """End a consumer at once, without a word to its group. aiokafka has no call for this."""
+    """End a consumer at once without leaving its group. aiokafka has no call for this."""
     consumer._closed = True  # it would warn that nobody closed it
     tasks: list[asyncio.Task[Any] | None] = []
     coordinator, fetcher = consumer._coordinator, consumer._fetcher

@@ -169,7 +169,7 @@ async def test_what_a_device_says_as_another_is_refused_and_seen(secure: SecureB
         ]
     )
     assert [(letter["topic"], letter["error"]) for letter in refused if letter["by"] == "d1"] == [
-        (topics.RESULTS, "no header deepar_identity: nobody answers for this record"),
+        (topics.RESULTS, "no header deepar_identity: the record is not signed"),
         (topics.RESULTS, "the proof is not that of edge:e1"),
     ]
     assert all(letter["by"] == "planner" and letter["size_bytes"] for letter in letters)

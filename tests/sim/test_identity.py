@@ -133,8 +133,8 @@ def test_a_name_without_its_key_is_worth_nothing() -> None:
     assert lost_in(story) == []
     assert [letter.error for letter in letters] == [
         *["the proof is not that of device:d2"] * 3,
-        "no header deepar_proof: nobody answers for this record",
-        "no header deepar_identity: nobody answers for this record",
+        "no header deepar_proof: the record is not signed",
+        "no header deepar_identity: the record is not signed",
     ]
 
 
@@ -209,4 +209,4 @@ def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch, 
     assert found["states"]["COMPLETED"] > 80
     # Poison on the control topics has no proof; on an edge's topic it may name a task that is not that edge's.
     assert said
-    assert all("nobody answers for this record" in why or "in which it has no part" in why for why in said), said
+    assert all("the record is not signed" in why or "in which it has no part" in why for why in said), said

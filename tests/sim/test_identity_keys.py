@@ -97,7 +97,7 @@ def test_a_node_hears_of_a_demand_that_is_new() -> None:
     told, refused = run_virtual(_told(None, "before the planner"), horizon_s=HORIZON_S)
     assert "device d1 has no key" in told
     assert refused  # what it had said before
-    assert all("nobody answers for this record" in error for error in refused)
+    assert all("the record is not signed" in error for error in refused)
 
 
 async def _start(place: Town, master: Master | None) -> None:

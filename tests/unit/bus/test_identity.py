@@ -151,7 +151,7 @@ def test_a_key_for_a_name_that_no_node_can_have_is_not_made() -> None:
     ):
         with pytest.raises(ConfigError):
             Speaker(role, name)
-    with pytest.raises(ConfigError, match="no speaker"):
+    with pytest.raises(ConfigError, match="is not a speaker"):
         Speaker.parse("d1")
 
 
@@ -180,7 +180,7 @@ def test_files_are_the_owners_alone_and_never_written_over(tmp_path: Path) -> No
         (MASTER.key(D1).to_text(), load_master, "a key, not a master"),
         (MASTER.to_text()[:-4], load_master, "no master"),
         (MASTER.key(D1).to_text().replace("deepar-key-1", "deepar-key-2"), load_key, "no key"),
-        (MASTER.key(D1).to_text().replace("device:", "planner:"), load_key, "no role"),
+        (MASTER.key(D1).to_text().replace("device:", "planner:"), load_key, "is not a role"),
         ("secret-é", load_key, "neither a key nor a master"),
         (PROVEN_KEY.splitlines()[0] + "\n", load_key, "is not whole"),
         ("\n".join(PROVEN_KEY.splitlines()[:-1]) + "\n", load_key, "is not whole"),

@@ -95,7 +95,7 @@ def test_what_cannot_be_made_is_named(folder: Path) -> None:
     runner = CliRunner()
     for words, said in (
         (["key", "d1", "--role", "device"], "No such file"),
-        (["key", "p", "--role", "planner", "--master", "m"], "no role that speaks"),
+        (["key", "p", "--role", "planner", "--master", "m"], "is not a role that can hold a key"),
         (["show", "m.key"], "No such file"),
     ):
         if "m" in words:
