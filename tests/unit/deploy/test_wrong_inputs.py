@@ -106,7 +106,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         ("loadgen replay --devices ,", "--devices String should have at least 1 character"),
         ("loadgen replay --models ''", "model: "),
         ("loadgen replay --models 'le net'", "model: holds a character"),
-        ("loadgen replay --samples 1e30", "samples: 1e+30..1e+30 is not a range"),
+        ("loadgen replay --samples 1e30", "samples: 1e+30..1e+30 must be an ascending range"),
         ("loadgen replay --samples nan", "samples: nan..nan"),
         ("loadgen replay --deadline 0", "deadline"),
         ("loadgen replay --schedule folder", "Is a directory"),
