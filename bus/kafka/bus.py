@@ -37,7 +37,7 @@ __all__ = ["KafkaBus", "KafkaConnection"]
 _RETRY_S = 0.1
 _TRY_S = 1.5  # of several brokers the one that was asked may be dead: another is asked then
 _CLOSE_S = 3.0
-_COUNT_AGE_S = 5.0  # then a topic's partitions are asked for again: it may have been deleted and made anew
+_COUNT_AGE_S = 5.0  # older counts of partitions are read again: the topic may have been recreated
 _SPREAD_S = 1.0  # what a new topic may take to be known to every broker
 _MAX_COPIES = 3  # of each partition, where there are that many brokers
 

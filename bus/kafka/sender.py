@@ -188,7 +188,7 @@ class KafkaSender:
         producer = AIOKafkaProducer(**self._settings())
         # aiokafka fails a whole batch whose partition has no leader (a broker that stops politely leaves it so) once the
         # batch's first record is older than a request's time. Here every record has a deadline of its own, see `_look`.
-        # There is no setting for it.
+        # aiokafka has no setting for this.
         producer._message_accumulator._batch_ttl = math.inf
         return producer
 
