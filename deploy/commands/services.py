@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial, wraps
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +16,8 @@ from bus.identity.signed_bus import signed
 from bus.text.units import parse_duration
 from bus.values import Objective
 from deploy.console_output import completion
-from deploy.console_output.options import Bootstrap, HttpHost, HttpPort, Region
+from deploy.console_output.option_groups import with_option_groups
+from deploy.console_output.options import Bootstrap, ProbeOptions, Region
 from deploy.services import wiring
 from deploy.services.identities import KeyFile, MasterFile, key_of, master_of
 from deploy.services.planner_process import parse_regions, run_planner, run_regions
@@ -36,6 +35,7 @@ from deploy.services.settings import (
     node_name,
     options_of,
 )
+from deploy.services.wiring import PlannerSetup
 from planner.core.placing import WhenLate
 from planner.service.service import PlannerService
 from stages.models.files.choice import parse_shapes, shape_words
@@ -95,17 +95,26 @@ Remeasure = Annotated[
 Threads = Annotated[int, typer.Option("--num-threads", min=1, help="Number of threads for one inference.")]
 
 
-def planner(
-    bootstrap_servers: Bootstrap = None,
-    region: Region = 0,
+@dataclass(frozen=True, kw_only=True)
+class PlannerRegionOptions:
+    """The region or regions of a planner process, and its name."""
+
+    bootstrap_servers: Bootstrap = None
+    region: Region = 0
     regions: Annotated[
         str | None,
         typer.Option(
             envvar="DEEPAR_REGIONS",
             help="Several regions: a list (0,1,2), or `all` to share all regions with other `all` planners.",
         ),
-    ] = None,
-    name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="Name of the planner.")] = "planner",
+    ] = None
+    name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="Name of the planner.")] = "planner"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecisionOptions:
+    """How a planner decides."""
+
     policy: Annotated[
         str,
         typer.Option(
@@ -113,17 +122,23 @@ def planner(
             help="Policy: deepar, no-delay, device-only, edge-only, cloud-only, neurosurgeon, or module:name.",
             autocompletion=completion.policies,
         ),
-    ] = "deepar",
+    ] = "deepar"
     objective: Annotated[
         Objective,
         typer.Option(
             envvar="DEEPAR_OBJECTIVE", help="Delay to minimise: pipelined for streaming execution, or sequential."
         ),
-    ] = Objective.PIPELINED,
-    lease: Lease = "5s",
+    ] = Objective.PIPELINED
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueOptions:
+    """How long a planner waits for nodes, and how many tasks it lets wait."""
+
+    lease: Lease = "5s"
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Maximum number of waiting tasks; further tasks are rejected (queue_full).")
-    ] = 10_000,
+    ] = 10_000
     patience: Annotated[
         str,
         typer.Option(
@@ -131,33 +146,46 @@ def planner(
             help="Maximum time that a task waits for its device or a suitable node before it is rejected "
             "(no_device) or fails (device_lost, no_node).",
         ),
-    ] = "10min",
+    ] = "10min"
     when_late: Annotated[
         WhenLate, typer.Option(help="Action for a task that is predicted to miss its deadline under every placement.")
-    ] = WhenLate.REJECT,
+    ] = WhenLate.REJECT
     max_waiting_per_device: Annotated[
         int,
         typer.Option(
             min=1, help="Maximum number of waiting tasks per device; further tasks are rejected (device_queue_full)."
         ),
-    ] = 1_000,
+    ] = 1_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeadershipOptions:
+    """How a planner starts to lead, and which records it accepts."""
+
     take_over: Annotated[
         bool,
         typer.Option(
             "--take-over", help="Take over at once instead of waiting for the leading planner's lease to expire."
         ),
-    ] = False,
-    snapshot_every: Annotated[int, typer.Option(min=1, help="Decisions between two snapshots.")] = 500,
-    identity_master: MasterFile = None,
+    ] = False
+    snapshot_every: Annotated[int, typer.Option(min=1, help="Decisions between two snapshots.")] = 500
+    identity_master: MasterFile = None
     trust_everybody: Annotated[
         bool,
         typer.Option(
             "--trust-everybody",
             help="Accept records without proof of identity even if the region has required it so far.",
         ),
-    ] = False,
-    http_port: HttpPort = None,
-    http_host: HttpHost = "127.0.0.1",
+    ] = False
+
+
+@with_option_groups
+def planner(
+    region: PlannerRegionOptions,
+    decisions: DecisionOptions,
+    queue: QueueOptions,
+    leadership: LeadershipOptions,
+    probes: ProbeOptions,
 ) -> None:
     """Run the planner of a region. It decides where each task runs and publishes its decisions.
 
@@ -165,37 +193,44 @@ def planner(
 
     Example: `deepar planner --policy neurosurgeon --http-port 9100`
     """
-    bus = wiring.kafka_bus(bootstrap_servers)
-    name, lease_s, patience_s = node_name(name, "--name"), lease_of(lease), parse_duration(patience, "--patience")
-    master = master_of(identity_master)
-    if master is not None and trust_everybody:
-        raise ConfigError("--trust-everybody and --identity-master exclude each other")
+    bus = wiring.kafka_bus(region.bootstrap_servers)
+    setup = planner_setup(region, decisions, queue, leadership)
 
-    def make(region: int) -> PlannerService:
-        return wiring.make_planner(
-            bus,
-            name=name,
-            region=region,
-            policy=policy,
-            objective=objective,
-            execution=objective.execution,
-            max_waiting=max_waiting,
-            patience_s=patience_s,
-            when_late=when_late,
-            max_waiting_per_device=max_waiting_per_device,
-            lease_s=lease_s,
-            take_over=take_over,
-            snapshot_every=snapshot_every,
-            master=master,
-            trust_everybody=trust_everybody,
-        )
+    def make(number: int) -> PlannerService:
+        return wiring.make_planner(bus, replace(setup, region=number))
 
-    make(region)  # reports an unknown policy before connecting
-    if regions is None:
-        run_on_uvloop(run_planner(bus, make(region), http_port=http_port, http_host=http_host))
+    service = make(region.region)  # reports an unknown policy before connecting
+    http_port, http_host = probes.http_port, probes.http_host
+    if region.regions is None:
+        run_on_uvloop(run_planner(bus, service, http_port=http_port, http_host=http_host))
     else:
-        wanted = parse_regions(regions)
-        run_on_uvloop(run_regions(bus, make, wanted, name=name, http_port=http_port, http_host=http_host))
+        wanted = parse_regions(region.regions)
+        run_on_uvloop(run_regions(bus, make, wanted, name=setup.name, http_port=http_port, http_host=http_host))
+
+
+def planner_setup(
+    region: PlannerRegionOptions, decisions: DecisionOptions, queue: QueueOptions, leadership: LeadershipOptions
+) -> PlannerSetup:
+    """The planner that the options describe. Raises `ConfigError`."""
+    master = master_of(leadership.identity_master)
+    if master is not None and leadership.trust_everybody:
+        raise ConfigError("--trust-everybody and --identity-master exclude each other")
+    return PlannerSetup(
+        name=node_name(region.name, "--name"),
+        region=region.region,
+        policy=decisions.policy,
+        objective=decisions.objective,
+        execution=decisions.objective.execution,
+        max_waiting=queue.max_waiting,
+        max_waiting_per_device=queue.max_waiting_per_device,
+        patience_s=parse_duration(queue.patience, "--patience"),
+        when_late=queue.when_late,
+        lease_s=lease_of(queue.lease),
+        take_over=leadership.take_over,
+        snapshot_every=leadership.snapshot_every,
+        master=master,
+        trust_everybody=leadership.trust_everybody,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,8 +249,7 @@ class StageFlags:
     region: Region = 0
     lease: Lease = "10s"
     identity_key: KeyFile = None
-    http_port: HttpPort = None
-    http_host: HttpHost = "127.0.0.1"
+    probes: ProbeOptions = field(default_factory=ProbeOptions)
 
     def machine(self) -> dict[str, Any]:
         """The part of `NodeOptions` that describes how the node computes. Raises `ConfigError`."""
@@ -243,24 +277,8 @@ class StageFlags:
         return [ServedModel(model=names[0], signature=self.signature, input_shape=shapes)]
 
 
-def with_stage_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameter `flags` by the fields of `StageFlags`, because typer reads options from the signature."""
-    shared = inspect.signature(StageFlags, eval_str=True).parameters
-
-    @wraps(command)
-    def run(**given: Any) -> None:
-        flags = StageFlags(**{name: given.pop(name) for name in shared})
-        command(**given, flags=flags)
-
-    own = [entry for entry in inspect.signature(command, eval_str=True).parameters.values() if entry.name != "flags"]
-    parameters = [entry.replace(kind=inspect.Parameter.KEYWORD_ONLY) for entry in (*own, *shared.values())]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {entry.name: entry.annotation for entry in parameters}
-    return run
-
-
 @stage_app.command("device")
-@with_stage_flags
+@with_option_groups
 def device(
     name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="Name of the device.")] = "d1",
     edges: Annotated[
@@ -294,7 +312,7 @@ def device(
 
 
 @stage_app.command("edge")
-@with_stage_flags
+@with_option_groups
 def edge(
     name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="Name of the edge; part of its topic's name.")] = "e1",
     slots: Annotated[
@@ -323,7 +341,7 @@ def edge(
 
 
 @stage_app.command("cloud")
-@with_stage_flags
+@with_option_groups
 def cloud(
     name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="Name of the worker.")] = "c1",
     *,
@@ -344,21 +362,24 @@ def _run_stage(options: NodeOptions, flags: StageFlags, results: Path | None = N
     key = key_of(Speaker(settings.role.value, settings.name), flags.identity_key)
     make = partial(make_runner, settings.role, options, flags.served(), wiring.log.info)
     on_result = ResultFile(results) if results else None
-    bus = signed(wiring.kafka_bus(flags.bootstrap_servers), key)
+    bus, probes = signed(wiring.kafka_bus(flags.bootstrap_servers), key), flags.probes
     run_on_uvloop(
-        wiring.run_stage(bus, settings, make, http_port=flags.http_port, http_host=flags.http_host, on_result=on_result)
+        wiring.run_stage(
+            bus, settings, make, http_port=probes.http_port, http_host=probes.http_host, on_result=on_result
+        )
     )
 
 
 # --- deepar up -------------------------------------------------------------------------------------------------------
 
 
+@with_option_groups
 def up(
     file: Annotated[Path, typer.Argument(help="TOML file with the nodes, models, bus and planner.")],
     bootstrap_servers: Bootstrap = None,
     identity_master: MasterFile = None,
-    http_port: HttpPort = None,
-    http_host: HttpHost = "127.0.0.1",
+    *,
+    probes: ProbeOptions,
 ) -> None:
     """Start the planner and all stages of one TOML file in this process, until Ctrl-C.
 
@@ -376,4 +397,4 @@ def up(
             remedy='set kind = "kafka" and start `deepar broker`; for a run without a broker: deepar demo',
         )
     bus = wiring.kafka_bus(bootstrap_servers or settings.bus.bootstrap_servers)
-    run_on_uvloop(run_up(settings, bus, http_port, http_host, master_of(identity_master)))
+    run_on_uvloop(run_up(settings, bus, probes.http_port, probes.http_host, master_of(identity_master)))

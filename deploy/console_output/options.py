@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -31,3 +32,11 @@ HttpPort = Annotated[
 ]
 HttpHost = Annotated[str, typer.Option(envvar="DEEPAR_HTTP_HOST", help="Address that --http-port listens on.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """Where a service serves its probes and metrics."""
+
+    http_port: HttpPort = None
+    http_host: HttpHost = "127.0.0.1"

@@ -144,9 +144,8 @@ class Demo:
         async with bus:
             await wiring.create_missing_topics(bus, EDGES)
             async with wiring.embedded() as group:
-                service = wiring.make_planner(
-                    bus, policy=policy, objective=Objective.PIPELINED, execution=Execution.STREAMING
-                )
+                setup = wiring.PlannerSetup(policy=policy, objective=Objective.PIPELINED, execution=Execution.STREAMING)
+                service = wiring.make_planner(bus, setup)
                 group.create_task(service.run(), name="planner")
                 members = [self._node(bus, settings, on_busy) for settings in self._cast()]
                 for node in members:

@@ -16,9 +16,9 @@ from deploy.services.identities import key_of
 from deploy.services.otel import tracing
 from deploy.services.process import until_stopped
 from deploy.services.runners import make_runner
-from deploy.services.settings import NodeOptions, UpSettings
+from deploy.services.settings import NodeOptions, PlannerOptions, UpSettings
 from deploy.services.topic_watch import TopicWatch, used_by
-from deploy.services.wiring import node_settings
+from deploy.services.wiring import PlannerSetup, node_settings
 from stages.node import Node, NodeSettings
 
 
@@ -48,19 +48,7 @@ async def run_up(
         async def serve() -> None:
             async with asyncio.TaskGroup() as group:
                 if settings.planner is not None:
-                    service = wiring.make_planner(
-                        bus,
-                        region=settings.region,
-                        policy=settings.planner.policy,
-                        objective=settings.objective,
-                        execution=settings.execution,
-                        max_waiting=settings.planner.max_waiting,
-                        patience_s=settings.planner.patience,
-                        when_late=settings.planner.when_late,
-                        max_waiting_per_device=settings.planner.max_waiting_per_device,
-                        lease_s=settings.planner.lease,
-                        master=master,
-                    )
+                    service = wiring.make_planner(bus, planner_setup(settings, settings.planner, master))
                     service.trace_to(on_span)
                     group.create_task(service.run(), name="planner")
                 for option in options:
@@ -71,6 +59,22 @@ async def run_up(
                     group.create_task(node.run(wiring.make_work(node)), name=option.name)
 
         await until_stopped(serve(), nodes=len(options), region=settings.region)
+
+
+def planner_setup(settings: UpSettings, planner: PlannerOptions, master: Master | None) -> PlannerSetup:
+    """The settings of the file's planner."""
+    return PlannerSetup(
+        region=settings.region,
+        policy=planner.policy,
+        objective=settings.objective,
+        execution=settings.execution,
+        max_waiting=planner.max_waiting,
+        max_waiting_per_device=planner.max_waiting_per_device,
+        patience_s=planner.patience,
+        when_late=planner.when_late,
+        lease_s=planner.lease,
+        master=master,
+    )
 
 
 def node_key(settings: NodeSettings, option: NodeOptions, master: Master | None) -> Key | None:

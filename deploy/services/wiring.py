@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import structlog
@@ -199,48 +200,51 @@ class Stage:
         return Health(status.ready, detail, {"tasks": float(tasks)}, counters)
 
 
-def make_planner(
-    bus: Bus,
-    *,
-    name: str = "planner",
-    region: int = 0,
-    policy: str = "deepar",
-    objective: Objective = Objective.PIPELINED,
-    execution: Execution = Execution.STREAMING,
-    max_waiting: int = 10_000,
-    patience_s: float = DEFAULT_PATIENCE_S,
-    when_late: WhenLate = WhenLate.REJECT,
-    max_waiting_per_device: int = 1_000,
-    lease_s: float = 5.0,
-    take_over: bool = False,
-    snapshot_every: int = 500,
-    master: Master | None = None,
-    trust_everybody: bool = False,
-) -> PlannerService:
-    """A planner service; with a `master` it requires proofs of identity. Raises `UnknownNameError` for an unknown policy."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerSetup:
+    """The settings of one region's planner."""
+
+    name: str = "planner"
+    region: int = 0
+    policy: str = "deepar"  # name of a policy, or module:name
+    objective: Objective = Objective.PIPELINED
+    execution: Execution = Execution.STREAMING
+    max_waiting: int = 10_000  # queued tasks in the region
+    max_waiting_per_device: int = 1_000  # queued tasks of one device
+    patience_s: float = DEFAULT_PATIENCE_S  # maximum wait for a device or a suitable node
+    when_late: WhenLate = WhenLate.REJECT  # for tasks that are predicted to miss their deadline
+    lease_s: float = 5.0  # silence after which a leading planner counts as lost
+    take_over: bool = False  # lead at once, without waiting for the leader's lease to expire
+    snapshot_every: int = 500  # decisions between two snapshots
+    master: Master | None = None  # master secret; if set, every record needs a proof of identity
+    trust_everybody: bool = False  # accept records without proof even if the region has required it so far
+
+
+def make_planner(bus: Bus, setup: PlannerSetup) -> PlannerService:
+    """A planner service. Raises `UnknownNameError` for an unknown policy."""
 
     def make_core() -> PlannerCore:
         return PlannerCore(
-            region,
-            policy=policy,
-            objective=objective,
-            execution=execution,
-            max_waiting=max_waiting,
-            patience_s=patience_s,
-            when_late=when_late,
-            max_waiting_per_device=max_waiting_per_device,
+            setup.region,
+            policy=setup.policy,
+            objective=setup.objective,
+            execution=setup.execution,
+            max_waiting=setup.max_waiting,
+            patience_s=setup.patience_s,
+            when_late=setup.when_late,
+            max_waiting_per_device=setup.max_waiting_per_device,
         )
 
     return PlannerService(
         bus,
         make_core,
-        name=name,
-        region=region,
-        lease_s=lease_s,
-        take_over=take_over,
-        snapshot_every=snapshot_every,
-        master=master,
-        trust_everybody=trust_everybody,
+        name=setup.name,
+        region=setup.region,
+        lease_s=setup.lease_s,
+        take_over=setup.take_over,
+        snapshot_every=setup.snapshot_every,
+        master=setup.master,
+        trust_everybody=setup.trust_everybody,
     )
 
 

@@ -214,7 +214,7 @@ async def test_the_leader_then_the_controller_is_killed_during_a_replay(cluster:
         load, planning, staging = await bus(), await bus(), await bus()
         await wiring.create_missing_topics(load, EDGES)
         group = await stack.enter_async_context(wiring.embedded())
-        group.create_task(wiring.make_planner(planning, policy=POLICY).run())
+        group.create_task(wiring.make_planner(planning, wiring.PlannerSetup(policy=POLICY)).run())
         for node in (played := _cast(staging)):
             group.create_task(
                 node.run(

@@ -128,7 +128,7 @@ async def test_a_lock_whose_planner_is_gone_is_stale_and_its_remedy_helps(
         (found,) = await bad(connection, "planner")
         assert "ahead of this machine's clock" in found.detail
 
-        service = wiring.make_planner(bus, name="p-new", lease_s=1.0, take_over=True)
+        service = wiring.make_planner(bus, wiring.PlannerSetup(name="p-new", lease_s=1.0, take_over=True))
         async with wiring.embedded() as group:
             group.create_task(service.run())
             async with asyncio.timeout(30):

@@ -98,7 +98,8 @@ async def region(secure: SecureBroker, master: Master | None = None) -> AsyncIte
             buses[speaker] = signed(bus, None if master is None else master.key(Speaker.parse(speaker)))
         planner = await stack.enter_async_context(KafkaBus(secure.connection("planner")))
         # Activations go to an edge, from there to the cloud, and results come back: every topic is used.
-        service = wiring.make_planner(planner, policy="cloud-only", master=master, trust_everybody=master is None)
+        setup = wiring.PlannerSetup(policy="cloud-only", master=master, trust_everybody=master is None)
+        service = wiring.make_planner(planner, setup)
         group = await stack.enter_async_context(wiring.embedded())
         group.create_task(service.run())
         played = []

@@ -172,7 +172,7 @@ def test_a_planner_that_takes_over_repeats_nothing_and_knows_when_a_task_began()
         second: list[Span] = []
         async with MemoryBus(broker, "test") as bus:
             await wiring.create_missing_topics(bus)
-            one, two = (wiring.make_planner(bus, name=name) for name in ("p1", "p2"))
+            one, two = (wiring.make_planner(bus, wiring.PlannerSetup(name=name)) for name in ("p1", "p2"))
             one.trace_to(first.append)
             two.trace_to(second.append)
             leading = asyncio.create_task(one.run())

@@ -100,9 +100,8 @@ async def world(
     broker = broker or MemoryBroker()
     async with MemoryBus(broker, "world") as bus:
         await nodes.create_missing_topics(bus, edges)
-        service = nodes.make_planner(
-            bus, policy=policy, objective=objective, execution=objective.execution, master=master
-        )
+        setup = nodes.PlannerSetup(policy=policy, objective=objective, execution=objective.execution, master=master)
+        service = nodes.make_planner(bus, setup)
         service.trace_to(on_span)
         made = World(bus, broker, service, master)
         clock = asyncio.get_running_loop().time
