@@ -19,7 +19,7 @@ from bus.frames import Frame, Plan
 from bus.messages import TaskCompleted, TaskSubmitted
 from bus.tensors import Array, Assembler
 from bus.values import ModelProfile, Parts
-from stages.frame_sender import FrameSender, Outgoing, sending
+from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
 from stages.node import RETRY_S, Node, cause_of, detail_of
 from stages.runner import Station
 from stages.shaper import Link
@@ -223,20 +223,18 @@ class Attempt:
         self._window.release()
 
     def _frame_sender(self) -> FrameSender:
-        placement = self.plan.placement
+        node, plan, placement = self.device.node, self.plan, self.plan.placement
         assert placement.edge is not None
+        grants = (self.device.link1.grant(placement.link1_bps),)
         return FrameSender(
-            self.device.node.bus,
-            topic=topics.activations_topic(placement.edge),
-            key=self.plan.task_id,
-            source=self.device.node.settings.name,
-            kind="activations",
-            plan=self.plan,
-            grants=(self.device.link1.grant(placement.link1_bps),),
-            gate=self.device.node.gate,
-            on_busy=partial(self.device.node.busy, "link1_s", self.plan.task_id),
-            on_acknowledged=self._sent,
-            headers=self.device.node.trace_header("link1", self.plan),
+            node.bus,
+            plan,
+            Route("link1", topics.activations_topic(placement.edge), plan.task_id, "activations", grants),
+            SenderHooks(
+                gate=node.gate, on_busy=partial(node.busy, "link1_s", plan.task_id), on_acknowledged=self._sent
+            ),
+            source=node.settings.name,
+            headers=node.trace_header("link1", plan),
         )
 
     # --- results -----------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from bus import topics
 from bus.errors import BusError, DeeparError, InvariantError, ProtocolError
@@ -19,22 +20,60 @@ from bus.frames import MAX_SAMPLE_BYTES, Frame, Plan, encode_frame
 from bus.port import Bus, Record, TopicPartition
 from bus.tensors import Array, Assembler, Piece
 from bus.tracing import parent_in
-from stages.frame_sender import FrameSender, Outgoing, sending
+from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
 from stages.node import Node, cause_of, detail_of
 from stages.offsets import Receipt
 from stages.runner import Station
-from stages.shaper import Grant, Link
 from stages.window import MAX_WINDOW, window_samples
 
 
-class Stage(Protocol):
-    """What a flow needs of the edge or cloud stage that it runs on."""
+class LayerRange(NamedTuple):
+    """The layers of a task's model that a stage computes: first+1..last."""
 
-    node: Node
-    is_edge: bool
-    link2: Link
-    results: Link
-    slots: asyncio.Semaphore | None
+    first: int
+    last: int | None  # None: to the model's last layer
+    computes: bool  # False: the stage relays frames without computing
+
+
+class HopStage(Protocol):
+    """What differs between an edge and the cloud."""
+
+    @property
+    def part(self) -> str:
+        """The part of a task's delay that computing here belongs to."""
+
+    @property
+    def topic(self) -> str:
+        """The topic of the activations for this stage."""
+
+    @property
+    def group_id(self) -> str:
+        """The consumer group that reads this topic."""
+
+    def slot(self) -> AbstractAsyncContextManager[None]:
+        """What a flow holds while it computes."""
+
+    def layers(self, plan: Plan) -> LayerRange:
+        """The layers that the plan has for this stage. Raises `ProtocolError` where it has none."""
+
+    def route(self, plan: Plan) -> Route:
+        """Where the task's outputs go, with new grants for its links."""
+
+    @property
+    def sent_bytes(self) -> dict[str, int]:
+        """Bytes sent over each link, by metric name."""
+
+
+class FlowOwner(Protocol):
+    """What a flow needs of the hop that it belongs to."""
+
+    @property
+    def node(self) -> Node:
+        """The node that the flow runs on."""
+
+    @property
+    def stage(self) -> HopStage:
+        """The edge's or the cloud's side of the hop."""
 
     async def fail(self, task_id: str, attempt: int, cause: str, detail: str, *, retryable: bool = False) -> None:
         """Report to the planner that the attempt failed."""
@@ -47,26 +86,23 @@ class Flow:
     duplicates are dropped instead of computed again.
     """
 
-    def __init__(self, stage: Stage, plan: Plan) -> None:
-        placement = plan.placement
-        self.stage = stage
+    def __init__(self, hop: FlowOwner, plan: Plan) -> None:
+        self.hop = hop
+        self.node = hop.node
         self.plan = plan
         self.partitions: set[TopicPartition] = set()  # partitions that its frames came from
         self.task: asyncio.Task[None] | None = None
         self.closed = False
         self.heard_s = asyncio.get_running_loop().time()  # last time a frame arrived or a sample was acknowledged
-        self.computes = placement.uses_slot if stage.is_edge else True
-        self.first, self.last = (placement.cut1, placement.cut2) if stage.is_edge else (placement.cut2, 0)
         self.busy_s = 0.0
         self.parent_id: str | None = None  # parent trace span, where the frames name one
         self._began_s: float | None = None  # start of the first computation on this stage
         self._free_s = float("-inf")  # end of the last one
         self.window = MAX_WINDOW  # samples that its device may have in the pipeline
-        self._widest_bytes = (
-            MAX_SAMPLE_BYTES  # upper limit for one sample; `_check` lowers both limits where the model is known
-        )
-        self._expected_bytes: int | None = None
-        self._check()
+        self._widest_bytes = MAX_SAMPLE_BYTES  # upper limit for one sample
+        self._expected_bytes: int | None = None  # size of one sample that arrives here, where the model is known
+        self.first, self.last, self.computes = self._check_plan()
+        self._route = hop.stage.route(plan)
         self._sending: FrameSender | None = None
         self._assembler = Assembler()
         self._ready: deque[tuple[int, list[Array], float]] = deque()
@@ -76,29 +112,32 @@ class Flow:
         self._done: set[int] = set()
         self._finished = asyncio.Event()
 
-    def _check(self) -> None:
-        """Check that this stage can follow the plan. Raises `ProtocolError`."""
+    def _check_plan(self) -> tuple[int, int, bool]:
+        """Check that this stage can follow the plan; lower the window and the size limit where the model is known.
+
+        Returns the first and last layer, and whether this stage computes them. Raises `ProtocolError`.
+        """
         plan, placement = self.plan, self.plan.placement
         if placement.edge is None or not placement.link1_bps or (placement.uses_cloud and not placement.link2_bps):
             raise ProtocolError("wrong_shape", f"task {plan.task_id}: the plan lacks an edge or a link rate")
-        if not self.stage.is_edge and not placement.uses_cloud:
-            raise ProtocolError("wrong_shape", f"task {plan.task_id}: the plan does not use the cloud")
-        profile = next((p for p in self.stage.node.runner.profiles() if p.model == plan.model), None)
+        first, last, computes = self.hop.stage.layers(plan)
+        profile = next((p for p in self.node.runner.profiles() if p.model == plan.model), None)
         if profile is None:
-            if self.computes:
+            if computes:
                 raise ProtocolError("unknown_model", f"task {plan.task_id}: this stage has no model {plan.model!r}")
-            return
-        if self.computes and profile.sha256 != plan.sha256:
+            return first, placement.cut2, False
+        if computes and profile.sha256 != plan.sha256:
             raise ProtocolError("unknown_model", f"task {plan.task_id}: SHA-256 of {plan.model} differs from the plan")
         if placement.cut2 > profile.layers:
             raise ProtocolError("wrong_shape", f"task {plan.task_id}: {plan.model} has {profile.layers} layers")
-        if not self.stage.is_edge:
-            self.last = profile.layers
+        last = profile.layers if last is None else last
         if profile.sha256 == plan.sha256:
             self.window = window_samples(plan.execution, profile.cut_bytes)
-            self._widest_bytes = max(plan.input_bytes or 0, *profile.cut_bytes[self.first : self.last + 1])
-            cut_bytes = profile.cut_bytes[self.first]
-            self._expected_bytes = plan.input_bytes if self.first == 0 and plan.input_bytes is not None else cut_bytes
+            self._widest_bytes = max(plan.input_bytes or 0, *profile.cut_bytes[first : last + 1])
+            self._expected_bytes = profile.cut_bytes[first]
+            if first == 0 and plan.input_bytes is not None:
+                self._expected_bytes = plan.input_bytes
+        return first, last, computes
 
     @property
     def under_way(self) -> int:
@@ -130,11 +169,11 @@ class Flow:
     def _take(self, piece: Piece, receipt: Receipt) -> None:
         sample = piece.sample
         if self.closed or sample in self._done:
-            self.stage.node.status.count("duplicates_suppressed")
+            self.node.status.count("duplicates_suppressed")
             return
         if sample in self._whole:
             # A duplicate of a sample in work: its record, too, is done only when the sample is.
-            self.stage.node.status.count("duplicates_suppressed")
+            self.node.status.count("duplicates_suppressed")
             receipt.hold()
             self._receipts[sample].append(receipt)
             return
@@ -149,7 +188,7 @@ class Flow:
         except ProtocolError as error:
             if error.cause != "missing_chunk":
                 raise
-            self.stage.node.status.count("gaps")  # the sender restarts the sample
+            self.node.status.count("gaps")  # the sender restarts the sample
             return
         receipt.hold()
         self._receipts.setdefault(sample, []).append(receipt)
@@ -162,7 +201,7 @@ class Flow:
 
     async def run(self) -> None:
         """Wait for a slot, compute all samples, and report; return when all are acknowledged."""
-        node = self.stage.node
+        node = self.node
         try:
             await self._serve()
             self.closed = True
@@ -174,21 +213,20 @@ class Flow:
             node.log.error("task failed", task=self.plan.task_id, cause=cause, error=str(error))
             if not isinstance(error, DeeparError):
                 node.log.exception("task failed with an unexpected error", task=self.plan.task_id)
-            self._let_go()
-            await self.stage.fail(self.plan.task_id, self.plan.attempt, cause, detail_of(error))
+            self._discard()
+            await self.hop.fail(self.plan.task_id, self.plan.attempt, cause, detail_of(error))
 
     async def _serve(self) -> None:
-        runner = self.stage.node.runner
+        runner = self.node.runner
         async with contextlib.AsyncExitStack() as stack:
             station: Station | None = None
             if self.computes:
                 await runner.prepare(self.plan, self.first, self.last)
-                if self.stage.slots is not None:
-                    await stack.enter_async_context(self.stage.slots)
+                await stack.enter_async_context(self.hop.stage.slot())
                 station = runner.station(self.plan, self.first, self.last)
                 stack.callback(station.close)
             sender = self._sending = self._frame_sender()
-            stack.callback(self._told, sender)
+            stack.callback(self._record_spans, sender)
             async with sending(sender):
                 await self._work(station, sender)
             await self._report(sender.busy_s)
@@ -207,56 +245,39 @@ class Flow:
                 if self._began_s is None:
                     self._began_s = begin_s
                 self.busy_s += now - begin_s
-                self.stage.node.busy("edge_s" if self.stage.is_edge else "cloud_s", self.plan.task_id, begin_s, now)
+                self.node.busy(f"{self.hop.stage.part}_s", self.plan.task_id, begin_s, now)
                 self._free_s = now
                 ready_s = now
             sender.put(Outgoing(sample, tensors, ready_s))
         await self._finished.wait()
 
-    def _told(self, sender: FrameSender) -> None:
+    def _record_spans(self, sender: FrameSender) -> None:
         """Record the trace spans of this stage."""
-        node, part = self.stage.node, "edge" if self.stage.is_edge else "cloud"
+        node = self.node
         if self.computes:
-            node.span(part, self.plan, self._began_s, self._free_s, self.busy_s, self.parent_id)
+            node.span(self.hop.stage.part, self.plan, self._began_s, self._free_s, self.busy_s, self.parent_id)
         follows = None if self.computes else self.parent_id
-        node.span(self._way, self.plan, sender.began_s, sender.busy_until_s, sender.busy_s, follows)
-
-    @property
-    def _way(self) -> str:
-        """Name of the delay part that sending from this stage belongs to."""
-        return "link2" if self.stage.is_edge and self.plan.placement.uses_cloud else "result"
+        node.span(self._route.part, self.plan, sender.began_s, sender.busy_until_s, sender.busy_s, follows)
 
     def _frame_sender(self) -> FrameSender:
-        stage, plan = self.stage, self.plan
-        placement = plan.placement
-        onward = self._way == "link2"
-        topic = topics.ACTIVATIONS_CLOUD if onward else topics.RESULTS
-        key = plan.task_id if onward else plan.device
-        grants: tuple[Grant, ...]
-        if onward:
-            grants = (stage.link2.grant(placement.link2_bps),)
-        elif stage.is_edge:
-            grants = (stage.results.grant(placement.link1_bps),)
-        else:
-            grants = (stage.results.grant(placement.link2_bps), stage.results.grant(placement.link1_bps))
+        node, plan, route = self.node, self.plan, self._route
         return FrameSender(
-            stage.node.bus if onward else self._way_back(),
-            topic=topic,
-            key=key,
-            source=stage.node.settings.name,
-            kind="activations" if onward else "result",
-            plan=plan,
-            grants=grants,
-            gate=stage.node.gate,
-            on_busy=partial(stage.node.busy, f"{self._way}_s", plan.task_id),
-            on_acknowledged=self._acknowledged,
-            headers=stage.node.trace_header(self._way, plan),
+            node.bus if route.topic != topics.RESULTS else self._results_bus(),
+            plan,
+            route,
+            SenderHooks(
+                gate=node.gate,
+                on_busy=partial(node.busy, f"{route.part}_s", plan.task_id),
+                on_acknowledged=self._acknowledged,
+            ),
+            source=node.settings.name,
+            headers=node.trace_header(route.part, plan),
         )
 
-    def _way_back(self) -> Bus:
+    def _results_bus(self) -> Bus:
         """The bus for results: the site of the task's edge, whose links the planner reserved."""
-        assert self.plan.placement.edge is not None  # `_check`
-        return self.stage.node.bus.beside(topics.RESULTS, topics.activations_topic(self.plan.placement.edge))
+        assert self.plan.placement.edge is not None  # `_check_plan`
+        return self.node.bus.beside(topics.RESULTS, topics.activations_topic(self.plan.placement.edge))
 
     # --- done --------------------------------------------------------------------------------------------------------
 
@@ -273,13 +294,13 @@ class Flow:
 
     async def _report(self, sending_s: float) -> None:
         """Send the measured times to the device, unshaped, because a report is not task data."""
-        plan, node = self.plan, self.stage.node
-        busy = {f"{self._way}_s": sending_s}
+        plan, node = self.plan, self.node
+        busy = {f"{self._route.part}_s": sending_s}
         if self.computes:
-            busy["edge_s" if self.stage.is_edge else "cloud_s"] = self.busy_s
+            busy[f"{self.hop.stage.part}_s"] = self.busy_s
         frame = Frame("report", plan.task_id, plan.attempt, node.settings.name, report=busy)
         try:
-            await self._way_back().send(topics.RESULTS, encode_frame(frame), key=plan.device)
+            await self._results_bus().send(topics.RESULTS, encode_frame(frame), key=plan.device)
         except BusError as error:
             node.log.warning("report not sent", task=plan.task_id, error=str(error))
 
@@ -288,10 +309,10 @@ class Flow:
         if self.task is not None:
             self.task.cancel()
         if discard:
-            self._let_go()
+            self._discard()
         self.closed = True
 
-    def _let_go(self) -> None:
+    def _discard(self) -> None:
         """Close the flow, release its records and drop its data."""
         self.closed = True
         for receipts in self._receipts.values():

@@ -12,6 +12,7 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from bus.errors import BusError, MessageTooLargeError
 from bus.frames import MAX_FRAME_BYTES, MAX_PIECES, Frame, FrameKind, Plan, encode_frame
@@ -26,6 +27,25 @@ TENSORS_BYTES = 20
 LAST_HEADS = 8
 """The last frames of a task shrink, but carry at least this many times the size of their head."""
 RETRY_S = 0.2
+
+
+class Route(NamedTuple):
+    """Where one task's outputs go, and at what rate."""
+
+    part: str  # the part of a task's delay that sending belongs to: link1, link2 or result
+    topic: str
+    key: str  # record key
+    kind: FrameKind
+    grants: tuple[Grant, ...]  # shares of the links that the frames cross, in order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SenderHooks:
+    """What a frame sender calls while it sends."""
+
+    gate: Callable[[], Awaitable[None]]  # returns when the node may send
+    on_busy: Callable[[float, float], None]  # begin and end of a stretch of sending, on the loop's clock
+    on_acknowledged: Callable[[Sequence[int]], None]  # samples that the bus now holds completely, each reported once
 
 
 @dataclass(slots=True)
@@ -58,34 +78,25 @@ class FrameSender:
     def __init__(
         self,
         bus: Bus,
-        *,
-        topic: str,
-        key: str,
-        source: str,
-        kind: FrameKind,
         plan: Plan,
-        grants: tuple[Grant, ...],
-        gate: Callable[[], Awaitable[None]],
-        on_busy: Callable[[float, float], None],
-        on_acknowledged: Callable[[Sequence[int]], None],
+        route: Route,
+        hooks: SenderHooks,
+        *,
+        source: str,
         headers: Headers = (),
     ) -> None:
-        """`on_acknowledged` is called once for each sample that the bus holds completely; samples of one frame share a call.
-
-        The plan and `headers` go with the first frame, and again with the first frame after each resend."""
+        """The plan (with activations only) and `headers` go with the first frame, and again with the first frame after each
+        resend. `source` is the name of the sending node.
+        """
         self._bus = bus
-        self._to = (topic, key)
-        self._source = source
-        self._kind: FrameKind = kind
         self._plan = plan
-        self._grants = grants
-        self._gate = gate
-        self._on_busy = on_busy
-        self._on_acknowledged = on_acknowledged
+        self._route = route
+        self._hooks = hooks
+        self._source = source
         self._headers = headers
         self._headers_due = True
-        self._plan_due = kind == "activations"
-        self._rate_bps = min((grant.rate_bps for grant in grants), default=1 << 40)
+        self._plan_due = route.kind == "activations"
+        self._rate_bps = min((grant.rate_bps for grant in route.grants), default=1 << 40)
         self._frame_bytes = 0  # of data; chosen for the first sample, and all are of one size
         self._last_bytes = 0  # the least that a frame of a task's last samples carries
         self._to_come = plan.todo  # samples not passed to `put` yet
@@ -159,8 +170,8 @@ class FrameSender:
         """How much data the next frame may carry. Of a task's last samples half: whoever computes next begins with a frame's
         first sample when the frame's last has crossed, and has nothing else to do by then.
         """
-        guarded = any(grant.guarded for grant in self._grants)  # then room comes as last second's frames went
-        if self._to_come or self._kind != "activations" or guarded:
+        guarded = any(grant.guarded for grant in self._route.grants)  # then room comes as last second's frames went
+        if self._to_come or self._route.kind != "activations" or guarded:
             return self._frame_bytes
         waiting_bytes = first.size_bytes * (1 + len(self._waiting))  # all are of one size
         return min(self._frame_bytes, max(waiting_bytes // 2, self._last_bytes))
@@ -169,7 +180,7 @@ class FrameSender:
         """How much data a frame of this task should carry; what its head takes is seen on one without data."""
         whole = to_pieces(first.sample, first.tensors, MAX_DATA_BYTES)[0]
         empty = Piece(first.sample, whole.size_bytes, whole.size_bytes, memoryview(b""))
-        head = encode_frame(Frame(self._kind, self._plan.task_id, self._plan.attempt, self._source, (empty,)))
+        head = encode_frame(Frame(self._route.kind, self._plan.task_id, self._plan.attempt, self._source, (empty,)))
         head_bytes = len(head) + TENSORS_BYTES
         self._last_bytes = LAST_HEADS * head_bytes
         return frame_bytes(self._rate_bps, whole.size_bytes, MAX_DATA_BYTES, head_bytes=head_bytes)
@@ -177,20 +188,20 @@ class FrameSender:
     async def _send_frame(self, pieces: tuple[Piece, ...], done: list[Outgoing], generation: int) -> None:
         begun = self._begun
         offered_s = max(item.ready_s for item in begun)
-        topic, key = self._to
+        route = self._route
         while True:
             plan = self._plan if self._plan_due else None
             payload = encode_frame(
-                Frame(self._kind, self._plan.task_id, self._plan.attempt, self._source, pieces, plan)
+                Frame(self._route.kind, self._plan.task_id, self._plan.attempt, self._source, pieces, plan)
             )
-            await self._gate()  # before the link, so that what waits here does not leave all at once
-            await cross(self._grants, len(payload), offered_s)
-            await self._gate()
+            await self._hooks.gate()  # before the link, so that what waits here does not leave all at once
+            await cross(route.grants, len(payload), offered_s)
+            await self._hooks.gate()
             if generation != self._generation:
                 return
             headers = self._headers if self._headers_due else ()
             try:
-                acknowledgement = await self._bus.post(topic, payload, key=key, headers=headers)
+                acknowledgement = await self._bus.post(route.topic, payload, key=route.key, headers=headers)
                 break
             except MessageTooLargeError:
                 raise
@@ -225,10 +236,10 @@ class FrameSender:
                 self.began_s = begin_s
             self.busy_s += now - begin_s
             self.busy_until_s = now
-            self._on_busy(begin_s, now)
+            self._hooks.on_busy(begin_s, now)
             self._sent.popleft()
             if sent.items:
-                self._on_acknowledged([item.sample for item in sent.items])
+                self._hooks.on_acknowledged([item.sample for item in sent.items])
 
     def _send_again(self) -> None:
         """Queue all unacknowledged samples again, in order, each from its first piece."""
@@ -242,7 +253,7 @@ class FrameSender:
         self._begun = []
         self._waiting.extendleft(reversed(again.values()))
         self.resent += len(again)
-        self._plan_due, self._headers_due = self._kind == "activations", True
+        self._plan_due, self._headers_due = self._route.kind == "activations", True
         self._to_send.set()
 
 

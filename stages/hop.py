@@ -21,11 +21,12 @@ from bus.identity.proofs import WRONG_IDENTITY, Speaker
 from bus.messages import Decision, Placed, TaskFailed
 from bus.port import Member, Record, TopicPartition
 from bus.values import Role
+from stages.cloud_stage import CloudStage
+from stages.edge_stage import EdgeStage
 from stages.flow import Flow
 from stages.frame_authorization import FrameAuthorization
 from stages.node import RETRY_S, Node
 from stages.offsets import OffsetLedger, Receipt
-from stages.shaper import Link
 
 COMMIT_S = 0.25
 """Commit interval; it bounds the work that is repeated after a crash."""
@@ -53,18 +54,17 @@ class _Orphan:
     since_s: float
 
 
-class Hop:
-    """The work of an edge or a cloud stage."""
+def hop_of(node: Node) -> Hop:
+    """The work of an edge or a cloud node."""
+    return Hop(node, EdgeStage(node.settings) if node.settings.role is Role.EDGE else CloudStage())
 
-    def __init__(self, node: Node) -> None:
-        settings = node.settings
+
+class Hop:
+    """What an edge and the cloud have in common; `stage` holds what differs."""
+
+    def __init__(self, node: Node, stage: EdgeStage | CloudStage) -> None:
         self.node = node
-        self.is_edge = settings.role is Role.EDGE
-        self.link1 = Link(settings.link1_capacity_bps)
-        self.link2 = Link(settings.link2_capacity_bps)
-        # Results cross the same links the other way; link 2's other end is in the cloud.
-        self.results = Link(settings.link1_capacity_bps if self.is_edge else 0)
-        self.slots = asyncio.Semaphore(settings.slots) if self.is_edge else None
+        self.stage = stage
         self.offsets = OffsetLedger()
         self.authorization = FrameAuthorization(node)
         self.flows: dict[tuple[str, int], Flow] = {}
@@ -75,9 +75,9 @@ class Hop:
     async def run(self) -> None:
         """Serve until cancelled."""
         name = self.node.settings.name
-        topic = topics.activations_topic(name) if self.is_edge else topics.ACTIVATIONS_CLOUD
-        group_id = f"deepar.edge.{name}" if self.is_edge else topics.CLOUD_GROUP
-        member = await self.node.bus.join([topic], group=group_id, on_assigned=self._assigned, on_revoked=self._revoked)
+        member = await self.node.bus.join(
+            [self.stage.topic], group=self.stage.group_id, on_assigned=self._assigned, on_revoked=self._revoked
+        )
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group

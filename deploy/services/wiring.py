@@ -32,7 +32,7 @@ from planner.core.state import DEFAULT_PATIENCE_S
 from planner.service.service import PlannerService
 from stages.attempt import ResultSink
 from stages.device import Device
-from stages.hop import Hop
+from stages.hop import Hop, hop_of
 from stages.node import BusySink, Node, NodeSettings
 from stages.runner import Runner
 
@@ -94,7 +94,7 @@ def node_settings(options: NodeOptions, *, region: int, lease_s: float) -> NodeS
 def make_work(node: Node, on_result: ResultSink | None = None) -> Device | Hop:
     """The work loop for a node's role: `Device` or `Hop`."""
     if node.settings.role is not Role.DEVICE:
-        return Hop(node)
+        return hop_of(node)
     if isinstance(on_result, ResultFile):
         return Device(node, on_result, kept=on_result.kept)
     return Device(node, on_result)
@@ -192,8 +192,7 @@ class Stage:
         }
         counters = dict(status.counters)
         if isinstance(work, Hop):
-            sent = {"link1_bytes": work.results.sent_bytes, "link2_bytes": work.link2.sent_bytes}
-            counters |= {name: float(value) for name, value in sent.items()}
+            counters |= {name: float(value) for name, value in work.stage.sent_bytes.items()}
         else:
             counters["link1_bytes"] = float(work.link1.sent_bytes)
         tasks = len(work.flows) if isinstance(work, Hop) else len(work.tasks)

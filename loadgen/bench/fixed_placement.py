@@ -41,7 +41,7 @@ from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placemen
 from loadgen.replay.readiness import require_unled
 from planner.core.core import PlannerCore
 from stages.device import Device
-from stages.hop import Hop
+from stages.hop import hop_of
 from stages.node import Node, NodeSettings
 from stages.runner import Runner
 
@@ -120,7 +120,7 @@ class Staged:
                 link2_capacity_bps=rates[1],
             )
             node = Node(bus, settings, self._runners[role])
-            work = Device(node) if role is Role.DEVICE else Hop(node)
+            work = Device(node) if role is Role.DEVICE else hop_of(node)
             self._serving.append(asyncio.create_task(node.run(work), name=name))
             self._nodes.append(node)
         async with asyncio.timeout(TIMEOUT_S):

@@ -36,7 +36,7 @@ from bus.values import BITS_PER_BYTE, Execution, Kind, ModelProfile, Placement, 
 from loadgen.bench import lenet
 from loadgen.bench.cpu_load import BusynessWatch
 from loadgen.bench.fixed_placement import TIMEOUT_S, Staged
-from stages.frame_sender import FrameSender, Outgoing
+from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks
 from stages.runner import ModelledRunner
 from stages.shaper import Link
 
@@ -217,15 +217,10 @@ async def _shaped(make: Callable[[str], Bus], rate_bps: int, for_s: float) -> di
         watched = _Watched(bus)
         sender = FrameSender(
             watched,  # type: ignore[arg-type]
-            topic=topic,
-            key="bench",
+            _plan(rate_bps),
+            Route("result", topic, "bench", "result", (Link(rate_bps).grant(rate_bps),)),
+            SenderHooks(gate=_open, on_busy=lambda begin_s, end_s: None, on_acknowledged=done),
             source="bench",
-            kind="result",
-            plan=_plan(rate_bps),
-            grants=(Link(rate_bps).grant(rate_bps),),
-            gate=_open,
-            on_busy=lambda begin_s, end_s: None,
-            on_acknowledged=done,
         )
         payload = [np.zeros(sample_bytes, np.uint8)]
         sending = asyncio.create_task(sender.run())

@@ -22,7 +22,7 @@ from loadgen.sim.simulator import settings_of
 from loadgen.workers import Worker
 from planner.service.service import PlannerService
 from stages.device import Device
-from stages.hop import Hop
+from stages.hop import hop_of
 from stages.node import Node
 from stages.runner import ModelledRunner
 
@@ -89,5 +89,5 @@ async def _serve(services: LiveServices) -> None:
             group.create_task(PlannerService(bus, lambda: core_for(planned)).run(), name="planner")
         for announced in services.nodes:
             node = Node(bus, settings_of(announced), ModelledRunner(announced.models))
-            work = Device(node) if announced.role is Role.DEVICE else Hop(node)
+            work = Device(node) if announced.role is Role.DEVICE else hop_of(node)
             group.create_task(node.run(work), name=announced.node)

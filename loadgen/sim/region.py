@@ -19,7 +19,7 @@ from loadgen.sim.process import Process
 from planner.service.service import PlannerService, Standing
 from stages.attempt import ResultSink
 from stages.device import Device
-from stages.hop import Hop
+from stages.hop import Hop, hop_of
 from stages.node import Node, NodeSettings
 from stages.runner import Runner
 
@@ -62,7 +62,7 @@ class Stage:
         if self.settings.role is Role.DEVICE:
             self.work = Device(node, self.on_result, kept=self.kept)
         else:
-            self.work = Hop(node)
+            self.work = hop_of(node)
         await node.run(self.work)
 
     async def leave(self) -> None:

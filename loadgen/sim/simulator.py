@@ -27,7 +27,7 @@ from loadgen.sim.scenario import Scenario, edge_name
 from loadgen.sim.virtual_loop import run_virtual
 from planner.service.service import PlannerService
 from stages.device import Device
-from stages.hop import Hop
+from stages.hop import Hop, hop_of
 from stages.node import BusySink, Node, NodeSettings
 from stages.runner import ModelledRunner
 
@@ -95,7 +95,7 @@ async def _simulate(
             node = Node(
                 await connect(announced.node), settings_of(announced), ModelledRunner(announced.models), on_busy=on_busy
             )
-            nodes.append((node, Device(node) if announced.role is Role.DEVICE else Hop(node)))
+            nodes.append((node, Device(node) if announced.role is Role.DEVICE else hop_of(node)))
         serving: list[tuple[str, Coroutine[Any, Any, None]]] = [("planner", service.run())]
         serving += [(node.settings.name, node.run(work)) for node, work in nodes]
         async with asyncio.TaskGroup() as group:

@@ -26,6 +26,7 @@ from planner.service.leader_term import LeaderTerm
 from planner.service.service import PlannerService
 from stages.attempt import Attempt
 from stages.device import Device
+from stages.edge_stage import EdgeStage
 from stages.fences import Fences
 from stages.flow import Flow
 from stages.frame_sender import FrameSender
@@ -165,15 +166,15 @@ _sound_ledger_release = Ledger.release
 async def _slot_kept(self: Flow) -> None:
     """A task that is over goes on holding its slot."""
     await _sound_serve(self)
-    if self.stage.slots is not None and self.computes:
-        await self.stage.slots.acquire()
+    if isinstance(self.hop.stage, EdgeStage) and self.computes:
+        await self.hop.stage.slots.acquire()
 
 
 async def _slot_twice(self: Flow) -> None:
     """A task that is over gives its slot back twice."""
     await _sound_serve(self)
-    if self.stage.slots is not None and self.computes:
-        self.stage.slots.release()
+    if isinstance(self.hop.stage, EdgeStage) and self.computes:
+        self.hop.stage.slots.release()
 
 
 _sound_serve = Flow._serve
@@ -286,7 +287,7 @@ CANARIES = (
     Canary("ignored fences", "no attempt is ever fenced", 5, Fences, "fenced", _never_fenced),
     Canary("chunk order trusted", "chunks are put together as they come", 5, Assembler, "add", _trust_order),
     Canary("never sent again", "a failed acknowledgement is overlooked", 30, FrameSender, "_send_again", _never_again),
-    Canary("receipts leaked", "what a fenced attempt held stays open", 5, Flow, "_let_go", _hold_on),
+    Canary("receipts leaked", "what a fenced attempt held stays open", 5, Flow, "_discard", _hold_on),
     Canary("flows kept", "a hop does not follow the decisions", 5, Hop, "on_decision", _keep_flows),
     Canary("starts forgotten", "a second attempt is not begun", 5, Device, "_start", _forget_starts),
     Canary(

@@ -17,6 +17,7 @@ from loadgen.chaos.simulated.faults import Breaker
 from loadgen.chaos.simulated.oracle import Oracle, Say
 from loadgen.sim.region import VirtualRegion
 from stages.device import Device
+from stages.edge_stage import EdgeStage
 from stages.hop import Hop
 
 
@@ -88,8 +89,9 @@ class Verdict:
             elif isinstance(work, Hop):
                 if work.flows or work._orphans or work._orphan_bytes:
                     self.say("G8", f"{name} still has {sorted(work.flows)} and {sorted(work._orphans)}")
-                if work.slots is not None and work.slots._value != stage.settings.slots:
-                    self.say("G2", f"{name} has {work.slots._value} slots free of {stage.settings.slots}")
+                edge = work.stage
+                if isinstance(edge, EdgeStage) and edge.slots._value != stage.settings.slots:
+                    self.say("G2", f"{name} has {edge.slots._value} slots free of {stage.settings.slots}")
                 if any(work.offsets._open.values()):
                     self.say("G8", f"{name} has records open: {work.offsets._open}")
 

@@ -19,7 +19,7 @@ from bus.tensors import Assembler
 from bus.topics import TopicSpec
 from bus.values import Execution, Kind, Placement
 from loadgen.sim.virtual_loop import run_virtual
-from stages.frame_sender import FrameSender, Outgoing, sending
+from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
 from stages.shaper import Link
 
 PLAN = Plan(
@@ -41,15 +41,12 @@ PLAN = Plan(
 def frame_sender_of(bus: MemoryBus, on_acknowledged: Callable[[Sequence[int]], None]) -> FrameSender:
     return FrameSender(
         bus,
-        topic="out",
-        key="t",
+        PLAN,
+        Route("link1", "out", "t", "activations", (Link().grant(1_000_000),)),
+        SenderHooks(
+            gate=lambda: asyncio.sleep(0), on_busy=lambda begin_s, end_s: None, on_acknowledged=on_acknowledged
+        ),
         source="d",
-        kind="activations",
-        plan=PLAN,
-        grants=(Link().grant(1_000_000),),
-        gate=lambda: asyncio.sleep(0),
-        on_busy=lambda begin_s, end_s: None,
-        on_acknowledged=on_acknowledged,
     )
 
 
@@ -114,15 +111,14 @@ def test_the_last_samples_leave_in_ever_smaller_frames_where_somebody_computes_n
             await bus.create_topics([TopicSpec("out", 1)])
             sender = FrameSender(
                 bus,
-                topic="out",
-                key="t",
+                PLAN,
+                Route("link1", "out", "t", kind, (Link().grant(16_000_000),)),
+                SenderHooks(
+                    gate=lambda: asyncio.sleep(0),
+                    on_busy=lambda begin_s, end_s: None,
+                    on_acknowledged=lambda samples: None,
+                ),
                 source="d",
-                kind=kind,
-                plan=PLAN,
-                grants=(Link().grant(16_000_000),),
-                gate=lambda: asyncio.sleep(0),
-                on_busy=lambda begin_s, end_s: None,
-                on_acknowledged=lambda samples: None,
             )
             async with asyncio.timeout(10.0), sending(sender):
                 for sample in range(PLAN.todo):

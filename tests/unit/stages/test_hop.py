@@ -17,7 +17,8 @@ from bus.messages import Decision, Ended, EpochOpened, TaskFailed, TaskState
 from bus.tensors import to_pieces
 from bus.values import Execution, Kind, ModelProfile, Placement, Role
 from loadgen.sim.virtual_loop import run_virtual
-from stages.hop import STRANGER_S, SWEEP_S, Hop
+from stages.edge_stage import EdgeStage
+from stages.hop import STRANGER_S, SWEEP_S, Hop, hop_of
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 
@@ -103,7 +104,7 @@ async def edge() -> AsyncIterator[Edge]:
             name="e", role=Role.EDGE, slots=1, link1_capacity_bps=10_000_000, link2_capacity_bps=10_000_000
         )
         node = Node(bus, settings, ModelledRunner([PROFILE]))
-        hop = Hop(node)
+        hop = hop_of(node)
         task = asyncio.create_task(node.run(hop))
         await asyncio.sleep(1.0)
         yield Edge(bus, broker, node, hop)
@@ -159,11 +160,11 @@ def test_what_is_over_is_let_go_of_with_its_slot_and_its_offsets() -> None:
         async with edge() as e:
             await e.give(frame(0, with_plan=plan()), frame(1))
             await asyncio.sleep(1.0)
-            assert e.hop.slots is not None
-            assert e.hop.slots._value == 0
+            assert isinstance(e.hop.stage, EdgeStage)
+            assert e.hop.stage.slots._value == 0
             await e.decide(Ended(task_id="t", attempt=1, state=TaskState.FAILED, cause="cancelled"))
             await asyncio.sleep(1.0)
-            assert (e.hop.flows, e.hop.slots._value, e.committed()) == ({}, 1, 2)
+            assert (e.hop.flows, e.hop.stage.slots._value, e.committed()) == ({}, 1, 2)
             await e.give(frame(2))
             await asyncio.sleep(1.0)
             assert (e.hop.flows, e.committed()) == ({}, 3)
@@ -177,8 +178,8 @@ def test_a_task_that_nobody_knows_does_not_keep_the_slot_for_ever() -> None:
         async with edge() as e:
             await e.give(frame(0, with_plan=plan()))
             await asyncio.sleep(STRANGER_S + 2 * SWEEP_S)
-            assert e.hop.slots is not None
-            assert (e.hop.flows, e.hop.slots._value, e.committed()) == ({}, 1, 1)
+            assert isinstance(e.hop.stage, EdgeStage)
+            assert (e.hop.flows, e.hop.stage.slots._value, e.committed()) == ({}, 1, 1)
 
     run_virtual(run())
 

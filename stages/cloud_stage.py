@@ -1,0 +1,48 @@
+"""What sets the cloud apart from an edge: no slots, the last layers of a model, and results for the device.
+
+The cloud's links have no capacity of their own: a task's results cross both links at the rates that the task was granted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractAsyncContextManager
+
+from bus import topics
+from bus.errors import ProtocolError
+from bus.frames import Plan
+from stages.flow import LayerRange
+from stages.frame_sender import Route
+from stages.shaper import Link
+
+
+class CloudStage:
+    """The cloud's side of a hop (`stages.flow.HopStage`)."""
+
+    part = "cloud"
+
+    def __init__(self) -> None:
+        self.topic = topics.ACTIVATIONS_CLOUD
+        self.group_id = topics.CLOUD_GROUP
+        self._results = Link()
+
+    def slot(self) -> AbstractAsyncContextManager[None]:
+        """Nothing to wait for: the planner does not limit how many tasks the cloud computes at once."""
+        return contextlib.nullcontext()
+
+    def layers(self, plan: Plan) -> LayerRange:
+        """The layers after the plan's second cut. Raises `ProtocolError` where the plan does not use the cloud."""
+        if not plan.placement.uses_cloud:
+            raise ProtocolError("wrong_shape", f"task {plan.task_id}: the plan does not use the cloud")
+        return LayerRange(plan.placement.cut2, None, computes=True)
+
+    def route(self, plan: Plan) -> Route:
+        """To the device: over link 2, then over link 1."""
+        rates_bps = (plan.placement.link2_bps, plan.placement.link1_bps)
+        grants = tuple(self._results.grant(rate_bps) for rate_bps in rates_bps)
+        return Route("result", topics.RESULTS, plan.device, "result", grants)
+
+    @property
+    def sent_bytes(self) -> dict[str, int]:
+        """Bytes sent over each link, by metric name."""
+        return {"link1_bytes": self._results.sent_bytes, "link2_bytes": 0}

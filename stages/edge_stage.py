@@ -1,0 +1,52 @@
+"""What sets an edge apart from the cloud: its slots, its layers, and where its outputs go.
+
+An edge computes layers cut1+1..cut2, or only relays where the plan has no layers for it. Its outputs go to the cloud over
+link 2, or back to the device over link 1 where the plan ends on the edge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AbstractAsyncContextManager
+
+from bus import topics
+from bus.frames import Plan
+from stages.flow import LayerRange
+from stages.frame_sender import Route
+from stages.node import NodeSettings
+from stages.shaper import Link
+
+
+class EdgeStage:
+    """The edge's side of a hop (`stages.flow.HopStage`)."""
+
+    part = "edge"
+
+    def __init__(self, settings: NodeSettings) -> None:
+        self.topic = topics.activations_topic(settings.name)
+        self.group_id = f"deepar.edge.{settings.name}"
+        self.slots = asyncio.Semaphore(settings.slots)
+        self._link2 = Link(settings.link2_capacity_bps)
+        self._results = Link(settings.link1_capacity_bps)  # link 1 in the direction of the device
+
+    def slot(self) -> AbstractAsyncContextManager[None]:
+        """A compute slot, held while the block runs."""
+        return self.slots
+
+    def layers(self, plan: Plan) -> LayerRange:
+        """The layers between the plan's two cuts."""
+        placement = plan.placement
+        return LayerRange(placement.cut1, placement.cut2, computes=placement.uses_slot)
+
+    def route(self, plan: Plan) -> Route:
+        """To the cloud where the plan uses it, else back to the device."""
+        placement = plan.placement
+        if placement.uses_cloud:
+            grants = (self._link2.grant(placement.link2_bps),)
+            return Route("link2", topics.ACTIVATIONS_CLOUD, plan.task_id, "activations", grants)
+        return Route("result", topics.RESULTS, plan.device, "result", (self._results.grant(placement.link1_bps),))
+
+    @property
+    def sent_bytes(self) -> dict[str, int]:
+        """Bytes sent over each link, by metric name."""
+        return {"link1_bytes": self._results.sent_bytes, "link2_bytes": self._link2.sent_bytes}
