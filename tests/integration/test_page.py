@@ -22,7 +22,7 @@ from deploy.monitor.top import screen
 from deploy.monitor.ui import serve
 from tests.browser import Page, open_page
 from tests.sim.world import task, world
-from tests.unit.deploy.test_region_view import DEVICE, EDGE, Topics, admitted, completed, placed, start
+from tests.unit.deploy.monitor.test_region_view import DEVICE, EDGE, Topics, admitted, completed, placed, start
 
 TASKS = 60
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"

@@ -16,7 +16,7 @@ from bus.values import Kind, Parts, Placement, Role
 from deploy.monitor.phrases import STATION_NAMES
 from deploy.monitor.ui import serve
 from tests.browser import Page, open_page
-from tests.unit.deploy.test_region_view import DEVICE, PLACE, Topics, admitted, placed, start
+from tests.unit.deploy.monitor.test_region_view import DEVICE, PLACE, Topics, admitted, placed, start
 
 AWKWARD_S = (
     1e-7,

@@ -11,7 +11,7 @@ from bus import messages, topics
 from bus.memory.bus import MemoryBus
 from bus.messages import EpochOpened, Message, NodeHeartbeat, PlannerHeartbeat, TaskProgress
 from deploy.commands.tail import Table, _tail
-from tests.unit.deploy.test_decision_lines import admitted, decision
+from tests.unit.deploy.monitor.test_decision_lines import admitted, decision
 
 SHOWN = 12
 

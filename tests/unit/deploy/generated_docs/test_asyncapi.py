@@ -17,7 +17,7 @@ from bus.topics import TABLE
 from deploy.generated_docs.asyncapi import asyncapi_page, channel_name, document
 from deploy.generated_docs.flow import main
 
-DOCS = Path(__file__).parents[3] / "docs"
+DOCS = Path(__file__).parents[4] / "docs"
 
 
 def references(node: Any) -> list[str]:
