@@ -115,9 +115,9 @@ class Device:
                 case Admitted(task=task) if task.device == name:
                     self._remember(task)
                 case NodeJoined(node=node) if node.incarnation == self.node.incarnation:
-                    for task in self.node.fences.tasks.values():
-                        if task.device == name:
-                            self._remember(task)
+                    for known in self.node.fences.tasks.values():
+                        if known.submitted is not None and known.submitted.device == name:
+                            self._remember(known.submitted)
                 case Start(device=device) if device == name:
                     self._start(change, decision.region)
                 case Retried() if change.task_id in self.tasks:
@@ -141,7 +141,7 @@ class Device:
 
     def _start(self, start: Start, region: int) -> None:
         known = self.tasks.get(start.task_id)
-        placed = self.node.fences.placed.get(start.task_id)
+        placed = self.node.fences.placed(start.task_id)
         if known is None or placed is None or placed.attempt != start.attempt or self._group is None or self._draining:
             return
         self._stop(known)

@@ -1,7 +1,7 @@
-"""What a stage knows from the decisions: which attempt of a task counts, and which tasks are over.
+"""Fences of a stage: which attempt of a task is current, and which tasks have ended.
 
-The plan travels with the activations, fences do not: a stage that missed that a task was ended or planned again would work
-for nobody. What it reads here tells it what to drop; a frame of a task it has never heard of is not fenced.
+A stage drops work of ended tasks and of older attempts. Frames carry plans but no fences, so the fences come from the
+decisions. A frame of an unknown task is not fenced, because its decision may arrive later.
 """
 
 from __future__ import annotations
@@ -9,69 +9,66 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-from bus.messages import Admitted, Decision, Ended, Placed, Retried, TaskSubmitted
-from bus.snapshots import STATE_VERSION
+from bus.messages import Admitted, Decision, Ended, Placed, Retried
+from bus.region_tasks import KnownTask, RegionTasks
 
 REMEMBERED_ENDS = 10_000
 """Number of ended tasks that are remembered, to drop their late frames; the planner remembers as many."""
 
 
 class Fences:
-    """Folds decisions into what stages need of them."""
+    """The tasks of a region as a stage knows them, and the ends that it remembers."""
 
     def __init__(self, remembered_ends: int = REMEMBERED_ENDS) -> None:
         self.remembered_ends = remembered_ends
-        self.tasks: dict[str, TaskSubmitted] = {}  # admitted and not ended
-        self.placed: dict[str, Placed] = {}  # the newest placement of each of them
-        self._attempt: dict[str, int] = {}
+        self._region = RegionTasks(follow_moves=False)  # stages start tasks when `Start` says so
         self._ended: OrderedDict[str, None] = OrderedDict()
 
+    @property
+    def tasks(self) -> dict[str, KnownTask]:
+        """The tasks that have not ended."""
+        return self._region.tasks
+
     def apply(self, decision: Decision) -> set[str]:
-        """Fold one decision in; returns the tasks of which something older is now fenced."""
+        """Fold a decision; returns the tasks of which it fenced an attempt."""
         fenced: set[str] = set()
-        for change in decision.changes:
-            match change:
-                case Admitted(task=task):
-                    self.tasks[task.task_id] = task
-                    self._ended.pop(task.task_id, None)
-                case Placed():
-                    self.placed[change.task_id] = change
-                    self._attempt[change.task_id] = change.attempt
-                case Retried():
-                    self._attempt[change.task_id] = change.attempt
-                    self.placed.pop(change.task_id, None)
-                    fenced.add(change.task_id)
-                case Ended():
-                    for known in (self.tasks, self.placed, self._attempt):
-                        known.pop(change.task_id, None)
-                    self._ended[change.task_id] = None
-                    fenced.add(change.task_id)
-                case _:
-                    pass
+        for change, task in self._region.apply(decision):
+            if task is None:
+                continue
+            if isinstance(change, Ended):
+                self._ended[task.task_id] = None
+                fenced.add(task.task_id)
+            elif isinstance(change, Retried):
+                fenced.add(task.task_id)
+            elif isinstance(change, Admitted):
+                self._ended.pop(task.task_id, None)
         while len(self._ended) > self.remembered_ends:
             self._ended.popitem(last=False)
         return fenced
 
+    def placed(self, task_id: str) -> Placed | None:
+        """The current placement of a live task."""
+        task = self._region.tasks.get(task_id)
+        return None if task is None else task.placed
+
+    def holds(self, edge: str) -> bool:
+        """Whether a live task is placed through this edge."""
+        return any(placement.edge == edge for t in self._region.placed.values() if (placement := t.placement))
+
     def attempt(self, task_id: str) -> int:
-        """The attempt that counts, 0 for a task that is unknown or over."""
-        return self._attempt.get(task_id, 0)
+        """The current attempt; 0 for a task that is unknown, not placed yet, or ended."""
+        task = self._region.tasks.get(task_id)
+        return 0 if task is None else task.attempt
 
     def fenced(self, task_id: str, attempt: int) -> bool:
-        """Whether this attempt no longer counts, so that work on it is dropped."""
-        return task_id in self._ended or attempt < self._attempt.get(task_id, 0)
+        """Whether this attempt is over, so that its frames and results are dropped."""
+        return task_id in self._ended or attempt < self.attempt(task_id)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what a planner's snapshot tells: of live tasks submission, placement and attempt; which ones are over.
+        """Take the live and the ended tasks from a planner's snapshot.
 
-        Raises LookupError, TypeError or ValueError for a state of another version, or a broken one.
+        Raises LookupError, TypeError or ValueError if the state has another version or is malformed.
         """
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(f"a state of version {state.get('version')}, known is {STATE_VERSION}")
-        for task in state.get("tasks", []):
-            submitted = TaskSubmitted.model_validate(task["submitted"])
-            self.tasks[submitted.task_id] = submitted
-            self._attempt[submitted.task_id] = int(task["attempt"])
-            if task.get("placed"):
-                self.placed[submitted.task_id] = Placed.model_validate(task["placed"])
+        self._region.restore(state)
         for task_id, _ in state.get("ended", []):
             self._ended[task_id] = None

@@ -33,7 +33,7 @@ class FrameAuthorization:
         """Whether the decisions read so far authorize the sender to send frames of the task."""
         if sender is None:
             return True
-        placed = self._node.fences.placed.get(task_id)
+        placed = self._node.fences.placed(task_id)
         return placed is not None and sender.name == self._owner(placed)
 
     def believed(self, sender: Speaker | None, frame: Frame, plan: Plan | None) -> bool:
@@ -45,7 +45,7 @@ class FrameAuthorization:
         if sender is None:
             return True
         fences = self._node.fences
-        placed = fences.placed.get(frame.task_id)
+        placed = fences.placed(frame.task_id)
         if placed is None or placed.attempt != frame.attempt:
             # A cloud stage reads its own region's decisions only, so it accepts unknown tasks of other regions.
             foreign = plan is not None and plan.region != self._settings.region and frame.task_id not in fences.tasks

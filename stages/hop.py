@@ -111,7 +111,7 @@ class Hop:
             if fences.fenced(task_id, attempt):
                 for orphan in self._take_orphans(key):
                     orphan.receipt.release()
-            elif (placed := fences.placed.get(task_id)) is not None and placed.attempt == attempt:
+            elif (placed := fences.placed(task_id)) is not None and placed.attempt == attempt:
                 self._take_again(key)
 
     @property
@@ -224,7 +224,7 @@ class Hop:
             if frame.plan is not None:
                 self._adopt(frame.plan)
             elif key not in self.flows:
-                placed = self.node.fences.placed.get(frame.task_id)
+                placed = self.node.fences.placed(frame.task_id)
                 if placed is not None and placed.attempt == frame.attempt:
                     self._adopt(Plan.of(placed, region=self.node.settings.region, todo=placed.samples))
             if key in self.flows:

@@ -168,9 +168,7 @@ class Node:
             self.log.warning("drain not acknowledged", within_s=NOTED_S)
             return
         # From here on what the decisions place here runs; what only waited for this node was placed elsewhere.
-        while self.settings.role is Role.EDGE and any(
-            placed.placement.edge == self.settings.name for placed in self.fences.placed.values()
-        ):
+        while self.settings.role is Role.EDGE and self.fences.holds(self.settings.name):
             await asyncio.sleep(DRAINED_S)
 
     async def leave(self) -> None:

@@ -43,7 +43,7 @@ def test_an_older_attempt_is_fenced_and_a_newer_or_unknown_one_is_not() -> None:
     assert fences.fenced("t", 1)
     assert not fences.fenced("t", 2)
     assert not fences.fenced("stranger", 1)
-    assert "t" not in fences.placed
+    assert fences.placed("t") is None
 
 
 def test_what_has_ended_is_fenced_whatever_its_attempt() -> None:
@@ -52,7 +52,7 @@ def test_what_has_ended_is_fenced_whatever_its_attempt() -> None:
     assert fences.apply(decision(2, Ended(task_id="t", attempt=1, state=TaskState.COMPLETED))) == {"t"}
     assert fences.fenced("t", 1)
     assert fences.fenced("t", 7)
-    assert (fences.tasks, fences.placed, fences.attempt("t")) == ({}, {}, 0)
+    assert (fences.tasks, fences.placed("t"), fences.attempt("t")) == ({}, None, 0)
 
 
 def test_a_snapshot_brings_live_tasks_and_those_that_are_over() -> None:
@@ -60,7 +60,7 @@ def test_a_snapshot_brings_live_tasks_and_those_that_are_over() -> None:
     live = {"submitted": TASK.model_dump(mode="json"), "attempt": 3, "placed": placed(3).model_dump(mode="json")}
     fences.restore({"version": STATE_VERSION, "tasks": [live], "ended": [["old", "COMPLETED"]]})
     assert fences.fenced("t", 2)
-    assert fences.placed["t"] == placed(3)
+    assert fences.placed("t") == placed(3)
     assert fences.fenced("old", 1)
 
 

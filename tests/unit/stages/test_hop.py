@@ -13,9 +13,9 @@ import pytest
 from bus import messages, topics
 from bus.frames import Frame, Plan, decode_frame, encode_frame
 from bus.memory.bus import MemoryBroker, MemoryBus
-from bus.messages import Decision, Ended, EpochOpened, TaskFailed, TaskState
+from bus.messages import Decision, Ended, EpochOpened, Placed, TaskFailed, TaskState
 from bus.tensors import to_pieces
-from bus.values import Execution, Kind, ModelProfile, Placement, Role
+from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
 from loadgen.sim.virtual_loop import run_virtual
 from stages.edge_stage import EdgeStage
 from stages.hop import STRANGER_S, SWEEP_S, Hop, hop_of
@@ -45,6 +45,13 @@ def plan(task_id: str = "t", **more: object) -> Plan:
         "placement": placement,
     }
     return Plan.model_validate(values | more)
+
+
+PLACED = Placed(
+    task_id="t", attempt=1, device="d", model="toy", sha256="0" * 64, samples=3, policy="p", start_s=0.0, wait_s=0.0,
+    objective=Objective.PIPELINED, execution=Execution.STREAMING, placement=plan().placement, delay_s=1.0, parts=Parts(),
+)  # fmt: skip
+PLACEMENT = Decision(region=0, epoch=1, nonce="n", seq=1, now_s=0.0, inputs={}, changes=(PLACED,), ledger_hash="h")
 
 
 def frame(sample: int, *, task_id: str = "t", size: int = 100, with_plan: Plan | None = None) -> bytes:
@@ -197,7 +204,7 @@ POISON = {
 def test_poison_is_dead_lettered_its_task_fails_with_the_cause_and_the_partition_goes_on(cause: str) -> None:
     async def run() -> None:
         async with edge() as e:
-            e.node.fences._attempt["t"] = 1  # the planner has placed it
+            e.node.fences.apply(PLACEMENT)
             key = "u" if cause == "unknown_model" else "t"
             await e.give(frame(0, with_plan=plan()))
             await e.give(POISON[cause], key=key)
