@@ -17,10 +17,10 @@ from bus.decisions import DecisionLog, Dropped
 from bus.errors import ConfigError, ProtocolError
 from bus.messages import NodeHeartbeat, PlannerHeartbeat
 from bus.port import Bus, Record, TopicPartition
+from bus.region_tasks import RegionTasks
 from bus.text.json_text import json_text
 from deploy.console_output.options import Bootstrap
 from deploy.monitor.decision_lines import LEGEND, lines_of
-from deploy.monitor.holdings import Held
 from deploy.services import wiring
 from deploy.services.process import run_on_uvloop
 
@@ -191,7 +191,7 @@ class Table:
         self._topic = topic
         self._heartbeats = heartbeats
         self._console = console or Console(emoji=False, highlight=False)
-        self._held: dict[int, Held] = {}  # by region
+        self._regions: dict[int, RegionTasks] = {}  # by region
         self._logs: dict[int, DecisionLog] = {}  # by region
         self._widths = [16, 14]  # of columns "who" and "what"; they grow with the content
         if topic == topics.DECISIONS:
@@ -223,7 +223,7 @@ class Table:
                 why = escape(f"{message.reason}: {message.detail}")
                 self._console.print(f"[dim]{where}  {'planner':<16} {'ignored':<14} {why}[/]", soft_wrap=True)
                 return
-        for style, who, what, details in lines_of(message, self._held.setdefault(record.partition, Held())):
+        for style, who, what, details in lines_of(message, self._regions.setdefault(record.partition, RegionTasks())):
             self._widths = [max(width, len(cell)) for width, cell in zip(self._widths, (who, what), strict=True)]
             columns = " ".join(f"{cell:<{width}}" for width, cell in zip(self._widths, (who, what), strict=True))
             text = f"{where}  {escape(f'{columns} {details}')}"

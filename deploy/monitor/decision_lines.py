@@ -1,17 +1,18 @@
 """Text lines for records of the control topics: placements, grants, and waiting tasks.
 
-A task's placement, its grants and its start stand in one line: `d1 -117 Mbps-> e1 -20 Mbps-> (cloud)`, the bandwidth on the
-arrow, in parentheses a node that only relays. `deploy.monitor.holdings` derives what a task waits for.
+A task's placement, its grants and its start share one line: `d1 -117 Mbps-> e1 -20 Mbps-> (cloud)`. The arrow shows the
+bandwidth; a node in parentheses only relays. `deploy.monitor.holdings` derives what a task waits for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bus.messages import (
     Admitted,
     BandwidthGrant,
+    Change,
     CircuitChanged,
     Decision,
     DecisionPart,
@@ -38,9 +39,10 @@ from bus.messages import (
     TaskState,
     TaskSubmitted,
 )
+from bus.region_tasks import KnownTask, RegionTasks
 from bus.text.units import format_count, format_rate, format_seconds
 from bus.values import Parts, Role
-from deploy.monitor.holdings import Held
+from deploy.monitor.holdings import awaited
 from deploy.monitor.phrases import STATION_NAMES, cuts_text
 
 Line = tuple[str, str, str, str]
@@ -59,11 +61,18 @@ _STATE_STYLE = {
 }
 
 
-def lines_of(message: Any, held: Held | None = None) -> Iterator[Line]:
-    """One line for each thing that a message says. `held` knows the decisions before it, and is kept up to date."""
+OnChange = Callable[[Change, KnownTask | None], None]
+"""Receives each change of a decision and the task that it led to."""
+
+
+def lines_of(message: Any, region: RegionTasks | None = None, on_change: OnChange | None = None) -> Iterator[Line]:
+    """The lines of one message. A decision is folded into `region`, so the iterator must be consumed completely.
+
+    `on_change` is called for each change of a decision, after it was folded.
+    """
     match message:
         case Decision():
-            yield from _decision(message, Held() if held is None else held)
+            yield from _decision(message, RegionTasks() if region is None else region, on_change)
         case DecisionPart():
             yield "dim", "planner", "part", f"{message.part} of decision {message.seq}, which follows"
         case EpochOpened():
@@ -107,8 +116,8 @@ def lines_of(message: Any, held: Held | None = None) -> Iterator[Line]:
             yield "", "?", type(message).__name__, ""
 
 
-def _decision(decision: Decision, held: Held) -> Iterator[Line]:
-    """A placement with its grants and its start is one line, an admission that is placed at once is part of it."""
+def _decision(decision: Decision, region: RegionTasks, on_change: OnChange | None) -> Iterator[Line]:
+    """One line for a placement with its grants and its start; it includes an admission in the same decision."""
     placed = {change.task_id for change in decision.changes if isinstance(change, Placed)}
     at_once = {
         (change.task_id, change.attempt)
@@ -116,26 +125,26 @@ def _decision(decision: Decision, held: Held) -> Iterator[Line]:
         if isinstance(change, Start) and change.task_id in placed
     }
     admitted = {change.task.task_id for change in decision.changes if isinstance(change, Admitted)}
-    for change in decision.changes:
-        before = held.placed(getattr(change, "task_id", ""))
-        promised_s = held.start_s(change.task_ids[0]) if isinstance(change, Moved) and change.task_ids else None
-        held.note(change)
+    for change, known in region.apply(decision):
+        if on_change is not None:
+            on_change(change, known)
+        placement = None if known is None else known.placed
         match change:
             case Admitted(task=task):
                 if task.task_id not in placed:
                     yield "", task.task_id, "admitted", _work(task)
             case Placed():
-                yield _placed(change, held, (change.task_id, change.attempt) in at_once, change.task_id in admitted)
+                yield _placed(change, region, (change.task_id, change.attempt) in at_once, change.task_id in admitted)
             case BandwidthGrant():
-                if before is None:  # its placement was not read: then it stands for itself
+                if placement is None:  # the placement was not read, so no other line shows the grant
                     ends = f"device - {change.edge}" if change.link == 1 else f"{change.edge} - cloud"
                     yield "", change.task_id, "granted", f"{format_rate(change.bps)} on link {change.link} ({ends})"
             case Start():
                 if (change.task_id, change.attempt) not in at_once:
-                    details = route_text(before) if before else f"on {change.device}"
+                    details = route_text(placement) if placement else f"on {change.device}"
                     yield "green", change.task_id, "starts", details
             case Moved():
-                yield from _moved(change, held, promised_s, decision.now_s)
+                yield from _moved(change, region, decision.now_s)
             case Overran():
                 late = format_seconds(max(0.0, decision.now_s - change.from_s))
                 left = format_seconds(max(0.0, change.to_s - decision.now_s))
@@ -155,15 +164,15 @@ def _decision(decision: Decision, held: Held) -> Iterator[Line]:
                 yield "", "?", type(change).__name__, ""
 
 
-def _moved(change: Moved, held: Held, promised_s: float | None, now_s: float) -> Iterator[Line]:
-    """A moved queue in one line: its first task, and how many follow."""
+def _moved(change: Moved, region: RegionTasks, now_s: float) -> Iterator[Line]:
+    """One line for a moved queue: its first task and the number of the others."""
     for task_id, start_s in zip(change.task_ids[:1], change.starts_s, strict=False):
         details = ["moved"]
-        if promised_s is not None:
-            details = [
-                f"{'later' if start_s > promised_s else 'earlier'} by {format_seconds(abs(start_s - promised_s))}"
-            ]
-            if after := held.waits_for(task_id):
+        first = region.tasks[task_id]
+        if first.moved_from_s is not None:
+            by_s = start_s - first.moved_from_s
+            details = [f"{'later' if by_s > 0 else 'earlier'} by {format_seconds(abs(by_s))}"]
+            if after := awaited(region, first):
                 details.append(f"after {after}")
         if more := len(change.task_ids) - 1:
             details.append(f"and {more} more {'tasks' if more > 1 else 'task'} moved with it")
@@ -179,7 +188,7 @@ def _circuit(change: CircuitChanged, now_s: float) -> Line:
     return "red", change.node, "avoided", f"for {format_seconds(max(0.0, change.until_s - now_s))}: {times}"
 
 
-def _placed(change: Placed, held: Held, at_once: bool, new: bool) -> Line:
+def _placed(change: Placed, region: RegionTasks, at_once: bool, new: bool) -> Line:
     again = "" if change.attempt == 1 else f", attempt {change.attempt}"
     details = f"{route_text(change):<46}  {cuts_text(change.placement):<24}  {format_seconds(change.delay_s)} expected"
     if new:
@@ -188,7 +197,7 @@ def _placed(change: Placed, held: Held, at_once: bool, new: bool) -> Line:
         return "bold green", change.task_id, "starts", details + again
     if not change.wait_s:
         return "bold", change.task_id, f"placed #{change.attempt}", details
-    after = held.waits_for(change.task_id)
+    after = awaited(region, region.tasks[change.task_id])
     waits = f"waits {format_seconds(change.wait_s)}"
     return "bold yellow", change.task_id, waits, f"{details}{again}{after and ', after ' + after}"
 

@@ -1,8 +1,8 @@
 """The state of a region, folded from its topics: nodes, reservations, placements, and the reasons why tasks wait.
 
-The view is pure: it takes records (`read`) and has no clock and no I/O, so it serves `deepar top`, `deepar ui`, the
-replay of a finished run, and tests. Decisions are taken by the reading rule of `bus.decisions`; node announcements and
-events add what decisions lack (announced nodes that have not joined, the last heartbeat of each node, failures).
+The view takes records (`read`) and has no clock and no I/O, so it serves `deepar top`, `deepar ui`, the replay of a
+finished run, and tests. `bus.decisions` selects the valid decisions, and `bus.region_tasks` folds them. Node announcements
+and events add what decisions lack: announced nodes that have not joined, the last heartbeat of each node, and failures.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from bus.decisions import DecisionLog, Dropped
 from bus.errors import ProtocolError
 from bus.messages import (
     Admitted,
+    Change,
     Decision,
     Ended,
     EpochOpened,
@@ -38,15 +39,15 @@ from bus.messages import (
     TaskState,
 )
 from bus.port import Record
+from bus.region_tasks import KnownTask, RegionTasks
 from bus.text.units import format_rate
 from bus.values import Parts, Placement, Role
 from deploy.monitor.decision_lines import lines_of
-from deploy.monitor.holdings import Held
 
-_COLUMNS = re.compile(r"\s{2,}")  # a table's; a line that is not in one has commas
+_COLUMNS = re.compile(r"\s{2,}")  # column gaps of `tail`; elsewhere a line has commas
 
 TOPICS: Final = (topics.NODES, topics.DECISIONS, topics.EVENTS)
-"""The topics that a view is folded from."""
+"""The topics that a view reads."""
 
 KEEP_ENDED: Final = 500
 """Maximum number of ended tasks that are shown; counts and the mean cover all ended tasks."""
@@ -63,7 +64,7 @@ STATIONS: Final = ("device", "link1", "edge", "link2", "cloud")
 
 @dataclass(slots=True)
 class NodeView:
-    """One node, as the region last knew it."""
+    """One node, as the topics last described it."""
 
     announced: NodeAnnounced
     standing: Literal["announced", "joined", "draining", "lost"] = "announced"
@@ -72,7 +73,7 @@ class NodeView:
 
 @dataclass(slots=True)
 class TaskView:
-    """One task, as far as it is. Moments are ledger times."""
+    """One task. Moments are ledger times."""
 
     task_id: str
     device: str
@@ -84,18 +85,26 @@ class TaskView:
     placement: Placement | None = None
     predicted: Parts | None = None
     predicted_delay_s: float | None = None  # from its start
-    start_s: float | None = None  # promised or, once it runs, real
-    end_s: float | None = None  # expected or, once it has ended, real
+    start_s: float | None = None  # planned; real once the task runs
+    end_s: float | None = None  # predicted; real once the task has ended
     measured: Parts | None = None
-    delay_s: float | None = None  # from its start to the last result, the device's clock
-    done: int | None = None  # samples with a result, where a stage tells
+    delay_s: float | None = None  # from its start to the last result, on the device's clock
+    done: int | None = None  # samples with a result, if a stage reported it
     cause: str = ""
-    version: int = 0  # of the view, when it last changed
+    version: int = 0  # version of the view at the latest change
 
     @property
     def wait_s(self) -> float | None:
-        """From admission to its start, promised or real."""
+        """Time from admission to the start, planned or real."""
         return None if self.start_s is None else max(0.0, self.start_s - self.admitted_s)
+
+    def follow(self, task: KnownTask) -> None:
+        """Take over what the decisions say."""
+        self.state, self.attempt, self.cause = task.state, task.attempt or 1, task.cause
+        self.start_s, self.end_s, placed = task.start_s, task.end_s, task.placed
+        self.placement, self.predicted, self.predicted_delay_s = (
+            (None, None, None) if placed is None else (placed.placement, placed.parts, placed.delay_s)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +121,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class LinkUse:
-    """What running tasks hold of a link."""
+    """The bandwidth of a link that running tasks hold."""
 
     number: Literal[1, 2]
     capacity_bps: int
@@ -125,12 +134,12 @@ class LinkUse:
 
     @property
     def share(self) -> float:
-        """Of the capacity, 0..1."""
+        """Granted share of the capacity, 0..1."""
         return self.granted_bps / self.capacity_bps if self.capacity_bps else 0.0
 
 
 class RegionView:
-    """The state of one region, from its records. Memory is bounded by what is alive and the `KEEP_` limits."""
+    """The state of one region. Its memory is bounded by the live nodes and tasks and the `KEEP_` limits."""
 
     def __init__(self, region: int = 0) -> None:
         self.region = region
@@ -138,21 +147,23 @@ class RegionView:
         self.records = 0
         self.unreadable = 0
         self.seq = 0
-        self.standing = "no planner yet"  # or: led, left
+        self.standing = "no planner yet"  # later: led, left
         self.nodes: dict[str, NodeView] = {}
-        self.tasks: OrderedDict[str, TaskView] = OrderedDict()  # the one that changed last stands last
+        self.tasks: OrderedDict[str, TaskView] = OrderedDict()  # in order of their latest change
         self.lines: deque[Line] = deque(maxlen=KEEP_LINES)
         self.ended: Counter[TaskState] = Counter()
         self.delay_sum_s = 0.0
         self.recent_delays_s: deque[float] = deque(maxlen=RECENT)  # admission to end, completed tasks
         self.log = DecisionLog(joins=True)
-        self._now_s = 0.0  # of the last decision
-        self._since_ms: int | None = None  # when that, or the epoch's opening, was sent: the planner's clock
-        self._heard_ms = 0  # when the planner was last heard
+        self._now_s = 0.0  # ledger time of the last decision
+        self._since_ms: int | None = (
+            None  # send time of that decision or of the epoch's opening, by the planner's clock
+        )
+        self._heard_ms = 0  # send time of the planner's last record
         self._running: dict[str, TaskView] = {}
         self._ended: deque[TaskView] = deque()
         self._lines = 0
-        self._held = Held()
+        self._region = RegionTasks()
 
     # --- folding -----------------------------------------------------------------------------------------------------
 
@@ -172,7 +183,7 @@ class RegionView:
         match message:
             case NodeAnnounced():
                 known = self.nodes.get(message.node)
-                # A decision may have been read before the announcement that it answers.
+                # The decision that answers an announcement may be read before it.
                 if known is None or (known.standing == "lost" and known.announced.incarnation != message.incarnation):
                     self.nodes[message.node] = NodeView(message, "announced", record.timestamp_ms)
                     self._changed()
@@ -196,9 +207,7 @@ class RegionView:
         match message:
             case Decision():
                 self._now_s, self._since_ms, self.seq = message.now_s, timestamp_ms, message.seq
-                for change in message.changes:
-                    self._change(change, message.now_s)
-                self._say(lines_of(message, self._held))
+                self._say(lines_of(message, self._region, self._change))
             case EpochOpened():
                 self.standing, self._since_ms, self._heard_ms = "led", timestamp_ms, timestamp_ms
                 self._say(lines_of(message))
@@ -208,11 +217,12 @@ class RegionView:
             case PlannerHeartbeat():
                 self._changed()
 
-    def _change(self, change: Any, now_s: float) -> None:
+    def _change(self, change: Change, task: KnownTask | None) -> None:
         match change:
-            case Admitted(task=task):
-                view = TaskView(task.task_id, task.device, task.model, task.samples, now_s)
-                self.tasks[task.task_id] = view
+            case Admitted(task=submitted):
+                admitted_s = self._now_s
+                view = TaskView(submitted.task_id, submitted.device, submitted.model, submitted.samples, admitted_s)
+                self.tasks[submitted.task_id] = view
                 self._touch(view)
             case NodeJoined(node=node):
                 heard_ms = self.nodes[node.node].heard_ms if node.node in self.nodes else 0
@@ -221,46 +231,37 @@ class RegionView:
                 if (gone := self.nodes.get(change.node)) is not None:
                     gone.standing = "lost"
             case Moved():
-                for task_id, start_s in zip(change.task_ids, change.starts_s, strict=True):
-                    if (moved := self.tasks.get(task_id)) is not None:
-                        moved.start_s, moved.end_s = start_s, start_s + (moved.predicted_delay_s or 0.0)
-                        self._touch(moved)
-            case Placed() | Start() | Overran() | Retried() | Ended():
-                if (found := self.tasks.get(change.task_id)) is not None:
-                    self._task_change(found, change, now_s)
-                    self._touch(found)
+                for task_id in change.task_ids:
+                    self._follow(self._region.tasks[task_id], change)
+            case Placed() | Start() | Overran() | Retried() | Ended() if task is not None:
+                self._follow(task, change)
             case _:
                 pass
 
-    def _task_change(self, task: TaskView, change: Any, now_s: float) -> None:
-        match change:
-            case Placed():
-                task.state, task.attempt, task.placement = TaskState.SCHEDULED, change.attempt, change.placement
-                task.predicted, task.predicted_delay_s = change.parts, change.delay_s
-                task.start_s, task.end_s = change.start_s, change.start_s + change.delay_s
-            case Start():
-                task.state, task.start_s = TaskState.RUNNING, change.at_s
-                task.end_s = change.at_s + (task.predicted_delay_s or 0.0)
-                self._running[task.task_id] = task
-            case Overran():
-                task.end_s = change.to_s
-            case Retried():
-                self._running.pop(task.task_id, None)
-                task.state, task.attempt, task.cause = TaskState.WAITING, change.attempt, change.cause
-                task.placement = task.predicted = task.predicted_delay_s = task.start_s = task.end_s = None
-                task.measured = task.delay_s = task.done = None
-            case Ended():
-                self._end(task, change, now_s)
+    def _follow(self, task: KnownTask, change: Change) -> None:
+        """Update a task's view after a change; tasks whose admission was not read are not shown."""
+        view = self.tasks.get(task.task_id)
+        if view is None:
+            return
+        view.follow(task)
+        if isinstance(change, Start):
+            self._running[view.task_id] = view
+        elif isinstance(change, Retried):
+            self._running.pop(view.task_id, None)
+            view.measured = view.delay_s = view.done = None
+        elif isinstance(change, Ended):
+            self._end(view, change)
+        self._touch(view)
 
-    def _end(self, task: TaskView, ended: Ended, now_s: float) -> None:
+    def _end(self, task: TaskView, ended: Ended) -> None:
         self._running.pop(task.task_id, None)
-        task.state, task.end_s, task.cause = ended.state, now_s, ended.cause
         if ended.measured is not None:
             task.measured, task.delay_s = ended.measured, ended.delay_s
         self.ended[ended.state] += 1
         if ended.state is TaskState.COMPLETED:
-            self.delay_sum_s += now_s - task.admitted_s
-            self.recent_delays_s.append(now_s - task.admitted_s)
+            delay_s = self._now_s - task.admitted_s
+            self.delay_sum_s += delay_s
+            self.recent_delays_s.append(delay_s)
         self._ended.append(task)
         while len(self._ended) > KEEP_ENDED:
             oldest = self._ended.popleft()
@@ -288,19 +289,19 @@ class RegionView:
     # --- looking -----------------------------------------------------------------------------------------------------
 
     def planner_text(self) -> str:
-        """`region 0, led by p1, epoch 3`: who decides."""
+        """`region 0, led by p1, epoch 3`: the leading planner."""
         if self.standing == "led":
             return f"region {self.region}, led by {self.log.planner}, epoch {self.log.epoch}"
         return f"region {self.region}, {'the planner has left' if self.standing == 'left' else self.standing}"
 
     @property
     def now_s(self) -> float:
-        """Ledger time when the planner was last heard: that of the last decision and what its clock says has passed since."""
+        """Ledger time of the planner's last record: that of its last decision, plus the time since then by its clock."""
         passed_ms = self._heard_ms - self._since_ms if self._since_ms is not None else 0
         return self._now_s + max(0, passed_ms) / 1000
 
     def live(self, *states: TaskState) -> list[TaskView]:
-        """Tasks that have not ended, in order of admission; of these states where some are given."""
+        """Tasks that have not ended, in order of admission; only those in `states`, if given."""
         found = [t for t in self.tasks.values() if not t.state.ended and (not states or t.state in states)]
         return sorted(found, key=lambda task: task.admitted_s)
 
@@ -315,7 +316,7 @@ class RegionView:
         )
 
     def link(self, edge: str, number: Literal[1, 2]) -> LinkUse:
-        """What is granted of an edge's link 1 or 2. Raises KeyError for a node that was never seen."""
+        """The grants on an edge's link 1 or 2. Raises KeyError for an unknown node."""
         node = self.nodes[edge].announced
         granted = {}
         for task in self._running.values():
@@ -325,7 +326,7 @@ class RegionView:
         return LinkUse(number, capacity_bps, {task: bps for task, bps in sorted(granted.items()) if bps})
 
     def tasks_on(self, node: NodeView) -> list[str]:
-        """The running tasks that a node has to do with."""
+        """The running tasks that use a node."""
         name, role = node.announced.node, node.announced.role
         return sorted(
             t.task_id
@@ -335,7 +336,7 @@ class RegionView:
         )
 
     def flow(self) -> dict[str, int]:
-        """How many running tasks use each station."""
+        """The number of running tasks that use each station."""
         counts = dict.fromkeys(STATIONS, 0)
         for task in self._running.values():
             for station in STATIONS:
@@ -362,7 +363,7 @@ class RegionView:
         )
 
     def _computing(self, device: str) -> list[str]:
-        """The tasks that compute on a device: it takes one at a time."""
+        """The running tasks that compute on a device, which computes one at a time."""
         return sorted(t.task_id for t in self._running.values() if t.device == device and (p := t.placement) and p.cut1)
 
     def _lacking_at(self, place: Placement, edge: str) -> list[str]:

@@ -32,10 +32,10 @@ from bus.messages import (
     TaskSubmitted,
 )
 from bus.port import Record
+from bus.region_tasks import RegionTasks
 from bus.values import Execution, Kind, Objective, Parts, Placement, Role
 from deploy.commands.tail import Table, json_line
 from deploy.monitor.decision_lines import lines_of, route_text
-from deploy.monitor.holdings import Held
 from planner.service.record_split import split_decision
 
 
@@ -128,7 +128,7 @@ def test_who_only_passes_on_stands_in_parentheses(
 
 
 def test_a_task_that_waits_names_whose_end_it_waits_for_and_what_they_share() -> None:
-    held = Held()
+    held = RegionTasks()
     list(lines_of(decision(placed("t1"), *grants("t1"), start("t1")), held))
     list(lines_of(decision(placed("t2", edge="e2"), start("t2")), held))  # ends then too, elsewhere, on another device
     ((style, who, what, details),) = lines_of(
