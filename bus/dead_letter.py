@@ -11,30 +11,30 @@ from bus.port import Bus, Record
 DEAD_LETTER_VALUE_BYTES = 1_000_000
 """How many bytes of a record are kept; with the headers added they must fit the broker's limit."""
 
-LETTERS_AT_ONCE = 100
-LETTERS_PER_S = 2.0
+DEAD_LETTER_BURST = 100
+DEAD_LETTERS_PER_S = 2.0
 
 log = structlog.get_logger("dead-letter")
 
 
-class Allowance:
+class DeadLetterLimiter:
     """Rate limiter for identity failures that are dead-lettered individually, so that a flood cannot stall the reader."""
 
     def __init__(self) -> None:
-        self._letters = float(LETTERS_AT_ONCE)
+        self._available = float(DEAD_LETTER_BURST)
         self._since_s = 0.0
 
     def take(self, now_s: float) -> bool:
         """Whether the next failure is dead-lettered and logged; otherwise it is only counted."""
-        self._letters = min(LETTERS_AT_ONCE, self._letters + (now_s - self._since_s) * LETTERS_PER_S)
+        self._available = min(DEAD_LETTER_BURST, self._available + (now_s - self._since_s) * DEAD_LETTERS_PER_S)
         self._since_s = now_s
-        if self._letters < 1.0:
+        if self._available < 1.0:
             return False
-        self._letters -= 1.0
+        self._available -= 1.0
         return True
 
 
-async def bury(bus: Bus, record: Record, error: ProtocolError, *, task_id: str, by: str) -> None:
+async def write_dead_letter(bus: Bus, record: Record, error: ProtocolError, *, task_id: str, by: str) -> None:
     """Copy a rejected record to the dead-letter topic: unchanged bytes, with origin and cause in headers."""
     origin = f"{record.topic}/{record.partition}/{record.offset}"
     headers = [

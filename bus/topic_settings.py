@@ -16,7 +16,7 @@ from bus.frames import MAX_FRAME_BYTES
 from bus.limits import record_bytes
 from bus.messages import MAX_MESSAGE_BYTES
 from bus.port import FoundTopic
-from bus.topics import Payload, Topic, TopicSpec
+from bus.topics import Encoding, Topic, TopicSpec
 
 PARTITIONS = "partitions"
 """What the count of partitions is called here, beside Kafka's names of settings."""
@@ -102,10 +102,10 @@ class Contradiction:
 def needed_bytes(topic: str) -> int:
     """The largest record that we may put on a topic, as Kafka counts."""
     value_bytes = {
-        Payload.MSGPACK: MAX_FRAME_BYTES,
-        Payload.JSON: MAX_MESSAGE_BYTES,
-        Payload.ORIGINAL: DEAD_LETTER_VALUE_BYTES,
-    }[topics.row(topic).payload]
+        Encoding.MSGPACK: MAX_FRAME_BYTES,
+        Encoding.JSON: MAX_MESSAGE_BYTES,
+        Encoding.ORIGINAL: DEAD_LETTER_VALUE_BYTES,
+    }[topics.row(topic).encoding]
     return record_bytes(value_bytes, KEY_BYTES, ()) + HEADERS_BYTES
 
 

@@ -32,7 +32,7 @@ RESERVED_EDGE_NAMES = frozenset({"cloud"})
 """An edge of this name would take the cloud's topic."""
 
 
-class Payload(StrEnum):
+class Encoding(StrEnum):
     """How a topic's records are encoded."""
 
     JSON = "JSON"
@@ -52,7 +52,7 @@ class Topic:
     """One row of the table."""
 
     name: str  # may hold EDGE_PLACEHOLDER
-    payload: Payload
+    encoding: Encoding
     messages: tuple[str, ...]  # class names in bus.messages, or bus.frames
     key: str  # what the record's key is
     partition_by: PartitionBy
@@ -66,36 +66,40 @@ class Topic:
 
 
 TABLE: tuple[Topic, ...] = (
-    Topic(NODES, Payload.JSON, ("NodeAnnounced", "NodeLeft"), "node", PartitionBy.REGION,
+    Topic(NODES, Encoding.JSON, ("NodeAnnounced", "NodeLeft"), "node", PartitionBy.REGION,
           ("device", "edge", "cloud"), ("planner", "loadgen", "tools"), "who is there, and how fast", compacted=True),
-    Topic(TASKS, Payload.JSON, ("TaskSubmitted", "TaskCancelled"), "task", PartitionBy.REGION,
+    Topic(TASKS, Encoding.JSON, ("TaskSubmitted", "TaskCancelled"), "task", PartitionBy.REGION,
           ("device", "loadgen"), ("planner", "tools"), "what is to be done"),
-    Topic(DECISIONS, Payload.JSON, ("EpochOpened", "PlannerHeartbeat", "PlannerLeft", "DecisionPart", "Decision"),
+    Topic(DECISIONS, Encoding.JSON, ("EpochOpened", "PlannerHeartbeat", "PlannerLeft", "DecisionPart", "Decision"),
           "region", PartitionBy.REGION, ("planner",), ("planner", "device", "edge", "cloud", "loadgen", "tools"),
           "the planner's truth: placements, grants, starts, ends", retention_s=-1),
-    Topic(SNAPSHOTS, Payload.JSON, ("Snapshot", "SnapshotPart"), "region, place and part", PartitionBy.REGION,
+    Topic(SNAPSHOTS, Encoding.JSON, ("Snapshot", "SnapshotPart"), "region, place and part", PartitionBy.REGION,
           ("planner",), ("planner", "device", "edge", "cloud", "loadgen", "tools"), "where a restart begins to read",
           compacted=True),
-    Topic(EVENTS, Payload.JSON, ("NodeHeartbeat", "TaskProgress", "TaskCompleted", "TaskFailed"), "task or node",
+    Topic(EVENTS, Encoding.JSON, ("NodeHeartbeat", "TaskProgress", "TaskCompleted", "TaskFailed"), "task or node",
           PartitionBy.REGION, ("device", "edge", "cloud"), ("planner", "loadgen", "tools"), "what happened"),
-    Topic(ACTIVATIONS_EDGE, Payload.MSGPACK, ("Frame",), "task", PartitionBy.KEY,
+    Topic(ACTIVATIONS_EDGE, Encoding.MSGPACK, ("Frame",), "task", PartitionBy.KEY,
           ("device",), ("edge",), "activations, and the plan with them, to one edge",
           retention_s=3600, retention_bytes=4 << 30),
-    Topic(ACTIVATIONS_CLOUD, Payload.MSGPACK, ("Frame",), "task", PartitionBy.KEY,
+    Topic(ACTIVATIONS_CLOUD, Encoding.MSGPACK, ("Frame",), "task", PartitionBy.KEY,
           ("edge",), ("cloud",), "activations to the cloud stages, one consumer group", retention_s=3600,
           retention_bytes=4 << 30),
-    Topic(RESULTS, Payload.MSGPACK, ("Frame",), "device", PartitionBy.KEY,
+    Topic(RESULTS, Encoding.MSGPACK, ("Frame",), "device", PartitionBy.KEY,
           ("edge", "cloud"), ("device",), "results, and what was measured", retention_s=3600, retention_bytes=4 << 30,
           beside=ACTIVATIONS_EDGE),
-    Topic(DEAD_LETTER, Payload.ORIGINAL, (), "origin", PartitionBy.KEY,
+    Topic(DEAD_LETTER, Encoding.ORIGINAL, (), "origin", PartitionBy.KEY,
           ("planner", "device", "edge", "cloud"), ("tools",), "what could not be read, for people",
           retention_s=30 * 24 * 3600),
 )  # fmt: skip
 
-CONTROL_TOPICS = tuple(topic.name for topic in TABLE if topic.payload is Payload.JSON)
+CONTROL_TOPICS = tuple(topic.name for topic in TABLE if topic.encoding is Encoding.JSON)
 
-CLAIMED_TOPICS = tuple(topic.name for topic in TABLE if topic.payload is Payload.JSON and topic.writers != ("planner",))
-"""Control topics that several roles write: what a record there says of a node is a claim (`bus.identity.authorization`)."""
+SIGNED_TOPICS = tuple(
+    topic.name for topic in TABLE if topic.encoding is Encoding.JSON and topic.writers != ("planner",)
+)
+"""Control topics that other roles than the planner write. In a region that requires proofs, every record on them is signed and
+checked against the authorization table (`bus.identity.authorization`).
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Protocol
 import structlog
 
 from bus import messages, snapshots, topics
-from bus.dead_letter import Allowance, bury
+from bus.dead_letter import DeadLetterLimiter, write_dead_letter
 from bus.decisions import DecisionLog, DecisionsLostError
 from bus.envelope import Envelope
 from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
@@ -131,7 +131,7 @@ class Node:
         self.log = log.bind(node=settings.name, role=settings.role.value)
         self._decisions = DecisionLog()
         self._reader: Reader  # of the decisions; there while it runs
-        self._allowance = Allowance()
+        self._dead_letter_limiter = DeadLetterLimiter()
         self.serving = asyncio.Event()  # set by the work once it can take what it is sent; announced only then
         self._announced_s = float("-inf")  # when it last was
         self._group: asyncio.TaskGroup | None = None
@@ -247,13 +247,13 @@ class Node:
         """Publish an unusable record to the dead-letter topic with its origin and the cause."""
         if error.cause == WRONG_IDENTITY:
             self.status.count("wrong_identity")
-            if not self._allowance.take(asyncio.get_running_loop().time()):
+            if not self._dead_letter_limiter.take(asyncio.get_running_loop().time()):
                 return
         self.status.count("dead_letters")
         self.log.warning(
             "record dead-lettered", topic=record.topic, offset=record.offset, cause=error.cause, error=str(error)
         )
-        await bury(self.bus, record, error, task_id=task_id, by=self.settings.name)
+        await write_dead_letter(self.bus, record, error, task_id=task_id, by=self.settings.name)
 
     # --- decisions ---------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ DOCKER = ("tests/integration/test_compose.py",)
 LIVE = (
     "tests/integration/",
     "tests/contracts/",
-    "tests/unit/bus/test_kafka_faults.py",
+    "tests/unit/bus/kafka/test_faults.py",
     "tests/unit/loadgen/test_bench_bus.py",
     "tests/unit/deploy/test_dashboards.py",  # it may fetch Prometheus, as another live test may
 )

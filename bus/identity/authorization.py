@@ -18,8 +18,8 @@ STAGES: Final = ("device", "edge", "cloud")
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
-    """One row: the field of a message that names a node, and the roles that may fill it."""
+class AuthorizationRule:
+    """One row of the table: the field of a message that names a node, and the roles that may fill it."""
 
     message: str  # class name in bus.messages
     node: str | None  # the field that names the node; None: the message names only a task
@@ -29,17 +29,17 @@ class Claim:
 
 
 TABLE: Final = (
-    Claim("NodeAnnounced", "node", itself=STAGES),  # the announced role must also be the sender's
-    Claim("NodeLeft", "node", itself=STAGES),
-    Claim("NodeHeartbeat", "node", itself=STAGES),
-    Claim("TaskSubmitted", "device", itself=("device",), others=("loadgen",)),
-    Claim("TaskCancelled", None, itself=("device",), others=("loadgen",), task=("device",)),
-    Claim("TaskProgress", "node", itself=("device",), task=("device",)),
-    Claim("TaskCompleted", "node", itself=("device",), task=("device",)),
-    Claim("TaskFailed", "node", itself=STAGES, task=STAGES),
+    AuthorizationRule("NodeAnnounced", "node", itself=STAGES),  # the announced role must also be the sender's
+    AuthorizationRule("NodeLeft", "node", itself=STAGES),
+    AuthorizationRule("NodeHeartbeat", "node", itself=STAGES),
+    AuthorizationRule("TaskSubmitted", "device", itself=("device",), others=("loadgen",)),
+    AuthorizationRule("TaskCancelled", None, itself=("device",), others=("loadgen",), task=("device",)),
+    AuthorizationRule("TaskProgress", "node", itself=("device",), task=("device",)),
+    AuthorizationRule("TaskCompleted", "node", itself=("device",), task=("device",)),
+    AuthorizationRule("TaskFailed", "node", itself=STAGES, task=STAGES),
 )
 
-BY_MESSAGE: Final = {claim.message: claim for claim in TABLE}
+BY_MESSAGE: Final = {rule.message: rule for rule in TABLE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +55,21 @@ class Parties:
 def check(speaker: Speaker, record: Record, message: object, parties: Parties | None) -> None:
     """Check that an authenticated speaker may send a message. `parties`: of the task it names, None if that is not live.
 
-    Raises `ProtocolError` (`wrong_identity`) that names the speaker and the claim; KeyError for a message without a row.
+    Raises `ProtocolError` (`wrong_identity`) that says what the speaker may not do; KeyError for a message without a row.
     """
-    claim = BY_MESSAGE[type(message).__name__]
+    rule = BY_MESSAGE[type(message).__name__]
     what = str(getattr(message, "type"))  # noqa: B009  # every message has one
-    free = speaker.role in claim.others
-    if not free and speaker.role not in claim.itself:
+    free = speaker.role in rule.others
+    if not free and speaker.role not in rule.itself:
         raise refused(f"{speaker} may send no {what}")
-    node = getattr(message, claim.node) if claim.node is not None else speaker.name
+    node = getattr(message, rule.node) if rule.node is not None else speaker.name
     if not free and node != speaker.name:
         raise refused(f"{speaker} speaks as {node} in a {what}")
     if isinstance(message, NodeAnnounced) and message.role.value != speaker.role:
         raise refused(f"{speaker} announces itself as {message.role.value}")
     if topics.row(record.topic).compacted and record.key != node:
         raise refused(f"{speaker} writes a {what} under the key {record.key}, and only the last of a key is kept")
-    if free or claim.task is None or parties is None:
+    if free or rule.task is None or parties is None:
         return
     if not _takes_part(speaker, message, parties):
         raise refused(f"{speaker} sends a {what} of {getattr(message, 'task_id', '?')}, in which it has no part")
@@ -83,4 +83,4 @@ def _takes_part(speaker: Speaker, message: object, parties: Parties) -> bool:
     return parties.cloud if speaker.role == "cloud" else speaker.name == parties.edge
 
 
-__all__ = ["BY_MESSAGE", "TABLE", "Claim", "Parties", "check"]
+__all__ = ["BY_MESSAGE", "TABLE", "AuthorizationRule", "Parties", "check"]

@@ -26,7 +26,7 @@ from bus import topics
 from bus.identity.proofs import IDENTITY_HEADER, PROOF_HEADER, Speaker, mac, proof_of, proven, refused
 from bus.port import Headers, Payload, Record
 
-ROWS: Final = tuple(topic for topic in topics.TABLE if topic.payload is topics.Payload.MSGPACK)
+ROWS: Final = tuple(topic for topic in topics.TABLE if topic.encoding is topics.Encoding.MSGPACK)
 
 
 def rows_of(speaker: Speaker) -> tuple[list[str], list[str]]:

@@ -2,7 +2,7 @@
 
 Kafka authenticates the user that writes to a topic, but not the node that a message names. A region may therefore require
 proofs. Its planner holds a *master secret*; each sender holds a *key*, derived from the master for one speaker
-(`device:d1`). Every record on a claimed topic (`bus.topics.CLAIMED_TOPICS`) then carries two extra headers: the speaker,
+(`device:d1`). Every record on a signed topic (`bus.topics.SIGNED_TOPICS`) then carries two extra headers: the speaker,
 and an HMAC-SHA-256 over the record's content and place:
 
     speaker's key   HMAC(master, "deepar identity 1" LF SPEAKER)

@@ -24,7 +24,7 @@ WRONG_IDENTITY: Final = "wrong_identity"
 MAX_HEADER_BYTES: Final = 128  # a speaker takes at most 108, a proof 64
 REMEMBERED_KEYS: Final = 4096  # derived keys that a planner caches: a few hundred bytes each
 SPEAKING_ROLES: Final = tuple(
-    dict.fromkeys(role for topic in topics.TABLE if topic.name in topics.CLAIMED_TOPICS for role in topic.writers)
+    dict.fromkeys(role for topic in topics.TABLE if topic.name in topics.SIGNED_TOPICS for role in topic.writers)
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 

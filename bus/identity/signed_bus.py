@@ -14,7 +14,7 @@ from bus.topics import TopicSpec
 
 
 class SignedBus:
-    """Signs records on claimed topics, and frames if the master requires it; passes everything else through unchanged.
+    """Signs records on signed topics, and frames if the master requires it; passes everything else through unchanged.
 
     Signing a control message takes microseconds; signing a frame takes half a millisecond per megabyte.
     """
@@ -97,7 +97,7 @@ class SignedBus:
     def _signed(
         self, topic: str, value: Payload | None, key: str | None, partition: int | None, headers: Headers
     ) -> Headers:
-        if topic not in topics.CLAIMED_TOPICS:
+        if topic not in topics.SIGNED_TOPICS:
             frames = self.key.frames
             return headers if frames is None else (*headers, *frames.headers(topic, key, value or b""))
         if partition is None:

@@ -27,7 +27,7 @@ HEX_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
+class DeadLetter:
     """One dead letter. `topic`, `partition` and `offset` locate the rejected record."""
 
     topic: str
@@ -40,7 +40,7 @@ class Letter:
     value: bytes  # original bytes
 
     @classmethod
-    def of(cls, record: Record) -> Letter:
+    def of(cls, record: Record) -> DeadLetter:
         """Parse a record of the dead-letter topic; a missing header gives an empty field."""
         headers = {name: content.decode(errors="replace") for name, content in record.headers}
         topic, partition, offset = ([*headers.get("deepar_origin", "").rsplit("/", 2), "", "", ""])[:3]
@@ -74,29 +74,29 @@ class Letter:
         }
 
 
-async def read_letters(bus: Bus) -> list[Letter]:
+async def read_dead_letters(bus: Bus) -> list[DeadLetter]:
     """Read all retained dead letters, oldest first in each partition. Raises `BusError`."""
     partitions = await bus.partitions(topics.DEAD_LETTER)
     reader = await bus.reader([(topics.DEAD_LETTER, number) for number in range(partitions)], start="start")
-    letters = []
+    dead_letters = []
     try:
         while await reader.lag():
-            letters += [Letter.of(record) for record in await reader.fetch(timeout_s=0.5)]
+            dead_letters += [DeadLetter.of(record) for record in await reader.fetch(timeout_s=0.5)]
     finally:
         await reader.close()
-    return letters
+    return dead_letters
 
 
-def _letters(bootstrap_servers: str | None) -> list[Letter]:
-    async def read() -> list[Letter]:
+def _dead_letters(bootstrap_servers: str | None) -> list[DeadLetter]:
+    async def read() -> list[DeadLetter]:
         async with wiring.kafka_bus(bootstrap_servers) as bus:
-            return await read_letters(bus)
+            return await read_dead_letters(bus)
 
     return run_on_uvloop(read())
 
 
 @app.command("list")
-def list_letters(
+def list_dead_letters(
     cause: Annotated[str | None, typer.Option(help="Show only this cause: undecodable, wrong_shape, ...")] = None,
     task: Annotated[str | None, typer.Option(help="Show only dead letters of this task.")] = None,
     as_json: AsJson = False,
@@ -106,18 +106,18 @@ def list_letters(
 
     Example: `deepar dead-letter list --cause wrong_identity`
     """
-    letters = [
+    dead_letters = [
         letter
-        for letter in _letters(bootstrap_servers)
+        for letter in _dead_letters(bootstrap_servers)
         if cause in (None, letter.cause) and task in (None, letter.task_id)
     ]
     if as_json:
-        print(json_text({"letters": [letter.as_object() for letter in letters]}))
+        print(json_text({"letters": [letter.as_object() for letter in dead_letters]}))
         return
     table = Table("origin", "task", "cause", "error", "bytes")
-    for letter in letters:
+    for letter in dead_letters:
         table.add_row(letter.origin, letter.task_id or "-", letter.cause, letter.error, f"{len(letter.value):,}")
-    Console(emoji=False, highlight=False).print(table if letters else "no dead letters", markup=False)
+    Console(emoji=False, highlight=False).print(table if dead_letters else "no dead letters", markup=False)
 
 
 @app.command()
@@ -131,7 +131,7 @@ def show(
 
     Example: `deepar dead-letter show deepar.tasks/0/17 --raw`
     """
-    found = next((letter for letter in _letters(bootstrap_servers) if letter.origin == origin), None)
+    found = next((letter for letter in _dead_letters(bootstrap_servers) if letter.origin == origin), None)
     if found is None:
         raise UnknownNameError(f"no dead letter has the origin {origin}", remedy="list them: deepar dead-letter list")
     if raw:

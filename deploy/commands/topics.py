@@ -80,7 +80,7 @@ def topics_list() -> None:
     for topic in topics.TABLE:
         table.add_row(
             topic.name,
-            f"{', '.join(topic.messages) or '-'} ({topic.payload.value})",
+            f"{', '.join(topic.messages) or '-'} ({topic.encoding.value})",
             topic.key,
             ", ".join(topic.writers),
             ", ".join(topic.readers),

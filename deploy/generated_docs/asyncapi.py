@@ -11,10 +11,10 @@ from pydantic import TypeAdapter
 from bus import frames, messages
 from bus.frames import Plan
 from bus.identity import authorization
-from bus.identity.authorization import Claim
+from bus.identity.authorization import AuthorizationRule
 from bus.identity.keys import IDENTITY_HEADER, PROOF_HEADER
 from bus.tensors import DTYPES
-from bus.topics import EDGE_PLACEHOLDER, TABLE, PartitionBy, Payload, Topic
+from bus.topics import EDGE_PLACEHOLDER, TABLE, Encoding, PartitionBy, Topic
 from bus.tracing import TRACEPARENT
 
 SCHEMA_REF: Final = "#/components/schemas/{model}"
@@ -107,10 +107,10 @@ def _milliseconds(seconds: int) -> int:
 def _message(name: str, topic: Topic, schemas: dict[str, Any]) -> dict[str, Any]:
     key = {"type": "string", "description": topic.key}
     common: dict[str, Any] = {"name": name, "bindings": {"kafka": {"key": key}}}
-    if topic.payload is Payload.ORIGINAL:
+    if topic.encoding is Encoding.ORIGINAL:
         text = "The record's bytes as they were; where they came from and what was wrong stands in the headers."
         return common | {"summary": text, "contentType": "application/octet-stream", "payload": {"type": "string"}}
-    if topic.payload is Payload.MSGPACK:
+    if topic.encoding is Encoding.MSGPACK:
         schemas["Frame"] = frame_schema()
         schemas["FrameHeaders"] = _headers({TRACEPARENT: "W3C trace context; in a task's first frame, optional"})
         _collect(Plan, schemas)
@@ -126,8 +126,8 @@ def _message(name: str, topic: Topic, schemas: dict[str, Any]) -> dict[str, Any]
     schemas["ControlHeaders"] = _headers(CONTROL_HEADERS)
     summary = (model.__doc__ or name).strip().split("\n")[0]
     headers: dict[str, Any] = _ref("ControlHeaders")
-    if (claim := authorization.BY_MESSAGE.get(name)) is not None:
-        headers = {"allOf": [headers, _proof_headers(claim)]}
+    if (rule := authorization.BY_MESSAGE.get(name)) is not None:
+        headers = {"allOf": [headers, _proof_headers(rule)]}
     return common | {"summary": summary, "contentType": JSON_TYPE, "headers": headers, "payload": _ref(name)}
 
 
@@ -137,10 +137,10 @@ def _headers(described: dict[str, str]) -> dict[str, Any]:
     return {"type": "object", "properties": properties}
 
 
-def _proof_headers(claim: Claim) -> dict[str, Any]:
+def _proof_headers(rule: AuthorizationRule) -> dict[str, Any]:
     """The two that prove who speaks; where a region demands none, neither is needed."""
-    itself, others = " or ".join(claim.itself), " or ".join(claim.others)
-    who = f"a {itself} for its own {'task' if claim.node is None else claim.node}"
+    itself, others = " or ".join(rule.itself), " or ".join(rule.others)
+    who = f"a {itself} for its own {'task' if rule.node is None else rule.node}"
     who += f", a {others} for any" if others else ""
     return {
         "type": "object",

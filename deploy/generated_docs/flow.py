@@ -59,7 +59,7 @@ def _row(topic: Topic) -> str:
         keeps = f"{hours:g} h" if hours < 24 else f"{hours / 24:g} days"
     cells = (
         f"`{topic.name}`",
-        topic.payload.value,
+        topic.encoding.value,
         ", ".join(f"`{name}`" for name in topic.messages) or "-",
         topic.key,
         topic.partition_by.value,

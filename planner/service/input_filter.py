@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from bus import messages
-from bus.dead_letter import Allowance
+from bus.dead_letter import DeadLetterLimiter
 from bus.errors import ProtocolError
 from bus.identity import authorization
 from bus.identity.authorization import Parties
@@ -30,7 +30,7 @@ class InputFilter:
         self.master = master
         self.refused = 0  # unauthorized records: the proof of identity fails, or the sender may not send this message
         self.not_dead_lettered = 0  # unauthorized records beyond the rate limit of dead letters
-        self._allowance = Allowance()
+        self._dead_letter_limiter = DeadLetterLimiter()
 
     def read(self, record: Record, core: PlannerCore) -> Any:
         """Decode a record. Raises `ProtocolError` if it is invalid or, with cause `wrong_identity`, unauthorized."""
@@ -49,7 +49,7 @@ class InputFilter:
         """Whether to dead-letter a rejected record: invalid ones always, unauthorized ones up to a rate limit."""
         if error.cause != WRONG_IDENTITY:
             return True
-        allowed = self._allowance.take(now_s)
+        allowed = self._dead_letter_limiter.take(now_s)
         self.not_dead_lettered += not allowed
         return allowed
 

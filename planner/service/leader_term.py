@@ -14,7 +14,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from bus import messages, topics
-from bus.dead_letter import Allowance, bury
+from bus.dead_letter import DeadLetterLimiter, write_dead_letter
 from bus.decisions import LARGEST_HOLE, Dropped
 from bus.errors import BusError, InvariantError, ProtocolError
 from bus.identity.keys import WRONG_IDENTITY
@@ -88,7 +88,7 @@ class LeaderTerm:
         self._unrecorded = 0  # inputs read since the last decision
         self._due: dict[str, int] | None = None  # end offsets of the inputs when a `Tick` became due
         self._snapshot_writer = SnapshotWriter(context)
-        self._rejections = Allowance()
+        self._dead_letter_limiter = DeadLetterLimiter()
         self._not_logged = 0  # rejections left out of the log since the last logged one
 
     # --- records written ---------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class LeaderTerm:
         for change in decision.changes:
             if not isinstance(change, Ended) or change.state is not TaskState.REJECTED or change.cause == POLICY_ERROR:
                 continue
-            if not self._rejections.take(now_s):
+            if not self._dead_letter_limiter.take(now_s):
                 self._not_logged += 1
                 continue
             about = {"task": change.task_id, "cause": change.cause, "detail": change.detail}
@@ -146,7 +146,7 @@ class LeaderTerm:
         if record.offset >= context.inputs.get(topics.DECISIONS, 0):
             error = ProtocolError(dropped.reason, dropped.detail)
             context.dead_letters += 1
-            await bury(context.bus, record, error, task_id="", by=context.name)
+            await write_dead_letter(context.bus, record, error, task_id="", by=context.name)
             self._read_up_to(topics.DECISIONS, record)
 
     def _read_up_to(self, topic: str, record: Record) -> None:
@@ -168,7 +168,7 @@ class LeaderTerm:
                             messages.decode(record.topic, record.value)
                         except ProtocolError as error:
                             context.dead_letters += 1
-                            await bury(context.bus, record, error, task_id="", by=context.name)
+                            await write_dead_letter(context.bus, record, error, task_id="", by=context.name)
                     self._read_up_to(topics.SNAPSHOTS, record)
         finally:
             await reader.close()
@@ -305,7 +305,7 @@ class LeaderTerm:
         """Dead-letter a failed input. Return the event that ends its task, or None if that event failed before."""
         context = self.context
         context.dead_letters += 1
-        await bury(
+        await write_dead_letter(
             context.bus,
             record,
             ProtocolError("planner_error", failure.detail),
@@ -328,11 +328,11 @@ class LeaderTerm:
             context.log.warning(
                 "record rejected: unauthorized", why=str(error), origin=where, refused=context.input_filter.refused
             )
-        elif self._rejections.take(asyncio.get_running_loop().time()):
+        elif self._dead_letter_limiter.take(asyncio.get_running_loop().time()):
             about = {"topic": record.topic, "offset": record.offset, "cause": error.cause, "error": str(error)}
             context.log.warning("record dead-lettered", **about)
         context.dead_letters += 1
-        await bury(context.bus, record, error, task_id=record.key or "", by=context.name)
+        await write_dead_letter(context.bus, record, error, task_id=record.key or "", by=context.name)
 
     def _fetch_timeout_s(self) -> float:
         """Timeout of the next fetch of inputs."""

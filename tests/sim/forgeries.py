@@ -17,7 +17,7 @@ from bus.messages import (
     TaskFailed,
 )
 from bus.values import Parts, Role
-from deploy.commands.dead_letter import Letter, read_letters
+from deploy.commands.dead_letter import DeadLetter, read_dead_letters
 from planner.service.service import Standing
 from tests.decision_story import Story
 from tests.sim.planners import Town
@@ -74,8 +74,8 @@ async def leading(place: Town) -> None:
         await asyncio.sleep(0.1)
 
 
-async def letters_of(place: Town) -> list[Letter]:
-    return [letter for letter in await read_letters(place.bus) if letter.cause == "wrong_identity"]
+async def dead_letters_of(place: Town) -> list[DeadLetter]:
+    return [letter for letter in await read_dead_letters(place.bus) if letter.cause == "wrong_identity"]
 
 
 def lost_in(story: Story) -> list[str]:

@@ -21,7 +21,7 @@ from bus.messages import (
 )
 from bus.port import Bus, Headers, Record
 from bus.values import Parts
-from deploy.commands.dead_letter import Letter
+from deploy.commands.dead_letter import DeadLetter
 from deploy.services.planner_process import planner_counters
 from loadgen.chaos.simulated import campaign
 from loadgen.chaos.simulated.client import Client
@@ -33,19 +33,19 @@ from planner.service.service import PlannerService
 from stages.node import Node, NodeSettings
 from stages.runner import Runner
 from tests.decision_story import Story
-from tests.sim.forgeries import FORGERIES, HORIZON_S, IDS, MASTER, TASKS, leading, letters_of, lost_in
+from tests.sim.forgeries import FORGERIES, HORIZON_S, IDS, MASTER, TASKS, dead_letters_of, leading, lost_in
 from tests.sim.planners import town
 from tests.sim.world import task
 
 
 def test_a_region_that_demands_proofs_works_with_real_stages_and_refuses_nobody() -> None:
-    async def run() -> tuple[Story, list[Letter], int]:
+    async def run() -> tuple[Story, list[DeadLetter], int]:
         async with town(real=True, master=MASTER) as place:
             process = place.start("only")
             await place.submit(range(TASKS))
             story = await place.until_ended(TASKS)
             await asyncio.sleep(60.0)  # of heartbeats
-            return story, await letters_of(place), process.service.input_filter.refused
+            return story, await dead_letters_of(place), process.service.input_filter.refused
 
     story, letters, refused = run_virtual(run(), horizon_s=HORIZON_S)
     story.check(IDS)
@@ -54,7 +54,7 @@ def test_a_region_that_demands_proofs_works_with_real_stages_and_refuses_nobody(
     assert [opened.identity for opened in story.opened] == [MASTER.fingerprint]
 
 
-async def _forged(forgery: str, master: Master | None) -> tuple[Story, Story, list[Letter], int]:
+async def _forged(forgery: str, master: Master | None) -> tuple[Story, Story, list[DeadLetter], int]:
     """While a task of d2 runs, d1 says something in its place; then d2 goes on. The story before that, and in the end."""
     topic, message, _ = FORGERIES[forgery]
     async with town(master=master) as place:
@@ -72,7 +72,7 @@ async def _forged(forgery: str, master: Master | None) -> tuple[Story, Story, li
         await place.tell(topics.EVENTS, done, "t0", "device:d2")
         await asyncio.sleep(2.0)
         counted = planner_counters([process.service])["wrong_identity"]  # as /metrics tells it
-        return before, await place.story(), await letters_of(place), int(counted)
+        return before, await place.story(), await dead_letters_of(place), int(counted)
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
@@ -119,14 +119,14 @@ def test_a_name_without_its_key_is_worth_nothing() -> None:
         (),
     ]
 
-    async def run() -> tuple[Story, list[Letter]]:
+    async def run() -> tuple[Story, list[DeadLetter]]:
         async with town(master=MASTER) as place:
             place.start("only")
             await leading(place)
             for headers in tried:
                 await place.bus.send(topics.NODES, farewell, key="d2", partition=0, headers=headers)
             await place.submit(range(TASKS))
-            return await place.until_ended(TASKS), await letters_of(place)
+            return await place.until_ended(TASKS), await dead_letters_of(place)
 
     story, letters = run_virtual(run(), horizon_s=HORIZON_S)
     story.check(IDS)
@@ -157,7 +157,7 @@ def test_a_forged_heartbeat_does_not_keep_a_dead_node_alive() -> None:
 
 
 def test_a_flood_of_forgeries_is_counted_and_does_not_hold_up_the_region(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dead_letter, "LETTERS_AT_ONCE", 10)
+    monkeypatch.setattr(dead_letter, "DEAD_LETTER_BURST", 10)
 
     async def run() -> tuple[Story, int, int, int]:
         async with town(master=MASTER) as place:
@@ -169,7 +169,7 @@ def test_a_flood_of_forgeries_is_counted_and_does_not_hold_up_the_region(monkeyp
             await place.submit(range(TASKS))
             story = await place.until_ended(TASKS)
             input_filter = process.service.input_filter
-            return story, input_filter.refused, input_filter.not_dead_lettered, len(await letters_of(place))
+            return story, input_filter.refused, input_filter.not_dead_lettered, len(await dead_letters_of(place))
 
     story, refused, unkept, letters = run_virtual(run(), horizon_s=HORIZON_S)
     story.check(IDS)

@@ -20,7 +20,7 @@ from loadgen.replay.schedule import Entry, Schedule
 from loadgen.sim.virtual_loop import run_virtual
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
-from tests.sim.forgeries import HORIZON_S, MASTER, leading, letters_of
+from tests.sim.forgeries import HORIZON_S, MASTER, dead_letters_of, leading
 from tests.sim.planners import Town, town
 from tests.sim.world import profile, task
 
@@ -49,7 +49,7 @@ async def _told(master: Master | None, started: str) -> tuple[str, list[str]]:
             found = found.exceptions[0]
         assert isinstance(found, ConfigError)
         await asyncio.sleep(1.0)
-        return str(found), [letter.error for letter in await letters_of(place)]
+        return str(found), [letter.error for letter in await dead_letters_of(place)]
 
 
 def test_a_node_with_no_key_or_a_key_of_another_master_is_told_at_once() -> None:
@@ -88,7 +88,7 @@ def test_a_node_with_a_new_key_waits_for_the_planner_that_knows_it(end: str) -> 
             ]
             starting.cancel()
             await asyncio.wait({starting})
-            return joined == ["d1"], [letter.error for letter in await letters_of(place) if "d1" in letter.error]
+            return joined == ["d1"], [letter.error for letter in await dead_letters_of(place) if "d1" in letter.error]
 
     assert run_virtual(run(), horizon_s=HORIZON_S) == (True, [])
 

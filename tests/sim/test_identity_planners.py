@@ -18,10 +18,10 @@ from bus.messages import (
     TaskState,
 )
 from bus.values import Role
-from deploy.commands.dead_letter import Letter, read_letters
+from deploy.commands.dead_letter import DeadLetter, read_dead_letters
 from loadgen.sim.virtual_loop import run_virtual
 from tests.decision_story import Story
-from tests.sim.forgeries import FORGERIES, HORIZON_S, IDS, MASTER, TASKS, letters_of, lost_in
+from tests.sim.forgeries import FORGERIES, HORIZON_S, IDS, MASTER, TASKS, dead_letters_of, lost_in
 from tests.sim.planners import town
 
 
@@ -30,7 +30,7 @@ def test_planners_that_are_killed_among_forgeries_come_back_to_the_same_state(se
     """Whoever folds the decisions, with the master or without, arrives at the same hash."""
     random = Random(seed)
 
-    async def run() -> tuple[Story, str, list[Letter]]:
+    async def run() -> tuple[Story, str, list[DeadLetter]]:
         async with town(real=True, master=MASTER) as place:
 
             async def forge() -> None:
@@ -52,7 +52,7 @@ def test_planners_that_are_killed_among_forgeries_come_back_to_the_same_state(se
             forging.cancel()
             await asyncio.sleep(5.0)
             story = await place.story()  # folds with no master, and compares every hash
-            return story, last.service.core.state_hash, await letters_of(place)
+            return story, last.service.core.state_hash, await dead_letters_of(place)
 
     story, ended_with, letters = run_virtual(run(), horizon_s=HORIZON_S)
     story.check(IDS)
@@ -103,16 +103,16 @@ def test_no_secret_is_in_a_log_or_a_dead_letter() -> None:
             await place.submit(range(TASKS))
             for headers in (proof, proof[:1], (), (*proof, *proof)):
                 await place.bus.send(topics.EVENTS, beat, key="d2", partition=0, headers=(*headers, *planted))
-            for topic in topics.CLAIMED_TOPICS:
+            for topic in topics.SIGNED_TOPICS:
                 await place.bus.send(topic, b"{", key="d2", partition=0, headers=planted)
                 await place.bus_of("device:d1").send(topic, b"{", key="d2", partition=0, headers=planted)
             await place.until_ended(TASKS)
             kept = ""
-            names = [spec.name for spec in topics.specs() if spec.name not in topics.CLAIMED_TOPICS]
+            names = [spec.name for spec in topics.specs() if spec.name not in topics.SIGNED_TOPICS]
             for name in names:
                 for log in place.broker.logs(name):
                     kept += repr(log.read(0, log.end))
-            return kept, len(await read_letters(place.bus))
+            return kept, len(await read_dead_letters(place.bus))
 
     with structlog.testing.capture_logs() as logged:
         kept, letters = run_virtual(run(), horizon_s=HORIZON_S)
@@ -139,7 +139,7 @@ def test_an_announcement_too_large_for_a_decision_is_refused_and_the_planner_goe
             await place.submit(range(TASKS))
             story = await place.until_ended(TASKS)
             assert not process.task.done()
-            return story, [letter.cause for letter in await read_letters(place.bus)]
+            return story, [letter.cause for letter in await read_dead_letters(place.bus)]
 
     story, causes = run_virtual(run(), horizon_s=HORIZON_S)
     story.check(IDS)

@@ -18,7 +18,7 @@ from bus.messages import TaskState
 from bus.port import Record
 from bus.tensors import Piece, to_pieces
 from bus.values import Kind, Placement
-from deploy.commands.dead_letter import Letter, read_letters
+from deploy.commands.dead_letter import DeadLetter, read_dead_letters
 from loadgen.replay.outcome import Outcome
 from loadgen.sim.virtual_loop import run_virtual
 from stages.device import Device
@@ -51,7 +51,7 @@ def test_every_frame_is_proven_and_nobody_honest_is_refused(policy: str) -> None
         async with world(master=FRAMES, policy=policy, link1_bps=4_000_000, link2_bps=4_000_000) as region:
             outcomes = await region.replay([task(n, f"d{n % 3 + 1}") for n in range(12)])
             assert {outcome.state for outcome in outcomes.values()} == {TaskState.COMPLETED}
-            assert await read_letters(region.bus) == []
+            assert await read_dead_letters(region.bus) == []
             return region
 
     region = run_virtual(run())
@@ -138,13 +138,13 @@ async def activations_of_a_device_for_the_cloud(region: World, plan: Plan) -> No
 
 async def _under(
     master: Master, forge: Callable[[World, Plan], Awaitable[None]]
-) -> tuple[Outcome, World, list[Letter]]:
+) -> tuple[Outcome, World, list[DeadLetter]]:
     async with world(master=master, edges=("e1",), policy="cloud-only") as region:
         playing = asyncio.create_task(region.replay([task(0, samples=SAMPLES)]))
         await forge(region, await _running(region, "t0"))
         outcome = (await playing)["t0"]
         await asyncio.sleep(1.0)
-        return outcome, region, await read_letters(region.bus)
+        return outcome, region, await read_dead_letters(region.bus)
 
 
 FORGERIES: dict[Callable[[World, Plan], Awaitable[None]], tuple[str, int]] = {
@@ -249,7 +249,7 @@ def test_nobody_takes_a_task_s_name_before_it_is_decided(region_number: int) -> 
 def test_a_device_that_makes_its_own_plan_is_refused() -> None:
     """More of link 2 than was granted, say."""
 
-    async def run() -> tuple[World, list[Letter], Outcome]:
+    async def run() -> tuple[World, list[DeadLetter], Outcome]:
         async with world(master=FRAMES, edges=("e1",), policy="cloud-only") as region:
             playing = asyncio.create_task(region.replay([task(0, samples=SAMPLES)]))
             plan = await _running(region, "t0")
@@ -257,7 +257,7 @@ def test_a_device_that_makes_its_own_plan_is_refused() -> None:
             told = plan.model_copy(update={"placement": more})
             await region.bus_of("device", "d1").send(TOPIC, _frame("activations", plan, "d1", [], told), key="t0")
             outcome = (await playing)["t0"]
-            return region, await read_letters(region.bus), outcome
+            return region, await read_dead_letters(region.bus), outcome
 
     region, letters, outcome = run_virtual(run())
     assert _refused(region) == {"e1": 1}

@@ -10,7 +10,7 @@ import pytest
 from bus import messages, topics
 from bus.messages import Change, Ended, NodeAnnounced, TaskCompleted, TaskState, TaskSubmitted
 from bus.values import Role
-from deploy.commands.dead_letter import Letter, read_letters
+from deploy.commands.dead_letter import DeadLetter, read_dead_letters
 from loadgen.sim.virtual_loop import run_virtual
 from planner.core.core import Event, PlannerCore, Unhandled
 from planner.service.input_filter import InputFilter
@@ -37,8 +37,8 @@ class Brittle(PlannerCore):
         return changes
 
 
-async def letters_of(place: Town) -> list[Letter]:
-    return [letter for letter in await read_letters(place.bus) if letter.cause == "planner_error"]
+async def dead_letters_of(place: Town) -> list[DeadLetter]:
+    return [letter for letter in await read_dead_letters(place.bus) if letter.cause == "planner_error"]
 
 
 def ends_of(story: Story) -> dict[str, Ended]:
@@ -77,7 +77,7 @@ def test_a_task_whose_input_cannot_be_handled_ends_with_the_cause_and_all_others
             assert ends == {f"t{number}": state if number == 3 else TaskState.COMPLETED for number in range(TASKS)}
             assert ends_of(story)["t3"].cause == "planner_error"
             assert ends_of(story)["t3"].detail.startswith("ZeroDivisionError at test_unhandled_inputs.py:")
-            (letter,) = await letters_of(place)
+            (letter,) = await dead_letters_of(place)
             assert (
                 messages.decode(topics.TASKS if kind is not TaskCompleted else topics.EVENTS, letter.value).task_id
                 == "t3"
@@ -90,7 +90,7 @@ def test_a_task_whose_input_cannot_be_handled_ends_with_the_cause_and_all_others
             await place.submit(range(TASKS, TASKS + 2))
             await place.until_ended(TASKS + 2)
             assert second.service.input_failures == 0
-            assert len(await letters_of(place)) == 1
+            assert len(await dead_letters_of(place)) == 1
 
     run_virtual(run(), horizon_s=HORIZON_S)
 
@@ -108,7 +108,7 @@ def test_where_ending_the_task_fails_as_well_the_planner_goes_on_without_it(monk
             assert "t3" not in ends_of(story)
             assert {end.state for end in ends_of(story).values()} == {TaskState.COMPLETED}
             assert process.service.input_failures == 2
-            assert len(await letters_of(place)) == 2  # one a try: a letter too many is better than none
+            assert len(await dead_letters_of(place)) == 2  # one a try: a letter too many is better than none
 
     run_virtual(run(), horizon_s=HORIZON_S)
 
@@ -131,7 +131,7 @@ def test_a_node_whose_announcement_cannot_be_handled_is_not_there(monkeypatch: p
             await lives(process)
             assert {end.state for end in ends_of(story).values()} == {TaskState.COMPLETED}
             assert "e9" not in process.service.core.nodes
-            (letter,) = await letters_of(place)
+            (letter,) = await dead_letters_of(place)
             assert messages.decode(topics.NODES, letter.value) == announced
 
     run_virtual(run(), horizon_s=HORIZON_S)
@@ -154,7 +154,7 @@ def test_a_record_that_breaks_the_reader_is_a_dead_letter(monkeypatch: pytest.Mo
             story = await place.until_ended(TASKS - 1)
             await lives(process)
             assert "t3" not in ends_of(story)
-            assert len(await letters_of(place)) == 1
+            assert len(await dead_letters_of(place)) == 1
 
     run_virtual(run(), horizon_s=HORIZON_S)
 
@@ -172,7 +172,7 @@ def test_killed_while_it_passes_an_input_over_the_next_planner_does_the_same(mon
             assert [end.cause for end in ends_of(story).values() if end.state is not TaskState.COMPLETED] == [
                 "planner_error"
             ]
-            assert 1 <= len(await letters_of(place)) <= 2
+            assert 1 <= len(await dead_letters_of(place)) <= 2
 
     for fuse in range(40, 120, 4):
         run_virtual(run(fuse), horizon_s=HORIZON_S)
@@ -218,7 +218,7 @@ def test_a_task_id_that_comes_again_with_other_content_is_a_dead_letter(ended: b
                 await place.tell(topics.TASKS, one, one.task_id)
             await place.submit(range(1, 4))
             await place.until_ended(4)
-            (letter,) = await read_letters(place.bus)
+            (letter,) = await read_dead_letters(place.bus)
             assert (letter.cause, letter.task_id) == ("task_id_taken", "t0")
             assert messages.decode(topics.TASKS, letter.value) == other
             assert process.service.input_failures == 0

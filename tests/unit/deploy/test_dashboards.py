@@ -233,7 +233,7 @@ def test_the_console_decodes_the_topics_that_hold_frames_and_no_others() -> None
         return any(re.search(name.strip("/"), topic) if name.startswith("/") else name == topic for name in names)
 
     for spec in topics.specs(["e1"]):
-        assert decodes(spec.name) is (topics.row(spec.name).payload is topics.Payload.MSGPACK), spec.name
+        assert decodes(spec.name) is (topics.row(spec.name).encoding is topics.Encoding.MSGPACK), spec.name
     for line in (ROOT / "deploy" / "docker-compose.yml").read_text(encoding="utf-8").splitlines():
         if "redpandadata/console" in line:
             assert ":v2." in line, "version 3 has these settings elsewhere (serde)"

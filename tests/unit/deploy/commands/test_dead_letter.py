@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 
 from bus import topics
-from bus.dead_letter import bury
+from bus.dead_letter import write_dead_letter
 from bus.errors import ProtocolError
 from bus.memory.bus import MemoryBus
 from bus.port import Record
-from deploy.commands.dead_letter import hex_lines, read_letters
+from deploy.commands.dead_letter import hex_lines, read_dead_letters
 
 
 def test_a_letter_tells_origin_task_cause_and_keeps_the_bytes() -> None:
@@ -17,9 +17,9 @@ def test_a_letter_tells_origin_task_cause_and_keeps_the_bytes() -> None:
         async with MemoryBus() as bus:
             await bus.create_topics(topics.specs())
             broken = Record("deepar.activations.e1", 2, 77, 0, "t", b"\x80\xff")
-            await bury(bus, broken, ProtocolError("undecodable", "no map"), task_id="t", by="e1")
+            await write_dead_letter(bus, broken, ProtocolError("undecodable", "no map"), task_id="t", by="e1")
             await bus.send(topics.DEAD_LETTER, b"?", key="somebody else's")
-            first, second = await read_letters(bus)
+            first, second = await read_dead_letters(bus)
         assert first.as_object() == {
             "topic": "deepar.activations.e1",
             "partition": 2,

@@ -214,10 +214,10 @@ def test_the_same_seed_gives_the_same_trace_and_another_another() -> None:
 def test_the_trace_does_not_depend_on_hash_order() -> None:
     """Sets of strings iterate differently in every process; nothing may be decided by them."""
     program = (
-        "import hashlib; from tests.unit.bus.test_memory_faults import trace_of; "
+        "import hashlib; from tests.unit.bus.memory.test_faults import trace_of; "
         "print(hashlib.sha256(repr(trace_of(5)).encode()).hexdigest())"
     )
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[4]
     digests = {
         subprocess.run(
             [sys.executable, "-c", program],

@@ -1,4 +1,4 @@
-"""Who may claim what: every message that claims a node is in the table, and nobody gets further than its row."""
+"""Authorization table: every message that names a node has a rule, and no sender may do more than its rule allows."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ MESSAGES = [kind for kind in vars(messages).values() if isinstance(kind, type) a
 NAMING_FIELDS = {"node", "device", "edge"}
 
 
-def uncovered(table: dict[str, authorization.Claim]) -> set[str]:
+def uncovered(table: dict[str, authorization.AuthorizationRule]) -> set[str]:
     """Messages of topics that several roles write, or that name a node, and have no row."""
-    by_topic = {name for row in topics.TABLE if row.name in topics.CLAIMED_TOPICS for name in row.messages}
+    by_topic = {name for row in topics.TABLE if row.name in topics.SIGNED_TOPICS for name in row.messages}
     by_field = {kind.__name__ for kind in MESSAGES if NAMING_FIELDS & kind.model_fields.keys()}
     return (by_topic | by_field) - table.keys()
 
@@ -40,27 +40,27 @@ def uncovered(table: dict[str, authorization.Claim]) -> set[str]:
 def test_every_message_that_claims_a_node_has_a_row() -> None:
     assert len(MESSAGES) > 12
     assert uncovered(authorization.BY_MESSAGE) == set()
-    for claim in authorization.TABLE:
-        kind = getattr(messages, claim.message)
-        assert claim.node is None or claim.node in kind.model_fields
-        assert (claim.task is not None) == ("task_id" in kind.model_fields and kind is not TaskSubmitted)
-        topic = next(row for row in topics.TABLE if claim.message in row.messages)
-        assert {*claim.itself, *claim.others} <= set(topic.writers)  # Kafka would refuse the rest anyway
+    for rule in authorization.TABLE:
+        kind = getattr(messages, rule.message)
+        assert rule.node is None or rule.node in kind.model_fields
+        assert (rule.task is not None) == ("task_id" in kind.model_fields and kind is not TaskSubmitted)
+        topic = next(row for row in topics.TABLE if rule.message in row.messages)
+        assert {*rule.itself, *rule.others} <= set(topic.writers)  # Kafka would refuse the rest anyway
 
 
 @pytest.mark.parametrize("missing", authorization.BY_MESSAGE)
 def test_a_message_without_a_row_is_found(missing: str) -> None:
-    table = {name: claim for name, claim in authorization.BY_MESSAGE.items() if name != missing}
+    table = {name: rule for name, rule in authorization.BY_MESSAGE.items() if name != missing}
     assert uncovered(table) == {missing}
 
 
 def test_what_only_the_planner_writes_makes_no_claims() -> None:
-    assert topics.CLAIMED_TOPICS == (topics.NODES, topics.TASKS, topics.EVENTS)
+    assert topics.SIGNED_TOPICS == (topics.NODES, topics.TASKS, topics.EVENTS)
 
 
 def test_no_role_that_writes_claims_can_read_them() -> None:
     """So with the lists of `deepar acls` nobody can copy a signed record and send it again."""
-    for name in topics.CLAIMED_TOPICS:
+    for name in topics.SIGNED_TOPICS:
         row = topics.row(name)
         assert not set(row.writers) & set(row.readers), name
 

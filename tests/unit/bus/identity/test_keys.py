@@ -55,7 +55,7 @@ def test_the_proof_is_what_the_page_says_it_is() -> None:
 
 
 def test_the_page_s_function_and_its_numbers_are_right(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[3] / "docs" / "interface.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "interface.md").read_text(encoding="utf-8")
     section = page.split("## Who speaks")[1].split("\n## ")[0]
     found: dict[str, Any] = {"hmac": hmac, "hashlib": hashlib, "Path": Path}
     exec(section.split("```python\n")[1].split("```")[0], found)  # our own page
@@ -69,7 +69,7 @@ def test_the_page_s_function_and_its_numbers_are_right(tmp_path: Path) -> None:
 
 
 def test_the_page_s_proof_of_frames_is_ours(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[3] / "docs" / "interface.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "interface.md").read_text(encoding="utf-8")
     found: dict[str, Any] = {"hmac": hmac, "hashlib": hashlib, "Path": Path}
     exec(page.split("## Who speaks")[1].split("```python\n")[1].split("```")[0], found)  # our own page
     proving = Master(bytes(range(32)), frames=True)
