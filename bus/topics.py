@@ -97,9 +97,7 @@ CONTROL_TOPICS = tuple(topic.name for topic in TABLE if topic.encoding is Encodi
 SIGNED_TOPICS = tuple(
     topic.name for topic in TABLE if topic.encoding is Encoding.JSON and topic.writers != ("planner",)
 )
-"""Control topics that other roles than the planner write. In a region that requires proofs, every record on them is signed and
-checked against the authorization table (`bus.identity.authorization`).
-"""
+"""Control topics written by other roles than the planner; `bus.identity` signs and checks the records on them."""
 
 
 @dataclass(frozen=True, slots=True)
