@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ BENCHES = {
     "pipeline": "streams through modelled stages over the bottleneck",
     "simulator": "a million tasks through the core",
 }
-"""Benchmark -> what it measures; each is `run` of the module `loadgen.bench_NAME`."""
+"""Benchmark -> what it measures; each is `run` of the module `loadgen.bench.NAME`."""
 
 
 class BenchBus(StrEnum):
@@ -35,7 +36,14 @@ class BenchBus(StrEnum):
     KAFKA = "kafka"
 
 
+def benchmark(name: str) -> Callable[..., dict[str, Any]]:
+    """The function that runs a benchmark; its module is imported only then."""
+    run: Callable[..., dict[str, Any]] = importlib.import_module(f"loadgen.bench.{name}").run
+    return run
+
+
 def bench(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in BENCHES.items()))],
     bus: Annotated[BenchBus | None, typer.Option(help="Bus to measure, for benchmarks that run on both.")] = None,
     bootstrap_servers: BootstrapFromEnv = None,
@@ -52,7 +60,7 @@ def bench(
     if name not in BENCHES:
         raise unknown_name("benchmark", name, BENCHES)
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
-    measure = importlib.import_module(f"loadgen.bench.{name}").run
+    measure = (context.obj or benchmark)(name)  # a test sets its own benchmarks as the context's object
     wanted = {"bus": bus and bus.value, "bootstrap": bootstrap_servers, "tasks": tasks, "seed": random_seed}
     takes = inspect.signature(measure).parameters
     given = {key: value for key, value in wanted.items() if value is not None and key in takes}

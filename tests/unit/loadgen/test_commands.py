@@ -22,35 +22,39 @@ from planner.search.profiles import load_profile
 PLACEMENT = Placement(kind=Kind.EDGE, edge="e1", cut1=0, cut2=5, cut1_name="input", cut2_name="fc_3")
 
 
-@pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
-    """Replays that end at once: every task takes a tenth of a second a sample. Returns the schedules
-    replayed.
-    """
-    seen: list[Schedule] = []
+class Plans:
+    """Plays replays at once: every task takes a tenth of a second per sample. Keeps the schedules."""
 
-    def play(self: ReplayRun) -> bool:
-        plan = self.make(self.devices or ["d1", "d2"])
-        seen.append(plan)
-        self.seed = plan.seed
+    def __init__(self) -> None:
+        self.seen: list[Schedule] = []
+
+    def __getitem__(self, index: int) -> Schedule:
+        return self.seen[index]
+
+    def __call__(self, run: ReplayRun) -> bool:
+        plan = run.make(run.devices or ["d1", "d2"])
+        self.seen.append(plan)
+        run.seed = plan.seed
         for entry in plan.entries:
-            outcome = self.recorder.expect(entry)
-            self.recorder.submit(entry.task.task_id, entry.at_s)
+            outcome = run.recorder.expect(entry)
+            run.recorder.submit(entry.task.task_id, entry.at_s)
             outcome.started_s, outcome.policy, outcome.placement = entry.at_s, "deepar", PLACEMENT
             outcome.predicted = outcome.measured = Parts(edge_s=0.1 * entry.task.samples)
             outcome.ended_s, outcome.state = entry.at_s + 0.1 * entry.task.samples, TaskState.COMPLETED
         return False
 
-    monkeypatch.setattr(ReplayRun, "play", play)
-    return seen
+
+@pytest.fixture
+def plans() -> Plans:
+    return Plans()
 
 
-def invoke(tmp_path: Path, *arguments: str) -> Any:
-    return CliRunner().invoke(replay.app, ["replay", "--out", str(tmp_path / "out"), *arguments])
+def invoke(play: replay.Play, tmp_path: Path, *arguments: str) -> Any:
+    return CliRunner().invoke(replay.app, ["replay", "--out", str(tmp_path / "out"), *arguments], obj=play)
 
 
-def test_one_object_on_stdout_with_the_keys_that_scripts_read(tmp_path: Path, plans: list[Schedule]) -> None:
-    result = invoke(tmp_path, "--tasks", "8", "--samples", "5", "--random-seed", "3", "--json")
+def test_one_object_on_stdout_with_the_keys_that_scripts_read(tmp_path: Path, plans: Plans) -> None:
+    result = invoke(plans, tmp_path, "--tasks", "8", "--samples", "5", "--random-seed", "3", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert (found["seed"], found["policy"], found["submitted"], found["completed"]) == (3, "deepar", 8, 8)
@@ -70,13 +74,13 @@ def test_one_object_on_stdout_with_the_keys_that_scripts_read(tmp_path: Path, pl
         (["--request-rate", "1", "--request-distribution", "constant", "--time-scale", "0.1"], [0, 0.1, 0.2]),
     ],
 )
-def test_arrivals(tmp_path: Path, plans: list[Schedule], arguments: list[str], instants: list[float]) -> None:
-    assert invoke(tmp_path, "--tasks", "3", *arguments).exit_code == 0
+def test_arrivals(tmp_path: Path, plans: Plans, arguments: list[str], instants: list[float]) -> None:
+    assert invoke(plans, tmp_path, "--tasks", "3", *arguments).exit_code == 0
     assert [entry.at_s for entry in plans[0].entries] == pytest.approx(instants)
 
 
-def test_the_papers_mix_and_its_parameters(tmp_path: Path, plans: list[Schedule]) -> None:
-    assert invoke(tmp_path, "--tasks", "60", "--models", "paper", "--within", "300s").exit_code == 0
+def test_the_papers_mix_and_its_parameters(tmp_path: Path, plans: Plans) -> None:
+    assert invoke(plans, tmp_path, "--tasks", "60", "--models", "paper", "--within", "300s").exit_code == 0
     tasks = [entry.task for entry in plans[0].entries]
     assert {task.model for task in tasks} == {"alexnet", "vgg16", "deepface", "lenet"}
     assert all(20e6 <= (task.max_link1_bps or 0) <= 300e6 for task in tasks)
@@ -84,15 +88,15 @@ def test_the_papers_mix_and_its_parameters(tmp_path: Path, plans: list[Schedule]
     assert max(task.samples for task in tasks) > 500
 
 
-def test_mlperf_multi_stream_is_closed_with_eight_samples(tmp_path: Path, plans: list[Schedule]) -> None:
-    assert invoke(tmp_path, "--tasks", "4", "--scenario", "multistream").exit_code == 0
+def test_mlperf_multi_stream_is_closed_with_eight_samples(tmp_path: Path, plans: Plans) -> None:
+    assert invoke(plans, tmp_path, "--tasks", "4", "--scenario", "multistream").exit_code == 0
     assert plans[0].closed
     assert {entry.task.samples for entry in plans[0].entries} == {8}
 
 
-def test_devices_warm_up_and_caps(tmp_path: Path, plans: list[Schedule]) -> None:
+def test_devices_warm_up_and_caps(tmp_path: Path, plans: Plans) -> None:
     flags = ["--devices", "x, y", "--warmup", "2", "--max-link2", "10Mbps..20Mbps", "--deadline", "1min"]
-    result = invoke(tmp_path, "--tasks", "4", *flags, "--json")
+    result = invoke(plans, tmp_path, "--tasks", "4", *flags, "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["submitted"] == 4
     assert len(plans[0]) == 6
@@ -102,26 +106,27 @@ def test_devices_warm_up_and_caps(tmp_path: Path, plans: list[Schedule]) -> None
 
 
 @pytest.mark.parametrize(("limit", "code"), [("400ms", 99), ("600ms", 0)])
-def test_a_missed_threshold_is_exit_code_99(tmp_path: Path, plans: list[Schedule], limit: str, code: int) -> None:
-    result = invoke(tmp_path, "--samples", "5", "--max-p99", limit)
+def test_a_missed_threshold_is_exit_code_99(tmp_path: Path, plans: Plans, limit: str, code: int) -> None:
+    result = invoke(plans, tmp_path, "--samples", "5", "--max-p99", limit)
     assert result.exit_code == code
     assert ("missed: --max-p99" in result.stderr) is (code == 99)
 
 
-def test_tasks_without_an_end_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def play(self: ReplayRun) -> bool:
-        for entry in self.make(["d1"]).entries:
-            self.recorder.expect(entry)
-            self.recorder.submit(entry.task.task_id, entry.at_s)
+def test_tasks_without_an_end_are_a_failure(tmp_path: Path) -> None:
+    def play(run: ReplayRun) -> bool:
+        for entry in run.make(["d1"]).entries:
+            run.recorder.expect(entry)
+            run.recorder.submit(entry.task.task_id, entry.at_s)
         return False
 
-    monkeypatch.setattr(ReplayRun, "play", play)
-    assert invoke(tmp_path).exit_code == 1
+    assert invoke(play, tmp_path).exit_code == 1
 
 
-def test_an_interrupted_replay_writes_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ReplayRun, "play", lambda self: bool(self.recorder.expect(self.make(["d1"]).entries[0])))
-    assert invoke(tmp_path).exit_code == 105
+def test_an_interrupted_replay_writes_what_it_has(tmp_path: Path) -> None:
+    def play(run: ReplayRun) -> bool:
+        return bool(run.recorder.expect(run.make(["d1"]).entries[0]))
+
+    assert invoke(play, tmp_path).exit_code == 105
     assert (tmp_path / "out" / "summary.json").exists()
 
 
@@ -146,24 +151,22 @@ def test_an_interrupted_replay_writes_what_it_has(tmp_path: Path, monkeypatch: p
         (["--time-scale", "0"], "time scale"),
     ],
 )
-def test_wrong_input_is_named(tmp_path: Path, plans: list[Schedule], arguments: list[str], message: str) -> None:
-    result = invoke(tmp_path, *arguments)
+def test_wrong_input_is_named(tmp_path: Path, plans: Plans, arguments: list[str], message: str) -> None:
+    result = invoke(plans, tmp_path, *arguments)
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
 
 
-def test_a_benchmark_prints_its_object_and_fails_when_an_aim_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import loadgen.bench.simulator
-
+def test_a_benchmark_prints_its_object_and_fails_when_an_aim_is_missed() -> None:
     def run(*, tasks: int = 5, progress: object = None) -> dict[str, Any]:
         aims = [{"name": "a", "value": tasks, "aim": 3, "pass": tasks <= 3}]
         return {"bench": "simulator", "machine": "m", "results": [{"tasks": tasks, "seconds": 1.0}], "aims": aims}
 
-    monkeypatch.setattr(loadgen.bench.simulator, "run", run)
-    result = CliRunner().invoke(replay.app, ["bench", "simulator", "--tasks", "2", "--json"])
+    benches = {"simulator": run}
+    result = CliRunner().invoke(replay.app, ["bench", "simulator", "--tasks", "2", "--json"], obj=benches.get)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["results"] == [{"tasks": 2, "seconds": 1.0}]
-    assert CliRunner().invoke(replay.app, ["bench", "simulator"]).exit_code == 99
+    assert CliRunner().invoke(replay.app, ["bench", "simulator"], obj=benches.get).exit_code == 99
     unknown = CliRunner().invoke(replay.app, ["bench", "speed"])
     assert isinstance(unknown.exception, UnknownNameError)
 
