@@ -6,7 +6,8 @@ import contextlib
 import logging
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from bus.errors import BusUnavailableError, ConfigError
 from bus.kafka.bus import KafkaBus, KafkaConnection
 from bus.text.json_text import json_text
 from bus.text.units import format_seconds, parse_duration
+from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.options import AsJson
 from deploy.console_output.writable import writable_folder
 from deploy.kafka_local.broker import KafkaBroker
@@ -26,8 +28,8 @@ from deploy.services.live_region import LiveRegion, RegionOptions, result_file
 from deploy.services.process import EXIT_FAILED, EXIT_MISSED, run_on_uvloop
 from deploy.services.settings import lease_of
 from deploy.services.wiring import create_missing_topics
-from loadgen.chaos.live.campaign import LiveChaos, Load
-from loadgen.chaos.live.faults import FLOW_AIM_S, Fault, Findings, Pace, parse_faults
+from loadgen.chaos.live.campaign import Campaign, LiveChaos, Load, Say
+from loadgen.chaos.live.faults import FLOW_AIM_S, Findings, Pace, parse_faults
 from loadgen.replay.readiness import await_planner
 from loadgen.replay.replay import utc_now
 
@@ -35,37 +37,85 @@ LISTEN_S = 3.0
 """Listening time; a leading planner sends a record about once a second."""
 
 
-def chaos(
-    tasks: Annotated[int, typer.Option(min=1, help="Minimum number of tasks.")] = 100,
-    samples: Annotated[
-        int, typer.Option(min=1, help="Minimum number of samples, spread evenly over the tasks.")
-    ] = 20_000,
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """The minimum load."""
+
+    tasks: Annotated[int, typer.Option(min=1, help="Minimum number of tasks.")] = 100
+    samples: Annotated[int, typer.Option(min=1, help="Minimum number of samples, spread evenly over the tasks.")] = (
+        20_000
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultOptions:
+    """Which faults are injected, and their times."""
+
     faults: Annotated[
         str,
         typer.Option(help="Faults: all, kinds (kill, stop, terminate), targets (planner, device, ...) or KIND:TARGET."),
-    ] = "all",
-    stop_for: Annotated[str, typer.Option(help="Duration of a stop fault.")] = "30s",
-    pause: Annotated[str, typer.Option(help="Undisturbed work before each fault.")] = "2s",
-    grace: Annotated[str, typer.Option(help="Time after SIGTERM before a second one is sent.")] = "10s",
-    lease: Annotated[str, typer.Option(help="Silence after which a node counts as lost.")] = "10s",
-    planner_lease: Annotated[str, typer.Option(help="Silence after which the planner counts as lost.")] = "5s",
-    planners: Annotated[int, typer.Option(min=1, help="Number of planners; faults hit the leading one.")] = 1,
-    devices: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 2,
-    edges: Annotated[int, typer.Option(min=1, help="Number of edges.")] = 2,
-    in_flight: Annotated[int, typer.Option(min=1, help="Maximum number of unfinished tasks per device.")] = 4,
+    ] = "all"
+    stop_for: Annotated[str, typer.Option(help="Duration of a stop fault.")] = "30s"
+    pause: Annotated[str, typer.Option(help="Undisturbed work before each fault.")] = "2s"
+    grace: Annotated[str, typer.Option(help="Time after SIGTERM before a second one is sent.")] = "10s"
+
+    def timing(self) -> Pace:
+        """The times of the faults. Raises `ConfigError`."""
+        return Pace(
+            stop_s=parse_duration(self.stop_for, "--stop-for"),
+            pause_s=parse_duration(self.pause, "--pause"),
+            grace_s=parse_duration(self.grace, "--grace"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessOptions:
+    """Which processes run, and when they count as lost."""
+
+    lease: Annotated[str, typer.Option(help="Silence after which a node counts as lost.")] = "10s"
+    planner_lease: Annotated[str, typer.Option(help="Silence after which the planner counts as lost.")] = "5s"
+    planners: Annotated[int, typer.Option(min=1, help="Number of planners; faults hit the leading one.")] = 1
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 2
+    edges: Annotated[int, typer.Option(min=1, help="Number of edges.")] = 2
+
+    def region(self) -> RegionOptions:
+        """The region of these processes. Raises `ConfigError`."""
+        return RegionOptions(
+            planners=self.planners,
+            devices=self.devices,
+            edges=self.edges,
+            lease_s=lease_of(self.lease),
+            planner_lease_s=lease_of(self.planner_lease, "--planner-lease"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How one run submits tasks, which broker it uses, and where its files go."""
+
+    in_flight: Annotated[int, typer.Option(min=1, help="Maximum number of unfinished tasks per device.")] = 4
     random_seed: Annotated[
         int,
         typer.Option("--random-seed", "--seed", min=0, help="Random seed for tasks, fault order and fault targets."),
-    ] = 0,
+    ] = 0
     bootstrap_servers: Annotated[
         str | None,
         typer.Option(
             "--bootstrap-servers", "-b", help="Use this broker (host:port) without breaking it; default: start one."
         ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for logs and results; by default runs/chaos-SEED-TIME.")
-    ] = None,
+    ] = None
+    out: Annotated[Path | None, typer.Option(help="Folder for logs and results; by default runs/chaos-SEED-TIME.")] = (
+        None
+    )
+
+
+@with_option_groups
+def chaos(
+    context: typer.Context,
+    load: TaskOptions,
+    faults: FaultOptions,
+    processes: ProcessOptions,
+    run: RunOptions,
     as_json: AsJson = False,
 ) -> None:
     """Inject faults into real processes while tasks run; verify that nothing is lost, shown twice or granted twice.
@@ -87,24 +137,17 @@ def chaos(
     """
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # an unavailable broker is expected here
-    folder = writable_folder("--out", out or Path(f"runs/chaos-{random_seed}-{utc_now():%Y%m%dT%H%M%SZ}"))
-    options = RegionOptions(
-        planners=planners,
-        devices=devices,
-        edges=edges,
-        lease_s=lease_of(lease),
-        planner_lease_s=lease_of(planner_lease, "--planner-lease"),
+    seed = run.random_seed
+    folder = writable_folder("--out", run.out or Path(f"runs/chaos-{seed}-{utc_now():%Y%m%dT%H%M%SZ}"))
+    options = processes.region()
+    campaign = Campaign(
+        load=Load(tasks=load.tasks, samples=load.samples, in_flight=run.in_flight),
+        pace=faults.timing(),
+        faults=tuple(parse_faults(faults.faults, seed)),
+        seed=seed,
     )
-    pace = Pace(
-        stop_s=parse_duration(stop_for, "--stop-for"),
-        pause_s=parse_duration(pause, "--pause"),
-        grace_s=parse_duration(grace, "--grace"),
-    )
-    load = Load(tasks=tasks, samples=samples, in_flight=in_flight)
-    findings = break_region(
-        options, folder, parse_faults(faults, random_seed), load, pace,
-        seed=random_seed, bootstrap=bootstrap_servers, log=log,
-    )  # fmt: skip
+    inject: Inject = context.obj or break_region
+    findings = inject(options, folder, campaign, run.bootstrap_servers, log)
     summary = findings.summary()
     (folder / "summary.json").write_text(json_text(summary, indent=1) + "\n", encoding="utf-8")
     if as_json:
@@ -128,15 +171,7 @@ def chaos(
 
 
 def break_region(
-    options: RegionOptions,
-    folder: Path,
-    faults: list[Fault],
-    load: Load,
-    pace: Pace,
-    *,
-    seed: int,
-    bootstrap: str | None,
-    log: Console,
+    options: RegionOptions, folder: Path, campaign: Campaign, bootstrap: str | None, log: Console
 ) -> Findings:
     """Start the region, inject faults, judge the results, end all processes. Raises `DeeparError`, KeyboardInterrupt."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,19 +192,11 @@ def break_region(
             stack.callback(broker.kill)
             say(f"{broker.kind} is ready after {broker.start():.1f} s")
             bootstrap = broker.bootstrap
-        return run_on_uvloop(_break(options, folder, faults, load, pace, seed, bootstrap, broker, say))
+        return run_on_uvloop(_break(options, folder, campaign, bootstrap, broker, say))
 
 
 async def _break(
-    options: RegionOptions,
-    folder: Path,
-    faults: list[Fault],
-    load: Load,
-    pace: Pace,
-    seed: int,
-    bootstrap: str,
-    broker: KafkaBroker | None,
-    say: Any,
+    options: RegionOptions, folder: Path, campaign: Campaign, bootstrap: str, broker: KafkaBroker | None, say: Say
 ) -> Findings:
     # Our own broker needs no password, so the connection settings of the environment are ignored.
     connection = KafkaConnection.from_env({} if broker else None, bootstrap_servers=bootstrap)
@@ -179,17 +206,12 @@ async def _break(
         if broker is None:
             await _require_no_planner(bus)
         async with region:
-            run = LiveChaos(
-                region,
-                bus,
-                connection.client_settings(bootstrap),
-                load=load,
-                faults=faults,
-                pace=pace,
-                seed=seed,
-                say=say,
-            )
+            run = LiveChaos(region, bus, connection.client_settings(bootstrap), campaign, say)
             return await run.run()
+
+
+Inject = Callable[[RegionOptions, Path, Campaign, str | None, Console], Findings]
+"""Injects the faults of a campaign into a region. A test sets another one as the context's object."""
 
 
 async def _require_no_planner(bus: KafkaBus) -> None:

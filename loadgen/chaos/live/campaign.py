@@ -11,7 +11,7 @@ import contextlib
 import signal
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,28 +58,28 @@ class Load:
             page += 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Campaign:
+    """What one run does."""
+
+    load: Load
+    faults: tuple[Fault, ...]  # in the order of their injection
+    pace: Pace
+    seed: int  # of the tasks and the targets
+
+
 class LiveChaos:
     """One run. `bus` carries the tasks there; everything else is read with the bare client that `settings` describe."""
 
     def __init__(
-        self,
-        machines: Machines,
-        bus: Bus,
-        settings: Mapping[str, Any],
-        *,
-        load: Load,
-        faults: Sequence[Fault],
-        pace: Pace,
-        seed: int,
-        say: Say,
-        region: int = 0,
+        self, machines: Machines, bus: Bus, settings: Mapping[str, Any], campaign: Campaign, say: Say, region: int = 0
     ) -> None:
-        self.machines, self.bus, self.settings = machines, bus, settings
-        self.load, self.pace, self.seed, self.region, self.say = load, pace, seed, region, say
+        self.machines, self.bus, self.settings, self.region, self.say = machines, bus, settings, region, say
+        self.load, self.pace, self.seed, faults = campaign.load, campaign.pace, campaign.seed, campaign.faults
         self.faults = [fault for fault in faults if machines.names(fault.target)]
         if left_out := len(faults) - len(self.faults):
             say(f"{left_out} broker faults skipped: this run does not own the broker")
-        self.findings = Findings(seed)
+        self.findings = Findings(campaign.seed)
         self.watch = Watch(machines.results(), region)
         self.acknowledged: dict[str, int] = {}  # task -> samples
         self._answers = Answers()

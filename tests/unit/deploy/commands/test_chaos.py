@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bus.errors import ConfigError
-from deploy.commands.loadgen import chaos, replay
+from deploy.commands.loadgen import replay
 from deploy.services.live_region import RegionOptions
 from loadgen.chaos.live.faults import Fault, FaultKind, FaultRecord, Findings, Target
 
@@ -20,10 +20,13 @@ GOOD: dict[str, Any] = {
 }  # fmt: skip
 
 
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, findings: Findings) -> tuple[int, dict[str, Any]]:
+def run(tmp_path: Path, findings: Findings) -> tuple[int, dict[str, Any]]:
     """The command on a region that was broken already; its exit code and what it printed."""
-    monkeypatch.setattr(chaos, "break_region", lambda *args, **kwargs: findings)
-    result = CliRunner().invoke(replay.app, ["chaos", "--json", "--out", str(tmp_path)])
+
+    def inject(*given: Any) -> Findings:
+        return findings
+
+    result = CliRunner().invoke(replay.app, ["chaos", "--json", "--out", str(tmp_path)], obj=inject)
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(result.stdout)
     return result.exit_code, json.loads(result.stdout)
 
@@ -33,8 +36,8 @@ def findings(recovered_s: float | None = 6.0, flow_s: float | None = 0.4, **verd
     return Findings(1, [record], GOOD | verdict)
 
 
-def test_a_region_that_held_is_fine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    code, printed = run(monkeypatch, tmp_path, findings())
+def test_a_region_that_held_is_fine(tmp_path: Path) -> None:
+    code, printed = run(tmp_path, findings())
     assert code == 0
     wanted = {"faults", "tasks", "samples", "lost", "visible_duplicates", "suppressed_duplicates", "ledger_violations"}
     assert wanted <= printed.keys()
@@ -53,18 +56,14 @@ def test_a_region_that_held_is_fine(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         {"recovered_s": None, "flow_s": None},
     ],
 )
-def test_a_promise_that_did_not_hold_is_a_failure(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: dict[str, Any]
-) -> None:
-    assert run(monkeypatch, tmp_path, findings(**broken))[0] == 1
-    assert (
-        run(monkeypatch, tmp_path, findings(**({"flow_s": 2.0} | broken)))[0] == 1
-    )  # worse than an aim that was missed
+def test_a_promise_that_did_not_hold_is_a_failure(tmp_path: Path, broken: dict[str, Any]) -> None:
+    assert run(tmp_path, findings(**broken))[0] == 1
+    assert run(tmp_path, findings(**({"flow_s": 2.0} | broken)))[0] == 1  # worse than an aim that was missed
 
 
-def test_results_that_flow_late_are_an_aim_that_was_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert run(monkeypatch, tmp_path, findings(flow_s=1.01))[0] == 99
-    assert run(monkeypatch, tmp_path, findings(flow_s=1.0))[0] == 0
+def test_results_that_flow_late_are_an_aim_that_was_missed(tmp_path: Path) -> None:
+    assert run(tmp_path, findings(flow_s=1.01))[0] == 99
+    assert run(tmp_path, findings(flow_s=1.0))[0] == 0
 
 
 def test_the_results_of_another_run_are_not_judged_again(tmp_path: Path) -> None:
