@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +14,9 @@ from rich.console import Console
 from bus.errors import ConfigError, CutError, unknown_name
 from deploy.commands.profile import profile
 from deploy.console_output.model_loading import (
-    InputShapes,
+    FileOptions,
     Json,
     ModelArgument,
-    Sha256,
-    SignatureName,
     Threads,
     load,
     print_json,
@@ -26,6 +24,7 @@ from deploy.console_output.model_loading import (
     stored_arrays,
 )
 from deploy.console_output.model_tables import cuts_table, models_table, parts_table, show_tree, size, verify_lines
+from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.writable import writable_folder
 from deploy.services.process import EXIT_FAILED
 from stages.models.cuts import even_cuts, useful_positions, work_shares
@@ -59,18 +58,18 @@ def list_(as_json: Json = False) -> None:
 
 
 @app.command()
+@with_option_groups
 def show(
     model: ModelArgument,
     as_json: Json = False,
-    sha256: Sha256 = None,
-    signature: SignatureName = None,
-    input_shape: InputShapes = None,
+    *,
+    file: FileOptions,
 ) -> None:
     """Show the inputs, outputs and layers of a model.
 
     Example: `deepar models show alexnet`
     """
-    loaded = load(model, sha256, signature, input_shape)
+    loaded = load(model, file)
     if as_json:
         manifest = loaded.manifest
         print_json(
@@ -99,21 +98,21 @@ def show(
 
 
 @app.command()
+@with_option_groups
 def cuts(
     model: ModelArgument,
     as_json: Json = False,
     useful: Annotated[
         bool, typer.Option("--useful", help="Show only Pareto-optimal cuts (work before the cut, bytes crossing it).")
     ] = False,
-    sha256: Sha256 = None,
-    signature: SignatureName = None,
-    input_shape: InputShapes = None,
+    *,
+    file: FileOptions,
 ) -> None:
     """List the possible cuts of a model, with the tensors that cross and the work before each.
 
     Example: `deepar models cuts alexnet --useful`
     """
-    loaded = load(model, sha256, signature, input_shape)
+    loaded = load(model, file)
     manifest = loaded.manifest
     front, shares = set(useful_positions(manifest)), work_shares(manifest)
     shown = [cut for cut in manifest.cuts if not useful or cut.position in front]
@@ -142,6 +141,7 @@ def cuts(
 
 
 @app.command("slice")
+@with_option_groups
 def slice_(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="Folder for the parts and manifest.json.", file_okay=False)],
@@ -153,9 +153,8 @@ def slice_(
         str | None, typer.Option(metavar="NAME|N", help="Last layer on the edge; without it the cloud runs the rest.")
     ] = None,
     as_json: Json = False,
-    sha256: Sha256 = None,
-    signature: SignatureName = None,
-    input_shape: InputShapes = None,
+    *,
+    file: FileOptions,
 ) -> None:
     """Cut a model into valid .tflite parts, for the device, the edge and the cloud.
 
@@ -163,7 +162,7 @@ def slice_(
 
     Example: `deepar models slice alexnet --cut1 maxpool_1 --cut2 maxpool_3 --out parts`
     """
-    loaded = load(model, sha256, signature, input_shape)
+    loaded = load(model, file)
     first, second = _asked_cuts(loaded, cut1, cut2)
     manifest, parts = write_parts(loaded, [first, second], writable_folder("--out", out))
     if as_json:
@@ -205,28 +204,35 @@ def build(
         Console(emoji=False).print(f"written: {out}, {size(out.stat().st_size)}, SHA-256 {digest}")
 
 
-@app.command()
-def verify(
-    model: ModelArgument,
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """The cuts, inputs and runtime of a verification."""
+
     cuts: Annotated[
         str,
         typer.Option(
             metavar="all|single|N",
             help="Cuts to verify: all pairs, every position once, or the latter plus N random pairs.",
         ),
-    ] = "60",
+    ] = "60"
     inputs: Annotated[
         Path | None,
         typer.Option(help="Inputs: an .npz file with an array for each input.", exists=True, dir_okay=False),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=0, help="Number of random samples to run besides the given inputs.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed for pairs and samples.")] = 0,
-    num_threads: Threads = 1,
-    delegate: Annotated[bool, typer.Option(help="Use the runtime's default delegate (XNNPACK).")] = True,
+    ] = None
+    samples: Annotated[int, typer.Option(min=0, help="Number of random samples to run besides the given inputs.")] = 1
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for pairs and samples.")] = 0
+    num_threads: Threads = 1
+    delegate: Annotated[bool, typer.Option(help="Use the runtime's default delegate (XNNPACK).")] = True
+
+
+@app.command()
+@with_option_groups
+def verify(
+    model: ModelArgument,
+    how: VerifyOptions,
     as_json: Json = False,
-    sha256: Sha256 = None,
-    signature: SignatureName = None,
-    input_shape: InputShapes = None,
+    *,
+    file: FileOptions,
 ) -> None:
     """Run the whole model and its parts on the same inputs and compare the results bit by bit.
 
@@ -234,19 +240,19 @@ def verify(
 
     Example: `deepar models verify lenet --cuts all`
     """
-    loaded = load(model, sha256, signature, input_shape)
-    rng = np.random.default_rng(seed)
-    given = _given(loaded, inputs) if inputs is not None else []
-    chosen = [*given, *(random_inputs(loaded, rng) for _ in range(samples))]
+    loaded = load(model, file)
+    rng = np.random.default_rng(how.seed)
+    given = _given(loaded, how.inputs) if how.inputs is not None else []
+    chosen = [*given, *(random_inputs(loaded, rng) for _ in range(how.samples))]
     if not chosen:
         raise ConfigError("no inputs to run: --samples 0 needs --inputs")
     with progress_bar(f"verifying {loaded.name}") as bar:
         report = verify_parts(
             loaded,
-            pairs_of(loaded, cuts, seed),
+            pairs_of(loaded, how.cuts, how.seed),
             chosen,
-            num_threads=num_threads,
-            delegate=delegate,
+            num_threads=how.num_threads,
+            delegate=how.delegate,
             step=lambda done, total: bar(done, total, ""),
         )
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from bus.text.json_text import json_text
 from bus.text.units import format_count, format_rate, format_seconds, parse_duration, parse_rate, parse_size
 from bus.values import Kind, ModelProfile, Objective, Role
 from deploy.console_output import completion
+from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.writable import writable_file
 from deploy.monitor.phrases import cut_column
 from planner.search.profiles import PlatformProfiles, load_profile
@@ -29,6 +30,71 @@ Platform = Annotated[
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SystemOptions:
+    """Speeds, bandwidths and input sizes."""
+
+    link1: Annotated[
+        str | None, typer.Option(help="Bandwidth from device to edge: 100Mbps. Default: from the profile.")
+    ] = None
+    link2: Annotated[
+        str | None, typer.Option(help="Bandwidth from edge to cloud: 20Mbps. Default: from the profile.")
+    ] = None
+    profile: Annotated[
+        str, typer.Option(metavar="P", help="Profile with speeds, links and input sizes: a name or a file.")
+    ] = "paper"
+    device: Platform = None
+    edge: Platform = None
+    cloud: Platform = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """The task to plan."""
+
+    samples: Annotated[int, typer.Option(min=1, max=10_000_000, help="Number of inferences in the task.")] = 1
+    objective: Annotated[
+        Objective, typer.Option(help="Delay model: the sum of all parts, or stations that work in parallel.")
+    ] = Objective.SEQUENTIAL
+    input_size: Annotated[str | None, typer.Option(help="Bytes of one input: 600KB. Default: from the profile.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstraintOptions:
+    """What a plan must satisfy."""
+
+    pin: Annotated[list[Role] | None, typer.Option(help="Tier that must compute; repeatable.")] = None
+    forbid: Annotated[list[Role] | None, typer.Option(help="Tier that must not compute; repeatable.")] = None
+    keep_on_device: Annotated[
+        str | None, typer.Option(metavar="LAYER", help="Minimum last layer on the device: name or number.")
+    ] = None
+    max_bytes: Annotated[str | None, typer.Option(help="Maximum bytes on any link for one sample: 300KB.")] = None
+    max_delay: Annotated[str | None, typer.Option(help="Show only plans that take at most this long: 200ms.")] = None
+
+    def constraints(self, device: ModelProfile) -> Constraints:
+        """The constraints on plans of the model that this profile describes. Raises `ConfigError`, `UnknownNameError`."""
+        layer = self.keep_on_device
+        return Constraints(
+            pinned=frozenset(self.pin or ()),
+            forbidden=frozenset(self.forbid or ()),
+            keep_on_device=0 if layer is None else position_of(device, layer),
+            max_cut_bytes=None if self.max_bytes is None else parse_size(self.max_bytes, "--max-bytes"),
+            max_delay_s=None if self.max_delay is None else parse_duration(self.max_delay, "--max-delay"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What is shown and written."""
+
+    top: Annotated[int, typer.Option("--top", min=1, max=100_000, help="Number of plans to show, best first.")] = 1
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw delay over bandwidth with the best cuts (.png, .svg).", dir_okay=False)
+    ] = None
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False
+
+
+@with_option_groups
 def plan(
     model: Annotated[
         str,
@@ -36,37 +102,10 @@ def plan(
             metavar="MODEL", help="Name of a model in the profile, or a .tflite file.", autocompletion=completion.models
         ),
     ],
-    link1: Annotated[
-        str | None, typer.Option(help="Bandwidth from device to edge: 100Mbps. Default: from the profile.")
-    ] = None,
-    link2: Annotated[
-        str | None, typer.Option(help="Bandwidth from edge to cloud: 20Mbps. Default: from the profile.")
-    ] = None,
-    profile: Annotated[
-        str, typer.Option(metavar="P", help="Profile with speeds, links and input sizes: a name or a file.")
-    ] = "paper",
-    device: Platform = None,
-    edge: Platform = None,
-    cloud: Platform = None,
-    samples: Annotated[int, typer.Option(min=1, max=10_000_000, help="Number of inferences in the task.")] = 1,
-    objective: Annotated[
-        Objective, typer.Option(help="Delay model: the sum of all parts, or stations that work in parallel.")
-    ] = Objective.SEQUENTIAL,
-    input_size: Annotated[
-        str | None, typer.Option(help="Bytes of one input: 600KB. Default: from the profile.")
-    ] = None,
-    pin: Annotated[list[Role] | None, typer.Option(help="Tier that must compute; repeatable.")] = None,
-    forbid: Annotated[list[Role] | None, typer.Option(help="Tier that must not compute; repeatable.")] = None,
-    keep_on_device: Annotated[
-        str | None, typer.Option(metavar="LAYER", help="Minimum last layer on the device: name or number.")
-    ] = None,
-    max_bytes: Annotated[str | None, typer.Option(help="Maximum bytes on any link for one sample: 300KB.")] = None,
-    max_delay: Annotated[str | None, typer.Option(help="Show only plans that take at most this long: 200ms.")] = None,
-    top: Annotated[int, typer.Option("--top", min=1, max=100_000, help="Number of plans to show, best first.")] = 1,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw delay over bandwidth with the best cuts (.png, .svg).", dir_okay=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    system: SystemOptions,
+    task: TaskOptions,
+    limits: ConstraintOptions,
+    output: OutputOptions,
 ) -> None:
     """Find the best cuts of a model for given speeds and bandwidths, under constraints.
 
@@ -74,39 +113,16 @@ def plan(
 
     Exit code 1 if no cut satisfies the constraints.
     """
-    if plot is not None:
-        writable_file("--plot", plot, suffixes=(".png", ".svg"))
-    base = load_profile(profile)
-    rows = {
-        role: _platform(base if given is None else given, role, model)
-        for role, given in ((Role.DEVICE, device), (Role.EDGE, edge), (Role.CLOUD, cloud))
-    }
-    on_device = rows[Role.DEVICE]
-    size = parse_size(input_size, "--input-size") if input_size is not None else base.input_bytes.get(model)
-    situation = Situation(
-        device=on_device,
-        edge=_matching(on_device, rows[Role.EDGE]),
-        cloud=_matching(on_device, rows[Role.CLOUD]),
-        link1_bps=base.link1_bps if link1 is None else parse_rate(link1, "--link1"),
-        link2_bps=base.link2_bps if link2 is None else parse_rate(link2, "--link2"),
-        samples=samples,
-        objective=objective,
-        input_bytes=size,
-        constraints=Constraints(
-            pinned=frozenset(pin or ()),
-            forbidden=frozenset(forbid or ()),
-            keep_on_device=0 if keep_on_device is None else position_of(on_device, keep_on_device),
-            max_cut_bytes=None if max_bytes is None else parse_size(max_bytes, "--max-bytes"),
-            max_delay_s=None if max_delay is None else parse_duration(max_delay, "--max-delay"),
-        ),
-    )
-    found = plans(situation, top)
-    if plot is not None:
+    if output.plot is not None:
+        writable_file("--plot", output.plot, suffixes=(".png", ".svg"))
+    situation = _situation(model, system, task, limits)
+    found = plans(situation, output.top)
+    if output.plot is not None:
         from deploy.console_output.plan_chart import draw_plan
 
-        draw_plan(situation, plot)
-        print(f"written: {plot}", file=sys.stderr)
-    if as_json:
+        draw_plan(situation, output.plot)
+        print(f"written: {output.plot}", file=sys.stderr)
+    if output.as_json:
         print(json_text(_plan_json(situation, found)))
     elif found:
         console = Console(emoji=False)
@@ -114,6 +130,27 @@ def plan(
     if not found:
         print(_nothing(situation), file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _situation(model: str, system: SystemOptions, task: TaskOptions, limits: ConstraintOptions) -> Situation:
+    """What the options describe. Raises `ConfigError`, `UnknownNameError`."""
+    base = load_profile(system.profile)
+    rows = {
+        role: _platform(base if given is None else given, role, model)
+        for role, given in ((Role.DEVICE, system.device), (Role.EDGE, system.edge), (Role.CLOUD, system.cloud))
+    }
+    on_device, size = rows[Role.DEVICE], task.input_size
+    return Situation(
+        device=on_device,
+        edge=_matching(on_device, rows[Role.EDGE]),
+        cloud=_matching(on_device, rows[Role.CLOUD]),
+        link1_bps=base.link1_bps if system.link1 is None else parse_rate(system.link1, "--link1"),
+        link2_bps=base.link2_bps if system.link2 is None else parse_rate(system.link2, "--link2"),
+        samples=task.samples,
+        objective=task.objective,
+        input_bytes=base.input_bytes.get(model) if size is None else parse_size(size, "--input-size"),
+        constraints=limits.constraints(on_device),
+    )
 
 
 def _platform(source: PlatformProfiles | str, role: Role, model: str) -> ModelProfile:

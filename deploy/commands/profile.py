@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,39 +10,52 @@ import typer
 from rich.console import Console
 
 from deploy.console_output.model_loading import (
-    InputShapes,
+    FileOptions,
     Json,
     ModelArgument,
-    Sha256,
-    SignatureName,
     Threads,
     load,
     print_json,
     progress_bar,
 )
 from deploy.console_output.model_tables import profile_table
+from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.profile_chart import draw_profile
 from stages.models.files.cache import write_whole
 from stages.models.profiler import measure_steadily, measuring_alone, remember
 
 
-def profile(
-    model: ModelArgument,
-    num_threads: Threads = 1,
-    num_runs: Annotated[int, typer.Option(min=1, help="Timed runs of the whole and of every layer.")] = 10,
-    warmup_runs: Annotated[int, typer.Option(min=0, help="Untimed runs before the timed ones.")] = 2,
+@dataclass(frozen=True, kw_only=True)
+class TimingOptions:
+    """How layers are timed."""
+
+    num_threads: Threads = 1
+    num_runs: Annotated[int, typer.Option(min=1, help="Timed runs of the whole and of every layer.")] = 10
+    warmup_runs: Annotated[int, typer.Option(min=0, help="Untimed runs before the timed ones.")] = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOutput:
+    """Where a profile is written, and its name."""
+
     out: Annotated[
         Path | None,
         typer.Option(help="Write the profile to this JSON file, and a chart beside it.", dir_okay=False),
-    ] = None,
+    ] = None
     chart: Annotated[
         Path | None, typer.Option(help="Write a bar chart to this file (.png, .svg or .pdf).", dir_okay=False)
-    ] = None,
-    platform: Annotated[str, typer.Option(help="Name of this machine in the profile.")] = "this machine",
+    ] = None
+    platform: Annotated[str, typer.Option(help="Name of this machine in the profile.")] = "this machine"
+
+
+@with_option_groups
+def profile(
+    model: ModelArgument,
+    timing: TimingOptions,
+    output: ProfileOutput,
     as_json: Json = False,
-    sha256: Sha256 = None,
-    signature: SignatureName = None,
-    input_shape: InputShapes = None,
+    *,
+    file: FileOptions,
 ) -> None:
     """Measure the time and output size of every layer of a model on this machine.
 
@@ -50,7 +64,7 @@ def profile(
 
     Example: `deepar profile lenet --num-threads 2 --out here.json`
     """
-    loaded = load(model, sha256, signature, input_shape)
+    loaded = load(model, file)
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
 
     def say(line: str) -> None:
@@ -59,17 +73,18 @@ def profile(
     with measuring_alone(say), progress_bar(f"profiling {loaded.name}") as bar:
         found = measure_steadily(
             loaded,
-            num_threads=num_threads,
-            num_runs=num_runs,
-            warmup_runs=warmup_runs,
+            num_threads=timing.num_threads,
+            num_runs=timing.num_runs,
+            warmup_runs=timing.warmup_runs,
             step=lambda what, done, total: bar(done, total, what),
             say=say,
         )
-        remember(found, num_threads=num_threads, say=say)
-    profiled = found.profile(platform)
+        remember(found, num_threads=timing.num_threads, say=say)
+    profiled = found.profile(output.platform)
+    out = output.out
     if out is not None:
         write_whole(out.absolute(), [profiled.model_dump_json(indent=2).encode() + b"\n"])
-    chart = chart or (out.with_suffix(".png") if out is not None else None)
+    chart = output.chart or (out.with_suffix(".png") if out is not None else None)
     if chart is not None:
         draw_profile(found, profiled, chart)
     if not as_json:
@@ -94,13 +109,13 @@ def profile(
     print_json(
         {
             "model": loaded.name,
-            "platform": platform,
+            "platform": output.platform,
             "whole_s": found.whole_s,
             "sum_of_slices_s": found.sum_of_slices_s,
             "agrees": found.agrees,
             "layers": rows,
-            "num_threads": num_threads,
-            "num_runs": num_runs,
+            "num_threads": timing.num_threads,
+            "num_runs": timing.num_runs,
             "files": [str(path) for path in (out, chart) if path is not None],
         }
     )

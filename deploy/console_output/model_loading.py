@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from zipfile import BadZipFile
@@ -28,17 +29,25 @@ ModelArgument = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Sha256 = Annotated[str | None, typer.Option("--sha256", help="Expected SHA-256 of the file; another hash is an error.")]
-SignatureName = Annotated[
-    str | None, typer.Option("--signature", help="Signature to use. [default: the main subgraph's]")
-]
-InputShapes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input-shape", metavar="NAME=1x1280", help="Shape of an input that the file leaves open; repeatable."
-    ),
-]
 Threads = Annotated[int, typer.Option(min=1, max=64, help="Number of threads for one inference.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """What to expect of a model file, and what to choose in it."""
+
+    sha256: Annotated[
+        str | None, typer.Option("--sha256", help="Expected SHA-256 of the file; another hash is an error.")
+    ] = None
+    signature: Annotated[
+        str | None, typer.Option("--signature", help="Signature to use. [default: the main subgraph's]")
+    ] = None
+    input_shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input-shape", metavar="NAME=1x1280", help="Shape of an input that the file leaves open; repeatable."
+        ),
+    ] = None
 
 
 def print_json(report: dict[str, Any]) -> None:
@@ -46,11 +55,11 @@ def print_json(report: dict[str, Any]) -> None:
     sys.stdout.write(json_text(report) + "\n")
 
 
-def load(model: str, sha256: str | None, signature: str | None = None, input_shapes: list[str] | None = None) -> Model:
-    """The model, with a bar while it is generated, copied or hashed."""
-    choice = Choice(signature, parse_shapes(input_shapes or ()))
+def load(model: str, options: FileOptions) -> Model:
+    """Load a model, with a progress bar while it is generated, copied or hashed."""
+    choice = Choice(options.signature, parse_shapes(options.input_shape or ()))
     with progress_bar("loading") as bar:
-        return load_model(model, lambda what, done, total: bar(done, total, what), sha256=sha256, choice=choice)
+        return load_model(model, lambda what, done, total: bar(done, total, what), sha256=options.sha256, choice=choice)
 
 
 @contextmanager
