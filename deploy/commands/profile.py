@@ -22,7 +22,7 @@ from deploy.console_output.model_tables import profile_table
 from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.profile_chart import draw_profile
 from stages.models.files.cache import write_whole
-from stages.models.profiler import measure_steadily, measuring_alone, remember
+from stages.models.profiler import ProfileCache, measure_steadily, measuring_alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def profile(
             step=lambda what, done, total: bar(done, total, what),
             say=say,
         )
-        remember(found, num_threads=timing.num_threads, say=say)
+        ProfileCache().store(found, num_threads=timing.num_threads, say=say)
     profiled = found.profile(output.platform)
     out = output.out
     if out is not None:

@@ -102,13 +102,14 @@ def read_model(
     progress: Progress | None = None,
     trusted: bool = False,
     choice: Choice | None = None,
+    in_memory_bytes: int = KEPT_IN_MEMORY_BYTES,
 ) -> Model:
     """Reads, hashes and validates a model file, and runs it once in a process of its own unless it is `trusted`.
 
-    `choice` selects a signature and input shapes. A signature outside the main subgraph changes the model's name to
-    `NAME.SIGNATURE`. Raises `UnknownNameError` or `ConfigError` if the file does not offer the choice, and `ModelError` if
-    the file is missing, unreadable, not a model, truncated, inconsistent, too large for a flatbuffer, or its hash is not
-    `sha256`.
+    A file larger than `in_memory_bytes` is copied to the cache and mapped. `choice` selects a signature and input shapes. A
+    signature outside the main subgraph changes the model's name to `NAME.SIGNATURE`. Raises `UnknownNameError` or
+    `ConfigError` if the file does not offer the choice, and `ModelError` if the file is missing, unreadable, not a model,
+    truncated, inconsistent, too large for a flatbuffer, or its hash is not `sha256`.
     """
     shown = str(path)
     try:
@@ -125,7 +126,7 @@ def read_model(
             raise ModelError(shown, f"has {status.st_size} bytes, too few for a model")
         data: ModelBytes
         kept: Path | None = None
-        if status.st_size <= KEPT_IN_MEMORY_BYTES:
+        if status.st_size <= in_memory_bytes:
             data = b"".join(iter(lambda: file.read(PIECE_BYTES), b""))
             digest = hashlib.sha256(data).hexdigest()
         else:

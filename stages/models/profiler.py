@@ -17,7 +17,7 @@ import hashlib
 import platform as machine
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -115,9 +115,11 @@ def measure(
     warmup_runs: int = 1,
     seed: int = 0,
     step: Step | None = None,
+    sandbox: Sandbox | None = None,
 ) -> Measurement:
     """Times the whole model and every layer, `num_runs` times each after `warmup_runs`.
 
+    `sandbox` admits each layer before it runs; the default is a new one.
     Raises `ModelError` if the model cannot run here, and `ConfigError` for numbers below 1 (below 0 for `warmup_runs`).
     """
     if num_runs < 1 or warmup_runs < 0 or num_threads < 1:
@@ -139,7 +141,7 @@ def measure(
     del whole
 
     rows: list[LayerTime] = []
-    with Sandbox(model) as sandbox:
+    with sandbox or Sandbox(model) as sandbox:
         for number, (begin, end) in enumerate(pairwise(bounds), start=1):
             layers = graph.layers[begin:end]
             if step is not None:
@@ -163,6 +165,10 @@ def measure(
     return Measurement(model, whole_s, whole_spread_s, tuple(rows))
 
 
+Measure = Callable[..., Measurement]
+"""Takes one measurement of a model, with the parameters of `measure`."""
+
+
 def measure_steadily(
     model: Model,
     *,
@@ -171,14 +177,15 @@ def measure_steadily(
     warmup_runs: int = 1,
     step: Step | None = None,
     say: Say | None = None,
+    take: Measure = measure,
 ) -> Measurement:
-    """Repeats `measure` until the whole and the sum of its slices agree, at most `MAX_TRIES` times.
+    """Repeats the measurement `take` until the whole and the sum of its slices agree, at most `MAX_TRIES` times.
 
     Several measurements are combined by their shortest times. If they never agree, `say` receives a warning.
     """
 
     def once() -> Measurement:
-        return measure(model, num_threads=num_threads, num_runs=num_runs, warmup_runs=warmup_runs, step=step)
+        return take(model, num_threads=num_threads, num_runs=num_runs, warmup_runs=warmup_runs, step=step)
 
     found = once()
     for _ in range(MAX_TRIES - 1):
@@ -223,49 +230,61 @@ def profile_model(
 
 
 def machine_profile(
-    model: Model, *, num_threads: int = 1, remeasure: bool = False, say: Say | None = None
+    model: Model,
+    *,
+    num_threads: int = 1,
+    remeasure: bool = False,
+    say: Say | None = None,
+    cache: ProfileCache | None = None,
+    take: Measure = measure,
 ) -> ModelProfile:
-    """The profile of this machine from the cache, measured if it is missing or `remeasure` is set.
-
-    The cache key is the processor's name, the thread count, the model's hash, the runtime's version and `METHOD`.
-    """
-    if not remeasure and (known := _remembered(model, num_threads)) is not None:
+    """The profile of this machine from the `cache`, measured with `take` if it is missing or `remeasure` is set."""
+    cache = cache or ProfileCache()
+    if not remeasure and (known := cache.find(model, num_threads)) is not None:
         return known
     with measuring_alone(say):
-        if not remeasure and (known := _remembered(model, num_threads)) is not None:
+        if not remeasure and (known := cache.find(model, num_threads)) is not None:
             return known  # measured by the process that held the lock
         if say is not None:
             say(f"measuring {model.name} on this machine" + ("" if remeasure else ", once"))
-        found = measure_steadily(model, num_threads=num_threads, num_runs=5, say=say)
-        return remember(found, num_threads=num_threads, say=say)
+        found = measure_steadily(model, num_threads=num_threads, num_runs=5, say=say, take=take)
+        return cache.store(found, num_threads=num_threads, say=say)
 
 
-def remember(found: Measurement, *, num_threads: int, say: Say | None = None) -> ModelProfile:
-    """Stores a measurement as the profile of this machine; `say` receives a warning if the cache cannot be written."""
-    profile = found.profile(_processor())
-    try:
-        write_whole(
-            _profile_path(found.model, num_threads), [profile.model_dump_json(indent=2).encode()], durable=False
+@dataclass(frozen=True, slots=True)
+class ProfileCache:
+    """The stored profiles of this user.
+
+    The key is the processor's name, the thread count, the model's hash, the runtime's version and the method's version.
+    """
+
+    processor: str = field(default_factory=lambda: _processor())
+    method: int = METHOD
+
+    def store(self, found: Measurement, *, num_threads: int, say: Say | None = None) -> ModelProfile:
+        """Stores a measurement as the profile of this machine; `say` receives a warning if the cache cannot be written."""
+        profile = found.profile(self.processor)
+        path = self._path(found.model, num_threads)
+        try:
+            write_whole(path, [profile.model_dump_json(indent=2).encode()], durable=False)
+        except ModelError as error:
+            if say is not None:
+                say(f"the profile was not stored: {error}")
+        return profile
+
+    def find(self, model: Model, num_threads: int) -> ModelProfile | None:
+        """The stored profile of a model, under the model's present name; None if there is none."""
+        with contextlib.suppress(OSError, ValueError):
+            found = ModelProfile.model_validate_json(self._path(model, num_threads).read_bytes())
+            if found.sha256 == model.sha256:
+                return found.model_copy(update={"model": model.name})
+        return None
+
+    def _path(self, model: Model, num_threads: int) -> Path:
+        known_by = "\n".join(
+            [str(self.method), self.processor, str(num_threads), model.sha256, metadata.version("ai-edge-litert")]
         )
-    except ModelError as error:
-        if say is not None:
-            say(f"the profile was not stored: {error}")
-    return profile
-
-
-def _remembered(model: Model, num_threads: int) -> ModelProfile | None:
-    with contextlib.suppress(OSError, ValueError):
-        found = ModelProfile.model_validate_json(_profile_path(model, num_threads).read_bytes())
-        if found.sha256 == model.sha256:
-            return found.model_copy(update={"model": model.name})
-    return None
-
-
-def _profile_path(model: Model, num_threads: int) -> Path:
-    known_by = "\n".join(
-        [str(METHOD), _processor(), str(num_threads), model.sha256, metadata.version("ai-edge-litert")]
-    )
-    return cache_dir("profiles") / f"{model.name}-{hashlib.sha256(known_by.encode()).hexdigest()[:16]}.json"
+        return cache_dir("profiles") / f"{model.name}-{hashlib.sha256(known_by.encode()).hexdigest()[:16]}.json"
 
 
 def _median_and_spread(times_s: list[float]) -> tuple[float, float]:

@@ -24,10 +24,12 @@ from typing import IO, Any, Self
 
 from bus.errors import ModelError
 from stages.models.model import Model
-from stages.models.runtime.trial_run import LONGEST_S, child_environment, findings_file, last_words, trial_folder
+from stages.models.runtime.trial_run import ChildProgram, child_environment, findings_file, last_words, trial_folder
 from stages.models.slicer import SlicedPart
 
-CHILD = "from stages.models.runtime.trial_child import slices; slices()"
+SLICES = ChildProgram("from stages.models.runtime.trial_child import slices; slices()")
+"""Runs each slice that it receives."""
+
 STARTING = "starting"
 
 
@@ -37,8 +39,8 @@ class Sandbox:
     Slices of a trusted model skip the child. Passed slices are recorded in the cache. `admit` is thread-safe.
     """
 
-    def __init__(self, model: Model, *, delegate: bool = True) -> None:
-        self._model, self._delegate = model, delegate
+    def __init__(self, model: Model, *, delegate: bool = True, program: ChildProgram = SLICES) -> None:
+        self._model, self._delegate, self._program = model, delegate, program
         self._turn = threading.Lock()
         self._child: _Child | None = None
         self._indices = {} if model.trusted else {name: index for index, name in enumerate(model.graph.names)}
@@ -81,7 +83,7 @@ class Sandbox:
 
     def _run(self, part: SlicedPart, source: Path | bytes) -> None:
         if self._child is None:
-            self._child = _Child(self._model)
+            self._child = _Child(self._model, self._program)
         reads = [self._indices[name] for name in part.reads]
         fault = self._child.run(source, reads, self._delegate)
         if fault is not None:
@@ -98,11 +100,12 @@ class Sandbox:
 class _Child:
     """The running process: one line of JSON in each direction per slice."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, program: ChildProgram) -> None:
+        self._longest_s = program.longest_s
         self._files = contextlib.ExitStack()
         self._complaints = self._files.enter_context(_scratch_file())
         self._process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(self._files.enter_context(_file_of(model.source)))],
+            [sys.executable, "-c", program.code, str(self._files.enter_context(_file_of(model.source)))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,
@@ -126,7 +129,7 @@ class _Child:
         assert words is not None
         with selectors.DefaultSelector() as selector:
             selector.register(words, selectors.EVENT_READ)
-            while selector.select(LONGEST_S):
+            while selector.select(self._longest_s):
                 line = words.readline()
                 if not line:
                     break
@@ -136,7 +139,7 @@ class _Child:
                         return None
                     doing = str(word["doing"])
             else:
-                return f"did not end within {LONGEST_S:.0f} s while {doing}"
+                return f"did not end within {self._longest_s:.0f} s while {doing}"
         returncode = self._process.wait()
         if returncode < 0:
             return f"died of {signal.Signals(-returncode).name} while {doing}"

@@ -21,6 +21,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -54,6 +55,15 @@ PROCESS_BYTES = 80 << 20
 """Memory of the Python interpreter, the libraries and the allocator; subtracted from a large model's activation allowance."""
 
 Say: TypeAlias = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """How much memory a store may use."""
+
+    budget_bytes: int | None = None  # of all pieces; None derives it from the model
+    in_memory_bytes: int = IN_MEMORY_BYTES  # the largest piece without a file
+    joined_bytes: int = JOINED_BYTES  # of all joined pieces
 
 
 class Segment:
@@ -127,22 +137,26 @@ class Segment:
 class SegmentStore:
     """The pieces of one model in one process; all methods are thread-safe.
 
-    Each piece has at most `replicas` interpreters, for as many parallel tasks, if the budget allows. `budget_bytes` limits
-    the memory of all pieces; pieces of a segment in use are loaded even beyond it. The default is the size of the weights
-    (twice with the delegate, which repacks them) plus a fifth for activations, less the memory of the process itself.
+    Each piece has at most `replicas` interpreters, for as many parallel tasks, if the budget allows.
+    `limits.budget_bytes` limits the memory of all pieces; pieces of a segment in use are loaded even beyond it. The default
+    is the size of the weights (twice with the delegate, which repacks them) plus a fifth for activations, less the memory of
+    the process itself. `sandbox` admits each piece before it is loaded; the default is a new one.
     """
 
     def __init__(
         self,
         model: Model,
         folder: Path | None = None,
-        budget_bytes: int | None = None,
+        limits: StoreLimits | None = None,
         *,
         num_threads: int = 1,
         replicas: int = 1,
         delegate: bool = True,
+        sandbox: Sandbox | None = None,
     ) -> None:
-        if model.size_bytes > IN_MEMORY_BYTES:
+        self._limits = limits or StoreLimits()
+        self.small = model.size_bytes <= IN_MEMORY_BYTES
+        if not self.small:
             map_large_blocks()
         self.model = model
         self.stateful = model.graph.stateful
@@ -152,14 +166,13 @@ class SegmentStore:
         self._weight_factor = 2 if delegate else 1
         spare_bytes = max(SPARE_BYTES, model.size_bytes // 5 - PROCESS_BYTES)
         default_bytes = self._weight_factor * model.size_bytes + spare_bytes
-        self.budget_bytes = default_bytes if budget_bytes is None else budget_bytes
-        self._sandbox = Sandbox(model, delegate=delegate)
+        self.budget_bytes = default_bytes if self._limits.budget_bytes is None else self._limits.budget_bytes
+        self._sandbox = sandbox or Sandbox(model, delegate=delegate)
         self._bounds: list[int] = sorted({0, *useful_positions(model.manifest), model.graph.depth})
         self._asked: OrderedDict[int, None] = OrderedDict()  # bounds added by `prepare`, least recently used first
         self._pieces: OrderedDict[tuple[int, int], LoadedPiece] = OrderedDict()  # least recently used first
         self._joined: OrderedDict[tuple[int, int], LoadedPiece] = OrderedDict()  # small segments, oldest first
         self._segments: weakref.WeakSet[Segment] = weakref.WeakSet()  # in use
-        self.small = model.size_bytes <= IN_MEMORY_BYTES
         self.changes = 0  # counts changes of bounds and pieces; a segment with another count looks up its pieces again
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"prepare-{model.name}")
         self._looking = threading.Lock()  # guards the tables above; held briefly
@@ -298,7 +311,7 @@ class SegmentStore:
         piece = self._load(begin, end)
         with self._looking:
             self._joined[begin, end] = piece
-            while sum(other.size_bytes * other.loaded for other in self._joined.values()) > JOINED_BYTES:
+            while sum(other.size_bytes * other.loaded for other in self._joined.values()) > self._limits.joined_bytes:
                 self._joined.popitem(last=False)
             self.changes += 1
 
@@ -374,7 +387,7 @@ class SegmentStore:
     def _load(self, begin: int, end: int) -> LoadedPiece:
         part = slice_model(self.model, begin + 1, end)
         source: Path | bytes
-        small = part.size_bytes <= IN_MEMORY_BYTES
+        small = part.size_bytes <= self._limits.in_memory_bytes
         if small:
             source = part.to_bytes()
         else:

@@ -125,16 +125,18 @@ def verify(
     num_threads: int = 1,
     delegate: bool = True,
     step: Step | None = None,
+    sandbox: Sandbox | None = None,
 ) -> Report:
     """Runs the whole model and the parts of every pair on every sample, and compares their outputs.
 
+    `sandbox` admits the parts before they run; the default is a new one.
     Raises `ModelError` if the whole model cannot run, for example without a kernel, and `CutError` for a blocked position.
     """
     limit = runnable_depth(model)
     pairs = [pair for pair in pairs if pair[1] <= limit]
     worst: Pair | None = None
     largest, differing = 0.0, []
-    with Sandbox(model, delegate=delegate) as sandbox:
+    with sandbox or Sandbox(model, delegate=delegate) as sandbox:
         bench = _Bench(model, num_threads, delegate, limit, sandbox)
         wanted = bench.whole(samples)
         for done, pair in enumerate(pairs):

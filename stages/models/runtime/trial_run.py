@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,27 @@ LONGEST_S = 30.0
 TRIAL_VERSION = 3
 """Version of the child's report. Increase it when the report changes, so that cached findings are replaced."""
 
-CHILD = "from stages.models.runtime.trial_child import main; main()"
+
+@dataclass(frozen=True, slots=True)
+class ChildProgram:
+    """The Python code that a child process runs, and its time limit."""
+
+    code: str
+    longest_s: float = LONGEST_S  # from the start of a run to its answer
 
 
-def trial(source: Path | bytes, sha256: str, shown: str) -> RuntimeFacts:
+WHOLE_MODEL = ChildProgram("from stages.models.runtime.trial_child import main; main()")
+"""Runs the whole model."""
+
+
+def trial(source: Path | bytes, sha256: str, shown: str, child: ChildProgram = WHOLE_MODEL) -> RuntimeFacts:
     """The findings of a trial run, from the cache if possible. Raises `ModelError` if the run fails."""
     path = findings_file(sha256, "json")
     found: dict[str, Any] | None = None
     with contextlib.suppress(OSError, ValueError):
         found = json.loads(path.read_bytes())
     if found is None:
-        found = _run(source, shown)
+        found = _run(source, child)
         if not found.get("passing"):
             write_whole(path, [json.dumps(found).encode()], durable=False)
     if found.get("fault"):
@@ -51,7 +62,7 @@ def trial(source: Path | bytes, sha256: str, shown: str) -> RuntimeFacts:
     )
 
 
-def _run(source: Path | bytes, shown: str) -> dict[str, Any]:
+def _run(source: Path | bytes, child: ChildProgram) -> dict[str, Any]:
     """Runs the child and returns its report."""
     with contextlib.ExitStack() as stack:
         if isinstance(source, bytes):
@@ -61,15 +72,15 @@ def _run(source: Path | bytes, shown: str) -> dict[str, Any]:
             source = Path(file.name)
         try:
             done = subprocess.run(
-                [sys.executable, "-P", "-c", CHILD, str(source)],
+                [sys.executable, "-P", "-c", child.code, str(source)],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                timeout=LONGEST_S,
+                timeout=child.longest_s,
                 check=False,
                 env=child_environment(os.environ),
             )
         except subprocess.TimeoutExpired:
-            return {"fault": f"a trial run did not end within {LONGEST_S:.0f} s", "passing": True}
+            return {"fault": f"a trial run did not end within {child.longest_s:.0f} s", "passing": True}
     report: dict[str, Any] = {}
     for line in done.stdout.splitlines():
         with contextlib.suppress(ValueError):

@@ -19,7 +19,7 @@ from bus.errors import CutError, DeeparError, ModelError
 from stages.models.files.flatbuffer_writer import tflite_bytes
 from stages.models.files.validation import validated
 from stages.models.model import Model
-from stages.models.runtime import trial_run as trial_module
+from stages.models.runtime.trial_run import ChildProgram, trial
 from stages.models.slicer import slice_model
 from stages.models.verify import pairs_of, random_inputs, verify
 from stages.zoo import load_model
@@ -200,15 +200,11 @@ def blockwise_details(model: schema.ModelT) -> schema.BlockwiseQuantizationT:
         ("blockSize", 64, "6,144 elements with 192 scales for blocks of 64"),
     ],
 )
-def test_quantisation_details_name_constants_that_are_there(
-    field: str, value: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Refused before anything runs: the trial would end with another fault."""
-    monkeypatch.setattr(trial_module, "CHILD", "import sys; sys.exit(1)")
-    path = tmp_path / "broken.tflite"
-    path.write_bytes(edited(built_models.blockwise, lambda m: setattr(blockwise_details(m), field, value)))
+def test_quantisation_details_name_constants_that_are_there(field: str, value: int, words: str) -> None:
+    """The validation, which runs nothing, rejects the file; a trial run would end with another fault."""
+    content = edited(built_models.blockwise, lambda m: setattr(blockwise_details(m), field, value))
     with pytest.raises(ModelError, match=words):
-        load_model(path)
+        validated(content, "broken.tflite")
 
 
 @pytest.mark.parametrize("where", ["model", "tensor"])
@@ -273,17 +269,14 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_that_kills_the_runtime_kills_only_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "model.tflite"
-    path.write_bytes(built_models.random_numbers().to_bytes())
+    content = built_models.random_numbers().to_bytes()
     monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path / "cache"))  # another test may have tried this model already
-    monkeypatch.setattr(trial_module, "CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    crash = ChildProgram("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(ModelError, match=r"model\.tflite: a trial run died of SIGSEGV while starting"):
-        load_model(path)
-    monkeypatch.setattr(trial_module, "CHILD", "import time; time.sleep(60)")
-    monkeypatch.setattr(trial_module, "LONGEST_S", 0.3)
+        trial(content, "0" * 64, "model.tflite", crash)
     with pytest.raises(ModelError, match="did not end within"):
-        load_model(path)
-    monkeypatch.undo()
+        trial(content, "0" * 64, "model.tflite", ChildProgram("import time; time.sleep(60)", longest_s=0.3))
+    assert trial(content, "0" * 64, "model.tflite").shapes
 
 
 def test_a_stride_of_zero_is_refused_by_the_trial(tmp_path: Path) -> None:
@@ -303,4 +296,4 @@ def test_a_folder_of_the_users_called_stages_is_not_taken_for_ours(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path / "cache"))
     content = (Path(stages.__file__).parent / "data" / "lenet.tflite").read_bytes()
-    assert trial_module.trial(content, "0" * 64, "lenet").shapes
+    assert trial(content, "0" * 64, "lenet").shapes

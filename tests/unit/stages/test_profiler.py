@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import pytest
 
 from bus.errors import ConfigError
 from bus.values import ModelProfile
-from stages.models import profiler
 from stages.models.model import Model
 from stages.models.profiler import (
     MAX_TRIES,
+    METHOD,
     Measurement,
+    ProfileCache,
     machine_profile,
     measure,
     measure_steadily,
@@ -74,8 +74,7 @@ def test_this_machine_is_measured_once(lenet: Model, tmp_path: Path, monkeypatch
     assert machine_profile(lenet, say=said.append) == first
     assert said == ["measuring lenet on this machine, once"]
     assert ModelProfile.model_validate_json(first.model_dump_json()) == first
-    monkeypatch.setattr(profiler, "_processor", lambda: "another")
-    machine_profile(lenet, say=said.append)
+    machine_profile(lenet, say=said.append, cache=ProfileCache(processor="another"))
     machine_profile(lenet, num_threads=2, say=said.append)
     assert len(said) == 3
 
@@ -88,8 +87,7 @@ def test_a_profile_of_another_way_of_measuring_is_measured_again(
     machine_profile(lenet, say=said.append)
     machine_profile(lenet, say=said.append)
     assert len(said) == 1
-    monkeypatch.setattr(profiler, "METHOD", profiler.METHOD + 1)
-    machine_profile(lenet, say=said.append)
+    machine_profile(lenet, say=said.append, cache=ProfileCache(method=METHOD + 1))
     assert len(said) == 2
 
 
@@ -107,48 +105,45 @@ def slower(quiet: Measurement, *, whole: float = 1.0, **by_layer: float) -> Meas
     return replace(quiet, whole_s=quiet.whole_s * whole, layers=layers)
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, *found: Measurement) -> list[Measurement]:
-    """Measurements to come, in this order, the last one again and again; returns those that were taken."""
-    taken: list[Measurement] = []
+class ScriptedMeasure:
+    """Stands in for `measure`: returns the given measurements in order, then the last one repeatedly."""
 
-    def next_one(*args: object, **more: object) -> Measurement:
-        taken.append(found[min(len(taken), len(found) - 1)])
-        return taken[-1]
+    def __init__(self, *script: Measurement) -> None:
+        self.script = script
+        self.calls = 0
 
-    monkeypatch.setattr(profiler, "measure", next_one)
-    return taken
+    def __call__(self, model: Model, **options: object) -> Measurement:
+        self.calls += 1
+        return self.script[min(self.calls, len(self.script)) - 1]
 
 
-def test_a_measurement_that_agrees_is_taken(lenet: Model, quiet: Measurement, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = scripted(monkeypatch, slower(quiet, whole=1.2))
-    assert measure_steadily(lenet).whole_s == pytest.approx(1.2 * quiet.whole_s)
-    assert len(taken) == 1
+def test_a_measurement_that_agrees_is_taken(lenet: Model, quiet: Measurement) -> None:
+    take = ScriptedMeasure(slower(quiet, whole=1.2))
+    assert measure_steadily(lenet, take=take).whole_s == pytest.approx(1.2 * quiet.whole_s)
+    assert take.calls == 1
 
 
 def test_a_measurement_that_was_disturbed_is_repeated_and_what_was_not_is_kept(
-    lenet: Model, quiet: Measurement, monkeypatch: pytest.MonkeyPatch
+    lenet: Model, quiet: Measurement
 ) -> None:
     said: list[str] = []
-    taken = scripted(
-        monkeypatch,
+    take = ScriptedMeasure(
         slower(quiet, whole=2.7),
         slower(quiet, whole=3.0, conv_1=9.0),
         slower(quiet, whole=1.1, conv_2=9.0, fc_1=9.0),
     )
-    found = measure_steadily(lenet, say=said.append)
-    assert len(taken) == 3
+    found = measure_steadily(lenet, say=said.append, take=take)
+    assert take.calls == 3
     assert found.whole_s == pytest.approx(1.1 * quiet.whole_s)
     assert found.layers == quiet.layers
     assert not said
 
 
-def test_measurements_that_never_agree_are_said_and_bounded(
-    lenet: Model, quiet: Measurement, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measurements_that_never_agree_are_said_and_bounded(lenet: Model, quiet: Measurement) -> None:
     said: list[str] = []
-    taken = scripted(monkeypatch, slower(quiet, whole=2.0), slower(quiet, whole=1.9), slower(quiet, whole=2.5))
-    found = measure_steadily(lenet, say=said.append)
-    assert len(taken) == MAX_TRIES
+    take = ScriptedMeasure(slower(quiet, whole=2.0), slower(quiet, whole=1.9), slower(quiet, whole=2.5))
+    found = measure_steadily(lenet, say=said.append, take=take)
+    assert take.calls == MAX_TRIES
     assert found.whole_s == pytest.approx(1.9 * quiet.whole_s)
     (line,) = said
     assert "uncertain" in line
@@ -159,10 +154,11 @@ def test_a_noisy_profile_can_be_measured_again(
     lenet: Model, quiet: Measurement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path))
-    scripted(monkeypatch, slower(quiet, whole=2.7, **{row.name: 2.7 for row in quiet.layers}), quiet)
-    assert machine_profile(lenet).whole_s == machine_profile(lenet).whole_s == pytest.approx(2.7 * quiet.whole_s)
-    assert machine_profile(lenet, remeasure=True).whole_s == quiet.whole_s
-    assert machine_profile(lenet).whole_s == quiet.whole_s
+    take = ScriptedMeasure(slower(quiet, whole=2.7, **{row.name: 2.7 for row in quiet.layers}), quiet)
+    for _ in range(2):
+        assert machine_profile(lenet, take=take).whole_s == pytest.approx(2.7 * quiet.whole_s)
+    assert machine_profile(lenet, remeasure=True, take=take).whole_s == quiet.whole_s
+    assert machine_profile(lenet, take=take).whole_s == quiet.whole_s
 
 
 def test_processes_that_start_together_measure_one_after_the_other(
@@ -183,7 +179,7 @@ def test_processes_that_start_together_measure_one_after_the_other(
         second.start()
         assert waits.wait(60)
         found = measure(lenet, num_runs=1)
-        profiler.remember(found, num_threads=1)
+        ProfileCache().store(found, num_threads=1)
     second.join(60)
     assert said == ["waiting for another process that is measuring this machine", f"{found.whole_s}"]
 
@@ -194,11 +190,11 @@ def test_a_profile_that_cannot_be_kept_is_used_all_the_same(
     """A full disk is no reason for a stage not to start."""
     monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path))
 
-    def full(*args: object, **more: object) -> Iterator[None]:
+    def full(*args: object, **more: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("stages.models.files.cache.tempfile.mkstemp", full)
-    monkeypatch.setattr(profiler, "locked", full)
+    (tmp_path / "profiles" / "measuring.lock").mkdir(parents=True)  # a folder, so the lock file cannot be opened
     said: list[str] = []
     assert machine_profile(lenet, say=said.append).layers == 7
     assert any("the disk is full" in line for line in said)

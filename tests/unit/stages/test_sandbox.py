@@ -10,9 +10,9 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from bus.errors import ModelError
-from stages.models import sandbox as sandbox_module
 from stages.models.model import Model
 from stages.models.profiler import measure
+from stages.models.runtime.trial_run import ChildProgram
 from stages.models.sandbox import Sandbox
 from stages.models.segments import SegmentStore
 from stages.models.slicer import slice_model
@@ -20,7 +20,8 @@ from stages.models.verify import random_inputs, verify
 from stages.zoo import load_model
 from tests.unit.stages import built_models
 
-DEATH = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+DEATH = ChildProgram("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+"""A child that crashes as soon as it starts."""
 
 
 @pytest.fixture
@@ -53,47 +54,60 @@ def test_a_slice_that_kills_the_runtime_is_an_error_that_names_its_layers(model:
         sandbox.admit(part, part.to_bytes())
 
 
-def prepared(model: Model) -> object:
-    return SegmentStore(model).prepare(1, 3)
+Work = Callable[[Model, Sandbox], object]
 
 
-def warmed(model: Model) -> object:
-    SegmentStore(model).warm()
+def prepared(model: Model, sandbox: Sandbox) -> object:
+    return SegmentStore(model, sandbox=sandbox).prepare(1, 3)
+
+
+def warmed(model: Model, sandbox: Sandbox) -> object:
+    SegmentStore(model, sandbox=sandbox).warm()
     return None
 
 
-def got(model: Model) -> object:
-    return SegmentStore(model).get(0, 4).run(random_inputs(model, np.random.default_rng(0)))
+def got(model: Model, sandbox: Sandbox) -> object:
+    return SegmentStore(model, sandbox=sandbox).get(0, 4).run(random_inputs(model, np.random.default_rng(0)))
 
 
-def verified(model: Model) -> object:
-    return verify(model, [(1, 3)], [random_inputs(model, np.random.default_rng(0))])
+def verified(model: Model, sandbox: Sandbox) -> object:
+    return verify(model, [(1, 3)], [random_inputs(model, np.random.default_rng(0))], sandbox=sandbox)
 
 
-def measured(model: Model) -> object:
-    return measure(model, num_runs=1)
+def measured(model: Model, sandbox: Sandbox) -> object:
+    return measure(model, num_runs=1, sandbox=sandbox)
 
 
 @pytest.mark.parametrize("work", [verified, measured, prepared, warmed, got])
-def test_everything_that_runs_slices_tries_them_first(
-    work: Callable[[Model], object], model: Model, monkeypatch: pytest.MonkeyPatch
+def test_everything_that_runs_slices_tries_them_first(work: Work, model: Model) -> None:
+    with pytest.raises(ModelError, match=r"a trial run of layers? .* died of SIGSEGV while starting"):
+        work(model, Sandbox(model, program=DEATH))
+    work(model, Sandbox(model))
+    work(model, Sandbox(model, program=DEATH))  # a slice that passed is not tried again by another sandbox
+
+
+@pytest.mark.parametrize(
+    ("work", "layers"),
+    [
+        (lambda model: SegmentStore(model).prepare(1, 3), (2, 3)),
+        (lambda model: verify(model, [(1, 3)], [random_inputs(model, np.random.default_rng(0))]), (2, 3)),
+        (lambda model: measure(model, num_runs=1), (2, 2)),
+    ],
+    ids=["prepared", "verified", "measured"],
+)
+def test_slices_are_tried_without_asking_for_it(
+    work: Callable[[Model], object], layers: tuple[int, int], model: Model
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(sandbox_module, "CHILD", DEATH)
-        with pytest.raises(ModelError, match=r"a trial run of layers? .* died of SIGSEGV while starting"):
-            work(model)
     work(model)
-    monkeypatch.setattr(sandbox_module, "CHILD", DEATH)
-    work(model)  # what was tried once is not tried again, in another sandbox either
+    part = slice_model(model, *layers)
+    Sandbox(model, program=DEATH).admit(part, part.to_bytes())
 
 
-def test_a_child_that_hangs_is_given_up(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox_module, "CHILD", "import time; time.sleep(60)")
-    monkeypatch.setattr(sandbox_module, "LONGEST_S", 0.2)
-    with Sandbox(model) as sandbox, pytest.raises(ModelError, match="layer 1 did not end within"):
+def test_a_child_that_hangs_is_given_up(model: Model) -> None:
+    sleeper = ChildProgram("import time; time.sleep(60)", longest_s=0.2)
+    with Sandbox(model, program=sleeper) as sandbox, pytest.raises(ModelError, match="layer 1 did not end within"):
         sandbox.admit(slice_model(model, 1, 1), slice_model(model, 1, 1).to_bytes())
 
 
-def test_deepar_s_own_models_are_not_tried(lenet: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox_module, "CHILD", DEATH)
-    verified(lenet)
+def test_deepar_s_own_models_are_not_tried(lenet: Model) -> None:
+    verified(lenet, Sandbox(lenet, program=DEATH))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bus.errors import ConfigError, CutError
-from stages.models import segments as segments_module
 from stages.models.model import Model
 from stages.models.runtime.litert import SegmentRunner
-from stages.models.segments import SegmentStore
-from stages.models.slicer import slice_model
+from stages.models.sandbox import Sandbox
+from stages.models.segments import SegmentStore, StoreLimits
+from stages.models.slicer import SlicedPart
 from stages.models.verify import random_inputs
 from stages.zoo import load_model
 from tests.unit.stages import built_models
@@ -51,19 +53,25 @@ def test_segments_that_overlap_share_their_pieces(lenet: Model, tmp_path: Path) 
 
 
 def test_a_small_segment_runs_as_one_piece_within_a_bound(
-    lenet: Model, sample: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lenet: Model, sample: list[np.ndarray], tmp_path: Path
 ) -> None:
-    store = store_of(lenet, tmp_path)
+    generous = store_of(lenet, tmp_path)
+    generous.prepare(0, 7)
+    whole = generous.joined(0, 7)
+    assert whole is not None
+    store = store_of(lenet, tmp_path, limits=StoreLimits(joined_bytes=whole.size_bytes))
     segment = store.prepare(0, 7)
     wanted = segment.run(sample)[0].tobytes()
     assert len(store.chain(0, 7)) > 1
     joined = store.joined(0, 7)
     assert joined is not None
-    monkeypatch.setattr(joined, "take", lambda may_grow: pytest.fail("the joined piece was let go"))
-    monkeypatch.setattr(segments_module, "JOINED_BYTES", joined.size_bytes)
+    unloaded = weakref.ref(joined)
+    del joined
     store.prepare(0, 6)
     assert store.joined(0, 7) is None
-    assert segment.run(sample)[0].tobytes() == wanted  # piece by piece
+    assert segment.run(sample)[0].tobytes() == wanted
+    gc.collect()
+    assert unloaded() is None  # the segment runs its pieces and no longer holds the joined one
 
 
 def test_useful_cuts_are_ready_after_warming_and_others_after_preparing(lenet: Model, tmp_path: Path) -> None:
@@ -84,7 +92,7 @@ def test_relaying_computes_nothing(lenet: Model, sample: list[np.ndarray], tmp_p
 
 
 def test_memory_is_bounded_and_what_is_in_use_stays(lenet: Model, sample: list[np.ndarray], tmp_path: Path) -> None:
-    store = store_of(lenet, tmp_path, budget_bytes=1)
+    store = store_of(lenet, tmp_path, limits=StoreLimits(budget_bytes=1))
     used = store.prepare(3, 5)
     for begin in range(7):
         store.prepare(begin, begin + 1).release()
@@ -98,7 +106,7 @@ def test_memory_is_bounded_and_what_is_in_use_stays(lenet: Model, sample: list[n
 
 
 def test_a_segment_whose_bound_was_given_up_still_runs(lenet: Model, sample: list[np.ndarray], tmp_path: Path) -> None:
-    store = store_of(lenet, tmp_path, budget_bytes=1)
+    store = store_of(lenet, tmp_path, limits=StoreLimits(budget_bytes=1))
     segment = store.prepare(0, 3)
     wanted = segment.run(sample)[0]
     segment.release()
@@ -108,21 +116,22 @@ def test_a_segment_whose_bound_was_given_up_still_runs(lenet: Model, sample: lis
     assert segment.run(sample)[0].tobytes() == wanted.tobytes()
 
 
-def test_running_tasks_do_not_wait_for_slicing(
-    lenet: Model, sample: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = store_of(lenet, tmp_path)
+def test_running_tasks_do_not_wait_for_slicing(lenet: Model, sample: list[np.ndarray], tmp_path: Path) -> None:
+    slicing, go_on = threading.Event(), threading.Event()
+    go_on.set()
+
+    class SlowSandbox(Sandbox):
+        def admit(self, part: SlicedPart, source: Path | bytes) -> None:
+            slicing.set()
+            assert go_on.wait(60)
+            super().admit(part, source)
+
+    store = store_of(lenet, tmp_path, sandbox=SlowSandbox(lenet))
     store.warm()
     running = store.prepare(0, 7)
     wanted = running.run(sample)[0]
-    slicing, go_on = threading.Event(), threading.Event()
-
-    def slow(model: Model, first: int, last: int) -> object:
-        slicing.set()
-        assert go_on.wait(60)
-        return slice_model(model, first, last)
-
-    monkeypatch.setattr(segments_module, "slice_model", slow)
+    slicing.clear()
+    go_on.clear()
     thread = threading.Thread(target=store.prepare, args=(1, 3))
     thread.start()
     assert slicing.wait(60)
@@ -160,19 +169,19 @@ def test_many_threads_get_the_same_answer(lenet: Model, sample: list[np.ndarray]
 
 
 def test_large_pieces_are_files_that_a_restart_finds_again(
-    lenet: Model, sample: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lenet: Model, sample: list[np.ndarray], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(segments_module, "IN_MEMORY_BYTES", 1000)
-    store = store_of(lenet, tmp_path)
+    limits = StoreLimits(in_memory_bytes=1000)
+    store = store_of(lenet, tmp_path, limits=limits)
     wanted = store.prepare(0, 7).run(sample)[0]
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "segments").glob("*.tflite")}
     assert files
-    again = store_of(lenet, tmp_path)
+    again = store_of(lenet, tmp_path, limits=limits)
     again.warm()
     assert {path: path.stat().st_mtime_ns for path in files} == files
     damaged = max(files, key=lambda path: path.stat().st_size)
     damaged.write_bytes(damaged.read_bytes()[:-4])  # cut short by something else
-    third = store_of(lenet, tmp_path)
+    third = store_of(lenet, tmp_path, limits=limits)
     assert third.prepare(0, 7).run(sample)[0].tobytes() == wanted.tobytes()
     third.prepare(2, 3)
     assert not (tmp_path / "segments" / "1-4.tflite").exists()

@@ -11,7 +11,7 @@ import pytest
 
 from bus.errors import ConfigError, ModelError, UnknownNameError
 from stages.models.files.cache import cache_dir, write_whole
-from stages.models.model import KEPT_IN_MEMORY_BYTES, Model, model_name, read_model
+from stages.models.model import Model, model_name, read_model
 from stages.models.runtime.litert import SegmentRunner
 from stages.zoo import digits, list_models, load_model
 from stages.zoo.networks import ALEXNET, DEEPFACE, LENET, NETWORKS, VGG16, build, seeded
@@ -154,14 +154,10 @@ def test_a_wrong_hash_is_refused(lenet: Model, tmp_path: Path) -> None:
         load_model("lenet", sha256="0" * 64)
 
 
-def test_a_large_file_is_used_from_a_copy_that_its_owner_cannot_change(
-    lenet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("stages.models.model.KEPT_IN_MEMORY_BYTES", 1000)
-    assert KEPT_IN_MEMORY_BYTES > 1000
+def test_a_large_file_is_used_from_a_copy_that_its_owner_cannot_change(lenet: Model, tmp_path: Path) -> None:
     path = tmp_path / "mine.tflite"
     path.write_bytes(bytes(lenet.data))
-    model = read_model(path, trusted=True)
+    model = read_model(path, trusted=True, in_memory_bytes=1000)
     path.write_bytes(b"something else")
     assert model.sha256 == lenet.sha256
     assert bytes(model.data[:]) == bytes(lenet.data)
