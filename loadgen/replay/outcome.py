@@ -20,6 +20,7 @@ from bus.messages import (
     TaskCompleted,
     TaskState,
 )
+from bus.region_tasks import RegionTasks
 from bus.values import Kind, Parts, Placement
 from loadgen.replay.schedule import Entry
 
@@ -76,11 +77,18 @@ class Outcome:
         """Kind of its placement in the paper's terms; "none" if it was never placed."""
         return "none" if self.placement is None else self.placement.kind.value
 
+    def place(self, placed: Placed, now_s: float) -> None:
+        """Take over the latest placement."""
+        self.placed_s, self.attempt, self.policy = now_s, placed.attempt, placed.policy
+        self.placement, self.predicted = placed.placement, placed.parts
+        self.predicted_delay_s, self.predicted_wait_s = placed.delay_s, placed.wait_s
+
 
 class Recorder:
     """Tracks the tasks of one replay. `outcomes` is in due order."""
 
     def __init__(self) -> None:
+        self._region = RegionTasks(follow_moves=False)
         self.outcomes: dict[str, Outcome] = {}
         self.submitted = 0  # tasks handed to the bus
         self.running = 0  # tasks that have started and not ended
@@ -105,22 +113,19 @@ class Recorder:
     def decide(self, decision: Decision, now_s: float) -> list[Outcome]:
         """Apply a valid decision. Returns the tasks of this replay that it ended."""
         over = []
-        for change in decision.changes:
-            task_id = getattr(change, "task_id", None)
-            outcome = self.outcomes.get(task_id) if task_id is not None else None
-            if outcome is None:
+        for change, task in self._region.apply(decision):
+            outcome = None if task is None else self.outcomes.get(task.task_id)
+            if task is None or outcome is None:
                 continue
+            outcome.attempt = task.attempt or 1
             if isinstance(change, Placed):
-                outcome.placed_s, outcome.attempt, outcome.policy = now_s, change.attempt, change.policy
-                outcome.placement, outcome.predicted = change.placement, change.parts
-                outcome.predicted_delay_s, outcome.predicted_wait_s = change.delay_s, change.wait_s
+                outcome.place(change, now_s)
             elif isinstance(change, Start):
-                if outcome.started_s is None:
-                    self.running += 1
-                outcome.started_s, outcome.attempt = now_s, change.attempt
+                self.running += outcome.started_s is None
+                outcome.started_s = now_s
             elif isinstance(change, Retried):
                 self.running -= outcome.started_s is not None
-                outcome.started_s, outcome.attempt = None, change.attempt
+                outcome.started_s = None
             elif isinstance(change, Ended) and (outcome.state is None or outcome.cause == NOT_ACKNOWLEDGED):
                 known = outcome.state is not None
                 outcome.state, outcome.cause = change.state, change.cause

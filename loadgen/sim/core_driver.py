@@ -121,10 +121,7 @@ class Drive:
         now_s, live = self.now_s, self._live
         for change in self.core.handle(event, now_s):
             if isinstance(change, Placed):
-                outcome = live[change.task_id]
-                outcome.placed_s, outcome.attempt, outcome.policy = now_s, change.attempt, change.policy
-                outcome.placement, outcome.predicted = change.placement, change.parts
-                outcome.predicted_delay_s, outcome.predicted_wait_s = change.delay_s, change.wait_s
+                live[change.task_id].place(change, now_s)
             elif isinstance(change, Start):
                 task_id = change.task_id
                 outcome = live[task_id]
