@@ -10,7 +10,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from bus.errors import UnknownNameError
-from bus.messages import Admitted, Decision, Ended, Moved, Overran, Placed, Retried, Start, TaskState, TaskSubmitted
+from bus.messages import (
+    Admitted,
+    Change,
+    Decision,
+    Ended,
+    Moved,
+    Overran,
+    Placed,
+    Retried,
+    Start,
+    TaskState,
+    TaskSubmitted,
+)
+from bus.region_tasks import KnownTask, RegionTasks
 from bus.text.units import format_moment, format_rate, format_seconds
 from bus.values import Placement, Role
 from planner.core.core import PlannerCore
@@ -57,15 +70,13 @@ _FAMILIES = {
 }
 
 
-def explain(decisions: Iterable[Decision], task_id: str, core: PlannerCore | None = None) -> Explanation:
-    """Fold `decisions` and explain a task.
+def explain(decisions: Iterable[Decision], task_id: str) -> Explanation:
+    """Fold all decisions of one region, from its first one, and explain a task.
 
-    The decisions belong to one region and start with its first one, or continue from the state of `core`. Raises
-    `UnknownNameError` if they do not mention the task.
+    Raises `UnknownNameError` if the decisions do not mention the task.
     """
-    core = PlannerCore() if core is None else core
-    submitted: TaskSubmitted | None = core.tasks[task_id].submitted if task_id in core.tasks else None
-    state = core.tasks[task_id].state.value if task_id in core.tasks else ""
+    core, region = PlannerCore(), RegionTasks()
+    known: KnownTask | None = None
     placed: Placed | None = None
     placed_at_s: float | None = None
     candidates: tuple[Candidate, ...] = ()
@@ -75,40 +86,29 @@ def explain(decisions: Iterable[Decision], task_id: str, core: PlannerCore | Non
     waiting_s: float | None = None
     story: list[str] = []
     for decision in decisions:
-        if core.region != decision.region:
-            core.region = decision.region
-        for change in decision.changes:
-            if isinstance(change, Placed) and change.task_id == task_id and submitted is not None:
-                candidates = _candidates(core, submitted, change, decision.now_s)
-                waited_for = _waited_for(core, change)
-                placed, placed_at_s = change, decision.now_s
-            promised_s = _promised_s(core, task_id)
+        core.region = decision.region
+        for change, task in region.apply(decision):
+            if task is not None and task.task_id == task_id:
+                known = task
+                if isinstance(change, Placed) and task.submitted is not None:
+                    candidates = _candidates(core, task.submitted, change, decision.now_s)
+                    waited_for = _waited_for(core, change)
+                    placed, placed_at_s = change, decision.now_s
             core.apply(change, decision.now_s)
-            if isinstance(change, Admitted) and change.task.task_id == task_id:
-                submitted = change.task
-                story.append(f"{format_moment(decision.now_s, 3)}: admitted")
-            elif getattr(change, "task_id", None) == task_id:
-                line = _line(change)
-                if line:
-                    story.append(f"{format_moment(decision.now_s, 3)}: {line}")
-            elif isinstance(change, Moved) and task_id in change.task_ids and promised_s is not None:
-                by_s = change.starts_s[change.task_ids.index(task_id)] - promised_s
-                by = f"{format_seconds(abs(by_s))} {'later' if by_s > 0 else 'earlier'}"
-                story.append(f"{format_moment(decision.now_s, 3)}: start moved {by}")
+            if known is not None and (task is known or (isinstance(change, Moved) and task_id in change.task_ids)):
+                line = _line(change, known)
+                story += [f"{format_moment(decision.now_s, 3)}: {line}"] if line else []
         core.settled(decision.now_s)
-        task = core.tasks.get(task_id)
-        ended = core.ended.get(task_id)
-        waits = task is not None and task.state is TaskState.WAITING
         since_s, waiting_s = None, None
-        if task is not None and waits:
-            waits_for = core.missing(task.submitted)
-            since_s, waiting_s = task.waiting_since_s, decision.now_s - task.waiting_since_s
-        state = task.state.value if task is not None else ended.value if ended is not None else state
-    if submitted is None:
+        waiting = core.tasks.get(task_id)
+        if waiting is not None and waiting.state is TaskState.WAITING:
+            waits_for = core.missing(waiting.submitted)
+            since_s, waiting_s = waiting.waiting_since_s, decision.now_s - waiting.waiting_since_s
+    if known is None or known.submitted is None:
         raise UnknownNameError(f"no decision is about a task called {task_id}")
     return Explanation(
         task_id=task_id,
-        state=state,
+        state=known.state.value,
         decided=placed,
         decided_at_s=placed_at_s,
         candidates=candidates,
@@ -118,12 +118,6 @@ def explain(decisions: Iterable[Decision], task_id: str, core: PlannerCore | Non
         waiting_s=waiting_s,
         story=tuple(story),
     )
-
-
-def _promised_s(core: PlannerCore, task_id: str) -> float | None:
-    """The currently scheduled start of a task, in ledger time; None if it has no reservation."""
-    r = core.ledger.reservations.get(task_id)
-    return None if r is None else r.start_s
 
 
 def _candidates(core: PlannerCore, submitted: TaskSubmitted, placed: Placed, now: float) -> tuple[Candidate, ...]:
@@ -173,16 +167,14 @@ def _suspected(
     if candidate.family in (_FAMILIES[DEVICE_CLOUD], _FAMILIES[ALL_THREE]):
         nodes += [node for node in sorted({*failed, *core.circuits}) if node in core.nodes and node not in nodes]
         nodes = [node for node in nodes if node == candidate.edge or core.nodes[node].announced.role is Role.CLOUD]
-    said = [f"an attempt of this task failed at {node}" for node in nodes if node in failed]
+    notes = [f"an attempt of this task failed at {node}" for node in nodes if node in failed]
     for node in nodes:
         circuit = core.circuits.get(node)
         if circuit is not None and circuit.avoided(now):
-            said.append(
-                f"{circuit.failures} attempts in a row failed at {node}, which is given less until one succeeds"
-            )
-    if not said:
+            notes.append(f"{circuit.failures} attempts in a row failed at {node}, which is avoided until one succeeds")
+    if not notes:
         return candidate
-    lacks = "; ".join(word for word in (candidate.lacked, *said) if word)
+    lacks = "; ".join(word for word in (candidate.lacked, *notes) if word)
     return replace(candidate, lacked=lacks, suspected=True)
 
 
@@ -246,12 +238,12 @@ def _lacked(
     if not lacks and choice is not None:
         free = algorithm.at(option, family, now, device_computes=rules.device_computes)
         if free is None:
-            lacks.append("room for the whole of its time beside what is scheduled")
+            lacks.append("free resources for its whole duration")
         elif (free.link1_bps, free.link2_bps) < (
             option.max_link1_bps,
             0 if family == DEVICE_EDGE else option.max_link2_bps,
         ):
-            lacks.append("its full bandwidth for the whole of its time")
+            lacks.append("full bandwidth for its whole duration")
     return "; ".join(lacks)
 
 
@@ -274,8 +266,13 @@ def _waited_for(core: PlannerCore, placed: Placed) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _line(change: object) -> str:
-    """A change as a line of the task's story; empty for a change that is not told."""
+def _line(change: Change, task: KnownTask) -> str:
+    """A change as a line of the task's story; empty for a change that the story omits."""
+    if isinstance(change, Admitted):
+        return "admitted"
+    if isinstance(change, Moved) and task.start_s is not None and task.moved_from_s is not None:
+        by_s = task.start_s - task.moved_from_s
+        return f"start moved {format_seconds(abs(by_s))} {'later' if by_s > 0 else 'earlier'}"
     if isinstance(change, Placed):
         where = change.placement
         through = f" through {where.edge}" if where.edge else ""
@@ -286,9 +283,9 @@ def _line(change: object) -> str:
     if isinstance(change, Overran):
         return "overruns its predicted end"
     if isinstance(change, Retried):
-        at = f" at {change.failed_at}, which is avoided while others exist" if change.failed_at else ""
+        at = f" at {change.failed_at}, which is avoided while other nodes exist" if change.failed_at else ""
         why = f"{change.cause}{at}{': ' + change.detail if change.detail else ''}"
-        return f"taken back ({why}); attempt {change.attempt} follows"
+        return f"resources released ({why}); attempt {change.attempt} follows"
     if isinstance(change, Ended):
         took = "" if change.delay_s is None else f"in {format_seconds(change.delay_s)}"
         why = ": ".join(filter(None, (change.cause, change.detail)))
