@@ -45,7 +45,7 @@ class DeviceWork(Protocol):
     node: Node
     link1: Link
 
-    async def hear(self, edge: str) -> None:
+    async def subscribe(self, edge: str) -> None:
         """Read the results that come back through `edge`. Raises `BusError`."""
 
     async def fail(self, plan: Plan, cause: str, detail: str, *, retryable: bool = False) -> None:
@@ -61,10 +61,10 @@ class DeviceTask:
     results: set[int] = field(default_factory=set)  # samples whose result has arrived
     started_s: float | None = None  # when the first attempt began
     running: asyncio.Task[None] | None = None
-    attempt: Attempt | None = None
+    attempt: DeviceAttempt | None = None
 
 
-class Attempt:
+class DeviceAttempt:
     """Sends the samples in `todo` and collects their results."""
 
     def __init__(
@@ -125,7 +125,7 @@ class Attempt:
         self.window = window_samples(plan.execution, self._profile().cut_bytes)
         async with contextlib.AsyncExitStack() as stack:
             station: Station | None = None
-            stack.callback(self._told, None)
+            stack.callback(self._record_span, None)
             if cut1:
                 await node.runner.prepare(plan, 0, cut1)
                 station = node.runner.station(plan, 0, cut1)
@@ -134,20 +134,20 @@ class Attempt:
                 await self._send(inputs, station, None)
                 return
             sender = self._frame_sender()
-            stack.callback(self._told, sender)
+            stack.callback(self._record_span, sender)
             self._moved_s = asyncio.get_running_loop().time()
             watch = asyncio.create_task(self._watch(), name=f"{node.settings.name}: watch {plan.task_id}")
-            stack.push_async_callback(_cancelled, watch)
-            await self._hear(plan.placement.edge)
+            stack.push_async_callback(_cancel, watch)
+            await self._subscribe(plan.placement.edge)
             async with sending(sender):
                 await self._send(inputs, station, sender)
             self.reports["link1_s"] = sender.busy_s
 
-    async def _hear(self, edge: str) -> None:
+    async def _subscribe(self, edge: str) -> None:
         """Subscribe to the results that come through `edge`; retry until that succeeds."""
         while True:
             try:
-                await self.device.hear(edge)
+                await self.device.subscribe(edge)
                 return
             except BusError as error:
                 self.device.node.log.warning("results not read; retrying", edge=edge, error=str(error))
@@ -161,18 +161,15 @@ class Attempt:
         """Send every sample as the window allows; return when all results have arrived."""
         node, plan = self.device.node, self.plan
         clock = asyncio.get_running_loop().time
-        for _ in range(
-            self.window
-        ):  # only now: what came before, preparing the model say, is no part of a sample's time
+        for _ in range(self.window):  # opened here, so that preparing the model does not count as a sample's time
             self._open()
         for sample in self.todo:
             await self._window.acquire()
             if self._broken:
                 raise self._broken
             self.under_way += 1
-            ready_s = (
-                self._opened_s.popleft()
-            )  # the release time, so that waiting in the event loop does not count as computing
+            # The release time, so that waiting in the event loop does not count as computing.
+            ready_s = self._opened_s.popleft()
             tensors = inputs(sample)
             if station is not None:
                 tensors = await station.run(sample, tensors, ready_s)
@@ -191,7 +188,7 @@ class Attempt:
         if self._broken:
             raise self._broken
 
-    def _told(self, sender: FrameSender | None) -> None:
+    def _record_span(self, sender: FrameSender | None) -> None:
         """Record a trace span: of sending where `sender` is given, else of computing."""
         if sender is None:
             self.device.node.span("device", self.plan, self._began_s, self._computed_s, self.device_s)
@@ -323,7 +320,7 @@ class Attempt:
         raise ConfigError(f"this device has no model {self.plan.model!r}")
 
 
-async def _cancelled(task: asyncio.Task[None]) -> None:
+async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task

@@ -16,17 +16,18 @@ from bus.errors import BusError, BusUnavailableError, ProtocolError, UnknownTopi
 from bus.frames import Plan, decode_frame
 from bus.messages import Admitted, Decision, Ended, NodeJoined, Retried, Start, TaskFailed, TaskSubmitted
 from bus.port import Bus, Reader
-from stages.attempt import Attempt, DeviceTask, ResultSink
+from stages.attempt import DeviceAttempt, DeviceTask, ResultSink
 from stages.frame_authorization import FrameAuthorization
 from stages.node import RETRY_S, Node
 from stages.shaper import Link
 
 STALL_S = 30.0
-PARTITION_S = 5.0
-"""Interval at which a device checks which partition carries its results."""
 STALL_SAMPLES = 10
 """The device requests another attempt after `STALL_S` plus the predicted time of ten samples without progress, while the
-bus was reachable: then a record is lost for good, for example through retention."""
+bus was reachable: then a record is lost for good, for example through retention.
+"""
+PARTITION_S = 5.0
+"""Interval at which a device checks which partition carries its results."""
 
 
 class Device:
@@ -49,8 +50,10 @@ class Device:
         self.tasks: dict[str, DeviceTask] = {}
         self._on_result = on_result
         self._group: asyncio.TaskGroup | None = None
-        self._heard: set[Bus] = set()  # sites whose results are being read
-        self._hearing: dict[Bus, asyncio.Lock] = {}  # one lock per site, so that an unreachable site delays only itself
+        self._subscribed: set[Bus] = set()  # sites whose results are being read
+        self._subscribing: dict[
+            Bus, asyncio.Lock
+        ] = {}  # one lock per site, so that an unreachable site delays only itself
         self._draining = False
 
     async def run(self) -> None:
@@ -58,21 +61,21 @@ class Device:
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                await self._hear_all()
+                await self._subscribe_all()
                 self.node.receives(True)
                 self.node.serving.set()
                 await asyncio.Event().wait()  # also before any site is reachable
         finally:
             self._group = None
-            self._heard.clear()
+            self._subscribed.clear()
 
-    async def _hear_all(self) -> None:
+    async def _subscribe_all(self) -> None:
         """Read results at the sites of all reachable edges, or at the region's site where no edges are configured."""
         if self.node.settings.reachable_edges is None:
-            await self._hear_at(self.node.bus)
+            await self._subscribe_at(self.node.bus)
         for edge in self.node.settings.reachable_edges or ():
             try:
-                await self.hear(edge)
+                await self.subscribe(edge)
             except (BusUnavailableError, UnknownTopicError) as error:
                 if self._site(edge) is self.node.bus:
                     raise
@@ -82,18 +85,18 @@ class Device:
     def _site(self, edge: str) -> Bus:
         return self.node.bus.beside(topics.RESULTS, topics.activations_topic(edge))
 
-    async def hear(self, edge: str) -> None:
+    async def subscribe(self, edge: str) -> None:
         """Read the results that come back through `edge` from now on. Raises `BusError`."""
-        if (site := self._site(edge)) not in self._heard:
-            async with self._hearing.setdefault(site, asyncio.Lock()):
-                await self._hear_at(site)
+        if (site := self._site(edge)) not in self._subscribed:
+            async with self._subscribing.setdefault(site, asyncio.Lock()):
+                await self._subscribe_at(site)
 
-    async def _hear_at(self, site: Bus) -> None:
-        if site in self._heard or self._group is None:
+    async def _subscribe_at(self, site: Bus) -> None:
+        if site in self._subscribed or self._group is None:
             return
         partition = await self._results_partition(site)
         reader = await site.reader([(topics.RESULTS, partition)], start="end")
-        self._heard.add(site)
+        self._subscribed.add(site)
         self._group.create_task(self._receive(site, partition, reader), name=f"{self.node.settings.name}: results")
 
     async def _results_partition(self, site: Bus) -> int:
@@ -150,7 +153,7 @@ class Device:
         todo = [sample for sample in range(known.task.samples) if sample not in known.results]
         plan = Plan.of(placed, region=region, todo=max(1, len(todo)), input_bytes=known.task.input_bytes)
         patience_s = STALL_S + STALL_SAMPLES * placed.parts.total_s / placed.samples
-        known.attempt = Attempt(self, known, plan, todo, self._on_result, patience_s)
+        known.attempt = DeviceAttempt(self, known, plan, todo, self._on_result, patience_s)
         known.running = self._group.create_task(
             known.attempt.run(), name=f"{self.node.settings.name}: {start.task_id}/{start.attempt}"
         )

@@ -1,8 +1,7 @@
-"""The runner that computes: LiteRT in worker threads, at this machine's speed or at that of a slower one.
+"""The runner that computes: LiteRT in worker threads, at this machine's speed or at that of a slower machine.
 
-`slowdown` makes it play a machine so many times slower than this one: the inference runs, and its result is handed over at
-the absolute deadline that the slower machine would have kept. At 1.0 nothing is played, results leave when they are there,
-unless the times of another machine are given, to be `paced` by.
+With a slowdown, or when paced by the profile of another machine, the runner computes at full speed and returns each result
+at the absolute deadline that the slower machine would have met. Otherwise it returns results as soon as they are computed.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,82 +23,91 @@ from bus.values import ModelProfile, TensorSpec
 from stages.models.model import Model
 from stages.models.profiler import machine_profile
 from stages.models.segments import Segment, SegmentStore
-from stages.runner import Pace, Station, profile_of, sleep_until
-from stages.zoo import digits
+from stages.runner import PaceClock, Station, profile_of, sleep_until
+from stages.zoo.registry import digits
 
 WORKERS = 4 * max(2, os.cpu_count() or 1)
-"""More threads than cores: the operating system shares them out, so that a digit does not queue behind a photograph."""
-
+"""More threads than cores, so that a small inference does not queue behind a large one: the system shares the cores."""
 
 INLINE_S = 0.000_2
-"""Work that takes less is done on the event loop: handing it to a thread and back would cost several times as much."""
+"""Shorter computations run on the event loop, because passing them to a thread costs several times as much."""
 
-BREATH_S = 0.001
-"""After so much work on the event loop others get their turn."""
+YIELD_S = 0.001
+"""Inline stations give other tasks a turn after computing on the event loop for this long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerOptions:
+    """How a runner computes."""
+
+    slowdown: float = 1.0  # the emulated machine is this many times slower than this one
+    num_threads: int = 1  # LiteRT threads per inference
+    platform: str = "this machine"  # name of the platform in the announced profiles
+    paced: bool = False  # results leave at the profile's times even without a slowdown
+    remeasure: bool = False  # measure again instead of reading stored measurements
 
 
 class LitertRunner:
-    """Computes with LiteRT. Models are loaded and measured when it is built, which takes seconds; do that in a thread."""
+    """Computes with LiteRT. The constructor loads and measures the models, which takes seconds: call it in a thread."""
 
     def __init__(
         self,
         models: Sequence[Model],
+        options: RunnerOptions,
         *,
-        slowdown: float = 1.0,
-        num_threads: int = 1,
-        platform: str = "this machine",
         say: Callable[[str], None] | None = None,
         stores: Mapping[str, SegmentStore] | None = None,
         profiles: Mapping[str, ModelProfile] | None = None,
-        paced: bool = False,
-        remeasure: bool = False,
         pool: ThreadPoolExecutor | None = None,
     ) -> None:
+        """Models without a store get one; models without a profile are measured. `say` receives progress messages."""
         self._models = {model.name: model for model in models}
-        self._paced = paced or slowdown > 1.0
+        self._paced = options.paced or options.slowdown > 1.0
         self._pool = pool or ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
         self._owns_pool = pool is None
         self._stores = dict(stores or {})
         self._profiles: dict[str, ModelProfile] = {}
         for model in models:
             if model.name not in self._stores:
-                self._stores[model.name] = SegmentStore(model, num_threads=num_threads, replicas=WORKERS)
+                self._stores[model.name] = SegmentStore(model, num_threads=options.num_threads, replicas=WORKERS)
                 self._stores[model.name].warm(say)
             measured = (profiles or {}).get(model.name) or machine_profile(
-                model, num_threads=num_threads, remeasure=remeasure, say=say
+                model, num_threads=options.num_threads, remeasure=options.remeasure, say=say
             )
-            layer_s = tuple(seconds * slowdown for seconds in measured.layer_s)
-            self._profiles[model.name] = measured.model_copy(update={"platform": platform, "layer_s": layer_s})
+            layer_s = tuple(seconds * options.slowdown for seconds in measured.layer_s)
+            self._profiles[model.name] = measured.model_copy(update={"platform": options.platform, "layer_s": layer_s})
 
     def profiles(self) -> tuple[ModelProfile, ...]:
-        """What a node announces: measured here, stretched by the slowdown."""
+        """The profiles that a node announces: measured here and multiplied by the slowdown."""
         return tuple(self._profiles.values())
 
     def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
-        """Samples of a data set, or drawn from a seed. Raises `UnknownNameError`, `ConfigError`."""
+        """Samples of a data set, or random samples from a seed. Raises `UnknownNameError`, `ConfigError`."""
         specs = self._model(task.model).manifest.cuts[0].tensors
         match task.input:
             case DatasetInput(name=name, start=start):
                 return _dataset(name, start, specs)
             case SeedInput(seed=seed):
-                return lambda sample: [_drawn(spec, seed, sample) for spec in specs]
+                return lambda sample: [_random_input(spec, seed, sample) for spec in specs]
             case _:
-                raise ConfigError(f"task {task.task_id}: this device holds no input {task.input.handle!r}")
+                raise ConfigError(
+                    f"task {task.task_id}: this device has no input {task.input.handle!r}; it has the data set digits"
+                )
 
     async def prepare(self, plan: Plan, first: int, last: int) -> None:
-        """Cut and load the segment, in a thread of its store."""
+        """Slice and load the segment in a thread of its store."""
         model = self._model(plan.model)
         if model.sha256 != plan.sha256:
-            raise ModelError(model.name, f"its SHA-256 is {model.sha256}, the plan is for {plan.sha256}")
+            raise ModelError(model.name, f"SHA-256 is {model.sha256}, but the plan was made for {plan.sha256}")
         await self._stores[model.name].ready(first, last)
 
     def station(self, plan: Plan, first: int, last: int) -> Station:
         """A station on the prepared segment."""
-        played_s = sum(profile_of(self._profiles, plan.model).layer_s[first:last])
+        busy_s = sum(profile_of(self._profiles, plan.model).layer_s[first:last])
         segment = self._stores[plan.model].get(first, last)
         if self._paced:
-            return _PlayedStation(segment, self._pool, played_s)
-        kind = _InlineStation if played_s < INLINE_S else _LitertStation
+            return _PacedStation(segment, self._pool, busy_s)
+        kind = _InlineStation if busy_s < INLINE_S else _LitertStation
         return kind(segment, self._pool)
 
     async def close(self) -> None:
@@ -110,8 +119,8 @@ class LitertRunner:
         try:
             return self._models[name]
         except KeyError:
-            there = ", ".join(sorted(self._models))
-            raise UnknownNameError(f"no model {name!r} here; there are {there}") from None
+            known = ", ".join(sorted(self._models))
+            raise UnknownNameError(f"this node has no model {name!r}; it has {known}") from None
 
 
 class _LitertStation:
@@ -128,49 +137,50 @@ class _LitertStation:
         self._segment.release()
 
 
-class _PlayedStation(_LitertStation):
+class _PacedStation(_LitertStation):
     """Computes in a worker thread and returns the result when the emulated slower machine would."""
 
     def __init__(self, segment: Segment, pool: ThreadPoolExecutor, busy_s: float) -> None:
         super().__init__(segment, pool)
         self._busy_s = busy_s
-        self._pace = Pace()
+        self._pace_clock = PaceClock()
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
         outputs = await super().run(sample, inputs, ready_s)
-        await sleep_until(self._pace.deadline(ready_s, self._busy_s))
+        await sleep_until(self._pace_clock.done_at(ready_s, self._busy_s))
         return outputs
 
 
 class _InlineStation(_LitertStation):
-    """Computes on the event loop, for layers that are done before a thread would wake up; in a thread all the same where the
-    loop would have to wait for an interpreter, or load one.
+    """Computes on the event loop, for layers that take less time than waking a thread.
+
+    It uses a thread where the event loop would have to wait for an interpreter or load one.
     """
 
     def __init__(self, segment: Segment, pool: ThreadPoolExecutor) -> None:
         super().__init__(segment, pool)
-        self._breathed_s = time.perf_counter()
+        self._yielded_s = time.perf_counter()
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        if time.perf_counter() - self._breathed_s > BREATH_S:
+        if time.perf_counter() - self._yielded_s > YIELD_S:
             await asyncio.sleep(0)
-            self._breathed_s = time.perf_counter()
-        if not self._segment.idle:  # asked last: while others had their turn, one may have taken the interpreter
+            self._yielded_s = time.perf_counter()
+        if not self._segment.idle:  # checked after the sleep, during which another task may take the interpreter
             return await super().run(sample, inputs, ready_s)
         return self._segment.run(inputs)
 
 
 def _dataset(name: str, start: int, specs: Sequence[TensorSpec]) -> Callable[[int], list[Array]]:
     if name != "digits":
-        raise UnknownNameError(f"no data set {name!r}; there is digits")
+        raise UnknownNameError(f"unknown data set {name!r}; the only one is digits")
     images, _ = digits()
     if len(specs) != 1 or specs[0].shape != (1, *images.shape[1:]):
-        raise ConfigError(f"the model takes {[spec.shape for spec in specs]}, a digit is (1, 28, 28, 1)")
+        raise ConfigError(f"digits have the shape (1, 28, 28, 1), but the model takes {[spec.shape for spec in specs]}")
     return lambda sample: [images[(start + sample) % len(images)][np.newaxis]]
 
 
-def _drawn(spec: TensorSpec, seed: int, sample: int) -> Array:
-    """One input tensor: normal for floats, the whole range for small integers, 0 or 1 for wide ones (often indices)."""
+def _random_input(spec: TensorSpec, seed: int, sample: int) -> Array:
+    """A random tensor: normal for floats, full range for 8- and 16-bit integers, 0 or 1 for wider ones (often indices)."""
     rng = np.random.default_rng([seed, sample])
     dtype = np.dtype(spec.dtype)
     if dtype.kind == "f":

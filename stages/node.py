@@ -41,9 +41,9 @@ HEARTBEATS_PER_LEASE = 5
 RETRY_S = 0.5
 LOST_RETRY_S = 2.0
 """Retry interval while a node waits for a snapshot that covers deleted decisions."""
-TOLD_EVERY_S = 60.0
+WAIT_LOG_S = 60.0
 """Interval at which a waiting node logs that it still waits."""
-NOTED_S = 2.0
+DRAIN_ACKNOWLEDGED_S = 2.0
 """Timeout for the planner's acknowledgement of a drain."""
 DRAINED_S = 0.05
 """Interval at which a draining node checks whether its work has ended."""
@@ -136,10 +136,10 @@ class Node:
         self._announced_s = float("-inf")  # when it last was
         self._group: asyncio.TaskGroup | None = None
         self._draining = False  # it has said, or is about to say, that it wants nothing new
-        self._noted = asyncio.Event()  # the planner has taken note of that
-        self._heard_s = float("-inf")  # when the last sign of life that was acknowledged was sent
+        self._drain_acknowledged = asyncio.Event()  # the planner has taken note of that
+        self._lease_start_s = float("-inf")  # when the last sign of life that was acknowledged was sent
         self._renewed = asyncio.Event()
-        self._said_ready = False  # what the log says last
+        self._logged_ready = False  # what the log says last
 
     async def run(self, work: Work) -> None:
         """Serve until cancelled; leaves politely. Raises `BusError` where the bus cannot be reached at the start, and
@@ -157,15 +157,15 @@ class Node:
 
     async def drain(self) -> None:
         """Announce that this node accepts no new tasks, and return when the tasks placed on it have ended. Returns early
-        where the planner does not acknowledge the drain within `NOTED_S`.
+        where the planner does not acknowledge the drain within `DRAIN_ACKNOWLEDGED_S`.
         """
         self._draining = True
         try:
-            async with asyncio.timeout(NOTED_S):
+            async with asyncio.timeout(DRAIN_ACKNOWLEDGED_S):
                 await self.tell(topics.NODES, self.announcement(), self.settings.name)
-                await self._noted.wait()
+                await self._drain_acknowledged.wait()
         except TimeoutError:
-            self.log.warning("drain not acknowledged", within_s=NOTED_S)
+            self.log.warning("drain not acknowledged", within_s=DRAIN_ACKNOWLEDGED_S)
             return
         # From here on what the decisions place here runs; what only waited for this node was placed elsewhere.
         while self.settings.role is Role.EDGE and self.fences.holds(self.settings.name):
@@ -179,14 +179,14 @@ class Node:
     def receives(self, assigned: bool) -> None:
         """Whether partitions are assigned to this node now."""
         self.status.receiving = assigned
-        self._say_readiness()
+        self._log_readiness()
 
-    def _say_readiness(self) -> None:
+    def _log_readiness(self) -> None:
         """Log when the node becomes ready, and when it is not any more."""
         ready = self.status.ready
-        if ready is self._said_ready:
+        if ready is self._logged_ready:
             return
-        self._said_ready = ready
+        self._logged_ready = ready
         if ready:
             self.log.info("ready")
         else:
@@ -195,7 +195,7 @@ class Node:
     @property
     def alive(self) -> bool:
         """Whether the region cannot have declared this node lost: looked at anew each time, for a process that slept."""
-        return asyncio.get_running_loop().time() - self._heard_s <= self.settings.lease_s / 2
+        return asyncio.get_running_loop().time() - self._lease_start_s <= self.settings.lease_s / 2
 
     async def gate(self) -> None:
         """Wait while this node may have been declared lost."""
@@ -259,14 +259,14 @@ class Node:
 
     async def _catch_up(self) -> Reader:
         """`_read_decisions`, tried again while decisions are gone that no snapshot covers: the planner's next one may."""
-        told_s = float("-inf")
+        logged_s = float("-inf")
         while True:
             try:
                 return await self._read_decisions()
             except DecisionsLostError as error:
                 now_s = asyncio.get_running_loop().time()
-                if now_s - told_s >= TOLD_EVERY_S:
-                    told_s = now_s
+                if now_s - logged_s >= WAIT_LOG_S:
+                    logged_s = now_s
                     self.log.error(
                         "not ready: waiting for a snapshot",
                         error=str(error),
@@ -300,15 +300,15 @@ class Node:
                     if isinstance(message, Decision):
                         fences.apply(message)
             self.fences, self._decisions = fences, log
-            await self._hear_demand(reader)
+            await self._wait_for_identity_rule(reader)
         except BaseException:
             await reader.close()
             raise
         self.status.caught_up = True
-        self._say_readiness()
+        self._log_readiness()
         return reader
 
-    async def _hear_demand(self, reader: Reader) -> None:
+    async def _wait_for_identity_rule(self, reader: Reader) -> None:
         """Wait for the current planner's decisions where this node lacks the identity that the topic's last planner requires.
 
         That planner may have been replaced by one with another master key.
@@ -339,14 +339,14 @@ class Node:
         while True:
             try:
                 for record in await self._reader.fetch():
-                    self._obey(record, work)
+                    self._handle(record, work)
             except DecisionsLostError as error:
-                await self._begin_anew(error, work)
+                await self._recover(error, work)
             except BusError as error:
                 self.log.warning("decisions not read; retrying", error=str(error))
                 await asyncio.sleep(RETRY_S)
 
-    def _obey(self, record: Record, work: Work) -> None:
+    def _handle(self, record: Record, work: Work) -> None:
         """Handle one record of the decisions topic."""
         message = self._decisions.read(record)
         if isinstance(message, EpochOpened):
@@ -362,7 +362,7 @@ class Node:
                         self.log.info("joined the region", region=self.settings.region)
                     self.status.joined = True
                     if node.draining:
-                        self._noted.set()
+                        self._drain_acknowledged.set()
                 case NodeLost(incarnation=incarnation) if incarnation == self.incarnation:
                     lost = True
                 case _:
@@ -371,9 +371,9 @@ class Node:
         if lost:
             self.log.warning("declared lost; work dropped, announcing again")
             self.status.count("declared_lost")
-            self._come_back(work)
+            self._rejoin(work)
 
-    async def _begin_anew(self, error: DecisionsLostError, work: Work) -> None:
+    async def _recover(self, error: DecisionsLostError, work: Work) -> None:
         """Recover from missed decisions: read again from the last snapshot, drop work and announce the node again.
 
         Heartbeats stop meanwhile, so that the planner replans tasks that this node may not know of.
@@ -381,7 +381,7 @@ class Node:
         self.log.warning("decisions were missed; reading again from the last snapshot", error=str(error))
         self.status.count("decisions_missed")
         self.status.caught_up = self.status.joined = False
-        self._say_readiness()
+        self._log_readiness()
         while not self.status.caught_up:
             await self._reader.close()
             try:
@@ -389,9 +389,9 @@ class Node:
             except BusError as away:
                 self.log.warning("decisions not read; retrying", error=str(away))
                 await asyncio.sleep(RETRY_S)
-        self._come_back(work)
+        self._rejoin(work)
 
-    def _come_back(self, work: Work) -> None:
+    def _rejoin(self, work: Work) -> None:
         self.status.joined = False
         work.on_lost()
         # Two processes with one name would displace each other in a tight loop of decisions; the pause slows this down.
@@ -429,7 +429,7 @@ class Node:
 
     async def _announce(self) -> None:
         self.status.warm = True
-        self._say_readiness()
+        self._log_readiness()
         sent_s = asyncio.get_running_loop().time()
         await self.tell(topics.NODES, self.announcement(), self.settings.name)
         self._announced_s = asyncio.get_running_loop().time()
@@ -466,7 +466,7 @@ class Node:
 
     def _renew(self, sent_s: float) -> None:
         """Renew the lease from `sent_s`, when the acknowledged message was sent."""
-        self._heard_s = max(self._heard_s, sent_s)
+        self._lease_start_s = max(self._lease_start_s, sent_s)
         self._renewed.set()
 
 

@@ -1,8 +1,7 @@
 """The runner port: how a stage computes its part of a model.
 
-Two adapters: `LitertRunner` (stages.litert_runner) computes, `ModelledRunner` here sleeps a profile's time on the
-loop's clock, so
-that a laptop plays eighty phones and forty edges, live or in virtual time.
+`LitertRunner` (stages.litert_runner) computes. `ModelledRunner` sleeps a profile's times on the loop's clock, so that one
+machine can emulate a region of a hundred nodes, live or in virtual time.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Station(Protocol):
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
         """Compute layers first+1..last for a sample whose inputs were ready at `ready_s` (the loop's clock).
 
-        Returns when a platform of the announced speed would be done. One call at a time.
+        Returns when a platform of the announced speed would be done. Call it for one sample at a time.
         """
 
     def close(self) -> None:
@@ -56,8 +55,8 @@ class Runner(Protocol):
         """Release threads and memory."""
 
 
-class Pace:
-    """Absolute deadlines of one station: a platform of the given speed is done at max(free, ready) + t.
+class PaceClock:
+    """Absolute deadlines of one station: the emulated platform finishes a sample at max(free, ready) + t.
 
     With absolute deadlines, a busy host does not distort the emulated platform and timer errors do not add up.
     """
@@ -65,14 +64,14 @@ class Pace:
     def __init__(self) -> None:
         self._free_s = float("-inf")
 
-    def deadline(self, ready_s: float, busy_s: float) -> float:
-        """When work of `busy_s` that was ready at `ready_s` is done."""
+    def done_at(self, ready_s: float, busy_s: float) -> float:
+        """When a sample that was ready at `ready_s` and takes `busy_s` is done."""
         self._free_s = max(self._free_s, ready_s) + busy_s
         return self._free_s
 
 
 async def sleep_until(when_s: float) -> None:
-    """Sleep to an instant of the loop's clock, also where timers fire early."""
+    """Sleep until a time on the loop's clock, even where timers fire early."""
     clock = asyncio.get_running_loop().time
     while (left_s := when_s - clock()) > 0:
         await asyncio.sleep(left_s)
@@ -96,7 +95,7 @@ class ModelledRunner:
         return tuple(self._profiles.values())
 
     def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
-        """Zero bytes, as many as the task's input has."""
+        """Inputs of zero bytes, in the size of the task's input."""
         size_bytes = task.input_bytes
         if size_bytes is None:
             size_bytes = profile_of(self._profiles, task.model).cut_bytes[0]
@@ -120,10 +119,10 @@ class _ModelledStation:
     def __init__(self, busy_s: float, output_bytes: int) -> None:
         self._busy_s = busy_s
         self._output = [_blank(output_bytes)]
-        self._pace = Pace()
+        self._pace_clock = PaceClock()
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        await sleep_until(self._pace.deadline(ready_s, self._busy_s))
+        await sleep_until(self._pace_clock.done_at(ready_s, self._busy_s))
         return self._output
 
     def close(self) -> None:
@@ -135,4 +134,4 @@ def profile_of(profiles: dict[str, ModelProfile], model: str) -> ModelProfile:
     try:
         return profiles[model]
     except KeyError:
-        raise UnknownNameError(f"no model {model!r} here; there are {', '.join(sorted(profiles))}") from None
+        raise UnknownNameError(f"this node has no model {model!r}; it has {', '.join(sorted(profiles))}") from None

@@ -33,9 +33,9 @@ from stages.models.model import Model
 from stages.models.slicer import position_of, write_parts
 from stages.models.verify import named_inputs, pairs_of, random_inputs
 from stages.models.verify import verify as verify_parts
-from stages.zoo import list_models
 from stages.zoo.networks import NETWORKS, trained
 from stages.zoo.networks import build as build_network
+from stages.zoo.registry import list_models
 
 __all__ = ["app", "profile"]
 

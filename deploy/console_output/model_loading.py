@@ -18,9 +18,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from bus.errors import ConfigError
 from bus.text.json_text import json_text
 from deploy.console_output import completion
-from stages.models.files.choice import Choice, parse_shapes
+from stages.models.files.choice import ModelChoice, parse_shapes
 from stages.models.model import Model
-from stages.zoo import load_model
+from stages.zoo.registry import load_model
 
 ModelArgument = Annotated[
     str,
@@ -57,7 +57,7 @@ def print_json(report: dict[str, Any]) -> None:
 
 def load(model: str, options: FileOptions) -> Model:
     """Load a model, with a progress bar while it is generated, copied or hashed."""
-    choice = Choice(options.signature, parse_shapes(options.input_shape or ()))
+    choice = ModelChoice(options.signature, parse_shapes(options.input_shape or ()))
     with progress_bar("loading") as bar:
         return load_model(model, lambda what, done, total: bar(done, total, what), sha256=options.sha256, choice=choice)
 

@@ -16,7 +16,7 @@ from bus.values import CutPoint, ModelProfile, TensorSpec
 from stages.models.model import Model
 from stages.models.profiler import Measurement
 from stages.models.verify import Report
-from stages.zoo import ZooEntry
+from stages.zoo.registry import ZooEntry
 
 BAR_WIDTH = 12
 NUMBERS_WIDTH = 41

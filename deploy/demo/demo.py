@@ -23,13 +23,13 @@ from loadgen.replay.outcome import Outcome, Recorder
 from loadgen.replay.replay import replay
 from loadgen.replay.schedule import Entry, Schedule
 from stages.attempt import ResultSink
-from stages.litert_runner import WORKERS, LitertRunner
+from stages.litert_runner import WORKERS, LitertRunner, RunnerOptions
 from stages.models.model import Model
 from stages.models.profiler import machine_profile
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.segments import SegmentStore
 from stages.node import Node, NodeSettings
-from stages.zoo import digits, load_model
+from stages.zoo.registry import digits, load_model
 
 POLICIES = ("deepar", "edge-only", "cloud-only", "device-only")
 MODELS = ("lenet", "alexnet")
@@ -162,8 +162,7 @@ class Demo:
     def _node(self, bus: MemoryBus, settings: NodeSettings, on_busy: Callable[..., None]) -> Node:
         runner = LitertRunner(
             self._models,
-            slowdown=SLOWDOWN[settings.role],
-            platform=f"{settings.role.value} {settings.name}",
+            RunnerOptions(slowdown=SLOWDOWN[settings.role], platform=f"{settings.role.value} {settings.name}"),
             stores=self._stores,
             profiles=self._profiles,
             pool=self._pool,

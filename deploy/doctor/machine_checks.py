@@ -47,7 +47,7 @@ def runtime(models: Iterable[str]) -> list[Check]:
     """Check the runtime by recognising one digit with LeNet, then check that it has kernels for all operators of `models`."""
     try:
         from stages.models.runtime import litert
-        from stages.zoo import digits, load_model
+        from stages.zoo.registry import digits, load_model
     except ImportError as error:
         return [
             Check("litert", False, f"LiteRT cannot be imported: {error}", "make setup, or: pip install ai-edge-litert")
@@ -68,7 +68,7 @@ def runtime(models: Iterable[str]) -> list[Check]:
 
 def _kernels(name: str) -> Check:
     from stages.models.runtime import litert
-    from stages.zoo import load_model
+    from stages.zoo.registry import load_model
 
     try:
         model = load_model(name)

@@ -8,9 +8,9 @@ from bus.errors import ConfigError
 from bus.values import ModelProfile, Role
 from deploy.services.settings import NodeOptions, Served, ServedModel
 from planner.search.profiles import load_profile
-from stages.litert_runner import LitertRunner
+from stages.litert_runner import LitertRunner, RunnerOptions
 from stages.runner import ModelledRunner, Runner
-from stages.zoo import load_model
+from stages.zoo.registry import load_model
 
 
 def make_runner(
@@ -45,13 +45,15 @@ def make_runner(
             )
     measured = LitertRunner(
         loaded,
-        slowdown=slowdown,
-        num_threads=options.threads,
-        platform=platform,
+        RunnerOptions(
+            slowdown=slowdown,
+            num_threads=options.threads,
+            platform=platform,
+            paced=bool(known),
+            remeasure=options.remeasure,
+        ),
         say=say,
         profiles=known,
-        paced=bool(known),
-        remeasure=options.remeasure,
     )
     if options.runner == "modelled":
         return ModelledRunner(measured.profiles())

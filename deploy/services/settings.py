@@ -48,7 +48,7 @@ from bus.text.units import parse_duration, parse_rate
 from bus.values import Execution, NodeName, Objective
 from planner.core.placing import WhenLate
 from planner.core.state import DEFAULT_PATIENCE_S
-from stages.models.files.choice import Choice, parse_shapes
+from stages.models.files.choice import ModelChoice, parse_shapes
 
 
 def _or_value_error(parse: Any) -> Any:
@@ -79,9 +79,9 @@ class ServedModel(_Strict):
     input_shape: dict[str, str] = {}  # input's name -> its dimensions
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> ModelChoice:
         """The choice in the form that loading a model expects. Raises `ConfigError`."""
-        return Choice(self.signature, parse_shapes(f"{name}={sizes}" for name, sizes in self.input_shape.items()))
+        return ModelChoice(self.signature, parse_shapes(f"{name}={sizes}" for name, sizes in self.input_shape.items()))
 
     @model_validator(mode="after")
     def _readable(self) -> Self:

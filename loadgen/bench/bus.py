@@ -22,7 +22,6 @@ from time import perf_counter  # uvloop's clock counts whole milliseconds
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import uvloop
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka import TopicPartition as KafkaPartition
@@ -35,11 +34,10 @@ from bus.kafka.readers import FETCH_BYTES
 from bus.kafka.sender import BATCH_BYTES
 from bus.memory.bus import MemoryBus
 from bus.port import Bus, Reader
-from bus.tensors import Assembler, to_pieces
+from bus.tensors import Array, Assembler, to_pieces
 from bus.topics import TopicSpec
 from loadgen.bench.cpu_load import BusynessWatch
 
-Array = npt.NDArray[np.float32]
 Progress = Callable[[str], None]
 
 ROUNDS = 3

@@ -30,8 +30,8 @@ from bus.topics import TopicSpec
 from bus.values import Execution, ModelProfile, Role
 from loadgen.bench.bus import delete_topics
 from loadgen.bench.fixed_placement import TIMEOUT_S, Staged
-from stages.litert_runner import LitertRunner
-from stages.zoo import load_model
+from stages.litert_runner import LitertRunner, RunnerOptions
+from stages.zoo.registry import load_model
 
 CUTS = (2, 4)
 """After the first and the second pooling layer, where LeNet's activations are small."""
@@ -60,7 +60,7 @@ async def measure(
 
     Without a `connection` (on `MemoryBus`) there is no bare way: both `bare_` figures are None.
     """
-    runner = await asyncio.to_thread(LitertRunner, [load_model("lenet")])
+    runner = await asyncio.to_thread(LitertRunner, [load_model("lenet")], RunnerOptions())
     profile = runner.profiles()[0]
     ours: list[float] = []
     framed: list[float] = []

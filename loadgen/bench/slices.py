@@ -26,7 +26,7 @@ from stages.models.runtime.litert import SegmentRunner
 from stages.models.segments import SegmentStore
 from stages.models.slicer import slice_model
 from stages.models.verify import random_inputs, run_part
-from stages.zoo import load_model
+from stages.zoo.registry import load_model
 
 MODELS = ("alexnet", "vgg16")
 MEMORY_MODEL = "vgg16"

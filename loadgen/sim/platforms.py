@@ -79,7 +79,7 @@ def measured(progress: Callable[[str, int, int], None] | None = None) -> Platfor
     are the paper's. Takes seconds; the first call also generates AlexNet's weights. Raises `ModelError`.
     """
     from stages.models.profiler import machine_profile
-    from stages.zoo import load_model
+    from stages.zoo.registry import load_model
 
     paper = platforms("paper")
     if progress is not None:

@@ -23,7 +23,7 @@ from ai_edge_litert import schema_py_generated as schema
 from bus.errors import ModelError
 from bus.values import ModelManifest
 from stages.models.files.cache import Progress, cache_dir, write_whole
-from stages.models.files.choice import Choice, shape_words
+from stages.models.files.choice import ModelChoice, shape_words
 from stages.models.files.flatbuffer_writer import Chunk, ModelBytes, forget_pages, tflite_chunks
 from stages.models.files.validation import validated
 from stages.models.graph import Graph
@@ -101,7 +101,7 @@ def read_model(
     sha256: str | None = None,
     progress: Progress | None = None,
     trusted: bool = False,
-    choice: Choice | None = None,
+    choice: ModelChoice | None = None,
     in_memory_bytes: int = KEPT_IN_MEMORY_BYTES,
 ) -> Model:
     """Reads, hashes and validates a model file, and runs it once in a process of its own unless it is `trusted`.
@@ -139,11 +139,11 @@ def read_model(
     validated(data, shown)
     known_as = name or model_name(path)
     return _as_chosen(
-        Model(known_as, path, digest, data, kept, file_sha256=digest, trusted=trusted), choice or Choice()
+        Model(known_as, path, digest, data, kept, file_sha256=digest, trusted=trusted), choice or ModelChoice()
     )
 
 
-def _as_chosen(model: Model, choice: Choice) -> Model:
+def _as_chosen(model: Model, choice: ModelChoice) -> Model:
     """Applies the choice, then runs the model once in a child process unless it is trusted and unchanged."""
     shown = str(model.path)
     unpacked = schema.ModelT.InitFromPackedBuf(model.data, 0)
@@ -160,7 +160,7 @@ def _as_chosen(model: Model, choice: Choice) -> Model:
     return model if model.trusted else replace(model, facts=_tried(model, choice))
 
 
-def _tried(model: Model, choice: Choice) -> RuntimeFacts:
+def _tried(model: Model, choice: ModelChoice) -> RuntimeFacts:
     """The findings of a trial run. A `ModelError` names the shapes that the user gave and the inputs of open shape."""
     try:
         return trial(model.source, model.sha256, str(model.path))

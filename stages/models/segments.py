@@ -24,11 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import numpy as np
+from typing import TypeAlias
 
 from bus.errors import ConfigError
+from bus.tensors import Array
 from bus.values import TensorSpec
 from stages.models.cuts import useful_positions
 from stages.models.files.cache import cache_dir, write_whole
@@ -39,8 +38,6 @@ from stages.models.runtime.litert import SegmentRunner
 from stages.models.runtime.malloc_trim import give_back, map_large_blocks
 from stages.models.sandbox import Sandbox
 from stages.models.slicer import SlicedPart, slice_model
-
-Array: TypeAlias = np.ndarray[Any, Any]
 
 IN_MEMORY_BYTES = 4 << 20
 """Pieces up to this size stay in memory without a file, and keep their interpreter between samples."""

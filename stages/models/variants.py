@@ -16,7 +16,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from bus.errors import ConfigError, UnknownNameError
-from stages.models.files.choice import Choice, Shape, shape_words
+from stages.models.files.choice import ModelChoice, Shape, shape_words
 from stages.models.files.flatbuffer_writer import STREAMED_BYTES, Blob, ModelBytes, stored_bytes
 from stages.models.files.operators import KEPT_METADATA, kind_of, subgraphs_of, text
 
@@ -72,7 +72,7 @@ class Contents:
         return f"give a number for every question mark: {options}"
 
 
-def contents(model: Any, choice: Choice, shown: str) -> Contents:
+def contents(model: Any, choice: ModelChoice, shown: str) -> Contents:
     """The contents of a file under a choice. Raises `UnknownNameError` for an unknown signature or input."""
     entry = _chosen(model, choice.signature, shown)
     main = 0 if entry is None else entry.subgraphIndex
@@ -91,7 +91,7 @@ def contents(model: Any, choice: Choice, shown: str) -> Contents:
     return Contents(signatures, tuple(_unseen(model, main, signatures)), still_open, main)
 
 
-def chosen_hash(sha256: str, model: Any, choice: Choice, shown: str) -> str:
+def chosen_hash(sha256: str, model: Any, choice: ModelChoice, shown: str) -> str:
     """The hash of the file under a choice: the file's own hash if the choice changes nothing."""
     entry = _chosen(model, choice.signature, shown)
     main = 0 if entry is None else entry.subgraphIndex
@@ -104,7 +104,7 @@ def chosen_hash(sha256: str, model: Any, choice: Choice, shown: str) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def rewritten(model: Any, data: ModelBytes, choice: Choice, shown: str) -> dict[int, Blob]:
+def rewritten(model: Any, data: ModelBytes, choice: ModelChoice, shown: str) -> dict[int, Blob]:
     """Writes the choice into `model`, which was unpacked from `data`; returns the large buffers by index."""
     entry = _chosen(model, choice.signature, shown)
     main = 0 if entry is None else entry.subgraphIndex
@@ -143,7 +143,7 @@ def _open_inputs(graph: Any) -> dict[int, OpenInput]:
     return found
 
 
-def _given_shapes(graph: Any, entry: Any, choice: Choice, shown: str) -> dict[int, Shape]:
+def _given_shapes(graph: Any, entry: Any, choice: ModelChoice, shown: str) -> dict[int, Shape]:
     """Input index -> the shape that the user gave."""
     names = {text(graph.tensors[index].name): index for index in _ints(graph.inputs)}
     names |= {text(item.name): item.tensorIndex for item in (entry.inputs or [] if entry is not None else [])}

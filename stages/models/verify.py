@@ -11,11 +11,12 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from bus.errors import ConfigError, CutError, ModelError
+from bus.tensors import Array
 from bus.values import TensorSpec
 from stages.models.files.operators import UNREPEATABLE
 from stages.models.model import Model
@@ -23,7 +24,6 @@ from stages.models.runtime.litert import SegmentRunner
 from stages.models.sandbox import Sandbox
 from stages.models.slicer import SlicedPart, slice_model
 
-Array: TypeAlias = np.ndarray[Any, Any]
 Pair: TypeAlias = tuple[int, int]
 
 Step: TypeAlias = Callable[[int, int], None]

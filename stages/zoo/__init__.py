@@ -1,6 +1,5 @@
-"""The models supplied with DeePar, and the loader for any model."""
+"""The models supplied with DeePar: their networks, files and test digits.
 
-from stages.models.model import Model
-from stages.zoo.registry import ZooEntry, digits, list_models, load_model
-
-__all__ = ["Model", "ZooEntry", "digits", "list_models", "load_model"]
+Start with `registry`, which loads any model. The wing imports `bus` and `stages.models`; the stages, the load generator and
+the command line may import it.
+"""

@@ -18,10 +18,9 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from bus.errors import ConfigError
+from bus.tensors import Array
 from stages.models.files.flatbuffer_writer import Chunk
 from stages.models.files.graph_builder import GraphBuilder
-
-Array: TypeAlias = np.ndarray[Any, Any]
 
 PIECE_VALUES = 1 << 20
 """Number of weight values that are generated and written at a time (4 MiB)."""

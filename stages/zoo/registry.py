@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 
 from bus.errors import ModelError, unknown_name
+from bus.tensors import Array
 from stages.models.files.cache import Progress, cache_dir, locked, write_whole
-from stages.models.files.choice import Choice
+from stages.models.files.choice import ModelChoice
 from stages.models.model import Model, read_model
 from stages.zoo.networks import LENET, NETWORKS, Network, build, seeded
-
-Array: TypeAlias = np.ndarray[Any, Any]
 
 SHA256 = {
     "lenet": "c48d45171dc677eda6dc8ff6e4ebfd09929bfb9b26c5d6ef03b1d7f4b52f30f5",
@@ -66,7 +64,7 @@ def load_model(
     progress: Progress | None = None,
     *,
     sha256: str | None = None,
-    choice: Choice | None = None,
+    choice: ModelChoice | None = None,
 ) -> Model:
     """Reads, hashes and validates a model: a zoo model by name, or any `.tflite` file by path.
 

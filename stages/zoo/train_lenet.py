@@ -8,14 +8,13 @@ are for training, 500 for tests. The gradients are computed with NumPy.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import shift, zoom
 
+from bus.tensors import Array
 from stages.zoo.networks import LENET, build, trained
-
-Array: TypeAlias = np.ndarray[Any, Any]
 
 DATA = Path(__file__).parent.parent / "data"
 TEST_DIGITS = 500

@@ -28,7 +28,7 @@ from deploy.kafka_local.handshake import ask
 from loadgen.replay.outcome import Outcome
 from loadgen.replay.replay import replay
 from loadgen.replay.schedule import Entry, Schedule
-from stages.zoo import load_model
+from stages.zoo.registry import load_model
 from tests import namespaces
 from tests.integration.deepar_processes import Process, Processes
 from tests.integration.topic_ends import held_by_site, topic_ends

@@ -24,7 +24,7 @@ from planner.core.records import Task
 from planner.search.ledger import Ledger, Reservation, Timeline
 from planner.service.leader_term import LeaderTerm
 from planner.service.service import PlannerService
-from stages.attempt import Attempt
+from stages.attempt import DeviceAttempt
 from stages.device import Device
 from stages.edge_stage import EdgeStage
 from stages.fences import Fences
@@ -58,12 +58,12 @@ class Canary:
             setattr(self.owner, self.method, sound)
 
 
-def _no_dedup(self: Attempt, sample: int, outputs: list[Array]) -> None:
+def _no_dedup(self: DeviceAttempt, sample: int, outputs: list[Array]) -> None:
     self._missing.add(sample)
     _sound_result(self, sample, outputs)
 
 
-_sound_result = Attempt._result
+_sound_result = DeviceAttempt._result
 
 
 def _commit_before_publish(self: Receipt) -> None:
@@ -180,7 +180,7 @@ async def _slot_twice(self: Flow) -> None:
 _sound_serve = Flow._serve
 
 
-def _permit_kept(self: Attempt, sample: int, outputs: list[Array]) -> None:
+def _permit_kept(self: DeviceAttempt, sample: int, outputs: list[Array]) -> None:
     """A result does not open the window."""
     window, self._window = self._window, asyncio.Semaphore(0)
     try:
@@ -190,7 +190,7 @@ def _permit_kept(self: Attempt, sample: int, outputs: list[Array]) -> None:
 
 
 async def _no_window(
-    self: Attempt, inputs: Callable[[int], list[Array]], station: Station | None, sender: FrameSender | None
+    self: DeviceAttempt, inputs: Callable[[int], list[Array]], station: Station | None, sender: FrameSender | None
 ) -> None:
     """Every sample may be under way at once."""
     for _ in self.todo:
@@ -198,14 +198,14 @@ async def _no_window(
     await _sound_send(self, inputs, station, sender)
 
 
-_sound_send = Attempt._send
+_sound_send = DeviceAttempt._send
 
 
 async def _no_gate(self: Node) -> None:
     """It sends whatever the region may think of it."""
 
 
-async def _no_watch(self: Attempt) -> None:
+async def _no_watch(self: DeviceAttempt) -> None:
     """What does not come is waited for."""
 
 
@@ -276,7 +276,7 @@ HARMLESS = Canary("any attempt", "a device takes results of fenced attempts", 0,
 """Not a bug: a sample's result is the same whichever attempt made it, and shows once. Attempts only fence."""
 
 CANARIES = (
-    Canary("no dedup", "a device shows every result that comes", 5, Attempt, "_result", _no_dedup),
+    Canary("no dedup", "a device shows every result that comes", 5, DeviceAttempt, "_result", _no_dedup),
     Canary(
         "commit before publish", "a record counts as done when it was read", 5, Receipt, "hold", _commit_before_publish
     ),
@@ -310,11 +310,11 @@ CANARIES = (
     Canary("timeline given twice", "a ledger's release is executed twice", 10, Timeline, "give", _give_twice),
     Canary("slot leaked", "an edge's slot is not given back", 5, Flow, "_serve", _slot_kept),
     Canary("slot given back twice", "an edge's slot is given back twice", 5, Flow, "_serve", _slot_twice),
-    Canary("permit leaked", "a result does not open the window", 5, Attempt, "_result", _permit_kept),
-    Canary("window ignored", "a device sends without waiting for results", 5, Attempt, "_send", _no_window),
+    Canary("permit leaked", "a result does not open the window", 5, DeviceAttempt, "_result", _permit_kept),
+    Canary("window ignored", "a device sends without waiting for results", 5, DeviceAttempt, "_send", _no_window),
     Canary("gate ignored", "a node goes on sending after half a lease", 30, Node, "gate", _no_gate),
-    Canary("no watchdog", "a device waits for results for ever", 20, Attempt, "_watch", _no_watch),
-    Canary("no way back", "a node that was declared lost stays away", 5, Node, "_come_back", _no_return),
+    Canary("no watchdog", "a device waits for results for ever", 20, DeviceAttempt, "_watch", _no_watch),
+    Canary("no way back", "a node that was declared lost stays away", 5, Node, "_rejoin", _no_return),
     Canary("told once", "an event that was not acknowledged is not sent again", 40, Node, "tell", _tell_once),
     Canary("any snapshot (stage)", "a stage believes every snapshot", 40, snapshots, "open_decisions", _any_snapshot),
     Canary(

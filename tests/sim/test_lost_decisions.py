@@ -18,7 +18,7 @@ from bus.values import Role
 from deploy.services.wiring import make_work
 from loadgen.sim.virtual_loop import run_virtual
 from planner.service.service import Standing
-from stages.node import TOLD_EVERY_S, Node, NodeSettings
+from stages.node import WAIT_LOG_S, Node, NodeSettings
 from stages.runner import ModelledRunner
 from tests.sim.planners import Process, Town, town
 from tests.sim.world import profile
@@ -234,7 +234,7 @@ def test_a_device_that_waits_for_a_snapshot_says_so_once_a_minute() -> None:
             device = OneDevice(place)
             with capture_logs() as logs:
                 running = asyncio.create_task(device.run())
-                await asyncio.sleep(10 * TOLD_EVERY_S - 1)
+                await asyncio.sleep(10 * WAIT_LOG_S - 1)
                 assert not device.node.status.ready
                 running.cancel()
                 await asyncio.wait([running])

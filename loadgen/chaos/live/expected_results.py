@@ -8,7 +8,7 @@ import numpy as np
 
 from bus.messages import DatasetInput, TaskSubmitted
 from stages.models.runtime.litert import SegmentRunner
-from stages.zoo import digits, load_model
+from stages.zoo.registry import digits, load_model
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Choice:
+class ModelChoice:
     """The signature and the input shapes that a user chose for a model."""
 
     signature: str | None = None  # None: the first signature of the main subgraph

@@ -6,7 +6,7 @@ The zoo's networks and the tests' small models are built with it. Weights are ge
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -27,6 +27,14 @@ _DTYPES: dict[str, int] = {
     "bool": schema.TensorType.BOOL,
     "resource": schema.TensorType.RESOURCE,
 }
+
+
+class Quantization(NamedTuple):
+    """Real value = scale * (stored value - zero point), for the whole tensor or per slice of one dimension."""
+
+    scales: Sequence[float]
+    zero_points: Sequence[int]
+    dimension: int = 0  # with several scales: the dimension whose slices they belong to
 
 
 class GraphBuilder:
@@ -57,21 +65,20 @@ class GraphBuilder:
         shape: Sequence[int],
         dtype: str = "float32",
         *,
-        scales: Sequence[float] = (),
-        zero_points: Sequence[int] = (),
-        quantized_dimension: int = 0,
+        quantization: Quantization | None = None,
         signature: Sequence[int] | None = None,
-        variable: bool = False,
         buffer: int = 0,
     ) -> int:
         """Adds a tensor; `signature` is the shape with -1 for open dimensions."""
-        tensor = schema.TensorT(shape=list(shape), type=_DTYPES[dtype], buffer=buffer, name=name, isVariable=variable)
+        tensor = schema.TensorT(shape=list(shape), type=_DTYPES[dtype], buffer=buffer, name=name)
         tensor.hasRank = True
         if signature is not None:
             tensor.shapeSignature = list(signature)
-        if scales:
+        if quantization is not None:
             tensor.quantization = schema.QuantizationParametersT(
-                scale=list(scales), zeroPoint=list(zero_points), quantizedDimension=quantized_dimension
+                scale=list(quantization.scales),
+                zeroPoint=list(quantization.zero_points),
+                quantizedDimension=quantization.dimension,
             )
         self._graph.tensors.append(tensor)
         return len(self._graph.tensors) - 1

@@ -14,15 +14,13 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from bus.errors import ModelError
-
-Array: TypeAlias = np.ndarray[Any, Any]
-
+from bus.tensors import Array
 
 _FINE_THREAD_CLOCK = sys.platform != "win32"
 """False on Windows, which counts a thread's processor time in steps of 16 ms."""

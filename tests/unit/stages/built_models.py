@@ -9,7 +9,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from stages.models.files.graph_builder import GraphBuilder
+from stages.models.files.graph_builder import GraphBuilder, Quantization
 
 RELU, RELU6, NONE = (
     schema.ActivationFunctionType.RELU,
@@ -145,25 +145,23 @@ def sparse_weights() -> GraphBuilder:
 def quantized() -> GraphBuilder:
     graph = GraphBuilder("full int8 with a skip")
     shape = (1, 8, 8, 4)
-    x = graph.input("input", shape, "int8", scales=[0.05], zero_points=[-3])
+    x = graph.input("input", shape, "int8", quantization=Quantization([0.05], [-3]))
     first = x
     for number in (1, 2):
         kernel = graph.constant(
             f"k{number}",
             _rng(number).integers(-127, 128, (4, 3, 3, 4)).astype(np.int8),
-            scales=[0.01, 0.02, 0.015, 0.03],
-            zero_points=[0] * 4,
+            quantization=Quantization([0.01, 0.02, 0.015, 0.03], [0] * 4),
         )
         bias = graph.constant(
             f"b{number}",
             _rng(number).integers(-500, 500, 4).astype(np.int32),
-            scales=[5e-4, 1e-3, 7.5e-4, 1.5e-3],
-            zero_points=[0] * 4,
+            quantization=Quantization([5e-4, 1e-3, 7.5e-4, 1.5e-3], [0] * 4),
         )
-        y = graph.tensor(f"conv_{number}", shape, "int8", scales=[0.05], zero_points=[-3])
+        y = graph.tensor(f"conv_{number}", shape, "int8", quantization=Quantization([0.05], [-3]))
         graph.operator("CONV_2D", [x, kernel, bias], [y], schema.Conv2DOptionsT(SAME, 1, 1, NONE), version=3)
         x = y
-    added = graph.tensor("add", shape, "int8", scales=[0.08], zero_points=[4])
+    added = graph.tensor("add", shape, "int8", quantization=Quantization([0.08], [4]))
     graph.operator("ADD", [x, first], [added], schema.AddOptionsT(), version=2)
     graph.output(added)
     return graph
@@ -172,10 +170,10 @@ def quantized() -> GraphBuilder:
 def wide_integers() -> GraphBuilder:
     """int16 activations and a uint8 branch."""
     graph = GraphBuilder("int16 and uint8")
-    x = graph.input("input", (1, 40), "int16", scales=[0.001], zero_points=[0])
+    x = graph.input("input", (1, 40), "int16", quantization=Quantization([0.001], [0]))
     back = graph.tensor("float", (1, 40))
     graph.operator("DEQUANTIZE", [x], [back], schema.DequantizeOptionsT(), version=3)
-    small = graph.tensor("uint8", (1, 40), "uint8", scales=[0.25], zero_points=[128])
+    small = graph.tensor("uint8", (1, 40), "uint8", quantization=Quantization([0.25], [128]))
     graph.operator("QUANTIZE", [back], [small], schema.QuantizeOptionsT())
     last = graph.tensor("again", (1, 40))
     graph.operator("DEQUANTIZE", [small], [last], schema.DequantizeOptionsT(), version=2)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages.models.model import Model
-from stages.zoo import load_model
+from stages.zoo.registry import load_model
 
 
 @pytest.fixture(autouse=True, scope="session")

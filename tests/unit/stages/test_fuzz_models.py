@@ -22,7 +22,7 @@ from stages.models.model import Model
 from stages.models.runtime.trial_run import ChildProgram, trial
 from stages.models.slicer import slice_model
 from stages.models.verify import pairs_of, random_inputs, verify
-from stages.zoo import load_model
+from stages.zoo.registry import load_model
 from tests.unit.stages import built_models
 
 SEEDS = 1500

@@ -26,7 +26,7 @@ from stages.models.profiler import (
 )
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.verify import random_inputs
-from stages.zoo import load_model
+from stages.zoo.registry import load_model
 from tests.unit.stages import built_models
 
 

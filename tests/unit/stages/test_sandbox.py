@@ -17,7 +17,7 @@ from stages.models.sandbox import Sandbox
 from stages.models.segments import SegmentStore
 from stages.models.slicer import slice_model
 from stages.models.verify import random_inputs, verify
-from stages.zoo import load_model
+from stages.zoo.registry import load_model
 from tests.unit.stages import built_models
 
 DEATH = ChildProgram("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")

@@ -17,7 +17,7 @@ from stages.models.sandbox import Sandbox
 from stages.models.segments import SegmentStore, StoreLimits
 from stages.models.slicer import SlicedPart
 from stages.models.verify import random_inputs
-from stages.zoo import load_model
+from stages.zoo.registry import load_model
 from tests.unit.stages import built_models
 
 

@@ -21,7 +21,7 @@ from stages.models.model import Model
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.slicer import manifest, position_of, slice_model, write_parts
 from stages.models.verify import run_part
-from stages.zoo import load_model
+from stages.zoo.registry import load_model
 from tests.unit.stages import built_models
 
 

@@ -10,7 +10,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
 from bus.errors import ConfigError, ModelError, UnknownNameError
-from stages.models.files.choice import Choice, parse_shapes
+from stages.models.files.choice import ModelChoice, parse_shapes
 from stages.models.files.graph_builder import GraphBuilder
 from stages.models.files.validation import validated
 from stages.models.profiler import measure
@@ -18,10 +18,10 @@ from stages.models.runtime.litert import SegmentRunner
 from stages.models.segments import SegmentStore
 from stages.models.slicer import slice_model
 from stages.models.verify import pairs_of, random_inputs, verify
-from stages.zoo import load_model
+from stages.zoo.registry import load_model
 from tests.unit.stages import built_models
 
-DECODE = Choice("decode")
+DECODE = ModelChoice("decode")
 
 
 def written(tmp_path: Path, graph: GraphBuilder, name: str = "model") -> Path:
@@ -39,7 +39,7 @@ def test_the_main_subgraph_is_meant_unless_a_signature_is_named(tmp_path: Path) 
         ("encode", ("picture",), ("code",), True),
         ("decode", ("code",), ("picture",), False),
     ]
-    same = load_model(path, choice=Choice("encode"))
+    same = load_model(path, choice=ModelChoice("encode"))
     assert (same.sha256, same.data, same.name) == (model.sha256, model.data, "model")
 
 
@@ -70,7 +70,7 @@ def test_no_verdict_hides_what_was_not_looked_at(tmp_path: Path) -> None:
     graph = built_models.two_halves()
     graph.begin_subgraph("forgotten")
     graph.output(graph.input("x", (1,)))
-    for choice, meant, other in ((Choice(), "encode", "decode"), (DECODE, "decode", "encode")):
+    for choice, meant, other in ((ModelChoice(), "encode", "decode"), (DECODE, "decode", "encode")):
         model = load_model(written(tmp_path, graph), choice=choice)
         report = verify(model, [(1, 1)], [random_inputs(model, np.random.default_rng(1))])
         assert report.bit_identical
@@ -82,7 +82,7 @@ def test_no_verdict_hides_what_was_not_looked_at(tmp_path: Path) -> None:
 
 def test_a_signature_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="has no signature train") as caught:
-        load_model(written(tmp_path, built_models.two_halves()), choice=Choice("train"))
+        load_model(written(tmp_path, built_models.two_halves()), choice=ModelChoice("train"))
     assert caught.value.remedy == "it has encode, decode"
 
 
@@ -96,7 +96,7 @@ def test_open_inputs_are_named_with_the_way_to_give_them(tmp_path: Path) -> None
 @pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 60, 1, 1)])
 def test_a_given_shape_holds_for_everything(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     path = written(tmp_path, built_models.open_length())
-    model = load_model(path, choice=Choice(None, {name: shape}))
+    model = load_model(path, choice=ModelChoice(None, {name: shape}))
     assert model.manifest.cuts[0].tensors[0].shape == shape
     frames = (shape[0], (shape[1] - 8) // 2 + 1, 1, 3)
     assert [cut.tensors[0].shape for cut in model.manifest.cuts[1:]] == [frames] * 3
@@ -118,7 +118,7 @@ def test_a_given_shape_holds_for_everything(name: str, shape: tuple[int, ...], t
 def test_models_that_were_chosen_differently_have_hashes_of_their_own(tmp_path: Path) -> None:
     path = written(tmp_path, built_models.open_length())
     hashes = [
-        load_model(path, choice=Choice(None, {name: shape})).sha256
+        load_model(path, choice=ModelChoice(None, {name: shape})).sha256
         for name, shape in (("sound", (1, 8, 1, 1)), ("audio", (1, 8, 1, 1)), ("sound", (1, 9, 1, 1)))
     ]
     assert hashes[0] == hashes[1] != hashes[2]
@@ -139,12 +139,12 @@ def test_shapes_that_do_not_fit_are_refused(
     shapes: dict[str, tuple[int, ...]], error: type[Exception], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=words):
-        load_model(written(tmp_path, built_models.open_length()), choice=Choice(None, shapes))
+        load_model(written(tmp_path, built_models.open_length()), choice=ModelChoice(None, shapes))
 
 
 def test_a_shape_that_is_not_open_is_refused(lenet: object) -> None:
     with pytest.raises(ConfigError, match=r"the input of .* is 1x28x28x1"):
-        load_model("lenet", choice=Choice(None, {"input": (2, 28, 28, 1)}))
+        load_model("lenet", choice=ModelChoice(None, {"input": (2, 28, 28, 1)}))
 
 
 def test_shapes_are_written_as_names_and_sizes() -> None:

@@ -14,8 +14,8 @@ from stages.models.model import Model
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.slicer import slice_model
 from stages.models.verify import difference, identical, named_inputs, pairs_of, random_inputs, verify
-from stages.zoo import digits, load_model
 from stages.zoo.networks import LENET, build, seeded
+from stages.zoo.registry import digits, load_model
 from tests.unit.stages import built_models
 
 

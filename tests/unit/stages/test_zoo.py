@@ -13,9 +13,8 @@ from bus.errors import ConfigError, ModelError, UnknownNameError
 from stages.models.files.cache import cache_dir, write_whole
 from stages.models.model import Model, model_name, read_model
 from stages.models.runtime.litert import SegmentRunner
-from stages.zoo import digits, list_models, load_model
 from stages.zoo.networks import ALEXNET, DEEPFACE, LENET, NETWORKS, VGG16, build, seeded
-from stages.zoo.registry import SHA256, generate
+from stages.zoo.registry import SHA256, digits, generate, list_models, load_model
 
 PAPER_ALEXNET = [
     *("conv_1", "norm_1", "maxpool_1", "conv_2", "norm_2", "maxpool_2"),

@@ -16,7 +16,7 @@ from bus.values import ModelProfile
 from deploy.commands import models
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.verify import verify
-from stages.zoo import digits
+from stages.zoo.registry import digits
 from tests.unit.stages import built_models
 
 runner = CliRunner()

@@ -14,7 +14,7 @@ from deploy.commands.services import StageFlags
 from deploy.services.runners import make_runner
 from deploy.services.settings import NodeOptions, Served, ServedModel
 from stages.litert_runner import LitertRunner
-from stages.zoo import load_model
+from stages.zoo.registry import load_model
 from tests.unit.stages import built_models
 
 

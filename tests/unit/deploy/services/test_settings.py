@@ -19,7 +19,7 @@ from deploy.services.settings import (
     UpSettings,
     load_settings,
 )
-from stages.models.files.choice import Choice
+from stages.models.files.choice import ModelChoice
 
 EXAMPLE = Path(deploy.__file__).with_name("example.toml")
 
@@ -122,7 +122,7 @@ def test_a_model_may_say_which_signature_and_shapes_are_meant(tmp_path: Path) ->
     plain, chosen = settings.models
     assert plain == "lenet"
     assert isinstance(chosen, ServedModel)
-    assert (chosen.model, chosen.choice) == ("m.tflite", Choice("decode", {"x": (1, 128)}))
+    assert (chosen.model, chosen.choice) == ("m.tflite", ModelChoice("decode", {"x": (1, 128)}))
     for wrong, words in (
         ('{model = "m.tflite", input_shape = {x = "1,128"}}', "write NAME=1x1280"),
         ('{model = "m.tflite", signatur = "decode"}', "unknown key"),
