@@ -15,7 +15,7 @@ from loadgen.experiments import claims as rules
 from loadgen.experiments.captions import Caption, finish
 from loadgen.experiments.claims import Claim, Reductions
 from loadgen.experiments.figure_result import FigureOptions, FigureResult, write_csv
-from loadgen.experiments.runs import Cell, run_cells
+from loadgen.experiments.runs import Cell, Workers, run_cells
 from loadgen.replay.metrics import half_width_95
 from loadgen.sim.platforms import Platforms, platforms
 from loadgen.sim.scenario import Scenario
@@ -58,7 +58,7 @@ def make(name: str, options: FigureOptions) -> FigureResult:
     platform = platforms(options.profile)
     seeds = platform.unused_seeds(options.seeds)
     cells = _cells(setting, options, seeds)
-    rows = run_cells(cells, jobs=options.jobs, cluster=options.cluster, progress=options.tell(name))
+    rows = run_cells(cells, Workers(options.jobs, options.cluster), options.tell(name))
     table = _Table(rows, seeds, options.reachable)
     fitted = name in platform.fitted_to
     claims = tuple(claim for reachable in options.reachable for claim in _claims(name, table, reachable, fitted))

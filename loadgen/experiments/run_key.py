@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.machinery import ModuleSpec
@@ -41,8 +41,8 @@ _INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("pureli
 class RunKeys:
     """Keys of runs, for the code, profiles and policies as they are when this is made."""
 
-    def __init__(self) -> None:
-        self._code = f"{_digest(_files_of_ours())} numpy {np.__version__}"
+    def __init__(self, folders: Sequence[Path] = OURS, numpy_version: str = np.__version__) -> None:
+        self._code = f"{_digest(_files(folders))} numpy {numpy_version}"
         self._policies: dict[str, str | None] = {}
         self._profiles: dict[str, str] = {}
 
@@ -69,17 +69,17 @@ class RunKeys:
         return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
 
 
-def policy_digest(name: str) -> str | None:
+def policy_digest(name: str, version_of: Callable[[str], str] = version) -> str | None:
     """A hash of a policy's source, None where it has none; empty for a built-in policy, which our own code covers."""
     module = policy_module(name)
     if module is None:
         return ""
-    sources = sorted(_sources(module))
+    sources = sorted(_sources(module, version_of))
     return _digest(sources) if sources else None
 
 
-def _files_of_ours() -> Iterator[tuple[str, bytes]]:
-    for folder in OURS:
+def _files(folders: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    for folder in folders:
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".py", ".json"):
                 yield f"{folder.name}/{path.relative_to(folder).as_posix()}", path.read_bytes()
@@ -93,7 +93,7 @@ def _digest(parts: Iterator[tuple[str, bytes]] | list[tuple[str, bytes]]) -> str
     return found.hexdigest()
 
 
-def _sources(module: str) -> Iterator[tuple[str, bytes]]:
+def _sources(module: str, version_of: Callable[[str], str]) -> Iterator[tuple[str, bytes]]:
     """(module, its source) of `module` and of all it imports that is the user's; (package, its version) of installed ones."""
     top = module.partition(".")[0]
     waiting, seen, installed = [module], {module}, set[str]()
@@ -117,7 +117,7 @@ def _sources(module: str) -> Iterator[tuple[str, bytes]]:
         waiting += sorted(new)
     for package in sorted(installed):
         for distribution in _distributions().get(package, []):
-            yield f"{package} of {distribution}", version(distribution).encode()
+            yield f"{package} of {distribution}", version_of(distribution).encode()
 
 
 def _spec(name: str) -> ModuleSpec | None:

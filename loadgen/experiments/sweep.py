@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,10 +26,13 @@ from bus.errors import ConfigError, unknown_name
 from loadgen import plots
 from loadgen.experiments.figure_result import POLICIES
 from loadgen.experiments.run_key import KEY_DIGITS, RunKeys
-from loadgen.experiments.runs import Cell, run_as_completed
+from loadgen.experiments.runs import Cell, Workers, run_as_completed, run_cell
 from loadgen.replay.metrics import half_width_95
 from loadgen.sim.platforms import platforms
 from loadgen.sim.scenario import FIELDS, Scenario, coerce
+
+if TYPE_CHECKING:  # matplotlib is slow to import
+    from matplotlib.figure import Figure
 
 MAX_RUNS = 1_000_000
 MAX_PANELS = 24
@@ -97,7 +100,8 @@ class SweepOptions:
     policies: tuple[str, ...] = POLICIES
     seeds: int = 10
     jobs: int = 1
-    cluster: str | None = None
+    cluster: str | None = None  # address of a Dask scheduler
+    run: Callable[[Cell], dict[str, Any]] = run_cell  # runs one cell
     progress: Callable[[int, int], None] | None = None  # (runs done, runs in all)
 
 
@@ -116,10 +120,10 @@ class SweepResult:
         return [row for row in self.rows if row["completed"] < row["tasks"]]
 
 
-def sweep(options: SweepOptions) -> SweepResult:
-    """Run what is missing. Raises `ConfigError`."""
+def sweep(options: SweepOptions, keys: RunKeys | None = None) -> SweepResult:
+    """Run the cells that have no row yet. Raises `ConfigError`."""
     cells = plan(options)
-    keys = RunKeys()
+    keys = keys or RunKeys()
     wanted = [keys.key(cell) for cell in cells]
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "sweep.csv"
@@ -130,7 +134,8 @@ def sweep(options: SweepOptions) -> SweepResult:
     reused, stale = len(found), sum(_place(cells[index], names) in before.stale for index in missing)
     if options.progress is not None:
         options.progress(len(found), len(cells))
-    runs = run_as_completed([cells[index] for index in missing], jobs=options.jobs, cluster=options.cluster)
+    workers = Workers(options.jobs, options.cluster, options.run)
+    runs = run_as_completed([cells[index] for index in missing], workers)
     with path.open("a", encoding="utf-8", newline="") as file:
         writer: csv.DictWriter[str] | None = None
         for position, run in runs:
@@ -147,7 +152,7 @@ def sweep(options: SweepOptions) -> SweepResult:
                 options.progress(len(found), len(cells))
     rows = [found[index] for index in range(len(cells))]
     _rewrite(path, rows)
-    pictures = draw(options, rows) if options.axes else []
+    pictures = plots.save(picture(options, rows), options.out / "sweep") if options.axes else []
     return SweepResult(rows, [path, options.out / "sweep.json", *pictures], reused, stale)
 
 
@@ -174,8 +179,8 @@ def plan(options: SweepOptions) -> list[Cell]:
     return cells
 
 
-def draw(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> list[Path]:
-    """Small multiples: mean delay over the first axis, a line a policy, a panel for every value of the others."""
+def picture(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> Figure:
+    """Small multiples: mean delay over the first axis, one line per policy, one panel per value of the other axes."""
     x_axis, others = options.axes[0], options.axes[1:]
     panels = list(itertools.product(*(axis.values for axis in others)))[:MAX_PANELS]
     columns = min(len(panels), len(others[-1].values) if others else 1, 4)
@@ -223,7 +228,7 @@ def draw(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> list[Path]:
     fig.legend(
         handles, names, loc="outside upper center", ncols=min(len(names), 3 if columns < 2 else 6), frameon=False
     )
-    return plots.save(fig, options.out / "sweep")
+    return fig
 
 
 _UNITS = {

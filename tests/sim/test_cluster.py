@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bus.errors import ConfigError
-from loadgen.experiments.runs import Cell, run_cells
+from loadgen.experiments.runs import Cell, Workers, run_cells
 from loadgen.experiments.sweep import Axis, SweepOptions, sweep
 from loadgen.sim.scenario import Scenario
 
@@ -19,7 +19,7 @@ CELLS = [
 
 
 def test_two_processes_give_the_same_rows() -> None:
-    assert run_cells(CELLS, jobs=2) == run_cells(CELLS)
+    assert run_cells(CELLS, Workers(jobs=2)) == run_cells(CELLS)
 
 
 @pytest.mark.filterwarnings("default")  # Dask's own, which are not ours to mend
@@ -29,7 +29,7 @@ def test_a_cluster_of_two_workers_gives_the_same_rows_and_files(tmp_path: Path) 
         n_workers=2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
     ) as cluster:
         address = cluster.scheduler_address
-        assert run_cells(CELLS, cluster=address) == run_cells(CELLS)
+        assert run_cells(CELLS, Workers(cluster=address)) == run_cells(CELLS)
 
         def swept(name: str, cluster: str | None) -> bytes:
             axes = (Axis.parse("devices=4,6"),)
@@ -53,4 +53,4 @@ def test_a_cluster_of_two_workers_gives_the_same_rows_and_files(tmp_path: Path) 
 def test_a_scheduler_that_is_not_there_is_named(address: str) -> None:
     pytest.importorskip("distributed")
     with pytest.raises(ConfigError, match="no Dask scheduler answers"):
-        run_cells(CELLS, cluster=address)
+        run_cells(CELLS, Workers(cluster=address))

@@ -8,6 +8,7 @@ import contextlib
 import math
 import os
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ from bus.values import Objective
 from deploy.commands.simulate.chaos import chaos
 from deploy.commands.simulate.soak import soak
 from deploy.console_output import completion
+from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.options import AsJson
 from deploy.console_output.progress import progress_bar
 from deploy.console_output.writable import writable_folder
@@ -70,22 +72,49 @@ MOST_POINTS = 20
 """Maximum number of points of a sweep that are printed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComparisonOptions:
+    """Which policies are compared, over how many seeds, and for which delay."""
+
+    seeds: Seeds = 10
+    policies: Policies = ALL_POLICIES
+    objective: ObjectiveFlag = Objective.SEQUENTIAL
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """Where runs are computed."""
+
+    jobs: Jobs = None
+    cluster: Cluster = None
+
+    def processes(self) -> int:
+        """The number of processes on this machine."""
+        return self.jobs or os.cpu_count() or 1
+
+
 def _figure_command(name: str, doc: str) -> None:
+    @with_option_groups
     def command(
-        seeds: Seeds = 10,
-        policies: Policies = ALL_POLICIES,
-        objective: ObjectiveFlag = Objective.SEQUENTIAL,
+        compared: ComparisonOptions,
         out: Out = FIGURES,
         profile: Profile = "paper",
-        jobs: Jobs = None,
-        cluster: Cluster = None,
+        *,
+        workers: WorkerOptions,
         plain: Plain = False,
         as_json: AsJson = False,
     ) -> None:
-        make_figures(
-            (name,), seeds=seeds, policies=policies, objective=objective, out=out, profile=profile, jobs=jobs,
-            cluster=cluster, plain=plain, as_json=as_json,
-        )  # fmt: skip
+        options = FigureOptions(
+            out=out,
+            seeds=compared.seeds,
+            policies=_policies(compared.policies),
+            objective=compared.objective,
+            profile=profile,
+            jobs=workers.processes(),
+            cluster=workers.cluster,
+            plain=plain,
+        )
+        make_figures((name,), options, as_json=as_json)
 
     example = f"Example: `deepar simulate {name} --seeds 30 --policies edge-only,no-delay,deepar --out figures`"
     judged = (
@@ -107,7 +136,7 @@ def fig1a(
 
     Example: `deepar simulate fig1a --live --out figures`
     """
-    make_figures(("fig1a",), out=out, profile=profile, live=live, plain=plain, as_json=as_json)
+    make_figures(("fig1a",), FigureOptions(out=out, profile=profile, live=live, plain=plain), as_json=as_json)
 
 
 @app.command("fig1b")
@@ -116,7 +145,7 @@ def fig1b(out: Out = FIGURES, profile: Profile = "paper", plain: Plain = False, 
 
     Example: `deepar simulate fig1b --out figures`
     """
-    make_figures(("fig1b",), out=out, profile=profile, plain=plain, as_json=as_json)
+    make_figures(("fig1b",), FigureOptions(out=out, profile=profile, plain=plain), as_json=as_json)
 
 
 @app.command("fig3")
@@ -125,7 +154,7 @@ def fig3(out: Out = FIGURES, profile: Profile = "paper", plain: Plain = False, a
 
     Example: `deepar simulate fig3 --json --out figures`
     """
-    make_figures(("fig3",), out=out, profile=profile, plain=plain, as_json=as_json)
+    make_figures(("fig3",), FigureOptions(out=out, profile=profile, plain=plain), as_json=as_json)
 
 
 _figure_command("fig4a", "Many tasks: 10 edges, 20-80 devices, arrivals within 300 s.")
@@ -134,37 +163,13 @@ _figure_command("fig4c", "Many tasks: 40 edges, 20-80 devices, arrivals within 5
 _figure_command("all", "Every figure of the paper.")
 
 
-def make_figures(
-    names: tuple[str, ...],
-    *,
-    out: Path,
-    as_json: bool,
-    seeds: int = 10,
-    policies: str = ALL_POLICIES,
-    objective: Objective = Objective.SEQUENTIAL,
-    profile: str = "paper",
-    jobs: int | None = None,
-    cluster: str | None = None,
-    live: bool = False,
-    plain: bool = False,
-) -> None:
+def make_figures(names: tuple[str, ...], options: FigureOptions, *, as_json: bool) -> None:
     """Make figures and print their claims; exit with 99 if a claim of the paper is missed."""
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     everything = names == ("all",)
     results: list[FigureResult] = []
     with progress_bar(log) as tell:
-        options = FigureOptions(
-            out=writable_folder("--out", out),
-            seeds=seeds,
-            policies=_policies(policies),
-            objective=objective,
-            profile=profile,
-            jobs=jobs or os.cpu_count() or 1,
-            cluster=cluster,
-            live=live,
-            plain=plain,
-            progress=tell,
-        )
+        options = replace(options, out=writable_folder("--out", options.out), progress=tell)
         results += [figures.make(name, options) for name in (figures.FIGURES if everything else names)]
     if as_json:
         found = [result.as_object() for result in results]
@@ -177,20 +182,28 @@ def make_figures(
         raise typer.Exit(EXIT_MISSED)
 
 
-@app.command()
-def sweep(
+@dataclass(frozen=True, kw_only=True)
+class SweepInput:
+    """What a sweep varies, and how many runs each point has."""
+
     vary: Annotated[
         list[str] | None,
         typer.Option(help="devices=20:200:20 (both ends), edges=10,40, reachable=1,2,all; may be repeated."),
-    ] = None,
-    scenario_file: Annotated[
-        Path | None, typer.Option("--scenario", help="A TOML file with the scenario to vary.")
-    ] = None,
-    policies: Policies = ALL_POLICIES,
-    seeds: Seeds = 10,
+    ] = None
+    scenario_file: Annotated[Path | None, typer.Option("--scenario", help="A TOML file with the scenario to vary.")] = (
+        None
+    )
+    policies: Policies = ALL_POLICIES
+    seeds: Seeds = 10
+
+
+@app.command()
+@with_option_groups
+def sweep(
+    varied: SweepInput,
     out: Out = SWEEP,
-    jobs: Jobs = None,
-    cluster: Cluster = None,
+    *,
+    workers: WorkerOptions,
     as_json: AsJson = False,
 ) -> None:
     """Run every combination of the given parameters; write one tidy CSV and small multiples. Resumes if interrupted.
@@ -202,15 +215,15 @@ def sweep(
     """
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     with progress_bar(log) as tell:
-        base = scenario.Scenario() if scenario_file is None else scenario.read(scenario_file)
+        file = varied.scenario_file
         options = SweepOptions(
             out=writable_folder("--out", out),
-            scenario=base,
-            axes=tuple(Axis.parse(text) for text in vary or ()),
-            policies=_policies(policies),
-            seeds=seeds,
-            jobs=jobs or os.cpu_count() or 1,
-            cluster=cluster,
+            scenario=scenario.Scenario() if file is None else scenario.read(file),
+            axes=tuple(Axis.parse(text) for text in varied.vary or ()),
+            policies=_policies(varied.policies),
+            seeds=varied.seeds,
+            jobs=workers.processes(),
+            cluster=workers.cluster,
             progress=lambda done, total: tell("sweep", done, total),
         )
         done = run_sweep(options)

@@ -11,14 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from bus.errors import ConfigError, UnknownNameError
-from loadgen import plots
-from loadgen.experiments import runs
 from loadgen.experiments import sweep as sweeps
-from loadgen.experiments.runs import Cell, run_cell, run_cells
+from loadgen.experiments.run_key import RunKeys
+from loadgen.experiments.runs import Cell, Workers, run_cell, run_cells
 from loadgen.experiments.sweep import Axis, SweepOptions, sweep
 from loadgen.sim.scenario import Scenario
 from planner.search.profiles import profile_text
@@ -27,12 +25,13 @@ from tests.unit.loadgen.machines import machines
 POLICIES = ("edge-only", "deepar")
 
 
-@pytest.fixture(autouse=True)
-def made_up_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "platforms", lambda profile: machines())
+def run(cell: Cell) -> dict[str, Any]:
+    """Run a cell on made-up machines."""
+    return run_cell(cell, machines())
 
 
 def options(out: Path, *axes: str, **more: object) -> SweepOptions:
+    more = {"run": run} | more
     return SweepOptions(
         out=out,
         scenario=Scenario(devices=6, edges=2, within_s=5),
@@ -93,27 +92,23 @@ def test_one_tidy_row_a_run(tmp_path: Path) -> None:
 
 def test_a_row_is_the_run_of_its_scenario(tmp_path: Path) -> None:
     rows = sweep(options(tmp_path, "devices=5,9")).rows
-    wanted = run_cell(Cell(Scenario(devices=9, edges=2, within_s=5, policy="deepar"), 1, {}))
+    wanted = run(Cell(Scenario(devices=9, edges=2, within_s=5, policy="deepar"), 1, {}))
     row = next(r for r in rows if (r["devices"], r["policy"], r["seed"]) == ("9", "deepar", 1))
     assert row["mean_delay_s"] == wanted["mean_delay_s"]
 
 
-def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     whole = sweep(options(tmp_path / "whole")).rows
     started: list[int] = []
-    original = runs.run_cell
 
     def dies(cell: Cell) -> dict[str, object]:
         started.append(1)
         if len(started) == 6:
             raise KeyboardInterrupt
-        return original(cell)
+        return run(cell)
 
-    monkeypatch.setattr(runs, "run_cell", dies)
     with pytest.raises(KeyboardInterrupt):
-        sweep(options(tmp_path / "part"))
+        sweep(options(tmp_path / "part", run=dies))
     # As a kill would: the last line is cut short.
     path = tmp_path / "part" / "sweep.csv"
     path.write_text(path.read_text()[:-20])
@@ -121,10 +116,9 @@ def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_bytes(
 
     def counted(cell: Cell) -> dict[str, object]:
         started.append(1)
-        return original(cell)
+        return run(cell)
 
-    monkeypatch.setattr(runs, "run_cell", counted)
-    again = sweep(options(tmp_path / "part"))
+    again = sweep(options(tmp_path / "part", run=counted))
     assert len(started) == 12 - 4
     assert (again.reused, again.stale) == (4, 0)
     assert again.rows == whole
@@ -141,17 +135,10 @@ def test_another_sweep_is_not_mixed_in(tmp_path: Path) -> None:
     assert (done.reused, done.stale) == (12, 0)
 
 
-def test_every_panel_shows_all_of_its_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_panel_shows_all_of_its_points(tmp_path: Path) -> None:
     """The panels share an axis, and the last ones may be the highest."""
-    drawn: list[Any] = []
-
-    def kept(fig: Any, stem: Path) -> list[Path]:
-        drawn.append(fig)
-        return []
-
-    monkeypatch.setattr(plots, "save", kept)
-    sweep(options(tmp_path, "devices=4,8", "within_s=300,1"))
-    axes = drawn[0].axes
+    made = options(tmp_path, "devices=4,8", "within_s=300,1")
+    axes: Any = sweeps.picture(made, sweep(made).rows).axes
     tops = [max(max(line.get_ydata()) for line in panel.lines) for panel in axes]
     assert tops[1] > 1.2 * tops[0]
     for panel, top in zip(axes, tops, strict=True):
@@ -168,9 +155,6 @@ def policy_file(folder: Path, body: str, name: str = "mine") -> None:
 RUN = """
 import sys
 from tests.unit.loadgen import test_sweep as here
-from loadgen import plots
-from loadgen.experiments import runs
-runs.platforms = lambda profile: here.machines()
 done = here.sweep(here.replace(here.options(here.Path(sys.argv[1])), policies=("edge-only", "mine:Mine"), seeds=1))
 print(done.reused, done.stale, [row["mean_delay_s"] for row in done.rows if row["policy"] == "mine:Mine"])
 """
@@ -205,7 +189,7 @@ def test_an_edited_policy_or_a_module_that_it_imports_runs_again(tmp_path: Path)
     assert fresh_process(out, modules)[:2] == (3, 3)
 
 
-def test_a_changed_profile_or_version_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_profile_or_version_runs_again(tmp_path: Path) -> None:
     profile = tmp_path / "mine.json"
     profile.write_text(profile_text("paper"))
     made = replace(options(tmp_path / "out"), scenario=Scenario(devices=6, edges=2, within_s=5, profile=str(profile)))
@@ -214,8 +198,7 @@ def test_a_changed_profile_or_version_runs_again(tmp_path: Path, monkeypatch: py
     profile.write_text(profile_text("paper").replace('"link1_bps": 2', '"link1_bps": 1'))
     done = sweep(made)
     assert (done.reused, done.stale) == (0, 12)
-    monkeypatch.setattr(np, "__version__", "9.9")
-    assert sweep(made).stale == 12
+    assert sweep(made, RunKeys(numpy_version="9.9")).stale == 12
 
 
 def test_rows_of_a_version_that_wrote_no_keys_run_again(tmp_path: Path) -> None:
@@ -256,7 +239,7 @@ def test_runs_in_which_tasks_do_not_complete_are_counted(tmp_path: Path) -> None
 def test_cells_keep_their_order_and_report(tmp_path: Path) -> None:
     wanted = [Cell(Scenario(devices=3, edges=1, within_s=5), seed, {"n": seed}) for seed in range(4)]
     told: list[tuple[int, int]] = []
-    rows = run_cells(wanted, progress=lambda *n: told.append(n))
+    rows = run_cells(wanted, Workers(run=run), progress=lambda *n: told.append(n))
     assert [row["n"] for row in rows] == [0, 1, 2, 3]
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert all(row["completed"] == 3 for row in rows)
