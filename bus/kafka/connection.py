@@ -27,7 +27,7 @@ from bus.errors import BusUnavailableError, ConfigError
 from bus.kafka import aiokafka_patches
 from bus.limits import MAX_RECORD_BYTES
 
-aiokafka_patches.use()
+aiokafka_patches.apply()
 
 CHECK_TIMEOUT_S = 3.0
 """How long a broker may take to shake hands when we start."""

@@ -116,7 +116,7 @@ class KafkaReader:
         self._closed = True
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
-            await _finish(consumer)
+            await stop_consumer(consumer)
 
     async def abandon(self) -> None:
         """Stop like a killed process; a group notices after the session timeout."""
@@ -196,7 +196,7 @@ class KafkaReader:
             await self._let_go()
             consumer, self._consumer = self._consumer, None
             if consumer is not None:
-                await _finish(consumer)
+                await stop_consumer(consumer)
             await self.open()
 
     async def _let_go(self) -> None:
@@ -231,21 +231,21 @@ async def end_offsets(
             await asyncio.sleep(_RETRY_S)
 
 
-async def _finish(consumer: AIOKafkaConsumer) -> None:
+async def stop_consumer(consumer: AIOKafkaConsumer) -> None:
     """Stop the consumer; if that exceeds the timeout, cut it off."""
     stopping = asyncio.ensure_future(consumer.stop())
     done, _ = await asyncio.wait([stopping], timeout=_CLOSE_S)
     if not done:
         stopping.cancel()
         await asyncio.wait([stopping])
-    # It is cancelled where aiokafka awaits a task of its own that it has cancelled: that must not look like our own end.
+    # `stop` may raise CancelledError when aiokafka awaits a task that it cancelled itself: this task was not cancelled.
     if not done or stopping.cancelled() or stopping.exception() is not None:
         await cut_off(consumer)
 
 
 async def cut_off(consumer: AIOKafkaConsumer) -> None:
     """End a consumer at once without leaving its group. aiokafka has no call for this."""
-    consumer._closed = True  # it would warn that nobody closed it
+    consumer._closed = True  # prevents the warning about an unclosed consumer
     tasks: list[asyncio.Task[Any] | None] = []
     coordinator, fetcher = consumer._coordinator, consumer._fetcher
     if coordinator is not None:

@@ -1,8 +1,8 @@
-"""Posting to one Kafka cluster: in order, idempotent, and with a new producer after every failure.
+"""Sender of one Kafka cluster: posts records in order, without duplicates, and replaces a producer that failed.
 
-aiokafka retries an idempotent batch for ever, which carries records through a broker restart. When a batch fails all
-the same, the producer's sequence numbers no longer match the broker's: it must be replaced. The new one begins only
-when the old one has settled or was cut off, so records that one task posts to one partition stay in order.
+aiokafka retries an idempotent batch without limit, so records survive a broker restart. If a batch fails nevertheless, the
+producer's sequence numbers no longer match the broker's, and the sender replaces the producer. The new producer starts only
+after the old one has finished or was cut off, so records that one task posts to one partition stay in order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import IllegalStateError, KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, ProducerClosed
@@ -25,35 +24,59 @@ from bus.kafka.errors import translated
 from bus.port import Headers, Position, TopicPartition
 
 BATCH_BYTES = 1 << 20
-"""Smaller batches would put every chunk of a large tensor in a batch of its own."""
+"""Batch size limit. Smaller batches would hold only one chunk of a large tensor each."""
 
-_SETTLE_S = 3.0  # what a failed or closing producer gets to finish its other batches
-_RETRY_S = 0.1  # between two tries to start a producer
-_LOOK_S = 0.5  # how often the oldest unacknowledged record is looked at
+_SETTLE_S = 3.0  # time for a failed or closing producer to finish its other batches
+_RETRY_S = 0.1  # pause between attempts to start a producer
+_EXPIRY_CHECK_S = 0.5  # interval of the check for overdue records
 
 
 LimitOf = Callable[[str], Awaitable[int | None]]
+ProducerFactory = Callable[[KafkaConnection, str], AIOKafkaProducer]
+
+
+def new_producer(connection: KafkaConnection, servers: str) -> AIOKafkaProducer:
+    """A producer that is not started yet."""
+    producer = AIOKafkaProducer(
+        **connection.client_settings(servers),
+        acks="all",
+        enable_idempotence=True,
+        linger_ms=0,
+        max_batch_size=BATCH_BYTES,
+        max_request_size=connection.max_record_bytes,
+    )
+    # While a partition has no leader (after a clean broker shutdown), aiokafka fails a whole batch once its first record is
+    # older than the request timeout. `KafkaSender` gives every record its own deadline instead. aiokafka has no setting.
+    producer._message_accumulator._batch_ttl = math.inf
+    return producer
 
 
 class KafkaSender:
-    """The producer of one cluster, whichever it is at the moment."""
+    """Posts records to one cluster through its current producer."""
 
-    def __init__(self, connection: KafkaConnection, servers: str, limit_of: LimitOf | None = None) -> None:
-        """`limit_of` tells the largest record that a topic takes, in bytes, where that can be known."""
+    def __init__(
+        self,
+        connection: KafkaConnection,
+        servers: str,
+        limit_of: LimitOf | None = None,
+        producer_of: ProducerFactory = new_producer,
+    ) -> None:
+        """`limit_of` returns a topic's record size limit in bytes, None if unknown; `producer_of` makes producers."""
         self._connection = connection
         self._limit_of = limit_of
-        self._telling: set[asyncio.Task[None]] = set()  # failures whose limit is being asked for
+        self._producer_of = producer_of
+        self._limit_requests: set[asyncio.Task[None]] = set()  # running requests for the size limit of a topic
         self._servers = servers
         self._producer: AIOKafkaProducer | None = None
         self._starting = asyncio.Lock()
         self._lanes: dict[TopicPartition, asyncio.Lock] = {}  # FIFO: aiokafka's send() reorders concurrent callers
         self._waiting: deque[tuple[float, asyncio.Future[Position]]] = deque()  # deadline, acknowledgement
-        self._watch: asyncio.TimerHandle | None = None
+        self._expiry_timer: asyncio.TimerHandle | None = None
         self._retiring: asyncio.Task[None] | None = None
         self._reviving: asyncio.Task[None] | None = None
         self._delivered = 0  # records acknowledged, late ones included
         self._closed = False
-        self.replaced = 0  # producers that had to go
+        self.replaced = 0  # number of producers that were replaced
 
     def __repr__(self) -> str:
         return f"<KafkaSender to {self._servers}, {len(self._waiting)} unacknowledged, {self.replaced} replaced>"
@@ -61,7 +84,7 @@ class KafkaSender:
     async def post(
         self, topic: str, partition: int, key: bytes | None, value: bytes | None, headers: Headers, size_bytes: int
     ) -> asyncio.Future[Position]:
-        """Put a record in line; what is returned resolves with the acknowledgement. Raises `BusError`."""
+        """Queue a record; the returned future resolves when the broker has acknowledged it. Raises `BusError`."""
         lane = self._lanes.get((topic, partition))
         if lane is None:
             lane = self._lanes[topic, partition] = asyncio.Lock()
@@ -74,45 +97,45 @@ class KafkaSender:
                     sent = await producer.send(topic, value, key, partition, headers=list(headers))
                     break
                 except MessageSizeTooLargeError as error:
-                    raise self._told(error, topic, size_bytes) from error
+                    raise self._translated(error, topic, size_bytes) from error
                 except (KafkaTimeoutError, ProducerClosed, IllegalStateError) as error:
-                    # The buffer stayed full while the broker was away, or the producer was replaced under us: in both
-                    # cases the record is in no batch yet.
+                    # The send buffer stayed full while the broker was unavailable, or another task replaced the
+                    # producer. In both cases the record is not in a batch yet, so it can be sent again.
                     if self._closed or loop.time() > deadline:
-                        raise BusUnavailableError(f"the broker of {topic} takes no records: {error!r}") from error
+                        raise BusUnavailableError(f"the broker of {topic} accepts no records: {error!r}") from error
                 except AssertionError as error:  # aiokafka asserts that the partition is there
-                    raise BusError(f"{topic} has no partition {partition} any more") from error
+                    raise BusError(f"{topic} no longer has a partition {partition}") from error
                 except KafkaError as error:
                     self._retire(producer)
-                    raise self._told(error, topic, size_bytes) from error
+                    raise self._translated(error, topic, size_bytes) from error
         acknowledged: asyncio.Future[Position] = loop.create_future()
         self._waiting.append((deadline, acknowledged))
-        if self._watch is None:
-            self._watch = loop.call_later(_LOOK_S, self._look)
+        if self._expiry_timer is None:
+            self._expiry_timer = loop.call_later(_EXPIRY_CHECK_S, self._expire)
         sent.add_done_callback(partial(self._settle, producer, acknowledged, topic, size_bytes))
         return acknowledged
 
     def partitions(self, topic: str) -> int | None:
-        """How many partitions a topic has as far as the producer knows, which looks every five seconds; None: unknown."""
+        """Partition count of a topic from the producer's metadata, refreshed every five seconds; None: unknown."""
         if self._producer is None:
             return None
         there = self._producer.client.cluster._partitions.get(topic)
         return len(there) if there else None
 
     async def close(self) -> None:
-        """Flush, and close in bounded time; what is not acknowledged by then has failed."""
+        """Flush and close within a bounded time; records that are still unacknowledged then fail."""
         self._closed = True
         producer, self._producer = self._producer, None
         if self._retiring is not None:
             await asyncio.wait([self._retiring])
         if producer is not None:
-            await _finish(producer)
+            await stop_producer(producer)
         if self._reviving is not None:
             self._reviving.cancel()
-        if self._telling:
-            await asyncio.wait(self._telling)
-        if self._watch is not None:
-            self._watch.cancel()
+        if self._limit_requests:
+            await asyncio.wait(self._limit_requests)
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
         self._fail_waiting(BusError("the bus was closed before the record was acknowledged"))
 
     def _settle(
@@ -123,7 +146,7 @@ class KafkaSender:
         size_bytes: int,
         sent: asyncio.Future[RecordMetadata],
     ) -> None:
-        """A record's fate is known."""
+        """Handle the outcome of a record that was handed to a producer."""
         error = None if sent.cancelled() else sent.exception()
         if error is not None:
             self._retire(producer)
@@ -132,19 +155,19 @@ class KafkaSender:
         if acknowledged.done():
             return
         if isinstance(error, MessageSizeTooLargeError):
-            telling = asyncio.get_running_loop().create_task(self._tell_limit(acknowledged, topic, size_bytes))
-            self._telling.add(telling)
-            telling.add_done_callback(self._telling.discard)
+            request = asyncio.get_running_loop().create_task(self._fail_with_limit(acknowledged, topic, size_bytes))
+            self._limit_requests.add(request)
+            request.add_done_callback(self._limit_requests.discard)
         elif error is not None:
-            acknowledged.set_exception(self._told(error, topic, size_bytes))
+            acknowledged.set_exception(self._translated(error, topic, size_bytes))
         elif sent.cancelled():
             acknowledged.set_exception(BusUnavailableError(f"a record for {topic} was not acknowledged"))
         else:
             done = sent.result()
             acknowledged.set_result(Position(done.topic, done.partition, done.offset))
 
-    async def _tell_limit(self, acknowledged: asyncio.Future[Position], topic: str, size_bytes: int) -> None:
-        """The broker refused a record for its size; by which limit only the topic's settings tell."""
+    async def _fail_with_limit(self, acknowledged: asyncio.Future[Position], topic: str, size_bytes: int) -> None:
+        """Fail a record that the broker rejected as too large, with the size limit from the topic's settings."""
         limit_bytes = None
         if self._limit_of is not None:
             with contextlib.suppress(BusError, TimeoutError):
@@ -153,11 +176,11 @@ class KafkaSender:
         if not acknowledged.done():
             acknowledged.set_exception(MessageTooLargeError(topic, size_bytes, limit_bytes))
 
-    def _told(self, error: BaseException, topic: str, size_bytes: int) -> BusError:
+    def _translated(self, error: BaseException, topic: str, size_bytes: int) -> BusError:
         return translated(error, topic, size_bytes=size_bytes, limit_bytes=self._connection.max_record_bytes)
 
     async def _begin(self, deadline: float) -> AIOKafkaProducer:
-        """A started producer, the old one gone. Raises `BusUnavailableError`."""
+        """Start a producer after the old one has ended, and return it. Raises `BusUnavailableError`."""
         async with self._starting:
             if self._producer is not None:
                 return self._producer
@@ -166,9 +189,9 @@ class KafkaSender:
                     raise BusError("the bus is closed")
                 if self._retiring is not None:
                     await asyncio.wait([self._retiring])
-                producer = self._made()
+                producer = self._producer_of(self._connection, self._servers)
                 try:
-                    async with asyncio.timeout(self._connection.delivery_timeout_s):  # start() hangs on some failures
+                    async with asyncio.timeout(self._connection.delivery_timeout_s):  # start() may hang
                         await producer.start()
                 except (KafkaError, TimeoutError) as error:
                     await _cut_off(producer)
@@ -184,33 +207,16 @@ class KafkaSender:
                     self._producer = producer
                     return producer
 
-    def _made(self) -> AIOKafkaProducer:
-        producer = AIOKafkaProducer(**self._settings())
-        # aiokafka fails a whole batch whose partition has no leader (a broker that stops politely leaves it so) once the
-        # batch's first record is older than a request's time. Here every record has a deadline of its own, see `_look`.
-        # aiokafka has no setting for this.
-        producer._message_accumulator._batch_ttl = math.inf
-        return producer
-
-    def _settings(self) -> dict[str, Any]:
-        return self._connection.client_settings(self._servers) | {
-            "acks": "all",
-            "enable_idempotence": True,
-            "linger_ms": 0,
-            "max_batch_size": BATCH_BYTES,
-            "max_request_size": self._connection.max_record_bytes,
-        }
-
     def _retire(self, producer: AIOKafkaProducer) -> None:
         if producer is self._producer:
             self._producer = None
             self.replaced += 1
-            self._retiring = asyncio.get_running_loop().create_task(_finish(producer))
+            self._retiring = asyncio.get_running_loop().create_task(stop_producer(producer))
 
-    def _look(self) -> None:
-        """Fail the records whose own time is over; aiokafka would wait for ever. Younger ones still have theirs."""
+    def _expire(self) -> None:
+        """Fail the records whose deadline has passed (aiokafka would wait without limit); later records keep waiting."""
         loop, waiting = asyncio.get_running_loop(), self._waiting
-        self._watch = None
+        self._expiry_timer = None
         expired = False
         while waiting and (waiting[0][1].done() or waiting[0][0] <= loop.time()):
             _, acknowledged = waiting.popleft()
@@ -218,30 +224,32 @@ class KafkaSender:
                 expired = True
                 acknowledged.set_exception(self._overdue())
         if waiting:
-            self._watch = loop.call_later(_LOOK_S, self._look)
+            self._expiry_timer = loop.call_later(_EXPIRY_CHECK_S, self._expire)
         producer = self._producer
         if not expired or producer is None:
             return
-        if not waiting:  # there is nothing to lose
+        if not waiting:  # no other record is lost with the producer
             self._drop(producer)
         elif self._reviving is None or self._reviving.done():
             self._reviving = loop.create_task(self._revive(producer))
 
     async def _revive(self, producer: AIOKafkaProducer) -> None:
-        """Replace a producer that delivers nothing although its broker answers again."""
+        """Replace a producer that delivers nothing although its broker answers."""
         try:
             await self._connection.check(self._servers)
         except BusError:
-            return  # a new producer would deliver no more than this one
+            return  # a new producer could not deliver either
         delivered = self._delivered
         await asyncio.sleep(_SETTLE_S)
         if producer is self._producer and delivered == self._delivered:
             self._drop(producer)
 
     def _drop(self, producer: AIOKafkaProducer) -> None:
-        """End the current producer with everything that it has not delivered."""
+        """End the current producer at once and fail all records that it has not delivered."""
         self._fail_waiting(
-            BusUnavailableError("the producer delivered nothing and was replaced; it may have been written")
+            BusUnavailableError(
+                "the record was not acknowledged before its producer was replaced; it may have been written"
+            )
         )
         self._producer = None
         self.replaced += 1
@@ -259,8 +267,8 @@ class KafkaSender:
                 acknowledged.set_exception(error)
 
 
-async def _finish(producer: AIOKafkaProducer) -> None:
-    """Let a producer deliver what it can still deliver, then end it, whatever state it is in."""
+async def stop_producer(producer: AIOKafkaProducer) -> None:
+    """Stop a producer after it has delivered its records; if that fails or exceeds the timeout, cut it off."""
     stopping = asyncio.ensure_future(producer.stop())
     done, _ = await asyncio.wait([stopping], timeout=_SETTLE_S)
     if not done:
@@ -271,8 +279,8 @@ async def _finish(producer: AIOKafkaProducer) -> None:
 
 
 async def _cut_off(producer: AIOKafkaProducer) -> None:
-    """End a producer at once. aiokafka has no call for this; its parts are ended one by one."""
-    producer._closed = True  # it would warn that nobody closed it
+    """End a producer at once. aiokafka has no call for this, so its parts are ended one by one."""
+    producer._closed = True  # prevents the warning about an unclosed producer
     sending = producer._sender.sender_task
     if sending is not None and not sending.done():
         sending.cancel()
@@ -280,7 +288,7 @@ async def _cut_off(producer: AIOKafkaProducer) -> None:
     if sending is not None:
         await asyncio.wait([sending], timeout=1.0)
     accumulator = producer._message_accumulator
-    # Batches that wait for another try have left this set, and their callbacks look for them there.
+    # Batches that wait for a retry are not in this set, but their callbacks remove them from it.
     accumulator._pending_batches.update(
         batch for batches in accumulator._batches.values() for batch in batches if batch.retry_count
     )
@@ -290,4 +298,4 @@ async def _cut_off(producer: AIOKafkaProducer) -> None:
         *(one for batches in accumulator._batches.values() for one in batches),
     ):
         if batch._drain_waiter.done() and not batch._drain_waiter.cancelled():
-            batch._drain_waiter.exception()  # who waited for room is gone, and asyncio would complain
+            batch._drain_waiter.exception()  # marks the error as retrieved: the waiting sender is gone

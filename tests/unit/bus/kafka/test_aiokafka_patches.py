@@ -1,4 +1,4 @@
-"""A connection that was closed under aiokafka is a broken connection, on uvloop too."""
+"""aiokafka treats a closed connection as broken on every event loop, and limits its metadata requests."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaConnectionError
 from aiokafka.protocol.admin import ApiVersionRequest
 
-import bus.kafka.bus  # noqa: F401  # says which class it is to be
+import bus.kafka.bus  # noqa: F401  # applies the patches
 from bus.kafka import aiokafka_patches
-from bus.kafka.aiokafka_patches import Wire
+from bus.kafka.aiokafka_patches import BrokerConnection, rate_limited
 from loadgen.sim.virtual_loop import run_virtual
 
-BARE = Wire.__mro__[1]
-"""aiokafka's own: its module has ours by now."""
+BARE = BrokerConnection.__mro__[1]
+"""aiokafka's original class."""
 
 
 async def written_when_closed(kind: type[Any], send: str) -> None:
-    """Write on a connection that has just gone down, before anybody was told."""
+    """Write on a connection that has just closed, before aiokafka has noticed."""
 
     async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -52,11 +52,11 @@ async def written_when_closed(kind: type[Any], send: str) -> None:
 @pytest.mark.parametrize("loop_factory", [uvloop.new_event_loop, asyncio.new_event_loop])
 def test_it_is_told_as_a_broken_connection(loop_factory: Callable[[], asyncio.AbstractEventLoop], send: str) -> None:
     with asyncio.Runner(loop_factory=loop_factory) as runner, pytest.raises(KafkaConnectionError):
-        runner.run(written_when_closed(Wire, send))
+        runner.run(written_when_closed(BrokerConnection, send))
 
 
 def test_aiokafka_alone_breaks_on_uvloop() -> None:
-    """Once this fails, the class is needed no longer."""
+    """When this test fails, `BrokerConnection` is no longer needed."""
     with (
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         pytest.raises(RuntimeError, match="the handler is closed"),
@@ -64,12 +64,13 @@ def test_aiokafka_alone_breaks_on_uvloop() -> None:
         runner.run(written_when_closed(BARE, "send"))
 
 
-def test_aiokafka_connects_by_it() -> None:
-    assert aiokafka.conn.AIOKafkaConnection is Wire
+def test_the_patches_are_applied() -> None:
+    assert aiokafka.conn.AIOKafkaConnection is BrokerConnection
+    assert AIOKafkaClient._metadata_update is aiokafka_patches.update_metadata
 
 
-def test_a_client_asks_for_the_cluster_once_in_its_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A consumer whose partition has no leader asks again at once, whatever it is told."""
+def test_a_client_asks_for_the_cluster_once_in_its_backoff() -> None:
+    """A consumer whose partition has no leader would otherwise repeat the request at once."""
     asked_s: list[float] = []
 
     async def refused(client: AIOKafkaClient, cluster: object, topics: object) -> bool:
@@ -79,8 +80,8 @@ def test_a_client_asks_for_the_cluster_once_in_its_backoff(monkeypatch: pytest.M
     async def run() -> None:
         client = AIOKafkaClient(retry_backoff_ms=50)
         for _ in range(5):
-            assert not await client._metadata_update(client.cluster, None)
+            assert not await update(client, client.cluster, None)
 
-    monkeypatch.setattr(aiokafka_patches, "_ask", refused)
+    update = rate_limited(refused)
     run_virtual(run())
     assert [later - sooner for sooner, later in pairwise(asked_s)] == pytest.approx([0.05] * 4)

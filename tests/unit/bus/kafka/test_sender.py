@@ -1,6 +1,4 @@
-"""Every record has a time of its own to be acknowledged, whatever becomes of those before it. In virtual time, around a
-producer that the test scripts.
-"""
+"""Every record has its own deadline, independent of the records before it. In virtual time, with a scripted producer."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from aiokafka.structs import RecordMetadata, TopicPartition
 
 from bus.errors import BusUnavailableError, MessageTooLargeError
 from bus.kafka.connection import KafkaConnection
-from bus.kafka.sender import KafkaSender
+from bus.kafka.sender import KafkaSender, LimitOf, new_producer
 from bus.port import Position
 from loadgen.sim.virtual_loop import run_virtual
 
@@ -23,18 +21,15 @@ WHERE = TopicPartition("t", 0)
 
 
 class ScriptedProducer:
-    """Takes records at once and acknowledges them when it is told to."""
+    """Accepts records at once and acknowledges them when the test says so."""
 
-    made: list[ScriptedProducer]
-
-    def __init__(self, **settings: object) -> None:
+    def __init__(self) -> None:
         self.unsent: list[asyncio.Future[RecordMetadata]] = []
         self.client = SimpleNamespace(close=self.start)
         self._sender = SimpleNamespace(sender_task=None)
         self._message_accumulator = SimpleNamespace(
             _batch_ttl=0.0, _pending_batches=set(), _batches={}, fail_all=self.fail
         )
-        self.made.append(self)
 
     async def start(self) -> None:
         pass
@@ -57,28 +52,25 @@ class ScriptedProducer:
         self.unsent.clear()
 
 
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[ScriptedProducer]:
-    """The producers that the sender has made, and a broker that answers no handshake."""
-    producers: list[ScriptedProducer] = []
-    monkeypatch.setattr(ScriptedProducer, "made", producers, raising=False)
-    monkeypatch.setattr("bus.kafka.sender.AIOKafkaProducer", ScriptedProducer)
-    answers(monkeypatch, False)
-    return producers
+class Broker(KafkaConnection):
+    """A connection whose broker answers the handshake or does not."""
 
+    answers: bool
 
-def answers(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
-    """Whether the broker shakes hands."""
-
-    async def check(self: KafkaConnection, servers: str | None = None) -> None:
-        if not there:
+    async def check(self, servers: str | None = None) -> None:
+        if not self.answers:
             raise BusUnavailableError("no broker")
 
-    monkeypatch.setattr(KafkaConnection, "check", check)
 
+def sender(made: list[ScriptedProducer], *, answers: bool = False, limit_of: LimitOf | None = None) -> KafkaSender:
+    """A sender that adds the producers it makes to `made`."""
 
-def sender() -> KafkaSender:
-    return KafkaSender(KafkaConnection(bootstrap_servers="b:1", delivery_timeout_s=DELIVERY_S), "b:1")
+    def producer_of(connection: KafkaConnection, servers: str) -> Any:
+        made.append(ScriptedProducer())
+        return made[-1]
+
+    broker = Broker(bootstrap_servers="b:1", delivery_timeout_s=DELIVERY_S, answers=answers)
+    return KafkaSender(broker, "b:1", limit_of, producer_of)
 
 
 async def post(one: KafkaSender) -> asyncio.Future[Position]:
@@ -89,9 +81,11 @@ def play(main: Any) -> None:
     run_virtual(main, horizon_s=1_000)
 
 
-def test_an_overdue_record_does_not_take_younger_ones_with_it(made: list[ScriptedProducer]) -> None:
+def test_an_overdue_record_does_not_take_younger_ones_with_it() -> None:
+    made: list[ScriptedProducer] = []
+
     async def main() -> None:
-        one = sender()
+        one = sender(made)
         posted = []
         for _ in range(6):
             posted.append(await post(one))
@@ -110,11 +104,12 @@ def test_an_overdue_record_does_not_take_younger_ones_with_it(made: list[Scripte
     play(main())
 
 
-def test_a_producer_whose_records_are_all_overdue_is_replaced(made: list[ScriptedProducer]) -> None:
-    """What it still holds is not written behind the back of whoever was told that it failed."""
+def test_a_producer_whose_records_are_all_overdue_is_replaced() -> None:
+    """The records that it still holds are not written after their senders got an error."""
+    made: list[ScriptedProducer] = []
 
     async def main() -> None:
-        one = sender()
+        one = sender(made)
         first = await post(one)
         await asyncio.sleep(DELIVERY_S + 5)
         assert isinstance(first.exception(), BusUnavailableError)
@@ -128,14 +123,12 @@ def test_a_producer_whose_records_are_all_overdue_is_replaced(made: list[Scripte
 
 
 @pytest.mark.parametrize("delivers", [True, False])
-def test_a_producer_that_is_stuck_while_its_broker_answers_is_replaced(
-    made: list[ScriptedProducer], monkeypatch: pytest.MonkeyPatch, delivers: bool
-) -> None:
-    """One that has only just found its broker again is left alone."""
-    answers(monkeypatch, True)
+def test_a_producer_that_is_stuck_while_its_broker_answers_is_replaced(delivers: bool) -> None:
+    """A producer that has just reconnected to its broker is kept."""
+    made: list[ScriptedProducer] = []
 
     async def main() -> None:
-        one = sender()
+        one = sender(made, answers=True)
         posted = []
         for _ in range(5):
             posted.append(await post(one))
@@ -157,8 +150,8 @@ def test_a_producer_that_is_stuck_while_its_broker_answers_is_replaced(
 
 
 async def test_aiokafka_gives_no_batch_up_by_its_own_clock() -> None:
-    """A partition without a leader is waited for as long as a broker that is away: each record's own time."""
-    producer = KafkaSender(KafkaConnection(bootstrap_servers="127.0.0.1:1"), "127.0.0.1:1")._made()
+    """Records for a partition without a leader wait until their own deadline, as if the broker were unavailable."""
+    producer = new_producer(KafkaConnection(bootstrap_servers="127.0.0.1:1"), "127.0.0.1:1")
     producer._closed = True  # it was never started; aiokafka would warn
     producer._txn_manager.set_pid_and_epoch(7, 0)  # as after its start
     records = producer._message_accumulator
@@ -178,20 +171,22 @@ async def test_aiokafka_gives_no_batch_up_by_its_own_clock() -> None:
     ],
 )
 def test_what_the_broker_refuses_is_told_with_the_limit_that_it_has(
-    made: list[ScriptedProducer], size_bytes: int, limit_bytes: int | None, said: str
+    size_bytes: int, limit_bytes: int | None, said: str
 ) -> None:
+    made: list[ScriptedProducer] = []
+
     async def limit_of(topic: str) -> int | None:
         if limit_bytes is None:
             raise BusUnavailableError("away")
         return limit_bytes
 
     async def main() -> str:
-        sender = KafkaSender(KafkaConnection(bootstrap_servers="b:1"), "b:1", limit_of)
-        acknowledged = await sender.post("t", 0, None, b"x", (), size_bytes)
+        one = sender(made, limit_of=limit_of)
+        acknowledged = await one.post("t", 0, None, b"x", (), size_bytes)
         made[0].fail(MessageSizeTooLargeError())
         with pytest.raises(MessageTooLargeError) as refused:
             await acknowledged
-        await sender.close()
+        await one.close()
         return str(refused.value)
 
     assert run_virtual(main()) == said
