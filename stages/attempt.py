@@ -94,9 +94,9 @@ class DeviceAttempt:
         self._complete = asyncio.Event()
         self._reported = asyncio.Event()
         self._last_result_s = asyncio.get_running_loop().time()
-        self._moved_s = self._last_result_s  # last time a sample was sent or a result arrived
+        self._progress_s = self._last_result_s  # last time a sample was sent or a result arrived
         self._patience_s = patience_s
-        self._broken: Exception | None = None
+        self._failure: Exception | None = None
 
     async def run(self) -> None:
         """Send all samples, wait for all results, and report to the planner."""
@@ -135,7 +135,7 @@ class DeviceAttempt:
                 return
             sender = self._frame_sender()
             stack.callback(self._record_span, sender)
-            self._moved_s = asyncio.get_running_loop().time()
+            self._progress_s = asyncio.get_running_loop().time()
             watch = asyncio.create_task(self._watch(), name=f"{node.settings.name}: watch {plan.task_id}")
             stack.push_async_callback(_cancel, watch)
             await self._subscribe(plan.placement.edge)
@@ -152,8 +152,8 @@ class DeviceAttempt:
             except BusError as error:
                 self.device.node.log.warning("results not read; retrying", edge=edge, error=str(error))
                 await asyncio.sleep(RETRY_S)
-            if self._broken:
-                raise self._broken
+            if self._failure:
+                raise self._failure
 
     async def _send(
         self, inputs: Callable[[int], list[Array]], station: Station | None, sender: FrameSender | None
@@ -165,8 +165,8 @@ class DeviceAttempt:
             self._open()
         for sample in self.todo:
             await self._window.acquire()
-            if self._broken:
-                raise self._broken
+            if self._failure:
+                raise self._failure
             self.under_way += 1
             # The release time, so that waiting in the event loop does not count as computing.
             ready_s = self._opened_s.popleft()
@@ -182,11 +182,11 @@ class DeviceAttempt:
             if sender is None:
                 self._result(sample, tensors)
             else:
-                self._moved_s = ready_s
+                self._progress_s = ready_s
                 sender.put(Outgoing(sample, tensors, ready_s))
         await self._complete.wait()
-        if self._broken:
-            raise self._broken
+        if self._failure:
+            raise self._failure
 
     def _record_span(self, sender: FrameSender | None) -> None:
         """Record a trace span: of sending where `sender` is given, else of computing."""
@@ -196,7 +196,7 @@ class DeviceAttempt:
             self.device.node.span("link1", self.plan, sender.began_s, sender.busy_until_s, sender.busy_s)
 
     def _sent(self, samples: Sequence[int]) -> None:
-        self._moved_s = asyncio.get_running_loop().time()
+        self._progress_s = asyncio.get_running_loop().time()
 
     async def _watch(self) -> None:
         """Abort the attempt when it makes no progress for longer than `patience_s`."""
@@ -204,9 +204,9 @@ class DeviceAttempt:
         while True:
             await asyncio.sleep(self._patience_s / 4)
             if not self.device.node.alive:
-                self._moved_s = clock()  # the bus is away, so missing results are expected
-            elif clock() - self._moved_s > self._patience_s:
-                self._break(StalledError(f"{len(self._missing)} samples without a result for {self._patience_s:.0f} s"))
+                self._progress_s = clock()  # the bus is away, so missing results are expected
+            elif clock() - self._progress_s > self._patience_s:
+                self._abort(StalledError(f"{len(self._missing)} samples without a result for {self._patience_s:.0f} s"))
                 return
 
     def _open(self) -> None:
@@ -214,8 +214,8 @@ class DeviceAttempt:
         self._opened_s.append(asyncio.get_running_loop().time())
         self._window.release()
 
-    def _break(self, error: Exception) -> None:
-        self._broken = error
+    def _abort(self, error: Exception) -> None:
+        self._failure = error
         self._complete.set()
         self._window.release()
 
@@ -254,7 +254,7 @@ class DeviceAttempt:
             except ProtocolError as error:
                 if error.cause == "missing_chunk":
                     continue  # the sending stage sends the sample again
-                self._break(error)
+                self._abort(error)
                 raise
             if whole is not None:
                 self._result(piece.sample, whole)
@@ -266,13 +266,13 @@ class DeviceAttempt:
         self._missing.discard(sample)
         self.under_way -= 1
         self.known.results.add(sample)
-        self._last_result_s = self._moved_s = asyncio.get_running_loop().time()
+        self._last_result_s = self._progress_s = asyncio.get_running_loop().time()
         self._open()
         if self._on_result is not None:
             try:
                 self._on_result(self.known.task, sample, outputs)
             except Exception as error:  # for example a full disk; fails this task only
-                self._break(error)
+                self._abort(error)
         if not self._missing:
             self._complete.set()
 
@@ -299,7 +299,7 @@ class DeviceAttempt:
             delay_s=max(0.0, self._last_result_s - started_s),
             wait_s=max(0.0, started_s - known.admitted_s),
         )
-        await node.tell(topics.EVENTS, message, self.plan.task_id)
+        await node.publish(topics.EVENTS, message, self.plan.task_id)
 
     def _expected(self) -> set[str]:
         """Names of the parts that other stages report."""

@@ -222,4 +222,4 @@ class Device:
             detail=detail[:2000],
             retryable=retryable,
         )
-        await self.node.tell(topics.EVENTS, message, plan.task_id)
+        await self.node.publish(topics.EVENTS, message, plan.task_id)

@@ -36,7 +36,7 @@ class FrameAuthorization:
         placed = self._node.fences.placed(task_id)
         return placed is not None and sender.name == self._owner(placed)
 
-    def believed(self, sender: Speaker | None, frame: Frame, plan: Plan | None) -> bool:
+    def usable(self, sender: Speaker | None, frame: Frame, plan: Plan | None) -> bool:
         """Whether a frame of activations can be used now; False means it waits for the decision on its task.
 
         `plan` is the plan that this stage follows for the task, else the plan in the frame. Raises `ProtocolError`
@@ -56,12 +56,12 @@ class FrameAuthorization:
                 and sender.name == plan.placement.edge
             )
         if sender.name != self._owner(placed):
-            raise refused(f"{sender} sends a frame of {frame.task_id}, in which that is {self._owner(placed)}'s to do")
-        told = frame.plan
-        if told is not None and told != Plan.of(
-            placed, region=self._settings.region, todo=told.todo, input_bytes=told.input_bytes
+            raise refused(f"{sender} sent a frame of {frame.task_id}; only {self._owner(placed)} may send it")
+        claimed = frame.plan
+        if claimed is not None and claimed != Plan.of(
+            placed, region=self._settings.region, todo=claimed.todo, input_bytes=claimed.input_bytes
         ):
-            raise refused(f"{sender} brings a plan for {frame.task_id} that is not the one decided")
+            raise refused(f"{sender} sent a plan for {frame.task_id} that differs from the planner's decision")
         return True
 
     def check_result(self, sender: Speaker | None, frame: Frame, plan: Plan) -> None:
@@ -75,7 +75,7 @@ class FrameAuthorization:
             by_edge = by_edge and not placement.uses_cloud
         if frame.source != sender.name or not (by_edge or by_cloud):
             raise refused(
-                f"{sender} sends a {frame.kind} of {frame.task_id} as {frame.source}, which is not its to send"
+                f"{sender} sent a {frame.kind} of {frame.task_id} as {frame.source}; the plan does not authorize it"
             )
 
     def _owner(self, placed: Placed) -> str | None:

@@ -68,7 +68,7 @@ class _Sent:
 
     acknowledgement: Awaitable[Position]
     offered_s: float
-    items: list[Outgoing]  # samples that this frame completes
+    items: list[Outgoing]  # samples whose last piece is in this frame
     begun: list[Outgoing]  # samples with a piece in this frame
 
 
@@ -97,8 +97,8 @@ class FrameSender:
         self._headers_due = True
         self._plan_due = route.kind == "activations"
         self._rate_bps = min((grant.rate_bps for grant in route.grants), default=1 << 40)
-        self._frame_bytes = 0  # of data; chosen for the first sample, and all are of one size
-        self._last_bytes = 0  # the least that a frame of a task's last samples carries
+        self._frame_bytes = 0  # data per frame; chosen at the first sample, because all samples have the same size
+        self._last_bytes = 0  # lower limit for the data in a task's last frames
         self._to_come = plan.todo  # samples not passed to `put` yet
         self._waiting: deque[Outgoing] = deque()
         self._begun: list[Outgoing] = []  # samples in the frame being sent
@@ -106,9 +106,9 @@ class FrameSender:
         self._to_send = asyncio.Event()
         self._to_await = asyncio.Event()
         self._generation = 0  # number of resends so far
-        self.began_s: float | None = None  # when the first byte was offered; the loop's clock
+        self.began_s: float | None = None  # begin of the first busy interval, on the loop's clock
         self.busy_until_s = float("-inf")  # when the last acknowledgement came
-        self.busy_s = 0.0  # first byte offered until the last acknowledged, idle time left out
+        self.busy_s = 0.0  # total time from offering frames to their acknowledgement, without idle time
         self.frames = 0
         self.resent = 0
 
@@ -167,17 +167,21 @@ class FrameSender:
         self._begun = []
 
     def _room(self, first: Outgoing) -> int:
-        """How much data the next frame may carry. Of a task's last samples half: whoever computes next begins with a frame's
-        first sample when the frame's last has crossed, and has nothing else to do by then.
+        """How much data the next frame may carry: half of a task's last waiting samples, else a full frame.
+
+        The next stage starts to compute a frame's samples only when the whole frame has crossed. Shrinking the last frames
+        shortens the time in which that stage is idle.
         """
-        guarded = any(grant.guarded for grant in self._route.grants)  # then room comes as last second's frames went
+        guarded = any(
+            grant.guarded for grant in self._route.grants
+        )  # then the guard decides when the next frame leaves
         if self._to_come or self._route.kind != "activations" or guarded:
             return self._frame_bytes
         waiting_bytes = first.size_bytes * (1 + len(self._waiting))  # all are of one size
         return min(self._frame_bytes, max(waiting_bytes // 2, self._last_bytes))
 
     def _choose(self, first: Outgoing) -> int:
-        """How much data a frame of this task should carry; what its head takes is seen on one without data."""
+        """How much data a frame of this task should carry; an encoded frame without data shows the size of its head."""
         whole = to_pieces(first.sample, first.tensors, MAX_DATA_BYTES)[0]
         empty = Piece(first.sample, whole.size_bytes, whole.size_bytes, memoryview(b""))
         head = encode_frame(Frame(self._route.kind, self._plan.task_id, self._plan.attempt, self._source, (empty,)))
@@ -194,7 +198,7 @@ class FrameSender:
             payload = encode_frame(
                 Frame(self._route.kind, self._plan.task_id, self._plan.attempt, self._source, pieces, plan)
             )
-            await self._hooks.gate()  # before the link, so that what waits here does not leave all at once
+            await self._hooks.gate()  # before the link, so that frames do not burst when the gate opens
             await cross(route.grants, len(payload), offered_s)
             await self._hooks.gate()
             if generation != self._generation:
@@ -265,7 +269,7 @@ def _forget(acknowledgement: Awaitable[Position]) -> None:
 
 @contextlib.asynccontextmanager
 async def sending(sender: FrameSender) -> AsyncIterator[None]:
-    """Runs a frame sender while the block runs; a failure of either ends both and is raised without a group."""
+    """Run a frame sender while the block runs. A failure of either ends both and is raised without an exception group."""
     try:
         async with asyncio.TaskGroup() as group:
             task = group.create_task(sender.run())

@@ -34,10 +34,10 @@ COMMIT_S = 0.25
 ORPHAN_BYTES = 64 << 20
 """Buffer limit for frames whose plan or decision has not arrived yet; beyond it frames are dead-lettered."""
 
-STRANGER_S = 30.0
+UNKNOWN_TASK_S = 30.0
 """A flow of an unknown task is dropped after this long without frames."""
 
-FOREIGN_S = 600.0
+OTHER_REGION_S = 600.0
 """The same limit for tasks of other regions, whose decisions this cloud stage does not read."""
 
 SWEEP_S = 5.0
@@ -50,7 +50,7 @@ class _Orphan:
     record: Record
     frame: Frame
     receipt: Receipt
-    sender: Speaker | None  # where frames are proven
+    sender: Speaker | None  # None where no proof is required
     since_s: float
 
 
@@ -200,19 +200,19 @@ class Hop:
             for (task_id, attempt), flow in list(self.flows.items()):
                 ours = flow.plan.region == self.node.settings.region
                 silent_s = now - flow.heard_s
-                if task_id not in self.node.fences.tasks and silent_s > (STRANGER_S if ours else FOREIGN_S):
+                if task_id not in self.node.fences.tasks and silent_s > (UNKNOWN_TASK_S if ours else OTHER_REGION_S):
                     del self.flows[task_id, attempt]
                     flow.stop(discard=True)
                     self.node.status.count("strangers")
             for key, orphans in list(self._orphans.items()):
-                if now - orphans[0].since_s > STRANGER_S:
+                if now - orphans[0].since_s > UNKNOWN_TASK_S:
                     self._refuse(self._take_orphans(key), _unplanned(orphans[0].frame))
 
     def _take(self, record: Record, frame: Frame, receipt: Receipt, sender: Speaker | None) -> None:
         """Pass a frame's pieces to its flow. Raises `ProtocolError` where the frame is unusable."""
         key = (frame.task_id, frame.attempt)
         followed = self.flows[key].plan if key in self.flows else frame.plan
-        believed = self.authorization.believed(sender, frame, followed)
+        usable = self.authorization.usable(sender, frame, followed)
         if frame.kind != "activations":
             raise ProtocolError("undecodable", f"a frame of kind {frame.kind} is not for {record.topic}")
         if self.node.fences.fenced(*key):
@@ -220,7 +220,7 @@ class Hop:
             return
         if frame.plan is not None and (frame.plan.task_id, frame.plan.attempt) != key:
             raise ProtocolError("wrong_shape", "the plan in the frame is for another task or attempt")
-        if believed:
+        if usable:
             if frame.plan is not None:
                 self._adopt(frame.plan)
             elif key not in self.flows:
@@ -305,15 +305,15 @@ class Hop:
             detail=detail[:2000],
             retryable=retryable,
         )
-        await self.node.tell(topics.EVENTS, message, task_id)
+        await self.node.publish(topics.EVENTS, message, task_id)
 
 
 def _unplanned(frame: Frame) -> ProtocolError:
     """The error for a frame that was buffered too long or exceeds the buffer limit."""
     if frame.plan is None:
-        return ProtocolError("no_plan", f"task {frame.task_id} attempt {frame.attempt} came without a plan")
+        return ProtocolError("no_plan", f"task {frame.task_id} attempt {frame.attempt}: no frame brought a plan")
     return ProtocolError(
-        "undecided", f"task {frame.task_id} attempt {frame.attempt} is not decided, as far as is known"
+        "undecided", f"task {frame.task_id} attempt {frame.attempt}: no decision of the planner has arrived"
     )
 
 

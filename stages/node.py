@@ -32,8 +32,8 @@ from stages.fences import REMEMBERED_ENDS, Fences
 from stages.runner import Runner
 
 ALARMED = ("dead_letters", "decisions_missed", "declared_lost", "stalled_attempts", "wrong_identity")
-"""Counters that alarms look at. They, and the busy times, are there from the start: where a series only begins, Prometheus
-sees no increase.
+"""Counters that alarms use. They and the busy times start at 0, because Prometheus sees no increase in a series that begins
+with its first event.
 """
 MEASURED = {Role.DEVICE: ("device", "link1"), Role.EDGE: ("edge", "link2", "result"), Role.CLOUD: ("cloud", "result")}
 """The parts of a delay that each role measures."""
@@ -87,16 +87,16 @@ class NodeStatus:
 
 
 class BusySink(Protocol):
-    """Told of every stretch of work: which part (`device_s`, `link1_s`, ...), of which task, from when to when."""
+    """Receives every interval of work: the part of the delay (`device_s`, `link1_s`, ...), the task, begin and end."""
 
     def __call__(self, node: str, part: str, task_id: str, begin_s: float, end_s: float) -> None: ...
 
 
 class Work(Protocol):
-    """What a role does beside the shared loop."""
+    """The part of a node that depends on its role."""
 
     async def run(self) -> None:
-        """Serve until cancelled; sets `Node.serving` when it can take what it is sent."""
+        """Serve until cancelled; set `Node.serving` when ready to receive tasks or frames."""
 
     def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
         """Handle a decision; `fenced` names tasks with an attempt that no longer counts."""
@@ -130,20 +130,22 @@ class Node:
         self._envelope = Envelope(f"/deepar/{settings.region}/{settings.role.value}/{settings.name}", self.incarnation)
         self.log = log.bind(node=settings.name, role=settings.role.value)
         self._decisions = DecisionLog()
-        self._reader: Reader  # of the decisions; there while it runs
+        self._reader: Reader  # of the decisions; set by `run`
         self._dead_letter_limiter = DeadLetterLimiter()
-        self.serving = asyncio.Event()  # set by the work once it can take what it is sent; announced only then
-        self._announced_s = float("-inf")  # when it last was
+        self.serving = asyncio.Event()  # set by the work when it can receive; the node announces itself after that
+        self._announced_s = float("-inf")  # time of the last announcement
         self._group: asyncio.TaskGroup | None = None
-        self._draining = False  # it has said, or is about to say, that it wants nothing new
-        self._drain_acknowledged = asyncio.Event()  # the planner has taken note of that
-        self._lease_start_s = float("-inf")  # when the last sign of life that was acknowledged was sent
+        self._draining = False  # announcements say that the node accepts no new tasks
+        self._drain_acknowledged = asyncio.Event()  # set when the planner has acknowledged the drain
+        self._lease_start_s = float("-inf")  # send time of the last acknowledged heartbeat or announcement
         self._renewed = asyncio.Event()
-        self._logged_ready = False  # what the log says last
+        self._logged_ready = False  # readiness as last logged
 
     async def run(self, work: Work) -> None:
-        """Serve until cancelled; leaves politely. Raises `BusError` where the bus cannot be reached at the start, and
-        `ConfigError` where the region demands a proof of identity that the bus does not give (`bus.identity.signed_bus`).
+        """Serve until cancelled.
+
+        Raises `BusError` where the bus cannot be reached at the start, and `ConfigError` where the region requires proofs of
+        identity that this bus does not create (`bus.identity.signed_bus`).
         """
         self._reader = await self._catch_up()
         try:
@@ -156,33 +158,34 @@ class Node:
             await self._reader.close()
 
     async def drain(self) -> None:
-        """Announce that this node accepts no new tasks, and return when the tasks placed on it have ended. Returns early
-        where the planner does not acknowledge the drain within `DRAIN_ACKNOWLEDGED_S`.
+        """Announce that this node accepts no new tasks, and return when the tasks placed on it have ended.
+
+        Returns early where the planner does not acknowledge the drain within `DRAIN_ACKNOWLEDGED_S`.
         """
         self._draining = True
         try:
             async with asyncio.timeout(DRAIN_ACKNOWLEDGED_S):
-                await self.tell(topics.NODES, self.announcement(), self.settings.name)
+                await self.publish(topics.NODES, self.announcement(), self.settings.name)
                 await self._drain_acknowledged.wait()
         except TimeoutError:
             self.log.warning("drain not acknowledged", within_s=DRAIN_ACKNOWLEDGED_S)
             return
-        # From here on what the decisions place here runs; what only waited for this node was placed elsewhere.
+        # After the acknowledgement, `placed` holds only running tasks: the planner has placed waiting ones elsewhere.
         while self.settings.role is Role.EDGE and self.fences.holds(self.settings.name):
             await asyncio.sleep(DRAINED_S)
 
     async def leave(self) -> None:
         """Announce that this node leaves the region."""
         message = NodeLeft(node=self.settings.name, region=self.settings.region, incarnation=self.incarnation)
-        await self.tell(topics.NODES, message, self.settings.name)
+        await self.publish(topics.NODES, message, self.settings.name)
 
     def receives(self, assigned: bool) -> None:
-        """Whether partitions are assigned to this node now."""
+        """Record whether partitions are assigned to this node."""
         self.status.receiving = assigned
         self._log_readiness()
 
     def _log_readiness(self) -> None:
-        """Log when the node becomes ready, and when it is not any more."""
+        """Log when the node becomes ready and when it stops being ready."""
         ready = self.status.ready
         if ready is self._logged_ready:
             return
@@ -194,7 +197,10 @@ class Node:
 
     @property
     def alive(self) -> bool:
-        """Whether the region cannot have declared this node lost: looked at anew each time, for a process that slept."""
+        """Whether the planner cannot have declared this node lost yet.
+
+        Computed at each call, so that it is correct after the process was suspended.
+        """
         return asyncio.get_running_loop().time() - self._lease_start_s <= self.settings.lease_s / 2
 
     async def gate(self) -> None:
@@ -204,7 +210,7 @@ class Node:
             await self._renewed.wait()
 
     def busy(self, part: str, task_id: str, begin_s: float, end_s: float) -> None:
-        """A stretch of work on one part of a task's delay, on the loop's clock."""
+        """Record an interval of work on one part of a task's delay; times are on the loop's clock."""
         self.status.count(f"{part.removesuffix('_s')}_busy_seconds", end_s - begin_s)
         if self._on_busy is not None:
             self._on_busy(self.settings.name, part, task_id, begin_s, end_s)
@@ -212,7 +218,7 @@ class Node:
     def span(
         self, part: str, plan: Plan, begin_s: float | None, end_s: float, busy_s: float, parent_id: str | None = None
     ) -> None:
-        """One part of a task's delay is over here: told to who collects traces. `begin_s` None: nothing was done."""
+        """Record the trace span of one part of a task's delay. No span is recorded where `begin_s` is None (no work)."""
         if self._on_span is None or begin_s is None:
             return
         name = self.settings.name
@@ -229,10 +235,10 @@ class Node:
         self._on_span(Span(plan.task_id, part, part_span_id(part, plan, name), parent_id, begin_s, end_s, attributes))
 
     def trace_header(self, part: str, plan: Plan) -> Headers:
-        """The header of a record that brings what this part made, so that what comes of it is its child."""
+        """Record headers that make the receiver's spans children of this part's span."""
         return ((TRACEPARENT, traceparent(plan.task_id, part_span_id(part, plan, self.settings.name))),)
 
-    async def tell(self, topic: str, message: Message, key: str) -> None:
+    async def publish(self, topic: str, message: Message, key: str) -> None:
         """Publish a control message to the region; retry until the bus acknowledges it."""
         payload, headers = messages.encode(message), self._envelope.headers(message)
         while True:
@@ -258,7 +264,7 @@ class Node:
     # --- decisions ---------------------------------------------------------------------------------------------------
 
     async def _catch_up(self) -> Reader:
-        """`_read_decisions`, tried again while decisions are gone that no snapshot covers: the planner's next one may."""
+        """Read the decisions; retry while deleted decisions are not covered by a snapshot, until the planner writes one."""
         logged_s = float("-inf")
         while True:
             try:
@@ -270,14 +276,14 @@ class Node:
                     self.log.error(
                         "not ready: waiting for a snapshot",
                         error=str(error),
-                        remedy="it comes with the planner's next decisions (--snapshot-every); deepar doctor tells more",
+                        remedy="the planner writes one with its next decisions (--snapshot-every); see deepar doctor",
                     )
             await asyncio.sleep(LOST_RETRY_S)
 
     async def _read_decisions(self) -> Reader:
-        """Read the region's decisions to their end, from the newest snapshot that they prove where there is one.
+        """Read the region's decisions to their end, from the newest snapshot that they confirm, else from the start.
 
-        Raises `DecisionsLostError` where some are gone that no snapshot covers.
+        Raises `DecisionsLostError` where deleted decisions are not covered by a snapshot.
         """
         fences, log = Fences(self.settings.remembered_ends), DecisionLog(next_offset=0)
         begin, reader = await snapshots.open_decisions(self.bus, self.settings.region)
@@ -285,11 +291,8 @@ class Node:
             try:
                 fences.restore(begin.state)
                 log = snapshots.log_behind(begin)
-            except (
-                LookupError,
-                TypeError,
-                ValueError,
-            ) as error:  # written by another version: read all decisions instead
+            except (LookupError, TypeError, ValueError) as error:
+                # Another version wrote it: read all decisions instead.
                 self.log.warning("unusable snapshot skipped", seq=begin.seq, error=str(error))
                 fences = Fences(self.settings.remembered_ends)
                 await reader.seek((topics.DECISIONS, self.settings.region), 0)
@@ -309,27 +312,27 @@ class Node:
         return reader
 
     async def _wait_for_identity_rule(self, reader: Reader) -> None:
-        """Wait for the current planner's decisions where this node lacks the identity that the topic's last planner requires.
+        """Check this node's identity; where it does not fit the last planner in the topic, wait for the current planner.
 
-        That planner may have been replaced by one with another master key.
-        Raises `ConfigError`.
+        A planner with another master key may have replaced the last one. Raises `ConfigError` where the current planner, too,
+        requires another identity.
         """
         try:
             self._satisfy()
             return
         except ConfigError as error:
-            self.log.warning("planner not heard yet; waiting", last=str(error))
-        heard = False
-        while not heard:
+            self.log.warning("identity not accepted by the last planner; waiting for the current one", error=str(error))
+        found = False
+        while not found:
             for record in await reader.fetch(timeout_s=0.2):
                 message = self._decisions.read(record)
                 if isinstance(message, Decision):
                     self.fences.apply(message)
-                heard = heard or isinstance(message, Message)
+                found = found or isinstance(message, Message)
         self._satisfy()
 
     def _satisfy(self) -> None:
-        """Raises `ConfigError` where the region demands a proof of identity that the bus does not give."""
+        """Check the identity. Raises `ConfigError` where the region requires proofs that this bus does not create."""
         settings = self.settings
         satisfy_region(self.bus, self._decisions.demanded, f"{settings.role.value} {settings.name}")
 
@@ -394,7 +397,7 @@ class Node:
     def _rejoin(self, work: Work) -> None:
         self.status.joined = False
         work.on_lost()
-        # Two processes with one name would displace each other in a tight loop of decisions; the pause slows this down.
+        # Two processes with the same name displace each other in turn; the pause limits how often.
         lease_s = self.settings.lease_s
         pause_s = 0.0
         if asyncio.get_running_loop().time() - self._announced_s < lease_s:
@@ -431,7 +434,7 @@ class Node:
         self.status.warm = True
         self._log_readiness()
         sent_s = asyncio.get_running_loop().time()
-        await self.tell(topics.NODES, self.announcement(), self.settings.name)
+        await self.publish(topics.NODES, self.announcement(), self.settings.name)
         self._announced_s = asyncio.get_running_loop().time()
         self._renew(sent_s)
 
@@ -454,7 +457,7 @@ class Node:
                         headers=self._envelope.headers(message),
                     )
             except TimeoutError:
-                # The next goes at once: it is what a bus that comes back acknowledges first, and with it the work goes on.
+                # Send the next one at once, so that work resumes as soon as the bus is back.
                 self.log.warning("heartbeat not acknowledged", within_s=interval_s)
                 continue
             except BusError as error:

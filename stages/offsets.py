@@ -1,8 +1,8 @@
-"""Which offsets may be committed: those before the first record whose work is not acknowledged downstream.
+"""The ledger of offsets: which offsets of a consumer may be committed.
 
-A consumer never waits at the head of a partition, so records finish out of order. A `Receipt` stands for one record and is
-released once for every piece of work that came out of it; the committable offset of a partition is that of its oldest open
-record. What is not committed is delivered again: at least once.
+Records finish out of order, because tasks do not wait for each other. Each record has a `Receipt`, which is held once for
+every piece of work that depends on the record. The committable offset of a partition is that of its oldest open record.
+Uncommitted records are delivered again after a crash or a rebalance (at-least-once delivery).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ class Receipt:
     __slots__ = ("_holds", "_open", "offset")
 
     def __init__(self, still_open: dict[int, int], offset: int) -> None:
-        # The partition's records as they were when this one came: after a rebalance the same offset may come again,
-        # under a new receipt, and this one must not close that.
+        # The partition's open records at the time of this one. After a rebalance the same offset may be delivered again
+        # with a new receipt and a new dictionary; this receipt must not close that delivery.
         self._open = still_open
         self._holds = 1
         self.offset = offset
 
     def hold(self) -> None:
-        """One more piece of work depends on the record."""
+        """Add one piece of work that depends on the record."""
         self._holds += 1
 
     def release(self) -> None:
-        """One piece of work is done or dropped. Raises `InvariantError` when nothing is left to release."""
+        """Remove one piece of work, done or dropped. Raises `InvariantError` where none is left."""
         if self._holds <= 0:
-            raise InvariantError(f"the record at {self.offset} is released more often than it was held")
+            raise InvariantError(f"the record at offset {self.offset} was released more often than held")
         self._holds -= 1
         if self._holds == 0:
             self._open[self.offset] -= 1
@@ -42,12 +42,12 @@ class OffsetLedger:
     """The open records of one consumer."""
 
     def __init__(self) -> None:
-        self._open: dict[TopicPartition, dict[int, int]] = {}  # offset -> receipts that are open
+        self._open: dict[TopicPartition, dict[int, int]] = {}  # offset -> number of open receipts
         self._next: dict[TopicPartition, int] = {}
         self._committed: dict[TopicPartition, int] = {}
 
     def open(self, record: Record) -> Receipt:
-        """Take a record; its receipt is held once by the caller."""
+        """Add a record; the returned receipt is held once, by the caller."""
         partition = (record.topic, record.partition)
         still_open = self._open.setdefault(partition, {})
         still_open[record.offset] = still_open.get(record.offset, 0) + 1
@@ -56,23 +56,23 @@ class OffsetLedger:
 
     @property
     def open_records(self) -> int:
-        """Number of records that still have work open."""
+        """Number of records with unfinished work."""
         return sum(len(still_open) for still_open in self._open.values())
 
     def committable(self) -> dict[TopicPartition, int]:
-        """What may be committed and has not been."""
+        """Offsets that may be committed and are not committed yet."""
         ready = {}
         for partition, following in self._next.items():
-            # The smallest, not the first: a record that was delivered again stands behind those that came meanwhile.
+            # The smallest offset, not the first key: a redelivered record was added after newer ones.
             offset = min(self._open[partition], default=following)
             if offset > self._committed.get(partition, -1):
                 ready[partition] = offset
         return ready
 
     def committed(self, offsets: dict[TopicPartition, int]) -> None:
-        """Note that these offsets were committed."""
+        """Record that these offsets are committed."""
         for partition, offset in offsets.items():
-            if partition in self._next:  # else it was given to another member meanwhile
+            if partition in self._next:  # else another member has the partition now
                 self._committed[partition] = max(offset, self._committed.get(partition, -1))
 
     def forget(self, partitions: frozenset[TopicPartition]) -> None:

@@ -1,4 +1,7 @@
-"""The window: the number of samples of a task in the pipeline at once. It bounds every buffer from device to last stage."""
+"""The window: how many samples of a task are in the pipeline at once.
+
+It bounds every buffer from the device to the last stage.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ WINDOW_BYTES = 4 << 20
 
 
 def window_samples(execution: Execution, cut_bytes: Iterable[int]) -> int:
-    """How many samples of a task may be under way: one in sequential execution; else eight, which fills six stations, or
-    as many more as fit four mebibytes at the widest cut, so that small samples can share frames.
+    """The window of a task whose samples have these sizes at its cuts.
+
+    It is 1 in sequential execution. Otherwise it is as many samples as fit in `WINDOW_BYTES` at the widest cut, so that small
+    samples share frames, and at least `MIN_WINDOW`, which keeps the six parts of the pipeline busy.
     """
     if execution is Execution.SEQUENTIAL:
         return 1

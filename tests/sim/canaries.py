@@ -315,7 +315,7 @@ CANARIES = (
     Canary("gate ignored", "a node goes on sending after half a lease", 30, Node, "gate", _no_gate),
     Canary("no watchdog", "a device waits for results for ever", 20, DeviceAttempt, "_watch", _no_watch),
     Canary("no way back", "a node that was declared lost stays away", 5, Node, "_rejoin", _no_return),
-    Canary("told once", "an event that was not acknowledged is not sent again", 40, Node, "tell", _tell_once),
+    Canary("told once", "an event that was not acknowledged is not sent again", 40, Node, "publish", _tell_once),
     Canary("any snapshot (stage)", "a stage believes every snapshot", 40, snapshots, "open_decisions", _any_snapshot),
     Canary(
         "any snapshot (planner)", "a planner believes every snapshot", 20, PlannerService, "_reader_behind", believes

@@ -261,5 +261,7 @@ def test_a_device_that_makes_its_own_plan_is_refused() -> None:
 
     region, letters, outcome = run_virtual(run())
     assert _refused(region) == {"e1": 1}
-    assert [letter.error for letter in letters] == ["device:d1 brings a plan for t0 that is not the one decided"]
+    assert [letter.error for letter in letters] == [
+        "device:d1 sent a plan for t0 that differs from the planner's decision"
+    ]
     assert outcome.state == "COMPLETED"

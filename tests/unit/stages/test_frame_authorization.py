@@ -47,7 +47,7 @@ async def test_a_stage_that_begins_anew_with_the_decisions_believes_what_it_read
     node, authorization = await _stage(Role.EDGE, "e1")
     node.fences = Fences()
     node.fences.apply(DECISION)
-    assert authorization.believed(Speaker("device", "d1"), _frame(1), None)
+    assert authorization.usable(Speaker("device", "d1"), _frame(1), None)
     assert authorization.may_send(Speaker("device", "d1"), "t")
 
 
@@ -60,6 +60,6 @@ async def test_a_task_of_this_region_is_no_other_region_s() -> None:
         task_id="t", attempt=2, region=9, device="d1", model="toy", sha256="0" * 64, samples=2, todo=2,
         execution="streaming", placement=theirs,
     )  # fmt: skip
-    assert authorization.believed(stranger, _frame(2, plan), plan)  # nobody here has heard of that task
+    assert authorization.usable(stranger, _frame(2, plan), plan)  # nobody here has heard of that task
     node.fences.apply(DECISION)
-    assert not authorization.believed(stranger, _frame(2, plan), plan)
+    assert not authorization.usable(stranger, _frame(2, plan), plan)

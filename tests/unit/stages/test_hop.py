@@ -18,7 +18,7 @@ from bus.tensors import to_pieces
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
 from loadgen.sim.virtual_loop import run_virtual
 from stages.edge_stage import EdgeStage
-from stages.hop import STRANGER_S, SWEEP_S, Hop, hop_of
+from stages.hop import SWEEP_S, UNKNOWN_TASK_S, Hop, hop_of
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 
@@ -184,7 +184,7 @@ def test_a_task_that_nobody_knows_does_not_keep_the_slot_for_ever() -> None:
     async def run() -> None:
         async with edge() as e:
             await e.give(frame(0, with_plan=plan()))
-            await asyncio.sleep(STRANGER_S + 2 * SWEEP_S)
+            await asyncio.sleep(UNKNOWN_TASK_S + 2 * SWEEP_S)
             assert isinstance(e.hop.stage, EdgeStage)
             assert (e.hop.flows, e.hop.stage.slots._value, e.committed()) == ({}, 1, 1)
 
@@ -246,9 +246,9 @@ def test_frames_without_a_plan_wait_and_are_dead_letters_in_the_end() -> None:
     async def run() -> None:
         async with edge() as e:
             await e.give(frame(1))
-            await asyncio.sleep(STRANGER_S / 2)
+            await asyncio.sleep(UNKNOWN_TASK_S / 2)
             assert e.read(topics.DEAD_LETTER) == []
-            await asyncio.sleep(STRANGER_S)
+            await asyncio.sleep(UNKNOWN_TASK_S)
             ((_, _, headers),) = e.read(topics.DEAD_LETTER)
             assert headers["deepar_cause"] == "no_plan"
             assert e.committed() == 1

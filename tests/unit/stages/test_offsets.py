@@ -49,5 +49,5 @@ def test_a_receipt_from_before_a_rebalance_closes_nothing_after_it() -> None:
 def test_a_receipt_that_is_released_twice_is_a_bug() -> None:
     receipt = OffsetLedger().open(record(5))
     receipt.release()
-    with pytest.raises(InvariantError, match="record at 5"):
+    with pytest.raises(InvariantError, match="record at offset 5"):
         receipt.release()
