@@ -22,7 +22,7 @@ LIVE = (
     "tests/integration/",
     "tests/contracts/",
     "tests/unit/bus/kafka/test_faults.py",
-    "tests/unit/loadgen/test_bench_bus.py",
+    "tests/unit/loadgen/bench/test_bus.py",
     "tests/unit/deploy/test_dashboards.py",  # it may fetch Prometheus, as another live test may
 )
 LANES = ("docker", "live", "")  # in the order in which they begin, so that each of three workers has one

@@ -9,7 +9,7 @@ The goal is wall-clock time on two otherwise idle cores. On a busy machine the p
 processes says what it would be (and still too much, for a shared core computes slower): `processor_seconds`.
 
 The garbage collector looks for cycles when 200,000 objects more have been made than freed, instead of 700: the core makes no
-cycles (`tests/unit/loadgen/test_bench_simulator.py` holds that), and with 8,000 nodes alive each search takes tens of
+cycles (`tests/unit/loadgen/bench/test_simulator.py` holds that), and with 8,000 nodes alive each search takes tens of
 milliseconds to find nothing.
 """
 

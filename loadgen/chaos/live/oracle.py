@@ -3,7 +3,7 @@
 It shares no code with the product: it decodes JSON and msgpack and implements the rules of `docs/interface.md` a second
 time. `DecisionFold` is independent of `bus.decisions` and `bus.region_tasks` on purpose and must not use them: an error
 there, in the frames or in the planner's ledger shows as a violation.
-`tests/unit/loadgen/test_live_oracle.py` injects such errors.
+`tests/unit/loadgen/chaos/test_live_oracle.py` injects such errors.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def policy_file(folder: Path, body: str, name: str = "mine") -> None:
 
 RUN = """
 import sys
-from tests.unit.loadgen import test_sweep as here
+from tests.unit.loadgen.experiments import test_sweep as here
 done = here.sweep(here.replace(here.options(here.Path(sys.argv[1])), policies=("edge-only", "mine:Mine"), seeds=1))
 print(done.reused, done.stale, [row["mean_delay_s"] for row in done.rows if row["policy"] == "mine:Mine"])
 """
@@ -162,7 +162,7 @@ print(done.reused, done.stale, [row["mean_delay_s"] for row in done.rows if row[
 
 def fresh_process(out: Path, modules: Path) -> tuple[int, int, list[float]]:
     """(reused, stale, delays) of a sweep in a process of its own, as a user who edits a policy runs it."""
-    path = os.pathsep.join((str(modules), str(Path(__file__).parents[3])))
+    path = os.pathsep.join((str(modules), str(Path(__file__).parents[4])))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(out)], env=environment, capture_output=True, text=True, check=False
