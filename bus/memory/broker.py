@@ -10,7 +10,7 @@ from bus.errors import BusUnavailableError, UnknownTopicError
 from bus.limits import MAX_RECORD_BYTES
 from bus.memory.faults import Faults
 from bus.memory.groups import Group
-from bus.memory.partition_log import PartitionLog
+from bus.memory.partition_log import COMPACT_FROM, PartitionLog
 from bus.port import FoundTopic, TopicPartition
 from bus.topic_settings import created_with
 from bus.topics import TopicSpec
@@ -56,9 +56,11 @@ class MemoryBroker:
         keep_control_bytes: int | None = None,
         max_record_bytes: int = MAX_RECORD_BYTES,
         session_timeout_s: float = 6.0,
+        compact_from: int = COMPACT_FROM,
     ) -> None:
         """`latency_s` delays acknowledgement and delivery; `wall_clock` timestamps records (None: the loop's clock);
-        `session_timeout_s` is how long a group waits for a disconnected member."""
+        `session_timeout_s` is how long a group waits for a disconnected member;
+        `compact_from` is how many stale records a compacted partition keeps."""
         self.latency_s = latency_s
         self.faults = faults
         self.wall_clock = wall_clock
@@ -66,6 +68,7 @@ class MemoryBroker:
         self.keep_control_bytes = keep_control_bytes
         self.max_record_bytes = max_record_bytes
         self.session_timeout_s = session_timeout_s
+        self._compact_from = compact_from
         self.running = True
         self._logs: dict[str, list[PartitionLog]] = {}
         self._deleted: dict[
@@ -135,7 +138,7 @@ class MemoryBroker:
             logs = self._deleted.pop(spec.name, [])[: spec.partitions]
             for log in logs:
                 log.begin_anew(spec)
-            logs += [PartitionLog(spec, number) for number in range(len(logs), spec.partitions)]
+            logs += [PartitionLog(spec, number, self._compact_from) for number in range(len(logs), spec.partitions)]
             self._logs[spec.name] = logs
             for group in self._groups.values():
                 if spec.name in group.topics:

@@ -10,8 +10,8 @@ from bus.port import Record, TopicPartition
 from bus.topics import TopicSpec
 
 _BY_OFFSET = attrgetter("offset")
-_COMPACT_FROM = 64
-"""A partition is compacted when its record count exceeds twice its keys by this many."""
+COMPACT_FROM = 64
+"""A partition is compacted when its record count exceeds twice its keys by this many. A negative number compacts always."""
 
 
 class Follower(Protocol):
@@ -25,6 +25,7 @@ class PartitionLog:
     """Records `start` .. `end - 1`, minus what compaction took; readers see those before `visible`."""
 
     __slots__ = (
+        "_compact_from",
         "_keys",
         "_records",
         "bytes_held",
@@ -40,8 +41,9 @@ class PartitionLog:
         "visible",
     )
 
-    def __init__(self, spec: TopicSpec, partition: int) -> None:
+    def __init__(self, spec: TopicSpec, partition: int, compact_from: int = COMPACT_FROM) -> None:
         self.spec = spec
+        self._compact_from = compact_from
         self.partition = partition
         self.tp: TopicPartition = (spec.name, partition)
         self.start = 0  # the first offset that can still be read
@@ -110,7 +112,7 @@ class PartitionLog:
 
     def compact(self) -> None:
         """Keep the last record of each key, once enough stale ones exist; the pass after also removes tombstones."""
-        if len(self._records) < 2 * len(self._keys) + _COMPACT_FROM:
+        if len(self._records) < 2 * len(self._keys) + self._compact_from:
             return
         last = len(self._records) - 1  # the newest record stays, as in Kafka's active segment
         kept = []

@@ -37,10 +37,13 @@ def wanted(environment: Mapping[str, str]) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def tracing(service: str, environment: Mapping[str, str] | None = None) -> AsyncIterator[SpanSink | None]:
+async def tracing(
+    service: str, environment: Mapping[str, str] | None = None, *, closing_s: float = CLOSING_S
+) -> AsyncIterator[SpanSink | None]:
     """A sink for the spans of this process while the block runs; None if traces are disabled or the SDK is missing.
 
-    `service` is the name of the process unless `OTEL_SERVICE_NAME` is set.
+    `service` is the name of the process unless `OTEL_SERVICE_NAME` is set. The end of the block waits at most `closing_s`
+    until the last spans are sent.
     """
     if not wanted(os.environ if environment is None else environment):
         yield None
@@ -62,11 +65,11 @@ async def tracing(service: str, environment: Mapping[str, str] | None = None) ->
         # In a daemon thread, because closing sends the remaining spans and retries for a long time if the endpoint is down.
         closing = threading.Thread(target=sink.close, name="last traces", daemon=True)
         closing.start()
-        until_s = time.monotonic() + CLOSING_S
+        until_s = time.monotonic() + closing_s
         while closing.is_alive() and time.monotonic() < until_s:
             await asyncio.sleep(0.02)
         if closing.is_alive():
-            log.warning("last traces not sent in time", waited_s=CLOSING_S)
+            log.warning("last traces not sent in time", waited_s=closing_s)
 
 
 class OtelSink:

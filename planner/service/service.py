@@ -19,7 +19,7 @@ import contextlib
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -63,6 +63,10 @@ class Standing(StrEnum):
     LEADING = "leading"
 
 
+ReaderBehind = Callable[[Bus, Snapshot], Awaitable[Reader | None]]
+"""Opens a reader of the decisions after a snapshot; returns None if the log does not confirm the snapshot."""
+
+
 class PlannerService:
     """One planner of one region. `make_core` creates an empty core with its policy and objective.
 
@@ -85,10 +89,12 @@ class PlannerService:
         master: Master | None = None,
         trust_everybody: bool = False,
         wall_clock: Callable[[], float] = time.time,
+        reader_behind: ReaderBehind = snapshots.reader_behind,
     ) -> None:
         """Snapshots are split at about `part_bytes` per record, decisions at about `record_bytes`.
 
-        `wall_clock` (seconds since 1970) only labels records for people who read them.
+        `wall_clock` (seconds since 1970) only labels records for people who read them. `reader_behind` checks a snapshot
+        against the log.
         """
         self.bus = bus
         self.core = make_core()
@@ -114,6 +120,7 @@ class PlannerService:
         self.decision_log = DecisionLog()  # the rule which decision records count, up to the last one read
         self.inputs: dict[str, int] = {}  # topic -> next offset to read
         self._wall_clock = wall_clock
+        self._reader_behind = reader_behind
         self._now_s = 0.0  # ledger time at `_since_s`
         self._since_s = 0.0  # on the event loop's clock
         self.nonce = ""
@@ -178,7 +185,7 @@ class PlannerService:
         self.standing = Standing.READING
         async with aclosing(snapshots.found(self.bus, self.region)) as candidates:
             async for one in candidates:
-                reader = await self._reader_behind(one.snapshot)
+                reader = await self._reader_behind(self.bus, one.snapshot)
                 if reader is None:
                     continue
                 try:
@@ -216,10 +223,6 @@ class PlannerService:
         self.inputs, self._now_s = dict.fromkeys(INPUTS, 0) | snapshot.inputs, snapshot.now_s
         self.snapshot_seq = snapshot.seq
         return True
-
-    async def _reader_behind(self, snapshot: Snapshot) -> Reader | None:
-        """A reader of the decisions after a snapshot; None if the log does not confirm the snapshot."""
-        return await snapshots.reader_behind(self.bus, snapshot)
 
     async def _stand_by(self, reader: Reader) -> None:
         """Replay decisions as they arrive. Returns when this planner should claim the region."""

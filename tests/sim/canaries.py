@@ -229,10 +229,17 @@ async def _any_snapshot(bus: Bus, region: int) -> tuple[Snapshot | None, Reader]
     return None, await bus.reader([where], start="start")
 
 
-async def believes(self: PlannerService, snapshot: Snapshot) -> Reader:
-    """A planner asks the log nothing."""
+async def unconfirmed_reader(bus: Bus, snapshot: Snapshot) -> Reader:
+    """A planner accepts a snapshot without checking it against the log."""
     where = (topics.DECISIONS, snapshot.region)
-    return await self.bus.reader([where], start={where: snapshot.offset + 1})
+    return await bus.reader([where], start={where: snapshot.offset + 1})
+
+
+def _unconfirmed_snapshots(self: PlannerService, *args: Any, **more: Any) -> None:
+    _sound_service(self, *args, **more, reader_behind=unconfirmed_reader)
+
+
+_sound_service = PlannerService.__init__
 
 
 async def _no_letter(self: LeaderTerm) -> None:
@@ -318,7 +325,12 @@ CANARIES = (
     Canary("told once", "an event that was not acknowledged is not sent again", 40, Node, "publish", _tell_once),
     Canary("any snapshot (stage)", "a stage believes every snapshot", 40, snapshots, "open_decisions", _any_snapshot),
     Canary(
-        "any snapshot (planner)", "a planner believes every snapshot", 20, PlannerService, "_reader_behind", believes
+        "any snapshot (planner)",
+        "a planner believes every snapshot",
+        20,
+        PlannerService,
+        "__init__",
+        _unconfirmed_snapshots,
     ),
     Canary(
         "garbage left", "garbage among the snapshots stays", 5, LeaderTerm, "dead_letter_broken_snapshots", _no_letter

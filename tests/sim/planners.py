@@ -32,6 +32,12 @@ FOREVER_S = 1e6
 """A node's lease, where leases are not what is tried."""
 
 
+Condition = Callable[[str, bytes | None], bool]
+"""Whether a bus dies at a record of this topic with this value."""
+
+Alteration = Callable[[str, bytes | None, str | None], tuple[bytes | None, str | None]]
+"""A planted fault: the value and the key that are written in place of those of a record."""
+
 TOWNSPEOPLE = (
     ("c1", Role.CLOUD),
     ("e1", Role.EDGE),
@@ -55,6 +61,9 @@ class FragileBus:
         self._runs.set()
         self.sees = asyncio.Event()  # cleared: no decisions can be read, though everything can be written
         self.sees.set()
+        self.dies_before: Condition = lambda topic, value: False  # dies instead of writing such a record
+        self.dies_after: Condition = lambda topic, value: False  # dies once such a record is written
+        self.alter: Alteration = lambda topic, value, key: (value, key)  # what is written instead of a record
 
     async def step(self) -> None:
         self.steps += 1
@@ -98,10 +107,28 @@ class FragileBus:
         return await self.inner.found_topics(names)
 
     async def post(self, topic: str, value: Payload | None, **more: Any) -> Awaitable[Position]:
-        return await self.around(lambda: self.inner.post(topic, value, **more))
+        return await self._write(self.inner.post, topic, value, **more)
 
     async def send(self, topic: str, value: Payload | None, **more: Any) -> Position:
-        return await self.around(lambda: self.inner.send(topic, value, **more))
+        return await self._write(self.inner.send, topic, value, **more)
+
+    async def _write(
+        self,
+        write: Callable[..., Awaitable[_Answer]],
+        topic: str,
+        value: Payload | None,
+        *,
+        key: str | None = None,
+        **more: Any,
+    ) -> _Answer:
+        data = None if value is None else bytes(value)
+        if self.dies_before(topic, data):
+            self.kill()
+        data, key = self.alter(topic, data, key)
+        answer = await self.around(lambda: write(topic, data, key=key, **more))
+        if self.dies_after(topic, data):
+            self.kill()
+        return answer
 
     async def reader(self, partitions: Iterable[TopicPartition], *, start: Any) -> Reader:
         wanted = list(partitions)
@@ -143,6 +170,18 @@ class FragileReader:
         await self._inner.close()
 
 
+class CountingCore(PlannerCore):
+    """A core that lists the sequence numbers of the decisions it folds."""
+
+    def __init__(self, folded: list[int], *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._folded = folded
+
+    def fold(self, decision: Decision) -> None:
+        self._folded.append(decision.seq)
+        super().fold(decision)
+
+
 @dataclass
 class Process:
     """A planner as if in a process of its own."""
@@ -179,12 +218,15 @@ class Town:
     shown: list[tuple[str, int]] = field(default_factory=list)  # results, where the stages are real
     master: Master | None = None  # whose keys prove who speaks; None: the region believes everybody
     make_core: Callable[[], PlannerCore] | None = None  # None: with the defaults
+    alter: Alteration | None = None  # a planted fault of every planner that is started from now on
 
     def core(self) -> PlannerCore:
         return PlannerCore(self.region) if self.make_core is None else self.make_core()
 
     def start(self, name: str = "p", *, fuse: int | None = None, lease_s: float = 1.0, **more: Any) -> Process:
         bus = FragileBus(self.broker, name, fuse=fuse)
+        if self.alter is not None:
+            bus.alter = self.alter
         more.setdefault("master", self.master)
         service = PlannerService(bus, self.core, name=name, region=self.region, lease_s=lease_s, **more)
         process = Process(bus, service)
@@ -308,4 +350,4 @@ async def town(
                 await process.stop()
 
 
-__all__ = ["FOREVER_S", "FragileBus", "Process", "Story", "Town", "town"]
+__all__ = ["FOREVER_S", "CountingCore", "FragileBus", "Process", "Story", "Town", "town"]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 
 from bus import messages, snapshots, topics
-from bus.memory import partition_log
 from bus.memory.bus import MemoryBroker
 from bus.messages import (
-    Decision,
     DecisionPart,
     NodeAnnounced,
     NodeLeft,
@@ -26,11 +23,10 @@ from bus.values import Role
 from deploy.monitor.region_view import RegionView
 from loadgen.sim.virtual_loop import run_virtual
 from planner.core.core import PlannerCore
-from planner.service import leader_term, snapshot_writer
 from planner.service.service import Standing
 from stages.fences import Fences
 from tests.decision_story import read_story
-from tests.sim.planners import FOREVER_S, Process, Town, town
+from tests.sim.planners import FOREVER_S, Condition, CountingCore, Process, Town, town
 from tests.sim.world import profile, task
 
 HORIZON_S = 3600.0
@@ -58,17 +54,9 @@ def _newest(place: Town) -> Snapshot:
     return [one for one in read if isinstance(one, Snapshot)][-1]
 
 
-def _folds(process: Process) -> list[int]:
-    """The sequence numbers that a planner folds from now on."""
-    folded: list[int] = []
-    sound = process.service._fold_in
-
-    def fold_in(decision: Decision) -> None:
-        folded.append(decision.seq)
-        sound(decision)
-
-    process.service._fold_in = fold_in  # type: ignore[method-assign]
-    return folded
+def always_compacting() -> MemoryBroker:
+    """A broker that keeps no stale record of a compacted topic."""
+    return MemoryBroker(compact_from=-1_000_000)
 
 
 # --- one step with thousands of changes ------------------------------------------------------------------------------
@@ -76,24 +64,14 @@ def _folds(process: Process) -> list[int]:
 WAITING = 3200
 
 
-def test_an_edge_is_lost_under_which_1600_tasks_wait_and_the_planner_dies_in_the_midst(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    put = leader_term.LeaderTerm._send
-    died: list[str] = []
-
-    async def dies_once(self: Any, record: Decision | DecisionPart, payload: bytes) -> None:
-        await put(self, record, payload)
-        if isinstance(record, DecisionPart) and not died:
-            died.append(self.context.name)
-            self.context.bus.kill()
-
-    monkeypatch.setattr(leader_term.LeaderTerm, "_send", dies_once)
-
+def test_an_edge_is_lost_under_which_1600_tasks_wait_and_the_planner_dies_in_the_midst() -> None:
     async def run() -> None:
         async with town(played=False) as place:
             place.make_core = lambda: PlannerCore(0, "edge-only", max_waiting=100_000, max_waiting_per_device=100_000)
             first = place.start("first")
+            first.bus.dies_after = lambda topic, value: (
+                topic == topics.DECISIONS and isinstance(messages.decode(topic, value), DecisionPart)
+            )
             await place.submit(range(WAITING), gap_s=0.0)
             while first.service.core.live_tasks < WAITING:
                 await asyncio.sleep(1.0)
@@ -135,7 +113,6 @@ def test_an_edge_is_lost_under_which_1600_tasks_wait_and_the_planner_dies_in_the
                 assert fences.attempt(task_id) == one.attempt == (2 if task_id in behind_it else 1)
 
     run_virtual(run(), horizon_s=HORIZON_S)
-    assert died == ["first"]
 
 
 # --- a state of many records -----------------------------------------------------------------------------------------
@@ -182,8 +159,9 @@ def test_a_region_with_20000_live_tasks_restores_from_a_snapshot_and_decides_whi
             decided = [r.timestamp_ms for r in _records(place, topics.DECISIONS)]
             assert sum(parts[0].timestamp_ms < at < parts[-1].timestamp_ms for at in decided) > 10
 
+            folded: list[int] = []
+            place.make_core = lambda: CountingCore(folded, 0, "device-only", max_waiting=100_000)
             second = place.start("second")
-            folded = _folds(second)
             await _leads(second)
             assert len(folded) <= 100
             assert second.service.core.state_hash == core.state_hash
@@ -202,7 +180,19 @@ def test_a_region_with_20000_live_tasks_restores_from_a_snapshot_and_decides_whi
     run_virtual(run(), horizon_s=HORIZON_S)
 
 
-async def _dies_while_it_writes(place: Town, monkeypatch: pytest.MonkeyPatch, lives: int) -> list[int]:
+def _at_part(number: int) -> Condition:
+    """Whether a record is this part of a snapshot."""
+
+    def holds(topic: str, value: bytes | None) -> bool:
+        if topic != topics.SNAPSHOTS or value is None:
+            return False
+        message = messages.decode(topic, value)
+        return isinstance(message, SnapshotPart) and message.part == number
+
+    return holds
+
+
+async def _dies_while_it_writes(place: Town, lives: int) -> list[int]:
     """A snapshot of many parts; then planners that die while they write the next; then what the last has to fold."""
     place.make_core = lambda: PlannerCore(0, "edge-only")
     first = place.start("first", snapshot_every=30, part_bytes=1_500)
@@ -210,54 +200,49 @@ async def _dies_while_it_writes(place: Town, monkeypatch: pytest.MonkeyPatch, li
     await asyncio.sleep(2.0)
     await first.kill()
     assert _newest(place).parts
-    send = snapshot_writer.SnapshotWriter._send
-    left: list[int] = []
-
-    async def dies(self: Any, message: Any, payload: bytes | None, key: str) -> Any:
-        if left and isinstance(message, SnapshotPart) and message.part == left[0]:
-            left.clear()
-            self.context.bus.kill()
-        return await send(self, message, payload, key)
-
-    monkeypatch.setattr(snapshot_writer.SnapshotWriter, "_send", dies)
     for life in range(lives):
-        left[:] = [2 + life % 5]
         planner = place.start(f"p{life}", part_bytes=1_500)
+        planner.bus.dies_before = _at_part(2 + life % 5)
         await _leads(planner)
         planner.service.snapshot_seq = -1_000  # one is due
         await place.submit([100 + life])
         await planner.bus.died.wait()
         await planner.stop()
-    left.clear()
+    counted: list[int] = []
+    place.make_core = lambda: CountingCore(counted, 0, "edge-only")
     last = place.start("last", snapshot_every=10_000)
-    folded = _folds(last)
     await _leads(last)
+    folded = list(counted)
     story = await read_story(place.bus, place.core)
     assert last.service.core.state_hash == story.core.state_hash
     return folded
 
 
+def _in_one_place(topic: str, value: bytes | None, key: str | None) -> tuple[bytes | None, str | None]:
+    """Writes every snapshot and its parts under the keys of the first place."""
+    if topic == topics.SNAPSHOTS and key is not None:
+        region, _, *part = key.split("/")
+        key = "/".join([region, "0", *part])
+    return value, key
+
+
 @pytest.mark.parametrize("places", [snapshots.PLACES, 1])
-def test_a_snapshot_that_is_written_half_destroys_none_that_is_whole(
-    monkeypatch: pytest.MonkeyPatch, places: int
-) -> None:
-    """And with a single place, as a planted fault, it does."""
-    monkeypatch.setattr(partition_log, "_COMPACT_FROM", -1_000_000)
-    monkeypatch.setattr(snapshots, "PLACES", places)
+def test_a_snapshot_that_is_written_half_destroys_none_that_is_whole(places: int) -> None:
+    """With the planted fault that all snapshots are written to a single place, it does."""
 
     async def run() -> list[int]:
-        async with town(played=False) as place:
-            return await _dies_while_it_writes(place, monkeypatch, lives=12)
+        async with town(always_compacting(), played=False) as place:
+            if places == 1:
+                place.alter = _in_one_place
+            return await _dies_while_it_writes(place, lives=12)
 
     folded = run_virtual(run(), horizon_s=HORIZON_S)
     assert (1 in folded) == (places == 1)
 
 
-def test_a_smaller_snapshot_leaves_nothing_of_a_larger_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partition_log, "_COMPACT_FROM", -1_000_000)
-
+def test_a_smaller_snapshot_leaves_nothing_of_a_larger_one() -> None:
     async def run() -> tuple[int, int, Snapshot]:
-        async with town(played=False) as place:
+        async with town(always_compacting(), played=False) as place:
             place.make_core = lambda: PlannerCore(0, "edge-only", remember_ended=3)
             only = place.start("only", snapshot_every=3, part_bytes=2_000)
             await place.submit(range(40))
@@ -280,13 +265,9 @@ def test_a_smaller_snapshot_leaves_nothing_of_a_larger_one(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_forged_part_in_the_place_of_a_true_one_leads_nobody_astray(
-    monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
-    monkeypatch.setattr(partition_log, "_COMPACT_FROM", -1_000_000)
-
+def test_a_forged_part_in_the_place_of_a_true_one_leads_nobody_astray(seed: int) -> None:
     async def run() -> bool:
-        async with town(played=False) as place:
+        async with town(always_compacting(), played=False) as place:
             place.make_core = lambda: PlannerCore(0, "edge-only")
             first = place.start("first", snapshot_every=10, part_bytes=1_500)
             await place.submit(range(30))
@@ -296,8 +277,9 @@ def test_a_forged_part_in_the_place_of_a_true_one_leads_nobody_astray(
             forged = SnapshotPart(region=0, seq=20, part=2, state={"tasks": []})
             for place_number in range(snapshots.PLACES) if seed % 2 else [seed // 2]:
                 await place.tell(topics.SNAPSHOTS, forged, snapshots.key_of(0, place_number, 2))
+            folded: list[int] = []
+            place.make_core = lambda: CountingCore(folded, 0, "edge-only")
             second = place.start("second")
-            folded = _folds(second)
             await _leads(second)
             assert second.service.core.state_hash == before
             return 1 in folded

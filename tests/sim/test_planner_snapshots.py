@@ -9,11 +9,11 @@ import pytest
 
 from bus import messages, topics
 from bus.errors import InvariantError
-from bus.messages import Decision, Snapshot
+from bus.messages import Snapshot
 from loadgen.sim.virtual_loop import run_virtual
-from planner.service.service import PlannerService, Standing
-from tests.sim.canaries import believes
-from tests.sim.planners import Process, Story, Town, town
+from planner.service.service import Standing
+from tests.sim.canaries import unconfirmed_reader
+from tests.sim.planners import CountingCore, Process, Story, Town, town
 
 TASKS = 8
 IDS = {f"t{number}" for number in range(TASKS)}
@@ -29,21 +29,13 @@ async def _with_snapshot(place: Town, count: int = TASKS) -> Story:
     return story
 
 
-def test_a_restart_reads_only_what_stands_behind_the_last_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_reads_only_what_stands_behind_the_last_snapshot() -> None:
     async def run() -> tuple[Story, Process, list[int]]:
         async with town() as place:
             before = await _with_snapshot(place)
             read: list[int] = []
-            fold = place.core().fold
-            assert fold is not None
+            place.make_core = lambda: CountingCore(read, 0)
             second = place.start("second")
-            original = second.service._fold_in
-
-            def counted(decision: Decision) -> None:
-                read.append(decision.seq)
-                original(decision)
-
-            monkeypatch.setattr(second.service, "_fold_in", counted)
             while second.service.standing is not Standing.LEADING:
                 await asyncio.sleep(0.1)
             return before, second, read
@@ -70,7 +62,7 @@ def test_a_standby_that_begins_at_a_snapshot_respects_the_lease_it_did_not_read(
     assert run_virtual(run(), horizon_s=HORIZON_S) == ["first"]
 
 
-async def _planted_snapshot(change: dict[str, Any]) -> tuple[Story, Process]:
+async def _planted_snapshot(change: dict[str, Any], **options: Any) -> tuple[Story, Process]:
     async with town() as place:
         before = await _with_snapshot(place)
         reader = await place.bus.reader([(topics.SNAPSHOTS, 0)], start="start")
@@ -78,7 +70,7 @@ async def _planted_snapshot(change: dict[str, Any]) -> tuple[Story, Process]:
         await reader.close()
         assert isinstance(newest, Snapshot)
         await place.tell(topics.SNAPSHOTS, newest.model_copy(update=change), "0")
-        second = place.start("second")
+        second = place.start("second", **options)
         await asyncio.sleep(10.0)
         assert second.service.standing is Standing.LEADING
         assert second.service.core.state_hash == before.core.state_hash
@@ -102,10 +94,10 @@ def test_a_snapshot_that_the_log_does_not_prove_is_not_believed(change: dict[str
     story.check(IDS | {f"t{number}" for number in range(100, 104)})
 
 
-def test_planted_a_planner_that_believes_any_snapshot_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PlannerService, "_reader_behind", believes)
+def test_planted_a_planner_that_believes_any_snapshot_is_found_out() -> None:
+    planted = _planted_snapshot({"seq": 10_000, "nonce": "never-written"}, reader_behind=unconfirmed_reader)
     with pytest.raises((AssertionError, InvariantError, TimeoutError)):
-        run_virtual(_planted_snapshot({"seq": 10_000, "nonce": "never-written"}), horizon_s=HORIZON_S)
+        run_virtual(planted, horizon_s=HORIZON_S)
 
 
 @pytest.mark.parametrize("topic", [topics.SNAPSHOTS, topics.DECISIONS])

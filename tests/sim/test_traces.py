@@ -227,10 +227,9 @@ def test_spans_reach_a_collector_that_the_variables_name(monkeypatch: pytest.Mon
 
 def test_a_collector_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr("deploy.services.otel.CLOSING_S", 0.2)
 
     async def run() -> float:
-        async with tracing("deepar-test") as sink:
+        async with tracing("deepar-test", closing_s=0.2) as sink:
             assert sink is not None
             sink(Span("t", "task", span_id("t", "task"), None, 0.0, 1.0))
             return time.monotonic()

@@ -25,8 +25,9 @@ HORIZON_S = 3600.0
 class Brittle(PlannerCore):
     """A planted bug: some inputs change the state, and then fail."""
 
-    fatal: tuple[type[Any], ...] = ()
-    victim = "t3"
+    def __init__(self, *fatal: type[Any], victim: str = "t3") -> None:
+        super().__init__(0)
+        self.fatal, self.victim = fatal, victim
 
     def handle(self, event: Event, now: float) -> list[Change]:
         changes = super().handle(event, now)
@@ -61,13 +62,11 @@ async def lives(process: Process) -> None:
     [(TaskSubmitted, TaskState.REJECTED), (TaskCompleted, TaskState.FAILED)],
 )
 def test_a_task_whose_input_cannot_be_handled_ends_with_the_cause_and_all_others_complete(
-    kind: type[Any], state: TaskState, monkeypatch: pytest.MonkeyPatch
+    kind: type[Any], state: TaskState
 ) -> None:
-    monkeypatch.setattr(Brittle, "fatal", (kind,))
-
     async def run() -> None:
         async with town() as place:
-            place.make_core = Brittle
+            place.make_core = lambda: Brittle(kind)
             first = place.start("first")
             await place.submit(range(TASKS))
             story = await place.until_ended(TASKS)
@@ -95,12 +94,10 @@ def test_a_task_whose_input_cannot_be_handled_ends_with_the_cause_and_all_others
     run_virtual(run(), horizon_s=HORIZON_S)
 
 
-def test_where_ending_the_task_fails_as_well_the_planner_goes_on_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Brittle, "fatal", (TaskSubmitted, Unhandled))
-
+def test_where_ending_the_task_fails_as_well_the_planner_goes_on_without_it() -> None:
     async def run() -> None:
         async with town() as place:
-            place.make_core = Brittle
+            place.make_core = lambda: Brittle(TaskSubmitted, Unhandled)
             process = place.start()
             await place.submit(range(TASKS))
             story = await place.until_ended(TASKS - 1)
@@ -113,13 +110,10 @@ def test_where_ending_the_task_fails_as_well_the_planner_goes_on_without_it(monk
     run_virtual(run(), horizon_s=HORIZON_S)
 
 
-def test_a_node_whose_announcement_cannot_be_handled_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Brittle, "fatal", (NodeAnnounced,))
-    monkeypatch.setattr(Brittle, "victim", "e9")
-
+def test_a_node_whose_announcement_cannot_be_handled_is_not_there() -> None:
     async def run() -> None:
         async with town() as place:
-            place.make_core = Brittle
+            place.make_core = lambda: Brittle(NodeAnnounced, victim="e9")
             process = place.start()
             await place.submit(range(3))
             announced = NodeAnnounced(
@@ -137,19 +131,17 @@ def test_a_node_whose_announcement_cannot_be_handled_is_not_there(monkeypatch: p
     run_virtual(run(), horizon_s=HORIZON_S)
 
 
-def test_a_record_that_breaks_the_reader_is_a_dead_letter(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = InputFilter.read
-
-    def breaks(self: InputFilter, record: Any, core: PlannerCore) -> Any:
-        if record.key == "t3":
-            raise RecursionError("planted")
-        return read(self, record, core)
-
-    monkeypatch.setattr(InputFilter, "read", breaks)
+def test_a_record_that_breaks_the_reader_is_a_dead_letter() -> None:
+    class BrokenFilter(InputFilter):
+        def read(self, record: Any, core: PlannerCore) -> Any:
+            if record.key == "t3":
+                raise RecursionError("planted")
+            return super().read(record, core)
 
     async def run() -> None:
         async with town() as place:
             process = place.start()
+            process.service.input_filter = BrokenFilter(None)
             await place.submit(range(TASKS))
             story = await place.until_ended(TASKS - 1)
             await lives(process)
@@ -159,12 +151,10 @@ def test_a_record_that_breaks_the_reader_is_a_dead_letter(monkeypatch: pytest.Mo
     run_virtual(run(), horizon_s=HORIZON_S)
 
 
-def test_killed_while_it_passes_an_input_over_the_next_planner_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Brittle, "fatal", (TaskSubmitted,))
-
+def test_killed_while_it_passes_an_input_over_the_next_planner_does_the_same() -> None:
     async def run(fuse: int) -> None:
         async with town() as place:
-            place.make_core = Brittle
+            place.make_core = lambda: Brittle(TaskSubmitted)
             place.start("first", fuse=fuse)
             place.start("second")
             await place.submit(range(TASKS))
