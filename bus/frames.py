@@ -31,7 +31,7 @@ import msgpack
 from pydantic import Field, ValidationError
 
 from bus.errors import ProtocolError
-from bus.messages import Attempt, Placed, Samples
+from bus.messages import AttemptNumber, Placed, Samples
 from bus.port import Payload
 from bus.tensors import DTYPES, Piece, TensorHead, tensor_head, to_arrays, to_tensors
 from bus.validation import first_fault
@@ -56,7 +56,7 @@ class Plan(Frozen):
     """What a stage must know to work on a task: it travels with the activations."""
 
     task_id: Name
-    attempt: Attempt
+    attempt: AttemptNumber
     region: Annotated[int, Field(ge=0)]
     device: NodeName  # where the results go
     model: Name

@@ -32,7 +32,7 @@ MESSAGE_VERSION: Literal[1] = 1
 MAX_MESSAGE_BYTES = 1_000_000
 """Size limit of a control message; larger ones are rejected before parsing."""
 
-Attempt = Annotated[int, Field(ge=1)]
+AttemptNumber = Annotated[int, Field(ge=1)]
 Samples = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
@@ -141,7 +141,7 @@ class TaskProgress(Message):
 
     type: Literal["task_progress"] = "task_progress"  # selects the class
     task_id: Name  # the task
-    attempt: Attempt  # attempt of the task, from 1
+    attempt: AttemptNumber  # attempt of the task, from 1
     node: NodeName  # name of the node
     done: Annotated[int, Field(ge=0)]  # samples with a result
 
@@ -151,7 +151,7 @@ class TaskCompleted(Message):
 
     type: Literal["task_completed"] = "task_completed"  # selects the class
     task_id: Name  # the task
-    attempt: Attempt  # the attempt that delivered the last result
+    attempt: AttemptNumber  # the attempt that delivered the last result
     node: NodeName  # the device
     measured: Parts  # busy times, each on the clock of the node that measured it
     delay_s: Seconds  # from Start to the last result, on the device's clock
@@ -163,7 +163,7 @@ class TaskFailed(Message):
 
     type: Literal["task_failed"] = "task_failed"  # selects the class
     task_id: Name  # the task
-    attempt: Attempt  # attempt of the task, from 1
+    attempt: AttemptNumber  # attempt of the task, from 1
     node: NodeName  # name of the node
     cause: Name  # a short, stable word: input_lost, bad_frame, unknown_model, ...
     detail: Annotated[str, Field(max_length=2000)] = ""  # explanation for display
@@ -202,7 +202,7 @@ class Placed(Frozen):
 
     type: Literal["placement"] = "placement"  # selects the class
     task_id: Name  # the task
-    attempt: Attempt  # attempt of the task, from 1
+    attempt: AttemptNumber  # attempt of the task, from 1
     device: NodeName  # the device of the task
     model: Name  # model name
     sha256: str  # of the profiled model file; stages reject other files
@@ -222,7 +222,7 @@ class BandwidthGrant(Frozen):
 
     type: Literal["bandwidth_grant"] = "bandwidth_grant"  # selects the class
     task_id: Name  # the task
-    attempt: Attempt  # attempt of the task, from 1
+    attempt: AttemptNumber  # attempt of the task, from 1
     edge: NodeName  # the edge whose link is shared
     link: Literal[1, 2]  # 1: device to edge, 2: edge to cloud
     bps: Annotated[int, Field(gt=0)]  # reserved bits per second
@@ -234,7 +234,7 @@ class Start(Frozen):
 
     type: Literal["start"] = "start"  # selects the class
     task_id: Name  # the task
-    attempt: Attempt  # attempt of the task, from 1
+    attempt: AttemptNumber  # attempt of the task, from 1
     device: NodeName  # the device of the task
     at_s: float  # ledger time
 
@@ -258,7 +258,7 @@ class Overran(Frozen):
 
     type: Literal["overran"] = "overran"  # selects the class
     task_id: Name  # the task
-    attempt: Attempt  # attempt of the task, from 1
+    attempt: AttemptNumber  # attempt of the task, from 1
     from_s: float  # predicted end, now past
     to_s: float  # end assumed from now on
 
@@ -268,7 +268,7 @@ class Retried(Frozen):
 
     type: Literal["retried"] = "retried"  # selects the class
     task_id: Name  # the task
-    attempt: Attempt  # the new attempt
+    attempt: AttemptNumber  # the new attempt
     cause: Name  # node_lost, capacity_lowered, ...
     detail: str = ""  # explanation for display
     failed_at: NodeName | None = None  # node where the attempt failed; the task avoids it if possible
@@ -279,7 +279,7 @@ class Ended(Frozen):
 
     type: Literal["ended"] = "ended"  # selects the class
     task_id: Name  # the task
-    attempt: Attempt  # attempt of the task, from 1
+    attempt: AttemptNumber  # attempt of the task, from 1
     state: TaskState  # COMPLETED, REJECTED, FAILED or EXPIRED
     cause: str = ""  # a short, stable word; empty if COMPLETED
     detail: str = ""  # explanation for display

@@ -42,7 +42,7 @@ log = structlog.get_logger("snapshots")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class StoredSnapshot:
     """A snapshot as it stands on the topic, its parts not read yet."""
 
     snapshot: Snapshot
@@ -59,7 +59,7 @@ def digest(payload: bytes) -> str:
     return blake2b(payload, digest_size=16).hexdigest()
 
 
-async def found(bus: Bus, region: int) -> AsyncGenerator[Found]:
+async def found(bus: Bus, region: int) -> AsyncGenerator[StoredSnapshot]:
     """The snapshots of a region, from the last records backwards; of those that stand near each other the newest state
     first (a planner that was deposed may have written an old one last).
 
@@ -74,10 +74,10 @@ async def found(bus: Bus, region: int) -> AsyncGenerator[Found]:
         end, window = begin, 2 * window
 
 
-async def _between(bus: Bus, region: int, begin: int, end: int) -> list[Found]:
+async def _between(bus: Bus, region: int, begin: int, end: int) -> list[StoredSnapshot]:
     where = (topics.SNAPSHOTS, region)
     reader = await bus.reader([where], start={where: begin})
-    there: list[Found] = []
+    there: list[StoredSnapshot] = []
     try:
         while reader.position(where) < end and await reader.lag():
             for record in await reader.fetch(max_records=FETCHED_AT_ONCE, timeout_s=FETCH_S):
@@ -89,7 +89,7 @@ async def _between(bus: Bus, region: int, begin: int, end: int) -> list[Found]:
                     log.debug("broken snapshot skipped", offset=record.offset, error=str(error))
                     continue
                 if isinstance(message, Snapshot) and message.region == region:
-                    there.append(Found(message, record.offset))
+                    there.append(StoredSnapshot(message, record.offset))
     finally:
         await reader.close()
     return sorted(there, key=lambda one: one.snapshot.seq, reverse=True)
@@ -131,7 +131,7 @@ async def reader_behind(bus: Bus, snapshot: Snapshot) -> Reader | None:
     return None
 
 
-async def whole(bus: Bus, one: Found) -> Snapshot | None:
+async def whole(bus: Bus, one: StoredSnapshot) -> Snapshot | None:
     """The snapshot with its whole state, or None where a part is not there (any more). Raises `BusError`."""
     snapshot = one.snapshot
     if not snapshot.parts:

@@ -15,7 +15,7 @@ from bus.kafka.connection import KafkaConnection
 from bus.text.json_text import json_text
 from deploy.console_output.options import Bootstrap
 from deploy.generated_docs import acls as lists
-from deploy.generated_docs.acls import Entry
+from deploy.generated_docs.acls import AclEntry
 from deploy.services.process import run_on_uvloop
 
 
@@ -71,14 +71,14 @@ def _users(pairs: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _plain(granted: Mapping[str, Sequence[Entry]]) -> dict[str, list[dict[str, str]]]:
+def _plain(granted: Mapping[str, Sequence[AclEntry]]) -> dict[str, list[dict[str, str]]]:
     return {
         who: [{"resource": e.resource.value, "name": e.name, "operation": e.operation.value} for e in entries]
         for who, entries in granted.items()
     }
 
 
-def _table(granted: Mapping[str, Sequence[Entry]], who: str) -> Table:
+def _table(granted: Mapping[str, Sequence[AclEntry]], who: str) -> Table:
     table = Table(who, "resource", "name", "may", title="allowed operations; everything else is denied")
     for name, entries in granted.items():
         merged: dict[tuple[str, str], list[str]] = {}

@@ -17,7 +17,7 @@ from deploy.kafka_local.broker import BrokerDiedError, KafkaBroker
 from deploy.services.process import EXIT_INTERRUPTED, EXIT_OK
 
 
-class _Stop(BaseException):
+class _Signalled(BaseException):
     """A stop signal arrived. A BaseException, so that `except Exception` does not treat it as a failure."""
 
     def __init__(self, number: int) -> None:
@@ -75,7 +75,7 @@ def broker(
             one.stop()
             for number, handler in before.items():
                 signal.signal(number, handler)
-    except _Stop as stop:
+    except _Signalled as stop:
         raise typer.Exit(EXIT_INTERRUPTED if stop.number == signal.SIGINT else EXIT_OK) from None
 
 
@@ -90,7 +90,7 @@ def _what_next(bootstrap: str) -> str:
 
 
 def _wait_for_its_end(one: KafkaBroker) -> None:
-    """Wait until a signal raises `_Stop`; raise `BrokerDiedError` if Kafka ends first."""
+    """Wait until a signal raises `_Signalled`; raise `BrokerDiedError` if Kafka ends first."""
     idle = threading.Event()
     while one.running:
         idle.wait(0.2)
@@ -102,4 +102,4 @@ def _wait_for_its_end(one: KafkaBroker) -> None:
 def _raise_stop(number: int, _: FrameType | None) -> NoReturn:
     for other in (signal.SIGINT, signal.SIGTERM):
         signal.signal(other, signal.SIG_IGN)
-    raise _Stop(number)
+    raise _Signalled(number)

@@ -22,7 +22,7 @@ from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.writable import writable_file
 from deploy.monitor.phrases import cut_column
 from planner.search.profiles import PlatformProfiles, load_profile
-from planner.search.what_if import Constraints, Plan, Situation, plans, position_of
+from planner.search.what_if import Constraints, Situation, WhatIfPlan, plans, position_of
 
 Platform = Annotated[
     str | None,
@@ -186,7 +186,7 @@ def _matching(device: ModelProfile, other: ModelProfile) -> ModelProfile:
     return other
 
 
-def _plan_json(situation: Situation, found: list[Plan]) -> dict[str, Any]:
+def _plan_json(situation: Situation, found: list[WhatIfPlan]) -> dict[str, Any]:
     return {
         "model": situation.device.model,
         "objective": situation.objective.value,
@@ -216,7 +216,7 @@ PARTS_FROM = 76
 """Minimum terminal width to show the parts of a plan beside its delay and cuts."""
 
 
-def _plan_table(situation: Situation, found: list[Plan], columns: int) -> Table:
+def _plan_table(situation: Situation, found: list[WhatIfPlan], columns: int) -> Table:
     table = Table(
         title=f"{situation.device.model}, {format_count(situation.samples, 'sample')}, "
         f"{situation.objective.value}: links {format_rate(situation.link1_bps)} and {format_rate(situation.link2_bps)}",

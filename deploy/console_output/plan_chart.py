@@ -11,7 +11,7 @@ import numpy as np
 
 from bus.text.units import format_rate
 from loadgen import plots
-from planner.search.what_if import Plan, Situation, Stretch, stretches, sweep
+from planner.search.what_if import Situation, Stretch, WhatIfPlan, stretches, sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +60,7 @@ def plan_figure(situation: Situation) -> Figure:
     return figure
 
 
-def _best(situation: Situation, link: int) -> tuple[list[int], list[Plan | None]]:
+def _best(situation: Situation, link: int) -> tuple[list[int], list[WhatIfPlan | None]]:
     here = max(situation.link1_bps if link == 1 else situation.link2_bps, 1000)
     bandwidths = [int(bps) for bps in np.geomspace(here / 100, here * 100, POINTS)]
     return bandwidths, sweep(situation, link, bandwidths)

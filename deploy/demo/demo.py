@@ -56,8 +56,8 @@ GAP_S = 0.75
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
-    """Somebody was busy with a task for a while."""
+class BusyInterval:
+    """An interval in which a node was busy with a task."""
 
     node: str
     part: str  # device_s, link1_s, ...
@@ -72,7 +72,7 @@ class Run:
 
     policy: str
     outcomes: tuple[Outcome, ...] = ()
-    stretches: list[Stretch] = field(default_factory=list)
+    stretches: list[BusyInterval] = field(default_factory=list)
     answers: dict[tuple[str, int], int] = field(default_factory=dict)  # (task, sample) -> digit recognised
     equal: bool = True  # every LeNet output equals the whole model's, bit for bit
 
@@ -139,7 +139,7 @@ class Demo:
         began_s = clock()
 
         def on_busy(node: str, part: str, task_id: str, begin_s: float, end_s: float) -> None:
-            run.stretches.append(Stretch(node, part, task_id, begin_s - began_s, end_s - began_s))
+            run.stretches.append(BusyInterval(node, part, task_id, begin_s - began_s, end_s - began_s))
 
         async with bus:
             await wiring.create_missing_topics(bus, EDGES)

@@ -51,7 +51,7 @@ _LITERAL, _ALLOW, _ANY_HOST = 3, 3, "*"
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Entry:
+class AclEntry:
     """One entry of a list: an allowed operation. Everything without an entry is denied."""
 
     resource: Resource
@@ -64,7 +64,7 @@ def edge_group(edge: str) -> str:
     return f"deepar.edge.{edge}"
 
 
-def roles(edges: Sequence[str] = ()) -> dict[str, list[Entry]]:
+def roles(edges: Sequence[str] = ()) -> dict[str, list[AclEntry]]:
     """What every role needs, no more. With `edges` each edge is a role of its own, `edge:NAME`, and a device may send to
     those named; without, the placeholder `<edge>` stands for one. Raises ConfigError for a name that a topic has taken.
     """
@@ -72,7 +72,7 @@ def roles(edges: Sequence[str] = ()) -> dict[str, list[Entry]]:
         if edge in topics.RESERVED_EDGE_NAMES:
             raise ConfigError(f"an edge cannot be called {edge}: a topic has that name")
     named = tuple(edges) or (topics.EDGE_PLACEHOLDER,)
-    found: dict[str, list[Entry]] = {}
+    found: dict[str, list[AclEntry]] = {}
     for role in NODES_AND_TOOLS:
         if role == EDGE and edges:
             found |= {f"{EDGE}:{edge}": _entries(EDGE, (edge,)) for edge in edges}
@@ -81,37 +81,39 @@ def roles(edges: Sequence[str] = ()) -> dict[str, list[Entry]]:
     every = [spec.name for spec in topics.specs()]
     every += [topics.ACTIVATIONS_EDGE.replace(topics.EDGE_PLACEHOLDER, edge) for edge in named]
     found[ADMIN] = sorted(
-        Entry(Resource.TOPIC, name, operation) for name in every for operation in (Operation.CREATE, Operation.DESCRIBE)
+        AclEntry(Resource.TOPIC, name, operation)
+        for name in every
+        for operation in (Operation.CREATE, Operation.DESCRIBE)
     )
     return found
 
 
-def _entries(role: str, edges: Iterable[str]) -> list[Entry]:
+def _entries(role: str, edges: Iterable[str]) -> list[AclEntry]:
     """The rows of the table that name this role, and its consumer group."""
-    found: set[Entry] = set()
+    found: set[AclEntry] = set()
     for row in topics.TABLE:
         names = [row.name]
         if topics.EDGE_PLACEHOLDER in row.name:
             names = [row.name.replace(topics.EDGE_PLACEHOLDER, edge) for edge in edges]
         for name in names:
             if role in row.readers:
-                found.add(Entry(Resource.TOPIC, name, Operation.READ))
+                found.add(AclEntry(Resource.TOPIC, name, Operation.READ))
             if role in row.writers:
-                found.add(Entry(Resource.TOPIC, name, Operation.WRITE))
+                found.add(AclEntry(Resource.TOPIC, name, Operation.WRITE))
             if role in row.readers or role in row.writers:
                 found.add(
-                    Entry(Resource.TOPIC, name, Operation.DESCRIBE_CONFIGS)
+                    AclEntry(Resource.TOPIC, name, Operation.DESCRIBE_CONFIGS)
                 )  # to refuse a topic that is set wrong
     if role == EDGE:
-        found |= {Entry(Resource.GROUP, edge_group(edge), Operation.READ) for edge in edges}
+        found |= {AclEntry(Resource.GROUP, edge_group(edge), Operation.READ) for edge in edges}
     if role == "cloud":
-        found.add(Entry(Resource.GROUP, topics.CLOUD_GROUP, Operation.READ))
+        found.add(AclEntry(Resource.GROUP, topics.CLOUD_GROUP, Operation.READ))
     if role == "planner":
-        found.add(Entry(Resource.GROUP, PLANNER_GROUP, Operation.READ))
+        found.add(AclEntry(Resource.GROUP, PLANNER_GROUP, Operation.READ))
     return sorted(found)
 
 
-def for_users(users: Mapping[str, str], edges: Sequence[str] = ()) -> dict[str, list[Entry]]:
+def for_users(users: Mapping[str, str], edges: Sequence[str] = ()) -> dict[str, list[AclEntry]]:
     """The entries of each user; `users` maps names to roles of `roles(edges)`. Raises ConfigError for another role."""
     known = roles(edges)
     found = {}
@@ -124,7 +126,7 @@ def for_users(users: Mapping[str, str], edges: Sequence[str] = ()) -> dict[str, 
     return found
 
 
-def as_commands(granted: Mapping[str, Sequence[Entry]], bootstrap: str) -> list[str]:
+def as_commands(granted: Mapping[str, Sequence[AclEntry]], bootstrap: str) -> list[str]:
     """The same as calls of Kafka's own `kafka-acls.sh`."""
     lines = []
     for user, entries in granted.items():
@@ -145,7 +147,7 @@ def _as_word(operation: Operation) -> str:
 class _CreateMany(CreateAclsRequest):  # type: ignore[misc]
     """aiokafka's request holds one line; the protocol takes many."""
 
-    def __init__(self, granted: Mapping[str, Sequence[Entry]]) -> None:
+    def __init__(self, granted: Mapping[str, Sequence[AclEntry]]) -> None:
         self._lines = [
             (
                 _RESOURCE_CODE[entry.resource],
@@ -167,7 +169,7 @@ class _CreateMany(CreateAclsRequest):  # type: ignore[misc]
         return request_struct_class(self._lines)
 
 
-async def apply(connection: KafkaConnection, granted: Mapping[str, Sequence[Entry]]) -> int:
+async def apply(connection: KafkaConnection, granted: Mapping[str, Sequence[AclEntry]]) -> int:
     """Set the lists on the broker, on that of every site where there are several, as the user of `connection`, who must be
     a super user or may Alter the cluster; the number of lines set on each. What is there already stays; nothing is taken
     away. Raises BusError with the broker's cause.
@@ -175,7 +177,7 @@ async def apply(connection: KafkaConnection, granted: Mapping[str, Sequence[Entr
     return max([await _apply(connection, servers, granted) for servers in connection.sites])
 
 
-async def _apply(connection: KafkaConnection, servers: str, granted: Mapping[str, Sequence[Entry]]) -> int:
+async def _apply(connection: KafkaConnection, servers: str, granted: Mapping[str, Sequence[AclEntry]]) -> int:
     request: Any = _CreateMany(granted)
     await connection.check(servers)
     admin = AIOKafkaAdminClient(**connection.client_settings(servers))

@@ -63,7 +63,7 @@ _TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class BusBenchSizes:
     """How much is measured; tests take less."""
 
     rounds: int = ROUNDS
@@ -87,7 +87,7 @@ def run(
     bootstrap: str | None = None,
     *,
     connection: KafkaConnection | None = None,
-    sizes: Sizes | None = None,
+    sizes: BusBenchSizes | None = None,
     seed: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -99,11 +99,11 @@ def run(
     if connection is None and bus == "kafka":
         connection = KafkaConnection.from_env(bootstrap_servers=bootstrap)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(measure(bus, connection, sizes or Sizes(), seed, progress or (lambda line: None)))
+        return runner.run(measure(bus, connection, sizes or BusBenchSizes(), seed, progress or (lambda line: None)))
 
 
 async def measure(
-    bus: str, connection: KafkaConnection | None, sizes: Sizes, seed: int, progress: Progress
+    bus: str, connection: KafkaConnection | None, sizes: BusBenchSizes, seed: int, progress: Progress
 ) -> dict[str, Any]:
     """`run` on the loop that runs already."""
     generator = random.Random(seed)
@@ -133,7 +133,7 @@ async def measure(
 
 
 async def _hops(
-    ours: Way, bare: Way, sizes: Sizes, generator: random.Random, watch: BusynessWatch, progress: Progress
+    ours: Way, bare: Way, sizes: BusBenchSizes, generator: random.Random, watch: BusynessWatch, progress: Progress
 ) -> dict[int, tuple[list[float], list[float]]]:
     """Seconds of each hop by size: ours, bare."""
     times: dict[int, tuple[list[float], list[float]]] = {size: ([], []) for size, _ in sizes.hops}
@@ -156,7 +156,7 @@ async def _hops(
 
 
 async def _streams(
-    ours: Way, bare: Way, sizes: Sizes, generator: random.Random, watch: BusynessWatch, progress: Progress
+    ours: Way, bare: Way, sizes: BusBenchSizes, generator: random.Random, watch: BusynessWatch, progress: Progress
 ) -> tuple[list[float], list[float]]:
     """Samples a second of each round: ours, bare."""
     rates: tuple[list[float], list[float]] = ([], [])

@@ -38,7 +38,7 @@ from bus.port import Bus, Reader
 from bus.topics import Partitions
 from bus.values import ModelProfile, Parts, Role
 from loadgen.bench.cpu_load import BusynessWatch
-from loadgen.replay.readiness import open_decisions, require_unled
+from loadgen.replay.readiness import decisions_from_now, require_unled
 from planner.core.core import PlannerCore
 from planner.service.service import PlannerService
 
@@ -56,7 +56,7 @@ _TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class DecisionBenchSizes:
     """How much is measured; tests take less."""
 
     tasks: int = TASKS
@@ -69,7 +69,7 @@ def run(
     bootstrap: str | None = None,
     *,
     seed: int = 1,
-    sizes: Sizes | None = None,
+    sizes: DecisionBenchSizes | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure, on uvloop; `bench, machine, results, aims`, and `busyness`.
@@ -79,11 +79,13 @@ def run(
     """
     connection = KafkaConnection.from_env(bootstrap_servers=bootstrap) if bus == "kafka" else None
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_measure(bus, connection, sizes or Sizes(), seed, progress or (lambda line: None)))
+        return runner.run(
+            _measure(bus, connection, sizes or DecisionBenchSizes(), seed, progress or (lambda line: None))
+        )
 
 
 async def _measure(
-    name: str, connection: KafkaConnection | None, sizes: Sizes, seed: int, progress: Progress
+    name: str, connection: KafkaConnection | None, sizes: DecisionBenchSizes, seed: int, progress: Progress
 ) -> dict[str, Any]:
     broker = MemoryBroker()
     watch = BusynessWatch()
@@ -96,7 +98,7 @@ async def _measure(
         generator = await connect("generator")
         await generator.create_topics(topics.specs([], Partitions()))
         region = await generator.partitions(topics.DECISIONS) - 1
-        log, reader = await open_decisions(generator, region)
+        log, reader = await decisions_from_now(generator, region)
         await reader.close()
         require_unled(log, region)
         service = PlannerService(await connect("planner"), lambda: PlannerCore(region), region=region)
@@ -134,7 +136,7 @@ async def _measure(
 
 
 class _Trial:
-    def __init__(self, bus: Bus, region: int, sizes: Sizes, seed: int) -> None:
+    def __init__(self, bus: Bus, region: int, sizes: DecisionBenchSizes, seed: int) -> None:
         self.bus, self.region, self.sizes = bus, region, sizes
         self.delays_s: list[float] = []
         self._mark = f"bench-{os.getpid()}-{seed}"

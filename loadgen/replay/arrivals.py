@@ -21,7 +21,7 @@ Arrivals = Callable[[int, np.random.Generator], list[float]]
 """(number of tasks, generator) -> submission times in seconds, in ascending order."""
 
 
-class Scenario(StrEnum):
+class LoadgenScenario(StrEnum):
     """MLPerf Inference's LoadGen scenarios; they determine when queries are issued."""
 
     SINGLE_STREAM = "SingleStream"  # one sample per query; the next query follows the previous result
@@ -32,12 +32,12 @@ class Scenario(StrEnum):
     @property
     def closed(self) -> bool:
         """Whether each query waits for the previous one to end (closed loop)."""
-        return self in (Scenario.SINGLE_STREAM, Scenario.MULTI_STREAM)
+        return self in (LoadgenScenario.SINGLE_STREAM, LoadgenScenario.MULTI_STREAM)
 
     @property
     def samples(self) -> int:
         """Default number of samples per query."""
-        return 8 if self is Scenario.MULTI_STREAM else 1
+        return 8 if self is LoadgenScenario.MULTI_STREAM else 1
 
 
 def uniform(within_s: float) -> Arrivals:

@@ -17,7 +17,7 @@ FETCH_S = 0.25
 """Maximum wait of one fetch; also bounds how long a cancelled reader keeps running."""
 
 
-async def open_decisions(bus: Bus, region: int) -> tuple[DecisionLog, Reader]:
+async def decisions_from_now(bus: Bus, region: int) -> tuple[DecisionLog, Reader]:
     """A decision log that knows the current epoch, and a reader positioned at the end of a region's decisions.
 
     The log is built from the records after the region's last snapshot, so the whole history need not be read.
@@ -48,7 +48,7 @@ async def await_planner(bus: Bus, region: int, *, timeout_s: float) -> DecisionL
 
     Raises `BusUnavailableError` with a remedy if none arrives within `timeout_s`.
     """
-    log, reader = await open_decisions(bus, region)
+    log, reader = await decisions_from_now(bus, region)
     try:
         async with asyncio.timeout(timeout_s):
             while True:

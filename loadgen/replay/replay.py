@@ -24,7 +24,7 @@ from bus.port import Bus, Position, Reader
 from bus.tracing import SUBMIT, TASK, Span, SpanSink, span_id
 from loadgen.replay import metrics
 from loadgen.replay.outcome import Outcome, Recorder
-from loadgen.replay.readiness import FETCH_S, open_decisions
+from loadgen.replay.readiness import FETCH_S, decisions_from_now
 from loadgen.replay.schedule import Entry, Schedule
 
 
@@ -105,7 +105,7 @@ class _Replay:
         return self._loop.time() - self._began_s
 
     async def play(self, drain_timeout_s: float) -> None:
-        self.log, decisions = await open_decisions(self.bus, self.region)
+        self.log, decisions = await decisions_from_now(self.bus, self.region)
         events = await self.bus.reader([(topics.EVENTS, self.region)], start="end")
         try:
             satisfy_region(self.bus, self.log.demanded, "whoever submits")

@@ -40,7 +40,7 @@ def toy_profile(platform: str, layer_s: Iterable[float], cut_bytes: tuple[int, .
 
 
 @dataclass(slots=True, kw_only=True)
-class Stage:
+class VirtualStage:
     """A node: its settings and its current shell. After a kill it keeps the dead shell for inspection."""
 
     settings: NodeSettings
@@ -91,7 +91,7 @@ class VirtualRegion:
     def __init__(self, connect: Callable[[str], MemoryBus]) -> None:
         self.processes: dict[str, Process] = {}
         self.planners: dict[str, PlannerService] = {}  # latest instance started under each name
-        self.stages: dict[str, Stage] = {}
+        self.stages: dict[str, VirtualStage] = {}
         self._connect = connect
 
     def add_planner(self, name: str, make: Callable[[MemoryBus], PlannerService]) -> None:
@@ -103,7 +103,7 @@ class VirtualRegion:
 
         self.processes[name] = Process(name, partial(self._connect, name), serve)
 
-    def add_stage(self, stage: Stage) -> None:
+    def add_stage(self, stage: VirtualStage) -> None:
         """Add a device, an edge or a cloud worker."""
         name = stage.settings.name
         self.stages[name] = stage

@@ -47,7 +47,7 @@ class Situation:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class WhatIfPlan:
     """One way to run the task: its cuts, bandwidths and delay."""
 
     kind: Kind
@@ -74,7 +74,7 @@ def position_of(profile: ModelProfile, layer: str) -> int:
     )
 
 
-def plans(situation: Situation, top: int = 1) -> list[Plan]:
+def plans(situation: Situation, top: int = 1) -> list[WhatIfPlan]:
     """The best `top` plans, best first; ties as in Algorithm 1. Empty if no plan meets the constraints."""
     s = situation
     costs = Costs(
@@ -92,8 +92,8 @@ def plans(situation: Situation, top: int = 1) -> list[Plan]:
     return [_plan(s, costs, delay, cut1, cut2) for delay, _, cut1, cut2 in ranked[:top]]
 
 
-def _plan(s: Situation, costs: Costs, delay: float, cut1: int, cut2: int) -> Plan:
-    return Plan(
+def _plan(s: Situation, costs: Costs, delay: float, cut1: int, cut2: int) -> WhatIfPlan:
+    return WhatIfPlan(
         kind=Kind.of(cut1, cut2, costs.layers),
         cut1=cut1,
         cut2=cut2,
@@ -155,16 +155,16 @@ class Stretch:
     cut2: int
 
 
-def sweep(situation: Situation, link: int, bandwidths: Iterable[int]) -> list[Plan | None]:
+def sweep(situation: Situation, link: int, bandwidths: Iterable[int]) -> list[WhatIfPlan | None]:
     """The best plan at each bandwidth of one link, with the other link unchanged; None if no plan is allowed."""
-    found: list[Plan | None] = []
+    found: list[WhatIfPlan | None] = []
     for bps in bandwidths:
         changed = replace(situation, link1_bps=bps) if link == 1 else replace(situation, link2_bps=bps)
         found.append(next(iter(plans(changed)), None))
     return found
 
 
-def stretches(bandwidths: list[int], best: list[Plan | None]) -> list[Stretch]:
+def stretches(bandwidths: list[int], best: list[WhatIfPlan | None]) -> list[Stretch]:
     """The intervals of a sweep over which the best cuts stay the same."""
     found: list[Stretch] = []
     for bps, plan in zip(bandwidths, best, strict=True):

@@ -25,7 +25,7 @@ from bus.values import Parts
 from deploy.commands.dead_letter import DeadLetter
 from deploy.services.planner_process import planner_counters
 from loadgen.chaos.simulated import campaign
-from loadgen.chaos.simulated.client import Client
+from loadgen.chaos.simulated.client import SimulatedClient
 from loadgen.sim import region
 from loadgen.sim.virtual_loop import run_virtual
 from planner.core.core import PlannerCore
@@ -193,15 +193,15 @@ def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch, 
     def proving(bus: Bus, settings: NodeSettings, runner: Runner) -> Node:
         return Node(signed(bus, master.key(Speaker(settings.role.value, settings.name))), settings, runner)
 
-    submit = Client.submit
+    submit = SimulatedClient.submit
 
-    async def submitting(client: Client, bus: Bus, *more: Any) -> None:
+    async def submitting(client: SimulatedClient, bus: Bus, *more: Any) -> None:
         await submit(client, signed(bus, master.key(Speaker("loadgen", "chaos"))), *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(InputFilter, "read", listening)
     monkeypatch.setattr(region, "Node", proving)
     monkeypatch.setattr("loadgen.chaos.simulated.run.PlannerService", partial(PlannerService, master=master))
-    monkeypatch.setattr(Client, "submit", submitting)
+    monkeypatch.setattr(SimulatedClient, "submit", submitting)
     found = campaign.run(range(12))
     assert found["violations"] == []
     assert found["retries"] > 0

@@ -28,8 +28,8 @@ from deploy.services.live_region import LiveRegion, RegionOptions, result_file
 from deploy.services.process import EXIT_FAILED, EXIT_MISSED, run_on_uvloop
 from deploy.services.settings import lease_of
 from deploy.services.wiring import create_missing_topics
-from loadgen.chaos.live.campaign import Campaign, LiveChaos, Load, Say
-from loadgen.chaos.live.faults import FLOW_AIM_S, Findings, Pace, parse_faults
+from loadgen.chaos.live.campaign import Campaign, CampaignLoad, LiveChaos, Say
+from loadgen.chaos.live.faults import FLOW_AIM_S, FaultTiming, Findings, parse_faults
 from loadgen.replay.readiness import await_planner
 from loadgen.replay.replay import utc_now
 
@@ -38,7 +38,7 @@ LISTEN_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskOptions:
+class LoadOptions:
     """The minimum load."""
 
     tasks: Annotated[int, typer.Option(min=1, help="Minimum number of tasks.")] = 100
@@ -59,9 +59,9 @@ class FaultOptions:
     pause: Annotated[str, typer.Option(help="Undisturbed work before each fault.")] = "2s"
     grace: Annotated[str, typer.Option(help="Time after SIGTERM before a second one is sent.")] = "10s"
 
-    def timing(self) -> Pace:
+    def timing(self) -> FaultTiming:
         """The times of the faults. Raises `ConfigError`."""
-        return Pace(
+        return FaultTiming(
             stop_s=parse_duration(self.stop_for, "--stop-for"),
             pause_s=parse_duration(self.pause, "--pause"),
             grace_s=parse_duration(self.grace, "--grace"),
@@ -112,7 +112,7 @@ class RunOptions:
 @with_option_groups
 def chaos(
     context: typer.Context,
-    load: TaskOptions,
+    load: LoadOptions,
     faults: FaultOptions,
     processes: ProcessOptions,
     run: RunOptions,
@@ -141,7 +141,7 @@ def chaos(
     folder = writable_folder("--out", run.out or Path(f"runs/chaos-{seed}-{utc_now():%Y%m%dT%H%M%SZ}"))
     options = processes.region()
     campaign = Campaign(
-        load=Load(tasks=load.tasks, samples=load.samples, in_flight=run.in_flight),
+        load=CampaignLoad(tasks=load.tasks, samples=load.samples, in_flight=run.in_flight),
         pace=faults.timing(),
         faults=tuple(parse_faults(faults.faults, seed)),
         seed=seed,

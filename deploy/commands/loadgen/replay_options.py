@@ -48,7 +48,7 @@ class ArrivalOptions:
     )
     burst_every: Annotated[str, typer.Option(help="Time from burst to burst.")] = "10s"
     scenario: Annotated[
-        arrivals.Scenario | None,
+        arrivals.LoadgenScenario | None,
         typer.Option(help="An MLPerf scenario; Server takes its rate from --request-rate.", case_sensitive=False),
     ] = None
     schedule_file: Annotated[
@@ -69,7 +69,7 @@ class ArrivalOptions:
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} exclude each other")
         rate = self.request_rate
-        if self.scenario is arrivals.Scenario.SERVER:
+        if self.scenario is arrivals.LoadgenScenario.SERVER:
             if rate is None:
                 raise ConfigError("--scenario Server needs --request-rate")
             return arrivals.poisson(rate)
@@ -106,7 +106,7 @@ class MixOptions:
         None
     )
 
-    def mix(self, scenario: arrivals.Scenario | None) -> Mix:
+    def mix(self, scenario: arrivals.LoadgenScenario | None) -> Mix:
         """The mix that tasks are drawn from. Raises `ConfigError`."""
         paper = self.models.strip() == "paper"
         samples = PAPER_MIX.samples if paper else (scenario.samples,) * 2 if scenario else (10.0, 10.0)

@@ -20,8 +20,8 @@ from bus.errors import BusError, BusUnavailableError
 from bus.messages import TaskSubmitted
 from bus.port import Bus
 from loadgen.chaos.live.expected_results import Answers
-from loadgen.chaos.live.faults import Fault, FaultKind, FaultRecord, Findings, Machines, Pace, Target, pick
-from loadgen.chaos.live.monitor import Tally, Watch
+from loadgen.chaos.live.faults import Fault, FaultKind, FaultRecord, FaultTiming, Findings, Machines, Target, pick
+from loadgen.chaos.live.monitor import LiveMonitor, Tally
 from loadgen.chaos.live.oracle import judge
 from loadgen.chaos.live.raw_topics import RawReader
 from loadgen.random_streams import Streams
@@ -41,7 +41,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class CampaignLoad:
     """The load during the faults."""
 
     tasks: int = 100  # at least
@@ -62,9 +62,9 @@ class Load:
 class Campaign:
     """What one run does."""
 
-    load: Load
+    load: CampaignLoad
     faults: tuple[Fault, ...]  # in the order of their injection
-    pace: Pace
+    pace: FaultTiming
     seed: int  # of the tasks and the targets
 
 
@@ -80,7 +80,7 @@ class LiveChaos:
         if left_out := len(faults) - len(self.faults):
             say(f"{left_out} broker faults skipped: this run does not own the broker")
         self.findings = Findings(campaign.seed)
-        self.watch = Watch(machines.results(), region)
+        self.watch = LiveMonitor(machines.results(), region)
         self.acknowledged: dict[str, int] = {}  # task -> samples
         self._answers = Answers()
         self._prefix = f"chaos-{uuid.uuid4().hex[:8]}"  # a broker may know the tasks of another run

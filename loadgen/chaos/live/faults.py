@@ -144,7 +144,7 @@ def percentiles(values: Iterable[float | None]) -> dict[str, float | None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class FaultTiming:
     """Timing of the faults, in seconds."""
 
     stop_s: float = 30.0  # from SIGSTOP to SIGCONT

@@ -40,7 +40,7 @@ class Sign:
     seen: asyncio.Future[float]
 
 
-class Watch:
+class LiveMonitor:
     """Follows a live region. All times are on the event loop's clock."""
 
     def __init__(self, results: dict[str, Path], region: int = 0) -> None:

@@ -290,7 +290,7 @@ def results_of(value: bytes | None) -> list[tuple[str, int, bytes | None]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class OracleVerdict:
     """Number of violations of each guarantee, and number of suppressed duplicates."""
 
     tasks: int  # acknowledged
@@ -306,14 +306,14 @@ def judge(
     acknowledged: dict[str, int],
     shown: Counter[tuple[str, int]],
     results: Counter[tuple[str, int]],
-) -> Verdict:
+) -> OracleVerdict:
     """The verdict on tasks (task -> samples) whose results `shown` counts in the devices' files and `results` on the topic.
 
     A result in a device's file for a task that was never submitted also counts as a visible duplicate.
     """
     wanted = {(task_id, sample) for task_id, samples in acknowledged.items() for sample in range(samples)}
     fold.finish(acknowledged)
-    return Verdict(
+    return OracleVerdict(
         tasks=len(acknowledged),
         samples=len(wanted),
         lost=sum(key not in shown for key in wanted),

@@ -16,7 +16,7 @@ from loadgen.chaos.simulated.region import LAYER_S, ChaosScenario, same
 from loadgen.sim.region import MODEL
 
 
-class Client:
+class SimulatedClient:
     """Draws and sends the tasks, and stores the results that devices deliver; the store survives device crashes."""
 
     def __init__(

@@ -12,7 +12,7 @@ from bus import topics
 from bus.errors import DeeparError
 from bus.memory.bus import MemoryBroker
 from bus.messages import HandleInput, TaskState, TaskSubmitted
-from loadgen.chaos.simulated.client import Client
+from loadgen.chaos.simulated.client import SimulatedClient
 from loadgen.chaos.simulated.faults import Breaker
 from loadgen.chaos.simulated.oracle import Oracle, Say
 from loadgen.sim.region import VirtualRegion
@@ -22,12 +22,12 @@ from stages.hop import Hop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class FinalChecks:
     """The objects whose final states are compared."""
 
     region: VirtualRegion
     broker: MemoryBroker
-    client: Client
+    client: SimulatedClient
     oracle: Oracle
     breaker: Breaker
     crowded: bool  # whether the planner may reject tasks because its queue is full

@@ -21,7 +21,7 @@ from bus.values import Role
 from loadgen.chaos.simulated.log_scan import Scan, Tap
 from loadgen.chaos.simulated.oracle import Oracle, Say
 from loadgen.chaos.simulated.region import CUT_BYTES, LEASE_S
-from loadgen.sim.region import Stage
+from loadgen.sim.region import VirtualStage
 from stages.device import Device
 from stages.flow import Flow
 from stages.hop import ORPHAN_BYTES, Hop
@@ -35,7 +35,7 @@ ORPHANS_HERE_BYTES = 256 << 10
 """Allowance for frames that wait for their plan in such a small region."""
 
 
-class Watch:
+class SimulatedMonitor:
     """Monitors the region of one seed and reports violations to `say`."""
 
     def __init__(self, broker: MemoryBroker, say: Say, oracle: Oracle, exempt: Callable[[str], bool]) -> None:
@@ -105,7 +105,7 @@ class Watch:
                     task_id,
                 )
 
-    def weigh(self, stage: Stage) -> None:
+    def weigh(self, stage: VirtualStage) -> None:
         """Check the memory that a stage holds now (G8)."""
         work = stage.work
         if isinstance(work, Hop):
@@ -119,7 +119,7 @@ class Watch:
                 if task.attempt is not None:
                     self._peak(stage, task.task.task_id, task.attempt.under_way, task.attempt.window)
 
-    def _weigh_hop(self, stage: Stage, hop: Hop, counts: list[tuple[Flow, int]]) -> None:
+    def _weigh_hop(self, stage: VirtualStage, hop: Hop, counts: list[tuple[Flow, int]]) -> None:
         name, more_bytes = stage.settings.name, ORPHANS_HERE_BYTES - ORPHAN_BYTES
         for flow, count in counts:
             allowed = flow.window + self._again(flow)
@@ -138,14 +138,14 @@ class Watch:
             self._seen[flow] = len(found)
         return self._seen[flow]
 
-    def _sent_on(self, stage: Stage, flow: Flow) -> int:
+    def _sent_on(self, stage: VirtualStage, flow: Flow) -> int:
         """Samples already sent on but not yet acknowledged; a result may arrive before the acknowledgement."""
         topic_names = [topics.RESULTS] + ([topics.ACTIVATIONS_CLOUD] if stage.settings.role is Role.EDGE else [])
         whole = [self._scan(log).whole for topic in topic_names for log in self.broker.logs(topic)]
         task_id, attempt = flow.plan.task_id, flow.plan.attempt
         return sum(any((task_id, attempt, sample) in one for one in whole) for sample in flow._whole)
 
-    def _peak(self, stage: Stage, task_id: str, under_way: int, window: int) -> None:
+    def _peak(self, stage: VirtualStage, task_id: str, under_way: int, window: int) -> None:
         role = stage.settings.role.value
         if under_way > self.peaks.get(role, 0):
             self.peaks[role] = under_way

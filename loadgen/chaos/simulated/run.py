@@ -15,15 +15,15 @@ from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Decision
 from bus.topics import Partitions
 from bus.values import Objective, Role
-from loadgen.chaos.simulated.client import Client
+from loadgen.chaos.simulated.client import SimulatedClient
 from loadgen.chaos.simulated.faults import Breaker
-from loadgen.chaos.simulated.final_checks import Verdict
-from loadgen.chaos.simulated.monitor import Watch
+from loadgen.chaos.simulated.final_checks import FinalChecks
+from loadgen.chaos.simulated.monitor import SimulatedMonitor
 from loadgen.chaos.simulated.oracle import Oracle, Violation
 from loadgen.chaos.simulated.region import LEASE_S, ChaosScenario, CheckedRunner
 from loadgen.chaos.simulated.watched_bus import WatchedBus
 from loadgen.sim.process import Process, task_factory
-from loadgen.sim.region import Stage, VirtualRegion
+from loadgen.sim.region import VirtualRegion, VirtualStage
 from planner.core.core import PlannerCore
 from planner.core.placing import DEFAULT_MAX_WAITING
 from planner.service.record_split import RECORD_BYTES
@@ -71,13 +71,13 @@ class Play:
         drawn = draw.choice([0, 1, 2]) if self.crowded else DEFAULT_MAX_WAITING
         self.max_waiting = drawn if scenario.max_waiting is None else scenario.max_waiting
         self.fine = sites is not None or draw.random() < 0.2  # every bus call gets extra awaits
-        self.client = Client(draw, scenario, hurry=0.05 if self.crowded else 1.2, say=self.say, note=self.note)
+        self.client = SimulatedClient(draw, scenario, hurry=0.05 if self.crowded else 1.2, say=self.say, note=self.note)
         self.oracle = Oracle(self._make_core(), self.say)
         self.region = VirtualRegion(self._connect)
         self._cast()
         self.processes = list(self.region.processes.values())
         self.breaker = Breaker(draw, scenario, self.broker, self.processes, self.note)
-        self.watch = Watch(self.broker, self.say, self.oracle, self.breaker.harmed)
+        self.watch = SimulatedMonitor(self.broker, self.say, self.oracle, self.breaker.harmed)
 
     def say(self, guarantee: str, what: str) -> None:
         """Record a violated guarantee."""
@@ -106,7 +106,7 @@ class Play:
             name = f"planner{index + 1}"
             self.region.add_planner(name, partial(self._make_planner, name))
         for settings in self.scenario.nodes():
-            stage = Stage(
+            stage = VirtualStage(
                 settings=settings,
                 make_runner=partial(CheckedRunner, settings, self.say),
                 on_result=self.client.show if settings.role is Role.DEVICE else None,
@@ -192,7 +192,7 @@ class Play:
         return self._result(loop.time())
 
     def _judge(self, *, settled: bool) -> None:
-        verdict = Verdict(
+        verdict = FinalChecks(
             region=self.region,
             broker=self.broker,
             client=self.client,

@@ -17,7 +17,7 @@ from bus.messages import Ended, Placed, SeedInput, TaskSubmitted
 from bus.topics import Partitions
 from loadgen.chaos.simulated.soak_region import SoakRegion, SoakScenario
 from loadgen.sim.process import quiet, task_factory
-from loadgen.sim.region import MODEL, Stage, decided
+from loadgen.sim.region import MODEL, VirtualStage, decided
 from loadgen.sim.virtual_loop import run_virtual
 from stages.hop import ORPHAN_BYTES, Hop
 
@@ -77,7 +77,7 @@ async def _play(factor: float, samples: int) -> Played:
     return played
 
 
-def _weigh(stage: Stage, played: Played) -> None:
+def _weigh(stage: VirtualStage, played: Played) -> None:
     name, work = stage.settings.name, stage.work
     if isinstance(work, Hop):
         held = work.held_bytes

@@ -9,7 +9,7 @@ from functools import partial
 from bus.frames import Plan
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.values import Execution, ModelProfile, Objective, Role
-from loadgen.sim.region import Stage, VirtualRegion, toy_profile
+from loadgen.sim.region import VirtualRegion, VirtualStage, toy_profile
 from planner.core.core import PlannerCore
 from planner.service.service import PlannerService
 from stages.node import NodeSettings
@@ -92,7 +92,7 @@ class SoakRegion(VirtualRegion):
             said = toy_profile(role.value, (seconds * SPEED[role] for seconds in LAYER_S), CUT_BYTES)
             runner = partial(SlowRunner, said, cloud_factor if role is Role.CLOUD else 1.0)
             for name in names:
-                self.add_stage(Stage(settings=self._settings(name, role), make_runner=runner))
+                self.add_stage(VirtualStage(settings=self._settings(name, role), make_runner=runner))
 
     def start(self) -> None:
         """Start all processes that are not running, except the temporary edge."""

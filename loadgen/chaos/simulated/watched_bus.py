@@ -9,13 +9,13 @@ from typing import Any
 from bus import topics
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.port import Payload, Position, TopicPartition
-from loadgen.chaos.simulated.monitor import Watch
+from loadgen.chaos.simulated.monitor import SimulatedMonitor
 
 
 class WatchedBus(MemoryBus):
     """A process's connection that reports to the monitor; `fine` adds an await before and after every call."""
 
-    def __init__(self, broker: MemoryBroker, name: str, watch: Watch, *, fine: bool) -> None:
+    def __init__(self, broker: MemoryBroker, name: str, watch: SimulatedMonitor, *, fine: bool) -> None:
         super().__init__(broker, name)
         self._watch = watch
         self._fine = fine
@@ -51,7 +51,7 @@ def _seen(future: asyncio.Future[Position]) -> None:
 class _WatchedMember:
     """A consumer group member whose commits the monitor checks."""
 
-    def __init__(self, inner: Any, name: str, watch: Watch) -> None:
+    def __init__(self, inner: Any, name: str, watch: SimulatedMonitor) -> None:
         self._inner, self._name, self._watch = inner, name, watch
 
     def __getattr__(self, name: str) -> Any:

@@ -10,7 +10,7 @@ from bus.values import Kind, Objective, Role
 from planner.search.cost import PlatformRow
 from planner.search.cut_search import CutSearch
 from planner.search.profiles import load_profile
-from planner.search.what_if import Constraints, Plan, Situation, plans, position_of, stretches, sweep
+from planner.search.what_if import Constraints, Situation, WhatIfPlan, plans, position_of, stretches, sweep
 
 PAPER = load_profile("paper")
 
@@ -51,7 +51,7 @@ def test_top_is_in_order_and_complete() -> None:
 def test_each_constraint_is_kept() -> None:
     profile = PAPER.device["alexnet"]
 
-    def all_keep(keep: Callable[[Plan], bool], **limits: Any) -> list[Plan]:
+    def all_keep(keep: Callable[[WhatIfPlan], bool], **limits: Any) -> list[WhatIfPlan]:
         found = plans(situation(**limits), 10_000)
         assert found
         assert all(keep(p) for p in found)

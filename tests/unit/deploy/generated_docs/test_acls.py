@@ -7,10 +7,10 @@ import pytest
 from bus import topics
 from bus.errors import ConfigError
 from deploy.generated_docs import acls
-from deploy.generated_docs.acls import Entry, Operation, Resource
+from deploy.generated_docs.acls import AclEntry, Operation, Resource
 
 
-def allowed(entries: list[Entry], operation: Operation) -> set[str]:
+def allowed(entries: list[AclEntry], operation: Operation) -> set[str]:
     return {entry.name for entry in entries if entry.resource is Resource.TOPIC and entry.operation is operation}
 
 

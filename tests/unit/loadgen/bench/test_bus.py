@@ -6,11 +6,13 @@ import asyncio
 
 import pytest
 
-from loadgen.bench.bus import HOP_AIMS, Sizes, run
+from loadgen.bench.bus import HOP_AIMS, BusBenchSizes, run
 from loadgen.bench.cpu_load import Busyness, BusynessWatch
 from tests.kafka_broker import Broker
 
-SMALL = Sizes(rounds=1, hops=((1_000, 4), (1_000_000, 2), (10_000_000, 1)), stream_samples=600, warm_up_records=200)
+SMALL = BusBenchSizes(
+    rounds=1, hops=((1_000, 4), (1_000_000, 2), (10_000_000, 1)), stream_samples=600, warm_up_records=200
+)
 
 
 @pytest.mark.parametrize("bus", ["memory", "kafka"])

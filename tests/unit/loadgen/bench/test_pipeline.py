@@ -36,7 +36,7 @@ def test_streams_through_each_station_and_a_shaper() -> None:
 
 
 def test_decisions_are_timed() -> None:
-    found = decision.run("memory", sizes=decision.Sizes(tasks=40, dropped=10, rate_per_s=200.0))
+    found = decision.run("memory", sizes=decision.DecisionBenchSizes(tasks=40, dropped=10, rate_per_s=200.0))
     (row,) = found["results"]
     assert row["tasks"] == 30
     assert 0 < row["p50_s"] <= row["p99_s"]

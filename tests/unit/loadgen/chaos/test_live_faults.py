@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bus.errors import ConfigError
-from loadgen.chaos.live.campaign import Load
+from loadgen.chaos.live.campaign import CampaignLoad
 from loadgen.chaos.live.faults import (
     Fault,
     FaultKind,
@@ -69,7 +69,7 @@ def test_the_summary_has_what_scripts_read() -> None:
 
 
 def test_a_devices_tasks_come_from_the_seed_without_end() -> None:
-    load = Load(tasks=3, samples=10, in_flight=1)
+    load = CampaignLoad(tasks=3, samples=10, in_flight=1)
     coming, again = load.of("d1", 5, "run"), load.of("d1", 5, "run")
     tasks = [next(coming) for _ in range(8)]
     assert tasks == [next(again) for _ in range(8)]

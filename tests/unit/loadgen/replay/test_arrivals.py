@@ -73,11 +73,11 @@ def test_interval_files_as_lines_and_as_json(tmp_path: Path) -> None:
 
 
 def test_mlperf_scenarios() -> None:
-    assert arrivals.Scenario.SINGLE_STREAM.closed
-    assert arrivals.Scenario.MULTI_STREAM.closed
-    assert not arrivals.Scenario.SERVER.closed
-    assert arrivals.Scenario.MULTI_STREAM.samples == 8
-    assert arrivals.Scenario("Offline").samples == 1
+    assert arrivals.LoadgenScenario.SINGLE_STREAM.closed
+    assert arrivals.LoadgenScenario.MULTI_STREAM.closed
+    assert not arrivals.LoadgenScenario.SERVER.closed
+    assert arrivals.LoadgenScenario.MULTI_STREAM.samples == 8
+    assert arrivals.LoadgenScenario("Offline").samples == 1
 
 
 def test_the_papers_mix_stays_in_its_ranges_and_fills_them() -> None:
