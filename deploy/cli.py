@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Annotated, Any, NoReturn
@@ -153,8 +154,17 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+def prepare_process(log_level: str) -> None:
+    """Set up signals and logging for a command."""
+    raise_interrupts()
+    from deploy.services.log_setup import configure_logging  # imported here: listing the commands needs no logging
+
+    configure_logging(log_level)
+
+
 @app.callback()
 def _root(
+    context: typer.Context,
     log_level: Annotated[
         str,
         typer.Option(envvar="DEEPAR_LOG_LEVEL", help="Log level: debug, info, warning or error; logs go to stderr."),
@@ -165,18 +175,19 @@ def _root(
 ) -> None:
     if log_level.lower() not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"--log-level {log_level}: must be debug, info, warning or error")
-    raise_interrupts()
-    from deploy.services.log_setup import configure_logging  # imported here: listing the commands needs no logging
-
-    configure_logging(log_level)
+    prepare: Callable[[str], None] = context.obj
+    prepare(log_level)
 
 
-def main() -> NoReturn:
-    """Run the command line. A `DeeparError` is printed as one line, with its remedy, instead of a traceback."""
+def main(prepare: Callable[[str], None] = prepare_process) -> NoReturn:
+    """Run the command line. A `DeeparError` is printed as one line, with its remedy, instead of a traceback.
+
+    `prepare` sets up the process for a log level before the command runs.
+    """
     if {"--help", "-h"} & set(sys.argv):
         importlib.import_module("deploy.console_output.help_tables").fold_long_words()
     try:
-        code = app(prog_name="deepar", standalone_mode=False)
+        code = app(prog_name="deepar", standalone_mode=False, obj=prepare)
         sys.stdout.flush()
         if code == TYPERS_INTERRUPTED:
             end_children()

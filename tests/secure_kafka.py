@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bus.kafka.connection import KafkaConnection
 from deploy.kafka_local.artifacts import SETTINGS_DIR
-from deploy.kafka_local.broker import KafkaBroker
+from deploy.kafka_local.broker import BrokerOptions, KafkaBroker
 from deploy.kafka_local.ports import free_port
 
 STARTED_BY = "with users, started by the tests"
@@ -72,14 +72,16 @@ class SecureBroker:
         pairs = (line.partition("=") for line in lines if line and not line.startswith("#"))
         self.broker = KafkaBroker(
             folder / "kafka",
-            port=self.port,
-            controller_port=controller,
-            settings={key: value for key, _, value in pairs},
-            format_words=[
-                word
-                for user, password in self.passwords.items()
-                for word in ("--add-scram", f"SCRAM-SHA-512=[name={user},password={password}]")
-            ],
+            BrokerOptions(
+                port=self.port,
+                controller_port=controller,
+                settings={key: value for key, _, value in pairs},
+                format_arguments=tuple(
+                    word
+                    for user, password in self.passwords.items()
+                    for word in ("--add-scram", f"SCRAM-SHA-512=[name={user},password={password}]")
+                ),
+            ),
             ready=self._lets_the_admin_in,
             started_by=STARTED_BY,
         )

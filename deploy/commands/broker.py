@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from deploy.kafka_local.broker import BrokerDiedError, KafkaBroker
+from deploy.kafka_local.broker import BrokerDiedError, BrokerOptions, KafkaBroker
 from deploy.services.process import EXIT_INTERRUPTED, EXIT_OK
 
 
@@ -53,7 +53,7 @@ def broker(
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     one = KafkaBroker(
         data or default_data_dir(),
-        port=port,
+        BrokerOptions(port=port),
         started_by="started by deepar broker",
         progress=lambda line: log.print(line, style="dim"),
     )

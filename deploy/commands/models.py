@@ -31,7 +31,7 @@ from stages.models.cuts import even_cuts, useful_positions, work_shares
 from stages.models.files.cache import write_whole
 from stages.models.model import Model
 from stages.models.slicer import position_of, write_parts
-from stages.models.verify import named_inputs, pairs_of, random_inputs
+from stages.models.verify import Report, named_inputs, pairs_of, random_inputs
 from stages.models.verify import verify as verify_parts
 from stages.zoo.networks import NETWORKS, trained
 from stages.zoo.networks import build as build_network
@@ -255,6 +255,11 @@ def verify(
             delegate=how.delegate,
             step=lambda done, total: bar(done, total, ""),
         )
+    print_verdict(report, loaded, len(chosen), as_json=as_json)
+
+
+def print_verdict(report: Report, loaded: Model, samples: int, *, as_json: bool) -> None:
+    """Print the result of `verify`; raises `typer.Exit` with code 1 for a difference that is not explained."""
     if as_json:
         worst = None if report.worst is None else {"cut1": report.worst[0], "cut2": report.worst[1]}
         print_json(
@@ -266,7 +271,7 @@ def verify(
                 "max_abs_diff": report.max_abs_diff,
                 "worst": worst,
                 "uncuttable": _uncuttable(loaded),
-                "samples": len(chosen),
+                "samples": samples,
                 "differing": [{"cut1": first, "cut2": second} for first, second in report.differing],
                 "explanation": report.explanation,
                 "signature": report.signature,
@@ -274,7 +279,7 @@ def verify(
             }
         )
     else:
-        Console(emoji=False).print(verify_lines(report, len(chosen)))
+        Console(emoji=False).print(verify_lines(report, samples))
     if not report.bit_identical and not report.explained:
         raise typer.Exit(EXIT_FAILED)
 

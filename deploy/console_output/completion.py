@@ -1,7 +1,7 @@
 """Shell completion of models, policies, nodes and tasks.
 
-Nodes and tasks are read from the broker. A shell waits for the answer, so it comes within `LIMIT_S` or not at all, and
-nothing is ever printed beside it: the user is in the middle of a line.
+Nodes and tasks are read from the broker. The shell waits for the answer, so reading ends after `LIMIT_S`, with no names if
+the broker has not answered. Nothing else is printed, because it would appear in the line that the user is typing.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from bus.values import Role
 
 LIMIT_S = 1.5
 MOST_TASKS = 200
-"""Tasks that are offered: the newest."""
+"""Maximum number of tasks that are read, newest first."""
 
 
 def models(incomplete: str) -> list[str]:
-    """Models that DeePar brings, and model files; the last of a list a,b."""
+    """Models of the zoo and model files; completes the last entry of a list a,b."""
     from stages.zoo.networks import NETWORKS
 
     before, last = _split(incomplete)
@@ -37,68 +37,79 @@ def models(incomplete: str) -> list[str]:
 
 
 def policies(incomplete: str) -> list[str]:
-    """Policies; the last of a list a,b."""
+    """Policies; completes the last entry of a list a,b."""
     from planner.search.policies import policy_names
 
     before, last = _split(incomplete)
     return [before + name for name in policy_names() if name.startswith(last)]
 
 
-def edges(context: typer.Context, incomplete: str) -> list[str]:
-    """Edges that have announced themselves."""
-    return _nodes(context, incomplete, (Role.EDGE,))
+class RegionNames:
+    """Names of nodes and tasks in the region that the command line names. `connect` opens a bus for bootstrap servers."""
+
+    def __init__(self, connect: Callable[[str | None], Bus]) -> None:
+        self._connect = connect
+
+    def edges(self, context: typer.Context, incomplete: str) -> list[str]:
+        """Announced edges; completes the last entry of a list a,b."""
+        return self._nodes(context, incomplete, (Role.EDGE,))
+
+    def devices(self, context: typer.Context, incomplete: str) -> list[str]:
+        """Announced devices; completes the last entry of a list a,b."""
+        return self._nodes(context, incomplete, (Role.DEVICE,))
+
+    def tasks(self, context: typer.Context, incomplete: str) -> list[str]:
+        """The newest tasks of the region, newest first."""
+        return [name for name in self._read(context, _newest_tasks) if name.startswith(incomplete)]
+
+    def _nodes(self, context: typer.Context, incomplete: str, roles: Iterable[Role]) -> list[str]:
+        from loadgen.replay.readiness import find_nodes
+
+        async def read(bus: Bus, region: int) -> list[str]:
+            return [node.node for node in await find_nodes(bus, region, roles)]
+
+        before, last = _split(incomplete)
+        return [before + name for name in self._read(context, read) if name.startswith(last)]
+
+    def _read(self, context: typer.Context, read: Callable[[Bus, int], Awaitable[list[str]]]) -> list[str]:
+        """The names that `read` finds; none if the broker or the region cannot be read."""
+        given: dict[str, Any] = context.params
+        try:
+            region = int(given.get("region") or os.environ.get("DEEPAR_REGION") or 0)
+            with _silent():
+                bus = self._connect(given.get("bootstrap_servers"))
+
+                async def ask() -> list[str]:
+                    async with bus:
+                        return await read(bus, region)
+
+                return asyncio.run(ask())
+        except (DeeparError, OSError, ValueError, LookupError, TimeoutError):
+            return []
 
 
-def devices(context: typer.Context, incomplete: str) -> list[str]:
-    """Devices that have announced themselves; the last of a list a,b."""
-    return _nodes(context, incomplete, (Role.DEVICE,))
+async def _newest_tasks(bus: Bus, region: int) -> list[str]:
+    end = (await bus.end_offsets(topics.TASKS))[region]
+    where = (topics.TASKS, region)
+    reader = await bus.reader([where], start={where: max(0, end - MOST_TASKS)})
+    found: dict[str, None] = {}
+    while await reader.lag():
+        for record in await reader.fetch(timeout_s=0.25):
+            with contextlib.suppress(ProtocolError):
+                message = messages.decode(topics.TASKS, record.value or b"")
+                found[message.task_id if isinstance(message, messages.TaskSubmitted) else ""] = None
+    await reader.close()
+    return [name for name in reversed(found) if name]
 
 
-def tasks(context: typer.Context, incomplete: str) -> list[str]:
-    """The newest tasks of the region, newest first."""
+def _kafka(bootstrap_servers: str | None) -> Bus:
+    from deploy.services.wiring import kafka_bus  # imported here: completing a model needs no Kafka client
 
-    async def read(bus: Bus, region: int) -> list[str]:
-        end = (await bus.end_offsets(topics.TASKS))[region]
-        where = (topics.TASKS, region)
-        reader = await bus.reader([where], start={where: max(0, end - MOST_TASKS)})
-        found: dict[str, None] = {}
-        while await reader.lag():
-            for record in await reader.fetch(timeout_s=0.25):
-                with contextlib.suppress(ProtocolError):
-                    message = messages.decode(topics.TASKS, record.value or b"")
-                    found[message.task_id if isinstance(message, messages.TaskSubmitted) else ""] = None
-        await reader.close()
-        return [name for name in reversed(found) if name]
-
-    return [name for name in _from_broker(context, read) if name.startswith(incomplete)]
+    return kafka_bus(bootstrap_servers)
 
 
-def _nodes(context: typer.Context, incomplete: str, roles: Iterable[Role]) -> list[str]:
-    from loadgen.replay.readiness import find_nodes
-
-    async def read(bus: Bus, region: int) -> list[str]:
-        return [node.node for node in await find_nodes(bus, region, roles)]
-
-    before, last = _split(incomplete)
-    return [before + name for name in _from_broker(context, read) if name.startswith(last)]
-
-
-def _from_broker(context: typer.Context, read: Callable[[Bus, int], Awaitable[list[str]]]) -> list[str]:
-    from deploy.services.wiring import kafka_bus
-
-    given: dict[str, Any] = context.params
-    try:
-        region = int(given.get("region") or os.environ.get("DEEPAR_REGION") or 0)
-        with _silent():
-            bus = kafka_bus(given.get("bootstrap_servers"))
-
-            async def ask() -> list[str]:
-                async with bus:
-                    return await read(bus, region)
-
-            return asyncio.run(ask())
-    except (DeeparError, OSError, ValueError, LookupError, TimeoutError):
-        return []
+_names = RegionNames(_kafka)
+edges, devices, tasks = _names.edges, _names.devices, _names.tasks
 
 
 @contextlib.contextmanager
@@ -125,13 +136,13 @@ def _silent() -> Iterator[None]:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """What stands before the last name of a list a,b, comma included, and that name."""
+    """Split a list a,b into the text up to and including the last comma, and the last entry."""
     before, comma, last = text.rpartition(",")
     return before + comma, last
 
 
 def _files(start: str, suffix: str) -> list[str]:
-    """Files that end in `suffix`, and folders, whose path begins with `start`."""
+    """Folders, and files that end in `suffix`, whose paths begin with `start`."""
     folder = os.path.dirname(start)
     found = []
     with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:

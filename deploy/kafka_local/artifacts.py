@@ -1,8 +1,7 @@
 """The jars that Apache Kafka runs from, fetched once by Maven into the user's cache folder.
 
-Which jars, and the SHA-256 of each, is in `deploy/kafka/pom.xml` and `deploy/kafka/jars.sha256`. A folder of
-jars appears under its final name only when it is complete and every hash is right, so a fetch that was
-interrupted leaves nothing that could be mistaken for one.
+`deploy/kafka/pom.xml` and `deploy/kafka/jars.sha256` pin the jars and their SHA-256. The folder of jars gets its final name
+only when it is complete and every hash matches, so an interrupted fetch leaves no folder that looks complete.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ class ArtifactsError(DeeparError):
 
 
 def cache_root() -> Path:
-    """The folder for what can be fetched again: DEEPAR_CACHE_DIR, or the platform's cache folder."""
+    """The folder for files that can be fetched again: DEEPAR_CACHE_DIR, or the platform's cache folder."""
     return Path(os.environ.get("DEEPAR_CACHE_DIR") or platformdirs.user_cache_dir("deepar"))
 
 
 def find_java() -> tuple[Path, str]:
-    """The `java` to run and its version, e.g. "17.0.15"; JAVA_HOME comes before PATH.
+    """The path of `java` and its version, e.g. "17.0.15"; JAVA_HOME comes before PATH.
 
-    Raises MissingProgramError when there is none, or it is older than JAVA_MINIMUM.
+    Raises MissingProgramError if there is no Java, or it is older than JAVA_MINIMUM.
     """
     remedy = (
         f"install a Java runtime, version {JAVA_MINIMUM} or newer (Debian: "
@@ -63,7 +62,7 @@ def find_java() -> tuple[Path, str]:
     said = subprocess.run([found, "-version"], capture_output=True, text=True, timeout=60, check=False)
     version = re.search(r'version "([^"]+)"', said.stderr + said.stdout)
     if said.returncode != 0 or version is None:
-        # macOS ships a `java` that only says where to get one.
+        # macOS has a `java` that only prints where to download Java.
         raise MissingProgramError("java", f"{found} does not run: {said.stderr.strip()[:200]}", remedy=remedy)
     first, _, rest = version[1].partition(".")
     major = rest.partition(".")[0] if first == "1" else first  # Java 8 calls itself 1.8
@@ -72,25 +71,25 @@ def find_java() -> tuple[Path, str]:
     return Path(found), version[1]
 
 
-def pinned_jars() -> dict[str, str]:
-    """SHA-256 (hex) by file name, of every jar in the class path."""
-    lines = (SETTINGS_DIR / "jars.sha256").read_text(encoding="ascii").split()
+def pinned_jars(settings_dir: Path = SETTINGS_DIR) -> dict[str, str]:
+    """File name -> SHA-256 (hex) of every jar in the class path."""
+    lines = (settings_dir / "jars.sha256").read_text(encoding="ascii").split()
     return dict(zip(lines[1::2], lines[0::2], strict=True))
 
 
 def jars_dir() -> Path:
-    """Where the jars are, or will be."""
+    """The cache folder of the jars; it may not exist yet."""
     return cache_root() / f"kafka-{KAFKA_VERSION}"
 
 
-def have_jars() -> bool:
-    """Whether all the jars are there already (then Maven is not needed)."""
+def have_jars(settings_dir: Path = SETTINGS_DIR) -> bool:
+    """Whether all jars are in the cache, so that Maven is not needed."""
     folder = jars_dir()
-    return folder.is_dir() and {p.name for p in folder.glob("*.jar")} == set(pinned_jars())
+    return folder.is_dir() and {p.name for p in folder.glob("*.jar")} == set(pinned_jars(settings_dir))
 
 
 def find_maven() -> Path:
-    """The `mvn` to run. Raises MissingProgramError when there is none."""
+    """The path of `mvn`. Raises MissingProgramError if it is not installed."""
     found = shutil.which("mvn")
     if found is None:
         raise MissingProgramError(
@@ -102,53 +101,52 @@ def find_maven() -> Path:
     return Path(found)
 
 
-def ensure_jars(progress: Progress | None = None) -> Path:
-    """The folder of jars, fetched if it does not exist (44 MB, about 10 s).
+def ensure_jars(progress: Progress | None = None, settings_dir: Path = SETTINGS_DIR) -> Path:
+    """Return the folder of jars, fetching them if they are missing (44 MB, about 10 s).
 
-    `progress` gets a line for a person a few times a second. Raises MissingProgramError without Maven,
-    ArtifactsError when Maven fails or a jar is not the pinned one.
+    `progress` receives a status line a few times a second; `settings_dir` holds `pom.xml` and `jars.sha256`. Raises
+    MissingProgramError without Maven, ArtifactsError if Maven fails or a jar differs from the pinned one.
     """
     target = jars_dir()
-    if have_jars():
+    if have_jars(settings_dir):
         return target
     maven = find_maven()
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
         jars = work / "jars"
-        _run_maven(maven, jars, progress or (lambda line: None))
-        check_jars(jars)
-        if target.exists() and not have_jars():
+        _run_maven(maven, jars, progress or (lambda line: None), settings_dir)
+        check_jars(jars, settings_dir)
+        if target.exists() and not have_jars(settings_dir):
             shutil.rmtree(target)  # left by another version of the pinned list
         try:
             jars.rename(target)
         except OSError:
-            if not have_jars():  # otherwise another process has put them there
+            if not have_jars(settings_dir):  # otherwise another process has put them there
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
 
 
-def check_jars(folder: Path) -> None:
-    """Raises ArtifactsError unless `folder` holds exactly the pinned jars."""
-    pinned = pinned_jars()
+def check_jars(folder: Path, settings_dir: Path = SETTINGS_DIR) -> None:
+    """Check that `folder` holds exactly the pinned jars. Raises ArtifactsError."""
+    pinned = pinned_jars(settings_dir)
     found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.jar")}
     wrong = sorted(name for name in pinned.keys() | found.keys() if pinned.get(name) != found.get(name))
     if wrong:
         raise ArtifactsError(
             f"{len(wrong)} of Kafka's jars are missing, unexpected or altered: {', '.join(wrong[:5])}",
-            remedy="delete ~/.m2/repository/org/apache/kafka and try again; if it stays, do not run them",
+            remedy="delete ~/.m2/repository/org/apache/kafka and try again; if the error remains, do not run these jars",
         )
 
 
-def _run_maven(maven: Path, out: Path, progress: Progress) -> None:
-    """Copies the runtime class path into `out`."""
-    total = len(pinned_jars())
-    # -C refuses a download whose checksum is wrong; the project file is copied so that nothing is written
-    # beside it.
+def _run_maven(maven: Path, out: Path, progress: Progress, settings_dir: Path) -> None:
+    """Copy the runtime class path into `out`."""
+    names = pinned_jars(settings_dir)
+    # -C rejects a download with a wrong checksum. Maven works on a copy of the project file and writes beside that copy.
     pom = out.parent / "pom.xml"
-    shutil.copyfile(SETTINGS_DIR / "pom.xml", pom)
+    shutil.copyfile(settings_dir / "pom.xml", pom)
     command = [
         str(maven), "-B", "-C", "-f", str(pom), "dependency:copy-dependencies", "-DincludeScope=runtime",
         f"-DoutputDirectory={out}",
@@ -166,13 +164,12 @@ def _run_maven(maven: Path, out: Path, progress: Progress) -> None:
     )
     try:
         assert child.stdout is not None
-        names = pinned_jars()
         for line in child.stdout:
             lines.append(line.rstrip())
             name = re.search(r"(?:Downloaded from|Copying) .*?([\w.+-]+\.jar)", line)
             if name and name[1] in names and name[1] not in fetched:
                 fetched.add(name[1])
-                progress(f"fetching Apache Kafka {KAFKA_VERSION}: {len(fetched)} of {total} jars ({name[1]})")
+                progress(f"fetching Apache Kafka {KAFKA_VERSION}: {len(fetched)} of {len(names)} jars ({name[1]})")
         code = child.wait(FETCH_LIMIT_S)
     finally:
         if child.poll() is None:
@@ -180,9 +177,9 @@ def _run_maven(maven: Path, out: Path, progress: Progress) -> None:
             child.wait()
         child.stdout.close()  # type: ignore[union-attr]
     if code != 0:
-        errors = [line for line in lines if "ERROR" in line] or lines[-1:] or ["it said nothing"]
+        errors = [line for line in lines if "ERROR" in line] or lines[-1:] or ["no output"]
         raise ArtifactsError(
             f"Maven could not fetch Apache Kafka {KAFKA_VERSION}: {errors[0][:400]}",
-            remedy="see that this machine reaches a Maven repository (a mirror goes into ~/.m2/settings.xml) "
+            remedy="check that this machine reaches a Maven repository (configure a mirror in ~/.m2/settings.xml) "
             "and try again",
         )

@@ -1,9 +1,8 @@
 """A local Apache Kafka broker: one KRaft node with a bounded heap and its jars in the cache folder.
 
-`deepar broker` and the tests use the same class. Its settings are those of `deploy/kafka/server.properties`,
-which docker-compose uses too; only addresses and folders are added here. In the data folder are
-`server.properties` (what was really used), `broker.log` (what Kafka said, kept over restarts) and
-`kafka-data/`.
+`deepar broker` and the tests use the same class. The settings come from `deploy/kafka/server.properties`, which
+docker-compose uses too; this module adds only addresses and folders. The data folder contains `server.properties` (the
+settings in effect), `broker.log` (Kafka's log, kept across restarts) and `kafka-data/` (the records).
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -46,52 +46,53 @@ class DataInUseError(ConfigError):
 
 
 def new_cluster_id() -> str:
-    """16 random bytes in base64url, the format of Kafka; the first character is fixed because "-" is not allowed there."""
+    """16 random bytes in base64url, Kafka's format; the first character is fixed because Kafka does not allow "-" there."""
     return "A" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode("ascii").rstrip("=")[1:]
 
 
-class KafkaBroker:
-    """One Apache Kafka node that this process starts, stops, kills and starts again, same data, same port.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerOptions:
+    """Addresses, settings and memory of one broker."""
 
-    `port` and `controller_port` are chosen free when not given. `settings` override `server.properties`. For a node of
-    a cluster of several, `cluster_id` is the cluster's; for one with users, `format_words` go to `StorageTool format`
-    (whose output is then thrown away: it prints verifiers of passwords) and `ready` asks whether it serves, raising
-    OSError or BusUnavailableError while it does not. `within` begins the command, for one that runs where this process
-    cannot reach it (`ip netns exec NAME`): it listens at `host` there, and `ready` must be given. All methods block;
-    none is safe to call from two threads at once. The broker ends with this process (see `tied_to_us`). Raises
-    MissingProgramError, ArtifactsError, PortTakenError, DataInUseError or BrokerStartError from `start`.
+    host: str = "127.0.0.1"  # address to listen on
+    port: int | None = None  # for clients; None: a free port
+    controller_port: int | None = None  # for other controllers; None: a free port
+    within: tuple[str, ...] = ()  # prefix of the serving command, e.g. `ip netns exec NAME`; needs a `ready` of its own
+    settings: Mapping[str, str] = field(default_factory=dict)  # override server.properties
+    cluster_id: str | None = None  # the same for all nodes of a cluster; None: a new one
+    # Arguments for `StorageTool format`, e.g. users. Its output is then discarded, because it prints password verifiers.
+    format_arguments: tuple[str, ...] = ()
+    heap_mib: int = HEAP_MIB
+
+
+DEFAULT_OPTIONS = BrokerOptions()
+
+
+class KafkaBroker:
+    """One Apache Kafka node that this process can start, stop, kill and restart on the same data and port.
+
+    `ready` checks whether the broker serves; it raises OSError or BusUnavailableError if not (default: a handshake).
+    `progress` receives status lines. All methods block and are not thread-safe. The broker ends with this process (see
+    `tied_to_us`). `start` raises MissingProgramError, ArtifactsError, PortTakenError, DataInUseError or BrokerStartError.
     """
 
     def __init__(
         self,
         data_dir: Path,
+        options: BrokerOptions = DEFAULT_OPTIONS,
         *,
-        host: str = "127.0.0.1",
-        port: int | None = None,
-        controller_port: int | None = None,
-        within: Sequence[str] = (),
-        settings: Mapping[str, str] | None = None,
-        cluster_id: str | None = None,
-        format_words: Sequence[str] = (),
-        ready: Callable[[], None] | None = None,
         started_by: str = "started by deepar",
-        heap_mib: int = HEAP_MIB,
+        ready: Callable[[], None] | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.data_dir = data_dir.absolute()
         self.log_file = self.data_dir / "broker.log"
         self._records = self.data_dir / "kafka-data"
         self.kind = f"Apache Kafka {KAFKA_VERSION} (KRaft, {started_by})"
-        self._host = host
-        self._within = list(within)
-        self._wanted_port = port
-        self._port = port
-        self._controller_port = controller_port
-        self._cluster_id = cluster_id
-        self._format_words = tuple(format_words)
-        self._ready = ready or self._answers
-        self._settings = dict(settings or {})
-        self._heap_mib = heap_mib
+        self._options = options
+        self._port = options.port
+        self._controller_port = options.controller_port
+        self._ready = ready or self._check_handshake
         self._progress: Progress = progress or (lambda line: None)
         self._child: subprocess.Popen[bytes] | None = None
         self._lock: IO[str] | None = None
@@ -106,7 +107,7 @@ class KafkaBroker:
         """`HOST:PORT`, for `bootstrap_servers`; known from the first start on."""
         if self._port is None:
             raise BrokerStartError("the broker has no address before its first start")
-        return f"{self._host}:{self._port}"
+        return f"{self._options.host}:{self._port}"
 
     @property
     def pid(self) -> int | None:
@@ -132,7 +133,7 @@ class KafkaBroker:
                     self.kill()
                     # Another process may take a free port before Kafka binds it: choose another, unless the caller
                     # chose the port.
-                    if "BindException" not in str(error) or self._wanted_port is not None or attempt == 2:
+                    if "BindException" not in str(error) or self._options.port is not None or attempt == 2:
                         raise
                     self._port = self._controller_port = None
             raise AssertionError("unreachable")
@@ -151,7 +152,7 @@ class KafkaBroker:
         return started
 
     def wait(self, deadline: float) -> None:
-        """Waits until it serves. Raises BrokerStartError at `deadline` (of `time.monotonic`), or when it has ended."""
+        """Wait until the broker serves. Raises BrokerStartError at `deadline` (`time.monotonic`) or if it ends."""
         assert self._child is not None
         last: Exception | None = None
         while time.monotonic() < deadline:
@@ -234,13 +235,13 @@ class KafkaBroker:
         self._lock = lock
 
     def _choose_ports(self) -> None:
-        if self._wanted_port is not None and not self._within:
-            require_free(self._wanted_port)
+        if self._options.port is not None and not self._options.within:
+            require_free(self._options.port)
         self._port = self._port or free_port()
         self._controller_port = self._controller_port or free_port()
 
     def _launch(self, java: Path, jars: Path) -> None:
-        """Writes the settings, formats the data folder if it is new, and starts Java."""
+        """Write the settings, format the data folder if it is new, and start Java."""
         properties = self._write_properties()
         run = [str(java), "-cp", f"{jars}/*", "-Dorg.slf4j.simpleLogger.showDateTime=true",
                "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSXXX"]  # fmt: skip
@@ -250,7 +251,8 @@ class KafkaBroker:
             self._log_start = log.seek(0, os.SEEK_END)
             if not (self._records / "meta.properties").exists():
                 self._format([*run, "-Xmx128m", "kafka.tools.StorageTool", "format"], properties, log)
-            serve = [*self._within, *run, f"-Xmx{self._heap_mib}m", "-XX:+ExitOnOutOfMemoryError", "kafka.Kafka"]
+            heap = f"-Xmx{self._options.heap_mib}m"
+            serve = [*self._options.within, *run, heap, "-XX:+ExitOnOutOfMemoryError", "kafka.Kafka"]
             self._progress("starting Apache Kafka")
             # Its own session: a Ctrl-C at the terminal reaches only this process, which then stops Kafka cleanly.
             self._child = subprocess.Popen(
@@ -271,7 +273,7 @@ class KafkaBroker:
             "inter.broker.listener.name": "CLIENTS",
             "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
             "log.dirs": str(self._records),
-        } | self._settings
+        } | dict(self._options.settings)
         shared = (SETTINGS_DIR / "server.properties").read_text(encoding="ascii")
         lines = "".join(f"{key}={value}\n" for key, value in added.items())
         properties = self.data_dir / "server.properties"
@@ -282,17 +284,18 @@ class KafkaBroker:
         """Format the data folder for Kafka. Raises BrokerStartError."""
         self._progress("formatting the data folder")
         shutil.rmtree(self._records, ignore_errors=True)  # left by an interrupted format
-        words = ["-t", self._cluster_id or new_cluster_id(), "-c", str(properties), *self._format_words]
-        said = subprocess.DEVNULL if self._format_words else log
+        words = ["-t", self._options.cluster_id or new_cluster_id(), "-c", str(properties)]
+        words += self._options.format_arguments
+        said = subprocess.DEVNULL if self._options.format_arguments else log
         done = subprocess.run([*tool, *words], stdin=subprocess.DEVNULL, stdout=said, stderr=log, check=False)
         if done.returncode != 0:
             raise BrokerStartError(f"Kafka refused to format {self._records}:\n{self.log_tail()}")
 
-    def _answers(self) -> None:
-        """It tells clients of itself. Raises OSError."""
-        told = self.ask(1.0).addresses
-        if self.bootstrap not in told:
-            raise NotReadyError(f"{self.bootstrap} is not among the brokers that it tells of: {', '.join(told)}")
+    def _check_handshake(self) -> None:
+        """Check that the broker answers and advertises its own address. Raises OSError."""
+        advertised = self.ask(1.0).addresses
+        if self.bootstrap not in advertised:
+            raise NotReadyError(f"{self.bootstrap} is not among the advertised brokers: {', '.join(advertised)}")
 
     def _reap(self) -> None:
         if self._child is not None:

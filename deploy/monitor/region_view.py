@@ -139,10 +139,11 @@ class LinkUse:
 
 
 class RegionView:
-    """The state of one region. Its memory is bounded by the live nodes and tasks and the `KEEP_` limits."""
+    """The state of one region. Its memory is bounded by the live nodes and tasks, `keep_ended` and `KEEP_LINES`."""
 
-    def __init__(self, region: int = 0) -> None:
+    def __init__(self, region: int = 0, *, keep_ended: int = KEEP_ENDED) -> None:
         self.region = region
+        self._keep_ended = keep_ended
         self.version = 0  # grows with every record that changes something
         self.records = 0
         self.unreadable = 0
@@ -263,7 +264,7 @@ class RegionView:
             self.delay_sum_s += delay_s
             self.recent_delays_s.append(delay_s)
         self._ended.append(task)
-        while len(self._ended) > KEEP_ENDED:
+        while len(self._ended) > self._keep_ended:
             oldest = self._ended.popleft()
             if self.tasks.get(oldest.task_id) is oldest:
                 del self.tasks[oldest.task_id]

@@ -21,7 +21,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from deploy.kafka_local.artifacts import SETTINGS_DIR, jars_dir
-from deploy.kafka_local.broker import DataInUseError, KafkaBroker
+from deploy.kafka_local.broker import BrokerOptions, DataInUseError, KafkaBroker
 from deploy.kafka_local.ports import PortTakenError, free_port
 from tests.kafka_broker import Broker, OwnBroker, apache_required, choose
 
@@ -120,7 +120,7 @@ def test_one_data_folder_one_broker(apache: None, tmp_path: Path) -> None:
         with pytest.raises(DataInUseError):
             KafkaBroker(tmp_path).erase()
         with pytest.raises(PortTakenError, match="a Kafka broker answers"):
-            KafkaBroker(tmp_path / "other", port=int(broker.bootstrap.split(":")[1])).start()
+            KafkaBroker(tmp_path / "other", BrokerOptions(port=int(broker.bootstrap.split(":")[1]))).start()
         assert broker.ask().brokers == 1
     (tmp_path / "mine.txt").write_text("kept")
     KafkaBroker(tmp_path).erase()
@@ -132,7 +132,7 @@ def test_a_port_of_another_program_is_named(apache: None, tmp_path: Path) -> Non
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(PortTakenError, match=f"port {port} is taken by another program"):
-            KafkaBroker(tmp_path, port=port).start()
+            KafkaBroker(tmp_path, BrokerOptions(port=port)).start()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's parent-death signal")

@@ -21,7 +21,7 @@ from bus.kafka.bus import KafkaBus, KafkaConnection
 from bus.messages import TaskState
 from bus.port import Headers, Payload, Position
 from bus.values import Role
-from deploy.kafka_local.broker import START_LIMIT_S, KafkaBroker, new_cluster_id
+from deploy.kafka_local.broker import START_LIMIT_S, BrokerOptions, KafkaBroker, new_cluster_id
 from deploy.kafka_local.ports import free_port
 from deploy.services import wiring
 from loadgen.chaos.simulated.oracle import Oracle
@@ -63,11 +63,13 @@ class Cluster:
         self.nodes = {
             number: KafkaBroker(
                 folder / str(number),
-                port=ports[number - 1],
-                controller_port=ports[number + 2],
-                settings={"node.id": str(number), "controller.quorum.voters": voters, **COPIES},
-                cluster_id=cluster_id,
-                heap_mib=384,
+                BrokerOptions(
+                    port=ports[number - 1],
+                    controller_port=ports[number + 2],
+                    settings={"node.id": str(number), "controller.quorum.voters": voters, **COPIES},
+                    cluster_id=cluster_id,
+                    heap_mib=384,
+                ),
                 started_by="one of three, started by the tests",
             )
             for number in (1, 2, 3)

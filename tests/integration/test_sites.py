@@ -23,7 +23,7 @@ import pytest
 from bus import messages, topics
 from bus.kafka.bus import KafkaBus, KafkaConnection
 from bus.messages import Decision, Ended, NodeHeartbeat, NodeLost, SeedInput, TaskState, TaskSubmitted
-from deploy.kafka_local.broker import START_LIMIT_S, KafkaBroker
+from deploy.kafka_local.broker import START_LIMIT_S, BrokerOptions, KafkaBroker
 from deploy.kafka_local.handshake import ask
 from loadgen.replay.outcome import Outcome
 from loadgen.replay.replay import replay
@@ -86,11 +86,9 @@ class Sites:
 def _broker(folder: Path, at: Namespace) -> KafkaBroker:
     made = KafkaBroker(
         folder,
-        host=at.address,
-        within=at.prefix,
+        BrokerOptions(host=at.address, within=tuple(at.prefix), heap_mib=384),
         ready=lambda: at.call(lambda: _answers(made.bootstrap)),
         started_by=STARTED_BY,
-        heap_mib=384,
     )
     return made
 

@@ -18,7 +18,7 @@ from bus.kafka.bus import KafkaBus
 from bus.kafka.connection import KafkaConnection
 from bus.topics import TopicSpec
 from deploy.commands.doctor import examine
-from deploy.kafka_local.broker import KafkaBroker
+from deploy.kafka_local.broker import BrokerOptions, KafkaBroker
 from deploy.kafka_local.handshake import ask
 from deploy.kafka_local.ports import free_port
 from deploy.services import wiring
@@ -97,8 +97,7 @@ async def test_every_command_names_an_advertised_address_that_does_not_resolve(t
     port = free_port()
     broker = KafkaBroker(
         tmp_path / "kafka",
-        port=port,
-        settings={"advertised.listeners": "CLIENTS://kafka.inside.invalid:9092"},
+        BrokerOptions(port=port, settings={"advertised.listeners": "CLIENTS://kafka.inside.invalid:9092"}),
         ready=partial(_answers, f"127.0.0.1:{port}"),
     )
     broker.start()

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,21 @@ from deploy import cli
 from deploy.kafka_local.ports import free_port
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, columns: int = 200) -> int:
-    """`deepar ARGUMENTS` in this process, its logging left alone; the exit code."""
+def _unprepared(log_level: str) -> None:
+    """Leave the signals and the logging of the test process unchanged."""
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    *arguments: str,
+    columns: int = 200,
+    prepare: Callable[[str], None] = _unprepared,
+) -> int:
+    """Run `deepar ARGUMENTS` in this process; return the exit code."""
     monkeypatch.setattr("sys.argv", ["deepar", *arguments])
     monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr("deploy.services.log_setup.configure_logging", lambda level: None)
-    monkeypatch.setattr(cli, "raise_interrupts", lambda: None)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli.main(prepare)
     assert isinstance(ended.value.code, int)
     return ended.value.code
 
@@ -164,11 +171,10 @@ def test_a_file_that_cannot_be_opened_is_a_line_and_not_a_traceback(
 
 
 def test_an_interrupt_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(bootstrap_servers: str | None) -> None:
+    def interrupted(log_level: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deploy.services.wiring.kafka_bus", interrupted)
-    assert run(monkeypatch, "planner") == 105
+    assert run(monkeypatch, "planner", prepare=interrupted) == 105
 
 
 @pytest.mark.parametrize(
@@ -182,12 +188,13 @@ def test_an_interrupt_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatc
     ],
     ids=" ".join,
 )
-def test_a_stage_takes_its_flags_and_its_defaults(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
-    def reached(bootstrap_servers: str | None) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("deploy.services.wiring.kafka_bus", reached)
-    assert run(monkeypatch, "stage", *words, "--runner", "modelled", "--profile", "paper") == 105
+def test_a_stage_takes_its_flags_and_its_defaults(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    """Valid flags lead to the connection attempt, which fails with exit code 1; a wrong flag would give 2."""
+    address = f"127.0.0.1:{free_port()}"
+    assert run(monkeypatch, "stage", *words, "--runner", "modelled", "--profile", "paper", "-b", address) == 1
+    assert address in capsys.readouterr().err
 
 
 def test_a_broken_file_names_the_key(

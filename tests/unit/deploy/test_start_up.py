@@ -153,7 +153,7 @@ def test_tab_says_nothing_and_returns_where_the_broker_does_not_answer(
         assert tab(tmp_path, typed, KAFKA_BOOTSTRAP_SERVERS=f"127.0.0.1:{port}") == []
 
 
-def test_tab_offers_the_nodes_and_the_tasks_of_the_region(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tab_offers_the_nodes_and_the_tasks_of_the_region() -> None:
     bus = MemoryBus()
 
     async def fill() -> None:
@@ -166,14 +166,14 @@ def test_tab_offers_the_nodes_and_the_tasks_of_the_region(monkeypatch: pytest.Mo
             await bus.send(topics.TASKS, b"garbage", key="x", partition=1)
 
     asyncio.run(fill())
-    monkeypatch.setattr("deploy.services.wiring.kafka_bus", lambda bootstrap_servers: bus)
+    names = completion.RegionNames(lambda bootstrap_servers: bus)
 
     def context(region: int) -> Any:
         return SimpleNamespace(params={"region": region})
 
-    assert completion.edges(context(1), "") == ["e1", "e2"]
-    assert completion.devices(context(1), "d1,d") == ["d1,d1", "d1,d2"]
-    assert completion.tasks(context(1), "") == ["new", "old"]
-    assert completion.tasks(context(1), "o") == ["old"]
-    assert completion.tasks(context(0), "") == []
-    assert completion.tasks(context(7), "") == []
+    assert names.edges(context(1), "") == ["e1", "e2"]
+    assert names.devices(context(1), "d1,d") == ["d1,d1", "d1,d2"]
+    assert names.tasks(context(1), "") == ["new", "old"]
+    assert names.tasks(context(1), "o") == ["old"]
+    assert names.tasks(context(0), "") == []
+    assert names.tasks(context(7), "") == []

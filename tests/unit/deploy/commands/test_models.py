@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from bus.errors import ConfigError, CutError, ModelError
 from bus.values import ModelProfile
 from deploy.commands import models
 from stages.models.runtime.litert import SegmentRunner
-from stages.models.verify import verify
-from stages.zoo.registry import digits
+from stages.models.verify import pairs_of, verify
+from stages.zoo.registry import digits, load_model
 from tests.unit.stages import built_models
 
 runner = CliRunner()
@@ -29,8 +30,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    import typer
-
     whole = typer.Typer()
     whole.add_typer(models.app, name="models")
     whole.command("profile")(models.profile)
@@ -115,18 +114,21 @@ def test_verify_reports_as_promised(app: Any, tmp_path: Path) -> None:
     assert "bit-identical" in call(app, "models", "verify", "lenet", "--cuts", "2").stdout
 
 
-def test_verify_fails_when_a_part_errs(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = SegmentRunner.run
+def verdict(capsys: pytest.CaptureFixture[str], *, as_json: bool, **changed: Any) -> str:
+    """What is printed for a real report of LeNet with some fields changed; it must end with exit code 1."""
+    lenet = load_model("lenet")
+    report = verify(lenet, pairs_of(lenet, "single", 0), [[digits()[0][:1]]])
+    with pytest.raises(typer.Exit) as ended:
+        models.print_verdict(dataclasses.replace(report, bit_identical=False, **changed), lenet, 1, as_json=as_json)
+    assert ended.value.exit_code == 1
+    return capsys.readouterr().out
 
-    def wrong(self: SegmentRunner, inputs: Any) -> Any:
-        outputs = honest(self, inputs)
-        return [value + 1 for value in outputs] if self.title == "lenet 3-7" else outputs
 
-    monkeypatch.setattr(SegmentRunner, "run", wrong)
-    result = call(app, "models", "verify", "lenet", "--cuts", "single", "--json")
-    assert result.exit_code == 1
-    assert json.loads(result.stdout)["worst"] == {"cut1": 2, "cut2": 2}
-    assert "different" in call(app, "models", "verify", "lenet", "--cuts", "single").stdout
+def test_a_difference_is_printed_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    changed = {"max_abs_diff": 1.0, "worst": (2, 2), "differing": ((2, 2),)}
+    found = json.loads(verdict(capsys, as_json=True, **changed))
+    assert (found["worst"], found["differing"]) == ({"cut1": 2, "cut2": 2}, [{"cut1": 2, "cut2": 2}])
+    assert "different" in verdict(capsys, as_json=False, **changed)
 
 
 def test_verify_refuses_what_it_cannot_use(app: Any, tmp_path: Path) -> None:
@@ -168,16 +170,9 @@ def test_build_writes_a_network_with_the_user_s_own_weights(app: Any, tmp_path: 
     assert not out.exists()
 
 
-def test_a_difference_without_bound_is_null_with_its_reason(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = verify
-
-    def unbounded(*words: Any, **more: Any) -> Any:
-        return dataclasses.replace(honest(*words, **more), bit_identical=False, max_abs_diff=float("inf"), worst=(1, 2))
-
-    monkeypatch.setattr(models, "verify_parts", unbounded)
-    result = call(app, "models", "verify", "lenet", "--cuts", "single", "--json")
-    assert result.exit_code == 1
-    found = json.loads(result.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+def test_a_difference_without_bound_is_null_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = verdict(capsys, as_json=True, max_abs_diff=float("inf"), worst=(1, 2))
+    found = json.loads(printed, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert (found["max_abs_diff"], found["not_finite"]) == (None, {"max_abs_diff": "infinity"})
 
 

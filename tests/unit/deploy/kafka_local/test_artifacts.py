@@ -18,6 +18,8 @@ from deploy.kafka_local.artifacts import (
     jars_dir,
 )
 
+JARS = {"kafka_2.13-9.jar": b"kafka", "slf4j-9.jar": b"log"}
+
 
 def _program(folder: Path, name: str, script: str) -> None:
     """An executable that pretends to be `name`."""
@@ -39,16 +41,14 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def two_jars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """Pins two small files in the place of Kafka's 46."""
-    jars = {"kafka_2.13-9.jar": b"kafka", "slf4j-9.jar": b"log"}
+def settings_dir(tmp_path: Path) -> Path:
+    """A settings folder that pins two small files instead of Kafka's 46 jars."""
     settings = tmp_path / "settings"
     settings.mkdir()
     (settings / "pom.xml").write_text("<project/>")
-    pinned = [f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in jars.items()]
+    pinned = [f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in JARS.items()]
     (settings / "jars.sha256").write_text("".join(pinned))
-    monkeypatch.setattr(artifacts, "SETTINGS_DIR", settings)
-    return jars
+    return settings
 
 
 def _maven(programs: Path, *, slf4j: str = "log", end: int = 0) -> None:
@@ -113,35 +113,35 @@ def test_no_maven_says_what_to_install(programs: Path) -> None:
     assert "apt-get install maven" in str(caught.value.remedy)
 
 
-def test_jars_are_fetched_once(programs: Path, two_jars: dict[str, bytes]) -> None:
+def test_jars_are_fetched_once(programs: Path, settings_dir: Path) -> None:
     _maven(programs)
     lines: list[str] = []
-    folder = ensure_jars(lines.append)
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == two_jars
+    folder = ensure_jars(lines.append, settings_dir)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == JARS
     assert [line for line in lines if "2 of 2" in line]
     (programs / "mvn").unlink()
-    assert ensure_jars() == folder == jars_dir()
+    assert ensure_jars(settings_dir=settings_dir) == folder == jars_dir()
 
 
-def test_an_altered_jar_is_never_put_in_place(programs: Path, two_jars: dict[str, bytes]) -> None:
+def test_an_altered_jar_is_never_put_in_place(programs: Path, settings_dir: Path) -> None:
     _maven(programs, slf4j="evil")
     with pytest.raises(ArtifactsError, match=r"1 of Kafka's jars .*slf4j-9\.jar"):
-        ensure_jars()
+        ensure_jars(settings_dir=settings_dir)
     assert list(jars_dir().parent.iterdir()) == []
 
 
-def test_a_maven_that_fails_is_quoted_and_leaves_nothing(programs: Path, two_jars: dict[str, bytes]) -> None:
+def test_a_maven_that_fails_is_quoted_and_leaves_nothing(programs: Path, settings_dir: Path) -> None:
     _maven(programs, end=1)
     with pytest.raises(ArtifactsError, match="Could not transfer artifact"):
-        ensure_jars()
+        ensure_jars(settings_dir=settings_dir)
     assert list(jars_dir().parent.iterdir()) == []
 
 
-def test_jars_of_another_list_are_replaced(programs: Path, two_jars: dict[str, bytes]) -> None:
+def test_jars_of_another_list_are_replaced(programs: Path, settings_dir: Path) -> None:
     jars_dir().mkdir(parents=True)
     (jars_dir() / "kafka_2.13-8.jar").write_bytes(b"old")
     _maven(programs)
-    assert {p.name for p in ensure_jars().iterdir()} == set(two_jars)
+    assert {p.name for p in ensure_jars(settings_dir=settings_dir).iterdir()} == set(JARS)
 
 
 def test_every_pinned_jar_has_a_hash_and_kafka_is_the_version_named() -> None:

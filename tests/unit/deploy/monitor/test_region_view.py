@@ -51,8 +51,8 @@ PLACE = Placement(
 class Topics:
     """Writes records as the region would."""
 
-    def __init__(self) -> None:
-        self.view = RegionView()
+    def __init__(self, keep_ended: int = region_view.KEEP_ENDED) -> None:
+        self.view = RegionView(keep_ended=keep_ended)
         self.offsets = count()
         self.seq = 0
         self.clock_ms = 1_000_000
@@ -98,7 +98,10 @@ def completed(name: str) -> Ended:
 
 @pytest.fixture
 def region() -> Topics:
-    made = Topics()
+    return with_nodes(Topics())
+
+
+def with_nodes(made: Topics) -> Topics:
     made.decide(0.0, NodeJoined(node=DEVICE), NodeJoined(node=EDGE))
     return made
 
@@ -207,8 +210,8 @@ def test_lines_of_a_start_and_a_move_tell_where_and_after_whom(region: Topics) -
     assert region.view.lines[-1].details == "d1 -6 Mbps-> e1 -3 Mbps-> cloud"
 
 
-def test_memory_is_bounded(region: Topics, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(region_view, "KEEP_ENDED", 3)
+def test_memory_is_bounded() -> None:
+    region = with_nodes(Topics(keep_ended=3))
     for number in range(10):
         region.decide(
             float(number), admitted(f"t{number}"), placed(f"t{number}", number, number), start(f"t{number}", number)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 import structlog
@@ -34,12 +36,16 @@ def test_the_kafka_client_stays_quiet_at_debug() -> None:
     assert logging.getLogger("aiokafka.conn").getEffectiveLevel() >= logging.WARNING
 
 
-def test_what_libraries_say_is_json_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own
-    configure_logging("info", json_lines=True)
-    structlog.get_logger("test").info("ours")
-    logging.getLogger("aiokafka.consumer").error("Request failed: %s", "[Error 15]")
-    ours, theirs = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+def test_what_libraries_say_is_json_too() -> None:
+    """Runs in a process of its own, because pytest installs handlers on the root logger."""
+    script = (
+        "import logging, structlog; from deploy.services.log_setup import configure_logging\n"
+        "configure_logging('info', json_lines=True)\n"
+        "structlog.get_logger('test').info('ours')\n"
+        "logging.getLogger('aiokafka.consumer').error('Request failed: %s', '[Error 15]')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    ours, theirs = (json.loads(line) for line in done.stderr.splitlines())
     assert ours["event"] == "ours"
     assert (theirs["logger"], theirs["level"]) == ("aiokafka.consumer", "error")
     assert theirs["event"] == "Request failed: [Error 15]"
