@@ -9,8 +9,8 @@ from bus.messages import Moved, Placed, Start
 from planner.core.core import PlannerCore
 from planner.explain import explain
 from planner.search.ledger import MOVES_BORNE
+from tests.unit.planner.core.test_circuits import Region
 from tests.unit.planner.scenes import MBPS, World, cloud, completed, device, edge, task
-from tests.unit.planner.test_circuits import Region
 
 LEASE_S = 1e6
 
