@@ -28,7 +28,7 @@ from bus.text.units import format_moment, format_rate, format_seconds
 from bus.values import Placement, Role
 from planner.core.core import PlannerCore
 from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request, placement_of
-from planner.search.cut_search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 from planner.search.policies import BUILT_IN, Restriction
 
 

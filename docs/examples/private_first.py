@@ -4,7 +4,7 @@ PYTHONPATH=docs/examples deepar planner --policy private_first:PrivateFirst
 """
 
 from planner.search.algorithm1 import Algorithm, Choice
-from planner.search.cut_search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 
 NEAR = frozenset({DEVICE, DEVICE_EDGE})
 FAR = frozenset({DEVICE_CLOUD, ALL_THREE})

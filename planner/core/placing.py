@@ -30,7 +30,7 @@ from planner.core.circuits import Circuit, avoided
 from planner.core.records import NEVER, Task
 from planner.core.state import APPLY, DEFAULT_PATIENCE_S, DEFAULT_REMEMBER_ENDED
 from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request, placement_of
-from planner.search.cut_search import DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.families import DEVICE_CLOUD, DEVICE_EDGE
 from planner.search.policies import Policy, Restriction, load_policy, policy_fault
 
 DEFAULT_MAX_WAITING: Final = 10_000

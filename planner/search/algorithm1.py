@@ -33,8 +33,9 @@ from typing import Final, NamedTuple
 from bus.messages import TaskSubmitted
 from bus.unchecked_constructors import maker
 from bus.values import Kind, Objective, Placement
-from planner.search.cost import PlatformRow
-from planner.search.cut_search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, CutSearch, Found
+from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow
+from planner.search.cut_search import CutSearch, Found
+from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 from planner.search.ledger import SHORTEST_S, DeviceAccount, EdgeAccount, Timeline
 
 EVERY_FAMILY: Final = frozenset({DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE})
@@ -50,14 +51,16 @@ class EdgeOption(NamedTuple):
     search: CutSearch
     max_link1_bps: int  # min of the task's B1, the device's own limit and the edge's capacity
     max_link2_bps: int  # min of the task's B2 and the edge's capacity
+    overheads: Overheads = NO_OVERHEADS  # latencies and overheads of a task of this device through this edge
 
 
 class EdgeKind(NamedTuple):
-    """Edges with the same platforms and the same caps. A result at full caps holds for all of them."""
+    """Edges with the same platforms, overheads and caps. A result at full caps holds for all of them."""
 
     search: CutSearch
     max_link1_bps: int
     max_link2_bps: int
+    overheads: Overheads
     computes: bool  # whether the edges have any slots
     accounts: tuple[EdgeAccount, ...]  # in order of name
 
@@ -65,18 +68,36 @@ class EdgeKind(NamedTuple):
 class Reached:
     """The edges and searches that a device can use for one model. Valid until a node joins or is lost."""
 
-    __slots__ = ("alone", "by_search", "device_search", "edges", "least_link1_bps", "least_link2_bps", "row")
+    __slots__ = (
+        "alone",
+        "by_search",
+        "device_search",
+        "edges",
+        "least_link1_bps",
+        "least_link2_bps",
+        "overheads",
+        "row",
+    )
 
     def __init__(
-        self, row: PlatformRow, device_search: CutSearch, edges: Sequence[EdgeOption], *, alone: bool = True
+        self,
+        row: PlatformRow,
+        device_search: CutSearch,
+        edges: Sequence[EdgeOption],
+        *,
+        alone: bool = True,
+        overheads: Overheads = NO_OVERHEADS,
     ) -> None:
         self.row = row
         self.alone = alone
         self.device_search = device_search
+        self.overheads = overheads  # of the device alone
         self.edges = edges  # without the caps of a task, in order of name
         self.least_link1_bps = min([option.max_link1_bps for option in edges], default=0)
         self.least_link2_bps = min([option.max_link2_bps for option in edges], default=0)
-        self.by_search = grouped([(option.search, 0, 0, option.account.slots >= 1, option.account) for option in edges])
+        self.by_search = grouped(
+            [EdgeOption(option.account, option.search, 0, 0, option.overheads) for option in edges]
+        )
 
 
 class Request:
@@ -93,6 +114,7 @@ class Request:
         "max_link1_bps",
         "max_link2_bps",
         "objective",
+        "overheads",
         "samples",
         "task_id",
     )
@@ -107,6 +129,7 @@ class Request:
         self.max_link2_bps = submitted.max_link2_bps
         self.device_row = reached.row
         self.device_search = reached.device_search  # without edge and cloud: w_0
+        self.overheads = reached.overheads  # of the device alone
         self.alone = reached.alone  # whether the device may run it alone
         self.device = device  # the device's reservations; None: it has none
         self.objective = objective
@@ -131,32 +154,39 @@ class Request:
         """The same task with one edge, or none."""
         other = copy(self)
         other._edges = () if option is None else (option,)
-        other._reached = Reached(self.device_row, self.device_search, other._edges)
+        other._reached = Reached(
+            self.device_row, self.device_search, other._edges, alone=self.alone, overheads=self.overheads
+        )
         return other
 
     def kinds(self) -> Sequence[EdgeKind]:
         """The edges, grouped by platforms and caps."""
         cap1, cap2, reached = self.max_link1_bps, self.max_link2_bps, self._reached
         if cap1 is None or cap2 is None or cap1 > reached.least_link1_bps or cap2 > reached.least_link2_bps:
-            return grouped([(search, b1, b2, account.slots >= 1, account) for account, search, b1, b2 in self.edges])
+            return grouped(self.edges)
         # No edge has a lower limit than the task's caps, so all edges of one search share these caps.
         return [
-            EdgeKind(search, cap1, cap2, computes, accounts) for search, _, _, computes, accounts in reached.by_search
+            EdgeKind(search, cap1, cap2, overheads, computes, accounts)
+            for search, _, _, overheads, computes, accounts in reached.by_search
         ]
 
     def _capped(self, option: EdgeOption) -> EdgeOption:
-        account, search, b1, b2 = option
+        account, search, b1, b2, overheads = option
         cap1, cap2 = self.max_link1_bps, self.max_link2_bps
         return EdgeOption(
-            account, search, b1 if cap1 is None or b1 < cap1 else cap1, b2 if cap2 is None or b2 < cap2 else cap2
+            account,
+            search,
+            b1 if cap1 is None or b1 < cap1 else cap1,
+            b2 if cap2 is None or b2 < cap2 else cap2,
+            overheads,
         )
 
 
-def grouped(edges: Iterable[tuple[CutSearch, int, int, bool, EdgeAccount]]) -> list[EdgeKind]:
-    """Group edges that have the same search, the same caps, and slots or none."""
-    kinds: dict[tuple[CutSearch, int, int, bool], list[EdgeAccount]] = {}
-    for search, b1, b2, computes, account in edges:
-        kinds.setdefault((search, b1, b2, computes), []).append(account)
+def grouped(edges: Iterable[EdgeOption]) -> list[EdgeKind]:
+    """Group edges that have the same search, caps and overheads, and slots or none."""
+    kinds: dict[tuple[CutSearch, int, int, Overheads, bool], list[EdgeAccount]] = {}
+    for account, search, b1, b2, overheads in edges:
+        kinds.setdefault((search, b1, b2, overheads, account.slots >= 1), []).append(account)
     return [EdgeKind(*kind, tuple(accounts)) for kind, accounts in kinds.items()]
 
 
@@ -261,7 +291,7 @@ class Algorithm:
         samples, objective, input_bytes = request.samples, request.objective, request.input_bytes
         heap: list[_Pair] = []
         for kind in request.kinds():
-            search, b1, b2, computes, accounts = kind
+            search, b1, b2, overheads, computes, accounts = kind
             if b1 < 1:
                 continue
             name = accounts[0].name
@@ -273,7 +303,14 @@ class Algorithm:
                 ):
                     continue
                 found = search.best(
-                    family, b1, b2 if family != DEVICE_EDGE else 0, samples, objective, input_bytes, device_computes
+                    family,
+                    b1,
+                    b2 if family != DEVICE_EDGE else 0,
+                    samples,
+                    objective,
+                    input_bytes,
+                    device_computes,
+                    overheads,
                 )
                 if found is not None and found[0] <= worst and found[0] < _NEVER:
                     heap.append((found[0], family, name, now, -1, kind, found, [], accounts))
@@ -283,7 +320,7 @@ class Algorithm:
     def on_device(self) -> Choice | None:
         """The whole model on the device, at the first instant from which the device is free for the whole delay."""
         request, now = self.request, self.now
-        delay = request.device_search.device_s(request.samples, request.objective)
+        delay = request.device_search.device_s(request.samples, request.objective, request.overheads)
         if delay is None or not request.alone or not delay < _NEVER:
             return None
         start, layers = now, request.device_row.layers
@@ -295,10 +332,10 @@ class Algorithm:
 
     def at(self, option: EdgeOption, family: int, start_s: float, *, device_computes: bool = True) -> Choice | None:
         """One pair at one start, with the largest grants that fit during the whole interval; None if it does not fit."""
-        account, search, b1, b2 = option
+        account, search, b1, b2, overheads = option
         if start_s < account.turn_s():
             return None
-        kind = EdgeKind(search, b1, b2, account.slots >= 1, (account,))
+        kind = EdgeKind(search, b1, b2, overheads, account.slots >= 1, (account,))
         i = bisect_right(account.timeline.times, start_s) - 1
         return self._at(account, kind, family, start_s, i, device_computes, self.deadline_s - self.now, None, [])
 
@@ -334,7 +371,7 @@ class Algorithm:
         `i` is the step of the timeline that contains `start`, and `full` the result of the search at full caps. `tried` holds
         w at other grants; smaller grants cannot give a smaller w.
         """
-        search, max1, max2, _, _ = kind
+        search, max1, max2, overheads, _, _ = kind
         timeline = account.timeline
         slots, free1, free2 = timeline.slots, timeline.free1, timeline.free2
         if family != DEVICE_CLOUD and slots[i] < 1:
@@ -381,7 +418,14 @@ class Algorithm:
                     if b1 <= more1 and b2 <= more2 and least_w > least_delay:
                         return None
                 found = search.best(
-                    family, b1, b2, request.samples, request.objective, request.input_bytes, device_computes
+                    family,
+                    b1,
+                    b2,
+                    request.samples,
+                    request.objective,
+                    request.input_bytes,
+                    device_computes,
+                    overheads,
                 )
                 if found is None:
                     return None

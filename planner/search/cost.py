@@ -1,32 +1,51 @@
-"""The delay of a placement: its parts (1)-(6), and the two objectives computed from them.
+"""The delay of a placement: its parts (1)-(6), latencies and overheads, and the two objectives computed from them.
 
 The module uses two tables of the paper: F(j, k), the time that platform k needs for layers 1..j of one sample, and G(j), the
 bytes that cross the cut after layer j. Times are in seconds, sizes in bytes, bandwidths in bits per second.
+
+The paper has neither latencies nor overheads. Here they default to 0, which leaves (1)-(7) as they are:
+
+* A platform that computes layers of a sample needs `overhead_s` for the sample beside the layers. This adds to s_k.
+* L1 and L2 are the one-way latencies of the links, t the overhead of a task, u the overhead of a sample at no particular
+  station. `Overheads` has them.
+
+With s_k the station times of a sample, N samples, and l the latency of a sample (2 L1 over link 1, 2 (L1 + L2) over both):
+
+* sequential: t + N u + N (s_1 + ... + s_6 + l)
+* pipelined: t + N u + (s_1 + ... + s_6 + l) + (N - 1) max s_k
+
+All cuts of a family have the same t, u and l, so these do not change which cuts of a family are best.
 """
 
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from bus.errors import ConfigError
 from bus.unchecked_constructors import maker
 from bus.values import BITS_PER_BYTE, ModelProfile, Objective, Parts
+from planner.search.families import DEVICE, DEVICE_EDGE, family_of
 
 _parts = maker(Parts)
 
 
 class PlatformRow:
-    """One platform's row of F for one model, with the model's G. Compared by identity: see `RowTable`."""
+    """One platform's row of F for one model, with the model's G. Compared by identity: see `RowTable`.
 
-    __slots__ = ("compute_s", "cut_bytes", "forbidden", "layers", "model", "names", "sha256")
+    `factor` scales the profile's times: 2.0 if the platform is twice as slow as profiled.
+    """
 
-    def __init__(self, profile: ModelProfile) -> None:
+    __slots__ = ("compute_s", "cut_bytes", "forbidden", "layers", "model", "names", "overhead_s", "sha256")
+
+    def __init__(self, profile: ModelProfile, factor: float = 1.0, overhead_s: float = 0.0) -> None:
         self.model = profile.model
         self.sha256 = profile.sha256
         self.names = profile.layer_names
         self.layers = profile.layers
-        self.compute_s: tuple[float, ...] = tuple(accumulate(profile.layer_s, initial=0.0))  # F(0..l), F(0) = 0
+        compute_s = accumulate(profile.layer_s, initial=0.0)
+        self.compute_s: tuple[float, ...] = tuple(factor * s for s in compute_s)  # F(0..l), F(0) = 0
+        self.overhead_s = overhead_s  # of each sample that the platform computes
         self.cut_bytes = profile.cut_bytes  # G(0..l)
         self.forbidden = frozenset(profile.forbidden)
 
@@ -40,8 +59,8 @@ class RowTable:
     def __init__(self) -> None:
         self._rows: dict[tuple[object, ...], PlatformRow] = {}
 
-    def row(self, profile: ModelProfile) -> PlatformRow:
-        """The row of a profile; equal profiles get the same object."""
+    def row(self, profile: ModelProfile, factor: float = 1.0, overhead_s: float = 0.0) -> PlatformRow:
+        """The row of a profile; equal profiles with equal factors and overheads get the same object."""
         key = (
             profile.model,
             profile.sha256,
@@ -49,17 +68,48 @@ class RowTable:
             profile.layer_s,
             profile.cut_bytes,
             profile.forbidden,
+            factor,
+            overhead_s,
         )
         row = self._rows.get(key)
         if row is None:
             if len(self._rows) >= 20_000:  # nodes keep the rows that they use; clearing only ends the sharing
                 self._rows.clear()
-            row = self._rows[key] = PlatformRow(profile)
+            row = self._rows[key] = PlatformRow(profile, factor, overhead_s)
         return row
 
 
+ByFamily = tuple[float, float, float, float]
+"""One value for each family of placements (`planner.search.families`)."""
+
+
+class Overheads(NamedTuple):
+    """What a placement costs besides its stations: the latencies and overheads of one device and one edge."""
+
+    link1_latency_s: float = 0.0  # L1, one way, network and bus
+    link2_latency_s: float = 0.0  # L2
+    task_s: ByFamily = (0.0, 0.0, 0.0, 0.0)  # t
+    sample_s: ByFamily = (0.0, 0.0, 0.0, 0.0)  # u
+
+    def latency_s(self, family: int) -> float:
+        """l, the latency of one sample: there and back over each link that the family uses."""
+        if family == DEVICE:
+            return 0.0
+        if family == DEVICE_EDGE:
+            return 2.0 * self.link1_latency_s
+        return 2.0 * (self.link1_latency_s + self.link2_latency_s)
+
+    def total_s(self, family: int, samples: int, objective: Objective) -> float:
+        """Their share of the delay of a task: t + N u + N l if sequential, t + N u + l if pipelined."""
+        crossings = samples if objective is Objective.SEQUENTIAL else 1
+        return self.task_s[family] + samples * self.sample_s[family] + crossings * self.latency_s(family)
+
+
+NO_OVERHEADS: Final = Overheads()
+
+
 class SampleParts(NamedTuple):
-    """The parts of one sample in seconds; the result crosses link 2 (`s6b`), then link 1 (`s6a`)."""
+    """The station times of one sample in seconds; the result crosses link 2 (`s6b`), then link 1 (`s6a`)."""
 
     s1: float
     s2: float
@@ -76,16 +126,19 @@ class Costs:
     Raises `ConfigError` if the rows belong to different models.
     """
 
-    __slots__ = ("cloud", "cut_bytes", "device", "edge", "layers")
+    __slots__ = ("cloud", "cloud_overhead_s", "cut_bytes", "device", "edge", "edge_overhead_s", "layers")
 
     def __init__(self, device: PlatformRow, edge: PlatformRow | None, cloud: PlatformRow | None) -> None:
         for other in (edge, cloud):
             if other is not None and (other.layers != device.layers or other.sha256 != device.sha256):
                 raise ConfigError(f"profiles of different models: {device!r} and {other!r}")
         self.layers = device.layers
-        self.device = device.compute_s
+        first, *others = device.compute_s
+        self.device = (first, *(s + device.overhead_s for s in others))  # of a sample that the device computes in part
         self.edge = edge.compute_s if edge is not None else None
         self.cloud = cloud.compute_s if cloud is not None else None
+        self.edge_overhead_s = edge.overhead_s if edge is not None else 0.0
+        self.cloud_overhead_s = cloud.overhead_s if cloud is not None else 0.0
         self.cut_bytes = device.cut_bytes
 
     def sample_parts(
@@ -107,14 +160,14 @@ class Costs:
         if cut1 != cut2:
             if self.edge is None:
                 raise ConfigError("the edge does not run this model")
-            s3 = self.edge[cut2] - self.edge[cut1]
+            s3 = self.edge[cut2] - self.edge[cut1] + self.edge_overhead_s
         if cut2 == layers:
             return device[cut1], bytes1 * s_per_byte1, s3, 0.0, 0.0, 0.0, result * s_per_byte1
         if self.cloud is None:
             raise ConfigError("the cloud does not run this model")
         s_per_byte2 = BITS_PER_BYTE / link2_bps
         bytes2 = bytes1 if cut2 == cut1 else sizes[cut2]
-        s5 = self.cloud[layers] - self.cloud[cut2]
+        s5 = self.cloud[layers] - self.cloud[cut2] + self.cloud_overhead_s
         return (
             device[cut1],
             bytes1 * s_per_byte1,
@@ -154,41 +207,22 @@ class Costs:
         samples: int,
         objective: Objective,
         input_bytes: int | None = None,
+        overheads: Overheads = NO_OVERHEADS,
     ) -> float:
-        """Seconds from the start to the last result: (7) or the pipelined delay, as the objective says.
-
-        Adds the same terms in the same order as `delay_of(sample_parts(...))`, but creates no `SampleParts`, because the
-        planner calls this method more often than any other.
-        """
-        layers, sizes = self.layers, self.cut_bytes
-        s1 = self.device[cut1]
-        if cut1 == layers:
-            return samples * s1 if objective is Objective.SEQUENTIAL else s1 + (samples - 1) * s1
-        edge, cloud = self.edge, self.cloud
-        if (edge is None and cut1 != cut2) or (cloud is None and cut2 != layers):
-            raise ConfigError("the edge or the cloud does not run this model")
-        s_per_byte1 = BITS_PER_BYTE / link1_bps
-        bytes1 = input_bytes if cut1 == 0 and input_bytes is not None else sizes[cut1]
-        s2 = bytes1 * s_per_byte1
-        s3 = edge[cut2] - edge[cut1] if edge is not None and cut1 != cut2 else 0.0
-        s6a = sizes[layers] * s_per_byte1
-        if cut2 == layers or cloud is None:
-            one = s1 + s2 + s3 + s6a
-            if objective is Objective.SEQUENTIAL:
-                return samples * one
-            return one + (samples - 1) * max(s1, s2, s3, s6a)
-        s_per_byte2 = BITS_PER_BYTE / link2_bps
-        s4 = (bytes1 if cut2 == cut1 else sizes[cut2]) * s_per_byte2
-        s5 = cloud[layers] - cloud[cut2]
-        s6b = sizes[layers] * s_per_byte2
-        one = s1 + s2 + s3 + s4 + s5 + (s6b + s6a)
-        if objective is Objective.SEQUENTIAL:
-            return samples * one
-        return one + (samples - 1) * max(s1, s2, s3, s4, s5, s6b, s6a)
+        """Seconds from the start to the last result: (7) or the pipelined delay, as the objective says."""
+        delay_s = stations_s(self._sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes), samples, objective)
+        if overheads is NO_OVERHEADS:
+            return delay_s
+        return delay_s + overheads.total_s(family_of(cut1, cut2, self.layers), samples, objective)
 
 
-def delay_of(parts: SampleParts, samples: int, objective: Objective) -> float:
-    """`sequential`: N (s1 + ... + s6), (7). `pipelined`: (s1 + ... + s6) + (N - 1) max(s1, ..., s5, s6a, s6b)."""
+def stations_s(
+    parts: tuple[float, float, float, float, float, float, float], samples: int, objective: Objective
+) -> float:
+    """The stations' share of the delay.
+
+    `sequential`: N (s1 + ... + s6), (7). `pipelined`: (s1 + ... + s6) + (N - 1) max(s1, ..., s5, s6a, s6b).
+    """
     s1, s2, s3, s4, s5, s6b, s6a = parts
     one = s1 + s2 + s3 + s4 + s5 + (s6b + s6a)
     if objective is Objective.SEQUENTIAL:

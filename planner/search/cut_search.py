@@ -7,6 +7,9 @@ the seconds per byte, and F_d, F_e, F_c the cumulative times of the platforms:
 * device+cloud (cut1 = cut2):   F_d(c) + F_c(l) - F_c(c) + G(c) (x1 + x2)    one line in x1 + x2 per cut
 * all three:                    [F_d(c1) - F_e(c1) + G(c1) x1] + [F_e(c2) - F_c(c2) + F_c(l) + G(c2) x2], c1 < c2
 
+F_d(c) contains the device's overhead of a sample if c > 0; F_e(l) and F_c(l) contain those of edge and cloud. Latencies and
+the overhead of a task are the same for all cuts of a family (`planner.search.cost`), so they are added at the end.
+
 The least of a set of lines lies on their lower envelope. It is computed once per model and triple of platforms, and it is
 short (5-10 lines for 92 random layers). For all three tiers, the separate best c1 and c2 are the answer if c1 < c2.
 Otherwise the search uses prefix minima over the undominated cuts. A c1 is dominated if an earlier c1 has no greater intercept
@@ -32,13 +35,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bus.values import BITS_PER_BYTE, Objective
-from planner.search.cost import Costs, PlatformRow
-
-DEVICE: Final = 0
-DEVICE_EDGE: Final = 1
-DEVICE_CLOUD: Final = 2
-ALL_THREE: Final = 3
-"""The four families of Section IV-A: w_0, w_j, w_(j+m), w_(j+2m)."""
+from planner.search.cost import NO_OVERHEADS, Costs, Overheads, PlatformRow
+from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, family_of
 
 Found = tuple[float, int, int]
 """Delay in seconds, cut1, cut2."""
@@ -107,26 +105,27 @@ class CutSearch:
         self._zero = 0 in ones
         self._device_s = f_d[layers] if layers in ones and layers in twos else None
         # Position 0 is not in the lists below, because its size depends on the task.
-        self._edge_only = f_e[layers] if f_e is not None and self._zero and layers in twos else None
-        self._cloud_only = f_c[layers] if f_c is not None and self._zero and 0 in twos else None
+        edge_s, cloud_s = costs.edge_overhead_s, costs.cloud_overhead_s
+        self._edge_only = f_e[layers] + edge_s if f_e is not None and self._zero and layers in twos else None
+        self._cloud_only = f_c[layers] + cloud_s if f_c is not None and self._zero and 0 in twos else None
         inside = range(1, layers)
         self._edge_lines: list[_Line] = []
         self._relay_lines: list[_Line] = []
         self._edge_envelope: list[_Line] = []
         self._relay_envelope: list[_Line] = []
         if f_e is not None and layers in twos:
-            last = f_e[layers]
+            last = f_e[layers] + edge_s
             lines = [(f_d[c] - f_e[c] + last, size[c], c, max(f_d[c], last - f_e[c])) for c in inside if c in ones]
             self._edge_lines, self._edge_envelope = _undominated(lines), _envelope(lines)
         if f_c is not None:
-            last = f_c[layers]
+            last = f_c[layers] + cloud_s
             both = ones & twos
             lines = [(f_d[c] + (last - f_c[c]), size[c], c, max(f_d[c], last - f_c[c])) for c in inside if c in both]
             self._relay_lines, self._relay_envelope = _undominated(lines), _envelope(lines)
         first: list[_Line] = []
         second: list[_Line] = []
         if f_e is not None and f_c is not None:
-            last = f_c[layers]
+            last = f_c[layers] + cloud_s
             second = [(f_e[c] + (last - f_c[c]), size[c], c, 0.0) for c in inside if c in twos]
             first = [(f_d[c] - f_e[c], size[c], c, 0.0) for c in inside if c in ones and second and c < second[-1][2]]
         behind = [line for line in second if first and line[2] > first[0][2]]
@@ -139,12 +138,13 @@ class CutSearch:
         self._second_front = _front(behind[::-1], strict=True)[::-1]
         self._pairs: _Pairs | None = None
 
-    def device_s(self, samples: int, objective: Objective) -> float | None:
+    def device_s(self, samples: int, objective: Objective, overheads: Overheads = NO_OVERHEADS) -> float | None:
         """w_0, the delay of the whole model on the device; None if not allowed. Objectives differ only in rounding."""
         one = self._device_s
-        if one is None or objective is Objective.SEQUENTIAL:
-            return None if one is None else samples * one
-        return one + (samples - 1) * one
+        if one is None:
+            return None
+        alone = samples * one if objective is _SEQUENTIAL else one + (samples - 1) * one
+        return alone if overheads is NO_OVERHEADS else alone + overheads.total_s(DEVICE, samples, objective)
 
     def best(
         self,
@@ -155,20 +155,23 @@ class CutSearch:
         objective: Objective,
         input_bytes: int | None = None,
         device_free: bool = True,
+        overheads: Overheads = NO_OVERHEADS,
     ) -> Found | None:
         """The least delay of a family and its cuts, or None if the family has no allowed cuts.
 
         If `device_free` is False, only cut1 = 0 is tried. `DEVICE_EDGE` ignores `link2_bps`.
         """
         if family == DEVICE:
-            alone = self.device_s(samples, objective)
+            alone = self.device_s(samples, objective, overheads)
             return None if alone is None or not device_free else (alone, self.costs.layers, self.costs.layers)
         if objective is not _SEQUENTIAL:
             cuts = self._pipelined(family, link1_bps, link2_bps, samples, input_bytes, device_free)
             if cuts is None:
                 return None
-            delay = self.costs.delay_s(cuts[0], cuts[1], link1_bps, link2_bps, samples, objective, input_bytes)
-            return delay, cuts[0], cuts[1]
+            cut1, cut2 = cuts
+            delay = self.costs.delay_s(cut1, cut2, link1_bps, link2_bps, samples, objective, input_bytes, overheads)
+            return delay, cut1, cut2
+        more_s = 0.0 if overheads is NO_OVERHEADS else overheads.total_s(family, samples, objective)
         # The planner's hottest code, so it makes few calls. The delays are the same sums as in `Costs.delay_s`.
         costs = self.costs
         layers, sizes, device = costs.layers, costs.cut_bytes, costs.device
@@ -185,7 +188,8 @@ class CutSearch:
             if cut < 0 or edge is None:
                 return None
             s2 = (sizes[cut] if cut else g0) * x1
-            return samples * (device[cut] + s2 + (edge[layers] - edge[cut]) + self._result * x1), cut, layers
+            s3 = edge[layers] - edge[cut] + costs.edge_overhead_s
+            return samples * (device[cut] + s2 + s3 + self._result * x1) + more_s, cut, layers
         x2 = BITS_PER_BYTE / link2_bps
         cloud = costs.cloud
         if family == DEVICE_CLOUD:
@@ -206,11 +210,11 @@ class CutSearch:
             if pair is None or edge is None or cloud is None:
                 return None
             cut, cut2 = pair
-            size, s3 = sizes[cut] if cut else g0, edge[cut2] - edge[cut]
+            size, s3 = sizes[cut] if cut else g0, edge[cut2] - edge[cut] + costs.edge_overhead_s
             s4 = sizes[cut2] * x2
-        s5 = cloud[layers] - cloud[cut2]
+        s5 = cloud[layers] - cloud[cut2] + costs.cloud_overhead_s
         result = self._result
-        return samples * (device[cut] + size * x1 + s3 + s4 + s5 + (result * x2 + result * x1)), cut, cut2
+        return samples * (device[cut] + size * x1 + s3 + s4 + s5 + (result * x2 + result * x1)) + more_s, cut, cut2
 
     # --- sequential ---
 
@@ -317,15 +321,15 @@ class _Pairs:
         edge = np.array(f_e if f_e is not None else costs.device)
         cloud = np.array(f_c if f_c is not None else costs.device)
         with np.errstate(over="ignore", invalid="ignore"):  # infinite delays are dropped below
-            total = device[c1] + (edge[c2] - edge[c1]) + (cloud[-1] - cloud[c2])
+            edge_s = edge[c2] - edge[c1] + costs.edge_overhead_s
+            cloud_s = cloud[-1] - cloud[c2] + costs.cloud_overhead_s
+            total = device[c1] + edge_s + cloud_s
         keep = (c1 < c2) & np.isfinite(total)
         self._c1: npt.NDArray[np.int16] = c1[keep].astype(np.int16)
         self._c2: npt.NDArray[np.int16] = c2[keep].astype(np.int16)
         self._zeros = int(np.count_nonzero(self._c1 == 0))
         self._sum = total[keep]
-        self._busy = np.maximum(
-            np.maximum(device[self._c1], edge[self._c2] - edge[self._c1]), cloud[-1] - cloud[self._c2]
-        )
+        self._busy = np.maximum(np.maximum(device[self._c1], edge_s[keep]), cloud_s[keep])
         self._g1 = size[self._c1]
         self._g2 = size[self._c2]
         self._room1, self._room2, self._room3 = (np.empty_like(self._sum) for _ in range(3))
@@ -417,6 +421,7 @@ def exhaustive(
     input_bytes: int | None = None,
     allowed1: Iterable[int] | None = None,
     allowed2: Iterable[int] | None = None,
+    overheads: Overheads = NO_OVERHEADS,
 ) -> Found | None:
     """The paper's search over every pair of a family in order; the reference for tests and benchmarks of `CutSearch`."""
     layers = costs.layers
@@ -427,16 +432,7 @@ def exhaustive(
         for cut2 in twos:
             if cut1 > cut2 or family_of(cut1, cut2, layers) != family:
                 continue
-            delay = costs.delay_s(cut1, cut2, link1_bps, link2_bps, samples, objective, input_bytes)
+            delay = costs.delay_s(cut1, cut2, link1_bps, link2_bps, samples, objective, input_bytes, overheads)
             if best is None or delay < best[0]:
                 best = delay, cut1, cut2
     return best
-
-
-def family_of(cut1: int, cut2: int, layers: int) -> int:
-    """The family of a pair of cuts, by x, y, z of (17)-(19)."""
-    if cut1 == layers:
-        return DEVICE
-    if cut2 == layers:
-        return DEVICE_EDGE
-    return DEVICE_CLOUD if cut1 == cut2 else ALL_THREE

@@ -29,7 +29,7 @@ from typing import Final, Protocol, runtime_checkable
 
 from bus.errors import ConfigError, PolicyError, UnknownNameError, unknown_name
 from planner.search.algorithm1 import EVERY_FAMILY, Algorithm, Choice
-from planner.search.cut_search import DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.families import DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 
 ENTRY_POINT_GROUP: Final = "deepar.policies"
 MAX_FAULT: Final = 1_000

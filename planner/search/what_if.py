@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from bus.errors import ConfigError, CutError
 from bus.values import Kind, ModelProfile, Objective, Parts, Role
-from planner.search.cost import Costs, PlatformRow, delay_of
-from planner.search.cut_search import family_of
+from planner.search.cost import NO_OVERHEADS, Costs, Overheads, PlatformRow
+from planner.search.families import family_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class Situation:
     objective: Objective = Objective.SEQUENTIAL
     input_bytes: int | None = None  # G(0); None: the model's own
     constraints: Constraints = field(default_factory=Constraints)
+    overheads: Overheads = NO_OVERHEADS  # latencies of the links
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class WhatIfPlan:
     link1_bps: int  # 0 if unused
     link2_bps: int
     delay_s: float
+    latency_s: float  # share of the links' latencies in the delay
     parts: Parts
 
 
@@ -84,8 +86,9 @@ def plans(situation: Situation, top: int = 1) -> list[WhatIfPlan]:
     )
     ranked = []
     for cut1, cut2 in _allowed(s):
-        parts = costs.sample_parts(cut1, cut2, s.link1_bps or 1, s.link2_bps or 1, s.input_bytes)
-        delay = delay_of(parts, s.samples, s.objective)
+        delay = costs.delay_s(
+            cut1, cut2, s.link1_bps or 1, s.link2_bps or 1, s.samples, s.objective, s.input_bytes, s.overheads
+        )
         if s.constraints.max_delay_s is None or delay <= s.constraints.max_delay_s:
             ranked.append((delay, family_of(cut1, cut2, costs.layers), cut1, cut2))
     ranked.sort()
@@ -93,6 +96,7 @@ def plans(situation: Situation, top: int = 1) -> list[WhatIfPlan]:
 
 
 def _plan(s: Situation, costs: Costs, delay: float, cut1: int, cut2: int) -> WhatIfPlan:
+    crossings = s.samples if s.objective is Objective.SEQUENTIAL else 1
     return WhatIfPlan(
         kind=Kind.of(cut1, cut2, costs.layers),
         cut1=cut1,
@@ -102,6 +106,7 @@ def _plan(s: Situation, costs: Costs, delay: float, cut1: int, cut2: int) -> Wha
         link1_bps=s.link1_bps if cut1 != costs.layers else 0,
         link2_bps=s.link2_bps if cut2 != costs.layers else 0,
         delay_s=delay,
+        latency_s=s.overheads.latency_s(family_of(cut1, cut2, costs.layers)) * crossings,
         parts=costs.parts(cut1, cut2, s.link1_bps or 1, s.link2_bps or 1, s.samples, s.input_bytes),
     )
 

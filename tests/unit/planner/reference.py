@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 
 from planner.search.algorithm1 import EVERY_FAMILY, Choice, EdgeOption, Request
-from planner.search.cut_search import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, CutSearch, Found, exhaustive
+from planner.search.cut_search import CutSearch, Found, exhaustive
+from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 from planner.search.ledger import MOVES_BORNE, SHORTEST_S, Ledger, Reservation
 
 Search = Callable[[CutSearch, int, int, int, Request, bool], Found | None]

@@ -177,11 +177,11 @@ def test_an_edited_policy_or_a_module_that_it_imports_runs_again(tmp_path: Path)
     modules.mkdir()
     policy_file(modules, "return algorithm.best(CHOSEN)")
     rules = modules / "mine_rules.py"
-    rules.write_text("from planner.search.cut_search import DEVICE\n\nCHOSEN = {DEVICE}\n")
+    rules.write_text("from planner.search.families import DEVICE\n\nCHOSEN = {DEVICE}\n")
     first = fresh_process(out, modules)
     assert first[:2] == (0, 0)
     assert fresh_process(out, modules) == (6, 0, first[2])
-    rules.write_text("from planner.search.cut_search import DEVICE_EDGE\n\nCHOSEN = {DEVICE_EDGE}\n")
+    rules.write_text("from planner.search.families import DEVICE_EDGE\n\nCHOSEN = {DEVICE_EDGE}\n")
     second = fresh_process(out, modules)
     assert second[:2] == (3, 3)  # the built-in policy's runs are reused
     assert second[2] != first[2]

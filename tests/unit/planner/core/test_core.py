@@ -26,7 +26,7 @@ from planner.core.core import Event, PlannerCore, Tick
 from planner.core.placing import WhenLate
 from planner.core.records import hash_of
 from planner.search.algorithm1 import Algorithm, Choice
-from planner.search.cut_search import ALL_THREE, DEVICE, DEVICE_EDGE
+from planner.search.families import ALL_THREE, DEVICE, DEVICE_EDGE
 from planner.search.policies import BUILT_IN, Policy, Restriction
 from tests.unit.planner.scenes import (
     MBPS,

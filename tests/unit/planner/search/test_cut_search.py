@@ -10,16 +10,8 @@ from bus.messages import Change
 from bus.values import MAX_LAYERS, ModelProfile, Objective
 from planner.core.core import PlannerCore
 from planner.search.cost import PlatformRow
-from planner.search.cut_search import (
-    ALL_THREE,
-    DEVICE,
-    DEVICE_CLOUD,
-    DEVICE_EDGE,
-    CutSearch,
-    exhaustive,
-    family_of,
-    search_bytes,
-)
+from planner.search.cut_search import CutSearch, exhaustive, search_bytes
+from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, family_of
 from tests.unit.planner.scenes import cloud, completed, device, edge, profile, random_rows, task
 
 FAMILIES = (DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE)

@@ -13,7 +13,7 @@ from bus.errors import ConfigError, UnknownNameError
 from bus.messages import Ended, NodeLeft, Placed, TaskState
 from bus.values import Kind
 from planner import Algorithm, Choice, PlannerCore, load_policy, policy_names
-from planner.search.cut_search import DEVICE, DEVICE_EDGE
+from planner.search.families import DEVICE, DEVICE_EDGE
 from planner.search.policies import Policy
 from tests.unit.planner.scenes import World, cloud, device, edge, only, profile, task
 
