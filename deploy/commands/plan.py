@@ -21,6 +21,7 @@ from deploy.console_output import completion
 from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.writable import writable_file
 from deploy.monitor.phrases import cut_column
+from planner.search.cost import NO_OVERHEADS, Overheads
 from planner.search.profiles import PlatformProfiles, load_profile
 from planner.search.what_if import Constraints, Situation, WhatIfPlan, plans, position_of
 
@@ -40,6 +41,8 @@ class SystemOptions:
     link2: Annotated[
         str | None, typer.Option(help="Bandwidth from edge to cloud: 20Mbps. Default: from the profile.")
     ] = None
+    link1_latency: Annotated[str, typer.Option(metavar="S", help="One-way latency from device to edge: 20ms.")] = "0"
+    link2_latency: Annotated[str, typer.Option(metavar="S", help="One-way latency from edge to cloud: 40ms.")] = "0"
     profile: Annotated[
         str, typer.Option(metavar="P", help="Profile with speeds, links and input sizes: a name or a file.")
     ] = "paper"
@@ -148,6 +151,10 @@ def _situation(model: str, system: SystemOptions, task: TaskOptions, limits: Con
         link2_bps=base.link2_bps if system.link2 is None else parse_rate(system.link2, "--link2"),
         samples=task.samples,
         objective=task.objective,
+        overheads=Overheads(
+            parse_duration(system.link1_latency, "--link1-latency"),
+            parse_duration(system.link2_latency, "--link2-latency"),
+        ),
         input_bytes=base.input_bytes.get(model) if size is None else parse_size(size, "--input-size"),
         constraints=limits.constraints(on_device),
     )
@@ -193,6 +200,8 @@ def _plan_json(situation: Situation, found: list[WhatIfPlan]) -> dict[str, Any]:
         "samples": situation.samples,
         "link1_bps": situation.link1_bps,
         "link2_bps": situation.link2_bps,
+        "link1_latency_s": situation.overheads.link1_latency_s,
+        "link2_latency_s": situation.overheads.link2_latency_s,
         "input_bytes": situation.device.cut_bytes[0] if situation.input_bytes is None else situation.input_bytes,
         "plans": [
             {
@@ -205,6 +214,7 @@ def _plan_json(situation: Situation, found: list[WhatIfPlan]) -> dict[str, Any]:
                 "link1_bps": one.link1_bps,
                 "link2_bps": one.link2_bps,
                 "delay_s": one.delay_s,
+                "latency_s": one.latency_s,
                 "parts": one.parts.model_dump(),
             }
             for one in found
@@ -226,6 +236,9 @@ def _plan_table(situation: Situation, found: list[WhatIfPlan], columns: int) -> 
     )
     table.add_column("delay", justify="right", no_wrap=True)
     table.add_column("cut after", overflow="fold")
+    with_latency = situation.overheads != NO_OVERHEADS
+    if with_latency:
+        table.add_column("latency", justify="right", no_wrap=True)
     for heading in ("device", "link 1", "edge", "link 2", "cloud", "result") if columns >= PARTS_FROM else ():
         table.add_column(heading, justify="right", style="dim", no_wrap=True)
     for one in found:
@@ -233,6 +246,7 @@ def _plan_table(situation: Situation, found: list[WhatIfPlan], columns: int) -> 
         table.add_row(
             format_seconds(one.delay_s),
             cut_column(one.kind, one.cut1_name, one.cut2_name),
+            *((format_seconds(one.latency_s),) if with_latency else ()),
             *(format_seconds(part) if part else "" for part in parts),
         )
     return table

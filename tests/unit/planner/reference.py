@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 
 from planner.search.algorithm1 import EVERY_FAMILY, Choice, EdgeOption, Request
+from planner.search.cost import Overheads
 from planner.search.cut_search import CutSearch, Found, exhaustive
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 from planner.search.ledger import MOVES_BORNE, SHORTEST_S, Ledger, Reservation
 
-Search = Callable[[CutSearch, int, int, int, Request, bool], Found | None]
+Search = Callable[[CutSearch, int, int, int, Request, bool, Overheads], Found | None]
 
 
-def every_pair(search: CutSearch, family: int, b1: int, b2: int, request: Request, device_free: bool) -> Found | None:
+def every_pair(
+    search: CutSearch, family: int, b1: int, b2: int, request: Request, device_free: bool, overheads: Overheads
+) -> Found | None:
     """The paper's exhaustive search."""
     layers = search.costs.layers
     forbidden = request.device_row.forbidden
@@ -37,12 +40,15 @@ def every_pair(search: CutSearch, family: int, b1: int, b2: int, request: Reques
         request.input_bytes,
         allowed if device_free else [0],
         allowed,
+        overheads,
     )
 
 
-def fast_pair(search: CutSearch, family: int, b1: int, b2: int, request: Request, device_free: bool) -> Found | None:
+def fast_pair(
+    search: CutSearch, family: int, b1: int, b2: int, request: Request, device_free: bool, overheads: Overheads
+) -> Found | None:
     """The planner's search, to see what the rest of the algorithm is worth."""
-    return search.best(family, b1, b2, request.samples, request.objective, request.input_bytes, device_free)
+    return search.best(family, b1, b2, request.samples, request.objective, request.input_bytes, device_free, overheads)
 
 
 def place(
@@ -106,7 +112,7 @@ def _arrange(
     """One j at one start: the largest grants that fit during the whole interval, found by repetition."""
     device, own_bps = own
     if option is None:
-        found = search(request.device_search, DEVICE, 0, 0, request, True)
+        found = search(request.device_search, DEVICE, 0, 0, request, True, request.overheads)
         if found is None or not _device_free(reservations, device, start, start + max(found[0], SHORTEST_S)):
             return None
         return Choice(DEVICE, None, found[1], found[2], 0, 0, start, found[0])
@@ -124,7 +130,7 @@ def _arrange(
         if new1 < 1 or (family != DEVICE_EDGE and new2 < 1):
             return None
         b1, b2 = new1, new2
-        found = search(option.search, family, b1, b2, request, device_free)
+        found = search(option.search, family, b1, b2, request, device_free, option.overheads)
         if found is None:
             return None
         delay, cut1, cut2 = found

@@ -24,7 +24,7 @@ from bus.messages import (
 )
 from bus.values import ModelProfile, Parts, Role
 from planner.core.core import Event, PlannerCore, Tick
-from planner.search.cost import PlatformRow
+from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow
 
 SHA = "0" * 64
 MBPS = 1_000_000
@@ -63,9 +63,24 @@ def random_rows(rng: random.Random, layers: int, *, exact: bool) -> tuple[Platfo
 
     def row() -> PlatformRow:
         times = tuple(rng.randrange(4) / 1024 if exact else rng.random() * 0.01 for _ in range(layers))
-        return PlatformRow(profile("m", times, sizes, forbidden))
+        factor, overhead_s = rng.choice((1.0, 1.0, 1.0, 2.0)), rng.choice((0, 0, 0, 1)) / 1024
+        return PlatformRow(profile("m", times, sizes, forbidden), factor, overhead_s)
 
     return row(), row(), row()
+
+
+def random_overheads(rng: random.Random) -> Overheads:
+    """Latencies and overheads, binary fractions; half of the time none."""
+    if rng.random() < 0.5:
+        return NO_OVERHEADS
+
+    def seconds() -> float:
+        return rng.randrange(8) / 1024
+
+    def by_family() -> tuple[float, float, float, float]:
+        return seconds(), seconds(), seconds(), seconds()
+
+    return Overheads(seconds(), seconds(), by_family(), by_family())
 
 
 def edge(node: str = "e1", *, incarnation: str = "i1", speed: float = 4.0, **values: Any) -> NodeAnnounced:

@@ -9,10 +9,10 @@ import pytest
 from bus.messages import Change
 from bus.values import MAX_LAYERS, ModelProfile, Objective
 from planner.core.core import PlannerCore
-from planner.search.cost import PlatformRow
+from planner.search.cost import Costs, Overheads, PlatformRow
 from planner.search.cut_search import CutSearch, exhaustive, search_bytes
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, family_of
-from tests.unit.planner.scenes import cloud, completed, device, edge, profile, random_rows, task
+from tests.unit.planner.scenes import cloud, completed, device, edge, profile, random_overheads, random_rows, task
 
 FAMILIES = (DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE)
 CASES = 10_000
@@ -44,13 +44,16 @@ def test_search_equals_brute_force_on_ten_thousand_random_cases(objective: Objec
         device_free = rng.random() < 0.8
         family = rng.choice(FAMILIES)
         ones = allowed1 if device_free else [p for p in allowed1 if p == 0]
-        found = search.best(family, b1, b2, samples, objective, input_bytes, device_free)
-        wanted = exhaustive(search.costs, family, b1, b2, samples, objective, input_bytes, ones, allowed2)
+        overheads = random_overheads(rng)
+        found = search.best(family, b1, b2, samples, objective, input_bytes, device_free, overheads)
+        wanted = exhaustive(search.costs, family, b1, b2, samples, objective, input_bytes, ones, allowed2, overheads)
         if exact or found is None or wanted is None:
             assert found == wanted, f"seed {seed}"
             if wanted is not None:
                 pairs = [(a, b) for a in ones for b in allowed2 if a <= b and family_of(a, b, layers) == family]
-                delays = [search.costs.delay_s(*pair, b1, b2, samples, objective, input_bytes) for pair in pairs]
+                delays = [
+                    search.costs.delay_s(*pair, b1, b2, samples, objective, input_bytes, overheads) for pair in pairs
+                ]
                 ties += delays.count(wanted[0]) > 1
         else:
             assert found[0] == pytest.approx(wanted[0], rel=1e-13), f"seed {seed}"
@@ -58,6 +61,47 @@ def test_search_equals_brute_force_on_ten_thousand_random_cases(objective: Objec
             assert found[1] in ones
             assert found[2] in allowed2
     assert ties > CASES / 50, "the cases must contain ties"
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+@pytest.mark.parametrize(
+    ("family", "cuts", "computes", "latency_s"),
+    [
+        (DEVICE, (2, 2), (True, False, False), 0.0),
+        (DEVICE_EDGE, (1, 2), (True, True, False), 2.0),
+        (DEVICE_EDGE, (0, 2), (False, True, False), 2.0),
+        (DEVICE_CLOUD, (1, 1), (True, False, True), 10.0),
+        (ALL_THREE, (0, 1), (False, True, True), 10.0),
+    ],
+)
+def test_latencies_factors_and_overheads_add_to_the_delay_of_the_paper(
+    objective: Objective, family: int, cuts: tuple[int, int], computes: tuple[bool, bool, bool], latency_s: float
+) -> None:
+    """Three platforms of half a second a layer, twice as slow, with overheads of 1/8, 1/4 and 1/2 s a sample.
+
+    The numbers are binary fractions, so floats hold every sum exactly.
+    """
+    samples = 8
+    plain = profile("m", (0.5, 0.5), (128, 128, 128))
+    overheads = Overheads(1.0, 4.0, (16.0, 32.0, 64.0, 128.0), (1024.0, 2048.0, 4096.0, 8192.0))
+    costs = Costs(*(PlatformRow(plain, 2.0, overhead_s) for overhead_s in (0.125, 0.25, 0.5)))
+    delay_s = costs.delay_s(*cuts, 1024, 1024, samples, objective, None, overheads)
+    layers = (cuts[0], cuts[1] - cuts[0], 2 - cuts[1])
+    stations = [
+        n * 1.0 + o_s if used else 0.0 for n, o_s, used in zip(layers, (0.125, 0.25, 0.5), computes, strict=True)
+    ]
+    uses1, uses2 = family != DEVICE, family in (DEVICE_CLOUD, ALL_THREE)
+    stations += [1.0 * uses1, 1.0 * uses1, 1.0 * uses2, 1.0 * uses2]  # 128 bytes at 1,024 bit/s, there and back
+    fixed_s = overheads.task_s[family] + samples * overheads.sample_s[family]
+    if objective is Objective.SEQUENTIAL:
+        assert delay_s == samples * (sum(stations) + latency_s) + fixed_s
+    else:
+        assert delay_s == sum(stations) + latency_s + (samples - 1) * max(stations) + fixed_s
+    device, edge, cloud = (PlatformRow(plain, 2.0, overhead_s) for overhead_s in (0.125, 0.25, 0.5))
+    search = CutSearch(device, edge, cloud)
+    best = search.best(family, 1024, 1024, samples, objective, overheads=overheads)
+    assert best is not None
+    assert best[0] <= delay_s
 
 
 @pytest.mark.parametrize("layers", [22, 66, 92])
