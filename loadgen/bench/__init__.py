@@ -1,4 +1,4 @@
-"""Benchmarks: one module a benchmark, each printed by `deepar loadgen bench NAME`.
+"""Benchmarks: one module per benchmark, run by `deepar loadgen bench NAME`.
 
 Imports `loadgen.sim` and `loadgen.replay`; only `deploy` imports it.
 """

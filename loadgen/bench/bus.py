@@ -42,21 +42,21 @@ Progress = Callable[[str], None]
 
 ROUNDS = 3
 HOPS = {1_000: 300, 100_000: 200, 1_000_000: 60, 10_000_000: 16}
-"""Hops of each size in a round, each way."""
+"""Record size in bytes -> hops per round, for each of the two ways."""
 
 HOP_AIMS = {1_000: 1.12, 100_000: 1.12, 1_000_000: 1.12, 10_000_000: 0.95}
 STREAM_AIM = 0.87
 STREAM_SAMPLE_BYTES = 1_000
 STREAM_SAMPLES = 20_000
 STREAM_FRAME_SAMPLES = 128
-"""How many samples of 1 kB share a frame in the stream."""
+"""Samples of 1 kB per frame in the stream."""
 
 CHUNK_BYTES = 512 * 1024
-"""The chunks of a large tensor; one of 1 MB goes as a whole, since a frame holds it."""
+"""Chunk size of a large tensor. A tensor of 1 MB fits one frame and is sent whole."""
 
 WHOLE_BYTES = 1_000_000
 WARM_UP_RECORDS = 3_000
-"""The broker's just-in-time compiler wants thousands of records before its times mean anything."""
+"""Records before the first measurement; the broker's just-in-time compiler needs thousands to reach a steady speed."""
 
 _LARGEST_RECORD_BYTES = 16 << 20
 _TIMEOUT_S = 60.0
@@ -64,22 +64,22 @@ _TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class BusBenchSizes:
-    """How much is measured; tests take less."""
+    """Amount of work to measure; tests use smaller values."""
 
     rounds: int = ROUNDS
-    hops: tuple[tuple[int, int], ...] = tuple(HOPS.items())  # (size, how many a round)
+    hops: tuple[tuple[int, int], ...] = tuple(HOPS.items())  # (size, hops per round)
     stream_samples: int = STREAM_SAMPLES
     warm_up_records: int = WARM_UP_RECORDS
 
 
 class Way(Protocol):
-    """One way for bytes to get from here to here."""
+    """A way to send bytes from this process to itself."""
 
     async def hop(self, payload: Array) -> None:
-        """Send, and return when it has arrived."""
+        """Send one tensor and return when it has arrived."""
 
     async def stream(self, payload: Array, count: int) -> None:
-        """Send `count` of them, one behind the other, and return when all have arrived."""
+        """Send `count` tensors without waiting in between, and return when all have arrived."""
 
 
 def run(
@@ -91,10 +91,10 @@ def run(
     seed: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure, on uvloop, and report as docs/json.md says: `bench, machine, results, aims`, and `busyness`.
+    """Measure on uvloop and return the object that docs/json.md describes, with `busyness` added.
 
-    `bootstrap` or `connection` names the broker (neither: what the environment says). Topics of its own are
-    made and deleted. Raises `BusError` where there is no broker.
+    `bootstrap` or `connection` selects the broker; without either, the environment does. The benchmark creates topics of
+    its own and deletes them. Raises `BusError` if no broker answers.
     """
     if connection is None and bus == "kafka":
         connection = KafkaConnection.from_env(bootstrap_servers=bootstrap)
@@ -105,11 +105,11 @@ def run(
 async def measure(
     bus: str, connection: KafkaConnection | None, sizes: BusBenchSizes, seed: int, progress: Progress
 ) -> dict[str, Any]:
-    """`run` on the loop that runs already."""
+    """`run` on the current event loop."""
     generator = random.Random(seed)
     async with AsyncExitStack() as stack:
         name = f"deepar.bench.{os.getpid()}.{seed}"
-        stack.push_async_callback(delete_topics, connection, [f"{name}.bare", f"{name}.framed"])  # last of all
+        stack.push_async_callback(delete_topics, connection, [f"{name}.bare", f"{name}.framed"])  # runs last
         ours: Way
         bare: Way
         if connection is not None:
@@ -135,7 +135,7 @@ async def measure(
 async def _hops(
     ours: Way, bare: Way, sizes: BusBenchSizes, generator: random.Random, watch: BusynessWatch, progress: Progress
 ) -> dict[int, tuple[list[float], list[float]]]:
-    """Seconds of each hop by size: ours, bare."""
+    """Seconds of each hop by size: ours, then bare."""
     times: dict[int, tuple[list[float], list[float]]] = {size: ([], []) for size, _ in sizes.hops}
     for number in range(sizes.rounds + 1):
         progress(f"hops, round {number} of {sizes.rounds}" + ("" if number else " (dropped)"))
@@ -158,7 +158,7 @@ async def _hops(
 async def _streams(
     ours: Way, bare: Way, sizes: BusBenchSizes, generator: random.Random, watch: BusynessWatch, progress: Progress
 ) -> tuple[list[float], list[float]]:
-    """Samples a second of each round: ours, bare."""
+    """Samples per second of each round: ours, then bare."""
     rates: tuple[list[float], list[float]] = ([], [])
     payload = _payload(STREAM_SAMPLE_BYTES)
     for number in range(sizes.rounds + 1):
@@ -183,7 +183,7 @@ def _payload(size_bytes: int) -> Array:
 
 
 class _Framed:
-    """Tensors in frames over a bus."""
+    """Sends tensors in frames over a bus."""
 
     def __init__(self, bus: Bus, topic: str) -> None:
         self._bus = bus
@@ -244,7 +244,7 @@ class _Framed:
 
 
 class _BareKafka:
-    """The same bytes, one record each, through aiokafka alone."""
+    """Sends the same bytes through aiokafka alone, one record per tensor."""
 
     def __init__(self, connection: KafkaConnection, topic: str) -> None:
         self._connection = connection
@@ -299,7 +299,7 @@ class _BareKafka:
 
 
 class _Queue:
-    """The same bytes through an `asyncio.Queue`: the least that a hand-over in one process can cost."""
+    """Sends the same bytes through an `asyncio.Queue`, the lowest cost of passing data inside one process."""
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1024)
@@ -321,7 +321,7 @@ class _Queue:
 
 
 async def delete_topics(connection: KafkaConnection | None, topics: list[str]) -> None:
-    """What a benchmark made on a broker goes; without a connection, or where nobody answers any more, nothing does."""
+    """Delete topics of a benchmark. Does nothing without a connection, or if the broker no longer answers."""
     if connection is None:
         return
     with contextlib.suppress(KafkaConnectionError):

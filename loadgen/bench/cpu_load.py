@@ -11,30 +11,30 @@ from types import TracebackType
 from typing import Any, Self
 
 MIN_IDLE_SHARE = 0.05
-"""With less of the processors idle than this, delays measure the queue for a processor."""
+"""Minimum idle share of the processors. Below it, measured delays include waiting for a processor."""
 
 MAX_LOOP_LAG_S = 0.050
-"""With the loop's p99 lag above this, delays measure the loop."""
+"""Maximum p99 lag of the event loop. Above it, measured delays include waiting for the loop."""
 
 _TICK_S = 0.010
 
 
 @dataclass(frozen=True, slots=True)
 class Busyness:
-    """What was seen over one measurement."""
+    """CPU load during one measurement."""
 
-    idle_share: float | None  # of all processors, 0..1; None where the system does not tell
-    loop_lag_p50_s: float  # how late a timer fired
+    idle_share: float | None  # of all processors, 0..1; None if the system does not report it
+    loop_lag_p50_s: float  # delay of a timer
     loop_lag_p99_s: float
 
     @property
     def too_busy(self) -> bool:
-        """Whether what was measured meanwhile is not worth judging."""
+        """Whether the load was too high to judge the measurement."""
         starved = self.idle_share is not None and self.idle_share < MIN_IDLE_SHARE
         return starved or self.loop_lag_p99_s > MAX_LOOP_LAG_S
 
     def as_json(self) -> dict[str, Any]:
-        """For reports."""
+        """The report's form."""
         return {
             "idle_share": None if self.idle_share is None else round(self.idle_share, 3),
             "loop_lag_p50_s": round(self.loop_lag_p50_s, 6),
@@ -44,7 +44,7 @@ class Busyness:
 
 
 class BusynessWatch:
-    """Watches from `async with` to its end; may be entered again, and adds up."""
+    """Measures the load inside `async with`; entered again, it adds to the earlier measurement."""
 
     def __init__(self) -> None:
         self._lags_s: list[float] = []
@@ -70,7 +70,7 @@ class BusynessWatch:
             self._total += after[1] - self._before[1]
 
     def seen(self) -> Busyness:
-        """What was seen so far."""
+        """The load so far."""
         lags_s = sorted(self._lags_s) or [0.0]
         idle_share = self._idle / self._total if self._total > 0 else None
         return Busyness(idle_share, lags_s[len(lags_s) // 2], lags_s[min(len(lags_s) * 99 // 100, len(lags_s) - 1)])
@@ -83,7 +83,7 @@ class BusynessWatch:
 
 
 def _processor_times() -> tuple[float, float] | None:
-    """Idle and total seconds of all processors since the start of the machine (Linux), None elsewhere."""
+    """Idle and total seconds of all processors since the machine started (Linux); None on other systems."""
     try:
         fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
     except OSError:

@@ -47,7 +47,7 @@ Progress = Callable[[str], None]
 RATE_PER_S = 100.0
 TASKS = 1_500
 DROPPED = 300
-"""The first tasks warm the broker up and are not counted."""
+"""Number of first tasks that warm up the broker and are excluded."""
 
 DEVICES, EDGES = 20, 4
 P50_AIM_S, P99_AIM_S = 0.005, 0.010
@@ -57,7 +57,7 @@ _TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class DecisionBenchSizes:
-    """How much is measured; tests take less."""
+    """Amount of work to measure; tests use smaller values."""
 
     tasks: int = TASKS
     dropped: int = DROPPED
@@ -72,10 +72,10 @@ def run(
     sizes: DecisionBenchSizes | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure, on uvloop; `bench, machine, results, aims`, and `busyness`.
+    """Measure on uvloop and return the object that docs/json.md describes, with `busyness` added.
 
-    It leads the last region of the topics that are there while it lasts. Raises `ConfigError` where somebody else leads it,
-    and `BusError` where there is no broker.
+    The benchmark leads the last region of the existing topics. Raises `ConfigError` if another planner leads that region,
+    and `BusError` if no broker answers.
     """
     connection = KafkaConnection.from_env(bootstrap_servers=bootstrap) if bus == "kafka" else None
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -108,7 +108,7 @@ async def _measure(
             progress("announcing")
             async with asyncio.timeout(_TIMEOUT_S):
                 await trial.announce()
-                progress(f"{sizes.tasks} tasks at {sizes.rate_per_s:g} a second")
+                progress(f"{sizes.tasks} tasks at {sizes.rate_per_s:g} per second")
             async with asyncio.timeout(_TIMEOUT_S + sizes.tasks / sizes.rate_per_s), watch:
                 await trial.play()
             await trial.leave()
@@ -141,12 +141,12 @@ class _Trial:
         self.delays_s: list[float] = []
         self._mark = f"bench-{os.getpid()}-{seed}"
         self._sent_s: dict[str, float] = {}
-        self._nodes: list[str] = []  # each its own incarnation
+        self._nodes: list[str] = []  # a node's name is also its incarnation
         self._log = DecisionLog()
         self._reader: Reader | None = None
 
     async def announce(self) -> None:
-        """Nodes that are only names, and wait until the planner has taken them in."""
+        """Announce the nodes and wait until the planner has accepted them."""
         where = (topics.DECISIONS, self.region)
         self._reader = await self.bus.reader([where], start="start")
         for index in range(DEVICES + EDGES + 1):
@@ -170,7 +170,7 @@ class _Trial:
                 missing -= {change.node.node for change in decision.changes if isinstance(change, NodeJoined)}
 
     async def leave(self) -> None:
-        """The nodes go, and the planner has read it."""
+        """Let the nodes leave and wait until the planner has read it."""
         async with asyncio.timeout(_TIMEOUT_S):
             for node in (gone := set(self._nodes)):
                 await self._send(topics.NODES, NodeLeft(node=node, region=self.region, incarnation=node), node)

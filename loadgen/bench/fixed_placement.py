@@ -50,10 +50,10 @@ LEASE_S = 30.0
 
 
 class Staged:
-    """The three stages and their director, from `async with` on.
+    """The three stages and their director; they run inside `async with`.
 
-    `runners` has one for each role, `profile` is the model's that they all run; tasks are cut after layers `cuts[0]` and
-    `cuts[1]` and granted `rates_bps` on link 1 and link 2.
+    `runners` has one runner per role, and `profile` describes the model that all of them run. Tasks are cut after layers
+    `cuts[0]` and `cuts[1]` and are granted `rates_bps` on link 1 and link 2.
     """
 
     _made = 0
@@ -83,10 +83,10 @@ class Staged:
         self._stack = AsyncExitStack()
         self._serving: list[asyncio.Task[None]] = []
         self._speaking: list[asyncio.Task[None]] = []
-        self._epoch = 0  # none opened yet
+        self._epoch = 0  # 0 until the director opens its epoch
 
     async def __aenter__(self) -> Self:
-        """Raises `ConfigError` if a planner leads or stands by there, and the error of a stage that fails to start."""
+        """Start all. Raises `ConfigError` if region 0 has a planner, and the error of a stage that fails to start."""
         try:
             await self._open()
         except BaseException:
@@ -132,7 +132,7 @@ class Staged:
         await self._decide(*(NodeJoined(node=node.announcement()) for node in self._nodes))
 
     async def _lead(self) -> None:
-        """Fold the region's decisions and open an epoch. Raises `ConfigError` where a planner leads."""
+        """Replay the region's decisions and open an epoch. Raises `ConfigError` if a planner leads."""
         log = DecisionLog()
         reader = await self._bus.reader([(topics.DECISIONS, 0)], start="start")
         try:
@@ -158,7 +158,7 @@ class Staged:
             await self._write(PlannerHeartbeat(region=0, epoch=self._epoch, nonce=self._mark))
 
     async def _leave(self) -> None:
-        """End what runs, take the nodes away, and say so: whoever leads next finds an empty region."""
+        """End running tasks and remove the nodes with published decisions, so the next planner finds an empty region."""
         for node in self._nodes:
             await node.leave()
         ended = [self._ended(task.placed, TaskState.FAILED) for task in self._core.tasks.values() if task.placed]
@@ -172,9 +172,9 @@ class Staged:
         await self._write(PlannerLeft(region=0, epoch=self._epoch, nonce=self._mark))
 
     async def play(self, samples: int, execution: Execution, source: InputSource | None = None) -> float:
-        """Run one task; seconds from its start to its last result, the device's clock.
+        """Run one task and return the seconds from its start to its last result, on the device's clock.
 
-        Raises RuntimeError with what a stage says when the task fails, TimeoutError when nothing ends it.
+        Raises RuntimeError with the stage's message if the task fails, and TimeoutError if it does not end.
         """
         self._tasks += 1
         task = TaskSubmitted(

@@ -37,12 +37,12 @@ CUTS = (2, 4)
 """After the first and the second pooling layer, where LeNet's activations are small."""
 
 RATE_BPS = 1 << 36
-"""So fast that no link holds anything back."""
+"""A rate high enough that no link limits the stages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """What crossed one topic: `records` of `record_bytes` each."""
+    """The traffic on one topic: `records` of `record_bytes` each."""
 
     records: int
     record_bytes: int
@@ -56,9 +56,9 @@ async def measure(
     rounds: int,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Samples a second, medians over the rounds (one more comes first and is dropped), ours and bare in turn.
+    """Samples per second as medians over the rounds, ours and bare in turn; an extra first round is dropped.
 
-    Without a `connection` (on `MemoryBus`) there is no bare way: both `bare_` figures are None.
+    Without a `connection` (on `MemoryBus`) there is no bare baseline, and both `bare_` values are None.
     """
     runner = await asyncio.to_thread(LitertRunner, [load_model("lenet")], RunnerOptions())
     profile = runner.profiles()[0]
@@ -95,7 +95,7 @@ async def measure(
 
 
 async def _records(bus: Bus, edge: str) -> list[int]:
-    """How many records lie on each of the three topics of the way."""
+    """Number of records on each of the three topics."""
     names = (topics.activations_topic(edge), topics.ACTIVATIONS_CLOUD, topics.RESULTS)
     return [sum((await bus.end_offsets(name)).values()) for name in names]
 
@@ -106,14 +106,14 @@ def _hops(profile: ModelProfile, samples: int, records: list[int]) -> list[Cross
 
 
 async def _relay(connection: KafkaConnection, hops: list[Crossing]) -> float:
-    """Seconds from the first record on the first topic to the last on the last, relayed by bare clients."""
-    run = uuid.uuid4().hex[:12]  # a name of its own each time: what was deleted a moment ago may still be going
+    """Seconds from the first record on the first topic to the last record on the last, relayed by bare clients."""
+    run = uuid.uuid4().hex[:12]  # a new name each time: the broker may still be deleting the previous topics
     names = [f"deepar.bench.relay.{run}.{number}" for number in range(len(hops))]
     async with KafkaBus(connection) as bus:
         await bus.create_topics([TopicSpec(name, 1, retention_bytes=1 << 30) for name in names])
     settings = connection.client_settings(connection.bootstrap_servers)
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(delete_topics, connection, names)  # last of all
+        stack.push_async_callback(delete_topics, connection, names)  # runs last
         producers, consumers = [], []
         for name in names:
             producer = AIOKafkaProducer(
@@ -134,7 +134,7 @@ async def _relay(connection: KafkaConnection, hops: list[Crossing]) -> float:
             return [await producers[number].send(names[number], value, partition=0) for _ in range(count)]
 
         async def forward(number: int) -> None:
-            """Take hop `number` in; send on, at every moment, the same share of the next hop's records."""
+            """Consume hop `number` and keep the share of sent records of the next hop equal to the share received."""
             seen = sent = 0
             acknowledgements: list[Any] = []
             while seen < hops[number].records:

@@ -21,7 +21,7 @@ tenth of the time so that fewer tasks end meanwhile.
 SHARE_LINK1_BPS = (80e6, 300e6)
 SHARE_LINK2_BPS = (8e6, 40e6)
 SHARE_SLOTS = (0.1, 0.6)
-"""Capacities of an edge for each task in flight that falls to it: so that about a third waits."""
+"""Capacity of an edge per task in flight, chosen so that about a third of the tasks wait."""
 
 
 @dataclass
@@ -34,10 +34,10 @@ class BusyRegion:
     now: float = 0.0
     submitted: int = 0
     ends: list[tuple[float, str, TaskCompleted]] = field(default_factory=list)
-    idle: list[str] = field(default_factory=list)  # devices without a task: one task a device
+    idle: list[str] = field(default_factory=list)  # devices without a task; a device has at most one
 
     def next_task(self) -> TaskSubmitted:
-        """A task of Fig. 4, from a device that has none."""
+        """A task with Figure 4's parameters, for a device without a task."""
         rng = self.rng
         self.submitted += 1
         at = rng.randrange(len(self.idle))
@@ -54,13 +54,13 @@ class BusyRegion:
         )
 
     def take(self, event: TaskSubmitted | TaskCompleted) -> list[Any]:
-        """Handle an event, and remember what it starts."""
+        """Handle an event and schedule the ends of the tasks that it starts."""
         changes = self.core.handle(event, self.now)
         self.note(changes)
         return changes
 
     def note(self, changes: list[Any]) -> None:
-        """What starts will end, a little early or late as in life."""
+        """Schedule the end of a started task, slightly before or after its predicted end."""
         for change in changes:
             if isinstance(change, Start):
                 length = self.core.ledger.reservations[change.task_id].length_s
@@ -71,7 +71,7 @@ class BusyRegion:
                 heapq.heappush(self.ends, (end_s, change.task_id, done))
 
     def one_ends(self) -> None:
-        """Time passes until the next completion."""
+        """Advance to the next completion."""
         end_s, _, done = heapq.heappop(self.ends)
         self.now = max(self.now, end_s)
         self.take(done)
@@ -79,7 +79,7 @@ class BusyRegion:
 
 
 def busy_region(edges: int, tasks: int, objective: Objective, seed: int) -> BusyRegion:
-    """A region with so many tasks in flight that have arrived one after the other."""
+    """A region with `tasks` tasks in flight that arrived one after another."""
     rng = random.Random(f"{seed} {edges} {tasks} {objective}")
     rows = load_profile("paper")
     core = PlannerCore(0, "deepar", objective, max_waiting=1 << 30)
@@ -98,14 +98,14 @@ def busy_region(edges: int, tasks: int, objective: Objective, seed: int) -> Busy
         core.handle(_node(f"d{i}", Role.DEVICE, rows.device, reachable_edges=reachable), 0.0)
     region = BusyRegion(core, rng, rows.models, idle=[f"d{i}" for i in range(devices)])
     crowded = tasks / edges >= CROWDED
-    gap_s = (3.0 if crowded else 30.0) / tasks  # tasks take about a minute
+    gap_s = (3.0 if crowded else 30.0) / tasks  # a task takes about a minute
     while len(core.tasks) < tasks:
         region.take(region.next_task())
         region.now += rng.expovariate(1.0) * gap_s
         while region.ends and region.ends[0][0] <= region.now:
             region.one_ends()
         if region.submitted > tasks and region.submitted % (tasks // 4) == 0:
-            gap_s *= 0.6  # they end as fast as they come
+            gap_s *= 0.6  # tasks end as fast as they arrive
     for _ in range(100 if crowded else min(tasks, 1000)):
         region.one_ends()
         region.take(region.next_task())

@@ -1,16 +1,17 @@
-"""`deepar loadgen bench pipeline`: how well streams fill the slowest of their five stations, and what a shaper lets through.
+"""Pipeline benchmark (`deepar loadgen bench pipeline`): throughput of streams over the bottleneck's, and shaper accuracy.
 
-The stages are the real shells with modelled machines of known speed; the placement is fixed by a director that stands in for
-the planner and writes its decisions, so that each station is the bottleneck in turn: the others take six tenths of its time.
-Throughput is samples over the time from the start to the last result, the filling of the pipeline included, as the device
-measures it; the bottleneck's is one sample in its time (for a link: the sample's bytes at the granted rate, frames' heads
-not counted, so they show as a loss). The sequential run streams nothing: one sample at a time, on a tenth of the samples.
+The stages are the real shells with modelled machines of known speed. A director replaces the planner and fixes the placement
+(`loadgen.bench.fixed_placement`). Each of the five stations is the bottleneck in turn; the others take 60 % of its time.
+Throughput is the number of samples over the time from the start to the last result on the device's clock, including the time
+to fill the pipeline. The bottleneck's throughput is one sample per station time; for a link it counts the sample's bytes at
+the granted rate without frame headers, so headers show as a loss. The sequential run sends one sample at a time and uses a
+tenth of the samples.
 
-The shaper is judged at the sender: bytes of frames handed to the bus, over the time they took, over the grant.
+The shaper is measured at the sender: bytes of frames passed to the bus, divided by the time taken and by the granted rate.
 
-Real LeNet runs through the same stages, unshaped, beside what bare aiokafka moves (`loadgen.bench.lenet`).
+Real LeNet runs through the same stages without shaping and is compared with bare aiokafka (`loadgen.bench.lenet`).
 
-On Kafka it leads region 0 while it lasts, and refuses a broker whose region 0 has a planner.
+On Kafka the benchmark leads region 0 while it runs, and rejects a broker whose region 0 has a planner.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Progress = Callable[[str], None]
 
 STATIONS = ("device", "link1", "edge", "link2", "cloud")
 OTHERS = 0.6
-"""What the other stations take of the bottleneck's time."""
+"""Time of the other stations as a share of the bottleneck's."""
 
 RESULT_BYTES = 40
 RATES_BPS = (1_000_000, 10_000_000, 100_000_000, 300_000_000, 1_000_000_000)
@@ -61,8 +62,8 @@ class Load:
     sample_s: float  # at the bottleneck
     sample_bytes: int  # at either cut
     samples: int
-    aim: float  # throughput over the bottleneck's
-    sequential: bool = False  # whether the unstreamed run is taken too
+    aim: float  # minimum throughput over the bottleneck's
+    sequential: bool = False  # whether the sequential run is measured, too
 
 
 LOADS = (
@@ -90,7 +91,7 @@ def run(
     sizes: Sizes | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure, on uvloop; `bench, machine, results, aims`, and `busyness`. Raises `BusError` where there is no broker."""
+    """Measure on uvloop and return the object that docs/json.md describes. Raises `BusError` if no broker answers."""
     connection = KafkaConnection.from_env(bootstrap_servers=bootstrap) if bus == "kafka" else None
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_measure(bus, connection, sizes or Sizes(), progress or (lambda line: None)))
@@ -108,7 +109,7 @@ async def _measure(name: str, connection: KafkaConnection | None, sizes: Sizes, 
     async with watch:
         for load in sizes.loads:
             for station in STATIONS:
-                progress(f"{station} as the bottleneck, {load.sample_s * 1000:g} ms a sample, {load.samples} samples")
+                progress(f"{station} as the bottleneck, {load.sample_s * 1000:g} ms per sample, {load.samples} samples")
                 row = await _bottleneck(name, make, station, load, sizes.rounds)
                 results.append(row)
                 label = f"{row['case']}: throughput over the bottleneck's"
@@ -150,7 +151,7 @@ def _aim(name: str, value: float, aim: float) -> dict[str, Any]:
 
 
 async def _bottleneck(name: str, make: Callable[[str], Bus], station: str, load: Load, rounds: int) -> dict[str, Any]:
-    """One station slowest; medians over the rounds, one more of which comes first and is dropped."""
+    """Measure with one station as the bottleneck: medians over the rounds; an extra first round is dropped."""
     takes_s = {other: load.sample_s * (1.0 if other == station else OTHERS) for other in STATIONS}
     rates_bps = [round(load.sample_bytes * BITS_PER_BYTE / takes_s[link]) for link in ("link1", "link2")]
     profile = ModelProfile(
@@ -190,7 +191,7 @@ class _Watched:
         self.seen: list[tuple[float, int]] = []
 
     async def post(self, topic: str, value: Payload | None, **more: Any) -> Awaitable[Position]:
-        """As the bus does."""
+        """Record the send and pass it to the bus."""
         self.seen.append((perf_counter(), len(value or b"")))
         return await self._bus.post(topic, value, **more)
 
@@ -243,7 +244,7 @@ async def _shaped(make: Callable[[str], Bus], rate_bps: int, for_s: float) -> di
 
 
 def worst_second_bytes(seen: list[tuple[float, int]]) -> int:
-    """The most bytes in any half-open second that begins with a frame; `seen` is (when, bytes), in order."""
+    """Maximum bytes in any half-open second that begins with a frame; `seen` has (time, bytes) in ascending order."""
     worst = within = first = 0
     for when_s, size in seen:
         within += size

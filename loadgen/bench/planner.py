@@ -1,15 +1,15 @@
 """Planner benchmark (`deepar loadgen bench planner`): time of search, decision and event handling.
 
 * `search`: all cuts of a model for one edge (the four families), against the paper's exhaustive search, on random models.
-* `decision`: one arriving task against a ledger in its stride: (edges, tasks in flight) in {10, 100, 1000} x {100, 1000,
-  10000}, four reachable edges a device, the draws of Fig. 4, links and slots scaled to the load so that about a third of the
-  tasks wait (with less than one task an edge nobody can). `p50_s` is the decision alone; `handle_p50_s` the whole of
-  `PlannerCore.handle` and the decision record with the state's hash, as bytes.
-* The reference is Algorithm 1 written down literally, kept with the tests; where they are not installed it is left out.
-  It takes seconds a decision, so it is timed on a few, and its decisions are checked to be the same.
+* `decision`: one arriving task against a loaded ledger: (edges, tasks in flight) in {10, 100, 1000} x {100, 1000,
+  10000}, four reachable edges per device, the parameters of Fig. 4, links and slots scaled to the load so that about a third
+  of the tasks wait (with less than one task per edge none can wait). `p50_s` is the time of the decision alone;
+  `handle_p50_s` includes `PlannerCore.handle` and encoding the decision record with the state's hash.
+* The reference is Algorithm 1 written down literally, kept with the tests; without the tests it is skipped.
+  It takes seconds per decision, so only a few are timed, and its decisions are verified to be the same.
 
-Everything is timed by the processor time of the thread, so that being preempted by others does not count; a decision alone
-is the best of three besides (it changes nothing). Percentiles are over hundreds of different decisions; the ratio to the
+All times are processor times of the thread, which exclude preemption. A decision alone is also the best of three, because
+it changes no state. Percentiles are over hundreds of different decisions; the ratio to the
 reference is taken over the same decisions in one run.
 """
 
@@ -50,7 +50,7 @@ REPEATS = 3
 DECISIONS_OF_MANY = 100
 REFERENCE_DECISIONS = 3
 REFERENCE_DECISIONS_OF_AIM = 15
-"""At (100, 1000), where the ratio has an aim."""
+"""Decisions of the reference at (100, 1000), the point where the ratio has a goal."""
 REFERENCE_MOST_TASKS = 1000
 
 AIMS = {
@@ -69,7 +69,7 @@ RATIO_AIMS = {"reference": 1000.0, "reference_fast_search": 50.0}
 
 
 def run(*, seed: int = 1, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Measure; the object that docs/json.md describes. One to two minutes of a core."""
+    """Measure and return the object that docs/json.md describes. Takes one to two minutes of one core."""
     say = progress or (lambda line: None)
     results: list[dict[str, Any]] = []
     for objective in Objective:
@@ -97,7 +97,7 @@ def run(*, seed: int = 1, progress: Callable[[str], None] | None = None) -> dict
 
 
 def random_profile(rng: random.Random, layers: int, sizes: tuple[int, ...]) -> ModelProfile:
-    """Layers that take up to 10 ms, in no order of tiers."""
+    """A model whose layers take up to 10 ms, drawn independently for each tier."""
     return ModelProfile(
         model="random",
         sha256="0" * 64,
@@ -109,7 +109,7 @@ def random_profile(rng: random.Random, layers: int, sizes: tuple[int, ...]) -> M
 
 
 def search_case(layers: int, objective: Objective, seed: int) -> dict[str, Any]:
-    """Median time of a search over all four families, and of trying every pair, on the same questions."""
+    """Median time of a search over all four families, and of trying every pair, for the same inputs."""
     rng = random.Random(f"{seed} search {layers}")
     fast, brute = [], []
     for _ in range(SEARCH_MODELS):
@@ -159,7 +159,7 @@ def decision_case(edges: int, tasks: int, objective: Objective, seed: int, refer
     slow: dict[str, list[float]] = {"reference": [], "reference_fast_search": []}
     compared = REFERENCE_DECISIONS_OF_AIM if (edges, tasks) == (100, 1000) else REFERENCE_DECISIONS
     count = DECISIONS if tasks / edges < CROWDED else DECISIONS_OF_MANY
-    assert core.state_hash  # a service has asked for it after every step
+    assert core.state_hash  # the service reads the hash after every step
     with no_collection():
         for step in range(count):
             region.one_ends()
@@ -211,7 +211,7 @@ def _timed(core: PlannerCore, task: TaskSubmitted, now: float) -> float:
 
 
 def _compare(reference: Any, core: PlannerCore, task: TaskSubmitted, now: float, slow: dict[str, list[float]]) -> None:
-    """The reference on the same question; it must decide the same."""
+    """Time the reference on the same input. Raises `InvariantError` if it decides differently."""
     request = core.request(task)
     wanted = core.decide(task, now)
     for name, search in (("reference", reference.every_pair), ("reference_fast_search", reference.fast_pair)):
@@ -223,7 +223,7 @@ def _compare(reference: Any, core: PlannerCore, task: TaskSubmitted, now: float,
 
 
 def load_reference() -> Any:
-    """The literal Algorithm 1 that is kept with the tests, or None where they are not installed."""
+    """The literal Algorithm 1 that is kept with the tests, or None if they are not installed."""
     root = str(Path(__file__).parents[2])
     sys.path.insert(0, root)
     try:

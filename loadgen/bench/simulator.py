@@ -1,16 +1,15 @@
-"""`deepar loadgen bench simulator`: a million tasks through the real core, two independent regions on two
-cores.
+"""Simulator benchmark (`deepar loadgen bench simulator`): a million tasks through the real core, in two regions on two cores.
 
-Policy `deepar`, 100 edges a region, four reachable from each device, about 1,000 tasks in flight, and links
-and slots so tight that about a third of the tasks wait for a resource. Growth is measured from 10,000 tasks
-up: a core that rescans what it has seen would show here as time a task that rises with their number.
+The policy is `deepar`. A region has 100 edges, four of them reachable from each device, about 1,000 tasks in flight, and
+links and slots small enough that about a third of the tasks wait. The benchmark measures growth from 10,000 tasks on: if the
+core scanned old tasks again, the time per task would rise with their number.
 
-The goal is wall-clock time on two otherwise idle cores. On a busy machine the processor time of the two
-processes says what it would be (and still too much, for a shared core computes slower): `processor_seconds`.
+The goal is wall-clock time on two otherwise idle cores. On a busy machine `processor_seconds`, the processor time of the two
+processes, is an upper estimate of it, because a shared core computes slower.
 
-The garbage collector looks for cycles when 200,000 objects more have been made than freed, instead of 700: the core makes no
-cycles (`tests/unit/loadgen/bench/test_simulator.py` holds that), and with 8,000 nodes alive each search takes tens of
-milliseconds to find nothing.
+The garbage collector searches for cycles after 200,000 net allocations instead of 700. The core creates no cycles
+(`tests/unit/loadgen/bench/test_simulator.py` verifies this), and with 8,000 live nodes each search costs tens of
+milliseconds.
 """
 
 from __future__ import annotations
@@ -41,13 +40,11 @@ from loadgen.workers import worker_pool
 REGIONS = 2
 TASKS = 1_000_000
 SIZES = (10_000, 100_000)
-"""Smaller runs before the large one, for the growth."""
+"""Sizes of the smaller runs, from which the growth is measured."""
 
 AIM_S = 60.0
 LINEAR_WITHIN = 1.5
-"""Seconds a task at a million over those at 10,000: linear, if caches and the heap's logarithm cost no more
-than this.
-"""
+"""Maximum growth: time per task at a million tasks over that at 10,000. Caches and the heap's logarithm may cost this."""
 
 SCENARIO = Scenario(
     name="bench-simulator",
@@ -57,15 +54,15 @@ SCENARIO = Scenario(
     samples=(1, 1000),
     slots=(2, 12),
 )
-"""Fig. 4's draws, with slots so that a third of the tasks wait at this load."""
+"""Figure 4's parameters, with slots such that a third of the tasks wait at this load."""
 
 RATE_PER_S = 30.0
-"""Arrivals a second in one region (Poisson): about 1,000 tasks in flight."""
+"""Arrivals per second in one region (Poisson): about 1,000 tasks in flight."""
 
 BATCH = 10_000
 
 COLLECT_AFTER = 200_000
-"""Objects more than before, until the garbage collector looks for cycles."""
+"""Net allocations between two searches of the garbage collector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +78,9 @@ class RegionRun:
 
 
 def run(*, tasks: int = TASKS, seed: int = 1, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Measure 10,000, 100,000 and `tasks` tasks; the object that docs/json.md describes, with the growth added."""
+    """Measure 10,000, 100,000 and `tasks` tasks. Returns the object that docs/json.md describes, with the growth added."""
     if tasks < REGIONS:
-        raise ConfigError(f"--tasks {tasks}: at least one a region, {REGIONS} in all")
+        raise ConfigError(f"--tasks {tasks}: must be at least {REGIONS}, one per region")
     say = progress or (lambda line: None)
     results: list[dict[str, Any]] = []
     for size in (*(size for size in SIZES if size < tasks), tasks):
@@ -173,7 +170,7 @@ class _Counted:
         self.delay_s = 0.0
 
     def end(self, outcome: Outcome) -> None:
-        """One task is over."""
+        """Count a task that has ended."""
         if outcome.state is TaskState.COMPLETED and outcome.started_s is not None:
             self.completed += 1
             self.waited += outcome.started_s > outcome.scheduled_s
@@ -181,9 +178,9 @@ class _Counted:
 
 
 def entries(tasks: int, seed: int) -> Iterator[Entry]:
-    """Poisson arrivals with the paper's draws, made in batches so that a million need no memory of their own."""
+    """Poisson arrivals with the paper's draws, generated in batches to limit memory."""
     streams = Streams(seed)
-    make = maker(TaskSubmitted)  # drawn from ranges that are known
+    make = maker(TaskSubmitted)  # drawn from valid ranges
     devices = [device_name(index) for index in range(SCENARIO.devices)]
     mix = SCENARIO.mix
     names = list(mix.models)

@@ -33,7 +33,7 @@ MEMORY_MODEL = "vgg16"
 ROUNDS = 9
 WARMUP_ROUNDS = 2
 PAIRS = 8
-"""Random cut pairs that the memory is looked at for, besides those of the useful cuts."""
+"""Random cut pairs whose memory is measured, in addition to the pairs of useful cuts."""
 
 RATIO_AIM = 1.03
 ANONYMOUS_AIM = 1.2
@@ -50,9 +50,9 @@ def run(
     seed: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure; the object that docs/json.md describes, with `memory` added (`None` for no memory model leaves it out).
+    """Measure and return the object that docs/json.md describes, with `memory` added if there is a memory model.
 
-    Raises `ModelError` where a model's weights cannot be generated.
+    Raises `ModelError` if a model's weights cannot be generated.
     """
     say = progress or (lambda line: None)
     results: list[dict[str, Any]] = []
@@ -90,7 +90,7 @@ def _aim(name: str, value: float, aim: float) -> dict[str, Any]:
 
 
 def ratios(model: Model, rounds: int, rng: np.random.Generator, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """A row for every cut that can be made: parts over whole, one thread."""
+    """One row per possible cut: time of the parts over the whole, on one thread."""
     graph = model.graph
     given = dict(zip(graph.inputs, random_inputs(model, rng), strict=True))
     whole = SegmentRunner(model.source, title=model.name)
@@ -134,7 +134,7 @@ def _in_a_process(name: str, delegate: bool, pairs: int, seed: int) -> list[dict
 
 
 def serve(name: str, delegate: bool, pairs: int, seed: int) -> list[dict[str, Any]]:
-    """Serves cut pairs of a model one after the other in this process; what it occupies after each."""
+    """Serve cut pairs of a model one after another in this process, and return the memory in use after each."""
     model = load_model(name)
     store = SegmentStore(model, delegate=delegate)
     store.warm()

@@ -30,7 +30,7 @@ HEADINGS = ("Claims of the paper", "Claims of our own")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caption:
-    """What is written around a figure."""
+    """Text around a figure."""
 
     title: str
     claims: Sequence[Claim] = ()
@@ -42,7 +42,7 @@ class Caption:
 class _Text:
     """One piece of text under a figure."""
 
-    line: int  # from the top, 0 first
+    line: int  # line number from the top, starting at 0
     left_in: float
     text: str
     colour: str = plots.BLACK
@@ -50,7 +50,7 @@ class _Text:
 
 
 def finish(fig: Figure, caption: Caption, *, legend: Any = None) -> None:
-    """Write the caption around `fig`; the legend is that of the axes `legend`, if there is one."""
+    """Write the caption around `fig`; the legend is taken from the axes `legend`, if given."""
     width_in, axes_in = fig.get_size_inches()
     texts = [] if caption.plain else _below(caption, width_in)
     lines = 1 + max((text.line for text in texts), default=-1)
@@ -101,7 +101,7 @@ def _next_line(texts: Sequence[_Text]) -> int:
 
 
 def _table(heading: str, claims: Sequence[Claim], label_in: float, width_in: float, line: int) -> list[_Text]:
-    """A row a statement, a column a case of the figure."""
+    """One row per statement, one column per case of the figure."""
     cases = list(dict.fromkeys(claim.case for claim in claims))
     rows: dict[str, list[Claim]] = {}
     for claim in claims:

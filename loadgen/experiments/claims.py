@@ -24,11 +24,11 @@ import numpy as np
 from loadgen.replay.metrics import half_width_95
 
 ABOUT_POINTS = 5.0
-"""How far "about" reaches to either side, in percentage points."""
+"""Tolerance of "about" in percentage points, in both directions."""
 
 
 class Verdict(StrEnum):
-    """The first three judge the paper's statements, the last two our own claims."""
+    """Verdict of a claim. The first three are for the paper's statements, the last two for our own claims."""
 
     AGREES = "agrees"
     EXCEEDS = "exceeds"  # a larger reduction than the paper's
@@ -43,19 +43,19 @@ OWN = (Verdict.HOLDS, Verdict.NOT_SHOWN)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """One statement with its verdict. Numbers are in `unit`; words where the statement has no number."""
+    """One statement with its verdict. Values are numbers in `unit`, or words."""
 
-    text: str  # what is claimed
-    case: str = ""  # of which part of the figure, e.g. "E_i = 2"; empty where there is one part
+    text: str  # the statement
+    case: str = ""  # part of the figure, e.g. "E_i = 2"; empty if there is only one
     paper: float | str | None = None  # the paper's value; None for a claim of our own
     ours: float | str  # our value
     verdict: Verdict
-    fitted: bool = False  # the profile was fitted to this very statement
-    spread: float | None = None  # standard deviation over the seeds; None where nothing is drawn at random
+    fitted: bool = False  # the profile was fitted to this statement
+    spread: float | None = None  # standard deviation over the seeds; None if nothing is random
     ci95: tuple[float, float] | None = None  # 95 % confidence interval over the seeds, of our own claims
-    unit: str = ""  # of the numbers
-    rule: str = ""  # how the paper puts it: about, over, up to
-    remark: str = ""  # what else a reader should know
+    unit: str = ""  # unit of the numbers
+    rule: str = ""  # the paper's wording: about, over, up to
+    remark: str = ""  # additional information
 
     @property
     def own(self) -> bool:
@@ -68,7 +68,7 @@ class Claim:
         return self.verdict not in (Verdict.MISSES, Verdict.NOT_SHOWN)
 
     def as_row(self) -> dict[str, Any]:
-        """As `--json` prints it."""
+        """The form that `--json` prints."""
         return {
             "text": f"{self.text}, {self.case}" if self.case else self.text,
             "case": self.case,
@@ -87,33 +87,33 @@ class Claim:
 
     @property
     def verdict_text(self) -> str:
-        """The verdict in capitals, with "fitted" beside it where the profile was fitted to the statement."""
+        """The verdict in capitals, followed by "fitted" if the profile was fitted to the statement."""
         return self.verdict.value.upper() + (", fitted" if self.fitted else "")
 
     @property
     def paper_text(self) -> str:
-        """The paper's value as people read it."""
+        """The paper's value as text."""
         return "" if self.paper is None else f"{self.rule} {_words(self.paper, self.unit)}".strip()
 
     @property
     def value_text(self) -> str:
-        """Our value as people read it, without the remark."""
+        """Our value as text, without the remark."""
         prefix = "up to " if self.rule == "up to" else ""
         return f"{prefix}{_words(self.ours, self.unit)}"
 
     @property
     def ours_text(self) -> str:
-        """Our value and the remark as people read them."""
+        """Our value and the remark as text."""
         return self.value_text + (f" ({self.remark})" if self.remark else "")
 
     @property
     def spread_text(self) -> str:
-        """The spread as people read it."""
+        """The spread as text."""
         return "" if self.spread is None else f"sd {self.spread:.1f} {_points(self.unit)}"
 
     @property
     def ci95_text(self) -> str:
-        """The confidence interval as people read it."""
+        """The confidence interval as text."""
         if self.ci95 is None:
             return "needs two seeds"
         digits = 1 if max(map(abs, self.ci95)) >= 10 else 2
@@ -131,7 +131,7 @@ class Claim:
 
 
 def as_fitted(claims: Iterable[Claim], fitted: bool) -> list[Claim]:
-    """The same claims; those of the paper are marked where the profile was fitted to them."""
+    """The same claims; those of the paper are marked if the profile was fitted to them."""
     return [dataclasses.replace(claim, fitted=fitted and not claim.own) for claim in claims]
 
 
@@ -148,7 +148,7 @@ def _words(value: float | str, unit: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Reductions:
-    """By how much `policy` stays below `baseline`, in percent: one row a seed, one column an x."""
+    """Reduction of the delay below a baseline in percent: one row per seed, one column per x."""
 
     values: np.ndarray  # shape (seeds, x)
     pooled: np.ndarray  # shape (x,): reduction of the mean over the seeds
@@ -160,12 +160,12 @@ class Reductions:
 
     @property
     def mean(self) -> float:
-        """Over the x axis, of the means over the seeds."""
+        """Mean over the x axis of the means over the seeds."""
         return float(self.pooled.mean())
 
     @property
     def best(self) -> float:
-        """At the best x."""
+        """Reduction at the best x."""
         return float(self.pooled.max())
 
     @property
@@ -205,7 +205,7 @@ def _claim(text: str, rule: str, found: Reductions, percent: float, ours: float,
 
 
 _ROUNDING = 1e-9
-"""Percent: the floats of a reduction are no more exact than this."""
+"""Rounding tolerance of a reduction, in percent."""
 
 
 def _between(value: float, low: float, high: float) -> Verdict:
@@ -220,7 +220,7 @@ def between(text: str, low: float, high: float, ours: float) -> Claim:
 
 
 def near(text: str, paper: float, ours: float, *, unit: str, tolerance: float) -> Claim:
-    """A number within a relative tolerance to either side, nothing drawn at random."""
+    """A number within a relative tolerance in both directions, without randomness."""
     agrees = abs(ours - paper) <= tolerance * abs(paper)
     return Claim(text=text, paper=paper, ours=ours, unit=unit, verdict=Verdict.AGREES if agrees else Verdict.MISSES)
 
@@ -231,7 +231,7 @@ def is_true(text: str, paper: str, ours: str, agrees: bool) -> Claim:
 
 
 def pays(text: str, found: Reductions, remark: str = "") -> Claim:
-    """A claim of our own: the reduction is over zero, with 95 % confidence over the seeds."""
+    """A claim of our own: the reduction is greater than zero with 95 % confidence over the seeds."""
     mean = float(np.mean(found.by_seed))
     half = half_width_95(found.by_seed)
     ci95 = None if half is None else (mean - half, mean + half)

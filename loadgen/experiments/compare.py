@@ -29,7 +29,7 @@ from loadgen.sim.scenario import Scenario, edge_name
 from loadgen.sim.simulator import simulate
 
 MIN_STATION_S = 0.020
-"""No station that a task uses is faster than this on one sample."""
+"""Minimum time of a station per sample, for the stations that a task uses."""
 
 SCENARIO = Scenario(
     name="compare",
@@ -54,16 +54,16 @@ _LEASE_S = 30.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Comparison:
-    """The two runs, and how far they agree."""
+    """The two runs and their agreement."""
 
-    scenario: Scenario  # as it was run: stretched
+    scenario: Scenario  # as run, with stretched times
     time_scale: float
     simulated: tuple[Outcome, ...]
     live: tuple[Outcome, ...]
 
     @property
     def pairs(self) -> list[tuple[Outcome, Outcome]]:
-        """(simulated, live) of the tasks that completed in both."""
+        """Pairs (simulated, live) of the tasks that completed in both runs."""
         by_id = {outcome.task_id: outcome for outcome in self.live}
         return [
             (one, by_id[one.task_id])
@@ -101,7 +101,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """At least 95 % the same placements, means within 5 %, median error at most 10 %, everything completed."""
+        """Whether 95 % of placements are equal, means within 5 %, the median error at most 10 %, and all tasks completed."""
         found = self.as_object()
         return bool(
             found["completed"] == found["tasks"]
@@ -143,7 +143,7 @@ def compare(
 
 
 def time_scale_of(scenario: Scenario, seed: int, platforms: Platforms) -> float:
-    """By how much to stretch time so that the fastest station of any placement takes `MIN_STATION_S` a sample."""
+    """Factor on all times so that the fastest station of any placement takes `MIN_STATION_S` per sample."""
     fastest_s = min(
         (
             getattr(outcome.predicted, station) / outcome.samples
@@ -157,7 +157,7 @@ def time_scale_of(scenario: Scenario, seed: int, platforms: Platforms) -> float:
 
 
 def stretched(scenario: Scenario, platforms: Platforms, scale: float) -> tuple[Scenario, Platforms]:
-    """Compute times and arrivals `scale` times as long, bandwidths as much smaller: the same decisions, later."""
+    """Multiply compute times and arrivals by `scale` and divide bandwidths by it, which keeps the decisions the same."""
 
     def slower(profile: ModelProfile) -> ModelProfile:
         return profile.model_copy(update={"layer_s": tuple(seconds * scale for seconds in profile.layer_s)})

@@ -1,4 +1,4 @@
-"""A comparison for people: a picture, and a table with a row a task."""
+"""Picture and table of a comparison."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loadgen.experiments.compare import Comparison
 
 
 def draw(found: Comparison, stem: Path) -> list[Path]:
-    """Live over simulated delay of each task with the diagonal, and the errors in order."""
+    """Draw the live over the simulated delay of each task with the diagonal, and the sorted errors."""
     numbers = found.as_object()
     fig, (left, right) = plots.figure(9.5, 4.2, 1, 2)
     kinds = sorted({one.kind for one, _ in found.pairs})
@@ -38,7 +38,7 @@ def draw(found: Comparison, stem: Path) -> list[Path]:
 
 
 def rows(found: Comparison) -> list[dict[str, Any]]:
-    """A row a task, for CSV."""
+    """One CSV row per task."""
     by_id = {outcome.task_id: outcome for outcome in found.live}
     table = []
     for one in found.simulated:

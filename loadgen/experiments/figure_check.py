@@ -27,7 +27,7 @@ at Figure 3's 18 Mbps they take a quarter of a millisecond, which is significant
 """
 
 MIN_SAME = 0.95
-"""The least share of tasks with the same kind, edge and cuts."""
+"""Minimum share of tasks with the same kind, edge and cuts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +35,22 @@ class FigureCheck:
     """Comparison of one scenario on both simulators."""
 
     figure: str
-    case: str  # which bar of the figure
+    case: str  # bar of the figure
     tasks: int
     same_placement: float  # share of the tasks with the same kind, edge and cuts
     mean_ratio: float  # full simulator over driver
     mean_difference_s: float  # full simulator less driver
-    largest_error: float  # of one task's delay, relative
-    seconds: float  # of wall clock for the full simulator
+    largest_error: float  # largest relative error of a task's delay
+    seconds: float  # wall-clock seconds of the full simulator
 
     @property
     def passed(self) -> bool:
-        """The same placements but for near ties, delays within a percent."""
+        """Whether placements are the same except for near ties, and delays agree within a percent."""
         near = abs(self.mean_ratio - 1) <= WITHIN or abs(self.mean_difference_s) <= HEAD_S
         return self.same_placement >= MIN_SAME and near
 
     def as_row(self) -> dict[str, Any]:
-        """For reports."""
+        """The report's form."""
         return {
             "figure": self.figure,
             "case": self.case,
@@ -67,7 +67,7 @@ class FigureCheck:
 def check_figures(
     *, devices: int = 20, seed: int = 0, profile: str = "paper", say: Callable[[str], None] = lambda line: None
 ) -> list[FigureCheck]:
-    """Every bar of Figures 1(a) and 3, and `deepar` in each of Figure 4's settings with `devices` devices."""
+    """Check every bar of Figures 1(a) and 3, and `deepar` in each of Figure 4's settings with `devices` devices."""
     found = []
     platform = platforms(profile)
     for figure, models in (("fig1a", ("alexnet",)), ("fig3", tuple(FIG3_MODELS))):

@@ -12,32 +12,32 @@ from bus.values import Objective
 from loadgen.experiments.claims import Claim, Verdict
 
 POLICIES = ("device-only", "edge-only", "cloud-only", "no-delay", "deepar")
-"""The paper's bars in the paper's order, with Algorithm 1 without its lines 6-8 before the whole of it."""
+"""The paper's bars in the paper's order; `no-delay` is Algorithm 1 without lines 6-8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FigureOptions:
     """User options of a figure."""
 
-    out: Path  # where the files go
-    seeds: int = 10  # how many seeds, from 0
+    out: Path  # folder for the files
+    seeds: int = 10  # number of seeds
     policies: tuple[str, ...] = POLICIES
     objective: Objective = Objective.SEQUENTIAL
     profile: str = "paper"
-    reachable: tuple[int | None, ...] = (1, 2, None)  # E_i of Figure 4: a panel and a verdict on every claim for each
+    reachable: tuple[int | None, ...] = (1, 2, None)  # E_i of Figure 4: one panel and one set of verdicts for each
     jobs: int = 1
     cluster: str | None = None  # address of a Dask scheduler
-    live: bool = False  # of fig1a: measure this machine
+    live: bool = False  # fig1a only: measure this machine
     plain: bool = False  # pictures without title, claims and notes, for use in a paper
-    progress: Callable[[str, int, int], None] | None = None  # (what, done, in all)
+    progress: Callable[[str, int, int], None] | None = None  # (part, done, total)
 
     @property
     def suffix(self) -> str:
-        """Of file names, so that the objectives do not overwrite each other."""
+        """Suffix of file names, so that objectives do not overwrite each other's files."""
         return "" if self.objective is Objective.SEQUENTIAL else f"_{self.objective.value}"
 
     def tell(self, what: str) -> Callable[[int, int], None] | None:
-        """The progress of one part."""
+        """Progress callback for one part."""
         progress = self.progress
         return None if progress is None else lambda done, total: progress(what, done, total)
 
@@ -47,11 +47,11 @@ class FigureResult:
     """The result of making one figure."""
 
     figure: str
-    seeds: tuple[int, ...]  # those that the verdicts rest on; empty where nothing is drawn at random
+    seeds: tuple[int, ...]  # seeds of the verdicts; empty if nothing is random
     claims: tuple[Claim, ...]
     series: tuple[dict[str, Any], ...]
     files: tuple[Path, ...]
-    notes: tuple[str, ...] = field(default=())  # assumptions that stand beside the plot
+    notes: tuple[str, ...] = field(default=())  # assumptions, shown beside the plot
 
     @property
     def missed(self) -> bool:
@@ -59,7 +59,7 @@ class FigureResult:
         return any(claim.verdict is Verdict.MISSES for claim in self.claims)
 
     def as_object(self) -> dict[str, Any]:
-        """What `deepar simulate FIG --json` prints."""
+        """The object that `deepar simulate FIG --json` prints."""
         return {
             "figure": self.figure,
             "seeds": len(self.seeds),

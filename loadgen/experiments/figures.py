@@ -15,7 +15,7 @@ FIGURES: dict[str, Callable[[FigureOptions], FigureResult]] = {
     "fig3": figures_single.fig3,
     **{name: partial(figures_multi.make, name) for name in figures_multi.SETTINGS},
 }
-"""Name -> what makes it."""
+"""Name -> function that makes the figure."""
 
 
 def make(name: str, options: FigureOptions) -> FigureResult:

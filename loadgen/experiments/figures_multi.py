@@ -27,7 +27,7 @@ DEVICES = (20, 40, 60, 80)
 """The x axis of Figure 4."""
 
 SEQUENTIAL = "deepar (sequential)"
-"""What `deepar` is called beside itself when the figure is made for the other objective."""
+"""Name of the sequential `deepar` beside the pipelined one, when the figure is made for the pipelined objective."""
 
 ASSUMPTIONS = (
     "arrivals uniform in the interval, one task a device; only G(0), N, the caps and the edges are drawn at random, other "
@@ -37,7 +37,7 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What tells (a), (b) and (c) apart."""
+    """The parameters in which (a), (b) and (c) differ."""
 
     figure: str
     edges: int
@@ -53,7 +53,7 @@ SETTINGS = {
 
 
 def make(name: str, options: FigureOptions) -> FigureResult:
-    """Run and draw `fig4a`, `fig4b` or `fig4c`: CSV (a row a run), PNG, SVG."""
+    """Run and draw `fig4a`, `fig4b` or `fig4c`: CSV (one row per run), PNG, SVG."""
     setting = SETTINGS[name]
     platform = platforms(options.profile)
     seeds = platform.unused_seeds(options.seeds)
@@ -203,13 +203,13 @@ PAPER_SAYS: dict[str, tuple[tuple[str, rules.Rule, float], ...]] = {
     "fig4b": (("cloud-only", rules.about, 70), ("edge-only", rules.up_to, 30)),
     "fig4c": (("device-only", rules.about, 80), ("edge-only", rules.about, 40)),
 }
-"""Figure -> by how many percent the paper's DeePar stays below a baseline, and how the paper puts it."""
+"""Figure -> baseline, the paper's wording, and the percentage by which DeePar's delay is below the baseline."""
 
 
 def _claims(figure: str, table: _Table, reachable: int | None, fitted: bool) -> list[Claim]:
     if not table.has("deepar"):
         return []
-    # With the other objective the stages stream, of which the paper says nothing.
+    # With the pipelined objective the stages stream, which the paper does not cover.
     paper = [] if table.has(SEQUENTIAL) else rules.as_fitted(_paper_claims(figure, table, reachable), fitted)
     return [dataclasses.replace(claim, case=_case(reachable)) for claim in (*paper, *_own_claims(table, reachable))]
 

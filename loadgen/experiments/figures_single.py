@@ -22,13 +22,13 @@ BARS = ("device-only", "edge-only", "cloud-only", "deepar")
 """The paper's bars of these figures, in its order."""
 
 ONE_SEED = (0,)
-"""One task alone: nothing is drawn at random."""
+"""A single task involves no randomness, so one seed is enough."""
 
 FIG1A_MS = {"device-only": 84.0, "edge-only": 64.0, "cloud-only": 314.0, "deepar": 43.0}
 FIG1A_CUTS = ("maxpool_1", "maxpool_3")
 FIG3_MODELS = {"vgg16": "VGG", "deepface": "DeepFace", "lenet": "LeNet"}
 SAME = 0.01  # "the same delay" within a percent
-DOMINATE = 50.0  # percent: more than all else together
+DOMINATE = 50.0  # percent: more than all other parts together
 FAR_BELOW = 0.7  # "much lower": at most this share
 
 
@@ -61,7 +61,7 @@ def one_task(platform: Platforms, model: str, policy: str, *, profile: str = "pa
 
 
 def fig1a(options: FigureOptions) -> FigureResult:
-    """AlexNet, one sample: delay on the device, the edge, the cloud, and cut between them."""
+    """Make Figure 1(a): delay of AlexNet on the device, the edge and the cloud, and cut between them."""
     platform = measured(options.progress) if options.live else platforms(options.profile)
     outcomes = {policy: one_task(platform, "alexnet", policy, profile=options.profile) for policy in BARS}
     claims = [] if options.live else rules.as_fitted(_fig1a_claims(outcomes), "fig1a" in platform.fitted_to)
@@ -101,7 +101,7 @@ def _fig1a_claims(outcomes: dict[str, Outcome]) -> list[Claim]:
 
 
 def fig3(options: FigureOptions) -> FigureResult:
-    """VGG, DeepFace and LeNet: the four ways of running each."""
+    """Make Figure 3: VGG, DeepFace and LeNet, each run in four ways."""
     platform = platforms(options.profile)
     outcomes = {
         model: {policy: one_task(platform, model, policy, profile=options.profile) for policy in BARS}
@@ -201,7 +201,7 @@ def _layers(axes: Any, where: str, profile: ModelProfile) -> None:
     axes.set_xticks(list(places), profile.layer_names, rotation=30, ha="right", rotation_mode="anchor")
     axes.set(ylabel="delay (ms)", title=where)
     right.set_ylabel("output size (kB)")
-    for side in (axes, right):  # room for the legend above the bars
+    for side in (axes, right):  # leaves room for the legend above the bars
         side.set_ylim(top=1.28 * side.get_ylim()[1])
     axes.legend(handles=[delay, size], loc="upper center", ncols=2, frameon=False)
 
@@ -243,7 +243,7 @@ def _stacked(
     paper: dict[str, float] | None = None,
     legend: bool = True,
 ) -> None:
-    """A bar a policy, stacked by delay part, its total on top; the paper's values as diamonds."""
+    """Draw one bar per policy, stacked by delay part, with the total on top and the paper's values as diamonds."""
     places = list(range(len(names)))
     bottoms = [0.0] * len(names)
     for part, part_label, colour in zip(PARTS, PART_LABELS, PART_COLOURS, strict=True):

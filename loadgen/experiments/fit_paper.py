@@ -1,23 +1,24 @@
-"""Fits the `paper` profile: how fast the paper's device, edge and cloud must have been for its figures to come out.
+"""Fit of the `paper` profile: speeds of device, edge and cloud that reproduce the paper's figures.
 
-The paper prints no tables of layers. A layer is given a roofline-like cost on each platform,
+The paper gives no layer times. The fit assumes a roofline-like cost of a layer on each platform,
 
     milliseconds = a (million MACs) + b (MB of weights) + c (MB of activations read and written) + d,
 
-twelve numbers in all, beside one b1, one b2 and AlexNet's input size. They are fitted so that at once
+which makes twelve coefficients, plus b1, b2 and AlexNet's input size. They are fitted to these statements together:
 
 * Fig. 1(a): AlexNet takes 84, 64, 314 ms on the device, the edge, the cloud, and 43 ms cut after `maxpool_1` and `maxpool_3`,
   which are the best of all cuts;
 * Fig. 3: DeePar is best for VGG and DeepFace, 10-30 % below edge-only; for LeNet it equals cloud-only, far below the others;
-* Fig. 4: the reductions that it states, for tasks drawn as it says, with one random reachable edge a device;
+* Fig. 4: the reductions that it states, for tasks drawn as the paper describes, with one random reachable edge per device;
 * no coefficient is larger on a platform that the paper calls more powerful: work costs the cloud no more than the edge, and
   the edge no more than the device.
 
-First differential evolution over Figures 1 and 3 and over tasks of Fig. 4 that never meet (closed form), then a random
-descent with Fig. 4 itself, simulated with `PlannerCore`. Everything is drawn from fixed seeds: the same numpy and scipy
-give the same file, in some minutes. What cannot hold at once is Fig. 4's "about 20 %" below edge-only in (a) and "about 40 %"
-in (c): (c) has four times the edges and a sixth of the time, which is nearly the same load, so both come out nearly the same.
-The fit takes (c)'s. `python -m loadgen.experiments.fit_paper planner/data/paper.json` makes the file that is shipped.
+Differential evolution first fits Figures 1 and 3 and non-overlapping tasks of Fig. 4 (closed form). A random descent then
+includes Fig. 4 itself, simulated with `PlannerCore`. All random values come from fixed seeds, so the same numpy and scipy
+give the same file; it takes some minutes. Two statements of Fig. 4 contradict each other: "about 20 %" below edge-only in
+(a) and "about 40 %" in (c). (c) has four times the edges and a sixth of the time, nearly the same load, so both results are
+nearly the same. The fit uses (c). `python -m loadgen.experiments.fit_paper planner/data/paper.json` writes the shipped
+file.
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ Vector = npt.NDArray[np.float64]
 SEED: Final = 20181
 TIERS: Final = ("device", "edge", "cloud")
 PICTURE_BYTES: Final = {"vgg16": 200_000, "deepface": 200_000, "lenet": 1_000}
-"""Input sizes of Fig. 3, as the paper gives them; AlexNet's is fitted."""
+"""Input sizes of Fig. 3, from the paper; AlexNet's is fitted."""
 DEVICES: Final = (20, 40, 60, 80)
 SETTINGS: Final = {"4a": (10, 300.0), "4b": (10, 50.0), "4c": (40, 50.0)}
 FITTED_TO: Final = ("fig1a", "fig3", "fig4a", "fig4b", "fig4c")
-"""Figures whose statements the fit aims at; their verdicts say so."""
+"""Figures whose statements the fit uses; their verdicts are marked as fitted."""
 FIGURE_4_SEEDS: Final = (1, 2, 3)
 """Seeds of the fit; no verdict uses them."""
 STARTS: Final = 3
 DESCENT_STEPS: Final = 25
 LONE_TASKS: Final = 48
 LONE_TARGETS: Final = (81.5, 32.0, 68.0)
-"""Percent below device-only (at least), edge-only (about) and cloud-only (at least) for tasks that never meet."""
+"""Percent below device-only (at least), edge-only (about) and cloud-only (at least) for tasks that do not overlap."""
 
 # of a, b, c, d (ms per million MACs, per MB, per MB, per layer) on each tier, then b1, b2 (bit/s), AlexNet's input (bytes)
 LOWEST: Final = np.log([1e-4, 1e-3, 1e-2, 1e-3] * 3 + [50e6, 8e6, 100e3])
@@ -100,7 +101,7 @@ def _over(amount: float) -> float:
 
 
 def single_task_loss(fit: Vector) -> float:
-    """How far Figures 1(a) and 3 and the order of the platforms are from holding; 0 when all do, with a margin."""
+    """Loss for Figures 1(a) and 3 and the order of the platforms; 0 if all statements hold with a margin."""
     found = delays_ms(fit, "alexnet")
     cut1, cut2 = (1 + [layer.name for layer in TABLES["alexnet"].layers].index(n) for n in ("maxpool_1", "maxpool_3"))
     best = found[cut1, cut2]
@@ -129,7 +130,7 @@ def _alexnet_pairs(found: Vector, best: float) -> list[tuple[float, float]]:
 
 
 def profiles(fit: Vector) -> dict[str, dict[str, ModelProfile]]:
-    """Tier -> model -> profile. There is no file, so the hash is the name's."""
+    """Tier -> model -> profile. There is no model file, so the hash is that of the name."""
     values = np.exp(fit)
     found: dict[str, dict[str, ModelProfile]] = {}
     for tier, name in enumerate(TIERS):
@@ -150,7 +151,7 @@ def profiles(fit: Vector) -> dict[str, dict[str, ModelProfile]]:
 def mean_delay_s(
     rows: dict[str, dict[str, ModelProfile]], policy: str, edges: int, within_s: float, devices: int, seed: int
 ) -> float:
-    """Fig. 4: tasks as the paper draws them, one a device, one random reachable edge; mean of wait + delay."""
+    """Mean of wait + delay in Fig. 4: the paper's tasks, one per device, one random reachable edge each."""
     rng = random.Random(f"{edges} {within_s} {devices} {seed}")
     core = PlannerCore(0, policy)
     core.handle(_node("cloud", Role.CLOUD, rows["cloud"]), 0.0)
@@ -214,7 +215,7 @@ def reductions(fit: Vector) -> dict[str, dict[str, list[float]]]:
 
 
 def many_task_loss(fit: Vector) -> float:
-    """How far the statements about Fig. 4 are from holding; 0 when all do, with a margin of two points."""
+    """Loss for the statements about Fig. 4; 0 if all hold with a margin of two points."""
     found = reductions(fit)
 
     def mean(setting: str, policy: str) -> float:
@@ -236,7 +237,7 @@ def many_task_loss(fit: Vector) -> float:
 
 
 def lone_reductions(fit: Vector) -> Vector:
-    """Percent by which DeePar is below device-only, edge-only and cloud-only for Fig. 4's tasks, each alone in the world."""
+    """Percent by which DeePar is below device-only, edge-only and cloud-only for Fig. 4's tasks, each running alone."""
     rng = np.random.default_rng(SEED)
     values = np.exp(fit)
     totals = np.zeros(4)
@@ -265,7 +266,7 @@ def lone_reductions(fit: Vector) -> Vector:
 
 
 def closed_form_loss(fit: Vector) -> float:
-    """Figures 1 and 3, and Fig. 4 as far as it can be had without simulating."""
+    """Loss for Figures 1 and 3, and for the part of Fig. 4 that needs no simulation."""
     device, edge, cloud = lone_reductions(fit)
     wanted_device, wanted_edge, wanted_cloud = LONE_TARGETS
     beside = _over((wanted_device - device) / 10) + _over((wanted_cloud - cloud) / 10)
@@ -280,13 +281,13 @@ def _descend(loss: Callable[[Vector], float], fit: Vector, steps: int) -> Vector
 
 
 def whole_loss(fit: Vector) -> float:
-    """All three figures. Where Figures 1 and 3 do not hold, Fig. 4 is not looked at."""
+    """Loss for all three figures. Fig. 4 is simulated only if Figures 1 and 3 hold."""
     single = single_task_loss(fit)
     return 50 * single + (many_task_loss(fit) if single < 2e-3 else 100.0)
 
 
 def fit(say: Callable[[str], None] = lambda text: None) -> Vector:
-    """All fifteen numbers, as logarithms."""
+    """The fit: logarithms of all fifteen values."""
     bounds = list(zip(LOWEST, HIGHEST, strict=True))
     best, best_loss = LOWEST, float("inf")
     for start in range(STARTS):
@@ -312,7 +313,7 @@ def fit(say: Callable[[str], None] = lambda text: None) -> Vector:
 
 
 def document(found: Vector) -> dict[str, Any]:
-    """What the profile file holds."""
+    """Content of the profile file."""
     values = [float(value) for value in np.exp(found)]
     rows = profiles(found)
     return {
@@ -336,7 +337,7 @@ def document(found: Vector) -> dict[str, Any]:
 
 
 def main(path: str) -> None:
-    """Fit, and write the profile file."""
+    """Run the fit and write the profile file."""
     found = fit(lambda text: print(text, file=sys.stderr, flush=True))
     for setting, policies in reductions(found).items():
         means = ", ".join(f"{policy} {np.mean(values):.1f}" for policy, values in policies.items())

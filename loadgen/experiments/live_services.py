@@ -29,18 +29,18 @@ from stages.runner import ModelledRunner
 
 @dataclass(frozen=True, slots=True)
 class LiveServices:
-    """What one worker process runs; pickled and sent to it."""
+    """Work of one process; it is pickled and sent to the process."""
 
     connection: KafkaConnection
-    nodes: tuple[NodeAnnounced, ...]  # played here, by these announcements
-    planned: Scenario | None  # run the planner of region 0 as this scenario says
+    nodes: tuple[NodeAnnounced, ...]  # nodes to run, as their announcements describe them
+    planned: Scenario | None  # if set: run the planner of region 0 with its settings
 
 
 @contextmanager
 def running(scenario: Scenario, nodes: Sequence[NodeAnnounced], connection: KafkaConnection) -> Iterator[None]:
-    """Planner, cloud, edges and two halves of the devices, each a process of its own.
+    """Run planner, cloud, edges and two halves of the devices, each in its own process.
 
-    Raises `BusError` naming those that ended early, where the block finds the bus unavailable.
+    Raises `BusError` naming the processes that ended early, if the bus becomes unavailable inside the block.
     """
     devices = [node for node in nodes if node.role is Role.DEVICE]
     parts: dict[str, tuple[NodeAnnounced, ...]] = {

@@ -1,7 +1,7 @@
 """The key of a run: a hash of everything that its result depends on.
 
 It covers the scenario, the seed, the content of the profile, our own code, numpy (which draws the random numbers), and
-the source of a user's policy with every module of the user's that it imports. A result may be reused only under an
+the source of a user's policy and of every module of the user that it imports. A result may be reused only under an
 equal key. Modules that are imported by a computed name, and files that a policy reads, are not covered.
 """
 
@@ -39,7 +39,7 @@ _INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("pureli
 
 
 class RunKeys:
-    """Keys of runs, for the code, profiles and policies as they are when this is made."""
+    """Keys of runs for the present code, profiles and policies, which are read when this object is built."""
 
     def __init__(self, folders: Sequence[Path] = OURS, numpy_version: str = np.__version__) -> None:
         self._code = f"{_digest(_files(folders))} numpy {numpy_version}"
@@ -47,9 +47,9 @@ class RunKeys:
         self._profiles: dict[str, str] = {}
 
     def key(self, cell: Cell) -> str:
-        """The key of one cell; empty where a policy has no source to look at, so that nothing is reused.
+        """The key of one cell; empty if the policy has no source, so its result is never reused.
 
-        Raises as `load_profile` does.
+        Raises the errors of `load_profile`.
         """
         scenario = cell.scenario
         if scenario.policy not in self._policies:
@@ -70,7 +70,7 @@ class RunKeys:
 
 
 def policy_digest(name: str, version_of: Callable[[str], str] = version) -> str | None:
-    """A hash of a policy's source, None where it has none; empty for a built-in policy, which our own code covers."""
+    """A hash of a policy's source, None if there is no source; empty for a built-in policy, which our own code covers."""
     module = policy_module(name)
     if module is None:
         return ""
@@ -94,7 +94,7 @@ def _digest(parts: Iterator[tuple[str, bytes]] | list[tuple[str, bytes]]) -> str
 
 
 def _sources(module: str, version_of: Callable[[str], str]) -> Iterator[tuple[str, bytes]]:
-    """(module, its source) of `module` and of all it imports that is the user's; (package, its version) of installed ones."""
+    """(module, source) of `module` and of the user's modules that it imports; (package, version) of installed packages."""
     top = module.partition(".")[0]
     waiting, seen, installed = [module], {module}, set[str]()
     while waiting:
@@ -123,17 +123,17 @@ def _sources(module: str, version_of: Callable[[str], str]) -> Iterator[tuple[st
 def _spec(name: str) -> ModuleSpec | None:
     try:
         return importlib.util.find_spec(name)
-    except (ImportError, ValueError, AttributeError):  # `from module import name` where `name` is no module
+    except (ImportError, ValueError, AttributeError):  # `from module import name` where `name` is not a module
         return None
 
 
 def _imports(content: bytes, name: str, *, is_package: bool) -> set[str]:
-    """Every module that the source may import, wherever in it; names that are no modules are among them."""
+    """Every name that the source may import as a module, at any depth; some are not modules."""
     package = name if is_package else name.rpartition(".")[0]
     found: set[str] = set()
     try:
         tree = ast.parse(content)
-    except (SyntaxError, ValueError):  # compiled, or broken: it is hashed as it is
+    except (SyntaxError, ValueError):  # compiled or invalid source is hashed without its imports
         return found
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,11 +1,9 @@
-"""Sweeps: every combination of some parameters, policies and seeds to one tidy CSV and a page of small
-multiples.
+"""Sweeps: every combination of parameter values, policies and seeds, as one tidy CSV and a page of small multiples.
 
-A row is appended as soon as its run is done, so an interrupted sweep goes on where it stopped. Each row carries the
-key of its run (`loadgen.experiments.run_key`), a hash of all that the run depends on; a row is reused only under an
-equal key, so
-a changed policy, profile or version runs again. A file of another scenario is refused. When all is done the file is
-written once more in the order of the sweep, so the same sweep gives the same bytes however it was run.
+A row is appended as soon as its run is done, so an interrupted sweep resumes. Each row has the key of its run
+(`loadgen.experiments.run_key`), a hash of everything that the run depends on. A row is reused only if its key is equal, so
+runs with a changed policy, profile or version are repeated. A file of another scenario is rejected. At the end the file is
+written again in the order of the sweep, so the same sweep always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ KEY_COLUMN = "run_key"
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One parameter and the values it takes, as the user wrote them."""
+    """One parameter and its values, as the user wrote them."""
 
     name: str
     values: tuple[Any, ...]
@@ -51,7 +49,7 @@ class Axis:
         """`devices=20:200:20` (both ends included), `edges=10,40`, `reachable=1,2,all`,
         `samples=1..10,1..1000`.
 
-        Raises `ConfigError` naming what is wrong.
+        Raises `ConfigError` naming the fault.
         """
         name, equals, what = text.partition("=")
         name = name.strip()
@@ -92,10 +90,10 @@ def _values(name: str, what: str) -> Iterable[Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepOptions:
-    """What to run and where to put it."""
+    """The runs of a sweep and the folder for its files."""
 
     out: Path  # sweep.csv, sweep.png, sweep.svg, sweep.json
-    scenario: Scenario = field(default_factory=Scenario)  # what the axes change
+    scenario: Scenario = field(default_factory=Scenario)  # base scenario that the axes change
     axes: tuple[Axis, ...] = ()
     policies: tuple[str, ...] = POLICIES
     seeds: int = 10
@@ -107,16 +105,16 @@ class SweepOptions:
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """A sweep, done."""
+    """The result of a sweep."""
 
     rows: list[dict[str, Any]]  # in the order of the sweep
     files: list[Path]
-    reused: int  # rows that an earlier sweep left
-    stale: int  # rows of an earlier sweep whose policy, profile or code has changed since: run again
+    reused: int  # rows taken from an earlier sweep
+    stale: int  # rows of an earlier sweep whose policy, profile or code has changed; they ran again
 
     @property
     def incomplete(self) -> list[dict[str, Any]]:
-        """Runs in which not every task completed; their delays are those of the tasks that did."""
+        """Runs in which not every task completed; their means cover the completed tasks."""
         return [row for row in self.rows if row["completed"] < row["tasks"]]
 
 
@@ -188,7 +186,7 @@ def picture(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> Figure:
     width_in = max(5.5, 3.1 * columns + 0.6)
     fig, grid = plots.figure(width_in, 2.7 * lines + 0.7, lines, columns, sharey=True, sharex=True, squeeze=False)
     xs, numeric = _places(x_axis)
-    # Side by side, or the error bars of one policy hide those of another.
+    # The policies are shifted sideways so that their error bars do not overlap.
     gaps = [later - earlier for earlier, later in itertools.pairwise(sorted(xs))]
     dodge = 0.05 * min((gap for gap in gaps if gap > 0), default=1.0)
     for index, panel in enumerate(panels):
@@ -220,7 +218,7 @@ def picture(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> Figure:
             axes.set_xlabel(_axis_label(x_axis.name))
         if index % columns == 0:
             axes.set_ylabel("mean delay (s)")
-    # The axis is shared: only now is everything on it that it must show.
+    # The shared axis is complete only after the last panel.
     grid[0][0].set_ylim(0, grid[0][0].get_ylim()[1])
     for index in range(len(panels), lines * columns):
         grid[index // columns][index % columns].set_axis_off()
@@ -251,20 +249,20 @@ def _places(axis: Axis) -> tuple[list[float], bool]:
 
 
 def _place(cell: Cell, names: Sequence[str]) -> tuple[str, ...]:
-    """Which row of the sweep a cell is, whatever its result depends on."""
+    """The position of a cell in the sweep, independent of its key."""
     return (*(cell.labels[name] for name in names), cell.labels["policy"], str(cell.seed))
 
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """What an earlier run of the same sweep left."""
+    """Rows of an earlier run of the same sweep."""
 
-    valid: dict[str, dict[str, Any]] = field(default_factory=dict)  # rows to reuse, by the key of their run
-    stale: set[tuple[str, ...]] = field(default_factory=set)  # places of rows that hold no longer
+    valid: dict[str, dict[str, Any]] = field(default_factory=dict)  # reusable rows by run key
+    stale: set[tuple[str, ...]] = field(default_factory=set)  # positions of outdated rows
 
 
 def _resume(options: SweepOptions, path: Path, names: Sequence[str], wanted: set[str]) -> _Before:
-    """Read the rows that are there; keep those under one of the keys `wanted`. Raises `ConfigError` for another sweep's."""
+    """Read the existing rows and keep those with a key in `wanted`. Raises `ConfigError` for the file of another sweep."""
     base = {key: value for key, value in asdict(options.scenario).items() if key not in ("name", "policy", *names)}
     print_ = hashlib.sha256(json.dumps(base, sort_keys=True, default=str).encode()).hexdigest()
     record = options.out / "sweep.json"
@@ -279,19 +277,19 @@ def _resume(options: SweepOptions, path: Path, names: Sequence[str], wanted: set
     if (before.get("fingerprint"), before.get("axes")) != (print_, list(names)):
         raise ConfigError(f"{path} holds another sweep", remedy="choose another --out, or remove it to start again")
     with path.open(encoding="utf-8", newline="") as file:
-        # A line that a kill cut short has too few columns, and is run again.
+        # A line that a kill cut short has too few columns; its run is repeated.
         rows = [row for row in csv.DictReader(file) if None not in row.values()]
     valid = [row for row in rows if row.get(KEY_COLUMN) in wanted and row[KEY_COLUMN]]
     _rewrite(path, valid)
     columns = (*names, "policy", "seed")
-    # Half a key is a line that was cut short; no key at all is a row of a version that wrote none.
+    # A partial key marks a line that was cut short; rows of old versions have no key.
     stale = [row for row in rows if row not in valid and len(row.get(KEY_COLUMN, "")) in (0, KEY_DIGITS)]
     places = {tuple(row.get(name, "") for name in columns) for row in stale}
     return _Before({row[KEY_COLUMN]: _typed(row, names) for row in valid}, places)
 
 
 def _typed(row: dict[str, str], names: Sequence[str]) -> dict[str, Any]:
-    """A row as `run_cell` gave it: numbers are numbers again (`repr` of a float is exact)."""
+    """A row with the types that `run_cell` returned; `repr` of a float is exact."""
     typed: dict[str, Any] = {}
     for key, value in row.items():
         if key in (*names, "policy", "kinds", KEY_COLUMN):

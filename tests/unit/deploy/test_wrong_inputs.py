@@ -116,7 +116,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         ("loadgen replay --request-intervals nan.txt", "request interval 0 is nan"),
         ("loadgen replay -b nonsense", "'nonsense' is not host:port"),
         ("loadgen bench simulatr", "did you mean simulator?"),
-        ("loadgen bench simulator --tasks 1", "--tasks 1: at least one a region"),
+        ("loadgen bench simulator --tasks 1", "--tasks 1: must be at least 2, one per region"),
         ("loadgen chaos --stop-for 3", "--stop-for 3: a duration without a unit"),
         ("cancel t1 --timeout 5", "--timeout 5: a duration without a unit"),
         ("explain t1 --from folder", "--from folder: Is a directory"),
