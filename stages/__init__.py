@@ -1,6 +1,6 @@
-"""The stages room: what a device, an edge and the cloud do, and everything they need of a model.
+"""The stages room: the work of devices, edges and the cloud, and the handling of models.
 
 Imports `bus` only; the load generator and the command line may import it. Start with `node` (the loop of every stage),
-`device`, and `hop` (edge and cloud). Wings: `models` cuts, checks, measures and loads models; `zoo` holds the models that
-DeePar ships.
+`device`, and `hop` (edge and cloud; `edge_stage` and `cloud_stage` hold what differs). Wings: `models` cuts, checks, measures
+and loads models; `zoo` holds the models that DeePar ships.
 """

@@ -30,7 +30,7 @@ REPORTS_S = 1.0
 
 
 class StalledError(DeeparError):
-    """No sample was sent and no result arrived for longer than the attempt's patience."""
+    """The attempt sent no sample and received no result for longer than its time limit (`patience_s`)."""
 
 
 class ResultSink(Protocol):
@@ -40,7 +40,7 @@ class ResultSink(Protocol):
 
 
 class DeviceWork(Protocol):
-    """What an attempt needs of its device."""
+    """What an attempt uses of its device."""
 
     node: Node
     link1: Link

@@ -65,7 +65,7 @@ class HopStage(Protocol):
 
 
 class FlowOwner(Protocol):
-    """What a flow needs of the hop that it belongs to."""
+    """What a flow uses of its hop."""
 
     @property
     def node(self) -> Node:
@@ -93,7 +93,7 @@ class Flow:
         self.partitions: set[TopicPartition] = set()  # partitions that its frames came from
         self.task: asyncio.Task[None] | None = None
         self.closed = False
-        self.heard_s = asyncio.get_running_loop().time()  # last time a frame arrived or a sample was acknowledged
+        self.active_s = asyncio.get_running_loop().time()  # last time a frame arrived or a sample was acknowledged
         self.busy_s = 0.0
         self.parent_id: str | None = None  # parent trace span, where the frames name one
         self._began_s: float | None = None  # start of the first computation on this stage
@@ -155,12 +155,12 @@ class Flow:
         """Upper limit of `held_bytes`: twice the window, at this stage's widest tensor."""
         return 2 * self.window * self._widest_bytes
 
-    # --- in ----------------------------------------------------------------------------------------------------------
+    # --- receive frames ----------------------------------------------------------------------------------------------
 
     def take_frame(self, record: Record, frame: Frame, receipt: Receipt) -> None:
         """Accept the pieces of a frame. Raises `ProtocolError` where the frame is unusable."""
         self.partitions.add((record.topic, record.partition))
-        self.heard_s = asyncio.get_running_loop().time()
+        self.active_s = asyncio.get_running_loop().time()
         if record.headers and self.parent_id is None:
             self.parent_id = parent_in(record.headers, self.plan.task_id)
         for piece in frame.pieces:
@@ -194,10 +194,10 @@ class Flow:
         self._receipts.setdefault(sample, []).append(receipt)
         if whole is not None:
             self._whole.add(sample)
-            self._ready.append((sample, whole, self.heard_s))
+            self._ready.append((sample, whole, self.active_s))
             self._arrived.set()
 
-    # --- through -----------------------------------------------------------------------------------------------------
+    # --- compute -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Wait for a slot, compute all samples, and report; return when all are acknowledged."""
@@ -279,11 +279,11 @@ class Flow:
         assert self.plan.placement.edge is not None  # `_check_plan`
         return self.node.bus.beside(topics.RESULTS, topics.activations_topic(self.plan.placement.edge))
 
-    # --- done --------------------------------------------------------------------------------------------------------
+    # --- finish ------------------------------------------------------------------------------------------------------
 
     def _acknowledged(self, samples: Sequence[int]) -> None:
         """The bus holds the outputs of these samples: release their records for commit."""
-        self.heard_s = asyncio.get_running_loop().time()
+        self.active_s = asyncio.get_running_loop().time()
         self._done.update(samples)
         self._whole.difference_update(samples)
         for sample in samples:
@@ -293,7 +293,7 @@ class Flow:
             self._finished.set()
 
     async def _report(self, sending_s: float) -> None:
-        """Send the measured times to the device, unshaped, because a report is not task data."""
+        """Send the measured times to the device. Reports are not shaped, because they are not task data."""
         plan, node = self.plan, self.node
         busy = {f"{self._route.part}_s": sending_s}
         if self.computes:
@@ -305,7 +305,10 @@ class Flow:
             node.log.warning("report not sent", task=plan.task_id, error=str(error))
 
     def stop(self, *, discard: bool) -> None:
-        """Stop the flow. `discard` releases its records for commit; else another member receives them again."""
+        """Stop the flow.
+
+        With `discard`, its records are released for commit. Without, another consumer receives them again.
+        """
         if self.task is not None:
             self.task.cancel()
         if discard:

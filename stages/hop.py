@@ -1,8 +1,9 @@
-"""The edge and cloud stages: receive activations, compute their layers (or relay), and send the outputs on.
+"""The hop: what the edge and cloud stages have in common. `EdgeStage` and `CloudStage` hold what differs.
 
-A hop moves frames from the topic into one flow per task at once, so that tasks do not block each other within a partition.
-Each flow waits for its slot (edges only), computes its samples in order and sends the outputs through the shaper. The windows
-of the admitted tasks bound the buffers. An offset is committed when all outputs of its record are acknowledged downstream.
+A hop receives activations, computes its layers (or relays) and sends the outputs on. It passes each frame to the flow of its
+task at once, so that tasks do not block each other within a partition. A flow computes its samples in order and sends the
+outputs through the shaper. The windows of the admitted tasks bound the buffers. An offset is committed when all outputs of
+its record are acknowledged downstream.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Hop:
                 for orphan in self._take_orphans(key):
                     orphan.receipt.release()
             elif (placed := fences.placed(task_id)) is not None and placed.attempt == attempt:
-                self._take_again(key)
+                self._process_buffered(key)
 
     @property
     def held_bytes(self) -> int:
@@ -168,10 +169,10 @@ class Hop:
                 task_id, attempt = record.key or "", 0
                 try:
                     sender = self.authorization.of(record)
-                    attempt = self._blamed(sender, task_id, self.node.fences.attempt(task_id))
+                    attempt = self._attempt_to_fail(sender, task_id, self.node.fences.attempt(task_id))
                     frame = decode_frame(record.value)
-                    task_id, attempt = frame.task_id, self._blamed(sender, frame.task_id, frame.attempt)
-                    self._take(record, frame, receipt, sender)
+                    task_id, attempt = frame.task_id, self._attempt_to_fail(sender, frame.task_id, frame.attempt)
+                    self._dispatch(record, frame, receipt, sender)
                 except ProtocolError as error:
                     poison.append((record, error, task_id, attempt, receipt))
                 else:
@@ -199,16 +200,16 @@ class Hop:
             now = asyncio.get_running_loop().time()
             for (task_id, attempt), flow in list(self.flows.items()):
                 ours = flow.plan.region == self.node.settings.region
-                silent_s = now - flow.heard_s
+                silent_s = now - flow.active_s
                 if task_id not in self.node.fences.tasks and silent_s > (UNKNOWN_TASK_S if ours else OTHER_REGION_S):
                     del self.flows[task_id, attempt]
                     flow.stop(discard=True)
                     self.node.status.count("strangers")
             for key, orphans in list(self._orphans.items()):
                 if now - orphans[0].since_s > UNKNOWN_TASK_S:
-                    self._refuse(self._take_orphans(key), _unplanned(orphans[0].frame))
+                    self._reject(self._take_orphans(key), _unplanned(orphans[0].frame))
 
-    def _take(self, record: Record, frame: Frame, receipt: Receipt, sender: Speaker | None) -> None:
+    def _dispatch(self, record: Record, frame: Frame, receipt: Receipt, sender: Speaker | None) -> None:
         """Pass a frame's pieces to its flow. Raises `ProtocolError` where the frame is unusable."""
         key = (frame.task_id, frame.attempt)
         followed = self.flows[key].plan if key in self.flows else frame.plan
@@ -222,11 +223,11 @@ class Hop:
             raise ProtocolError("wrong_shape", "the plan in the frame is for another task or attempt")
         if usable:
             if frame.plan is not None:
-                self._adopt(frame.plan)
+                self._start_flow(frame.plan)
             elif key not in self.flows:
                 placed = self.node.fences.placed(frame.task_id)
                 if placed is not None and placed.attempt == frame.attempt:
-                    self._adopt(Plan.of(placed, region=self.node.settings.region, todo=placed.samples))
+                    self._start_flow(Plan.of(placed, region=self.node.settings.region, todo=placed.samples))
             if key in self.flows:
                 self.flows[key].take_frame(record, frame, receipt)
                 return
@@ -238,7 +239,7 @@ class Hop:
         self._orphans.setdefault(key, []).append(_Orphan(record, frame, receipt, sender, since_s))
         self._orphan_bytes += size_bytes
 
-    def _adopt(self, plan: Plan) -> None:
+    def _start_flow(self, plan: Plan) -> None:
         """Start the flow of a plan and pass it the frames that arrived before the plan.
 
         Raises `ProtocolError` where this stage cannot follow the plan.
@@ -251,15 +252,15 @@ class Hop:
         flow.task = self._group.create_task(
             flow.run(), name=f"{self.node.settings.name}: {plan.task_id}/{plan.attempt}"
         )
-        self._take_again(key)
+        self._process_buffered(key)
 
-    def _take_again(self, key: tuple[str, int]) -> None:
+    def _process_buffered(self, key: tuple[str, int]) -> None:
         """Process a task's buffered frames after its plan or decision has arrived."""
         for orphan in self._take_orphans(key):
             try:
-                self._take(orphan.record, orphan.frame, orphan.receipt, orphan.sender)
+                self._dispatch(orphan.record, orphan.frame, orphan.receipt, orphan.sender)
             except ProtocolError as error:
-                self._refuse([orphan], error)
+                self._reject([orphan], error)
             else:
                 orphan.receipt.release()
 
@@ -268,14 +269,14 @@ class Hop:
         self._orphan_bytes -= sum(len(orphan.record.value or b"") for orphan in orphans)
         return orphans
 
-    def _refuse(self, orphans: list[_Orphan], error: ProtocolError) -> None:
+    def _reject(self, orphans: list[_Orphan], error: ProtocolError) -> None:
         """Dead-letter buffered frames."""
 
         async def dead_letter_all() -> None:
             for orphan in orphans:
                 task_id = orphan.frame.task_id
-                blamed = self._blamed(orphan.sender, task_id, orphan.frame.attempt)
-                await self._dead_letter(orphan.record, error, task_id, blamed)
+                attempt = self._attempt_to_fail(orphan.sender, task_id, orphan.frame.attempt)
+                await self._dead_letter(orphan.record, error, task_id, attempt)
                 orphan.receipt.release()
 
         if self._group is not None:
@@ -291,7 +292,7 @@ class Hop:
             with contextlib.suppress(ValidationError):  # the key is not a valid task name
                 await self.fail(task_id, attempt, error.cause, str(error))
 
-    def _blamed(self, sender: Speaker | None, task_id: str, attempt: int) -> int:
+    def _attempt_to_fail(self, sender: Speaker | None, task_id: str, attempt: int) -> int:
         """The attempt to fail for a broken frame; 0 where its sender is unauthorized."""
         return attempt if self.authorization.may_send(sender, task_id) else 0
 
