@@ -18,12 +18,10 @@ from typing import Final, Protocol
 
 from bus.frames import Plan
 from bus.port import Headers
-from bus.values import Placement
+from bus.values import DELAY_PARTS, Placement
 
 TRACEPARENT: Final = "traceparent"
 TASK, SUBMIT, DECISION = "task", "submit", "decision"
-PARTS: Final = ("device", "link1", "edge", "link2", "cloud", "result")
-"""The parts of a delay, in order."""
 
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
 
@@ -35,7 +33,7 @@ class Span:
     """A stretch of work on a task; moments are on the loop's clock of the process that measured it."""
 
     task_id: str
-    name: str  # task, submit, decision, or one of PARTS
+    name: str  # task, submit, decision, or one of `DELAY_PARTS`
     span_id: str  # 16 hexadecimal digits
     parent_id: str | None  # None: the root
     begin_s: float
@@ -89,7 +87,7 @@ def chain(placement: Placement) -> tuple[str, ...]:
         "cloud": placement.uses_cloud,
         "result": placement.edge is not None,
     }
-    return tuple(part for part in PARTS if has[part])
+    return tuple(part for part in DELAY_PARTS if has[part])
 
 
 def part_span_id(part: str, plan: Plan, node: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from itertools import product
-from typing import Annotated, Self
+from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -111,6 +111,13 @@ class Parts(Frozen):
     def total_s(self) -> float:
         """The sequential delay (7)."""
         return self.device_s + self.link1_s + self.edge_s + self.link2_s + self.cloud_s + self.result_s
+
+
+DELAY_PARTS: Final = tuple(field.removesuffix("_s") for field in Parts.model_fields)
+"""The names of the parts, in the order in which a sample passes them: device, link1, ..., result."""
+
+STATIONS: Final = DELAY_PARTS[:-1]
+"""The parts that a sample passes on its way to the last layer: all but the return of the result."""
 
 
 class Placement(Frozen):

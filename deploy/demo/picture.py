@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bus.values import Parts
 from deploy.demo.demo import Run
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; black left out.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
-PARTS = {
-    "device_s": "computes",
-    "link1_s": "link 1",
-    "edge_s": "computes",
-    "link2_s": "link 2",
-    "cloud_s": "computes",
-    "result_s": "results back",
-}
+_DOES = ("computes", "link 1", "computes", "link 2", "computes", "results back")
+ACTIVITIES = dict(zip(Parts.model_fields, _DOES, strict=True))
+"""What a node does in each part of the delay."""
 
 
 def draw_run(run: Run, path: Path) -> None:
@@ -28,7 +24,7 @@ def draw_run(run: Run, path: Path) -> None:
 
     rows = sorted(
         {(stretch.node, stretch.part) for stretch in run.stretches if stretch.part != "result_s"},
-        key=lambda row: ("dec".index(row[0][0]), row[0], list(PARTS).index(row[1])),
+        key=lambda row: ("dec".index(row[0][0]), row[0], list(ACTIVITIES).index(row[1])),
     )
     tasks = [outcome.task_id for outcome in run.outcomes]
     figure, axes = pyplot.subplots(figsize=(11, 0.9 + 0.38 * len(rows)), layout="constrained")
@@ -47,7 +43,7 @@ def draw_run(run: Run, path: Path) -> None:
                 edgecolor="white",
                 linewidth=0,
             )
-    axes.set_yticks(range(len(rows)), [f"{node} {PARTS[part]}" for node, part in reversed(rows)])
+    axes.set_yticks(range(len(rows)), [f"{node} {ACTIVITIES[part]}" for node, part in reversed(rows)])
     axes.set_xlabel("time since the first arrival (s)")
     axes.set_title(f"Who worked on what: {len(tasks)} tasks under {run.policy}")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)

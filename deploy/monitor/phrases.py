@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bus.text.units import format_rate
-from bus.values import Kind, Placement
+from bus.values import DELAY_PARTS, Kind, Placement
 
-STATION_NAMES = {
-    "device": "device",
-    "link1": "link 1",
-    "edge": "edge",
-    "link2": "link 2",
-    "cloud": "cloud",
-    "result": "results",
-}
+STATION_NAMES = dict(zip(DELAY_PARTS, ("device", "link 1", "edge", "link 2", "cloud", "results"), strict=True))
 """The parts of a delay, in the order in which a sample passes them."""
 
 _CUT_AT = {Kind.DEVICE_EDGE: (0,), Kind.DEVICE_CLOUD: (0,), Kind.EDGE_CLOUD: (1,), Kind.DEVICE_EDGE_CLOUD: (0, 1)}

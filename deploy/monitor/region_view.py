@@ -41,7 +41,7 @@ from bus.messages import (
 from bus.port import Record
 from bus.region_tasks import KnownTask, RegionTasks
 from bus.text.units import format_rate
-from bus.values import Parts, Placement, Role
+from bus.values import STATIONS, Parts, Placement, Role
 from deploy.monitor.decision_lines import lines_of
 
 _COLUMNS = re.compile(r"\s{2,}")  # column gaps of `tail`; elsewhere a line has commas
@@ -58,8 +58,6 @@ NAMED: Final = 4
 
 RECENT: Final = 1000
 """Number of recent tasks that percentiles cover."""
-
-STATIONS: Final = ("device", "link1", "edge", "link2", "cloud")
 
 
 @dataclass(slots=True)

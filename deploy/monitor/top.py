@@ -9,21 +9,15 @@ from rich.text import Text
 
 from bus.messages import TaskState
 from bus.text.units import format_count, format_moment, format_seconds
-from bus.values import Parts, Role
+from bus.values import DELAY_PARTS, Parts, Role
 from deploy.monitor.phrases import STATION_NAMES, some, used_text
 from deploy.monitor.region_report import counts, delays
 from deploy.monitor.region_view import LinkUse, NodeView, RegionView, TaskView
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; every part also has a letter.
-STATION_STYLE = {
-    "device": "#E69F00",
-    "link1": "#56B4E9",
-    "edge": "#009E73",
-    "link2": "#0072B2",
-    "cloud": "#CC79A7",
-    "result": "#999999",
-}
-STATION_LETTER = {"device": "D", "link1": "1", "edge": "E", "link2": "2", "cloud": "C", "result": "r"}
+STATION_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#999999")
+STATION_STYLE = dict(zip(DELAY_PARTS, STATION_COLOURS, strict=True))
+STATION_LETTER = dict(zip(DELAY_PARTS, "D1E2Cr", strict=True))
 _STATE_STYLE = {
     TaskState.RUNNING: "bold",
     TaskState.COMPLETED: "",

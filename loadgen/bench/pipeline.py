@@ -33,7 +33,7 @@ from bus.kafka.bus import KafkaBus, KafkaConnection
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.port import Bus, Payload, Position
 from bus.topics import TopicSpec
-from bus.values import BITS_PER_BYTE, Execution, Kind, ModelProfile, Placement, Role
+from bus.values import BITS_PER_BYTE, STATIONS, Execution, Kind, ModelProfile, Placement, Role
 from loadgen.bench import lenet
 from loadgen.bench.cpu_load import BusynessWatch
 from loadgen.bench.fixed_placement import TIMEOUT_S, Staged
@@ -43,7 +43,6 @@ from stages.shaper import Link
 
 Progress = Callable[[str], None]
 
-STATIONS = ("device", "link1", "edge", "link2", "cloud")
 OTHERS = 0.6
 """Time of the other stations as a share of the bottleneck's."""
 

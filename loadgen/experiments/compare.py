@@ -18,7 +18,7 @@ import uvloop
 from bus import topics
 from bus.kafka.bus import KafkaBus, KafkaConnection
 from bus.messages import TaskState
-from bus.values import ModelProfile
+from bus.values import STATIONS, ModelProfile
 from loadgen.experiments.live_services import running
 from loadgen.replay.outcome import Outcome, Recorder
 from loadgen.replay.readiness import await_nodes
@@ -48,7 +48,6 @@ SCENARIO = Scenario(
 """Sixty tasks that compete for four edges; LeNet is left out, since its stations would stretch the rest by hundreds."""
 
 JOIN_TIMEOUT_S = 60.0
-STATIONS = ("device_s", "link1_s", "edge_s", "link2_s", "cloud_s")
 _LEASE_S = 30.0
 
 
@@ -146,10 +145,10 @@ def time_scale_of(scenario: Scenario, seed: int, platforms: Platforms) -> float:
     """Factor on all times so that the fastest station of any placement takes `MIN_STATION_S` per sample."""
     fastest_s = min(
         (
-            getattr(outcome.predicted, station) / outcome.samples
+            busy_s / outcome.samples
             for outcome in drive(scenario, seed, platforms)
             for station in STATIONS
-            if outcome.predicted is not None and getattr(outcome.predicted, station) > 0
+            if outcome.predicted is not None and (busy_s := getattr(outcome.predicted, f"{station}_s")) > 0
         ),
         default=MIN_STATION_S,
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bus.values import ModelProfile, Role
+from bus.values import DELAY_PARTS, ModelProfile, Role
 from loadgen import plots
 from loadgen.experiments import claims as rules
 from loadgen.experiments.captions import Caption, finish
 from loadgen.experiments.claims import Claim
 from loadgen.experiments.figure_result import FigureOptions, FigureResult, write_csv
 from loadgen.replay.outcome import Outcome
-from loadgen.replay.report import PART_COLOURS, PARTS
+from loadgen.replay.report import PART_COLOURS
 from loadgen.sim.core_driver import drive
 from loadgen.sim.platforms import Platforms, measured, platforms
 from loadgen.sim.scenario import Scenario
@@ -246,8 +246,8 @@ def _stacked(
     """Draw one bar per policy, stacked by delay part, with the total on top and the paper's values as diamonds."""
     places = list(range(len(names)))
     bottoms = [0.0] * len(names)
-    for part, part_label, colour in zip(PARTS, PART_LABELS, PART_COLOURS, strict=True):
-        heights = [1e3 * getattr(outcome.predicted, part) for outcome in outcomes]
+    for part, part_label, colour in zip(DELAY_PARTS, PART_LABELS, PART_COLOURS, strict=True):
+        heights = [1e3 * getattr(outcome.predicted, f"{part}_s") for outcome in outcomes]
         axes.bar(
             places, heights, 0.62, bottom=bottoms, label=part_label, color=colour, edgecolor="white", linewidth=0.5
         )

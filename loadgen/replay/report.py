@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bus.text.json_text import json_text
+from bus.values import DELAY_PARTS
 from loadgen import plots
 from loadgen.replay.metrics import PERCENTILES
 from loadgen.replay.outcome import Outcome, as_row
@@ -19,7 +20,6 @@ from loadgen.replay.outcome import Outcome, as_row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PARTS = ("device_s", "link1_s", "edge_s", "link2_s", "cloud_s", "result_s")
 PART_COLOURS = (plots.ORANGE, plots.YELLOW, plots.SKY, plots.GREEN, plots.PURPLE, plots.GREY)
 MAX_TABLE_ROWS = 500
 """Maximum number of tasks listed in the HTML report; profile_export.jsonl lists all."""
@@ -201,13 +201,13 @@ def _parts(done: Sequence[Outcome]) -> Figure:
         for name in ("predicted", "measured"):
             found = [parts for parts in (getattr(outcome, name) for outcome in mine) if parts is not None]
             if found:
-                means = [sum(getattr(parts, part) for parts in found) / len(found) for part in PARTS]
+                means = [sum(getattr(parts, f"{part}_s") for parts in found) / len(found) for part in DELAY_PARTS]
                 rows.append((f"{kind}, {name}", means))
     fig, axes = plots.figure(8.5, 0.9 + 0.27 * len(rows))
     lefts = [0.0] * len(rows)
-    for index, part in enumerate(PARTS):
+    for index, part in enumerate(DELAY_PARTS):
         widths = [means[index] for _, means in rows]
-        axes.barh(range(len(rows)), widths, left=lefts, color=PART_COLOURS[index], label=part[:-2], height=0.7)
+        axes.barh(range(len(rows)), widths, left=lefts, color=PART_COLOURS[index], label=part, height=0.7)
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
-from bus.values import Kind, Placement
+from bus.values import DELAY_PARTS, Kind, Placement
+from deploy.monitor import phrases
 from deploy.monitor.phrases import cut_column, cuts_text, grants_text, place_text
 
 LAYERS = ("input", "conv", "pool", "dense")
@@ -44,3 +49,9 @@ def test_only_links_that_are_used_are_named() -> None:
     both = placement(Kind.DEVICE_CLOUD, 1, 1, 500_000_000, 20_000_000)
     assert place_text(both) == "device+cloud through e1, cut after conv, 500 Mbps on link 1, 20 Mbps on link 2"
     assert place_text(placement(Kind.DEVICE, 3, 3)) == "device, uncut"
+
+
+def test_the_page_lists_the_parts_of_a_delay_as_the_messages_do() -> None:
+    page = (Path(phrases.__file__).parent / "ui" / "page.js").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^const STATIONS = (\[.*\]);$", page, re.MULTILINE)
+    assert tuple(json.loads(listed)) == DELAY_PARTS

@@ -30,7 +30,7 @@ from bus.messages import (
     TaskSubmitted,
 )
 from bus.port import Record
-from bus.values import Execution, Kind, Objective, Parts, Placement, Role
+from bus.values import STATIONS, Execution, Kind, Objective, Parts, Placement, Role
 from deploy.monitor import region_view
 from deploy.monitor.region_feed import in_order
 from deploy.monitor.region_report import changed_tasks, report
@@ -114,7 +114,7 @@ def test_links_and_slots_fill_with_what_runs_and_empty_at_its_end(region: Topics
     assert view.link("e1", 1).granted == {"t1": 6_000_000}
     assert view.link("e1", 2).share == pytest.approx(0.75)
     assert view.slot_holders("e1") == ["t1"]
-    assert view.flow() == dict.fromkeys(region_view.STATIONS, 1)
+    assert view.flow() == dict.fromkeys(STATIONS, 1)
     region.decide(15.5, completed("t1"))
     assert (view.link("e1", 1).granted, view.slot_holders("e1")) == ({}, [])
     assert view.ended[TaskState.COMPLETED] == 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from bus.values import STATIONS
 from loadgen.bench import decision, pipeline
-from loadgen.bench.pipeline import STATIONS, Load, worst_second_bytes
+from loadgen.bench.pipeline import Load, worst_second_bytes
 
 
 def test_the_worst_second_slides() -> None:
