@@ -82,7 +82,7 @@ class DeviceAttempt:
         self.todo = todo
         self.device_s = 0.0
         self._began_s: float | None = None  # start of the first computation on this device
-        self._computed_s = float("-inf")  # end of the last one
+        self._computed_s = float("-inf")  # end of the last computation
         self.reports: dict[str, float] = {}
         self._on_result = on_result
         self._missing = set(todo)

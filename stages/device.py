@@ -51,9 +51,8 @@ class Device:
         self._on_result = on_result
         self._group: asyncio.TaskGroup | None = None
         self._subscribed: set[Bus] = set()  # sites whose results are being read
-        self._subscribing: dict[
-            Bus, asyncio.Lock
-        ] = {}  # one lock per site, so that an unreachable site delays only itself
+        # One lock per site, so that an unreachable site delays only itself.
+        self._subscribing: dict[Bus, asyncio.Lock] = {}
         self._draining = False
 
     async def run(self) -> None:

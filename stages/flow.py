@@ -97,7 +97,7 @@ class Flow:
         self.busy_s = 0.0
         self.parent_id: str | None = None  # parent trace span, where the frames name one
         self._began_s: float | None = None  # start of the first computation on this stage
-        self._free_s = float("-inf")  # end of the last one
+        self._free_s = float("-inf")  # end of the last computation
         self.window = MAX_WINDOW  # samples that its device may have in the pipeline
         self._widest_bytes = MAX_SAMPLE_BYTES  # upper limit for one sample
         self._expected_bytes: int | None = None  # size of one sample that arrives here, where the model is known
@@ -172,7 +172,7 @@ class Flow:
             self.node.status.count("duplicates_suppressed")
             return
         if sample in self._whole:
-            # A duplicate of a sample in work: its record, too, is done only when the sample is.
+            # A duplicate of a sample in progress: its record, too, stays open until the sample is acknowledged.
             self.node.status.count("duplicates_suppressed")
             receipt.hold()
             self._receipts[sample].append(receipt)

@@ -59,10 +59,10 @@ class NodeSettings:
     role: Role
     region: int = 0
     lease_s: float = 10.0
-    slots: int = 0  # r_e, edges only
-    link1_capacity_bps: int = 0  # B_e^1 of an edge; a device's own limit, 0: none
-    link2_capacity_bps: int = 0  # B_e^2 of an edge
-    reachable_edges: tuple[str, ...] | None = None  # E_i of a device, None: all
+    slots: int = 0  # compute slots of an edge (r_e)
+    link1_capacity_bps: int = 0  # of an edge (B_e^1) or of a device; 0: unlimited
+    link2_capacity_bps: int = 0  # of an edge (B_e^2); 0: unlimited
+    reachable_edges: tuple[str, ...] | None = None  # of a device (E_i); None: all edges
     remembered_ends: int = REMEMBERED_ENDS  # number of ended tasks remembered, to drop their late frames
 
 
@@ -78,7 +78,7 @@ class NodeStatus:
 
     @property
     def ready(self) -> bool:
-        """Warm, and able to take work."""
+        """Whether the node can receive work."""
         return self.caught_up and self.warm and self.receiving
 
     def count(self, name: str, by: float = 1) -> None:
@@ -235,7 +235,7 @@ class Node:
         self._on_span(Span(plan.task_id, part, part_span_id(part, plan, name), parent_id, begin_s, end_s, attributes))
 
     def trace_header(self, part: str, plan: Plan) -> Headers:
-        """Record headers that make the receiver's spans children of this part's span."""
+        """Headers for a record that make the receiver's spans children of this part's span."""
         return ((TRACEPARENT, traceparent(plan.task_id, part_span_id(part, plan, self.settings.name))),)
 
     async def publish(self, topic: str, message: Message, key: str) -> None:
@@ -318,7 +318,7 @@ class Node:
         requires another identity.
         """
         try:
-            self._satisfy()
+            self._check_identity()
             return
         except ConfigError as error:
             self.log.warning("identity not accepted by the last planner; waiting for the current one", error=str(error))
@@ -329,9 +329,9 @@ class Node:
                 if isinstance(message, Decision):
                     self.fences.apply(message)
                 found = found or isinstance(message, Message)
-        self._satisfy()
+        self._check_identity()
 
-    def _satisfy(self) -> None:
+    def _check_identity(self) -> None:
         """Check the identity. Raises `ConfigError` where the region requires proofs that this bus does not create."""
         settings = self.settings
         satisfy_region(self.bus, self._decisions.demanded, f"{settings.role.value} {settings.name}")
@@ -353,7 +353,7 @@ class Node:
         """Handle one record of the decisions topic."""
         message = self._decisions.read(record)
         if isinstance(message, EpochOpened):
-            self._satisfy()
+            self._check_identity()
         if not isinstance(message, Decision):
             return
         fenced = self.fences.apply(message)
@@ -468,7 +468,7 @@ class Node:
             await asyncio.sleep(interval_s)
 
     def _renew(self, sent_s: float) -> None:
-        """Renew the lease from `sent_s`, when the acknowledged message was sent."""
+        """Renew the lease; it counts from `sent_s`, the time when the acknowledged message was sent."""
         self._lease_start_s = max(self._lease_start_s, sent_s)
         self._renewed.set()
 
