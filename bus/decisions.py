@@ -1,13 +1,13 @@
-"""The reading rule of the decision topic: which records count.
+"""Reading rule of the decision topic: which records are valid.
 
-Several planners may write to a region's partition (an old one that was frozen, two that race for an epoch), but a reader
-obeys one: the first `EpochOpened` of each higher epoch wins, and of the decisions only those of the open (epoch, nonce)
-whose sequence number follows the last. Whoever reads the same partition from the same place draws the same conclusions.
+Several planners may write to a region's partition: one that was frozen and deposed, or two that compete for an epoch. Readers
+follow one of them. The first `EpochOpened` of each higher epoch wins. A decision is valid only if it has the (epoch,
+nonce) of the open epoch and the next sequence number. All readers that start at the same offset accept the same records.
 
-A step that fits no single record comes as `DecisionPart`s and the `Decision` behind them. Parts change nothing: they are put
-by, and when the decision stands, and all of its parts before it, it is given out with the changes of all of them.
+A step that is too large for one record is written as `DecisionPart` records followed by their `Decision`. The reader buffers
+the parts and returns the decision with the changes of all parts. Parts without a decision have no effect.
 
-A reader that must miss nothing says at which offset its first record stands; from there on offsets must follow each other.
+A reader that must not miss a record passes the offset of its first record; later offsets must then be consecutive.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from bus.port import Record
 DecisionTopicMessage = Decision | DecisionPart | EpochOpened | PlannerHeartbeat | PlannerLeft
 
 
-LARGEST_HOLE = 1
-"""So many offsets may be empty inside a log: the marker of a foreign transaction takes one."""
+MAX_OFFSET_GAP = 1
+"""Maximum number of consecutive unused offsets: the marker of another program's transaction uses one."""
 
 
 class DecisionsLostError(BusError):
-    """Decisions are gone that this reader has not read: deleted by retention, by compaction, or with their topic."""
+    """Decisions were deleted before this reader read them: by retention, by compaction, or with their topic."""
 
     def __init__(self, region: int, expected: int, found: int) -> None:
-        what = f"region {region}: decisions from offset {expected} on are gone, the log goes on at {found}"
+        what = f"region {region}: decisions from offset {expected} on were deleted; the log continues at {found}"
         if found < expected:
-            what = f"region {region}: the decisions begin anew at offset {found}, {expected} was expected next"
-        super().__init__(what, remedy="see how the topic is set: deepar doctor")
+            what = f"region {region}: the log starts again at offset {found}; the next expected offset is {expected}"
+        super().__init__(what, remedy="check the settings of the topic: deepar doctor")
 
 
 class DecisionUnreadableError(ConfigError):
-    """The next decision of the planner in charge cannot be read here, so nothing that follows it could be obeyed."""
+    """The next decision of the leading planner cannot be decoded, so this reader cannot apply later decisions either."""
 
     def __init__(self, region: int, offset: int, planner: str, why: str) -> None:
         super().__init__(
-            f"region {region}: the decision of {planner or 'the planner in charge'} at offset {offset} cannot be read: {why}",
-            remedy="the planner is of a newer version: run the same version of deepar everywhere",
+            f"region {region}: the decision of {planner or 'the leading planner'} at offset {offset} cannot be read: {why}",
+            remedy="the planner runs a newer version: run the same version of deepar everywhere",
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A record that does not count, and why."""
+    """A record that was ignored, and the reason."""
 
     reason: str  # stale_epoch, lost_race, out_of_sequence, or a ProtocolError's cause
     detail: str
@@ -61,38 +61,38 @@ class DecisionLog:
     def __init__(
         self, *, epoch: int = 0, nonce: str = "", seq: int = 0, next_offset: int | None = None, joins: bool = False
     ) -> None:
-        """`next_offset`: where the next record must stand; None: this reader may begin anywhere and miss some.
+        """`next_offset`: offset of the next record; None: the reader may start anywhere and miss records.
 
-        `joins`: the log may begin in between (views, tools). Until an `EpochOpened` is read the highest epoch of any record
-        is taken to be open, and its first decision to be the next.
+        `joins`: the reader may start in the middle of an epoch (views, tools). Until it reads an `EpochOpened`, it takes the
+        highest epoch of any record as open and that epoch's first decision as the next.
         """
-        self.epoch = epoch  # the open epoch, 0 before the first
-        self.nonce = nonce  # of the planner that opened it
-        self.planner = ""  # its name, where its opening was read
-        self.lease_s = 0.0  # silent for longer, and another may take over
-        self.identity: str | None = None  # of which master it demands proofs, where it does
-        self.left = False  # whether that planner has gone politely
-        self.seq = seq  # of the last valid decision
-        self.dropped = 0  # records that did not count
+        self.epoch = epoch  # the open epoch; 0 before the first
+        self.nonce = nonce  # nonce of the planner that opened it
+        self.planner = ""  # name of that planner; empty if its `EpochOpened` was not read
+        self.lease_s = 0.0  # another planner may take over if this one is silent for longer
+        self.identity: str | None = None  # fingerprint of the master whose proofs it requires; None: no proofs
+        self.left = False  # whether that planner announced that it leaves
+        self.seq = seq  # sequence number of the last valid decision
+        self.dropped = 0  # number of ignored records
         self._next_offset = next_offset
         self._joins = joins
-        self._parts: list[DecisionPart] = []  # of the next decision, as far as they have come
+        self._parts: list[DecisionPart] = []  # parts of the next decision read so far
 
     @property
     def demanded(self) -> str | None:
-        """Of which master the planner in charge demands proofs of identity; None where it demands none, or has left."""
+        """Fingerprint of the master whose proofs the leading planner requires; None if it requires none or has left."""
         return None if self.left else self.identity
 
     def read(self, record: Record) -> DecisionTopicMessage | Dropped:
-        """The record's message where it counts, a decision with all its changes; `Dropped` where it does not.
+        """The message of a valid record (a decision with the changes of all its parts), `Dropped` for an ignored one.
 
-        Where no record may be missed, raises `DecisionsLostError`, once for each gap, if records before this one are missing,
-        and `DecisionUnreadableError` if this is the next decision and its changes are of no known kind.
+        If the reader must not miss records, raises `DecisionsLostError`, once per gap, if records before this one are
+        missing, and `DecisionUnreadableError` if this is the next decision and cannot be decoded.
         """
         expected = self._next_offset
         if expected is not None:
             self._next_offset = record.offset + 1
-            if not 0 <= record.offset - expected <= LARGEST_HOLE:
+            if not 0 <= record.offset - expected <= MAX_OFFSET_GAP:
                 raise DecisionsLostError(record.partition, expected, record.offset)
         try:
             message = messages.decode(topics.DECISIONS, record.value)
@@ -103,7 +103,7 @@ class DecisionLog:
         return self.accept(message)
 
     def _is_next(self, payload: bytes | None) -> bool:
-        """Whether a record that cannot be read is the next decision of the open epoch, or a part of it."""
+        """Whether a record that cannot be decoded is the next decision of the open epoch, or a part of it."""
         if not payload or len(payload) > messages.MAX_MESSAGE_BYTES:
             return False
         try:
@@ -115,7 +115,7 @@ class DecisionLog:
         return (found.get("epoch"), found.get("nonce"), found.get("seq")) == (self.epoch, self.nonce, self.seq + 1)
 
     def accept(self, message: DecisionTopicMessage) -> DecisionTopicMessage | Dropped:
-        """The same for a decoded message."""
+        """Apply the reading rule to a decoded message."""
         if isinstance(message, EpochOpened):
             if message.epoch <= self.epoch:
                 return self._drop("lost_race", f"epoch {message.epoch} of {message.planner}: {self.epoch} is open")
@@ -152,7 +152,7 @@ class DecisionLog:
         return message.model_copy(update={"changes": (*changes, *message.changes)})
 
     def _join(self, message: Decision | DecisionPart | PlannerHeartbeat | PlannerLeft) -> None:
-        """Take up the epoch of a record whose opening is not there to be read."""
+        """Adopt the epoch of a record whose `EpochOpened` was not read."""
         if message.epoch > self.epoch:
             self.epoch, self.nonce, self.seq = message.epoch, message.nonce, 0
             self._parts.clear()

@@ -1,6 +1,6 @@
-"""The headers of control messages: CloudEvents in Kafka's binary mode, and the trace that a message belongs to.
+"""Headers of control messages: CloudEvents in Kafka's binary mode, and the trace context.
 
-`ce_time` is left out: the record's own timestamp says it, and no clock is read for the sake of a header.
+They have no `ce_time`: the timestamp of the record serves that purpose.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ _FIXED: Headers = (("content-type", b"application/json"), ("ce_specversion", b"1
 
 
 class Envelope:
-    """Makes the headers of what one sender writes during one life of its process.
+    """Creates the headers for the messages of one sender during one life of its process.
 
-    `source` says who it is (`/deepar/0/device/d1`), `life` tells this life from others: together with a count they make
-    `ce_id`, which CloudEvents want to be unique a source. A submission's id is its task's name: submitted again, it is the
-    same event.
+    `source` identifies the sender (`/deepar/0/device/d1`), `life` this run of its process. CloudEvents requires a `ce_id`
+    that is unique per source: it consists of `life` and a counter. The id of a submission is its task's name, so a repeated
+    submission is the same event.
     """
 
     def __init__(self, source: str, life: str) -> None:
@@ -29,14 +29,14 @@ class Envelope:
         """The headers of the next message."""
         self._count += 1
         known = message.task_id if isinstance(message, TaskSubmitted) else f"{self._life}-{self._count}"
-        kind: str = getattr(message, "type")  # noqa: B009 - every message has one, the class that they share has not
+        kind: str = getattr(message, "type")  # noqa: B009 - every subclass has it, the base class has not
         trace = _trace(message)
         own: Headers = (("ce_id", known.encode()), ("ce_type", f"deepar.{kind}".encode()))
         return (*self._fixed, *own, (TRACEPARENT, trace)) if trace is not None else (*self._fixed, *own)
 
 
 def _trace(message: Message) -> bytes | None:
-    """The trace of a message about one task."""
+    """The trace context of a message about one task; None for other messages."""
     if isinstance(message, TaskSubmitted):
         return traceparent(message.task_id, span_id(message.task_id, SUBMIT))
     if isinstance(message, TaskCancelled):

@@ -1,8 +1,8 @@
-"""Every error that DeePar raises on purpose has one root, `DeeparError`.
+"""Errors that DeePar raises on purpose: `DeeparError` and its subclasses.
 
-The children tell *who* was wrong: the caller (`ConfigError`, `ModelError`), a peer (`ProtocolError`), the outside world
-(`BusError`), or ourselves (`InvariantError`, which is a bug and is allowed to crash the process). A `remedy`, where there
-is one, says what to do; the command line prints it under the message.
+The subclass names the source of the error: the caller (`ConfigError`, `ModelError`), a peer (`ProtocolError`), the
+environment (`BusError`), or DeePar itself (`InvariantError`: a bug, which may crash the process). An optional `remedy` says
+what to do; the command line prints it below the message.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import difflib
 from collections.abc import Iterable
 
 NEAR = 0.6
-"""How alike a name must be to be asked for, from 0 to 1, as `difflib` measures it."""
+"""Minimum similarity of a suggested name, from 0 to 1, as computed by `difflib`."""
 
 
 class DeeparError(Exception):
-    """Root of all errors raised on purpose. `remedy` tells a person what to do next."""
+    """Base class of all errors raised on purpose. `remedy` says what to do."""
 
     def __init__(self, message: str, *, remedy: str | None = None) -> None:
         super().__init__(message)
@@ -27,11 +27,11 @@ class ConfigError(DeeparError):
 
 
 class UnknownNameError(ConfigError):
-    """A model, node, policy, pattern or task is named that does not exist; the message lists near names."""
+    """A model, node, policy, pattern or task does not exist; the message suggests a similar name."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, remedy: str | None = None) -> UnknownNameError:
-    """The error for a `name` that is none of `known`: asks for the nearest; its remedy lists them, unless one is given."""
+    """The error for a `name` that is not in `known`: suggests the most similar one. The default remedy lists them all."""
     names = [str(one) for one in known]
     folded = {one.casefold(): one for one in names}
     near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=NEAR)
@@ -41,7 +41,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, remedy: str | No
 
 
 class ModelError(DeeparError):
-    """A model file is refused: `path` names the file, `fault` what is wrong with it."""
+    """A model file is invalid: `path` is the file, `fault` says what is wrong."""
 
     def __init__(self, path: str, fault: str, *, remedy: str | None = None) -> None:
         super().__init__(f"{path}: {fault}", remedy=remedy)
@@ -50,15 +50,15 @@ class ModelError(DeeparError):
 
 
 class PolicyError(DeeparError):
-    """A user's policy raised an error, or chose what cannot be; the message names the policy and the line."""
+    """A user's policy raised an error or chose an impossible placement; the message names the policy and the line."""
 
 
 class CutError(DeeparError):
-    """A model cannot be cut at the position asked for; the message says why."""
+    """A model cannot be cut at the requested position; the message says why."""
 
 
 class ProtocolError(DeeparError):
-    """A message from a peer is broken: undecodable, of a wrong shape, too large, of an unknown version."""
+    """A message from a peer is invalid: undecodable, of a wrong shape, too large, or of an unknown version."""
 
     def __init__(self, cause: str, message: str) -> None:
         super().__init__(message)
@@ -66,27 +66,28 @@ class ProtocolError(DeeparError):
 
 
 class BusError(DeeparError):
-    """The bus could not do what was asked."""
+    """An operation on the bus failed."""
 
 
 class BusUnavailableError(BusError):
-    """No broker answers at the address given, or it went away for longer than we wait."""
+    """No broker answers at the configured address, or the broker was unavailable for longer than the timeout."""
 
 
 class UnknownTopicError(BusError):
-    """The topic does not exist, or may not be seen."""
+    """The topic does not exist, or this user may not see it."""
 
 
 class MessageTooLargeError(BusError):
-    """A record is larger than the limit of its topic, `limit_bytes` where that is known."""
+    """A record exceeds the size limit of its topic; `limit_bytes` is None if the limit is unknown."""
 
     def __init__(self, topic: str, size_bytes: int, limit_bytes: int | None) -> None:
         limit = "the limit (max.message.bytes)" if limit_bytes is None else f"the limit of {limit_bytes:,}"
         what = f"a record of {size_bytes:,} bytes"
-        if limit_bytes is not None and size_bytes <= limit_bytes:  # it went in a batch, and the batch is judged
+        if limit_bytes is not None and size_bytes <= limit_bytes:  # the limit applies to the batch that held the record
             what = f"a batch of records, one of {size_bytes:,} bytes,"
         super().__init__(
-            f"{what} is over {limit} of topic {topic}", remedy="`deepar doctor` compares the sizes that are allowed"
+            f"{what} is over {limit} of topic {topic}",
+            remedy="`deepar doctor` compares the size limits of brokers and topics",
         )
         self.topic = topic
         self.size_bytes = size_bytes
@@ -94,4 +95,4 @@ class MessageTooLargeError(BusError):
 
 
 class InvariantError(DeeparError):
-    """Something that must always hold does not: a bug of ours. The message carries the history that led there."""
+    """An invariant is violated: a bug in DeePar. The message includes the events that led to it."""

@@ -1,8 +1,8 @@
-"""The bus port: what DeePar asks of a message bus, in under a hundred lines of interface.
+"""Bus port: the interface of a message bus.
 
-`MemoryBus` and `KafkaBus` implement it and pass one contract suite. A bus keeps records in topics, topics in partitions,
-partitions in order; a reader has a position in each; a member of a group shares partitions with the other members and
-commits how far it is. What is not committed is delivered again (at least once).
+`MemoryBus` and `KafkaBus` implement it and pass the same contract tests. A topic has partitions, and a partition holds
+records in order. A reader has a position in each of its partitions. The members of a group share the partitions of its
+topics and commit their positions; records after the committed position are delivered again (at least once).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ Payload = bytes | bytearray | memoryview
 
 
 class Record(NamedTuple):
-    """One record as it stands on a topic."""
+    """One record of a topic."""
 
     topic: str
     partition: int
     offset: int
-    timestamp_ms: int  # when it was sent, milliseconds since 1970, the sender's clock; no decision reads it
+    timestamp_ms: int  # milliseconds since 1970, usually on the sender's clock; no decision reads it
     key: str | None
     value: bytes | None  # None: a tombstone
     headers: Headers = ()
 
 
 class Position(NamedTuple):
-    """Where a record that was sent came to stand."""
+    """The place at which the bus stored a record."""
 
     topic: str
     partition: int
@@ -38,42 +38,42 @@ class Position(NamedTuple):
 
 
 class FoundTopic(NamedTuple):
-    """A topic as a cluster has it."""
+    """A topic that exists on a cluster."""
 
     name: str
     servers: str  # the cluster's bootstrap servers
     partitions: int
-    copies: int  # of the partition that has the fewest
-    settings: Mapping[str, str]  # by Kafka's names, as far as this user may see them
+    copies: int  # replicas of the partition that has the fewest
+    settings: Mapping[str, str]  # by Kafka's names; only settings that this user may see
 
 
 class Reader(Protocol):
-    """Reads the partitions it was given, from where it was told; nobody else is affected."""
+    """Reads fixed partitions from given positions, independently of other readers."""
 
     async def fetch(self, *, max_records: int = 500, timeout_s: float = 1.0) -> list[Record]:
-        """The next records, in order within each partition; [] when none came in time. Raises `BusError`."""
+        """The next records, in order within each partition; [] if none arrived in time. Raises `BusError`."""
 
     def position(self, partition: TopicPartition) -> int:
         """The offset of the next record that `fetch` will return."""
 
     async def seek(self, partition: TopicPartition, offset: int) -> None:
-        """Go on reading at `offset`; a reader may be behind or ahead of it."""
+        """Continue at `offset`, which may be before or after the current position."""
 
     async def lag(self) -> int:
-        """How many records stand between the positions and the ends as they are now; 0: caught up."""
+        """Number of records between the positions and the current ends; 0: the reader has read everything."""
 
     async def close(self) -> None:
-        """Stop. Fetches that wait return []."""
+        """Close the reader. Waiting fetches return []."""
 
 
 class Member(Reader, Protocol):
-    """A reader that shares its topics with a group and commits what it has finished."""
+    """A reader that shares its topics with the other members of a group and commits its positions."""
 
     def assignment(self) -> frozenset[TopicPartition]:
-        """The partitions that are this member's at the moment."""
+        """The partitions that are currently assigned to this member."""
 
     async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
-        """Everything before these offsets is done. Partitions that are no longer ours are ignored; bounded in time."""
+        """Commit these positions within a bounded time. Partitions that are no longer assigned are ignored."""
 
 
 RebalanceCallback = Callable[[frozenset[TopicPartition]], Awaitable[None]]
@@ -89,19 +89,19 @@ class Bus(Protocol):
     async def __aexit__(self, *exc: object) -> None: ...
 
     def beside(self, topic: str, neighbour: str) -> Bus:
-        """The bus of the site that keeps `topic` for those who use `neighbour`; this one where there are no sites.
+        """The bus of the site that holds `topic` for the users of `neighbour`; this bus if there is only one site.
 
-        The same object for the same site, so that nobody reads one topic twice.
+        Returns the same object for the same site, so that callers can avoid reading a topic twice.
         """
 
     async def create_topics(self, specs: Iterable[TopicSpec]) -> None:
-        """Create what is missing, at every site that needs it; what exists stays as it is. Raises `BusError`."""
+        """Create the missing topics at every site that needs them; existing topics stay unchanged. Raises `BusError`."""
 
     async def partitions(self, topic: str) -> int:
-        """How many partitions a topic has. Raises `UnknownTopicError`."""
+        """Number of partitions of a topic. Raises `UnknownTopicError`."""
 
     async def found_topics(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
-        """Of these topics those that are there, with their settings; None: all of ours, at every site. Raises `BusError`."""
+        """The existing topics of `names` with their settings; None: of the whole table, at every site. Raises `BusError`."""
 
     async def end_offsets(self, topic: str) -> dict[int, int]:
         """The offset that the next record of each partition will get. Raises `UnknownTopicError`."""
@@ -115,11 +115,11 @@ class Bus(Protocol):
         partition: int | None = None,
         headers: Headers = (),
     ) -> Awaitable[Position]:
-        """Put a record in line and return what resolves once the bus has acknowledged it (or raises `BusError`).
+        """Queue a record; the returned awaitable resolves when the bus has acknowledged it, or raises `BusError`.
 
         Records that one task posts to one partition stay in order. Waits while the send buffer is full. A record that may
-        or may not have been written is reported as failed; a caller who must know reads the topic. Raises
-        `MessageTooLargeError`, `UnknownTopicError`, `BusUnavailableError`.
+        have been written is reported as failed; a caller that must be certain reads the topic. Raises `MessageTooLargeError`,
+        `UnknownTopicError`, `BusUnavailableError`.
         """
 
     async def send(
@@ -131,7 +131,7 @@ class Bus(Protocol):
         partition: int | None = None,
         headers: Headers = (),
     ) -> Position:
-        """`post`, and wait for the acknowledgement."""
+        """Post a record and wait for its acknowledgement."""
 
     async def reader(
         self,
@@ -139,7 +139,7 @@ class Bus(Protocol):
         *,
         start: Literal["start", "end"] | Mapping[TopicPartition, int],
     ) -> Reader:
-        """Read these partitions from their start, their end, or given offsets (what is gone: the earliest there is)."""
+        """A reader of these partitions from their start, their end, or given offsets (a deleted offset: the earliest one)."""
 
     async def join(
         self,
@@ -149,4 +149,4 @@ class Bus(Protocol):
         on_assigned: RebalanceCallback | None = None,
         on_revoked: RebalanceCallback | None = None,
     ) -> Member:
-        """Join a group; unread partitions begin at their start. `on_revoked` runs before another member gets them."""
+        """Join a group. Without a committed position reading begins at the start. `on_revoked` runs before reassignment."""

@@ -166,7 +166,7 @@ class KafkaBus:
             else:
                 partition = self._turn = (self._turn + 1) % count
         elif not 0 <= partition < count:
-            raise BusError(f"{topic} has {count} partitions, there is no {partition}")
+            raise BusError(f"{topic} has no partition {partition}: it has {count} partitions")
         key_bytes = None if key is None else key.encode()
         size_bytes = record_bytes(len(value or b""), len(key_bytes or b""), headers)
         if size_bytes > self._connection.max_record_bytes:
@@ -194,7 +194,7 @@ class KafkaBus:
         for topic, number in wanted:
             count = await self.partitions(topic)  # assign() on a topic that is not there reads nothing, for ever
             if not 0 <= number < count:
-                raise BusError(f"{topic} has {count} partitions, there is no {number}")
+                raise BusError(f"{topic} has no partition {number}: it has {count} partitions")
         servers = self._one_site(topic for topic, _ in wanted)
         if isinstance(start, str):
             reader = KafkaReader(self._connection, servers, start, dict.fromkeys(wanted, -1))

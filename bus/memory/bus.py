@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal
 
@@ -52,7 +53,7 @@ class MemoryBus:
         self._linked = True  # False: disconnected from the broker
         self._cuts = 0
         self._readers: list[MemoryReader] = []
-        self._held: deque[_Held] = deque()  # posts that wait for the broker, oldest first
+        self._held: deque[_Post] = deque()  # posts that wait for the broker, oldest first
         self._held_bytes = 0
         self._room: list[asyncio.Future[None]] = []  # posts that wait for buffer space
         self._unacked = 0
@@ -122,7 +123,7 @@ class MemoryBus:
             else:
                 partition = self._turn = (self._turn + 1) % len(logs)
         elif not 0 <= partition < len(logs):
-            raise BusError(f"{topic} has {len(logs)} partitions, there is no {partition}")
+            raise BusError(f"{topic} has no partition {partition}: it has {len(logs)} partitions")
         data = None if value is None else bytes(value)  # copies mutable buffers only
         size_bytes = record_bytes(len(data or b""), len(key or ""), headers)
         if size_bytes > self.broker.max_record_bytes:
@@ -139,10 +140,11 @@ class MemoryBus:
             await room
             self._check_open()
         acknowledged: asyncio.Future[Position] = asyncio.get_running_loop().create_future()
+        posted = _Post(log, key, data, headers, size_bytes, acknowledged)
         if self.connected and not self._held:
-            self._write(log, key, data, headers, size_bytes, acknowledged)
+            self._write(posted)
         else:
-            self._hold(log, key, data, headers, size_bytes, acknowledged)
+            self._hold(posted)
         return acknowledged
 
     async def send(
@@ -170,7 +172,7 @@ class MemoryBus:
         for topic, number in partitions:
             logs = self.broker.logs(topic)
             if not 0 <= number < len(logs):
-                raise BusError(f"{topic} has {len(logs)} partitions, there is no {number}")
+                raise BusError(f"{topic} has no partition {number}: it has {len(logs)} partitions")
             log = logs[number]
             if start == "end":
                 offset = log.end
@@ -240,9 +242,10 @@ class MemoryBus:
         while self._held:
             held = self._held.popleft()
             self._held_bytes -= held.size_bytes
-            held.timer.cancel()
+            if held.timer is not None:
+                held.timer.cancel()
             if not held.acknowledged.done():
-                self._write(held.log, held.key, held.data, held.headers, held.size_bytes, held.acknowledged)
+                self._write(held)
         self._make_room()
         loop = asyncio.get_running_loop()
         for reader in list(self._readers):
@@ -281,15 +284,8 @@ class MemoryBus:
                 if isinstance(reader, MemoryMember):
                     reader.lose()
 
-    def _write(
-        self,
-        log: PartitionLog,
-        key: str | None,
-        data: bytes | None,
-        headers: Headers,
-        size_bytes: int,
-        acknowledged: asyncio.Future[Position],
-    ) -> None:
+    def _write(self, post: _Post) -> None:
+        log, key, data, acknowledged = post.log, post.key, post.data, post.acknowledged
         broker = self.broker
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -309,10 +305,10 @@ class MemoryBus:
                 copies = copies if data is not None else 0
         offset = log.end
         for _ in range(copies):
-            log.append(Record(log.spec.name, log.partition, log.end, timestamp_ms, key, data, headers))
+            log.append(Record(log.spec.name, log.partition, log.end, timestamp_ms, key, data, post.headers))
         if log.bytes_held > log.trim_at or log.spec.compacted:
             broker.trim(log)
-        delay_s = broker.delay_s(size_bytes)
+        delay_s = broker.delay_s(post.size_bytes)
         position = Position(log.spec.name, log.partition, offset)
         if delay_s <= 0.0 and log.due <= now:
             log.reveal(log.end)
@@ -332,18 +328,10 @@ class MemoryBus:
                 if not future.done():
                     future.set_result(None)
 
-    def _hold(
-        self,
-        log: PartitionLog,
-        key: str | None,
-        data: bytes | None,
-        headers: Headers,
-        size_bytes: int,
-        acknowledged: asyncio.Future[Position],
-    ) -> None:
-        timer = asyncio.get_running_loop().call_later(self._delivery_timeout_s, self._expire)
-        self._held.append(_Held(log, key, data, headers, size_bytes, acknowledged, timer))
-        self._held_bytes += size_bytes
+    def _hold(self, post: _Post) -> None:
+        post.timer = asyncio.get_running_loop().call_later(self._delivery_timeout_s, self._expire)
+        self._held.append(post)
+        self._held_bytes += post.size_bytes
 
     def _expire(self) -> None:
         """Fail the oldest queued post: it has waited too long."""
@@ -356,7 +344,8 @@ class MemoryBus:
     def _fail_held(self, error: BusError) -> None:
         while self._held:
             held = self._held.popleft()
-            held.timer.cancel()
+            if held.timer is not None:
+                held.timer.cancel()
             if not held.acknowledged.done():
                 held.acknowledged.set_exception(error)
                 held.acknowledged.exception()  # marks the error as retrieved: the sender may be gone
@@ -370,28 +359,17 @@ class MemoryBus:
                 future.set_result(None)
 
 
-class _Held:
-    """A post that waits for the broker."""
+@dataclass(slots=True, eq=False)
+class _Post:
+    """A record that a client posted, and the future that its sender waits on."""
 
-    __slots__ = ("acknowledged", "data", "headers", "key", "log", "size_bytes", "timer")
-
-    def __init__(
-        self,
-        log: PartitionLog,
-        key: str | None,
-        data: bytes | None,
-        headers: Headers,
-        size_bytes: int,
-        acknowledged: asyncio.Future[Position],
-        timer: asyncio.TimerHandle,
-    ) -> None:
-        self.log = log
-        self.key = key
-        self.data = data
-        self.headers = headers
-        self.size_bytes = size_bytes
-        self.acknowledged = acknowledged
-        self.timer = timer
+    log: PartitionLog
+    key: str | None
+    data: bytes | None
+    headers: Headers
+    size_bytes: int
+    acknowledged: asyncio.Future[Position]
+    timer: asyncio.TimerHandle | None = None  # fails the post; set while it waits for the broker
 
 
 def _acknowledge(acknowledged: asyncio.Future[Position], position: Position, lost: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from bus import messages, topics
 from bus.dead_letter import DeadLetterLimiter, write_dead_letter
-from bus.decisions import LARGEST_HOLE, Dropped
+from bus.decisions import MAX_OFFSET_GAP, Dropped
 from bus.errors import BusError, InvariantError, ProtocolError
 from bus.identity.keys import WRONG_IDENTITY
 from bus.messages import (
@@ -249,7 +249,7 @@ class LeaderTerm:
         """Handle one input. An input that failed in an earlier term is dead-lettered, and its task ends with that cause."""
         context = self.context
         missing = record.offset - context.inputs[record.topic]
-        if missing > LARGEST_HOLE and record.topic != topics.NODES:  # compacted, so holes are normal
+        if missing > MAX_OFFSET_GAP and record.topic != topics.NODES:  # compacted, so holes are normal
             context.lost_inputs += missing
             context.log.error(
                 "inputs were deleted before they were read",

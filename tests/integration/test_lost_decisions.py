@@ -93,6 +93,6 @@ async def test_a_stopped_device_reads_again_and_a_planner_does_not_begin_at_epoc
             await delete_before(kafka_own.bootstrap, end)
             refused = await asyncio.to_thread(processes.run, "planner", "--take-over")
             assert refused.returncode == 2, refused.stderr
-            assert "region 0: decisions from offset 0 on are gone" in refused.stderr
+            assert "region 0: decisions from offset 0 on were deleted" in refused.stderr
             assert "no snapshot covers them" in refused.stderr
             assert (await bus.end_offsets(topics.DECISIONS))[0] == end

@@ -55,7 +55,7 @@ def test_a_planner_stops_where_the_start_of_the_log_is_gone_and_no_snapshot_cove
             place.broker.delete_records(topics.DECISIONS, 0, end - left)
             ended = await what_it_ended_of(place, place.start("q", snapshot_every=10_000))
             assert isinstance(ended, ConfigError)
-            assert "region 0: decisions from offset 0 on are gone" in str(ended)
+            assert "region 0: decisions from offset 0 on were deleted" in str(ended)
             assert "no snapshot covers them" in str(ended)
             assert ended.remedy is not None
             assert await end_of(place) == end, "it has claimed the region"
@@ -142,7 +142,7 @@ def test_a_planner_stops_where_the_log_was_made_anew_and_snapshots_tell_of_anoth
                 planner = place.start("q", snapshot_every=5)
             ended = await what_it_ended_of(place, planner)
             assert isinstance(ended, ConfigError)
-            assert "the decisions begin anew at offset 0" in str(ended)
+            assert "the log starts again at offset 0" in str(ended)
             assert topics.SNAPSHOTS in str(ended.remedy)
 
     run_virtual(main())
