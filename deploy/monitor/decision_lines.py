@@ -214,7 +214,7 @@ def _ended(change: Ended) -> Line:
 
 
 def _why(cause: str, detail: str) -> str:
-    """`node_lost: e1 was silent`: the cause's short word, and what is known beside it."""
+    """`node_lost: e1 was silent`: the cause and, if known, its detail."""
     return ": ".join(filter(None, (cause, detail)))
 
 
@@ -240,7 +240,7 @@ def _node(node: NodeAnnounced) -> str:
 
 
 def route_text(placed: Placed) -> str:
-    """`d1 -117 Mbps-> (e1) -20 Mbps-> cloud`: where a task goes, with what; in parentheses a node that only relays."""
+    """`d1 -117 Mbps-> (e1) -20 Mbps-> cloud`: the nodes and rates of a placement; a node in parentheses only relays."""
     placement = placed.placement
     tiers = placement.kind.value.split("+")
     text = placed.device if "device" in tiers else f"({placed.device})"
@@ -253,6 +253,6 @@ def route_text(placed: Placed) -> str:
 
 
 def _parts_text(parts: Parts) -> str:
-    """`device 40 ms, link 1 6 ms, ...`, parts that are zero left out."""
+    """`device 40 ms, link 1 6 ms, ...` without the parts that are zero."""
     named = {name: getattr(parts, f"{station}_s") for station, name in STATION_NAMES.items()}
     return ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in named.items() if seconds)
