@@ -86,7 +86,6 @@ def explain(decisions: Iterable[Decision], task_id: str) -> Explanation:
     waiting_s: float | None = None
     story: list[str] = []
     for decision in decisions:
-        core.region = decision.region
         for change, task in region.apply(decision):
             if task is not None and task.task_id == task_id:
                 known = task

@@ -36,7 +36,7 @@ from deploy.services.settings import (
     options_of,
 )
 from deploy.services.wiring import PlannerSetup
-from planner.core.placing import WhenLate
+from planner.core.options import WhenLate
 from planner.service.service import PlannerService
 from stages.models.files.choice import parse_shapes, shape_words
 

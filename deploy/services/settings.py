@@ -46,8 +46,7 @@ from pydantic import (
 from bus.errors import ConfigError
 from bus.text.units import parse_duration, parse_rate
 from bus.values import Execution, NodeName, Objective
-from planner.core.placing import WhenLate
-from planner.core.state import DEFAULT_PATIENCE_S
+from planner.core.options import DEFAULT_PATIENCE_S, WhenLate
 from stages.models.files.choice import ModelChoice, parse_shapes
 
 

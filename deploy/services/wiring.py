@@ -27,8 +27,7 @@ from deploy.services.result_file import ResultFile
 from deploy.services.settings import DeviceOptions, EdgeOptions, NodeOptions
 from deploy.services.topic_watch import TopicWatch, used_by
 from planner.core.core import PlannerCore
-from planner.core.placing import WhenLate
-from planner.core.state import DEFAULT_PATIENCE_S
+from planner.core.options import DEFAULT_PATIENCE_S, CoreOptions, WhenLate
 from planner.service.service import PlannerService
 from stages.attempt import ResultSink
 from stages.device import Device
@@ -222,16 +221,20 @@ class PlannerSetup:
 def make_planner(bus: Bus, setup: PlannerSetup) -> PlannerService:
     """A planner service. Raises `UnknownNameError` for an unknown policy."""
 
+    options = CoreOptions(
+        max_waiting=setup.max_waiting,
+        patience_s=setup.patience_s,
+        when_late=setup.when_late,
+        max_waiting_per_device=setup.max_waiting_per_device,
+    )
+
     def make_core() -> PlannerCore:
         return PlannerCore(
             setup.region,
             policy=setup.policy,
             objective=setup.objective,
             execution=setup.execution,
-            max_waiting=setup.max_waiting,
-            patience_s=setup.patience_s,
-            when_late=setup.when_late,
-            max_waiting_per_device=setup.max_waiting_per_device,
+            options=options,
         )
 
     return PlannerService(

@@ -10,6 +10,7 @@ from typing import Any
 from bus.messages import NodeAnnounced, SeedInput, Start, TaskCompleted, TaskSubmitted
 from bus.values import ModelProfile, Objective, Parts, Role
 from planner.core.core import PlannerCore
+from planner.core.options import CoreOptions
 from planner.search.profiles import load_profile
 
 REACHABLE = 4
@@ -82,7 +83,7 @@ def busy_region(edges: int, tasks: int, objective: Objective, seed: int) -> Busy
     """A region with `tasks` tasks in flight that arrived one after another."""
     rng = random.Random(f"{seed} {edges} {tasks} {objective}")
     rows = load_profile("paper")
-    core = PlannerCore(0, "deepar", objective, max_waiting=1 << 30)
+    core = PlannerCore(0, "deepar", objective, options=CoreOptions(max_waiting=1 << 30))
     share = max(1.0, tasks / edges)
     devices = tasks + 50
     core.handle(_node("cloud", Role.CLOUD, rows.cloud), 0.0)

@@ -32,6 +32,7 @@ from loadgen.replay.schedule import Entry
 from loadgen.sim.platforms import Platforms
 from loadgen.sim.scenario import Scenario
 from planner.core.core import PlannerCore, Tick
+from planner.core.options import CoreOptions
 
 _END = 0  # at equal times, resources are freed before new requests are handled
 UNLIMITED = 1 << 60
@@ -149,8 +150,7 @@ def core_for(scenario: Scenario) -> PlannerCore:
         policy=scenario.policy,
         objective=scenario.objective,
         execution=scenario.runs_as,
-        max_waiting=UNLIMITED,  # the paper's queue is unbounded
-        max_waiting_per_device=UNLIMITED,
+        options=CoreOptions(max_waiting=UNLIMITED, max_waiting_per_device=UNLIMITED),  # the paper's queue is unbounded
     )
 
 

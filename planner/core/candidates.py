@@ -7,7 +7,7 @@ consumer group, so any of them may serve a task; the prediction uses the fastest
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Any, Final
+from typing import Final
 
 from bus.messages import NodeAnnounced, TaskSubmitted
 from bus.values import Objective, Role
@@ -24,24 +24,29 @@ MAX_OPTIONS: Final = 50_000
 """Limit of cached edge options (an edge as seen by devices with equal profiles). When it is reached, all are dropped."""
 
 
-class Reach(RegionState):
-    """A region that can list the candidates of Algorithm 1 for a task."""
+class Candidates:
+    """Lists the candidates of Algorithm 1 for a task. Reads `region`; results are cached until a node changes."""
 
-    max_search_bytes = MAX_SEARCH_BYTES
-
-    def __init__(self, region: int = 0, objective: Objective = Objective.SEQUENTIAL, **settings: Any) -> None:
-        super().__init__(region, **settings)
+    def __init__(
+        self, region: RegionState, objective: Objective = Objective.SEQUENTIAL, max_search_bytes: int = MAX_SEARCH_BYTES
+    ) -> None:
         self.objective = objective
+        self.max_search_bytes = max_search_bytes
         self.search_bytes = 0  # memory that the prepared searches hold
+        self._region = region
+        self._nodes = region.nodes
+        self._ledger = region.ledger
         self._searches: dict[tuple[PlatformRow | None, ...], CutSearch] = {}
         self._options: dict[tuple[str, PlatformRow, int], EdgeOption | None] = {}
+        self._cloud_rows: dict[tuple[str, str], PlatformRow | None] = {}
+        region.watch_nodes(self._forget)
 
     def request(self, submitted: TaskSubmitted, avoid: Collection[str] = ()) -> Request | str | None:
         """The input of Algorithm 1 for a task. None: its device is absent or drains. A string: the cause of rejection.
 
         Nodes in `avoid` are left out: edges, the cloud, or the device as the only tier.
         """
-        device = self.nodes.get(submitted.device)
+        device = self._nodes.get(submitted.device)
         if device is None or device.draining or device.announced.role is not Role.DEVICE:
             return None
         row = device.rows.get(submitted.model)
@@ -52,12 +57,12 @@ class Reach(RegionState):
             reached = device.reach[row.model] = self._reach(device, row)
         if avoid:
             reached = self._without(reached, avoid, device)
-        return Request(submitted, reached, self.ledger.devices.get(submitted.device), self.objective)
+        return Request(submitted, reached, self._ledger.devices.get(submitted.device), self.objective)
 
     def missing(self, submitted: TaskSubmitted) -> tuple[str, ...]:
         """The nodes that a waiting task needs, in words. If there are several entries, any of them may be enough."""
         name, model = submitted.device, submitted.model
-        device = self.nodes.get(name)
+        device = self._nodes.get(name)
         if device is None:
             return (f"device {name} to join",)
         if device.draining:
@@ -66,25 +71,25 @@ class Reach(RegionState):
         if row is None:
             return ()
         found = []
-        staying = [cloud for cloud in self._cloud_names if not self.nodes[cloud].draining]
+        staying = [cloud for cloud in self._region.cloud_names if not self._nodes[cloud].draining]
         if not staying:
             found.append("a cloud to join")
-        elif self._cloud_row(model, row.sha256) is None:
+        elif self.cloud_row(model, row.sha256) is None:
             found.append(f"a cloud that runs {model} ({', '.join(staying)} {'do' if staying[1:] else 'does'} not)")
         reachable = device.announced.reachable_edges
-        names = self._edge_names if reachable is None else sorted(set(reachable))
-        there = [edge for edge in names if edge in self._edge_names and not self.nodes[edge].draining]
+        names = self._region.edge_names if reachable is None else sorted(set(reachable))
+        there = [edge for edge in names if edge in self._region.edge_names and not self._nodes[edge].draining]
         if not there:
             found.append("an edge to join" if reachable is None else f"one of the edges {', '.join(names)} to join")
-        elif all(self._row(edge, model, row.sha256) is None for edge in there):
+        elif all(self.row(edge, model, row.sha256) is None for edge in there):
             found.append(f"an edge that runs {model} ({', '.join(there)} {'do' if there[1:] else 'does'} not)")
         return tuple(found)
 
     def _reach(self, device: Node, row: PlatformRow) -> Reached:
         """The edges and searches that a device can use for one model; cached until a node joins or is lost."""
         announced = device.announced
-        cloud = self._cloud_row(row.model, row.sha256)
-        names = self._edge_names if announced.reachable_edges is None else sorted(set(announced.reachable_edges))
+        cloud = self.cloud_row(row.model, row.sha256)
+        names = self._region.edge_names if announced.reachable_edges is None else sorted(set(announced.reachable_edges))
         known, own_bps = self._options, announced.link1_capacity_bps
         options: list[EdgeOption] = []
         for name in names:
@@ -102,14 +107,14 @@ class Reach(RegionState):
         """`reached` without the nodes in `avoid`."""
         row, own_bps = reached.row, device.announced.link1_capacity_bps
         left = [option for option in reached.edges if option.account.name not in avoid]
-        if any(name in avoid for name in self._cloud_names):
+        if any(name in avoid for name in self._region.cloud_names):
             local = (self._option(option.account.name, row, None, own_bps) for option in left)
             left = [option for option in local if option is not None]
         return Reached(row, reached.device_search, left, alone=device.announced.node not in avoid)
 
     def _option(self, name: str, row: PlatformRow, cloud: PlatformRow | None, own_bps: int) -> EdgeOption | None:
         """An edge as seen by devices with equal profiles, or None if these devices cannot use it."""
-        node = self.nodes.get(name)
+        node = self._nodes.get(name)
         if node is None or node.draining or node.announced.role is not Role.EDGE:
             return None
         edge = node.rows.get(row.model)
@@ -117,31 +122,40 @@ class Reach(RegionState):
             edge = None
         if edge is None and cloud is None:
             return None
-        account = self.ledger.edges[name]
+        account = self._ledger.edges[name]
         limit1 = account.link1_capacity_bps
         if own_bps and own_bps < limit1:
             limit1 = own_bps
         return EdgeOption(account, self._search(row, edge, cloud), limit1, account.link2_capacity_bps)
 
-    def _forget_reach(self, changed: NodeAnnounced) -> None:
-        super()._forget_reach(changed)
-        if changed.role is not Role.DEVICE:
-            self._options.clear()
+    def _forget(self, changed: NodeAnnounced) -> None:
+        """Clear what is cached about a node that joined, changed or left."""
+        if changed.role is Role.DEVICE:
+            return  # a device that joins gets a new `Node` with an empty cache
+        self._options.clear()
+        if changed.role is Role.CLOUD:
+            self._cloud_rows.clear()
+        for node in self._nodes.values():
+            reachable = node.announced.reachable_edges
+            if changed.role is Role.CLOUD or reachable is None or changed.node in reachable:
+                node.reach.clear()
 
-    def _row(self, node: str, model: str, sha256: str) -> PlatformRow | None:
-        row = self.nodes[node].rows.get(model)
+    def row(self, node: str, model: str, sha256: str) -> PlatformRow | None:
+        """The profile row of a model, given by name and hash, on a node."""
+        row = self._nodes[node].rows.get(model)
         return row if row is not None and row.sha256 == sha256 else None
 
-    def _cloud_row(self, model: str, sha256: str) -> PlatformRow | None:
+    def cloud_row(self, model: str, sha256: str) -> PlatformRow | None:
         """The profile row of the fastest cloud node that does not drain; of equally fast ones, the first by name."""
         key = model, sha256
         if key not in self._cloud_rows:
-            staying = [name for name in self._cloud_names if not self.nodes[name].draining]
-            self._cloud_rows[key] = self._fastest_cloud(staying, model, sha256)
+            staying = [name for name in self._region.cloud_names if not self._nodes[name].draining]
+            self._cloud_rows[key] = self.fastest_cloud(staying, model, sha256)
         return self._cloud_rows[key]
 
-    def _fastest_cloud(self, names: Iterable[str], model: str, sha256: str) -> PlatformRow | None:
-        rows = [row for name in names if (row := self._row(name, model, sha256)) is not None]
+    def fastest_cloud(self, names: Iterable[str], model: str, sha256: str) -> PlatformRow | None:
+        """As `cloud_row`, among these cloud nodes; the result is not cached."""
+        rows = [row for name in names if (row := self.row(name, model, sha256)) is not None]
         return min(rows, key=lambda row: row.compute_s[-1], default=None)
 
     def _search(self, device: PlatformRow, edge: PlatformRow | None, cloud: PlatformRow | None) -> CutSearch:
@@ -161,6 +175,6 @@ class Reach(RegionState):
         """Drop all prepared searches and all caches that refer to them."""
         self._searches.clear()
         self._options.clear()
-        for node in self.nodes.values():
+        for node in self._nodes.values():
             node.reach.clear()
         self.search_bytes = 0

@@ -1,7 +1,7 @@
 """The planner's core: events in, changes out. No I/O, no clock, no logging, no randomness.
 
-`handle(event, now)` decides. Every change goes through one mutator, `apply(change, now)`, so folding the recorded changes
-rebuilds the same state and the same `state_hash`. The core processes an event in four steps:
+`handle(event, now)` decides. Every change goes through one mutator, `RegionState.apply(change, now)`, so folding the
+recorded changes rebuilds the same state and the same `state_hash`. The core processes an event in four steps:
 
 1. It applies the event itself: a task ends, a node joins or is lost (its tasks are retried or failed first), or a lease or
    deadline expires.
@@ -38,20 +38,17 @@ declares no node lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from heapq import heappop, heappush
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from bus.messages import (
     Admitted,
     Change,
-    Moved,
+    Decision,
     NodeAnnounced,
     NodeHeartbeat,
     NodeLeft,
-    Overran,
-    Start,
     TaskCancelled,
     TaskCompleted,
     TaskFailed,
@@ -60,21 +57,24 @@ from bus.messages import (
     TaskSubmitted,
 )
 from bus.unchecked_constructors import maker
+from bus.values import Execution, Objective
 from planner.core import snapshot
+from planner.core.candidates import MAX_SEARCH_BYTES, Candidates
+from planner.core.change_recorder import ChangeRecorder
+from planner.core.choices import check_choice
+from planner.core.circuit_breakers import CircuitBreakers
+from planner.core.circuits import Circuit
 from planner.core.membership import Membership
-from planner.core.records import NEVER, Task
-from planner.core.reschedule import pull, walk
-from planner.search.ledger import Reservation
+from planner.core.options import CoreOptions
+from planner.core.placing import CheckChoice, Placer, PlacingRules, QueueLimits
+from planner.core.records import EndedTasks, Node, Task
+from planner.core.settling import Settler, SettlingRules
+from planner.core.state import RegionState
+from planner.search.algorithm1 import Choice, Request
+from planner.search.ledger import Ledger
+from planner.search.policies import Policy, load_policy
 
-OVERRUN_SHARE: Final = 0.1
-"""Share of its delay by which an overrunning task is prolonged, unless it is already later than that."""
-OVERRUN_LEAST_S: Final = 0.001
-"""Shortest time by which an overrunning task is prolonged."""
-MOVES_A_CHANGE: Final = 1_000
-"""Limit of moves in one `Moved` change, so that the change fits one record of the decisions topic."""
-
-# Changes are built without validation: their values come from validated messages or are computed here from them.
-_admitted, _start, _moved, _overran = maker(Admitted), maker(Start), maker(Moved), maker(Overran)
+_admitted = maker(Admitted)  # built without validation: the submission is validated
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,58 +104,88 @@ Event = (
 )
 
 
-class PlannerCore(Membership):
+@dataclass(frozen=True, slots=True)
+class CoreParts:
+    """The replaceable parts of a core. Tests replace one to compare it with an oracle, or to plant a bug."""
+
+    check_choice: CheckChoice = check_choice
+    settling: SettlingRules = field(default_factory=SettlingRules)
+    max_search_bytes: int = MAX_SEARCH_BYTES  # memory limit for prepared searches
+
+
+class PlannerCore:
     """The state of one region's planner and its decisions.
 
-    Raises `InvariantError` for a bug in the planner (a transition missing from the table, a second release). The core is
-    unusable after such an error.
+    It owns the `RegionState` and hands it to the parts that decide: candidates, placing, membership, circuit breakers and
+    settling. Raises `InvariantError` for a bug in the planner (a transition missing from the table, a second release). The
+    core is unusable after such an error.
     """
 
-    # --- the only entry point ----------------------------------------------------------------------------------------
-
-    def handle(self, event: Event, now: float) -> list[Change]:
-        """Process an event at ledger time `now`. Return its changes in order; they are already applied."""
-        # ledger time never decreases
-        self.now_s = now = float(now) if now > self.now_s else self.now_s
-        changes = self._changes = []
-        _HANDLERS[type(event)](self, event, now)
-        if changes and (
-            self._changed_edges or self._changed_devices or self._replan or (self._ends and self._ends[0][0] <= now)
-        ):
-            self._settle(now)
-        self._changes = []
-        return changes
+    def __init__(
+        self,
+        region: int = 0,
+        policy: str | Policy = "deepar",
+        objective: Objective = Objective.SEQUENTIAL,
+        execution: Execution | None = None,
+        options: CoreOptions | None = None,
+        parts: CoreParts | None = None,
+    ) -> None:
+        options = CoreOptions() if options is None else options
+        parts = CoreParts() if parts is None else parts
+        self.policy = load_policy(policy) if isinstance(policy, str) else policy
+        self.objective = objective
+        self.execution = objective.executed_as(execution)
+        self._options = options
+        self._region = state = RegionState(region, options)
+        self._candidates = Candidates(state, objective, parts.max_search_bytes)
+        self._recorder = ChangeRecorder(state, options.max_attempts)
+        self._breakers = CircuitBreakers(state, self._recorder)
+        self._membership = Membership(state, self._candidates, self._recorder)
+        rules = PlacingRules(self.policy, self.execution, options.when_late, parts.check_choice)
+        limits = QueueLimits(state, options)
+        self._placer = Placer(state, self._candidates, self._recorder, self._breakers, limits, rules)
+        self._settler = Settler(state, self._recorder, self._placer, parts.settling)
 
     # --- events ------------------------------------------------------------------------------------------------------
 
+    def handle(self, event: Event, now: float) -> list[Change]:
+        """Process an event at ledger time `now`. Return its changes in order; they are already applied."""
+        now = self._region.advance(now)
+        changes = self._recorder.begin()
+        _HANDLERS[type(event)](self, event, now)
+        if changes:
+            self._settler.settle_if_changed(now)
+        return changes
+
     def _on_submitted(self, submitted: TaskSubmitted, now: float) -> None:
         task_id = submitted.task_id
-        if task_id in self.tasks or self.ended.get(task_id) is not None:
+        region = self._region
+        if task_id in region.tasks or region.ended.get(task_id) is not None:
             return
-        self._do(_admitted(task=submitted), now)
+        self._recorder.do(_admitted(task=submitted), now)
         # Overruns and due starts come first, so that the new task is placed against the actual state.
-        self._settle(now)
-        self._place(self.tasks[task_id], now, fresh=True)
+        self._settler.settle(now)
+        self._placer.place(region.tasks[task_id], now, fresh=True)
 
     def _on_completed(self, completed: TaskCompleted, now: float) -> None:
-        task = self.tasks.get(completed.task_id)
+        task = self._region.tasks.get(completed.task_id)
         if task is not None and task.submitted.device == completed.node:
             placed = task.placed if task.attempt == completed.attempt else None
-            self._end(task, TaskState.COMPLETED, now, completed=completed)
-            if placed is not None and self.circuits:
-                self._count_success(placed, now)
+            self._recorder.end(task, TaskState.COMPLETED, now, completed=completed)
+            if placed is not None and self._region.circuits:
+                self._breakers.count_success(placed, now)
 
     def _on_failed(self, failed: TaskFailed, now: float) -> None:
-        task = self.tasks.get(failed.task_id)
+        task = self._region.tasks.get(failed.task_id)
         if task is None or task.attempt != failed.attempt or task.state is TaskState.WAITING:
             return
         failed_at = self._failed_at(task, failed) if failed.retryable else None
-        if failed.retryable and task.attempt < self.max_attempts:
-            self._retry(task, failed.cause, now, failed.detail, failed_at)
+        if failed.retryable and task.attempt < self._options.max_attempts:
+            self._recorder.retry(task, failed.cause, now, failed.detail, failed_at)
         else:
-            self._end(task, TaskState.FAILED, now, cause=failed.cause, detail=failed.detail)
+            self._recorder.end(task, TaskState.FAILED, now, cause=failed.cause, detail=failed.detail)
         if failed_at is not None:
-            self._count_failure(failed_at, now)
+            self._breakers.count_failure(failed_at, now)
 
     def _failed_at(self, task: Task, failed: TaskFailed) -> str | None:
         """The node to which the failure of an attempt is attributed, or None if the attempt was not placed.
@@ -165,146 +195,185 @@ class PlannerCore(Membership):
         """
         if task.placed is None:
             return None
-        places = self._places(task.placed)
+        places = self._region.places(task.placed)
         return failed.node if failed.node in places else places[0]
 
     def _on_heartbeat(self, heartbeat: NodeHeartbeat, now: float) -> None:
-        self._renew(heartbeat.node, heartbeat.incarnation, now)
+        self._region.renew(heartbeat.node, heartbeat.incarnation, now)
 
     def _on_progress(self, progress: TaskProgress, now: float) -> None:
         """Ignore progress: it is meant for people and affects no decision."""
 
     def _on_cancelled(self, cancelled: TaskCancelled, now: float) -> None:
-        task = self.tasks.get(cancelled.task_id)
+        task = self._region.tasks.get(cancelled.task_id)
         if task is not None:
-            self._end(task, TaskState.FAILED, now, cause="cancelled")
+            self._recorder.end(task, TaskState.FAILED, now, cause="cancelled")
 
     def _on_unhandled(self, unhandled: Unhandled, now: float) -> None:
         message = unhandled.message
         if isinstance(message, TaskSubmitted):
-            if message.task_id in self.tasks or self.ended.get(message.task_id) is not None:
+            if message.task_id in self._region.tasks or self._region.ended.get(message.task_id) is not None:
                 return
-            self._do(_admitted(task=message), now)
-        task = self.tasks.get(getattr(message, "task_id", ""))
+            self._recorder.do(_admitted(task=message), now)
+        task = self._region.tasks.get(getattr(message, "task_id", ""))
         if task is not None:
             state = TaskState.REJECTED if isinstance(message, TaskSubmitted) else TaskState.FAILED
-            self._end(task, state, now, cause="planner_error", detail=unhandled.detail)
+            self._recorder.end(task, state, now, cause="planner_error", detail=unhandled.detail)
 
     def _on_tick(self, tick: Tick, now: float) -> None:
-        while self._next_lease() <= now:
-            self._lose(self.nodes[self._lease_heap[0][1]], "lease_expired", now)
-        while self._next_deadline() <= now:
-            self._end(self.tasks[heappop(self._deadlines)[2]], TaskState.EXPIRED, now, cause="deadline")
-        while self._next_impatience() <= now:
-            task = next(iter(self._waiting.values()))
+        region, recorder, timers = self._region, self._recorder, self._region.timers
+        while (name := timers.expired_lease(now)) is not None:
+            self._membership.lose(region.nodes[name], "lease_expired", now)
+        while (expired := timers.pop_expired(now)) is not None:
+            recorder.end(expired, TaskState.EXPIRED, now, cause="deadline")
+        while region.next_impatience() <= now:
+            task = next(iter(region.waiting.values()))
             device = task.submitted.device
-            if device not in self.nodes and task.attempt == 1:
-                detail = f"{device} has not joined for {self.patience_s:g} s"
-                self._end(task, TaskState.REJECTED, now, cause="no_device", detail=detail)
-            elif device not in self.nodes:
-                detail = f"{device} has not come back for {self.patience_s:g} s"
-                self._end(task, TaskState.FAILED, now, cause="device_lost", detail=detail)
+            if device not in region.nodes and task.attempt == 1:
+                detail = f"{device} has not joined for {region.patience_s:g} s"
+                recorder.end(task, TaskState.REJECTED, now, cause="no_device", detail=detail)
+            elif device not in region.nodes:
+                detail = f"{device} has not come back for {region.patience_s:g} s"
+                recorder.end(task, TaskState.FAILED, now, cause="device_lost", detail=detail)
             else:
-                self._end(task, TaskState.FAILED, now, cause="no_node", detail=self._waited_for(task))
+                recorder.end(task, TaskState.FAILED, now, cause="no_node", detail=self._waited_for(task))
 
     def _waited_for(self, task: Task) -> str:
-        return f"waited for {', or '.join(self.missing(task.submitted)) or 'a node that it may use'}"
+        return f"waited for {', or '.join(self._candidates.missing(task.submitted)) or 'a node that it may use'}"
 
-    # --- consequences of a change ------------------------------------------------------------------------------------
+    def _on_announced(self, announced: NodeAnnounced, now: float) -> None:
+        self._membership.announced(announced, now)
 
-    def _settle(self, now: float) -> None:
-        """Run steps 2 to 4 until nothing changes: expiry and overruns, the walk, and placing of retried or waiting tasks."""
-        while True:
-            if self._deadlines:
-                self._expire_unstarted(now)
-            if self._ends and self._ends[0][0] <= now:
-                self._prolong_overdue(now)
-            if self._changed_edges or self._changed_devices:
-                self._walk(now)
-            if not self._replan:
-                return
-            again, self._replan = sorted(self._replan), []
-            for _, task_id in again:
-                task = self.tasks.get(task_id)
-                if task is not None and task.state is TaskState.WAITING:
-                    self._place(task, now)
+    def _on_left(self, left: NodeLeft, now: float) -> None:
+        self._membership.left(left, now)
 
-    def _expire_unstarted(self, now: float) -> None:
-        """Expire tasks that have not started by their deadline.
+    # --- recorded decisions ------------------------------------------------------------------------------------------
 
-        Running tasks expire on `Tick` only, because their completion may already be on its way.
-        """
-        running = []
-        while self._next_deadline() <= now:
-            entry = heappop(self._deadlines)
-            task = self.tasks[entry[2]]
-            if task.state is TaskState.RUNNING:
-                running.append(entry)
-            else:
-                self._end(task, TaskState.EXPIRED, now, cause="deadline")
-        for entry in running:
-            heappush(self._deadlines, entry)
+    def apply(self, change: Change, now: float) -> None:
+        """Apply one recorded change; see `RegionState.apply`."""
+        self._region.apply(change, now)
 
-    def _prolong_overdue(self, now: float) -> None:
-        ends = self._ends
-        while ends and ends[0][0] <= now:
-            end, _, task_id = heappop(ends)
-            r = self.ledger.reservations.get(task_id)
-            if r is None or not r.running or r.end_s != end:
-                continue  # the task has ended or has a later end already
-            late = now - (r.start_s + r.length_s)
-            to_s = now + max(OVERRUN_SHARE * r.length_s, late, OVERRUN_LEAST_S)
-            self._do(_overran(task_id=task_id, attempt=self.tasks[task_id].attempt, from_s=end, to_s=to_s), now)
+    def fold(self, decision: Decision) -> None:
+        """Apply a recorded decision; see `RegionState.fold`."""
+        self._region.fold(decision)
 
-    def _walk(self, now: float) -> None:
-        edges, devices = self._changed_edges, self._changed_devices
-        found: Sequence[tuple[Reservation, float | None]]
-        promised = self.ledger.concerned(edges, devices, now)
-        if promised is None:
-            found = ()
-        elif promised < now or NEVER in edges.values() or NEVER in devices.values():
-            found = walk(self.ledger, edges, devices, now)
-        else:
-            found = pull(self.ledger, dict(edges), dict(devices), now)
-        moves: list[tuple[str, float]] = []
-        for r, start in found:
-            task = self.tasks[r.task_id]
-            if start is None:
-                self._retry(task, "no_longer_fits", now)
-            elif start <= now:
-                self._do(_start(task_id=r.task_id, attempt=task.attempt, device=task.submitted.device, at_s=start), now)
-            else:
-                moves.append((r.task_id, start))
-        for first in range(0, len(moves), MOVES_A_CHANGE):
-            task_ids, starts_s = zip(*moves[first : first + MOVES_A_CHANGE], strict=True)
-            self._do(_moved(task_ids=task_ids, starts_s=starts_s), now)
-        # The walk has already covered every task that its own moves affect, so no second walk is needed.
-        self._changed_edges.clear()
-        self._changed_devices.clear()
+    def settled(self, now: float) -> None:
+        """Mark all changes of a record as applied; see `RegionState.settled`."""
+        self._region.settled(now)
+
+    # --- questions ---------------------------------------------------------------------------------------------------
+
+    def request(self, submitted: TaskSubmitted, avoid: Collection[str] = ()) -> Request | str | None:
+        """The input of Algorithm 1 for a task; see `Candidates.request`."""
+        return self._candidates.request(submitted, avoid)
+
+    def missing(self, submitted: TaskSubmitted) -> tuple[str, ...]:
+        """The nodes that a waiting task needs, in words; see `Candidates.missing`."""
+        return self._candidates.missing(submitted)
+
+    def decide(self, submitted: TaskSubmitted, now: float) -> Choice | None:
+        """The policy's choice for a task at this moment, without booking it. None: no placement is possible."""
+        return self._placer.decide(submitted, now)
+
+    def contradicts(self, submitted: TaskSubmitted) -> bool:
+        """Whether a remembered task has the same id but different content."""
+        return self._region.contradicts(submitted)
+
+    def next_wakeup(self) -> float | None:
+        """Ledger time of the next lease expiry, deadline or end of patience, or None; a `Tick` is due then."""
+        return self._region.next_wakeup()
+
+    def restart_leases(self, now: float) -> None:
+        """Start every lease again in full, after a restart."""
+        self._region.restart_leases(now)
+
+    @property
+    def region(self) -> int:
+        """The number of the region."""
+        return self._region.region
+
+    @property
+    def options(self) -> CoreOptions:
+        """The options that the core was created with."""
+        return self._options
+
+    @property
+    def now_s(self) -> float:
+        """The latest ledger time seen."""
+        return self._region.now_s
+
+    @property
+    def ledger(self) -> Ledger:
+        """The reservations."""
+        return self._region.ledger
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """The live tasks by id."""
+        return self._region.tasks
+
+    @property
+    def nodes(self) -> Mapping[str, Node]:
+        """The nodes that are present, by name."""
+        return self._region.nodes
+
+    @property
+    def ended(self) -> EndedTasks:
+        """The most recently ended tasks."""
+        return self._region.ended
+
+    @property
+    def circuits(self) -> Mapping[str, Circuit]:
+        """The circuits of nodes at which the last attempt failed."""
+        return self._region.circuits
+
+    @property
+    def live_tasks(self) -> int:
+        """The number of tasks that have not ended."""
+        return len(self._region.tasks)
+
+    @property
+    def timer_entries(self) -> int:
+        """The number of entries in the heaps of deadlines and ends, outdated ones included."""
+        return len(self._region.timers.ends) + len(self._region.timers.deadlines)
+
+    @property
+    def search_bytes(self) -> int:
+        """Memory that the prepared searches hold."""
+        return self._candidates.search_bytes
+
+    @property
+    def state_hash(self) -> str:
+        """A 128-bit hash of tasks, reservations, nodes, circuits and ended tasks, updated incrementally."""
+        return self._region.state_hash
 
     # --- the state as a value ----------------------------------------------------------------------------------------
 
+    def image(self) -> snapshot.Image:
+        """A copy of the state, to be written in pieces."""
+        return snapshot.Image(self._region)
+
     def to_state(self) -> dict[str, Any]:
         """All state that affects later decisions, as JSON values. Equal profiles are written once."""
-        return snapshot.to_state(self)
+        return self.image().to_state()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Load a state of `to_state` into a new core. Leases: see `restart_leases`.
 
         Raises `ConfigError` for a state of another version or region.
         """
-        snapshot.restore(self, state)
+        snapshot.restore(self._region, state)
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], **settings: Any) -> PlannerCore:
-        """A core with a state of `to_state` and the settings of `__init__`."""
-        core = cls(state["region"], **settings)
+    def from_state(cls, state: dict[str, Any], policy: str | Policy = "deepar") -> PlannerCore:
+        """A core with a state of `to_state`."""
+        core = cls(state["region"], policy)
         core.restore(state)
         return core
 
     def validate(self) -> None:
         """Check the invariants that hold between events; see `snapshot.validate`. Raises `InvariantError`. For tests."""
-        snapshot.validate(self)
+        snapshot.validate(self._region)
 
 
 _HANDLERS: Final[dict[type, Callable[[PlannerCore, Any, float], None]]] = {

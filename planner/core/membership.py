@@ -9,39 +9,49 @@ from typing import Final
 
 from bus.messages import HandleInput, NodeAnnounced, NodeJoined, NodeLeft, NodeLost, TaskState
 from bus.values import Role
-from planner.core.placing import Placing
+from planner.core.candidates import Candidates
+from planner.core.change_recorder import ChangeRecorder
 from planner.core.records import Node, Task
+from planner.core.state import RegionState
 from planner.search.cost import PlatformRow
 from planner.search.ledger import Reservation
 
 NO_LIMIT: Final = 1 << 62
 
 
-class Membership(Placing):
-    """A region whose nodes join, change and leave."""
+class Membership:
+    """Handles the events of nodes in one region."""
 
-    def _on_announced(self, announced: NodeAnnounced, now: float) -> None:
-        if announced.region != self.region:
+    def __init__(self, region: RegionState, candidates: Candidates, recorder: ChangeRecorder) -> None:
+        self._region = region
+        self._candidates = candidates
+        self._recorder = recorder
+
+    def announced(self, announced: NodeAnnounced, now: float) -> None:
+        """Let a node join, or take over what it announces about itself now."""
+        if announced.region != self._region.region:
             return
-        node = self.nodes.get(announced.node)
+        node = self._region.nodes.get(announced.node)
         if node is not None and node.announced.incarnation == announced.incarnation:
-            self._renew(announced.node, announced.incarnation, now)
+            self._region.renew(announced.node, announced.incarnation, now)
             if announced == node.announced:
                 return
             if announced.role is not node.announced.role:
-                self._lose(node, "replaced", now)
+                self.lose(node, "replaced", now)
             elif announced.role is Role.EDGE:
-                running = [r for r in self.ledger.edges[announced.node].reservations.values() if r.running]
+                running = [r for r in self._region.ledger.edges[announced.node].reservations.values() if r.running]
                 limits = (announced.slots, announced.link1_capacity_bps, announced.link2_capacity_bps)
                 self._shrink(running, limits, announced, now)
             elif announced.role is Role.DEVICE and announced.link1_capacity_bps:
-                running = [r for r in self.ledger.reservations.values() if r.running and r.sender == announced.node]
+                running = [
+                    r for r in self._region.ledger.reservations.values() if r.running and r.sender == announced.node
+                ]
                 self._shrink(running, (NO_LIMIT, announced.link1_capacity_bps, NO_LIMIT), announced, now)
         elif node is not None:
-            self._lose(node, "replaced", now)
+            self.lose(node, "replaced", now)
         before = self._clouds_used() if announced.role is Role.CLOUD else {}
-        self._do(NodeJoined(node=announced), now)
-        self._renew(announced.node, announced.incarnation, now)
+        self._recorder.do(NodeJoined(node=announced), now)
+        self._region.renew(announced.node, announced.incarnation, now)
         if node is not None and node.announced.role is announced.role:
             self._retry_unserved(announced, now)
             if node.announced.incarnation == announced.incarnation:
@@ -49,50 +59,51 @@ class Membership(Placing):
         if announced.draining:
             return  # a draining node gets no new tasks
         if announced.role is Role.DEVICE:
-            found = [task for task in self._waiting.values() if task.submitted.device == announced.node]
+            found = [task for task in self._region.waiting.values() if task.submitted.device == announced.node]
         else:
-            found = [task for task in self._waiting.values() if task.submitted.device in self.nodes]
+            found = [task for task in self._region.waiting.values() if task.submitted.device in self._region.nodes]
         for task in found:
-            self._replan_later(task)
+            self._recorder.replan_later(task)
 
-    def _on_left(self, left: NodeLeft, now: float) -> None:
-        node = self.nodes.get(left.node)
+    def left(self, left: NodeLeft, now: float) -> None:
+        """Remove a node that leaves."""
+        node = self._region.nodes.get(left.node)
         if node is not None and node.announced.incarnation == left.incarnation:
-            self._lose(node, "left", now)
+            self.lose(node, "left", now)
 
-    def _lose(self, node: Node, cause: str, now: float) -> None:
+    def lose(self, node: Node, cause: str, now: float) -> None:
         """Retry or fail the tasks that depend on a node, then remove the node."""
         announced = node.announced
         name = announced.node
         if announced.role is Role.EDGE:
-            touched = [self.tasks[task_id] for task_id in self.ledger.edges[name].reservations]
+            touched = [self._region.tasks[task_id] for task_id in self._region.ledger.edges[name].reservations]
         elif announced.role is Role.DEVICE:
             touched = [
                 task
-                for task in self.tasks.values()
+                for task in self._region.tasks.values()
                 if task.submitted.device == name and task.state != TaskState.WAITING
             ]
         else:
-            others = [other for other in self._cloud_names if other != name]
+            others = [other for other in self._region.cloud_names if other != name]
             touched = [
                 task
-                for task in self.tasks.values()
+                for task in self._region.tasks.values()
                 if task.placed is not None
                 and task.placed.placement.uses_cloud
-                and self._fastest_cloud(others, task.placed.model, task.placed.sha256) is None
+                and self._candidates.fastest_cloud(others, task.placed.model, task.placed.sha256) is None
             ]
         for task in sorted(touched, key=_seq):
             if announced.role is Role.DEVICE and isinstance(task.submitted.input, HandleInput):
-                self._end(task, TaskState.FAILED, now, cause="input_lost", detail=f"{name}: {cause}")
+                self._recorder.end(task, TaskState.FAILED, now, cause="input_lost", detail=f"{name}: {cause}")
             else:
-                self._retry(task, "node_lost", now, f"{name}: {cause}")
+                self._recorder.retry(task, "node_lost", now, f"{name}: {cause}")
         if announced.role is Role.DEVICE:
-            for task in sorted(self._waiting.values(), key=_seq):
+            for task in sorted(self._region.waiting.values(), key=_seq):
                 if task.submitted.device != name:
                     continue
                 if isinstance(task.submitted.input, HandleInput):
-                    self._end(task, TaskState.FAILED, now, cause="input_lost", detail=f"{name}: {cause}")
-        self._do(NodeLost(node=name, incarnation=announced.incarnation, cause=cause), now)
+                    self._recorder.end(task, TaskState.FAILED, now, cause="input_lost", detail=f"{name}: {cause}")
+        self._recorder.do(NodeLost(node=name, incarnation=announced.incarnation, cause=cause), now)
 
     def _shrink(
         self, running: list[Reservation], limits: tuple[int, int, int], announced: NodeAnnounced, now: float
@@ -104,7 +115,7 @@ class Membership(Placing):
         while slots > limits[0] or link1 > limits[1] or link2 > limits[2]:
             r = running.pop()
             slots, link1, link2 = slots - r.slots, link1 - r.link1_bps, link2 - r.link2_bps
-            self._retry(self.tasks[r.task_id], "capacity_lowered", now, announced.node)
+            self._recorder.retry(self._region.tasks[r.task_id], "capacity_lowered", now, announced.node)
 
     def _retry_unserved(self, announced: NodeAnnounced, now: float) -> None:
         """Retry the tasks that a node no longer serves after a new announcement.
@@ -112,24 +123,24 @@ class Membership(Placing):
         If the node drains, its scheduled tasks are retried too; its running tasks stay.
         """
         name = announced.node
-        for task in sorted(self.tasks.values(), key=_seq):
+        for task in sorted(self._region.tasks.values(), key=_seq):
             placed = task.placed
             if placed is None:
                 continue
             placement, cause = placed.placement, ""
             if announced.role is Role.DEVICE and task.submitted.device == name:
                 reach = announced.reachable_edges
-                if self._row(name, placed.model, placed.sha256) is None:
+                if self._candidates.row(name, placed.model, placed.sha256) is None:
                     cause = "model_gone"
                 elif placement.edge is not None and reach is not None and placement.edge not in reach:
                     cause = "edge_unreachable"
             elif announced.role is Role.EDGE and placement.edge == name and placement.uses_slot:
-                if self._row(name, placed.model, placed.sha256) is None:
+                if self._candidates.row(name, placed.model, placed.sha256) is None:
                     cause = "model_gone"
             elif (
                 announced.role is Role.CLOUD
                 and placement.uses_cloud
-                and self._fastest_cloud(self._cloud_names, placed.model, placed.sha256) is None
+                and self._candidates.fastest_cloud(self._region.cloud_names, placed.model, placed.sha256) is None
             ):
                 cause = "model_gone"
             if (
@@ -140,19 +151,19 @@ class Membership(Placing):
             ):
                 cause = "draining"
             if cause:
-                self._retry(task, cause, now, name)
+                self._recorder.retry(task, cause, now, name)
 
     def _clouds_used(self) -> dict[tuple[str, str], PlatformRow | None]:
         """The cloud's profile row of every model (name and hash) that a placed task runs in the cloud."""
-        placed = [task.placed for task in self.tasks.values() if task.placed is not None]
+        placed = [task.placed for task in self._region.tasks.values() if task.placed is not None]
         used = {(one.model, one.sha256) for one in placed if one.placement.uses_cloud}
-        return {key: self._cloud_row(*key) for key in used}
+        return {key: self._candidates.cloud_row(*key) for key in used}
 
     def _retry_changed(self, before: Node, clouds: dict[tuple[str, str], PlatformRow | None], now: float) -> None:
         """Retry the scheduled tasks whose placement was based on values that a node has changed."""
         name, role = before.announced.node, before.announced.role
-        after = self.nodes[name]
-        for task in sorted(self.tasks.values(), key=_seq):
+        after = self._region.nodes[name]
+        for task in sorted(self._region.tasks.values(), key=_seq):
             placed = task.placed
             if placed is None or task.state is not TaskState.SCHEDULED:
                 continue
@@ -167,9 +178,9 @@ class Membership(Placing):
                 changed = before.rows.get(placed.model) is not after.rows.get(placed.model)
             else:
                 rests = placement.uses_cloud
-                changed = clouds.get(model) is not self._cloud_row(*model)
+                changed = clouds.get(model) is not self._candidates.cloud_row(*model)
             if rests and changed:
-                self._retry(task, "node_changed", now, name)
+                self._recorder.retry(task, "node_changed", now, name)
 
     def _waits_for(self, task: Task, draining: NodeAnnounced) -> bool:
         """Whether a scheduled task needs the draining node; for a cloud node: whether no other cloud node can serve it."""
@@ -179,7 +190,7 @@ class Membership(Placing):
             return task.submitted.device == draining.node
         if draining.role is Role.EDGE:
             return placement.edge == draining.node
-        return placement.uses_cloud and self._cloud_row(placed.model, placed.sha256) is None
+        return placement.uses_cloud and self._candidates.cloud_row(placed.model, placed.sha256) is None
 
 
 def _seq(task: Task) -> int:

@@ -8,15 +8,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from heapq import heappush
 from typing import Any
 
 from bus.errors import ConfigError, InvariantError
 from bus.messages import NodeAnnounced, NodeJoined, Placed, TaskState, TaskSubmitted
 from bus.snapshots import STATE_VERSION
 from planner.core.circuits import Circuit
-from planner.core.records import HASH_MASK, NEVER, Task, hash_of
-from planner.core.state import RegionState, reservation_of
+from planner.core.records import HASH_MASK, NEVER, hash_of
+from planner.core.state import RegionState, SavedRegion, SavedTask
 
 Lists = dict[str, list[bytes]]
 """Parts of the long lists of the state, by list name; each entry is JSON."""
@@ -30,30 +29,17 @@ class Image:
     """
 
     def __init__(self, region: RegionState) -> None:
+        saved = region.export()
         self.head: dict[str, Any] = {
             "version": STATE_VERSION,
             "region": region.region,
-            "now_s": None if region.now_s == float("-inf") else region.now_s,
-            "admitted": region._seq,
-            "circuits": [[name, *circuit] for name, circuit in sorted(region.circuits.items())],
+            "now_s": None if saved.now_s == float("-inf") else saved.now_s,
+            "admitted": saved.admitted,
+            "circuits": [[name, *circuit] for name, circuit in saved.circuits],
         }
         self._nodes = list(region.nodes.values())
-        reservations = region.ledger.reservations
-        self._tasks = [
-            (
-                task.submitted,
-                task.seq,
-                task.state,
-                task.attempt,
-                task.deadline_s,
-                task.waiting_since_s,
-                task.placed,
-                task.avoided,
-                None if (r := reservations.get(task.task_id)) is None else (r.start_s, r.end_s, r.moves),
-            )
-            for task in region.tasks.values()
-        ]
-        self._ended = region.ended.to_state()
+        self._tasks = saved.tasks
+        self._ended = saved.ended
 
     def pieces(self, size_bytes: int) -> Iterator[Lists]:
         """The long lists in pieces of about `size_bytes` of JSON; at least one piece. Equal profiles are written once."""
@@ -115,11 +101,6 @@ def spliced(payload: bytes, lists: Lists) -> bytes:
     return payload[:-2] + comma + inside + payload[-2:]
 
 
-def to_state(region: RegionState) -> dict[str, Any]:
-    """All state that affects later decisions, as JSON values. Equal profiles are written once."""
-    return Image(region).to_state()
-
-
 def restore(region: RegionState, state: dict[str, Any]) -> None:
     """Load a state of `to_state` into a new core. Leases: see `restart_leases`.
 
@@ -132,46 +113,32 @@ def restore(region: RegionState, state: dict[str, Any]) -> None:
         )
     if region.tasks or region.nodes:
         raise InvariantError("cannot restore a state into a core that has tasks or nodes; create a new core")
-    region.now_s = float("-inf") if state["now_s"] is None else state["now_s"]
+    now_s = float("-inf") if state["now_s"] is None else state["now_s"]
     profiles = state.get("profiles", [])
     for entry in state.get("nodes", []):
         models = [{**profiles[index], "platform": platform} for index, platform in entry["models"]]
-        region._apply_joined(
-            NodeJoined(node=NodeAnnounced.model_validate({**entry["announced"], "models": models})), region.now_s
-        )
-    for entry in sorted(state.get("tasks", []), key=lambda entry: (entry["waiting_since_s"], entry["seq"])):
-        _restore_task(region, entry)
-    for name, *circuit in state.get("circuits", []):
-        region._set_circuit(name, Circuit(*circuit))
-    region._seq = state["admitted"]
-    region._hash += region.ended.restore(state.get("ended", []))
-    region._changed_edges.clear()
-    region._changed_devices.clear()
+        announced = NodeAnnounced.model_validate({**entry["announced"], "models": models})
+        region.apply(NodeJoined(node=announced), now_s)
+    tasks = sorted(state.get("tasks", []), key=lambda entry: (entry["waiting_since_s"], entry["seq"]))
+    circuits = [(name, Circuit(*circuit)) for name, *circuit in state.get("circuits", [])]
+    region.load(
+        SavedRegion(now_s, state["admitted"], circuits, [_saved_task(entry) for entry in tasks], state.get("ended", []))
+    )
 
 
-def _restore_task(region: RegionState, entry: dict[str, Any]) -> None:
-    submitted = TaskSubmitted.model_validate(entry["submitted"])
-    task = Task(submitted, entry["seq"], entry["waiting_since_s"])
-    task.state = TaskState(entry["state"])
-    task.attempt = entry["attempt"]
-    task.avoided = tuple(entry.get("avoided", ()))
-    task.deadline_s = NEVER if entry["deadline_s"] is None else entry["deadline_s"]
-    region.tasks[task.task_id] = region._touched[task.task_id] = task
-    if task.deadline_s != NEVER:
-        heappush(region._deadlines, (task.deadline_s, task.seq, task.task_id))
-    if task.state is not TaskState.RUNNING:
-        region._count_queued(task, +1)
-    if entry["placed"] is None:
-        region._waiting[task.task_id] = task
-        return
-    task.placed = Placed.model_validate(entry["placed"])
-    r = reservation_of(task, task.placed)
-    r.start_s, r.end_s, r.running = entry["start_s"], entry["end_s"], task.state is TaskState.RUNNING
-    r.moves = entry.get("moves", 0)
-    region.ledger.reserve(r, region.now_s)
-    if r.running:
-        region._running += 1
-        heappush(region._ends, (r.end_s, task.seq, task.task_id))
+def _saved_task(entry: dict[str, Any]) -> SavedTask:
+    placed = None if entry["placed"] is None else Placed.model_validate(entry["placed"])
+    return SavedTask(
+        submitted=TaskSubmitted.model_validate(entry["submitted"]),
+        seq=entry["seq"],
+        state=TaskState(entry["state"]),
+        attempt=entry["attempt"],
+        deadline_s=NEVER if entry["deadline_s"] is None else entry["deadline_s"],
+        waiting_since_s=entry["waiting_since_s"],
+        placed=placed,
+        avoided=tuple(entry.get("avoided", ())),
+        held=None if placed is None else (entry["start_s"], entry["end_s"], entry.get("moves", 0)),
+    )
 
 
 def validate(region: RegionState) -> None:
@@ -186,7 +153,7 @@ def validate(region: RegionState) -> None:
         placed = task.placed
         if task.state.ended or (task.state is TaskState.WAITING) != (r is None) or (placed is None) != (r is None):
             raise InvariantError(f"{task!r} holds {r}")
-        if (task.state is TaskState.WAITING) != (task.task_id in region._waiting):
+        if (task.state is TaskState.WAITING) != (task.task_id in region.waiting):
             raise InvariantError(f"{task!r}: its entry in the list of waiting tasks contradicts its state")
         if r is None or placed is None:
             continue
@@ -204,17 +171,17 @@ def validate(region: RegionState) -> None:
         if device is None or (placement.edge is not None and reach is not None and placement.edge not in reach):
             raise InvariantError(f"(13) is violated: {task!r} uses {placement.edge}, its device reaches {reach}")
     strangers = region.ledger.reservations.keys() - region.tasks.keys()
-    if strangers or len(region._waiting) + len(region.ledger.reservations) != len(region.tasks):
+    if strangers or len(region.waiting) + len(region.ledger.reservations) != len(region.tasks):
         raise InvariantError(
             f"reservations and waiting tasks do not match the live tasks; unknown: {sorted(strangers)}"
         )
-    if region._running != sum(task.state is TaskState.RUNNING for task in region.tasks.values()):
+    if region.running != sum(task.state is TaskState.RUNNING for task in region.tasks.values()):
         raise InvariantError("the count of running tasks is wrong")
     queued = Counter(task.submitted.device for task in region.tasks.values() if task.state is not TaskState.RUNNING)
-    if region._queued_by_device != queued:
+    if region.queued_by_device != queued:
         raise InvariantError("the count of a device's queued tasks is wrong")
     reservations = region.ledger.reservations
-    expected = region._seq + region.ended.digest() + sum(node.digest for node in region.nodes.values())
+    expected = region.admitted + region.ended.digest() + sum(node.digest for node in region.nodes.values())
     expected += sum(hash_of(circuit.text(name)) for name, circuit in region.circuits.items())
     expected += sum(hash_of(task.text(reservations.get(task.task_id))) for task in region.tasks.values())
     if region.state_hash != f"{expected & HASH_MASK:032x}":

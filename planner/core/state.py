@@ -1,8 +1,8 @@
 """The state of one region's planner, and its only mutator.
 
 `RegionState.apply` treats a new change and a change read from the decision topic in the same way, so folding the records
-rebuilds the state and its hash. Derived values (heaps, counts, the edges that a device reaches) are rebuilt by `apply` and
-are not hashed. Leases are soft state: see `restart_leases`.
+rebuilds the state and its hash. Derived values (heaps and counts) are rebuilt by `apply` and are not hashed. Leases are soft
+state: see `restart_leases`. Other objects read the public members; only the methods of this class change them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable
-from heapq import heapify, heappop, heappush
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from bus.errors import InvariantError
 from bus.messages import (
@@ -34,52 +33,72 @@ from bus.messages import (
 )
 from bus.values import Role
 from planner.core.circuits import Circuit
+from planner.core.options import CoreOptions
 from planner.core.records import HASH_MASK, HISTORY, NEVER, EndedTasks, Node, Task, content_of, hash_of
+from planner.core.timers import Timers
 from planner.core.transitions import ENDING, TRANSITIONS, Step, next_state
-from planner.search.cost import PlatformRow, RowTable
+from planner.search.cost import RowTable
 from planner.search.ledger import Ledger, Reservation
 
-DEFAULT_PATIENCE_S: Final = 600.0
-DEFAULT_REMEMBER_ENDED: Final = 10_000
 _QUEUED: Final = (TaskState.WAITING, TaskState.SCHEDULED)
+
+
+class SavedTask(NamedTuple):
+    """A live task as a value."""
+
+    submitted: TaskSubmitted
+    seq: int
+    state: TaskState
+    attempt: int
+    deadline_s: float
+    waiting_since_s: float
+    placed: Placed | None
+    avoided: tuple[str, ...]
+    held: tuple[float, float, int] | None  # start, end and moves of its reservation
+
+
+class SavedRegion(NamedTuple):
+    """The state of a region as a value, except its nodes, which are restored by `NodeJoined`."""
+
+    now_s: float
+    admitted: int
+    circuits: list[tuple[str, Circuit]]  # by name
+    tasks: list[SavedTask]
+    ended: list[list[str]]
 
 
 class RegionState:
     """The state of a region. Raises `InvariantError` for an impossible change and is unusable afterwards."""
 
-    def __init__(
-        self,
-        region: int = 0,
-        *,
-        patience_s: float = DEFAULT_PATIENCE_S,
-        remember_ended: int = DEFAULT_REMEMBER_ENDED,
-    ) -> None:
+    def __init__(self, region: int = 0, options: CoreOptions | None = None) -> None:
+        options = CoreOptions() if options is None else options
         self.region = region
-        self.patience_s = patience_s  # longest time that a task may be WAITING
+        self.patience_s = options.patience_s
         self.now_s = float("-inf")  # the latest `now` seen
         self.ledger = Ledger()
         self.tasks: dict[str, Task] = {}  # live tasks
-        self.ended = EndedTasks(remember_ended)
+        self.waiting: dict[str, Task] = {}  # WAITING tasks, in the order in which they became WAITING
+        self.queued_by_device: Counter[str] = Counter()  # tasks that wait or are scheduled
+        self.running = 0  # number of RUNNING tasks
+        self.admitted = 0  # tasks admitted so far
+        self.ended = EndedTasks(options.remember_ended)
         self.nodes: dict[str, Node] = {}
+        self.edge_names: list[str] = []  # ascending
+        self.cloud_names: list[str] = []  # ascending
         self.circuits: dict[str, Circuit] = {}  # of nodes at which the last attempt failed
-        self._edge_names: list[str] = []  # ascending
-        self._cloud_names: list[str] = []
-        self._waiting: dict[str, Task] = {}
-        self._queued_by_device: Counter[str] = Counter()  # tasks that wait or are scheduled
-        self._running = 0
-        self._seq = 0  # tasks admitted so far
+        self.timers = Timers(self.tasks, self.ledger.reservations)
+        # Edges and devices changed since the last `settled`: name -> time until which resources were freed. NEVER: any
+        # other change, so every scheduled task there must be checked.
+        self.changed_edges: dict[str, float] = {}
+        self.changed_devices: dict[str, float] = {}
         self._hash = 0  # sum of all hashes; changes of the tasks in _touched are still missing
         self._touched: dict[str, Task] = {}
         self._rows = RowTable()
-        self._cloud_rows: dict[tuple[str, str], PlatformRow | None] = {}
-        self._ends: list[tuple[float, int, str]] = []  # heap of predicted ends of running tasks
-        self._deadlines: list[tuple[float, int, str]] = []  # heap
-        self._leases: dict[str, float] = {}  # node -> ledger time at which its lease expires
-        self._lease_heap: list[tuple[float, str]] = []
-        # Edges and devices changed since the last `settled`: name -> time until which resources were freed. NEVER: any
-        # other change, so every scheduled task there must be checked.
-        self._changed_edges: dict[str, float] = {}
-        self._changed_devices: dict[str, float] = {}
+        self._watchers: list[Callable[[NodeAnnounced], None]] = []
+
+    def watch_nodes(self, watcher: Callable[[NodeAnnounced], None]) -> None:
+        """Call `watcher` whenever a node has joined, changed or left, so that it can drop what it has cached."""
+        self._watchers.append(watcher)
 
     # --- the only mutator --------------------------------------------------------------------------------------------
 
@@ -92,8 +111,18 @@ class RegionState:
     def settled(self, now: float) -> None:
         """Mark all changes of a record as applied: the record contains the walk, so no further walk is needed."""
         self.now_s = max(self.now_s, now)
-        self._changed_edges.clear()
-        self._changed_devices.clear()
+        self.walked()
+
+    def walked(self) -> None:
+        """Mark every changed edge and device as rescheduled."""
+        self.changed_edges.clear()
+        self.changed_devices.clear()
+
+    def advance(self, now: float) -> float:
+        """Advance ledger time to `now`; it never decreases. Return ledger time."""
+        if now > self.now_s:
+            self.now_s = float(now)
+        return self.now_s
 
     def apply(self, change: Change, now: float) -> None:
         """Apply one change, newly decided or recorded earlier. Raises `InvariantError` for an impossible change."""
@@ -112,13 +141,12 @@ class RegionState:
         task_id = submitted.task_id
         if task_id in self.tasks:
             raise InvariantError(f"task {task_id} is admitted twice")
-        self._seq += 1
-        task = Task(submitted, self._seq, now)
+        self.admitted += 1
+        task = Task(submitted, self.admitted, now)
         task.history.append((None, Step.ADMITTED, now))
-        self.tasks[task_id] = self._touched[task_id] = self._waiting[task_id] = task
+        self.tasks[task_id] = self._touched[task_id] = self.waiting[task_id] = task
         self._count_queued(task, +1)
-        if task.deadline_s != NEVER:
-            heappush(self._deadlines, (task.deadline_s, task.seq, task_id))
+        self.timers.add_deadline(task)
 
     def _apply_placed(self, change: Placed, now: float) -> None:
         task = self._live(change.task_id, change)
@@ -126,10 +154,10 @@ class RegionState:
         if change.attempt != task.attempt:
             raise InvariantError(f"{task!r}: placement names attempt {change.attempt}")
         task.placed = change
-        del self._waiting[task.task_id]
+        del self.waiting[task.task_id]
         self.ledger.reserve(reservation_of(task, change), now)
         if task.avoided or self.circuits:
-            for node in self._places(change):
+            for node in self.places(change):
                 if node in task.avoided:
                     task.avoided = ()  # no other node was available, so the list starts again
                 circuit = self.circuits.get(node)
@@ -150,8 +178,8 @@ class RegionState:
             self._note(r, NEVER)
             self.ledger.move(task.task_id, change.at_s)
         self.ledger.start(task.task_id)
-        self._running += 1
-        heappush(self._ends, (r.end_s, task.seq, task.task_id))
+        self.running += 1
+        self.timers.add_end(task, r.end_s)
 
     def _apply_moved(self, change: Moved, now: float) -> None:
         for task_id, start_s in zip(change.task_ids, change.starts_s, strict=True):
@@ -164,7 +192,7 @@ class RegionState:
         self._step(task, Step.OVERRAN, change.to_s)
         r = self.ledger.reservations[task.task_id]
         self.ledger.prolong(task.task_id, change.to_s)
-        heappush(self._ends, (change.to_s, task.seq, task.task_id))
+        self.timers.add_end(task, change.to_s)
         # If the longer reservation overlaps scheduled tasks, the walk must move them; otherwise no other task is affected.
         self._note(r, NEVER if self.ledger.overbooked(r, max(change.from_s, now)) else now)
 
@@ -181,7 +209,7 @@ class RegionState:
         task.attempt = change.attempt
         task.placed = None
         task.waiting_since_s = now
-        self._waiting[task.task_id] = task
+        self.waiting[task.task_id] = task
 
     def _apply_ended(self, change: Ended, now: float) -> None:
         task = self._live(change.task_id, change)
@@ -194,7 +222,7 @@ class RegionState:
             if released != recorded:
                 raise InvariantError(f"task {task_id} releases {released}, but the record says {recorded}")
         self._drop_probes(task)
-        self._waiting.pop(task_id, None)
+        self.waiting.pop(task_id, None)
         del self.tasks[task_id]
         del self._touched[task_id]
         self._hash -= task.digest
@@ -208,37 +236,38 @@ class RegionState:
             raise InvariantError(f"node {name} joins as {announced.role}, but it is present as {old.announced.role}")
         node = self.nodes[name] = Node(announced, self._rows)
         self._hash += node.digest - (old.digest if old is not None else 0)
-        self._forget_reach(announced)
         if announced.role is Role.EDGE:
             if old is None:
-                insort(self._edge_names, name)
+                insort(self.edge_names, name)
             self.ledger.open_edge(name, announced.slots, announced.link1_capacity_bps, announced.link2_capacity_bps)
-            self._changed_edges[name] = NEVER
+            self.changed_edges[name] = NEVER
         elif announced.role is Role.DEVICE:
             for r in self.ledger.limit_device(name, announced.link1_capacity_bps):
                 self._note(r, NEVER)
-        elif announced.role is Role.CLOUD:
-            if old is None:
-                insort(self._cloud_names, name)
-            self._cloud_rows.clear()
+        elif announced.role is Role.CLOUD and old is None:
+            insort(self.cloud_names, name)
+        self._tell_watchers(announced)
 
     def _apply_lost(self, change: NodeLost, now: float) -> None:
         node = self.nodes.pop(change.node, None)
         if node is None:
             raise InvariantError(f"{change!r}: the node is not present")
         self._hash -= node.digest
-        self._forget_reach(node.announced)
-        self._leases.pop(change.node, None)
+        self.timers.drop_lease(change.node)
         self._set_circuit(change.node, None)  # the node's next process starts with a closed circuit
         if node.announced.role is Role.EDGE:
-            self._edge_names.remove(change.node)
+            self.edge_names.remove(change.node)
             self.ledger.close_edge(change.node)
-            self._changed_edges.pop(change.node, None)
+            self.changed_edges.pop(change.node, None)
         elif node.announced.role is Role.DEVICE:
             self.ledger.limit_device(change.node, 0)
         elif node.announced.role is Role.CLOUD:
-            self._cloud_names.remove(change.node)
-            self._cloud_rows.clear()
+            self.cloud_names.remove(change.node)
+        self._tell_watchers(node.announced)
+
+    def _tell_watchers(self, changed: NodeAnnounced) -> None:
+        for watcher in self._watchers:
+            watcher(changed)
 
     def _apply_circuit(self, change: CircuitChanged, now: float) -> None:
         self._set_circuit(change.node, Circuit(change.failures, change.until_s) if change.failures else None)
@@ -251,33 +280,33 @@ class RegionState:
             self.circuits[node] = circuit
             self._hash += hash_of(circuit.text(node))
 
-    def _places(self, placed: Placed) -> list[str]:
+    def places(self, placed: Placed) -> list[str]:
         """The nodes at which an attempt can fail: the edge and the clouds that it uses, or the device if it runs alone."""
         placement = placed.placement
         if placement.edge is None:
             return [placed.device]
-        return [placement.edge, *self._cloud_names] if placement.uses_cloud else [placement.edge]
+        return [placement.edge, *self.cloud_names] if placement.uses_cloud else [placement.edge]
 
     def _drop_probes(self, task: Task) -> None:
         """Clear the task as the probe of every half-open circuit."""
         if self.circuits and task.placed is not None:
-            for node in self._places(task.placed):
+            for node in self.places(task.placed):
                 circuit = self.circuits.get(node)
                 if circuit is not None and circuit.probe == task.task_id:
                     self._set_circuit(node, circuit._replace(probe=None))
 
     def _release(self, task: Task, now: float) -> Reservation:
         r = self.ledger.release(task.task_id, now)
-        self._running -= r.running
+        self.running -= r.running
         self._note(r, max(r.end_s, now))  # an end on time (`now`) affects only tasks that are due
         return r
 
     def _note(self, r: Reservation, until: float) -> None:
         edge, device = r.edge, r.device
-        if edge is not None and until >= self._changed_edges.get(edge, until):
-            self._changed_edges[edge] = until
-        if device is not None and until >= self._changed_devices.get(device, until):
-            self._changed_devices[device] = until
+        if edge is not None and until >= self.changed_edges.get(edge, until):
+            self.changed_edges[edge] = until
+        if device is not None and until >= self.changed_devices.get(device, until):
+            self.changed_devices[device] = until
 
     def _step(self, task: Task, step: Step, at_s: float) -> None:
         before, history = task.state, task.history
@@ -292,7 +321,7 @@ class RegionState:
 
     def _count_queued(self, task: Task, by: int) -> None:
         """Add `by` to the number of queued tasks (WAITING or SCHEDULED) of the task's device."""
-        device, counts = task.submitted.device, self._queued_by_device
+        device, counts = task.submitted.device, self.queued_by_device
         counts[device] += by
         if not counts[device]:
             del counts[device]
@@ -305,69 +334,84 @@ class RegionState:
 
     # --- leases and timers -------------------------------------------------------------------------------------------
 
-    def _renew(self, name: str, incarnation: str, now: float) -> None:
+    def renew(self, name: str, incarnation: str, now: float) -> None:
+        """Renew the lease of a node that is present in this incarnation."""
         node = self.nodes.get(name)
-        if node is None or node.announced.incarnation != incarnation:
-            return
-        until = now + node.announced.lease_s
-        if name not in self._leases or until < self._leases[name]:
-            heappush(self._lease_heap, (until, name))
-        self._leases[name] = until
+        if node is not None and node.announced.incarnation == incarnation:
+            self.timers.renew(node, now)
 
-    def _next_lease(self) -> float:
-        heap, leases = self._lease_heap, self._leases
-        while heap:
-            until, name = heap[0]
-            real = leases.get(name)
-            if real == until:
-                return until
-            heappop(heap)
-            if real is not None and real > until:
-                heappush(heap, (real, name))
-        return NEVER
-
-    def _next_deadline(self) -> float:
-        heap = self._deadlines
-        while heap:
-            at_s, seq, task_id = heap[0]
-            task = self.tasks.get(task_id)
-            if task is not None and task.seq == seq:
-                return at_s
-            heappop(heap)
-        return NEVER
-
-    def _next_impatience(self) -> float:
+    def next_impatience(self) -> float:
         """Ledger time at which the patience of the longest WAITING task ends."""
-        for task in self._waiting.values():  # in the order in which they became WAITING
+        for task in self.waiting.values():
             return task.waiting_since_s + self.patience_s
         return NEVER
 
     def restart_leases(self, now: float) -> None:
         """Start every lease again in full, after a restart."""
         self.now_s = max(self.now_s, now)
-        self._leases = {name: now + node.announced.lease_s for name, node in self.nodes.items()}
-        self._lease_heap = [(until, name) for name, until in self._leases.items()]
-        heapify(self._lease_heap)
-
-    def _forget_reach(self, changed: NodeAnnounced) -> None:
-        """Clear the cached `reach` of every device that may use a node that joined, changed or left."""
-        if changed.role is Role.DEVICE:
-            return  # a device that joins gets a new `Node` with an empty cache
-        for node in self.nodes.values():
-            reachable = node.announced.reachable_edges
-            if changed.role is Role.CLOUD or reachable is None or changed.node in reachable:
-                node.reach.clear()
+        self.timers.restart_leases(self.nodes, now)
 
     def next_wakeup(self) -> float | None:
         """Ledger time of the next lease expiry, deadline or end of patience, or None; a `Tick` is due then."""
-        wakeup = self._next_lease()
-        if self._deadlines:
-            wakeup = min(wakeup, self._next_deadline())
-        if self._waiting:
-            wakeup = min(wakeup, self._next_impatience())
+        timers = self.timers
+        wakeup = timers.next_lease()
+        if timers.deadlines:
+            wakeup = min(wakeup, timers.next_deadline())
+        if self.waiting:
+            wakeup = min(wakeup, self.next_impatience())
         return None if wakeup == NEVER else wakeup
 
     # --- the state as a value ----------------------------------------------------------------------------------------
+
+    def export(self) -> SavedRegion:
+        """A copy of the state, as it is at this moment. It costs about one microsecond per task."""
+        reservations = self.ledger.reservations
+        tasks = [
+            SavedTask(
+                task.submitted,
+                task.seq,
+                task.state,
+                task.attempt,
+                task.deadline_s,
+                task.waiting_since_s,
+                task.placed,
+                task.avoided,
+                None if (r := reservations.get(task.task_id)) is None else (r.start_s, r.end_s, r.moves),
+            )
+            for task in self.tasks.values()
+        ]
+        return SavedRegion(self.now_s, self.admitted, sorted(self.circuits.items()), tasks, self.ended.to_state())
+
+    def load(self, saved: SavedRegion) -> None:
+        """Load an exported state into a region that has only nodes. Its nodes must have joined before."""
+        self.now_s = saved.now_s
+        for task in saved.tasks:
+            self._load_task(task)
+        for name, circuit in saved.circuits:
+            self._set_circuit(name, circuit)
+        self.admitted = saved.admitted
+        self._hash += self.ended.restore(saved.ended)
+        self.walked()
+
+    def _load_task(self, saved: SavedTask) -> None:
+        task = Task(saved.submitted, saved.seq, saved.waiting_since_s)
+        task.state, task.attempt, task.avoided = saved.state, saved.attempt, saved.avoided
+        task.deadline_s = saved.deadline_s
+        self.tasks[task.task_id] = self._touched[task.task_id] = task
+        self.timers.add_deadline(task)
+        if task.state is not TaskState.RUNNING:
+            self._count_queued(task, +1)
+        if saved.placed is None or saved.held is None:
+            self.waiting[task.task_id] = task
+            return
+        task.placed = saved.placed
+        r = reservation_of(task, saved.placed)
+        r.start_s, r.end_s, r.moves = saved.held
+        r.running = task.state is TaskState.RUNNING
+        self.ledger.reserve(r, self.now_s)
+        if r.running:
+            self.running += 1
+            self.timers.add_end(task, r.end_s)
 
     @property
     def state_hash(self) -> str:
@@ -380,7 +424,7 @@ class RegionState:
                 task.digest = digest
             self._touched.clear()
         self._hash = (self._hash + self.ended.hash_change()) & HASH_MASK
-        return f"{(self._hash + self._seq) & HASH_MASK:032x}"
+        return f"{(self._hash + self.admitted) & HASH_MASK:032x}"
 
     @property
     def live_tasks(self) -> int:

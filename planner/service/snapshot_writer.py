@@ -44,7 +44,7 @@ class SnapshotWriter:
         if self._taken is not None or decision.seq < context.snapshot_seq + every:
             return
         context.snapshot_seq = decision.seq
-        image = Image(context.core)
+        image = context.core.image()
         leader = {"planner": context.name, "lease_s": context.lease_s, "identity": context.master_fingerprint}
         snapshot = Snapshot(
             region=decision.region,

@@ -19,7 +19,7 @@ from bus.frames import decode_frame
 from bus.messages import Decision, Ended, EpochOpened, Message, Snapshot
 from bus.port import Bus, Reader
 from bus.tensors import Array, Assembler, Piece, to_tensors
-from planner.core.placing import Placing
+from planner.core.placing import QueueLimits
 from planner.core.records import Task
 from planner.search.ledger import Ledger, Reservation, Timeline
 from planner.service.leader_term import LeaderTerm
@@ -246,7 +246,7 @@ async def _no_letter(self: LeaderTerm) -> None:
     """Nobody looks after the snapshots."""
 
 
-def _endless_queue(self: Placing, task: Task) -> None:
+def _endless_queue(self: QueueLimits, task: Task) -> None:
     """The queue never looks full."""
 
 
@@ -335,7 +335,7 @@ CANARIES = (
     Canary(
         "garbage left", "garbage among the snapshots stays", 5, LeaderTerm, "dead_letter_broken_snapshots", _no_letter
     ),
-    Canary("queue unbounded", "a full queue takes more", 20, Placing, "_full_queue", _endless_queue),
+    Canary("queue unbounded", "a full queue takes more", 20, QueueLimits, "exceeded_by", _endless_queue),
     Canary("losses unseen", "a silent node is not declared lost", 5, LeaderTerm, "_tick_when_due", _deaf),
     Canary(
         "inputs skipped",

@@ -23,6 +23,7 @@ from bus.values import Role
 from deploy.monitor.region_view import RegionView
 from loadgen.sim.virtual_loop import run_virtual
 from planner.core.core import PlannerCore
+from planner.core.options import CoreOptions
 from planner.service.service import Standing
 from stages.fences import Fences
 from tests.decision_story import read_story
@@ -67,7 +68,8 @@ WAITING = 3200
 def test_an_edge_is_lost_under_which_1600_tasks_wait_and_the_planner_dies_in_the_midst() -> None:
     async def run() -> None:
         async with town(played=False) as place:
-            place.make_core = lambda: PlannerCore(0, "edge-only", max_waiting=100_000, max_waiting_per_device=100_000)
+            options = CoreOptions(max_waiting=100_000, max_waiting_per_device=100_000)
+            place.make_core = lambda: PlannerCore(0, "edge-only", options=options)
             first = place.start("first")
             first.bus.dies_after = lambda topic, value: (
                 topic == topics.DECISIONS and isinstance(messages.decode(topic, value), DecisionPart)
@@ -124,7 +126,7 @@ DEVICES = 2_000
 def test_a_region_with_20000_live_tasks_restores_from_a_snapshot_and_decides_while_it_is_written() -> None:
     async def run() -> None:
         async with town(MemoryBroker(latency_s=0.001), played=False) as place:
-            place.make_core = lambda: PlannerCore(0, "device-only", max_waiting=100_000)
+            place.make_core = lambda: PlannerCore(0, "device-only", options=CoreOptions(max_waiting=100_000))
             for number in range(DEVICES):
                 announced = NodeAnnounced(
                     node=f"n{number}",
@@ -243,7 +245,7 @@ def test_a_snapshot_that_is_written_half_destroys_none_that_is_whole(places: int
 def test_a_smaller_snapshot_leaves_nothing_of_a_larger_one() -> None:
     async def run() -> tuple[int, int, Snapshot]:
         async with town(always_compacting(), played=False) as place:
-            place.make_core = lambda: PlannerCore(0, "edge-only", remember_ended=3)
+            place.make_core = lambda: PlannerCore(0, "edge-only", options=CoreOptions(remember_ended=3))
             only = place.start("only", snapshot_every=3, part_bytes=2_000)
             await place.submit(range(40))
             await _snapshots(place, only, range(40, 44))

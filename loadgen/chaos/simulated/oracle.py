@@ -161,8 +161,8 @@ class Oracle:
             self._say("G1", f"{end.task_id} ended {len(ends)} times")
         if end.state is TaskState.EXPIRED and now_s < self._deadlines.get(end.task_id, float("inf")):
             self._say("G1", f"{end.task_id} expires before its deadline, or has none")
-        if end.cause == "queue_full" and len(self._live) - 1 - len(self._running) < self.core.max_waiting:
-            self._say("G11", f"{end.task_id} is rejected although {self.core.max_waiting} may wait")
+        if end.cause == "queue_full" and len(self._live) - 1 - len(self._running) < self.core.options.max_waiting:
+            self._say("G11", f"{end.task_id} is rejected although {self.core.options.max_waiting} may wait")
         placed = self._placed.get(end.task_id)
         if placed is not None:
             where = placed.placement
@@ -178,8 +178,10 @@ class Oracle:
         """G11: a new task is queued only while the queue has room. Retried tasks are exempt."""
         queued = len(self._live) - len(self._running)
         self.longest_queue = max(self.longest_queue, queued)
-        if queued > self.core.max_waiting and any(task in self._live and task not in self._running for task in fresh):
-            self._say("G11", f"{queued} tasks wait, {self.core.max_waiting} may")
+        if queued > self.core.options.max_waiting and any(
+            task in self._live and task not in self._running for task in fresh
+        ):
+            self._say("G11", f"{queued} tasks wait, {self.core.options.max_waiting} may")
 
     def _free(self, task_id: str) -> None:
         self._running.discard(task_id)

@@ -25,7 +25,7 @@ from loadgen.chaos.simulated.watched_bus import WatchedBus
 from loadgen.sim.process import Process, task_factory
 from loadgen.sim.region import VirtualRegion, VirtualStage
 from planner.core.core import PlannerCore
-from planner.core.placing import DEFAULT_MAX_WAITING
+from planner.core.options import DEFAULT_MAX_WAITING, CoreOptions
 from planner.service.record_split import RECORD_BYTES
 from planner.service.service import PlannerService
 from planner.service.snapshot_writer import PART_BYTES
@@ -122,7 +122,7 @@ class Play:
             policy=self.policy,
             objective=objective,
             execution=objective.execution,
-            max_waiting=self.max_waiting,
+            options=CoreOptions(max_waiting=self.max_waiting),
         )
 
     def _make_planner(self, name: str, bus: MemoryBus) -> PlannerService:

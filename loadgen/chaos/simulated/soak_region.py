@@ -11,6 +11,7 @@ from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.values import Execution, ModelProfile, Objective, Role
 from loadgen.sim.region import VirtualRegion, VirtualStage, toy_profile
 from planner.core.core import PlannerCore
+from planner.core.options import CoreOptions
 from planner.service.service import PlannerService
 from stages.node import NodeSettings
 from stages.runner import ModelledRunner, Station
@@ -107,7 +108,10 @@ class SoakRegion(VirtualRegion):
 
     def _make_core(self) -> PlannerCore:
         return PlannerCore(
-            0, objective=Objective.PIPELINED, execution=Execution.STREAMING, remember_ended=self.scenario.remember
+            0,
+            objective=Objective.PIPELINED,
+            execution=Execution.STREAMING,
+            options=CoreOptions(remember_ended=self.scenario.remember),
         )
 
     def _make_planner(self, name: str, bus: MemoryBus) -> PlannerService:

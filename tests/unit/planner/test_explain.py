@@ -8,6 +8,7 @@ from bus.errors import UnknownNameError
 from bus.messages import Decision, Ended, NodeAnnounced, Placed, TaskState
 from bus.text.units import parse_duration
 from planner.core.core import Event, PlannerCore, Tick
+from planner.core.options import CoreOptions
 from planner.explain import explain
 from tests.unit.planner.scenes import World, cloud, completed, device, edge, task
 
@@ -148,7 +149,7 @@ def test_a_task_that_waits_says_for_what_and_since_when(
 
 
 def test_a_task_that_found_nothing_fails_with_what_it_waited_for() -> None:
-    core = PlannerCore(0, "cloud-only", patience_s=60.0)
+    core = PlannerCore(0, "cloud-only", options=CoreOptions(patience_s=60.0))
     for event in (edge(lease_s=1e6), device("d1", lease_s=1e6), task("t1", "d1")):
         core.handle(event, 0.0)
     (ended,) = core.handle(Tick(), 61.0)

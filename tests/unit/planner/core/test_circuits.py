@@ -6,6 +6,7 @@ from bus.messages import CircuitChanged, Decision, Ended, NodeLeft, Placed, Retr
 from bus.values import Kind
 from planner.core.circuits import OPEN_S, OPENS_AFTER
 from planner.core.core import Event, PlannerCore
+from planner.core.options import CoreOptions
 from planner.explain import explain
 from tests.unit.planner.scenes import cloud, completed, device, edge, failed, only, task
 
@@ -17,7 +18,7 @@ class Region:
 
     def __init__(self, *nodes: Event, policy: str = "edge-only", **settings: object) -> None:
         self.policy = policy
-        self.core = PlannerCore(0, policy, **settings)  # type: ignore[arg-type]
+        self.core = PlannerCore(0, policy, options=CoreOptions(**settings))  # type: ignore[arg-type]
         self.folded = PlannerCore(0, policy)
         self.log: list[Decision] = []
         for node in nodes:

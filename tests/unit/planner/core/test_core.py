@@ -23,7 +23,7 @@ from bus.messages import (
 )
 from bus.values import Execution, Kind, Objective, Role
 from planner.core.core import Event, PlannerCore, Tick
-from planner.core.placing import WhenLate
+from planner.core.options import CoreOptions, WhenLate
 from planner.core.records import hash_of
 from planner.search.algorithm1 import Algorithm, Choice
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_EDGE
@@ -45,7 +45,7 @@ from tests.unit.planner.scenes import (
 
 
 def core_with(*events: Event, policy: str | Policy = "deepar", **settings: object) -> PlannerCore:
-    core = PlannerCore(0, policy, **settings)  # type: ignore[arg-type]
+    core = PlannerCore(0, policy, options=CoreOptions(**settings))  # type: ignore[arg-type]
     for event in events:
         core.handle(event, 0.0)
     return core

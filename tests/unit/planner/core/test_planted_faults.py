@@ -12,18 +12,19 @@ import pytest
 from bus.decisions import DecisionLog, Dropped
 from bus.errors import InvariantError
 from bus.messages import Decision, EpochOpened
-from planner.core.core import PlannerCore
+from planner.core.core import CoreParts, PlannerCore
 from planner.core.records import Task
+from planner.core.settling import SettlingRules
 from planner.search import algorithm1, ledger
 from tests.unit.planner.scenes import World
 
-Plant = Callable[[pytest.MonkeyPatch], None]
+Plant = Callable[[pytest.MonkeyPatch], CoreParts | None]
 
 
-def run() -> None:
-    """Two busy regions, everything validated after each event."""
-    World(PlannerCore(0), seed=11, tasks=80, rate=4.0).run()
-    World(PlannerCore(0), seed=3, tasks=80, rate=10.0, edges=2, devices=30).run()
+def run(parts: CoreParts | None = None) -> None:
+    """Two busy regions; the whole state is validated after each event."""
+    World(PlannerCore(0, parts=parts), seed=11, tasks=80, rate=4.0).run()
+    World(PlannerCore(0, parts=parts), seed=3, tasks=80, rate=10.0, edges=2, devices=30).run()
 
 
 def one_slot_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,15 +60,15 @@ def release_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger.Timeline, "give", wrong)
 
 
-def capacity_checked_at_the_start_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def capacity_checked_at_the_start_only(monkeypatch: pytest.MonkeyPatch) -> CoreParts:
     """The paper's check: the interval behind the start is not looked at."""
 
     def wrong(times: list[float], end_s: float, seen: int = 0) -> int:
         return seen
 
     monkeypatch.setattr(algorithm1, "bisect_left", wrong)
-    # the second look at what a policy chose would stop it first; the ledger's own audit must see it too
-    monkeypatch.setattr(PlannerCore, "_check", lambda *_: None)
+    # the check of the policy's choice would raise first; the ledger's own audit must find the bug, too
+    return CoreParts(check_choice=lambda *_: None)
 
 
 def device_not_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,9 +76,9 @@ def device_not_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger.DeviceAccount, "free", lambda *_: True)
 
 
-def starts_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task that overruns is taken for done when its predicted end has passed."""
-    monkeypatch.setattr(PlannerCore, "_prolong_overdue", lambda *_: None)
+def starts_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> CoreParts:
+    """The reservation of a task that overruns ends at its predicted end."""
+    return CoreParts(settling=SettlingRules(prolonged_end=lambda r, now: None))
 
 
 def hash_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,9 +100,9 @@ def hash_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_planted_fault_is_caught(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     run()
-    plant(monkeypatch)
+    parts = plant(monkeypatch)
     with pytest.raises(InvariantError):
-        run()
+        run(parts)
 
 
 def test_the_policys_choice_is_looked_at_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ import pytest
 
 from bus.messages import Moved, Start, TaskState
 from bus.values import Objective
-from planner.core import core
-from planner.core.core import MOVES_A_CHANGE, PlannerCore
+from planner.core.core import CoreParts, PlannerCore
+from planner.core.options import CoreOptions
 from planner.core.reschedule import pull, walk
+from planner.core.settling import MOVES_A_CHANGE, SettlingRules
 from planner.search.ledger import MOVES_BORNE, Ledger, Reservation
 from tests.unit.planner.rescheduler import first_instants
 from tests.unit.planner.scenes import MBPS, World, cloud, completed, device, edge, only, profile, task
@@ -53,11 +54,10 @@ def test_every_reschedule_of_a_region_equals_the_naive_one(
 
     find = Ledger.concerned
     monkeypatch.setattr(Ledger, "concerned", concerned)
-    monkeypatch.setattr(core, "pull", checked("pull", pull))
-    monkeypatch.setattr(core, "walk", checked("walk", walk))
+    parts = CoreParts(settling=SettlingRules(pull=checked("pull", pull), walk=checked("walk", walk)))
     for seed in range(8):
         World(
-            PlannerCore(0, policy, objective),
+            PlannerCore(0, policy, objective, parts=parts),
             seed,
             tasks=80,
             rate=(1.0, 4.0, 10.0)[seed % 3],
@@ -285,7 +285,7 @@ def test_a_moved_queue_is_one_change_of_bounded_size() -> None:
     moved = only(changes, Moved)
     assert list(moved.task_ids) == [f"t{i}" for i in range(2, 300)]
     assert len(changes) == 3  # ended, start, moved
-    long = PlannerCore(0, "device-only", max_waiting_per_device=5000)
+    long = PlannerCore(0, "device-only", options=CoreOptions(max_waiting_per_device=5000))
     long.handle(device(models=(profile(layer_s=(0.001, 0.001, 0.001)),)), 0.0)
     count = 2 * MOVES_A_CHANGE + 52
     for i in range(count):
@@ -296,7 +296,7 @@ def test_a_moved_queue_is_one_change_of_bounded_size() -> None:
 
 
 def test_one_device_cannot_fill_the_queue_of_its_region() -> None:
-    region = PlannerCore(0, "device-only", max_waiting=10, max_waiting_per_device=4)
+    region = PlannerCore(0, "device-only", options=CoreOptions(max_waiting=10, max_waiting_per_device=4))
     region.handle(device("d1"), 0.0)
     region.handle(device("d2"), 0.0)
     ends = [region.handle(task(f"t{i}", "d1"), 0.0)[-1] for i in range(6)]

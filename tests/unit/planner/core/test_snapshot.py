@@ -8,6 +8,7 @@ from bus.errors import ConfigError, InvariantError
 from bus.messages import Decision
 from bus.values import Objective
 from planner.core.core import PlannerCore
+from planner.core.options import CoreOptions
 from tests.unit.planner.scenes import World
 
 
@@ -72,9 +73,9 @@ def test_a_state_of_another_version_or_region_is_refused() -> None:
 
 
 def test_memory_is_bounded_by_what_lives_and_what_is_remembered() -> None:
-    core = PlannerCore(0, remember_ended=20)
+    core = PlannerCore(0, options=CoreOptions(remember_ended=20))
     World(core, 2, tasks=300, rate=5.0, orderly=True, validate=False).run()
     assert (len(core.tasks), len(core.ended)) == (0, 20)
     assert all(len(account.timeline.times) <= 3 for account in core.ledger.edges.values())
     assert not core.ledger.devices
-    assert len(core._ends) + len(core._deadlines) + len(core._waiting) < 300
+    assert core.timer_entries < 300

@@ -31,6 +31,7 @@ from bus.messages import (
 )
 from bus.values import Objective, Role
 from planner.core.core import Event, PlannerCore, Tick
+from planner.core.options import CoreOptions
 from tests.unit.planner.scenes import MBPS, cloud, completed, device, edge, failed, task
 
 EDGES, DEVICES, CLOUDS = ("e1", "e2"), ("d1", "d2", "d3"), ("c1", "c2")
@@ -58,8 +59,7 @@ class Region(RuleBasedStateMachine):
         self.settings: dict[str, Any] = {
             "objective": objective,
             "policy": policy,
-            "max_waiting": 6,
-            "patience_s": 200.0,
+            "options": CoreOptions(max_waiting=6, patience_s=200.0),
         }
         self.core = PlannerCore(0, **self.settings)
         for name in ("e1", "c1", "d1", "d2"):

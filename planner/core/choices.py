@@ -1,0 +1,66 @@
+"""The policy's choice for a task: asked for, converted, and checked against the task's caps and the ledger.
+
+The check also covers the built-in policies, so that a bug in one of them never enters the state.
+"""
+
+from __future__ import annotations
+
+from operator import index
+
+from bus.errors import InvariantError, PolicyError
+from planner.core.records import NEVER
+from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request
+from planner.search.policies import Policy, Restriction
+
+
+def ask(policy: Policy, algorithm: Algorithm) -> Choice | None:
+    """The policy's choice, in Python's own numbers. None: no placement is possible."""
+    choice = policy.place(algorithm)
+    return choice if choice is None or isinstance(policy, Restriction) else _normalized(choice)
+
+
+def _normalized(choice: Choice) -> Choice:
+    """The choice of a user's policy, converted to Python's int and float. Raises `PolicyError` for anything else."""
+    try:
+        family, edge, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
+        whole = (index(cut1), index(cut2), index(link1_bps), index(link2_bps))
+        return Choice(index(family), edge, *whole, float(start_s), float(delay_s))
+    except (TypeError, ValueError) as error:
+        raise PolicyError(f"it chose {choice!r:.200}, which is not a Choice: {error}") from None
+
+
+def check_choice(policy: Policy, request: Request, option: EdgeOption | None, choice: Choice, now: float) -> None:
+    """Check that a choice is consistent, within the task's caps (11), and free in the ledger.
+
+    Raises `PolicyError` for a user's policy, and `InvariantError` for a built-in one.
+    """
+    end, layers = choice.start_s + choice.delay_s, request.device_row.layers
+    good = (
+        now <= choice.start_s <= end < NEVER
+        and 0 <= choice.cut1 <= choice.cut2 <= layers
+        and (choice.edge is None) == (option is None) == (choice.cut1 == layers)
+    )
+    if good and option is not None:
+        good = (
+            choice.start_s >= option.account.turn_s()
+            and 1 <= choice.link1_bps <= option.max_link1_bps
+            and 0 <= choice.link2_bps <= option.max_link2_bps
+            and option.account.timeline.fits(
+                choice.start_s, end, int(choice.cut1 != choice.cut2), choice.link1_bps, choice.link2_bps
+            )
+        )
+    if good and request.device is not None:
+        computes = int(choice.cut1 > 0)
+        good = request.device.timeline.fits(choice.start_s, end, computes, choice.link1_bps, 0)
+    if good and option is not None:
+        costs, forbidden = option.search.costs, option.search.forbidden
+        good = (
+            not {choice.cut1, choice.cut2} & forbidden
+            and (choice.cut1 == choice.cut2 or costs.edge is not None)
+            and (choice.cut2 == layers or (costs.cloud is not None and choice.link2_bps >= 1))
+        )
+    if not good:
+        fault = f"it chose for {request.task_id} what cannot be, or is not free: {choice!r:.300}"
+        if isinstance(policy, Restriction):
+            raise InvariantError(f"policy {policy.name}: {fault}")
+        raise PolicyError(fault)
