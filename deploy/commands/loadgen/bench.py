@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -42,6 +43,13 @@ def benchmark(name: str) -> Callable[..., dict[str, Any]]:
     return run
 
 
+@dataclass(frozen=True, slots=True)
+class BenchmarkSource:
+    """Where benchmarks come from. A test passes another one as the object of the context."""
+
+    find: Callable[[str], Callable[..., dict[str, Any]]] = benchmark
+
+
 def bench(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in BENCHES.items()))],
@@ -60,7 +68,8 @@ def bench(
     if name not in BENCHES:
         raise unknown_name("benchmark", name, BENCHES)
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
-    measure = (context.obj or benchmark)(name)  # a test sets its own benchmarks as the context's object
+    source = context.find_object(BenchmarkSource) or BenchmarkSource()
+    measure = source.find(name)
     wanted = {"bus": bus and bus.value, "bootstrap": bootstrap_servers, "tasks": tasks, "seed": random_seed}
     takes = inspect.signature(measure).parameters
     given = {key: value for key, value in wanted.items() if value is not None and key in takes}

@@ -146,8 +146,8 @@ def chaos(
         faults=tuple(parse_faults(faults.faults, seed)),
         seed=seed,
     )
-    inject: Inject = context.obj or break_region
-    findings = inject(options, folder, campaign, run.bootstrap_servers, log)
+    injector = context.find_object(Injector) or Injector()
+    findings = injector.inject(options, folder, campaign, run.bootstrap_servers, log)
     summary = findings.summary()
     (folder / "summary.json").write_text(json_text(summary, indent=1) + "\n", encoding="utf-8")
     if as_json:
@@ -195,6 +195,13 @@ def break_region(
         return run_on_uvloop(_break(options, folder, campaign, bootstrap, broker, say))
 
 
+@dataclass(frozen=True, slots=True)
+class Injector:
+    """How a campaign is run. A test passes another one as the object of the context."""
+
+    inject: Callable[[RegionOptions, Path, Campaign, str | None, Console], Findings] = break_region
+
+
 async def _break(
     options: RegionOptions, folder: Path, campaign: Campaign, bootstrap: str, broker: KafkaBroker | None, say: Say
 ) -> Findings:
@@ -208,10 +215,6 @@ async def _break(
         async with region:
             run = LiveChaos(region, bus, connection.client_settings(bootstrap), campaign, say)
             return await run.run()
-
-
-Inject = Callable[[RegionOptions, Path, Campaign, str | None, Console], Findings]
-"""Injects the faults of a campaign into a region. A test sets another one as the context's object."""
 
 
 async def _require_no_planner(bus: KafkaBus) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,12 @@ app = typer.Typer(
 )
 app.command()(chaos)
 
-Play = Callable[[ReplayRun], bool]
-"""Runs a replay to its end and returns whether it was interrupted. A test sets another one as the context's object."""
+
+@dataclass(frozen=True, slots=True)
+class Player:
+    """How a replay is played. A test passes another one as the object of the context."""
+
+    play: Callable[[ReplayRun], bool] = ReplayRun.play  # runs to the end; returns whether it was interrupted
 
 
 @with_option_groups
@@ -75,8 +80,8 @@ def replay(
     bus = signed(connected, submitter_of(submission.identity_key))
     needed = frozenset(mix.models if file is None else ())
     run = ReplayRun(bus, submission.region, named, needed, make, wait_s, log)
-    play: Play = context.obj or ReplayRun.play
-    interrupted = play(run)
+    player = context.find_object(Player) or Player()
+    interrupted = player.play(run)
     summary = run.result.summary
     files = report.write_files(folder, run.result.outcomes, summary, began_at=run.began_at)
     summary["files"] = [str(path) for path in files]

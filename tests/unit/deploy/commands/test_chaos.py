@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bus.errors import ConfigError
-from deploy.commands.loadgen import replay
+from deploy.commands.loadgen import chaos, replay
 from deploy.services.live_region import RegionOptions
 from loadgen.chaos.live.faults import Fault, FaultKind, FaultRecord, Findings, Target
 
@@ -26,7 +26,7 @@ def run(tmp_path: Path, findings: Findings) -> tuple[int, dict[str, Any]]:
     def inject(*given: Any) -> Findings:
         return findings
 
-    result = CliRunner().invoke(replay.app, ["chaos", "--json", "--out", str(tmp_path)], obj=inject)
+    result = CliRunner().invoke(replay.app, ["chaos", "--json", "--out", str(tmp_path)], obj=chaos.Injector(inject))
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(result.stdout)
     return result.exit_code, json.loads(result.stdout)
 

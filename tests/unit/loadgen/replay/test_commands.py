@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bus.errors import ConfigError, UnknownNameError
 from bus.messages import NodeAnnounced, TaskState
 from bus.values import Kind, Parts, Placement, Role
 from deploy.commands.loadgen import replay
+from deploy.commands.loadgen.bench import BenchmarkSource
 from deploy.console_output.replay_run import ReplayRun, devices_for, require_models
 from loadgen.replay import arrivals, schedule
 from loadgen.replay.schedule import Schedule
@@ -49,8 +51,10 @@ def plans() -> Plans:
     return Plans()
 
 
-def invoke(play: replay.Play, tmp_path: Path, *arguments: str) -> Any:
-    return CliRunner().invoke(replay.app, ["replay", "--out", str(tmp_path / "out"), *arguments], obj=play)
+def invoke(play: Callable[[ReplayRun], bool], tmp_path: Path, *arguments: str) -> Any:
+    return CliRunner().invoke(
+        replay.app, ["replay", "--out", str(tmp_path / "out"), *arguments], obj=replay.Player(play)
+    )
 
 
 def test_one_object_on_stdout_with_the_keys_that_scripts_read(tmp_path: Path, plans: Plans) -> None:
@@ -162,11 +166,11 @@ def test_a_benchmark_prints_its_object_and_fails_when_an_aim_is_missed() -> None
         aims = [{"name": "a", "value": tasks, "aim": 3, "pass": tasks <= 3}]
         return {"bench": "simulator", "machine": "m", "results": [{"tasks": tasks, "seconds": 1.0}], "aims": aims}
 
-    benches = {"simulator": run}
-    result = CliRunner().invoke(replay.app, ["bench", "simulator", "--tasks", "2", "--json"], obj=benches.get)
+    source = BenchmarkSource(lambda name: {"simulator": run}[name])
+    result = CliRunner().invoke(replay.app, ["bench", "simulator", "--tasks", "2", "--json"], obj=source)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["results"] == [{"tasks": 2, "seconds": 1.0}]
-    assert CliRunner().invoke(replay.app, ["bench", "simulator"], obj=benches.get).exit_code == 99
+    assert CliRunner().invoke(replay.app, ["bench", "simulator"], obj=source).exit_code == 99
     unknown = CliRunner().invoke(replay.app, ["bench", "speed"])
     assert isinstance(unknown.exception, UnknownNameError)
 
