@@ -1,4 +1,4 @@
-# Everything happens in .venv; the system's Python is only used to make it.
+# All tools run from .venv; the system's Python only creates it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,9 +23,9 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	@touch $@
 
-setup: $(VENV)/.run ## make .venv with what DeePar needs to run
+setup: $(VENV)/.run ## create .venv with the dependencies of DeePar
 
-setup-dev: $(VENV)/.dev ## the same with what its tests need
+setup-dev: $(VENV)/.dev ## add the dependencies of the tests
 
 check: $(VENV)/.dev ## lint, types, generated documents (seconds)
 	$(BIN)/ruff check .
@@ -33,16 +33,16 @@ check: $(VENV)/.dev ## lint, types, generated documents (seconds)
 	$(BIN)/mypy
 	$(BIN)/python -m deploy.generated_docs.flow --check docs
 
-test: $(VENV)/.dev ## all tests, on a real Apache Kafka that they start themselves
+test: $(VENV)/.dev ## all tests; they start a real Apache Kafka
 	$(BIN)/python -m pytest --numprocesses 3
 
 demo: $(VENV)/.run ## a cloud, two edges and four devices on this machine, with real inference
 	@$(BIN)/deepar demo
 
-docs: $(VENV)/.run ## make the generated documents anew
+docs: $(VENV)/.run ## regenerate the generated documents
 	$(BIN)/python -m deploy.generated_docs.flow docs
 
-lock: $(VENV)/.dev ## pin the dependencies anew
+lock: $(VENV)/.dev ## update the pinned dependencies
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 		--custom-compile-command 'make lock' pyproject.toml deploy/build-requirements.in -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
@@ -51,6 +51,6 @@ lock: $(VENV)/.dev ## pin the dependencies anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 		--custom-compile-command 'make lock' --group dev -c requirements-otel.lock -o requirements-dev.lock pyproject.toml
 
-clean: ## remove what was made here (not the user's cache)
+clean: ## remove everything that make created here (not the user's cache)
 	rm -rf $(VENV) build dist *.egg-info demo-out figures .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

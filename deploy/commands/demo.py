@@ -192,7 +192,7 @@ def _show(console: Console, runs: list[_Played], report: dict[str, Any], links: 
         console.print(
             f"  {played.run.policy:<12} {format_seconds(mean_s):>8}  [{'green' if played is best else 'blue'}]{bar}[/]{note}"
         )
-    console.print(f"\nWho worked on what, when: [bold]{report['picture']}[/]", soft_wrap=True)
+    console.print(f"\nChart of the run: [bold]{report['picture']}[/]", soft_wrap=True)
     console.print("Next: [cyan]deepar broker[/] and the README, for the same as separate processes on Kafka.")
 
 

@@ -64,7 +64,7 @@ def load(model: str, options: FileOptions) -> Model:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Any]:
-    """A progress bar on stderr that goes away: call it with done, total, what."""
+    """A progress bar on stderr that disappears at the end; call it with done, total, what."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(emoji=False, stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=None)

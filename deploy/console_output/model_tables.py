@@ -1,4 +1,4 @@
-"""How `deepar models` and `deepar profile` look on a terminal."""
+"""Terminal output of `deepar models` and `deepar profile`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stages.zoo.registry import ZooEntry
 
 BAR_WIDTH = 12
 NUMBERS_WIDTH = 41
-"""What times, spreads and sizes take beside the bars of a profile, spaces included."""
+"""Width of the columns for times, spreads and sizes in a profile, spaces included."""
 
 
 def size(count: float) -> str:
@@ -36,8 +36,8 @@ def _spec(spec: TensorSpec) -> str:
 
 
 def models_table(entries: Sequence[ZooEntry]) -> Table:
-    """The zoo."""
-    table = Table("model", "what it is", box=None, pad_edge=False)
+    """A table of the models in the zoo."""
+    table = Table("model", "description", box=None, pad_edge=False)
     for title in ("layers", "size"):
         table.add_column(title, justify="right")
     table.add_column("file")
@@ -48,15 +48,17 @@ def models_table(entries: Sequence[ZooEntry]) -> Table:
 
 
 def show_tree(model: Model) -> Tree:
-    """One model."""
+    """A tree with the facts about one model."""
     manifest, graph = model.manifest, model.graph
     tree = Tree(f"[bold]{escape(model.name)}[/]  {escape(str(model.path))}")
     tree.add(f"{size(model.size_bytes)}, SHA-256 {model.file_sha256}")
     work = sum(cut.work for cut in manifest.cuts)
     tree.add(f"{manifest.layers} layers, {work / 1e6:,.1f} million multiply-accumulates")
     if graph.carried:
-        tree.add(f"{len(graph.carried)} operators that only prepare weights or state go with the layers that need them")
-    for title, cut in (("takes", manifest.cuts[0]), ("gives", manifest.cuts[-1])):
+        tree.add(
+            f"{len(graph.carried)} operators that only prepare weights or state belong to the layers that need them"
+        )
+    for title, cut in (("inputs", manifest.cuts[0]), ("outputs", manifest.cuts[-1])):
         branch = tree.add(f"{title} {size(cut.cut_bytes)}")
         for spec in cut.tensors:
             branch.add(_spec(spec))
@@ -64,17 +66,16 @@ def show_tree(model: Model) -> Tree:
         branch = tree.add("signatures" if model.contents.signatures else "no signatures")
         for one in model.contents.signatures:
             call = f"{escape(one.name)}({escape(', '.join(one.inputs))}) -> {escape(', '.join(one.outputs))}"
-            branch.add(f"[bold]{call}: this is about it[/]" if one.meant else f"{call}: --signature {escape(one.name)}")
+            branch.add(f"[bold]{call}: selected[/]" if one.meant else f"{call}: --signature {escape(one.name)}")
         others = [words for words in model.contents.unseen if not words.startswith("signature ")]
         if others:
-            branch.add(f"not looked at: {escape(', '.join(others))}")
+            branch.add(f"not inspected: {escape(', '.join(others))}")
     for entry in model.contents.open_inputs:
         declared = "x".join(map(str, entry.declared))
-        tree.add(
-            escape(f"{entry.name} is open: {entry.words}, here {declared}; --input-shape {entry.name}={entry.words}")
-        )
+        change = f"--input-shape {entry.name}={entry.words}"
+        tree.add(escape(f"{entry.name} has the open shape {entry.words}, here {declared}; set it with {change}"))
     if graph.stateful:
-        tree.add("keeps state between samples; every sample starts afresh here")
+        tree.add("stateful; DeePar resets the state before every sample")
     if model.facts.missing_kernels:
         tree.add(f"[red]no kernel for {escape(', '.join(sorted(model.facts.missing_kernels)))}[/]")
     if graph.blocked:
@@ -89,8 +90,8 @@ def show_tree(model: Model) -> Tree:
 
 
 def cuts_table(model: Model, cuts: Iterable[CutPoint], useful: set[int], shares: Sequence[float]) -> Table:
-    """Positions, what crosses them, the work before."""
-    table = Table(title=f"{escape(model.name)}: where it can be cut", title_justify="left", box=None, pad_edge=False)
+    """A table of cut positions with the tensors that cross each and the work before it."""
+    table = Table(title=f"{escape(model.name)}: possible cuts", title_justify="left", box=None, pad_edge=False)
     for title in ("cut", "after", "crosses", "bytes", "work before", ""):
         table.add_column(title, justify="right" if title in ("cut", "bytes", "work before") else "left")
     for cut in cuts:
@@ -112,7 +113,7 @@ def cuts_table(model: Model, cuts: Iterable[CutPoint], useful: set[int], shares:
 
 
 def parts_table(model: Model, manifest: Path, parts: Sequence[dict[str, Any]]) -> Table:
-    """The files that were written."""
+    """A table of the written files."""
     title = f"{escape(model.name)} in {len(parts)} parts: {escape(str(manifest))}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for heading in ("role", "layers", "file", "size", "sends"):
@@ -125,7 +126,7 @@ def parts_table(model: Model, manifest: Path, parts: Sequence[dict[str, Any]]) -
 
 
 def verify_lines(report: Report, samples: int) -> Text:
-    """The verdict."""
+    """The result of a verification as text."""
     pairs = f"{report.checked} pairs of cuts on {samples} sample{'s' if samples != 1 else ''}"
     text = Text()
     if report.bit_identical:
@@ -145,7 +146,7 @@ def verify_lines(report: Report, samples: int) -> Text:
 
 
 def profile_table(found: Measurement, profile: ModelProfile, columns: int = 120) -> Table:
-    """Every layer's time and output, with bars; on a terminal of few `columns` without kinds, and with short bars."""
+    """A table of the time and output size of each layer, with bars; a narrow terminal gets no kinds and shorter bars."""
     room = columns - max(len(layer.name) for layer in found.layers) - NUMBERS_WIDTH
     kinds = max(len(layer.kind) for layer in found.layers) + 2
     with_kinds = room - kinds >= BAR_WIDTH

@@ -1,4 +1,4 @@
-"""The plot of `deepar plan`: delay over the bandwidth of each link, coloured by the cuts that are best there."""
+"""Plot of `deepar plan`: delay over the bandwidth of each link, coloured by the best cuts."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 POINTS = 160
 HATCHES = ("", "//", "..", "xx")
-"""One for each round through the colours, so that many pairs of cuts still look different."""
+"""Hatch for each pass through the colours, so that many pairs of cuts remain distinguishable."""
 
 MOST_IN_LEGEND = 16
 MOST_LETTERS = 36
-"""A longer name of two cuts loses its middle in the legend."""
+"""Maximum length of a legend entry; a longer one is shortened in its middle."""
 
 
 def draw_plan(situation: Situation, path: Path) -> None:
-    """Writes the chart; the suffix says which format."""
+    """Write the chart; the suffix of the path selects the format."""
     plots.save(plan_figure(situation), path.with_suffix(""), [path.suffix.removeprefix(".")])
 
 
 def plan_figure(situation: Situation) -> Figure:
-    """One panel a link, from a hundredth to a hundred times its bandwidth."""
+    """One panel per link, from a hundredth of its bandwidth to a hundred times."""
     figure, panels = plots.figure(11.0, 4.2, 1, 2, sharey=True)
     looks: dict[tuple[int, int], tuple[str, str]] = {}
     found = [_best(situation, link) for link in (1, 2)]
@@ -43,7 +43,7 @@ def plan_figure(situation: Situation) -> Figure:
         shown = [(bps / 1e6, 1e3 * plan.delay_s) for bps, plan in zip(bandwidths, best, strict=True) if plan]
         if shown:
             axes.plot(*zip(*shown, strict=True), color="black", lw=1.5)
-        named = "the bandwidth asked about" if link == 2 else None
+        named = "given bandwidth" if link == 2 else None
         axes.axvline(max(here, 1000) / 1e6, color="black", lw=0.8, ls=":", label=named)
         axes.set(xscale="log", yscale="log", xlabel=f"link {link} (Mbps); the other {format_rate(other)}")
         axes.set_xlim(bandwidths[0] / 1e6, bandwidths[-1] / 1e6)
@@ -67,7 +67,7 @@ def _best(situation: Situation, link: int) -> tuple[list[int], list[WhatIfPlan |
 
 
 def _touching(found: Sequence[Stretch]) -> list[tuple[float, float, tuple[int, int]]]:
-    """(from, to, cuts) of stretches that meet half way between two bandwidths that were looked at."""
+    """(from, to, cuts) of adjacent stretches; each border is the geometric mean of the two nearest computed bandwidths."""
     step = 100 ** (2 / (POINTS - 1))
     edges: list[tuple[float, float, tuple[int, int]]] = []
     for index, here in enumerate(found):
@@ -99,7 +99,7 @@ def _colour(
 
 
 def cuts_text(situation: Situation, cut1: int, cut2: int) -> str:
-    """What the legend calls two cuts: after which layers, and what computes."""
+    """Legend entry of two cuts: the layers before them and the tiers that compute."""
     names, last = situation.device, situation.device.layers
     if cut1 == last:
         return "device alone"

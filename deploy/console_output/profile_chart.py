@@ -1,8 +1,7 @@
-"""The bar chart of a profile: every layer's delay and output size, as in the paper's Fig. 1(b).
+"""Bar chart of a profile: delay and output size of each layer, as in the paper's Fig. 1(b).
 
-A few layers stand side by side. With more of them their names would overlap, so they are listed from top to bottom,
-with delay and size in panels of their own; the height is bounded, and with still more layers only every second, third,
-... name is shown.
+Few layers are drawn side by side. Many layers are listed from top to bottom, with delay and size in separate panels, so that
+their names do not overlap. The height is bounded: beyond `MOST_NAMES` layers only every second, third, ... name is shown.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_ACROSS = 30
-"""Layers that can stand side by side with their names."""
+"""Maximum number of layers that are drawn side by side."""
 
 MOST_NAMES = 100
-"""Names that can stand one below the other in a picture of bounded height."""
+"""Maximum number of names in the list from top to bottom."""
 
 NAME_IN = 0.13
-"""Height in inches of one of them."""
+"""Height of one name in inches."""
 
 MOST_LETTERS = 40
 
 
 def draw_profile(found: Measurement, profile: ModelProfile, path: Path) -> None:
-    """Writes the chart; the suffix says which format."""
+    """Write the chart; the suffix of the path selects the format."""
     title = f"{found.model.name} on {profile.platform}: {format_seconds(found.whole_s)} in one piece"
     sizes = [layer.output_bytes for layer in found.layers]
     plots.save(profile_figure(profile, sizes, title), path.with_suffix(""), [path.suffix.removeprefix(".")])
 
 
 def profile_figure(profile: ModelProfile, output_bytes: list[int], title: str) -> Figure:
-    """The chart of a profile and the size of each layer's output."""
+    """The chart of a profile with the output size of each layer."""
     scale, unit = (1e3, "ms") if max(profile.layer_s) >= 1e-4 else (1e6, "us")
     delays = [scale * seconds for seconds in profile.layer_s]
     sizes = [size / 1e3 for size in output_bytes]

@@ -84,10 +84,11 @@ class ReplayRun:
                 )
             if self.devices is None and len(names) < len(there):
                 left_out = ", ".join(sorted({*there} - {*names}))
-                line = f"left out, for they do not have {' and '.join(sorted(self.models))}: {left_out}"
+                line = f"devices left out, because they lack {' and '.join(sorted(self.models))}: {left_out}"
                 self.console.print(line, style="yellow", markup=False)
             if absent := [name for name in names if name not in there]:
-                line = f"not there, so their tasks wait: {', '.join(absent)}; deepar stage device --name {absent[0]}"
+                start = f"deepar stage device --name {absent[0]}"
+                line = f"devices not running, so their tasks wait: {', '.join(absent)}; start one: {start}"
                 self.console.print(line, style="yellow", markup=False)
             plan = self.make(names)
             require_models(plan, found)

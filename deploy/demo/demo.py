@@ -1,7 +1,7 @@
 """The demonstration: one cloud, two edges and four devices inside this process, with real inference on the embedded bus.
 
-The same dozen tasks are played under DeePar and under each single place, one run after the other, so that the delays can
-be compared. The machines are played: device, edge and cloud are this machine slowed down by a fixed factor each.
+The same dozen tasks run under DeePar and then under each policy that uses one tier only, so that the delays can be compared.
+Machines are emulated: device, edge and cloud are this machine, slowed down by a fixed factor each.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from stages.zoo.registry import digits, load_model
 POLICIES = ("deepar", "edge-only", "cloud-only", "device-only")
 MODELS = ("lenet", "alexnet")
 SLOWDOWN = {Role.DEVICE: 9.0, Role.EDGE: 7.5, Role.CLOUD: 4.5}
-"""How much slower than this machine each tier is played. High, so that two cores can play seven machines at once and a busy
-host does not show: all of them together compute for a tenth of the time."""
+"""Slowdown of each emulated tier. The factors are high, so that two cores can emulate seven machines and other load on this
+machine has little effect: all nodes together compute for a tenth of the time."""
 
 LENET_S = 0.0035
-"""LeNet is played on small chips: on one of this machine's place a digit takes this long, not its real 40 microseconds."""
+"""Emulated time of LeNet for one digit at slowdown 1, as on a small chip; the real time is about 40 microseconds."""
 
 LINK1_SHARE, LINK2_SHARE = 2.1, 2.85
-"""Links are played too: AlexNet's input crosses link 1, and its `maxpool_2` link 2, in these multiples of AlexNet's own time
-on this machine. So the demonstration looks alike on a fast and on a slow machine."""
+"""Emulated link speeds: AlexNet's input crosses link 1, and its `maxpool_2` link 2, in these multiples of AlexNet's time on
+this machine. The demonstration therefore looks the same on fast and slow machines."""
 
 DIGITS_LINK1_BPS, DIGITS_LINK2_BPS = 800_000, 1_000_000
-"""What a task of digits may take of the links: a sensor's radio."""
+"""Bandwidth limits of a digits task, as for a sensor with a radio link."""
 
 SLOTS = 2
 DEVICES = ("d1", "d2", "d3", "d4")
@@ -68,7 +68,7 @@ class BusyInterval:
 
 @dataclass(slots=True)
 class Run:
-    """One policy's run."""
+    """The run of all tasks under one policy."""
 
     policy: str
     outcomes: tuple[Outcome, ...] = ()
@@ -78,13 +78,13 @@ class Run:
 
     @property
     def mean_delay_s(self) -> float:
-        """Over the tasks that completed, from when they were due."""
+        """Mean delay of the completed tasks, counted from their scheduled arrival."""
         delays = [outcome.delay_s for outcome in self.outcomes if outcome.delay_s is not None]
         return sum(delays) / len(delays) if delays else float("nan")
 
 
 def schedule(seed: int, link2_bps: int) -> Schedule:
-    """A dozen tasks over nine seconds: digits for LeNet, seeded pictures for AlexNet, device after device."""
+    """A dozen tasks over nine seconds, from the devices in turn: digits for LeNet, random pictures for AlexNet."""
     rng = np.random.default_rng(seed)
     entries = []
     for index in range(12):
@@ -107,7 +107,7 @@ def schedule(seed: int, link2_bps: int) -> Schedule:
 
 
 class Demo:
-    """Models, measured times and worker threads that the runs share."""
+    """The models, measured times and worker threads that all runs share."""
 
     def __init__(self, seed: int, say: Callable[[str], None], progress: Callable[[str, int, int], None] | None) -> None:
         self._models: Sequence[Model] = [load_model(name, progress) for name in MODELS]
@@ -131,7 +131,7 @@ class Demo:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, policy: str, watch: Callable[[Recorder], None]) -> Run:
-        """All tasks under one policy, on a bus of its own."""
+        """Run all tasks under one policy, on a new bus."""
         run = Run(policy)
         broker = MemoryBroker()
         clock = asyncio.get_running_loop().time
@@ -147,9 +147,9 @@ class Demo:
                 setup = wiring.PlannerSetup(policy=policy, objective=Objective.PIPELINED, execution=Execution.STREAMING)
                 service = wiring.make_planner(bus, setup)
                 group.create_task(service.run(), name="planner")
-                members = [self._node(bus, settings, on_busy) for settings in self._cast()]
+                members = [self._node(bus, settings, on_busy) for settings in self._node_settings()]
                 for node in members:
-                    work = wiring.make_work(node, self._keeper(run))
+                    work = wiring.make_work(node, self._result_sink(run))
                     group.create_task(node.run(work), name=node.settings.name)
                 async with asyncio.timeout(30.0):
                     while not all(node.status.joined for node in members):
@@ -169,8 +169,8 @@ class Demo:
         )
         return Node(bus, settings, runner, on_busy=on_busy)
 
-    def _cast(self) -> list[NodeSettings]:
-        """Who plays. An edge's links carry as many tasks at their full rate as it has slots."""
+    def _node_settings(self) -> list[NodeSettings]:
+        """The settings of all nodes. The links of an edge have capacity for one full-rate task per slot."""
         cloud = [NodeSettings(name="c1", role=Role.CLOUD)]
         edges = [
             NodeSettings(
@@ -185,7 +185,7 @@ class Demo:
         devices = [NodeSettings(name=name, role=Role.DEVICE, link1_capacity_bps=self.link1_bps) for name in DEVICES]
         return [*cloud, *edges, *devices]
 
-    def _keeper(self, run: Run) -> ResultSink:
+    def _result_sink(self, run: Run) -> ResultSink:
         def keep(task: TaskSubmitted, sample: int, outputs: list[Array]) -> None:
             if isinstance(task.input, DatasetInput):
                 picture = (task.input.start + sample) % len(self._whole)
@@ -195,14 +195,14 @@ class Demo:
         return keep
 
     def _whole_answers(self) -> list[Array]:
-        """What the uncut LeNet says to every digit."""
+        """The output of the uncut LeNet for every digit."""
         lenet = next(model for model in self._models if model.name == "lenet")
         whole = SegmentRunner(lenet.source)
         return [whole.run([image[np.newaxis]])[0] for image in digits()[0]]
 
 
 def digits_right(schedule: Schedule, run: Run) -> tuple[int, int]:
-    """How many digits a run recognised correctly, of how many."""
+    """Number of digits that a run recognised correctly, and the total."""
     _, labels = digits()
     tasks = {entry.task.task_id: entry.task for entry in schedule.entries}
     correct = 0

@@ -1,4 +1,4 @@
-"""The picture of a run: who worked on what, when."""
+"""Chart of a demonstration run: the tasks that each node and link worked on, over time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from bus.values import Parts
 from deploy.demo.demo import Run
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; black left out.
+# Okabe and Ito's palette without black; colour-blind people can distinguish it.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 _DOES = ("computes", "link 1", "computes", "link 2", "computes", "results back")
 ACTIVITIES = dict(zip(Parts.model_fields, _DOES, strict=True))
@@ -15,7 +15,7 @@ ACTIVITIES = dict(zip(Parts.model_fields, _DOES, strict=True))
 
 
 def draw_run(run: Run, path: Path) -> None:
-    """One row for every node and what it does, one colour a task; PNG or SVG by the path's ending."""
+    """Draw one row per node and part, one colour per task; the suffix of the path selects PNG or SVG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,7 +45,7 @@ def draw_run(run: Run, path: Path) -> None:
             )
     axes.set_yticks(range(len(rows)), [f"{node} {ACTIVITIES[part]}" for node, part in reversed(rows)])
     axes.set_xlabel("time since the first arrival (s)")
-    axes.set_title(f"Who worked on what: {len(tasks)} tasks under {run.policy}")
+    axes.set_title(f"Work of nodes and links: {len(tasks)} tasks under {run.policy}")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -67,7 +67,7 @@ def draw_run(run: Run, path: Path) -> None:
 
 
 def _spans(run: Run, row: tuple[str, str], task_id: str) -> list[tuple[float, float]]:
-    """(begin, length) of every stretch of a task in a row, none too short to be seen."""
+    """(begin, length) of every work period of a task in a row; short ones are lengthened to stay visible."""
     return [
         (stretch.begin_s, max(stretch.end_s - stretch.begin_s, 0.004))
         for stretch in run.stretches
@@ -76,7 +76,7 @@ def _spans(run: Run, row: tuple[str, str], task_id: str) -> list[tuple[float, fl
 
 
 def _lanes(spans: dict[str, list[tuple[float, float]]]) -> dict[str, int]:
-    """A lane for each task, so that tasks that overlap in time do not hide each other."""
+    """Assign a lane to each task, so that tasks that overlap in time do not hide each other."""
     lanes: dict[str, int] = {}
     free_s: list[float] = []
     for task_id, found in sorted(spans.items(), key=lambda item: item[1][0]):

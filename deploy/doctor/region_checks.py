@@ -184,7 +184,7 @@ def planner_check(leader: Leader, now_s: float) -> Check:
         "planner",
         False,
         f"{where}: stale planner lock: {who} holds epoch {log.epoch} and has been silent since {since}"
-        f" ({_ago(silent_s)}), its lease is {format_seconds(lease_s)}, and nobody took over: no task is decided",
+        f" ({_ago(silent_s)}), its lease is {format_seconds(lease_s)}, and no planner has taken over: no task is placed",
         f"deepar planner --region {leader.region} --take-over"
         f" (without --take-over it leads after {format_seconds(lease_s)})",
     )

@@ -65,12 +65,12 @@ def edge_group(edge: str) -> str:
 
 
 def roles(edges: Sequence[str] = ()) -> dict[str, list[AclEntry]]:
-    """What every role needs, no more. With `edges` each edge is a role of its own, `edge:NAME`, and a device may send to
-    those named; without, the placeholder `<edge>` stands for one. Raises ConfigError for a name that a topic has taken.
+    """The minimum entries of every role. With `edges`, each edge has its own role `edge:NAME` and devices may send to these
+    edges; without, the entries contain the placeholder `<edge>`. Raises ConfigError for a reserved name.
     """
     for edge in edges:
         if edge in topics.RESERVED_EDGE_NAMES:
-            raise ConfigError(f"an edge cannot be called {edge}: a topic has that name")
+            raise ConfigError(f"an edge cannot be named {edge}: the name is reserved for a topic")
     named = tuple(edges) or (topics.EDGE_PLACEHOLDER,)
     found: dict[str, list[AclEntry]] = {}
     for role in NODES_AND_TOOLS:
@@ -89,7 +89,7 @@ def roles(edges: Sequence[str] = ()) -> dict[str, list[AclEntry]]:
 
 
 def _entries(role: str, edges: Iterable[str]) -> list[AclEntry]:
-    """The rows of the table that name this role, and its consumer group."""
+    """Entries from the rows of the table that name this role, and for its consumer group."""
     found: set[AclEntry] = set()
     for row in topics.TABLE:
         names = [row.name]
@@ -103,7 +103,7 @@ def _entries(role: str, edges: Iterable[str]) -> list[AclEntry]:
             if role in row.readers or role in row.writers:
                 found.add(
                     AclEntry(Resource.TOPIC, name, Operation.DESCRIBE_CONFIGS)
-                )  # to refuse a topic that is set wrong
+                )  # needed to check the settings of topics
     if role == EDGE:
         found |= {AclEntry(Resource.GROUP, edge_group(edge), Operation.READ) for edge in edges}
     if role == "cloud":
@@ -119,15 +119,15 @@ def for_users(users: Mapping[str, str], edges: Sequence[str] = ()) -> dict[str, 
     found = {}
     for user, role in users.items():
         if role not in known:
-            raise ConfigError(f"{user}={role}: there is no such role", remedy=f"there are {', '.join(known)}")
+            raise ConfigError(f"{user}={role}: unknown role", remedy=f"roles: {', '.join(known)}")
         if any(topics.EDGE_PLACEHOLDER in entry.name for entry in known[role]):
-            raise ConfigError(f"{user}={role}: which edges there are must be said", remedy="name them with --edge")
+            raise ConfigError(f"{user}={role}: the role depends on the edges", remedy="name every edge with --edge")
         found[user] = known[role]
     return found
 
 
 def as_commands(granted: Mapping[str, Sequence[AclEntry]], bootstrap: str) -> list[str]:
-    """The same as calls of Kafka's own `kafka-acls.sh`."""
+    """The entries as calls of Kafka's `kafka-acls.sh`."""
     lines = []
     for user, entries in granted.items():
         for entry in entries:
@@ -140,12 +140,12 @@ def as_commands(granted: Mapping[str, Sequence[AclEntry]], bootstrap: str) -> li
 
 
 def _as_word(operation: Operation) -> str:
-    """As Kafka's tools spell it: DescribeConfigs."""
+    """The operation as Kafka's tools write it, e.g. DescribeConfigs."""
     return "".join(part.capitalize() for part in operation.split("_"))
 
 
 class _CreateMany(CreateAclsRequest):  # type: ignore[misc]
-    """aiokafka's request holds one line; the protocol takes many."""
+    """Request with many entries; aiokafka's own request class takes one."""
 
     def __init__(self, granted: Mapping[str, Sequence[AclEntry]]) -> None:
         self._lines = [
@@ -163,16 +163,17 @@ class _CreateMany(CreateAclsRequest):  # type: ignore[misc]
         ]
 
     def build(self, request_struct_class: type[CreateAclsRequestStruct]) -> CreateAclsRequestStruct:
-        """Version 1 and later: version 0 knows no patterns, and is as old as Kafka 1."""
+        """Build the request for protocol version 1 or later; version 0 (Kafka 1) does not support patterns."""
         if request_struct_class.API_VERSION < 1:
-            raise BusError("this broker is too old for access control lists with patterns")
+            raise BusError("the broker does not support access control lists with patterns; use Kafka 2 or later")
         return request_struct_class(self._lines)
 
 
 async def apply(connection: KafkaConnection, granted: Mapping[str, Sequence[AclEntry]]) -> int:
-    """Set the lists on the broker, on that of every site where there are several, as the user of `connection`, who must be
-    a super user or may Alter the cluster; the number of lines set on each. What is there already stays; nothing is taken
-    away. Raises BusError with the broker's cause.
+    """Add the entries on the broker of every site and return the number of entries per site. Existing entries stay.
+
+    The user of `connection` must be a super user or have the permission Alter on the cluster. Raises BusError with the
+    broker's cause.
     """
     return max([await _apply(connection, servers, granted) for servers in connection.sites])
 
@@ -191,7 +192,7 @@ async def _apply(connection: KafkaConnection, servers: str, granted: Mapping[str
     for code, message in response.creation_responses:
         if code:
             raise BusError(
-                f"the broker refuses to set the lists: {message or for_code(code).__name__}",
-                remedy="the user must be among its super.users, and it needs an authorizer.class.name",
+                f"the broker rejected the access control lists: {message or for_code(code).__name__}",
+                remedy="add the user to super.users of the broker, and set its authorizer.class.name",
             )
     return len(response.creation_responses)

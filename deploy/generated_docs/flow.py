@@ -1,6 +1,6 @@
-"""`docs/flow.md` and `docs/asyncapi.json`, made from the topics table and the messages: `python -m
-deploy.generated_docs.flow docs`, and
-`--check` to see whether they are current.
+"""Generator of `docs/flow.md` and `docs/asyncapi.json` from the table of topics and the messages.
+
+`python -m deploy.generated_docs.flow docs` writes them; with `--check` it only compares them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ flowchart LR
 
 
 def flow_page() -> str:
-    """The page, as text."""
+    """The text of `flow.md`."""
     lines = [HEAD.rstrip("\n")]
     for index, topic in enumerate(TABLE):
         label = topic.name.replace("<", "#lt;").replace(">", "#gt;")
@@ -71,7 +71,7 @@ def _row(topic: Topic) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the documents into a folder, or with `--check` tell whether those there are current."""
+    """Write the documents into a folder; with `--check`, return 1 if those in the folder are outdated."""
     check = "--check" in arguments
     folder = Path(next(argument for argument in arguments if not argument.startswith("--")))
     stale = 0
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
         if not check:
             path.write_text(page, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != page:
-            print(f"{path} is not what bus/ says; run `make docs`", file=sys.stderr)
+            print(f"{path} is outdated; run `make docs`", file=sys.stderr)
             stale += 1
     return 1 if stale else 0
 

@@ -1,8 +1,7 @@
 """Readiness check of a broker by two raw Kafka protocol requests, without a Kafka library.
 
-An open port is not enough, because a broker opens its port before it can serve. So the check sends what a client
-sends: `ApiVersions` version 0 and `Metadata` version 1 (Kafka protocol guide; both are answered by every
-broker since 0.10), and a reply that names at least one broker.
+A broker opens its port before it can serve, so an open port proves nothing. The check sends the requests `ApiVersions`
+version 0 and `Metadata` version 1, which every broker since 0.10 answers, and needs a reply that names at least one broker.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ _REPLY_LIMIT_BYTES = 1 << 20
 class BrokerReply:
     """The answer of a broker."""
 
-    node_id: int  # of the first broker named
-    advertised: str  # host:port that clients will be sent to
+    node_id: int  # of the first broker in the reply
+    advertised: str  # host:port that the broker gives to its clients
     addresses: tuple[str, ...]  # host:port of every broker of the cluster
-    is_kraft: bool  # offers what only Apache Kafka in KRaft mode does
+    is_kraft: bool  # supports requests that only Apache Kafka in KRaft mode supports
 
     @property
     def brokers(self) -> int:
@@ -34,13 +33,13 @@ class BrokerReply:
 
 
 class NotReadyError(OSError):
-    """The listener answers, but is not a Kafka broker that serves requests yet."""
+    """The listener answers, but is not a Kafka broker or does not serve requests yet."""
 
 
 def ask(bootstrap: str, timeout_s: float = 2.0) -> BrokerReply:
-    """Shakes hands with the first address in `bootstrap` ("host:port[,host:port]").
+    """Perform the handshake with the first address in `bootstrap` ("host:port[,host:port]").
 
-    Raises OSError (refused, timed out, closed) or NotReadyError. Plain text only: on a TLS port it raises.
+    Raises OSError (refused, timed out, closed) or NotReadyError. Plain text only: a TLS port raises an error.
     """
     host, _, port = bootstrap.split(",")[0].strip().rpartition(":")
     with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s) as connection:
@@ -51,8 +50,8 @@ def ask(bootstrap: str, timeout_s: float = 2.0) -> BrokerReply:
         offered = set()
         for _ in range(versions.number("i")):
             offered.add(versions.number("h"))
-            versions.number("i")  # its least and greatest version
-        no_topics = struct.pack(">i", 0)  # only the brokers are asked for
+            versions.number("i")  # its minimum and maximum version
+        no_topics = struct.pack(">i", 0)  # requests the brokers only
         metadata = _Reply(_exchange(connection, _METADATA, 1, no_topics))
         brokers: list[tuple[int, str]] = []
         for _ in range(metadata.number("i")):
@@ -66,7 +65,7 @@ def ask(bootstrap: str, timeout_s: float = 2.0) -> BrokerReply:
 
 
 def _exchange(connection: socket.socket, key: int, version: int, body: bytes) -> bytes:
-    """One request, one reply: length, then correlation id, then the body that is returned."""
+    """Send one request and return the body of its reply, which follows the length and the correlation id."""
     client = b"deepar-probe"
     request = struct.pack(">hhih", key, version, key, len(client)) + client + body
     connection.sendall(struct.pack(">i", len(request)) + request)
@@ -93,7 +92,7 @@ def _read(connection: socket.socket, size: int) -> bytes:
 
 
 class _Reply:
-    """Reads big-endian fields off a reply; a short one raises NotReadyError."""
+    """Parser of the big-endian fields of a reply; a truncated reply raises NotReadyError."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data

@@ -18,10 +18,10 @@ class PortTakenError(ConfigError):
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens at right now. Raises OSError where there is none.
+    """Return a free TCP port of the loopback interface. Raises OSError if there is none.
 
-    None of those that the kernel gives to connections (32768 and up): a broker that is away for a moment would find its port
-    taken by one.
+    Ports from 32768 on are left out, because the kernel gives them to outgoing connections: one could take the port of a
+    broker while it restarts.
     """
     for port in random.SystemRandom().sample(_OUR_PORTS, 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 def require_free(port: int) -> None:
-    """Raises `PortTakenError` for a port of the loopback interface that cannot be bound."""
+    """Check that a port of the loopback interface can be bound. Raises `PortTakenError`."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -41,7 +41,7 @@ def require_free(port: int) -> None:
 
 
 def _port_error(port: int, error: OSError) -> ConfigError:
-    """What is wrong with a port that cannot be bound, and what to do."""
+    """The error for a port that cannot be bound, with its remedy."""
     if isinstance(error, PermissionError):
         return PortTakenError(f"port {port} may not be used by this user", remedy="choose one above 1023 with --port")
     try:

@@ -1,4 +1,4 @@
-"""How placements, links and standings read in words: one wording for `top`, `ui`, `tail`, `explain` and `plan`."""
+"""Texts for placements and links, shared by `top`, `ui`, `tail`, `explain` and `plan`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bus.text.units import format_rate
 from bus.values import DELAY_PARTS, Kind, Placement
 
 STATION_NAMES = dict(zip(DELAY_PARTS, ("device", "link 1", "edge", "link 2", "cloud", "results"), strict=True))
-"""The parts of a delay, in the order in which a sample passes them."""
+"""Name of each part of a delay, in the order in which a sample passes them."""
 
 _CUT_AT = {Kind.DEVICE_EDGE: (0,), Kind.DEVICE_CLOUD: (0,), Kind.EDGE_CLOUD: (1,), Kind.DEVICE_EDGE_CLOUD: (0, 1)}
 

@@ -1,4 +1,4 @@
-"""Reading of a region's topics into a view, live or as a replay at a chosen speed."""
+"""Reader that feeds a region's topics into a view, live or as a replay at a chosen speed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from bus.port import Bus, Reader, Record, TopicPartition
 from deploy.monitor.region_view import TOPICS, RegionView
 
 EVENTS_BACK = 2000
-"""Live, events begin so far before the end: all that ended stands in the decisions, older events only say who was alive."""
+"""Number of events before the end that the live view reads. Older events are not needed: the decisions record every end."""
 RETRY_S = 1.0
 LONGEST_PAUSE_S = 2.0
-"""Longer silences are shortened to this in a replay."""
+"""A replay shortens longer pauses between records to this."""
 
 log = structlog.get_logger("deepar")
 
 
 async def follow(bus: Bus, view: RegionView, *, until_end: bool = False) -> None:
-    """Fold everything up to now and then what comes, until cancelled; with `until_end`, return where the topics end.
+    """Fold all records, then new ones as they arrive, until cancelled; with `until_end`, return at the end of the topics.
 
-    Raises `ConfigError` for a region that is not there, `UnknownTopicError` where the topics are missing.
+    Raises `ConfigError` for a region that does not exist, `UnknownTopicError` if the topics are missing.
     """
     reader = await open_reader(bus, view.region)
     try:
@@ -39,13 +39,13 @@ async def follow(bus: Bus, view: RegionView, *, until_end: bool = False) -> None
                     raise
                 log.warning("topics not read; retrying", error=str(error))
                 await asyncio.sleep(RETRY_S)
-            await asyncio.sleep(0)  # a full buffer must not keep others from being served
+            await asyncio.sleep(0)  # lets other tasks run while the fetch buffer is full
     finally:
         await reader.close()
 
 
 async def play_again(bus: Bus, view: RegionView, *, speed: float) -> None:
-    """Fold what stands on the topics at `speed` times the pace at which it was sent (0: at once), then return."""
+    """Fold the records on the topics at `speed` times their original pace (0: without pauses), then return."""
     records = in_order(await read_all(bus, view.region))
     clock = asyncio.get_running_loop().time
     shown_s = clock()
@@ -60,7 +60,7 @@ async def play_again(bus: Bus, view: RegionView, *, speed: float) -> None:
 
 
 async def read_all(bus: Bus, region: int) -> list[Record]:
-    """Every record of the view's topics, as they were read."""
+    """Every record of the view's topics, in the order of reading."""
     reader = await open_reader(bus, region, events_back=None)
     found: list[Record] = []
     try:
@@ -72,7 +72,7 @@ async def read_all(bus: Bus, region: int) -> list[Record]:
 
 
 def in_order(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
-    """Records by the time at which they were sent, each topic in its own order whatever the senders' clocks say."""
+    """Sort records by send time; records of one topic keep their order even if the senders' clocks disagree."""
     timed: list[tuple[int, Record]] = []
     latest: dict[str, int] = {}
     for record in records:
@@ -83,14 +83,14 @@ def in_order(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
 
 
 async def open_reader(bus: Bus, region: int, *, events_back: int | None = EVENTS_BACK) -> Reader:
-    """A reader of the view's topics. Raises `ConfigError` for a region that is not there."""
+    """Open a reader of the view's topics. Raises `ConfigError` for a region that does not exist."""
     try:
         regions = await bus.partitions(topics.DECISIONS)
     except BusUnavailableError:
         raise
     except BusError as error:
         raise ConfigError(
-            f"no region to look at: {error}", remedy="start a planner, or: deepar topics create"
+            f"the region cannot be read: {error}", remedy="start a planner, or: deepar topics create"
         ) from None
     if region >= regions:
         raise ConfigError(f"region {region} does not exist: the topics have {regions} region(s), counted from 0")

@@ -17,9 +17,9 @@ WAITING_SHOWN = 50
 
 
 def report(view: RegionView, *, since: int = 0, lines_since: int = 0, max_lines: int = 80) -> dict[str, Any]:
-    """Everything that can be seen; of tasks and lines only what is newer than a view's version and a line's number.
+    """The state of the region, with only the tasks and lines that are newer than view version `since` and line `lines_since`.
 
-    `version` and `last_line` are what to ask from next time.
+    Pass the returned `version` and `last_line` as these arguments to get the next changes.
     """
     lines = [line for line in view.lines if line.number > lines_since]
     waiting = view.live(TaskState.WAITING, TaskState.SCHEDULED)
@@ -55,7 +55,7 @@ def report(view: RegionView, *, since: int = 0, lines_since: int = 0, max_lines:
 
 
 def changed_tasks(view: RegionView, since: int) -> list[TaskView]:
-    """The tasks that changed after a version, in the order in which they did."""
+    """The tasks that changed after a version, in the order of their changes."""
     found = []
     for task in reversed(view.tasks.values()):
         if task.version <= since:
@@ -65,7 +65,7 @@ def changed_tasks(view: RegionView, since: int) -> list[TaskView]:
 
 
 def counts(view: RegionView) -> dict[str, int]:
-    """How many tasks are in each state; ended ones over all that were read."""
+    """Number of tasks in each state; ended states count all tasks read so far."""
     live = dict.fromkeys((state for state in TaskState if not state.ended), 0)
     for task in view.live():
         live[task.state] += 1
@@ -73,7 +73,7 @@ def counts(view: RegionView) -> dict[str, int]:
 
 
 def delays(view: RegionView) -> dict[str, float | None]:
-    """From admission to end, of completed tasks: the mean over all, percentiles (nearest rank) over the recent ones."""
+    """Delay from admission to end: mean over all completed tasks, percentiles (nearest rank) over the recent ones."""
     completed = view.ended[TaskState.COMPLETED]
     recent = sorted(view.recent_delays_s)
     return {
@@ -83,7 +83,7 @@ def delays(view: RegionView) -> dict[str, float | None]:
 
 
 def task_report(task: TaskView) -> dict[str, Any]:
-    """One task; `predicted` and `measured` are busy times by station."""
+    """Fields of one task; `predicted` and `measured` are busy times by station."""
     placement = task.placement
     return {
         "task_id": task.task_id,

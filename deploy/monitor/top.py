@@ -1,4 +1,4 @@
-"""The screen of `deepar top`: a region's view as text. Pure: the same view gives the same screen."""
+"""The screen of `deepar top`: text for the view of a region. Pure: the same view gives the same screen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deploy.monitor.phrases import STATION_NAMES, some, used_text
 from deploy.monitor.region_report import counts, delays
 from deploy.monitor.region_view import LinkUse, NodeView, RegionView, TaskView
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; every part also has a letter.
+# Okabe and Ito's palette, which colour-blind people can distinguish; every part also has a letter.
 STATION_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#999999")
 STATION_STYLE = dict(zip(DELAY_PARTS, STATION_COLOURS, strict=True))
 STATION_LETTER = dict(zip(DELAY_PARTS, "D1E2Cr", strict=True))
@@ -26,18 +26,18 @@ _STATE_STYLE = {
     TaskState.REJECTED: "#D55E00",
 }
 BAR = 24
-"""Cells of the longest bar of a task."""
+"""Maximum width of a task's bar in terminal cells."""
 WIDE = 150
-"""From so many columns on everything is written out; below, names are shortened at their front and places are letters."""
+"""Minimum width for full names; a narrower screen cuts off the front of names and shows places as letters."""
 STATE_FROM, PREDICTED_FROM = 100, 80
-"""Columns that it takes to show a task's state, and what was predicted for it."""
+"""Minimum widths to show the state of a task, and its predicted delay."""
 SHORT_NAME = 16
 FIXED_ROWS = 16
-"""Rows that frames, headings and the header take."""
+"""Rows that the header, frames and headings need."""
 
 
 def screen(view: RegionView, *, rows: int = 40, columns: int = 160, per_s: float | None = None) -> RenderableType:
-    """One screen of about `rows` rows and `columns` columns; `per_s`: records read a second, where that is known."""
+    """One screen of about `rows` rows and `columns` columns. `per_s`: records read per second, if known."""
     edges_and_clouds = len(view.role(Role.EDGE)) + len(view.role(Role.CLOUD))
     room = max(6, rows - FIXED_ROWS - edges_and_clouds)
     waiting_rows = min(len(_waiting(view)), max(2, room // 4))
@@ -122,7 +122,7 @@ def _waiting(view: RegionView) -> list[TaskView]:
 
 
 def _name(task_id: str, columns: int) -> str:
-    """A task's name; where room is scarce its end, which tells tasks of a run apart."""
+    """The name of a task; on a narrow screen only its end, which distinguishes the tasks of a run."""
     return task_id if columns >= WIDE or len(task_id) <= SHORT_NAME else f"…{task_id[1 - SHORT_NAME :]}"
 
 
@@ -145,7 +145,7 @@ def _waits(view: RegionView, rows: int, columns: int) -> RenderableType:
 
 
 def _tasks(view: RegionView, rows: int, columns: int) -> RenderableType:
-    """The tasks that run, then those that ended last."""
+    """A table of the running tasks, followed by the most recently ended ones."""
     wide, with_state, with_predicted = columns >= WIDE, columns >= STATE_FROM, columns >= PREDICTED_FROM
     running = view.live(TaskState.RUNNING)
     ended = [task for task in reversed(view.tasks.values()) if task.state.ended]
@@ -190,8 +190,9 @@ def _spans(task: TaskView) -> list[float]:
 
 
 def _bar(parts: Parts | None, delay_s: float | None, longest_s: float, most: int) -> Text:
-    """As long as the delay, `most` cells for the longest; shared among the stations by their busy times, which overlap while
-    samples stream.
+    """A bar whose length is the delay (`most` cells for the longest delay), divided among the stations by busy time.
+
+    Busy times overlap while samples stream, so a part shows a share of the delay and not a period.
     """
     text = Text()
     if parts is None or not delay_s or not parts.total_s or not longest_s:

@@ -352,7 +352,7 @@ def test_the_command_sets_lists(secure: SecureBroker) -> None:
     assert told["applied"] == len(told["users"]["e3"]) == 17  # each of eight topics twice: use, settings; and its group
     refused = _deepar(secure.environment("anna"), "acls", "--edge", "e3", "--user", "e3=edge:e3", "--apply")
     assert refused.returncode == 1
-    assert "refuses to set the lists" in refused.stderr
+    assert "rejected the access control lists" in refused.stderr
 
 
 def test_the_doctor_says_what_its_user_may_not_see(secure: SecureBroker) -> None:

@@ -1,13 +1,13 @@
 "use strict";
-// Draws what /events sends. Whatever comes from topics becomes text nodes only, never markup. Numbers are shown by the texts
-// that come with them (page_message.py); the page formats none but the ticks of its time axis. Messages are folded as they
-// come and drawn at most once a frame, so a burst of thousands of events costs one drawing.
+// Draws the messages of /events. Text from topics becomes text nodes, never markup. Every number comes with its display text
+// (page_message.py); the page formats only the ticks of its time axis. Each message updates the state at once, and the page
+// draws at most once per frame, so a burst of thousands of events causes one drawing.
 
 const STATIONS = ["device", "link1", "edge", "link2", "cloud", "result"];
 const NAMES = { link1: "link 1", link2: "link 2", result: "results" };
 const SHOWN_TASKS = 100, KEPT_TASKS = 560, KEPT_LINES = 80;
 const LEAST_SPAN_S = 0.01, TICK_PIXELS = 80;
-const REST = 3; // a page that takes long to draw rests so many times as long before it draws again, so that it stays usable
+const REST = 3; // pause after a drawing, as a multiple of its duration: a slow page stays usable
 const ENDED = new Set(["COMPLETED", "REJECTED", "FAILED", "EXPIRED"]);
 const BAD = new Set(["REJECTED", "FAILED", "EXPIRED", "lost", "failed"]);
 
@@ -45,8 +45,8 @@ function take(message) {
 function connect() {
   const source = new EventSource("events");
   source.onmessage = (event) => take(JSON.parse(event.data));
-  source.onerror = () => { // the browser connects again by itself
-    $("planner").textContent = "connection lost, trying again";
+  source.onerror = () => { // the browser reconnects automatically
+    $("planner").textContent = "connection lost, reconnecting";
     $("planner").className = "lost";
   };
 }
@@ -164,7 +164,7 @@ function shares(parts, className, texts) {
   return box;
 }
 
-// The tasks of the last so many seconds before the latest end or start; the newest first.
+// Tasks of the chosen time window, which ends at the latest end or start; newest first.
 function shownTasks(now) {
   const window_s = Number($("window").value) || Infinity;
   const all = [...state.tasks.values()];
@@ -173,7 +173,7 @@ function shownTasks(now) {
     .sort((a, b) => b.admitted_s - a.admitted_s).slice(0, SHOWN_TASKS);
 }
 
-// From the first admission to the latest end: of the plan, of what happened, and now while a task has not ended.
+// Start and length of the time axis: from the first admission to the latest planned or measured end, or to now if a task runs.
 function timeSpan(shown, now) {
   let from = Infinity, to = -Infinity;
   for (const task of shown) {
@@ -185,7 +185,7 @@ function timeSpan(shown, now) {
   return [from, Math.max(to - from, LEAST_SPAN_S)];
 }
 
-// Ticks at multiples of 1, 2 or 5 times a power of ten, with as many decimals as tell them apart.
+// Ticks at multiples of 1, 2 or 5 times a power of ten, with as many decimals as needed to distinguish them.
 function ticks(from, span, most) {
   const power = 10 ** Math.floor(Math.log10(span / most));
   const step = [1, 2, 5, 10].map((times) => times * power).find((each) => span / each <= most);
@@ -203,7 +203,7 @@ function drawAxis(from, span) {
     const tick = make("span", "", text);
     const share = (at - from) / span;
     tick.style.left = `${100 * share}%`;
-    tick.style.transform = `translateX(${-100 * share}%)`; // inside the axis at both ends
+    tick.style.transform = `translateX(${-100 * share}%)`; // keeps the first and last label inside the axis
     return tick;
   }));
 }

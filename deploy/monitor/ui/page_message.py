@@ -1,4 +1,4 @@
-"""What a browser is sent: the region's report, and beside every number the text that the page shows for it.
+"""The message to the browser: the report of a region, with the display text of every number.
 
 The page formats no number itself, so `deepar ui`, `deepar top` and `deepar tail` show the same text for the same value.
 """
@@ -16,7 +16,7 @@ from deploy.monitor.region_view import RegionView, TaskView
 
 
 def page_message(view: RegionView, *, since: int = 0, lines_since: int = 0) -> dict[str, Any]:
-    """A report (see `deploy.monitor.region_report.report`) with `texts` wherever the page shows numbers."""
+    """A report (see `deploy.monitor.region_report.report`) with an entry `texts` wherever the page shows numbers."""
     message = report(view, since=since, lines_since=lines_since)
     message["texts"] = _header(view, message)
     for node in message["nodes"]:
@@ -71,7 +71,7 @@ def _task(task: TaskView) -> dict[str, Any]:
 
 
 def _busy(task: TaskView, which: str) -> dict[str, str]:
-    """The busy time of each station and the delay, "-" where it is not known."""
+    """Text for the busy time of each station and for the delay; "-" if unknown."""
     parts, delay_s = (task.predicted, task.predicted_delay_s) if which == "predicted" else (task.measured, task.delay_s)
     texts = {name: "-" if parts is None else format_seconds(getattr(parts, f"{name}_s")) for name in STATION_NAMES}
     return {**texts, "delay": "-" if delay_s is None else format_seconds(delay_s)}

@@ -41,13 +41,13 @@ HEADERS: Final = {
 UPDATE_S: Final = 0.2
 KEEP_ALIVE_S: Final = 10.0
 MAX_STREAMS: Final = 32
-"""Browsers at once."""
+"""Maximum number of connected pages."""
 
 LOCAL_NAMES: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 def application(view: RegionView, *, names: Iterable[str] = ()) -> web.Application:
-    """The server's routes. `names`: host names, beside this machine's own, under which it may be asked."""
+    """The server's routes. `names`: further host names that a request may use besides the names of this machine."""
     allowed = LOCAL_NAMES | {name.lower() for name in names}
     streams: set[asyncio.Task[None]] = set()
 
@@ -56,7 +56,9 @@ def application(view: RegionView, *, names: Iterable[str] = ()) -> web.Applicati
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         if host_name(request.host) not in allowed:
-            raise web.HTTPMisdirectedRequest(text="this server is not known by that name\n", headers=HEADERS)
+            raise web.HTTPMisdirectedRequest(
+                text="unknown host: use the address that deepar ui prints\n", headers=HEADERS
+            )
         return await handler(request)
 
     async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
@@ -74,7 +76,7 @@ def application(view: RegionView, *, names: Iterable[str] = ()) -> web.Applicati
 
     async def events(request: web.Request) -> web.StreamResponse:
         if len(streams) >= MAX_STREAMS:
-            raise web.HTTPServiceUnavailable(text="too many pages are open\n")
+            raise web.HTTPServiceUnavailable(text="too many pages are open: close one and reload\n")
         response = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         task = asyncio.current_task()
@@ -101,7 +103,7 @@ def application(view: RegionView, *, names: Iterable[str] = ()) -> web.Applicati
 
 
 async def stream(view: RegionView, response: web.StreamResponse) -> None:
-    """Send everything, then what changes, until the connection goes."""
+    """Send the whole state, then the changes, until the connection closes."""
     clock = asyncio.get_running_loop().time
     version, last_line, sent_s, fresh = 0, 0, clock(), True
     while True:
@@ -118,7 +120,7 @@ async def stream(view: RegionView, response: web.StreamResponse) -> None:
 
 
 def host_name(host: str) -> str:
-    """The name in a `Host` header, without its port."""
+    """The name in a `Host` header, without the port."""
     name, colon, port = host.lower().rpartition(":")
     return name if colon and port.isdigit() and not name.endswith(":") else host.lower()
 

@@ -190,7 +190,7 @@ def test_show_lists_signatures_and_says_which_is_meant(app: Any, halves: str) ->
     assert shown["unseen"] == ["signature decode"]
     words = call(app, "models", "show", halves, "--signature", "decode").stdout
     assert "encode(picture) -> code: --signature encode" in words
-    assert "decode(code) -> picture: this is about it" in words
+    assert "decode(code) -> picture: selected" in words
 
 
 def test_every_command_takes_a_signature(app: Any, halves: str, tmp_path: Path) -> None:

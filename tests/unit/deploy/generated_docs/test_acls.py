@@ -64,11 +64,11 @@ def test_users_get_the_list_of_their_role() -> None:
 @pytest.mark.parametrize(
     ("users", "edges", "said"),
     [
-        ({"a": "king"}, [], "there is no such role"),
-        ({"a": "edge"}, [], "which edges there are must be said"),
-        ({"a": "device"}, [], "which edges there are must be said"),
-        ({"a": "edge:e2"}, ["e1"], "there is no such role"),
-        ({"a": "tools"}, ["cloud"], "a topic has that name"),
+        ({"a": "king"}, [], "unknown role"),
+        ({"a": "edge"}, [], "the role depends on the edges"),
+        ({"a": "device"}, [], "the role depends on the edges"),
+        ({"a": "edge:e2"}, ["e1"], "unknown role"),
+        ({"a": "tools"}, ["cloud"], "reserved for a topic"),
     ],
 )
 def test_what_is_wrong_is_named(users: dict[str, str], edges: list[str], said: str) -> None:
