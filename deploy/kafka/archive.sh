@@ -1,6 +1,6 @@
 #!/bin/bash
-# While the image is built: runs the broker once and archives the classes that it loads, which halves the processor time of
-# every later start. Without the archive the broker only starts more slowly, so a failure here is told and no error.
+# Build step of the image: runs the broker once and archives the classes that it loads, which halves the CPU time of later
+# starts. Without the archive the broker only starts more slowly, so a failure here is reported but does not stop the build.
 set -u
 work=$(mktemp -d)
 cat /opt/kafka/server.properties - > "$work/settings" <<END

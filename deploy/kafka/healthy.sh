@@ -1,6 +1,6 @@
 #!/bin/bash
-# Exit 0 when the broker answers `Metadata` version 1 with at least one broker, as deploy/kafka_local/handshake.py asks it. A Java
-# tool would cost a second of two cores at every check.
+# Exit 0 if the broker answers `Metadata` version 1 with at least one broker, as deploy/kafka_local/handshake.py checks. A Java
+# tool would use two cores for a second at each check.
 exec 3<>/dev/tcp/127.0.0.1/9092 || exit 1
 # length 20, key 3 (Metadata), version 1, correlation 3, client "deepar" without null, no topics
 printf '\0\0\0\24\0\3\0\1\0\0\0\3\0\6deepar\0\0\0\0' >&3

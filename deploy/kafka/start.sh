@@ -1,16 +1,16 @@
 #!/bin/sh
 # Starts the broker in a container: the shared settings, then the addresses from the environment, then Java.
 # Needs a writable /tmp and /var/lib/kafka, nothing else.
-#   KAFKA_INTERNAL   host:port that other containers are sent to     (default broker:29092)
+#   KAFKA_INTERNAL   host:port for other containers                  (default broker:29092)
 #   KAFKA_EXTERNAL   host:port that clients on the host are sent to  (default 127.0.0.1:9092; it listens on 9092 here)
 #   KAFKA_HEAP       e.g. 512m
-# and for a node of a cluster of several, the same cluster id and voters for all:
+# For a node of a cluster, with the same cluster id and voters on all nodes:
 #   KAFKA_NODE_ID, KAFKA_CLUSTER_ID, KAFKA_VOTERS (1@host:29093,2@host:29093,...), KAFKA_COPIES (of every record)
 set -eu
 internal=${KAFKA_INTERNAL:-broker:29092}
 data=/var/lib/kafka/data
 settings=/tmp/server.properties
-controller=127.0.0.1  # alone, nobody else need reach its controller
+controller=127.0.0.1  # a single node has no other controllers
 [ -z "${KAFKA_VOTERS:-}" ] || controller=
 cat /opt/kafka/server.properties - > "$settings" <<END
 
@@ -22,7 +22,7 @@ listener.security.protocol.map=INTERNAL:PLAINTEXT,EXTERNAL:PLAINTEXT,CONTROLLER:
 inter.broker.listener.name=INTERNAL
 controller.quorum.voters=${KAFKA_VOTERS:-1@127.0.0.1:29093}
 log.dirs=$data
-# Containers of one machine start together: with two seconds a broker that is short of processor time is never taken back.
+# Containers of one machine start together: with two seconds, a broker that lacks CPU time would never rejoin.
 broker.session.timeout.ms=6000
 END
 if [ "${KAFKA_COPIES:-1}" -gt 1 ]; then
@@ -37,15 +37,15 @@ share.coordinator.state.topic.min.isr=$((KAFKA_COPIES - 1))
 END
 fi
 if [ ! -e "$data/meta.properties" ]; then
-    rm -rf "$data"  # a format that was interrupted
+    rm -rf "$data"  # left by an interrupted format
     # 16 random bytes in base64url; the first character is set, because an id must not begin with "-".
     id=${KAFKA_CLUSTER_ID:-A$(head -c 16 /dev/urandom | base64 | tr '+/' '-_' | cut -c 2-22)}
     java -Xmx128m -cp '/opt/kafka/jars/*' kafka.tools.StorageTool format -t "$id" -c "$settings"
 fi
-archive=/opt/kafka/classes.jsa  # archive.sh made it
+archive=/opt/kafka/classes.jsa  # created by archive.sh
 share=
 [ ! -e "$archive" ] || share=-XX:SharedArchiveFile=$archive
-# shellcheck disable=SC2086  # no word at all where there is no archive
+# shellcheck disable=SC2086  # no argument if there is no archive
 exec java $share "-Xmx${KAFKA_HEAP:-512m}" -XX:+ExitOnOutOfMemoryError -Dorg.slf4j.simpleLogger.showDateTime=true \
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSXXX" \
     -cp '/opt/kafka/jars/*' kafka.Kafka "$settings"
