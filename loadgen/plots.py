@@ -1,7 +1,7 @@
 """Style of all plots: one font size, colours suitable for colour-blind readers, and a hatch for each colour.
 
 Colours are those of Okabe and Ito, "Color Universal Design" (2008). Figures are made without a window system
-and written as PNG (150 dots an inch) and SVG without dates, so that the same data gives the same files.
+and written as PNG (150 dpi) and as SVG without dates, so the same data gives the same files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # matplotlib is imported by the first picture: most commands draw none, and it takes long
+if TYPE_CHECKING:  # matplotlib is slow to import, so it is imported when the first figure is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -41,7 +41,7 @@ POLICY_LABELS = {
     "deepar (sequential)": "DeePar, sequential",
 }
 
-_STYLE: Any = {  # matplotlib types its keys as one literal of all of them
+_STYLE: Any = {  # matplotlib types the keys as one large literal
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.labelsize": 10,
@@ -54,7 +54,7 @@ _STYLE: Any = {  # matplotlib types its keys as one literal of all of them
     "axes.spines.right": False,
     "figure.dpi": 100,
     "savefig.dpi": 150,
-    "svg.hashsalt": "deepar",  # ids in the SVG do not differ between runs
+    "svg.hashsalt": "deepar",  # keeps the ids in the SVG the same between runs
     "hatch.linewidth": 0.6,
 }
 
@@ -65,14 +65,12 @@ def look(policy: str, index: int = 0) -> tuple[str, str, str]:
 
 
 def label(policy: str) -> str:
-    """What a legend calls a policy."""
+    """Name of a policy in legends."""
     return POLICY_LABELS.get(policy, policy)
 
 
 def figure(width_in: float, height_in: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
-    """A figure in the house's style and its axes (an array where there are several). Labels never overlap
-    (constrained).
-    """
+    """A figure in this style and its axes (an array if there are several). The layout keeps labels from overlapping."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -82,7 +80,7 @@ def figure(width_in: float, height_in: float, rows: int = 1, columns: int = 1, *
 
 
 UNDATED = {"svg": {"Date": None}, "png": {"Software": None}, "pdf": {"CreationDate": None}}
-"""Format -> what is left out of the file, so that the same data gives the same bytes."""
+"""Format -> metadata that is omitted, so the same data gives the same bytes."""
 
 
 def save(fig: Figure, stem: Path, formats: Iterable[str] = ("png", "svg")) -> list[Path]:
@@ -107,7 +105,7 @@ def grouped_bars(
     *,
     values: bool = False,
 ) -> None:
-    """Bars of each policy in `series`, side by side in each group, in the order given; error bars where given."""
+    """Draw the bars of each policy side by side in each group, in the order of `series`, with error bars if given."""
     width = 0.8 / max(1, len(series))
     for index, (policy, heights) in enumerate(series.items()):
         colour, hatch, _ = look(policy, index)
@@ -138,7 +136,7 @@ def grouped_bars(
 
 
 def error_bars(half_widths: Iterable[float | None]) -> list[float]:
-    """For matplotlib, which draws nothing where an interval is not known."""
+    """Error bars for matplotlib; NaN, which is not drawn, for an unknown interval."""
     return [math.nan if half is None else half for half in half_widths]
 
 
@@ -147,7 +145,7 @@ FEWEST_TICKS, MOST_TICKS = 4, 10
 
 
 def log_ticks(axis: Any, low: float, high: float) -> None:
-    """At least four labelled ticks at round numbers on a logarithmic axis, however narrow its range is."""
+    """At least four labelled ticks at round numbers on a logarithmic axis, for any range."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -166,7 +164,7 @@ def log_ticks(axis: Any, low: float, high: float) -> None:
 
 
 def shortened(name: str, most: int) -> str:
-    """A name with its middle left out where it has more than `most` characters; its end tells layers apart."""
+    """A name of at most `most` characters with its middle omitted, because the ends of layer names differ."""
     if len(name) <= most:
         return name
     head = most // 3

@@ -1,7 +1,7 @@
-"""Random numbers: one seed, and one independent stream for each quantity that is drawn.
+"""Random streams: one independent generator per random quantity, all from one seed.
 
-Streams are told apart by name, so that drawing more of one quantity, or adding a quantity, changes no other:
-two scenarios that differ in the number of edges still have the same tasks arriving at the same times.
+A stream is identified by its name. Drawing more values of one quantity, or adding a quantity, does not change the others: two
+scenarios that differ in the number of edges have the same tasks with the same arrival times.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ class Streams:
     def __init__(self, seed: int) -> None:
         """Raises ValueError for a negative seed."""
         if seed < 0:
-            raise ValueError(f"a seed is not negative: {seed}")
+            raise ValueError(f"the seed must not be negative: {seed}")
         self.seed = seed
         self.names: list[str] = []  # in the order of their first use, for the report
 
     def stream(self, name: str) -> np.random.Generator:
-        """A fresh generator for the quantity `name`, at its beginning."""
+        """A fresh generator for the quantity `name`, at the start of its stream."""
         if name not in self.names:
             self.names.append(name)
-        # The name's bytes become part of the entropy; numpy hashes them thoroughly (SeedSequence).
+        # The name's bytes become part of the entropy; numpy hashes them (SeedSequence).
         return np.random.default_rng(np.random.SeedSequence([self.seed, *name.encode()]))
 
     def describe(self) -> str:
-        """One line that says what to type to get the same numbers again."""
+        """One line with the seed and the streams used, for reproducing a run."""
         return f"seed {self.seed}; streams: {', '.join(self.names) or 'none'}"

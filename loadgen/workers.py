@@ -1,8 +1,8 @@
 """Worker processes that end with their parent: on Ctrl-C, on an error, and when the parent is killed.
 
-A Ctrl-C at the terminal goes to every process in the foreground. Workers are started with SIGINT blocked, so that it reaches
-this process alone, which ends them. They are spawned, not forked: a progress display has threads, and a fork of a process
-with threads may hang.
+The terminal sends Ctrl-C to every foreground process. Workers start with SIGINT blocked, so only the parent receives it and
+ends them. They are spawned, not forked, because the progress display has threads and a fork of a process with threads may
+hang.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
-"""Linux, `prctl`: the signal that this process gets when the thread that started it ends."""
+"""Linux, `prctl`: the signal that a process receives when the thread that started it ends."""
 
 
 class Worker(SpawnProcess):
-    """A process that Ctrl-C does not reach, and that ends when its parent does."""
+    """A process that ignores Ctrl-C and ends with its parent."""
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
@@ -38,7 +38,7 @@ class Worker(SpawnProcess):
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
             if os.getppid() != self._starter:
-                os._exit(1)  # it has ended while we imported
+                os._exit(1)  # the parent ended during our imports
         super().run()
 
 
@@ -50,7 +50,7 @@ class WorkerContext(SpawnContext):
 
 @contextmanager
 def worker_pool(most: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of at most `most` workers. Where the block raises, they are killed, whatever they are doing."""
+    """A pool of at most `most` workers. If the block raises, they are killed."""
     pool = ProcessPoolExecutor(max_workers=most, mp_context=WorkerContext())
     try:
         yield pool
@@ -65,9 +65,9 @@ def worker_pool(most: int) -> Iterator[ProcessPoolExecutor]:
 
 @contextmanager
 def _cancelled_work_ignored() -> Iterator[None]:
-    """Keep the pool's own thread from printing a traceback when work was cancelled before its worker was killed.
+    """Suppress a traceback of the pool's own thread about cancelled work.
 
-    That thread, in Python 3.11, sets an exception on futures that are already cancelled.
+    In Python 3.11 that thread sets an exception on futures that are already cancelled.
     """
     before = threading.excepthook
 
@@ -84,7 +84,7 @@ def _cancelled_work_ignored() -> Iterator[None]:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """SIGINT and SIGTERM wait for the end of the block; processes started in it have SIGINT blocked. For the main thread."""
+    """Delay SIGINT and SIGTERM to the end of the block, and start processes with SIGINT blocked. Main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

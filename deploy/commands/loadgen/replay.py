@@ -58,11 +58,10 @@ def replay(
     limits: LimitOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Submit tasks on Kafka, open loop, and report what came of each.
+    """Submit tasks on Kafka at scheduled times (open loop) and report the outcome of each.
 
-    Delays count from the instant at which a task was due. Files: profile_export.jsonl (a line a task),
-    summary.json, summary.csv, report.html. Exit code 99 when a --max-... was missed; 1 when a task had no end, or none
-    completed.
+    Delays count from the time at which a task was due. Files: profile_export.jsonl (one line per task), summary.json,
+    summary.csv, report.html. Exit code 99 if a --max-... limit is exceeded; 1 if a task did not end or none completed.
 
     Example: `deepar loadgen replay --models lenet=3,alexnet=1 --tasks 100 --request-rate 5 --max-p99 2s`
     """
@@ -128,7 +127,7 @@ def _exit_code(summary: dict[str, Any], limits: list[Threshold], interrupted: bo
     if missed:
         return EXIT_MISSED
     if summary["unfinished"] or not summary["completed"]:
-        what = f"{summary['unfinished']} of {summary['submitted']} tasks had no end"
+        what = f"{summary['unfinished']} of {summary['submitted']} tasks did not end"
         log.print(f"failed: {what if summary['unfinished'] else 'no task completed'}", style="bold red")
         return EXIT_FAILED
     return 0

@@ -32,27 +32,28 @@ class Distribution(StrEnum):
 class ArrivalOptions:
     """How many tasks arrive, and when."""
 
-    tasks: Annotated[int, typer.Option(min=1, help="How many tasks, warm-up not counted.")] = 20
+    tasks: Annotated[int, typer.Option(min=1, help="Number of tasks, without warm-up.")] = 20
     within: Annotated[
-        str, typer.Option(help="The paper's arrivals: all tasks at uniformly drawn instants within this time.")
+        str, typer.Option(help="Interval in which all tasks arrive, at uniformly random times (the paper's arrivals).")
     ] = "10s"
     request_rate: Annotated[float | None, typer.Option(help="Tasks per second, instead of --within.")] = None
-    request_distribution: Annotated[Distribution, typer.Option(help="How tasks of --request-rate are spread.")] = (
+    request_distribution: Annotated[Distribution, typer.Option(help="Distribution of arrivals at --request-rate.")] = (
         Distribution.POISSON
     )
     request_intervals: Annotated[
-        Path | None, typer.Option(help="A file with the gaps between tasks in seconds: one a line, or a JSON list.")
+        Path | None, typer.Option(help="File with the gaps between tasks in seconds: one per line, or a JSON list.")
     ] = None
-    burst_size: Annotated[int | None, typer.Option(min=1, help="Tasks that arrive at once, every --burst-every.")] = (
+    burst_size: Annotated[int | None, typer.Option(min=1, help="Tasks per burst, one burst every --burst-every.")] = (
         None
     )
-    burst_every: Annotated[str, typer.Option(help="Time from burst to burst.")] = "10s"
+    burst_every: Annotated[str, typer.Option(help="Time between bursts.")] = "10s"
     scenario: Annotated[
         arrivals.LoadgenScenario | None,
-        typer.Option(help="An MLPerf scenario; Server takes its rate from --request-rate.", case_sensitive=False),
+        typer.Option(help="MLPerf scenario; Server takes its rate from --request-rate.", case_sensitive=False),
     ] = None
     schedule_file: Annotated[
-        Path | None, typer.Option("--schedule", help='JSON Lines: {"at_s": 1.5, "model": "lenet", ...} a task.')
+        Path | None,
+        typer.Option("--schedule", help='JSON Lines file, one task per line: {"at_s": 1.5, "model": "lenet", ...}.'),
     ] = None
 
     def pattern(self) -> arrivals.Arrivals:
@@ -92,16 +93,16 @@ class MixOptions:
     models: Annotated[
         str,
         typer.Option(
-            help="A mix: lenet, or lenet=3,alexnet=1, or paper (the paper's four and its parameters).",
+            help="Models of the tasks: lenet, or lenet=3,alexnet=1, or paper (the paper's four models and parameters).",
             autocompletion=completion.models,
         ),
     ] = "lenet"
-    samples: Annotated[str | None, typer.Option(help="Samples a task: 10, or drawn from 1..1000.")] = None
+    samples: Annotated[str | None, typer.Option(help="Samples per task: 10, or a random number in 1..1000.")] = None
     max_link1: Annotated[
-        str | None, typer.Option(help="A task's cap on link 1: 100Mbps, or drawn from 20Mbps..300Mbps.")
+        str | None, typer.Option(help="Maximum rate of a task on link 1: 100Mbps, or random in 20Mbps..300Mbps.")
     ] = None
-    max_link2: Annotated[str | None, typer.Option(help="A task's cap on link 2, like --max-link1.")] = None
-    input_size: Annotated[str | None, typer.Option(help="Bytes of one input: 600KB, or drawn from 10KB..1MB.")] = None
+    max_link2: Annotated[str | None, typer.Option(help="Maximum rate of a task on link 2, like --max-link1.")] = None
+    input_size: Annotated[str | None, typer.Option(help="Size of one input: 600KB, or random in 10KB..1MB.")] = None
     deadline: Annotated[str | None, typer.Option(help="Time after which an unfinished task ends as EXPIRED: 30s.")] = (
         None
     )
@@ -131,13 +132,14 @@ class ScheduleOptions:
     devices: Annotated[
         str | None,
         typer.Option(
-            help="Devices to submit for, a,b,c; else all that announced themselves.", autocompletion=completion.devices
+            help="Devices to submit tasks for, a,b,c; default: all of the region.",
+            autocompletion=completion.devices,
         ),
     ] = None
     random_seed: Annotated[
         int, typer.Option("--random-seed", "--seed", min=0, help="Random seed for all generated values.")
     ] = 0
-    warmup: Annotated[int, typer.Option(min=0, help="Tasks that run first and are left out of the summary.")] = 0
+    warmup: Annotated[int, typer.Option(min=0, help="Number of first tasks that are excluded from the summary.")] = 0
     time_scale: Annotated[float, typer.Option(help="Factor on all arrival times: 0.1 submits ten times as fast.")] = 1.0
 
     def named_devices(self) -> list[str] | None:
@@ -156,12 +158,12 @@ class SubmissionOptions:
     ] = 0
     bootstrap_servers: BootstrapFromEnv = None
     drain_timeout: Annotated[
-        str, typer.Option(help="Give up when no task has ended for this long after the last arrival.")
+        str, typer.Option(help="Maximum time without a task end after the last arrival; then the replay stops.")
     ] = "120s"
     submit_timeout: Annotated[
         str,
         typer.Option(
-            help="Time to keep trying to submit a task while the broker is away; then it is not_acknowledged."
+            help="Time to retry a submission while the broker is unavailable; then the task is not_acknowledged."
         ),
     ] = "30s"
     out: Annotated[
@@ -175,10 +177,10 @@ class SubmissionOptions:
 class LimitOptions:
     """Limits of the delay."""
 
-    max_mean: Annotated[str | None, typer.Option(help="Exit with 99 when the mean delay is above.")] = None
-    max_p50: Annotated[str | None, typer.Option(help="Exit with 99 when the median delay is above.")] = None
-    max_p90: Annotated[str | None, typer.Option(help="Exit with 99 when the 90th percentile is above.")] = None
-    max_p99: Annotated[str | None, typer.Option(help="Exit with 99 when the 99th percentile is above.")] = None
+    max_mean: Annotated[str | None, typer.Option(help="Exit with 99 if the mean delay is greater.")] = None
+    max_p50: Annotated[str | None, typer.Option(help="Exit with 99 if the median delay is greater.")] = None
+    max_p90: Annotated[str | None, typer.Option(help="Exit with 99 if the 90th percentile is greater.")] = None
+    max_p99: Annotated[str | None, typer.Option(help="Exit with 99 if the 99th percentile is greater.")] = None
 
     def thresholds(self) -> list[Threshold]:
         """The limits that are set. Raises `ConfigError`."""

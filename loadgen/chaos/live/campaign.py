@@ -44,12 +44,12 @@ Say = Callable[[str], None]
 class CampaignLoad:
     """The load during the faults."""
 
-    tasks: int = 100  # at least
-    samples: int = 20_000  # at least, evenly over the tasks
-    in_flight: int = 4  # tasks of each device that have not ended
+    tasks: int = 100  # minimum
+    samples: int = 20_000  # minimum, spread evenly over the tasks
+    in_flight: int = 4  # maximum number of unfinished tasks per device
 
     def of(self, device: str, seed: int, prefix: str) -> Iterator[TaskSubmitted]:
-        """A device's tasks, without end. The seed says what they are, `prefix` what they are called."""
+        """Generate the tasks of a device without end. The seed determines their content; `prefix` begins their names."""
         each = -(-self.samples // self.tasks)
         mix = Mix(models={"lenet": 1.0}, samples=(each, each), datasets={"lenet": "digits"})
         page = 0
@@ -60,7 +60,7 @@ class CampaignLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Campaign:
-    """What one run does."""
+    """Load, faults and seed of one run."""
 
     load: CampaignLoad
     faults: tuple[Fault, ...]  # in the order of their injection
@@ -69,7 +69,7 @@ class Campaign:
 
 
 class LiveChaos:
-    """One run. `bus` carries the tasks there; everything else is read with the bare client that `settings` describe."""
+    """One run. Tasks are submitted over `bus`; everything else is read by a bare client with these `settings`."""
 
     def __init__(
         self, machines: Machines, bus: Bus, settings: Mapping[str, Any], campaign: Campaign, say: Say, region: int = 0
@@ -83,7 +83,7 @@ class LiveChaos:
         self.watch = LiveMonitor(machines.results(), region)
         self.acknowledged: dict[str, int] = {}  # task -> samples
         self._answers = Answers()
-        self._prefix = f"chaos-{uuid.uuid4().hex[:8]}"  # a broker may know the tasks of another run
+        self._prefix = f"chaos-{uuid.uuid4().hex[:8]}"  # unique, because the broker may hold tasks of another run
         self._faults_over = False
         self._now = asyncio.get_running_loop().time
         self._began_s = self._now()
@@ -150,7 +150,7 @@ class LiveChaos:
                 await asyncio.sleep(POLL_S)
 
     async def _submit(self, task: TaskSubmitted) -> str:
-        """Until it is acknowledged; the same task sent twice is one task."""
+        """Submit a task until it is acknowledged; repeated submissions count as one task."""
         payload = messages.encode(task)
         self._answers.expect(task)
         while True:
@@ -170,7 +170,7 @@ class LiveChaos:
             if len(ends) > known:
                 known, until_s = len(ends), self._now() + SILENCE_S
             if self._now() > until_s:
-                self.say(f"{left} tasks have no end, and nothing has ended for {SILENCE_S:g} s")
+                self.say(f"{left} tasks have not ended, and no task has ended for {SILENCE_S:g} s")
                 return
             await asyncio.sleep(POLL_S)
 
@@ -184,7 +184,7 @@ class LiveChaos:
         return FaultRecord(fault, pick(self.machines.names(fault.target), fault, self.seed), self._at_s())
 
     async def _break(self, record: FaultRecord) -> None:
-        """One fault, until its target works again; fills in what was measured."""
+        """Inject one fault, wait until its target works again, and fill in the measurements."""
         fault, name, machines = record.fault, record.name, self.machines
         began_s = self._now()
         self.say(f"{record.at_s:6.1f} s: {fault.kind} {name}")
@@ -210,7 +210,7 @@ class LiveChaos:
             async with asyncio.timeout(self.pace.recovery_s):
                 seen_s = await seen
         except TimeoutError:
-            self.say(f"{self._at_s():6.1f} s: {name} was not seen to work within {self.pace.recovery_s:g} s")
+            self.say(f"{self._at_s():6.1f} s: {name} showed no work within {self.pace.recovery_s:g} s")
             return
         record.recovered_s = seen_s - over_s
         if fault.target is Target.BROKER:
@@ -227,16 +227,16 @@ class LiveChaos:
             machines.signal(name, signal.SIGTERM)
             if await machines.gone(name, self.pace.grace_s):
                 return
-            machines.signal(name, signal.SIGTERM)  # a second one: no more waiting for what is under way
+            machines.signal(name, signal.SIGTERM)  # the second SIGTERM ends it without waiting for running work
         if not await machines.gone(name, self.pace.recovery_s):
-            self.say(f"{name} does not end; it is killed")
+            self.say(f"{name} did not end and was killed")
             machines.signal(name, signal.SIGKILL)
             await machines.gone(name, self.pace.recovery_s)
 
     # --- judging -----------------------------------------------------------------------------------------------------
 
     async def _judge(self) -> None:
-        """Read everything once more, from the first record on."""
+        """Read all topics again from the first record and judge them."""
         tally = Tally(self._answers, self.region)
         tally.look_at(self.machines.results())
         await RawReader(self.settings, [topics.DECISIONS, topics.RESULTS], tally.take).read_all()
@@ -264,7 +264,7 @@ class LiveChaos:
 
 @contextlib.asynccontextmanager
 async def _beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Runs these while the block runs; what breaks one of them ends the block."""
+    """Run these while the block runs; an error in one of them ends the block."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one) for one in work]
         try:

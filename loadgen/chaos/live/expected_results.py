@@ -15,8 +15,8 @@ from stages.zoo.registry import digits, load_model
 class Answer:
     """One result."""
 
-    payload: bytes  # as it stands in a frame
-    top: int  # the index of the largest output, as it stands in a device's file
+    payload: bytes  # payload, as in a frame
+    top: int  # index of the largest output, as in a device's result file
 
 
 class Answers:
@@ -29,11 +29,11 @@ class Answers:
         self._starts: dict[str, int] = {}
 
     def expect(self, task: TaskSubmitted) -> None:
-        """A task was submitted."""
+        """Register a submitted task."""
         assert isinstance(task.input, DatasetInput)
         self._starts[task.task_id] = task.input.start
 
     def of(self, task_id: str, sample: int) -> Answer | None:
-        """The right result, None for a task that is none of ours. The range of a data set wraps around."""
+        """The correct result; None for a task of another run. Sample numbers wrap around at the end of the data set."""
         start = self._starts.get(task_id)
         return None if start is None else self._known[(start + sample) % len(self._known)]

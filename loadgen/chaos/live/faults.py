@@ -32,11 +32,11 @@ class Target(StrEnum):
 
 
 class FaultKind(StrEnum):
-    """What is done to a process."""
+    """Kind of fault."""
 
-    KILL = "kill"  # SIGKILL, and started again at once
-    STOP = "stop"  # SIGSTOP, and SIGCONT after a while
-    TERMINATE = "terminate"  # SIGTERM, and started again when it has ended
+    KILL = "kill"  # SIGKILL, then an immediate restart
+    STOP = "stop"  # SIGSTOP, then SIGCONT after `stop_s`
+    TERMINATE = "terminate"  # SIGTERM, then a restart once the process has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +56,15 @@ class FaultRecord:
 
     fault: Fault
     name: str  # of the process
-    at_s: float  # since the replay began
-    recovered_s: float | None = None  # since the process was gone, or went on again, until it was seen to work
-    lost_after_s: float | None = None  # a node that was stopped: until the planner declared it lost
-    ready_s: float | None = None  # the broker: since it was gone, or went on again, until it answered
-    flow_after_ready_s: float | None = None  # the broker: from there to the next result at a device
+    at_s: float  # time since the run began
+    recovered_s: float | None = None  # from the end of the fault to the first proof of work
+    lost_after_s: float | None = None  # stopped nodes: until the planner declared the node lost
+    ready_s: float | None = None  # broker: from the end of the fault until it answered
+    flow_after_ready_s: float | None = None  # broker: from its first answer to the next result at a device
 
     @property
     def line(self) -> dict[str, Any]:
-        """As `--json` prints it."""
+        """The form that `--json` prints."""
         times = {"recovered_s": self.recovered_s}
         if self.fault.target is Target.BROKER:
             times |= {"ready_s": self.ready_s, "flow_after_ready_s": self.flow_after_ready_s}
@@ -82,16 +82,16 @@ class Machines(Protocol):
         """Process names of a target; empty for a broker that this run does not own."""
 
     def results(self) -> dict[str, Path]:
-        """Where each device shows its results."""
+        """Result file of each device."""
 
     def signal(self, name: str, number: signal.Signals) -> None:
         """Send a signal."""
 
     async def gone(self, name: str, timeout_s: float) -> bool:
-        """Wait until it has ended; False when it has not within the time."""
+        """Wait until the process has ended; False on timeout."""
 
     def start(self, name: str) -> None:
-        """Start it again, same name, same data; returns when the process runs, for the broker too."""
+        """Restart a process with the same name and data; returns as soon as the process runs."""
 
     async def broker_answers(self) -> None:
         """Wait until the broker serves."""
@@ -101,14 +101,14 @@ class Machines(Protocol):
 
 
 def every_fault(seed: int) -> list[Fault]:
-    """Each kind of fault on each target once, in the order that the seed draws."""
+    """Every kind of fault on every target once, in an order drawn from the seed."""
     faults = [Fault(kind, target) for kind in FaultKind for target in Target]
     order = Streams(seed).stream("faults").permutation(len(faults))
     return [faults[int(index)] for index in order]
 
 
 def parse_faults(text: str, seed: int) -> list[Fault]:
-    """`all`, or a list of kinds, targets and KIND:TARGET: `kill`, `stop,broker`, `kill:edge,stop:cloud`.
+    """Parse `all`, or a list of kinds, targets and KIND:TARGET: `kill`, `stop,broker`, `kill:edge,stop:cloud`.
 
     Raises `ConfigError`.
     """
@@ -122,15 +122,15 @@ def parse_faults(text: str, seed: int) -> list[Fault]:
         if not found or len(parts) > 2:
             kinds, targets = ", ".join(FaultKind), ", ".join(Target)
             raise ConfigError(
-                f"--faults {word.strip()!r}: there is no such fault",
-                remedy=f"all, or of {kinds}; {targets}; KIND:TARGET",
+                f"--faults {word.strip()!r}: unknown fault",
+                remedy=f"use all, or a list of {kinds}; {targets}; KIND:TARGET",
             )
         chosen |= found
     return [fault for fault in faults if fault in chosen]
 
 
 def pick(names: Sequence[str], fault: Fault, seed: int) -> str:
-    """Which of several processes a fault hits."""
+    """The process among several that a fault hits, drawn from the seed."""
     return names[int(Streams(seed).stream(str(fault)).integers(len(names)))]
 
 
@@ -149,8 +149,8 @@ class FaultTiming:
 
     stop_s: float = 30.0  # from SIGSTOP to SIGCONT
     pause_s: float = 2.0  # undisturbed work before each fault
-    grace_s: float = 10.0  # what a process has to end politely; then it is told a second time
-    recovery_s: float = 60.0  # a target that does not work again by then never will
+    grace_s: float = 10.0  # time for a graceful end before the second SIGTERM
+    recovery_s: float = 60.0  # time limit for a target to work again
 
 
 @dataclass(slots=True)
@@ -163,7 +163,7 @@ class Findings:
     elapsed_s: float = 0.0
 
     def summary(self) -> dict[str, Any]:
-        """One JSON object."""
+        """The findings as one JSON object."""
         broker = [record for record in self.faults if record.fault.target is Target.BROKER]
         return {
             "seed": self.seed,
@@ -176,6 +176,6 @@ class Findings:
 
     @property
     def flows_late(self) -> list[FaultRecord]:
-        """The broker's faults after which results did not flow within the aim."""
+        """Broker faults after which results took longer than the goal to flow again."""
         times = [(record, record.flow_after_ready_s) for record in self.faults]
         return [record for record, flow_s in times if flow_s is not None and flow_s > FLOW_AIM_S]

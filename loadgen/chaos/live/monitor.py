@@ -17,11 +17,11 @@ from loadgen.chaos.live.faults import Target
 from loadgen.chaos.live.oracle import DecisionFold, Json, frame_head, results_of
 
 TAIL_S = 0.02
-"""How often the devices' result files are looked at."""
+"""Interval at which the devices' result files are read."""
 
 
 def shown_lines(data: bytes) -> Iterator[tuple[str, int, int]]:
-    """The (task, sample, largest output) of each line of a result file; one that a kill cut short shows nothing."""
+    """The (task, sample, largest output) of each line of a result file; incomplete lines are skipped."""
     for line in data.splitlines():
         try:
             entry = json.loads(line)
@@ -52,24 +52,24 @@ class LiveMonitor:
         self._loop = asyncio.get_running_loop()
         self._wall_s = time.time() - self._loop.time()
         self._sign: Sign | None = None
-        self._lost_s: dict[str, float] = {}  # node -> when its last loss was decided
+        self._lost_s: dict[str, float] = {}  # node -> time of the decision that declared it lost
 
     def await_sign(self, target: Target, name: str, after_s: float) -> asyncio.Future[float]:
-        """Resolves with the instant of the target's first proof of work after `after_s`:
+        """A future that resolves with the time of the target's first proof of work after `after_s`.
 
-        a decision that counts, for the planner; a result that the device shows; a frame that the edge or the cloud sends;
-        each of an attempt that counts. For the broker a result that any device shows of a task that crosses it.
+        The proof is a valid decision for the planner, a shown result for a device, and a sent frame for an edge or cloud,
+        each of a current attempt. For the broker it is a shown result, at any device, of a task whose data crosses the broker.
         """
         self._sign = Sign(target, name, after_s, self._loop.create_future())
         return self._sign.seen
 
     def lost_after(self, name: str, since_s: float) -> float | None:
-        """How long after `since_s` the node was declared lost, None where it was not."""
+        """Time from `since_s` until the node was declared lost; None if it was not."""
         lost_s = self._lost_s.get(name, float("-inf"))
         return lost_s - since_s if lost_s > since_s else None
 
     def take(self, record: Any) -> None:
-        """A record of the decisions, of the results or of the activations for the cloud."""
+        """Take a record of the decisions, the results or the activations for the cloud."""
         sent_s = record.timestamp / 1000 - self._wall_s
         if record.topic == topics.DECISIONS:
             if record.partition == self.region:
@@ -116,7 +116,7 @@ class LiveMonitor:
             self._proof((Target.PLANNER,), None, sent_s)
 
     def _present(self, task_id: str, attempt: int | None) -> bool:
-        """Whether the task runs, under this attempt: what an attempt that was taken back still brings is no proof."""
+        """Whether the task runs under this attempt. Output of an earlier attempt proves nothing."""
         return task_id in self.fold.running and attempt in (None, self.fold.attempts.get(task_id))
 
     def _proof(self, targets: tuple[Target, ...], name: str | None, at_s: float) -> None:
@@ -133,14 +133,14 @@ class Tally:
 
     def __init__(self, answers: Answers, region: int = 0) -> None:
         self.fold = DecisionFold()
-        self.results: Counter[tuple[str, int]] = Counter()  # on the topic
-        self.shown: Counter[tuple[str, int]] = Counter()  # in the files
-        self.wrong = 0  # results that are not the uncut model's, on the topic or in a file
+        self.results: Counter[tuple[str, int]] = Counter()  # results on the topic
+        self.shown: Counter[tuple[str, int]] = Counter()  # results in the files
+        self.wrong = 0  # results that differ from the uncut model, on the topic or in a file
         self.unreadable = 0  # frames that cannot be decoded; none is injected on purpose
         self._answers, self._region = answers, region
 
     def take(self, record: Any) -> None:
-        """A record of the decisions or of the results."""
+        """Take a record of the decisions or the results."""
         if record.topic == topics.DECISIONS:
             if record.partition == self._region:
                 self.fold.read(record.value)

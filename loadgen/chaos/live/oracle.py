@@ -40,28 +40,28 @@ class DecisionFold:
     def __init__(self) -> None:
         self.epoch, self.nonce, self.seq = 0, "", 0
         self.openers: dict[str, str] = {}  # nonce -> planner
-        self.decisions = 0  # that count
+        self.decisions = 0  # valid decisions
         self.ignored = 0  # records of planners that do not lead, or out of sequence
         self.violations: list[str] = []
         self.ends: dict[str, Json] = {}  # task -> its end
         self.attempts: dict[str, int] = {}
         self.placements: dict[str, Json] = {}  # task -> where it was last placed
-        self.retries: Counter[str] = Counter()  # cause -> how often
-        self.joined: dict[str, Json] = {}  # node -> what it announced, while it is there
-        self.running: dict[str, Holding | None] = {}  # task -> what it holds of an edge
-        self._parts: list[list[Json]] = []  # of the next decision, where it takes more than one record
+        self.retries: Counter[str] = Counter()  # cause -> number of retries
+        self.joined: dict[str, Json] = {}  # present node -> its announcement
+        self.running: dict[str, Holding | None] = {}  # task -> held resources of an edge
+        self._parts: list[list[Json]] = []  # collected parts of the next decision, if it has several records
         self._admitted: set[str] = set()
-        self._placed: dict[str, Json] = {}  # of tasks that have not ended
+        self._placed: dict[str, Json] = {}  # of unfinished tasks
         self._grants: dict[str, dict[int, int]] = {}  # task -> link -> bits/s of its newest placement
         self._inputs: dict[str, int] = {}
 
     @property
     def leader(self) -> str:
-        """The planner that opened the present epoch, empty before the first."""
+        """The planner that opened the current epoch; empty before the first epoch."""
         return self.openers.get(self.nonce, "")
 
     def read(self, value: bytes | None) -> Json | None:
-        """The message of a record, where it counts; None where it does not."""
+        """The message of a valid record; None for an ignored one."""
         try:
             message = json.loads(value or b"")
         except ValueError:
@@ -70,7 +70,7 @@ class DecisionFold:
         kind = message["type"]
         if kind == "epoch_opened":
             if message["epoch"] <= self.epoch:
-                self.ignored += 1  # lost the race
+                self.ignored += 1  # another planner opened the epoch first
                 return None
             self.epoch, self.nonce = message["epoch"], message["nonce"]
             if self.nonce in self.openers:
@@ -93,7 +93,7 @@ class DecisionFold:
         return dict(message)
 
     def _follows(self, message: Json) -> bool:
-        """Whether a decision, or a part of one, is the next, with all before it that belongs to it."""
+        """Whether a decision or a part of one continues the sequence without a gap."""
         if message["seq"] != self.seq + 1:
             return False
         if message["type"] == "decision":
@@ -104,7 +104,7 @@ class DecisionFold:
         return True
 
     def finish(self, acknowledged: Iterable[str]) -> None:
-        """Every acknowledged task has exactly one end (a second one was said when it was read), and nothing is still held."""
+        """Check that every acknowledged task has ended and that no resource is held. Second ends are reported when read."""
         for task_id in acknowledged:
             if task_id not in self._admitted:
                 self._say(f"{task_id} was acknowledged and never admitted")
@@ -207,7 +207,7 @@ class DecisionFold:
         self._grants.pop(task_id, None)
 
     def _match_grants(self, task_id: str, seq: int) -> None:
-        """A placement and the grants that come with it are the same numbers."""
+        """Check that a placement and its grants have the same values."""
         placement = self._placed.get(task_id)
         if placement is not None:
             wanted = {link: placement[f"link{link}_bps"] for link in (1, 2) if placement.get(f"link{link}_bps")}
@@ -247,12 +247,12 @@ def _holding(placement: Json) -> Holding | None:
 
 
 def frame_head(value: bytes | None) -> Json:
-    """What a frame says of itself, without its data. Raises ValueError where it is none."""
+    """The header of a frame. Raises ValueError for an invalid frame."""
     return _unpacked(value)[0]
 
 
 def _unpacked(value: bytes | None) -> tuple[Json, int]:
-    """A frame's head, and where the bytes of its data begin."""
+    """A frame's header and the offset of its data."""
     payload = value or b""
     unpacker = msgpack.Unpacker(raw=False, strict_map_key=True, max_buffer_size=2 << 20)
     unpacker.feed(payload)
@@ -266,13 +266,13 @@ def _unpacked(value: bytes | None) -> tuple[Json, int]:
                 size_bytes = len(head.pop(key))
     except (msgpack.UnpackException, ValueError) as error:
         raise ValueError(f"not a frame: {error}") from None
-    return head, len(payload) - size_bytes  # the data stand last
+    return head, len(payload) - size_bytes  # the data comes last
 
 
 def results_of(value: bytes | None) -> list[tuple[str, int, bytes | None]]:
-    """The (task, sample, payload) whose beginning a frame of results holds; no payload where it goes on in other frames.
+    """The (task, sample, payload) of each result that begins in a frame; payload None if the result spans several frames.
 
-    Raises ValueError, KeyError, TypeError for what is no frame.
+    Raises ValueError, KeyError, TypeError for an invalid frame.
     """
     head, at = _unpacked(value)
     if head["kind"] != "result":
@@ -280,7 +280,7 @@ def results_of(value: bytes | None) -> list[tuple[str, int, bytes | None]]:
     data = memoryview(value or b"")[at:]
     found: list[tuple[str, int, bytes | None]] = []
     for piece in head["pieces"]:
-        for sample in piece.get("samples", [piece.get("sample")]):  # whole samples that are alike share a description
+        for sample in piece.get("samples", [piece.get("sample")]):  # equal whole samples share one description
             at, size = piece.get("at", 0), piece["size"]
             length = piece.get("bytes", size)
             if at == 0:
@@ -294,10 +294,10 @@ class OracleVerdict:
     """Number of violations of each guarantee, and number of suppressed duplicates."""
 
     tasks: int  # acknowledged
-    samples: int  # of those tasks
-    lost: int  # samples of acknowledged tasks that no device shows
-    visible_duplicates: int  # showings of a (task, sample) beyond its first
-    suppressed_duplicates: int  # results on the topic beyond those that were shown
+    samples: int  # samples of those tasks
+    lost: int  # samples of acknowledged tasks that were never shown
+    visible_duplicates: int  # repeated showings of a (task, sample)
+    suppressed_duplicates: int  # results on the topic that were not shown
     ledger_violations: tuple[str, ...]
 
 

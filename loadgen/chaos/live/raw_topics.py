@@ -17,42 +17,42 @@ RETRY_S = 0.1
 POLL_MS = 50
 
 Take = Callable[[Any], None]
-"""Called with aiokafka's record."""
+"""Callback that receives each record of aiokafka."""
 
 
 class RawReader:
-    """Follows topics from their first record; each record is taken once."""
+    """Follows topics from their first record; each record is delivered once."""
 
     def __init__(self, settings: Mapping[str, Any], topics: Sequence[str], take: Take) -> None:
-        """`settings`: where the broker is and how to get in, as aiokafka's clients want it."""
+        """`settings` are the connection settings for aiokafka clients."""
         self._settings = dict(settings) | {"enable_auto_commit": False, "auto_offset_reset": "earliest"}
         self._topics = tuple(topics)
         self._take = take
         self._positions: dict[TopicPartition, int] = {}
 
     async def follow(self) -> None:
-        """Read until cancelled."""
+        """Deliver records until cancelled."""
         while True:
             with contextlib.suppress(KafkaError, TimeoutError, OSError):
                 await self._spell(asyncio.get_running_loop().time)
             await asyncio.sleep(RETRY_S)
 
     async def read_all(self) -> None:
-        """Read on to where the topics end now. Raises KafkaError, TimeoutError."""
+        """Read up to the present end of the topics. Raises KafkaError, TimeoutError."""
         consumer = await self._consumer()
         try:
             async with asyncio.timeout(30.0):
                 ends = await consumer.end_offsets(list(consumer.assignment()))
             while any(self._positions.get(partition, 0) < end for partition, end in ends.items()):
                 await self._fetch(consumer)
-                for partition in ends:  # a position may pass offsets that hold no record
+                for partition in ends:  # a position may skip offsets without a record
                     async with asyncio.timeout(30.0):
                         self._positions[partition] = await consumer.position(partition)
         finally:
             await _stop(consumer)
 
     async def _spell(self, clock: Callable[[], float]) -> None:
-        """Read with one consumer for as long as it brings something."""
+        """Read with one consumer until it has been idle for too long."""
         consumer = await self._consumer()
         try:
             heard_s = clock()
@@ -63,7 +63,7 @@ class RawReader:
             await _stop(consumer)
 
     async def _consumer(self) -> AIOKafkaConsumer:
-        """A started one, at the positions where the last one was."""
+        """A started consumer at the positions of the previous one."""
         consumer = AIOKafkaConsumer(*self._topics, **self._settings)
         try:
             async with asyncio.timeout(10.0):
@@ -87,11 +87,11 @@ class RawReader:
 
 
 async def _stop(consumer: AIOKafkaConsumer) -> None:
-    """In a task of its own: aiokafka's stop() ends as cancelled where it awaits what it has cancelled itself."""
+    """Stop a consumer in a separate task, because aiokafka's stop() can raise CancelledError of its own inner tasks."""
     stopping = asyncio.ensure_future(consumer.stop())
     await asyncio.wait([stopping], timeout=3.0)
     if not stopping.done():
         stopping.cancel()
         await asyncio.wait([stopping])
     if not stopping.cancelled():
-        stopping.exception()  # it is over either way
+        stopping.exception()  # the consumer has stopped either way
