@@ -120,18 +120,17 @@ def chaos(
 ) -> None:
     """Inject faults into real processes while tasks run; verify that nothing is lost, shown twice or granted twice.
 
-    Starts Apache Kafka, a planner, a cloud worker, edges and devices as processes of their own. Each of planner, device,
-    edge, cloud and broker is then killed (SIGKILL), stopped (SIGSTOP, later SIGCONT) and terminated (SIGTERM), in turn, and
-    started again where it ended. Afterwards an oracle that shares no code with them reads the raw topics and the devices'
-    result files.
+    Starts Apache Kafka, a planner, a cloud worker, edges and devices as separate processes. Kills (SIGKILL), stops (SIGSTOP,
+    later SIGCONT) and terminates (SIGTERM) each of planner, device, edge, cloud and broker in turn, and restarts the processes
+    that ended. Then an oracle that shares no code with them checks the raw topics and the devices' result files.
 
-    recovered_s counts from the moment when the target was gone (kill, terminate) or went on again (stop) until it was seen to
-    work: a planner's next decision that counts, the next result that a device shows, the next frame of an edge or cloud, of
-    an attempt that counts; for the broker, the next result that any device shows. flow_after_ready_s is the last part of the
-    broker's: since it answered again (aim: 1 s). lost_after_s: from SIGSTOP until the planner declared the node lost.
+    recovered_s is the time from the end of the target (kill, terminate) or its SIGCONT (stop) to its first proof of work: a
+    valid decision of the planner, a result shown by the device, a frame of the edge or cloud; for the broker, a result shown
+    by any device. flow_after_ready_s is the part of the broker's time after it answered again (goal: 1 s). lost_after_s is
+    the time from SIGSTOP until the planner declared the node lost.
 
-    Exit code 1 where a sample was lost, shown twice or wrong, the ledger was violated, a task did not complete, a target did
-    not work again or a process ended by itself; 99 where only the aim was missed.
+    Exit code 1 if a sample was lost, shown twice or wrong, the ledger was violated, a task did not complete, a target did not
+    recover or a process ended on its own; 99 if only the goal was missed.
 
     Example: `deepar loadgen chaos --faults kill:broker,stop:edge --stop-for 10s --samples 2000`
     """

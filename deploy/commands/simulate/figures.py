@@ -118,8 +118,8 @@ def _figure_command(name: str, doc: str) -> None:
 
     example = f"Example: `deepar simulate {name} --seeds 30 --policies edge-only,no-delay,deepar --out figures`"
     judged = (
-        "Exit code 99 where a claim of the paper is missed, with any number of reachable edges; a claim of our own that is "
-        "not shown leaves it 0. Verdicts rest on means over the seeds: take ten or more."
+        "Exit code 99 if a claim of the paper is missed for any number of reachable edges; own claims that are not shown do "
+        "not change it. Verdicts use means over the seeds: use ten or more seeds."
     )
     app.command(name, help=f"{doc}\n\n{judged}\n\n{example}")(command)
 
@@ -381,9 +381,7 @@ def _print_claims(console: Console, result: FigureResult) -> None:
             table.add_row(*_claim_cells(claim), claim.paper_text, claim.ours_text, claim.spread_text)
         console.print(table)
     if own:
-        table = _claim_table(
-            "Claims of our own: they hold where the 95 % interval lies above zero", "ours", "95 % interval"
-        )
+        table = _claim_table("Own claims: a claim holds if its 95 % interval lies above zero", "ours", "95 % interval")
         for claim in own:
             table.add_row(*_claim_cells(claim), claim.ours_text, claim.ci95_text)
         console.print(table)

@@ -58,7 +58,7 @@ class LiveMonitor:
         """A future that resolves with the time of the target's first proof of work after `after_s`.
 
         The proof is a valid decision for the planner, a shown result for a device, and a sent frame for an edge or cloud,
-        each of a current attempt. For the broker it is a shown result, at any device, of a task whose data crosses the broker.
+        each of a current attempt. For the broker it is a result that any device shows of a task that crosses the broker.
         """
         self._sign = Sign(target, name, after_s, self._loop.create_future())
         return self._sign.seen

@@ -36,7 +36,7 @@ def test_faults_are_chosen_by_kind_target_or_both() -> None:
 
 @pytest.mark.parametrize("text", ["", "explode", "kill:moon", "kill:stop", "kill:edge:cloud", "edge:cloud"])
 def test_a_fault_that_does_not_exist_is_named(text: str) -> None:
-    with pytest.raises(ConfigError, match="no such fault"):
+    with pytest.raises(ConfigError, match="unknown fault"):
         parse_faults(text, 0)
 
 
