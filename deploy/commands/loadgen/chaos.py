@@ -121,7 +121,7 @@ def chaos(
     """Inject faults into real processes while tasks run; verify that nothing is lost, shown twice or granted twice.
 
     Starts Apache Kafka, a planner, a cloud worker, edges and devices as separate processes. Kills (SIGKILL), stops (SIGSTOP,
-    later SIGCONT) and terminates (SIGTERM) each of planner, device, edge, cloud and broker in turn, and restarts the processes
+    later SIGCONT) and terminates (SIGTERM) each of planner, device, edge, cloud and broker in turn, and restarts processes
     that ended. Then an oracle that shares no code with them checks the raw topics and the devices' result files.
 
     recovered_s is the time from the end of the target (kill, terminate) or its SIGCONT (stop) to its first proof of work: a

@@ -381,7 +381,9 @@ def _print_claims(console: Console, result: FigureResult) -> None:
             table.add_row(*_claim_cells(claim), claim.paper_text, claim.ours_text, claim.spread_text)
         console.print(table)
     if own:
-        table = _claim_table("Own claims: a claim holds if its 95 % interval lies above zero", "ours", "95 % interval")
+        table = _claim_table(
+            "Claims of our own: each holds if its 95 % interval lies above zero", "ours", "95 % interval"
+        )
         for claim in own:
             table.add_row(*_claim_cells(claim), claim.ours_text, claim.ci95_text)
         console.print(table)
