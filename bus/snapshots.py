@@ -1,14 +1,12 @@
-"""Where reading a region's decisions may begin: behind the newest snapshot that is whole and that the log itself proves.
+"""Snapshot reader: finds the newest complete snapshot that the decision log confirms, and reads the decisions after it.
 
-A snapshot is a `Snapshot`, which says all but the long lists of the state, and as many `SnapshotPart`s before it as the lists
-need. It names the digest of each part, so that it is whole or is none, whatever else stands in between. `deepar.snapshots` is
-compacted: a region's snapshots take `PLACES` places in turn, and the keys of a place are those of its snapshot and its parts.
-So one that is written half, by a planner that dies, takes the place of the oldest, and the last two stay as they are.
+A snapshot is a `Snapshot` record, preceded by `SnapshotPart` records for the long lists of the state. It lists the digest of
+each part, so a reader detects missing parts. `deepar.snapshots` is compacted: a region's snapshots use `PLACES` places in
+turn, and each place has its own keys. A snapshot that a crashed planner left incomplete replaces the oldest one only.
 
-Whoever can write to the topic could otherwise make a reader skip decisions that stand, or wait for ever for an epoch that was
-never opened. So a snapshot is believed only when its decision stands at the place it names, with its hash. That proves its
-coordinates (epoch, nonce, sequence, hash, offset) and not what else is in it. Planners also compare the state with the hash;
-stages take it as it is.
+A false snapshot could make a reader skip valid decisions, or wait for an epoch that was never opened. A snapshot is therefore
+used only if the log holds its decision at the offset that it names, with its hash. This confirms the coordinates (epoch,
+nonce, sequence number, hash, offset) but not the state. Planners also compare the state with the hash; stages do not.
 """
 
 from __future__ import annotations
@@ -29,12 +27,12 @@ from bus.messages import Decision, Snapshot, SnapshotPart
 from bus.port import Bus, Reader
 
 STATE_VERSION: Final = 1
-"""Of what a snapshot's state holds. Whoever knows another reads the decisions from their start."""
+"""Version of the state in a snapshot. A program with another version reads the decisions from the start."""
 
 PLACES: Final = 3
-"""Two would do for one writer; a planner that was deposed and does not know it yet may spoil one more."""
+"""Number of places. Two suffice for one writer; a deposed planner that is still writing may overwrite a third."""
 WINDOW: Final = 8
-"""So many of the last records are looked at first, then twice as many before them, and so on."""
+"""Number of records read first, from the end; each further step back reads twice as many."""
 FETCH_S: Final = 0.2
 FETCHED_AT_ONCE: Final = 8
 
@@ -43,7 +41,7 @@ log = structlog.get_logger("snapshots")
 
 @dataclass(frozen=True, slots=True)
 class StoredSnapshot:
-    """A snapshot as it stands on the topic, its parts not read yet."""
+    """A snapshot on the topic whose parts have not been read yet."""
 
     snapshot: Snapshot
     offset: int  # on deepar.snapshots
@@ -55,15 +53,15 @@ def key_of(region: int, place: int, part: int | None = None) -> str:
 
 
 def digest(payload: bytes) -> str:
-    """What a snapshot names a part by: 128 bits."""
+    """The digest by which a snapshot refers to a part: 128 bits."""
     return blake2b(payload, digest_size=16).hexdigest()
 
 
 async def found(bus: Bus, region: int) -> AsyncGenerator[StoredSnapshot]:
-    """The snapshots of a region, from the last records backwards; of those that stand near each other the newest state
-    first (a planner that was deposed may have written an old one last).
+    """Iterate over the snapshots of a region, from the end of the topic backwards.
 
-    What cannot be read is skipped here: the planner that leads dead-letters it, once. Raises `BusError`.
+    Within one window the newest state comes first, since a deposed planner may have written an old snapshot last. Records
+    that cannot be decoded are skipped; the leading planner dead-letters them. Raises `BusError`.
     """
     end = (await bus.end_offsets(topics.SNAPSHOTS))[region]
     window = WINDOW
@@ -96,7 +94,7 @@ async def _between(bus: Bus, region: int, begin: int, end: int) -> list[StoredSn
 
 
 async def proves(reader: Reader, snapshot: Snapshot) -> bool:
-    """Whether the first record of `reader`, which stands at the snapshot's offset, is the decision it was taken after."""
+    """Whether the first record of `reader`, positioned at the snapshot's offset, is the decision that the snapshot names."""
     while True:
         for record in await reader.fetch(max_records=1, timeout_s=FETCH_S):
             try:
@@ -112,7 +110,7 @@ async def proves(reader: Reader, snapshot: Snapshot) -> bool:
 
 
 async def reader_behind(bus: Bus, snapshot: Snapshot) -> Reader | None:
-    """A reader of the decisions behind a snapshot, or None where the log does not prove it. Raises `BusError`."""
+    """A reader of the decisions after a snapshot, or None if the log does not confirm it. Raises `BusError`."""
     where = (topics.DECISIONS, snapshot.region)
     reader = await bus.reader([where], start={where: snapshot.offset})
     try:
@@ -126,13 +124,13 @@ async def reader_behind(bus: Bus, snapshot: Snapshot) -> Reader | None:
         "snapshot ignored: the decision log does not confirm it",
         region=snapshot.region,
         seq=snapshot.seq,
-        harm="none: reading begins at an older snapshot, or at the start of the log",
+        harm="none: reading starts at an older snapshot, or at the start of the log",
     )
     return None
 
 
 async def whole(bus: Bus, one: StoredSnapshot) -> Snapshot | None:
-    """The snapshot with its whole state, or None where a part is not there (any more). Raises `BusError`."""
+    """The snapshot with its complete state, or None if a part is missing. Raises `BusError`."""
     snapshot = one.snapshot
     if not snapshot.parts:
         return snapshot
@@ -146,7 +144,7 @@ async def whole(bus: Bus, one: StoredSnapshot) -> Snapshot | None:
                 number = None if record.value is None else wanted.get(digest(record.value))
                 if number is not None and number not in parts and (lists := _lists(record.value)) is not None:
                     parts[number] = lists
-                    await asyncio.sleep(0)  # reading one takes some milliseconds
+                    await asyncio.sleep(0)  # decoding one takes milliseconds
     finally:
         await reader.close()
     if len(parts) < len(wanted):
@@ -171,10 +169,10 @@ def _lists(payload: bytes | None) -> dict[str, list[Any]] | None:
 
 
 async def open_decisions(bus: Bus, region: int) -> tuple[Snapshot | None, Reader]:
-    """A reader of a region's decisions behind the newest snapshot that is whole and that the log proves, or at the start
-    where none is.
+    """The newest complete and confirmed snapshot of a region, and a reader of the decisions after it.
 
-    Raises `BusError` where the bus cannot be reached, and `DecisionsLostError` where there is none and the start is gone.
+    Without such a snapshot the reader starts at the beginning. Raises `BusError`, and `DecisionsLostError` if there is no
+    usable snapshot and the first decisions were deleted.
     """
     async with aclosing(found(bus, region)) as candidates:
         async for one in candidates:
@@ -193,7 +191,7 @@ async def open_decisions(bus: Bus, region: int) -> tuple[Snapshot | None, Reader
 
 
 async def reader_at_start(bus: Bus, region: int) -> Reader:
-    """A reader of all decisions. Raises `DecisionsLostError` where the first of them are gone."""
+    """A reader of all decisions. Raises `DecisionsLostError` if the first ones were deleted."""
     where = (topics.DECISIONS, region)
     reader = await bus.reader([where], start="start")
     if (begin := reader.position(where)) > 0:
@@ -203,7 +201,7 @@ async def reader_at_start(bus: Bus, region: int) -> Reader:
 
 
 def log_behind(snapshot: Snapshot) -> DecisionLog:
-    """The reading rule where a snapshot ends; what it says of the leader is taken where it is of the right kind."""
+    """The reading rule in the state after a snapshot. Invalid leader fields of the snapshot are ignored."""
     log = DecisionLog(epoch=snapshot.epoch, nonce=snapshot.nonce, seq=snapshot.seq, next_offset=snapshot.offset + 1)
     leader = snapshot.state.get("leader")
     if isinstance(leader, dict):

@@ -1,7 +1,7 @@
-"""Tensors of samples as bytes: cut into pieces that fit into frames, and put together again.
+"""Conversion between tensors and pieces of bytes that fit into frames.
 
-The payload of a sample is its tensors' bytes (little-endian, C order) one after the other. A sample that fits is one piece,
-whose bytes are the tensor's own; nothing is copied until the frame is made, and what is read are views of the frame.
+The payload of a sample is the concatenation of its tensors' bytes (little-endian, C order). A small sample is one piece.
+Bytes are copied only when the frame is built; decoded arrays are views of the frame.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ DTYPES = frozenset(
 )
 ITEM_BYTES = {name: np.dtype(name).itemsize for name in sorted(DTYPES)}
 _DTYPES = {name: np.dtype(name) for name in sorted(DTYPES)}
-_PLAIN = frozenset(dtype for dtype in _DTYPES.values() if dtype.kind in "fiub")  # a memoryview can show them as bytes
+_PLAIN = frozenset(dtype for dtype in _DTYPES.values() if dtype.kind in "fiub")  # memoryview.cast supports them
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorHead:
-    """What one tensor of a payload is: `dtype` from the allow-list and `shape`."""
+    """Description of one tensor of a payload: `dtype` (from the allow-list) and `shape`."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def size_bytes(self) -> int:
-        """Its length in the payload."""
+        """Its size in the payload."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 class Piece(NamedTuple):
-    """`data` is the part of a sample's payload of `size_bytes` that begins at `at`.
+    """The part `data` of a sample's payload that starts at byte `at`; the whole payload has `size_bytes`.
 
-    A named tuple, as a frame has hundreds of them: a frozen dataclass takes three times as long to make.
+    A named tuple, since a frame has hundreds of pieces and a frozen dataclass takes three times as long to create.
     """
 
     sample: int
     at: int
     size_bytes: int
     data: memoryview
-    tensors: tuple[TensorHead, ...] = ()  # where `at` is 0
-    arrays: list[Array] | None = None  # of a whole sample that was read: its tensors, views of the frame
+    tensors: tuple[TensorHead, ...] = ()  # only if `at` is 0
+    arrays: list[Array] | None = None  # decoded tensors of a whole sample: views of the frame
 
 
 @lru_cache(maxsize=4096)
 def tensor_head(dtype: str, shape: tuple[int, ...]) -> TensorHead:
-    """Samples of a model have the same few heads."""
+    """A cached `TensorHead`: the samples of a model share a few heads."""
     return TensorHead(dtype, shape)
 
 
@@ -67,7 +67,7 @@ def _head_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> TensorHead:
 
 
 def to_pieces(sample: int, tensors: Sequence[Array], chunk_bytes: int) -> list[Piece]:
-    """One sample's tensors as pieces of at most `chunk_bytes`, without copying where it is one contiguous tensor."""
+    """Split one sample's tensors into pieces of at most `chunk_bytes`; a single contiguous tensor is not copied."""
     heads = tuple([_head_of(array.dtype, array.shape) for array in tensors])
     if len(tensors) == 1:
         payload = _bytes_of(tensors[0])
@@ -87,13 +87,14 @@ def _bytes_of(array: Array) -> memoryview:
         return array.data.cast("B")
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
-    # A flat byte view: memoryview.cast refuses shapes that hold a zero and arrays of rank 0.
+    # A flat byte view: memoryview.cast rejects arrays of rank 0 and shapes that contain 0.
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def to_arrays(heads: Sequence[TensorHead], payloads: memoryview, count: int) -> list[list[Array]]:
-    """The payloads of `count` samples with the same tensors, one after the other, as each sample's arrays: views (read-only,
-    perhaps unaligned). One view is made of all samples, and taken apart: that is several times as fast as one view each.
+    """The arrays of `count` consecutive samples with the same tensors: views, read-only, possibly unaligned.
+
+    One view over all samples is split, which is several times faster than a view per sample.
     """
     if count == 1:
         return [to_tensors(heads, payloads)]
@@ -104,7 +105,7 @@ def to_arrays(heads: Sequence[TensorHead], payloads: memoryview, count: int) -> 
         strides = [dtype.itemsize]
         for extent in reversed(head.shape[1:]):
             strides.append(strides[-1] * extent)
-        if not head.shape or not head.size_bytes:  # an array of rank 0 would be taken apart to numbers
+        if not head.shape or not head.size_bytes:  # splitting would turn arrays of rank 0 into numbers
             return [to_tensors(heads, payloads[n * size_bytes : (n + 1) * size_bytes]) for n in range(count)]
         columns.append(np.ndarray((count, *head.shape), dtype, payloads, at, (size_bytes, *reversed(strides))))
         at += head.size_bytes
@@ -112,7 +113,7 @@ def to_arrays(heads: Sequence[TensorHead], payloads: memoryview, count: int) -> 
 
 
 def to_tensors(heads: Iterable[TensorHead], payload: memoryview) -> list[Array]:
-    """Views of one sample's payload as arrays (read-only, perhaps unaligned)."""
+    """The arrays of one sample: views of its payload, read-only, possibly unaligned."""
     arrays, at = [], 0
     for head in heads:
         arrays.append(np.ndarray(head.shape, _DTYPES[head.dtype], payload, at))
@@ -121,10 +122,9 @@ def to_tensors(heads: Iterable[TensorHead], payload: memoryview) -> list[Array]:
 
 
 class Assembler:
-    """Puts the pieces of one task attempt together.
+    """Reassembles the samples of one task attempt from their pieces.
 
-    Pieces of a sample come in order; a piece that came before is ignored. What is kept is bounded by the samples that
-    are under way, and the sender's window bounds those.
+    The pieces of a sample arrive in order; repeated pieces are ignored. Memory is bounded by the sender's window of samples.
     """
 
     def __init__(self) -> None:
@@ -132,27 +132,29 @@ class Assembler:
 
     @property
     def pending(self) -> int:
-        """Samples that are not whole yet."""
+        """Number of incomplete samples."""
         return len(self._open)
 
     @property
     def pending_bytes(self) -> int:
-        """Memory held for samples that are not whole yet."""
+        """Memory held for incomplete samples, in bytes."""
         return sum(len(buffer) for _, buffer, _ in self._open.values())
 
     def add(self, piece: Piece) -> list[Array] | None:
-        """The sample's tensors, read-only, once it is whole. Raises `ProtocolError` `missing_chunk` on a gap."""
+        """The sample's tensors (read-only) if this piece completes it. Raises `ProtocolError` `missing_chunk` on a gap."""
         if piece.at == 0 and piece.data.nbytes == piece.size_bytes:
             self._open.pop(piece.sample, None)
             return to_tensors(piece.tensors, piece.data) if piece.arrays is None else piece.arrays
         if piece.at == 0 and piece.sample not in self._open:
             self._open[piece.sample] = (piece.tensors, bytearray(piece.size_bytes), 0)
         if piece.sample not in self._open:
-            raise ProtocolError("missing_chunk", f"sample {piece.sample}: a piece at {piece.at} without the first")
+            raise ProtocolError(
+                "missing_chunk", f"sample {piece.sample}: a piece at byte {piece.at} arrived without the first piece"
+            )
         tensors, buffer, filled = self._open[piece.sample]
         end = piece.at + piece.data.nbytes
         if piece.size_bytes != len(buffer):
-            raise ProtocolError("wrong_shape", f"sample {piece.sample}: its size changed")
+            raise ProtocolError("wrong_shape", f"sample {piece.sample}: the pieces disagree about its size")
         if piece.at > filled:
             raise ProtocolError("missing_chunk", f"sample {piece.sample}: bytes {filled}..{piece.at} are missing")
         if end <= filled:

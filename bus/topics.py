@@ -1,8 +1,7 @@
-"""The flow is data: one table of topics. Creation, subscriptions, ACLs, the figure in the docs and the AsyncAPI document
-all derive from it.
+"""Table of topics, from which topic creation, subscriptions, ACLs, the documentation and the AsyncAPI document are derived.
 
-A *region* is a partition of the control topics: its planner, its edges, its devices. Names use dots only, since brokers
-mix up `.` and `_` in metric names.
+A *region* is a partition of the control topics, with its planner, edges and devices. Topic names contain dots but no
+underscores, since brokers confuse the two in metric names.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ CLOUD_GROUP = "deepar.cloud"
 """The consumer group that all cloud stages join."""
 
 RESERVED_EDGE_NAMES = frozenset({"cloud"})
-"""An edge of this name would take the cloud's topic."""
+"""An edge of this name would use the cloud's topic."""
 
 
 class Encoding(StrEnum):
@@ -41,7 +40,7 @@ class Encoding(StrEnum):
 
 
 class PartitionBy(StrEnum):
-    """What decides the partition of a record."""
+    """How the partition of a record is chosen."""
 
     REGION = "region"
     KEY = "hash of the key"
@@ -51,18 +50,18 @@ class PartitionBy(StrEnum):
 class Topic:
     """One row of the table."""
 
-    name: str  # may hold EDGE_PLACEHOLDER
+    name: str  # may contain EDGE_PLACEHOLDER
     encoding: Encoding
     messages: tuple[str, ...]  # class names in bus.messages, or bus.frames
-    key: str  # what the record's key is
+    key: str  # meaning of the record's key
     partition_by: PartitionBy
     writers: tuple[str, ...]  # roles
     readers: tuple[str, ...]  # roles
     purpose: str  # one line for people
-    compacted: bool = False  # keep the last record of each key for ever
-    retention_s: int = 7 * 24 * 3600  # how long, where not compacted
-    retention_bytes: int = -1  # how much a partition keeps, -1: no limit
-    beside: str = ""  # a topic: there is one of this name at every site that holds such a one
+    compacted: bool = False  # keep the last record of each key without limit
+    retention_s: int = 7 * 24 * 3600  # retention time, if not compacted; -1: no limit
+    retention_bytes: int = -1  # retention size per partition; -1: no limit
+    beside: str = ""  # a topic: this one is created at every site that holds it
 
 
 TABLE: tuple[Topic, ...] = (
@@ -102,36 +101,36 @@ SIGNED_TOPICS = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Partitions:
-    """How many partitions the topics get; fixed when they are created."""
+    """Partition counts of the topics, fixed at creation."""
 
     regions: int = 1  # of the control topics
     activations: int = 1  # of each edge's topic: an edge is one process
-    cloud: int = 8  # bounds how many cloud stages share the work
+    cloud: int = 8  # maximum number of cloud stages that share the work
     results: int = 4
     dead_letter: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class TopicSpec:
-    """A topic to be created: a row of the table with its placeholder filled and its partitions counted."""
+    """A topic to create: a row of the table with its placeholder replaced and its partition count."""
 
     name: str
     partitions: int
     compacted: bool = False
     retention_s: int = -1
     retention_bytes: int = -1
-    beside: tuple[str, ...] = ()  # it is created at the sites of these topics, too
+    beside: tuple[str, ...] = ()  # topics at whose sites it is created too
 
 
 def activations_topic(edge: str) -> str:
     """The topic on which `edge` receives activations. Raises ValueError for a reserved name."""
     if edge in RESERVED_EDGE_NAMES:
-        raise ValueError(f"an edge cannot be called {edge!r}: that name is taken by a topic")
+        raise ValueError(f"an edge cannot be named {edge!r}: the name is reserved for a topic")
     return ACTIVATIONS_EDGE.replace(EDGE_PLACEHOLDER, edge)
 
 
 def row(name: str) -> Topic:
-    """The table's row of a topic, an edge's own included. Raises KeyError."""
+    """The row of the table for a topic, including the topics of edges. Raises KeyError."""
     for topic in TABLE:
         if topic.name == name:
             return topic
@@ -141,7 +140,7 @@ def row(name: str) -> Topic:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a topic of this name is of the table, or an edge's."""
+    """Whether the table contains this topic, including the topics of edges."""
     return name.startswith("deepar.activations.") or any(topic.name == name for topic in TABLE)
 
 
@@ -167,5 +166,5 @@ def specs(edges: Iterable[str] = (), partitions: Partitions | None = None) -> li
 
 
 def partition_of(key: str, partitions: int) -> int:
-    """The partition that any Kafka client's default partitioner picks for `key` (murmur2), so that tools agree."""
+    """The partition for `key`, chosen like Kafka's default partitioner (murmur2) so that other clients agree."""
     return int((murmur2(key.encode()) & 0x7FFFFFFF) % partitions)

@@ -1,10 +1,9 @@
-"""Traces that need no state: every id follows from the task's name, so whoever sees a task knows its trace and its parents.
+"""Stateless tracing: trace and span ids are derived from the task's name.
 
-One task is one trace. Its root is the span `task`, from the admission to the end; below it stand `submit`, a `decision` for
-each attempt, and below that the parts of the delay in the order in which a sample meets them (`chain`), each the child of the
-one before it. A planner that replays its log, a stage that restarts and a device that knows only its plan arrive at the same
-ids. Records carry the W3C header `traceparent`, so foreign stages and tools can join in. Nothing here imports OpenTelemetry;
-a `SpanSink` (`deploy/services/otel.py`) does.
+One task is one trace. The root span `task` lasts from admission to the end. Its children are `submit` and one `decision` per
+attempt. The parts of the delay follow the decision in the order in which a sample passes them (`chain`), each the child of
+the part before. Planners that replay their log, restarted stages and devices compute the same ids. Records carry the W3C
+header `traceparent` for foreign stages and tools. Only the `SpanSink` in `deploy/services/otel.py` imports OpenTelemetry.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Attribute = str | int | float | bool
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of work on a task; moments are on the loop's clock of the process that measured it."""
+    """A span of work on a task; times are on the event loop's clock of the process that measured it."""
 
     task_id: str
     name: str  # task, submit, decision, or one of `DELAY_PARTS`
@@ -39,36 +38,38 @@ class Span:
     begin_s: float
     end_s: float
     attributes: Mapping[str, Attribute] = field(default_factory=dict)
-    failed: str = ""  # why, where it did not succeed
+    failed: str = ""  # reason of the failure; empty on success
 
 
 class SpanSink(Protocol):
-    """Told of every span when it is over. Must not wait."""
+    """Receives every completed span. Must not block."""
 
     def __call__(self, span: Span, /) -> None: ...
 
 
 @lru_cache(maxsize=4096)
 def trace_id(task_id: str) -> str:
-    """The trace of a task: 32 hexadecimal digits."""
+    """The trace id of a task: 32 hexadecimal digits."""
     return sha256(b"deepar trace 1\n" + task_id.encode()).hexdigest()[:32]
 
 
 @lru_cache(maxsize=16384)
 def span_id(task_id: str, name: str, attempt: int = 0, node: str = "") -> str:
-    """The span `name` of a task: 16 hexadecimal digits. `task` and `submit` are once a task, the others once an attempt;
-    parts also name the node that measured them, for another cloud stage may take over half-way.
+    """The id of the span `name` of a task: 16 hexadecimal digits.
+
+    `task` and `submit` exist once per task, other spans once per attempt. The ids of parts include the node that measured
+    them, since another cloud stage may take over.
     """
     return sha256(f"deepar span 1\n{task_id}\n{name}\n{attempt}\n{node}".encode()).hexdigest()[:16]
 
 
 def traceparent(task_id: str, span: str) -> bytes:
-    """The header's content: this task's trace, `span` (16 digits) as the parent of what comes of the record, sampled."""
+    """The content of the header: the task's trace id, `span` as the parent id, and the flag for sampled."""
     return f"00-{trace_id(task_id)}-{span}-01".encode()
 
 
 def parent_in(headers: Headers, task_id: str) -> str | None:
-    """The parent that a record of a task names; None where it names none, or one of another trace."""
+    """The parent span id in a record's headers; None if it is missing or belongs to another trace."""
     for name, content in headers:
         if name == TRACEPARENT:
             match = _TRACEPARENT.fullmatch(content)
@@ -78,7 +79,7 @@ def parent_in(headers: Headers, task_id: str) -> str | None:
 
 
 def chain(placement: Placement) -> tuple[str, ...]:
-    """The parts that a placement has, in the order in which a sample meets them."""
+    """The parts of a placement, in the order in which a sample passes them."""
     has = {
         "device": placement.cut1 > 0 or placement.edge is None,
         "link1": placement.uses_link1,
@@ -91,14 +92,14 @@ def chain(placement: Placement) -> tuple[str, ...]:
 
 
 def part_span_id(part: str, plan: Plan, node: str) -> str:
-    """The span of a part of an attempt. `node` is who asks; it counts where the plan does not say who measures the part."""
+    """The span id of a part of an attempt. `node` is used if the plan does not determine which node measures the part."""
     edge = plan.placement.edge or ""
     who = {"device": plan.device, "link1": plan.device, "edge": edge, "link2": edge}.get(part, node)
     return span_id(plan.task_id, part, plan.attempt, who)
 
 
 def parent_of(part: str, plan: Plan, node: str) -> str:
-    """The span that a part is the child of: that of the part before it, or the decision."""
+    """The parent span id of a part: the part before it, or the decision."""
     parts = chain(plan.placement)
     place = parts.index(part) if part in parts else 0
     return part_span_id(parts[place - 1], plan, node) if place else span_id(plan.task_id, DECISION, plan.attempt)

@@ -1,4 +1,4 @@
-"""What a message or a setting that does not validate says, in one line."""
+"""Validation errors as one line of text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 
 def first_fault(error: ValidationError, *within: str) -> str:
-    """`where: what is wrong` of the first fault, `within` in front of its place; only what is wrong where it has no place."""
+    """The first error as `location: description`, the location prefixed by `within`; without a location the description."""
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in (*within, *first["loc"]))
     message = first["msg"].removeprefix("Value error, ")

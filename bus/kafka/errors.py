@@ -30,7 +30,7 @@ def translated(error: BaseException, topic: str, *, size_bytes: int = 0, limit_b
         return BusError(f"{topic}: {error!r}")
     return BusUnavailableError(
         f"the broker of {topic} does not answer: {error!r}",
-        remedy="see that it is up, and that it speaks what KAFKA_SECURITY_PROTOCOL says",
+        remedy="check that it runs and that KAFKA_SECURITY_PROTOCOL is the protocol it uses",
     )
 
 
@@ -38,6 +38,6 @@ def unknown_topic(topic: str) -> UnknownTopicError:
     """The error for a topic that does not exist or is not visible."""
     return UnknownTopicError(
         f"there is no topic {topic}",
-        remedy="`deepar topics create` makes those that are missing; where there are access control lists, it may be there "
-        "and may not be ours to see (`deepar acls`)",
+        remedy="`deepar topics create` creates missing topics; with access control lists the topic may exist but be hidden "
+        "from this user (`deepar acls`)",
     )

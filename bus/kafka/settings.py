@@ -1,4 +1,4 @@
-"""Settings of topics on Kafka: read, and repaired where they contradict the table of topics."""
+"""Topic settings on Kafka: reads them and repairs those that contradict the table of topics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SET_ON_TOPIC = 1  # Kafka's ConfigSource DYNAMIC_TOPIC_CONFIG
 
 
 async def found_topics(admin: AIOKafkaAdminClient, servers: str, names: Iterable[str] | None) -> list[FoundTopic]:
-    """Of these topics those that the cluster has; None: all of the table. Raises `KafkaError`."""
+    """Those of `names` that exist on the cluster; None: all topics of the table. Raises `KafkaError`."""
     wanted = None if names is None else set(names)
     there = {}
     for topic in await admin.describe_topics():
@@ -41,7 +41,7 @@ async def found_topics(admin: AIOKafkaAdminClient, servers: str, names: Iterable
 
 
 async def _settings(admin: AIOKafkaAdminClient, names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """What this user may see of the settings of each topic."""
+    """The settings of each topic that this user may see."""
     found: dict[str, dict[str, str]] = {name: {} for name in names}
     asked = [ConfigResource(ConfigResourceType.TOPIC, name, dict.fromkeys(KEYS)) for name in found]
     for response in await admin.describe_configs(asked) if asked else ():
@@ -52,7 +52,7 @@ async def _settings(admin: AIOKafkaAdminClient, names: Iterable[str]) -> dict[st
 
 
 async def repair(connection: KafkaConnection, wrong: Iterable[Contradiction]) -> None:
-    """Set what the table of topics demands. Raises `BusError` with the broker's cause."""
+    """Set the values that the table of topics requires. Raises `BusError` with the broker's reason."""
     by_site: dict[str, list[Contradiction]] = defaultdict(list)
     for one in wrong:
         by_site[one.servers].append(one)
@@ -77,12 +77,12 @@ async def _repair(admin: AIOKafkaAdminClient, wrong: Iterable[Contradiction]) ->
             settings[one.topic][one.key] = one.repair
     if not settings:
         return
-    # The request replaces all that is set on a topic, so what is set there already goes with it.
+    # The request replaces all settings of a topic, so it includes the existing ones.
     responses = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, name) for name in settings])
     for response in responses:
         for code, message, _kind, name, entries in (tuple(resource) for resource in response.resources):
             if code:
-                raise BusError(f"the settings of {name} may not be read: {message or for_code(code).__name__}")
+                raise BusError(f"cannot read the settings of {name}: {message or for_code(code).__name__}")
             kept = {entry[0]: entry[1] for entry in entries if entry[3] == _SET_ON_TOPIC}
             settings[name] = kept | settings[name]
     altered = await admin.alter_configs(

@@ -1,6 +1,6 @@
-"""JSON for people and programs outside: never NaN or Infinity, which are no JSON by RFC 8259.
+"""JSON output without NaN and Infinity, which RFC 8259 does not allow.
 
-A number that is not finite becomes `null`. Where the value is an object, its key `not_finite` then says what stood where:
+A number that is not finite becomes `null`. If the value is an object, its key `not_finite` then lists the replaced numbers:
 `{"delay_s": null, "not_finite": {"delay_s": "infinity"}}`.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def json_text(value: Any, *, indent: int | None = None, compact: bool = False) -> str:
-    """`value` as JSON text; `compact` leaves out the spaces. Raises `TypeError` for what JSON has no words for."""
+    """`value` as JSON text; `compact` omits the spaces. Raises `TypeError` for values that JSON cannot represent."""
     separators = (",", ":") if compact else None
     try:
         return json.dumps(value, indent=indent, separators=separators, allow_nan=False)
@@ -26,7 +26,7 @@ def json_text(value: Any, *, indent: int | None = None, compact: bool = False) -
 
 
 def _finite(value: Any, path: str, found: dict[str, str]) -> Any:
-    """A copy with None for every number that is not finite; `found` gets their paths and what they were."""
+    """A copy with None for every number that is not finite; adds their paths and values to `found`."""
     if isinstance(value, float) and not math.isfinite(value):
         found[path] = "not a number" if math.isnan(value) else "infinity" if value > 0 else "-infinity"
         return None

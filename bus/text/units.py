@@ -1,4 +1,4 @@
-"""Rates, durations, sizes and counts as people write and read them: `100Mbps`, `1.5 Gbit/s`, `200 ms`, `1 task`."""
+"""Parsing and formatting of rates, durations, sizes and counts: `100Mbps`, `1.5 Gbit/s`, `200 ms`, `1 task`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _TIME_UNITS = (
     (1e-3, 1e-3, "ms"),
     (0.0, 1e-6, "us"),
 )
-"""From which value on a unit is used, and its size: largest first."""
+"""Per unit: the smallest value that is shown in it, its size and its name; largest first."""
 
 _LARGEST = 1e15
-"""Of any quantity, in its smallest unit: more is a slip of the finger, and too much for the arithmetic."""
+"""Upper limit of any quantity in its base unit: rejects typing errors and keeps the arithmetic exact enough."""
 
 
 def parse_rate(text: str | float, where: str = "") -> int:
-    """Bits per second from `100Mbps`, `1.5 Gbit/s`; 0 needs no unit. `where` is said in front: a flag, a variable.
+    """Bits per second from `100Mbps`, `1.5 Gbit/s`; 0 needs no unit. `where` (a flag, a variable) prefixes errors.
 
     Raises `ConfigError`.
     """
@@ -37,12 +37,12 @@ def parse_rate(text: str | float, where: str = "") -> int:
 
 
 def parse_duration(text: str | float, where: str = "") -> float:
-    """Seconds from `200ms`, `2s`, `5min`; 0 needs no unit. `where` is said in front. Raises `ConfigError`."""
+    """Seconds from `200ms`, `2s`, `5min`; 0 needs no unit. `where` prefixes errors. Raises `ConfigError`."""
     return _parse(text, where, "duration", _SECONDS, ("s", "200ms", "5min"))
 
 
 def parse_size(text: str | float, where: str = "") -> int:
-    """Bytes from `600KB` (1,000 each), `4KiB` (1,024 each), `100B`; 0 needs no unit. `where` is said in front.
+    """Bytes from `600KB` (1,000 each), `4KiB` (1,024 each), `100B`; 0 needs no unit. `where` prefixes errors.
 
     Raises `ConfigError`.
     """
@@ -50,7 +50,7 @@ def parse_size(text: str | float, where: str = "") -> int:
 
 
 def _parse(text: str | float, where: str, what: str, units: Mapping[str, float], like: tuple[str, str, str]) -> float:
-    """A number with one of `units`. `like` is for the error: a unit for a number that has none, and two examples."""
+    """A number with one of `units`. `like` is used in errors: a default unit and two examples."""
     shown = f"{where} {text}" if where else repr(text)
     unit, *examples = like
     match = _QUANTITY.fullmatch(str(text).strip())
@@ -100,5 +100,5 @@ def _three_digits(value: float) -> str:
 
 
 def format_count(count: int, noun: str, plural: str | None = None) -> str:
-    """`1 task`, `2,000 tasks`; `plural` where an s does not make it."""
+    """`1 task`, `2,000 tasks`; pass `plural` if it is not formed with an s."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
