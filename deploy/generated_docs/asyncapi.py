@@ -1,4 +1,4 @@
-"""`docs/asyncapi.json`, an AsyncAPI 3 document made from the topics table, the message schemas and the frame's limits."""
+"""Generator of `docs/asyncapi.json`, an AsyncAPI 3 document, from the table of topics, message schemas and frame limits."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ CONTROL_HEADERS: Final = {
     "content-type": JSON_TYPE,
     "ce_specversion": "1.0: CloudEvents, binary mode",
     "ce_source": "/deepar/REGION/ROLE/NAME",
-    "ce_id": "unique a source; of a task's submission the task's name",
-    "ce_type": "deepar.TYPE, the message's type",
-    TRACEPARENT: "W3C trace context, where the message is about one task; its trace follows from the task's name",
+    "ce_id": "unique per source; the task's id for a submission",
+    "ce_type": "deepar.TYPE: the type of the message",
+    TRACEPARENT: "W3C trace context of a message about one task; the trace id is derived from the task's id",
 }
 
 
@@ -108,7 +108,7 @@ def _message(name: str, topic: Topic, schemas: dict[str, Any]) -> dict[str, Any]
     key = {"type": "string", "description": topic.key}
     common: dict[str, Any] = {"name": name, "bindings": {"kafka": {"key": key}}}
     if topic.encoding is Encoding.ORIGINAL:
-        text = "The record's bytes as they were; where they came from and what was wrong stands in the headers."
+        text = "The original bytes of the record. The headers contain its origin and the error."
         return common | {"summary": text, "contentType": "application/octet-stream", "payload": {"type": "string"}}
     if topic.encoding is Encoding.MSGPACK:
         schemas["Frame"] = frame_schema()
@@ -132,35 +132,35 @@ def _message(name: str, topic: Topic, schemas: dict[str, Any]) -> dict[str, Any]
 
 
 def _headers(described: dict[str, str]) -> dict[str, Any]:
-    """Headers are for tools: no reader of ours needs one."""
+    """A schema of optional string headers; DeePar's own readers do not need them."""
     properties = {name: {"type": "string", "description": text} for name, text in described.items()}
     return {"type": "object", "properties": properties}
 
 
 def _proof_headers(rule: AuthorizationRule) -> dict[str, Any]:
-    """The two that prove who speaks; where a region demands none, neither is needed."""
+    """The two headers that prove the sender; optional if the region does not require proofs."""
     itself, others = " or ".join(rule.itself), " or ".join(rule.others)
     who = f"a {itself} for its own {'task' if rule.node is None else rule.node}"
     who += f", a {others} for any" if others else ""
     return {
         "type": "object",
-        "description": "Both where `identity` of the open epoch is set, none else; docs/interface.md says how to make them.",
+        "description": "Required if the open epoch sets `identity`; docs/interface.md describes how to create them.",
         "properties": {
-            IDENTITY_HEADER: {"type": "string", "description": f"who speaks, ROLE:NAME: {who}"},
+            IDENTITY_HEADER: {"type": "string", "description": f"the sender as ROLE:NAME: {who}"},
             PROOF_HEADER: {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "its HMAC-SHA-256"},
         },
     }
 
 
 def _collect(model: type, schemas: dict[str, Any]) -> None:
-    """A model's schema as it stands on the wire, and those that it refers to."""
+    """Collect the schema of a model in its wire format, and the schemas that it refers to."""
     schema = TypeAdapter(model).json_schema(ref_template=SCHEMA_REF, mode="validation")
     for name, found in {**schema.pop("$defs", {}), model.__name__: schema}.items():
         schemas[name] = _plain_discriminators(found)
 
 
 def _plain_discriminators(schema: Any) -> Any:
-    """AsyncAPI wants the property's name where pydantic, like OpenAPI, gives an object."""
+    """Replace discriminator objects by the name of the property: pydantic writes OpenAPI's form, AsyncAPI needs the name."""
     if isinstance(schema, list):
         return [_plain_discriminators(entry) for entry in schema]
     if not isinstance(schema, dict):
@@ -189,21 +189,21 @@ def frame_schema() -> dict[str, Any]:
             "shape": {"type": "array", "maxItems": frames.MAX_RANK, "items": {"type": "integer", "minimum": 0}},
         },
     }
-    size = count("a sample's whole payload in bytes", frames.MAX_SAMPLE_BYTES)
+    size = count("size of the whole payload of a sample in bytes", frames.MAX_SAMPLE_BYTES)
     tensors = {
         "type": "array",
         "maxItems": frames.MAX_TENSORS,
         "items": tensor,
-        "description": "what the payload is, where `at` is 0: little-endian, C order, one after the other",
+        "description": "tensors of the payload if `at` is 0: little-endian, C order, one after the other",
     }
     piece = {
         "type": "object",
         "required": ["sample", "at", "size", "bytes"],
         "properties": {
-            "sample": count("which sample of the task"),
-            "at": count("where in the sample's payload this piece begins"),
+            "sample": count("index of the sample in the task"),
+            "at": count("offset of this piece in the payload of the sample"),
             "size": size,
-            "bytes": count("this piece's length; the pieces' bytes stand in `data` one after the other"),
+            "bytes": count("length of this piece; `data` contains the pieces one after the other"),
             "tensors": tensors,
         },
     }
@@ -212,23 +212,27 @@ def frame_schema() -> dict[str, Any]:
         "description": "whole samples with the same tensors, each of `size` bytes in `data`",
         "required": ["samples", "size", "tensors"],
         "properties": {
-            "samples": {"type": "array", "maxItems": frames.MAX_PIECES, "items": count("which sample of the task")},
+            "samples": {
+                "type": "array",
+                "maxItems": frames.MAX_PIECES,
+                "items": count("index of the sample in the task"),
+            },
             "size": size,
             "tensors": tensors,
         },
     }
     return {
         "type": "object",
-        "description": f"A msgpack map of at most {frames.MAX_FRAME_BYTES} bytes, what stands before `data` at most "
+        "description": f"A msgpack map of at most {frames.MAX_FRAME_BYTES} bytes, the part before `data` at most "
         f"{frames.MAX_HEAD_BYTES}.",
         "required": ["v", "kind", "task", "attempt", "from", "pieces", "data"],
         "properties": {
             "v": {"const": frames.FRAME_VERSION},
             "kind": {"enum": ["activations", "result", "report"]},
             "task": {"type": "string", "minLength": 1, "maxLength": 200},
-            "attempt": count("of the task; stages drop frames of attempts that were superseded"),
-            "from": {"type": "string", "description": "the node that sends it"},
-            "plan": _ref("Plan") | {"description": "in a task's first frame to a stage"},
+            "attempt": count("attempt of the task; stages drop frames of superseded attempts"),
+            "from": {"type": "string", "description": "name of the sending node"},
+            "plan": _ref("Plan") | {"description": "present in the first frame of a task to a stage"},
             "report": {
                 "type": "object",
                 "additionalProperties": {"type": "number"},
