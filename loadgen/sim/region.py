@@ -16,6 +16,7 @@ from bus.memory.bus import MemoryBus
 from bus.messages import Change, Decision
 from bus.values import ModelProfile, Role
 from loadgen.sim.process import Process
+from loadgen.sim.programs import REAL, Programs
 from planner.service.service import PlannerService, Standing
 from stages.attempt import ResultSink
 from stages.device import Device
@@ -50,6 +51,7 @@ class VirtualStage:
         lambda task_id: ()
     )  # device only: samples of a task that were already delivered
     drain_s: float | None = None  # maximum wait for work in flight on SIGTERM
+    programs: Programs = REAL
     node: Node | None = None
     work: Device | Hop | None = None
     _dead: Counter[str] = field(default_factory=Counter)  # counters of earlier processes
@@ -58,9 +60,9 @@ class VirtualStage:
         """Run a new process of the node."""
         if self.node is not None:
             self._dead.update(self.node.status.counters)
-        node = self.node = Node(bus, self.settings, self.make_runner())
+        node = self.node = self.programs.node(bus, self.settings, self.make_runner())
         if self.settings.role is Role.DEVICE:
-            self.work = Device(node, self.on_result, kept=self.kept)
+            self.work = self.programs.device(node, self.on_result, kept=self.kept)
         else:
             self.work = hop_of(node)
         await node.run(self.work)

@@ -1,6 +1,6 @@
 """Planted bugs, to see that the simulation finds them: each breaks one promise in one line.
 
-A canary is a context manager that replaces one method.
+A canary gives the region other programs, or replaces one method where a role has no seam.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -16,9 +17,10 @@ from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
 from bus.errors import BusError, ProtocolError
 from bus.frames import decode_frame
-from bus.messages import Decision, Ended, EpochOpened, Message, Snapshot
+from bus.messages import Decision, Ended, EpochOpened, Message, Snapshot, Start
 from bus.port import Bus, Reader
 from bus.tensors import Array, Assembler, Piece, to_tensors
+from loadgen.sim.programs import REAL, Programs
 from planner.core.placing import QueueLimits
 from planner.core.records import Task
 from planner.search.ledger import Ledger, Reservation, Timeline
@@ -43,13 +45,17 @@ class Canary:
     name: str
     what: str  # in words
     within: int  # seeds, counted from 0, within which it must be caught
-    owner: type | ModuleType
-    method: str
-    broken: Callable[..., Any]
+    owner: type | ModuleType | None = None
+    method: str = ""
+    broken: Callable[..., Any] | None = None
+    programs: Programs = REAL  # what the region's processes run; a bug of a whole role is planted here
 
     @contextlib.contextmanager
     def planted(self) -> Iterator[None]:
-        """The bug is there."""
+        """Replaces the method while the block runs; nothing if the bug is in `programs`."""
+        if self.owner is None:
+            yield
+            return
         sound = self.owner.__dict__[self.method]
         setattr(self.owner, self.method, self.broken)
         try:
@@ -112,14 +118,13 @@ def _keep_flows(self: Hop, decision: Any, fenced: Any) -> None:
     """Decisions are not followed."""
 
 
-def _forget_starts(self: Device, start: Any, region: int) -> None:
-    """A start while another attempt runs is overlooked."""
-    known = self.tasks.get(start.task_id)
-    if known is None or known.started_s is None:
-        _sound_start(self, start, region)
+class ForgetfulDevice(Device):
+    """Overlooks a start while another attempt runs."""
 
-
-_sound_start = Device._start
+    def _start(self, start: Start, region: int) -> None:
+        known = self.tasks.get(start.task_id)
+        if known is None or known.started_s is None:
+            super()._start(start, region)
 
 
 def _commit_when_first_sent(self: Flow, samples: Sequence[int]) -> None:
@@ -201,23 +206,30 @@ async def _no_window(
 _sound_send = DeviceAttempt._send
 
 
-async def _no_gate(self: Node) -> None:
-    """It sends whatever the region may think of it."""
+class UngatedNode(Node):
+    """Goes on sending when it may have been declared lost."""
+
+    async def gate(self) -> None:
+        return
 
 
 async def _no_watch(self: DeviceAttempt) -> None:
     """What does not come is waited for."""
 
 
-def _no_return(self: Node, work: Work) -> None:
-    """A node that was declared lost lets go of everything, and nothing follows."""
-    work.on_lost()
+class StayingAwayNode(Node):
+    """Drops its work when it is declared lost, and does not announce itself again."""
+
+    def _rejoin(self, work: Work) -> None:
+        work.on_lost()
 
 
-async def _tell_once(self: Node, topic: str, message: Message, key: str) -> None:
-    """What was not acknowledged is not said again."""
-    with contextlib.suppress(BusError):
-        await self.bus.send(topic, messages.encode(message), key=key, partition=self.settings.region)
+class OneTryNode(Node):
+    """Does not repeat a message that was not acknowledged."""
+
+    async def publish(self, topic: str, message: Message, key: str) -> None:
+        with contextlib.suppress(BusError):
+            await self.bus.send(topic, messages.encode(message), key=key, partition=self.settings.region)
 
 
 async def _any_snapshot(bus: Bus, region: int) -> tuple[Snapshot | None, Reader]:
@@ -233,13 +245,6 @@ async def unconfirmed_reader(bus: Bus, snapshot: Snapshot) -> Reader:
     """A planner accepts a snapshot without checking it against the log."""
     where = (topics.DECISIONS, snapshot.region)
     return await bus.reader([where], start={where: snapshot.offset + 1})
-
-
-def _unconfirmed_snapshots(self: PlannerService, *args: Any, **more: Any) -> None:
-    _sound_service(self, *args, **more, reader_behind=unconfirmed_reader)
-
-
-_sound_service = PlannerService.__init__
 
 
 async def _no_letter(self: LeaderTerm) -> None:
@@ -264,22 +269,26 @@ async def _inputs_early(self: LeaderTerm, changes: Any, now_s: float) -> None:
 _sound_decided = LeaderTerm._publish_decision
 
 
-async def _any_attempt(self: Device, reader: Reader) -> None:
-    """Results of fenced attempts are taken like any other."""
-    while True:
-        for record in await reader.fetch():
-            if record.key != self.node.settings.name:
-                continue
-            try:
-                frame = decode_frame(record.value)
-                known = self.tasks.get(frame.task_id)
-                if known is not None and known.attempt is not None:
-                    known.attempt.take(frame)
-            except ProtocolError as error:
-                await self.node.dead_letter(record, error)
+class UnfencedDevice(Device):
+    """Takes results of fenced attempts like any other."""
+
+    async def _read(self, reader: Reader) -> None:
+        while True:
+            for record in await reader.fetch():
+                if record.key != self.node.settings.name:
+                    continue
+                try:
+                    frame = decode_frame(record.value)
+                    known = self.tasks.get(frame.task_id)
+                    if known is not None and known.attempt is not None:
+                        known.attempt.take(frame)
+                except ProtocolError as error:
+                    await self.node.dead_letter(record, error)
 
 
-HARMLESS = Canary("any attempt", "a device takes results of fenced attempts", 0, Device, "_read", _any_attempt)
+HARMLESS = Canary(
+    "any attempt", "a device takes results of fenced attempts", 0, programs=Programs(device=UnfencedDevice)
+)
 """Not a bug: a sample's result is the same whichever attempt made it, and shows once. Attempts only fence."""
 
 CANARIES = (
@@ -296,7 +305,7 @@ CANARIES = (
     Canary("never sent again", "a failed acknowledgement is overlooked", 30, FrameSender, "_send_again", _never_again),
     Canary("receipts leaked", "what a fenced attempt held stays open", 5, Flow, "_discard", _hold_on),
     Canary("flows kept", "a hop does not follow the decisions", 5, Hop, "on_decision", _keep_flows),
-    Canary("starts forgotten", "a second attempt is not begun", 5, Device, "_start", _forget_starts),
+    Canary("starts forgotten", "a second attempt is not begun", 5, programs=Programs(device=ForgetfulDevice)),
     Canary(
         "receipt released twice",
         "a sample gives its records back twice",
@@ -319,18 +328,16 @@ CANARIES = (
     Canary("slot given back twice", "an edge's slot is given back twice", 5, Flow, "_serve", _slot_twice),
     Canary("permit leaked", "a result does not open the window", 5, DeviceAttempt, "_result", _permit_kept),
     Canary("window ignored", "a device sends without waiting for results", 5, DeviceAttempt, "_send", _no_window),
-    Canary("gate ignored", "a node goes on sending after half a lease", 30, Node, "gate", _no_gate),
+    Canary("gate ignored", "a node goes on sending after half a lease", 30, programs=Programs(node=UngatedNode)),
     Canary("no watchdog", "a device waits for results for ever", 20, DeviceAttempt, "_watch", _no_watch),
-    Canary("no way back", "a node that was declared lost stays away", 5, Node, "_rejoin", _no_return),
-    Canary("told once", "an event that was not acknowledged is not sent again", 40, Node, "publish", _tell_once),
+    Canary("no way back", "a node that was declared lost stays away", 5, programs=Programs(node=StayingAwayNode)),
+    Canary("told once", "an event that was not acknowledged is not sent again", 40, programs=Programs(node=OneTryNode)),
     Canary("any snapshot (stage)", "a stage believes every snapshot", 40, snapshots, "open_decisions", _any_snapshot),
     Canary(
         "any snapshot (planner)",
         "a planner believes every snapshot",
         20,
-        PlannerService,
-        "__init__",
-        _unconfirmed_snapshots,
+        programs=Programs(planner=partial(PlannerService, reader_behind=unconfirmed_reader)),
     ),
     Canary(
         "garbage left", "garbage among the snapshots stays", 5, LeaderTerm, "dead_letter_broken_snapshots", _no_letter

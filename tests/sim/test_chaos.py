@@ -105,14 +105,13 @@ def test_a_full_queue_rejects_and_does_not_grow() -> None:
 def test_a_planted_bug_is_caught(canary: Canary) -> None:
     with canary.planted():
         for seed in range(canary.within):
-            if run_seed(seed).violations:
+            if run_seed(seed, programs=canary.programs).violations:
                 return
     pytest.fail(f"{canary.what}: not caught within {canary.within} seeds")
 
 
 def test_results_of_a_fenced_attempt_do_no_harm() -> None:
-    with HARMLESS.planted():
-        assert not campaign.run(range(10))["violations"]
+    assert not campaign.run(range(10), programs=HARMLESS.programs)["violations"]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -25,8 +24,7 @@ from bus.values import Parts
 from deploy.commands.dead_letter import DeadLetter
 from deploy.services.planner_process import planner_counters
 from loadgen.chaos.simulated import campaign
-from loadgen.chaos.simulated.client import SimulatedClient
-from loadgen.sim import region
+from loadgen.sim.programs import Programs
 from loadgen.sim.virtual_loop import run_virtual
 from planner.core.core import PlannerCore
 from planner.service.input_filter import InputFilter
@@ -178,31 +176,31 @@ def test_a_flood_of_forgeries_is_counted_and_does_not_hold_up_the_region() -> No
 
 
 @pytest.mark.parametrize("master", [MASTER, Master(bytes(range(32)), frames=True)], ids=["control", "frames, too"])
-def test_among_faults_nobody_honest_is_refused(monkeypatch: pytest.MonkeyPatch, master: Master) -> None:
+def test_among_faults_nobody_honest_is_refused(master: Master) -> None:
     """`deepar simulate chaos` where the region demands proofs: the same guarantees hold, and only the poison is refused."""
     said: list[str] = []
-    read = InputFilter.read
 
-    def listening(input_filter: InputFilter, record: Record, core: PlannerCore) -> Any:
-        try:
-            return read(input_filter, record, core)
-        except ProtocolError as error:
-            said.append(str(error))
-            raise
+    class ListeningFilter(InputFilter):
+        def read(self, record: Record, core: PlannerCore) -> Any:
+            try:
+                return super().read(record, core)
+            except ProtocolError as error:
+                said.append(str(error))
+                raise
+
+    def listening(*args: Any, **more: Any) -> PlannerService:
+        service = PlannerService(*args, master=master, **more)
+        service.input_filter = ListeningFilter(master)
+        return service
 
     def proving(bus: Bus, settings: NodeSettings, runner: Runner) -> Node:
         return Node(signed(bus, master.key(Speaker(settings.role.value, settings.name))), settings, runner)
 
-    submit = SimulatedClient.submit
+    def submitting(bus: Bus) -> Bus:
+        return signed(bus, master.key(Speaker("loadgen", "chaos")))
 
-    async def submitting(client: SimulatedClient, bus: Bus, *more: Any) -> None:
-        await submit(client, signed(bus, master.key(Speaker("loadgen", "chaos"))), *more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(InputFilter, "read", listening)
-    monkeypatch.setattr(region, "Node", proving)
-    monkeypatch.setattr("loadgen.chaos.simulated.run.PlannerService", partial(PlannerService, master=master))
-    monkeypatch.setattr(SimulatedClient, "submit", submitting)
-    found = campaign.run(range(12))
+    programs = Programs(planner=listening, node=proving, client_bus=submitting)
+    found = campaign.run(range(12), programs=programs)
     assert found["violations"] == []
     assert found["retries"] > 0
     assert found["states"]["COMPLETED"] > 80

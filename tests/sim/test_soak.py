@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from bus.messages import Ended
+from bus.messages import Decision, Ended
 from deploy.commands.simulate import figures
 from loadgen.chaos.simulated.slow_cloud import slow_cloud
 from loadgen.chaos.simulated.soak import ALLOWED, soak
 from loadgen.chaos.simulated.soak_region import SoakScenario
+from loadgen.sim.programs import Programs
 from stages.device import Device
 from tests.sim.canaries import CANARIES
 
@@ -28,15 +29,13 @@ def test_an_hour_of_arrivals_and_churn_leaves_nothing_behind() -> None:
     assert told[-1] == pytest.approx((1.0, 1.0))
 
 
-def test_planted_a_device_that_keeps_its_tasks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = Device.on_decision
+def test_planted_a_device_that_keeps_its_tasks_is_seen() -> None:
+    class KeepingDevice(Device):
+        def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
+            changes = tuple(change for change in decision.changes if not isinstance(change, Ended))
+            super().on_decision(decision.model_copy(update={"changes": changes}), fenced)
 
-    def keep(self: Device, decision: Any, fenced: Any) -> None:
-        changes = tuple(change for change in decision.changes if not isinstance(change, Ended))
-        sound(self, decision.model_copy(update={"changes": changes}), fenced)
-
-    monkeypatch.setattr(Device, "on_decision", keep)
-    result = soak(SoakScenario(hours=0.5, looks=16, churn_every_s=1e6))
+    result = soak(SoakScenario(hours=0.5, looks=16, churn_every_s=1e6), programs=Programs(device=KeepingDevice))
     assert not result.flat
     grown = [row["measure"] for row in result.verdict() if not row["flat"]]
     assert "stage_tasks" in grown

@@ -20,6 +20,7 @@ from loadgen.chaos.simulated.region import LEASE_S, ChaosScenario
 from loadgen.chaos.simulated.run import ChaosRun, Play, Sites
 from loadgen.replay.metrics import distribution
 from loadgen.sim.process import quiet
+from loadgen.sim.programs import REAL, Programs
 from loadgen.sim.virtual_loop import run_virtual
 from loadgen.workers import worker_pool
 
@@ -27,10 +28,12 @@ CHUNK = 20
 """Number of seeds that a worker process runs before it reports."""
 
 
-def run_seed(seed: int, *, scenario: ChaosScenario | None = None, sites: Sites | None = None) -> ChaosRun:
+def run_seed(
+    seed: int, *, scenario: ChaosScenario | None = None, sites: Sites | None = None, programs: Programs = REAL
+) -> ChaosRun:
     """Run one seed, including its checks."""
     with quiet():
-        return run_virtual(Play(seed, scenario or ChaosScenario(), sites).play(), horizon_s=3_600.0)
+        return run_virtual(Play(seed, scenario or ChaosScenario(), sites, programs).play(), horizon_s=3_600.0)
 
 
 def run(
@@ -39,10 +42,11 @@ def run(
     scenario: ChaosScenario | None = None,
     jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    programs: Programs = REAL,
 ) -> dict[str, Any]:
     """Run the seeds in `jobs` processes; returns what `deepar simulate chaos --json` prints, independent of `jobs`."""
     chunks = [seeds[at : at + CHUNK] for at in range(0, len(seeds), CHUNK)]
-    play = partial(_run_chunk, scenario=scenario)
+    play = partial(_run_chunk, scenario=scenario, programs=programs)
     found: Iterable[list[ChaosRun]]
     done: list[list[ChaosRun]] = []
     with ExitStack() as stack:
@@ -57,9 +61,9 @@ def run(
     return _summary(done)
 
 
-def _run_chunk(seeds: Iterable[int], *, scenario: ChaosScenario | None) -> list[ChaosRun]:
+def _run_chunk(seeds: Iterable[int], *, scenario: ChaosScenario | None, programs: Programs) -> list[ChaosRun]:
     # Traces are dropped because they are large and the summary does not use them.
-    return [replace(run_seed(seed, scenario=scenario), trace=()) for seed in seeds]
+    return [replace(run_seed(seed, scenario=scenario, programs=programs), trace=()) for seed in seeds]
 
 
 def _summary(chunks: Iterable[Sequence[ChaosRun]]) -> dict[str, Any]:

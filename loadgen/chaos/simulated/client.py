@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from bus import messages, topics
 from bus.errors import BusError
-from bus.memory.bus import MemoryBus
 from bus.messages import HandleInput, SeedInput, TaskSubmitted
+from bus.port import Bus
 from bus.tensors import Array
 from loadgen.chaos.simulated.oracle import Say
 from loadgen.chaos.simulated.region import LAYER_S, ChaosScenario, same
@@ -31,7 +31,7 @@ class SimulatedClient:
         self._say = say
         self._note = note
 
-    async def submit(self, bus: MemoryBus, draw: random.Random) -> None:
+    async def submit(self, bus: Bus, draw: random.Random) -> None:
         """Send each task until it is acknowledged; the planner must ignore duplicates."""
         for task in self.tasks:
             await asyncio.sleep(draw.random() * self._hurry * self._scenario.faults_s / self._scenario.tasks)

@@ -23,6 +23,7 @@ from loadgen.chaos.simulated.oracle import Oracle, Violation
 from loadgen.chaos.simulated.region import LEASE_S, ChaosScenario, CheckedRunner
 from loadgen.chaos.simulated.watched_bus import WatchedBus
 from loadgen.sim.process import Process, task_factory
+from loadgen.sim.programs import REAL, Programs
 from loadgen.sim.region import VirtualRegion, VirtualStage
 from planner.core.core import PlannerCore
 from planner.core.options import DEFAULT_MAX_WAITING, CoreOptions
@@ -57,7 +58,8 @@ class ChaosRun:
 class Play:
     """The state of one seed's run."""
 
-    def __init__(self, seed: int, scenario: ChaosScenario, sites: Sites | None) -> None:
+    def __init__(self, seed: int, scenario: ChaosScenario, sites: Sites | None, programs: Programs = REAL) -> None:
+        self.programs = programs
         self.seed = seed
         self.scenario = scenario
         draw = random.Random(seed)
@@ -108,6 +110,7 @@ class Play:
         for settings in self.scenario.nodes():
             stage = VirtualStage(
                 settings=settings,
+                programs=self.programs,
                 make_runner=partial(CheckedRunner, settings, self.say),
                 on_result=self.client.show if settings.role is Role.DEVICE else None,
                 kept=self.client.shown,
@@ -129,7 +132,7 @@ class Play:
         clock = self.breaker.wall_clock(name)
         # In every other seed nearly everything that a planner writes takes several records.
         part_bytes, record_bytes = (PART_BYTES, RECORD_BYTES) if self.seed % 2 else (1_500, 1_000)
-        return PlannerService(
+        return self.programs.planner(
             bus,
             self._make_core,
             name=name,
@@ -174,7 +177,9 @@ class Play:
             for process in self.processes:
                 process.start()
             await self._until(self._joined, JOIN_S, "not all processes joined")
-            submitting = asyncio.create_task(self.client.submit(bus, random.Random(self.seed + 1)))
+            submitting = asyncio.create_task(
+                self.client.submit(self.programs.client_bus(bus), random.Random(self.seed + 1))
+            )
             await self.breaker.play(bus)
             self.breaker.heal()
             await submitting

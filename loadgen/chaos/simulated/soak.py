@@ -27,6 +27,7 @@ from bus.messages import Ended, SeedInput, TaskSubmitted
 from bus.topics import Partitions
 from loadgen.chaos.simulated.soak_region import WARM_UP, SoakRegion, SoakScenario
 from loadgen.sim.process import quiet, task_factory
+from loadgen.sim.programs import REAL, Programs
 from loadgen.sim.region import MODEL, decided
 from loadgen.sim.virtual_loop import run_virtual
 from stages.device import Device
@@ -93,18 +94,22 @@ class SoakResult:
         return all(row["flat"] for row in self.verdict()) and not self.unended and not self.crashes
 
 
-def soak(scenario: SoakScenario, *, progress: Callable[[float, float], None] | None = None) -> SoakResult:
+def soak(
+    scenario: SoakScenario, *, progress: Callable[[float, float], None] | None = None, programs: Programs = REAL
+) -> SoakResult:
     """Run it; `progress` is told the hours done and in all."""
     with quiet():
-        return run_virtual(_Soak(scenario, progress).play(), horizon_s=scenario.hours * 3600 + 7200)
+        return run_virtual(_Soak(scenario, progress, programs).play(), horizon_s=scenario.hours * 3600 + 7200)
 
 
 class _Soak:
-    def __init__(self, scenario: SoakScenario, progress: Callable[[float, float], None] | None) -> None:
+    def __init__(
+        self, scenario: SoakScenario, progress: Callable[[float, float], None] | None, programs: Programs
+    ) -> None:
         self.scenario = scenario
         self.random = random.Random(scenario.seed)
         self.result = SoakResult(scenario)
-        self.region = SoakRegion(scenario)
+        self.region = SoakRegion(scenario, programs=programs)
         self._progress = progress
         self._open: set[str] = set()  # tasks that have not ended
 

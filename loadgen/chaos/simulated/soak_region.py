@@ -9,6 +9,7 @@ from functools import partial
 from bus.frames import Plan
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.values import Execution, ModelProfile, Objective, Role
+from loadgen.sim.programs import REAL, Programs
 from loadgen.sim.region import VirtualRegion, VirtualStage, toy_profile
 from planner.core.core import PlannerCore
 from planner.core.options import CoreOptions
@@ -71,7 +72,8 @@ class SlowRunner(ModelledRunner):
 class SoakRegion(VirtualRegion):
     """Planners and stages on a broker with limited retention; one edge is temporary."""
 
-    def __init__(self, scenario: SoakScenario, *, cloud_factor: float = 1.0) -> None:
+    def __init__(self, scenario: SoakScenario, *, cloud_factor: float = 1.0, programs: Programs = REAL) -> None:
+        self.programs = programs
         self.scenario = scenario
         self.broker = MemoryBroker(
             latency_s=0.001,
@@ -93,7 +95,7 @@ class SoakRegion(VirtualRegion):
             said = toy_profile(role.value, (seconds * SPEED[role] for seconds in LAYER_S), CUT_BYTES)
             runner = partial(SlowRunner, said, cloud_factor if role is Role.CLOUD else 1.0)
             for name in names:
-                self.add_stage(VirtualStage(settings=self._settings(name, role), make_runner=runner))
+                self.add_stage(VirtualStage(settings=self._settings(name, role), make_runner=runner, programs=programs))
 
     def start(self) -> None:
         """Start all processes that are not running, except the temporary edge."""
@@ -115,7 +117,7 @@ class SoakRegion(VirtualRegion):
         )
 
     def _make_planner(self, name: str, bus: MemoryBus) -> PlannerService:
-        return PlannerService(bus, self._make_core, name=name, snapshot_every=self.scenario.snapshot_every)
+        return self.programs.planner(bus, self._make_core, name=name, snapshot_every=self.scenario.snapshot_every)
 
     def _settings(self, name: str, role: Role) -> NodeSettings:
         is_edge = role is Role.EDGE

@@ -1,0 +1,27 @@
+"""The programs that the processes of a simulated region run.
+
+The defaults are the real ones. A test passes a variant with a planted bug to check that the simulation finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bus.port import Bus
+from planner.service.service import PlannerService
+from stages.device import Device
+from stages.node import Node
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """Factories with the parameters of the real classes."""
+
+    planner: Callable[..., PlannerService] = PlannerService
+    node: Callable[..., Node] = Node
+    device: Callable[..., Device] = Device
+    client_bus: Callable[[Bus], Bus] = lambda bus: bus  # the bus with which tasks are submitted
+
+
+REAL = Programs()
