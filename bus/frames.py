@@ -1,6 +1,6 @@
-"""Activation frames: msgpack maps that carry pieces of samples from stage to stage.
+"""Activation frames: msgpack maps that carry pieces of samples between stages.
 
-A frame is one msgpack map with string keys and no extension types, so that any language can read it:
+A frame is one msgpack map with string keys and without extension types, so every msgpack library can read it:
 
     {"v": 1, "kind": "activations" | "result" | "report", "task": str, "attempt": int, "from": str,
      "plan": {...}                                    (in a task's first frame to a stage)
@@ -9,15 +9,15 @@ A frame is one msgpack map with string keys and no extension types, so that any 
                 or {"samples": [int, ...], "size": int, "tensors": [...]}],
      "data": bin}
 
-The payload of a sample is its tensors' bytes (little-endian, C order) one after the other: `size` bytes. A piece is the
-`bytes` of it that begin at `at`; small samples are whole pieces and share a frame, large ones are cut into many frames.
-`tensors` stands where `at` is 0. Whole samples with the same tensors are described together (`samples`, of `size` bytes
-each): on a link of 20 kB frames and 4 kB samples a description for each would be 2 % of the load. `data` holds the pieces'
-bytes in order and is the last entry, so that it can be read in place: unpacking a `bin` would copy it, a fifth of the cost
-of a hop at 1 MB.
+The payload of a sample (`size` bytes) is the concatenation of its tensors' bytes (little-endian, C order). A piece is `bytes`
+of them, starting at `at`. Small samples are one piece each and share a frame; large samples are split over several frames.
+Only the piece at 0 has `tensors`. Whole samples with the same tensors share one description (`samples`, `size` bytes
+each): with 4 kB samples in 20 kB frames, separate descriptions would be 2 % of the traffic. `data` holds the bytes of all
+pieces in order. It is the last entry and is read in place, since unpacking would copy it: a fifth of the cost of a hop at
+1 MB.
 
-Decoding is bounded everywhere: a frame's length is checked first, only the head of the frame is given to the unpacker, and
-every count, size, shape and dtype is checked before anything is allocated.
+Decoding is bounded: the length of the frame is checked first, the unpacker receives only the head, and every count, size,
+shape and dtype is checked before memory is allocated.
 """
 
 from __future__ import annotations
@@ -39,37 +39,37 @@ from bus.values import Execution, Frozen, Name, NodeName, Placement
 
 FRAME_VERSION = 1
 MAX_FRAME_BYTES = 1_040_000
-"""Fits every broker's defaults with its headers."""
+"""With its headers, a frame of this size fits a broker's default limit."""
 MAX_HEAD_BYTES = 128 * 1024
-"""Everything before `data`: the plan and the pieces' descriptions."""
+"""Size limit of everything before `data`: the plan and the descriptions of the pieces."""
 MAX_PIECES = 512
 MAX_SAMPLE_BYTES = 256 * 1024 * 1024
 MAX_TENSORS = 64
 MAX_RANK = 8
 _COUNTS_BELOW = 1 << 40
-_FIRST_LOOK_BYTES = 16 * 1024  # holds most heads; what the unpacker is fed is copied
+_FIRST_LOOK_BYTES = 16 * 1024  # contains most heads; the unpacker copies its input
 
 FrameKind = Literal["activations", "result", "report"]
 
 
 class Plan(Frozen):
-    """What a stage must know to work on a task: it travels with the activations."""
+    """The plan of a task attempt, sent to a stage with the first activations."""
 
     task_id: Name
     attempt: AttemptNumber
     region: Annotated[int, Field(ge=0)]
     device: NodeName  # where the results go
     model: Name
-    sha256: str  # stages refuse another model of this name
+    sha256: str  # of the model file; stages reject other files
     samples: Samples  # N of the whole task
-    todo: Samples  # how many of them this attempt sends
+    todo: Samples  # number of samples that this attempt sends
     execution: Execution
     placement: Placement
-    input_bytes: int | None = None  # G(0) where it is not the model's
+    input_bytes: int | None = None  # G(0) of this task; None: the model's
 
     @classmethod
     def of(cls, placed: Placed, *, region: int, todo: int, input_bytes: int | None = None) -> Plan:
-        """The plan that a placement makes for `todo` samples."""
+        """The plan of a placement for `todo` samples."""
         return cls(
             task_id=placed.task_id, attempt=placed.attempt, region=region, device=placed.device, model=placed.model,
             sha256=placed.sha256, samples=placed.samples, todo=todo, execution=placed.execution,
@@ -93,7 +93,7 @@ class Frame(NamedTuple):
 
 
 def encode_frame(frame: Frame) -> bytes:
-    """The frame as msgpack. Raises ValueError where it would be too large to send."""
+    """Encode a frame as msgpack. Raises ValueError if it would exceed the size limit."""
     more: dict[str, Any] = {}
     if frame.plan is not None:
         more["plan"] = frame.plan.model_dump(mode="json", exclude_none=True)
@@ -111,24 +111,24 @@ def encode_frame(frame: Frame) -> bytes:
     return b"".join((front, b"\xc6", data_bytes.to_bytes(4, "big"), *data))
 
 
-_MAP = 0x80  # msgpack's maps of up to 15 entries begin with this and their number
+_MAP = 0x80  # first byte of a msgpack map with up to 15 entries: this plus the count
 _DATA: bytes = msgpack.packb("data")
 _SENDER_ENTRIES = 5
 
 
 @lru_cache(maxsize=1024)
 def _sender(kind: FrameKind, task_id: str, attempt: int, source: str) -> bytes:
-    """The entries that all frames of a task's attempt from one stage have in common, without the map around them."""
+    """The packed entries, without the map header, that all frames of an attempt from one stage share."""
     entries = {"v": FRAME_VERSION, "kind": kind, "task": task_id, "attempt": attempt, "from": source}
     packed: bytes = msgpack.packb(entries)
     return packed[1:]
 
 
 def _described(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
-    """What the head says of the pieces; whole samples that follow each other and have the same tensors in one entry."""
+    """The descriptions of the pieces; consecutive whole samples with the same tensors share an entry."""
     entries: list[dict[str, Any]] = []
-    alike: tuple[TensorHead, ...] | None = None  # of the whole sample that was described last
-    samples: list[int] = []  # that are described by that entry
+    alike: tuple[TensorHead, ...] | None = None  # tensors of the last described whole sample
+    samples: list[int] = []  # samples that share its entry
     for piece in pieces:
         whole = piece.at == 0 and piece.data.nbytes == piece.size_bytes
         if whole and piece.tensors == alike:
@@ -153,7 +153,7 @@ def _described(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
 
 
 def decode_frame(payload: Payload | None) -> Frame:
-    """The frame of a record; its pieces' data are views of `payload`.
+    """Decode the frame of a record; the data of its pieces are views of `payload`.
 
     Raises `ProtocolError`: `oversized`, `undecodable`, `unknown_version`, `wrong_shape`.
     """
@@ -182,7 +182,7 @@ def decode_frame(payload: Payload | None) -> Frame:
 
 
 def _unpack(view: memoryview) -> tuple[dict[str, Any], memoryview]:
-    """The head, and the data in place."""
+    """The head as a dictionary, and the data as a view."""
     if view.nbytes <= _FIRST_LOOK_BYTES and view.nbytes and _MAP < view[0] < _MAP + 16:
         return _unpack_whole(view)
     try:
@@ -202,20 +202,21 @@ _LIMITS: dict[str, Any] = {
 
 
 def _unpack_whole(view: memoryview) -> tuple[dict[str, Any], memoryview]:
-    """A small frame is unpacked in one call: an unpacker that stops at the data has 40 kB of its own to set up, which takes
-    longer than to copy the data.
+    """Unpack a small frame in one call, which copies the data.
+
+    That is faster than an `Unpacker` that stops before the data, since an `Unpacker` allocates 40 kB.
     """
     try:
         head = msgpack.unpackb(view, max_bin_len=_FIRST_LOOK_BYTES, **_LIMITS)
     except (ValueError, msgpack.UnpackException, TypeError, RecursionError) as error:
         raise ProtocolError("undecodable", f"not a msgpack map: {type(error).__name__}: {error}") from None
     if len(head) != view[0] - _MAP:
-        raise ProtocolError("undecodable", "a key stands twice")
+        raise ProtocolError("undecodable", "duplicate key")
     key, data = head.popitem()  # the last
     if key != "data":
-        raise ProtocolError("undecodable", "no data at the end")
+        raise ProtocolError("undecodable", "the last entry is not data")
     if type(data) is not bytes:
-        raise ProtocolError("undecodable", "data is no bin")
+        raise ProtocolError("undecodable", "data is not a bin")
     return head, view[view.nbytes - len(data) :]
 
 
@@ -230,23 +231,23 @@ def _unpack_head(view: memoryview, look_bytes: int) -> tuple[dict[str, Any], mem
             if key == "data":
                 return head, _bin_at(view, unpacker.tell())
             if type(key) is not str or key in head:
-                raise ProtocolError("undecodable", "a key is no string, or stands twice")
+                raise ProtocolError("undecodable", "a key is not a string, or is duplicate")
             head[key] = unpack()
     except (ProtocolError, msgpack.OutOfData):
         raise
     except (ValueError, msgpack.UnpackException, TypeError, RecursionError) as error:
         raise ProtocolError("undecodable", f"not a msgpack map: {type(error).__name__}: {error}") from None
-    raise ProtocolError("undecodable", "no data at the end")
+    raise ProtocolError("undecodable", "the last entry is not data")
 
 
 _BIN_LENGTHS = {0xC4: 1, 0xC5: 2, 0xC6: 4}
 
 
 def _bin_at(view: memoryview, at: int) -> memoryview:
-    """The msgpack `bin` that begins at `at` and must end the frame."""
+    """The content of the msgpack `bin` at `at`, which must be the end of the frame."""
     width = _BIN_LENGTHS.get(view[at]) if at < view.nbytes else None
     if width is None or at + 1 + width > view.nbytes:
-        raise ProtocolError("undecodable", "data is no bin")
+        raise ProtocolError("undecodable", "data is not a bin")
     start = at + 1 + width
     length = int.from_bytes(view[at + 1 : start], "big")
     if start + length != view.nbytes:
@@ -256,7 +257,7 @@ def _bin_at(view: memoryview, at: int) -> memoryview:
 
 def _pieces(described: Any, data: memoryview) -> list[Piece]:
     if not isinstance(described, list):
-        raise ProtocolError("undecodable", "pieces are no array")
+        raise ProtocolError("undecodable", "pieces is not an array")
     pieces: list[Piece] = []
     begin = 0
     for entry in described:
@@ -278,7 +279,7 @@ def _pieces(described: Any, data: memoryview) -> list[Piece]:
 
 
 def _piece(entry: dict[str, Any], size: int, data: memoryview, begin: int) -> Piece:
-    """One piece whose bytes begin at `begin`."""
+    """Decode one piece whose bytes start at `begin`."""
     sample, at, length = _count(entry["sample"]), _count(entry["at"]), _count(entry["bytes"])
     end = begin + length
     if at + length > size or end > data.nbytes or (length == 0 and size > 0):
@@ -289,9 +290,9 @@ def _piece(entry: dict[str, Any], size: int, data: memoryview, begin: int) -> Pi
 
 
 def _alike(samples: Any, tensors: tuple[TensorHead, ...], size: int, data: memoryview) -> Iterable[Piece]:
-    """Whole samples with the same tensors, the first of which stands at the beginning of `data`."""
+    """Decode whole samples with the same tensors; the first starts at the beginning of `data`."""
     if not isinstance(samples, list):
-        raise ProtocolError("undecodable", "samples are no array")
+        raise ProtocolError("undecodable", "samples is not an array")
     for sample in samples:
         _count(sample)
     count = len(samples)
@@ -322,11 +323,11 @@ def _tensor(head: Any) -> TensorHead:
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < _COUNTS_BELOW:
-        raise ProtocolError("undecodable", f"{str(value)[:40]!r} is no count")
+        raise ProtocolError("undecodable", f"{str(value)[:40]!r} is not a non-negative integer")
     return value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= 200:
-        raise ProtocolError("undecodable", f"{str(value)[:40]!r} is no name")
+        raise ProtocolError("undecodable", f"{str(value)[:40]!r} is not a text of 1 to 200 characters")
     return value

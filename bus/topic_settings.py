@@ -1,6 +1,6 @@
-"""What the settings of a topic must be, derived from the table of topics, and the command that repairs one that differs.
+"""Required topic settings, derived from the table of topics, and the commands that repair wrong settings.
 
-Creation, the check before a service starts, `deepar doctor` and `deepar topics repair` all use these rules.
+Topic creation, the check at the start of a service, `deepar doctor` and `deepar topics repair` use these rules.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from bus.port import FoundTopic
 from bus.topics import Encoding, Topic, TopicSpec
 
 PARTITIONS = "partitions"
-"""What the count of partitions is called here, beside Kafka's names of settings."""
+"""Key of the partition count, used beside Kafka's names of settings."""
 
 KEY_BYTES = 200
-"""The longest name that a key can be."""
+"""Maximum length of a record's key."""
 HEADERS_BYTES = 2048
-"""More than the headers of any record of ours take."""
+"""Upper bound for the headers of our records."""
 READABLE_COMPRESSION = ("producer", "uncompressed", "gzip")
-"""What every client of ours can read; the other codecs need libraries that may not be installed."""
+"""Compression that all our clients can read; other codecs need libraries that may not be installed."""
 ANY_TIME_MS = (1 << 63) - 1
 LEAST_SEGMENT_MS = 60_000
-"""A partition that begins a file more often makes its broker run out of open files."""
+"""Minimum `segment.ms`: with shorter segments a broker runs out of open files."""
 
 CLOCKS_SEEN_ON = (topics.EVENTS,)
-"""Topics with a retention on which records keep their sender's time: heartbeats show the doctor every node's clock."""
+"""Topics with retention whose records keep the sender's timestamp: `deepar doctor` sees the nodes' clocks in heartbeats."""
 
 REPAIR = "deepar topics repair"
 
 
 class Judged(Enum):
-    """How a value is compared with the one that is needed."""
+    """How a value is compared with the required one."""
 
     EXACTLY = "exactly"
-    AT_LEAST = "at least"  # -1 is no limit
+    AT_LEAST = "at least"  # -1: no limit
     ONE_OF = "one of"
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One setting of a topic and what it must be."""
+    """A required setting of a topic."""
 
     key: str  # Kafka's name
-    needed: tuple[str, ...]  # the first is what a repair sets
+    needed: tuple[str, ...]  # allowed values; a repair sets the first
     judged: Judged
-    why: str  # what goes wrong otherwise
-    fatal: bool = True  # whether services refuse to start; else only `deepar doctor` warns
+    why: str  # consequence of a wrong value
+    fatal: bool = True  # True: services do not start; False: `deepar doctor` warns
 
     def holds(self, value: str) -> bool:
-        """Whether a value that was found is good enough."""
+        """Whether the value satisfies the rule."""
         if self.judged is not Judged.AT_LEAST:
             return value in self.needed
         return _limit(value) >= _limit(self.needed[0])
@@ -71,23 +71,23 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Contradiction:
-    """A setting of a topic that the table of topics does not allow."""
+    """A setting of a topic that contradicts the table of topics."""
 
-    servers: str  # where
+    servers: str  # bootstrap servers of the cluster
     topic: str
     key: str  # Kafka's name of the setting, or `PARTITIONS`
     found: str
-    needed: str  # for people
+    needed: str  # description for people
     repair: str  # the value that a repair sets
     why: str
     fatal: bool
 
     def __str__(self) -> str:
-        return f"{self.topic} has {self.key}={self.found}, needed is {self.needed}: {self.why}"
+        return f"{self.topic} has {self.key}={self.found}, required is {self.needed}: {self.why}"
 
     @property
     def command(self) -> str:
-        """The call of Kafka's own tools that repairs it."""
+        """The command of Kafka's tools that repairs it."""
         if self.key == PARTITIONS:
             return (
                 f"kafka-topics.sh --bootstrap-server {self.servers} --alter --topic {self.topic}"
@@ -100,7 +100,7 @@ class Contradiction:
 
 
 def needed_bytes(topic: str) -> int:
-    """The largest record that we may put on a topic, as Kafka counts."""
+    """Size of the largest record that DeePar writes to a topic, as Kafka computes it."""
     value_bytes = {
         Encoding.MSGPACK: MAX_FRAME_BYTES,
         Encoding.JSON: MAX_MESSAGE_BYTES,
@@ -110,12 +110,12 @@ def needed_bytes(topic: str) -> int:
 
 
 def rules(topic: str) -> list[Rule]:
-    """What the settings of a topic of the table must be. Raises KeyError for another topic."""
+    """The required settings of a topic. Raises KeyError for a topic outside the table."""
     row = topics.row(topic)
     size = str(needed_bytes(topic))
     return [
         *_keeping(row),
-        Rule("max.message.bytes", (size,), Judged.AT_LEAST, "it refuses our largest records"),
+        Rule("max.message.bytes", (size,), Judged.AT_LEAST, "the broker rejects our largest records"),
         Rule("segment.bytes", (size,), Judged.AT_LEAST, "a record must fit into one file"),
         Rule("compression.type", READABLE_COMPRESSION, Judged.ONE_OF, "our consumers cannot read other codecs"),
         Rule(
@@ -129,7 +129,7 @@ def rules(topic: str) -> list[Rule]:
             "message.timestamp.after.max.ms",
             (str(ANY_TIME_MS),),
             Judged.AT_LEAST,
-            "it refuses the records of a machine whose clock is further ahead",
+            "the broker rejects records of a machine whose clock is further ahead",
             fatal=False,
         ),
         _stamped(row),
@@ -137,17 +137,17 @@ def rules(topic: str) -> list[Rule]:
 
 
 def _stamped(row: Topic) -> Rule:
-    """Whose clock a record's time is: it decides when the record is deleted, and by it the doctor sees who is wrong."""
+    """Which clock timestamps records: it determines their deletion, and shows `deepar doctor` which clock is wrong."""
     key, seen = "message.timestamp.type", row.name in CLOCKS_SEEN_ON
     if row.compacted or row.retention_s < 0 or seen:
-        why = "deepar doctor cannot see whose clock is wrong"
+        why = "deepar doctor cannot tell which clock is wrong"
         return Rule(key, ("CreateTime",), Judged.EXACTLY, why, fatal=False)
     why = "records of a machine whose clock is behind are deleted at once"
     return Rule(key, ("LogAppendTime",), Judged.EXACTLY, why, fatal=False)
 
 
 def _keeping(row: Topic) -> list[Rule]:
-    """How long records stay."""
+    """The rules for retention."""
     lost = "records are deleted that are still needed"
     policy = "compact" if row.compacted else "delete"
     kept = [Rule("cleanup.policy", (policy,), Judged.EXACTLY, lost)]
@@ -158,7 +158,7 @@ def _keeping(row: Topic) -> list[Rule]:
 
 
 def created_with(spec: TopicSpec, *, older_kafka: bool = False) -> dict[str, str]:
-    """The settings of a new topic. `older_kafka`: without what Kafka knows since 3.6 only."""
+    """The settings of a new topic. `older_kafka`: without settings that need Kafka 3.6 or newer."""
     stamped = _stamped(topics.row(spec.name)).needed[0] if topics.is_ours(spec.name) else "CreateTime"
     settings = {"message.timestamp.type": stamped}
     if not older_kafka:
@@ -177,11 +177,11 @@ def _retention_ms(retention_s: int) -> int:
 
 
 KEYS = (*dict.fromkeys(rule.key for row in topics.TABLE for rule in rules(row.name)), "min.insync.replicas")
-"""What is asked of every topic."""
+"""Names of the settings that are read for every topic."""
 
 
 def contradictions(found: Iterable[FoundTopic]) -> list[Contradiction]:
-    """What is set on topics of the table against it. Settings that this user may not see are taken as right."""
+    """The wrong settings of topics of the table. Settings that this user may not see count as correct."""
     known = [topic for topic in found if topics.is_ours(topic.name)]
     wrong = []
     for topic in known:
@@ -198,10 +198,10 @@ def contradictions(found: Iterable[FoundTopic]) -> list[Contradiction]:
 
 
 def _insync(topic: FoundTopic) -> Iterable[Contradiction]:
-    """More copies demanded of a write than there are: brokers before Kafka 4 refuse every record then."""
+    """A `min.insync.replicas` above the replica count, with which brokers before Kafka 4 reject every record."""
     value = topic.settings.get("min.insync.replicas")
     if value is not None and int(value) > topic.copies:
-        needed, why = f"at most {topic.copies} (its copies)", "brokers before Kafka 4 refuse every record"
+        needed, why = f"at most {topic.copies} (its copies)", "brokers before Kafka 4 reject every record"
         copies = str(topic.copies)
         yield Contradiction(topic.servers, topic.name, "min.insync.replicas", value, needed, copies, why, False)
 
@@ -229,7 +229,7 @@ def require(found: Iterable[FoundTopic]) -> None:
 
 
 def _limit(value: str) -> float:
-    """A limit as a number, -1 as none at all."""
+    """A limit as a number; infinity for -1."""
     number = int(value)
     return float("inf") if number == -1 else number
 

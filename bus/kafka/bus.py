@@ -1,4 +1,4 @@
-"""`KafkaBus`: the bus port on Apache Kafka, through aiokafka. `docs/bus.md` says what its settings are for."""
+"""`KafkaBus`: the bus port on Apache Kafka, through aiokafka. `docs/bus.md` explains its settings."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from bus.topics import TopicSpec, partition_of
 __all__ = ["KafkaBus", "KafkaConnection"]
 
 _RETRY_S = 0.1
-_TRY_S = 1.5  # of several brokers the one that was asked may be dead: another is asked then
+_TRY_S = 1.5  # with several brokers: timeout of one attempt, after which another broker is tried
 _CLOSE_S = 3.0
-_COUNT_AGE_S = 5.0  # older counts of partitions are read again: the topic may have been recreated
-_SPREAD_S = 1.0  # what a new topic may take to be known to every broker
-_MAX_COPIES = 3  # of each partition, where there are that many brokers
+_COUNT_AGE_S = 5.0  # maximum age of a partition count: the topic may have been recreated
+_SPREAD_S = 1.0  # time until all brokers know a new topic
+_MAX_COPIES = 3  # default number of replicas, if there are enough brokers
 
 T = TypeVar("T")
 
@@ -47,22 +47,22 @@ _partition_of = lru_cache(maxsize=1 << 12)(partition_of)
 
 
 class KafkaBus:
-    """One process's connection to Kafka, or to one Kafka a site. Implements `bus.port.Bus`."""
+    """A process's connection to one Kafka cluster per site. Implements `bus.port.Bus`."""
 
     name = "kafka"
 
     def __init__(self, connection: KafkaConnection) -> None:
         self._connection = connection
         self._sites: dict[str, _Site] = {}
-        self._beside: dict[str, KafkaBus] = {}  # by their servers: buses whose home is another site
-        self._is_checked = False  # whether the broker at home has shaken hands
-        self._counts: dict[str, tuple[float, int]] = {}  # when a topic was asked for, and its partitions
-        self._ways: dict[str, tuple[int, KafkaSender]] = {}  # partitions of a topic, and who sends there
+        self._beside: dict[str, KafkaBus] = {}  # by servers: buses whose home is another site
+        self._is_checked = False  # whether the handshake with the home broker succeeded
+        self._counts: dict[str, tuple[float, int]] = {}  # by topic: time of the request, partition count
+        self._routes: dict[str, tuple[int, KafkaSender]] = {}  # by topic: partition count, sender
         self._readers: list[KafkaReader] = []
         self._turn = 0
         self._is_open = False
         library = logging.getLogger("aiokafka")
-        if library.level < logging.WARNING:  # INFO is chatter, DEBUG prints payloads
+        if library.level < logging.WARNING:  # INFO is verbose, DEBUG prints record contents
             library.setLevel(logging.WARNING)
 
     def __repr__(self) -> str:
@@ -70,14 +70,14 @@ class KafkaBus:
 
     @property
     def connection(self) -> KafkaConnection:
-        """How it reaches its brokers."""
+        """The settings of the connection."""
         return self._connection
 
     async def __aenter__(self) -> KafkaBus:
-        """Shakes hands with the broker of the control topics; those of other sites may be away until they are used."""
+        """Connect to the broker of the control topics; other sites are contacted on first use."""
         await self._connection.check()
         self._is_open = self._is_checked = True
-        for other in self._beside.values():  # asked for before
+        for other in self._beside.values():  # created before this bus was opened
             other._is_open = True
         return self
 
@@ -91,12 +91,12 @@ class KafkaBus:
         for site in self._sites.values():
             await site.close()
         self._sites.clear()
-        self._ways.clear()
+        self._routes.clear()
 
     # --- topics ------------------------------------------------------------------------------------------------------
 
     def beside(self, topic: str, neighbour: str) -> KafkaBus:
-        """A bus of the same process whose home is the neighbour's site; closed with this one."""
+        """A bus whose home is the neighbour's site; it is closed with this one."""
         servers = self._connection.servers_of(topic, beside=neighbour)
         if servers == self._connection.servers_of(topic):
             return self
@@ -150,16 +150,14 @@ class KafkaBus:
         partition: int | None = None,
         headers: Headers = (),
     ) -> Awaitable[Position]:
-        way = self._ways.get(topic)
-        if way is None:
+        route = self._routes.get(topic)
+        if route is None:
             count = await self.partitions(topic)
-            way = self._ways[topic] = (count, (await self._site(self._connection.servers_of(topic))).sender)
-        count, sender = way
-        if (
-            now := sender.partitions(topic)
-        ) is not None and now != count:  # it was deleted and made again, or has grown
+            route = self._routes[topic] = (count, (await self._site(self._connection.servers_of(topic))).sender)
+        count, sender = route
+        if (now := sender.partitions(topic)) is not None and now != count:  # the topic was recreated or extended
             count = now
-            self._ways[topic] = (count, sender)
+            self._routes[topic] = (count, sender)
         if partition is None:
             if key is not None:
                 partition = _partition_of(key, count)
@@ -192,7 +190,7 @@ class KafkaBus:
     ) -> KafkaReader:
         wanted = list(partitions)
         for topic, number in wanted:
-            count = await self.partitions(topic)  # assign() on a topic that is not there reads nothing, for ever
+            count = await self.partitions(topic)  # assign() on a missing topic would wait without limit
             if not 0 <= number < count:
                 raise BusError(f"{topic} has no partition {number}: it has {count} partitions")
         servers = self._one_site(topic for topic, _ in wanted)
@@ -222,7 +220,7 @@ class KafkaBus:
         return member
 
     async def abandon(self) -> None:
-        """Go without a word, as a killed process does: what was not acknowledged is lost, groups find out by timeout."""
+        """Stop like a killed process: unacknowledged records are lost, groups notice after the session timeout."""
         self._is_open = False
         for other in self._beside.values():
             await other.abandon()
@@ -231,7 +229,7 @@ class KafkaBus:
         for site in self._sites.values():
             await site.close()
         self._sites.clear()
-        self._ways.clear()
+        self._routes.clear()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -257,14 +255,14 @@ class KafkaBus:
 
 
 class _Site:
-    """One cluster: its producer, and what is asked about its topics."""
+    """One cluster: its sender, and its clients for topics and offsets."""
 
     def __init__(self, connection: KafkaConnection, servers: str) -> None:
         self._connection = connection
         self._servers = servers
         self.sender = KafkaSender(connection, servers, self._limit_of)
         self._admin: AIOKafkaAdminClient | None = None
-        self._asker: AIOKafkaConsumer | None = None  # knows offsets
+        self._asker: AIOKafkaConsumer | None = None  # reads end offsets
         self._starting = asyncio.Lock()
 
     async def create_topics(self, specs: list[TopicSpec]) -> None:
@@ -284,17 +282,17 @@ class _Site:
         await self._ask(create, "its topics")
         deadline = asyncio.get_running_loop().time() + REQUEST_S
         missing = [spec.name for spec in specs]
-        while missing:  # created is not yet known everywhere
+        while missing:  # a created topic is not known to every broker at once
             known = await self._topics()
             missing = [name for name in missing if name not in known]
             if missing:
                 await self._retry(deadline, None, ", ".join(missing))
 
     async def partitions(self, topic: str) -> int:
-        """Asks for all topics: asking for one would create it where brokers create topics on sight."""
+        """Partition count of a topic. Requests all topics, since requesting one could create it automatically."""
         count = (await self._topics()).get(topic)
         if count is None and await self._ask(_has_several_brokers, "its brokers"):
-            await asyncio.sleep(_SPREAD_S)  # of several brokers some learn later what others made or were told
+            await asyncio.sleep(_SPREAD_S)  # some brokers learn about a new topic later
             count = (await self._topics()).get(topic)
         if count is None:
             raise unknown_topic(topic)
@@ -322,10 +320,10 @@ class _Site:
         if self._admin is not None:
             await asyncio.wait([asyncio.ensure_future(self._admin.close())], timeout=_CLOSE_S)
         if self._asker is not None:
-            await cut_off(self._asker)  # it is in no group: nobody waits for a goodbye
+            await cut_off(self._asker)  # it belongs to no group, so there is no group to leave
 
     async def _topics(self) -> dict[str, int | BusError]:
-        """The partitions of every topic that has a leader everywhere, or why we may not know."""
+        """Partition count of every available topic, or the error if this user may not see it."""
         known: dict[str, int | BusError] = {}
         for topic in await self._ask(AIOKafkaAdminClient.describe_topics, "its topics"):
             error_type = for_code(topic["error_code"])
@@ -336,7 +334,7 @@ class _Site:
         return known
 
     async def _ask(self, request: Callable[[AIOKafkaAdminClient], Awaitable[T]], what: str) -> T:
-        """What the cluster answers. Any broker may be asked, also one that died and is not yet missed: then again."""
+        """Send a request to the cluster and return the answer; retried, since the chosen broker may have just failed."""
         admin = await self._started_admin()
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -351,7 +349,7 @@ class _Site:
 
     async def _retry(self, deadline: float, error: BaseException | None, what: str) -> None:
         if asyncio.get_running_loop().time() > deadline:
-            raise BusUnavailableError(f"{self._servers} does not tell about {what} in time") from error
+            raise BusUnavailableError(f"{self._servers} did not answer in time about {what}") from error
         await asyncio.sleep(_RETRY_S)
 
     async def _started_admin(self) -> AIOKafkaAdminClient:
@@ -388,14 +386,14 @@ async def _has_several_brokers(admin: AIOKafkaAdminClient) -> bool:
 def _not_created(name: str, kind: type[KafkaError], message: str) -> BusError:
     remedy = None
     if kind is InvalidReplicationFactorError:
-        remedy = "DEEPAR_KAFKA_REPLICATION says how many copies: at most as many as there are brokers"
+        remedy = "set DEEPAR_KAFKA_REPLICATION to at most the number of brokers"
     return BusError(f"topic {name} cannot be created: {message or kind.__name__}", remedy=remedy)
 
 
 async def _create(
     admin: AIOKafkaAdminClient, specs: list[TopicSpec], copies: int, *, older_kafka: bool = False
 ) -> list[tuple[Any, ...]]:
-    """Of each topic its name, the error code, and what the broker says of it."""
+    """Name, error code and message of each topic."""
     made = await admin.create_topics(
         [
             NewTopic(spec.name, spec.partitions, copies, topic_configs=created_with(spec, older_kafka=older_kafka))

@@ -49,11 +49,11 @@ async def test_topics_that_are_set_wrong_are_refused_named_and_repaired(kafka_ow
             ended = processes.run(*command)
             assert ended.returncode == 2, ended.stderr
             for said in (
-                "deepar.decisions has cleanup.policy=compact, needed is delete",
-                "deepar.tasks has retention.ms=60000, needed is 604800000 or more",
+                "deepar.decisions has cleanup.policy=compact, required is delete",
+                "deepar.tasks has retention.ms=60000, required is 604800000 or more",
                 "deepar.tasks has max.message.bytes=5000",
-                "deepar.results has compression.type=lz4, needed is one of producer",
-                "deepar.tasks has partitions=1, needed is 2",
+                "deepar.results has compression.type=lz4, required is one of producer",
+                "deepar.tasks has partitions=1, required is 2",
                 "deepar topics repair",
                 f"kafka-configs.sh --bootstrap-server {kafka_own.bootstrap} --alter",
                 "--entity-name deepar.decisions --add-config cleanup.policy=delete",

@@ -72,7 +72,7 @@ def test_each_setting_that_loses_or_refuses_records_is_refused(topic: str, key: 
     wrong = [found(spec, {key: value} if spec.name == topic else {}) for spec in SPECS.values()]
     with pytest.raises(ConfigError) as refused:
         require(wrong)
-    assert f"{topic} has {key}={value}, needed is {repair}" in str(refused.value) or key == "compression.type"
+    assert f"{topic} has {key}={value}, required is {repair}" in str(refused.value) or key == "compression.type"
     assert refused.value.remedy is not None
     assert "deepar topics repair" in refused.value.remedy
     command = f"kafka-configs.sh --bootstrap-server here:9092 --alter --entity-type topics --entity-name {topic}"
@@ -120,7 +120,7 @@ def test_a_service_does_not_start_on_a_topic_that_is_set_wrong() -> None:
     async def main() -> None:
         async with MemoryBus() as bus:
             await bus.create_topics([TopicSpec(topics.DECISIONS, 1, retention_s=60)])
-            with pytest.raises(ConfigError, match=r"deepar\.decisions has retention\.ms=60000, needed is -1"):
+            with pytest.raises(ConfigError, match=r"deepar\.decisions has retention\.ms=60000, required is -1"):
                 await require_region(bus, 0)
 
     run_virtual(main())
@@ -130,7 +130,7 @@ def test_a_service_does_not_start_on_control_topics_of_different_sizes() -> None
     async def main() -> None:
         async with MemoryBus() as bus:
             await bus.create_topics([TopicSpec(topics.EVENTS, 2)])
-            with pytest.raises(ConfigError, match=r"deepar\.decisions has partitions=1, needed is 2"):
+            with pytest.raises(ConfigError, match=r"deepar\.decisions has partitions=1, required is 2"):
                 await require_region(bus, 0)
 
     run_virtual(main())
