@@ -1,7 +1,7 @@
-"""What a region's decision topic tells, and whether it can be true: the tests' independent reader.
+"""An independent reader of a region's decision topic, which checks that the decisions are consistent.
 
-It folds every record that counts into a core of its own and compares hashes, counts what happened to each task, and can be
-told to read as a faulty reader would.
+It folds every valid record into its own core, compares state hashes, and counts the events of each task. A test may pass a
+faulty `DecisionLog` to imitate a faulty reader.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from planner.core.core import PlannerCore
 
 
 class Story:
-    """Everything that counted, in order."""
+    """The valid records of the topic, in order."""
 
     def __init__(
         self, make_core: Callable[[], PlannerCore], log: DecisionLog | None = None, *, validate_every: int = 1
@@ -34,7 +34,7 @@ class Story:
         self.ends: dict[str, list[TaskState]] = {}
 
     def read(self, record: Record) -> None:
-        """One record. Raises `InvariantError` for one that cannot follow those before, AssertionError for a lie."""
+        """Read one record. Raises `InvariantError` or `AssertionError` if it contradicts the records before it."""
         message = self.log.read(record)
         if isinstance(message, Dropped):
             self.dropped.append(message.reason)
@@ -79,7 +79,7 @@ async def read_story(
     log: DecisionLog | None = None,
     validate_every: int = 1,
 ) -> Story:
-    """The whole topic, from its first record to its present end."""
+    """Read the topic from its first record to its current end."""
     story = Story(make_core, log, validate_every=validate_every)
     reader = await bus.reader([(topics.DECISIONS, region)], start="start")
     try:

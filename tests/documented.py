@@ -36,14 +36,14 @@ def lines_of(page: Path) -> Iterator[Line]:
 
 
 def indented_lines_of(page: Path) -> Iterator[Line]:
-    """Those in its indented lists: a command, and after three spaces or more what it does."""
+    """The commands in a page's indented lists; a description follows after at least three spaces."""
     for text in INDENTED.findall(page.read_text(encoding="utf-8").replace("\\\n", " ")):
         command = re.split(r"\s{3,}(?=[#a-z])|\s{2,}#", text)[0]
         yield Line(page.name, " ".join(command.split()))
 
 
 def inline_lines_of(page: Path) -> Iterator[Line]:
-    """Those in its sentences, between backticks: whole commands, or only a command's name."""
+    """The commands between backticks in a page's sentences: whole commands, or only a command's name."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for found in INLINE.findall(text):
         yield Line(page.name, " ".join(found.split()))

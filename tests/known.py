@@ -1,4 +1,4 @@
-"""What may be missing in general and must be there in a test."""
+"""`known`: unwraps an optional value that a test requires to be present."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ _Value = TypeVar("_Value")
 
 
 def known(value: _Value | None) -> _Value:
-    """The value. Raises AssertionError where there is none."""
+    """Return the value. Raises `AssertionError` if it is None."""
     assert value is not None
     return value

@@ -1,9 +1,8 @@
-"""Lanes, so that `make test` uses both cores: Docker's tests, live ones, and all else, beside each other.
+"""Lanes of the test run: Docker tests, live tests and all others run in parallel processes.
 
-A live test starts programs, listens on ports and waits in real time. Live tests never run beside each other. Docker's wait
-longest, mostly for health checks, and share nothing with the others. All else needs a processor and no clock. Where there is
-too little processor, live tests go first, then Docker's: the others run with a lower priority. One process alone, as in
-`pytest tests/unit/bus`, knows no lanes.
+A live test starts programs, listens on ports and waits in real time, so two live tests never run at the same time. Docker
+tests mostly wait for health checks and share nothing with the others. All other tests need only a processor. Live tests have
+the highest process priority, then Docker tests. A run in a single process, such as `pytest tests/unit/bus`, has no lanes.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ LIVE = (
 )
 LANES = ("docker", "live", "")  # in the order in which they begin, so that each of three workers has one
 POLITENESS = {"docker": 5, "live": 0, "": 10}
-"""A worker's niceness, and that of all that it starts, once it works in a lane. It never gets less nice again."""
+"""Niceness of a worker and its children after its first test of a lane. It is never lowered again."""
 
 
 def lane_of(node_id: str) -> str:
-    """The name of a test's lane; "" for what may run beside anything, in any number."""
+    """The name of a test's lane; "" for a test that may run in parallel with any other."""
     if node_id.startswith(DOCKER):
         return "docker"
     return "live" if node_id.startswith(LIVE) else ""
 
 
 class Lanes(LoadScopeScheduling):  # type: ignore[misc]  # xdist tells no types
-    """Gives a worker a whole lane, or a whole file of what has none; in the order in which the tests stand."""
+    """Assigns whole lanes, and whole files of tests without a lane, to workers in collection order."""
 
     def __init__(self, config: pytest.Config, log: Any) -> None:
         super().__init__(config, log)
@@ -74,16 +73,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @cache
 def have_for_itself(lane: str, folder: Path) -> None:
-    """Locks a lane for this process until it ends. Raises AssertionError where another process of this run works in it.
+    """Lock a lane until this process ends. Raises `AssertionError` if another process of this run has locked it.
 
-    `folder`: the run's own, for which pytest sees to.
+    `folder` belongs to this run only.
     """
     lock = os.open(folder / f"lane-{lane}", os.O_CREAT | os.O_RDWR)  # never closed: that would end it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise AssertionError(
-            f"two processes run tests of the lane {lane!r}: xdist does not heed our scheduler"
+            f"two processes run tests of the lane {lane!r}: xdist does not use the scheduler of tests/lanes.py"
         ) from None
 
 

@@ -45,7 +45,7 @@ def profile(role: Role, scale: float = 1.0, model: str = "toy") -> ModelProfile:
 
 @dataclass
 class World:
-    """Who is there, and what was seen."""
+    """The services of a running region, and the results and busy times recorded so far."""
 
     bus: MemoryBus
     broker: MemoryBroker
@@ -58,12 +58,12 @@ class World:
     outputs: dict[tuple[str, int], list[Array]] = field(default_factory=dict)  # what was shown last
 
     def show(self, task: TaskSubmitted, sample: int, outputs: list[Array]) -> None:
-        """A device has a result."""
+        """Record a result that a device shows."""
         self.shown.append((task.task_id, sample))
         self.outputs[task.task_id, sample] = outputs
 
     def bus_of(self, role: str, name: str) -> Bus:
-        """What someone sends and reads with."""
+        """The bus of a named node or planner, signed if the region requires proofs of identity."""
         return signed(self.bus, None if self.master is None else self.master.key(Speaker(role, name)))
 
     async def replay(self, tasks: Sequence[TaskSubmitted], gap_s: float = 0.05) -> dict[str, Outcome]:
@@ -96,7 +96,7 @@ async def world(
     on_span: SpanSink | None = None,
     master: Master | None = None,
 ) -> AsyncIterator[World]:
-    """A region that has come up: everybody has joined. With a `master` it demands proofs of identity."""
+    """A region whose nodes have all joined. With a `master` it requires proofs of identity."""
     broker = broker or MemoryBroker()
     async with MemoryBus(broker, "world") as bus:
         await nodes.create_missing_topics(bus, edges)
