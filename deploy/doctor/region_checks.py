@@ -16,7 +16,7 @@ from bus.topic_settings import REPAIR
 from bus.values import Role
 from deploy.doctor.identity_checks import demanded_by_region
 from deploy.doctor.machine_checks import Check
-from planner.service.service import LEASE_S
+from planner.service.region_context import LEASE_S
 
 SKEW_S = 2.0
 """Maximum clock skew: a larger difference between a new record's timestamp and our clock is reported."""

@@ -39,12 +39,12 @@ def planner_counters(services: Iterable[PlannerService]) -> dict[str, float]:
     """Counters for `/metrics`, summed over the planners of this process."""
     some = list(services)
     return {
-        "decisions": float(sum(service.decisions for service in some)),
-        "dead_letters": float(sum(service.dead_letters for service in some)),
-        "lost_inputs": float(sum(service.lost_inputs for service in some)),
-        "policy_errors": float(sum(service.policy_errors for service in some)),
-        "input_failures": float(sum(service.input_failures for service in some)),
-        "wrong_identity": float(sum(service.input_filter.refused for service in some)),
+        "decisions": float(sum(service.counters.decisions for service in some)),
+        "dead_letters": float(sum(service.counters.dead_letters for service in some)),
+        "lost_inputs": float(sum(service.counters.lost_inputs for service in some)),
+        "policy_errors": float(sum(service.counters.policy_errors for service in some)),
+        "input_failures": float(sum(service.counters.input_failures for service in some)),
+        "wrong_identity": float(sum(service.context.input_filter.refused for service in some)),
     }
 
 
@@ -66,26 +66,34 @@ async def run_planner(
     async with contextlib.AsyncExitStack() as stack:
         service.trace_to(await stack.enter_async_context(tracing("deepar-planner")))
         await patience.through(lambda: stack.enter_async_context(bus))
-        await patience.through(lambda: require_region(bus, service.region))
-        watch = await stack.enter_async_context(TopicWatch(bus, used_by("planner"), service.region + 1).watching())
+        await patience.through(lambda: require_region(bus, service.context.settings.region))
+        watch = await stack.enter_async_context(
+            TopicWatch(bus, used_by("planner"), service.context.settings.region + 1).watching()
+        )
 
         def look() -> Health:
             core = service.core
             detail = {"standing": service.standing.value}
             gauges = planner_gauges([core])
-            leading = {str(service.region): service.standing is Standing.LEADING}
+            leading = {str(service.context.settings.region): service.standing is Standing.LEADING}
             return Health(
                 ready=service.standing is not Standing.READING,
                 detail=detail,
                 gauges=gauges,
                 counters=planner_counters([service]),
                 leading=leading,
-                statistics={str(service.region): service.statistics},
+                statistics={str(service.context.settings.region): service.context.statistics},
             ).without(watch.missing)
 
-        labels = {"role": "planner", "node": service.name, "region": str(service.region)}
+        labels = {
+            "role": "planner",
+            "node": service.context.settings.name,
+            "region": str(service.context.settings.region),
+        }
         async with serve_probes(look, port=http_port, host=http_host, labels=labels):
-            await until_stopped(service.run(), planner=service.name, region=service.region)
+            await until_stopped(
+                service.run(), planner=service.context.settings.name, region=service.context.settings.region
+            )
 
 
 class _Listed:
@@ -97,7 +105,7 @@ class _Listed:
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             for region, service in self.services.items():
-                group.create_task(service.run(), name=f"{service.name}: region {region}")
+                group.create_task(service.run(), name=f"{service.context.settings.name}: region {region}")
 
 
 async def run_regions(
@@ -137,7 +145,7 @@ async def run_regions(
                 gauges=planner_gauges(service.core for service in services.values()),
                 counters=planner_counters(services.values()),
                 leading={str(region): service.standing is Standing.LEADING for region, service in services.items()},
-                statistics={str(region): service.statistics for region, service in services.items()},
+                statistics={str(region): service.context.statistics for region, service in services.items()},
             ).without(watch.missing)
 
         which = ALL if regions is None else ",".join(map(str, regions))

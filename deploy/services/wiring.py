@@ -28,6 +28,7 @@ from deploy.services.settings import DeviceOptions, EdgeOptions, NodeOptions
 from deploy.services.topic_watch import TopicWatch, used_by
 from planner.core.core import PlannerCore
 from planner.core.options import DEFAULT_PATIENCE_S, CoreOptions, WhenLate
+from planner.service.region_context import PlannerSettings
 from planner.service.service import PlannerService
 from stages.attempt import ResultSink
 from stages.device import Device
@@ -237,17 +238,15 @@ def make_planner(bus: Bus, setup: PlannerSetup) -> PlannerService:
             options=options,
         )
 
-    return PlannerService(
-        bus,
-        make_core,
+    settings = PlannerSettings(
         name=setup.name,
         region=setup.region,
         lease_s=setup.lease_s,
         take_over=setup.take_over,
         snapshot_every=setup.snapshot_every,
-        master=setup.master,
         trust_everybody=setup.trust_everybody,
     )
+    return PlannerService(bus, make_core, settings, master=setup.master)
 
 
 @contextlib.asynccontextmanager

@@ -40,6 +40,7 @@ from bus.values import ModelProfile, Parts, Role
 from loadgen.bench.cpu_load import BusynessWatch
 from loadgen.replay.readiness import decisions_from_now, require_unled
 from planner.core.core import PlannerCore
+from planner.service.region_context import PlannerSettings
 from planner.service.service import PlannerService
 
 Progress = Callable[[str], None]
@@ -101,7 +102,7 @@ async def _measure(
         log, reader = await decisions_from_now(generator, region)
         await reader.close()
         require_unled(log, region)
-        service = PlannerService(await connect("planner"), lambda: PlannerCore(region), region=region)
+        service = PlannerService(await connect("planner"), lambda: PlannerCore(region), PlannerSettings(region=region))
         trial = _Trial(generator, region, sizes, seed)
         async with asyncio.TaskGroup() as group:
             planner = group.create_task(service.run(), name="planner")

@@ -118,7 +118,7 @@ class VirtualRegion:
             for name, service in self.planners.items()
             if service.standing is Standing.LEADING and not self.processes[name].dead
         ]
-        return max(leading, key=lambda service: service.decision_log.epoch, default=None)
+        return max(leading, key=lambda service: service.context.decision_log.epoch, default=None)
 
     def works(self) -> list[Device | Hop]:
         """The work objects of the running stages."""

@@ -145,8 +145,8 @@ class LeaderTerm:
         context = self.context
         if record.offset >= context.inputs.get(topics.DECISIONS, 0):
             error = ProtocolError(dropped.reason, dropped.detail)
-            context.dead_letters += 1
-            await write_dead_letter(context.bus, record, error, task_id="", by=context.name)
+            context.counters.dead_letters += 1
+            await write_dead_letter(context.bus, record, error, task_id="", by=context.settings.name)
             self._read_up_to(topics.DECISIONS, record)
 
     def _read_up_to(self, topic: str, record: Record) -> None:
@@ -157,7 +157,7 @@ class LeaderTerm:
     async def dead_letter_broken_snapshots(self) -> None:
         """Dead-letter undecodable records of the snapshot topic once. Readers that search for a snapshot only skip them."""
         context = self.context
-        where = (topics.SNAPSHOTS, context.region)
+        where = (topics.SNAPSHOTS, context.settings.region)
         reader = await context.bus.reader([where], start={where: context.inputs.get(topics.SNAPSHOTS, 0)})
         try:
             while True:
@@ -167,8 +167,8 @@ class LeaderTerm:
                         try:
                             messages.decode(record.topic, record.value)
                         except ProtocolError as error:
-                            context.dead_letters += 1
-                            await write_dead_letter(context.bus, record, error, task_id="", by=context.name)
+                            context.counters.dead_letters += 1
+                            await write_dead_letter(context.bus, record, error, task_id="", by=context.settings.name)
                     self._read_up_to(topics.SNAPSHOTS, record)
         finally:
             await reader.close()
@@ -192,13 +192,13 @@ class LeaderTerm:
         """Send a heartbeat when nothing was sent for a fifth of the lease."""
         context = self.context
         clock = asyncio.get_running_loop().time
-        interval_s = context.lease_s / HEARTBEATS_PER_LEASE
+        interval_s = context.settings.lease_s / HEARTBEATS_PER_LEASE
         while True:
             wait_s = self._last_sent_s + interval_s - clock()
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
                 continue
-            heartbeat = PlannerHeartbeat(region=context.region, epoch=self.epoch, nonce=self.nonce)
+            heartbeat = PlannerHeartbeat(region=context.settings.region, epoch=self.epoch, nonce=self.nonce)
             await self._post(heartbeat, messages.encode(heartbeat))
 
     async def write_snapshots(self) -> None:
@@ -208,7 +208,7 @@ class LeaderTerm:
     async def guard_log_start(self) -> None:
         """Force a snapshot if decisions were deleted that no snapshot covers: only this planner still holds the state."""
         context = self.context
-        where = (topics.DECISIONS, context.region)
+        where = (topics.DECISIONS, context.settings.region)
         while True:
             await asyncio.sleep(GUARD_S)
             try:
@@ -225,7 +225,9 @@ class LeaderTerm:
                     log_begins_at=begin,
                     remedy="check the retention of the topic: deepar doctor",
                 )
-                context.snapshot_seq = -context.snapshot_every - context.core.live_tasks  # due with the next decision,
+                context.snapshot_seq = (
+                    -context.settings.snapshot_every - context.core.live_tasks
+                )  # due with the next decision,
                 self._unrecorded = CHECKPOINT_EVERY  # which the next input triggers
 
     # --- deciding ----------------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ class LeaderTerm:
     async def decide(self) -> None:
         """Handle the region's inputs one by one, and a `Tick` when the core's next wake-up time has passed."""
         context = self.context
-        start = {(topic, context.region): context.inputs[topic] for topic in INPUTS}
+        start = {(topic, context.settings.region): context.inputs[topic] for topic in INPUTS}
         reader = await context.bus.reader(list(start), start=start)
         try:
             while True:
@@ -250,7 +252,7 @@ class LeaderTerm:
         context = self.context
         missing = record.offset - context.inputs[record.topic]
         if missing > MAX_OFFSET_GAP and record.topic != topics.NODES:  # compacted, so holes are normal
-            context.lost_inputs += missing
+            context.counters.lost_inputs += missing
             context.log.error(
                 "inputs were deleted before they were read",
                 topic=record.topic,
@@ -291,7 +293,7 @@ class LeaderTerm:
         context = self.context
         origin = f"{record.topic}/{record.partition}/{record.offset}"
         context.log.error("input not handled", origin=origin, exc_info=error)
-        context.input_failures += 1
+        context.counters.input_failures += 1
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)
         where = f"{PurePath(frame.f_code.co_filename).name}:{line}"
         detail = f"{type(error).__name__} at {where}: {error}"[:MAX_DETAIL]
@@ -304,13 +306,13 @@ class LeaderTerm:
     async def _skip(self, record: Record, failure: Failure) -> Event | None:
         """Dead-letter a failed input. Return the event that ends its task, or None if that event failed before."""
         context = self.context
-        context.dead_letters += 1
+        context.counters.dead_letters += 1
         await write_dead_letter(
             context.bus,
             record,
             ProtocolError("planner_error", failure.detail),
             task_id=getattr(failure.message, "task_id", ""),
-            by=context.name,
+            by=context.settings.name,
         )
         return (
             Unhandled(failure.message, failure.detail) if failure.times == 1 and failure.message is not None else None
@@ -331,8 +333,8 @@ class LeaderTerm:
         elif self._dead_letter_limiter.take(asyncio.get_running_loop().time()):
             about = {"topic": record.topic, "offset": record.offset, "cause": error.cause, "error": str(error)}
             context.log.warning("record dead-lettered", **about)
-        context.dead_letters += 1
-        await write_dead_letter(context.bus, record, error, task_id=record.key or "", by=context.name)
+        context.counters.dead_letters += 1
+        await write_dead_letter(context.bus, record, error, task_id=record.key or "", by=context.settings.name)
 
     def _fetch_timeout_s(self) -> float:
         """Timeout of the next fetch of inputs."""
@@ -354,11 +356,11 @@ class LeaderTerm:
             return
         if self._due is None:
             try:
-                self._due = {topic: (await context.bus.end_offsets(topic))[context.region] for topic in INPUTS}
+                self._due = {topic: (await context.bus.end_offsets(topic))[context.settings.region] for topic in INPUTS}
             except BusError as error:
                 context.log.warning("end of the inputs not read; retrying", error=str(error))
                 return
-        if all(reader.position((topic, context.region)) >= end for topic, end in self._due.items()):
+        if all(reader.position((topic, context.settings.region)) >= end for topic, end in self._due.items()):
             self._due = None
             await self._step(Tick(), None)
 
@@ -383,12 +385,12 @@ class LeaderTerm:
         changes = tuple(changes)
         for change in changes:
             if isinstance(change, Ended) and change.cause == POLICY_ERROR:
-                context.policy_errors += 1
+                context.counters.policy_errors += 1
                 context.log.error("policy failed; task rejected", task=change.task_id, why=change.detail)
         self.seq += 1
         self._unrecorded = 0
         decision = Decision(
-            region=context.region,
+            region=context.settings.region,
             epoch=self.epoch,
             nonce=self.nonce,
             seq=self.seq,
@@ -399,14 +401,14 @@ class LeaderTerm:
             at=context.utc(),
         )
         payload = messages.encode(decision)
-        if len(payload) > context.record_bytes and len(decision.changes) > 1:
-            parts, decision = split_decision(decision, context.record_bytes)
+        if len(payload) > context.settings.record_bytes and len(decision.changes) > 1:
+            parts, decision = split_decision(decision, context.settings.record_bytes)
             for part in parts:
                 await self._send(part, messages.encode(part))
             payload = messages.encode(decision)
         self._snapshot_writer.copy_if_due(decision)
         await self._send(decision, payload)
-        context.decisions += 1
+        context.counters.decisions += 1
 
     async def _send(self, record: Decision | DecisionPart, payload: bytes) -> None:
         """Send a record and remember that it must be read back."""
@@ -424,8 +426,8 @@ class LeaderTerm:
         acknowledgement = await context.bus.post(
             topics.DECISIONS,
             payload,
-            key=str(context.region),
-            partition=context.region,
+            key=str(context.settings.region),
+            partition=context.settings.region,
             headers=context.envelope.headers(message),
         )
         self._acknowledgements.put_nowait(acknowledgement)

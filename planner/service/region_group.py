@@ -60,7 +60,9 @@ class RegionShare:
         for region in regions:
             if region not in self._running:
                 service = self.services[region] = self._make_service(region)
-                self._running[region] = asyncio.create_task(service.run(), name=f"{service.name}: region {region}")
+                self._running[region] = asyncio.create_task(
+                    service.run(), name=f"{service.context.settings.name}: region {region}"
+                )
         log.info("regions assigned", regions=regions)
 
     async def _stop(self, regions: Iterable[int]) -> None:

@@ -18,17 +18,12 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from datetime import UTC, datetime
 from enum import StrEnum
-
-import structlog
 
 from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog, DecisionsLostError, DecisionTopicMessage, Dropped
-from bus.envelope import Envelope
 from bus.errors import BusError, ConfigError, DeeparError, InvariantError
 from bus.identity.keys import Master
 from bus.messages import Decision, EpochOpened, Message, PlannerLeft, Snapshot
@@ -37,22 +32,11 @@ from bus.tracing import SpanSink
 from planner.core.core import PlannerCore
 from planner.service.input_filter import InputFilter
 from planner.service.leader_term import HEARTBEATS_PER_LEASE, INPUTS, UNREADABLE, Deposed, LeaderTerm
-from planner.service.record_split import RECORD_BYTES
-from planner.service.region_context import Failure
-from planner.service.snapshot_writer import PART_BYTES
-from planner.service.task_statistics import TaskStatistics
+from planner.service.region_context import PlannerCounters, PlannerSettings, RegionContext
 from planner.service.traces import TaskTraces
 
-LEASE_S = 5.0
-"""Default silence of a leader after which another planner takes over."""
-SNAPSHOT_EVERY = 500
-"""Default number of decisions from one snapshot to the next."""
-MAX_UNREADABLE = 100
-"""Limit for unreadable decision records that are remembered until this planner leads and dead-letters them."""
 RETRY_S = 0.5
 """Pause before the planner retries after a failure of the bus."""
-
-log = structlog.get_logger("planner")
 
 
 class Standing(StrEnum):
@@ -78,74 +62,36 @@ class PlannerService:
         self,
         bus: Bus,
         make_core: Callable[[], PlannerCore],
+        settings: PlannerSettings | None = None,
         *,
-        name: str = "planner",
-        region: int = 0,
-        lease_s: float = LEASE_S,
-        take_over: bool = False,
-        snapshot_every: int = SNAPSHOT_EVERY,
-        part_bytes: int = PART_BYTES,
-        record_bytes: int = RECORD_BYTES,
         master: Master | None = None,
-        trust_everybody: bool = False,
         wall_clock: Callable[[], float] = time.time,
         reader_behind: ReaderBehind = snapshots.reader_behind,
     ) -> None:
-        """Snapshots are split at about `part_bytes` per record, decisions at about `record_bytes`.
+        """`wall_clock` (seconds since 1970) only labels records for people who read them.
 
-        `wall_clock` (seconds since 1970) only labels records for people who read them. `reader_behind` checks a snapshot
-        against the log.
+        `reader_behind` checks a snapshot against the log.
         """
-        self.bus = bus
-        self.core = make_core()
-        self.name = name
-        self.region = region
-        self.lease_s = lease_s
+        settings = PlannerSettings() if settings is None else settings
+        self.context = RegionContext(bus, settings, make_core(), InputFilter(master), wall_clock)
         self.standing = Standing.READING
-        self.decisions = 0  # decisions written while leading
-        self.input_filter = InputFilter(master)
-        self.lost_inputs = 0  # tasks and events deleted before this planner read them
-        self.policy_errors = 0  # tasks rejected because a user's policy failed
-        self.input_failures = 0  # inputs that the planner failed to handle: bugs of ours
-        self.failures: dict[tuple[str, int], Failure] = {}  # (topic, offset) -> inputs to skip in the next term
-        self.dead_letters = 0  # dead letters written, unauthorized records included
-        self.log = log.bind(planner=name, region=region)
         self._make_core = make_core
-        self._take_over = take_over
-        self._trust_everybody = trust_everybody
-        self.snapshot_every = snapshot_every
-        self.part_bytes = part_bytes
-        self.record_bytes = record_bytes
-        self.snapshot_seq = 0  # decision of the last snapshot taken; initially of the one restored
-        self.decision_log = DecisionLog()  # the rule which decision records count, up to the last one read
-        self.inputs: dict[str, int] = {}  # topic -> next offset to read
-        self._wall_clock = wall_clock
+        self._take_over = settings.take_over
         self._reader_behind = reader_behind
-        self._now_s = 0.0  # ledger time at `_since_s`
-        self._since_s = 0.0  # on the event loop's clock
-        self.nonce = ""
-        self.envelope = Envelope(f"/deepar/{region}/planner/{name}", uuid.uuid4().hex[:12])
-        self.traces: TaskTraces | None = None
-        self.statistics = TaskStatistics()
-        # unreadable decision records, read while not leading
-        self.unreadable: deque[tuple[Record, Dropped]] = deque(maxlen=MAX_UNREADABLE)
-
-    def now_s(self) -> float:
-        """Ledger time, while leading."""
-        return self._now_s + (asyncio.get_running_loop().time() - self._since_s)
 
     @property
-    def master_fingerprint(self) -> str | None:
-        """Fingerprint of the master secret; None if this planner does not require proofs of identity."""
-        return None if self.input_filter.master is None else self.input_filter.master.fingerprint
+    def core(self) -> PlannerCore:
+        """The region's state: as replayed so far, or as decided while leading."""
+        return self.context.core
+
+    @property
+    def counters(self) -> PlannerCounters:
+        """The counters since this process started."""
+        return self.context.counters
 
     def trace_to(self, sink: SpanSink | None) -> None:
         """Send the spans of tasks and decisions to `sink`. Call it before `run`."""
-        self.traces = TaskTraces(self.name, sink) if sink is not None else None
-
-    def utc(self) -> str:
-        """Wall-clock time in UTC, for people who read the records."""
-        return datetime.fromtimestamp(self._wall_clock(), UTC).isoformat(timespec="milliseconds")
+        self.context.traces = TaskTraces(self.context.settings.name, sink) if sink is not None else None
 
     async def run(self) -> None:
         """Serve until cancelled: replay, stand by, lead, and again.
@@ -159,7 +105,7 @@ class PlannerService:
             except DecisionsLostError as error:
                 raise self._unrecoverable(error) from error
             except BusError as error:
-                self.log.warning("decisions not read; retrying", error=str(error))
+                self.context.log.warning("decisions not read; retrying", error=str(error))
                 await asyncio.sleep(RETRY_S)
                 continue
             try:
@@ -167,13 +113,13 @@ class PlannerService:
                 await self._claim(reader)
                 await self._lead(reader)
             except Deposed as deposed:
-                self.log.warning("leadership lost", reason=str(deposed))
+                self.context.log.warning("leadership lost", reason=str(deposed))
             except DecisionsLostError as error:
                 if self.standing is Standing.READING:  # lost behind the newest snapshot, so a retry would find the same
                     raise self._unrecoverable(error) from error
-                self.log.warning("decisions lost; replaying the topic", error=str(error))
+                self.context.log.warning("decisions lost; replaying the topic", error=str(error))
             except BusError as error:
-                self.log.warning("bus failed; replaying the topic", error=str(error))
+                self.context.log.warning("bus failed; replaying the topic", error=str(error))
                 await asyncio.sleep(RETRY_S)
             finally:
                 await reader.close()
@@ -183,22 +129,22 @@ class PlannerService:
     async def _start_replay(self) -> Reader:
         """Restore the newest usable snapshot or an empty state. The reader starts at the first decision to replay."""
         self.standing = Standing.READING
-        async with aclosing(snapshots.found(self.bus, self.region)) as candidates:
+        async with aclosing(snapshots.found(self.context.bus, self.context.settings.region)) as candidates:
             async for one in candidates:
-                reader = await self._reader_behind(self.bus, one.snapshot)
+                reader = await self._reader_behind(self.context.bus, one.snapshot)
                 if reader is None:
                     continue
                 try:
-                    snapshot = await snapshots.whole(self.bus, one)
+                    snapshot = await snapshots.whole(self.context.bus, one)
                 except BaseException:
                     await reader.close()
                     raise
                 if snapshot is not None and self._restore(snapshot):
                     return reader
                 await reader.close()
-        reader = await snapshots.reader_at_start(self.bus, self.region)
-        self.core, self.decision_log = self._make_core(), DecisionLog(next_offset=0)
-        self.inputs, self._now_s, self.snapshot_seq = dict.fromkeys(INPUTS, 0), 0.0, 0
+        reader = await snapshots.reader_at_start(self.context.bus, self.context.settings.region)
+        self.context.core, self.context.decision_log = self._make_core(), DecisionLog(next_offset=0)
+        self.context.inputs, self.context.clock.last_s, self.context.snapshot_seq = dict.fromkeys(INPUTS, 0), 0.0, 0
         return reader
 
     def _unrecoverable(self, lost: DecisionsLostError) -> ConfigError:
@@ -212,23 +158,23 @@ class PlannerService:
 
     def _restore(self, snapshot: Snapshot) -> bool:
         """Load a snapshot's state; False if it is corrupt or of another version."""
-        self.core = self._make_core()
+        self.context.core = self._make_core()
         try:
-            self.core.restore(snapshot.state)
+            self.context.core.restore(snapshot.state)
             self._check_hash(snapshot.ledger_hash, snapshot.seq)
         except (DeeparError, LookupError, TypeError, ValueError) as error:
-            self.log.warning("unusable snapshot skipped", seq=snapshot.seq, error=str(error))
+            self.context.log.warning("unusable snapshot skipped", seq=snapshot.seq, error=str(error))
             return False
-        self.decision_log = snapshots.log_behind(snapshot)
-        self.inputs, self._now_s = dict.fromkeys(INPUTS, 0) | snapshot.inputs, snapshot.now_s
-        self.snapshot_seq = snapshot.seq
+        self.context.decision_log = snapshots.log_behind(snapshot)
+        self.context.inputs, self.context.clock.last_s = dict.fromkeys(INPUTS, 0) | snapshot.inputs, snapshot.now_s
+        self.context.snapshot_seq = snapshot.seq
         return True
 
     async def _stand_by(self, reader: Reader) -> None:
         """Replay decisions as they arrive. Returns when this planner should claim the region."""
-        if self.traces is not None:
-            self.traces.retain(self.core.tasks)
-        self.statistics.retain(self.core.tasks)
+        if self.context.traces is not None:
+            self.context.traces.retain(self.context.core.tasks)
+        self.context.statistics.retain(self.context.core.tasks)
         clock = asyncio.get_running_loop().time
         heard_s = clock()
         while True:
@@ -237,14 +183,20 @@ class PlannerService:
             if await reader.lag() == 0:
                 self._require_master()
                 # An epoch with this planner's own nonce has no leader: its send failed or its term ended.
-                free = self.decision_log.epoch == 0 or self.decision_log.left or self.decision_log.nonce == self.nonce
-                silent = asked_s - heard_s > (self.decision_log.lease_s or self.lease_s)
+                free = (
+                    self.context.decision_log.epoch == 0
+                    or self.context.decision_log.left
+                    or self.context.decision_log.nonce == self.context.nonce
+                )
+                silent = asked_s - heard_s > (self.context.decision_log.lease_s or self.context.settings.lease_s)
                 if free or silent or self._take_over:
                     return
                 if self.standing is not Standing.STANDING_BY:
                     self.standing = Standing.STANDING_BY
-                    self.log.info("standing by", leader=self.decision_log.planner, epoch=self.decision_log.epoch)
-            for record in await reader.fetch(timeout_s=min(0.2, self.lease_s / HEARTBEATS_PER_LEASE)):
+                    self.context.log.info(
+                        "standing by", leader=self.context.decision_log.planner, epoch=self.context.decision_log.epoch
+                    )
+            for record in await reader.fetch(timeout_s=min(0.2, self.context.settings.lease_s / HEARTBEATS_PER_LEASE)):
                 message = self._read(record)
                 if isinstance(message, Decision):
                     self._fold_in(message)
@@ -253,34 +205,39 @@ class PlannerService:
 
     def _require_master(self) -> None:
         """Stop a planner without a master secret from turning off the region's proofs of identity by accident."""
-        if self.decision_log.identity is not None and self.master_fingerprint is None and not self._trust_everybody:
+        if (
+            self.context.decision_log.identity is not None
+            and self.context.master_fingerprint is None
+            and not self.context.settings.trust_everybody
+        ):
             raise ConfigError(
-                f"region {self.region} requires proofs of identity, and this planner has no master secret",
+                f"region {self.context.settings.region} requires proofs of identity, and this planner has no master secret",
                 remedy="set DEEPAR_IDENTITY_MASTER_FILE to its file; to turn proofs off: deepar planner --trust-everybody",
             )
 
     def _read(self, record: Record) -> DecisionTopicMessage | Dropped:
         """Decode a decision record, and drop it if it is void. Unreadable records are kept until this planner leads."""
-        message = self.decision_log.read(record)
+        message = self.context.decision_log.read(record)
         if isinstance(message, Dropped) and message.reason in UNREADABLE:
-            self.unreadable.append((record, message))
+            self.context.unreadable.append((record, message))
         return message
 
     def _fold_in(self, decision: Decision) -> None:
         """Apply a decision of the topic to the state and check the hash."""
-        self.core.fold(decision)
-        if self.traces is not None:
-            self.traces.fold(decision)
-        self.statistics.fold(decision)
-        self.inputs.update(decision.inputs)
-        self._now_s = decision.now_s
+        self.context.core.fold(decision)
+        if self.context.traces is not None:
+            self.context.traces.fold(decision)
+        self.context.statistics.fold(decision)
+        self.context.inputs.update(decision.inputs)
+        self.context.clock.last_s = decision.now_s
         self._check_hash(decision.ledger_hash, decision.seq)
 
     def _check_hash(self, recorded: str, seq: int) -> None:
         """Raise `InvariantError` if the state differs from the one that the leader recorded."""
-        if self.core.state_hash != recorded:
+        region, replayed = self.context.settings.region, self.context.core.state_hash
+        if replayed != recorded:
             raise InvariantError(
-                f"region {self.region}: state hash after replaying decision {seq} is {self.core.state_hash}, "
+                f"region {region}: state hash after replaying decision {seq} is {replayed}, "
                 f"the recorded one is {recorded}"
             )
 
@@ -288,19 +245,19 @@ class PlannerService:
 
     async def _claim(self, reader: Reader) -> None:
         """Open the next epoch. Returns once the topic shows that this planner opened it first; raises `Deposed` otherwise."""
-        if self.decision_log.epoch == 0:
+        if self.context.decision_log.epoch == 0:
             await self._require_no_snapshot()
-        self.nonce = uuid.uuid4().hex[:12]
-        epoch = self.decision_log.epoch + 1
+        self.context.nonce = uuid.uuid4().hex[:12]
+        epoch = self.context.decision_log.epoch + 1
         self._take_over = False  # once only: two planners with this option would otherwise depose each other forever
         opened = EpochOpened(
-            region=self.region,
+            region=self.context.settings.region,
             epoch=epoch,
-            nonce=self.nonce,
-            planner=self.name,
-            lease_s=self.lease_s,
-            identity=self.master_fingerprint,
-            at=self.utc(),
+            nonce=self.context.nonce,
+            planner=self.context.settings.name,
+            lease_s=self.context.settings.lease_s,
+            identity=self.context.master_fingerprint,
+            at=self.context.utc(),
         )
         await self._send(topics.DECISIONS, opened)
         while True:
@@ -309,27 +266,32 @@ class PlannerService:
                 if isinstance(message, Decision):
                     self._fold_in(message)
                 elif isinstance(message, EpochOpened):
-                    if message.nonce != self.nonce:
+                    if message.nonce != self.context.nonce:
                         raise Deposed(f"{message.planner} opened epoch {message.epoch} first")
                     return
 
     async def _require_no_snapshot(self) -> None:
         """Check that a topic without an epoch belongs to a new region: a snapshot means that its decisions were deleted."""
-        async with aclosing(snapshots.found(self.bus, self.region)) as candidates:
+        async with aclosing(snapshots.found(self.context.bus, self.context.settings.region)) as candidates:
             async for one in candidates:
-                raise self._unrecoverable(DecisionsLostError(self.region, one.snapshot.offset, 0))
+                raise self._unrecoverable(DecisionsLostError(self.context.settings.region, one.snapshot.offset, 0))
 
     # --- leading -----------------------------------------------------------------------------------------------------
 
     async def _lead(self, reader: Reader) -> None:
         """Lead until deposed or cancelled; when cancelled, announce that the region has no leader."""
-        self._since_s = asyncio.get_running_loop().time()
-        self.core.restart_leases(self.now_s())
+        self.context.clock.start()
+        self.context.core.restart_leases(self.context.now_s())
         self.standing = Standing.LEADING
-        self.log.info("leading", epoch=self.decision_log.epoch, seq=self.decision_log.seq, tasks=self.core.live_tasks)
+        self.context.log.info(
+            "leading",
+            epoch=self.context.decision_log.epoch,
+            seq=self.context.decision_log.seq,
+            tasks=self.context.core.live_tasks,
+        )
         # Run the term in a separate asyncio task: a task group that is cancelled while one of its tasks fails reports only
         # the failure, and the cancellation would be lost.
-        leading = asyncio.create_task(self._lead_until_deposed(reader), name=f"{self.name}: leading")
+        leading = asyncio.create_task(self._lead_until_deposed(reader), name=f"{self.context.settings.name}: leading")
         try:
             await asyncio.wait({leading})
         except asyncio.CancelledError:
@@ -345,7 +307,7 @@ class PlannerService:
         first: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
-                term = LeaderTerm(self, reader)
+                term = LeaderTerm(self.context, reader)
                 for step in (
                     term.read_back,
                     term.decide,
@@ -355,7 +317,7 @@ class PlannerService:
                     term.guard_log_start,
                     term.dead_letter_broken_snapshots,
                 ):
-                    group.create_task(step(), name=f"{self.name}: {step.__name__}")
+                    group.create_task(step(), name=f"{self.context.settings.name}: {step.__name__}")
         except* (Deposed, BusError) as failures:
             first = failures
             while isinstance(first, BaseExceptionGroup):
@@ -369,17 +331,22 @@ class PlannerService:
         with contextlib.suppress(BusError, TimeoutError):
             async with asyncio.timeout(1.0):
                 await self._send(
-                    topics.DECISIONS, PlannerLeft(region=self.region, epoch=self.decision_log.epoch, nonce=self.nonce)
+                    topics.DECISIONS,
+                    PlannerLeft(
+                        region=self.context.settings.region,
+                        epoch=self.context.decision_log.epoch,
+                        nonce=self.context.nonce,
+                    ),
                 )
 
     async def _send(self, topic: str, message: Message) -> Position:
-        return await self.bus.send(
+        return await self.context.bus.send(
             topic,
             messages.encode(message),
-            key=str(self.region),
-            partition=self.region,
-            headers=self.envelope.headers(message),
+            key=str(self.context.settings.region),
+            partition=self.context.settings.region,
+            headers=self.context.envelope.headers(message),
         )
 
 
-__all__ = ["LEASE_S", "PlannerService", "Standing"]
+__all__ = ["PlannerService", "Standing"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from typing import Final
 
 from bus import messages, snapshots, topics
 from bus.errors import BusError
@@ -17,16 +16,13 @@ from bus.messages import Decision, Message, Snapshot, SnapshotPart
 from bus.port import Position
 from bus.snapshots import key_of
 from planner.core.snapshot import Image, spliced
-from planner.service.region_context import SnapshotContext
-
-PART_BYTES: Final = 250_000
-"""Default size of a part: about two hundred tasks, serialized in about two milliseconds."""
+from planner.service.region_context import RegionContext
 
 
 class SnapshotWriter:
     """Handles one snapshot at a time: copy the state, wait until its decision is read back, write."""
 
-    def __init__(self, context: SnapshotContext) -> None:
+    def __init__(self, context: RegionContext) -> None:
         self.context = context
         self._taken: tuple[Snapshot, Image] | None = None  # until the write has succeeded or failed
         self._confirmed: asyncio.Queue[int] = asyncio.Queue()  # offset of the decision of `_taken`
@@ -40,12 +36,16 @@ class SnapshotWriter:
         more. Snapshots therefore cost at most about as much as the decisions, whatever the size of the state.
         """
         context = self.context
-        every = max(context.snapshot_every, context.core.live_tasks)
+        every = max(context.settings.snapshot_every, context.core.live_tasks)
         if self._taken is not None or decision.seq < context.snapshot_seq + every:
             return
         context.snapshot_seq = decision.seq
         image = context.core.image()
-        leader = {"planner": context.name, "lease_s": context.lease_s, "identity": context.master_fingerprint}
+        leader = {
+            "planner": context.settings.name,
+            "lease_s": context.settings.lease_s,
+            "identity": context.master_fingerprint,
+        }
         snapshot = Snapshot(
             region=decision.region,
             epoch=decision.epoch,
@@ -97,7 +97,7 @@ class SnapshotWriter:
         if before is not None:
             widths = [*before.widths, *widths][: snapshots.PLACES]
         self._written.clear()  # records not read back by now are checked like those of other writers
-        pieces = image.pieces(self.context.part_bytes)
+        pieces = image.pieces(self.context.settings.part_bytes)
         lists = next(pieces)
         first, names = 0, list[str]()
         for following in pieces:  # serialized lazily, one per write; the last piece goes into the snapshot itself
@@ -120,7 +120,7 @@ class SnapshotWriter:
     async def _find_newest(self) -> Snapshot | None:
         """Find the region's newest snapshot that the log confirms; the next write must not overwrite it."""
         context = self.context
-        async with aclosing(snapshots.found(context.bus, context.region)) as candidates:
+        async with aclosing(snapshots.found(context.bus, context.settings.region)) as candidates:
             async for one in candidates:
                 reader = await snapshots.reader_behind(context.bus, one.snapshot)
                 if reader is not None:
@@ -134,8 +134,12 @@ class SnapshotWriter:
             self._written.add(snapshots.digest(payload))
         headers = context.envelope.headers(message)
         return await context.bus.send(
-            topics.SNAPSHOTS, payload, key=key, partition=context.region, headers=headers if payload is not None else ()
+            topics.SNAPSHOTS,
+            payload,
+            key=key,
+            partition=context.settings.region,
+            headers=headers if payload is not None else (),
         )
 
 
-__all__ = ["PART_BYTES", "SnapshotWriter"]
+__all__ = ["SnapshotWriter"]

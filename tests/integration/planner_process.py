@@ -11,6 +11,7 @@ import uvloop
 
 from bus.kafka.bus import KafkaBus, KafkaConnection
 from planner.core.core import PlannerCore
+from planner.service.region_context import PlannerSettings
 from planner.service.service import PlannerService, Standing
 
 
@@ -26,10 +27,7 @@ async def _serve(bootstrap: str, name: str, region: int, lease_s: float, snapsho
         service = PlannerService(
             bus,
             lambda: PlannerCore(region),
-            name=name,
-            region=region,
-            lease_s=lease_s,
-            snapshot_every=snapshot_every,
+            PlannerSettings(name=name, region=region, lease_s=lease_s, snapshot_every=snapshot_every),
         )
         group.create_task(service.run(), name=name)
         while True:

@@ -20,6 +20,7 @@ from bus.topics import TopicSpec
 from bus.values import Parts, Role
 from deploy.services.wiring import make_work
 from planner.core.core import PlannerCore
+from planner.service.region_context import PlannerSettings
 from planner.service.service import PlannerService
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
@@ -228,7 +229,9 @@ class Town:
         if self.alter is not None:
             bus.alter = self.alter
         more.setdefault("master", self.master)
-        service = PlannerService(bus, self.core, name=name, region=self.region, lease_s=lease_s, **more)
+        others = {key: more.pop(key) for key in ("master", "wall_clock", "reader_behind") if key in more}
+        settings = PlannerSettings(name=name, region=self.region, lease_s=lease_s, **more)
+        service = PlannerService(bus, self.core, settings, **others)
         process = Process(bus, service)
         process.task = asyncio.get_running_loop().create_task(process.run(), name=name)
         self.processes.append(process)

@@ -44,7 +44,7 @@ def test_a_region_that_demands_proofs_works_with_real_stages_and_refuses_nobody(
             await place.submit(range(TASKS))
             story = await place.until_ended(TASKS)
             await asyncio.sleep(60.0)  # of heartbeats
-            return story, await dead_letters_of(place), process.service.input_filter.refused
+            return story, await dead_letters_of(place), process.service.context.input_filter.refused
 
     story, letters, refused = run_virtual(run(), horizon_s=HORIZON_S)
     story.check(IDS)
@@ -165,7 +165,7 @@ def test_a_flood_of_forgeries_is_counted_and_does_not_hold_up_the_region() -> No
                 await place.tell(topics.EVENTS, beat, "d2", "device:d1")
             await place.submit(range(TASKS))
             story = await place.until_ended(TASKS)
-            input_filter = process.service.input_filter
+            input_filter = process.service.context.input_filter
             return story, input_filter.refused, input_filter.not_dead_lettered, len(await dead_letters_of(place))
 
     story, refused, unkept, letters = run_virtual(run(), horizon_s=HORIZON_S)
@@ -190,7 +190,7 @@ def test_among_faults_nobody_honest_is_refused(master: Master) -> None:
 
     def listening(*args: Any, **more: Any) -> PlannerService:
         service = PlannerService(*args, master=master, **more)
-        service.input_filter = ListeningFilter(master)
+        service.context.input_filter = ListeningFilter(master)
         return service
 
     def proving(bus: Bus, settings: NodeSettings, runner: Runner) -> Node:

@@ -46,7 +46,7 @@ def _records(place: Town, topic: str) -> list[Record]:
 async def _snapshots(place: Town, leader: Process, numbers: range) -> None:
     """A snapshot after each of these tasks."""
     for number in numbers:
-        leader.service.snapshot_seq = -1_000  # one is due
+        leader.service.context.snapshot_seq = -1_000  # one is due
         await place.submit([number], gap_s=0.5)
 
 
@@ -144,7 +144,7 @@ def test_a_region_with_20000_live_tasks_restores_from_a_snapshot_and_decides_whi
                 while first.service.core.live_tasks < LIVE:
                     await asyncio.sleep(1.0)
             await asyncio.sleep(5.0)
-            first.service.snapshot_seq = 0  # the next decision is due for one
+            first.service.context.snapshot_seq = 0  # the next decision is due for one
             for number in range(LIVE, LIVE + 100):
                 one = task(number, f"n{number % DEVICES}")
                 await place.tell(topics.TASKS, one, one.task_id)
@@ -206,7 +206,7 @@ async def _dies_while_it_writes(place: Town, lives: int) -> list[int]:
         planner = place.start(f"p{life}", part_bytes=1_500)
         planner.bus.dies_before = _at_part(2 + life % 5)
         await _leads(planner)
-        planner.service.snapshot_seq = -1_000  # one is due
+        planner.service.context.snapshot_seq = -1_000  # one is due
         await place.submit([100 + life])
         await planner.bus.died.wait()
         await planner.stop()

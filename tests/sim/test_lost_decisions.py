@@ -86,20 +86,20 @@ def test_a_planner_goes_on_where_a_snapshot_covers_what_is_gone() -> None:
             await place.submit(range(6))
             await place.until_ended(6)
             await asyncio.sleep(5.0)
-            seq = first.service.decision_log.seq
+            seq = first.service.context.decision_log.seq
             await first.kill()
             second = place.start("q", snapshot_every=5)
             await until(lambda: second.service.standing is Standing.LEADING)
-            covered = second.service.snapshot_seq
+            covered = second.service.context.snapshot_seq
             await second.kill()
             assert 5 < covered <= seq
             place.broker.delete_records(topics.DECISIONS, 0, covered)  # every decision took a record, and more did
             third = place.start("r", snapshot_every=5)
             await until(lambda: third.service.standing is Standing.LEADING)
-            assert third.service.decision_log.epoch == 3
-            assert third.service.decision_log.seq >= seq
+            assert third.service.context.decision_log.epoch == 3
+            assert third.service.context.decision_log.seq >= seq
             await place.submit(range(10, 13))
-            await until(lambda: third.service.decisions > 0 and third.service.core.live_tasks == 0)
+            await until(lambda: third.service.counters.decisions > 0 and third.service.core.live_tasks == 0)
 
     run_virtual(main())
 
@@ -110,12 +110,14 @@ def test_a_planner_that_leads_reads_again_where_records_were_lost_under_it() -> 
     async def main() -> None:
         async with town(played=False) as place:
             first = place.start(snapshot_every=10_000)
-            await until(lambda: first.service.standing is Standing.LEADING and first.service.decisions > 5)
+            await until(lambda: first.service.standing is Standing.LEADING and first.service.counters.decisions > 5)
             place.broker.delete_topic(topics.DECISIONS)
             await asyncio.sleep(3.0)
             place.broker.create(topics.specs())
             with capture_logs() as logs:
-                await until(lambda: first.service.decision_log.seq > 0 and first.service.standing is Standing.LEADING)
+                await until(
+                    lambda: first.service.context.decision_log.seq > 0 and first.service.standing is Standing.LEADING
+                )
                 await asyncio.sleep(30.0)
             assert first.service.standing is Standing.LEADING
             assert len(logs) < 60
@@ -131,7 +133,7 @@ def test_a_planner_stops_where_the_log_was_made_anew_and_snapshots_tell_of_anoth
         async with town(played=False) as place:
             planner = place.start(snapshot_every=5)
             await place.submit(range(6))
-            await until(lambda: planner.service.snapshot_seq > 0)
+            await until(lambda: planner.service.context.snapshot_seq > 0)
             await asyncio.sleep(5.0)
             if not while_it_leads:
                 await planner.kill()
@@ -228,7 +230,7 @@ def test_a_device_that_waits_for_a_snapshot_says_so_once_a_minute() -> None:
     async def main() -> list[str]:
         async with town(played=False) as place:
             planner = place.start(snapshot_every=10_000)
-            await until(lambda: planner.service.decisions > 5)
+            await until(lambda: planner.service.counters.decisions > 5)
             await planner.kill()  # nobody is left to write one
             place.broker.delete_records(topics.DECISIONS, 0, await end_of(place) - 2)
             device = OneDevice(place)
@@ -249,7 +251,7 @@ def test_inputs_that_are_deleted_before_they_are_read_are_counted() -> None:
             await place.submit(range(7))
             place.broker.delete_records(topics.TASKS, 0, 5)
             planner = place.start()
-            await until(lambda: planner.service.inputs.get(topics.TASKS) == 7)
-            return planner.service.lost_inputs
+            await until(lambda: planner.service.context.inputs.get(topics.TASKS) == 7)
+            return planner.service.counters.lost_inputs
 
     assert run_virtual(main()) == 5

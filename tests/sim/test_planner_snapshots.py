@@ -56,7 +56,7 @@ def test_a_standby_that_begins_at_a_snapshot_respects_the_lease_it_did_not_read(
             await asyncio.sleep(30.0)
             assert first.service.standing is Standing.LEADING
             assert second.service.standing is Standing.STANDING_BY
-            assert second.service.decision_log.planner == "first"
+            assert second.service.context.decision_log.planner == "first"
             return [opened.planner for opened in (await place.story()).opened]
 
     assert run_virtual(run(), horizon_s=HORIZON_S) == ["first"]

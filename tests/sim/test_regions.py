@@ -14,6 +14,7 @@ from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.topics import Partitions
 from loadgen.sim.virtual_loop import run_virtual
 from planner.core.core import PlannerCore
+from planner.service.region_context import PlannerSettings
 from planner.service.region_group import RegionShare
 from planner.service.service import PlannerService, Standing
 from tests.decision_story import Story
@@ -38,7 +39,9 @@ class Sharer:
         self.task = asyncio.create_task(self._run(), name=self.name)
 
     def _make(self, region: int) -> PlannerService:
-        return PlannerService(self.bus, lambda: PlannerCore(region), name=self.name, region=region, lease_s=1.0)
+        return PlannerService(
+            self.bus, lambda: PlannerCore(region), PlannerSettings(name=self.name, region=region, lease_s=1.0)
+        )
 
     async def _run(self) -> None:
         async with self.bus:

@@ -78,7 +78,7 @@ def test_killed_at_any_step_it_forgets_nothing_and_decides_nothing_twice(more: d
     for fuse in range(1, steps, 2 if steps < 250 else steps // 100):
         story, last, _ = run_virtual(_killed([fuse], **more), horizon_s=HORIZON_S)
         story.check(IDS)
-        assert last.service.decisions <= len(story.decisions)
+        assert last.service.counters.decisions <= len(story.decisions)
         tried += len(story.opened)
     assert tried > 60
 

@@ -158,7 +158,7 @@ def test_a_planner_that_stands_by_and_a_stage_end_where_they_cannot_read_a_decis
             stage = asyncio.create_task(node.run(make_work(node)))
             while older.service.standing is not Standing.STANDING_BY or not node.status.joined:
                 await asyncio.sleep(0.1)
-            log = older.service.decision_log
+            log = older.service.context.decision_log
             fields = {"v": 1, "type": "decision", "epoch": log.epoch, "nonce": log.nonce, "seq": log.seq + 1}
             fields["changes"] = [{"type": "teleported"}]
             await place.bus.send(topics.DECISIONS, json.dumps(fields).encode(), key="0", partition=0)

@@ -81,14 +81,14 @@ def test_a_task_whose_input_cannot_be_handled_ends_with_the_cause_and_all_others
                 messages.decode(topics.TASKS if kind is not TaskCompleted else topics.EVENTS, letter.value).task_id
                 == "t3"
             )
-            assert first.service.input_failures == 1
+            assert first.service.counters.input_failures == 1
             # whoever leads next does not meet it
             await first.stop()
             second = place.start("second")
             await lives(second)
             await place.submit(range(TASKS, TASKS + 2))
             await place.until_ended(TASKS + 2)
-            assert second.service.input_failures == 0
+            assert second.service.counters.input_failures == 0
             assert len(await dead_letters_of(place)) == 1
 
     run_virtual(run(), horizon_s=HORIZON_S)
@@ -104,7 +104,7 @@ def test_where_ending_the_task_fails_as_well_the_planner_goes_on_without_it() ->
             await lives(process)
             assert "t3" not in ends_of(story)
             assert {end.state for end in ends_of(story).values()} == {TaskState.COMPLETED}
-            assert process.service.input_failures == 2
+            assert process.service.counters.input_failures == 2
             assert len(await dead_letters_of(place)) == 2  # one a try: a letter too many is better than none
 
     run_virtual(run(), horizon_s=HORIZON_S)
@@ -141,7 +141,7 @@ def test_a_record_that_breaks_the_reader_is_a_dead_letter() -> None:
     async def run() -> None:
         async with town() as place:
             process = place.start()
-            process.service.input_filter = BrokenFilter(None)
+            process.service.context.input_filter = BrokenFilter(None)
             await place.submit(range(TASKS))
             story = await place.until_ended(TASKS - 1)
             await lives(process)
@@ -189,7 +189,7 @@ def test_a_users_policy_that_fails_is_counted_and_the_planner_goes_on() -> None:
             assert failed.detail.startswith("policy crashing (test_unhandled_inputs.py:")
             assert failed.detail.endswith("KeyError: 'e7'")
             assert sum(end.state is TaskState.COMPLETED for end in ends_of(story).values()) == TASKS - 1
-            assert (process.service.policy_errors, process.service.input_failures) == (1, 0)
+            assert (process.service.counters.policy_errors, process.service.counters.input_failures) == (1, 0)
 
     run_virtual(run(), horizon_s=HORIZON_S)
 
@@ -211,6 +211,6 @@ def test_a_task_id_that_comes_again_with_other_content_is_a_dead_letter(ended: b
             (letter,) = await read_dead_letters(place.bus)
             assert (letter.cause, letter.task_id) == ("task_id_taken", "t0")
             assert messages.decode(topics.TASKS, letter.value) == other
-            assert process.service.input_failures == 0
+            assert process.service.counters.input_failures == 0
 
     run_virtual(run(), horizon_s=HORIZON_S)

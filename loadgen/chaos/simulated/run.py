@@ -28,8 +28,8 @@ from loadgen.sim.region import VirtualRegion, VirtualStage
 from planner.core.core import PlannerCore
 from planner.core.options import DEFAULT_MAX_WAITING, CoreOptions
 from planner.service.record_split import RECORD_BYTES
+from planner.service.region_context import PART_BYTES, PlannerSettings
 from planner.service.service import PlannerService
-from planner.service.snapshot_writer import PART_BYTES
 
 JOIN_S = 60.0
 SETTLE_S = 4.0
@@ -132,16 +132,10 @@ class Play:
         clock = self.breaker.wall_clock(name)
         # In every other seed nearly everything that a planner writes takes several records.
         part_bytes, record_bytes = (PART_BYTES, RECORD_BYTES) if self.seed % 2 else (1_500, 1_000)
-        return self.programs.planner(
-            bus,
-            self._make_core,
-            name=name,
-            lease_s=LEASE_S / 2,
-            snapshot_every=7,
-            part_bytes=part_bytes,
-            record_bytes=record_bytes,
-            wall_clock=clock,
+        settings = PlannerSettings(
+            name=name, lease_s=LEASE_S / 2, snapshot_every=7, part_bytes=part_bytes, record_bytes=record_bytes
         )
+        return self.programs.planner(bus, self._make_core, settings, wall_clock=clock)
 
     def _connect(self, name: str) -> MemoryBus:
         bus = WatchedBus(self.broker, name, self.watch, fine=self.fine)

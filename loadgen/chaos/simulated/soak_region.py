@@ -13,6 +13,7 @@ from loadgen.sim.programs import REAL, Programs
 from loadgen.sim.region import VirtualRegion, VirtualStage, toy_profile
 from planner.core.core import PlannerCore
 from planner.core.options import CoreOptions
+from planner.service.region_context import PlannerSettings
 from planner.service.service import PlannerService
 from stages.node import NodeSettings
 from stages.runner import ModelledRunner, Station
@@ -117,7 +118,8 @@ class SoakRegion(VirtualRegion):
         )
 
     def _make_planner(self, name: str, bus: MemoryBus) -> PlannerService:
-        return self.programs.planner(bus, self._make_core, name=name, snapshot_every=self.scenario.snapshot_every)
+        settings = PlannerSettings(name=name, snapshot_every=self.scenario.snapshot_every)
+        return self.programs.planner(bus, self._make_core, settings)
 
     def _settings(self, name: str, role: Role) -> NodeSettings:
         is_edge = role is Role.EDGE

@@ -106,7 +106,7 @@ def look(*, snapshot: bool) -> tuple[Leader, list[Check]]:
                     begin = (await anext(aiter(candidates))).snapshot.offset
             place.broker.delete_records(topics.DECISIONS, 0, begin)
             leader = await leader_of(place.bus, 0)
-            assert planner.service.decision_log.epoch == leader.log.epoch == 1
+            assert planner.service.context.decision_log.epoch == leader.log.epoch == 1
             return leader, await topic_checks.settings(place.bus)
 
     return run_virtual(main())
