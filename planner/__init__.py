@@ -3,20 +3,3 @@
 It imports `bus` only; `loadgen` and `deploy` import it. `core` turns events into changes without I/O, `search` holds the
 mathematics of one decision, `service` connects the core to the bus, and `explain` tells why a task was placed as it was.
 """
-
-from planner.core.core import PlannerCore, Tick
-from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request
-from planner.search.policies import Policy, Restriction, load_policy, policy_names
-
-__all__ = [
-    "Algorithm",
-    "Choice",
-    "EdgeOption",
-    "PlannerCore",
-    "Policy",
-    "Request",
-    "Restriction",
-    "Tick",
-    "load_policy",
-    "policy_names",
-]

@@ -371,6 +371,7 @@ class Algorithm:
         `i` is the step of the timeline that contains `start`, and `full` the result of the search at full caps. `tried` holds
         w at other grants; smaller grants cannot give a smaller w.
         """
+        # Called for every candidate start of a decision: an options value would cost an allocation per call.
         search, max1, max2, overheads, _, _ = kind
         timeline = account.timeline
         slots, free1, free2 = timeline.slots, timeline.free1, timeline.free2

@@ -62,6 +62,7 @@ class Reservation:
         link2_bps: int,
         computes: bool = True,
     ) -> None:
+        # Created once per placement on the hot path, so the values come one by one instead of as an options value.
         self.task_id = task_id
         self.seq = seq  # order of admission; breaks ties between equal starts
         self.edge = edge  # None: the device alone

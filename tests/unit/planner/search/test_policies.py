@@ -12,9 +12,10 @@ import pytest
 from bus.errors import ConfigError, UnknownNameError
 from bus.messages import Ended, NodeLeft, Placed, TaskState
 from bus.values import Kind
-from planner import Algorithm, Choice, PlannerCore, load_policy, policy_names
+from planner.core.core import PlannerCore
+from planner.search.algorithm1 import Algorithm, Choice
 from planner.search.families import DEVICE, DEVICE_EDGE
-from planner.search.policies import Policy
+from planner.search.policies import Policy, load_policy, policy_names
 from tests.unit.planner.scenes import World, cloud, device, edge, only, profile, task
 
 
