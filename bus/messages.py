@@ -18,6 +18,7 @@ from bus.values import (
     Bytes,
     Execution,
     Frozen,
+    Kind,
     ModelProfile,
     Name,
     NodeName,
@@ -128,12 +129,23 @@ class NodeLeft(Message):
 # --- deepar.events ---------------------------------------------------------------------------------------------------
 
 
+class LinkMeasurement(Frozen):
+    """What a node measured on one of its links, on its own clock alone."""
+
+    link: Literal[1, 2]  # 1: device to edge, 2: edge to cloud
+    edge: NodeName  # the edge at one end of the link
+    latency_s: Seconds  # one-way latency of network and bus: half of a round trip, robust over recent probes
+    deviation_s: Seconds = 0.0  # deviation of the recent latencies
+    bps: Annotated[int, Field(gt=0, le=1 << 50)] | None = None  # carried while more was to send; None: never so
+
+
 class NodeHeartbeat(Message):
     """A node renews its lease. The planner declares it lost after one lease without a heartbeat."""
 
     type: Literal["node_heartbeat"] = "node_heartbeat"  # selects the class
     node: NodeName  # name of the node
     incarnation: Name  # which life of the node
+    links: Annotated[tuple[LinkMeasurement, ...], Field(max_length=100)] = ()  # a device: link 1; an edge: its link 2
 
 
 class TaskProgress(Message):
@@ -156,6 +168,7 @@ class TaskCompleted(Message):
     measured: Parts  # busy times, each on the clock of the node that measured it
     delay_s: Seconds  # from Start to the last result, on the device's clock
     wait_s: Seconds = 0.0  # from submission to Start, on the device's clock
+    cloud: NodeName | None = None  # the cloud node that served the attempt, if it used one and the device knows
 
 
 class TaskFailed(Message):
@@ -197,6 +210,14 @@ class Admitted(Frozen):
     task: TaskSubmitted  # the submission
 
 
+class PlacedOverhead(Frozen):
+    """What a predicted delay contains beside the parts."""
+
+    latency_s: Seconds = 0.0  # latencies of the links, over all samples
+    task_s: float = 0.0  # overheads of the task and of its samples at no particular station
+    deviation: Annotated[float, Field(ge=0)] = 0.0  # relative deviation of this path's delays from their predictions
+
+
 class Placed(Frozen):
     """The planner places a task: nodes, bandwidth and start time."""
 
@@ -215,6 +236,7 @@ class Placed(Frozen):
     wait_s: Seconds  # start_s minus the time of the decision
     delay_s: Seconds  # w, predicted delay from the start
     parts: Parts  # predicted parts of the delay
+    overhead: PlacedOverhead | None = None  # latency and overheads in delay_s; None: all zero
 
 
 class BandwidthGrant(Frozen):
@@ -316,6 +338,58 @@ class CircuitChanged(Frozen):
     until_s: float | None = None  # ledger time until which the node is avoided; None: not avoided
 
 
+class LearnedNode(Frozen):
+    """The estimate of a model on a node, after one more observation.
+
+    busy_s is about factor * profile_s + overhead_s * samples.
+    """
+
+    node: NodeName  # the node
+    model: Name  # the model
+    samples: Samples  # observed: samples of the task
+    profile_s: Seconds  # observed: time of all samples by the profile
+    busy_s: Seconds  # observed: measured busy time
+    factor: Annotated[float, Field(gt=0)]  # estimate: how much slower than its profile the node is
+    overhead_s: Seconds  # estimate: busy time of one sample beside its layers
+    kept: Annotated[int, Field(ge=1)]  # observations that the estimate still uses, this one included
+
+
+class LearnedPath(Frozen):
+    """The estimate of a path, after one more observation: gap_s is about task_s + sample_s * samples."""
+
+    device: NodeName  # the device
+    edge: NodeName | None = None  # the edge; None: the device alone
+    kind: Kind  # the tiers that the path passes, whether they compute or not
+    samples: Samples  # observed: samples of the task
+    crossings: Annotated[int, Field(ge=0)]  # observed: how often the delay contains the path's latency
+    gap_s: float  # observed: delay that the parts do not explain, latency included
+    error: float  # observed: measured over predicted delay, minus 1
+    task_s: float  # estimate: overhead of a task
+    sample_s: float  # estimate: overhead of a sample
+    deviation: Annotated[float, Field(ge=0)]  # estimate: deviation of the errors
+    kept: Annotated[int, Field(ge=1)]  # observations that the estimate still uses, this one included
+
+
+class LearnedLink(Frozen):
+    """The estimate of a link, after a measurement."""
+
+    link: Literal[1, 2]  # 1: device to edge, 2: edge to cloud
+    device: NodeName | None = None  # the device, of link 1
+    edge: NodeName  # the edge
+    latency_s: Seconds  # estimate: one-way latency
+    bps: Annotated[int, Field(gt=0)] | None = None  # estimate: limit of grants; None: as announced
+
+
+class Learned(Frozen):
+    """The planner learned from a completed task or a heartbeat; the only change that adds observations to estimates."""
+
+    type: Literal["learned"] = "learned"  # selects the class
+    task_id: Name | None = None  # the task that was measured; None: a heartbeat
+    nodes: tuple[LearnedNode, ...] = ()  # speed of a model on a node
+    paths: tuple[LearnedPath, ...] = ()  # overheads between a device and an edge
+    links: tuple[LearnedLink, ...] = ()  # latency and bandwidth of links
+
+
 Change = Annotated[
     Admitted
     | Placed
@@ -327,7 +401,8 @@ Change = Annotated[
     | Ended
     | NodeJoined
     | NodeLost
-    | CircuitChanged,
+    | CircuitChanged
+    | Learned,
     Field(discriminator="type"),
 ]
 

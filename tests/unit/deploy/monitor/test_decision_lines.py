@@ -17,6 +17,10 @@ from bus.messages import (
     Decision,
     Ended,
     EpochOpened,
+    Learned,
+    LearnedLink,
+    LearnedNode,
+    LearnedPath,
     Moved,
     NodeAnnounced,
     NodeJoined,
@@ -303,3 +307,41 @@ def test_a_node_at_which_attempts_fail_has_a_line(change: CircuitChanged, line: 
         region=0, epoch=1, nonce="n", seq=1, now_s=1.0, inputs={}, changes=(change,), ledger_hash="0" * 32
     )
     assert [" ".join(found[1:]) for found in lines_of(decision)] == [line]
+
+
+def test_what_was_learned_has_a_line_for_a_task_and_one_for_each_link() -> None:
+    learned = Learned(
+        task_id="t1",
+        nodes=(
+            LearnedNode(
+                node="e1", model="lenet", samples=10, profile_s=1.0, busy_s=3.2, factor=3.0, overhead_s=0.02, kept=2
+            ),
+        ),
+        paths=(
+            LearnedPath(
+                device="d1",
+                edge="e1",
+                kind=Kind.DEVICE_EDGE,
+                samples=10,
+                crossings=10,
+                gap_s=0.1,
+                error=0.25,
+                task_s=0.1,
+                sample_s=0.0,
+                deviation=0.1,
+                kept=1,
+            ),
+        ),
+        links=(
+            LearnedLink(link=1, device="d1", edge="e1", latency_s=0.02),
+            LearnedLink(link=2, edge="e1", latency_s=0.04, bps=5_000_000),
+        ),
+    )
+    decision = Decision(
+        region=0, epoch=1, nonce="n", seq=1, now_s=1.0, inputs={}, changes=(learned,), ledger_hash="0" * 32
+    )
+    assert [" ".join(found[1:]) for found in lines_of(decision)] == [
+        "t1 learned lenet on e1 3 x profile + 20 ms a sample, d1 - e1 +25% off the prediction",
+        "d1 learned 20 ms one way d1 - e1",
+        "e1 learned 40 ms one way e1 - cloud, carries 5 Mbps",
+    ]
