@@ -277,7 +277,7 @@ class DeviceAccount:
 
 
 class Ledger:
-    """All reservations of a region. Mutated only by `PlannerCore.apply`."""
+    """All reservations of a region. Mutated only by `RegionState.apply`."""
 
     def __init__(self) -> None:
         self.edges: dict[str, EdgeAccount] = {}
