@@ -174,7 +174,7 @@ def slice_(
 
 @app.command()
 def build(
-    network: Annotated[str, typer.Argument(help="Network layout: lenet, alexnet, vgg16 or deepface.")],
+    network: Annotated[str, typer.Argument(help="Network layout: lenet, alexnet, vgg16, deepface or mobilenet.")],
     weights: Annotated[
         Path, typer.Option(help="Weights: an .npz file with LAYER/kernel and LAYER/bias.", exists=True, dir_okay=False)
     ],

@@ -1,9 +1,10 @@
-"""The paper's networks, layer by layer: LeNet-5, AlexNet, VGG-16 and DeepFace.
+"""The networks of the zoo, layer by layer: the paper's LeNet-5, AlexNet, VGG-16 and DeepFace, and MobileNet.
 
-Each is a chain of convolutions, max-pools and fully-connected layers (AlexNet also normalises) with fused activations;
+Each is a chain of convolutions, pools and fully-connected layers (AlexNet also normalises) with fused activations;
 the outputs are logits. A layer's name is the name of the tensor it makes. AlexNet is the one-tower form with the paper's
 layer names, without dropout, which has no effect at inference. DeepFace is Parkhi et al., "Deep face recognition" (2015),
-the paper's reference [1]: the layout of VGG-16 (Simonyan and Zisserman, configuration D) with 2,622 outputs.
+the paper's reference [1]: the layout of VGG-16 (Simonyan and Zisserman, configuration D) with 2,622 outputs. MobileNet is
+the first version (Howard et al., 2017) with width 0.5 on pictures of 128 x 128: a small network for phones.
 """
 
 from __future__ import annotations
@@ -38,12 +39,27 @@ class Conv:
 
 
 @dataclass(frozen=True)
+class Depthwise:
+    """A convolution of each channel by itself, 3 x 3, with bias and ReLU; pads like `Conv.same`."""
+
+    name: str
+    stride: int = 1
+
+
+@dataclass(frozen=True)
 class MaxPool:
     """A max-pool over square windows."""
 
     name: str
     size: int
     stride: int
+
+
+@dataclass(frozen=True)
+class AveragePool:
+    """The mean of each channel over the whole picture."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,7 @@ class Dense:
     relu: bool = True
 
 
-Layer: TypeAlias = Conv | MaxPool | Norm | Dense
+Layer: TypeAlias = Conv | Depthwise | MaxPool | AveragePool | Norm | Dense
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,15 @@ def _vgg(name: str, title: str, outputs: int, seed: int) -> Network:
         layers.append(MaxPool(f"maxpool_{block}", 2, 2))
     layers += [Dense("fc_1", 4096), Dense("fc_2", 4096), Dense("fc_3", outputs, relu=False)]
     return Network(name, title, (1, 224, 224, 3), tuple(layers), seed)
+
+
+def _mobilenet() -> Network:
+    layers: list[Layer] = [Conv("conv_1", 16, 3, stride=2)]
+    blocks = [(32, 1), (64, 2), (64, 1), (128, 2), (128, 1), (256, 2), *[(256, 1)] * 5, (512, 2), (512, 1)]
+    for index, (filters, stride) in enumerate(blocks, start=2):
+        layers += [Depthwise(f"depthwise_{index}", stride), Conv(f"conv_{index}", filters, 1)]
+    layers += [AveragePool("averagepool_1"), Dense("fc_1", 1000, relu=False)]
+    return Network("mobilenet", "MobileNet 0.5, weights from a seed", (1, 128, 128, 3), tuple(layers), seed=2017)
 
 
 LENET = Network(
@@ -124,7 +149,9 @@ ALEXNET = Network(
 VGG16 = _vgg("vgg16", "VGG-16, weights from a seed", 1000, seed=2014)
 DEEPFACE = _vgg("deepface", "DeepFace (VGG-Face layout), weights from a seed", 2622, seed=2015)
 
-NETWORKS: dict[str, Network] = {network.name: network for network in (LENET, ALEXNET, VGG16, DEEPFACE)}
+MOBILENET = _mobilenet()
+
+NETWORKS: dict[str, Network] = {network.name: network for network in (LENET, ALEXNET, VGG16, DEEPFACE, MOBILENET)}
 
 
 def _drawn(seed: int, layer: int, shape: Sequence[int], bound: float) -> Iterable[Chunk]:
@@ -202,6 +229,14 @@ def build(network: Network, source: WeightSource) -> GraphBuilder:
                 kind, shape = "CONV_2D", _windowed(shape, layer.size, layer.stride, layer.same, layer.filters)
                 padding = schema.Padding.SAME if layer.same else schema.Padding.VALID
                 options = schema.Conv2DOptionsT(padding, layer.stride, layer.stride, relu)
+            case Depthwise():
+                inputs += parameters(index, (1, 3, 3, shape[3]), shape[3], 9)
+                kind, shape = "DEPTHWISE_CONV_2D", _windowed(shape, 3, layer.stride, True, shape[3])
+                options = schema.DepthwiseConv2DOptionsT(schema.Padding.SAME, layer.stride, layer.stride, 1, relu)
+            case AveragePool():
+                kind, (height, width) = "AVERAGE_POOL_2D", shape[1:3]
+                shape = (shape[0], 1, 1, shape[3])
+                options = schema.Pool2DOptionsT(schema.Padding.VALID, width, height, width, height, plain)
             case MaxPool():
                 kind, shape = "MAX_POOL_2D", _windowed(shape, layer.size, layer.stride, False, shape[3])
                 options = schema.Pool2DOptionsT(

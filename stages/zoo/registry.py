@@ -24,6 +24,7 @@ SHA256 = {
     "alexnet": "d6aab4343d1da49c46b94f01f3c4b7b010f37b65f331987c0997abf2335e2cd2",
     "vgg16": "fd11c7464caceb78682d2a7128d8e54cfe0a0231f1f8539739fcbacedc709dec",
     "deepface": "a3f82562df0656967323d942c9d83250c08916eece7a688d62113a807702d3d6",
+    "mobilenet": "388dd2df9ced5f868683b69ff5db949aa1c5efec993c188bf45f07491c680e3a",
 }
 """Expected hashes of the files, so that every node uses the same weights."""
 

@@ -51,12 +51,13 @@ def read(app: Any, *words: str) -> dict[str, Any]:
     return found
 
 
-def test_list_names_the_paper_s_networks(app: Any) -> None:
+def test_list_names_the_paper_s_networks_and_mobilenet(app: Any) -> None:
     assert [entry["name"] for entry in read(app, "models", "list")["models"]] == [
         "lenet",
         "alexnet",
         "vgg16",
         "deepface",
+        "mobilenet",
     ]
     assert "LeNet-5" in call(app, "models", "list").stdout
 

@@ -13,7 +13,7 @@ from bus.errors import ConfigError, ModelError, UnknownNameError
 from stages.models.files.cache import cache_dir, write_whole
 from stages.models.model import Model, model_name, read_model
 from stages.models.runtime.litert import SegmentRunner
-from stages.zoo.networks import ALEXNET, DEEPFACE, LENET, NETWORKS, VGG16, build, seeded
+from stages.zoo.networks import ALEXNET, DEEPFACE, LENET, MOBILENET, NETWORKS, VGG16, build, seeded
 from stages.zoo.registry import SHA256, digits, generate, list_models, load_model
 
 PAPER_ALEXNET = [
@@ -58,6 +58,22 @@ def test_vgg_and_deepface_are_the_published_networks(network: object, outputs: i
     layers = network.layers  # type: ignore[attr-defined]
     assert layers[-1].outputs == outputs
     assert len(layers) == 21
+
+
+def test_mobilenet_is_the_published_network_with_half_the_width() -> None:
+    graph = build(MOBILENET, seeded(1))
+    # Its 1.34 million parameters less those of batch normalisation beside the biases.
+    assert graph.size_bytes == 4 * 1_326_120
+    assert len(MOBILENET.layers) == 29
+
+
+def test_every_position_of_mobilenet_can_be_cut() -> None:
+    model = load_model("mobilenet")
+    sample = np.random.default_rng(1).random(MOBILENET.input_shape, dtype=np.float32)
+    outputs = SegmentRunner(model.source).run([sample])[0]
+    assert [cut.tensors[0].shape[1:] for cut in model.manifest.cuts][-3:] == [(4, 4, 512), (1, 1, 512), (1000,)]
+    assert all(cut.cuttable for cut in model.manifest.cuts)
+    assert 0.05 < outputs.std() < 20
 
 
 def test_weights_keep_the_activations_sane(alexnet: Model) -> None:
