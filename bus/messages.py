@@ -361,8 +361,8 @@ class LearnedPath(Frozen):
     edge: NodeName | None = None  # the edge; None: the device alone
     kind: Kind  # the tiers that the path passes, whether they compute or not
     samples: Samples  # observed: samples of the task
-    crossings: Annotated[int, Field(ge=0)]  # observed: how often the delay contains the path's latency
-    gap_s: float  # observed: delay that the parts do not explain, latency included
+    delay_s: Seconds  # observed: measured delay
+    gap_s: float  # observed: the share of the delay that parts and latencies do not explain
     error: float  # observed: measured over predicted delay, minus 1
     task_s: float  # estimate: overhead of a task
     sample_s: float  # estimate: overhead of a sample
@@ -380,6 +380,15 @@ class LearnedLink(Frozen):
     bps: Annotated[int, Field(gt=0)] | None = None  # estimate: limit of grants; None: as announced
 
 
+class StaleEstimate(Frozen):
+    """An estimate that was not confirmed for long: it moves towards its prior, so that the node or path is tried again."""
+
+    node: NodeName  # the node, or the device of a path
+    model: Name | None = None  # the model, of a node
+    edge: NodeName | None = None  # the edge, of a path
+    kind: Kind | None = None  # the kind, of a path
+
+
 class Learned(Frozen):
     """The planner learned from a completed task or a heartbeat; the only change that adds observations to estimates."""
 
@@ -388,6 +397,8 @@ class Learned(Frozen):
     nodes: tuple[LearnedNode, ...] = ()  # speed of a model on a node
     paths: tuple[LearnedPath, ...] = ()  # overheads between a device and an edge
     links: tuple[LearnedLink, ...] = ()  # latency and bandwidth of links
+    stale: tuple[StaleEstimate, ...] = ()  # estimates that move towards their prior
+    cloud: NodeName | None = None  # the cloud node that served the task, if it is known
 
 
 Change = Annotated[

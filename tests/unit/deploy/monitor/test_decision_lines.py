@@ -323,7 +323,7 @@ def test_what_was_learned_has_a_line_for_a_task_and_one_for_each_link() -> None:
                 edge="e1",
                 kind=Kind.DEVICE_EDGE,
                 samples=10,
-                crossings=10,
+                delay_s=0.5,
                 gap_s=0.1,
                 error=0.25,
                 task_s=0.1,

@@ -1,0 +1,500 @@
+"""The estimates of a region, as state: changed only by recorded `Learned` changes, placements and new profiles.
+
+Each estimate keeps the observations that it uses. The numbers of estimates are bounded; the least recently changed one is
+dropped. Values are taken from the record and not computed again, so a newer planner replays older records to the same state.
+
+**Stale estimates.** What looks bad is not chosen, so it is not measured again. After some tasks and some time without an
+observation, a record says that an estimate is stale, and the prediction moves one step towards the prior; the longer it
+lasts, the further. Once this makes it the best choice, one task tries it: the placement takes all steps back, so that other
+tasks wait for the result. A retry that confirms the estimate doubles the time to the next one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from hashlib import blake2b
+from heapq import heappop, heappush
+from itertools import islice
+from statistics import median
+from typing import Any, Final, NamedTuple
+
+from bus.messages import (
+    Learned,
+    LearnedLink,
+    LearnedNode,
+    LearnedPath,
+    Placed,
+    StaleEstimate,
+)
+from bus.values import Kind
+from planner.learning.estimates import WINDOW, Line, Prior, rounded
+
+DEFAULT_LIMIT: Final = 5_000
+"""Limit of estimates of each sort (nodes, paths, links)."""
+
+RETRY_TASKS: Final = 20
+"""Tasks of the region after which an estimate without a new observation becomes stale..."""
+RETRY_S: Final = 60.0
+"""...and the ledger time that must have passed as well."""
+EARLY_TASKS: Final = 6
+EARLY_S: Final = 2.0
+"""The same for an estimate with a single observation, once: the first task on a node often is a slow one."""
+JUMPED_S: Final = 10.0
+"""The time after which an estimate becomes stale that has jumped up: the trouble may be over soon."""
+STEP: Final = 0.7
+"""The share of its distance from the prior that a prediction keeps in each step."""
+_LONGEST: Final = 6  # confirmed retries after which the time to the next one doubles no more
+_MOST_STALE: Final = 12  # steps after which the prediction is the prior anyhow
+_SHOWN: Final = 8  # paths of a kind that show what to assume of a new one
+
+NODE_PRIOR: Final = Prior(
+    Line(1.0, 0.0),
+    0.5,  # half of a profile's time, against
+    1e-3,  # a millisecond for each sample
+    Line(0.02, 0.0),
+    Line(1e4, 1e3),
+)
+NO_PATH: Final = Prior(
+    Line(0.0, 0.0),
+    1e-2,  # 10 ms for a task, against
+    1e-3,  # one for each sample
+    Line(-1e3, -1e2),
+    Line(1e6, 1e4),
+)
+
+NodeKey = tuple[str, str]  # node, model
+PathKey = tuple[str, str, Kind]  # device, edge or "", one of the four families
+LinkKey = tuple[int, str, str]  # link, device or "", edge
+
+FAMILIES: Final = (Kind.DEVICE, Kind.DEVICE_EDGE, Kind.DEVICE_CLOUD, Kind.DEVICE_EDGE_CLOUD)
+"""The kinds that name the families of placements, by number of the family."""
+
+
+class Age(NamedTuple):
+    """How fresh an estimate is."""
+
+    at_s: float  # ledger time of the last observation, step or retry
+    tasks: int  # tasks that had taught the region by then
+    steps: int = 0  # steps towards the prior
+    confirmed: int = 0  # retries in a row that confirmed the estimate
+    tried: bool = False  # whether a retry is under way
+    jumped: bool = False  # whether it has got much worse from one task to the next
+
+    def due(self, observations: int) -> tuple[int, float]:
+        """Count of tasks and ledger time from which the estimate is stale."""
+        if observations == 1 and not self.steps and not self.confirmed:
+            return self.tasks + EARLY_TASKS, self.at_s + EARLY_S
+        factor = 1 << min(self.confirmed, _LONGEST)
+        return self.tasks + RETRY_TASKS * factor, self.at_s + (JUMPED_S if self.jumped else RETRY_S) * factor
+
+    def share(self) -> float:
+        """The share of the distance from the prior that counts."""
+        if not self.steps:
+            return 1.0
+        return 0.0 if self.jumped or self.steps >= _MOST_STALE else STEP**self.steps
+
+
+class NodeEstimate(NamedTuple):
+    """A model on a node."""
+
+    observed: tuple[tuple[float, int, float], ...]  # time by the profile, samples, busy time; oldest first
+    line: Line  # factor, overhead of a sample
+    whole_s: float  # time of one sample by the profile; another profile makes the estimate void
+    age: Age
+
+    @property
+    def used(self) -> Line:
+        """The factor and the overhead that predictions use."""
+        return _towards(self.line, NODE_PRIOR.line, self.age)
+
+
+class PathEstimate(NamedTuple):
+    """A device, an edge or none, and a family of placements."""
+
+    observed: tuple[tuple[int, float, float, float], ...]  # samples, delay, gap, error; oldest first
+    line: Line  # overhead of a task, overhead of a sample
+    deviation: float
+    age: Age
+
+
+class LinkEstimate(NamedTuple):
+    """A link."""
+
+    latency_s: float  # one way
+    bps: int | None  # limit of grants; None: as announced
+    at_s: float  # ledger time of the last change of the limit
+
+
+def _towards(line: Line, prior: Line, age: Age) -> Line:
+    """The estimate, moved towards the prior as far as it is stale, and only where it is the worse one."""
+    share = age.share()
+    if share == 1.0:
+        return line
+    a = min(line.a, rounded(prior.a + share * (line.a - prior.a)))
+    return Line(a, min(line.b, rounded(prior.b + share * (line.b - prior.b))))
+
+
+class EstimateTable:
+    """All estimates of a region. Mutated only by `RegionState.apply`."""
+
+    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+        self.limit = limit
+        self.taught = 0  # tasks that have taught something
+        self.nodes: OrderedDict[NodeKey, NodeEstimate] = OrderedDict()  # least recently changed first
+        self.paths: OrderedDict[PathKey, PathEstimate] = OrderedDict()
+        self.links: OrderedDict[LinkKey, LinkEstimate] = OrderedDict()
+        self.served: OrderedDict[str, str] = OrderedDict()  # edge -> cloud node that served its last task
+        self._stale = 0  # estimates that are stale
+        self._due = _DueEstimates()
+        self._kin: dict[tuple[str, str], OrderedDict[Any, None]] = {}  # of one node, or of one kind; last changed last
+        self._priors: dict[Kind, Line] = {}
+        self._digests: dict[Any, int] = {}
+        self._touched: set[Any] = set()
+        self._digest = 0
+        self._watchers: list[Callable[[str | None], None]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.nodes or self.paths or self.links)
+
+    def watch(self, watcher: Callable[[str | None], None]) -> None:
+        """Call `watcher` with the node whose predictions have changed; None: of all devices."""
+        self._watchers.append(watcher)
+
+    # --- changes -----------------------------------------------------------------------------------------------------
+
+    def apply(self, learned: Learned, whole_s: Callable[[str, str], float], now: float) -> None:
+        """Apply a recorded change. `whole_s`: the time of one sample of a model on a node, by its profile."""
+        if learned.task_id is not None:
+            self.taught += 1
+        for node in learned.nodes:
+            self._learn_node(node, whole_s(node.node, node.model), now)
+        for path in learned.paths:
+            self._learn_path(path, now)
+            if learned.cloud is not None and path.edge is not None:
+                self._serve(path.edge, learned.cloud)
+        for link in learned.links:
+            self._learn_link(link, now)
+        for stale in learned.stale:
+            self._step(stale, now)
+        self._due.tidy(dict(self._tables()))
+
+    def _learn_node(self, learned: LearnedNode, whole_s: float, now: float) -> None:
+        key = learned.node, learned.model
+        old = self.nodes.get(key)
+        seen = (learned.profile_s, learned.samples, learned.busy_s)
+        observed = (*(() if old is None else old.observed), seen)
+        line = Line(learned.factor, learned.overhead_s)
+        expected = None if old is None else _ratio(line, old.line, learned.profile_s, learned.samples)
+        age = self._aged(None if old is None else old.age, expected, learned.kept < min(len(observed), WINDOW), now)
+        new = NodeEstimate(observed[-learned.kept :], line, whole_s, age)
+        self._put(self.nodes, key, new)
+        if old is None or old.used != new.used:
+            self._tell(learned.node)
+
+    def _learn_path(self, learned: LearnedPath, now: float) -> None:
+        key = learned.device, learned.edge or "", learned.kind
+        old = self.paths.get(key)
+        seen = (learned.samples, learned.delay_s, learned.gap_s, learned.error)
+        observed = (*(() if old is None else old.observed), seen)
+        line = Line(learned.task_s, learned.sample_s)
+        expected = None
+        if old is not None and learned.delay_s > 0:  # a path has no time of its own: compare whole delays
+            expected = 1.0 + (line.a - old.line.a + (line.b - old.line.b) * learned.samples) / learned.delay_s
+        age = self._aged(None if old is None else old.age, expected, learned.kept < min(len(observed), WINDOW), now)
+        new = PathEstimate(observed[-learned.kept :], line, learned.deviation, age)
+        self._put(self.paths, key, new)
+        self._refresh_prior(learned.kind)
+        if old is None or (old.line, old.deviation, old.age.steps) != (new.line, new.deviation, new.age.steps):
+            self._tell(learned.device)
+
+    def _aged(self, old: Age | None, ratio: float | None, changed: bool, now: float) -> Age:
+        """The age after an observation. `ratio`: the new prediction over the old one; `changed`: older ones are dropped."""
+        if old is None or ratio is None:
+            return Age(now, self.taught)
+        confirmed, jumped = old.confirmed, old.jumped
+        if old.tried:
+            confirmed = confirmed + 1 if ratio > 0.8 else 0
+        if changed:
+            confirmed, jumped = (0, ratio > 1.0)
+        return Age(now, self.taught, 0, confirmed, False, jumped)
+
+    def _learn_link(self, learned: LearnedLink, now: float) -> None:
+        key = learned.link, learned.device or "", learned.edge
+        old = self.links.get(key)
+        limited_at = now if old is None or old.bps != learned.bps else old.at_s
+        new = LinkEstimate(learned.latency_s, learned.bps, limited_at)
+        self._put(self.links, key, new)
+        if old is None:  # the gaps that were observed without a latency contain it
+            self._forget_paths(lambda path: _passes(path, key))
+        if old is None or (old.latency_s, old.bps) != (new.latency_s, new.bps):
+            self._tell(learned.device or learned.edge)
+
+    def _serve(self, edge: str, cloud: str) -> None:
+        if self.served.get(edge) != cloud:
+            self._put(self.served, edge, cloud)
+            self._tell(edge)
+
+    def _step(self, stale: StaleEstimate, now: float) -> None:
+        found: NodeEstimate | PathEstimate | None
+        if stale.model is not None:
+            key: Any = stale.node, stale.model
+            table: OrderedDict[Any, Any] = self.nodes
+        else:
+            key = stale.node, stale.edge or "", stale.kind
+            table = self.paths
+        found = table.get(key)
+        if found is not None:
+            age = found.age._replace(at_s=now, tasks=self.taught, steps=found.age.steps + 1)
+            self._put(table, key, found._replace(age=age))
+            self._tell(stale.node)
+
+    def placed(self, placed: Placed, cloud: str | None, now: float) -> None:
+        """A task is placed: if it tries a stale estimate, other tasks wait for its result."""
+        if not self._stale:
+            return
+        placement = placed.placement
+        tiers = [placed.device] if placement.cut1 else []
+        if placement.uses_slot and placement.edge is not None:
+            tiers.append(placement.edge)
+        if placement.uses_cloud and cloud is not None:
+            tiers.append(cloud)
+        keys: list[tuple[OrderedDict[Any, Any], Any]] = [(self.nodes, (node, placed.model)) for node in tiers]
+        keys.append((self.paths, (placed.device, placement.edge or "", family_kind(placement.kind))))
+        for table, key in keys:
+            found = table.get(key)
+            if found is not None and found.age.steps:
+                age = found.age._replace(at_s=now, tasks=self.taught, steps=0, tried=True)
+                self._put(table, key, found._replace(age=age))
+                self._tell(key[0])
+
+    def joined(self, node: str, whole_s: Iterable[tuple[str, float]]) -> None:
+        """A node announced the times of one sample by model: forget what was learned with another profile."""
+        for model, now_s in whole_s:
+            found = self.nodes.get((node, model))
+            if found is not None and found.whole_s != now_s:
+                self._drop(self.nodes, (node, model))
+                self._tell(node)
+
+    def _forget_paths(self, which: Callable[[PathKey], bool]) -> None:
+        for key in [key for key in self.paths if which(key)]:
+            self._drop(self.paths, key)
+            self._refresh_prior(key[2])
+            self._tell(key[0])
+
+    def _put(self, table: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+        old = table.pop(key, None)
+        self._stale += _is_stale(value) - _is_stale(old)
+        table[key] = value
+        if len(table) > self.limit:
+            self._drop(table, next(iter(table)))
+        name = self._name(table)
+        self._touched.add((name, key))
+        if name in _RELATED:
+            kin = self._kin.setdefault((name, key[_RELATED[name]]), OrderedDict())
+            kin[key] = None
+            kin.move_to_end(key)
+            self._due.put(name, key, value)
+
+    def _drop(self, table: OrderedDict[Any, Any], key: Any) -> None:
+        old = table.pop(key, None)
+        if old is not None:
+            name = self._name(table)
+            self._stale -= _is_stale(old)
+            self._touched.add((name, key))
+            if name in _RELATED:
+                kin = self._kin[name, key[_RELATED[name]]]
+                del kin[key]
+                if not kin:
+                    del self._kin[name, key[_RELATED[name]]]
+
+    def _tell(self, node: str | None) -> None:
+        for watcher in self._watchers:
+            watcher(node)
+
+    def _name(self, table: OrderedDict[Any, Any]) -> str:
+        return next(name for name, one in self._tables() if one is table)
+
+    def _tables(self) -> Iterable[tuple[str, OrderedDict[Any, Any]]]:
+        return ("node", self.nodes), ("path", self.paths), ("link", self.links), ("served", self.served)
+
+    # --- questions ---------------------------------------------------------------------------------------------------
+
+    def node(self, node: str, model: str) -> Line:
+        """Factor and overhead of a sample of a model on a node."""
+        found = self.nodes.get((node, model))
+        return self.node_prior(node) if found is None else found.used
+
+    def node_prior(self, node: str) -> Line:
+        """What is assumed of a model that a node has not run: what its other models showed last."""
+        kin = self._kin.get(("node", node))
+        return self.nodes[next(reversed(kin))].used if kin else NODE_PRIOR.line
+
+    def path(self, device: str, edge: str | None, kind: Kind) -> tuple[Line, float]:
+        """Overheads of a task and of a sample on a path, and the deviation of its predictions."""
+        found = self.paths.get((device, edge or "", kind))
+        prior = self.path_prior(kind)
+        return (prior, 0.0) if found is None else (_towards(found.line, prior, found.age), found.deviation)
+
+    def path_prior(self, kind: Kind) -> Line:
+        """What is assumed of a path that no task has taken: what other paths of its kind show, or of a shorter one."""
+        priors = self._priors
+        if kind in priors:
+            return priors[kind]
+        if kind is Kind.DEVICE_CLOUD and Kind.DEVICE_EDGE_CLOUD in priors:
+            return priors[Kind.DEVICE_EDGE_CLOUD]
+        if kind is Kind.DEVICE_EDGE_CLOUD and Kind.DEVICE_CLOUD in priors:
+            return priors[Kind.DEVICE_CLOUD]
+        if kind in (Kind.DEVICE_CLOUD, Kind.DEVICE_EDGE_CLOUD) and Kind.DEVICE_EDGE in priors:
+            return priors[Kind.DEVICE_EDGE]  # a longer path costs at least as much
+        return NO_PATH.line
+
+    def _refresh_prior(self, kind: Kind) -> None:
+        """Compute the prior of a kind of paths: the median of those that changed last."""
+        kin = self._kin.get(("path", kind), ())
+        lines = [self.paths[key].line for key in islice(reversed(kin), _SHOWN)]
+        old = self._priors.get(kind)
+        if not lines:
+            self._priors.pop(kind, None)
+        else:
+            self._priors[kind] = Line(rounded(median(one.a for one in lines)), rounded(median(one.b for one in lines)))
+        if self._priors.get(kind) != old:
+            self._tell(None)
+
+    def link(self, link: int, device: str, edge: str) -> LinkEstimate | None:
+        """What is known of a link; `device` is "" for link 2."""
+        return self.links.get((link, device, edge))
+
+    def stale(self, now: float) -> StaleEstimate | None:
+        """The estimate that has been stale for longest and looks worse than it may be, or None."""
+        found = self._due.first(self.taught, now, dict(self._tables()))
+        if found is None:
+            return None
+        name, key = found
+        if name == "node":
+            return StaleEstimate(node=key[0], model=key[1])
+        return StaleEstimate(node=key[0], edge=key[1] or None, kind=key[2])
+
+    # --- hash and snapshot -------------------------------------------------------------------------------------------
+
+    def digest(self) -> int:
+        """The sum of the hashes of all estimates; only those changed since the last call are hashed."""
+        tables = dict(self._tables())
+        for mark in self._touched:
+            self._digest -= self._digests.pop(mark, 0)
+            name, key = mark
+            value = tables[name].get(key)
+            if value is not None:
+                self._digests[mark] = found = _hash_of(f"{name}|{key!r}|{value!r}")
+                self._digest += found
+        self._touched.clear()
+        return self._digest + self.taught
+
+    def export(self) -> list[tuple[str, Any, Any]]:
+        """All estimates, least recently changed first."""
+        return [(name, key, value) for name, table in self._tables() for key, value in table.items()]
+
+    def load(self, taught: int, entries: Iterable[list[Any]]) -> None:
+        """Load the entries of `entry_state` into an empty table."""
+        self.taught = taught
+        tables = dict(self._tables())
+        for name, key, value in entries:
+            table = tables[name]
+            if name == "node":
+                observed, line, whole_s, age = value
+                self._put(table, tuple(key), NodeEstimate(_tuples(observed), Line(*line), whole_s, Age(*age)))
+            elif name == "path":
+                device, edge, kind = key
+                observed, line, spread, age = value
+                estimate = PathEstimate(_tuples(observed), Line(*line), spread, Age(*age))
+                self._put(table, (device, edge, Kind(kind)), estimate)
+            elif name == "link":
+                self._put(table, tuple(key), LinkEstimate(*value))
+            else:
+                self._put(table, key, value)
+        for kind in FAMILIES:
+            self._refresh_prior(kind)
+
+
+_RELATED: Final = {"node": 0, "path": 2}
+"""Which field of a key is shared by related estimates: the node's name, the kind of the path."""
+
+
+class _DueEstimates:
+    """Finds stale estimates without looking at all; derived from the estimates."""
+
+    def __init__(self) -> None:
+        self._by_count: list[tuple[int, float, str, Any]] = []  # heap by the count of tasks that must be reached
+        self._by_time: list[tuple[float, int, str, Any]] = []  # heap by time; the count is reached
+
+    def put(self, name: str, key: Any, value: NodeEstimate | PathEstimate) -> None:
+        """Note when an estimate becomes stale."""
+        if _may_step(value):
+            count, at_s = value.age.due(len(value.observed))
+            heappush(self._by_count, (count, at_s, name, key))
+
+    def first(self, taught: int, now: float, tables: Mapping[str, Mapping[Any, Any]]) -> tuple[str, Any] | None:
+        """Sort and key of the first estimate that is due."""
+        by_count, by_time = self._by_count, self._by_time
+        while by_count and by_count[0][0] <= taught:
+            count, at_s, name, key = heappop(by_count)
+            heappush(by_time, (at_s, count, name, key))
+        while by_time and by_time[0][0] <= now:
+            at_s, count, name, key = by_time[0]
+            value = tables[name].get(key)
+            if value is not None and value.age.due(len(value.observed)) == (count, at_s):
+                return name, key
+            heappop(by_time)  # it has changed since
+        return None
+
+    def tidy(self, tables: Mapping[str, Mapping[Any, Any]]) -> None:
+        """Drop the entries of estimates that have changed, once these are the most."""
+        if len(self._by_count) + len(self._by_time) > 1_000 + 2 * sum(map(len, tables.values())):
+            self._by_count, self._by_time = [], []
+            for name in _RELATED:
+                for key, value in tables[name].items():
+                    self.put(name, key, value)
+
+
+def _may_step(value: NodeEstimate | PathEstimate) -> bool:
+    """Whether a step towards the prior can change the predictions."""
+    most = 1 if value.age.jumped else _MOST_STALE
+    prior = NODE_PRIOR.line if isinstance(value, NodeEstimate) else NO_PATH.line
+    return value.age.steps < most and (value.line.a > prior.a or value.line.b > prior.b)
+
+
+def _tuples(rows: Iterable[Iterable[Any]]) -> tuple[Any, ...]:
+    return tuple(tuple(row) for row in rows)
+
+
+def family_kind(kind: Kind) -> Kind:
+    """The kind that names the family of a placement's kind."""
+    return _FAMILY_OF.get(kind, kind)
+
+
+_FAMILY_OF: Final = {
+    Kind.EDGE: Kind.DEVICE_EDGE,
+    Kind.CLOUD: Kind.DEVICE_CLOUD,
+    Kind.EDGE_CLOUD: Kind.DEVICE_EDGE_CLOUD,
+}
+
+
+def _is_stale(value: Any) -> bool:
+    return isinstance(value, NodeEstimate | PathEstimate) and value.age.steps > 0
+
+
+def _ratio(new: Line, old: Line, profile_s: float, samples: int) -> float:
+    before = old.a * profile_s + old.b * samples
+    return 1.0 if before <= 0 else (new.a * profile_s + new.b * samples) / before
+
+
+def _passes(path: PathKey, link: LinkKey) -> bool:
+    """Whether a path uses a link."""
+    device, edge, kind = path
+    if link[0] == 1:
+        return (device, edge) == link[1:]
+    return edge == link[2] and kind in (Kind.DEVICE_CLOUD, Kind.DEVICE_EDGE_CLOUD)
+
+
+def _hash_of(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "little")
