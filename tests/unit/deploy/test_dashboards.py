@@ -32,13 +32,14 @@ def metrics_text() -> str:
     """/metrics with a value of everything that any service counts."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "stages").glob("*.py"))
     counted = set(re.findall(r"\.count\(\"(\w+)\"", text)) | {*ALARMED}
+    counted |= set(re.findall(r"\"(link\d_bytes)\":", text))
     counted |= {f"{part}_busy_seconds" for part in ("device", "link1", "edge", "link2", "cloud", "result")}
     text = "".join(
         (ROOT / "deploy" / "services" / file).read_text(encoding="utf-8")
         for file in ("wiring.py", "planner_process.py")
     )
     counted |= planner_counters([]).keys()
-    counted |= set(re.findall(r"\"(link\d_bytes)\":", text)) | set(re.findall(r"counters\[\"(\w+)\"\]", text))
+    counted |= set(re.findall(r"counters\[\"(\w+)\"\]", text))
     gauges = set(re.findall(r"\"(tasks|failing_nodes)\":", text))
     registry = CollectorRegistry()
     statistics = TaskStatistics()
