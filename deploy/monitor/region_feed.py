@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 import structlog
 
@@ -21,18 +22,56 @@ LONGEST_PAUSE_S = 2.0
 log = structlog.get_logger("deepar")
 
 
-async def follow(bus: Bus, view: RegionView, *, until_end: bool = False) -> None:
+class SilenceWatch:
+    """Measures the time since the planner's last record, for a view.
+
+    The last record of the history is dated by its send time, all later ones by their arrival on this machine's clock. So a
+    planner with a wrong clock looks silent for one heartbeat at most.
+    """
+
+    def __init__(
+        self, view: RegionView, clock: Callable[[], float] = time.monotonic, today: Callable[[], float] = time.time
+    ) -> None:
+        """`clock`: seconds that never jump; `today`: seconds since 1970."""
+        self._view, self._clock, self._today = view, clock, today
+        self._heard = 0
+        self._heard_at_s: float | None = None  # on `clock`; None: the history was not read to its end
+
+    @property
+    def live(self) -> bool:
+        """Whether the history was read to its end."""
+        return self._heard_at_s is not None
+
+    def go_live(self) -> None:
+        """Date the last record of the history, which has been read to its end."""
+        self._heard = self._view.heard
+        self._heard_at_s = self._clock() - max(0.0, self._today() - self._view.heard_s)
+
+    def look(self) -> None:
+        """Tell the view how long its planner has been silent, once the history was read."""
+        if self._heard_at_s is None:
+            return
+        if self._view.heard != self._heard:
+            self._heard, self._heard_at_s = self._view.heard, self._clock()
+        self._view.note_silence(self._clock() - self._heard_at_s)
+
+
+async def follow(bus: Bus, view: RegionView, *, until_end: bool = False, silence: SilenceWatch | None = None) -> None:
     """Fold all records, then new ones as they arrive, until cancelled; with `until_end`, return at the end of the topics.
 
     Raises `ConfigError` for a region that does not exist, `UnknownTopicError` if the topics are missing.
     """
+    silence = silence or SilenceWatch(view)
     reader = await open_reader(bus, view.region)
     try:
         while True:
             try:
                 for record in await reader.fetch(timeout_s=0.5):
                     view.read(record)
-                if until_end and await reader.lag() == 0:
+                if not silence.live and await reader.lag() == 0:
+                    silence.go_live()
+                silence.look()
+                if until_end and silence.live:
                     return
             except BusUnavailableError as error:
                 if until_end:

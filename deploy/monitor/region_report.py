@@ -32,6 +32,7 @@ def report(view: RegionView, *, since: int = 0, lines_since: int = 0, max_lines:
         "planner": {
             "name": view.log.planner,
             "standing": view.standing,
+            "silent_s": view.silent_s,
             "epoch": view.log.epoch,
             "decisions": view.seq,
             "dropped": view.log.dropped,

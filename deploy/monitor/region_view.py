@@ -40,7 +40,7 @@ from bus.messages import (
 )
 from bus.port import Record
 from bus.region_tasks import KnownTask, RegionTasks
-from bus.text.units import format_rate
+from bus.text.units import format_moment, format_rate, format_seconds
 from bus.values import STATIONS, Parts, Placement, Role
 from deploy.monitor.decision_lines import lines_of
 
@@ -159,6 +159,8 @@ class RegionView:
             None  # send time of that decision or of the epoch's opening, by the planner's clock
         )
         self._heard_ms = 0  # send time of the planner's last record
+        self.heard = 0  # records of the planner that were read
+        self.silent_s: int | None = None  # time since the last of them, if longer than its lease (`note_silence`)
         self._running: dict[str, TaskView] = {}
         self._ended: deque[TaskView] = deque()
         self._lines = 0
@@ -203,6 +205,7 @@ class RegionView:
         if isinstance(message, Dropped):
             return
         self._heard_ms = max(self._heard_ms, timestamp_ms)
+        self.heard += 1
         match message:
             case Decision():
                 self._now_s, self._since_ms, self.seq = message.now_s, timestamp_ms, message.seq
@@ -215,6 +218,14 @@ class RegionView:
                 self._say(lines_of(message))
             case PlannerHeartbeat():
                 self._changed()
+
+    def note_silence(self, silent_s: float) -> None:
+        """Take over the time since the planner's last record. The view has no clock, so the feed measures it."""
+        silent = self.standing == "led" and silent_s > self.log.lease_s
+        shown_s = int(silent_s) if silent else None
+        if shown_s != self.silent_s:
+            self.silent_s = shown_s
+            self._changed()
 
     def _change(self, change: Change, task: KnownTask | None) -> None:
         match change:
@@ -287,10 +298,18 @@ class RegionView:
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
+    @property
+    def heard_s(self) -> float:
+        """Send time of the planner's last record, by its clock; seconds since 1970."""
+        return self._heard_ms / 1000
+
     def planner_text(self) -> str:
-        """`region 0, led by p1, epoch 3`: the leading planner."""
+        """`region 0, led by p1, epoch 3`: the leading planner, and since when it is silent."""
         if self.standing == "led":
-            return f"region {self.region}, led by {self.log.planner}, epoch {self.log.epoch}"
+            text = f"region {self.region}, led by {self.log.planner}, epoch {self.log.epoch}"
+            if self.silent_s is None:
+                return text
+            return f"{text}; silent since {format_moment(self.now_s, 1)}, for {format_seconds(self.silent_s)}"
         return f"region {self.region}, {'the planner has left' if self.standing == 'left' else self.standing}"
 
     @property

@@ -54,9 +54,12 @@ def screen(view: RegionView, *, rows: int = 40, columns: int = 160, per_s: float
 
 def _header(view: RegionView, per_s: float | None) -> Text:
     found, spent = counts(view), delays(view)
+    planner_style = "" if view.standing == "led" and view.silent_s is None else "bold #D55E00"
     text = Text.assemble(
         ("deepar top", "bold"),
-        f"  {view.planner_text()}, decision {view.seq:,}, {format_moment(view.now_s, 1)}",
+        "  ",
+        (view.planner_text(), planner_style),
+        f", decision {view.seq:,}, {format_moment(view.now_s, 1)}",
         f", {per_s:.0f} records/s" if per_s is not None else "",
         "\n",
     )

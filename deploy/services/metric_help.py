@@ -13,6 +13,7 @@ HELP: Final = {
     "failing_nodes": "Nodes that the planner avoids after repeated failed attempts.",
     "task_delay_seconds": "Time from the admission of a task to its end, by outcome and kind of placement.",
     "prediction_ratio": "Measured delay of a completed task divided by the predicted one, by kind of placement.",
+    "prediction_error_median": "Median of |measured / predicted delay - 1| over the last 50 completed tasks.",
     "decisions": "Decisions that this planner has written.",
     "dead_letters": "Rejected records that were copied to the dead-letter topic.",
     "decisions_missed": "Number of times that decisions were deleted before this node had read them.",

@@ -71,6 +71,7 @@ class _Collector:
             yield counter
         if health.statistics:
             yield from self._histograms(health.statistics)
+            yield self._errors(health.statistics)
 
     def _values_in(self, region: str) -> list[str]:
         """The labels with `region` replaced, for a process that serves several regions."""
@@ -89,6 +90,14 @@ class _Collector:
                 ratios.add_metric([*self._values_in(region), kind], _buckets(histogram), histogram.total)
         yield delays
         yield ratios
+
+    def _errors(self, statistics: Mapping[str, TaskStatistics]) -> Metric:
+        name = "prediction_error_median"
+        gauge = GaugeMetricFamily(f"deepar_{name}", HELP[name], labels=list(self._labels))
+        for region, found in sorted(statistics.items()):
+            if (error := found.errors.median) is not None:
+                gauge.add_metric(self._values_in(region), error)
+        return gauge
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:

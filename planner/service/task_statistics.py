@@ -1,4 +1,4 @@
-"""Task statistics: histograms of the delay of ended tasks and of measured over predicted delay.
+"""Task statistics: histograms of the delay of ended tasks and of measured over predicted delay, and the last errors.
 
 Only decisions that this planner wrote and read back are counted. Replayed decisions are only remembered, so a restart counts
 no task twice.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from bus.messages import Admitted, Decision, Ended, Placed, TaskState
 from planner.core.records import Task
+from planner.service.prediction_errors import PredictionErrors
 
 DELAY_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 RATIO_BOUNDS = (0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
@@ -50,6 +51,7 @@ class TaskStatistics:
     def __init__(self) -> None:
         self.delays: dict[tuple[str, str], Histogram] = {}  # admission to end, by outcome and kind
         self.ratios: dict[str, Histogram] = {}  # measured over predicted delay of completed tasks, by kind
+        self.errors = PredictionErrors()  # of the last completed tasks
         self._live: dict[str, _Known] = {}
 
     def retain(self, live: Mapping[str, Task]) -> None:
@@ -92,3 +94,4 @@ class TaskStatistics:
             and placed.delay_s > 0
         ):
             self.ratios.setdefault(kind, Histogram(RATIO_BOUNDS)).observe(ended.delay_s / placed.delay_s)
+            self.errors.observe(ended.delay_s, placed.delay_s)

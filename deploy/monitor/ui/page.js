@@ -78,7 +78,7 @@ function draw() {
 
 function drawHeader(now) {
   $("planner").textContent = now.texts.planner;
-  $("planner").className = now.planner.standing === "led" ? "" : "lost";
+  $("planner").className = now.planner.standing === "led" && now.planner.silent_s === null ? "" : "lost";
   $("numbers").replaceChildren(...now.texts.numbers.map(([name, value]) => {
     const pair = make("div");
     pair.dataset.name = name;

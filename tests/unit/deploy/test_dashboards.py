@@ -34,7 +34,7 @@ def metrics_text() -> str:
     counted = set(re.findall(r"\.count\(\"(\w+)\"", text)) | {*ALARMED}
     counted |= set(re.findall(r"\"(link\d_bytes)\":", text))
     counted |= {f"{part}_busy_seconds" for part in ("device", "link1", "edge", "link2", "cloud", "result")}
-    text = "".join(
+    text += "".join(
         (ROOT / "deploy" / "services" / file).read_text(encoding="utf-8")
         for file in ("wiring.py", "planner_process.py")
     )
@@ -145,6 +145,7 @@ WHEN_IT_FIRES = {
         "15s",
         "25s",
     ),
+    "PredictionsWrong": (f"deepar_prediction_error_median{PLANNER}", "0.5x4 0.6 0.6 0.6 0.6 0.6", "20s", "30s"),
     "AttemptsKeepFailing": (f"deepar_failing_nodes{PLANNER}", "0 0 0 0 1 1 1 1 1 1", "25s", "45s"),
     "StalledAttempts": (f"deepar_stalled_attempts_total{D1}", "0 0 0 0 1 1 1 1 1 1", "15s", "25s"),
 }
@@ -154,6 +155,16 @@ WHEN_IT_FIRES = {
 def label_in(labels: dict[str, str], match: re.Match[str]) -> str:
     """What stands for a label in an alarm's text."""
     return labels[match[1]]
+
+
+def ratio_counts(*counts: int) -> list[dict[str, str]]:
+    """How many tasks of each kind the planner has compared with their predictions."""
+    kinds = zip(("device", "edge", "cloud"), counts, strict=False)
+    name = "deepar_prediction_ratio_count"
+    return [
+        {"series": f'{name}{{role="planner", node="p1", region="0", kind="{kind}"}}', "values": f"{number}x20"}
+        for kind, number in kinds
+    ]
 
 
 def test_each_alarm_fires_when_it_is_due_and_not_before(tmp_path: Path) -> None:
@@ -168,6 +179,8 @@ def test_each_alarm_fires_when_it_is_due_and_not_before(tmp_path: Path) -> None:
         told = NOBODY.format("region 0") if name == "NobodyLeads" else told
         told = re.sub(r"{{ \$labels\.(\w+) }}", partial(label_in, labels), told)
         others = [] if name == "NobodyLeads" else [{"series": f"deepar_leading{PLANNER}", "values": "1x20"}]
+        if name == "PredictionsWrong":
+            others += ratio_counts(20, 30)
         tests.append(
             {
                 "interval": "5s",
@@ -218,6 +231,36 @@ def test_nobody_leads(series: dict[str, str], region: str | None, tmp_path: Path
     }
     inputs = [{"series": name, "values": values} for name, values in series.items()]
     tests = [{"interval": "5s", "input_series": inputs, "alert_rule_test": [due]}]
+    file = tmp_path / "alarms_test.yml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(ALARMS)], "evaluation_interval": "5s", "tests": tests}))
+    promtool("test", "rules", file)
+
+
+@pytest.mark.parametrize(
+    ("series", "fires"),
+    [
+        ([{"series": f"deepar_leading{PLANNER}", "values": "1x20"}, *ratio_counts(20, 30)], True),
+        ([{"series": f"deepar_leading{PLANNER}", "values": "1x20"}, *ratio_counts(20, 29)], False),
+        # a deposed planner keeps the median of the tasks that it had seen
+        ([{"series": f"deepar_leading{PLANNER}", "values": "0x20"}, *ratio_counts(20, 30)], False),
+    ],
+    ids=["fifty tasks", "fewer", "another leads"],
+)
+def test_predictions_are_judged_by_the_leader_after_fifty_tasks(
+    series: list[dict[str, str]], fires: bool, tmp_path: Path
+) -> None:
+    told = "half of the last 50 tasks of region 0 took over 50 % more or less than predicted"
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', PLANNER))
+    due = [{"exp_labels": labels, "exp_annotations": {"summary": told}}]
+    tests = [
+        {
+            "interval": "5s",
+            "input_series": [{"series": f"deepar_prediction_error_median{PLANNER}", "values": "0.51x20"}, *series],
+            "alert_rule_test": [
+                {"eval_time": "30s", "alertname": "PredictionsWrong", "exp_alerts": due if fires else []}
+            ],
+        }
+    ]
     file = tmp_path / "alarms_test.yml"
     file.write_text(yaml.safe_dump({"rule_files": [str(ALARMS)], "evaluation_interval": "5s", "tests": tests}))
     promtool("test", "rules", file)

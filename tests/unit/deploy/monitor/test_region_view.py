@@ -22,6 +22,7 @@ from bus.messages import (
     Overran,
     Placed,
     PlannerHeartbeat,
+    PlannerLeft,
     Retried,
     SeedInput,
     Start,
@@ -32,7 +33,7 @@ from bus.messages import (
 from bus.port import Record
 from bus.values import STATIONS, Execution, Kind, Objective, Parts, Placement, Role
 from deploy.monitor import region_view
-from deploy.monitor.region_feed import in_order
+from deploy.monitor.region_feed import SilenceWatch, in_order
 from deploy.monitor.region_report import changed_tasks, report
 from deploy.monitor.region_view import RegionView
 from deploy.monitor.top import screen
@@ -279,3 +280,74 @@ def test_no_number_is_cut_off_where_the_terminal_is_narrow(region: Topics, colum
     assert ("15 s" in row) is (columns >= 80)  # what was predicted
     (edge,) = [line for line in lines if line.startswith(("│ e1 ", "│  e1 "))]
     assert "…" not in edge
+
+
+class Clocks:
+    """This machine's two clocks, set by hand."""
+
+    def __init__(self, today_s: float) -> None:
+        self.monotonic_s, self.today_s = 50.0, today_s
+
+    def pass_time(self, seconds: float) -> None:
+        self.monotonic_s += seconds
+        self.today_s += seconds
+
+    def watch(self, view: RegionView) -> SilenceWatch:
+        return SilenceWatch(view, lambda: self.monotonic_s, lambda: self.today_s)
+
+
+def heartbeat(region: Topics) -> None:
+    region.send(topics.DECISIONS, PlannerHeartbeat(region=0, epoch=1, nonce="n"))
+
+
+def test_a_planner_that_died_silently_is_shown_as_silent_and_since_when(region: Topics) -> None:
+    region.decide(7.0, admitted("t1"))
+    clocks = Clocks(today_s=region.clock_ms / 1000)
+    watch = clocks.watch(region.view)
+    watch.look()
+    assert region.view.silent_s is None, "the history was not read to its end"
+    watch.go_live()
+    for _ in range(5):
+        clocks.pass_time(1.0)
+        watch.look()
+    assert region.view.planner_text() == "region 0, led by p1, epoch 1", "within its lease"
+    before = region.view.version
+    clocks.pass_time(9.5)
+    watch.look()
+    assert region.view.planner_text() == "region 0, led by p1, epoch 1; silent since 7.0 s, for 14 s"
+    assert report(region.view)["planner"]["silent_s"] == 14
+    assert region.view.version > before, "the page is told although no record came"
+    watch.look()
+    clocks.pass_time(0.1)
+    watch.look()
+    assert region.view.version == before + 1, "and only when the text changes"
+    heartbeat(region)
+    watch.look()
+    assert region.view.planner_text() == "region 0, led by p1, epoch 1"
+
+
+def test_a_screen_that_starts_after_the_death_shows_the_silence_at_once(region: Topics) -> None:
+    clocks = Clocks(today_s=region.clock_ms / 1000 + 3600)
+    watch = clocks.watch(region.view)
+    watch.go_live()
+    watch.look()
+    assert region.view.planner_text().endswith("silent since 0.0 s, for 60 min")
+    assert "for 60 min" in shown(region.view, 30)
+
+
+@pytest.mark.parametrize("off_s", [-300.0, 300.0])
+def test_a_planner_with_a_wrong_clock_looks_silent_for_one_heartbeat_at_most(region: Topics, off_s: float) -> None:
+    clocks = Clocks(today_s=region.clock_ms / 1000 + off_s)
+    watch = clocks.watch(region.view)
+    watch.go_live()
+    for _ in range(20):
+        clocks.pass_time(1.0)
+        heartbeat(region)
+        watch.look()
+        assert region.view.silent_s is None
+
+
+def test_a_planner_that_left_is_not_silent(region: Topics) -> None:
+    region.send(topics.DECISIONS, PlannerLeft(region=0, epoch=1, nonce="n"))
+    region.view.note_silence(100.0)
+    assert region.view.planner_text() == "region 0, the planner has left"

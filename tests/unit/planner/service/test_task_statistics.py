@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from itertools import count
+from statistics import median
 
 import pytest
 
 from bus.messages import Decision, Ended, TaskState
 from planner.core.core import PlannerCore
+from planner.service.prediction_errors import PredictionErrors
 from planner.service.task_statistics import NOT_PLACED, Histogram, TaskStatistics
 from tests.unit.planner.scenes import World
 
@@ -72,3 +76,39 @@ def test_what_is_kept_is_what_lives() -> None:
     admitted = {change.task.task_id for d in world.log[50:] for change in d.changes if change.type == "admitted"}
     ended = {change.task_id for d in world.log[50:] for change in d.changes if isinstance(change, Ended)}
     assert sum(counted(statistics).values()) == len(admitted & ended)
+
+
+def late(decision: Decision, factors: Iterator[float]) -> Decision:
+    """The decision, with each measured delay multiplied by the next factor."""
+    changes = tuple(
+        change.model_copy(update={"delay_s": change.delay_s * next(factors)})
+        if isinstance(change, Ended) and change.delay_s is not None
+        else change
+        for change in decision.changes
+    )
+    return decision.model_copy(update={"changes": changes})
+
+
+def test_the_error_is_the_median_of_the_last_fifty_completed_tasks() -> None:
+    world = World(PlannerCore(0), 8, rate=4.0, validate=False).run()
+    log = [late(decision, factors) for factors in [count(1.0, 0.01)] for decision in world.log]
+    ratios = [
+        change.delay_s / world.placed[change.task_id].delay_s
+        for decision in log
+        for change in decision.changes
+        if isinstance(change, Ended) and change.state is TaskState.COMPLETED and change.delay_s is not None
+    ]
+    assert len(ratios) > 50, "the first ones are forgotten"
+    errors = told(log).errors
+    assert len(errors) == 50
+    assert errors.median == pytest.approx(median(abs(ratio - 1.0) for ratio in ratios[-50:]))
+    assert told(log, folded=len(log)).errors.median is None, "replayed tasks do not count"
+
+
+def test_a_prediction_that_is_twice_too_long_is_as_wrong_as_the_measured_time_says() -> None:
+    errors = PredictionErrors()
+    assert not len(errors)
+    for measured_s, predicted_s in ((1.0, 2.0), (3.0, 2.0), (2.2, 2.0), (5.0, 0.0)):
+        errors.observe(measured_s, predicted_s)
+    assert len(errors) == 3
+    assert errors.median == pytest.approx(0.5)
