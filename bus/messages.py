@@ -112,6 +112,8 @@ class NodeAnnounced(Message):
     slots: Annotated[int, Field(ge=0, le=1_000_000)] = 0  # r_e, tasks that compute concurrently; edges only
     link1_capacity_bps: BitsPerSecond = 0  # B_e^1 of an edge; limit of a device, 0: no limit
     link2_capacity_bps: BitsPerSecond = 0  # B_e^2 of an edge
+    link1_latency_s: Seconds | None = None  # declared one-way latency of a device's link 1; None: not declared
+    link2_latency_s: Seconds | None = None  # the same of link 2; of an edge, and of a cloud, which plays it
     reachable_edges: tuple[NodeName, ...] | None = None  # E_i, edges that a device reaches; None: all
     models: tuple[ModelProfile, ...] = ()  # models that the node runs, with their speed
     draining: Literal[True] | None = None  # drains: finishes running tasks and accepts no new ones

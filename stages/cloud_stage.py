@@ -13,6 +13,7 @@ from bus.errors import ProtocolError
 from bus.frames import Plan
 from stages.flow import LayerRange
 from stages.frame_sender import Route
+from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.shaper import Link
 
 
@@ -21,10 +22,11 @@ class CloudStage:
 
     part = "cloud"
 
-    def __init__(self) -> None:
+    def __init__(self, network: PlayedNetwork = NO_NETWORK) -> None:
         self.topic = topics.ACTIVATIONS_CLOUD
         self.group_id = topics.CLOUD_GROUP
-        self._results = Link()
+        self._link2 = Link(network=network)  # in the direction of the devices, as link 1
+        self._link1 = Link()
 
     def slot(self) -> AbstractAsyncContextManager[None]:
         """Nothing to wait for: the planner does not limit how many tasks the cloud computes at once."""
@@ -38,11 +40,11 @@ class CloudStage:
 
     def route(self, plan: Plan) -> Route:
         """To the device: over link 2, then over link 1."""
-        rates_bps = (plan.placement.link2_bps, plan.placement.link1_bps)
-        grants = tuple(self._results.grant(rate_bps) for rate_bps in rates_bps)
+        placement = plan.placement
+        grants = (self._link2.grant(placement.link2_bps), self._link1.grant(placement.link1_bps))
         return Route("result", topics.RESULTS, plan.device, "result", grants)
 
     @property
     def sent_bytes(self) -> dict[str, int]:
         """Bytes sent over each link, by metric name."""
-        return {"link1_bytes": self._results.sent_bytes, "link2_bytes": 0}
+        return {"link1_bytes": self._link1.sent_bytes, "link2_bytes": self._link2.sent_bytes}

@@ -15,9 +15,10 @@ from bus import topics
 from bus.errors import BusError, BusUnavailableError, ProtocolError, UnknownTopicError
 from bus.frames import Plan, decode_frame
 from bus.messages import Admitted, Decision, Ended, NodeJoined, Retried, Start, TaskFailed, TaskSubmitted
-from bus.port import Bus, Reader
+from bus.port import Bus, Reader, Record
 from stages.attempt import DeviceAttempt, DeviceTask, ResultSink
 from stages.frame_authorization import FrameAuthorization
+from stages.network.delay_line import DelayLine
 from stages.node import RETRY_S, Node
 from stages.shaper import Link
 
@@ -45,7 +46,7 @@ class Device:
         """
         self.node = node
         self._kept = kept
-        self.link1 = Link(node.settings.link1_capacity_bps)
+        self.link1 = Link(node.settings.link1_capacity_bps, node.settings.network)
         self.authorization = FrameAuthorization(node)
         self.tasks: dict[str, DeviceTask] = {}
         self._on_result = on_result
@@ -54,12 +55,15 @@ class Device:
         # One lock per site, so that an unreachable site delays only itself.
         self._subscribing: dict[Bus, asyncio.Lock] = {}
         self._draining = False
+        self._arriving: DelayLine[Record] = DelayLine()  # records that still cross link 1, where it has a latency
 
     async def run(self) -> None:
         """Serve until cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
+                if self.link1.network.delays:
+                    group.create_task(self._arrive(), name=f"{self.node.settings.name}: link 1")
                 await self._subscribe_all()
                 self.node.receives(True)
                 self.node.serving.set()
@@ -199,17 +203,32 @@ class Device:
             for record in records:
                 if record.key != name:
                     continue  # belongs to another device on the same partition
-                try:
-                    sender = self.authorization.of(record)
-                    frame = decode_frame(record.value)
-                    known = self.tasks.get(frame.task_id)
-                    if known is None or known.attempt is None or known.attempt.plan.attempt != frame.attempt:
-                        self.node.status.count("fenced_frames")
-                        continue
-                    self.authorization.check_result(sender, frame, known.attempt.plan)
-                    known.attempt.take(frame)
-                except ProtocolError as error:
-                    await self.node.dead_letter(record, error)
+                if self.link1.network.delays:
+                    now_s = asyncio.get_running_loop().time()
+                    self._arriving.put(record, now_s + self.link1.latency_s(now_s))
+                else:
+                    await self._take(record)
+
+    async def _arrive(self) -> None:
+        """Take the records that have crossed link 1."""
+        while True:
+            record = await self._arriving.first()
+            self._arriving.pop()
+            await self._take(record)
+
+    async def _take(self, record: Record) -> None:
+        """Pass a frame to the attempt that it belongs to."""
+        try:
+            sender = self.authorization.of(record)
+            frame = decode_frame(record.value)
+            known = self.tasks.get(frame.task_id)
+            if known is None or known.attempt is None or known.attempt.plan.attempt != frame.attempt:
+                self.node.status.count("fenced_frames")
+                return
+            self.authorization.check_result(sender, frame, known.attempt.plan)
+            known.attempt.take(frame)
+        except ProtocolError as error:
+            await self.node.dead_letter(record, error)
 
     async def fail(self, plan: Plan, cause: str, detail: str, *, retryable: bool = False) -> None:
         """Report to the planner that this device cannot continue the attempt."""

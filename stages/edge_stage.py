@@ -26,7 +26,7 @@ class EdgeStage:
         self.topic = topics.activations_topic(settings.name)
         self.group_id = f"deepar.edge.{settings.name}"
         self.slots = asyncio.Semaphore(settings.slots)
-        self._link2 = Link(settings.link2_capacity_bps)
+        self._link2 = Link(settings.link2_capacity_bps, settings.network)
         self._results = Link(settings.link1_capacity_bps)  # link 1 in the direction of the device
 
     def slot(self) -> AbstractAsyncContextManager[None]:

@@ -1,6 +1,7 @@
 """The frame sender: packs one task's samples into frames and sends them at the granted rate.
 
-One coroutine sends the frames of a task in order; another awaits their acknowledgements in the same order. After a failed
+One coroutine sends the frames of a task in order; another awaits their acknowledgements in the same order. Where a link has a
+latency, a third one posts the frames in between, after that latency, so that frames in flight overlap. After a failed
 acknowledgement, that frame and all later ones are sent again, and receivers drop the duplicates. Small waiting samples share
 a frame; large ones are cut into chunks that take a few milliseconds of link time.
 """
@@ -18,6 +19,7 @@ from bus.errors import BusError, MessageTooLargeError
 from bus.frames import MAX_FRAME_BYTES, MAX_PIECES, Frame, FrameKind, Plan, encode_frame
 from bus.port import Bus, Headers, Position
 from bus.tensors import Array, Piece, to_pieces
+from stages.network.delay_line import DelayLine
 from stages.shaper import Grant, cross, frame_bytes
 
 MAX_DATA_BYTES = MAX_FRAME_BYTES - 4096 - MAX_PIECES * 160
@@ -62,6 +64,16 @@ class Outgoing:
         self.size_bytes = tensors[0].nbytes if len(tensors) == 1 else sum(array.nbytes for array in tensors)
 
 
+class _Crossed(NamedTuple):
+    """One frame that has crossed its links and arrives after their latency."""
+
+    payload: bytes
+    headers: Headers
+    offered_s: float
+    items: list[Outgoing]  # as in `_Sent`
+    begun: list[Outgoing]
+
+
 @dataclass(slots=True)
 class _Sent:
     """One posted frame that is not acknowledged yet."""
@@ -102,6 +114,10 @@ class FrameSender:
         self._to_come = plan.todo  # samples not passed to `put` yet
         self._waiting: deque[Outgoing] = deque()
         self._begun: list[Outgoing] = []  # samples in the frame being sent
+        self._delays = any(grant.link.network.delays for grant in route.grants)
+        self._arriving: DelayLine[_Crossed] = (
+            DelayLine()
+        )  # frames that are not posted yet, because links have latencies
         self._sent: deque[_Sent] = deque()
         self._to_send = asyncio.Event()
         self._to_await = asyncio.Event()
@@ -115,7 +131,7 @@ class FrameSender:
     @property
     def held_bytes(self) -> int:
         """Bytes of the samples that are not acknowledged yet."""
-        held = {item.sample: item for sent in self._sent for item in sent.begun}
+        held = {item.sample: item for sent in (*self._sent, *self._arriving) for item in sent.begun}
         held |= {item.sample: item for item in (*self._begun, *self._waiting)}
         return sum(item.size_bytes for item in held.values())
 
@@ -131,6 +147,8 @@ class FrameSender:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._send_all())
                 group.create_task(self._await_all())
+                if self._delays:
+                    group.create_task(self._post_all())
         finally:
             for sent in self._sent:
                 _forget(sent.acknowledgement)
@@ -199,7 +217,14 @@ class FrameSender:
                 Frame(self._route.kind, self._plan.task_id, self._plan.attempt, self._source, pieces, plan)
             )
             await self._hooks.gate()  # before the link, so that frames do not burst when the gate opens
-            await cross(route.grants, len(payload), offered_s)
+            crossed_s = await cross(route.grants, len(payload), offered_s)
+            if self._delays:
+                if generation == self._generation:
+                    headers = self._headers if self._headers_due else ()
+                    self._plan_due = self._headers_due = False
+                    latency_s = sum(grant.link.latency_s(crossed_s) for grant in route.grants)
+                    self._arriving.put(_Crossed(payload, headers, offered_s, done, begun), crossed_s + latency_s)
+                return
             await self._hooks.gate()
             if generation != self._generation:
                 return
@@ -218,6 +243,31 @@ class FrameSender:
         self.frames += 1
         self._sent.append(_Sent(acknowledgement, offered_s, done, begun))
         self._to_await.set()
+
+    async def _post_all(self) -> None:
+        """Post frames when they arrive at the other end of the links."""
+        while True:
+            frame = await self._arriving.first()
+            generation = self._generation
+            await self._hooks.gate()
+            if generation != self._generation:
+                continue  # the frame is sent again
+            try:
+                acknowledgement = await self._bus.post(
+                    self._route.topic, frame.payload, key=self._route.key, headers=frame.headers
+                )
+            except MessageTooLargeError:
+                raise
+            except BusError:
+                await asyncio.sleep(RETRY_S)
+                continue
+            if generation != self._generation:
+                _forget(acknowledgement)
+                continue
+            self._arriving.pop()
+            self.frames += 1
+            self._sent.append(_Sent(acknowledgement, frame.offered_s, frame.items, frame.begun))
+            self._to_await.set()
 
     async def _await_all(self) -> None:
         clock = asyncio.get_running_loop().time
@@ -249,11 +299,12 @@ class FrameSender:
         """Queue all unacknowledged samples again, in order, each from its first piece."""
         self._generation += 1
         again: dict[int, Outgoing] = {}
-        for item in [*(item for sent in self._sent for item in sent.begun), *self._begun]:
+        for item in [*(item for sent in (*self._sent, *self._arriving) for item in sent.begun), *self._begun]:
             again.setdefault(item.sample, item)
         for later in self._sent:
             _forget(later.acknowledgement)
         self._sent.clear()
+        self._arriving.clear()
         self._begun = []
         self._waiting.extendleft(reversed(again.values()))
         self.resent += len(again)

@@ -57,7 +57,7 @@ class _Orphan:
 
 def hop_of(node: Node) -> Hop:
     """The work of an edge or a cloud node."""
-    return Hop(node, EdgeStage(node.settings) if node.settings.role is Role.EDGE else CloudStage())
+    return Hop(node, EdgeStage(node.settings) if node.settings.role is Role.EDGE else CloudStage(node.settings.network))
 
 
 class Hop:

@@ -29,6 +29,7 @@ from bus.port import Bus, Headers, Reader, Record
 from bus.tracing import TRACEPARENT, Attribute, Span, SpanSink, parent_of, part_span_id, traceparent
 from bus.values import Role
 from stages.fences import REMEMBERED_ENDS, Fences
+from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.runner import Runner
 
 ALARMED = ("dead_letters", "decisions_missed", "declared_lost", "stalled_attempts", "wrong_identity")
@@ -62,6 +63,7 @@ class NodeSettings:
     slots: int = 0  # compute slots of an edge (r_e)
     link1_capacity_bps: int = 0  # of an edge (B_e^1) or of a device; 0: unlimited
     link2_capacity_bps: int = 0  # of an edge (B_e^2); 0: unlimited
+    network: PlayedNetwork = NO_NETWORK  # the network that the node plays on its own link
     reachable_edges: tuple[str, ...] | None = None  # of a device (E_i); None: all edges
     remembered_ends: int = REMEMBERED_ENDS  # number of ended tasks remembered, to drop their late frames
 
@@ -416,6 +418,7 @@ class Node:
     def announcement(self) -> NodeAnnounced:
         """The announcement of this node."""
         s = self.settings
+        latency_s = s.network.mean_latency_s or None
         return NodeAnnounced(
             node=s.name,
             role=s.role,
@@ -425,6 +428,8 @@ class Node:
             slots=s.slots,
             link1_capacity_bps=s.link1_capacity_bps,
             link2_capacity_bps=s.link2_capacity_bps,
+            link1_latency_s=latency_s if s.role is Role.DEVICE else None,
+            link2_latency_s=latency_s if s.role is not Role.DEVICE else None,
             reachable_edges=s.reachable_edges,
             models=self.runner.profiles(),
             draining=True if self._draining else None,

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 
 from bus.values import BITS_PER_BYTE
+from stages.network.played import NO_NETWORK, PlayedNetwork
 
 GUARD_S = 1.0
 """Length of the sliding window in which the guard limits the rate."""
@@ -94,12 +95,21 @@ class _Guard:
 
 
 class Link:
-    """One link of a node, shared by its tasks: device-edge or edge-cloud. `capacity_bps` 0 means unlimited."""
+    """One link of a node, shared by its tasks: device-edge or edge-cloud. `capacity_bps` 0 means unlimited.
 
-    def __init__(self, capacity_bps: int = 0) -> None:
+    What was sent arrives after the latency of the played network. `cross` does not wait for that: the sender does.
+    """
+
+    def __init__(self, capacity_bps: int = 0, network: PlayedNetwork = NO_NETWORK) -> None:
         self.capacity_bps = capacity_bps
+        self.network = network
         self.sent_bytes = 0
+        self._begin_s = _exact_clock()() if network.trace is not None else 0.0
         self._guard = _Guard(capacity_bps) if capacity_bps else None
+
+    def latency_s(self, now_s: float) -> float:
+        """The one-way latency now, by the loop's clock; a trace begins when the link is made."""
+        return self.network.latency_at(now_s - self._begin_s)
 
     def grant(self, rate_bps: int) -> Grant:
         """A share of `rate_bps` for one task. Raises ValueError unless positive."""

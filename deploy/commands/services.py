@@ -277,6 +277,54 @@ class StageFlags:
         return [ServedModel(model=names[0], signature=self.signature, input_shape=shapes)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Link1Options:
+    """The network that a device plays on link 1."""
+
+    link1_latency: Annotated[
+        str,
+        typer.Option(
+            envvar="DEEPAR_LINK1_LATENCY",
+            help="One-way latency to play on link 1, like 20ms: what the device sends and its results arrive later.",
+        ),
+    ] = "0"
+    link1_trace: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="DEEPAR_LINK1_TRACE",
+            help="CSV file (t_s,bps,latency_s; the last column is optional) to play on link 1; it repeats.",
+        ),
+    ] = None
+
+    def played(self) -> dict[str, Any]:
+        """The part of `DeviceOptions` that describes the network."""
+        return {"link1_latency": self.link1_latency, "link1_trace": self.link1_trace}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link2Options:
+    """The network that an edge or a cloud worker plays on link 2."""
+
+    link2_latency: Annotated[
+        str,
+        typer.Option(
+            envvar="DEEPAR_LINK2_LATENCY",
+            help="One-way latency to play on link 2, like 40ms: what this stage sends over it arrives later.",
+        ),
+    ] = "0"
+    link2_trace: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="DEEPAR_LINK2_TRACE",
+            help="CSV file (t_s,bps,latency_s; the last column is optional) to play on link 2; it repeats.",
+        ),
+    ] = None
+
+    def played(self) -> dict[str, Any]:
+        """The part of the stage's options that describes the network."""
+        return {"link2_latency": self.link2_latency, "link2_trace": self.link2_trace}
+
+
 @stage_app.command("device")
 @with_option_groups
 def device(
@@ -295,17 +343,22 @@ def device(
     ] = "0",
     results: Annotated[Path | None, typer.Option(help="Append every result as a JSON line to this file.")] = None,
     *,
+    network: Link1Options,
     flags: StageFlags,
 ) -> None:
     """Run a device. It computes the first layers of its tasks' models, sends activations and collects results.
 
-    Example: `deepar stage device --name d1 --edge e1 --slowdown 8 --results d1.jsonl`
+    On one machine, `--link1-latency` and `--link1-trace` play the network of the device: its frames and its results arrive
+    later, and what it sends follows a recorded bandwidth.
+
+    Example: `deepar stage device --name d1 --edge e1 --slowdown 8 --link1-latency 20ms --results d1.jsonl`
     """
     options = options_of(
         DeviceOptions,
         name=name,
         edges=tuple(edges) if edges else None,
         link=link,
+        **network.played(),
         **flags.machine(),
     )
     _run_stage(options, flags, results)
@@ -321,11 +374,14 @@ def edge(
     link1: Annotated[str, typer.Option(envvar="DEEPAR_LINK1", help="Capacity of link 1, to its devices.")] = "1Gbps",
     link2: Annotated[str, typer.Option(envvar="DEEPAR_LINK2", help="Capacity of link 2, to the cloud.")] = "100Mbps",
     *,
+    network: Link2Options,
     flags: StageFlags,
 ) -> None:
     """Run an edge. It computes the middle layers in its slots and relays between devices and the cloud.
 
-    Example: `deepar stage edge --name e1 --slots 4 --link1 1Gbps --link2 100Mbps`
+    `--link2-latency` and `--link2-trace` play a network between edge and cloud; give the cloud workers the same.
+
+    Example: `deepar stage edge --name e1 --slots 4 --link1 1Gbps --link2 100Mbps --link2-latency 40ms`
     """
     if name in topics.RESERVED_EDGE_NAMES:
         raise ConfigError(f"an edge cannot be named {name}: the name is reserved for a topic")
@@ -335,6 +391,7 @@ def edge(
         slots=slots,
         link1=link1,
         link2=link2,
+        **network.played(),
         **flags.machine(),
     )
     _run_stage(options, flags)
@@ -345,13 +402,16 @@ def edge(
 def cloud(
     name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="Name of the worker.")] = "c1",
     *,
+    network: Link2Options,
     flags: StageFlags,
 ) -> None:
     """Run a cloud worker. It computes the last layers; several workers share the tasks as one consumer group.
 
-    Example: `deepar stage cloud --name c2 --model MODEL.tflite`
+    `--link2-latency` and `--link2-trace` play a network between the cloud and the edges, in the direction of the results.
+
+    Example: `deepar stage cloud --name c2 --model MODEL.tflite --link2-latency 40ms`
     """
-    options = options_of(CloudOptions, name=name, **flags.machine())
+    options = options_of(CloudOptions, name=name, **network.played(), **flags.machine())
     _run_stage(options, flags)
 
 

@@ -37,6 +37,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    InstanceOf,
     Tag,
     TypeAdapter,
     ValidationError,
@@ -48,6 +49,8 @@ from bus.text.units import parse_duration, parse_rate
 from bus.values import Execution, NodeName, Objective
 from planner.core.options import DEFAULT_PATIENCE_S, WhenLate
 from stages.models.files.choice import ModelChoice, parse_shapes
+from stages.network.played import NO_NETWORK, PlayedNetwork
+from stages.network.trace import MAX_LATENCY_S, Trace, read_trace
 
 
 def _or_value_error(parse: Any) -> Any:
@@ -61,6 +64,9 @@ def _or_value_error(parse: Any) -> Any:
 
 
 Rate = Annotated[int, BeforeValidator(_or_value_error(parse_rate)), Field(ge=0)]
+Latency = Annotated[float, BeforeValidator(_or_value_error(parse_duration)), Field(ge=0, le=MAX_LATENCY_S)]
+PlayedTrace = Annotated[InstanceOf[Trace], BeforeValidator(_or_value_error(lambda file: read_trace(Path(file))))]
+"""A trace, given as the name of its file."""
 Duration = Annotated[float, BeforeValidator(_or_value_error(parse_duration)), Field(gt=0)]
 
 
@@ -107,6 +113,16 @@ class NodeOptions(_Strict):
     remeasure: bool = False  # measure this machine again, ignore stored measurements
     identity_key: str | None = None  # file of the identity key; None: derived from the master of `up`
 
+    @property
+    def network(self) -> PlayedNetwork:
+        """The network that the node plays on its own link."""
+        return NO_NETWORK
+
+    @model_validator(mode="after")
+    def _playable(self) -> Self:
+        _or_value_error(lambda options: options.network)(self)
+        return self
+
 
 Options = TypeVar("Options", bound=NodeOptions)
 
@@ -115,7 +131,14 @@ class DeviceOptions(NodeOptions):
     """A device."""
 
     link: Rate = 0  # its own limit on link 1, 0: none
+    link1_latency: Latency = 0.0  # one-way latency to play on link 1, in both directions
+    link1_trace: PlayedTrace | None = None  # file whose bandwidth and latency to play on link 1
     edges: tuple[NodeName, ...] | None = None  # E_i, the edges it can reach; None: all
+
+    @property
+    def network(self) -> PlayedNetwork:
+        """The network to play on link 1."""
+        return PlayedNetwork(self.link1_latency, self.link1_trace)
 
 
 class EdgeOptions(NodeOptions):
@@ -124,10 +147,25 @@ class EdgeOptions(NodeOptions):
     slots: Annotated[int, Field(ge=1)] = 2  # r_e, tasks computing at once
     link1: Rate = 1_000_000_000  # B_e^1, to its devices
     link2: Rate = 100_000_000  # B_e^2, to the cloud
+    link2_latency: Latency = 0.0  # one-way latency to play on link 2, in the direction of the cloud
+    link2_trace: PlayedTrace | None = None  # file whose bandwidth and latency to play there
+
+    @property
+    def network(self) -> PlayedNetwork:
+        """The network to play on link 2."""
+        return PlayedNetwork(self.link2_latency, self.link2_trace)
 
 
 class CloudOptions(NodeOptions):
     """A cloud stage."""
+
+    link2_latency: Latency = 0.0  # one-way latency to play on link 2, in the direction of the edges
+    link2_trace: PlayedTrace | None = None  # file whose bandwidth and latency to play there
+
+    @property
+    def network(self) -> PlayedNetwork:
+        """The network to play on link 2."""
+        return PlayedNetwork(self.link2_latency, self.link2_trace)
 
 
 class BusOptions(_Strict):

@@ -28,6 +28,7 @@ from loadgen.sim.virtual_loop import run_virtual
 from planner.service.service import PlannerService
 from stages.device import Device
 from stages.hop import Hop, hop_of
+from stages.network.played import PlayedNetwork
 from stages.node import BusySink, Node, NodeSettings
 from stages.runner import ModelledRunner
 
@@ -126,4 +127,5 @@ def settings_of(announced: NodeAnnounced) -> NodeSettings:
         link1_capacity_bps=announced.link1_capacity_bps,
         link2_capacity_bps=announced.link2_capacity_bps,
         reachable_edges=announced.reachable_edges,
+        network=PlayedNetwork(announced.link1_latency_s or announced.link2_latency_s or 0.0),
     )

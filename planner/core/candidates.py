@@ -7,14 +7,14 @@ consumer group, so any of them may serve a task; the prediction uses the fastest
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 from bus.messages import NodeAnnounced, TaskSubmitted
 from bus.values import Objective, Role
 from planner.core.records import Node
 from planner.core.state import RegionState
 from planner.search.algorithm1 import EdgeOption, Reached, Request
-from planner.search.cost import PlatformRow
+from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow
 from planner.search.cut_search import CutSearch, search_bytes
 
 MAX_SEARCH_BYTES: Final = 256 << 20
@@ -22,6 +22,17 @@ MAX_SEARCH_BYTES: Final = 256 << 20
 
 MAX_OPTIONS: Final = 50_000
 """Limit of cached edge options (an edge as seen by devices with equal profiles). When it is reached, all are dropped."""
+
+
+class _OwnLink(NamedTuple):
+    """What a device announces about its own link 1."""
+
+    capacity_bps: int  # 0: no limit of its own
+    latency_s: float  # declared; 0 where nothing is declared
+
+    @classmethod
+    def of(cls, announced: NodeAnnounced) -> _OwnLink:
+        return cls(announced.link1_capacity_bps, announced.link1_latency_s or 0.0)
 
 
 class Candidates:
@@ -37,7 +48,7 @@ class Candidates:
         self._nodes = region.nodes
         self._ledger = region.ledger
         self._searches: dict[tuple[PlatformRow | None, ...], CutSearch] = {}
-        self._options: dict[tuple[str, PlatformRow, int], EdgeOption | None] = {}
+        self._options: dict[tuple[str, PlatformRow, _OwnLink], EdgeOption | None] = {}
         self._cloud_rows: dict[tuple[str, str], PlatformRow | None] = {}
         region.watch_nodes(self._forget)
 
@@ -90,14 +101,14 @@ class Candidates:
         announced = device.announced
         cloud = self.cloud_row(row.model, row.sha256)
         names = self._region.edge_names if announced.reachable_edges is None else sorted(set(announced.reachable_edges))
-        known, own_bps = self._options, announced.link1_capacity_bps
+        known, own = self._options, _OwnLink.of(announced)
         options: list[EdgeOption] = []
         for name in names:
-            key = name, row, own_bps
+            key = name, row, own
             if key not in known:
                 if len(known) >= MAX_OPTIONS:
                     known.clear()
-                known[key] = self._option(name, row, cloud, own_bps)
+                known[key] = self._option(name, row, cloud, own)
             option = known[key]
             if option is not None:
                 options.append(option)
@@ -105,15 +116,15 @@ class Candidates:
 
     def _without(self, reached: Reached, avoid: Collection[str], device: Node) -> Reached:
         """`reached` without the nodes in `avoid`."""
-        row, own_bps = reached.row, device.announced.link1_capacity_bps
+        row, own = reached.row, _OwnLink.of(device.announced)
         left = [option for option in reached.edges if option.account.name not in avoid]
         if any(name in avoid for name in self._region.cloud_names):
-            local = (self._option(option.account.name, row, None, own_bps) for option in left)
+            local = (self._option(option.account.name, row, None, own) for option in left)
             left = [option for option in local if option is not None]
         return Reached(row, reached.device_search, left, alone=device.announced.node not in avoid)
 
-    def _option(self, name: str, row: PlatformRow, cloud: PlatformRow | None, own_bps: int) -> EdgeOption | None:
-        """An edge as seen by devices with equal profiles, or None if these devices cannot use it."""
+    def _option(self, name: str, row: PlatformRow, cloud: PlatformRow | None, own: _OwnLink) -> EdgeOption | None:
+        """An edge as seen by devices with equal profiles and links, or None if these devices cannot use it."""
         node = self._nodes.get(name)
         if node is None or node.draining or node.announced.role is not Role.EDGE:
             return None
@@ -124,9 +135,12 @@ class Candidates:
             return None
         account = self._ledger.edges[name]
         limit1 = account.link1_capacity_bps
-        if own_bps and own_bps < limit1:
-            limit1 = own_bps
-        return EdgeOption(account, self._search(row, edge, cloud), limit1, account.link2_capacity_bps)
+        if own.capacity_bps and own.capacity_bps < limit1:
+            limit1 = own.capacity_bps
+        link2_latency_s = node.announced.link2_latency_s or 0.0
+        declared = own.latency_s or link2_latency_s
+        overheads = Overheads(own.latency_s, link2_latency_s) if declared else NO_OVERHEADS
+        return EdgeOption(account, self._search(row, edge, cloud), limit1, account.link2_capacity_bps, overheads)
 
     def _forget(self, changed: NodeAnnounced) -> None:
         """Clear what is cached about a node that joined, changed or left."""

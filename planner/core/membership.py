@@ -173,9 +173,11 @@ class Membership:
                 limit = after.announced.link1_capacity_bps
                 changed = before.rows.get(placed.model) is not after.rows.get(placed.model)
                 changed = changed or 0 < limit < placement.link1_bps
+                changed = changed or (placement.uses_link1 and _latencies(before) != _latencies(after))
             elif role is Role.EDGE:
-                rests = placement.edge == name and placement.uses_slot
-                changed = before.rows.get(placed.model) is not after.rows.get(placed.model)
+                rests = placement.edge == name and (placement.uses_slot or placement.uses_cloud)
+                changed = placement.uses_slot and before.rows.get(placed.model) is not after.rows.get(placed.model)
+                changed = changed or (placement.uses_cloud and _latencies(before) != _latencies(after))
             else:
                 rests = placement.uses_cloud
                 changed = clouds.get(model) is not self._candidates.cloud_row(*model)
@@ -191,6 +193,11 @@ class Membership:
         if draining.role is Role.EDGE:
             return placement.edge == draining.node
         return placement.uses_cloud and self._candidates.cloud_row(placed.model, placed.sha256) is None
+
+
+def _latencies(node: Node) -> tuple[float | None, float | None]:
+    """The declared latencies of a node's links."""
+    return node.announced.link1_latency_s, node.announced.link2_latency_s
 
 
 def _seq(task: Task) -> int:

@@ -72,6 +72,10 @@ class Task:
         return f"<Task {self.task_id} {self.state} attempt {self.attempt}>"
 
 
+ADDED_LATER: Final = ("draining", "link1_latency_s", "link2_latency_s")
+"""Optional fields of an announcement that older records do not have."""
+
+
 class Node:
     """A node that has joined the region."""
 
@@ -81,8 +85,8 @@ class Node:
         self.announced = announced
         self.rows: dict[str, PlatformRow] = {profile.model: table.row(profile) for profile in announced.models}
         self.draining = announced.draining is True
-        # `draining` is omitted unless true, so that older records, written without this field, keep their hash.
-        left_out = None if self.draining else {"draining"}
+        # These are omitted unless set, so that older records, written without these fields, keep their hash.
+        left_out = {name for name in ADDED_LATER if getattr(announced, name) is None}
         self.digest = hash_of("node|" + announced.model_dump_json(exclude=left_out))
         self.reach: dict[str, Reached] = {}  # devices only, by model; a cache, not part of the state
         self._texts: list[tuple[str, str]] | None = None

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 import pytest
@@ -20,6 +20,8 @@ from bus.topics import TopicSpec
 from bus.values import Execution, Kind, Placement
 from loadgen.sim.virtual_loop import run_virtual
 from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
+from stages.network.played import NO_NETWORK, PlayedNetwork
+from stages.network.trace import parse_trace
 from stages.shaper import Link
 
 PLAN = Plan(
@@ -38,25 +40,30 @@ PLAN = Plan(
 )
 
 
-def frame_sender_of(bus: MemoryBus, on_acknowledged: Callable[[Sequence[int]], None]) -> FrameSender:
+def frame_sender_of(
+    bus: MemoryBus,
+    on_acknowledged: Callable[[Sequence[int]], None],
+    network: PlayedNetwork = NO_NETWORK,
+    gate: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0),
+) -> FrameSender:
     return FrameSender(
         bus,
         PLAN,
-        Route("link1", "out", "t", "activations", (Link().grant(1_000_000),)),
-        SenderHooks(
-            gate=lambda: asyncio.sleep(0), on_busy=lambda begin_s, end_s: None, on_acknowledged=on_acknowledged
-        ),
+        Route("link1", "out", "t", "activations", (Link(network=network).grant(1_000_000),)),
+        SenderHooks(gate=gate, on_busy=lambda begin_s, end_s: None, on_acknowledged=on_acknowledged),
         source="d",
     )
 
 
-async def _send(sizes: list[int], faults: Faults | None = None) -> tuple[Counter[int], dict[int, bytes], int, int]:
+async def _send(
+    sizes: list[int], faults: Faults | None = None, network: PlayedNetwork = NO_NETWORK
+) -> tuple[Counter[int], dict[int, bytes], int, int]:
     """Acknowledgements by sample, what arrived, plans seen, samples sent again."""
     broker = MemoryBroker(latency_s=0.001)
     acknowledged: Counter[int] = Counter()
     async with MemoryBus(broker) as bus:
         await bus.create_topics([TopicSpec("out", 1)])
-        sender = frame_sender_of(bus, acknowledged.update)  # the bus must hold all of a sample by then
+        sender = frame_sender_of(bus, acknowledged.update, network)  # the bus must hold all of a sample by then
         broker.faults = faults
         reader = await bus.reader([("out", 0)], start="start")
         arrived: dict[int, bytes] = {}
@@ -80,6 +87,81 @@ async def _send(sizes: list[int], faults: Faults | None = None) -> tuple[Counter
                         if (whole := assembler.add(piece)) is not None:
                             arrived[piece.sample] = whole[0].tobytes()
         return acknowledged, arrived, plans, sender.resent
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_latency_changes_nothing_of_that(seed: int) -> None:
+    generator = random.Random(seed)
+    sizes = [generator.choice([5, 900, 12_000]) for _ in range(20)]
+    faults = Faults(random=random.Random(seed), lost_ack=0.1, lost_post=0.1, duplicate=0.05, late=0.2, late_s=0.05)
+    acknowledged, arrived, plans, resent = run_virtual(_send(sizes, faults, PlayedNetwork(0.05)))
+    assert acknowledged == Counter(dict.fromkeys(range(20), 1))
+    assert arrived == {sample: bytes([sample]) * size for sample, size in enumerate(sizes)}
+    assert resent > 0
+    assert plans > 1
+
+
+def test_frames_in_flight_overlap_and_keep_their_order() -> None:
+    """A latency of 0.3 s delays twenty frames by 0.3 s, not by 6 s; no frame overtakes others where the latency falls."""
+
+    async def run(network: PlayedNetwork) -> list[tuple[int, float]]:
+        clock = asyncio.get_running_loop().time
+        async with MemoryBus(MemoryBroker()) as bus:
+            await bus.create_topics([TopicSpec("out", 1)])
+            reader = await bus.reader([("out", 0)], start="start")
+            came: list[tuple[int, float]] = []
+            sender = frame_sender_of(bus, lambda samples: None, network)
+            async with asyncio.timeout(60.0), sending(sender):
+                for sample in range(20):
+                    sender.put(Outgoing(sample, [np.zeros(1_250, np.uint8)], 0.0))
+                while sum(1 for _ in came) < 20:
+                    for record in await reader.fetch():
+                        came += [(piece.sample, clock()) for piece in decode_frame(record.value).pieces]
+            return came
+
+    near, far = run_virtual(run(PlayedNetwork())), run_virtual(run(PlayedNetwork(0.3)))
+    assert [sample for sample, _ in far] == [sample for sample, _ in near] == list(range(20))
+    assert [late - early for (_, early), (_, late) in zip(near, far, strict=True)] == pytest.approx([0.3] * 20)
+    falling = parse_trace("falling", ["t_s,bps,latency_s", "0,1000000,0.5", "0.1,1000000,0.01", "9,1000000,0.01"])
+    overtaken = run_virtual(run(PlayedNetwork(trace=falling)))
+    assert [sample for sample, _ in overtaken] == list(range(20))
+    assert overtaken[0][1] == pytest.approx(near[0][1] + 0.5)
+    assert overtaken[-1][1] < near[-1][1] + 0.5
+
+
+def test_a_frame_in_flight_waits_for_the_gate_and_one_of_a_stopped_sender_never_arrives() -> None:
+    async def run() -> tuple[int, int, int]:
+        open_again = asyncio.Event()
+        open_again.set()
+
+        async def gate() -> None:
+            await open_again.wait()
+
+        async with MemoryBus(MemoryBroker()) as bus:
+            await bus.create_topics([TopicSpec("out", 1)])
+            sender = frame_sender_of(bus, lambda samples: None, PlayedNetwork(1.0), gate)
+            posted = []
+
+            async def count() -> None:
+                posted.append((await bus.end_offsets("out"))[0])
+
+            async with sending(sender):
+                sender.put(Outgoing(0, [np.zeros(10, np.uint8)], 0.0))
+                await asyncio.sleep(0.5)
+                open_again.clear()
+                await asyncio.sleep(1.0)
+                await count()
+                open_again.set()
+                await asyncio.sleep(0.1)
+                await count()
+                sender.put(Outgoing(1, [np.zeros(10, np.uint8)], 0.0))
+                assert sender.held_bytes >= 10
+                await asyncio.sleep(0.5)
+            await asyncio.sleep(5.0)
+            await count()
+            return posted[0], posted[1], posted[2]
+
+    assert run_virtual(run()) == (0, 1, 1)
 
 
 def test_every_sample_is_acknowledged_once_and_whole() -> None:

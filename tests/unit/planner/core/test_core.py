@@ -110,9 +110,56 @@ def test_where_nothing_but_a_draining_edge_would_do_a_task_waits_for_another() -
 
 
 def test_a_node_that_does_not_drain_counts_in_the_hash_as_it_always_did() -> None:
-    text = edge().model_dump_json(exclude={"draining"})
+    text = edge().model_dump_json(exclude={"draining", "link1_latency_s", "link2_latency_s"})
     assert core_with(edge()).nodes["e1"].digest == hash_of("node|" + text)
     assert core_with(drains(edge())).nodes["e1"].digest != hash_of("node|" + text)
+    assert core_with(edge(link2_latency_s=0.04)).nodes["e1"].digest != hash_of("node|" + text)
+
+
+@pytest.mark.parametrize(("policy", "latency_s"), [("edge-only", 0.020), ("cloud-only", 0.060)])
+@pytest.mark.parametrize(("objective", "crossings"), [(Objective.SEQUENTIAL, 10), (Objective.PIPELINED, 1)])
+def test_declared_latencies_are_part_of_the_predicted_delay(
+    policy: str, latency_s: float, objective: Objective, crossings: int
+) -> None:
+    def placed(link1_s: float | None, link2_s: float | None) -> Placed:
+        core = PlannerCore(0, policy, objective=objective, execution=objective.execution)
+        for node in (edge(link2_latency_s=link2_s), cloud(), device(link1_latency_s=link1_s)):
+            core.handle(node, 0.0)
+        core.validate()
+        placed: Placed = only(core.handle(task(), 0.0), Placed)
+        return placed
+
+    near, far = placed(None, None), placed(0.020, 0.040)
+    assert far.placement == near.placement
+    assert far.delay_s - near.delay_s == pytest.approx(2 * crossings * latency_s)
+
+
+def test_declared_latencies_survive_a_restart() -> None:
+    core = core_with(edge(slots=9, link2_latency_s=0.04), cloud(), device(link1_latency_s=0.02), policy="cloud-only")
+    again = PlannerCore.from_state(core.to_state(), policy="cloud-only")
+    assert again.state_hash == core.state_hash
+    assert again.handle(task(), 1.0) == core.handle(task(), 1.0)
+
+
+def test_a_device_with_a_long_way_to_the_edge_computes_itself_and_one_beside_it_does_not() -> None:
+    core = core_with(edge(slots=9), cloud(), device("d1", link1_latency_s=10.0), device("d2", link1_latency_s=0.001))
+    assert only(core.handle(task("t1", "d1"), 0.0), Placed).placement.edge is None
+    assert only(core.handle(task("t2", "d2"), 0.0), Placed).placement.edge == "e1"
+
+
+@pytest.mark.parametrize("changed", [device(link1_latency_s=0.5), edge(link2_latency_s=0.5)])
+def test_a_scheduled_task_is_planned_again_when_a_latency_that_it_rests_on_changes(changed: NodeAnnounced) -> None:
+    core = core_with(
+        edge(link1_capacity_bps=80 * MBPS, link2_capacity_bps=80 * MBPS), cloud(), device(), policy="cloud-only"
+    )
+    for name in ("t1", "t2"):
+        core.handle(task(name), 0.0)
+    scheduled = [one.task_id for one in core.tasks.values() if one.state is TaskState.SCHEDULED]
+    assert scheduled
+    same = {"link1_capacity_bps": 80 * MBPS, "link2_capacity_bps": 80 * MBPS} if changed.role is Role.EDGE else {}
+    changes = core.handle(changed.model_copy(update=same), 0.1)
+    assert {change.task_id for change in changes if isinstance(change, Retried)} == set(scheduled)
+    core.validate()
 
 
 def test_duplicates_change_nothing() -> None:
