@@ -1,7 +1,9 @@
 """Algorithm 1: the search for the place and the start of an arriving task.
 
 The candidates are all pairs of edge and family, at every known start: now, and the predicted end of each running or scheduled
-task. The algorithm takes the candidate with the least `w + delta_t`: its delay plus the time until its start. In detail:
+task. The algorithm takes the candidate with the least `w + delta_t`: its delay plus the time until its start. If the planner
+knows how far predictions are off, delta_t grows by one deviation of the ends that the start waits for
+(`planner.search.waiting`). In detail:
 
 * A reservation must fit during its whole interval [start, start + w). Its grants are the least free bandwidth over that
   interval, but w depends on the grants. So the algorithm starts with the bandwidth that is free at the start, computes w,
@@ -12,14 +14,15 @@ task. The algorithm takes the candidate with the least `w + delta_t`: its delay 
 * A device with a limited own link has a timeline too: the grant on link 1 is the least free bandwidth on both timelines.
 * Only ends *on the same edge or device* are candidate starts. Let s be an end elsewhere, and let s' < s be now or the last
   instant at which something was freed here. Between s' and s the free resources here only fall, so their minimum over
-  [s', s + w) equals that over [s, s + w). Whatever fits at s fits at s' with the same grants and ends earlier, so s loses.
+  [s', s + w) equals that over [s, s + w). Whatever fits at s fits at s' with the same grants and ends earlier, so s loses;
+  the deviation of s' is not larger.
 
 Lower bounds save time without changing the result: w at full caps is a lower bound for every start of a pair. Pairs and
 starts come from a heap, ordered by this bound plus delta_t, until the bound exceeds the best value found.
 
 Ties: the earlier start wins, then the family, the edge by name, cut1, and cut2.
 
-A deadline is one more bound: w + delta_t must not exceed the time left until the deadline.
+A deadline is one more bound: the predicted end must not be after it. The deviation does not count there.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow
 from planner.search.cut_search import CutSearch, Found
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 from planner.search.ledger import SHORTEST_S, DeviceAccount, EdgeAccount, Timeline
+from planner.search.waiting import NO_DEVIATIONS, Deviations, Waits
 
 EVERY_FAMILY: Final = frozenset({DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE})
 _NEVER: Final = float("inf")
@@ -107,6 +111,7 @@ class Request:
         "_edges",
         "_reached",
         "alone",
+        "deviations",
         "device",
         "device_row",
         "device_search",
@@ -120,7 +125,12 @@ class Request:
     )
 
     def __init__(
-        self, submitted: TaskSubmitted, reached: Reached, device: DeviceAccount | None, objective: Objective
+        self,
+        submitted: TaskSubmitted,
+        reached: Reached,
+        device: DeviceAccount | None,
+        objective: Objective,
+        deviations: Deviations = NO_DEVIATIONS,
     ) -> None:
         self.task_id = submitted.task_id
         self.samples = submitted.samples
@@ -133,6 +143,7 @@ class Request:
         self.alone = reached.alone  # whether the device may run it alone
         self.device = device  # the device's reservations; None: it has none
         self.objective = objective
+        self.deviations = deviations  # of the predictions for the tasks of edges and devices; empty: taken as exact
         self._reached = reached
         self._edges: Sequence[EdgeOption] | None = None
 
@@ -203,22 +214,20 @@ class Choice(NamedTuple):
     delay_s: float  # w
 
 
-Key = tuple[float, float, int, str, int, int]
-"""The order of choices: w + delta_t, then the tie-breaks."""
-
-
 class Algorithm:
     """Algorithm 1 for one task and the ledger at `now`. Policies call `best` with restrictions, or `at`.
 
     Placements that are predicted to end after `deadline_s` are not candidates.
     """
 
-    __slots__ = ("deadline_s", "now", "request")
+    __slots__ = ("_waits", "deadline_s", "now", "request")
 
     def __init__(self, request: Request, now: float, deadline_s: float = _NEVER) -> None:
         self.request = request
         self.now = now
         self.deadline_s = deadline_s  # ledger time
+        deviations = request.deviations
+        self._waits = Waits(deviations, request.device, now) if deviations else None
 
     def best(
         self,
@@ -232,16 +241,17 @@ class Algorithm:
         If `device_computes` is False, only cut1 = 0 is considered, and not `DEVICE`. If `delayed` is False, lines 6-8 of
         Algorithm 1 are skipped: edges are considered only for a start now, but `DEVICE` may still wait for the device.
         """
-        request, now = self.request, self.now
+        request, now, waits = self.request, self.now, self._waits
         best: Choice | None = None
-        best_value = self.deadline_s - now
+        most = self.deadline_s - now  # the largest predicted time until the end
+        best_value = most if waits is None else _NEVER
         best_tie: tuple[float, int, str] = (_NEVER, 0, "")
         if DEVICE in families and device_computes:
             best = self.on_device()
             if best is not None:
-                best_value = best.start_s - now + best.delay_s
+                best_value = self.delta_s(None, best.start_s) + best.delay_s
                 best_tie = (best.start_s, DEVICE, "")
-        heap = self._bounds(families, device_computes, best_value)
+        heap = self._bounds(families, device_computes, min(best_value, most))
         ends: list[float] = []
         device = request.device
         if device is not None and delayed and (device_computes or device.limited):
@@ -261,7 +271,8 @@ class Algorithm:
                 if start >= turn and (family == DEVICE_CLOUD or timeline.slots[at] > 0):
                     choice = self._at(account, kind, family, start, at, device_computes, best_value, full, tried)
                     if choice is not None:
-                        found = start - now + choice.delay_s
+                        delta = start - now if waits is None else waits.delta_s(account, start)
+                        found = delta + choice.delay_s
                         if found < best_value or (start, family, name) < best_tie:
                             best, best_value, best_tie = choice, found, (start, family, name)
                         if choice.delay_s == full[0]:
@@ -271,14 +282,16 @@ class Algorithm:
                 if start < turn:
                     following, at = turn, bisect_right(timeline.times, turn) - 1
                 else:
-                    following, at = _next_start(timeline, family, at, best_value - full[0] + now)
+                    following, at = _next_start(timeline, family, at, min(best_value, most) - full[0] + now)
                 if ends and start >= turn:
                     later = bisect_right(ends, start)
                     if later < len(ends) and ends[later] < following:
                         following = ends[later]
                         at = bisect_right(timeline.times, following) - 1
-                later_value = following - now + full[0]
-                if later_value <= best_value and following != _NEVER:
+                if following == _NEVER or following - now + full[0] > most:
+                    continue
+                later_value = (following - now if waits is None else waits.delta_s(account, following)) + full[0]
+                if later_value <= best_value:
                     heappush(heap, (later_value, family, name, following, at, kind, full, tried, (account,)))
         return best
 
@@ -337,22 +350,15 @@ class Algorithm:
             return None
         kind = EdgeKind(search, b1, b2, overheads, account.slots >= 1, (account,))
         i = bisect_right(account.timeline.times, start_s) - 1
-        return self._at(account, kind, family, start_s, i, device_computes, self.deadline_s - self.now, None, [])
+        return self._at(account, kind, family, start_s, i, device_computes, _NEVER, None, [])
+
+    def delta_s(self, account: EdgeAccount | None, start_s: float) -> float:
+        """How much the wait until a start on an edge, or on the device alone (None), counts in a comparison."""
+        return start_s - self.now if self._waits is None else self._waits.delta_s(account, start_s)
 
     def late_s(self, choice: Choice) -> float:
         """The time by which a choice is predicted to end after the deadline; 0 or negative: it is in time."""
         return (choice.start_s - self.now + choice.delay_s) - (self.deadline_s - self.now)
-
-    def key(self, choice: Choice) -> Key:
-        """The sort key of a choice; the least is the best."""
-        return (
-            choice.start_s - self.now + choice.delay_s,
-            choice.start_s,
-            choice.family,
-            choice.edge or "",
-            choice.cut1,
-            choice.cut2,
-        )
 
     def _at(
         self,
@@ -407,14 +413,16 @@ class Algorithm:
                 b1, at_full = least, False
                 if b1 < 1:
                     return None
-        delta = start - self.now
+        ahead = start - self.now
+        delta = ahead if self._waits is None else self._waits.delta_s(account, start)
+        most = self.deadline_s - self.now
         seen = i + 1
         while True:
             found: Found | None
             if at_full and full is not None:
                 found = full
             else:
-                least_delay = worst - delta
+                least_delay = min(worst - delta, most - ahead)
                 for more1, more2, least_w in tried:
                     if b1 <= more1 and b2 <= more2 and least_w > least_delay:
                         return None
@@ -433,7 +441,7 @@ class Algorithm:
                 if device_computes and len(tried) < _MOST_TRIED:
                     tried.append((b1, b2, found[0]))
             delay, cut1, cut2 = found
-            if delta + delay > worst or not delay < _NEVER:
+            if delta + delay > worst or ahead + delay > most or not delay < _NEVER:
                 return None
             end = start + (delay if delay > SHORTEST_S else SHORTEST_S)
             if cut1 and device is not None and not device.free(start, end):

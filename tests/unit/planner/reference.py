@@ -84,10 +84,31 @@ def place(
             choice = _arrange(request, reservations, own, family, option, start, device_computes, search)
             if choice is None or delta_t + choice.delay_s > deadline_s - now:
                 continue
-            key = (delta_t + choice.delay_s, start, family, choice.edge or "", choice.cut1, choice.cut2)
+            counted = delta_t + _deviation_s(request, reservations, device, option, start, now)
+            key = (counted + choice.delay_s, start, family, choice.edge or "", choice.cut1, choice.cut2)
             if best is None or key < best:
                 best, opt = key, choice
     return opt
+
+
+def _deviation_s(
+    request: Request,
+    reservations: list[Reservation],
+    device: str,
+    option: EdgeOption | None,
+    start: float,
+    now: float,
+) -> float:
+    """One deviation of the ends that a start waits for: those on the edge, and those of the device's own tasks."""
+    found = 0.0
+    here = [] if option is None else [r for r in reservations if r.edge == option.account.name]
+    own = [r for r in reservations if r.device == device]
+    for name, held in (("" if option is None else option.account.name, here), (device, own)):
+        ended = [r for r in held if now < r.end_s <= start]
+        if ended:
+            begun_s = min(now, *(r.start_s for r in ended))
+            found = max(found, request.deviations.get(name, 0.0) * (start - begun_s))
+    return found
 
 
 def _candidates(request: Request, families: Collection[int]) -> Iterable[tuple[int, EdgeOption | None]]:
