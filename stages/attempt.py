@@ -20,6 +20,7 @@ from bus.messages import TaskCompleted, TaskSubmitted
 from bus.tensors import Array, Assembler
 from bus.values import ModelProfile, Parts
 from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
+from stages.measuring.clock import exact_clock
 from stages.node import RETRY_S, Node, cause_of, detail_of
 from stages.runner import Station
 from stages.shaper import Link
@@ -160,7 +161,7 @@ class DeviceAttempt:
     ) -> None:
         """Send every sample as the window allows; return when all results have arrived."""
         node, plan = self.device.node, self.plan
-        clock = asyncio.get_running_loop().time
+        clock = exact_clock()
         for _ in range(self.window):  # opened here, so that preparing the model does not count as a sample's time
             self._open()
         for sample in self.todo:
@@ -172,9 +173,10 @@ class DeviceAttempt:
             ready_s = self._opened_s.popleft()
             tensors = inputs(sample)
             if station is not None:
+                waited_s = station.waited_s
                 tensors = await station.run(sample, tensors, ready_s)
                 now = clock()
-                begin_s = max(ready_s, self._computed_s)
+                begin_s = min(now, max(ready_s, self._computed_s) + station.waited_s - waited_s)
                 self._began_s, self._computed_s = begin_s if self._began_s is None else self._began_s, now
                 self.device_s += now - begin_s
                 node.busy("device_s", plan.task_id, begin_s, now)
@@ -211,7 +213,7 @@ class DeviceAttempt:
 
     def _open(self) -> None:
         """Release one more place in the window."""
-        self._opened_s.append(asyncio.get_running_loop().time())
+        self._opened_s.append(exact_clock()())
         self._window.release()
 
     def _abort(self, error: Exception) -> None:
@@ -266,7 +268,7 @@ class DeviceAttempt:
         self._missing.discard(sample)
         self.under_way -= 1
         self.known.results.add(sample)
-        self._last_result_s = self._progress_s = asyncio.get_running_loop().time()
+        self._last_result_s = self._progress_s = exact_clock()()
         self._open()
         if self._on_result is not None:
             try:

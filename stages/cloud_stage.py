@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from bus import topics
 from bus.errors import ProtocolError
 from bus.frames import Plan
+from bus.values import Placement
 from stages.flow import LayerRange
 from stages.frame_sender import Route
 from stages.network.played import NO_NETWORK, PlayedNetwork
@@ -37,6 +38,10 @@ class CloudStage:
         if not plan.placement.uses_cloud:
             raise ProtocolError("wrong_shape", f"task {plan.task_id}: the plan does not use the cloud")
         return LayerRange(plan.placement.cut2, None, computes=True)
+
+    def serves(self, placement: Placement) -> LayerRange | None:
+        """The layers that a placement has for the cloud; None where it does not use the cloud."""
+        return LayerRange(placement.cut2, None, computes=True) if placement.uses_cloud else None
 
     def route(self, plan: Plan) -> Route:
         """To the device: over link 2, then over link 1."""

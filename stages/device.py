@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from bus import topics
 from bus.errors import BusError, BusUnavailableError, ProtocolError, UnknownTopicError
 from bus.frames import Plan, decode_frame
-from bus.messages import Admitted, Decision, Ended, NodeJoined, Retried, Start, TaskFailed, TaskSubmitted
+from bus.messages import Admitted, Decision, Ended, NodeJoined, Placed, Retried, Start, TaskFailed, TaskSubmitted
 from bus.port import Bus, Reader, Record
 from stages.attempt import DeviceAttempt, DeviceTask, ResultSink
 from stages.frame_authorization import FrameAuthorization
+from stages.measuring.clock import exact_clock
 from stages.network.delay_line import DelayLine
 from stages.node import RETRY_S, Node
 from stages.shaper import Link
@@ -116,8 +117,12 @@ class Device:
     def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
         """Start the attempts that the decision starts on this device and stop those that it ends."""
         name = self.node.settings.name
+        started = {change.task_id for change in decision.changes if isinstance(change, Start)}
         for change in decision.changes:
             match change:
+                case Placed(device=device, placement=placement) if device == name and change.task_id not in started:
+                    if placement.cut1:  # a task that starts now prepares its layers itself
+                        self.node.prepare_ahead(change, 0, placement.cut1)
                 case Admitted(task=task) if task.device == name:
                     self._remember(task)
                 case NodeJoined(node=node) if node.incarnation == self.node.incarnation:
@@ -142,7 +147,7 @@ class Device:
 
     def _remember(self, task: TaskSubmitted) -> None:
         if task.task_id not in self.tasks:
-            now = asyncio.get_running_loop().time()
+            now = exact_clock()()
             self.tasks[task.task_id] = DeviceTask(task, now, set(self._kept(task.task_id)))
 
     def _start(self, start: Start, region: int) -> None:
@@ -152,7 +157,7 @@ class Device:
             return
         self._stop(known)
         if known.started_s is None:
-            known.started_s = asyncio.get_running_loop().time()
+            known.started_s = exact_clock()()
         todo = [sample for sample in range(known.task.samples) if sample not in known.results]
         plan = Plan.of(placed, region=region, todo=max(1, len(todo)), input_bytes=known.task.input_bytes)
         patience_s = STALL_S + STALL_SAMPLES * placed.parts.total_s / placed.samples

@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 
 from bus import topics
 from bus.frames import Plan
+from bus.values import Placement
 from stages.flow import LayerRange
 from stages.frame_sender import Route
 from stages.node import NodeSettings
@@ -23,6 +24,7 @@ class EdgeStage:
     part = "edge"
 
     def __init__(self, settings: NodeSettings) -> None:
+        self._name = settings.name
         self.topic = topics.activations_topic(settings.name)
         self.group_id = f"deepar.edge.{settings.name}"
         self.slots = asyncio.Semaphore(settings.slots)
@@ -36,6 +38,12 @@ class EdgeStage:
     def layers(self, plan: Plan) -> LayerRange:
         """The layers between the plan's two cuts."""
         placement = plan.placement
+        return LayerRange(placement.cut1, placement.cut2, computes=placement.uses_slot)
+
+    def serves(self, placement: Placement) -> LayerRange | None:
+        """The layers that a placement has for this edge; None where it uses another edge."""
+        if placement.edge != self._name:
+            return None
         return LayerRange(placement.cut1, placement.cut2, computes=placement.uses_slot)
 
     def route(self, plan: Plan) -> Route:

@@ -21,6 +21,7 @@ from bus.port import Bus, Record, TopicPartition
 from bus.tensors import Array, Assembler, Piece
 from bus.tracing import parent_in
 from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
+from stages.measuring.clock import exact_clock
 from stages.node import Node, cause_of, detail_of
 from stages.offsets import Receipt
 from stages.runner import Station
@@ -97,7 +98,8 @@ class Flow:
         self.busy_s = 0.0
         self.parent_id: str | None = None  # parent trace span, where the frames name one
         self._began_s: float | None = None  # start of the first computation on this stage
-        self._free_s = float("-inf")  # end of the last computation
+        self._opened_s = float("-inf")  # when the model was ready and the slot taken
+        self._free_s = float("-inf")  # from when the next sample may be computed
         self.window = MAX_WINDOW  # samples that its device may have in the pipeline
         self._widest_bytes = MAX_SAMPLE_BYTES  # upper limit for one sample
         self._expected_bytes: int | None = None  # size of one sample that arrives here, where the model is known
@@ -160,7 +162,7 @@ class Flow:
     def take_frame(self, record: Record, frame: Frame, receipt: Receipt) -> None:
         """Accept the pieces of a frame. Raises `ProtocolError` where the frame is unusable."""
         self.partitions.add((record.topic, record.partition))
-        self.active_s = asyncio.get_running_loop().time()
+        self.active_s = exact_clock()()
         if record.headers and self.parent_id is None:
             self.parent_id = parent_in(record.headers, self.plan.task_id)
         for piece in frame.pieces:
@@ -225,6 +227,7 @@ class Flow:
                 await stack.enter_async_context(self.hop.stage.slot())
                 station = runner.station(self.plan, self.first, self.last)
                 stack.callback(station.close)
+                self._opened_s = self._free_s = exact_clock()()  # waiting for model and slot is not computing
             sender = self._sending = self._frame_sender()
             stack.callback(self._record_spans, sender)
             async with sending(sender):
@@ -232,16 +235,17 @@ class Flow:
             await self._report(sender.busy_s)
 
     async def _work(self, station: Station | None, sender: FrameSender) -> None:
-        clock = asyncio.get_running_loop().time
+        clock = exact_clock()
         for _ in range(self.plan.todo):
             while not self._ready:
                 self._arrived.clear()
                 await self._arrived.wait()
             sample, tensors, ready_s = self._ready.popleft()
             if station is not None:
-                tensors = await station.run(sample, tensors, ready_s)
+                waited_s = station.waited_s
+                tensors = await station.run(sample, tensors, max(ready_s, self._opened_s))
                 now = clock()
-                begin_s = max(ready_s, self._free_s)
+                begin_s = min(now, max(ready_s, self._free_s) + station.waited_s - waited_s)
                 if self._began_s is None:
                     self._began_s = begin_s
                 self.busy_s += now - begin_s

@@ -19,6 +19,7 @@ from bus.errors import BusError, MessageTooLargeError
 from bus.frames import MAX_FRAME_BYTES, MAX_PIECES, Frame, FrameKind, Plan, encode_frame
 from bus.port import Bus, Headers, Position
 from bus.tensors import Array, Piece, to_pieces
+from stages.measuring.clock import exact_clock
 from stages.network.delay_line import DelayLine
 from stages.shaper import Grant, cross, frame_bytes
 
@@ -46,7 +47,7 @@ class SenderHooks:
     """What a frame sender calls while it sends."""
 
     gate: Callable[[], Awaitable[None]]  # returns when the node may send
-    on_busy: Callable[[float, float], None]  # begin and end of a stretch of sending, on the loop's clock
+    on_busy: Callable[[float, float], None]  # begin and end of a stretch of link time, on the loop's clock
     on_acknowledged: Callable[[Sequence[int]], None]  # samples that the bus now holds completely, each reported once
 
 
@@ -69,7 +70,6 @@ class _Crossed(NamedTuple):
 
     payload: bytes
     headers: Headers
-    offered_s: float
     items: list[Outgoing]  # as in `_Sent`
     begun: list[Outgoing]
 
@@ -79,7 +79,6 @@ class _Sent:
     """One posted frame that is not acknowledged yet."""
 
     acknowledgement: Awaitable[Position]
-    offered_s: float
     items: list[Outgoing]  # samples whose last piece is in this frame
     begun: list[Outgoing]  # samples with a piece in this frame
 
@@ -123,8 +122,8 @@ class FrameSender:
         self._to_await = asyncio.Event()
         self._generation = 0  # number of resends so far
         self.began_s: float | None = None  # begin of the first busy interval, on the loop's clock
-        self.busy_until_s = float("-inf")  # when the last acknowledgement came
-        self.busy_s = 0.0  # total time from offering frames to their acknowledgement, without idle time
+        self.busy_until_s = float("-inf")  # when the last frame had crossed the links
+        self.busy_s = 0.0  # link time: from when frames were ready until they had crossed at the granted rates
         self.frames = 0
         self.resent = 0
 
@@ -209,21 +208,23 @@ class FrameSender:
 
     async def _send_frame(self, pieces: tuple[Piece, ...], done: list[Outgoing], generation: int) -> None:
         begun = self._begun
-        offered_s = max(item.ready_s for item in begun)
+        ready_s = max(item.ready_s for item in begun)
         route = self._route
+        clock = exact_clock()
         while True:
             plan = self._plan if self._plan_due else None
             payload = encode_frame(
                 Frame(self._route.kind, self._plan.task_id, self._plan.attempt, self._source, pieces, plan)
             )
             await self._hooks.gate()  # before the link, so that frames do not burst when the gate opens
-            crossed_s = await cross(route.grants, len(payload), offered_s)
+            crossed_s = await cross(route.grants, len(payload), ready_s)
+            self._crossed(ready_s, crossed_s)
             if self._delays:
                 if generation == self._generation:
                     headers = self._headers if self._headers_due else ()
                     self._plan_due = self._headers_due = False
                     latency_s = sum(grant.link.latency_s(crossed_s) for grant in route.grants)
-                    self._arriving.put(_Crossed(payload, headers, offered_s, done, begun), crossed_s + latency_s)
+                    self._arriving.put(_Crossed(payload, headers, done, begun), crossed_s + latency_s)
                 return
             await self._hooks.gate()
             if generation != self._generation:
@@ -236,13 +237,26 @@ class FrameSender:
                 raise
             except BusError:
                 await asyncio.sleep(RETRY_S)
+                ready_s = clock()  # the failure is no link time
         if generation != self._generation:
             _forget(acknowledgement)
             return
         self._plan_due = self._headers_due = False
         self.frames += 1
-        self._sent.append(_Sent(acknowledgement, offered_s, done, begun))
+        self._sent.append(_Sent(acknowledgement, done, begun))
         self._to_await.set()
+
+    def _crossed(self, ready_s: float, now: float) -> None:
+        """Count the link time of a frame that was ready at `ready_s` and has crossed now.
+
+        It ends here and not at the acknowledgement: the bus adds latency, during which the next frames already cross.
+        """
+        begin_s = min(now, max(ready_s, self.busy_until_s))
+        if self.began_s is None:
+            self.began_s = begin_s
+        self.busy_s += now - begin_s
+        self.busy_until_s = now
+        self._hooks.on_busy(begin_s, now)
 
     async def _post_all(self) -> None:
         """Post frames when they arrive at the other end of the links."""
@@ -266,11 +280,10 @@ class FrameSender:
                 continue
             self._arriving.pop()
             self.frames += 1
-            self._sent.append(_Sent(acknowledgement, frame.offered_s, frame.items, frame.begun))
+            self._sent.append(_Sent(acknowledgement, frame.items, frame.begun))
             self._to_await.set()
 
     async def _await_all(self) -> None:
-        clock = asyncio.get_running_loop().time
         while True:
             while not self._sent:
                 self._to_await.clear()
@@ -284,13 +297,6 @@ class FrameSender:
                 await asyncio.sleep(RETRY_S)
                 self._send_again()
                 continue
-            now = clock()
-            begin_s = min(now, max(sent.offered_s, self.busy_until_s))
-            if self.began_s is None:
-                self.began_s = begin_s
-            self.busy_s += now - begin_s
-            self.busy_until_s = now
-            self._hooks.on_busy(begin_s, now)
             self._sent.popleft()
             if sent.items:
                 self._hooks.on_acknowledged([item.sample for item in sent.items])
@@ -299,7 +305,9 @@ class FrameSender:
         """Queue all unacknowledged samples again, in order, each from its first piece."""
         self._generation += 1
         again: dict[int, Outgoing] = {}
+        now = exact_clock()()
         for item in [*(item for sent in (*self._sent, *self._arriving) for item in sent.begun), *self._begun]:
+            item.ready_s = now  # so that the time until the failure was noticed is no link time
             again.setdefault(item.sample, item)
         for later in self._sent:
             _forget(later.acknowledgement)

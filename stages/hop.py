@@ -24,7 +24,7 @@ from bus.port import Member, Record, TopicPartition
 from bus.values import Role
 from stages.cloud_stage import CloudStage
 from stages.edge_stage import EdgeStage
-from stages.flow import Flow
+from stages.flow import Flow, LayerRange
 from stages.frame_authorization import FrameAuthorization
 from stages.node import RETRY_S, Node
 from stages.offsets import OffsetLedger, Receipt
@@ -104,7 +104,12 @@ class Hop:
         for key in [key for key in self.flows if key[0] in gone and fences.fenced(*key)]:
             self.flows.pop(key).stop(discard=True)
         # Plans of other regions are accepted without a decision, except under a task name of this region.
-        for key in [(change.task_id, change.attempt) for change in decision.changes if isinstance(change, Placed)]:
+        for change in decision.changes:
+            if not isinstance(change, Placed):
+                continue
+            key = (change.task_id, change.attempt)
+            if (layers := self.stage.serves(change.placement)) is not None:
+                self._prepare_ahead(change, layers)
             if key in self.flows and self.flows[key].plan.region != decision.region:
                 self.flows.pop(key).stop(discard=True)
         for key in list(self._orphans):
@@ -114,6 +119,12 @@ class Hop:
                     orphan.receipt.release()
             elif (placed := fences.placed(task_id)) is not None and placed.attempt == attempt:
                 self._process_buffered(key)
+
+    def _prepare_ahead(self, placed: Placed, layers: LayerRange) -> None:
+        profile = next((p for p in self.node.runner.profiles() if p.model == placed.model), None)
+        if profile is not None and layers.computes:
+            last = profile.layers if layers.last is None else layers.last
+            self.node.prepare_ahead(placed, layers.first, last)
 
     @property
     def held_bytes(self) -> int:

@@ -64,6 +64,7 @@ class LitertRunner:
         self._models = {model.name: model for model in models}
         self._paced = options.paced or options.slowdown > 1.0
         self._pool = pool or ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
+        self._workers = _Workers(self._pool)
         self._owns_pool = pool is None
         self._stores = dict(stores or {})
         self._profiles: dict[str, ModelProfile] = {}
@@ -106,9 +107,9 @@ class LitertRunner:
         busy_s = sum(profile_of(self._profiles, plan.model).layer_s[first:last])
         segment = self._stores[plan.model].get(first, last)
         if self._paced:
-            return _PacedStation(segment, self._pool, busy_s)
+            return _PacedStation(segment, self._workers, busy_s)
         kind = _InlineStation if busy_s < INLINE_S else _LitertStation
-        return kind(segment, self._pool)
+        return kind(segment, self._workers)
 
     async def close(self) -> None:
         """Stop the worker threads that this runner created."""
@@ -123,15 +124,45 @@ class LitertRunner:
             raise UnknownNameError(f"this node has no model {name!r}; it has {known}") from None
 
 
+class _Workers:
+    """The worker threads of a runner, and how long samples wait while all of them are busy."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._jobs = 0  # samples that are computed or wait for a thread
+
+    async def run(self, segment: Segment, inputs: Sequence[Array]) -> tuple[list[Array], float]:
+        """The outputs, and the seconds that the sample waited because every thread was busy."""
+        crowded = self._jobs >= WORKERS
+        asked_s = time.monotonic()
+
+        def work() -> tuple[float, list[Array]]:
+            return time.monotonic(), segment.run(inputs)
+
+        self._jobs += 1
+        try:
+            begin_s, outputs = await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        finally:
+            self._jobs -= 1
+        return outputs, begin_s - asked_s if crowded else 0.0  # else it is the time to wake a thread
+
+
 class _LitertStation:
     """Computes in a worker thread and returns the result as soon as it is computed."""
 
-    def __init__(self, segment: Segment, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, segment: Segment, workers: _Workers) -> None:
         self._segment = segment
-        self._pool = pool
+        self._workers = workers
+        self._queued_s = 0.0
+
+    @property
+    def waited_s(self) -> float:
+        return self._queued_s + self._segment.waited_s
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._segment.run, inputs)
+        outputs, queued_s = await self._workers.run(self._segment, inputs)
+        self._queued_s += queued_s
+        return outputs
 
     def close(self) -> None:
         self._segment.release()
@@ -140,10 +171,14 @@ class _LitertStation:
 class _PacedStation(_LitertStation):
     """Computes in a worker thread and returns the result when the emulated slower machine would."""
 
-    def __init__(self, segment: Segment, pool: ThreadPoolExecutor, busy_s: float) -> None:
-        super().__init__(segment, pool)
+    def __init__(self, segment: Segment, workers: _Workers, busy_s: float) -> None:
+        super().__init__(segment, workers)
         self._busy_s = busy_s
         self._pace_clock = PaceClock()
+
+    @property
+    def waited_s(self) -> float:
+        return 0.0  # an emulated platform computes its tasks side by side
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
         outputs = await super().run(sample, inputs, ready_s)
@@ -157,14 +192,15 @@ class _InlineStation(_LitertStation):
     It uses a thread where the event loop would have to wait for an interpreter or load one.
     """
 
-    def __init__(self, segment: Segment, pool: ThreadPoolExecutor) -> None:
-        super().__init__(segment, pool)
+    def __init__(self, segment: Segment, workers: _Workers) -> None:
+        super().__init__(segment, workers)
         self._yielded_s = time.perf_counter()
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        if time.perf_counter() - self._yielded_s > YIELD_S:
+        if (now := time.perf_counter()) - self._yielded_s > YIELD_S:
             await asyncio.sleep(0)
             self._yielded_s = time.perf_counter()
+            self._queued_s += self._yielded_s - now
         if not self._segment.idle:  # checked after the sleep, during which another task may take the interpreter
             return await super().run(sample, inputs, ready_s)
         return self._segment.run(inputs)

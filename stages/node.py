@@ -24,7 +24,17 @@ from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
 from bus.frames import Plan
 from bus.identity.proofs import WRONG_IDENTITY
 from bus.identity.signed_bus import satisfy_region
-from bus.messages import Decision, EpochOpened, Message, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLeft, NodeLost
+from bus.messages import (
+    Decision,
+    EpochOpened,
+    Message,
+    NodeAnnounced,
+    NodeHeartbeat,
+    NodeJoined,
+    NodeLeft,
+    NodeLost,
+    Placed,
+)
 from bus.port import Bus, Headers, Reader, Record
 from bus.tracing import TRACEPARENT, Attribute, Span, SpanSink, parent_of, part_span_id, traceparent
 from bus.values import Role
@@ -46,6 +56,8 @@ WAIT_LOG_S = 60.0
 """Interval at which a waiting node logs that it still waits."""
 DRAIN_ACKNOWLEDGED_S = 2.0
 """Timeout for the planner's acknowledgement of a drain."""
+MAX_PREPARATIONS = 16
+"""Limit of models that are prepared ahead at the same time; beyond it an attempt prepares its model itself."""
 DRAINED_S = 0.05
 """Interval at which a draining node checks whether its work has ended."""
 
@@ -137,6 +149,7 @@ class Node:
         self.serving = asyncio.Event()  # set by the work when it can receive; the node announces itself after that
         self._announced_s = float("-inf")  # time of the last announcement
         self._group: asyncio.TaskGroup | None = None
+        self._preparing = 0  # models being prepared ahead
         self._draining = False  # announcements say that the node accepts no new tasks
         self._drain_acknowledged = asyncio.Event()  # set when the planner has acknowledged the drain
         self._lease_start_s = float("-inf")  # send time of the last acknowledged heartbeat or announcement
@@ -239,6 +252,26 @@ class Node:
     def trace_header(self, part: str, plan: Plan) -> Headers:
         """Headers for a record that make the receiver's spans children of this part's span."""
         return ((TRACEPARENT, traceparent(plan.task_id, part_span_id(part, plan, self.settings.name))),)
+
+    def prepare_ahead(self, placed: Placed, first: int, last: int) -> None:
+        """Prepare layers first+1..last of a placed task in the background, before its samples arrive.
+
+        A failure is left to the attempt, which prepares the layers again and reports it.
+        """
+        if self._group is None or self._preparing >= MAX_PREPARATIONS:
+            return
+        plan = Plan.of(placed, region=self.settings.region, todo=placed.samples)
+
+        async def prepare() -> None:
+            self._preparing += 1
+            try:
+                await self.runner.prepare(plan, first, last)
+            except Exception as error:
+                self.log.info("model not prepared ahead", task=placed.task_id, error=detail_of(error))
+            finally:
+                self._preparing -= 1
+
+        self._group.create_task(prepare(), name=f"{self.settings.name}: prepare {placed.task_id}")
 
     async def publish(self, topic: str, message: Message, key: str) -> None:
         """Publish a control message to the region; retry until the bus acknowledges it."""

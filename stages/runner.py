@@ -23,6 +23,10 @@ from bus.values import ModelProfile
 class Station(Protocol):
     """Computes one task's samples on one stage, one after the other."""
 
+    @property
+    def waited_s(self) -> float:
+        """Total time that this task's samples have waited because other tasks used the runner."""
+
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
         """Compute layers first+1..last for a sample whose inputs were ready at `ready_s` (the loop's clock).
 
@@ -116,6 +120,8 @@ class ModelledRunner:
 
 
 class _ModelledStation:
+    waited_s = 0.0  # an emulated platform computes its tasks side by side
+
     def __init__(self, busy_s: float, output_bytes: int) -> None:
         self._busy_s = busy_s
         self._output = [_blank(output_bytes)]

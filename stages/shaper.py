@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import deque
-from collections.abc import Callable
 
 from bus.values import BITS_PER_BYTE
+from stages.measuring.clock import exact_clock
 from stages.network.played import NO_NETWORK, PlayedNetwork
 
 GUARD_S = 1.0
@@ -104,7 +103,7 @@ class Link:
         self.capacity_bps = capacity_bps
         self.network = network
         self.sent_bytes = 0
-        self._begin_s = _exact_clock()() if network.trace is not None else 0.0
+        self._begin_s = exact_clock()() if network.trace is not None else 0.0
         self._guard = _Guard(capacity_bps) if capacity_bps else None
 
     def latency_s(self, now_s: float) -> float:
@@ -161,7 +160,7 @@ async def cross(grants: tuple[Grant, ...], size_bytes: int, ready_s: float) -> f
     The links form a pipeline: while one frame crosses the second link, the next crosses the first, because each frame is
     booked from when its bytes were ready, not from the time of the call. A task makes one call at a time.
     """
-    clock = _exact_clock()
+    clock = exact_clock()
     crossed_s = ready_s
     for grant in grants:
         crossed_s = grant.book(size_bytes, crossed_s)
@@ -177,12 +176,3 @@ async def cross(grants: tuple[Grant, ...], size_bytes: int, ready_s: float) -> f
     for grant in grants:
         grant.record_sent(size_bytes, now)
     return now
-
-
-def _exact_clock() -> Callable[[], float]:
-    """The loop's clock; on uvloop the system's monotonic clock, which has the same zero.
-
-    uvloop's own clock advances once per loop iteration, in whole milliseconds, which is too coarse for the guard.
-    """
-    loop = asyncio.get_running_loop()
-    return time.monotonic if type(loop).__module__ == "uvloop" else loop.time

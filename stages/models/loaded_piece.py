@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 
 from stages.models.runtime.litert import SegmentRunner
@@ -33,14 +34,20 @@ class LoadedPiece:
         """Whether an interpreter is free at this moment."""
         return bool(self._idle)
 
-    def take(self, may_grow: Callable[[LoadedPiece], bool]) -> SegmentRunner:
-        """Takes an interpreter for the calling thread until `give`; waits for a free one, or loads another if `may_grow`."""
+    def take(self, may_grow: Callable[[LoadedPiece], bool], on_wait: Callable[[float], None]) -> SegmentRunner:
+        """Takes an interpreter for the calling thread until `give`; waits for a free one, or loads another if `may_grow`.
+
+        `on_wait` receives the seconds for which other threads delayed this one.
+        """
         if not self._keep:
             return self._load()
         try:
             return self._idle.pop()  # `pop` is atomic; a lock would cost as much as running a small piece
         except IndexError:
-            return self._waited_for(may_grow)
+            begin_s = time.monotonic()
+            runner = self._waited_for(may_grow)
+            on_wait(time.monotonic() - begin_s)
+            return runner
 
     def _waited_for(self, may_grow: Callable[[LoadedPiece], bool]) -> SegmentRunner:
         with self._changed:

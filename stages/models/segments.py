@@ -75,6 +75,7 @@ class Segment:
         self._makes = tuple(spec.name for spec in self.outputs)
         self._store = store
         self._chain: tuple[int, list[LoadedPiece]] = (-1, [])  # (store.changes at the lookup, pieces)
+        self.waited_s = 0.0  # time that calls of `run` have waited for interpreters that others used
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Computes the tensors that cross `end` from those that cross `begin`, each in the boundary's order.
@@ -94,13 +95,17 @@ class Segment:
         return [known[name] for name in self._makes]
 
     def _run_piece(self, piece: LoadedPiece, inputs: Sequence[Array]) -> list[Array]:
-        runner = piece.take(self._store.may_grow)  # a context manager would cost as much as running a small piece
+        # A context manager would cost as much as running a small piece.
+        runner = piece.take(self._store.may_grow, self._count_wait)
         try:
             if self._store.stateful:
                 runner.reset()
             return runner.run(inputs)
         finally:
             piece.give(runner)
+
+    def _count_wait(self, seconds: float) -> None:
+        self.waited_s += seconds
 
     @property
     def idle(self) -> bool:
@@ -176,13 +181,27 @@ class SegmentStore:
         self._preparing = threading.RLock()  # serializes slicing and loading; held for seconds
 
     def warm(self, say: Say | None = None) -> None:
-        """Loads all pieces between the useful cuts, so that a placement at these cuts starts without delay."""
+        """Loads all pieces between the useful cuts, so that a placement at these cuts starts without delay.
+
+        A small model's whole, heads and tails are loaded as joined pieces, too, as far as half of their budget allows.
+        """
         with self._sandbox:
             for begin, end in pairwise(list(self._bounds)):
                 if say is not None:
                     say(f"preparing {self.model.name} {begin + 1}..{end}")
                 self._require(begin, end)
+            if self.small:
+                self._join_common()
         give_back()
+
+    def _join_common(self) -> None:
+        first, *inner, last = self._bounds
+        ends = [(first, last), *(pair for cut in inner for pair in ((first, cut), (cut, last)))]
+        for begin, end in ends:
+            if self._joined_bytes() >= self._limits.joined_bytes // 2:
+                return
+            if len(self.chain(begin, end)) > 1:
+                self._join(begin, end)
 
     def prepare(self, begin: int, end: int) -> Segment:
         """Makes layers begin+1..end ready and returns them.
@@ -207,7 +226,12 @@ class SegmentStore:
         return segment
 
     async def ready(self, begin: int, end: int) -> Segment:
-        """Runs `prepare` in the store's own thread, so that the event loop and running tasks continue."""
+        """Runs `prepare` in the store's own thread, so that the event loop and running tasks continue.
+
+        A prepared segment is returned at once: a thread would cost more than a small model's whole computation.
+        """
+        if self._prepared(begin, end):
+            return self.get(begin, end)
         return await asyncio.get_running_loop().run_in_executor(self._worker, self.prepare, begin, end)
 
     def get(self, begin: int, end: int) -> Segment:
@@ -223,6 +247,20 @@ class SegmentStore:
             if begin not in self._bounds or end not in self._bounds:
                 return False
             return all(pair in self._pieces for pair in self._pairs(begin, end))
+
+    def _prepared(self, begin: int, end: int) -> bool:
+        """Whether `prepare` has nothing to do; marks the segment's bounds and joined piece as recently used."""
+        if not self.is_ready(begin, end):
+            return False
+        with self._looking:
+            joined = not self.small or len(self._pairs(begin, end)) < 2 or (begin, end) in self._joined
+            if joined:
+                for position in (begin, end):
+                    if position in self._asked:
+                        self._asked.move_to_end(position)
+                if (begin, end) in self._joined:
+                    self._joined.move_to_end((begin, end))
+            return joined
 
     @property
     def loaded_bytes(self) -> int:
@@ -281,6 +319,9 @@ class SegmentStore:
         pieces = (*self._pieces.values(), *self._joined.values())
         return sum(piece.size_bytes * piece.loaded for piece in pieces)
 
+    def _joined_bytes(self) -> int:
+        return sum(piece.size_bytes * piece.loaded for piece in self._joined.values())
+
     def _pairs(self, begin: int, end: int) -> list[tuple[int, int]]:
         inner = self._bounds[bisect_left(self._bounds, begin) : bisect_right(self._bounds, end)]
         return list(pairwise(inner))
@@ -308,7 +349,7 @@ class SegmentStore:
         piece = self._load(begin, end)
         with self._looking:
             self._joined[begin, end] = piece
-            while sum(other.size_bytes * other.loaded for other in self._joined.values()) > self._limits.joined_bytes:
+            while self._joined_bytes() > self._limits.joined_bytes:
                 self._joined.popitem(last=False)
             self.changes += 1
 

@@ -117,6 +117,10 @@ class _CheckedStation:
         self._inner, self._runner = inner, runner
         self._task_id, self._first, self._last = task_id, first, last
 
+    @property
+    def waited_s(self) -> float:
+        return self._inner.waited_s
+
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
         if not same(inputs, self._task_id, sample, self._first):
             self._runner.wrong(self._task_id, sample, self._first)

@@ -87,6 +87,10 @@ class LateStation:
     def __init__(self, inner: Station) -> None:
         self._inner = inner
 
+    @property
+    def waited_s(self) -> float:
+        return self._inner.waited_s
+
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
         outputs = await self._inner.run(sample, inputs, ready_s)
         await asyncio.sleep(0.02)

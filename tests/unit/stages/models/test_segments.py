@@ -45,7 +45,7 @@ def test_every_pair_of_cuts_runs_as_a_chain_of_shared_pieces(
 
 
 def test_segments_that_overlap_share_their_pieces(lenet: Model, tmp_path: Path) -> None:
-    store = store_of(lenet, tmp_path)
+    store = store_of(lenet, tmp_path, limits=StoreLimits(joined_bytes=0))
     store.warm()
     whole = store.chain(0, 7)
     assert store.chain(4, 7) == whole[-3:]
@@ -83,6 +83,30 @@ def test_useful_cuts_are_ready_after_warming_and_others_after_preparing(lenet: M
     assert not store.is_ready(3, 7)
     store.prepare(3, 7)
     assert store.is_ready(3, 7)
+
+
+def test_warming_joins_a_small_models_whole_heads_and_tails(lenet: Model, tmp_path: Path) -> None:
+    store = store_of(lenet, tmp_path)
+    store.warm()
+    assert all(store.joined(*ends) is not None for ends in ((0, 7), (0, 5), (4, 7)))
+    assert store.joined(4, 6) is None
+    whole = store.joined(0, 7)
+    assert whole is not None
+    tight = store_of(lenet, tmp_path, limits=StoreLimits(joined_bytes=whole.size_bytes))
+    tight.warm()
+    assert tight.joined(0, 7) is not None
+    assert tight.joined(0, 5) is None
+
+
+async def test_a_prepared_segment_needs_no_thread(lenet: Model, tmp_path: Path) -> None:
+    store = store_of(lenet, tmp_path)
+    store.warm()
+    store.prepare(3, 7)
+    store._worker.shutdown()
+    assert (await store.ready(0, 7)).end == 7
+    assert (await store.ready(3, 7)).begin == 3
+    with pytest.raises(RuntimeError, match="shutdown"):
+        await store.ready(2, 5)  # not prepared: it would have to slice
 
 
 def test_relaying_computes_nothing(lenet: Model, sample: list[np.ndarray], tmp_path: Path) -> None:
