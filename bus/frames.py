@@ -46,6 +46,7 @@ MAX_PIECES = 512
 MAX_SAMPLE_BYTES = 256 * 1024 * 1024
 MAX_TENSORS = 64
 MAX_RANK = 8
+MAX_BUSY_S = 1e12
 _COUNTS_BELOW = 1 << 40
 _FIRST_LOOK_BYTES = 16 * 1024  # contains most heads; the unpacker copies its input
 
@@ -173,7 +174,7 @@ def decode_frame(payload: Payload | None) -> Frame:
         plan = Plan.model_validate(head["plan"]) if "plan" in head else None
         return Frame(
             kind, _text(head["task"]), _count(head["attempt"]), _text(head["from"]), _pieces(head["pieces"], data),
-            plan, {_text(key): float(value) for key, value in head.get("report", {}).items()},
+            plan, {_text(key): _seconds(value) for key, value in head.get("report", {}).items()},
         )  # fmt: skip
     except ValidationError as error:
         raise ProtocolError("undecodable", first_fault(error, "plan")) from None
@@ -325,6 +326,13 @@ def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < _COUNTS_BELOW:
         raise ProtocolError("undecodable", f"{str(value)[:40]!r} is not a non-negative integer")
     return value
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not 0.0 <= seconds <= MAX_BUSY_S:
+        raise ProtocolError("undecodable", f"{seconds} is not a valid number of busy seconds")
+    return seconds
 
 
 def _text(value: Any) -> str:

@@ -6,6 +6,7 @@ All are frozen and validated when built. Times are seconds, rates bits per secon
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from itertools import product
 from typing import Annotated, Final, Self
@@ -17,7 +18,8 @@ from bus.errors import ConfigError
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+/:-]*$")]
 """A node, task or model name: printable, without blanks, safe in a topic name but for `/`, `:` and `+`."""
 
-NodeName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+_NODE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+NodeName = Annotated[str, Field(min_length=1, max_length=100, pattern=_NODE_NAME)]
 """A node's name becomes part of topic names, so it holds letters, digits, `_` and `-` only."""
 
 Seconds = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
@@ -28,6 +30,11 @@ BitsPerSecond = Annotated[int, Field(ge=0, le=1 << 50)]
 
 BITS_PER_BYTE = 8
 """The one place where bytes become bits."""
+
+
+def is_node_name(text: str) -> bool:
+    """Whether a text, for example from a frame, can be a node's name."""
+    return len(text) <= 100 and re.match(_NODE_NAME, text) is not None and not text.endswith("\n")
 
 
 class Frozen(BaseModel):

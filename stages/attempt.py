@@ -18,7 +18,7 @@ from bus.errors import BusError, ConfigError, DeeparError, InvariantError, Proto
 from bus.frames import Frame, Plan
 from bus.messages import TaskCompleted, TaskSubmitted
 from bus.tensors import Array, Assembler
-from bus.values import ModelProfile, Parts
+from bus.values import ModelProfile, Parts, is_node_name
 from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
 from stages.measuring.clock import exact_clock
 from stages.node import RETRY_S, Node, cause_of, detail_of
@@ -85,6 +85,7 @@ class DeviceAttempt:
         self._began_s: float | None = None  # start of the first computation on this device
         self._computed_s = float("-inf")  # end of the last computation
         self.reports: dict[str, float] = {}
+        self._cloud: str | None = None  # the cloud node that reported
         self._on_result = on_result
         self._missing = set(todo)
         self._assembler = Assembler()
@@ -243,6 +244,8 @@ class DeviceAttempt:
         if frame.kind == "report":
             for part, busy_s in frame.report.items():
                 self.reports[part] = self.reports.get(part, 0.0) + busy_s
+            if "cloud_s" in frame.report and is_node_name(frame.source):
+                self._cloud = frame.source
             if self._expected() <= self.reports.keys():
                 self._reported.set()
             return
@@ -300,6 +303,7 @@ class DeviceAttempt:
             measured=measured,
             delay_s=max(0.0, self._last_result_s - started_s),
             wait_s=max(0.0, started_s - known.admitted_s),
+            cloud=self._cloud,
         )
         await node.publish(topics.EVENTS, message, self.plan.task_id)
 

@@ -162,6 +162,9 @@ PIECE = {"sample": 0, "at": 0, "size": 12, "bytes": 12, "tensors": [{"dtype": "f
         ({"plan": [1]}, "undecodable"),
         ({"report": {"edge_s": "soon"}}, "undecodable"),
         ({"report": [1]}, "undecodable"),
+        ({"report": {"edge_s": float("nan")}}, "undecodable"),
+        ({"report": {"edge_s": -1.0}}, "undecodable"),
+        ({"report": {"edge_s": float("inf")}}, "undecodable"),
     ],
 )
 def test_what_is_wrong_is_refused_with_its_cause(changes: dict[str, Any], cause: str) -> None:

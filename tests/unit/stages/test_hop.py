@@ -254,3 +254,26 @@ def test_frames_without_a_plan_wait_and_are_dead_letters_in_the_end() -> None:
             assert e.committed() == 1
 
     run_virtual(run())
+
+
+def test_waiting_for_a_slot_is_no_computing() -> None:
+    """Two tasks at an edge with one slot: both compute for 3 x 20 ms, though one of them waits."""
+
+    async def run() -> tuple[dict[str, float], float]:
+        clock = asyncio.get_running_loop().time
+        async with edge() as e:
+            begin_s = clock()
+            for sample in range(3):
+                for task_id in ("t", "u"):
+                    with_plan = plan(task_id) if sample == 0 else None
+                    await e.give(frame(sample, task_id=task_id, with_plan=with_plan), key=task_id)
+            reports: dict[str, float] = {}
+            while len(reports) < 2:
+                await asyncio.sleep(0.001)
+                frames = [decode_frame(value) for _, value, _ in e.read(topics.RESULTS)]
+                reports = {one.task_id: one.report["edge_s"] for one in frames if one.kind == "report"}
+            return reports, clock() - begin_s
+
+    reports, took_s = run_virtual(run())
+    assert reports == {"t": pytest.approx(0.06), "u": pytest.approx(0.06)}
+    assert 0.12 <= took_s < 0.14
