@@ -14,14 +14,18 @@ from stages.device import Device
 from stages.node import Node
 
 
+def _unchanged(bus: Bus) -> Bus:
+    return bus
+
+
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """Factories with the parameters of the real classes."""
+    """Factories with the parameters of the real classes. Worker processes receive them, so the real ones can be pickled."""
 
     planner: Callable[..., PlannerService] = PlannerService
     node: Callable[..., Node] = Node
     device: Callable[..., Device] = Device
-    client_bus: Callable[[Bus], Bus] = lambda bus: bus  # the bus with which tasks are submitted
+    client_bus: Callable[[Bus], Bus] = _unchanged  # the bus with which tasks are submitted
 
 
 REAL = Programs()

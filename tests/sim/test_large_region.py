@@ -162,7 +162,7 @@ def test_a_region_with_20000_live_tasks_restores_from_a_snapshot_and_decides_whi
             assert sum(parts[0].timestamp_ms < at < parts[-1].timestamp_ms for at in decided) > 10
 
             folded: list[int] = []
-            place.make_core = lambda: CountingCore(folded, 0, "device-only", max_waiting=100_000)
+            place.make_core = lambda: CountingCore(folded, 0, "device-only", options=CoreOptions(max_waiting=100_000))
             second = place.start("second")
             await _leads(second)
             assert len(folded) <= 100
