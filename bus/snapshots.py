@@ -12,7 +12,7 @@ nonce, sequence number, hash, offset) but not the state. Planners also compare t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -200,9 +200,12 @@ async def reader_at_start(bus: Bus, region: int) -> Reader:
     return reader
 
 
-def log_behind(snapshot: Snapshot) -> DecisionLog:
-    """The reading rule in the state after a snapshot. Invalid leader fields of the snapshot are ignored."""
-    log = DecisionLog(epoch=snapshot.epoch, nonce=snapshot.nonce, seq=snapshot.seq, next_offset=snapshot.offset + 1)
+def log_behind(snapshot: Snapshot, make_log: Callable[..., DecisionLog] = DecisionLog) -> DecisionLog:
+    """The reading rule in the state after a snapshot. Invalid leader fields of the snapshot are ignored.
+
+    `make_log` has the parameters of `DecisionLog`.
+    """
+    log = make_log(epoch=snapshot.epoch, nonce=snapshot.nonce, seq=snapshot.seq, next_offset=snapshot.offset + 1)
     leader = snapshot.state.get("leader")
     if isinstance(leader, dict):
         planner, lease_s, identity = (leader.get(name) for name in ("planner", "lease_s", "identity"))

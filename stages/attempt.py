@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ from bus import topics
 from bus.errors import BusError, ConfigError, DeeparError, InvariantError, ProtocolError
 from bus.frames import Frame, Plan
 from bus.messages import TaskCompleted, TaskSubmitted
-from bus.tensors import Array, Assembler
+from bus.tensors import Array
 from bus.values import ModelProfile, Parts, is_node_name
 from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
 from stages.measuring.clock import exact_clock
@@ -87,10 +86,10 @@ class DeviceAttempt:
         self.reports: dict[str, float] = {}
         self._cloud: str | None = None  # the cloud node that reported
         self._on_result = on_result
-        self._missing = set(todo)
-        self._assembler = Assembler()
-        self._window = asyncio.Semaphore(0)  # places are released once sending can begin
-        self._opened_s: deque[float] = deque()  # when each free place was released
+        parts = device.node.parts
+        self._missing = parts.missing(todo)
+        self._assembler = parts.assembler()
+        self._window = parts.window()
         self.window = 0  # window size, in samples
         self.under_way = 0  # samples started without a result yet
         self._complete = asyncio.Event()
@@ -163,15 +162,13 @@ class DeviceAttempt:
         """Send every sample as the window allows; return when all results have arrived."""
         node, plan = self.device.node, self.plan
         clock = exact_clock()
-        for _ in range(self.window):  # opened here, so that preparing the model does not count as a sample's time
-            self._open()
+        self._window.open(self.window)  # here, so that preparing the model does not count as a sample's time
         for sample in self.todo:
-            await self._window.acquire()
+            # The time when the place became free, so that waiting in the event loop does not count as computing.
+            ready_s = await self._window.take()
             if self._failure:
                 raise self._failure
             self.under_way += 1
-            # The release time, so that waiting in the event loop does not count as computing.
-            ready_s = self._opened_s.popleft()
             tensors = inputs(sample)
             if station is not None:
                 waited_s = station.waited_s
@@ -212,21 +209,16 @@ class DeviceAttempt:
                 self._abort(StalledError(f"{len(self._missing)} samples without a result for {self._patience_s:.0f} s"))
                 return
 
-    def _open(self) -> None:
-        """Release one more place in the window."""
-        self._opened_s.append(exact_clock()())
-        self._window.release()
-
     def _abort(self, error: Exception) -> None:
         self._failure = error
         self._complete.set()
-        self._window.release()
+        self._window.wake()
 
     def _frame_sender(self) -> FrameSender:
         node, plan, placement = self.device.node, self.plan, self.plan.placement
         assert placement.edge is not None
         grants = (self.device.link1.grant(placement.link1_bps),)
-        return FrameSender(
+        return node.parts.frame_sender(
             node.bus,
             plan,
             Route("link1", topics.activations_topic(placement.edge), plan.task_id, "activations", grants),
@@ -265,14 +257,13 @@ class DeviceAttempt:
                 self._result(piece.sample, whole)
 
     def _result(self, sample: int, outputs: list[Array]) -> None:
-        if sample not in self._missing:
+        if not self._missing.remove(sample):
             self.device.node.status.count("duplicates_suppressed")
             return
-        self._missing.discard(sample)
         self.under_way -= 1
         self.known.results.add(sample)
         self._last_result_s = self._progress_s = exact_clock()()
-        self._open()
+        self._window.give()
         if self._on_result is not None:
             try:
                 self._on_result(self.known.task, sample, outputs)

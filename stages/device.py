@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from bus import topics
 from bus.errors import BusError, BusUnavailableError, ProtocolError, UnknownTopicError
-from bus.frames import Plan, decode_frame
+from bus.frames import Frame, Plan, decode_frame
 from bus.messages import Admitted, Decision, Ended, NodeJoined, Placed, Retried, Start, TaskFailed, TaskSubmitted
 from bus.port import Bus, Reader, Record
 from stages.attempt import DeviceAttempt, DeviceTask, ResultSink
@@ -41,12 +41,14 @@ class Device:
         on_result: ResultSink | None = None,
         *,
         kept: Callable[[str], Iterable[int]] = lambda task_id: (),
+        make_attempt: Callable[..., DeviceAttempt] = DeviceAttempt,
     ) -> None:
         """`kept` returns the samples of a task whose results the sink stored before a restart of the device. The device
-        skips these samples.
+        skips these samples. `make_attempt` has the parameters of `DeviceAttempt`.
         """
         self.node = node
         self._kept = kept
+        self._make_attempt = make_attempt
         self.link1 = Link(node.settings.link1_capacity_bps, node.settings.network)
         self.authorization = FrameAuthorization(node)
         self.tasks: dict[str, DeviceTask] = {}
@@ -161,7 +163,7 @@ class Device:
         todo = [sample for sample in range(known.task.samples) if sample not in known.results]
         plan = Plan.of(placed, region=region, todo=max(1, len(todo)), input_bytes=known.task.input_bytes)
         patience_s = STALL_S + STALL_SAMPLES * placed.parts.total_s / placed.samples
-        known.attempt = DeviceAttempt(self, known, plan, todo, self._on_result, patience_s)
+        known.attempt = self._make_attempt(self, known, plan, todo, self._on_result, patience_s)
         known.running = self._group.create_task(
             known.attempt.run(), name=f"{self.node.settings.name}: {start.task_id}/{start.attempt}"
         )
@@ -226,14 +228,21 @@ class Device:
         try:
             sender = self.authorization.of(record)
             frame = decode_frame(record.value)
-            known = self.tasks.get(frame.task_id)
-            if known is None or known.attempt is None or known.attempt.plan.attempt != frame.attempt:
+            attempt = self.attempt_for(frame)
+            if attempt is None:
                 self.node.status.count("fenced_frames")
                 return
-            self.authorization.check_result(sender, frame, known.attempt.plan)
-            known.attempt.take(frame)
+            self.authorization.check_result(sender, frame, attempt.plan)
+            attempt.take(frame)
         except ProtocolError as error:
             await self.node.dead_letter(record, error)
+
+    def attempt_for(self, frame: Frame) -> DeviceAttempt | None:
+        """The running attempt that a frame of results belongs to; None where its attempt is fenced or its task has ended."""
+        known = self.tasks.get(frame.task_id)
+        if known is None or known.attempt is None or known.attempt.plan.attempt != frame.attempt:
+            return None
+        return known.attempt
 
     async def fail(self, plan: Plan, cause: str, detail: str, *, retryable: bool = False) -> None:
         """Report to the planner that this device cannot continue the attempt."""

@@ -18,7 +18,7 @@ from bus import topics
 from bus.errors import BusError, DeeparError, InvariantError, ProtocolError
 from bus.frames import MAX_SAMPLE_BYTES, Frame, Plan, encode_frame
 from bus.port import Bus, Record, TopicPartition
-from bus.tensors import Array, Assembler, Piece
+from bus.tensors import Array, Piece
 from bus.tracing import parent_in
 from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
 from stages.measuring.clock import exact_clock
@@ -106,7 +106,7 @@ class Flow:
         self.first, self.last, self.computes = self._check_plan()
         self._route = hop.stage.route(plan)
         self._sending: FrameSender | None = None
-        self._assembler = Assembler()
+        self._assembler = hop.node.parts.assembler()
         self._ready: deque[tuple[int, list[Array], float]] = deque()
         self._arrived = asyncio.Event()
         self._receipts: dict[int, list[Receipt]] = {}  # by sample, until acknowledged downstream
@@ -265,7 +265,7 @@ class Flow:
 
     def _frame_sender(self) -> FrameSender:
         node, plan, route = self.node, self.plan, self._route
-        return FrameSender(
+        return node.parts.frame_sender(
             node.bus if route.topic != topics.RESULTS else self._results_bus(),
             plan,
             route,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -27,7 +27,7 @@ from stages.edge_stage import EdgeStage
 from stages.flow import Flow, LayerRange
 from stages.frame_authorization import FrameAuthorization
 from stages.node import RETRY_S, Node
-from stages.offsets import OffsetLedger, Receipt
+from stages.offsets import Receipt
 
 COMMIT_S = 0.25
 """Commit interval; it bounds the work that is repeated after a crash."""
@@ -63,10 +63,12 @@ def hop_of(node: Node) -> Hop:
 class Hop:
     """What an edge and the cloud have in common; `stage` holds what differs."""
 
-    def __init__(self, node: Node, stage: EdgeStage | CloudStage) -> None:
+    def __init__(self, node: Node, stage: EdgeStage | CloudStage, make_flow: Callable[..., Flow] = Flow) -> None:
+        """`make_flow` has the parameters of `Flow`."""
+        self._make_flow = make_flow
         self.node = node
         self.stage = stage
-        self.offsets = OffsetLedger()
+        self.offsets = node.parts.offsets()
         self.authorization = FrameAuthorization(node)
         self.flows: dict[tuple[str, int], Flow] = {}
         self._orphans: dict[tuple[str, int], list[_Orphan]] = {}
@@ -258,7 +260,7 @@ class Hop:
         key = (plan.task_id, plan.attempt)
         if key in self.flows or self._group is None:
             return
-        flow = Flow(self, plan)
+        flow = self._make_flow(self, plan)
         self.flows[key] = flow
         flow.task = self._group.create_task(
             flow.run(), name=f"{self.node.settings.name}: {plan.task_id}/{plan.attempt}"

@@ -38,8 +38,9 @@ from bus.messages import (
 from bus.port import Bus, Headers, Reader, Record
 from bus.tracing import TRACEPARENT, Attribute, Span, SpanSink, parent_of, part_span_id, traceparent
 from bus.values import Role
-from stages.fences import REMEMBERED_ENDS, Fences
+from stages.fences import REMEMBERED_ENDS
 from stages.network.played import NO_NETWORK, PlayedNetwork
+from stages.parts import StageParts
 from stages.runner import Runner
 
 ALARMED = ("dead_letters", "decisions_missed", "declared_lost", "stalled_attempts", "wrong_identity")
@@ -130,13 +131,15 @@ class Node:
         *,
         on_busy: BusySink | None = None,
         on_span: SpanSink | None = None,
+        parts: StageParts | None = None,
     ) -> None:
         self.bus = bus
+        self.parts = StageParts() if parts is None else parts
         self._on_busy = on_busy
         self._on_span = on_span
         self.settings = settings
         self.runner = runner
-        self.fences = Fences(settings.remembered_ends)
+        self.fences = self.parts.fences(settings.remembered_ends)
         self.status = NodeStatus()
         for part in MEASURED[settings.role]:
             self.status.count(f"{part}_busy_seconds", 0.0)
@@ -320,16 +323,16 @@ class Node:
 
         Raises `DecisionsLostError` where deleted decisions are not covered by a snapshot.
         """
-        fences, log = Fences(self.settings.remembered_ends), DecisionLog(next_offset=0)
-        begin, reader = await snapshots.open_decisions(self.bus, self.settings.region)
+        fences, log = self.parts.fences(self.settings.remembered_ends), self.parts.decision_log(next_offset=0)
+        begin, reader = await self.parts.open_decisions(self.bus, self.settings.region)
         if begin is not None:
             try:
                 fences.restore(begin.state)
-                log = snapshots.log_behind(begin)
+                log = snapshots.log_behind(begin, self.parts.decision_log)
             except (LookupError, TypeError, ValueError) as error:
                 # Another version wrote it: read all decisions instead.
                 self.log.warning("unusable snapshot skipped", seq=begin.seq, error=str(error))
-                fences = Fences(self.settings.remembered_ends)
+                fences = self.parts.fences(self.settings.remembered_ends)
                 await reader.seek((topics.DECISIONS, self.settings.region), 0)
         try:
             while await reader.lag():

@@ -7,6 +7,8 @@ Uncommitted records are delivered again after a crash or a rebalance (at-least-o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bus.errors import InvariantError
 from bus.port import Record, TopicPartition
 
@@ -41,7 +43,9 @@ class Receipt:
 class OffsetLedger:
     """The open records of one consumer."""
 
-    def __init__(self) -> None:
+    def __init__(self, make_receipt: Callable[[dict[int, int], int], Receipt] = Receipt) -> None:
+        """`make_receipt` has the parameters of `Receipt`."""
+        self._make_receipt = make_receipt
         self._open: dict[TopicPartition, dict[int, int]] = {}  # offset -> number of open receipts
         self._next: dict[TopicPartition, int] = {}
         self._committed: dict[TopicPartition, int] = {}
@@ -52,7 +56,7 @@ class OffsetLedger:
         still_open = self._open.setdefault(partition, {})
         still_open[record.offset] = still_open.get(record.offset, 0) + 1
         self._next[partition] = max(self._next.get(partition, 0), record.offset + 1)
-        return Receipt(still_open, record.offset)
+        return self._make_receipt(still_open, record.offset)
 
     @property
     def open_records(self) -> int:

@@ -1,13 +1,16 @@
-"""The window: how many samples of a task are in the pipeline at once.
+"""The window: how many samples of a task are in the pipeline at once, and which of them have no result yet.
 
 It bounds every buffer from the device to the last stage.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from collections.abc import Iterable
 
 from bus.values import Execution
+from stages.measuring.clock import exact_clock
 
 MIN_WINDOW = 8
 MAX_WINDOW = 1024
@@ -23,3 +26,47 @@ def window_samples(execution: Execution, cut_bytes: Iterable[int]) -> int:
     if execution is Execution.SEQUENTIAL:
         return 1
     return max(MIN_WINDOW, min(MAX_WINDOW, WINDOW_BYTES // max(1, *cut_bytes)))
+
+
+class Window:
+    """The places of one attempt's window: each sample takes a place, and its result gives the place back."""
+
+    def __init__(self) -> None:
+        self._free = asyncio.Semaphore(0)
+        self._freed_s: deque[float] = deque()  # when each free place became free
+
+    def open(self, size: int) -> None:
+        """Free all places, once the attempt is ready to send."""
+        for _ in range(size):
+            self.wake()
+
+    async def take(self) -> float:
+        """Wait for a free place and take it; returns when it became free."""
+        await self._free.acquire()
+        return self._freed_s.popleft()
+
+    def give(self) -> None:
+        """Free one place: a result arrived."""
+        self.wake()
+
+    def wake(self) -> None:
+        """Let one waiting `take` return without a result, because the attempt failed."""
+        self._freed_s.append(exact_clock()())
+        self._free.release()
+
+
+class MissingResults:
+    """The samples of one attempt that have no result yet."""
+
+    def __init__(self, samples: Iterable[int]) -> None:
+        self._samples = set(samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def remove(self, sample: int) -> bool:
+        """Remove a sample whose result arrived; False if its result arrived before, so that this one is a duplicate."""
+        if sample not in self._samples:
+            return False
+        self._samples.remove(sample)
+        return True

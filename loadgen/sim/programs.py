@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bus.port import Bus
+from planner.core.core import PlannerCore
 from planner.service.service import PlannerService
 from stages.device import Device
+from stages.hop import Hop, hop_of
 from stages.node import Node
 
 
@@ -23,8 +25,10 @@ class Programs:
     """Factories with the parameters of the real classes. Worker processes receive them, so the real ones can be pickled."""
 
     planner: Callable[..., PlannerService] = PlannerService
+    core: Callable[..., PlannerCore] = PlannerCore
     node: Callable[..., Node] = Node
     device: Callable[..., Device] = Device
+    hop: Callable[[Node], Hop] = hop_of
     client_bus: Callable[[Bus], Bus] = _unchanged  # the bus with which tasks are submitted
 
 

@@ -20,7 +20,7 @@ from loadgen.sim.programs import REAL, Programs
 from planner.service.service import PlannerService, Standing
 from stages.attempt import ResultSink
 from stages.device import Device
-from stages.hop import Hop, hop_of
+from stages.hop import Hop
 from stages.node import Node, NodeSettings
 from stages.runner import Runner
 
@@ -64,7 +64,7 @@ class VirtualStage:
         if self.settings.role is Role.DEVICE:
             self.work = self.programs.device(node, self.on_result, kept=self.kept)
         else:
-            self.work = hop_of(node)
+            self.work = self.programs.hop(node)
         await node.run(self.work)
 
     async def leave(self) -> None:

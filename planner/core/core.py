@@ -111,6 +111,8 @@ class CoreParts:
     check_choice: CheckChoice = check_choice
     settling: SettlingRules = field(default_factory=SettlingRules)
     max_search_bytes: int = MAX_SEARCH_BYTES  # memory limit for prepared searches
+    ledger: Callable[[], Ledger] = Ledger  # creates an empty ledger
+    queue_limits: Callable[[RegionState, CoreOptions], QueueLimits] = QueueLimits
 
 
 class PlannerCore:
@@ -136,13 +138,13 @@ class PlannerCore:
         self.objective = objective
         self.execution = objective.executed_as(execution)
         self._options = options
-        self._region = state = RegionState(region, options)
+        self._region = state = RegionState(region, options, parts.ledger())
         self._candidates = Candidates(state, objective, parts.max_search_bytes)
         self._recorder = ChangeRecorder(state, options.max_attempts)
         self._breakers = CircuitBreakers(state, self._recorder)
         self._membership = Membership(state, self._candidates, self._recorder)
         rules = PlacingRules(self.policy, self.execution, options.when_late, parts.check_choice)
-        limits = QueueLimits(state, options)
+        limits = parts.queue_limits(state, options)
         self._placer = Placer(state, self._candidates, self._recorder, self._breakers, limits, rules)
         self._settler = Settler(state, self._recorder, self._placer, parts.settling)
 

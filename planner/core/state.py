@@ -70,12 +70,13 @@ class SavedRegion(NamedTuple):
 class RegionState:
     """The state of a region. Raises `InvariantError` for an impossible change and is unusable afterwards."""
 
-    def __init__(self, region: int = 0, options: CoreOptions | None = None) -> None:
+    def __init__(self, region: int = 0, options: CoreOptions | None = None, ledger: Ledger | None = None) -> None:
+        """`ledger`: an empty ledger; None: a new one."""
         options = CoreOptions() if options is None else options
         self.region = region
         self.patience_s = options.patience_s
         self.now_s = float("-inf")  # the latest `now` seen
-        self.ledger = Ledger()
+        self.ledger = Ledger() if ledger is None else ledger
         self.tasks: dict[str, Task] = {}  # live tasks
         self.waiting: dict[str, Task] = {}  # WAITING tasks, in the order in which they became WAITING
         self.queued_by_device: Counter[str] = Counter()  # tasks that wait or are scheduled

@@ -14,7 +14,7 @@ grants on link 1, over all edges, stays within that limit.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from bus.errors import InvariantError
@@ -204,7 +204,14 @@ class EdgeAccount:
         "timeline",
     )
 
-    def __init__(self, name: str, slots: int, link1_capacity_bps: int, link2_capacity_bps: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        slots: int,
+        link1_capacity_bps: int,
+        link2_capacity_bps: int,
+        make_timeline: Callable[[int, int, int], Timeline] = Timeline,
+    ) -> None:
         self.name = name
         self.slots = slots
         self.link1_capacity_bps = link1_capacity_bps
@@ -212,7 +219,7 @@ class EdgeAccount:
         self.reservations: dict[str, Reservation] = {}  # by task
         self.queue: list[Queued] = []  # scheduled tasks, by (start, sequence)
         self.first_served: list[Queued] = []  # the tasks of the queue before which no other task may be put
-        self.timeline = Timeline(slots, link1_capacity_bps, link2_capacity_bps)
+        self.timeline = make_timeline(slots, link1_capacity_bps, link2_capacity_bps)
 
     def turn_s(self) -> float:
         """The earliest start for a task that is placed now: the start of the last first-served task."""
@@ -235,13 +242,15 @@ class DeviceAccount:
 
     __slots__ = ("limited", "link1_capacity_bps", "name", "queue", "reservations", "timeline")
 
-    def __init__(self, name: str, link1_capacity_bps: int = 0) -> None:
+    def __init__(
+        self, name: str, link1_capacity_bps: int = 0, make_timeline: Callable[[int, int, int], Timeline] = Timeline
+    ) -> None:
         self.name = name
         self.limited = link1_capacity_bps > 0
         self.link1_capacity_bps = link1_capacity_bps or UNLIMITED_BPS
         self.reservations: dict[str, Reservation] = {}
         self.queue: list[Queued] = []  # scheduled tasks, by (start, sequence)
-        self.timeline = Timeline(1, self.link1_capacity_bps, 0)  # its slot is the device's processor
+        self.timeline = make_timeline(1, self.link1_capacity_bps, 0)  # its slot is the device's processor
 
     def take(self, r: Reservation, now: float = LONG_AGO) -> None:
         """Reserve the device's processor, its link, or both."""
@@ -279,7 +288,9 @@ class DeviceAccount:
 class Ledger:
     """All reservations of a region. Mutated only by `RegionState.apply`."""
 
-    def __init__(self) -> None:
+    def __init__(self, make_timeline: Callable[[int, int, int], Timeline] = Timeline) -> None:
+        """`make_timeline` has the parameters of `Timeline`."""
+        self._make_timeline = make_timeline
         self.edges: dict[str, EdgeAccount] = {}
         self.devices: dict[str, DeviceAccount] = {}  # devices with reservations
         self.own_links: dict[str, int] = {}  # limits that devices announced of their own link, bit/s
@@ -289,7 +300,7 @@ class Ledger:
         """Add an edge, or change its capacities."""
         account = self.edges.get(name)
         if account is None:
-            self.edges[name] = EdgeAccount(name, slots, link1_capacity_bps, link2_capacity_bps)
+            self.edges[name] = EdgeAccount(name, slots, link1_capacity_bps, link2_capacity_bps, self._make_timeline)
         else:
             account.resize(slots, link1_capacity_bps, link2_capacity_bps)
 
@@ -338,7 +349,7 @@ class Ledger:
         r.device = name
         device = self.devices.get(name)
         if device is None:
-            device = self.devices[name] = DeviceAccount(name, self.own_links.get(name, 0))
+            device = self.devices[name] = DeviceAccount(name, self.own_links.get(name, 0), self._make_timeline)
         else:
             device.timeline.forget_before(now)
         device.reservations[r.task_id] = r

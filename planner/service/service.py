@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from enum import StrEnum
 
 from bus import messages, snapshots, topics
@@ -51,6 +52,14 @@ ReaderBehind = Callable[[Bus, Snapshot], Awaitable[Reader | None]]
 """Opens a reader of the decisions after a snapshot; returns None if the log does not confirm the snapshot."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceParts:
+    """The replaceable parts of a planner service. Tests replace one to plant a bug."""
+
+    reader_behind: ReaderBehind = snapshots.reader_behind  # checks a snapshot against the log
+    leader_term: Callable[[RegionContext, Reader], LeaderTerm] = LeaderTerm
+
+
 class PlannerService:
     """One planner of one region. `make_core` creates an empty core with its policy and objective.
 
@@ -66,18 +75,15 @@ class PlannerService:
         *,
         master: Master | None = None,
         wall_clock: Callable[[], float] = time.time,
-        reader_behind: ReaderBehind = snapshots.reader_behind,
+        parts: ServiceParts | None = None,
     ) -> None:
-        """`wall_clock` (seconds since 1970) only labels records for people who read them.
-
-        `reader_behind` checks a snapshot against the log.
-        """
+        """`wall_clock` (seconds since 1970) only labels records for people who read them."""
         settings = PlannerSettings() if settings is None else settings
         self.context = RegionContext(bus, settings, make_core(), InputFilter(master), wall_clock)
         self.standing = Standing.READING
         self._make_core = make_core
         self._take_over = settings.take_over
-        self._reader_behind = reader_behind
+        self._parts = ServiceParts() if parts is None else parts
 
     @property
     def core(self) -> PlannerCore:
@@ -131,7 +137,7 @@ class PlannerService:
         self.standing = Standing.READING
         async with aclosing(snapshots.found(self.context.bus, self.context.settings.region)) as candidates:
             async for one in candidates:
-                reader = await self._reader_behind(self.context.bus, one.snapshot)
+                reader = await self._parts.reader_behind(self.context.bus, one.snapshot)
                 if reader is None:
                     continue
                 try:
@@ -307,7 +313,7 @@ class PlannerService:
         first: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
-                term = LeaderTerm(self.context, reader)
+                term = self._parts.leader_term(self.context, reader)
                 for step in (
                     term.read_back,
                     term.decide,
@@ -349,4 +355,4 @@ class PlannerService:
         )
 
 
-__all__ = ["PlannerService", "Standing"]
+__all__ = ["PlannerService", "ServiceParts", "Standing"]

@@ -1,41 +1,45 @@
-"""Planted bugs, to see that the simulation finds them: each breaks one promise in one line.
+"""Planted bugs, to see that the simulation finds them: each breaks one promise.
 
-A canary gives the region other programs, or replaces one method where a role has no seam.
+A canary gives the region other programs: a variant of a role, or the real role with a variant of one part
+(`stages.parts.StageParts`, `planner.core.core.CoreParts`, `planner.service.service.ServiceParts`). A variant changes public
+methods only, so that a refactoring of the programs leaves it alone.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
-from bus.errors import BusError, ProtocolError
-from bus.frames import decode_frame
-from bus.messages import Decision, Ended, EpochOpened, Message, Snapshot, Start
-from bus.port import Bus, Reader
-from bus.tensors import Array, Assembler, Piece, to_tensors
-from loadgen.sim.programs import REAL, Programs
+from bus.errors import BusError
+from bus.frames import Frame
+from bus.messages import Decision, Ended, EpochOpened, Message, NodeAnnounced, Snapshot, Start
+from bus.port import Bus, Payload, Position, Reader, Record, TopicPartition
+from bus.tensors import Array, Assembler, Piece
+from bus.values import Role
+from loadgen.sim.programs import Programs
+from planner.core.core import CoreParts, PlannerCore
 from planner.core.placing import QueueLimits
 from planner.core.records import Task
 from planner.search.ledger import Ledger, Reservation, Timeline
 from planner.service.leader_term import LeaderTerm
-from planner.service.service import PlannerService
+from planner.service.service import PlannerService, ServiceParts
 from stages.attempt import DeviceAttempt
+from stages.cloud_stage import CloudStage
 from stages.device import Device
 from stages.edge_stage import EdgeStage
 from stages.fences import Fences
 from stages.flow import Flow
 from stages.frame_sender import FrameSender
 from stages.hop import Hop
-from stages.node import Node, Work
+from stages.node import Node
 from stages.offsets import OffsetLedger, Receipt
-from stages.runner import Station
+from stages.parts import StageParts
+from stages.window import MissingResults, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,165 +49,141 @@ class Canary:
     name: str
     what: str  # in words
     within: int  # seeds, counted from 0, within which it must be caught
-    owner: type | ModuleType | None = None
-    method: str = ""
-    broken: Callable[..., Any] | None = None
-    programs: Programs = REAL  # what the region's processes run; a bug of a whole role is planted here
-
-    @contextlib.contextmanager
-    def planted(self) -> Iterator[None]:
-        """Replaces the method while the block runs; nothing if the bug is in `programs`."""
-        if self.owner is None:
-            yield
-            return
-        sound = self.owner.__dict__[self.method]
-        setattr(self.owner, self.method, self.broken)
-        try:
-            yield
-        finally:
-            setattr(self.owner, self.method, sound)
+    programs: Programs  # what the region's processes run
 
 
-def _no_dedup(self: DeviceAttempt, sample: int, outputs: list[Array]) -> None:
-    self._missing.add(sample)
-    _sound_result(self, sample, outputs)
+def stage(**variants: Any) -> Programs:
+    """Programs whose nodes have these parts."""
+    return Programs(node=partial(Node, parts=StageParts(**variants)))
 
 
-_sound_result = DeviceAttempt._result
+def core(**variants: Any) -> Programs:
+    """Programs whose planners' cores have these parts."""
+    return Programs(core=partial(PlannerCore, parts=CoreParts(**variants)))
 
 
-def _commit_before_publish(self: Receipt) -> None:
-    """Nothing holds a record but its arrival."""
+def service(**variants: Any) -> Programs:
+    """Programs whose planner services have these parts."""
+    return Programs(planner=partial(PlannerService, parts=ServiceParts(**variants)))
 
 
-def _keep_offsets(self: OffsetLedger, partitions: Any) -> None:
-    """What another member got is still believed to be ours."""
+# --- the device ------------------------------------------------------------------------------------------------------
 
 
-def _ignore_epoch(self: DecisionLog, message: DecisionTopicMessage) -> DecisionTopicMessage | Dropped:
-    if isinstance(message, EpochOpened):
-        self.epoch, self.nonce = message.epoch, message.nonce
-        self.planner, self.lease_s, self.left = message.planner, message.lease_s, False
-    elif isinstance(message, Decision):
-        self.seq = message.seq
-    return message
+class NeverRemoved(MissingResults):
+    """Takes each result for the first one of its sample."""
+
+    def remove(self, sample: int) -> bool:
+        super().remove(sample)
+        return True
 
 
-def _never_fenced(self: Fences, task_id: str, attempt: int) -> bool:
-    return False
+class NeverGivenBack(Window):
+    """A result does not free a place."""
+
+    def give(self) -> None:
+        return
 
 
-def _trust_order(self: Assembler, piece: Piece) -> list[Array] | None:
-    """Whatever comes next is the next chunk."""
-    tensors, buffer, filled = self._open.pop(piece.sample, (piece.tensors, bytearray(piece.size_bytes), 0))
-    end = filled + piece.data.nbytes
-    buffer[filled:end] = piece.data
-    if end < piece.size_bytes:
-        self._open[piece.sample] = (tensors, buffer, end)
-        return None
-    return to_tensors(tensors, memoryview(bytes(buffer[: piece.size_bytes])))
+class Boundless(Window):
+    """Has a place for every sample."""
+
+    def open(self, size: int) -> None:
+        super().open(1 << 12)
 
 
-def _never_again(self: FrameSender) -> None:
-    """What was not acknowledged is taken for sent."""
-    self._sent.popleft()
+class PatientAttempt(DeviceAttempt):
+    """Waits for ever for results."""
 
-
-def _hold_on(self: Flow) -> None:
-    """What was let go of keeps its records open."""
-    self.closed = True
-
-
-def _keep_flows(self: Hop, decision: Any, fenced: Any) -> None:
-    """Decisions are not followed."""
+    def __init__(self, *arguments: Any) -> None:
+        device, known, plan, todo, on_result, _ = arguments
+        super().__init__(device, known, plan, todo, on_result, patience_s=1e9)
 
 
 class ForgetfulDevice(Device):
     """Overlooks a start while another attempt runs."""
 
-    def _start(self, start: Start, region: int) -> None:
-        known = self.tasks.get(start.task_id)
-        if known is None or known.started_s is None:
-            super()._start(start, region)
+    def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
+        changes = [one for one in decision.changes if not (isinstance(one, Start) and self._has_started(one.task_id))]
+        super().on_decision(decision.model_copy(update={"changes": tuple(changes)}), fenced)
+
+    def _has_started(self, task_id: str) -> bool:
+        known = self.tasks.get(task_id)
+        return known is not None and known.started_s is not None
 
 
-def _commit_when_first_sent(self: Flow, samples: Sequence[int]) -> None:
-    """What came of a sample gives its records back twice."""
-    for sample in samples:
-        if sample in self._receipts:
-            self._receipts[sample] *= 2
-    _sound_acknowledged(self, samples)
+class UnfencedDevice(Device):
+    """Takes results of fenced attempts like any other."""
+
+    def attempt_for(self, frame: Frame) -> DeviceAttempt | None:
+        known = self.tasks.get(frame.task_id)
+        return None if known is None else known.attempt
 
 
-_sound_acknowledged = Flow._acknowledged
+# --- every node ------------------------------------------------------------------------------------------------------
 
 
-def _carelessly(self: Receipt) -> None:
-    """As `_sound_release`, and nobody minds when it is done once more: the record is closed for the others, too."""
-    self._holds = 1
-    _sound_release(self)
+class EveryEpoch(DecisionLog):
+    """Accepts the decisions of deposed planners."""
+
+    def accept(self, message: DecisionTopicMessage) -> DecisionTopicMessage | Dropped:
+        if isinstance(message, EpochOpened):
+            self.epoch, self.nonce = message.epoch, message.nonce
+            self.planner, self.lease_s, self.left = message.planner, message.lease_s, False
+        elif isinstance(message, Decision):
+            self.seq = message.seq
+        return message
 
 
-_sound_release = Receipt.release
+class NothingFenced(Fences):
+    """Fences no attempt."""
+
+    def fenced(self, task_id: str, attempt: int) -> bool:
+        return False
 
 
-def _give_twice(self: Timeline, r: Reservation) -> None:
-    """What is given back is given back again."""
-    _sound_give(self, r)
-    _sound_give(self, r)
+class OrderTrusted(Assembler):
+    """Takes the next piece that arrives for the next piece of its sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filled: dict[int, int] = {}
+
+    def add(self, piece: Piece) -> list[Array] | None:
+        at = self.filled.pop(piece.sample, 0)
+        whole = super().add(piece._replace(at=at))
+        if whole is None:
+            self.filled[piece.sample] = at + piece.data.nbytes
+        return whole
 
 
-_sound_give = Timeline.give
+class NeverFails:
+    """An acknowledgement whose failure is overlooked."""
+
+    def __init__(self, inner: Awaitable[Position]) -> None:
+        self.inner = inner
+
+    def __await__(self) -> Generator[Any, Any, Position | None]:
+        try:
+            return (yield from self.inner.__await__())
+        except BusError:
+            return None
 
 
-def _release_wrongly(self: Ledger, task_id: str, *more: Any) -> Reservation:
-    """A task that holds nothing any more has its last slot and rates given back once more, to its edge."""
-    r = _sound_ledger_release(self, task_id, *more)
-    account = self.edges.get(r.edge or "")
-    if account is not None and r.running:
-        account.timeline.change(r.start_s, r.end_s, r.slots, r.link1_bps, r.link2_bps)
-    return r
+class FailuresOverlooked:
+    """A bus whose acknowledgements never fail."""
+
+    def __init__(self, inner: Bus) -> None:
+        self.inner = inner
+
+    async def post(self, topic: str, value: Payload | None, **more: Any) -> NeverFails:
+        return NeverFails(await self.inner.post(topic, value, **more))
 
 
-_sound_ledger_release = Ledger.release
-
-
-async def _slot_kept(self: Flow) -> None:
-    """A task that is over goes on holding its slot."""
-    await _sound_serve(self)
-    if isinstance(self.hop.stage, EdgeStage) and self.computes:
-        await self.hop.stage.slots.acquire()
-
-
-async def _slot_twice(self: Flow) -> None:
-    """A task that is over gives its slot back twice."""
-    await _sound_serve(self)
-    if isinstance(self.hop.stage, EdgeStage) and self.computes:
-        self.hop.stage.slots.release()
-
-
-_sound_serve = Flow._serve
-
-
-def _permit_kept(self: DeviceAttempt, sample: int, outputs: list[Array]) -> None:
-    """A result does not open the window."""
-    window, self._window = self._window, asyncio.Semaphore(0)
-    try:
-        _sound_result(self, sample, outputs)
-    finally:
-        self._window = window
-
-
-async def _no_window(
-    self: DeviceAttempt, inputs: Callable[[int], list[Array]], station: Station | None, sender: FrameSender | None
-) -> None:
-    """Every sample may be under way at once."""
-    for _ in self.todo:
-        self._window.release()
-    await _sound_send(self, inputs, station, sender)
-
-
-_sound_send = DeviceAttempt._send
+def sender_of_one_try(bus: Bus, *arguments: Any, **more: Any) -> FrameSender:
+    """A frame sender that takes each frame for acknowledged."""
+    overlooking: Any = FailuresOverlooked(bus)
+    return FrameSender(overlooking, *arguments, **more)
 
 
 class UngatedNode(Node):
@@ -213,15 +193,17 @@ class UngatedNode(Node):
         return
 
 
-async def _no_watch(self: DeviceAttempt) -> None:
-    """What does not come is waited for."""
-
-
 class StayingAwayNode(Node):
-    """Drops its work when it is declared lost, and does not announce itself again."""
+    """Does not announce itself again after it was declared lost."""
 
-    def _rejoin(self, work: Work) -> None:
-        work.on_lost()
+    announced: str | None = None
+
+    async def publish(self, topic: str, message: Message, key: str) -> None:
+        if isinstance(message, NodeAnnounced):
+            self.announced = self.announced or message.incarnation
+            if message.incarnation != self.announced:
+                return
+        await super().publish(topic, message, key)
 
 
 class OneTryNode(Node):
@@ -232,13 +214,148 @@ class OneTryNode(Node):
             await self.bus.send(topic, messages.encode(message), key=key, partition=self.settings.region)
 
 
-async def _any_snapshot(bus: Bus, region: int) -> tuple[Snapshot | None, Reader]:
-    """The newest snapshot is believed as it stands."""
+async def any_snapshot(bus: Bus, region: int) -> tuple[Snapshot | None, Reader]:
+    """The newest snapshot, without a check against the log."""
     where = (topics.DECISIONS, region)
     async with contextlib.aclosing(snapshots.found(bus, region)) as candidates:
         async for one in candidates:
             return one.snapshot, await bus.reader([where], start={where: one.snapshot.offset + 1})
     return None, await bus.reader([where], start="start")
+
+
+# --- edge and cloud --------------------------------------------------------------------------------------------------
+
+
+class NeverHeld(Receipt):
+    """Counts a record as done when it was read."""
+
+    def hold(self) -> None:
+        return
+
+
+class ClosedByOne(Receipt):
+    """The first release closes the record; later ones do nothing."""
+
+    def __init__(self, still_open: dict[int, int], offset: int) -> None:
+        super().__init__(still_open, offset)
+        self.holds = 1
+
+    def hold(self) -> None:
+        if self.holds:
+            self.holds += 1
+            super().hold()
+
+    def release(self) -> None:
+        while self.holds:
+            self.holds -= 1
+            super().release()
+
+
+class KeptPartitions(OffsetLedger):
+    """Keeps the offsets of partitions that another member has got."""
+
+    def forget(self, partitions: frozenset[TopicPartition]) -> None:
+        return
+
+
+class ReleasedTwice(Receipt):
+    """Releases another receipt twice."""
+
+    def __init__(self, inner: Receipt) -> None:
+        self.inner = inner
+
+    def hold(self) -> None:
+        self.inner.hold()
+
+    def release(self) -> None:
+        self.inner.release()
+        self.inner.release()
+
+
+class TwiceReleasingFlow(Flow):
+    """Releases the record of each sample twice."""
+
+    def take_frame(self, record: Record, frame: Frame, receipt: Receipt) -> None:
+        super().take_frame(record, frame, ReleasedTwice(receipt))
+
+
+class LeakingFlow(Flow):
+    """Does not release the records of an attempt that is over."""
+
+    def stop(self, *, discard: bool) -> None:
+        super().stop(discard=False)
+
+
+class DeafHop(Hop):
+    """Does not follow the decisions."""
+
+    def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
+        return
+
+
+class SlotKept(EdgeStage):
+    """A task that is over keeps its slot."""
+
+    @contextlib.asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        async with super().slot():
+            yield
+        await self.slots.acquire()
+
+
+class SlotGivenTwice(EdgeStage):
+    """A task that is over gives its slot back twice."""
+
+    @contextlib.asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        async with super().slot():
+            yield
+        self.slots.release()
+
+
+def hop(edge: type[EdgeStage] = EdgeStage, make_flow: Callable[..., Flow] = Flow, kind: type[Hop] = Hop) -> Programs:
+    """Programs with these edge and cloud nodes."""
+
+    def make(node: Node) -> Hop:
+        return kind(node, edge(node.settings) if node.settings.role is Role.EDGE else CloudStage(), make_flow)
+
+    return Programs(hop=make)
+
+
+# --- the planner -----------------------------------------------------------------------------------------------------
+
+
+class GivenTwice(Timeline):
+    """Gives back twice what a reservation held."""
+
+    def give(self, r: Reservation) -> None:
+        super().give(r)
+        super().give(r)
+
+
+class ReleasedTwiceLedger(Ledger):
+    """Gives the slot and the rates of a running task back to its edge twice."""
+
+    def release(self, task_id: str, *more: Any) -> Reservation:
+        r = super().release(task_id, *more)
+        account = self.edges.get(r.edge or "")
+        if account is not None and r.running:
+            account.timeline.change(r.start_s, r.end_s, r.slots, r.link1_bps, r.link2_bps)
+        return r
+
+
+class Endless(QueueLimits):
+    """The queue is never full."""
+
+    def exceeded_by(self, task: Task) -> tuple[str, str] | None:
+        return None
+
+
+class TimelessCore(PlannerCore):
+    """Asks for no tick, so that no lease expires."""
+
+    def next_wakeup(self) -> float | None:
+        return None
 
 
 async def unconfirmed_reader(bus: Bus, snapshot: Snapshot) -> Reader:
@@ -247,110 +364,100 @@ async def unconfirmed_reader(bus: Bus, snapshot: Snapshot) -> Reader:
     return await bus.reader([where], start={where: snapshot.offset + 1})
 
 
-async def _no_letter(self: LeaderTerm) -> None:
-    """Nobody looks after the snapshots."""
+class CarelessTerm(LeaderTerm):
+    """Leaves garbage among the snapshots."""
+
+    async def dead_letter_broken_snapshots(self) -> None:
+        return
 
 
-def _endless_queue(self: QueueLimits, task: Task) -> None:
-    """The queue never looks full."""
+class InputsAhead:
+    """A bus on which a decision that ends a task names one submission more than was read."""
+
+    def __init__(self, inner: Bus) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def post(self, topic: str, value: Payload | None, **more: Any) -> Awaitable[Position]:
+        if topic == topics.DECISIONS and value is not None:
+            message = messages.decode(topic, bytes(value))
+            if isinstance(message, Decision) and any(isinstance(change, Ended) for change in message.changes):
+                inputs = message.inputs | {topics.TASKS: message.inputs[topics.TASKS] + 1}
+                value = messages.encode(message.model_copy(update={"inputs": inputs}))
+        return await self.inner.post(topic, value, **more)
 
 
-async def _deaf(self: LeaderTerm, reader: Reader) -> None:
-    """Nobody is declared lost."""
-
-
-async def _inputs_early(self: LeaderTerm, changes: Any, now_s: float) -> None:
-    """The records say of a task that it was read before it was."""
-    if any(isinstance(change, Ended) for change in changes):
-        self.context.inputs[topics.TASKS] += 1
-    await _sound_decided(self, changes, now_s)
-
-
-_sound_decided = LeaderTerm._publish_decision
-
-
-class UnfencedDevice(Device):
-    """Takes results of fenced attempts like any other."""
-
-    async def _read(self, reader: Reader) -> None:
-        while True:
-            for record in await reader.fetch():
-                if record.key != self.node.settings.name:
-                    continue
-                try:
-                    frame = decode_frame(record.value)
-                    known = self.tasks.get(frame.task_id)
-                    if known is not None and known.attempt is not None:
-                        known.attempt.take(frame)
-                except ProtocolError as error:
-                    await self.node.dead_letter(record, error)
+def planner_with_inputs_ahead(bus: Bus, *arguments: Any, **more: Any) -> PlannerService:
+    ahead: Any = InputsAhead(bus)
+    return PlannerService(ahead, *arguments, **more)
 
 
 HARMLESS = Canary(
     "any attempt", "a device takes results of fenced attempts", 0, programs=Programs(device=UnfencedDevice)
 )
-"""Not a bug: a sample's result is the same whichever attempt made it, and shows once. Attempts only fence."""
+"""Not a bug: a sample's result is the same whichever attempt made it, and is delivered once. Attempts only fence."""
 
 CANARIES = (
-    Canary("no dedup", "a device shows every result that comes", 5, DeviceAttempt, "_result", _no_dedup),
+    Canary("no dedup", "a device shows every result that comes", 5, stage(missing=NeverRemoved)),
     Canary(
-        "commit before publish", "a record counts as done when it was read", 5, Receipt, "hold", _commit_before_publish
+        "commit before publish",
+        "a record counts as done when it was read",
+        5,
+        stage(offsets=partial(OffsetLedger, NeverHeld)),
     ),
+    Canary("offsets kept", "a rebalance leaves the ledger of offsets as it was", 20, stage(offsets=KeptPartitions)),
+    Canary("ignored epoch", "decisions of deposed planners count", 20, stage(decision_log=EveryEpoch)),
+    Canary("ignored fences", "no attempt is ever fenced", 5, stage(fences=NothingFenced)),
+    Canary("chunk order trusted", "chunks are put together as they come", 5, stage(assembler=OrderTrusted)),
+    Canary("never sent again", "a failed acknowledgement is overlooked", 30, stage(frame_sender=sender_of_one_try)),
+    Canary("receipts leaked", "what a fenced attempt held stays open", 5, hop(make_flow=LeakingFlow)),
+    Canary("flows kept", "a hop does not follow the decisions", 5, hop(kind=DeafHop)),
+    Canary("starts forgotten", "a second attempt is not begun", 5, Programs(device=ForgetfulDevice)),
+    Canary("receipt released twice", "a sample gives its records back twice", 20, hop(make_flow=TwiceReleasingFlow)),
     Canary(
-        "offsets kept", "a rebalance leaves the ledger of offsets as it was", 20, OffsetLedger, "forget", _keep_offsets
+        "receipt closed early",
+        "the first release of a record closes it",
+        5,
+        stage(offsets=partial(OffsetLedger, ClosedByOne)),
     ),
-    Canary("ignored epoch", "decisions of deposed planners count", 20, DecisionLog, "accept", _ignore_epoch),
-    Canary("ignored fences", "no attempt is ever fenced", 5, Fences, "fenced", _never_fenced),
-    Canary("chunk order trusted", "chunks are put together as they come", 5, Assembler, "add", _trust_order),
-    Canary("never sent again", "a failed acknowledgement is overlooked", 30, FrameSender, "_send_again", _never_again),
-    Canary("receipts leaked", "what a fenced attempt held stays open", 5, Flow, "_discard", _hold_on),
-    Canary("flows kept", "a hop does not follow the decisions", 5, Hop, "on_decision", _keep_flows),
-    Canary("starts forgotten", "a second attempt is not begun", 5, programs=Programs(device=ForgetfulDevice)),
-    Canary(
-        "receipt released twice",
-        "a sample gives its records back twice",
-        20,
-        Flow,
-        "_acknowledged",
-        _commit_when_first_sent,
-    ),
-    Canary("receipt closed early", "the first release of a record closes it", 5, Receipt, "release", _carelessly),
     Canary(
         "reservation released twice",
         "an edge is given more back than was taken",
         20,
-        Ledger,
-        "release",
-        _release_wrongly,
+        core(ledger=ReleasedTwiceLedger),
     ),
-    Canary("timeline given twice", "a ledger's release is executed twice", 10, Timeline, "give", _give_twice),
-    Canary("slot leaked", "an edge's slot is not given back", 5, Flow, "_serve", _slot_kept),
-    Canary("slot given back twice", "an edge's slot is given back twice", 5, Flow, "_serve", _slot_twice),
-    Canary("permit leaked", "a result does not open the window", 5, DeviceAttempt, "_result", _permit_kept),
-    Canary("window ignored", "a device sends without waiting for results", 5, DeviceAttempt, "_send", _no_window),
-    Canary("gate ignored", "a node goes on sending after half a lease", 30, programs=Programs(node=UngatedNode)),
-    Canary("no watchdog", "a device waits for results for ever", 20, DeviceAttempt, "_watch", _no_watch),
-    Canary("no way back", "a node that was declared lost stays away", 5, programs=Programs(node=StayingAwayNode)),
-    Canary("told once", "an event that was not acknowledged is not sent again", 40, programs=Programs(node=OneTryNode)),
-    Canary("any snapshot (stage)", "a stage believes every snapshot", 40, snapshots, "open_decisions", _any_snapshot),
     Canary(
-        "any snapshot (planner)",
-        "a planner believes every snapshot",
+        "timeline given twice", "a ledger's release is executed twice", 10, core(ledger=partial(Ledger, GivenTwice))
+    ),
+    Canary("slot leaked", "an edge's slot is not given back", 5, hop(SlotKept)),
+    Canary("slot given back twice", "an edge's slot is given back twice", 5, hop(SlotGivenTwice)),
+    Canary("permit leaked", "a result does not open the window", 5, stage(window=NeverGivenBack)),
+    Canary("window ignored", "a device sends without waiting for results", 5, stage(window=Boundless)),
+    Canary("gate ignored", "a node goes on sending after half a lease", 30, Programs(node=UngatedNode)),
+    Canary(
+        "no watchdog",
+        "a device waits for results for ever",
         20,
-        programs=Programs(planner=partial(PlannerService, reader_behind=unconfirmed_reader)),
+        Programs(device=partial(Device, make_attempt=PatientAttempt)),
     ),
+    Canary("no way back", "a node that was declared lost stays away", 5, Programs(node=StayingAwayNode)),
+    Canary("told once", "an event that was not acknowledged is not sent again", 40, Programs(node=OneTryNode)),
+    Canary("any snapshot (stage)", "a stage believes every snapshot", 40, stage(open_decisions=any_snapshot)),
     Canary(
-        "garbage left", "garbage among the snapshots stays", 5, LeaderTerm, "dead_letter_broken_snapshots", _no_letter
+        "any snapshot (planner)", "a planner believes every snapshot", 20, service(reader_behind=unconfirmed_reader)
     ),
-    Canary("queue unbounded", "a full queue takes more", 20, QueueLimits, "exceeded_by", _endless_queue),
-    Canary("losses unseen", "a silent node is not declared lost", 5, LeaderTerm, "_tick_when_due", _deaf),
+    Canary("garbage left", "garbage among the snapshots stays", 5, service(leader_term=CarelessTerm)),
+    Canary("queue unbounded", "a full queue takes more", 20, core(queue_limits=Endless)),
+    Canary("losses unseen", "a silent node is not declared lost", 5, Programs(core=TimelessCore)),
     Canary(
-        "inputs skipped",
-        "a planner records more input than it read",
-        5,
-        LeaderTerm,
-        "_publish_decision",
-        _inputs_early,
+        "inputs skipped", "a planner records more input than it read", 5, Programs(planner=planner_with_inputs_ahead)
     ),
 )
 """What is planted, and how soon it must be caught."""
+
+
+def canary(name: str) -> Canary:
+    """The canary of this name."""
+    return next(one for one in CANARIES if one.name == name)

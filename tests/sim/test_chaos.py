@@ -17,7 +17,8 @@ from loadgen.chaos.simulated import campaign, crash_points
 from loadgen.chaos.simulated.campaign import run_seed
 from loadgen.chaos.simulated.monitor import STAGE_S
 from loadgen.chaos.simulated.region import LEASE_S, ChaosScenario
-from tests.sim.canaries import CANARIES, HARMLESS, Canary
+from loadgen.sim.programs import REAL, Programs
+from tests.sim.canaries import CANARIES, HARMLESS, Canary, canary
 
 SEEDS = int(os.environ.get("DEEPAR_CHAOS_SEEDS", "200"))
 BLOCK = 20
@@ -101,13 +102,12 @@ def test_a_full_queue_rejects_and_does_not_grow() -> None:
     assert found["states"]["COMPLETED"] >= 10
 
 
-@pytest.mark.parametrize("canary", CANARIES, ids=lambda canary: canary.name.replace(" ", "_"))
-def test_a_planted_bug_is_caught(canary: Canary) -> None:
-    with canary.planted():
-        for seed in range(canary.within):
-            if run_seed(seed, programs=canary.programs).violations:
-                return
-    pytest.fail(f"{canary.what}: not caught within {canary.within} seeds")
+@pytest.mark.parametrize("bug", CANARIES, ids=lambda bug: bug.name.replace(" ", "_"))
+def test_a_planted_bug_is_caught(bug: Canary) -> None:
+    for seed in range(bug.within):
+        if run_seed(seed, programs=bug.programs).violations:
+            return
+    pytest.fail(f"{bug.what}: not caught within {bug.within} seeds")
 
 
 def test_results_of_a_fenced_attempt_do_no_harm() -> None:
@@ -117,8 +117,8 @@ def test_results_of_a_fenced_attempt_do_no_harm() -> None:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def invoke(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(figures.app, ["chaos", *arguments])
+def invoke(*arguments: str, programs: Programs = REAL) -> tuple[int, str]:
+    result = CliRunner().invoke(figures.app, ["chaos", *arguments], obj=programs)
     return result.exit_code, result.stdout
 
 
@@ -132,15 +132,15 @@ def test_the_command_prints_one_object() -> None:
 
 
 def test_a_violation_comes_with_the_command_that_shows_it(tmp_path: Path) -> None:
-    with next(canary for canary in CANARIES if canary.name == "no dedup").planted():
-        code, out = invoke("--seeds", "10", "--jobs", "1", "--json")
-        first = json.loads(out)["violations"][0]
-        assert code == 1
-        assert first["replay"] == f"deepar simulate chaos --seeds 1 --seed {first['seed']} --trace -"
-        trace = tmp_path / "trace"
-        code, _ = invoke("--seeds", "1", "--seed", str(first["seed"]), "--trace", str(trace))
-        assert code == 1
-        lines = trace.read_text(encoding="utf-8").splitlines()
+    programs = canary("no dedup").programs
+    code, out = invoke("--seeds", "10", "--jobs", "1", "--json", programs=programs)
+    first = json.loads(out)["violations"][0]
+    assert code == 1
+    assert first["replay"] == f"deepar simulate chaos --seeds 1 --seed {first['seed']} --trace -"
+    trace = tmp_path / "trace"
+    code, _ = invoke("--seeds", "1", "--seed", str(first["seed"]), "--trace", str(trace), programs=programs)
+    assert code == 1
+    lines = trace.read_text(encoding="utf-8").splitlines()
     assert any("VIOLATION" in line and first["what"] in line for line in lines)
     times = [float(line.split()[0]) for line in lines]
     assert times == sorted(times)

@@ -20,9 +20,11 @@ from deploy.console_output.progress import progress_bar
 from deploy.services.process import EXIT_FAILED
 from loadgen.chaos.simulated import campaign as simulated
 from loadgen.chaos.simulated import crash_points
+from loadgen.sim.programs import REAL, Programs
 
 
 def chaos(
+    context: typer.Context,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="First random seed; the others follow it.")] = 0,
     jobs: Annotated[int | None, typer.Option(min=1, help="Number of processes; default: the number of cores.")] = None,
@@ -51,18 +53,19 @@ def chaos(
     Example, one seed, step by step: `deepar simulate chaos --seeds 1 --seed 4711 --trace -`
     """
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
+    programs = context.find_object(Programs) or REAL  # a test passes planted bugs
     if trace is not None:
         if seeds != 1 or awaits or (as_json and str(trace) == "-"):
             raise ConfigError("--trace shows one seed", remedy="add --seeds 1, and write to a file beside --json")
         with _open(trace) as file:
-            for at_s, *what in simulated.run_seed(seed).trace:
+            for at_s, *what in simulated.run_seed(seed, programs=programs).trace:
                 print(f"{at_s:10.4f}  {'  '.join(str(word) for word in what if word != '')}", file=file)
     with progress_bar(log) as bar:
 
         def tell(done: int, total: int) -> None:
             bar("chaos", done, total)
 
-        found = _sweep(range(seed, seed + seeds), tell) if awaits else _run(seed, seeds, jobs, tell)
+        found = _sweep(range(seed, seed + seeds), tell) if awaits else _run(seed, seeds, jobs, tell, programs)
     if as_json:
         print(json_text(found))
     else:
@@ -71,8 +74,11 @@ def chaos(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _run(seed: int, seeds: int, jobs: int | None, tell: Callable[[int, int], None]) -> dict[str, Any]:
-    return simulated.run(range(seed, seed + seeds), jobs=jobs or os.cpu_count() or 1, progress=tell)
+def _run(
+    seed: int, seeds: int, jobs: int | None, tell: Callable[[int, int], None], programs: Programs
+) -> dict[str, Any]:
+    jobs = jobs or os.cpu_count() or 1
+    return simulated.run(range(seed, seed + seeds), jobs=jobs, progress=tell, programs=programs)
 
 
 def _sweep(seeds: range, tell: Callable[[int, int], None]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Play:
         self.max_waiting = drawn if scenario.max_waiting is None else scenario.max_waiting
         self.fine = sites is not None or draw.random() < 0.2  # every bus call gets extra awaits
         self.client = SimulatedClient(draw, scenario, hurry=0.05 if self.crowded else 1.2, say=self.say, note=self.note)
-        self.oracle = Oracle(self._make_core(), self.say)
+        self.oracle = Oracle(self._make_core(PlannerCore), self.say)
         self.region = VirtualRegion(self._connect)
         self._cast()
         self.processes = list(self.region.processes.values())
@@ -118,9 +118,9 @@ class Play:
             )
             self.region.add_stage(stage)
 
-    def _make_core(self) -> PlannerCore:
+    def _make_core(self, make: Callable[..., PlannerCore]) -> PlannerCore:
         objective = self.objective
-        return PlannerCore(
+        return make(
             0,
             policy=self.policy,
             objective=objective,
@@ -135,7 +135,8 @@ class Play:
         settings = PlannerSettings(
             name=name, lease_s=LEASE_S / 2, snapshot_every=7, part_bytes=part_bytes, record_bytes=record_bytes
         )
-        return self.programs.planner(bus, self._make_core, settings, wall_clock=clock)
+        make_core = partial(self._make_core, self.programs.core)
+        return self.programs.planner(bus, make_core, settings, wall_clock=clock)
 
     def _connect(self, name: str) -> MemoryBus:
         bus = WatchedBus(self.broker, name, self.watch, fine=self.fine)

@@ -17,6 +17,7 @@ from bus.messages import Ended, Placed, SeedInput, TaskSubmitted
 from bus.topics import Partitions
 from loadgen.chaos.simulated.soak_region import SoakRegion, SoakScenario
 from loadgen.sim.process import quiet, task_factory
+from loadgen.sim.programs import REAL, Programs
 from loadgen.sim.region import MODEL, VirtualStage, decided
 from loadgen.sim.virtual_loop import run_virtual
 from stages.hop import ORPHAN_BYTES, Hop
@@ -37,10 +38,10 @@ class Played:
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # node -> bytes held at most, and the bound then
 
 
-def slow_cloud(factor: float = FACTOR, samples: int = SAMPLES) -> dict[str, Any]:
+def slow_cloud(factor: float = FACTOR, samples: int = SAMPLES, programs: Programs = REAL) -> dict[str, Any]:
     """Run both cases; report whether the slow cloud slowed the device and memory stayed within the bounds."""
     with quiet():
-        said, slow = (run_virtual(_play(by, samples), horizon_s=36_000.0) for by in (1.0, factor))
+        said, slow = (run_virtual(_play(by, samples, programs), horizon_s=36_000.0) for by in (1.0, factor))
     within = all(peak["held_bytes"] <= peak["bound_bytes"] for peak in slow.peaks.values())
     return {
         "factor": factor,
@@ -54,10 +55,10 @@ def slow_cloud(factor: float = FACTOR, samples: int = SAMPLES) -> dict[str, Any]
     }
 
 
-async def _play(factor: float, samples: int) -> Played:
+async def _play(factor: float, samples: int, programs: Programs) -> Played:
     loop = asyncio.get_running_loop()
     loop.set_task_factory(task_factory)
-    region, played = SoakRegion(CASE, cloud_factor=factor), Played()
+    region, played = SoakRegion(CASE, cloud_factor=factor, programs=programs), Played()
     async with MemoryBus(region.broker, "client") as client:
         await client.create_topics(topics.specs(region.edges, Partitions(cloud=1, results=1)))
         for name, stage in region.stages.items():

@@ -110,7 +110,7 @@ class SoakRegion(VirtualRegion):
             await asyncio.sleep(0.1)
 
     def _make_core(self) -> PlannerCore:
-        return PlannerCore(
+        return self.programs.core(
             0,
             objective=Objective.PIPELINED,
             execution=Execution.STREAMING,
