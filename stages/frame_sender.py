@@ -113,10 +113,9 @@ class FrameSender:
         self._to_come = plan.todo  # samples not passed to `put` yet
         self._waiting: deque[Outgoing] = deque()
         self._begun: list[Outgoing] = []  # samples in the frame being sent
+        self._traced = tuple(grant for grant in route.grants if grant.link.shares is not None)
         self._delays = any(grant.link.network.delays for grant in route.grants)
-        self._arriving: DelayLine[_Crossed] = (
-            DelayLine()
-        )  # frames that are not posted yet, because links have latencies
+        self._arriving: DelayLine[_Crossed] = DelayLine()  # frames in flight, where links have latencies
         self._sent: deque[_Sent] = deque()
         self._to_send = asyncio.Event()
         self._to_await = asyncio.Event()
@@ -149,6 +148,7 @@ class FrameSender:
                 if self._delays:
                     group.create_task(self._post_all())
         finally:
+            self._rest()
             for sent in self._sent:
                 _forget(sent.acknowledgement)
 
@@ -156,8 +156,14 @@ class FrameSender:
         while True:
             while not self._waiting:
                 self._to_send.clear()
+                self._rest()
                 await self._to_send.wait()
             await self._send_next(self._generation)
+
+    def _rest(self) -> None:
+        """Leave the links to other tasks until there is more to send."""
+        for grant in self._traced:
+            grant.rest()
 
     async def _send_next(self, generation: int) -> None:
         """Send the next sample in chunks, or as many small ones as wait together in one frame."""

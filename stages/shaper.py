@@ -8,6 +8,9 @@ the link with a clock: `n` bytes that are ready at `ready_s` have crossed at
 and are passed to the bus at that time, so that the receiver sees them when they would arrive. These deadlines are absolute,
 so late timers do not add up, and idle time earns no credit. A guard limits the burst after a late timer: in any sliding
 second, at most one second's worth of the granted rate is sent, and at most one second's worth of the link's capacity.
+
+A link whose bandwidth follows a trace has no fixed rate to book with: there, `stages.network.shares` says when bytes have
+crossed, without a guard.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections import deque
 from bus.values import BITS_PER_BYTE
 from stages.measuring.clock import exact_clock
 from stages.network.played import NO_NETWORK, PlayedNetwork
+from stages.network.shares import LinkShares, Share
 
 GUARD_S = 1.0
 """Length of the sliding window in which the guard limits the rate."""
@@ -36,6 +40,7 @@ FRAME_COST_S = 0.000_010
 """The sender's fixed cost per frame."""
 
 _CANDIDATES = 256
+_NO_LIMIT_BPS = 1 << 60
 _HEAD_VARIES_BYTES = 20
 
 
@@ -103,8 +108,13 @@ class Link:
         self.capacity_bps = capacity_bps
         self.network = network
         self.sent_bytes = 0
-        self._begin_s = exact_clock()() if network.trace is not None else 0.0
-        self._guard = _Guard(capacity_bps) if capacity_bps else None
+        self.shares: LinkShares | None = None  # where a trace sets the bandwidth
+        self._begin_s = 0.0
+        if network.trace is not None:
+            clock = exact_clock()
+            self._begin_s = clock()
+            self.shares = LinkShares(network.trace, clock)
+        self._guard = _Guard(capacity_bps) if capacity_bps and network.trace is None else None
 
     def latency_s(self, now_s: float) -> float:
         """The one-way latency now, by the loop's clock; a trace begins when the link is made."""
@@ -136,12 +146,22 @@ class Grant:
         self.sent_bytes = 0
         self.guarded = False  # whether the guard delayed the last frame
         self._free_s = float("-inf")
-        self._guard = _Guard(rate_bps)
+        self._guard = _Guard(rate_bps if link.shares is None else _NO_LIMIT_BPS)
+        self._share = Share(rate_bps)
 
     def book(self, size_bytes: int, ready_s: float) -> float:
         """Queue bytes that are ready at `ready_s`; return the time when they will have crossed the link."""
         self._free_s = max(self._free_s, ready_s) + size_bytes * BITS_PER_BYTE / self.rate_bps
         return self._free_s
+
+    async def carried(self, shares: LinkShares, size_bytes: int, ready_s: float) -> float:
+        """As `book`, on a link with a trace: wait until the bytes have crossed."""
+        return await shares.carry(self._share, size_bytes * BITS_PER_BYTE, ready_s)
+
+    def rest(self) -> None:
+        """Give this share of a link with a trace to the other tasks until the next bytes are to be sent."""
+        if self.link.shares is not None:
+            self.link.shares.rest(self._share)
 
     def earliest(self, size_bytes: int, when_s: float) -> float:
         """The earliest time, not before `when_s`, that the guards of the grant and of its link allow."""
@@ -163,7 +183,11 @@ async def cross(grants: tuple[Grant, ...], size_bytes: int, ready_s: float) -> f
     clock = exact_clock()
     crossed_s = ready_s
     for grant in grants:
-        crossed_s = grant.book(size_bytes, crossed_s)
+        shares = grant.link.shares
+        if shares is None:
+            crossed_s = grant.book(size_bytes, crossed_s)
+        else:
+            crossed_s = await grant.carried(shares, size_bytes, crossed_s)
         grant.guarded = grant.earliest(size_bytes, crossed_s) > crossed_s
     while True:
         now = clock()

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+from stages.measuring.clock import exact_clock
+
 T = TypeVar("T")
 
 
@@ -29,7 +31,7 @@ class DelayLine(Generic[T]):
 
     async def first(self) -> T:
         """Wait until the first item is due and return it; `pop` removes it."""
-        clock = asyncio.get_running_loop().time
+        clock = exact_clock()
         while True:
             while not self._items:
                 self._filled.clear()
