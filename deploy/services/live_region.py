@@ -1,4 +1,4 @@
-"""A region of real processes for fault injection, optionally with its own broker.
+"""Regions of real processes for fault injection and benchmarks, optionally with an own broker.
 
 Each process runs `deepar ...` in its own session, so that a Ctrl-C at the terminal reaches only this process. The kernel
 kills every process, even a stopped one, when this process ends for any reason.
@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from bus.errors import DeeparError
 from deploy.kafka_local.broker import START_LIMIT_S, KafkaBroker
@@ -30,6 +31,13 @@ KEPT = ("DEEPAR_CACHE_DIR", "DEEPAR_LOG_LEVEL", "DEEPAR_KAFKA_ALLOW_CLEAR_TEXT_P
 
 class ProcessEndedError(DeeparError):
     """A process of the region ended without a signal from the fault injector."""
+
+
+class RegionCommands(Protocol):
+    """Which processes a region has."""
+
+    def commands(self, folder: Path) -> Mapping[str, tuple[Target, list[str]]]:
+        """Process name -> its role and the arguments of `deepar`; result files belong in `folder`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +94,7 @@ class _Member:
 class LiveRegion:
     """Implements `loadgen.chaos.live.faults.Machines`. Use it in the main thread, as an async context manager."""
 
-    def __init__(self, options: RegionOptions, folder: Path, bootstrap: str, broker: KafkaBroker | None) -> None:
+    def __init__(self, options: RegionCommands, folder: Path, bootstrap: str, broker: KafkaBroker | None) -> None:
         """`broker`: a running broker to inject faults into; None if the broker must not be touched."""
         self.folder = folder.absolute()
         self.broker = broker

@@ -16,6 +16,7 @@ from rich.table import Table
 from bus.errors import unknown_name
 from bus.text.json_text import json_text
 from bus.text.units import format_seconds
+from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.options import AsJson, BootstrapFromEnv
 from deploy.services.process import EXIT_MISSED
 
@@ -26,8 +27,12 @@ BENCHES = {
     "decision": "task submitted to decision received",
     "pipeline": "streams through modelled stages over the bottleneck",
     "simulator": "a million tasks through the core",
+    "regret": "delays of the learning planner over those of fixed policies, live",
 }
-"""Benchmark -> what it measures; each is `run` of the module `loadgen.bench.NAME`."""
+"""Benchmark -> what it measures."""
+
+STARTS_PROCESSES = ("regret",)
+"""Benchmarks whose `run` is in `deploy.commands.loadgen.NAME`, because they start processes; else `loadgen.bench.NAME`."""
 
 
 class BenchBus(StrEnum):
@@ -39,8 +44,25 @@ class BenchBus(StrEnum):
 
 def benchmark(name: str) -> Callable[..., dict[str, Any]]:
     """The function that runs a benchmark; its module is imported only then."""
-    run: Callable[..., dict[str, Any]] = importlib.import_module(f"loadgen.bench.{name}").run
+    wing = "deploy.commands.loadgen" if name in STARTS_PROCESSES else "loadgen.bench"
+    run: Callable[..., dict[str, Any]] = importlib.import_module(f"{wing}.{name}").run
     return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellOptions:
+    """Which cells the benchmark `regret` measures."""
+
+    network: Annotated[
+        list[str] | None, typer.Option(help="Network (lan, wifi, lte) of benchmark regret; repeatable. Default: all.")
+    ] = None
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Model of benchmark regret; repeatable.")] = (
+        None
+    )
+    samples: Annotated[
+        list[int] | None, typer.Option(min=1, metavar="N", help="Samples of a task of benchmark regret; repeatable.")
+    ] = None
+    quick: Annotated[bool, typer.Option("--quick", help="Measure four cells only (benchmark regret).")] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +72,20 @@ class BenchmarkSource:
     find: Callable[[str], Callable[..., dict[str, Any]]] = benchmark
 
 
+@with_option_groups
 def bench(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in BENCHES.items()))],
     bus: Annotated[BenchBus | None, typer.Option(help="Bus to measure, for benchmarks that run on both.")] = None,
     bootstrap_servers: BootstrapFromEnv = None,
-    tasks: Annotated[int | None, typer.Option(min=1, help="Number of tasks (benchmark simulator only).")] = None,
+    tasks: Annotated[
+        int | None, typer.Option(min=1, help="Number of tasks (simulator), or of tasks per policy in a cell (regret).")
+    ] = None,
     random_seed: Annotated[
         int | None, typer.Option("--random-seed", "--seed", min=0, help="Random seed for all generated values.")
     ] = None,
+    *,
+    cells: CellOptions,
     as_json: AsJson = False,
 ) -> None:
     """Measure this machine. Exit code 99 when an aim is missed.
@@ -70,7 +97,13 @@ def bench(
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     source = context.find_object(BenchmarkSource) or BenchmarkSource()
     measure = source.find(name)
-    wanted = {"bus": bus and bus.value, "bootstrap": bootstrap_servers, "tasks": tasks, "seed": random_seed}
+    wanted: dict[str, Any] = {
+        "bus": bus and bus.value,
+        "bootstrap": bootstrap_servers,
+        "tasks": tasks,
+        "seed": random_seed,
+    }
+    wanted |= {"network": cells.network, "model": cells.model, "samples": cells.samples, "quick": cells.quick or None}
     takes = inspect.signature(measure).parameters
     given = {key: value for key, value in wanted.items() if value is not None and key in takes}
     found: dict[str, Any] = measure(progress=lambda line: log.print(line, style="dim", markup=False), **given)
@@ -86,10 +119,11 @@ def print_bench(console: Console, found: dict[str, Any]) -> None:
     """A benchmark's results as people read them: one table for each shape of row, then the aims."""
     console.print(f"{found['bench']} on {found['machine']}", markup=False)
     shapes: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in found["results"]:
+    for row in (*found["results"], *found.get("policies", ())):
+        row = _with_cell(row)
         shapes.setdefault(tuple(row), []).append(row)
     for columns, rows in shapes.items():
-        table = Table(*columns)
+        table = Table(*(column.replace("_", " ") for column in columns))
         for row in rows:
             table.add_row(*(_cell(key, row[key]) for key in columns))
         console.print(table)
@@ -100,6 +134,14 @@ def print_bench(console: Console, found: dict[str, Any]) -> None:
     console.print(aims)
     if found.get("note"):
         console.print(found["note"], style="yellow", markup=False)
+
+
+def _with_cell(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the columns of a cell of benchmark regret in one."""
+    if not row.keys() >= {"network", "model", "samples"}:
+        return row
+    cell = {"cell": f"{row['network']} {row['model']} x{row['samples']}"}
+    return cell | {key: value for key, value in row.items() if key not in ("network", "model", "samples")}
 
 
 def _cell(key: str, value: Any) -> str:
