@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from bus.messages import NodeAnnounced, TaskSubmitted
 from bus.values import Objective, Role
-from planner.core.records import Node
+from planner.core.records import KnownNode
 from planner.core.state import RegionState
 from planner.search.algorithm1 import EdgeOption, Reached, Request
 from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow
@@ -96,7 +96,7 @@ class Candidates:
             found.append(f"an edge that runs {model} ({', '.join(there)} {'do' if there[1:] else 'does'} not)")
         return tuple(found)
 
-    def _reach(self, device: Node, row: PlatformRow) -> Reached:
+    def _reach(self, device: KnownNode, row: PlatformRow) -> Reached:
         """The edges and searches that a device can use for one model; cached until a node joins or is lost."""
         announced = device.announced
         cloud = self.cloud_row(row.model, row.sha256)
@@ -114,7 +114,7 @@ class Candidates:
                 options.append(option)
         return Reached(row, self._search(row, None, None), tuple(options))
 
-    def _without(self, reached: Reached, avoid: Collection[str], device: Node) -> Reached:
+    def _without(self, reached: Reached, avoid: Collection[str], device: KnownNode) -> Reached:
         """`reached` without the nodes in `avoid`."""
         row, own = reached.row, _OwnLink.of(device.announced)
         left = [option for option in reached.edges if option.account.name not in avoid]
@@ -145,7 +145,7 @@ class Candidates:
     def _forget(self, changed: NodeAnnounced) -> None:
         """Clear what is cached about a node that joined, changed or left."""
         if changed.role is Role.DEVICE:
-            return  # a device that joins gets a new `Node` with an empty cache
+            return  # a device that joins gets a new `KnownNode` with an empty cache
         self._options.clear()
         if changed.role is Role.CLOUD:
             self._cloud_rows.clear()

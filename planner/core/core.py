@@ -67,7 +67,7 @@ from planner.core.circuits import Circuit
 from planner.core.membership import Membership
 from planner.core.options import CoreOptions
 from planner.core.placing import CheckChoice, Placer, PlacingRules, QueueLimits
-from planner.core.records import EndedTasks, Node, Task
+from planner.core.records import EndedTasks, KnownNode, Task
 from planner.core.settling import Settler, SettlingRules
 from planner.core.state import RegionState
 from planner.search.algorithm1 import Choice, Request
@@ -315,7 +315,7 @@ class PlannerCore:
         return self._region.tasks
 
     @property
-    def nodes(self) -> Mapping[str, Node]:
+    def nodes(self) -> Mapping[str, KnownNode]:
         """The nodes that are present, by name."""
         return self._region.nodes
 

@@ -11,7 +11,7 @@ from bus.messages import HandleInput, NodeAnnounced, NodeJoined, NodeLeft, NodeL
 from bus.values import Role
 from planner.core.candidates import Candidates
 from planner.core.change_recorder import ChangeRecorder
-from planner.core.records import Node, Task
+from planner.core.records import KnownNode, Task
 from planner.core.state import RegionState
 from planner.search.cost import PlatformRow
 from planner.search.ledger import Reservation
@@ -71,7 +71,7 @@ class Membership:
         if node is not None and node.announced.incarnation == left.incarnation:
             self.lose(node, "left", now)
 
-    def lose(self, node: Node, cause: str, now: float) -> None:
+    def lose(self, node: KnownNode, cause: str, now: float) -> None:
         """Retry or fail the tasks that depend on a node, then remove the node."""
         announced = node.announced
         name = announced.node
@@ -159,7 +159,7 @@ class Membership:
         used = {(one.model, one.sha256) for one in placed if one.placement.uses_cloud}
         return {key: self._candidates.cloud_row(*key) for key in used}
 
-    def _retry_changed(self, before: Node, clouds: dict[tuple[str, str], PlatformRow | None], now: float) -> None:
+    def _retry_changed(self, before: KnownNode, clouds: dict[tuple[str, str], PlatformRow | None], now: float) -> None:
         """Retry the scheduled tasks whose placement was based on values that a node has changed."""
         name, role = before.announced.node, before.announced.role
         after = self._region.nodes[name]
@@ -195,7 +195,7 @@ class Membership:
         return placement.uses_cloud and self._candidates.cloud_row(placed.model, placed.sha256) is None
 
 
-def _latencies(node: Node) -> tuple[float | None, float | None]:
+def _latencies(node: KnownNode) -> tuple[float | None, float | None]:
     """The declared latencies of a node's links."""
     return node.announced.link1_latency_s, node.announced.link2_latency_s
 

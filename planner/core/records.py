@@ -76,7 +76,7 @@ ADDED_LATER: Final = ("draining", "link1_latency_s", "link2_latency_s")
 """Optional fields of an announcement that older records do not have."""
 
 
-class Node:
+class KnownNode:
     """A node that has joined the region."""
 
     __slots__ = ("_texts", "announced", "digest", "draining", "reach", "rows")
@@ -100,7 +100,7 @@ class Node:
         return self._texts
 
     def __repr__(self) -> str:
-        return f"<Node {self.announced.role} {self.announced.node} {self.announced.incarnation}>"
+        return f"<KnownNode {self.announced.role} {self.announced.node} {self.announced.incarnation}>"
 
 
 class EndedTasks:

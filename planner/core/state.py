@@ -34,7 +34,7 @@ from bus.messages import (
 from bus.values import Role
 from planner.core.circuits import Circuit
 from planner.core.options import CoreOptions
-from planner.core.records import HASH_MASK, HISTORY, NEVER, EndedTasks, Node, Task, content_of, hash_of
+from planner.core.records import HASH_MASK, HISTORY, NEVER, EndedTasks, KnownNode, Task, content_of, hash_of
 from planner.core.timers import Timers
 from planner.core.transitions import ENDING, TRANSITIONS, Step, next_state
 from planner.search.cost import RowTable
@@ -83,7 +83,7 @@ class RegionState:
         self.running = 0  # number of RUNNING tasks
         self.admitted = 0  # tasks admitted so far
         self.ended = EndedTasks(options.remember_ended)
-        self.nodes: dict[str, Node] = {}
+        self.nodes: dict[str, KnownNode] = {}
         self.edge_names: list[str] = []  # ascending
         self.cloud_names: list[str] = []  # ascending
         self.circuits: dict[str, Circuit] = {}  # of nodes at which the last attempt failed
@@ -235,7 +235,7 @@ class RegionState:
         old = self.nodes.get(name)
         if old is not None and old.announced.role is not announced.role:
             raise InvariantError(f"node {name} joins as {announced.role}, but it is present as {old.announced.role}")
-        node = self.nodes[name] = Node(announced, self._rows)
+        node = self.nodes[name] = KnownNode(announced, self._rows)
         self._hash += node.digest - (old.digest if old is not None else 0)
         if announced.role is Role.EDGE:
             if old is None:

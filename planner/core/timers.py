@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from heapq import heapify, heappop, heappush
 
-from planner.core.records import NEVER, Node, Task
+from planner.core.records import NEVER, KnownNode, Task
 from planner.search.ledger import Reservation
 
 Entry = tuple[float, int, str]
@@ -28,7 +28,7 @@ class Timers:
 
     # --- leases ------------------------------------------------------------------------------------------------------
 
-    def renew(self, node: Node, now: float) -> None:
+    def renew(self, node: KnownNode, now: float) -> None:
         """Start the lease of a node again in full."""
         name, until = node.announced.node, now + node.announced.lease_s
         if name not in self._leases or until < self._leases[name]:
@@ -39,7 +39,7 @@ class Timers:
         """Forget the lease of a node that is lost."""
         self._leases.pop(name, None)
 
-    def restart_leases(self, nodes: Mapping[str, Node], now: float) -> None:
+    def restart_leases(self, nodes: Mapping[str, KnownNode], now: float) -> None:
         """Start every lease again in full."""
         self._leases = {name: now + node.announced.lease_s for name, node in nodes.items()}
         self._lease_heap = [(until, name) for name, until in self._leases.items()]
