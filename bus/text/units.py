@@ -1,4 +1,4 @@
-"""Parsing and formatting of rates, durations, sizes and counts: `100Mbps`, `1.5 Gbit/s`, `200 ms`, `1 task`."""
+"""Parsing and formatting of rates, durations, sizes, shares and counts: `100Mbps`, `200 ms`, `25 %`, `1 task`."""
 
 from __future__ import annotations
 
@@ -97,6 +97,14 @@ def _three_digits(value: float) -> str:
         return "<0.001"
     text = f"{value:.3g}"
     return f"{float(text):.0f}" if "e" in text else text
+
+
+def format_share(share: float) -> str:
+    """`25 %`: a share or a relative error, in whole percent."""
+    percent = 100.0 * share
+    if 0.0 < abs(percent) <= 0.5:
+        return f"{'-' if percent < 0 else ''}<1 %"
+    return f"{percent:,.0f} %"
 
 
 def format_count(count: int, noun: str, plural: str | None = None) -> str:

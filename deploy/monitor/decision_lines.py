@@ -45,6 +45,7 @@ from bus.text.units import format_count, format_rate, format_seconds
 from bus.values import Parts, Role
 from deploy.monitor.holdings import awaited
 from deploy.monitor.phrases import STATION_NAMES, cuts_text
+from planner.learning import lessons
 
 Line = tuple[str, str, str, str]
 """style, who, what, details"""
@@ -162,7 +163,7 @@ def _decision(decision: Decision, region: RegionTasks, on_change: OnChange | Non
             case CircuitChanged():
                 yield _circuit(change, decision.now_s)
             case Learned():
-                yield from _learned(change)
+                yield from (("", who, "learned", text) for who, text in lessons.lines(change))
             case _:
                 yield "", "?", type(change).__name__, ""
 
@@ -189,23 +190,6 @@ def _circuit(change: CircuitChanged, now_s: float) -> Line:
     if change.until_s is None:
         return "yellow", change.node, "failed", times
     return "red", change.node, "avoided", f"for {format_seconds(max(0.0, change.until_s - now_s))}: {times}"
-
-
-def _learned(change: Learned) -> Iterator[Line]:
-    """One line for the speeds and overheads that a task taught, and one for each link."""
-    found = []
-    for node in change.nodes:
-        overhead = f" + {format_seconds(node.overhead_s)} a sample" if node.overhead_s else ""
-        found.append(f"{node.model} on {node.node} {node.factor:.3g} x profile{overhead}")
-    for path in change.paths:
-        where = f"{path.device} - {path.edge}" if path.edge else path.device
-        found.append(f"{where} {path.error:+.0%} off the prediction")
-    if found:
-        yield "", change.task_id or "-", "learned", ", ".join(found)
-    for link in change.links:
-        limit = f", carries {format_rate(link.bps)}" if link.bps else ""
-        ends = f"{link.device} - {link.edge}" if link.link == 1 else f"{link.edge} - cloud"
-        yield "", link.device or link.edge, "learned", f"{format_seconds(link.latency_s)} one way {ends}{limit}"
 
 
 def _placed(change: Placed, region: RegionTasks, at_once: bool, new: bool) -> Line:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bus.text.units import format_rate
+from bus.text.units import format_count, format_rate, format_share
 from bus.values import DELAY_PARTS, Kind, Placement
+from planner.service.prediction_errors import PredictionErrors
 
 STATION_NAMES = dict(zip(DELAY_PARTS, ("device", "link 1", "edge", "link 2", "cloud", "results"), strict=True))
 """Name of each part of a delay, in the order in which a sample passes them."""
@@ -44,6 +45,20 @@ def place_text(placement: Placement) -> str:
 def used_text(granted_bps: int, capacity_bps: int) -> str:
     """`40 Mbps of 100 Mbps`: how much of a link is granted."""
     return f"{format_rate(granted_bps) if granted_bps else '0'} of {format_rate(capacity_bps)}"
+
+
+def signed_share(error: float | None) -> str:
+    """`+25 %`: a relative error; "" if it is not known."""
+    if error is None:
+        return ""
+    return ("+" if error > 0 else "") + format_share(error)
+
+
+def error_text(errors: PredictionErrors) -> str:
+    """`median 12 % of the prediction, last 50 tasks`: how far predictions were off."""
+    if errors.median is None:
+        return "no prediction has been compared yet"
+    return f"median {format_share(errors.median)} of the prediction, last {format_count(len(errors), 'task')}"
 
 
 def some(names: Sequence[str], limit: int) -> str:

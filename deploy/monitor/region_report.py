@@ -11,9 +11,12 @@ from typing import Any
 
 from bus.messages import TaskState
 from bus.values import Role
-from deploy.monitor.region_view import LinkUse, NodeView, RegionView, TaskView
+from deploy.monitor.region_view import LinkUse, NodeView, RegionView
+from deploy.monitor.task_view import TaskView
+from planner.learning.lessons import name_of
 
 WAITING_SHOWN = 50
+LESSONS_SHOWN = 50
 
 
 def report(view: RegionView, *, since: int = 0, lines_since: int = 0, max_lines: int = 80) -> dict[str, Any]:
@@ -40,6 +43,7 @@ def report(view: RegionView, *, since: int = 0, lines_since: int = 0, max_lines:
         "counts": counts(view),
         "flow": view.flow(),
         "delay_s": delays(view),
+        "prediction_error": {"median": _rounded(view.errors.median), "tasks": len(view.errors)},
         "nodes": [_node(view, node) for role in (Role.DEVICE, Role.EDGE, Role.CLOUD) for node in view.role(role)],
         "tasks": [task_report(task) for task in changed_tasks(view, since)],
         "waiting": [
@@ -47,6 +51,9 @@ def report(view: RegionView, *, since: int = 0, lines_since: int = 0, max_lines:
             for task in waiting[:WAITING_SHOWN]
         ],
         "waiting_more": max(0, len(waiting) - WAITING_SHOWN),
+        # None: as in the report before
+        "learned": learned(view) if view.lessons_version > since or not since else None,
+        "learned_more": max(0, len(view.lessons) - LESSONS_SHOWN),
         "lines": [
             {"number": n.number, "at_s": round(n.at_s, 3), "who": n.who, "what": n.what, "details": n.details}
             for n in lines[-max_lines:]
@@ -83,6 +90,14 @@ def delays(view: RegionView) -> dict[str, float | None]:
     }
 
 
+def learned(view: RegionView) -> list[dict[str, Any]]:
+    """What the planner learned last: the estimates, with the tasks that taught them."""
+    return [
+        {"what": name_of(lesson.value), **lesson.value.model_dump(mode="json"), "tasks": list(lesson.tasks)}
+        for lesson in view.lessons.newest(LESSONS_SHOWN)
+    ]
+
+
 def task_report(task: TaskView) -> dict[str, Any]:
     """Fields of one task; `predicted` and `measured` are busy times by station."""
     placement = task.placement
@@ -106,6 +121,9 @@ def task_report(task: TaskView) -> dict[str, Any]:
         "wait_s": _rounded(task.wait_s),
         "predicted_delay_s": _rounded(task.predicted_delay_s),
         "delay_s": _rounded(task.delay_s),
+        "error": _rounded(task.error),
+        "predicted_rest_s": _rounded(task.predicted_rest_s),
+        "measured_rest_s": _rounded(task.measured_rest_s),
         "predicted": task.predicted.model_dump() if task.predicted else None,
         "measured": task.measured.model_dump() if task.measured else None,
         "cause": task.cause,

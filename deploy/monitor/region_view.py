@@ -22,6 +22,7 @@ from bus.messages import (
     Decision,
     Ended,
     EpochOpened,
+    Learned,
     Moved,
     NodeAnnounced,
     NodeHeartbeat,
@@ -41,8 +42,11 @@ from bus.messages import (
 from bus.port import Record
 from bus.region_tasks import KnownTask, RegionTasks
 from bus.text.units import format_moment, format_rate, format_seconds
-from bus.values import STATIONS, Parts, Placement, Role
+from bus.values import STATIONS, Placement, Role
 from deploy.monitor.decision_lines import lines_of
+from deploy.monitor.task_view import TaskView
+from planner.learning.lessons import Lessons
+from planner.service.prediction_errors import PredictionErrors
 
 _COLUMNS = re.compile(r"\s{2,}")  # column gaps of `tail`; elsewhere a line has commas
 
@@ -67,42 +71,6 @@ class NodeView:
     announced: NodeAnnounced
     standing: Literal["announced", "joined", "draining", "lost"] = "announced"
     heard_ms: int = 0  # send time of its last heartbeat, by its clock
-
-
-@dataclass(slots=True)
-class TaskView:
-    """One task. Moments are ledger times."""
-
-    task_id: str
-    device: str
-    model: str
-    samples: int
-    admitted_s: float
-    state: TaskState = TaskState.WAITING
-    attempt: int = 1
-    placement: Placement | None = None
-    predicted: Parts | None = None
-    predicted_delay_s: float | None = None  # from its start
-    start_s: float | None = None  # planned; real once the task runs
-    end_s: float | None = None  # predicted; real once the task has ended
-    measured: Parts | None = None
-    delay_s: float | None = None  # from its start to the last result, on the device's clock
-    done: int | None = None  # samples with a result, if a stage reported it
-    cause: str = ""
-    version: int = 0  # version of the view at the latest change
-
-    @property
-    def wait_s(self) -> float | None:
-        """Time from admission to the start, planned or real."""
-        return None if self.start_s is None else max(0.0, self.start_s - self.admitted_s)
-
-    def follow(self, task: KnownTask) -> None:
-        """Take over what the decisions say."""
-        self.state, self.attempt, self.cause = task.state, task.attempt or 1, task.cause
-        self.start_s, self.end_s, placed = task.start_s, task.end_s, task.placed
-        self.placement, self.predicted, self.predicted_delay_s = (
-            (None, None, None) if placed is None else (placed.placement, placed.parts, placed.delay_s)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +120,9 @@ class RegionView:
         self.lines: deque[Line] = deque(maxlen=KEEP_LINES)
         self.ended: Counter[TaskState] = Counter()
         self.delay_sum_s = 0.0
+        self.errors = PredictionErrors()
+        self.lessons = Lessons()
+        self.lessons_version = 0  # version of the view at the latest lesson
         self.recent_delays_s: deque[float] = deque(maxlen=RECENT)  # admission to end, completed tasks
         self.log = DecisionLog(joins=True)
         self._now_s = 0.0  # ledger time of the last decision
@@ -237,6 +208,11 @@ class RegionView:
             case NodeJoined(node=node):
                 heard_ms = self.nodes[node.node].heard_ms if node.node in self.nodes else 0
                 self.nodes[node.node] = NodeView(node, "draining" if node.draining else "joined", heard_ms)
+                self.lessons.join(node)
+            case Learned():
+                self.lessons.learn(change)
+                self._changed()
+                self.lessons_version = self.version
             case NodeLost():
                 if (gone := self.nodes.get(change.node)) is not None:
                     gone.standing = "lost"
@@ -272,6 +248,8 @@ class RegionView:
             delay_s = self._now_s - task.admitted_s
             self.delay_sum_s += delay_s
             self.recent_delays_s.append(delay_s)
+            if task.delay_s is not None and task.predicted_delay_s is not None:
+                self.errors.observe(task.delay_s, task.predicted_delay_s)
         self._ended.append(task)
         while len(self._ended) > self._keep_ended:
             oldest = self._ended.popleft()

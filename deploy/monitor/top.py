@@ -10,9 +10,11 @@ from rich.text import Text
 from bus.messages import TaskState
 from bus.text.units import format_count, format_moment, format_seconds
 from bus.values import DELAY_PARTS, Parts, Role
-from deploy.monitor.phrases import STATION_NAMES, some, used_text
+from deploy.monitor.phrases import STATION_NAMES, error_text, signed_share, some, used_text
 from deploy.monitor.region_report import counts, delays
-from deploy.monitor.region_view import LinkUse, NodeView, RegionView, TaskView
+from deploy.monitor.region_view import LinkUse, NodeView, RegionView
+from deploy.monitor.task_view import TaskView
+from planner.learning.lessons import name_of, text_of
 
 # Okabe and Ito's palette, which colour-blind people can distinguish; every part also has a letter.
 STATION_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#999999")
@@ -32,24 +34,30 @@ WIDE = 150
 STATE_FROM, PREDICTED_FROM = 100, 80
 """Minimum widths to show the state of a task, and its predicted delay."""
 SHORT_NAME = 16
-FIXED_ROWS = 16
+FIXED_ROWS = 17
 """Rows that the header, frames and headings need."""
 
 
 def screen(view: RegionView, *, rows: int = 40, columns: int = 160, per_s: float | None = None) -> RenderableType:
     """One screen of about `rows` rows and `columns` columns. `per_s`: records read per second, if known."""
     edges_and_clouds = len(view.role(Role.EDGE)) + len(view.role(Role.CLOUD))
-    room = max(6, rows - FIXED_ROWS - edges_and_clouds)
+    learned_rows = min(len(view.lessons), max(2, (rows - FIXED_ROWS) // 4))
+    room = max(6, rows - FIXED_ROWS - edges_and_clouds - learned_rows - 2 * bool(learned_rows))
     waiting_rows = min(len(_waiting(view)), max(2, room // 4))
     line_rows = max(2, room // 4)
     task_rows = max(2, room - waiting_rows - line_rows)
     return Group(
         _header(view, per_s),
-        Panel(_nodes(view, columns), title="nodes", title_align="left", border_style="dim"),
-        Panel(_waits(view, waiting_rows, columns), title="waiting", title_align="left", border_style="dim"),
-        Panel(_tasks(view, task_rows, columns), title=_legend(), title_align="left", border_style="dim"),
-        Panel(_lines(view, line_rows, columns), title="decisions", title_align="left", border_style="dim"),
+        _panel("nodes", _nodes(view, columns)),
+        _panel("waiting", _waits(view, waiting_rows, columns)),
+        _panel(_legend(), _tasks(view, task_rows, columns)),
+        *([_panel("learned", _lessons(view, learned_rows))] if learned_rows else []),
+        _panel("decisions", _lines(view, line_rows, columns)),
     )
+
+
+def _panel(title: str | Text, content: RenderableType) -> Panel:
+    return Panel(content, title=title, title_align="left", border_style="dim")
 
 
 def _header(view: RegionView, per_s: float | None) -> Text:
@@ -72,7 +80,7 @@ def _header(view: RegionView, per_s: float | None) -> Text:
         text.append(f"delay   {named}  (admission to end)")
     else:
         text.append("delay   no task has completed yet")
-    return text
+    return text.append("\nerror   " + error_text(view.errors))
 
 
 def _nodes(view: RegionView, columns: int) -> RenderableType:
@@ -158,11 +166,11 @@ def _tasks(view: RegionView, rows: int, columns: int) -> RenderableType:
     longest_s = max((max(_spans(task), default=0.0) for task in shown), default=0.0)
     table = Table(box=None, padding=(0, 1), expand=False)
     headings = ["task", *(["state"] if with_state else []), "where", "waited"]
-    headings += [*(["predicted", ""] if with_predicted else []), "measured", ""]
+    headings += [*(["predicted", ""] if with_predicted else []), "measured", "", *(["off by"] if with_state else [])]
     for name in headings:
         table.add_column(name, no_wrap=True)
     bars = 2 if with_predicted else 1
-    taken = 4 + 2 * len(headings) + SHORT_NAME + 8 + 8 * (1 + bars) + 10 * with_state
+    taken = 4 + 2 * len(headings) + SHORT_NAME + 8 + 8 * (1 + bars) + 17 * with_state
     cells = BAR if wide else max(9, min(BAR, (columns - taken) // bars))
     for task in shown:
         where = "" if task.placement is None else task.placement.kind.value
@@ -180,6 +188,7 @@ def _tasks(view: RegionView, rows: int, columns: int) -> RenderableType:
             *(predicted if with_predicted else ()),
             _bar(task.measured, task.delay_s, longest_s, cells),
             _seconds(task.delay_s),
+            *([signed_share(task.error)] if with_state else []),
         )
     return table
 
@@ -220,6 +229,19 @@ def _legend() -> Text:
         text.append(f" {letter} ", style=_on(station))
         text.append(f" {STATION_NAMES[station]}  ")
     return text
+
+
+def _lessons(view: RegionView, rows: int) -> RenderableType:
+    """The latest estimates, newest first."""
+    table = Table.grid(padding=(0, 2))
+    count = len(view.lessons)
+    shown = view.lessons.newest(rows if count <= rows else rows - 1)
+    for lesson in shown:
+        value = lesson.value
+        table.add_row(*(Text(text, no_wrap=True, overflow="ellipsis") for text in (name_of(value), text_of(value))))
+    if len(shown) < count:
+        table.add_row(Text(f"and {count - len(shown):,} more", style="dim"))
+    return table
 
 
 def _lines(view: RegionView, rows: int, columns: int) -> RenderableType:

@@ -23,7 +23,7 @@ from bus.unchecked_constructors import maker
 from bus.values import Objective, Parts
 from planner.learning.estimates import WINDOW, Line, Point, Prior, deviation, fit, kept, rounded, steady
 from planner.learning.table import FAMILIES, NO_PATH, NODE_PRIOR, EstimateTable, LinkEstimate, family_kind
-from planner.search.cost import Overheads, stations_s
+from planner.search.cost import Overheads, parts_s
 
 _FAMILY_NUMBER: Final = {kind: number for number, kind in enumerate(FAMILIES)}
 
@@ -222,12 +222,7 @@ def _carried_parts(table: EstimateTable, attempt: Attempt, now: float) -> tuple[
 
 def _stations_s(placed: Placed, parts: Parts) -> float:
     """The stations' share of a delay, from busy times of all samples."""
-    n, placement = placed.samples, placed.placement
-    result_s, back = parts.result_s / n, 0.0
-    if placement.link2_bps and placement.link1_bps:  # the result crosses link 2, then link 1
-        back = result_s * placement.link1_bps / (placement.link1_bps + placement.link2_bps)
-    there = (parts.device_s / n, parts.link1_s / n, parts.edge_s / n, parts.link2_s / n, parts.cloud_s / n)
-    return stations_s((*there, back, result_s - back), n, placed.objective)
+    return parts_s(parts, placed.placement, placed.samples, placed.objective)
 
 
 def _digits(value: float) -> float:

@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 from bus.errors import ConfigError
 from bus.unchecked_constructors import maker
-from bus.values import BITS_PER_BYTE, ModelProfile, Objective, Parts
+from bus.values import BITS_PER_BYTE, ModelProfile, Objective, Parts, Placement
 from planner.search.families import DEVICE, DEVICE_EDGE, family_of
 
 _parts = maker(Parts)
@@ -229,3 +229,13 @@ def stations_s(
     if objective is Objective.SEQUENTIAL:
         return samples * one
     return one + (samples - 1) * max(parts)
+
+
+def parts_s(parts: Parts, placement: Placement, samples: int, objective: Objective) -> float:
+    """The stations' share of a delay, from their busy times over all samples, predicted or measured."""
+    result_s, back_s = parts.result_s / samples, 0.0
+    if placement.link2_bps and placement.link1_bps:  # the result crosses link 2, then link 1
+        back_s = result_s * placement.link1_bps / (placement.link1_bps + placement.link2_bps)
+    busy = (parts.device_s, parts.link1_s, parts.edge_s, parts.link2_s, parts.cloud_s)
+    s1, s2, s3, s4, s5 = (station_s / samples for station_s in busy)
+    return stations_s((s1, s2, s3, s4, s5, back_s, result_s - back_s), samples, objective)

@@ -11,7 +11,7 @@ import pytest
 
 from bus import topics
 from bus.messages import Ended, NodeAnnounced, NodeJoined, Placed, PlannerHeartbeat, TaskState
-from bus.text.units import parse_duration, parse_rate
+from bus.text.units import format_seconds, parse_duration, parse_rate
 from bus.values import Kind, Parts, Placement, Role
 from deploy.monitor.phrases import STATION_NAMES
 from deploy.monitor.ui import serve
@@ -79,13 +79,18 @@ async def test_durations_on_the_page_are_those_of_the_topics(tmp_path: Path) -> 
         for number, value_s in enumerate(AWKWARD_S):
             await page.evaluate(CHOOSE.format(f"t{number}"))
             predicted, measured = await page.evaluate(READ_DETAIL)
-            for text in predicted:
+            *predicted, planned_rest, planned_s = predicted
+            *measured, rest, took_s = measured
+            for text in (*predicted, planned_s):
                 assert shows(text, value_s), (text, value_s)
-            for text in measured[:-1]:
+            for text in measured:
                 assert shows(text, value_s / 2), (text, value_s / 2)
+            task = region.view.tasks[f"t{number}"]
+            assert planned_rest == "0 s"
+            assert rest == format_seconds(task.measured_rest_s or 0.0)
             end = await page.evaluate(f"document.querySelector('.task[data-task=\"t{number}\"] em').textContent")
             assert shows(end, value_s), (end, value_s)
-            assert measured[-1] == end
+            assert took_s == end
         numbers = await page.evaluate(
             "Object.fromEntries([...document.querySelectorAll('#numbers div')].map("
             "(pair) => [pair.dataset.name, pair.querySelector('dd').textContent]))"

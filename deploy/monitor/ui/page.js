@@ -11,7 +11,7 @@ const REST = 3; // pause after a drawing, as a multiple of its duration: a slow 
 const ENDED = new Set(["COMPLETED", "REJECTED", "FAILED", "EXPIRED"]);
 const BAD = new Set(["REJECTED", "FAILED", "EXPIRED", "lost", "failed"]);
 
-const state = { tasks: new Map(), lines: [], last: null, chosen: null, dirty: false, drawn: 0, restUntil: 0 };
+const state = { tasks: new Map(), lines: [], learned: [], last: null, chosen: null, dirty: false, drawn: 0, restUntil: 0 };
 const $ = (id) => document.getElementById(id);
 
 function make(tag, className, text) {
@@ -25,6 +25,7 @@ function make(tag, className, text) {
 
 function take(message) {
   if (message.fresh) { state.tasks.clear(); state.lines = []; }
+  if (message.learned !== null) state.learned = message.learned;
   state.last = message;
   for (const task of message.tasks) {
     state.tasks.delete(task.task_id);
@@ -70,6 +71,7 @@ function draw() {
   drawTopology(now);
   drawWaiting(now);
   drawTasks(now);
+  drawLearned(now);
   drawLines();
   state.drawn += 1;
   document.body.dataset.version = String(now.version);
@@ -224,7 +226,8 @@ function drawTasks(now) {
     const name = make("div", "name");
     const label = make("span");
     label.append(make("bdi", "", task.task_id));
-    name.append(label, make("em", BAD.has(task.state) ? "bad" : "", task.texts.end));
+    const end = make("em", BAD.has(task.state) ? "bad" : "", task.texts.end);
+    name.append(label, make("small", "", task.texts.error), end);
     const lane = make("div", "lane");
     const start = task.start_s ?? Math.max(now.now_s, task.admitted_s);
     if (start > task.admitted_s) lane.append(place(make("div", "wait"), task.admitted_s, start - task.admitted_s));
@@ -251,11 +254,21 @@ function drawDetail(task) {
     return line;
   };
   const names = STATIONS.map((station) => NAMES[station] || station);
-  const of = (texts) => [...STATIONS, "delay"].map((name) => texts[name]);
-  table.tHead.replaceChildren(row("th", ["busy", ...names, "delay"]));
+  const of = (texts) => [...STATIONS, "rest", "delay"].map((name) => texts[name]);
+  table.tHead.replaceChildren(row("th", ["busy", ...names, "latency and overheads", "delay"]));
   table.tBodies[0].replaceChildren(
     row("td", ["predicted", ...of(task.texts.predicted)]),
     row("td", ["measured", ...of(task.texts.measured)]));
+}
+
+function drawLearned(now) {
+  $("learned-section").hidden = !state.learned.length;
+  $("learned-count").textContent = now.texts.learned;
+  $("learned").replaceChildren(...state.learned.map((lesson) => {
+    const item = make("li");
+    item.append(make("b", "", lesson.what), ` ${lesson.text} `, make("span", "details", lesson.source));
+    return item;
+  }));
 }
 
 function drawLines() {

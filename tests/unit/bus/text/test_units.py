@@ -15,6 +15,7 @@ from bus.text.units import (
     format_moment,
     format_rate,
     format_seconds,
+    format_share,
     parse_duration,
     parse_rate,
     parse_size,
@@ -151,3 +152,8 @@ def test_a_quantity_that_is_too_large_is_an_error(parse: Callable[[str], float])
     for text in ("9" * 400, "9" * 400 + "h", "9" * 400 + "Gbps", "9" * 400 + "GB", "9" * 30 + "h"):
         with pytest.raises(ConfigError):
             parse(text)
+
+
+def test_shares_are_whole_percents_and_small_ones_are_not_zero() -> None:
+    shown = [format_share(share) for share in (0.0, 0.001, -0.001, 0.005, 0.12, -0.2, 1.0, 49.0)]
+    assert shown == ["0 %", "<1 %", "-<1 %", "<1 %", "12 %", "-20 %", "100 %", "4,900 %"]

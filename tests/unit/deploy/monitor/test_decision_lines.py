@@ -341,7 +341,10 @@ def test_what_was_learned_has_a_line_for_a_task_and_one_for_each_link() -> None:
         region=0, epoch=1, nonce="n", seq=1, now_s=1.0, inputs={}, changes=(learned,), ledger_hash="0" * 32
     )
     assert [" ".join(found[1:]) for found in lines_of(decision)] == [
-        "t1 learned lenet on e1 3 x profile + 20 ms a sample, d1 - e1 +25% off the prediction",
-        "d1 learned 20 ms one way d1 - e1",
-        "e1 learned 40 ms one way e1 - cloud, carries 5 Mbps",
+        (
+            "t1 learned took 25 % longer than predicted, lenet on e1 3 x profile + 20 ms a sample, "
+            "d1 - e1 100 ms a task, off by 10 %"
+        ),
+        "d1 learned d1 - e1 20 ms one way",
+        "e1 learned e1 - cloud 40 ms one way, carries 5 Mbps",
     ]

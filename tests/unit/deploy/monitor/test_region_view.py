@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import count
 
 import pytest
@@ -13,6 +14,9 @@ from bus.messages import (
     Decision,
     Ended,
     EpochOpened,
+    Learned,
+    LearnedLink,
+    LearnedNode,
     Message,
     Moved,
     NodeAnnounced,
@@ -21,6 +25,7 @@ from bus.messages import (
     NodeLost,
     Overran,
     Placed,
+    PlacedOverhead,
     PlannerHeartbeat,
     PlannerLeft,
     Retried,
@@ -37,6 +42,7 @@ from deploy.monitor.region_feed import SilenceWatch, in_order
 from deploy.monitor.region_report import changed_tasks, report
 from deploy.monitor.region_view import RegionView
 from deploy.monitor.top import screen
+from deploy.monitor.ui.page_message import page_message
 
 DEVICE = NodeAnnounced(node="d1", role=Role.DEVICE, incarnation="i1")
 EDGE = NodeAnnounced(
@@ -351,3 +357,63 @@ def test_a_planner_that_left_is_not_silent(region: Topics) -> None:
     region.send(topics.DECISIONS, PlannerLeft(region=0, epoch=1, nonce="n"))
     region.view.note_silence(100.0)
     assert region.view.planner_text() == "region 0, the planner has left"
+
+
+def learned(task_id: str = "t1") -> Learned:
+    return Learned(
+        task_id=task_id,
+        nodes=(LearnedNode(
+            node="e1", model="toy", samples=5, profile_s=1.0, busy_s=3.0, factor=3.0, overhead_s=0.02, kept=1
+        ),),
+        links=(LearnedLink(link=2, edge="e1", latency_s=0.04, bps=2_000_000),),
+    )  # fmt: skip
+
+
+def test_predictions_stand_beside_what_was_measured(region: Topics) -> None:
+    overhead = PlacedOverhead(latency_s=0.3, task_s=0.2)
+    plan = placed("t1", 1.0, 1.0).model_copy(
+        update={"objective": Objective.SEQUENTIAL, "delay_s": 15.5, "overhead": overhead}
+    )
+    region.decide(1.0, admitted("t1"), plan, start("t1", 1.0))
+    end = completed("t1").model_copy(update={"delay_s": 18.6})
+    region.decide(19.6, end, learned())
+    view = region.view
+    entry = next(task for task in report(view)["tasks"] if task["task_id"] == "t1")
+    assert (entry["predicted_delay_s"], entry["delay_s"]) == (15.5, 18.6)
+    assert entry["error"] == pytest.approx(0.2)
+    assert entry["predicted_rest_s"] == pytest.approx(0.5), "latency and overheads"
+    assert entry["measured_rest_s"] == pytest.approx(3.6), "what 15 s of busy times leave of 18.6 s"
+    assert report(view)["prediction_error"] == {"median": pytest.approx(0.2), "tasks": 1}
+    text = shown(view, 40)
+    assert "error   median 20 % of the prediction, last 1 task\n" in re.sub(" +\n", "\n", text)
+    assert re.search(r"t1 .* 15.5 s .* 18.6 s +\+20 %", text)
+    assert re.search(r"toy on e1 +3 x profile \+ 20 ms a sample", text)
+    assert re.search(r"e1 - cloud +40 ms one way, carries 2 Mbps", text)
+
+
+def test_the_page_gets_what_was_learned_once_with_the_names_of_tasks(region: Topics) -> None:
+    region.decide(1.0, admitted("t1"), learned("t0"))
+    first = page_message(region.view)
+    assert {"what": "toy on e1", "text": "3 x profile + 20 ms a sample", "source": "from 1 task, the last t0"} in first[
+        "learned"
+    ]
+    region.decide(2.0, admitted("t2"))
+    assert page_message(region.view, since=first["version"])["learned"] is None
+    assert len(page_message(region.view)["learned"]) == len(first["learned"]) == 2
+    assert report(region.view)["learned"][-1]["tasks"] == ["t0"]
+
+
+def test_a_task_that_failed_has_no_error(region: Topics) -> None:
+    region.decide(1.0, admitted("t1"), placed("t1", 1.0, 1.0), start("t1", 1.0))
+    region.decide(2.0, Ended(task_id="t1", attempt=1, state=TaskState.FAILED, cause="other"))
+    assert (region.view.tasks["t1"].error, region.view.errors.median) == (None, None)
+    assert "no prediction has been compared yet" in shown(region.view, 40)
+
+
+@pytest.mark.parametrize("rows", [26, 40, 60])
+def test_the_screen_fits_its_rows_with_what_was_learned(region: Topics, rows: int) -> None:
+    for number in range(60):
+        region.decide(1.0, admitted(f"t{number}"), placed(f"t{number}", 5.0, 1.0))
+        region.decide(1.0, Learned(links=(LearnedLink(link=1, device=f"d{number}", edge="e1", latency_s=0.1),)))
+    lines = shown(region.view, rows).splitlines()
+    assert len(lines) <= rows, "\n".join(lines)
