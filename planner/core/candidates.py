@@ -1,20 +1,24 @@
 """The candidates for a task: the edges that its device reaches, and the speed of its model on each tier.
 
-Nodes announce their profiles, which are matched with the device's profile by model name and hash. The cloud nodes form one
-consumer group, so any of them may serve a task; the prediction uses the fastest.
+Nodes announce their profiles, which are matched with the device's profile by model name and hash. What was learned of a node
+scales its profile; what was learned of a device's links and paths becomes `Overheads` and limits of grants. The cloud nodes
+form one consumer group, so any of them may serve a task; the prediction uses the one that served the edge's last task if this
+is known, otherwise the one with the fastest profile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final, NamedTuple
 
-from bus.messages import NodeAnnounced, TaskSubmitted
+from bus.messages import NodeAnnounced, Placed, TaskCompleted, TaskSubmitted
 from bus.values import Objective, Role
 from planner.core.records import KnownNode
 from planner.core.state import RegionState
+from planner.learning.learner import Attempt, Work
+from planner.learning.table import FAMILIES, NODE_PRIOR
 from planner.search.algorithm1 import EdgeOption, Reached, Request
-from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow
+from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow, RowTable
 from planner.search.cut_search import CutSearch, search_bytes
 
 MAX_SEARCH_BYTES: Final = 256 << 20
@@ -48,9 +52,19 @@ class Candidates:
         self._nodes = region.nodes
         self._ledger = region.ledger
         self._searches: dict[tuple[PlatformRow | None, ...], CutSearch] = {}
-        self._options: dict[tuple[str, PlatformRow, _OwnLink], EdgeOption | None] = {}
-        self._cloud_rows: dict[tuple[str, str], PlatformRow | None] = {}
+        self._searches_of: dict[PlatformRow, list[tuple[PlatformRow | None, ...]]] = {}  # of learned rows only
+        self._options: dict[str, dict[tuple[PlatformRow, _OwnLink], EdgeOption | None]] = {}  # by edge
+        self._option_count = 0
+        self._clouds: dict[tuple[str, str], str | None] = {}
+        self._estimates = region.estimates
+        self._rows = RowTable()
+        self._learned: dict[str, dict[str, PlatformRow]] = {}  # rows with estimates, by node and model
+        # Counts changed predictions; what a device reaches was computed at some count, and at which edges changed last.
+        self._version = 0
+        self._changed_at: dict[str, int] = {}
+        self._all_changed_at = 0
         region.watch_nodes(self._forget)
+        region.estimates.watch(self._predictions_changed)
 
     def request(self, submitted: TaskSubmitted, avoid: Collection[str] = ()) -> Request | str | None:
         """The input of Algorithm 1 for a task. None: its device is absent or drains. A string: the cause of rejection.
@@ -63,9 +77,11 @@ class Candidates:
         row = device.rows.get(submitted.model)
         if row is None:
             return "unknown_model"
-        reached = device.reach.get(row.model)
-        if reached is None:
-            reached = device.reach[row.model] = self._reach(device, row)
+        held = device.reach.get(row.model)
+        if held is None or (held[0] != self._version and self._outdated(device, held[0])):
+            held = self._version, self._reach(device, row)
+        reached = held[1]
+        device.reach[row.model] = self._version, reached
         if avoid:
             reached = self._without(reached, avoid, device)
         return Request(submitted, reached, self._ledger.devices.get(submitted.device), self.objective)
@@ -96,23 +112,36 @@ class Candidates:
             found.append(f"an edge that runs {model} ({', '.join(there)} {'do' if there[1:] else 'does'} not)")
         return tuple(found)
 
-    def _reach(self, device: KnownNode, row: PlatformRow) -> Reached:
-        """The edges and searches that a device can use for one model; cached until a node joins or is lost."""
+    def _reach(self, device: KnownNode, profiled: PlatformRow) -> Reached:
+        """The edges and searches that a device can use for one model; cached until a node or a prediction changes."""
         announced = device.announced
-        cloud = self.cloud_row(row.model, row.sha256)
-        names = self._region.edge_names if announced.reachable_edges is None else sorted(set(announced.reachable_edges))
-        known, own = self._options, _OwnLink.of(announced)
+        name = announced.node
+        row = self._learned_row(name, profiled)
+        own = _OwnLink.of(announced)
         options: list[EdgeOption] = []
-        for name in names:
-            key = name, row, own
-            if key not in known:
-                if len(known) >= MAX_OPTIONS:
-                    known.clear()
-                known[key] = self._option(name, row, cloud, own)
-            option = known[key]
+        for edge in self._reachable(announced):
+            option = self._shared_option(edge, row, own)
             if option is not None:
-                options.append(option)
-        return Reached(row, self._search(row, None, None), tuple(options))
+                options.append(self._for_device(option, name))
+        alone = self._overheads(name, None, NO_OVERHEADS)
+        return Reached(row, self._search(row, None, None), tuple(options), overheads=alone)
+
+    def _reachable(self, device: NodeAnnounced) -> Sequence[str]:
+        names = device.reachable_edges
+        return self._region.edge_names if names is None else sorted(set(names))
+
+    def _shared_option(self, edge: str, row: PlatformRow, own: _OwnLink) -> EdgeOption | None:
+        """As `_option`, cached."""
+        known = self._options.setdefault(edge, {})
+        key = row, own
+        if key not in known:
+            if self._option_count >= MAX_OPTIONS:
+                self._options.clear()
+                self._option_count = 0
+                known = self._options.setdefault(edge, {})
+            self._option_count += 1
+            known[key] = self._option(edge, row, self._cloud_of(edge, row), own)
+        return known[key]
 
     def _without(self, reached: Reached, avoid: Collection[str], device: KnownNode) -> Reached:
         """`reached` without the nodes in `avoid`."""
@@ -120,8 +149,9 @@ class Candidates:
         left = [option for option in reached.edges if option.account.name not in avoid]
         if any(name in avoid for name in self._region.cloud_names):
             local = (self._option(option.account.name, row, None, own) for option in left)
-            left = [option for option in local if option is not None]
-        return Reached(row, reached.device_search, left, alone=device.announced.node not in avoid)
+            left = [self._for_device(option, device.announced.node) for option in local if option is not None]
+        alone = device.announced.node not in avoid
+        return Reached(row, reached.device_search, left, alone=alone, overheads=reached.overheads)
 
     def _option(self, name: str, row: PlatformRow, cloud: PlatformRow | None, own: _OwnLink) -> EdgeOption | None:
         """An edge as seen by devices with equal profiles and links, or None if these devices cannot use it."""
@@ -133,6 +163,8 @@ class Candidates:
             edge = None
         if edge is None and cloud is None:
             return None
+        if edge is not None:
+            edge = self._learned_row(name, edge)
         account = self._ledger.edges[name]
         limit1 = account.link1_capacity_bps
         if own.capacity_bps and own.capacity_bps < limit1:
@@ -142,13 +174,132 @@ class Candidates:
         overheads = Overheads(own.latency_s, link2_latency_s) if declared else NO_OVERHEADS
         return EdgeOption(account, self._search(row, edge, cloud), limit1, account.link2_capacity_bps, overheads)
 
+    # --- what was learned --------------------------------------------------------------------------------------------
+
+    def _for_device(self, option: EdgeOption, device: str) -> EdgeOption:
+        """An edge as seen by one device: with the latencies, overheads and limits of their path."""
+        if not self._estimates:
+            return option
+        edge = option.account.name
+        limit1, limit2 = option.max_link1_bps, option.max_link2_bps
+        link1, link2 = self._estimates.link(1, device, edge), self._estimates.link(2, "", edge)
+        if link1 is not None and link1.bps is not None and link1.bps < limit1:
+            limit1 = link1.bps
+        if link2 is not None and link2.bps is not None and link2.bps < limit2:
+            limit2 = link2.bps
+        return option._replace(max_link1_bps=limit1, max_link2_bps=limit2, overheads=self._overheads(device, edge, option.overheads))
+
+    def _overheads(self, device: str, edge: str | None, declared: Overheads) -> Overheads:
+        """Latencies and overheads between a device and an edge, or of the device alone."""
+        table = self._estimates
+        if not table:
+            return declared
+        kinds = FAMILIES[:1] if edge is None else FAMILIES[1:]
+        paths = [table.path(device, edge, kind) for kind in kinds]
+        task_s, sample_s = (tuple(line[at] for line, _ in paths) for at in (0, 1))
+        link1 = None if edge is None else table.link(1, device, edge)
+        link2 = None if edge is None else table.link(2, "", edge)
+        overheads = Overheads(
+            link1_latency_s=declared.link1_latency_s if link1 is None else link1.latency_s,
+            link2_latency_s=declared.link2_latency_s if link2 is None else link2.latency_s,
+            task_s=(*task_s, 0.0, 0.0, 0.0) if edge is None else (0.0, *task_s),  # type: ignore[arg-type]
+            sample_s=(*sample_s, 0.0, 0.0, 0.0) if edge is None else (0.0, *sample_s),  # type: ignore[arg-type]
+            deviation=max(spread for _, spread in paths),
+        )
+        return NO_OVERHEADS if overheads == NO_OVERHEADS else overheads
+
+    def _learned_row(self, node: str, profiled: PlatformRow) -> PlatformRow:
+        """A node's profile row, scaled by what was learned."""
+        if not self._estimates:
+            return profiled
+        known = self._learned.setdefault(node, {})
+        row = known.get(profiled.model)
+        if row is None:
+            line = self._estimates.node(node, profiled.model)
+            row = profiled
+            if line != NODE_PRIOR.line:
+                profile = next(one for one in self._nodes[node].announced.models if one.model == profiled.model)
+                row = self._rows.row(profile, line.a, line.b)
+                self._searches_of.setdefault(row, [])
+            known[profiled.model] = row
+        return row
+
+    def _outdated(self, device: KnownNode, version: int) -> bool:
+        """Whether predictions for a device have changed since a version."""
+        if self._all_changed_at > version:
+            return True
+        changed_at = self._changed_at
+        return any(changed_at.get(edge, 0) > version for edge in self._reachable(device.announced))
+
+    def _predictions_changed(self, name: str | None) -> None:
+        """Drop what depends on the estimates of a node, or of all devices (None)."""
+        self._version += 1
+        if name is None:
+            self._all_changed_at = self._version
+            return
+        self._forget_rows(name)
+        node = self._nodes.get(name)
+        if node is None:
+            return
+        if node.announced.role is Role.DEVICE:
+            node.reach.clear()
+        elif node.announced.role is Role.EDGE:
+            self._option_count -= len(self._options.pop(name, ()))
+            self._changed_at[name] = self._version
+        else:
+            self._forget_options()
+            self._all_changed_at = self._version
+
+    def _forget_rows(self, name: str) -> None:
+        """Drop the learned rows of a node, and the searches that use them."""
+        for row in self._learned.pop(name, {}).values():
+            for key in self._searches_of.pop(row, ()):
+                if self._searches.pop(key, None) is not None:
+                    self.search_bytes -= search_bytes(row.layers, self.objective)
+
+    def _forget_options(self) -> None:
+        self._options.clear()
+        self._option_count = 0
+
+    def attempt(self, placed: Placed, completed: TaskCompleted) -> Attempt:
+        """A completed attempt with what the region knows of the nodes that it used."""
+        placement, samples, edge = placed.placement, placed.samples, placed.placement.edge
+        key, measured = (placed.model, placed.sha256), completed.measured
+        cloud = None
+        if placement.uses_cloud and edge is not None:
+            cloud = completed.cloud or self._cloud_name(edge, *key)
+        layers = len(self._nodes[placed.device].rows[placed.model].compute_s) - 1
+        tiers = (
+            (placed.device, 0, placement.cut1, measured.device_s),
+            (edge, placement.cut1, placement.cut2, measured.edge_s),
+            (cloud, placement.cut2, layers, measured.cloud_s),
+        )
+        work = []
+        for node, first, last, busy_s in tiers:
+            row = None if node not in self._nodes else self.row(node, *key)
+            if node is not None and row is not None and first < last <= row.layers and busy_s > 0:
+                work.append(Work(node, samples * (row.compute_s[last] - row.compute_s[first]), busy_s))
+        return Attempt(placed, completed, work, self._known_overheads(placed.device, edge))
+
+    def _known_overheads(self, device: str, edge: str | None) -> Overheads:
+        """Latencies and overheads of a path that a running task uses."""
+        if edge is None or edge not in self._nodes:
+            return self._overheads(device, None, NO_OVERHEADS)
+        link1, link2 = self._nodes[device].announced.link1_latency_s, self._nodes[edge].announced.link2_latency_s
+        return self._overheads(device, edge, Overheads(link1 or 0.0, link2 or 0.0))
+
+    # --- caches and rows ---------------------------------------------------------------------------------------------
+
     def _forget(self, changed: NodeAnnounced) -> None:
         """Clear what is cached about a node that joined, changed or left."""
         if changed.role is Role.DEVICE:
+            self._forget_rows(changed.node)
             return  # a device that joins gets a new `KnownNode` with an empty cache
-        self._options.clear()
+        self._forget_rows(changed.node)
+        self._changed_at.pop(changed.node, None)
+        self._forget_options()
         if changed.role is Role.CLOUD:
-            self._cloud_rows.clear()
+            self._clouds.clear()
         for node in self._nodes.values():
             reachable = node.announced.reachable_edges
             if changed.role is Role.CLOUD or reachable is None or changed.node in reachable:
@@ -161,16 +312,38 @@ class Candidates:
 
     def cloud_row(self, model: str, sha256: str) -> PlatformRow | None:
         """The profile row of the fastest cloud node that does not drain; of equally fast ones, the first by name."""
+        name = self._fastest_cloud(model, sha256)
+        return None if name is None else self.row(name, model, sha256)
+
+    def _fastest_cloud(self, model: str, sha256: str) -> str | None:
         key = model, sha256
-        if key not in self._cloud_rows:
+        if key not in self._clouds:
             staying = [name for name in self._region.cloud_names if not self._nodes[name].draining]
-            self._cloud_rows[key] = self.fastest_cloud(staying, model, sha256)
-        return self._cloud_rows[key]
+            self._clouds[key] = self._fastest(staying, model, sha256)
+        return self._clouds[key]
 
     def fastest_cloud(self, names: Iterable[str], model: str, sha256: str) -> PlatformRow | None:
         """As `cloud_row`, among these cloud nodes; the result is not cached."""
-        rows = [row for name in names if (row := self.row(name, model, sha256)) is not None]
-        return min(rows, key=lambda row: row.compute_s[-1], default=None)
+        name = self._fastest(names, model, sha256)
+        return None if name is None else self.row(name, model, sha256)
+
+    def _fastest(self, names: Iterable[str], model: str, sha256: str) -> str | None:
+        rows = [(row.compute_s[-1], name) for name in names if (row := self.row(name, model, sha256)) is not None]
+        return min(rows, default=(0.0, None))[1]
+
+    def _cloud_name(self, edge: str, model: str, sha256: str) -> str | None:
+        """The cloud node that the prediction for an edge uses."""
+        last = self._estimates.served.get(edge)
+        node = None if last is None else self._nodes.get(last)
+        if last is not None and node is not None and not node.draining and self.row(last, model, sha256) is not None:
+            return last
+        return self._fastest_cloud(model, sha256)
+
+    def _cloud_of(self, edge: str, device: PlatformRow) -> PlatformRow | None:
+        """The row of the cloud node that the prediction for an edge uses, with what was learned."""
+        name = self._cloud_name(edge, device.model, device.sha256)
+        row = None if name is None else self.row(name, device.model, device.sha256)
+        return None if name is None or row is None else self._learned_row(name, row)
 
     def _search(self, device: PlatformRow, edge: PlatformRow | None, cloud: PlatformRow | None) -> CutSearch:
         if cloud is not None and cloud.layers != device.layers:
@@ -183,12 +356,17 @@ class Candidates:
                 self._forget_searches()
             self.search_bytes += size_bytes
             search = self._searches[key] = CutSearch(device, edge, cloud)
+            for row in key:
+                if row is not None and row in self._searches_of:
+                    self._searches_of[row].append(key)
         return search
 
     def _forget_searches(self) -> None:
         """Drop all prepared searches and all caches that refer to them."""
         self._searches.clear()
-        self._options.clear()
+        for keys in self._searches_of.values():
+            keys.clear()
+        self._forget_options()
         for node in self._nodes.values():
             node.reach.clear()
         self.search_bytes = 0

@@ -31,9 +31,12 @@ So a task starts only when the resources reserved for it are free of running tas
   (`planner_error`). A user's policy raised an error or made an invalid choice: the task is REJECTED (`policy_error`).
 * Progress, heartbeats of unknown nodes or old incarnations, and events of tasks that are not live change nothing.
 
-Heartbeats are soft state: they renew leases and are neither recorded nor hashed. After a restart every lease starts again in
-full (`restart_leases`). Leases, deadlines and patience are checked only on `Tick`, so a planner that is still catching up
-declares no node lost.
+With `CoreOptions.learning`, a completed attempt and the links in a heartbeat correct later predictions: a recorded change
+(`Learned`) says what was observed and what follows (`planner.learning`). Running tasks keep their predictions.
+
+Heartbeats are soft state: they renew leases and, except for changed links, are neither recorded nor hashed. After a restart
+every lease starts again in full (`restart_leases`). Leases, deadlines and patience are checked only on `Tick`, so a planner
+that is still catching up declares no node lost.
 """
 
 from __future__ import annotations
@@ -70,6 +73,7 @@ from planner.core.placing import CheckChoice, Placer, PlacingRules, QueueLimits
 from planner.core.records import EndedTasks, KnownNode, Task
 from planner.core.settling import Settler, SettlingRules
 from planner.core.state import RegionState
+from planner.core.teacher import Teacher
 from planner.search.algorithm1 import Choice, Request
 from planner.search.ledger import Ledger
 from planner.search.policies import Policy, load_policy
@@ -143,6 +147,7 @@ class PlannerCore:
         self._recorder = ChangeRecorder(state, options.max_attempts)
         self._breakers = CircuitBreakers(state, self._recorder)
         self._membership = Membership(state, self._candidates, self._recorder)
+        self._teacher = Teacher(state, self._candidates, self._recorder)
         rules = PlacingRules(self.policy, self.execution, options.when_late, parts.check_choice)
         limits = parts.queue_limits(state, options)
         self._placer = Placer(state, self._candidates, self._recorder, self._breakers, limits, rules)
@@ -172,6 +177,8 @@ class PlannerCore:
     def _on_completed(self, completed: TaskCompleted, now: float) -> None:
         task = self._region.tasks.get(completed.task_id)
         if task is not None and task.submitted.device == completed.node:
+            if self._options.learning:
+                self._teacher.completed(task, completed, now)
             placed = task.placed if task.attempt == completed.attempt else None
             self._recorder.end(task, TaskState.COMPLETED, now, completed=completed)
             if placed is not None and self._region.circuits:
@@ -202,6 +209,8 @@ class PlannerCore:
 
     def _on_heartbeat(self, heartbeat: NodeHeartbeat, now: float) -> None:
         self._region.renew(heartbeat.node, heartbeat.incarnation, now)
+        if heartbeat.links and self._options.learning:
+            self._teacher.heartbeat(heartbeat, now)
 
     def _on_progress(self, progress: TaskProgress, now: float) -> None:
         """Ignore progress: it is meant for people and affects no decision."""

@@ -1,10 +1,12 @@
-"""The options of a planner core: limits of its queue, of retries and of memory, and the treatment of late tasks."""
+"""The options of a planner core: limits of its queue, of retries and of memory, the treatment of late tasks, and learning."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
+
+from planner.learning.table import DEFAULT_LIMIT
 
 DEFAULT_PATIENCE_S: Final = 600.0
 DEFAULT_MAX_WAITING: Final = 10_000
@@ -27,3 +29,5 @@ class CoreOptions:
     patience_s: float = DEFAULT_PATIENCE_S  # longest time that a task may be WAITING
     remember_ended: int = 10_000  # ended tasks kept to recognise duplicate submissions
     when_late: WhenLate = WhenLate.REJECT  # the treatment of tasks that are predicted to miss their deadline
+    learning: bool = False  # whether completed tasks and heartbeats correct later predictions
+    max_estimates: int = DEFAULT_LIMIT  # limit of estimates of each sort; the least recently changed one is dropped

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bus.messages import BandwidthGrant, Placed, Start, TaskState, TaskSubmitted
+from bus.messages import BandwidthGrant, Placed, PlacedOverhead, Start, TaskState, TaskSubmitted
 from bus.text.units import format_count, format_rate, format_seconds
 from bus.unchecked_constructors import maker
-from bus.values import Execution
+from bus.values import Execution, Objective
 from planner.core.candidates import Candidates
 from planner.core.change_recorder import ChangeRecorder
 from planner.core.choices import ask, check_choice
@@ -17,6 +17,7 @@ from planner.core.options import CoreOptions, WhenLate
 from planner.core.records import NEVER, Task
 from planner.core.state import RegionState
 from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request, placement_of
+from planner.search.cost import NO_OVERHEADS
 from planner.search.families import DEVICE_CLOUD, DEVICE_EDGE
 from planner.search.policies import Policy, Restriction, policy_fault
 
@@ -169,6 +170,7 @@ class Placer:
             wait_s=start_s - now,
             delay_s=delay_s,
             parts=search.costs.parts(cut1, cut2, link1_bps, link2_bps, submitted.samples, submitted.input_bytes),
+            overhead=_overhead(request, option, choice),
         )
         if not isinstance(self._policy, Restriction):
             placed = Placed.model_validate(placed.model_dump())
@@ -218,3 +220,15 @@ class Placer:
                     f"{format_rate(option.max_link1_bps)} on link 1 and {format_rate(option.max_link2_bps)} on link 2"
                 )
         return "never_fits", "; ".join(lacks[:10])
+
+
+def _overhead(request: Request, option: EdgeOption | None, choice: Choice) -> PlacedOverhead | None:
+    """The share of latency and overheads in the delay of a choice, and the deviation; None: all zero."""
+    overheads = request.overheads if option is None else option.overheads
+    if overheads is NO_OVERHEADS or overheads == NO_OVERHEADS:
+        return None
+    family, samples, objective = choice.family, request.samples, request.objective
+    crossings = samples if objective is Objective.SEQUENTIAL else 1
+    latency_s = crossings * overheads.latency_s(family)
+    task_s = overheads.task_s[family] + samples * overheads.sample_s[family]
+    return PlacedOverhead(latency_s=latency_s, task_s=task_s, deviation=overheads.deviation)

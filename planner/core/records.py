@@ -88,7 +88,7 @@ class KnownNode:
         # These are omitted unless set, so that older records, written without these fields, keep their hash.
         left_out = {name for name in ADDED_LATER if getattr(announced, name) is None}
         self.digest = hash_of("node|" + announced.model_dump_json(exclude=left_out))
-        self.reach: dict[str, Reached] = {}  # devices only, by model; a cache, not part of the state
+        self.reach: dict[str, tuple[int, Reached]] = {}  # devices only, by model; a cache, not part of the state
         self._texts: list[tuple[str, str]] | None = None
 
     def profile_texts(self) -> list[tuple[str, str]]:

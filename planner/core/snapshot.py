@@ -36,10 +36,12 @@ class Image:
             "now_s": None if saved.now_s == float("-inf") else saved.now_s,
             "admitted": saved.admitted,
             "circuits": [[name, *circuit] for name, circuit in saved.circuits],
+            "taught": saved.taught,
         }
         self._nodes = list(region.nodes.values())
         self._tasks = saved.tasks
         self._ended = saved.ended
+        self._estimates = saved.estimates
 
     def pieces(self, size_bytes: int) -> Iterator[Lists]:
         """The long lists in pieces of about `size_bytes` of JSON; at least one piece. Equal profiles are written once."""
@@ -84,12 +86,14 @@ class Image:
             )
         for pair in self._ended:
             yield "ended", json.dumps(pair).encode()
+        for estimate in self._estimates:
+            yield "estimates", json.dumps(estimate).encode()
 
     def to_state(self) -> dict[str, Any]:
         """The whole state in one piece."""
         (lists,) = self.pieces(1 << 62)
         state = dict(self.head)
-        for name in ("profiles", "nodes", "tasks", "ended"):
+        for name in ("profiles", "nodes", "tasks", "ended", "estimates"):
             state[name] = [json.loads(entry) for entry in lists.get(name, ())]
         return state
 
@@ -122,7 +126,15 @@ def restore(region: RegionState, state: dict[str, Any]) -> None:
     tasks = sorted(state.get("tasks", []), key=lambda entry: (entry["waiting_since_s"], entry["seq"]))
     circuits = [(name, Circuit(*circuit)) for name, *circuit in state.get("circuits", [])]
     region.load(
-        SavedRegion(now_s, state["admitted"], circuits, [_saved_task(entry) for entry in tasks], state.get("ended", []))
+        SavedRegion(
+            now_s,
+            state["admitted"],
+            circuits,
+            [_saved_task(entry) for entry in tasks],
+            state.get("ended", []),
+            state.get("taught", 0),
+            state.get("estimates", []),
+        )
     )
 
 
@@ -183,6 +195,7 @@ def validate(region: RegionState) -> None:
     reservations = region.ledger.reservations
     expected = region.admitted + region.ended.digest() + sum(node.digest for node in region.nodes.values())
     expected += sum(hash_of(circuit.text(name)) for name, circuit in region.circuits.items())
+    expected += region.estimates.full_digest()
     expected += sum(hash_of(task.text(reservations.get(task.task_id))) for task in region.tasks.values())
     if region.state_hash != f"{expected & HASH_MASK:032x}":
         raise InvariantError("the incrementally updated state hash differs from the hash of the state")

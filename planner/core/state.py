@@ -20,6 +20,7 @@ from bus.messages import (
     CircuitChanged,
     Decision,
     Ended,
+    Learned,
     Moved,
     NodeAnnounced,
     NodeJoined,
@@ -37,6 +38,7 @@ from planner.core.options import CoreOptions
 from planner.core.records import HASH_MASK, HISTORY, NEVER, EndedTasks, KnownNode, Task, content_of, hash_of
 from planner.core.timers import Timers
 from planner.core.transitions import ENDING, TRANSITIONS, Step, next_state
+from planner.learning.table import EstimateTable, SavedEstimate
 from planner.search.cost import RowTable
 from planner.search.ledger import Ledger, Reservation
 
@@ -65,6 +67,8 @@ class SavedRegion(NamedTuple):
     circuits: list[tuple[str, Circuit]]  # by name
     tasks: list[SavedTask]
     ended: list[list[str]]
+    taught: int  # tasks that have taught something
+    estimates: list[SavedEstimate]
 
 
 class RegionState:
@@ -87,6 +91,7 @@ class RegionState:
         self.edge_names: list[str] = []  # ascending
         self.cloud_names: list[str] = []  # ascending
         self.circuits: dict[str, Circuit] = {}  # of nodes at which the last attempt failed
+        self.estimates = EstimateTable(options.max_estimates)
         self.timers = Timers(self.tasks, self.ledger.reservations)
         # Edges and devices changed since the last `settled`: name -> time until which resources were freed. NEVER: any
         # other change, so every scheduled task there must be checked.
@@ -164,6 +169,7 @@ class RegionState:
                 circuit = self.circuits.get(node)
                 if circuit is not None and circuit.wants_probe(now):
                     self._set_circuit(node, circuit._replace(probe=task.task_id))
+        self.estimates.placed(change, self.cloud_names, now)
 
     def _apply_grant(self, change: BandwidthGrant, now: float) -> None:
         self._live(change.task_id, change)
@@ -248,6 +254,7 @@ class RegionState:
         elif announced.role is Role.CLOUD and old is None:
             insort(self.cloud_names, name)
         self._tell_watchers(announced)
+        self.estimates.joined(name, [(row.model, row.compute_s[-1]) for row in node.rows.values()])
 
     def _apply_lost(self, change: NodeLost, now: float) -> None:
         node = self.nodes.pop(change.node, None)
@@ -272,6 +279,15 @@ class RegionState:
 
     def _apply_circuit(self, change: CircuitChanged, now: float) -> None:
         self._set_circuit(change.node, Circuit(change.failures, change.until_s) if change.failures else None)
+
+    def _apply_learned(self, change: Learned, now: float) -> None:
+        self.estimates.apply(change, self._whole_s, now)
+
+    def _whole_s(self, node: str, model: str) -> float:
+        """The time of one sample of a model on a node, by its profile; 0 if it does not run the model."""
+        present = self.nodes.get(node)
+        row = None if present is None else present.rows.get(model)
+        return 0.0 if row is None else row.compute_s[-1]
 
     def _set_circuit(self, node: str, circuit: Circuit | None) -> None:
         old = self.circuits.pop(node, None)
@@ -381,7 +397,8 @@ class RegionState:
             )
             for task in self.tasks.values()
         ]
-        return SavedRegion(self.now_s, self.admitted, sorted(self.circuits.items()), tasks, self.ended.to_state())
+        circuits, ended, estimates = sorted(self.circuits.items()), self.ended.to_state(), self.estimates
+        return SavedRegion(self.now_s, self.admitted, circuits, tasks, ended, estimates.taught, estimates.export())
 
     def load(self, saved: SavedRegion) -> None:
         """Load an exported state into a region that has only nodes. Its nodes must have joined before."""
@@ -392,6 +409,7 @@ class RegionState:
             self._set_circuit(name, circuit)
         self.admitted = saved.admitted
         self._hash += self.ended.restore(saved.ended)
+        self.estimates.load(saved.taught, saved.estimates)
         self.walked()
 
     def _load_task(self, saved: SavedTask) -> None:
@@ -416,7 +434,7 @@ class RegionState:
 
     @property
     def state_hash(self) -> str:
-        """A 128-bit hash of tasks, reservations, nodes, circuits and ended tasks, updated incrementally."""
+        """A 128-bit hash of tasks, reservations, nodes, circuits, ended tasks and estimates, updated incrementally."""
         if self._touched:
             reservations = self.ledger.reservations
             for task_id, task in self._touched.items():
@@ -425,7 +443,7 @@ class RegionState:
                 task.digest = digest
             self._touched.clear()
         self._hash = (self._hash + self.ended.hash_change()) & HASH_MASK
-        return f"{(self._hash + self.admitted) & HASH_MASK:032x}"
+        return f"{(self._hash + self.admitted + self.estimates.digest()) & HASH_MASK:032x}"
 
     @property
     def live_tasks(self) -> int:
@@ -462,5 +480,6 @@ APPLY: Final[dict[type, Callable[[RegionState, Any, float], None]]] = {
     NodeJoined: RegionState._apply_joined,
     NodeLost: RegionState._apply_lost,
     CircuitChanged: RegionState._apply_circuit,
+    Learned: RegionState._apply_learned,
 }
 """The handler of each type of change; `apply` looks it up here."""

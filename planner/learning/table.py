@@ -12,7 +12,7 @@ tasks wait for the result. A retry that confirms the estimate doubles the time t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from heapq import heappop, heappush
 from itertools import islice
@@ -66,6 +66,7 @@ NO_PATH: Final = Prior(
 NodeKey = tuple[str, str]  # node, model
 PathKey = tuple[str, str, Kind]  # device, edge or "", one of the four families
 LinkKey = tuple[int, str, str]  # link, device or "", edge
+SavedEstimate = Sequence[Any]  # sort, key and value of an estimate, as JSON can hold them
 
 FAMILIES: Final = (Kind.DEVICE, Kind.DEVICE_EDGE, Kind.DEVICE_CLOUD, Kind.DEVICE_EDGE_CLOUD)
 """The kinds that name the families of placements, by number of the family."""
@@ -249,7 +250,7 @@ class EstimateTable:
             self._put(table, key, found._replace(age=age))
             self._tell(stale.node)
 
-    def placed(self, placed: Placed, cloud: str | None, now: float) -> None:
+    def placed(self, placed: Placed, clouds: Iterable[str], now: float) -> None:
         """A task is placed: if it tries a stale estimate, other tasks wait for its result."""
         if not self._stale:
             return
@@ -257,8 +258,8 @@ class EstimateTable:
         tiers = [placed.device] if placement.cut1 else []
         if placement.uses_slot and placement.edge is not None:
             tiers.append(placement.edge)
-        if placement.uses_cloud and cloud is not None:
-            tiers.append(cloud)
+        if placement.uses_cloud:
+            tiers.extend(clouds)  # any of them may serve it
         keys: list[tuple[OrderedDict[Any, Any], Any]] = [(self.nodes, (node, placed.model)) for node in tiers]
         keys.append((self.paths, (placed.device, placement.edge or "", family_kind(placement.kind))))
         for table, key in keys:
@@ -379,6 +380,8 @@ class EstimateTable:
 
     def digest(self) -> int:
         """The sum of the hashes of all estimates; only those changed since the last call are hashed."""
+        if not self._touched:
+            return self._digest + self.taught
         tables = dict(self._tables())
         for mark in self._touched:
             self._digest -= self._digests.pop(mark, 0)
@@ -390,12 +393,17 @@ class EstimateTable:
         self._touched.clear()
         return self._digest + self.taught
 
-    def export(self) -> list[tuple[str, Any, Any]]:
+    def full_digest(self) -> int:
+        """The same sum, computed from scratch."""
+        entries = ((name, key, value) for name, table in self._tables() for key, value in table.items())
+        return self.taught + sum(_hash_of(f"{name}|{key!r}|{value!r}") for name, key, value in entries)
+
+    def export(self) -> list[SavedEstimate]:
         """All estimates, least recently changed first."""
         return [(name, key, value) for name, table in self._tables() for key, value in table.items()]
 
-    def load(self, taught: int, entries: Iterable[list[Any]]) -> None:
-        """Load the entries of `entry_state` into an empty table."""
+    def load(self, taught: int, entries: Iterable[Sequence[Any]]) -> None:
+        """Load the entries of `export`, also after a way through JSON, into an empty table."""
         self.taught = taught
         tables = dict(self._tables())
         for name, key, value in entries:
@@ -414,6 +422,7 @@ class EstimateTable:
                 self._put(table, key, value)
         for kind in FAMILIES:
             self._refresh_prior(kind)
+        self._tell(None)
 
 
 _RELATED: Final = {"node": 0, "path": 2}

@@ -1,0 +1,56 @@
+"""Turns completed attempts and measured links into recorded changes of what the region has learned."""
+
+from __future__ import annotations
+
+from bus.messages import Learned, LearnedLink, LinkMeasurement, NodeHeartbeat, TaskCompleted, TaskState
+from bus.values import Role
+from planner.core.candidates import Candidates
+from planner.core.change_recorder import ChangeRecorder
+from planner.core.records import KnownNode, Task
+from planner.core.state import RegionState
+from planner.learning.learner import Carried, from_attempt, from_link
+
+
+class Teacher:
+    """Records what the nodes of one region teach."""
+
+    def __init__(self, region: RegionState, candidates: Candidates, recorder: ChangeRecorder) -> None:
+        self._region = region
+        self._candidates = candidates
+        self._recorder = recorder
+
+    def completed(self, task: Task, completed: TaskCompleted, now: float) -> None:
+        """Learn from a task before it ends. A completion of a fenced or older attempt teaches nothing."""
+        placed = task.placed
+        if placed is None or task.state is not TaskState.RUNNING or completed.attempt != task.attempt:
+            return
+        if placed.device in self._region.nodes:
+            attempt = self._candidates.attempt(placed, completed)
+            self._recorder.do(from_attempt(self._region.estimates, attempt, now), now)
+
+    def heartbeat(self, heartbeat: NodeHeartbeat, now: float) -> None:
+        """Learn the links of a node that is present in this incarnation."""
+        node = self._region.nodes.get(heartbeat.node)
+        if not heartbeat.links or node is None or node.announced.incarnation != heartbeat.incarnation:
+            return
+        found = [link for measured in heartbeat.links if (link := self._link(node, measured, now)) is not None]
+        if found:
+            self._recorder.do(Learned(links=tuple(found)), now)
+
+    def _link(self, node: KnownNode, measured: LinkMeasurement, now: float) -> LearnedLink | None:
+        """What one measurement teaches. A device knows link 1 of edges that it reaches, an edge its own link 2."""
+        name, role, edge = node.announced.node, node.announced.role, measured.edge
+        account = self._region.ledger.edges.get(edge)
+        expected = (1, Role.DEVICE) if measured.link == 1 else (2, Role.EDGE)
+        if account is None or (measured.link, role) != expected or (measured.link == 2 and edge != name):
+            return None
+        reach = node.announced.reachable_edges
+        if measured.link == 1 and reach is not None and edge not in reach:
+            return None
+        device = name if measured.link == 1 else None
+        running = [r for r in account.reservations.values() if r.running and device in (None, r.sender)]
+        granted = sum(r.link1_bps if device is not None else r.link2_bps for r in running)
+        carried = None if measured.bps is None or not granted else Carried(measured.bps, granted)
+        capacity = account.link1_capacity_bps if device is not None else account.link2_capacity_bps
+        known = self._region.estimates.link(measured.link, device or "", edge)
+        return from_link(known, device, measured, carried, capacity, now)
