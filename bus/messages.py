@@ -217,7 +217,7 @@ class PlacedOverhead(Frozen):
 
     latency_s: Seconds = 0.0  # latencies of the links, over all samples
     task_s: float = 0.0  # overheads of the task and of its samples at no particular station
-    deviation: Annotated[float, Field(ge=0)] = 0.0  # relative deviation of this path's delays from their predictions
+    deviation: Annotated[float, Field(ge=0)] = 0.0  # relative deviation of delays there from their predictions
 
 
 class Placed(Frozen):

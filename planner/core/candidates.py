@@ -84,7 +84,8 @@ class Candidates:
         device.reach[row.model] = self._version, reached
         if avoid:
             reached = self._without(reached, avoid, device)
-        return Request(submitted, reached, self._ledger.devices.get(submitted.device), self.objective)
+        account, deviations = self._ledger.devices.get(submitted.device), self._estimates.deviations
+        return Request(submitted, reached, account, self.objective, deviations)
 
     def missing(self, submitted: TaskSubmitted) -> tuple[str, ...]:
         """The nodes that a waiting task needs, in words. If there are several entries, any of them may be enough."""
@@ -187,7 +188,8 @@ class Candidates:
             limit1 = link1.bps
         if link2 is not None and link2.bps is not None and link2.bps < limit2:
             limit2 = link2.bps
-        return option._replace(max_link1_bps=limit1, max_link2_bps=limit2, overheads=self._overheads(device, edge, option.overheads))
+        overheads = self._overheads(device, edge, option.overheads)
+        return EdgeOption(option.account, option.search, limit1, limit2, overheads)
 
     def _overheads(self, device: str, edge: str | None, declared: Overheads) -> Overheads:
         """Latencies and overheads between a device and an edge, or of the device alone."""
@@ -195,8 +197,8 @@ class Candidates:
         if not table:
             return declared
         kinds = FAMILIES[:1] if edge is None else FAMILIES[1:]
-        paths = [table.path(device, edge, kind) for kind in kinds]
-        task_s, sample_s = (tuple(line[at] for line, _ in paths) for at in (0, 1))
+        lines = [table.path(device, edge, kind) for kind in kinds]
+        task_s, sample_s = (tuple(line[at] for line in lines) for at in (0, 1))
         link1 = None if edge is None else table.link(1, device, edge)
         link2 = None if edge is None else table.link(2, "", edge)
         overheads = Overheads(
@@ -204,7 +206,6 @@ class Candidates:
             link2_latency_s=declared.link2_latency_s if link2 is None else link2.latency_s,
             task_s=(*task_s, 0.0, 0.0, 0.0) if edge is None else (0.0, *task_s),  # type: ignore[arg-type]
             sample_s=(*sample_s, 0.0, 0.0, 0.0) if edge is None else (0.0, *sample_s),  # type: ignore[arg-type]
-            deviation=max(spread for _, spread in paths),
         )
         return NO_OVERHEADS if overheads == NO_OVERHEADS else overheads
 

@@ -74,6 +74,7 @@ from planner.core.records import EndedTasks, KnownNode, Task
 from planner.core.settling import Settler, SettlingRules
 from planner.core.state import RegionState
 from planner.core.teacher import Teacher
+from planner.learning.table import EstimateTable
 from planner.search.algorithm1 import Choice, Request
 from planner.search.ledger import Ledger
 from planner.search.policies import Policy, load_policy
@@ -334,6 +335,11 @@ class PlannerCore:
         return self._region.ended
 
     @property
+    def estimates(self) -> EstimateTable:
+        """What was learned of nodes, paths and links."""
+        return self._region.estimates
+
+    @property
     def circuits(self) -> Mapping[str, Circuit]:
         """The circuits of nodes at which the last attempt failed."""
         return self._region.circuits
@@ -376,9 +382,15 @@ class PlannerCore:
         snapshot.restore(self._region, state)
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], policy: str | Policy = "deepar") -> PlannerCore:
+    def from_state(
+        cls,
+        state: dict[str, Any],
+        policy: str | Policy = "deepar",
+        objective: Objective = Objective.SEQUENTIAL,
+        options: CoreOptions | None = None,
+    ) -> PlannerCore:
         """A core with a state of `to_state`."""
-        core = cls(state["region"], policy)
+        core = cls(state["region"], policy, objective, options=options)
         core.restore(state)
         return core
 

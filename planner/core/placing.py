@@ -170,7 +170,7 @@ class Placer:
             wait_s=start_s - now,
             delay_s=delay_s,
             parts=search.costs.parts(cut1, cut2, link1_bps, link2_bps, submitted.samples, submitted.input_bytes),
-            overhead=_overhead(request, option, choice),
+            overhead=_overhead(request, option, choice, submitted.device),
         )
         if not isinstance(self._policy, Restriction):
             placed = Placed.model_validate(placed.model_dump())
@@ -222,7 +222,7 @@ class Placer:
         return "never_fits", "; ".join(lacks[:10])
 
 
-def _overhead(request: Request, option: EdgeOption | None, choice: Choice) -> PlacedOverhead | None:
+def _overhead(request: Request, option: EdgeOption | None, choice: Choice, device: str) -> PlacedOverhead | None:
     """The share of latency and overheads in the delay of a choice, and the deviation; None: all zero."""
     overheads = request.overheads if option is None else option.overheads
     if overheads is NO_OVERHEADS or overheads == NO_OVERHEADS:
@@ -231,4 +231,5 @@ def _overhead(request: Request, option: EdgeOption | None, choice: Choice) -> Pl
     crossings = samples if objective is Objective.SEQUENTIAL else 1
     latency_s = crossings * overheads.latency_s(family)
     task_s = overheads.task_s[family] + samples * overheads.sample_s[family]
-    return PlacedOverhead(latency_s=latency_s, task_s=task_s, deviation=overheads.deviation)
+    deviation = request.deviations.get(choice.edge or device, 0.0)
+    return PlacedOverhead(latency_s=latency_s, task_s=task_s, deviation=deviation)

@@ -146,9 +146,10 @@ class EstimateTable:
         self.paths: OrderedDict[PathKey, PathEstimate] = OrderedDict()
         self.links: OrderedDict[LinkKey, LinkEstimate] = OrderedDict()
         self.served: OrderedDict[str, str] = OrderedDict()  # edge -> cloud node that served its last task
+        self.deviations: dict[str, float] = {}  # of the predictions for tasks of an edge or device, by its name
         self._stale = 0  # estimates that are stale
         self._due = _DueEstimates()
-        self._kin: dict[tuple[str, str], OrderedDict[Any, None]] = {}  # of one node, or of one kind; last changed last
+        self._kin: dict[tuple[str, str], OrderedDict[Any, None]] = {}  # see `_families`; last changed last
         self._priors: dict[Kind, Line] = {}
         self._digests: dict[Any, int] = {}
         self._touched: set[Any] = set()
@@ -205,8 +206,8 @@ class EstimateTable:
         age = self._aged(None if old is None else old.age, expected, learned.kept < min(len(observed), WINDOW), now)
         new = PathEstimate(observed[-learned.kept :], line, learned.deviation, age)
         self._put(self.paths, key, new)
-        self._refresh_prior(learned.kind)
-        if old is None or (old.line, old.deviation, old.age.steps) != (new.line, new.deviation, new.age.steps):
+        self._refresh(key)
+        if old is None or (old.line, old.age.steps) != (new.line, new.age.steps):
             self._tell(learned.device)
 
     def _aged(self, old: Age | None, ratio: float | None, changed: bool, now: float) -> Age:
@@ -280,22 +281,26 @@ class EstimateTable:
     def _forget_paths(self, which: Callable[[PathKey], bool]) -> None:
         for key in [key for key in self.paths if which(key)]:
             self._drop(self.paths, key)
-            self._refresh_prior(key[2])
+            self._refresh(key)
             self._tell(key[0])
 
     def _put(self, table: OrderedDict[Any, Any], key: Any, value: Any) -> None:
         old = table.pop(key, None)
         self._stale += _is_stale(value) - _is_stale(old)
         table[key] = value
-        if len(table) > self.limit:
-            self._drop(table, next(iter(table)))
         name = self._name(table)
         self._touched.add((name, key))
-        if name in _RELATED:
-            kin = self._kin.setdefault((name, key[_RELATED[name]]), OrderedDict())
+        for family in _families(name, key):
+            kin = self._kin.setdefault(family, OrderedDict())
             kin[key] = None
             kin.move_to_end(key)
+        if name in _AGING:
             self._due.put(name, key, value)
+        if len(table) > self.limit:
+            oldest = next(iter(table))
+            self._drop(table, oldest)
+            if name == "path":
+                self._refresh(oldest)
 
     def _drop(self, table: OrderedDict[Any, Any], key: Any) -> None:
         old = table.pop(key, None)
@@ -303,11 +308,11 @@ class EstimateTable:
             name = self._name(table)
             self._stale -= _is_stale(old)
             self._touched.add((name, key))
-            if name in _RELATED:
-                kin = self._kin[name, key[_RELATED[name]]]
+            for family in _families(name, key):
+                kin = self._kin[family]
                 del kin[key]
                 if not kin:
-                    del self._kin[name, key[_RELATED[name]]]
+                    del self._kin[family]
 
     def _tell(self, node: str | None) -> None:
         for watcher in self._watchers:
@@ -328,14 +333,14 @@ class EstimateTable:
 
     def node_prior(self, node: str) -> Line:
         """What is assumed of a model that a node has not run: what its other models showed last."""
-        kin = self._kin.get(("node", node))
+        kin = self._kin.get(("models", node))
         return self.nodes[next(reversed(kin))].used if kin else NODE_PRIOR.line
 
-    def path(self, device: str, edge: str | None, kind: Kind) -> tuple[Line, float]:
-        """Overheads of a task and of a sample on a path, and the deviation of its predictions."""
+    def path(self, device: str, edge: str | None, kind: Kind) -> Line:
+        """Overheads of a task and of a sample on a path."""
         found = self.paths.get((device, edge or "", kind))
         prior = self.path_prior(kind)
-        return (prior, 0.0) if found is None else (_towards(found.line, prior, found.age), found.deviation)
+        return prior if found is None else _towards(found.line, prior, found.age)
 
     def path_prior(self, kind: Kind) -> Line:
         """What is assumed of a path that no task has taken: what other paths of its kind show, or of a shorter one."""
@@ -350,10 +355,24 @@ class EstimateTable:
             return priors[Kind.DEVICE_EDGE]  # a longer path costs at least as much
         return NO_PATH.line
 
+    def _refresh(self, path: PathKey) -> None:
+        """Compute what follows from a path: the prior of its kind, and the deviations of its device and its edge."""
+        device, edge, kind = path
+        self._refresh_prior(kind)
+        for name in (device, edge) if edge else (device,):
+            spreads = [one.deviation for one in self._last_paths(("paths", name))]
+            if spreads:
+                self.deviations[name] = median(spreads)
+            else:
+                self.deviations.pop(name, None)
+
+    def _last_paths(self, family: tuple[str, str]) -> list[PathEstimate]:
+        kin = self._kin.get(family)
+        return [] if kin is None else [self.paths[key] for key in islice(reversed(kin), _SHOWN)]
+
     def _refresh_prior(self, kind: Kind) -> None:
         """Compute the prior of a kind of paths: the median of those that changed last."""
-        kin = self._kin.get(("path", kind), ())
-        lines = [self.paths[key].line for key in islice(reversed(kin), _SHOWN)]
+        lines = [path.line for path in self._last_paths(("kind", kind))]
         old = self._priors.get(kind)
         if not lines:
             self._priors.pop(kind, None)
@@ -420,13 +439,23 @@ class EstimateTable:
                 self._put(table, tuple(key), LinkEstimate(*value))
             else:
                 self._put(table, key, value)
-        for kind in FAMILIES:
-            self._refresh_prior(kind)
+        for path in self.paths:
+            self._refresh(path)
         self._tell(None)
 
 
-_RELATED: Final = {"node": 0, "path": 2}
-"""Which field of a key is shared by related estimates: the node's name, the kind of the path."""
+_AGING: Final = ("node", "path")
+"""The sorts of estimates that become stale."""
+
+
+def _families(name: str, key: Any) -> tuple[tuple[str, str], ...]:
+    """The groups of related estimates: the models of a node, the paths of a kind, of a device and of an edge."""
+    if name == "node":
+        return (("models", key[0]),)
+    if name != "path":
+        return ()
+    device, edge, kind = key
+    return ("kind", kind), ("paths", device), *((("paths", edge),) if edge else ())
 
 
 class _DueEstimates:
@@ -460,7 +489,7 @@ class _DueEstimates:
         """Drop the entries of estimates that have changed, once these are the most."""
         if len(self._by_count) + len(self._by_time) > 1_000 + 2 * sum(map(len, tables.values())):
             self._by_count, self._by_time = [], []
-            for name in _RELATED:
+            for name in _AGING:
                 for key, value in tables[name].items():
                     self.put(name, key, value)
 

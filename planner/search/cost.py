@@ -90,7 +90,6 @@ class Overheads(NamedTuple):
     link2_latency_s: float = 0.0  # L2
     task_s: ByFamily = (0.0, 0.0, 0.0, 0.0)  # t
     sample_s: ByFamily = (0.0, 0.0, 0.0, 0.0)  # u
-    deviation: float = 0.0  # relative deviation of delays from their predictions; no part of the delay
 
     def latency_s(self, family: int) -> float:
         """l, the latency of one sample: there and back over each link that the family uses."""

@@ -160,7 +160,7 @@ class Region:
 
     def replayed(self) -> PlannerCore:
         """A core that folded the records, each compared with the hash that it carries."""
-        core = PlannerCore(0, options=self.core.options)
+        core = PlannerCore(0, objective=self.core.objective, options=self.core.options)
         for record in self.records:
             core.fold(Decision.model_validate_json(record.model_dump_json()))
             assert core.state_hash == record.ledger_hash
@@ -177,7 +177,8 @@ def nodes(*edges: Any) -> tuple[Any, ...]:
 
 
 def learned(changes: list[Change]) -> Learned:
-    return only(changes, Learned)
+    found: Learned = only(changes, Learned)
+    return found
 
 
 @pytest.mark.parametrize("objective", list(Objective))
@@ -187,7 +188,7 @@ def learned(changes: list[Change]) -> Learned:
         Truth(factor={"d1": 2.0, "e1": 3.0, "c1": 1.5}, noise=0.05),
         Truth(overhead_s={"d1": 0.001, "e1": 0.005, "c1": 0.004}, task_s=0.02, noise=0.05),
         Truth(latency_s={(1, "e1"): 0.02, (2, "e1"): 0.04}, noise=0.05),
-        Truth(factor={"d1": 0.5}, task_s=0.1, latency_s={(1, "e1"): 0.003}, noise=0.05),
+        Truth(factor={"e1": 0.5}, task_s=0.1, latency_s={(1, "e1"): 0.003}, noise=0.05),
     ],
 )
 def test_after_ten_tasks_predictions_are_right_and_the_choice_is_the_best(truth: Truth, objective: Objective) -> None:
@@ -256,7 +257,7 @@ def test_a_placement_says_how_much_of_its_delay_is_latency_and_overhead() -> Non
     placed = region.placed[-1]
     assert placed.overhead is not None
     assert placed.overhead.latency_s == pytest.approx(10 * 2 * 0.02)
-    assert placed.overhead.task_s == pytest.approx(0.05, rel=0.1)
+    assert placed.overhead.task_s == pytest.approx(0.05, rel=0.2)
     assert placed.parts.total_s + placed.overhead.latency_s + placed.overhead.task_s == pytest.approx(placed.delay_s)
     assert region.placed[0].overhead is not None
     region = Region(Truth(), *nodes())
@@ -269,7 +270,8 @@ def test_a_placement_says_how_much_of_its_delay_is_latency_and_overhead() -> Non
 def started(region: Region, task_id: str) -> Placed:
     changes = region.step(task(task_id))
     assert only(changes, Start)
-    return only(changes, Placed)
+    placed: Placed = only(changes, Placed)
+    return placed
 
 
 def slow_completion(placed: Placed, attempt: int) -> TaskCompleted:
@@ -402,7 +404,9 @@ def test_an_edge_that_has_recovered_is_tried_again_and_used(seed: int) -> None:
 def test_what_stays_bad_is_tried_again_ever_more_rarely() -> None:
     truth = Truth(overhead_s={"e1": 0.1}, noise=0.02)
     region = Region(truth, edge(speed=4.0), device())
-    region.run(600)
+    for _ in range(600):
+        region.now += 5.0
+        region.run(1)
     tries = [i for i, placed in enumerate(region.placed) if placed.placement.edge is not None]
     assert 3 <= len(tries) <= 12
     gaps = [later - earlier for earlier, later in pairwise(tries)]
@@ -418,31 +422,21 @@ def test_two_nodes_that_are_nearly_equal_do_not_alternate(seed: int) -> None:
 
 
 def test_a_retry_is_one_task_until_its_result_is_known() -> None:
-    """While the retry runs, another task is not sent after it."""
-    truth = Truth(overhead_s={"e1": 0.02})
-    region = Region(truth, edge(speed=4.0, slots=4), device("d1"), device("d2"))
-    region.run(3)
-    for _ in range(200):
-        region.now += 10.0
-        retried = region.run(1)[0].placement.edge is not None
-        if retried:
+    """While the retry of a stale edge runs, the tasks of other devices are not sent after it."""
+    region = Region(Truth(overhead_s={"e1": 0.1}), edge(speed=4.0, slots=4), device("d1"), device("d2"))
+    for _ in range(300):
+        region.now += 5.0
+        region.run(1)
+        table = region.core.estimates
+        stale = table.nodes["e1", "m"].age.steps
+        if stale and region.core.decide(task("probe"), region.now).edge is not None:  # type: ignore[union-attr]
             break
-        region.tasks += 1
-        changes = region.step(task(f"t{region.tasks}"))
-        if only(changes, Placed).placement.edge is not None:
-            region.tasks += 1
-            other = region.step(task(f"t{region.tasks}", "d2"))
-            assert only(other, Placed).placement.edge is None
-            return
-        region.step(
-            TaskCompleted(
-                task_id=f"t{region.tasks}",
-                attempt=1,
-                node="d1",
-                measured=only(changes, Placed).parts,
-                delay_s=only(changes, Placed).delay_s,
-            )
-        )
+    else:
+        pytest.fail("the edge was not tried again")
+    assert region.core.decide(task("probe", "d2"), region.now).edge is not None  # type: ignore[union-attr]
+    assert started(region, "retry").placement.edge == "e1"
+    assert region.core.decide(task("probe", "d2"), region.now).edge is None  # type: ignore[union-attr]
+    assert region.replayed().state_hash == region.core.state_hash
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
