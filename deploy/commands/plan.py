@@ -20,7 +20,7 @@ from bus.values import Kind, ModelProfile, Objective, Role
 from deploy.console_output import completion
 from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.writable import writable_file
-from deploy.monitor.phrases import cut_column
+from deploy.monitor.phrases import STATION_NAMES, cut_column
 from planner.search.cost import NO_OVERHEADS, Overheads
 from planner.search.profiles import PlatformProfiles, load_profile
 from planner.search.what_if import Constraints, Situation, WhatIfPlan, plans, position_of
@@ -222,34 +222,51 @@ def _plan_json(situation: Situation, found: list[WhatIfPlan]) -> dict[str, Any]:
     }
 
 
-PARTS_FROM = 76
-"""Minimum terminal width to show the parts of a plan beside its delay and cuts."""
+LATENCY = "latency"
+
+BESIDE_PARTS, PART = 24, 9
+"""Width of a table without parts, and of each part."""
 
 
 def _plan_table(situation: Situation, found: list[WhatIfPlan], columns: int) -> Table:
-    table = Table(
-        title=f"{situation.device.model}, {format_count(situation.samples, 'sample')}, "
-        f"{situation.objective.value}: links {format_rate(situation.link1_bps)} and {format_rate(situation.link2_bps)}",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+    """One row for each plan: its delay, its cuts, and the parts that add up to the delay of one sample.
+
+    A narrow terminal shows the tiers and the latency in place of the parts. A column that is 0 in all plans is left out.
+    """
+    table = Table(title=_title(situation), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("delay", justify="right", no_wrap=True)
     table.add_column("cut after", overflow="fold")
-    with_latency = situation.overheads != NO_OVERHEADS
-    if with_latency:
-        table.add_column("latency", justify="right", no_wrap=True)
-    for heading in ("device", "link 1", "edge", "link 2", "cloud", "result") if columns >= PARTS_FROM else ():
+    rows = [{**one.parts.model_dump(), LATENCY: one.latency_s} for one in found]
+    shown = [name for name in rows[0] if any(row[name] for row in rows)]
+    with_parts = columns >= BESIDE_PARTS + PART * len(shown)
+    if not with_parts:
+        table.add_column("on", no_wrap=True)
+        shown = [name for name in shown if name == LATENCY]
+    for name in shown:
+        heading = STATION_NAMES.get(name.removesuffix("_s"), name)
         table.add_column(heading, justify="right", style="dim", no_wrap=True)
-    for one in found:
-        parts = one.parts.model_dump().values() if columns >= PARTS_FROM else ()
+    for one, row in zip(found, rows, strict=True):
         table.add_row(
             format_seconds(one.delay_s),
             cut_column(one.kind, one.cut1_name, one.cut2_name),
-            *((format_seconds(one.latency_s),) if with_latency else ()),
-            *(format_seconds(part) if part else "" for part in parts),
+            *(() if with_parts else (one.kind.value,)),
+            *(format_seconds(row[name]) if row[name] else "" for name in shown),
         )
     return table
+
+
+def _title(situation: Situation) -> str:
+    """The model, the task and the links."""
+    overheads = situation.overheads
+    links = [
+        format_rate(bps) + (f" with {format_seconds(latency_s)}" if overheads != NO_OVERHEADS else "")
+        for bps, latency_s in (
+            (situation.link1_bps, overheads.link1_latency_s),
+            (situation.link2_bps, overheads.link2_latency_s),
+        )
+    ]
+    samples = format_count(situation.samples, "sample")
+    return f"{situation.device.model}, {samples}, {situation.objective.value}: links {' and '.join(links)}"
 
 
 def _nothing(situation: Situation) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from bus.errors import ConfigError, DeeparError, UnknownNameError
 from bus.messages import EpochOpened
+from bus.text.units import parse_duration
 from deploy.commands.explain import explain
 from deploy.commands.plan import plan
 from planner.core.core import PlannerCore
@@ -137,3 +139,35 @@ def test_explain_says_what_a_task_waits_for_and_since_when(tmp_path: Path) -> No
     assert "10 ms before the last record" in shown
     found = json.loads(run("explain", "t1", "--from", str(path), "--json"))
     assert (found["state"], found["waits_for"], found["waiting_since_s"]) == ("WAITING", ["a cloud to join"], 0.02)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_the_latency_is_shown_and_the_shares_add_up_to_the_delay(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    far = (
+        "plan",
+        "alexnet",
+        "--link1",
+        "100Mbps",
+        "--link2",
+        "20Mbps",
+        "--top",
+        "1",
+        "--forbid",
+        "cloud",
+        "--pin",
+        "edge",
+    )
+    text = run(*far, "--link1-latency", "20ms", "--link2-latency", "40ms")
+    assert "links 100 Mbps with 20 ms and 20 Mbps with 40 ms" in " ".join(text.split())
+    heading = next(line for line in text.splitlines() if "latency" in line)
+    row = [line for line in text.splitlines() if re.match(r" *[0-9.]+ m?s ", line)][-1]
+    delay, *shares = (parse_duration(found) for found in re.findall(r"[0-9.]+ (?:us|ms|s)\b", row))
+    assert shares[-1] == pytest.approx(0.040), "there and back over link 1, which is all that this plan uses"
+    if columns == 60:
+        assert "device+edge" in row
+        assert "link 1" not in heading
+    else:
+        assert sum(shares) == pytest.approx(delay, rel=0.01)
+        assert "cloud" not in heading, "no plan uses it"
+    assert "latency" not in run(*far)
