@@ -42,19 +42,19 @@ class _Command:
 
 COMMANDS = (
     _Command("demo", RUN, "deploy.commands.demo", "demo", "Watch a device, an edge and a cloud at work, without a broker."),
-    _Command("broker", RUN, "deploy.commands.broker", "broker", "Start an Apache Kafka broker on this machine."),
+    _Command("broker", RUN, "deploy.commands.kafka.broker", "broker", "Start an Apache Kafka broker on this machine."),
     _Command("up", RUN, "deploy.commands.services", "up", "Start a planner and stages from a TOML file, in one process."),
     _Command("planner", RUN, "deploy.commands.services", "planner", "Run the planner: it decides where every task runs."),
     _Command("stage", RUN, "deploy.commands.services", "stage_app", "Run one stage: a device, an edge or a cloud worker."),
-    _Command("topics", RUN, "deploy.commands.topics", "topics_app", "Create or list the topics on Kafka."),
-    _Command("acls", RUN, "deploy.commands.acls", "acls", "Show or set the access control lists of the topics."),
+    _Command("topics", RUN, "deploy.commands.kafka.topics", "topics_app", "Create or list the topics on Kafka."),
+    _Command("acls", RUN, "deploy.commands.kafka.acls", "acls", "Show or set the access control lists of the topics."),
     _Command("identity", RUN, "deploy.commands.identity", "app", "Create the secrets that prove a node's identity."),
     _Command("loadgen", RUN, "deploy.commands.loadgen.replay", "app", "Submit tasks, measure this machine, break processes."),
     _Command("cancel", RUN, "deploy.commands.cancel", "cancel", "Cancel tasks before they are done."),
-    _Command("tail", SEE, "deploy.commands.tail", "tail_app", "Follow a topic, one line per message."),
+    _Command("tail", SEE, "deploy.commands.kafka.tail", "tail_app", "Follow a topic, one line per message."),
     _Command("top", SEE, "deploy.commands.top", "top", "Watch nodes and tasks in the terminal."),
     _Command("ui", SEE, "deploy.commands.ui", "ui", "Watch nodes and tasks in the browser."),
-    _Command("dead-letter", SEE, "deploy.commands.dead_letter", "app", "List and show messages that were rejected."),
+    _Command("dead-letter", SEE, "deploy.commands.kafka.dead_letter", "app", "List and show messages that were rejected."),
     _Command("explain", SEE, "deploy.commands.explain", "explain", "Show why a task ran where it ran, and what it took."),
     _Command("doctor", SEE, "deploy.commands.doctor", "doctor", "Check this machine, the broker and the region."),
     _Command("healthcheck", SEE, "deploy.commands.healthcheck", "healthcheck", "Query a service's readiness probe."),
@@ -157,7 +157,9 @@ def _version(asked: bool) -> None:
 def prepare_process(log_level: str) -> None:
     """Set up signals and logging for a command."""
     raise_interrupts()
-    from deploy.services.log_setup import configure_logging  # imported here: listing the commands needs no logging
+    from deploy.services.telemetry.log_setup import (
+        configure_logging,  # imported here: listing the commands needs no logging
+    )
 
     configure_logging(log_level)
 

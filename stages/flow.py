@@ -17,9 +17,9 @@ from typing import NamedTuple, Protocol
 from bus import topics
 from bus.errors import BusError, DeeparError, InvariantError, ProtocolError
 from bus.frames import MAX_SAMPLE_BYTES, Frame, Plan, encode_frame
+from bus.headers.tracing import parent_in
 from bus.port import Bus, Record, TopicPartition
 from bus.tensors import Array, Piece
-from bus.tracing import parent_in
 from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
 from stages.measuring.clock import exact_clock
 from stages.node import Node, cause_of, detail_of

@@ -19,9 +19,10 @@ import structlog
 from bus import messages, snapshots, topics
 from bus.dead_letter import DeadLetterLimiter, write_dead_letter
 from bus.decisions import DecisionLog, DecisionsLostError
-from bus.envelope import Envelope
 from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
 from bus.frames import Plan
+from bus.headers.envelope import Envelope
+from bus.headers.tracing import TRACEPARENT, Attribute, Span, SpanSink, parent_of, part_span_id, traceparent
 from bus.identity.proofs import WRONG_IDENTITY
 from bus.identity.signed_bus import satisfy_region
 from bus.messages import (
@@ -36,7 +37,6 @@ from bus.messages import (
     Placed,
 )
 from bus.port import Bus, Headers, Reader, Record
-from bus.tracing import TRACEPARENT, Attribute, Span, SpanSink, parent_of, part_span_id, traceparent
 from bus.values import Role
 from stages.fences import REMEMBERED_ENDS
 from stages.network.played import NO_NETWORK, PlayedNetwork

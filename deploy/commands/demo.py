@@ -21,8 +21,8 @@ from deploy.console_output.writable import writable_file
 from deploy.demo.demo import POLICIES, SLOWDOWN, Demo, Run, digits_right
 from deploy.demo.picture import draw_run
 from deploy.monitor.phrases import cut_names
-from deploy.services.log_setup import configure_logging
 from deploy.services.process import EXIT_FAILED, run_on_uvloop
+from deploy.services.telemetry.log_setup import configure_logging
 from loadgen.replay.outcome import Outcome, Recorder
 from planner.search.policies import load_policy
 

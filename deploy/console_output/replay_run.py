@@ -16,8 +16,8 @@ from bus.messages import NodeAnnounced
 from bus.port import Bus
 from bus.text.units import format_seconds
 from bus.values import Role
-from deploy.services.otel import tracing
 from deploy.services.process import run_on_uvloop
+from deploy.services.telemetry.otel import tracing
 from deploy.services.wiring import require_region
 from loadgen.replay import metrics, schedule
 from loadgen.replay.outcome import Recorder

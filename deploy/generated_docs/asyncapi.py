@@ -10,12 +10,12 @@ from pydantic import TypeAdapter
 
 from bus import frames, messages
 from bus.frames import Plan
+from bus.headers.tracing import TRACEPARENT
 from bus.identity import authorization
 from bus.identity.authorization import AuthorizationRule
 from bus.identity.keys import IDENTITY_HEADER, PROOF_HEADER
 from bus.tensors import DTYPES
 from bus.topics import EDGE_PLACEHOLDER, TABLE, Encoding, PartitionBy, Topic
-from bus.tracing import TRACEPARENT
 
 SCHEMA_REF: Final = "#/components/schemas/{model}"
 JSON_TYPE: Final = "application/json"

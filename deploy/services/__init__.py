@@ -1,4 +1,4 @@
-"""Services as processes: wiring, settings, signals, probes, logs, traces, keys.
+"""Services as processes: wiring, settings, signals, keys. The wing `telemetry` holds logs, probes, metrics and traces.
 
 Start with `process` and `wiring`. The commands, the demo and the tests may import it.
 """

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog
-from bus.envelope import Envelope
 from bus.errors import BusUnavailableError, ProtocolError
+from bus.headers.envelope import Envelope
 from bus.identity.signed_bus import satisfy_region
 from bus.messages import Admitted, Decision, Ended, Snapshot, TaskCancelled, TaskState, TaskSubmitted
 from bus.port import Bus, Reader

@@ -10,9 +10,9 @@ from bus import topics
 from bus.errors import ConfigError
 from bus.port import Bus
 from deploy.services.broker_wait import Patience
-from deploy.services.otel import tracing
-from deploy.services.probes import Health, serve_probes
 from deploy.services.process import until_stopped
+from deploy.services.telemetry.otel import tracing
+from deploy.services.telemetry.probes import Health, serve_probes
 from deploy.services.topic_watch import TopicWatch, used_by
 from deploy.services.wiring import require_region
 from planner.core.core import PlannerCore

@@ -8,14 +8,11 @@ import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from deploy.services.telemetry.event_loop import loop_name
+
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_MISSED, EXIT_INTERRUPTED = 0, 1, 2, 99, 105
 
 T = TypeVar("T")
-
-
-def loop_name() -> str:
-    """Name of the running event loop's package, e.g. `uvloop`."""
-    return type(asyncio.get_running_loop()).__module__.split(".", 1)[0]
 
 
 def run_on_uvloop(main: Coroutine[Any, Any, T]) -> T:

@@ -13,10 +13,10 @@ from bus.topics import Partitions
 from deploy.services import wiring
 from deploy.services.broker_wait import Patience
 from deploy.services.identities import key_of
-from deploy.services.otel import tracing
 from deploy.services.process import until_stopped
 from deploy.services.runners import make_runner
 from deploy.services.settings import NodeOptions, PlannerOptions, UpSettings
+from deploy.services.telemetry.otel import tracing
 from deploy.services.topic_watch import TopicWatch, used_by
 from deploy.services.wiring import PlannerSetup, node_settings
 from stages.node import Node, NodeSettings

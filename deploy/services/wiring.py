@@ -12,19 +12,19 @@ import structlog
 
 from bus import topic_settings, topics
 from bus.errors import BusError, BusUnavailableError, ConfigError, UnknownTopicError
+from bus.headers.tracing import SpanSink
 from bus.identity.keys import Master
 from bus.kafka.bus import KafkaBus
 from bus.kafka.connection import KafkaConnection
 from bus.port import Bus
 from bus.topics import Partitions
-from bus.tracing import SpanSink
 from bus.values import Execution, Objective, Role
 from deploy.services.broker_wait import Patience
-from deploy.services.otel import tracing
-from deploy.services.probes import Health, serve_probes
 from deploy.services.process import until_stopped
 from deploy.services.result_file import ResultFile
 from deploy.services.settings import DeviceOptions, EdgeOptions, NodeOptions
+from deploy.services.telemetry.otel import tracing
+from deploy.services.telemetry.probes import Health, serve_probes
 from deploy.services.topic_watch import TopicWatch, used_by
 from planner.core.core import PlannerCore
 from planner.core.options import DEFAULT_PATIENCE_S, CoreOptions, WhenLate

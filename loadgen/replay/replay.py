@@ -16,12 +16,12 @@ from typing import Any
 
 from bus import messages, topics
 from bus.decisions import DecisionLog
-from bus.envelope import Envelope
 from bus.errors import BusError, ProtocolError
+from bus.headers.envelope import Envelope
+from bus.headers.tracing import SUBMIT, TASK, Span, SpanSink, span_id
 from bus.identity.signed_bus import satisfy_region
 from bus.messages import Decision, EpochOpened, TaskCompleted
 from bus.port import Bus, Position, Reader
-from bus.tracing import SUBMIT, TASK, Span, SpanSink, span_id
 from loadgen.replay import metrics
 from loadgen.replay.outcome import Outcome, Recorder
 from loadgen.replay.readiness import FETCH_S, decisions_from_now

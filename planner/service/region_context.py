@@ -18,7 +18,7 @@ import structlog
 from structlog.typing import FilteringBoundLogger
 
 from bus.decisions import DecisionLog, Dropped
-from bus.envelope import Envelope
+from bus.headers.envelope import Envelope
 from bus.port import Bus, Record
 from planner.core.core import PlannerCore
 from planner.service.input_filter import InputFilter

@@ -26,10 +26,10 @@ from enum import StrEnum
 from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog, DecisionsLostError, DecisionTopicMessage, Dropped
 from bus.errors import BusError, ConfigError, DeeparError, InvariantError
+from bus.headers.tracing import SpanSink
 from bus.identity.keys import Master
 from bus.messages import Decision, EpochOpened, Message, PlannerLeft, Snapshot
 from bus.port import Bus, Position, Reader, Record
-from bus.tracing import SpanSink
 from planner.core.core import PlannerCore
 from planner.service.input_filter import InputFilter
 from planner.service.leader_term import HEARTBEATS_PER_LEASE, INPUTS, UNREADABLE, Deposed, LeaderTerm

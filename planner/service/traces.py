@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+from bus.headers.tracing import DECISION, TASK, Attribute, Span, SpanSink, span_id
 from bus.messages import Decision, Ended, Placed, TaskState
 from bus.region_tasks import KnownTask, RegionTasks
-from bus.tracing import DECISION, TASK, Attribute, Span, SpanSink, span_id
 
 
 class TaskTraces:

@@ -15,11 +15,11 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from bus import messages, topics
 from bus.decisions import DecisionLog
+from bus.headers.tracing import chain, trace_id
 from bus.kafka.bus import KafkaBus
 from bus.kafka.connection import KafkaConnection
 from bus.messages import Decision, NodeJoined, NodeLost, Placed
 from bus.port import Record
-from bus.tracing import chain, trace_id
 from deploy.kafka_local.ports import free_port
 from tests import prometheus
 from tests.documented import README, lines_of

@@ -17,7 +17,7 @@ from bus.messages import (
     TaskFailed,
 )
 from bus.values import Parts, Role
-from deploy.commands.dead_letter import DeadLetter, read_dead_letters
+from deploy.commands.kafka.dead_letter import DeadLetter, read_dead_letters
 from planner.service.service import Standing
 from tests.decision_story import Story
 from tests.sim.planners import Town

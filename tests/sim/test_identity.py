@@ -21,7 +21,7 @@ from bus.messages import (
 )
 from bus.port import Bus, Headers, Record
 from bus.values import Parts
-from deploy.commands.dead_letter import DeadLetter
+from deploy.commands.kafka.dead_letter import DeadLetter
 from deploy.services.planner_process import planner_counters
 from loadgen.chaos.simulated import campaign
 from loadgen.sim.programs import Programs

@@ -18,7 +18,7 @@ from bus.messages import (
     TaskState,
 )
 from bus.values import Role
-from deploy.commands.dead_letter import DeadLetter, read_dead_letters
+from deploy.commands.kafka.dead_letter import DeadLetter, read_dead_letters
 from loadgen.sim.virtual_loop import run_virtual
 from tests.decision_story import Story
 from tests.sim.forgeries import FORGERIES, HORIZON_S, IDS, MASTER, TASKS, dead_letters_of, lost_in

@@ -18,7 +18,7 @@ from bus.messages import TaskState
 from bus.port import Record
 from bus.tensors import Piece, to_pieces
 from bus.values import Kind, Placement
-from deploy.commands.dead_letter import DeadLetter, read_dead_letters
+from deploy.commands.kafka.dead_letter import DeadLetter, read_dead_letters
 from loadgen.replay.outcome import Outcome
 from loadgen.sim.virtual_loop import run_virtual
 from stages.device import Device

@@ -15,14 +15,14 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 
 from bus import messages, topics
+from bus.headers.tracing import Span, chain, parent_in, span_id, trace_id, traceparent
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Decision, Placed, SeedInput, TaskCompleted, TaskSubmitted
 from bus.port import Record
-from bus.tracing import Span, chain, parent_in, span_id, trace_id, traceparent
 from bus.values import Placement
 from deploy.kafka_local.ports import free_port
 from deploy.services import wiring
-from deploy.services.otel import OtelSink, tracing, wanted
+from deploy.services.telemetry.otel import OtelSink, tracing, wanted
 from loadgen.replay.replay import replay
 from loadgen.replay.schedule import Entry, Schedule
 from loadgen.sim.virtual_loop import run_virtual
@@ -247,7 +247,7 @@ def test_off_by_default_and_nothing_imported() -> None:
     assert not wanted({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_TRACES_EXPORTER": "none"})
     script = (
         "import asyncio, sys, deploy.commands.services, deploy.commands.loadgen.replay\n"
-        "from deploy.services.otel import tracing\n"
+        "from deploy.services.telemetry.otel import tracing\n"
         "async def main():\n"
         "    async with tracing('x', {}) as sink:\n"
         "        assert sink is None\n"

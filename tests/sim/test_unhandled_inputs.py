@@ -10,7 +10,7 @@ import pytest
 from bus import messages, topics
 from bus.messages import Change, Ended, NodeAnnounced, TaskCompleted, TaskState, TaskSubmitted
 from bus.values import Role
-from deploy.commands.dead_letter import DeadLetter, read_dead_letters
+from deploy.commands.kafka.dead_letter import DeadLetter, read_dead_letters
 from loadgen.sim.virtual_loop import run_virtual
 from planner.core.core import Event, PlannerCore, Unhandled
 from planner.service.input_filter import InputFilter

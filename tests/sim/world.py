@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from bus import topics
+from bus.headers.tracing import SpanSink
 from bus.identity.keys import Master, Speaker
 from bus.identity.signed_bus import signed
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import SeedInput, TaskSubmitted
 from bus.port import Bus
 from bus.tensors import Array
-from bus.tracing import SpanSink
 from bus.values import ModelProfile, Objective, Role
 from deploy.services import wiring as nodes
 from loadgen.replay.outcome import Outcome

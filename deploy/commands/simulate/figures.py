@@ -32,8 +32,8 @@ from deploy.console_output.options import AsJson
 from deploy.console_output.progress import progress_bar
 from deploy.console_output.writable import writable_folder
 from deploy.kafka_local.broker import KafkaBroker
-from deploy.services.log_setup import configure_logging
 from deploy.services.process import EXIT_MISSED
+from deploy.services.telemetry.log_setup import configure_logging
 from loadgen.experiments import compare as compared
 from loadgen.experiments import compare_chart, figures
 from loadgen.experiments.claims import Claim

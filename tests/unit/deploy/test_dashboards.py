@@ -16,7 +16,7 @@ import deploy
 from bus import topics
 from bus.frames import MAX_FRAME_BYTES
 from deploy.services.planner_process import planner_counters
-from deploy.services.probes import Health, _Collector
+from deploy.services.telemetry.probes import Health, _Collector
 from planner.core.core import PlannerCore
 from planner.service.task_statistics import TaskStatistics
 from stages.node import ALARMED

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bus.errors import ConfigError
-from deploy.services.probes import Health, serve_probes
+from deploy.services.telemetry.probes import Health, serve_probes
 from tests.unit.deploy.test_cli import run
 
 BYTES = bytes(range(128, 256))

@@ -9,7 +9,7 @@ from bus.dead_letter import write_dead_letter
 from bus.errors import ProtocolError
 from bus.memory.bus import MemoryBus
 from bus.port import Record
-from deploy.commands.dead_letter import hex_lines, read_dead_letters
+from deploy.commands.kafka.dead_letter import hex_lines, read_dead_letters
 
 
 def test_a_letter_tells_origin_task_cause_and_keeps_the_bytes() -> None:

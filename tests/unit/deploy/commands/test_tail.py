@@ -10,7 +10,7 @@ from rich.console import Console
 from bus import messages, topics
 from bus.memory.bus import MemoryBus
 from bus.messages import EpochOpened, Message, NodeHeartbeat, PlannerHeartbeat, TaskProgress
-from deploy.commands.tail import Table, _tail
+from deploy.commands.kafka.tail import Table, _tail
 from tests.unit.deploy.monitor.test_decision_lines import admitted, decision
 
 SHOWN = 12

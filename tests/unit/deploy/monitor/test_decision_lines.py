@@ -38,7 +38,7 @@ from bus.messages import (
 from bus.port import Record
 from bus.region_tasks import RegionTasks
 from bus.values import Execution, Kind, Objective, Parts, Placement, Role
-from deploy.commands.tail import Table, json_line
+from deploy.commands.kafka.tail import Table, json_line
 from deploy.monitor.decision_lines import lines_of, route_text
 from planner.service.record_split import split_decision
 

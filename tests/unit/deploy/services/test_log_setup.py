@@ -10,7 +10,7 @@ import sys
 import pytest
 import structlog
 
-from deploy.services.log_setup import LIBRARY_REPEAT_S, LibraryRepeatLimiter, RepeatLimiter, configure_logging
+from deploy.services.telemetry.log_setup import LIBRARY_REPEAT_S, LibraryRepeatLimiter, RepeatLimiter, configure_logging
 
 PLANTED = "planted-0xC0FFEE"
 
@@ -39,7 +39,7 @@ def test_the_kafka_client_stays_quiet_at_debug() -> None:
 def test_what_libraries_say_is_json_too() -> None:
     """Runs in a process of its own, because pytest installs handlers on the root logger."""
     script = (
-        "import logging, structlog; from deploy.services.log_setup import configure_logging\n"
+        "import logging, structlog; from deploy.services.telemetry.log_setup import configure_logging\n"
         "configure_logging('info', json_lines=True)\n"
         "structlog.get_logger('test').info('ours')\n"
         "logging.getLogger('aiokafka.consumer').error('Request failed: %s', '[Error 15]')\n"

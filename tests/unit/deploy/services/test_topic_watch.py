@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 from bus import topics
 from bus.memory.bus import MemoryBus
 from bus.topics import Partitions
-from deploy.services.probes import Health
+from deploy.services.telemetry.probes import Health
 from deploy.services.topic_watch import AGAIN_S, WATCH_S, TopicWatch, used_by
 from loadgen.sim.virtual_loop import run_virtual
 

@@ -1,8 +1,8 @@
 """Export of traces to OpenTelemetry, if its environment variables enable it; otherwise OpenTelemetry is not imported.
 
-Spans arrive when they have ended, with ids derived from the task (`bus/tracing.py`). The OpenTelemetry SDK batches and sends
-them from its own thread, drops them when its queue is full, and reads its remaining variables (`OTEL_EXPORTER_OTLP_HEADERS`,
-`OTEL_RESOURCE_ATTRIBUTES`, `OTEL_BSP_*`, ...) itself.
+Spans arrive when they have ended, with ids derived from the task (`bus/headers/tracing.py`). The OpenTelemetry SDK batches
+and sends them from its own thread, drops them when its queue is full, and reads its remaining variables
+(`OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_BSP_*`, ...) itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from bus.tracing import SUBMIT, TASK, Span, SpanSink, trace_id
+from bus.headers.tracing import SUBMIT, TASK, Span, SpanSink, trace_id
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor

@@ -15,8 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from bus.errors import ConfigError
 from bus.text.json_text import json_text
-from deploy.services.metric_help import HELP
-from deploy.services.process import loop_name
+from deploy.services.telemetry.event_loop import loop_name
+from deploy.services.telemetry.metric_help import HELP
 from planner.service.task_statistics import Histogram, TaskStatistics
 
 LAG_PROBE_S = 0.25

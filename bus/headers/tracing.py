@@ -3,7 +3,8 @@
 One task is one trace. The root span `task` lasts from admission to the end. Its children are `submit` and one `decision` per
 attempt. The parts of the delay follow the decision in the order in which a sample passes them (`chain`), each the child of
 the part before. Planners that replay their log, restarted stages and devices compute the same ids. Records carry the W3C
-header `traceparent` for foreign stages and tools. Only the `SpanSink` in `deploy/services/otel.py` imports OpenTelemetry.
+header `traceparent` for foreign stages and tools. Only the `SpanSink` in `deploy/services/telemetry/otel.py` imports
+OpenTelemetry.
 """
 
 from __future__ import annotations

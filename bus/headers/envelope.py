@@ -5,9 +5,9 @@ They have no `ce_time`: the timestamp of the record serves that purpose.
 
 from __future__ import annotations
 
+from bus.headers.tracing import DECISION, SUBMIT, TASK, TRACEPARENT, span_id, traceparent
 from bus.messages import Decision, Message, TaskCancelled, TaskCompleted, TaskFailed, TaskSubmitted
 from bus.port import Headers
-from bus.tracing import DECISION, SUBMIT, TASK, TRACEPARENT, span_id, traceparent
 
 _FIXED: Headers = (("content-type", b"application/json"), ("ce_specversion", b"1.0"))
 
