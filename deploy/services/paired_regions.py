@@ -51,9 +51,15 @@ class RegionPair:
             planner = ["planner", "--name", f"p{region}", *policy, *where]
             found[f"p{region}"] = (Target.PLANNER, planner)
             link1, link2 = self.network.link1, self.network.link2
-            found[device] = (Target.DEVICE, [*self._stage("device", device), "--edge", edge, "--link", link1, *where])
-            found[edge] = (Target.EDGE, [*self._stage("edge", edge), "--link1", link1, "--link2", link2, *where])
-            found[cloud] = (Target.CLOUD, [*self._stage("cloud", cloud), *where])
+            far1, far2 = (
+                ["--link1-latency", self.network.link1_latency],
+                ["--link2-latency", self.network.link2_latency],
+            )
+            words = [*self._stage("device", device), "--edge", edge, "--link", link1, *far1, *where]
+            found[device] = (Target.DEVICE, words)
+            words = [*self._stage("edge", edge), "--link1", link1, "--link2", link2, *far2, *where]
+            found[edge] = (Target.EDGE, words)
+            found[cloud] = (Target.CLOUD, [*self._stage("cloud", cloud), *far2, *where])
         return found
 
     def _stage(self, role: str, name: str) -> list[str]:

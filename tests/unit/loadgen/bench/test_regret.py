@@ -155,4 +155,6 @@ def test_both_regions_of_a_cell_are_alike_but_for_the_policy(tmp_path: object) -
         assert renamed == commands[f"{role}4"]
     assert "--policy" in commands["p5"]
     assert "--policy" not in commands["p4"]
-    assert NETWORKS[1].link1 in commands["d4"]
+    assert {NETWORKS[1].link1, NETWORKS[1].link1_latency} < set(commands["d4"])
+    assert NETWORKS[1].link2_latency in commands["e4"]
+    assert NETWORKS[1].link2_latency in commands["c4"]
