@@ -33,7 +33,8 @@ class LiveServices:
 
     connection: KafkaConnection
     nodes: tuple[NodeAnnounced, ...]  # nodes to run, as their announcements describe them
-    planned: Scenario | None  # if set: run the planner of region 0 with its settings
+    scenario: Scenario  # the networks that the nodes play, and the settings of the planner
+    plans: bool = False  # whether to run the planner of region 0
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def running(scenario: Scenario, nodes: Sequence[NodeAnnounced], connection: Kafk
     processes: list[Worker] = []
     try:
         for name, members in parts.items():
-            spec = LiveServices(connection, members, scenario if name == "planner" else None)
+            spec = LiveServices(connection, members, scenario, plans=name == "planner")
             process = Worker(target=_run, args=(spec,), name=f"deepar compare: {name}", daemon=True)
             process.start()
             processes.append(process)
@@ -84,10 +85,11 @@ async def _serve(services: LiveServices) -> None:
     async with KafkaBus(services.connection) as bus, asyncio.TaskGroup() as group:
         edges = [node.node for node in services.nodes if node.role is Role.EDGE]
         await bus.create_topics(specs(edges))
-        if services.planned is not None:
-            planned = services.planned
-            group.create_task(PlannerService(bus, lambda: core_for(planned)).run(), name="planner")
+        scenario = services.scenario
+        if services.plans:
+            group.create_task(PlannerService(bus, lambda: core_for(scenario)).run(), name="planner")
         for announced in services.nodes:
-            node = Node(bus, settings_of(announced), ModelledRunner(announced.models))
+            settings = settings_of(announced, scenario.network(announced.role))
+            node = Node(bus, settings, ModelledRunner(announced.models))
             work = Device(node) if announced.role is Role.DEVICE else hop_of(node)
             group.create_task(node.run(work), name=announced.node)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Any
 
-from bus.errors import InvariantError, PolicyError
+from bus.errors import ConfigError, InvariantError, PolicyError
 from bus.messages import (
     Ended,
     NodeAnnounced,
@@ -160,6 +160,11 @@ def drive(scenario: Scenario, seed: int, platforms: Platforms) -> list[Outcome]:
     Delays are the predicted ones; with `scenario.noise` they are multiplied by log-normal noise of mean 1, drawn from
     a stream of the same seed. Raises `ConfigError`, `InvariantError`, `PolicyError`.
     """
+    if scenario.link1_trace is not None or scenario.link2_trace is not None:
+        raise ConfigError(
+            f"{scenario.name}: this driver ends tasks after their predicted delay, and no prediction knows a trace",
+            remedy="give a latency (link1_latency_s, link2_latency_s), or play traces with `deepar simulate compare`",
+        )
     platforms.require(scenario.models)
     outcomes: list[Outcome] = []
     run = Drive(core_for(scenario), outcomes.append)

@@ -5,7 +5,7 @@ the same edges, devices and tasks for the same seed. Defaults are the paper's Se
 edge per device. Each quantity has its own random stream, so changing one parameter does not change the others.
 
 A scenario file is TOML with the field names below. Rates, sizes and times may have units; a range is a list of two
-values: `max_link1_bps = ["20Mbps", "300Mbps"]`.
+values: `max_link1_bps = ["20Mbps", "300Mbps"]`. `link1_trace` and `link2_trace` name CSV files (`stages.network.trace`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from loadgen.replay import arrivals
 from loadgen.replay.schedule import Schedule, make
 from loadgen.replay.task_mix import PAPER_MODELS, Mix, Range
 from planner.search.policies import load_policy
+from stages.network.played import PlayedNetwork
+from stages.network.trace import Trace, read_trace
 
 NO_LEASE_S = 1e9
 """Lease of simulated nodes that send no heartbeats: about thirty years, so they are never declared lost."""
@@ -61,6 +63,10 @@ class Scenario:
     objective: Objective = Objective.SEQUENTIAL
     execution: Execution | None = None  # None: derived from the objective
     noise: float = 0.0  # standard deviation of log(actual / predicted) of a task's delay
+    link1_latency_s: float = 0.0  # one-way latency of link 1, of every device
+    link2_latency_s: float = 0.0  # the same of link 2, of every edge and the cloud
+    link1_trace: Trace | None = None  # bandwidth and latency over time that every device plays on link 1
+    link2_trace: Trace | None = None  # the same of every edge and the cloud on link 2
 
     def __post_init__(self) -> None:
         for name in ("devices", "edges", "burst_size"):
@@ -82,7 +88,7 @@ class Scenario:
                 raise ConfigError(f"{name}: {low:g}..{high:g} must be an ascending range of numbers greater than 0")
         if self.slots[0] < 1:
             raise ConfigError(f"slots: {self.slots[0]:g}..{self.slots[1]:g} must start at 1 or more")
-        _ = self.mix, self.runs_as  # both properties validate the fields that they use
+        _ = self.mix, self.runs_as, self.link1, self.link2  # these properties validate the fields that they use
 
     @property
     def mix(self) -> Mix:
@@ -100,6 +106,20 @@ class Scenario:
     def runs_as(self) -> Execution:
         """Execution mode of the stages; by default the one that matches the objective."""
         return self.objective.executed_as(self.execution)
+
+    @property
+    def link1(self) -> PlayedNetwork:
+        """The network of every device."""
+        return PlayedNetwork(self.link1_latency_s, self.link1_trace)
+
+    @property
+    def link2(self) -> PlayedNetwork:
+        """The network of every edge and the cloud."""
+        return PlayedNetwork(self.link2_latency_s, self.link2_trace)
+
+    def network(self, role: Role) -> PlayedNetwork:
+        """The network that a node of this role plays."""
+        return self.link1 if role is Role.DEVICE else self.link2
 
     @property
     def task_count(self) -> int:
@@ -133,9 +153,15 @@ class Scenario:
         low, high = round(self.slots[0]), round(self.slots[1])
         slots = streams.stream("edge_slots").integers(low, high, size=self.edges, endpoint=True)
         reach = streams.stream("reachable")
+        latency1_s, latency2_s = self.link1.mean_latency_s or None, self.link2.mean_latency_s or None
         nodes = [
             NodeAnnounced(
-                node="cloud-0", role=Role.CLOUD, incarnation="i0", lease_s=lease_s, models=profiles[Role.CLOUD]
+                node="cloud-0",
+                role=Role.CLOUD,
+                incarnation="i0",
+                lease_s=lease_s,
+                link2_latency_s=latency2_s,
+                models=profiles[Role.CLOUD],
             )
         ]
         nodes += [
@@ -147,6 +173,7 @@ class Scenario:
                 slots=int(slots[index]),
                 link1_capacity_bps=round(link1[index]),
                 link2_capacity_bps=round(link2[index]),
+                link2_latency_s=latency2_s,
                 models=profiles[Role.EDGE],
             )
             for index in range(self.edges)
@@ -161,6 +188,7 @@ class Scenario:
                     incarnation="i0",
                     lease_s=lease_s,
                     reachable_edges=near,
+                    link1_latency_s=latency1_s,
                     models=profiles[Role.DEVICE],
                 )
             )
@@ -183,7 +211,8 @@ MOST = 10_000_000
 
 _RATES = {"max_link1_bps", "max_link2_bps", "edge_link1_bps", "edge_link2_bps"}
 _WHOLE = {"devices", "tasks", "edges", "reachable", "burst_size"}
-_NULLABLE = {"tasks", "reachable", "input_bytes", "max_link1_bps", "max_link2_bps", "deadline_s", "execution"}
+_TRACES = {"link1_trace", "link2_trace"}
+_NULLABLE = {"tasks", "reachable", "input_bytes", "max_link1_bps", "max_link2_bps", "deadline_s", "execution"} | _TRACES
 
 
 def read(path: Path) -> Scenario:
@@ -214,7 +243,9 @@ def coerce(key: str, value: Any) -> Any:
             return _range(value, partial(_whole_in_the_keys_unit, parse_size))
         if key in ("samples", "slots"):
             return _range(value, _number)
-        if key in ("within_s", "deadline_s"):
+        if key in _TRACES:
+            return read_trace(Path(value))
+        if key in ("within_s", "deadline_s", "link1_latency_s", "link2_latency_s"):
             return _in_the_keys_unit(parse_duration, value)
         if key in _WHOLE:
             number = _number(value)

@@ -94,7 +94,10 @@ async def _simulate(
         nodes: list[tuple[Node, Device | Hop]] = []
         for announced in scenario.nodes(seed, platforms.profiles, lease_s=LEASE_S):
             node = Node(
-                await connect(announced.node), settings_of(announced), ModelledRunner(announced.models), on_busy=on_busy
+                await connect(announced.node),
+                settings_of(announced, scenario.network(announced.role)),
+                ModelledRunner(announced.models),
+                on_busy=on_busy,
             )
             nodes.append((node, Device(node) if announced.role is Role.DEVICE else hop_of(node)))
         serving: list[tuple[str, Coroutine[Any, Any, None]]] = [("planner", service.run())]
@@ -116,8 +119,8 @@ async def _joined(nodes: Sequence[Node]) -> None:
             await asyncio.sleep(0.01)
 
 
-def settings_of(announced: NodeAnnounced) -> NodeSettings:
-    """Node settings with which a shell sends the given announcement."""
+def settings_of(announced: NodeAnnounced, network: PlayedNetwork) -> NodeSettings:
+    """Node settings with which a shell sends the given announcement, which has the latency of `network`."""
     return NodeSettings(
         name=announced.node,
         role=announced.role,
@@ -127,5 +130,5 @@ def settings_of(announced: NodeAnnounced) -> NodeSettings:
         link1_capacity_bps=announced.link1_capacity_bps,
         link2_capacity_bps=announced.link2_capacity_bps,
         reachable_edges=announced.reachable_edges,
-        network=PlayedNetwork(announced.link1_latency_s or announced.link2_latency_s or 0.0),
+        network=network,
     )

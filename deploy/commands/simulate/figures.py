@@ -22,7 +22,7 @@ from bus.errors import ConfigError
 from bus.kafka.bus import KafkaConnection
 from bus.kafka.connection import addresses
 from bus.text.json_text import json_text
-from bus.text.units import format_seconds
+from bus.text.units import format_seconds, parse_duration
 from bus.values import Objective
 from deploy.commands.simulate.chaos import chaos
 from deploy.commands.simulate.soak import soak
@@ -259,8 +259,38 @@ def _runs_text(done: SweepResult) -> str:
     return text + (f"; {done.stale} ran again: policy, profile or version has changed" if done.stale else "")
 
 
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """The network that the nodes of both runs play; each option replaces the scenario's value."""
+
+    link1_latency: Annotated[
+        str | None, typer.Option(help="One-way latency of link 1 for every device, like 20ms.")
+    ] = None
+    link2_latency: Annotated[
+        str | None, typer.Option(help="One-way latency of link 2 for every edge and the cloud, like 40ms.")
+    ] = None
+    link1_trace: Annotated[
+        Path | None,
+        typer.Option(help="CSV file (t_s,bps,latency_s) that every device plays on link 1; it repeats."),
+    ] = None
+    link2_trace: Annotated[
+        Path | None,
+        typer.Option(help="CSV file (t_s,bps,latency_s) that every edge and the cloud play on link 2."),
+    ] = None
+
+    def of(self, tasks: scenario.Scenario) -> scenario.Scenario:
+        """The scenario with these networks. Raises `ConfigError`."""
+        changes: dict[str, Any] = {"link1_trace": self.link1_trace, "link2_trace": self.link2_trace}
+        for name in ("link1_latency", "link2_latency"):
+            if (text := getattr(self, name)) is not None:
+                changes[f"{name}_s"] = parse_duration(text, f"--{name.replace('_', '-')}")
+        return tasks.varied(**{key: value for key, value in changes.items() if value is not None})
+
+
 @app.command()
+@with_option_groups
 def compare(
+    network: NetworkOptions,
     scenario_file: Annotated[Path | None, typer.Option("--scenario", help="A TOML file; by default 60 tasks.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for all generated values.")] = 0,
     bootstrap_servers: Annotated[
@@ -272,14 +302,16 @@ def compare(
 ) -> None:
     """Run the same tasks in simulation and live on Apache Kafka with modelled machines, and compare the results.
 
+    With latencies or traces both runs play the same network; the planner knows the latencies.
+
     Exit code 99 unless 95 % of the tasks are placed the same, means agree within 5 % and the median error of
     a task is at most 10 %. It takes about five minutes.
 
-    Example: `deepar simulate compare --seed 1 --out runs/compare`
+    Example: `deepar simulate compare --seed 1 --link1-latency 20ms --link2-latency 40ms --out runs/compare`
     """
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     configure_logging("warning")
-    tasks = compared.SCENARIO if scenario_file is None else scenario.read(scenario_file)
+    tasks = network.of(compared.SCENARIO if scenario_file is None else scenario.read(scenario_file))
     writable_folder("--out", out)
     machines = platforms(tasks.profile)
     machines.require(tasks.models)
