@@ -22,6 +22,7 @@ shape and dtype is checked before memory is allocated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
@@ -67,14 +68,19 @@ class Plan(Frozen):
     execution: Execution
     placement: Placement
     input_bytes: int | None = None  # G(0) of this task; None: the model's
+    in_flight: Annotated[int, Field(ge=1)] | None = None  # samples that a full pipeline has on links with latency
 
     @classmethod
     def of(cls, placed: Placed, *, region: int, todo: int, input_bytes: int | None = None) -> Plan:
         """The plan of a placement for `todo` samples."""
+        latency_s = placed.overhead.latency_s if placed.overhead is not None else 0.0
+        slowest_s = max(placed.parts.model_dump().values()) / placed.samples
+        streams = placed.execution is Execution.STREAMING and latency_s > 0 and slowest_s > 0
+        in_flight = min(placed.samples, math.ceil(latency_s / slowest_s)) if streams else None
         return cls(
             task_id=placed.task_id, attempt=placed.attempt, region=region, device=placed.device, model=placed.model,
             sha256=placed.sha256, samples=placed.samples, todo=todo, execution=placed.execution,
-            placement=placed.placement, input_bytes=input_bytes,
+            placement=placed.placement, input_bytes=input_bytes, in_flight=in_flight,
         )  # fmt: skip
 
 

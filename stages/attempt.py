@@ -23,7 +23,7 @@ from stages.measuring.clock import exact_clock
 from stages.node import RETRY_S, Node, cause_of, detail_of
 from stages.runner import Station
 from stages.shaper import Link
-from stages.window import window_samples
+from stages.window import window_of
 
 REPORTS_S = 1.0
 """Timeout for the reports of the other stages, counted from the last result."""
@@ -123,7 +123,7 @@ class DeviceAttempt:
         node, plan = self.device.node, self.plan
         cut1 = plan.placement.cut1
         inputs = node.runner.open_input(self.known.task)
-        self.window = window_samples(plan.execution, self._profile().cut_bytes)
+        self.window = window_of(plan, self._profile().cut_bytes)
         async with contextlib.AsyncExitStack() as stack:
             station: Station | None = None
             stack.callback(self._record_span, None)

@@ -25,7 +25,7 @@ from stages.measuring.clock import exact_clock
 from stages.node import Node, cause_of, detail_of
 from stages.offsets import Receipt
 from stages.runner import Station
-from stages.window import MAX_WINDOW, window_samples
+from stages.window import MAX_WINDOW, window_of
 
 
 class LayerRange(NamedTuple):
@@ -134,7 +134,7 @@ class Flow:
             raise ProtocolError("wrong_shape", f"task {plan.task_id}: {plan.model} has {profile.layers} layers")
         last = profile.layers if last is None else last
         if profile.sha256 == plan.sha256:
-            self.window = window_samples(plan.execution, profile.cut_bytes)
+            self.window = window_of(plan, profile.cut_bytes)
             self._widest_bytes = max(plan.input_bytes or 0, *profile.cut_bytes[first : last + 1])
             self._expected_bytes = profile.cut_bytes[first]
             if first == 0 and plan.input_bytes is not None:

@@ -7,14 +7,29 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from bus.frames import Plan
 from bus.values import Execution
 from stages.measuring.clock import exact_clock
 
 MIN_WINDOW = 8
 MAX_WINDOW = 1024
 WINDOW_BYTES = 4 << 20
+IN_FLIGHT_BYTES = 32 << 20
+"""Limit for samples that are on their way because of a latency: 250 ms of a link of 1 Gbit/s."""
+
+
+def window_of(plan: Plan, cut_bytes: Sequence[int]) -> int:
+    """The window of a plan for a model with these sizes at its cuts.
+
+    To `window_samples` it adds those that are neither at a station nor in a queue, because the links have latencies.
+    """
+    window, placement = window_samples(plan.execution, cut_bytes), plan.placement
+    if plan.in_flight is None:
+        return window
+    sent_bytes = max(1, plan.input_bytes or 0, cut_bytes[placement.cut1], cut_bytes[placement.cut2])
+    return min(MAX_WINDOW, window + min(plan.in_flight, IN_FLIGHT_BYTES // sent_bytes))
 
 
 def window_samples(execution: Execution, cut_bytes: Iterable[int]) -> int:
