@@ -28,7 +28,8 @@ def window_of(plan: Plan, cut_bytes: Sequence[int]) -> int:
     window, placement = window_samples(plan.execution, cut_bytes), plan.placement
     if plan.in_flight is None:
         return window
-    sent_bytes = max(1, plan.input_bytes or 0, cut_bytes[placement.cut1], cut_bytes[placement.cut2])
+    sizes = (plan.input_bytes, *cut_bytes[1:]) if plan.input_bytes is not None else cut_bytes
+    sent_bytes = max(1, sizes[placement.cut1], sizes[placement.cut2])
     return min(MAX_WINDOW, window + min(plan.in_flight, IN_FLIGHT_BYTES // sent_bytes))
 
 
