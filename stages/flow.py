@@ -232,7 +232,6 @@ class Flow:
             stack.callback(self._record_spans, sender)
             async with sending(sender):
                 await self._work(station, sender)
-            await self._report(sender.busy_s)
 
     async def _work(self, station: Station | None, sender: FrameSender) -> None:
         clock = exact_clock()
@@ -253,7 +252,12 @@ class Flow:
                 self._free_s = now
                 ready_s = now
             sender.put(Outgoing(sample, tensors, ready_s))
+        await sender.all_posted.wait()
+        # Before the acknowledgement, so that the report travels with the last result instead of one round trip later.
+        reported = await self._report(sender.busy_s)
         await self._finished.wait()
+        if not reported:
+            await self._report(sender.busy_s)
 
     def _record_spans(self, sender: FrameSender) -> None:
         """Record the trace spans of this stage."""
@@ -296,8 +300,11 @@ class Flow:
         if len(self._done) >= self.plan.todo:
             self._finished.set()
 
-    async def _report(self, sending_s: float) -> None:
-        """Send the measured times to the device. Reports are not shaped, because they are not task data."""
+    async def _report(self, sending_s: float) -> bool:
+        """Send the measured times to the device, and return whether the bus has them.
+
+        Reports are not shaped, because they are not task data.
+        """
         plan, node = self.plan, self.node
         busy = {f"{self._route.part}_s": sending_s}
         if self.computes:
@@ -307,6 +314,8 @@ class Flow:
             await self._results_bus().send(topics.RESULTS, encode_frame(frame), key=plan.device)
         except BusError as error:
             node.log.warning("report not sent", task=plan.task_id, error=str(error))
+            return False
+        return True
 
     def stop(self, *, discard: bool) -> None:
         """Stop the flow.

@@ -120,6 +120,7 @@ class FrameSender:
         self._to_send = asyncio.Event()
         self._to_await = asyncio.Event()
         self._generation = 0  # number of resends so far
+        self.all_posted = asyncio.Event()  # the bus has accepted every sample of the task, acknowledged or not
         self.began_s: float | None = None  # begin of the first busy interval, on the loop's clock
         self.busy_until_s = float("-inf")  # when the last frame had crossed the links
         self.busy_s = 0.0  # link time: from when frames were ready until they had crossed at the granted rates
@@ -248,9 +249,7 @@ class FrameSender:
             _forget(acknowledgement)
             return
         self._plan_due = self._headers_due = False
-        self.frames += 1
-        self._sent.append(_Sent(acknowledgement, done, begun))
-        self._to_await.set()
+        self._posted(acknowledgement, done, begun)
 
     def _crossed(self, ready_s: float, now: float) -> None:
         """Count the link time of a frame that was ready at `ready_s` and has crossed now.
@@ -285,9 +284,16 @@ class FrameSender:
                 _forget(acknowledgement)
                 continue
             self._arriving.pop()
-            self.frames += 1
-            self._sent.append(_Sent(acknowledgement, frame.items, frame.begun))
-            self._to_await.set()
+            self._posted(acknowledgement, frame.items, frame.begun)
+
+    def _posted(self, acknowledgement: Awaitable[Position], items: list[Outgoing], begun: list[Outgoing]) -> None:
+        """Note a frame that the bus has accepted; its acknowledgement comes later."""
+        self.frames += 1
+        self._sent.append(_Sent(acknowledgement, items, begun))
+        self._to_await.set()
+        nothing_left = self._to_come <= 0 and not self._waiting and not self._arriving
+        if items and nothing_left and (not self._begun or self._begun is begun):
+            self.all_posted.set()
 
     async def _await_all(self) -> None:
         while True:
