@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 
 from bus import messages, topics
+from bus.errors import BusUnavailableError
 from bus.frames import Frame, Plan, decode_frame, encode_frame
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Decision, Ended, EpochOpened, Placed, TaskFailed, TaskState
+from bus.port import Payload, Position
 from bus.tensors import to_pieces
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
 from loadgen.sim.virtual_loop import run_virtual
@@ -101,9 +104,9 @@ class Edge:
 
 
 @contextlib.asynccontextmanager
-async def edge() -> AsyncIterator[Edge]:
+async def edge(bus_type: type[MemoryBus] = MemoryBus) -> AsyncIterator[Edge]:
     broker = MemoryBroker()
-    async with MemoryBus(broker) as bus:
+    async with bus_type(broker) as bus:
         await bus.create_topics(topics.specs(["e"]))
         opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=60.0)
         await bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
@@ -142,6 +145,43 @@ def test_an_offset_is_not_committed_before_the_result_is_acknowledged() -> None:
             assert e.committed() == 0
             await asyncio.sleep(3.0)
             assert e.committed() == 2
+
+    run_virtual(run())
+
+
+def test_the_report_follows_the_last_result_without_waiting_for_its_acknowledgement() -> None:
+    async def run() -> None:
+        async with edge() as e:
+            e.broker.latency_s = 1.0  # of a delivery and of an acknowledgement
+            await e.give(frame(0, with_plan=plan(todo=1)))
+            await asyncio.sleep(5.0)
+            (log,) = [log for log in e.broker.logs(topics.RESULTS) if log.end]
+            result, report = log.read(0, log.end)
+            assert [decode_frame(one.value).kind for one in (result, report)] == ["result", "report"]
+            assert report.timestamp_ms - result.timestamp_ms < 10
+
+    run_virtual(run())
+
+
+class FirstReportRefused(MemoryBus):
+    """A bus that is unavailable for the first report."""
+
+    refused = 0
+
+    async def post(self, topic: str, value: Payload | None, **more: Any) -> Awaitable[Position]:
+        if topic == topics.RESULTS and not self.refused and decode_frame(value).kind == "report":
+            self.refused += 1
+            raise BusUnavailableError("the broker is away")
+        return await super().post(topic, value, **more)
+
+
+def test_a_report_that_the_bus_refused_is_sent_again() -> None:
+    async def run() -> None:
+        async with edge(FirstReportRefused) as e:
+            await e.give(frame(0, with_plan=plan(todo=1)))
+            await asyncio.sleep(5.0)
+            kinds = [decode_frame(value).kind for _, value, _ in e.read(topics.RESULTS)]
+            assert kinds == ["result", "report"]
 
     run_virtual(run())
 
