@@ -110,9 +110,12 @@ class Segment:
     @property
     def idle(self) -> bool:
         """Whether the model is small and every piece of the segment is loaded and has a free interpreter."""
-        if not self._store.small or self._chain[0] != self._store.changes:
+        store = self._store
+        if not store.small:
             return False
-        return all(piece.idle for piece in self._chain[1])
+        if self._chain[0] != store.changes and not store.is_ready(self.begin, self.end):
+            return False
+        return all(piece.idle for piece in self._pieces())
 
     def _pieces(self) -> list[LoadedPiece]:
         """The pieces to run. For a small model, whose lookup costs as much as its computation, they are cached.

@@ -109,6 +109,14 @@ async def test_a_prepared_segment_needs_no_thread(lenet: Model, tmp_path: Path) 
         await store.ready(2, 5)  # not prepared: it would have to slice
 
 
+def test_a_tasks_first_sample_finds_a_free_interpreter(lenet: Model, sample: list[np.ndarray], tmp_path: Path) -> None:
+    """A task with one sample then computes on the event loop, without waking a thread."""
+    store = store_of(lenet, tmp_path)
+    assert not store.get(0, 4).idle  # not loaded
+    store.prepare(0, 4).run(sample)
+    assert store.get(0, 4).idle
+
+
 def test_relaying_computes_nothing(lenet: Model, sample: list[np.ndarray], tmp_path: Path) -> None:
     store = store_of(lenet, tmp_path)
     assert store.prepare(0, 0).run(sample)[0] is sample[0]
