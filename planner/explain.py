@@ -1,7 +1,8 @@
 """The explanation of a task's placement, from the decision records alone.
 
 `explain` folds all records before the placement into a core. Then it asks Algorithm 1 for the best start of *every* pair of
-edge and family, not only the winner. The records hold everything the planner knew, so the explanation is exact.
+edge and family, not only the winner. The records hold everything the planner knew, what it had learned included, so the
+explanation is exact.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from bus.messages import (
     Change,
     Decision,
     Ended,
+    Learned,
     Moved,
     Overran,
     Placed,
@@ -27,6 +29,8 @@ from bus.region_tasks import KnownTask, RegionTasks
 from bus.text.units import format_moment, format_rate, format_seconds
 from bus.values import Placement, Role
 from planner.core.core import PlannerCore
+from planner.learning.lessons import AnyLesson, Lessons
+from planner.learning.lessons import lines as lessons_of
 from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request, placement_of
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 from planner.search.policies import BUILT_IN, Restriction
@@ -43,6 +47,11 @@ class Candidate:
     delay_s: float | None  # w
     lacked: str  # the resources missing now, or why it is impossible; empty if it can start now at full bandwidth
     chosen: bool
+    latency_s: float = 0.0  # share of latency in the delay
+    overhead_s: float = 0.0  # share of overheads at no particular station in the delay
+    margin_s: float = (
+        0.0  # one deviation of the predicted ends that its start waits for; counts when candidates are compared
+    )
     suspected: bool = False  # avoided if other candidates exist, because attempts failed there
 
 
@@ -54,12 +63,21 @@ class Explanation:
     state: str  # the last state that the records show
     decided: Placed | None  # the last placement; None: never placed
     decided_at_s: float | None  # ledger time of the last placement
+    ended: Ended | None  # the end, with what was measured; None: it has not ended
     candidates: tuple[Candidate, ...]  # the chosen one first, then best first; empty without a placement
     waited_for: tuple[str, ...]  # the task ends that its start waited for, in words
     waits_for: tuple[str, ...]  # the nodes it needed when it was last WAITING, in words; any of them may be enough
     waiting_since_s: float | None  # ledger time at which it became WAITING; None: it is not WAITING
     waiting_s: float | None  # time from then until the last record; None: it is not WAITING
     story: tuple[str, ...]  # the events since its submission, in order
+    lessons: tuple[AnyLesson, ...]  # what had been learned about the candidates at the last placement, newest first
+
+    @property
+    def error(self) -> float | None:
+        """Measured over predicted delay, minus 1; None unless it completed."""
+        if self.decided is None or self.ended is None or self.ended.delay_s is None or not self.decided.delay_s:
+            return None
+        return self.ended.delay_s / self.decided.delay_s - 1.0
 
 
 _FAMILIES = {
@@ -75,11 +93,13 @@ def explain(decisions: Iterable[Decision], task_id: str) -> Explanation:
 
     Raises `UnknownNameError` if the decisions do not mention the task.
     """
-    core, region = PlannerCore(), RegionTasks()
+    core, region, lessons = PlannerCore(), RegionTasks(), Lessons()
     known: KnownTask | None = None
     placed: Placed | None = None
+    ended: Ended | None = None
     placed_at_s: float | None = None
     candidates: tuple[Candidate, ...] = ()
+    learned: tuple[AnyLesson, ...] = ()
     waited_for: tuple[str, ...] = ()
     waits_for: tuple[str, ...] = ()
     since_s: float | None = None
@@ -91,12 +111,14 @@ def explain(decisions: Iterable[Decision], task_id: str) -> Explanation:
                 known = task
                 if isinstance(change, Placed) and task.submitted is not None:
                     candidates = _candidates(core, task.submitted, change, decision.now_s)
+                    learned = _lessons(core, lessons, change, candidates)
                     waited_for = _waited_for(core, change)
                     placed, placed_at_s = change, decision.now_s
+                ended = change if isinstance(change, Ended) else None
+            lessons.fold(change)
             core.apply(change, decision.now_s)
-            if known is not None and (task is known or (isinstance(change, Moved) and task_id in change.task_ids)):
-                line = _line(change, known)
-                story += [f"{format_moment(decision.now_s, 3)}: {line}"] if line else []
+            if known is not None and _concerns(change, task, known):
+                story += [f"{format_moment(decision.now_s, 3)}: {line}" for line in _lines(change, known)]
         core.settled(decision.now_s)
         since_s, waiting_s = None, None
         waiting = core.tasks.get(task_id)
@@ -110,22 +132,58 @@ def explain(decisions: Iterable[Decision], task_id: str) -> Explanation:
         state=known.state.value,
         decided=placed,
         decided_at_s=placed_at_s,
+        ended=ended,
         candidates=candidates,
         waited_for=waited_for,
         waits_for=waits_for,
         waiting_since_s=since_s,
         waiting_s=waiting_s,
         story=tuple(story),
+        lessons=learned,
     )
 
 
+def _concerns(change: Change, task: KnownTask | None, explained: KnownTask) -> bool:
+    """Whether a change belongs to the story of the explained task."""
+    match change:
+        case Moved():
+            return explained.task_id in change.task_ids
+        case Learned():
+            return explained.task_id == change.task_id
+        case _:
+            return task is explained
+
+
+def _lessons(
+    core: PlannerCore, lessons: Lessons, placed: Placed, candidates: tuple[Candidate, ...]
+) -> tuple[AnyLesson, ...]:
+    """What has been learned about the nodes, paths and links of the candidates, newest first."""
+    edges = {candidate.edge for candidate in candidates if candidate.edge is not None}
+    clouds = {name for name, node in core.nodes.items() if node.announced.role is Role.CLOUD}
+    nodes = {placed.device, *edges, *clouds}
+    found: list[AnyLesson] = [
+        lesson for (node, model), lesson in lessons.nodes.items() if model == placed.model and node in nodes
+    ]
+    found += [
+        lesson
+        for (device, edge, _), lesson in lessons.paths.items()
+        if device == placed.device and (not edge or edge in edges)
+    ]
+    found += [
+        lesson
+        for (link, device, edge), lesson in lessons.links.items()
+        if edge in edges and (link == 2 or device == placed.device)
+    ]
+    return tuple(sorted(found, key=lambda lesson: -lesson.number))
+
+
 def _candidates(core: PlannerCore, submitted: TaskSubmitted, placed: Placed, now: float) -> tuple[Candidate, ...]:
-    core.objective = placed.objective
     task = core.tasks.get(submitted.task_id)
     deadline_s = float("inf") if task is None else task.deadline_s
     request = core.request(submitted)
     if not isinstance(request, Request):
         return ()
+    request.objective = placed.objective  # the records do not say which objective the core has
     policy = BUILT_IN.get(placed.policy)
     rules = policy if isinstance(policy, Restriction) else Restriction(placed.policy)
     found = [_candidate(request, None, DEVICE, rules, placed, now)]
@@ -141,7 +199,7 @@ def _candidates(core: PlannerCore, submitted: TaskSubmitted, placed: Placed, now
         key=lambda c: (
             not c.chosen,
             c.suspected,
-            far if c.delay_s is None else (c.start_in_s or 0.0) + c.delay_s,
+            far if c.delay_s is None else (c.start_in_s or 0.0) + c.margin_s + c.delay_s,
         )
     )
     return tuple(found)
@@ -189,6 +247,9 @@ def _candidate(
     if choice is None:
         return Candidate(None, edge, _FAMILIES[family], None, None, lacked, chosen=False)
     placement = placement_of(request, choice)
+    overheads = request.overheads if option is None else option.overheads
+    latency_s, overhead_s = overheads.shares_s(family, request.samples, request.objective)
+    counts_s = algorithm.delta_s(None if option is None else option.account, choice.start_s)
     return Candidate(
         placement=placement,
         edge=edge,
@@ -197,6 +258,9 @@ def _candidate(
         delay_s=choice.delay_s,
         lacked=lacked,
         chosen=allowed and placement == placed.placement,
+        latency_s=latency_s,
+        overhead_s=overhead_s,
+        margin_s=counts_s - (choice.start_s - now),
     )
 
 
@@ -263,6 +327,14 @@ def _waited_for(core: PlannerCore, placed: Placed) -> tuple[str, ...]:
         elif r.device is not None and r.device == placed.device:
             found.append(f"{task_id} to end on {r.device}")
     return tuple(found)
+
+
+def _lines(change: Change, task: KnownTask) -> list[str]:
+    """A change as lines of the task's story."""
+    if isinstance(change, Learned):
+        return [f"learned: {text}" for _, text in lessons_of(change)]
+    line = _line(change, task)
+    return [line] if line else []
 
 
 def _line(change: Change, task: KnownTask) -> str:

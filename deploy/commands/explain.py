@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from bus import topics
 from bus.decisions import DecisionLog
 from bus.errors import ConfigError, ProtocolError
 from bus.messages import Decision, decode
 from bus.text.json_text import json_text
-from bus.text.units import format_moment, format_rate, format_seconds
 from bus.values import Placement
 from deploy.console_output import completion
+from deploy.console_output.explanation import show
 from deploy.console_output.options import BootstrapFromEnv
-from deploy.monitor.phrases import cut_column
+from deploy.monitor.region_report import lesson_json
 from deploy.services import wiring
 from deploy.services.process import run_on_uvloop
 from planner.explain import Explanation
@@ -114,11 +112,16 @@ def explanation_json(found: Explanation) -> dict[str, Any]:
             "delay_s": placed.delay_s,
             "placement": _placement_json(placed.placement),
             "parts": placed.parts.model_dump(),
+            "overhead": None if placed.overhead is None else placed.overhead.model_dump(),
         }
+    ended = found.ended
     return {
         "task_id": found.task_id,
         "state": found.state,
         "decided": decided,
+        "measured": None if ended is None or ended.measured is None else ended.measured.model_dump(),
+        "measured_delay_s": None if ended is None else ended.delay_s,
+        "error": found.error,
         "candidates": [
             {
                 "placement": None if c.placement is None else _placement_json(c.placement),
@@ -126,6 +129,9 @@ def explanation_json(found: Explanation) -> dict[str, Any]:
                 "family": c.family,
                 "start_in_s": c.start_in_s,
                 "delay_s": c.delay_s,
+                "latency_s": c.latency_s,
+                "overhead_s": c.overhead_s,
+                "margin_s": c.margin_s,
                 "lacked": c.lacked,
                 "chosen": c.chosen,
             }
@@ -135,75 +141,9 @@ def explanation_json(found: Explanation) -> dict[str, Any]:
         "waits_for": list(found.waits_for),
         "waiting_since_s": found.waiting_since_s,
         "story": list(found.story),
+        "learned": [lesson_json(lesson) for lesson in found.lessons],
     }
 
 
 def _placement_json(placement: Placement) -> dict[str, Any]:
     return placement.model_dump(mode="json")
-
-
-LACKED_BESIDE_FROM = 120
-"""Minimum terminal width to show what a candidate lacked in the table instead of below it."""
-
-
-def _cut_names(where: Placement) -> str:
-    return cut_column(where.kind, where.cut1_name, where.cut2_name)
-
-
-def _any_of(names: Sequence[str]) -> str:
-    return ", or ".join(names) or "a usable node"
-
-
-def show(found: Explanation, console: Console) -> None:
-    """Print the explanation on a terminal."""
-    console.print(f"[bold]{found.task_id}[/] is {found.state}", highlight=False)
-    for line in found.story:
-        console.print(f"  {line}", highlight=False)
-    if found.waiting_since_s is not None and found.waiting_s is not None:
-        console.print(
-            f"It waits for {_any_of(found.waits_for)}, since {format_moment(found.waiting_since_s, 3)} "
-            f"({format_seconds(found.waiting_s)} before the last record).",
-            highlight=False,
-        )
-    if found.decided is None:
-        waited = f" It waited for {_any_of(found.waits_for)}." if found.waits_for and found.waiting_s is None else ""
-        console.print(f"It was never placed.{waited}", highlight=False)
-        return
-    table = Table(
-        title=f"Candidates at {format_moment(found.decided_at_s or 0.0, 3)}, best start of each",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for heading in ("", "edge", "cut after", "starts in", "takes", "done in", "granted"):
-        table.add_column(heading, justify="right" if heading.endswith(("in", "takes")) else "left", no_wrap=True)
-    beside = console.width >= LACKED_BESIDE_FROM
-    if beside:
-        table.add_column("lacked at once")
-    notes = []
-    for c in found.candidates:
-        lacked = [c.lacked] if beside else []
-        where = c.placement
-        if where is None or c.start_in_s is None or c.delay_s is None:
-            table.add_row("", c.edge or "", c.family, "never", "", "", "", *lacked)
-            notes.append(f"{c.edge or ''} {c.family}: {c.lacked}")
-            continue
-        if c.lacked:
-            notes.append(f"{c.edge or ''} {_cut_names(where)}: {c.lacked}")
-        table.add_row(
-            "=>" if c.chosen else "",
-            c.edge or "",
-            _cut_names(where),
-            format_seconds(c.start_in_s),
-            format_seconds(c.delay_s),
-            format_seconds(c.start_in_s + c.delay_s),
-            ", ".join(format_rate(bps) for bps in (where.link1_bps, where.link2_bps) if bps),
-            *lacked,
-        )
-    console.print(table)
-    if notes and not beside:
-        console.print("What each lacked for an immediate start:", highlight=False)
-        for note in notes:
-            console.print(f"  {note.strip()}", highlight=False, markup=False)
-    if found.waited_for:
-        console.print(f"It waited for {', '.join(found.waited_for)}.", highlight=False)

@@ -30,6 +30,16 @@ def cut_column(kind: Kind, cut1_name: str, cut2_name: str) -> str:
     return ", ".join(cut_names(kind, cut1_name, cut2_name)) or f"{kind.value} alone"
 
 
+def tiers_text(family: str, edge: str | None) -> str:
+    """`device+e1`, `device+(e1)+cloud`: the tiers of a kind or family; an edge in parentheses only passes on."""
+    tiers = family.split("+")
+    if edge is None:
+        return family
+    if "edge" in tiers:
+        return "+".join(edge if tier == "edge" else tier for tier in tiers)
+    return "+".join([*tiers[:-1], f"({edge})", tiers[-1]])
+
+
 def grants_text(placement: Placement) -> str:
     """`117 Mbps on link 1, 20 Mbps on link 2`: what is reserved."""
     grants = ((1, placement.link1_bps), (2, placement.link2_bps))

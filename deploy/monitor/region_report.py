@@ -13,7 +13,7 @@ from bus.messages import TaskState
 from bus.values import Role
 from deploy.monitor.region_view import LinkUse, NodeView, RegionView
 from deploy.monitor.task_view import TaskView
-from planner.learning.lessons import name_of
+from planner.learning.lessons import AnyLesson, name_of
 
 WAITING_SHOWN = 50
 LESSONS_SHOWN = 50
@@ -92,10 +92,12 @@ def delays(view: RegionView) -> dict[str, float | None]:
 
 def learned(view: RegionView) -> list[dict[str, Any]]:
     """What the planner learned last: the estimates, with the tasks that taught them."""
-    return [
-        {"what": name_of(lesson.value), **lesson.value.model_dump(mode="json"), "tasks": list(lesson.tasks)}
-        for lesson in view.lessons.newest(LESSONS_SHOWN)
-    ]
+    return [lesson_json(lesson) for lesson in view.lessons.newest(LESSONS_SHOWN)]
+
+
+def lesson_json(lesson: AnyLesson) -> dict[str, Any]:
+    """An estimate with its last observation, and the tasks that taught it."""
+    return {"what": name_of(lesson.value), **lesson.value.model_dump(mode="json"), "tasks": list(lesson.tasks)}
 
 
 def task_report(task: TaskView) -> dict[str, Any]:

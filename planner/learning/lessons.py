@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar
 
-from bus.messages import Learned, LearnedLink, LearnedNode, LearnedPath, NodeAnnounced
+from bus.messages import Change, Learned, LearnedLink, LearnedNode, LearnedPath, NodeAnnounced, NodeJoined
 from bus.text.units import format_rate, format_seconds, format_share
 from bus.values import Kind
 
@@ -47,6 +47,13 @@ class Lessons:
         self.paths: OrderedDict[PathKey, Lesson[LearnedPath]] = OrderedDict()
         self.links: OrderedDict[LinkKey, Lesson[LearnedLink]] = OrderedDict()
         self._whole_s: dict[NodeKey, float] = {}  # time of one sample by the announced profile
+
+    def fold(self, change: Change) -> None:
+        """Fold a change of a decision; most teach nothing."""
+        if isinstance(change, Learned):
+            self.learn(change)
+        elif isinstance(change, NodeJoined):
+            self.join(change.node)
 
     def learn(self, learned: Learned) -> None:
         """Fold a recorded change."""
@@ -153,11 +160,11 @@ def link_text(link: LearnedLink) -> str:
 
 
 def error_text(error: float) -> str:
-    """`took 25 % longer than predicted`: a relative error in words."""
+    """`took 25 % more time than predicted`: a relative error in words."""
     share = format_share(abs(error))
     if share in ("0 %", "<1 %"):
         return "took as long as predicted"
-    return f"took {share} {'longer' if error > 0 else 'shorter'} than predicted"
+    return f"took {share} {'more' if error > 0 else 'less'} time than predicted"
 
 
 def lines(learned: Learned) -> list[tuple[str, str]]:

@@ -99,6 +99,11 @@ class Overheads(NamedTuple):
             return 2.0 * self.link1_latency_s
         return 2.0 * (self.link1_latency_s + self.link2_latency_s)
 
+    def shares_s(self, family: int, samples: int, objective: Objective) -> tuple[float, float]:
+        """The shares of latency and of overheads in the delay of a task."""
+        crossings = samples if objective is Objective.SEQUENTIAL else 1
+        return crossings * self.latency_s(family), self.task_s[family] + samples * self.sample_s[family]
+
     def total_s(self, family: int, samples: int, objective: Objective) -> float:
         """Their share of the delay of a task: t + N u + N l if sequential, t + N u + l if pipelined."""
         crossings = samples if objective is Objective.SEQUENTIAL else 1

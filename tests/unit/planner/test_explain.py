@@ -1,15 +1,19 @@
 """Why a task got what it got, from the records alone."""
 
 import re
+from typing import Any
 
 import pytest
 
 from bus.errors import UnknownNameError
-from bus.messages import Decision, Ended, NodeAnnounced, Placed, TaskState
+from bus.messages import Decision, Ended, LinkMeasurement, NodeAnnounced, Placed, TaskState
 from bus.text.units import parse_duration
+from bus.values import Objective
 from planner.core.core import Event, PlannerCore, Tick
 from planner.core.options import CoreOptions
 from planner.explain import explain
+from planner.learning.lessons import name_of
+from tests.unit.planner.core.test_learning import Region, Truth
 from tests.unit.planner.scenes import World, cloud, completed, device, edge, task
 
 
@@ -155,3 +159,65 @@ def test_a_task_that_found_nothing_fails_with_what_it_waited_for() -> None:
     (ended,) = core.handle(Tick(), 61.0)
     assert isinstance(ended, Ended)
     assert (ended.cause, ended.detail) == ("no_node", "waited for a cloud to join")
+
+
+def taught_region(**options: Any) -> Region:
+    """Two edges, one of them far away, and a task overhead that no profile knows."""
+    truth = Truth(latency_s={(1, "e1"): 0.02}, task_s=0.05)
+    region = Region(truth, edge("e1"), edge("e2"), cloud(), device(), **options)
+    region.heartbeat(LinkMeasurement(link=1, edge="e1", latency_s=0.02))
+    region.run(4)
+    return region
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_latency_and_overheads_of_each_candidate_are_shares_of_its_delay(objective: Objective) -> None:
+    region = taught_region(objective=objective)
+    found = explain(region.records, "t4")
+    chosen = found.candidates[0]
+    assert found.decided is not None
+    assert found.decided.overhead is not None
+    assert chosen.placement == found.decided.placement
+    assert chosen.delay_s == pytest.approx(found.decided.delay_s)
+    assert chosen.latency_s == pytest.approx(found.decided.overhead.latency_s)
+    assert chosen.overhead_s == pytest.approx(found.decided.overhead.task_s) != 0.0
+    crossings = 10 if objective is Objective.SEQUENTIAL else 1
+    for candidate in found.candidates:
+        expected = crossings * 2 * 0.02 if candidate.edge == "e1" else 0.0
+        assert candidate.latency_s == pytest.approx(expected), candidate.edge
+
+
+def test_what_was_learned_before_the_placement_names_its_tasks_and_nothing_later() -> None:
+    region = taught_region(policy="edge-only")
+    found = explain(region.records, "t3")
+    named = {name_of(lesson.value): lesson.tasks for lesson in found.lessons}
+    assert named["d1 - e1"] == (), "a probe"
+    assert named["m on e2"] == named["d1 - e2"] == ("t1", "t2")
+    assert [name_of(lesson.value) for lesson in explain(region.records, "t1").lessons] == ["d1 - e1"]
+    assert not any("t3" in lesson.tasks for lesson in found.lessons)
+    assert sum("learned: took" in line for line in found.story) == 1, "what it taught itself"
+
+
+def test_predicted_and_measured_stand_side_by_side() -> None:
+    region = taught_region()
+    first, last = (explain(region.records, name) for name in ("t1", "t4"))
+    assert first.ended is not None
+    assert (first.ended.delay_s, first.decided) == (region.delays[0], region.placed[0])
+    assert first.error == pytest.approx(region.delays[0] / region.placed[0].delay_s - 1.0)
+    assert last.error is not None
+    assert first.error is not None
+    assert abs(last.error) < first.error, "it has learned"
+
+
+def test_candidates_are_ordered_by_what_their_wait_counts() -> None:
+    """A wait counts one deviation longer, so a candidate that ends earlier may stand lower."""
+    region = Region(Truth(noise=1.0), edge("e1", slots=1), device("d1"), device("d2"))
+    region.run(6)
+    region.step(task("long", "d1", samples=40))
+    region.step(task("later", "d2", samples=40))
+    found = explain(region.records, "later")
+    counted = [c for c in found.candidates if c.start_in_s is not None and c.delay_s is not None]
+    assert any(c.margin_s > 0 for c in counted)
+    assert all((c.margin_s > 0) <= ((c.start_in_s or 0) > 0) for c in counted)
+    ends = [(c.start_in_s or 0) + c.margin_s + (c.delay_s or 0) for c in counted]
+    assert ends == sorted(ends)

@@ -11,13 +11,14 @@ import typer
 from typer.testing import CliRunner
 
 from bus.errors import ConfigError, DeeparError, UnknownNameError
-from bus.messages import EpochOpened
+from bus.messages import EpochOpened, LinkMeasurement
 from bus.text.units import parse_duration
 from deploy.commands.explain import explain
 from deploy.commands.plan import plan
 from planner.core.core import PlannerCore
 from planner.search.profiles import load_profile
-from tests.unit.planner.scenes import World, device, edge, task
+from tests.unit.planner.core.test_learning import Region, Truth
+from tests.unit.planner.scenes import World, cloud, device, edge, task
 from tests.unit.planner.test_explain import records
 
 app = typer.Typer()
@@ -171,3 +172,34 @@ def test_the_latency_is_shown_and_the_shares_add_up_to_the_delay(columns: int, m
         assert sum(shares) == pytest.approx(delay, rel=0.01)
         assert "cloud" not in heading, "no plan uses it"
     assert "latency" not in run(*far)
+
+
+@pytest.mark.parametrize("columns", [80, 100, 160])
+def test_explain_names_the_tiers_of_each_candidate_and_shows_what_was_learned(
+    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    region = Region(Truth(task_s=0.05), edge(), cloud(), device())
+    region.heartbeat(LinkMeasurement(link=1, edge="e1", latency_s=0.02))
+    region.run(4)
+    path = tmp_path / "decisions.jsonl"
+    path.write_text("\n".join(record.model_dump_json() for record in region.records))
+    text = run("explain", "t4", "--from", str(path))
+    assert max(map(len, text.splitlines())) <= columns
+    table = text[text.index("Candidates") : text.index("Predicted")]
+    rows = {line.removeprefix(" =>").split()[0] for line in table.splitlines()[2:] if line.strip(" ─")}
+    assert {"e1", "device"} <= rows
+    assert rows & {"(e1)+cloud", "device+(e1)+cloud"}, "an edge that only passes on is told from one that computes"
+    shown = " ".join(text.split())
+    assert "took" in shown
+    assert re.search(r"d1 - e1 20 ms one way probes", shown)
+    assert re.search(r"delay [0-9.]+ ms [0-9.]+ ms \+?-?<?[0-9]+ %", shown)
+    found = json.loads(run("explain", "t4", "--from", str(path), "--json"))
+    assert found["measured_delay_s"] == region.delays[3]
+    assert found["error"] == pytest.approx(region.delays[3] / found["decided"]["delay_s"] - 1.0)
+    assert {"node", "model", "factor", "overhead_s", "tasks"} <= found["learned"][-2].keys() | found["learned"][
+        0
+    ].keys()
+    chosen = next(candidate for candidate in found["candidates"] if candidate["chosen"])
+    overhead = found["decided"]["overhead"]
+    assert (chosen["latency_s"], chosen["overhead_s"]) == (overhead["latency_s"], overhead["task_s"])

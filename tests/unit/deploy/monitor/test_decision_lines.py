@@ -342,7 +342,7 @@ def test_what_was_learned_has_a_line_for_a_task_and_one_for_each_link() -> None:
     )
     assert [" ".join(found[1:]) for found in lines_of(decision)] == [
         (
-            "t1 learned took 25 % longer than predicted, lenet on e1 3 x profile + 20 ms a sample, "
+            "t1 learned took 25 % more time than predicted, lenet on e1 3 x profile + 20 ms a sample, "
             "d1 - e1 100 ms a task, off by 10 %"
         ),
         "d1 learned d1 - e1 20 ms one way",

@@ -112,9 +112,9 @@ def test_an_estimate_that_is_tried_again_has_a_line() -> None:
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (0.25, "took 25 % longer than predicted"),
-        (-0.2, "took 20 % shorter than predicted"),
-        (49.0, "took 4,900 % longer than predicted"),
+        (0.25, "took 25 % more time than predicted"),
+        (-0.2, "took 20 % less time than predicted"),
+        (49.0, "took 4,900 % more time than predicted"),
         (0.004, "took as long as predicted"),
     ],
 )
