@@ -129,6 +129,15 @@ class DecisionOptions:
             envvar="DEEPAR_OBJECTIVE", help="Delay to minimise: pipelined for streaming execution, or sequential."
         ),
     ] = Objective.PIPELINED
+    learn: Annotated[
+        bool,
+        typer.Option(
+            "--learn/--no-learn",
+            envvar="DEEPAR_LEARN",
+            help="Correct predictions by what completed tasks and nodes measured.",
+            rich_help_panel="Learning",  # a box of its own, so that its two names do not narrow the other helps
+        ),
+    ] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +234,7 @@ def planner_setup(
         max_waiting_per_device=queue.max_waiting_per_device,
         patience_s=parse_duration(queue.patience, "--patience"),
         when_late=queue.when_late,
+        learning=decisions.learn,
         lease_s=lease_of(queue.lease),
         take_over=leadership.take_over,
         snapshot_every=leadership.snapshot_every,

@@ -47,7 +47,9 @@ class RegionPair:
         found: dict[str, tuple[Target, list[str]]] = {}
         for region, (device, edge, cloud) in self.nodes.items():
             where = ["--region", str(region)]
-            policy = [] if region == self.first else ["--policy", "loadgen.bench.policy_by_name:PolicyByName"]
+            policy = (
+                [] if region == self.first else ["--no-learn", "--policy", "loadgen.bench.policy_by_name:PolicyByName"]
+            )
             planner = ["planner", "--name", f"p{region}", *policy, *where]
             found[f"p{region}"] = (Target.PLANNER, planner)
             link1, link2 = self.network.link1, self.network.link2

@@ -43,6 +43,7 @@ def planner_counters(services: Iterable[PlannerService]) -> dict[str, float]:
         "dead_letters": float(sum(service.counters.dead_letters for service in some)),
         "lost_inputs": float(sum(service.counters.lost_inputs for service in some)),
         "policy_errors": float(sum(service.counters.policy_errors for service in some)),
+        "learned": float(sum(service.counters.learned for service in some)),
         "input_failures": float(sum(service.counters.input_failures for service in some)),
         "wrong_identity": float(sum(service.context.input_filter.refused for service in some)),
     }

@@ -184,6 +184,7 @@ class PlannerOptions(_Strict):
     max_waiting: Annotated[int, Field(ge=1)] = 10_000
     patience: Duration = DEFAULT_PATIENCE_S
     when_late: WhenLate = WhenLate.REJECT
+    learn: bool = True  # correct predictions by what completed tasks and nodes measured
     max_waiting_per_device: Annotated[int, Field(ge=1)] = 1_000
 
 

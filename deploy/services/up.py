@@ -72,6 +72,7 @@ def planner_setup(settings: UpSettings, planner: PlannerOptions, master: Master 
         max_waiting_per_device=planner.max_waiting_per_device,
         patience_s=planner.patience,
         when_late=planner.when_late,
+        learning=planner.learn,
         lease_s=planner.lease,
         master=master,
     )

@@ -212,6 +212,7 @@ class PlannerSetup:
     max_waiting_per_device: int = 1_000  # queued tasks of one device
     patience_s: float = DEFAULT_PATIENCE_S  # maximum wait for a device or a suitable node
     when_late: WhenLate = WhenLate.REJECT  # for tasks that are predicted to miss their deadline
+    learning: bool = False  # completed tasks and measured links correct later predictions
     lease_s: float = 5.0  # silence after which a leading planner counts as lost
     take_over: bool = False  # lead at once, without waiting for the leader's lease to expire
     snapshot_every: int = 500  # decisions between two snapshots
@@ -227,6 +228,7 @@ def make_planner(bus: Bus, setup: PlannerSetup) -> PlannerService:
         patience_s=setup.patience_s,
         when_late=setup.when_late,
         max_waiting_per_device=setup.max_waiting_per_device,
+        learning=setup.learning,
     )
 
     def make_core() -> PlannerCore:

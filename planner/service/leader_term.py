@@ -24,6 +24,7 @@ from bus.messages import (
     DecisionPart,
     Ended,
     EpochOpened,
+    Learned,
     Message,
     PlannerHeartbeat,
     TaskState,
@@ -384,6 +385,7 @@ class LeaderTerm:
         context = self.context
         changes = tuple(changes)
         for change in changes:
+            context.counters.learned += isinstance(change, Learned)
             if isinstance(change, Ended) and change.cause == POLICY_ERROR:
                 context.counters.policy_errors += 1
                 context.log.error("policy failed; task rejected", task=change.task_id, why=change.detail)

@@ -65,6 +65,7 @@ class PlannerCounters:
     decisions: int = 0  # decisions written while leading
     lost_inputs: int = 0  # tasks and events deleted before this planner read them
     policy_errors: int = 0  # tasks rejected because a user's policy failed
+    learned: int = 0  # changes of what was learned that this planner recorded
     input_failures: int = 0  # inputs that the planner failed to handle: bugs of ours
     dead_letters: int = 0  # dead letters written, unauthorized records included
 

@@ -19,6 +19,7 @@ HELP: Final = {
     "decisions_missed": "Number of times that decisions were deleted before this node had read them.",
     "lost_inputs": "Input records that were deleted before the planner had read them.",
     "policy_errors": "Tasks rejected because a user-defined policy failed.",
+    "learned": "Records that corrected predictions by what a completed task or a node measured.",
     "input_failures": "Input records that the planner skipped because of a bug in the planner.",
     "wrong_identity": "Records rejected because the sender's identity was not proven.",
     "declared_lost": "Number of times that the planner declared this node lost.",
