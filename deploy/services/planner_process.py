@@ -11,6 +11,7 @@ from bus.errors import ConfigError
 from bus.port import Bus
 from deploy.services.broker_wait import Patience
 from deploy.services.process import until_stopped
+from deploy.services.telemetry.learned_gauges import by_region
 from deploy.services.telemetry.otel import tracing
 from deploy.services.telemetry.probes import Health, serve_probes
 from deploy.services.topic_watch import TopicWatch, used_by
@@ -84,6 +85,7 @@ async def run_planner(
                 counters=planner_counters([service]),
                 leading=leading,
                 statistics={str(service.context.settings.region): service.context.statistics},
+                learned=by_region({str(service.context.settings.region): core}),
             ).without(watch.missing)
 
         labels = {
@@ -147,6 +149,7 @@ async def run_regions(
                 counters=planner_counters(services.values()),
                 leading={str(region): service.standing is Standing.LEADING for region, service in services.items()},
                 statistics={str(region): service.context.statistics for region, service in services.items()},
+                learned=by_region({str(region): service.core for region, service in services.items()}),
             ).without(watch.missing)
 
         which = ALL if regions is None else ",".join(map(str, regions))

@@ -14,6 +14,8 @@ HELP: Final = {
     "task_delay_seconds": "Time from the admission of a task to its end, by outcome and kind of placement.",
     "prediction_ratio": "Measured delay of a completed task divided by the predicted one, by kind of placement.",
     "prediction_error_median": "Median of |measured / predicted delay - 1| over the last 50 completed tasks.",
+    "learned_speed_factor": "How many times slower than its profile a model runs on a node, as the planner has learned.",
+    "learned_latency_seconds": "One-way latency of a link, as measured by probes and used in predictions.",
     "decisions": "Decisions that this planner has written.",
     "dead_letters": "Rejected records that were copied to the dead-letter topic.",
     "decisions_missed": "Number of times that decisions were deleted before this node had read them.",

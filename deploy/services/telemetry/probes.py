@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from bus.errors import ConfigError
 from bus.text.json_text import json_text
 from deploy.services.telemetry.event_loop import loop_name
+from deploy.services.telemetry.learned_gauges import FACTOR_LABELS, LATENCY_LABELS, LearnedGauges
 from deploy.services.telemetry.metric_help import HELP
 from planner.service.task_statistics import Histogram, TaskStatistics
 
@@ -34,6 +35,7 @@ class Health:
     statistics: dict[str, TaskStatistics] = field(
         default_factory=dict
     )  # planners only: region -> statistics of ended tasks
+    learned: dict[str, LearnedGauges] = field(default_factory=dict)  # planners only: region -> what was learned
 
     def without(self, missing: Mapping[str, str]) -> Health:
         """A copy that is not ready if topics are missing, with the missing topics in `detail`."""
@@ -72,6 +74,8 @@ class _Collector:
         if health.statistics:
             yield from self._histograms(health.statistics)
             yield self._errors(health.statistics)
+        if health.learned:
+            yield from self._learned(health.learned)
 
     def _values_in(self, region: str) -> list[str]:
         """The labels with `region` replaced, for a process that serves several regions."""
@@ -98,6 +102,17 @@ class _Collector:
             if (error := found.errors.median) is not None:
                 gauge.add_metric(self._values_in(region), error)
         return gauge
+
+    def _learned(self, learned: Mapping[str, LearnedGauges]) -> Iterable[Metric]:
+        for name, labels, column in (
+            ("learned_speed_factor", FACTOR_LABELS, 0),
+            ("learned_latency_seconds", LATENCY_LABELS, 1),
+        ):
+            gauge = GaugeMetricFamily(f"deepar_{name}", HELP[name], labels=[*self._labels, *labels])
+            for region, found in sorted(learned.items()):
+                for series in found[column]:
+                    gauge.add_metric([*self._values_in(region), *series.labels], series.value)
+            yield gauge
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:

@@ -15,13 +15,16 @@ from prometheus_client import CollectorRegistry, generate_latest
 import deploy
 from bus import topics
 from bus.frames import MAX_FRAME_BYTES
+from bus.messages import LinkMeasurement
 from deploy.services.planner_process import planner_counters
+from deploy.services.telemetry.learned_gauges import MOST, by_region, learned_gauges
 from deploy.services.telemetry.probes import Health, _Collector
 from planner.core.core import PlannerCore
 from planner.service.task_statistics import TaskStatistics
 from stages.node import ALARMED
 from tests.prometheus import configuration, find_programs
-from tests.unit.planner.scenes import World
+from tests.unit.planner.core.test_learning import Region, Truth
+from tests.unit.planner.scenes import World, device, edge
 
 ROOT = Path(deploy.__file__).parents[1]
 ALARMS = ROOT / "deploy" / "prometheus" / "alarms.yml"
@@ -52,9 +55,45 @@ def metrics_text() -> str:
         counters=dict.fromkeys(counted, 1.0),
         leading={"0": True},
         statistics={"0": statistics, "7": statistics},
+        learned=by_region({"0": taught()}),
     ).without({})
     registry.register(_Collector(lambda: health, {"role": "edge", "node": "e1", "region": "0"}, lambda: 0.0))
     return generate_latest(registry).decode()
+
+
+def taught(edges: int = 1) -> PlannerCore:
+    """A planner that has learned the speed of nodes and the latency of links."""
+    names = [f"e{number}" for number in range(1, edges + 1)]
+    region = Region(Truth(factor={"e1": 3.0}), *(edge(name) for name in names), device(), policy="edge-only")
+    for name in names:
+        region.heartbeat(LinkMeasurement(link=1, edge=name, latency_s=0.02))
+        region.heartbeat(LinkMeasurement(link=2, edge=name, latency_s=0.04), node=name)
+    region.run(4)
+    return region.core
+
+
+def test_what_was_learned_is_exported_with_names_of_nodes_models_and_links() -> None:
+    core = taught(edges=2)
+    found = learned_gauges(core)
+    factors = {series.labels: series.value for series in found.factors}
+    assert factors == {key: core.estimates.node(*key).a for key in core.estimates.nodes}
+    assert any(value != 1.0 for value in factors.values())
+    assert [series.labels for series in found.latencies_s] == [
+        ("2", "", "e1"), ("2", "", "e2"), ("1", "d1", "e1"), ("1", "d1", "e2"),
+    ]  # fmt: skip
+    assert [series.value for series in found.latencies_s] == [0.04, 0.04, 0.02, 0.02]
+    text = metrics_text()
+    assert (
+        'deepar_learned_latency_seconds{device="d1",edge="e1",link="1",node="e1",region="0",role="edge"} 0.02' in text
+    )
+
+
+def test_the_number_of_learned_series_is_bounded_and_edges_come_before_devices() -> None:
+    core = taught(edges=MOST)
+    assert len(core.estimates.links) == 2 * MOST
+    found = learned_gauges(core)
+    assert len(found.latencies_s) == MOST
+    assert {series.labels[0] for series in found.latencies_s} == {"2"}
 
 
 def given() -> set[str]:
