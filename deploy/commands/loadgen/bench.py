@@ -27,6 +27,7 @@ BENCHES = {
     "decision": "task submitted to decision received",
     "pipeline": "streams through modelled stages over the bottleneck",
     "simulator": "a million tasks through the core",
+    "path": "where the milliseconds of a task go, in the region that runs",
     "regret": "delays of the learning planner over those of fixed policies, live",
 }
 """Benchmark -> what it measures."""
