@@ -15,7 +15,9 @@ from bus.text.units import format_seconds
 from bus.topic_settings import REPAIR
 from bus.values import Role
 from deploy.doctor.identity_checks import demanded_by_region
+from deploy.doctor.latency_checks import latency_checks
 from deploy.doctor.machine_checks import Check
+from planner.learning.lessons import Lessons
 from planner.service.region_context import LEASE_S
 
 SKEW_S = 2.0
@@ -35,10 +37,12 @@ class Leader:
     heard: bool = False  # whether it sent a record while we listened
     lost: str = ""  # why a new planner could not recover the decisions; empty if it could
     failing: dict[str, CircuitChanged] = field(default_factory=dict)  # avoided nodes and the change that caused it
+    lessons: Lessons = field(default_factory=Lessons)  # what it has learned
 
     def note(self, decision: Decision) -> None:
-        """Record which nodes the planner avoids after repeated failed attempts."""
+        """Record which nodes the planner avoids after repeated failed attempts, and what it has learned."""
         for change in decision.changes:
+            self.lessons.fold(change)
             if isinstance(change, CircuitChanged | NodeLost):
                 self.failing.pop(change.node, None)
             if isinstance(change, CircuitChanged) and change.until_s is not None:
@@ -83,7 +87,10 @@ async def regions(bus: Bus) -> list[Check]:
         for leader in seen.leaders
         if leader.lost
     ]
-    return [*planners, *lost, *proofs, nodes_check(seen), *failing_checks(seen), *clock_checks(seen, now_s)]
+    announced = {name: node for name, (node, _) in seen.nodes.items()}
+    latencies = latency_checks((leader.lessons for leader in seen.leaders), announced)
+    nodes = [nodes_check(seen), *failing_checks(seen), *latencies]
+    return [*planners, *lost, *proofs, *nodes, *clock_checks(seen, now_s)]
 
 
 async def leader_of(bus: Bus, region: int) -> Leader:

@@ -13,9 +13,10 @@ from bus.kafka.connection import KafkaConnection
 from bus.kafka.limits import BrokerLimits, SiteLimits
 from bus.kafka.readers import FETCH_BYTES
 from bus.limits import MAX_RECORD_BYTES
-from bus.messages import Change, CircuitChanged, Decision, NodeAnnounced, NodeLost
+from bus.messages import Change, CircuitChanged, Decision, Learned, LearnedLink, NodeAnnounced, NodeLost
 from bus.values import Role
 from deploy.doctor import topic_checks
+from deploy.doctor.latency_checks import latency_checks
 from deploy.doctor.machine_checks import Check
 from deploy.doctor.region_checks import (
     Leader,
@@ -28,6 +29,7 @@ from deploy.doctor.region_checks import (
 )
 from deploy.doctor.size_checks import NEEDED_BYTES, compare
 from loadgen.sim.virtual_loop import run_virtual
+from planner.learning.lessons import Lessons
 from tests.sim.planners import town
 
 KAFKAS_DEFAULTS = BrokerLimits(1, 1_048_588, 1_048_576, 104_857_600)
@@ -154,3 +156,39 @@ def test_nodes_at_which_attempts_keep_failing_are_a_warning_until_one_succeeds_o
     assert noted(CircuitChanged(node="e1", failures=0)) == []
     assert len(noted(CircuitChanged(node="e1", failures=4, until_s=61.0))) == 1
     assert noted(NodeLost(node="e1", incarnation="i1", cause="replaced")) == []
+
+
+@pytest.mark.parametrize(
+    ("declared_s", "measured_s", "said"),
+    [
+        (0.02, 0.065, "d1 - e1: 20 ms declared, 65 ms measured"),
+        (0.065, 0.02, "d1 - e1: 65 ms declared, 20 ms measured"),
+        (0.0, 0.02, "d1 - e1: 0 s declared, 20 ms measured"),
+        (0.02, 0.03, ""),
+        (0.001, 0.004, ""),  # what the bus takes
+        (None, 0.5, ""),
+    ],
+)
+def test_a_declared_latency_that_measurements_contradict_is_a_warning(
+    declared_s: float | None, measured_s: float, said: str
+) -> None:
+    leader = Leader(0, DecisionLog())
+    latest = LearnedLink(link=1, device="d1", edge="e1", latency_s=measured_s)
+    for link in (latest.model_copy(update={"latency_s": 9.0}), latest):  # the last one counts
+        changes = (Learned(links=(link,)),)
+        leader.note(
+            Decision(region=0, epoch=1, nonce="n", seq=1, now_s=1.0, inputs={}, changes=changes, ledger_hash="h")
+        )
+    device = NodeAnnounced(node="d1", role=Role.DEVICE, incarnation="i", link1_latency_s=declared_s)
+    found = latency_checks([leader.lessons], {"d1": device})
+    assert [check.detail for check in found] == ([said] if said else [])
+    assert all(check.state == "warning" for check in found)
+
+
+def test_the_latency_of_link_2_is_declared_by_its_edge() -> None:
+    lessons = Lessons()
+    lessons.learn(Learned(links=(LearnedLink(link=2, edge="e1", latency_s=0.2),)))
+    edge = NodeAnnounced(node="e1", role=Role.EDGE, incarnation="i", slots=1, link2_latency_s=0.04)
+    assert [check.detail for check in latency_checks([lessons], {"e1": edge})] == [
+        "e1 - cloud: 40 ms declared, 200 ms measured"
+    ]
