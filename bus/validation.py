@@ -11,5 +11,5 @@ def first_fault(error: ValidationError, *within: str) -> str:
     where = ".".join(str(part) for part in (*within, *first["loc"]))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "string_pattern_mismatch":
-        message = "holds a character that a name may not have: letters and digits, then also _ and -, no blanks"
+        message = "contains a character that is not allowed in a name; use letters, digits, _ and -"
     return f"{where}: {message}" if where else message

@@ -1,7 +1,7 @@
-"""The values that messages carry: what a model looks like, how fast a platform runs it, where a task is placed.
+"""The values in messages: a model's structure, its speed on a platform, and the placement of a task.
 
-All are frozen and validated when built. Times are seconds, rates bits per second, sizes bytes; positions count the cuts
-0..l of a model with l layers: position p lies after layer p, 0 is before the first layer, l after the last.
+Values are frozen and validated when built. Times are in seconds, rates in bits per second, sizes in bytes. A *position* is a
+place where a model of l layers may be cut: 0 is before the first layer, p is after layer p, and l is after the last layer.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from bus.errors import ConfigError
 
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+/:-]*$")]
-"""A node, task or model name: printable, without blanks, safe in a topic name but for `/`, `:` and `+`."""
+"""A task or model name. Letters and digits, then also `.`, `_`, `+`, `/`, `:` and `-`."""
 
 _NODE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 NodeName = Annotated[str, Field(min_length=1, max_length=100, pattern=_NODE_NAME)]
-"""A node's name becomes part of topic names, so it holds letters, digits, `_` and `-` only."""
+"""A node's name. It becomes part of topic names, so only letters, digits, `_` and `-` are allowed."""
 
 Seconds = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
-"""A span of time; sums and products of a few of them stay finite."""
+"""A duration. Its limit keeps sums and products of a few durations finite."""
 
 Bytes = Annotated[int, Field(ge=0, le=1 << 40)]
 BitsPerSecond = Annotated[int, Field(ge=0, le=1 << 50)]
 
 BITS_PER_BYTE = 8
-"""The one place where bytes become bits."""
+"""The only conversion factor between bytes and bits in the project."""
 
 
 def is_node_name(text: str) -> bool:
@@ -38,13 +38,15 @@ def is_node_name(text: str) -> bool:
 
 
 class Frozen(BaseModel):
-    """A value: equal by content, never changed. Unknown keys are ignored, so that newer writers can be read."""
+    """Base of the values: immutable, compared by content. Unknown keys are ignored, so that messages of newer versions can be
+    read.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class Role(StrEnum):
-    """What a node does for a task."""
+    """The role of a node: its tier."""
 
     DEVICE = "device"
     EDGE = "edge"
@@ -52,7 +54,7 @@ class Role(StrEnum):
 
 
 class Kind(StrEnum):
-    """Which tiers compute. The last three are those before with cut1 = 0: the device only sends its input."""
+    """Which tiers compute. In the last three kinds cut1 is 0: the device only sends its input."""
 
     DEVICE = "device"
     DEVICE_EDGE = "device+edge"
@@ -64,7 +66,7 @@ class Kind(StrEnum):
 
     @classmethod
     def of(cls, cut1: int, cut2: int, layers: int) -> Kind:
-        """The kind that the cuts imply, by the indicators x, y, z of (17)-(19)."""
+        """The kind of a pair of cuts, from the indicators x, y, z of (17)-(19)."""
         if cut1 == layers:
             return cls.DEVICE
         return _KIND_OF[cut1 > 0, cut1 != cut2, cut2 != layers]
@@ -80,32 +82,32 @@ _KIND_OF = {
 
 
 class Objective(StrEnum):
-    """What the planner minimises: (7), the sum of all parts, or the makespan of a stream of samples."""
+    """What the planner minimises: the sequential delay (7), or the time until the last result of a stream of samples."""
 
     SEQUENTIAL = "sequential"
     PIPELINED = "pipelined"
 
     @property
     def execution(self) -> Execution:
-        """What the stages do where this is what was planned for."""
+        """The execution that this objective assumes."""
         return Execution.STREAMING if self is Objective.PIPELINED else Execution.SEQUENTIAL
 
     def executed_as(self, execution: Execution | None) -> Execution:
-        """What the stages do: what goes with this. Raises `ConfigError` where something else is asked for."""
+        """The execution for this objective. Raises `ConfigError` if another one is requested."""
         if execution not in (None, self.execution):
-            raise ConfigError(f"objective {self} goes with execution {self.execution}, not {execution}")
+            raise ConfigError(f"objective {self} requires execution {self.execution}, not {execution}")
         return self.execution
 
 
 class Execution(StrEnum):
-    """What the stages do: one sample at a time (the paper's), or all stations busy at once."""
+    """How the stages process a task: one sample at a time (as in the paper), or several samples at once in a pipeline."""
 
     SEQUENTIAL = "sequential"
     STREAMING = "streaming"
 
 
 class Parts(Frozen):
-    """The delay parts (1)-(6) of one task, busy seconds summed over all its samples."""
+    """The delay parts (1)-(6) of one task: busy seconds, summed over its samples."""
 
     device_s: Seconds = 0.0  # (1) computing on the device
     link1_s: Seconds = 0.0  # (2) sending device -> edge
@@ -128,10 +130,10 @@ STATIONS: Final = DELAY_PARTS[:-1]
 
 
 class Placement(Frozen):
-    """Where a task runs: the device 1..cut1, the edge cut1+1..cut2, the cloud the rest."""
+    """Where a task runs: layers 1..cut1 on the device, cut1+1..cut2 on the edge, the rest on the cloud."""
 
     kind: Kind  # the tiers that compute
-    edge: NodeName | None = None  # the edge whose slot or links are used; None on the device alone
+    edge: NodeName | None = None  # the edge whose slot or links are used; None: the device computes everything
     cut1: Annotated[int, Field(ge=0)]  # last layer of the device
     cut2: Annotated[int, Field(ge=0)]  # last layer of the edge
     cut1_name: str  # that layer's name, "input" at 0
@@ -142,7 +144,7 @@ class Placement(Frozen):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.cut1 > self.cut2:
-            raise ValueError(f"cut1 {self.cut1} lies behind cut2 {self.cut2}")
+            raise ValueError(f"cut1 {self.cut1} is after cut2 {self.cut2}")
         if (self.edge is None) != (self.kind is Kind.DEVICE):
             raise ValueError(f"a placement of kind {self.kind} {'needs an' if self.edge is None else 'has no'} edge")
         return self
@@ -154,12 +156,12 @@ class Placement(Frozen):
 
     @property
     def uses_link1(self) -> bool:
-        """x of (17): something crosses from the device to the edge."""
+        """x of (17): the device sends data to the edge."""
         return self.edge is not None
 
     @property
     def uses_cloud(self) -> bool:
-        """y of (18): something crosses from the edge to the cloud."""
+        """y of (18): the edge sends data to the cloud."""
         return "cloud" in self.kind.value
 
 
@@ -169,25 +171,25 @@ class TensorSpec(Frozen):
     name: str  # as in the model file
     dtype: Annotated[str, Field(max_length=16)]  # numpy's name, e.g. "float32"
     shape: tuple[Annotated[int, Field(ge=0, le=1 << 31)], ...]  # of one sample, batch dimension included
-    scales: tuple[float, ...] = ()  # quantisation scales, empty where the tensor is not quantised
+    scales: tuple[float, ...] = ()  # quantisation scales; empty if the tensor is not quantised
     zero_points: tuple[int, ...] = ()  # quantisation zero points, as many as scales
     quantized_dimension: int = 0  # the axis that per-channel scales belong to
 
 
 class CutPoint(Frozen):
-    """A position at which a model may be cut, and what crosses it."""
+    """A position of a model, and the tensors that cross it."""
 
     position: Annotated[int, Field(ge=0)]  # 0..l
-    name: str  # of the layer before it, "input" at 0
+    name: str  # name of the layer before it, "input" at 0
     tensors: tuple[TensorSpec, ...]  # the live activations, in file order
     cut_bytes: Bytes  # G(position): bytes of one sample that cross
-    cuttable: bool = True  # whether slices can be made here
-    reason: str = ""  # why not, where not
-    work: Annotated[float, Field(ge=0)] = 0.0  # of the layer before it, in multiply-accumulates (an estimate)
+    cuttable: bool = True  # whether the model can be cut here
+    reason: str = ""  # why it cannot be cut here
+    work: Annotated[float, Field(ge=0)] = 0.0  # estimated multiply-accumulates of the layer before it
 
 
 class ModelManifest(Frozen):
-    """What one model looks like from outside: its positions, and the hash that pins its bytes."""
+    """The public description of a model: its positions and the hash of its file."""
 
     model: Name  # the name that messages use
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of the file
@@ -207,27 +209,27 @@ class ModelManifest(Frozen):
 
 
 MAX_LAYERS = 1_024
-"""The pipelined search looks at every pair of cuts, and its memory grows with the square of this."""
+"""Maximum number of layers: the memory of the pipelined search grows with its square."""
 
 MAX_MODEL_S = 1e6
-"""The longest that one sample may take on a platform: eleven days."""
+"""Maximum time of one sample on a platform: about eleven days."""
 
 
 class ModelProfile(Frozen):
-    """How one platform runs one model: a row of F and G of the paper, for one sample.
+    """The speed of one platform with one model, per sample: a row of the paper's F, and G.
 
     `layer_s[j - 1]` is the time of layer j, so F(j) is the sum of the first j entries; `cut_bytes[p]` is G(p).
     """
 
     model: Name  # the name that messages use
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of the model file; of the name where there is no file
-    platform: str  # who measured, e.g. "device d1", "paper/edge"
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of the model file, or of the name if there is no file
+    platform: str  # the measured platform, e.g. "device d1" or "paper/edge"
     layer_names: tuple[str, ...]  # l names
-    layer_s: tuple[Seconds, ...]  # l times, scaled so that they add up to the whole
+    layer_s: tuple[Seconds, ...]  # l times, scaled so that their sum is the time of the whole model
     cut_bytes: tuple[Bytes, ...]  # l + 1 sizes, G(0)..G(l)
     forbidden: tuple[int, ...] = ()  # positions that cannot be cut
-    whole_s: Seconds | None = None  # the whole model in one piece, where it was measured
-    sum_of_slices_s: Seconds | None = None  # the one-layer slices added up, before scaling
+    whole_s: Seconds | None = None  # time of the uncut model, if measured
+    sum_of_slices_s: Seconds | None = None  # sum of the times of one-layer slices, before scaling
 
     @property
     def layers(self) -> int:
@@ -239,12 +241,14 @@ class ModelProfile(Frozen):
         layers = len(self.layer_names)
         if layers < 1 or len(self.layer_s) != layers or len(self.cut_bytes) != layers + 1:
             raise ValueError(
-                f"{layers} names, {len(self.layer_s)} times and {len(self.cut_bytes)} sizes do not belong together"
+                f"{layers} names, {len(self.layer_s)} times and {len(self.cut_bytes)} sizes: must be l, l and l + 1"
             )
         if layers > MAX_LAYERS:
-            raise ValueError(f"{self.model} has {layers:,} layers, over {MAX_LAYERS:,}: take several as one")
+            raise ValueError(
+                f"{self.model} has {layers:,} layers, the limit is {MAX_LAYERS:,}: combine several into one"
+            )
         if not (total_s := sum(self.layer_s)) <= MAX_MODEL_S:
-            raise ValueError(f"{self.model} takes {total_s:.3g} s for one sample, over {MAX_MODEL_S:.0f} s")
+            raise ValueError(f"{self.model} takes {total_s:.3g} s for one sample, the limit is {MAX_MODEL_S:.0f} s")
         if any(not 0 < position < layers for position in self.forbidden):
             raise ValueError("only positions inside the model can be forbidden")
         return self

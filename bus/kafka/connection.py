@@ -1,4 +1,4 @@
-"""Where the brokers are and how to get in: settings, and a check that names the true cause when one cannot."""
+"""Connection settings for Kafka, and a check that explains why a broker cannot be used."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ from bus.limits import MAX_RECORD_BYTES
 aiokafka_patches.apply()
 
 CHECK_TIMEOUT_S = 3.0
-"""How long a broker may take to shake hands when we start."""
+"""Timeout of the handshake with one broker."""
 
 REQUEST_S = 5.0
-"""What a request about topics or offsets may take, retries included, where there is one broker."""
+"""Timeout of a request about topics or offsets, including retries, in a cluster of one broker."""
 
 FAILOVER_S = 20.0
-"""The same where there are several: a dead one is missed after `broker.session.timeout.ms` (9 s), then others lead."""
+"""The same timeout in a larger cluster: another broker replaces a dead one after `broker.session.timeout.ms` (9 s)."""
 
 HANG_UP_S = 1.0
+"""Timeout for closing the connections of a client; see `hang_up`."""
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 _ENVIRONMENT = {
@@ -56,24 +57,28 @@ _ENVIRONMENT = {
 
 
 class KafkaConnection(BaseModel):
-    """How to reach Kafka. `routes` sends topics to other brokers: a name, or all below it (`deepar.activations`)."""
+    """Settings of the connection to Kafka.
+
+    `routes` places topics on the brokers of other sites. A key is a topic or a prefix: `deepar.activations` covers
+    `deepar.activations.e1`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bootstrap_servers: str = Field("localhost:9092", min_length=1)  # host:port, several with commas
+    bootstrap_servers: str = Field("localhost:9092", min_length=1)  # host:port, separated by commas
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
     sasl_username: str | None = None
     sasl_password: SecretStr | None = None
-    ssl_cafile: Path | None = None  # PEM; the system's authorities where there is none
-    ssl_certfile: Path | None = None  # PEM, of the client
-    ssl_keyfile: Path | None = None  # PEM, of the client
-    client_id: str = "deepar"  # shows in the broker's logs and quotas
+    ssl_cafile: Path | None = None  # certificate authorities, PEM; None: those of the system
+    ssl_certfile: Path | None = None  # the client's certificate, PEM
+    ssl_keyfile: Path | None = None  # the client's key, PEM
+    client_id: str = "deepar"  # the name in the broker's logs and quotas
     routes: Mapping[str, str] = {}  # topic prefix -> host:port of the site that holds those topics
     allow_clear_text_password: bool = False  # send a password without TLS to another machine
     max_record_bytes: int = Field(MAX_RECORD_BYTES, gt=0)  # the brokers' message.max.bytes
-    replication: int | None = Field(None, ge=1)  # copies of topics we create; None: as many as brokers, at most 3
-    delivery_timeout_s: float = Field(30.0, gt=0)  # then a post that nobody acknowledged has failed
+    replication: int | None = Field(None, ge=1)  # replicas of created topics; None: one per broker, at most 3
+    delivery_timeout_s: float = Field(30.0, gt=0)  # timeout for the acknowledgement of a post
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -85,8 +90,8 @@ class KafkaConnection(BaseModel):
                 remote = [server for servers in everywhere for server in servers.split(",") if not _is_loopback(server)]
                 if remote:
                     raise ValueError(
-                        f"SASL_PLAINTEXT would send the password readable to {remote[0]}; "
-                        "use SASL_SSL, or DEEPAR_KAFKA_ALLOW_CLEAR_TEXT_PASSWORD=true"
+                        f"SASL_PLAINTEXT would send the password to {remote[0]} without encryption; "
+                        "use SASL_SSL, or set DEEPAR_KAFKA_ALLOW_CLEAR_TEXT_PASSWORD=true"
                     )
         for file in (self.ssl_cafile, self.ssl_certfile, self.ssl_keyfile):
             if file is not None and not file.is_file():
@@ -95,10 +100,10 @@ class KafkaConnection(BaseModel):
 
     @classmethod
     def from_env(cls, environment: Mapping[str, str] | None = None, **overrides: Any) -> KafkaConnection:
-        """The connection that `KAFKA_*` variables describe; `overrides` (those not None) win.
+        """The connection that the `KAFKA_*` environment variables describe; `overrides` that are not None replace them.
 
-        The password is read from the file that `KAFKA_SASL_PASSWORD_FILE` names; `DEEPAR_KAFKA_ROUTES` is
-        `topic=host:port` pairs with commas between them. Raises `ConfigError` naming the variable or field.
+        `KAFKA_SASL_PASSWORD_FILE` names the file with the password. `DEEPAR_KAFKA_ROUTES` holds `topic=host:port` pairs,
+        separated by commas. Raises `ConfigError`, which names the variable or field.
         """
         environment = os.environ if environment is None else environment
         values: dict[str, Any] = {
@@ -112,9 +117,7 @@ class KafkaConnection(BaseModel):
         if routes := environment.get("DEEPAR_KAFKA_ROUTES"):
             pairs = [route.partition("=") for route in routes.split(",")]
             if not all(prefix and server for prefix, _, server in pairs):
-                raise ConfigError(
-                    f"DEEPAR_KAFKA_ROUTES={routes!r}: it is topic=host:port pairs with commas between them"
-                )
+                raise ConfigError(f"DEEPAR_KAFKA_ROUTES={routes!r}: must be topic=host:port pairs, separated by commas")
             values["routes"] = {prefix.strip(): server.strip() for prefix, _, server in pairs}
         values.update({name: value for name, value in overrides.items() if value is not None})
         try:
@@ -127,8 +130,10 @@ class KafkaConnection(BaseModel):
             raise ConfigError(f"{where}{first['msg'].removeprefix('Value error, ')}") from None
 
     def servers_of(self, topic: str, *, beside: str | None = None) -> str:
-        """The bootstrap servers of the site that holds a topic: those of the longest route that fits; where none does,
-        those of the topic that it stands `beside`, if one is named.
+        """The bootstrap servers of the site that holds a topic.
+
+        The longest route that matches the topic decides. A topic without a route is at the site of the topic `beside`, if
+        that is given, else at the site of the control topics.
         """
         fitting = [prefix for prefix in self.routes if topic == prefix or topic.startswith(prefix.rstrip(".") + ".")]
         if fitting:
@@ -137,16 +142,16 @@ class KafkaConnection(BaseModel):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The bootstrap servers of every site, those of the control topics first."""
+        """The bootstrap servers of every site; the site of the control topics comes first."""
         return tuple(dict.fromkeys([self.bootstrap_servers, *self.routes.values()]))
 
     def client_settings(self, servers: str) -> dict[str, Any]:
-        """What aiokafka's producer, consumer and admin client have in common."""
+        """The settings that aiokafka's producer, consumer and admin client share."""
         settings: dict[str, Any] = {
             "bootstrap_servers": servers,
             "client_id": self.client_id,
             "security_protocol": self.security_protocol,
-            # A leader that has moved is noticed within seconds, a peer that has fallen silent too.
+            # So that clients notice within seconds that a partition's leader moved or that a broker is silent.
             "metadata_max_age_ms": 5000,
             "request_timeout_ms": 5000,
             "retry_backoff_ms": 50,
@@ -155,9 +160,9 @@ class KafkaConnection(BaseModel):
         return settings
 
     async def check(self, servers: str | None = None) -> None:
-        """Shake hands with one of the brokers, and with one of those that it sends its clients on to.
+        """Check that one of the given brokers answers, and one of the addresses that it advertises.
 
-        Raises `BusUnavailableError` with the cause and what to do about it.
+        Raises `BusUnavailableError` with the cause and a remedy.
         """
         failures: list[BusUnavailableError] = []
         for server in addresses(servers or self.bootstrap_servers):
@@ -175,9 +180,9 @@ class KafkaConnection(BaseModel):
         raise failures[0]
 
     async def unreachable(self, servers: str | None = None) -> list[BusUnavailableError]:
-        """What is wrong with each address that cannot be reached: those given, and those that the brokers advertise."""
+        """An error for each address that cannot be used, of those given and those that the brokers advertise."""
         wrong: list[BusUnavailableError] = []
-        advertised: dict[str, str] = {}  # by address, who sends clients on to it
+        advertised: dict[str, str] = {}  # address -> the broker that advertises it
         given = addresses(servers or self.bootstrap_servers)
         for server in given:
             try:
@@ -191,23 +196,23 @@ class KafkaConnection(BaseModel):
         return wrong
 
     async def _unreachable(self, server: str, advertised: Iterable[str]) -> list[BusUnavailableError]:
-        """Of the addresses that a broker sends its clients on to, what is wrong with each that cannot be reached."""
+        """An error for each address that `server` advertises and that cannot be used."""
 
         async def look(address: str) -> BusUnavailableError | None:
             try:
                 await self._shake_hands(address)
             except (BusUnavailableError, ConfigError) as error:
                 return BusUnavailableError(
-                    f"{server} answers, and sends its clients on to {address}, which cannot be used here: {error}",
+                    f"{server} answers but advertises {address}, which cannot be used from this machine: {error}",
                     remedy=f"set advertised.listeners of that broker (KAFKA_ADVERTISED_LISTENERS in containers) to an"
-                    f" address that this machine reaches, such as {server}; or make {address} one",
+                    f" address that this machine reaches, such as {server}; or make {address} reachable",
                 )
             return None
 
         return [wrong for wrong in await asyncio.gather(*map(look, advertised)) if wrong is not None]
 
     async def _shake_hands(self, server: str) -> list[str]:
-        """The addresses (host:port) of the brokers of the cluster that answers there. Raises `BusUnavailableError`."""
+        """The addresses (host:port) that the cluster behind `server` advertises. Raises `BusUnavailableError`."""
         host, port = _host_and_port(server)
         try:
             async with asyncio.timeout(CHECK_TIMEOUT_S):
@@ -238,7 +243,7 @@ class KafkaConnection(BaseModel):
                     cafile=self.ssl_cafile, certfile=self.ssl_certfile, keyfile=self.ssl_keyfile
                 )
             except (ssl.SSLError, OSError) as error:
-                raise ConfigError(f"the TLS files cannot be used: {error}") from error
+                raise ConfigError(f"the TLS files cannot be loaded: {error}") from error
         if self.security_protocol.startswith("SASL"):
             assert self.sasl_password is not None
             settings["sasl_mechanism"] = self.sasl_mechanism
@@ -247,29 +252,29 @@ class KafkaConnection(BaseModel):
         return settings
 
     def _explain(self, server: str, error: BaseException) -> BusUnavailableError:
-        """aiokafka's and the system's errors in words, with what to do."""
+        """Translate an error of aiokafka or the system into a cause and a remedy."""
         tls = self.security_protocol.endswith("SSL")
         cause = error
         while cause is not None:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 return BusUnavailableError(
-                    f"the certificate of {server} is not accepted: {cause.verify_message}",
-                    remedy="KAFKA_SSL_CAFILE names the authority that signed it, and the host name must be in it",
+                    f"the certificate of {server} was rejected: {cause.verify_message}",
+                    remedy="set KAFKA_SSL_CAFILE to the authority that signed it; the certificate must contain the host name",
                 )
             if isinstance(cause, ssl.SSLError):
-                hint = "it seems to speak clear text" if "WRONG_VERSION_NUMBER" in str(cause) else str(cause)
+                hint = "the port seems to use no TLS" if "WRONG_VERSION_NUMBER" in str(cause) else str(cause)
                 return BusUnavailableError(
-                    f"no TLS with {server}: {hint}", remedy="check KAFKA_SECURITY_PROTOCOL and the port"
+                    f"TLS handshake with {server} failed: {hint}", remedy="check KAFKA_SECURITY_PROTOCOL and the port"
                 )
             cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
         if isinstance(error, SaslAuthenticationFailed):
             return BusUnavailableError(
-                f"{server} refuses the password of user {self.sasl_username}",
+                f"{server} rejected the password of user {self.sasl_username}",
                 remedy="check KAFKA_SASL_USERNAME and the file that KAFKA_SASL_PASSWORD_FILE names",
             )
         if isinstance(error, UnsupportedSaslMechanismError):
             return BusUnavailableError(
-                f"{server} does not know {self.sasl_mechanism}", remedy="check KAFKA_SASL_MECHANISM"
+                f"{server} does not support {self.sasl_mechanism}", remedy="check KAFKA_SASL_MECHANISM"
             )
         if isinstance(error, IncompatibleBrokerVersion):
             return _serves_no_clients(server)
@@ -279,34 +284,34 @@ class KafkaConnection(BaseModel):
             )
         if isinstance(error, TimeoutError):
             return BusUnavailableError(
-                f"{server} takes connections but says nothing for {CHECK_TIMEOUT_S:g} s"
+                f"{server} accepts connections but sends nothing for {CHECK_TIMEOUT_S:g} s"
                 if not tls
                 else f"{server} does not answer within {CHECK_TIMEOUT_S:g} s",
-                remedy="is it a Kafka broker, does it speak "
-                f"{self.security_protocol}, and is it up? `deepar broker` starts one here",
+                remedy="check that it is a running Kafka broker with "
+                f"{self.security_protocol} on this port; `deepar broker` starts one on this machine",
             )
         if isinstance(error, KafkaConnectionError | EOFError | ConnectionResetError):
             return BusUnavailableError(
-                f"{server} hangs up on {self.security_protocol}",
-                remedy="it may want TLS or a password: check KAFKA_SECURITY_PROTOCOL and the port",
+                f"{server} closed the {self.security_protocol} connection",
+                remedy="it may require TLS or a password: check KAFKA_SECURITY_PROTOCOL and the port",
             )
         if isinstance(error, OSError):
             return BusUnavailableError(
                 f"no broker at {server}: {error.strerror or error}",
-                remedy="`deepar broker` starts one; KAFKA_BOOTSTRAP_SERVERS names another",
+                remedy="start one with `deepar broker`, or set KAFKA_BOOTSTRAP_SERVERS to another",
             )
-        return BusUnavailableError(f"{server} refuses us: {error!r}")
+        return BusUnavailableError(f"{server} refused the connection: {error!r}")
 
 
 def _serves_no_clients(server: str) -> BusUnavailableError:
     return BusUnavailableError(
-        f"{server} speaks Kafka, but names no broker for clients",
-        remedy="is it still starting, or is this port a controller's? see `listeners` in its settings for the clients' port",
+        f"{server} answers like Kafka but lists no broker for clients",
+        remedy="wait if it is still starting; if this is a controller's port, use the clients' port from its `listeners`",
     )
 
 
 def addresses(servers: str) -> list[str]:
-    """Each host:port of a list with commas. Raises `ConfigError` for one that is none."""
+    """The addresses of a comma-separated list. Raises `ConfigError` if one is not host:port."""
     found = [server.strip() for server in servers.split(",") if server.strip()]
     for server in found:
         _host_and_port(server)
@@ -325,15 +330,16 @@ def _address(host: str, port: int) -> str:
 
 
 def patience_s(client: AIOKafkaClient) -> float:
-    """How long to wait for a cluster's answer, by how many brokers it said it has."""
+    """Timeout for a request to the cluster; it depends on the number of known brokers."""
     return FAILOVER_S if len(client.cluster.brokers()) > 1 else REQUEST_S
 
 
 async def hang_up(client: AIOKafkaClient) -> None:
-    """Close what connections a client of aiokafka still has, within two seconds, and never fail.
+    """Close the remaining connections of an aiokafka client within two seconds, without raising.
 
-    Where its own `stop` was cut short it has cancelled the futures that tell of a closed connection (TLS on uvloop closes
-    late now and then), and waiting for them would look as if we were cancelled ourselves.
+    If the client's `stop` was interrupted, it has cancelled the futures that report a closed connection (TLS on uvloop
+    sometimes closes late). Awaiting those futures directly would raise `CancelledError` here although this task was not
+    cancelled.
     """
     closing = asyncio.ensure_future(client.close())
     done, _ = await asyncio.wait([closing], timeout=HANG_UP_S)
@@ -347,7 +353,7 @@ async def hang_up(client: AIOKafkaClient) -> None:
 
 
 def _look_at(closed: asyncio.Future[None]) -> None:
-    """Take note of how it ended, so that nobody complains."""
+    """Retrieve the outcome, so that asyncio reports no unhandled exception."""
     if not closed.cancelled():
         closed.exception()
 

@@ -24,7 +24,7 @@ _WATCH_S = 2.0  # how often an idle reader checks whether records are available
 
 
 class KafkaReader:
-    """A reader of some partitions of one cluster, in no group."""
+    """A reader of some partitions of one cluster, without a consumer group."""
 
     def __init__(
         self, connection: KafkaConnection, servers: str, start: str | None, positions: dict[TopicPartition, int]
@@ -91,7 +91,7 @@ class KafkaReader:
         if not records and not self._closed:
             await self._refresh()
             if asyncio.get_running_loop().time() >= self._watch_at:
-                await self._look()
+                await self._replace_if_stuck()
         return records
 
     def position(self, partition: TopicPartition) -> int:
@@ -119,7 +119,7 @@ class KafkaReader:
             await stop_consumer(consumer)
 
     async def abandon(self) -> None:
-        """Stop like a killed process; a group notices after the session timeout."""
+        """Stop without leaving the group, like a killed process; the group notices after the session timeout."""
         self._closed = True
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
@@ -158,10 +158,10 @@ class KafkaReader:
         return fetched
 
     async def _refresh(self) -> None:
-        """Positions may move without records: over transaction markers, and where compaction took the last ones."""
+        """Copy the consumer's positions, which also move without records: past transaction markers and compacted records."""
         consumer = self._open_consumer()
         for partition in self._positions:
-            # Only a known position answers at once; one that is being looked up stays as it is.
+            # A position that the consumer is still looking up is left unchanged.
             state = consumer._subscription.subscription.assignment.state_value(KafkaPartition(*partition))
             if state is not None and state.has_valid_position:
                 self._positions[partition] = state.position
@@ -172,7 +172,7 @@ class KafkaReader:
         except (KafkaError, TimeoutError) as error:
             raise translated(error, self._what()) from error
 
-    async def _look(self) -> None:
+    async def _replace_if_stuck(self) -> None:
         """Replace a stuck consumer: records are available at the same position in two checks, but none arrive.
 
         This was observed after broker restarts: connected, no error, no records.

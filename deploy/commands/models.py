@@ -293,7 +293,7 @@ def _asked_cuts(loaded: Model, cut1: str | None, cut2: str | None) -> tuple[int,
     first = position_of(loaded, cut1)
     second = first if cut2 is None else position_of(loaded, cut2)
     if first > second:
-        raise CutError(f"cut1 {cut1} lies behind cut2 {cut2}")
+        raise CutError(f"cut1 {cut1} is after cut2 {cut2}")
     return first, second
 
 

@@ -30,7 +30,7 @@ _STATE_STYLE = {
 BAR = 24
 """Maximum width of a task's bar in terminal cells."""
 WIDE = 150
-"""Minimum width for full names; a narrower screen cuts off the front of names and shows places as letters."""
+"""Minimum width for full names. A narrower screen cuts off the front of task names and shows tiers as letters (D+E+C)."""
 STATE_FROM, PREDICTED_FROM = 100, 80
 """Minimum widths to show the state of a task, and its predicted delay."""
 SHORT_NAME = 16

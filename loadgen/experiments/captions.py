@@ -25,6 +25,7 @@ CHARACTER_IN = 0.061
 MARGIN_IN = 0.1
 COLOURS = {Verdict.MISSES: plots.VERMILION, Verdict.EXCEEDS: plots.BLUE, Verdict.NOT_SHOWN: plots.VERMILION}
 QUIET = "#555555"
+"""Colour of notes."""
 HEADINGS = ("Claims of the paper", "Claims of our own")
 
 
@@ -83,6 +84,7 @@ def finish(fig: Figure, caption: Caption, *, legend: Any = None) -> None:
 
 
 def _below(caption: Caption, width_in: float) -> list[_Text]:
+    """The claims and notes of a caption, as text under the figure."""
     texts: list[_Text] = []
     labels = [_label(claim) for claim in caption.claims]
     label_in = CHARACTER_IN * (2 + max(map(len, (*labels, HEADINGS[0]))))

@@ -29,6 +29,7 @@ from planner.search.ledger import FOREVER, LONG_AGO, DeviceAccount, EdgeAccount,
 
 _FIRST: Final = (LONG_AGO, -1)
 _MOST_FLOORS: Final = 24
+"""Maximum number of bounds that `_Floors` keeps; it drops the lowest one first."""
 
 Needs = tuple[int, int, int, float]
 """Slots, bandwidth on link 1, bandwidth on link 2 (bit/s), and length (s)."""
@@ -114,7 +115,7 @@ def walk(
 
 
 class _Agenda:
-    """The scheduled tasks still to be visited, by (start, sequence). Each task is added once."""
+    """A heap of the scheduled tasks that are still to be visited, ordered by (start, sequence). Each task is added once."""
 
     def __init__(self) -> None:
         self.heap: list[Queued] = []
@@ -188,11 +189,11 @@ def _at_least(one: Needs, other: Needs) -> bool:
 
 
 class _EdgeRoom:
-    """The free resources of an edge during rescheduling. The ledger's timeline is copied before the first change."""
+    """The free resources of one edge during rescheduling, in a copy of the ledger's timeline."""
 
     def __init__(self, account: EdgeAccount, now: float) -> None:
         self._timeline = account.timeline
-        self._own = False
+        self._own = False  # whether the timeline is a copy; it is copied before the first change
         self._floors = _Floors(now)
         self._first_served = account.first_served
         self._passed = 0  # number of first-served tasks that come before the visited task

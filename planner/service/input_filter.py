@@ -69,7 +69,7 @@ def _decoded(record: Record) -> Any:
 
 
 def _parties(core: PlannerCore, task_id: str | None) -> Parties | None:
-    """The nodes that take part in a live task; None for other tasks, which messages no longer change."""
+    """The nodes that take part in a live task; None for a task that is not live, because messages cannot change it."""
     task = core.tasks.get(task_id) if task_id is not None else None
     if task is None:
         return None

@@ -4,9 +4,10 @@ A *layer* is an operator of the main subgraph that depends on the input. Two kin
 means copied into every slice that needs them: those that depend only on constants (DEQUANTIZE of fp16 weights, DENSIFY of
 sparse weights, arithmetic on shapes) and those that only name or initialise state (VAR_HANDLE, CALL_ONCE).
 
-Position p lies after layer p in file order, which is the order of execution. The tensors that cross it are made before it and
-needed after it; model outputs count as needed at the end. A position is *blocked* if layers on both sides share state, or if
-a crossing tensor has a shape known only at run time or a type that messages cannot carry, or if its layer has no kernel.
+Position p is after layer p in file order, which is the order of execution. The tensors that *cross* it are those made before
+it and read after it; model outputs count as read at the end. A position is *blocked* if layers on both sides share state, if
+a crossing tensor has a shape known only at run time or a type that messages cannot carry, or if the runtime has no kernel for
+its layer.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ TRAVELLING = frozenset(
         *("uint8", "uint16", "uint32", "uint64", "bool", "complex64", "complex128"),
     )
 )
-"""Types that messages can carry across a cut, by their numpy names."""
+"""Tensor types that messages can carry across a cut, by numpy name."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Graph:
 
     @classmethod
     def of(cls, data: ModelBytes, path: str, facts: RuntimeFacts | None = None) -> Graph:
-        """Analyses a file that `stages.models.files.validation` accepted."""
+        """The graph of a file that `stages.models.files.validation` accepted."""
         return cls(schema.ModelT.InitFromPackedBuf(data, 0), data, path, facts or RuntimeFacts())
 
     # --- tensors -------------------------------------------------------------------------------------------------
@@ -291,11 +292,11 @@ class Graph:
     def _why_confined(self, tensor: int) -> str | None:
         """The reason why the tensor cannot cross a cut; None if it can."""
         if self.dtype(tensor) not in TRAVELLING:
-            return f"is of type {self.dtype(tensor)}, which cannot travel"
+            return f"is of type {self.dtype(tensor)}, which messages cannot carry"
         if tensor in self.unsettled:
             return "has a shape that is known only at run time"
         if self.facts.shape(tensor) is None and any(size < 1 for size in self.shape(tensor)):
-            return "has a shape that the file leaves open"
+            return "has a shape that the file does not fix"
         return None
 
     def require_cuttable(self, position: int) -> None:

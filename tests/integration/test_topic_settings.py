@@ -106,9 +106,7 @@ async def test_every_command_names_an_advertised_address_that_does_not_resolve(t
             for command in (("planner",), ("topics", "create"), ("tail", "nodes", "--exit"), ("top", "--json")):
                 ended = await asyncio.to_thread(processes.run, *command)
                 assert ended.returncode == 1, ended.stderr
-                assert (
-                    f"{broker.bootstrap} answers, and sends its clients on to kafka.inside.invalid:9092" in ended.stderr
-                )
+                assert f"{broker.bootstrap} answers but advertises kafka.inside.invalid:9092" in ended.stderr
                 assert "set advertised.listeners" in ended.stderr
                 assert "never retrieved" not in ended.stderr
                 assert len(ended.stderr.splitlines()) == 2, ended.stderr

@@ -1,4 +1,4 @@
-"""Planners that can be killed or frozen between any two steps, and puppets that answer them; all on virtual time."""
+"""A region for tests of planners, in virtual time. Planners can be killed or frozen at any step; devices are simulated."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from tests.sim.world import profile, task
 _Answer = TypeVar("_Answer")
 
 FOREVER_S = 1e6
-"""A node's lease, where leases are not what is tried."""
+"""Lease of nodes in tests that are not about leases."""
 
 
 Condition = Callable[[str, bytes | None], bool]
-"""Whether a bus dies at a record of this topic with this value."""
+"""Whether a planner is killed at a record of this topic with this value."""
 
 Alteration = Callable[[str, bytes | None, str | None], tuple[bytes | None, str | None]]
-"""A planted fault: the value and the key that are written in place of those of a record."""
+"""A planted fault: maps (topic, value, key) of a record to the value and key that are written instead."""
 
 TOWNSPEOPLE = (
     ("c1", Role.CLOUD),
@@ -50,28 +50,28 @@ TOWNSPEOPLE = (
 
 
 class FragileBus:
-    """A planner's connection: it counts what passes, before and after each call, and can end or stop the process there."""
+    """A planner's bus connection that counts a step before and after each call, and can kill or freeze the planner there."""
 
     def __init__(self, broker: MemoryBroker, name: str, *, fuse: int | None = None) -> None:
         self.inner = MemoryBus(broker, name)
         self.name = self.inner.name
-        self.fuse = fuse  # dies at this step
+        self.fuse = fuse  # the step at which the planner is killed; None: never
         self.steps = 0
         self.died = asyncio.Event()
         self._runs = asyncio.Event()
         self._runs.set()
-        self.sees = asyncio.Event()  # cleared: no decisions can be read, though everything can be written
+        self.sees = asyncio.Event()  # cleared: reads of decisions block, writes go on
         self.sees.set()
-        self.dies_before: Condition = lambda topic, value: False  # dies instead of writing such a record
-        self.dies_after: Condition = lambda topic, value: False  # dies once such a record is written
-        self.alter: Alteration = lambda topic, value, key: (value, key)  # what is written instead of a record
+        self.dies_before: Condition = lambda topic, value: False  # kills the planner instead of writing such a record
+        self.dies_after: Condition = lambda topic, value: False  # kills the planner after such a record was written
+        self.alter: Alteration = lambda topic, value, key: (value, key)  # changes a record before it is written
 
     async def step(self) -> None:
         self.steps += 1
         if self.steps == self.fuse and not self.died.is_set():
             self.kill()
         if self.died.is_set():
-            await asyncio.get_running_loop().create_future()  # the dead do not go on
+            await asyncio.get_running_loop().create_future()  # a killed planner takes no further step
         await self._runs.wait()
 
     def kill(self) -> None:
@@ -185,7 +185,7 @@ class CountingCore(PlannerCore):
 
 @dataclass
 class Process:
-    """A planner as if in a process of its own."""
+    """A planner with its own bus connection and asyncio task, like a process."""
 
     bus: FragileBus
     service: PlannerService
@@ -196,12 +196,12 @@ class Process:
             await self.service.run()
 
     async def kill(self) -> None:
-        """As by SIGKILL."""
+        """Simulate SIGKILL."""
         self.bus.kill()
         await self.stop()
 
     async def stop(self) -> None:
-        """As by SIGTERM. Raises what the planner failed of."""
+        """Simulate SIGTERM. Raises the planner's error if it failed."""
         self.task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self.task
@@ -209,17 +209,17 @@ class Process:
 
 @dataclass
 class Town:
-    """A region without planners, and what is needed to start some."""
+    """A region and its planners; `start` adds a planner."""
 
     broker: MemoryBroker
-    bus: MemoryBus  # of everybody else
+    bus: MemoryBus  # of all other participants
     region: int = 0
     processes: list[Process] = field(default_factory=list)
-    nodes: dict[str, Node] = field(default_factory=dict)  # where the stages are real
-    shown: list[tuple[str, int]] = field(default_factory=list)  # results, where the stages are real
-    master: Master | None = None  # whose keys prove who speaks; None: the region believes everybody
-    make_core: Callable[[], PlannerCore] | None = None  # None: with the defaults
-    alter: Alteration | None = None  # a planted fault of every planner that is started from now on
+    nodes: dict[str, Node] = field(default_factory=dict)  # by name, if the stages are real
+    shown: list[tuple[str, int]] = field(default_factory=list)  # (task, sample) of each result, if the stages are real
+    master: Master | None = None  # master secret; None: the region requires no proofs of identity
+    make_core: Callable[[], PlannerCore] | None = None  # None: a core with the defaults
+    alter: Alteration | None = None  # planted fault of all planners that are started later
 
     def core(self) -> PlannerCore:
         return PlannerCore(self.region) if self.make_core is None else self.make_core()
@@ -241,7 +241,7 @@ class Town:
         return await read_story(self.bus, self.core, region=self.region, log=log)
 
     def bus_of(self, speaker: str) -> Bus:
-        """The town's bus, as `device:d1` uses it."""
+        """The bus as this speaker, e.g. `device:d1`, uses it: signed if the region requires proofs."""
         return self.bus if self.master is None else signed(self.bus, self.master.key(Speaker.parse(speaker)))
 
     async def tell(self, topic: str, message: messages.Message, key: str, speaker: str = "loadgen:town") -> None:
@@ -255,7 +255,7 @@ class Town:
                 return
 
     async def announce(self, lease_s: float = FOREVER_S) -> None:
-        """The nodes of the toy world: two edges, one cloud, three devices."""
+        """Announce the simulated nodes: two edges, one cloud, three devices."""
         for name, role in TOWNSPEOPLE:
             more: dict[str, Any] = {}
             if role is Role.EDGE:
@@ -283,7 +283,7 @@ class Town:
         return tasks
 
     async def play(self, *, service_s: float = 0.1) -> None:
-        """Puppets of all devices: what is started is reported done after a while, once an attempt; until cancelled."""
+        """Simulate all devices until cancelled: report each started attempt as completed after `service_s` seconds."""
         log = DecisionLog()
         reader = await self.bus.reader([(topics.DECISIONS, self.region)], start="start")
         started: set[tuple[str, int]] = set()
@@ -297,7 +297,7 @@ class Town:
                             group.create_task(self._finish(change, service_s))
 
     async def stages(self) -> None:
-        """The same nodes for real, until cancelled; `shown` has what the devices gave out."""
+        """Run real stages for the same nodes until cancelled; `shown` collects the results of the devices."""
         async with asyncio.TaskGroup() as group:
             for name, role in TOWNSPEOPLE:
                 more: dict[str, Any] = {}
@@ -317,13 +317,13 @@ class Town:
         await self.tell(topics.EVENTS, done, start.task_id, f"device:{start.device}")
 
     async def until_ended(self, count: int, timeout_s: float = 600.0) -> Story:
-        """Wait until so many tasks have ended, by the topic."""
+        """Wait until `count` tasks have ended according to the decision topic."""
         async with asyncio.timeout(timeout_s):
             while len((story := await self.story()).ends) < count:
                 await asyncio.sleep(1.0)
                 for process in self.processes:
                     if process.task.done() and not process.bus.died.is_set() and not process.task.cancelled():
-                        process.task.result()  # a planner that failed says why
+                        process.task.result()  # raises the error of a planner that failed
         return story
 
 
@@ -331,7 +331,9 @@ class Town:
 async def town(
     broker: MemoryBroker | None = None, *, real: bool = False, played: bool = True, master: Master | None = None
 ) -> AsyncIterator[Town]:
-    """A region whose nodes have announced themselves and whose devices are played, or not; or `real` stages, modelled."""
+    """A region for planners. Its nodes are announced and, if `played`, its devices simulated; if `real`, real stages with
+    modelled runners run instead.
+    """
     made = broker or MemoryBroker()
     async with MemoryBus(made, "town") as bus:
         await bus.create_topics(topics.specs(["e1", "e2"]))

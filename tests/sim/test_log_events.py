@@ -1,4 +1,4 @@
-"""What services log of themselves: when they are ready, when they are not, and which tasks the planner rejects."""
+"""Log events of services: readiness, joining, and tasks that the planner rejects."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_the_planner_logs_each_rejection_with_its_cause_up_to_a_rate() -> None:
 
     async def main() -> list[TaskState | None]:
         async with world() as region:
-            strange = [task(number).model_copy(update={"model": "unheard_of"}) for number in range(many)]
-            return [outcome.state for outcome in (await region.replay([task(1000), *strange], gap_s=0.001)).values()]
+            unknown = [task(number).model_copy(update={"model": "unheard_of"}) for number in range(many)]
+            return [outcome.state for outcome in (await region.replay([task(1000), *unknown], gap_s=0.001)).values()]
 
     with capture_logs() as logged:
         states = run_virtual(main())
@@ -39,4 +39,4 @@ def test_the_planner_logs_each_rejection_with_its_cause_up_to_a_rate() -> None:
     assert rejected[0]["task"] == "t0"
     assert {line["cause"] for line in rejected} == {"unknown_model"}
     assert all("unheard_of" in line["detail"] for line in rejected)
-    assert 90 <= len(rejected) < many, "a flood is not logged line by line"
+    assert 90 <= len(rejected) < many, "many rejections are logged up to a rate limit only"

@@ -48,9 +48,10 @@ def soak(
 ) -> None:
     """Run a region for a day in virtual time with arrivals, kills, leaves and joins, and check that nothing grows.
 
-    The first quarter fills caches of a fixed size. Of the rest, the second half may not be above the first by more than the
-    table says. Then a cloud ten times slower than it says must slow the device down, within the bounds of every buffer.
-    24 hours take about five minutes of one core. Exit code 99 when something grew; 1 when a task did not end.
+    The first quarter is a warm-up that fills caches of a fixed size. Of the remaining time, the mean of the second half may
+    exceed the mean of the first half only by the allowance that the table shows. A second test runs a cloud that is ten times
+    slower than its profile: the device must slow down, and every buffer must stay within its bound. 24 hours take about five
+    minutes of one core. Exit code 99 if a measure grew or a buffer exceeded its bound; 1 if a task did not end.
 
     Example: `deepar simulate soak --hours 2 --out runs/soak`
     """
@@ -111,13 +112,13 @@ def _print(console: Console, found: dict[str, Any]) -> None:
         )
     console.print(table)
     slow = found["slow_cloud"]
-    table = Table("", "buffer", "held at most, bytes", "bound")
+    table = Table("", "buffer", "peak, bytes", "bound, bytes")
     for name, peak in slow["buffers"].items():
         verdict = "[green]PASS[/]" if peak["held_bytes"] <= peak["bound_bytes"] else "[bold red]MISS[/]"
         table.add_row(verdict, name, f"{peak['held_bytes']:,}", f"{peak['bound_bytes']:,}")
     speed = slow["samples_per_s"]
     console.print(
-        f"cloud {slow['factor']:g} times slower than it says: {speed['as_said']:.2f} -> {speed['slow']:.2f} samples/s, "
+        f"cloud {slow['factor']:g} times slower than its profile: {speed['as_said']:.2f} -> {speed['slow']:.2f} samples/s, "
         f"{slow['under_way']} of {slow['window']} samples under way"
     )
     console.print(table)
@@ -128,7 +129,7 @@ def _print(console: Console, found: dict[str, Any]) -> None:
 
 
 def draw(result: SoakResult, stem: Path) -> list[Path]:
-    """Memory, files and tasks over the hours."""
+    """Draw memory, open files and tasks over the virtual hours; returns the files written."""
     hours = [look.hour for look in result.looks]
     fig, axes = plots.figure(7.0, 6.0, 3, 1, sharex=True)
     memory, files, tasks = axes

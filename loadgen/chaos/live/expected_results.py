@@ -13,9 +13,9 @@ from stages.zoo.registry import digits, load_model
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One result."""
+    """The expected result of one sample."""
 
-    payload: bytes  # payload, as in a frame
+    payload: bytes  # the output tensor's bytes, as in a frame
     top: int  # index of the largest output, as in a device's result file
 
 

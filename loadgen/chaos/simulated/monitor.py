@@ -64,7 +64,7 @@ class SimulatedMonitor:
             Tap(self.broker.logs(topic)[0], read)
         Tap(self.broker.logs(topics.NODES)[0], self._read_sign)
 
-    # --- what a process does -----------------------------------------------------------------------------------------
+    # --- actions of processes -----------------------------------------------------------------------------------------
 
     def heard(self, name: str, sent_s: float) -> None:
         """Record that the bus acknowledged a heartbeat that `name` sent at `sent_s`."""
@@ -156,7 +156,7 @@ class SimulatedMonitor:
                 stage.settings.name,
             )
 
-    # --- what stands in the records ----------------------------------------------------------------------------------
+    # --- records ----------------------------------------------------------------------------------
 
     def _read_sign(self, record: Record) -> None:
         try:

@@ -40,7 +40,7 @@ class ChaosScenario:
     faults: tuple[int, int] = (5, 12)  # minimum and maximum number of faults
     converge_s: float = 200.0  # virtual seconds after healing within which every task must have ended
     clocks: bool = True  # wall clocks are off by minutes, and jump
-    max_waiting: int | None = None  # how many tasks may wait, None: drawn; then tasks may come all at once
+    max_waiting: int | None = None  # queue limit; None: drawn from the seed, sometimes very small
 
     @property
     def edge_names(self) -> list[str]:

@@ -51,8 +51,8 @@ class ChaosRun:
     retries: int  # attempts beyond the first
     suppressed: int  # duplicate results that devices suppressed
     silences: tuple[float, ...]  # seconds from a node's last heartbeat until its tasks were retried
-    rejected: int  # tasks that a full queue refused
-    trace: tuple[tuple[Any, ...], ...]  # what happened, in order; the same for the same seed
+    rejected: int  # tasks rejected because of a full queue
+    trace: tuple[tuple[Any, ...], ...]  # events in order; the same for the same seed
 
 
 class Play:
@@ -76,7 +76,7 @@ class Play:
         self.client = SimulatedClient(draw, scenario, hurry=0.05 if self.crowded else 1.2, say=self.say, note=self.note)
         self.oracle = Oracle(self._make_core(PlannerCore), self.say)
         self.region = VirtualRegion(self._connect)
-        self._cast()
+        self._add_processes()
         self.processes = list(self.region.processes.values())
         self.breaker = Breaker(draw, scenario, self.broker, self.processes, self.note)
         self.watch = SimulatedMonitor(self.broker, self.say, self.oracle, self.breaker.harmed)
@@ -101,9 +101,9 @@ class Play:
                 change.type, about, *(getattr(change, name, "") for name in ("state", "cause") if hasattr(change, name))
             )
 
-    # --- the cast ----------------------------------------------------------------------------------------------------
+    # --- processes ----------------------------------------------------------------------------------------------------
 
-    def _cast(self) -> None:
+    def _add_processes(self) -> None:
         for index in range(self.scenario.planners):
             name = f"planner{index + 1}"
             self.region.add_planner(name, partial(self._make_planner, name))
@@ -130,7 +130,7 @@ class Play:
 
     def _make_planner(self, name: str, bus: MemoryBus) -> PlannerService:
         clock = self.breaker.wall_clock(name)
-        # In every other seed nearly everything that a planner writes takes several records.
+        # In even seeds the limits are so small that most decisions and snapshots take several records.
         part_bytes, record_bytes = (PART_BYTES, RECORD_BYTES) if self.seed % 2 else (1_500, 1_000)
         settings = PlannerSettings(
             name=name, lease_s=LEASE_S / 2, snapshot_every=7, part_bytes=part_bytes, record_bytes=record_bytes
@@ -157,7 +157,7 @@ class Play:
         self.note("dead", process.name)
         asyncio.get_running_loop().call_later(1.0, process.start)
 
-    # --- the play ----------------------------------------------------------------------------------------------------
+    # --- run ----------------------------------------------------------------------------------------------------
 
     async def play(self) -> ChaosRun:
         """Inject the faults, heal the region, then run the checks."""

@@ -33,9 +33,11 @@ class Played:
 
     samples_per_s: float = 0.0
     kind: str = ""
-    window: int = 0  # samples that may be under way
-    under_way: int = 0  # samples that the device had under way at most
-    peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # node -> bytes held at most, and the bound then
+    window: int = 0  # maximum number of samples in the pipeline
+    under_way: int = 0  # peak number of samples in the pipeline
+    peaks: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # node -> peak of the bytes held, and the bound at that time
 
 
 def slow_cloud(factor: float = FACTOR, samples: int = SAMPLES, programs: Programs = REAL) -> dict[str, Any]:

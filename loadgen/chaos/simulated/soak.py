@@ -40,13 +40,13 @@ class Look:
 
     hour: float
     rss_bytes: int  # of the whole process
-    python_blocks: int  # pieces of memory that Python has given out
+    python_blocks: int  # memory blocks that Python has allocated
     open_files: int
     coroutines: int  # asyncio tasks
     live_tasks: int  # tasks that the leader has not ended
     stage_tasks: int  # tasks that devices hold, and flows of edges and clouds
     open_records: int  # records whose offsets are held, and frames without a plan
-    broker_bytes: int  # what the broker keeps of all topics
+    broker_bytes: int  # size of the records that the broker retains
 
 
 ALLOWED: dict[str, tuple[float, float]] = {
@@ -75,7 +75,7 @@ class SoakResult:
     crashes: list[str] = field(default_factory=list)  # processes that ended with an error
 
     def verdict(self) -> list[dict[str, Any]]:
-        """For each measure the means of both halves after the warm-up, what is allowed, and whether it is flat."""
+        """For each measure: the means of both halves after the warm-up, the allowed second mean, and whether it is flat."""
         rest = self.looks[int(len(self.looks) * WARM_UP) :]
         half = len(rest) // 2
         rows = []
@@ -97,7 +97,7 @@ class SoakResult:
 def soak(
     scenario: SoakScenario, *, progress: Callable[[float, float], None] | None = None, programs: Programs = REAL
 ) -> SoakResult:
-    """Run it; `progress` is told the hours done and in all."""
+    """Run the soak test; `progress` receives the hours done and the hours in total."""
     with quiet():
         return run_virtual(_Soak(scenario, progress, programs).play(), horizon_s=scenario.hours * 3600 + 7200)
 
@@ -210,7 +210,7 @@ class _Soak:
 
 
 def _rss_bytes() -> int:
-    """Resident memory of this process; 0 where the system does not tell."""
+    """Resident memory of this process in bytes; 0 if the system does not report it."""
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

@@ -22,7 +22,7 @@ CUT_BYTES = (40_000, 60_000, 10_000, 400)
 LAYER_S = (0.100, 0.010, 0.080)
 SPEED = {Role.DEVICE: 4.0, Role.EDGE: 2.0, Role.CLOUD: 1.0}
 WARM_UP = 0.25
-"""This share of a soak is over before caches are full."""
+"""Share of the soak's duration that is the warm-up, in which caches fill."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,28 +32,28 @@ class SoakScenario:
     hours: float = 24.0
     seed: int = 0
     devices: int = 3
-    edges: int = 2  # one more comes and goes
+    edges: int = 2  # permanent edges; a further one joins and leaves
     clouds: int = 2
     planners: int = 2
     task_every_s: float = 6.0  # on average
     samples: tuple[int, int] = (1, 6)
     churn_every_s: float = 300.0  # on average
-    looks: int = 144  # how often memory is looked at
+    looks: int = 144  # number of measurements
     lease_s: float = 10.0
 
     @property
     def remember(self) -> int:
-        """Ended tasks that planner and nodes remember: few enough for the warm-up to reach it."""
+        """Number of ended tasks that planner and nodes remember, low enough to be reached during the warm-up."""
         return max(10, min(10_000, int(self.hours * 3600 / self.task_every_s * WARM_UP / 2)))
 
     @property
     def keep_bytes(self) -> int:
-        """What the broker keeps of a partition, once it is read: it is full before the warm-up is over."""
+        """Retention limit of the broker per partition, low enough to be reached during the warm-up."""
         return max(128 << 10, min(1 << 20, int(self.hours * (128 << 10))))
 
     @property
     def snapshot_every(self) -> int:
-        """Decisions from one snapshot to the next: several of them fit what the broker keeps."""
+        """Decisions between snapshots; the broker retains several times as many."""
         return self.keep_bytes // 4096
 
 

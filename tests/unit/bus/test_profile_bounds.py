@@ -58,7 +58,7 @@ def test_what_is_at_the_bound_is_taken(values: dict[str, Any]) -> None:
 
 
 def test_the_message_says_which_model_and_which_bound() -> None:
-    with pytest.raises(ValueError, match=r"m has 1,025 layers, over 1,024"):
+    with pytest.raises(ValueError, match=r"m has 1,025 layers, the limit is 1,024"):
         ModelProfile.model_validate(json.loads(announcement(layers=1025))["models"][0])
-    with pytest.raises(ValueError, match=r"m takes 2e\+06 s for one sample, over 1000000 s"):
+    with pytest.raises(ValueError, match=r"m takes 2e\+06 s for one sample, the limit is 1000000 s"):
         ModelProfile.model_validate(json.loads(announcement(layer_s=[1e6, 1e6]))["models"][0])

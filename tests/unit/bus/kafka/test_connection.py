@@ -157,7 +157,7 @@ async def test_one_of_several_is_enough() -> None:
 async def test_an_advertised_address_that_does_not_resolve_is_named() -> None:
     async with peer(broker_that("kafka-0.inside.invalid:9092")) as server:
         error = await complaint(server)
-    assert f"{server} answers, and sends its clients on to kafka-0.inside.invalid:9092" in str(error)
+    assert f"{server} answers but advertises kafka-0.inside.invalid:9092" in str(error)
     assert "advertised.listeners" in str(error.remedy)
     assert server in str(error.remedy)
 
@@ -167,7 +167,7 @@ async def test_an_advertised_address_where_nobody_listens_is_named() -> None:
         pass
     async with peer(broker_that(closed)) as server:
         error = await complaint(server)
-    assert f"sends its clients on to {closed}" in str(error)
+    assert f"advertises {closed}" in str(error)
     assert "advertised.listeners" in str(error.remedy)
 
 
@@ -178,7 +178,7 @@ async def test_one_advertised_address_of_several_is_enough_and_the_others_can_be
         connection = KafkaConnection(bootstrap_servers=server)
         await connection.check()
         (wrong,) = await connection.unreachable()
-    assert f"sends its clients on to {closed}" in str(wrong)
+    assert f"advertises {closed}" in str(wrong)
 
 
 async def test_a_bootstrap_address_that_is_dead_can_be_told() -> None:
@@ -192,7 +192,7 @@ async def test_a_bootstrap_address_that_is_dead_can_be_told() -> None:
 async def test_the_port_of_a_controller() -> None:
     async with peer(broker_that(serves_clients=False)) as server:
         error = await complaint(server)
-    assert "names no broker for clients" in str(error)
+    assert "lists no broker for clients" in str(error)
     assert "controller" in str(error.remedy)
 
 
@@ -203,13 +203,13 @@ async def test_a_name_that_does_not_exist() -> None:
 async def test_a_peer_that_says_nothing() -> None:
     async with peer(silent) as server:
         error = await complaint(server)
-    assert "says nothing for 3 s" in str(error)
+    assert "sends nothing for 3 s" in str(error)
 
 
 async def test_a_peer_that_hangs_up() -> None:
     async with peer(hang_up) as server:
         error = await complaint(server)
-    assert "hangs up on PLAINTEXT" in str(error)
+    assert "closed the PLAINTEXT connection" in str(error)
     assert "KAFKA_SECURITY_PROTOCOL" in str(error.remedy)
 
 
@@ -218,7 +218,7 @@ async def test_a_wrong_password_is_named_and_not_shown() -> None:
         error = await complaint(
             server, security_protocol="SASL_PLAINTEXT", sasl_username="edge-1", sasl_password="s3cr3t-word"
         )
-    assert "refuses the password of user edge-1" in str(error)
+    assert "rejected the password of user edge-1" in str(error)
     assert "KAFKA_SASL_PASSWORD_FILE" in str(error.remedy)
     assert "s3cr3t-word" not in f"{error} {error.remedy}"
 
@@ -232,7 +232,7 @@ async def test_a_mechanism_that_the_broker_does_not_know() -> None:
             sasl_username="edge-1",
             sasl_password="word",
         )
-    assert "does not know PLAIN" in str(error)
+    assert "does not support PLAIN" in str(error)
 
 
 async def test_an_unknown_authority(tls: ssl.SSLContext) -> None:
@@ -272,8 +272,8 @@ async def test_tls_to_a_port_that_speaks_clear_text() -> None:
 
     async with peer(speak) as server:
         error = await complaint(server, security_protocol="SSL")
-    assert "no TLS" in str(error)
-    assert "clear text" in str(error)
+    assert "TLS handshake with" in str(error)
+    assert "use no TLS" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -349,9 +349,9 @@ def test_a_password_goes_in_clear_text_to_this_machine_only_unless_forced(tmp_pa
     for here in ("localhost:9092", "127.0.0.1:1", "[::1]:2"):
         KafkaConnection.from_env(environment | {"KAFKA_BOOTSTRAP_SERVERS": here})
     for there in ("10.0.0.7:9092", "localhost:9092,kafka:9092"):
-        with pytest.raises(ConfigError, match="readable"):
+        with pytest.raises(ConfigError, match="without encryption"):
             KafkaConnection.from_env(environment | {"KAFKA_BOOTSTRAP_SERVERS": there})
-    with pytest.raises(ConfigError, match="readable"):
+    with pytest.raises(ConfigError, match="without encryption"):
         KafkaConnection.from_env(environment, routes={"deepar.results": "far:9092"})
     forced = environment | {"KAFKA_BOOTSTRAP_SERVERS": "kafka:9092", "DEEPAR_KAFKA_ALLOW_CLEAR_TEXT_PASSWORD": "true"}
     assert KafkaConnection.from_env(forced).allow_clear_text_password

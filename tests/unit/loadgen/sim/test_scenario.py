@@ -128,5 +128,5 @@ def test_a_scenario_takes_the_execution_that_goes_with_its_objective(
     if execution in (None, objective.execution):
         assert Scenario(objective=objective, execution=execution).runs_as is objective.execution
     else:
-        with pytest.raises(ConfigError, match=f"objective {objective} goes with execution {objective.execution}"):
+        with pytest.raises(ConfigError, match=f"objective {objective} requires execution {objective.execution}"):
             Scenario(objective=objective, execution=execution)

@@ -764,5 +764,5 @@ def test_an_objective_goes_with_one_execution() -> None:
             if execution is objective.execution:
                 assert PlannerCore(0, objective=objective, execution=execution).execution is execution
             else:
-                with pytest.raises(ConfigError, match=f"objective {objective} goes with execution"):
+                with pytest.raises(ConfigError, match=f"objective {objective} requires execution"):
                     PlannerCore(0, objective=objective, execution=execution)
