@@ -18,11 +18,11 @@ from bus.frames import Frame, Plan
 from bus.messages import TaskCompleted, TaskSubmitted
 from bus.tensors import Array
 from bus.values import ModelProfile, Parts, is_node_name
-from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
 from stages.measuring.clock import exact_clock
+from stages.network.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
+from stages.network.shaper import Link
 from stages.node import RETRY_S, Node, cause_of, detail_of
 from stages.runner import Station
-from stages.shaper import Link
 from stages.window import window_of
 
 REPORTS_S = 1.0

@@ -13,9 +13,9 @@ from bus.errors import ProtocolError
 from bus.frames import Plan
 from bus.values import Placement
 from stages.flow import LayerRange
-from stages.frame_sender import Route
+from stages.network.frame_sender import Route
 from stages.network.played import NO_NETWORK, PlayedNetwork
-from stages.shaper import Link
+from stages.network.shaper import Link
 
 
 class CloudStage:

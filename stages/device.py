@@ -20,8 +20,8 @@ from stages.attempt import DeviceAttempt, DeviceTask, ResultSink
 from stages.frame_authorization import FrameAuthorization
 from stages.measuring.clock import exact_clock
 from stages.network.delay_line import DelayLine
+from stages.network.shaper import Link
 from stages.node import RETRY_S, Node
-from stages.shaper import Link
 
 STALL_S = 30.0
 STALL_SAMPLES = 10

@@ -13,9 +13,9 @@ from bus import topics
 from bus.frames import Plan
 from bus.values import Placement
 from stages.flow import LayerRange
-from stages.frame_sender import Route
+from stages.network.frame_sender import Route
+from stages.network.shaper import Link
 from stages.node import NodeSettings
-from stages.shaper import Link
 
 
 class EdgeStage:

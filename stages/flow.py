@@ -20,8 +20,8 @@ from bus.frames import MAX_SAMPLE_BYTES, Frame, Plan, encode_frame
 from bus.headers.tracing import parent_in
 from bus.port import Bus, Record, TopicPartition
 from bus.tensors import Array, Piece
-from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
 from stages.measuring.clock import exact_clock
+from stages.network.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
 from stages.node import Node, cause_of, detail_of
 from stages.offsets import Receipt
 from stages.runner import Station

@@ -14,7 +14,7 @@ from bus.messages import Snapshot
 from bus.port import Bus, Reader
 from bus.tensors import Assembler
 from stages.fences import Fences
-from stages.frame_sender import FrameSender
+from stages.network.frame_sender import FrameSender
 from stages.offsets import OffsetLedger
 from stages.window import MissingResults, Window
 

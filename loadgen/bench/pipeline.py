@@ -37,9 +37,9 @@ from bus.values import BITS_PER_BYTE, STATIONS, Execution, Kind, ModelProfile, P
 from loadgen.bench import lenet
 from loadgen.bench.cpu_load import BusynessWatch
 from loadgen.bench.fixed_placement import TIMEOUT_S, Staged
-from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks
+from stages.network.frame_sender import FrameSender, Outgoing, Route, SenderHooks
+from stages.network.shaper import Link
 from stages.runner import ModelledRunner
-from stages.shaper import Link
 
 Progress = Callable[[str], None]
 

@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 
 from bus.messages import NodeAnnounced, Placed, TaskCompleted, TaskSubmitted
 from bus.values import Objective, Role
-from planner.core.records import KnownNode
-from planner.core.state import RegionState
+from planner.core.region.records import KnownNode
+from planner.core.region.state import RegionState
 from planner.learning.learner import Attempt, Work
 from planner.learning.table import FAMILIES, NODE_PRIOR
 from planner.search.algorithm1 import EdgeOption, Reached, Request

@@ -8,8 +8,8 @@ from __future__ import annotations
 from bus.messages import Change, Ended, Retried, TaskCompleted, TaskState
 from bus.text.units import format_count
 from bus.unchecked_constructors import maker
-from planner.core.records import Task
-from planner.core.state import RegionState
+from planner.core.region.records import Task
+from planner.core.region.state import RegionState
 
 # Changes are built without validation: their values come from validated messages or are computed here from them.
 _retried, _ended = maker(Retried), maker(Ended)

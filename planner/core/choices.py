@@ -8,7 +8,7 @@ from __future__ import annotations
 from operator import index
 
 from bus.errors import InvariantError, PolicyError
-from planner.core.records import NEVER
+from planner.core.region.records import NEVER
 from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request
 from planner.search.policies import Policy, Restriction
 

@@ -1,12 +1,12 @@
-"""The circuit breakers of a region: they count failed attempts and name the nodes to avoid (`planner.core.circuits`)."""
+"""The circuit breakers of a region: they count failed attempts and name the nodes to avoid."""
 
 from __future__ import annotations
 
 from bus.messages import CircuitChanged, Placed
 from bus.unchecked_constructors import maker
 from planner.core.change_recorder import ChangeRecorder
-from planner.core.circuits import Circuit, avoided
-from planner.core.state import RegionState
+from planner.core.region.circuits import Circuit, avoided
+from planner.core.region.state import RegionState
 
 _circuit = maker(CircuitChanged)  # built without validation, from values computed here
 

@@ -66,13 +66,13 @@ from planner.core.candidates import MAX_SEARCH_BYTES, Candidates
 from planner.core.change_recorder import ChangeRecorder
 from planner.core.choices import check_choice
 from planner.core.circuit_breakers import CircuitBreakers
-from planner.core.circuits import Circuit
 from planner.core.membership import Membership
 from planner.core.options import CoreOptions
 from planner.core.placing import CheckChoice, Placer, PlacingRules, QueueLimits
-from planner.core.records import EndedTasks, KnownNode, Task
+from planner.core.region.circuits import Circuit
+from planner.core.region.records import EndedTasks, KnownNode, Task
+from planner.core.region.state import RegionState
 from planner.core.settling import Settler, SettlingRules
-from planner.core.state import RegionState
 from planner.core.teacher import Teacher
 from planner.learning.table import EstimateTable
 from planner.search.algorithm1 import Choice, Request
@@ -143,7 +143,13 @@ class PlannerCore:
         self.objective = objective
         self.execution = objective.executed_as(execution)
         self._options = options
-        self._region = state = RegionState(region, options, parts.ledger())
+        self._region = state = RegionState(
+            region,
+            parts.ledger(),
+            patience_s=options.patience_s,
+            remember_ended=options.remember_ended,
+            max_estimates=options.max_estimates,
+        )
         self._candidates = Candidates(state, objective, parts.max_search_bytes)
         self._recorder = ChangeRecorder(state, options.max_attempts)
         self._breakers = CircuitBreakers(state, self._recorder)

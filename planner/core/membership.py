@@ -11,8 +11,8 @@ from bus.messages import HandleInput, NodeAnnounced, NodeJoined, NodeLeft, NodeL
 from bus.values import Role
 from planner.core.candidates import Candidates
 from planner.core.change_recorder import ChangeRecorder
-from planner.core.records import KnownNode, Task
-from planner.core.state import RegionState
+from planner.core.region.records import KnownNode, Task
+from planner.core.region.state import RegionState
 from planner.search.cost import PlatformRow
 from planner.search.ledger import Reservation
 

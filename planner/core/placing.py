@@ -14,8 +14,8 @@ from planner.core.change_recorder import ChangeRecorder
 from planner.core.choices import ask, check_choice
 from planner.core.circuit_breakers import CircuitBreakers
 from planner.core.options import CoreOptions, WhenLate
-from planner.core.records import NEVER, Task
-from planner.core.state import RegionState
+from planner.core.region.records import NEVER, Task
+from planner.core.region.state import RegionState
 from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request, placement_of
 from planner.search.cost import NO_OVERHEADS
 from planner.search.families import DEVICE_CLOUD, DEVICE_EDGE

@@ -14,8 +14,8 @@ from bus.unchecked_constructors import maker
 from planner.core import reschedule
 from planner.core.change_recorder import ChangeRecorder
 from planner.core.placing import Placer
-from planner.core.records import NEVER
-from planner.core.state import RegionState
+from planner.core.region.records import NEVER
+from planner.core.region.state import RegionState
 from planner.search.ledger import Ledger, Reservation
 
 OVERRUN_SHARE: Final = 0.1

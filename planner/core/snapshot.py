@@ -13,9 +13,9 @@ from typing import Any
 from bus.errors import ConfigError, InvariantError
 from bus.messages import NodeAnnounced, NodeJoined, Placed, TaskState, TaskSubmitted
 from bus.snapshots import STATE_VERSION
-from planner.core.circuits import Circuit
-from planner.core.records import HASH_MASK, NEVER, hash_of
-from planner.core.state import RegionState, SavedRegion, SavedTask
+from planner.core.region.circuits import Circuit
+from planner.core.region.records import HASH_MASK, NEVER, hash_of
+from planner.core.region.state import RegionState, SavedRegion, SavedTask
 
 Lists = dict[str, list[bytes]]
 """Parts of the long lists of the state, by list name; each entry is JSON."""

@@ -6,8 +6,8 @@ from bus.messages import Learned, LearnedLink, LinkMeasurement, NodeHeartbeat, T
 from bus.values import Role
 from planner.core.candidates import Candidates
 from planner.core.change_recorder import ChangeRecorder
-from planner.core.records import KnownNode, Task
-from planner.core.state import RegionState
+from planner.core.region.records import KnownNode, Task
+from planner.core.region.state import RegionState
 from planner.learning.learner import Carried, from_attempt, from_link
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bus.messages import Admitted, Decision, Ended, Placed, TaskState
-from planner.core.records import Task
+from planner.core.region.records import Task
 from planner.service.prediction_errors import PredictionErrors
 
 DELAY_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)

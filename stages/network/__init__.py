@@ -1,4 +1,4 @@
-"""The network that a node plays on its own link: latency, and bandwidth over time from a trace.
+"""Sending over a link: the frame sender, the shaper, and the network that a node plays on its own link from a trace.
 
-Imports `bus` and the clock of `stages.measuring`. `stages.shaper` and the stages use it; settings read traces with it.
+Imports `bus` and the clock of `stages.measuring`. The stages use it; settings read traces with it.
 """

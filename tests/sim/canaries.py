@@ -24,7 +24,7 @@ from bus.values import Role
 from loadgen.sim.programs import Programs
 from planner.core.core import CoreParts, PlannerCore
 from planner.core.placing import QueueLimits
-from planner.core.records import Task
+from planner.core.region.records import Task
 from planner.search.ledger import Ledger, Reservation, Timeline
 from planner.service.leader_term import LeaderTerm
 from planner.service.service import PlannerService, ServiceParts
@@ -34,8 +34,8 @@ from stages.device import Device
 from stages.edge_stage import EdgeStage
 from stages.fences import Fences
 from stages.flow import Flow
-from stages.frame_sender import FrameSender
 from stages.hop import Hop
+from stages.network.frame_sender import FrameSender
 from stages.node import Node
 from stages.offsets import OffsetLedger, Receipt
 from stages.parts import StageParts

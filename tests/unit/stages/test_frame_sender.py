@@ -19,10 +19,10 @@ from bus.tensors import Assembler
 from bus.topics import TopicSpec
 from bus.values import Execution, Kind, Placement
 from loadgen.sim.virtual_loop import run_virtual
-from stages.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
+from stages.network.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
 from stages.network.played import NO_NETWORK, PlayedNetwork
+from stages.network.shaper import Link
 from stages.network.trace import parse_trace
-from stages.shaper import Link
 
 PLAN = Plan(
     task_id="t",

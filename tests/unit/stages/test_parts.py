@@ -15,7 +15,7 @@ from bus.tensors import Array
 from bus.values import Execution, ModelProfile, Role
 from loadgen.bench.fixed_placement import Staged
 from loadgen.sim.virtual_loop import run_virtual
-from stages.frame_sender import Outgoing, sending
+from stages.network.frame_sender import Outgoing, sending
 from stages.runner import ModelledRunner, Station
 
 from .test_frame_sender import frame_sender_of

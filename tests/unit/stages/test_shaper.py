@@ -8,7 +8,7 @@ import random
 import pytest
 
 from loadgen.sim.virtual_loop import run_virtual
-from stages.shaper import Grant, Link, cross, frame_bytes
+from stages.network.shaper import Grant, Link, cross, frame_bytes
 
 HEAD_BYTES = 160  # what `frame_bytes` takes it for
 

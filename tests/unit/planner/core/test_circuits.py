@@ -4,9 +4,9 @@ import pytest
 
 from bus.messages import CircuitChanged, Decision, Ended, NodeLeft, Placed, Retried, Start, TaskState
 from bus.values import Kind
-from planner.core.circuits import OPEN_S, OPENS_AFTER
 from planner.core.core import Event, PlannerCore
 from planner.core.options import CoreOptions
+from planner.core.region.circuits import OPEN_S, OPENS_AFTER
 from planner.explain import explain
 from tests.unit.planner.scenes import cloud, completed, device, edge, failed, only, task
 

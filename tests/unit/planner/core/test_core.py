@@ -24,7 +24,7 @@ from bus.messages import (
 from bus.values import Execution, Kind, Objective, Role
 from planner.core.core import Event, PlannerCore, Tick
 from planner.core.options import CoreOptions, WhenLate
-from planner.core.records import hash_of
+from planner.core.region.records import hash_of
 from planner.search.algorithm1 import Algorithm, Choice
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_EDGE
 from planner.search.policies import BUILT_IN, Policy, Restriction

@@ -13,7 +13,7 @@ from bus.decisions import DecisionLog, Dropped
 from bus.errors import InvariantError
 from bus.messages import Decision, EpochOpened
 from planner.core.core import CoreParts, PlannerCore
-from planner.core.records import Task
+from planner.core.region.records import Task
 from planner.core.settling import SettlingRules
 from planner.search import algorithm1, ledger
 from tests.unit.planner.scenes import World

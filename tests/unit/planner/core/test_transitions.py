@@ -4,7 +4,7 @@ import pytest
 
 from bus.errors import InvariantError
 from bus.messages import TaskState
-from planner.core.transitions import TRANSITIONS, Step, next_state
+from planner.core.region.transitions import TRANSITIONS, Step, next_state
 
 
 def test_a_missing_transition_names_the_task_the_states_and_the_history() -> None:

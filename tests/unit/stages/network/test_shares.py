@@ -13,9 +13,9 @@ import pytest
 
 from loadgen.sim.virtual_loop import run_virtual
 from stages.network.played import PlayedNetwork
+from stages.network.shaper import Grant, Link, cross
 from stages.network.shares import LinkShares, Share
 from stages.network.trace import Trace, parse_trace, read_trace
-from stages.shaper import Grant, Link, cross
 
 RECORDED = sorted((Path(__file__).parents[3] / "data" / "traces").glob("*.csv"))
 

@@ -21,7 +21,7 @@ from bus.port import Bus, Headers, Position
 from bus.tensors import Array, Piece, to_pieces
 from stages.measuring.clock import exact_clock
 from stages.network.delay_line import DelayLine
-from stages.shaper import Grant, cross, frame_bytes
+from stages.network.shaper import Grant, cross, frame_bytes
 
 MAX_DATA_BYTES = MAX_FRAME_BYTES - 4096 - MAX_PIECES * 160
 """Limit for data in one frame; the rest is reserved for the head: a plan and the descriptions of the pieces."""

@@ -33,11 +33,10 @@ from bus.messages import (
     TaskSubmitted,
 )
 from bus.values import Role
-from planner.core.circuits import Circuit
-from planner.core.options import CoreOptions
-from planner.core.records import HASH_MASK, HISTORY, NEVER, EndedTasks, KnownNode, Task, content_of, hash_of
-from planner.core.timers import Timers
-from planner.core.transitions import ENDING, TRANSITIONS, Step, next_state
+from planner.core.region.circuits import Circuit
+from planner.core.region.records import HASH_MASK, HISTORY, NEVER, EndedTasks, KnownNode, Task, content_of, hash_of
+from planner.core.region.timers import Timers
+from planner.core.region.transitions import ENDING, TRANSITIONS, Step, next_state
 from planner.learning.table import EstimateTable, SavedEstimate
 from planner.search.cost import RowTable
 from planner.search.ledger import Ledger, Reservation
@@ -74,24 +73,25 @@ class SavedRegion(NamedTuple):
 class RegionState:
     """The state of a region. Raises `InvariantError` for an impossible change and is unusable afterwards."""
 
-    def __init__(self, region: int = 0, options: CoreOptions | None = None, ledger: Ledger | None = None) -> None:
-        """`ledger`: an empty ledger; None: a new one."""
-        options = CoreOptions() if options is None else options
+    def __init__(
+        self, region: int, ledger: Ledger, *, patience_s: float, remember_ended: int, max_estimates: int
+    ) -> None:
+        """`ledger` is empty. The limits are those of `planner.core.options.CoreOptions`."""
         self.region = region
-        self.patience_s = options.patience_s
+        self.patience_s = patience_s
         self.now_s = float("-inf")  # the latest `now` seen
-        self.ledger = Ledger() if ledger is None else ledger
+        self.ledger = ledger
         self.tasks: dict[str, Task] = {}  # live tasks
         self.waiting: dict[str, Task] = {}  # WAITING tasks, in the order in which they became WAITING
         self.queued_by_device: Counter[str] = Counter()  # tasks that wait or are scheduled
         self.running = 0  # number of RUNNING tasks
         self.admitted = 0  # tasks admitted so far
-        self.ended = EndedTasks(options.remember_ended)
+        self.ended = EndedTasks(remember_ended)
         self.nodes: dict[str, KnownNode] = {}
         self.edge_names: list[str] = []  # ascending
         self.cloud_names: list[str] = []  # ascending
         self.circuits: dict[str, Circuit] = {}  # of nodes at which the last attempt failed
-        self.estimates = EstimateTable(options.max_estimates)
+        self.estimates = EstimateTable(max_estimates)
         self.timers = Timers(self.tasks, self.ledger.reservations)
         # Edges and devices changed since the last `settled`: name -> time until which resources were freed. NEVER: any
         # other change, so every scheduled task there must be checked.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from heapq import heapify, heappop, heappush
 
-from planner.core.records import NEVER, KnownNode, Task
+from planner.core.region.records import NEVER, KnownNode, Task
 from planner.search.ledger import Reservation
 
 Entry = tuple[float, int, str]

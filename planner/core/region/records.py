@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Final
 
 from bus.messages import NodeAnnounced, Placed, TaskState, TaskSubmitted
-from planner.core.transitions import Happened
+from planner.core.region.transitions import Happened
 from planner.search.algorithm1 import Reached
 from planner.search.cost import PlatformRow, RowTable
 from planner.search.ledger import Reservation
