@@ -13,19 +13,24 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bus import topics
+from bus.decisions import DecisionLog
 from bus.kafka.bus import KafkaBus
+from bus.messages import Decision, Learned
+from bus.port import Bus
 from deploy.kafka_local.broker import KafkaBroker
 from deploy.services.live_region import LiveRegion
 from loadgen.bench.regret import Cell, Network
 from loadgen.bench.regret_rounds import Site, Sites
 from loadgen.chaos.live.faults import Target
-from loadgen.replay.readiness import await_nodes, await_planner
+from loadgen.replay.readiness import FETCH_S, await_nodes, await_planner
 
 SLOWDOWN = {"device": 4.0, "edge": 2.0, "cloud": 1.0}
 """The device is a phone-class machine, the edge a small server, the cloud this machine at full speed."""
 
 READY_S = 90.0  # for all processes of a cell, model files and first measurement included
-SETTLE_S = 1.0  # between the last join and the first task, so that the load of the starts is over
+LINKS_S = 8.0  # for the first measurement of the links; without it the tasks begin anyhow
+SETTLE_S = 1.0  # before the first task, so that the load of the starts is over
 STOP_S = 10.0  # for a clean stop; a cloud worker that is killed keeps its partitions until its session expires
 
 
@@ -86,6 +91,9 @@ class PairedRegions:
             try:
                 await asyncio.gather(*(self._ready(number, names) for number, names in pair.nodes.items()))
                 region.check()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LINKS_S):
+                        await _links_learned(self._bus, pair.first)
                 await asyncio.sleep(SETTLE_S)
                 learning, fixed = (Site(self._bus, number, names[0]) for number, names in pair.nodes.items())
                 yield Sites(learning, fixed)
@@ -96,6 +104,22 @@ class PairedRegions:
     async def _ready(self, number: int, names: tuple[str, ...]) -> None:
         await await_planner(self._bus, number, timeout_s=READY_S)
         await await_nodes(self._bus, number, names, timeout_s=READY_S)
+
+
+async def _links_learned(bus: Bus, region: int) -> None:
+    """Wait until the planner knows the latency of both links, as in a region that has run for some seconds."""
+    log = DecisionLog()
+    seen: set[int] = set()
+    reader = await bus.reader([(topics.DECISIONS, region)], start="start")
+    try:
+        while len(seen) < 2:
+            for record in await reader.fetch(timeout_s=FETCH_S):
+                message = log.read(record)
+                if isinstance(message, Decision):
+                    learned = (change for change in message.changes if isinstance(change, Learned))
+                    seen |= {link.link for change in learned for link in change.links}
+    finally:
+        await reader.close()
 
 
 async def _stop(region: LiveRegion, names: list[str]) -> None:

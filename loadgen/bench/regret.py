@@ -13,7 +13,7 @@ same difference in seconds. A delay counts from the device's start of the task t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any, Final
 
@@ -163,6 +163,12 @@ def policy_rows(cell: Cell, runs: Mapping[str, Sequence[Run]]) -> list[dict[str,
             }
         )
     return rows
+
+
+def task_rows(cell: Cell, runs: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+    """Every task of a cell, by policy and round."""
+    name = {"network": cell.network.name, "model": cell.model, "samples": cell.samples}
+    return [name | {"policy": policy} | asdict(run) for policy, tasks in runs.items() for run in tasks]
 
 
 def aims(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -72,17 +72,19 @@ class Effort:
 async def measure(
     testbed: Testbed, cells: Sequence[Cell], effort: Effort, seed: int, progress: Progress
 ) -> dict[str, list[dict[str, Any]]]:
-    """Run all cells; returns `results`, `policies` and `aims`. Raises `TaskNotCompletedError` and `BusError`."""
+    """Run all cells; returns `results`, `policies`, `tasks` and `aims`. Raises `TaskNotCompletedError` and `BusError`."""
     results: list[dict[str, Any]] = []
     policies: list[dict[str, Any]] = []
+    tasks: list[dict[str, Any]] = []
     for number, cell in enumerate(cells, start=1):
         async with testbed.regions(cell) as sites:
             runs = await play_rounds(partial(_play, sites, cell, seed), effort)
         row = regret.judge(cell, runs)
         results.append(row)
         policies += regret.policy_rows(cell, runs)
+        tasks += regret.task_rows(cell, runs)
         progress(f"{number}/{len(cells)} {cell}: {_in_words(row)}")
-    return {"results": results, "policies": policies, "aims": regret.aims(results)}
+    return {"results": results, "policies": policies, "tasks": tasks, "aims": regret.aims(results)}
 
 
 def _in_words(row: dict[str, Any]) -> str:
