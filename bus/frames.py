@@ -2,7 +2,7 @@
 
 A frame is one msgpack map with string keys and without extension types, so every msgpack library can read it:
 
-    {"v": 1, "kind": "activations" | "result" | "report", "task": str, "attempt": int, "from": str,
+    {"v": 1, "kind": "activations" | "result" | "report" | "probe" | "echo", "task": str, "attempt": int, "from": str,
      "plan": {...}                                    (in a task's first frame to a stage)
      "report": {"edge_s": float, ...}                 (kind "report" only)
      "pieces": [{"sample": int, "at": int, "size": int, "bytes": int, "tensors": [{"dtype", "shape"}, ...]}, ...
@@ -16,6 +16,9 @@ each): with 4 kB samples in 20 kB frames, separate descriptions would be 2 % of 
 pieces in order. It is the last entry and is read in place, since unpacking would copy it: a fifth of the cost of a hop at
 1 MB.
 
+A `probe` measures a link's latency: the receiver sends it back as an `echo`. Both have no plan, report, pieces or data;
+`task` and `attempt` identify the prober and count its probes.
+
 Decoding is bounded: the length of the frame is checked first, the unpacker receives only the head, and every count, size,
 shape and dtype is checked before memory is allocated.
 """
@@ -26,7 +29,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgpack
 from pydantic import Field, ValidationError
@@ -51,7 +54,10 @@ MAX_BUSY_S = 1e12
 _COUNTS_BELOW = 1 << 40
 _FIRST_LOOK_BYTES = 16 * 1024  # contains most heads; the unpacker copies its input
 
-FrameKind = Literal["activations", "result", "report"]
+FrameKind = Literal["activations", "result", "report", "probe", "echo"]
+KINDS: tuple[FrameKind, ...] = get_args(FrameKind)
+PROBING: tuple[FrameKind, ...] = ("probe", "echo")
+"""Kinds without task data."""
 
 
 class Plan(Frozen):
@@ -175,8 +181,10 @@ def decode_frame(payload: Payload | None) -> Frame:
         if version != FRAME_VERSION:
             raise ProtocolError("unknown_version", f"frame version {version!r}, this reads {FRAME_VERSION}")
         kind = head["kind"]
-        if kind not in ("activations", "result", "report"):
+        if kind not in KINDS:
             raise ProtocolError("undecodable", f"unknown kind {kind!r}")
+        if kind in PROBING and (data.nbytes or head["pieces"] or "plan" in head or "report" in head):
+            raise ProtocolError("wrong_shape", f"a frame of kind {kind} has no plan, report, pieces or data")
         plan = Plan.model_validate(head["plan"]) if "plan" in head else None
         return Frame(
             kind, _text(head["task"]), _count(head["attempt"]), _text(head["from"]), _pieces(head["pieces"], data),

@@ -78,7 +78,7 @@ TABLE: tuple[Topic, ...] = (
     Topic(EVENTS, Encoding.JSON, ("NodeHeartbeat", "TaskProgress", "TaskCompleted", "TaskFailed"), "task or node",
           PartitionBy.REGION, ("device", "edge", "cloud"), ("planner", "loadgen", "tools"), "what happened"),
     Topic(ACTIVATIONS_EDGE, Encoding.MSGPACK, ("Frame",), "task", PartitionBy.KEY,
-          ("device",), ("edge",), "activations, and the plan with them, to one edge",
+          ("device", "cloud"), ("edge",), "activations, and the plan with them, to one edge; the cloud echoes probes",
           retention_s=3600, retention_bytes=4 << 30),
     Topic(ACTIVATIONS_CLOUD, Encoding.MSGPACK, ("Frame",), "task", PartitionBy.KEY,
           ("edge",), ("cloud",), "activations to the cloud stages, one consumer group", retention_s=3600,

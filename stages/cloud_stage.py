@@ -28,6 +28,8 @@ class CloudStage:
         self.group_id = topics.CLOUD_GROUP
         self._link2 = Link(network=network)  # in the direction of the devices, as link 1
         self._link1 = Link()
+        self.probed_link = None  # the cloud probes nothing
+        self.echo_link = self._link2
 
     def slot(self) -> AbstractAsyncContextManager[None]:
         """Nothing to wait for: the planner does not limit how many tasks the cloud computes at once."""
@@ -42,6 +44,10 @@ class CloudStage:
     def serves(self, placement: Placement) -> LayerRange | None:
         """The layers that a placement has for the cloud; None where it does not use the cloud."""
         return LayerRange(placement.cut2, None, computes=True) if placement.uses_cloud else None
+
+    def echo_topic(self, prober: str) -> str:
+        """Answers to an edge's probes go to its own topic. Raises ValueError for a reserved name."""
+        return topics.activations_topic(prober)
 
     def route(self, plan: Plan) -> Route:
         """To the device: over link 2, then over link 1."""

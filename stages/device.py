@@ -9,19 +9,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable
 
 from bus import topics
 from bus.errors import BusError, BusUnavailableError, ProtocolError, UnknownTopicError
 from bus.frames import Frame, Plan, decode_frame
-from bus.messages import Admitted, Decision, Ended, NodeJoined, Placed, Retried, Start, TaskFailed, TaskSubmitted
+from bus.messages import (
+    Admitted,
+    Decision,
+    Ended,
+    LinkMeasurement,
+    NodeJoined,
+    NodeLost,
+    Placed,
+    Retried,
+    Start,
+    TaskFailed,
+    TaskSubmitted,
+)
 from bus.port import Bus, Reader, Record
+from bus.values import Role
 from stages.attempt import DeviceAttempt, DeviceTask, ResultSink
 from stages.frame_authorization import FrameAuthorization
 from stages.measuring.clock import exact_clock
+from stages.measuring.probes import Prober
 from stages.network.delay_line import DelayLine
 from stages.network.shaper import Link
 from stages.node import RETRY_S, Node
+from stages.probing import MAX_PROBED_EDGES, LinkToPeers, edges_to_probe
 
 STALL_S = 30.0
 STALL_SAMPLES = 10
@@ -58,6 +74,11 @@ class Device:
         # One lock per site, so that an unreachable site delays only itself.
         self._subscribing: dict[Bus, asyncio.Lock] = {}
         self._draining = False
+        self._prober: Prober | None = None
+        self._used: deque[str] = deque(maxlen=MAX_PROBED_EDGES)  # edges of this device's tasks, the last one first
+        if node.settings.probes:
+            way = LinkToPeers(node, self.link1, topics.activations_topic, idle=self._idle, subscribe=self.subscribe)
+            self._prober = Prober(node.settings.name, way, node.heartbeat_now)
         self._arriving: DelayLine[Record] = DelayLine()  # records that still cross link 1, where it has a latency
 
     async def run(self) -> None:
@@ -69,6 +90,11 @@ class Device:
                     group.create_task(self._arrive(), name=f"{self.node.settings.name}: link 1")
                 await self._subscribe_all()
                 self.node.receives(True)
+                self._aim()
+                if self._prober is not None:
+                    group.create_task(
+                        self._prober.run(self.node.incarnation), name=f"{self.node.settings.name}: probes"
+                    )
                 self.node.serving.set()
                 await asyncio.Event().wait()  # also before any site is reachable
         finally:
@@ -87,6 +113,34 @@ class Device:
                     raise
                 # Tasks through other edges go on; an attempt through this edge retries.
                 self.node.log.warning("site of an edge not reached yet", edge=edge, error=str(error))
+
+    def _idle(self) -> bool:
+        return not any(task.running and not task.running.done() for task in self.tasks.values())
+
+    def _aim(self) -> None:
+        """Probe the edges that this device may use."""
+        if self._prober is None:
+            return
+        there = set(self.node.fences.names(Role.EDGE))
+        reachable = self.node.settings.reachable_edges
+        edges = there if reachable is None else there & set(reachable)
+        self._prober.aim(edges_to_probe(self.node.settings.name, edges, self._used))
+
+    def _use(self, edge: str) -> None:
+        """Note that a task of this device uses an edge."""
+        if self._prober is not None and (not self._used or self._used[0] != edge):
+            with contextlib.suppress(ValueError):
+                self._used.remove(edge)
+            self._used.appendleft(edge)
+            self._aim()
+
+    def links(self) -> list[LinkMeasurement]:
+        """The latency of link 1 to every probed edge."""
+        found = {} if self._prober is None else self._prober.latencies()
+        return [
+            LinkMeasurement(link=1, edge=edge, latency_s=one.latency_s, deviation_s=one.deviation_s)
+            for edge, one in found.items()
+        ]
 
     def _site(self, edge: str) -> Bus:
         return self.node.bus.beside(topics.RESULTS, topics.activations_topic(edge))
@@ -111,7 +165,7 @@ class Device:
     async def drain(self) -> None:
         """Start no new attempts and return when the running ones have ended."""
         self._draining = True
-        while any(task.running and not task.running.done() for task in self.tasks.values()):
+        while not self._idle():
             await asyncio.sleep(0.05)
 
     # --- decisions ---------------------------------------------------------------------------------------------------
@@ -122,9 +176,17 @@ class Device:
         started = {change.task_id for change in decision.changes if isinstance(change, Start)}
         for change in decision.changes:
             match change:
-                case Placed(device=device, placement=placement) if device == name and change.task_id not in started:
-                    if placement.cut1:  # a task that starts now prepares its layers itself
+                case Placed(device=device, placement=placement) if device == name:
+                    if placement.edge is not None:
+                        self._use(placement.edge)
+                    if placement.cut1 and change.task_id not in started:  # a task that starts now prepares itself
                         self.node.prepare_ahead(change, 0, placement.cut1)
+                case NodeJoined(node=node) if node.role is Role.EDGE:
+                    self._aim()
+                    if self._prober is not None:
+                        self._prober.again(node.node)
+                case NodeLost():
+                    self._aim()
                 case Admitted(task=task) if task.device == name:
                     self._remember(task)
                 case NodeJoined(node=node) if node.incarnation == self.node.incarnation:
@@ -228,6 +290,11 @@ class Device:
         try:
             sender = self.authorization.of(record)
             frame = decode_frame(record.value)
+            if frame.kind == "echo":
+                self.authorization.check_probe(sender, frame)
+                if self._prober is not None:
+                    self._prober.take(frame, frame.source)
+                return
             attempt = self.attempt_for(frame)
             if attempt is None:
                 self.node.status.count("fenced_frames")

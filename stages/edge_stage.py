@@ -30,6 +30,8 @@ class EdgeStage:
         self.slots = asyncio.Semaphore(settings.slots)
         self._link2 = Link(settings.link2_capacity_bps, settings.network)
         self._results = Link(settings.link1_capacity_bps)  # link 1 in the direction of the device
+        self.probed_link = self._link2
+        self.echo_link = self._results
 
     def slot(self) -> AbstractAsyncContextManager[None]:
         """A compute slot, held while the block runs."""
@@ -45,6 +47,10 @@ class EdgeStage:
         if placement.edge != self._name:
             return None
         return LayerRange(placement.cut1, placement.cut2, computes=placement.uses_slot)
+
+    def echo_topic(self, prober: str) -> str:
+        """Answers to a device's probes go where its results go."""
+        return topics.RESULTS
 
     def route(self, plan: Plan) -> Route:
         """To the cloud where the plan uses it, else back to the device."""

@@ -1,4 +1,4 @@
-"""Fences of a stage: which attempt of a task is current, and which tasks have ended.
+"""Fences of a stage: which attempt of a task is current, which tasks have ended, and which nodes are there.
 
 A stage drops work of ended tasks and of older attempts. Frames carry plans but no fences, so the fences come from the
 decisions. A frame of an unknown task is not fenced, because its decision may arrive later.
@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-from bus.messages import Admitted, Decision, Ended, Placed, Retried
+from bus.messages import Admitted, Decision, Ended, NodeJoined, NodeLost, Placed, Retried
 from bus.region_tasks import KnownTask, RegionTasks
+from bus.values import Role
 
 REMEMBERED_ENDS = 10_000
 """Number of ended tasks that are remembered, to drop their late frames; the planner remembers as many."""
 
 
 class Fences:
-    """The tasks of a region as a stage knows them, and the ends that it remembers."""
+    """The tasks and nodes of a region as a stage knows them, and the ends that it remembers."""
 
     def __init__(self, remembered_ends: int = REMEMBERED_ENDS) -> None:
         self.remembered_ends = remembered_ends
         self._region = RegionTasks(follow_moves=False)  # stages start tasks when `Start` says so
         self._ended: OrderedDict[str, None] = OrderedDict()
+        self.nodes: dict[str, Role] = {}  # nodes that have joined, by name
 
     @property
     def tasks(self) -> dict[str, KnownTask]:
@@ -33,6 +35,10 @@ class Fences:
         """Fold a decision; returns the tasks of which it fenced an attempt."""
         fenced: set[str] = set()
         for change, task in self._region.apply(decision):
+            if isinstance(change, NodeJoined):
+                self.nodes[change.node.node] = change.node.role
+            elif isinstance(change, NodeLost):
+                self.nodes.pop(change.node, None)
             if task is None:
                 continue
             if isinstance(change, Ended):
@@ -64,6 +70,10 @@ class Fences:
         """Whether this attempt is over, so that its frames and results are dropped."""
         return task_id in self._ended or attempt < self.attempt(task_id)
 
+    def names(self, role: Role) -> list[str]:
+        """Names of the nodes of a role, in the order in which they joined."""
+        return [name for name, known in self.nodes.items() if known is role]
+
     def restore(self, state: dict[str, Any]) -> None:
         """Take the live and the ended tasks from a planner's snapshot.
 
@@ -72,3 +82,6 @@ class Fences:
         self._region.restore(state)
         for task_id, _ in state.get("ended", []):
             self._ended[task_id] = None
+        for entry in state.get("nodes", []):
+            announced = entry["announced"]
+            self.nodes[announced["node"]] = Role(announced["role"])

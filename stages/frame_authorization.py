@@ -34,7 +34,19 @@ class FrameAuthorization:
         if sender is None:
             return True
         placed = self._node.fences.placed(task_id)
-        return placed is not None and sender.name == self._owner(placed)
+        return placed is not None and str(sender) == self._owner(placed)
+
+    def can_sign(self, topic: str) -> bool:
+        """Whether frames that this stage sends on a topic carry the proof that is required there."""
+        return self._keys is None or self._keys.signs(topic)
+
+    def check_probe(self, sender: Speaker | None, frame: Frame) -> None:
+        """Check that the node named in a probe or an echo sent it. Raises `ProtocolError` (`wrong_identity`)."""
+        if sender is None:
+            return
+        role = _PROBERS.get(self._settings.role) if frame.kind == "probe" else _ECHOERS.get(self._settings.role)
+        if role is None or sender.role != role.value or sender.name != frame.source:
+            raise refused(f"{sender} sent a frame of kind {frame.kind} as {frame.source}; it may not")
 
     def usable(self, sender: Speaker | None, frame: Frame, plan: Plan | None) -> bool:
         """Whether a frame of activations can be used now; False means it waits for the decision on its task.
@@ -55,7 +67,7 @@ class FrameAuthorization:
                 and plan is not None
                 and sender.name == plan.placement.edge
             )
-        if sender.name != self._owner(placed):
+        if str(sender) != self._owner(placed):
             raise refused(f"{sender} sent a frame of {frame.task_id}; only {self._owner(placed)} may send it")
         claimed = frame.plan
         if claimed is not None and claimed != Plan.of(
@@ -78,9 +90,15 @@ class FrameAuthorization:
                 f"{sender} sent a {frame.kind} of {frame.task_id} as {frame.source}; the plan does not authorize it"
             )
 
-    def _owner(self, placed: Placed) -> str | None:
-        """Name of the node that sends the task's frames to this stage."""
-        return placed.device if self._settings.role is Role.EDGE else placed.placement.edge
+    def _owner(self, placed: Placed) -> str:
+        """Role and name of the node that sends the task's frames to this stage."""
+        return f"device:{placed.device}" if self._settings.role is Role.EDGE else f"edge:{placed.placement.edge}"
+
+
+_PROBERS = {Role.EDGE: Role.DEVICE, Role.CLOUD: Role.EDGE}
+"""Which role may probe a stage of each role."""
+_ECHOERS = {Role.DEVICE: Role.EDGE, Role.EDGE: Role.CLOUD}
+"""Which role answers the probes of each role."""
 
 
 __all__ = ["FrameAuthorization"]

@@ -17,17 +17,19 @@ from pydantic import ValidationError
 
 from bus import topics
 from bus.errors import BusError, ProtocolError
-from bus.frames import Frame, Plan, decode_frame
+from bus.frames import PROBING, Frame, Plan, decode_frame
 from bus.identity.proofs import WRONG_IDENTITY, Speaker
-from bus.messages import Decision, Placed, TaskFailed
-from bus.port import Member, Record, TopicPartition
+from bus.messages import Decision, LinkMeasurement, NodeJoined, NodeLost, Placed, TaskFailed
+from bus.port import Bus, Member, Record, TopicPartition
 from bus.values import Role
 from stages.cloud_stage import CloudStage
 from stages.edge_stage import EdgeStage
 from stages.flow import Flow, LayerRange
 from stages.frame_authorization import FrameAuthorization
+from stages.measuring.probes import Prober
 from stages.node import RETRY_S, Node
 from stages.offsets import Receipt
+from stages.probing import CLOUD, Echoes, LinkToPeers
 
 COMMIT_S = 0.25
 """Commit interval; it bounds the work that is repeated after a crash."""
@@ -74,6 +76,27 @@ class Hop:
         self._orphans: dict[tuple[str, int], list[_Orphan]] = {}
         self._orphan_bytes = 0
         self._group: asyncio.TaskGroup | None = None
+        self._echoes = Echoes(node, stage, self.authorization.can_sign, self._echo_bus)
+        self._prober: Prober | None = None  # of an edge
+        if node.settings.probes and stage.probed_link is not None:
+            way = LinkToPeers(node, stage.probed_link, lambda peer: topics.ACTIVATIONS_CLOUD, idle=self._idle)
+            self._prober = Prober(node.settings.name, way, node.heartbeat_now)
+
+    def _idle(self) -> bool:
+        return all(flow.closed for flow in self.flows.values())
+
+    def _echo_bus(self, topic: str) -> Bus:
+        """The bus for answers: as for results, the site of this edge."""
+        return self.node.bus.beside(topic, self.stage.topic) if topic == topics.RESULTS else self.node.bus
+
+    def links(self) -> list[LinkMeasurement]:
+        """The latency of an edge's link to the cloud."""
+        found = {} if self._prober is None else self._prober.latencies()
+        name = self.node.settings.name
+        return [
+            LinkMeasurement(link=2, edge=name, latency_s=one.latency_s, deviation_s=one.deviation_s)
+            for one in found.values()
+        ]
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -87,6 +110,9 @@ class Hop:
                 group.create_task(self._receive(member), name=f"{name}: receive")
                 group.create_task(self._commit(member), name=f"{name}: commit")
                 group.create_task(self._sweep(), name=f"{name}: sweep")
+                self._aim()
+                if self._prober is not None:
+                    group.create_task(self._prober.run(self.node.incarnation), name=f"{name}: probes")
                 self.node.serving.set()
         finally:
             self._group = None
@@ -103,6 +129,8 @@ class Hop:
         """Stop flows that the decision ended or replanned, and process buffered frames that it placed."""
         gone = frozenset(fenced)
         fences = self.node.fences
+        if any(isinstance(change, NodeJoined | NodeLost) for change in decision.changes):
+            self._aim()
         for key in [key for key in self.flows if key[0] in gone and fences.fenced(*key)]:
             self.flows.pop(key).stop(discard=True)
         # Plans of other regions are accepted without a decision, except under a task name of this region.
@@ -121,6 +149,11 @@ class Hop:
                     orphan.receipt.release()
             elif (placed := fences.placed(task_id)) is not None and placed.attempt == attempt:
                 self._process_buffered(key)
+
+    def _aim(self) -> None:
+        """Probe the cloud while the region has a cloud node."""
+        if self._prober is not None:
+            self._prober.aim([CLOUD] if self.node.fences.names(Role.CLOUD) else [])
 
     def _prepare_ahead(self, placed: Placed, layers: LayerRange) -> None:
         profile = next((p for p in self.node.runner.profiles() if p.model == placed.model), None)
@@ -184,7 +217,10 @@ class Hop:
                     sender = self.authorization.of(record)
                     attempt = self._attempt_to_fail(sender, task_id, self.node.fences.attempt(task_id))
                     frame = decode_frame(record.value)
-                    task_id, attempt = frame.task_id, self._attempt_to_fail(sender, frame.task_id, frame.attempt)
+                    if frame.kind in PROBING:
+                        attempt = 0  # a probe belongs to no task
+                    else:
+                        task_id, attempt = frame.task_id, self._attempt_to_fail(sender, frame.task_id, frame.attempt)
                     self._dispatch(record, frame, receipt, sender)
                 except ProtocolError as error:
                     poison.append((record, error, task_id, attempt, receipt))
@@ -224,6 +260,9 @@ class Hop:
 
     def _dispatch(self, record: Record, frame: Frame, receipt: Receipt, sender: Speaker | None) -> None:
         """Pass a frame's pieces to its flow. Raises `ProtocolError` where the frame is unusable."""
+        if frame.kind in PROBING:
+            self._take_probe(frame, sender)
+            return
         key = (frame.task_id, frame.attempt)
         followed = self.flows[key].plan if key in self.flows else frame.plan
         usable = self.authorization.usable(sender, frame, followed)
@@ -251,6 +290,14 @@ class Hop:
         since_s = asyncio.get_running_loop().time()
         self._orphans.setdefault(key, []).append(_Orphan(record, frame, receipt, sender, since_s))
         self._orphan_bytes += size_bytes
+
+    def _take_probe(self, frame: Frame, sender: Speaker | None) -> None:
+        """Answer a probe, or take the answer to one. Raises `ProtocolError` where the frame is unusable."""
+        self.authorization.check_probe(sender, frame)
+        if frame.kind == "probe" and self._group is not None:
+            self._echoes.answer(frame, self._group)
+        elif frame.kind == "echo" and self._prober is not None:
+            self._prober.take(frame, CLOUD)
 
     def _start_flow(self, plan: Plan) -> None:
         """Start the flow of a plan and pass it the frames that arrived before the plan.

@@ -9,6 +9,7 @@ declared lost, it drops all work and announces itself again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from bus.identity.signed_bus import satisfy_region
 from bus.messages import (
     Decision,
     EpochOpened,
+    LinkMeasurement,
     Message,
     NodeAnnounced,
     NodeHeartbeat,
@@ -39,6 +41,7 @@ from bus.messages import (
 from bus.port import Bus, Headers, Reader, Record
 from bus.values import Role
 from stages.fences import REMEMBERED_ENDS
+from stages.measuring.reports import LinkReports
 from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.parts import StageParts
 from stages.runner import Runner
@@ -79,6 +82,7 @@ class NodeSettings:
     network: PlayedNetwork = NO_NETWORK  # the network that the node plays on its own link
     reachable_edges: tuple[str, ...] | None = None  # of a device (E_i); None: all edges
     remembered_ends: int = REMEMBERED_ENDS  # number of ended tasks remembered, to drop their late frames
+    probes: bool = False  # measure the latency of links with probes
 
 
 @dataclass(slots=True)
@@ -115,6 +119,9 @@ class Work(Protocol):
 
     def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
         """Handle a decision; `fenced` names tasks with an attempt that no longer counts."""
+
+    def links(self) -> Iterable[LinkMeasurement]:
+        """What the node has measured on its links, for its heartbeats."""
 
     def on_lost(self) -> None:
         """Drop work that the region may have given to others: the node was declared lost or missed decisions."""
@@ -157,6 +164,8 @@ class Node:
         self._drain_acknowledged = asyncio.Event()  # set when the planner has acknowledged the drain
         self._lease_start_s = float("-inf")  # send time of the last acknowledged heartbeat or announcement
         self._renewed = asyncio.Event()
+        self._link_reports = LinkReports()
+        self._heartbeat_due = asyncio.Event()  # send the next heartbeat now
         self._logged_ready = False  # readiness as last logged
 
     async def run(self, work: Work) -> None:
@@ -171,7 +180,7 @@ class Node:
                 self._group = group
                 group.create_task(work.run(), name=f"{self.settings.name}: work")
                 group.create_task(self._follow(work), name=f"{self.settings.name}: decisions")
-                group.create_task(self._keep_lease(), name=f"{self.settings.name}: lease")
+                group.create_task(self._keep_lease(work), name=f"{self.settings.name}: lease")
         finally:
             await self._reader.close()
 
@@ -401,6 +410,8 @@ class Node:
                 case NodeJoined(node=node) if node.incarnation == self.incarnation:
                     if not self.status.joined:
                         self.log.info("joined the region", region=self.settings.region)
+                        if any(True for _ in work.links()):
+                            self.heartbeat_now()  # the planner accepts measurements from now on
                     self.status.joined = True
                     if node.draining:
                         self._drain_acknowledged.set()
@@ -434,6 +445,7 @@ class Node:
 
     def _rejoin(self, work: Work) -> None:
         self.status.joined = False
+        self._link_reports.forget()
         work.on_lost()
         # Two processes with the same name displace each other in turn; the pause limits how often.
         lease_s = self.settings.lease_s
@@ -479,7 +491,11 @@ class Node:
         self._announced_s = asyncio.get_running_loop().time()
         self._renew(sent_s)
 
-    async def _keep_lease(self) -> None:
+    def heartbeat_now(self) -> None:
+        """Send the next heartbeat at once, because the node has measured something new."""
+        self._heartbeat_due.set()
+
+    async def _keep_lease(self, work: Work) -> None:
         interval_s = self.settings.lease_s / HEARTBEATS_PER_LEASE
         clock = asyncio.get_running_loop().time
         while True:
@@ -487,7 +503,9 @@ class Node:
                 await asyncio.sleep(interval_s)
                 continue
             sent_s = clock()
-            message = NodeHeartbeat(node=self.settings.name, incarnation=self.incarnation)
+            self._heartbeat_due.clear()
+            links = self._link_reports.news(work.links()) if self.status.joined else ()
+            message = NodeHeartbeat(node=self.settings.name, incarnation=self.incarnation, links=links)
             try:
                 async with asyncio.timeout(interval_s):
                     await self.bus.send(
@@ -506,7 +524,10 @@ class Node:
                 await asyncio.sleep(min(interval_s, RETRY_S))
                 continue
             self._renew(sent_s)
-            await asyncio.sleep(interval_s)
+            self._link_reports.told(links)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await self._heartbeat_due.wait()
 
     def _renew(self, sent_s: float) -> None:
         """Renew the lease; it counts from `sent_s`, the time when the acknowledged message was sent."""

@@ -63,6 +63,10 @@ class FrameKeys:
         speaker = str(self.speaker).encode()
         return ((IDENTITY_HEADER, speaker), (PROOF_HEADER, _proof(secret, speaker, topic, key, value)))
 
+    def signs(self, topic: str) -> bool:
+        """Whether this speaker has a key for frames on a topic; older key files lack rows that were added since."""
+        return _row(topic) in self.writes
+
     def sender(self, record: Record) -> Speaker:
         """The verified sender of a frame. Raises `ProtocolError` (`wrong_identity`) if the proof is missing or wrong."""
         claimed, proof = proof_of(record)

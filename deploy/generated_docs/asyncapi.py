@@ -228,7 +228,10 @@ def frame_schema() -> dict[str, Any]:
         "required": ["v", "kind", "task", "attempt", "from", "pieces", "data"],
         "properties": {
             "v": {"const": frames.FRAME_VERSION},
-            "kind": {"enum": ["activations", "result", "report"]},
+            "kind": {
+                "enum": list(frames.KINDS),
+                "description": "a `probe` is sent back as an `echo`; both carry no data",
+            },
             "task": {"type": "string", "minLength": 1, "maxLength": 200},
             "attempt": count("attempt of the task; stages drop frames of superseded attempts"),
             "from": {"type": "string", "description": "name of the sending node"},

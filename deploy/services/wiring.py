@@ -76,7 +76,9 @@ async def require_partition(bus: Bus, region: int) -> None:
 
 def node_settings(options: NodeOptions, *, region: int, lease_s: float) -> NodeSettings:
     """The settings that a node with these options announces."""
-    make = partial(NodeSettings, name=options.name, region=region, lease_s=lease_s, network=options.network)
+    make = partial(
+        NodeSettings, name=options.name, region=region, lease_s=lease_s, network=options.network, probes=True
+    )
     match options:
         case DeviceOptions():
             return make(role=Role.DEVICE, link1_capacity_bps=options.link, reachable_edges=options.edges)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from bus.errors import ConfigError
 from bus.identity.keys import Master
 from bus.messages import (
     Decision,
+    LinkMeasurement,
     NodeJoined,
 )
 from bus.values import Role
@@ -110,6 +112,9 @@ async def _start(place: Town, master: Master | None) -> None:
             await asyncio.get_running_loop().create_future()
 
         def on_decision(self, decision: Decision, fenced: Any) -> None: ...
+
+        def links(self) -> Iterable[LinkMeasurement]:
+            return ()
 
         def on_lost(self) -> None: ...
 

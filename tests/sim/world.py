@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from bus import topics
 from bus.headers.tracing import SpanSink
@@ -23,6 +23,7 @@ from loadgen.replay.schedule import Entry, Schedule
 from planner.service.service import PlannerService
 from stages.device import Device
 from stages.hop import Hop
+from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 
@@ -95,8 +96,10 @@ async def world(
     broker: MemoryBroker | None = None,
     on_span: SpanSink | None = None,
     master: Master | None = None,
+    networks: Mapping[str, PlayedNetwork] | None = None,
+    probes: bool = False,
 ) -> AsyncIterator[World]:
-    """A region whose nodes have all joined. With a `master` it requires proofs of identity."""
+    """A region whose nodes have all joined. With a `master` it requires proofs of identity; `networks` by node."""
     broker = broker or MemoryBroker()
     async with MemoryBus(broker, "world") as bus:
         await nodes.create_missing_topics(bus, edges)
@@ -120,6 +123,8 @@ async def world(
             ),
             *(NodeSettings(name=name, role=Role.DEVICE, lease_s=lease_s) for name in devices),
         ]
+        played = networks or {}
+        cast = [replace(settings, probes=probes, network=played.get(settings.name, NO_NETWORK)) for settings in cast]
         async with nodes.embedded() as group:
             group.create_task(service.run(), name="planner")
             for settings in cast:

@@ -25,6 +25,7 @@ HELP: Final = {
     "input_failures": "Input records that the planner skipped because of a bug in the planner.",
     "wrong_identity": "Records rejected because the sender's identity was not proven.",
     "declared_lost": "Number of times that the planner declared this node lost.",
+    "probes_dropped": "Probes of a link that this node did not answer: it was answering too many others, or could not send.",
     "duplicates_suppressed": "Duplicate frames that were dropped.",
     "fenced_frames": "Frames of superseded attempts that were dropped.",
     "gaps": "Frames with missing bytes before them; the sample was requested again.",

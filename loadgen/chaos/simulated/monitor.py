@@ -75,10 +75,11 @@ class SimulatedMonitor:
         self._heard.pop(name, None)
 
     def sends(self, name: str, topic: str, value: Payload | None) -> None:
-        """Check a record that a process sends: activations and results require a recent heartbeat, reports do not."""
+        """Check a record that a process sends: activations and results require a recent heartbeat, other frames do not."""
         if topic != topics.RESULTS and not topic.startswith("deepar.activations."):
             return
-        if b"report" in bytes(memoryview(value or b"")[:24]):
+        head = bytes(memoryview(value or b"")[:24])
+        if any(kind in head for kind in (b"report", b"probe", b"echo")):
             return
         silent_s = asyncio.get_running_loop().time() - self._heard.get(name, float("-inf"))
         if silent_s > LEASE_S / 2 + 1e-6:

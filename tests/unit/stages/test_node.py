@@ -9,7 +9,7 @@ import pytest
 
 from bus import topics
 from bus.memory.bus import MemoryBroker, MemoryBus
-from bus.messages import Decision
+from bus.messages import Decision, LinkMeasurement
 from bus.values import Role
 from loadgen.sim.virtual_loop import run_virtual
 from stages.node import HEARTBEATS_PER_LEASE, Node, NodeSettings
@@ -23,6 +23,7 @@ class Idle:
 
     def __init__(self, node: Node) -> None:
         self.node = node
+        self.measured: list[LinkMeasurement] = []
 
     async def run(self) -> None:
         self.node.serving.set()
@@ -30,6 +31,9 @@ class Idle:
 
     def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
         pass
+
+    def links(self) -> list[LinkMeasurement]:
+        return self.measured
 
     def on_lost(self) -> None:
         pass
