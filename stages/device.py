@@ -33,11 +33,11 @@ from bus.values import Role
 from stages.attempt import DeviceAttempt, DeviceTask, ResultSink
 from stages.frame_authorization import FrameAuthorization
 from stages.measuring.clock import exact_clock
+from stages.measuring.peers import MAX_PROBED_EDGES, LinkToPeers, edges_to_probe
 from stages.measuring.probes import Prober
 from stages.network.delay_line import DelayLine
 from stages.network.shaper import Link
 from stages.node import RETRY_S, Node
-from stages.probing import MAX_PROBED_EDGES, LinkToPeers, edges_to_probe
 
 STALL_S = 30.0
 STALL_SAMPLES = 10
@@ -77,7 +77,9 @@ class Device:
         self._prober: Prober | None = None
         self._used: deque[str] = deque(maxlen=MAX_PROBED_EDGES)  # edges of this device's tasks, the last one first
         if node.settings.probes:
-            way = LinkToPeers(node, self.link1, topics.activations_topic, idle=self._idle, subscribe=self.subscribe)
+            way = LinkToPeers(
+                node.probing, self.link1, topics.activations_topic, idle=self._idle, subscribe=self.subscribe
+            )
             self._prober = Prober(node.settings.name, way, node.heartbeat_now)
         self._arriving: DelayLine[Record] = DelayLine()  # records that still cross link 1, where it has a latency
 

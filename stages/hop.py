@@ -26,10 +26,10 @@ from stages.cloud_stage import CloudStage
 from stages.edge_stage import EdgeStage
 from stages.flow import Flow, LayerRange
 from stages.frame_authorization import FrameAuthorization
+from stages.measuring.peers import CLOUD, Echoes, LinkToPeers
 from stages.measuring.probes import Prober
 from stages.node import RETRY_S, Node
 from stages.offsets import Receipt
-from stages.probing import CLOUD, Echoes, LinkToPeers
 
 COMMIT_S = 0.25
 """Commit interval; it bounds the work that is repeated after a crash."""
@@ -76,10 +76,10 @@ class Hop:
         self._orphans: dict[tuple[str, int], list[_Orphan]] = {}
         self._orphan_bytes = 0
         self._group: asyncio.TaskGroup | None = None
-        self._echoes = Echoes(node, stage, self.authorization.can_sign, self._echo_bus)
+        self._echoes = Echoes(node.probing, stage, self.authorization.can_sign, self._echo_bus)
         self._prober: Prober | None = None  # of an edge
         if node.settings.probes and stage.probed_link is not None:
-            way = LinkToPeers(node, stage.probed_link, lambda peer: topics.ACTIVATIONS_CLOUD, idle=self._idle)
+            way = LinkToPeers(node.probing, stage.probed_link, lambda peer: topics.ACTIVATIONS_CLOUD, idle=self._idle)
             self._prober = Prober(node.settings.name, way, node.heartbeat_now)
 
     def _idle(self) -> bool:

@@ -41,6 +41,7 @@ from bus.messages import (
 from bus.port import Bus, Headers, Reader, Record
 from bus.values import Role
 from stages.fences import REMEMBERED_ENDS
+from stages.measuring.peers import ProbingNode
 from stages.measuring.reports import LinkReports
 from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.parts import StageParts
@@ -221,6 +222,11 @@ class Node:
             self.log.info("ready")
         else:
             self.log.warning("no longer ready", caught_up=self.status.caught_up, receiving=self.status.receiving)
+
+    @property
+    def probing(self) -> ProbingNode:
+        """What probes of this node's links use of it."""
+        return ProbingNode(name=self.settings.name, bus=self.bus, gate=self.gate, count=self.status.count)
 
     @property
     def alive(self) -> bool:

@@ -1,4 +1,4 @@
-"""Probing: how the stages send probes over their links and answer those of others (`stages.measuring.probes`).
+"""Peers of probes: how the stages send probes over their links and answer those of others (`stages.measuring.probes`).
 
 A device probes edges through their activation topics, and they answer on the results topic. An edge probes the cloud stages
 through their topic, and they answer on the edge's. Probes and answers take the latency of a played network, as data does.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from bus.errors import BusError, ProtocolError
@@ -16,8 +17,6 @@ from bus.frames import Frame, encode_frame
 from bus.port import Bus
 from bus.values import is_node_name
 from stages.measuring.clock import exact_clock
-from stages.node import Node
-from stages.shaper import Link
 
 MAX_PROBED_EDGES = 16
 """A device probes at most this many edges: those that its tasks used last, then a selection that depends on its name."""
@@ -25,6 +24,13 @@ MAX_ECHOES = 64
 """Answers that are sent at the same time; further probes are dropped, and the prober tries again."""
 CLOUD = "cloud"
 """The cloud stages as one peer of an edge."""
+
+
+class DelayingLink(Protocol):
+    """A link with the latency of a played network."""
+
+    def latency_s(self, now_s: float) -> float:
+        """The one-way latency now, by the loop's clock."""
 
 
 def edges_to_probe(device: str, edges: Iterable[str], used: Sequence[str]) -> list[str]:
@@ -37,13 +43,23 @@ def edges_to_probe(device: str, edges: Iterable[str], used: Sequence[str]) -> li
     return [*recent, *others][:MAX_PROBED_EDGES]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbingNode:
+    """What probes and answers use of their node."""
+
+    name: str
+    bus: Bus
+    gate: Callable[[], Awaitable[None]]  # returns when the node may send
+    count: Callable[[str], None]  # adds to a counter of the node
+
+
 class LinkToPeers:
     """The way of a node's probes (`stages.measuring.probes.ProbedLink`)."""
 
     def __init__(
         self,
-        node: Node,
-        link: Link,
+        node: ProbingNode,
+        link: DelayingLink,
         topic_of: Callable[[str], str],
         *,
         idle: Callable[[], bool],
@@ -63,14 +79,15 @@ class LinkToPeers:
 
     async def send(self, peer: str, probe: Frame) -> None:
         await _after_latency(self._link)
-        await self._node.bus.send(self._topic_of(peer), encode_frame(probe), key=self._node.settings.name)
+        await self._node.bus.send(self._topic_of(peer), encode_frame(probe), key=self._node.name)
 
 
 class EchoStage(Protocol):
     """What answers depend on: the edge's or the cloud's side."""
 
-    echo_link: Link
-    """The link that answers cross."""
+    @property
+    def echo_link(self) -> DelayingLink:
+        """The link that answers cross."""
 
     def echo_topic(self, prober: str) -> str:
         """The topic on which a prober reads answers. Raises ValueError for a name that no prober has."""
@@ -80,7 +97,7 @@ class Echoes:
     """Answers probes."""
 
     def __init__(
-        self, node: Node, stage: EchoStage, can_sign: Callable[[str], bool], bus_for: Callable[[str], Bus]
+        self, node: ProbingNode, stage: EchoStage, can_sign: Callable[[str], bool], bus_for: Callable[[str], Bus]
     ) -> None:
         """`bus_for` returns the bus that carries a topic of answers."""
         self._node, self._stage, self._can_sign, self._bus_for = node, stage, can_sign, bus_for
@@ -95,10 +112,10 @@ class Echoes:
         except ValueError as error:
             raise ProtocolError("undecodable", f"a probe from {probe.source!r}: {error}") from None
         if self._open >= MAX_ECHOES or not self._can_sign(topic):
-            self._node.status.count("probes_dropped")
+            self._node.count("probes_dropped")
             return
         self._open += 1
-        name = self._node.settings.name
+        name = self._node.name
         echo = Frame("echo", probe.task_id, probe.attempt, name)
         group.create_task(self._send(topic, probe.source, encode_frame(echo)), name=f"{name}: echo to {probe.source}")
 
@@ -106,13 +123,12 @@ class Echoes:
         try:
             await _after_latency(self._stage.echo_link)
             await self._bus_for(topic).send(topic, payload, key=prober)
-        except BusError as error:
-            self._node.status.count("probes_dropped")
-            self._node.log.debug("probe not answered", prober=prober, error=str(error))
+        except BusError:
+            self._node.count("probes_dropped")
         finally:
             self._open -= 1
 
 
-async def _after_latency(link: Link) -> None:
+async def _after_latency(link: DelayingLink) -> None:
     if (latency_s := link.latency_s(exact_clock()())) > 0:
         await asyncio.sleep(latency_s)
