@@ -147,6 +147,11 @@ class Flow:
         return len(self._whole) + self._assembler.pending
 
     @property
+    def whole_samples(self) -> frozenset[int]:
+        """Complete samples that are not acknowledged downstream yet."""
+        return frozenset(self._whole)
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of data held for those samples."""
         waiting = sum(array.nbytes for _, tensors, _ in self._ready for array in tensors)

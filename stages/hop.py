@@ -167,6 +167,11 @@ class Hop:
         return self._orphan_bytes + sum(flow.held_bytes for flow in self.flows.values() if not flow.closed)
 
     @property
+    def buffered(self) -> list[tuple[str, int]]:
+        """Task and attempt of the frames that wait for their plan or decision."""
+        return sorted(self._orphans)
+
+    @property
     def open_records(self) -> int:
         """Number of records whose offsets cannot be committed yet."""
         return self.offsets.open_records

@@ -87,13 +87,13 @@ class FinalChecks:
                 if work.tasks:
                     self.say("G8", f"{name} still has {sorted(work.tasks)}")
             elif isinstance(work, Hop):
-                if work.flows or work._orphans or work._orphan_bytes:
-                    self.say("G8", f"{name} still has {sorted(work.flows)} and {sorted(work._orphans)}")
+                if work.flows or work.buffered or work.held_bytes:
+                    self.say("G8", f"{name} still has {sorted(work.flows)} and {work.buffered}")
                 edge = work.stage
                 if isinstance(edge, EdgeStage) and edge.slots._value != stage.settings.slots:
                     self.say("G2", f"{name} has {edge.slots._value} slots free of {stage.settings.slots}")
-                if any(work.offsets._open.values()):
-                    self.say("G8", f"{name} has records open: {work.offsets._open}")
+                if work.open_records:
+                    self.say("G8", f"{name} has {work.open_records} open records")
 
     def _look_for_dead_letters(self) -> None:
         """G7: every garbage record is dead-lettered unless the dead letter was lost; after healing, exactly once."""

@@ -144,7 +144,7 @@ class SimulatedMonitor:
         topic_names = [topics.RESULTS] + ([topics.ACTIVATIONS_CLOUD] if stage.settings.role is Role.EDGE else [])
         whole = [self._scan(log).whole for topic in topic_names for log in self.broker.logs(topic)]
         task_id, attempt = flow.plan.task_id, flow.plan.attempt
-        return sum(any((task_id, attempt, sample) in one for one in whole) for sample in flow._whole)
+        return sum(any((task_id, attempt, sample) in one for one in whole) for sample in flow.whole_samples)
 
     def _peak(self, stage: VirtualStage, task_id: str, under_way: int, window: int) -> None:
         role = stage.settings.role.value

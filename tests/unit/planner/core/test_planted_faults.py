@@ -1,11 +1,12 @@
-"""Planted faults: each is a bug that somebody could make, and each must be caught by what the other tests rely on.
+"""Planted faults: the checks that the other tests rely on must catch each of these likely bugs.
 
-Without the fault the same run is clean, so it is the fault that is caught and nothing else.
+The same run without the fault is clean, so the checks catch the fault and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -27,37 +28,36 @@ def run(parts: CoreParts | None = None) -> None:
     World(PlannerCore(0, parts=parts), seed=3, tasks=80, rate=10.0, edges=2, devices=30).run()
 
 
-def one_slot_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def _timeline(variant: Callable[[int, int, int], ledger.Timeline]) -> CoreParts:
+    return CoreParts(ledger=partial(ledger.Ledger, variant))
+
+
+def one_slot_too_many(monkeypatch: pytest.MonkeyPatch) -> CoreParts:
     """Off by one: an edge hands out r_e + 1 slots."""
-    right = ledger.Timeline.__init__
-
-    def wrong(self: ledger.Timeline, slots: int, link1_bps: int, link2_bps: int) -> None:
-        right(self, slots + 1, link1_bps, link2_bps)
-
-    monkeypatch.setattr(ledger.Timeline, "__init__", wrong)
+    return _timeline(lambda slots, link1_bps, link2_bps: ledger.Timeline(slots + 1, link1_bps, link2_bps))
 
 
-def double_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The timeline gets back twice what one task held."""
-    right = ledger.Timeline.give
+def double_release(monkeypatch: pytest.MonkeyPatch) -> CoreParts:
+    """A running task's resources are given back to the timeline twice."""
 
-    def wrong(self: ledger.Timeline, r: ledger.Reservation) -> None:
-        right(self, r)
-        if r.running:
-            right(self, r)
+    class Wrong(ledger.Timeline):
+        def give(self, r: ledger.Reservation) -> None:
+            super().give(r)
+            if r.running:
+                super().give(r)
 
-    monkeypatch.setattr(ledger.Timeline, "give", wrong)
+    return _timeline(Wrong)
 
 
-def release_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs keeps its bandwidth for good."""
-    right = ledger.Timeline.give
+def release_forgotten(monkeypatch: pytest.MonkeyPatch) -> CoreParts:
+    """A running task keeps its bandwidth for good."""
 
-    def wrong(self: ledger.Timeline, r: ledger.Reservation) -> None:
-        if not r.running:
-            right(self, r)
+    class Wrong(ledger.Timeline):
+        def give(self, r: ledger.Reservation) -> None:
+            if not r.running:
+                super().give(r)
 
-    monkeypatch.setattr(ledger.Timeline, "give", wrong)
+    return _timeline(Wrong)
 
 
 def capacity_checked_at_the_start_only(monkeypatch: pytest.MonkeyPatch) -> CoreParts:
