@@ -1,15 +1,16 @@
-"""Core-only driver: the real `PlannerCore` in virtual time, with stages replaced by their predicted delays.
+"""Core-only driver: the real `PlannerCore` in virtual time, with stages replaced by their delays.
 
 A heap of (time, priority, sequence, event) feeds the core with the messages that the service reads from the bus. A
-task that the core starts ends after its predicted delay, multiplied by random noise if the scenario has noise. There
-is no bus, no encoding and no event loop, so figures, sweeps and runs with millions of tasks use this driver.
+task that the core starts ends after its predicted delay, or after what `loadgen.sim.environment` says if the scenario has
+noise or drift. There is no bus, no encoding and no event loop, so figures, sweeps and runs with millions of tasks use this
+driver.
 `loadgen.sim.simulator` runs the complete live code.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 from bus.errors import ConfigError, InvariantError, PolicyError
 from bus.messages import (
     Ended,
+    LinkMeasurement,
     NodeAnnounced,
+    NodeHeartbeat,
     Placed,
     Retried,
     Start,
@@ -25,18 +28,20 @@ from bus.messages import (
     TaskState,
 )
 from bus.unchecked_constructors import maker
-from bus.values import Parts
-from loadgen.random_streams import Streams
+from bus.values import Role
 from loadgen.replay.outcome import Outcome
 from loadgen.replay.schedule import Entry
+from loadgen.sim.environment import Drift, Environment, LogNormal, Ran, World, as_predicted
 from loadgen.sim.platforms import Platforms
 from loadgen.sim.scenario import Scenario
 from planner.core.core import PlannerCore, Tick
 from planner.core.options import CoreOptions
+from planner.search.cost import Overheads
 
 _END = 0  # at equal times, resources are freed before new requests are handled
 UNLIMITED = 1 << 60
-_NOTHING = Parts()
+MOST_LINKS = 100
+"""Limit of links in one heartbeat."""
 _completed = maker(TaskCompleted)  # skips validation: the values are computed here
 
 
@@ -46,7 +51,7 @@ class Drive:
 
     core: PlannerCore
     on_end: Callable[[Outcome], None]  # called once per task, in order of end time
-    slowdown: Callable[[], float] = field(default=lambda: 1.0)  # actual / predicted delay of the next started task
+    world: World = as_predicted  # what a started task takes
     now_s: float = 0.0
     _heap: list[tuple[float, int, int, Any]] = field(default_factory=list)
     _sequence: int = 0
@@ -57,6 +62,22 @@ class Drive:
         """Let the nodes join at time 0."""
         for node in nodes:
             self._handle(node)
+
+    def measure_links(self, nodes: Sequence[NodeAnnounced]) -> None:
+        """Let the nodes report their declared latencies: what a link carries is learned only of a measured link."""
+        edges = [node.node for node in nodes if node.role is Role.EDGE]
+        for node in nodes:
+            link, ends, latency_s = 1, node.reachable_edges, node.link1_latency_s
+            if node.role is Role.EDGE:
+                link, ends, latency_s = 2, (node.node,), node.link2_latency_s
+            elif node.role is Role.CLOUD:
+                continue
+            links = tuple(
+                LinkMeasurement(link=link, edge=edge, latency_s=latency_s or 0.0)
+                for edge in (edges if ends is None else ends)[:MOST_LINKS]
+            )
+            if links:
+                self._handle(NodeHeartbeat(node=node.node, incarnation=node.incarnation, links=links))
 
     def run(self, entries: Iterable[Entry]) -> None:
         """Run until the last task has ended. `entries` may be a generator; it is read one entry ahead.
@@ -101,8 +122,8 @@ class Drive:
         self._live[task.task_id] = outcome
         self._handle(task)
 
-    def _complete(self, completion: tuple[str, int]) -> None:
-        task_id, attempt = completion
+    def _complete(self, completion: tuple[str, int, Ran]) -> None:
+        task_id, attempt, ran = completion
         outcome = self._live.get(task_id)
         if outcome is None or outcome.attempt != attempt:
             return  # the task ended for another reason, or was retried
@@ -112,7 +133,7 @@ class Drive:
                 task_id=task_id,
                 attempt=attempt,
                 node=outcome.device,
-                measured=outcome.predicted or _NOTHING,
+                measured=ran.parts,
                 delay_s=self.now_s - started_s,
                 wait_s=started_s - outcome.scheduled_s,
             )
@@ -128,8 +149,11 @@ class Drive:
                 outcome = live[task_id]
                 outcome.started_s = now_s
                 self._sequence += 1
-                end_s = now_s + (outcome.predicted_delay_s or 0.0) * self.slowdown()
-                heappush(self._heap, (end_s, _END, self._sequence, (task_id, change.attempt)))
+                task = self.core.tasks.get(task_id)
+                if task is None or task.placed is None:
+                    continue  # a later change of the same event ended it
+                ran = self.world(task.submitted, task.placed, now_s)
+                heappush(self._heap, (now_s + ran.delay_s, _END, self._sequence, (task_id, change.attempt, ran)))
             elif isinstance(change, Retried):
                 live[change.task_id].started_s = None
             elif isinstance(change, Ended):
@@ -150,15 +174,17 @@ def core_for(scenario: Scenario) -> PlannerCore:
         policy=scenario.policy,
         objective=scenario.objective,
         execution=scenario.runs_as,
-        options=CoreOptions(max_waiting=UNLIMITED, max_waiting_per_device=UNLIMITED),  # the paper's queue is unbounded
+        options=CoreOptions(  # the paper's queue is unbounded
+            max_waiting=UNLIMITED, max_waiting_per_device=UNLIMITED, learning=scenario.learn
+        ),
     )
 
 
 def drive(scenario: Scenario, seed: int, platforms: Platforms) -> list[Outcome]:
     """Run a scenario through the core and return the outcomes in due order.
 
-    Delays are the predicted ones; with `scenario.noise` they are multiplied by log-normal noise of mean 1, drawn from
-    a stream of the same seed. Raises `ConfigError`, `InvariantError`, `PolicyError`.
+    Delays are the predicted ones, unless the scenario has noise or drift: see `loadgen.sim.environment`. Raises
+    `ConfigError`, `InvariantError`, `PolicyError`.
     """
     if scenario.link1_trace is not None or scenario.link2_trace is not None:
         raise ConfigError(
@@ -167,18 +193,22 @@ def drive(scenario: Scenario, seed: int, platforms: Platforms) -> list[Outcome]:
         )
     platforms.require(scenario.models)
     outcomes: list[Outcome] = []
-    run = Drive(core_for(scenario), outcomes.append)
-    if scenario.noise:
-        run.slowdown = log_normal(scenario.noise, seed)
-    run.announce(scenario.nodes(seed, platforms.profiles))
+    run = Drive(core_for(scenario), outcomes.append, world_of(scenario, seed, platforms))
+    nodes = scenario.nodes(seed, platforms.profiles)
+    run.announce(nodes)
+    if scenario.learn:
+        run.measure_links(nodes)
     run.run(scenario.schedule(seed).entries)
     return sorted(outcomes, key=lambda outcome: (outcome.scheduled_s, int(outcome.task_id.rpartition("-")[2])))
 
 
-def log_normal(sigma: float, seed: int) -> Callable[[], float]:
-    """A generator of log-normal factors with mean 1 and standard deviation `sigma` of the logarithm."""
-    rng = Streams(seed).stream("noise")
-    return lambda: math.exp(float(rng.normal(-sigma * sigma / 2, sigma)))
+def world_of(scenario: Scenario, seed: int, platforms: Platforms) -> World:
+    """What tasks take in a scenario; the same for every policy."""
+    if not (scenario.noise or scenario.drift):
+        return as_predicted
+    factor = LogNormal(scenario.noise, seed) if scenario.noise else None
+    speed = Drift(scenario.drift, seed) if scenario.drift else None
+    return Environment(platforms, factor, speed, Overheads(scenario.link1_latency_s, scenario.link2_latency_s))
 
 
 def completed(outcomes: Iterable[Outcome]) -> list[Outcome]:

@@ -62,7 +62,9 @@ class Scenario:
     policy: str = "deepar"
     objective: Objective = Objective.SEQUENTIAL
     execution: Execution | None = None  # None: derived from the objective
-    noise: float = 0.0  # standard deviation of log(actual / predicted) of a task's delay
+    noise: float = 0.0  # standard deviation of log(actual / predicted) of a task's times
+    drift: float = 0.0  # standard deviation of log(actual / declared) of the speed of a node or link
+    learn: bool = False  # whether the planner learns from completed tasks
     link1_latency_s: float = 0.0  # one-way latency of link 1, of every device
     link2_latency_s: float = 0.0  # the same of link 2, of every edge and the cloud
     link1_trace: Trace | None = None  # bandwidth and latency over time that every device plays on link 1
@@ -80,8 +82,9 @@ class Scenario:
             raise ConfigError(f"arrivals: {self.arrivals!r} is not one of {', '.join(ARRIVALS)}")
         if not (self.within_s > 0 and math.isfinite(self.within_s)):
             raise ConfigError(f"within_s must be greater than 0, not {self.within_s}")
-        if not 0 <= self.noise < 10:
-            raise ConfigError(f"noise: {self.noise} is not a small number from 0 up")
+        for name in ("noise", "drift"):
+            if not 0 <= getattr(self, name) < 10:
+                raise ConfigError(f"{name}: {getattr(self, name)} is not a small number from 0 up")
         for name in ("edge_link1_bps", "edge_link2_bps", "slots"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
@@ -260,7 +263,9 @@ def coerce(key: str, value: Any) -> Any:
             return Execution(value)
         if key == "policy":
             load_policy(str(value))
-        return _number(value) if key == "noise" else str(value)
+        if key == "learn":
+            return _flag(value)
+        return _number(value) if key in ("noise", "drift") else str(value)
     except (ValueError, TypeError, ConfigError) as error:
         raise ConfigError(f"{key}: {error}", remedy=getattr(error, "remedy", None)) from None
 
@@ -287,6 +292,13 @@ def _number(value: Any) -> float:
         return float(value)
     except (ValueError, TypeError):
         raise ValueError(f"{value!r} is not a number") from None
+
+
+def _flag(value: Any) -> bool:
+    found = {"true": True, "yes": True, "false": False, "no": False}.get(str(value).lower())
+    if found is None:
+        raise ValueError(f"{value!r} is not true or false")
+    return found
 
 
 def _range(value: Any, parse: Callable[[Any], float]) -> Range:

@@ -25,6 +25,7 @@ from bus.text.json_text import json_text
 from bus.text.units import format_seconds, parse_duration
 from bus.values import Objective
 from deploy.commands.simulate.chaos import chaos
+from deploy.commands.simulate.robustness import robustness
 from deploy.commands.simulate.soak import soak
 from deploy.console_output import completion
 from deploy.console_output.option_groups import with_option_groups
@@ -64,6 +65,7 @@ ObjectiveFlag = Annotated[
 
 
 app.command()(chaos)
+app.command()(robustness)
 app.command()(soak)
 
 FIGURES, SWEEP, COMPARE = Path("figures"), Path("runs/sweep"), Path("runs/compare")

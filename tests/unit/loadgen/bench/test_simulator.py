@@ -8,7 +8,8 @@ from bus.messages import TaskState
 from loadgen.bench import simulator
 from loadgen.bench.simulator import REGIONS, SCENARIO, drive_region, entries, rare_collection
 from loadgen.replay.outcome import Outcome
-from loadgen.sim.core_driver import Drive, core_for, log_normal
+from loadgen.sim.core_driver import Drive, core_for
+from loadgen.sim.environment import Environment, LogNormal
 from loadgen.sim.platforms import platforms
 
 
@@ -47,7 +48,7 @@ def test_the_core_makes_no_cycles(noise: float) -> None:
     for tasks in (20, 1500):
         run = Drive(core_for(SCENARIO), end)
         if noise:
-            run.slowdown = log_normal(noise, 1)
+            run.world = Environment(platforms(SCENARIO.profile), LogNormal(noise, 1))
         run.announce(SCENARIO.nodes(1, platforms(SCENARIO.profile).profiles)[: 1 + SCENARIO.edges + tasks])
         gc.collect()
         gc.disable()

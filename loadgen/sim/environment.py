@@ -1,0 +1,172 @@
+"""The simulated world: what tasks really take, where predictions are wrong.
+
+Two things make a task take another time than its declared profiles and bandwidths say:
+
+* Noise multiplies the times of one task by a log-normal factor of mean 1. The factor belongs to the task: all policies meet
+  the same one.
+* Drift changes the speed of every node and every link over time, around what was declared.
+
+Each is drawn from streams of the seed. A task meets the speeds of the instant at which it starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from bus.messages import Placed, TaskSubmitted
+from bus.unchecked_constructors import maker
+from bus.values import Parts, Role
+from loadgen.random_streams import Streams
+from loadgen.sim.platforms import Platforms
+from planner.search.cost import NO_OVERHEADS, Costs, Overheads, PlatformRow, stations_s
+from planner.search.families import family_of
+
+_parts = maker(Parts)  # skips validation: the values are computed here
+
+STEP_S = 30.0
+"""Time for which a drifting speed stays the same."""
+KEPT = 0.9
+"""Share of its distance from the declared speed that a drifting speed keeps in a step: it forgets in about five minutes."""
+
+Factor = Callable[[str], float]
+"""The noise of a task, by its id."""
+Speed = Callable[[str, float], float]
+"""The speed of a node, or of a link (see `link1` and `link2`), relative to the declared one, at a virtual time."""
+
+
+class Ran(NamedTuple):
+    """What a task took."""
+
+    parts: Parts  # busy times
+    delay_s: float  # from its start to its end
+
+
+World = Callable[[TaskSubmitted, Placed, float], Ran]
+"""What a task takes that starts now: the task, its placement, virtual time."""
+
+
+def as_predicted(task: TaskSubmitted, placed: Placed, now_s: float) -> Ran:
+    """A world in which the planner's predictions are exact."""
+    return Ran(placed.parts, placed.delay_s)
+
+
+def link1(device: str, edge: str) -> str:
+    """The name of a device's link to an edge."""
+    return f"{device}>{edge}"
+
+
+def link2(edge: str) -> str:
+    """The name of an edge's link to the cloud."""
+    return f"{edge}>cloud"
+
+
+class Environment:
+    """A world with noise and changing speeds. Times follow from the declared profiles, not from the planner's predictions."""
+
+    def __init__(
+        self,
+        machines: Platforms,
+        factor: Factor | None = None,
+        speed: Speed | None = None,
+        latencies: Overheads = NO_OVERHEADS,
+    ) -> None:
+        self._machines = machines
+        self._latencies = latencies  # of the links; neither noise nor drift changes them
+        self._factor = factor or _constant
+        self._speed = speed or _constant
+        self._costs: dict[str, Costs] = {}  # by model
+
+    def __call__(self, task: TaskSubmitted, placed: Placed, now_s: float) -> Ran:
+        """What a task takes; see `World`."""
+        one = self._sample_s(task, placed, now_s)
+        factor, samples = self._factor(task.task_id), task.samples
+        s1, s2, s3, s4, s5, s6b, s6a = (factor * s for s in one)
+        parts = _parts(
+            device_s=samples * s1,
+            link1_s=samples * s2,
+            edge_s=samples * s3,
+            link2_s=samples * s4,
+            cloud_s=samples * s5,
+            result_s=samples * (s6b + s6a),
+        )
+        delay_s = stations_s((s1, s2, s3, s4, s5, s6b, s6a), samples, placed.objective)
+        place, layers = placed.placement, self._costs_of(task.model).layers
+        return Ran(
+            parts,
+            delay_s + self._latencies.total_s(family_of(place.cut1, place.cut2, layers), samples, placed.objective),
+        )
+
+    def _sample_s(self, task: TaskSubmitted, placed: Placed, now_s: float) -> tuple[float, ...]:
+        """The station times of one sample, without noise."""
+        place, edge = placed.placement, placed.placement.edge
+        bps1, bps2 = place.link1_bps or 1, place.link2_bps or 1
+        edge_speed = 1.0
+        if edge is not None:
+            edge_speed = self._speed(edge, now_s)
+            # A link that is faster than declared carries no more: its senders keep to their grants.
+            bps1 = max(1, int(bps1 * min(1.0, self._speed(link1(task.device, edge), now_s))))
+            bps2 = max(1, int(bps2 * min(1.0, self._speed(link2(edge), now_s))))
+        s = self._costs_of(task.model).sample_parts(place.cut1, place.cut2, bps1, bps2, task.input_bytes)
+        return (
+            s.s1 / self._speed(task.device, now_s),
+            s.s2,
+            s.s3 / edge_speed,
+            s.s4,
+            s.s5 / self._speed("cloud", now_s),
+            s.s6b,
+            s.s6a,
+        )
+
+    def _costs_of(self, model: str) -> Costs:
+        if model not in self._costs:
+            machines = self._machines
+            rows = (PlatformRow(machines.model(role, model)) for role in (Role.DEVICE, Role.EDGE, Role.CLOUD))
+            self._costs[model] = Costs(*rows)
+        return self._costs[model]
+
+
+def _constant(*_: object) -> float:
+    return 1.0
+
+
+class LogNormal:
+    """Noise: a log-normal factor of mean 1 for each task; `sigma` is the standard deviation of its logarithm.
+
+    The factor depends on the seed and the task's id alone, so it is the same under every policy.
+    """
+
+    def __init__(self, sigma: float, seed: int) -> None:
+        self._sigma = sigma
+        self._seed = seed
+
+    def __call__(self, task_id: str) -> float:
+        """The factor of a task."""
+        rng = np.random.default_rng(np.random.SeedSequence([self._seed, *f"noise {task_id}".encode()]))
+        return math.exp(float(rng.normal(-self._sigma * self._sigma / 2, self._sigma)))
+
+
+class Drift:
+    """Speeds that wander around the declared ones: an autoregressive walk of the logarithm, one for each node and link.
+
+    `sigma` is the standard deviation of the logarithm of a speed at any instant, the first one included.
+    """
+
+    def __init__(self, sigma: float, seed: int) -> None:
+        self._sigma = sigma
+        self._streams = Streams(seed)
+        self._walks: dict[str, tuple[np.random.Generator, list[float]]] = {}
+
+    def __call__(self, name: str, at_s: float) -> float:
+        """The speed of a node or link, relative to the declared one."""
+        if name not in self._walks:
+            rng = self._streams.stream(f"drift {name}")
+            self._walks[name] = rng, [float(rng.normal(0.0, self._sigma))]
+        rng, walk = self._walks[name]
+        step = int(at_s / STEP_S)
+        while len(walk) <= step:
+            walk.append(KEPT * walk[-1] + math.sqrt(1 - KEPT * KEPT) * float(rng.normal(0.0, self._sigma)))
+        return math.exp(walk[step])
