@@ -240,7 +240,9 @@ def options_of(kind: type[Options], **values: Any) -> Options:
     try:
         return kind(**values)
     except ValidationError as error:
-        raise ConfigError(f"--{_first_fault(error).replace('edges.', 'edge ', 1)}") from None
+        key, message = _key_and_fault(error)
+        flag = key.replace("edges.", "edge ").replace("_", "-")
+        raise ConfigError(f"--{flag}: {message}" if key else message) from None
 
 
 def node_name(text: str, flag: str) -> str:
@@ -261,6 +263,12 @@ def lease_of(text: str, flag: str = "--lease") -> float:
 
 def _first_fault(error: ValidationError) -> str:
     """The first fault as `KEY: what is wrong`."""
+    key, message = _key_and_fault(error)
+    return f"{key}: {message}" if key else message
+
+
+def _key_and_fault(error: ValidationError) -> tuple[str, str]:
+    """The key of the first fault, empty where it concerns several, and what is wrong."""
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part + 1 if isinstance(part, int) else part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
@@ -268,4 +276,4 @@ def _first_fault(error: ValidationError) -> str:
         message = "unknown key"
     elif first["type"] == "string_pattern_mismatch":
         message = f"{first['input']!r} is not a valid name: only letters, digits, _ and - are allowed"
-    return f"{key + ': ' if key else ''}{message}"
+    return key, message

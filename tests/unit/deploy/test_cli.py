@@ -16,6 +16,8 @@ import typer
 from deploy import cli
 from deploy.kafka_local.ports import free_port
 
+TRACE = str(Path(__file__).parents[2] / "data" / "traces" / "4g_foot.csv")
+
 
 def _unprepared(log_level: str) -> None:
     """Leave the signals and the logging of the test process unchanged."""
@@ -182,9 +184,15 @@ def test_an_interrupt_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatc
     [
         ("device",),
         ("device", "--link", "50Mbps"),
+        ("device", "--link1-latency", "20ms"),
+        ("device", "--link1-trace", TRACE),
         ("edge",),
         ("edge", "--link1", "0.5Gbps", "--link2", "30 Mbps"),
+        ("edge", "--link2-latency", "40 ms"),
+        ("edge", "--link2-trace", TRACE),
         ("cloud",),
+        ("cloud", "--link2-latency", "0"),
+        ("cloud", "--link2-trace", TRACE),
     ],
     ids=" ".join,
 )

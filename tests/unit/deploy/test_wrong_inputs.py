@@ -38,6 +38,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         "twice": kafka + '[[edge]]\nname = "e1"\n[[edge]]\nname = "e1"',
         "negative": kafka + '[[edge]]\nname = "e1"\nlink1 = "-5Mbps"',
         "unit": kafka + '[[edge]]\nname = "e1"\nlink1 = 5',
+        "trace": 'tasks = 1\nlink1_trace = "lte.csv"',
         "type": 'models = "lenet"',
         "table": "bus = 3",
     }
@@ -45,6 +46,8 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         (tmp_path / f"{name}.toml").write_text(text, encoding="utf-8")
     (tmp_path / "when.jsonl").write_text('{"at_s": "x", "model": "lenet"}', encoding="utf-8")
     (tmp_path / "blank.jsonl").write_text('{"at_s": 1, "model": "le net"}', encoding="utf-8")
+    (tmp_path / "late.csv").write_text("t_s,bps\n0,1\n3,1\n1,1\n", encoding="utf-8")
+    (tmp_path / "lte.csv").write_text("t_s,bps,latency_s\n0,1,0.02\n3,1,0.02\n", encoding="utf-8")
     (tmp_path / "nan.txt").write_text("nan", encoding="utf-8")
     return tmp_path
 
@@ -99,6 +102,14 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
             "--link1: '30': a rate without a unit; write 30Mbps",
         ),
         ("stage edge --link2 9000000Gbps", "more than any rate can be"),
+        ("stage device --link1-latency 20", "--link1-latency: '20': a duration without a unit; write 20s"),
+        ("stage cloud --link2-latency 2h", "--link2-latency: Input should be less than or equal to 3600"),
+        ("stage device --link1-trace folder", "--link1-trace: trace folder: Is a directory"),
+        ("stage edge --link2-trace late.csv", "--link2-trace: trace late.csv, line 4: t_s: 1 does not come after 3"),
+        ("stage device --link1-trace lte.csv --link1-latency 20ms", "trace lte.csv has latencies, too"),
+        ("simulate compare --link1-latency 20", "--link1-latency 20: a duration without a unit"),
+        ("simulate compare --link2-trace late.csv", "link2_trace: trace late.csv, line 4"),
+        ("simulate sweep --scenario trace.toml --out out", "no prediction knows a trace"),
         ("stage device --edge 'a b'", "--edge 1: 'a b' is not a valid name"),
         ("stage device --lease 0 --runner modelled --profile paper", "--lease 0: a lease must be longer than 0"),
         ("stage device --identity-key folder --runner modelled --profile paper", "folder: Is a directory"),

@@ -14,11 +14,14 @@ from deploy.services.settings import (
     CloudOptions,
     DeviceOptions,
     EdgeOptions,
+    NodeOptions,
     PlannerOptions,
     ServedModel,
     UpSettings,
     load_settings,
+    options_of,
 )
+from deploy.services.wiring import node_settings
 from stages.models.files.choice import ModelChoice
 
 EXAMPLE = Path(deploy.__file__).with_name("example.toml")
@@ -129,3 +132,34 @@ def test_a_model_may_say_which_signature_and_shapes_are_meant(tmp_path: Path) ->
     ):
         with pytest.raises(ConfigError, match=words):
             load_settings(written(tmp_path, SMALL.replace('["lenet"]', f"[{wrong}]")))
+
+
+def test_a_played_network_becomes_what_the_node_announces(tmp_path: Path) -> None:
+    trace = tmp_path / "lte.csv"
+    trace.write_text("t_s,bps,latency_s\n0,5000000,0.03\n1,0,0.05\n2,0,0.05\n", encoding="utf-8")
+    text = SMALL.replace('name = "e1"', 'name = "e1"\nlink2_latency = "40ms"')
+    text = text.replace('name = "c1"', f'name = "c1"\nlink2_trace = "{trace}"')
+    text = text.replace('name = "d1"', f'name = "d1"\nlink1_trace = "{trace}"')
+    settings = load_settings(written(tmp_path, text))
+    nodes = (*settings.device, *settings.edge, *settings.cloud)
+    networks = {node.name: node_settings(node, region=0, lease_s=1.0).network for node in nodes}
+    assert {name: network.mean_latency_s for name, network in networks.items()} == pytest.approx(
+        {"d1": 0.04, "e1": 0.04, "c1": 0.04}
+    )
+    assert [networks[name].trace is not None for name in ("d1", "e1", "c1")] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "said"),
+    [
+        (DeviceOptions, {"edges": ("a b",)}, "--edge 1: 'a b' is not a valid name"),
+        (EdgeOptions, {"link2_latency": "1"}, "--link2-latency: '1': a duration without a unit; write 1s"),
+        (DeviceOptions, {"link1_trace": "gone.csv"}, "--link1-trace: trace gone.csv: No such file or directory"),
+    ],
+)
+def test_a_fault_of_a_flag_names_the_flag_as_it_is_typed(
+    options: type[NodeOptions], flags: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        options_of(options, name="n", **flags)
+    assert str(caught.value).startswith(said)
