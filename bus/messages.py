@@ -396,6 +396,7 @@ class Learned(Frozen):
 
     type: Literal["learned"] = "learned"  # selects the class
     task_id: Name | None = None  # the task that was measured; None: a heartbeat
+    attempt: AttemptNumber | None = None  # the attempt that was measured
     nodes: tuple[LearnedNode, ...] = ()  # speed of a model on a node
     paths: tuple[LearnedPath, ...] = ()  # overheads between a device and an edge
     links: tuple[LearnedLink, ...] = ()  # latency and bandwidth of links

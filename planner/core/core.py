@@ -116,6 +116,7 @@ class CoreParts:
     check_choice: CheckChoice = check_choice
     settling: SettlingRules = field(default_factory=SettlingRules)
     max_search_bytes: int = MAX_SEARCH_BYTES  # memory limit for prepared searches
+    teacher: Callable[[RegionState, Candidates, ChangeRecorder], Teacher] = Teacher
     ledger: Callable[[], Ledger] = Ledger  # creates an empty ledger
     queue_limits: Callable[[RegionState, CoreOptions], QueueLimits] = QueueLimits
 
@@ -154,7 +155,7 @@ class PlannerCore:
         self._recorder = ChangeRecorder(state, options.max_attempts)
         self._breakers = CircuitBreakers(state, self._recorder)
         self._membership = Membership(state, self._candidates, self._recorder)
-        self._teacher = Teacher(state, self._candidates, self._recorder)
+        self._teacher = parts.teacher(state, self._candidates, self._recorder)
         rules = PlacingRules(self.policy, self.execution, options.when_late, parts.check_choice)
         limits = parts.queue_limits(state, options)
         self._placer = Placer(state, self._candidates, self._recorder, self._breakers, limits, rules)

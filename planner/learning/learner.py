@@ -71,6 +71,7 @@ def from_attempt(table: EstimateTable, attempt: Attempt, now: float) -> Learned:
     stale = table.stale(now)
     return _learned(
         task_id=placed.task_id,
+        attempt=completed.attempt,
         nodes=tuple(nodes),
         paths=(_observe_path(table, attempt, parts),),
         links=tuple(links),

@@ -17,7 +17,7 @@ from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
 from bus.errors import BusError
 from bus.frames import Frame
-from bus.messages import Decision, Ended, EpochOpened, Message, NodeAnnounced, Snapshot, Start
+from bus.messages import Decision, Ended, EpochOpened, Message, NodeAnnounced, Snapshot, Start, TaskCompleted
 from bus.port import Bus, Payload, Position, Reader, Record, TopicPartition
 from bus.tensors import Array, Assembler, Piece
 from bus.values import Role
@@ -25,6 +25,7 @@ from loadgen.sim.programs import Programs
 from planner.core.core import CoreParts, PlannerCore
 from planner.core.placing import QueueLimits
 from planner.core.region.records import Task
+from planner.core.teacher import Teacher
 from planner.search.ledger import Ledger, Reservation, Timeline
 from planner.service.leader_term import LeaderTerm
 from planner.service.service import PlannerService, ServiceParts
@@ -351,6 +352,23 @@ class Endless(QueueLimits):
         return None
 
 
+class EveryAttemptTeaches(Teacher):
+    """Learns from whatever attempt is reported as complete."""
+
+    def completed(self, task: Task, completed: TaskCompleted, now: float) -> None:
+        attempt, task.attempt = task.attempt, completed.attempt
+        super().completed(task, completed, now)
+        task.attempt = attempt
+
+
+class UnsavedLearning(PlannerCore):
+    """Leaves an estimate out of its snapshots."""
+
+    def to_state(self) -> dict[str, Any]:
+        state = super().to_state()
+        return {**state, "estimates": state["estimates"][1:]}
+
+
 class TimelessCore(PlannerCore):
     """Asks for no tick, so that no lease expires."""
 
@@ -398,6 +416,11 @@ HARMLESS = Canary(
     "any attempt", "a device takes results of fenced attempts", 0, programs=Programs(device=UnfencedDevice)
 )
 """Not a bug: a sample's result is the same whichever attempt made it, and is delivered once. Attempts only fence."""
+
+FENCED_TEACHER = Canary(
+    "fenced teacher", "the planner learns from fenced attempts", 1, core(teacher=EveryAttemptTeaches)
+)
+"""Needs a completion that is read just after a new attempt has begun: rare among random faults, so a test plays it."""
 
 CANARIES = (
     Canary("no dedup", "a device shows every result that comes", 5, stage(missing=NeverRemoved)),
@@ -450,6 +473,7 @@ CANARIES = (
     ),
     Canary("garbage left", "garbage among the snapshots stays", 5, service(leader_term=CarelessTerm)),
     Canary("queue unbounded", "a full queue takes more", 20, core(queue_limits=Endless)),
+    Canary("learning unsaved", "a learned value is not in the snapshot", 5, Programs(core=UnsavedLearning)),
     Canary("losses unseen", "a silent node is not declared lost", 5, Programs(core=TimelessCore)),
     Canary(
         "inputs skipped", "a planner records more input than it read", 5, Programs(planner=planner_with_inputs_ahead)

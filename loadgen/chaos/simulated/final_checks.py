@@ -16,6 +16,7 @@ from loadgen.chaos.simulated.client import SimulatedClient
 from loadgen.chaos.simulated.faults import Breaker
 from loadgen.chaos.simulated.oracle import Oracle, Say
 from loadgen.sim.region import VirtualRegion
+from planner.core.core import PlannerCore
 from stages.device import Device
 from stages.edge_stage import EdgeStage
 from stages.hop import Hop
@@ -57,6 +58,9 @@ class FinalChecks:
                 self.say("G2", str(error))
             if settled and leader.core.state_hash != oracle.core.state_hash:
                 self.say("G3", "the leader's state differs from the state replayed from its decisions")
+            restored = PlannerCore.from_state(leader.core.to_state(), options=leader.core.options)
+            if restored.state_hash != leader.core.state_hash:
+                self.say("G3", "a snapshot of the leader's state restores to another state")
         if settled:
             if not all(stage.joined for stage in self.region.stages.values()):
                 self.say("G1", "not all processes are back")

@@ -17,6 +17,7 @@ from bus.messages import (
     Decision,
     Ended,
     EpochOpened,
+    Learned,
     NodeAnnounced,
     NodeJoined,
     NodeLost,
@@ -31,14 +32,14 @@ from bus.values import Role
 from planner.core.core import PlannerCore
 
 Say = Callable[[str, str], None]
-"""Called for each violation with the guarantee (G1..G11) and a description."""
+"""Called for each violation with the guarantee (G1..G13) and a description."""
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
     """A violated guarantee."""
 
-    guarantee: str  # G1..G11
+    guarantee: str  # G1..G13
     what: str  # description
 
     def as_object(self, seed: int, replay: str) -> dict[str, Any]:
@@ -62,6 +63,7 @@ class Oracle:
         self.lost: set[str] = set()  # nodes that were declared lost at any time
         self.decisions = 0
         self.longest_queue = 0
+        self.learned = 0  # changes of what the planner has learned
         self._live: dict[str, TaskSubmitted] = {}
         self._deadlines: dict[str, float] = {}
         self._placed: dict[str, Placed] = {}
@@ -137,6 +139,8 @@ class Oracle:
                     self.attempts[change.task_id] += 1
                     self.stalled[change.task_id] += change.cause == "stalled"
                     self._free(change.task_id)
+                case Learned():
+                    self._learn(change)
                 case Ended():
                     self._end(change, decision.now_s)
                 case _:
@@ -153,6 +157,22 @@ class Oracle:
             return
         if self.core.state_hash != decision.ledger_hash:
             self._say("G3", f"replaying decision {decision.seq} gives another state")
+
+    def _learn(self, learned: Learned) -> None:
+        """G13: only the current attempt of a running task teaches, and only about the nodes that it used."""
+        self.learned += 1
+        if learned.task_id is None:
+            return
+        placed = self._placed.get(learned.task_id)
+        if placed is None or learned.task_id not in self._running or placed.attempt != learned.attempt:
+            self._say("G13", f"{learned.task_id} teaches although attempt {learned.attempt} does not run")
+            return
+        for path in learned.paths:
+            if (path.device, path.edge) != (placed.device, placed.placement.edge):
+                self._say("G13", f"{learned.task_id} teaches about a path that it does not use")
+        for node in learned.nodes:
+            if node.node in self._edges and node.node != placed.placement.edge:
+                self._say("G13", f"{learned.task_id} teaches about {node.node}, which it does not use")
 
     def _end(self, end: Ended, now_s: float) -> None:
         ends = self.ends.setdefault(end.task_id, [])

@@ -125,7 +125,7 @@ class Play:
             policy=self.policy,
             objective=objective,
             execution=objective.execution,
-            options=CoreOptions(max_waiting=self.max_waiting),
+            options=CoreOptions(max_waiting=self.max_waiting, learning=True),
         )
 
     def _make_planner(self, name: str, bus: MemoryBus) -> PlannerService:

@@ -114,7 +114,7 @@ class SoakRegion(VirtualRegion):
             0,
             objective=Objective.PIPELINED,
             execution=Execution.STREAMING,
-            options=CoreOptions(remember_ended=self.scenario.remember),
+            options=CoreOptions(remember_ended=self.scenario.remember, learning=True),
         )
 
     def _make_planner(self, name: str, bus: MemoryBus) -> PlannerService:
