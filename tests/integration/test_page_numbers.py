@@ -15,8 +15,9 @@ from bus.text.units import format_seconds, parse_duration, parse_rate
 from bus.values import Kind, Parts, Placement, Role
 from deploy.monitor.phrases import STATION_NAMES
 from deploy.monitor.ui import serve
+from planner.learning.lessons import name_of, text_of
 from tests.browser import Page, open_page
-from tests.unit.deploy.monitor.test_region_view import DEVICE, PLACE, Topics, admitted, placed, start
+from tests.unit.deploy.monitor.test_region_view import DEVICE, PLACE, Topics, admitted, learned, placed, start
 
 AWKWARD_S = (
     1e-7,
@@ -192,3 +193,35 @@ async def test_nothing_is_wider_than_the_screen(tmp_path: Path, width: int) -> N
         )
     assert sizes["needed"] <= sizes["shown"] == width
     assert sizes["beyond"] == []
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+async def test_errors_and_what_was_learned_and_a_silent_planner_are_on_the_page(tmp_path: Path, width: int) -> None:
+    region = Topics()
+    region.decide(0.0, NodeJoined(node=DEVICE))
+    place = placed("t1", 1.0, 1.0)
+    region.decide(1.0, admitted("t1"), place, start("t1", 1.0))
+    region.decide(22.0, ended("t1", 1.4 * place.delay_s, place.parts), learned("t1"))
+    async with serve(region.view, host="127.0.0.1", port=0) as address, open_page(tmp_path, width=width) as page:
+        await page.open(address)
+        await drawn(page, region)
+        await page.evaluate("document.getElementById('window').value = ''; draw()")
+        assert await page.evaluate("document.querySelector('.task .name small').textContent") == "+40 %"
+        number = "document.querySelector('#numbers [data-name=\"prediction error\"] dd').textContent"
+        assert await page.evaluate(number) == "40 %"
+        lessons = await page.evaluate("[...document.querySelectorAll('#learned li')].map((one) => one.textContent)")
+        assert lessons == [
+            f"{name_of(lesson.value)} {text_of(lesson.value)} from 1 task, the last t1"
+            for lesson in region.view.lessons.newest(9)
+        ]
+        planner = "document.getElementById('planner')"
+        assert await page.evaluate(f"{planner}.className") == ""
+        region.view.note_silence(14.2)
+        await drawn(page, region)
+        assert await page.evaluate(f"{planner}.textContent") == region.view.planner_text()
+        assert "silent since 22.0 s, for 14 s" in region.view.planner_text()
+        assert await page.evaluate(f"{planner}.className") == "lost"
+        region.decide(23.0, admitted("t2"))
+        await drawn(page, region)
+        assert await page.evaluate("document.querySelectorAll('#learned li').length") == len(lessons), "still there"
+        assert page.complaints == []
