@@ -20,13 +20,11 @@ class DelayLine(Generic[T]):
 
     def __init__(self) -> None:
         self._items: deque[tuple[float, T]] = deque()
-        self._last_s = float("-inf")  # when the newest item is due
         self._filled = asyncio.Event()
 
     def put(self, item: T, due_s: float) -> None:
-        """Add an item that is due at `due_s` on the loop's clock, but never before the items ahead of it."""
-        self._last_s = max(self._last_s, due_s)
-        self._items.append((self._last_s, item))
+        """Add an item that is due at `due_s` on the loop's clock, and not before the items ahead of it are taken."""
+        self._items.append((due_s, item))
         self._filled.set()
 
     async def first(self) -> T:

@@ -185,8 +185,7 @@ async def cross(grants: tuple[Grant, ...], size_bytes: int, ready_s: float) -> f
     clock = exact_clock()
     crossed_s = ready_s
     for grant in grants:
-        shares = grant.link.shares
-        if shares is None:
+        if (shares := grant.link.shares) is None:
             crossed_s = grant.book(size_bytes, crossed_s)
         else:
             crossed_s = await grant.carried(shares, size_bytes, crossed_s)

@@ -45,11 +45,14 @@ def frame_sender_of(
     on_acknowledged: Callable[[Sequence[int]], None],
     network: PlayedNetwork = NO_NETWORK,
     gate: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0),
+    *,
+    link: Link | None = None,
 ) -> FrameSender:
+    link = link or Link(network=network)
     return FrameSender(
         bus,
         PLAN,
-        Route("link1", "out", "t", "activations", (Link(network=network).grant(1_000_000),)),
+        Route("link1", "out", "t", "activations", (link.grant(1_000_000),)),
         SenderHooks(gate=gate, on_busy=lambda begin_s, end_s: None, on_acknowledged=on_acknowledged),
         source="d",
     )
@@ -162,6 +165,34 @@ def test_a_frame_in_flight_waits_for_the_gate_and_one_of_a_stopped_sender_never_
             return posted[0], posted[1], posted[2]
 
     assert run_virtual(run()) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_sender_that_is_idle_or_stopped_leaves_a_traced_link_to_the_others(stopped: bool) -> None:
+    """The link carries 80 kbit/s. The other sender has had a share of it, and now has nothing to send or has ended."""
+    flat = parse_trace("flat", ["t_s,bps", "0,80000", "100,80000"])
+
+    async def run() -> float:
+        clock = asyncio.get_running_loop().time
+        link = Link(network=PlayedNetwork(trace=flat))
+        async with MemoryBus(MemoryBroker()) as bus, contextlib.AsyncExitStack() as stack:
+            await bus.create_topics([TopicSpec("out", 1)])
+            other = frame_sender_of(bus, lambda samples: None, link=link)
+            async with contextlib.AsyncExitStack() as inner:
+                await inner.enter_async_context(sending(other))
+                other.put(Outgoing(0, [np.zeros(500_000 if stopped else 100, np.uint8)], 0.0))
+                await asyncio.sleep(1.0)
+                if not stopped:
+                    stack.push_async_exit(inner.pop_all())
+            acknowledged = asyncio.Event()
+            sender = frame_sender_of(bus, lambda samples: acknowledged.set(), link=link)
+            begin_s = clock()
+            async with asyncio.timeout(60.0), sending(sender):
+                sender.put(Outgoing(0, [np.zeros(10_000, np.uint8)], begin_s))
+                await acknowledged.wait()
+            return clock() - begin_s
+
+    assert 1.0 < run_virtual(run()) < 1.2  # 10 kB and the heads of frames, at the full rate
 
 
 def test_every_sample_is_acknowledged_once_and_whole() -> None:
