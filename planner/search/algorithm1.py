@@ -201,6 +201,23 @@ def grouped(edges: Iterable[EdgeOption]) -> list[EdgeKind]:
     return [EdgeKind(*kind, tuple(accounts)) for kind, accounts in kinds.items()]
 
 
+class _Candidate(NamedTuple):
+    """A family on an edge at a start, on the heap of `Algorithm.best`.
+
+    The first four fields order the heap. Edge and family are unique in it, so the later fields are never compared.
+    """
+
+    least: float  # lower bound of w + delta_t
+    family: int
+    name: str  # of the first edge
+    start_s: float
+    step: int  # the step of the edge's timeline that contains the start; -1: not looked up yet
+    kind: EdgeKind
+    full: Found  # w and the cuts at full caps
+    tried: list[tuple[int, int, float]]  # w at other grants
+    accounts: tuple[EdgeAccount, ...]  # the edge; in the first round all edges of its kind
+
+
 class Choice(NamedTuple):
     """A placement that fits: the resources to reserve, the start, and the delay."""
 
@@ -284,25 +301,26 @@ class Algorithm:
                 else:
                     following, at = _next_start(timeline, family, at, min(best_value, most) - full[0] + now)
                 if ends and start >= turn:
-                    later = bisect_right(ends, start)
-                    if later < len(ends) and ends[later] < following:
-                        following = ends[later]
+                    following_end = bisect_right(ends, start)
+                    if following_end < len(ends) and ends[following_end] < following:
+                        following = ends[following_end]
                         at = bisect_right(timeline.times, following) - 1
                 if following == _NEVER or following - now + full[0] > most:
                     continue
                 later_value = (following - now if waits is None else waits.delta_s(account, following)) + full[0]
                 if later_value <= best_value:
-                    heappush(heap, (later_value, family, name, following, at, kind, full, tried, (account,)))
+                    later = _Candidate(later_value, family, name, following, at, kind, full, tried, (account,))
+                    heappush(heap, later)
         return best
 
-    def _bounds(self, families: Collection[int], device_computes: bool, worst: float) -> list[_Pair]:
+    def _bounds(self, families: Collection[int], device_computes: bool, worst: float) -> list[_Candidate]:
         """All pairs with start now, as a heap ordered by w at full caps, without impossible pairs and those above `worst`.
 
         Edges of one kind have the same bound and share one entry.
         """
         request, now = self.request, self.now
         samples, objective, input_bytes = request.samples, request.objective, request.input_bytes
-        heap: list[_Pair] = []
+        heap: list[_Candidate] = []
         for kind in request.kinds():
             search, b1, b2, overheads, computes, accounts = kind
             if b1 < 1:
@@ -326,7 +344,7 @@ class Algorithm:
                     overheads,
                 )
                 if found is not None and found[0] <= worst and found[0] < _NEVER:
-                    heap.append((found[0], family, name, now, -1, kind, found, [], accounts))
+                    heap.append(_Candidate(found[0], family, name, now, -1, kind, found, [], accounts))
         heapify(heap)
         return heap
 
@@ -475,20 +493,6 @@ class Algorithm:
                 return None
             at_full = False
         return Choice(family, account.name, cut1, cut2, b1, b2, start, delay)
-
-
-_Pair = tuple[
-    float,  # bound of w + delta_t
-    int,  # family
-    str,  # name of the first edge
-    float,  # start
-    int,  # the step of the edge's timeline that contains the start; -1: not looked up yet
-    EdgeKind,
-    Found,  # w at full caps
-    list[tuple[int, int, float]],  # w at other grants
-    tuple[EdgeAccount, ...],  # the edge; in the first round all edges of its kind
-]
-"""Edges and a family, at a start. Edge and family are unique in the heap, so the later fields are never compared."""
 
 
 def placement_of(request: Request, choice: Choice) -> Placement:
