@@ -16,7 +16,7 @@ from bus.values import Objective, Role
 from planner.core.region.records import KnownNode
 from planner.core.region.state import RegionState
 from planner.learning.learner import Attempt, Work
-from planner.learning.table import FAMILIES, NODE_PRIOR
+from planner.learning.values import FAMILIES, NODE_PRIOR
 from planner.search.algorithm1 import EdgeOption, Reached, Request
 from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow, RowTable
 from planner.search.cut_search import CutSearch, search_bytes

@@ -22,7 +22,8 @@ from bus.messages import (
 from bus.unchecked_constructors import maker
 from bus.values import Objective, Parts
 from planner.learning.estimates import WINDOW, Line, Point, Prior, deviation, fit, kept, rounded, steady
-from planner.learning.table import FAMILIES, NO_PATH, NODE_PRIOR, EstimateTable, LinkEstimate, family_kind
+from planner.learning.table import EstimateTable
+from planner.learning.values import FAMILIES, NO_PATH, NODE_PRIOR, LinkEstimate, family_kind
 from planner.search.cost import Overheads, parts_s
 
 _FAMILY_NUMBER: Final = {kind: number for number, kind in enumerate(FAMILIES)}

@@ -3,21 +3,17 @@
 Each estimate keeps the observations that it uses. The numbers of estimates are bounded; the least recently changed one is
 dropped. Values are taken from the record and not computed again, so a newer planner replays older records to the same state.
 
-**Stale estimates.** What looks bad is not chosen, so it is not measured again. After some tasks and some time without an
-observation, a record says that an estimate is stale, and the prediction moves one step towards the prior; the longer it
-lasts, the further. Once this makes it the best choice, one task tries it: the placement takes all steps back, so that other
-tasks wait for the result. A retry that confirms the estimate doubles the time to the next one.
+Stale estimates: see `planner.learning.values`.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
-from heapq import heappop, heappush
 from itertools import islice
 from statistics import median
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from bus.messages import (
     Learned,
@@ -28,112 +24,27 @@ from bus.messages import (
     StaleEstimate,
 )
 from bus.values import Kind
-from planner.learning.estimates import WINDOW, Line, Prior, rounded
+from planner.learning.estimates import WINDOW, Line, rounded
+from planner.learning.staleness import AGING, DueEstimates
+from planner.learning.values import (
+    NO_PATH,
+    NODE_PRIOR,
+    Age,
+    LinkEstimate,
+    LinkKey,
+    NodeEstimate,
+    NodeKey,
+    PathEstimate,
+    PathKey,
+    family_kind,
+    towards,
+)
 
 DEFAULT_LIMIT: Final = 5_000
 """Limit of estimates of each sort (nodes, paths, links)."""
 
-RETRY_TASKS: Final = 20
-"""Tasks of the region after which an estimate without a new observation becomes stale..."""
-RETRY_S: Final = 60.0
-"""...and the ledger time that must have passed as well."""
-EARLY_TASKS: Final = 6
-EARLY_S: Final = 2.0
-"""The same for an estimate with a single observation, once: the first task on a node often is a slow one."""
-JUMPED_S: Final = 10.0
-"""The time after which an estimate becomes stale that has jumped up: the trouble may be over soon."""
-STEP: Final = 0.7
-"""The share of its distance from the prior that a prediction keeps in each step."""
-_LONGEST: Final = 6  # confirmed retries after which the time to the next one doubles no more
-_MOST_STALE: Final = 12  # steps after which the prediction is the prior anyhow
-_SHOWN: Final = 8  # paths of a kind that show what to assume of a new one
-
-NODE_PRIOR: Final = Prior(
-    Line(1.0, 0.0),
-    0.5,  # half of a profile's time, against
-    1e-3,  # a millisecond for each sample
-    Line(0.02, 0.0),
-    Line(1e4, 1e3),
-)
-NO_PATH: Final = Prior(
-    Line(0.0, 0.0),
-    1e-2,  # 10 ms for a task, against
-    1e-3,  # one for each sample
-    Line(-1e3, -1e2),
-    Line(1e6, 1e4),
-)
-
-NodeKey = tuple[str, str]  # node, model
-PathKey = tuple[str, str, Kind]  # device, edge or "", one of the four families
-LinkKey = tuple[int, str, str]  # link, device or "", edge
 SavedEstimate = Sequence[Any]  # sort, key and value of an estimate, as JSON can hold them
-
-FAMILIES: Final = (Kind.DEVICE, Kind.DEVICE_EDGE, Kind.DEVICE_CLOUD, Kind.DEVICE_EDGE_CLOUD)
-"""The kinds that name the families of placements, by number of the family."""
-
-
-class Age(NamedTuple):
-    """How fresh an estimate is."""
-
-    at_s: float  # ledger time of the last observation, step or retry
-    tasks: int  # tasks that had taught the region by then
-    steps: int = 0  # steps towards the prior
-    confirmed: int = 0  # retries in a row that confirmed the estimate
-    tried: bool = False  # whether a retry is under way
-    jumped: bool = False  # whether it has got much worse from one task to the next
-
-    def due(self, observations: int) -> tuple[int, float]:
-        """Count of tasks and ledger time from which the estimate is stale."""
-        if observations == 1 and not self.steps and not self.confirmed:
-            return self.tasks + EARLY_TASKS, self.at_s + EARLY_S
-        factor = 1 << min(self.confirmed, _LONGEST)
-        return self.tasks + RETRY_TASKS * factor, self.at_s + (JUMPED_S if self.jumped else RETRY_S) * factor
-
-    def share(self) -> float:
-        """The share of the distance from the prior that counts."""
-        if not self.steps:
-            return 1.0
-        return 0.0 if self.jumped or self.steps >= _MOST_STALE else STEP**self.steps
-
-
-class NodeEstimate(NamedTuple):
-    """A model on a node."""
-
-    observed: tuple[tuple[float, int, float], ...]  # time by the profile, samples, busy time; oldest first
-    line: Line  # factor, overhead of a sample
-    whole_s: float  # time of one sample by the profile; another profile makes the estimate void
-    age: Age
-
-    @property
-    def used(self) -> Line:
-        """The factor and the overhead that predictions use."""
-        return _towards(self.line, NODE_PRIOR.line, self.age)
-
-
-class PathEstimate(NamedTuple):
-    """A device, an edge or none, and a family of placements."""
-
-    observed: tuple[tuple[int, float, float, float], ...]  # samples, delay, gap, error; oldest first
-    line: Line  # overhead of a task, overhead of a sample
-    deviation: float
-    age: Age
-
-
-class LinkEstimate(NamedTuple):
-    """A link."""
-
-    latency_s: float  # one way
-    bps: int | None  # limit of grants; None: as announced
-    at_s: float  # ledger time of the last change of the limit
-
-
-def _towards(line: Line, prior: Line, age: Age) -> Line:
-    """The estimate, moved towards the prior as far as it is stale, and only where it is the worse one."""
-    share = age.share()
-    if share == 1.0:
-        return line
-    a = min(line.a, rounded(prior.a + share * (line.a - prior.a)))
-    return Line(a, min(line.b, rounded(prior.b + share * (line.b - prior.b))))
+_SHOWN: Final = 8  # paths of a kind that show what to assume of a new one
 
 
 class EstimateTable:
@@ -148,7 +59,7 @@ class EstimateTable:
         self.served: OrderedDict[str, str] = OrderedDict()  # edge -> cloud node that served its last task
         self.deviations: dict[str, float] = {}  # of the predictions for tasks of an edge or device, by its name
         self._stale = 0  # estimates that are stale
-        self._due = _DueEstimates()
+        self._due = DueEstimates()
         self._kin: dict[tuple[str, str], OrderedDict[Any, None]] = {}  # see `_families`; last changed last
         self._priors: dict[Kind, Line] = {}
         self._digests: dict[Any, int] = {}
@@ -294,7 +205,7 @@ class EstimateTable:
             kin = self._kin.setdefault(family, OrderedDict())
             kin[key] = None
             kin.move_to_end(key)
-        if name in _AGING:
+        if name in AGING:
             self._due.put(name, key, value)
         if len(table) > self.limit:
             oldest = next(iter(table))
@@ -340,7 +251,7 @@ class EstimateTable:
         """Overheads of a task and of a sample on a path."""
         found = self.paths.get((device, edge or "", kind))
         prior = self.path_prior(kind)
-        return prior if found is None else _towards(found.line, prior, found.age)
+        return prior if found is None else towards(found.line, prior, found.age)
 
     def path_prior(self, kind: Kind) -> Line:
         """What is assumed of a path that no task has taken: what other paths of its kind show, or of a shorter one."""
@@ -444,10 +355,6 @@ class EstimateTable:
         self._tell(None)
 
 
-_AGING: Final = ("node", "path")
-"""The sorts of estimates that become stale."""
-
-
 def _families(name: str, key: Any) -> tuple[tuple[str, str], ...]:
     """The groups of related estimates: the models of a node, the paths of a kind, of a device and of an edge."""
     if name == "node":
@@ -458,63 +365,8 @@ def _families(name: str, key: Any) -> tuple[tuple[str, str], ...]:
     return ("kind", kind), ("paths", device), *((("paths", edge),) if edge else ())
 
 
-class _DueEstimates:
-    """Finds stale estimates without looking at all; derived from the estimates."""
-
-    def __init__(self) -> None:
-        self._by_count: list[tuple[int, float, str, Any]] = []  # heap by the count of tasks that must be reached
-        self._by_time: list[tuple[float, int, str, Any]] = []  # heap by time; the count is reached
-
-    def put(self, name: str, key: Any, value: NodeEstimate | PathEstimate) -> None:
-        """Note when an estimate becomes stale."""
-        if _may_step(value):
-            count, at_s = value.age.due(len(value.observed))
-            heappush(self._by_count, (count, at_s, name, key))
-
-    def first(self, taught: int, now: float, tables: Mapping[str, Mapping[Any, Any]]) -> tuple[str, Any] | None:
-        """Sort and key of the first estimate that is due."""
-        by_count, by_time = self._by_count, self._by_time
-        while by_count and by_count[0][0] <= taught:
-            count, at_s, name, key = heappop(by_count)
-            heappush(by_time, (at_s, count, name, key))
-        while by_time and by_time[0][0] <= now:
-            at_s, count, name, key = by_time[0]
-            value = tables[name].get(key)
-            if value is not None and value.age.due(len(value.observed)) == (count, at_s):
-                return name, key
-            heappop(by_time)  # it has changed since
-        return None
-
-    def tidy(self, tables: Mapping[str, Mapping[Any, Any]]) -> None:
-        """Drop the entries of estimates that have changed, once these are the most."""
-        if len(self._by_count) + len(self._by_time) > 1_000 + 2 * sum(map(len, tables.values())):
-            self._by_count, self._by_time = [], []
-            for name in _AGING:
-                for key, value in tables[name].items():
-                    self.put(name, key, value)
-
-
-def _may_step(value: NodeEstimate | PathEstimate) -> bool:
-    """Whether a step towards the prior can change the predictions."""
-    most = 1 if value.age.jumped else _MOST_STALE
-    prior = NODE_PRIOR.line if isinstance(value, NodeEstimate) else NO_PATH.line
-    return value.age.steps < most and (value.line.a > prior.a or value.line.b > prior.b)
-
-
 def _tuples(rows: Iterable[Iterable[Any]]) -> tuple[Any, ...]:
     return tuple(tuple(row) for row in rows)
-
-
-def family_kind(kind: Kind) -> Kind:
-    """The kind that names the family of a placement's kind."""
-    return _FAMILY_OF.get(kind, kind)
-
-
-_FAMILY_OF: Final = {
-    Kind.EDGE: Kind.DEVICE_EDGE,
-    Kind.CLOUD: Kind.DEVICE_CLOUD,
-    Kind.EDGE_CLOUD: Kind.DEVICE_EDGE_CLOUD,
-}
 
 
 def _is_stale(value: Any) -> bool:

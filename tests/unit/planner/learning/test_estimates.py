@@ -10,7 +10,7 @@ import pytest
 
 from planner.learning.estimates import WINDOW, Line, Point, Prior, deviation, fit, kept, rounded, steady
 from planner.learning.learner import node_points, path_points
-from planner.learning.table import NO_PATH, NODE_PRIOR
+from planner.learning.values import NO_PATH, NODE_PRIOR
 
 Observed = tuple[float, int, float]  # time by the profile, samples, busy time
 

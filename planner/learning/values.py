@@ -1,0 +1,127 @@
+"""The estimates of nodes, paths and links as values: what is assumed before anything is observed, and how they age.
+
+**Stale estimates.** What looks bad is not chosen, so it is not measured again. After some tasks and some time without an
+observation, a record says that an estimate is stale, and the prediction moves one step towards the prior; the longer it
+lasts, the further. Once this makes it the best choice, one task tries it: the placement takes all steps back, so that other
+tasks wait for the result. A retry that confirms the estimate doubles the time to the next one.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from bus.values import Kind
+from planner.learning.estimates import Line, Prior, rounded
+
+RETRY_TASKS: Final = 20
+"""Tasks of the region after which an estimate without a new observation becomes stale..."""
+RETRY_S: Final = 60.0
+"""...and the ledger time that must have passed as well."""
+EARLY_TASKS: Final = 6
+EARLY_S: Final = 2.0
+"""The same for an estimate with a single observation, once: the first task on a node often is a slow one."""
+JUMPED_S: Final = 10.0
+"""The time after which an estimate becomes stale that has jumped up: the trouble may be over soon."""
+STEP: Final = 0.7
+"""The share of its distance from the prior that a prediction keeps in each step."""
+_LONGEST: Final = 6  # confirmed retries after which the time to the next one doubles no more
+MOST_STALE: Final = 12
+"""Steps after which the prediction is the prior anyhow."""
+
+NODE_PRIOR: Final = Prior(
+    Line(1.0, 0.0),
+    0.5,  # half of a profile's time, against
+    1e-3,  # a millisecond for each sample
+    Line(0.02, 0.0),
+    Line(1e4, 1e3),
+)
+NO_PATH: Final = Prior(
+    Line(0.0, 0.0),
+    1e-2,  # 10 ms for a task, against
+    1e-3,  # one for each sample
+    Line(-1e3, -1e2),
+    Line(1e6, 1e4),
+)
+
+NodeKey = tuple[str, str]  # node, model
+PathKey = tuple[str, str, Kind]  # device, edge or "", one of the four families
+LinkKey = tuple[int, str, str]  # link, device or "", edge
+
+FAMILIES: Final = (Kind.DEVICE, Kind.DEVICE_EDGE, Kind.DEVICE_CLOUD, Kind.DEVICE_EDGE_CLOUD)
+"""The kinds that name the families of placements, by number of the family."""
+
+
+class Age(NamedTuple):
+    """How fresh an estimate is."""
+
+    at_s: float  # ledger time of the last observation, step or retry
+    tasks: int  # tasks that had taught the region by then
+    steps: int = 0  # steps towards the prior
+    confirmed: int = 0  # retries in a row that confirmed the estimate
+    tried: bool = False  # whether a retry is under way
+    jumped: bool = False  # whether it has got much worse from one task to the next
+
+    def due(self, observations: int) -> tuple[int, float]:
+        """Count of tasks and ledger time from which the estimate is stale."""
+        if observations == 1 and not self.steps and not self.confirmed:
+            return self.tasks + EARLY_TASKS, self.at_s + EARLY_S
+        factor = 1 << min(self.confirmed, _LONGEST)
+        return self.tasks + RETRY_TASKS * factor, self.at_s + (JUMPED_S if self.jumped else RETRY_S) * factor
+
+    def share(self) -> float:
+        """The share of the distance from the prior that counts."""
+        if not self.steps:
+            return 1.0
+        return 0.0 if self.jumped or self.steps >= MOST_STALE else STEP**self.steps
+
+
+class NodeEstimate(NamedTuple):
+    """A model on a node."""
+
+    observed: tuple[tuple[float, int, float], ...]  # time by the profile, samples, busy time; oldest first
+    line: Line  # factor, overhead of a sample
+    whole_s: float  # time of one sample by the profile; another profile makes the estimate void
+    age: Age
+
+    @property
+    def used(self) -> Line:
+        """The factor and the overhead that predictions use."""
+        return towards(self.line, NODE_PRIOR.line, self.age)
+
+
+class PathEstimate(NamedTuple):
+    """A device, an edge or none, and a family of placements."""
+
+    observed: tuple[tuple[int, float, float, float], ...]  # samples, delay, gap, error; oldest first
+    line: Line  # overhead of a task, overhead of a sample
+    deviation: float
+    age: Age
+
+
+class LinkEstimate(NamedTuple):
+    """A link."""
+
+    latency_s: float  # one way
+    bps: int | None  # limit of grants; None: as announced
+    at_s: float  # ledger time of the last change of the limit
+
+
+def towards(line: Line, prior: Line, age: Age) -> Line:
+    """The estimate, moved towards the prior as far as it is stale, and only where it is the worse one."""
+    share = age.share()
+    if share == 1.0:
+        return line
+    a = min(line.a, rounded(prior.a + share * (line.a - prior.a)))
+    return Line(a, min(line.b, rounded(prior.b + share * (line.b - prior.b))))
+
+
+def family_kind(kind: Kind) -> Kind:
+    """The kind that names the family of a placement's kind."""
+    return _FAMILY_OF.get(kind, kind)
+
+
+_FAMILY_OF: Final = {
+    Kind.EDGE: Kind.DEVICE_EDGE,
+    Kind.CLOUD: Kind.DEVICE_CLOUD,
+    Kind.EDGE_CLOUD: Kind.DEVICE_EDGE_CLOUD,
+}
