@@ -19,6 +19,7 @@ from bus.messages import TaskCompleted, TaskSubmitted
 from bus.tensors import Array
 from bus.values import ModelProfile, Parts, is_node_name
 from stages.measuring.clock import exact_clock
+from stages.measuring.throughput import LinkThroughput
 from stages.network.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
 from stages.network.shaper import Link
 from stages.node import RETRY_S, Node, cause_of, detail_of
@@ -44,6 +45,9 @@ class DeviceWork(Protocol):
 
     node: Node
     link1: Link
+
+    def throughput(self, edge: str) -> LinkThroughput:
+        """What link 1 carries to an edge."""
 
     async def subscribe(self, edge: str) -> None:
         """Read the results that come back through `edge`. Raises `BusError`."""
@@ -223,7 +227,10 @@ class DeviceAttempt:
             plan,
             Route("link1", topics.activations_topic(placement.edge), plan.task_id, "activations", grants),
             SenderHooks(
-                gate=node.gate, on_busy=partial(node.busy, "link1_s", plan.task_id), on_acknowledged=self._sent
+                gate=node.gate,
+                on_busy=partial(node.busy, "link1_s", plan.task_id),
+                on_acknowledged=self._sent,
+                throughput=self.device.throughput(placement.edge),
             ),
             source=node.settings.name,
             headers=node.trace_header("link1", plan),

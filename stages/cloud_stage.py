@@ -29,6 +29,7 @@ class CloudStage:
         self._link2 = Link(network=network)  # in the direction of the devices, as link 1
         self._link1 = Link()
         self.probed_link = None  # the cloud probes nothing
+        self.throughput = None  # and sends no activations
         self.echo_link = self._link2
 
     def slot(self) -> AbstractAsyncContextManager[None]:

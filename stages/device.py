@@ -35,6 +35,8 @@ from stages.frame_authorization import FrameAuthorization
 from stages.measuring.clock import exact_clock
 from stages.measuring.peers import MAX_PROBED_EDGES, LinkToPeers, edges_to_probe
 from stages.measuring.probes import Prober
+from stages.measuring.reports import measurement
+from stages.measuring.throughput import LinkThroughput
 from stages.network.delay_line import DelayLine
 from stages.network.shaper import Link
 from stages.node import RETRY_S, Node
@@ -74,6 +76,7 @@ class Device:
         # One lock per site, so that an unreachable site delays only itself.
         self._subscribing: dict[Bus, asyncio.Lock] = {}
         self._draining = False
+        self._throughputs: dict[str, LinkThroughput] = {}  # by edge, the one used last at the end
         self._prober: Prober | None = None
         self._used: deque[str] = deque(maxlen=MAX_PROBED_EDGES)  # edges of this device's tasks, the last one first
         if node.settings.probes:
@@ -137,12 +140,17 @@ class Device:
             self._aim()
 
     def links(self) -> list[LinkMeasurement]:
-        """The latency of link 1 to every probed edge."""
+        """Latency and throughput of link 1 to every probed edge."""
         found = {} if self._prober is None else self._prober.latencies()
-        return [
-            LinkMeasurement(link=1, edge=edge, latency_s=one.latency_s, deviation_s=one.deviation_s)
-            for edge, one in found.items()
-        ]
+        return [measurement(1, edge, one, self._throughputs.get(edge)) for edge, one in found.items()]
+
+    def throughput(self, edge: str) -> LinkThroughput:
+        """What link 1 carries to an edge."""
+        known = self._throughputs.pop(edge) if edge in self._throughputs else LinkThroughput()
+        self._throughputs[edge] = known
+        while len(self._throughputs) > MAX_PROBED_EDGES:
+            del self._throughputs[next(iter(self._throughputs))]
+        return known
 
     def _site(self, edge: str) -> Bus:
         return self.node.bus.beside(topics.RESULTS, topics.activations_topic(edge))

@@ -13,6 +13,7 @@ from bus import topics
 from bus.frames import Plan
 from bus.values import Placement
 from stages.flow import LayerRange
+from stages.measuring.throughput import LinkThroughput
 from stages.network.frame_sender import Route
 from stages.network.shaper import Link
 from stages.node import NodeSettings
@@ -31,6 +32,7 @@ class EdgeStage:
         self._link2 = Link(settings.link2_capacity_bps, settings.network)
         self._results = Link(settings.link1_capacity_bps)  # link 1 in the direction of the device
         self.probed_link = self._link2
+        self.throughput = LinkThroughput()  # of link 2
         self.echo_link = self._results
 
     def slot(self) -> AbstractAsyncContextManager[None]:

@@ -21,6 +21,7 @@ from bus.headers.tracing import parent_in
 from bus.port import Bus, Record, TopicPartition
 from bus.tensors import Array, Piece
 from stages.measuring.clock import exact_clock
+from stages.measuring.throughput import LinkThroughput
 from stages.network.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
 from stages.node import Node, cause_of, detail_of
 from stages.offsets import Receipt
@@ -59,6 +60,10 @@ class HopStage(Protocol):
 
     def route(self, plan: Plan) -> Route:
         """Where the task's outputs go, with new grants for its links."""
+
+    @property
+    def throughput(self) -> LinkThroughput | None:
+        """What link 2 carries from an edge."""
 
     @property
     def sent_bytes(self) -> dict[str, int]:
@@ -282,6 +287,7 @@ class Flow:
                 gate=node.gate,
                 on_busy=partial(node.busy, f"{route.part}_s", plan.task_id),
                 on_acknowledged=self._acknowledged,
+                throughput=self.hop.stage.throughput if route.part == "link2" else None,
             ),
             source=node.settings.name,
             headers=node.trace_header(route.part, plan),

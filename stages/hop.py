@@ -28,6 +28,7 @@ from stages.flow import Flow, LayerRange
 from stages.frame_authorization import FrameAuthorization
 from stages.measuring.peers import CLOUD, Echoes, LinkToPeers
 from stages.measuring.probes import Prober
+from stages.measuring.reports import measurement
 from stages.node import RETRY_S, Node
 from stages.offsets import Receipt
 
@@ -90,13 +91,9 @@ class Hop:
         return self.node.bus.beside(topic, self.stage.topic) if topic == topics.RESULTS else self.node.bus
 
     def links(self) -> list[LinkMeasurement]:
-        """The latency of an edge's link to the cloud."""
+        """Latency and throughput of an edge's link to the cloud."""
         found = {} if self._prober is None else self._prober.latencies()
-        name = self.node.settings.name
-        return [
-            LinkMeasurement(link=2, edge=name, latency_s=one.latency_s, deviation_s=one.deviation_s)
-            for one in found.values()
-        ]
+        return [measurement(2, self.node.settings.name, one, self.stage.throughput) for one in found.values()]
 
     async def run(self) -> None:
         """Serve until cancelled."""

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from bus.messages import LinkMeasurement
+from stages.measuring.clock import exact_clock
+from stages.measuring.probes import Latency
+from stages.measuring.throughput import LinkThroughput
 
 SAME_SHARE = 0.1
 SAME_S = 0.000_2
 SAME_DEVIATION_SHARE = 0.5
 SAME_DEVIATION_S = 0.000_5
 """Smaller changes of a latency or its deviation are not reported: each report is a decision record of the planner."""
+
+
+def measurement(link: Literal[1, 2], edge: str, latency: Latency, throughput: LinkThroughput | None) -> LinkMeasurement:
+    """What a node reports of one link now."""
+    bps = None if throughput is None else throughput.limit_bps(exact_clock()())
+    return LinkMeasurement(link=link, edge=edge, latency_s=latency.latency_s, deviation_s=latency.deviation_s, bps=bps)
 
 
 class LinkReports:

@@ -19,7 +19,9 @@ from bus.errors import BusError, MessageTooLargeError
 from bus.frames import MAX_FRAME_BYTES, MAX_PIECES, Frame, FrameKind, Plan, encode_frame
 from bus.port import Bus, Headers, Position
 from bus.tensors import Array, Piece, to_pieces
+from bus.values import BITS_PER_BYTE
 from stages.measuring.clock import exact_clock
+from stages.measuring.throughput import LinkThroughput
 from stages.network.delay_line import DelayLine
 from stages.network.shaper import Grant, cross, frame_bytes
 
@@ -49,6 +51,7 @@ class SenderHooks:
     gate: Callable[[], Awaitable[None]]  # returns when the node may send
     on_busy: Callable[[float, float], None]  # begin and end of a stretch of link time, on the loop's clock
     on_acknowledged: Callable[[Sequence[int]], None]  # samples that the bus now holds completely, each reported once
+    throughput: LinkThroughput | None = None  # receives what the link carries while frames wait for it
 
 
 @dataclass(slots=True)
@@ -72,6 +75,7 @@ class _Crossed(NamedTuple):
     headers: Headers
     items: list[Outgoing]  # as in `_Sent`
     begun: list[Outgoing]
+    waited: bool
 
 
 @dataclass(slots=True)
@@ -81,6 +85,7 @@ class _Sent:
     acknowledgement: Awaitable[Position]
     items: list[Outgoing]  # samples whose last piece is in this frame
     begun: list[Outgoing]  # samples with a piece in this frame
+    waited_bytes: int  # its size if it was ready before the frame ahead of it had crossed, else 0: the link had a pause
 
 
 class FrameSender:
@@ -124,6 +129,7 @@ class FrameSender:
         self.began_s: float | None = None  # begin of the first busy interval, on the loop's clock
         self.busy_until_s = float("-inf")  # when the last frame had crossed the links
         self.busy_s = 0.0  # link time: from when frames were ready until they had crossed at the granted rates
+        self._acknowledged_s: float | None = None  # when the last acknowledgement came; None after a failure
         self.frames = 0
         self.resent = 0
 
@@ -225,13 +231,13 @@ class FrameSender:
             )
             await self._hooks.gate()  # before the link, so that frames do not burst when the gate opens
             crossed_s = await cross(route.grants, len(payload), ready_s)
-            self._crossed(ready_s, crossed_s)
+            waited = self._crossed(ready_s, crossed_s)
             if self._delays:
                 if generation == self._generation:
                     headers = self._headers if self._headers_due else ()
                     self._plan_due = self._headers_due = False
                     latency_s = sum(grant.link.latency_s(crossed_s) for grant in route.grants)
-                    self._arriving.put(_Crossed(payload, headers, done, begun), crossed_s + latency_s)
+                    self._arriving.put(_Crossed(payload, headers, done, begun, waited), crossed_s + latency_s)
                 return
             await self._hooks.gate()
             if generation != self._generation:
@@ -249,19 +255,31 @@ class FrameSender:
             _forget(acknowledgement)
             return
         self._plan_due = self._headers_due = False
-        self._posted(acknowledgement, done, begun)
+        self._posted(_Sent(acknowledgement, done, begun, len(payload) if waited else 0))
 
-    def _crossed(self, ready_s: float, now: float) -> None:
-        """Count the link time of a frame that was ready at `ready_s` and has crossed now.
+    def _crossed(self, ready_s: float, now: float) -> bool:
+        """Count the link time of a frame that was ready at `ready_s` and has crossed now; returns whether it had to wait.
 
         It ends here and not at the acknowledgement: the bus adds latency, during which the next frames already cross.
         """
+        waited = ready_s <= self.busy_until_s
         begin_s = min(now, max(ready_s, self.busy_until_s))
         if self.began_s is None:
             self.began_s = begin_s
         self.busy_s += now - begin_s
         self.busy_until_s = now
         self._hooks.on_busy(begin_s, now)
+        return waited
+
+    def _measure(self, waited_bytes: int) -> None:
+        """Count what the link carried since the last acknowledgement, if frames waited for it all the time.
+
+        Acknowledgements show what a real link carries, too: behind the shaper, frames may queue in the bus's client.
+        """
+        now, since_s = exact_clock()(), self._acknowledged_s
+        self._acknowledged_s = now
+        if waited_bytes and since_s is not None and self._hooks.throughput is not None:
+            self._hooks.throughput.carried(since_s, now, waited_bytes * BITS_PER_BYTE, self._rate_bps)
 
     async def _post_all(self) -> None:
         """Post frames when they arrive at the other end of the links."""
@@ -284,15 +302,16 @@ class FrameSender:
                 _forget(acknowledgement)
                 continue
             self._arriving.pop()
-            self._posted(acknowledgement, frame.items, frame.begun)
+            waited_bytes = len(frame.payload) if frame.waited else 0
+            self._posted(_Sent(acknowledgement, frame.items, frame.begun, waited_bytes))
 
-    def _posted(self, acknowledgement: Awaitable[Position], items: list[Outgoing], begun: list[Outgoing]) -> None:
+    def _posted(self, sent: _Sent) -> None:
         """Note a frame that the bus has accepted; its acknowledgement comes later."""
         self.frames += 1
-        self._sent.append(_Sent(acknowledgement, items, begun))
+        self._sent.append(sent)
         self._to_await.set()
         nothing_left = self._to_come <= 0 and not self._waiting and not self._arriving
-        if items and nothing_left and (not self._begun or self._begun is begun):
+        if sent.items and nothing_left and (not self._begun or self._begun is sent.begun):
             self.all_posted.set()
 
     async def _await_all(self) -> None:
@@ -310,12 +329,14 @@ class FrameSender:
                 self._send_again()
                 continue
             self._sent.popleft()
+            self._measure(sent.waited_bytes)
             if sent.items:
                 self._hooks.on_acknowledged([item.sample for item in sent.items])
 
     def _send_again(self) -> None:
         """Queue all unacknowledged samples again, in order, each from its first piece."""
         self._generation += 1
+        self._acknowledged_s = None
         again: dict[int, Outgoing] = {}
         now = exact_clock()()
         for item in [*(item for sent in (*self._sent, *self._arriving) for item in sent.begun), *self._begun]:

@@ -18,7 +18,7 @@ from bus.decisions import DecisionLog
 from bus.headers.tracing import chain, trace_id
 from bus.kafka.bus import KafkaBus
 from bus.kafka.connection import KafkaConnection
-from bus.messages import Decision, NodeJoined, NodeLost, Placed
+from bus.messages import Decision, LinkMeasurement, NodeHeartbeat, NodeJoined, NodeLost, Placed
 from bus.port import Record
 from deploy.kafka_local.ports import free_port
 from tests import prometheus
@@ -167,6 +167,20 @@ def test_each_task_is_one_trace_across_the_processes(
         services = {name: service for name, (service, _) in spans.items()}
         assert (services["submit"], services["task"]) == ("deepar-loadgen", "deepar-planner")
         assert all(services[part] == f"deepar-{part}" for part in parts if part in ("device", "edge", "cloud"))
+
+
+def test_every_node_reports_plausible_latencies_of_its_links(region: Processes, broker: OwnBroker) -> None:
+    """A device measures link 1 to each edge, an edge link 2 to the cloud."""
+    wanted = {*((device, 1, edge) for device in ("d1", "d2", "d3") for edge in ("e1", "e2"))}
+    wanted |= {(edge, 2, edge) for edge in ("e1", "e2")}
+    found: dict[tuple[str, int, str], LinkMeasurement] = {}
+    until_s = time.monotonic() + 10
+    while found.keys() != wanted and time.monotonic() < until_s:
+        events = [messages.decode(topics.EVENTS, record.value) for record in read_all(broker.bootstrap, topics.EVENTS)]
+        heartbeats = [event for event in events if isinstance(event, NodeHeartbeat)]
+        found = {(beat.node, one.link, one.edge): one for beat in heartbeats for one in beat.links}
+    assert found.keys() == wanted
+    assert all(0 < one.latency_s < 1 for one in found.values()), found
 
 
 def test_results_come_back_to_their_device_each_once(region: Processes) -> None:

@@ -18,6 +18,7 @@ from deploy.commands.kafka.dead_letter import read_dead_letters
 from loadgen.sim.virtual_loop import run_virtual
 from stages.measuring.probes import FIRST_PROBES, REFRESH_S
 from stages.network.played import PlayedNetwork
+from stages.network.trace import parse_trace
 from tests.sim.world import World, task, world
 
 BUS_S = 0.002
@@ -253,3 +254,27 @@ def test_a_flood_of_probes_is_answered_within_a_bound() -> None:
     echoes, dropped = run_virtual(run())
     assert echoes <= 70
     assert dropped >= 430
+
+
+def test_a_played_link_that_falls_to_a_third_is_reported_and_so_is_its_recovery() -> None:
+    trace = parse_trace("t", ["t_s,bps", "0,100000000", "10,3000000", "40,100000000", "1000,100000000"])
+
+    async def run() -> list[tuple[float, int | None]]:
+        networks = {"d1": PlayedNetwork(trace=trace)}
+        async with world(
+            devices=("d1",), edges=("e1",), probes=True, policy="edge-only", link1_bps=10_000_000, networks=networks
+        ) as region:
+            found: list[tuple[float, int | None]] = []
+            clock = asyncio.get_running_loop().time
+            for number in range(40):
+                await region.replay([task(number, samples=20)])
+                found.append((clock(), reported(region)["d1", 1, "e1"][-1].bps))
+                await asyncio.sleep(1.0)
+            return found
+
+    found = run_virtual(run(), horizon_s=1000.0)
+    assert all(bps is None for at_s, bps in found if at_s < 10)
+    fallen = [bps for at_s, bps in found if 16 < at_s < 40]
+    assert fallen
+    assert fallen[0] == pytest.approx(3_000_000, rel=0.1)
+    assert found[-1][1] is None
