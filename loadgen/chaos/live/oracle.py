@@ -143,6 +143,8 @@ class DecisionFold:
             self._move(change, seq)
         elif kind == "circuit_changed":
             pass  # a placement hint of the planner; it holds and frees no resources
+        elif kind == "learned":
+            self._check_lesson(change, seq)
         elif task_id not in self._admitted or task_id in self.ends:
             self._say(f"decision {seq}: {kind} for {task_id}, which is {'over' if task_id in self.ends else 'unknown'}")
         elif kind == "retried":
@@ -176,6 +178,12 @@ class DecisionFold:
         if change["device"] not in self.joined:
             self._say(f"decision {seq} starts {task_id} on {change['device']}, which is not there")
         self.running[task_id] = _holding(placement)
+
+    def _check_lesson(self, change: Json, seq: int) -> None:
+        """Only the current attempt of a task teaches the planner; a heartbeat teaches without a task."""
+        task_id = change.get("task_id")
+        if task_id is not None and change.get("attempt") != self.attempts.get(task_id):
+            self._say(f"decision {seq} learns from attempt {change.get('attempt')} of {task_id}, not the current one")
 
     def _move(self, change: Json, seq: int) -> None:
         """Check a new start time: allowed only for a placed task that has not started."""

@@ -91,7 +91,7 @@ def test_what_is_left_out_has_the_default(tmp_path: Path) -> None:
         (('name = "c1"', 'name = "e1"'), None, "e1: duplicate node name"),
         (('edges = ["e1"]', 'edges = ["e2"]'), None, "device d1 names the edge e2"),
         (("models =", 'lease = "soon"\nmodels ='), "lease", "'soon': not a duration; write it like"),
-        (("models =", 'execution = "sequential"\nmodels ='), None, "objective pipelined goes with"),
+        (("models =", 'execution = "sequential"\nmodels ='), None, "objective pipelined requires execution streaming"),
     ],
 )
 def test_an_error_names_the_file_the_key_and_the_cause(

@@ -94,6 +94,12 @@ def circuit(node: str) -> Json:
     return {"type": "circuit_changed", "node": node, "failures": 1, "until_s": None}
 
 
+def learned(task: str | None = None, attempt: int | None = None) -> Json:
+    return {"type": "learned", "nodes": [], "paths": [], "links": [], "stale": []} | (
+        {} if task is None else {"task_id": task, "attempt": attempt}
+    )
+
+
 def honest() -> list[Json]:
     """Two tasks at once, one of them through a loss of its edge. It has a change of every type."""
     returned = EDGE | {"node": EDGE["node"] | {"incarnation": "i2"}}
@@ -102,7 +108,7 @@ def honest() -> list[Json]:
         decision(1, [joined("d1"), EDGE]),
         decision(2, [admitted("t1"), *placed("t1"), start("t1")]),
         decision(3, [admitted("t2"), *placed("t2"), start("t2"), overran("t1")]),
-        decision(4, [ended("t1")]),
+        decision(4, [learned("t1", 1), ended("t1"), learned()]),
         decision(5, [retried("t2", 2), lost("e1"), circuit("e1")]),
         decision(6, [returned, *placed("t2", 2), moved("t2"), start("t2", 2)]),
         decision(7, [ended("t2", 2)]),
@@ -216,6 +222,8 @@ WRONG: dict[str, Mistake] = {
     "t2 was acknowledged and never admitted": replaced(3, decision(3, [])),
     "still holds": lambda log: log[:-1],
     "is not JSON": lambda log: [*log, "poison"],
+    "learns from attempt 1 of t2": insert(6, decision(6, [learned("t2", 1)])),
+    "learns from attempt 1 of t9": insert(5, decision(5, [learned("t9", 1)])),
     "was used twice": lambda log: [*log, opened(2, "a")],
 }
 
