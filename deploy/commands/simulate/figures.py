@@ -35,9 +35,10 @@ from deploy.console_output.writable import writable_folder
 from deploy.kafka_local.broker import KafkaBroker
 from deploy.services.process import EXIT_MISSED
 from deploy.services.telemetry.log_setup import configure_logging
-from loadgen.experiments import compare as compared
-from loadgen.experiments import compare_chart, figures
+from loadgen.experiments import figures
 from loadgen.experiments.claims import Claim
+from loadgen.experiments.comparison import compare as compared
+from loadgen.experiments.comparison import compare_chart
 from loadgen.experiments.figure_check import check_figures
 from loadgen.experiments.figure_result import POLICIES, FigureOptions, FigureResult, write_csv
 from loadgen.experiments.sweep import Axis, SweepOptions, SweepResult

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loadgen import plots
-from loadgen.experiments.compare import Comparison
+from loadgen.experiments.comparison.compare import Comparison
 
 
 def draw(found: Comparison, stem: Path) -> list[Path]:

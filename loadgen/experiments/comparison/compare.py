@@ -20,7 +20,7 @@ from bus import topics
 from bus.kafka.bus import KafkaBus, KafkaConnection
 from bus.messages import TaskState
 from bus.values import STATIONS, ModelProfile
-from loadgen.experiments.live_services import running
+from loadgen.experiments.comparison.live_services import running
 from loadgen.replay.outcome import Outcome, Recorder
 from loadgen.replay.readiness import await_nodes
 from loadgen.replay.replay import ReplayResult, replay
