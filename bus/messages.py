@@ -125,7 +125,7 @@ class NodeLeft(Message):
     type: Literal["node_left"] = "node_left"  # selects the class
     node: NodeName  # name of the node
     region: Annotated[int, Field(ge=0)] = 0  # partition of the control topics
-    incarnation: Name  # which life of the node
+    incarnation: Name  # of the node: one process start, or one return after a loss
 
 
 # --- deepar.events ---------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class NodeHeartbeat(Message):
 
     type: Literal["node_heartbeat"] = "node_heartbeat"  # selects the class
     node: NodeName  # name of the node
-    incarnation: Name  # which life of the node
+    incarnation: Name  # of the node: one process start, or one return after a loss
     links: Annotated[tuple[LinkMeasurement, ...], Field(max_length=100)] = ()  # a device: link 1; an edge: its link 2
 
 
@@ -327,7 +327,7 @@ class NodeLost(Frozen):
 
     type: Literal["node_lost"] = "node_lost"  # selects the class
     node: NodeName  # name of the node
-    incarnation: Name  # which life of the node
+    incarnation: Name  # of the node: one process start, or one return after a loss
     cause: Name  # lease_expired, left, replaced
 
 

@@ -73,6 +73,6 @@ class TaskView:
         return self.delay_s / self.predicted_delay_s - 1.0
 
     def follow(self, task: KnownTask) -> None:
-        """Take over what the decisions say."""
+        """Copy the task's state, as the decisions give it."""
         self.state, self.attempt, self.cause = task.state, task.attempt or 1, task.cause
         self.start_s, self.end_s, self.placed = task.start_s, task.end_s, task.placed

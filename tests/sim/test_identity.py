@@ -1,4 +1,4 @@
-"""A region that demands proofs of identity, in virtual time: one device speaks as another, and it is as if it had not."""
+"""A region that requires proofs of identity, in virtual time: messages that one device forges for another change nothing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_region_that_demands_proofs_works_with_real_stages_and_refuses_nobody(
             process = place.start("only")
             await place.submit(range(TASKS))
             story = await place.until_ended(TASKS)
-            await asyncio.sleep(60.0)  # of heartbeats
+            await asyncio.sleep(60.0)  # time for heartbeats
             return story, await dead_letters_of(place), process.service.context.input_filter.refused
 
     story, letters, refused = run_virtual(run(), horizon_s=HORIZON_S)
@@ -54,13 +54,16 @@ def test_a_region_that_demands_proofs_works_with_real_stages_and_refuses_nobody(
 
 
 async def _forged(forgery: str, master: Master | None) -> tuple[Story, Story, list[DeadLetter], int]:
-    """While a task of d2 runs, d1 says something in its place; then d2 goes on. The story before that, and in the end."""
+    """While a task of d2 runs, d1 sends a forged message; then d2 reports its end.
+
+    Returns the story before that report and after it, the dead letters, and the number of records rejected as unauthorized.
+    """
     topic, message, _ = FORGERIES[forgery]
     async with town(master=master) as place:
         process = place.start("only")
         await leading(place)
         playing = [one for one in asyncio.all_tasks() if one.get_name() == "stages"]
-        playing[0].cancel()  # t0 is d2's, and nobody ends it
+        playing[0].cancel()  # so that no device completes d2's task t0
         await place.tell(topics.TASKS, task(0, "d2"), "t0")
         await asyncio.sleep(1.0)
         key = "t0" if getattr(message, "task_id", None) == "t0" else getattr(message, "node", "t77")
@@ -70,30 +73,30 @@ async def _forged(forgery: str, master: Master | None) -> tuple[Story, Story, li
         before = await place.story()
         await place.tell(topics.EVENTS, done, "t0", "device:d2")
         await asyncio.sleep(2.0)
-        counted = planner_counters([process.service])["wrong_identity"]  # as /metrics tells it
+        counted = planner_counters([process.service])["wrong_identity"]  # the value that /metrics shows
         return before, await place.story(), await dead_letters_of(place), int(counted)
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
 def test_what_a_device_says_as_another_is_refused_and_seen_and_disturbs_nobody(forgery: str) -> None:
     before, story, letters, refused = run_virtual(_forged(forgery, MASTER), horizon_s=HORIZON_S)
-    assert before.ends == {}  # t0 is still d2's
+    assert before.ends == {}  # t0 has not ended
     assert [letter.error for letter in letters] == [FORGERIES[forgery][2]]
     assert letters[0].topic == FORGERIES[forgery][0]
     assert messages.decode(letters[0].topic, letters[0].value) == FORGERIES[forgery][1]
     assert refused == 1
     assert story.ends == {"t0": [TaskState.COMPLETED]}
     assert lost_in(story) == []
-    # It counts as read, so no planner looks at it again.
+    # The forged record counts as read, so no planner reads it again.
     assert story.decisions[-1].inputs[letters[0].topic] > letters[0].offset
 
 
 @pytest.mark.parametrize("forgery", sorted(FORGERIES.keys() - {"heartbeat"}))
 def test_without_a_master_the_same_is_believed(forgery: str) -> None:
-    """So each of them does harm where it is not refused: the test above can fail."""
+    """Without the check each forgery changes the outcome, so the test above can fail."""
     before, story, letters, _ = run_virtual(_forged(forgery, None), horizon_s=HORIZON_S)
     assert letters == []
-    ended = before.ends.get("t0")  # what d2 says of it comes later
+    ended = before.ends.get("t0")  # before d2 reports its end
     believed: dict[str, Callable[[], bool]] = {
         "completion": lambda: ended == [TaskState.COMPLETED],
         "submission": lambda: "t77" in story.admitted,
@@ -105,7 +108,7 @@ def test_without_a_master_the_same_is_believed(forgery: str) -> None:
 
 
 def test_a_name_without_its_key_is_worth_nothing() -> None:
-    """d1 calls itself d2: with its own key, with a key of its own making, with another record's proof, with none."""
+    """d1 claims to be d2: with its own key, with an invented key, with the proof of another record, and without a proof."""
     farewell = messages.encode(NodeLeft(node="d2", incarnation="d2-1"))
     d1, d2 = Speaker("device", "d1"), Speaker("device", "d2")
     of_d1 = MASTER.key(d1).headers(topics.NODES, 0, "d2", farewell)
@@ -177,7 +180,7 @@ def test_a_flood_of_forgeries_is_counted_and_does_not_hold_up_the_region() -> No
 
 @pytest.mark.parametrize("master", [MASTER, Master(bytes(range(32)), frames=True)], ids=["control", "frames, too"])
 def test_among_faults_nobody_honest_is_refused(master: Master) -> None:
-    """`deepar simulate chaos` where the region demands proofs: the same guarantees hold, and only the poison is refused."""
+    """The fault campaign in a region that requires proofs: the same guarantees hold; only poisoned records are rejected."""
     said: list[str] = []
 
     class ListeningFilter(InputFilter):

@@ -1,4 +1,4 @@
-"""An input that the planner cannot handle ends no planner: it is undone, dead-lettered, and its task ends with the cause."""
+"""An input whose handling fails does not stop the planner: it is rolled back and dead-lettered, and its task ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HORIZON_S = 3600.0
 
 
 class Brittle(PlannerCore):
-    """A planted bug: some inputs change the state, and then fail."""
+    """A planted bug: handling some inputs changes the state and then raises an error."""
 
     def __init__(self, *fatal: type[Any], victim: str = "t3") -> None:
         super().__init__(0)
@@ -43,14 +43,14 @@ async def dead_letters_of(place: Town) -> list[DeadLetter]:
 
 
 def ends_of(story: Story) -> dict[str, Ended]:
-    """How each task ended: once."""
+    """The end of each task; every task ends once."""
     found = [change for decision in story.decisions for change in decision.changes if isinstance(change, Ended)]
     assert len({end.task_id for end in found}) == len(found)
     return {end.task_id: end for end in found}
 
 
 async def lives(process: Process) -> None:
-    """It leads, and what it knows is what the topic says."""
+    """Wait until the planner leads, then check its state."""
     async with asyncio.timeout(60.0):
         while process.service.standing is not Standing.LEADING:
             await asyncio.sleep(0.1)
@@ -82,7 +82,7 @@ def test_a_task_whose_input_cannot_be_handled_ends_with_the_cause_and_all_others
                 == "t3"
             )
             assert first.service.counters.input_failures == 1
-            # whoever leads next does not meet it
+            # The next leader does not read the input again.
             await first.stop()
             second = place.start("second")
             await lives(second)
@@ -105,7 +105,7 @@ def test_where_ending_the_task_fails_as_well_the_planner_goes_on_without_it() ->
             assert "t3" not in ends_of(story)
             assert {end.state for end in ends_of(story).values()} == {TaskState.COMPLETED}
             assert process.service.counters.input_failures == 2
-            assert len(await dead_letters_of(place)) == 2  # one a try: a letter too many is better than none
+            assert len(await dead_letters_of(place)) == 2  # one for each attempt to handle it
 
     run_virtual(run(), horizon_s=HORIZON_S)
 

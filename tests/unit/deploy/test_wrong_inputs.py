@@ -1,4 +1,4 @@
-"""What a newcomer gets wrong: each mistake is answered by a line that names what is wrong and where, never by a traceback."""
+"""Mistakes on the command line: each is answered by a line that says what is wrong and where, without a traceback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BYTES = bytes(range(128, 256))
 
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder with files of every wrong kind, and a broker that nobody runs."""
+    """A folder with invalid files of every kind, and the address of a broker that does not run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:1")
     (tmp_path / "folder").mkdir()
