@@ -127,7 +127,7 @@ def test_a_planner_that_learns_predicts_better_where_speeds_are_not_as_declared(
 
 
 def test_deadlines_expire_in_virtual_time() -> None:
-    outcomes = drive(BUSY.varied(deadline_s=3, noise=1.0), 1, machines())
+    outcomes = drive(BUSY.varied(deadline_s=3, noise=1.0), 2, machines())
     turned_away = [outcome for outcome in outcomes if outcome.state is TaskState.REJECTED]
     assert turned_away
     assert {(outcome.cause, outcome.ended_s) for outcome in turned_away} == {
