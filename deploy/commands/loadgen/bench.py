@@ -132,7 +132,8 @@ def print_bench(console: Console, found: dict[str, Any]) -> None:
     for aim in found["aims"]:
         verdict = "[green]PASS[/]" if aim["pass"] else "[bold red]MISS[/]"
         aims.add_row(verdict, aim["name"], _cell("", aim["value"]), _cell("", aim["aim"]))
-    console.print(aims)
+    if found["aims"]:
+        console.print(aims)
     if found.get("note"):
         console.print(found["note"], style="yellow", markup=False)
 
