@@ -29,6 +29,7 @@ from bus.region_tasks import KnownTask, RegionTasks
 from bus.text.units import format_moment, format_rate, format_seconds
 from bus.values import Placement, Role
 from planner.core.core import PlannerCore
+from planner.core.options import CoreOptions
 from planner.learning.lessons import AnyLesson, Lessons
 from planner.learning.lessons import lines as lessons_of
 from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request, placement_of
@@ -93,7 +94,8 @@ def explain(decisions: Iterable[Decision], task_id: str) -> Explanation:
 
     Raises `UnknownNameError` if the decisions do not mention the task.
     """
-    core, region, lessons = PlannerCore(), RegionTasks(), Lessons()
+    core = PlannerCore(options=CoreOptions(learning=True))  # uses what the records say that the planner had learned
+    region, lessons = RegionTasks(), Lessons()
     known: KnownTask | None = None
     placed: Placed | None = None
     ended: Ended | None = None

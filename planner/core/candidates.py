@@ -16,6 +16,7 @@ from bus.values import Objective, Role
 from planner.core.region.records import KnownNode
 from planner.core.region.state import RegionState
 from planner.learning.learner import Attempt, Work
+from planner.learning.table import EstimateTable
 from planner.learning.values import FAMILIES, NODE_PRIOR
 from planner.search.algorithm1 import EdgeOption, Reached, Request
 from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow, RowTable
@@ -43,7 +44,12 @@ class Candidates:
     """Lists the candidates of Algorithm 1 for a task. Reads `region`; results are cached until a node changes."""
 
     def __init__(
-        self, region: RegionState, objective: Objective = Objective.SEQUENTIAL, max_search_bytes: int = MAX_SEARCH_BYTES
+        self,
+        region: RegionState,
+        objective: Objective = Objective.SEQUENTIAL,
+        max_search_bytes: int = MAX_SEARCH_BYTES,
+        *,
+        learning: bool = False,
     ) -> None:
         self.objective = objective
         self.max_search_bytes = max_search_bytes
@@ -56,7 +62,8 @@ class Candidates:
         self._options: dict[str, dict[tuple[PlatformRow, _OwnLink], EdgeOption | None]] = {}  # by edge
         self._option_count = 0
         self._clouds: dict[tuple[str, str], str | None] = {}
-        self._estimates = region.estimates
+        # Without learning, what an earlier planner has learned stays in the state and is not used.
+        self._estimates = region.estimates if learning else EstimateTable()
         self._rows = RowTable()
         self._learned: dict[str, dict[str, PlatformRow]] = {}  # rows with estimates, by node and model
         # Counts changed predictions; what a device reaches was computed at some count, and at which edges changed last.
@@ -64,7 +71,7 @@ class Candidates:
         self._changed_at: dict[str, int] = {}
         self._all_changed_at = 0
         region.watch_nodes(self._forget)
-        region.estimates.watch(self._predictions_changed)
+        self._estimates.watch(self._predictions_changed)
 
     def request(self, submitted: TaskSubmitted, avoid: Collection[str] = ()) -> Request | str | None:
         """The input of Algorithm 1 for a task. None: its device is absent or drains. A string: the cause of rejection.

@@ -151,7 +151,7 @@ class PlannerCore:
             remember_ended=options.remember_ended,
             max_estimates=options.max_estimates,
         )
-        self._candidates = Candidates(state, objective, parts.max_search_bytes)
+        self._candidates = Candidates(state, objective, parts.max_search_bytes, learning=options.learning)
         self._recorder = ChangeRecorder(state, options.max_attempts)
         self._breakers = CircuitBreakers(state, self._recorder)
         self._membership = Membership(state, self._candidates, self._recorder)

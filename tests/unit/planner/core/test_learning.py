@@ -473,6 +473,19 @@ def test_a_replay_and_a_restore_have_the_same_hash_and_decide_the_same() -> None
         core.validate()
 
 
+def test_a_planner_that_does_not_learn_keeps_what_was_learned_and_does_not_use_it() -> None:
+    region = a_region_in_the_middle_of_learning()
+    plain = PlannerCore.from_state(region.core.to_state())
+    declared = Region(Truth(), *nodes(edge("e1", speed=10.0), edge("e2", speed=8.0)), learning=False)
+    assert plain.state_hash == region.core.state_hash
+    assert plain.decide(task("probe"), region.now + 1e3) != region.core.decide(task("probe"), region.now + 1e3)
+    found, expected = plain.decide(task("probe"), region.now + 1e3), declared.core.decide(task("probe"), 0.0)
+    assert found is not None
+    assert expected is not None
+    assert found[:6] == expected[:6]
+    assert found.delay_s == expected.delay_s
+
+
 def test_an_estimate_that_a_snapshot_lacks_changes_the_hash() -> None:
     region = a_region_in_the_middle_of_learning()
     state = region.core.to_state()
