@@ -81,7 +81,7 @@ class Device:
         self._used: deque[str] = deque(maxlen=MAX_PROBED_EDGES)  # edges of this device's tasks, the last one first
         if node.settings.probes:
             way = LinkToPeers(
-                node.probing, self.link1, topics.activations_topic, idle=self._idle, subscribe=self.subscribe
+                node.probing, self.link1, topics.activations_topic, idle=self.idle, subscribe=self.subscribe
             )
             self._prober = Prober(node.settings.name, way, node.heartbeat_now)
         self._arriving: DelayLine[Record] = DelayLine()  # records that still cross link 1, where it has a latency
@@ -119,7 +119,8 @@ class Device:
                 # Tasks through other edges go on; an attempt through this edge retries.
                 self.node.log.warning("site of an edge not reached yet", edge=edge, error=str(error))
 
-    def _idle(self) -> bool:
+    def idle(self) -> bool:
+        """Whether no attempt runs."""
         return not any(task.running and not task.running.done() for task in self.tasks.values())
 
     def _aim(self) -> None:
@@ -175,7 +176,7 @@ class Device:
     async def drain(self) -> None:
         """Start no new attempts and return when the running ones have ended."""
         self._draining = True
-        while not self._idle():
+        while not self.idle():
             await asyncio.sleep(0.05)
 
     # --- decisions ---------------------------------------------------------------------------------------------------

@@ -80,10 +80,11 @@ class Hop:
         self._echoes = Echoes(node.probing, stage, self.authorization.can_sign, self._echo_bus)
         self._prober: Prober | None = None  # of an edge
         if node.settings.probes and stage.probed_link is not None:
-            way = LinkToPeers(node.probing, stage.probed_link, lambda peer: topics.ACTIVATIONS_CLOUD, idle=self._idle)
+            way = LinkToPeers(node.probing, stage.probed_link, lambda peer: topics.ACTIVATIONS_CLOUD, idle=self.idle)
             self._prober = Prober(node.settings.name, way, node.heartbeat_now)
 
-    def _idle(self) -> bool:
+    def idle(self) -> bool:
+        """Whether no flow is open."""
         return all(flow.closed for flow in self.flows.values())
 
     def _echo_bus(self, topic: str) -> Bus:

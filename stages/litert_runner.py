@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -31,6 +32,9 @@ WORKERS = 4 * max(2, os.cpu_count() or 1)
 
 INLINE_S = 0.000_2
 """Shorter computations run on the event loop, because passing them to a thread costs several times as much."""
+
+SAME_SHARE = 0.1
+"""A new measurement that differs by a smaller share confirms the old one."""
 
 YIELD_S = 0.001
 """Inline stations give other tasks a turn after computing on the event loop for this long."""
@@ -59,8 +63,14 @@ class LitertRunner:
         stores: Mapping[str, SegmentStore] | None = None,
         profiles: Mapping[str, ModelProfile] | None = None,
         pool: ThreadPoolExecutor | None = None,
+        measured: Callable[..., ModelProfile] = machine_profile,
     ) -> None:
-        """Models without a store get one; models without a profile are measured. `say` receives progress messages."""
+        """Models without a store get one; models without a profile are measured. `say` receives progress messages.
+
+        `measured` has the parameters of `machine_profile`.
+        """
+        self._options, self._say, self._measured = options, say, measured
+        self._measured_here = {model.name for model in models if model.name not in (profiles or {})}
         self._models = {model.name: model for model in models}
         self._paced = options.paced or options.slowdown > 1.0
         self._pool = pool or ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
@@ -72,11 +82,28 @@ class LitertRunner:
             if model.name not in self._stores:
                 self._stores[model.name] = SegmentStore(model, num_threads=options.num_threads, replicas=WORKERS)
                 self._stores[model.name].warm(say)
-            measured = (profiles or {}).get(model.name) or machine_profile(
-                model, num_threads=options.num_threads, remeasure=options.remeasure, say=say
-            )
-            layer_s = tuple(seconds * options.slowdown for seconds in measured.layer_s)
-            self._profiles[model.name] = measured.model_copy(update={"platform": options.platform, "layer_s": layer_s})
+            profile = (profiles or {}).get(model.name) or self._measure(model, again=options.remeasure)
+            self._profiles[model.name] = self._emulated(profile)
+
+    def _measure(self, model: Model, *, again: bool) -> ModelProfile:
+        return self._measured(model, num_threads=self._options.num_threads, remeasure=again, say=self._say)
+
+    def _emulated(self, profile: ModelProfile) -> ModelProfile:
+        """The profile of the emulated, slower machine."""
+        layer_s = tuple(seconds * self._options.slowdown for seconds in profile.layer_s)
+        return profile.model_copy(update={"platform": self._options.platform, "layer_s": layer_s})
+
+    async def remeasure(self, model: str) -> bool:
+        """Measure a model again in a thread, while this process computes nothing else."""
+        if model not in self._measured_here:
+            return False
+        measure = partial(self._measure, self._model(model), again=True)
+        found = self._emulated(await asyncio.get_running_loop().run_in_executor(None, measure))
+        before_s = sum(self._profiles[model].layer_s)
+        if abs(sum(found.layer_s) - before_s) <= SAME_SHARE * before_s:
+            return False
+        self._profiles[model] = found
+        return True
 
     def profiles(self) -> tuple[ModelProfile, ...]:
         """The profiles that a node announces: measured here and multiplied by the slowdown."""

@@ -29,6 +29,7 @@ from bus.identity.signed_bus import satisfy_region
 from bus.messages import (
     Decision,
     EpochOpened,
+    Learned,
     LinkMeasurement,
     Message,
     NodeAnnounced,
@@ -45,6 +46,7 @@ from stages.measuring.peers import ProbingNode
 from stages.measuring.reports import LinkReports
 from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.parts import StageParts
+from stages.profile_check import ProfileCheck
 from stages.runner import Runner
 
 ALARMED = ("dead_letters", "decisions_missed", "declared_lost", "stalled_attempts", "wrong_identity")
@@ -121,6 +123,9 @@ class Work(Protocol):
     def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
         """Handle a decision; `fenced` names tasks with an attempt that no longer counts."""
 
+    def idle(self) -> bool:
+        """Whether no task uses the node."""
+
     def links(self) -> Iterable[LinkMeasurement]:
         """What the node has measured on its links, for its heartbeats."""
 
@@ -166,6 +171,7 @@ class Node:
         self._lease_start_s = float("-inf")  # send time of the last acknowledged heartbeat or announcement
         self._renewed = asyncio.Event()
         self._link_reports = LinkReports()
+        self._profile_check: ProfileCheck | None = None  # set by `run`
         self._heartbeat_due = asyncio.Event()  # send the next heartbeat now
         self._logged_ready = False  # readiness as last logged
 
@@ -179,6 +185,9 @@ class Node:
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
+                check = ProfileCheck(self.settings.name, self.runner, work.idle, self._announce_again, self.log)
+                self._profile_check = check
+                group.create_task(check.run(), name=f"{self.settings.name}: profiles")
                 group.create_task(work.run(), name=f"{self.settings.name}: work")
                 group.create_task(self._follow(work), name=f"{self.settings.name}: decisions")
                 group.create_task(self._keep_lease(work), name=f"{self.settings.name}: lease")
@@ -423,6 +432,8 @@ class Node:
                         self._drain_acknowledged.set()
                 case NodeLost(incarnation=incarnation) if incarnation == self.incarnation:
                     lost = True
+                case Learned() if self._profile_check is not None:
+                    self._profile_check.learned(change)
                 case _:
                     pass
         work.on_decision(message, sorted(fenced))
@@ -488,6 +499,11 @@ class Node:
             models=self.runner.profiles(),
             draining=True if self._draining else None,
         )
+
+    async def _announce_again(self) -> None:
+        """Announce changed profiles; the node goes on as it is."""
+        if self.status.joined:
+            await self.publish(topics.NODES, self.announcement(), self.settings.name)
 
     async def _announce(self) -> None:
         self.status.warm = True

@@ -55,6 +55,9 @@ class Runner(Protocol):
     def station(self, plan: Plan, first: int, last: int) -> Station:
         """A station for one task's samples; requires a completed `prepare`."""
 
+    async def remeasure(self, model: str) -> bool:
+        """Measure a model on this machine again; returns whether `profiles` has changed. False if it was not measured."""
+
     async def close(self) -> None:
         """Release threads and memory."""
 
@@ -114,6 +117,10 @@ class ModelledRunner:
         """A station that sleeps instead of computing."""
         profile = profile_of(self._profiles, plan.model)
         return _ModelledStation(sum(profile.layer_s[first:last]), profile.cut_bytes[last])
+
+    async def remeasure(self, model: str) -> bool:
+        """Keep the profile: it is emulated, not measured."""
+        return False
 
     async def close(self) -> None:
         """Do nothing: this runner holds no resources."""

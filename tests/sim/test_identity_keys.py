@@ -113,6 +113,9 @@ async def _start(place: Town, master: Master | None) -> None:
 
         def on_decision(self, decision: Decision, fenced: Any) -> None: ...
 
+        def idle(self) -> bool:
+            return True
+
         def links(self) -> Iterable[LinkMeasurement]:
             return ()
 

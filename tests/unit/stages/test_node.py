@@ -24,6 +24,7 @@ class Idle:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.measured: list[LinkMeasurement] = []
+        self.resting = True
 
     async def run(self) -> None:
         self.node.serving.set()
@@ -31,6 +32,9 @@ class Idle:
 
     def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
         pass
+
+    def idle(self) -> bool:
+        return self.resting
 
     def links(self) -> list[LinkMeasurement]:
         return self.measured
