@@ -18,7 +18,7 @@ from loadgen.sim.virtual_loop import run_virtual
 from stages.network.frame_sender import Outgoing, sending
 from stages.runner import ModelledRunner, Station
 
-from .test_frame_sender import frame_sender_of
+from .network.test_frame_sender import frame_sender_of
 
 PROFILE = ModelProfile(
     model="toy",

@@ -16,7 +16,7 @@ from stages.measuring.throughput import HOLD_S, MAX_HOLD_S, LinkThroughput
 from stages.network.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
 from stages.network.shaper import Link
 
-from .test_frame_sender import PLAN
+from .network.test_frame_sender import PLAN
 
 MBIT = 1_000_000
 
