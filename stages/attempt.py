@@ -90,10 +90,10 @@ class DeviceAttempt:
         self.reports: dict[str, float] = {}
         self._cloud: str | None = None  # the cloud node that reported
         self._on_result = on_result
-        parts = device.node.parts
-        self._missing = parts.missing(todo)
-        self._assembler = parts.assembler()
-        self._window = parts.window()
+        components = device.node.components
+        self._missing = components.missing(todo)
+        self._assembler = components.assembler()
+        self._window = components.window()
         self.window = 0  # window size, in samples
         self.under_way = 0  # samples started without a result yet
         self._complete = asyncio.Event()
@@ -222,7 +222,7 @@ class DeviceAttempt:
         node, plan, placement = self.device.node, self.plan, self.plan.placement
         assert placement.edge is not None
         grants = (self.device.link1.grant(placement.link1_bps),)
-        return node.parts.frame_sender(
+        return node.components.frame_sender(
             node.bus,
             plan,
             Route("link1", topics.activations_topic(placement.edge), plan.task_id, "activations", grants),

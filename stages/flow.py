@@ -111,7 +111,7 @@ class Flow:
         self.first, self.last, self.computes = self._check_plan()
         self._route = hop.stage.route(plan)
         self._sending: FrameSender | None = None
-        self._assembler = hop.node.parts.assembler()
+        self._assembler = hop.node.components.assembler()
         self._ready: deque[tuple[int, list[Array], float]] = deque()
         self._arrived = asyncio.Event()
         self._receipts: dict[int, list[Receipt]] = {}  # by sample, until acknowledged downstream
@@ -279,7 +279,7 @@ class Flow:
 
     def _frame_sender(self) -> FrameSender:
         node, plan, route = self.node, self.plan, self._route
-        return node.parts.frame_sender(
+        return node.components.frame_sender(
             node.bus if route.topic != topics.RESULTS else self._results_bus(),
             plan,
             route,

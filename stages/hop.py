@@ -71,7 +71,7 @@ class Hop:
         self._make_flow = make_flow
         self.node = node
         self.stage = stage
-        self.offsets = node.parts.offsets()
+        self.offsets = node.components.offsets()
         self.authorization = FrameAuthorization(node)
         self.flows: dict[tuple[str, int], Flow] = {}
         self._orphans: dict[tuple[str, int], list[_Orphan]] = {}

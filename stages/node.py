@@ -41,11 +41,11 @@ from bus.messages import (
 )
 from bus.port import Bus, Headers, Reader, Record
 from bus.values import Role
+from stages.components import StageComponents
 from stages.fences import REMEMBERED_ENDS
 from stages.measuring.peers import ProbingNode
 from stages.measuring.reports import LinkReports
 from stages.network.played import NO_NETWORK, PlayedNetwork
-from stages.parts import StageParts
 from stages.profile_check import ProfileCheck
 from stages.runner import Runner
 
@@ -144,15 +144,15 @@ class Node:
         *,
         on_busy: BusySink | None = None,
         on_span: SpanSink | None = None,
-        parts: StageParts | None = None,
+        components: StageComponents | None = None,
     ) -> None:
         self.bus = bus
-        self.parts = StageParts() if parts is None else parts
+        self.components = StageComponents() if components is None else components
         self._on_busy = on_busy
         self._on_span = on_span
         self.settings = settings
         self.runner = runner
-        self.fences = self.parts.fences(settings.remembered_ends)
+        self.fences = self.components.fences(settings.remembered_ends)
         self.status = NodeStatus()
         for part in MEASURED[settings.role]:
             self.status.count(f"{part}_busy_seconds", 0.0)
@@ -347,16 +347,16 @@ class Node:
 
         Raises `DecisionsLostError` where deleted decisions are not covered by a snapshot.
         """
-        fences, log = self.parts.fences(self.settings.remembered_ends), self.parts.decision_log(next_offset=0)
-        begin, reader = await self.parts.open_decisions(self.bus, self.settings.region)
+        fences, log = self.components.fences(self.settings.remembered_ends), self.components.decision_log(next_offset=0)
+        begin, reader = await self.components.open_decisions(self.bus, self.settings.region)
         if begin is not None:
             try:
                 fences.restore(begin.state)
-                log = snapshots.log_behind(begin, self.parts.decision_log)
+                log = snapshots.log_behind(begin, self.components.decision_log)
             except (LookupError, TypeError, ValueError) as error:
                 # Another version wrote it: read all decisions instead.
                 self.log.warning("unusable snapshot skipped", seq=begin.seq, error=str(error))
-                fences = self.parts.fences(self.settings.remembered_ends)
+                fences = self.components.fences(self.settings.remembered_ends)
                 await reader.seek((topics.DECISIONS, self.settings.region), 0)
         try:
             while await reader.lag():

@@ -110,8 +110,8 @@ Event = (
 
 
 @dataclass(frozen=True, slots=True)
-class CoreParts:
-    """The replaceable parts of a core. Tests replace one to compare it with an oracle, or to plant a bug."""
+class CoreComponents:
+    """The replaceable components of a core. Tests replace one to compare it with an oracle, or to plant a bug."""
 
     check_choice: CheckChoice = check_choice
     settling: SettlingRules = field(default_factory=SettlingRules)
@@ -136,30 +136,30 @@ class PlannerCore:
         objective: Objective = Objective.SEQUENTIAL,
         execution: Execution | None = None,
         options: CoreOptions | None = None,
-        parts: CoreParts | None = None,
+        components: CoreComponents | None = None,
     ) -> None:
         options = CoreOptions() if options is None else options
-        parts = CoreParts() if parts is None else parts
+        components = CoreComponents() if components is None else components
         self.policy = load_policy(policy) if isinstance(policy, str) else policy
         self.objective = objective
         self.execution = objective.executed_as(execution)
         self._options = options
         self._region = state = RegionState(
             region,
-            parts.ledger(),
+            components.ledger(),
             patience_s=options.patience_s,
             remember_ended=options.remember_ended,
             max_estimates=options.max_estimates,
         )
-        self._candidates = Candidates(state, objective, parts.max_search_bytes, learning=options.learning)
+        self._candidates = Candidates(state, objective, components.max_search_bytes, learning=options.learning)
         self._recorder = ChangeRecorder(state, options.max_attempts)
         self._breakers = CircuitBreakers(state, self._recorder)
         self._membership = Membership(state, self._candidates, self._recorder)
-        self._teacher = parts.teacher(state, self._candidates, self._recorder)
-        rules = PlacingRules(self.policy, self.execution, options.when_late, parts.check_choice)
-        limits = parts.queue_limits(state, options)
+        self._teacher = components.teacher(state, self._candidates, self._recorder)
+        rules = PlacingRules(self.policy, self.execution, options.when_late, components.check_choice)
+        limits = components.queue_limits(state, options)
         self._placer = Placer(state, self._candidates, self._recorder, self._breakers, limits, rules)
-        self._settler = Settler(state, self._recorder, self._placer, parts.settling)
+        self._settler = Settler(state, self._recorder, self._placer, components.settling)
 
     # --- events ------------------------------------------------------------------------------------------------------
 

@@ -53,8 +53,8 @@ ReaderBehind = Callable[[Bus, Snapshot], Awaitable[Reader | None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServiceParts:
-    """The replaceable parts of a planner service. Tests replace one to plant a bug."""
+class ServiceComponents:
+    """The replaceable components of a planner service. Tests replace one to plant a bug."""
 
     reader_behind: ReaderBehind = snapshots.reader_behind  # checks a snapshot against the log
     leader_term: Callable[[RegionContext, Reader], LeaderTerm] = LeaderTerm
@@ -75,7 +75,7 @@ class PlannerService:
         *,
         master: Master | None = None,
         wall_clock: Callable[[], float] = time.time,
-        parts: ServiceParts | None = None,
+        components: ServiceComponents | None = None,
     ) -> None:
         """`wall_clock` (seconds since 1970) only labels records for people who read them."""
         settings = PlannerSettings() if settings is None else settings
@@ -83,7 +83,7 @@ class PlannerService:
         self.standing = Standing.READING
         self._make_core = make_core
         self._take_over = settings.take_over
-        self._parts = ServiceParts() if parts is None else parts
+        self._components = ServiceComponents() if components is None else components
 
     @property
     def core(self) -> PlannerCore:
@@ -137,7 +137,7 @@ class PlannerService:
         self.standing = Standing.READING
         async with aclosing(snapshots.found(self.context.bus, self.context.settings.region)) as candidates:
             async for one in candidates:
-                reader = await self._parts.reader_behind(self.context.bus, one.snapshot)
+                reader = await self._components.reader_behind(self.context.bus, one.snapshot)
                 if reader is None:
                     continue
                 try:
@@ -313,7 +313,7 @@ class PlannerService:
         first: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
-                term = self._parts.leader_term(self.context, reader)
+                term = self._components.leader_term(self.context, reader)
                 for step in (
                     term.read_back,
                     term.decide,
@@ -355,4 +355,4 @@ class PlannerService:
         )
 
 
-__all__ = ["PlannerService", "ServiceParts", "Standing"]
+__all__ = ["PlannerService", "ServiceComponents", "Standing"]

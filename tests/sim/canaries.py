@@ -1,8 +1,8 @@
 """Planted bugs, to see that the simulation finds them: each breaks one promise.
 
-A canary gives the region other programs: a variant of a role, or the real role with a variant of one part
-(`stages.parts.StageParts`, `planner.core.core.CoreParts`, `planner.service.service.ServiceParts`). A variant changes public
-methods only, so that a refactoring of the programs leaves it alone.
+A canary gives the region other programs: a variant of a role, or the real role with a variant of one component
+(`StageComponents`, `CoreComponents`, `ServiceComponents`). A variant changes public methods only, so that a refactoring of
+the programs leaves it alone.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from bus.port import Bus, Payload, Position, Reader, Record, TopicPartition
 from bus.tensors import Array, Assembler, Piece
 from bus.values import Role
 from loadgen.sim.programs import Programs
-from planner.core.core import CoreParts, PlannerCore
+from planner.core.core import CoreComponents, PlannerCore
 from planner.core.placing import QueueLimits
 from planner.core.region.records import Task
 from planner.core.teacher import Teacher
 from planner.search.ledger import Ledger, Reservation, Timeline
 from planner.service.leader_term import LeaderTerm
-from planner.service.service import PlannerService, ServiceParts
+from planner.service.service import PlannerService, ServiceComponents
 from stages.attempt import DeviceAttempt
 from stages.cloud_stage import CloudStage
+from stages.components import StageComponents
 from stages.device import Device
 from stages.edge_stage import EdgeStage
 from stages.fences import Fences
@@ -39,7 +40,6 @@ from stages.hop import Hop
 from stages.network.frame_sender import FrameSender
 from stages.node import Node
 from stages.offsets import OffsetLedger, Receipt
-from stages.parts import StageParts
 from stages.window import MissingResults, Window
 
 
@@ -54,18 +54,18 @@ class Canary:
 
 
 def stage(**variants: Any) -> Programs:
-    """Programs whose nodes have these parts."""
-    return Programs(node=partial(Node, parts=StageParts(**variants)))
+    """Programs whose nodes have these components."""
+    return Programs(node=partial(Node, components=StageComponents(**variants)))
 
 
 def core(**variants: Any) -> Programs:
-    """Programs whose planners' cores have these parts."""
-    return Programs(core=partial(PlannerCore, parts=CoreParts(**variants)))
+    """Programs whose planners' cores have these components."""
+    return Programs(core=partial(PlannerCore, components=CoreComponents(**variants)))
 
 
 def service(**variants: Any) -> Programs:
-    """Programs whose planner services have these parts."""
-    return Programs(planner=partial(PlannerService, parts=ServiceParts(**variants)))
+    """Programs whose planner services have these components."""
+    return Programs(planner=partial(PlannerService, components=ServiceComponents(**variants)))
 
 
 # --- the device ------------------------------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ class Town:
         if self.alter is not None:
             bus.alter = self.alter
         more.setdefault("master", self.master)
-        others = {key: more.pop(key) for key in ("master", "wall_clock", "parts") if key in more}
+        others = {key: more.pop(key) for key in ("master", "wall_clock", "components") if key in more}
         settings = PlannerSettings(name=name, region=self.region, lease_s=lease_s, **more)
         service = PlannerService(bus, self.core, settings, **others)
         process = Process(bus, service)

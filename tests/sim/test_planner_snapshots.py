@@ -11,7 +11,7 @@ from bus import messages, topics
 from bus.errors import InvariantError
 from bus.messages import Snapshot
 from loadgen.sim.virtual_loop import run_virtual
-from planner.service.service import ServiceParts, Standing
+from planner.service.service import ServiceComponents, Standing
 from tests.sim.canaries import unconfirmed_reader
 from tests.sim.planners import CountingCore, Process, Story, Town, town
 
@@ -96,7 +96,7 @@ def test_a_snapshot_that_the_log_does_not_prove_is_not_believed(change: dict[str
 
 def test_planted_a_planner_that_believes_any_snapshot_is_found_out() -> None:
     planted = _planted_snapshot(
-        {"seq": 10_000, "nonce": "never-written"}, parts=ServiceParts(reader_behind=unconfirmed_reader)
+        {"seq": 10_000, "nonce": "never-written"}, components=ServiceComponents(reader_behind=unconfirmed_reader)
     )
     with pytest.raises((AssertionError, InvariantError, TimeoutError)):
         run_virtual(planted, horizon_s=HORIZON_S)

@@ -13,31 +13,31 @@ import pytest
 from bus.decisions import DecisionLog, Dropped
 from bus.errors import InvariantError
 from bus.messages import Decision, EpochOpened
-from planner.core.core import CoreParts, PlannerCore
+from planner.core.core import CoreComponents, PlannerCore
 from planner.core.region.records import Task
 from planner.core.settling import SettlingRules
 from planner.search import algorithm1, ledger
 from tests.unit.planner.scenes import World
 
-Plant = Callable[[pytest.MonkeyPatch], CoreParts | None]
+Plant = Callable[[pytest.MonkeyPatch], CoreComponents | None]
 
 
-def run(parts: CoreParts | None = None) -> None:
+def run(components: CoreComponents | None = None) -> None:
     """Two busy regions; the whole state is validated after each event."""
-    World(PlannerCore(0, parts=parts), seed=11, tasks=80, rate=4.0).run()
-    World(PlannerCore(0, parts=parts), seed=3, tasks=80, rate=10.0, edges=2, devices=30).run()
+    World(PlannerCore(0, components=components), seed=11, tasks=80, rate=4.0).run()
+    World(PlannerCore(0, components=components), seed=3, tasks=80, rate=10.0, edges=2, devices=30).run()
 
 
-def _timeline(variant: Callable[[int, int, int], ledger.Timeline]) -> CoreParts:
-    return CoreParts(ledger=partial(ledger.Ledger, variant))
+def _timeline(variant: Callable[[int, int, int], ledger.Timeline]) -> CoreComponents:
+    return CoreComponents(ledger=partial(ledger.Ledger, variant))
 
 
-def one_slot_too_many(monkeypatch: pytest.MonkeyPatch) -> CoreParts:
+def one_slot_too_many(monkeypatch: pytest.MonkeyPatch) -> CoreComponents:
     """Off by one: an edge hands out r_e + 1 slots."""
     return _timeline(lambda slots, link1_bps, link2_bps: ledger.Timeline(slots + 1, link1_bps, link2_bps))
 
 
-def double_release(monkeypatch: pytest.MonkeyPatch) -> CoreParts:
+def double_release(monkeypatch: pytest.MonkeyPatch) -> CoreComponents:
     """A running task's resources are given back to the timeline twice."""
 
     class Wrong(ledger.Timeline):
@@ -49,7 +49,7 @@ def double_release(monkeypatch: pytest.MonkeyPatch) -> CoreParts:
     return _timeline(Wrong)
 
 
-def release_forgotten(monkeypatch: pytest.MonkeyPatch) -> CoreParts:
+def release_forgotten(monkeypatch: pytest.MonkeyPatch) -> CoreComponents:
     """A running task keeps its bandwidth for good."""
 
     class Wrong(ledger.Timeline):
@@ -60,7 +60,7 @@ def release_forgotten(monkeypatch: pytest.MonkeyPatch) -> CoreParts:
     return _timeline(Wrong)
 
 
-def capacity_checked_at_the_start_only(monkeypatch: pytest.MonkeyPatch) -> CoreParts:
+def capacity_checked_at_the_start_only(monkeypatch: pytest.MonkeyPatch) -> CoreComponents:
     """The paper's check: the interval behind the start is not looked at."""
 
     def wrong(times: list[float], end_s: float, seen: int = 0) -> int:
@@ -68,7 +68,7 @@ def capacity_checked_at_the_start_only(monkeypatch: pytest.MonkeyPatch) -> CoreP
 
     monkeypatch.setattr(algorithm1, "bisect_left", wrong)
     # the check of the policy's choice would raise first; the ledger's own audit must find the bug, too
-    return CoreParts(check_choice=lambda *_: None)
+    return CoreComponents(check_choice=lambda *_: None)
 
 
 def device_not_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,9 +76,9 @@ def device_not_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger.DeviceAccount, "free", lambda *_: True)
 
 
-def starts_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> CoreParts:
+def starts_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> CoreComponents:
     """The reservation of a task that overruns ends at its predicted end."""
-    return CoreParts(settling=SettlingRules(prolonged_end=lambda r, now: None))
+    return CoreComponents(settling=SettlingRules(prolonged_end=lambda r, now: None))
 
 
 def hash_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,9 +100,9 @@ def hash_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_planted_fault_is_caught(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     run()
-    parts = plant(monkeypatch)
+    components = plant(monkeypatch)
     with pytest.raises(InvariantError):
-        run(parts)
+        run(components)
 
 
 def test_the_policys_choice_is_looked_at_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:

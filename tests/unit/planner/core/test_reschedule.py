@@ -14,7 +14,7 @@ import pytest
 
 from bus.messages import Moved, Start, TaskState
 from bus.values import Objective
-from planner.core.core import CoreParts, PlannerCore
+from planner.core.core import CoreComponents, PlannerCore
 from planner.core.options import CoreOptions
 from planner.core.reschedule import pull, walk
 from planner.core.settling import MOVES_A_CHANGE, SettlingRules
@@ -54,10 +54,10 @@ def test_every_reschedule_of_a_region_equals_the_naive_one(
 
     find = Ledger.concerned
     monkeypatch.setattr(Ledger, "concerned", concerned)
-    parts = CoreParts(settling=SettlingRules(pull=checked("pull", pull), walk=checked("walk", walk)))
+    components = CoreComponents(settling=SettlingRules(pull=checked("pull", pull), walk=checked("walk", walk)))
     for seed in range(8):
         World(
-            PlannerCore(0, policy, objective, parts=parts),
+            PlannerCore(0, policy, objective, components=components),
             seed,
             tasks=80,
             rate=(1.0, 4.0, 10.0)[seed % 3],

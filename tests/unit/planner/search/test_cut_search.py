@@ -8,7 +8,7 @@ import pytest
 
 from bus.messages import Change
 from bus.values import MAX_LAYERS, ModelProfile, Objective
-from planner.core.core import CoreParts, PlannerCore
+from planner.core.core import CoreComponents, PlannerCore
 from planner.search.cost import Costs, Overheads, PlatformRow
 from planner.search.cut_search import CutSearch, exhaustive, search_bytes
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, family_of
@@ -172,7 +172,7 @@ def test_the_searches_of_many_devices_of_their_own_make_are_bounded_in_bytes(obj
         return profile("m", tuple(rng.random() for _ in range(layers)), sizes)
 
     def region(max_search_bytes: int) -> tuple[list[Change], int, int]:
-        core = PlannerCore(0, "deepar", objective, parts=CoreParts(max_search_bytes=max_search_bytes))
+        core = PlannerCore(0, "deepar", objective, components=CoreComponents(max_search_bytes=max_search_bytes))
         for name in ("e1", "e2"):
             core.handle(edge(name, slots=4, models=(made(name),)), 0.0)
         core.handle(cloud(models=(made("c1"),)), 0.0)

@@ -1,6 +1,6 @@
-"""The replaceable parts of a stage.
+"""The replaceable components of a stage.
 
-The defaults are the real parts. A test passes a variant of one part to plant a bug that the simulation must find.
+The defaults are the real ones. A test passes a variant of one component to plant a bug that the simulation must find.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OpenDecisions = Callable[[Bus, int], Awaitable[tuple[Snapshot | None, Reader]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageParts:
+class StageComponents:
     """Factories with the parameters of the real classes."""
 
     open_decisions: OpenDecisions = snapshots.open_decisions  # finds the snapshot from which a node starts
