@@ -40,6 +40,8 @@ from planner.search.cost import Overheads
 
 _END = 0  # at equal times, resources are freed before new requests are handled
 UNLIMITED = 1 << 60
+LINKS_EVERY_S = 5.0
+"""Least time between two reports of links, as of heartbeats of live nodes."""
 MOST_LINKS = 100
 """Limit of links in one heartbeat."""
 _completed = maker(TaskCompleted)  # skips validation: the values are computed here
@@ -57,6 +59,8 @@ class Drive:
     _sequence: int = 0
     _live: dict[str, Outcome] = field(default_factory=dict)  # tasks that have not ended
     _wakeup_s: float = math.inf
+    _links: list[NodeHeartbeat] = field(default_factory=list)
+    _reported_s: float = 0.0  # when the links were last reported
 
     def announce(self, nodes: Iterable[NodeAnnounced]) -> None:
         """Let the nodes join at time 0."""
@@ -64,8 +68,19 @@ class Drive:
             self._handle(node)
 
     def measure_links(self, nodes: Sequence[NodeAnnounced]) -> None:
-        """Let the nodes report their declared latencies: what a link carries is learned only of a measured link."""
+        """Report the links of these nodes now and, while tasks arrive, every `LINKS_EVERY_S`."""
+        self._links = self._reports(nodes)
+        self._report_links()
+
+    def _report_links(self) -> None:
+        for heartbeat in self._links:
+            self._handle(heartbeat)
+        self._reported_s = self.now_s
+
+    def _reports(self, nodes: Sequence[NodeAnnounced]) -> list[NodeHeartbeat]:
+        """Heartbeats with the declared latencies: what a link carries is learned only of a link that is measured."""
         edges = [node.node for node in nodes if node.role is Role.EDGE]
+        found = []
         for node in nodes:
             link, ends, latency_s = 1, node.reachable_edges, node.link1_latency_s
             if node.role is Role.EDGE:
@@ -77,7 +92,8 @@ class Drive:
                 for edge in (edges if ends is None else ends)[:MOST_LINKS]
             )
             if links:
-                self._handle(NodeHeartbeat(node=node.node, incarnation=node.incarnation, links=links))
+                found.append(NodeHeartbeat(node=node.node, incarnation=node.incarnation, links=links))
+        return found
 
     def run(self, entries: Iterable[Entry]) -> None:
         """Run until the last task has ended. `entries` may be a generator; it is read one entry ahead.
@@ -102,6 +118,8 @@ class Drive:
                 self._complete(heappop(heap)[3])
             else:
                 assert upcoming is not None
+                if self._links and self.now_s >= self._reported_s + LINKS_EVERY_S:
+                    self._report_links()
                 self._submit(upcoming)
                 upcoming = next(arrivals, None)
         while self._live and self._wakeup_s < math.inf and self._expires():

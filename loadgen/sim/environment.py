@@ -107,9 +107,8 @@ class Environment:
         edge_speed = 1.0
         if edge is not None:
             edge_speed = self._speed(edge, now_s)
-            # A link that is faster than declared carries no more: its senders keep to their grants.
-            bps1 = max(1, int(bps1 * min(1.0, self._speed(link1(task.device, edge), now_s))))
-            bps2 = max(1, int(bps2 * min(1.0, self._speed(link2(edge), now_s))))
+            bps1 = _carried(bps1, task.max_link1_bps, self._speed(link1(task.device, edge), now_s))
+            bps2 = _carried(bps2, task.max_link2_bps, self._speed(link2(edge), now_s))
         s = self._costs_of(task.model).sample_parts(place.cut1, place.cut2, bps1, bps2, task.input_bytes)
         return (
             s.s1 / self._speed(task.device, now_s),
@@ -127,6 +126,11 @@ class Environment:
             rows = (PlatformRow(machines.model(role, model)) for role in (Role.DEVICE, Role.EDGE, Role.CLOUD))
             self._costs[model] = Costs(*rows)
         return self._costs[model]
+
+
+def _carried(granted_bps: int, cap_bps: int | None, speed: float) -> int:
+    """What a link carries of a task: its grant, or the task's cap times the speed of the link if that is less."""
+    return max(1, min(granted_bps, int((cap_bps or granted_bps) * speed)))
 
 
 def _constant(*_: object) -> float:

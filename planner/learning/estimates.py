@@ -36,6 +36,9 @@ _STEPS: Final = 5  # of reweighting; the first two find the median, the others u
 _CHANGES: Final = ((2, 0.5, 4.0), (3, 0.2, 2.0))
 """Signs of a change: so many last observations are off to one side, by this share of the time, and by so many deviations."""
 
+_RETRIED: Final = (1, 0.2, 2.0)
+"""The same for an observation of a stale estimate."""
+
 CERTAIN: Final = 0.03
 """Values in use stay as they are while new ones predict the same times within this share: jitter changes no decision."""
 _GRID: Final = math.log(1.03)  # values are rounded to powers of 1.03, so that equal nodes get equal values
@@ -136,16 +139,17 @@ def _solve(points: Sequence[Point], weights: Sequence[float], prior: Prior) -> L
     return Line(a, b)
 
 
-def kept(points: Sequence[Point], prior: Prior, used: Line) -> int:
+def kept(points: Sequence[Point], prior: Prior, used: Line, *, retried: bool = False) -> int:
     """How many of the last observations still describe the world; all, unless it has changed. `used`: the estimate before.
 
-    The newest observation is the last point.
+    The newest observation is the last point. `retried`: it was made to see whether the older ones still hold, so it alone may
+    show that they do not.
     """
     count = len(points)
     newest = points[-1]
     if abs(_error(newest, used)) < _CHANGES[-1][1]:
         return count
-    for last, least, deviations in _CHANGES:
+    for last, least, deviations in (_RETRIED, *_CHANGES) if retried else _CHANGES:
         if count <= last:
             continue
         older, recent = points[:-last], points[-last:]

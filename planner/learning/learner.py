@@ -23,7 +23,15 @@ from bus.unchecked_constructors import maker
 from bus.values import Objective, Parts
 from planner.learning.estimates import WINDOW, Line, Point, Prior, deviation, fit, kept, rounded, steady
 from planner.learning.table import EstimateTable
-from planner.learning.values import FAMILIES, NO_PATH, NODE_PRIOR, LinkEstimate, family_kind
+from planner.learning.values import (
+    FAMILIES,
+    NO_PATH,
+    NODE_PRIOR,
+    LinkEstimate,
+    NodeEstimate,
+    PathEstimate,
+    family_kind,
+)
 from planner.search.cost import Overheads, parts_s
 
 _FAMILY_NUMBER: Final = {kind: number for number, kind in enumerate(FAMILIES)}
@@ -138,7 +146,7 @@ def _observe_node(table: EstimateTable, placed: Placed, work: Work) -> LearnedNo
     prior = NODE_PRIOR._replace(line=table.node_prior(work.node) if old is None else NODE_PRIOR.line)
     seen = (_digits(work.profile_s), placed.samples, _digits(work.busy_s))
     observed = [*(() if old is None else old.observed), seen][-WINDOW:]
-    line, count = _estimate(node_points(observed), prior, None if old is None else old.line)
+    line, count = _estimate(node_points(observed), prior, old)
     return _node(
         node=work.node,
         model=placed.model,
@@ -165,7 +173,7 @@ def _observe_path(table: EstimateTable, attempt: Attempt, parts: Parts) -> Learn
     # Together with the latency an overhead is not negative: no cut is predicted to be faster than its stations.
     least = Line(0.0, -latency_s) if sequential else Line(-latency_s, 0.0)
     prior = Prior(table.path_prior(kind), NO_PATH.a_deviation, NO_PATH.b_deviation, least, NO_PATH.most)
-    line, count = _estimate(path_points(observed), prior, None if old is None else old.line)
+    line, count = _estimate(path_points(observed), prior, old)
     line = Line(max(line.a, least.a), max(line.b, least.b))
     return _path(
         device=placed.device,
@@ -182,14 +190,17 @@ def _observe_path(table: EstimateTable, attempt: Attempt, parts: Parts) -> Learn
     )
 
 
-def _estimate(points: list[Point], prior: Prior, used: Line | None) -> tuple[Line, int]:
+def _estimate(points: list[Point], prior: Prior, old: NodeEstimate | PathEstimate | None) -> tuple[Line, int]:
     """The values to use after the last observation, and how many observations they use."""
-    count = kept(points, prior, prior.line if used is None else used)
+    if old is None:
+        count = kept(points, prior, prior.line)
+    else:
+        count = kept(points, prior, old.line, retried=old.age.tried)
     points = points[-count:]
     found = fit(points, prior)
-    if used is None:
+    if old is None:
         return Line(rounded(found.a), rounded(found.b)), count
-    return steady(found, used, points), count
+    return steady(found, old.line, points), count
 
 
 def _carried_parts(table: EstimateTable, attempt: Attempt, now: float) -> tuple[Parts, list[LearnedLink]]:

@@ -135,6 +135,15 @@ def test_a_jump_is_followed_within_five_observations_and_back_again(times: float
     assert learner.predicts() == pytest.approx(0.03, rel=0.15)
 
 
+def test_an_observation_of_a_stale_estimate_alone_shows_that_the_world_has_changed() -> None:
+    slow = [Point(1.0, 10, 3.0, 3.0)] * 4
+    used = fit(slow, NODE_PRIOR)
+    again = [*slow, Point(1.0, 10, 1.0, 1.0)]
+    assert kept(again, NODE_PRIOR, used) == 5, "one task that is fast may be an outlier"
+    assert kept(again, NODE_PRIOR, used, retried=True) == 1
+    assert kept([*slow, slow[0]], NODE_PRIOR, used, retried=True) == 5
+
+
 def test_a_slow_drift_is_followed() -> None:
     rng = random.Random(3)
     learner = Learner()
