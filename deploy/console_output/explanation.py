@@ -11,7 +11,7 @@ from rich.text import Text
 
 from bus.messages import Ended, Placed
 from bus.text.units import format_moment, format_rate, format_seconds
-from deploy.monitor.phrases import STATION_NAMES, cut_names, cuts_text, signed_share, some, tiers_text
+from deploy.monitor.phrases import STATION_NAMES, cut_names, cuts_text, signed_share, taught_by, tiers_text
 from planner.explain import Candidate, Explanation
 from planner.learning.lessons import name_of, text_of
 from planner.search.cost import parts_s
@@ -20,10 +20,7 @@ LACKED_BESIDE_FROM = 140
 """Minimum terminal width to show what a candidate lacked in the table instead of below it."""
 
 END_FROM = 100
-"""Minimum terminal width to show when a candidate would be done."""
-
-TASKS_NAMED = 3
-"""Maximum number of tasks that are named behind an estimate."""
+"""Minimum terminal width to show when a candidate would be done, and to tell latency from other overheads."""
 
 
 def show(found: Explanation, console: Console) -> None:
@@ -88,12 +85,8 @@ def _candidate_table(found: Explanation, columns: int) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column("on", no_wrap=True)
     table.add_column("cut after", overflow="fold")
-    numbers = [
-        "starts in",
-        "takes",
-        *(["latency", "overhead"] if with_rest else []),
-        *(["done in"] if with_end else []),
-    ]
+    rest = [] if not with_rest else ["latency", "overhead"] if with_end else ["overheads"]
+    numbers = ["starts in", "takes", *rest, *(["done in"] if with_end else [])]
     for heading in numbers:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("granted", overflow="fold")
@@ -105,14 +98,14 @@ def _candidate_table(found: Explanation, columns: int) -> Table:
         if where is None or c.start_in_s is None or c.delay_s is None:
             table.add_row("", tiers_text(c.family, c.edge), "", "never", *[""] * len(numbers), *lacked)
             continue
-        rest_s = (c.latency_s, c.overhead_s) if with_rest else ()
+        rest_s = (c.latency_s, c.overhead_s) if with_end else (c.latency_s + c.overhead_s,)
         table.add_row(
             "=>" if c.chosen else "",
             tiers_text(where.kind.value, where.edge),
             ", ".join(cut_names(where.kind, where.cut1_name, where.cut2_name)) or "uncut",
             format_seconds(c.start_in_s),
             format_seconds(c.delay_s),
-            *(format_seconds(s) if s else "" for s in rest_s),
+            *(format_seconds(s) if s else "" for s in rest_s if with_rest),
             *([format_seconds(c.start_in_s + c.delay_s)] if with_end else []),
             ", ".join(format_rate(bps) for bps in (where.link1_bps, where.link2_bps) if bps),
             *lacked,
@@ -125,7 +118,7 @@ def _measured_table(found: Explanation, placed: Placed, ended: Ended) -> Table:
     assert ended.measured is not None
     table = Table(title="Predicted and measured", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("part")
-    for heading in ("predicted", "measured", "off by"):
+    for heading in ("predicted", "measured", "off by", ""):
         table.add_column(heading, justify="right")
     rows = [
         (name, getattr(placed.parts, f"{station}_s"), getattr(ended.measured, f"{station}_s"))
@@ -137,12 +130,16 @@ def _measured_table(found: Explanation, placed: Placed, ended: Ended) -> Table:
         rows.append(("latency and overheads", planned_s, ended.delay_s - busy_s))
     for name, predicted_s, measured_s in rows:
         if predicted_s or measured_s:
-            off = signed_share(measured_s / predicted_s - 1.0) if predicted_s > 0 and measured_s >= 0 else ""
-            table.add_row(name, format_seconds(predicted_s), format_seconds(measured_s), off)
+            table.add_row(name, *_compared(predicted_s, measured_s))
     if ended.delay_s is not None:
-        delays = (format_seconds(placed.delay_s), format_seconds(ended.delay_s))
-        table.add_row("delay", *delays, signed_share(found.error), style="bold")
+        table.add_row("delay", *_compared(placed.delay_s, ended.delay_s), signed_share(found.error), style="bold")
     return table
+
+
+def _compared(predicted_s: float, measured_s: float) -> tuple[str, str, str]:
+    """Two times, and by how much the second differs."""
+    more_s = measured_s - predicted_s
+    return format_seconds(predicted_s), format_seconds(measured_s), ("+" if more_s > 0 else "") + format_seconds(more_s)
 
 
 def _learned_table(found: Explanation) -> Table:
@@ -151,10 +148,9 @@ def _learned_table(found: Explanation) -> Table:
     for heading in ("of", "estimate", "from"):
         table.add_column(heading, overflow="fold")
     for lesson in found.lessons:
-        tasks = list(lesson.tasks[::-1])
         table.add_row(
             Text(name_of(lesson.value)),
             Text(text_of(lesson.value)),
-            Text(some(tasks, TASKS_NAMED) if tasks else "probes"),
+            Text(taught_by(lesson.tasks)),
         )
     return table

@@ -71,6 +71,11 @@ def error_text(errors: PredictionErrors) -> str:
     return f"median {format_share(errors.median)} of the prediction, last {format_count(len(errors), 'task')}"
 
 
+def taught_by(tasks: Sequence[str]) -> str:
+    """`3 tasks, the last t7`: where an estimate comes from."""
+    return f"{format_count(len(tasks), 'task')}, the last {tasks[-1]}" if tasks else "probes"
+
+
 def some(names: Sequence[str], limit: int) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""

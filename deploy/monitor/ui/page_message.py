@@ -10,7 +10,7 @@ from typing import Any
 from bus.messages import TaskState
 from bus.text.units import format_count, format_moment, format_rate, format_seconds, format_share
 from bus.values import Role
-from deploy.monitor.phrases import STATION_NAMES, place_text, signed_share, used_text
+from deploy.monitor.phrases import STATION_NAMES, place_text, signed_share, taught_by, used_text
 from deploy.monitor.region_report import LESSONS_SHOWN, report
 from deploy.monitor.region_view import RegionView
 from deploy.monitor.task_view import TaskView
@@ -69,9 +69,7 @@ def _node(node: dict[str, Any]) -> dict[str, Any]:
 
 def _lesson(lesson: AnyLesson) -> dict[str, str]:
     """One estimate: what it is about, its values, and what taught it."""
-    tasks = lesson.tasks
-    source = f"from {format_count(len(tasks), 'task')}, the last {tasks[-1]}" if tasks else "from probes"
-    return {"what": name_of(lesson.value), "text": text_of(lesson.value), "source": source}
+    return {"what": name_of(lesson.value), "text": text_of(lesson.value), "source": f"from {taught_by(lesson.tasks)}"}
 
 
 def _task(task: TaskView) -> dict[str, Any]:

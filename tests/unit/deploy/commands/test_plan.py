@@ -187,13 +187,24 @@ def test_explain_names_the_tiers_of_each_candidate_and_shows_what_was_learned(
     text = run("explain", "t4", "--from", str(path))
     assert max(map(len, text.splitlines())) <= columns
     table = text[text.index("Candidates") : text.index("Predicted")]
+    heading = table.splitlines()[2]
+    assert heading.split()[:7] == [
+        "on",
+        "cut",
+        "after",
+        "starts",
+        "in",
+        "takes",
+        *(["overheads"] if columns == 80 else ["latency"]),
+    ]
+    assert ("done in" in heading) is (columns >= 100)
     rows = {line.removeprefix(" =>").split()[0] for line in table.splitlines()[2:] if line.strip(" ─")}
     assert {"e1", "device"} <= rows
     assert rows & {"(e1)+cloud", "device+(e1)+cloud"}, "an edge that only passes on is told from one that computes"
     shown = " ".join(text.split())
     assert "took" in shown
     assert re.search(r"d1 - e1 20 ms one way probes", shown)
-    assert re.search(r"delay [0-9.]+ ms [0-9.]+ ms \+?-?<?[0-9]+ %", shown)
+    assert re.search(r"delay [0-9.]+ ms [0-9.]+ ms [+-][0-9.]+ [mu]s [+-]?<?[0-9]+ %", shown)
     found = json.loads(run("explain", "t4", "--from", str(path), "--json"))
     assert found["measured_delay_s"] == region.delays[3]
     assert found["error"] == pytest.approx(region.delays[3] / found["decided"]["delay_s"] - 1.0)
