@@ -20,7 +20,7 @@ from bus.messages import (
     TaskCompleted,
 )
 from bus.unchecked_constructors import maker
-from bus.values import Objective, Parts
+from bus.values import DELAY_PARTS, Objective, Parts
 from planner.learning.estimates import WINDOW, Line, Point, Prior, deviation, fit, kept, rounded, steady
 from planner.learning.table import EstimateTable
 from planner.learning.values import (
@@ -207,17 +207,22 @@ def _carried_parts(table: EstimateTable, attempt: Attempt, now: float) -> tuple[
     """The parts that explain a delay, and what they say of the links.
 
     Links count as granted, so what sending takes beside is an overhead of the path; except where a long transfer shows that a
-    link carries less than it was granted.
+    link carries less than it was granted. Where all parts work at once, only the slowest one shows that: a link that waits
+    for a busy tier is not slow itself, and smaller grants would make it so.
     """
     placed, measured, predicted = attempt.placed, attempt.completed.measured, attempt.placed.parts
     placement = placed.placement
     busy = {name: getattr(measured, name) or getattr(predicted, name) for name in ("device_s", "edge_s", "cloud_s")}
     parts = {"link1_s": predicted.link1_s, "link2_s": predicted.link2_s, "result_s": predicted.result_s}
     links: list[LearnedLink] = []
+    sequential = placed.objective is Objective.SEQUENTIAL
+    slowest_s = max(getattr(measured, f"{name}_s") or 0.0 for name in DELAY_PARTS)
     for link, granted, device in ((1, placement.link1_bps, placed.device), (2, placement.link2_bps, "")):
         name = f"link{link}_s"
         expected_s, took_s = parts[name], getattr(measured, name)
         if placement.edge is None or expected_s < _LONG_S or not took_s:
+            continue
+        if took_s < slowest_s and not sequential:
             continue
         if took_s * _CARRIES_LESS > expected_s:
             parts[name] = took_s
