@@ -371,8 +371,8 @@ def test_a_long_transfer_shows_what_a_link_carries() -> None:
 def test_a_link_that_waited_for_a_busier_tier_is_not_called_slow(link1_s: float, limited: bool) -> None:
     region = Region(Truth(), *nodes(), policy="edge-only", objective=Objective.PIPELINED)
     region.heartbeat(LinkMeasurement(link=1, edge="e1", latency_s=0.001))
-    placed: Placed = only(region.step(task("t1", samples=500)), Placed)
-    assert 0.05 < placed.parts.link1_s < 0.7
+    placed: Placed = only(region.step(task("t1", samples=50)), Placed)
+    assert placed.parts.link1_s == pytest.approx(0.4)
     measured = placed.parts.model_copy(update={"link1_s": link1_s, "edge_s": 0.9})
     ended = region.step(TaskCompleted(task_id="t1", attempt=1, node="d1", measured=measured, delay_s=1.1))
     assert [link.bps is not None for link in learned(ended).links] == [True] * limited
