@@ -39,6 +39,9 @@ _CHANGES: Final = ((2, 0.5, 4.0), (3, 0.2, 2.0))
 _RETRIED: Final = (1, 0.2, 2.0)
 """The same for an observation of a stale estimate."""
 
+_OLDER: Final = 3
+"""Older observations that it takes to see a change; with fewer the fit follows anyway."""
+
 CERTAIN: Final = 0.03
 """Values in use stay as they are while new ones predict the same times within this share: jitter changes no decision."""
 _GRID: Final = math.log(1.03)  # values are rounded to powers of 1.03, so that equal nodes get equal values
@@ -88,7 +91,7 @@ def fit(points: Sequence[Point], prior: Prior) -> Line:
         if step < 2:
             trust = [1.0 / max(1.0, error) for error in errors]
         else:
-            deviation = max(1.0, _MAD * median_low(errors))
+            deviation = max(1.0, _MAD * median(errors))
             trust = [_trust(error / deviation) for error in errors]
         weights = [t * age / noise**2 for t, age, noise in zip(trust, ages, noises, strict=True)]
         line, before = _solve(points, weights, prior), line
@@ -150,7 +153,7 @@ def kept(points: Sequence[Point], prior: Prior, used: Line, *, retried: bool = F
     if abs(_error(newest, used)) < _CHANGES[-1][1]:
         return count
     for last, least, deviations in (_RETRIED, *_CHANGES) if retried else _CHANGES:
-        if count <= last:
+        if count < last + (1 if retried else _OLDER):
             continue
         older, recent = points[:-last], points[-last:]
         line = fit(older, prior)

@@ -47,6 +47,8 @@ _RAISED_AFTER_S: Final = 10.0  # ...after this time, if the link carried all tha
 _UNKNOWN_AFTER_S: Final = 60.0  # or this, if nothing is known
 _ROW_S: Final = 1e-4  # a time for each sample, so that a profile of zeros can be compared, too
 
+_START_SAMPLES: Final = 10  # a task's fixed costs, in samples, to compare the delays of tasks of different length
+
 
 class Work(NamedTuple):
     """What one tier computed of a completed attempt."""
@@ -137,8 +139,10 @@ def node_points(observed: Iterable[tuple[float, int, float]]) -> list[Point]:
 
 
 def path_points(observed: Iterable[tuple[int, float, float, float]]) -> list[Point]:
-    """The observations of a path: samples, delay, gap, error. Noise is relative to the delay."""
-    return [Point(1.0, n, gap_s, delay_s) for n, delay_s, gap_s, _ in observed]
+    """The observations of a path: samples, delay, gap, error. Noise is relative to the usual delay."""
+    rows = list(observed)
+    rate = median_low(delay_s / (_START_SAMPLES + n) for n, delay_s, _, _ in rows)
+    return [Point(1.0, n, gap_s, rate * (_START_SAMPLES + n)) for n, _, gap_s, _ in rows]
 
 
 def _observe_node(table: EstimateTable, placed: Placed, work: Work) -> LearnedNode:

@@ -27,6 +27,7 @@ from bus.values import Kind
 from planner.learning.estimates import WINDOW, Line, rounded
 from planner.learning.staleness import AGING, DueEstimates
 from planner.learning.values import (
+    EARLY_STEPS,
     NO_PATH,
     NODE_PRIOR,
     Age,
@@ -158,7 +159,8 @@ class EstimateTable:
             table = self.paths
         found = table.get(key)
         if found is not None:
-            age = found.age._replace(at_s=now, tasks=self.taught, steps=found.age.steps + 1)
+            steps = found.age.steps + (EARLY_STEPS if found.age.early(len(found.observed)) else 1)
+            age = found.age._replace(at_s=now, tasks=self.taught, steps=steps)
             self._put(table, key, found._replace(age=age))
             self._tell(stale.node)
 

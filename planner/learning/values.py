@@ -20,6 +20,8 @@ RETRY_S: Final = 60.0
 EARLY_TASKS: Final = 6
 EARLY_S: Final = 2.0
 """The same for an estimate with a single observation, once: the first task on a node often is a slow one."""
+EARLY_STEPS: Final = 3
+"""The steps that such an estimate takes at once."""
 JUMPED_S: Final = 10.0
 """The time after which an estimate becomes stale that has jumped up: the trouble may be over soon."""
 STEP: Final = 0.7
@@ -61,9 +63,13 @@ class Age(NamedTuple):
     tried: bool = False  # whether a retry is under way
     jumped: bool = False  # whether it has got much worse from one task to the next
 
+    def early(self, observations: int) -> bool:
+        """Whether it rests on a single observation that no retry has confirmed."""
+        return observations == 1 and not self.steps and not self.confirmed
+
     def due(self, observations: int) -> tuple[int, float]:
         """Count of tasks and ledger time from which the estimate is stale."""
-        if observations == 1 and not self.steps and not self.confirmed:
+        if self.early(observations):
             return self.tasks + EARLY_TASKS, self.at_s + EARLY_S
         factor = 1 << min(self.confirmed, _LONGEST)
         return self.tasks + RETRY_TASKS * factor, self.at_s + (JUMPED_S if self.jumped else RETRY_S) * factor
