@@ -348,6 +348,7 @@ class LearnedNode(Frozen):
 
     node: NodeName  # the node
     model: Name  # the model
+    alone: bool = False  # a device that ran the whole model: no activations were packed, sent or received meanwhile
     samples: Samples  # observed: samples of the task
     profile_s: Seconds  # observed: time of all samples by the profile
     busy_s: Seconds  # observed: measured busy time
@@ -387,6 +388,7 @@ class StaleEstimate(Frozen):
 
     node: NodeName  # the node, or the device of a path
     model: Name | None = None  # the model, of a node
+    alone: bool = False  # of a device that runs the whole model
     edge: NodeName | None = None  # the edge, of a path
     kind: Kind | None = None  # the kind, of a path
 

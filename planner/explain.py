@@ -164,7 +164,7 @@ def _lessons(
     clouds = {name for name, node in core.nodes.items() if node.announced.role is Role.CLOUD}
     nodes = {placed.device, *edges, *clouds}
     found: list[AnyLesson] = [
-        lesson for (node, model), lesson in lessons.nodes.items() if model == placed.model and node in nodes
+        lesson for (node, model, _), lesson in lessons.nodes.items() if model == placed.model and node in nodes
     ]
     found += [
         lesson

@@ -65,7 +65,9 @@ class Candidates:
         # Without learning, what an earlier planner has learned stays in the state and is not used.
         self._estimates = region.estimates if learning else EstimateTable()
         self._rows = RowTable()
-        self._learned: dict[str, dict[str, PlatformRow]] = {}  # rows with estimates, by node and model
+        self._learned: dict[
+            str, dict[tuple[str, bool], PlatformRow]
+        ] = {}  # rows with estimates: node -> (model, alone)
         # Counts changed predictions; what a device reaches was computed at some count, and at which edges changed last.
         self._version = 0
         self._changed_at: dict[str, int] = {}
@@ -131,8 +133,9 @@ class Candidates:
             option = self._shared_option(edge, row, own)
             if option is not None:
                 options.append(self._for_device(option, name))
-        alone = self._overheads(name, None, NO_OVERHEADS)
-        return Reached(row, self._search(row, None, None), tuple(options), overheads=alone)
+        overheads = self._overheads(name, None, NO_OVERHEADS)
+        alone = self._search(self._learned_row(name, profiled, alone=True), None, None)
+        return Reached(row, alone, tuple(options), overheads=overheads)
 
     def _reachable(self, device: NodeAnnounced) -> Sequence[str]:
         names = device.reachable_edges
@@ -216,20 +219,20 @@ class Candidates:
         )
         return NO_OVERHEADS if overheads == NO_OVERHEADS else overheads
 
-    def _learned_row(self, node: str, profiled: PlatformRow) -> PlatformRow:
-        """A node's profile row, scaled by what was learned."""
+    def _learned_row(self, node: str, profiled: PlatformRow, alone: bool = False) -> PlatformRow:
+        """A node's profile row, scaled by what was learned; `alone`: of a device that runs the whole model."""
         if not self._estimates:
             return profiled
         known = self._learned.setdefault(node, {})
-        row = known.get(profiled.model)
+        row = known.get((profiled.model, alone))
         if row is None:
-            line = self._estimates.node(node, profiled.model)
+            line = self._estimates.node(node, profiled.model, alone)
             row = profiled
             if line != NODE_PRIOR.line:
                 profile = next(one for one in self._nodes[node].announced.models if one.model == profiled.model)
                 row = self._rows.row(profile, line.a, line.b)
                 self._searches_of.setdefault(row, [])
-            known[profiled.model] = row
+            known[profiled.model, alone] = row
         return row
 
     def _outdated(self, device: KnownNode, version: int) -> bool:

@@ -20,7 +20,7 @@ from bus.messages import (
     TaskCompleted,
 )
 from bus.unchecked_constructors import maker
-from bus.values import DELAY_PARTS, Objective, Parts
+from bus.values import DELAY_PARTS, Kind, Objective, Parts
 from planner.learning.estimates import WINDOW, Line, Point, Prior, deviation, fit, kept, rounded, steady
 from planner.learning.table import EstimateTable
 from planner.learning.values import (
@@ -146,14 +146,16 @@ def path_points(observed: Iterable[tuple[int, float, float, float]]) -> list[Poi
 
 
 def _observe_node(table: EstimateTable, placed: Placed, work: Work) -> LearnedNode:
-    old = table.nodes.get((work.node, placed.model))
-    prior = NODE_PRIOR._replace(line=table.node_prior(work.node) if old is None else NODE_PRIOR.line)
+    alone = placed.placement.kind is Kind.DEVICE
+    old = table.nodes.get((work.node, placed.model, alone))
+    prior = NODE_PRIOR._replace(line=table.node_prior(work.node, alone) if old is None else NODE_PRIOR.line)
     seen = (_digits(work.profile_s), placed.samples, _digits(work.busy_s))
     observed = [*(() if old is None else old.observed), seen][-WINDOW:]
     line, count = _estimate(node_points(observed), prior, old)
     return _node(
         node=work.node,
         model=placed.model,
+        alone=alone,
         samples=placed.samples,
         profile_s=seen[0],
         busy_s=seen[2],

@@ -21,7 +21,7 @@ KEPT: Final = 5_000
 
 Value = TypeVar("Value", LearnedNode, LearnedPath, LearnedLink)
 
-NodeKey = tuple[str, str]  # node, model
+NodeKey = tuple[str, str, bool]  # node, model, whether a device runs the whole model
 PathKey = tuple[str, str, Kind]  # device, edge or "", one of the four families
 LinkKey = tuple[int, str, str]  # link, device or "", edge
 
@@ -46,7 +46,7 @@ class Lessons:
         self.nodes: OrderedDict[NodeKey, Lesson[LearnedNode]] = OrderedDict()  # least recently changed first
         self.paths: OrderedDict[PathKey, Lesson[LearnedPath]] = OrderedDict()
         self.links: OrderedDict[LinkKey, Lesson[LearnedLink]] = OrderedDict()
-        self._whole_s: dict[NodeKey, float] = {}  # time of one sample by the announced profile
+        self._whole_s: dict[tuple[str, str], float] = {}  # node, model -> time of one sample by the announced profile
 
     def fold(self, change: Change) -> None:
         """Fold a change of a decision; most teach nothing."""
@@ -59,7 +59,7 @@ class Lessons:
         """Fold a recorded change."""
         taught = () if learned.task_id is None else (learned.task_id,)
         for node in learned.nodes:
-            self._add(self.nodes, (node.node, node.model), node, taught, node.kept)
+            self._add(self.nodes, (node.node, node.model, node.alone), node, taught, node.kept)
         for path in learned.paths:
             self._add(self.paths, (path.device, path.edge or "", path.kind), path, taught, path.kept)
         for link in learned.links:
@@ -78,7 +78,8 @@ class Lessons:
         for profile in node.models:
             key, whole_s = (node.node, profile.model), sum(profile.layer_s)
             if self._whole_s.get(key, whole_s) != whole_s:
-                self.nodes.pop(key, None)
+                for alone in (False, True):
+                    self.nodes.pop((*key, alone), None)
             self._whole_s[key] = whole_s
 
     def _add(
@@ -122,8 +123,8 @@ def text_of(value: LearnedNode | LearnedPath | LearnedLink) -> str:
 
 
 def node_name(node: LearnedNode) -> str:
-    """`lenet on e1`."""
-    return f"{node.model} on {node.node}"
+    """`lenet on e1`; `lenet on d1 alone` where the device runs the whole model."""
+    return f"{node.model} on {node.node}" + (" alone" if node.alone else "")
 
 
 def node_text(node: LearnedNode) -> str:

@@ -94,7 +94,7 @@ class EstimateTable:
         self._due.tidy(dict(self._tables()))
 
     def _learn_node(self, learned: LearnedNode, whole_s: float, now: float) -> None:
-        key = learned.node, learned.model
+        key = learned.node, learned.model, learned.alone
         old = self.nodes.get(key)
         seen = (learned.profile_s, learned.samples, learned.busy_s)
         observed = (*(() if old is None else old.observed), seen)
@@ -152,7 +152,7 @@ class EstimateTable:
     def _step(self, stale: StaleEstimate, now: float) -> None:
         found: NodeEstimate | PathEstimate | None
         if stale.model is not None:
-            key: Any = stale.node, stale.model
+            key: Any = stale.node, stale.model, stale.alone
             table: OrderedDict[Any, Any] = self.nodes
         else:
             key = stale.node, stale.edge or "", stale.kind
@@ -169,12 +169,13 @@ class EstimateTable:
         if not self._stale:
             return
         placement = placed.placement
+        alone = placement.kind is Kind.DEVICE
         tiers = [placed.device] if placement.cut1 else []
         if placement.uses_slot and placement.edge is not None:
             tiers.append(placement.edge)
         if placement.uses_cloud:
             tiers.extend(clouds)  # any of them may serve it
-        keys: list[tuple[OrderedDict[Any, Any], Any]] = [(self.nodes, (node, placed.model)) for node in tiers]
+        keys: list[tuple[OrderedDict[Any, Any], Any]] = [(self.nodes, (node, placed.model, alone)) for node in tiers]
         keys.append((self.paths, (placed.device, placement.edge or "", family_kind(placement.kind))))
         for table, key in keys:
             found = table.get(key)
@@ -186,10 +187,11 @@ class EstimateTable:
     def joined(self, node: str, whole_s: Iterable[tuple[str, float]]) -> None:
         """A node announced the times of one sample by model: forget what was learned with another profile."""
         for model, now_s in whole_s:
-            found = self.nodes.get((node, model))
-            if found is not None and found.whole_s != now_s:
-                self._drop(self.nodes, (node, model))
-                self._tell(node)
+            for key in ((node, model, False), (node, model, True)):
+                found = self.nodes.get(key)
+                if found is not None and found.whole_s != now_s:
+                    self._drop(self.nodes, key)
+                    self._tell(node)
 
     def _forget_paths(self, which: Callable[[PathKey], bool]) -> None:
         for key in [key for key in self.paths if which(key)]:
@@ -239,15 +241,24 @@ class EstimateTable:
 
     # --- questions ---------------------------------------------------------------------------------------------------
 
-    def node(self, node: str, model: str) -> Line:
-        """Factor and overhead of a sample of a model on a node."""
-        found = self.nodes.get((node, model))
-        return self.node_prior(node) if found is None else found.used
+    def node(self, node: str, model: str, alone: bool = False) -> Line:
+        """Factor and overhead of a sample of a model on a node.
 
-    def node_prior(self, node: str) -> Line:
-        """What is assumed of a model that a node has not run: what its other models showed last."""
-        kin = self._kin.get(("models", node))
-        return self.nodes[next(reversed(kin))].used if kin else NODE_PRIOR.line
+        `alone`: of a device that runs the whole model. It neither packs, sends nor receives activations meanwhile, so it is
+        faster than the same device within a path, and both are learned apart.
+        """
+        found = self.nodes.get((node, model, alone))
+        return self.node_prior(node, alone) if found is None else found.used
+
+    def node_prior(self, node: str, alone: bool = False) -> Line:
+        """What is assumed of a model that a node has not run: what its other models showed last.
+
+        Of a device in a path, also what it showed alone; not the other way round, as overheads of a path would count.
+        """
+        for sort in ("alone",) if alone else ("models", "alone"):
+            if kin := self._kin.get((sort, node)):
+                return self.nodes[next(reversed(kin))].used
+        return NODE_PRIOR.line
 
     def path(self, device: str, edge: str | None, kind: Kind) -> Line:
         """Overheads of a task and of a sample on a path."""
@@ -305,7 +316,7 @@ class EstimateTable:
             return None
         name, key = found
         if name == "node":
-            return StaleEstimate(node=key[0], model=key[1])
+            return StaleEstimate(node=key[0], model=key[1], alone=key[2])
         return StaleEstimate(node=key[0], edge=key[1] or None, kind=key[2])
 
     # --- hash and snapshot -------------------------------------------------------------------------------------------
@@ -360,7 +371,7 @@ class EstimateTable:
 def _families(name: str, key: Any) -> tuple[tuple[str, str], ...]:
     """The groups of related estimates: the models of a node, the paths of a kind, of a device and of an edge."""
     if name == "node":
-        return (("models", key[0]),)
+        return (("alone" if key[2] else "models", key[0]),)
     if name != "path":
         return ()
     device, edge, kind = key

@@ -45,7 +45,7 @@ NO_PATH: Final = Prior(
     Line(1e6, 1e4),
 )
 
-NodeKey = tuple[str, str]  # node, model
+NodeKey = tuple[str, str, bool]  # node, model, whether a device runs the whole model
 PathKey = tuple[str, str, Kind]  # device, edge or "", one of the four families
 LinkKey = tuple[int, str, str]  # link, device or "", edge
 

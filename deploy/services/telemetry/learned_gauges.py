@@ -26,11 +26,11 @@ class LearnedGauge(NamedTuple):
 class LearnedGauges(NamedTuple):
     """The series of one region."""
 
-    factors: Sequence[LearnedGauge]  # labels: `at`, `model`
+    factors: Sequence[LearnedGauge]  # labels: `at`, `model`, `alone` ("true": a device that runs the whole model)
     latencies_s: Sequence[LearnedGauge]  # labels: `link`, `device` ("" for link 2), `edge`
 
 
-FACTOR_LABELS: Final = ("at", "model")
+FACTOR_LABELS: Final = ("at", "model", "alone")
 LATENCY_LABELS: Final = ("link", "device", "edge")
 
 
@@ -40,7 +40,10 @@ def learned_gauges(core: PlannerCore) -> LearnedGauges:
     nodes = sorted(core.estimates.nodes, key=lambda key: (key[0] in devices, key))
     links = sorted(core.estimates.links, key=lambda key: (-key[0], key[2], key[1]))
     return LearnedGauges(
-        [LearnedGauge(key, core.estimates.nodes[key].used.a) for key in nodes[:MOST]],
+        [
+            LearnedGauge((node, model, str(alone).lower()), core.estimates.nodes[node, model, alone].used.a)
+            for node, model, alone in nodes[:MOST]
+        ],
         [
             LearnedGauge((str(link), device, edge), core.estimates.links[link, device, edge].latency_s)
             for link, device, edge in links[:MOST]

@@ -76,7 +76,10 @@ def test_what_was_learned_is_exported_with_names_of_nodes_models_and_links() -> 
     core = taught(edges=2)
     found = learned_gauges(core)
     factors = {series.labels: series.value for series in found.factors}
-    assert factors == {key: core.estimates.node(*key).a for key in core.estimates.nodes}
+    assert factors == {
+        (node, model, str(alone).lower()): core.estimates.node(node, model, alone).a
+        for node, model, alone in core.estimates.nodes
+    }
     assert any(value != 1.0 for value in factors.values())
     assert [series.labels for series in found.latencies_s] == [
         ("2", "", "e1"), ("2", "", "e2"), ("1", "d1", "e1"), ("1", "d1", "e2"),

@@ -16,6 +16,7 @@ from bus.messages import (
     Decision,
     Ended,
     Learned,
+    LearnedNode,
     LinkMeasurement,
     NodeHeartbeat,
     Placed,
@@ -26,6 +27,8 @@ from bus.messages import (
 from bus.values import Objective, Parts
 from planner.core.core import PlannerCore
 from planner.core.options import CoreOptions
+from planner.learning.estimates import Line
+from planner.learning.values import NODE_PRIOR
 from planner.search.cost import Costs, Overheads, PlatformRow
 from tests.unit.planner.scenes import MBPS, cloud, device, edge, faster, only, profile, task
 
@@ -264,6 +267,31 @@ def test_a_placement_says_how_much_of_its_delay_is_latency_and_overhead() -> Non
     assert region.run(1)[0].overhead is None
 
 
+def test_a_device_in_a_path_and_alone_are_learned_apart() -> None:
+    """In a path a device also packs and sends activations, which it does not do alone."""
+    region = Region(Truth(), *nodes())
+
+    def alone_s() -> float:
+        request = region.core.request(task("probe"))
+        assert not isinstance(request, str)
+        found = request.device_search.device_s(10, Objective.PIPELINED)
+        assert found is not None
+        return found
+
+    before_s = alone_s()
+    table = region.core.estimates
+    node = LearnedNode(node="d1", model="m", samples=10, profile_s=0.1, busy_s=0.5, factor=3.0, overhead_s=0.02, kept=1)
+    table.apply(Learned(nodes=(node,)), lambda name, model: 1.0, 0.0)
+    assert table.node("d1", "m") == Line(3.0, 0.02)
+    assert table.node("d1", "m", alone=True) == NODE_PRIOR.line
+    assert alone_s() == before_s
+    table.apply(Learned(nodes=(node.model_copy(update={"alone": True, "factor": 2.0}),)), lambda name, model: 1.0, 0.0)
+    assert (table.node("d1", "m").a, table.node("d1", "m", alone=True).a) == (3.0, 2.0)
+    assert alone_s() > before_s
+    table.joined("d1", [("m", 2.0)])  # another profile voids both
+    assert table.node("d1", "m") == table.node("d1", "m", alone=True) == NODE_PRIOR.line
+
+
 # --- what teaches, and what does not ---------------------------------------------------------------------------------
 
 
@@ -439,7 +467,7 @@ def test_a_retry_is_one_task_until_its_result_is_known() -> None:
         region.now += 5.0
         region.run(1)
         table = region.core.estimates
-        stale = table.nodes["e1", "m"].age.steps
+        stale = table.nodes["e1", "m", False].age.steps
         if stale and region.core.decide(task("probe"), region.now).edge is not None:  # type: ignore[union-attr]
             break
     else:

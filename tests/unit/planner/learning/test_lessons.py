@@ -29,9 +29,9 @@ def taught(*tasks: str, factor: float = 3.0, kept: int = 2) -> Lessons:
 
 
 def test_an_estimate_names_the_tasks_whose_observations_it_uses() -> None:
-    assert taught("t1", "t2", "t3", kept=2).nodes["e1", "toy"].tasks == ("t2", "t3")
+    assert taught("t1", "t2", "t3", kept=2).nodes["e1", "toy", False].tasks == ("t2", "t3")
     lessons = taught("t1", "t2", "t3", kept=3)
-    assert lessons.nodes["e1", "toy"].tasks == ("t1", "t2", "t3")
+    assert lessons.nodes["e1", "toy", False].tasks == ("t1", "t2", "t3")
     lessons.learn(Learned(task_id="t4", nodes=(speed(factor=9.0, kept=1),)))  # the world has changed
     (last,) = lessons.newest(1)
     assert last.tasks == ("t4",)
@@ -63,7 +63,7 @@ def test_the_number_of_lessons_is_bounded_and_the_oldest_goes_first() -> None:
     lessons = Lessons(limit=3)
     for number in range(5):
         lessons.learn(Learned(task_id=f"t{number}", nodes=(speed(f"e{number}"),)))
-    assert [node for node, _ in lessons.nodes] == ["e2", "e3", "e4"]
+    assert [node for node, _, _ in lessons.nodes] == ["e2", "e3", "e4"]
     assert len(lessons) == 3
 
 
