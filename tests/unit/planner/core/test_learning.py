@@ -29,6 +29,7 @@ from planner.core.core import PlannerCore
 from planner.core.options import CoreOptions
 from planner.learning.estimates import Line
 from planner.learning.values import NODE_PRIOR
+from planner.search.algorithm1 import Request
 from planner.search.cost import Costs, Overheads, PlatformRow
 from tests.unit.planner.scenes import MBPS, cloud, device, edge, faster, only, profile, task
 
@@ -273,7 +274,7 @@ def test_a_device_in_a_path_and_alone_are_learned_apart() -> None:
 
     def alone_s() -> float:
         request = region.core.request(task("probe"))
-        assert not isinstance(request, str)
+        assert isinstance(request, Request)
         found = request.device_search.device_s(10, Objective.PIPELINED)
         assert found is not None
         return found
