@@ -105,9 +105,13 @@ class Overheads(NamedTuple):
         return crossings * self.latency_s(family), self.task_s[family] + samples * self.sample_s[family]
 
     def total_s(self, family: int, samples: int, objective: Objective) -> float:
-        """Their share of the delay of a task: t + N u + N l if sequential, t + N u + l if pipelined."""
+        """Their share of the delay of a task: t + N u + N l if sequential, t + N u + l if pipelined.
+
+        Never negative: learned overheads correct latencies that were measured too high, for example while the bus was away,
+        and would otherwise predict a delay below that of the stations when the latency falls again.
+        """
         crossings = samples if objective is Objective.SEQUENTIAL else 1
-        return self.task_s[family] + samples * self.sample_s[family] + crossings * self.latency_s(family)
+        return max(0.0, self.task_s[family] + samples * self.sample_s[family] + crossings * self.latency_s(family))
 
 
 NO_OVERHEADS: Final = Overheads()

@@ -203,3 +203,12 @@ def test_the_searches_of_many_devices_of_their_own_make_are_bounded_in_bytes(obj
 
 
 IN_SEARCH = [tracemalloc.Filter(True, "*/planner/search/cut_search.py", all_frames=False)]
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_overheads_that_were_learned_with_a_higher_latency_take_nothing_from_the_stations(objective: Objective) -> None:
+    """A bus that was away for seconds leaves a large latency, and overheads that make up for it."""
+    learned = Overheads(0.001, 0.001, (-20.0,) * 4, (-1.0,) * 4)
+    assert [learned.total_s(family, 10, objective) for family in range(4)] == [0.0] * 4
+    small = Overheads(0.1, 0.1, (-0.05,) * 4, (0.0,) * 4)
+    assert small.total_s(2, 1, objective) == pytest.approx(0.35)  # others still reduce the latency
