@@ -102,14 +102,19 @@ class Run:
     where: str  # the placement in words
 
 
+HOPELESS_S: Final = 0.010
+"""Difference below which no policy is hopeless: the first task on a node may take some milliseconds longer."""
+
+
 def drop_hopeless(runs: Mapping[str, Sequence[Run]], factor: float) -> set[str]:
-    """The fixed policies whose fastest task took more than `factor` times the mean of the best fixed policy.
+    """The fixed policies whose fastest task took more than `factor` times the mean of the best one, and `HOPELESS_S` more.
 
     They are not run again in a cell: the mean of the best policy does not depend on them.
     """
     fixed = {policy: runs[policy] for policy in FIXED if runs.get(policy)}
     best_s = min(fmean(run.delay_s for run in tasks) for tasks in fixed.values())
-    return {policy for policy, tasks in fixed.items() if min(run.delay_s for run in tasks) > factor * best_s}
+    limit_s = factor * best_s + HOPELESS_S
+    return {policy for policy, tasks in fixed.items() if min(run.delay_s for run in tasks) > limit_s}
 
 
 def judge(cell: Cell, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:

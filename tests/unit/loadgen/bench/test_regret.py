@@ -75,6 +75,8 @@ def test_aims_allow_milliseconds_for_short_tasks() -> None:
 def test_a_policy_is_hopeless_when_even_its_fastest_task_is_slow() -> None:
     runs = {"device-only": runs_of(1.0, 1.0), "edge-only": runs_of(1.4, 9.0), "cloud-only": runs_of(1.6, 1.6)}
     assert regret.drop_hopeless(runs, 1.5) == {"cloud-only"}
+    short = {policy: runs_of(*(run.delay_s / 100 for run in tasks)) for policy, tasks in runs.items()}
+    assert regret.drop_hopeless(short, 1.5) == set()
 
 
 def test_cells_are_all_combinations() -> None:
