@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from bus import topics
 from bus.decisions import DecisionLog
+from bus.errors import BusUnavailableError
 from bus.kafka.bus import KafkaBus
 from bus.messages import Decision, Learned
 from bus.port import Bus
@@ -102,8 +104,14 @@ class PairedRegions:
                 await _stop(region, list(pair.commands(self._folder)))
 
     async def _ready(self, number: int, names: tuple[str, ...]) -> None:
-        await await_planner(self._bus, number, timeout_s=READY_S)
-        await await_nodes(self._bus, number, names, timeout_s=READY_S)
+        until_s = time.monotonic() + READY_S
+        while True:
+            try:
+                await await_planner(self._bus, number, timeout_s=READY_S)
+                return await await_nodes(self._bus, number, names, timeout_s=READY_S)
+            except BusUnavailableError:  # a broker that makes hundreds of partitions does not answer for a while
+                if time.monotonic() > until_s:
+                    raise
 
 
 async def _links_learned(bus: Bus, region: int) -> None:
