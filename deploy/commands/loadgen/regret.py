@@ -78,4 +78,13 @@ async def _measure(
     machine = (
         f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}, slowed: {slowdowns}"
     )
-    return {"bench": "regret", "machine": machine, **found, "seed": seed, "busyness": watch.seen().as_json()}
+    seen = watch.seen()
+    return {
+        "bench": "regret",
+        "machine": machine,
+        **found,
+        "seed": seed,
+        "busyness": seen.as_json(),
+        "judgeable": not seen.too_busy,
+        "note": "the machine was too busy to judge" if seen.too_busy else "",
+    }
