@@ -314,6 +314,10 @@ def test_commands_that_need_a_broker(kafka_own: OwnBroker, tmp_path: Path) -> No
         for text in ("deepar top", "deepar top --once", "deepar top --replay --speed 5"):
             assert "25 completed" in shell.run(text)
         assert look(port)["counts"]["COMPLETED"] == 25
+        # LeNet is fastest on the device, so only tasks of AlexNet send frames
+        assert "2 completed" in shell.run(
+            "deepar loadgen replay --models alexnet --devices d2,d3 --tasks 2 --within 2s"
+        )
     tool = subprocess.run(
         [sys.executable, str(ROOT / "docs/examples/watch.py"), kafka_own.bootstrap],
         capture_output=True,
@@ -323,7 +327,7 @@ def test_commands_that_need_a_broker(kafka_own: OwnBroker, tmp_path: Path) -> No
         check=False,
     )
     assert tool.returncode == 0, tool.stderr
-    assert tool.stdout.count(": COMPLETED") == 25
+    assert tool.stdout.count(": COMPLETED") == 27
     assert "frame of " in tool.stdout
     assert "float32" in tool.stdout
 
