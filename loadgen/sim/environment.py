@@ -18,14 +18,11 @@ from typing import NamedTuple
 import numpy as np
 
 from bus.messages import Placed, TaskSubmitted
-from bus.unchecked_constructors import maker
 from bus.values import Parts, Role
 from loadgen.random_streams import Streams
 from loadgen.sim.platforms import Platforms
-from planner.search.cost import NO_OVERHEADS, Costs, Overheads, PlatformRow, stations_s
+from planner.search.cost import NO_OVERHEADS, Costs, Overheads, PlatformRow, busy_parts, stations_s
 from planner.search.families import family_of
-
-_parts = maker(Parts)  # skips validation: the values are computed here
 
 STEP_S = 30.0
 """Time for which a drifting speed stays the same."""
@@ -85,18 +82,11 @@ class Environment:
         one = self._sample_s(task, placed, now_s)
         factor, samples = self._factor(task.task_id), task.samples
         s1, s2, s3, s4, s5, s6b, s6a = (factor * s for s in one)
-        parts = _parts(
-            device_s=samples * s1,
-            link1_s=samples * s2,
-            edge_s=samples * s3,
-            link2_s=samples * s4,
-            cloud_s=samples * s5,
-            result_s=samples * (s6b + s6a),
-        )
-        delay_s = stations_s((s1, s2, s3, s4, s5, s6b, s6a), samples, placed.objective)
+        sample = s1, s2, s3, s4, s5, s6b, s6a
+        delay_s = stations_s(sample, samples, placed.objective)
         place, layers = placed.placement, self._costs_of(task.model).layers
         return Ran(
-            parts,
+            busy_parts(sample, samples),
             delay_s + self._latencies.total_s(family_of(place.cut1, place.cut2, layers), samples, placed.objective),
         )
 

@@ -117,6 +117,10 @@ class Overheads(NamedTuple):
 NO_OVERHEADS: Final = Overheads()
 
 
+StationTimes = tuple[float, float, float, float, float, float, float]
+"""The fields of `SampleParts`, in seconds."""
+
+
 class SampleParts(NamedTuple):
     """The station times of one sample in seconds; the result crosses link 2 (`s6b`), then link 1 (`s6a`)."""
 
@@ -158,7 +162,7 @@ class Costs:
 
     def _sample_parts(
         self, cut1: int, cut2: int, link1_bps: float, link2_bps: float, input_bytes: int | None
-    ) -> tuple[float, float, float, float, float, float, float]:
+    ) -> StationTimes:
         layers, sizes, device = self.layers, self.cut_bytes, self.device
         if cut1 == layers:
             return device[layers], 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
@@ -197,15 +201,7 @@ class Costs:
         input_bytes: int | None = None,
     ) -> Parts:
         """(1)-(6) for all samples: the busy seconds of each station."""
-        s1, s2, s3, s4, s5, s6b, s6a = self._sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes)
-        return _parts(
-            device_s=samples * s1,
-            link1_s=samples * s2,
-            edge_s=samples * s3,
-            link2_s=samples * s4,
-            cloud_s=samples * s5,
-            result_s=samples * (s6b + s6a),
-        )
+        return busy_parts(self._sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes), samples)
 
     def delay_s(
         self,
@@ -225,9 +221,20 @@ class Costs:
         return delay_s + overheads.total_s(family_of(cut1, cut2, self.layers), samples, objective)
 
 
-def stations_s(
-    parts: tuple[float, float, float, float, float, float, float], samples: int, objective: Objective
-) -> float:
+def busy_parts(sample: StationTimes, samples: int) -> Parts:
+    """The busy seconds of each station for all samples, from the station times of one."""
+    s1, s2, s3, s4, s5, s6b, s6a = sample
+    return _parts(
+        device_s=samples * s1,
+        link1_s=samples * s2,
+        edge_s=samples * s3,
+        link2_s=samples * s4,
+        cloud_s=samples * s5,
+        result_s=samples * (s6b + s6a),
+    )
+
+
+def stations_s(parts: StationTimes, samples: int, objective: Objective) -> float:
     """The stations' share of the delay.
 
     `sequential`: N (s1 + ... + s6), (7). `pipelined`: (s1 + ... + s6) + (N - 1) max(s1, ..., s5, s6a, s6b).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from bus.messages import (
@@ -130,6 +131,20 @@ def only(changes: list[Change], kind: type[Any]) -> Any:
     return found[0]
 
 
+def decision_of(changes: Sequence[Change], seq: int, now: float, core: PlannerCore) -> Decision:
+    """The decision that records the changes of a step."""
+    return Decision(
+        region=0,
+        epoch=1,
+        nonce="n",
+        seq=seq,
+        now_s=now,
+        inputs={},
+        changes=tuple(changes),
+        ledger_hash=core.state_hash,
+    )
+
+
 class World:
     """A region that runs: tasks arrive, start, end when they were predicted to or not, nodes come and go."""
 
@@ -210,16 +225,7 @@ class World:
         core = self.core
         changes = core.handle(self._spelled(event) if isinstance(event, str) else event, now)
         if changes:
-            decision = Decision(
-                region=0,
-                epoch=1,
-                nonce="n",
-                seq=len(self.log) + 1,
-                now_s=now,
-                inputs={},
-                changes=tuple(changes),
-                ledger_hash=core.state_hash,
-            )
+            decision = decision_of(changes, len(self.log) + 1, now, core)
             self.log.append(decision)
         if self.validate:
             core.validate()

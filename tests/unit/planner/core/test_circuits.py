@@ -8,7 +8,7 @@ from planner.core.core import Event, PlannerCore
 from planner.core.options import CoreOptions
 from planner.core.region.circuits import OPEN_S, OPENS_AFTER
 from planner.explain import explain
-from tests.unit.planner.scenes import cloud, completed, device, edge, failed, only, task
+from tests.unit.planner.scenes import cloud, completed, decision_of, device, edge, failed, only, task
 
 LONG_LEASE_S = 1e6
 
@@ -28,16 +28,7 @@ class Region:
         changes = self.core.handle(event, now)
         self.core.validate()
         if changes:
-            decision = Decision(
-                region=0,
-                epoch=1,
-                nonce="n",
-                seq=len(self.log) + 1,
-                now_s=now,
-                inputs={},
-                changes=tuple(changes),
-                ledger_hash=self.core.state_hash,
-            )
+            decision = decision_of(changes, len(self.log) + 1, now, self.core)
             self.log.append(decision)
             self.folded.fold(Decision.model_validate_json(decision.model_dump_json()))
             assert self.folded.state_hash == self.core.state_hash

@@ -32,7 +32,7 @@ from bus.messages import (
 from bus.values import Objective, Role
 from planner.core.core import Event, PlannerCore, Tick
 from planner.core.options import CoreOptions
-from tests.unit.planner.scenes import MBPS, cloud, completed, device, edge, failed, task
+from tests.unit.planner.scenes import MBPS, cloud, completed, decision_of, device, edge, failed, task
 
 EDGES, DEVICES, CLOUDS = ("e1", "e2"), ("d1", "d2", "d3"), ("c1", "c2")
 NODES = EDGES + DEVICES + CLOUDS
@@ -273,16 +273,7 @@ class Region(RuleBasedStateMachine):
                 self.ended[change.task_id] = change
                 self.running.pop(change.task_id, None)
         if changes:
-            decision = Decision(
-                region=0,
-                epoch=1,
-                nonce="n",
-                seq=len(self.log) + 1,
-                now_s=self.now,
-                inputs={},
-                changes=tuple(changes),
-                ledger_hash=self.core.state_hash,
-            )
+            decision = decision_of(changes, len(self.log) + 1, self.now, self.core)
             self.log.append(Decision.model_validate_json(decision.model_dump_json()))
         return changes
 
