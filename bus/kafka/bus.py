@@ -320,7 +320,7 @@ class _Site:
         if self._admin is not None:
             await asyncio.wait([asyncio.ensure_future(self._admin.close())], timeout=_CLOSE_S)
         if self._asker is not None:
-            await cut_off(self._asker)  # it belongs to no group, so there is no group to leave
+            await cut_off(self._asker)  # it reads without a consumer group
 
     async def _topics(self) -> dict[str, int | BusError]:
         """Partition count of every available topic, or the error if this user may not see it."""

@@ -1,9 +1,10 @@
 """The estimates of nodes, paths and links as values: what is assumed before anything is observed, and how they age.
 
-**Stale estimates.** What looks bad is not chosen, so it is not measured again. After some tasks and some time without an
-observation, a record says that an estimate is stale, and the prediction moves one step towards the prior; the longer it
-lasts, the further. Once this makes it the best choice, one task tries it: the placement takes all steps back, so that other
-tasks wait for the result. A retry that confirms the estimate doubles the time to the next one.
+**Stale estimates.** The planner does not choose a slow node or path, so it gets no new measurement of it. An estimate
+without a new observation becomes stale after some tasks and some time. Each record that says so moves the prediction
+one step towards the prior. When the stale node or path becomes the best choice, one task tries it. Its placement
+removes all steps, so other tasks do not use the node until the result is known. A retry that confirms the estimate
+doubles the time to the next retry.
 """
 
 from __future__ import annotations
@@ -14,33 +15,33 @@ from bus.values import Kind
 from planner.learning.estimates import Line, Prior, rounded
 
 RETRY_TASKS: Final = 20
-"""Tasks of the region after which an estimate without a new observation becomes stale..."""
+"""An estimate becomes stale after this many tasks of the region without a new observation of its own."""
 RETRY_S: Final = 60.0
-"""...and the ledger time that must have passed as well."""
+"""It also needs this much ledger time to become stale."""
 EARLY_TASKS: Final = 6
 EARLY_S: Final = 2.0
-"""The same for an estimate with a single observation, once: the first task on a node often is a slow one."""
+"""The two limits for the first retry of an estimate with one observation. The first task on a node is often slow."""
 EARLY_STEPS: Final = 3
-"""The steps that such an estimate takes at once."""
+"""Steps towards the prior that such an estimate takes at its first retry."""
 JUMPED_S: Final = 10.0
-"""The time after which an estimate becomes stale that has jumped up: the trouble may be over soon."""
+"""Replaces `RETRY_S` for an estimate that became much worse from one task to the next: the cause may end soon."""
 STEP: Final = 0.7
 """The share of its distance from the prior that a prediction keeps in each step."""
-_LONGEST: Final = 6  # confirmed retries after which the time to the next one doubles no more
+_LONGEST: Final = 6  # confirmed retries that double the time to the next one; later ones do not
 MOST_STALE: Final = 12
-"""Steps after which the prediction is the prior anyhow."""
+"""Steps after which the prediction equals the prior."""
 
 NODE_PRIOR: Final = Prior(
     Line(1.0, 0.0),
-    0.5,  # half of a profile's time, against
-    1e-3,  # a millisecond for each sample
+    0.5,  # deviation of the factor
+    1e-3,  # deviation of the overhead of a sample, in seconds
     Line(0.02, 0.0),
     Line(1e4, 1e3),
 )
 NO_PATH: Final = Prior(
     Line(0.0, 0.0),
-    1e-2,  # 10 ms for a task, against
-    1e-3,  # one for each sample
+    1e-2,  # deviation of the overhead of a task, in seconds
+    1e-3,  # deviation of the overhead of a sample, in seconds
     Line(-1e3, -1e2),
     Line(1e6, 1e4),
 )

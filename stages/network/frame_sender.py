@@ -250,7 +250,7 @@ class FrameSender:
                 raise
             except BusError:
                 await asyncio.sleep(RETRY_S)
-                ready_s = clock()  # the failure is no link time
+                ready_s = clock()  # exclude the failure from link time
         if generation != self._generation:
             _forget(acknowledgement)
             return
@@ -340,7 +340,7 @@ class FrameSender:
         again: dict[int, Outgoing] = {}
         now = exact_clock()()
         for item in [*(item for sent in (*self._sent, *self._arriving) for item in sent.begun), *self._begun]:
-            item.ready_s = now  # so that the time until the failure was noticed is no link time
+            item.ready_s = now  # exclude the time until the failure was noticed from link time
             again.setdefault(item.sample, item)
         for later in self._sent:
             _forget(later.acknowledgement)

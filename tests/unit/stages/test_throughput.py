@@ -143,7 +143,7 @@ class NarrowBus(MemoryBus):
 def test_a_sender_measures_a_real_link_by_its_acknowledgements(
     link_bps: float, expected: float | None, pause_s: float
 ) -> None:
-    """Pauses between the samples are no link time."""
+    """Pauses between the samples do not count as link time."""
 
     async def run() -> int | None:
         found = LinkThroughput()
