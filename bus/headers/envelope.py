@@ -46,7 +46,8 @@ def _trace(message: Message) -> bytes | None:
     if isinstance(message, Decision):
         about = {getattr(change, "task_id", None) for change in message.changes} - {None}
         if len(about) == 1:
-            attempts = [getattr(change, "attempt", 1) for change in message.changes]
+            # an admission has no attempt, and what a heartbeat teaches belongs to no task
+            attempts = [getattr(change, "attempt", None) or 1 for change in message.changes]
             task_id = str(about.pop())
             return traceparent(task_id, span_id(task_id, DECISION, max(attempts)))
     return None
