@@ -196,6 +196,7 @@ SERVED = {
     "deepar ui",
 }
 WITH_BROKER = {
+    "deepar loadgen replay --models alexnet --devices d2,d3 --tasks 2 --within 2s",
     "deepar loadgen replay --models MODEL --tasks 5",
     "deepar loadgen replay --tasks 20 --within 10s",
     "deepar top",
