@@ -62,7 +62,8 @@ class RegionOptions:
         cloud = ["stage", "cloud", "--name", "c1", "--slowdown", str(self.cloud_slowdown), *lease]
         found = {"c1": (Target.CLOUD, cloud)}
         for number in range(1, self.planners + 1):
-            words = ["planner", "--name", f"p{number}", "--lease", f"{self.planner_lease_s}s"]
+            # A planner that learns would avoid the stage that was just hit, and its recovery could not be seen.
+            words = ["planner", "--name", f"p{number}", "--lease", f"{self.planner_lease_s}s", "--no-learn"]
             found[f"p{number}"] = (Target.PLANNER, words)
         for number in range(1, self.edges + 1):
             capacity = ["--slots", str(self.slots), "--link1", self.link1, "--link2", self.link2]
