@@ -75,6 +75,7 @@ class Plan(Frozen):
     placement: Placement
     input_bytes: int | None = None  # G(0) of this task; None: the model's
     in_flight: Annotated[int, Field(ge=1)] | None = None  # samples that a full pipeline has on links with latency
+    session: Literal[True] | None = None  # an open-ended task: `samples` and `todo` mean nothing
 
     @classmethod
     def of(cls, placed: Placed, *, region: int, todo: int, input_bytes: int | None = None) -> Plan:
@@ -87,6 +88,7 @@ class Plan(Frozen):
             task_id=placed.task_id, attempt=placed.attempt, region=region, device=placed.device, model=placed.model,
             sha256=placed.sha256, samples=placed.samples, todo=todo, execution=placed.execution,
             placement=placed.placement, input_bytes=input_bytes, in_flight=in_flight,
+            session=None if placed.session is None else True,
         )  # fmt: skip
 
 

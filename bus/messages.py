@@ -74,6 +74,15 @@ InputSource = Annotated[DatasetInput | SeedInput | HandleInput, Field(discrimina
 # --- deepar.tasks ----------------------------------------------------------------------------------------------------
 
 
+class SessionTerms(Frozen):
+    """What the client of a session asks for."""
+
+    rate_hz: Annotated[float, Field(gt=0, le=1e6)]  # samples a second that the placement must sustain
+    latency_s: Annotated[float, Field(gt=0)] | None = (
+        None  # target from a sample to its answer; None: as short as possible
+    )
+
+
 class TaskSubmitted(Message):
     """A device asks for `samples` inferences of `model`. An acknowledged task ends exactly once (G1)."""
 
@@ -88,6 +97,9 @@ class TaskSubmitted(Message):
     input_bytes: Bytes | None = None  # G(0) of one sample; None: the model's
     deadline_s: Annotated[float, Field(gt=0)] | None = None  # from admission; the task then ends as EXPIRED
     submitted_at: str | None = None  # ISO 8601 UTC, for display; no decision reads it
+    session: SessionTerms | None = None  # an open-ended task, whose samples are not known yet; `samples` is then 1
+    priority: Annotated[int, Field(ge=1, le=1_000)] | None = None  # 1 is the most urgent; None: the default
+    tiers: Annotated[tuple[Role, ...], Field(min_length=1)] | None = None  # tiers that may compute; None: all
 
 
 class TaskCancelled(Message):
@@ -220,6 +232,14 @@ class PlacedOverhead(Frozen):
     deviation: Annotated[float, Field(ge=0)] = 0.0  # relative deviation of delays there from their predictions
 
 
+class PlacedSession(Frozen):
+    """How a placement serves a session. The delay and the parts of the placement are those of one sample."""
+
+    rate_hz: Annotated[float, Field(gt=0)]  # samples a second that the placement sustains
+    device_load: Annotated[float, Field(ge=0)] = 0.0  # share of the device's computing time that is booked
+    edge_load: Annotated[float, Field(ge=0)] = 0.0  # slots of the edge that are booked, a fraction of one
+
+
 class Placed(Frozen):
     """The planner places a task: nodes, bandwidth and start time."""
 
@@ -239,6 +259,7 @@ class Placed(Frozen):
     delay_s: Seconds  # w, predicted delay from the start
     parts: Parts  # predicted parts of the delay
     overhead: PlacedOverhead | None = None  # latency and overheads in delay_s; None: all zero
+    session: PlacedSession | None = None  # of a session; None: a task with a known number of samples
 
 
 class BandwidthGrant(Frozen):
