@@ -102,12 +102,12 @@ class DecisionLog:
             return self._drop(error.cause, str(error))
         return self.accept(message)
 
-    def _is_next(self, payload: bytes | None) -> bool:
+    def _is_next(self, value: bytes | None) -> bool:
         """Whether a record that cannot be decoded is the next decision of the open epoch, or a part of it."""
-        if not payload or len(payload) > messages.MAX_MESSAGE_BYTES:
+        if not value or len(value) > messages.MAX_MESSAGE_BYTES:
             return False
         try:
-            found = json.loads(payload)
+            found = json.loads(value)
         except (ValueError, RecursionError):
             return False
         if not isinstance(found, dict) or found.get("type") not in ("decision", "decision_part"):

@@ -36,7 +36,7 @@ from pydantic import Field, ValidationError
 
 from bus.errors import ProtocolError
 from bus.messages import AttemptNumber, Placed, Samples
-from bus.port import Payload
+from bus.port import RecordValue
 from bus.tensors import DTYPES, Piece, TensorHead, tensor_head, to_arrays, to_tensors
 from bus.validation import first_fault
 from bus.values import Execution, Frozen, Name, NodeName, Placement
@@ -60,7 +60,7 @@ PROBING: tuple[FrameKind, ...] = ("probe", "echo")
 """Kinds without task data."""
 
 
-class Plan(Frozen):
+class AttemptPlan(Frozen):
     """The plan of a task attempt, sent to a stage with the first activations."""
 
     task_id: Name
@@ -78,7 +78,7 @@ class Plan(Frozen):
     session: Literal[True] | None = None  # an open-ended task: `samples` and `todo` mean nothing
 
     @classmethod
-    def of(cls, placed: Placed, *, region: int, todo: int, input_bytes: int | None = None) -> Plan:
+    def of(cls, placed: Placed, *, region: int, todo: int, input_bytes: int | None = None) -> AttemptPlan:
         """The plan of a placement for `todo` samples."""
         latency_s = placed.overhead.latency_s if placed.overhead is not None else 0.0
         slowest_s = max(placed.parts.model_dump().values()) / placed.samples
@@ -100,7 +100,7 @@ class Frame(NamedTuple):
     attempt: int
     source: str  # the node that sends it
     pieces: Sequence[Piece] = ()
-    plan: Plan | None = None
+    plan: AttemptPlan | None = None
     report: Mapping[str, float] = MappingProxyType({})  # busy seconds by part
 
 
@@ -167,14 +167,14 @@ def _described(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-def decode_frame(payload: Payload | None) -> Frame:
-    """Decode the frame of a record; the data of its pieces are views of `payload`.
+def decode_frame(value: RecordValue | None) -> Frame:
+    """Decode the frame of a record; the data of its pieces are views of `value`.
 
     Raises `ProtocolError`: `oversized`, `undecodable`, `unknown_version`, `wrong_shape`.
     """
-    if payload is None:
+    if value is None:
         raise ProtocolError("undecodable", "an empty record")
-    view = memoryview(payload)
+    view = memoryview(value)
     if view.nbytes > MAX_FRAME_BYTES:
         raise ProtocolError("oversized", f"{view.nbytes:,} bytes, over {MAX_FRAME_BYTES:,}")
     head, data = _unpack(view)
@@ -187,7 +187,7 @@ def decode_frame(payload: Payload | None) -> Frame:
             raise ProtocolError("undecodable", f"unknown kind {kind!r}")
         if kind in PROBING and (data.nbytes or head["pieces"] or "plan" in head or "report" in head):
             raise ProtocolError("wrong_shape", f"a frame of kind {kind} has no plan, report, pieces or data")
-        plan = Plan.model_validate(head["plan"]) if "plan" in head else None
+        plan = AttemptPlan.model_validate(head["plan"]) if "plan" in head else None
         return Frame(
             kind, _text(head["task"]), _count(head["attempt"]), _text(head["from"]), _pieces(head["pieces"], data),
             plan, {_text(key): _seconds(value) for key, value in head.get("report", {}).items()},

@@ -14,7 +14,7 @@ from bus.topics import TopicSpec
 
 Headers = tuple[tuple[str, bytes], ...]
 TopicPartition = tuple[str, int]
-Payload = bytes | bytearray | memoryview
+RecordValue = bytes | bytearray | memoryview
 
 
 class Record(NamedTuple):
@@ -109,7 +109,7 @@ class Bus(Protocol):
     async def post(
         self,
         topic: str,
-        value: Payload | None,
+        value: RecordValue | None,
         *,
         key: str | None = None,
         partition: int | None = None,
@@ -125,7 +125,7 @@ class Bus(Protocol):
     async def send(
         self,
         topic: str,
-        value: Payload | None,
+        value: RecordValue | None,
         *,
         key: str | None = None,
         partition: int | None = None,

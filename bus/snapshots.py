@@ -52,9 +52,9 @@ def key_of(region: int, place: int, part: int | None = None) -> str:
     return f"{region}/{place}" if part is None else f"{region}/{place}/{part}"
 
 
-def digest(payload: bytes) -> str:
+def digest(value: bytes) -> str:
     """The digest by which a snapshot refers to a part: 128 bits."""
-    return blake2b(payload, digest_size=16).hexdigest()
+    return blake2b(value, digest_size=16).hexdigest()
 
 
 async def found(bus: Bus, region: int) -> AsyncGenerator[StoredSnapshot]:
@@ -160,9 +160,9 @@ async def whole(bus: Bus, one: StoredSnapshot) -> Snapshot | None:
     return snapshot.model_copy(update={"state": state})
 
 
-def _lists(payload: bytes | None) -> dict[str, list[Any]] | None:
+def _lists(value: bytes | None) -> dict[str, list[Any]] | None:
     try:
-        message = messages.decode(topics.SNAPSHOTS, payload)
+        message = messages.decode(topics.SNAPSHOTS, value)
     except ProtocolError:
         return None
     return message.state if isinstance(message, SnapshotPart) else None

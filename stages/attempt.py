@@ -14,7 +14,7 @@ from typing import Protocol
 
 from bus import topics
 from bus.errors import BusError, ConfigError, DeeparError, InvariantError, ProtocolError
-from bus.frames import Frame, Plan
+from bus.frames import AttemptPlan, Frame
 from bus.messages import TaskCompleted, TaskSubmitted
 from bus.tensors import Array
 from bus.values import ModelProfile, Parts, is_node_name
@@ -52,7 +52,7 @@ class DeviceWork(Protocol):
     async def subscribe(self, edge: str) -> None:
         """Read the results that come back through `edge`. Raises `BusError`."""
 
-    async def fail(self, plan: Plan, cause: str, detail: str, *, retryable: bool = False) -> None:
+    async def fail(self, plan: AttemptPlan, cause: str, detail: str, *, retryable: bool = False) -> None:
         """Report to the planner that the attempt failed."""
 
 
@@ -75,7 +75,7 @@ class DeviceAttempt:
         self,
         device: DeviceWork,
         known: DeviceTask,
-        plan: Plan,
+        plan: AttemptPlan,
         todo: list[int],
         on_result: ResultSink | None,
         patience_s: float,

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager
 
 from bus import topics
 from bus.errors import ProtocolError
-from bus.frames import Plan
+from bus.frames import AttemptPlan
 from bus.values import Placement
 from stages.flow import LayerRange
 from stages.network.frame_sender import Route
@@ -36,7 +36,7 @@ class CloudStage:
         """Nothing to wait for: the planner does not limit how many tasks the cloud computes at once."""
         return contextlib.nullcontext()
 
-    def layers(self, plan: Plan) -> LayerRange:
+    def layers(self, plan: AttemptPlan) -> LayerRange:
         """The layers after the plan's second cut. Raises `ProtocolError` where the plan does not use the cloud."""
         if not plan.placement.uses_cloud:
             raise ProtocolError("wrong_shape", f"task {plan.task_id}: the plan does not use the cloud")
@@ -50,7 +50,7 @@ class CloudStage:
         """Answers to an edge's probes go to its own topic. Raises ValueError for a reserved name."""
         return topics.activations_topic(prober)
 
-    def route(self, plan: Plan) -> Route:
+    def route(self, plan: AttemptPlan) -> Route:
         """To the device: over link 2, then over link 1."""
         placement = plan.placement
         grants = (self._link2.grant(placement.link2_bps), self._link1.grant(placement.link1_bps))

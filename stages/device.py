@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 from bus import topics
 from bus.errors import BusError, BusUnavailableError, ProtocolError, UnknownTopicError
-from bus.frames import Frame, Plan, decode_frame
+from bus.frames import AttemptPlan, Frame, decode_frame
 from bus.messages import (
     Admitted,
     Decision,
@@ -234,7 +234,7 @@ class Device:
         if known.started_s is None:
             known.started_s = exact_clock()()
         todo = [sample for sample in range(known.task.samples) if sample not in known.results]
-        plan = Plan.of(placed, region=region, todo=max(1, len(todo)), input_bytes=known.task.input_bytes)
+        plan = AttemptPlan.of(placed, region=region, todo=max(1, len(todo)), input_bytes=known.task.input_bytes)
         patience_s = STALL_S + STALL_SAMPLES * placed.parts.total_s / placed.samples
         known.attempt = self._make_attempt(self, known, plan, todo, self._on_result, patience_s)
         known.running = self._group.create_task(
@@ -322,7 +322,7 @@ class Device:
             return None
         return known.attempt
 
-    async def fail(self, plan: Plan, cause: str, detail: str, *, retryable: bool = False) -> None:
+    async def fail(self, plan: AttemptPlan, cause: str, detail: str, *, retryable: bool = False) -> None:
         """Report to the planner that this device cannot continue the attempt."""
         message = TaskFailed(
             task_id=plan.task_id,

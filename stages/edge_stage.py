@@ -10,7 +10,7 @@ import asyncio
 from contextlib import AbstractAsyncContextManager
 
 from bus import topics
-from bus.frames import Plan
+from bus.frames import AttemptPlan
 from bus.values import Placement
 from stages.flow import LayerRange
 from stages.measuring.throughput import LinkThroughput
@@ -39,7 +39,7 @@ class EdgeStage:
         """A compute slot, held while the block runs."""
         return self.slots
 
-    def layers(self, plan: Plan) -> LayerRange:
+    def layers(self, plan: AttemptPlan) -> LayerRange:
         """The layers between the plan's two cuts."""
         placement = plan.placement
         return LayerRange(placement.cut1, placement.cut2, computes=placement.uses_slot)
@@ -54,7 +54,7 @@ class EdgeStage:
         """Answers to a device's probes go where its results go."""
         return topics.RESULTS
 
-    def route(self, plan: Plan) -> Route:
+    def route(self, plan: AttemptPlan) -> Route:
         """To the cloud where the plan uses it, else back to the device."""
         placement = plan.placement
         if placement.uses_cloud:

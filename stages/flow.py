@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 from bus import topics
 from bus.errors import BusError, DeeparError, InvariantError, ProtocolError
-from bus.frames import MAX_SAMPLE_BYTES, Frame, Plan, encode_frame
+from bus.frames import MAX_SAMPLE_BYTES, AttemptPlan, Frame, encode_frame
 from bus.headers.tracing import parent_in
 from bus.port import Bus, Record, TopicPartition
 from bus.tensors import Array, Piece
@@ -55,10 +55,10 @@ class HopStage(Protocol):
     def slot(self) -> AbstractAsyncContextManager[None]:
         """What a flow holds while it computes."""
 
-    def layers(self, plan: Plan) -> LayerRange:
+    def layers(self, plan: AttemptPlan) -> LayerRange:
         """The layers that the plan has for this stage. Raises `ProtocolError` where it has none."""
 
-    def route(self, plan: Plan) -> Route:
+    def route(self, plan: AttemptPlan) -> Route:
         """Where the task's outputs go, with new grants for its links."""
 
     @property
@@ -92,7 +92,7 @@ class Flow:
     duplicates are dropped instead of computed again.
     """
 
-    def __init__(self, hop: FlowOwner, plan: Plan) -> None:
+    def __init__(self, hop: FlowOwner, plan: AttemptPlan) -> None:
         self.hop = hop
         self.node = hop.node
         self.plan = plan

@@ -8,7 +8,7 @@ even if it carries a plan. For activations, the frame's own `from` field is igno
 
 from __future__ import annotations
 
-from bus.frames import Frame, Plan
+from bus.frames import AttemptPlan, Frame
 from bus.identity.proofs import Speaker, refused
 from bus.identity.signed_bus import frame_keys
 from bus.messages import Placed
@@ -48,7 +48,7 @@ class FrameAuthorization:
         if role is None or sender.role != role.value or sender.name != frame.source:
             raise refused(f"{sender} sent a frame of kind {frame.kind} as {frame.source}; it may not")
 
-    def usable(self, sender: Speaker | None, frame: Frame, plan: Plan | None) -> bool:
+    def usable(self, sender: Speaker | None, frame: Frame, plan: AttemptPlan | None) -> bool:
         """Whether a frame of activations can be used now; False means it waits for the decision on its task.
 
         `plan` is the plan that this stage follows for the task, else the plan in the frame. Raises `ProtocolError`
@@ -70,13 +70,13 @@ class FrameAuthorization:
         if str(sender) != self._owner(placed):
             raise refused(f"{sender} sent a frame of {frame.task_id}; only {self._owner(placed)} may send it")
         claimed = frame.plan
-        if claimed is not None and claimed != Plan.of(
+        if claimed is not None and claimed != AttemptPlan.of(
             placed, region=self._settings.region, todo=claimed.todo, input_bytes=claimed.input_bytes
         ):
             raise refused(f"{sender} sent a plan for {frame.task_id} that differs from the planner's decision")
         return True
 
-    def check_result(self, sender: Speaker | None, frame: Frame, plan: Plan) -> None:
+    def check_result(self, sender: Speaker | None, frame: Frame, plan: AttemptPlan) -> None:
         """Check that a stage of the plan sent this result or report. Raises `ProtocolError` (`wrong_identity`)."""
         if sender is None:
             return

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from bus import topics
 from bus.errors import BusError, ProtocolError
-from bus.frames import PROBING, Frame, Plan, decode_frame
+from bus.frames import PROBING, AttemptPlan, Frame, decode_frame
 from bus.identity.proofs import WRONG_IDENTITY, Speaker
 from bus.messages import Decision, LinkMeasurement, NodeJoined, NodeLost, Placed, TaskFailed
 from bus.port import Bus, Member, Record, TopicPartition
@@ -282,7 +282,7 @@ class Hop:
             elif key not in self.flows:
                 placed = self.node.fences.placed(frame.task_id)
                 if placed is not None and placed.attempt == frame.attempt:
-                    self._start_flow(Plan.of(placed, region=self.node.settings.region, todo=placed.samples))
+                    self._start_flow(AttemptPlan.of(placed, region=self.node.settings.region, todo=placed.samples))
             if key in self.flows:
                 self.flows[key].take_frame(record, frame, receipt)
                 return
@@ -302,7 +302,7 @@ class Hop:
         elif frame.kind == "echo" and self._prober is not None:
             self._prober.take(frame, CLOUD)
 
-    def _start_flow(self, plan: Plan) -> None:
+    def _start_flow(self, plan: AttemptPlan) -> None:
         """Start the flow of a plan and pass it the frames that arrived before the plan.
 
         Raises `ProtocolError` where this stage cannot follow the plan.

@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from bus.errors import ConfigError, ModelError, UnknownNameError
-from bus.frames import Plan
+from bus.frames import AttemptPlan
 from bus.messages import DatasetInput, SeedInput, TaskSubmitted
 from bus.tensors import Array
 from bus.values import ModelProfile, TensorSpec
@@ -122,14 +122,14 @@ class LitertRunner:
                     f"task {task.task_id}: this device has no input {task.input.handle!r}; it has the data set digits"
                 )
 
-    async def prepare(self, plan: Plan, first: int, last: int) -> None:
+    async def prepare(self, plan: AttemptPlan, first: int, last: int) -> None:
         """Slice and load the segment in a thread of its store."""
         model = self._model(plan.model)
         if model.sha256 != plan.sha256:
             raise ModelError(model.name, f"SHA-256 is {model.sha256}, but the plan was made for {plan.sha256}")
         await self._stores[model.name].ready(first, last)
 
-    def station(self, plan: Plan, first: int, last: int) -> Station:
+    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
         """A station on the prepared segment."""
         busy_s = sum(profile_of(self._profiles, plan.model).layer_s[first:last])
         segment = self._stores[plan.model].get(first, last)

@@ -21,7 +21,7 @@ from bus import messages, snapshots, topics
 from bus.dead_letter import DeadLetterLimiter, write_dead_letter
 from bus.decisions import DecisionLog, DecisionsLostError
 from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
-from bus.frames import Plan
+from bus.frames import AttemptPlan
 from bus.headers.envelope import Envelope
 from bus.headers.tracing import TRACEPARENT, Attribute, Span, SpanSink, parent_of, part_span_id, traceparent
 from bus.identity.proofs import WRONG_IDENTITY
@@ -258,7 +258,13 @@ class Node:
             self._on_busy(self.settings.name, part, task_id, begin_s, end_s)
 
     def span(
-        self, part: str, plan: Plan, begin_s: float | None, end_s: float, busy_s: float, parent_id: str | None = None
+        self,
+        part: str,
+        plan: AttemptPlan,
+        begin_s: float | None,
+        end_s: float,
+        busy_s: float,
+        parent_id: str | None = None,
     ) -> None:
         """Record the trace span of one part of a task's delay. No span is recorded where `begin_s` is None (no work)."""
         if self._on_span is None or begin_s is None:
@@ -276,7 +282,7 @@ class Node:
         parent_id = parent_id or parent_of(part, plan, name)
         self._on_span(Span(plan.task_id, part, part_span_id(part, plan, name), parent_id, begin_s, end_s, attributes))
 
-    def trace_header(self, part: str, plan: Plan) -> Headers:
+    def trace_header(self, part: str, plan: AttemptPlan) -> Headers:
         """Headers for a record that make the receiver's spans children of this part's span."""
         return ((TRACEPARENT, traceparent(plan.task_id, part_span_id(part, plan, self.settings.name))),)
 
@@ -287,7 +293,7 @@ class Node:
         """
         if self._group is None or self._preparing >= MAX_PREPARATIONS:
             return
-        plan = Plan.of(placed, region=self.settings.region, todo=placed.samples)
+        plan = AttemptPlan.of(placed, region=self.settings.region, todo=placed.samples)
 
         async def prepare() -> None:
             self._preparing += 1

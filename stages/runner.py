@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from bus.errors import UnknownNameError
-from bus.frames import Plan
+from bus.frames import AttemptPlan
 from bus.messages import TaskSubmitted
 from bus.tensors import Array
 from bus.values import ModelProfile
@@ -46,13 +46,13 @@ class Runner(Protocol):
     def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
         """Return a function from sample number to input tensors. Raises `UnknownNameError`, `ConfigError`."""
 
-    async def prepare(self, plan: Plan, first: int, last: int) -> None:
+    async def prepare(self, plan: AttemptPlan, first: int, last: int) -> None:
         """Prepare layers first+1..last without delaying other tasks.
 
         Raises `UnknownNameError` for a model it does not have, `ModelError` where the hash differs, `CutError`.
         """
 
-    def station(self, plan: Plan, first: int, last: int) -> Station:
+    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
         """A station for one task's samples; requires a completed `prepare`."""
 
     async def remeasure(self, model: str) -> bool:
@@ -109,11 +109,11 @@ class ModelledRunner:
         blank = [_blank(size_bytes)]
         return lambda sample: blank
 
-    async def prepare(self, plan: Plan, first: int, last: int) -> None:
+    async def prepare(self, plan: AttemptPlan, first: int, last: int) -> None:
         """Check that the model has a profile."""
         profile_of(self._profiles, plan.model)
 
-    def station(self, plan: Plan, first: int, last: int) -> Station:
+    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
         """A station that sleeps instead of computing."""
         profile = profile_of(self._profiles, plan.model)
         return _ModelledStation(sum(profile.layer_s[first:last]), profile.cut_bytes[last])

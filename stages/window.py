@@ -9,7 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from bus.frames import Plan
+from bus.frames import AttemptPlan
 from bus.values import Execution
 from stages.measuring.clock import exact_clock
 
@@ -20,7 +20,7 @@ IN_FLIGHT_BYTES = 32 << 20
 """Limit for samples that are on their way because of a latency: 250 ms of a link of 1 Gbit/s."""
 
 
-def window_of(plan: Plan, cut_bytes: Sequence[int]) -> int:
+def window_of(plan: AttemptPlan, cut_bytes: Sequence[int]) -> int:
     """The window of a plan for a model with these sizes at its cuts.
 
     To `window_samples` it adds those that are neither at a station nor in a queue, because the links have latencies.

@@ -16,7 +16,7 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Final, Protocol
 
-from bus.frames import Plan
+from bus.frames import AttemptPlan
 from bus.port import Headers
 from bus.values import DELAY_PARTS, Placement
 
@@ -92,14 +92,14 @@ def chain(placement: Placement) -> tuple[str, ...]:
     return tuple(part for part in DELAY_PARTS if has[part])
 
 
-def part_span_id(part: str, plan: Plan, node: str) -> str:
+def part_span_id(part: str, plan: AttemptPlan, node: str) -> str:
     """The span id of a part of an attempt. `node` is used if the plan does not determine which node measures the part."""
     edge = plan.placement.edge or ""
     who = {"device": plan.device, "link1": plan.device, "edge": edge, "link2": edge}.get(part, node)
     return span_id(plan.task_id, part, plan.attempt, who)
 
 
-def parent_of(part: str, plan: Plan, node: str) -> str:
+def parent_of(part: str, plan: AttemptPlan, node: str) -> str:
     """The parent span id of a part: the part before it, or the decision."""
     parts = chain(plan.placement)
     place = parts.index(part) if part in parts else 0

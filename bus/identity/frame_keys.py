@@ -24,7 +24,7 @@ from typing import Final
 
 from bus import topics
 from bus.identity.proofs import IDENTITY_HEADER, PROOF_HEADER, Speaker, mac, proof_of, proven, refused
-from bus.port import Headers, Payload, Record
+from bus.port import Headers, Record, RecordValue
 
 ROWS: Final = tuple(topic for topic in topics.TABLE if topic.encoding is topics.Encoding.MSGPACK)
 
@@ -56,7 +56,7 @@ class FrameKeys:
             {row: mac(secrets[row], str(speaker).encode()) for row in writes},
         )
 
-    def headers(self, topic: str, key: str | None, value: Payload) -> Headers:
+    def headers(self, topic: str, key: str | None, value: RecordValue) -> Headers:
         """The two proof headers of a frame; empty on topics where this speaker writes no frames."""
         if (secret := self.writes.get(_row(topic))) is None:
             return ()
@@ -85,7 +85,7 @@ def _row(topic: str) -> str:
         return ""
 
 
-def _proof(secret: bytes, speaker: bytes, topic: str, key: str | None, value: Payload) -> bytes:
+def _proof(secret: bytes, speaker: bytes, topic: str, key: str | None, value: RecordValue) -> bytes:
     key_bytes = (key or "").encode()
     made = hmac.new(secret, b"deepar frame 1\n%b\n%b\n%d\n" % (speaker, topic.encode(), len(key_bytes)), "sha256")
     made.update(key_bytes)

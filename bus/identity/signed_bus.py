@@ -9,7 +9,7 @@ from bus import topics
 from bus.errors import InvariantError
 from bus.identity.frame_keys import FrameKeys
 from bus.identity.keys import Key, satisfy
-from bus.port import Bus, FoundTopic, Headers, Member, Payload, Position, Reader, RebalanceCallback, TopicPartition
+from bus.port import Bus, FoundTopic, Headers, Member, Position, Reader, RebalanceCallback, RecordValue, TopicPartition
 from bus.topics import TopicSpec
 
 
@@ -55,7 +55,7 @@ class SignedBus:
     async def post(
         self,
         topic: str,
-        value: Payload | None,
+        value: RecordValue | None,
         *,
         key: str | None = None,
         partition: int | None = None,
@@ -67,7 +67,7 @@ class SignedBus:
     async def send(
         self,
         topic: str,
-        value: Payload | None,
+        value: RecordValue | None,
         *,
         key: str | None = None,
         partition: int | None = None,
@@ -95,7 +95,7 @@ class SignedBus:
         return await self.bus.join(topics, group=group, on_assigned=on_assigned, on_revoked=on_revoked)
 
     def _signed(
-        self, topic: str, value: Payload | None, key: str | None, partition: int | None, headers: Headers
+        self, topic: str, value: RecordValue | None, key: str | None, partition: int | None, headers: Headers
     ) -> Headers:
         if topic not in topics.SIGNED_TOPICS:
             frames = self.key.frames

@@ -28,7 +28,7 @@ from bus.kafka.readers import KafkaReader, cut_off, end_offsets
 from bus.kafka.sender import KafkaSender
 from bus.kafka.settings import found_topics
 from bus.limits import record_bytes
-from bus.port import FoundTopic, Headers, Payload, Position, RebalanceCallback, TopicPartition
+from bus.port import FoundTopic, Headers, Position, RebalanceCallback, RecordValue, TopicPartition
 from bus.topic_settings import created_with
 from bus.topics import TopicSpec, partition_of
 
@@ -144,7 +144,7 @@ class KafkaBus:
     async def post(
         self,
         topic: str,
-        value: Payload | None,
+        value: RecordValue | None,
         *,
         key: str | None = None,
         partition: int | None = None,
@@ -175,7 +175,7 @@ class KafkaBus:
     async def send(
         self,
         topic: str,
-        value: Payload | None,
+        value: RecordValue | None,
         *,
         key: str | None = None,
         partition: int | None = None,

@@ -19,7 +19,7 @@ from bus.memory.broker import REQUEST_TIMEOUT_S, MemoryBroker
 from bus.memory.faults import Faults
 from bus.memory.partition_log import PartitionLog
 from bus.memory.readers import MemoryMember, MemoryReader
-from bus.port import FoundTopic, Headers, Payload, Position, RebalanceCallback, Record, TopicPartition
+from bus.port import FoundTopic, Headers, Position, RebalanceCallback, Record, RecordValue, TopicPartition
 from bus.topics import TopicSpec, partition_of
 
 __all__ = ["Faults", "MemoryBroker", "MemoryBus"]
@@ -109,7 +109,7 @@ class MemoryBus:
     async def post(
         self,
         topic: str,
-        value: Payload | None,
+        value: RecordValue | None,
         *,
         key: str | None = None,
         partition: int | None = None,
@@ -150,7 +150,7 @@ class MemoryBus:
     async def send(
         self,
         topic: str,
-        value: Payload | None,
+        value: RecordValue | None,
         *,
         key: str | None = None,
         partition: int | None = None,

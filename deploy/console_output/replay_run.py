@@ -19,11 +19,12 @@ from bus.values import Role
 from deploy.services.process import run_on_uvloop
 from deploy.services.telemetry.otel import tracing
 from deploy.services.wiring import require_region
-from loadgen.replay import metrics, schedule
+from loadgen.replay import metrics
 from loadgen.replay.outcome import Recorder
 from loadgen.replay.readiness import await_planner, find_nodes
 from loadgen.replay.replay import ReplayResult, utc_now
 from loadgen.replay.replay import replay as play
+from loadgen.replay.schedule import Schedule
 
 PLANNER_TIMEOUT_S = 10.0
 """Listening time for a planner: a leading one sends a record about once a second."""
@@ -41,7 +42,7 @@ class ReplayRun:
         region: int,
         devices: list[str] | None,
         models: frozenset[str],
-        make: Callable[[list[str]], schedule.Schedule],
+        make: Callable[[list[str]], Schedule],
         drain_timeout_s: float,
         console: Console,
     ) -> None:
@@ -90,16 +91,16 @@ class ReplayRun:
                 start = f"deepar stage device --name {absent[0]}"
                 line = f"devices not running, so their tasks wait: {', '.join(absent)}; start one: {start}"
                 self.console.print(line, style="yellow", markup=False)
-            plan = self.make(names)
-            require_models(plan, found)
-            self.seed, self.total = plan.seed, len(plan)
-            self.console.print(f"seed {plan.seed}; streams: {plan.streams or 'from the file'}", style="dim")
+            schedule = self.make(names)
+            require_models(schedule, found)
+            self.seed, self.total = schedule.seed, len(schedule)
+            self.console.print(f"seed {schedule.seed}; streams: {schedule.streams or 'from the file'}", style="dim")
             self.began_at, self._began_s = utc_now(), time.monotonic()
             self._told_s = self._began_s
             with Live(console=self.console, get_renderable=self._table, refresh_per_second=4, transient=True):
                 await play(
                     self.bus,
-                    plan,
+                    schedule,
                     region=self.region,
                     drain_timeout_s=self.drain_timeout_s,
                     recorder=self.recorder,
@@ -138,11 +139,11 @@ def devices_for(models: Set[str], found: Sequence[NodeAnnounced]) -> list[str]:
     return able or [node.node for node in found]
 
 
-def require_models(plan: schedule.Schedule, found: Sequence[NodeAnnounced]) -> None:
+def require_models(schedule: Schedule, found: Sequence[NodeAnnounced]) -> None:
     """Raises `UnknownNameError` for a task whose device is there, and whose model no device has: it would be rejected."""
     known = sorted({profile.model for node in found for profile in node.models})
     there = {node.node for node in found}
-    for entry in plan.entries:
+    for entry in schedule.entries:
         if entry.task.device in there and entry.task.model not in known:
             raise unknown_name("model on any device called", entry.task.model, known)
 

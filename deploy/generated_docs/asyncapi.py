@@ -9,7 +9,7 @@ from typing import Any, Final
 from pydantic import TypeAdapter
 
 from bus import frames, messages
-from bus.frames import Plan
+from bus.frames import AttemptPlan
 from bus.headers.tracing import TRACEPARENT
 from bus.identity import authorization
 from bus.identity.authorization import AuthorizationRule
@@ -113,7 +113,7 @@ def _message(name: str, topic: Topic, schemas: dict[str, Any]) -> dict[str, Any]
     if topic.encoding is Encoding.MSGPACK:
         schemas["Frame"] = frame_schema()
         schemas["FrameHeaders"] = _headers({TRACEPARENT: "W3C trace context; in a task's first frame, optional"})
-        _collect(Plan, schemas)
+        _collect(AttemptPlan, schemas)
         summary = "One msgpack map with string keys and no extension types; `data` is its last entry."
         return common | {
             "summary": summary,
@@ -235,7 +235,7 @@ def frame_schema() -> dict[str, Any]:
             "task": {"type": "string", "minLength": 1, "maxLength": 200},
             "attempt": count("attempt of the task; stages drop frames of superseded attempts"),
             "from": {"type": "string", "description": "name of the sending node"},
-            "plan": _ref("Plan") | {"description": "present in the first frame of a task to a stage"},
+            "plan": _ref("AttemptPlan") | {"description": "present in the first frame of a task to a stage"},
             "report": {
                 "type": "object",
                 "additionalProperties": {"type": "number"},

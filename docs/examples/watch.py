@@ -65,12 +65,12 @@ class Region:
         return True
 
 
-def decode_frame(payload):
+def decode_frame(value):
     """The head of a frame, and a tensor description and bytes for every piece. Limits as in docs/interface.md."""
-    if len(payload) > 1_040_000:
+    if len(value) > 1_040_000:
         raise ValueError("too large")
     frame = msgpack.unpackb(
-        payload, raw=False, strict_map_key=True, max_array_len=512, max_map_len=64, max_ext_len=0, max_str_len=4096
+        value, raw=False, strict_map_key=True, max_array_len=512, max_map_len=64, max_ext_len=0, max_str_len=4096
     )
     if frame["v"] != 1:
         raise ValueError(f"frame version {frame['v']}")

@@ -28,10 +28,10 @@ from typing import Any, Literal
 import numpy as np
 import uvloop
 
-from bus.frames import Plan
+from bus.frames import AttemptPlan
 from bus.kafka.bus import KafkaBus, KafkaConnection
 from bus.memory.bus import MemoryBroker, MemoryBus
-from bus.port import Bus, Payload, Position
+from bus.port import Bus, Position, RecordValue
 from bus.topics import TopicSpec
 from bus.values import BITS_PER_BYTE, STATIONS, Execution, Kind, ModelProfile, Placement, Role
 from loadgen.bench import lenet
@@ -189,7 +189,7 @@ class _Watched:
         self._bus = bus
         self.seen: list[tuple[float, int]] = []
 
-    async def post(self, topic: str, value: Payload | None, **more: Any) -> Awaitable[Position]:
+    async def post(self, topic: str, value: RecordValue | None, **more: Any) -> Awaitable[Position]:
         """Record the send and pass it to the bus."""
         self.seen.append((perf_counter(), len(value or b"")))
         return await self._bus.post(topic, value, **more)
@@ -258,11 +258,11 @@ async def _open() -> None:
     """The send gate of a live node: always open."""
 
 
-def _plan(rate_bps: int) -> Plan:
+def _plan(rate_bps: int) -> AttemptPlan:
     placement = Placement(
         kind=Kind.EDGE, edge="bench", cut1=0, cut2=1, cut1_name="input", cut2_name="all", link1_bps=rate_bps
     )
-    return Plan(
+    return AttemptPlan(
         task_id="bench",
         attempt=1,
         region=0,

@@ -120,7 +120,7 @@ class SweepResult:
 
 def sweep(options: SweepOptions, keys: RunKeys | None = None) -> SweepResult:
     """Run the cells that have no row yet. Raises `ConfigError`."""
-    cells = plan(options)
+    cells = cells_of(options)
     keys = keys or RunKeys()
     wanted = [keys.key(cell) for cell in cells]
     options.out.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def sweep(options: SweepOptions, keys: RunKeys | None = None) -> SweepResult:
     return SweepResult(rows, [path, options.out / "sweep.json", *pictures], reused, stale)
 
 
-def plan(options: SweepOptions) -> list[Cell]:
+def cells_of(options: SweepOptions) -> list[Cell]:
     """Every cell: the axes in the order given, then policies, then seeds. Raises `ConfigError`."""
     if options.seeds < 1:
         raise ConfigError(f"--seeds {options.seeds}: at least one")

@@ -66,9 +66,9 @@ def simulate(
     The same arguments give the same outcomes. `on_busy` is called for every busy period of a station. Raises
     `DeadlockError`, `HorizonError`, and the errors of the shells.
     """
-    plan = schedule or scenario.schedule(seed)
+    chosen = schedule or scenario.schedule(seed)
     return run_virtual(
-        _simulate(scenario, seed, platforms, plan, on_busy=on_busy, progress=progress), horizon_s=horizon_s
+        _simulate(scenario, seed, platforms, chosen, on_busy=on_busy, progress=progress), horizon_s=horizon_s
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bus.errors import BusError, MessageTooLargeError
-from bus.frames import MAX_FRAME_BYTES, MAX_PIECES, Frame, FrameKind, Plan, encode_frame
+from bus.frames import MAX_FRAME_BYTES, MAX_PIECES, AttemptPlan, Frame, FrameKind, encode_frame
 from bus.port import Bus, Headers, Position
 from bus.tensors import Array, Piece, to_pieces
 from bus.values import BITS_PER_BYTE
@@ -94,7 +94,7 @@ class FrameSender:
     def __init__(
         self,
         bus: Bus,
-        plan: Plan,
+        plan: AttemptPlan,
         route: Route,
         hooks: SenderHooks,
         *,

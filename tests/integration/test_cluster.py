@@ -19,7 +19,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from bus import topics
 from bus.kafka.bus import KafkaBus, KafkaConnection
 from bus.messages import TaskState
-from bus.port import Headers, Payload, Position
+from bus.port import Headers, Position, RecordValue
 from bus.values import Role
 from deploy.kafka_local.broker import START_LIMIT_S, BrokerOptions, KafkaBroker, new_cluster_id
 from deploy.kafka_local.ports import free_port
@@ -151,7 +151,7 @@ class WatchedBus(KafkaBus):
     async def post(
         self,
         topic: str,
-        value: Payload | None,
+        value: RecordValue | None,
         *,
         key: str | None = None,
         partition: int | None = None,
@@ -175,7 +175,7 @@ class WatchedBus(KafkaBus):
         return acknowledgement
 
 
-def _digest(value: Payload | None) -> bytes:
+def _digest(value: RecordValue | None) -> bytes:
     return hashlib.sha256(value or b"").digest()
 
 

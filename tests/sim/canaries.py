@@ -18,7 +18,7 @@ from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
 from bus.errors import BusError
 from bus.frames import Frame
 from bus.messages import Decision, Ended, EpochOpened, Message, NodeAnnounced, Snapshot, Start, TaskCompleted
-from bus.port import Bus, Payload, Position, Reader, Record, TopicPartition
+from bus.port import Bus, Position, Reader, Record, RecordValue, TopicPartition
 from bus.tensors import Array, Assembler, Piece
 from bus.values import Role
 from loadgen.sim.programs import Programs
@@ -177,7 +177,7 @@ class FailuresOverlooked:
     def __init__(self, inner: Bus) -> None:
         self.inner = inner
 
-    async def post(self, topic: str, value: Payload | None, **more: Any) -> NeverFails:
+    async def post(self, topic: str, value: RecordValue | None, **more: Any) -> NeverFails:
         return NeverFails(await self.inner.post(topic, value, **more))
 
 
@@ -398,7 +398,7 @@ class InputsAhead:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    async def post(self, topic: str, value: Payload | None, **more: Any) -> Awaitable[Position]:
+    async def post(self, topic: str, value: RecordValue | None, **more: Any) -> Awaitable[Position]:
         if topic == topics.DECISIONS and value is not None:
             message = messages.decode(topic, bytes(value))
             if isinstance(message, Decision) and any(isinstance(change, Ended) for change in message.changes):

@@ -15,7 +15,7 @@ from bus.identity.keys import Master, Speaker
 from bus.identity.signed_bus import signed
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Decision, NodeAnnounced, Start, TaskCompleted, TaskSubmitted
-from bus.port import Bus, FoundTopic, Member, Payload, Position, Reader, Record, TopicPartition
+from bus.port import Bus, FoundTopic, Member, Position, Reader, Record, RecordValue, TopicPartition
 from bus.topics import TopicSpec
 from bus.values import Parts, Role
 from deploy.services.wiring import make_work
@@ -107,17 +107,17 @@ class FragileBus:
     async def found_topics(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
         return await self.inner.found_topics(names)
 
-    async def post(self, topic: str, value: Payload | None, **more: Any) -> Awaitable[Position]:
+    async def post(self, topic: str, value: RecordValue | None, **more: Any) -> Awaitable[Position]:
         return await self._write(self.inner.post, topic, value, **more)
 
-    async def send(self, topic: str, value: Payload | None, **more: Any) -> Position:
+    async def send(self, topic: str, value: RecordValue | None, **more: Any) -> Position:
         return await self._write(self.inner.send, topic, value, **more)
 
     async def _write(
         self,
         write: Callable[..., Awaitable[_Answer]],
         topic: str,
-        value: Payload | None,
+        value: RecordValue | None,
         *,
         key: str | None = None,
         **more: Any,

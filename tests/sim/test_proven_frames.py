@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bus import topics
-from bus.frames import Frame, Plan, decode_frame, encode_frame
+from bus.frames import AttemptPlan, Frame, decode_frame, encode_frame
 from bus.identity.keys import IDENTITY_HEADER, PROOF_HEADER, Master, Speaker
 from bus.messages import TaskState
 from bus.port import Record
@@ -80,7 +80,7 @@ def test_frames_carry_no_proof_where_none_is_demanded() -> None:
 # --- forgeries, while a task of d1 runs through e1 -------------------------------------------------------------------
 
 
-async def _running(region: World, task_id: str) -> Plan:
+async def _running(region: World, task_id: str) -> AttemptPlan:
     """The plan of a task of d1 of which some results are there and most are not."""
     device = region.works["d1"]
     assert isinstance(device, Device)
@@ -91,27 +91,27 @@ async def _running(region: World, task_id: str) -> Plan:
         await asyncio.sleep(0.01)
 
 
-def _frame(kind: str, plan: Plan, source: str, pieces: list[Piece], told: Plan | None = None) -> bytes:
+def _frame(kind: str, plan: AttemptPlan, source: str, pieces: list[Piece], told: AttemptPlan | None = None) -> bytes:
     return encode_frame(Frame(kind, plan.task_id, plan.attempt, source, tuple(pieces), told))  # type: ignore[arg-type]
 
 
-def _forged_output(plan: Plan) -> list[Piece]:
+def _forged_output(plan: AttemptPlan) -> list[Piece]:
     return to_pieces(plan.samples - 1, [np.ones(CUT_BYTES[-1], np.uint8)], 10_000)
 
 
-async def result_of_another_edge(region: World, plan: Plan) -> None:
+async def result_of_another_edge(region: World, plan: AttemptPlan) -> None:
     """An edge that was taken over shows d1 results of its own making, in e1's name or its own."""
     bus = region.bus_of("edge", "e2")
     for source in ("e1", "e2"):
         await bus.send(topics.RESULTS, _frame("result", plan, source, _forged_output(plan)), key="d1")
 
 
-async def result_of_nobody(region: World, plan: Plan) -> None:
+async def result_of_nobody(region: World, plan: AttemptPlan) -> None:
     """Somebody who may write on the topic and has no key."""
     await region.bus.send(topics.RESULTS, _frame("result", plan, "e1", _forged_output(plan)), key="d1")
 
 
-async def activations_of_another_device(region: World, plan: Plan) -> None:
+async def activations_of_another_device(region: World, plan: AttemptPlan) -> None:
     """d2 sends e1 what breaks d1's task: too short a sample, in d1's name or its own."""
     bus = region.bus_of("device", "d2")
     for source in ("d1", "d2"):
@@ -119,17 +119,17 @@ async def activations_of_another_device(region: World, plan: Plan) -> None:
         await bus.send(TOPIC, _frame("activations", plan, source, pieces), key=plan.task_id)
 
 
-async def garbage_under_its_name(region: World, plan: Plan) -> None:
+async def garbage_under_its_name(region: World, plan: AttemptPlan) -> None:
     """d2, which can prove to be d2, sends what nobody can read under the key of d1's task."""
     await region.bus_of("device", "d2").send(TOPIC, b"{", key=plan.task_id)
 
 
-async def garbage_of_another_kind(region: World, plan: Plan) -> None:
+async def garbage_of_another_kind(region: World, plan: AttemptPlan) -> None:
     """d2 sends a frame of d1's task that is none for an edge, under the key of its own."""
     await region.bus_of("device", "d2").send(TOPIC, _frame("result", plan, "d2", _forged_output(plan)), key="t77")
 
 
-async def activations_of_a_device_for_the_cloud(region: World, plan: Plan) -> None:
+async def activations_of_a_device_for_the_cloud(region: World, plan: AttemptPlan) -> None:
     """e2 sends the cloud what breaks d1's task."""
     pieces = to_pieces(plan.samples - 1, [np.ones(1, np.uint8)], 10_000)
     frame = _frame("activations", plan, "e2", pieces, plan)
@@ -137,7 +137,7 @@ async def activations_of_a_device_for_the_cloud(region: World, plan: Plan) -> No
 
 
 async def _under(
-    master: Master, forge: Callable[[World, Plan], Awaitable[None]]
+    master: Master, forge: Callable[[World, AttemptPlan], Awaitable[None]]
 ) -> tuple[Outcome, World, list[DeadLetter]]:
     async with world(master=master, edges=("e1",), policy="cloud-only") as region:
         playing = asyncio.create_task(region.replay([task(0, samples=SAMPLES)]))
@@ -147,7 +147,7 @@ async def _under(
         return outcome, region, await read_dead_letters(region.bus)
 
 
-FORGERIES: dict[Callable[[World, Plan], Awaitable[None]], tuple[str, int]] = {
+FORGERIES: dict[Callable[[World, AttemptPlan], Awaitable[None]], tuple[str, int]] = {
     result_of_another_edge: ("d1", 2),
     result_of_nobody: ("d1", 1),
     activations_of_another_device: ("e1", 2),
@@ -163,7 +163,7 @@ def _harmed(outcome: Outcome, region: World) -> bool:
 
 @pytest.mark.parametrize("forge", [*FORGERIES, garbage_under_its_name], ids=lambda forge: forge.__name__)
 def test_what_is_forged_is_refused_and_seen_and_harms_nobody(
-    forge: Callable[[World, Plan], Awaitable[None]],
+    forge: Callable[[World, AttemptPlan], Awaitable[None]],
 ) -> None:
     outcome, region, letters = run_virtual(_under(FRAMES, forge))
     assert not _harmed(outcome, region)
@@ -177,7 +177,7 @@ def test_what_is_forged_is_refused_and_seen_and_harms_nobody(
 
 
 @pytest.mark.parametrize("forge", [*FORGERIES, garbage_under_its_name], ids=lambda forge: forge.__name__)
-def test_where_frames_are_not_proven_the_same_does_harm(forge: Callable[[World, Plan], Awaitable[None]]) -> None:
+def test_where_frames_are_not_proven_the_same_does_harm(forge: Callable[[World, AttemptPlan], Awaitable[None]]) -> None:
     outcome, region, _ = run_virtual(_under(PLAIN, forge))
     assert _harmed(outcome, region)
     assert _refused(region) == {}
@@ -223,7 +223,7 @@ def test_nobody_takes_a_task_s_name_before_it_is_decided(region_number: int) -> 
                 kind=Kind.CLOUD, edge="e1", cut1=0, cut2=0, cut1_name="input", cut2_name="input",
                 link1_bps=1_000_000, link2_bps=1_000_000,
             )  # fmt: skip
-            plan = Plan(
+            plan = AttemptPlan(
                 task_id="t0", attempt=1, region=region_number, device="d2", model="toy", sha256="0" * 64, samples=5,
                 todo=5, execution="streaming", placement=placement,
             )  # fmt: skip

@@ -30,7 +30,8 @@ from deploy.console_output.writable import writable_folder
 from deploy.services.identities import submitter_of
 from deploy.services.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSED
 from deploy.services.wiring import kafka_bus
-from loadgen.replay import report, schedule
+from loadgen.replay import report
+from loadgen.replay import schedule as schedules
 from loadgen.replay.metrics import Threshold
 from loadgen.replay.replay import utc_now
 from loadgen.replay.task_mix import Mix
@@ -96,7 +97,7 @@ app.command()(replay)
 app.command()(bench)
 
 
-def _maker(arriving: ArrivalOptions, drawing: ScheduleOptions, mix: Mix) -> Callable[[list[str]], schedule.Schedule]:
+def _maker(arriving: ArrivalOptions, drawing: ScheduleOptions, mix: Mix) -> Callable[[list[str]], schedules.Schedule]:
     """A function that makes the schedule for the devices it is given. Raises `ConfigError`."""
     file, seed, warmup = arriving.schedule_file, drawing.random_seed, drawing.warmup
     if file is not None and not file.exists():
@@ -104,15 +105,15 @@ def _maker(arriving: ArrivalOptions, drawing: ScheduleOptions, mix: Mix) -> Call
     pattern, scenario = arriving.pattern(), arriving.scenario
     prefix = f"replay-{utc_now():%Y%m%dT%H%M%S}-{seed}"
 
-    def make(names: list[str]) -> schedule.Schedule:
+    def make(names: list[str]) -> schedules.Schedule:
         if file is not None:
-            plan = schedule.read(file, names, seed=seed, prefix=prefix).with_warmup(warmup)
+            schedule = schedules.read(file, names, seed=seed, prefix=prefix).with_warmup(warmup)
         else:
-            plan = schedule.make(
+            schedule = schedules.make(
                 arriving.tasks + warmup, pattern, mix, names, seed=seed, prefix=prefix, warmup=warmup,
                 closed=scenario is not None and scenario.closed,
             )  # fmt: skip
-        return plan.scaled(drawing.time_scale)
+        return schedule.scaled(drawing.time_scale)
 
     return make
 

@@ -16,7 +16,7 @@ from bus.errors import ProtocolError
 from bus.memory.bus import MemoryBroker
 from bus.memory.partition_log import PartitionLog
 from bus.messages import Decision, EpochOpened, NodeAnnounced, NodeHeartbeat, NodeJoined, NodeLost
-from bus.port import Payload, Record, TopicPartition
+from bus.port import Record, RecordValue, TopicPartition
 from bus.values import Role
 from loadgen.chaos.simulated.log_scan import Scan, Tap
 from loadgen.chaos.simulated.oracle import Oracle, Say
@@ -74,7 +74,7 @@ class SimulatedMonitor:
         """Record that a new process of `name` started; it has sent no heartbeat yet."""
         self._heard.pop(name, None)
 
-    def sends(self, name: str, topic: str, value: Payload | None) -> None:
+    def sends(self, name: str, topic: str, value: RecordValue | None) -> None:
         """Check a record that a process sends: activations and results require a recent heartbeat, other frames do not."""
         if topic != topics.RESULTS and not topic.startswith("deepar.activations."):
             return

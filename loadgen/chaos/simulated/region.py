@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from bus.frames import Plan
+from bus.frames import AttemptPlan
 from bus.messages import TaskSubmitted
 from bus.tensors import Array
 from bus.values import Role
@@ -96,7 +96,7 @@ class CheckedRunner(ModelledRunner):
         """The content of position 0."""
         return lambda sample: [content(task.task_id, sample, 0)]
 
-    def station(self, plan: Plan, first: int, last: int) -> Station:
+    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
         """A station that checks its inputs, and that the node has no more open stations than slots."""
         self._open += 1
         if self._slots and self._open > self._slots:

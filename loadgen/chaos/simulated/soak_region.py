@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from functools import partial
 
-from bus.frames import Plan
+from bus.frames import AttemptPlan
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.values import Execution, ModelProfile, Objective, Role
 from loadgen.sim.programs import REAL, Programs
@@ -65,7 +65,7 @@ class SlowRunner(ModelledRunner):
         slow = said.model_copy(update={"layer_s": tuple(seconds * factor for seconds in said.layer_s)})
         self._real = ModelledRunner([slow])
 
-    def station(self, plan: Plan, first: int, last: int) -> Station:
+    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
         """A station with the slowed-down times."""
         return self._real.station(plan, first, last)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bus import topics
 from bus.memory.bus import MemoryBroker, MemoryBus
-from bus.port import Payload, Position, TopicPartition
+from bus.port import Position, RecordValue, TopicPartition
 from loadgen.chaos.simulated.monitor import SimulatedMonitor
 
 
@@ -21,7 +21,7 @@ class WatchedBus(MemoryBus):
         self._fine = fine
         watch.born(name)
 
-    async def post(self, topic: str, value: Payload | None, **more: Any) -> Any:
+    async def post(self, topic: str, value: RecordValue | None, **more: Any) -> Any:
         self._watch.sends(self.client_id, topic, value)
         if self._fine:
             await asyncio.sleep(0)
@@ -32,7 +32,7 @@ class WatchedBus(MemoryBus):
             await asyncio.sleep(0)
         return acknowledgement
 
-    async def send(self, topic: str, value: Payload | None, **more: Any) -> Position:
+    async def send(self, topic: str, value: RecordValue | None, **more: Any) -> Position:
         sent_s = asyncio.get_running_loop().time()
         position = await super().send(topic, value, **more)
         if topic in (topics.EVENTS, topics.NODES):

@@ -34,7 +34,7 @@ class LiveServices:
     connection: KafkaConnection
     nodes: tuple[NodeAnnounced, ...]  # nodes to run, as their announcements describe them
     scenario: Scenario  # the networks that the nodes play, and the settings of the planner
-    plans: bool = False  # whether to run the planner of region 0
+    has_planner: bool = False  # whether to run the planner of region 0
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def running(scenario: Scenario, nodes: Sequence[NodeAnnounced], connection: Kafk
     processes: list[Worker] = []
     try:
         for name, members in parts.items():
-            spec = LiveServices(connection, members, scenario, plans=name == "planner")
+            spec = LiveServices(connection, members, scenario, has_planner=name == "planner")
             process = Worker(target=_run, args=(spec,), name=f"deepar compare: {name}", daemon=True)
             process.start()
             processes.append(process)
@@ -86,7 +86,7 @@ async def _serve(services: LiveServices) -> None:
         edges = [node.node for node in services.nodes if node.role is Role.EDGE]
         await bus.create_topics(specs(edges))
         scenario = services.scenario
-        if services.plans:
+        if services.has_planner:
             group.create_task(PlannerService(bus, lambda: core_for(scenario)).run(), name="planner")
         for announced in services.nodes:
             settings = settings_of(announced, scenario.network(announced.role))

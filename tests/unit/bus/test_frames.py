@@ -11,16 +11,16 @@ import pytest
 
 from bus import frames
 from bus.errors import ProtocolError
-from bus.frames import Frame, Plan, decode_frame, encode_frame
+from bus.frames import AttemptPlan, Frame, decode_frame, encode_frame
 from bus.tensors import Assembler, Piece, TensorHead, to_pieces
 from bus.values import Execution, Kind, Placement
 
 
-def plan() -> Plan:
+def plan() -> AttemptPlan:
     placement = Placement(
         kind=Kind.DEVICE_EDGE_CLOUD, edge="e1", cut1=1, cut2=2, cut1_name="a", cut2_name="b", link1_bps=5, link2_bps=6
     )
-    return Plan(
+    return AttemptPlan(
         task_id="t1", attempt=2, region=0, device="d1", model="toy", sha256="0" * 64, samples=9, todo=4,
         execution=Execution.STREAMING, placement=placement,
     )  # fmt: skip

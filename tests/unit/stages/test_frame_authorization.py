@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bus.frames import Frame, Plan
+from bus.frames import AttemptPlan, Frame
 from bus.identity.keys import Master, Speaker
 from bus.identity.signed_bus import signed
 from bus.memory.bus import MemoryBroker, MemoryBus
@@ -38,7 +38,7 @@ async def _stage(role: Role, name: str) -> tuple[Node, FrameAuthorization]:
     return node, FrameAuthorization(node)
 
 
-def _frame(attempt: int, plan: Plan | None = None) -> Frame:
+def _frame(attempt: int, plan: AttemptPlan | None = None) -> Frame:
     return Frame("activations", "t", attempt, "x", (), plan)
 
 
@@ -56,7 +56,7 @@ async def test_a_task_of_this_region_is_no_other_region_s() -> None:
     node, authorization = await _stage(Role.CLOUD, "c1")
     stranger = Speaker("edge", "e2")
     theirs = WHERE.model_copy(update={"edge": "e2"})
-    plan = Plan(
+    plan = AttemptPlan(
         task_id="t", attempt=2, region=9, device="d1", model="toy", sha256="0" * 64, samples=2, todo=2,
         execution="streaming", placement=theirs,
     )  # fmt: skip

@@ -13,10 +13,10 @@ import pytest
 
 from bus import messages, topics
 from bus.errors import BusUnavailableError
-from bus.frames import Frame, Plan, decode_frame, encode_frame
+from bus.frames import AttemptPlan, Frame, decode_frame, encode_frame
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Decision, Ended, EpochOpened, Placed, TaskFailed, TaskState
-from bus.port import Payload, Position
+from bus.port import Position, RecordValue
 from bus.tensors import to_pieces
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
 from loadgen.sim.virtual_loop import run_virtual
@@ -31,7 +31,7 @@ PROFILE = ModelProfile(
 )
 
 
-def plan(task_id: str = "t", **more: object) -> Plan:
+def plan(task_id: str = "t", **more: object) -> AttemptPlan:
     placement = Placement(
         kind=Kind.EDGE, edge="e", cut1=0, cut2=2, cut1_name="input", cut2_name="b", link1_bps=10_000_000
     )
@@ -47,7 +47,7 @@ def plan(task_id: str = "t", **more: object) -> Plan:
         "execution": Execution.STREAMING,
         "placement": placement,
     }
-    return Plan.model_validate(values | more)
+    return AttemptPlan.model_validate(values | more)
 
 
 PLACED = Placed(
@@ -57,7 +57,7 @@ PLACED = Placed(
 PLACEMENT = Decision(region=0, epoch=1, nonce="n", seq=1, now_s=0.0, inputs={}, changes=(PLACED,), ledger_hash="h")
 
 
-def frame(sample: int, *, task_id: str = "t", size: int = 100, with_plan: Plan | None = None) -> bytes:
+def frame(sample: int, *, task_id: str = "t", size: int = 100, with_plan: AttemptPlan | None = None) -> bytes:
     pieces = tuple(to_pieces(sample, [np.zeros(size, np.uint8)], 10_000))
     return encode_frame(Frame("activations", task_id, 1, "d", pieces, with_plan))
 
@@ -168,7 +168,7 @@ class FirstReportRefused(MemoryBus):
 
     refused = 0
 
-    async def post(self, topic: str, value: Payload | None, **more: Any) -> Awaitable[Position]:
+    async def post(self, topic: str, value: RecordValue | None, **more: Any) -> Awaitable[Position]:
         if topic == topics.RESULTS and not self.refused and decode_frame(value).kind == "report":
             self.refused += 1
             raise BusUnavailableError("the broker is away")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bus.memory.bus import MemoryBroker, MemoryBus
-from bus.port import Headers, Payload, Position
+from bus.port import Headers, Position, RecordValue
 from bus.topics import TopicSpec
 from loadgen.sim.virtual_loop import run_virtual
 from stages.measuring.throughput import HOLD_S, MAX_HOLD_S, LinkThroughput
@@ -120,7 +120,7 @@ class NarrowBus(MemoryBus):
     async def post(
         self,
         topic: str,
-        value: Payload | None,
+        value: RecordValue | None,
         *,
         key: str | None = None,
         partition: int | None = None,

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from bus.frames import Plan
+from bus.frames import AttemptPlan
 from bus.messages import Placed, PlacedOverhead
 from bus.values import Execution, Kind, Objective, Parts, Placement
 from loadgen.sim.virtual_loop import run_virtual
@@ -55,7 +55,7 @@ def test_a_result_counts_once() -> None:
     assert len(missing) == 1
 
 
-def plan(latency_s: float, execution: Execution = Execution.STREAMING, input_bytes: int | None = None) -> Plan:
+def plan(latency_s: float, execution: Execution = Execution.STREAMING, input_bytes: int | None = None) -> AttemptPlan:
     """A task of 100 samples whose slowest station takes 10 ms a sample, cut at the input and after layer 1."""
     placement = Placement(
         kind=Kind.EDGE_CLOUD, edge="e", cut1=0, cut2=1, cut1_name="input", cut2_name="a", link1_bps=1, link2_bps=1
@@ -65,7 +65,7 @@ def plan(latency_s: float, execution: Execution = Execution.STREAMING, input_byt
         objective=Objective.PIPELINED, execution=execution, placement=placement, start_s=0.0, wait_s=0.0, delay_s=9.0,
         parts=Parts(link1_s=1.0, edge_s=0.2), overhead=PlacedOverhead(latency_s=latency_s) if latency_s else None,
     )  # fmt: skip
-    return Plan.of(placed, region=0, todo=100, input_bytes=input_bytes)
+    return AttemptPlan.of(placed, region=0, todo=100, input_bytes=input_bytes)
 
 
 @pytest.mark.parametrize(("latency_s", "more"), [(0.0, 0), (0.001, 1), (0.12, 12), (0.125, 13), (60.0, 100)])

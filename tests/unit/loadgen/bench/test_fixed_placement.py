@@ -9,7 +9,7 @@ import pytest
 
 from bus import messages, topics
 from bus.errors import ConfigError
-from bus.frames import Plan
+from bus.frames import AttemptPlan
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import EpochOpened
 from bus.tensors import Array
@@ -63,7 +63,7 @@ def test_a_planner_can_follow_it() -> None:
 
 
 class BrokenRunner(ModelledRunner):
-    def station(self, plan: Plan, first: int, last: int) -> Station:
+    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
         raise ConfigError("broken")
 
 
@@ -101,10 +101,10 @@ class LateStation:
 
 
 class LateRunner(ModelledRunner):
-    async def prepare(self, plan: Plan, first: int, last: int) -> None:
+    async def prepare(self, plan: AttemptPlan, first: int, last: int) -> None:
         await asyncio.sleep(1.0)  # is no part of a sample's time
 
-    def station(self, plan: Plan, first: int, last: int) -> Station:
+    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
         return LateStation(super().station(plan, first, last))
 
 

@@ -215,12 +215,12 @@ def test_rows_of_a_version_that_wrote_no_keys_run_again(tmp_path: Path) -> None:
 
 def test_too_many_runs_are_refused_before_they_begin(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="runs are more than"):
-        sweeps.plan(options(tmp_path, "devices=1:1000", "edges=1:1000"))
+        sweeps.cells_of(options(tmp_path, "devices=1:1000", "edges=1:1000"))
 
 
 def test_an_axis_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="given twice"):
-        sweeps.plan(options(tmp_path, "devices=4", "edges=2", "devices=8"))
+        sweeps.cells_of(options(tmp_path, "devices=4", "edges=2", "devices=8"))
 
 
 def test_a_model_without_times_is_refused_before_anything_runs(tmp_path: Path) -> None:

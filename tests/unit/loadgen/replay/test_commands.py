@@ -24,7 +24,7 @@ from planner.search.profiles import load_profile
 PLACEMENT = Placement(kind=Kind.EDGE, edge="e1", cut1=0, cut2=5, cut1_name="input", cut2_name="fc_3")
 
 
-class Plans:
+class PlayedReplays:
     """Plays replays at once: every task takes a tenth of a second per sample. Keeps the schedules."""
 
     def __init__(self) -> None:
@@ -34,10 +34,10 @@ class Plans:
         return self.seen[index]
 
     def __call__(self, run: ReplayRun) -> bool:
-        plan = run.make(run.devices or ["d1", "d2"])
-        self.seen.append(plan)
-        run.seed = plan.seed
-        for entry in plan.entries:
+        schedule = run.make(run.devices or ["d1", "d2"])
+        self.seen.append(schedule)
+        run.seed = schedule.seed
+        for entry in schedule.entries:
             outcome = run.recorder.expect(entry)
             run.recorder.submit(entry.task.task_id, entry.at_s)
             outcome.started_s, outcome.policy, outcome.placement = entry.at_s, "deepar", PLACEMENT
@@ -47,8 +47,8 @@ class Plans:
 
 
 @pytest.fixture
-def plans() -> Plans:
-    return Plans()
+def replays() -> PlayedReplays:
+    return PlayedReplays()
 
 
 def invoke(play: Callable[[ReplayRun], bool], tmp_path: Path, *arguments: str) -> Any:
@@ -57,8 +57,8 @@ def invoke(play: Callable[[ReplayRun], bool], tmp_path: Path, *arguments: str) -
     )
 
 
-def test_one_object_on_stdout_with_the_keys_that_scripts_read(tmp_path: Path, plans: Plans) -> None:
-    result = invoke(plans, tmp_path, "--tasks", "8", "--samples", "5", "--random-seed", "3", "--json")
+def test_one_object_on_stdout_with_the_keys_that_scripts_read(tmp_path: Path, replays: PlayedReplays) -> None:
+    result = invoke(replays, tmp_path, "--tasks", "8", "--samples", "5", "--random-seed", "3", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert (found["seed"], found["policy"], found["submitted"], found["completed"]) == (3, "deepar", 8, 8)
@@ -78,40 +78,40 @@ def test_one_object_on_stdout_with_the_keys_that_scripts_read(tmp_path: Path, pl
         (["--request-rate", "1", "--request-distribution", "constant", "--time-scale", "0.1"], [0, 0.1, 0.2]),
     ],
 )
-def test_arrivals(tmp_path: Path, plans: Plans, arguments: list[str], instants: list[float]) -> None:
-    assert invoke(plans, tmp_path, "--tasks", "3", *arguments).exit_code == 0
-    assert [entry.at_s for entry in plans[0].entries] == pytest.approx(instants)
+def test_arrivals(tmp_path: Path, replays: PlayedReplays, arguments: list[str], instants: list[float]) -> None:
+    assert invoke(replays, tmp_path, "--tasks", "3", *arguments).exit_code == 0
+    assert [entry.at_s for entry in replays[0].entries] == pytest.approx(instants)
 
 
-def test_the_papers_mix_and_its_parameters(tmp_path: Path, plans: Plans) -> None:
-    assert invoke(plans, tmp_path, "--tasks", "60", "--models", "paper", "--within", "300s").exit_code == 0
-    tasks = [entry.task for entry in plans[0].entries]
+def test_the_papers_mix_and_its_parameters(tmp_path: Path, replays: PlayedReplays) -> None:
+    assert invoke(replays, tmp_path, "--tasks", "60", "--models", "paper", "--within", "300s").exit_code == 0
+    tasks = [entry.task for entry in replays[0].entries]
     assert {task.model for task in tasks} == {"alexnet", "vgg16", "deepface", "lenet"}
     assert all(20e6 <= (task.max_link1_bps or 0) <= 300e6 for task in tasks)
     assert all(10e6 <= (task.max_link2_bps or 0) <= 50e6 for task in tasks)
     assert max(task.samples for task in tasks) > 500
 
 
-def test_mlperf_multi_stream_is_closed_with_eight_samples(tmp_path: Path, plans: Plans) -> None:
-    assert invoke(plans, tmp_path, "--tasks", "4", "--scenario", "multistream").exit_code == 0
-    assert plans[0].closed
-    assert {entry.task.samples for entry in plans[0].entries} == {8}
+def test_mlperf_multi_stream_is_closed_with_eight_samples(tmp_path: Path, replays: PlayedReplays) -> None:
+    assert invoke(replays, tmp_path, "--tasks", "4", "--scenario", "multistream").exit_code == 0
+    assert replays[0].closed
+    assert {entry.task.samples for entry in replays[0].entries} == {8}
 
 
-def test_devices_warm_up_and_caps(tmp_path: Path, plans: Plans) -> None:
+def test_devices_warm_up_and_caps(tmp_path: Path, replays: PlayedReplays) -> None:
     flags = ["--devices", "x, y", "--warmup", "2", "--max-link2", "10Mbps..20Mbps", "--deadline", "1min"]
-    result = invoke(plans, tmp_path, "--tasks", "4", *flags, "--json")
+    result = invoke(replays, tmp_path, "--tasks", "4", *flags, "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["submitted"] == 4
-    assert len(plans[0]) == 6
-    assert {entry.task.device for entry in plans[0].entries} == {"x", "y"}
-    assert {entry.task.deadline_s for entry in plans[0].entries} == {60.0}
-    assert all(10e6 <= (entry.task.max_link2_bps or 0) <= 20e6 for entry in plans[0].entries)
+    assert len(replays[0]) == 6
+    assert {entry.task.device for entry in replays[0].entries} == {"x", "y"}
+    assert {entry.task.deadline_s for entry in replays[0].entries} == {60.0}
+    assert all(10e6 <= (entry.task.max_link2_bps or 0) <= 20e6 for entry in replays[0].entries)
 
 
 @pytest.mark.parametrize(("limit", "code"), [("400ms", 99), ("600ms", 0)])
-def test_a_missed_threshold_is_exit_code_99(tmp_path: Path, plans: Plans, limit: str, code: int) -> None:
-    result = invoke(plans, tmp_path, "--samples", "5", "--max-p99", limit)
+def test_a_missed_threshold_is_exit_code_99(tmp_path: Path, replays: PlayedReplays, limit: str, code: int) -> None:
+    result = invoke(replays, tmp_path, "--samples", "5", "--max-p99", limit)
     assert result.exit_code == code
     assert ("missed: --max-p99" in result.stderr) is (code == 99)
 
@@ -155,8 +155,8 @@ def test_an_interrupted_replay_writes_what_it_has(tmp_path: Path) -> None:
         (["--time-scale", "0"], "time scale"),
     ],
 )
-def test_wrong_input_is_named(tmp_path: Path, plans: Plans, arguments: list[str], message: str) -> None:
-    result = invoke(plans, tmp_path, *arguments)
+def test_wrong_input_is_named(tmp_path: Path, replays: PlayedReplays, arguments: list[str], message: str) -> None:
+    result = invoke(replays, tmp_path, *arguments)
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
 
@@ -179,16 +179,16 @@ def test_a_model_that_no_device_has_is_told_before_anything_is_submitted() -> No
     known = tuple(load_profile("paper").device[model] for model in ("lenet", "alexnet"))
     found = [NodeAnnounced(node="d1", role=Role.DEVICE, region=0, incarnation="i", lease_s=10.0, models=known)]
 
-    def plan(models: str, device: str) -> Schedule:
+    def drawn(models: str, device: str) -> Schedule:
         return schedule.make(9, arrivals.at_once(), Mix(models=parse_models(models)), [device], seed=0)
 
     with pytest.raises(UnknownNameError, match=r"'lenett'; did you mean lenet\?") as caught:
-        require_models(plan("alexnet,lenett", "d1"), found)
+        require_models(drawn("alexnet,lenett", "d1"), found)
     assert caught.value.remedy == "there are: alexnet, lenet"
     with pytest.raises(UnknownNameError, match=r"no model on any device called 'zebra'$"):
-        require_models(plan("zebra", "d1"), found)
-    require_models(plan("lenet,alexnet", "d1"), found)
-    require_models(plan("zebra", "later"), found)
+        require_models(drawn("zebra", "d1"), found)
+    require_models(drawn("lenet,alexnet", "d1"), found)
+    require_models(drawn("zebra", "later"), found)
 
 
 def test_a_replay_leaves_out_devices_that_lack_a_model() -> None:

@@ -29,7 +29,8 @@ from bus.messages import (
     TaskSubmitted,
 )
 from bus.values import Execution, Kind, Objective, Parts, Placement, Role
-from loadgen.replay import arrivals, metrics, report, schedule
+from loadgen.replay import arrivals, metrics, report
+from loadgen.replay import schedule as schedules
 from loadgen.replay.outcome import NOT_ACKNOWLEDGED
 from loadgen.replay.readiness import await_planner, find_nodes
 from loadgen.replay.replay import ReplayResult, replay
@@ -89,7 +90,7 @@ class ScriptedPlanner:
 
 
 def play(
-    plan: schedule.Schedule,
+    schedule: schedules.Schedule,
     service_s: Callable[[TaskSubmitted], float],
     *,
     states: dict[str, TaskState] | None = None,
@@ -117,7 +118,7 @@ def play(
                 await prepare(planner)  # type: ignore[misc]
             serving = asyncio.create_task(planner.run())
             await asyncio.sleep(1)
-            result = await replay(bus, plan, drain_timeout_s=drain_timeout_s)
+            result = await replay(bus, schedule, drain_timeout_s=drain_timeout_s)
             serving.cancel()
             return result
 
@@ -125,29 +126,31 @@ def play(
 
 
 def test_delays_count_from_the_instant_that_was_due() -> None:
-    plan = schedule.make(30, arrivals.uniform(20), MIX, ["d0", "d1"], seed=4)
-    result = play(plan, lambda task: 0.1 * task.samples)
+    schedule = schedules.make(30, arrivals.uniform(20), MIX, ["d0", "d1"], seed=4)
+    result = play(schedule, lambda task: 0.1 * task.samples)
     assert result.unfinished == 0
-    for entry, outcome in zip(plan.entries, result.outcomes, strict=True):
+    for entry, outcome in zip(schedule.entries, result.outcomes, strict=True):
         assert outcome.submitted_s == pytest.approx(entry.at_s, abs=1e-6)
         assert outcome.delay_s == pytest.approx(0.1 * entry.task.samples, abs=0.01)
         assert outcome.kind == "edge"
     summary = result.summary
     assert summary["submitted"] == summary["completed"] == 30
-    assert summary["delay_s"]["mean"] == pytest.approx(sum(0.1 * e.task.samples for e in plan.entries) / 30, abs=0.01)
+    assert summary["delay_s"]["mean"] == pytest.approx(
+        sum(0.1 * e.task.samples for e in schedule.entries) / 30, abs=0.01
+    )
     assert summary["by_kind"]["edge"]["tasks"] == 30
     assert set(summary["by_model"]) == {"lenet", "alexnet"}
 
 
 def test_the_loop_is_open_however_slow_the_system() -> None:
-    plan = schedule.make(10, arrivals.constant(10), MIX, ["d0"], seed=0)
-    result = play(plan, lambda task: 30.0)
+    schedule = schedules.make(10, arrivals.constant(10), MIX, ["d0"], seed=0)
+    result = play(schedule, lambda task: 30.0)
     assert [o.submitted_s for o in result.outcomes] == pytest.approx([i / 10 for i in range(10)], abs=1e-6)
 
 
 def test_a_closed_loop_sends_the_next_when_the_last_has_ended() -> None:
-    plan = schedule.make(5, arrivals.at_once(), MIX, ["d0"], seed=0, closed=True)
-    result = play(plan, lambda task: 2.0)
+    schedule = schedules.make(5, arrivals.at_once(), MIX, ["d0"], seed=0, closed=True)
+    result = play(schedule, lambda task: 2.0)
     submitted = [known(outcome.submitted_s) for outcome in result.outcomes]
     gaps = [later - earlier for earlier, later in itertools.pairwise(submitted)]
     assert all(gap == pytest.approx(2.5, abs=0.05) for gap in gaps)
@@ -155,20 +158,20 @@ def test_a_closed_loop_sends_the_next_when_the_last_has_ended() -> None:
 
 
 def test_ends_are_counted_by_state_and_cause_and_only_completions_have_a_delay() -> None:
-    plan = schedule.make(6, arrivals.constant(1), MIX, ["d0"], seed=0)
+    schedule = schedules.make(6, arrivals.constant(1), MIX, ["d0"], seed=0)
     states = {
         "task-1": TaskState.FAILED,
         "task-2": TaskState.REJECTED,
         "task-3": TaskState.EXPIRED,
     }
-    summary = play(plan, lambda task: 0.2, states=states).summary
+    summary = play(schedule, lambda task: 0.2, states=states).summary
     assert (summary["completed"], summary["failed"], summary["rejected"], summary["expired"]) == (3, 1, 1, 1)
     assert summary["causes"] == {"why": 3}
 
 
 def test_tasks_without_an_end_are_unfinished_after_the_drain() -> None:
-    plan = schedule.make(4, arrivals.constant(1), MIX, ["d0"], seed=0)
-    result = play(plan, lambda task: 1.0 if task.task_id != "task-2" else 1e4, drain_timeout_s=20)
+    schedule = schedules.make(4, arrivals.constant(1), MIX, ["d0"], seed=0)
+    result = play(schedule, lambda task: 1.0 if task.task_id != "task-2" else 1e4, drain_timeout_s=20)
     assert result.unfinished == 1
     assert result.summary["unfinished"] == 1
     assert result.summary["completed"] == 3
@@ -176,10 +179,10 @@ def test_tasks_without_an_end_are_unfinished_after_the_drain() -> None:
 
 def test_tasks_that_wait_for_the_broker_are_no_reason_to_give_up() -> None:
     """A drain timeout counts from the end of an outage, as long as the tasks may still be accepted."""
-    plan = schedule.make(6, arrivals.uniform(4), MIX, ["d0"], seed=4)
-    result = play(plan, lambda task: 0.1, away_s=(3.0, 200.0), submit_timeout_s=300.0)
+    schedule = schedules.make(6, arrivals.uniform(4), MIX, ["d0"], seed=4)
+    result = play(schedule, lambda task: 0.1, away_s=(3.0, 200.0), submit_timeout_s=300.0)
     assert result.summary["completed"] == 6
-    result = play(plan, lambda task: 0.1, away_s=(3.0, 200.0), submit_timeout_s=20.0)
+    result = play(schedule, lambda task: 0.1, away_s=(3.0, 200.0), submit_timeout_s=20.0)
     assert 0 < result.summary["causes"][NOT_ACKNOWLEDGED] < 6
     assert result.summary["completed"] + result.summary["causes"][NOT_ACKNOWLEDGED] == 6
 
@@ -197,8 +200,8 @@ def test_decisions_of_a_stale_planner_are_not_believed() -> None:
 
         planner.forging = asyncio.create_task(forge())  # type: ignore[attr-defined]
 
-    plan = schedule.make(2, arrivals.constant(1), MIX, ["d0"], seed=0)
-    result = play(plan, lambda task: 3.0, prepare=two_planners)
+    schedule = schedules.make(2, arrivals.constant(1), MIX, ["d0"], seed=0)
+    result = play(schedule, lambda task: 3.0, prepare=two_planners)
     assert result.summary["completed"] == 2
     assert result.dropped_records == 2
 
@@ -215,15 +218,15 @@ def test_reading_begins_behind_the_last_snapshot() -> None:
         )
         await planner.bus.send(topics.SNAPSHOTS, messages.encode(snapshot), key="0", partition=0)
 
-    plan = schedule.make(3, arrivals.constant(1), MIX, ["d0"], seed=0)
-    result = play(plan, lambda task: 0.5, prepare=long_history)
+    schedule = schedules.make(3, arrivals.constant(1), MIX, ["d0"], seed=0)
+    result = play(schedule, lambda task: 0.5, prepare=long_history)
     assert result.summary["completed"] == 3
     assert result.dropped_records == 0
 
 
 def test_warm_up_is_left_out_of_the_summary() -> None:
-    plan = schedule.make(6, arrivals.constant(1), MIX, ["d0"], seed=0, warmup=2)
-    summary = play(plan, lambda task: 9.0 if task.task_id in ("task-0", "task-1") else 1.0).summary
+    schedule = schedules.make(6, arrivals.constant(1), MIX, ["d0"], seed=0, warmup=2)
+    summary = play(schedule, lambda task: 9.0 if task.task_id in ("task-0", "task-1") else 1.0).summary
     assert summary["submitted"] == summary["completed"] == 4
     assert summary["warmup"] == 2
     assert summary["delay_s"]["max"] == pytest.approx(1.0, abs=0.01)
@@ -257,8 +260,8 @@ def test_devices_are_found_and_those_that_left_are_not() -> None:
 
 
 def test_the_files_of_a_replay(tmp_path: Path) -> None:
-    plan = schedule.make(12, arrivals.uniform(5), MIX, ["d0"], seed=1)
-    result = play(plan, lambda task: 0.3)
+    schedule = schedules.make(12, arrivals.uniform(5), MIX, ["d0"], seed=1)
+    result = play(schedule, lambda task: 0.3)
     paths = report.write_files(tmp_path, result.outcomes, result.summary)
     assert [path.name for path in paths] == ["profile_export.jsonl", "summary.json", "summary.csv", "report.html"]
     rows = [json.loads(line) for line in paths[0].read_text().splitlines()]
@@ -277,8 +280,8 @@ def test_the_files_of_a_replay(tmp_path: Path) -> None:
 
 
 def test_a_report_without_any_completed_task(tmp_path: Path) -> None:
-    plan = schedule.make(1, arrivals.constant(1), MIX, ["d0"], seed=0)
-    result = play(plan, lambda task: 1.0, states={"task-0": TaskState.FAILED})
+    schedule = schedules.make(1, arrivals.constant(1), MIX, ["d0"], seed=0)
+    result = play(schedule, lambda task: 1.0, states={"task-0": TaskState.FAILED})
     assert result.summary["delay_s"]["mean"] is None
     assert report.write_files(tmp_path, result.outcomes, result.summary)[3].exists()
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bus.errors import MessageTooLargeError, ProtocolError
-from bus.frames import FrameKind, Plan, decode_frame
+from bus.frames import AttemptPlan, FrameKind, decode_frame
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.memory.faults import Faults
 from bus.tensors import Assembler
@@ -24,7 +24,7 @@ from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.network.shaper import Link
 from stages.network.trace import parse_trace
 
-PLAN = Plan(
+PLAN = AttemptPlan(
     task_id="t",
     attempt=1,
     region=0,
