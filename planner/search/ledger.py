@@ -288,9 +288,14 @@ class DeviceAccount:
 class Ledger:
     """All reservations of a region. Mutated only by `RegionState.apply`."""
 
-    def __init__(self, make_timeline: Callable[[int, int, int], Timeline] = Timeline) -> None:
-        """`make_timeline` has the parameters of `Timeline`."""
+    def __init__(
+        self,
+        make_timeline: Callable[[int, int, int], Timeline] = Timeline,
+        make_device: Callable[[str, int, Callable[[int, int, int], Timeline]], DeviceAccount] = DeviceAccount,
+    ) -> None:
+        """`make_timeline` has the parameters of `Timeline`, and `make_device` those of `DeviceAccount`."""
         self._make_timeline = make_timeline
+        self._make_device = make_device
         self.edges: dict[str, EdgeAccount] = {}
         self.devices: dict[str, DeviceAccount] = {}  # devices with reservations
         self.own_links: dict[str, int] = {}  # limits that devices announced of their own link, bit/s
@@ -349,7 +354,7 @@ class Ledger:
         r.device = name
         device = self.devices.get(name)
         if device is None:
-            device = self.devices[name] = DeviceAccount(name, self.own_links.get(name, 0), self._make_timeline)
+            device = self.devices[name] = self._make_device(name, self.own_links.get(name, 0), self._make_timeline)
         else:
             device.timeline.forget_before(now)
         device.reservations[r.task_id] = r
