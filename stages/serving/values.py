@@ -42,6 +42,11 @@ class ServingError(DeeparError):
         self.fault = fault
         self.retry_after_s = retry_after_s
 
+    @property
+    def for_client(self) -> str:
+        """The message, and where it holds, that the same request may be sent again: every transport sends this text."""
+        return f"{self}; the request may be repeated" if self.fault.repeatable else str(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
