@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -23,7 +23,8 @@ from bus.tensors import Array
 from bus.values import ModelProfile, TensorSpec
 from stages.models.model import Model
 from stages.models.profiler import machine_profile
-from stages.models.segments import Segment, SegmentStore
+from stages.models.runtime.litert import InterpreterOptions
+from stages.models.segments import Segment, SegmentStore, StoreLimits
 from stages.runner import PaceClock, Station, profile_of, sleep_until
 from stages.zoo.registry import digits
 
@@ -51,6 +52,15 @@ class RunnerOptions:
     remeasure: bool = False  # measure again instead of reading stored measurements
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What a runner is given instead of making it, so that runners of one process share it."""
+
+    stores: Mapping[str, SegmentStore] = field(default_factory=dict)  # by model; the runner makes missing ones
+    profiles: Mapping[str, ModelProfile] = field(default_factory=dict)  # by model; other models are measured
+    pool: ThreadPoolExecutor | None = None  # None: the runner starts threads of its own
+
+
 class LitertRunner:
     """Computes with LiteRT. The constructor loads and measures the models, which takes seconds: call it in a thread."""
 
@@ -60,29 +70,27 @@ class LitertRunner:
         options: RunnerOptions,
         *,
         say: Callable[[str], None] | None = None,
-        stores: Mapping[str, SegmentStore] | None = None,
-        profiles: Mapping[str, ModelProfile] | None = None,
-        pool: ThreadPoolExecutor | None = None,
+        prepared: Prepared | None = None,
         measured: Callable[..., ModelProfile] = machine_profile,
     ) -> None:
-        """Models without a store get one; models without a profile are measured. `say` receives progress messages.
-
-        `measured` has the parameters of `machine_profile`.
-        """
+        """`say` receives progress messages. `measured` has the parameters of `machine_profile`."""
+        prepared = prepared or Prepared()
         self._options, self._say, self._measured = options, say, measured
-        self._measured_here = {model.name for model in models if model.name not in (profiles or {})}
+        self._measured_here = {model.name for model in models if model.name not in prepared.profiles}
         self._models = {model.name: model for model in models}
         self._paced = options.paced or options.slowdown > 1.0
-        self._pool = pool or ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
+        self._pool = prepared.pool or ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
         self._workers = _Workers(self._pool)
-        self._owns_pool = pool is None
-        self._stores = dict(stores or {})
+        self._owns_pool = prepared.pool is None
+        self._stores = dict(prepared.stores)
         self._profiles: dict[str, ModelProfile] = {}
         for model in models:
             if model.name not in self._stores:
-                self._stores[model.name] = SegmentStore(model, num_threads=options.num_threads, replicas=WORKERS)
+                interpreters = InterpreterOptions(num_threads=options.num_threads)
+                limits = StoreLimits(replicas=WORKERS)
+                self._stores[model.name] = SegmentStore(model, limits=limits, options=interpreters)
                 self._stores[model.name].warm(say)
-            profile = (profiles or {}).get(model.name) or self._measure(model, again=options.remeasure)
+            profile = prepared.profiles.get(model.name) or self._measure(model, again=options.remeasure)
             self._profiles[model.name] = self._emulated(profile)
 
     def _measure(self, model: Model, *, again: bool) -> ModelProfile:

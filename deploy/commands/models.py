@@ -30,6 +30,7 @@ from deploy.services.process import EXIT_FAILED
 from stages.models.cuts import even_cuts, useful_positions, work_shares
 from stages.models.files.cache import write_whole
 from stages.models.model import Model
+from stages.models.runtime.litert import InterpreterOptions
 from stages.models.slicer import position_of, write_parts
 from stages.models.verify import Report, named_inputs, pairs_of, random_inputs
 from stages.models.verify import verify as verify_parts
@@ -251,8 +252,7 @@ def verify(
             loaded,
             pairs_of(loaded, how.cuts, how.seed),
             chosen,
-            num_threads=how.num_threads,
-            delegate=how.delegate,
+            InterpreterOptions(num_threads=how.num_threads, delegate=how.delegate),
             step=lambda done, total: bar(done, total, ""),
         )
     print_verdict(report, loaded, len(chosen), as_json=as_json)

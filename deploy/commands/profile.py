@@ -22,7 +22,7 @@ from deploy.console_output.model_tables import profile_table
 from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.profile_chart import draw_profile
 from stages.models.files.cache import write_whole
-from stages.models.profiler import ProfileCache, measure_steadily, measuring_alone
+from stages.models.profiler import ProfileCache, TimedRuns, measure_steadily, measuring_alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +73,7 @@ def profile(
     with measuring_alone(say), progress_bar(f"profiling {loaded.name}") as bar:
         found = measure_steadily(
             loaded,
-            num_threads=timing.num_threads,
-            num_runs=timing.num_runs,
-            warmup_runs=timing.warmup_runs,
+            TimedRuns(num_threads=timing.num_threads, num_runs=timing.num_runs, warmup_runs=timing.warmup_runs),
             step=lambda what, done, total: bar(done, total, what),
             say=say,
         )

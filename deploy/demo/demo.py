@@ -23,11 +23,11 @@ from loadgen.replay.outcome import Outcome, Recorder
 from loadgen.replay.replay import replay
 from loadgen.replay.schedule import Entry, Schedule
 from stages.attempt import ResultSink
-from stages.litert_runner import WORKERS, LitertRunner, RunnerOptions
+from stages.litert_runner import WORKERS, LitertRunner, Prepared, RunnerOptions
 from stages.models.model import Model
 from stages.models.profiler import machine_profile
 from stages.models.runtime.litert import SegmentRunner
-from stages.models.segments import SegmentStore
+from stages.models.segments import SegmentStore, StoreLimits
 from stages.node import Node, NodeSettings
 from stages.zoo.registry import digits, load_model
 
@@ -120,7 +120,7 @@ class Demo:
         self.link1_bps = round(BITS_PER_BYTE * alexnet.cut_bytes[0] / (LINK1_SHARE * alexnet_s))
         self.link2_bps = round(BITS_PER_BYTE * crossing2_bytes / (LINK2_SHARE * alexnet_s))
         self.schedule = schedule(seed, self.link2_bps)
-        self._stores = {model.name: SegmentStore(model, num_threads=1, replicas=WORKERS) for model in self._models}
+        self._stores = {model.name: SegmentStore(model, limits=StoreLimits(replicas=WORKERS)) for model in self._models}
         for store in self._stores.values():
             store.warm(say)
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
@@ -163,9 +163,7 @@ class Demo:
         runner = LitertRunner(
             self._models,
             RunnerOptions(slowdown=SLOWDOWN[settings.role], platform=f"{settings.role.value} {settings.name}"),
-            stores=self._stores,
-            profiles=self._profiles,
-            pool=self._pool,
+            prepared=Prepared(stores=self._stores, profiles=self._profiles, pool=self._pool),
         )
         return Node(bus, settings, runner, on_busy=on_busy)
 

@@ -8,7 +8,7 @@ from bus.errors import ConfigError
 from bus.values import ModelProfile, Role
 from deploy.services.settings import NodeOptions, Served, ServedModel
 from planner.search.profiles import load_profile
-from stages.litert_runner import LitertRunner, RunnerOptions
+from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.runner import ModelledRunner, Runner
 from stages.zoo.registry import load_model
 
@@ -53,7 +53,7 @@ def make_runner(
             remeasure=options.remeasure,
         ),
         say=say,
-        profiles=known,
+        prepared=Prepared(profiles=known),
     )
     if options.runner == "modelled":
         return ModelledRunner(measured.profiles())

@@ -22,7 +22,7 @@ import numpy as np
 
 from loadgen.workers import worker_pool
 from stages.models.model import Model
-from stages.models.runtime.litert import SegmentRunner
+from stages.models.runtime.litert import InterpreterOptions, SegmentRunner
 from stages.models.segments import SegmentStore
 from stages.models.slicer import slice_model
 from stages.models.verify import random_inputs, run_part
@@ -136,7 +136,7 @@ def _in_a_process(name: str, delegate: bool, pairs: int, seed: int) -> list[dict
 def serve(name: str, delegate: bool, pairs: int, seed: int) -> list[dict[str, Any]]:
     """Serve cut pairs of a model one after another in this process, and return the memory in use after each."""
     model = load_model(name)
-    store = SegmentStore(model, delegate=delegate)
+    store = SegmentStore(model, options=InterpreterOptions(delegate=delegate))
     store.warm()
     generator = random.Random(seed)
     depth = model.graph.depth

@@ -94,22 +94,32 @@ def clean_name(words: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", words).strip("-._+")[:100] or "model"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownFile:
+    """What is known about a model file before it is read."""
+
+    name: str | None = None  # the model's name; None: derived from the file name
+    sha256: str | None = None  # the hash that the file must have; None: any
+    trusted: bool = False  # whether to skip the trial run in a process of its own
+
+
+UNKNOWN_FILE = KnownFile()
+
+
 def read_model(
     path: Path,
+    known: KnownFile = UNKNOWN_FILE,
     *,
-    name: str | None = None,
-    sha256: str | None = None,
     progress: Progress | None = None,
-    trusted: bool = False,
     choice: ModelChoice | None = None,
     in_memory_bytes: int = KEPT_IN_MEMORY_BYTES,
 ) -> Model:
-    """Reads, hashes and validates a model file, and runs it once in a process of its own unless it is `trusted`.
+    """Reads, hashes and validates a model file, and runs it once in a process of its own unless it is trusted.
 
     A file larger than `in_memory_bytes` is copied to the cache and mapped. `choice` selects a signature and input shapes. A
     signature outside the main subgraph changes the model's name to `NAME.SIGNATURE`. Raises `UnknownNameError` or
     `ConfigError` if the file does not offer the choice, and `ModelError` if the file is missing, unreadable, not a model,
-    truncated, inconsistent, too large for a flatbuffer, or its hash is not `sha256`.
+    truncated, inconsistent, too large for a flatbuffer, or its hash is not the known one.
     """
     shown = str(path)
     try:
@@ -134,12 +144,12 @@ def read_model(
             if file.read(8)[4:] != b"TFL3":
                 raise ModelError(shown, "is not a TensorFlow Lite model (no TFL3 mark)")
             data, digest, kept = _mapped(file.fileno(), path, status.st_size, progress)
-    if sha256 is not None and digest != sha256.lower():
-        raise ModelError(shown, f"has SHA-256 {digest}, not {sha256.lower()} as asked for")
+    if known.sha256 is not None and digest != known.sha256.lower():
+        raise ModelError(shown, f"has SHA-256 {digest}, not {known.sha256.lower()} as asked for")
     validated(data, shown)
-    known_as = name or model_name(path)
+    name = known.name or model_name(path)
     return _as_chosen(
-        Model(known_as, path, digest, data, kept, file_sha256=digest, trusted=trusted), choice or ModelChoice()
+        Model(name, path, digest, data, kept, file_sha256=digest, trusted=known.trusted), choice or ModelChoice()
     )
 
 

@@ -107,36 +107,47 @@ class Measurement:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedRuns:
+    """How often each part of a model runs, and with how many threads. Raises `ConfigError` for numbers that are too low."""
+
+    num_threads: int = 1
+    num_runs: int = 10  # timed runs
+    warmup_runs: int = 1  # untimed runs before them
+
+    def __post_init__(self) -> None:
+        if self.num_runs < 1 or self.warmup_runs < 0 or self.num_threads < 1:
+            raise ConfigError("a profile needs at least one run, one thread, and zero or more warm-up runs")
+
+
+TEN_RUNS = TimedRuns()
+
+
 def measure(
     model: Model,
+    runs: TimedRuns = TEN_RUNS,
     *,
-    num_threads: int = 1,
-    num_runs: int = 10,
-    warmup_runs: int = 1,
     seed: int = 0,
     step: Step | None = None,
     sandbox: Sandbox | None = None,
 ) -> Measurement:
-    """Times the whole model and every layer, `num_runs` times each after `warmup_runs`.
+    """Times the whole model and every layer.
 
-    `sandbox` admits each layer before it runs; the default is a new one.
-    Raises `ModelError` if the model cannot run here, and `ConfigError` for numbers below 1 (below 0 for `warmup_runs`).
+    `sandbox` admits each layer before it runs; the default is a new one. Raises `ModelError` if the model cannot run here.
     """
-    if num_runs < 1 or warmup_runs < 0 or num_threads < 1:
-        raise ConfigError("a profile needs at least one run, one thread, and zero or more warm-up runs")
     graph = model.graph
     values = random_inputs(model, np.random.default_rng(seed))
 
     def timed(runner: SegmentRunner, inputs: list[np.ndarray]) -> tuple[float, float]:
-        for _ in range(warmup_runs):
+        for _ in range(runs.warmup_runs):
             runner.timed(inputs)
-        return _median_and_spread([runner.timed(inputs) for _ in range(num_runs)])
+        return _median_and_spread([runner.timed(inputs) for _ in range(runs.num_runs)])
 
     bounds = [position for position in range(graph.depth + 1) if position not in graph.blocked]
     if step is not None:
         step("the whole", 0, len(bounds))
     given = dict(zip(graph.inputs, values, strict=True))
-    whole = SegmentRunner(model.source, num_threads, title=str(model.path))
+    whole = SegmentRunner(model.source, runs.num_threads, title=str(model.path))
     whole_s, whole_spread_s = timed(whole, [given[tensor] for tensor in graph.whole_inputs])
     del whole
 
@@ -149,7 +160,7 @@ def measure(
             part = slice_model(model, begin + 1, end)
             data = part.to_bytes()
             sandbox.admit(part, data)
-            runner = SegmentRunner(data, num_threads, title=f"{model.name} {begin + 1}..{end}")
+            runner = SegmentRunner(data, runs.num_threads, title=f"{model.name} {begin + 1}..{end}")
             known = {spec.name: value for spec, value in zip(part.inputs, values, strict=True)}
             median_s, spread_s = timed(runner, [known[name] for name in part.reads])
             values = run_part(part, runner, values)
@@ -171,10 +182,8 @@ Measure = Callable[..., Measurement]
 
 def measure_steadily(
     model: Model,
+    runs: TimedRuns = TEN_RUNS,
     *,
-    num_threads: int = 1,
-    num_runs: int = 10,
-    warmup_runs: int = 1,
     step: Step | None = None,
     say: Say | None = None,
     take: Measure = measure,
@@ -185,7 +194,7 @@ def measure_steadily(
     """
 
     def once() -> Measurement:
-        return take(model, num_threads=num_threads, num_runs=num_runs, warmup_runs=warmup_runs, step=step)
+        return take(model, runs, step=step)
 
     found = once()
     for _ in range(MAX_TRIES - 1):
@@ -215,20 +224,6 @@ def measuring_alone(say: Say | None = None) -> Iterator[None]:
         yield
 
 
-def profile_model(
-    model: Model,
-    num_threads: int = 1,
-    num_runs: int = 10,
-    warmup_runs: int = 1,
-    progress: Step | None = None,
-    *,
-    platform: str = "this machine",
-) -> ModelProfile:
-    """Measures the model once and returns the profile that a node announces."""
-    found = measure(model, num_threads=num_threads, num_runs=num_runs, warmup_runs=warmup_runs, step=progress)
-    return found.profile(platform)
-
-
 def machine_profile(
     model: Model,
     *,
@@ -247,7 +242,7 @@ def machine_profile(
             return known  # measured by the process that held the lock
         if say is not None:
             say(f"measuring {model.name} on this machine" + ("" if remeasure else ", once"))
-        found = measure_steadily(model, num_threads=num_threads, num_runs=5, say=say, take=take)
+        found = measure_steadily(model, TimedRuns(num_threads=num_threads, num_runs=5), say=say, take=take)
         return cache.store(found, num_threads=num_threads, say=say)
 
 

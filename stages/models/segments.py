@@ -34,7 +34,7 @@ from stages.models.files.cache import cache_dir, write_whole
 from stages.models.files.flatbuffer_writer import forget_pages
 from stages.models.loaded_piece import LoadedPiece
 from stages.models.model import Model
-from stages.models.runtime.litert import SegmentRunner
+from stages.models.runtime.litert import DEFAULT_INTERPRETER, InterpreterOptions, SegmentRunner
 from stages.models.runtime.malloc_trim import give_back, map_large_blocks
 from stages.models.sandbox import Sandbox
 from stages.models.slicer import SlicedPart, slice_model
@@ -56,11 +56,12 @@ Say: TypeAlias = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
-    """How much memory a store may use."""
+    """How much memory a store may use, and how many interpreters."""
 
     budget_bytes: int | None = None  # of all pieces; None derives it from the model
     in_memory_bytes: int = IN_MEMORY_BYTES  # the largest piece without a file
     joined_bytes: int = JOINED_BYTES  # of all joined pieces
+    replicas: int = 1  # interpreters of one piece, for as many parallel tasks
 
 
 class Segment:
@@ -142,7 +143,7 @@ class Segment:
 class SegmentStore:
     """The pieces of one model in one process; all methods are thread-safe.
 
-    Each piece has at most `replicas` interpreters, for as many parallel tasks, if the budget allows.
+    Each piece has at most `limits.replicas` interpreters, if the budget allows.
     `limits.budget_bytes` limits the memory of all pieces; pieces of a segment in use are loaded even beyond it. The default
     is the size of the weights (twice with the delegate, which repacks them) plus a fifth for activations, less the memory of
     the process itself. `sandbox` admits each piece before it is loaded; the default is a new one.
@@ -154,9 +155,7 @@ class SegmentStore:
         folder: Path | None = None,
         limits: StoreLimits | None = None,
         *,
-        num_threads: int = 1,
-        replicas: int = 1,
-        delegate: bool = True,
+        options: InterpreterOptions = DEFAULT_INTERPRETER,
         sandbox: Sandbox | None = None,
     ) -> None:
         self._limits = limits or StoreLimits()
@@ -167,12 +166,12 @@ class SegmentStore:
         self.stateful = model.graph.stateful
         self._folder = folder or cache_dir("segments", model.sha256[:16])
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._num_threads, self._replicas, self._delegate = num_threads, max(1, replicas), delegate
-        self._weight_factor = 2 if delegate else 1
+        self._options = options
+        self._weight_factor = 2 if options.delegate else 1
         spare_bytes = max(SPARE_BYTES, model.size_bytes // 5 - PROCESS_BYTES)
         default_bytes = self._weight_factor * model.size_bytes + spare_bytes
         self.budget_bytes = default_bytes if self._limits.budget_bytes is None else self._limits.budget_bytes
-        self._sandbox = sandbox or Sandbox(model, delegate=delegate)
+        self._sandbox = sandbox or Sandbox(model, delegate=options.delegate)
         self._bounds: list[int] = sorted({0, *useful_positions(model.manifest), model.graph.depth})
         self._asked: OrderedDict[int, None] = OrderedDict()  # bounds added by `prepare`, least recently used first
         self._pieces: OrderedDict[tuple[int, int], LoadedPiece] = OrderedDict()  # least recently used first
@@ -309,7 +308,7 @@ class SegmentStore:
 
     def may_grow(self, piece: LoadedPiece) -> bool:
         """Whether the piece may load another interpreter."""
-        return piece.loaded < self._replicas and self.loaded_bytes + piece.size_bytes <= self.budget_bytes
+        return piece.loaded < self._limits.replicas and self.loaded_bytes + piece.size_bytes <= self.budget_bytes
 
     def released(self, segment: Segment) -> None:
         """Marks the segment as out of use, so that its bounds may be removed."""
@@ -441,10 +440,12 @@ class SegmentStore:
 
         def load() -> SegmentRunner:
             title = f"{self.model.name} {begin + 1}..{end}"
-            return SegmentRunner(source, self._num_threads, delegate=self._delegate, title=title, renew=part.renew)
+            return SegmentRunner(
+                source, self._options.num_threads, delegate=self._options.delegate, title=title, renew=part.renew
+            )
 
         size_bytes = self._weight_factor * part.size_bytes + crossing
-        return LoadedPiece(part, load, size_bytes, keep=self._delegate or small)
+        return LoadedPiece(part, load, size_bytes, keep=self._options.delegate or small)
 
     def _touched(self, begin: int, end: int) -> set[int]:
         """The tensors at the ends of the piece and its two largest inner ones: an estimate of its interpreter's memory."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -20,7 +20,7 @@ from bus.tensors import Array
 from bus.values import TensorSpec
 from stages.models.files.operators import UNREPEATABLE
 from stages.models.model import Model
-from stages.models.runtime.litert import SegmentRunner
+from stages.models.runtime.litert import DEFAULT_INTERPRETER, InterpreterOptions, SegmentRunner
 from stages.models.sandbox import Sandbox
 from stages.models.slicer import SlicedPart, slice_model
 
@@ -121,9 +121,8 @@ def verify(
     model: Model,
     pairs: Sequence[Pair],
     samples: Sequence[Sequence[Array]],
+    options: InterpreterOptions = DEFAULT_INTERPRETER,
     *,
-    num_threads: int = 1,
-    delegate: bool = True,
     step: Step | None = None,
     sandbox: Sandbox | None = None,
 ) -> Report:
@@ -136,8 +135,8 @@ def verify(
     pairs = [pair for pair in pairs if pair[1] <= limit]
     worst: Pair | None = None
     largest, differing = 0.0, []
-    with sandbox or Sandbox(model, delegate=delegate) as sandbox:
-        bench = _Bench(model, num_threads, delegate, limit, sandbox)
+    with sandbox or Sandbox(model, delegate=options.delegate) as sandbox:
+        bench = _Bench(model, options, limit, sandbox)
         wanted = bench.whole(samples)
         for done, pair in enumerate(pairs):
             if step is not None:
@@ -151,7 +150,7 @@ def verify(
                         worst, largest = pair, max(largest, gap)
     if step is not None:
         step(len(pairs), len(pairs))
-    cause = _cause(model, differing, samples, num_threads, delegate)
+    cause = _cause(model, differing, samples, options)
     return Report(
         model=model.name,
         positions=model.graph.depth + 1,
@@ -187,7 +186,7 @@ def runnable_depth(model: Model) -> int:
 
 
 def _cause(
-    model: Model, differing: Sequence[Pair], samples: Sequence[Sequence[Array]], num_threads: int, delegate: bool
+    model: Model, differing: Sequence[Pair], samples: Sequence[Sequence[Array]], options: InterpreterOptions
 ) -> str | None:
     """The proven cause of a difference between parts and whole; None if nothing differs or the cause is unknown."""
     if not differing:
@@ -195,9 +194,9 @@ def _cause(
     drawing = sorted({kind for kind in model.graph.kinds if kind in UNREPEATABLE})
     if drawing:
         return f"the model does not repeat itself even in one piece: it draws random numbers ({', '.join(drawing)})"
-    if not delegate:
+    if not options.delegate:
         return None
-    again = verify(model, differing[:20], samples, num_threads=num_threads, delegate=False)
+    again = verify(model, differing[:20], samples, replace(options, delegate=False))
     if not again.bit_identical:
         return None
     return (
@@ -238,8 +237,8 @@ def difference(left: Array, right: Array) -> float:
 class _Bench:
     """Runs the whole model and its parts, and caches the outputs of parts by their input."""
 
-    def __init__(self, model: Model, num_threads: int, delegate: bool, limit: int, sandbox: Sandbox) -> None:
-        self._model, self._num_threads, self._delegate = model, num_threads, delegate
+    def __init__(self, model: Model, options: InterpreterOptions, limit: int, sandbox: Sandbox) -> None:
+        self._model, self._options = model, options
         self._sandbox = sandbox
         self._limit = limit
         self._stateful = model.graph.stateful
@@ -254,8 +253,8 @@ class _Bench:
             return [run_part(part, runner, sample) for sample in samples]
         runner = SegmentRunner(
             self._model.source,
-            self._num_threads,
-            delegate=self._delegate,
+            self._options.num_threads,
+            delegate=self._options.delegate,
             title=str(self._model.path),
             renew=self._stateful,
         )
@@ -294,7 +293,7 @@ class _Bench:
         title = f"{self._model.name} {part.first}-{part.last}"
         data = part.to_bytes()
         self._sandbox.admit(part, data)
-        return SegmentRunner(data, self._num_threads, delegate=self._delegate, title=title)
+        return SegmentRunner(data, self._options.num_threads, delegate=self._options.delegate, title=title)
 
 
 def run_part(part: SlicedPart, runner: SegmentRunner, values: Sequence[Array]) -> list[Array]:

@@ -16,7 +16,7 @@ from bus.errors import ModelError, unknown_name
 from bus.tensors import Array
 from stages.models.files.cache import Progress, cache_dir, locked, write_whole
 from stages.models.files.choice import ModelChoice
-from stages.models.model import Model, read_model
+from stages.models.model import KnownFile, Model, read_model
 from stages.zoo.networks import LENET, NETWORKS, Network, build, seeded
 
 SHA256 = {
@@ -79,21 +79,21 @@ def load_model(
         path = Path(name_or_path)
         if not path.exists() and path.suffix != ".tflite" and len(path.parts) == 1:
             raise unknown_name("model", name, NETWORKS, remedy=f"name one of {', '.join(NETWORKS)}, or a .tflite file")
-        return read_model(path, sha256=sha256, progress=progress, choice=choice)
+        return read_model(path, KnownFile(sha256=sha256), progress=progress, choice=choice)
 
-    path, expected = _path(network), SHA256[network.name]
+    path, known = _path(network), KnownFile(name=network.name, sha256=SHA256[network.name], trusted=True)
     if path.is_file():
         try:
-            model = read_model(path, name=network.name, sha256=expected, progress=progress, trusted=True, choice=choice)
+            model = read_model(path, known, progress=progress, choice=choice)
         except ModelError:
             if network is LENET:
                 raise
         else:
             return _checked(model, sha256)
     with locked(path):
-        if not path.is_file() or _hash_differs(path, expected):
+        if not path.is_file() or _hash_differs(path, known):
             generate(network, path, progress)
-    return _checked(read_model(path, name=network.name, sha256=expected, trusted=True, choice=choice), sha256)
+    return _checked(read_model(path, known, choice=choice), sha256)
 
 
 def generate(network: Network, path: Path, progress: Progress | None = None) -> str:
@@ -104,9 +104,9 @@ def generate(network: Network, path: Path, progress: Progress | None = None) -> 
     return digest
 
 
-def _hash_differs(path: Path, expected: str) -> bool:
+def _hash_differs(path: Path, known: KnownFile) -> bool:
     try:
-        read_model(path, sha256=expected, trusted=True)
+        read_model(path, known)
     except ModelError:
         return True
     return False

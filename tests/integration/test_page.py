@@ -21,7 +21,7 @@ from deploy.monitor.region_view import RegionView
 from deploy.monitor.top import screen
 from deploy.monitor.ui import serve
 from tests.browser import Page, open_page
-from tests.sim.world import task, world
+from tests.sim.world import WorldOptions, task, world
 from tests.unit.deploy.monitor.test_region_view import DEVICE, EDGE, Topics, admitted, completed, placed, start
 
 TASKS = 60
@@ -59,7 +59,7 @@ async def at_rest(page: Page, view: RegionView) -> dict[str, Any]:
 
 
 async def test_the_page_shows_a_running_replay_as_its_topics_tell_it(tmp_path: Path) -> None:
-    async with world(slots=1, link1_bps=100_000_000, link2_bps=10_000_000) as region:
+    async with world(WorldOptions(slots=1, link1_bps=100_000_000, link2_bps=10_000_000)) as region:
         view = RegionView()
         following = asyncio.create_task(follow(region.bus, view))
         async with serve(view, host="127.0.0.1", port=0) as address, open_page(tmp_path) as page:

@@ -12,7 +12,7 @@ from bus.messages import Ended, Start, TaskState
 from deploy.services.cancellation import End, cancel
 from loadgen.sim.virtual_loop import run_virtual
 from tests.sim.planners import Town, town
-from tests.sim.world import task, world
+from tests.sim.world import WorldOptions, task, world
 
 HORIZON_S = 3600.0
 
@@ -154,7 +154,7 @@ def test_stages_drop_the_work_of_a_cancelled_task() -> None:
     """Its device and edge stop; the next task gets what it held, and completes."""
 
     async def run() -> None:
-        async with world(devices=("d1",), edges=("e1",), policy="edge-only") as region:
+        async with world(WorldOptions(devices=("d1",), edges=("e1",), policy="edge-only")) as region:
             long = task(1, samples=10_000)
             await region.bus.send(topics.TASKS, messages.encode(long), key="t1", partition=0)
             await asyncio.sleep(5.0)

@@ -14,7 +14,7 @@ from planner.core.core import PlannerCore
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 from tests.decision_story import Story, read_story
-from tests.sim.world import World, profile, task, world
+from tests.sim.world import World, WorldOptions, profile, task, world
 
 TASKS = 12
 SAMPLES = 60
@@ -41,7 +41,7 @@ async def _play(
     stopped: str, *, policy: str, again: NodeSettings | None = None, says_so: bool = True, at_s: float = 1.0
 ) -> tuple[World, Story]:
     """Tasks for all devices, and a node that is told to stop while some of them run."""
-    async with world(policy=policy) as region, wiring.embedded() as group:
+    async with world(WorldOptions(policy=policy)) as region, wiring.embedded() as group:
         playing = asyncio.create_task(
             region.replay([task(n, f"d{n % 3 + 1}", samples=SAMPLES) for n in range(TASKS)], gap_s=0.2)
         )

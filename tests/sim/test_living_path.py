@@ -15,11 +15,11 @@ from loadgen.sim.virtual_loop import run_virtual
 from stages.node import Node
 from stages.runner import ModelledRunner
 from tests.known import known
-from tests.sim.world import World, profile, task, world
+from tests.sim.world import World, WorldOptions, profile, task, world
 
 
 async def _run(policy: str = "deepar", objective: Objective = Objective.PIPELINED) -> tuple[World, dict[str, Outcome]]:
-    async with world(policy=policy, objective=objective) as region:
+    async with world(WorldOptions(policy=policy, objective=objective)) as region:
         outcomes = await region.replay([task(n, f"d{n % 3 + 1}") for n in range(12)])
         return region, outcomes
 
@@ -73,7 +73,7 @@ def test_two_processes_of_one_name_do_not_flood_the_decisions_and_are_seen() -> 
     """Each is declared lost when the other announces itself, and comes back: with a pause."""
 
     async def run() -> tuple[int, float, set[TaskState | None]]:
-        async with world(edges=("e1",), devices=("d1",)) as region:
+        async with world(WorldOptions(edges=("e1",), devices=("d1",))) as region:
             first = region.nodes["e1"]
             twin = Node(region.bus, first.settings, ModelledRunner([profile(Role.EDGE)]))
             playing = asyncio.create_task(twin.run(wiring.make_work(twin)))

@@ -12,13 +12,13 @@ from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.topics import specs
 from loadgen.bench.path import measured
 from loadgen.sim.virtual_loop import run_virtual
-from tests.sim.world import world
+from tests.sim.world import WorldOptions, world
 
 LATENCY_S = 0.02
 
 
 async def _measured(policy: str) -> dict[tuple[str, str], dict[str, Any]]:
-    async with world(policy=policy) as region:
+    async with world(WorldOptions(policy=policy)) as region:
         region.broker.latency_s = LATENCY_S
         rows = await measured(region.bus, 5, 1, lambda line: None)
     return {(row["from"], row["to"]): row for row in rows}

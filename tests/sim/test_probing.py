@@ -19,7 +19,7 @@ from loadgen.sim.virtual_loop import run_virtual
 from stages.measuring.probes import FIRST_PROBES, REFRESH_S
 from stages.network.played import PlayedNetwork
 from stages.network.trace import parse_trace
-from tests.sim.world import World, task, world
+from tests.sim.world import World, WorldOptions, task, world
 
 BUS_S = 0.002
 """What the bus takes for one record."""
@@ -57,7 +57,9 @@ def probes(region: World, topic: str) -> int:
 def test_latencies_are_reported_within_a_second_of_joining(master: Master | None) -> None:
     async def run() -> World:
         broker = MemoryBroker(latency_s=BUS_S)
-        async with world(devices=("d1", "d2"), broker=broker, networks=NETWORKS, probes=True, master=master) as region:
+        async with world(
+            WorldOptions(devices=("d1", "d2"), networks=NETWORKS, probes=True, master=master), broker=broker
+        ) as region:
             await asyncio.sleep(1.0)
             assert await read_dead_letters(region.bus) == []
             return region
@@ -80,13 +82,15 @@ def test_the_measured_latencies_explain_the_delay_of_a_sample() -> None:
         broker = MemoryBroker(latency_s=BUS_S)
         networks = NETWORKS | {"e1": PlayedNetwork(0.0), "c1": PlayedNetwork(0.0)}
         async with world(
-            devices=("d1",),
-            edges=("e1",),
+            WorldOptions(
+                devices=("d1",),
+                edges=("e1",),
+                networks=networks,
+                probes=True,
+                policy="edge-only",
+                objective=Objective.SEQUENTIAL,
+            ),
             broker=broker,
-            networks=networks,
-            probes=True,
-            policy="edge-only",
-            objective=Objective.SEQUENTIAL,
         ) as region:
             await asyncio.sleep(1.0)
             await region.replay([task(1, samples=4)])
@@ -102,7 +106,7 @@ def test_probes_are_few_and_unchanged_latencies_are_reported_once() -> None:
 
     async def run() -> World:
         broker = MemoryBroker(latency_s=BUS_S)
-        async with world(devices=("d1",), broker=broker, networks=NETWORKS, probes=True) as region:
+        async with world(WorldOptions(devices=("d1",), networks=NETWORKS, probes=True), broker=broker) as region:
             await asyncio.sleep(quiet_s)
             return region
 
@@ -121,7 +125,7 @@ def test_probes_are_few_and_unchanged_latencies_are_reported_once() -> None:
 def test_a_busy_device_is_probed_only_when_its_answers_are_old() -> None:
     async def run() -> tuple[int, int]:
         async with world(
-            devices=("d1",), edges=("e1",), probes=True, policy="edge-only", link1_bps=1_000_000
+            WorldOptions(devices=("d1",), edges=("e1",), probes=True, policy="edge-only", link1_bps=1_000_000)
         ) as region:
             await asyncio.sleep(2.0)
             topic = topics.activations_topic("e1")
@@ -142,7 +146,7 @@ def test_a_busy_device_is_probed_only_when_its_answers_are_old() -> None:
 def test_a_latency_that_changes_is_noticed_and_reported() -> None:
     async def run() -> list[LinkMeasurement]:
         broker = MemoryBroker(latency_s=BUS_S)
-        async with world(devices=("d1",), edges=("e1",), broker=broker, probes=True) as region:
+        async with world(WorldOptions(devices=("d1",), edges=("e1",), probes=True), broker=broker) as region:
             await asyncio.sleep(60.0)
             broker.latency_s = 0.050
             await asyncio.sleep(2 * REFRESH_S)
@@ -155,7 +159,7 @@ def test_a_latency_that_changes_is_noticed_and_reported() -> None:
 
 def test_an_edge_that_joins_later_is_probed_and_one_that_left_is_not() -> None:
     async def run() -> tuple[int, int, int]:
-        async with world(devices=("d1",), edges=("e1", "e2"), probes=True) as region:
+        async with world(WorldOptions(devices=("d1",), edges=("e1", "e2"), probes=True)) as region:
             await asyncio.sleep(2.0)
             topic = topics.activations_topic("e2")
             first = probes(region, topic)
@@ -185,7 +189,7 @@ HOSTILE = {
 @pytest.mark.parametrize("topic", [topics.activations_topic("e1"), topics.ACTIVATIONS_CLOUD])
 def test_a_hostile_probe_is_a_dead_letter_and_harms_no_task(topic: str, payload: bytes) -> None:
     async def run() -> World:
-        async with world(devices=("d1",), edges=("e1",), probes=True) as region:
+        async with world(WorldOptions(devices=("d1",), edges=("e1",), probes=True)) as region:
             running = asyncio.create_task(region.replay([task(1)]))
             await asyncio.sleep(0.05)
             await region.bus.send(topic, payload, key="d1")
@@ -200,7 +204,7 @@ def test_a_hostile_probe_is_a_dead_letter_and_harms_no_task(topic: str, payload:
 
 def test_forged_late_and_doubled_answers_are_dropped() -> None:
     async def run() -> tuple[World, int]:
-        async with world(devices=("d1",), edges=("e1",), probes=True) as region:
+        async with world(WorldOptions(devices=("d1",), edges=("e1",), probes=True)) as region:
             await asyncio.sleep(1.5)
             before = await region.bus.end_offsets(topics.DEAD_LETTER)
             for echo in (Frame("echo", "x", 1, "e1"), Frame("echo", region.nodes["d1"].incarnation, 1, "e1")):
@@ -219,7 +223,7 @@ def test_forged_late_and_doubled_answers_are_dropped() -> None:
 
 def test_where_proofs_are_required_a_probe_of_another_name_is_refused() -> None:
     async def run() -> Counter[str]:
-        async with world(devices=("d1", "d2"), edges=("e1", "e2"), probes=True, master=FRAMES) as region:
+        async with world(WorldOptions(devices=("d1", "d2"), edges=("e1", "e2"), probes=True, master=FRAMES)) as region:
             probe = encode_frame(Frame("probe", "x", 1, "d1"))
             await region.bus_of("device", "d2").send(topics.activations_topic("e1"), probe, key="d1")
             await region.bus_of("edge", "e2").send(
@@ -242,7 +246,7 @@ def test_where_proofs_are_required_a_probe_of_another_name_is_refused() -> None:
 def test_a_flood_of_probes_is_answered_within_a_bound() -> None:
     async def run() -> tuple[int, float]:
         networks = {"c1": PlayedNetwork(0.5)}  # answers take half a second
-        async with world(devices=("d1",), edges=("e1",), probes=True, networks=networks) as region:
+        async with world(WorldOptions(devices=("d1",), edges=("e1",), probes=True, networks=networks)) as region:
             probe = encode_frame(Frame("probe", "x", 1, "e1"))
             for _ in range(500):
                 await region.bus.send(topics.ACTIVATIONS_CLOUD, probe, key="e1")
@@ -262,7 +266,9 @@ def test_a_played_link_that_falls_to_a_third_is_reported_and_so_is_its_recovery(
     async def run() -> list[tuple[float, int | None]]:
         networks = {"d1": PlayedNetwork(trace=trace)}
         async with world(
-            devices=("d1",), edges=("e1",), probes=True, policy="edge-only", link1_bps=10_000_000, networks=networks
+            WorldOptions(
+                devices=("d1",), edges=("e1",), probes=True, policy="edge-only", link1_bps=10_000_000, networks=networks
+            )
         ) as region:
             found: list[tuple[float, int | None]] = []
             clock = asyncio.get_running_loop().time

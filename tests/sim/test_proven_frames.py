@@ -22,7 +22,7 @@ from deploy.commands.kafka.dead_letter import DeadLetter, read_dead_letters
 from loadgen.replay.outcome import Outcome
 from loadgen.sim.virtual_loop import run_virtual
 from stages.device import Device
-from tests.sim.world import CUT_BYTES, World, task, world
+from tests.sim.world import CUT_BYTES, World, WorldOptions, task, world
 
 SECRET = bytes(range(32))
 PLAIN, FRAMES = Master(SECRET), Master(SECRET, frames=True)
@@ -48,7 +48,9 @@ def _refused(region: World) -> dict[str, int]:
 @pytest.mark.parametrize("policy", ["deepar", "edge-only", "cloud-only"])
 def test_every_frame_is_proven_and_nobody_honest_is_refused(policy: str) -> None:
     async def run() -> World:
-        async with world(master=FRAMES, policy=policy, link1_bps=4_000_000, link2_bps=4_000_000) as region:
+        async with world(
+            WorldOptions(master=FRAMES, policy=policy, link1_bps=4_000_000, link2_bps=4_000_000)
+        ) as region:
             outcomes = await region.replay([task(n, f"d{n % 3 + 1}") for n in range(12)])
             assert {outcome.state for outcome in outcomes.values()} == {TaskState.COMPLETED}
             assert await read_dead_letters(region.bus) == []
@@ -68,7 +70,7 @@ def test_every_frame_is_proven_and_nobody_honest_is_refused(policy: str) -> None
 
 def test_frames_carry_no_proof_where_none_is_demanded() -> None:
     async def run() -> World:
-        async with world(master=PLAIN) as region:
+        async with world(WorldOptions(master=PLAIN)) as region:
             await region.replay([task(n, f"d{n % 3 + 1}") for n in range(6)])
             return region
 
@@ -139,7 +141,7 @@ async def activations_of_a_device_for_the_cloud(region: World, plan: AttemptPlan
 async def _under(
     master: Master, forge: Callable[[World, AttemptPlan], Awaitable[None]]
 ) -> tuple[Outcome, World, list[DeadLetter]]:
-    async with world(master=master, edges=("e1",), policy="cloud-only") as region:
+    async with world(WorldOptions(master=master, edges=("e1",), policy="cloud-only")) as region:
         playing = asyncio.create_task(region.replay([task(0, samples=SAMPLES)]))
         await forge(region, await _running(region, "t0"))
         outcome = (await playing)["t0"]
@@ -218,7 +220,7 @@ def test_nobody_takes_a_task_s_name_before_it_is_decided(region_number: int) -> 
     """d2 and e2 know the next task's name and send plans for it, to edge and cloud: in this region, or as of another."""
 
     async def run() -> World:
-        async with world(master=FRAMES, edges=("e1",), policy="cloud-only") as region:
+        async with world(WorldOptions(master=FRAMES, edges=("e1",), policy="cloud-only")) as region:
             placement = Placement(
                 kind=Kind.CLOUD, edge="e1", cut1=0, cut2=0, cut1_name="input", cut2_name="input",
                 link1_bps=1_000_000, link2_bps=1_000_000,
@@ -250,7 +252,7 @@ def test_a_device_that_makes_its_own_plan_is_refused() -> None:
     """More of link 2 than was granted, say."""
 
     async def run() -> tuple[World, list[DeadLetter], Outcome]:
-        async with world(master=FRAMES, edges=("e1",), policy="cloud-only") as region:
+        async with world(WorldOptions(master=FRAMES, edges=("e1",), policy="cloud-only")) as region:
             playing = asyncio.create_task(region.replay([task(0, samples=SAMPLES)]))
             plan = await _running(region, "t0")
             more = plan.placement.model_copy(update={"link2_bps": 10 * plan.placement.link2_bps})

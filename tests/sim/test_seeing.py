@@ -21,7 +21,7 @@ from deploy.monitor.region_view import TOPICS, RegionView
 from deploy.monitor.top import screen
 from loadgen.sim.virtual_loop import run_virtual
 from planner.core.core import PlannerCore
-from tests.sim.world import World, task, world
+from tests.sim.world import World, WorldOptions, task, world
 
 TASKS = 60
 
@@ -45,7 +45,7 @@ def held_by(core: PlannerCore) -> dict[str, tuple[int, int, int]]:
 
 async def watched() -> tuple[World, RegionView, list[dict[str, Any]], list[Record]]:
     """A replay of sixty tasks, looked at as it goes, and every record of it."""
-    async with world(slots=2, link2_bps=10_000_000) as region:
+    async with world(WorldOptions(slots=2, link2_bps=10_000_000)) as region:
         view = RegionView()
         following = asyncio.create_task(follow(region.bus, view))
         replaying = asyncio.ensure_future(sixty(region))
@@ -116,7 +116,7 @@ def test_slots_and_links_in_use_are_the_planners_ledgers() -> None:
     """Folded record by record beside the planner's own core, from the same topic."""
 
     async def folded() -> list[Record]:
-        async with world(slots=2, link2_bps=10_000_000) as region:
+        async with world(WorldOptions(slots=2, link2_bps=10_000_000)) as region:
             await sixty(region)
             return await read_all(region.bus, 0)
 
@@ -157,7 +157,7 @@ def test_a_finished_run_played_again_shows_the_same_and_takes_its_time() -> None
 
 def test_the_screen_names_every_running_task_and_counts_the_ended_ones() -> None:
     async def look(render: Callable[[RegionView], str]) -> tuple[RegionView, str, str]:
-        async with world(slots=2) as region:
+        async with world(WorldOptions(slots=2)) as region:
             replaying = asyncio.ensure_future(sixty(region))
             await asyncio.sleep(0.6)
             view = RegionView()

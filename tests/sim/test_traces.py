@@ -28,7 +28,7 @@ from loadgen.replay.schedule import Entry, Schedule
 from loadgen.sim.virtual_loop import run_virtual
 from tests.known import known
 from tests.otlp_collector import collecting
-from tests.sim.world import World, task, world
+from tests.sim.world import World, WorldOptions, task, world
 
 TASKS = 24
 POLICIES = ("deepar", "device-only", "edge-only", "cloud-only")
@@ -43,7 +43,9 @@ async def _traced(policy: str, sink: OtelSink | None, spans: list[Span] | None =
         if sink is not None:
             sink(span)
 
-    async with world(slots=2, policy=policy, on_span=tell if sink or spans is not None else None) as region:
+    async with world(
+        WorldOptions(slots=2, policy=policy), on_span=tell if sink or spans is not None else None
+    ) as region:
         entries = tuple(Entry(at_s=n * 0.05, task=task(n, f"d{n % 3 + 1}", samples=6)) for n in range(tasks))
         on_span = tell if sink or spans is not None else None
         await replay(region.bus, Schedule(entries=entries), drain_timeout_s=60.0, on_span=on_span)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from bus import topics
 from bus.headers.tracing import SpanSink
@@ -67,6 +68,24 @@ class World:
         """The bus of a named node or planner, signed if the region requires proofs of identity."""
         return signed(self.bus, None if self.master is None else self.master.key(Speaker(role, name)))
 
+    def add(self, settings: NodeSettings, on_span: SpanSink | None) -> Coroutine[Any, Any, None]:
+        """Make a node whose work is recorded in `trace`; return the coroutine that runs it."""
+
+        def on_busy(node: str, part: str, task_id: str, begin_s: float, end_s: float) -> None:
+            self.trace.append((round(end_s, 9), node, part, task_id))
+
+        node = Node(
+            self.bus_of(settings.role.value, settings.name),
+            settings,
+            ModelledRunner([profile(settings.role)]),
+            on_busy=on_busy,
+            on_span=on_span,
+        )
+        work = nodes.make_work(node, self.show)
+        self.nodes[settings.name] = node
+        self.works[settings.name] = work
+        return node.run(work)
+
     async def replay(self, tasks: Sequence[TaskSubmitted], gap_s: float = 0.05) -> dict[str, Outcome]:
         """Submit tasks at a constant rate and wait for all of them."""
         entries = tuple(Entry(at_s=index * gap_s, task=task) for index, task in enumerate(tasks))
@@ -81,71 +100,71 @@ def task(number: int, device: str = "d1", samples: int = 10, **more: object) -> 
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorldOptions:
+    """The nodes of a region, and how its planner places tasks."""
+
+    devices: Sequence[str] = ("d1", "d2", "d3")
+    edges: Sequence[str] = ("e1", "e2")
+    clouds: Sequence[str] = ("c1",)
+    slots: int = 1  # of each edge
+    link1_bps: int = 100_000_000  # link capacities of each edge
+    link2_bps: int = 20_000_000
+    policy: str = "deepar"
+    objective: Objective = Objective.PIPELINED
+    lease_s: float = 10.0  # of each node
+    master: Master | None = None  # None: the region requires no proofs of identity
+    networks: Mapping[str, PlayedNetwork] = field(default_factory=dict)  # by node
+    probes: bool = False  # whether nodes measure their links
+
+    def nodes(self) -> list[NodeSettings]:
+        """The settings of all nodes: clouds, edges, devices."""
+        return [
+            *(self._node(name, Role.CLOUD) for name in self.clouds),
+            *(self._edge(name) for name in self.edges),
+            *(self._node(name, Role.DEVICE) for name in self.devices),
+        ]
+
+    def _node(self, name: str, role: Role) -> NodeSettings:
+        network = self.networks.get(name, NO_NETWORK)
+        return NodeSettings(name=name, role=role, lease_s=self.lease_s, probes=self.probes, network=network)
+
+    def _edge(self, name: str) -> NodeSettings:
+        return replace(
+            self._node(name, Role.EDGE),
+            slots=self.slots,
+            link1_capacity_bps=self.link1_bps,
+            link2_capacity_bps=self.link2_bps,
+        )
+
+
+DEFAULT_WORLD = WorldOptions()
+
+
 @contextlib.asynccontextmanager
 async def world(
-    *,
-    devices: Sequence[str] = ("d1", "d2", "d3"),
-    edges: Sequence[str] = ("e1", "e2"),
-    clouds: Sequence[str] = ("c1",),
-    slots: int = 1,
-    link1_bps: int = 100_000_000,
-    link2_bps: int = 20_000_000,
-    policy: str = "deepar",
-    objective: Objective = Objective.PIPELINED,
-    lease_s: float = 10.0,
-    broker: MemoryBroker | None = None,
-    on_span: SpanSink | None = None,
-    master: Master | None = None,
-    networks: Mapping[str, PlayedNetwork] | None = None,
-    probes: bool = False,
+    options: WorldOptions = DEFAULT_WORLD, *, broker: MemoryBroker | None = None, on_span: SpanSink | None = None
 ) -> AsyncIterator[World]:
-    """A region whose nodes have all joined. With a `master` it requires proofs of identity; `networks` by node."""
+    """A region whose nodes have all joined."""
     broker = broker or MemoryBroker()
     async with MemoryBus(broker, "world") as bus:
-        await nodes.create_missing_topics(bus, edges)
-        setup = nodes.PlannerSetup(policy=policy, objective=objective, execution=objective.execution, master=master)
+        await nodes.create_missing_topics(bus, options.edges)
+        objective = options.objective
+        setup = nodes.PlannerSetup(
+            policy=options.policy, objective=objective, execution=objective.execution, master=options.master
+        )
         service = nodes.make_planner(bus, setup)
         service.trace_to(on_span)
-        made = World(bus, broker, service, master)
-        clock = asyncio.get_running_loop().time
-        cast = [
-            *(NodeSettings(name=name, role=Role.CLOUD, lease_s=lease_s) for name in clouds),
-            *(
-                NodeSettings(
-                    name=name,
-                    role=Role.EDGE,
-                    slots=slots,
-                    link1_capacity_bps=link1_bps,
-                    link2_capacity_bps=link2_bps,
-                    lease_s=lease_s,
-                )
-                for name in edges
-            ),
-            *(NodeSettings(name=name, role=Role.DEVICE, lease_s=lease_s) for name in devices),
-        ]
-        played = networks or {}
-        cast = [replace(settings, probes=probes, network=played.get(settings.name, NO_NETWORK)) for settings in cast]
+        made = World(bus, broker, service, options.master)
         async with nodes.embedded() as group:
             group.create_task(service.run(), name="planner")
-            for settings in cast:
-                node = Node(
-                    made.bus_of(settings.role.value, settings.name),
-                    settings,
-                    ModelledRunner([profile(settings.role)]),
-                    on_busy=lambda node, part, task_id, begin_s, end_s: made.trace.append(
-                        (round(end_s, 9), node, part, task_id)
-                    ),
-                    on_span=on_span,
-                )
-                work = nodes.make_work(node, made.show)
-                made.nodes[settings.name] = node
-                made.works[settings.name] = work
-                group.create_task(node.run(work), name=settings.name)
+            for settings in options.nodes():
+                group.create_task(made.add(settings, on_span), name=settings.name)
             async with asyncio.timeout(60.0):
                 while not all(node.status.joined for node in made.nodes.values()):
                     await asyncio.sleep(0.01)
-            made.trace.append((round(clock(), 9), "", "ready", ""))
+            made.trace.append((round(asyncio.get_running_loop().time(), 9), "", "ready", ""))
             yield made
 
 
-__all__ = ["World", "profile", "task", "topics", "world"]
+__all__ = ["World", "WorldOptions", "profile", "task", "topics", "world"]

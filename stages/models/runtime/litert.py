@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ from bus.tensors import Array
 
 _FINE_THREAD_CLOCK = sys.platform != "win32"
 """False on Windows, which counts a thread's processor time in steps of 16 ms."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterpreterOptions:
+    """How LiteRT runs a model and its parts."""
+
+    num_threads: int = 1  # threads per inference
+    delegate: bool = True  # whether to use the default delegate (XNNPACK)
+
+
+DEFAULT_INTERPRETER = InterpreterOptions()
 
 
 class SegmentRunner:

@@ -16,7 +16,7 @@ from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Decision, EpochOpened, Learned, LearnedNode, LinkMeasurement, NodeAnnounced, NodeJoined
 from bus.values import ModelProfile, Role
 from loadgen.sim.virtual_loop import run_virtual
-from stages.litert_runner import LitertRunner, RunnerOptions
+from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.node import Node, NodeSettings
 from stages.profile_check import AGAIN_S
 from stages.runner import ModelledRunner
@@ -195,7 +195,9 @@ async def test_the_runner_measures_on_this_machine_and_keeps_a_profile_that_is_c
     assert await runner.remeasure("lenet")
     assert (runner.profiles()[0].layer_s[0], runner.profiles()[0].platform) == (6.0, "slow")
     assert asked == [False, True, True]
-    given = LitertRunner([model], RunnerOptions(), profiles={"lenet": runner.profiles()[0]}, measured=measured)
+    given = LitertRunner(
+        [model], RunnerOptions(), prepared=Prepared(profiles={"lenet": runner.profiles()[0]}), measured=measured
+    )
     assert not await given.remeasure("lenet")
     await runner.close()
     await given.close()

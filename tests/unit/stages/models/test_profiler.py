@@ -18,11 +18,11 @@ from stages.models.profiler import (
     METHOD,
     Measurement,
     ProfileCache,
+    TimedRuns,
     machine_profile,
     measure,
     measure_steadily,
     measuring_alone,
-    profile_model,
 )
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.verify import random_inputs
@@ -32,7 +32,7 @@ from tests.unit.stages import built_models
 
 def test_every_layer_is_timed_and_the_profile_adds_up_to_the_whole(lenet: Model) -> None:
     steps: list[tuple[str, int, int]] = []
-    found = measure(lenet, num_runs=3, step=lambda *step: steps.append(step))
+    found = measure(lenet, TimedRuns(num_runs=3), step=lambda *step: steps.append(step))
     assert [layer.name for layer in found.layers] == [cut.name for cut in lenet.manifest.cuts[1:]]
     assert all(layer.median_s > 0 for layer in found.layers)
     assert found.layers[0].output_bytes == 28 * 28 * 6 * 4
@@ -46,7 +46,7 @@ def test_every_layer_is_timed_and_the_profile_adds_up_to_the_whole(lenet: Model)
 
 
 def test_convolutions_of_alexnet_take_longer_than_its_pools(alexnet: Model) -> None:
-    found = {layer.name: layer.median_s for layer in measure(alexnet, num_runs=3).layers}
+    found = {layer.name: layer.median_s for layer in measure(alexnet, TimedRuns(num_runs=3)).layers}
     assert found["conv_2"] > 3 * found["maxpool_2"]
     assert found["fc_1"] > 3 * found["maxpool_3"]
 
@@ -55,16 +55,16 @@ def test_layers_that_cannot_be_cut_apart_share_their_time(tmp_path: Path) -> Non
     path = tmp_path / "stateful.tflite"
     path.write_bytes(built_models.stateful().to_bytes())
     model = load_model(path)
-    profile = profile_model(model, num_runs=2)
+    profile = measure(model, TimedRuns(num_runs=2)).profile("this machine")
     assert profile.forbidden == (2, 3, 4)
     assert profile.layers == 6
     assert sum(profile.layer_s) == pytest.approx(profile.whole_s or 0)
 
 
 @pytest.mark.parametrize("wrong", [{"num_runs": 0}, {"warmup_runs": -1}, {"num_threads": 0}])
-def test_a_profile_needs_runs(lenet: Model, wrong: dict[str, Any]) -> None:
+def test_a_profile_needs_runs(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="at least one run"):
-        measure(lenet, **wrong)
+        TimedRuns(**wrong)
 
 
 def test_this_machine_is_measured_once(lenet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_a_profile_of_another_way_of_measuring_is_measured_again(
 @pytest.fixture
 def quiet(lenet: Model) -> Measurement:
     """A measurement whose times are plain numbers: 8 ms in one piece, 1 ms each layer."""
-    found = measure(lenet, num_runs=1)
+    found = measure(lenet, TimedRuns(num_runs=1))
     layers = tuple(replace(layer, median_s=0.001) for layer in found.layers)
     return replace(found, whole_s=0.001 * len(layers), layers=layers)
 
@@ -112,7 +112,7 @@ class ScriptedMeasure:
         self.script = script
         self.calls = 0
 
-    def __call__(self, model: Model, **options: object) -> Measurement:
+    def __call__(self, model: Model, runs: TimedRuns, **options: object) -> Measurement:
         self.calls += 1
         return self.script[min(self.calls, len(self.script)) - 1]
 
@@ -178,7 +178,7 @@ def test_processes_that_start_together_measure_one_after_the_other(
     with measuring_alone():
         second.start()
         assert waits.wait(60)
-        found = measure(lenet, num_runs=1)
+        found = measure(lenet, TimedRuns(num_runs=1))
         ProfileCache().store(found, num_threads=1)
     second.join(60)
     assert said == ["waiting for another process that is measuring this machine", f"{found.whole_s}"]

@@ -11,7 +11,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from bus.errors import ModelError
 from stages.models.model import Model
-from stages.models.profiler import measure
+from stages.models.profiler import TimedRuns, measure
 from stages.models.runtime.trial_run import ChildProgram
 from stages.models.sandbox import Sandbox
 from stages.models.segments import SegmentStore
@@ -75,7 +75,7 @@ def verified(model: Model, sandbox: Sandbox) -> object:
 
 
 def measured(model: Model, sandbox: Sandbox) -> object:
-    return measure(model, num_runs=1, sandbox=sandbox)
+    return measure(model, TimedRuns(num_runs=1), sandbox=sandbox)
 
 
 @pytest.mark.parametrize("work", [verified, measured, prepared, warmed, got])
@@ -91,7 +91,7 @@ def test_everything_that_runs_slices_tries_them_first(work: Work, model: Model) 
     [
         (lambda model: SegmentStore(model).prepare(1, 3), (2, 3)),
         (lambda model: verify(model, [(1, 3)], [random_inputs(model, np.random.default_rng(0))]), (2, 3)),
-        (lambda model: measure(model, num_runs=1), (2, 2)),
+        (lambda model: measure(model, TimedRuns(num_runs=1)), (2, 2)),
     ],
     ids=["prepared", "verified", "measured"],
 )

@@ -12,7 +12,7 @@ import pytest
 
 from bus.errors import ConfigError, CutError
 from stages.models.model import Model
-from stages.models.runtime.litert import SegmentRunner
+from stages.models.runtime.litert import InterpreterOptions, SegmentRunner
 from stages.models.sandbox import Sandbox
 from stages.models.segments import SegmentStore, StoreLimits
 from stages.models.slicer import SlicedPart
@@ -34,7 +34,7 @@ def store_of(model: Model, tmp_path: Path, **more: object) -> SegmentStore:
 def test_every_pair_of_cuts_runs_as_a_chain_of_shared_pieces(
     lenet: Model, sample: list[np.ndarray], tmp_path: Path, delegate: bool
 ) -> None:
-    store = store_of(lenet, tmp_path, delegate=delegate)
+    store = store_of(lenet, tmp_path, options=InterpreterOptions(delegate=delegate))
     wanted = SegmentRunner(lenet.source, delegate=delegate).run(sample)[0]
     for cut1 in range(8):
         for cut2 in range(cut1, 8):
@@ -181,7 +181,7 @@ async def test_the_loop_does_not_wait_either(lenet: Model, sample: list[np.ndarr
 
 
 def test_many_threads_get_the_same_answer(lenet: Model, sample: list[np.ndarray], tmp_path: Path) -> None:
-    store = store_of(lenet, tmp_path, replicas=2)
+    store = store_of(lenet, tmp_path, limits=StoreLimits(replicas=2))
     wanted = store.prepare(0, 7).run(sample)[0].tobytes()
     wrong: list[int] = []
 

@@ -13,7 +13,7 @@ from bus.errors import ConfigError, ModelError, UnknownNameError
 from stages.models.files.choice import ModelChoice, parse_shapes
 from stages.models.files.graph_builder import GraphBuilder
 from stages.models.files.validation import validated
-from stages.models.profiler import measure
+from stages.models.profiler import TimedRuns, measure
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.segments import SegmentStore
 from stages.models.slicer import slice_model
@@ -109,7 +109,7 @@ def test_a_given_shape_holds_for_everything(name: str, shape: tuple[int, ...], t
     wanted = whole.get_tensor(whole.get_output_details()[0]["index"])
     np.testing.assert_array_equal(SegmentStore(model, tmp_path / "pieces").prepare(0, 3).run([sound])[0], wanted)
     assert verify(model, pairs_of(model, "all", 0), [[sound]]).bit_identical
-    assert measure(model, num_runs=1).profile("here").sha256 == model.sha256
+    assert measure(model, TimedRuns(num_runs=1)).profile("here").sha256 == model.sha256
     part = schema.ModelT.InitFromPackedBuf(slice_model(model, 2, 3).to_bytes(), 0)
     assert list(part.subgraphs[0].tensors[part.subgraphs[0].inputs[0]].shape) == list(frames)
     assert model.contents.open_inputs == ()

@@ -11,7 +11,7 @@ from ai_edge_litert import schema_py_generated as schema
 from bus.errors import ConfigError, ModelError
 from stages.models.files.graph_builder import GraphBuilder
 from stages.models.model import Model
-from stages.models.runtime.litert import SegmentRunner
+from stages.models.runtime.litert import InterpreterOptions, SegmentRunner
 from stages.models.slicer import slice_model
 from stages.models.verify import difference, identical, named_inputs, pairs_of, random_inputs, verify
 from stages.zoo.networks import LENET, build, seeded
@@ -48,7 +48,7 @@ def test_a_sample_of_alexnet_s_cuts_is_bit_identical(alexnet: Model) -> None:
 def test_models_of_every_shape_are_bit_identical_at_every_pair(name: str, delegate: bool, tmp_path: Path) -> None:
     model = load(tmp_path, name)
     pairs = pairs_of(model, "all", 0)
-    report = verify(model, pairs, samples(model, 2), delegate=delegate)
+    report = verify(model, pairs, samples(model, 2), InterpreterOptions(delegate=delegate))
     assert report.checked == len(pairs) > 3
     assert report.bit_identical, (report.differing, report.max_abs_diff)
 

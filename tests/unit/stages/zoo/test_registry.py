@@ -11,7 +11,7 @@ import pytest
 
 from bus.errors import ConfigError, ModelError, UnknownNameError
 from stages.models.files.cache import cache_dir, write_whole
-from stages.models.model import Model, model_name, read_model
+from stages.models.model import KnownFile, Model, model_name, read_model
 from stages.models.runtime.litert import SegmentRunner
 from stages.zoo.networks import ALEXNET, DEEPFACE, LENET, MOBILENET, NETWORKS, VGG16, build, seeded
 from stages.zoo.registry import SHA256, digits, generate, list_models, load_model
@@ -172,7 +172,7 @@ def test_a_wrong_hash_is_refused(lenet: Model, tmp_path: Path) -> None:
 def test_a_large_file_is_used_from_a_copy_that_its_owner_cannot_change(lenet: Model, tmp_path: Path) -> None:
     path = tmp_path / "mine.tflite"
     path.write_bytes(bytes(lenet.data))
-    model = read_model(path, trusted=True, in_memory_bytes=1000)
+    model = read_model(path, KnownFile(trusted=True), in_memory_bytes=1000)
     path.write_bytes(b"something else")
     assert model.sha256 == lenet.sha256
     assert bytes(model.data[:]) == bytes(lenet.data)
