@@ -10,14 +10,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from bus.values import Role
-from stages.serving.values import Fault, RequestTerms, ServingError
+from stages.serving.values import Fault, Mode, RequestTerms, ServingError
 
 LONGEST_SESSION_NAME = 128
 LARGEST = 2**62  # of a whole number
+NO_TERMS = RequestTerms()
 
 
 def request_terms(parameters: Mapping[str, Any]) -> RequestTerms:
     """Read and check the parameters. Raises `ServingError` (`INVALID`) with the name of the wrong one."""
+    if not parameters:
+        return NO_TERMS
     timeout_us = _whole(parameters, "timeout")
     session = _session(parameters.get("sequence_id"))
     return RequestTerms(
@@ -26,6 +29,7 @@ def request_terms(parameters: Mapping[str, Any]) -> RequestTerms:
         max_link1_bps=_whole(parameters, "max_link1_bps"),
         max_link2_bps=_whole(parameters, "max_link2_bps"),
         min_agreement=_agreement(parameters),
+        mode=_mode(parameters.get("deepar_mode")),
         tiers=_tiers(parameters.get("placement")),
         session=session,
         session_start=session is not None and _flag(parameters, "sequence_start"),
@@ -79,6 +83,15 @@ def _agreement(parameters: Mapping[str, Any]) -> float | None:
     if number is not None and not 0 <= number <= 1:
         raise _wrong("min_agreement", expected, parameters["min_agreement"])
     return None if number is None else float(number)
+
+
+def _mode(value: object) -> Mode:
+    if value is None:
+        return Mode.AUTO
+    try:
+        return Mode(str(value))
+    except ValueError:
+        raise _wrong("deepar_mode", "auto, request or session", value) from None
 
 
 def _flag(parameters: Mapping[str, Any], name: str) -> bool:

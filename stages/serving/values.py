@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any, Protocol
 
 from bus.errors import DeeparError
@@ -21,6 +21,7 @@ class Fault(Enum):
 
     INVALID = (400, "INVALID_ARGUMENT", False)  # wrong tensors, types or parameters
     UNAUTHENTICATED = (401, "UNAUTHENTICATED", False)  # no or a wrong token
+    FORBIDDEN = (403, "PERMISSION_DENIED", False)  # a page of another site asks, through a browser
     NOT_FOUND = (404, "NOT_FOUND", False)  # unknown model or version
     TOO_LARGE = (413, "RESOURCE_EXHAUSTED", False)  # larger than the endpoint accepts
     BUSY = (429, "RESOURCE_EXHAUSTED", True)  # a queue or a client's limit is full
@@ -69,6 +70,14 @@ class ModelInfo:
     outputs: tuple[TensorInfo, ...]
 
 
+class Mode(StrEnum):
+    """How a request is computed."""
+
+    AUTO = "auto"  # in a warm session where possible
+    REQUEST = "request"  # as a task of its own, planned for this request
+    SESSION = "session"  # in a session, never as a task of its own
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestTerms:
     """The `parameters` of a request that the planner and the endpoint read."""
@@ -78,6 +87,7 @@ class RequestTerms:
     max_link1_bps: int | None = None
     max_link2_bps: int | None = None
     min_agreement: float | None = None
+    mode: Mode = Mode.AUTO  # from `deepar_mode`
     tiers: tuple[Role, ...] | None = None  # from `placement`: tiers that may compute
     session: str | None = None  # `sequence_id`: the session that the request belongs to
     session_start: bool = False

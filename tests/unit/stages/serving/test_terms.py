@@ -8,7 +8,7 @@ import pytest
 
 from bus.values import Role
 from stages.serving.terms import request_terms
-from stages.serving.values import Fault, RequestTerms, ServingError
+from stages.serving.values import Fault, Mode, RequestTerms, ServingError
 
 
 def test_no_parameters_and_foreign_ones_mean_the_defaults() -> None:
@@ -24,6 +24,7 @@ def test_every_parameter_is_read() -> None:
             "max_link2_bps": 0,
             "min_agreement": 0.99,
             "placement": "cloud, device",
+            "deepar_mode": "request",
             "sequence_id": 7,
             "sequence_start": True,
             "sequence_end": False,
@@ -37,6 +38,7 @@ def test_every_parameter_is_read() -> None:
         max_link2_bps=0,
         min_agreement=0.99,
         tiers=(Role.DEVICE, Role.CLOUD),
+        mode=Mode.REQUEST,
         session="7",
         session_start=True,
         rate_hz=30.0,
@@ -79,6 +81,7 @@ def test_other_spellings(parameters: dict[str, Any], expected: RequestTerms) -> 
         ("placement", "device,-cloud"),
         ("placement", "-device,-edge,-cloud"),
         ("placement", ","),
+        ("deepar_mode", "fast"),
         ("placement", 3),
         ("sequence_id", 1.5),
         ("sequence_id", True),
