@@ -49,6 +49,7 @@ COMMANDS = (
     _Command("topics", RUN, "deploy.commands.kafka.topics", "topics_app", "Create or list the topics on Kafka."),
     _Command("acls", RUN, "deploy.commands.kafka.acls", "acls", "Show or set the access control lists of the topics."),
     _Command("identity", RUN, "deploy.commands.identity", "app", "Create the secrets that prove a node's identity."),
+    _Command("infer", RUN, "deploy.commands.infer", "infer", "Compute a model on your own input, and see the answer."),
     _Command("loadgen", RUN, "deploy.commands.loadgen.replay", "app", "Submit tasks, measure this machine, break processes."),
     _Command("cancel", RUN, "deploy.commands.cancel", "cancel", "Cancel tasks before they are done."),
     _Command("tail", SEE, "deploy.commands.kafka.tail", "tail_app", "Follow a topic, one line per message."),

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "planner": {"bus", "planner"},
     "stages": {"bus", "stages"},
     "loadgen": {"bus", "planner", "stages", "loadgen"},
-    "deploy": {"bus", "planner", "stages", "loadgen", "deploy"},
+    "deploy": {"bus", "planner", "stages", "loadgen", "deploy", "deepar"},
 }
 CARD_PACKAGES = {"aiokafka", "msgpack", "numpy", "ai-edge-litert", "uvloop", "structlog"}
 FILES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
