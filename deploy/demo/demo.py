@@ -22,7 +22,7 @@ from deploy.services.runners import scaled
 from loadgen.replay.outcome import Outcome, Recorder
 from loadgen.replay.replay import replay
 from loadgen.replay.schedule import Entry, Schedule
-from stages.attempt import ResultSink
+from stages.devices.attempt import ResultSink
 from stages.litert_runner import WORKERS, LitertRunner, Prepared, RunnerOptions
 from stages.models.model import Model
 from stages.models.profiler import machine_profile

@@ -30,8 +30,8 @@ from planner.core.core import PlannerCore
 from planner.core.options import DEFAULT_PATIENCE_S, CoreOptions, WhenLate
 from planner.service.region_context import PlannerSettings
 from planner.service.service import PlannerService
-from stages.attempt import ResultSink
-from stages.device import Device
+from stages.devices.attempt import ResultSink
+from stages.devices.device import Device
 from stages.hop import Hop, hop_of
 from stages.node import BusySink, Node, NodeSettings
 from stages.runner import Runner

@@ -40,7 +40,7 @@ from bus.topics import Partitions
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
 from loadgen.replay.readiness import require_unled
 from planner.core.core import PlannerCore
-from stages.device import Device
+from stages.devices.device import Device
 from stages.hop import hop_of
 from stages.node import Node, NodeSettings
 from stages.runner import Runner

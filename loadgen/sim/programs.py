@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from bus.port import Bus
 from planner.core.core import PlannerCore
 from planner.service.service import PlannerService
-from stages.device import Device
+from stages.devices.device import Device
 from stages.hop import Hop, hop_of
 from stages.node import Node
 

@@ -18,8 +18,8 @@ from bus.values import ModelProfile, Role
 from loadgen.sim.process import Process
 from loadgen.sim.programs import REAL, Programs
 from planner.service.service import PlannerService, Standing
-from stages.attempt import ResultSink
-from stages.device import Device
+from stages.devices.attempt import ResultSink
+from stages.devices.device import Device
 from stages.hop import Hop
 from stages.node import Node, NodeSettings
 from stages.runner import Runner

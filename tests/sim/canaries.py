@@ -29,10 +29,10 @@ from planner.core.teacher import Teacher
 from planner.search.ledger import Ledger, Reservation, Timeline
 from planner.service.leader_term import LeaderTerm
 from planner.service.service import PlannerService, ServiceComponents
-from stages.attempt import DeviceAttempt
 from stages.cloud_stage import CloudStage
 from stages.components import StageComponents
-from stages.device import Device
+from stages.devices.attempt import DeviceAttempt
+from stages.devices.device import Device
 from stages.edge_stage import EdgeStage
 from stages.fences import Fences
 from stages.flow import Flow

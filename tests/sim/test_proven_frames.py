@@ -21,7 +21,7 @@ from bus.values import Kind, Placement
 from deploy.commands.kafka.dead_letter import DeadLetter, read_dead_letters
 from loadgen.replay.outcome import Outcome
 from loadgen.sim.virtual_loop import run_virtual
-from stages.device import Device
+from stages.devices.device import Device
 from tests.sim.world import CUT_BYTES, World, WorldOptions, task, world
 
 SECRET = bytes(range(32))

@@ -15,7 +15,7 @@ from loadgen.chaos.simulated.slow_cloud import slow_cloud
 from loadgen.chaos.simulated.soak import ALLOWED, soak
 from loadgen.chaos.simulated.soak_region import SoakScenario
 from loadgen.sim.programs import Programs
-from stages.device import Device
+from stages.devices.device import Device
 from tests.sim.canaries import canary
 
 

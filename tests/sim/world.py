@@ -22,7 +22,7 @@ from loadgen.replay.outcome import Outcome
 from loadgen.replay.replay import replay
 from loadgen.replay.schedule import Entry, Schedule
 from planner.service.service import PlannerService
-from stages.device import Device
+from stages.devices.device import Device
 from stages.hop import Hop
 from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.node import Node, NodeSettings

@@ -17,7 +17,7 @@ from loadgen.chaos.simulated.faults import Breaker
 from loadgen.chaos.simulated.oracle import Oracle, Say
 from loadgen.sim.region import VirtualRegion
 from planner.core.core import PlannerCore
-from stages.device import Device
+from stages.devices.device import Device
 from stages.edge_stage import EdgeStage
 from stages.hop import Hop
 

@@ -22,7 +22,7 @@ from loadgen.chaos.simulated.log_scan import Scan, Tap
 from loadgen.chaos.simulated.oracle import Oracle, Say
 from loadgen.chaos.simulated.region import CUT_BYTES, LEASE_S
 from loadgen.sim.region import VirtualStage
-from stages.device import Device
+from stages.devices.device import Device
 from stages.flow import Flow
 from stages.hop import ORPHAN_BYTES, Hop
 

@@ -30,7 +30,7 @@ from loadgen.sim.process import quiet, task_factory
 from loadgen.sim.programs import REAL, Programs
 from loadgen.sim.region import MODEL, decided
 from loadgen.sim.virtual_loop import run_virtual
-from stages.device import Device
+from stages.devices.device import Device
 from stages.hop import Hop
 
 

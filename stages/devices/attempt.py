@@ -52,6 +52,12 @@ class DeviceWork(Protocol):
     async def subscribe(self, edge: str) -> None:
         """Read the results that come back through `edge`. Raises `BusError`."""
 
+    def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
+        """A function from sample number to input tensors. Raises `UnknownNameError`, `ConfigError`."""
+
+    async def complete(self, completed: TaskCompleted) -> None:
+        """Report a task with all its results to the application and the planner."""
+
     async def fail(self, plan: AttemptPlan, cause: str, detail: str, *, retryable: bool = False) -> None:
         """Report to the planner that the attempt failed."""
 
@@ -126,7 +132,7 @@ class DeviceAttempt:
     async def _serve(self) -> None:
         node, plan = self.device.node, self.plan
         cut1 = plan.placement.cut1
-        inputs = node.runner.open_input(self.known.task)
+        inputs = self.device.open_input(self.known.task)
         self.window = window_of(plan, self._profile().cut_bytes)
         async with contextlib.AsyncExitStack() as stack:
             station: Station | None = None
@@ -303,7 +309,7 @@ class DeviceAttempt:
             wait_s=max(0.0, started_s - known.admitted_s),
             cloud=self._cloud,
         )
-        await node.publish(topics.EVENTS, message, self.plan.task_id)
+        await self.device.complete(message)
 
     def _expected(self) -> set[str]:
         """Names of the parts that other stages report."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
 
 from bus import topics
 from bus.errors import BusError, BusUnavailableError, ProtocolError, UnknownTopicError
@@ -25,12 +26,17 @@ from bus.messages import (
     Placed,
     Retried,
     Start,
+    TaskCancelled,
+    TaskCompleted,
     TaskFailed,
     TaskSubmitted,
 )
 from bus.port import Bus, Reader, Record
+from bus.tensors import Array
 from bus.values import Role
-from stages.attempt import DeviceAttempt, DeviceTask, ResultSink
+from stages.devices.attempt import DeviceAttempt, DeviceTask, ResultSink
+from stages.devices.requests import DeviceClient, DeviceRequest
+from stages.devices.session import DeviceSession, Keep
 from stages.frame_authorization import FrameAuthorization
 from stages.measuring.clock import exact_clock
 from stages.measuring.peers import MAX_PROBED_EDGES, LinkToPeers, edges_to_probe
@@ -71,6 +77,8 @@ class Device:
         self.authorization = FrameAuthorization(node)
         self.tasks: dict[str, DeviceTask] = {}
         self._on_result = on_result
+        self._clients: dict[str, DeviceRequest | DeviceSession] = {}  # by task, until it is over
+        self._submissions: dict[str, asyncio.Task[None]] = {}  # of the requests, until the bus has them
         self._group: asyncio.TaskGroup | None = None
         self._subscribed: set[Bus] = set()  # sites whose results are being read
         # One lock per site, so that an unreachable site delays only itself.
@@ -105,6 +113,7 @@ class Device:
         finally:
             self._group = None
             self._subscribed.clear()
+            self._fail_clients("stopped", "the device stopped", lambda client: True)
 
     async def _subscribe_all(self) -> None:
         """Read results at the sites of all reachable edges, or at the region's site where no edges are configured."""
@@ -176,8 +185,84 @@ class Device:
     async def drain(self) -> None:
         """Start no new attempts and return when the running ones have ended."""
         self._draining = True
+        self._fail_clients("draining", "the device drains", lambda client: not self._runs(client.submitted.task_id))
         while not self.idle():
             await asyncio.sleep(0.05)
+
+    def _runs(self, task_id: str) -> bool:
+        known = self.tasks.get(task_id)
+        return known is not None and known.running is not None
+
+    # --- requests and sessions of applications in this process -----------------------------------------------------------
+
+    def submit(self, submitted: TaskSubmitted, samples: Sequence[list[Array]]) -> DeviceRequest:
+        """Submit a task whose samples are the given input tensors; `submitted.input` is a `HandleInput`.
+
+        Raises ValueError where task and samples do not match, or the task is of another device.
+        """
+        request = DeviceRequest(submitted, samples, lambda: self._cancel(submitted.task_id))
+        self._accept(request)
+        return request
+
+    def open_session(self, submitted: TaskSubmitted, keep: Keep = Keep.ALL) -> DeviceSession:
+        """Submit a session; `submitted` has its terms, a `HandleInput` and one sample. Frames may be pushed at once.
+
+        Raises ValueError where the task is no session, or of another device.
+        """
+        session = DeviceSession(submitted, keep, lambda: self._cancel(submitted.task_id))
+        self._accept(session)
+        return session
+
+    def _accept(self, client: DeviceRequest | DeviceSession) -> None:
+        """Submit a client's task. Raises ValueError where it is not for this device."""
+        task, name = client.submitted, self.node.settings.name
+        if task.device != name:
+            raise ValueError(f"task {task.task_id} is for {task.device}; this is {name}")
+        if task.task_id in self._clients or task.task_id in self.tasks:
+            raise ValueError(f"task {task.task_id} is known already")
+        if self._group is None or self._draining:
+            client.fail("not_ready", "the device does not serve now", repeatable=True)
+            return
+        self._clients[task.task_id] = client
+        self._submissions[task.task_id] = self._spawn(self._submit(task), f"submit {task.task_id}")
+
+    async def _submit(self, submitted: TaskSubmitted) -> None:
+        await self.node.publish(topics.TASKS, submitted, submitted.task_id)
+        del self._submissions[submitted.task_id]
+
+    def _cancel(self, task_id: str) -> None:
+        self._clients.pop(task_id, None)
+        if self._group is not None:
+            self._spawn(self._cancel_task(task_id), f"cancel {task_id}")
+
+    async def _cancel_task(self, task_id: str) -> None:
+        if task_id in self._submissions:
+            await asyncio.wait((self._submissions[task_id],))  # the planner ignores the cancellation of an unknown task
+        await self.node.publish(topics.TASKS, TaskCancelled(task_id=task_id), task_id)
+
+    def _fail_clients(self, cause: str, detail: str, which: Callable[[DeviceClient], bool]) -> None:
+        """End the requests and sessions that cannot be answered any more."""
+        for client in [client for client in self._clients.values() if which(client)]:
+            del self._clients[client.submitted.task_id]
+            client.fail(cause, detail, repeatable=True)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
+        assert self._group is not None
+        return self._group.create_task(work, name=f"{self.node.settings.name}: {what}")
+
+    def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
+        """A function from sample number to input tensors: of an application, else of the runner.
+
+        Raises `UnknownNameError`, `ConfigError`.
+        """
+        client = self._clients.get(task.task_id)
+        return client.inputs if isinstance(client, DeviceRequest) else self.node.runner.open_input(task)
+
+    async def complete(self, completed: TaskCompleted) -> None:
+        """Report a task with all its results to the application and the planner."""
+        if (client := self._clients.pop(completed.task_id, None)) is not None:
+            client.complete(completed)
+        await self.node.publish(topics.EVENTS, completed, completed.task_id)
 
     # --- decisions ---------------------------------------------------------------------------------------------------
 
@@ -188,6 +273,8 @@ class Device:
         for change in decision.changes:
             match change:
                 case Placed(device=device, placement=placement) if device == name:
+                    if (client := self._clients.get(change.task_id)) is not None:
+                        client.place(change)
                     if placement.edge is not None:
                         self._use(placement.edge)
                     if placement.cut1 and change.task_id not in started:  # a task that starts now prepares itself
@@ -208,17 +295,29 @@ class Device:
                     self._start(change, decision.region)
                 case Retried() if change.task_id in self.tasks:
                     self._stop(self.tasks[change.task_id])
-                case Ended() if change.task_id in self.tasks:
-                    self._stop(self.tasks.pop(change.task_id))
+                case Ended():
+                    self._end(change)
                 case _:
                     pass
+
+    def _end(self, ended: Ended) -> None:
+        if (known := self.tasks.pop(ended.task_id, None)) is not None:
+            self._stop(known)
+        if (client := self._clients.pop(ended.task_id, None)) is not None:
+            client.end(ended)
 
     def on_lost(self) -> None:
         """Stop every attempt; the samples that have results keep them for the next one."""
         for task in self.tasks.values():
             self._stop(task)
-        for task_id in [task_id for task_id in self.tasks if task_id not in self.node.fences.tasks]:
+        gone = {task_id for task_id in self.tasks if task_id not in self.node.fences.tasks}
+        for task_id in gone:
             del self.tasks[task_id]  # the node missed the decision that ended it
+        self._fail_clients(
+            "input_lost",
+            "the device missed how the task ended",
+            lambda client: (task_id := client.submitted.task_id) in gone or self.node.fences.fenced(task_id, 1 << 30),
+        )
 
     def _remember(self, task: TaskSubmitted) -> None:
         if task.task_id not in self.tasks:
@@ -236,7 +335,9 @@ class Device:
         todo = [sample for sample in range(known.task.samples) if sample not in known.results]
         plan = AttemptPlan.of(placed, region=region, todo=max(1, len(todo)), input_bytes=known.task.input_bytes)
         patience_s = STALL_S + STALL_SAMPLES * placed.parts.total_s / placed.samples
-        known.attempt = self._make_attempt(self, known, plan, todo, self._on_result, patience_s)
+        client = self._clients.get(start.task_id)
+        on_result = client.show if isinstance(client, DeviceRequest) else self._on_result
+        known.attempt = self._make_attempt(self, known, plan, todo, on_result, patience_s)
         known.running = self._group.create_task(
             known.attempt.run(), name=f"{self.node.settings.name}: {start.task_id}/{start.attempt}"
         )

@@ -29,7 +29,7 @@ from bus.tensors import to_pieces
 from bus.topics import TopicSpec
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
 from loadgen.sim.virtual_loop import run_virtual
-from stages.device import PARTITION_S, STALL_S, Device
+from stages.devices.device import PARTITION_S, STALL_S, Device
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 
@@ -41,7 +41,7 @@ ALONE = Placement(kind=Kind.DEVICE, cut1=2, cut2=2, cut1_name="b", cut2_name="b"
 AT_EDGE = Placement(kind=Kind.DEVICE_EDGE, edge="e", cut1=1, cut2=2, cut1_name="a", cut2_name="b", link1_bps=1_000_000)
 
 
-def changes(placement: Placement, attempt: int = 1) -> tuple[Any, ...]:
+def changes(placement: Placement, attempt: int = 1, task: TaskSubmitted = TASK) -> tuple[Any, ...]:
     placed = Placed(
         task_id="t",
         attempt=attempt,
@@ -58,25 +58,34 @@ def changes(placement: Placement, attempt: int = 1) -> tuple[Any, ...]:
         delay_s=1.0,
         parts=Parts(device_s=0.04),
     )
-    return (Admitted(task=TASK), placed, Start(task_id="t", attempt=attempt, device="d", at_s=0.0))
+    return (Admitted(task=task), placed, Start(task_id="t", attempt=attempt, device="d", at_s=0.0))
 
 
 class Region:
     """One device, and a planner's pen."""
 
     def __init__(
-        self, bus: MemoryBus, broker: MemoryBroker, kept: Iterable[int], edges: tuple[str, ...] | None
+        self,
+        bus: MemoryBus,
+        broker: MemoryBroker,
+        kept: Iterable[int],
+        edges: tuple[str, ...] | None,
+        runner: ModelledRunner,
     ) -> None:
         self.bus, self.broker = bus, broker
         self.shown: list[int] = []
+        self.seq = 0  # of the last decision
         settings = NodeSettings(name="d", role=Role.DEVICE, reachable_edges=edges)
-        self.node = Node(bus, settings, ModelledRunner([PROFILE]))
+        self.node = Node(bus, settings, runner)
         self.device = Device(
             self.node, lambda task, sample, outputs: self.shown.append(sample), kept=lambda task_id: kept
         )
 
     async def decide(self, *what: Any) -> None:
-        decision = Decision(region=0, epoch=1, nonce="n", seq=1, now_s=0.0, inputs={}, changes=what, ledger_hash="h")
+        self.seq += 1
+        decision = Decision(
+            region=0, epoch=1, nonce="n", seq=self.seq, now_s=0.0, inputs={}, changes=what, ledger_hash="h"
+        )
         await self.bus.send(topics.DECISIONS, messages.encode(decision), key="0", partition=0)
 
     def events(self) -> list[Any]:
@@ -109,14 +118,18 @@ class Routed(MemoryBus):
 
 @contextlib.asynccontextmanager
 async def region(
-    kept: Iterable[int] = (), *, site: Site | None = None, edges: tuple[str, ...] | None = None
+    kept: Iterable[int] = (),
+    *,
+    site: Site | None = None,
+    edges: tuple[str, ...] | None = None,
+    runner: ModelledRunner | None = None,
 ) -> AsyncIterator[Region]:
     broker = MemoryBroker()
     async with Routed(broker, site) as bus:
         await bus.create_topics(topics.specs(["e"]))
         opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=60.0)
         await bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
-        made = Region(bus, broker, kept, edges)
+        made = Region(bus, broker, kept, edges, runner or ModelledRunner([PROFILE]))
         task = asyncio.create_task(made.node.run(made.device))
         await asyncio.sleep(0.5)
         yield made
