@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 import aiohttp
 
+from deepar.defaults import DEFAULT_TIMEOUT_S, DEFAULT_URL
 from deepar.protocol import (
     LENGTH_BYTES,
     Answer,
@@ -29,8 +30,6 @@ from deepar.protocol import (
     write_request,
 )
 
-DEFAULT_URL = "http://127.0.0.1:8600"
-DEFAULT_TIMEOUT_S = 60.0
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_ANSWER_BYTES = 1 << 30
 END = "end"
