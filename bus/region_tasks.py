@@ -50,8 +50,12 @@ class KnownTask:
         return None if self.placed is None else self.placed.placement
 
     def start_at(self, start_s: float) -> None:
-        """Set the start, and the end that follows from the predicted delay."""
-        self.start_s, self.end_s = start_s, start_s + (0.0 if self.placed is None else self.placed.delay_s)
+        """Set the start, and the end that follows from the predicted delay. A session has no predicted end."""
+        placed = self.placed
+        self.start_s = start_s
+        self.end_s = start_s + (0.0 if placed is None else placed.delay_s)
+        if placed is not None and placed.session is not None:
+            self.end_s = None
 
 
 class RegionTasks:

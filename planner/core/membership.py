@@ -5,6 +5,7 @@ It retries or fails the tasks that depend on a node, and places the tasks that w
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from bus.messages import HandleInput, NodeAnnounced, NodeJoined, NodeLeft, NodeLost, TaskState
@@ -14,7 +15,7 @@ from planner.core.change_recorder import ChangeRecorder
 from planner.core.region.records import KnownNode, Task
 from planner.core.region.state import RegionState
 from planner.search.cost import PlatformRow
-from planner.search.ledger import Reservation
+from planner.search.ledger import LOAD_UNITS, Amounts, Reservation, bookable
 
 NO_LIMIT: Final = 1 << 62
 
@@ -39,14 +40,12 @@ class Membership:
             if announced.role is not node.announced.role:
                 self.lose(node, "replaced", now)
             elif announced.role is Role.EDGE:
-                running = [r for r in self._region.ledger.edges[announced.node].reservations.values() if r.running]
+                held = list(self._region.ledger.edges[announced.node].reservations.values())
                 limits = (announced.slots, announced.link1_capacity_bps, announced.link2_capacity_bps)
-                self._shrink(running, limits, announced, now)
+                self._shrink(held, limits, announced, now)
             elif announced.role is Role.DEVICE and announced.link1_capacity_bps:
-                running = [
-                    r for r in self._region.ledger.reservations.values() if r.running and r.sender == announced.node
-                ]
-                self._shrink(running, (NO_LIMIT, announced.link1_capacity_bps, NO_LIMIT), announced, now)
+                held = [r for r in self._region.ledger.reservations.values() if r.sender == announced.node]
+                self._shrink(held, (NO_LIMIT, announced.link1_capacity_bps, NO_LIMIT), announced, now)
         elif node is not None:
             self.lose(node, "replaced", now)
         before = self._clouds_used() if announced.role is Role.CLOUD else {}
@@ -105,16 +104,15 @@ class Membership:
                     self._recorder.end(task, TaskState.FAILED, now, cause="input_lost", detail=f"{name}: {cause}")
         self._recorder.do(NodeLost(node=name, incarnation=announced.incarnation, cause=cause), now)
 
-    def _shrink(
-        self, running: list[Reservation], limits: tuple[int, int, int], announced: NodeAnnounced, now: float
-    ) -> None:
-        """Retry the latest running tasks of a node until the others fit its lowered slots and bandwidths."""
-        running.sort(key=lambda r: r.key)
-        slots = sum(r.slots for r in running)
-        link1, link2 = sum(r.link1_bps for r in running), sum(r.link2_bps for r in running)
-        while slots > limits[0] or link1 > limits[1] or link2 > limits[2]:
-            r = running.pop()
-            slots, link1, link2 = slots - r.slots, link1 - r.link1_bps, link2 - r.link2_bps
+    def _shrink(self, held: Iterable[Reservation], limits: Amounts, announced: NodeAnnounced, now: float) -> None:
+        """Retry the latest sessions and running tasks of a node until the others fit its lowered slots and bandwidths."""
+        holders = sorted(held, key=lambda r: r.key)
+        slots, link1_bps, link2_bps = limits
+        sessions = [(r, (r.load.edge, r.link1_bps, r.link2_bps)) for r in holders if r.load is not None]
+        most = bookable(LOAD_UNITS * slots), bookable(link1_bps), bookable(link2_bps)
+        gone = _exceeding(sessions, most)
+        running = [(r, (r.slots, r.link1_bps, r.link2_bps)) for r in holders if r.running and r not in gone]
+        for r in gone + _exceeding(running, limits):
             self._recorder.retry(self._region.tasks[r.task_id], "capacity_lowered", now, announced.node)
 
     def _retry_unserved(self, announced: NodeAnnounced, now: float) -> None:
@@ -202,3 +200,15 @@ def _latencies(node: KnownNode) -> tuple[float | None, float | None]:
 
 def _seq(task: Task) -> int:
     return task.seq
+
+
+def _exceeding(held: Sequence[tuple[Reservation, Amounts]], limits: Amounts) -> list[Reservation]:
+    """The last reservations without which the others fit the limits."""
+    sums = [sum(amounts[i] for _, amounts in held) for i in range(3)]
+    gone = []
+    for r, amounts in reversed(held):
+        if all(total <= limit for total, limit in zip(sums, limits, strict=True)):
+            break
+        sums = [total - amount for total, amount in zip(sums, amounts, strict=True)]
+        gone.append(r)
+    return gone

@@ -16,6 +16,7 @@ from planner.core.circuit_breakers import CircuitBreakers
 from planner.core.options import CoreOptions, WhenLate
 from planner.core.region.records import NEVER, Task
 from planner.core.region.state import RegionState
+from planner.core.sessions import SessionPlacement, Sessions
 from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request, placement_of
 from planner.search.cost import NO_OVERHEADS
 from planner.search.families import DEVICE_CLOUD, DEVICE_EDGE
@@ -77,6 +78,7 @@ class Placer:
         self._limits = limits
         self._rules = rules
         self._policy = rules.policy
+        self._sessions = Sessions(region, candidates, rules.policy)
 
     def decide(self, submitted: TaskSubmitted, now: float) -> Choice | None:
         """The policy's choice for a task at this moment, without booking it. None: no placement is possible."""
@@ -100,14 +102,12 @@ class Placer:
         The lateness is above 0 only if every placement ends after the deadline. Nodes at which the task failed, and nodes
         with open circuits, are used only if no other placement is possible.
         """
-        if failed_at or self._region.circuits:
-            suspects = self._breakers.suspects(now)
-            for avoid in {suspects.union(failed_at): None, suspects: None}:
-                other = self._candidates.request(submitted, avoid) if avoid else None
-                if isinstance(other, Request):
-                    choice = ask(self._policy, Algorithm(other, now, deadline_s))
-                    if choice is not None:
-                        return other, choice, 0.0
+        for avoid in self._avoided(failed_at, now):
+            other = self._candidates.request(submitted, avoid)
+            if isinstance(other, Request):
+                choice = ask(self._policy, Algorithm(other, now, deadline_s))
+                if choice is not None:
+                    return other, choice, 0.0
         algorithm = Algorithm(request, now, deadline_s)
         choice = ask(self._policy, algorithm)
         if deadline_s == NEVER:
@@ -122,6 +122,9 @@ class Placer:
         if isinstance(request, str):
             detail = f"{task.submitted.device} does not run {task.submitted.model}"
             self._recorder.end(task, TaskState.REJECTED, now, cause=request, detail=detail)
+            return
+        if task.submitted.session is not None:
+            self._place_session(task, request, now, fresh=fresh)
             return
         choice, placed = None, None
         if request is not None:
@@ -147,6 +150,36 @@ class Placer:
             return
         if placed is not None:
             self._book(placed, now)
+
+    def _place_session(self, task: Task, request: Request | None, now: float, *, fresh: bool) -> None:
+        """Place a WAITING session, leave it waiting, or reject it."""
+        found = None if request is None else self._best_session(task, request, now)
+        if (
+            found is None
+            and request is not None
+            and not self._sessions.servable(request, task.submitted)
+            and (why := self._never_servable(task, request)) is not None
+        ):
+            self._recorder.end(task, TaskState.REJECTED, now, cause=why[0], detail=why[1])
+        elif fresh and (found is None or found.start_s > now) and (full := self._limits.exceeded_by(task)) is not None:
+            self._recorder.end(task, TaskState.REJECTED, now, cause=full[0], detail=full[1])
+        elif found is not None:
+            self._book(self._sessions.message(task, found, now), now)
+
+    def _best_session(self, task: Task, request: Request, now: float) -> SessionPlacement | None:
+        """The best placement of a session. Suspects are used only if no other placement is possible, as in `_choose`."""
+        for avoid in self._avoided(task.avoided, now):
+            other = self._candidates.request(task.submitted, avoid)
+            if isinstance(other, Request) and (found := self._sessions.best(other, task.submitted, now)) is not None:
+                return found
+        return self._sessions.best(request, task.submitted, now)
+
+    def _avoided(self, failed_at: tuple[str, ...], now: float) -> list[frozenset[str]]:
+        """The sets of nodes to leave out, in the order in which placements without them are tried; never an empty set."""
+        if not failed_at and not self._region.circuits:
+            return []
+        suspects = self._breakers.suspects(now)
+        return [avoid for avoid in {suspects.union(failed_at): None, suspects: None} if avoid]
 
     def _placement(self, task: Task, request: Request, choice: Choice, now: float) -> Placed:
         """The placement message for a choice. Raises an error for an invalid choice; the state does not change here."""

@@ -75,7 +75,9 @@ class Image:
                 "waiting_since_s": waiting_since_s,
                 "avoided": avoided,
                 "start_s": None if held is None else held[0],
-                "end_s": None if held is None else held[1],
+                "end_s": None
+                if held is None or held[1] == NEVER
+                else held[1],  # null also for a session, which has none
                 "moves": 0 if held is None else held[2],
             }
             placed_text = b"null" if placed is None else placed.__pydantic_serializer__.to_json(placed)
@@ -140,6 +142,7 @@ def restore(region: RegionState, state: dict[str, Any]) -> None:
 
 def _saved_task(entry: dict[str, Any]) -> SavedTask:
     placed = None if entry["placed"] is None else Placed.model_validate(entry["placed"])
+    end_s = entry["end_s"]
     return SavedTask(
         submitted=TaskSubmitted.model_validate(entry["submitted"]),
         seq=entry["seq"],
@@ -149,7 +152,7 @@ def _saved_task(entry: dict[str, Any]) -> SavedTask:
         waiting_since_s=entry["waiting_since_s"],
         placed=placed,
         avoided=tuple(entry.get("avoided", ())),
-        held=None if placed is None else (entry["start_s"], entry["end_s"], entry.get("moves", 0)),
+        held=None if placed is None else (entry["start_s"], NEVER if end_s is None else end_s, entry.get("moves", 0)),
     )
 
 

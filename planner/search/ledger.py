@@ -9,13 +9,16 @@ reservation. Queries must not reach into the past.
 
 A device has a timeline too. It computes one task at a time. If it announced a limit of its own link, the sum of its tasks'
 grants on link 1, over all edges, stays within that limit.
+
+A session (an open-ended task) holds its grants without an end, and a `Load` instead of a slot or its device's processor. All
+sessions together hold at most 80 % of an edge, a device or a link (`bookable`), so that every other task still fits.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from bus.errors import InvariantError
 
@@ -27,10 +30,27 @@ MOVES_BORNE: Final = 10
 """Number of moves to a later start after which no other task is put before a scheduled task on its edge."""
 SHORTEST_S: Final = 1e-6
 """Minimum length of a reservation, so that every running task occupies a visible interval."""
+LOAD_UNITS: Final = 1024
+"""Units of load in one slot, or in one device. Loads are whole units, so that their sums are exact."""
+
+
+def bookable(capacity: int) -> int:
+    """The part of a capacity (an edge's or a device's load, or a link) that sessions may hold: 80 %."""
+    return capacity * 4 // 5
+
+
+class Load(NamedTuple):
+    """What a session books of the computing time of its nodes, in units."""
+
+    device: int
+    edge: int
 
 
 class Reservation:
-    """The resources that one placement holds in [start_s, end_s): a slot or none, bandwidth on both links, and its device."""
+    """The resources that one placement holds in [start_s, end_s): a slot or none, bandwidth on both links, and its device.
+
+    That of a session has a load instead of slot and device, and no end.
+    """
 
     __slots__ = (
         "computes",
@@ -40,6 +60,7 @@ class Reservation:
         "length_s",
         "link1_bps",
         "link2_bps",
+        "load",
         "moves",
         "running",
         "sender",
@@ -61,6 +82,7 @@ class Reservation:
         link1_bps: int,
         link2_bps: int,
         computes: bool = True,
+        load: Load | None = None,
     ) -> None:
         # Created once per placement on the hot path, so the values come one by one instead of as an options value.
         self.task_id = task_id
@@ -70,13 +92,14 @@ class Reservation:
         self.computes = computes  # whether the device runs layers; False: it only sends its input
         self.device = device  # the device on which the ledger books it; None: it holds nothing on its device
         self.start_s = start_s  # ledger time
-        self.length_s = length_s = delay_s if delay_s > SHORTEST_S else SHORTEST_S  # w
+        self.length_s = length_s = delay_s if delay_s > SHORTEST_S else SHORTEST_S  # w; FOREVER: a session
         self.end_s = start_s + length_s  # predicted end; an overrun moves it to a later time
         self.slots = slots  # 0 or 1
         self.link1_bps = link1_bps
         self.link2_bps = link2_bps
         self.running = False
         self.moves = 0  # number of moves to a later start
+        self.load = load  # of a session
 
     @property
     def first_served(self) -> bool:
@@ -190,6 +213,23 @@ class Timeline:
         return self.slots[i], self.free1[i], self.free2[i]
 
 
+class SessionSums:
+    """What the sessions of one edge or device hold together."""
+
+    __slots__ = ("link1_bps", "link2_bps", "units")
+
+    def __init__(self) -> None:
+        self.units = 0  # load
+        self.link1_bps = 0
+        self.link2_bps = 0
+
+    def add(self, sign: int, units: int, link1_bps: int, link2_bps: int) -> None:
+        """Add (1) or remove (-1) what one session holds."""
+        self.units += sign * units
+        self.link1_bps += sign * link1_bps
+        self.link2_bps += sign * link2_bps
+
+
 class EdgeAccount:
     """One edge: its capacities (8)-(10), its reservations, and its timeline."""
 
@@ -200,6 +240,7 @@ class EdgeAccount:
         "name",
         "queue",
         "reservations",
+        "sessions",
         "slots",
         "timeline",
     )
@@ -219,6 +260,7 @@ class EdgeAccount:
         self.reservations: dict[str, Reservation] = {}  # by task
         self.queue: list[Queued] = []  # scheduled tasks, by (start, sequence)
         self.first_served: list[Queued] = []  # the tasks of the queue before which no other task may be put
+        self.sessions = SessionSums()
         self.timeline = make_timeline(slots, link1_capacity_bps, link2_capacity_bps)
 
     def turn_s(self) -> float:
@@ -240,7 +282,7 @@ class EdgeAccount:
 class DeviceAccount:
     """One device: the tasks that compute on it, one at a time; if its link is limited, also all tasks that send over it."""
 
-    __slots__ = ("limited", "link1_capacity_bps", "name", "queue", "reservations", "timeline")
+    __slots__ = ("limited", "link1_capacity_bps", "name", "queue", "reservations", "sessions", "timeline")
 
     def __init__(
         self, name: str, link1_capacity_bps: int = 0, make_timeline: Callable[[int, int, int], Timeline] = Timeline
@@ -250,6 +292,7 @@ class DeviceAccount:
         self.link1_capacity_bps = link1_capacity_bps or UNLIMITED_BPS
         self.reservations: dict[str, Reservation] = {}
         self.queue: list[Queued] = []  # scheduled tasks, by (start, sequence)
+        self.sessions = SessionSums()
         self.timeline = make_timeline(1, self.link1_capacity_bps, 0)  # its slot is the device's processor
 
     def take(self, r: Reservation, now: float = LONG_AGO) -> None:
@@ -339,6 +382,8 @@ class Ledger:
             account.timeline.forget_before(now)
             account.reservations[r.task_id] = r
             account.timeline.take(r, now)
+            if r.load is not None:
+                account.sessions.add(1, r.load.edge, r.link1_bps, r.link2_bps)
             if not r.running:
                 insort(account.queue, (r.start_s, r.seq, r))
                 if r.first_served:
@@ -346,9 +391,10 @@ class Ledger:
         self._book_device(r, now)
 
     def _book_device(self, r: Reservation, now: float) -> None:
-        """Book a reservation on its device: the processor, or bandwidth on a limited own link, or both."""
+        """Book a reservation on its device: the processor or a load, or bandwidth on a limited own link, or both."""
         name = r.sender
-        if name is None or not (r.computes or (r.link1_bps and name in self.own_links)):
+        loads = r.load is not None and r.load.device > 0
+        if name is None or not (r.computes or loads or (r.link1_bps and name in self.own_links)):
             r.device = None
             return
         r.device = name
@@ -359,6 +405,8 @@ class Ledger:
             device.timeline.forget_before(now)
         device.reservations[r.task_id] = r
         device.take(r, now)
+        if r.load is not None:
+            device.sessions.add(1, r.load.device, r.link1_bps, 0)
         if not r.running:
             insort(device.queue, (r.start_s, r.seq, r))
 
@@ -372,6 +420,8 @@ class Ledger:
         account = self._edge(r)
         if account is not None:
             del account.reservations[task_id]
+            if r.load is not None:
+                account.sessions.add(-1, r.load.edge, r.link1_bps, r.link2_bps)
             if r.end_s > now:
                 account.timeline.give(r)
             else:  # it ended on time, so nothing of it lies in the future
@@ -379,6 +429,8 @@ class Ledger:
         if r.device is not None:
             device = self.devices[r.device]
             del device.reservations[task_id]
+            if r.load is not None:
+                device.sessions.add(-1, r.load.device, r.link1_bps, 0)
             if not device.reservations:
                 del self.devices[r.device]
             elif r.end_s > now:
@@ -477,9 +529,17 @@ class Ledger:
             held = [(r, (r.slots, r.link1_bps, r.link2_bps)) for r in account.reservations.values()]
             capacity = (account.slots, account.link1_capacity_bps, account.link2_capacity_bps)
             _audit(f"edge {account.name}", account.timeline, held, capacity, now)
+            _audit_sessions(
+                f"edge {account.name}",
+                account.sessions,
+                [(r.load.edge, r.link1_bps, r.link2_bps) for r, _ in held if r.load is not None],
+                (LOAD_UNITS * account.slots, account.link1_capacity_bps, account.link2_capacity_bps),
+            )
         for device in self.devices.values():
             held = [(r, (int(r.computes), r.link1_bps, 0)) for r in device.reservations.values()]
             _audit(f"device {device.name}", device.timeline, held, (1, device.link1_capacity_bps, 0), now)
+            loads = [(r.load.device, r.link1_bps, 0) for r, _ in held if r.load is not None]
+            _audit_sessions(f"device {device.name}", device.sessions, loads, (LOAD_UNITS, device.link1_capacity_bps, 0))
         for task_id, r in self.reservations.items():
             holders: Iterable[bool] = (
                 r.edge is None or self.edges[r.edge].reservations.get(task_id) is r,
@@ -531,6 +591,14 @@ def _audit(
         free = timeline.at(at_s)
         if free != tuple(limit - amount for amount, limit in zip(used, capacity, strict=True)):
             raise InvariantError(f"{name} at {at_s}: its timeline has {free} free, but its reservations use {used}")
+
+
+def _audit_sessions(name: str, sums: SessionSums, held: Sequence[Amounts], capacity: Amounts) -> None:
+    used = sum(h[0] for h in held), sum(h[1] for h in held), sum(h[2] for h in held)
+    if used != (sums.units, sums.link1_bps, sums.link2_bps):
+        raise InvariantError(f"the sessions of {name} hold {used}, but their sums differ")
+    if any(amount > bookable(limit) for amount, limit in zip(used, capacity, strict=True)):
+        raise InvariantError(f"the sessions of {name} hold {used}, more than they may of {capacity}")
 
 
 def _sum(held: Sequence[tuple[Reservation, Amounts]]) -> Amounts:

@@ -186,7 +186,8 @@ class Oracle:
         placed = self._placed.get(end.task_id)
         if placed is not None:
             where = placed.placement
-            held = (where.edge, int(where.uses_slot), where.link1_bps, where.link2_bps)
+            slots = int(where.uses_slot and placed.session is None)  # a session holds a load instead
+            held = (where.edge, slots, where.link1_bps, where.link2_bps)
             if held != (end.edge, end.released_slots, end.released_link1_bps, end.released_link2_bps):
                 self._say("G2", f"{end.task_id} held {held} and releases something else")
         elif end.edge is not None or end.released_slots:
@@ -212,11 +213,12 @@ class Oracle:
         used: dict[str, list[int]] = {}
         sent: Counter[str] = Counter()
         for task_id in self._running:
-            placement = self._placed[task_id].placement if task_id in self._placed else None
-            if placement is not None and placement.edge is not None:
-                sent[self._placed[task_id].device] += placement.link1_bps
-                sums = used.setdefault(placement.edge, [0, 0, 0])
-                sums[0] += placement.uses_slot
+            placed = self._placed.get(task_id)
+            if placed is not None and placed.placement.edge is not None:
+                placement = placed.placement
+                sent[placed.device] += placement.link1_bps
+                sums = used.setdefault(placed.placement.edge, [0, 0, 0])
+                sums[0] += placement.uses_slot and placed.session is None
                 sums[1] += placement.link1_bps
                 sums[2] += placement.link2_bps
         for edge, (slots, link1, link2) in used.items():

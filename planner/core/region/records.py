@@ -61,6 +61,7 @@ class Task:
             device = r.sender if r.computes else None
             held = f"{r.edge}|{device}|{r.start_s!r}|{r.end_s!r}|{r.slots}|{r.link1_bps}|{r.link2_bps}|{r.running}"
             held += f"|moved {r.moves}" if r.moves else ""
+            held += f"|load {r.load.device} {r.load.edge}" if r.load is not None else ""
         return (
             f"task|{self.task_id}|{self.seq}|{self.state}|{self.attempt}|{self.deadline_s!r}|"
             f"{self.waiting_since_s!r}|{held}"

@@ -39,8 +39,9 @@ from planner.core.region.timers import Timers
 from planner.core.region.transitions import ENDING, TRANSITIONS, Step, next_state
 from planner.learning.table import EstimateTable, SavedEstimate
 from planner.search.cost import RowTable
-from planner.search.ledger import Ledger, Reservation
+from planner.search.ledger import FOREVER, LOAD_UNITS, Ledger, Load, Reservation
 
+_SESSIONS_FIRST: Final = 1 << 62
 _QUEUED: Final = (TaskState.WAITING, TaskState.SCHEDULED)
 
 
@@ -161,15 +162,19 @@ class RegionState:
             raise InvariantError(f"{task!r}: placement names attempt {change.attempt}")
         task.placed = change
         del self.waiting[task.task_id]
-        self.ledger.reserve(reservation_of(task, change), now)
+        r = reservation_of(task, change)
+        self.ledger.reserve(r, now)
+        if r.load is not None:
+            self._note(r, NEVER)  # a session goes before all scheduled tasks, which the walk moves
         if task.avoided or self.circuits:
             for node in self.places(change):
                 if node in task.avoided:
                     task.avoided = ()  # no other node was available, so the list starts again
                 circuit = self.circuits.get(node)
-                if circuit is not None and circuit.wants_probe(now):
+                if circuit is not None and circuit.wants_probe(now) and r.load is None:
                     self._set_circuit(node, circuit._replace(probe=task.task_id))
-        self.estimates.placed(change, self.cloud_names, now)
+        if r.load is None:  # the result of a session is not known for long, so it is no trial of a stale estimate
+            self.estimates.placed(change, self.cloud_names, now)
 
     def _apply_grant(self, change: BandwidthGrant, now: float) -> None:
         self._live(change.task_id, change)
@@ -453,18 +458,26 @@ class RegionState:
 
 def reservation_of(task: Task, placed: Placed) -> Reservation:
     """The reservation of a placement."""
-    placement = placed.placement
+    placement, session = placed.placement, placed.session
+    if session is None:
+        seq, length_s, load = task.seq, placed.delay_s, None
+        slots, computes = int(placement.cut1 != placement.cut2), placement.cut1 > 0
+    else:
+        # A session goes before every other task with the same start.
+        seq, length_s, slots, computes = task.seq - _SESSIONS_FIRST, FOREVER, 0, False
+        load = Load(round(session.device_load * LOAD_UNITS), round(session.edge_load * LOAD_UNITS))
     return Reservation(
         task.task_id,
-        task.seq,
+        seq,
         placement.edge,
         placed.device,
         placed.start_s,
-        placed.delay_s,
-        int(placement.cut1 != placement.cut2),
+        length_s,
+        slots,
         placement.link1_bps,
         placement.link2_bps,
-        computes=placement.cut1 > 0,
+        computes=computes,
+        load=load,
     )
 
 

@@ -87,8 +87,9 @@ class Timers:
     # --- ends --------------------------------------------------------------------------------------------------------
 
     def add_end(self, task: Task, end_s: float) -> None:
-        """Add the predicted end of a running task. It replaces an earlier one."""
-        heappush(self.ends, (end_s, task.seq, task.task_id))
+        """Add the predicted end of a running task. It replaces an earlier one. A session has none."""
+        if end_s != NEVER:
+            heappush(self.ends, (end_s, task.seq, task.task_id))
 
     def pop_overdue(self, now: float) -> Reservation | None:
         """Remove the earliest predicted end that has passed, and return the reservation of its running task."""

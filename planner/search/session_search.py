@@ -1,0 +1,252 @@
+"""The search for the placement of a session: an open-ended task whose samples arrive at a rate.
+
+A session has no end, so it cannot hold a slot or a whole link. It books a share of each station instead: load on the device
+and on the edge (in units of 1/1024 of the time of one slot), and bandwidth. `least` compares all pairs of cuts of all sites
+(the device alone, and every edge) at once:
+
+* A station's period is the shortest time between two samples that it can sustain with what is free. For a computing station
+  it is its time of a sample, or that time over the free load if this is longer; for a link it is 1.25 times the bytes over
+  the free bandwidth. The period of a placement is the longest of them. It sustains the rate if its period is at most 1/rate.
+* Of the placements that sustain the rate, the one with the least sum of station times, latencies and overheads wins. If the
+  client states a latency target and none meets it, the search is repeated with all free bandwidth.
+* If no placement sustains the rate, the one with the shortest period wins, and the session gets the rate that it sustains.
+* The grant on a link is 4 times what the rate needs, or what is free.
+
+A node that computes for others too needs longer for a sample: its time counts 1/(1 - share of the others).
+
+Ties: the family wins, then the edge by name, cut1, and cut2, as in `planner.search.algorithm1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bus.values import BITS_PER_BYTE
+from planner.search.algorithm1 import EVERY_FAMILY
+from planner.search.cost import NO_OVERHEADS, Costs, Overheads, StationTimes
+from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.ledger import LOAD_UNITS
+
+GRANT: Final = 4.0
+"""Grant on a link, as a multiple of what the rate needs, if so much is free."""
+LEAST_GRANT: Final = 1.25
+"""The least grant on a link that sustains a rate, as a multiple of what the rate needs."""
+
+_NEVER: Final = float("inf")
+_Times = npt.NDArray[np.float64]
+_Whole = npt.NDArray[np.int64]
+
+
+class Site(NamedTuple):
+    """One edge, or the device alone, with what is free there for a session."""
+
+    edge: str | None  # None: the device alone
+    costs: Costs  # without the load of others
+    forbidden: Collection[int] = ()  # positions at which the model must not be cut
+    overheads: Overheads = NO_OVERHEADS
+    link1_bps: int = 0  # free
+    link2_bps: int = 0  # free
+    edge_units: int = 0  # free load
+    edge_share: float = 0.0  # share of the edge's time that others have booked
+
+
+class Wish(NamedTuple):
+    """What a session asks for, and what is free on its device."""
+
+    rate_hz: float
+    latency_s: float | None  # target; None: as short as possible
+    input_bytes: int | None  # G(0); None: the model's own
+    families: Collection[int] = EVERY_FAMILY
+    device_computes: bool = True  # False: only cut1 = 0
+    device_units: int = 0  # free load
+    device_share: float = 0.0  # share of the device's time that others have booked
+
+
+class SessionChoice(NamedTuple):
+    """A placement of a session: what it books, and the times of one sample."""
+
+    family: int
+    edge: str | None
+    cut1: int
+    cut2: int
+    link1_bps: int
+    link2_bps: int
+    rate_hz: float  # that it sustains; at most the rate that was asked for
+    delay_s: float  # of one sample
+    period_s: float  # of the slowest station
+    device_units: int  # load
+    edge_units: int
+    stations_s: StationTimes
+
+
+def least(sites: Iterable[Site], wish: Wish) -> SessionChoice | None:
+    """The best placement of a session, or None if no placement is possible."""
+    tables = [table for site in sites if (table := _Table.of(site, wish)) is not None]
+    sustaining = [table for table in tables if bool(table.sustains.any())]
+    if not sustaining:
+        return min((table.fastest() for table in tables), key=_slowness, default=None)
+    best = min((table.shortest(GRANT) for table in sustaining), key=_shortness)
+    if wish.latency_s is not None and best.delay_s > wish.latency_s:
+        wider = min((table.shortest(_NEVER) for table in sustaining), key=_shortness)
+        if wider.delay_s <= wish.latency_s:
+            return wider
+    return best
+
+
+def _shortness(choice: SessionChoice) -> tuple[float, int, str, int, int]:
+    return choice.delay_s, choice.family, choice.edge or "", choice.cut1, choice.cut2
+
+
+def _slowness(choice: SessionChoice) -> tuple[float, float, int, str, int, int]:
+    return choice.period_s, *_shortness(choice)
+
+
+class _Table:
+    """All pairs of cuts of one site, ordered by family, cut1 and cut2, with their terms that do not depend on the grants."""
+
+    def __init__(self, site: Site, wish: Wish, cuts: Sequence[tuple[int, int, int]]) -> None:
+        costs = site.costs
+        layers = costs.layers
+        self.site, self.wish = site, wish
+        family, c1, c2 = (np.array(column) for column in zip(*cuts, strict=True))
+        self.family, self.cut1, self.cut2 = family, c1, c2
+        self.alone, self.uses_cloud = c1 == layers, c2 < layers
+        device = np.array(costs.device)[c1]
+        edge = _spent(costs.edge, costs.edge_overhead_s, c1, c2)
+        self.cloud_s = _spent(costs.cloud, costs.cloud_overhead_s, c2, np.full_like(c2, layers))
+        size = np.array(costs.cut_bytes, dtype=np.float64)
+        size[0] = costs.cut_bytes[0] if wish.input_bytes is None else wish.input_bytes
+        result = np.full_like(device, costs.cut_bytes[layers])
+        self.up1 = np.where(self.alone, 0.0, BITS_PER_BYTE * size[c1])
+        self.up2 = np.where(self.uses_cloud, BITS_PER_BYTE * size[c2], 0.0)
+        self.down1 = np.where(self.alone, 0.0, BITS_PER_BYTE * result)
+        self.down2 = np.where(self.uses_cloud, BITS_PER_BYTE * result, 0.0)
+        self.device_need, self.edge_need = device * LOAD_UNITS, edge * LOAD_UNITS  # load units for one sample a second
+        self.device_s = device / (1.0 - wish.device_share)
+        self.edge_s = edge / (1.0 - site.edge_share)
+        self.period_s = np.maximum.reduce(
+            [
+                self.device_s,
+                self.edge_s,
+                self.cloud_s,
+                _over(self.device_need, wish.device_units, c1 > 0),
+                _over(self.edge_need, site.edge_units, c1 < c2),
+                _over(LEAST_GRANT * np.maximum(self.up1, self.down1), site.link1_bps, ~self.alone),
+                _over(LEAST_GRANT * np.maximum(self.up2, self.down2), site.link2_bps, self.uses_cloud),
+            ]
+        )
+        self.sustains = self.period_s * wish.rate_hz <= 1.0
+        more_s = [
+            max(0.0, site.overheads.latency_s(family) + site.overheads.sample_s[family])
+            for family in (DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE)
+        ]
+        self.more_s = np.array(more_s)[family]
+
+    @classmethod
+    def of(cls, site: Site, wish: Wish) -> _Table | None:
+        """The table of a site; None if it offers no pair of cuts."""
+        costs = site.costs
+        layers = costs.layers
+        positions = [cut for cut in range(layers + 1) if cut not in site.forbidden]
+        cuts: list[tuple[int, int, int]] = []
+        if site.edge is None:
+            if DEVICE in wish.families and wish.device_computes:
+                cuts = [(DEVICE, layers, layers)]
+        else:
+            firsts = [cut for cut in positions if cut < layers and (wish.device_computes or cut == 0)]
+            if DEVICE_EDGE in wish.families and costs.edge is not None:
+                cuts += [(DEVICE_EDGE, cut, layers) for cut in firsts]
+            if DEVICE_CLOUD in wish.families and costs.cloud is not None:
+                cuts += [(DEVICE_CLOUD, cut, cut) for cut in firsts]
+            if ALL_THREE in wish.families and costs.edge is not None and costs.cloud is not None:
+                cuts += [(ALL_THREE, one, two) for one in firsts for two in positions if one < two < layers]
+        if not cuts:
+            return None
+        table = cls(site, wish, cuts)
+        return table if bool((table.period_s < _NEVER).any()) else None
+
+    def shortest(self, grant: float) -> SessionChoice:
+        """The pair with the least delay among those that sustain the rate, with grants of this multiple of the need."""
+        rate = np.full_like(self.period_s, self.wish.rate_hz)
+        stations = self._stations(rate, grant)
+        delay = np.where(self.sustains, self._delay_s(stations), _NEVER)
+        return self._choice(int(delay.argmin()), rate, stations)
+
+    def fastest(self) -> SessionChoice:
+        """The pair with the shortest period."""
+        rate = np.minimum(self.wish.rate_hz, 1.0 / np.maximum(self.period_s, 1e-300))
+        stations = self._stations(rate, GRANT)
+        delay = np.where(self.period_s == self.period_s.min(), self._delay_s(stations), _NEVER)
+        return self._choice(int(delay.argmin()), rate, stations)
+
+    def _stations(self, rate: _Times, grant: float) -> tuple[list[_Times], _Whole, _Whole]:
+        """The seven station times of every pair, and the grants on both links."""
+        granted1 = _granted(np.maximum(self.up1, self.down1) * rate, grant, self.site.link1_bps, ~self.alone)
+        granted2 = _granted(np.maximum(self.up2, self.down2) * rate, grant, self.site.link2_bps, self.uses_cloud)
+        per1, per2 = np.maximum(granted1, 1), np.maximum(granted2, 1)
+        times = [
+            self.device_s,
+            self.up1 / per1,
+            self.edge_s,
+            self.up2 / per2,
+            self.cloud_s,
+            self.down2 / per2,
+            self.down1 / per1,
+        ]
+        return times, granted1, granted2
+
+    def _delay_s(self, stations: tuple[list[_Times], _Whole, _Whole]) -> _Times:
+        total: _Times = sum(stations[0][1:], stations[0][0]) + self.more_s
+        return total
+
+    def _choice(self, at: int, rate: _Times, stations: tuple[list[_Times], _Whole, _Whole]) -> SessionChoice:
+        times, granted1, granted2 = stations
+        rate_hz = float(rate[at])
+        family, cut1, cut2 = int(self.family[at]), int(self.cut1[at]), int(self.cut2[at])
+        s1, s2, s3, s4, s5, s6b, s6a = (float(column[at]) for column in times)
+        return SessionChoice(
+            family=family,
+            edge=self.site.edge,
+            cut1=cut1,
+            cut2=cut2,
+            link1_bps=int(granted1[at]),
+            link2_bps=int(granted2[at]),
+            rate_hz=rate_hz,
+            delay_s=float(self._delay_s(stations)[at]),
+            period_s=float(self.period_s[at]),
+            device_units=_units(rate_hz * float(self.device_need[at]), self.wish.device_units, cut1 > 0),
+            edge_units=_units(rate_hz * float(self.edge_need[at]), self.site.edge_units, cut1 < cut2),
+            stations_s=(s1, s2, s3, s4, s5, s6b, s6a),
+        )
+
+
+def _spent(row: tuple[float, ...] | None, overhead_s: float, first: _Whole, last: _Whole) -> _Times:
+    """The time that a platform needs for the layers between two cuts; 0 if there are none."""
+    if row is None:
+        return np.zeros(len(first))
+    times = np.array(row)
+    return np.where(first < last, times[last] - times[first] + overhead_s, 0.0)
+
+
+def _over(need: _Times, free: int, used: npt.NDArray[np.bool_]) -> _Times:
+    """The period of a station that is free to this extent: 0 where it is not used, infinite where nothing is free."""
+    if free < 1:
+        return np.where(used, _NEVER, 0.0)
+    return np.where(used, need / free, 0.0)
+
+
+def _granted(need_bps: _Times, grant: float, free_bps: int, used: npt.NDArray[np.bool_]) -> _Whole:
+    """The grants on a link: whole bits per second, at least 1 where the link is used."""
+    if grant == _NEVER:
+        return np.where(used, free_bps, 0).astype(np.int64)
+    wanted = np.minimum(np.ceil(need_bps * grant), float(free_bps))
+    return np.where(used, np.maximum(wanted, 1.0), 0.0).astype(np.int64)
+
+
+def _units(need: float, free: int, used: bool) -> int:
+    """The load that is booked for a need: whole units, at least one if the station is used."""
+    return min(max(1, int(np.ceil(need))), free) if used else 0
