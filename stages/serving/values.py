@@ -21,8 +21,9 @@ class Fault(Enum):
 
     INVALID = (400, "INVALID_ARGUMENT", False)  # wrong tensors, types or parameters
     UNAUTHENTICATED = (401, "UNAUTHENTICATED", False)  # no or a wrong token
-    FORBIDDEN = (403, "PERMISSION_DENIED", False)  # a page of another site asks, through a browser
+    FORBIDDEN = (403, "PERMISSION_DENIED", False)  # asked by a page of another site, through a browser
     NOT_FOUND = (404, "NOT_FOUND", False)  # unknown model or version
+    TIMEOUT = (408, "DEADLINE_EXCEEDED", True)  # the request did not arrive in time
     TOO_LARGE = (413, "RESOURCE_EXHAUSTED", False)  # larger than the endpoint accepts
     BUSY = (429, "RESOURCE_EXHAUSTED", True)  # a queue or a client's limit is full
     CANCELLED = (499, "CANCELLED", True)  # the client went away
