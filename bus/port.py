@@ -103,6 +103,9 @@ class Bus(Protocol):
     async def found_topics(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
         """The existing topics of `names` with their settings; None: of the whole table, at every site. Raises `BusError`."""
 
+    async def prepare_topic(self, topic: str) -> None:
+        """Fetch what the first record for a topic would wait for. Raises `UnknownTopicError`, `BusUnavailableError`."""
+
     async def end_offsets(self, topic: str) -> dict[int, int]:
         """The offset that the next record of each partition will get. Raises `UnknownTopicError`."""
 

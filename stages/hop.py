@@ -46,6 +46,9 @@ OTHER_REGION_S = 600.0
 
 SWEEP_S = 5.0
 
+PREPARED_S = 1.0
+"""Time limit for connecting to the results topic before the node announces itself."""
+
 
 @dataclass(slots=True)
 class _Orphan:
@@ -111,12 +114,20 @@ class Hop:
                 self._aim()
                 if self._prober is not None:
                     group.create_task(self._prober.run(self.node.incarnation), name=f"{name}: probes")
+                if self.node.settings.rehearses:
+                    await self._prepare_results()
                 self.node.serving.set()
         finally:
             self._group = None
             with contextlib.suppress(BusError, TimeoutError):
                 await member.commit(self.offsets.committable())
             await member.close()
+
+    async def _prepare_results(self) -> None:
+        """Connect to where results go, so that the first one does not wait for it; retried by the first result."""
+        with contextlib.suppress(BusError, TimeoutError):
+            async with asyncio.timeout(PREPARED_S):
+                await self._echo_bus(topics.RESULTS).prepare_topic(topics.RESULTS)
 
     async def drain(self) -> None:
         """Return when all flows have ended."""

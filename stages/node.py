@@ -47,6 +47,7 @@ from stages.measuring.peers import ProbingNode
 from stages.measuring.reports import LinkReports
 from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.profile_check import ProfileCheck
+from stages.rehearsal import rehearse
 from stages.runner import Runner
 
 ALARMED = ("dead_letters", "decisions_missed", "declared_lost", "stalled_attempts", "wrong_identity")
@@ -63,6 +64,8 @@ WAIT_LOG_S = 60.0
 """Interval at which a waiting node logs that it still waits."""
 DRAIN_ACKNOWLEDGED_S = 2.0
 """Timeout for the planner's acknowledgement of a drain."""
+REHEARSAL_S = 2.0
+"""Limit of the time for which a node rehearses; models that take longer are not rehearsed."""
 MAX_PREPARATIONS = 16
 """Limit of models that are prepared ahead at the same time; beyond it an attempt prepares its model itself."""
 DRAINED_S = 0.05
@@ -86,6 +89,7 @@ class NodeSettings:
     reachable_edges: tuple[str, ...] | None = None  # of a device (E_i); None: all edges
     remembered_ends: int = REMEMBERED_ENDS  # number of ended tasks remembered, to drop their late frames
     probes: bool = False  # measure the latency of links with probes
+    rehearses: bool = False  # run each model once in memory before it announces itself
 
 
 @dataclass(slots=True)
@@ -406,6 +410,8 @@ class Node:
 
     async def _follow(self, work: Work) -> None:
         await self.serving.wait()
+        if self.settings.rehearses:
+            await self._rehearse()
         await self._announce()
         while True:
             try:
@@ -447,6 +453,18 @@ class Node:
             self.log.warning("declared lost; work dropped, announcing again")
             self.status.count("declared_lost")
             self._rejoin(work)
+
+    async def _rehearse(self) -> None:
+        """Run each model once, so that the first task takes no longer than others. A failure is left to the tasks."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REHEARSAL_S):
+                for profile in self.runner.profiles():
+                    if sum(profile.layer_s) > REHEARSAL_S:
+                        continue
+                    try:
+                        await rehearse(self.runner, profile, packs=True)
+                    except Exception as error:
+                        self.log.info("model not rehearsed", model=profile.model, error=detail_of(error))
 
     async def _recover(self, error: DecisionsLostError, work: Work) -> None:
         """Recover from missed decisions: read again from the last snapshot, drop work and announce the node again.

@@ -18,6 +18,7 @@ from bus.frames import AttemptPlan
 from bus.messages import TaskSubmitted
 from bus.tensors import Array
 from bus.values import ModelProfile
+from stages.measuring.clock import exact_clock
 
 
 class Station(Protocol):
@@ -79,7 +80,7 @@ class PaceClock:
 
 async def sleep_until(when_s: float) -> None:
     """Sleep until a time on the loop's clock, even where timers fire early."""
-    clock = asyncio.get_running_loop().time
+    clock = exact_clock()
     while (left_s := when_s - clock()) > 0:
         await asyncio.sleep(left_s)
 

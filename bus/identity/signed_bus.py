@@ -49,6 +49,9 @@ class SignedBus:
     async def found_topics(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
         return await self.bus.found_topics(names)
 
+    async def prepare_topic(self, topic: str) -> None:
+        await self.bus.prepare_topic(topic)
+
     async def end_offsets(self, topic: str) -> dict[int, int]:
         return await self.bus.end_offsets(topic)
 

@@ -134,6 +134,10 @@ class KafkaBus:
             asked[self._connection.servers_of(name)].append(name)
         return [found for servers, there in asked.items() for found in await (await self._site(servers)).found(there)]
 
+    async def prepare_topic(self, topic: str) -> None:
+        _, sender = await self._route(topic)
+        await sender.prepare_topic(topic)
+
     async def end_offsets(self, topic: str) -> dict[int, int]:
         count = await self.partitions(topic)
         site = await self._site(self._connection.servers_of(topic))
@@ -150,11 +154,7 @@ class KafkaBus:
         partition: int | None = None,
         headers: Headers = (),
     ) -> Awaitable[Position]:
-        route = self._routes.get(topic)
-        if route is None:
-            count = await self.partitions(topic)
-            route = self._routes[topic] = (count, (await self._site(self._connection.servers_of(topic))).sender)
-        count, sender = route
+        count, sender = self._routes.get(topic) or await self._route(topic)
         if (now := sender.partitions(topic)) is not None and now != count:  # the topic was recreated or extended
             count = now
             self._routes[topic] = (count, sender)
@@ -232,6 +232,14 @@ class KafkaBus:
         self._routes.clear()
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    async def _route(self, topic: str) -> tuple[int, KafkaSender]:
+        """Partition count and sender of a topic."""
+        route = self._routes.get(topic)
+        if route is None:
+            count = await self.partitions(topic)
+            route = self._routes[topic] = (count, (await self._site(self._connection.servers_of(topic))).sender)
+        return route
 
     async def _site(self, servers: str) -> _Site:
         if not self._is_open:

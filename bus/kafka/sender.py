@@ -115,6 +115,15 @@ class KafkaSender:
         sent.add_done_callback(partial(self._settle, producer, acknowledged, topic, size_bytes))
         return acknowledged
 
+    async def prepare_topic(self, topic: str) -> None:
+        """Start the producer and fetch the topic's metadata. Raises `BusError`."""
+        deadline = asyncio.get_running_loop().time() + self._connection.delivery_timeout_s
+        producer = self._producer or await self._begin(deadline)
+        try:
+            await producer.partitions_for(topic)
+        except KafkaError as error:
+            raise translated(error, topic) from error
+
     def partitions(self, topic: str) -> int | None:
         """Partition count of a topic from the producer's metadata, refreshed every five seconds; None: unknown."""
         if self._producer is None:

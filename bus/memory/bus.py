@@ -100,6 +100,9 @@ class MemoryBus:
         await self.reachable()
         return self.broker.found(names)
 
+    async def prepare_topic(self, topic: str) -> None:
+        await self.partitions(topic)
+
     async def end_offsets(self, topic: str) -> dict[int, int]:
         await self.reachable()
         return {log.partition: log.end for log in self.broker.logs(topic)}

@@ -77,7 +77,13 @@ async def require_partition(bus: Bus, region: int) -> None:
 def node_settings(options: NodeOptions, *, region: int, lease_s: float) -> NodeSettings:
     """The settings that a node with these options announces."""
     make = partial(
-        NodeSettings, name=options.name, region=region, lease_s=lease_s, network=options.network, probes=True
+        NodeSettings,
+        name=options.name,
+        region=region,
+        lease_s=lease_s,
+        network=options.network,
+        probes=True,
+        rehearses=True,
     )
     match options:
         case DeviceOptions():

@@ -52,6 +52,8 @@ STALL_SAMPLES = 10
 """The device requests another attempt after `STALL_S` plus the predicted time of ten samples without progress, while the
 bus was reachable: then a record is lost for good, for example through retention.
 """
+FIRST_LATENCIES_S = 1.0
+"""Maximum time that a device waits for the latencies of its links before it announces itself."""
 PARTITION_S = 5.0
 """Interval at which a device checks which partition carries its results."""
 
@@ -108,6 +110,8 @@ class Device:
                     group.create_task(
                         self._prober.run(self.node.incarnation), name=f"{self.node.settings.name}: probes"
                     )
+                    # Else the planner would believe that a slow edge answers at once, and try it first.
+                    await self._prober.measured(FIRST_LATENCIES_S)
                 self.node.serving.set()
                 await asyncio.Event().wait()  # also before any site is reachable
         finally:

@@ -111,6 +111,7 @@ class Prober:
         self._sent: dict[int, tuple[str, float]] = {}  # probes without an answer: peer and send time
         self._number = 0
         self._changed = asyncio.Event()
+        self._answered = asyncio.Event()
 
     def aim(self, peers: Iterable[str]) -> None:
         """Probe these peers from now on, new ones at once."""
@@ -125,6 +126,14 @@ class Prober:
             known.burst, known.unanswered = max(known.burst, FIRST_PROBES), 0
             known.due_s = asyncio.get_running_loop().time()
             self._changed.set()
+
+    async def measured(self, limit_s: float) -> None:
+        """Wait until every peer has a latency, at most `limit_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                while len(self.latencies()) < len(self._peers):
+                    self._answered.clear()
+                    await self._answered.wait()
 
     def latencies(self) -> dict[str, Latency]:
         """The latency of every peer with enough round trips."""
@@ -196,6 +205,7 @@ class Prober:
         if (peer := self._peers.get(peer_name)) is None:
             return
         peer.answered_s, peer.unanswered = now, 0
+        self._answered.set()
         if peer.add(now - sent_s) and not peer.burst:
             peer.burst, peer.due_s = CHECK_PROBES, now
             self._changed.set()

@@ -23,14 +23,17 @@ async def test_a_topic_that_exists_stays_as_it_is(place: Place) -> None:
     assert await place.bus.end_offsets(topic) == {0: 0, 1: 0, 2: 1}
 
 
-@pytest.mark.parametrize("what", ["partitions", "end_offsets", "post", "reader", "join"])
+@pytest.mark.parametrize("what", ["partitions", "end_offsets", "prepare_topic", "post", "reader", "join"])
 async def test_an_unknown_topic_is_an_error(place: Place, what: str) -> None:
-    async def asked() -> object:
+    async def ask() -> object:
         match what:
             case "partitions":
                 return await place.bus.partitions("contract.nowhere")
             case "end_offsets":
                 return await place.bus.end_offsets("contract.nowhere")
+            case "prepare_topic":
+                await place.bus.prepare_topic("contract.nowhere")
+                return None
             case "post":
                 return await place.bus.post("contract.nowhere", b"x")
             case "reader":
@@ -39,7 +42,7 @@ async def test_an_unknown_topic_is_an_error(place: Place, what: str) -> None:
                 return await place.bus.join(["contract.nowhere"], group=place.group())
 
     with pytest.raises(UnknownTopicError, match=r"contract\.nowhere"):
-        await asked()
+        await ask()
 
 
 async def test_a_partition_that_is_not_there_is_an_error(place: Place) -> None:

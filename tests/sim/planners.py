@@ -104,6 +104,9 @@ class FragileBus:
     async def partitions(self, topic: str) -> int:
         return await self.inner.partitions(topic)
 
+    async def prepare_topic(self, topic: str) -> None:
+        await self.inner.prepare_topic(topic)
+
     async def found_topics(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
         return await self.inner.found_topics(names)
 

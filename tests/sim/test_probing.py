@@ -11,15 +11,20 @@ import pytest
 from bus import messages, topics
 from bus.frames import Frame, decode_frame, encode_frame
 from bus.identity.keys import Master
-from bus.memory.bus import MemoryBroker
+from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import LinkMeasurement, NodeHeartbeat, TaskCompleted, TaskState
-from bus.values import Objective
+from bus.values import Objective, Role
 from deploy.commands.kafka.dead_letter import read_dead_letters
+from deploy.services import wiring as nodes
 from loadgen.sim.virtual_loop import run_virtual
-from stages.measuring.probes import FIRST_PROBES, REFRESH_S
+from stages.measuring.peers import LinkToPeers, ProbingNode
+from stages.measuring.probes import FIRST_PROBES, REFRESH_S, Prober
 from stages.network.played import PlayedNetwork
+from stages.network.shaper import Link
 from stages.network.trace import parse_trace
-from tests.sim.world import World, WorldOptions, task, world
+from stages.node import Node, NodeSettings
+from stages.runner import ModelledRunner
+from tests.sim.world import World, WorldOptions, profile, task, world
 
 BUS_S = 0.002
 """What the bus takes for one record."""
@@ -73,6 +78,44 @@ def test_latencies_are_reported_within_a_second_of_joining(master: Master | None
         latency_s = BUS_S + (LINK2_S if link == 2 else LINK1_S if node == "d1" else 0.0)
         assert measured[-1].latency_s == pytest.approx(latency_s, abs=0.001)
         assert measured[-1].deviation_s < 0.001
+
+
+def test_a_device_that_joins_brings_its_latencies() -> None:
+    """Else its first task would go to an edge that seems to answer at once."""
+
+    async def run() -> set[str]:
+        broker = MemoryBroker(latency_s=BUS_S)
+        async with world(WorldOptions(devices=(), networks=NETWORKS, probes=True), broker=broker) as region:
+            settings = NodeSettings(name="d1", role=Role.DEVICE, probes=True, network=NETWORKS["d1"])
+            node = Node(region.bus, settings, ModelledRunner([profile(Role.DEVICE)]))
+            serving = asyncio.create_task(node.run(nodes.make_work(node)))
+            async with asyncio.timeout(5.0):
+                while not node.status.joined:
+                    await asyncio.sleep(BUS_S / 4)
+            await asyncio.sleep(2 * BUS_S)  # one heartbeat
+            serving.cancel()
+            await asyncio.wait([serving])
+            return {edge for device, _, edge in reported(region) if device == "d1"}
+
+    assert run_virtual(run()) == {"e1", "e2"}
+
+
+def test_an_edge_that_does_not_answer_does_not_keep_a_device_away() -> None:
+    async def run() -> float:
+        begin_s = asyncio.get_running_loop().time()
+        async with MemoryBus(MemoryBroker(), "d1") as bus:
+            probed = ProbingNode(name="d1", bus=bus, gate=_free, count=lambda name: None)
+            way = LinkToPeers(probed, Link(0), topics.activations_topic, idle=lambda: True)
+            prober = Prober("d1", way, lambda: None)
+            prober.aim(["silent"])
+            await prober.measured(1.0)
+        return asyncio.get_running_loop().time() - begin_s
+
+    assert run_virtual(run()) == pytest.approx(1.0, abs=0.01)
+
+
+async def _free() -> None:
+    pass
 
 
 def test_the_measured_latencies_explain_the_delay_of_a_sample() -> None:

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aiokafka.errors import MessageSizeTooLargeError
+from aiokafka.errors import MessageSizeTooLargeError, UnknownTopicOrPartitionError
 from aiokafka.structs import RecordMetadata, TopicPartition
 
-from bus.errors import BusUnavailableError, MessageTooLargeError
+from bus.errors import BusUnavailableError, MessageTooLargeError, UnknownTopicError
 from bus.kafka.connection import KafkaConnection
 from bus.kafka.sender import KafkaSender, LimitOf, new_producer
 from bus.port import Position
@@ -25,6 +25,7 @@ class ScriptedProducer:
 
     def __init__(self) -> None:
         self.unsent: list[asyncio.Future[RecordMetadata]] = []
+        self.asked: list[str] = []  # topics whose metadata was fetched
         self.client = SimpleNamespace(close=self.start)
         self._sender = SimpleNamespace(sender_task=None)
         self._message_accumulator = SimpleNamespace(
@@ -40,6 +41,12 @@ class ScriptedProducer:
         sent: asyncio.Future[RecordMetadata] = asyncio.get_running_loop().create_future()
         self.unsent.append(sent)
         return sent
+
+    async def partitions_for(self, topic: str) -> set[int]:
+        if topic == "missing":
+            raise UnknownTopicOrPartitionError
+        self.asked.append(topic)
+        return {0}
 
     def deliver(self) -> None:
         for offset, sent in enumerate(self.unsent):
@@ -117,6 +124,22 @@ def test_a_producer_whose_records_are_all_overdue_is_replaced() -> None:
         second = await post(one)
         made[1].deliver()
         assert (await second).offset == 0
+        await one.close()
+
+    play(main())
+
+
+def test_a_prepared_topic_has_a_producer_with_its_metadata() -> None:
+    made: list[ScriptedProducer] = []
+
+    async def main() -> None:
+        one = sender(made)
+        await one.prepare_topic("t")
+        assert [producer.asked for producer in made] == [["t"]]
+        with pytest.raises(UnknownTopicError, match="missing"):
+            await one.prepare_topic("missing")
+        await post(one)
+        assert len(made) == 1
         await one.close()
 
     play(main())
