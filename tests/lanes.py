@@ -1,8 +1,9 @@
-"""Lanes of the test run: Docker tests, live tests and all others run in parallel processes.
+"""Lanes of the test run: patient tests, live tests and all others run in parallel processes.
 
-A live test starts programs, listens on ports and waits in real time, so two live tests never run at the same time. Docker
-tests mostly wait for health checks and share nothing with the others. All other tests need only a processor. Live tests have
-the highest process priority, then Docker tests. A run in a single process, such as `pytest tests/unit/bus`, has no lanes.
+Live and patient tests start programs, listen on ports and wait in real time. The limits of a live test are tight, so two live
+tests never run at the same time. The limits of a patient test are generous: patient tests run one after another, beside the
+live ones. All other tests need only a processor. Live tests have the highest process priority, then patient tests. A run in
+a single process, such as `pytest tests/unit/bus`, has no lanes.
 """
 
 from __future__ import annotations
@@ -16,24 +17,35 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-DOCKER = ("tests/integration/test_compose.py",)
-LIVE = (
-    "tests/integration/",
-    "tests/contracts/",
-    "tests/unit/bus/kafka/test_faults.py",
-    "tests/unit/loadgen/bench/test_bus.py",
-    "tests/unit/deploy/test_dashboards.py",  # it may fetch Prometheus, as another live test may
-)
-LANES = ("docker", "live", "")  # in the order in which they begin, so that each of three workers has one
-POLITENESS = {"docker": 5, "live": 0, "": 10}
+from tests.class_archive import start_brokers_quickly
+from tests.kafka_broker import choose
+
+LANE_OF_PREFIX = {
+    "tests/integration/test_broker.py": "patient",
+    "tests/integration/test_cluster.py": "patient",
+    "tests/integration/test_compose.py": "patient",
+    "tests/integration/test_deleted_topics.py": "patient",
+    "tests/integration/test_lost_decisions.py": "patient",
+    "tests/integration/test_page_numbers.py": "patient",
+    "tests/integration/test_topic_settings.py": "patient",
+    "tests/integration/test_docs.py": "",  # commands that need no broker
+    "tests/integration/test_interrupts.py": "",  # its moments are counted in processor time
+    "tests/integration/test_wheel.py": "",
+    "tests/integration/": "live",
+    "tests/contracts/": "live",
+    "tests/unit/bus/kafka/test_faults.py": "live",
+    "tests/unit/loadgen/bench/test_bus.py": "live",
+    "tests/unit/deploy/test_dashboards.py": "live",  # it may fetch Prometheus, as another live test may
+}
+"""The lane of the tests whose id begins so; the first prefix that fits counts."""
+LANES = ("patient", "live", "")  # in the order in which they begin, so that each of three workers has one
+POLITENESS = {"patient": 5, "live": 0, "": 10}
 """Niceness of a worker and its children after its first test of a lane. It is never lowered again."""
 
 
 def lane_of(node_id: str) -> str:
     """The name of a test's lane; "" for a test that may run in parallel with any other."""
-    if node_id.startswith(DOCKER):
-        return "docker"
-    return "live" if node_id.startswith(LIVE) else ""
+    return next((lane for prefix, lane in LANE_OF_PREFIX.items() if node_id.startswith(prefix)), "")
 
 
 class Lanes(LoadScopeScheduling):  # type: ignore[misc]  # xdist tells no types
@@ -69,6 +81,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         os.nice(max(0, POLITENESS[lane] - os.nice(0)))
         if lane:
             have_for_itself(lane, item.config._tmp_path_factory.getbasetemp().parent)  # type: ignore[attr-defined]
+            prepare_java()
 
 
 @cache
@@ -86,6 +99,13 @@ def have_for_itself(lane: str, folder: Path) -> None:
         ) from None
 
 
+@cache
+def prepare_java() -> None:
+    """Once in a process with a lane: brokers of this run start quickly. Options that the user has set stay."""
+    if choose().how == "apache" and "JDK_JAVA_OPTIONS" not in os.environ:
+        start_brokers_quickly()
+
+
 class Teller:
     """Prints a failure when it happens, not only at the end: a run may be cut off before."""
 
@@ -99,8 +119,5 @@ class Teller:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if is_worker():
-        # Some thirty brokers are started and none lives long: the quick compiler alone takes a third less of the processor.
-        os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
     if config.getoption("numprocesses", None):
         config.pluginmanager.register(Teller(config))

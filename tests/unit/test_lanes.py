@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lanes import DOCKER, LIVE, lane_of
+from tests.lanes import LANE_OF_PREFIX, LANES, lane_of
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py"))
@@ -27,8 +27,8 @@ def starts_programs(path: Path) -> bool:
 
 
 def test_every_name_in_the_table_is_there() -> None:
-    assert all((ROOT / name).exists() for name in (*DOCKER, *LIVE))
-    assert {lane_of(f"{file}::test") for file in FILES} == {"docker", "live", ""}
+    assert all((ROOT / name).exists() for name in LANE_OF_PREFIX)
+    assert {lane_of(f"{file}::test") for file in FILES} == set(LANES)
 
 
 @pytest.mark.parametrize("file", FILES)
