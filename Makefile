@@ -49,7 +49,11 @@ lock: $(VENV)/.dev ## update the pinned dependencies
 		--custom-compile-command 'make lock' --extra otel -c requirements.lock pyproject.toml deploy/build-requirements.in \
 		-o requirements-otel.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
-		--custom-compile-command 'make lock' --group dev -c requirements-otel.lock -o requirements-dev.lock pyproject.toml
+		--custom-compile-command 'make lock' --extra grpc -c requirements.lock -c requirements-otel.lock pyproject.toml \
+		deploy/build-requirements.in -o requirements-grpc.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+		--custom-compile-command 'make lock' --group dev -c requirements-otel.lock -c requirements-grpc.lock \
+		-o requirements-dev.lock pyproject.toml
 
 clean: ## remove everything that make created here (not the user's cache)
 	rm -rf $(VENV) build dist *.egg-info demo-out figures .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -107,7 +107,9 @@ def test_no_file_has_a_catch_all_name() -> None:
     assert not {path.stem for path in FILES} & {"utils", "helpers", "common", "base", "misc"}
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "requirements-otel.lock", "requirements-dev.lock"])
+@pytest.mark.parametrize(
+    "name", ["requirements.lock", "requirements-otel.lock", "requirements-grpc.lock", "requirements-dev.lock"]
+)
 def test_the_lock_is_hashed_and_names_no_host(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert "://" not in text
@@ -117,14 +119,15 @@ def test_the_lock_is_hashed_and_names_no_host(name: str) -> None:
 
 
 def test_the_locks_agree() -> None:
-    """What traces need comes on top; the tests run on the versions that users get."""
+    """What traces and gRPC need comes on top; the tests run on the versions that users get."""
 
     def pins(name: str) -> set[str]:
         lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
         return {line.removesuffix(" \\") for line in lines if line and not line.startswith((" ", "#"))}
 
-    core, traces, dev = (pins(f"requirements{kind}.lock") for kind in ("", "-otel", "-dev"))
-    assert core < traces
-    added = traces - core
-    assert any(pin.startswith("opentelemetry-sdk==") for pin in added)
-    assert added <= dev
+    core, dev = pins("requirements.lock"), pins("requirements-dev.lock")
+    for extra, package in (("otel", "opentelemetry-sdk"), ("grpc", "grpcio")):
+        locked = pins(f"requirements-{extra}.lock")
+        assert core < locked
+        assert any(pin.startswith(f"{package}==") for pin in locked - core)
+        assert locked - core <= dev
