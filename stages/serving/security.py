@@ -33,6 +33,7 @@ class Listening:
     certificate: Path | None = None  # PEM files
     key: Path | None = None
     forced: bool = False  # an open port without tokens or TLS is accepted
+    flag: str = "--serve"  # the flag with this address, for messages
 
     def require_safe(self) -> None:
         """Raise `ConfigError` where the address is not the loopback and tokens or TLS are missing."""
@@ -51,7 +52,7 @@ class Listening:
         if missing:
             lacks = " and no ".join(missing)
             raise ConfigError(
-                f"--serve {self.host}:{self.port}: other machines can connect, but the endpoint has no {lacks}",
+                f"{self.flag} {self.host}:{self.port}: other machines can connect, but the endpoint has no {lacks}",
                 remedy="add it, serve on 127.0.0.1, or accept the risk with --serve-insecure",
             )
 

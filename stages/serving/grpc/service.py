@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -14,9 +13,12 @@ import grpc
 import structlog
 from google.protobuf.json_format import ParseDict
 
+from stages.serving.checking import MAX_SAMPLES
 from stages.serving.grpc.schema import CLASSES, CONFIG_DATATYPES
 from stages.serving.grpc.wire import parse, read_request, write_response, write_stream_error, write_streamed
+from stages.serving.limits import Admission
 from stages.serving.metadata import model_config, model_metadata, repository_index, server_metadata
+from stages.serving.security import Guard, Listening
 from stages.serving.values import Fault, Inference, InferRequest, ServingError
 
 log = structlog.get_logger(__name__)
@@ -41,16 +43,16 @@ UNSUPPORTED: Final = {
 """Calls of the service that are refused, and why."""
 
 Context = Any  # grpc.aio.ServicerContext; grpcio has no types
-Unary = Callable[[bytes, Context], Awaitable[bytes]]
+Unary = Callable[[bytes, Context, str], Awaitable[bytes]]  # the message, the call, and who asks
 
 
 class Service(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no types
     """Finds the handler of a call by its name."""
 
-    def __init__(self, inference: Inference, *, token: str | None, max_samples: int) -> None:
+    def __init__(self, inference: Inference, listening: Listening, admission: Admission) -> None:
         self._inference = inference
-        self._token = None if token is None else f"Bearer {token}".encode()
-        self._max_samples = max_samples
+        self._guard = Guard(listening)
+        self._admission = admission
         described: Mapping[str, Callable[[Any], Mapping[str, Any]]] = {
             "ServerLive": lambda _: {"live": inference.live()},
             "ServerReady": lambda _: {"ready": inference.ready()},
@@ -73,14 +75,12 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no ty
         """The handler of a call; None for an unknown one."""
         return self._handlers.get(handler_call_details.method)
 
-    def _guarded(self, name: str, call: Unary) -> Unary:
+    def _guarded(self, name: str, call: Unary) -> Callable[[bytes, Context], Awaitable[bytes]]:
         """The call, after a check of the token; its errors become statuses."""
 
         async def guarded(data: bytes, context: Context) -> bytes:
             try:
-                if name not in OPEN:
-                    self._authenticate(context)
-                return await call(data, context)
+                return await call(data, context, "" if name in OPEN else self._client(context))
             except ServingError as error:
                 refused = error
             except Exception as error:
@@ -90,19 +90,17 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no ty
 
         return guarded
 
-    def _authenticate(self, context: Context) -> None:
-        if self._token is None:
-            return
+    def _client(self, context: Context) -> str:
+        """Who calls: the name of the token, or else the address. Raises `ServingError` for a wrong token."""
         given = next((value for key, value in context.invocation_metadata() if key == "authorization"), "")
-        if not hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._token):
-            raise ServingError(
-                Fault.UNAUTHENTICATED, "expected the metadata 'authorization: Bearer TOKEN' with the endpoint's token"
-            )
+        # a page in a browser cannot speak gRPC, so host and origin need no check
+        authorization = given if isinstance(given, str) else ""
+        return self._guard.check(authorization=authorization, host="localhost", origin="") or client_of(context.peer())
 
     def _describe(self, name: str, answer: Callable[[Any], Mapping[str, Any]]) -> Unary:
         response = CLASSES[f"{name}Response"]
 
-        async def describe(data: bytes, context: Context) -> bytes:
+        async def describe(data: bytes, context: Context, client: str) -> bytes:
             told = answer(parse(f"{name}Request", data))
             encoded: bytes = ParseDict(told, response(), ignore_unknown_fields=True).SerializeToString()
             return encoded
@@ -117,7 +115,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no ty
         return True
 
     def _config(self, asked: Any) -> Mapping[str, Any]:
-        config = model_config(self._inference.model(asked.name, asked.version), self._max_samples)
+        config = model_config(self._inference.model(asked.name, asked.version), MAX_SAMPLES)
         for tensor in (*config["input"], *config["output"]):
             tensor["data_type"] = CONFIG_DATATYPES[tensor["data_type"]]
         return {"config": config}
@@ -127,35 +125,41 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no ty
             self._inference.model(asked.name, asked.version)
         return {"model_stats": list(self._inference.statistics(asked.name))}
 
-    async def _infer(self, data: bytes, context: Context) -> bytes:
-        request = read_request(data, client_of(context.peer()))
-        return write_response(await self._inference.infer(_within_deadline(request, context)))
+    async def _infer(self, data: bytes, context: Context, client: str) -> bytes:
+        with self._admission.admitted(client, len(data)):
+            request = _within_deadline(read_request(data, client), context)
+            return write_response(await self._inference.infer(request))
 
     async def _stream(self, _: Any, context: Context) -> None:
         """Answer the requests of a stream in their order. A refused request does not end the stream."""
         try:
-            self._authenticate(context)
+            client = self._client(context)
         except ServingError as error:
             await _refuse(context, error)
         answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(MAX_STREAM_REQUESTS)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._accept(context, answers, group))
+            group.create_task(self._accept(context, client, answers, group))
             while (answer := await answers.get()) is not None:
                 await context.write(await answer)
 
     async def _accept(
-        self, context: Context, answers: asyncio.Queue[asyncio.Task[bytes] | None], group: asyncio.TaskGroup
+        self,
+        context: Context,
+        client: str,
+        answers: asyncio.Queue[asyncio.Task[bytes] | None],
+        group: asyncio.TaskGroup,
     ) -> None:
         while (data := await context.read()) is not grpc.aio.EOF:
-            await answers.put(group.create_task(self._answer(data, context)))
+            await answers.put(group.create_task(self._answer(data, context, client)))
         await answers.put(None)
 
-    async def _answer(self, data: bytes, context: Context) -> bytes:
+    async def _answer(self, data: bytes, context: Context, client: str) -> bytes:
         """The answer to one request of a stream, or its refusal."""
         request: InferRequest | None = None
         try:
-            request = read_request(data, client_of(context.peer()))
-            return write_streamed(await self._inference.infer(_within_deadline(request, context)))
+            with self._admission.admitted(client, len(data)):
+                request = read_request(data, client)
+                return write_streamed(await self._inference.infer(_within_deadline(request, context)))
         except ServingError as error:
             refused = error
         except Exception as error:
@@ -184,7 +188,7 @@ def client_of(peer: str) -> str:
 
 
 def _unsupported(name: str, reason: str) -> Unary:
-    async def refuse(data: bytes, context: Context) -> bytes:
+    async def refuse(data: bytes, context: Context, client: str) -> bytes:
         raise ServingError(Fault.NOT_IMPLEMENTED, f"{name} is not supported: {reason}")
 
     return refuse

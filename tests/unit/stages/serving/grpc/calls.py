@@ -9,13 +9,15 @@ from typing import Any
 import grpc
 
 from bus.tensors import Array
-from stages.serving.grpc.endpoint import GrpcOptions, grpc_endpoint
+from stages.serving.grpc.endpoint import grpc_endpoint
 from stages.serving.grpc.schema import CLASSES
 from stages.serving.grpc.service import PATH
+from stages.serving.limits import Admission, ServingLimits
+from stages.serving.security import Listening
 from stages.serving.tensors import DATATYPE_OF
 from tests.unit.stages.serving.fake_inference import FakeInference
 
-LIMIT_BYTES = 1 << 20
+LIMITS = ServingLimits(body_bytes=1 << 20)
 
 
 class Client:
@@ -35,11 +37,13 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def serving(inference: FakeInference, **options: Any) -> AsyncIterator[Client]:
+async def serving(
+    inference: FakeInference, *, tokens: tuple[str, ...] = (), limits: ServingLimits = LIMITS
+) -> AsyncIterator[Client]:
     """A client of an endpoint over `inference`."""
-    options = {"max_request_bytes": LIMIT_BYTES, "grace_s": 0.0} | options
+    listening = Listening(host="127.0.0.1", port=0, tokens=tokens)
     async with (
-        grpc_endpoint(inference, GrpcOptions(**options)) as port,
+        grpc_endpoint(inference, listening, Admission(limits)) as port,
         grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
         yield Client(channel)

@@ -6,6 +6,7 @@ import asyncio
 import builtins
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ import pytest
 
 from bus.errors import ConfigError
 from bus.tensors import Array
-from stages.serving.grpc.endpoint import GrpcOptions, grpc_endpoint
+from stages.serving.checking import MAX_SAMPLES
+from stages.serving.grpc.endpoint import grpc_endpoint
 from stages.serving.grpc.schema import CLASSES
 from stages.serving.grpc.service import MAX_STREAM_REQUESTS, client_of
+from stages.serving.limits import Admission
+from stages.serving.security import Listening
 from stages.serving.values import Fault, InferRequest, ServingError
 from tests.secure_kafka import make_authority, make_broker_certificate
 from tests.unit.stages.serving.fake_inference import FakeInference, tensor
-from tests.unit.stages.serving.grpc.calls import LIMIT_BYTES, Client, infer_request, parameters, raw_request, serving
+from tests.unit.stages.serving.grpc.calls import LIMITS, Client, infer_request, parameters, raw_request, serving
 
 ONES = np.ones((1, 4), np.float32)
 
@@ -41,7 +45,7 @@ async def answers(stream: Any, count: int) -> list[Any]:
 async def test_health_and_descriptions() -> None:
     inference = FakeInference()
     named = CLASSES["ModelReadyRequest"](name="double")
-    async with serving(inference, max_samples=16) as client:
+    async with serving(inference) as client:
         assert (await client.call("ServerLive")).live
         assert (await client.call("ServerReady")).ready
         assert (await client.call("ModelReady", named)).ready
@@ -50,7 +54,7 @@ async def test_health_and_descriptions() -> None:
         metadata = await client.call("ModelMetadata", named)
         assert [(one.name, one.datatype, list(one.shape)) for one in metadata.inputs] == [("x", "FP32", [-1, 4])]
         config = (await client.call("ModelConfig", named)).config
-        assert (config.name, config.max_batch_size) == ("double", 16)
+        assert (config.name, config.max_batch_size) == ("double", MAX_SAMPLES)
         assert [(one.name, one.data_type, list(one.dims)) for one in config.input] == [("x", 11, [4])]
         (entry,) = (await client.call("RepositoryIndex")).models
         assert (entry.name, entry.version, entry.state) == ("double", "1", "READY")
@@ -166,8 +170,8 @@ async def until(condition: Any) -> None:
 
 
 async def test_a_message_over_the_limit_is_refused_also_when_it_is_compressed() -> None:
-    inference = FakeInference((tensor("x", (1, LIMIT_BYTES)),))
-    large = raw_request(np.zeros((1, LIMIT_BYTES), np.float32))
+    inference = FakeInference((tensor("x", (1, LIMITS.body_bytes)),))
+    large = raw_request(np.zeros((1, LIMITS.body_bytes), np.float32))
     async with serving(inference) as client:
         for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip, grpc.Compression.Deflate):
             code, _, _ = await status_of(client.call("ModelInfer", large, compression=compression))
@@ -215,7 +219,7 @@ async def test_a_stream_reads_no_more_than_a_window_ahead() -> None:
 
 async def test_a_token_is_demanded_except_by_probes() -> None:
     inference = FakeInference()
-    async with serving(inference, token="s3cret-ü") as client:
+    async with serving(inference, tokens=("another-token", "s3cret-ü")) as client:
         assert (await client.call("ServerLive")).live
         assert (await client.call("ServerReady")).ready
         wrong: list[tuple[tuple[str, str | bytes], ...]] = [
@@ -232,13 +236,13 @@ async def test_a_token_is_demanded_except_by_probes() -> None:
             stream = client.stream(metadata=metadata)
             assert (await status_of(stream.read()))[0] == "UNAUTHENTICATED"
     assert inference.requests == []
-    async with serving(inference, token="s3cret") as client:
+    async with serving(inference, tokens=("another", "s3cret")) as client:
         metadata = (("authorization", "Bearer s3cret"),)
         await client.call("ModelInfer", raw_request(ONES), metadata=metadata)
         stream = client.stream(metadata=metadata)
         await stream.write(raw_request(ONES).SerializeToString())
         assert (await answers(stream, 1))[0].error_message == ""
-    assert len(inference.requests) == 2
+    assert [request.client for request in inference.requests] == ["token 2", "token 2"]
 
 
 @pytest.mark.parametrize(
@@ -250,10 +254,35 @@ async def test_what_is_not_supported_is_unimplemented(call: str) -> None:
         assert code == "UNIMPLEMENTED"
 
 
+async def test_what_a_client_may_have_under_way_is_limited() -> None:
+    inference = FakeInference()
+    inference.gate = asyncio.Event()
+    data = raw_request(ONES).SerializeToString()
+    async with serving(inference, limits=replace(LIMITS, client_requests=3, client_bytes=10 * len(data))) as client:
+        waiting = [asyncio.create_task(client.call("ModelInfer", raw_request(ONES))) for _ in range(2)]
+        stream = client.stream()
+        await stream.write(data)
+        await until(lambda: len(inference.requests) == 3)
+        code, text, trailers = await status_of(client.call("ModelInfer", raw_request(ONES)))
+        assert (code, trailers["deepar-repeatable"]) == ("RESOURCE_EXHAUSTED", "true")
+        assert "more than 3 requests of this client" in text
+        inference.gate.set()
+        await asyncio.gather(*waiting)
+        large = raw_request(np.ones((40, 4), np.float32))
+        code, text, _ = await status_of(client.call("ModelInfer", large))
+        assert code == "RESOURCE_EXHAUSTED"
+        assert "bytes of this client" in text
+        await stream.write(large.SerializeToString())
+        answered, refused = await answers(stream, 2)
+        assert answered.error_message == ""
+        assert "bytes of this client" in refused.error_message
+        assert (await client.call("ModelInfer", raw_request(ONES))).model_name == "double"
+
+
 async def test_more_calls_than_the_limit_are_refused() -> None:
     inference = FakeInference()
     inference.gate = asyncio.Event()
-    async with serving(inference, max_calls=3) as client:
+    async with serving(inference, limits=replace(LIMITS, requests=3)) as client:
         waiting = [asyncio.create_task(client.call("ModelInfer", raw_request(ONES))) for _ in range(3)]
         await until(lambda: len(inference.requests) == 3)
         assert (await status_of(client.call("ModelInfer", raw_request(ONES))))[0] == "RESOURCE_EXHAUSTED"
@@ -263,9 +292,9 @@ async def test_more_calls_than_the_limit_are_refused() -> None:
 
 async def test_a_taken_port_is_a_configuration_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        options = GrpcOptions(port=taken.getsockname()[1])
-        with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1"):
-            async with grpc_endpoint(FakeInference(), options):
+        listening = Listening(host="127.0.0.1", port=taken.getsockname()[1], flag="--serve-grpc")
+        with pytest.raises(ConfigError, match=r"--serve-grpc 127\.0\.0\.1:\d+: cannot listen"):
+            async with grpc_endpoint(FakeInference(), listening, Admission(LIMITS)):
                 pass
 
 
@@ -284,7 +313,7 @@ async def test_a_missing_package_is_a_configuration_error_that_names_the_extra(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=f"needs the package {missing}") as refused:
-        async with grpc_endpoint(FakeInference(), GrpcOptions()):
+        async with grpc_endpoint(FakeInference(), Listening(host="127.0.0.1", port=0), Admission(LIMITS)):
             pass
     assert "deepar[grpc]" in str(refused.value.remedy)
 
@@ -293,7 +322,8 @@ async def test_tls_with_the_certificate_of_the_endpoint(tmp_path: Path) -> None:
     authority = make_authority(tmp_path)
     make_broker_certificate(tmp_path)
     pem = tmp_path / "broker.pem"  # key and certificate
-    async with grpc_endpoint(FakeInference(), GrpcOptions(tls_certificate=pem, tls_key=pem, grace_s=0.0)) as port:
+    listening = Listening(host="127.0.0.1", port=0, certificate=pem, key=pem)
+    async with grpc_endpoint(FakeInference(), listening, Admission(LIMITS)) as port:
         trusted = grpc.ssl_channel_credentials(authority.read_bytes())
         async with grpc.aio.secure_channel(f"127.0.0.1:{port}", trusted) as channel:
             assert (await Client(channel).call("ServerLive")).live
@@ -305,14 +335,22 @@ async def test_a_wrong_certificate_is_a_configuration_error(tmp_path: Path) -> N
     authority = make_authority(tmp_path)
     nothing = tmp_path / "nothing.pem"
     for certificate, key, reason in [
-        (authority, None, "needs both"),
-        (None, authority, "needs both"),
-        (nothing, nothing, "cannot use the certificate"),
-        (authority, authority, "cannot use the certificate"),  # it has no key
+        (authority, None, "must be given together"),
+        (nothing, nothing, "No such file"),
+        (authority, authority, "--serve-key"),  # it has no key
     ]:
+        listening = Listening(host="127.0.0.1", port=0, certificate=certificate, key=key)
         with pytest.raises(ConfigError, match=reason):
-            async with grpc_endpoint(FakeInference(), GrpcOptions(tls_certificate=certificate, tls_key=key)):
+            async with grpc_endpoint(FakeInference(), listening, Admission(LIMITS)):
                 pass
+
+
+async def test_an_open_port_without_token_and_tls_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r"--serve-grpc 0\.0\.0\.0:0: .* no TLS"):
+        async with grpc_endpoint(
+            FakeInference(), Listening(host="0.0.0.0", port=0, flag="--serve-grpc"), Admission(LIMITS)
+        ):
+            pass
 
 
 @pytest.mark.parametrize(
