@@ -4,7 +4,7 @@ A frame is one msgpack map with string keys and without extension types, so ever
 
     {"v": 1, "kind": "activations" | "result" | "report" | "probe" | "echo", "task": str, "attempt": int, "from": str,
      "plan": {...}                                    (in a task's first frame to a stage)
-     "report": {"edge_s": float, ...}                 (kind "report" only)
+     "report": {"edge_s": float, ...}                 (kind "report" only; of a session with "samples": float, their number)
      "pieces": [{"sample": int, "at": int, "size": int, "bytes": int, "tensors": [{"dtype", "shape"}, ...]}, ...
                 or {"samples": [int, ...], "size": int, "tensors": [...]}],
      "data": bin}
@@ -56,6 +56,8 @@ _FIRST_LOOK_BYTES = 16 * 1024  # contains most heads; the unpacker copies its in
 
 FrameKind = Literal["activations", "result", "report", "probe", "echo"]
 KINDS: tuple[FrameKind, ...] = get_args(FrameKind)
+SAMPLES = "samples"
+"""Key of a report: the number of samples that it covers, where a stage reports more than once."""
 PROBING: tuple[FrameKind, ...] = ("probe", "echo")
 """Kinds without task data."""
 
@@ -82,13 +84,16 @@ class AttemptPlan(Frozen):
         """The plan of a placement for `todo` samples."""
         latency_s = placed.overhead.latency_s if placed.overhead is not None else 0.0
         slowest_s = max(placed.parts.model_dump().values()) / placed.samples
-        streams = placed.execution is Execution.STREAMING and latency_s > 0 and slowest_s > 0
-        in_flight = min(placed.samples, math.ceil(latency_s / slowest_s)) if streams else None
+        session = placed.session is not None
+        streams = (session or placed.execution is Execution.STREAMING) and latency_s > 0 and slowest_s > 0
+        in_flight = math.ceil(latency_s / slowest_s) if streams else None
+        if in_flight is not None and not session:
+            in_flight = min(placed.samples, in_flight)
         return cls(
             task_id=placed.task_id, attempt=placed.attempt, region=region, device=placed.device, model=placed.model,
             sha256=placed.sha256, samples=placed.samples, todo=todo, execution=placed.execution,
             placement=placed.placement, input_bytes=input_bytes, in_flight=in_flight,
-            session=None if placed.session is None else True,
+            session=True if session else None,
         )  # fmt: skip
 
 
@@ -101,7 +106,7 @@ class Frame(NamedTuple):
     source: str  # the node that sends it
     pieces: Sequence[Piece] = ()
     plan: AttemptPlan | None = None
-    report: Mapping[str, float] = MappingProxyType({})  # busy seconds by part
+    report: Mapping[str, float] = MappingProxyType({})  # busy seconds by part, and `SAMPLES`
 
 
 # --- encoding --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from bus.tensors import Assembler
 from stages.fences import Fences
 from stages.network.frame_sender import FrameSender
 from stages.offsets import OffsetLedger
+from stages.sample_ranges import SampleRanges
 from stages.window import MissingResults, Window
 
 OpenDecisions = Callable[[Bus, int], Awaitable[tuple[Snapshot | None, Reader]]]
@@ -31,6 +32,7 @@ class StageComponents:
     fences: Callable[[int], Fences] = Fences
     offsets: Callable[[], OffsetLedger] = OffsetLedger  # of an edge or cloud node
     assembler: Callable[[], Assembler] = Assembler  # of one attempt on one stage
+    done: Callable[[], SampleRanges] = SampleRanges  # of one attempt on an edge or cloud node
     frame_sender: Callable[..., FrameSender] = FrameSender
     window: Callable[[], Window] = Window  # of one attempt on its device
     missing: Callable[[Iterable[int]], MissingResults] = MissingResults  # of one attempt on its device

@@ -66,6 +66,10 @@ class Fences:
         task = self._region.tasks.get(task_id)
         return 0 if task is None else task.attempt
 
+    def ended(self, task_id: str) -> bool:
+        """Whether the task is one of the remembered ones that have ended."""
+        return task_id in self._ended
+
     def fenced(self, task_id: str, attempt: int) -> bool:
         """Whether this attempt is over, so that its frames and results are dropped."""
         return task_id in self._ended or attempt < self.attempt(task_id)

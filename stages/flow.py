@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
@@ -16,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from bus import topics
 from bus.errors import BusError, DeeparError, InvariantError, ProtocolError
-from bus.frames import MAX_SAMPLE_BYTES, AttemptPlan, Frame, encode_frame
+from bus.frames import MAX_SAMPLE_BYTES, SAMPLES, AttemptPlan, Frame, encode_frame
 from bus.headers.tracing import parent_in
 from bus.port import Bus, Record, TopicPartition
 from bus.tensors import Array, Piece
@@ -26,7 +27,11 @@ from stages.network.frame_sender import FrameSender, Outgoing, Route, SenderHook
 from stages.node import Node, cause_of, detail_of
 from stages.offsets import Receipt
 from stages.runner import Station
+from stages.sample_ranges import SampleRanges
 from stages.window import MAX_WINDOW, window_of
+
+FIRST_REPORT_S, REPORT_EVERY_S = 0.1, 2.0
+"""A session's first report, and the largest interval between two."""
 
 
 class LayerRange(NamedTuple):
@@ -101,6 +106,7 @@ class Flow:
         self.closed = False
         self.active_s = asyncio.get_running_loop().time()  # last time a frame arrived or a sample was acknowledged
         self.busy_s = 0.0
+        self._computed = 0  # samples computed or relayed
         self.parent_id: str | None = None  # parent trace span, where the frames name one
         self._began_s: float | None = None  # start of the first computation on this stage
         self._opened_s = float("-inf")  # when the model was ready and the slot taken
@@ -116,7 +122,7 @@ class Flow:
         self._arrived = asyncio.Event()
         self._receipts: dict[int, list[Receipt]] = {}  # by sample, until acknowledged downstream
         self._whole: set[int] = set()  # complete samples not yet acknowledged downstream
-        self._done: set[int] = set()
+        self._done = hop.node.components.done()
         self._finished = asyncio.Event()
 
     def _check_plan(self) -> tuple[int, int, bool]:
@@ -147,9 +153,19 @@ class Flow:
         return first, last, computes
 
     @property
+    def idle(self) -> bool:
+        """Whether it is closed, or a session without work."""
+        return self.closed or (self.plan.session is not None and not self.under_way)
+
+    @property
     def under_way(self) -> int:
         """Number of samples held here and not yet acknowledged downstream."""
         return len(self._whole) + self._assembler.pending
+
+    @property
+    def finished(self) -> SampleRanges:
+        """The samples whose outputs are acknowledged downstream."""
+        return self._done
 
     @property
     def whole_samples(self) -> frozenset[int]:
@@ -212,7 +228,11 @@ class Flow:
     # --- compute -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Wait for a slot, compute all samples, and report; return when all are acknowledged."""
+        """Wait for a slot, compute all samples, and report; return when all are acknowledged.
+
+        A session computes until it is stopped. It waits for no slot: the planner booked a share of the computing time for it,
+        and expects the tasks beside it to take longer.
+        """
         node = self.node
         try:
             await self._serve()
@@ -234,18 +254,31 @@ class Flow:
             station: Station | None = None
             if self.computes:
                 await runner.prepare(self.plan, self.first, self.last)
-                await stack.enter_async_context(self.hop.stage.slot())
+                if self.plan.session is None:
+                    await stack.enter_async_context(self.hop.stage.slot())
                 station = runner.station(self.plan, self.first, self.last)
                 stack.callback(station.close)
                 self._opened_s = self._free_s = exact_clock()()  # waiting for model and slot is not computing
             sender = self._sending = self._frame_sender()
             stack.callback(self._record_spans, sender)
             async with sending(sender):
+                if self.plan.session is not None:
+                    stack.push_async_callback(_cancel, asyncio.create_task(self._report_regularly(sender)))
                 await self._work(station, sender)
 
     async def _work(self, station: Station | None, sender: FrameSender) -> None:
+        """Compute and send all samples, and report; in a session without an end."""
+        await self._compute_all(station, sender)
+        await sender.all_posted.wait()
+        # Before the acknowledgement, so that the report travels with the last result instead of one round trip later.
+        reported = await self._report(self._busy_s(sender))
+        await self._finished.wait()
+        if not reported:
+            await self._report(self._busy_s(sender))
+
+    async def _compute_all(self, station: Station | None, sender: FrameSender) -> None:
         clock = exact_clock()
-        for _ in range(self.plan.todo):
+        for _ in itertools.count() if self.plan.session is not None else range(self.plan.todo):
             while not self._ready:
                 self._arrived.clear()
                 await self._arrived.wait()
@@ -262,12 +295,24 @@ class Flow:
                 self._free_s = now
                 ready_s = now
             sender.put(Outgoing(sample, tensors, ready_s))
-        await sender.all_posted.wait()
-        # Before the acknowledgement, so that the report travels with the last result instead of one round trip later.
-        reported = await self._report(sender.busy_s)
-        await self._finished.wait()
-        if not reported:
-            await self._report(sender.busy_s)
+            self._computed += 1
+
+    async def _report_regularly(self, sender: FrameSender) -> None:
+        """Report what came since the last report, until cancelled: soon at first, since a session may be short."""
+        pause_s = FIRST_REPORT_S
+        reported: dict[str, float] = {}  # totals
+        while True:
+            await asyncio.sleep(pause_s)
+            pause_s = min(REPORT_EVERY_S, 2.0 * pause_s)
+            total = self._busy_s(sender) | {SAMPLES: float(self._computed)}
+            news = {name: value - reported.get(name, 0.0) for name, value in total.items()}
+            if news[SAMPLES] and await self._report(news):
+                reported = total
+
+    def _busy_s(self, sender: FrameSender) -> dict[str, float]:
+        """Busy times of this stage so far, by part."""
+        busy_s = {f"{self._route.part}_s": sender.busy_s}
+        return busy_s | ({f"{self.hop.stage.part}_s": self.busy_s} if self.computes else {})
 
     def _record_spans(self, sender: FrameSender) -> None:
         """Record the trace spans of this stage."""
@@ -308,19 +353,16 @@ class Flow:
         for sample in samples:
             for receipt in self._receipts.pop(sample, ()):
                 receipt.release()
-        if len(self._done) >= self.plan.todo:
+        if len(self._done) >= self.plan.todo and self.plan.session is None:
             self._finished.set()
 
-    async def _report(self, sending_s: float) -> bool:
-        """Send the measured times to the device, and return whether the bus has them.
+    async def _report(self, busy_s: dict[str, float]) -> bool:
+        """Send measured times to the device, and return whether the bus has them.
 
         Reports are not shaped, because they are not task data.
         """
         plan, node = self.plan, self.node
-        busy = {f"{self._route.part}_s": sending_s}
-        if self.computes:
-            busy[f"{self.hop.stage.part}_s"] = self.busy_s
-        frame = Frame("report", plan.task_id, plan.attempt, node.settings.name, report=busy)
+        frame = Frame("report", plan.task_id, plan.attempt, node.settings.name, report=busy_s)
         try:
             await self._results_bus().send(topics.RESULTS, encode_frame(frame), key=plan.device)
         except BusError as error:
@@ -347,3 +389,9 @@ class Flow:
                 receipt.release()
         self._receipts.clear()
         self._ready.clear()
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

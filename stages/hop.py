@@ -87,8 +87,8 @@ class Hop:
             self._prober = Prober(node.settings.name, way, node.heartbeat_now)
 
     def idle(self) -> bool:
-        """Whether no flow is open."""
-        return all(flow.closed for flow in self.flows.values())
+        """Whether no flow has work."""
+        return all(flow.idle for flow in self.flows.values())
 
     def _echo_bus(self, topic: str) -> Bus:
         """The bus for answers: as for results, the site of this edge."""
@@ -130,8 +130,8 @@ class Hop:
                 await self._echo_bus(topics.RESULTS).prepare_topic(topics.RESULTS)
 
     async def drain(self) -> None:
-        """Return when all flows have ended."""
-        while any(not flow.closed for flow in self.flows.values()):
+        """Return when all flows have ended, except sessions: the planner moves them, or another cloud stage takes over."""
+        while any(not flow.closed and flow.plan.session is None for flow in self.flows.values()):
             await asyncio.sleep(0.05)
 
     def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:

@@ -199,6 +199,9 @@ class _LitertStation:
         self._queued_s += queued_s
         return outputs
 
+    def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
+        return None
+
     def close(self) -> None:
         self._segment.release()
 
@@ -239,6 +242,9 @@ class _InlineStation(_LitertStation):
         if not self._segment.idle:  # checked after the sleep, during which another task may take the interpreter
             return await super().run(sample, inputs, ready_s)
         return self._segment.run(inputs)
+
+    def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
+        return self._segment.run(inputs) if self._segment.idle else None
 
 
 def _dataset(name: str, start: int, specs: Sequence[TensorSpec]) -> Callable[[int], list[Array]]:

@@ -34,6 +34,9 @@ class Station(Protocol):
         Returns when a platform of the announced speed would be done. Call it for one sample at a time.
         """
 
+    def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
+        """Compute a sample at once, on the event loop; None where that would make other tasks wait too long."""
+
     def close(self) -> None:
         """Release the station when the task has ended."""
 
@@ -138,6 +141,9 @@ class _ModelledStation:
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
         await sleep_until(self._pace_clock.done_at(ready_s, self._busy_s))
         return self._output
+
+    def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
+        return None  # it takes time
 
     def close(self) -> None:
         pass

@@ -25,7 +25,8 @@ def window_of(plan: AttemptPlan, cut_bytes: Sequence[int]) -> int:
 
     To `window_samples` it adds those that are neither at a station nor in a queue, because the links have latencies.
     """
-    window, placement = window_samples(plan.execution, cut_bytes), plan.placement
+    execution = plan.execution if plan.session is None else Execution.STREAMING
+    window, placement = window_samples(execution, cut_bytes), plan.placement
     if plan.in_flight is None:
         return window
     sizes = (plan.input_bytes, *cut_bytes[1:]) if plan.input_bytes is not None else cut_bytes

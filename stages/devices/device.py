@@ -34,9 +34,10 @@ from bus.messages import (
 from bus.port import Bus, Reader, Record
 from bus.tensors import Array
 from bus.values import Role
-from stages.devices.attempt import DeviceAttempt, DeviceTask, ResultSink
+from stages.devices.attempt import DeviceAttempt, DeviceTask, ResultSink, RunningAttempt
 from stages.devices.requests import DeviceClient, DeviceRequest
 from stages.devices.session import DeviceSession, Keep
+from stages.devices.session_attempt import SessionAttempt
 from stages.frame_authorization import FrameAuthorization
 from stages.measuring.clock import exact_clock
 from stages.measuring.peers import MAX_PROBED_EDGES, LinkToPeers, edges_to_probe
@@ -133,8 +134,11 @@ class Device:
                 self.node.log.warning("site of an edge not reached yet", edge=edge, error=str(error))
 
     def idle(self) -> bool:
-        """Whether no attempt runs."""
-        return not any(task.running and not task.running.done() for task in self.tasks.values())
+        """Whether nothing is computed or sent: no task runs, and no session has frames under way."""
+        return not any(
+            self._runs(task_id) and (task.task.session is None or (task.attempt is not None and task.attempt.under_way))
+            for task_id, task in self.tasks.items()
+        )
 
     def _aim(self) -> None:
         """Probe the edges that this device may use."""
@@ -187,15 +191,19 @@ class Device:
         return topics.partition_of(self.node.settings.name, await site.partitions(topics.RESULTS))
 
     async def drain(self) -> None:
-        """Start no new attempts and return when the running ones have ended."""
+        """Start no new attempts, close the sessions, and return when the running attempts have ended."""
         self._draining = True
         self._fail_clients("draining", "the device drains", lambda client: not self._runs(client.submitted.task_id))
-        while not self.idle():
+        for client in self._clients.values():
+            if isinstance(client, DeviceSession):
+                client.drain()
+        while any(self._runs(task_id) for task_id in self.tasks):
             await asyncio.sleep(0.05)
 
     def _runs(self, task_id: str) -> bool:
+        """Whether an attempt at a task runs."""
         known = self.tasks.get(task_id)
-        return known is not None and known.running is not None
+        return known is not None and known.running is not None and not known.running.done()
 
     # --- requests and sessions of applications in this process -----------------------------------------------------------
 
@@ -235,7 +243,8 @@ class Device:
         del self._submissions[submitted.task_id]
 
     def _cancel(self, task_id: str) -> None:
-        self._clients.pop(task_id, None)
+        if (known := self.tasks.get(task_id)) is not None:
+            self._stop(known)
         if self._group is not None:
             self._spawn(self._cancel_task(task_id), f"cancel {task_id}")
 
@@ -264,7 +273,7 @@ class Device:
 
     async def complete(self, completed: TaskCompleted) -> None:
         """Report a task with all its results to the application and the planner."""
-        if (client := self._clients.pop(completed.task_id, None)) is not None:
+        if (client := self._clients.get(completed.task_id)) is not None:
             client.complete(completed)
         await self.node.publish(topics.EVENTS, completed, completed.task_id)
 
@@ -320,7 +329,7 @@ class Device:
         self._fail_clients(
             "input_lost",
             "the device missed how the task ended",
-            lambda client: (task_id := client.submitted.task_id) in gone or self.node.fences.fenced(task_id, 1 << 30),
+            lambda client: (task_id := client.submitted.task_id) in gone or self.node.fences.ended(task_id),
         )
 
     def _remember(self, task: TaskSubmitted) -> None:
@@ -333,15 +342,20 @@ class Device:
         placed = self.node.fences.placed(start.task_id)
         if known is None or placed is None or placed.attempt != start.attempt or self._group is None or self._draining:
             return
+        client = self._clients.get(start.task_id)
+        if client.abandoned if client is not None else known.task.session is not None:
+            return  # its cancellation is on its way to the planner
         self._stop(known)
         if known.started_s is None:
             known.started_s = exact_clock()()
         todo = [sample for sample in range(known.task.samples) if sample not in known.results]
         plan = AttemptPlan.of(placed, region=region, todo=max(1, len(todo)), input_bytes=known.task.input_bytes)
         patience_s = STALL_S + STALL_SAMPLES * placed.parts.total_s / placed.samples
-        client = self._clients.get(start.task_id)
-        on_result = client.show if isinstance(client, DeviceRequest) else self._on_result
-        known.attempt = self._make_attempt(self, known, plan, todo, on_result, patience_s)
+        if isinstance(client, DeviceSession):
+            known.attempt = SessionAttempt(self, client, plan, patience_s)
+        else:
+            on_result = self._on_result if client is None else client.show
+            known.attempt = self._make_attempt(self, known, plan, todo, on_result, patience_s)
         known.running = self._group.create_task(
             known.attempt.run(), name=f"{self.node.settings.name}: {start.task_id}/{start.attempt}"
         )
@@ -351,6 +365,8 @@ class Device:
             task.running.cancel()
         task.running = None
         task.attempt = None
+        if isinstance(client := self._clients.get(task.task.task_id), DeviceSession):
+            client.interrupt()
 
     # --- results -----------------------------------------------------------------------------------------------------
 
@@ -420,7 +436,7 @@ class Device:
         except ProtocolError as error:
             await self.node.dead_letter(record, error)
 
-    def attempt_for(self, frame: Frame) -> DeviceAttempt | None:
+    def attempt_for(self, frame: Frame) -> RunningAttempt | None:
         """The running attempt that a frame of results belongs to; None where its attempt is fenced or its task has ended."""
         known = self.tasks.get(frame.task_id)
         if known is None or known.attempt is None or known.attempt.plan.attempt != frame.attempt:

@@ -37,6 +37,10 @@ class SessionEndedError(UnansweredError):
     """The session ended before the answer, or takes no more frames."""
 
 
+class SampleFailedError(UnansweredError):
+    """The model failed on this sample."""
+
+
 class FrameDroppedError(UnansweredError):
     """A newer frame replaced this one before it was sent, or the session's queue was full."""
 

@@ -19,6 +19,10 @@ class DeviceClient(Protocol):
 
     submitted: TaskSubmitted
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for answers any more, though the planner may not know yet."""
+
     def place(self, placed: Placed) -> None:
         """The planner placed the task, or a new attempt at it."""
 
@@ -66,6 +70,11 @@ class DeviceRequest:
             self._on_cancel()
 
     # --- called by the device ----------------------------------------------------------------------------------------
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for results any more, though the planner may not know yet."""
+        return self._error is not None
 
     def inputs(self, sample: int) -> list[Array]:
         """The input tensors of a sample."""

@@ -21,6 +21,8 @@ MAX_WAITING = 1024
 """Frames of a session with `Keep.ALL` that may wait; more are dropped with an error."""
 
 Answer = asyncio.Future[list[Array]]
+InstantComputing = Callable[[list[Array]], list[Array] | None]
+"""Computes a frame at once, or returns None where it would have to wait. Raises `UnansweredError`."""
 
 
 class Keep(StrEnum):
@@ -36,7 +38,7 @@ class PushedFrame:
 
     tensors: list[Array]
     answer: Answer
-    taken_s: float = 0.0  # when the current attempt took it, on the loop's clock
+    taken_s: float | None = None  # when the last attempt took it, on the loop's clock; None: none has
 
 
 class DeviceSession:
@@ -50,14 +52,16 @@ class DeviceSession:
         self.placed: Placed | None = None  # the latest placement; None: not placed yet
         self.answered = 0  # frames with an answer
         self.dropped = 0  # frames that ended with `FrameDroppedError`
-        self._keep = keep
+        self.keep = keep
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[PushedFrame] = deque()
         self._under_way: dict[int, PushedFrame] = {}  # by number in the current attempt
         self._taken = 0  # frames that the current attempt has taken: the next number
         self._closing = False
+        self._stopped = False  # the attempt failed
+        self._completed = False
         self._error: SessionEndedError | None = None
-        self._compute: Callable[[list[Array]], list[Array] | None] | None = None
+        self._compute: InstantComputing | None = None
         self._serves = asyncio.Event()  # an attempt takes frames, or the session is over
         self._changed = asyncio.Event()  # a frame waits, or the session closes
         self._over = asyncio.Event()
@@ -84,13 +88,17 @@ class DeviceSession:
             raise self._error or SessionEndedError("closed", "the session is closed", repeatable=True)
         answer: Answer = self._loop.create_future()
         if self._compute is not None and not self._waiting and not self._under_way:
-            outputs = self._compute(tensors)
+            try:
+                outputs = self._compute(tensors)
+            except UnansweredError as error:
+                _give_up(answer, error)
+                return answer
             if outputs is not None:
                 self.answered += 1
                 answer.set_result(outputs)
                 return answer
         frame = PushedFrame(tensors, answer)
-        if self._keep is Keep.LATEST and self._waiting:
+        if self.keep is Keep.LATEST and self._waiting and self._waiting[-1].taken_s is None:
             self._drop(self._waiting.pop(), "a newer frame replaced it")
         elif len(self._waiting) >= MAX_WAITING:
             self._drop(frame, f"{MAX_WAITING} frames wait already")
@@ -107,8 +115,7 @@ class DeviceSession:
 
     async def close(self) -> None:
         """Take no more frames; return when all that were pushed have their answer and the session is over."""
-        self._closing = True
-        self._changed.set()
+        self.drain()
         if self.placed is None and not self._waiting:
             self.cancel()
         await self._over.wait()
@@ -123,6 +130,11 @@ class DeviceSession:
         self.dropped += 1
         _give_up(frame.answer, FrameDroppedError("dropped", why, repeatable=True))
 
+    def drain(self) -> None:
+        """Take no more frames, as with `close`; nobody waits."""
+        self._closing = True
+        self._changed.set()
+
     # --- called by the device ----------------------------------------------------------------------------------------
 
     def place(self, placed: Placed) -> None:
@@ -131,6 +143,7 @@ class DeviceSession:
 
     def complete(self, completed: TaskCompleted) -> None:
         """The session is closed and every frame has its answer."""
+        self._completed = True
         self.fail("closed", "the session is closed", repeatable=True)
 
     def end(self, ended: Ended) -> None:
@@ -153,24 +166,35 @@ class DeviceSession:
 
     # --- called by the attempt ---------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """A new attempt begins: frames under way wait again, before the others."""
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for answers any more, though the planner may not know yet."""
+        return self._error is not None and not self._completed
+
+    def interrupt(self) -> None:
+        """The attempt is over: frames under way wait again, before the others."""
         self._compute = None
-        self._serves.clear()
+        if self._error is None:
+            self._serves.clear()
         self._waiting.extendleft(reversed(self._under_way.values()))
         self._under_way.clear()
         self._taken = 0
-        if self._waiting or self._closing:
-            self._changed.set()
+        self._stopped = False
+        self._changed.set()
 
-    def serve(self, compute: Callable[[list[Array]], list[Array] | None] | None) -> None:
-        """The attempt takes frames from now on. `compute` computes one at once, or returns None where it has to wait."""
+    def stop(self) -> None:
+        """Let `take` return None from now on: the attempt failed."""
+        self._stopped = True
+        self._changed.set()
+
+    def serve(self, compute: InstantComputing | None = None) -> None:
+        """The attempt takes frames from now on; with `compute` it answers a frame at once where it can."""
         self._compute = compute
         self._serves.set()
 
     async def take(self) -> tuple[int, PushedFrame] | None:
-        """The next frame and its number in the attempt; None when the session is closed and no frame waits."""
-        while True:
+        """The next frame and its number in the attempt; None when the session is closed and no frame waits, or stopped."""
+        while not self._stopped:
             while self._waiting:
                 frame = self._waiting.popleft()
                 if frame.answer.done():
@@ -184,6 +208,7 @@ class DeviceSession:
                 return None
             self._changed.clear()
             await self._changed.wait()
+        return None
 
     def answer(self, number: int, outputs: list[Array]) -> PushedFrame | None:
         """Answer a frame; returns it, or None if it was answered before."""

@@ -32,6 +32,8 @@ TENSORS_BYTES = 20
 LAST_HEADS = 8
 """The last frames of a task shrink, but carry at least this many times the size of their head."""
 RETRY_S = 0.2
+PLAN_EVERY_S = 5.0
+"""A session's frames carry its plan again after this long, for a stage that takes over or has dropped its idle flow."""
 
 
 class Route(NamedTuple):
@@ -102,7 +104,7 @@ class FrameSender:
         headers: Headers = (),
     ) -> None:
         """The plan (with activations only) and `headers` go with the first frame, and again with the first frame after each
-        resend. `source` is the name of the sending node.
+        resend; a session repeats its plan. `source` is the name of the sending node.
         """
         self._bus = bus
         self._plan = plan
@@ -112,10 +114,11 @@ class FrameSender:
         self._headers = headers
         self._headers_due = True
         self._plan_due = route.kind == "activations"
+        self._plan_sent_s = float("inf")  # when the plan was sent last; never in a task
         self._rate_bps = min((grant.rate_bps for grant in route.grants), default=1 << 40)
         self._frame_bytes = 0  # data per frame; chosen at the first sample, because all samples have the same size
         self._last_bytes = 0  # lower limit for the data in a task's last frames
-        self._to_come = plan.todo  # samples not passed to `put` yet
+        self._to_come = plan.todo if plan.session is None else 1 << 62  # samples not passed to `put` yet
         self._waiting: deque[Outgoing] = deque()
         self._begun: list[Outgoing] = []  # samples in the frame being sent
         self._traced = tuple(grant for grant in route.grants if grant.link.shares is not None)
@@ -225,7 +228,7 @@ class FrameSender:
         route = self._route
         clock = exact_clock()
         while True:
-            plan = self._plan if self._plan_due else None
+            plan = self._plan if self._plan_due or clock() - self._plan_sent_s >= PLAN_EVERY_S else None
             payload = encode_frame(
                 Frame(self._route.kind, self._plan.task_id, self._plan.attempt, self._source, pieces, plan)
             )
@@ -235,7 +238,7 @@ class FrameSender:
             if self._delays:
                 if generation == self._generation:
                     headers = self._headers if self._headers_due else ()
-                    self._plan_due = self._headers_due = False
+                    self._introduced(plan is not None)
                     latency_s = sum(grant.link.latency_s(crossed_s) for grant in route.grants)
                     self._arriving.put(_Crossed(payload, headers, done, begun, waited), crossed_s + latency_s)
                 return
@@ -254,8 +257,14 @@ class FrameSender:
         if generation != self._generation:
             _forget(acknowledgement)
             return
-        self._plan_due = self._headers_due = False
+        self._introduced(plan is not None)
         self._posted(_Sent(acknowledgement, done, begun, len(payload) if waited else 0))
+
+    def _introduced(self, with_plan: bool) -> None:
+        """Note that a frame is on its way that brings the headers, if they were due, and perhaps the plan."""
+        self._plan_due = self._headers_due = False
+        if with_plan and self._plan.session is not None and self._route.kind == "activations":
+            self._plan_sent_s = exact_clock()()
 
     def _crossed(self, ready_s: float, now: float) -> bool:
         """Count the link time of a frame that was ready at `ready_s` and has crossed now; returns whether it had to wait.

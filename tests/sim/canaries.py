@@ -31,7 +31,7 @@ from planner.service.leader_term import LeaderTerm
 from planner.service.service import PlannerService, ServiceComponents
 from stages.cloud_stage import CloudStage
 from stages.components import StageComponents
-from stages.devices.attempt import DeviceAttempt
+from stages.devices.attempt import DeviceAttempt, RunningAttempt
 from stages.devices.device import Device
 from stages.edge_stage import EdgeStage
 from stages.fences import Fences
@@ -116,7 +116,7 @@ class ForgetfulDevice(Device):
 class UnfencedDevice(Device):
     """Takes results of fenced attempts like any other."""
 
-    def attempt_for(self, frame: Frame) -> DeviceAttempt | None:
+    def attempt_for(self, frame: Frame) -> RunningAttempt | None:
         known = self.tasks.get(frame.task_id)
         return None if known is None else known.attempt
 

@@ -127,6 +127,9 @@ class _CheckedStation:
         await self._inner.run(sample, inputs, ready_s)
         return [content(self._task_id, sample, self._last)]
 
+    def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
+        return None
+
     def close(self) -> None:
         self._inner.close()
         self._runner.closed()

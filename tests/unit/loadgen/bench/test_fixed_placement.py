@@ -96,6 +96,9 @@ class LateStation:
         await asyncio.sleep(0.02)
         return outputs
 
+    def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
+        return None
+
     def close(self) -> None:
         self._inner.close()
 

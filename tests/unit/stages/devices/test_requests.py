@@ -42,6 +42,9 @@ class EchoRunner(ModelledRunner):
                 await inner.run(sample, inputs, ready_s)
                 return inputs
 
+            def run_now(self, inputs: list[Array]) -> list[Array] | None:
+                return None
+
             def close(self) -> None:
                 inner.close()
 

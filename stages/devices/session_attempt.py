@@ -1,0 +1,218 @@
+"""One attempt at a session on its device: takes frames as the window allows, and answers them.
+
+Frames are numbered by the attempt in the order in which they are sent, so that the stages see no gaps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+
+from bus.errors import InvariantError, ProtocolError
+from bus.frames import AttemptPlan, Frame
+from bus.messages import TaskCompleted
+from bus.tensors import Array
+from stages.devices.attempt import profile_for, reporting_failures, require_result
+from stages.devices.edge_path import DeviceWork, EdgePath
+from stages.devices.endings import SampleFailedError
+from stages.devices.session import DeviceSession, Keep
+from stages.devices.stage_reports import StageReports
+from stages.measuring.clock import exact_clock
+from stages.network.frame_sender import FrameSender, Outgoing
+from stages.node import cause_of, detail_of
+from stages.runner import Station
+from stages.window import window_of
+
+SLACK_S = 0.05
+"""Latency beyond the prediction for which the window of a session with `Keep.LATEST` has room."""
+
+
+class SessionAttempt:
+    """Computes or sends the frames of a session (`stages.devices.attempt.RunningAttempt`)."""
+
+    def __init__(self, device: DeviceWork, session: DeviceSession, plan: AttemptPlan, patience_s: float) -> None:
+        self.plan = plan
+        self.window = 0
+        self._device, self._session = device, session
+        self._station: Station | None = None
+        self._device_s = self._delay_s = 0.0  # sums over the answered frames
+        self._answered = 0
+        self._began_s: float | None = None  # start of the first computation on this device
+        self._computed_s = float("-inf")  # end of the last computation
+        components = device.node.components
+        self._reports = StageReports(plan.placement)
+        self._assembler = components.assembler()
+        self._window = components.window()
+        self._changed = asyncio.Event()  # a frame was answered, or the attempt failed
+        self._failure: Exception | None = None
+        self._path = EdgePath(device, plan, patience_s=patience_s, missing=lambda: self.under_way, abort=self._abort)
+
+    @property
+    def under_way(self) -> int:
+        """Frames taken without an answer yet."""
+        return self._session.under_way
+
+    async def run(self) -> None:
+        """Answer frames until the session is closed, and report to the planner."""
+        async with reporting_failures(self._device, self.plan):
+            await self._serve()
+            await self._finish()
+
+    async def _serve(self) -> None:
+        node, plan = self._device.node, self.plan
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._record_span)
+            if cut1 := plan.placement.cut1:
+                await node.runner.prepare(plan, 0, cut1)
+                self._station = node.runner.station(plan, 0, cut1)
+                stack.callback(self._station.close)
+            if plan.placement.edge is None:
+                await self._compute_all()
+                return
+            sender = await stack.enter_async_context(self._path.open())
+            await self._send_all(sender)
+            self._reports.add("link1_s", sender.busy_s, self._answered)
+
+    # --- on the device alone -----------------------------------------------------------------------------------------
+
+    async def _compute_all(self) -> None:
+        """Answer every frame here; frames that can be computed at once do not come to this loop."""
+        self.window = 1
+        self._session.serve(self._compute_now)
+        while (taken := await self._session.take()) is not None:
+            number, frame = taken
+            assert frame.taken_s is not None
+            try:
+                outputs, _ = await self._compute(number, frame.tensors, frame.taken_s)
+            except InvariantError:
+                raise
+            except Exception as error:  # the model cannot compute this frame; others it may
+                self._session.refuse(number, SampleFailedError(cause_of(error), detail_of(error), repeatable=False))
+            else:
+                self._answer(number, outputs)
+
+    def _compute_now(self, tensors: list[Array]) -> list[Array] | None:
+        assert self._station is not None
+        clock = exact_clock()
+        begin_s = clock()
+        try:
+            outputs = self._station.run_now(tensors)
+        except InvariantError:
+            raise
+        except Exception as error:
+            raise SampleFailedError(cause_of(error), detail_of(error), repeatable=False) from error
+        if outputs is not None:
+            now = clock()
+            self._count(begin_s, now)
+            self._delay_s += now - begin_s
+            self._answered += 1
+        return outputs
+
+    async def _compute(self, number: int, tensors: list[Array], ready_s: float) -> tuple[list[Array], float]:
+        """The outputs of this device's layers, and when they were ready."""
+        station = self._station
+        if station is None:
+            return tensors, ready_s
+        waited_s = station.waited_s
+        outputs = await station.run(number, tensors, ready_s)
+        now = exact_clock()()
+        self._count(min(now, max(ready_s, self._computed_s) + station.waited_s - waited_s), now)
+        return outputs, now
+
+    def _count(self, begin_s: float, end_s: float) -> None:
+        self._began_s, self._computed_s = begin_s if self._began_s is None else self._began_s, end_s
+        self._device_s += end_s - begin_s
+        self._device.node.busy("device_s", self.plan.task_id, begin_s, end_s)
+
+    # --- through an edge ---------------------------------------------------------------------------------------------
+
+    async def _send_all(self, sender: FrameSender) -> None:
+        """Send every frame as the window allows; return when the session is closed and all are answered."""
+        self.window = self._window_size()
+        self._window.open(self.window)
+        self._session.serve()
+        while True:
+            await self._window.take()  # first, so that frames that no place is free for can still be replaced
+            if self._failure:
+                raise self._failure
+            taken = await self._session.take()
+            if self._failure:
+                raise self._failure
+            if taken is None:
+                break
+            number, frame = taken
+            assert frame.taken_s is not None
+            self._path.progress(frame.taken_s)
+            tensors, ready_s = await self._compute(number, frame.tensors, frame.taken_s)
+            sender.put(Outgoing(number, tensors, ready_s))
+        while self.under_way:
+            self._changed.clear()
+            await self._changed.wait()
+            if self._failure:
+                raise self._failure
+
+    def _window_size(self) -> int:
+        """Frames that may be under way: few where only the latest counts, else as many as a task's."""
+        session, node = self._session, self._device.node
+        window = window_of(self.plan, profile_for(node, self.plan.model).cut_bytes)
+        placed, terms = session.placed, session.submitted.session
+        if session.keep is Keep.ALL or placed is None or terms is None:
+            return window
+        return min(window, 2 + math.ceil(terms.rate_hz * (placed.delay_s + SLACK_S)))
+
+    def _abort(self, error: Exception) -> None:
+        self._failure = error
+        self._window.wake()
+        self._session.stop()
+        self._changed.set()
+
+    def take(self, frame: Frame) -> None:
+        """Process a frame of results or a report. Raises `ProtocolError` where the frame is unusable."""
+        if frame.kind == "report":
+            self._reports.take(frame)
+            return
+        require_result(frame)
+        for piece in frame.pieces:
+            try:
+                whole = self._assembler.add(piece)
+            except ProtocolError as error:
+                if error.cause == "missing_chunk":
+                    continue  # the sending stage sends the sample again
+                self._abort(error)
+                raise
+            if whole is not None:
+                self._answer(piece.sample, whole)
+
+    def _answer(self, number: int, outputs: list[Array]) -> None:
+        frame = self._session.answer(number, outputs)
+        if frame is None:
+            self._device.node.status.count("duplicates_suppressed")
+            return
+        assert frame.taken_s is not None
+        now = exact_clock()()
+        self._delay_s += now - frame.taken_s
+        self._answered += 1
+        self._path.progress(now)
+        self._window.give()
+        self._changed.set()
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def _record_span(self) -> None:
+        """Record the trace span of computing."""
+        self._device.node.span("device", self.plan, self._began_s, self._computed_s, self._device_s)
+
+    async def _finish(self) -> None:
+        if self._answered:
+            await self._reports.arrive()
+        count = max(1, self._answered)
+        message = TaskCompleted(
+            task_id=self.plan.task_id,
+            attempt=self.plan.attempt,
+            node=self._device.node.settings.name,
+            measured=self._reports.parts().model_copy(update={"device_s": self._device_s / count}),
+            delay_s=self._delay_s / count,
+            cloud=self._reports.cloud,
+        )
+        await self._device.complete(message)

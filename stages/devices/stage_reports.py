@@ -1,0 +1,69 @@
+"""What the other stages of an attempt report to its device: their busy times.
+
+A stage reports once at the end of a task; in a session it reports every few seconds what came since its last report, with the
+number of samples.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+
+from bus.frames import SAMPLES, Frame
+from bus.values import Parts, Placement, is_node_name
+
+REPORTS_S = 1.0
+"""Timeout for the reports of the other stages, counted from the last result."""
+
+
+class StageReports:
+    """The reports of one attempt."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.cloud: str | None = None  # the cloud node that reported
+        self._expected = _reported_parts(placement)
+        self._busy_s: dict[str, float] = {}  # by part
+        self._samples: Counter[str] = Counter()  # by part, where reports say it
+        self._complete = asyncio.Event()
+        if not self._expected:
+            self._complete.set()
+
+    def take(self, frame: Frame) -> None:
+        """Add a report."""
+        samples = frame.report.get(SAMPLES, 0.0)
+        for part, busy_s in frame.report.items():
+            if part != SAMPLES:
+                self.add(part, busy_s, int(samples))
+        if "cloud_s" in frame.report and is_node_name(frame.source):
+            self.cloud = frame.source
+        if self._expected <= self._busy_s.keys():
+            self._complete.set()
+
+    def add(self, part: str, busy_s: float, samples: int = 0) -> None:
+        """Add a busy time of one part."""
+        self._busy_s[part] = self._busy_s.get(part, 0.0) + busy_s
+        self._samples[part] += samples
+
+    async def arrive(self) -> None:
+        """Wait until every stage of the placement has reported, for a limited time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REPORTS_S):
+                await self._complete.wait()
+
+    def parts(self) -> Parts:
+        """All busy times; in a session the means per sample."""
+        means = {part: busy_s / max(1, self._samples[part]) for part, busy_s in self._busy_s.items()}
+        return Parts(**{part: mean for part, mean in means.items() if part in Parts.model_fields})
+
+
+def _reported_parts(placement: Placement) -> set[str]:
+    """Names of the parts that other stages report."""
+    parts: set[str] = set()
+    if placement.uses_slot:
+        parts.add("edge_s")
+    if placement.uses_cloud:
+        parts |= {"link2_s", "cloud_s"}
+    if placement.edge is not None:
+        parts.add("result_s")
+    return parts

@@ -1,0 +1,208 @@
+"""A device, an edge and two cloud stages with a scripted planner, in virtual time.
+
+The model adds one to every byte in each of its layers, so that an answer shows whose it is and that no layer was left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from bus import messages, topics
+from bus.frames import AttemptPlan, decode_frame
+from bus.memory.bus import MemoryBroker, MemoryBus
+from bus.messages import (
+    Admitted,
+    Change,
+    Decision,
+    Ended,
+    EpochOpened,
+    HandleInput,
+    Placed,
+    PlacedSession,
+    Retried,
+    SessionTerms,
+    Start,
+    TaskCompleted,
+    TaskFailed,
+    TaskState,
+    TaskSubmitted,
+)
+from bus.tensors import Array
+from bus.topics import Partitions
+from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
+from stages.components import StageComponents
+from stages.devices.device import Device
+from stages.devices.session import DeviceSession, Keep
+from stages.hop import Hop, hop_of
+from stages.node import Node, NodeSettings
+from stages.runner import ModelledRunner, Station
+
+SIZE = 64
+PROFILE = ModelProfile(
+    model="toy", sha256="0" * 64, platform="p", layer_names=("a", "b", "c"), layer_s=(0.01,) * 3, cut_bytes=(SIZE,) * 4
+)
+LAYERS = 3
+ALONE = Placement(kind=Kind.DEVICE, cut1=3, cut2=3, cut1_name="c", cut2_name="c")
+AT_EDGE = Placement(kind=Kind.DEVICE_EDGE, edge="e", cut1=1, cut2=3, cut1_name="a", cut2_name="c", link1_bps=4_000_000)
+EVERYWHERE = Placement(
+    kind=Kind.DEVICE_EDGE_CLOUD, edge="e", cut1=1, cut2=2, cut1_name="a", cut2_name="b", link1_bps=4_000_000,
+    link2_bps=4_000_000,
+)  # fmt: skip
+RATE_HZ = 30.0
+SESSION = TaskSubmitted(
+    task_id="s", device="d", model="toy", samples=1, input=HandleInput(handle="s"),
+    session=SessionTerms(rate_hz=RATE_HZ),
+)  # fmt: skip
+
+
+class AddingRunner(ModelledRunner):
+    """Takes the profile's times and adds one to each byte in each layer."""
+
+    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
+        return _Adding(super().station(plan, first, last), last - first)
+
+
+class _Adding:
+    waited_s = 0.0
+
+    def __init__(self, inner: Station, layers: int) -> None:
+        self._inner, self._layers = inner, layers
+
+    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
+        await self._inner.run(sample, inputs, ready_s)
+        return [array + np.uint8(self._layers) for array in inputs]
+
+    def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
+        return None
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def frame(number: int) -> list[Array]:
+    """The input of a frame: its number, so that answers cannot be mixed up."""
+    array = np.zeros(SIZE, np.uint8)
+    array[:8] = np.frombuffer(number.to_bytes(8, "little"), np.uint8)
+    return [array]
+
+
+def answers(number: int, outputs: list[Array]) -> bool:
+    """Whether these are the outputs of that frame."""
+    return len(outputs) == 1 and np.array_equal(outputs[0], frame(number)[0] + np.uint8(LAYERS))
+
+
+class ScriptedRegion:
+    """The nodes, and the planner's pen."""
+
+    def __init__(self, broker: MemoryBroker, bus: MemoryBus) -> None:
+        self.broker, self._bus = broker, bus
+        self.nodes: dict[str, Node] = {}
+        self.works: dict[str, Device | Hop] = {}
+        self.running: dict[str, asyncio.Task[None]] = {}
+        self._seq = 0
+
+    def start(self, settings: NodeSettings, runner: ModelledRunner, components: StageComponents | None = None) -> None:
+        """Start a process of a node."""
+        node = Node(self._bus, settings, runner, components=components)
+        self.nodes[settings.name] = node
+        work = self.works[settings.name] = Device(node) if settings.role is Role.DEVICE else hop_of(node)
+        self.running[settings.name] = asyncio.create_task(node.run(work))
+
+    async def kill(self, name: str) -> None:
+        """End a process without draining it."""
+        self.running[name].cancel()
+        await asyncio.wait([self.running.pop(name)])
+
+    @property
+    def device(self) -> Device:
+        work = self.works["d"]
+        assert isinstance(work, Device)
+        return work
+
+    def hop(self, name: str) -> Hop:
+        work = self.works[name]
+        assert isinstance(work, Hop)
+        return work
+
+    async def decide(self, *changes: Change) -> None:
+        """Publish a decision, and wait until the nodes have read it."""
+        self._seq += 1
+        decision = Decision(
+            region=0, epoch=1, nonce="n", seq=self._seq, now_s=0.0, inputs={}, changes=changes, ledger_hash="h"
+        )
+        await self._bus.send(topics.DECISIONS, messages.encode(decision), key="0", partition=0)
+        await asyncio.sleep(0.05)
+
+    async def open(self, placement: Placement, keep: Keep = Keep.ALL) -> DeviceSession:
+        """A session that is placed and ready."""
+        session = self.device.open_session(SESSION, keep)
+        await self.decide(Admitted(task=SESSION), *placed_and_started(placement))
+        await session.ready()
+        return session
+
+    async def move(self, placement: Placement, attempt: int, cause: str = "node_lost") -> None:
+        """Place the session anew."""
+        retried = Retried(task_id="s", attempt=attempt, cause=cause)
+        await self.decide(retried, *placed_and_started(placement, attempt))
+
+    async def close(self, session: DeviceSession) -> TaskCompleted:
+        """Close the session; returns what the device reported."""
+        await session.close()
+        await asyncio.sleep(0.05)
+        await self.decide(Ended(task_id="s", attempt=1, state=TaskState.COMPLETED))
+        completed = self.events()[-1]
+        assert isinstance(completed, TaskCompleted)
+        return completed
+
+    def events(self) -> list[TaskCompleted | TaskFailed]:
+        """What the nodes reported about tasks."""
+        log = self.broker.logs(topics.EVENTS)[0]
+        found = [messages.decode(topics.EVENTS, record.value) for record in log.read(0, log.end)]
+        return [event for event in found if isinstance(event, TaskCompleted | TaskFailed)]
+
+    def frames(self, topic: str) -> list[Any]:
+        """The frames on a topic."""
+        return [decode_frame(record.value) for log in self.broker.logs(topic) for record in log.read(0, log.end)]
+
+
+def placed_and_started(placement: Placement, attempt: int = 1) -> tuple[Change, ...]:
+    """The decision's changes for the session's placement."""
+    return (
+        Placed(
+            task_id="s", attempt=attempt, device="d", model="toy", sha256="0" * 64, samples=1, policy="p",
+            objective=Objective.PIPELINED, execution=Execution.STREAMING, placement=placement, start_s=0.0,
+            wait_s=0.0, delay_s=0.03, parts=Parts(device_s=0.01, edge_s=0.01, cloud_s=0.01),
+            session=PlacedSession(rate_hz=100.0),
+        ),
+        Start(task_id="s", attempt=attempt, device="d", at_s=0.0),
+    )  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def scripted_region(
+    *, edges: Sequence[str] = ("e",), runner: ModelledRunner | None = None, components: StageComponents | None = None
+) -> AsyncIterator[ScriptedRegion]:
+    """A region with the device d, the edges, and the cloud stages c1 and c2."""
+    broker = MemoryBroker(session_timeout_s=3.0)
+    async with MemoryBus(broker) as bus:
+        await bus.create_topics(topics.specs(edges, Partitions(cloud=2)))
+        opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=600.0)
+        await bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
+        made = ScriptedRegion(broker, bus)
+        roles = {"d": Role.DEVICE} | dict.fromkeys(edges, Role.EDGE) | dict.fromkeys(("c1", "c2"), Role.CLOUD)
+        for name, role in roles.items():
+            settings = NodeSettings(name=name, role=role)
+            if role is Role.EDGE:
+                settings = replace(settings, slots=1, link1_capacity_bps=10_000_000, link2_capacity_bps=10_000_000)
+            made.start(settings, runner or AddingRunner([PROFILE]), components)
+        await asyncio.sleep(0.5)
+        yield made
+        for name, task in list(made.running.items()):
+            assert not task.done(), task
+            await made.kill(name)
