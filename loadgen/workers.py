@@ -49,9 +49,9 @@ class WorkerContext(SpawnContext):
 
 
 @contextmanager
-def worker_pool(most: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of at most `most` workers. If the block raises, they are killed."""
-    pool = ProcessPoolExecutor(max_workers=most, mp_context=WorkerContext())
+def worker_pool(max_workers: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of workers. If the block raises, they are killed."""
+    pool = ProcessPoolExecutor(max_workers=max_workers, mp_context=WorkerContext())
     try:
         yield pool
     except BaseException:
@@ -88,10 +88,10 @@ def interrupts_held() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
+    received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+        received.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -101,5 +101,5 @@ def interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for number, handler in before.items():
             signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
+        if received:
+            signal.raise_signal(received[0])

@@ -16,6 +16,7 @@ from stages.measuring.clock import exact_clock
 MIN_WINDOW = 8
 MAX_WINDOW = 1024
 WINDOW_BYTES = 4 << 20
+"""Limit for the samples of a window, counted at the widest cut, as far as it exceeds `MIN_WINDOW`."""
 IN_FLIGHT_BYTES = 32 << 20
 """Limit for samples that are on their way because of a latency: 250 ms of a link of 1 Gbit/s."""
 
@@ -23,7 +24,7 @@ IN_FLIGHT_BYTES = 32 << 20
 def window_of(plan: AttemptPlan, cut_bytes: Sequence[int]) -> int:
     """The window of a plan for a model with these sizes at its cuts.
 
-    To `window_samples` it adds those that are neither at a station nor in a queue, because the links have latencies.
+    It is `window_samples`, plus the samples that are in flight on links with latencies.
     """
     execution = plan.execution if plan.session is None else Execution.STREAMING
     window, placement = window_samples(execution, cut_bytes), plan.placement

@@ -1,7 +1,7 @@
-"""Prometheus' own programs, on our configuration.
+"""Prometheus' own programs, run on our configuration.
 
-Taken from PATH, or unpacked from Debian's package into the user's cache folder, where DEEPAR_TEST_DOCKER=required allows to
-fetch something: unpacked, not installed, so that no service of the system is started.
+They are taken from PATH. If they are missing and DEEPAR_TEST_DOCKER=required, Debian's package is fetched and unpacked into
+the user's cache folder; it is not installed, because that would start a system service.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ CONFIG, ALARMS = DEPLOY / "prometheus" / "prometheus.yml", DEPLOY / "prometheus"
 
 @dataclass(frozen=True)
 class Programs:
-    """Where they are."""
+    """The paths of both programs."""
 
     prometheus: Path
     promtool: Path
 
 
 def find_programs() -> Programs:
-    """Both programs. Skips the test where they cannot be had, fails it where they must."""
+    """Both programs. If they are missing, the test is skipped, or fails with DEEPAR_TEST_DOCKER=required."""
     found = available()
     if found is None:
         pytest.skip("Prometheus is not installed (DEEPAR_TEST_DOCKER=required fetches it)")
@@ -49,7 +49,7 @@ def find_programs() -> Programs:
 
 
 def available() -> Programs | None:
-    """The same; None where they cannot be had."""
+    """Both programs, or None if they are missing. Fails with DEEPAR_TEST_DOCKER=required."""
     here = {name: shutil.which(name) for name in ("prometheus", "promtool")}
     if all(here.values()):
         return Programs(Path(here["prometheus"] or ""), Path(here["promtool"] or ""))
@@ -62,7 +62,7 @@ def available() -> Programs | None:
     try:
         _unpack(kept)
     except (CommandError, OSError) as error:
-        pytest.fail(f"DEEPAR_TEST_DOCKER=required, but Prometheus cannot be had: {error}", pytrace=False)
+        pytest.fail(f"DEEPAR_TEST_DOCKER=required, but Prometheus cannot be fetched: {error}", pytrace=False)
     return found
 
 
@@ -70,7 +70,7 @@ def _unpack(kept: Path) -> None:
     with packages_locked(), tempfile.TemporaryDirectory() as work:
         try:
             run(["apt-get", "download", "-q", "prometheus"], cwd=Path(work))
-        except CommandError:  # the lists may be old, or not there
+        except CommandError:  # the package lists may be outdated or missing
             run(["apt-get", "update", "-q"])
             run(["apt-get", "download", "-q", "prometheus"], cwd=Path(work))
         (package,) = Path(work).glob("prometheus_*.deb")
@@ -80,9 +80,9 @@ def _unpack(kept: Path) -> None:
 
 
 def configuration(folder: Path, targets: Mapping[str, int], scrape: str = "5s") -> Path:
-    """The file that the compose file mounts, with services of this machine in the place of its containers.
+    """The configuration that the compose file mounts, but scraping ports of this machine instead of containers.
 
-    `targets`: the name of a service there, and the port that plays it here. Raises AssertionError where names do not fit.
+    `targets` maps services of the compose file to ports. Raises AssertionError for a service that the file does not scrape.
     """
     text = CONFIG.read_text(encoding="utf-8")
     named = re.findall(r'"([\w-]+):9464"', text)
@@ -97,14 +97,14 @@ def configuration(folder: Path, targets: Mapping[str, int], scrape: str = "5s") 
 
 
 class Prometheus:
-    """A running one."""
+    """A running Prometheus."""
 
     def __init__(self, port: int, log: Path) -> None:
         self.port = port
         self._log = log
 
     def ask(self, path: str, **words: str) -> Any:
-        """The `data` of an answer of its API. Raises AssertionError with the error that it names."""
+        """The `data` of an answer of the HTTP API. Raises AssertionError with the error in the answer."""
         url = f"http://127.0.0.1:{self.port}/api/v1/{path}?{urllib.parse.urlencode(words)}"
         try:
             with urllib.request.urlopen(url, timeout=10.0) as answer:
@@ -113,12 +113,12 @@ class Prometheus:
             raise AssertionError(f"{path} {words}: {error.read().decode()}") from error
 
     def value(self, expression: str) -> list[dict[str, Any]]:
-        """What an expression is now: one entry a series."""
+        """The present value of an expression: one entry for each series."""
         found: list[dict[str, Any]] = self.ask("query", query=expression)["result"]
         return found
 
     def until(self, holds: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
-        """Wait for something. Raises AssertionError with its log."""
+        """Wait until `holds` is true. Raises AssertionError with the end of the log after `timeout_s`."""
         until_s = time.monotonic() + timeout_s
         while not holds():
             assert time.monotonic() < until_s, f"{what}: not within {timeout_s} s\n{self._log.read_text()[-2000:]}"
@@ -127,7 +127,7 @@ class Prometheus:
 
 @contextmanager
 def running(programs: Programs, config: Path, folder: Path) -> Iterator[Prometheus]:
-    """Prometheus on a configuration while the block runs."""
+    """Run Prometheus with a configuration while the block runs."""
     port, log = free_port(), folder / "prometheus.log"
     command = [str(programs.prometheus), f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]
     with log.open("wb") as sink:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from bus.errors import BusUnavailableError, UnknownTopicError
@@ -27,11 +28,23 @@ REQUEST_TIMEOUT_S = 3.0
 _TRIM_STEPS = 8  # retention runs each time a partition grows by an eighth of what it keeps
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """What the partitions of a broker keep."""
+
+    consumed_bytes: int = KEEP_CONSUMED_BYTES  # of fully consumed records, in a partition of a data topic
+    control_bytes: int | None = None  # the same in a control topic; None: everything
+    stale_records: int = COMPACT_FROM  # in a partition of a compacted topic
+
+
+DEFAULT_RETENTION = Retention()
+
+
 class Client(Protocol):
     """A connection as the broker sees it."""
 
     def reconnected(self) -> None:
-        """Continue: the broker runs again."""
+        """Called when the broker runs again after a pause."""
 
 
 class MemoryBroker:
@@ -40,9 +53,9 @@ class MemoryBroker:
     It works on any asyncio loop, virtual time included: it uses only `loop.time()` and timers, no threads and no real
     clock. The calls and the seed of the faults determine the order of all events.
 
-    Retention: topics without `retention_bytes` (control topics) keep everything unless `keep_control_bytes` is set. In
+    Retention: topics without `retention_bytes` (control topics) keep everything unless `control_bytes` is set. In
     other topics a partition keeps the records that some reader or group has not consumed yet (all records, for a group
-    without a commit), plus the newest `keep_consumed_bytes` of the consumed ones. Beyond `retention_bytes` unread records
+    without a commit), plus the newest `consumed_bytes` of the consumed ones. Beyond `retention_bytes` unread records
     are deleted too, as in Kafka. Compacted topics are compacted as they grow.
     """
 
@@ -52,28 +65,23 @@ class MemoryBroker:
         latency_s: Latency = 0.0,
         faults: Faults | None = None,
         wall_clock: Callable[[], float] | None = None,
-        keep_consumed_bytes: int = KEEP_CONSUMED_BYTES,
-        keep_control_bytes: int | None = None,
+        retention: Retention = DEFAULT_RETENTION,
         max_record_bytes: int = MAX_RECORD_BYTES,
         session_timeout_s: float = 6.0,
-        compact_from: int = COMPACT_FROM,
     ) -> None:
-        """`latency_s` delays acknowledgement and delivery; `wall_clock` timestamps records (None: the loop's clock);
-        `session_timeout_s` is how long a group waits for a disconnected member;
-        `compact_from` is how many stale records a compacted partition keeps."""
+        """`latency_s` delays acknowledgement and delivery. `wall_clock` timestamps records (None: the loop's clock).
+        `session_timeout_s` is how long a group waits for a disconnected member.
+        """
         self.latency_s = latency_s
         self.faults = faults
         self.wall_clock = wall_clock
-        self.keep_consumed_bytes = keep_consumed_bytes
-        self.keep_control_bytes = keep_control_bytes
+        self.retention = retention
         self.max_record_bytes = max_record_bytes
         self.session_timeout_s = session_timeout_s
-        self._compact_from = compact_from
         self.running = True
         self._logs: dict[str, list[PartitionLog]] = {}
-        self._deleted: dict[
-            str, list[PartitionLog]
-        ] = {}  # readers still refer to them; a new topic of the name reuses them
+        # Kept because readers still refer to them; a new topic of the same name reuses them.
+        self._deleted: dict[str, list[PartitionLog]] = {}
         self._groups: dict[str, Group] = {}
         self._clients: list[Client] = []
         self._resumed: list[asyncio.Future[None]] = []
@@ -137,8 +145,10 @@ class MemoryBroker:
                 continue
             logs = self._deleted.pop(spec.name, [])[: spec.partitions]
             for log in logs:
-                log.begin_anew(spec)
-            logs += [PartitionLog(spec, number, self._compact_from) for number in range(len(logs), spec.partitions)]
+                log.reset(spec)
+            logs += [
+                PartitionLog(spec, number, self.retention.stale_records) for number in range(len(logs), spec.partitions)
+            ]
             self._logs[spec.name] = logs
             for group in self._groups.values():
                 if spec.name in group.topics:
@@ -186,7 +196,7 @@ class MemoryBroker:
         self._readers.setdefault(log.tp, []).append(position)
 
     def unfollow(self, log: PartitionLog, position: Callable[[], int]) -> None:
-        """Remove that reader."""
+        """Undo `follow`."""
         self._readers[log.tp].remove(position)
 
     def delay_s(self, size_bytes: int) -> float:
@@ -203,7 +213,9 @@ class MemoryBroker:
             log.compact()
             return
         limit_bytes = log.spec.retention_bytes
-        keep_bytes = self.keep_control_bytes if limit_bytes < 0 else min(self.keep_consumed_bytes, limit_bytes)
+        keep_bytes = (
+            self.retention.control_bytes if limit_bytes < 0 else min(self.retention.consumed_bytes, limit_bytes)
+        )
         if keep_bytes is None:
             log.trim_at = 1 << 62
             return

@@ -101,8 +101,8 @@ class PartitionLog:
             self.start = records[gone].offset if gone < len(records) else self.end
             del records[:gone]
 
-    def begin_anew(self, spec: TopicSpec) -> None:
-        """Reset after the topic is created again: offsets begin at 0; followers keep their positions."""
+    def reset(self, spec: TopicSpec) -> None:
+        """Start again, empty, after the topic is created again: offsets begin at 0; followers keep their positions."""
         self.spec = spec
         self.gone = False
         self.start = self.end = self.visible = self.bytes_held = self.trim_at = 0

@@ -15,7 +15,7 @@ from bus.text.units import format_seconds
 
 @contextlib.contextmanager
 def progress_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time left on a terminal; a line now and then elsewhere."""
+    """A bar with the time left on a terminal; elsewhere at most one line in ten seconds."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -39,7 +39,7 @@ def progress_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 
 class _Lines:
-    """Progress for logs: at most a line in ten seconds, with the time left."""
+    """Progress as lines, with the time left."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

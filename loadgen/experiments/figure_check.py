@@ -22,8 +22,10 @@ WITHIN = 0.01
 """Maximum relative difference of the mean delays."""
 
 FIRST_FRAME_S = 0.0005
-"""Absolute difference of the mean delays that is accepted, too. A task's first frame also carries its plan: about 600 bytes
-that the cost model ignores. At Figure 3's 18 Mbps they take 0.25 ms, which matters only for LeNet, whose input has 1 kB.
+"""Difference of the mean delays that is accepted even if it is more than `WITHIN`.
+
+A task's first frame also carries its plan, about 600 bytes that the cost model ignores. At Figure 3's 18 Mbps they take 0.25
+ms, which matters only for LeNet, whose input has 1 kB.
 """
 
 MIN_SAME = 0.95
@@ -50,7 +52,7 @@ class FigureCheck:
         return self.same_placement >= MIN_SAME and near
 
     def as_row(self) -> dict[str, Any]:
-        """The report's form."""
+        """The row of the report, as JSON values."""
         return {
             "figure": self.figure,
             "case": self.case,

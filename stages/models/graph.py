@@ -188,7 +188,7 @@ class Graph:
             ):
                 unsettled.update(outputs)
                 continue
-            # for these operators the trial run decides
+            # Only the trial run can tell whether these operators give every input the same shape.
             doubtful = kind.startswith("CUSTOM:") or subgraphs_of(operator, kind) or unsettled.intersection(inputs)
             unsettled.update(t for t in outputs if t in late and (doubtful or late[t] is None))
         return frozenset(carried), frozenset(unsettled)

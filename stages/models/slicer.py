@@ -142,10 +142,10 @@ class _PartBuilder:
         before, after = graph.live(self._first - 1), graph.live(self._last)
         chosen = graph.layer_operators[self._first - 1 : self._last]
         operators = self._with_carried(chosen, after if self._last == graph.depth else ())
-        noted = {t for at in operators if self._is_noted(at) for t in indices(graph.operators[at].outputs)}
-        operators = [at for at in operators if not self._is_noted(at)]
+        precomputed = {t for at in operators if self._is_precomputed(at) for t in indices(graph.operators[at].outputs)}
+        operators = [at for at in operators if not self._is_precomputed(at)]
 
-        made = {tensor for at in operators for tensor in indices(graph.operators[at].outputs)} | noted
+        made = {tensor for at in operators for tensor in indices(graph.operators[at].outputs)} | precomputed
         read = {t for at in operators for t in indices(graph.operators[at].inputs) if t >= 0}
         inputs = [tensor for tensor in before if tensor in read and tensor not in made]
         outputs = [t for t in after if t in made or (graph.is_constant(t) and self._last == graph.depth)]
@@ -156,9 +156,11 @@ class _PartBuilder:
         main = schema.SubGraphT(name=self._source.subgraphs[0].name, debugMetadataIndex=-1)
         self._target.subgraphs.append(main)
         self._subgraphs[0] = 0
-        main.tensors = [self._tensor(graph.tensors[t], self._noted_value(t, noted), graph.known_shape(t)) for t in used]
+        main.tensors = [
+            self._tensor(graph.tensors[t], self._precomputed_value(t, precomputed), graph.known_shape(t)) for t in used
+        ]
         for tensor in used:
-            self._rename_details(tensor, main.tensors[renumbered[tensor]], renumbered)
+            self._renumber_details(tensor, main.tensors[renumbered[tensor]], renumbered)
         main.inputs = [renumbered[tensor] for tensor in inputs]
         main.outputs = [renumbered[tensor] for tensor in outputs]
         main.operators = [self._operator(graph.operators[at], renumbered) for at in operators]
@@ -186,7 +188,7 @@ class _PartBuilder:
             maker = graph.maker(waiting.pop())
             if maker in graph.carried and maker not in needed:
                 needed.add(maker)
-                if not self._is_noted(maker):
+                if not self._is_precomputed(maker):
                     waiting += indices(graph.operators[maker].inputs)
         touched = {name for at in needed for name in graph.resources_of(at)}
         for at in sorted(graph.carried):
@@ -194,15 +196,15 @@ class _PartBuilder:
                 needed.add(at)
         return sorted(needed)
 
-    def _is_noted(self, at: int) -> bool:
-        """Whether the part stores this carried operator's value instead of the operator.
+    def _is_precomputed(self, at: int) -> bool:
+        """Whether the part stores the value of this carried operator instead of the operator.
 
-        It reads the shape of a tensor, which the part may not contain.
+        This holds for operators that read the shape of a tensor, because the part may not contain that tensor.
         """
         return at in self._graph.carried and self._graph.kinds[at] in SHAPE_READERS
 
-    def _noted_value(self, tensor: int, noted: set[int]) -> np.ndarray[Any, Any] | None:
-        if tensor not in noted:
+    def _precomputed_value(self, tensor: int, precomputed: set[int]) -> np.ndarray[Any, Any] | None:
+        if tensor not in precomputed:
             return None
         graph = self._graph
         at = graph.maker(tensor)
@@ -240,7 +242,7 @@ class _PartBuilder:
             tensor.buffer = len(self._target.buffers) - 1
         return tensor
 
-    def _rename_details(self, index: int, target: Any, renumbered: Mapping[int, int]) -> None:
+    def _renumber_details(self, index: int, target: Any, renumbered: Mapping[int, int]) -> None:
         """Replaces the tensor indices in the quantisation details of tensor `index` by the indices in the part."""
         details = details_of(target)
         if details is None:

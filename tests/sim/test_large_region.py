@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from bus import messages, snapshots, topics
-from bus.memory.bus import MemoryBroker
+from bus.memory.broker import MemoryBroker, Retention
 from bus.messages import (
     DecisionPart,
     NodeAnnounced,
@@ -57,7 +57,7 @@ def _newest(place: Town) -> Snapshot:
 
 def always_compacting() -> MemoryBroker:
     """A broker that keeps no stale record of a compacted topic."""
-    return MemoryBroker(compact_from=-1_000_000)
+    return MemoryBroker(retention=Retention(stale_records=-1_000_000))
 
 
 # --- one step with thousands of changes ------------------------------------------------------------------------------

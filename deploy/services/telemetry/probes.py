@@ -21,6 +21,7 @@ from deploy.services.telemetry.metric_help import HELP
 from planner.service.task_statistics import Histogram, TaskStatistics
 
 LAG_PROBE_S = 0.25
+"""Interval at which the event loop's lag is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,7 @@ class Health:
     gauges: dict[str, float]
     counters: dict[str, float]
     leading: dict[str, bool] = field(default_factory=dict)  # planners only: region -> whether it leads there
-    statistics: dict[str, TaskStatistics] = field(
-        default_factory=dict
-    )  # planners only: region -> statistics of ended tasks
+    statistics: dict[str, TaskStatistics] = field(default_factory=dict)  # planners only: region -> ended tasks
     learned: dict[str, LearnedGauges] = field(default_factory=dict)  # planners only: region -> what was learned
 
     def without(self, missing: Mapping[str, str]) -> Health:

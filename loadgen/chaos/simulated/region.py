@@ -44,11 +44,11 @@ class ChaosScenario:
 
     @property
     def edge_names(self) -> list[str]:
-        """Its edges."""
+        """The names of the edges."""
         return [f"e{index + 1}" for index in range(self.edges)]
 
     def nodes(self) -> list[NodeSettings]:
-        """Its stages: cloud workers, edges, devices."""
+        """The settings of all stages: clouds, edges, devices."""
         return [
             *(NodeSettings(name=f"c{index + 1}", role=Role.CLOUD, lease_s=LEASE_S) for index in range(self.clouds)),
             *(
@@ -113,6 +113,8 @@ class CheckedRunner(ModelledRunner):
 
 
 class _CheckedStation:
+    """A station that checks its inputs and returns the content that its outputs must have."""
+
     def __init__(self, inner: Station, runner: CheckedRunner, task_id: str, first: int, last: int) -> None:
         self._inner, self._runner = inner, runner
         self._task_id, self._first, self._last = task_id, first, last

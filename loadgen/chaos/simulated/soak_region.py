@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from bus.frames import AttemptPlan
-from bus.memory.bus import MemoryBroker, MemoryBus
+from bus.memory.broker import MemoryBroker, Retention
+from bus.memory.bus import MemoryBus
 from bus.values import Execution, ModelProfile, Objective, Role
 from loadgen.sim.programs import REAL, Programs
 from loadgen.sim.region import VirtualRegion, VirtualStage, toy_profile
@@ -78,8 +79,7 @@ class SoakRegion(VirtualRegion):
         self.scenario = scenario
         self.broker = MemoryBroker(
             latency_s=0.001,
-            keep_control_bytes=scenario.keep_bytes,
-            keep_consumed_bytes=scenario.keep_bytes,
+            retention=Retention(control_bytes=scenario.keep_bytes, consumed_bytes=scenario.keep_bytes),
             session_timeout_s=3.0,
         )
         super().__init__(partial(MemoryBus, self.broker))

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 class RuntimeFacts:
     """Findings of a trial run of the main subgraph. Without findings, the shapes declared in the file apply."""
 
-    shapes: Mapping[int, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # tensor -> shape that the runtime knew before running
-    late: Mapping[int, tuple[int, ...] | None] = field(
-        default_factory=dict
-    )  # tensor -> shape found by running; None if it varied or was not found
+    # tensor -> shape that the runtime knew before running
+    shapes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    # tensor -> shape found by running; None if it varied or was not found
+    late: Mapping[int, tuple[int, ...] | None] = field(default_factory=dict)
     missing_kernels: frozenset[str] = frozenset()  # operators that the runtime cannot run
 
     def shape(self, tensor: int) -> tuple[int, ...] | None:

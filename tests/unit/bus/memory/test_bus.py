@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from bus.errors import BusError, BusUnavailableError
-from bus.memory.bus import MemoryBroker, MemoryBus
+from bus.memory.broker import MemoryBroker, Retention
+from bus.memory.bus import MemoryBus
 from bus.port import Position, Record, TopicPartition
 from bus.topics import TopicSpec
 from loadgen.sim.virtual_loop import run_virtual
@@ -123,7 +124,7 @@ def test_a_busy_reader_and_a_busy_sender_let_others_in() -> None:
 
 
 def test_memory_is_bounded_by_what_is_not_consumed() -> None:
-    broker = MemoryBroker(keep_consumed_bytes=100_000)
+    broker = MemoryBroker(retention=Retention(consumed_bytes=100_000))
 
     async def main(bus: MemoryBus) -> None:
         reader = await bus.reader([("data", 0)], start="start")
@@ -139,7 +140,7 @@ def test_memory_is_bounded_by_what_is_not_consumed() -> None:
 
 
 def test_what_some_reader_or_group_still_needs_is_kept() -> None:
-    broker = MemoryBroker(keep_consumed_bytes=0)
+    broker = MemoryBroker(retention=Retention(consumed_bytes=0))
 
     async def main(bus: MemoryBus) -> None:
         slow = await bus.reader([("data", 0)], start="start")
@@ -184,7 +185,7 @@ def test_control_topics_keep_everything_unless_told_otherwise(keep_bytes: int | 
         everything = await bus.reader([("control", 0)], start="start")
         assert len(await everything.fetch(max_records=5000)) in kept
 
-    virtually(MemoryBroker(keep_control_bytes=keep_bytes, keep_consumed_bytes=0), main)
+    virtually(MemoryBroker(retention=Retention(control_bytes=keep_bytes, consumed_bytes=0)), main)
 
 
 def test_a_compacted_topic_does_not_grow() -> None:
