@@ -1,7 +1,4 @@
-"""A device, an edge and two cloud stages with a scripted planner, in virtual time.
-
-The model adds one to every byte in each of its layers, so that an answer shows whose it is and that no layer was left out.
-"""
+"""A device, an edge and two cloud stages with a scripted planner, in virtual time."""
 
 from __future__ import annotations
 
@@ -11,10 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from bus import messages, topics
-from bus.frames import AttemptPlan, decode_frame
+from bus.frames import decode_frame
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import (
     Admitted,
@@ -33,7 +28,6 @@ from bus.messages import (
     TaskState,
     TaskSubmitted,
 )
-from bus.tensors import Array
 from bus.topics import Partitions
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
 from stages.components import StageComponents
@@ -41,13 +35,13 @@ from stages.devices.device import Device
 from stages.devices.session import DeviceSession, Keep
 from stages.hop import Hop, hop_of
 from stages.node import Node, NodeSettings
-from stages.runner import ModelledRunner, Station
+from stages.runner import ModelledRunner
+from tests.numbered_frames import NumberingRunner
 
 SIZE = 64
 PROFILE = ModelProfile(
     model="toy", sha256="0" * 64, platform="p", layer_names=("a", "b", "c"), layer_s=(0.01,) * 3, cut_bytes=(SIZE,) * 4
 )
-LAYERS = 3
 ALONE = Placement(kind=Kind.DEVICE, cut1=3, cut2=3, cut1_name="c", cut2_name="c")
 AT_EDGE = Placement(kind=Kind.DEVICE_EDGE, edge="e", cut1=1, cut2=3, cut1_name="a", cut2_name="c", link1_bps=4_000_000)
 EVERYWHERE = Placement(
@@ -59,42 +53,6 @@ SESSION = TaskSubmitted(
     task_id="s", device="d", model="toy", samples=1, input=HandleInput(handle="s"),
     session=SessionTerms(rate_hz=RATE_HZ),
 )  # fmt: skip
-
-
-class AddingRunner(ModelledRunner):
-    """Takes the profile's times and adds one to each byte in each layer."""
-
-    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
-        return _Adding(super().station(plan, first, last), last - first)
-
-
-class _Adding:
-    waited_s = 0.0
-
-    def __init__(self, inner: Station, layers: int) -> None:
-        self._inner, self._layers = inner, layers
-
-    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        await self._inner.run(sample, inputs, ready_s)
-        return [array + np.uint8(self._layers) for array in inputs]
-
-    def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
-        return None
-
-    def close(self) -> None:
-        self._inner.close()
-
-
-def frame(number: int) -> list[Array]:
-    """The input of a frame: its number, so that answers cannot be mixed up."""
-    array = np.zeros(SIZE, np.uint8)
-    array[:8] = np.frombuffer(number.to_bytes(8, "little"), np.uint8)
-    return [array]
-
-
-def answers(number: int, outputs: list[Array]) -> bool:
-    """Whether these are the outputs of that frame."""
-    return len(outputs) == 1 and np.array_equal(outputs[0], frame(number)[0] + np.uint8(LAYERS))
 
 
 class ScriptedRegion:
@@ -200,7 +158,7 @@ async def scripted_region(
             settings = NodeSettings(name=name, role=role)
             if role is Role.EDGE:
                 settings = replace(settings, slots=1, link1_capacity_bps=10_000_000, link2_capacity_bps=10_000_000)
-            made.start(settings, runner or AddingRunner([PROFILE]), components)
+            made.start(settings, runner or NumberingRunner([PROFILE]), components)
         await asyncio.sleep(0.5)
         yield made
         for name, task in list(made.running.items()):

@@ -25,16 +25,14 @@ from stages.devices.device import STALL_S
 from stages.devices.endings import FrameDroppedError, SessionEndedError
 from stages.devices.session import MAX_WAITING, Keep
 from stages.network.frame_sender import PLAN_EVERY_S
+from tests.numbered_frames import NumberingRunner, answers, frame
 from tests.unit.stages.scripted_region import (
     ALONE,
     AT_EDGE,
     EVERYWHERE,
     PROFILE,
     SESSION,
-    AddingRunner,
     ScriptedRegion,
-    answers,
-    frame,
     placed_and_started,
     scripted_region,
 )
@@ -358,7 +356,7 @@ def test_a_cloud_stage_that_takes_over_in_the_middle_loses_nothing_and_sets_stay
 def test_memory_stays_bounded_over_100_000_frames() -> None:
     async def run() -> None:
         quick = PROFILE.model_copy(update={"layer_s": (1e-6,) * 3})
-        async with scripted_region(runner=AddingRunner([quick])) as r:
+        async with scripted_region(runner=NumberingRunner([quick])) as r:
             session = await r.open(EVERYWHERE)
             for burst in range(100_000 // 1000):
                 numbers = range(1000 * burst, 1000 * burst + 1000)
