@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -22,7 +23,7 @@ from deploy.services.wiring import require_region
 from loadgen.replay import metrics
 from loadgen.replay.outcome import Recorder
 from loadgen.replay.readiness import await_planner, find_nodes
-from loadgen.replay.replay import ReplayResult, utc_now
+from loadgen.replay.replay import Observers, ReplayResult, utc_now
 from loadgen.replay.replay import replay as play
 from loadgen.replay.schedule import Schedule
 
@@ -33,21 +34,28 @@ TELL_EVERY_S = 10.0
 """Interval of progress lines if stderr is not a terminal."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayRequest:
+    """The region and devices to which a replay submits, and how long it waits for the last tasks."""
+
+    region: int
+    devices: list[str] | None  # None: all announced devices that have every model
+    models: frozenset[str]  # that the tasks need
+    drain_timeout_s: float  # the replay ends after this time without an ended task
+
+
 class ReplayRun:
     """One replay with a live display; keeps what was seen when it is interrupted."""
 
     def __init__(
         self,
         bus: Bus,
-        region: int,
-        devices: list[str] | None,
-        models: frozenset[str],
+        request: ReplayRequest,
         make: Callable[[list[str]], Schedule],
-        drain_timeout_s: float,
         console: Console,
     ) -> None:
-        self.bus, self.region, self.devices, self.models, self.make = bus, region, devices, models, make
-        self.drain_timeout_s, self.console = drain_timeout_s, console
+        """`make` makes the schedule for the devices that it is given."""
+        self.bus, self.request, self.make, self.console = bus, request, make, console
         self.recorder = Recorder()
         self.seed = 0
         self.total = 0
@@ -73,19 +81,19 @@ class ReplayRun:
 
     async def _play(self) -> None:
         async with tracing("deepar-loadgen") as on_span, self.bus:
-            await require_region(self.bus, self.region)
-            await await_planner(self.bus, self.region, timeout_s=PLANNER_TIMEOUT_S)
-            found = await find_nodes(self.bus, self.region, [Role.DEVICE])
+            await require_region(self.bus, self.request.region)
+            await await_planner(self.bus, self.request.region, timeout_s=PLANNER_TIMEOUT_S)
+            found = await find_nodes(self.bus, self.request.region, [Role.DEVICE])
             there = [node.node for node in found]
-            names = devices_for(self.models, found) if self.devices is None else self.devices
+            names = devices_for(self.request.models, found) if self.request.devices is None else self.request.devices
             if not names:
                 raise ConfigError(
-                    f"no device has announced itself in region {self.region}",
+                    f"no device has announced itself in region {self.request.region}",
                     remedy="start one: deepar stage device",
                 )
-            if self.devices is None and len(names) < len(there):
+            if self.request.devices is None and len(names) < len(there):
                 left_out = ", ".join(sorted({*there} - {*names}))
-                line = f"devices left out, because they lack {' and '.join(sorted(self.models))}: {left_out}"
+                line = f"devices left out, because they lack {' and '.join(sorted(self.request.models))}: {left_out}"
                 self.console.print(line, style="yellow", markup=False)
             if absent := [name for name in names if name not in there]:
                 start = f"deepar stage device --name {absent[0]}"
@@ -101,12 +109,14 @@ class ReplayRun:
                 await play(
                     self.bus,
                     schedule,
-                    region=self.region,
-                    drain_timeout_s=self.drain_timeout_s,
-                    recorder=self.recorder,
+                    region=self.request.region,
+                    drain_timeout_s=self.request.drain_timeout_s,
                     wall_clock=utc_now,
-                    on_span=on_span,
-                    progress=None if self.console.is_terminal else self._tell,
+                    observers=Observers(
+                        recorder=self.recorder,
+                        on_span=on_span,
+                        progress=None if self.console.is_terminal else self._tell,
+                    ),
                 )
 
     def _tell(self, recorder: Recorder) -> None:

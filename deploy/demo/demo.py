@@ -20,7 +20,7 @@ from bus.values import BITS_PER_BYTE, Execution, ModelProfile, Objective, Role
 from deploy.services import wiring
 from deploy.services.runners import scaled
 from loadgen.replay.outcome import Outcome, Recorder
-from loadgen.replay.replay import replay
+from loadgen.replay.replay import Observers, replay
 from loadgen.replay.schedule import Entry, Schedule
 from stages.devices.attempt import ResultSink
 from stages.litert_runner import WORKERS, LitertRunner, Prepared, RunnerOptions
@@ -155,7 +155,7 @@ class Demo:
                     while not all(node.status.joined for node in members):
                         await asyncio.sleep(0.01)
                 began_s = clock()
-                result = await replay(bus, self.schedule, progress=watch, drain_timeout_s=60.0)
+                result = await replay(bus, self.schedule, drain_timeout_s=60.0, observers=Observers(progress=watch))
             run.outcomes = result.outcomes
         return run
 

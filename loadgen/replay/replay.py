@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -48,26 +48,31 @@ class ReplayResult:
         return sum(outcome.state is None for outcome in self.outcomes)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observers:
+    """Where a replay reports to while it runs."""
+
+    recorder: Recorder = field(default_factory=Recorder)  # holds the outcomes, also after an interruption
+    progress: Callable[[Recorder], None] | None = None  # called on every submission and every record read
+    on_span: SpanSink | None = None  # receives a span for every submission
+
+
 async def replay(
     bus: Bus,
     schedule: Schedule,
     *,
     region: int = 0,
     drain_timeout_s: float = 120.0,
-    progress: Callable[[Recorder], None] | None = None,
-    recorder: Recorder | None = None,
     wall_clock: Callable[[], datetime] | None = None,
-    on_span: SpanSink | None = None,
+    observers: Observers | None = None,
 ) -> ReplayResult:
     """Submit the schedule and read until every task has ended, or until no task ended for `drain_timeout_s`.
 
-    The replay also waits while the bus still tries to deliver a task; the bus gives up in bounded time. `progress` is
-    called on every submission and every record read. Pass a `recorder` to inspect outcomes during the replay or after
-    an interruption. `wall_clock` fills `submitted_at`, which is informational (virtual time omits it). `on_span`
-    receives a span for every submission. The topics must exist. Raises `BusError`, and `ConfigError` if the region
-    demands signed records and `bus` does not sign (`bus.identity.signed_bus`).
+    The replay also waits while the bus still tries to deliver a task; the bus gives up in bounded time. `wall_clock`
+    fills `submitted_at`, which is informational (virtual time omits it). The topics must exist. Raises `BusError`, and
+    `ConfigError` if the region demands signed records and `bus` does not sign (`bus.identity.signed_bus`).
     """
-    run = _Replay(bus, schedule, region, recorder or Recorder(), progress, wall_clock, on_span)
+    run = _Replay(bus, schedule, region, wall_clock, observers or Observers())
     await run.play(drain_timeout_s)
     return ReplayResult(
         outcomes=tuple(run.recorder.outcomes.values()),
@@ -85,13 +90,11 @@ class _Replay:
         bus: Bus,
         schedule: Schedule,
         region: int,
-        recorder: Recorder,
-        progress: Callable[[Recorder], None] | None,
         wall_clock: Callable[[], datetime] | None,
-        on_span: SpanSink | None,
+        observers: Observers,
     ) -> None:
-        self.bus, self.schedule, self.region, self.recorder = bus, schedule, region, recorder
-        self.progress, self.wall_clock, self.on_span = progress, wall_clock, on_span
+        self.bus, self.schedule, self.region, self.wall_clock = bus, schedule, region, wall_clock
+        self.recorder, self.progress, self.on_span = observers.recorder, observers.progress, observers.on_span
         self.envelope = Envelope(f"/deepar/{region}/loadgen", uuid.uuid4().hex[:12])
         self.log = DecisionLog()
         self.unreadable = 0
@@ -205,9 +208,8 @@ class _Replay:
     def _read_decision(self, record: Any) -> None:
         message = self.log.read(record)
         if isinstance(message, EpochOpened):
-            satisfy_region(
-                self.bus, self.log.demanded, "whoever submits"
-            )  # else the planner rejects every further task
+            # A submitter without a key stops here: the planner would reject all its tasks from now on.
+            satisfy_region(self.bus, self.log.demanded, "whoever submits")
         if isinstance(message, Decision) and self.recorder.decide(message, self.now_s()):
             self._changed.set()
 

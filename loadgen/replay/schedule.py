@@ -83,20 +83,15 @@ def make(
     *,
     seed: int,
     prefix: str = "task",
-    warmup: int = 0,
-    closed: bool = False,
 ) -> Schedule:
-    """Generate a schedule of `tasks` tasks, the first `warmup` as warm-up. Deterministic for the same arguments."""
+    """Generate an open-loop schedule of `tasks` tasks. Deterministic for the same arguments."""
     if tasks < 1:
         raise ConfigError(f"a schedule needs at least one task, not {tasks}")
     streams = Streams(seed)
     instants = arrivals(tasks, streams.stream("arrivals"))
     drawn = draw(mix, tasks, devices, streams, prefix=prefix)
-    entries = tuple(
-        Entry(at_s=instant, task=task, warmup=index < warmup)
-        for index, (instant, task) in enumerate(zip(instants, drawn, strict=True))
-    )
-    return Schedule(entries=entries, closed=closed, seed=seed, streams=", ".join(streams.names))
+    entries = tuple(Entry(at_s=instant, task=task) for instant, task in zip(instants, drawn, strict=True))
+    return Schedule(entries=entries, seed=seed, streams=", ".join(streams.names))
 
 
 def read(path: Path, devices: Sequence[str], *, seed: int = 0, prefix: str = "task") -> Schedule:

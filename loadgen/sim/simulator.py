@@ -19,7 +19,7 @@ from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import NodeAnnounced
 from bus.values import Role
 from loadgen.replay.outcome import Outcome, Recorder
-from loadgen.replay.replay import replay
+from loadgen.replay.replay import Observers, replay
 from loadgen.replay.schedule import Schedule
 from loadgen.sim.core_driver import core_for
 from loadgen.sim.platforms import Platforms
@@ -105,7 +105,9 @@ async def _simulate(
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(serve, name=name) for name, serve in serving]
             await _joined([node for node, _ in nodes])
-            result = await replay(bus, schedule, drain_timeout_s=DRAIN_TIMEOUT_S, progress=progress)
+            result = await replay(
+                bus, schedule, drain_timeout_s=DRAIN_TIMEOUT_S, observers=Observers(progress=progress)
+            )
             for task in tasks:
                 task.cancel()
         service.core.validate()

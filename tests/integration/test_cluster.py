@@ -26,7 +26,7 @@ from deploy.kafka_local.ports import free_port
 from deploy.services import wiring
 from loadgen.chaos.simulated.oracle import Oracle
 from loadgen.replay.outcome import Recorder
-from loadgen.replay.replay import replay
+from loadgen.replay.replay import Observers, replay
 from loadgen.replay.schedule import Entry, Schedule
 from planner.core.core import PlannerCore
 from stages.node import Node, NodeSettings
@@ -289,7 +289,9 @@ async def _replay_until(over: asyncio.Event, bus: KafkaBus, recorder: Recorder) 
         )
         wave = Recorder()
         wave.outcomes = recorder.outcomes
-        await replay(bus, Schedule(entries=entries), drain_timeout_s=2 * STALL_LIMIT_S, recorder=wave)
+        await replay(
+            bus, Schedule(entries=entries), drain_timeout_s=2 * STALL_LIMIT_S, observers=Observers(recorder=wave)
+        )
 
 
 async def _more_ended(recorder: Recorder, replaying: asyncio.Task[None]) -> None:

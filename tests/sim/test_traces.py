@@ -23,7 +23,7 @@ from bus.values import Placement
 from deploy.kafka_local.ports import free_port
 from deploy.services import wiring
 from deploy.services.telemetry.otel import OtelSink, tracing, wanted
-from loadgen.replay.replay import replay
+from loadgen.replay.replay import Observers, replay
 from loadgen.replay.schedule import Entry, Schedule
 from loadgen.sim.virtual_loop import run_virtual
 from tests.known import known
@@ -48,7 +48,7 @@ async def _traced(policy: str, sink: OtelSink | None, spans: list[Span] | None =
     ) as region:
         entries = tuple(Entry(at_s=n * 0.05, task=task(n, f"d{n % 3 + 1}", samples=6)) for n in range(tasks))
         on_span = tell if sink or spans is not None else None
-        await replay(region.bus, Schedule(entries=entries), drain_timeout_s=60.0, on_span=on_span)
+        await replay(region.bus, Schedule(entries=entries), drain_timeout_s=60.0, observers=Observers(on_span=on_span))
         await asyncio.sleep(1.0)
     return region
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from deploy.commands.loadgen.replay_options import (
 )
 from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.options import AsJson
-from deploy.console_output.replay_run import ReplayRun, print_summary
+from deploy.console_output.replay_run import ReplayRequest, ReplayRun, print_summary
 from deploy.console_output.writable import writable_folder
 from deploy.services.identities import submitter_of
 from deploy.services.process import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSED
@@ -79,7 +79,8 @@ def replay(
     connected = kafka_bus(submission.bootstrap_servers, delivery_timeout_s=submit_s)
     bus = signed(connected, submitter_of(submission.identity_key))
     needed = frozenset(mix.models if file is None else ())
-    run = ReplayRun(bus, submission.region, named, needed, make, wait_s, log)
+    asked = ReplayRequest(region=submission.region, devices=named, models=needed, drain_timeout_s=wait_s)
+    run = ReplayRun(bus, asked, make, log)
     player = context.find_object(Player) or Player()
     interrupted = player.play(run)
     summary = run.result.summary
@@ -107,13 +108,12 @@ def _maker(arriving: ArrivalOptions, drawing: ScheduleOptions, mix: Mix) -> Call
 
     def make(names: list[str]) -> schedules.Schedule:
         if file is not None:
-            schedule = schedules.read(file, names, seed=seed, prefix=prefix).with_warmup(warmup)
+            schedule = schedules.read(file, names, seed=seed, prefix=prefix)
         else:
-            schedule = schedules.make(
-                arriving.tasks + warmup, pattern, mix, names, seed=seed, prefix=prefix, warmup=warmup,
-                closed=scenario is not None and scenario.closed,
-            )  # fmt: skip
-        return schedule.scaled(drawing.time_scale)
+            count = arriving.tasks + warmup
+            schedule = schedules.make(count, pattern, mix, names, seed=seed, prefix=prefix)
+            schedule = replace(schedule, closed=scenario is not None and scenario.closed)
+        return schedule.with_warmup(warmup).scaled(drawing.time_scale)
 
     return make
 

@@ -23,7 +23,7 @@ from bus.values import STATIONS, ModelProfile
 from loadgen.experiments.comparison.live_services import running
 from loadgen.replay.outcome import Outcome, Recorder
 from loadgen.replay.readiness import await_nodes
-from loadgen.replay.replay import ReplayResult, replay
+from loadgen.replay.replay import Observers, ReplayResult, replay
 from loadgen.sim.core_driver import drive
 from loadgen.sim.platforms import Platforms
 from loadgen.sim.scenario import Scenario, edge_name
@@ -135,7 +135,9 @@ def compare(
             async with KafkaBus(connection) as bus:
                 await bus.create_topics(topics.specs([edge_name(index) for index in range(scenario.edges)]))
                 await await_nodes(bus, 0, [node.node for node in nodes], timeout_s=JOIN_TIMEOUT_S)
-                return await replay(bus, schedule, drain_timeout_s=4 * _longest(simulated) + 30, progress=progress)
+                return await replay(
+                    bus, schedule, drain_timeout_s=4 * _longest(simulated) + 30, observers=Observers(progress=progress)
+                )
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             live = runner.run(run()).outcomes

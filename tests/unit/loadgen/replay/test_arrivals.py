@@ -138,7 +138,7 @@ def test_data_sets_name_the_input() -> None:
 
 
 def test_a_schedule_survives_its_file(tmp_path: Path) -> None:
-    one = schedule.make(20, arrivals.poisson(2), PAPER_MIX, ["d0", "d1"], seed=9, warmup=2)
+    one = schedule.make(20, arrivals.poisson(2), PAPER_MIX, ["d0", "d1"], seed=9).with_warmup(2)
     schedule.write(one, tmp_path / "s.jsonl")
     back = schedule.read(tmp_path / "s.jsonl", [])
     assert back.entries == one.entries

@@ -34,7 +34,7 @@ class PlayedReplays:
         return self.seen[index]
 
     def __call__(self, run: ReplayRun) -> bool:
-        schedule = run.make(run.devices or ["d1", "d2"])
+        schedule = run.make(run.request.devices or ["d1", "d2"])
         self.seen.append(schedule)
         run.seed = schedule.seed
         for entry in schedule.entries:

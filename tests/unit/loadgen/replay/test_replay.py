@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,8 @@ def test_the_loop_is_open_however_slow_the_system() -> None:
 
 
 def test_a_closed_loop_sends_the_next_when_the_last_has_ended() -> None:
-    schedule = schedules.make(5, arrivals.at_once(), MIX, ["d0"], seed=0, closed=True)
+    schedule = schedules.make(5, arrivals.at_once(), MIX, ["d0"], seed=0)
+    schedule = replace(schedule, closed=True)
     result = play(schedule, lambda task: 2.0)
     submitted = [known(outcome.submitted_s) for outcome in result.outcomes]
     gaps = [later - earlier for earlier, later in itertools.pairwise(submitted)]
@@ -225,7 +227,7 @@ def test_reading_begins_behind_the_last_snapshot() -> None:
 
 
 def test_warm_up_is_left_out_of_the_summary() -> None:
-    schedule = schedules.make(6, arrivals.constant(1), MIX, ["d0"], seed=0, warmup=2)
+    schedule = schedules.make(6, arrivals.constant(1), MIX, ["d0"], seed=0).with_warmup(2)
     summary = play(schedule, lambda task: 9.0 if task.task_id in ("task-0", "task-1") else 1.0).summary
     assert summary["submitted"] == summary["completed"] == 4
     assert summary["warmup"] == 2
