@@ -1,15 +1,15 @@
-"""The broker that the tests talk to, as pytest fixtures.
+"""Pytest fixtures with the broker of the tests.
 
-`kafka` is one broker for the whole session, started when a test first asks for it; its topics outlive a test,
-so every test uses names of its own. `kafka_own` is a fresh one for a test that kills it. The first of these
-that is there is taken:
+`kafka` is one broker for the whole session, started when a test first asks for it; its topics outlive a test, so every test
+uses topics of its own. `kafka_own` is a fresh broker for a test that stops or kills it. The tests use the first of these that
+is available:
 
-1. the running broker that KAFKA_BOOTSTRAP_SERVERS names;
-2. Apache Kafka, started here (Java 17, jars fetched once by Maven): what continuous integration runs;
-3. `noida-db`, a small stand-in, and only where neither Java nor Maven nor Docker is. It is not Kafka.
+1. the running broker that KAFKA_BOOTSTRAP_SERVERS names (never for `kafka_own`);
+2. Apache Kafka, started here with Java 17 and jars that Maven fetches once, as in continuous integration;
+3. `noida-db`, a small stand-in for Kafka, only on machines without Java, Maven and Docker.
 
-DEEPAR_TEST_KAFKA=apache makes anything less than Apache Kafka a failure. The report's header says which one
-it is.
+With DEEPAR_TEST_KAFKA=apache, a test that needs a broker fails unless it is Apache Kafka. The header of the report names the
+broker.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STARTED_BY = "started by the tests"
 
 
 class Broker(Protocol):
-    """What the fixtures yield."""
+    """A running broker, as the fixtures yield it."""
 
     @property
     def kind(self) -> str: ...  # e.g. "Apache Kafka 4.3.0 (KRaft, started by the tests)"
@@ -48,7 +48,7 @@ class Broker(Protocol):
 
 
 class OwnBroker(Broker, Protocol):
-    """What `kafka_own` yields: the same data and port over every restart. Deadlines are in seconds."""
+    """A broker that a test may stop and start; it keeps its data and port. `start` and `restart` return seconds."""
 
     def start(self) -> float: ...
 
@@ -61,14 +61,14 @@ class OwnBroker(Broker, Protocol):
 
 @dataclass(frozen=True)
 class RunningBroker:
-    """A broker that somebody else started."""
+    """The broker that KAFKA_BOOTSTRAP_SERVERS names."""
 
     bootstrap: str
     kind: str
 
 
 class StandInBroker:
-    """noida-db, with the controls of KafkaBroker. A SIGKILL loses what it had not saved."""
+    """noida-db, with the methods of `KafkaBroker`. After a SIGKILL, records that it had not saved are lost."""
 
     def __init__(self, data_dir: Path) -> None:
         self.kind = f"noida-db {version('noida-db')} (a stand-in, not Kafka; {STARTED_BY})"
@@ -128,10 +128,10 @@ class StandInBroker:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which broker the tests will use: `how` is running, apache, stand-in or none; `text` is for people."""
+    """The broker that the tests will use."""
 
-    how: str
-    text: str
+    how: str  # running, apache, stand-in or none
+    text: str  # for people: the broker, or why there is none
 
     @property
     def is_apache(self) -> bool:
@@ -139,7 +139,7 @@ class Choice:
 
 
 def choose() -> Choice:
-    """Looks at the environment and at what is installed; starts nothing."""
+    """Choose by the environment and the installed programs, without starting anything."""
     named = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
     if named:
         try:
@@ -162,7 +162,7 @@ def choose() -> Choice:
 
 
 def apache_required() -> bool:
-    """Whether anything less than Apache Kafka is a failure. Raises pytest.UsageError."""
+    """Whether tests must run on Apache Kafka. Raises pytest.UsageError for an unknown value of DEEPAR_TEST_KAFKA."""
     wanted = os.environ.get("DEEPAR_TEST_KAFKA", "")
     if wanted not in ("", "any", "apache"):
         raise pytest.UsageError(f"DEEPAR_TEST_KAFKA={wanted!r}: it may be 'apache', 'any' or unset")
@@ -175,16 +175,16 @@ def pytest_report_header() -> str:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Which broker it was must be told even with -q, where pytest leaves the header out."""
+    """With -q pytest omits the header, so print the broker here."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None and session.config.get_verbosity() < 0:
         reporter.write_line(pytest_report_header())
 
 
-def _start(choice: Choice, data_dir: Path) -> OwnBroker:
-    """The chosen kind, started on `data_dir`; fails or skips the test that asked when there is none."""
+def start_broker(choice: Choice, data_dir: Path) -> OwnBroker:
+    """Start the chosen broker on `data_dir`; fail the test if there is none or it does not start."""
     if apache_required() and not choice.is_apache:
-        pytest.fail(f"DEEPAR_TEST_KAFKA=apache demands Apache Kafka, but: {choice.text}", pytrace=False)
+        pytest.fail(f"DEEPAR_TEST_KAFKA=apache requires Apache Kafka, but: {choice.text}", pytrace=False)
     if choice.how == "none":
         pytest.fail(f"no broker for this test: {choice.text}", pytrace=False)
     broker: KafkaBroker | StandInBroker
@@ -198,12 +198,12 @@ def _start(choice: Choice, data_dir: Path) -> OwnBroker:
 
 @pytest.fixture(scope="session")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    """One broker for all tests: `.bootstrap` and `.kind`. Do not kill it: `kafka_own` is for that."""
+    """One broker for all tests. Do not stop it; use `kafka_own` for that."""
     choice = choose()
     if choice.how == "running" and (choice.is_apache or not apache_required()):
         yield RunningBroker(os.environ["KAFKA_BOOTSTRAP_SERVERS"], choice.text)
         return
-    broker = _start(choice, tmp_path_factory.mktemp("kafka"))
+    broker = start_broker(choice, tmp_path_factory.mktemp("kafka"))
     yield broker
     died = isinstance(broker, KafkaBroker) and not broker.running
     tail = broker.log_tail() if isinstance(broker, KafkaBroker) else ""
@@ -214,8 +214,8 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 
 @pytest.fixture
 def kafka_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OwnBroker]:
-    """A fresh broker for one test (4-5 s), to stop, kill and restart; never somebody else's."""
+    """A fresh broker for one test, which may stop, kill and restart it. Starting takes 4-5 s."""
     monkeypatch.delenv("KAFKA_BOOTSTRAP_SERVERS", raising=False)
-    broker = _start(choose(), tmp_path / "kafka")
+    broker = start_broker(choose(), tmp_path / "kafka")
     yield broker
     broker.stop()

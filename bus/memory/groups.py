@@ -26,11 +26,11 @@ class GroupMember(Protocol):
     def assignment(self) -> frozenset[TopicPartition]:
         """The partitions that it holds."""
 
-    async def let_go(self) -> None:
-        """Revoke its partitions; returns when its callback has finished."""
+    async def revoke(self) -> None:
+        """Run its `on_revoked` and take its partitions away."""
 
-    async def take(self, partitions: list[TopicPartition]) -> None:
-        """Assign it these partitions."""
+    async def assign(self, partitions: list[TopicPartition]) -> None:
+        """Give it these partitions and run its `on_assigned`."""
 
     def forget(self) -> None:
         """Take its partitions away without a callback."""
@@ -49,7 +49,7 @@ class Group:
         self._running = running  # waits until the broker runs
         self._late: list[GroupMember] = []  # members that exceeded the rebalance timeout
         self._changed = asyncio.Event()
-        self._wanted = False
+        self._wanted = False  # whether a further rebalance is due
         self._task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -86,7 +86,7 @@ class Group:
             self._wanted = False
             await self._running()
             await self._each(
-                [(member, member.let_go()) for member in self.members if not member.dead and member.assignment()]
+                [(member, member.revoke()) for member in self.members if not member.dead and member.assignment()]
             )
             while any(member.dead for member in self.members):  # killed members keep theirs until the session expires
                 self._changed.clear()
@@ -94,7 +94,7 @@ class Group:
             self._wanted = False  # members that joined meanwhile are included
             self.generation += 1
             members = [member for member in self.members if member not in self._late]
-            await self._each([(member, member.take(share)) for member, share in self._deal(members)])
+            await self._each([(member, member.assign(share)) for member, share in self._deal(members)])
 
     def _deal(self, members: list[GroupMember]) -> list[tuple[GroupMember, list[TopicPartition]]]:
         """Assign partitions in order to the members that read their topic (Kafka's round robin)."""
@@ -120,11 +120,12 @@ class Group:
             if not task.done():
                 self._late.append(member)
                 member.forget()
-                task.add_done_callback(partial(self._back, member))
+                task.add_done_callback(partial(self._rejoin, member))
             else:
                 task.result()  # members keep their callbacks' errors; any other error is a bug
 
-    def _back(self, member: GroupMember, _task: asyncio.Future[None]) -> None:
+    def _rejoin(self, member: GroupMember, _task: asyncio.Future[None]) -> None:
+        """A late member has finished its callback."""
         self._late.remove(member)
         if member in self.members:
             self.rebalance()

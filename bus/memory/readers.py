@@ -203,7 +203,7 @@ class MemoryMember(MemoryReader):
 
     # --- for the group -----------------------------------------------------------------------------------------------
 
-    async def let_go(self) -> None:
+    async def revoke(self) -> None:
         async with self._callback:
             held = self._held
             self._reading = False
@@ -212,7 +212,7 @@ class MemoryMember(MemoryReader):
             self.forget()
             self._held = frozenset()
 
-    async def take(self, partitions: list[TopicPartition]) -> None:
+    async def assign(self, partitions: list[TopicPartition]) -> None:
         async with self._callback:
             if self._closed or self.dead:
                 return
@@ -263,7 +263,7 @@ class MemoryMember(MemoryReader):
 
     async def come_back(self) -> None:
         """Rejoin after reconnecting: release the old partitions, then join the group again."""
-        await self.let_go()
+        await self.revoke()
         if not self._closed and self not in self._group.members:
             self._group.add(self)
 

@@ -17,10 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POINTS = 160
+"""Number of bandwidths for which each panel computes the best plan."""
+
 HATCHES = ("", "//", "..", "xx")
 """Hatch for each pass through the colours, so that many pairs of cuts remain distinguishable."""
 
 MOST_IN_LEGEND = 16
+"""Maximum number of legend entries."""
+
 MOST_LETTERS = 36
 """Maximum length of a legend entry; a longer one is shortened in its middle."""
 
@@ -61,6 +65,7 @@ def plan_figure(situation: Situation) -> Figure:
 
 
 def _best(situation: Situation, link: int) -> tuple[list[int], list[WhatIfPlan | None]]:
+    """Bandwidths of a link, and the best plan for each; None where no plan fits."""
     here = max(situation.link1_bps if link == 1 else situation.link2_bps, 1000)
     bandwidths = [int(bps) for bps in np.geomspace(here / 100, here * 100, POINTS)]
     return bandwidths, sweep(situation, link, bandwidths)
@@ -69,15 +74,15 @@ def _best(situation: Situation, link: int) -> tuple[list[int], list[WhatIfPlan |
 def _touching(found: Sequence[Stretch]) -> list[tuple[float, float, tuple[int, int]]]:
     """(from, to, cuts) of adjacent stretches; each border is the geometric mean of the two nearest computed bandwidths."""
     step = 100 ** (2 / (POINTS - 1))
-    edges: list[tuple[float, float, tuple[int, int]]] = []
+    spans: list[tuple[float, float, tuple[int, int]]] = []
     for index, here in enumerate(found):
         start, end = float(here.from_bps), float(here.to_bps)
         if index and here.from_bps <= 1.01 * step * found[index - 1].to_bps:
             start = math.sqrt(here.from_bps * found[index - 1].to_bps)
         if index + 1 < len(found) and found[index + 1].from_bps <= 1.01 * step * here.to_bps:
             end = math.sqrt(here.to_bps * found[index + 1].from_bps)
-        edges.append((start, end, (here.cut1, here.cut2)))
-    return edges
+        spans.append((start, end, (here.cut1, here.cut2)))
+    return spans
 
 
 def _colour(
@@ -86,6 +91,7 @@ def _colour(
     spans: Sequence[tuple[float, float, tuple[int, int]]],
     looks: dict[tuple[int, int], tuple[str, str]],
 ) -> None:
+    """Fill the spans; `looks` maps pairs of cuts to colour and hatch, shared by both panels."""
     for start, end, cuts in spans:
         label = None
         if cuts not in looks:

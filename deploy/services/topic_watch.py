@@ -14,6 +14,7 @@ from bus.port import Bus
 from bus.values import Role
 
 WATCH_S = 5.0
+"""Interval between checks."""
 AGAIN_S = 60.0
 """Interval between repeated log entries while topics are missing."""
 
@@ -32,7 +33,7 @@ class TopicWatch:
     """Checks periodically that all topics exist and have a partition for each region; `missing` lists the faults."""
 
     def __init__(self, bus: Bus, names: Iterable[str], regions: int) -> None:
-        """`regions`: how many partitions the control topics must have."""
+        """`regions` is the number of partitions that the control topics must have."""
         self.missing: dict[str, str] = {}  # topic -> what is wrong
         self._bus = bus
         self._names = tuple(names)
@@ -54,11 +55,11 @@ class TopicWatch:
         while True:
             await asyncio.sleep(WATCH_S)
             try:
-                await self.look()
+                await self.check()
             except BusError as error:
                 log.debug("topics not checked", error=str(error))  # the broker is unavailable; its users log that
 
-    async def look(self) -> None:
+    async def check(self) -> None:
         """Check once. Raises `BusError`."""
         there = {found.name: found.partitions for found in await self._bus.found_topics(self._names)}
         missing = {}

@@ -57,9 +57,8 @@ class InputFilter:
 def _decoded(record: Record) -> Any:
     message = messages.decode(record.topic, record.value)
     if isinstance(message, NodeAnnounced):
-        size_bytes = len(
-            messages.encode(message)
-        )  # its size inside the decision, which may differ from that of the record
+        # The size inside the decision counts; that of the record may differ.
+        size_bytes = len(messages.encode(message))
         if size_bytes > MAX_ANNOUNCEMENT_BYTES:
             detail = (
                 f"announcement of {message.node} takes {size_bytes:,} bytes; the limit is {MAX_ANNOUNCEMENT_BYTES:,}"

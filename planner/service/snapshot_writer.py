@@ -64,9 +64,9 @@ class SnapshotWriter:
         if self._taken is not None and self._taken[0].seq == seq:
             self._confirmed.put_nowait(offset)
 
-    def wrote(self, payload: bytes) -> bool:
+    def wrote(self, value: bytes) -> bool:
         """Whether this planner wrote the record. Forgets the record, so a second call returns False."""
-        name = snapshots.digest(payload)
+        name = snapshots.digest(value)
         known = name in self._written
         self._written.discard(name)
         return known
@@ -102,10 +102,10 @@ class SnapshotWriter:
         first, names = 0, list[str]()
         for following in pieces:  # serialized lazily, one per write; the last piece goes into the snapshot itself
             part = SnapshotPart(region=snapshot.region, seq=snapshot.seq, part=len(names) + 1, state={})
-            payload = spliced(messages.encode(part), lists)
-            position = await self._send(part, payload, key_of(snapshot.region, place, part.part))
+            value = spliced(messages.encode(part), lists)
+            position = await self._send(part, value, key_of(snapshot.region, place, part.part))
             first = first if names else position.offset
-            names.append(snapshots.digest(payload))
+            names.append(snapshots.digest(value))
             lists = following
         for number in range(len(names) + 1, widths[place] + 1):
             await self._send(snapshot, None, key_of(snapshot.region, place, number))
@@ -113,8 +113,8 @@ class SnapshotWriter:
         snapshot = snapshot.model_copy(
             update={"place": place, "widths": tuple(widths), "first": first, "parts": tuple(names)}
         )
-        payload = spliced(messages.encode(snapshot), lists)
-        await self._send(snapshot, payload, key_of(snapshot.region, place))
+        value = spliced(messages.encode(snapshot), lists)
+        await self._send(snapshot, value, key_of(snapshot.region, place))
         self._newest = snapshot
 
     async def _find_newest(self) -> Snapshot | None:
@@ -128,17 +128,17 @@ class SnapshotWriter:
                     return one.snapshot
         return None
 
-    async def _send(self, message: Message, payload: bytes | None, key: str) -> Position:
+    async def _send(self, message: Message, value: bytes | None, key: str) -> Position:
         context = self.context
-        if payload is not None:
-            self._written.add(snapshots.digest(payload))
+        if value is not None:
+            self._written.add(snapshots.digest(value))
         headers = context.envelope.headers(message)
         return await context.bus.send(
             topics.SNAPSHOTS,
-            payload,
+            value,
             key=key,
             partition=context.settings.region,
-            headers=headers if payload is not None else (),
+            headers=headers if value is not None else (),
         )
 
 

@@ -29,7 +29,7 @@ from deploy.kafka_local.ports import free_port
 from deploy.services import wiring
 from planner.service.service import Standing
 from tests.kafka_broker import Broker, apache_required, choose
-from tests.kafka_broker import _start as start
+from tests.kafka_broker import start_broker as start
 from tests.unit.stages import built_models
 
 

@@ -1,4 +1,4 @@
-"""The README's flow: separate processes on Kafka recognise digits; what is broken is named; the rest goes on."""
+"""The README's commands as separate processes on Kafka: digits are recognised, and faults are reported and stay contained."""
 
 from __future__ import annotations
 
@@ -24,24 +24,23 @@ from deploy.kafka_local.ports import free_port
 from tests import prometheus
 from tests.documented import README, lines_of
 from tests.integration.deepar_processes import Processes
-from tests.kafka_broker import OwnBroker, choose
-from tests.kafka_broker import _start as start_broker
+from tests.kafka_broker import OwnBroker, choose, start_broker
 from tests.otlp_collector import Collector, collecting
 from tests.prometheus import Prometheus
 
 REPLAY = "deepar loadgen replay --tasks 20 --within 20s"
 MORE = {"d3": ("--results", "d3.jsonl")}
-"""What we add to a command of the README, to look at what comes out of it."""
+"""Arguments added to a command of the README, so that its results can be checked."""
 
 
 def documented_services() -> list[str]:
-    """The README's planner and stages, each as it stands there."""
+    """The README's commands that start the planner and the stages."""
     return [line.text for line in lines_of(README) if line.text.startswith(("deepar planner", "deepar stage"))]
 
 
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnBroker]:
-    """A broker of this module's own, so that its region is its own."""
+    """A broker for this module alone, so that no other test uses its region."""
     made = start_broker(choose(), tmp_path_factory.mktemp("kafka"))
     yield made
     made.stop()
@@ -49,14 +48,14 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnBroker]:
 
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
-    """What takes the region's traces."""
+    """A receiver of the region's traces."""
     with collecting() as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def region(broker: OwnBroker, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """Planner, cloud, two edges and three devices, all ready, telling their traces."""
+    """Planner, cloud, two edges and three devices, all ready and sending their traces."""
     with Processes(broker.bootstrap, tmp_path_factory.mktemp("region")) as processes:
         processes.environment |= {
             "OTEL_EXPORTER_OTLP_ENDPOINT": collector.address,
@@ -76,7 +75,7 @@ def region(broker: OwnBroker, collector: Collector, tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="module")
 def scraping(region: Processes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus | None]:
-    """Prometheus on the compose file's configuration, looking at the region; None where there is none."""
+    """Prometheus with the compose file's configuration, scraping the region; None if it is not installed."""
     programs = prometheus.available()
     if programs is None:
         yield None
@@ -88,7 +87,7 @@ def scraping(region: Processes, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def read_all(bootstrap: str, topic: str) -> list[Record]:
-    """A topic from its start to its end."""
+    """All records of a topic."""
 
     async def read() -> list[Record]:
         records: list[Record] = []
@@ -104,7 +103,7 @@ def read_all(bootstrap: str, topic: str) -> list[Record]:
 
 
 def send_all(bootstrap: str, records: list[tuple[str, bytes, str | None]]) -> None:
-    """Put raw bytes on topics."""
+    """Send (topic, value, key) records."""
 
     async def send() -> None:
         async with KafkaBus(KafkaConnection(bootstrap_servers=bootstrap)) as bus:

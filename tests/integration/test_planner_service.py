@@ -28,8 +28,7 @@ from stages.runner import ModelledRunner
 from tests.decision_story import read_story
 from tests.integration import planner_process
 from tests.integration.deepar_processes import Process, Processes
-from tests.kafka_broker import OwnBroker, choose
-from tests.kafka_broker import _start as start_broker
+from tests.kafka_broker import OwnBroker, choose, start_broker
 from tests.sim.world import profile
 
 KILLS = 20

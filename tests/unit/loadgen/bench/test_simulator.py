@@ -1,4 +1,4 @@
-"""The benchmark of a million tasks, with some hundred."""
+"""`deepar loadgen bench simulator` with a few hundred tasks instead of a million."""
 
 import gc
 
@@ -13,7 +13,7 @@ from loadgen.sim.environment import Environment, LogNormal
 from loadgen.sim.platforms import platforms
 
 
-def test_the_report_says_what_was_used_of_the_processors() -> None:
+def test_the_report_contains_the_processor_time() -> None:
     report = simulator.run(tasks=400)
     (result,) = report["results"]
     assert (result["tasks"], result["completed"]) == (400, 400)
@@ -38,7 +38,7 @@ def test_the_same_seed_drives_the_same_region() -> None:
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_the_core_makes_no_cycles(noise: float) -> None:
-    """The benchmark all but stops the garbage collector: nothing may be left to it, however many tasks there are."""
+    """The benchmark runs the garbage collector rarely, so the objects of ended tasks must be freed without it."""
     ended: list[TaskState | None] = []
 
     def end(outcome: Outcome) -> None:
@@ -58,10 +58,10 @@ def test_the_core_makes_no_cycles(noise: float) -> None:
         finally:
             gc.enable()
     assert len(ended) == 1520
-    assert found[1] <= found[0] + 5  # a generator's frame or two, and not one a task
+    assert found[1] <= found[0] + 5  # a few generator frames, but not one for each task
 
 
-def test_the_collector_is_as_it_was_afterwards() -> None:
+def test_the_garbage_collector_has_its_old_settings_afterwards() -> None:
     before = gc.get_threshold()
     with rare_collection():
         assert gc.get_threshold()[0] == simulator.COLLECT_AFTER
