@@ -170,7 +170,7 @@ def apache_required() -> bool:
 
 
 def pytest_report_header() -> str:
-    demanded = "; Apache Kafka is demanded" if apache_required() else ""
+    demanded = "; Apache Kafka is required" if apache_required() else ""
     return f"kafka: {choose().text}{demanded}"
 
 

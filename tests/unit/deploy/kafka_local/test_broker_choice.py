@@ -60,7 +60,7 @@ def test_a_broker_that_is_named_but_absent_is_never_replaced(monkeypatch: pytest
 
 def test_apache_on_demand_fails_with_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DEEPAR_TEST_KAFKA", "apache")
-    with pytest.raises(pytest.fail.Exception, match="demands Apache Kafka"):
+    with pytest.raises(pytest.fail.Exception, match="requires Apache Kafka"):
         kafka_broker.start_broker(kafka_broker.Choice("stand-in", "a stand-in"), tmp_path)
 
 
