@@ -25,6 +25,7 @@ LANE_OF_PREFIX = {
     "tests/integration/test_cluster.py": "patient",
     "tests/integration/test_compose.py": "patient",
     "tests/integration/test_deleted_topics.py": "patient",
+    "tests/integration/test_docs_on_kafka.py": "patient",
     "tests/integration/test_lost_decisions.py": "patient",
     "tests/integration/test_page_numbers.py": "patient",
     "tests/integration/test_topic_settings.py": "patient",
