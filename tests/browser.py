@@ -28,7 +28,7 @@ START_S = 60.0
 
 
 def find_browser() -> str:
-    """The program; fails or skips the test that asks where there is none."""
+    """The path of the program. If it is missing, the test fails or is skipped."""
     for name in PROGRAMS:
         if (found := shutil.which(name)) is not None:
             return found

@@ -208,7 +208,7 @@ def _install(programs: Mapping[str, str], say: Say) -> None:
 
 @contextlib.contextmanager
 def packages_locked() -> Iterator[None]:
-    """Nobody else among the tests uses apt-get in this block: of two at once, one fails."""
+    """A lock between test processes: two that use apt-get at the same time disturb each other."""
     cache_root().mkdir(parents=True, exist_ok=True)
     with locked(cache_root() / "apt-get"):
         yield
@@ -234,7 +234,7 @@ def _compose_found(env: Mapping[str, str]) -> list[str | Path] | None:
 
 
 def _compose(env: Mapping[str, str], say: Say) -> list[str | Path]:
-    """The command of Compose version 2, built now where there is none."""
+    """The command of Compose version 2; built now if it is missing."""
     found = _compose_found(env)
     if found is not None:
         return found

@@ -159,7 +159,7 @@ def load_key(path: Path) -> Key:
         held[way][row] = bytes.fromhex(secret)
     frames = FrameKeys(speaker, held["reads"], held["writes"]) if found[4] else None
     if (list(held["reads"]), list(held["writes"])) != (rows_of(speaker) if frames else ([], [])):
-        raise ConfigError(f"{path} is not whole", remedy="copy all of it, or make it anew: deepar identity key")
+        raise ConfigError(f"{path} is incomplete", remedy="copy the whole file, or make it again: deepar identity key")
     return Key(speaker, found[3], bytes.fromhex(found[2]), frames)
 
 

@@ -34,7 +34,7 @@ _MAD: Final = 1.4826  # standard deviation of a normal distribution over its med
 _STEPS: Final = 5  # of reweighting; the first two find the median, the others use the deviation around it
 
 _CHANGES: Final = ((2, 0.5, 4.0), (3, 0.2, 2.0))
-"""Signs of a change: so many last observations are off to one side, by this share of the time, and by so many deviations."""
+"""Signs of a change: the number of last observations that are off to one side, and by which share and how many deviations."""
 
 _RETRIED: Final = (1, 0.2, 2.0)
 """The same for an observation of a stale estimate."""

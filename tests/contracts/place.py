@@ -84,7 +84,7 @@ def numbered(count: int, start: int = 0) -> list[bytes]:
 
 
 async def filled(place: Place, partitions: int, count: int) -> str:
-    """A topic with so many numbered records in each partition."""
+    """A topic with this many numbered records in each partition."""
     topic = await place.topic(partitions)
     for partition in range(partitions):
         await post_all(place.bus, topic, numbered(count), partition)

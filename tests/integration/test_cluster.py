@@ -116,7 +116,7 @@ async def _leader(cluster: Cluster) -> int:
 
 
 def _controller(cluster: Cluster) -> int:
-    """The node that leads the quorum, by what the nodes wrote into their logs: clients are told of any broker."""
+    """The node that leads the quorum, from the nodes' logs, since clients may be told another broker."""
     found = {}
     for number, node in cluster.nodes.items():
         for line in node.log_file.read_text(errors="replace").splitlines():
@@ -180,7 +180,7 @@ def _digest(value: RecordValue | None) -> bytes:
 
 
 async def test_clients_that_start_before_a_death_is_noticed_wait_for_the_others(cluster: Cluster) -> None:
-    """For some seconds brokers still name the dead one, as controller and as leader: whoever asks is patient."""
+    """Retries, because for some seconds brokers still name the dead one as controller and as leader."""
     connection = KafkaConnection(bootstrap_servers=cluster.bootstrap)
     async with KafkaBus(connection) as bus:
         await wiring.create_missing_topics(bus, EDGES)

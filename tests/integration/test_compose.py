@@ -39,7 +39,7 @@ MORE = ("--scale", "device=2")
 
 @pytest.fixture(scope="module")
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """A Docker engine with Compose; skips where there is none, fails where DEEPAR_TEST_DOCKER=required."""
+    """A Docker engine with Compose. If it is missing, the test is skipped, or fails with DEEPAR_TEST_DOCKER=required."""
     capture = request.config.pluginmanager.get_plugin("capturemanager")
 
     def say(line: str) -> None:

@@ -28,7 +28,7 @@ def start(processes: Processes, text: str, environment: Mapping[str, str] | None
 
 
 def look(port: int) -> dict[str, Any]:
-    """What the page of `deepar ui` is told; nothing before it listens."""
+    """The state that the page of `deepar ui` receives; an empty one before it listens."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/state.json", timeout=5.0) as answer:
             return dict(json.load(answer))

@@ -73,7 +73,7 @@ Put = Callable[[str, Message, float], Awaitable[None]]
 
 @pytest.fixture
 async def put(connection: KafkaConnection) -> AsyncIterator[Put]:
-    """Writes a record by somebody whose clock says so many seconds since 1970."""
+    """Write a record from a machine whose clock shows this many seconds since 1970."""
     producer = AIOKafkaProducer(bootstrap_servers=connection.bootstrap_servers)
     await producer.start()
 

@@ -95,7 +95,7 @@ async def test_the_page_shows_a_running_replay_as_its_topics_tell_it(tmp_path: P
             for row in await page.evaluate(READ_EDGES):
                 assert (row["held"], row["links"]) == (0, [[], []])
 
-            # what stages write is text to the page, whatever it says
+            # the page shows the text of stages as text, not as HTML
             assert await page.evaluate("document.querySelectorAll('main img, main script').length") == 0
             assert page.complaints == []
             foreign = "document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:1/'}))"

@@ -139,7 +139,7 @@ async def test_a_planner_that_is_killed_twenty_times_forgets_nothing_and_decides
 
 
 async def _say(process: Process, what: str, count: int = 1) -> None:
-    """Wait until a planner has said something so many times."""
+    """Wait until a planner has logged `what` `count` times."""
     until_s = time.monotonic() + 60.0
     while process.text().count(what) < count:
         assert process.process.poll() is None, process.text()

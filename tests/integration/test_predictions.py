@@ -48,7 +48,7 @@ class Replay:
         self._region, self._folder, self._runs = region, folder, 0
 
     def __call__(self, tasks: int) -> Rows:
-        """What became of so many tasks."""
+        """The outcomes of this many tasks."""
         self._runs += 1
         out = self._folder / f"replay-{self._runs}"
         words = ("--tasks", str(tasks), "--within", f"{tasks}s", "--seed", str(self._runs), "--out", str(out))

@@ -73,7 +73,7 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureBroker]:
     asyncio.run(prepare())
     yield one
     one.broker.stop()
-    gc.collect()  # sockets that were cut off are told of here, where that is expected, and not in another module
+    gc.collect()  # warns of sockets that were cut off here, where that is expected, and not in another module
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Nodes that are told to stop say so: what runs there ends there, what waits for them goes elsewhere, nothing new comes."""
+"""A stopping node announces that it drains: running tasks finish, waiting ones are planned elsewhere, new ones avoid it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def _again(region: World, settings: NodeSettings, group: asyncio.TaskGroup
 async def _play(
     stopped: str, *, policy: str, again: NodeSettings | None = None, says_so: bool = True, at_s: float = 1.0
 ) -> tuple[World, Story]:
-    """Tasks for all devices, and a node that is told to stop while some of them run."""
+    """Tasks for all devices, and a node that is stopped while some of them run."""
     async with world(WorldOptions(policy=policy)) as region, wiring.embedded() as group:
         playing = asyncio.create_task(
             region.replay([task(n, f"d{n % 3 + 1}", samples=SAMPLES) for n in range(TASKS)], gap_s=0.2)
@@ -90,7 +90,7 @@ def test_an_edge_that_drains_finishes_what_runs_and_gets_nothing_new(policy: str
     assert {c.cause for d in story.decisions for c in d.changes if isinstance(c, Retried)} <= {"draining"}
     if policy == "edge-only" and at_s == 1.0:
         assert _runs_on(story, "e1")
-        assert [c for c in changes if isinstance(c, Retried)]  # somebody waited behind what ran there
+        assert [c for c in changes if isinstance(c, Retried)]  # a task waited there
 
 
 def test_planted_an_edge_that_does_not_say_so_takes_new_tasks_down_with_it() -> None:

@@ -1,4 +1,4 @@
-"""Who has no key, or one of another master, is told so; virtual time."""
+"""Nodes without a key, or with a key of another master, end with an error that says so; in virtual time."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from tests.sim.planners import town
 
 @pytest.mark.parametrize("seed", range(3))
 def test_planners_that_are_killed_among_forgeries_come_back_to_the_same_state(seed: int) -> None:
-    """Whoever folds the decisions, with the master or without, arrives at the same hash."""
+    """Folding the decisions gives the same hash with the master and without it."""
     random = Random(seed)
 
     async def run() -> tuple[Story, str, list[DeadLetter]]:
@@ -127,7 +127,7 @@ def test_no_secret_is_in_a_log_or_a_dead_letter() -> None:
 
 @pytest.mark.parametrize("master", [None, MASTER], ids=["trusting", "demanding"])
 def test_an_announcement_too_large_for_a_decision_is_refused_and_the_planner_goes_on(master: Master | None) -> None:
-    """It can be read, and the record that would take the node in could not: nobody may end a planner with that."""
+    """The record is readable, but the decision that would record it would be too large; it must not end the planner."""
     many = tuple(f"edge-{number}" for number in range(10_000, 86_900))
     announced = NodeAnnounced(node="d9", role=Role.DEVICE, incarnation="d9-1", reachable_edges=many)
     assert len(messages.encode(announced)) < messages.MAX_MESSAGE_BYTES

@@ -97,7 +97,7 @@ def test_an_edge_is_lost_under_which_1600_tasks_wait_and_the_planner_dies_in_the
             (loss,) = [d for d in story.decisions if any(isinstance(change, NodeLost) for change in d.changes)]
             assert {change.task_id for change in loss.changes if isinstance(change, Retried)} == behind_it
             assert len(loss.changes) > 4500
-            # what was written: a part of the first's, which counts for nobody, then all of the second's
+            # a part of the first planner's decision, which no reader applies, then the whole decision of the second
             written = [messages.decode(topics.DECISIONS, record.value) for record in _records(place, topics.DECISIONS)]
             parts = [(one.nonce, one.part) for one in written if isinstance(one, DecisionPart)]
             assert [part for nonce, part in parts if nonce != loss.nonce] == [1]

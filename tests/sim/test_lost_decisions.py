@@ -231,7 +231,7 @@ def test_a_device_that_waits_for_a_snapshot_says_so_once_a_minute() -> None:
         async with town(played=False) as place:
             planner = place.start(snapshot_every=10_000)
             await until(lambda: planner.service.counters.decisions > 5)
-            await planner.kill()  # nobody is left to write one
+            await planner.kill()  # no planner is left to write one
             place.broker.delete_records(topics.DECISIONS, 0, await end_of(place) - 2)
             device = OneDevice(place)
             with capture_logs() as logs:

@@ -110,7 +110,7 @@ def test_garbage_is_dead_lettered_once_however_often_planners_start(topic: str) 
 
     async def run() -> list[str]:
         async with town() as place:
-            await place.bus.send(topic, b"\x80", key="x", partition=0)  # while nobody leads
+            await place.bus.send(topic, b"\x80", key="x", partition=0)  # while no planner leads
             for number in range(3):
                 planner = place.start(f"p{number}", snapshot_every=4)
                 await place.submit(range(4 * number, 4 * number + 4))

@@ -122,7 +122,7 @@ async def activations_of_another_device(region: World, plan: AttemptPlan) -> Non
 
 
 async def garbage_under_its_name(region: World, plan: AttemptPlan) -> None:
-    """d2, which can prove to be d2, sends what nobody can read under the key of d1's task."""
+    """d2, with a valid proof of its own name, sends unreadable frames under the key of d1's task."""
     await region.bus_of("device", "d2").send(TOPIC, b"{", key=plan.task_id)
 
 

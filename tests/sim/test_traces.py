@@ -166,7 +166,7 @@ def test_a_task_that_fails_says_so_in_its_trace() -> None:
 
 
 def test_a_planner_that_takes_over_repeats_nothing_and_knows_when_a_task_began() -> None:
-    """The first planner is gone after the admission; the root is told once, by the second, from the true beginning."""
+    """The first planner ends after the admission; the second sends the root span once, from the true beginning."""
 
     async def run() -> tuple[list[Span], list[Span]]:
         broker = MemoryBroker()

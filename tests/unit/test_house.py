@@ -1,4 +1,4 @@
-"""The card and the house rules, held by a test: folders, packages, who may import whom."""
+"""The house rules: folders, packages, and the imports between rooms."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_layering_test_can_fail(tmp_path: Path) -> None:
 
 
 JSON_BETWEEN_OURSELVES = {
-    "deploy/generated_docs/asyncapi.py",  # a page of the docs, kept as it stands
+    "deploy/generated_docs/asyncapi.py",  # a page of the docs
     "deploy/commands/explain.py",  # a record on its way back into our decoder
     "loadgen/experiments/fit_paper.py",  # the profile that is shipped
     "loadgen/experiments/run_key.py",
@@ -79,7 +79,7 @@ def test_json_for_people_and_programs_is_written_in_one_place() -> None:
 
 
 def test_nothing_that_is_printed_turns_into_a_picture() -> None:
-    """Rich replaces `:END:` and `:X:` in a user's text by emoji, with or without markup, unless a console is told not to."""
+    """Rich replaces `:END:` and `:X:` in a user's text by emoji, unless a console is made with `emoji=False`."""
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Console":

@@ -1,4 +1,4 @@
-"""The reading rule: whoever reads the same log obeys the same planner."""
+"""The reading rule: all readers of the same log follow the same planner."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def of_tomorrow(epoch: int, nonce: str, seq: int, **changed: object) -> bytes:
 
 
 def test_a_decision_of_a_newer_version_is_an_error_and_not_silence() -> None:
-    """Whoever skipped it would drop all that follows as out of sequence, for ever and without a word."""
+    """A reader that skipped it would silently drop every later decision as out of sequence."""
     log = DecisionLog(next_offset=0)
     log.read(record(0, opened(1, "a")))
     log.read(record(1, decision(1, "a", 1)))

@@ -1,4 +1,4 @@
-"""A fault of a record is told once: its place if it has one, and what is wrong, without empty or doubled prefixes."""
+"""The text of a validation error: its location, if it has one, and the fault, without empty or repeated prefixes."""
 
 from __future__ import annotations
 

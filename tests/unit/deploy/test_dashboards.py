@@ -245,7 +245,7 @@ def test_each_alarm_fires_when_it_is_due_and_not_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("series", "region"),
     [
-        ({"up": "1x10"}, None),  # nobody is there at all
+        ({"up": "1x10"}, None),  # no planner exists
         ({f"deepar_ready{E1}": "1x10"}, "0"),  # stages without a planner
         # Each region has a planner of its own, and one of them is killed: Prometheus marks its series as stale.
         (

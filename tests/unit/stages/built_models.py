@@ -366,7 +366,7 @@ EMPTY_TYPES = {"RESHAPE": "int32", "SUM": "int32", "CONCATENATION": "float32"}
 
 
 def packed(model: Any) -> bytes:
-    """The file of a model of the object API, as it stands: nothing is made plain on the way."""
+    """The file of a model of the object API, without changes."""
     builder = flatbuffers.Builder(1024)
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     return bytes(builder.Output())

@@ -60,6 +60,6 @@ async def test_a_task_of_this_region_is_no_other_region_s() -> None:
         task_id="t", attempt=2, region=9, device="d1", model="toy", sha256="0" * 64, samples=2, todo=2,
         execution="streaming", placement=theirs,
     )  # fmt: skip
-    assert authorization.usable(stranger, _frame(2, plan), plan)  # nobody here has heard of that task
+    assert authorization.usable(stranger, _frame(2, plan), plan)  # a task of which this region has no decision
     node.fences.apply(DECISION)
     assert not authorization.usable(stranger, _frame(2, plan), plan)

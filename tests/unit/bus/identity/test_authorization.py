@@ -59,7 +59,7 @@ def test_what_only_the_planner_writes_makes_no_claims() -> None:
 
 
 def test_no_role_that_writes_claims_can_read_them() -> None:
-    """So with the lists of `deepar acls` nobody can copy a signed record and send it again."""
+    """With the lists of `deepar acls`, no role can both read and write such a topic, so none can repeat a signed record."""
     for name in topics.SIGNED_TOPICS:
         row = topics.row(name)
         assert not set(row.writers) & set(row.readers), name
@@ -98,7 +98,7 @@ MAY_OF_ITSELF = {
     "failed": {"device:d1", "edge:e1", "cloud:c1"},
     "failed late": {"device:d1", "edge:e1", "edge:e2", "cloud:c1"},
 }
-MAY_OF_ANOTHER = {"submitted": {"loadgen:lg"}, "cancelled": {"device:d1", "loadgen:lg"}}  # the second names nobody
+MAY_OF_ANOTHER = {"submitted": {"loadgen:lg"}, "cancelled": {"device:d1", "loadgen:lg"}}  # the second has no node in it
 
 
 def refusal(who: str, saying: str, *, of: str | None = None, parties: Parties | None = PARTIES) -> str | None:
@@ -124,7 +124,7 @@ def test_who_may_say_what(saying: str, who: str) -> None:
     assert (told is None) == (who in MAY_OF_ANOTHER.get(saying, ()))
     if told is not None:
         assert told.startswith(f"wrong_identity: {who} ")  # it names who spoke,
-        assert "d9" in told or "may send no" in told or saying == "cancelled"  # and whom it named
+        assert "d9" in told or "may send no" in told or saying == "cancelled"  # the error names the other node
 
 
 def test_every_role_that_speaks_was_tried() -> None:

@@ -36,7 +36,7 @@ VALUE = b'{"type":"node_heartbeat","v":1,"node":"d1","incarnation":"i"}'
 
 
 def record(signer: Key | None = None, /, **changes: Any) -> Record:
-    """A heartbeat of d1 as it stands on the topic, signed with d1's key or another; then changed."""
+    """The record of a heartbeat of d1, signed with d1's key or another one, then changed."""
     headers = (signer or MASTER.key(D1)).headers(topics.EVENTS, 0, "d1", VALUE)
     whole = Record(topics.EVENTS, 0, 7, 0, "d1", VALUE, headers)
     return whole._replace(**changes)
@@ -182,9 +182,9 @@ def test_files_are_the_owners_alone_and_never_written_over(tmp_path: Path) -> No
         (MASTER.key(D1).to_text().replace("deepar-key-1", "deepar-key-2"), load_key, "no key"),
         (MASTER.key(D1).to_text().replace("device:", "planner:"), load_key, "is not a role"),
         ("secret-é", load_key, "neither a key nor a master"),
-        (PROVEN_KEY.splitlines()[0] + "\n", load_key, "is not whole"),
-        ("\n".join(PROVEN_KEY.splitlines()[:-1]) + "\n", load_key, "is not whole"),
-        (PROVEN_KEY.replace(" frames\n", "\n"), load_key, "is not whole"),
+        (PROVEN_KEY.splitlines()[0] + "\n", load_key, "is incomplete"),
+        ("\n".join(PROVEN_KEY.splitlines()[:-1]) + "\n", load_key, "is incomplete"),
+        (PROVEN_KEY.replace(" frames\n", "\n"), load_key, "is incomplete"),
     ],
 )
 def test_a_file_of_another_kind_is_named_and_not_shown(text: str, load: object, said: str, tmp_path: Path) -> None:

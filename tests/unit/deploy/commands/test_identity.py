@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def secrets_of(folder: Path) -> list[str]:
-    """Everything in the files that nobody may see."""
+    """All secrets in the files."""
     return [word for file in folder.iterdir() for word in file.read_text().split() if len(word) == 64]
 
 
@@ -83,7 +83,7 @@ def test_a_master_that_demands_it_makes_keys_for_frames(folder: Path) -> None:
     assert [*e1.frames.reads] == ["deepar.activations.<edge>"]
     assert [*e1.frames.writes] == ["deepar.activations.cloud", "deepar.results"]
     plain = Master(bytes.fromhex((folder / "m").read_text().split()[1]))
-    assert master.fingerprint != plain.fingerprint  # so who proves no frames is told that his key will not do
+    assert master.fingerprint != plain.fingerprint  # so a node whose key covers no frames is rejected with a reason
     assert said[3].stdout == f"master, master {master.fingerprint}, for frames too\n"
     assert json.loads(said[4].stdout)["frames"] is True
     assert said[5].stdout == f"key loadgen:lg, master {master.fingerprint}\n"  # it sends none

@@ -52,7 +52,7 @@ def settings_dir(tmp_path: Path) -> Path:
 
 
 def _maven(programs: Path, *, slf4j: str = "log", end: int = 0) -> None:
-    """A Maven that "downloads" both jars into the folder it is told."""
+    """A stand-in for Maven that copies both jars into the folder of its arguments."""
     _program(
         programs,
         "mvn",

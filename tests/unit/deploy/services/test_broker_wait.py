@@ -1,4 +1,4 @@
-"""A service started before its broker waits as long as it is told to, and no longer."""
+"""A service started before its broker waits for the configured time, and no longer."""
 
 from __future__ import annotations
 

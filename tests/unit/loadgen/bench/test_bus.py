@@ -46,7 +46,7 @@ async def test_a_blocked_loop_shows() -> None:
         await asyncio.sleep(0.02)
         loop = asyncio.get_running_loop()
         until = loop.time() + 0.1
-        while loop.time() < until:  # nobody else gets a turn
+        while loop.time() < until:  # blocks the event loop
             pass
         await asyncio.sleep(0.02)
     assert watch.seen().loop_lag_p99_s > 0.05

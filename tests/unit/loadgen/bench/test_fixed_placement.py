@@ -1,4 +1,4 @@
-"""The director of the benchmarks leads a region properly: a planner can follow it, and it takes nobody's place."""
+"""The director of the benchmarks leads a region like a planner: a planner can follow it, and it deposes no planner."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ BASE = np.array([[100.0, 200.0], [100.0, 400.0]])
 
 
 def found(*percent: float) -> Reductions:
-    """Reductions of so many percent at each x, the same in both seeds."""
+    """Reductions in percent, one for each x, the same in both seeds."""
     return Reductions.of(BASE * (1 - np.array(percent) / 100), BASE)
 
 
@@ -69,7 +69,7 @@ def test_near_is_relative() -> None:
 
 
 def by_seed(*percent: float) -> Reductions:
-    """Reductions of so many percent in each seed, at one x."""
+    """Reductions in percent, one for each seed, at one x."""
     return Reductions.of(100 - np.array([[value] for value in percent]), np.full((len(percent), 1), 100.0))
 
 

@@ -1,4 +1,4 @@
-"""Questions about one task alone: constraints, the best so many, and where the best cuts change."""
+"""Plans of one task alone: constraints, the N best plans, and the bandwidths at which the best cuts change."""
 
 from collections.abc import Callable
 from typing import Any

@@ -100,7 +100,7 @@ def quiet(lenet: Model) -> Measurement:
 
 
 def slower(quiet: Measurement, *, whole: float = 1.0, **by_layer: float) -> Measurement:
-    """The same with other processes in between: times as many times as long."""
+    """A measurement disturbed by other processes: times multiplied by these factors."""
     layers = tuple(replace(row, median_s=row.median_s * by_layer.get(row.name, 1.0)) for row in quiet.layers)
     return replace(quiet, whole_s=quiet.whole_s * whole, layers=layers)
 
@@ -164,7 +164,7 @@ def test_a_noisy_profile_can_be_measured_again(
 def test_processes_that_start_together_measure_one_after_the_other(
     lenet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever waited for another that measured the same model takes over what that one found."""
+    """A process that waited for another one's measurement of the same model uses its result."""
     monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path))
     waits = threading.Event()
     said: list[str] = []

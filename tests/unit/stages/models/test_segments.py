@@ -1,4 +1,4 @@
-"""Segments: any cut to any cut, weights once, bounded, and nobody waits for somebody else's slicing."""
+"""Segments: between any two cuts, each weight loaded once, in bounded memory, without waiting for another's slicing."""
 
 from __future__ import annotations
 

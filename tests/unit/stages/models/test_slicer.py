@@ -60,7 +60,7 @@ def test_early_outputs_cross_every_later_cut(tmp_path: Path) -> None:
     cuts = manifest(model).cuts
     assert [spec.name for spec in cuts[0].tensors] == ["a", "b"]
     assert [spec.name for spec in cuts[-1].tensors] == ["product", "early", "same#4"]
-    # `a` is multiplied at the end; repeated names are told apart by their number
+    # `a` is multiplied at the end; repeated names are distinguished by their number
     assert [spec.name for spec in cuts[3].tensors] == ["a", "early", "same#4"]
 
 

@@ -1,4 +1,4 @@
-"""The metadata of a model file: read where there is one, None where there is none or it is broken."""
+"""The metadata of a model file: None if it is missing or broken."""
 
 from __future__ import annotations
 
