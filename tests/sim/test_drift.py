@@ -58,7 +58,7 @@ def played(scenario: Scenario, speed: Speed) -> list[Outcome]:
 def regret(
     learning: list[Outcome], fixed: list[list[Outcome]], since_s: float, until_s: float, completed: int = 5
 ) -> float:
-    """Mean delay of `learning` over that of the best of `fixed`, for tasks of a period that follow its first `completed` ends."""
+    """Mean delay of `learning` over that of the best of `fixed`, for tasks of a period after its first `completed` ends."""
     inside = [i for i, one in enumerate(learning) if since_s <= one.scheduled_s < until_s]
 
     def before(i: int) -> int:
