@@ -28,6 +28,9 @@ MAX_SEARCH_BYTES: Final = 256 << 20
 MAX_OPTIONS: Final = 50_000
 """Limit of cached edge options (an edge as seen by devices with equal profiles). When it is reached, all are dropped."""
 
+LOAD_STEPS: Final = 32
+"""Steps of the load by which tasks beside sessions are predicted to take longer, so that few searches are prepared."""
+
 
 class _OwnLink(NamedTuple):
     """What a device announces about its own link 1."""
@@ -66,19 +69,22 @@ class Candidates:
         self._estimates = region.estimates if learning else EstimateTable()
         self._rows = RowTable()
         self._learned: dict[
-            str, dict[tuple[str, bool], PlatformRow]
-        ] = {}  # rows with estimates: node -> (model, alone)
+            str, dict[tuple[str, bool, int], PlatformRow]
+        ] = {}  # rows with estimates: node -> (model, alone, load)
+        self._load_steps: dict[str, int] = {}  # load of the sessions of edges and devices, in steps
         # Counts changed predictions; what a device reaches was computed at some count, and at which edges changed last.
         self._version = 0
         self._changed_at: dict[str, int] = {}
         self._all_changed_at = 0
         region.watch_nodes(self._forget)
+        region.watch_loads(self._load_changed)
         self._estimates.watch(self._predictions_changed)
 
     def request(self, submitted: TaskSubmitted, avoid: Collection[str] = ()) -> Request | str | None:
         """The input of Algorithm 1 for a task. None: its device is absent or drains. A string: the cause of rejection.
 
-        Nodes in `avoid` are left out: edges, the cloud, or the device as the only tier.
+        Nodes in `avoid` are left out: edges, the cloud, or the device as the only tier. The nodes of a session are as fast as
+        they are without other sessions.
         """
         device = self._nodes.get(submitted.device)
         if device is None or device.draining or device.announced.role is not Role.DEVICE:
@@ -86,6 +92,12 @@ class Candidates:
         row = device.rows.get(submitted.model)
         if row is None:
             return "unknown_model"
+        account, deviations = self._ledger.devices.get(submitted.device), self._estimates.deviations
+        if submitted.session is not None:  # rare, so it is not cached
+            reached = self._reach(device, row, unloaded=True)
+            if avoid:
+                reached = self._without(reached, avoid, device, unloaded=True)
+            return Request(submitted, reached, account, self.objective, deviations)
         held = device.reach.get(row.model)
         if held is None or (held[0] != self._version and self._outdated(device, held[0])):
             held = self._version, self._reach(device, row)
@@ -93,7 +105,6 @@ class Candidates:
         device.reach[row.model] = self._version, reached
         if avoid:
             reached = self._without(reached, avoid, device)
-        account, deviations = self._ledger.devices.get(submitted.device), self._estimates.deviations
         return Request(submitted, reached, account, self.objective, deviations)
 
     def missing(self, submitted: TaskSubmitted) -> tuple[str, ...]:
@@ -122,19 +133,25 @@ class Candidates:
             found.append(f"an edge that runs {model} ({', '.join(there)} {'do' if there[1:] else 'does'} not)")
         return tuple(found)
 
-    def _reach(self, device: KnownNode, profiled: PlatformRow) -> Reached:
-        """The edges and searches that a device can use for one model; cached until a node or a prediction changes."""
+    def _reach(self, device: KnownNode, profiled: PlatformRow, *, unloaded: bool = False) -> Reached:
+        """The edges and searches that a device can use for one model; cached until a node or a prediction changes.
+
+        `unloaded`: with nodes as fast as they are without sessions.
+        """
         announced = device.announced
         name = announced.node
-        row = self._learned_row(name, profiled)
+        row = self._learned_row(name, profiled, unloaded=unloaded)
         own = _OwnLink.of(announced)
         options: list[EdgeOption] = []
         for edge in self._reachable(announced):
-            option = self._shared_option(edge, row, own)
+            if unloaded:
+                option = self._option(edge, row, self._cloud_of(edge, row), own, unloaded=True)
+            else:
+                option = self._shared_option(edge, row, own)
             if option is not None:
                 options.append(self._for_device(option, name))
         overheads = self._overheads(name, None, NO_OVERHEADS)
-        alone = self._search(self._learned_row(name, profiled, alone=True), None, None)
+        alone = self._search(self._learned_row(name, profiled, alone=True, unloaded=unloaded), None, None)
         return Reached(row, alone, tuple(options), overheads=overheads)
 
     def _reachable(self, device: NodeAnnounced) -> Sequence[str]:
@@ -154,17 +171,21 @@ class Candidates:
             known[key] = self._option(edge, row, self._cloud_of(edge, row), own)
         return known[key]
 
-    def _without(self, reached: Reached, avoid: Collection[str], device: KnownNode) -> Reached:
+    def _without(
+        self, reached: Reached, avoid: Collection[str], device: KnownNode, *, unloaded: bool = False
+    ) -> Reached:
         """`reached` without the nodes in `avoid`."""
         row, own = reached.row, _OwnLink.of(device.announced)
         left = [option for option in reached.edges if option.account.name not in avoid]
         if any(name in avoid for name in self._region.cloud_names):
-            local = (self._option(option.account.name, row, None, own) for option in left)
+            local = (self._option(option.account.name, row, None, own, unloaded=unloaded) for option in left)
             left = [self._for_device(option, device.announced.node) for option in local if option is not None]
         alone = device.announced.node not in avoid
         return Reached(row, reached.device_search, left, alone=alone, overheads=reached.overheads)
 
-    def _option(self, name: str, row: PlatformRow, cloud: PlatformRow | None, own: _OwnLink) -> EdgeOption | None:
+    def _option(
+        self, name: str, row: PlatformRow, cloud: PlatformRow | None, own: _OwnLink, *, unloaded: bool = False
+    ) -> EdgeOption | None:
         """An edge as seen by devices with equal profiles and links, or None if these devices cannot use it."""
         node = self._nodes.get(name)
         if node is None or node.draining or node.announced.role is not Role.EDGE:
@@ -175,7 +196,7 @@ class Candidates:
         if edge is None and cloud is None:
             return None
         if edge is not None:
-            edge = self._learned_row(name, edge)
+            edge = self._learned_row(name, edge, unloaded=unloaded)
         account = self._ledger.edges[name]
         limit1 = account.link1_capacity_bps
         if own.capacity_bps and own.capacity_bps < limit1:
@@ -219,21 +240,38 @@ class Candidates:
         )
         return NO_OVERHEADS if overheads == NO_OVERHEADS else overheads
 
-    def _learned_row(self, node: str, profiled: PlatformRow, alone: bool = False) -> PlatformRow:
-        """A node's profile row, scaled by what was learned; `alone`: of a device that runs the whole model."""
-        if not self._estimates:
+    def _learned_row(
+        self, node: str, profiled: PlatformRow, alone: bool = False, *, unloaded: bool = False
+    ) -> PlatformRow:
+        """A node's profile row, scaled by what was learned and by the load of its sessions.
+
+        `alone`: of a device that runs the whole model. `unloaded`: without the load.
+        """
+        steps = 0 if unloaded else self._load_steps.get(node, 0)
+        if not self._estimates and not steps:
             return profiled
         known = self._learned.setdefault(node, {})
-        row = known.get((profiled.model, alone))
+        row = known.get((profiled.model, alone, steps))
         if row is None:
-            line = self._estimates.node(node, profiled.model, alone)
+            line = self._estimates.node(node, profiled.model, alone) if self._estimates else NODE_PRIOR.line
             row = profiled
-            if line != NODE_PRIOR.line:
+            if steps or line != NODE_PRIOR.line:
                 profile = next(one for one in self._nodes[node].announced.models if one.model == profiled.model)
-                row = self._rows.row(profile, line.a, line.b)
+                slower = LOAD_STEPS / (LOAD_STEPS - steps)
+                row = self._rows.row(profile, line.a * slower, line.b * slower)
                 self._searches_of.setdefault(row, [])
-            known[profiled.model, alone] = row
+            known[profiled.model, alone, steps] = row
         return row
+
+    def _load_changed(self, name: str) -> None:
+        """Take over the load of the sessions of an edge or device."""
+        steps = self._ledger.load_steps(name, LOAD_STEPS)
+        if steps == self._load_steps.get(name, 0):
+            return
+        self._load_steps[name] = steps
+        if not steps:
+            del self._load_steps[name]
+        self._predictions_changed(name)
 
     def _outdated(self, device: KnownNode, version: int) -> bool:
         """Whether predictions for a device have changed since a version."""
@@ -303,6 +341,7 @@ class Candidates:
 
     def _forget(self, changed: NodeAnnounced) -> None:
         """Clear what is cached about a node that joined, changed or left."""
+        self._load_changed(changed.node)
         if changed.role is Role.DEVICE:
             self._forget_rows(changed.node)
             return  # a device that joins gets a new `KnownNode` with an empty cache

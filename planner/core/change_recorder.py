@@ -49,9 +49,13 @@ class ChangeRecorder:
         found, self.replans = sorted(self.replans), []
         return found
 
+    def may_retry(self, task: Task, cause: str, now: float) -> bool:
+        """Whether a task may have another attempt."""
+        return task.attempt - task.uncounted < self._max_attempts or not task.counts(cause, now)
+
     def retry(self, task: Task, cause: str, now: float, detail: str = "", failed_at: str | None = None) -> None:
         """Start the next attempt of a task, or fail it if it had all its attempts."""
-        if task.attempt >= self._max_attempts:
+        if not self.may_retry(task, cause, now):
             detail = f"after {format_count(task.attempt, 'attempt')}; {detail}"
             self.end(task, TaskState.FAILED, now, cause=cause, detail=detail)
             return

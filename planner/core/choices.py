@@ -10,6 +10,7 @@ from operator import index
 from bus.errors import InvariantError, PolicyError
 from planner.core.region.records import NEVER
 from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request
+from planner.search.families import family_of
 from planner.search.policies import Policy, Restriction
 
 
@@ -30,7 +31,7 @@ def _normalized(choice: Choice) -> Choice:
 
 
 def check_choice(policy: Policy, request: Request, option: EdgeOption | None, choice: Choice, now: float) -> None:
-    """Check that a choice is consistent, within the task's caps (11), and free in the ledger.
+    """Check that a choice is consistent, within the task's caps (11) and tiers, and free in the ledger.
 
     Raises `PolicyError` for a user's policy, and `InvariantError` for a built-in one.
     """
@@ -59,6 +60,9 @@ def check_choice(policy: Policy, request: Request, option: EdgeOption | None, ch
             and (choice.cut1 == choice.cut2 or costs.edge is not None)
             and (choice.cut2 == layers or (costs.cloud is not None and choice.link2_bps >= 1))
         )
+    if good:
+        used = family_of(choice.cut1, choice.cut2, layers)
+        good = used in request.families and (choice.cut1 == 0 or request.device_computes)
     if not good:
         fault = f"it chose for {request.task_id} what cannot be, or is not free: {choice!r:.300}"
         if isinstance(policy, Restriction):

@@ -197,7 +197,7 @@ class PlannerCore:
         if task is None or task.attempt != failed.attempt or task.state is TaskState.WAITING:
             return
         failed_at = self._failed_at(task, failed) if failed.retryable else None
-        if failed.retryable and task.attempt < self._options.max_attempts:
+        if failed.retryable and self._recorder.may_retry(task, failed.cause, now):
             self._recorder.retry(task, failed.cause, now, failed.detail, failed_at)
         else:
             self._recorder.end(task, TaskState.FAILED, now, cause=failed.cause, detail=failed.detail)

@@ -118,9 +118,10 @@ class Membership:
     def _retry_unserved(self, announced: NodeAnnounced, now: float) -> None:
         """Retry the tasks that a node no longer serves after a new announcement.
 
-        If the node drains, its scheduled tasks are retried too; its running tasks stay.
+        If the node drains, its scheduled tasks are retried too. Its running tasks stay, except sessions of an edge or cloud:
+        they would never end.
         """
-        name = announced.node
+        name, role = announced.node, announced.role
         for task in sorted(self._region.tasks.values(), key=_seq):
             placed = task.placed
             if placed is None:
@@ -144,7 +145,7 @@ class Membership:
             if (
                 not cause
                 and announced.draining
-                and task.state is TaskState.SCHEDULED
+                and (task.state is TaskState.SCHEDULED or (placed.session is not None and role is not Role.DEVICE))
                 and self._waits_for(task, announced)
             ):
                 cause = "draining"

@@ -17,9 +17,9 @@ from planner.core.options import CoreOptions, WhenLate
 from planner.core.region.records import NEVER, Task
 from planner.core.region.state import RegionState
 from planner.core.sessions import SessionPlacement, Sessions
-from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request, placement_of
+from planner.search.algorithm1 import EVERY_FAMILY, Algorithm, Choice, EdgeOption, Request, placement_of
 from planner.search.cost import NO_OVERHEADS
-from planner.search.families import DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.families import DEVICE_EDGE
 from planner.search.policies import Policy, Restriction, policy_fault
 
 # Changes are built without validation: their values come from validated messages or are computed here from them.
@@ -229,6 +229,11 @@ class Placer:
     def _never_servable(self, task: Task, request: Request) -> tuple[str, str] | None:
         """Cause and detail if no node that may still join can serve the task, else None."""
         device = self._region.nodes[task.submitted.device].announced
+        policy = self._policy
+        families = request.families & (policy.families if isinstance(policy, Restriction) else EVERY_FAMILY)
+        if not families:
+            tiers = ", ".join(task.submitted.tiers or ())
+            return "never_fits", f"{policy.name} has no placement that computes only on these tiers: {tiers}"
         if device.reachable_edges is None and task.submitted.max_link1_bps != 0:
             return None  # another edge may join
         if device.reachable_edges == ():
@@ -236,7 +241,6 @@ class Placer:
         named = self._region.edge_names if device.reachable_edges is None else list(device.reachable_edges)
         if not named or any(name not in self._region.nodes or self._region.nodes[name].draining for name in named):
             return None
-        families = self._policy.families if isinstance(self._policy, Restriction) else {DEVICE_CLOUD}
         if all(self._region.nodes[name].draining for name in self._region.cloud_names) and not families <= {
             DEVICE_EDGE
         }:

@@ -16,7 +16,7 @@ from bus.values import Execution
 from planner.core.candidates import Candidates
 from planner.core.region.records import Task
 from planner.core.region.state import RegionState
-from planner.search.algorithm1 import EVERY_FAMILY, Choice, EdgeOption, Request, placement_of
+from planner.search.algorithm1 import Choice, EdgeOption, Request, placement_of
 from planner.search.cost import busy_parts
 from planner.search.ledger import LOAD_UNITS, DeviceAccount, EdgeAccount, Reservation, bookable
 from planner.search.policies import Policy, Restriction
@@ -140,9 +140,9 @@ class Sessions:
 
     def _wish(self, request: Request, submitted: TaskSubmitted, own: Reservation | None) -> Wish:
         policy, terms = self._policy, _terms(submitted)
-        families, device_computes = EVERY_FAMILY, True
+        families, device_computes = request.families, request.device_computes
         if isinstance(policy, Restriction):
-            families, device_computes = policy.families, policy.device_computes
+            families, device_computes = families & policy.families, device_computes and policy.device_computes
         booked = 0 if request.device is None else request.device.sessions.units
         if own is not None and own.load is not None:
             booked -= own.load.device

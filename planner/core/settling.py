@@ -14,7 +14,7 @@ from bus.unchecked_constructors import maker
 from planner.core import reschedule
 from planner.core.change_recorder import ChangeRecorder
 from planner.core.placing import Placer
-from planner.core.region.records import NEVER
+from planner.core.region.records import BESIDE_SESSION, NEVER
 from planner.core.region.state import RegionState
 from planner.search.ledger import Ledger, Reservation
 
@@ -74,12 +74,21 @@ class Settler:
                 self._prolong_overdue(now)
             if region.changed_edges or region.changed_devices:
                 self._reschedule(now)
+            if region.session_ended:
+                self._replan_sessions()
             if not recorder.replans:
                 return
             for _, task_id in recorder.take_replans():
                 task = region.tasks.get(task_id)
                 if task is not None and task.state is TaskState.WAITING:
                     self._placer.place(task, now)
+
+    def _replan_sessions(self) -> None:
+        """Place the sessions again that wait until others end."""
+        self._region.session_ended = False
+        for task in self._region.waiting.values():
+            if task.submitted.session is not None:
+                self._recorder.replan_later(task)
 
     def _expire_unstarted(self, now: float) -> None:
         """Expire tasks that have not started by their deadline.
@@ -120,7 +129,8 @@ class Settler:
         for r, start in found:
             task = tasks[r.task_id]
             if start is None:
-                recorder.retry(task, "no_longer_fits", now)
+                beside = r.edge is not None and ledger.edges[r.edge].sessions.link1_bps
+                recorder.retry(task, BESIDE_SESSION if beside else "no_longer_fits", now)
             elif start <= now:
                 change = _start(task_id=r.task_id, attempt=task.attempt, device=task.submitted.device, at_s=start)
                 recorder.do(change, now)

@@ -66,7 +66,18 @@ class Image:
             yield "profiles", text.encode()
         for entry in nodes:
             yield "nodes", entry
-        for submitted, seq, state, attempt, deadline_s, waiting_since_s, placed, avoided, held in self._tasks:
+        for (
+            submitted,
+            seq,
+            state,
+            attempt,
+            deadline_s,
+            waiting_since_s,
+            placed,
+            avoided,
+            held,
+            uncounted,
+        ) in self._tasks:
             rest = {
                 "seq": seq,
                 "state": state.value,
@@ -79,6 +90,7 @@ class Image:
                 if held is None or held[1] == NEVER
                 else held[1],  # null also for a session, which has none
                 "moves": 0 if held is None else held[2],
+                **({"uncounted": uncounted} if uncounted else {}),
             }
             placed_text = b"null" if placed is None else placed.__pydantic_serializer__.to_json(placed)
             submitted_text = submitted.__pydantic_serializer__.to_json(submitted, exclude_none=True)
@@ -152,6 +164,7 @@ def _saved_task(entry: dict[str, Any]) -> SavedTask:
         waiting_since_s=entry["waiting_since_s"],
         placed=placed,
         avoided=tuple(entry.get("avoided", ())),
+        uncounted=entry.get("uncounted", 0),
         held=None if placed is None else (entry["start_s"], NEVER if end_s is None else end_s, entry.get("moves", 0)),
     )
 

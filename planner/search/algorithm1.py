@@ -35,7 +35,7 @@ from typing import Final, NamedTuple
 
 from bus.messages import TaskSubmitted
 from bus.unchecked_constructors import maker
-from bus.values import Kind, Objective, Placement
+from bus.values import Kind, Objective, Placement, Role
 from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow
 from planner.search.cut_search import CutSearch, Found
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
@@ -46,6 +46,17 @@ EVERY_FAMILY: Final = frozenset({DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE})
 _NEVER: Final = float("inf")
 _MOST_TRIED: Final = 6
 _placement = maker(Placement)
+
+
+def families_of(tiers: Collection[Role]) -> frozenset[int]:
+    """The families in which only these tiers compute. Without the device, only their cut1 = 0 remains."""
+    needs = {
+        DEVICE: {Role.DEVICE},
+        DEVICE_EDGE: {Role.EDGE},
+        DEVICE_CLOUD: {Role.CLOUD},
+        ALL_THREE: {Role.EDGE, Role.CLOUD},
+    }
+    return frozenset(family for family, needed in needs.items() if needed <= set(tiers))
 
 
 class EdgeOption(NamedTuple):
@@ -113,8 +124,10 @@ class Request:
         "alone",
         "deviations",
         "device",
+        "device_computes",
         "device_row",
         "device_search",
+        "families",
         "input_bytes",
         "max_link1_bps",
         "max_link2_bps",
@@ -140,7 +153,10 @@ class Request:
         self.device_row = reached.row
         self.device_search = reached.device_search  # without edge and cloud: w_0
         self.overheads = reached.overheads  # of the device alone
-        self.alone = reached.alone  # whether the device may run it alone
+        tiers = submitted.tiers
+        self.families = EVERY_FAMILY if tiers is None else families_of(tiers)
+        self.device_computes = tiers is None or Role.DEVICE in tiers  # False: only cut1 = 0
+        self.alone = reached.alone and DEVICE in self.families  # whether the device may run it alone
         self.device = device  # the device's reservations; None: it has none
         self.objective = objective
         self.deviations = deviations  # of the predictions for the tasks of edges and devices; empty: taken as exact
@@ -256,9 +272,13 @@ class Algorithm:
         """The best candidate of some families, or None if there is none.
 
         If `device_computes` is False, only cut1 = 0 is considered, and not `DEVICE`. If `delayed` is False, lines 6-8 of
-        Algorithm 1 are skipped: edges are considered only for a start now, but `DEVICE` may still wait for the device.
+        Algorithm 1 are skipped: edges are considered only for a start now, but `DEVICE` may still wait for the device. The
+        tiers that the task allows restrict the candidates as well.
         """
         request, now, waits = self.request, self.now, self._waits
+        if request.families is not EVERY_FAMILY:
+            families = request.families.intersection(families)
+            device_computes = device_computes and request.device_computes
         best: Choice | None = None
         most = self.deadline_s - now  # the largest predicted time until the end
         best_value = most if waits is None else _NEVER
@@ -364,8 +384,10 @@ class Algorithm:
     def at(self, option: EdgeOption, family: int, start_s: float, *, device_computes: bool = True) -> Choice | None:
         """One pair at one start, with the largest grants that fit during the whole interval; None if it does not fit."""
         account, search, b1, b2, overheads = option
-        if start_s < account.turn_s():
+        request = self.request
+        if start_s < account.turn_s() or family not in request.families:
             return None
+        device_computes = device_computes and request.device_computes
         kind = EdgeKind(search, b1, b2, overheads, account.slots >= 1, (account,))
         i = bisect_right(account.timeline.times, start_s) - 1
         return self._at(account, kind, family, start_s, i, device_computes, _NEVER, None, [])

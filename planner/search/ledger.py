@@ -372,6 +372,14 @@ class Ledger:
             self._book_device(r, LONG_AGO)
         return concerned
 
+    def load_steps(self, name: str, steps: int) -> int:
+        """The share of an edge's or device's computing time that sessions hold, in steps, rounded up."""
+        account = self.edges.get(name)
+        capacity = LOAD_UNITS if account is None else LOAD_UNITS * account.slots
+        holder = self.devices.get(name) if account is None else account
+        units = 0 if holder is None else holder.sessions.units
+        return -(-steps * units // capacity) if units and capacity else 0
+
     def reserve(self, r: Reservation, now: float) -> None:
         """Book a reservation. Raises `InvariantError` if its task has one already or its edge is unknown."""
         if r.task_id in self.reservations:

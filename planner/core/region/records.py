@@ -20,6 +20,14 @@ They are not part of the state.
 """
 
 NEVER: Final = float("inf")
+BESIDE_SESSION: Final = "beside_session"
+"""Cause of the retry of a scheduled task that no longer fits beside a session."""
+BETTER_PLACE: Final = "better_place"
+"""Cause of the retry of a session that moves."""
+UNCOUNTED: Final = frozenset({BESIDE_SESSION, BETTER_PLACE})
+"""Causes of retries that do not count against the limit of attempts."""
+WORKED_S: Final = 60.0
+"""An attempt of a session that has run for so long does not count against the limit of attempts."""
 
 
 class Task:
@@ -36,6 +44,7 @@ class Task:
         "state",
         "submitted",
         "task_id",
+        "uncounted",
         "waiting_since_s",
     )
 
@@ -51,8 +60,20 @@ class Task:
         self.avoided: tuple[
             str, ...
         ] = ()  # nodes at which attempts failed since the task was last placed at one of them
+        self.uncounted = 0  # attempts that do not count against the limit: see `counts`
         self.digest = 0  # the task's share of the state hash
         self.history: list[Happened] = []
+
+    def counts(self, cause: str, now: float) -> bool:
+        """Whether an attempt that is retried now counts against the limit of attempts.
+
+        It does not if the planner itself takes it back for the sake of a session, nor if it is of a session that worked for
+        long.
+        """
+        if cause in UNCOUNTED:
+            return False
+        session = self.placed is not None and self.placed.session is not None
+        return not (session and self.placed is not None and now - self.placed.start_s >= WORKED_S)
 
     def text(self, r: Reservation | None) -> str:
         """The text that enters the state hash: everything about the task that affects later decisions."""
@@ -67,6 +88,7 @@ class Task:
             f"{self.waiting_since_s!r}|{held}"
             # omitted when empty, so that older records, written without this field, keep their hash
             f"{'|avoids ' + ','.join(self.avoided) if self.avoided else ''}"
+            f"{f'|uncounted {self.uncounted}' if self.uncounted else ''}"
         )
 
     def __repr__(self) -> str:

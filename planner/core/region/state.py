@@ -57,6 +57,7 @@ class SavedTask(NamedTuple):
     placed: Placed | None
     avoided: tuple[str, ...]
     held: tuple[float, float, int] | None  # start, end and moves of its reservation
+    uncounted: int  # attempts that do not count
 
 
 class SavedRegion(NamedTuple):
@@ -98,14 +99,26 @@ class RegionState:
         # other change, so every scheduled task there must be checked.
         self.changed_edges: dict[str, float] = {}
         self.changed_devices: dict[str, float] = {}
+        self.session_ended = False  # since the last `settled`: sessions that wait may fit now
         self._hash = 0  # sum of all hashes; changes of the tasks in _touched are still missing
         self._touched: dict[str, Task] = {}
         self._rows = RowTable()
         self._watchers: list[Callable[[NodeAnnounced], None]] = []
+        self._load_watchers: list[Callable[[str], None]] = []
 
     def watch_nodes(self, watcher: Callable[[NodeAnnounced], None]) -> None:
         """Call `watcher` whenever a node has joined, changed or left, so that it can drop what it has cached."""
         self._watchers.append(watcher)
+
+    def watch_loads(self, watcher: Callable[[str], None]) -> None:
+        """Call `watcher` with the name of an edge or device whose sessions have changed."""
+        self._load_watchers.append(watcher)
+
+    def _tell_load(self, r: Reservation) -> None:
+        for watcher in self._load_watchers:
+            for name in (r.edge, r.device):
+                if name is not None:
+                    watcher(name)
 
     # --- the only mutator --------------------------------------------------------------------------------------------
 
@@ -118,6 +131,7 @@ class RegionState:
     def settled(self, now: float) -> None:
         """Mark all changes of a record as applied: the record contains the walk, so no further walk is needed."""
         self.now_s = max(self.now_s, now)
+        self.session_ended = False
         self.walked()
 
     def walked(self) -> None:
@@ -166,6 +180,7 @@ class RegionState:
         self.ledger.reserve(r, now)
         if r.load is not None:
             self._note(r, NEVER)  # a session goes before all scheduled tasks, which the walk moves
+            self._tell_load(r)
         if task.avoided or self.circuits:
             for node in self.places(change):
                 if node in task.avoided:
@@ -218,6 +233,8 @@ class RegionState:
         self._drop_probes(task)
         if change.failed_at is not None and change.failed_at not in task.avoided:
             task.avoided = (*task.avoided, change.failed_at)
+        if not task.counts(change.cause, now):
+            task.uncounted += 1
         task.attempt = change.attempt
         task.placed = None
         task.waiting_since_s = now
@@ -321,6 +338,9 @@ class RegionState:
         r = self.ledger.release(task.task_id, now)
         self.running -= r.running
         self._note(r, max(r.end_s, now))  # an end on time (`now`) affects only tasks that are due
+        if r.load is not None:
+            self.session_ended = True
+            self._tell_load(r)
         return r
 
     def _note(self, r: Reservation, until: float) -> None:
@@ -399,6 +419,7 @@ class RegionState:
                 task.placed,
                 task.avoided,
                 None if (r := reservations.get(task.task_id)) is None else (r.start_s, r.end_s, r.moves),
+                task.uncounted,
             )
             for task in self.tasks.values()
         ]
@@ -420,7 +441,7 @@ class RegionState:
     def _load_task(self, saved: SavedTask) -> None:
         task = Task(saved.submitted, saved.seq, saved.waiting_since_s)
         task.state, task.attempt, task.avoided = saved.state, saved.attempt, saved.avoided
-        task.deadline_s = saved.deadline_s
+        task.deadline_s, task.uncounted = saved.deadline_s, saved.uncounted
         self.tasks[task.task_id] = self._touched[task.task_id] = task
         self.timers.add_deadline(task)
         if task.state is not TaskState.RUNNING:
@@ -433,6 +454,8 @@ class RegionState:
         r.start_s, r.end_s, r.moves = saved.held
         r.running = task.state is TaskState.RUNNING
         self.ledger.reserve(r, self.now_s)
+        if r.load is not None:
+            self._tell_load(r)
         if r.running:
             self.running += 1
             self.timers.add_end(task, r.end_s)

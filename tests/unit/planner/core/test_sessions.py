@@ -11,16 +11,33 @@ from bus.messages import (
     Change,
     Decision,
     Ended,
+    NodeAnnounced,
     NodeHeartbeat,
+    NodeLeft,
     Overran,
     Placed,
+    Retried,
     SessionTerms,
     Start,
     TaskState,
     TaskSubmitted,
 )
+from bus.values import Kind, Objective, Role
 from planner.core.core import Event, PlannerCore, Tick
-from tests.unit.planner.scenes import MBPS, cloud, completed, decision_of, device, edge, only, task
+from planner.core.options import CoreOptions
+from planner.search.what_if import Constraints, Situation, plans
+from tests.unit.planner.scenes import (
+    MBPS,
+    cloud,
+    completed,
+    decision_of,
+    device,
+    edge,
+    failed,
+    only,
+    task,
+    types,
+)
 
 
 def session(task_id: str = "s1", node: str = "d1", rate_hz: float = 10.0, **values: Any) -> TaskSubmitted:
@@ -108,3 +125,177 @@ def test_a_session_moves_scheduled_tasks_and_waits_for_running_ones(region: Reco
     ends = [change for decision in region.log for change in decision.changes if isinstance(change, Ended)]
     assert [end.state for end in ends] == [TaskState.COMPLETED]
     assert region.replayed().state_hash == region.core.state_hash
+
+
+def slow_device(node: str, layer_s: float = 9.0) -> NodeAnnounced:
+    """A device that cannot compute the model at any useful rate."""
+    model = device().models[0]
+    return device(node, models=(model.model_copy(update={"layer_s": (layer_s,) * model.layers}),))
+
+
+def placement_of(changes: list[Change], task_id: str) -> Placed:
+    return next(change for change in changes if isinstance(change, Placed) and change.task_id == task_id)
+
+
+def test_a_session_that_finds_nothing_free_waits_until_another_ends() -> None:
+    """Never `never_fits`: what waits only behind sessions gets its turn."""
+    region = Recorded()
+    region.take(edge(slots=1, speed=0.001))  # 60 s for a sample: 0.02 samples a second take all that may be booked
+    for node in ("d1", "d2"):
+        region.take(slow_device(node))
+    values: dict[str, Any] = {"rate_hz": 0.02, "tiers": (Role.EDGE,)}
+    first = placement_of(region.take(session("s1", "d1", **values), 1.0), "s1")
+    assert first.session is not None
+    assert first.session.edge_load == 819 / 1024
+    assert types(region.take(session("s2", "d2", **values), 2.0)) == ["admitted"]
+    changes = region.take(completed("s1", "d1"), 3.0)
+    assert placement_of(changes, "s2").start_s == 3.0
+    assert region.replayed().state_hash == region.core.state_hash
+
+
+@pytest.mark.parametrize(
+    ("tiers", "kinds"),
+    [
+        ((Role.DEVICE,), {Kind.DEVICE}),
+        ((Role.EDGE,), {Kind.EDGE}),
+        ((Role.CLOUD,), {Kind.CLOUD}),
+        ((Role.DEVICE, Role.EDGE), {Kind.DEVICE, Kind.EDGE, Kind.DEVICE_EDGE}),
+        ((Role.DEVICE, Role.CLOUD), {Kind.DEVICE, Kind.CLOUD, Kind.DEVICE_CLOUD}),
+        ((Role.EDGE, Role.CLOUD), {Kind.EDGE, Kind.CLOUD, Kind.EDGE_CLOUD}),
+    ],
+)
+@pytest.mark.parametrize("objective", list(Objective))
+def test_only_the_allowed_tiers_compute_and_the_best_of_these_placements_is_taken(
+    tiers: tuple[Role, ...], kinds: set[Kind], objective: Objective
+) -> None:
+    region = Recorded(objective=objective)
+    for node in (device(), edge(), cloud()):
+        region.take(node)
+    submitted = task("t1", tiers=tiers)
+    found = placement_of(region.take(submitted), "t1")
+    assert found.placement.kind in kinds
+    used = {
+        role
+        for role, computes in (
+            (Role.DEVICE, found.placement.cut1 > 0),
+            (Role.EDGE, found.placement.uses_slot),
+            (Role.CLOUD, found.placement.uses_cloud),
+        )
+        if computes
+    }
+    assert used <= set(tiers)
+    situation = Situation(
+        device=device().models[0],
+        edge=edge().models[0],
+        cloud=cloud().models[0],
+        link1_bps=100 * MBPS,
+        link2_bps=100 * MBPS,
+        samples=10,
+        objective=objective,
+        constraints=Constraints(forbidden=frozenset(Role) - frozenset(tiers)),
+    )
+    assert found.delay_s == pytest.approx(plans(situation)[0].delay_s)
+    kind = placement_of(region.take(session("s1", tiers=tiers), 1.0), "s1").placement.kind
+    assert kind in kinds
+
+
+def test_a_policy_without_a_placement_on_the_allowed_tiers_rejects_the_task() -> None:
+    region = Recorded(policy="device-only")
+    region.take(device())
+    for event in (task("t1", tiers=(Role.EDGE,)), session("s1", tiers=(Role.EDGE,))):
+        ended = only(region.take(event), Ended)
+        assert (ended.state, ended.cause) == (TaskState.REJECTED, "never_fits")
+        assert "device-only has no placement that computes only on these tiers: edge" in ended.detail
+
+
+def test_tasks_beside_a_session_are_predicted_to_take_longer(region: Recorded) -> None:
+    values: dict[str, Any] = {"tiers": (Role.DEVICE,)}
+    alone = placement_of(region.take(task("t1", **values)), "t1")
+    region.take(completed("t1"), 1.0)
+    load = placement_of(region.take(session("s1", rate_hz=6.0, **values), 1.0), "s1").session
+    assert load is not None
+    assert load.device_load == pytest.approx(0.36, abs=0.001)  # 6 samples of 60 ms a second
+    beside = placement_of(region.take(task("t2", **values), 1.0), "t2")
+    assert beside.delay_s == pytest.approx(alone.delay_s / (1 - 12 / 32))  # 0.36 in steps of 1/32, rounded up
+    region.take(completed("t2"), 2.0)
+    region.take(completed("s1"), 2.0)
+    after = placement_of(region.take(task("t3", **values), 2.0), "t3")
+    assert after.delay_s == alone.delay_s
+
+
+def test_a_second_session_goes_where_the_first_one_is_not() -> None:
+    region = Recorded()
+    for node in (edge("e1"), edge("e2"), slow_device("d1"), slow_device("d2")):
+        region.take(node)
+    places = [placement_of(region.take(session(f"s{n}", f"d{n}", rate_hz=20.0)), f"s{n}") for n in (1, 2)]
+    assert [placed.placement.edge for placed in places] == ["e1", "e2"]
+
+
+def test_a_session_leaves_an_edge_that_drains_or_is_lost(region: Recorded) -> None:
+    region.take(edge("e2"))
+    region.take(slow_device("d2"))
+    first = placement_of(region.take(session("s1", "d2"), 1.0), "s1")
+    assert first.placement.edge == "e1"
+    changes = region.take(edge("e1", draining=True), 2.0)
+    assert only(changes, Retried).cause == "draining"
+    assert placement_of(changes, "s1").placement.edge == "e2"
+    region.take(edge("e1", incarnation="i2"), 3.0)
+    changes = region.take(NodeLeft(node="e2", incarnation="i1"), 4.0)
+    assert only(changes, Retried).cause == "node_lost"
+    moved = placement_of(changes, "s1")
+    assert (moved.placement.edge, moved.attempt, moved.start_s) == ("e1", 3, 4.0)
+
+
+def test_a_session_that_worked_for_long_has_all_its_attempts_again() -> None:
+    region = Recorded(options=CoreOptions(max_attempts=3))
+    for node in (edge(), slow_device("d1")):
+        region.take(node)
+    region.take(session(), 0.0)
+    for attempt in range(1, 9):
+        now = 100.0 * attempt
+        changes = region.take(failed("s1", attempt=attempt, cause="stalled", retryable=True), now)
+        assert only(changes, Retried).attempt == attempt + 1
+    restored = PlannerCore(0, options=CoreOptions(max_attempts=3))
+    restored.restore(json.loads(json.dumps(region.core.to_state())))
+    assert restored.state_hash == region.core.state_hash == region.replayed().state_hash
+    for attempt in (9, 10):
+        changes = region.take(failed("s1", attempt=attempt, cause="stalled", retryable=True), 801.0)
+        assert "retried" in types(changes)
+    ended = only(region.take(failed("s1", attempt=11, cause="stalled", retryable=True), 802.0), Ended)
+    assert (ended.state, ended.cause) == (TaskState.FAILED, "stalled")
+
+
+def test_opening_and_closing_sessions_never_uses_up_the_attempts_of_a_task_that_waits() -> None:
+    """A task that was promised a whole link is planned again beside each session, however many come."""
+    region = Recorded(options=CoreOptions(max_attempts=3))
+    for node in (edge(link1_capacity_bps=50 * MBPS, speed=1.0), *(slow_device(f"d{n}") for n in (1, 2, 3))):
+        region.take(node)
+    only_edge = (Role.EDGE,)
+    region.take(task("t1", "d1", samples=1000, max_link1_bps=2 * MBPS, tiers=only_edge))
+    for number in range(12):
+        name = f"s{number}"
+        if number == 0:
+            region.take(task("t2", "d2", max_link1_bps=None, tiers=only_edge), 0.1)
+        region.take(session(name, "d3", rate_hz=5.0, tiers=only_edge), 0.2)
+        region.take(completed(name, "d3"), 0.2)
+        region.take(edge(link1_capacity_bps=50 * MBPS, speed=1.0, slots=1 + number % 2), 0.2)
+        region.take(task(f"t{number + 3}", "d2", max_link1_bps=None, tiers=only_edge), 0.2)
+    ends = [change for decision in region.log for change in decision.changes if isinstance(change, Ended)]
+    assert {end.state for end in ends} == {TaskState.COMPLETED}
+    assert max(found.attempt for found in region.core.tasks.values()) > 3
+    assert region.replayed().state_hash == region.core.state_hash
+
+
+def test_an_edge_that_shrinks_gives_up_sessions_until_the_others_fit() -> None:
+    region = Recorded()
+    region.take(edge("e1", slots=2, speed=1.0))
+    for n in range(3):
+        region.take(slow_device(f"d{n}"))
+        region.take(session(f"s{n}", f"d{n}", rate_hz=6.0, tiers=(Role.EDGE,)), 1.0)  # 0.36 slots each
+    assert region.core.ledger.edges["e1"].sessions.units == 3 * 369
+    changes = region.take(edge("e1", slots=1, speed=1.0), 2.0)
+    retried = only(changes, Retried)
+    assert (retried.task_id, retried.cause) == ("s2", "capacity_lowered")
+    lowest = region.core.ledger.edges["e1"].sessions.link1_bps // 2
+    region.take(edge("e1", slots=1, speed=1.0, link1_capacity_bps=2 * lowest), 2.0)
+    assert region.core.ledger.edges["e1"].sessions.link1_bps <= 0.8 * 2 * lowest

@@ -25,6 +25,7 @@ from bus.messages import (
     Placed,
     Retried,
     SeedInput,
+    SessionTerms,
     Start,
     TaskCancelled,
     TaskSubmitted,
@@ -102,6 +103,27 @@ class Region(RuleBasedStateMachine):
         self.take(event)
         assert event.task_id in self.attempts
 
+    @rule(
+        node=st.sampled_from(DEVICES),
+        rate_hz=st.sampled_from([0.5, 5.0, 40.0]),
+        latency_s=st.sampled_from([None, 0.01, 0.5]),
+        held=st.booleans(),
+        link1=st.sampled_from([None, 0, 20]),
+        tiers=st.sampled_from([None, (Role.EDGE,), (Role.DEVICE, Role.CLOUD)]),
+    )
+    def open_session(self, node, rate_hz, latency_s, held, link1, tiers) -> None:  # type: ignore[no-untyped-def]
+        event = task(
+            f"t{len(self.submitted)}",
+            node,
+            samples=1,
+            input=HandleInput(handle="h") if held else SeedInput(seed=1),
+            max_link1_bps=None if link1 is None else link1 * MBPS,
+            session=SessionTerms(rate_hz=rate_hz, latency_s=latency_s),
+            tiers=tiers,
+        )
+        self.submitted.append(event)
+        self.take(event)
+
     @rule(which=st.integers(0, 99))
     def submit_again(self, which: int) -> None:
         if self.submitted:
@@ -113,7 +135,7 @@ class Region(RuleBasedStateMachine):
             return
         task_id = sorted(self.running)[which % len(self.running)]
         held = self.core.ledger.reservations[task_id]
-        if when != "now":
+        if when != "now" and self.placed[task_id].session is None:
             self.now = max(self.now, held.end_s + (0.4 if when == "late" else 0.0))
         event = completed(task_id, self.running[task_id].device, self.attempts[task_id])
         self.take(event)
@@ -203,13 +225,20 @@ class Region(RuleBasedStateMachine):
         """(8)-(10) in reality: what runs on an edge fits it, by books kept from the changes alone."""
         for name, node in self.joined.items():
             here = [placed.placement for placed in self.running.values() if placed.placement.edge == name]
+            tasks = [placed for placed in self.running.values() if placed.session is None]
+            sessions = [(p.device, p.placement, p.session) for p in self.running.values() if p.session is not None]
             if node.role is Role.EDGE:
-                assert sum(p.uses_slot for p in here) <= node.slots
+                assert sum(p.placement.uses_slot for p in tasks if p.placement.edge == name) <= node.slots
+                own = [(p, booked) for _, p, booked in sessions if p.edge == name]
+                assert sum(booked.edge_load for _, booked in own) <= 0.8 * node.slots
+                assert sum(p.link1_bps for p, _ in own) <= 0.8 * node.link1_capacity_bps
+                assert sum(p.link2_bps for p, _ in own) <= 0.8 * node.link2_capacity_bps
                 assert sum(p.link1_bps for p in here) <= node.link1_capacity_bps
                 assert sum(p.link2_bps for p in here) <= node.link2_capacity_bps
             elif node.role is Role.DEVICE:
-                computing = [p for p in self.running.values() if p.device == name and p.placement.cut1 > 0]
+                computing = [p for p in tasks if p.device == name and p.placement.cut1 > 0]
                 assert len(computing) <= 1
+                assert sum(booked.device_load for device_, _, booked in sessions if device_ == name) <= 0.8
         for placed in self.running.values():
             assert placed.device in self.joined
             assert placed.placement.edge is None or placed.placement.edge in self.joined
@@ -256,6 +285,8 @@ class Region(RuleBasedStateMachine):
             elif change.type == "admitted":
                 self.attempts[change.task.task_id] = 1
             elif isinstance(change, Placed):
+                if change.session is not None and change.placement.cut1 < change.placement.cut2:
+                    assert change.session.edge_load > 0 or change.placement.edge is None
                 assert change.attempt == self.attempts[change.task_id]
                 assert not self.joined[change.device].draining
                 assert change.placement.edge is None or not self.joined[change.placement.edge].draining
