@@ -16,9 +16,8 @@ def raise_interrupts() -> None:
     """Make Ctrl-C and SIGTERM raise KeyboardInterrupt in the main thread; in any other thread do nothing."""
     if threading.current_thread() is not threading.main_thread():
         return
-    if (
-        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    ):  # ignored: a script started this process in the background
+    # SIGINT is ignored in a process that a script started in the background; keep that.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _as_interrupt)
     sys.unraisablehook = _unraisable
@@ -31,6 +30,7 @@ def end_children() -> None:
 
 
 def _as_interrupt(number: int, frame: FrameType | None) -> None:
+    """Treat SIGTERM like Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)

@@ -39,9 +39,9 @@ class Faults:
     late: float = 0.0  # a post: acknowledgement and delivery are delayed by up to `late_s`
     late_s: float = 0.0  # maximum delay
     damages: Callable[[str, str | None, bytes], bool] = lambda topic, key, data: True
-    """Selects the records that may be lost or corrupted."""
+    """Whether the record with this topic, key and bytes may go missing or be corrupted."""
     on_damage: Callable[[str, str, str | None, bytes], None] = lambda kind, topic, key, data: None
-    """Called for each of them with `missing` or `corrupt`, the topic, the key and the bytes sent."""
+    """Called for each record that goes missing or is corrupted, with the kind, the topic, the key and the bytes sent."""
     times: Counter[str] = field(default_factory=Counter)  # injected faults by kind
 
     def __post_init__(self) -> None:

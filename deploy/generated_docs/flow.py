@@ -34,7 +34,7 @@ def flow_page() -> str:
         lines += [f"    t{index} --> {reader}" for reader in topic.readers if reader != "tools"]
     lines += ["```", "", "(`tools`, such as `deepar tail`, may read everything.)", ""]
     lines += [
-        "| topic | payload | messages | key | partition | written by | read by | keeps |",
+        "| topic | encoding | messages | key | partition | written by | read by | keeps |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [_row(topic) for topic in TABLE]

@@ -45,7 +45,7 @@ class _Region:
 
     def __init__(self, snapshot: Snapshot | None) -> None:
         self.log = DecisionLog() if snapshot is None else snapshots.log_behind(snapshot)
-        self.read_tasks = 0  # offset on deepar.tasks that the planner has read at least up to
+        self.read_tasks = 0  # the planner has read deepar.tasks up to this offset, or further
         self.live: set[str] = set()
         self.ended: dict[str, tuple[TaskState, str]] = {}  # state and cause
         if snapshot is not None:
@@ -83,17 +83,17 @@ async def cancel(bus: Bus, region: int, task_ids: Iterable[str], *, timeout_s: f
             await known.read(reader)
         satisfy_region(bus, known.log.demanded, "the canceller")
         before = {task_id for task_id in wanted if task_id in known.ended}
-        strangers = {task_id for task_id in wanted if task_id not in known.live and task_id not in before}
-        if strangers:
-            strangers -= await _submitted(bus, region, known.read_tasks)
-        asked = [task_id for task_id in wanted if task_id not in before and task_id not in strangers]
+        unknown = {task_id for task_id in wanted if task_id not in known.live and task_id not in before}
+        if unknown:
+            unknown -= await _submitted(bus, region, known.read_tasks)
+        asked = [task_id for task_id in wanted if task_id not in before and task_id not in unknown]
         await _ask(bus, region, asked)
         await _await_ends(known, reader, asked, timeout_s)
     finally:
         await reader.close()
     return [
         End(task_id=task_id, state=None)
-        if task_id in strangers
+        if task_id in unknown
         else End(
             task_id=task_id, state=known.ended[task_id][0], cause=known.ended[task_id][1], before=task_id in before
         )
@@ -102,7 +102,7 @@ async def cancel(bus: Bus, region: int, task_ids: Iterable[str], *, timeout_s: f
 
 
 async def _submitted(bus: Bus, region: int, begin: int) -> set[str]:
-    """Tasks on `deepar.tasks` from an offset on, which the planner may not have read yet."""
+    """The tasks submitted from this offset of `deepar.tasks` on; the planner may not have read them yet."""
     where = (topics.TASKS, region)
     found: set[str] = set()
     reader = await bus.reader([where], start={where: begin})

@@ -1,6 +1,4 @@
-"""The paper's figures on the shipped profile: claims, files, numbers that do not depend on how they were
-computed.
-"""
+"""The paper's figures with the shipped profile: claims, files, and equal numbers with any number of processes."""
 
 from __future__ import annotations
 
@@ -91,7 +89,7 @@ def test_one_seed_has_no_interval_and_shows_nothing(tmp_path: Path) -> None:
     assert [claim.verdict for claim in found.claims if claim.own] == ["not shown"]
 
 
-def test_a_policy_that_completes_nothing_is_said_and_is_null_in_json(
+def test_a_policy_that_completes_no_task_is_reported_and_is_null_in_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = "class Idle:\n    name = 'idle'\n\n    def place(self, algorithm):\n        return None\n"
@@ -123,7 +121,7 @@ def test_a_plain_figure_has_no_claims_inside(tmp_path: Path) -> None:
         options = FigureOptions(out=tmp_path / str(plain), plain=plain)
         found = figures.make("fig3", options)
         assert found.claims
-        # matplotlib notes every text of an SVG in a comment beside its outlines
+        # matplotlib writes each text of an SVG into a comment beside its outlines
         texts[plain] = next(path for path in found.files if path.suffix == ".svg").read_text()
     for word in ("AGREES", "Claims of the paper", "Note:", "Fig. 3"):
         assert (word in texts[False], word in texts[True]) == (True, False)

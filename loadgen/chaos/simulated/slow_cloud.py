@@ -28,43 +28,42 @@ CASE = SoakScenario(hours=1.0, devices=1, edges=1, clouds=1, planners=1)
 
 
 @dataclass(slots=True)
-class Played:
-    """Measurements of one run."""
+class Measurements:
+    """What was measured in one run."""
 
     samples_per_s: float = 0.0
     kind: str = ""
     window: int = 0  # maximum number of samples in the pipeline
     under_way: int = 0  # peak number of samples in the pipeline
-    peaks: dict[str, dict[str, int]] = field(
-        default_factory=dict
-    )  # node -> peak of the bytes held, and the bound at that time
+    # node -> peak of the bytes held, and the bound at that time
+    peaks: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def slow_cloud(factor: float = FACTOR, samples: int = SAMPLES, programs: Programs = REAL) -> dict[str, Any]:
     """Run both cases; report whether the slow cloud slowed the device and memory stayed within the bounds."""
     with quiet():
-        said, slow = (run_virtual(_play(by, samples, programs), horizon_s=36_000.0) for by in (1.0, factor))
+        accurate, slow = (run_virtual(_play(by, samples, programs), horizon_s=36_000.0) for by in (1.0, factor))
     within = all(peak["held_bytes"] <= peak["bound_bytes"] for peak in slow.peaks.values())
     return {
         "factor": factor,
         "samples": samples,
         "kind": slow.kind,
-        "samples_per_s": {"as_said": said.samples_per_s, "slow": slow.samples_per_s},
+        "samples_per_s": {"as_said": accurate.samples_per_s, "slow": slow.samples_per_s},
         "window": slow.window,
         "under_way": slow.under_way,
         "buffers": slow.peaks,
-        "within": within and slow.under_way <= slow.window and slow.samples_per_s < said.samples_per_s / 2,
+        "within": within and slow.under_way <= slow.window and slow.samples_per_s < accurate.samples_per_s / 2,
     }
 
 
-async def _play(factor: float, samples: int, programs: Programs) -> Played:
+async def _play(factor: float, samples: int, programs: Programs) -> Measurements:
     loop = asyncio.get_running_loop()
     loop.set_task_factory(task_factory)
-    region, played = SoakRegion(CASE, cloud_factor=factor, programs=programs), Played()
+    region, measured = SoakRegion(CASE, cloud_factor=factor, programs=programs), Measurements()
     async with MemoryBus(region.broker, "client") as client:
         await client.create_topics(topics.specs(region.edges, Partitions(cloud=1, results=1)))
         for name, stage in region.stages.items():
-            region.processes[name].after = partial(_weigh, stage, played)
+            region.processes[name].after = partial(_record_peaks, stage, measured)
         region.start()
         await region.all_joined()
         task = TaskSubmitted(task_id="long", device="d1", model=MODEL, samples=samples, input=SeedInput(seed=0))
@@ -72,23 +71,24 @@ async def _play(factor: float, samples: int, programs: Programs) -> Played:
         await client.send(topics.TASKS, messages.encode(task), key=task.task_id, partition=0)
         async for change in decided(client):
             if isinstance(change, Placed):
-                played.kind = str(change.placement.kind)
+                measured.kind = str(change.placement.kind)
             elif isinstance(change, Ended):
                 break
-        played.samples_per_s = samples / (loop.time() - began_s)
+        measured.samples_per_s = samples / (loop.time() - began_s)
         await region.end()
-    return played
+    return measured
 
 
-def _weigh(stage: VirtualStage, played: Played) -> None:
+def _record_peaks(stage: VirtualStage, measured: Measurements) -> None:
+    """Called after each step of a stage: record how much it holds if that is more than before."""
     name, work = stage.settings.name, stage.work
     if isinstance(work, Hop):
         held = work.held_bytes
-        peak = played.peaks.get(name)
+        peak = measured.peaks.get(name)
         if work.flows and (peak is None or held > peak["held_bytes"]):
-            played.peaks[name] = {"held_bytes": held, "bound_bytes": work.bound_bytes - ORPHAN_BYTES}
+            measured.peaks[name] = {"held_bytes": held, "bound_bytes": work.bound_bytes - ORPHAN_BYTES}
     elif work is not None:
         for task in work.tasks.values():
             if task.attempt is not None:
-                played.window = max(played.window, task.attempt.window)
-                played.under_way = max(played.under_way, task.attempt.under_way)
+                measured.window = max(measured.window, task.attempt.window)
+                measured.under_way = max(measured.under_way, task.attempt.under_way)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in one process: what a command that waits, computes or collects garbage makes of them."""
+"""Ctrl-C and SIGTERM interrupt a command while it waits, computes, starts its event loop, or collects garbage."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ except KeyboardInterrupt:
     ],
     ids=["computes", "waits", "before", "collects"],
 )
-def test_both_signals_interrupt_whatever_runs(script: str, code: int, said: str, number: signal.Signals) -> None:
+def test_both_signals_interrupt_the_command(script: str, code: int, said: str, number: signal.Signals) -> None:
     text = BEGIN.format(name=number.name) + script
     done = subprocess.run(
         [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
