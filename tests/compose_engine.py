@@ -93,6 +93,7 @@ class Engine:
         self._compose = list(compose)
         self._env = dict(env)
         self._child = child
+        self._overrides: dict[tuple[Path, ...], Path] = {}  # one for each set of compose files
 
     def docker(self, *words: str | Path, limit_s: float = 600, check: bool = True) -> str:
         """Output of `docker WORDS`."""
@@ -109,7 +110,9 @@ class Engine:
         """Output of `docker compose -f FILES WORDS`; base images and builds are those that this engine can have."""
         chosen = list(files)
         if self.own:
-            chosen.append(self._build_override(files))
+            if (key := tuple(files)) not in self._overrides:
+                self._overrides[key] = self._build_override(files)
+            chosen.append(self._overrides[key])
         named = [word for file in chosen for word in ("-f", file)]
         return run([*self._compose, *named, *words], env={**self._env, **(env or {})}, limit_s=limit_s, check=check)
 
@@ -122,6 +125,9 @@ class Engine:
             except subprocess.TimeoutExpired:
                 self._child.kill()
                 self._child.wait()
+        for path in self._overrides.values():
+            path.unlink(missing_ok=True)
+        self._overrides.clear()
 
     def _build_override(self, files: Sequence[Path]) -> Path:
         """A compose file that builds on the host's network (there is no bridge) with its package sources as secrets."""
@@ -133,7 +139,7 @@ class Engine:
         secrets = {name: {"file": str(path)} for name, path in sources.items() if path and path.exists()}
         build = {"network": "host", "secrets": list(secrets)}
         override = {"secrets": secrets, "services": {n: {"build": build} for n, s in services.items() if "build" in s}}
-        path = RUN_DIR / f"build-{os.getpid()}.json"
+        path = RUN_DIR / f"build-{os.getpid()}-{len(self._overrides)}.json"
         path.write_text(json.dumps(override))
         return path
 
