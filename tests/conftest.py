@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -20,3 +21,11 @@ def _logging_as_before() -> Iterator[None]:
     structlog.reset_defaults()
     root.setLevel(level)
     root.handlers = handlers
+
+
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """Programs that a test starts heed SIGINT, even if the tests run in the background, where a shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

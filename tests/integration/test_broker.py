@@ -205,7 +205,7 @@ def test_an_ordinary_user_can_run_it(apache: None) -> None:
 
 
 @pytest.fixture
-def command(apache: None, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def command(apache: None, heeds_interrupts: None, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """`deepar broker` in a process of its own, ready."""
     script = "import typer; from deploy.commands.kafka.broker import broker; typer.run(broker)"
     with subprocess.Popen(

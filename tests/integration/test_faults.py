@@ -25,6 +25,9 @@ PLAYERS = ("planner", "device", "edge", "cloud", "broker")
 PACE = ("--lease", f"{LEASE_S}s", "--planner-lease", f"{LEASE_S}s", "--stop-for", f"{STOP_S}s", "--grace", "2s")
 
 
+pytestmark = pytest.mark.usefixtures("heeds_interrupts")
+
+
 @pytest.fixture(autouse=True)
 def apache(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command starts Apache Kafka itself, whichever broker other tests use."""
@@ -35,18 +38,14 @@ def apache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def chaos(folder: Path, *words: str) -> subprocess.Popen[str]:
     """`deepar loadgen chaos WORDS`, its progress in a file."""
-    # A shell that runs the tests in the background has interrupts ignored, and a child would inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with (folder / "progress.log").open("w") as progress:
-        started = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "deploy.cli", "loadgen", "chaos", "--out", str(folder / "out"), "--json", *words],
             env=os.environ | {"NO_COLOR": "1", "COLUMNS": "160"},
             stdout=subprocess.PIPE,
             stderr=progress,
             text=True,
         )
-    signal.signal(signal.SIGINT, before)
-    return started
 
 
 def told(folder: Path) -> str:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("heeds_interrupts")
+
 SWEEP = ("simulate", "sweep", "--vary", "devices=400:4000:200", "--jobs", "2")
 CHAOS = ("simulate", "chaos", "--seeds", "2000", "--jobs", "2")
 FIGURE = ("simulate", "fig4a", "--seeds", "40", "--jobs", "2")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("heeds_interrupts")
+
 ROOT = Path(__file__).parents[3]
 BEGIN = """
 import asyncio, os, signal
