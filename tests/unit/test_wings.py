@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ LARGEST_WING = 15  # modules in one folder
 Graph = dict[str, set[str]]
 
 
+@cache
 def modules(root: Path) -> dict[str, Path]:
     """Every module of the rooms under `root` by its dotted name; a package stands for its `__init__`."""
     found = {}
@@ -25,6 +27,7 @@ def modules(root: Path) -> dict[str, Path]:
     return found
 
 
+@cache
 def imports(root: Path) -> Graph:
     """Which modules each module names in its imports, at any depth and under TYPE_CHECKING, too."""
     known = modules(root)
