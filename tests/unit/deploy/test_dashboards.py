@@ -24,7 +24,7 @@ from planner.service.task_statistics import TaskStatistics
 from stages.node import ALARMED
 from tests.prometheus import configuration, find_programs
 from tests.unit.planner.core.test_learning import Region, Truth
-from tests.unit.planner.scenes import World, device, edge
+from tests.unit.planner.scenes import RandomRegion, device, edge
 
 ROOT = Path(deploy.__file__).parents[1]
 ALARMS = ROOT / "deploy" / "prometheus" / "alarms.yml"
@@ -46,7 +46,7 @@ def metrics_text() -> str:
     gauges = set(re.findall(r"\"(tasks|failing_nodes)\":", text))
     registry = CollectorRegistry()
     statistics = TaskStatistics()
-    for decision in World(PlannerCore(0), 1, validate=False).run().log:
+    for decision in RandomRegion(PlannerCore(0), 1, validate=False).run().log:
         statistics.record(decision)
     health = Health(
         ready=True,

@@ -6,6 +6,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bus.messages import (
@@ -145,26 +146,32 @@ def decision_of(changes: Sequence[Change], seq: int, now: float, core: PlannerCo
     )
 
 
-class World:
-    """A region that runs: tasks arrive, start, end when they were predicted to or not, nodes come and go."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """The size of a random region, and how its tasks arrive and end."""
+
+    tasks: int = 60
+    rate: float = 1.0  # tasks a second on average
+    edges: int = 3
+    devices: int = 12
+    reach: int = 2  # edges that a device reaches
+    own_links: bool = False  # whether devices limit their own link
+    orderly: bool = False  # every task ends when it was predicted to, and no node leaves
+
+
+DEFAULT_TRAFFIC = Traffic()
+
+
+class RandomRegion:
+    """A region in which tasks arrive, start, and end as predicted or not, and nodes come and go; drawn from a seed."""
 
     def __init__(
-        self,
-        core: PlannerCore,
-        seed: int,
-        *,
-        tasks: int = 60,
-        edges: int = 3,
-        devices: int = 12,
-        reach: int = 2,
-        rate: float = 1.0,
-        orderly: bool = False,
-        validate: bool = True,
-        own_links: bool = False,
+        self, core: PlannerCore, seed: int, traffic: Traffic = DEFAULT_TRAFFIC, *, validate: bool = True
     ) -> None:
+        """If `validate`, the core's whole state is checked after each event."""
         self.core = core
         self.rng = random.Random(seed)
-        self.orderly = orderly  # everything ends when it was predicted to, and nothing breaks
+        self.traffic = traffic
         self.validate = validate
         self.log: list[Decision] = []
         self.ended: dict[str, Ended] = {}
@@ -173,17 +180,15 @@ class World:
         self._incarnations: Counter[str] = Counter()
         self._heap: list[tuple[float, int, Event | str]] = []
         self._count = 0
-        self._edges = [f"e{i}" for i in range(edges)]
-        self._reach = reach
-        self._own_links = own_links  # whether devices limit their own link
-        self._tasks = tasks
+        self._edges = [f"e{i}" for i in range(traffic.edges)]
+        devices, orderly = traffic.devices, traffic.orderly
         names = [*self._edges, "c0", *(f"d{i}" for i in range(devices))]
         for name in names:
             self._push(0.0, f"join {name}")
         at_s = 0.0
         rng = self.rng
-        for i in range(tasks):
-            at_s += rng.expovariate(rate)
+        for i in range(traffic.tasks):
+            at_s += rng.expovariate(traffic.rate)
             source = SeedInput(seed=i) if rng.random() < 0.8 else HandleInput(handle=f"h{i}")
             submitted = TaskSubmitted(
                 task_id=f"t{i}",
@@ -210,15 +215,15 @@ class World:
             if rng.random() < 0.1:
                 self._push(at_s, Tick())
 
-    def run(self) -> World:
-        """Until everything has ended, once."""
+    def run(self) -> RandomRegion:
+        """Run until every task has ended, and check that each ended once."""
         now = 0.0
         while self._heap or self.core.tasks:
             if not self._heap:
                 self._push(max(now, self.core.next_wakeup() or now), Tick())
             now, _, event = heapq.heappop(self._heap)
             self.step(event, now)
-        assert len(self.ended) == self._tasks
+        assert len(self.ended) == self.traffic.tasks
         return self
 
     def step(self, event: Event | str, now: float) -> list[Change]:
@@ -249,7 +254,7 @@ class World:
         done = TaskCompleted(
             task_id=start.task_id, attempt=start.attempt, node=start.device, measured=Parts(), delay_s=held.length_s
         )
-        if self.orderly:
+        if self.traffic.orderly:
             self._push(held.end_s, done)
             return
         ends_s = now + held.length_s * rng.choice((1.0, 1.0, 0.5 + rng.random()))
@@ -283,8 +288,8 @@ class World:
         if name[0] == "c":
             return cloud(name, incarnation=incarnation, lease_s=1e6, models=models)
         if name[0] == "d":
-            reachable = tuple(rng.sample(self._edges, min(len(self._edges), self._reach)))
-            own_bps = rng.randrange(20 * MBPS, 200 * MBPS) if self._own_links else 0
+            reachable = tuple(rng.sample(self._edges, min(len(self._edges), self.traffic.reach)))
+            own_bps = rng.randrange(20 * MBPS, 200 * MBPS) if self.traffic.own_links else 0
             values = {"reachable_edges": reachable, "link1_capacity_bps": own_bps}
             return device(name, incarnation=incarnation, lease_s=1e6, models=models, **values)
         return edge(

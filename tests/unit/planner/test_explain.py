@@ -14,7 +14,7 @@ from planner.core.options import CoreOptions
 from planner.explain import explain
 from planner.learning.lessons import name_of
 from tests.unit.planner.core.test_learning import Region, Truth
-from tests.unit.planner.scenes import World, cloud, completed, device, edge, task
+from tests.unit.planner.scenes import RandomRegion, Traffic, cloud, completed, device, edge, task
 
 
 def records(*events: Event, policy: str = "deepar") -> list[Decision]:
@@ -41,7 +41,7 @@ def records(*events: Event, policy: str = "deepar") -> list[Decision]:
 
 def test_the_one_that_was_chosen_comes_first_and_is_the_recorded_one() -> None:
     for seed in range(3):
-        world = World(PlannerCore(0), seed, rate=3.0, validate=False).run()
+        world = RandomRegion(PlannerCore(0), seed, Traffic(rate=3.0), validate=False).run()
         for task_id, placed in list(world.placed.items())[::5]:
             found = explain(world.log, task_id)
             assert found.decided == placed

@@ -18,7 +18,7 @@ from deploy.commands.plan import plan
 from planner.core.core import PlannerCore
 from planner.search.profiles import load_profile
 from tests.unit.planner.core.test_learning import Region, Truth
-from tests.unit.planner.scenes import World, cloud, device, edge, task
+from tests.unit.planner.scenes import RandomRegion, Traffic, cloud, device, edge, task
 from tests.unit.planner.test_explain import records
 
 app = typer.Typer()
@@ -83,8 +83,8 @@ def test_the_plot_is_written(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def dump(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, World]:
-    world = World(PlannerCore(0), 3, rate=6.0, validate=False).run()
+def dump(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RandomRegion]:
+    world = RandomRegion(PlannerCore(0), 3, Traffic(rate=6.0), validate=False).run()
     path = tmp_path_factory.mktemp("dump") / "decisions.jsonl"
     opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=1.0)
     lines = [opened.model_dump_json(), *('{"value":' + d.model_dump_json() + "}" for d in world.log)]
@@ -92,7 +92,7 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, World]:
     return path, world
 
 
-def test_explain_reads_a_dump_of_tail(dump: tuple[Path, World]) -> None:
+def test_explain_reads_a_dump_of_tail(dump: tuple[Path, RandomRegion]) -> None:
     path, world = dump
     task_id = next(name for name, placed in world.placed.items() if placed.wait_s > 0)
     found = json.loads(run("explain", task_id, "--from", str(path), "--json"))
@@ -106,7 +106,7 @@ def test_explain_reads_a_dump_of_tail(dump: tuple[Path, World]) -> None:
 
 @pytest.mark.parametrize("columns", [60, 80, 119, 200])
 def test_what_a_candidate_lacked_can_be_read_on_every_terminal(
-    dump: tuple[Path, World], monkeypatch: pytest.MonkeyPatch, columns: int
+    dump: tuple[Path, RandomRegion], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     path, world = dump
     task_id = next(name for name, placed in world.placed.items() if placed.wait_s > 0)
@@ -120,7 +120,7 @@ def test_what_a_candidate_lacked_can_be_read_on_every_terminal(
     assert ("What each lacked for an immediate start:" in shown) is (columns < 120)
 
 
-def test_explain_refuses_what_is_no_dump(tmp_path: Path, dump: tuple[Path, World]) -> None:
+def test_explain_refuses_what_is_no_dump(tmp_path: Path, dump: tuple[Path, RandomRegion]) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text("not json\n")
     with pytest.raises(ConfigError, match="line 1"):

@@ -1,8 +1,8 @@
 """The decisions of some thousand random tasks, and the hashes after them, as they were recorded on 2026-11-27.
 
-Whoever makes the planner faster must not change what it decides, nor the bytes that say so. A digest is over the records as
-they stand on the topic: every change, in order, with the hash of the state after it. One that must change, because the
-planner is to decide otherwise, is printed by the test that fails.
+A change that makes the planner faster must change neither its decisions nor their bytes. A digest covers the records as they
+are on the topic: every change, in order, with the hash of the state after it. If decisions change on purpose, the failing test
+prints the new digest.
 """
 
 from hashlib import sha256
@@ -13,15 +13,15 @@ from bus import messages
 from bus.messages import Change
 from bus.values import Objective
 from planner.core.core import PlannerCore
-from tests.unit.planner.scenes import World
+from tests.unit.planner.scenes import RandomRegion, Traffic
 
-WORLDS = (
-    {"rate": 1.0},
-    {"rate": 3.0, "orderly": True},
-    {"rate": 6.0, "edges": 6, "devices": 30, "reach": 3},
+TASKS = 150
+TRAFFIC = (
+    Traffic(tasks=TASKS, rate=1.0),
+    Traffic(tasks=TASKS, rate=3.0, orderly=True),
+    Traffic(tasks=TASKS, rate=6.0, edges=6, devices=30, reach=3),
 )
 SEEDS = 2
-TASKS = 150
 
 RECORDED = {
     ("deepar", "sequential"): "30186cce3c0eeca78b21a9d77ae2a151d2d68169ade0e8d528b8f41395656d0f",
@@ -43,9 +43,9 @@ RECORDED = {
 def test_what_is_decided_has_not_changed(policy: str, objective: str) -> None:
     digest = sha256()
     for seed in range(SEEDS):
-        for settings in WORLDS:
+        for traffic in TRAFFIC:
             core = PlannerCore(0, policy, Objective(objective))
-            world = World(core, seed, tasks=TASKS, validate=False, **settings).run()  # type: ignore[arg-type]
+            world = RandomRegion(core, seed, traffic, validate=False).run()
             for decision in world.log:
                 digest.update(messages.encode(decision))
     assert digest.hexdigest() == RECORDED[policy, objective]
@@ -55,7 +55,7 @@ def test_what_is_decided_has_not_changed(policy: str, objective: str) -> None:
 def test_what_the_core_builds_unchecked_is_what_validation_would_build(objective: Objective) -> None:
     kinds: set[type[Change]] = set()
     for policy in ("deepar", "cloud-only"):
-        for decision in World(PlannerCore(0, policy, objective), 3, rate=4.0, validate=False).run().log:
+        for decision in RandomRegion(PlannerCore(0, policy, objective), 3, Traffic(rate=4.0), validate=False).run().log:
             for change in decision.changes:
                 checked = type(change).model_validate_json(change.model_dump_json())
                 assert checked == change

@@ -20,7 +20,7 @@ from planner.search import ledger
 from planner.search.algorithm1 import Algorithm, Choice
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 from planner.search.policies import BUILT_IN, Policy, Restriction
-from tests.unit.planner.scenes import World, task
+from tests.unit.planner.scenes import RandomRegion, Traffic, task
 
 
 def run(components: CoreComponents | None = None, policy: Policy = BUILT_IN["deepar"]) -> None:
@@ -29,8 +29,8 @@ def run(components: CoreComponents | None = None, policy: Policy = BUILT_IN["dee
     def core() -> PlannerCore:
         return PlannerCore(0, policy, components=components)
 
-    World(core(), seed=11, tasks=80, rate=4.0).run()
-    World(core(), seed=3, tasks=80, rate=10.0, edges=2, devices=30).run()
+    RandomRegion(core(), 11, Traffic(tasks=80, rate=4.0)).run()
+    RandomRegion(core(), 3, Traffic(tasks=80, rate=10.0, edges=2, devices=30)).run()
 
 
 # --- faults of the ledger --------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_two_states_that_differ_in_a_reservation_have_different_texts(kind: type
 
 def _stale_log() -> list[Decision | EpochOpened]:
     """A frozen planner of epoch 1 wakes up and writes, after epoch 2 was opened."""
-    world = World(PlannerCore(0), seed=11, tasks=30, rate=4.0, validate=False).run()
+    world = RandomRegion(PlannerCore(0), 11, Traffic(tasks=30, rate=4.0), validate=False).run()
     first = [d.model_copy(update={"nonce": "one"}) for d in world.log[:30]]
     second = [d.model_copy(update={"epoch": 2, "nonce": "two"}) for d in world.log[30:]]
     stale = world.log[30].model_copy(update={"nonce": "one", "changes": world.log[30].changes[:-1]})

@@ -20,7 +20,7 @@ from planner.core.reschedule import pull, walk
 from planner.core.settling import MOVES_A_CHANGE, SettlingRules
 from planner.search.ledger import MOVES_BORNE, Ledger, Reservation
 from tests.unit.planner.rescheduler import first_instants
-from tests.unit.planner.scenes import MBPS, World, cloud, completed, device, edge, only, profile, task
+from tests.unit.planner.scenes import MBPS, RandomRegion, Traffic, cloud, completed, device, edge, only, profile, task
 
 Starts = list[tuple[str, float | None]]
 
@@ -54,15 +54,17 @@ def test_every_reschedule_of_a_region_equals_the_naive_one(objective: Objective,
     settling = SettlingRules(pull=checked("pull", pull), walk=checked("walk", walk))
     components = CoreComponents(settling=settling, ledger=CheckedLedger)
     for seed in range(8):
-        World(
+        RandomRegion(
             PlannerCore(0, policy, objective, components=components),
             seed,
-            tasks=80,
-            rate=(1.0, 4.0, 10.0)[seed % 3],
-            edges=2 + seed % 3,
-            devices=(8, 20, 40)[seed % 3],
+            Traffic(
+                tasks=80,
+                rate=(1.0, 4.0, 10.0)[seed % 3],
+                edges=2 + seed % 3,
+                devices=(8, 20, 40)[seed % 3],
+                own_links=own_links,
+            ),
             validate=False,
-            own_links=own_links,
         ).run()
     assert compared["pull"] > 100
     assert compared["walk"] > 20
@@ -73,7 +75,7 @@ def test_every_reschedule_of_a_region_equals_the_naive_one(objective: Objective,
 def test_an_overrun_that_takes_no_resource_moves_no_task() -> None:
     """After every step no task could start earlier, and no resource is promised to two tasks."""
 
-    class Settled(World):
+    class Settled(RandomRegion):
         def step(self, event, now):  # type: ignore[no-untyped-def]
             changes = super().step(event, now)
             if changes:
@@ -81,7 +83,7 @@ def test_an_overrun_that_takes_no_resource_moves_no_task() -> None:
             return changes
 
     for seed in range(6):
-        Settled(PlannerCore(0), seed, tasks=80, rate=6.0, edges=2, devices=20).run()
+        Settled(PlannerCore(0), seed, Traffic(tasks=80, rate=6.0, edges=2, devices=20)).run()
 
 
 # --- crowded ledgers: long queues of tasks that all need something else

@@ -9,13 +9,13 @@ from bus.messages import Decision
 from bus.values import Objective
 from planner.core.core import PlannerCore
 from planner.core.options import CoreOptions
-from tests.unit.planner.scenes import World
+from tests.unit.planner.scenes import RandomRegion, Traffic
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("objective", list(Objective))
 def test_folding_the_records_rebuilds_every_hash(seed: int, objective: Objective) -> None:
-    world = World(PlannerCore(0, objective=objective), seed, rate=2.0, validate=False).run()
+    world = RandomRegion(PlannerCore(0, objective=objective), seed, Traffic(rate=2.0), validate=False).run()
     assert len(world.log) > 100
     folded = PlannerCore(0, objective=objective)
     for decision in world.log:
@@ -28,7 +28,7 @@ def test_folding_the_records_rebuilds_every_hash(seed: int, objective: Objective
 def test_from_any_snapshot_on_the_same_decisions_follow(seed: int) -> None:
     """Not only the same state: a core restored from JSON decides the rest as the one that went on."""
 
-    class Restarting(World):
+    class Restarting(RandomRegion):
         def step(self, event, now):  # type: ignore[no-untyped-def]
             if len(self.log) % 7 == 6:
                 state = json.loads(json.dumps(self.core.to_state()))
@@ -38,21 +38,21 @@ def test_from_any_snapshot_on_the_same_decisions_follow(seed: int) -> None:
                 self.core = restored
             return super().step(event, now)
 
-    plain = World(PlannerCore(0), seed, rate=2.0).run()
-    restarting = Restarting(PlannerCore(0), seed, rate=2.0).run()
+    plain = RandomRegion(PlannerCore(0), seed, Traffic(rate=2.0)).run()
+    restarting = Restarting(PlannerCore(0), seed, Traffic(rate=2.0)).run()
     assert [d.changes for d in plain.log] == [d.changes for d in restarting.log]
     assert plain.log[-1].ledger_hash == restarting.log[-1].ledger_hash
 
 
 def test_the_same_events_make_the_same_records() -> None:
-    one = World(PlannerCore(0), 5, validate=False).run()
-    two = World(PlannerCore(0), 5, validate=False).run()
+    one = RandomRegion(PlannerCore(0), 5, validate=False).run()
+    two = RandomRegion(PlannerCore(0), 5, validate=False).run()
     assert one.log == two.log
 
 
 def test_a_stale_planners_record_is_noticed() -> None:
     """An epoch that is ignored lets a record in that was decided on another state: the fold does not go unnoticed."""
-    world = World(PlannerCore(0), 1, rate=3.0, validate=False).run()
+    world = RandomRegion(PlannerCore(0), 1, Traffic(rate=3.0), validate=False).run()
     for at in range(20, len(world.log) - 1, 9):
         folded = PlannerCore(0)
         for decision in world.log[:at]:
@@ -74,7 +74,7 @@ def test_a_state_of_another_version_or_region_is_refused() -> None:
 
 def test_memory_is_bounded_by_what_lives_and_what_is_remembered() -> None:
     core = PlannerCore(0, options=CoreOptions(remember_ended=20))
-    World(core, 2, tasks=300, rate=5.0, orderly=True, validate=False).run()
+    RandomRegion(core, 2, Traffic(tasks=300, rate=5.0, orderly=True), validate=False).run()
     assert (len(core.tasks), len(core.ended)) == (0, 20)
     assert all(len(account.timeline.times) <= 3 for account in core.ledger.edges.values())
     assert not core.ledger.devices

@@ -10,7 +10,7 @@ from planner.core.core import PlannerCore
 from planner.explain import explain
 from planner.search.ledger import MOVES_BORNE
 from tests.unit.planner.core.test_circuits import Region
-from tests.unit.planner.scenes import MBPS, World, cloud, completed, device, edge, task
+from tests.unit.planner.scenes import MBPS, RandomRegion, Traffic, cloud, completed, device, edge, task
 
 LEASE_S = 1e6
 
@@ -85,7 +85,7 @@ def test_nothing_is_put_before_a_task_that_was_moved_too_often() -> None:
 def test_worlds_in_which_much_overruns_keep_their_accounts() -> None:
     """The ledger's audit after every step, with tasks that are served first."""
 
-    class Slow(World):
+    class Slow(RandomRegion):
         first_served = 0
 
         def _start(self, start: Start, now: float) -> None:
@@ -96,5 +96,5 @@ def test_worlds_in_which_much_overruns_keep_their_accounts() -> None:
             Slow.first_served += sum(len(account.first_served) for account in self.core.ledger.edges.values())
 
     for seed in range(2):
-        Slow(PlannerCore(0, "edge-only"), seed, tasks=100, edges=1, devices=40, reach=1, rate=5.0).run()
+        Slow(PlannerCore(0, "edge-only"), seed, Traffic(tasks=100, edges=1, devices=40, reach=1, rate=5.0)).run()
     assert Slow.first_served > 100

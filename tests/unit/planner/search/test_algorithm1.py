@@ -11,7 +11,7 @@ from planner.search.algorithm1 import Algorithm, Choice
 from planner.search.policies import BUILT_IN, Restriction
 from planner.search.waiting import NO_DEVIATIONS, Deviations
 from tests.unit.planner import reference
-from tests.unit.planner.scenes import MBPS, World, cloud, device, edge, only, task
+from tests.unit.planner.scenes import MBPS, RandomRegion, Traffic, cloud, device, edge, only, task
 
 
 class Compared:
@@ -62,8 +62,8 @@ def test_every_decision_equals_the_references(name: str, objective: Objective, o
         core = PlannerCore(0, compared, objective)
         compared.core = core
         rate = (0.2, 1.0, 5.0)[seed % 3]
-        world = World(
-            core, seed, rate=rate, validate=own_links, devices=4 if own_links else 12, own_links=own_links
+        world = RandomRegion(
+            core, seed, Traffic(rate=rate, devices=4 if own_links else 12, own_links=own_links), validate=own_links
         ).run()
         asked += compared.asked
         late += compared.late
@@ -89,7 +89,9 @@ def test_every_decision_equals_the_references_with_uncertain_ends(
         compared = Compared(policy, {node: rng.choice((0.25, 0.5, 1.0, 2.0)) for node in nodes if rng.random() < 0.8})
         core = PlannerCore(0, compared, objective)
         compared.core = core
-        World(core, seed, rate=(1.0, 5.0)[seed % 2], devices=4 if own_links else 12, own_links=own_links).run()
+        RandomRegion(
+            core, seed, Traffic(rate=(1.0, 5.0)[seed % 2], devices=4 if own_links else 12, own_links=own_links)
+        ).run()
         differed += compared.differed
         late += compared.late
     assert differed > 10 or name == "device-only"

@@ -16,7 +16,7 @@ from planner.core.core import PlannerCore
 from planner.search.algorithm1 import Algorithm, Choice
 from planner.search.families import DEVICE, DEVICE_EDGE
 from planner.search.policies import Policy, load_policy, policy_names
-from tests.unit.planner.scenes import World, cloud, device, edge, only, profile, task
+from tests.unit.planner.scenes import RandomRegion, cloud, device, edge, only, profile, task
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from tests.unit.planner.scenes import World, cloud, device, edge, only, profile,
     ],
 )
 def test_a_baseline_places_only_as_it_may(policy: str, kinds: set[Kind]) -> None:
-    world = World(PlannerCore(0, policy), seed=3).run()
+    world = RandomRegion(PlannerCore(0, policy), 3).run()
     assert {placed.placement.kind for placed in world.placed.values()} <= kinds
     assert world.counts["placement"] > 50
 

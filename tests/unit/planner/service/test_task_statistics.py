@@ -13,7 +13,7 @@ from bus.messages import Decision, Ended, TaskState
 from planner.core.core import PlannerCore
 from planner.service.prediction_errors import PredictionErrors
 from planner.service.task_statistics import NOT_PLACED, Histogram, TaskStatistics
-from tests.unit.planner.scenes import World
+from tests.unit.planner.scenes import RandomRegion, Traffic
 
 
 def told(log: list[Decision], *, folded: int = 0) -> TaskStatistics:
@@ -32,7 +32,7 @@ def counted(statistics: TaskStatistics) -> Counter[str]:
 
 @pytest.mark.parametrize("folded", [0, 40])
 def test_every_end_is_counted_once_with_its_outcome(folded: int) -> None:
-    world = World(PlannerCore(0), 5, rate=4.0, validate=False).run()
+    world = RandomRegion(PlannerCore(0), 5, Traffic(rate=4.0), validate=False).run()
     ends = Counter(
         change.state.value.lower()
         for decision in world.log[folded:]
@@ -49,7 +49,7 @@ def test_every_end_is_counted_once_with_its_outcome(folded: int) -> None:
 
 
 def test_the_sums_are_those_of_the_records() -> None:
-    world = World(PlannerCore(0), 6, rate=2.0, validate=False).run()
+    world = RandomRegion(PlannerCore(0), 6, Traffic(rate=2.0), validate=False).run()
     statistics = told(world.log)
     ratio_sum = sum(
         end.delay_s / world.placed[task_id].delay_s
@@ -68,7 +68,7 @@ def test_a_value_on_a_bound_belongs_to_it_and_one_above_all_to_the_last() -> Non
 
 
 def test_what_is_kept_is_what_lives() -> None:
-    world = World(PlannerCore(0), 7, rate=4.0, validate=False).run()
+    world = RandomRegion(PlannerCore(0), 7, Traffic(rate=4.0), validate=False).run()
     statistics = told(world.log[:50], folded=50)
     statistics.retain({})
     for decision in world.log[50:]:
@@ -90,7 +90,7 @@ def late(decision: Decision, factors: Iterator[float]) -> Decision:
 
 
 def test_the_error_is_the_median_of_the_last_fifty_completed_tasks() -> None:
-    world = World(PlannerCore(0), 8, rate=4.0, validate=False).run()
+    world = RandomRegion(PlannerCore(0), 8, Traffic(rate=4.0), validate=False).run()
     log = [late(decision, factors) for factors in [count(1.0, 0.01)] for decision in world.log]
     ratios = [
         change.delay_s / world.placed[change.task_id].delay_s
