@@ -1,7 +1,7 @@
 """The decisions of some thousand random tasks, and the hashes after them, as they were recorded on 2026-11-27.
 
 A change that makes the planner faster must change neither its decisions nor their bytes. A digest covers the records as they
-are on the topic: every change, in order, with the hash of the state after it. If decisions change on purpose, the failing test
+are on the topic: every change, in order, with the hash of the state after it. If they change on purpose, the failing test
 prints the new digest.
 """
 
