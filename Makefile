@@ -54,6 +54,8 @@ lock: $(VENV)/.dev ## update the pinned dependencies
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 		--custom-compile-command 'make lock' --group dev -c requirements-otel.lock -c requirements-grpc.lock \
 		-o requirements-dev.lock pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+		--custom-compile-command 'make lock' --group pyproject.toml:clients -o requirements-clients.lock
 
 clean: ## remove everything that make created here (not the user's cache)
 	rm -rf $(VENV) build dist *.egg-info demo-out figures .mypy_cache .ruff_cache .pytest_cache .hypothesis

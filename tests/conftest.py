@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-pytest_plugins = ["tests.kafka_broker", "tests.lanes"]
+pytest_plugins = ["tests.kafka_broker", "tests.lanes", "tests.client_environment"]
 
 
 @pytest.fixture(autouse=True)

@@ -114,9 +114,7 @@ def test_no_file_has_a_catch_all_name() -> None:
     assert not {path.stem for path in FILES} & {"utils", "helpers", "common", "base", "misc"}
 
 
-@pytest.mark.parametrize(
-    "name", ["requirements.lock", "requirements-otel.lock", "requirements-grpc.lock", "requirements-dev.lock"]
-)
+@pytest.mark.parametrize("name", [f"requirements{kind}.lock" for kind in ("", "-otel", "-grpc", "-dev", "-clients")])
 def test_the_lock_is_hashed_and_names_no_host(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert "://" not in text

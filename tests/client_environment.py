@@ -1,0 +1,98 @@
+"""An environment of public inference clients, for scripts that the tests start; made once and kept in the cache.
+
+It is separate, since the clients' pins do not fit those of DeePar. Where it cannot be made, as without a network, tests that
+need it are skipped; with DEEPAR_TEST_CLIENTS=required they fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.kafka_local.artifacts import cache_root
+
+ROOT = Path(__file__).parents[1]
+LOCK = ROOT / "requirements-clients.lock"
+SCRIPT_S = 240.0
+
+
+class Clients:
+    """Runs the scripts of `tests/clients` in their environment."""
+
+    def __init__(self, python: Path) -> None:
+        self.python = python
+
+    def command(self, script: str, *arguments: str) -> list[str]:
+        """The command line of a script; it runs in `ROOT`."""
+        return [str(self.python), "-m", f"tests.clients.{script}", *arguments]
+
+    async def run(self, script: str, *arguments: str) -> dict[str, Any]:
+        """Run a script; returns what it printed. Raises AssertionError with its errors if it fails."""
+        process = await asyncio.create_subprocess_exec(
+            *self.command(script, *arguments),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "GRPC_ENABLE_FORK_SUPPORT": "0"},
+        )
+        try:
+            async with asyncio.timeout(SCRIPT_S):
+                out, errors = await process.communicate()
+        except TimeoutError:
+            process.kill()
+            _, errors = await process.communicate()
+            raise AssertionError(f"{script} did not end:\n{errors.decode()}") from None
+        assert process.returncode == 0, f"{script} failed:\n{errors.decode()}"
+        return dict(json.loads(out.splitlines()[-1]))
+
+
+@pytest.fixture(scope="session")
+def clients() -> Clients:
+    """The environment of public clients."""
+    try:
+        return Clients(environment(cache_root() / "test-clients"))
+    except (OSError, subprocess.SubprocessError) as error:
+        told = getattr(error, "stderr", None) or str(error)
+        message = f"the environment of public clients cannot be made: {told}"
+        if os.environ.get("DEEPAR_TEST_CLIENTS") == "required":
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+def environment(folder: Path) -> Path:
+    """The Python of an environment with the packages of the lock; made if it is missing."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    made = folder / f"{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:16]}-{version}"
+    python = made / "bin" / "python"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / "lock"):
+        if not (made / "complete").exists():
+            shutil.rmtree(made, ignore_errors=True)
+            uv = [str(Path(sys.executable).with_name("uv"))]
+            _run([*uv, "venv", "--quiet", "--python", sys.executable, str(made)])
+            _run([*uv, "pip", "install", "--quiet", "--python", str(python), "--require-hashes", "-r", str(LOCK)])
+            (made / "complete").touch()
+    return python
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
