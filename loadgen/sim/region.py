@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from bus import topics
 from bus.decisions import DecisionLog
@@ -50,6 +51,7 @@ class VirtualStage:
     kept: Callable[[str], Iterable[int]] = (
         lambda task_id: ()
     )  # device only: samples of a task that were already delivered
+    application: Callable[[Device], Coroutine[Any, Any, None]] | None = None  # device only: runs in its process
     drain_s: float | None = None  # maximum wait for work in flight on SIGTERM
     programs: Programs = REAL
     node: Node | None = None
@@ -65,7 +67,10 @@ class VirtualStage:
             self.work = self.programs.device(node, self.on_result, kept=self.kept)
         else:
             self.work = self.programs.hop(node)
-        await node.run(self.work)
+        async with asyncio.TaskGroup() as group:
+            if self.application is not None and isinstance(self.work, Device):
+                group.create_task(self.application(self.work), name=f"{self.settings.name}: application")
+            await node.run(self.work)
 
     async def leave(self) -> None:
         """Drain and leave the region, as on SIGTERM."""

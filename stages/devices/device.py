@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 from bus import topics
@@ -69,13 +69,15 @@ class Device:
         *,
         kept: Callable[[str], Iterable[int]] = lambda task_id: (),
         make_attempt: Callable[..., DeviceAttempt] = DeviceAttempt,
+        make_session: Callable[..., DeviceSession] = DeviceSession,
     ) -> None:
         """`kept` returns the samples of a task whose results the sink stored before a restart of the device. The device
-        skips these samples. `make_attempt` has the parameters of `DeviceAttempt`.
+        skips these samples. `make_attempt` and `make_session` have the parameters of `DeviceAttempt`
+        and `DeviceSession`.
         """
         self.node = node
         self._kept = kept
-        self._make_attempt = make_attempt
+        self._make_attempt, self._make_session = make_attempt, make_session
         self.link1 = Link(node.settings.link1_capacity_bps, node.settings.network)
         self.authorization = FrameAuthorization(node)
         self.tasks: dict[str, DeviceTask] = {}
@@ -221,9 +223,14 @@ class Device:
 
         Raises ValueError where the task is no session, or of another device.
         """
-        session = DeviceSession(submitted, keep, lambda: self._cancel(submitted.task_id))
+        session = self._make_session(submitted, keep, lambda: self._cancel(submitted.task_id))
         self._accept(session)
         return session
+
+    @property
+    def clients(self) -> Mapping[str, DeviceClient]:
+        """The requests and sessions whose task has not ended, by task."""
+        return self._clients
 
     def _accept(self, client: DeviceRequest | DeviceSession) -> None:
         """Submit a client's task. Raises ValueError where it is not for this device."""
@@ -343,7 +350,7 @@ class Device:
         if known is None or placed is None or placed.attempt != start.attempt or self._group is None or self._draining:
             return
         client = self._clients.get(start.task_id)
-        if client.abandoned if client is not None else known.task.session is not None:
+        if client is not None and client.abandoned:
             return  # its cancellation is on its way to the planner
         self._stop(known)
         if known.started_s is None:
@@ -351,6 +358,10 @@ class Device:
         todo = [sample for sample in range(known.task.samples) if sample not in known.results]
         plan = AttemptPlan.of(placed, region=region, todo=max(1, len(todo)), input_bytes=known.task.input_bytes)
         patience_s = STALL_S + STALL_SAMPLES * placed.parts.total_s / placed.samples
+        if known.task.session is not None and not isinstance(client, DeviceSession):
+            lost = self.fail(plan, "input_lost", "an earlier process of the device opened the session")
+            self._spawn(lost, f"lost {start.task_id}")
+            return
         if isinstance(client, DeviceSession):
             known.attempt = SessionAttempt(self, client, plan, patience_s)
         else:

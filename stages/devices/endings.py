@@ -6,19 +6,13 @@ from bus.errors import DeeparError
 from bus.messages import Ended, TaskState
 
 REPEATABLE = frozenset(
-    (
-        "cancelled",
-        "device_lost",
-        "device_queue_full",
-        "input_lost",
-        "no_device",
-        "no_node",
-        "planner_error",
-        "queue_full",
-    )
-    + ("stalled",)
+    ("cancelled", "input_lost", "planner_error", "stalled")
+    + ("device_lost", "no_device", "no_node")
+    + ("device_queue_full", "queue_full")
+    + ("no_plan", "undecided", "undecodable")
 )
-"""Causes of ends after which the same samples may be sent again: the region was short of something, the input is fine."""
+"""Causes of ends after which the same samples may be sent again: a node or a record was lost, or the
+region was short of something; the input is fine."""
 
 
 class UnansweredError(DeeparError):

@@ -33,6 +33,7 @@ from stages.cloud_stage import CloudStage
 from stages.components import StageComponents
 from stages.devices.attempt import DeviceAttempt, RunningAttempt
 from stages.devices.device import Device
+from stages.devices.session import DeviceSession, PushedFrame
 from stages.edge_stage import EdgeStage
 from stages.fences import Fences
 from stages.flow import Flow
@@ -40,6 +41,7 @@ from stages.hop import Hop
 from stages.network.frame_sender import FrameSender
 from stages.node import Node
 from stages.offsets import OffsetLedger, Receipt
+from stages.sample_ranges import SampleRanges
 from stages.window import MissingResults, Window
 
 
@@ -99,6 +101,23 @@ class PatientAttempt(DeviceAttempt):
     def __init__(self, *arguments: Any) -> None:
         device, known, plan, todo, on_result, _ = arguments
         super().__init__(device, known, plan, todo, on_result, patience_s=1e9)
+
+
+class ForgetfulSession(DeviceSession):
+    """Does not repeat the frames that were under way when an attempt ended."""
+
+    repeated = 0
+
+    def interrupt(self) -> None:
+        waiting = self.waiting
+        super().interrupt()
+        self.repeated += self.waiting - waiting
+
+    async def take(self) -> tuple[int, PushedFrame] | None:
+        while self.repeated:
+            self.repeated -= 1
+            await super().take()
+        return await super().take()
 
 
 class ForgetfulDevice(Device):
@@ -225,6 +244,21 @@ async def any_snapshot(bus: Bus, region: int) -> tuple[Snapshot | None, Reader]:
 
 
 # --- edge and cloud --------------------------------------------------------------------------------------------------
+
+
+class Watermark(SampleRanges):
+    """Takes every sample below the highest finished one for finished."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.highest = -1
+
+    def add(self, sample: int) -> None:
+        super().add(sample)
+        self.highest = max(self.highest, sample)
+
+    def __contains__(self, sample: int) -> bool:
+        return sample <= self.highest
 
 
 class NeverHeld(Receipt):
@@ -415,7 +449,9 @@ def planner_with_inputs_ahead(bus: Bus, *arguments: Any, **more: Any) -> Planner
 HARMLESS = Canary(
     "any attempt", "a device takes results of fenced attempts", 0, programs=Programs(device=UnfencedDevice)
 )
-"""Not a bug: a sample's result is the same whichever attempt made it, and is delivered once. Attempts only fence."""
+"""Not a bug in tasks: a sample's result is the same whichever attempt made it, and is delivered once. Attempts only fence.
+A session numbers its frames anew in each attempt, so there it is one (`tests/unit/stages/devices/test_session.py`).
+"""
 
 FENCED_TEACHER = Canary(
     "fenced teacher", "the planner learns from fenced attempts", 1, core(teacher=EveryAttemptTeaches)
@@ -472,6 +508,15 @@ CANARIES = (
         "any snapshot (planner)", "a planner believes every snapshot", 20, service(reader_behind=unconfirmed_reader)
     ),
     Canary("garbage left", "garbage among the snapshots stays", 5, service(leader_term=CarelessTerm)),
+    Canary(
+        "watermark drops a frame", "a frame that is sent again after later ones is dropped", 60, stage(done=Watermark)
+    ),
+    Canary(
+        "frames not repeated",
+        "a new attempt at a session does not repeat frames",
+        10,
+        Programs(device=partial(Device, make_session=ForgetfulSession)),
+    ),
     Canary("queue unbounded", "a full queue takes more", 20, core(queue_limits=Endless)),
     Canary("learning unsaved", "a learned value is not in the snapshot", 5, Programs(core=UnsavedLearning)),
     Canary("losses unseen", "a silent node is not declared lost", 5, Programs(core=TimelessCore)),

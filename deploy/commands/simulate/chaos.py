@@ -108,7 +108,8 @@ def _print(console: Console, found: dict[str, Any]) -> None:
         console.print(
             f"{found['seeds']} seeds, {found['simulated_hours']:.2f} simulated hours, {found['retries']} further attempts, "
             f"{found['suppressed_duplicates']} duplicates suppressed, "
-            f"{found['rejected_queue_full']} tasks rejected by a full queue"
+            f"{found['rejected_queue_full']} tasks rejected by a full queue; {found['sessions']} sessions, "
+            f"{found['frames'].get('answered', 0)} of their frames answered"
         )
         if silent["times"]:
             console.print(

@@ -79,6 +79,8 @@ def _summary(chunks: Iterable[Sequence[ChaosRun]]) -> dict[str, Any]:
             for violation in run.violations
         ],
         "states": _counted(run.states for run in runs),
+        "sessions": sum(run.sessions for run in runs),
+        "frames": _counted(run.frames for run in runs),
         "retries": sum(run.retries for run in runs),
         "suppressed_duplicates": sum(run.suppressed for run in runs),
         "rejected_queue_full": sum(run.rejected for run in runs),

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from bus.errors import BusError, ProtocolError
 from bus.frames import decode_frame
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.memory.faults import Faults
-from bus.messages import Snapshot, SnapshotPart, TaskCancelled
+from bus.messages import Snapshot, SnapshotPart, TaskCancelled, TaskSubmitted
 from bus.snapshots import PLACES, key_of
 from loadgen.chaos.simulated.region import LEASE_S, ChaosScenario
 from loadgen.sim.process import Process
@@ -38,7 +38,10 @@ class Breaker:
         broker: MemoryBroker,
         processes: list[Process],
         note: Callable[..., None],
+        sessions: Sequence[TaskSubmitted] = (),
     ) -> None:
+        """`sessions` grows while the region runs."""
+        self._sessions = sessions
         self.counted: Counter[str] = Counter()
         self.poisoned: set[str] = set()  # tasks that may fail because of injected records
         self.missed: set[str] = set()  # tasks that permanently lost a record
@@ -225,12 +228,17 @@ class Breaker:
             self._spent += self._broker.faults.times
             self._broker.faults.times.clear()
 
+    def _any_task(self) -> str:
+        """A task of the client, or the latest session of a camera."""
+        number = self._draw.randrange(self._scenario.tasks)
+        return self._sessions[-1].task_id if self._sessions and number % 3 == 0 else f"t{number}"
+
     # --- records -----------------------------------------------------------------------------------------------------
 
     async def _poison(self, process: Process, client: MemoryBus) -> None:
         """Put an unreadable record on a topic; if its key is a task id, that task may fail because of it."""
         draw = self._draw
-        task_id = f"t{draw.randrange(self._scenario.tasks)}"
+        task_id = self._any_task()
         topic = draw.choice([*CONTROL, topics.RESULTS, *self._data_topics()])
         key = f"d{draw.randrange(self._scenario.devices) + 1}" if topic == topics.RESULTS else task_id
         if topic in self._data_topics():
@@ -274,7 +282,7 @@ class Breaker:
                 await client.send(topic, record.value, key=record.key, partition=record.partition)
 
     async def _cancel(self, process: Process, client: MemoryBus) -> None:
-        task_id = f"t{self._draw.randrange(self._scenario.tasks)}"
+        task_id = self._any_task()
         self._count("cancelled")
         self.cancelled.add(task_id)
         with contextlib.suppress(BusError):

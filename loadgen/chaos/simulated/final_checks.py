@@ -12,6 +12,7 @@ from bus import topics
 from bus.errors import DeeparError
 from bus.memory.bus import MemoryBroker
 from bus.messages import HandleInput, TaskState, TaskSubmitted
+from loadgen.chaos.simulated.camera import CameraRecord
 from loadgen.chaos.simulated.client import SimulatedClient
 from loadgen.chaos.simulated.faults import Breaker
 from loadgen.chaos.simulated.oracle import Oracle, Say
@@ -21,6 +22,9 @@ from stages.devices.device import Device
 from stages.edge_stage import EdgeStage
 from stages.hop import Hop
 
+ENDS_OF_PROCESSES = frozenset(("stopped", "draining", "not_ready", "closed"))
+"""Causes with which the frames of a session fail when its device ends or stops."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinalChecks:
@@ -29,6 +33,7 @@ class FinalChecks:
     region: VirtualRegion
     broker: MemoryBroker
     client: SimulatedClient
+    cameras: CameraRecord
     oracle: Oracle
     breaker: Breaker
     crowded: bool  # whether the planner may reject tasks because its queue is full
@@ -50,6 +55,7 @@ class FinalChecks:
         for stage in self.region.stages.values():
             if stage.counted()["stalled_attempts"] and not breaker.missed:
                 self.say("G5", f"{stage.settings.name} waited for samples that were lost")
+        self._judge_sessions()
         leader = self.region.leader()
         if leader is not None:
             try:
@@ -66,7 +72,22 @@ class FinalChecks:
                 self.say("G1", "not all processes are back")
             self._look_for_leftovers()
             self._look_for_dead_letters()
-        oracle.finish(client.acknowledged, {task.task_id: self._excuses(task) for task in client.tasks})
+        sessions = [task for task in self.cameras.sessions if oracle.admitted[task.task_id]]
+        tasks = (*client.tasks, *sessions)
+        acknowledged = (*client.acknowledged, *(task.task_id for task in sessions))
+        oracle.finish(acknowledged, {task.task_id: self._excuses(task) for task in tasks})
+
+    def _judge_sessions(self) -> None:
+        """G5: every frame of a session has an answer or an error that the faults explain."""
+        for task_id, number in self.cameras.unanswered:
+            self.say("G5", f"{task_id}: frame {number} has neither an answer nor an error")
+        for task in self.cameras.sessions:
+            causes = self.cameras.causes[task.task_id]
+            unexplained = causes - self._excuses(task) - ENDS_OF_PROCESSES
+            if unexplained and task.task_id not in self.breaker.poisoned:
+                self.say("G5", f"{task.task_id}: frames failed as {sorted(unexplained)}")
+            if self.oracle.stalled[task.task_id] and task.task_id not in self.breaker.missed:
+                self.say("G5", f"{task.task_id} waited for frames that were lost")
 
     def _excuses(self, task: TaskSubmitted) -> frozenset[str]:
         """Causes with which a task may legitimately fail."""
@@ -88,8 +109,8 @@ class FinalChecks:
         for stage in self.region.stages.values():
             name, work = stage.settings.name, stage.work
             if isinstance(work, Device):
-                if work.tasks:
-                    self.say("G8", f"{name} still has {sorted(work.tasks)}")
+                if work.tasks or work.clients:
+                    self.say("G8", f"{name} still has {sorted(work.tasks)} and {sorted(work.clients)}")
             elif isinstance(work, Hop):
                 if work.flows or work.buffered or work.held_bytes:
                     self.say("G8", f"{name} still has {sorted(work.flows)} and {work.buffered}")

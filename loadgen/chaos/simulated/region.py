@@ -23,6 +23,7 @@ CUT_BYTES = (9_000, 14_000, 1_200, 3_000)
 LAYER_S = (0.08, 0.02, 0.06)
 SPEED = {Role.DEVICE: 5.0, Role.EDGE: 2.0, Role.CLOUD: 1.0}
 SLOTS = 1
+NUMBER_BYTES = 4
 LINK1_BPS, LINK2_BPS = 1_500_000, 800_000
 
 
@@ -40,6 +41,7 @@ class ChaosScenario:
     faults: tuple[int, int] = (5, 12)  # minimum and maximum number of faults
     converge_s: float = 200.0  # virtual seconds after healing within which every task must have ended
     clocks: bool = True  # wall clocks are off by minutes, and jump
+    cameras: float = 0.5  # probability that a device has an application that pushes frames through sessions
     max_waiting: int | None = None  # queue limit; None: drawn from the seed, sometimes very small
 
     @property
@@ -81,6 +83,28 @@ def same(tensors: Sequence[Array], task_id: str, sample: int, position: int) -> 
     return len(tensors) == 1 and np.array_equal(tensors[0], content(task_id, sample, position))
 
 
+@lru_cache(maxsize=4096)
+def frame_content(task_id: str, number: int, position: int) -> Array:
+    """The tensor of a session's frame: as that of a sample, but with its number in front.
+
+    The stages number a session's frames anew in each attempt, so only the content says which one it is.
+    """
+    array: Array = content(task_id, number, position).copy()
+    array[:NUMBER_BYTES] = np.frombuffer(number.to_bytes(NUMBER_BYTES, "little"), np.uint8)
+    array.flags.writeable = False
+    return array
+
+
+def frame_number(tensors: Sequence[Array]) -> int:
+    """The number of a frame, from its content."""
+    return int.from_bytes(tensors[0][:NUMBER_BYTES].tobytes(), "little")
+
+
+def same_frame(tensors: Sequence[Array], task_id: str, number: int, position: int) -> bool:
+    """Whether these are the tensors of that frame at that position."""
+    return len(tensors) == 1 and np.array_equal(tensors[0], frame_content(task_id, number, position))
+
+
 class CheckedRunner(ModelledRunner):
     """A modelled machine whose tensors have checkable content, so that a mix-up of samples is detected."""
 
@@ -98,10 +122,13 @@ class CheckedRunner(ModelledRunner):
 
     def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
         """A station that checks its inputs, and that the node has no more open stations than slots."""
+        inner = super().station(plan, first, last)
+        if plan.session is not None:
+            return _SessionStation(inner, self, plan.task_id, first, last)
         self._open += 1
         if self._slots and self._open > self._slots:
             self._say("G2", f"{self._node} computes {self._open} tasks at once, it has {self._slots} slots")
-        return _CheckedStation(super().station(plan, first, last), self, plan.task_id, first, last)
+        return _CheckedStation(inner, self, plan.task_id, first, last)
 
     def closed(self) -> None:
         """Record that a station was closed."""
@@ -135,3 +162,17 @@ class _CheckedStation:
     def close(self) -> None:
         self._inner.close()
         self._runner.closed()
+
+
+class _SessionStation(_CheckedStation):
+    """The same for the frames of a session, which takes no slot."""
+
+    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
+        number = frame_number(inputs)
+        if not same_frame(inputs, self._task_id, number, self._first):
+            self._runner.wrong(self._task_id, number, self._first)
+        await self._inner.run(sample, inputs, ready_s)
+        return [frame_content(self._task_id, number, self._last)]
+
+    def close(self) -> None:
+        self._inner.close()

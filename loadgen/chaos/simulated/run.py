@@ -15,6 +15,7 @@ from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Decision
 from bus.topics import Partitions
 from bus.values import Objective, Role
+from loadgen.chaos.simulated.camera import Camera, CameraRecord
 from loadgen.chaos.simulated.client import SimulatedClient
 from loadgen.chaos.simulated.faults import Breaker
 from loadgen.chaos.simulated.final_checks import FinalChecks
@@ -48,6 +49,8 @@ class ChaosRun:
     faults: Counter[str]  # by kind
     violations: tuple[Violation, ...]
     states: Counter[str]  # how the tasks ended
+    sessions: int  # opened by cameras
+    frames: Counter[str]  # pushed through them: answered, dropped, or the cause of the error
     retries: int  # attempts beyond the first
     suppressed: int  # duplicate results that devices suppressed
     silences: tuple[float, ...]  # seconds from a node's last heartbeat until its tasks were retried
@@ -74,11 +77,12 @@ class Play:
         self.max_waiting = drawn if scenario.max_waiting is None else scenario.max_waiting
         self.fine = sites is not None or draw.random() < 0.2  # every bus call gets extra awaits
         self.client = SimulatedClient(draw, scenario, hurry=0.05 if self.crowded else 1.2, say=self.say, note=self.note)
+        self.cameras = CameraRecord(self.say, self.note)
         self.oracle = Oracle(self._make_core(PlannerCore), self.say)
         self.region = VirtualRegion(self._connect)
         self._add_processes()
         self.processes = list(self.region.processes.values())
-        self.breaker = Breaker(draw, scenario, self.broker, self.processes, self.note)
+        self.breaker = Breaker(draw, scenario, self.broker, self.processes, self.note, self.cameras.sessions)
         self.watch = SimulatedMonitor(self.broker, self.say, self.oracle, self.breaker.harmed)
 
     def say(self, guarantee: str, what: str) -> None:
@@ -107,13 +111,17 @@ class Play:
         for index in range(self.scenario.planners):
             name = f"planner{index + 1}"
             self.region.add_planner(name, partial(self._make_planner, name))
+        draw = random.Random(f"cameras of {self.seed}")
         for settings in self.scenario.nodes():
+            filming = settings.role is Role.DEVICE and draw.random() < self.scenario.cameras
+            camera = Camera(settings.name, random.Random(draw.random()), self.cameras, self.scenario.faults_s)
             stage = VirtualStage(
                 settings=settings,
                 programs=self.programs,
                 make_runner=partial(CheckedRunner, settings, self.say),
                 on_result=self.client.show if settings.role is Role.DEVICE else None,
                 kept=self.client.shown,
+                application=camera.run if filming else None,
                 drain_s=2.0,
             )
             self.region.add_stage(stage)
@@ -196,6 +204,7 @@ class Play:
             region=self.region,
             broker=self.broker,
             client=self.client,
+            cameras=self.cameras,
             oracle=self.oracle,
             breaker=self.breaker,
             crowded=self.crowded,
@@ -204,13 +213,15 @@ class Play:
         verdict.judge(settled=settled)
 
     def _result(self, virtual_s: float) -> ChaosRun:
-        ends = [end for ends in self.oracle.ends.values() for end in ends]
+        ends = [end for task in self.client.tasks for end in self.oracle.ends.get(task.task_id, ())]
         return ChaosRun(
             seed=self.seed,
             virtual_s=virtual_s,
             faults=self.breaker.faults(),
             violations=tuple(self.violations),
             states=Counter(str(end.state) for end in ends),
+            sessions=len(self.cameras.sessions),
+            frames=self.cameras.outcomes.copy(),
             retries=sum(self.oracle.attempts.values()),
             suppressed=int(sum(stage.counted()["duplicates_suppressed"] for stage in self.region.stages.values())),
             silences=tuple(self.watch.silences),
@@ -235,9 +246,11 @@ class Play:
         return self._joined() and not any(process.dead for process in self.processes) and not self.breaker.stopping
 
     def _all_ended(self) -> bool:
-        leader, client = self.region.leader(), self.client
+        leader, client, cameras = self.region.leader(), self.client, self.cameras
+        sessions = [task.task_id for task in cameras.sessions if self.oracle.admitted[task.task_id]]
         return (
             len(client.acknowledged) == len(client.tasks)
             and leader is not None
-            and all(leader.core.ended.get(task_id) is not None for task_id in client.acknowledged)
+            and not any(cameras.busy.values())
+            and all(leader.core.ended.get(task_id) is not None for task_id in (*client.acknowledged, *sessions))
         )

@@ -391,3 +391,16 @@ def test_a_plan_is_repeated_for_stages_that_have_forgotten_it() -> None:
             await r.close(session)
 
     run_virtual(run())
+
+
+def test_a_session_that_an_earlier_process_opened_fails_as_lost() -> None:
+    """Its submission may reach the planner after the process has ended."""
+
+    async def run() -> None:
+        async with scripted_region() as r:
+            await r.decide(Admitted(task=SESSION), *placed_and_started(ALONE))
+            (failed,) = r.events()
+            assert isinstance(failed, TaskFailed)
+            assert (failed.cause, failed.retryable) == ("input_lost", False)
+
+    run_virtual(run())
