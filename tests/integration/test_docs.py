@@ -48,14 +48,15 @@ def command_and_rest(line: Line, command: Any) -> tuple[Any, list[str]]:
     return found, words
 
 
-WITH_WORDS = [line for line in INLINE if command_and_rest(line, cli.whole())[1]]
+WHOLE = cli.whole()
+WITH_WORDS = [line for line in INLINE if command_and_rest(line, WHOLE)[1]]
 OUR_LINES = [line for line in (*LINES, *WITH_WORDS) if line.page in OURS]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def command() -> Any:
     """The whole command line."""
-    return cli.whole()
+    return WHOLE
 
 
 SHOWN = [line for line in LINES if "deepar " in line.text] + [
