@@ -39,15 +39,18 @@ class Fault(Enum):
 class ServingError(DeeparError):
     """A request that gets no answer, with the reason in words for the client."""
 
-    def __init__(self, fault: Fault, message: str, *, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, fault: Fault, message: str, *, retry_after_s: float | None = None, repeatable: bool | None = None
+    ) -> None:
         super().__init__(message)
         self.fault = fault
         self.retry_after_s = retry_after_s
+        self.repeatable = fault.repeatable if repeatable is None else repeatable  # whether sending it again may help
 
     @property
     def for_client(self) -> str:
         """The message, and where it holds, that the same request may be sent again: every transport sends this text."""
-        return f"{self}; the request may be repeated" if self.fault.repeatable else str(self)
+        return f"{self}; the request may be repeated" if self.repeatable else str(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

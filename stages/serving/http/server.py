@@ -64,7 +64,7 @@ class Connections:
             handler_cancellation=True,
             access_log=None,
             logger=_silent,
-            auto_decompress=False,  # bounded by `stages.serving.compression`
+            auto_decompress=False,  # bounded by `stages.serving.http.compression`
             read_bufsize=READ_BYTES,
             lingering_time=LINGER_S,
             keepalive_timeout=75.0,

@@ -15,7 +15,7 @@ from bus.tensors import Array
 from stages.serving.limits import ServingLimits
 from stages.serving.values import Fault, InferRequest, Mode, ServingError
 from tests.unit.stages.serving.fake_inference import FakeInference, tensor
-from tests.unit.stages.serving.http_client import Answer, read_answer, request_bytes, rest_server
+from tests.unit.stages.serving.http.client import Answer, read_answer, request_bytes, rest_server
 
 INFER = "/v2/models/double/infer"
 X = np.array([[1.5, -2.0, 3.25, 0.1]], np.float32)
@@ -116,7 +116,8 @@ async def test_a_path_or_method_that_is_not_there(method: str, path: str, status
     async with rest_server(FakeInference()) as client:
         answer = await client.ask(method, path)
     assert answer.status == status
-    assert list(answer.json) == ["error"]
+    assert answer.json["error"]
+    assert answer.json["repeatable"] is False
     assert ("allow" in answer.headers) is (status == 405)
 
 

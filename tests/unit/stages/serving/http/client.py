@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.serving.http_server import serving_http
+from stages.serving.http.rest import RestServer
+from stages.serving.http.server import serving_http
 from stages.serving.limits import Admission, ServingLimits
-from stages.serving.rest import RestServer
 from stages.serving.security import Guard, Listening
 from stages.serving.values import Inference
 

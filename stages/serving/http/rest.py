@@ -15,10 +15,10 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from stages.serving.checking import MAX_SAMPLES
-from stages.serving.compression import SMALLEST_BYTES, accepted_coding, compressed, decompressed
+from stages.serving.http.body import decode_request, encode_response, json_bytes_of, parsed
+from stages.serving.http.compression import SMALLEST_BYTES, accepted_coding, compressed, decompressed
 from stages.serving.limits import Admission, Claim, too_large
 from stages.serving.metadata import model_config, model_metadata, repository_index, server_metadata
-from stages.serving.rest_body import decode_request, encode_response, json_bytes_of, parsed
 from stages.serving.security import Guard
 from stages.serving.values import Fault, Inference, ServingError
 
@@ -208,14 +208,15 @@ def _allowed(request: web.BaseRequest, method: str) -> web.Response | None:
     """The refusal of another method, or None."""
     if request.method == method:
         return None
-    response = _json({"error": f"{request.method[:20]} is not possible here; use {method}"}, status=405)
+    error = {"error": f"{request.method[:20]} is not possible here; use {method}", "repeatable": False}
+    response = _json(error, status=405)
     response.headers["Allow"] = method
     return response
 
 
 def _refusal(error: ServingError, request: web.BaseRequest) -> web.Response:
     fault = error.fault
-    response = _json({"error": error.for_client}, status=fault.http)
+    response = _json({"error": error.for_client, "repeatable": error.repeatable}, status=fault.http)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if fault is Fault.UNAUTHENTICATED:
