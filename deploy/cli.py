@@ -46,6 +46,7 @@ COMMANDS = (
     _Command("up", RUN, "deploy.commands.services", "up", "Start a planner and stages from a TOML file, in one process."),
     _Command("planner", RUN, "deploy.commands.services", "planner", "Run the planner: it decides where every task runs."),
     _Command("stage", RUN, "deploy.commands.services", "stage_app", "Run one stage: a device, an edge or a cloud worker."),
+    _Command("gateway", RUN, "deploy.commands.services", "gateway", "Serve clients that have no device of their own."),
     _Command("topics", RUN, "deploy.commands.kafka.topics", "topics_app", "Create or list the topics on Kafka."),
     _Command("acls", RUN, "deploy.commands.kafka.acls", "acls", "Show or set the access control lists of the topics."),
     _Command("identity", RUN, "deploy.commands.identity", "app", "Create the secrets that prove a node's identity."),

@@ -117,6 +117,10 @@ class LitertRunner:
         """The profiles that a node announces: measured here and multiplied by the slowdown."""
         return tuple(self._profiles.values())
 
+    def models(self) -> tuple[Model, ...]:
+        """The models that it runs."""
+        return tuple(self._models.values())
+
     def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
         """Samples of a data set, or random samples from a seed. Raises `UnknownNameError`, `ConfigError`."""
         specs = self._model(task.model).manifest.cuts[0].tensors

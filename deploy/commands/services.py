@@ -95,6 +95,20 @@ Remeasure = Annotated[
 Threads = Annotated[int, typer.Option("--num-threads", min=1, help="Number of threads for one inference.")]
 
 
+Edges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--edge",
+        envvar="DEEPAR_EDGES",
+        help="Edge that the device can reach; repeatable. Default: all.",
+        autocompletion=completion.edges,
+    ),
+]
+DeviceLink = Annotated[
+    str, typer.Option(envvar="DEEPAR_LINK", help="Limit of the device's link 1, like 50Mbps; 0: no limit.")
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlannerRegionOptions:
     """The region or regions of a planner process, and its name."""
@@ -335,31 +349,74 @@ class Link2Options:
         return {"link2_latency": self.link2_latency, "link2_trace": self.link2_trace}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServeFlags:
+    """How a device serves clients."""
+
+    serve: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DEEPAR_SERVE",
+            metavar="HOST:PORT",
+            help="Serve clients over HTTP (Open Inference Protocol): 127.0.0.1:8600.",
+        ),
+    ] = None
+    serve_grpc: Annotated[
+        str | None,
+        typer.Option(envvar="DEEPAR_SERVE_GRPC", metavar="HOST:PORT", help="The same over gRPC; needs the extra grpc."),
+    ] = None
+    serve_token_file: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DEEPAR_SERVE_TOKEN_FILE",
+            help="File with the bearer tokens of clients, one a line. [default: those in DEEPAR_SERVE_TOKEN]",
+        ),
+    ] = None
+    serve_certificate: Annotated[
+        str | None, typer.Option(envvar="DEEPAR_SERVE_CERTIFICATE", help="PEM file with the certificate for TLS.")
+    ] = None
+    serve_key: Annotated[
+        str | None, typer.Option(envvar="DEEPAR_SERVE_KEY", help="PEM file with the key of the certificate.")
+    ] = None
+    serve_insecure: Annotated[
+        bool,
+        typer.Option(
+            "--serve-insecure",
+            envvar="DEEPAR_SERVE_INSECURE",
+            help="Serve other machines even without tokens or TLS.",
+        ),
+    ] = False
+    sessions: Annotated[
+        bool,
+        typer.Option(
+            "--sessions/--no-sessions",
+            envvar="DEEPAR_SERVE_SESSIONS",
+            help="Compute requests in warm sessions, or plan each as a task of its own.",
+            rich_help_panel="Serving",  # a box of its own, so that its two names do not narrow the other helps
+        ),
+    ] = True
+
+    def served(self) -> dict[str, Any]:
+        """The part of `DeviceOptions` that describes the endpoint."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
 @stage_app.command("device")
 @with_option_groups
 def device(
     name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="Name of the device.")] = "d1",
-    edges: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--edge",
-            envvar="DEEPAR_EDGES",
-            help="Edge that the device can reach; repeatable. Default: all.",
-            autocompletion=completion.edges,
-        ),
-    ] = None,
-    link: Annotated[
-        str, typer.Option(envvar="DEEPAR_LINK", help="Limit of the device's link 1, like 50Mbps; 0: no limit.")
-    ] = "0",
+    edges: Edges = None,
+    link: DeviceLink = "0",
     results: Annotated[Path | None, typer.Option(help="Append every result as a JSON line to this file.")] = None,
     *,
     network: Link1Options,
+    serving: ServeFlags,
     flags: StageFlags,
 ) -> None:
     """Run a device. It computes the first layers of its tasks' models, sends activations and collects results.
 
     On one machine, `--link1-latency` and `--link1-trace` play the network of the device: its frames and its results arrive
-    later, and what it sends follows a recorded bandwidth.
+    later, and what it sends follows a recorded bandwidth. With `--serve`, clients send it their own input.
 
     Example: `deepar stage device --name d1 --edge e1 --slowdown 8 --link1-latency 20ms --results d1.jsonl`
     """
@@ -369,6 +426,7 @@ def device(
         edges=tuple(edges) if edges else None,
         link=link,
         **network.played(),
+        **serving.served(),
         **flags.machine(),
     )
     _run_stage(options, flags, results)
@@ -425,6 +483,33 @@ def cloud(
     _run_stage(options, flags)
 
 
+@with_option_groups
+def gateway(
+    name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="Name of the gateway among the devices.")] = "gateway",
+    edges: Edges = None,
+    link: DeviceLink = "0",
+    *,
+    network: Link1Options,
+    serving: ServeFlags,
+    flags: StageFlags,
+) -> None:
+    """Serve clients that have no device: a device stage whose requests only edges and the cloud compute.
+
+    Example: `deepar gateway --serve 127.0.0.1:8600 --edge e1`
+    """
+    options = options_of(
+        DeviceOptions,
+        name=name,
+        edges=tuple(edges) if edges else None,
+        link=link,
+        gateway=True,
+        **network.played(),
+        **({**serving.served(), "serve": serving.serve or "127.0.0.1:8600"}),
+        **flags.machine(),
+    )
+    _run_stage(options, flags)
+
+
 def _run_stage(options: NodeOptions, flags: StageFlags, results: Path | None = None) -> None:
     from deploy.services.runners import make_runner  # imported here: the inference runtime is slow to import
 
@@ -432,10 +517,21 @@ def _run_stage(options: NodeOptions, flags: StageFlags, results: Path | None = N
     key = key_of(Speaker(settings.role.value, settings.name), flags.identity_key)
     make = partial(make_runner, settings.role, options, flags.served(), wiring.log.info)
     on_result = ResultFile(results) if results else None
+    endpoint = None
+    if isinstance(options, DeviceOptions):
+        from deploy.services.serving import endpoint_of  # imported here: it imports the inference runtime
+
+        endpoint = endpoint_of(options)
     bus, probes = signed(wiring.kafka_bus(flags.bootstrap_servers), key), flags.probes
     run_on_uvloop(
         wiring.run_stage(
-            bus, settings, make, http_port=probes.http_port, http_host=probes.http_host, on_result=on_result
+            bus,
+            settings,
+            make,
+            http_port=probes.http_port,
+            http_host=probes.http_host,
+            on_result=on_result,
+            endpoint=endpoint,
         )
     )
 

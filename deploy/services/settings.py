@@ -134,6 +134,14 @@ class DeviceOptions(NodeOptions):
     link1_latency: Latency = 0.0  # one-way latency to play on link 1, in both directions
     link1_trace: PlayedTrace | None = None  # file whose bandwidth and latency to play on link 1
     edges: tuple[NodeName, ...] | None = None  # E_i, the edges it can reach; None: all
+    serve: str | None = None  # HOST:PORT where clients send their input over HTTP; None: nowhere
+    serve_grpc: str | None = None  # the same over gRPC
+    serve_token_file: str | None = None  # bearer tokens, one a line; None: those in DEEPAR_SERVE_TOKEN
+    serve_certificate: str | None = None  # for TLS, PEM
+    serve_key: str | None = None  # of the certificate, PEM
+    serve_insecure: bool = False  # allow other machines without tokens or TLS
+    sessions: bool = True  # requests share warm sessions; false: each is a task of its own
+    gateway: bool = False  # it computes nothing itself for its clients
 
     @property
     def network(self) -> PlayedNetwork:

@@ -15,11 +15,12 @@ from deploy.services.broker_wait import Patience
 from deploy.services.identities import key_of
 from deploy.services.process import until_stopped
 from deploy.services.runners import make_runner
+from deploy.services.serving import endpoint_of
 from deploy.services.settings import NodeOptions, PlannerOptions, UpSettings
 from deploy.services.telemetry.otel import tracing
 from deploy.services.topic_watch import TopicWatch, used_by
-from deploy.services.wiring import PlannerSetup, node_settings
-from stages.node import Node, NodeSettings
+from deploy.services.wiring import PlannerSetup, Stage, node_settings
+from stages.node import NodeSettings
 
 
 async def run_up(
@@ -27,6 +28,7 @@ async def run_up(
 ) -> None:
     """Run planner and stages on one bus, in one event loop; with a `master`, all of them prove their identity."""
     options: list[NodeOptions] = [*settings.cloud, *settings.edge, *settings.device]
+    endpoints = {option.name: endpoint_of(option) for option in settings.device}
     patience = Patience.from_env()
     async with contextlib.AsyncExitStack() as stack:
         on_span = await stack.enter_async_context(tracing("deepar"))
@@ -45,18 +47,24 @@ async def run_up(
                 make_runner, made.role, option, option.models or settings.models, wiring.log.info
             )
 
+        stages: list[Stage] = []
+        for option in options:
+            made = node_settings(option, region=settings.region, lease_s=settings.lease)
+            key = node_key(made, option, master)
+            stages.append(Stage(signed(bus, key), made, runners[option.name], on_span=on_span))
+            if (endpoint := endpoints.get(option.name)) is not None:
+                stage = stages[-1]
+                serving = endpoint.serving(option.name, stage.device, stage.ready, runners[option.name])
+                stage.inference = await stack.enter_async_context(serving)
+
         async def serve() -> None:
             async with asyncio.TaskGroup() as group:
                 if settings.planner is not None:
                     service = wiring.make_planner(bus, planner_setup(settings, settings.planner, master))
                     service.trace_to(on_span)
                     group.create_task(service.run(), name="planner")
-                for option in options:
-                    made = node_settings(option, region=settings.region, lease_s=settings.lease)
-                    node = Node(
-                        signed(bus, node_key(made, option, master)), made, runners[option.name], on_span=on_span
-                    )
-                    group.create_task(node.run(wiring.make_work(node)), name=option.name)
+                for stage in stages:
+                    group.create_task(stage.node.run(stage.work), name=stage.node.settings.name)
 
         await until_stopped(serve(), nodes=len(options), region=settings.region)
 

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -35,6 +36,10 @@ from stages.devices.device import Device
 from stages.hop import Hop, hop_of
 from stages.node import BusySink, Node, NodeSettings
 from stages.runner import Runner
+
+if TYPE_CHECKING:  # they import the inference runtime
+    from deploy.services.serving import Endpoint
+    from stages.serving.inference import DeviceInference
 
 log = structlog.get_logger("deepar")
 
@@ -117,8 +122,12 @@ async def run_stage(
     http_host: str = "127.0.0.1",
     on_result: ResultSink | None = None,
     on_busy: BusySink | None = None,
+    endpoint: Endpoint | None = None,
 ) -> None:
-    """Run one stage as a process: load its models, serve, drain on a stop signal, leave the region."""
+    """Run one stage as a process: load its models, serve, drain on a stop signal, leave the region.
+
+    With an `endpoint`, clients send their own input to the device.
+    """
     patience = Patience.from_env()
     edges = [settings.name] if settings.role is Role.EDGE else []
     async with contextlib.AsyncExitStack() as stack:
@@ -130,6 +139,9 @@ async def run_stage(
         stage = Stage(bus, settings, runner, on_result, on_busy, on_span)
         labels = {"role": settings.role.value, "node": settings.name, "region": str(settings.region)}
         await stack.enter_async_context(watch.watching())
+        if endpoint is not None:
+            serving = endpoint.serving(settings.name, stage.device, stage.ready, runner)
+            stage.inference = await stack.enter_async_context(serving)
 
         def look() -> Health:
             return stage.look().without(watch.missing)
@@ -163,6 +175,7 @@ class Stage:
     ) -> None:
         self._parts = (bus, settings, runner)
         self._on_result, self._on_busy, self._on_span = on_result, on_busy, on_span
+        self.inference: DeviceInference | None = None  # of a device that serves clients
         self._make()
 
     def _make(self) -> None:
@@ -186,8 +199,19 @@ class Stage:
 
     async def drain(self) -> None:
         """Finish tasks under way and accept no new ones."""
+        if self.inference is not None:
+            self.inference.drain()
         await self.node.drain()
         await self.work.drain()
+
+    def device(self) -> Device:
+        """The device that clients are served by."""
+        assert isinstance(self.work, Device)
+        return self.work
+
+    def ready(self) -> bool:
+        """Whether the stage takes tasks."""
+        return self.node.status.ready and self.node.status.joined
 
     def look(self) -> Health:
         """The health that the probes report."""
@@ -203,8 +227,11 @@ class Stage:
             counters |= {name: float(value) for name, value in work.stage.sent_bytes.items()}
         else:
             counters["link1_bytes"] = float(work.link1.sent_bytes)
-        tasks = len(work.flows) if isinstance(work, Hop) else len(work.tasks)
-        return Health(status.ready, detail, {"tasks": float(tasks)}, counters)
+        gauges = {"tasks": float(len(work.flows) if isinstance(work, Hop) else len(work.tasks))}
+        if self.inference is None:
+            return Health(status.ready, detail, gauges, counters)
+        gauges["serving_sessions"] = float(self.inference.sessions)
+        return Health(status.ready, detail, gauges, counters, served=self.inference.by_model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -112,6 +112,7 @@ class DeviceInference:
                 looking.cancel()
                 for named in self._named.values():
                     named.session.cancel()
+                self._warm.cancel()
                 self._group = None
 
     def drain(self) -> None:
@@ -171,7 +172,7 @@ class DeviceInference:
             yield Stream(self, session)
         finally:
             self._streams -= 1
-            session.cancel()
+            self._part_from(session)
 
     async def infer_in(self, session: DeviceSession, request: InferRequest) -> InferResponse:
         """Compute in a given session. Raises `ServingError`."""
@@ -352,6 +353,13 @@ class DeviceInference:
 
     def _open(self, plan: PlanTerms, terms: SessionTerms, keep: Keep = Keep.ALL) -> DeviceSession:
         return self._device().open_session(self._submissions.session(plan, terms), keep)
+
+    def _part_from(self, session: DeviceSession) -> None:
+        """End a session whose client is gone."""
+        if session.waiting or session.under_way:
+            session.cancel()
+        else:
+            self._spawn(_ended(session), "close session")
 
     def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> None:
         if self._group is None:

@@ -56,6 +56,11 @@ class Listening:
                 remedy="add it, serve on 127.0.0.1, or accept the risk with --serve-insecure",
             )
 
+    def url(self, port: int) -> str:
+        """The address of a listener on `port`."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http{'' if self.certificate is None else 's'}://{host}:{port}"
+
     def tls(self) -> ssl.SSLContext | None:
         """The TLS context; None: clear text. Raises `ConfigError` where the files cannot be used."""
         if self.certificate is None or self.key is None:

@@ -7,6 +7,7 @@ A transport (REST, gRPC, WebSocket) turns bytes into an `InferRequest`, awaits `
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 from bus.errors import DeeparError
 from bus.tensors import Array
 from bus.values import Role
+from stages.devices.session import Keep
 
 
 class Fault(Enum):
@@ -144,3 +146,19 @@ class Inference(Protocol):
 
     def statistics(self, name: str = "") -> Sequence[Mapping[str, Any]]:
         """The statistics of one model or of all, in the protocol's form (times in nanoseconds)."""
+
+
+class InferenceStream(Protocol):
+    """The session of one connection."""
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """Compute one frame. Raises `ServingError`."""
+
+
+class StreamingInference(Inference, Protocol):
+    """An `Inference` with sessions for the frames of one connection."""
+
+    def stream(
+        self, model: str, version: str, terms: RequestTerms, keep: Keep
+    ) -> AbstractAsyncContextManager[InferenceStream]:
+        """A session. Raises `ServingError` where none can be opened."""

@@ -118,10 +118,11 @@ class WarmSessions:
                 warm.replacing = True
                 self._spawn(self._replace(plan, warm, wanted_hz), "replace session")
 
-    async def close(self) -> None:
-        """Close all sessions, when their requests are answered."""
-        warm, self._warm = list(self._warm.values()), {}
-        await asyncio.gather(*(_close(one.session) for one in warm))
+    def cancel(self) -> None:
+        """End all sessions now."""
+        for warm in self._warm.values():
+            warm.session.cancel()
+        self._warm.clear()
 
     async def _replace(self, plan: PlanTerms, warm: _Warm, rate_hz: float) -> None:
         session = self._open(plan, SessionTerms(rate_hz=rate_hz))

@@ -10,6 +10,7 @@ HELP: Final = {
     "loop_lag_seconds": "Delay of the event loop behind its own timer at the last probe.",
     "missing_topics": "Number of topics that the service needs and the broker lacks.",
     "tasks": "Tasks in progress that this service takes part in.",
+    "serving_sessions": "Sessions of clients that are open at the endpoint.",
     "failing_nodes": "Nodes that the planner avoids after repeated failed attempts.",
     "task_delay_seconds": "Time from the admission of a task to its end, by outcome and kind of placement.",
     "prediction_ratio": "Measured delay of a completed task divided by the predicted one, by kind of placement.",

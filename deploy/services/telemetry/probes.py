@@ -18,7 +18,9 @@ from bus.text.json_text import json_text
 from deploy.services.telemetry.event_loop import loop_name
 from deploy.services.telemetry.learned_gauges import FACTOR_LABELS, LATENCY_LABELS, LearnedGauges
 from deploy.services.telemetry.metric_help import HELP
+from deploy.services.telemetry.served_metrics import served_metrics
 from planner.service.task_statistics import Histogram, TaskStatistics
+from stages.serving.statistics import ModelStatistics
 
 LAG_PROBE_S = 0.25
 """Interval at which the event loop's lag is measured."""
@@ -35,6 +37,7 @@ class Health:
     leading: dict[str, bool] = field(default_factory=dict)  # planners only: region -> whether it leads there
     statistics: dict[str, TaskStatistics] = field(default_factory=dict)  # planners only: region -> ended tasks
     learned: dict[str, LearnedGauges] = field(default_factory=dict)  # planners only: region -> what was learned
+    served: Mapping[str, ModelStatistics] = field(default_factory=dict)  # endpoints only: model -> its requests
 
     def without(self, missing: Mapping[str, str]) -> Health:
         """A copy that is not ready if topics are missing, with the missing topics in `detail`."""
@@ -75,6 +78,8 @@ class _Collector:
             yield self._errors(health.statistics)
         if health.learned:
             yield from self._learned(health.learned)
+        if health.served:
+            yield from served_metrics(self._labels, health.served)
 
     def _values_in(self, region: str) -> list[str]:
         """The labels with `region` replaced, for a process that serves several regions."""

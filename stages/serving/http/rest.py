@@ -17,10 +17,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 from stages.serving.checking import MAX_SAMPLES
 from stages.serving.http.body import decode_request, encode_response, json_bytes_of, parsed
 from stages.serving.http.compression import SMALLEST_BYTES, accepted_coding, compressed, decompressed
+from stages.serving.http.stream import serve_stream
 from stages.serving.limits import Admission, Claim, too_large
 from stages.serving.metadata import model_config, model_metadata, repository_index, server_metadata
 from stages.serving.security import Guard
-from stages.serving.values import Fault, Inference, ServingError
+from stages.serving.values import Fault, ServingError, StreamingInference
 
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
 OFF_LOOP_BYTES: Final = 64 << 10
@@ -35,7 +36,7 @@ log = structlog.get_logger("serving")
 class RestServer:
     """Answers HTTP requests by an `Inference`."""
 
-    def __init__(self, inference: Inference, guard: Guard, admission: Admission, *, version: str) -> None:
+    def __init__(self, inference: StreamingInference, guard: Guard, admission: Admission, *, version: str) -> None:
         self._inference = inference
         self._version = version  # of DeePar
         self._guard = guard
@@ -102,6 +103,10 @@ class RestServer:
         match rest:
             case ["infer"]:
                 return _allowed(request, "POST") or await self._infer(request, named, client)
+            case ["stream"]:
+                return _allowed(request, "GET") or await serve_stream(
+                    request, self._inference, self._admission, named, client
+                )
             case []:
                 value: Any = model_metadata(model)
             case ["ready"]:

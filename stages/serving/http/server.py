@@ -12,8 +12,10 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from bus.errors import ConfigError
-from stages.serving.limits import ServingLimits
-from stages.serving.security import Listening
+from stages.serving.http.rest import RestServer
+from stages.serving.limits import Admission, ServingLimits
+from stages.serving.security import Guard, Listening
+from stages.serving.values import StreamingInference
 
 READ_BYTES = 1 << 20
 """How much of a body is buffered per connection before it is asked for: less makes large bodies slow."""
@@ -27,6 +29,20 @@ CLOSING_S = 3.0
 _silent = logging.getLogger("deepar.serving.http")  # aiohttp would log the lines of malformed requests
 _silent.addHandler(logging.NullHandler())
 _silent.propagate = False
+
+
+@contextlib.asynccontextmanager
+async def rest_endpoint(
+    inference: StreamingInference, listening: Listening, admission: Admission, version: str
+) -> AsyncIterator[int]:
+    """Serve `inference` over HTTP while the block runs; yields the port. `version` is that of DeePar.
+
+    Raises `ConfigError` if the address is unsafe or cannot be used, or the certificate is wrong.
+    """
+    server = RestServer(inference, Guard(listening), admission, version=version)
+    async with serving_http(server.handle, listening, admission.limits) as port:
+        yield port
+
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 

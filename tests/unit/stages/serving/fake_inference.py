@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bus.tensors import Array
+from stages.devices.session import Keep
 from stages.serving.tensors import DATATYPE_OF
-from stages.serving.values import Fault, InferRequest, InferResponse, ModelInfo, ServingError, TensorInfo
+from stages.serving.values import (
+    Fault,
+    InferenceStream,
+    InferRequest,
+    InferResponse,
+    ModelInfo,
+    RequestTerms,
+    ServingError,
+    TensorInfo,
+)
 
 
 def tensor(name: str, shape: tuple[int, ...] = (1, 4), dtype: str = "float32") -> TensorInfo:
@@ -40,6 +51,8 @@ class FakeInference:
         self.gate: asyncio.Event | None = None  # a request waits for it
         self.requests: list[InferRequest] = []
         self.cancelled = 0
+        self.streams: list[tuple[RequestTerms, Keep]] = []
+        self.closed_streams = 0
 
     def models(self) -> Sequence[ModelInfo]:
         return [self._info]
@@ -87,6 +100,17 @@ class FakeInference:
                 raise ServingError(Fault.INVALID, f"input {info.name!r} is missing")
             if array.dtype.name != info.dtype or array.shape[1:] != info.shape[1:]:
                 raise ServingError(Fault.INVALID, f"input {info.name!r}: expected {info.datatype} {list(info.shape)}")
+
+    @contextlib.asynccontextmanager
+    async def stream(self, model: str, version: str, terms: RequestTerms, keep: Keep) -> AsyncIterator[InferenceStream]:
+        self.model(model, version)
+        self.streams.append((terms, keep))
+        if self.fault is not None:
+            raise self.fault
+        try:
+            yield self
+        finally:
+            self.closed_streams += 1
 
     def statistics(self, name: str = "") -> Sequence[Mapping[str, Any]]:
         if name:

@@ -14,7 +14,7 @@ from stages.serving.http.rest import RestServer
 from stages.serving.http.server import serving_http
 from stages.serving.limits import Admission, ServingLimits
 from stages.serving.security import Guard, Listening
-from stages.serving.values import Inference
+from stages.serving.values import StreamingInference
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ async def read_answer(reader: asyncio.StreamReader) -> Answer | None:
 
 @contextlib.asynccontextmanager
 async def rest_server(
-    inference: Inference,
+    inference: StreamingInference,
     *,
     limits: ServingLimits | None = None,
     tokens: tuple[str, ...] = (),
