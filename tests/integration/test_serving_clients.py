@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stages.serving.http_server import serving_http
-from stages.serving.rest import RestServer
 
 from bus.tensors import Array
 from stages.serving.grpc.endpoint import grpc_endpoint
+from stages.serving.http.rest import RestServer
+from stages.serving.http.server import serving_http
 from stages.serving.limits import Admission, ServingLimits
 from stages.serving.security import Guard, Listening
 from stages.serving.values import InferRequest
