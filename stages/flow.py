@@ -393,5 +393,4 @@ class Flow:
 
 async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    await asyncio.wait((task,))  # unlike `await task`, this ends with the flow where that is cancelled meanwhile

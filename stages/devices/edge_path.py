@@ -92,8 +92,9 @@ class EdgePath:
             yield
         finally:
             watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watch
+            await asyncio.wait(
+                (watch,)
+            )  # unlike `await watch`, this ends with the attempt where that is cancelled meanwhile
 
     async def _watch(self) -> None:
         """Abort the attempt when it makes no progress for longer than `patience_s`, while it waits for results."""

@@ -30,11 +30,18 @@ class CameraRecord:
 
     def __init__(self, say: Say, note: Callable[..., None]) -> None:
         self.sessions: list[TaskSubmitted] = []
-        self.busy: Counter[str] = Counter()  # running cameras, by device
+        self.running: set[str] = set()  # devices whose camera has not come to its end
         self.outcomes: Counter[str] = Counter()  # frames by outcome: answered, dropped, or the cause of the error
         self.causes: dict[str, set[str]] = {}  # causes of errors, by session
-        self._open: set[tuple[str, int]] = set()  # frames without an outcome
+        self._open: dict[tuple[str, int], str] = {}  # frames without an outcome, and their device
         self._say, self._note = say, note
+
+    def begin(self, device: str) -> None:
+        """A process of a device starts: the frames of its last process died with it."""
+        self.running.add(device)
+        for key in [key for key, owner in self._open.items() if owner == device]:
+            del self._open[key]
+            self.outcomes["killed"] += 1
 
     def opened(self, submitted: TaskSubmitted) -> None:
         """Note a session before it is submitted."""
@@ -42,16 +49,17 @@ class CameraRecord:
         self.causes[submitted.task_id] = set()
         self._note("session", submitted.task_id)
 
-    def pushed(self, session_id: str, number: int, answer: asyncio.Future[list[Array]]) -> None:
+    def pushed(self, device: str, session_id: str, number: int, answer: asyncio.Future[list[Array]]) -> None:
         """Note a frame."""
-        self._open.add((session_id, number))
+        self._open[session_id, number] = device
         if answer.done():
             self._outcome(session_id, number, answer)
         else:
             answer.add_done_callback(partial(self._outcome, session_id, number))
 
     def _outcome(self, session_id: str, number: int, answer: asyncio.Future[list[Array]]) -> None:
-        self._open.remove((session_id, number))
+        if self._open.pop((session_id, number), None) is None:
+            return  # of a process that was killed
         error = answer.exception()
         if error is None:
             self.outcomes["answered"] += 1
@@ -81,17 +89,15 @@ class Camera:
 
     async def run(self, device: Device) -> None:
         """Run in the device's process until all sessions are over."""
-        self._record.busy[self._name] += 1
-        try:
-            await device.node.serving.wait()
-            clock = asyncio.get_running_loop().time
-            if self._until_s is None:
-                self._until_s = clock() + self._lasts_s
-            while clock() < self._until_s:
-                await asyncio.sleep(self._draw.uniform(0.1, REST_S))
-                await self._film(device)
-        finally:
-            self._record.busy[self._name] -= 1
+        self._record.begin(self._name)
+        await device.node.serving.wait()
+        clock = asyncio.get_running_loop().time
+        if self._until_s is None:
+            self._until_s = clock() + self._lasts_s
+        while clock() < self._until_s:
+            await asyncio.sleep(self._draw.uniform(0.1, REST_S))
+            await self._film(device)
+        self._record.running.discard(self._name)
 
     async def _film(self, device: Device) -> None:
         """Open a session, push frames at its rate or faster, and close it."""
@@ -118,5 +124,5 @@ class Camera:
     async def _push(self, session: DeviceSession, task_id: str, rate_hz: float, count: int) -> None:
         for number in range(count):
             answer = session.push([frame_content(task_id, number, 0)])
-            self._record.pushed(task_id, number, answer)
+            self._record.pushed(self._name, task_id, number, answer)
             await asyncio.sleep(1.0 / rate_hz)

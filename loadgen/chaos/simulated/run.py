@@ -251,6 +251,6 @@ class Play:
         return (
             len(client.acknowledged) == len(client.tasks)
             and leader is not None
-            and not any(cameras.busy.values())
+            and not cameras.running
             and all(leader.core.ended.get(task_id) is not None for task_id in (*client.acknowledged, *sessions))
         )
