@@ -33,8 +33,9 @@ check: $(VENV)/.dev ## lint, types, generated documents (seconds)
 	$(BIN)/mypy
 	$(BIN)/python -m deploy.generated_docs.flow --check docs
 
+# The tests start hundreds of programs: bytecode is written even where the environment forbids it.
 test: $(VENV)/.dev ## all tests; they start a real Apache Kafka
-	$(BIN)/python -m pytest --numprocesses 3
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 3
 
 demo: $(VENV)/.run ## a cloud, two edges and four devices on this machine, with real inference
 	@$(BIN)/deepar demo
