@@ -133,6 +133,12 @@ class LiveRegion:
         member.may_end = member.may_end or number not in (signal.SIGSTOP, signal.SIGCONT)
         member.running.send_signal(number)
 
+    def pid(self, name: str) -> int:
+        """The process that runs under this name now."""
+        running = self._members[name].running
+        assert running is not None
+        return running.pid
+
     async def gone(self, name: str, timeout_s: float) -> bool:
         until_s = time.monotonic() + timeout_s
         while self._lives(name):

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "bus": {"bus"},
     "planner": {"bus", "planner"},
     "stages": {"bus", "stages"},
-    "loadgen": {"bus", "planner", "stages", "loadgen"},
+    "loadgen": {"bus", "planner", "stages", "loadgen", "deepar"},
     "deploy": {"bus", "planner", "stages", "loadgen", "deploy", "deepar"},
 }
 CARD_PACKAGES = {"aiokafka", "msgpack", "numpy", "ai-edge-litert", "uvloop", "structlog"}

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,10 +30,11 @@ BENCHES = {
     "simulator": "a million tasks through the core",
     "path": "where the milliseconds of a task go, in the region that runs",
     "regret": "delays of the learning planner over those of fixed policies, live",
+    "serve": "requests a second of a device's endpoint, beside other servers",
 }
 """Benchmark -> what it measures."""
 
-STARTS_PROCESSES = ("regret",)
+STARTS_PROCESSES = ("regret", "serve")
 """Benchmarks whose `run` is in `deploy.commands.loadgen.NAME`, because they start processes; else `loadgen.bench.NAME`."""
 
 
@@ -63,7 +65,16 @@ class CellOptions:
     samples: Annotated[
         list[int] | None, typer.Option(min=1, metavar="N", help="Samples of a task of benchmark regret; repeatable.")
     ] = None
-    quick: Annotated[bool, typer.Option("--quick", help="Measure four cells only (benchmark regret).")] = False
+    quick: Annotated[bool, typer.Option("--quick", help="Measure less (benchmarks regret and serve).")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerOptions:
+    """What the benchmark `serve` compares with."""
+
+    peer_python: Annotated[
+        Path | None, typer.Option(help="Python with mlserver or kserve and ai-edge-litert (benchmark serve).")
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +98,7 @@ def bench(
     ] = None,
     *,
     cells: CellOptions,
+    peers: PeerOptions,
     as_json: AsJson = False,
 ) -> None:
     """Measure this machine. Exit code 99 when an aim is missed.
@@ -105,6 +117,7 @@ def bench(
         "seed": random_seed,
     }
     wanted |= {"network": cells.network, "model": cells.model, "samples": cells.samples, "quick": cells.quick or None}
+    wanted["peer_python"] = peers.peer_python
     takes = inspect.signature(measure).parameters
     given = {key: value for key, value in wanted.items() if value is not None and key in takes}
     found: dict[str, Any] = measure(progress=lambda line: log.print(line, style="dim", markup=False), **given)
@@ -120,7 +133,7 @@ def print_bench(console: Console, found: dict[str, Any]) -> None:
     """A benchmark's results as people read them: one table for each shape of row, then the aims."""
     console.print(f"{found['bench']} on {found['machine']}", markup=False)
     shapes: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in (*found["results"], *found.get("policies", ())):
+    for row in (*found["results"], *found.get("policies", ()), *found.get("streams", ())):
         row = _with_cell(row)
         shapes.setdefault(tuple(row), []).append(row)
     for columns, rows in shapes.items():
