@@ -38,16 +38,21 @@ def has(python: Path, package: str) -> bool:
 
 
 @contextlib.contextmanager
-def mlserver(python: Path, model: str, file: Path, folder: Path) -> Iterator[Peer]:
-    """MLServer with the model, in one process. Raises `DeeparError` if it does not become ready."""
+def mlserver(
+    python: Path, model: str, file: Path, folder: Path, *, name: str = "mlserver", workers: int | None = None
+) -> Iterator[Peer]:
+    """MLServer with the model; `workers`: processes that compute, None for its default, 0 to compute in the server's own.
+
+    Raises `DeeparError` if it does not become ready.
+    """
     folder.mkdir()
     runtime = resources.files("loadgen.bench.peers") / "mlserver_runtime.py"
     (folder / "tflite_runtime_model.py").write_text(runtime.read_text(encoding="utf-8"), encoding="utf-8")
     rest, grpc = free_port(), free_port()
     settings = {
         "host": "127.0.0.1", "http_port": rest, "grpc_port": grpc, "metrics_port": free_port(),
-        "parallel_workers": 0, "debug": False, "metrics_endpoint": None,
-    }  # fmt: skip
+        "debug": False, "metrics_endpoint": None,
+    } | ({} if workers is None else {"parallel_workers": workers})  # fmt: skip
     described = {
         "name": model,
         "implementation": "tflite_runtime_model.TfliteModel",
@@ -55,8 +60,8 @@ def mlserver(python: Path, model: str, file: Path, folder: Path) -> Iterator[Pee
     }
     (folder / "settings.json").write_text(json_text(settings), encoding="utf-8")
     (folder / "model-settings.json").write_text(json_text(described), encoding="utf-8")
-    command = [str(python), "-m", "mlserver.cli", "start", str(folder)]
-    with _running("mlserver", command, folder, rest, grpc, model) as peer:
+    command = [str(python), "-c", "from mlserver.cli import main; main()", "start", str(folder)]
+    with _running(name, command, folder, rest, grpc, model) as peer:
         yield peer
 
 

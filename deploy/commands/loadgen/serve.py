@@ -109,14 +109,19 @@ def _started_peers(
     if python is None:
         progress("no peers: pass --peer-python, a Python with mlserver or kserve and ai-edge-litert")
         return []
-    known = {"mlserver": mlserver, "kserve": kserve}
-    named = [name for name in known if has(python, name)]
+    known = {
+        "mlserver": ("mlserver", mlserver),
+        "mlserver-inline": ("mlserver", partial(mlserver, name="mlserver-inline", workers=0)),
+        "kserve": ("kserve", kserve),
+    }
+    named = [name for name, (package, _) in known.items() if has(python, package)]
     if not named:
         raise ConfigError(f"--peer-python {python}: it has neither mlserver nor kserve")
     started = []
     for name in named:
         progress(f"starting {name}")
-        started.append(stack.enter_context(known[name](python, model.name, model.path, folder / name)))
+        start = known[name][1]
+        started.append(stack.enter_context(start(python, model.name, model.path, folder / name)))
     return started
 
 
