@@ -109,19 +109,19 @@ def _started_peers(
     if python is None:
         progress("no peers: pass --peer-python, a Python with mlserver or kserve and ai-edge-litert")
         return []
-    known = {
-        "mlserver": ("mlserver", mlserver),
-        "mlserver-inline": ("mlserver", partial(mlserver, name="mlserver-inline", workers=0)),
-        "kserve": ("kserve", kserve),
-    }
-    named = [name for name, (package, _) in known.items() if has(python, package)]
-    if not named:
+    packages = [name for name in ("mlserver", "kserve") if has(python, name)]
+    if not packages:
         raise ConfigError(f"--peer-python {python}: it has neither mlserver nor kserve")
+    known = {
+        "mlserver": partial(mlserver, workers=None),
+        "mlserver-inline": partial(mlserver, name="mlserver-inline", workers=0),
+        "kserve": kserve,
+    }
     started = []
-    for name in named:
-        progress(f"starting {name}")
-        start = known[name][1]
-        started.append(stack.enter_context(start(python, model.name, model.path, folder / name)))
+    for name, start in known.items():
+        if name.partition("-")[0] in packages:
+            progress(f"starting {name}")
+            started.append(stack.enter_context(start(python, model.name, model.path, folder / name)))
     return started
 
 
@@ -236,11 +236,12 @@ def _interpreter_case(model: Model, array: Array) -> Case:
 
 
 def process_cpu_s(pid: int | None) -> float:
-    """Processor time of a process and its threads; of the calling thread for None. Children are not counted."""
+    """Processor time of a process and the processes that it started; of this process alone for None."""
     if pid is None:
         return time.process_time()
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+    started = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S + sum(process_cpu_s(int(child)) for child in started)
 
 
 async def _streams(region: ServingRegion, array: Array, seconds: float, pid: int, progress: Progress) -> list[Stream]:
