@@ -152,14 +152,24 @@ def print_bench(console: Console, found: dict[str, Any]) -> None:
 
 
 def _with_cell(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with the columns of a cell of benchmark regret in one."""
-    if not row.keys() >= {"network", "model", "samples"}:
-        return row
-    cell = {"cell": f"{row['network']} {row['model']} x{row['samples']}"}
-    return cell | {key: value for key, value in row.items() if key not in ("network", "model", "samples")}
+    """The row with the columns that say what was measured in one, so that it fits a terminal."""
+    if row.keys() >= {"network", "model", "samples"}:
+        return {"cell": f"{row['network']} {row['model']} x{row['samples']}"} | _without(
+            row, "network", "model", "samples"
+        )
+    if row.keys() >= {"protocol", "model", "placement", "mode", "concurrency", "input_bytes"}:
+        case = f"{row['protocol']} {row['model']} x{row['concurrency']}, {row['mode']}, {row['placement'] or 'nowhere'}"
+        left = _without(row, "protocol", "model", "placement", "mode", "concurrency", "input_bytes")
+        return {"case": case} | {key.replace("requests_per_s", "per_s"): value for key, value in left.items()}
+    return row
+
+
+def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in names}
 
 
 def _cell(key: str, value: Any) -> str:
     if isinstance(value, float):
-        return format_seconds(value) if key.endswith("_s") and "per_s" not in key else f"{value:.4g}"
+        seconds = key.endswith("_s") and "per_s" not in key or "_s_per_" in key
+        return format_seconds(value) if seconds else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

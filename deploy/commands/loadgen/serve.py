@@ -76,11 +76,11 @@ class ServingRegion:
         alone = ["--model", SMALL, "--model", str(self.wide), "--serve", f"127.0.0.1:{self.alone_rest}"]
         if find_spec("grpc") is not None:
             alone += ["--serve-grpc", f"127.0.0.1:{self.alone_grpc}"]
-        slow = ["--model", STREAMED, "--slowdown", "40", "--serve", f"127.0.0.1:{self.slow_rest}"]
-        edge = ["--model", STREAMED, "--slowdown", "20", "--link1", "1Gbps", "--link2", "20Mbps"]
+        slow = ["--model", STREAMED, "--slowdown", "30", "--serve", f"127.0.0.1:{self.slow_rest}"]
+        edge = ["--model", STREAMED, "--slowdown", "4", "--link1", "1Gbps", "--link2", "100Mbps"]
         return {
             "p1": (Target.PLANNER, ["planner", "--name", "p1"]),
-            "c1": (Target.CLOUD, ["stage", "cloud", "--name", "c1", "--model", STREAMED, "--slowdown", "5"]),
+            "c1": (Target.CLOUD, ["stage", "cloud", "--name", "c1", "--model", STREAMED]),
             "e1": (Target.EDGE, ["stage", "edge", "--name", "e1", *edge]),
             "d1": (Target.DEVICE, ["stage", "device", "--name", "d1", *alone]),
             "d2": (Target.DEVICE, ["stage", "device", "--name", "d2", *slow]),
@@ -112,7 +112,7 @@ def _started_peers(
     packages = [name for name in ("mlserver", "kserve") if has(python, name)]
     if not packages:
         raise ConfigError(f"--peer-python {python}: it has neither mlserver nor kserve")
-    known = {
+    known: dict[str, Callable[..., contextlib.AbstractContextManager[Peer]]] = {
         "mlserver": partial(mlserver, workers=None),
         "mlserver-inline": partial(mlserver, name="mlserver-inline", workers=0),
         "kserve": kserve,
