@@ -170,6 +170,6 @@ def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def _cell(key: str, value: Any) -> str:
     if isinstance(value, float):
-        seconds = key.endswith("_s") and "per_s" not in key or "_s_per_" in key
+        seconds = (key.endswith("_s") and "per_s" not in key) or "_s_per_" in key
         return format_seconds(value) if seconds else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

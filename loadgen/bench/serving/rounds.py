@@ -94,7 +94,7 @@ def _measure(case: Case, seconds: float) -> None:
         def client(caller: Caller, found: list[float]) -> None:
             now = time.perf_counter()
             try:
-                while now < until_s:
+                while not found or now < until_s:
                     caller.call()
                     after = time.perf_counter()
                     found.append(after - now)
