@@ -44,7 +44,7 @@ class Listening:
         missing = [
             words
             for words, there in (
-                (f"a token (--serve-token-file or {TOKEN_VARIABLE})", self.tokens),
+                (f"token (--serve-token-file or {TOKEN_VARIABLE})", self.tokens),
                 ("TLS (--serve-certificate and --serve-key)", self.certificate),
             )
             if not there
@@ -90,7 +90,7 @@ class Guard:
         if self._names is not None:
             if _host_name(host) not in self._names:
                 raise ServingError(Fault.FORBIDDEN, "unknown host: use the address that the endpoint listens on")
-            if origin and (urlsplit(origin).hostname or "") not in self._names:
+            if origin and _host_name(origin.partition("://")[2]) not in self._names:
                 raise ServingError(Fault.FORBIDDEN, "pages of other sites may not use this endpoint without a token")
         return ""
 

@@ -205,7 +205,7 @@ def array_of_list(name: str, datatype: str, shape: list[int], data: Any) -> Arra
     dtype, size = dtype_of(name, datatype), elements(name, shape)
     values = _flat(name, data)
     if len(values) != size:
-        raise _wrong(f"input {name!r:.100}: {len(values):,} values, but the shape {shape} has {size:,}")
+        raise _wrong(f"input {name!r:.100}: {len(values):,} values, but the shape {shape!s:.80} has {f'{size:,}':.40}")
     try:
         return _typed(values, dtype).reshape(shape)
     except TypeError:

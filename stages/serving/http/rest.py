@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import traceback
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -48,8 +49,11 @@ class RestServer:
             return await self._routed(request)
         except ServingError as error:
             return _refusal(error, request)
-        except Exception:
-            log.exception("request failed with an unexpected error")  # without what the client sent
+        except Exception as error:
+            # the error's text and the values in its frames may hold what the client sent
+            frames = traceback.extract_tb(error.__traceback__)[-5:]
+            where = [f"{frame.filename}:{frame.lineno}" for frame in frames]
+            log.error("request failed with an unexpected error", error=type(error).__name__, where=where)
             return _refusal(ServingError(Fault.INTERNAL, "internal error; the log of the device has it"), request)
 
     async def _routed(self, request: web.BaseRequest) -> web.StreamResponse:

@@ -42,15 +42,20 @@ class Client:
         self.port = port
         self.admission = admission
 
-    async def send(self, raw: bytes) -> Answer | None:
-        """Send bytes and read one answer; None if the server closes the connection without one."""
+    async def send(self, raw: bytes, *, half_close: bool = False) -> Answer | None:
+        """Send bytes and read one answer; None if the server closes the connection without one.
+
+        With `half_close`, say that no more bytes follow.
+        """
         async with asyncio.timeout(20.0):
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
             try:
                 with contextlib.suppress(ConnectionError):
                     writer.write(raw)
                     await writer.drain()
-                return await read_answer(reader)
+                    if half_close:
+                        writer.write_eof()
+                return await read_answer(reader, head_only=raw.startswith(b"HEAD "))
             finally:
                 writer.close()
 
@@ -73,7 +78,7 @@ def request_bytes(
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + payload
 
 
-async def read_answer(reader: asyncio.StreamReader) -> Answer | None:
+async def read_answer(reader: asyncio.StreamReader, *, head_only: bool = False) -> Answer | None:
     """The next answer; None at the end of the connection."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -81,7 +86,7 @@ async def read_answer(reader: asyncio.StreamReader) -> Answer | None:
             head = await reader.readuntil(b"\r\n\r\n")
         status, *lines = head.decode("latin-1").strip().split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        body = await reader.readexactly(int(headers.get("content-length", "0")))
+        body = b"" if head_only else await reader.readexactly(int(headers.get("content-length", "0")))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
     return Answer(int(status.split()[1]), headers, body)
