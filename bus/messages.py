@@ -153,6 +153,13 @@ class LinkMeasurement(Frozen):
     bps: Annotated[int, Field(gt=0, le=1 << 50)] | None = None  # carried while more was to send; None: never so
 
 
+class SpeedMeasurement(Frozen):
+    """How fast a node without work runs a model, on its own clock alone."""
+
+    model: Name  # the model
+    factor: Annotated[float, Field(gt=0, le=1e6)]  # time of the whole model, relative to the announced profile
+
+
 class NodeHeartbeat(Message):
     """A node renews its lease. The planner declares it lost after one lease without a heartbeat."""
 
@@ -160,6 +167,7 @@ class NodeHeartbeat(Message):
     node: NodeName  # name of the node
     incarnation: Name  # of the node: one process start, or one return after a loss
     links: Annotated[tuple[LinkMeasurement, ...], Field(max_length=100)] = ()  # a device: link 1; an edge: its link 2
+    speeds: Annotated[tuple[SpeedMeasurement, ...], Field(max_length=100)] = ()  # measured while idle
 
 
 class TaskProgress(Message):
@@ -404,6 +412,14 @@ class LearnedLink(Frozen):
     bps: Annotated[int, Field(gt=0)] | None = None  # estimate: limit of grants; None: as announced
 
 
+class LearnedSpeed(Frozen):
+    """A node without work has become clearly slower or faster. If faster, what tasks showed of it before is stale."""
+
+    node: NodeName  # the node
+    model: Name  # the model
+    factor: Annotated[float, Field(gt=0)]  # time of the whole model, relative to the announced profile
+
+
 class StaleEstimate(Frozen):
     """An estimate that was not confirmed for long: it moves towards its prior, so that the node or path is tried again."""
 
@@ -423,6 +439,7 @@ class Learned(Frozen):
     nodes: tuple[LearnedNode, ...] = ()  # speed of a model on a node
     paths: tuple[LearnedPath, ...] = ()  # overheads between a device and an edge
     links: tuple[LearnedLink, ...] = ()  # latency and bandwidth of links
+    speeds: tuple[LearnedSpeed, ...] = ()  # what nodes measured of themselves
     stale: tuple[StaleEstimate, ...] = ()  # estimates that move towards their prior
     cloud: NodeName | None = None  # the cloud node that served the task, if it is known
 

@@ -13,6 +13,7 @@ import contextlib
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -43,6 +44,7 @@ from bus.port import Bus, Headers, Reader, Record
 from bus.values import Role
 from stages.components import StageComponents
 from stages.fences import REMEMBERED_ENDS
+from stages.measuring.own_speed import OwnSpeed
 from stages.measuring.peers import ProbingNode
 from stages.measuring.reports import LinkReports
 from stages.network.played import NO_NETWORK, PlayedNetwork
@@ -89,7 +91,7 @@ class NodeSettings:
     reachable_edges: tuple[str, ...] | None = None  # of a device (E_i); None: all edges
     remembered_ends: int = REMEMBERED_ENDS  # number of ended tasks remembered, to drop their late frames
     probes: bool = False  # measure the latency of links with probes
-    rehearses: bool = False  # run each model once in memory before it announces itself
+    rehearses: bool = False  # run each model once in memory before it announces itself, and rarely while idle
 
 
 @dataclass(slots=True)
@@ -175,6 +177,7 @@ class Node:
         self._lease_start_s = float("-inf")  # send time of the last acknowledged heartbeat or announcement
         self._renewed = asyncio.Event()
         self._link_reports = LinkReports()
+        self._own_speed: OwnSpeed | None = None  # set by `run`, where the node measures itself
         self._profile_check: ProfileCheck | None = None  # set by `run`
         self._heartbeat_due = asyncio.Event()  # send the next heartbeat now
         self._logged_ready = False  # readiness as last logged
@@ -191,6 +194,15 @@ class Node:
                 self._group = group
                 check = ProfileCheck(self.settings.name, self.runner, work.idle, self._announce_again, self.log)
                 self._profile_check = check
+                if self.settings.rehearses:
+                    self._own_speed = OwnSpeed(
+                        self.runner.profiles,
+                        partial(rehearse, self.runner),
+                        lambda: self.status.joined and work.idle() and not check.measuring,
+                        self.heartbeat_now,
+                        self.log,
+                    )
+                    group.create_task(self._own_speed.run(), name=f"{self.settings.name}: own speed")
                 group.create_task(check.run(), name=f"{self.settings.name}: profiles")
                 group.create_task(work.run(), name=f"{self.settings.name}: work")
                 group.create_task(self._follow(work), name=f"{self.settings.name}: decisions")
@@ -487,6 +499,8 @@ class Node:
     def _rejoin(self, work: Work) -> None:
         self.status.joined = False
         self._link_reports.forget()
+        if self._own_speed is not None:
+            self._own_speed.forget()
         work.on_lost()
         # Two processes with the same name displace each other in turn; the pause limits how often.
         lease_s = self.settings.lease_s
@@ -551,7 +565,8 @@ class Node:
             sent_s = clock()
             self._heartbeat_due.clear()
             links = self._link_reports.news(work.links()) if self.status.joined else ()
-            message = NodeHeartbeat(node=self.settings.name, incarnation=self.incarnation, links=links)
+            speeds = self._own_speed.news() if self._own_speed is not None and self.status.joined else ()
+            message = NodeHeartbeat(node=self.settings.name, incarnation=self.incarnation, links=links, speeds=speeds)
             try:
                 async with asyncio.timeout(interval_s):
                     await self.bus.send(
@@ -571,6 +586,8 @@ class Node:
                 continue
             self._renew(sent_s)
             self._link_reports.told(links)
+            if self._own_speed is not None:
+                self._own_speed.told(speeds)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(interval_s):
                     await self._heartbeat_due.wait()

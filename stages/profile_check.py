@@ -40,6 +40,7 @@ class ProfileCheck:
         self._contradicted: dict[str, float] = {}  # learned factors by model
         self._due: dict[str, _Due] = {}
         self._found = asyncio.Event()
+        self.measuring = False  # whether it measures now
 
     def learned(self, change: Learned) -> None:
         """Note what the planner learned about this node."""
@@ -69,11 +70,14 @@ class ProfileCheck:
                     due.from_s = clock() + due.again_s
 
     async def _measure(self, model: str, factor: float, due: _Due) -> None:
+        self.measuring = True
         try:
             changed = await self._runner.remeasure(model)
         except Exception as error:  # the old profile goes on
             self._log.warning("profile not measured again", model=model, error=f"{type(error).__name__}: {error}")
             changed = False
+        finally:
+            self.measuring = False
         due.again_s = AGAIN_S if changed else min(MAX_AGAIN_S, 2 * due.again_s)
         if changed:
             self._log.warning("profile contradicted by learning; measured again", model=model, learned_factor=factor)

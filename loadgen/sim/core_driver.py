@@ -61,6 +61,7 @@ class Drive:
     _wakeup_s: float = math.inf
     _links: list[NodeHeartbeat] = field(default_factory=list)
     _reported_s: float = 0.0  # when the links were last reported
+    _idle_speeds: Callable[[float], Iterable[NodeHeartbeat]] | None = None  # see `measure_speeds`
 
     def announce(self, nodes: Iterable[NodeAnnounced]) -> None:
         """Let the nodes join at time 0."""
@@ -72,8 +73,14 @@ class Drive:
         self._links = self._reports(nodes)
         self._report_links()
 
+    def measure_speeds(self, reports: Callable[[float], Iterable[NodeHeartbeat]]) -> None:
+        """Report with the links what nodes without work measure of their speed; `reports`: the heartbeats at a time."""
+        self._idle_speeds = reports
+
     def _report_links(self) -> None:
         for heartbeat in self._links:
+            self._handle(heartbeat)
+        for heartbeat in () if self._idle_speeds is None else self._idle_speeds(self.now_s):
             self._handle(heartbeat)
         self._reported_s = self.now_s
 

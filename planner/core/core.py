@@ -217,7 +217,7 @@ class PlannerCore:
 
     def _on_heartbeat(self, heartbeat: NodeHeartbeat, now: float) -> None:
         self._region.renew(heartbeat.node, heartbeat.incarnation, now)
-        if heartbeat.links and self._options.learning:
+        if (heartbeat.links or heartbeat.speeds) and self._options.learning:
             self._teacher.heartbeat(heartbeat, now)
 
     def _on_progress(self, progress: TaskProgress, now: float) -> None:

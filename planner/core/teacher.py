@@ -8,7 +8,7 @@ from planner.core.candidates import Candidates
 from planner.core.change_recorder import ChangeRecorder
 from planner.core.region.records import KnownNode, Task
 from planner.core.region.state import RegionState
-from planner.learning.learner import Carried, from_attempt, from_link
+from planner.learning.learner import Carried, from_attempt, from_link, from_speed
 
 
 class Teacher:
@@ -31,13 +31,16 @@ class Teacher:
             self._recorder.do(from_attempt(self._region.estimates, attempt, now), now)
 
     def heartbeat(self, heartbeat: NodeHeartbeat, now: float) -> None:
-        """Learn the links of a node that is present in this incarnation."""
+        """Learn the links and the speed of a node that is present in this incarnation."""
         node = self._region.nodes.get(heartbeat.node)
-        if not heartbeat.links or node is None or node.announced.incarnation != heartbeat.incarnation:
+        if node is None or node.announced.incarnation != heartbeat.incarnation:
             return
-        found = [link for measured in heartbeat.links if (link := self._link(node, measured, now)) is not None]
-        if found:
-            self._recorder.do(Learned(links=tuple(found)), now)
+        links = [link for measured in heartbeat.links if (link := self._link(node, measured, now)) is not None]
+        known = [measured for measured in heartbeat.speeds if measured.model in node.rows]
+        table, name = self._region.estimates, heartbeat.node
+        speeds = [speed for measured in known if (speed := from_speed(table, name, measured)) is not None]
+        if links or speeds:
+            self._recorder.do(Learned(links=tuple(links), speeds=tuple(speeds)), now)
 
     def _link(self, node: KnownNode, measured: LinkMeasurement, now: float) -> LearnedLink | None:
         """What one measurement teaches. A device knows link 1 of edges that it reaches, an edge its own link 2."""

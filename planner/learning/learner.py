@@ -15,8 +15,10 @@ from bus.messages import (
     LearnedLink,
     LearnedNode,
     LearnedPath,
+    LearnedSpeed,
     LinkMeasurement,
     Placed,
+    SpeedMeasurement,
     TaskCompleted,
 )
 from bus.unchecked_constructors import maker
@@ -40,6 +42,12 @@ _learned, _node, _path, _link = maker(Learned), maker(LearnedNode), maker(Learne
 
 _STEADY: Final = 0.05  # a latency is recorded if it has changed by this share...
 _STEADY_S: Final = 1e-4  # ...and by this time
+_SLOWER: Final = (
+    1.25  # what a node measures of itself is recorded if it takes this much longer than the last recorded time...
+)
+_FASTER: Final = (
+    0.67  # ...or this much shorter: the gap keeps a noisy machine from making its estimates stale all the time
+)
 _LONG_S: Final = 0.05  # a link's part that is predicted to take this long says what the link carries
 _CARRIES_LESS: Final = 0.9  # share of the grants below which a link is said to carry less
 _RAISED: Final = 1.5  # factor by which a limit is raised to see whether the link carries more again...
@@ -112,6 +120,14 @@ def from_link(
     if known is not None and (known.latency_s, known.bps) == (latency_s, bps):
         return None
     return _link(link=measured.link, device=device, edge=measured.edge, latency_s=latency_s, bps=bps)
+
+
+def from_speed(table: EstimateTable, node: str, measured: SpeedMeasurement) -> LearnedSpeed | None:
+    """What a node teaches that measured itself without work; None: nothing new."""
+    change = measured.factor / table.speed(node, measured.model)
+    if _FASTER < change < _SLOWER:
+        return None
+    return LearnedSpeed(node=node, model=measured.model, factor=float(f"{measured.factor:.3g}"))
 
 
 def _limit(known: LinkEstimate, carried: Carried | None, capacity_bps: int, now: float) -> int | None:

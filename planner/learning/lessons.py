@@ -175,6 +175,8 @@ def lines(learned: Learned) -> list[tuple[str, str]]:
     found += [f"{path_name(path)} {path_text(path)}" for path in learned.paths]
     told = [(learned.task_id or "-", ", ".join(found))] if found else []
     told += [(link.device or link.edge, f"{link_name(link)} {link_text(link)}") for link in learned.links]
+    for speed in learned.speeds:
+        told.append((speed.node, f"{speed.model} on {speed.node} without work: {speed.factor:.3g} x profile"))
     for stale in learned.stale:
         what, to = f"{stale.model} on {stale.node}", "the profile"
         if stale.model is None:

@@ -20,6 +20,7 @@ from bus.messages import (
     LearnedLink,
     LearnedNode,
     LearnedPath,
+    LearnedSpeed,
     Placed,
     StaleEstimate,
 )
@@ -28,6 +29,7 @@ from planner.learning.estimates import WINDOW, Line, rounded
 from planner.learning.staleness import AGING, DueEstimates
 from planner.learning.values import (
     EARLY_STEPS,
+    MOST_STALE,
     NO_PATH,
     NODE_PRIOR,
     Age,
@@ -37,6 +39,7 @@ from planner.learning.values import (
     NodeKey,
     PathEstimate,
     PathKey,
+    SpeedEstimate,
     family_kind,
     towards,
 )
@@ -57,6 +60,7 @@ class EstimateTable:
         self.nodes: OrderedDict[NodeKey, NodeEstimate] = OrderedDict()  # least recently changed first
         self.paths: OrderedDict[PathKey, PathEstimate] = OrderedDict()
         self.links: OrderedDict[LinkKey, LinkEstimate] = OrderedDict()
+        self.speeds: OrderedDict[tuple[str, str], SpeedEstimate] = OrderedDict()  # (node, model)
         self.served: OrderedDict[str, str] = OrderedDict()  # edge -> cloud node that served its last task
         self.deviations: dict[str, float] = {}  # of the predictions for tasks of an edge or device, by its name
         self._stale = 0  # estimates that are stale
@@ -89,6 +93,8 @@ class EstimateTable:
                 self._serve(path.edge, learned.cloud)
         for link in learned.links:
             self._learn_link(link, now)
+        for speed in learned.speeds:
+            self._learn_speed(speed, whole_s(speed.node, speed.model), now)
         for stale in learned.stale:
             self._step(stale, now)
         self._due.tidy(dict(self._tables()))
@@ -144,6 +150,31 @@ class EstimateTable:
         if old is None or (old.latency_s, old.bps) != (new.latency_s, new.bps):
             self._tell(learned.device or learned.edge)
 
+    def _learn_speed(self, learned: LearnedSpeed, whole_s: float, now: float) -> None:
+        node, model = learned.node, learned.model
+        share = learned.factor / self.speed(node, model)
+        self._put(self.speeds, (node, model), SpeedEstimate(learned.factor, whole_s))
+        if share < 1.0:
+            self._recover(node, model, share, now)
+
+    def _recover(self, node: str, model: str, share: float, now: float) -> None:
+        """A node takes only this share of the time that it took: one task tries it, and its result replaces older ones.
+
+        The overheads of its paths are expected to shrink by as much, because the same processor packs and sends.
+        """
+        for alone in (False, True):
+            found = self.nodes.get((node, model, alone))
+            if found is not None:
+                age = found.age._replace(at_s=now, tasks=self.taught, steps=MOST_STALE)
+                self._put(self.nodes, (node, model, alone), found._replace(age=age))
+                self._tell(node)
+        for key in list(self._kin.get(("paths", node), ())):
+            path = self.paths[key]
+            line = Line(*(rounded(value * share) if value > 0 else value for value in path.line))
+            self._put(self.paths, key, path._replace(observed=(), line=line))
+            self._refresh(key)
+            self._tell(key[0])
+
     def _serve(self, edge: str, cloud: str) -> None:
         if self.served.get(edge) != cloud:
             self._put(self.served, edge, cloud)
@@ -192,6 +223,9 @@ class EstimateTable:
                 if found is not None and found.whole_s != now_s:
                     self._drop(self.nodes, key)
                     self._tell(node)
+            speed = self.speeds.get((node, model))
+            if speed is not None and speed.whole_s != now_s:
+                self._drop(self.speeds, (node, model))
 
     def _forget_paths(self, which: Callable[[PathKey], bool]) -> None:
         for key in [key for key in self.paths if which(key)]:
@@ -237,7 +271,8 @@ class EstimateTable:
         return next(name for name, one in self._tables() if one is table)
 
     def _tables(self) -> Iterable[tuple[str, OrderedDict[Any, Any]]]:
-        return ("node", self.nodes), ("path", self.paths), ("link", self.links), ("served", self.served)
+        yield from (("node", self.nodes), ("path", self.paths), ("link", self.links))
+        yield from (("speed", self.speeds), ("served", self.served))
 
     # --- questions ---------------------------------------------------------------------------------------------------
 
@@ -309,6 +344,11 @@ class EstimateTable:
         """What is known of a link; `device` is "" for link 2."""
         return self.links.get((link, device, edge))
 
+    def speed(self, node: str, model: str) -> float:
+        """What a node without work showed last, relative to its profile; 1 if it reported nothing."""
+        found = self.speeds.get((node, model))
+        return 1.0 if found is None else found.factor
+
     def stale(self, now: float) -> StaleEstimate | None:
         """The estimate that has been stale for longest and looks worse than it may be, or None."""
         found = self._due.first(self.taught, now, dict(self._tables()))
@@ -359,6 +399,8 @@ class EstimateTable:
                 observed, line, spread, age = value
                 estimate = PathEstimate(_tuples(observed), Line(*line), spread, Age(*age))
                 self._put(table, (device, edge, Kind(kind)), estimate)
+            elif name == "speed":
+                self._put(table, tuple(key), SpeedEstimate(*value))
             elif name == "link":
                 self._put(table, tuple(key), LinkEstimate(*value))
             else:

@@ -4,7 +4,8 @@
 without a new observation becomes stale after some tasks and some time. Each record that says so moves the prediction
 one step towards the prior. When the stale node or path becomes the best choice, one task tries it. Its placement
 removes all steps, so other tasks do not use the node until the result is known. A retry that confirms the estimate
-doubles the time to the next retry.
+doubles the time to the next retry. When a node measures itself to be faster again (`SpeedEstimate`), its estimates are stale
+at once.
 """
 
 from __future__ import annotations
@@ -103,6 +104,13 @@ class PathEstimate(NamedTuple):
     line: Line  # overhead of a task, overhead of a sample
     deviation: float
     age: Age
+
+
+class SpeedEstimate(NamedTuple):
+    """What a node without work measured of a model."""
+
+    factor: float  # relative to the profile
+    whole_s: float  # time of one sample by the profile; another profile makes it void
 
 
 class LinkEstimate(NamedTuple):

@@ -20,6 +20,7 @@ from bus.messages import (
     LinkMeasurement,
     NodeHeartbeat,
     Placed,
+    SpeedMeasurement,
     Start,
     TaskCompleted,
     TaskFailed,
@@ -161,6 +162,11 @@ class Region:
 
     def heartbeat(self, *links: LinkMeasurement, node: str = "d1") -> list[Change]:
         return self.step(NodeHeartbeat(node=node, incarnation="i1", links=links))
+
+    def measures_itself(self, factor: float, node: str = "e1", model: str = "m") -> list[Change]:
+        """A heartbeat of a node without work that has run its model."""
+        speeds = (SpeedMeasurement(model=model, factor=factor),)
+        return self.step(NodeHeartbeat(node=node, incarnation="i1", speeds=speeds))
 
     def replayed(self) -> PlannerCore:
         """A core that folded the records, each compared with the hash that it carries."""
@@ -441,6 +447,58 @@ def test_an_edge_that_has_recovered_is_tried_again_and_used(seed: int) -> None:
     assert len(stays(region.placed[20:])) <= 5
 
 
+@pytest.mark.parametrize("alternative", [6.0, 2.0])
+def test_an_edge_that_measures_its_own_recovery_is_used_at_once(alternative: float) -> None:
+    """Also after several retries have confirmed that it is slow, when the next one would be far away."""
+    truth = Truth()
+    region = Region(truth, edge("e1", speed=10.0), edge("e2", speed=alternative), device())
+    region.run(20)
+    truth.factor["e1"], truth.overhead_s["e1"] = 8.0, 0.05
+    region.measures_itself(8.0)
+    region.run(150)
+    assert {placed.placement.edge for placed in region.placed[-10:]} != {"e1"}
+    truth.factor["e1"], truth.overhead_s["e1"] = 1.0, 0.0
+    (change,) = region.measures_itself(1.0)
+    assert isinstance(change, Learned)
+    assert [(one.node, one.model, one.factor) for one in change.speeds] == [("e1", "m", 1.0)]
+    region.run(6)
+    assert {placed.placement.edge for placed in region.placed[-6:]} == {"e1"}
+    assert region.replayed().state_hash == region.restored().state_hash == region.core.state_hash
+
+
+def test_an_edge_that_seems_recovered_and_is_not_costs_one_task() -> None:
+    truth = Truth()
+    region = Region(truth, edge("e1", speed=10.0), edge("e2", speed=6.0), device("d1"), device("d2"))
+    region.run(20)
+    truth.factor["e1"] = 3.0
+    region.measures_itself(3.0)
+    region.run(8)
+    region.measures_itself(1.0)
+    region.run(6)
+    assert [placed.placement.edge for placed in region.placed[-6:]].count("e1") == 1
+
+
+def test_a_node_that_measures_itself_teaches_only_clear_changes_of_its_own_models() -> None:
+    region = Region(Truth(), *nodes())
+    unclear = [region.measures_itself(factor) for factor in (1.2, 0.7, 1.24)]
+    slower = region.measures_itself(3.0)
+    unclear += [region.measures_itself(factor) for factor in (2.1, 3.7, 2.5)]
+    unclear += [region.measures_itself(9.0, model="unknown")]
+    unclear += [
+        region.step(NodeHeartbeat(node="e1", incarnation="i0", speeds=(SpeedMeasurement(model="m", factor=9.0),)))
+    ]
+    assert unclear == [[]] * len(unclear)
+    assert learned(slower).speeds[0].factor == 3.0
+
+
+def test_another_profile_makes_what_a_node_measured_of_itself_void() -> None:
+    region = Region(Truth(), *nodes(edge("e1", speed=10.0)))
+    region.measures_itself(3.0)
+    assert region.core.estimates.speed("e1", "m") == 3.0
+    region.step(edge("e1", speed=3.3))
+    assert region.core.estimates.speed("e1", "m") == 1.0
+
+
 def test_what_stays_bad_is_tried_again_ever_more_rarely() -> None:
     truth = Truth(overhead_s={"e1": 0.1}, noise=0.02)
     region = Region(truth, edge(speed=4.0), device())
@@ -488,6 +546,8 @@ def a_region_in_the_middle_of_learning(**options: Any) -> Region:
     region.heartbeat(LinkMeasurement(link=1, edge="e1", latency_s=0.01, bps=5 * MBPS))
     region.run(12)
     region.heartbeat(LinkMeasurement(link=2, edge="e1", latency_s=0.02), node="e1")
+    region.measures_itself(2.0)
+    region.measures_itself(1.0)
     region.run(8, samples=3)
     started(region, "running")
     return region
