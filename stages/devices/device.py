@@ -223,7 +223,7 @@ class Device:
 
         Raises ValueError where the task is no session, or of another device.
         """
-        session = self._make_session(submitted, keep, lambda: self._cancel(submitted.task_id))
+        session = self._make_session(submitted, keep, lambda: self._cancel(submitted.task_id), self.node.status.count)
         self._accept(session)
         return session
 

@@ -44,8 +44,10 @@ class PushedFrame:
 class DeviceSession:
     """The application's side of a session: created by `Device.open_session`."""
 
-    def __init__(self, submitted: TaskSubmitted, keep: Keep, on_cancel: Callable[[], None]) -> None:
-        """Raises ValueError where the task is no session whose input the device holds."""
+    def __init__(
+        self, submitted: TaskSubmitted, keep: Keep, on_cancel: Callable[[], None], count: Callable[[str], None]
+    ) -> None:
+        """`count` adds to a counter of the node. Raises ValueError where the task is no session with a handle."""
         if not isinstance(submitted.input, HandleInput) or submitted.session is None:
             raise ValueError(f"task {submitted.task_id}: a session has terms and a handle as its input")
         self.submitted = submitted
@@ -65,7 +67,7 @@ class DeviceSession:
         self._serves = asyncio.Event()  # an attempt takes frames, or the session is over
         self._changed = asyncio.Event()  # a frame waits, or the session closes
         self._over = asyncio.Event()
-        self._on_cancel = on_cancel
+        self._on_cancel, self._count = on_cancel, count
 
     # --- called by the application -----------------------------------------------------------------------------------
 
@@ -95,6 +97,7 @@ class DeviceSession:
                 return answer
             if outputs is not None:
                 self.answered += 1
+                self._count("frames_answered")
                 answer.set_result(outputs)
                 return answer
         frame = PushedFrame(tensors, answer)
@@ -128,6 +131,7 @@ class DeviceSession:
 
     def _drop(self, frame: PushedFrame, why: str) -> None:
         self.dropped += 1
+        self._count("frames_dropped")
         _give_up(frame.answer, FrameDroppedError("dropped", why, repeatable=True))
 
     def drain(self) -> None:
@@ -215,6 +219,7 @@ class DeviceSession:
         frame = self._under_way.pop(number, None)
         if frame is not None:
             self.answered += 1
+            self._count("frames_answered")
             if not frame.answer.done():
                 frame.answer.set_result(outputs)
         return frame

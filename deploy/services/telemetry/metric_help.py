@@ -28,6 +28,8 @@ HELP: Final = {
     "declared_lost": "Number of times that the planner declared this node lost.",
     "probes_dropped": "Probes of a link that this node did not answer: it was answering too many others, or could not send.",
     "duplicates_suppressed": "Duplicate frames that were dropped.",
+    "frames_answered": "Frames of sessions that were answered.",
+    "frames_dropped": "Frames of sessions that came faster than they were sent and were dropped.",
     "fenced_frames": "Frames of superseded attempts that were dropped.",
     "gaps": "Frames with missing bytes before them; the sample was requested again.",
     "stalled_attempts": "Attempts without progress whose data was requested again.",

@@ -198,6 +198,9 @@ def test_frames_faster_than_the_stages_wait_or_are_replaced_and_are_counted(keep
                 assert all(isinstance(error, FrameDroppedError) for error in outcomes if error is not None)
             assert session.dropped == len(dropped)
             assert session.answered == 300 - len(dropped)
+            counters = r.device.node.status.counters
+            assert counters["frames_answered"] == session.answered
+            assert counters.get("frames_dropped", 0) == session.dropped
             assert all(answers(number, futures[number].result()) for number in range(300) if number not in dropped)
             await r.close(session)
 
