@@ -181,21 +181,21 @@ class SessionAttempt:
                     continue  # the sending stage sends the sample again
                 self._abort(error)
                 raise
-            if whole is not None:
-                self._answer(piece.sample, whole)
+            if whole is not None and self._answer(piece.sample, whole):
+                self._path.progress()
+                self._window.give()
+                self._changed.set()
 
-    def _answer(self, number: int, outputs: list[Array]) -> None:
+    def _answer(self, number: int, outputs: list[Array]) -> bool:
+        """Answer a frame; returns False for a duplicate."""
         frame = self._session.answer(number, outputs)
         if frame is None:
             self._device.node.status.count("duplicates_suppressed")
-            return
+            return False
         assert frame.taken_s is not None
-        now = exact_clock()()
-        self._delay_s += now - frame.taken_s
+        self._delay_s += exact_clock()() - frame.taken_s
         self._answered += 1
-        self._path.progress(now)
-        self._window.give()
-        self._changed.set()
+        return True
 
     # --- the end -----------------------------------------------------------------------------------------------------
 

@@ -21,10 +21,12 @@ from bus.messages import (
 from bus.tensors import Array
 from bus.values import Placement
 from loadgen.sim.virtual_loop import run_virtual
+from stages.components import StageComponents
 from stages.devices.device import STALL_S
 from stages.devices.endings import FrameDroppedError, SessionEndedError
 from stages.devices.session import MAX_WAITING, Keep
 from stages.network.frame_sender import PLAN_EVERY_S
+from stages.window import Window
 from tests.numbered_frames import NumberingRunner, answers, frame
 from tests.unit.stages.scripted_region import (
     ALONE,
@@ -372,6 +374,38 @@ def test_memory_stays_bounded_over_100_000_frames() -> None:
             assert session.answered == 100_000
             (known,) = r.device.tasks.values()
             assert known.results == set()
+            await r.close(session)
+
+    run_virtual(run())
+
+
+class CountedWindow(Window):
+    """Counts its places."""
+
+    places = 0
+
+    def wake(self) -> None:
+        CountedWindow.places += 1
+        super().wake()
+
+    async def take(self) -> float:
+        ready_s = await super().take()
+        CountedWindow.places -= 1
+        return ready_s
+
+
+@PLACEMENTS
+def test_a_window_has_no_more_places_after_many_frames_than_at_first(placement: Placement) -> None:
+    async def run() -> None:
+        CountedWindow.places = 0
+        async with scripted_region(components=StageComponents(window=CountedWindow)) as r:
+            session = await r.open(placement)
+            (known,) = r.device.tasks.values()
+            assert known.attempt is not None
+            for burst in range(20):
+                numbers = range(50 * burst, 50 * burst + 50)
+                assert await all_answered([session.push(frame(number)) for number in numbers], numbers)
+                assert CountedWindow.places <= known.attempt.window
             await r.close(session)
 
     run_virtual(run())
