@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import queue
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,18 @@ from tritonclient.utils import InferenceServerException
 
 from tests.clients.cases import DATATYPES, Case, Comparison, first, given
 
-STREAMED = 20
+STREAMED = 8
 """Requests on a stream."""
+
+PLACEMENTS = (
+    ("request", "edge"),
+    ("request", "cloud"),
+    ("request", "device,edge"),
+    ("session", "device"),
+    ("session", "edge"),
+    ("session", "-device"),
+)
+"""`deepar_mode` and `placement` of requests."""
 
 
 def inputs(library: Any, case: Case, **how: Any) -> list[Any]:
@@ -167,11 +178,11 @@ def check_grpc(url: str, cases: list[Case], comparison: Comparison) -> None:
                 comparison.same(first(case), result.as_numpy, "gRPC, many at once")
             client.start_stream(callback=keep)
             for n in range(STREAMED):
-                model = "no-such-model" if n == 7 else case.model
+                model = "no-such-model" if n == 5 else case.model
                 client.async_stream_infer(model, inputs(triton_grpc, first(case)), request_id=str(n))
             for n in range(STREAMED):
                 result, error = answered.get(timeout=60)
-                if n == 7:
+                if n == 5:
                     assert "no-such-model" in str(error)
                     continue
                 assert error is None, error
@@ -179,6 +190,22 @@ def check_grpc(url: str, cases: list[Case], comparison: Comparison) -> None:
                 assert result.get_response().id == str(n)
                 assert result.get_response().parameters["triton_final_response"].bool_param
             client.stop_stream()
+
+
+def check_placements(url: str, cases: list[Case], comparison: Comparison) -> set[str]:
+    """Wherever a request may be computed, the answer is the same; returns the kinds of placement that came about."""
+    kinds = set()
+    with triton_grpc.InferenceServerClient(url) as client:
+        for case in cases:
+            for mode, tiers in PLACEMENTS:
+                asked = {"placement": tiers, "deepar_mode": mode}
+                result = client.infer(case.model, inputs(triton_grpc, case), parameters=asked, client_timeout=60)
+                comparison.same(case, result.as_numpy, f"placement {tiers}, {mode}")
+                kind = result.get_response().parameters["deepar_kind"].string_param
+                allowed = {"device", "edge", "cloud"} - {tiers[1:]} if tiers.startswith("-") else set(tiers.split(","))
+                assert set(kind.split("+")) <= allowed, (kind, tiers)
+                kinds.add(kind)
+    return kinds
 
 
 async def check_http_aio(url: str, cases: list[Case], comparison: Comparison) -> None:
@@ -225,13 +252,16 @@ async def check_grpc_aio(url: str, cases: list[Case], comparison: Comparison) ->
 
 def main() -> None:
     (cases, http, grpc), comparison = given(), Comparison()
+    kinds: set[str] = set()
     if http:
         check_http(http, cases, comparison)
         asyncio.run(check_http_aio(http, cases, comparison))
     if grpc:
         check_grpc(grpc, cases, comparison)
         asyncio.run(check_grpc_aio(grpc, cases, comparison))
-    print(json.dumps({"answers": comparison.answers, "refusals": comparison.refusals}))
+    if sys.argv[4:] == ["placements"]:
+        kinds = check_placements(grpc, cases, comparison)
+    print(json.dumps({"answers": comparison.answers, "refusals": comparison.refusals, "kinds": sorted(kinds)}))
 
 
 if __name__ == "__main__":
