@@ -65,7 +65,9 @@ class Explanation:
     decided: Placed | None  # the last placement; None: never placed
     decided_at_s: float | None  # ledger time of the last placement
     ended: Ended | None  # the end, with what was measured; None: it has not ended
-    candidates: tuple[Candidate, ...]  # the chosen one first, then best first; empty without a placement
+    candidates: tuple[
+        Candidate, ...
+    ]  # the chosen one first, then best first; empty without a placement, or of a session
     waited_for: tuple[str, ...]  # the task ends that its start waited for, in words
     waits_for: tuple[str, ...]  # the nodes it needed when it was last WAITING, in words; any of them may be enough
     waiting_since_s: float | None  # ledger time at which it became WAITING; None: it is not WAITING
@@ -183,8 +185,8 @@ def _candidates(core: PlannerCore, submitted: TaskSubmitted, placed: Placed, now
     task = core.tasks.get(submitted.task_id)
     deadline_s = float("inf") if task is None else task.deadline_s
     request = core.request(submitted)
-    if not isinstance(request, Request):
-        return ()
+    if not isinstance(request, Request) or placed.session is not None:
+        return ()  # a session is not placed by Algorithm 1
     request.objective = placed.objective  # the records do not say which objective the core has
     policy = BUILT_IN.get(placed.policy)
     rules = policy if isinstance(policy, Restriction) else Restriction(placed.policy)
@@ -350,7 +352,10 @@ def _line(change: Change, task: KnownTask) -> str:
         where = change.placement
         through = f" through {where.edge}" if where.edge else ""
         wait = f", to start in {format_seconds(change.wait_s)}" if change.wait_s else ""
-        return f"attempt {change.attempt} placed on {where.kind}{through}{wait}, {format_seconds(change.delay_s)} predicted"
+        session = change.session
+        rate = "" if session is None else f" for a sample at {session.rate_hz:g} a second"
+        predicted = f"{format_seconds(change.delay_s)} predicted{rate}"
+        return f"attempt {change.attempt} placed on {where.kind}{through}{wait}, {predicted}"
     if isinstance(change, Start):
         return f"attempt {change.attempt} starts"
     if isinstance(change, Overran):

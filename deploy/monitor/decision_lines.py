@@ -195,8 +195,10 @@ def _circuit(change: CircuitChanged, now_s: float) -> Line:
 def _placed(change: Placed, region: RegionTasks, at_once: bool, new: bool) -> Line:
     again = "" if change.attempt == 1 else f", attempt {change.attempt}"
     details = f"{route_text(change):<46}  {cuts_text(change.placement):<24}  {format_seconds(change.delay_s)} expected"
+    if change.session is not None:
+        details += f" for a sample, {change.session.rate_hz:g} a second"
     if new:
-        details += f", {change.samples} x {change.model}"
+        details += f", {change.model}" if change.session is not None else f", {change.samples} x {change.model}"
     if at_once:
         return "bold green", change.task_id, "starts", details + again
     if not change.wait_s:
@@ -224,6 +226,8 @@ def _why(cause: str, detail: str) -> str:
 
 def _work(task: TaskSubmitted) -> str:
     deadline = f", within {format_seconds(task.deadline_s)}" if task.deadline_s else ""
+    if task.session is not None:
+        return f"session of {task.model} from {task.device}, {task.session.rate_hz:g} samples a second{deadline}"
     return f"{task.samples} x {task.model} from {task.device}{deadline}"
 
 

@@ -26,7 +26,8 @@ def awaited(region: RegionTasks, task: KnownTask) -> str:
 
 def _shared(one: Placed, other: Placed) -> str:
     """The resources that two placements both use, in words."""
-    if one.device == other.device and one.placement.cut1 and other.placement.cut1:
+    computing = one.session is None and other.session is None  # a session holds bandwidth, but no slot and no device
+    if computing and one.device == other.device and one.placement.cut1 and other.placement.cut1:
         return one.device
     a, b = one.placement, other.placement
     if a.edge is None or a.edge != b.edge:
@@ -34,7 +35,7 @@ def _shared(one: Placed, other: Placed) -> str:
     both = [
         name
         for name, shared in (
-            ("slot", a.uses_slot and b.uses_slot),
+            ("slot", computing and a.uses_slot and b.uses_slot),
             ("link 1", a.link1_bps and b.link1_bps),
             ("link 2", a.link2_bps and b.link2_bps),
         )

@@ -128,6 +128,7 @@ def task_report(task: TaskView) -> dict[str, Any]:
         "measured_rest_s": _rounded(task.measured_rest_s),
         "predicted": task.predicted.model_dump() if task.predicted else None,
         "measured": task.measured.model_dump() if task.measured else None,
+        "session": task.session.model_dump() if task.session else None,
         "cause": task.cause,
     }
 

@@ -244,7 +244,7 @@ class RegionView:
         if ended.measured is not None:
             task.measured, task.delay_s = ended.measured, ended.delay_s
         self.ended[ended.state] += 1
-        if ended.state is TaskState.COMPLETED:
+        if ended.state is TaskState.COMPLETED and task.session is None:
             delay_s = self._now_s - task.admitted_s
             self.delay_sum_s += delay_s
             self.recent_delays_s.append(delay_s)
@@ -306,9 +306,11 @@ class RegionView:
         return sorted((n for n in self.nodes.values() if n.announced.role is role), key=lambda n: n.announced.node)
 
     def slot_holders(self, edge: str) -> list[str]:
-        """The tasks that compute on an edge."""
+        """The tasks that hold a slot of an edge. Sessions hold none."""
         return sorted(
-            t.task_id for t in self._running.values() if (p := t.placement) and p.edge == edge and p.uses_slot
+            t.task_id
+            for t in self._running.values()
+            if (p := t.placement) and p.edge == edge and p.uses_slot and t.session is None
         )
 
     def link(self, edge: str, number: Literal[1, 2]) -> LinkUse:

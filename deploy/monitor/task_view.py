@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bus.messages import Placed, TaskState
+from bus.messages import Placed, PlacedSession, TaskState
 from bus.region_tasks import KnownTask
 from bus.values import Parts, Placement
 from planner.search.cost import parts_s
@@ -31,6 +31,11 @@ class TaskView:
     version: int = 0  # version of the view at the latest change
 
     @property
+    def session(self) -> PlacedSession | None:
+        """How its placement serves a session; None: a task with a known number of samples, or not placed."""
+        return None if self.placed is None else self.placed.session
+
+    @property
     def wait_s(self) -> float | None:
         """Time from admission to the start, planned or real."""
         return None if self.start_s is None else max(0.0, self.start_s - self.admitted_s)
@@ -47,7 +52,7 @@ class TaskView:
 
     @property
     def predicted_delay_s(self) -> float | None:
-        """Predicted time from its start to the last result."""
+        """Predicted time from its start to the last result; of a session: of one sample."""
         return None if self.placed is None else self.placed.delay_s
 
     @property

@@ -29,6 +29,8 @@ So a task starts only when the resources reserved for it are free of running tas
   draining device wait.
 * Handling an input raised an error: `planner.service.leader_term` rolls the input back, and its task is REJECTED or FAILED
   (`planner_error`). A user's policy raised an error or made an invalid choice: the task is REJECTED (`policy_error`).
+* A session (an open-ended task) is placed by rate instead of length and holds its reservation until its device ends it
+  (`planner.core.sessions`). Every 30 s the core looks for a better place for it.
 * Progress, heartbeats of unknown nodes or old incarnations, and events of tasks that are not live change nothing.
 
 With `CoreOptions.learning`, a completed attempt and the links in a heartbeat correct later predictions: a recorded change
@@ -245,6 +247,7 @@ class PlannerCore:
             self._membership.lose(region.nodes[name], "lease_expired", now)
         while (expired := timers.pop_expired(now)) is not None:
             recorder.end(expired, TaskState.EXPIRED, now, cause="deadline")
+        self._placer.review_sessions(now)
         while region.next_impatience() <= now:
             task = next(iter(region.waiting.values()))
             device = task.submitted.device
@@ -299,7 +302,7 @@ class PlannerCore:
         return self._region.contradicts(submitted)
 
     def next_wakeup(self) -> float | None:
-        """Ledger time of the next lease expiry, deadline or end of patience, or None; a `Tick` is due then."""
+        """Ledger time of the next lease expiry, deadline, end of patience or review, or None; a `Tick` is due then."""
         return self._region.next_wakeup()
 
     def restart_leases(self, now: float) -> None:

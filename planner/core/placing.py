@@ -14,7 +14,7 @@ from planner.core.change_recorder import ChangeRecorder
 from planner.core.choices import ask, check_choice
 from planner.core.circuit_breakers import CircuitBreakers
 from planner.core.options import CoreOptions, WhenLate
-from planner.core.region.records import NEVER, Task
+from planner.core.region.records import BETTER_PLACE, NEVER, REVIEW_S, Task
 from planner.core.region.state import RegionState
 from planner.core.sessions import SessionPlacement, Sessions
 from planner.search.algorithm1 import EVERY_FAMILY, Algorithm, Choice, EdgeOption, Request, placement_of
@@ -165,6 +165,19 @@ class Placer:
             self._recorder.end(task, TaskState.REJECTED, now, cause=full[0], detail=full[1])
         elif found is not None:
             self._book(self._sessions.message(task, found, now), now)
+
+    def review_sessions(self, now: float) -> None:
+        """Retry the running sessions that are due for a review and for which there is a better place."""
+        region = self._region
+        while (task := region.timers.pop_review(now)) is not None:
+            region.timers.add_review(task, now + REVIEW_S)
+            request = self._candidates.request(task.submitted)
+            avoid = next(iter(self._avoided(task.avoided, now)), frozenset())
+            offered = self._candidates.request(task.submitted, avoid) if avoid else request
+            if not isinstance(request, Request) or not isinstance(offered, Request):
+                continue
+            if self._sessions.better(task, region.ledger.reservations[task.task_id], request, offered):
+                self._recorder.retry(task, BETTER_PLACE, now)
 
     def _best_session(self, task: Task, request: Request, now: float) -> SessionPlacement | None:
         """The best placement of a session. Suspects are used only if no other placement is possible, as in `_choose`."""

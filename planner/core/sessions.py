@@ -8,7 +8,7 @@ session is scheduled for the first instant at which its grants are free.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from bus.messages import Placed, PlacedOverhead, PlacedSession, SessionTerms, TaskSubmitted
 from bus.unchecked_constructors import maker
@@ -20,9 +20,13 @@ from planner.search.algorithm1 import Choice, EdgeOption, Request, placement_of
 from planner.search.cost import busy_parts
 from planner.search.ledger import LOAD_UNITS, DeviceAccount, EdgeAccount, Reservation, bookable
 from planner.search.policies import Policy, Restriction
-from planner.search.session_search import SessionChoice, Site, Wish, least
+from planner.search.session_search import SessionChoice, Site, Wish, held, least
 
 _placed, _session = maker(Placed), maker(PlacedSession)  # built without validation, from values computed here
+
+_BETTER: Final = (
+    0.8  # a session moves if its delay, or the period of its slowest station, shrinks at least by this factor
+)
 
 
 class SessionPlacement(NamedTuple):
@@ -59,6 +63,29 @@ class Sessions:
     ) -> SessionChoice | None:
         """The best placement that fits beside the running tasks now."""
         return self._least(request, submitted, own, beside_running=True)
+
+    def better(self, task: Task, own: Reservation, request: Request, offered: Request) -> bool:
+        """Whether a running session would gain at least a fifth by another placement that `offered` has room for now.
+
+        A session that has all that it asks for, a latency target included, stays.
+        """
+        placed, submitted = task.placed, task.submitted
+        assert placed is not None
+        terms, wish = _terms(submitted), self._wish(request, submitted, own)
+        here = next((site for site in self._sites(request) if site[0].edge == placed.placement.edge), None)
+        if here is None:
+            return False
+        site, option = here
+        now = held(site if option is None else _beside_sessions(site, option.account, own), wish, placed.placement)
+        sustained = now.period_s * terms.rate_hz <= 1.0
+        if sustained and terms.latency_s is not None and now.delay_s <= terms.latency_s:
+            return False
+        other = self.at_once(offered, submitted, own)
+        if other is None:
+            return False
+        if sustained:
+            return other.rate_hz >= terms.rate_hz and other.delay_s <= _BETTER * now.delay_s
+        return other.period_s <= _BETTER * now.period_s
 
     def servable(self, request: Request, submitted: TaskSubmitted) -> bool:
         """Whether the session could be placed if no other session were there."""
@@ -125,7 +152,12 @@ class Sessions:
                 link1_bps, link2_bps = _free(option, own, beside_running)
                 if device is not None and device.limited:
                     link1_bps = min(link1_bps, _free_link1(device, own, beside_running))
-                site = _beside_sessions(site, option.account, own)._replace(link1_bps=link1_bps, link2_bps=link2_bps)
+                site = _beside_sessions(site, option.account, own)._replace(
+                    link1_bps=link1_bps,
+                    link2_bps=link2_bps,
+                    link1_spare_bps=_spare(link1_bps, option.account.link1_capacity_bps),
+                    link2_spare_bps=_spare(link2_bps, option.account.link2_capacity_bps),
+                )
             sites.append(site)
         return least(sites, self._wish(request, submitted, own))
 
@@ -228,6 +260,14 @@ def _free(option: EdgeOption, own: Reservation | None, beside_running: bool) -> 
         free1 = min(free1, capacity1 - held1 - sum(r.link1_bps for r in running))
         free2 = min(free2, capacity2 - held2 - sum(r.link2_bps for r in running))
     return min(free1, option.max_link1_bps), min(free2, option.max_link2_bps)
+
+
+def _spare(free_bps: int, capacity_bps: int) -> int:
+    """The bandwidth that a session may get beyond 4 times its need: a quarter of what is free, of half of the link.
+
+    The other half of what sessions may hold stays for what later sessions need.
+    """
+    return max(0, (free_bps - bookable(capacity_bps) // 2) // 4)
 
 
 def _free_link1(device: DeviceAccount, own: Reservation | None, beside_running: bool) -> int:

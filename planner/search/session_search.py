@@ -10,7 +10,8 @@ and on the edge (in units of 1/1024 of the time of one slot), and bandwidth. `le
 * Of the placements that sustain the rate, the one with the least sum of station times, latencies and overheads wins. If the
   client states a latency target and none meets it, the search is repeated with all free bandwidth.
 * If no placement sustains the rate, the one with the shortest period wins, and the session gets the rate that it sustains.
-* The grant on a link is 4 times what the rate needs, or what is free.
+* The grant on a link is 4 times what the rate needs, or the link's spare bandwidth if that is more, but at most what is free.
+  Without the spare bandwidth, a session of one sample a second would spend a quarter of a second on an idle link.
 
 A node that computes for others too needs longer for a sample: its time counts 1/(1 - share of the others).
 
@@ -25,10 +26,10 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bus.values import BITS_PER_BYTE
+from bus.values import BITS_PER_BYTE, Placement
 from planner.search.algorithm1 import EVERY_FAMILY
 from planner.search.cost import NO_OVERHEADS, Costs, Overheads, StationTimes
-from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, family_of
 from planner.search.ledger import LOAD_UNITS
 
 GRANT: Final = 4.0
@@ -50,6 +51,8 @@ class Site(NamedTuple):
     overheads: Overheads = NO_OVERHEADS
     link1_bps: int = 0  # free
     link2_bps: int = 0  # free
+    link1_spare_bps: int = 0  # that a session may get beyond 4 times its need
+    link2_spare_bps: int = 0
     edge_units: int = 0  # free load
     edge_share: float = 0.0  # share of the edge's time that others have booked
 
@@ -83,15 +86,44 @@ class SessionChoice(NamedTuple):
     stations_s: StationTimes
 
 
+class SampleTimes(NamedTuple):
+    """What a placement gives to a session."""
+
+    delay_s: float
+    period_s: float  # of the slowest station
+
+
+def held(site: Site, wish: Wish, placement: Placement) -> SampleTimes:
+    """What a placement that the session holds on a site gives; the site's load is what is free without the session."""
+    link1_bps, link2_bps = placement.link1_bps or 1, placement.link2_bps or 1
+    cut1, cut2 = placement.cut1, placement.cut2
+    one = site.costs.sample_parts(cut1, cut2, link1_bps, link2_bps, wish.input_bytes)
+    device_s, edge_s = one.s1 / (1.0 - wish.device_share), one.s3 / (1.0 - site.edge_share)
+    family = family_of(cut1, cut2, site.costs.layers)
+    overheads = site.overheads
+    more_s = max(0.0, overheads.latency_s(family) + overheads.sample_s[family])
+    return SampleTimes(
+        device_s + one.s2 + edge_s + one.s4 + one.s5 + one.s6b + one.s6a + more_s,
+        max(
+            device_s,
+            edge_s,
+            one.s5,
+            LEAST_GRANT * max(one.s2, one.s4, one.s6b, one.s6a),
+            one.s1 * LOAD_UNITS / max(wish.device_units, 1),
+            one.s3 * LOAD_UNITS / max(site.edge_units, 1),
+        ),
+    )
+
+
 def least(sites: Iterable[Site], wish: Wish) -> SessionChoice | None:
     """The best placement of a session, or None if no placement is possible."""
     tables = [table for site in sites if (table := _Table.of(site, wish)) is not None]
     sustaining = [table for table in tables if bool(table.sustains.any())]
     if not sustaining:
         return min((table.fastest() for table in tables), key=_slowness, default=None)
-    best = min((table.shortest(GRANT) for table in sustaining), key=_shortness)
+    best = min((table.shortest() for table in sustaining), key=_shortness)
     if wish.latency_s is not None and best.delay_s > wish.latency_s:
-        wider = min((table.shortest(_NEVER) for table in sustaining), key=_shortness)
+        wider = min((table.shortest(wide=True) for table in sustaining), key=_shortness)
         if wider.delay_s <= wish.latency_s:
             return wider
     return best
@@ -169,24 +201,28 @@ class _Table:
         table = cls(site, wish, cuts)
         return table if bool((table.period_s < _NEVER).any()) else None
 
-    def shortest(self, grant: float) -> SessionChoice:
-        """The pair with the least delay among those that sustain the rate, with grants of this multiple of the need."""
+    def shortest(self, *, wide: bool = False) -> SessionChoice:
+        """The pair with the least delay among those that sustain the rate; `wide`: with all bandwidth that is free."""
         rate = np.full_like(self.period_s, self.wish.rate_hz)
-        stations = self._stations(rate, grant)
+        stations = self._stations(rate, wide=wide)
         delay = np.where(self.sustains, self._delay_s(stations), _NEVER)
         return self._choice(int(delay.argmin()), rate, stations)
 
     def fastest(self) -> SessionChoice:
         """The pair with the shortest period."""
         rate = np.minimum(self.wish.rate_hz, 1.0 / np.maximum(self.period_s, 1e-300))
-        stations = self._stations(rate, GRANT)
+        stations = self._stations(rate)
         delay = np.where(self.period_s == self.period_s.min(), self._delay_s(stations), _NEVER)
         return self._choice(int(delay.argmin()), rate, stations)
 
-    def _stations(self, rate: _Times, grant: float) -> tuple[list[_Times], _Whole, _Whole]:
+    def _stations(self, rate: _Times, *, wide: bool = False) -> tuple[list[_Times], _Whole, _Whole]:
         """The seven station times of every pair, and the grants on both links."""
-        granted1 = _granted(np.maximum(self.up1, self.down1) * rate, grant, self.site.link1_bps, ~self.alone)
-        granted2 = _granted(np.maximum(self.up2, self.down2) * rate, grant, self.site.link2_bps, self.uses_cloud)
+        site = self.site
+        spare1, spare2 = (site.link1_bps, site.link2_bps) if wide else (site.link1_spare_bps, site.link2_spare_bps)
+        wanted1 = GRANT * rate * np.maximum(self.up1, self.down1)
+        wanted2 = GRANT * rate * np.maximum(self.up2, self.down2)
+        granted1 = _granted(wanted1, spare1, site.link1_bps, ~self.alone)
+        granted2 = _granted(wanted2, spare2, site.link2_bps, self.uses_cloud)
         per1, per2 = np.maximum(granted1, 1), np.maximum(granted2, 1)
         times = [
             self.device_s,
@@ -239,12 +275,10 @@ def _over(need: _Times, free: int, used: npt.NDArray[np.bool_]) -> _Times:
     return np.where(used, need / free, 0.0)
 
 
-def _granted(need_bps: _Times, grant: float, free_bps: int, used: npt.NDArray[np.bool_]) -> _Whole:
+def _granted(wanted_bps: _Times, spare_bps: int, free_bps: int, used: npt.NDArray[np.bool_]) -> _Whole:
     """The grants on a link: whole bits per second, at least 1 where the link is used."""
-    if grant == _NEVER:
-        return np.where(used, free_bps, 0).astype(np.int64)
-    wanted = np.minimum(np.ceil(need_bps * grant), float(free_bps))
-    return np.where(used, np.maximum(wanted, 1.0), 0.0).astype(np.int64)
+    granted = np.minimum(np.maximum(np.ceil(wanted_bps), float(max(spare_bps, 1))), float(free_bps))
+    return np.where(used, granted, 0.0).astype(np.int64)
 
 
 def _units(need: float, free: int, used: bool) -> int:

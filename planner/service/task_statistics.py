@@ -84,6 +84,8 @@ class TaskStatistics:
     def _count(self, known: _Known, ended: Ended, now_s: float) -> None:
         placed = known.placed
         kind = NOT_PLACED if placed is None else placed.placement.kind.value
+        if placed is not None and placed.session is not None:
+            return  # the length of a session says nothing about delays
         if known.admitted_s is not None:
             delays = self.delays.setdefault((ended.state.value.lower(), kind), Histogram(DELAY_BOUNDS_S))
             delays.observe(max(0.0, now_s - known.admitted_s))

@@ -26,6 +26,8 @@ BETTER_PLACE: Final = "better_place"
 """Cause of the retry of a session that moves."""
 UNCOUNTED: Final = frozenset({BESIDE_SESSION, BETTER_PLACE})
 """Causes of retries that do not count against the limit of attempts."""
+REVIEW_S: Final = 30.0
+"""Time between two looks for a better place for a running session."""
 WORKED_S: Final = 60.0
 """An attempt of a session that has run for so long does not count against the limit of attempts."""
 

@@ -34,7 +34,17 @@ from bus.messages import (
 )
 from bus.values import Role
 from planner.core.region.circuits import Circuit
-from planner.core.region.records import HASH_MASK, HISTORY, NEVER, EndedTasks, KnownNode, Task, content_of, hash_of
+from planner.core.region.records import (
+    HASH_MASK,
+    HISTORY,
+    NEVER,
+    REVIEW_S,
+    EndedTasks,
+    KnownNode,
+    Task,
+    content_of,
+    hash_of,
+)
 from planner.core.region.timers import Timers
 from planner.core.region.transitions import ENDING, TRANSITIONS, Step, next_state
 from planner.learning.table import EstimateTable, SavedEstimate
@@ -206,7 +216,10 @@ class RegionState:
             self.ledger.move(task.task_id, change.at_s)
         self.ledger.start(task.task_id)
         self.running += 1
-        self.timers.add_end(task, r.end_s)
+        if r.load is None:
+            self.timers.add_end(task, r.end_s)
+        else:
+            self.timers.add_review(task, change.at_s + REVIEW_S)
 
     def _apply_moved(self, change: Moved, now: float) -> None:
         for task_id, start_s in zip(change.task_ids, change.starts_s, strict=True):
@@ -394,13 +407,14 @@ class RegionState:
         self.timers.restart_leases(self.nodes, now)
 
     def next_wakeup(self) -> float | None:
-        """Ledger time of the next lease expiry, deadline or end of patience, or None; a `Tick` is due then."""
+        """Ledger time of the next lease expiry, deadline, end of patience or review, or None; a `Tick` is due then."""
         timers = self.timers
         wakeup = timers.next_lease()
         if timers.deadlines:
             wakeup = min(wakeup, timers.next_deadline())
         if self.waiting:
             wakeup = min(wakeup, self.next_impatience())
+        wakeup = min(wakeup, timers.next_review())
         return None if wakeup == NEVER else wakeup
 
     # --- the state as a value ----------------------------------------------------------------------------------------
@@ -458,7 +472,10 @@ class RegionState:
             self._tell_load(r)
         if r.running:
             self.running += 1
-            self.timers.add_end(task, r.end_s)
+            if r.load is None:
+                self.timers.add_end(task, r.end_s)
+            else:
+                self.timers.add_review(task, r.start_s + REVIEW_S)
 
     @property
     def state_hash(self) -> str:

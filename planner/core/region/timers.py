@@ -1,4 +1,4 @@
-"""The timers of a region: leases of nodes, deadlines of tasks, and predicted ends of running tasks.
+"""The timers of a region: leases of nodes, deadlines of tasks, predicted ends of running tasks, and reviews of sessions.
 
 Each heap may hold outdated entries. They are dropped when they reach the top.
 """
@@ -21,6 +21,7 @@ class Timers:
     def __init__(self, tasks: Mapping[str, Task], reservations: Mapping[str, Reservation]) -> None:
         self.ends: list[Entry] = []  # heap of predicted ends of running tasks
         self.deadlines: list[Entry] = []  # heap
+        self._reviews: list[tuple[float, int, str, int]] = []  # heap of sessions to look at again; with their attempt
         self._tasks = tasks
         self._reservations = reservations
         self._leases: dict[str, float] = {}  # node -> ledger time at which its lease expires
@@ -83,6 +84,27 @@ class Timers:
     def pop_expired(self, now: float) -> Task | None:
         """Remove the earliest deadline that has passed, and return its task."""
         return self._tasks[heappop(self.deadlines)[2]] if self.next_deadline() <= now else None
+
+    # --- reviews of running sessions ----------------------------------------------------------------------------------
+
+    def add_review(self, task: Task, at_s: float) -> None:
+        """Look at a running session again at this time. Like leases, reviews are soft state."""
+        heappush(self._reviews, (at_s, task.seq, task.task_id, task.attempt))
+
+    def next_review(self) -> float:
+        """Ledger time of the next review of a running session."""
+        heap = self._reviews
+        while heap:
+            at_s, seq, task_id, attempt = heap[0]
+            task, r = self._tasks.get(task_id), self._reservations.get(task_id)
+            if task is not None and (task.seq, task.attempt) == (seq, attempt) and r is not None and r.running:
+                return at_s
+            heappop(heap)
+        return NEVER
+
+    def pop_review(self, now: float) -> Task | None:
+        """Remove the earliest review that is due, and return its session."""
+        return self._tasks[heappop(self._reviews)[2]] if self.next_review() <= now else None
 
     # --- ends --------------------------------------------------------------------------------------------------------
 

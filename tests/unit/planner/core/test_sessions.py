@@ -127,10 +127,10 @@ def test_a_session_moves_scheduled_tasks_and_waits_for_running_ones(region: Reco
     assert region.replayed().state_hash == region.core.state_hash
 
 
-def slow_device(node: str, layer_s: float = 9.0) -> NodeAnnounced:
+def slow_device(node: str, **values: Any) -> NodeAnnounced:
     """A device that cannot compute the model at any useful rate."""
     model = device().models[0]
-    return device(node, models=(model.model_copy(update={"layer_s": (layer_s,) * model.layers}),))
+    return device(node, models=(model.model_copy(update={"layer_s": (9.0,) * model.layers}),), **values)
 
 
 def placement_of(changes: list[Change], task_id: str) -> Placed:
@@ -299,3 +299,41 @@ def test_an_edge_that_shrinks_gives_up_sessions_until_the_others_fit() -> None:
     lowest = region.core.ledger.edges["e1"].sessions.link1_bps // 2
     region.take(edge("e1", slots=1, speed=1.0, link1_capacity_bps=2 * lowest), 2.0)
     assert region.core.ledger.edges["e1"].sessions.link1_bps <= 0.8 * 2 * lowest
+
+
+def test_a_session_moves_to_a_better_place_but_not_sooner_than_after_30_s_nor_for_a_small_gain() -> None:
+    region = Recorded()
+    for node in (edge("e1", speed=2.0, lease_s=1e6), slow_device("d1", lease_s=1e6)):
+        region.take(node)
+    first = placement_of(region.take(session("s1", "d1", rate_hz=2.0, tiers=(Role.EDGE,)), 1.0), "s1")
+    assert first.placement.edge == "e1"
+    region.take(edge("e2", speed=2.2, lease_s=1e6), 2.0)  # too little to move
+    assert region.take(Tick(), 31.5) == []
+    region.take(edge("e3", speed=8.0, lease_s=1e6), 32.0)
+    assert region.take(Tick(), 60.0) == []
+    assert region.core.next_wakeup() == 61.5
+    changes = region.take(Tick(), 61.5)
+    assert only(changes, Retried).cause == "better_place"
+    moved = placement_of(changes, "s1")
+    assert (moved.placement.edge, moved.attempt) == ("e3", 2)
+    assert moved.delay_s < 0.8 * first.delay_s
+    assert only(changes, Start).at_s == 61.5
+    assert region.take(Tick(), 100.0) == []
+    assert region.replayed().state_hash == region.core.state_hash
+
+
+def test_a_session_that_does_not_get_its_rate_moves_to_where_it_does_and_a_satisfied_one_stays() -> None:
+    region = Recorded()
+    for node in (edge("e1", speed=0.01, lease_s=1e6), slow_device("d1", lease_s=1e6), slow_device("d2", lease_s=1e6)):
+        region.take(node)
+    slow = placement_of(region.take(session("s1", "d1", rate_hz=2.0, tiers=(Role.EDGE,))), "s1").session
+    assert slow is not None
+    assert slow.rate_hz < 2.0
+    region.take(session("s2", "d2", rate_hz=0.01, latency_s=1000.0, tiers=(Role.EDGE,)))
+    region.take(edge("e2", speed=1.0, lease_s=1e6), 1.0)
+    changes = region.take(Tick(), 50.0)
+    moved = placement_of(changes, "s1")
+    assert moved.placement.edge == "e2"
+    assert moved.session is not None
+    assert moved.session.rate_hz == 2.0
+    assert {change.task_id for change in changes if isinstance(change, Retried)} == {"s1"}

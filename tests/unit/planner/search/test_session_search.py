@@ -39,14 +39,17 @@ def one(site: Site, wish: Wish, cut1: int, cut2: int, multiple: float) -> Plain 
         (busy_e, site.edge_share, site.edge_units, edge),
         (busy_c, 0.0, math.inf, cloud),
     ]
-    links = [(8 * sizes[cut1], site.link1_bps, not alone), (8 * sizes[cut2], site.link2_bps, cloud)]
+    links = [
+        (8 * sizes[cut1], site.link1_bps, not alone, site.link1_spare_bps),
+        (8 * sizes[cut2], site.link2_bps, cloud, site.link2_spare_bps),
+    ]
     periods = []
     for busy, share, units, used in computing:
         if used and units < 1:
             return None
         if used:
             periods += [busy / (1 - share), busy * 1024 / units]
-    for up, free, used in links:
+    for up, free, used, _ in links:
         if used and free < 1:
             return None
         if used:
@@ -55,9 +58,9 @@ def one(site: Site, wish: Wish, cut1: int, cut2: int, multiple: float) -> Plain 
     sustained = period * wish.rate_hz <= 1.0
     rate = wish.rate_hz if sustained else 1.0 / period
     grants, crossing = [], 0.0
-    for up, free, used in links:
-        need = max(up, 8 * result) * rate
-        grant = 0 if not used else free if math.isinf(multiple) else max(1, min(math.ceil(need * multiple), free))
+    for up, free, used, spare in links:
+        need = max(1, math.ceil(4.0 * rate * max(up, 8 * result)))
+        grant = 0 if not used else free if math.isinf(multiple) else min(max(need, spare), free)
         grants.append(grant)
         crossing += (up + 8 * result) / grant if used else 0.0
     times = sum(busy / (1 - share) for busy, share, _, used in computing if used)
@@ -112,6 +115,8 @@ def random_scene(rng: random.Random) -> tuple[list[Site], Wish]:
                 random_overheads(rng),
                 link1_bps=rng.choice((0, 1, 1_000, 4_096, 10**6, 10**8, 10**10)),
                 link2_bps=rng.choice((0, 1, 1_000, 4_096, 10**6, 10**8, 10**10)),
+                link1_spare_bps=rng.choice((0, 0, 500, 10**6)),
+                link2_spare_bps=rng.choice((0, 0, 500, 10**6)),
                 edge_units=rng.choice((0, 1, 64, 819, 3276)),
                 edge_share=rng.choice((0.0, 0.0, 0.25, 0.75)),
             )
