@@ -362,7 +362,11 @@ class RegionView:
 
     def _computing(self, device: str) -> list[str]:
         """The running tasks that compute on a device, which computes one at a time."""
-        return sorted(t.task_id for t in self._running.values() if t.device == device and (p := t.placement) and p.cut1)
+        return sorted(
+            t.task_id
+            for t in self._running.values()
+            if t.device == device and (p := t.placement) and p.cut1 and t.session is None
+        )
 
     def _lacking_at(self, place: Placement, edge: str) -> list[str]:
         if edge not in self.nodes:
