@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import ssl
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote
@@ -50,9 +52,9 @@ class AsyncClient:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         """`token` is sent as a bearer token. `timeout_s` limits a request, at the client and at the endpoint. `tls` is for
-        an endpoint with a certificate that the system does not trust.
+        an endpoint with a certificate that the system does not trust. A `url` without a scheme is one of `http`.
         """
-        self.url = url.rstrip("/")
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         self.timeout_s = timeout_s
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._tls: ssl.SSLContext | bool = True if tls is None else tls
@@ -106,8 +108,9 @@ class AsyncClient:
         """Compute one request, and return its answer.
 
         `inputs` is one array, a sequence of arrays in the model's order, or a mapping by name. The first dimension of an
-        array counts the samples; an array without it is one sample. `parameters` are those of the request: `priority`,
-        `max_link1_bps`, `placement`, ... Raises `InputError` before anything is sent, and `InferenceError`.
+        array counts the samples; an array without it is one sample. Dimensions of size 1 may be left out. `parameters` are
+        those of the request: `priority`, `max_link1_bps`, `placement`, ... Raises `InputError` before anything is sent, and
+        `InferenceError`.
         """
         checked = check_inputs(await self.model(model), inputs)
         limit_s = self.timeout_s if timeout_s is None else timeout_s
@@ -155,7 +158,8 @@ class AsyncClient:
             )
         except aiohttp.WSServerHandshakeError as error:
             message = f"{model}: the endpoint refused the session with HTTP status {error.status}"
-            raise InferenceError(message, error.status, repeatable=error.status in (429, 503)) from None
+            retry_after = error.headers.get("Retry-After") if error.headers else None
+            raise read_error(error.status, message.encode(), retry_after) from None
         except (aiohttp.ClientError, OSError) as error:
             raise self._unreachable(error) from None
         return AsyncSession(info, socket)
@@ -187,7 +191,9 @@ class AsyncClient:
         return self._http
 
     def _unreachable(self, error: Exception) -> InferenceError:
-        reason = str(error) or type(error).__name__
+        cause = getattr(error, "os_error", error)
+        number = getattr(cause, "errno", None) or 0
+        reason = os.strerror(number) if number > 0 else getattr(cause, "strerror", None) or str(cause) or repr(cause)
         return InferenceError(
             f"no answer from {self.url}: {reason}", repeatable=isinstance(error, aiohttp.ClientConnectorError)
         )
@@ -236,7 +242,8 @@ class AsyncSession:
         """Say that no more frames follow; the answers under way still come."""
         if not self._ended:
             self._ended = True
-            await self._socket.send_str(END)
+            with suppress(aiohttp.ClientError, OSError):  # `receive` says that the connection is gone
+                await self._socket.send_str(END)
 
     async def receive(self) -> Answer | InferenceError | None:
         """The next answer, or the error of a frame that gets none. None: the session is over.

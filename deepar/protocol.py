@@ -105,7 +105,7 @@ def check_inputs(model: ModelInfo, given: Any) -> dict[str, Array]:
     """The inputs by name, checked against the model. Raises `InputError`.
 
     `given` is one array for a model with one input, a sequence in the model's order, or a mapping by name. The first
-    dimension of an array counts the samples; an array without it is one sample.
+    dimension of an array counts the samples; an array without it is one sample. Dimensions of size 1 may be left out.
     """
     names = [one.name for one in model.inputs]
     if isinstance(given, Mapping):
@@ -138,8 +138,8 @@ def _checked(model: str, info: TensorInfo, given: Any) -> Array:
             f"pass array.astype({info.dtype!r}) if that is what you mean"
         )
     rest = info.shape[1:]
-    if array.ndim == len(rest) and _fits(array.shape, rest) and info.shape[0] in (1, -1):
-        array = array[np.newaxis]
+    if info.shape[:1] in ((1,), (-1,)):
+        array = _completed(array, rest)
     count = max(1, info.shape[0]) if info.shape else 1
     if (
         array.ndim != len(info.shape)
@@ -151,6 +151,19 @@ def _checked(model: str, info: TensorInfo, given: Any) -> Array:
         have = "x".join(map(str, array.shape)) or "no dimensions"
         raise InputError(f"input {info.name} of {model} has shape {have}, expected {wanted} (N samples)")
     return np.ascontiguousarray(array)
+
+
+def _completed(array: Array, sample: Sequence[int]) -> Array:
+    """`array` with the dimension of the samples, and with the dimensions of size 1 of each sample that were left out."""
+    if array.ndim == len(sample) + 1 or not sample:
+        return array
+    ones = [axis for axis, size in enumerate(sample, start=1) if size == 1]
+    for left_out in ([0], ones, [0, *ones]):
+        if array.ndim + len(left_out) == len(sample) + 1:
+            full = np.expand_dims(array, tuple(left_out))
+            if _fits(full.shape[1:], sample):
+                return full
+    return array
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:

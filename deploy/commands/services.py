@@ -13,6 +13,7 @@ from bus import topics
 from bus.errors import ConfigError
 from bus.identity.keys import Speaker
 from bus.identity.signed_bus import signed
+from bus.port import Bus
 from bus.text.units import parse_duration
 from bus.values import Objective
 from deploy.console_output import completion
@@ -30,6 +31,7 @@ from deploy.services.settings import (
     NodeOptions,
     Served,
     ServedModel,
+    UpSettings,
     lease_of,
     load_settings,
     node_name,
@@ -549,18 +551,33 @@ def up(
 ) -> None:
     """Start the planner and all stages of one TOML file in this process, until Ctrl-C.
 
-    With `bus.kind = "kafka"` other processes can submit tasks and follow along; `deploy/example.toml` shows every key. With a
-    master secret the region requires proofs of identity, and the key of every node is derived from the secret.
+    With `bus.kind = "kafka"` other processes can submit tasks and follow along; `deploy/example.toml` shows every key. With
+    `bus.kind = "memory"` no broker is needed, and clients reach the system through a device that serves them. With a master
+    secret the region requires proofs of identity, and the key of every node is derived from the secret.
 
-    Example: `deepar up deploy/example.toml`
+    Example: `deepar up deploy/serve.toml`
     """
     from deploy.services.up import run_up
 
     settings = load_settings(file)
-    if settings.bus.kind == "memory":
-        raise ConfigError(
-            f"{file}: bus.kind: tasks cannot be submitted to an in-process bus",
-            remedy='set kind = "kafka" and start `deepar broker`; for a run without a broker: deepar demo',
-        )
-    bus = wiring.kafka_bus(bootstrap_servers or settings.bus.bootstrap_servers)
+    bus = _bus_of(settings, file, bootstrap_servers)
     run_on_uvloop(run_up(settings, bus, probes.http_port, probes.http_host, master_of(identity_master)))
+
+
+def _bus_of(settings: UpSettings, file: Path, bootstrap_servers: str | None) -> Bus:
+    """The bus that the file chooses. Raises `ConfigError` where nothing could use an in-process bus."""
+    if settings.bus.kind == "kafka":
+        return wiring.kafka_bus(bootstrap_servers or settings.bus.bootstrap_servers)
+    if bootstrap_servers is not None:
+        raise ConfigError(
+            f"{file}: bus.kind: the bus is in this process, but a broker is given: {bootstrap_servers}",
+            remedy='set kind = "kafka", or leave out --bootstrap-servers',
+        )
+    if not any(device.serve or device.serve_grpc for device in settings.device):
+        raise ConfigError(
+            f"{file}: bus.kind: other processes cannot submit tasks to a bus inside this process",
+            remedy='let a device serve clients: serve = "127.0.0.1:8600"; or set kind = "kafka" and start `deepar broker`',
+        )
+    from bus.memory.bus import MemoryBroker, MemoryBus  # imported here: services on Kafka do not use it
+
+    return MemoryBus(MemoryBroker(), "deepar-up")

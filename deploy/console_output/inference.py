@@ -77,11 +77,11 @@ def _normalization(question: Question, model: ModelInfo) -> Normalization:
 def _explained(error: InferenceError, url: str) -> DeeparError:
     if error.status == 0 and error.repeatable:
         return ConfigError(
-            str(error), remedy="start a device with an endpoint: deepar stage device --serve 127.0.0.1:8600"
+            str(error), remedy="start an endpoint: deepar up deploy/serve.toml, or a device with --serve 127.0.0.1:8600"
         )
     if error.status == 401:
         return ConfigError(f"{url}: {error}", remedy="pass --token-file, or set DEEPAR_TOKEN")
-    return DeeparError(f"{url}: {error}" + (" (the request may be sent again)" if error.repeatable else ""))
+    return DeeparError(str(error) if url in str(error) else f"{url}: {error}")
 
 
 def _floats(values: Any) -> list[float]:
@@ -91,6 +91,7 @@ def _floats(values: Any) -> list[float]:
 def _gathered(model: ModelInfo, words: Sequence[str], normalization: Normalization) -> dict[str, Any]:
     """The inputs by name. Raises `ConfigError`."""
     names = [one.name for one in model.inputs]
+    types = {one.name: one.dtype for one in model.inputs}
     found: dict[str, Any] = {}
     for word in words:
         name, _, file = word.partition("=")
@@ -107,7 +108,14 @@ def _gathered(model: ModelInfo, words: Sequence[str], normalization: Normalizati
             found[name] = image_array(file, content, model.inputs[names.index(name)], normalization)
         else:
             found[name] = content
-    return found
+    return {name: _with_float_type(array, types.get(name)) for name, array in found.items()}
+
+
+def _with_float_type(array: Array, wanted: str | None) -> Array:
+    """The array with the model's type if both are floating-point numbers: numpy writes float64 unless told otherwise."""
+    if wanted is not None and array.dtype.kind == "f" and np.dtype(wanted).kind == "f":
+        return array.astype(wanted, copy=False)
+    return array
 
 
 # --- the answer ------------------------------------------------------------------------------------------------------

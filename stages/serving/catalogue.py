@@ -10,6 +10,7 @@ import numpy as np
 
 from bus.errors import ModelError
 from bus.tensors import Array
+from stages.models.files.metadata import read_metadata
 from stages.models.files.operators import text
 from stages.models.graph import Graph
 from stages.models.model import Model
@@ -56,6 +57,7 @@ def served_model(model: Model) -> ServedModel:
         sha256=model.sha256,
         inputs=tuple(_tensor(model, name, tensor) for name, tensor in inputs),
         outputs=tuple(_tensor(model, name, tensor) for name, tensor in outputs),
+        metadata=read_metadata(model.data),
     )
     names = {tensor: name for name, tensor in reversed(inputs)}
     places = tuple(graph.outputs.index(tensor) for _, tensor in outputs)

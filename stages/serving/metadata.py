@@ -17,15 +17,22 @@ def server_metadata(version: str) -> dict[str, Any]:
 
 
 def model_metadata(model: ModelInfo) -> dict[str, Any]:
-    """Names, datatypes and shapes; -1 is the number of samples."""
+    """Names, datatypes and shapes; -1 is the number of samples.
+
+    `parameters` tell what the model file says of its classes and images; gRPC's message has no field for them.
+    """
     batched = takes_batches(model)
-    return {
+    described: dict[str, Any] = {
         "name": model.name,
         "versions": [model.version],
         "platform": PLATFORM,
         "inputs": [_tensor(info, batched) for info in model.inputs],
         "outputs": [_tensor(info, batched) for info in model.outputs],
     }
+    if model.metadata is not None:
+        found = {name: list(getattr(model.metadata, name)) for name in ("labels", "mean", "std")}
+        described["parameters"] = {name: values for name, values in found.items() if values}
+    return described
 
 
 def model_config(model: ModelInfo, max_samples: int) -> dict[str, Any]:

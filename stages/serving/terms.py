@@ -111,13 +111,18 @@ def _session(value: object) -> str | None:
 
 
 def _tiers(value: object) -> tuple[Role, ...] | None:
-    """The tiers of a `placement`: `device,edge` names those that may compute, `-cloud` those that may not."""
+    """The tiers of a `placement`: `device+edge` names those that may compute, `-cloud` those that may not.
+
+    Several are joined by `+`, as in the kind of a placement, or by commas.
+    """
     if value is None or value == "":
         return None
-    expected = "names of tiers (device, edge, cloud) that may compute, or of those that may not after a minus: '-cloud'"
+    expected = (
+        "tiers that may compute (device+edge of device, edge, cloud), or each that may not after a minus (-cloud)"
+    )
     if not isinstance(value, str):
         raise _wrong("placement", expected, value)
-    names = [name.strip() for name in value.split(",")]
+    names = [name.strip() for name in value.replace("+", ",").split(",")]
     forbidden = {name[1:] for name in names if name.startswith("-")}
     pinned = {name for name in names if not name.startswith("-")}
     known = {str(role) for role in Role}

@@ -16,6 +16,7 @@ from bus.errors import DeeparError
 from bus.tensors import Array
 from bus.values import Role
 from stages.devices.session import Keep
+from stages.models.files.metadata import ModelMetadata
 
 
 class Fault(Enum):
@@ -74,6 +75,7 @@ class ModelInfo:
     sha256: str
     inputs: tuple[TensorInfo, ...]  # in the order of the signature
     outputs: tuple[TensorInfo, ...]
+    metadata: ModelMetadata | None = None  # how to prepare an image, and names of classes; None: the file has none
 
 
 class Mode(StrEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -38,6 +39,21 @@ def test_many_samples_stay_as_they_are() -> None:
     assert check_inputs(ONE, array)["image"].shape == (7, 28, 28, 1)
 
 
+@pytest.mark.parametrize("shape", [(28, 28), (1, 28, 28), (3, 28, 28)])
+def test_dimensions_of_size_1_may_be_left_out(shape: tuple[int, ...]) -> None:
+    array = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    checked = check_inputs(ONE, array)["image"]
+    assert checked.shape == (math.prod(shape) // 784, 28, 28, 1)
+    assert np.array_equal(checked.ravel(), array.ravel())
+
+
+def test_an_array_that_is_one_sample_is_not_taken_for_several() -> None:
+    model = ModelInfo("flat", "1", (TensorInfo("a", "float32", (-1, 1, 4, 1)),), ())
+    assert check_inputs(model, np.zeros((1, 4), np.float32))["a"].shape == (1, 1, 4, 1)
+    assert check_inputs(model, np.zeros((4,), np.float32))["a"].shape == (1, 1, 4, 1)
+    assert check_inputs(model, np.zeros((3, 4), np.float32))["a"].shape == (3, 1, 4, 1)
+
+
 def test_lists_take_the_models_type() -> None:
     assert check_inputs(TWO, ([[1, 2, 3, 4]], [[[1, 2], [3, 4]]]))["a"].dtype == np.int8
 
@@ -46,7 +62,8 @@ def test_lists_take_the_models_type() -> None:
     ("model", "given", "words"),
     [
         (ONE, np.zeros((1, 28, 28, 1)), "has dtype float64, expected float32"),
-        (ONE, np.zeros((28, 28), np.float32), "has shape 28x28, expected Nx28x28x1"),
+        (ONE, np.zeros((28, 27), np.float32), "has shape 28x27, expected Nx28x28x1"),
+        (ONE, np.zeros((2, 3, 28, 28), np.float32), "has shape 2x3x28x28, expected Nx28x28x1"),
         (ONE, np.zeros((0, 28, 28, 1), np.float32), "expected Nx28x28x1"),
         (ONE, {"picture": np.zeros((1, 28, 28, 1), np.float32)}, "takes the inputs image, not picture"),
         (TWO, np.zeros((1, 4), np.int8), "takes the inputs a, b, not ndarray"),

@@ -214,6 +214,26 @@ def test_a_broken_file_names_the_key(
     assert "edge.1.slotz" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "other processes cannot submit tasks"),  # and no device serves clients
+        (("-b", "127.0.0.1:9092"), "a broker is given: 127.0.0.1:9092"),
+    ],
+)
+def test_a_bus_inside_the_process_is_refused_where_it_cannot_be_meant(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: tuple[str, ...],
+    said: str,
+) -> None:
+    file = tmp_path / "region.toml"
+    file.write_text('[bus]\nkind = "memory"\n[[device]]\nname = "d1"\n', encoding="utf-8")
+    assert run(monkeypatch, "up", str(file), *words) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_dead_broker_says_what_to_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     address = f"127.0.0.1:{free_port()}"
     assert run(monkeypatch, "tail", "nodes", "-b", address) == 1

@@ -47,6 +47,14 @@ def written(folder: Path, text: str) -> Path:
     return file
 
 
+def test_the_file_of_the_readme_needs_no_broker_and_serves_clients() -> None:
+    settings = load_settings(EXAMPLE.with_name("serve.toml"))
+    assert settings.bus.kind == "memory"
+    assert [device.serve for device in settings.device] == ["127.0.0.1:8600"]
+    assert settings.edge
+    assert settings.cloud
+
+
 def test_the_example_is_what_its_comments_say() -> None:
     settings = load_settings(EXAMPLE)
     assert settings.bus.kind == "kafka"

@@ -42,9 +42,14 @@ class FakeInference:
         inputs: Sequence[TensorInfo] = (tensor("x"),),
         outputs: Sequence[TensorInfo] | None = None,
         compute: Callable[[InferRequest], Sequence[Array]] = doubled,
+        *,
+        info: ModelInfo | None = None,
     ) -> None:
+        """`info` describes the model in place of `inputs` and `outputs`."""
         named = [tensor("y" + info.name[1:], info.shape, info.dtype) for info in inputs] if outputs is None else outputs
-        self._info = ModelInfo(name="double", version="1", sha256="0" * 64, inputs=tuple(inputs), outputs=tuple(named))
+        self._info = info or ModelInfo(
+            name="double", version="1", sha256="0" * 64, inputs=tuple(inputs), outputs=tuple(named)
+        )
         self._compute = compute
         self.is_live = self.is_ready = True
         self.fault: ServingError | None = None  # raised by the next requests

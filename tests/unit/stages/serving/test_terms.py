@@ -53,6 +53,8 @@ def test_every_parameter_is_read() -> None:
         ({"sequence_id": "", "sequence_start": True, "placement": ""}, RequestTerms()),
         ({"timeout": "250000", "min_agreement": "0.5"}, RequestTerms(timeout_s=0.25, min_agreement=0.5)),
         ({"placement": "-cloud"}, RequestTerms(tiers=(Role.DEVICE, Role.EDGE))),
+        ({"placement": "device+edge"}, RequestTerms(tiers=(Role.DEVICE, Role.EDGE))),
+        ({"placement": "cloud + edge"}, RequestTerms(tiers=(Role.EDGE, Role.CLOUD))),
         ({"placement": "-cloud,-edge"}, RequestTerms(tiers=(Role.DEVICE,))),
         ({"sequence_id": "camera", "sequence_end": True}, RequestTerms(session="camera", session_end=True)),
     ],
