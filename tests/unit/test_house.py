@@ -56,6 +56,7 @@ JSON_BETWEEN_OURSELVES = {
     "loadgen/experiments/fit_paper.py",  # the profile that is shipped
     "loadgen/experiments/run_key.py",
     "loadgen/experiments/sweep.py",  # the key of a run, compared with itself
+    "loadgen/bench/serving/callers.py",  # the bodies of requests that a benchmark sends
     "stages/serving/http/body.py",  # whole tensors, with orjson, which writes null for numbers that are not finite
     "stages/models/sandbox.py",
     "stages/models/runtime/trial_run.py",
