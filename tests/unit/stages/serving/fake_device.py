@@ -46,7 +46,7 @@ class FakeDevice:
         self.slow = False
 
     def open_session(self, submitted: TaskSubmitted, keep: Keep = Keep.ALL) -> DeviceSession:
-        session = DeviceSession(submitted, keep, lambda: self.cancelled.append(submitted.task_id))
+        session = DeviceSession(submitted, keep, lambda: self.cancelled.append(submitted.task_id), lambda counter: None)
         self.sessions.append(session)
         if self.refused is not None:
             session.end(self.refused)
