@@ -137,14 +137,16 @@ class AsyncClient:
         rate_hz: float | None = None,
         latency_s: float | None = None,
         frames: Literal["all", "latest"] = "all",
+        **parameters: Any,
     ) -> AsyncSession:
         """Open a session: frames are sent without waiting, and answers come as they are ready.
 
         `rate_hz` is the number of frames a second that the placement shall sustain. With `latest`, a new frame replaces one
-        that waits, whose answer is then an error. Raises `InferenceError`.
+        that waits, whose answer is then an error. `parameters` are those of a request: `placement`, `priority`, ... Raises
+        `InferenceError`.
         """
         info = await self.model(model)
-        query: dict[str, str] = {"frames": frames}
+        query = {"frames": frames, **{name: str(value) for name, value in parameters.items()}}
         if rate_hz is not None:
             query["rate_hz"] = repr(float(rate_hz))
         if latency_s is not None:
@@ -355,9 +357,10 @@ class Client:
         rate_hz: float | None = None,
         latency_s: float | None = None,
         frames: Literal["all", "latest"] = "all",
+        **parameters: Any,
     ) -> Session:
         """See `AsyncClient.session`."""
-        opened = self._client.session(model, rate_hz=rate_hz, latency_s=latency_s, frames=frames)
+        opened = self._client.session(model, rate_hz=rate_hz, latency_s=latency_s, frames=frames, **parameters)
         return Session(self, self.run(opened))
 
 

@@ -40,7 +40,6 @@ from loadgen.replay.readiness import await_nodes, await_planner
 from stages.models.model import Model
 from stages.zoo.registry import load_model
 
-STREAMED = "mobilenet"
 RATE_HZ = 30.0
 READY_S = 90.0
 CONCURRENCIES = (1, 4)
@@ -64,26 +63,26 @@ QUICK = Effort(rounds=2, seconds=1.0, stream_s=10.0)
 
 @dataclass(frozen=True, slots=True)
 class ServingRegion:
-    """One device at full speed that answers alone, and a slow one whose frames pass an edge and the cloud."""
+    """One device that answers alone, and one whose frames an edge and the cloud compute."""
 
     wide: Path  # the file of the model with the large input
     alone_rest: int  # ports
     alone_grpc: int
-    slow_rest: int
+    far_rest: int
 
     def commands(self, folder: Path) -> dict[str, tuple[Target, list[str]]]:
         """Process name -> its role and the arguments of `deepar`."""
         alone = ["--model", SMALL, "--model", str(self.wide), "--serve", f"127.0.0.1:{self.alone_rest}"]
         if find_spec("grpc") is not None:
             alone += ["--serve-grpc", f"127.0.0.1:{self.alone_grpc}"]
-        slow = ["--model", STREAMED, "--slowdown", "30", "--serve", f"127.0.0.1:{self.slow_rest}"]
-        edge = ["--model", STREAMED, "--slowdown", "4", "--link1", "1Gbps", "--link2", "100Mbps"]
+        far = ["--model", SMALL, "--serve", f"127.0.0.1:{self.far_rest}"]
+        edge = ["--model", SMALL, "--link1", "1Gbps", "--link2", "100Mbps"]
         return {
             "p1": (Target.PLANNER, ["planner", "--name", "p1"]),
-            "c1": (Target.CLOUD, ["stage", "cloud", "--name", "c1", "--model", STREAMED]),
+            "c1": (Target.CLOUD, ["stage", "cloud", "--name", "c1", "--model", SMALL]),
             "e1": (Target.EDGE, ["stage", "edge", "--name", "e1", *edge]),
             "d1": (Target.DEVICE, ["stage", "device", "--name", "d1", *alone]),
-            "d2": (Target.DEVICE, ["stage", "device", "--name", "d2", *slow]),
+            "d2": (Target.DEVICE, ["stage", "device", "--name", "d2", *far]),
         }
 
 
@@ -145,19 +144,19 @@ async def _measure(
             live.check()
             await _endpoints_ready(region)
             rng = np.random.default_rng(seed)
-            models = {name: load_model(name) for name in (SMALL, STREAMED)} | {LARGE: load_model(str(wide))}
+            models = {name: load_model(name) for name in (SMALL,)} | {LARGE: load_model(str(wide))}
             inputs = {name: _sample(model, rng) for name, model in models.items()}
             cases = _cases(region, peers, models, inputs, live.pid("d1"))
             progress(f"{len(cases)} cases, {effort.rounds} rounds of {effort.seconds:g} s each")
             async with watch:
                 await asyncio.to_thread(play, cases, rounds=effort.rounds, seconds=effort.seconds, progress=progress)
-                streams = await _streams(region, inputs[STREAMED], effort.stream_s, live.pid("d2"), progress)
+                streams = await _streams(region, inputs[SMALL], effort.stream_s, live.pid("d2"), progress)
             live.check()
             for name in ("d1", "d2", "e1", "c1", "p1"):
                 live.signal(name, signal.SIGTERM)
             await asyncio.gather(*(live.gone(name, 10.0) for name in ("d1", "d2", "e1", "c1", "p1")))
     seen = watch.seen()
-    streamed = [one.as_row(STREAMED, inputs[STREAMED].nbytes) for one in streams]
+    streamed = [one.as_row(SMALL, inputs[SMALL].nbytes) for one in streams]
     return {
         "bench": "serve",
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}",
@@ -172,7 +171,7 @@ async def _measure(
 
 
 async def _endpoints_ready(region: ServingRegion) -> None:
-    for port in (region.alone_rest, region.slow_rest):
+    for port in (region.alone_rest, region.far_rest):
         async with AsyncClient(f"http://127.0.0.1:{port}") as client:
             until_s = time.monotonic() + READY_S
             while not await client.ready():
@@ -250,8 +249,8 @@ async def _streams(region: ServingRegion, array: Array, seconds: float, pid: int
         progress(f"{RATE_HZ:g} frames a second for {seconds:g} s: mode {mode}")
         found.append(
             await stream(
-                f"http://127.0.0.1:{region.slow_rest}",
-                STREAMED,
+                f"http://127.0.0.1:{region.far_rest}",
+                SMALL,
                 array,
                 mode=mode,
                 rate_hz=RATE_HZ,

@@ -17,6 +17,9 @@ from deepar.protocol import Answer, InferenceError
 DRAIN_S = 30.0
 """How long the last answers may take."""
 
+PLACEMENT = "-device"
+"""The device computes nothing, so that every frame crosses the bus."""
+
 
 @dataclass(slots=True)
 class Stream:
@@ -82,7 +85,7 @@ async def stream(
     found = Stream(mode, rate_hz)
     play = _in_session if mode == "session" else _as_requests
     async with AsyncClient(url) as client:
-        await client.infer(model, array)  # loads the model, and tells that the endpoint works
+        await client.infer(model, array, placement=PLACEMENT)  # loads the model, and tells that the endpoint works
         before_s, begin_s = cpu_s(), perf_counter()
         await play(client, model, array, found, seconds)
         found.elapsed_s, found.cpu_s = perf_counter() - begin_s, cpu_s() - before_s
@@ -100,7 +103,7 @@ async def _paced(found: Stream, seconds: float, send: Callable[[float], Awaitabl
 
 
 async def _in_session(client: AsyncClient, model: str, array: Array, found: Stream, seconds: float) -> None:
-    async with await client.session(model, rate_hz=found.rate_hz) as session:
+    async with await client.session(model, rate_hz=found.rate_hz, placement=PLACEMENT) as session:
         due_s: dict[str, float] = {}
         await session.send(array)  # opens the way
         await session.receive()
@@ -126,7 +129,7 @@ async def _in_session(client: AsyncClient, model: str, array: Array, found: Stre
 async def _as_requests(client: AsyncClient, model: str, array: Array, found: Stream, seconds: float) -> None:
     async def one(at_s: float) -> None:
         try:
-            answer = await client.infer(model, array, deepar_mode="request")
+            answer = await client.infer(model, array, deepar_mode="request", placement=PLACEMENT)
         except InferenceError as error:
             found.failures.append(str(error))
         else:
