@@ -14,10 +14,10 @@ import pytest
 from bus import topics
 from bus.frames import AttemptPlan, Frame, decode_frame, encode_frame
 from bus.identity.keys import IDENTITY_HEADER, PROOF_HEADER, Master, Speaker
-from bus.messages import TaskState
+from bus.messages import HandleInput, SessionTerms, TaskState, TaskSubmitted
 from bus.port import Record
 from bus.tensors import Piece, to_pieces
-from bus.values import Kind, Placement
+from bus.values import Kind, Placement, Role
 from deploy.commands.kafka.dead_letter import DeadLetter, read_dead_letters
 from loadgen.replay.outcome import Outcome
 from loadgen.sim.virtual_loop import run_virtual
@@ -66,6 +66,39 @@ def test_every_frame_is_proven_and_nobody_honest_is_refused(policy: str) -> None
     if policy == "cloud-only":
         assert {record.topic for record in records} == {*DATA_TOPICS}
         assert any(piece.at for record in records for piece in decode_frame(record.value).pieces)  # in several frames
+
+
+@pytest.mark.parametrize("tiers", [(Role.EDGE,), (Role.CLOUD,)], ids=["edge", "cloud"])
+def test_the_frames_of_a_session_are_proven_too(tiers: tuple[Role, ...]) -> None:
+    async def run() -> World:
+        async with world(WorldOptions(master=FRAMES)) as region:
+            device = region.works["d1"]
+            assert isinstance(device, Device)
+            session = device.open_session(
+                TaskSubmitted(
+                    task_id="s",
+                    device="d1",
+                    model="toy",
+                    samples=1,
+                    input=HandleInput(handle="s"),
+                    session=SessionTerms(rate_hz=5.0),
+                    tiers=tiers,
+                )
+            )
+            for _ in range(40):
+                await session.push([np.zeros(CUT_BYTES[0], np.uint8)])
+                await asyncio.sleep(0.2)
+            await session.close()
+            await asyncio.sleep(1.0)
+            assert await read_dead_letters(region.bus) == []
+            return region
+
+    region = run_virtual(run())
+    assert _refused(region) == {}
+    records = [record for topic in DATA_TOPICS for record in _records(region, topic)]
+    assert len(records) >= 80
+    for record in records:
+        assert {IDENTITY_HEADER, PROOF_HEADER} <= {name for name, _ in record.headers}
 
 
 def test_frames_carry_no_proof_where_none_is_demanded() -> None:

@@ -144,18 +144,22 @@ def placed_and_started(placement: Placement, attempt: int = 1) -> tuple[Change, 
 
 @contextlib.asynccontextmanager
 async def scripted_region(
-    *, edges: Sequence[str] = ("e",), runner: ModelledRunner | None = None, components: StageComponents | None = None
+    *,
+    edges: Sequence[str] = ("e",),
+    runner: ModelledRunner | None = None,
+    components: StageComponents | None = None,
+    cloud_region: int = 0,
 ) -> AsyncIterator[ScriptedRegion]:
-    """A region with the device d, the edges, and the cloud stages c1 and c2."""
+    """A region with the device d, the edges, and the cloud stages c1 and c2, which may belong to another region."""
     broker = MemoryBroker(session_timeout_s=3.0)
     async with MemoryBus(broker) as bus:
-        await bus.create_topics(topics.specs(edges, Partitions(cloud=2)))
+        await bus.create_topics(topics.specs(edges, Partitions(regions=1 + cloud_region, cloud=2)))
         opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=600.0)
         await bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
         made = ScriptedRegion(broker, bus)
         roles = {"d": Role.DEVICE} | dict.fromkeys(edges, Role.EDGE) | dict.fromkeys(("c1", "c2"), Role.CLOUD)
         for name, role in roles.items():
-            settings = NodeSettings(name=name, role=role)
+            settings = NodeSettings(name=name, role=role, region=cloud_region if role is Role.CLOUD else 0)
             if role is Role.EDGE:
                 settings = replace(settings, slots=1, link1_capacity_bps=10_000_000, link2_capacity_bps=10_000_000)
             made.start(settings, runner or NumberingRunner([PROFILE]), components)

@@ -25,6 +25,7 @@ from stages.components import StageComponents
 from stages.devices.device import STALL_S
 from stages.devices.endings import FrameDroppedError, SessionEndedError
 from stages.devices.session import MAX_WAITING, Keep
+from stages.hop import OTHER_REGION_S
 from stages.network.frame_sender import PLAN_EVERY_S
 from stages.window import Window
 from tests.numbered_frames import NumberingRunner, answers, frame
@@ -439,5 +440,24 @@ def test_a_session_that_an_earlier_process_opened_fails_as_lost() -> None:
             (failed,) = r.events()
             assert isinstance(failed, TaskFailed)
             assert (failed.cause, failed.retryable) == ("input_lost", False)
+
+    run_virtual(run())
+
+
+def test_a_cloud_stage_of_another_region_serves_after_long_silence_and_after_a_takeover() -> None:
+    """It does not read the decisions of the session's region, so it drops idle flows and needs the plan again."""
+
+    async def run() -> None:
+        async with scripted_region(cloud_region=1) as r:
+            session = await r.open(EVERYWHERE)
+            assert answers(0, await session.push(frame(0)))
+            (serving,) = [name for name in ("c1", "c2") if r.hop(name).flows]
+            await asyncio.sleep(2 * OTHER_REGION_S)
+            assert not r.hop(serving).flows
+            assert answers(1, await session.push(frame(1)))
+            await r.kill(serving)
+            assert await all_answered(await pushed(session, range(2, 1000), 0.02), range(2, 1000))
+            assert [event for event in r.events() if isinstance(event, TaskFailed)] == []
+            await r.close(session)
 
     run_virtual(run())
