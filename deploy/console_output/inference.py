@@ -179,11 +179,16 @@ def _classes(name: str, rows: Array, labels: Sequence[str] | None) -> Table:
 
 
 def _where(answer: Answer, delay_s: float) -> str:
+    """Where the answer was computed and what it took, beside the prediction; the last time is the client's own."""
     told = answer.parameters
     kind = told.get("deepar_kind")
-    if not kind:
-        return f"{format_seconds(delay_s)} to the answer"
-    through = f" through {told['deepar_edge']}" if told.get("deepar_edge") else ""
-    predicted = told.get("deepar_predicted_s")
-    expected = f", predicted {format_seconds(float(predicted))}" if predicted is not None else ""
-    return f"computed on {kind}{through}; {format_seconds(delay_s)} to the answer{expected}"
+    words = []
+    if kind:
+        words.append(f"computed on {kind}" + (f" through {told['deepar_edge']}" if told.get("deepar_edge") else ""))
+        if "deepar_measured_s" in told and "deepar_predicted_s" in told:
+            measured, predicted = (
+                format_seconds(float(told[f"deepar_{word}_s"])) for word in ("measured", "predicted")
+            )
+            words[0] += f" in {measured} (predicted {predicted})"
+    words.append(f"{format_seconds(delay_s)} to the answer")
+    return "; ".join(words)
