@@ -410,6 +410,9 @@ class LearnedLink(Frozen):
     edge: NodeName  # the edge
     latency_s: Seconds  # estimate: one-way latency
     bps: Annotated[int, Field(gt=0)] | None = None  # estimate: limit of grants; None: as announced
+    slow: tuple[tuple[int, int], ...] | None = (
+        None  # observed: bps granted and carried, last slow transfers; None: as before
+    )
 
 
 class LearnedSpeed(Frozen):

@@ -11,6 +11,9 @@ start at the median, observations far from the others lose their weight, so an o
 split a time between `a` and `b` as long as all tasks are alike; it does not hold a prediction back, because overheads are no
 noise: one observation moves the prediction for the same kind of task nearly all the way.
 
+Where equal tasks take very different times, a few observations say little. `scatter` says how different, and `shrunk` keeps
+of an estimate what stands out of it.
+
 If the last two or three observations all lie clearly on one side of what the older ones predict, the world has changed, and
 the older ones are dropped (`kept`). All functions are pure.
 """
@@ -18,7 +21,8 @@ the older ones are dropped (`kept`). All functions are pure.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from statistics import median, median_low
 from typing import Final, NamedTuple
 
@@ -38,6 +42,11 @@ _CHANGES: Final = ((2, 0.5, 4.0), (3, 0.2, 2.0))
 
 _RETRIED: Final = (1, 0.2, 2.0)
 """The same for an observation of a stale estimate."""
+
+_DIFFERENCE: Final = 0.954  # median absolute difference of two normal values, in their standard deviations
+_LEAST_DIFFERENCES: Final = 3  # fewer say nothing about the scatter
+_MOST_SCATTER: Final = 1.5  # as a standard deviation of a logarithm
+_DOUBTED: Final = 2.0  # standard errors from the prior within which an estimate is not believed
 
 _OLDER: Final = 3
 """Older observations that it takes to see a change; with fewer the fit follows anyway."""
@@ -142,11 +151,46 @@ def _solve(points: Sequence[Point], weights: Sequence[float], prior: Prior) -> L
     return Line(a, b)
 
 
-def kept(points: Sequence[Point], prior: Prior, used: Line, *, retried: bool = False) -> int:
+def differences(times: Iterable[tuple[float, float]]) -> list[float]:
+    """By how much measured over predicted time differs between successive observations, as logarithms.
+
+    A change of speed shows in one difference only.
+    """
+    logs = [math.log(measured_s / predicted_s) for measured_s, predicted_s in times if measured_s > 0.0 < predicted_s]
+    return [abs(new - old) for old, new in pairwise(logs)]
+
+
+def scatter(found: Sequence[float]) -> float:
+    """The standard deviation of the logarithm of equal tasks' times, from `differences`; 0 while there are few of these."""
+    return min(_MOST_SCATTER, median(found) / _DIFFERENCE) if len(found) >= _LEAST_DIFFERENCES else 0.0
+
+
+def shrunk(found: Line, prior: Prior, points: Sequence[Point], scatter: float) -> Line:
+    """The share of an estimate that stands out of the scatter of the times it was made from; the rest is the prior.
+
+    `found` predicts the median of times; the sum of delays depends on their mean, which for log-normal times is
+    exp(scatter^2 / 2) as much. The logarithm of that has a distance m from the prior and a standard error e, which falls with
+    the number of observations; the share 1 - (2 e / m)^2 is kept, so what lies within two standard errors is not believed.
+    """
+    assumed_s, found_s = sum(map(prior.line.at, points)), sum(map(found.at, points))
+    if scatter <= 0.0 or assumed_s <= 0.0 or found_s <= 0.0:
+        return found
+    mean = math.exp(scatter * scatter / 2.0)
+    distance = math.log(mean * found_s / assumed_s)
+    error = scatter / math.sqrt(sum(_AGING**age for age in range(len(points))))
+    share = 1.0 - (_DOUBTED * error / distance) ** 2 if distance else 0.0
+    if share <= 0.0:
+        return prior.line
+    (a0, b0), bounds = prior.line, prior.most
+    a, b = a0 + share * (mean * found.a - a0), b0 + share * (mean * found.b - b0)
+    return Line(min(a, bounds.a), min(b, bounds.b))
+
+
+def kept(points: Sequence[Point], prior: Prior, used: Line, *, retried: bool = False, scatter: float = 0.0) -> int:
     """How many of the last observations still describe the world; all, unless it has changed. `used`: the estimate before.
 
     The newest observation is the last point. `retried`: it was made to see whether the older ones still hold, so it alone may
-    show that they do not.
+    show that they do not. `scatter`: what equal tasks are known to differ by.
     """
     count = len(points)
     newest = points[-1]
@@ -157,7 +201,7 @@ def kept(points: Sequence[Point], prior: Prior, used: Line, *, retried: bool = F
             continue
         older, recent = points[:-last], points[-last:]
         line = fit(older, prior)
-        spread = max(_NOISE, _MAD * median(abs(_error(point, line)) for point in older))
+        spread = max(_NOISE, scatter, _MAD * median(abs(_error(point, line)) for point in older))
         limit = max(least, deviations * spread)
         errors = [_error(point, line) for point in recent]
         if min(errors) > limit or max(errors) < -limit:

@@ -23,7 +23,7 @@ from bus.messages import (
 )
 from bus.unchecked_constructors import maker
 from bus.values import DELAY_PARTS, Kind, Objective, Parts
-from planner.learning.estimates import WINDOW, Line, Point, Prior, deviation, fit, kept, rounded, steady
+from planner.learning.estimates import WINDOW, Line, Point, Prior, deviation, fit, kept, rounded, shrunk, steady
 from planner.learning.table import EstimateTable
 from planner.learning.values import (
     FAMILIES,
@@ -32,6 +32,7 @@ from planner.learning.values import (
     LinkEstimate,
     NodeEstimate,
     PathEstimate,
+    SlowTransfers,
     family_kind,
 )
 from planner.search.cost import Overheads, parts_s
@@ -50,6 +51,7 @@ _FASTER: Final = (
 )
 _LONG_S: Final = 0.05  # a link's part that is predicted to take this long says what the link carries
 _CARRIES_LESS: Final = 0.9  # share of the grants below which a link is said to carry less
+_SLOW: Final = 3  # slow transfers in a row that show a limit
 _RAISED: Final = 1.5  # factor by which a limit is raised to see whether the link carries more again...
 _RAISED_AFTER_S: Final = 10.0  # ...after this time, if the link carried all that it was granted
 _UNKNOWN_AFTER_S: Final = 60.0  # or this, if nothing is known
@@ -143,6 +145,23 @@ def _limit(known: LinkEstimate, carried: Carried | None, capacity_bps: int, now:
     return None if 0 < capacity_bps <= raised else raised
 
 
+def _after_transfer(
+    known: LinkEstimate, slow: SlowTransfers, carried: Carried, now: float
+) -> tuple[int | None, SlowTransfers]:
+    """The limit of grants on a link after a task's transfer, and the slow transfers that it ends with.
+
+    Not every slow transfer shows a limit: all of a task may have been slow. A limit shows in several transfers in a row that
+    all were granted more, and it is at least what each of them carried.
+    """
+    if carried.bps >= _CARRIES_LESS * carried.granted_bps:
+        return _limit(known, carried, 0, now), ()
+    slow = (*slow, (carried.granted_bps, carried.bps))[-_SLOW:]
+    most_bps = max(bps for _, bps in slow)
+    if len(slow) < _SLOW or min(granted_bps for granted_bps, _ in slow) <= most_bps:
+        return known.bps, slow
+    return _two_digits(most_bps), ()
+
+
 def _two_digits(bps: float) -> int:
     return max(1, int(float(f"{bps:.2g}")))
 
@@ -167,7 +186,7 @@ def _observe_node(table: EstimateTable, placed: Placed, work: Work) -> LearnedNo
     prior = NODE_PRIOR._replace(line=table.node_prior(work.node, alone) if old is None else NODE_PRIOR.line)
     seen = (_digits(work.profile_s), placed.samples, _digits(work.busy_s))
     observed = [*(() if old is None else old.observed), seen][-WINDOW:]
-    line, count = _estimate(node_points(observed), prior, old)
+    line, count = _estimate(node_points(observed), prior, old, table.scatter())
     return _node(
         node=work.node,
         model=placed.model,
@@ -212,14 +231,16 @@ def _observe_path(table: EstimateTable, attempt: Attempt, parts: Parts) -> Learn
     )
 
 
-def _estimate(points: list[Point], prior: Prior, old: NodeEstimate | PathEstimate | None) -> tuple[Line, int]:
+def _estimate(
+    points: list[Point], prior: Prior, old: NodeEstimate | PathEstimate | None, scatter: float = 0.0
+) -> tuple[Line, int]:
     """The values to use after the last observation, and how many observations they use."""
     if old is None:
-        count = kept(points, prior, prior.line)
+        count = kept(points, prior, prior.line, scatter=scatter)
     else:
-        count = kept(points, prior, old.line, retried=old.age.tried)
+        count = kept(points, prior, old.line, retried=old.age.tried, scatter=scatter)
     points = points[-count:]
-    found = fit(points, prior)
+    found = shrunk(fit(points, prior), prior, points, scatter)
     if old is None:
         return Line(rounded(found.a), rounded(found.b)), count
     return steady(found, old.line, points), count
@@ -248,15 +269,15 @@ def _carried_parts(table: EstimateTable, attempt: Attempt, now: float) -> tuple[
             continue
         if took_s * _CARRIES_LESS > expected_s:
             parts[name] = took_s
-        known = table.link(link, device, placement.edge)
+        key = link, device, placement.edge
+        known, before = table.link(*key), table.slow.get(key, ())
         if known is None:
             continue
         carried = Carried(int(granted * min(1.0, expected_s / took_s)), granted)
-        bps = _limit(known, carried, 0, now)
-        if bps != known.bps:
-            links.append(
-                _link(link=link, device=device or None, edge=placement.edge, latency_s=known.latency_s, bps=bps)
-            )
+        bps, slow = _after_transfer(known, before, carried, now)
+        if (bps, slow) != (known.bps, before):
+            of = {"link": link, "device": device or None, "edge": placement.edge}
+            links.append(_link(**of, latency_s=known.latency_s, bps=bps, slow=slow))
     return Parts(**busy, **parts), links
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from statistics import median
 from typing import Any, Final
 
@@ -25,7 +25,7 @@ from bus.messages import (
     StaleEstimate,
 )
 from bus.values import Kind
-from planner.learning.estimates import WINDOW, Line, rounded
+from planner.learning.estimates import WINDOW, Line, rounded, scatter
 from planner.learning.staleness import AGING, DueEstimates
 from planner.learning.values import (
     EARLY_STEPS,
@@ -39,6 +39,7 @@ from planner.learning.values import (
     NodeKey,
     PathEstimate,
     PathKey,
+    SlowTransfers,
     SpeedEstimate,
     family_kind,
     towards,
@@ -48,7 +49,8 @@ DEFAULT_LIMIT: Final = 5_000
 """Limit of estimates of each sort (nodes, paths, links)."""
 
 SavedEstimate = Sequence[Any]  # sort, key and value of an estimate, as JSON can hold them
-_SHOWN: Final = 8  # paths of a kind that show what to assume of a new one
+_SHOWN: Final = 8  # last changed estimates that show what to assume of others
+_RECENT: Final = 64  # last changed nodes among which those are looked for that show a scatter
 
 
 class EstimateTable:
@@ -60,6 +62,7 @@ class EstimateTable:
         self.nodes: OrderedDict[NodeKey, NodeEstimate] = OrderedDict()  # least recently changed first
         self.paths: OrderedDict[PathKey, PathEstimate] = OrderedDict()
         self.links: OrderedDict[LinkKey, LinkEstimate] = OrderedDict()
+        self.slow: OrderedDict[LinkKey, SlowTransfers] = OrderedDict()  # only links whose last transfers were slow
         self.speeds: OrderedDict[tuple[str, str], SpeedEstimate] = OrderedDict()  # (node, model)
         self.served: OrderedDict[str, str] = OrderedDict()  # edge -> cloud node that served its last task
         self.deviations: dict[str, float] = {}  # of the predictions for tasks of an edge or device, by its name
@@ -145,6 +148,10 @@ class EstimateTable:
         limited_at = now if old is None or old.bps != learned.bps else old.at_s
         new = LinkEstimate(learned.latency_s, learned.bps, limited_at)
         self._put(self.links, key, new)
+        if learned.slow is not None:
+            self._drop(self.slow, key)
+            if learned.slow:
+                self._put(self.slow, key, learned.slow)
         if old is None:  # the gaps that were observed without a latency contain it
             self._forget_paths(lambda path: _passes(path, key))
         if old is None or (old.latency_s, old.bps) != (new.latency_s, new.bps):
@@ -272,7 +279,7 @@ class EstimateTable:
 
     def _tables(self) -> Iterable[tuple[str, OrderedDict[Any, Any]]]:
         yield from (("node", self.nodes), ("path", self.paths), ("link", self.links))
-        yield from (("speed", self.speeds), ("served", self.served))
+        yield from (("slow", self.slow), ("speed", self.speeds), ("served", self.served))
 
     # --- questions ---------------------------------------------------------------------------------------------------
 
@@ -294,6 +301,12 @@ class EstimateTable:
             if kin := self._kin.get((sort, node)):
                 return self.nodes[next(reversed(kin))].used
         return NODE_PRIOR.line
+
+    def scatter(self) -> float:
+        """By how much times of equal tasks differ: what the nodes and models that changed last show together."""
+        recent = islice(reversed(self.nodes.values()), _RECENT)
+        shown = islice(filter(None, map(NodeEstimate.differences, recent)), _SHOWN)
+        return scatter(list(chain.from_iterable(shown)))
 
     def path(self, device: str, edge: str | None, kind: Kind) -> Line:
         """Overheads of a task and of a sample on a path."""
@@ -403,6 +416,8 @@ class EstimateTable:
                 self._put(table, tuple(key), SpeedEstimate(*value))
             elif name == "link":
                 self._put(table, tuple(key), LinkEstimate(*value))
+            elif name == "slow":
+                self._put(table, tuple(key), _tuples(value))
             else:
                 self._put(table, key, value)
         for path in self.paths:

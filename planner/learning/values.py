@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from bus.values import Kind
-from planner.learning.estimates import Line, Prior, rounded
+from planner.learning.estimates import Line, Prior, differences, rounded
 
 RETRY_TASKS: Final = 20
 """An estimate becomes stale after this many tasks of the region without a new observation of its own."""
@@ -50,6 +50,8 @@ NO_PATH: Final = Prior(
 NodeKey = tuple[str, str, bool]  # node, model, whether a device runs the whole model
 PathKey = tuple[str, str, Kind]  # device, edge or "", one of the four families
 LinkKey = tuple[int, str, str]  # link, device or "", edge
+SlowTransfers = tuple[tuple[int, int], ...]
+"""What a link was granted and carried in its last transfers, oldest first, if it carried less in all of them."""
 
 FAMILIES: Final = (Kind.DEVICE, Kind.DEVICE_EDGE, Kind.DEVICE_CLOUD, Kind.DEVICE_EDGE_CLOUD)
 """The kinds that name the families of placements, by number of the family."""
@@ -95,6 +97,11 @@ class NodeEstimate(NamedTuple):
     def used(self) -> Line:
         """The factor and the overhead that predictions use."""
         return towards(self.line, NODE_PRIOR.line, self.age)
+
+    def differences(self) -> list[float]:
+        """See `estimates.differences`; without the oldest observation, as the first task on a node is often slow."""
+        a, b = self.line
+        return differences((busy_s, a * profile_s + b * samples) for profile_s, samples, busy_s in self.observed[1:])
 
 
 class PathEstimate(NamedTuple):

@@ -396,10 +396,52 @@ def test_a_long_transfer_shows_what_a_link_carries() -> None:
     truth = Truth(carried_bps={(1, "e1"): 20 * MBPS})
     region = Region(truth, *nodes(), policy="edge-only")
     region.heartbeat(LinkMeasurement(link=1, edge="e1", latency_s=0.0))
-    region.run(3, samples=50)
-    assert region.placed[0].placement.link1_bps == 100 * MBPS
+    region.run(4, samples=50)
+    assert {placed.placement.link1_bps for placed in region.placed[:3]} == {100 * MBPS}
     assert region.placed[-1].placement.link1_bps == pytest.approx(20 * MBPS, rel=0.1)
     assert region.errors(1)[0] <= 0.1
+
+
+def transfers(*carried: tuple[int, int]) -> list[int | None]:
+    """The limits of link 1 after transfers that may have and that carry so many Mbps, one after another."""
+    region = Region(Truth(), *nodes(), policy="edge-only")
+    region.heartbeat(LinkMeasurement(link=1, edge="e1", latency_s=0.0))
+    found = []
+    for number, (most, bps) in enumerate(carried):
+        region.truth.carried_bps[1, "e1"] = bps * MBPS
+        placed: Placed = only(region.step(task(f"s{number}", samples=50, max_link1_bps=most * MBPS)), Placed)
+        parts, delay_s = region.true_delay(placed)
+        region.now += 1.0
+        region.step(TaskCompleted(task_id=f"s{number}", attempt=1, node="d1", measured=parts, delay_s=delay_s))
+        link = region.core.estimates.link(1, "d1", "e1")
+        assert link is not None
+        found.append(None if link.bps is None else link.bps // MBPS)
+    return found
+
+
+def test_a_limit_is_the_most_that_three_slow_transfers_in_a_row_carried() -> None:
+    assert transfers((100, 20), (100, 30), (100, 25)) == [None, None, 30]
+
+
+def test_a_transfer_that_carries_its_grant_shows_that_there_is_no_limit() -> None:
+    assert transfers((100, 20), (100, 20), (100, 100), (100, 20), (100, 20), (100, 20)) == [None] * 5 + [20]
+
+
+def test_transfers_that_are_slow_in_proportion_to_their_grants_show_no_limit() -> None:
+    """The largest carried more than the others were granted, so it is no limit that made them slow."""
+    assert transfers((100, 60), (50, 30), (25, 15), (100, 60)) == [None] * 4
+
+
+def test_slow_transfers_survive_a_replay_and_a_restore() -> None:
+    region = Region(Truth(carried_bps={(1, "e1"): 20 * MBPS}), *nodes(), policy="edge-only")
+    region.heartbeat(LinkMeasurement(link=1, edge="e1", latency_s=0.0))
+    region.run(2, samples=50)
+    assert len(region.core.estimates.slow) == 1
+    assert region.replayed().state_hash == region.restored().state_hash == region.core.state_hash
+    assert region.restored().estimates.slow == region.replayed().estimates.slow == region.core.estimates.slow
+    region.run(1, samples=50)
+    assert not region.core.estimates.slow
+    assert region.replayed().state_hash == region.core.state_hash
 
 
 @pytest.mark.parametrize(("link1_s", "limited"), [(0.95, True), (0.85, False)])
@@ -410,7 +452,7 @@ def test_a_link_that_waited_for_a_busier_tier_is_not_called_slow(link1_s: float,
     assert placed.parts.link1_s == pytest.approx(0.4)
     measured = placed.parts.model_copy(update={"link1_s": link1_s, "edge_s": 0.9})
     ended = region.step(TaskCompleted(task_id="t1", attempt=1, node="d1", measured=measured, delay_s=1.1))
-    assert [link.bps is not None for link in learned(ended).links] == [True] * limited
+    assert [bool(link.slow) for link in learned(ended).links] == [True] * limited
 
 
 # --- change, and stale estimates -------------------------------------------------------------------------------------
@@ -542,7 +584,8 @@ def test_a_retry_is_one_task_until_its_result_is_known() -> None:
 
 def a_region_in_the_middle_of_learning(**options: Any) -> Region:
     truth = Truth(factor={"e1": 2.0}, overhead_s={"d1": 0.01}, latency_s={(1, "e1"): 0.01}, noise=0.3)
-    region = Region(truth, *nodes(edge("e1", speed=10.0), edge("e2", speed=8.0)), **options)
+    edges = edge("e1", speed=10.0, slots=2), edge("e2", speed=8.0, slots=2)
+    region = Region(truth, *nodes(*edges), **options)
     region.heartbeat(LinkMeasurement(link=1, edge="e1", latency_s=0.01, bps=5 * MBPS))
     region.run(12)
     region.heartbeat(LinkMeasurement(link=2, edge="e1", latency_s=0.02), node="e1")
@@ -557,6 +600,8 @@ def test_a_replay_and_a_restore_have_the_same_hash_and_decide_the_same() -> None
     region = a_region_in_the_middle_of_learning()
     cores = [region.core, region.replayed(), region.restored()]
     assert len({core.state_hash for core in cores}) == 1
+    assert len({core.estimates.scatter() for core in cores}) == 1
+    assert region.core.estimates.scatter() == pytest.approx(0.3, abs=0.15)
     placed = region.placed[-1]
     events: list[tuple[Any, float]] = [
         (slow_completion(started(region, "running2"), 1), region.now + 1.0),

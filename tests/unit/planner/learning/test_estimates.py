@@ -8,7 +8,20 @@ from collections.abc import Sequence
 
 import pytest
 
-from planner.learning.estimates import WINDOW, Line, Point, Prior, deviation, fit, kept, rounded, steady
+from planner.learning.estimates import (
+    WINDOW,
+    Line,
+    Point,
+    Prior,
+    deviation,
+    differences,
+    fit,
+    kept,
+    rounded,
+    scatter,
+    shrunk,
+    steady,
+)
 from planner.learning.learner import node_points, path_points
 from planner.learning.values import NO_PATH, NODE_PRIOR
 
@@ -142,6 +155,59 @@ def test_an_observation_of_a_stale_estimate_alone_shows_that_the_world_has_chang
     assert kept(again, NODE_PRIOR, used) == 5, "one task that is fast may be an outlier"
     assert kept(again, NODE_PRIOR, used, retried=True) == 1
     assert kept([*slow, slow[0]], NODE_PRIOR, used, retried=True) == 5
+
+
+def test_a_chance_agreement_of_older_observations_does_not_make_noise_a_change() -> None:
+    equal = [Point(1.0, 10, 1.0, 1.0)] * 4
+    points = [*equal, *[Point(1.0, 10, 2.0, 1.0)] * 2]
+    used = fit(equal, NODE_PRIOR)
+    assert kept(points, NODE_PRIOR, used) == 2
+    assert kept(points, NODE_PRIOR, used, scatter=0.5) == 6
+
+
+def noisy(sigma: float, count: int, rng: random.Random, factor: float = 1.0) -> list[Point]:
+    """Tasks of 1 s by the profile whose times are log-normal with the mean `factor`."""
+    return [Point(1.0, 10, factor * rng.lognormvariate(-sigma * sigma / 2, sigma), 1.0) for _ in range(count)]
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_scatter_is_that_of_the_times_also_with_a_change_among_them(sigma: float, seed: int) -> None:
+    rng = random.Random(seed)
+    times = [(point.y, 1.0) for point in noisy(sigma, 50, rng) + noisy(sigma, 50, rng, factor=5.0)]
+    assert scatter(differences(times)) == pytest.approx(sigma, rel=0.35)
+
+
+def test_few_or_equal_times_show_no_scatter() -> None:
+    assert scatter(differences([(1.0, 1.0), (9.0, 1.0), (0.1, 1.0)])) == 0.0
+    assert scatter(differences([(2.0, 1.0)] * 9)) == 0.0
+    assert scatter(differences([(0.0, 1.0), (1.0, 0.0)])) == 0.0
+    assert scatter([100.0] * 9) <= 1.5
+
+
+def test_one_observation_among_scattered_times_is_not_believed_and_without_scatter_it_is() -> None:
+    points = [Point(1.0, 10, 4.0, 4.0)]
+    found = fit(points, NODE_PRIOR)
+    assert shrunk(found, NODE_PRIOR, points, 0.0) == found
+    assert shrunk(found, NODE_PRIOR, points, 1.0) == NODE_PRIOR.line
+    assert shrunk(found, NODE_PRIOR, points, 0.05).at(points[0]) == pytest.approx(4.0, rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_stands_out_of_the_scatter_is_believed(seed: int) -> None:
+    points = noisy(0.3, 8, random.Random(seed), factor=4.0)
+    assert shrunk(fit(points, NODE_PRIOR), NODE_PRIOR, points, 0.3).at(points[0]) == pytest.approx(4.0, rel=0.35)
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_noise_alone_hardly_moves_an_estimate_from_a_prior_that_is_right(count: int) -> None:
+    def error(believed: bool, seed: int) -> float:
+        points = noisy(1.0, count, random.Random(seed))
+        found = fit(points, NODE_PRIOR)
+        return abs(math.log((shrunk(found, NODE_PRIOR, points, 1.0) if believed else found).at(points[0])))
+
+    seeds = range(50)
+    assert sum(error(True, seed) for seed in seeds) < 0.15 * sum(error(False, seed) for seed in seeds)
 
 
 def test_a_slow_drift_is_followed() -> None:

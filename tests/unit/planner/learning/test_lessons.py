@@ -109,6 +109,12 @@ def test_an_estimate_that_is_tried_again_has_a_line() -> None:
     ]
 
 
+def test_slow_transfers_that_show_no_limit_have_no_line() -> None:
+    slow = LearnedLink(link=2, edge="e1", latency_s=0.02, slow=((10, 5),))
+    assert lines(Learned(task_id="t1", links=(slow,))) == []
+    assert lines(Learned(task_id="t1", links=(slow.model_copy(update={"slow": (), "bps": 10**6}),)))
+
+
 @pytest.mark.parametrize(
     ("error", "text"),
     [
