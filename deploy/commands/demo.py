@@ -193,7 +193,8 @@ def _show(console: Console, runs: list[_Played], report: dict[str, Any], links: 
             f"  {played.run.policy:<12} {format_seconds(mean_s):>8}  [{'green' if played is best else 'blue'}]{bar}[/]{note}"
         )
     console.print(f"\nChart of the run: [bold]{report['picture']}[/]", soft_wrap=True)
-    console.print("Next: [cyan]deepar broker[/] and the README, for the same as separate processes on Kafka.")
+    console.print("Next: [cyan]deepar up deploy/serve.toml[/] and the README, to send input of your own;")
+    console.print("      [cyan]deepar broker[/] and the README, for the same as separate processes on Kafka.")
 
 
 def _pair(predicted_s: float, measured_s: float) -> str:

@@ -22,7 +22,16 @@ from deploy import cli
 from tests.documented import PAGES, ROOT, Line, indented_lines_of, inline_lines_of, lines_of
 from tests.integration.test_living_path import documented_services
 
-OURS = ("README.md", "quickstart.md", "concepts.md", "own-model.md", "own-policy.md", "limits.md", "interface.md")
+OURS = (
+    "README.md",
+    "quickstart.md",
+    "concepts.md",
+    "own-model.md",
+    "own-policy.md",
+    "limits.md",
+    "interface.md",
+    "serving.md",
+)
 
 ELSEWHERE = {
     "make demo": "tests/integration/test_demo.py plays it",
@@ -191,6 +200,8 @@ SERVED = {
     "deepar stage device --name d1 --model MODEL.tflite",
     "deepar up deploy/example.toml",
     "deepar ui",
+    "deepar stage device --name d4 --serve 127.0.0.1:8600",
+    "deepar gateway --serve 127.0.0.1:8602",
 }
 WITH_BROKER = {
     "deepar loadgen replay --models alexnet --devices d2,d3 --tasks 2 --within 2s",
@@ -205,8 +216,16 @@ WITH_BROKER = {
 }
 
 
+SERVING = "deepar up deploy/serve.toml"
+AT_THE_ENDPOINT = {line.text for line in OUR_LINES if "curl" in line.text or "digit.npy" in line.text} | {
+    "deepar infer lenet --input photo.png --json"
+}
+"""`test_docs_serving.py` runs all of them."""
+
+
 def test_every_command_of_our_pages_is_run_somewhere() -> None:
-    assert {line.text for line in OUR_LINES} == {*WITHOUT_BROKER} | SERVED | WITH_BROKER | ELSEWHERE.keys()
+    run = {*WITHOUT_BROKER} | SERVED | WITH_BROKER | ELSEWHERE.keys() | {SERVING} | AT_THE_ENDPOINT
+    assert {line.text for line in OUR_LINES} == run
 
 
 def test_the_policy_in_the_page_is_the_file_that_is_run() -> None:
