@@ -21,7 +21,7 @@ from stages.serving.metadata import model_config, model_metadata, repository_ind
 from stages.serving.security import Guard, Listening
 from stages.serving.values import Fault, Inference, InferRequest, ServingError
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger("serving")
 
 PATH: Final = "/inference.GRPCInferenceService/"
 MAX_STREAM_REQUESTS: Final = 32
@@ -195,8 +195,9 @@ def _unsupported(name: str, reason: str) -> Unary:
 
 
 def _unexpected(call: str, error: Exception) -> ServingError:
-    log.error("request failed", call=call, exc_info=error)
-    return ServingError(Fault.INTERNAL, f"the endpoint failed: {type(error).__name__}")
+    # without what the client sent
+    log.error("request failed with an unexpected error", call=call, exc_info=error)
+    return ServingError(Fault.INTERNAL, "internal error; the log of the device has it")
 
 
 async def _refuse(context: Context, error: ServingError) -> None:

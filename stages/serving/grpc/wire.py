@@ -249,5 +249,6 @@ def write_stream_error(error: ServingError, request_id: str, model: str) -> byte
     """A ModelStreamInferResponse that refuses one request of a stream, which goes on."""
     told = {FINAL: True, "deepar_status": error.fault.grpc, "deepar_repeatable": error.fault.repeatable}
     answer = {"id": request_id, "model_name": model, "parameters": _parameters(told)}
-    encoded: bytes = _StreamResponse(error_message=error.for_client, infer_response=answer).SerializeToString()
+    text = f"[{error.fault.grpc}] {error.for_client}"  # some clients show nothing else
+    encoded: bytes = _StreamResponse(error_message=text, infer_response=answer).SerializeToString()
     return encoded

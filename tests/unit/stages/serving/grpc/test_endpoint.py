@@ -114,11 +114,11 @@ async def test_an_unexpected_error_is_internal_and_ends_nothing() -> None:
     async with serving(FakeInference(compute=broken)) as client:
         for _ in range(2):
             code, text, _ = await status_of(client.call("ModelInfer", raw_request(ONES)))
-            assert (code, text) == ("INTERNAL", "the endpoint failed: KeyError")
+            assert (code, text) == ("INTERNAL", "internal error; the log of the device has it")
         stream = client.stream()
         await stream.write(raw_request(ONES, id="1").SerializeToString())
         (refused,) = await answers(stream, 1)
-        assert refused.error_message == "the endpoint failed: KeyError"
+        assert refused.error_message == "[INTERNAL] internal error; the log of the device has it"
         assert (await client.call("ServerLive")).live
 
 
@@ -198,8 +198,8 @@ async def test_a_stream_answers_in_order_with_ids_and_goes_on_after_a_refusal() 
         if n % 5:
             assert list(one.infer_response.raw_output_contents) == [(ONES * 2 * n).tobytes()]
         else:
-            assert one.error_message == "input 'x' is missing"
-    assert malformed.error_message.startswith("malformed message")
+            assert one.error_message == "[INVALID_ARGUMENT] input 'x' is missing"
+    assert malformed.error_message.startswith("[INVALID_ARGUMENT] malformed message")
 
 
 async def test_a_stream_reads_no_more_than_a_window_ahead() -> None:

@@ -232,7 +232,7 @@ def test_an_answer_on_a_stream_wraps_the_answer_and_is_final(size: int) -> None:
 def test_a_refusal_on_a_stream_names_its_request_and_whether_it_may_be_repeated() -> None:
     error = ServingError(Fault.UNAVAILABLE, "the edge was lost")
     read = CLASSES["ModelStreamInferResponse"].FromString(write_stream_error(error, "4", "double"))
-    assert read.error_message == "the edge was lost; the request may be repeated"
+    assert read.error_message == "[UNAVAILABLE] the edge was lost; the request may be repeated"
     told = read.infer_response.parameters
     assert read.infer_response.id == "4"
     assert told["triton_final_response"].bool_param
