@@ -46,6 +46,9 @@ OTHER_REGION_S = 600.0
 
 SWEEP_S = 5.0
 
+IN_TRANSIT = frozenset(("undecodable", "no_plan", "undecided"))
+"""Causes of dead letters that say nothing about the task: one bad record ends an attempt at a session, not the session."""
+
 PREPARED_S = 1.0
 """Time limit for connecting to the results topic before the node announces itself."""
 
@@ -363,8 +366,11 @@ class Hop:
             flow = self.flows.get((task_id, attempt))
             if flow is not None:
                 flow.stop(discard=True)
+            placed = self.node.fences.placed(task_id)
+            session = placed is not None and placed.session is not None
             with contextlib.suppress(ValidationError):  # the key is not a valid task name
-                await self.fail(task_id, attempt, error.cause, str(error))
+                retryable = session and error.cause in IN_TRANSIT
+                await self.fail(task_id, attempt, error.cause, str(error), retryable=retryable)
 
     def _attempt_to_fail(self, sender: Speaker | None, task_id: str, attempt: int) -> int:
         """The attempt to fail for a broken frame; 0 where its sender is unauthorized."""

@@ -461,3 +461,21 @@ def test_a_cloud_stage_of_another_region_serves_after_long_silence_and_after_a_t
             await r.close(session)
 
     run_virtual(run())
+
+
+@pytest.mark.parametrize("topic", [topics.activations_topic("e"), topics.ACTIVATIONS_CLOUD])
+def test_an_unreadable_record_ends_an_attempt_and_not_the_session(topic: str) -> None:
+    async def run() -> None:
+        async with scripted_region() as r:
+            session = await r.open(EVERYWHERE)
+            futures = await pushed(session, range(10), 0.02)
+            await r.device.node.bus.send(topic, b"\xc1 garbage", key="s")
+            futures += await pushed(session, range(10, 20), 0.02)
+            (failed,) = r.events()
+            assert isinstance(failed, TaskFailed)
+            assert (failed.cause, failed.retryable) == ("undecodable", True)
+            await r.move(EVERYWHERE, 2, "undecodable")
+            assert await all_answered(futures, range(20))
+            await r.close(session)
+
+    run_virtual(run())
