@@ -1,7 +1,7 @@
 """Who may use the endpoint: bearer tokens, TLS, and the rule that an open port demands both.
 
 Without tokens only the same machine can connect, but so can a page in its browser: a request must then name this machine in
-its `Host`, and one with an `Origin` must come from a page of this machine.
+its `Host`, and one with an `Origin` must come from a page of this machine; where an open port is forced, from the same host.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ class Guard:
         """The name of the token in the header `Authorization`; empty where no token is needed. Raises `ServingError`."""
         if self._digests:
             return self._token(authorization)
-        if self._names is not None:
-            if _host_name(host) not in self._names:
-                raise ServingError(Fault.FORBIDDEN, "unknown host: use the address that the endpoint listens on")
-            if origin and _host_name(origin.partition("://")[2]) not in self._names:
-                raise ServingError(Fault.FORBIDDEN, "pages of other sites may not use this endpoint without a token")
+        asked = _host_name(host)
+        if self._names is not None and asked not in self._names:
+            raise ServingError(Fault.FORBIDDEN, "unknown host: use the address that the endpoint listens on")
+        if origin and _host_name(origin.partition("://")[2]) not in (self._names or {asked}):
+            raise ServingError(Fault.FORBIDDEN, "pages of other sites may not use this endpoint without a token")
         return ""
 
     def _token(self, authorization: str) -> str:

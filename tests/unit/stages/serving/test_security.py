@@ -79,6 +79,15 @@ def test_without_tokens_pages_of_other_sites_are_refused(host: str, origin: str,
     assert refused.value.fault is Fault.FORBIDDEN
 
 
+def test_pages_of_other_sites_are_refused_also_where_an_open_port_is_forced() -> None:
+    guard = Guard(Listening(host="0.0.0.0", port=1, forced=True))
+    assert guard.check(authorization="", host="robot.example:8600", origin="") == ""
+    assert guard.check(authorization="", host="robot.example:8600", origin="http://robot.example:8600") == ""
+    with pytest.raises(ServingError) as refused:
+        guard.check(authorization="", host="robot.example:8600", origin="https://evil.example")
+    assert refused.value.fault is Fault.FORBIDDEN
+
+
 def test_tokens_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "tokens"
     monkeypatch.setenv("DEEPAR_SERVE_TOKEN", "from-the-environment")
