@@ -248,6 +248,13 @@ class PlacedSession(Frozen):
     edge_load: Annotated[float, Field(ge=0)] = 0.0  # slots of the edge that are booked, a fraction of one
 
 
+class PlacedInLine(Frozen):
+    """The place in line of a task that waits, or that is put before tasks that wait."""
+
+    rank_s: float  # ledger time as of which it waits: that of its admission, corrected by priority and fairness
+    overtakes: Annotated[int, Field(ge=0)] = 0  # scheduled tasks behind which it was not put
+
+
 class Placed(Frozen):
     """The planner places a task: nodes, bandwidth and start time."""
 
@@ -268,6 +275,7 @@ class Placed(Frozen):
     parts: Parts  # predicted parts of the delay
     overhead: PlacedOverhead | None = None  # latency and overheads in delay_s; None: all zero
     session: PlacedSession | None = None  # of a session; None: a task with a known number of samples
+    line: PlacedInLine | None = None  # None: in order of admission
 
 
 class BandwidthGrant(Frozen):
@@ -298,6 +306,7 @@ class Moved(Frozen):
     type: Literal["moved"] = "moved"  # selects the class
     task_ids: tuple[Name, ...]  # in the order of their previous starts
     starts_s: tuple[float, ...]  # new start of each task, ledger time
+    overtaken: Literal[True] | None = None  # by a task with a better rank; such moves do not count
 
     @model_validator(mode="after")
     def _paired(self) -> Self:

@@ -29,6 +29,7 @@ from bus.region_tasks import KnownTask, RegionTasks
 from bus.text.units import format_moment, format_rate, format_seconds
 from bus.values import Placement, Role
 from planner.core.core import PlannerCore
+from planner.core.line import ahead
 from planner.core.options import CoreOptions
 from planner.learning.lessons import AnyLesson, Lessons
 from planner.learning.lessons import lines as lessons_of
@@ -187,6 +188,8 @@ def _candidates(core: PlannerCore, submitted: TaskSubmitted, placed: Placed, now
     request = core.request(submitted)
     if not isinstance(request, Request) or placed.session is not None:
         return ()  # a session is not placed by Algorithm 1
+    if placed.line is not None and placed.line.overtakes and task is not None:
+        request = ahead(task, request, fair=True).request
     request.objective = placed.objective  # the records do not say which objective the core has
     policy = BUILT_IN.get(placed.policy)
     rules = policy if isinstance(policy, Restriction) else Restriction(placed.policy)

@@ -264,6 +264,7 @@ def make_planner(bus: Bus, setup: PlannerSetup) -> PlannerService:
         when_late=setup.when_late,
         max_waiting_per_device=setup.max_waiting_per_device,
         learning=setup.learning,
+        fair=True,
     )
 
     def make_core() -> PlannerCore:

@@ -20,7 +20,7 @@ class ChangeRecorder:
 
     def __init__(self, region: RegionState, max_attempts: int) -> None:
         self.changes: list[Change] = []  # changes of the event that is being handled
-        self.replans: list[tuple[int, str]] = []  # order of admission, and id, of tasks to place again
+        self.replans: list[tuple[float, int, str]] = []  # rank, order of admission, and id, of tasks to place again
         self._region = region
         self._apply = region.apply
         self._max_attempts = max_attempts
@@ -42,10 +42,10 @@ class ChangeRecorder:
 
     def replan_later(self, task: Task) -> None:
         """Place the task again before handling the event ends."""
-        self.replans.append((task.seq, task.task_id))
+        self.replans.append((task.rank(None).admitted_s, task.seq, task.task_id))
 
-    def take_replans(self) -> list[tuple[int, str]]:
-        """The tasks to place again, in order of admission; the list is empty afterwards."""
+    def take_replans(self) -> list[tuple[float, int, str]]:
+        """The tasks to place again, in order of admission less their head starts; the list is empty afterwards."""
         found, self.replans = sorted(self.replans), []
         return found
 

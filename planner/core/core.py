@@ -158,7 +158,7 @@ class PlannerCore:
         self._breakers = CircuitBreakers(state, self._recorder)
         self._membership = Membership(state, self._candidates, self._recorder)
         self._teacher = components.teacher(state, self._candidates, self._recorder)
-        rules = PlacingRules(self.policy, self.execution, options.when_late, components.check_choice)
+        rules = PlacingRules(self.policy, self.execution, options.when_late, options.fair, components.check_choice)
         limits = components.queue_limits(state, options)
         self._placer = Placer(state, self._candidates, self._recorder, self._breakers, limits, rules)
         self._settler = Settler(state, self._recorder, self._placer, components.settling)

@@ -30,4 +30,5 @@ class CoreOptions:
     remember_ended: int = 10_000  # ended tasks kept to recognise duplicate submissions
     when_late: WhenLate = WhenLate.REJECT  # the treatment of tasks that are predicted to miss their deadline
     learning: bool = False  # whether completed tasks and heartbeats correct later predictions
+    fair: bool = False  # whether devices take turns on a contended edge (`planner.core.line`)
     max_estimates: int = DEFAULT_LIMIT  # limit of estimates of each sort; the least recently changed one is dropped

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bus.messages import BandwidthGrant, Placed, PlacedOverhead, Start, TaskState, TaskSubmitted
+from bus.messages import BandwidthGrant, Placed, PlacedInLine, PlacedOverhead, Start, TaskState, TaskSubmitted
 from bus.text.units import format_count, format_rate, format_seconds
 from bus.unchecked_constructors import maker
 from bus.values import Execution, Objective
@@ -13,6 +13,7 @@ from planner.core.candidates import Candidates
 from planner.core.change_recorder import ChangeRecorder
 from planner.core.choices import ask, check_choice
 from planner.core.circuit_breakers import CircuitBreakers
+from planner.core.line import ahead
 from planner.core.options import CoreOptions, WhenLate
 from planner.core.region.records import BETTER_PLACE, NEVER, REVIEW_S, Task
 from planner.core.region.state import RegionState
@@ -23,7 +24,7 @@ from planner.search.families import DEVICE_EDGE
 from planner.search.policies import Policy, Restriction, policy_fault
 
 # Changes are built without validation: their values come from validated messages or are computed here from them.
-_placed, _granted, _start = maker(Placed), maker(BandwidthGrant), maker(Start)
+_placed, _granted, _start, _line = maker(Placed), maker(BandwidthGrant), maker(Start), maker(PlacedInLine)
 
 CheckChoice = Callable[[Policy, Request, EdgeOption | None, Choice, float], None]
 """See `planner.core.choices.check_choice`."""
@@ -56,6 +57,7 @@ class PlacingRules:
     policy: Policy
     execution: Execution  # how the stages execute a task
     when_late: WhenLate
+    fair: bool = False  # see `CoreOptions`
     check: CheckChoice = check_choice
 
 
@@ -130,7 +132,10 @@ class Placer:
         if request is not None:
             try:
                 request, choice, late_s = self._choose(request, task.submitted, now, task.deadline_s, task.avoided)
-                placed = None if choice is None else self._placement(task, request, choice, now)
+                line = None
+                if choice is not None and choice.start_s > now and (self._rules.fair or task.submitted.priority):
+                    request, choice, late_s, line = self._in_line(task, request, choice, late_s, now)
+                placed = None if choice is None else self._placement(task, request, choice, now, line)
             except (Exception, SystemExit) as error:
                 if isinstance(self._policy, Restriction):
                     raise  # a built-in policy failed: a bug in the planner
@@ -194,7 +199,24 @@ class Placer:
         suspects = self._breakers.suspects(now)
         return [avoid for avoid in {suspects.union(failed_at): None, suspects: None} if avoid]
 
-    def _placement(self, task: Task, request: Request, choice: Choice, now: float) -> Placed:
+    def _in_line(
+        self, task: Task, request: Request, choice: Choice, late_s: float, now: float
+    ) -> tuple[Request, Choice, float, PlacedInLine]:
+        """The choice for a task that has to wait, put before scheduled tasks of a worse rank if it then ends earlier."""
+        line = ahead(task, request, fair=self._rules.fair)
+        other = (
+            ask(self._policy, Algorithm(line.request, now, task.deadline_s)) if any(line.overtaken.values()) else None
+        )
+        if other is not None and other.start_s + other.delay_s < choice.start_s + choice.delay_s:
+            device = request.device
+            uses_device = other.cut1 > 0 or (other.edge is not None and device is not None and device.limited)
+            overtakes = line.counts(other.edge, uses_device)
+            return line.request, other, 0.0, _line(rank_s=line.rank_s[other.edge], overtakes=overtakes)
+        return request, choice, late_s, _line(rank_s=line.rank_s[choice.edge])
+
+    def _placement(
+        self, task: Task, request: Request, choice: Choice, now: float, line: PlacedInLine | None = None
+    ) -> Placed:
         """The placement message for a choice. Raises an error for an invalid choice; the state does not change here."""
         submitted, row = task.submitted, request.device_row
         option = request.edge(choice.edge)
@@ -217,6 +239,7 @@ class Placer:
             delay_s=delay_s,
             parts=search.costs.parts(cut1, cut2, link1_bps, link2_bps, submitted.samples, submitted.input_bytes),
             overhead=_overhead(request, option, choice, submitted.device),
+            line=line,
         )
         if not isinstance(self._policy, Restriction):
             placed = Placed.model_validate(placed.model_dump())

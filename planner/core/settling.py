@@ -78,7 +78,7 @@ class Settler:
                 self._replan_sessions()
             if not recorder.replans:
                 return
-            for _, task_id in recorder.take_replans():
+            for *_, task_id in recorder.take_replans():
                 task = region.tasks.get(task_id)
                 if task is not None and task.state is TaskState.WAITING:
                     self._placer.place(task, now)
@@ -138,5 +138,6 @@ class Settler:
                 moves.append((r.task_id, start))
         for first in range(0, len(moves), MOVES_A_CHANGE):
             task_ids, starts_s = zip(*moves[first : first + MOVES_A_CHANGE], strict=True)
-            recorder.do(_moved(task_ids=task_ids, starts_s=starts_s), now)
+            overtaken = True if region.overtaken else None
+            recorder.do(_moved(task_ids=task_ids, starts_s=starts_s, overtaken=overtaken), now)
         region.walked()  # the walk has already covered every task that its own moves affect

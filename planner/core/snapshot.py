@@ -77,6 +77,7 @@ class Image:
             avoided,
             held,
             uncounted,
+            admitted_s,
         ) in self._tasks:
             rest = {
                 "seq": seq,
@@ -84,6 +85,7 @@ class Image:
                 "attempt": attempt,
                 "deadline_s": None if deadline_s == NEVER else deadline_s,
                 "waiting_since_s": waiting_since_s,
+                "admitted_s": admitted_s,
                 "avoided": avoided,
                 "start_s": None if held is None else held[0],
                 "end_s": None
@@ -165,6 +167,7 @@ def _saved_task(entry: dict[str, Any]) -> SavedTask:
         placed=placed,
         avoided=tuple(entry.get("avoided", ())),
         uncounted=entry.get("uncounted", 0),
+        admitted_s=entry.get("admitted_s", entry["waiting_since_s"]),
         held=None if placed is None else (entry["start_s"], NEVER if end_s is None else end_s, entry.get("moves", 0)),
     )
 

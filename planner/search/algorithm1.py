@@ -186,6 +186,18 @@ class Request:
         )
         return other
 
+    @property
+    def uncapped(self) -> Sequence[EdgeOption]:
+        """The edges of E_i that are present, in order of name, without this task's caps."""
+        return self._reached.edges
+
+    def among(self, edges: Sequence[EdgeOption], device: DeviceAccount | None) -> Request:
+        """The same task with other views of its edges (without its caps) and its device."""
+        other = copy(self)
+        other._edges, other.device = None, device
+        other._reached = Reached(self.device_row, self.device_search, edges, alone=self.alone, overheads=self.overheads)
+        return other
+
     def kinds(self) -> Sequence[EdgeKind]:
         """The edges, grouped by platforms and caps."""
         cap1, cap2, reached = self.max_link1_bps, self.max_link2_bps, self._reached

@@ -46,6 +46,14 @@ class Load(NamedTuple):
     edge: int
 
 
+class Rank(NamedTuple):
+    """The place of a scheduled task in the line of waiting tasks."""
+
+    admitted_s: float  # ledger time, less the head start
+    head_start_s: float  # of its priority
+    waits_as_s: float  # as if admitted at this ledger time: smaller goes first
+
+
 class Reservation:
     """The resources that one placement holds in [start_s, end_s): a slot or none, bandwidth on both links, and its device.
 
@@ -62,6 +70,7 @@ class Reservation:
         "link2_bps",
         "load",
         "moves",
+        "rank",
         "running",
         "sender",
         "seq",
@@ -100,6 +109,7 @@ class Reservation:
         self.running = False
         self.moves = 0  # number of moves to a later start
         self.load = load  # of a session
+        self.rank: Rank | None = None  # None: it is never overtaken
 
     @property
     def first_served(self) -> bool:
@@ -267,6 +277,18 @@ class EdgeAccount:
         """The earliest start for a task that is placed now: the start of the last first-served task."""
         return self.first_served[-1][0] if self.first_served else LONG_AGO
 
+    def without(self, gone: Sequence[Reservation]) -> EdgeAccount:
+        """The edge without some scheduled tasks, as a copy to look at."""
+        other = EdgeAccount(self.name, self.slots, self.link1_capacity_bps, self.link2_capacity_bps)
+        other.first_served, other.sessions = self.first_served, self.sessions
+        left_out = {r.task_id for r in gone}
+        other.queue = [item for item in self.queue if item[2].task_id not in left_out]
+        other.reservations = {name: r for name, r in self.reservations.items() if name not in left_out}
+        other.timeline = self.timeline.copy()
+        for r in gone:
+            other.timeline.give(r)
+        return other
+
     def resize(self, slots: int, link1_capacity_bps: int, link2_capacity_bps: int) -> None:
         """Change the capacities, at every instant."""
         self.timeline.change(
@@ -294,6 +316,18 @@ class DeviceAccount:
         self.queue: list[Queued] = []  # scheduled tasks, by (start, sequence)
         self.sessions = SessionSums()
         self.timeline = make_timeline(1, self.link1_capacity_bps, 0)  # its slot is the device's processor
+
+    def without(self, gone: Sequence[Reservation]) -> DeviceAccount:
+        """The device without some scheduled tasks, as a copy to look at."""
+        other = DeviceAccount(self.name, self.link1_capacity_bps if self.limited else 0)
+        other.sessions = self.sessions
+        left_out = {r.task_id for r in gone}
+        other.queue = [item for item in self.queue if item[2].task_id not in left_out]
+        other.reservations = {name: r for name, r in self.reservations.items() if name not in left_out}
+        other.timeline = self.timeline.copy()
+        for r in gone:
+            other.give(r)
+        return other
 
     def take(self, r: Reservation, now: float = LONG_AGO) -> None:
         """Reserve the device's processor, its link, or both."""
@@ -447,8 +481,11 @@ class Ledger:
                 device.timeline.forget_before(now)
         return r
 
-    def move(self, task_id: str, start_s: float) -> None:
-        """Move a scheduled task to another start, with the same resources and the same length."""
+    def move(self, task_id: str, start_s: float, *, counts: bool = True) -> None:
+        """Move a scheduled task to another start, with the same resources and the same length.
+
+        `counts`: whether a move to a later start counts towards `MOVES_BORNE`.
+        """
         r = self.reservations[task_id]
         if r.running:
             raise InvariantError(f"{r} cannot be moved because it is running")
@@ -458,7 +495,7 @@ class Ledger:
         if device is not None:
             device.give(r)
         self._unqueue(r)
-        r.moves += account is not None and start_s > r.start_s
+        r.moves += counts and account is not None and start_s > r.start_s
         r.start_s, r.end_s = start_s, start_s + r.length_s
         self._queue(r)
         if account is not None:

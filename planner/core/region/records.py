@@ -11,7 +11,7 @@ from bus.messages import NodeAnnounced, Placed, TaskState, TaskSubmitted
 from planner.core.region.transitions import Happened
 from planner.search.algorithm1 import Reached
 from planner.search.cost import PlatformRow, RowTable
-from planner.search.ledger import Reservation
+from planner.search.ledger import Rank, Reservation
 
 HISTORY: Final = 12
 """Steps of a task that are kept for the message of an `InvariantError`: at least this many, at most twice as many.
@@ -28,6 +28,8 @@ UNCOUNTED: Final = frozenset({BESIDE_SESSION, BETTER_PLACE})
 """Causes of retries that do not count against the limit of attempts."""
 REVIEW_S: Final = 30.0
 """Time between two looks for a better place for a running session."""
+HEAD_START_S: Final = 60.0
+"""A task of priority p counts as admitted this time divided by p earlier."""
 WORKED_S: Final = 60.0
 """An attempt of a session that has run for so long does not count against the limit of attempts."""
 
@@ -36,6 +38,7 @@ class Task:
     """A task that has not ended."""
 
     __slots__ = (
+        "admitted_s",
         "attempt",
         "avoided",
         "deadline_s",
@@ -54,6 +57,7 @@ class Task:
         self.submitted = submitted
         self.task_id = submitted.task_id
         self.seq = seq  # order of admission
+        self.admitted_s = now  # ledger time
         self.state = TaskState.WAITING
         self.attempt = 1
         self.deadline_s = NEVER if submitted.deadline_s is None else now + submitted.deadline_s  # ledger time
@@ -65,6 +69,14 @@ class Task:
         self.uncounted = 0  # attempts that do not count against the limit: see `counts`
         self.digest = 0  # the task's share of the state hash
         self.history: list[Happened] = []
+
+    def rank(self, placed: Placed | None) -> Rank:
+        """The task's place in line; `placed`: the placement that recorded it."""
+        priority = self.submitted.priority
+        head_start_s = 0.0 if priority is None else HEAD_START_S / priority
+        admitted_s = self.admitted_s - head_start_s
+        line = None if placed is None else placed.line
+        return Rank(admitted_s, head_start_s, admitted_s if line is None else line.rank_s)
 
     def counts(self, cause: str, now: float) -> bool:
         """Whether an attempt that is retried now counts against the limit of attempts.
@@ -90,8 +102,13 @@ class Task:
             f"{self.waiting_since_s!r}|{held}"
             # omitted when empty, so that older records, written without this field, keep their hash
             f"{'|avoids ' + ','.join(self.avoided) if self.avoided else ''}"
+            f"{self._line_text()}"
             f"{f'|uncounted {self.uncounted}' if self.uncounted else ''}"
         )
+
+    def _line_text(self) -> str:
+        line = None if self.placed is None else self.placed.line
+        return "" if line is None else f"|line {line.rank_s!r} {line.overtakes}"
 
     def __repr__(self) -> str:
         return f"<Task {self.task_id} {self.state} attempt {self.attempt}>"

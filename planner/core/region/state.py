@@ -51,7 +51,8 @@ from planner.learning.table import EstimateTable, SavedEstimate
 from planner.search.cost import RowTable
 from planner.search.ledger import FOREVER, LOAD_UNITS, Ledger, Load, Reservation
 
-_SESSIONS_FIRST: Final = 1 << 62
+_SESSIONS_FIRST: Final = 1 << 120  # of tasks with the same start, sessions come first, ...
+_OVERTAKERS_FIRST: Final = 1 << 100  # ... then those that were put before others, by rank
 _QUEUED: Final = (TaskState.WAITING, TaskState.SCHEDULED)
 
 
@@ -68,6 +69,7 @@ class SavedTask(NamedTuple):
     avoided: tuple[str, ...]
     held: tuple[float, float, int] | None  # start, end and moves of its reservation
     uncounted: int  # attempts that do not count
+    admitted_s: float
 
 
 class SavedRegion(NamedTuple):
@@ -109,6 +111,7 @@ class RegionState:
         # other change, so every scheduled task there must be checked.
         self.changed_edges: dict[str, float] = {}
         self.changed_devices: dict[str, float] = {}
+        self.overtaken = False  # since the last `walked`: whether a task was put before scheduled ones
         self.session_ended = False  # since the last `settled`: sessions that wait may fit now
         self._hash = 0  # sum of all hashes; changes of the tasks in _touched are still missing
         self._touched: dict[str, Task] = {}
@@ -148,6 +151,7 @@ class RegionState:
         """Mark every changed edge and device as rescheduled."""
         self.changed_edges.clear()
         self.changed_devices.clear()
+        self.overtaken = False
 
     def advance(self, now: float) -> float:
         """Advance ledger time to `now`; it never decreases. Return ledger time."""
@@ -191,6 +195,9 @@ class RegionState:
         if r.load is not None:
             self._note(r, NEVER)  # a session goes before all scheduled tasks, which the walk moves
             self._tell_load(r)
+        if change.line is not None and change.line.overtakes:
+            self.overtaken = True
+            self._note(r, NEVER)
         if task.avoided or self.circuits:
             for node in self.places(change):
                 if node in task.avoided:
@@ -225,7 +232,7 @@ class RegionState:
         for task_id, start_s in zip(change.task_ids, change.starts_s, strict=True):
             self._step(self._live(task_id, change), Step.MOVED, start_s)
             self._note(self.ledger.reservations[task_id], NEVER)
-            self.ledger.move(task_id, start_s)
+            self.ledger.move(task_id, start_s, counts=not change.overtaken)
 
     def _apply_overran(self, change: Overran, now: float) -> None:
         task = self._live(change.task_id, change)
@@ -434,6 +441,7 @@ class RegionState:
                 task.avoided,
                 None if (r := reservations.get(task.task_id)) is None else (r.start_s, r.end_s, r.moves),
                 task.uncounted,
+                task.admitted_s,
             )
             for task in self.tasks.values()
         ]
@@ -456,6 +464,7 @@ class RegionState:
         task = Task(saved.submitted, saved.seq, saved.waiting_since_s)
         task.state, task.attempt, task.avoided = saved.state, saved.attempt, saved.avoided
         task.deadline_s, task.uncounted = saved.deadline_s, saved.uncounted
+        task.admitted_s = saved.admitted_s
         self.tasks[task.task_id] = self._touched[task.task_id] = task
         self.timers.add_deadline(task)
         if task.state is not TaskState.RUNNING:
@@ -506,7 +515,9 @@ def reservation_of(task: Task, placed: Placed) -> Reservation:
         # A session goes before every other task with the same start.
         seq, length_s, slots, computes = task.seq - _SESSIONS_FIRST, FOREVER, 0, False
         load = Load(round(session.device_load * LOAD_UNITS), round(session.edge_load * LOAD_UNITS))
-    return Reservation(
+    if placed.line is not None and placed.line.overtakes:
+        seq += (round(1000.0 * placed.line.rank_s) << 40) - _OVERTAKERS_FIRST  # still unique: fewer than 2**40 tasks
+    r = Reservation(
         task.task_id,
         seq,
         placement.edge,
@@ -519,6 +530,8 @@ def reservation_of(task: Task, placed: Placed) -> Reservation:
         computes=computes,
         load=load,
     )
+    r.rank = task.rank(placed)
+    return r
 
 
 APPLY: Final[dict[type, Callable[[RegionState, Any, float], None]]] = {

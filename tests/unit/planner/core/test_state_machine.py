@@ -55,12 +55,16 @@ class Region(RuleBasedStateMachine):
         self.joined: dict[str, NodeAnnounced] = {}
         self.incarnations = 0
 
-    @initialize(objective=st.sampled_from(Objective), policy=st.sampled_from(["deepar", "edge-only", "no-delay"]))
-    def open(self, objective: Objective, policy: str) -> None:
+    @initialize(
+        objective=st.sampled_from(Objective),
+        fair=st.booleans(),
+        policy=st.sampled_from(["deepar", "edge-only", "no-delay"]),
+    )
+    def open(self, objective: Objective, fair: bool, policy: str) -> None:
         self.settings: dict[str, Any] = {
             "objective": objective,
             "policy": policy,
-            "options": CoreOptions(max_waiting=6, patience_s=200.0),
+            "options": CoreOptions(max_waiting=6, patience_s=200.0, fair=fair),
         }
         self.core = PlannerCore(0, **self.settings)
         for name in ("e1", "c1", "d1", "d2"):
@@ -87,8 +91,9 @@ class Region(RuleBasedStateMachine):
         input_bytes=st.sampled_from([None, 1_000, 400_000]),
         link1=st.sampled_from([None, 0, 20, 90]),
         link2=st.sampled_from([None, 10, 60]),
+        priority=st.sampled_from([None, None, 1, 5]),
     )
-    def submit(self, node, samples, held, deadline_s, input_bytes, link1, link2) -> None:  # type: ignore[no-untyped-def]
+    def submit(self, node, samples, held, deadline_s, input_bytes, link1, link2, priority) -> None:  # type: ignore[no-untyped-def]
         event = task(
             f"t{len(self.submitted)}",
             node,
@@ -96,6 +101,7 @@ class Region(RuleBasedStateMachine):
             input=HandleInput(handle="h") if held else SeedInput(seed=1),
             deadline_s=deadline_s,
             input_bytes=input_bytes,
+            priority=priority,
             max_link1_bps=None if link1 is None else link1 * MBPS,
             max_link2_bps=None if link2 is None else link2 * MBPS,
         )
