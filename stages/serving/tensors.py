@@ -28,6 +28,8 @@ DATATYPES = {
 DATATYPE_OF = {dtype.name: name for name, dtype in DATATYPES.items()}
 """The datatype of each numpy type by its name, such as `float32`."""
 MAX_RANK = 32
+MAX_EXTENT = 2**31 - 1
+"""Largest dimension of a tensor in a model file."""
 
 
 def array_of(name: str, datatype: str, shape: Sequence[int], data: bytes | memoryview) -> Array:
@@ -55,7 +57,7 @@ def dtype_of(name: str, datatype: str) -> np.dtype[np.generic]:
 
 def elements(name: str, shape: Sequence[int]) -> int:
     """How many elements the input `name` has. Raises `ServingError` (`INVALID`) for a shape that no tensor has."""
-    if len(shape) > MAX_RANK or any(extent < 1 for extent in shape):
-        expected = f"expected at most {MAX_RANK} extents, all positive"
+    if len(shape) > MAX_RANK or not all(1 <= extent <= MAX_EXTENT for extent in shape):
+        expected = f"expected at most {MAX_RANK} extents, all positive and at most {MAX_EXTENT:,}"
         raise ServingError(Fault.INVALID, f"input {name!r}: shape {list(shape)!s:.80}: {expected}")
     return math.prod(shape)

@@ -5,7 +5,6 @@ The names are Triton's where Triton has one. Parameters of other names are ignor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,10 @@ from bus.values import Role
 from stages.serving.values import Fault, Mode, RequestTerms, ServingError
 
 LONGEST_SESSION_NAME = 128
-LARGEST = 2**62  # of a whole number
+LARGEST = 2**62  # of a number without a limit of its own
+LARGEST_PRIORITY = 1_000  # as in `TaskSubmitted`
+LARGEST_BPS = 1 << 50
+LARGEST_HZ = 1e6
 NO_TERMS = RequestTerms()
 
 
@@ -25,16 +27,16 @@ def request_terms(parameters: Mapping[str, Any]) -> RequestTerms:
     session = _session(parameters.get("sequence_id"))
     return RequestTerms(
         timeout_s=timeout_us / 1e6 if timeout_us else None,
-        priority=_whole(parameters, "priority") or None,
-        max_link1_bps=_whole(parameters, "max_link1_bps"),
-        max_link2_bps=_whole(parameters, "max_link2_bps"),
+        priority=_whole(parameters, "priority", LARGEST_PRIORITY) or None,
+        max_link1_bps=_whole(parameters, "max_link1_bps", LARGEST_BPS),
+        max_link2_bps=_whole(parameters, "max_link2_bps", LARGEST_BPS),
         min_agreement=_agreement(parameters),
         mode=_mode(parameters.get("deepar_mode")),
         tiers=_tiers(parameters.get("placement")),
         session=session,
         session_start=session is not None and _flag(parameters, "sequence_start"),
         session_end=session is not None and _flag(parameters, "sequence_end"),
-        rate_hz=_positive(parameters, "rate_hz"),
+        rate_hz=_positive(parameters, "rate_hz", LARGEST_HZ),
         latency_s=_positive(parameters, "latency_s"),
     )
 
@@ -44,7 +46,7 @@ def _wrong(name: str, expected: str, value: object) -> ServingError:
 
 
 def _number(parameters: Mapping[str, Any], name: str, expected: str) -> float | int | None:
-    """A finite number, which may be written as text, since some clients only send text; None if it is absent."""
+    """A number of at most `LARGEST` in size; None if it is absent. It may be text, since some clients only send text."""
     value = parameters.get(name)
     if value is None:
         return None
@@ -54,25 +56,25 @@ def _number(parameters: Mapping[str, Any], name: str, expected: str) -> float | 
             number = int(value) if value.isdecimal() and len(value) < 20 else float(value)
         except ValueError:
             raise _wrong(name, expected, value) from None
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+    if isinstance(number, bool) or not isinstance(number, int | float) or not -LARGEST <= number <= LARGEST:
         raise _wrong(name, expected, value)
     return number
 
 
-def _whole(parameters: Mapping[str, Any], name: str) -> int | None:
-    expected = "a whole number that is not negative"
+def _whole(parameters: Mapping[str, Any], name: str, largest: int = LARGEST) -> int | None:
+    expected = f"a whole number from 0 to {largest:,}"
     number = _number(parameters, name, expected)
     if number is None:
         return None
-    if not 0 <= number <= LARGEST or number != int(number):
+    if not 0 <= number <= largest or number != int(number):
         raise _wrong(name, expected, parameters[name])
     return int(number)
 
 
-def _positive(parameters: Mapping[str, Any], name: str) -> float | None:
-    expected = "a positive number"
+def _positive(parameters: Mapping[str, Any], name: str, largest: float = LARGEST) -> float | None:
+    expected = f"a positive number, at most {largest:,.0f}"
     number = _number(parameters, name, expected)
-    if number is not None and not 0 < number <= LARGEST:
+    if number is not None and not 0 < number <= largest:
         raise _wrong(name, expected, parameters[name])
     return None if number is None else float(number)
 

@@ -10,7 +10,6 @@ from typing import Any, Final
 from urllib.parse import unquote
 
 import grpc
-import structlog
 from google.protobuf.json_format import ParseDict
 
 from stages.serving.checking import MAX_SAMPLES
@@ -19,9 +18,8 @@ from stages.serving.grpc.wire import parse, read_request, write_response, write_
 from stages.serving.limits import Admission
 from stages.serving.metadata import model_config, model_metadata, repository_index, server_metadata
 from stages.serving.security import Guard, Listening
+from stages.serving.unexpected import internal_error
 from stages.serving.values import Fault, Inference, InferRequest, ServingError
-
-log = structlog.get_logger("serving")
 
 PATH: Final = "/inference.GRPCInferenceService/"
 MAX_STREAM_REQUESTS: Final = 32
@@ -84,7 +82,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no ty
             except ServingError as error:
                 refused = error
             except Exception as error:
-                refused = _unexpected(name, error)
+                refused = internal_error(name, error)
             await _refuse(context, refused)
             raise AssertionError("abort raises")
 
@@ -163,7 +161,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no ty
         except ServingError as error:
             refused = error
         except Exception as error:
-            refused = _unexpected("ModelStreamInfer", error)
+            refused = internal_error("ModelStreamInfer", error)
         request_id, model = ("", "") if request is None else (request.id, request.model)
         return write_stream_error(refused, request_id, model)
 
@@ -194,15 +192,9 @@ def _unsupported(name: str, reason: str) -> Unary:
     return refuse
 
 
-def _unexpected(call: str, error: Exception) -> ServingError:
-    # without what the client sent
-    log.error("request failed with an unexpected error", call=call, exc_info=error)
-    return ServingError(Fault.INTERNAL, "internal error; the log of the device has it")
-
-
 async def _refuse(context: Context, error: ServingError) -> None:
     """End the call with the error's status. The trailers say whether the request may be sent again, and how soon."""
-    trailers = [("deepar-repeatable", "true" if error.fault.repeatable else "false")]
+    trailers = [("deepar-repeatable", "true" if error.repeatable else "false")]
     if error.retry_after_s is not None:
         trailers.append(
             ("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000)))

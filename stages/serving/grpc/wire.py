@@ -247,7 +247,7 @@ def write_streamed(response: InferResponse) -> bytes:
 
 def write_stream_error(error: ServingError, request_id: str, model: str) -> bytes:
     """A ModelStreamInferResponse that refuses one request of a stream, which goes on."""
-    told = {FINAL: True, "deepar_status": error.fault.grpc, "deepar_repeatable": error.fault.repeatable}
+    told = {FINAL: True, "deepar_status": error.fault.grpc, "deepar_repeatable": error.repeatable}
     answer = {"id": request_id, "model_name": model, "parameters": _parameters(told)}
     text = f"[{error.fault.grpc}] {error.for_client}"  # some clients show nothing else
     encoded: bytes = _StreamResponse(error_message=text, infer_response=answer).SerializeToString()

@@ -48,8 +48,8 @@ def decode_request(
     parameters = _parameters(value, "the request")
     outputs, form = _wanted(value, parameters)
     request_id = value.get("id", "")
-    if not isinstance(request_id, str):
-        raise _wrong("id must be a string")
+    if not isinstance(request_id, str) or not _is_text(request_id):
+        raise _wrong("id must be a string of Unicode characters")
     request = InferRequest(
         model=model,
         version=version,
@@ -105,6 +105,15 @@ def parsed(text: bytes | memoryview) -> Json:
     if not isinstance(value, dict):
         raise _wrong("the JSON must be an object")
     return value
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can carry a string: not if it has half of a surrogate pair, which `_lenient` reads."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _lenient(text: bytes, where: int) -> Any:
@@ -219,9 +228,11 @@ def _flat(name: str, data: Any) -> list[Any]:
         raise _wrong(f"input {name!r:.100}: it needs data, which must be a list, or binary_data_size")
     try:
         while data and isinstance(data[0], list):
+            if len({len(row) for row in data}) > 1:
+                raise TypeError
             data = list(chain.from_iterable(data))
     except TypeError:
-        raise _wrong(f"input {name!r:.100}: data is not a regular list") from None
+        raise _wrong(f"input {name!r:.100}: data must be a flat list, or nested lists of equal lengths") from None
     return list(data)
 
 

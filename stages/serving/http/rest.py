@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-import traceback
 from typing import Any, Final
 from urllib.parse import unquote
 
-import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
@@ -22,6 +20,7 @@ from stages.serving.http.stream import serve_stream
 from stages.serving.limits import Admission, Claim, too_large
 from stages.serving.metadata import model_config, model_metadata, repository_index, server_metadata
 from stages.serving.security import Guard
+from stages.serving.unexpected import internal_error
 from stages.serving.values import Fault, ServingError, StreamingInference
 
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
@@ -30,8 +29,6 @@ OFF_LOOP_BYTES: Final = 64 << 10
 
 NOT_OFFERED: Final = frozenset({"systemsharedmemory", "cudasharedmemory", "trace", "logging"})
 """Paths of Triton's that this endpoint lacks."""
-
-log = structlog.get_logger("serving")
 
 
 class RestServer:
@@ -50,11 +47,7 @@ class RestServer:
         except ServingError as error:
             return _refusal(error, request)
         except Exception as error:
-            # the error's text and the values in its frames may hold what the client sent
-            frames = traceback.extract_tb(error.__traceback__)[-5:]
-            where = [f"{frame.filename}:{frame.lineno}" for frame in frames]
-            log.error("request failed with an unexpected error", error=type(error).__name__, where=where)
-            return _refusal(ServingError(Fault.INTERNAL, "internal error; the log of the device has it"), request)
+            return _refusal(internal_error("HTTP", error), request)
 
     async def _routed(self, request: web.BaseRequest) -> web.StreamResponse:
         path = [unquote(part) for part in request.raw_path.partition("?")[0].rstrip("/").split("/")[1:]]

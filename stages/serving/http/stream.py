@@ -15,9 +15,10 @@ from typing import Final
 from aiohttp import WSMsgType, web
 
 from stages.devices.session import Keep
-from stages.serving.http.body import OutputForm, decode_request, encode_response, json_bytes_of
+from stages.serving.http.body import OutputForm, decode_request, encode_response, json_bytes_of, parsed
 from stages.serving.limits import Admission
 from stages.serving.terms import request_terms
+from stages.serving.unexpected import internal_error
 from stages.serving.values import (
     Fault,
     InferenceStream,
@@ -31,6 +32,9 @@ LENGTH_BYTES: Final = 4
 END: Final = "end"
 HEARTBEAT_S: Final = 20.0
 """A connection is pinged at this interval, and closed if the answer takes longer than half of it."""
+
+LONGEST_HEAD_BYTES: Final = 64 << 10
+"""The JSON of a refused frame is searched for its `id` up to this length; it is longer only where it holds tensors."""
 
 UNDER_WAY: Final = 256
 """Frames of one stream that may be under way; more are not read until one is answered."""
@@ -100,22 +104,21 @@ class _Frames:
 
     async def _answer(self, data: bytes) -> None:
         try:
-            with self._admission.admitted(self._client, len(data)):
-                answer = await self._computed(data)
+            try:
+                with self._admission.admitted(self._client, len(data)):
+                    answer = await self._computed(data)
+            except ServingError as error:
+                answer = refused(error, frame_id(data))
+            except Exception as error:
+                answer = refused(internal_error("stream", error), frame_id(data))
             with contextlib.suppress(ConnectionError):
                 await self._socket.send_bytes(answer)
-        except ServingError as error:
-            with contextlib.suppress(ConnectionError):
-                await self._socket.send_bytes(refused(error, ""))
         finally:
             self._room.release()
 
     async def _computed(self, data: bytes) -> bytes:
         request, form = self._read(data)
-        try:
-            answer = encode_response(await self._stream.infer(request), form)
-        except ServingError as error:
-            return refused(error, request.id)
+        answer = encode_response(await self._stream.infer(request), form)
         return b"".join((len(answer.parts[0]).to_bytes(LENGTH_BYTES, "big"), *answer.parts))
 
     def _read(self, data: bytes) -> tuple[InferRequest, OutputForm]:
@@ -128,7 +131,19 @@ class _Frames:
         )
 
 
+def frame_id(data: bytes) -> str:
+    """The `id` of a refused frame, so that its client knows which one it is; empty where it cannot be read."""
+    length = int.from_bytes(data[:LENGTH_BYTES], "big")
+    if length > LONGEST_HEAD_BYTES:
+        return ""
+    try:
+        found = parsed(data[LENGTH_BYTES : LENGTH_BYTES + length]).get("id")
+        return found if isinstance(found, str) and found.encode() else ""
+    except (ServingError, UnicodeEncodeError):
+        return ""
+
+
 def refused(error: ServingError, frame_id: str) -> bytes:
-    """The answer of a frame that gets none."""
+    """The error that is sent in place of a frame's answer."""
     text = json_bytes_of({"id": frame_id, "error": error.for_client, "repeatable": error.repeatable})
     return len(text).to_bytes(LENGTH_BYTES, "big") + text

@@ -28,7 +28,9 @@ def test_every_real_type_of_a_frame_has_a_datatype() -> None:
     ("datatype", "shape", "size_bytes", "reason"),
     [
         ("FP32", [2, 3], 23, r"FP32 of shape \[2, 3\] has 24 bytes, but 23"),
-        ("FP32", [2**62, 2**62], 4, "but 4 were sent"),
+        ("FP32", [2**31 - 1] * 32, 4, "but 4 were sent"),
+        ("FP32", [2**31], 4, "at most 2,147,483,647"),
+        ("FP32", [10**4000] * 2, 4, "at most 2,147,483,647"),
         ("FP32", [-1, 3], 24, "all positive"),
         ("FP32", [0, 2**62], 0, "all positive"),
         ("FP32", [1] * 33, 4, "at most 32 extents"),

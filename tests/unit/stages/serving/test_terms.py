@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from bus.messages import SessionTerms
 from bus.values import Role
+from stages.serving.submission import Submissions
 from stages.serving.terms import request_terms
 from stages.serving.values import Fault, Mode, RequestTerms, ServingError
 
@@ -72,6 +74,12 @@ def test_other_spellings(parameters: dict[str, Any], expected: RequestTerms) -> 
         ("timeout", True),
         ("timeout", 10**30),
         ("timeout", "9" * 5000),
+        ("timeout", 10**400),
+        ("rate_hz", 10**400),
+        ("rate_hz", 1_000_001),
+        ("min_agreement", -(10**400)),
+        ("priority", 1_001),
+        ("max_link1_bps", (1 << 50) + 1),
         ("priority", []),
         ("max_link1_bps", float("nan")),
         ("max_link2_bps", float("inf")),
@@ -95,6 +103,17 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: object) -> None:
         request_terms({name: value})
     assert refused.value.fault is Fault.INVALID
     assert len(str(refused.value)) < 300
+
+
+def test_the_largest_values_fit_into_a_task_and_a_session() -> None:
+    largest = {"priority": 1_000, "max_link1_bps": 1 << 50, "max_link2_bps": 1 << 50, "timeout": 2**62}
+    terms = request_terms(largest | {"rate_hz": 1e6, "latency_s": 2**62})
+    submissions = Submissions("d")
+    plan = submissions.plan_terms("m", terms)
+    assert submissions.task(plan, 1, terms.timeout_s).priority == 1_000
+    assert terms.rate_hz is not None
+    session = SessionTerms(rate_hz=terms.rate_hz, latency_s=terms.latency_s)
+    assert submissions.session(plan, session).session == session
 
 
 @pytest.mark.parametrize("flag", ["sequence_start", "sequence_end"])

@@ -28,6 +28,7 @@ from tests.unit.stages.serving.fake_inference import FakeInference, tensor
 from tests.unit.stages.serving.grpc.calls import LIMITS, Client, infer_request, parameters, raw_request, serving
 
 ONES = np.ones((1, 4), np.float32)
+INTERNAL = "internal error; the log of the device has it"
 
 
 async def status_of(call: Any) -> tuple[str, str, dict[str, str]]:
@@ -114,11 +115,11 @@ async def test_an_unexpected_error_is_internal_and_ends_nothing() -> None:
     async with serving(FakeInference(compute=broken)) as client:
         for _ in range(2):
             code, text, _ = await status_of(client.call("ModelInfer", raw_request(ONES)))
-            assert (code, text) == ("INTERNAL", "internal error; the log of the device has it")
+            assert (code, text) == ("INTERNAL", INTERNAL)
         stream = client.stream()
         await stream.write(raw_request(ONES, id="1").SerializeToString())
         (refused,) = await answers(stream, 1)
-        assert refused.error_message == "[INTERNAL] internal error; the log of the device has it"
+        assert refused.error_message == f"[INTERNAL] {INTERNAL}"
         assert (await client.call("ServerLive")).live
 
 

@@ -10,9 +10,10 @@ import aiohttp
 import numpy as np
 import pytest
 
+from bus.tensors import Array
 from stages.devices.session import Keep
 from stages.serving.limits import ServingLimits
-from stages.serving.values import Fault, ServingError
+from stages.serving.values import Fault, InferRequest, ServingError
 from tests.unit.stages.serving.fake_inference import FakeInference
 from tests.unit.stages.serving.http.client import rest_server
 
@@ -57,15 +58,47 @@ async def test_a_refused_frame_has_an_error_and_the_stream_goes_on() -> None:
         aiohttp.ClientSession() as http,
         http.ws_connect(f"http://127.0.0.1:{client.port}/v2/models/double/stream") as socket,
     ):
-        for wrong in (frame(1, name="z"), b"", b"\0\0\0\xff{}", frame(3, datatype="BYTES")):
+        wrong_frames = {
+            frame(1, name="z"): "1",
+            frame(2) + b"more": "2",
+            frame(3, datatype="BYTES"): "3",
+            frame(4, shape=[1, 5]): "4",
+            b"": "",
+            b"\0\0\0\xff{}": "",
+            b'\0\0\0\x17{"id":"\\ud800","x":NaN}': "",
+        }
+        for wrong, frame_id in wrong_frames.items():
             await socket.send_bytes(wrong)
             value, _ = answer(await socket.receive())
+            assert value["id"] == frame_id
             assert value["error"]
             assert value["repeatable"] is False
         await socket.send_bytes(frame(5))
         value, array = answer(await socket.receive())
     assert value["id"] == "5"
     assert array.tolist() == [10.0] * 4
+
+
+async def test_a_frame_over_the_limit_and_one_that_meets_an_unexpected_error_are_refused_by_their_id() -> None:
+    def compute(request: InferRequest) -> list[Array]:
+        raise RuntimeError("a bug")
+
+    limits = ServingLimits(client_requests=2)
+    fake = FakeInference(compute=compute)
+    fake.gate = asyncio.Event()
+    async with (
+        rest_server(fake, limits=limits) as client,
+        aiohttp.ClientSession() as http,
+        http.ws_connect(f"http://127.0.0.1:{client.port}/v2/models/double/stream") as socket,
+    ):
+        for number in (7, 8):  # the stream itself is one request
+            await socket.send_bytes(frame(number))
+        value, _ = answer(await socket.receive())
+        assert (value["id"], value["repeatable"]) == ("8", True)
+        fake.gate.set()
+        value, _ = answer(await socket.receive())
+        assert (value["id"], value["repeatable"]) == ("7", False)
+        assert "a bug" not in value["error"]
 
 
 @pytest.mark.parametrize(
