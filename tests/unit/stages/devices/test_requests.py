@@ -10,6 +10,7 @@ import pytest
 
 from bus import messages, topics
 from bus.messages import (
+    Decision,
     Ended,
     HandleInput,
     SeedInput,
@@ -170,5 +171,32 @@ def test_a_task_that_does_not_fit_its_samples_is_refused_at_once(task: TaskSubmi
                 r.device.submit(task, samples)
             await asyncio.sleep(0.1)
             assert written(r) == []
+
+    run_virtual(run())
+
+
+@pytest.mark.parametrize("admission_read", [True, False])
+def test_a_device_that_missed_the_end_of_its_request_says_so(admission_read: bool) -> None:
+    """It has read a snapshot instead of the decisions."""
+
+    async def run() -> None:
+        async with region() as r:
+            request = r.device.submit(ASKED, SAMPLES)
+            pending = r.device.submit(ASKED.model_copy(update={"task_id": "u"}), SAMPLES)
+            admitted = changes(ALONE, task=ASKED)[:1]
+            if admission_read:
+                await r.decide(*admitted)
+                await asyncio.sleep(0.1)
+            missed = (*(() if admission_read else admitted), ended(TaskState.FAILED, "stalled"))
+            r.node.fences.apply(
+                Decision(region=0, epoch=1, nonce="n", seq=9, now_s=0.0, inputs={}, changes=missed, ledger_hash="h")
+            )
+            r.device.on_lost()
+            with pytest.raises(TaskEndedError) as raised:
+                await request.result()
+            assert raised.value.repeatable
+            assert not r.device.tasks
+            assert list(r.device.clients) == ["u"]  # its admission may still come
+            pending.cancel()
 
     run_virtual(run())
