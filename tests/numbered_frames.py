@@ -18,6 +18,13 @@ def frame(number: int, size: int = 64) -> list[Array]:
     return [array]
 
 
+def broken_frame() -> list[Array]:
+    """The input of a frame that the model cannot compute."""
+    (array,) = frame(0)
+    array[9] = 1
+    return [array]
+
+
 def answers(number: int, outputs: list[Array], layers: int = 3) -> bool:
     """Whether these are the outputs of that frame, computed by every layer once."""
     (output,) = outputs
@@ -40,6 +47,8 @@ class _Numbering:
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
         await self._inner.run(sample, inputs, ready_s)
+        if inputs[0][9]:
+            raise RuntimeError("the model cannot compute this frame")
         output = np.zeros(self._size, np.uint8)
         output[:8] = inputs[0][:8]
         output[8] = inputs[0][8] + self._layers

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -32,7 +33,7 @@ class Keep(StrEnum):
     LATEST = "latest"  # only the newest waits; the one that it replaces is dropped
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class PushedFrame:
     """A frame without an answer."""
 
@@ -107,6 +108,7 @@ class DeviceSession:
             self._drop(frame, f"{MAX_WAITING} frames wait already")
             return answer
         self._waiting.append(frame)
+        answer.add_done_callback(lambda answer: self._forget(frame))
         self._changed.set()
         return answer
 
@@ -128,6 +130,12 @@ class DeviceSession:
         if not self._over.is_set():
             self.fail("cancelled", "the application cancelled the session", repeatable=True)
             self._on_cancel()
+
+    def _forget(self, frame: PushedFrame) -> None:
+        """Free a frame that the application cancelled while it waited."""
+        if frame.answer.cancelled():
+            with suppress(ValueError):  # an attempt has taken it
+                self._waiting.remove(frame)
 
     def _drop(self, frame: PushedFrame, why: str) -> None:
         self.dropped += 1
@@ -225,8 +233,9 @@ class DeviceSession:
         return frame
 
     def refuse(self, number: int, error: UnansweredError) -> None:
-        """Fail one frame."""
+        """Fail the frame that was taken last and not sent. The next one gets its number."""
         if (frame := self._under_way.pop(number, None)) is not None:
+            self._taken = number
             _give_up(frame.answer, error)
 
 

@@ -16,7 +16,7 @@ from bus.tensors import Array
 from stages.devices.attempt import profile_for, reporting_failures, require_result
 from stages.devices.edge_path import DeviceWork, EdgePath
 from stages.devices.endings import SampleFailedError
-from stages.devices.session import DeviceSession, Keep
+from stages.devices.session import DeviceSession, Keep, PushedFrame
 from stages.devices.stage_reports import StageReports
 from stages.measuring.clock import exact_clock
 from stages.network.frame_sender import FrameSender, Outgoing
@@ -82,15 +82,8 @@ class SessionAttempt:
         self._session.serve(self._compute_now)
         while (taken := await self._session.take()) is not None:
             number, frame = taken
-            assert frame.taken_s is not None
-            try:
-                outputs, _ = await self._compute(number, frame.tensors, frame.taken_s)
-            except InvariantError:
-                raise
-            except Exception as error:  # the model cannot compute this frame; others it may
-                self._session.refuse(number, SampleFailedError(cause_of(error), detail_of(error), repeatable=False))
-            else:
-                self._answer(number, outputs)
+            if (computed := await self._compute_or_refuse(number, frame)) is not None:
+                self._answer(number, computed[0])
 
     def _compute_now(self, tensors: list[Array]) -> list[Array] | None:
         assert self._station is not None
@@ -108,6 +101,17 @@ class SessionAttempt:
             self._delay_s += now - begin_s
             self._answered += 1
         return outputs
+
+    async def _compute_or_refuse(self, number: int, frame: PushedFrame) -> tuple[list[Array], float] | None:
+        """What `_compute` returns; None for a frame that the model cannot compute, though it may compute others."""
+        assert frame.taken_s is not None
+        try:
+            return await self._compute(number, frame.tensors, frame.taken_s)
+        except InvariantError:
+            raise
+        except Exception as error:
+            self._session.refuse(number, SampleFailedError(cause_of(error), detail_of(error), repeatable=False))
+            return None
 
     async def _compute(self, number: int, tensors: list[Array], ready_s: float) -> tuple[list[Array], float]:
         """The outputs of this device's layers, and when they were ready."""
@@ -144,8 +148,10 @@ class SessionAttempt:
             number, frame = taken
             assert frame.taken_s is not None
             self._path.progress(frame.taken_s)
-            tensors, ready_s = await self._compute(number, frame.tensors, frame.taken_s)
-            sender.put(Outgoing(number, tensors, ready_s))
+            if (computed := await self._compute_or_refuse(number, frame)) is None:
+                self._window.give()
+            else:
+                sender.put(Outgoing(number, *computed))
         while self.under_way:
             self._changed.clear()
             await self._changed.wait()

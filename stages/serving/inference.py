@@ -32,7 +32,7 @@ from stages.serving.values import (
     RequestTerms,
     ServingError,
 )
-from stages.serving.warm import IDLE_S, LOOK_S, WarmSessions
+from stages.serving.warm import IDLE_S, LOOK_S, MAX_WARM, WarmSessions
 
 MAX_SESSION_SAMPLES = 16
 """Larger requests are tasks of their own: their number of samples is then known to the planner."""
@@ -251,7 +251,9 @@ class DeviceInference:
             if session is None:
                 if must:
                     raise ServingError(
-                        Fault.UNAVAILABLE, "the planner has just refused a session", retry_after_s=RETRY_AFTER_S
+                        Fault.UNAVAILABLE,
+                        f"no session can be opened now: the planner refused one, or {MAX_WARM} are open",
+                        retry_after_s=RETRY_AFTER_S,
                     )
                 return None
             try:
@@ -260,7 +262,9 @@ class DeviceInference:
                 self._warm.ended(plan, session)
                 if error.cause == "closed" and not self._draining:
                     continue  # closed between two requests
-                if session.placed is None and not must and not self._draining:
+                # As tasks of their own, only the request that the model cannot compute fails.
+                alone = session.placed is None or not error.repeatable
+                if alone and not must and not self._draining:
                     return None
                 raise
 
@@ -286,10 +290,12 @@ class DeviceInference:
                 Fault.INVALID, f"there is no session {terms.session!r}: its first request needs sequence_start"
             )
         named.used_s = asyncio.get_running_loop().time()
+        session = named.session
         try:
-            return await self._pushed(named.session, split, limit_s)
+            return await self._pushed(session, split, limit_s)
         except SessionEndedError:
-            if self._named.get(key) is named and not self._draining:
+            # not where another request of this session has done so
+            if self._named.get(key) is named and named.session is session and not self._draining:
                 named.session = self._open(named.plan, named.terms)  # for the requests that follow
             raise
         finally:
@@ -375,9 +381,10 @@ class DeviceInference:
             await asyncio.sleep(LOOK_S)
             self._warm.look()
             for key, named in list(self._named.items()):
-                if clock() - named.used_s >= IDLE_S and not named.session.under_way:
+                session = named.session
+                if clock() - named.used_s >= IDLE_S and not session.waiting and not session.under_way:
                     del self._named[key]
-                    self._spawn(_ended(named.session), "close idle session")
+                    self._spawn(_ended(session), "close idle session")
 
 
 class Stream:

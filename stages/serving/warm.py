@@ -27,6 +27,9 @@ IDLE_S = 30.0
 REFUSED_S = 10.0
 """After a session was refused, requests are tasks of their own for this long."""
 
+MAX_WARM = 64
+"""Sessions that are warm at once. Requests with yet other terms are tasks of their own."""
+
 LOOK_S = 1.0
 """Interval at which rates are compared."""
 
@@ -75,11 +78,13 @@ class WarmSessions:
         return len(self._warm)
 
     def session(self, plan: PlanTerms, samples: int) -> DeviceSession | None:
-        """The session for a request; None if the planner refused one a short time ago."""
+        """The session for a request; None if the planner refused one a short time ago, or `MAX_WARM` have other terms."""
         warm = self._warm.get(plan)
         now_s = self._clock()
         if warm is None:
             if self._refused_until_s.get(plan, now_s) > now_s:
+                return None
+            if len(self._warm) >= MAX_WARM:
                 return None
             self._refused_until_s.pop(plan, None)
             session = self._open(plan, SessionTerms(rate_hz=LOWEST_HZ))

@@ -23,12 +23,12 @@ from bus.values import Placement
 from loadgen.sim.virtual_loop import run_virtual
 from stages.components import StageComponents
 from stages.devices.device import STALL_S
-from stages.devices.endings import FrameDroppedError, SessionEndedError
+from stages.devices.endings import FrameDroppedError, SampleFailedError, SessionEndedError
 from stages.devices.session import MAX_WAITING, Keep
 from stages.hop import OTHER_REGION_S
 from stages.network.frame_sender import PLAN_EVERY_S
 from stages.window import Window
-from tests.numbered_frames import NumberingRunner, answers, frame
+from tests.numbered_frames import NumberingRunner, answers, broken_frame, frame
 from tests.unit.stages.scripted_region import (
     ALONE,
     AT_EDGE,
@@ -286,6 +286,53 @@ def test_a_cancelled_session_cancels_its_task_and_a_cancelled_frame_is_not_compu
             assert r.device.idle()
             assert r.events() == []
             assert cancellations(r) == ["s"]
+
+    run_virtual(run())
+
+
+@PLACEMENTS
+def test_a_frame_that_the_device_cannot_compute_fails_alone(placement: Placement) -> None:
+    async def run() -> None:
+        async with scripted_region() as r:
+            session = await r.open(placement)
+            found: list[tuple[int, asyncio.Future[list[Array]]]] = []
+            broken = []
+            for number in range(30):
+                found.append((number, session.push(frame(number))))
+                broken.append(session.push(broken_frame()))
+            for number, future in found:
+                assert answers(number, await future)
+            for one in broken:
+                assert isinstance(await failure(one), SampleFailedError)
+            await asyncio.sleep(1.0)
+            if placement.edge is not None:
+                (flow,) = r.hop("e").flows.values()
+                assert (flow.finished.ranges, len(flow.finished)) == (1, 30)
+            await r.close(session)
+            assert [type(event) for event in r.events()] == [TaskCompleted]
+
+    run_virtual(run())
+
+
+async def failure(answer: asyncio.Future[list[Array]]) -> BaseException | None:
+    await asyncio.wait([answer])
+    return answer.exception()
+
+
+def test_frames_that_were_cancelled_before_the_placement_are_freed() -> None:
+    async def run() -> None:
+        async with scripted_region() as r:
+            session = r.device.open_session(SESSION)
+            for _ in range(3):
+                futures = [session.push(frame(number)) for number in range(MAX_WAITING)]
+                assert session.waiting == MAX_WAITING
+                for future in futures:
+                    future.cancel()
+                await asyncio.sleep(0)
+                assert session.waiting == 0
+            last = session.push(frame(5))
+            await r.decide(Admitted(task=SESSION), *placed_and_started(ALONE))
+            assert answers(5, await last)
 
     run_virtual(run())
 

@@ -21,8 +21,8 @@ from stages.serving.catalogue import ServedModel
 from stages.serving.inference import MAX_NAMED, MAX_SESSION_SAMPLES, DeviceInference, InferenceOptions
 from stages.serving.submission import refusal
 from stages.serving.values import Fault, InferRequest, InferResponse, Mode, ModelInfo, RequestTerms, ServingError
-from stages.serving.warm import IDLE_S, LOWEST_HZ, REFUSED_S, fitting_rate
-from tests.unit.stages.serving.fake_device import FakeDevice, rejected
+from stages.serving.warm import IDLE_S, LOWEST_HZ, MAX_WARM, REFUSED_S, fitting_rate
+from tests.unit.stages.serving.fake_device import FakeDevice, placed, rejected
 from tests.unit.stages.serving.fake_inference import tensor
 
 INFO = ModelInfo(
@@ -223,6 +223,64 @@ async def test_a_session_that_is_lost_tells_its_requests_that_they_may_be_repeat
         assert (refused.fault, refused.repeatable) == (Fault.UNAVAILABLE, True)
         world.device.slow = False
         await world.ask()
+
+
+@virtually
+async def test_requests_beside_one_that_the_model_cannot_compute_are_computed_alone() -> None:
+    async with endpoint() as world:
+        world.device.slow = True
+        asking = [asyncio.create_task(world.ask()) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        (session,) = world.device.sessions
+        session.end(Ended(task_id="t", attempt=1, state=TaskState.FAILED, cause="stage_error", detail="bad index"))
+        answers = await asyncio.gather(*asking)
+        assert [answer.parameters["deepar_mode"] for answer in answers] == ["request"] * 3
+        world.device.slow = False
+        assert (await world.ask()).parameters["deepar_mode"] == "session"
+
+
+@virtually
+async def test_requests_of_a_named_session_that_ends_open_one_session_in_its_place() -> None:
+    async with endpoint() as world:
+        world.device.slow = True
+        asking = [asyncio.create_task(world.refused(session="s", session_start=True))]
+        await asyncio.sleep(0.1)
+        asking += [asyncio.create_task(world.refused(session="s")) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        (session,) = world.device.sessions
+        session.end(Ended(task_id="t", attempt=1, state=TaskState.FAILED, cause="no_node", detail="e1 was lost"))
+        assert all(refused.repeatable for refused in await asyncio.gather(*asking))
+        assert len(world.device.sessions) == 2
+        world.device.slow = False
+        await world.ask(session="s")
+
+
+@virtually
+async def test_a_named_session_whose_requests_wait_for_its_placement_is_not_idle() -> None:
+    async with endpoint() as world:
+        world.device.held = True
+        waiting = asyncio.create_task(world.ask(session="s", session_start=True))
+        await asyncio.sleep(IDLE_S + 5.0)
+        also = asyncio.create_task(world.ask(session="s"))
+        await asyncio.sleep(0.1)
+        (session,) = world.device.sessions
+        session.place(placed(session.submitted))
+        while session.waiting:
+            taken = await session.take()
+            assert taken is not None
+            number, frame = taken
+            session.answer(number, [tensor + tensor for tensor in frame.tensors])
+        await asyncio.gather(waiting, also)
+
+
+@virtually
+async def test_warm_sessions_are_limited_and_other_terms_are_tasks() -> None:
+    async with endpoint() as world:
+        for number in range(1, MAX_WARM + 10):
+            answer = await world.ask(max_link1_bps=number)
+            assert answer.parameters["deepar_mode"] == ("session" if number <= MAX_WARM else "request")
+        assert (await world.refused(max_link1_bps=1_000, mode=Mode.SESSION)).fault is Fault.UNAVAILABLE
+        assert world.inference.sessions == MAX_WARM
 
 
 @virtually
