@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -41,9 +43,12 @@ def read_input(name: str) -> Array | dict[str, Array] | bytes:
         return data
     try:
         loaded: Any = np.load(io.BytesIO(data), allow_pickle=False)
-        return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (ValueError, OSError, EOFError, KeyError) as error:
+        found = loaded if isinstance(loaded, np.ndarray) else dict(loaded)
+    except (ValueError, OSError, EOFError, KeyError, MemoryError, NotImplementedError, BadZipFile, zlib.error) as error:
         raise ConfigError(f"--input {name}: not a readable numpy file: {error}") from None
+    if isinstance(found, dict) and not (found and all(isinstance(array, np.ndarray) for array in found.values())):
+        raise ConfigError(f"--input {name}: not a readable numpy file: it has other files than arrays, or none")
+    return found
 
 
 def image_array(name: str, data: bytes, wanted: TensorInfo, normalization: Normalization) -> Array:
