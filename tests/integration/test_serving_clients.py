@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -90,3 +91,29 @@ async def test_curl(case: Case) -> None:
     for name, expected in case.outputs.items():
         got = np.array(answered[name]["data"], expected.dtype).reshape(answered[name]["shape"])
         assert got.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("how", ["-i http", "-i http -b 4", "-i grpc", "-i grpc --streaming"])
+async def test_perf_analyzer(how: str) -> None:
+    """Its wheel needs glibc 2.38; where that is newer than the machine's, the command names a loader and its libraries."""
+    command = os.environ.get("DEEPAR_TEST_PERF_ANALYZER", "").split()
+    if not command:
+        pytest.skip("DEEPAR_TEST_PERF_ANALYZER does not name the command of Triton's perf_analyzer")
+    inference = FakeInference(INPUTS, OUTPUTS, computed)
+    async with endpoint(inference) as (http, grpc):
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            *("-m", "double", *how.split(), "-u", http if "http" in how else grpc),
+            *("--concurrency-range", "2", "-p", "700", "-s", "100000", "-r", "3"),  # -s: any spread counts as stable
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        try:
+            async with asyncio.timeout(120.0):
+                out, _ = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+    assert process.returncode == 0, out.decode()
+    assert "throughput:" in out.decode()
+    assert len(inference.requests) > 10
