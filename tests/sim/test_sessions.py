@@ -17,6 +17,7 @@ from bus.messages import (
     Decision,
     Ended,
     HandleInput,
+    Retried,
     SeedInput,
     SessionTerms,
     TaskState,
@@ -260,6 +261,7 @@ def test_a_session_leaves_an_edge_that_drains() -> None:
             await p.stream(session, 1000, events)
             await asyncio.gather(*stops)
             assert session.placed.placement.edge not in (None, stopped)
+            assert [change.cause for change in p.changes() if isinstance(change, Retried)] == ["draining"]
             await p.close(session)
 
     run_virtual(run())
