@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, Final
@@ -70,8 +70,16 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no ty
         self._handlers[f"{PATH}ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._stream)
 
     def service(self, handler_call_details: Any) -> Any:
-        """The handler of a call; None for an unknown one."""
-        return self._handlers.get(handler_call_details.method)
+        """The handler of a call; None for an unknown one. A call without a valid token is refused before it is read."""
+        method = handler_call_details.method
+        handler = self._handlers.get(method)
+        if handler is None or method.removeprefix(PATH) in OPEN:
+            return handler
+        try:
+            self._token(handler_call_details.invocation_metadata)
+        except ServingError as error:
+            return _refusing(error)
+        return handler
 
     def _guarded(self, name: str, call: Unary) -> Callable[[bytes, Context], Awaitable[bytes]]:
         """The call, after a check of the token; its errors become statuses."""
@@ -90,10 +98,13 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no ty
 
     def _client(self, context: Context) -> str:
         """Who calls: the name of the token, or else the address. Raises `ServingError` for a wrong token."""
-        given = next((value for key, value in context.invocation_metadata() if key == "authorization"), "")
+        return self._token(context.invocation_metadata()) or client_of(context.peer())
+
+    def _token(self, metadata: Iterable[tuple[str, str | bytes]]) -> str:
+        """The name of the token of a call; empty where none is needed. Raises `ServingError` for a wrong token."""
+        given = next((value for key, value in metadata or () if key == "authorization"), "")
         # a page in a browser cannot speak gRPC, so host and origin need no check
-        authorization = given if isinstance(given, str) else ""
-        return self._guard.check(authorization=authorization, host="localhost", origin="") or client_of(context.peer())
+        return self._guard.check(authorization=given if isinstance(given, str) else "", host="localhost", origin="")
 
     def _describe(self, name: str, answer: Callable[[Any], Mapping[str, Any]]) -> Unary:
         response = CLASSES[f"{name}Response"]
@@ -132,8 +143,12 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no ty
         """Answer the requests of a stream in their order. A refused request does not end the stream."""
         try:
             client = self._client(context)
+            with self._admission.admitted(client, 0):
+                await self._answer_all(context, client)
         except ServingError as error:
             await _refuse(context, error)
+
+    async def _answer_all(self, context: Context, client: str) -> None:
         answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(MAX_STREAM_REQUESTS)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._accept(context, client, answers, group))
@@ -183,6 +198,15 @@ def client_of(peer: str) -> str:
     """The client's address without its port: of `ipv4:127.0.0.1:50000` it is `127.0.0.1`."""
     kind, _, rest = unquote(peer).partition(":")
     return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else peer
+
+
+def _refusing(error: ServingError) -> Any:
+    """A handler that refuses a call without reading its message."""
+
+    async def refuse(_: Any, context: Context) -> None:
+        await _refuse(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _unsupported(name: str, reason: str) -> Unary:

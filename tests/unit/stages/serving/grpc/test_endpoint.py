@@ -259,14 +259,14 @@ async def test_what_a_client_may_have_under_way_is_limited() -> None:
     inference = FakeInference()
     inference.gate = asyncio.Event()
     data = raw_request(ONES).SerializeToString()
-    async with serving(inference, limits=replace(LIMITS, client_requests=3, client_bytes=10 * len(data))) as client:
+    async with serving(inference, limits=replace(LIMITS, client_requests=4, client_bytes=10 * len(data))) as client:
         waiting = [asyncio.create_task(client.call("ModelInfer", raw_request(ONES))) for _ in range(2)]
         stream = client.stream()
         await stream.write(data)
         await until(lambda: len(inference.requests) == 3)
         code, text, trailers = await status_of(client.call("ModelInfer", raw_request(ONES)))
         assert (code, trailers["deepar-repeatable"]) == ("RESOURCE_EXHAUSTED", "true")
-        assert "more than 3 requests of this client" in text
+        assert "more than 4 requests of this client" in text  # the stream itself is one
         inference.gate.set()
         await asyncio.gather(*waiting)
         large = raw_request(np.ones((40, 4), np.float32))
@@ -278,6 +278,25 @@ async def test_what_a_client_may_have_under_way_is_limited() -> None:
         assert answered.error_message == ""
         assert "bytes of this client" in refused.error_message
         assert (await client.call("ModelInfer", raw_request(ONES))).model_name == "double"
+
+
+async def test_a_call_without_a_token_is_refused_before_its_message_is_read() -> None:
+    async with serving(FakeInference(), tokens=("s3cret-token-123",)) as client:
+        call = client.channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")()
+        code, _, _ = await status_of(call)  # no message was sent
+        assert code == "UNAUTHENTICATED"
+
+
+async def test_idle_streams_of_one_client_are_limited() -> None:
+    async with serving(FakeInference(), limits=replace(LIMITS, client_requests=2)) as client:
+        streams = [client.stream() for _ in range(2)]
+        for stream in streams:
+            await stream.wait_for_connection()
+        await client.call("ServerReady")
+        third = client.stream()
+        assert (await status_of(third.read()))[0] == "RESOURCE_EXHAUSTED"
+        for stream in streams:
+            stream.cancel()
 
 
 async def test_more_calls_than_the_limit_are_refused() -> None:
