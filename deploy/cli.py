@@ -144,8 +144,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Device-edge-cloud inference: cut a network after two layers, plan it, stream it.
 
-    Begin with `deepar demo`. Then start `deepar broker`, `deepar up FILE.toml` (or `planner` and `stage` one by one),
-    send work with `deepar loadgen replay`, and watch `deepar tail decisions`.
+    Begin with `deepar demo`. To send input of your own, start `deepar up deploy/serve.toml`, and ask `deepar infer`. On
+    Kafka, start `deepar broker`, `deepar up FILE.toml` (or `planner` and `stage` one by one), send work with
+    `deepar loadgen replay`, and watch `deepar tail decisions`.
     """,
 )
 

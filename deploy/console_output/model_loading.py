@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,5 +84,5 @@ def stored_arrays(path: Path) -> Iterator[Any]:
             if not isinstance(stored, np.lib.npyio.NpzFile):
                 raise ConfigError(f"{path} holds one array, not arrays by name; save it with numpy.savez")
             yield stored
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
+    except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path} cannot be read as an .npz file: {error}") from error

@@ -341,7 +341,8 @@ class DeviceInference:
         served = self._models.get(name)
         if served is None:
             raise ServingError(
-                Fault.NOT_FOUND, f"there is no model {name!r:.100}; there are {', '.join(self._models) or 'none'}"
+                Fault.NOT_FOUND,
+                f"there is no model {name!r:.100}; this endpoint serves {', '.join(self._models) or 'none'}",
             )
         if version not in ("", served.info.version):
             raise ServingError(
