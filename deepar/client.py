@@ -11,6 +11,7 @@ import json
 import os
 import ssl
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
@@ -36,6 +37,11 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_ANSWER_BYTES = 1 << 30
 END = "end"
 """The text message with which the client ends a stream: no more frames follow."""
+
+READ_AHEAD = 128
+"""Frames without an answer from which `send` reads answers: else an endpoint that waits for its answers to be read, and a
+client that sends first and reads later, would wait for each other.
+"""
 
 T = TypeVar("T")
 
@@ -219,7 +225,9 @@ class AsyncSession:
         self._socket = socket
         self._ids = itertools.count()
         self._ended = False
-        self.unanswered = 0  # frames sent that have no answer yet
+        self._read: deque[Answer | InferenceError] = deque()  # answers that `send` has read
+        self._reading = asyncio.Lock()
+        self.unanswered = 0  # frames sent whose answer has not been read yet
 
     async def __aenter__(self) -> Self:
         return self
@@ -238,6 +246,10 @@ class AsyncSession:
         except (aiohttp.ClientError, OSError) as error:
             raise InferenceError(f"the session is closed: {error}", repeatable=True) from None
         self.unanswered += 1
+        while self.unanswered - len(self._read) > READ_AHEAD:
+            async with self._reading:
+                if self.unanswered - len(self._read) > READ_AHEAD and (answer := await self._next()) is not None:
+                    self._read.append(answer)
         return frame_id
 
     async def end(self) -> None:
@@ -252,22 +264,25 @@ class AsyncSession:
 
         Raises `InferenceError` where the connection ended with frames under way.
         """
-        if self._ended and not self.unanswered:
-            return None
+        async with self._reading:
+            if self._ended and not self.unanswered:
+                return None
+            answer = self._read.popleft() if self._read else await self._next()
+            self.unanswered -= answer is not None
+            return answer
+
+    async def _next(self) -> Answer | InferenceError | None:
         message = await self._socket.receive()
         if message.type is aiohttp.WSMsgType.BINARY:
-            self.unanswered -= 1
             data = memoryview(message.data)
             length = int.from_bytes(data[:LENGTH_BYTES], "big") + LENGTH_BYTES
             try:
                 return read_answer(data[LENGTH_BYTES:length], data[length:])
             except InferenceError as error:
                 return error
-        if self.unanswered:
+        if missing := self.unanswered - len(self._read):
             why = message.extra or f"code {self._socket.close_code}"
-            raise InferenceError(
-                f"the session ended with {self.unanswered} frames without an answer: {why}", repeatable=True
-            )
+            raise InferenceError(f"the session ended with {missing} frames without an answer: {why}", repeatable=True)
         return None
 
     async def __aiter__(self) -> AsyncIterator[Answer | InferenceError]:

@@ -144,13 +144,12 @@ def _checked(model: str, info: TensorInfo, given: Any) -> Array:
     if (
         array.ndim != len(info.shape)
         or not _fits(array.shape[1:], rest)
-        or not array.shape[0]
-        or array.shape[0] % count
+        or (array.shape and (not array.shape[0] or array.shape[0] % count))
     ):
         wanted = "x".join(["N", *("any" if size < 0 else str(size) for size in rest)])
         have = "x".join(map(str, array.shape)) or "no dimensions"
         raise InputError(f"input {info.name} of {model} has shape {have}, expected {wanted} (N samples)")
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")  # `ascontiguousarray` would give a scalar a dimension
 
 
 def _completed(array: Array, sample: Sequence[int]) -> Array:

@@ -55,7 +55,14 @@ async def serving_http(handle: Handler, listening: Listening, limits: ServingLim
     loop = asyncio.get_running_loop()
     connections = Connections(handle, limits)
     try:
-        listener = await loop.create_server(connections.opened, listening.host, listening.port, ssl=tls, backlog=1_024)
+        listener = await loop.create_server(
+            connections.opened,
+            listening.host,
+            listening.port,
+            ssl=tls,
+            backlog=1_024,
+            ssl_handshake_timeout=limits.head_s if tls else None,
+        )
     except OSError as error:
         raise ConfigError(
             f"--serve {listening.host}:{listening.port}: cannot listen: {os.strerror(error.errno or 0)}",

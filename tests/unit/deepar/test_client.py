@@ -204,6 +204,39 @@ async def test_a_frame_that_a_newer_one_replaced_is_an_error_and_the_stream_goes
     assert "a newer frame replaced it" in str(error)
 
 
+async def test_answers_may_be_read_after_all_frames_are_sent() -> None:
+    count, size = 700, 16_384
+    large = np.zeros((1, size), np.float32)
+    async with serving(FakeInference((tensor("x", (1, size)),))) as client, await client.session("double") as session:
+        async with asyncio.timeout(60.0):
+            for number in range(count):
+                large[0, 0] = number
+                await session.send(large)
+            await session.end()
+            got = [answer async for answer in session]
+    assert [float(answer.array[0, 0]) for answer in got if isinstance(answer, deepar.Answer)] == [
+        2.0 * number for number in range(count)
+    ]
+
+
+async def test_frames_are_sent_and_answers_read_by_two_tasks_at_once() -> None:
+    async with serving(FakeInference()) as client, await client.session("double") as session:
+
+        async def send() -> None:
+            for number in range(1_000):
+                await session.send(np.full((1, 4), number, np.float32))
+            await session.end()
+
+        async with asyncio.timeout(60.0), asyncio.TaskGroup() as group:
+            sending = group.create_task(send())
+            got = [await session.receive() for _ in range(1_000)]
+            await sending
+        assert await session.receive() is None
+    assert [float(answer.array[0, 0]) for answer in got if isinstance(answer, deepar.Answer)] == [
+        2.0 * number for number in range(1_000)
+    ]
+
+
 async def test_a_wrong_frame_is_not_sent_and_counts_as_none() -> None:
     fake = FakeInference()
     async with serving(fake) as client, await client.session("double") as session:

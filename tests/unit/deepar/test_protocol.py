@@ -54,6 +54,15 @@ def test_an_array_that_is_one_sample_is_not_taken_for_several() -> None:
     assert check_inputs(model, np.zeros((3, 4), np.float32))["a"].shape == (3, 1, 4, 1)
 
 
+@pytest.mark.parametrize("given", [2.5, np.float32(2.5), np.array(2.5, np.float32)])
+def test_a_scalar_stays_one(given: object) -> None:
+    model = ModelInfo("scaled", "1", (TensorInfo("by", "float32", ()),), ())
+    checked = check_inputs(model, given)["by"]
+    assert (checked.shape, float(checked)) == ((), 2.5)
+    with pytest.raises(InputError, match="by of scaled has shape 2"):
+        check_inputs(model, [2.5, 3.5])
+
+
 def test_lists_take_the_models_type() -> None:
     assert check_inputs(TWO, ([[1, 2, 3, 4]], [[[1, 2], [3, 4]]]))["a"].dtype == np.int8
 
