@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import struct
 import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 from zipfile import BadZipFile
 
@@ -18,6 +20,20 @@ from bus.tensors import Array
 from deepar.protocol import TensorInfo
 
 MAX_INPUT_BYTES = 1 << 30
+
+UNREADABLE = (
+    ValueError,
+    OSError,
+    EOFError,
+    MemoryError,  # a header that claims more than there is memory for
+    SyntaxError,
+    RuntimeError,  # an encrypted archive, or a compression that Python lacks
+    TokenError,
+    BadZipFile,
+    struct.error,
+    zlib.error,
+)
+"""What numpy raises for a `.npy` or `.npz` file that is broken."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,7 @@ def read_input(name: str) -> Array | dict[str, Array] | bytes:
     try:
         loaded: Any = np.load(io.BytesIO(data), allow_pickle=False)
         found = loaded if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (ValueError, OSError, EOFError, KeyError, MemoryError, NotImplementedError, BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"--input {name}: not a readable numpy file: {error}") from None
     if isinstance(found, dict) and not (found and all(isinstance(array, np.ndarray) for array in found.values())):
         raise ConfigError(f"--input {name}: not a readable numpy file: it has other files than arrays, or none")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
-from zipfile import BadZipFile
 
 import numpy as np
 import typer
@@ -19,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from bus.errors import ConfigError
 from bus.text.json_text import json_text
 from deploy.console_output import completion
+from deploy.console_output.input_files import UNREADABLE
 from stages.models.files.choice import ModelChoice, parse_shapes
 from stages.models.model import Model
 from stages.zoo.registry import load_model
@@ -84,5 +83,5 @@ def stored_arrays(path: Path) -> Iterator[Any]:
             if not isinstance(stored, np.lib.npyio.NpzFile):
                 raise ConfigError(f"{path} holds one array, not arrays by name; save it with numpy.savez")
             yield stored
-    except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{path} cannot be read as an .npz file: {error}") from error

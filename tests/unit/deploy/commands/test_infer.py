@@ -178,12 +178,12 @@ def zipped(name: str, content: bytes) -> bytes:
     return data.getvalue()
 
 
-def damaged() -> bytes:
-    """A compressed `.npz` file with wrong bytes in the middle."""
+def damaged(at: int) -> bytes:
+    """A compressed `.npz` file with a hundred wrong bytes."""
     data = io.BytesIO()
-    np.savez_compressed(data, x=np.random.default_rng(1).random((1, 4096)))
+    np.savez_compressed(data, x=np.arange(4096.0))
     whole = bytearray(data.getvalue())
-    whole[2000:2100] = bytes(100)
+    whole[at : at + 100] = bytes(100)
     return bytes(whole)
 
 
@@ -208,7 +208,9 @@ NPY = b"\x93NUMPY\x01\x00\x45\x00{'descr': '<f4', 'fortran_order': False, 'shape
             "--input other.zip: not a readable numpy file: it has other files",
         ),
         ("huge.npy", NPY % b"99999999999999", "--input huge.npy: not a readable numpy file"),
-        ("damaged.npz", damaged(), "--input damaged.npz: not a readable numpy file"),
+        ("packing.npz", damaged(60), "--input packing.npz: not a readable numpy file"),
+        ("header.npz", damaged(200), "--input header.npz: not a readable numpy file"),
+        ("sum.npz", damaged(1000), "--input sum.npz: not a readable numpy file"),
         ("wrong.npy", np.zeros((3, 5), np.float32), "input x of double has shape 3x5, expected Nx4"),
         ("whole.npy", np.zeros((1, 4), np.int64), "input x of double has dtype int64, expected float32"),
         ("code.npy", np.array([{}], dtype=object), "--input code.npy: not a readable numpy file"),

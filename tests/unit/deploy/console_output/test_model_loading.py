@@ -11,11 +11,13 @@ from bus.errors import ConfigError
 from deploy.console_output.model_loading import stored_arrays
 
 
-def test_a_file_that_is_damaged_in_the_middle_is_named_when_its_array_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [60, 200, 1000])
+def test_a_file_that_is_damaged_in_the_middle_is_named_when_its_array_is_read(tmp_path: Path, at: int) -> None:
+    """The packing, the header of the array, or only its sum is wrong."""
     file = tmp_path / "weights.npz"
-    np.savez_compressed(file, w=np.random.default_rng(1).random((1, 4096)))
+    np.savez_compressed(file, w=np.arange(4096.0))
     content = bytearray(file.read_bytes())
-    content[2000:2100] = bytes(100)
+    content[at : at + 100] = bytes(100)
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"weights\.npz cannot be read"), stored_arrays(file) as arrays:
         _ = arrays["w"]
