@@ -159,25 +159,29 @@ class DeviceInference:
         served = self._served(model, version)
         self._require_ready()
         plan = self._submissions.plan_terms(served.info.name, terms)
-        session = self._open(plan, _session_terms(terms), keep)
+        stream = Stream(self, lambda: self._open(plan, _session_terms(terms), keep))
         self._streams += 1
         try:
             try:
                 async with asyncio.timeout(self._options.timeout_s):
-                    await session.ready()
+                    await stream.session.ready()
             except UnansweredError as error:
                 raise refusal(error) from None
             except TimeoutError:
                 raise ServingError(Fault.UNAVAILABLE, "the session was not placed in time") from None
-            yield Stream(self, session)
+            yield stream
         finally:
             self._streams -= 1
-            self._part_from(session)
+            self._part_from(stream.session)
 
     async def infer_in(self, session: DeviceSession, request: InferRequest) -> InferResponse:
         """Compute in a given session. Raises `ServingError`."""
 
         async def compute(request: InferRequest, served: ServedModel, samples: int) -> _Computed:
+            if samples > 1 and session.keep is Keep.LATEST:
+                raise ServingError(
+                    Fault.INVALID, f"{samples} samples in one frame: a stream that keeps only the latest takes one"
+                )
             split = served.split(request.inputs, samples)
             try:
                 return await self._pushed(session, split, self._limit_s(request))
@@ -185,6 +189,11 @@ class DeviceInference:
                 raise refusal(error) from None
 
         return await self._counted(request, compute)
+
+    @property
+    def draining(self) -> bool:
+        """Whether no more requests are accepted."""
+        return self._draining
 
     # --- one request -------------------------------------------------------------------------------------------------
 
@@ -389,20 +398,28 @@ class DeviceInference:
 
 
 class Stream:
-    """The session of one connection."""
+    """The session of one connection. If it ends after it was placed, another one takes the frames that follow."""
 
-    def __init__(self, inference: DeviceInference, session: DeviceSession) -> None:
+    def __init__(self, inference: DeviceInference, open_session: Callable[[], DeviceSession]) -> None:
         self._inference = inference
-        self._session = session
+        self._open = open_session
+        self.session = open_session()
 
     @property
     def dropped(self) -> int:
         """Frames that a newer one replaced."""
-        return self._session.dropped
+        return self.session.dropped
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Compute one frame. Raises `ServingError`."""
-        return await self._inference.infer_in(self._session, request)
+        session = self.session
+        try:
+            return await self._inference.infer_in(session, request)
+        except ServingError:
+            # only the first of the frames that the end has refused opens the next session
+            if session.abandoned and session.placed and self.session is session and not self._inference.draining:
+                self.session = self._open()
+            raise
 
 
 def _session_terms(terms: RequestTerms) -> SessionTerms:

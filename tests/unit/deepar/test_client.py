@@ -205,7 +205,7 @@ async def test_a_frame_that_a_newer_one_replaced_is_an_error_and_the_stream_goes
 
 
 async def test_answers_may_be_read_after_all_frames_are_sent() -> None:
-    count, size = 700, 16_384
+    count, size = 2_000, 16_384  # more than the buffers of both ends hold
     large = np.zeros((1, size), np.float32)
     async with serving(FakeInference((tensor("x", (1, size)),))) as client, await client.session("double") as session:
         async with asyncio.timeout(60.0):

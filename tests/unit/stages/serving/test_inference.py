@@ -358,6 +358,45 @@ async def test_a_stream_has_a_session_of_its_own() -> None:
 
 
 @virtually
+async def test_a_stream_whose_session_ends_goes_on_in_another() -> None:
+    async with (
+        endpoint() as world,
+        world.inference.stream("double", "", RequestTerms(), Keep.ALL) as stream,
+    ):
+        world.device.slow = True
+        (first,) = world.device.sessions
+        first.serve(lambda tensors: None)
+        asking = [asyncio.create_task(stream.infer(asked())) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        first.end(Ended(task_id="t", attempt=1, state=TaskState.FAILED, cause="no_node", detail="e1 was lost"))
+        assert all(isinstance(one, ServingError) for one in await asyncio.gather(*asking, return_exceptions=True))
+        assert len(world.device.sessions) == 2
+        world.device.slow = False
+        await stream.infer(asked())
+        second = world.device.sessions[1]
+        second.end(Ended(task_id="t", attempt=1, state=TaskState.FAILED, cause="no_node"))
+        world.device.refused = rejected()
+        for _ in range(3):  # the planner is asked once, not for each frame
+            with pytest.raises(ServingError):
+                await stream.infer(asked())
+        assert len(world.device.sessions) == 3
+
+
+@virtually
+async def test_a_frame_of_several_samples_needs_a_stream_that_keeps_all() -> None:
+    async with endpoint() as world:
+        for keep in Keep:
+            async with world.inference.stream("double", "", RequestTerms(), keep) as stream:
+                if keep is Keep.ALL:
+                    await stream.infer(asked(3))
+                else:
+                    with pytest.raises(ServingError, match="3 samples") as refused:
+                        await stream.infer(asked(3))
+                    assert refused.value.fault is Fault.INVALID
+            world.device.complete(world.device.sessions[-1])
+
+
+@virtually
 async def test_no_request_is_accepted_before_the_device_is_ready_and_while_it_drains() -> None:
     async with endpoint() as world:
         world.is_ready = False
