@@ -32,7 +32,7 @@ from stages.serving.values import (
     RequestTerms,
     ServingError,
 )
-from stages.serving.warm import IDLE_S, LOOK_S, MAX_WARM, WarmSessions
+from stages.serving.warm import IDLE_S, LOOK_S, MAX_WARM, REFUSED_S, WarmSessions
 
 MAX_SESSION_SAMPLES = 16
 """Larger requests are tasks of their own: their number of samples is then known to the planner."""
@@ -93,7 +93,7 @@ class DeviceInference:
         self._submissions = Submissions(name, self._options.allowed)
         self._draining = False
         self._named: dict[tuple[str, str, str], _Named] = {}
-        self._streams = 0
+        self._streams: list[Stream] = []
         self._warm: WarmSessions | None = None
         self._group: asyncio.TaskGroup | None = None
         self.by_model = {name: ModelStatistics() for name in self._models}
@@ -122,7 +122,11 @@ class DeviceInference:
     @property
     def sessions(self) -> int:
         """Sessions that are open now."""
-        return (self._warm.count if self._warm is not None else 0) + len(self._named) + self._streams
+        return (
+            (self._warm.count if self._warm is not None else 0)
+            + len(self._named)
+            + sum(not stream.rests for stream in self._streams)
+        )
 
     # --- the port ----------------------------------------------------------------------------------------------------
 
@@ -160,7 +164,7 @@ class DeviceInference:
         self._require_ready()
         plan = self._submissions.plan_terms(served.info.name, terms)
         stream = Stream(self, lambda: self._open(plan, _session_terms(terms), keep))
-        self._streams += 1
+        self._streams.append(stream)
         try:
             try:
                 async with asyncio.timeout(self._options.timeout_s):
@@ -171,8 +175,9 @@ class DeviceInference:
                 raise ServingError(Fault.UNAVAILABLE, "the session was not placed in time") from None
             yield stream
         finally:
-            self._streams -= 1
-            self._part_from(stream.session)
+            self._streams.remove(stream)
+            if not stream.rests:
+                self._part_from(stream.session)
 
     async def infer_in(self, session: DeviceSession, request: InferRequest) -> InferResponse:
         """Compute in a given session. Raises `ServingError`."""
@@ -386,24 +391,31 @@ class DeviceInference:
     async def _look(self) -> None:
         """Close sessions that nobody uses, and follow the rates of the others."""
         assert self._warm is not None
-        clock = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(LOOK_S)
             self._warm.look()
             for key, named in list(self._named.items()):
-                session = named.session
-                if clock() - named.used_s >= IDLE_S and not session.waiting and not session.under_way:
+                if _is_idle(named.session, named.used_s):
                     del self._named[key]
-                    self._spawn(_ended(session), "close idle session")
+                    self._spawn(_ended(named.session), "close idle session")
+            for stream in self._streams:
+                if not stream.rests and _is_idle(stream.session, stream.used_s):
+                    stream.rests = True
+                    self._spawn(_ended(stream.session), "close idle session")
 
 
 class Stream:
-    """The session of one connection. If it ends after it was placed, another one takes the frames that follow."""
+    """The session of one connection. If it fails, or was closed because no frames came, the next frame opens another."""
 
     def __init__(self, inference: DeviceInference, open_session: Callable[[], DeviceSession]) -> None:
         self._inference = inference
         self._open = open_session
-        self.session = open_session()
+        self.rests = False  # its session was closed because no frames came
+        self._renew()
+
+    def _renew(self) -> None:
+        self.session = self._open()
+        self.opened_s = self.used_s = asyncio.get_running_loop().time()
 
     @property
     def dropped(self) -> int:
@@ -412,18 +424,23 @@ class Stream:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Compute one frame. Raises `ServingError`."""
-        session = self.session
-        try:
-            return await self._inference.infer_in(session, request)
-        except ServingError:
-            # only the first of the frames that the end has refused opens the next session
-            if session.abandoned and session.placed and self.session is session and not self._inference.draining:
-                self.session = self._open()
-            raise
+        self.used_s = asyncio.get_running_loop().time()
+        # A session that the planner refused is not followed by another one at once.
+        refused = self.session.placed is None and self.used_s < self.opened_s + REFUSED_S
+        if (self.rests or (self.session.abandoned and not refused)) and not self._inference.draining:
+            self.rests = False
+            self._renew()
+        return await self._inference.infer_in(self.session, request)
 
 
 def _session_terms(terms: RequestTerms) -> SessionTerms:
     return SessionTerms(rate_hz=terms.rate_hz or DEFAULT_RATE_HZ, latency_s=terms.latency_s)
+
+
+def _is_idle(session: DeviceSession, used_s: float) -> bool:
+    """Whether no request has come for `IDLE_S`, and none waits for its answer."""
+    idle_s = asyncio.get_running_loop().time() - used_s
+    return idle_s >= IDLE_S and not session.waiting and not session.under_way
 
 
 async def _ended(session: DeviceSession) -> None:

@@ -359,27 +359,47 @@ async def test_a_stream_has_a_session_of_its_own() -> None:
 
 @virtually
 async def test_a_stream_whose_session_ends_goes_on_in_another() -> None:
-    async with (
-        endpoint() as world,
-        world.inference.stream("double", "", RequestTerms(), Keep.ALL) as stream,
-    ):
-        world.device.slow = True
-        (first,) = world.device.sessions
-        first.serve(lambda tensors: None)
-        asking = [asyncio.create_task(stream.infer(asked())) for _ in range(3)]
-        await asyncio.sleep(0.1)
-        first.end(Ended(task_id="t", attempt=1, state=TaskState.FAILED, cause="no_node", detail="e1 was lost"))
-        assert all(isinstance(one, ServingError) for one in await asyncio.gather(*asking, return_exceptions=True))
-        assert len(world.device.sessions) == 2
-        world.device.slow = False
-        await stream.infer(asked())
-        second = world.device.sessions[1]
-        second.end(Ended(task_id="t", attempt=1, state=TaskState.FAILED, cause="no_node"))
-        world.device.refused = rejected()
-        for _ in range(3):  # the planner is asked once, not for each frame
-            with pytest.raises(ServingError):
-                await stream.infer(asked())
-        assert len(world.device.sessions) == 3
+    async with endpoint() as world:
+        async with world.inference.stream("double", "", RequestTerms(), Keep.ALL) as stream:
+            world.device.slow = True
+            (first,) = world.device.sessions
+            first.serve(lambda tensors: None)
+            asking = [asyncio.create_task(stream.infer(asked())) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            first.end(Ended(task_id="t", attempt=1, state=TaskState.FAILED, cause="no_node", detail="e1 was lost"))
+            assert all(isinstance(one, ServingError) for one in await asyncio.gather(*asking, return_exceptions=True))
+            world.device.slow = False
+            await stream.infer(asked())
+            await stream.infer(asked())
+            assert len(world.device.sessions) == 2
+            second = world.device.sessions[1]
+            second.end(Ended(task_id="t", attempt=1, state=TaskState.FAILED, cause="no_node"))
+            world.device.refused = rejected()
+            for _ in range(3):  # the planner is asked once, not for each frame
+                with pytest.raises(ServingError):
+                    await stream.infer(asked())
+            assert len(world.device.sessions) == 3
+            world.device.refused = None
+            await asyncio.sleep(REFUSED_S)
+            await stream.infer(asked())
+            assert len(world.device.sessions) == 4
+        world.device.complete(world.device.sessions[-1])
+
+
+@virtually
+async def test_a_stream_without_frames_gives_back_what_its_session_holds() -> None:
+    async with endpoint() as world:
+        async with world.inference.stream("double", "", RequestTerms(), Keep.ALL) as stream:
+            await stream.infer(asked())
+            await asyncio.sleep(IDLE_S + 2.0)
+            (first,) = world.device.sessions
+            with pytest.raises(UnansweredError):
+                first.push([])
+            world.device.complete(first)
+            assert world.inference.sessions == 0
+            await stream.infer(asked())
+            assert (len(world.device.sessions), world.inference.sessions) == (2, 1)
+        world.device.complete(world.device.sessions[-1])
 
 
 @virtually
