@@ -61,7 +61,7 @@ class Submissions:
                     Fault.INVALID,
                     f"parameter 'placement': only {', '.join(self._allowed)} compute behind this endpoint",
                 )
-        return PlanTerms(model, terms.max_link1_bps or None, terms.max_link2_bps or None, terms.priority, tiers)
+        return PlanTerms(model, terms.max_link1_bps, terms.max_link2_bps, terms.priority, tiers)
 
     def task(self, plan: PlanTerms, samples: int, deadline_s: float | None) -> TaskSubmitted:
         """A task of its own for a request."""

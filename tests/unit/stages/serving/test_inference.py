@@ -132,6 +132,15 @@ async def test_requests_of_other_terms_have_another_session() -> None:
 
 
 @virtually
+async def test_a_limit_of_0_keeps_a_request_off_the_link() -> None:
+    async with endpoint() as world:
+        await world.ask(max_link2_bps=0)
+        await world.ask(max_link1_bps=0, mode=Mode.REQUEST)
+        assert [session.submitted.max_link2_bps for session in world.device.sessions] == [0]
+        assert [request.submitted.max_link1_bps for request in world.device.requests] == [0]
+
+
+@virtually
 async def test_a_gateway_computes_on_other_tiers_only() -> None:
     async with endpoint(InferenceOptions(allowed=(Role.EDGE, Role.CLOUD))) as world:
         await world.ask()
