@@ -11,7 +11,7 @@ import structlog
 from bus.errors import ModelError
 from bus.values import ModelProfile
 from loadgen.sim.virtual_loop import run_virtual
-from stages.measuring.own_speed import CHECK_S, LONGEST_S, SHARE, OwnSpeed
+from stages.measuring.own_speed import CHECK_S, LONGEST_S, RESERVE_S, SHARE, OwnSpeed
 
 WHOLE_S = 0.010
 
@@ -120,6 +120,39 @@ def test_a_short_model_is_measured_every_few_seconds() -> None:
     machine = Machine(profile(whole_s=0.001))
     played(machine, machine.heartbeat, each_s=60.0)
     assert machine.runs == pytest.approx(5 * 60.0 / CHECK_S, abs=5)
+
+
+@pytest.mark.parametrize("slow_at_s", [20.0, 21.0, 22.0, 23.0, 24.0])
+def test_a_short_slowdown_and_the_recovery_are_told_within_seconds(slow_at_s: float) -> None:
+    """Slow runs and their confirmations take long; a pause for all of them would end long after the recovery."""
+    again_at_s = slow_at_s + 13.0
+    told_s: dict[tuple[str, float], float] = {}
+
+    async def run() -> None:
+        machine = Machine(profile("small", 0.008), profile("large", 0.008))
+        clock = asyncio.get_running_loop().time
+        begin_s = clock()
+        machine.factor = lambda run: 3.0 if slow_at_s <= clock() - begin_s < again_at_s else 1.0
+        measuring = asyncio.create_task(machine.speed.run())
+        while clock() - begin_s < again_at_s + 30.0:
+            await asyncio.sleep(0.1)
+            for model, factor in machine.heartbeat().items():
+                told_s[model, round(factor, 3)] = clock() - begin_s
+        measuring.cancel()
+
+    run_virtual(run())
+    assert told_s.keys() == {(model, factor) for model in ("small", "large") for factor in (3.0, 1.0)}
+    for (_, factor), at_s in told_s.items():
+        assert at_s - (slow_at_s if factor > 1.0 else again_at_s) < CHECK_S + 3.0
+
+
+def test_a_node_whose_speed_changes_all_the_time_spends_at_most_two_hundredths_of_its_time() -> None:
+    machine = Machine(profile("a", 0.05), profile("b", 0.05), profile("c", 0.05))
+    machine.factor = lambda run: 3.0 if run % 8 < 4 else 1.0
+    minute_s, minutes = 60.0, 30
+    told = played(machine, *[machine.heartbeat] * minutes, each_s=minute_s)
+    assert sum(map(bool, told)) > 5
+    assert machine.busy_s < 2.1 * SHARE * minute_s * minutes + RESERVE_S
 
 
 def test_a_node_with_work_measures_nothing() -> None:
