@@ -34,6 +34,7 @@ DEVICE_S, EDGE_S = 0.016, 0.008  # of one sample
 SLOWER = 3.0
 LINK_BPS = 100_000_000
 INPUT_BYTES = {"small": 4_000, "large": 100_000}  # of one sample; 8 ms of link time for the large one
+CUT_BYTES = 400_000  # between the layers; 32 ms of link time for one sample
 BEGIN_S, EACH_S = 10.0, 1.2  # of the tasks, after the nodes were made
 BEFORE, WHILE, AFTER = 8, 11, 11  # tasks of each device
 SLOW_S = BEGIN_S + (BEFORE - 0.5) * EACH_S
@@ -46,7 +47,7 @@ REGRET, REGRET_S = 1.1, 0.04
 
 
 def profile(role: Role, model: str, factor: float = 1.0) -> ModelProfile:
-    """A model of two layers; what crosses between them is as large as the input, so no task is cut there."""
+    """A model of two layers; so much crosses between them that no task is cut there."""
     layer_s = (DEVICE_S if role is Role.DEVICE else EDGE_S) / 2 * factor
     size_bytes = INPUT_BYTES[model]
     return ModelProfile(
@@ -55,7 +56,7 @@ def profile(role: Role, model: str, factor: float = 1.0) -> ModelProfile:
         platform=role.value,
         layer_names=("a", "b"),
         layer_s=(layer_s, layer_s),
-        cut_bytes=(size_bytes, size_bytes, 40),
+        cut_bytes=(size_bytes, CUT_BYTES, 40),
     )
 
 
@@ -75,16 +76,19 @@ def test_the_choice_follows_an_edge_that_becomes_slow_and_a_link_that_falls(kafk
     ours, reference = asyncio.run(play(kafka_own.bootstrap))
     for outcomes in (ours, reference):
         assert {outcome.state for outcome in outcomes} == {TaskState.COMPLETED}
-    judged = slice(BEFORE + 5, BEFORE + WHILE)  # from the fifth task after the change on
-    for device in ("1", "2"):
+    # From the fifth task after a change on. The limit of a link rises only after 10 s, so its recovery is not judged.
+    slow, again = slice(BEFORE + 5, BEFORE + WHILE), slice(BEFORE + WHILE + 5, None)
+    for device, judged in (("1", slow), ("2", slow), ("1", again)):
         delay_s = median_s(tasks_of(ours, device, "deepar")[judged])
         best_s, worse_s = sorted(median_s(tasks_of(reference, device, policy)[judged]) for policy in FIXED)
         assert worse_s > 1.3 * best_s, "the policies differ by so much that a wrong choice shows"
-        assert 0.7 * best_s < delay_s <= max(REGRET * best_s, best_s + REGRET_S), (device, delay_s, best_s)
+        assert 0.7 * best_s < delay_s <= max(REGRET * best_s, best_s + REGRET_S), (device, judged, delay_s, best_s)
     for device in ("1", "2"):
         assert alternations(tasks_of(ours, device, "deepar")) <= 2
-    tasks = tasks_of(ours, "1", "deepar")
-    assert any(known(one.placement).edge for one in tasks[:BEFORE]), "the edge is best before the change"
+    on_edge = [known(one.placement).edge is not None for one in tasks_of(ours, "1", "deepar")]
+    assert any(on_edge[:BEFORE]), "the edge is best before the change"
+    assert not all(on_edge[slow]), "the device is best while the edge is slow"
+    assert any(on_edge[again]), "the edge is best after the recovery"
 
 
 def tasks_of(outcomes: Sequence[Outcome], device: str, policy: str) -> list[Outcome]:
