@@ -32,7 +32,7 @@ class InferenceError(Exception):
 
     def __init__(self, message: str, status: int = 0, *, repeatable: bool = False, retry_after_s: float | None = None):
         super().__init__(message)
-        self.status = status  # HTTP status; 0: there was no answer
+        self.status = status  # HTTP status; 0 if the endpoint did not answer
         self.repeatable = repeatable  # whether the same request may be sent again
         self.retry_after_s = retry_after_s  # how long the endpoint asks to wait before that
 

@@ -59,7 +59,7 @@ class Endpoint:
 
 
 def endpoint_of(options: DeviceOptions) -> Endpoint | None:
-    """The endpoint that a device's options describe; None if it serves nobody. Raises `ConfigError`."""
+    """The endpoint that a device's options describe; None without `serve` and `serve_grpc`. Raises `ConfigError`."""
     if options.serve is None and options.serve_grpc is None:
         if options.gateway:
             raise ConfigError(f"device {options.name} is a gateway but serves nowhere", remedy="set serve = HOST:PORT")

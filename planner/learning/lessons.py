@@ -174,7 +174,7 @@ def lines(learned: Learned) -> list[tuple[str, str]]:
     found += [f"{node_name(node)} {node_text(node)}" for node in learned.nodes]
     found += [f"{path_name(path)} {path_text(path)}" for path in learned.paths]
     told = [(learned.task_id or "-", ", ".join(found))] if found else []
-    news = (link for link in learned.links if not link.slow)  # slow transfers that show no limit yet are no news
+    news = (link for link in learned.links if not link.slow)  # a slow transfer that sets no limit changes no prediction
     told += [(link.device or link.edge, f"{link_name(link)} {link_text(link)}") for link in news]
     for speed in learned.speeds:
         told.append((speed.node, f"{speed.model} on {speed.node} without work: {speed.factor:.3g} x profile"))

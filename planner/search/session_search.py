@@ -33,7 +33,7 @@ from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 from planner.search.ledger import LOAD_UNITS
 
 GRANT: Final = 4.0
-"""Grant on a link, as a multiple of what the rate needs, if so much is free."""
+"""The grant on a link as a multiple of what the rate needs, where that much is free."""
 LEAST_GRANT: Final = 1.25
 """The least grant on a link that sustains a rate, as a multiple of what the rate needs."""
 

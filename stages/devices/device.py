@@ -221,7 +221,7 @@ class Device:
     def open_session(self, submitted: TaskSubmitted, keep: Keep = Keep.ALL) -> DeviceSession:
         """Submit a session; `submitted` has its terms, a `HandleInput` and one sample. Frames may be pushed at once.
 
-        Raises ValueError where the task is no session, or of another device.
+        Raises ValueError for a task without session terms, or of another device.
         """
         session = self._make_session(submitted, keep, lambda: self._cancel(submitted.task_id), self.node.status.count)
         self._accept(session)

@@ -21,7 +21,7 @@ class DeviceClient(Protocol):
 
     @property
     def abandoned(self) -> bool:
-        """Whether nobody waits for answers any more, though the planner may not know yet."""
+        """Whether the application has its answers or gave up; the planner may not know yet."""
 
     def place(self, placed: Placed) -> None:
         """The planner placed the task, or a new attempt at it."""
@@ -73,7 +73,7 @@ class DeviceRequest:
 
     @property
     def abandoned(self) -> bool:
-        """Whether nobody waits for results any more, though the planner may not know yet."""
+        """Whether the application has its results or gave up; the planner may not know yet."""
         return self._error is not None
 
     def inputs(self, sample: int) -> list[Array]:

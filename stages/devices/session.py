@@ -143,7 +143,7 @@ class DeviceSession:
         _give_up(frame.answer, FrameDroppedError("dropped", why, repeatable=True))
 
     def drain(self) -> None:
-        """Take no more frames, as with `close`; nobody waits."""
+        """Take no more frames, as with `close`, without waiting for the answers under way."""
         self._closing = True
         self._changed.set()
 
@@ -180,7 +180,7 @@ class DeviceSession:
 
     @property
     def abandoned(self) -> bool:
-        """Whether nobody waits for answers any more, though the planner may not know yet."""
+        """Whether the session is over for the application; the planner may not know yet."""
         return self._error is not None and not self._completed
 
     def interrupt(self) -> None:

@@ -389,7 +389,7 @@ class DeviceInference:
         self._group.create_task(work, name=what)
 
     async def _look(self) -> None:
-        """Close sessions that nobody uses, and follow the rates of the others."""
+        """Close idle sessions, and adapt the others to their measured rates."""
         assert self._warm is not None
         while True:
             await asyncio.sleep(LOOK_S)

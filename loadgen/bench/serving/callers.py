@@ -142,7 +142,7 @@ class InterpreterCaller:
         self._whole.run(self._inputs)
 
     def close(self) -> None:
-        """Do nothing: there is no connection."""
+        """Do nothing, since the model runs in this process."""
 
 
 MakeCaller = Callable[[], Caller]

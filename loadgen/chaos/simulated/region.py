@@ -87,7 +87,7 @@ def same(tensors: Sequence[Array], task_id: str, sample: int, position: int) -> 
 def frame_content(task_id: str, number: int, position: int) -> Array:
     """The tensor of a session's frame: as that of a sample, but with its number in front.
 
-    The stages number a session's frames anew in each attempt, so only the content says which one it is.
+    Each attempt at a session numbers its frames from 0, so a frame is recognised by its content.
     """
     array: Array = content(task_id, number, position).copy()
     array[:NUMBER_BYTES] = np.frombuffer(number.to_bytes(NUMBER_BYTES, "little"), np.uint8)

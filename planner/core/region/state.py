@@ -205,7 +205,7 @@ class RegionState:
                 circuit = self.circuits.get(node)
                 if circuit is not None and circuit.wants_probe(now) and r.load is None:
                     self._set_circuit(node, circuit._replace(probe=task.task_id))
-        if r.load is None:  # the result of a session is not known for long, so it is no trial of a stale estimate
+        if r.load is None:  # a session ends much later, so it cannot test a stale estimate soon
             self.estimates.placed(change, self.cloud_names, now)
 
     def _apply_grant(self, change: BandwidthGrant, now: float) -> None:

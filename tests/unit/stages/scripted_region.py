@@ -105,7 +105,7 @@ class ScriptedRegion:
         return session
 
     async def move(self, placement: Placement, attempt: int, cause: str = "node_lost") -> None:
-        """Place the session anew."""
+        """Place the session again."""
         retried = Retried(task_id="s", attempt=attempt, cause=cause)
         await self.decide(retried, *placed_and_started(placement, attempt))
 
