@@ -6,6 +6,7 @@ place where a model of l layers may be cut: 0 is before the first layer, p is af
 
 from __future__ import annotations
 
+import math
 import re
 from enum import StrEnum
 from itertools import product
@@ -129,8 +130,44 @@ STATIONS: Final = DELAY_PARTS[:-1]
 """The parts that a sample passes on its way to the last layer: all but the return of the result."""
 
 
+class Codec(StrEnum):
+    """How activations are encoded while they cross a link."""
+
+    RAW = "raw"  # their bytes
+    ZSTD = "zstd"  # shuffled bytes, compressed with Zstandard: lossless
+    Q8 = "q8"  # 8 bits a value, then Zstandard: lossy
+    Q4 = "q4"  # 4 bits a value, then Zstandard: lossy
+
+    @property
+    def lossless(self) -> bool:
+        """Whether decoding gives the same bits."""
+        return self in (Codec.RAW, Codec.ZSTD)
+
+
+MAX_ROUTES = 8
+"""Most routes of a placement: an optimal mix needs no more than there are stations, and one."""
+
+StationSeconds = tuple[Seconds, Seconds, Seconds, Seconds, Seconds, Seconds, Seconds]
+"""Times of one sample at the seven stations: s1..s5 of (1)-(5), then the result on link 2 and on link 1."""
+
+
+class Route(Frozen):
+    """One way of a task's samples: a pair of cuts, the codecs of the two crossings, and the share of the samples."""
+
+    cut1: Annotated[int, Field(ge=0)]  # last layer of the device
+    cut2: Annotated[int, Field(ge=0)]  # last layer of the edge
+    share: Annotated[float, Field(ge=0, le=1)]  # of the task's samples; the shares of a placement sum to 1
+    codec1: Codec = Codec.RAW  # on link 1
+    codec2: Codec = Codec.RAW  # on link 2; where cut1 = cut2 the edge passes on what it gets, so it is codec1
+    stations_s: StationSeconds  # predicted, at the placement's bandwidth
+
+
 class Placement(Frozen):
-    """Where a task runs: layers 1..cut1 on the device, cut1+1..cut2 on the edge, the rest on the cloud."""
+    """Where a task runs: layers 1..cut1 on the device, cut1+1..cut2 on the edge, the rest on the cloud.
+
+    A placement of several routes has the cuts of the route with the largest share that is not on the device alone, and the
+    kind of all tiers that compute.
+    """
 
     kind: Kind  # the tiers that compute
     edge: NodeName | None = None  # the edge whose slot or links are used; None: the device computes everything
@@ -140,19 +177,37 @@ class Placement(Frozen):
     cut2_name: str  # that layer's name, "input" at 0
     link1_bps: BitsPerSecond = 0  # b1, reserved between device and edge, 0 where unused
     link2_bps: BitsPerSecond = 0  # b2, reserved between edge and cloud, 0 where unused
+    routes: Annotated[tuple[Route, ...], Field(min_length=1, max_length=MAX_ROUTES)] | None = (
+        None  # by falling share; None: one route, cut1 and cut2, without codecs
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.cut1 > self.cut2:
-            raise ValueError(f"cut1 {self.cut1} is after cut2 {self.cut2}")
+        for cut1, cut2 in self.cut_pairs:
+            if cut1 > cut2:
+                raise ValueError(f"cut1 {cut1} is after cut2 {cut2}")
+        if self.routes is not None and not math.isclose(sum(route.share for route in self.routes), 1.0, abs_tol=1e-6):
+            raise ValueError("the shares of the routes do not sum to 1")
         if (self.edge is None) != (self.kind is Kind.DEVICE):
             raise ValueError(f"a placement of kind {self.kind} {'needs an' if self.edge is None else 'has no'} edge")
         return self
 
     @property
+    def cut_pairs(self) -> tuple[tuple[int, int], ...]:
+        """The cuts of each route."""
+        if self.routes is None:
+            return ((self.cut1, self.cut2),)
+        return tuple((route.cut1, route.cut2) for route in self.routes)
+
+    @property
+    def uses_device(self) -> bool:
+        """The device computes layers."""
+        return self.cut1 > 0 if self.routes is None else any(route.cut1 > 0 for route in self.routes)
+
+    @property
     def uses_slot(self) -> bool:
         """z of (19): the edge computes."""
-        return self.cut1 != self.cut2
+        return self.cut1 != self.cut2 if self.routes is None else any(cut1 != cut2 for cut1, cut2 in self.cut_pairs)
 
     @property
     def uses_link1(self) -> bool:
