@@ -2,5 +2,6 @@
 
 Every room may import it; it imports nothing of ours. Start with `topics` (the table of topics), `messages` (control
 messages, JSON), `frames` (activations, msgpack), `port` (the interface of a bus) and `decisions` (which decision records
-count). Wings: `memory` and `kafka` implement the port, `identity` proves who sent a record, `text` formats units and JSON.
+count). Wings: `memory` and `kafka` implement the port, `identity` proves who sent a record, `text` formats units and JSON,
+`routes` computes shares of several routes.
 """

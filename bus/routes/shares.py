@@ -1,0 +1,204 @@
+"""The best shares of a task's samples among routes: a linear program, solved exactly by the simplex method.
+
+A sample of route r needs s_k(r) seconds at station k and F_r seconds alone (its fill: stations, latencies and overheads).
+For N samples, shares a_r >= 0 with sum 1 minimise
+
+    sum_r a_r F_r + (N - 1) P,    where P = max_k sum_r a_r s_k(r) is the mean time of the slowest station.
+
+As a linear program: for each station, sum_r a_r s_k(r) - P + t_k = 0 with a slack t_k >= 0. Its dual has a price y_k >= 0 of
+each station with sum_k y_k = N - 1, and maximises the least F_r + sum_k y_k s_k(r) of all routes. So any such prices prove a
+lower bound, and the prices of an optimal solution prove that it is optimal, however many routes there are.
+
+`ShareProgram` is a revised simplex method: the caller looks for a route whose F_r + y s(r) is less than the present value and
+lets it enter (column generation). Only the columns of the basis inverse that belong to saturated stations and to the sum of
+the shares differ from unit vectors, so only these are kept: three to five lists of nine numbers. The last number of each is
+the objective's row, so that a pivot updates the prices, too. The right-hand side is the unit vector of the sum of the
+shares, so its column holds the values of the basic variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import mul
+from typing import Final, NamedTuple
+
+from bus.values import StationSeconds
+
+LEAST_SHARE: Final = 1e-9
+"""A route with a smaller share is left out."""
+
+TOLERANCE: Final = 1e-12
+"""Relative to the objective: a route that promises less than this does not enter."""
+
+MAX_PIVOTS: Final = 400
+"""A bound for inputs on which rounding errors keep the method from ending; ordinary ones take 5 to 15."""
+
+_STATIONS: Final = 7
+_SUM: Final = 7  # the row and column of the sum of the shares
+_COST: Final = 8  # the row of the objective
+_ROWS: Final = range(8)
+_SLOWEST: Final = -1  # label of P in the basis
+_SLACK: Final = -2  # label of a station's slack, which is in the row of its station
+_LEAST_PIVOT: Final = 1e-11  # relative to the largest entry of the column
+
+
+class Shares(NamedTuple):
+    """Shares of routes in the order in which these were given, and the proof that no others are better."""
+
+    shares: tuple[float, ...]  # a_r; at least one is positive, the sum is 1
+    slowest_s: float  # P
+    objective_s: float
+    prices: StationSeconds  # y_k >= 0, with sum N - 1
+
+
+class ShareProgram:
+    """The linear program while routes are added. Begins with all samples on one route, whose label is 0 or greater."""
+
+    __slots__ = ("_basis", "_columns", "_more", "_unit", "pivots")
+
+    def __init__(self, label: int, fill_s: float, stations_s: StationSeconds, samples: int) -> None:
+        slowest_s = max(stations_s)
+        self._unit = unit = slowest_s or 1.0  # times are in this unit, so that entries of columns are about 1
+        saturated = stations_s.index(slowest_s)
+        self._more = more = float(samples - 1)
+        values = [(slowest_s - s) / unit for s in stations_s]  # the slacks
+        values[saturated] = slowest_s / unit
+        values += [1.0, -(fill_s / unit + more * values[saturated])]
+        self._columns: list[list[float] | None] = [None] * _STATIONS + [values]
+        self._columns[saturated] = [-1.0] * _STATIONS + [0.0, more]
+        self._basis = [_SLACK] * _STATIONS + [label]
+        self._basis[saturated] = _SLOWEST
+        self.pivots = 0
+
+    @property
+    def value_s(self) -> float:
+        """The present objective; F_r + y s(r) of all routes in the basis."""
+        return -self._values[_COST] * self._unit
+
+    @property
+    def prices(self) -> list[float]:
+        """y_k; a negative one is not a price yet, see `negative_price`."""
+        return [0.0 if column is None else column[_COST] for column in self._columns[:_STATIONS]]
+
+    @property
+    def shares(self) -> list[tuple[int, float]]:
+        """The label and the share of each route in use; the shares sum to 1."""
+        values = self._values
+        used = [
+            (label, values[row]) for row, label in enumerate(self._basis) if label >= 0 and values[row] > LEAST_SHARE
+        ]
+        total = sum(share for _, share in used)
+        return [(label, share / total) for label, share in used]
+
+    @property
+    def proof(self) -> StationSeconds:
+        """The prices, free of rounding errors: none is negative, their sum is N - 1."""
+        y1, y2, y3, y4, y5, y6, y7 = (max(price, 0.0) for price in self.prices)
+        total = y1 + y2 + y3 + y4 + y5 + y6 + y7
+        scale = self._more / total if total else 0.0
+        return y1 * scale, y2 * scale, y3 * scale, y4 * scale, y5 * scale, y6 * scale, y7 * scale
+
+    def negative_price(self) -> int | None:
+        """The station with the least price, if this is negative: its slack must enter."""
+        least = -TOLERANCE * self._more
+        station = None
+        for k, column in enumerate(self._columns[:_STATIONS]):
+            if column is not None and column[_COST] < least:
+                least, station = column[_COST], k
+        return station
+
+    @property
+    def _values(self) -> list[float]:
+        column = self._columns[_SUM]
+        assert column is not None
+        return column
+
+    def enter(self, label: int, fill_s: float, stations_s: StationSeconds) -> None:
+        """Let a route enter that would lower the objective."""
+        unit = self._unit
+        change = self._values.copy()
+        change[_COST] += fill_s / unit
+        for row, (column, s) in enumerate(zip(self._columns, stations_s, strict=False)):
+            if column is None:
+                change[row] += s / unit
+            elif s:
+                s /= unit
+                change = [a + s * b for a, b in zip(change, column, strict=True)]
+        self._pivot(label, change, self._leaving(change))
+
+    def release(self, station: int) -> None:
+        """Let the slack of a saturated station enter: its price is negative, so the objective falls."""
+        columns, basis = self._columns, self._basis
+        change = columns[station]
+        assert change is not None
+        row = self._leaving(change)
+        columns[station] = None
+        self._pivot(_SLACK, change, row)
+        if row != station:  # a slack is in the row of its station
+            basis[row], basis[station] = basis[station], basis[row]
+            for column in columns:
+                if column is not None:
+                    column[row], column[station] = column[station], column[row]
+
+    def _pivot(self, label: int, change: list[float], row: int) -> None:
+        columns, basis = self._columns, self._basis
+        scale = 1.0 / change[row]
+        for at, column in enumerate(columns):
+            if column is not None and (factor := column[row] * scale):
+                column = [a - factor * b for a, b in zip(column, change, strict=True)]
+                column[row] = factor
+                columns[at] = column
+        if basis[row] == _SLACK:
+            columns[row] = column = [-scale * b for b in change]
+            column[row] = scale
+        basis[row] = label
+        self.pivots += 1
+
+    def _leaving(self, change: list[float]) -> int:
+        """The row whose variable reaches 0 first, in a tie the first one; P never does.
+
+        With ties the method could circle in theory; in 10,000 inputs made of ties it did not, and `MAX_PIVOTS` ends it.
+        """
+        least, values, basis = _LEAST_PIVOT * max(change[:_COST]), self._values, self._basis
+        best, leaving = float("inf"), -1
+        for row in _ROWS:
+            speed = change[row]
+            if speed > least and basis[row] != _SLOWEST and values[row] < best * speed:
+                best, leaving = values[row] / speed, row
+        return leaving
+
+
+def solve_shares(fill_s: Sequence[float], stations_s: Sequence[StationSeconds], samples: int) -> Shares:
+    """The best shares of `samples` samples among routes, given the fill and the seven station times of each.
+
+    Raises `ValueError` if there is no route.
+    """
+    more = samples - 1
+    label = min(range(len(fill_s)), key=lambda r: fill_s[r] + more * max(stations_s[r]))
+    program = ShareProgram(label, fill_s[label], stations_s[label], samples)
+    while program.pivots < MAX_PIVOTS:
+        station = program.negative_price()
+        if station is not None:
+            program.release(station)
+            continue
+        prices, value_s = program.prices, program.value_s
+        least_s, label = min(
+            (fill + sum(map(mul, prices, stations)), r)
+            for r, (fill, stations) in enumerate(zip(fill_s, stations_s, strict=True))
+        )
+        if least_s >= value_s * (1.0 - TOLERANCE):
+            break
+        program.enter(label, fill_s[label], stations_s[label])
+    return _checked(program, fill_s, stations_s, samples)
+
+
+def _checked(
+    program: ShareProgram, fill_s: Sequence[float], stations_s: Sequence[StationSeconds], samples: int
+) -> Shares:
+    shares = [0.0] * len(fill_s)
+    for label, share in program.shares:
+        shares[label] = share
+    used = [r for r, share in enumerate(shares) if share]
+    slowest_s = max(sum(shares[r] * stations_s[r][k] for r in used) for k in range(_STATIONS))
+    objective_s = sum(shares[r] * fill_s[r] for r in used) + (samples - 1) * slowest_s
+    return Shares(tuple(shares), slowest_s, objective_s, program.proof)
