@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from bus.errors import ProtocolError
 from bus.validation import first_fault
 from bus.values import (
+    Agreement,
     BitsPerSecond,
     Bytes,
     Execution,
@@ -100,6 +101,9 @@ class TaskSubmitted(Message):
     session: SessionTerms | None = None  # an open-ended task, whose samples are not known yet; `samples` is then 1
     priority: Annotated[int, Field(ge=1, le=1_000)] | None = None  # 1 is the most urgent; None: the default
     tiers: Annotated[tuple[Role, ...], Field(min_length=1)] | None = None  # tiers that may compute; None: all
+    min_agreement: Agreement | None = (
+        None  # lossy codecs whose measured agreement is at least this may be used; None: lossless ones only
+    )
 
 
 class TaskCancelled(Message):

@@ -270,6 +270,41 @@ MAX_MODEL_S = 1e6
 """Maximum time of one sample on a platform: about eleven days."""
 
 
+Agreement = Annotated[float, Field(ge=0, le=1)]
+"""How far lossy crossings keep a model's outputs, over its calibration samples.
+
+With classes: the share of the samples whose best class stays the same. Without: 1 minus the mean relative error of the
+outputs.
+"""
+
+MAX_CODEC_PROFILES = 512
+"""Most measured codecs of one model: with them and its agreements, six models fit into an announcement."""
+
+MAX_AGREEMENTS = 1_024
+"""Most pairs of crossings of one model whose agreement is announced."""
+
+
+class CodecProfile(Frozen):
+    """One codec at one position, measured on a platform: per sample, as the mean over the calibration samples."""
+
+    position: Annotated[int, Field(ge=0)]  # 0..l-1; a result crosses raw
+    codec: Codec  # not raw, whose size is G(position) and which takes no time
+    bytes: Bytes  # G(position, codec): encoded bytes of one sample that cross
+    encode_s: Seconds  # on the sending platform
+    decode_s: Seconds  # on the receiving platform
+    agreement: Agreement | None = None  # if this is the only lossy crossing; None: not measured, or lossless
+
+
+class PairAgreement(Frozen):
+    """Agreement of a model whose activations cross two positions with lossy codecs: their errors compound."""
+
+    position1: Annotated[int, Field(ge=0)]  # cut1
+    codec1: Codec  # lossy, on link 1
+    position2: Annotated[int, Field(ge=0)]  # cut2, after position1
+    codec2: Codec  # lossy, on link 2
+    agreement: Agreement  # measured
+
+
 class ModelProfile(Frozen):
     """The speed of one platform with one model, per sample: a row of the paper's F, and G.
 
@@ -285,6 +320,13 @@ class ModelProfile(Frozen):
     forbidden: tuple[int, ...] = ()  # positions that cannot be cut
     whole_s: Seconds | None = None  # time of the uncut model, if measured
     sum_of_slices_s: Seconds | None = None  # sum of the times of one-layer slices, before scaling
+    codecs: Annotated[tuple[CodecProfile, ...], Field(max_length=MAX_CODEC_PROFILES)] | None = (
+        None  # those worth using, by position; None: none measured
+    )
+    agreements: Annotated[tuple[PairAgreement, ...], Field(max_length=MAX_AGREEMENTS)] | None = (
+        None  # of the measured pairs of lossy crossings; None: none measured
+    )
+    calibration_samples: Annotated[int, Field(ge=1)] | None = None  # behind each agreement; None: none
 
     @property
     def layers(self) -> int:
@@ -307,6 +349,39 @@ class ModelProfile(Frozen):
         if any(not 0 < position < layers for position in self.forbidden):
             raise ValueError("only positions inside the model can be forbidden")
         return self
+
+    @model_validator(mode="after")
+    def _measured_codecs(self) -> Self:
+        layers, codecs, pairs = len(self.layer_names), self.codecs or (), self.agreements or ()
+        if any(one.codec is Codec.RAW or one.position >= layers for one in codecs):
+            raise ValueError(f"a codec is raw, or not at a position from 0 to {layers - 1}")
+        if len({(one.position, one.codec) for one in codecs}) < len(codecs):
+            raise ValueError("a codec is given twice at a position")
+        if any(pair.codec1.lossless or pair.codec2.lossless for pair in pairs):
+            raise ValueError("an agreement of a pair needs two lossy codecs")
+        if any(not pair.position1 < pair.position2 < layers for pair in pairs):
+            raise ValueError(f"the positions of a pair are not rising, or not below {layers}")
+        return self
+
+    def agreement(self, crossing1: tuple[int, Codec], crossing2: tuple[int, Codec]) -> float | None:
+        """The agreement of a pair of cuts with the codec of each: 1.0 if both are lossless, None if it was not measured.
+
+        Equal cuts are one crossing, with the codec of the first: the edge passes on what it gets. Nothing crosses at l.
+        """
+        crossings = (crossing1,) if crossing1[0] == crossing2[0] else (crossing1, crossing2)
+        lossy = [one for one in crossings if not one[1].lossless and one[0] < self.layers]
+        if not lossy:
+            return 1.0
+        if len(lossy) == 1:
+            return next((one.agreement for one in self.codecs or () if (one.position, one.codec) == lossy[0]), None)
+        return next(
+            (
+                pair.agreement
+                for pair in self.agreements or ()
+                if [(pair.position1, pair.codec1), (pair.position2, pair.codec2)] == lossy
+            ),
+            None,
+        )
 
     def cut_name(self, position: int) -> str:
         """The name of the layer before `position`, "input" at 0."""

@@ -39,6 +39,7 @@ class PlanTerms(NamedTuple):
     max_link2_bps: int | None
     priority: int | None
     tiers: tuple[Role, ...] | None
+    min_agreement: float | None  # that lossy codecs must have
 
 
 class Submissions:
@@ -61,7 +62,7 @@ class Submissions:
                     Fault.INVALID,
                     f"parameter 'placement': only {', '.join(self._allowed)} compute behind this endpoint",
                 )
-        return PlanTerms(model, terms.max_link1_bps, terms.max_link2_bps, terms.priority, tiers)
+        return PlanTerms(model, terms.max_link1_bps, terms.max_link2_bps, terms.priority, tiers, terms.min_agreement)
 
     def task(self, plan: PlanTerms, samples: int, deadline_s: float | None) -> TaskSubmitted:
         """A task of its own for a request."""
@@ -88,6 +89,7 @@ class Submissions:
             session=session,
             priority=plan.priority,
             tiers=plan.tiers,
+            min_agreement=plan.min_agreement,
         )
 
 

@@ -117,6 +117,9 @@ class Task:
 ADDED_LATER: Final = ("draining", "link1_latency_s", "link2_latency_s")
 """Optional fields of an announcement that older records do not have."""
 
+ADDED_LATER_TO_PROFILES: Final = ("codecs", "agreements", "calibration_samples")
+"""Optional fields of a profile that older records do not have."""
+
 
 class KnownNode:
     """A node that has joined the region."""
@@ -128,7 +131,11 @@ class KnownNode:
         self.rows: dict[str, PlatformRow] = {profile.model: table.row(profile) for profile in announced.models}
         self.draining = announced.draining is True
         # These are omitted unless set, so that older records, written without these fields, keep their hash.
-        left_out = {name for name in ADDED_LATER if getattr(announced, name) is None}
+        left_out: dict[str, Any] = {name: True for name in ADDED_LATER if getattr(announced, name) is None}
+        left_out["models"] = {
+            at: {name for name in ADDED_LATER_TO_PROFILES if getattr(profile, name) is None}
+            for at, profile in enumerate(announced.models)
+        }
         self.digest = hash_of("node|" + announced.model_dump_json(exclude=left_out))
         self.reach: dict[str, tuple[int, Reached]] = {}  # devices only, by model; a cache, not part of the state
         self._texts: list[tuple[str, str]] | None = None

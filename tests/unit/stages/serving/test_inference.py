@@ -132,6 +132,17 @@ async def test_requests_of_other_terms_have_another_session() -> None:
 
 
 @virtually
+async def test_the_agreement_that_a_request_demands_reaches_the_planner() -> None:
+    async with endpoint() as world:
+        await world.ask()
+        await world.ask(min_agreement=0.995)
+        await world.ask(min_agreement=0.9, mode=Mode.REQUEST)
+        await world.ask(min_agreement=0.9, session="s", session_start=True)
+        assert [session.submitted.min_agreement for session in world.device.sessions] == [None, 0.995, 0.9]
+        assert [request.submitted.min_agreement for request in world.device.requests] == [0.9]
+
+
+@virtually
 async def test_a_limit_of_0_keeps_a_request_off_the_link() -> None:
     async with endpoint() as world:
         await world.ask(max_link2_bps=0)
