@@ -15,19 +15,40 @@ With s_k the station times of a sample, N samples, and l the latency of a sample
 * pipelined: t + N u + (s_1 + ... + s_6 + l) + (N - 1) max s_k
 
 All cuts of a family have the same t, u and l, so these do not change which cuts of a family are best.
+
+With codecs, G(j) becomes G(j, q): the encoded bytes. Encoding joins the time of the sender (s_1 or s_3), decoding that of the
+receiver (s_3 or s_5). Where cut1 = cut2 the edge passes on what it gets: the device encodes and the cloud decodes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Final, NamedTuple
 
 from bus.errors import ConfigError
 from bus.unchecked_constructors import maker
-from bus.values import BITS_PER_BYTE, ModelProfile, Objective, Parts, Placement
+from bus.values import BITS_PER_BYTE, Codec, ModelProfile, Objective, Parts, Placement
 from planner.search.families import DEVICE, DEVICE_EDGE, family_of
 
 _parts = maker(Parts)
+
+Crossing = tuple[int, Codec]
+"""A cut, and the codec with which its activations cross the link."""
+
+Codecs = tuple[Codec, Codec]
+"""The codecs of both crossings; equal where cut1 = cut2, which is one crossing of both links."""
+
+RAW: Final[Codecs] = (Codec.RAW, Codec.RAW)
+
+
+class Coding(NamedTuple):
+    """One codec at one position, on one platform."""
+
+    size_bytes: int  # G(j, q) of one sample
+    encode_s: float
+    decode_s: float
+    agreement: float | None  # if this is the only lossy crossing; None: not measured
 
 
 class PlatformRow:
@@ -36,7 +57,18 @@ class PlatformRow:
     `factor` scales the profile's times: 2.0 if the platform is twice as slow as profiled.
     """
 
-    __slots__ = ("compute_s", "cut_bytes", "forbidden", "layers", "model", "names", "overhead_s", "sha256")
+    __slots__ = (
+        "agreements",
+        "codings",
+        "compute_s",
+        "cut_bytes",
+        "forbidden",
+        "layers",
+        "model",
+        "names",
+        "overhead_s",
+        "sha256",
+    )
 
     def __init__(self, profile: ModelProfile, factor: float = 1.0, overhead_s: float = 0.0) -> None:
         self.model = profile.model
@@ -48,6 +80,14 @@ class PlatformRow:
         self.overhead_s = overhead_s  # of each sample that the platform computes
         self.cut_bytes = profile.cut_bytes  # G(0..l)
         self.forbidden = frozenset(profile.forbidden)
+        self.codings: Mapping[Crossing, Coding] = {
+            (one.position, one.codec): Coding(one.bytes, factor * one.encode_s, factor * one.decode_s, one.agreement)
+            for one in profile.codecs or ()
+        }
+        self.agreements: Mapping[tuple[Crossing, Crossing], float] = {  # of pairs of lossy crossings
+            ((pair.position1, pair.codec1), (pair.position2, pair.codec2)): pair.agreement
+            for pair in profile.agreements or ()
+        }
 
     def __repr__(self) -> str:
         return f"<PlatformRow {self.model} {self.layers} layers {self.compute_s[-1]:.6g} s>"
@@ -68,6 +108,8 @@ class RowTable:
             profile.layer_s,
             profile.cut_bytes,
             profile.forbidden,
+            profile.codecs,
+            profile.agreements,
             factor,
             overhead_s,
         )
@@ -139,7 +181,7 @@ class Costs:
     Raises `ConfigError` if the rows belong to different models.
     """
 
-    __slots__ = ("cloud", "cloud_overhead_s", "cut_bytes", "device", "edge", "edge_overhead_s", "layers")
+    __slots__ = ("_codings", "cloud", "cloud_overhead_s", "cut_bytes", "device", "edge", "edge_overhead_s", "layers")
 
     def __init__(self, device: PlatformRow, edge: PlatformRow | None, cloud: PlatformRow | None) -> None:
         for other in (edge, cloud):
@@ -153,12 +195,48 @@ class Costs:
         self.edge_overhead_s = edge.overhead_s if edge is not None else 0.0
         self.cloud_overhead_s = cloud.overhead_s if cloud is not None else 0.0
         self.cut_bytes = device.cut_bytes
+        self._codings = tuple({} if row is None else row.codings for row in (device, edge, cloud))
 
     def sample_parts(
-        self, cut1: int, cut2: int, link1_bps: float, link2_bps: float, input_bytes: int | None = None
+        self,
+        cut1: int,
+        cut2: int,
+        link1_bps: float,
+        link2_bps: float,
+        input_bytes: int | None = None,
+        codecs: Codecs = RAW,
     ) -> SampleParts:
-        """(1)-(6) for one sample. `input_bytes` replaces G(0). The bandwidth of an unused link is ignored."""
-        return SampleParts(*self._sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes))
+        """(1)-(6) for one sample. `input_bytes` replaces G(0). The bandwidth of an unused link is ignored.
+
+        Raises `ConfigError` for a tier that does not run the model, and for a codec that was not measured where it is used.
+        """
+        parts = self._sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes)
+        if codecs != RAW and cut1 < self.layers:
+            parts = self._coded(parts, (cut1, codecs[0]), (cut2, codecs[1]), link1_bps, link2_bps)
+        return SampleParts(*parts)
+
+    def _coded(
+        self, raw: StationTimes, crossing1: Crossing, crossing2: Crossing, link1_bps: float, link2_bps: float
+    ) -> StationTimes:
+        """The station times of a sample with codecs, from those without."""
+        s1, s2, s3, s4, s5, s6b, s6a = raw
+        device, edge, cloud = self._codings
+        relayed = crossing1[0] == crossing2[0]
+        try:
+            if crossing1[1] is not Codec.RAW:
+                sent = device[crossing1]
+                s1, s2 = s1 + sent.encode_s, sent.size_bytes * (BITS_PER_BYTE / link1_bps)
+                if relayed:
+                    s4, s5 = sent.size_bytes * (BITS_PER_BYTE / link2_bps), s5 + cloud[crossing1].decode_s
+                else:
+                    s3 += edge[crossing1].decode_s
+            if crossing2[1] is not Codec.RAW and not relayed and crossing2[0] < self.layers:
+                sent = edge[crossing2]
+                s3, s4 = s3 + sent.encode_s, sent.size_bytes * (BITS_PER_BYTE / link2_bps)
+                s5 += cloud[crossing2].decode_s
+        except KeyError as error:
+            raise ConfigError(f"codec not measured at this cut: {error}") from None
+        return s1, s2, s3, s4, s5, s6b, s6a
 
     def _sample_parts(
         self, cut1: int, cut2: int, link1_bps: float, link2_bps: float, input_bytes: int | None
