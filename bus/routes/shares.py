@@ -157,7 +157,7 @@ class ShareProgram:
     def _leaving(self, change: list[float]) -> int:
         """The row whose variable reaches 0 first, in a tie the first one; P never does.
 
-        With ties the method could circle in theory; in 10,000 inputs made of ties it did not, and `MAX_PIVOTS` ends it.
+        With ties the method could circle in theory; in thousands of inputs made of ties it did not, and `MAX_PIVOTS` ends it.
         """
         least, values, basis = _LEAST_PIVOT * max(change[:_COST]), self._values, self._basis
         best, leaving = float("inf"), -1
