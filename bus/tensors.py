@@ -21,9 +21,9 @@ DTYPES = frozenset(
     ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
     + ("float16", "float32", "float64", "complex64")
 )
-ITEM_BYTES = {name: np.dtype(name).itemsize for name in sorted(DTYPES)}
-_DTYPES = {name: np.dtype(name) for name in sorted(DTYPES)}
-_PLAIN = frozenset(dtype for dtype in _DTYPES.values() if dtype.kind in "fiub")  # memoryview.cast supports them
+NUMPY_TYPES = {name: np.dtype(name) for name in sorted(DTYPES)}
+ITEM_BYTES = {name: dtype.itemsize for name, dtype in NUMPY_TYPES.items()}
+_PLAIN = frozenset(dtype for dtype in NUMPY_TYPES.values() if dtype.kind in "fiub")  # memoryview.cast supports them
 
 Array = npt.NDArray[Any]
 
@@ -36,8 +36,13 @@ class TensorHead:
     shape: tuple[int, ...]
 
     @property
+    def items(self) -> int:
+        """The number of its values."""
+        return math.prod(self.shape)
+
+    @property
     def size_bytes(self) -> int:
-        """Its size in the payload."""
+        """The size of its bytes."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
@@ -70,9 +75,9 @@ def to_pieces(sample: int, tensors: Sequence[Array], chunk_bytes: int) -> list[P
     """Split one sample's tensors into pieces of at most `chunk_bytes`; a single contiguous tensor is not copied."""
     heads = tuple([_head_of(array.dtype, array.shape) for array in tensors])
     if len(tensors) == 1:
-        payload = _bytes_of(tensors[0])
+        payload = bytes_of(tensors[0])
     else:
-        payload = memoryview(b"".join([_bytes_of(array) for array in tensors]))
+        payload = memoryview(b"".join([bytes_of(array) for array in tensors]))
     size = payload.nbytes
     if size <= chunk_bytes:
         return [Piece(sample, 0, size, payload, heads)]
@@ -82,7 +87,8 @@ def to_pieces(sample: int, tensors: Sequence[Array], chunk_bytes: int) -> list[P
     ]
 
 
-def _bytes_of(array: Array) -> memoryview:
+def bytes_of(array: Array) -> memoryview:
+    """The bytes of an array, little-endian and in C order; copied only where they lie otherwise."""
     if array.dtype in _PLAIN and array.size and array.ndim and array.flags.c_contiguous:
         return array.data.cast("B")
     if array.dtype.byteorder == ">":
@@ -101,7 +107,7 @@ def to_arrays(heads: Sequence[TensorHead], payloads: memoryview, count: int) -> 
     size_bytes = payloads.nbytes // count
     columns, at = [], 0
     for head in heads:
-        dtype = _DTYPES[head.dtype]
+        dtype = NUMPY_TYPES[head.dtype]
         strides = [dtype.itemsize]
         for extent in reversed(head.shape[1:]):
             strides.append(strides[-1] * extent)
@@ -116,7 +122,7 @@ def to_tensors(heads: Iterable[TensorHead], payload: memoryview) -> list[Array]:
     """The arrays of one sample: views of its payload, read-only, possibly unaligned."""
     arrays, at = [], 0
     for head in heads:
-        arrays.append(np.ndarray(head.shape, _DTYPES[head.dtype], payload, at))
+        arrays.append(np.ndarray(head.shape, NUMPY_TYPES[head.dtype], payload, at))
         at += head.size_bytes
     return arrays
 
