@@ -34,8 +34,7 @@ MAX_PIVOTS: Final = 400
 """A bound for inputs on which rounding errors keep the method from ending; ordinary ones take 5 to 15."""
 
 _STATIONS: Final = 7
-_SUM: Final = 7  # the row and column of the sum of the shares
-_COST: Final = 8  # the row of the objective
+_COST: Final = 8  # the row of the objective; row 7 is that of the sum of the shares
 _ROWS: Final = range(8)
 _SLOWEST: Final = -1  # label of P in the basis
 _SLACK: Final = -2  # label of a station's slack, which is in the row of its station
@@ -54,7 +53,7 @@ class Shares(NamedTuple):
 class ShareProgram:
     """The linear program while routes are added. Begins with all samples on one route, whose label is 0 or greater."""
 
-    __slots__ = ("_basis", "_columns", "_more", "_unit", "pivots")
+    __slots__ = ("_basis", "_columns", "_more", "_unit", "_values", "pivots", "prices", "value_s")
 
     def __init__(self, label: int, fill_s: float, stations_s: StationSeconds, samples: int) -> None:
         slowest_s = max(stations_s)
@@ -64,21 +63,15 @@ class ShareProgram:
         values = [(slowest_s - s) / unit for s in stations_s]  # the slacks
         values[saturated] = slowest_s / unit
         values += [1.0, -(fill_s / unit + more * values[saturated])]
-        self._columns: list[list[float] | None] = [None] * _STATIONS + [values]
+        self._values = values  # the column of the sum of the shares
+        self._columns: list[list[float] | None] = [None] * _STATIONS  # of the saturated stations
         self._columns[saturated] = [-1.0] * _STATIONS + [0.0, more]
         self._basis = [_SLACK] * _STATIONS + [label]
         self._basis[saturated] = _SLOWEST
         self.pivots = 0
-
-    @property
-    def value_s(self) -> float:
-        """The present objective; F_r + y s(r) of all routes in the basis."""
-        return -self._values[_COST] * self._unit
-
-    @property
-    def prices(self) -> list[float]:
-        """y_k; a negative one is not a price yet, see `negative_price`."""
-        return [0.0 if column is None else column[_COST] for column in self._columns[:_STATIONS]]
+        self.prices = [0.0] * _STATIONS  # y_k; one may be negative, see `negative_price`
+        self.prices[saturated] = more
+        self.value_s = fill_s + more * slowest_s  # the objective, and F_r + y s(r) of all routes in the basis
 
     @property
     def shares(self) -> list[tuple[int, float]]:
@@ -87,43 +80,34 @@ class ShareProgram:
         used = [
             (label, values[row]) for row, label in enumerate(self._basis) if label >= 0 and values[row] > LEAST_SHARE
         ]
-        total = sum(share for _, share in used)
+        total = sum([share for _, share in used])
         return [(label, share / total) for label, share in used]
 
     @property
     def proof(self) -> StationSeconds:
         """The prices, free of rounding errors: none is negative, their sum is N - 1."""
-        y1, y2, y3, y4, y5, y6, y7 = (max(price, 0.0) for price in self.prices)
+        y1, y2, y3, y4, y5, y6, y7 = [max(price, 0.0) for price in self.prices]
         total = y1 + y2 + y3 + y4 + y5 + y6 + y7
         scale = self._more / total if total else 0.0
         return y1 * scale, y2 * scale, y3 * scale, y4 * scale, y5 * scale, y6 * scale, y7 * scale
 
     def negative_price(self) -> int | None:
-        """The station with the least price, if this is negative: its slack must enter."""
-        least = -TOLERANCE * self._more
-        station = None
-        for k, column in enumerate(self._columns[:_STATIONS]):
-            if column is not None and column[_COST] < least:
-                least, station = column[_COST], k
-        return station
-
-    @property
-    def _values(self) -> list[float]:
-        column = self._columns[_SUM]
-        assert column is not None
-        return column
+        """The station with the least price, if this is negative: its slack must enter before any route."""
+        prices = self.prices
+        least = min(prices)
+        return prices.index(least) if least < -TOLERANCE * self._more else None
 
     def enter(self, label: int, fill_s: float, stations_s: StationSeconds) -> None:
         """Let a route enter that would lower the objective."""
         unit = self._unit
         change = self._values.copy()
         change[_COST] += fill_s / unit
-        for row, (column, s) in enumerate(zip(self._columns, stations_s, strict=False)):
+        for row, (column, s) in enumerate(zip(self._columns, stations_s, strict=True)):
             if column is None:
                 change[row] += s / unit
             elif s:
                 s /= unit
-                change = [a + s * b for a, b in zip(change, column, strict=True)]
+                change = _minus(change, -s, column)
         self._pivot(label, change, self._leaving(change))
 
     def release(self, station: int) -> None:
@@ -136,7 +120,7 @@ class ShareProgram:
         self._pivot(_SLACK, change, row)
         if row != station:  # a slack is in the row of its station
             basis[row], basis[station] = basis[station], basis[row]
-            for column in columns:
+            for column in (self._values, *columns):
                 if column is not None:
                     column[row], column[station] = column[station], column[row]
 
@@ -145,27 +129,49 @@ class ShareProgram:
         scale = 1.0 / change[row]
         for at, column in enumerate(columns):
             if column is not None and (factor := column[row] * scale):
-                column = [a - factor * b for a, b in zip(column, change, strict=True)]
+                columns[at] = column = _minus(column, factor, change)
                 column[row] = factor
-                columns[at] = column
+        factor = self._values[row] * scale
+        self._values = values = _minus(self._values, factor, change)
+        values[row] = factor
         if basis[row] == _SLACK:
             columns[row] = column = [-scale * b for b in change]
             column[row] = scale
         basis[row] = label
         self.pivots += 1
+        self.prices = [0.0 if column is None else column[_COST] for column in columns]
+        self.value_s = -values[_COST] * self._unit
 
     def _leaving(self, change: list[float]) -> int:
         """The row whose variable reaches 0 first, in a tie the first one; P never does.
 
         With ties the method could circle in theory; in thousands of inputs made of ties it did not, and `MAX_PIVOTS` ends it.
         """
-        least, values, basis = _LEAST_PIVOT * max(change[:_COST]), self._values, self._basis
+        values, basis = self._values, self._basis
+        least = _LEAST_PIVOT * max(change[:_COST])
         best, leaving = float("inf"), -1
         for row in _ROWS:
             speed = change[row]
-            if speed > least and basis[row] != _SLOWEST and values[row] < best * speed:
+            if speed > least and values[row] < best * speed and basis[row] != _SLOWEST:
                 best, leaving = values[row] / speed, row
         return leaving
+
+
+def _minus(column: list[float], factor: float, other: list[float]) -> list[float]:
+    """column - factor * other; written out, because a loop takes three times as long."""
+    a0, a1, a2, a3, a4, a5, a6, a7, a8 = column
+    b0, b1, b2, b3, b4, b5, b6, b7, b8 = other
+    return [
+        a0 - factor * b0,
+        a1 - factor * b1,
+        a2 - factor * b2,
+        a3 - factor * b3,
+        a4 - factor * b4,
+        a5 - factor * b5,
+        a6 - factor * b6,
+        a7 - factor * b7,
+        a8 - factor * b8,
+    ]
 
 
 def solve_shares(fill_s: Sequence[float], stations_s: Sequence[StationSeconds], samples: int) -> Shares:
