@@ -5,8 +5,10 @@ A frame is one msgpack map with string keys and without extension types, so ever
     {"v": 1, "kind": "activations" | "result" | "report" | "probe" | "echo", "task": str, "attempt": int, "from": str,
      "plan": {...}                                    (in a task's first frame to a stage)
      "report": {"edge_s": float, ...}                 (kind "report" only; of a session with "samples": float, their number)
-     "pieces": [{"sample": int, "at": int, "size": int, "bytes": int, "tensors": [{"dtype", "shape"}, ...]}, ...
-                or {"samples": [int, ...], "size": int, "tensors": [...]}],
+     "pieces": [{"sample": int, "at": int, "size": int, "bytes": int, "tensors": [{"dtype", "shape"}, ...],
+                 "codec": str, "raw": int}, ...
+                or {"samples": [int, ...], "size": int, "tensors": [...]}
+                or {"samples": [int, ...], "sizes": [int, ...], "tensors": [...], "codec": str, "raw": int}],
      "data": bin}
 
 The payload of a sample (`size` bytes) is the concatenation of its tensors' bytes (little-endian, C order). A piece is `bytes`
@@ -15,6 +17,9 @@ Only the piece at 0 has `tensors`. Whole samples with the same tensors share one
 each): with 4 kB samples in 20 kB frames, separate descriptions would be 2 % of the traffic. `data` holds the bytes of all
 pieces in order. It is the last entry and is read in place, since unpacking would copy it: a fifth of the cost of a hop at
 1 MB.
+
+Where a piece names a `codec`, the payload is what the codec made of the tensors, whose bytes would be `raw` (`bus.codecs`).
+Encoded samples differ in size, so those that share a description have `sizes`.
 
 A `probe` measures a link's latency: the receiver sends it back as an `echo`. Both have no plan, report, pieces or data;
 `task` and `attempt` identify the prober and count its probes.
@@ -26,7 +31,7 @@ shape and dtype is checked before memory is allocated.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -37,9 +42,19 @@ from pydantic import Field, ValidationError
 from bus.errors import ProtocolError
 from bus.messages import AttemptNumber, Placed, Samples
 from bus.port import RecordValue
-from bus.tensors import DTYPES, Piece, TensorHead, tensor_head, to_arrays, to_tensors
+from bus.tensors import (
+    DTYPES,
+    ITEM_BYTES,
+    EncodedAs,
+    Piece,
+    TensorHead,
+    encoded_limit,
+    tensor_head,
+    to_arrays,
+    to_tensors,
+)
 from bus.validation import first_fault
-from bus.values import Execution, Frozen, Name, NodeName, Placement
+from bus.values import Codec, Execution, Frozen, Name, NodeName, Placement
 
 FRAME_VERSION = 1
 MAX_FRAME_BYTES = 1_040_000
@@ -147,16 +162,22 @@ def _sender(kind: FrameKind, task_id: str, attempt: int, source: str) -> bytes:
 def _described(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
     """The descriptions of the pieces; consecutive whole samples with the same tensors share an entry."""
     entries: list[dict[str, Any]] = []
-    alike: tuple[TensorHead, ...] | None = None  # tensors of the last described whole sample
-    samples: list[int] = []  # samples that share its entry
+    alike: tuple[object, ...] | None = None  # what samples have in common that share the last entry
+    samples: list[int] = []  # samples that share it
+    sizes: list[int] = []  # of their payloads
     for piece in pieces:
         whole = piece.at == 0 and piece.data.nbytes == piece.size_bytes
-        if whole and piece.tensors == alike:
+        common = (piece.tensors, piece.encoded) if whole else None
+        if whole and common == alike:
             samples.append(piece.sample)
+            sizes.append(piece.size_bytes)
             if len(samples) == 2:
-                entries[-1] = {"samples": samples, "size": piece.size_bytes, "tensors": entries[-1]["tensors"]}
+                for alone in ("sample", "at", "size", "bytes"):
+                    del entries[-1][alone]
+                entries[-1]["samples"] = samples
+                entries[-1] |= {"size": piece.size_bytes} if piece.encoded is None else {"sizes": sizes}
             continue
-        alike, samples = (piece.tensors if whole else None), [piece.sample]
+        alike, samples, sizes = common, [piece.sample], [piece.size_bytes]
         entry: dict[str, Any] = {
             "sample": piece.sample,
             "at": piece.at,
@@ -165,6 +186,8 @@ def _described(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
         }
         if piece.at == 0:
             entry["tensors"] = [{"dtype": tensor.dtype, "shape": tensor.shape} for tensor in piece.tensors]
+        if piece.encoded is not None:
+            entry |= {"codec": piece.encoded.codec.value, "raw": piece.encoded.raw_bytes}
         entries.append(entry)
     return entries
 
@@ -283,16 +306,13 @@ def _pieces(described: Any, data: memoryview) -> list[Piece]:
     pieces: list[Piece] = []
     begin = 0
     for entry in described:
-        size = _count(entry["size"])
-        if size > MAX_SAMPLE_BYTES:
-            raise ProtocolError("oversized", f"a sample of {size:,} bytes, over {MAX_SAMPLE_BYTES:,}")
-        samples = entry.get("samples")
-        if samples is None:
-            pieces.append(_piece(entry, size, data, begin))
+        if "samples" not in entry:
+            pieces.append(_piece(entry, data, begin))
             begin += pieces[-1].data.nbytes
         else:
-            pieces += _alike(samples, _tensors(entry, size), size, data[begin:])
-            begin += size * len(samples)
+            alike = _alike(entry, data[begin:])
+            begin += sum([piece.size_bytes for piece in alike])
+            pieces += alike
         if len(pieces) > MAX_PIECES:
             raise ProtocolError("undecodable", f"over {MAX_PIECES} pieces in one frame")
     if begin != data.nbytes:
@@ -300,24 +320,31 @@ def _pieces(described: Any, data: memoryview) -> list[Piece]:
     return pieces
 
 
-def _piece(entry: dict[str, Any], size: int, data: memoryview, begin: int) -> Piece:
+def _piece(entry: dict[str, Any], data: memoryview, begin: int) -> Piece:
     """Decode one piece whose bytes start at `begin`."""
+    encoded = _encoded_as(entry)
+    size = _size(entry["size"], encoded)
     sample, at, length = _count(entry["sample"]), _count(entry["at"]), _count(entry["bytes"])
     end = begin + length
     if at + length > size or end > data.nbytes or (length == 0 and size > 0):
         raise ProtocolError("wrong_shape", f"sample {sample}: a piece lies outside its sample or its frame")
-    tensors = _tensors(entry, size) if at == 0 else ()
+    tensors = _tensors(entry, size if encoded is None else encoded.raw_bytes) if at == 0 else ()
     part = data[begin:end]
-    return Piece(sample, at, size, part, tensors, to_tensors(tensors, part) if length == size else None)
+    arrays = to_tensors(tensors, part) if length == size and encoded is None else None
+    return Piece(sample, at, size, part, tensors, arrays, encoded)
 
 
-def _alike(samples: Any, tensors: tuple[TensorHead, ...], size: int, data: memoryview) -> Iterable[Piece]:
+def _alike(entry: dict[str, Any], data: memoryview) -> list[Piece]:
     """Decode whole samples with the same tensors; the first starts at the beginning of `data`."""
+    samples, encoded = entry["samples"], _encoded_as(entry)
     if not isinstance(samples, list):
         raise ProtocolError("undecodable", "samples is not an array")
     for sample in samples:
         _count(sample)
-    count = len(samples)
+    if encoded is not None:
+        return _alike_encoded(samples, entry, encoded, data)
+    size, count = _size(entry["size"], None), len(samples)
+    tensors = _tensors(entry, size)
     if size * count > data.nbytes:
         raise ProtocolError("wrong_shape", f"sample {samples[:1]}: a piece lies outside its frame")
     arrays = to_arrays(tensors, data[: size * count], count) if count else []
@@ -327,7 +354,41 @@ def _alike(samples: Any, tensors: tuple[TensorHead, ...], size: int, data: memor
     ]
 
 
+def _alike_encoded(samples: list[int], entry: dict[str, Any], encoded: EncodedAs, data: memoryview) -> list[Piece]:
+    """The same for encoded samples, each of its own size."""
+    tensors = _tensors(entry, encoded.raw_bytes)
+    begin = 0
+    pieces = []
+    for sample, size in zip(samples, [_size(size, encoded) for size in entry["sizes"]], strict=True):
+        pieces.append(Piece(sample, 0, size, data[begin : begin + size], tensors, None, encoded))
+        begin += size
+    if begin > data.nbytes:
+        raise ProtocolError("wrong_shape", f"sample {samples[:1]}: a piece lies outside its frame")
+    return pieces
+
+
+def _encoded_as(entry: dict[str, Any]) -> EncodedAs | None:
+    if "codec" not in entry:
+        return None
+    codec, raw_bytes = Codec(entry["codec"]), _count(entry["raw"])
+    if codec is Codec.RAW:
+        raise ProtocolError("undecodable", "a payload that is not encoded names no codec")
+    if raw_bytes > MAX_SAMPLE_BYTES:
+        raise ProtocolError("oversized", f"a sample of {raw_bytes:,} bytes, over {MAX_SAMPLE_BYTES:,}")
+    return EncodedAs(codec, raw_bytes)
+
+
+def _size(value: Any, encoded: EncodedAs | None) -> int:
+    """The size of a payload."""
+    size = _count(value)
+    limit = MAX_SAMPLE_BYTES if encoded is None else encoded_limit(encoded.raw_bytes)
+    if size > limit:
+        raise ProtocolError("oversized", f"a sample of {size:,} bytes, over {limit:,}")
+    return size
+
+
 def _tensors(entry: dict[str, Any], size: int) -> tuple[TensorHead, ...]:
+    """The tensors of a sample, which make up `size` bytes before they are encoded."""
     tensors = tuple([_tensor(head) for head in entry["tensors"]])
     if len(tensors) > MAX_TENSORS or sum([tensor.size_bytes for tensor in tensors]) != size:
         raise ProtocolError("wrong_shape", f"the tensors do not make up {size:,} bytes")
@@ -340,7 +401,10 @@ def _tensor(head: Any) -> TensorHead:
         raise ProtocolError("wrong_shape", f"dtype {str(dtype)[:20]!r} is not allowed")
     if not isinstance(shape, list) or len(shape) > MAX_RANK:
         raise ProtocolError("wrong_shape", f"a rank over {MAX_RANK}")
-    return tensor_head(dtype, tuple([_count(extent) for extent in shape]))
+    extents = tuple([_count(extent) for extent in shape])
+    if 0 in extents and math.prod(filter(None, extents)) * ITEM_BYTES[dtype] >= _COUNTS_BELOW:
+        raise ProtocolError("wrong_shape", "a tensor without values has too large a shape")  # numpy refuses it, too
+    return tensor_head(dtype, extents)
 
 
 def _count(value: Any) -> int:

@@ -1,7 +1,7 @@
 """Conversion between tensors and pieces of bytes that fit into frames.
 
-The payload of a sample is the concatenation of its tensors' bytes (little-endian, C order). A small sample is one piece.
-Bytes are copied only when the frame is built; decoded arrays are views of the frame.
+The payload of a sample is the concatenation of its tensors' bytes (little-endian, C order), or what a codec made of them. A
+small sample is one piece. Bytes are copied only when the frame is built; decoded arrays are views of the frame.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bus.errors import ProtocolError
+from bus.values import Codec
 
 DTYPES = frozenset(
     ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
@@ -46,6 +47,36 @@ class TensorHead:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
+class EncodedAs(NamedTuple):
+    """What an encoded payload says about itself. It is a claim until the payload is decoded."""
+
+    codec: Codec  # not raw
+    raw_bytes: int  # of the sample's tensors
+
+
+class Encoded(NamedTuple):
+    """One sample as a codec's payload; `bus.codecs` turns tensors into one and back. Relays pass it on as it is."""
+
+    codec: Codec  # not raw
+    tensors: tuple[TensorHead, ...]
+    payload: memoryview
+
+    @property
+    def raw_bytes(self) -> int:
+        """The size of its tensors."""
+        return sum([head.size_bytes for head in self.tensors])
+
+    @property
+    def nbytes(self) -> int:
+        """The size of its payload."""
+        return self.payload.nbytes
+
+
+def encoded_limit(raw_bytes: int) -> int:
+    """The largest payload that a codec makes of tensors of this size: theirs, and what it says about them."""
+    return raw_bytes + raw_bytes // 128 + 1024
+
+
 class Piece(NamedTuple):
     """The part `data` of a sample's payload that starts at byte `at`; the whole payload has `size_bytes`.
 
@@ -57,7 +88,8 @@ class Piece(NamedTuple):
     size_bytes: int
     data: memoryview
     tensors: tuple[TensorHead, ...] = ()  # only if `at` is 0
-    arrays: list[Array] | None = None  # decoded tensors of a whole sample: views of the frame
+    arrays: list[Array] | None = None  # tensors of a whole sample that is not encoded: views of the frame
+    encoded: EncodedAs | None = None  # None: the payload is the tensors' bytes
 
 
 @lru_cache(maxsize=4096)
@@ -71,20 +103,32 @@ def _head_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> TensorHead:
     return tensor_head(dtype.name, shape)
 
 
-def to_pieces(sample: int, tensors: Sequence[Array], chunk_bytes: int) -> list[Piece]:
-    """Split one sample's tensors into pieces of at most `chunk_bytes`; a single contiguous tensor is not copied."""
-    heads = tuple([_head_of(array.dtype, array.shape) for array in tensors])
-    if len(tensors) == 1:
-        payload = bytes_of(tensors[0])
+def heads_of(tensors: Sequence[Array]) -> tuple[TensorHead, ...]:
+    """The descriptions of tensors."""
+    return tuple([_head_of(array.dtype, array.shape) for array in tensors])
+
+
+def to_pieces(sample: int, tensors: Sequence[Array] | Encoded, chunk_bytes: int) -> list[Piece]:
+    """Split one sample into pieces of at most `chunk_bytes`; a single contiguous tensor is not copied."""
+    encoded = None
+    if isinstance(tensors, Encoded):
+        encoded = EncodedAs(tensors.codec, tensors.raw_bytes)
+        heads, payload = tensors.tensors, tensors.payload
     else:
-        payload = memoryview(b"".join([bytes_of(array) for array in tensors]))
+        heads, payload = heads_of(tensors), _payload_of(tensors)
     size = payload.nbytes
     if size <= chunk_bytes:
-        return [Piece(sample, 0, size, payload, heads)]
+        return [Piece(sample, 0, size, payload, heads, None, encoded)]
     return [
-        Piece(sample, at, size, payload[at : at + chunk_bytes], heads if at == 0 else ())
+        Piece(sample, at, size, payload[at : at + chunk_bytes], heads if at == 0 else (), None, encoded)
         for at in range(0, size, chunk_bytes)
     ]
+
+
+def _payload_of(tensors: Sequence[Array]) -> memoryview:
+    if len(tensors) == 1:
+        return bytes_of(tensors[0])
+    return memoryview(b"".join([bytes_of(array) for array in tensors]))
 
 
 def bytes_of(array: Array) -> memoryview:
@@ -134,7 +178,7 @@ class Assembler:
     """
 
     def __init__(self) -> None:
-        self._open: dict[int, tuple[tuple[TensorHead, ...], bytearray, int]] = {}
+        self._open: dict[int, tuple[Piece, bytearray, int]] = {}  # first piece without its data, bytes, number of them
 
     @property
     def pending(self) -> int:
@@ -146,28 +190,41 @@ class Assembler:
         """Memory held for incomplete samples, in bytes."""
         return sum(len(buffer) for _, buffer, _ in self._open.values())
 
-    def add(self, piece: Piece) -> list[Array] | None:
-        """The sample's tensors (read-only) if this piece completes it. Raises `ProtocolError` `missing_chunk` on a gap."""
+    def add(self, piece: Piece) -> list[Array] | Encoded | None:
+        """The sample (read-only) if this piece completes it; encoded as it came.
+
+        Raises `ProtocolError` `missing_chunk` on a gap.
+        """
         if piece.at == 0 and piece.data.nbytes == piece.size_bytes:
             self._open.pop(piece.sample, None)
-            return to_tensors(piece.tensors, piece.data) if piece.arrays is None else piece.arrays
+            return _whole(piece, piece.data) if piece.arrays is None else piece.arrays
         if piece.at == 0 and piece.sample not in self._open:
-            self._open[piece.sample] = (piece.tensors, bytearray(piece.size_bytes), 0)
+            self._open[piece.sample] = (piece._replace(data=_NOTHING), bytearray(piece.size_bytes), 0)
         if piece.sample not in self._open:
             raise ProtocolError(
                 "missing_chunk", f"sample {piece.sample}: a piece at byte {piece.at} arrived without the first piece"
             )
-        tensors, buffer, filled = self._open[piece.sample]
+        first, buffer, filled = self._open[piece.sample]
         end = piece.at + piece.data.nbytes
-        if piece.size_bytes != len(buffer):
-            raise ProtocolError("wrong_shape", f"sample {piece.sample}: the pieces disagree about its size")
+        if (piece.size_bytes, piece.encoded) != (len(buffer), first.encoded):
+            raise ProtocolError("wrong_shape", f"sample {piece.sample}: the pieces disagree about its size or codec")
         if piece.at > filled:
             raise ProtocolError("missing_chunk", f"sample {piece.sample}: bytes {filled}..{piece.at} are missing")
         if end <= filled:
             return None
         buffer[piece.at : end] = piece.data
         if end < len(buffer):
-            self._open[piece.sample] = (tensors, buffer, end)
+            self._open[piece.sample] = (first, buffer, end)
             return None
         del self._open[piece.sample]
-        return to_tensors(tensors, memoryview(buffer).toreadonly())
+        return _whole(first, memoryview(buffer).toreadonly())
+
+
+_NOTHING = memoryview(b"")
+
+
+def _whole(first: Piece, payload: memoryview) -> list[Array] | Encoded:
+    """The sample with this first piece and payload."""
+    if first.encoded is None:
+        return to_tensors(first.tensors, payload)
+    return Encoded(first.encoded.codec, first.tensors, payload)

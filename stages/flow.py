@@ -211,6 +211,8 @@ class Flow:
                 f"sample {sample} of {self.plan.model} at {self.first}: {piece.size_bytes:,} bytes, "
                 f"expected {self._expected_bytes:,}",
             )
+        if piece.encoded is not None:
+            raise ProtocolError("wrong_codec", f"sample {sample}: the plan has no codec {piece.encoded.codec} here")
         try:
             whole = self._assembler.add(piece)
         except ProtocolError as error:
@@ -220,7 +222,7 @@ class Flow:
             return
         receipt.hold()
         self._receipts.setdefault(sample, []).append(receipt)
-        if whole is not None:
+        if isinstance(whole, list):
             self._whole.add(sample)
             self._ready.append((sample, whole, self.active_s))
             self._arrived.set()

@@ -16,6 +16,7 @@ from bus.identity.authorization import AuthorizationRule
 from bus.identity.keys import IDENTITY_HEADER, PROOF_HEADER
 from bus.tensors import DTYPES
 from bus.topics import EDGE_PLACEHOLDER, TABLE, Encoding, PartitionBy, Topic
+from bus.values import Codec
 
 SCHEMA_REF: Final = "#/components/schemas/{model}"
 JSON_TYPE: Final = "application/json"
@@ -196,6 +197,13 @@ def frame_schema() -> dict[str, Any]:
         "items": tensor,
         "description": "tensors of the payload if `at` is 0: little-endian, C order, one after the other",
     }
+    encoding = {
+        "codec": {
+            "enum": [codec.value for codec in Codec if codec is not Codec.RAW],
+            "description": "what the payload is encoded with; absent where it is the tensors' bytes",
+        },
+        "raw": count("size of the tensors' bytes, with `codec`", frames.MAX_SAMPLE_BYTES),
+    }
     piece = {
         "type": "object",
         "required": ["sample", "at", "size", "bytes"],
@@ -205,20 +213,29 @@ def frame_schema() -> dict[str, Any]:
             "size": size,
             "bytes": count("length of this piece; `data` contains the pieces one after the other"),
             "tensors": tensors,
+            **encoding,
         },
+    }
+    samples = {
+        "type": "array",
+        "maxItems": frames.MAX_PIECES,
+        "items": count("index of the sample in the task"),
     }
     alike = {
         "type": "object",
         "description": "whole samples with the same tensors, each of `size` bytes in `data`",
         "required": ["samples", "size", "tensors"],
+        "properties": {"samples": samples, "size": size, "tensors": tensors},
+    }
+    alike_encoded = {
+        "type": "object",
+        "description": "encoded whole samples with the same tensors, each of its own size",
+        "required": ["samples", "sizes", "tensors", "codec", "raw"],
         "properties": {
-            "samples": {
-                "type": "array",
-                "maxItems": frames.MAX_PIECES,
-                "items": count("index of the sample in the task"),
-            },
-            "size": size,
+            "samples": samples,
+            "sizes": {"type": "array", "maxItems": frames.MAX_PIECES, "items": size},
             "tensors": tensors,
+            **encoding,
         },
     }
     return {
@@ -241,7 +258,11 @@ def frame_schema() -> dict[str, Any]:
                 "additionalProperties": {"type": "number"},
                 "description": "busy seconds by part, kind `report` only",
             },
-            "pieces": {"type": "array", "maxItems": frames.MAX_PIECES, "items": {"oneOf": [piece, alike]}},
+            "pieces": {
+                "type": "array",
+                "maxItems": frames.MAX_PIECES,
+                "items": {"oneOf": [piece, alike, alike_encoded]},
+            },
             "data": {"type": "string", "contentEncoding": "binary", "description": "msgpack bin; the last entry"},
         },
     }

@@ -177,7 +177,7 @@ class DeviceAttempt:
                     continue  # the sending stage sends the sample again
                 self._abort(error)
                 raise
-            if whole is not None:
+            if isinstance(whole, list):
                 self._result(piece.sample, whole)
 
     def _result(self, sample: int, outputs: list[Array]) -> None:
@@ -219,6 +219,8 @@ def require_result(frame: Frame) -> None:
         raise ProtocolError(
             "undecodable", f"a frame of kind {frame.kind} cannot be sent to a device; expected result or report"
         )
+    if any(piece.encoded is not None for piece in frame.pieces):
+        raise ProtocolError("wrong_codec", "results are not encoded")
 
 
 def profile_for(node: Node, model: str) -> ModelProfile:

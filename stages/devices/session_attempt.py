@@ -187,7 +187,7 @@ class SessionAttempt:
                     continue  # the sending stage sends the sample again
                 self._abort(error)
                 raise
-            if whole is not None and self._answer(piece.sample, whole):
+            if isinstance(whole, list) and self._answer(piece.sample, whole):
                 self._path.progress()
                 self._window.give()
                 self._changed.set()

@@ -19,7 +19,7 @@ from bus.errors import BusError
 from bus.frames import Frame
 from bus.messages import Decision, Ended, EpochOpened, Message, NodeAnnounced, Snapshot, Start, TaskCompleted
 from bus.port import Bus, Position, Reader, Record, RecordValue, TopicPartition
-from bus.tensors import Array, Assembler, Piece
+from bus.tensors import Array, Assembler, Encoded, Piece
 from bus.values import Role
 from loadgen.sim.programs import Programs
 from planner.core.core import CoreComponents, PlannerCore
@@ -169,7 +169,7 @@ class OrderTrusted(Assembler):
         super().__init__()
         self.filled: dict[int, int] = {}
 
-    def add(self, piece: Piece) -> list[Array] | None:
+    def add(self, piece: Piece) -> list[Array] | Encoded | None:
         at = self.filled.pop(piece.sample, 0)
         whole = super().add(piece._replace(at=at))
         if whole is None:

@@ -12,8 +12,8 @@ import pytest
 from bus import frames
 from bus.errors import ProtocolError
 from bus.frames import AttemptPlan, Frame, decode_frame, encode_frame
-from bus.tensors import Assembler, Piece, TensorHead, to_pieces
-from bus.values import Execution, Kind, Placement
+from bus.tensors import Assembler, Encoded, EncodedAs, Piece, TensorHead, encoded_limit, to_pieces
+from bus.values import Codec, Execution, Kind, Placement
 
 
 def plan() -> AttemptPlan:
@@ -46,7 +46,7 @@ def test_a_frame_comes_back_as_it_was() -> None:
     assert (decoded.kind, decoded.task_id, decoded.attempt, decoded.source) == ("activations", "t1", 2, "d1")
     assert decoded.plan == plan()
     made = Assembler().add(decoded.pieces[0])
-    assert made is not None
+    assert isinstance(made, list)
     for array, again in zip(arrays, made, strict=True):
         assert again.dtype == array.dtype
         np.testing.assert_array_equal(again, array)
@@ -92,7 +92,7 @@ def test_chunks_are_put_together(shape: tuple[int, ...]) -> None:
         assert made is None
         assert piece.data.nbytes <= 333
         made = assembler.add(decode_frame(encode_frame(Frame("result", "t", 1, "x", (piece,)))).pieces[0])
-    assert made is not None
+    assert isinstance(made, list)
     np.testing.assert_array_equal(made[0], array)
     assert assembler.pending_bytes == 0
 
@@ -103,8 +103,45 @@ def test_chunks_that_come_twice_or_from_the_beginning_again_do_no_harm() -> None
     assembler = Assembler()
     made = [assembler.add(piece) for piece in (pieces[0], pieces[1], pieces[0], pieces[1], pieces[2], pieces[3])]
     assert [result is not None for result in made] == [False] * 5 + [True]
-    assert made[-1] is not None
+    assert isinstance(made[-1], list)
     np.testing.assert_array_equal(made[-1][0], array)
+
+
+def encoded(content: bytes, *, codec: Codec = Codec.Q8) -> Encoded:
+    return Encoded(codec, (TensorHead("float32", (5,)),), memoryview(content))
+
+
+def test_encoded_samples_come_back_as_they_were_and_name_their_codec_in_every_piece() -> None:
+    pieces = (*to_pieces(1, encoded(b"ab"), 9), *to_pieces(2, encoded(b"cde"), 9), *to_pieces(3, encoded(b"123456"), 4))
+    payload = encode_frame(Frame("activations", "t1", 1, "d1", (*pieces, *to_pieces(4, encoded(b""), 9))))
+    tensors = [{"dtype": "float32", "shape": [5]}]
+    codec = {"codec": "q8", "raw": 20}
+    assert msgpack.unpackb(payload)["pieces"] == [
+        {"samples": [1, 2], "sizes": [2, 3], "tensors": tensors, **codec},
+        {"sample": 3, "at": 0, "size": 6, "bytes": 4, "tensors": tensors, **codec},
+        {"sample": 3, "at": 4, "size": 6, "bytes": 2, **codec},
+        {"sample": 4, "at": 0, "size": 0, "bytes": 0, "tensors": tensors, **codec},
+    ]
+    assembler = Assembler()
+    again = [assembler.add(piece) for piece in decode_frame(payload).pieces]
+    assert again == [encoded(b"ab"), encoded(b"cde"), None, encoded(b"123456"), encoded(b"")]
+
+
+def test_samples_of_other_codecs_do_not_share_a_description() -> None:
+    pieces = [to_pieces(n, encoded(b"ab", codec=codec), 9)[0] for n, codec in enumerate([Codec.Q8, Codec.Q4, Codec.Q4])]
+    payload = encode_frame(Frame("activations", "t1", 1, "d1", (*pieces, *to_pieces(3, [np.zeros(5, np.float32)], 50))))
+    codecs = [piece.encoded and piece.encoded.codec for piece in decode_frame(payload).pieces]
+    assert codecs == [Codec.Q8, Codec.Q4, Codec.Q4, None]
+
+
+@pytest.mark.parametrize("other", [None, EncodedAs(Codec.Q4, 20), EncodedAs(Codec.Q8, 21)])
+def test_pieces_that_disagree_about_the_codec_are_refused(other: EncodedAs | None) -> None:
+    first, second = to_pieces(1, encoded(b"abcd"), 2)
+    assembler = Assembler()
+    assembler.add(first)
+    with pytest.raises(ProtocolError) as caught:
+        assembler.add(second._replace(encoded=other))
+    assert caught.value.cause == "wrong_shape"
 
 
 def test_a_gap_is_named_and_nothing_is_made_up() -> None:
@@ -122,6 +159,10 @@ def test_a_frame_that_is_too_large_is_never_sent() -> None:
         encode_frame(Frame("activations", "t", 1, "d1", (piece,)))
 
 
+ENCODED = {"sample": 0, "at": 0, "size": 12, "bytes": 12, "tensors": [{"dtype": "float32", "shape": [9]}]}
+ENCODED |= {"codec": "zstd", "raw": 36}
+HUGE = [0, 1 << 39, 1 << 39]  # no values, but numpy refuses it
+BOTH = {"samples": [0, 1], "sizes": [6, 6], "tensors": ENCODED["tensors"], "codec": "q8", "raw": 36}
 ALIKE = {"samples": [0], "size": 12, "tensors": [{"dtype": "float32", "shape": [3]}]}
 PIECE = {"sample": 0, "at": 0, "size": 12, "bytes": 12, "tensors": [{"dtype": "float32", "shape": [3]}]}
 
@@ -158,6 +199,30 @@ PIECE = {"sample": 0, "at": 0, "size": 12, "bytes": 12, "tensors": [{"dtype": "f
         ({"pieces": [ALIKE | {"size": 8}]}, "wrong_shape"),
         ({"pieces": [{"samples": [0], "size": 12}]}, "undecodable"),
         ({"pieces": [ALIKE | {"samples": [0] * 300, "size": 0, "tensors": []}] * 2, "data": b""}, "undecodable"),
+        (
+            {
+                "pieces": [
+                    PIECE | {"tensors": [{"dtype": "float32", "shape": [3]}, {"dtype": "float32", "shape": HUGE}]}
+                ]
+            },
+            "wrong_shape",
+        ),
+        ({"pieces": [ENCODED | {"codec": "raw"}]}, "undecodable"),
+        ({"pieces": [ENCODED | {"codec": "zip"}]}, "undecodable"),
+        ({"pieces": [ENCODED | {"codec": ["q8"]}]}, "undecodable"),
+        ({"pieces": [ENCODED | {"raw": -1}]}, "undecodable"),
+        ({"pieces": [ENCODED | {"raw": 32}]}, "wrong_shape"),
+        ({"pieces": [ENCODED | {"raw": 1 << 39}]}, "oversized"),
+        ({"pieces": [ENCODED | {"size": encoded_limit(36) + 1}]}, "oversized"),
+        ({"pieces": [ENCODED | {"bytes": 11}]}, "wrong_shape"),
+        ({"pieces": [PIECE | {"codec": "q8"}]}, "undecodable"),
+        ({"pieces": [BOTH | {"sizes": [6, 7]}]}, "wrong_shape"),
+        ({"pieces": [BOTH | {"sizes": [6, 5]}]}, "wrong_shape"),
+        ({"pieces": [BOTH | {"sizes": [12]}]}, "undecodable"),
+        ({"pieces": [BOTH | {"sizes": 6}]}, "undecodable"),
+        ({"pieces": [BOTH | {"sizes": [-6, 18]}]}, "undecodable"),
+        ({"pieces": [BOTH | {"raw": 37}]}, "wrong_shape"),
+        ({"pieces": [{**ALIKE, "samples": [0, 1], "sizes": [6, 6]}]}, "wrong_shape"),
         ({"plan": {"task_id": "t1"}}, "undecodable"),
         ({"plan": [1]}, "undecodable"),
         ({"report": {"edge_s": "soon"}}, "undecodable"),
@@ -190,6 +255,7 @@ def test_too_large_a_frame_is_refused_before_it_is_read() -> None:
 def test_broken_bytes_raise_nothing_else(seed: int) -> None:
     rng = random.Random(seed)
     samples = [piece for sample in range(1 + seed % 3) for piece in to_pieces(sample, [np.arange(9.0)], 1000)]
+    samples += [piece for sample in range(5, 7) for piece in to_pieces(sample, encoded(b"some bytes"), 1000)]
     good = encode_frame(Frame("activations", "t1", 2, "d1", tuple(samples), plan()))
     for _ in range(200):
         broken = bytearray(good)

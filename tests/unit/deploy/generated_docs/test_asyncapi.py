@@ -12,8 +12,9 @@ import numpy as np
 from bus import messages
 from bus.frames import Frame, encode_frame
 from bus.messages import NodeHeartbeat, SeedInput, TaskSubmitted
-from bus.tensors import to_pieces
+from bus.tensors import Encoded, to_pieces
 from bus.topics import TABLE
+from bus.values import Codec
 from deploy.generated_docs.asyncapi import asyncapi_page, channel_name, document
 from deploy.generated_docs.flow import main
 
@@ -58,14 +59,17 @@ def test_messages_have_the_fields_and_requirements_of_their_schema() -> None:
 def test_a_frame_has_the_fields_of_its_schema() -> None:
     schema = document()["components"]["schemas"]["Frame"]
     alike = [to_pieces(sample, [np.zeros((2, 3), np.float32)], 100)[0] for sample in (1, 2)]
-    pieces = (*to_pieces(0, [np.zeros((2, 3), np.float32)], 16), *alike)
+    encoded = [
+        to_pieces(sample, Encoded(Codec.Q8, alike[0].tensors, memoryview(bytes(sample))), 100)[0] for sample in (3, 4)
+    ]
+    cut = to_pieces(5, Encoded(Codec.Q8, alike[0].tensors, memoryview(bytes(9))), 8)
+    pieces = (*to_pieces(0, [np.zeros((2, 3), np.float32)], 16), *alike, *encoded, *cut)
     frame = msgpack.unpackb(encode_frame(Frame("activations", "t", 1, "d", pieces)))
     assert set(frame) <= set(schema["properties"])
     assert set(schema["required"]) <= set(frame)
-    one, many = schema["properties"]["pieces"]["items"]["oneOf"]
-    assert [("samples" in sent) for sent in frame["pieces"]] == [False, False, True]
-    for sent in frame["pieces"]:
-        piece = many if "samples" in sent else one
+    one, many, many_encoded = schema["properties"]["pieces"]["items"]["oneOf"]
+    kinds = [one, one, many, many_encoded, one, one]
+    for sent, piece in zip(frame["pieces"], kinds, strict=True):
         assert set(sent) <= set(piece["properties"])
         assert set(piece["required"]) <= set(sent)
 

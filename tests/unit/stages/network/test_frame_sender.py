@@ -87,7 +87,7 @@ async def _send(
                     if piece.sample in arrived:
                         continue
                     with contextlib.suppress(ProtocolError):  # a gap: the sample begins again further on
-                        if (whole := assembler.add(piece)) is not None:
+                        if isinstance(whole := assembler.add(piece), list):
                             arrived[piece.sample] = whole[0].tobytes()
         return acknowledged, arrived, plans, sender.resent
 
