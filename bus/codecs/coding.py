@@ -16,6 +16,7 @@ Compressors, decompressors and buffers are reused by later calls in the same thr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,9 +29,11 @@ from bus.tensors import NUMPY_TYPES, Array, TensorHead, bytes_of, to_tensors
 from bus.values import Codec, TensorSpec
 
 _LOSSLESS, _EIGHT_BITS, _FOUR_BITS = 0, 8, 4  # how a tensor is stored: its bytes, or so many bits for each value
-_STORED_AS = {Codec.ZSTD: (_LOSSLESS,), Codec.Q8: (_LOSSLESS, _EIGHT_BITS), Codec.Q4: (_LOSSLESS, _FOUR_BITS)}
-_FLOATS = ("float16", "float32", "float64")
-_SMALL_INTEGERS = ("int8", "uint8")
+_FLOATS = tuple(NUMPY_TYPES[name] for name in ("float16", "float32", "float64"))
+_SMALL_INTEGERS = tuple(NUMPY_TYPES[name] for name in ("int8", "uint8"))
+_QUANTISED = {(Codec.Q8, dtype): _EIGHT_BITS for dtype in _FLOATS}
+_QUANTISED |= {(Codec.Q4, dtype): _FOUR_BITS for dtype in _FLOATS + _SMALL_INTEGERS}
+"""With how many bits a codec stores the values of a type; the rest is stored without loss."""
 
 
 def encode(codec: Codec, tensors: Sequence[Array], specs: Sequence[TensorSpec] | None = None) -> bytes:
@@ -43,7 +46,7 @@ def encode(codec: Codec, tensors: Sequence[Array], specs: Sequence[TensorSpec] |
     flat = [_flat(tensor) for tensor in tensors]
     zeros = [0] * len(flat) if specs is None else [_zero_point(spec) for spec in specs]
     ranges = [
-        affine.fit(values, bits, zero=zero) if (bits := _bits(codec, values.dtype.name)) else None
+        affine.fit(values, bits, zero=zero) if (bits := _QUANTISED.get((codec, values.dtype))) else None
         for values, zero in zip(flat, zeros, strict=True)
     ]
     sizes = [
@@ -99,12 +102,12 @@ def _stored(codec: Codec, heads: Sequence[TensorHead], payload: memoryview) -> t
     stored, at = [], 0
     for head in heads:
         bits = payload[at] if at < payload.nbytes else None
-        if bits not in _STORED_AS[codec] or (bits and bits != _bits(codec, head.dtype)):
+        if bits != _LOSSLESS and bits != _QUANTISED.get((codec, NUMPY_TYPES[head.dtype]), _LOSSLESS):
             raise ProtocolError(
                 "undecodable", f"a tensor of {head.dtype} cannot be stored as {bits} with codec {codec}"
             )
         at += 1
-        if not bits:
+        if bits == _LOSSLESS:
             stored.append(_Stored(None, head.size_bytes))
             continue
         fitted = Affine.unpacked(bits, payload[at : at + RANGE_BYTES], head.dtype)
@@ -124,15 +127,6 @@ def _restored(head: TensorHead, stored: _Stored, body: Array) -> Array:
     return values
 
 
-def _bits(codec: Codec, dtype: str) -> int:
-    """With how many bits a codec stores the values of a type; 0: without loss."""
-    if codec is Codec.Q8:
-        return _EIGHT_BITS if dtype in _FLOATS else 0
-    if codec is Codec.Q4:
-        return _FOUR_BITS if dtype in _FLOATS or dtype in _SMALL_INTEGERS else 0
-    return 0
-
-
 def _zero_point(spec: TensorSpec) -> int:
     """The stored number that means zero."""
     return spec.zero_points[0] if len(spec.zero_points) == 1 else 0
@@ -140,4 +134,6 @@ def _zero_point(spec: TensorSpec) -> int:
 
 def _flat(tensor: Array) -> Array:
     """Its values in C order and little-endian."""
+    if tensor.flags.c_contiguous and tensor.dtype.isnative and sys.byteorder == "little":
+        return tensor.reshape(-1)
     return np.frombuffer(bytes_of(tensor), NUMPY_TYPES[tensor.dtype.name])

