@@ -273,8 +273,8 @@ MAX_MODEL_S = 1e6
 Agreement = Annotated[float, Field(ge=0, le=1)]
 """How far lossy crossings keep a model's outputs, over its calibration samples.
 
-With classes: the share of the samples whose best class stays the same. Without: 1 minus the mean relative error of the
-outputs.
+With classes: the share of the samples whose best class stays the same. Without: 1 minus the relative error (root of the mean
+square) of the output that differs most.
 """
 
 MAX_CODEC_PROFILES = 512
@@ -382,6 +382,14 @@ class ModelProfile(Frozen):
             ),
             None,
         )
+
+    def slowed(self, factor: float) -> ModelProfile:
+        """The profile of a machine that is `factor` times slower."""
+        codecs = self.codecs and tuple(
+            one.model_copy(update={"encode_s": factor * one.encode_s, "decode_s": factor * one.decode_s})
+            for one in self.codecs
+        )
+        return self.model_copy(update={"layer_s": tuple(factor * one for one in self.layer_s), "codecs": codecs})
 
     def cut_name(self, position: int) -> str:
         """The name of the layer before `position`, "input" at 0."""

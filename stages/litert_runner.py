@@ -21,6 +21,7 @@ from bus.frames import AttemptPlan
 from bus.messages import DatasetInput, SeedInput, TaskSubmitted
 from bus.tensors import Array
 from bus.values import ModelProfile, TensorSpec
+from stages.calibration.stored import with_codecs
 from stages.models.model import Model
 from stages.models.profiler import machine_profile
 from stages.models.runtime.litert import InterpreterOptions
@@ -90,7 +91,10 @@ class LitertRunner:
                 limits = StoreLimits(replicas=WORKERS)
                 self._stores[model.name] = SegmentStore(model, limits=limits, options=interpreters)
                 self._stores[model.name].warm(say)
-            profile = prepared.profiles.get(model.name) or self._measure(model, again=options.remeasure)
+            profile = prepared.profiles.get(model.name)
+            if profile is None:
+                profile = self._measure(model, again=options.remeasure)
+                profile = with_codecs(profile, model, remeasure=options.remeasure, say=say)
             self._profiles[model.name] = self._emulated(profile)
 
     def _measure(self, model: Model, *, again: bool) -> ModelProfile:
@@ -98,15 +102,15 @@ class LitertRunner:
 
     def _emulated(self, profile: ModelProfile) -> ModelProfile:
         """The profile of the emulated, slower machine."""
-        layer_s = tuple(seconds * self._options.slowdown for seconds in profile.layer_s)
-        return profile.model_copy(update={"platform": self._options.platform, "layer_s": layer_s})
+        return profile.slowed(self._options.slowdown).model_copy(update={"platform": self._options.platform})
 
     async def remeasure(self, model: str) -> bool:
         """Measure a model again in a thread, while this process computes nothing else."""
         if model not in self._measured_here:
             return False
         measure = partial(self._measure, self._model(model), again=True)
-        found = self._emulated(await asyncio.get_running_loop().run_in_executor(None, measure))
+        measured = await asyncio.get_running_loop().run_in_executor(None, measure)
+        found = self._emulated(with_codecs(measured, self._model(model)))
         before_s = sum(self._profiles[model].layer_s)
         if abs(sum(found.layer_s) - before_s) <= SAME_SHARE * before_s:
             return False

@@ -62,6 +62,4 @@ def make_runner(
 
 def scaled(profile: ModelProfile, slowdown: float, platform: str) -> ModelProfile:
     """The profile of a machine that is `slowdown` times slower."""
-    return profile.model_copy(
-        update={"platform": platform, "layer_s": tuple(seconds * slowdown for seconds in profile.layer_s)}
-    )
+    return profile.slowed(slowdown).model_copy(update={"platform": platform})

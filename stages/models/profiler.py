@@ -253,7 +253,7 @@ class ProfileCache:
     The key is the processor's name, the thread count, the model's hash, the runtime's version and the method's version.
     """
 
-    processor: str = field(default_factory=lambda: _processor())
+    processor: str = field(default_factory=lambda: processor_name())
     method: int = METHOD
 
     def store(self, found: Measurement, *, num_threads: int, say: Say | None = None) -> ModelProfile:
@@ -289,7 +289,7 @@ def _median_and_spread(times_s: list[float]) -> tuple[float, float]:
     return statistics.median(times_s), high - low
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The processor's product name."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
