@@ -2,5 +2,5 @@
 
 Imports `bus` only; the load generator and the command line may import it. Start with `node` (the loop of every stage) and
 `hop` (edge and cloud; `edge_stage` and `cloud_stage` hold what differs). Wings: `devices` holds the device's side; `models`
-cuts, checks, measures and loads models; `zoo` holds the models that DeePar ships.
+cuts, checks, measures and loads models; `calibration` measures codecs on them; `zoo` holds the models that DeePar ships.
 """

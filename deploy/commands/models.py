@@ -21,13 +21,13 @@ from deploy.console_output.model_loading import (
     load,
     print_json,
     progress_bar,
-    stored_arrays,
 )
 from deploy.console_output.model_tables import cuts_table, models_table, parts_table, show_tree, size, verify_lines
 from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.writable import writable_folder
 from deploy.services.process import EXIT_FAILED
 from stages.models.cuts import even_cuts, useful_positions, work_shares
+from stages.models.files.arrays import stored_arrays
 from stages.models.files.cache import write_whole
 from stages.models.model import Model
 from stages.models.runtime.litert import InterpreterOptions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from bus.errors import ConfigError
+from deploy.console_output.codec_tables import agreement_line, codecs_report, codecs_table
 from deploy.console_output.model_loading import (
     FileOptions,
     Json,
@@ -21,8 +24,13 @@ from deploy.console_output.model_loading import (
 from deploy.console_output.model_tables import profile_table
 from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.profile_chart import draw_profile
+from stages.calibration.measurement import MeasuredCodecs
+from stages.calibration.samples import Calibration, calibration_of
+from stages.calibration.stored import measure_and_store
 from stages.models.files.cache import write_whole
+from stages.models.model import Model
 from stages.models.profiler import ProfileCache, TimedRuns, measure_steadily, measuring_alone
+from stages.zoo.networks import LENET
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +40,25 @@ class TimingOptions:
     num_threads: Threads = 1
     num_runs: Annotated[int, typer.Option(min=1, help="Timed runs of the whole and of every layer.")] = 10
     warmup_runs: Annotated[int, typer.Option(min=0, help="Untimed runs before the timed ones.")] = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecOptions:
+    """Whether codecs are measured, and on what."""
+
+    codecs: Annotated[
+        bool,
+        typer.Option("--codecs", help="Measure codecs at every cut as well: size, speed, agreement of the outputs."),
+    ] = False
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz",
+            dir_okay=False,
+            help="Real inputs for --codecs: an array for each input, whose first dimension counts samples; an array "
+            "labels says that the outputs are classes. Default for lenet: the supplied digits.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +79,7 @@ class ProfileOutput:
 def profile(
     model: ModelArgument,
     timing: TimingOptions,
+    coding: CodecOptions,
     output: ProfileOutput,
     as_json: Json = False,
     *,
@@ -60,11 +88,15 @@ def profile(
     """Measure the time and output size of every layer of a model on this machine.
 
     Each layer is timed as a separate slice, then the layer times are scaled to add up to the time of the whole model.
-    The measurement is repeated until both agree within 25 %, at most five times. Stages on this machine use the result.
+    The measurement is repeated until both agree within 25 %, at most five times. Stages on this machine use the result,
+    and announce the measured codecs.
 
     Example: `deepar profile lenet --num-threads 2 --out here.json`
     """
+    if coding.calibration is not None and not coding.codecs:
+        raise ConfigError("--calibration has no effect without --codecs", remedy="add --codecs")
     loaded = load(model, file)
+    calibration = calibration_of(loaded, coding.calibration) if coding.codecs else None
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
 
     def say(line: str) -> None:
@@ -78,16 +110,22 @@ def profile(
             say=say,
         )
         ProfileCache().store(found, num_threads=timing.num_threads, say=say)
+        coded = None if calibration is None else _measured_codecs(loaded, calibration, bar, say)
     profiled = found.profile(output.platform)
+    if coded is not None:
+        profiled = coded.added_to(profiled)
     out = output.out
     if out is not None:
-        write_whole(out.absolute(), [profiled.model_dump_json(indent=2).encode() + b"\n"])
+        write_whole(out.absolute(), [profiled.model_dump_json(indent=2, exclude_none=True).encode() + b"\n"])
     chart = output.chart or (out.with_suffix(".png") if out is not None else None)
     if chart is not None:
         draw_profile(found, profiled, chart)
     if not as_json:
         console = Console(emoji=False)
         console.print(profile_table(found, profiled, console.width))
+        if coded is not None:
+            console.print(codecs_table(loaded, coded))
+            console.print(agreement_line(coded), soft_wrap=True, markup=False, highlight=False)
         for path in filter(None, (out, chart)):
             console.print(f"written: {path}")
         return
@@ -116,4 +154,15 @@ def profile(
             "num_runs": timing.num_runs,
             "files": [str(path) for path in (out, chart) if path is not None],
         }
+        | ({} if coded is None else codecs_report(loaded, coded))
+    )
+
+
+def _measured_codecs(
+    model: Model, calibration: Calibration, bar: Callable[[int, int, str], None], say: Callable[[str], None]
+) -> MeasuredCodecs:
+    if model.trusted and model.name != LENET.name:
+        say(f"{model.name} has random weights: its ratios and agreements say nothing about a trained network")
+    return measure_and_store(
+        model, calibration, step=lambda what, done, total: bar(done, total, f"codecs: {what}"), say=say
     )

@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import io
-import struct
 import sys
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from bus.errors import ConfigError
 from bus.tensors import Array
 from deepar.protocol import TensorInfo
+from stages.models.files.arrays import UNREADABLE
 
 MAX_INPUT_BYTES = 1 << 30
-
-UNREADABLE = (
-    ValueError,
-    OSError,
-    EOFError,
-    MemoryError,  # a header that claims more than there is memory for
-    SyntaxError,
-    RuntimeError,  # an encrypted archive, or a compression that Python lacks
-    TokenError,
-    BadZipFile,
-    struct.error,
-    zlib.error,
-)
-"""What numpy raises for a `.npy` or `.npz` file that is broken."""
 
 
 @dataclass(frozen=True)

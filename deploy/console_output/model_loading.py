@@ -6,18 +6,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bus.errors import ConfigError
 from bus.text.json_text import json_text
 from deploy.console_output import completion
-from deploy.console_output.input_files import UNREADABLE
 from stages.models.files.choice import ModelChoice, parse_shapes
 from stages.models.model import Model
 from stages.zoo.registry import load_model
@@ -73,15 +69,3 @@ def progress_bar(title: str) -> Iterator[Any]:
             progress.update(task, completed=done, total=total, description=f"{title} {what}".strip())
 
         yield update
-
-
-@contextmanager
-def stored_arrays(path: Path) -> Iterator[Any]:
-    """The arrays of an .npz file, by name; read when they are asked for. Never unpickles."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            if not isinstance(stored, np.lib.npyio.NpzFile):
-                raise ConfigError(f"{path} holds one array, not arrays by name; save it with numpy.savez")
-            yield stored
-    except UNREADABLE as error:
-        raise ConfigError(f"{path} cannot be read as an .npz file: {error}") from error

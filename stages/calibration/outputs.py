@@ -35,14 +35,14 @@ class ReferenceOutputs:
         errors = sum(self._differences(one, right) for one, right in zip(outputs, self._outputs, strict=True))
         sizes = sum(self._sizes)
         with np.errstate(all="ignore"):  # an output of zeros, or one with NaN
-            relative = np.where(errors > 0, np.sqrt(errors / sizes), 0.0)
+            relative = np.where(errors != 0, np.sqrt(errors / sizes), 0.0)
         worst = float(np.nanmax(np.where(np.isfinite(relative), relative, 1.0), initial=0.0))
         return max(0.0, 1.0 - worst)
 
     def _best_classes(self, outputs: Sequence[Array]) -> Array:
         """The best class of the first output that has classes."""
         first = next(value for value, spec in zip(outputs, self._specs, strict=True) if _has_classes(spec))
-        return np.argmax(first, axis=-1)
+        return np.asarray(np.argmax(first, axis=-1))
 
     def _squares(self, outputs: Sequence[Array]) -> Array:
         return np.array([np.sum(_real(one, spec) ** 2) for one, spec in zip(outputs, self._specs, strict=True)])

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from bus.errors import ConfigError
 from bus.tensors import Array
+from stages.models.files.arrays import stored_arrays
 from stages.models.files.metadata import read_metadata
 from stages.models.model import Model
 from stages.models.verify import named_inputs
@@ -31,10 +30,10 @@ class Calibration:
     classes: bool  # whether outputs are compared by their best class, otherwise by their relative error
     file: Path | None = None  # None: supplied with DeePar
 
-    @property
-    def lowest_proven(self) -> float:
-        """What an agreement of 1.0 on these samples proves, with 95 % confidence (the rule of three)."""
-        return max(0.0, 1.0 - 3.0 / len(self.samples))
+
+def lowest_proven(samples: int) -> float:
+    """The agreement that is proven with 95 % confidence where all of so many samples agree (the rule of three)."""
+    return max(0.0, 1.0 - 3.0 / samples)
 
 
 def calibration_of(model: Model, file: Path | None) -> Calibration:
@@ -43,7 +42,8 @@ def calibration_of(model: Model, file: Path | None) -> Calibration:
     Raises `ConfigError` if the file is wrong, or if there is none and the model has no supplied samples.
     """
     if file is not None:
-        arrays = _arrays(file)
+        with stored_arrays(file) as stored:
+            arrays = {name: stored[name] for name in stored.files}
         labelled = arrays.pop(LABELS, None) is not None
         samples = named_inputs(model, arrays)
         if not samples:
@@ -63,13 +63,3 @@ def has_classes(model: Model) -> bool:
     kinds = [layer.kind for layer in model.graph.layers if layer.kind not in ("DEQUANTIZE", "QUANTIZE", "RESHAPE")]
     metadata = read_metadata(model.data)
     return bool(kinds and kinds[-1] in CLASSIFYING) or bool(metadata and metadata.labels)
-
-
-def _arrays(file: Path) -> dict[str, Array]:
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            if isinstance(stored, np.lib.npyio.NpzFile):
-                return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"the calibration file {file} cannot be read as an .npz file: {error}") from error
-    raise ConfigError(f"{file} holds one array, not arrays by name; save it with numpy.savez")

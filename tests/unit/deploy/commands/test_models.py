@@ -142,6 +142,28 @@ def test_verify_refuses_what_it_cannot_use(app: Any, tmp_path: Path) -> None:
         call(app, "models", "show", "lenet", "--sha256", "0" * 64)
 
 
+def test_profile_measures_codecs_on_real_inputs(app: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "few.npz", images=digits()[0][:4], labels=digits()[1][:4])
+    words = ("profile", "lenet", "--num-runs", "1", "--codecs", "--calibration", str(tmp_path / "few.npz"))
+    found = read(app, *words, "--out", str(tmp_path / "profile.json"))
+    assert {row["cut"] for row in found["codecs"]} == set(range(7))
+    assert all(row["ratio"] > 1 and row["encode_bytes_per_s"] > 0 for row in found["codecs"])
+    file = str(tmp_path / "few.npz")
+    assert found["calibration"] == {"samples": 4, "classes": True, "lowest_proven": 0.25, "file": file}
+    written = ModelProfile.model_validate_json((tmp_path / "profile.json").read_bytes())
+    assert written.codecs is not None
+    assert [(one.position, one.codec) for one in written.codecs] == [
+        (row["cut"], row["codec"]) for row in found["codecs"]
+    ]
+    assert len(written.agreements or ()) == len(found["pairs"]) > 0
+    shown = call(app, *words).stdout
+    assert "exact" in shown
+    assert "samples of 4 with the same best class; all of them prove at least 25.0%" in shown
+    for wrong in (words[:4] + words[5:], ("profile", "alexnet", "--codecs")):
+        with pytest.raises(ConfigError, match=r"without --codecs|no calibration samples"):
+            call(app, *wrong)
+
+
 def test_profile_writes_what_nodes_announce_and_a_chart(app: Any, tmp_path: Path) -> None:
     out = tmp_path / "profile.json"
     found = read(app, "profile", "lenet", "--num-runs", "2", "--out", str(out), "--platform", "bench")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bus.errors import ConfigError
-from deploy.console_output.model_loading import stored_arrays
+from stages.models.files.arrays import stored_arrays
 
 
 @pytest.mark.parametrize("at", [60, 200, 1000])
