@@ -53,7 +53,7 @@ class Shares(NamedTuple):
 class ShareProgram:
     """The linear program while routes are added. Begins with all samples on one route, whose label is 0 or greater."""
 
-    __slots__ = ("_basis", "_columns", "_more", "_unit", "_values", "pivots", "prices", "value_s")
+    __slots__ = ("_basis", "_columns", "_more", "_unit", "_unsaturated", "_values", "pivots", "prices", "value_s")
 
     def __init__(self, label: int, fill_s: float, stations_s: StationSeconds, samples: int) -> None:
         slowest_s = max(stations_s)
@@ -64,14 +64,14 @@ class ShareProgram:
         values[saturated] = slowest_s / unit
         values += [1.0, -(fill_s / unit + more * values[saturated])]
         self._values = values  # the column of the sum of the shares
-        self._columns: list[list[float] | None] = [None] * _STATIONS  # of the saturated stations
-        self._columns[saturated] = [-1.0] * _STATIONS + [0.0, more]
+        self._columns = {saturated: [-1.0] * _STATIONS + [0.0, more]}  # of the saturated stations
         self._basis = [_SLACK] * _STATIONS + [label]
         self._basis[saturated] = _SLOWEST
         self.pivots = 0
-        self.prices = [0.0] * _STATIONS  # y_k; one may be negative, see `negative_price`
-        self.prices[saturated] = more
+        self.prices: list[float]  # y_k; one may be negative, see `negative_price`
         self.value_s = fill_s + more * slowest_s  # the objective, and F_r + y s(r) of all routes in the basis
+        self._unsaturated: list[float]  # 1 over the unit for unsaturated stations, else 0
+        self._note_prices()
 
     @property
     def shares(self) -> list[tuple[int, float]]:
@@ -95,52 +95,65 @@ class ShareProgram:
         """The station with the least price, if this is negative: its slack must enter before any route."""
         prices = self.prices
         least = min(prices)
-        return prices.index(least) if least < -TOLERANCE * self._more else None
+        return prices.index(least) if least < -TOLERANCE * (self._more + 1.0) else None
 
     def enter(self, label: int, fill_s: float, stations_s: StationSeconds) -> None:
         """Let a route enter that would lower the objective."""
+        u1, u2, u3, u4, u5, u6, u7 = self._unsaturated
+        s1, s2, s3, s4, s5, s6, s7 = stations_s
+        v1, v2, v3, v4, v5, v6, v7, share, cost = self._values
         unit = self._unit
-        change = self._values.copy()
-        change[_COST] += fill_s / unit
-        for row, (column, s) in enumerate(zip(self._columns, stations_s, strict=True)):
-            if column is None:
-                change[row] += s / unit
-            elif s:
-                s /= unit
-                change = _minus(change, -s, column)
+        change = [
+            v1 + u1 * s1,
+            v2 + u2 * s2,
+            v3 + u3 * s3,
+            v4 + u4 * s4,
+            v5 + u5 * s5,
+            v6 + u6 * s6,
+            v7 + u7 * s7,
+            share,
+            cost + fill_s / unit,
+        ]
+        for k, column in self._columns.items():
+            if s := stations_s[k]:
+                change = _minus(change, -s / unit, column)
         self._pivot(label, change, self._leaving(change))
 
     def release(self, station: int) -> None:
         """Let the slack of a saturated station enter: its price is negative, so the objective falls."""
-        columns, basis = self._columns, self._basis
-        change = columns[station]
-        assert change is not None
+        basis = self._basis
+        change = self._columns.pop(station)
         row = self._leaving(change)
-        columns[station] = None
         self._pivot(_SLACK, change, row)
         if row != station:  # a slack is in the row of its station
             basis[row], basis[station] = basis[station], basis[row]
-            for column in (self._values, *columns):
-                if column is not None:
-                    column[row], column[station] = column[station], column[row]
+            for column in (self._values, *self._columns.values()):
+                column[row], column[station] = column[station], column[row]
 
     def _pivot(self, label: int, change: list[float], row: int) -> None:
-        columns, basis = self._columns, self._basis
+        columns, basis, values = self._columns, self._basis, self._values
         scale = 1.0 / change[row]
-        for at, column in enumerate(columns):
-            if column is not None and (factor := column[row] * scale):
-                columns[at] = column = _minus(column, factor, change)
+        for k, column in columns.items():
+            if factor := column[row] * scale:
+                columns[k] = column = _minus(column, factor, change)
                 column[row] = factor
-        factor = self._values[row] * scale
-        self._values = values = _minus(self._values, factor, change)
+        factor = values[row] * scale
+        self._values = values = _minus(values, factor, change)
         values[row] = factor
         if basis[row] == _SLACK:
             columns[row] = column = [-scale * b for b in change]
             column[row] = scale
         basis[row] = label
         self.pivots += 1
-        self.prices = [0.0 if column is None else column[_COST] for column in columns]
         self.value_s = -values[_COST] * self._unit
+        self._note_prices()
+
+    def _note_prices(self) -> None:
+        self.prices = prices = [0.0] * _STATIONS
+        self._unsaturated = unsaturated = [1.0 / self._unit] * _STATIONS
+        for k, column in self._columns.items():
+            prices[k] = column[_COST]
+            unsaturated[k] = 0.0
 
     def _leaving(self, change: list[float]) -> int:
         """The row whose variable reaches 0 first, in a tie the first one; P never does.
@@ -154,6 +167,7 @@ class ShareProgram:
             speed = change[row]
             if speed > least and values[row] < best * speed and basis[row] != _SLOWEST:
                 best, leaving = values[row] / speed, row
+        assert leaving >= 0, "the objective is never negative, so some variable reaches 0"
         return leaving
 
 
