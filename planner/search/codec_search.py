@@ -9,8 +9,8 @@ the search evaluates all of them in one numpy pass, with either objective. Witho
 measured agreement of all lossy crossings of the way together is at least that. Errors compound, so two lossy crossings need
 the agreement of the pair; a pair that was not measured is not used.
 
-A codec is used on a link only if its sender and its receiver have measured it: a node that does not know it announces none.
-An encoding that is not smaller than the raw activations is left out.
+A codec is used on a link only if the device, the sender and the receiver have measured it: a node that does not know it
+announces none. An encoding that is not smaller than the raw activations is left out.
 
 A task with inputs of its own size sends them raw, because the measured sizes are those of other inputs.
 
@@ -143,20 +143,6 @@ class _Sent(NamedTuple):
         return _Sent([self.crossings[i] for i in indices.tolist()], *(column[indices] for column in self[1:]))
 
 
-def _sent(sender: PlatformRow, receiver: PlatformRow, cuts: Iterable[int]) -> _Sent:
-    """All crossings between two tiers at some cuts."""
-    rows: list[tuple[Crossing, int, float, float, float]] = []
-    for cut in sorted(cuts):
-        raw_bytes = sender.cut_bytes[cut]
-        rows.append(((cut, Codec.RAW), raw_bytes, 0.0, 0.0, _INFINITY))
-        for codec in _CODED:
-            here, there = sender.codings.get((cut, codec)), receiver.codings.get((cut, codec))
-            if here is not None and there is not None and here.size_bytes < raw_bytes:
-                agreement = _INFINITY if codec.lossless else -1.0 if here.agreement is None else here.agreement
-                rows.append(((cut, codec), here.size_bytes, here.encode_s, there.decode_s, agreement))
-    return _Sent.of(rows)
-
-
 class CodecSearch:
     """A prepared search for one model on one device, edge and cloud, and one consent; used in place of a `CutSearch`.
 
@@ -239,7 +225,7 @@ class CodecSearch:
         costs, layers = self.costs, self.costs.layers
         if edge is None or costs.edge is None or layers not in self._allowed2:
             return None
-        sent = self._allowed(_sent(device, edge, self._allowed1 - {layers}))
+        sent = self._allowed(self._sent(device, edge, self._allowed1 - {layers}))
         nothing = _Sent.of([((layers, Codec.RAW), 0, 0.0, 0.0, _INFINITY)] * len(sent.crossings))
         edge_s = costs.edge[layers] - np.array(costs.edge)[sent.cut] + costs.edge_overhead_s + sent.decode_s
         return Ways(sent, nothing, self._device_s(sent), edge_s, np.zeros(len(edge_s)))
@@ -249,7 +235,7 @@ class CodecSearch:
         device, _, cloud = self._rows
         if cloud is None:
             return None
-        sent = self._allowed(_sent(device, cloud, (self._allowed1 & self._allowed2) - {self.costs.layers}))
+        sent = self._allowed(self._sent(device, cloud, (self._allowed1 & self._allowed2) - {self.costs.layers}))
         cloud_s = self._cloud_s(sent)
         return Ways(sent, sent, self._device_s(sent), np.zeros(len(cloud_s)), cloud_s)
 
@@ -260,14 +246,29 @@ class CodecSearch:
         if edge is None or cloud is None or costs.edge is None:
             return None
         one, two = (
-            _sent(device, edge, self._allowed1 - {layers}),
-            _sent(edge, cloud, self._allowed2 - {layers}),
+            self._sent(device, edge, self._allowed1 - {layers}),
+            self._sent(edge, cloud, self._allowed2 - {layers}),
         )
         at1, at2 = np.nonzero(self._allowed_pairs(one, two))
         first, second = one.at(at1), two.at(at2)
         row = np.array(costs.edge)
         edge_s = row[second.cut] - row[first.cut] + costs.edge_overhead_s + first.decode_s + second.encode_s
         return Ways(first, second, self._device_s(first), edge_s, self._cloud_s(second))
+
+    def _sent(self, sender: PlatformRow, receiver: PlatformRow, cuts: Iterable[int]) -> _Sent:
+        """All crossings between two tiers at some cuts, allowed or not."""
+        device = self._rows[0]
+        rows: list[tuple[Crossing, int, float, float, float]] = []
+        for cut in sorted(cuts):
+            rows.append(((cut, Codec.RAW), device.cut_bytes[cut], 0.0, 0.0, _INFINITY))
+            for crossing in ((cut, codec) for codec in _CODED):
+                sent, here, there = (row.codings.get(crossing) for row in (device, sender, receiver))
+                if sent is None or here is None or there is None or sent.size_bytes >= device.cut_bytes[cut]:
+                    continue
+                measured = -1.0 if sent.agreement is None else sent.agreement
+                agreement = _INFINITY if crossing[1].lossless else measured
+                rows.append((crossing, sent.size_bytes, here.encode_s, there.decode_s, agreement))
+        return _Sent.of(rows)
 
     def _device_s(self, sent: _Sent) -> _Times:
         device_s: _Times = np.array(self.costs.device)[sent.cut] + sent.encode_s

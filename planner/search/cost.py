@@ -16,12 +16,14 @@ With s_k the station times of a sample, N samples, and l the latency of a sample
 
 All cuts of a family have the same t, u and l, so these do not change which cuts of a family are best.
 
-With codecs, G(j) becomes G(j, q): the encoded bytes. Encoding joins the time of the sender (s_1 or s_3), decoding that of the
-receiver (s_3 or s_5). Where cut1 = cut2 the edge passes on what it gets: the device encodes and the cloud decodes.
+With codecs, G(j) becomes G(j, q): the encoded bytes, as the device's profile says. Encoding joins the time of the sender (s_1
+or s_3), decoding that of the receiver (s_3 or s_5), as their profiles say. Where cut1 = cut2 the edge passes on what it gets:
+the device encodes and the cloud decodes.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from itertools import accumulate
 from typing import Final, NamedTuple
@@ -58,6 +60,7 @@ class PlatformRow:
     """
 
     __slots__ = (
+        "_levels",
         "agreements",
         "codings",
         "compute_s",
@@ -88,6 +91,17 @@ class PlatformRow:
             ((pair.position1, pair.codec1), (pair.position2, pair.codec2)): pair.agreement
             for pair in profile.agreements or ()
         }
+        single = (coding.agreement for coding in self.codings.values() if coding.agreement is not None)
+        self._levels = sorted({*single, *self.agreements.values()})
+
+    def consent(self, min_agreement: float | None) -> float | None:
+        """The least measured agreement that is enough for a task, so that tasks that allow the same share a search.
+
+        None: no lossy codec is allowed.
+        """
+        if min_agreement is None or not self._levels or min_agreement > self._levels[-1]:
+            return None
+        return self._levels[bisect_left(self._levels, min_agreement)]
 
     def __repr__(self) -> str:
         return f"<PlatformRow {self.model} {self.layers} layers {self.compute_s[-1]:.6g} s>"
@@ -231,9 +245,8 @@ class Costs:
                 else:
                     s3 += edge[crossing1].decode_s
             if crossing2[1] is not Codec.RAW and not relayed and crossing2[0] < self.layers:
-                sent = edge[crossing2]
-                s3, s4 = s3 + sent.encode_s, sent.size_bytes * (BITS_PER_BYTE / link2_bps)
-                s5 += cloud[crossing2].decode_s
+                s3, s5 = s3 + edge[crossing2].encode_s, s5 + cloud[crossing2].decode_s
+                s4 = device[crossing2].size_bytes * (BITS_PER_BYTE / link2_bps)
         except KeyError as error:
             raise ConfigError(f"codec not measured at this cut: {error}") from None
         return s1, s2, s3, s4, s5, s6b, s6a

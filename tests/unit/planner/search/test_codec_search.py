@@ -10,7 +10,7 @@ import pytest
 
 from bus.values import Codec, CodecProfile, ModelProfile, Objective, PairAgreement
 from planner.search.codec_search import CodecSearch, CodedFound, codec_search_bytes
-from planner.search.cost import RAW, Codecs, PlatformRow, stations_s
+from planner.search.cost import RAW, Codecs, Crossing, PlatformRow, stations_s
 from planner.search.cut_search import CutSearch
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, family_of
 from tests.unit.planner.scenes import profile, random_overheads
@@ -75,13 +75,13 @@ def _same(one: ModelProfile) -> Rows:
     return PlatformRow(one), PlatformRow(one), PlatformRow(one)
 
 
-def _measured(sender: ModelProfile, receiver: ModelProfile, cut: int, codec: Codec) -> bool:
-    """Whether both ends of a link have measured a codec, and it makes the activations smaller."""
+def _usable(ends: tuple[ModelProfile, ...], crossing: Crossing) -> bool:
+    """Whether the device, the sender and the receiver have measured a codec, and it makes the activations smaller."""
     sizes = [
-        [one.bytes for one in end.codecs or () if (one.position, one.codec) == (cut, codec)]
-        for end in (sender, receiver)
+        next((one.bytes for one in end.codecs or () if (one.position, one.codec) == crossing), None) for end in ends
     ]
-    return all(sizes) and sizes[0][0] < sender.cut_bytes[cut]
+    smaller = sizes[0] is not None and sizes[0] < ends[0].cut_bytes[crossing[0]]
+    return smaller and None not in sizes
 
 
 def _exhaustive(
@@ -107,14 +107,13 @@ def _exhaustive(
         ):
             continue  # it is the same crossing, or nothing crosses there
         if codec1 != Codec.RAW and (
-            (cut1 == 0 and not own_input) or not _measured(device, cloud if relayed else edge, cut1, codec1)
+            (cut1 == 0 and not own_input) or not _usable((device, cloud if relayed else edge), (cut1, codec1))
         ):
             continue
-        if not relayed and codec2 != Codec.RAW and not _measured(edge, cloud, cut2, codec2):
+        if not relayed and codec2 != Codec.RAW and not _usable(profiles, (cut2, codec2)):
             continue
         if not (codec1.lossless and codec2.lossless):
-            sender = edge if codec1.lossless else device
-            agreement = sender.agreement((cut1, codec1), (cut2, codec2))
+            agreement = device.agreement((cut1, codec1), (cut2, codec2))
             if consent is None or agreement is None or agreement < consent:
                 continue
         codecs: Codecs = (codec1, codec2)
