@@ -19,10 +19,11 @@ from bus.text.units import format_count, format_rate, format_seconds, parse_dura
 from bus.values import Kind, ModelProfile, Objective, Role
 from deploy.console_output import completion
 from deploy.console_output.option_groups import with_option_groups
+from deploy.console_output.options import Codecs, MinAgreement, checked_agreement
 from deploy.console_output.writable import writable_file
 from deploy.monitor.phrases import STATION_NAMES, cut_column
 from planner.search.cost import NO_OVERHEADS, Overheads
-from planner.search.profiles import PlatformProfiles, load_profile
+from planner.search.profiles import PlatformProfiles, load_profile, with_codecs
 from planner.search.what_if import Constraints, Situation, WhatIfPlan, plans, position_of
 
 Platform = Annotated[
@@ -60,6 +61,8 @@ class TaskOptions:
         Objective, typer.Option(help="Delay model: the sum of all parts, or stations that work in parallel.")
     ] = Objective.SEQUENTIAL
     input_size: Annotated[str | None, typer.Option(help="Bytes of one input: 600KB. Default: from the profile.")] = None
+    codecs: Codecs = False
+    min_agreement: MinAgreement = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +141,9 @@ def plan(
 def _situation(model: str, system: SystemOptions, task: TaskOptions, limits: ConstraintOptions) -> Situation:
     """What the options describe. Raises `ConfigError`, `UnknownNameError`."""
     base = load_profile(system.profile)
+    if task.codecs and base.fitted_to:
+        base = with_codecs(base)
+        print(f"note: {base.assumed}", file=sys.stderr)
     rows = {
         role: _platform(base if given is None else given, role, model)
         for role, given in ((Role.DEVICE, system.device), (Role.EDGE, system.edge), (Role.CLOUD, system.cloud))
@@ -157,6 +163,8 @@ def _situation(model: str, system: SystemOptions, task: TaskOptions, limits: Con
         ),
         input_bytes=base.input_bytes.get(model) if size is None else parse_size(size, "--input-size"),
         constraints=limits.constraints(on_device),
+        codecs=task.codecs,
+        min_agreement=checked_agreement(task.min_agreement, codecs=task.codecs),
     )
 
 
@@ -216,16 +224,22 @@ def _plan_json(situation: Situation, found: list[WhatIfPlan]) -> dict[str, Any]:
                 "delay_s": one.delay_s,
                 "latency_s": one.latency_s,
                 "parts": one.parts.model_dump(),
+                **({"routes": [_route(one)]} if situation.codecs else {}),
             }
             for one in found
         ],
     }
 
 
+def _route(one: WhatIfPlan) -> dict[str, Any]:
+    codec1, codec2 = one.codecs
+    return {"cut1": one.cut1, "cut2": one.cut2, "codec1": codec1.value, "codec2": codec2.value, "share": 1.0}
+
+
 LATENCY = "latency"
 
-BESIDE_PARTS, PART = 24, 9
-"""Width of a table without parts, and of each part."""
+BESIDE_PARTS, CODECS, PART = 24, 12, 9
+"""Width of a table without codecs and parts, of the codecs, and of each part."""
 
 
 def _plan_table(situation: Situation, found: list[WhatIfPlan], columns: int) -> Table:
@@ -236,9 +250,11 @@ def _plan_table(situation: Situation, found: list[WhatIfPlan], columns: int) -> 
     table = Table(title=_title(situation), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("delay", justify="right", no_wrap=True)
     table.add_column("cut after", overflow="fold")
+    if situation.codecs:
+        table.add_column("codecs", no_wrap=True)
     rows = [{**one.parts.model_dump(), LATENCY: one.latency_s} for one in found]
     shown = [name for name in rows[0] if any(row[name] for row in rows)]
-    with_parts = columns >= BESIDE_PARTS + PART * len(shown)
+    with_parts = columns >= BESIDE_PARTS + CODECS * situation.codecs + PART * len(shown)
     if not with_parts:
         table.add_column("on", no_wrap=True)
         shown = [name for name in shown if name == LATENCY]
@@ -249,10 +265,17 @@ def _plan_table(situation: Situation, found: list[WhatIfPlan], columns: int) -> 
         table.add_row(
             format_seconds(one.delay_s),
             cut_column(one.kind, one.cut1_name, one.cut2_name),
+            *((_codecs(one),) if situation.codecs else ()),
             *(() if with_parts else (one.kind.value,)),
             *(format_seconds(row[name]) if row[name] else "" for name in shown),
         )
     return table
+
+
+def _codecs(one: WhatIfPlan) -> str:
+    """The codec of each link that is used."""
+    used = (one.link1_bps, one.link2_bps)
+    return ", ".join(codec.value for codec, bps in zip(one.codecs, used, strict=True) if bps)
 
 
 def _title(situation: Situation) -> str:

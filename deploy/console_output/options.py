@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from bus.errors import ConfigError
+
 Bootstrap = Annotated[
     str | None,
     typer.Option(
@@ -32,6 +34,20 @@ HttpPort = Annotated[
 ]
 HttpHost = Annotated[str, typer.Option(envvar="DEEPAR_HTTP_HOST", help="Address that --http-port listens on.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Codecs = Annotated[bool, typer.Option("--codecs", help="Let activations be encoded on the links.")]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Least agreement of lossy codecs: 0.995. Default: only lossless codecs."),
+]
+
+
+def checked_agreement(min_agreement: float | None, *, codecs: bool) -> float | None:
+    """The value of --min-agreement. Raises `ConfigError`."""
+    if min_agreement is not None and not 0 < min_agreement <= 1:
+        raise ConfigError(f"--min-agreement {min_agreement:g}: must be above 0 and at most 1")
+    if min_agreement is not None and not codecs:
+        raise ConfigError("--min-agreement is for --codecs", remedy="give both, or neither")
+    return min_agreement
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ Ties: the smaller cut1 wins, then its codec in the order of `Codec`, then cut2 a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ import numpy.typing as npt
 
 from bus.values import BITS_PER_BYTE, Codec, Objective
 from planner.search.cost import NO_OVERHEADS, RAW, Codecs, Costs, Crossing, Overheads, PlatformRow, stations_s
+from planner.search.cut_search import CutSearch
 from planner.search.families import DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 
 _CODED: Final = tuple(codec for codec in Codec if codec is not Codec.RAW)
@@ -40,6 +42,20 @@ def codec_search_bytes(layers: int, codings: int) -> int:
     """An upper bound of the memory that a prepared search holds for a model with this many measured codecs."""
     crossings = layers + codings
     return crossings * crossings // 2 * _WAY_BYTES + crossings * _CROSSING_BYTES + 20_000
+
+
+Rows = tuple[PlatformRow, PlatformRow | None, PlatformRow | None]
+"""Device, edge and cloud. A tier that does not run the model is None."""
+
+
+def may_encode(rows: Rows, consent: float | None) -> bool:
+    """Whether a task with this consent may use a codec on a link between these platforms."""
+    device, edge, cloud = rows
+    return any(
+        (consent is not None or crossing[1].lossless)
+        and any(row is not None and crossing in row.codings for row in (edge, cloud))
+        for crossing in device.codings
+    )
 
 
 class CodedFound(NamedTuple):
@@ -153,7 +169,7 @@ class CodecSearch:
 
     def __init__(
         self,
-        rows: tuple[PlatformRow, PlatformRow | None, PlatformRow | None],
+        rows: Rows,
         consent: float | None,
         allowed1: Iterable[int] | None = None,
         allowed2: Iterable[int] | None = None,
@@ -173,6 +189,45 @@ class CodecSearch:
         if layers not in self._allowed1 or layers not in self._allowed2:
             return None
         return self.costs.delay_s(layers, layers, 1, 1, samples, objective, None, overheads)
+
+    def codecs_at(self, cut1: int, cut2: int, *, own_input: bool = False) -> list[Codecs]:
+        """The allowed codecs of two cuts, in the order in which ties are decided.
+
+        `own_input`: of a task with inputs of its own size.
+        """
+        device, edge, cloud = self._rows
+        layers, relayed = self.costs.layers, cut1 == cut2
+        if cut1 == layers:
+            return [RAW]
+        ones, twos = [Codec.RAW], [Codec.RAW]
+        if cut1 > 0 or not own_input:
+            ones += [codec for codec in _CODED if self._usable((cut1, codec), device, cloud if relayed else edge)]
+        if relayed:
+            pairs = [(codec, codec) for codec in ones]
+        else:
+            if cut2 < layers:
+                twos += [codec for codec in _CODED if self._usable((cut2, codec), edge, cloud)]
+            pairs = list(product(ones, twos))
+        return [pair for pair in pairs if self._agreement((cut1, pair[0]), (cut2, pair[1])) >= self._least_agreement]
+
+    def _usable(self, crossing: Crossing, sender: PlatformRow | None, receiver: PlatformRow | None) -> bool:
+        """Whether device, sender and receiver have measured a codec, and it makes the activations smaller."""
+        device = self._rows[0]
+        sent = device.codings.get(crossing)
+        return (
+            sent is not None
+            and sent.size_bytes < device.cut_bytes[crossing[0]]
+            and all(row is not None and crossing in row.codings for row in (sender, receiver))
+        )
+
+    def _agreement(self, crossing1: Crossing, crossing2: Crossing) -> float:
+        """The agreement of both crossings together: infinite if they are lossless, -1 if it was not measured."""
+        device = self._rows[0]
+        lossy = [crossing for crossing in dict.fromkeys((crossing1, crossing2)) if not crossing[1].lossless]
+        if not lossy:
+            return _INFINITY
+        found = device.codings[lossy[0]].agreement if len(lossy) == 1 else device.agreements.get((lossy[0], lossy[1]))
+        return -1.0 if found is None else found
 
     def ways(self, family: int) -> Ways | None:
         """All ways of a family that uses a link, or None if a tier does not run the model."""
@@ -262,12 +317,10 @@ class CodecSearch:
         for cut in sorted(cuts):
             rows.append(((cut, Codec.RAW), device.cut_bytes[cut], 0.0, 0.0, _INFINITY))
             for crossing in ((cut, codec) for codec in _CODED):
-                sent, here, there = (row.codings.get(crossing) for row in (device, sender, receiver))
-                if sent is None or here is None or there is None or sent.size_bytes >= device.cut_bytes[cut]:
-                    continue
-                measured = -1.0 if sent.agreement is None else sent.agreement
-                agreement = _INFINITY if crossing[1].lossless else measured
-                rows.append((crossing, sent.size_bytes, here.encode_s, there.decode_s, agreement))
+                if self._usable(crossing, sender, receiver):
+                    encode_s, decode_s = sender.codings[crossing].encode_s, receiver.codings[crossing].decode_s
+                    size_bytes, agreement = device.codings[crossing].size_bytes, self._agreement(crossing, crossing)
+                    rows.append((crossing, size_bytes, encode_s, decode_s, agreement))
         return _Sent.of(rows)
 
     def _device_s(self, sent: _Sent) -> _Times:
@@ -296,3 +349,7 @@ class CodecSearch:
                 allowed[at1[crossing1], at2[crossing2]] = True
         allowed &= np.less.outer(one.cut, two.cut)
         return allowed
+
+
+PathSearch = CutSearch | CodecSearch
+"""A prepared search through an edge."""

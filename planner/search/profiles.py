@@ -7,12 +7,17 @@ origin of its numbers. A user's file has the same keys:
      "device": [ModelProfile, ...], "edge": [...], "cloud": [...]}
 
 and, for a profile that was fitted to figures, `"fitted_to": [FIGURE, ...], "fit_seeds": [...]`.
+
+Models of a fitted profile have no weights, so no codec can be measured on them. `with_codecs` gives them the sizes, times and
+agreements that were measured on trained models (`planner/data/codecs.json`, which says on which).
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +25,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from bus.errors import ConfigError, unknown_name
-from bus.values import ModelProfile
+from bus.values import Codec, CodecProfile, ModelProfile, PairAgreement
 
 PROFILE_VERSION: Final = 1
 SHIPPED: Final = ("paper",)
@@ -40,6 +45,7 @@ class PlatformProfiles:
     input_bytes: dict[str, int]  # G(0) by model, for models whose G(0) differs from the model's own
     fitted_to: tuple[str, ...] = ()  # figures whose statements the numbers were fitted to; empty for measured profiles
     fit_seeds: tuple[int, ...] = ()  # random seeds that the fit used; an evaluation must use other seeds
+    assumed: str = ""  # where assumed codecs come from, for people; empty if they were measured, or there are none
 
     @property
     def models(self) -> list[str]:
@@ -54,6 +60,73 @@ def load_profile(name_or_path: str | Path) -> PlatformProfiles:
     """
     name = str(name_or_path)
     return parse_profile(name, profile_text(name))
+
+
+def with_codecs(found: PlatformProfiles) -> PlatformProfiles:
+    """The profiles with the codecs that they have measured; a fitted profile gets assumed ones.
+
+    Raises `ConfigError` for a profile that is not fitted and has measured no codecs.
+    """
+    if any(profile.codecs is not None for tier in (found.device, found.edge, found.cloud) for profile in tier.values()):
+        return found
+    if not found.fitted_to:
+        raise ConfigError(
+            f"profile {found.name} has no codecs",
+            remedy="measure them with: deepar profile MODEL --codecs --calibration FILE.npz",
+        )
+    assumed = _AssumedCodecs.load()
+    return replace(_with_each(found, assumed.added_to), assumed=assumed.origin)
+
+
+def without_codecs(found: PlatformProfiles) -> PlatformProfiles:
+    """The profiles without their codecs."""
+    none = {"codecs": None, "agreements": None, "calibration_samples": None}
+    return _with_each(found, lambda profile: profile.model_copy(update=none))
+
+
+def _with_each(found: PlatformProfiles, changed: Callable[[ModelProfile], ModelProfile]) -> PlatformProfiles:
+    device, edge, cloud = (
+        {model: changed(profile) for model, profile in tier.items()} for tier in (found.device, found.edge, found.cloud)
+    )
+    return replace(found, device=device, edge=edge, cloud=cloud)
+
+
+@dataclass(frozen=True, slots=True)
+class _AssumedCodecs:
+    """What codecs do to the activations of a model whose own were not measured, at every cut inside it."""
+
+    origin: str
+    codecs: tuple[Mapping[str, Any], ...]
+    pairs: tuple[Mapping[str, Any], ...]  # of lossy codecs on both links
+
+    @classmethod
+    def load(cls) -> _AssumedCodecs:
+        found = json.loads(files("planner").joinpath("data", "codecs.json").read_text(encoding="utf-8"))
+        return cls(found["origin"], tuple(found["codecs"]), tuple(found["pairs"]))
+
+    def added_to(self, profile: ModelProfile) -> ModelProfile:
+        """The profile with these codecs."""
+        cuts = [cut for cut in range(1, profile.layers) if cut not in profile.forbidden]
+        codecs = tuple(
+            CodecProfile(
+                position=cut,
+                codec=Codec(one["codec"]),
+                bytes=math.ceil(profile.cut_bytes[cut] / one["ratio"]),
+                encode_s=one["encode_call_s"] + profile.cut_bytes[cut] / one["encode_bytes_per_s"],
+                decode_s=one["decode_call_s"] + profile.cut_bytes[cut] / one["decode_bytes_per_s"],
+                agreement=one["agreement"],
+            )
+            for cut in cuts
+            for one in self.codecs
+        )
+        agreements = tuple(
+            PairAgreement(position1=cut1, position2=cut2, **pair)
+            for cut1 in cuts
+            for cut2 in cuts
+            if cut1 < cut2
+            for pair in self.pairs
+        )
+        return ModelProfile.model_validate(profile.model_copy(update={"codecs": codecs, "agreements": agreements}))
 
 
 def profile_text(name: str) -> str:
@@ -91,7 +164,9 @@ def parse_profile(name: str, text: str) -> PlatformProfiles:
             input_bytes={model: int(size) for model, size in found.get("input_bytes", {}).items()},
             fitted_to=tuple(str(figure) for figure in found.get("fitted_to", ())),
             fit_seeds=tuple(int(seed) for seed in found.get("fit_seeds", ())),
-            **tiers,
+            device=tiers["device"],
+            edge=tiers["edge"],
+            cloud=tiers["cloud"],
         )
     except KeyError as error:
         raise ConfigError(f"profile {name} is broken: it has no key {error}") from error

@@ -8,11 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from bus.errors import ConfigError, CutError
-from bus.values import Kind, ModelProfile, Objective, Parts, Role
-from planner.search.cost import NO_OVERHEADS, Costs, Overheads, PlatformRow
+from bus.values import Codec, Kind, ModelProfile, Objective, Parts, Role
+from planner.search.codec_search import CodecSearch
+from planner.search.cost import (
+    NO_OVERHEADS,
+    RAW,
+    Codecs,
+    Costs,
+    Crossing,
+    Overheads,
+    PlatformRow,
+    busy_parts,
+    stations_s,
+)
 from planner.search.families import family_of
+
+_CODECS: Final = tuple(Codec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +59,8 @@ class Situation:
     input_bytes: int | None = None  # G(0); None: the model's own
     constraints: Constraints = field(default_factory=Constraints)
     overheads: Overheads = NO_OVERHEADS  # latencies of the links
+    codecs: bool = False  # whether the codecs of the profiles may be used
+    min_agreement: float | None = None  # of lossy ones; None: lossless ones only
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +77,7 @@ class WhatIfPlan:
     delay_s: float
     latency_s: float  # share of the links' latencies in the delay
     parts: Parts
+    codecs: Codecs = RAW
 
 
 def position_of(profile: ModelProfile, layer: str) -> int:
@@ -79,24 +96,28 @@ def position_of(profile: ModelProfile, layer: str) -> int:
 def plans(situation: Situation, top: int = 1) -> list[WhatIfPlan]:
     """The best `top` plans, best first; ties as in Algorithm 1. Empty if no plan meets the constraints."""
     s = situation
-    costs = Costs(
+    rows = (
         PlatformRow(s.device),
         None if s.edge is None else PlatformRow(s.edge),
         None if s.cloud is None else PlatformRow(s.cloud),
     )
+    search = CodecSearch(rows, rows[0].consent(s.min_agreement)) if s.codecs else None
+    costs = Costs(*rows) if search is None else search.costs
     ranked = []
-    for cut1, cut2 in _allowed(s):
-        delay = costs.delay_s(
-            cut1, cut2, s.link1_bps or 1, s.link2_bps or 1, s.samples, s.objective, s.input_bytes, s.overheads
-        )
+    for cut1, cut2, codecs in _allowed(s, search):
+        one = costs.sample_parts(cut1, cut2, s.link1_bps or 1, s.link2_bps or 1, s.input_bytes, codecs)
+        family = family_of(cut1, cut2, costs.layers)
+        delay = stations_s(one, s.samples, s.objective) + s.overheads.total_s(family, s.samples, s.objective)
         if s.constraints.max_delay_s is None or delay <= s.constraints.max_delay_s:
-            ranked.append((delay, family_of(cut1, cut2, costs.layers), cut1, cut2))
+            ranked.append((delay, family, cut1, cut2, [_CODECS.index(codec) for codec in codecs], codecs))
     ranked.sort()
-    return [_plan(s, costs, delay, cut1, cut2) for delay, _, cut1, cut2 in ranked[:top]]
+    return [_plan(s, costs, delay, (cut1, cut2), codecs) for delay, _, cut1, cut2, _, codecs in ranked[:top]]
 
 
-def _plan(s: Situation, costs: Costs, delay: float, cut1: int, cut2: int) -> WhatIfPlan:
+def _plan(s: Situation, costs: Costs, delay: float, cuts: tuple[int, int], codecs: Codecs) -> WhatIfPlan:
+    cut1, cut2 = cuts
     crossings = s.samples if s.objective is Objective.SEQUENTIAL else 1
+    one = costs.sample_parts(cut1, cut2, s.link1_bps or 1, s.link2_bps or 1, s.input_bytes, codecs)
     return WhatIfPlan(
         kind=Kind.of(cut1, cut2, costs.layers),
         cut1=cut1,
@@ -107,11 +128,22 @@ def _plan(s: Situation, costs: Costs, delay: float, cut1: int, cut2: int) -> Wha
         link2_bps=s.link2_bps if cut2 != costs.layers else 0,
         delay_s=delay,
         latency_s=s.overheads.latency_s(family_of(cut1, cut2, costs.layers)) * crossings,
-        parts=costs.parts(cut1, cut2, s.link1_bps or 1, s.link2_bps or 1, s.samples, s.input_bytes),
+        parts=busy_parts(one, s.samples),
+        codecs=codecs,
     )
 
 
-def _allowed(s: Situation) -> Iterable[tuple[int, int]]:
+def _allowed(s: Situation, search: CodecSearch | None) -> Iterable[tuple[int, int, Codecs]]:
+    """The cuts and codecs that meet the constraints."""
+    own_input = s.input_bytes not in (None, s.device.cut_bytes[0])
+    for cut1, cut2 in _allowed_cuts(s):
+        for codecs in (RAW,) if search is None else search.codecs_at(cut1, cut2, own_input=own_input):
+            crossings = zip((cut1, cut2), codecs, strict=True)
+            if s.constraints.max_cut_bytes is None or _sent(s, crossings) <= s.constraints.max_cut_bytes:
+                yield cut1, cut2, codecs
+
+
+def _allowed_cuts(s: Situation) -> Iterable[tuple[int, int]]:
     layers, limits = s.device.layers, s.constraints
     uncut = set(s.device.forbidden)
     for profile in (s.edge, s.cloud):
@@ -136,17 +168,19 @@ def _allowed(s: Situation) -> Iterable[tuple[int, int]]:
                 continue
             if (cut1 != layers and s.link1_bps < 1) or (cut2 != layers and s.link2_bps < 1):
                 continue
-            if limits.max_cut_bytes is not None and _sent(s, cut1, cut2) > limits.max_cut_bytes:
-                continue
             yield cut1, cut2
 
 
-def _sent(s: Situation, cut1: int, cut2: int) -> int:
+def _sent(s: Situation, crossings: Iterable[Crossing]) -> int:
     """The largest size that either link carries for one sample, in bytes."""
-    layers = s.device.layers
-    sizes = [s.device.cut_bytes[cut] for cut in (cut1, cut2) if 0 < cut < layers]
-    if cut1 == 0 or cut2 == 0:
-        sizes.append(s.device.cut_bytes[0] if s.input_bytes is None else s.input_bytes)
+    encoded = {(one.position, one.codec): one.bytes for one in s.device.codecs or ()}
+    sizes = []
+    for crossing in crossings:
+        raw_bytes = s.device.cut_bytes[crossing[0]]
+        if crossing[0] == 0 and s.input_bytes is not None:
+            raw_bytes = s.input_bytes
+        if crossing[0] < s.device.layers:
+            sizes.append(raw_bytes if crossing[1] is Codec.RAW else encoded[crossing])
     return max(sizes, default=0)
 
 

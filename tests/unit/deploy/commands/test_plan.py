@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -54,6 +55,28 @@ def test_flags_become_constraints() -> None:
         run("plan", "vgg16", "--samples", "100", "--objective", "pipelined", "--link1", "100Mbps", "--json")
     )
     assert many["link1_bps"] == 100_000_000
+
+
+def test_codecs_are_used_with_consent_and_the_assumption_is_noted() -> None:
+    def best(*flags: str) -> Any:
+        return json.loads(run("plan", "alexnet", *flags, "--json"))["plans"][0]
+
+    raw, lossless, lossy = best(), best("--codecs"), best("--codecs", "--min-agreement", "0.995")
+    assert "routes" not in raw
+    assert lossless["routes"][0]["codec1"] == "zstd"
+    assert lossy["routes"][0]["codec1"] in ("q8", "q4")
+    assert raw["delay_s"] > lossless["delay_s"] > lossy["delay_s"]
+    [route] = lossy["routes"]
+    assert (route["cut1"], route["cut2"], route["share"]) == (lossy["cut1"], lossy["cut2"], 1.0)
+    result = CliRunner().invoke(app, ["plan", "alexnet", "--codecs"])
+    assert "codecs are assumed" in result.stderr
+    assert "zstd, zstd" in result.stdout
+
+
+@pytest.mark.parametrize("flags", [("--min-agreement", "0.9"), ("--codecs", "--min-agreement", "1.5")])
+def test_an_agreement_is_a_share_of_lossy_codecs(flags: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="--min-agreement"):
+        run("plan", "alexnet", *flags)
 
 
 def test_no_plan_is_exit_code_1_and_says_so() -> None:

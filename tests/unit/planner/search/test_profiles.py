@@ -1,6 +1,7 @@
 """The `paper` profile gives the paper's numbers, and a profile of one's own is read."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +9,35 @@ import pytest
 
 import planner
 from bus.errors import ConfigError, UnknownNameError
-from bus.values import Objective, Role
+from bus.values import Codec, Objective, Role
 from loadgen.experiments import fit_paper
 from loadgen.experiments.paper_networks import TABLES
-from planner.search.profiles import load_profile
+from planner.search.profiles import load_profile, with_codecs, without_codecs
 from planner.search.what_if import Constraints, Situation, plans
 
 SHIPPED = Path(planner.__file__).with_name("data") / "paper.json"
 
 PAPER = load_profile("paper")
 ALL = frozenset(Role)
+
+
+def test_a_fitted_profile_gets_the_codecs_measured_on_trained_models_and_says_so() -> None:
+    found = with_codecs(PAPER)
+    assert "LeNet" in found.assumed
+    assert not PAPER.assumed
+    for tier in (found.device, found.edge, found.cloud):
+        for model, profile in tier.items():
+            assert {one.position for one in profile.codecs or ()} == set(range(1, profile.layers))  # never the input
+            assert all(one.bytes < profile.cut_bytes[one.position] for one in profile.codecs or ()), model
+            assert profile.agreement((1, Codec.Q8), (2, Codec.Q8)) == 1.0
+    assert without_codecs(found).device == PAPER.device
+
+
+def test_a_measured_profile_keeps_its_codecs_and_gets_no_assumed_ones() -> None:
+    measured = replace(with_codecs(PAPER), fitted_to=(), assumed="")
+    assert with_codecs(measured) is measured
+    with pytest.raises(ConfigError, match="has no codecs"):
+        with_codecs(replace(PAPER, fitted_to=()))
 
 
 def best_ms(model: str, only: Role | None = None) -> float:

@@ -1,15 +1,17 @@
 """Plans of one task alone: constraints, the N best plans, and the bandwidths at which the best cuts change."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from bus.errors import ConfigError, CutError
 from bus.values import Kind, Objective, Role
+from planner.search.codec_search import CodecSearch
 from planner.search.cost import PlatformRow
 from planner.search.cut_search import CutSearch
-from planner.search.profiles import load_profile
+from planner.search.profiles import load_profile, with_codecs
 from planner.search.what_if import Constraints, Situation, WhatIfPlan, plans, position_of, stretches, sweep
 
 PAPER = load_profile("paper")
@@ -26,6 +28,38 @@ def situation(model: str = "alexnet", objective: Objective = Objective.SEQUENTIA
         objective=objective,
         constraints=Constraints(**limits),
     )
+
+
+CODED = with_codecs(PAPER)
+
+
+def coded(objective: Objective = Objective.SEQUENTIAL, min_agreement: float | None = None, **limits: Any) -> Situation:
+    plain = situation("alexnet", objective, **limits)
+    device, edge, cloud = (tier["alexnet"] for tier in (CODED.device, CODED.edge, CODED.cloud))
+    return replace(plain, device=device, edge=edge, cloud=cloud, codecs=True, min_agreement=min_agreement)
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+@pytest.mark.parametrize("consent", [None, 0.9, 0.995, 1.0])
+def test_the_best_plan_with_codecs_is_what_the_search_finds(objective: Objective, consent: float | None) -> None:
+    asked = coded(objective, consent)
+    assert asked.edge is not None
+    assert asked.cloud is not None
+    search = CodecSearch((PlatformRow(asked.device), PlatformRow(asked.edge), PlatformRow(asked.cloud)), consent)
+    found = [search.best(f, asked.link1_bps, asked.link2_bps, 10, objective) for f in range(4)]
+    best = min(one for one in found if one is not None)
+    first = plans(asked)[0]
+    assert (first.delay_s, first.cut1, first.cut2, first.codecs) == best
+    assert first.delay_s < plans(replace(asked, codecs=False))[0].delay_s
+    assert all(codec.lossless for codec in first.codecs) == (consent is None)
+
+
+def test_with_codecs_the_limit_of_bytes_counts_what_the_links_carry() -> None:
+    limited = coded(min_agreement=0.995, max_cut_bytes=100_000)
+    raw = plans(replace(limited, codecs=False))[0]
+    encoded = plans(limited)[0]
+    assert encoded.cut1 < raw.cut1  # what crosses there is small enough only when encoded
+    assert limited.device.cut_bytes[encoded.cut1] > 100_000
 
 
 @pytest.mark.parametrize("objective", list(Objective))
