@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from bus.errors import ProtocolError
 from bus.validation import first_fault
 from bus.values import (
+    MAX_ROUTES,
     Agreement,
     BitsPerSecond,
     Bytes,
@@ -195,6 +196,9 @@ class TaskCompleted(Message):
     delay_s: Seconds  # from Start to the last result, on the device's clock
     wait_s: Seconds = 0.0  # from submission to Start, on the device's clock
     cloud: NodeName | None = None  # the cloud node that served the attempt, if it used one and the device knows
+    route_samples: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=MAX_ROUTES)] | None = (
+        None  # number of samples on each route of the placement; None: it has one, or the device does not know
+    )
 
 
 class TaskFailed(Message):

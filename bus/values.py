@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from enum import StrEnum
 from itertools import product
 from typing import Annotated, Final, Self
@@ -71,6 +72,12 @@ class Kind(StrEnum):
         if cut1 == layers:
             return cls.DEVICE
         return _KIND_OF[cut1 > 0, cut1 != cut2, cut2 != layers]
+
+    @classmethod
+    def of_all(cls, cut_pairs: Iterable[tuple[int, int]], layers: int) -> Kind:
+        """The kind of several pairs of cuts: all tiers that compute."""
+        computing = {tier for cut1, cut2 in cut_pairs for tier in cls.of(cut1, cut2, layers).split("+")}
+        return cls("+".join(role for role in Role if role in computing))
 
 
 _KIND_OF = {
@@ -160,6 +167,11 @@ class Route(Frozen):
     codec1: Codec = Codec.RAW  # on link 1
     codec2: Codec = Codec.RAW  # on link 2; where cut1 = cut2 the edge passes on what it gets, so it is codec1
     stations_s: StationSeconds  # predicted, at the placement's bandwidth
+
+    @property
+    def device_only(self) -> bool:
+        """The device computes all layers: nothing crosses a link."""
+        return not any(self.stations_s[1:])
 
 
 class Placement(Frozen):

@@ -27,6 +27,7 @@ POLICY_LOOKS: dict[str, tuple[str, str, str]] = {
     "neurosurgeon": (GREEN, "..", "D"),
     "no-delay": (VERMILION, "--", "P"),
     "deepar": (BLUE, "", "o"),
+    "routes": (BLACK, "oo", "h"),
     "deepar (sequential)": (GREY, "..", "*"),
 }
 """Policy -> (colour, hatch of a bar, marker of a line)."""
@@ -38,6 +39,7 @@ POLICY_LABELS = {
     "neurosurgeon": "Neurosurgeon",
     "no-delay": "No delay",
     "deepar": "DeePar",
+    "routes": "Several routes",
     "deepar (sequential)": "DeePar, sequential",
 }
 

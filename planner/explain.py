@@ -26,7 +26,7 @@ from bus.messages import (
     TaskSubmitted,
 )
 from bus.region_tasks import KnownTask, RegionTasks
-from bus.text.units import format_moment, format_rate, format_seconds
+from bus.text.units import format_moment, format_rate, format_seconds, format_share
 from bus.values import Placement, Role
 from planner.core.core import PlannerCore
 from planner.core.line import ahead
@@ -35,7 +35,7 @@ from planner.learning.lessons import AnyLesson, Lessons
 from planner.learning.lessons import lines as lessons_of
 from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request, placement_of
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
-from planner.search.policies import BUILT_IN, Restriction
+from planner.search.policies import BUILT_IN, DEVICE_WORTH, Restriction
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,9 @@ def _candidate(
     edge = None if option is None else option.account.name
     alone = request.through(option)
     algorithm = Algorithm(alone, now)
-    choice = algorithm.best({family}, device_computes=rules.device_computes, delayed=rules.delayed)
+    choice = rules.best(algorithm, {family})
+    if rules.mixes:
+        algorithm = algorithm.with_routes()
     allowed = family in rules.families
     lacked = _lacked(algorithm, option, family, rules, choice) if allowed else f"{rules.name} does not use it"
     if choice is None:
@@ -301,8 +303,11 @@ def _lacked(
             lacks.append(f"the device's own link ({_free(own_bps)} free of {format_rate(option.max_link1_bps)} wanted)")
     if family != DEVICE_EDGE and free2 < option.max_link2_bps:
         lacks.append(f"bandwidth on link 2 ({_free(free2)} free of {format_rate(option.max_link2_bps)} wanted)")
-    if choice is not None and choice.cut1 == 0 and device_busy and rules.device_computes:
-        lacks.append("the device, which computes another task")
+    if choice is not None and not choice.uses_device and rules.device_computes:
+        if device_busy:
+            lacks.append("the device, which computes another task")
+        elif rules.mixes and request.others:
+            lacks.append(f"a gain of {format_share(DEVICE_WORTH)} on the device, which has other tasks")
     if choice is None and not lacks:
         lacks.append("allowed cuts" if option.max_link1_bps else "any bandwidth on link 1")
     if not lacks and choice is not None:

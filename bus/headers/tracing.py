@@ -82,7 +82,7 @@ def parent_in(headers: Headers, task_id: str) -> str | None:
 def chain(placement: Placement) -> tuple[str, ...]:
     """The parts of a placement, in the order in which a sample passes them."""
     has = {
-        "device": placement.cut1 > 0 or placement.edge is None,
+        "device": placement.uses_device or placement.edge is None,
         "link1": placement.uses_link1,
         "edge": placement.uses_slot and placement.edge is not None,
         "link2": placement.uses_cloud,

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from bus.messages import Ended, Placed
 from bus.text.units import format_moment, format_rate, format_seconds
-from deploy.monitor.phrases import STATION_NAMES, cut_names, cuts_text, signed_share, taught_by, tiers_text
+from bus.values import Placement
+from deploy.monitor.phrases import STATION_NAMES, cut_names, cuts_text, route_text, signed_share, taught_by, tiers_text
 from planner.explain import Candidate, Explanation
 from planner.learning.lessons import name_of, text_of
 from planner.search.cost import parts_s
@@ -65,6 +66,13 @@ def _where(candidate: Candidate) -> str:
     return f"{tiers_text(where.kind.value, where.edge)}, {cuts_text(where)}"
 
 
+def _cuts(where: Placement) -> str:
+    """The layers after which a candidate is cut, or its routes."""
+    if where.routes is not None:
+        return ", ".join(map(route_text, where.routes))
+    return ", ".join(cut_names(where.kind, where.cut1_name, where.cut2_name)) or "uncut"
+
+
 def _notes(candidate: Candidate) -> str:
     """What a candidate lacked, and by how much its wait counts as longer."""
     margin = ""
@@ -102,7 +110,7 @@ def _candidate_table(found: Explanation, columns: int) -> Table:
         table.add_row(
             "=>" if c.chosen else "",
             tiers_text(where.kind.value, where.edge),
-            ", ".join(cut_names(where.kind, where.cut1_name, where.cut2_name)) or "uncut",
+            _cuts(where),
             format_seconds(c.start_in_s),
             format_seconds(c.delay_s),
             *(format_seconds(s) if s else "" for s in rest_s if with_rest),
@@ -126,7 +134,7 @@ def _measured_table(found: Explanation, placed: Placed, ended: Ended) -> Table:
     ]
     if ended.delay_s is not None:
         planned_s = 0.0 if placed.overhead is None else placed.overhead.latency_s + placed.overhead.task_s
-        busy_s = parts_s(ended.measured, placed.placement, placed.samples, placed.objective)
+        busy_s = parts_s(ended.measured, placed)
         rows.append(("latency and overheads", planned_s, ended.delay_s - busy_s))
     for name, predicted_s, measured_s in rows:
         if predicted_s or measured_s:

@@ -143,7 +143,7 @@ def _decision(decision: Decision, region: RegionTasks, on_change: OnChange | Non
                     yield "", change.task_id, "granted", f"{format_rate(change.bps)} on link {change.link} ({ends})"
             case Start():
                 if (change.task_id, change.attempt) not in at_once:
-                    details = route_text(placement) if placement else f"on {change.device}"
+                    details = path_text(placement) if placement else f"on {change.device}"
                     yield "green", change.task_id, "starts", details
             case Moved():
                 yield from _moved(change, region, decision.now_s)
@@ -194,7 +194,7 @@ def _circuit(change: CircuitChanged, now_s: float) -> Line:
 
 def _placed(change: Placed, region: RegionTasks, at_once: bool, new: bool) -> Line:
     again = "" if change.attempt == 1 else f", attempt {change.attempt}"
-    details = f"{route_text(change):<46}  {cuts_text(change.placement):<24}  {format_seconds(change.delay_s)} expected"
+    details = f"{path_text(change):<46}  {cuts_text(change.placement):<24}  {format_seconds(change.delay_s)} expected"
     if change.session is not None:
         details += f" for a sample, {change.session.rate_hz:g} a second"
     if new:
@@ -247,7 +247,7 @@ def _node(node: NodeAnnounced) -> str:
     return ", ".join(details)
 
 
-def route_text(placed: Placed) -> str:
+def path_text(placed: Placed) -> str:
     """`d1 -117 Mbps-> (e1) -20 Mbps-> cloud`: the nodes and rates of a placement; a node in parentheses only relays."""
     placement = placed.placement
     tiers = placement.kind.value.split("+")

@@ -27,7 +27,7 @@ def awaited(region: RegionTasks, task: KnownTask) -> str:
 def _shared(one: Placed, other: Placed) -> str:
     """The resources that two placements both use, in words."""
     computing = one.session is None and other.session is None  # a session holds bandwidth, but no slot and no device
-    if computing and one.device == other.device and one.placement.cut1 and other.placement.cut1:
+    if computing and one.device == other.device and one.placement.uses_device and other.placement.uses_device:
         return one.device
     a, b = one.placement, other.placement
     if a.edge is None or a.edge != b.edge:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bus.text.units import format_count, format_rate, format_share
-from bus.values import DELAY_PARTS, Kind, Placement
+from bus.values import DELAY_PARTS, Kind, Placement, Route
 from planner.service.prediction_errors import PredictionErrors
 
 STATION_NAMES = dict(zip(DELAY_PARTS, ("device", "link 1", "edge", "link 2", "cloud", "results"), strict=True))
@@ -20,9 +20,17 @@ def cut_names(kind: Kind, cut1_name: str, cut2_name: str) -> tuple[str, ...]:
 
 
 def cuts_text(placement: Placement) -> str:
-    """`cut after conv | pool`, or `uncut`."""
+    """`cut after conv | pool`, or `uncut`; several routes by numbers of layers: `2 routes: 82 % 4 | 9, 18 % device`."""
+    if placement.routes is not None:
+        return f"{len(placement.routes)} routes: {', '.join(map(route_text, placement.routes))}"
     names = cut_names(placement.kind, placement.cut1_name, placement.cut2_name)
     return f"cut after {' | '.join(names)}" if names else "uncut"
+
+
+def route_text(route: Route) -> str:
+    """`52 % 4 | 9`: the share of a route, and the numbers of the layers after which the model is cut."""
+    where = "device" if route.device_only else f"{route.cut1} | {route.cut2}"
+    return f"{format_share(route.share)} {where}"
 
 
 def cut_column(kind: Kind, cut1_name: str, cut2_name: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bus.messages import TaskState
-from bus.values import Role
+from bus.values import Role, Route
 from deploy.monitor.region_view import LinkUse, NodeView, RegionView
 from deploy.monitor.task_view import TaskView
 from planner.learning.lessons import AnyLesson, name_of
@@ -115,6 +115,7 @@ def task_report(task: TaskView) -> dict[str, Any]:
         "edge": placement.edge if placement else None,
         "cut1": placement.cut1_name if placement else None,
         "cut2": placement.cut2_name if placement else None,
+        "routes": [_route(route) for route in placement.routes] if placement and placement.routes else None,
         "link1_bps": placement.link1_bps if placement else 0,
         "link2_bps": placement.link2_bps if placement else 0,
         "admitted_s": round(task.admitted_s, 3),
@@ -131,6 +132,10 @@ def task_report(task: TaskView) -> dict[str, Any]:
         "session": task.session.model_dump() if task.session else None,
         "cause": task.cause,
     }
+
+
+def _route(route: Route) -> dict[str, Any]:
+    return route.model_dump(mode="json", exclude={"stations_s"})
 
 
 def _node(view: RegionView, node: NodeView) -> dict[str, Any]:

@@ -351,7 +351,7 @@ class RegionView:
         if task.state is not TaskState.SCHEDULED or (place := task.placement) is None:
             return ""
         lacking = []
-        if place.cut1 > 0 and (busy := self._computing(task.device)):
+        if place.uses_device and (busy := self._computing(task.device)):
             lacking.append(f"{task.device} to finish {_names(busy)}")
         if place.edge is not None:
             lacking += self._lacking_at(place, place.edge)
@@ -365,7 +365,7 @@ class RegionView:
         return sorted(
             t.task_id
             for t in self._running.values()
-            if t.device == device and (p := t.placement) and p.cut1 and t.session is None
+            if t.device == device and (p := t.placement) and p.uses_device and t.session is None
         )
 
     def _lacking_at(self, place: Placement, edge: str) -> list[str]:

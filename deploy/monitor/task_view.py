@@ -68,7 +68,7 @@ class TaskView:
         placed = self.placed
         if placed is None or self.measured is None or self.delay_s is None:
             return None
-        return self.delay_s - parts_s(self.measured, placed.placement, placed.samples, placed.objective)
+        return self.delay_s - parts_s(self.measured, placed)
 
     @property
     def error(self) -> float | None:

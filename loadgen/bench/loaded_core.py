@@ -79,11 +79,11 @@ class BusyRegion:
         self.idle.append(done.node)
 
 
-def busy_region(edges: int, tasks: int, objective: Objective, seed: int) -> BusyRegion:
+def busy_region(edges: int, tasks: int, objective: Objective, seed: int, policy: str = "deepar") -> BusyRegion:
     """A region with `tasks` tasks in flight that arrived one after another."""
     rng = random.Random(f"{seed} {edges} {tasks} {objective}")
     rows = load_profile("paper")
-    core = PlannerCore(0, "deepar", objective, options=CoreOptions(max_waiting=1 << 30))
+    core = PlannerCore(0, policy, objective, options=CoreOptions(max_waiting=1 << 30))
     share = max(1.0, tasks / edges)
     devices = tasks + 50
     core.handle(_node("cloud", Role.CLOUD, rows.cloud), 0.0)

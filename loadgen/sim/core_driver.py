@@ -161,6 +161,7 @@ class Drive:
                 measured=ran.parts,
                 delay_s=self.now_s - started_s,
                 wait_s=started_s - outcome.scheduled_s,
+                route_samples=ran.route_samples,
             )
         )
 

@@ -12,16 +12,17 @@ Each is drawn from streams of the seed. A task meets the speeds of the instant a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from bus.messages import Placed, TaskSubmitted
+from bus.routes.shares import solve_shares
 from bus.values import Parts, Role
 from loadgen.random_streams import Streams
 from loadgen.sim.platforms import Platforms
-from planner.search.cost import NO_OVERHEADS, Costs, Overheads, PlatformRow, busy_parts, stations_s
+from planner.search.cost import NO_OVERHEADS, Costs, Overheads, PlatformRow, StationTimes, busy_parts, stations_s
 from planner.search.families import family_of
 
 STEP_S = 30.0
@@ -40,6 +41,7 @@ class Ran(NamedTuple):
 
     parts: Parts  # busy times
     delay_s: float  # from its start to its end
+    route_samples: tuple[int, ...] | None = None  # on each route; None: as planned
 
 
 World = Callable[[TaskSubmitted, Placed, float], Ran]
@@ -79,19 +81,40 @@ class Environment:
 
     def __call__(self, task: TaskSubmitted, placed: Placed, now_s: float) -> Ran:
         """What a task takes; see `World`."""
-        one = self._sample_s(task, placed, now_s)
-        factor, samples = self._factor(task.task_id), task.samples
-        s1, s2, s3, s4, s5, s6b, s6a = (factor * s for s in one)
-        sample = s1, s2, s3, s4, s5, s6b, s6a
+        if placed.placement.routes is not None:
+            return self._mixed(task, placed, now_s)
+        samples, place = task.samples, placed.placement
+        sample = self._sample_s(task, placed, (place.cut1, place.cut2), now_s)
         delay_s = stations_s(sample, samples, placed.objective)
-        place, layers = placed.placement, self._costs_of(task.model).layers
+        return Ran(busy_parts(sample, samples), delay_s + self._latency_s(task, placed, (place.cut1, place.cut2)))
+
+    def _mixed(self, task: TaskSubmitted, placed: Placed, now_s: float) -> Ran:
+        """What a task of several routes takes. Its device solves the shares again from what it measures; here at once."""
+        pairs, samples = placed.placement.cut_pairs, task.samples
+        stations = [self._sample_s(task, placed, cuts, now_s) for cuts in pairs]
+        fill_s = [sum(s) + self._latency_s(task, placed, cuts) for s, cuts in zip(stations, pairs, strict=True)]
+        found = solve_shares(fill_s, stations, samples)
+        parts = [busy_parts(s, samples).model_dump() for s in stations]
+        busy = {name: sum(a * one[name] for a, one in zip(found.shares, parts, strict=True)) for name in parts[0]}
+        beyond_s = [
+            fill
+            for fill, share, (cut1, _) in zip(fill_s, found.shares, pairs, strict=True)
+            if share and cut1 < self._costs_of(task.model).layers
+        ]
         return Ran(
-            busy_parts(sample, samples),
-            delay_s + self._latencies.total_s(family_of(place.cut1, place.cut2, layers), samples, placed.objective),
+            Parts(**busy),
+            max(beyond_s, default=min(fill_s)) + (samples - 1) * found.slowest_s,
+            _whole(found.shares, samples),
         )
 
-    def _sample_s(self, task: TaskSubmitted, placed: Placed, now_s: float) -> tuple[float, ...]:
-        """The station times of one sample, without noise."""
+    def _latency_s(self, task: TaskSubmitted, placed: Placed, cuts: tuple[int, int]) -> float:
+        """The share of the links' latencies in the delay of a task on one route."""
+        family = family_of(*cuts, self._costs_of(task.model).layers)
+        return self._latencies.total_s(family, task.samples, placed.objective)
+
+    def _sample_s(self, task: TaskSubmitted, placed: Placed, cuts: tuple[int, int], now_s: float) -> StationTimes:
+        """The station times of one sample."""
+        factor = self._factor(task.task_id)
         place, edge = placed.placement, placed.placement.edge
         bps1, bps2 = place.link1_bps or 1, place.link2_bps or 1
         edge_speed = 1.0
@@ -99,15 +122,15 @@ class Environment:
             edge_speed = self._speed(edge, now_s)
             bps1 = _carried(bps1, task.max_link1_bps, self._speed(link1(task.device, edge), now_s))
             bps2 = _carried(bps2, task.max_link2_bps, self._speed(link2(edge), now_s))
-        s = self._costs_of(task.model).sample_parts(place.cut1, place.cut2, bps1, bps2, task.input_bytes)
+        s = self._costs_of(task.model).sample_parts(*cuts, bps1, bps2, task.input_bytes)
         return (
-            s.s1 / self._speed(task.device, now_s),
-            s.s2,
-            s.s3 / edge_speed,
-            s.s4,
-            s.s5 / self._speed("cloud", now_s),
-            s.s6b,
-            s.s6a,
+            factor * (s.s1 / self._speed(task.device, now_s)),
+            factor * s.s2,
+            factor * (s.s3 / edge_speed),
+            factor * s.s4,
+            factor * (s.s5 / self._speed("cloud", now_s)),
+            factor * s.s6b,
+            factor * s.s6a,
         )
 
     def _costs_of(self, model: str) -> Costs:
@@ -116,6 +139,16 @@ class Environment:
             rows = (PlatformRow(machines.model(role, model)) for role in (Role.DEVICE, Role.EDGE, Role.CLOUD))
             self._costs[model] = Costs(*rows)
         return self._costs[model]
+
+
+def _whole(shares: Sequence[float], samples: int) -> tuple[int, ...]:
+    """Whole numbers of samples for these shares, with the right sum: the largest fractions are rounded up."""
+    exact = [share * samples for share in shares]
+    counts = [math.floor(value) for value in exact]
+    by_rest = sorted(range(len(exact)), key=lambda r: counts[r] - exact[r])
+    for r in by_rest[: samples - sum(counts)]:
+        counts[r] += 1
+    return tuple(counts)
 
 
 def _carried(granted_bps: int, cap_bps: int | None, speed: float) -> int:

@@ -27,7 +27,7 @@ from loadgen.random_streams import Streams
 from loadgen.replay import arrivals
 from loadgen.replay.schedule import Schedule, make
 from loadgen.replay.task_mix import PAPER_MODELS, Mix, Range
-from planner.search.policies import load_policy
+from planner.search.policies import BUILT_IN, check_objective, load_policy
 from stages.network.played import PlayedNetwork
 from stages.network.trace import Trace, read_trace
 
@@ -91,6 +91,8 @@ class Scenario:
                 raise ConfigError(f"{name}: {low:g}..{high:g} must be an ascending range of numbers greater than 0")
         if self.slots[0] < 1:
             raise ConfigError(f"slots: {self.slots[0]:g}..{self.slots[1]:g} must start at 1 or more")
+        if self.policy in BUILT_IN:
+            check_objective(BUILT_IN[self.policy], self.objective)
         _ = self.mix, self.runs_as, self.link1, self.link2  # these properties validate the fields that they use
 
     @property

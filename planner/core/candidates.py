@@ -15,7 +15,7 @@ from bus.messages import NodeAnnounced, Placed, TaskCompleted, TaskSubmitted
 from bus.values import Objective, Role
 from planner.core.region.records import KnownNode
 from planner.core.region.state import RegionState
-from planner.learning.learner import Attempt, Work
+from planner.learning.attempts import Attempt, Taken, Work, predicted_parts, routes_taken
 from planner.learning.table import EstimateTable
 from planner.learning.values import FAMILIES, NODE_PRIOR
 from planner.search.algorithm1 import EdgeOption, Reached, Request
@@ -93,11 +93,12 @@ class Candidates:
         if row is None:
             return "unknown_model"
         account, deviations = self._ledger.devices.get(submitted.device), self._estimates.deviations
+        others = self._ledger.held_by.get(submitted.device, 0)
         if submitted.session is not None:  # rare, so it is not cached
             reached = self._reach(device, row, unloaded=True)
             if avoid:
                 reached = self._without(reached, avoid, device, unloaded=True)
-            return Request(submitted, reached, account, self.objective, deviations)
+            return Request(submitted, reached, account, self.objective, deviations, others)
         held = device.reach.get(row.model)
         if held is None or (held[0] != self._version and self._outdated(device, held[0])):
             held = self._version, self._reach(device, row)
@@ -105,7 +106,7 @@ class Candidates:
         device.reach[row.model] = self._version, reached
         if avoid:
             reached = self._without(reached, avoid, device)
-        return Request(submitted, reached, account, self.objective, deviations)
+        return Request(submitted, reached, account, self.objective, deviations, others)
 
     def missing(self, submitted: TaskSubmitted) -> tuple[str, ...]:
         """The nodes that a waiting task needs, in words. If there are several entries, any of them may be enough."""
@@ -312,23 +313,33 @@ class Candidates:
 
     def attempt(self, placed: Placed, completed: TaskCompleted) -> Attempt:
         """A completed attempt with what the region knows of the nodes that it used."""
-        placement, samples, edge = placed.placement, placed.samples, placed.placement.edge
+        placement, edge = placed.placement, placed.placement.edge
         key, measured = (placed.model, placed.sha256), completed.measured
         cloud = None
         if placement.uses_cloud and edge is not None:
             cloud = completed.cloud or self._cloud_name(edge, *key)
         layers = len(self._nodes[placed.device].rows[placed.model].compute_s) - 1
-        tiers = (
-            (placed.device, 0, placement.cut1, measured.device_s),
-            (edge, placement.cut1, placement.cut2, measured.edge_s),
-            (cloud, placement.cut2, layers, measured.cloud_s),
+        taken = routes_taken(placed, completed)
+        tiers: Iterable[tuple[str | None, float, Sequence[Taken]]] = (
+            (placed.device, measured.device_s, [(0, cut1, samples) for cut1, _, samples in taken]),
+            (edge, measured.edge_s, taken),
+            (cloud, measured.cloud_s, [(cut2, layers, samples) for _, cut2, samples in taken]),
         )
         work = []
-        for node, first, last, busy_s in tiers:
+        for node, busy_s, ranges in tiers:
             row = None if node not in self._nodes else self.row(node, *key)
-            if node is not None and row is not None and first < last <= row.layers and busy_s > 0:
-                work.append(Work(node, samples * (row.compute_s[last] - row.compute_s[first]), busy_s))
-        return Attempt(placed, completed, work, self._known_overheads(placed.device, edge))
+            if node is None or row is None or row.layers < layers or busy_s <= 0:
+                continue
+            computed = [(first, last, samples) for first, last, samples in ranges if first < last and samples]
+            if computed:
+                profile_s = sum(
+                    samples * (row.compute_s[last] - row.compute_s[first]) for first, last, samples in computed
+                )
+                count = max(1, round(sum(samples for *_, samples in computed)))
+                work.append(Work(node, profile_s, busy_s, count))
+        return Attempt(
+            placed, completed, predicted_parts(placed, taken), work, self._known_overheads(placed.device, edge)
+        )
 
     def _known_overheads(self, device: str, edge: str | None) -> Overheads:
         """Latencies and overheads of a path that a running task uses."""

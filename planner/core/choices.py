@@ -5,13 +5,16 @@ The check also covers the built-in policies, so that a bug in one of them never 
 
 from __future__ import annotations
 
+import math
 from operator import index
 
 from bus.errors import InvariantError, PolicyError
+from bus.values import MAX_ROUTES
 from planner.core.region.records import NEVER
 from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request
 from planner.search.families import family_of
 from planner.search.policies import Policy, Restriction
+from planner.search.route_search import MixedRoute
 
 
 def ask(policy: Policy, algorithm: Algorithm) -> Choice | None:
@@ -23,11 +26,27 @@ def ask(policy: Policy, algorithm: Algorithm) -> Choice | None:
 def _normalized(choice: Choice) -> Choice:
     """The choice of a user's policy, converted to Python's int and float. Raises `PolicyError` for anything else."""
     try:
-        family, edge, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
+        family, edge, cut1, cut2, link1_bps, link2_bps, start_s, delay_s, given = choice
         whole = (index(cut1), index(cut2), index(link1_bps), index(link2_bps))
-        return Choice(index(family), edge, *whole, float(start_s), float(delay_s))
+        routes = tuple(MixedRoute(index(one), index(two), float(share), codecs) for one, two, share, codecs in given)
+        return Choice(index(family), edge, *whole, float(start_s), float(delay_s), routes)
     except (TypeError, ValueError) as error:
         raise PolicyError(f"it chose {choice!r:.200}, which is not a Choice: {error}") from None
+
+
+def _consistent(choice: Choice, layers: int) -> bool:
+    """Whether the routes of a choice are possible, and its cuts are those of its largest route beyond the device."""
+    routes = choice.routes
+    beyond = [route for route in routes if route.cut1 < layers]
+    return (
+        len(routes) <= MAX_ROUTES
+        and all(0 <= route.cut1 <= route.cut2 <= layers and route.share > 0 for route in routes)
+        and math.isclose(sum(route.share for route in routes), 1.0, abs_tol=1e-6)
+        and any(
+            route[:2] == (choice.cut1, choice.cut2) and route.share == max(one.share for one in beyond)
+            for route in beyond
+        )
+    )
 
 
 def check_choice(policy: Policy, request: Request, option: EdgeOption | None, choice: Choice, now: float) -> None:
@@ -36,9 +55,11 @@ def check_choice(policy: Policy, request: Request, option: EdgeOption | None, ch
     Raises `PolicyError` for a user's policy, and `InvariantError` for a built-in one.
     """
     end, layers = choice.start_s + choice.delay_s, request.device_row.layers
+    pairs = choice.cut_pairs
     good = (
         now <= choice.start_s <= end < NEVER
         and 0 <= choice.cut1 <= choice.cut2 <= layers
+        and (not choice.routes or _consistent(choice, layers))
         and (choice.edge is None) == (option is None) == (choice.cut1 == layers)
     )
     if good and option is not None:
@@ -47,22 +68,21 @@ def check_choice(policy: Policy, request: Request, option: EdgeOption | None, ch
             and 1 <= choice.link1_bps <= option.max_link1_bps
             and 0 <= choice.link2_bps <= option.max_link2_bps
             and option.account.timeline.fits(
-                choice.start_s, end, int(choice.cut1 != choice.cut2), choice.link1_bps, choice.link2_bps
+                choice.start_s, end, int(choice.uses_slot), choice.link1_bps, choice.link2_bps
             )
         )
     if good and request.device is not None:
-        computes = int(choice.cut1 > 0)
-        good = request.device.timeline.fits(choice.start_s, end, computes, choice.link1_bps, 0)
+        good = request.device.timeline.fits(choice.start_s, end, int(choice.uses_device), choice.link1_bps, 0)
     if good and option is not None:
         costs, forbidden = option.search.costs, option.search.forbidden
         good = (
-            not {choice.cut1, choice.cut2} & forbidden
-            and (choice.cut1 == choice.cut2 or costs.edge is not None)
-            and (choice.cut2 == layers or (costs.cloud is not None and choice.link2_bps >= 1))
+            not {cut for pair in pairs for cut in pair} & forbidden
+            and (not choice.uses_slot or costs.edge is not None)
+            and (all(cut2 == layers for _, cut2 in pairs) or (costs.cloud is not None and choice.link2_bps >= 1))
         )
     if good:
-        used = family_of(choice.cut1, choice.cut2, layers)
-        good = used in request.families and (choice.cut1 == 0 or request.device_computes)
+        used = {family_of(cut1, cut2, layers) for cut1, cut2 in pairs}
+        good = used <= request.families and (not choice.uses_device or request.device_computes)
     if not good:
         fault = f"it chose for {request.task_id} what cannot be, or is not free: {choice!r:.300}"
         if isinstance(policy, Restriction):

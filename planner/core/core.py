@@ -79,7 +79,7 @@ from planner.core.teacher import Teacher
 from planner.learning.table import EstimateTable
 from planner.search.algorithm1 import Choice, Request
 from planner.search.ledger import Ledger
-from planner.search.policies import Policy, load_policy
+from planner.search.policies import Policy, check_objective, load_policy
 
 _admitted = maker(Admitted)  # built without validation: the submission is validated
 
@@ -143,6 +143,7 @@ class PlannerCore:
         options = CoreOptions() if options is None else options
         components = CoreComponents() if components is None else components
         self.policy = load_policy(policy) if isinstance(policy, str) else policy
+        check_objective(self.policy, objective)
         self.objective = objective
         self.execution = objective.executed_as(execution)
         self._options = options

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bus.messages import BandwidthGrant, Placed, PlacedInLine, PlacedOverhead, Start, TaskState, TaskSubmitted
 from bus.text.units import format_count, format_rate, format_seconds
 from bus.unchecked_constructors import maker
-from bus.values import Execution, Objective
+from bus.values import Execution, Objective, Parts, Placement
 from planner.core.candidates import Candidates
 from planner.core.change_recorder import ChangeRecorder
 from planner.core.choices import ask, check_choice
@@ -19,7 +19,7 @@ from planner.core.region.records import BETTER_PLACE, NEVER, REVIEW_S, Task
 from planner.core.region.state import RegionState
 from planner.core.sessions import SessionPlacement, Sessions
 from planner.search.algorithm1 import EVERY_FAMILY, Algorithm, Choice, EdgeOption, Request, placement_of
-from planner.search.cost import NO_OVERHEADS
+from planner.search.cost import NO_OVERHEADS, Costs, busy_parts, mean_stations_s
 from planner.search.families import DEVICE_EDGE
 from planner.search.policies import Policy, Restriction, policy_fault
 
@@ -209,7 +209,7 @@ class Placer:
         )
         if other is not None and other.start_s + other.delay_s < choice.start_s + choice.delay_s:
             device = request.device
-            uses_device = other.cut1 > 0 or (other.edge is not None and device is not None and device.limited)
+            uses_device = other.uses_device or (other.edge is not None and device is not None and device.limited)
             overtakes = line.counts(other.edge, uses_device)
             return line.request, other, 0.0, _line(rank_s=line.rank_s[other.edge], overtakes=overtakes)
         return request, choice, late_s, _line(rank_s=line.rank_s[choice.edge])
@@ -222,7 +222,7 @@ class Placer:
         option = request.edge(choice.edge)
         self._rules.check(self._policy, request, option, choice, now)
         search = request.device_search if option is None else option.search
-        _, _, cut1, cut2, link1_bps, link2_bps, start_s, delay_s = choice
+        start_s, placement = choice.start_s, placement_of(request, choice)
         placed = _placed(
             task_id=task.task_id,
             attempt=task.attempt,
@@ -233,11 +233,11 @@ class Placer:
             policy=self._policy.name,
             objective=self._candidates.objective,
             execution=self._rules.execution,
-            placement=placement_of(request, choice),
+            placement=placement,
             start_s=start_s,
             wait_s=start_s - now,
-            delay_s=delay_s,
-            parts=search.costs.parts(cut1, cut2, link1_bps, link2_bps, submitted.samples, submitted.input_bytes),
+            delay_s=choice.delay_s,
+            parts=_parts(search.costs, placement, submitted),
             overhead=_overhead(request, option, choice, submitted.device),
             line=line,
         )
@@ -293,6 +293,16 @@ class Placer:
                     f"{format_rate(option.max_link1_bps)} on link 1 and {format_rate(option.max_link2_bps)} on link 2"
                 )
         return "never_fits", "; ".join(lacks[:10])
+
+
+def _parts(costs: Costs, placement: Placement, submitted: TaskSubmitted) -> Parts:
+    """The predicted busy times of a placement."""
+    samples = submitted.samples
+    if placement.routes is not None:
+        shares = [route.share for route in placement.routes]
+        return busy_parts(mean_stations_s(shares, placement.routes), samples)
+    cut1, cut2, link1_bps, link2_bps = placement.cut1, placement.cut2, placement.link1_bps, placement.link2_bps
+    return costs.parts(cut1, cut2, link1_bps, link2_bps, samples, submitted.input_bytes)
 
 
 def _overhead(request: Request, option: EdgeOption | None, choice: Choice, device: str) -> PlacedOverhead | None:

@@ -6,7 +6,7 @@ functions read the estimates; `EstimateTable.apply` changes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from statistics import median_low
 from typing import Final, NamedTuple
 
@@ -19,10 +19,10 @@ from bus.messages import (
     LinkMeasurement,
     Placed,
     SpeedMeasurement,
-    TaskCompleted,
 )
 from bus.unchecked_constructors import maker
 from bus.values import DELAY_PARTS, Kind, Objective, Parts
+from planner.learning.attempts import Attempt, Work
 from planner.learning.estimates import WINDOW, Line, Point, Prior, deviation, fit, kept, rounded, shrunk, steady
 from planner.learning.table import EstimateTable
 from planner.learning.values import (
@@ -35,7 +35,7 @@ from planner.learning.values import (
     SlowTransfers,
     family_kind,
 )
-from planner.search.cost import Overheads, parts_s
+from planner.search.cost import parts_s
 
 _FAMILY_NUMBER: Final = {kind: number for number, kind in enumerate(FAMILIES)}
 
@@ -58,23 +58,6 @@ _UNKNOWN_AFTER_S: Final = 60.0  # or this, if nothing is known
 _ROW_S: Final = 1e-4  # a time for each sample, so that a profile of zeros can be compared, too
 
 _START_SAMPLES: Final = 10  # a task's fixed costs, in samples, to compare the delays of tasks of different length
-
-
-class Work(NamedTuple):
-    """What one tier computed of a completed attempt."""
-
-    node: str
-    profile_s: float  # time of all samples, by the profile
-    busy_s: float  # measured
-
-
-class Attempt(NamedTuple):
-    """A completed attempt and what the region knows of it."""
-
-    placed: Placed
-    completed: TaskCompleted
-    work: Sequence[Work]  # of each tier that computed: device, edge, cloud
-    overheads: Overheads  # of the path, as they are known now
 
 
 class Carried(NamedTuple):
@@ -184,14 +167,14 @@ def _observe_node(table: EstimateTable, placed: Placed, work: Work) -> LearnedNo
     alone = placed.placement.kind is Kind.DEVICE
     old = table.nodes.get((work.node, placed.model, alone))
     prior = NODE_PRIOR._replace(line=table.node_prior(work.node, alone) if old is None else NODE_PRIOR.line)
-    seen = (_digits(work.profile_s), placed.samples, _digits(work.busy_s))
+    seen = (_digits(work.profile_s), work.samples, _digits(work.busy_s))
     observed = [*(() if old is None else old.observed), seen][-WINDOW:]
     line, count = _estimate(node_points(observed), prior, old, table.scatter())
     return _node(
         node=work.node,
         model=placed.model,
         alone=alone,
-        samples=placed.samples,
+        samples=work.samples,
         profile_s=seen[0],
         busy_s=seen[2],
         factor=line.a,
@@ -206,7 +189,7 @@ def _observe_path(table: EstimateTable, attempt: Attempt, parts: Parts) -> Learn
     kind = family_kind(placement.kind)
     latency_s = attempt.overheads.latency_s(_FAMILY_NUMBER[kind])
     sequential = placed.objective is Objective.SEQUENTIAL
-    explained_s = _stations_s(placed, parts) + latency_s * (samples if sequential else 1)
+    explained_s = parts_s(parts, placed) + latency_s * (samples if sequential else 1)
     error = delay_s / placed.delay_s - 1.0 if placed.delay_s > 0 else 0.0
     seen = (samples, _digits(delay_s), _digits(delay_s - explained_s), _digits(min(max(error, -1.0), 1e6)))
     old = table.paths.get((placed.device, placement.edge or "", kind))
@@ -253,7 +236,7 @@ def _carried_parts(table: EstimateTable, attempt: Attempt, now: float) -> tuple[
     link carries less than it was granted. Where all parts work at once, only the slowest one shows that: a link that waits
     for a busy tier is not slow itself, and smaller grants would make it so.
     """
-    placed, measured, predicted = attempt.placed, attempt.completed.measured, attempt.placed.parts
+    placed, measured, predicted = attempt.placed, attempt.completed.measured, attempt.predicted
     placement = placed.placement
     busy = {name: getattr(measured, name) or getattr(predicted, name) for name in ("device_s", "edge_s", "cloud_s")}
     parts = {"link1_s": predicted.link1_s, "link2_s": predicted.link2_s, "result_s": predicted.result_s}
@@ -279,11 +262,6 @@ def _carried_parts(table: EstimateTable, attempt: Attempt, now: float) -> tuple[
             of = {"link": link, "device": device or None, "edge": placement.edge}
             links.append(_link(**of, latency_s=known.latency_s, bps=bps, slow=slow))
     return Parts(**busy, **parts), links
-
-
-def _stations_s(placed: Placed, parts: Parts) -> float:
-    """The stations' share of a delay, from busy times of all samples."""
-    return parts_s(parts, placed.placement, placed.samples, placed.objective)
 
 
 def _digits(value: float) -> float:

@@ -208,7 +208,7 @@ class EstimateTable:
             return
         placement = placed.placement
         alone = placement.kind is Kind.DEVICE
-        tiers = [placed.device] if placement.cut1 else []
+        tiers = [placed.device] if placement.uses_device else []
         if placement.uses_slot and placement.edge is not None:
             tiers.append(placement.edge)
         if placement.uses_cloud:

@@ -28,24 +28,26 @@ A deadline is one more bound: the predicted end must not be after it. The deviat
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy
+from functools import partial
 from heapq import heapify, heappop, heappush
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from bus.messages import TaskSubmitted
 from bus.unchecked_constructors import maker
-from bus.values import Kind, Objective, Placement, Role
+from bus.values import Kind, Objective, Placement, Role, Route
 from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow
-from planner.search.cut_search import CutSearch, Found
+from planner.search.cut_search import CutSearch
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 from planner.search.ledger import SHORTEST_S, DeviceAccount, EdgeAccount, Timeline
+from planner.search.route_search import Mix, MixedRoute, RouteSearch
 from planner.search.waiting import NO_DEVIATIONS, Deviations, Waits
 
 EVERY_FAMILY: Final = frozenset({DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE})
 _NEVER: Final = float("inf")
 _MOST_TRIED: Final = 6
-_placement = maker(Placement)
+_placement, _route = maker(Placement), maker(Route)
 
 
 def families_of(tiers: Collection[Role]) -> frozenset[int]:
@@ -132,6 +134,7 @@ class Request:
         "max_link1_bps",
         "max_link2_bps",
         "objective",
+        "others",
         "overheads",
         "samples",
         "task_id",
@@ -144,6 +147,7 @@ class Request:
         device: DeviceAccount | None,
         objective: Objective,
         deviations: Deviations = NO_DEVIATIONS,
+        others: int = 0,
     ) -> None:
         self.task_id = submitted.task_id
         self.samples = submitted.samples
@@ -159,6 +163,7 @@ class Request:
         self.alone = reached.alone and DEVICE in self.families  # whether the device may run it alone
         self.device = device  # the device's reservations; None: it has none
         self.objective = objective
+        self.others = others  # number of the device's other tasks that are running or scheduled
         self.deviations = deviations  # of the predictions for the tasks of edges and devices; empty: taken as exact
         self._reached = reached
         self._edges: Sequence[EdgeOption] | None = None
@@ -241,9 +246,19 @@ class _Candidate(NamedTuple):
     start_s: float
     step: int  # the step of the edge's timeline that contains the start; -1: not looked up yet
     kind: EdgeKind
-    full: Found  # w and the cuts at full caps
-    tried: list[tuple[int, int, float]]  # w at other grants
+    full: Priced  # w and the cuts at full caps
+    tried: list[tuple[int, int, float]]  # w, or the bound of it, at other grants
     accounts: tuple[EdgeAccount, ...]  # the edge; in the first round all edges of its kind
+
+
+Priced = tuple[float, int, Any]
+"""What a search finds for a family at given grants: its delay, cut1 and cut2.
+
+Of several routes: a lower bound of the delay that never rises with a grant, 1 if the device computes (else 0), and the `Mix`.
+"""
+
+Search = Callable[[CutSearch, int, float, float, int, Objective, int | None, bool, Overheads], Priced | None]
+"""See `CutSearch.best`."""
 
 
 class Choice(NamedTuple):
@@ -251,12 +266,28 @@ class Choice(NamedTuple):
 
     family: int
     edge: str | None
-    cut1: int
+    cut1: int  # of several routes: of the one with the largest share that is not on the device alone
     cut2: int
     link1_bps: int
     link2_bps: int
     start_s: float  # ledger time
     delay_s: float  # w
+    routes: tuple[MixedRoute, ...] = ()  # by falling share; empty: one route, cut1 and cut2
+
+    @property
+    def cut_pairs(self) -> tuple[tuple[int, int], ...]:
+        """The cuts of each route."""
+        return tuple((route.cut1, route.cut2) for route in self.routes) or ((self.cut1, self.cut2),)
+
+    @property
+    def uses_device(self) -> bool:
+        """The device computes layers."""
+        return self.cut1 > 0 or any(route.cut1 > 0 for route in self.routes)
+
+    @property
+    def uses_slot(self) -> bool:
+        """The edge computes layers."""
+        return self.cut1 != self.cut2 or any(route.cut1 != route.cut2 for route in self.routes)
 
 
 class Algorithm:
@@ -265,7 +296,7 @@ class Algorithm:
     Placements that are predicted to end after `deadline_s` are not candidates.
     """
 
-    __slots__ = ("_waits", "deadline_s", "now", "request")
+    __slots__ = ("_mixes", "_search", "_waits", "deadline_s", "now", "request")
 
     def __init__(self, request: Request, now: float, deadline_s: float = _NEVER) -> None:
         self.request = request
@@ -273,6 +304,14 @@ class Algorithm:
         self.deadline_s = deadline_s  # ledger time
         deviations = request.deviations
         self._waits = Waits(deviations, request.device, now) if deviations else None
+        self._search: Search = CutSearch.best
+        self._mixes = False
+
+    def with_routes(self) -> Algorithm:
+        """The same question for placements of several routes."""
+        other = copy(self)
+        other._search, other._mixes = partial(best_mix, alone=self.request.alone), True
+        return other
 
     def best(
         self,
@@ -352,6 +391,7 @@ class Algorithm:
         """
         request, now = self.request, self.now
         samples, objective, input_bytes = request.samples, request.objective, request.input_bytes
+        best = self._search
         heap: list[_Candidate] = []
         for kind in request.kinds():
             search, b1, b2, overheads, computes, accounts = kind
@@ -365,7 +405,8 @@ class Algorithm:
                     or (family != DEVICE_CLOUD and not computes)
                 ):
                     continue
-                found = search.best(
+                found = best(
+                    search,
                     family,
                     b1,
                     b2 if family != DEVICE_EDGE else 0,
@@ -408,6 +449,11 @@ class Algorithm:
         """How much the wait until a start on an edge, or on the device alone (None), counts in a comparison."""
         return start_s - self.now if self._waits is None else self._waits.delta_s(account, start_s)
 
+    def value_s(self, choice: Choice) -> float:
+        """What a comparison of choices goes by: w + delta_t."""
+        option = self.request.edge(choice.edge)
+        return self.delta_s(None if option is None else option.account, choice.start_s) + choice.delay_s
+
     def late_s(self, choice: Choice) -> float:
         """The time by which a choice is predicted to end after the deadline; 0 or negative: it is in time."""
         return (choice.start_s - self.now + choice.delay_s) - (self.deadline_s - self.now)
@@ -421,7 +467,7 @@ class Algorithm:
         i: int,
         device_computes: bool,
         worst: float,
-        full: Found | None,
+        full: Priced | None,
         tried: list[tuple[int, int, float]],
     ) -> Choice | None:
         """As `at`, but returns None as soon as w + delta_t exceeds `worst`.
@@ -469,8 +515,9 @@ class Algorithm:
         delta = ahead if self._waits is None else self._waits.delta_s(account, start)
         most = self.deadline_s - self.now
         seen = i + 1
+        mixes = self._mixes
         while True:
-            found: Found | None
+            found: Priced | None
             if at_full and full is not None:
                 found = full
             else:
@@ -478,7 +525,8 @@ class Algorithm:
                 for more1, more2, least_w in tried:
                     if b1 <= more1 and b2 <= more2 and least_w > least_delay:
                         return None
-                found = search.best(
+                found = self._search(
+                    search,
                     family,
                     b1,
                     b2,
@@ -493,6 +541,8 @@ class Algorithm:
                 if device_computes and len(tried) < _MOST_TRIED:
                     tried.append((b1, b2, found[0]))
             delay, cut1, cut2 = found
+            if mixes:
+                delay = cut2.delay_s
             if delta + delay > worst or ahead + delay > most or not delay < _NEVER:
                 return None
             end = start + (delay if delay > SHORTEST_S else SHORTEST_S)
@@ -526,14 +576,55 @@ class Algorithm:
             if b1 < 1:
                 return None
             at_full = False
+        if mixes:
+            return _mixed_choice(cut2, family, account.name, (b1, b2), start, search.costs.layers)
         return Choice(family, account.name, cut1, cut2, b1, b2, start, delay)
+
+
+def best_mix(
+    search: CutSearch,
+    family: int,
+    link1_bps: float,
+    link2_bps: float,
+    samples: int,
+    objective: Objective,
+    input_bytes: int | None,
+    device_free: bool,
+    overheads: Overheads,
+    *,
+    alone: bool = True,
+) -> Priced | None:
+    """The best mix of a family's routes; see `Priced`. `alone`: whether the device may compute whole samples."""
+    routes: RouteSearch | None = search.beside
+    if routes is None:
+        routes = search.beside = RouteSearch(search)
+    mix = routes.best(family, link1_bps, link2_bps, samples, input_bytes, device_free, overheads, alone)
+    return None if mix is None else (mix.objective_s, int(any(route.cut1 for route in mix.routes)), mix)
+
+
+def _mixed_choice(
+    mix: Mix, family: int, edge: str, grants_bps: tuple[int, int], start_s: float, layers: int
+) -> Choice | None:
+    """A mix as a choice. None: it does not use all that its family reserves, so a smaller family offers it as well."""
+    routes = mix.routes
+    computes = any(cut1 != cut2 for cut1, cut2, *_ in routes)
+    sends = any(cut2 != layers for _, cut2, *_ in routes)
+    if family != (ALL_THREE if computes and sends else DEVICE_EDGE if computes else DEVICE_CLOUD):
+        return None
+    largest = next(route for route in routes if route.cut1 < layers)
+    if len(routes) == 1:
+        routes = ()
+    return Choice(family, edge, largest.cut1, largest.cut2, *grants_bps, start_s, mix.delay_s, routes)
 
 
 def placement_of(request: Request, choice: Choice) -> Placement:
     """A choice, as the value that messages carry."""
     row, cut1, cut2 = request.device_row, choice.cut1, choice.cut2
+    kind, routes = Kind.of(cut1, cut2, row.layers), None
+    if choice.routes:
+        kind, routes = Kind.of_all(choice.cut_pairs, row.layers), _routes(request, choice)
     return _placement(
-        kind=Kind.of(cut1, cut2, row.layers),
+        kind=kind,
         edge=choice.edge,
         cut1=cut1,
         cut2=cut2,
@@ -541,6 +632,28 @@ def placement_of(request: Request, choice: Choice) -> Placement:
         cut2_name=row.names[cut2 - 1] if cut2 else "input",
         link1_bps=choice.link1_bps,
         link2_bps=choice.link2_bps,
+        routes=routes,
+    )
+
+
+def _routes(request: Request, choice: Choice) -> tuple[Route, ...]:
+    """The routes of a choice, with their station times at its grants."""
+    option = request.edge(choice.edge)
+    costs = (request.device_search if option is None else option.search).costs
+    return tuple(
+        _route(
+            cut1=cut1,
+            cut2=cut2,
+            share=share,
+            codec1=codecs[0],
+            codec2=codecs[1],
+            stations_s=tuple(
+                costs.sample_parts(
+                    cut1, cut2, choice.link1_bps or 1, choice.link2_bps or 1, request.input_bytes, codecs
+                )
+            ),
+        )
+        for cut1, cut2, share, codecs in choice.routes
     )
 
 

@@ -24,13 +24,14 @@ the device encodes and the cloud decodes.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from typing import Final, NamedTuple
 
 from bus.errors import ConfigError
+from bus.messages import Placed
 from bus.unchecked_constructors import maker
-from bus.values import BITS_PER_BYTE, Codec, ModelProfile, Objective, Parts, Placement
+from bus.values import BITS_PER_BYTE, Codec, ModelProfile, Objective, Parts, Route
 from planner.search.families import DEVICE, DEVICE_EDGE, family_of
 
 _parts = maker(Parts)
@@ -325,6 +326,13 @@ def busy_parts(sample: StationTimes, samples: int) -> Parts:
     )
 
 
+def mean_stations_s(shares: Iterable[float], routes: Iterable[Route]) -> StationTimes:
+    """The station times of the mean sample, if routes have these shares."""
+    weighted = ([share * s for s in route.stations_s] for share, route in zip(shares, routes, strict=True))
+    s1, s2, s3, s4, s5, s6b, s6a = (sum(times) for times in zip(*weighted, strict=True))
+    return s1, s2, s3, s4, s5, s6b, s6a
+
+
 def stations_s(parts: StationTimes, samples: int, objective: Objective) -> float:
     """The stations' share of the delay.
 
@@ -337,8 +345,21 @@ def stations_s(parts: StationTimes, samples: int, objective: Objective) -> float
     return one + (samples - 1) * max(parts)
 
 
-def parts_s(parts: Parts, placement: Placement, samples: int, objective: Objective) -> float:
-    """The stations' share of a delay, from their busy times over all samples, predicted or measured."""
+def parts_s(parts: Parts, placed: Placed) -> float:
+    """The stations' share of the delay of a placement, from their busy times over all samples, predicted or measured.
+
+    Several routes: the predicted share, and by how much the mean sample of these times takes longer than the predicted one.
+    """
+    if placed.placement.routes is None:
+        return _of_mean_s(parts, placed)
+    overhead = placed.overhead
+    beside_s = 0.0 if overhead is None else max(0.0, overhead.latency_s + overhead.task_s)
+    return placed.delay_s - beside_s + _of_mean_s(parts, placed) - _of_mean_s(placed.parts, placed)
+
+
+def _of_mean_s(parts: Parts, placed: Placed) -> float:
+    """The stations' share of a delay if all samples were like the mean of these busy times."""
+    placement, samples, objective = placed.placement, placed.samples, placed.objective
     result_s, back_s = parts.result_s / samples, 0.0
     if placement.link2_bps and placement.link1_bps:  # the result crosses link 2, then link 1
         back_s = result_s * placement.link1_bps / (placement.link1_bps + placement.link2_bps)

@@ -29,7 +29,7 @@ delays differ by less than about 1e-15 of their value may be confused.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,7 @@ class CutSearch:
         "_second_from0",
         "_second_front",
         "_zero",
+        "beside",
         "costs",
         "forbidden",
     )
@@ -137,6 +138,7 @@ class CutSearch:
         self._first_front = _front(first)
         self._second_front = _front(behind[::-1], strict=True)[::-1]
         self._pairs: _Pairs | None = None
+        self.beside: Any = None  # what another search has prepared from this one (`planner.search.route_search`)
 
     def device_s(self, samples: int, objective: Objective, overheads: Overheads = NO_OVERHEADS) -> float | None:
         """w_0, the delay of the whole model on the device; None if not allowed. Objectives differ only in rounding."""

@@ -17,6 +17,7 @@ sessions together hold at most 80 % of an edge, a device or a link (`bookable`),
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -377,6 +378,7 @@ class Ledger:
         self.devices: dict[str, DeviceAccount] = {}  # devices with reservations
         self.own_links: dict[str, int] = {}  # limits that devices announced of their own link, bit/s
         self.reservations: dict[str, Reservation] = {}
+        self.held_by: dict[str, int] = {}  # number of reservations of the tasks of each device that has any
 
     def open_edge(self, name: str, slots: int, link1_capacity_bps: int, link2_capacity_bps: int) -> None:
         """Add an edge, or change its capacities."""
@@ -420,6 +422,8 @@ class Ledger:
             raise InvariantError(f"task {r.task_id} reserves twice: {self.reservations[r.task_id]} and {r}")
         account = self._edge(r)
         self.reservations[r.task_id] = r
+        if r.sender is not None:
+            self.held_by[r.sender] = self.held_by.get(r.sender, 0) + 1
         if account is not None:
             account.timeline.forget_before(now)
             account.reservations[r.task_id] = r
@@ -457,6 +461,10 @@ class Ledger:
         r = self.reservations.pop(task_id, None)
         if r is None:
             raise InvariantError(f"task {task_id} has no reservation to release")
+        if r.sender is not None:
+            self.held_by[r.sender] -= 1
+            if not self.held_by[r.sender]:
+                del self.held_by[r.sender]
         if not r.running:
             self._unqueue(r)
         account = self._edge(r)
@@ -601,6 +609,8 @@ class Ledger:
                 raise InvariantError(f"{r}: its entry in the edge's first-served list contradicts its {r.moves} moves")
             if any(known == r.running for known in queued):
                 raise InvariantError(f"{r}: its entry in a queue contradicts its state")
+        if self.held_by != Counter(r.sender for r in self.reservations.values() if r.sender is not None):
+            raise InvariantError("the number of reservations of a device differs from those that the ledger lists")
         booked = sum(len(account.reservations) for account in self.edges.values())
         if booked != sum(r.edge is not None for r in self.reservations.values()):
             raise InvariantError("an edge has a reservation that the ledger does not list")

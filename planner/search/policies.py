@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib
 import traceback
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import PurePath
@@ -28,12 +29,21 @@ from types import ModuleType
 from typing import Final, Protocol, runtime_checkable
 
 from bus.errors import ConfigError, PolicyError, UnknownNameError, unknown_name
+from bus.values import Objective
 from planner.search.algorithm1 import EVERY_FAMILY, Algorithm, Choice
 from planner.search.families import DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 
 ENTRY_POINT_GROUP: Final = "deepar.policies"
 MAX_FAULT: Final = 1_000
 """Limit of characters in the description of a policy's error."""
+
+
+DEVICE_WORTH: Final = 0.15
+"""Least share of its time that a task of several routes must save by computing on its device, if the device has other tasks.
+
+Several routes make nearly every task compute on its device, which computes one task at a time. So without this price the
+tasks of a busy device wait for small gains of others. It was found by simulation: see docs/planner.md.
+"""
 
 
 @runtime_checkable
@@ -56,10 +66,24 @@ class Restriction:
     families: frozenset[int] = EVERY_FAMILY
     device_computes: bool = True  # False: cut1 = 0
     delayed: bool = True  # False: start now, or run locally
+    mixes: bool = False  # the samples of a task may take several routes
 
     def place(self, algorithm: Algorithm) -> Choice | None:
         """The best of the allowed candidates."""
-        return algorithm.best(self.families, device_computes=self.device_computes, delayed=self.delayed)
+        return self.best(algorithm, self.families)
+
+    def best(self, algorithm: Algorithm, families: Collection[int]) -> Choice | None:
+        """The best of the allowed candidates of some families."""
+        if not self.mixes:
+            return algorithm.best(families, device_computes=self.device_computes, delayed=self.delayed)
+        algorithm = algorithm.with_routes()
+        best = algorithm.best(families, device_computes=self.device_computes, delayed=self.delayed)
+        if best is None or not best.uses_device or not algorithm.request.others:
+            return best
+        other = algorithm.best(families, device_computes=False, delayed=self.delayed)
+        if other is None or algorithm.value_s(best) <= (1.0 - DEVICE_WORTH) * algorithm.value_s(other):
+            return best
+        return other
 
 
 BUILT_IN: Final[dict[str, Policy]] = {
@@ -72,6 +96,7 @@ BUILT_IN: Final[dict[str, Policy]] = {
         Restriction("cloud-only", frozenset({DEVICE_CLOUD}), device_computes=False),
         # one cut at any position; a cut after the last layer runs the whole model on the device, as in the original
         Restriction("neurosurgeon", frozenset({DEVICE, DEVICE_CLOUD})),
+        Restriction("routes", mixes=True),
     )
 }
 
@@ -91,6 +116,16 @@ def load_policy(name: str) -> Policy:
         return _checked(name, plugins[name].load())
     known = policy_names()
     raise unknown_name("policy", name, known)
+
+
+def check_objective(policy: Policy, objective: Objective) -> None:
+    """Raise `ConfigError` if a policy cannot minimise an objective."""
+    if isinstance(policy, Restriction) and policy.mixes and objective is not Objective.PIPELINED:
+        raise ConfigError(
+            f"policy {policy.name} gives the samples of a task several routes at once, which needs objective "
+            f"{Objective.PIPELINED}, not {objective}",
+            remedy=f"--objective {Objective.PIPELINED}",
+        )
 
 
 def policy_module(name: str) -> str | None:

@@ -510,7 +510,7 @@ def reservation_of(task: Task, placed: Placed) -> Reservation:
     placement, session = placed.placement, placed.session
     if session is None:
         seq, length_s, load = task.seq, placed.delay_s, None
-        slots, computes = int(placement.cut1 != placement.cut2), placement.cut1 > 0
+        slots, computes = int(placement.uses_slot), placement.uses_device
     else:
         # A session goes before every other task with the same start.
         seq, length_s, slots, computes = task.seq - _SESSIONS_FIRST, FOREVER, 0, False

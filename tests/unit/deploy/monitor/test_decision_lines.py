@@ -39,7 +39,7 @@ from bus.port import Record
 from bus.region_tasks import RegionTasks
 from bus.values import Execution, Kind, Objective, Parts, Placement, Role
 from deploy.commands.kafka.tail import Table, json_line
-from deploy.monitor.decision_lines import lines_of, route_text
+from deploy.monitor.decision_lines import lines_of, path_text
 from planner.service.record_split import split_decision
 
 
@@ -128,7 +128,7 @@ def test_a_task_that_starts_at_once_is_one_line_with_place_cuts_and_bandwidth() 
 def test_who_only_passes_on_stands_in_parentheses(
     kind: Kind, edge: str | None, cuts: tuple[int, int], text: str
 ) -> None:
-    assert route_text(placed("t1", kind=kind, edge=edge, cuts=cuts)) == text
+    assert path_text(placed("t1", kind=kind, edge=edge, cuts=cuts)) == text
 
 
 def test_a_task_that_waits_names_whose_end_it_waits_for_and_what_they_share() -> None:
