@@ -7,29 +7,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from stages.calibration.measurement import MeasuredCodecs
+from stages.calibration.measurement import MeasuredCodecs, codec_rows
 from stages.calibration.samples import lowest_proven
 from stages.models.model import Model
-
-
-def codec_rows(model: Model, found: MeasuredCodecs) -> list[dict[str, Any]]:
-    """One row for each codec at each cut: how much smaller, how fast in raw bytes, and its agreement alone."""
-    rows = []
-    for one in found.codecs:
-        cut = model.manifest.cuts[one.position]
-        rows.append(
-            {
-                "model": model.name,
-                "cut": one.position,
-                "name": cut.name,
-                "codec": one.codec.value,
-                "ratio": cut.cut_bytes / one.bytes,
-                "encode_bytes_per_s": cut.cut_bytes / one.encode_s if one.encode_s else None,
-                "decode_bytes_per_s": cut.cut_bytes / one.decode_s if one.decode_s else None,
-                "agreement": 1.0 if one.codec.lossless else one.agreement,
-            }
-        )
-    return rows
 
 
 def codecs_table(model: Model, found: MeasuredCodecs) -> Table:
@@ -44,7 +24,7 @@ def codecs_table(model: Model, found: MeasuredCodecs) -> Table:
             escape(row["name"]),
             row["codec"],
             f"{row['ratio']:.1f}x",
-            *("" if rate is None else f"{rate / 1e6:,.0f} MB/s" for rate in rates),
+            *(f"{rate / 1e6:,.0f} MB/s" for rate in rates),
             "exact" if row["codec"] == "zstd" else f"{row['agreement']:.2%}",
         )
     return table

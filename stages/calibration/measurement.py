@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -66,10 +66,36 @@ class MeasuredCodecs(Frozen):
         return profile.model_copy(update=more)
 
 
-def measure_codecs(model: Model, calibration: Calibration, step: Step | None = None) -> MeasuredCodecs:
-    """Measure all codecs at all positions. Raises `ModelError` if the model cannot run here."""
+def codec_rows(model: Model, found: MeasuredCodecs) -> list[dict[str, Any]]:
+    """One row for each codec at each cut: how much smaller, how fast in raw bytes, and its agreement alone."""
+    rows = []
+    for one in found.codecs:
+        cut = model.manifest.cuts[one.position]
+        rows.append(
+            {
+                "model": model.name,
+                "cut": one.position,
+                "name": cut.name,
+                "codec": one.codec.value,
+                "raw_bytes": cut.cut_bytes,
+                "ratio": cut.cut_bytes / one.bytes,
+                "encode_bytes_per_s": cut.cut_bytes / one.encode_s,
+                "decode_bytes_per_s": cut.cut_bytes / one.decode_s,
+                "agreement": 1.0 if one.codec.lossless else one.agreement,
+            }
+        )
+    return rows
+
+
+def measure_codecs(
+    model: Model, calibration: Calibration, step: Step | None = None, *, pairs: bool = True
+) -> MeasuredCodecs:
+    """Measure all codecs at all positions, and the agreements of `pairs`.
+
+    Raises `ModelError` if the model cannot run here.
+    """
     with Sandbox(model) as sandbox:
-        return _Measuring(model, calibration, sandbox, step or (lambda what, done, total: None)).run()
+        return _Measuring(model, calibration, sandbox, step or (lambda what, done, total: None)).run(pairs=pairs)
 
 
 class _Measuring:
@@ -107,7 +133,7 @@ class _Measuring:
 
         return compute
 
-    def run(self) -> MeasuredCodecs:
+    def run(self, *, pairs: bool) -> MeasuredCodecs:
         """Measure positions, then pairs."""
         by_position: dict[int, list[CodecProfile]] = {}
         values = [list(sample) for sample in self._calibration.samples]
@@ -118,7 +144,7 @@ class _Measuring:
             values = self._layers[position](values)
         ranked = self._ranked({position: found for position, found in by_position.items() if found})
         codecs = _of_first(ranked, by_position, MAX_CODEC_PROFILES)
-        agreements = self._pairs(worth_pairing(codecs, ranked, MAX_AGREEMENTS))
+        agreements = self._pairs(worth_pairing(codecs, ranked, MAX_AGREEMENTS)) if pairs else ()
         file = self._calibration.file
         return MeasuredCodecs(
             sha256=self._model.sha256,
@@ -228,5 +254,5 @@ def _of_first(
 
 
 def _rounded(seconds: float) -> float:
-    """Four digits, so that messages stay small."""
-    return float(f"{seconds:.3e}")
+    """Four digits, so that messages stay small; at least a nanosecond, for clocks with coarse ticks."""
+    return max(float(f"{seconds:.3e}"), 1e-9)

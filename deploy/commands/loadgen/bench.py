@@ -30,6 +30,7 @@ BENCHES = {
     "simulator": "a million tasks through the core",
     "path": "where the milliseconds of a task go, in the region that runs",
     "regret": "delays of the learning planner over those of fixed policies, live",
+    "codecs": "size, speed and agreement of codecs on trained models",
     "serve": "requests a second of a device's endpoint, beside other servers",
 }
 """Benchmark -> what it measures."""
@@ -54,18 +55,18 @@ def benchmark(name: str) -> Callable[..., dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class CellOptions:
-    """Which cells the benchmark `regret` measures."""
+    """What the benchmarks `regret` and `codecs` measure."""
 
     network: Annotated[
         list[str] | None, typer.Option(help="Network (lan, wifi, lte) of benchmark regret; repeatable. Default: all.")
     ] = None
-    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Model of benchmark regret; repeatable.")] = (
-        None
-    )
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="Model of benchmarks regret and codecs; repeatable.")
+    ] = None
     samples: Annotated[
         list[int] | None, typer.Option(min=1, metavar="N", help="Samples of a task of benchmark regret; repeatable.")
     ] = None
-    quick: Annotated[bool, typer.Option("--quick", help="Measure less (benchmarks regret and serve).")] = False
+    quick: Annotated[bool, typer.Option("--quick", help="Measure less (benchmarks regret, serve, codecs).")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +158,10 @@ def _with_cell(row: dict[str, Any]) -> dict[str, Any]:
         return {"cell": f"{row['network']} {row['model']} x{row['samples']}"} | _without(
             row, "network", "model", "samples"
         )
+    if row.keys() >= {"model", "cut", "codec"}:
+        rates = {f"{verb}_MB_per_s": row[f"{verb}_bytes_per_s"] / 1e6 for verb in ("encode", "decode")}
+        left = {key: row[key] for key in ("codec", "raw_bytes", "ratio")}
+        return {"cut": f"{row['model']} {row['cut']}"} | left | rates | {"agreement": row["agreement"]}
     if row.keys() >= {"protocol", "model", "placement", "mode", "concurrency", "input_bytes"}:
         case = f"{row['protocol']} {row['model']} x{row['concurrency']}, {row['mode']}, {row['placement'] or 'nowhere'}"
         left = _without(row, "protocol", "model", "placement", "mode", "concurrency", "input_bytes")
