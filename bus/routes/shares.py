@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 from bus.values import StationSeconds
 
-LEAST_SHARE: Final = 1e-9
+LEAST_SHARE: Final = 1e-10
 """A route with a smaller share is left out."""
 
 TOLERANCE: Final = 1e-12

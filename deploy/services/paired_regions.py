@@ -1,4 +1,4 @@
-"""The regions of the regret benchmark as real processes on a broker of their own (`loadgen.bench.regret_rounds.Testbed`).
+"""The regions of the regret benchmark as real processes on a broker of their own (`loadgen.bench.choices.rounds.Testbed`).
 
 Each cell gets two new regions with the same processes: in one the planner learns and decides as `deepar`, in the other it
 runs the fixed policies. The device and the edge are slowed down, so that three machines of different speeds share this one.
@@ -22,8 +22,8 @@ from bus.messages import Decision, Learned
 from bus.port import Bus
 from deploy.kafka_local.broker import KafkaBroker
 from deploy.services.live_region import LiveRegion
-from loadgen.bench.regret import Cell, Network
-from loadgen.bench.regret_rounds import Site, Sites
+from loadgen.bench.choices.regret import Cell, Network
+from loadgen.bench.choices.rounds import Site, Sites
 from loadgen.chaos.live.faults import Target
 from loadgen.replay.readiness import FETCH_S, await_nodes, await_planner
 
@@ -54,9 +54,8 @@ class RegionPair:
         found: dict[str, tuple[Target, list[str]]] = {}
         for region, (device, edge, cloud) in self.nodes.items():
             where = ["--region", str(region)]
-            policy = (
-                [] if region == self.first else ["--no-learn", "--policy", "loadgen.bench.policy_by_name:PolicyByName"]
-            )
+            by_name = ["--no-learn", "--policy", "loadgen.bench.choices.policy_by_name:PolicyByName"]
+            policy = [] if region == self.first else by_name
             planner = ["planner", "--name", f"p{region}", *policy, *where]
             found[f"p{region}"] = (Target.PLANNER, planner)
             link1, link2 = self.network.link1, self.network.link2

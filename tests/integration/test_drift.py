@@ -18,7 +18,7 @@ from bus.frames import AttemptPlan
 from bus.messages import SeedInput, TaskState, TaskSubmitted
 from bus.values import ModelProfile, Role
 from deploy.services import wiring
-from loadgen.bench.policy_by_name import task_name
+from loadgen.bench.choices.policy_by_name import task_name
 from loadgen.replay.outcome import Outcome
 from loadgen.replay.replay import replay
 from loadgen.replay.schedule import Entry, Schedule
@@ -117,7 +117,7 @@ async def play(bootstrap: str) -> tuple[Sequence[Outcome], Sequence[Outcome]]:
             made_s = clock()
             slowed, nodes = [], []
             for region in (LEARNING, REFERENCE):
-                policy = "deepar" if region == LEARNING else "loadgen.bench.policy_by_name:PolicyByName"
+                policy = "deepar" if region == LEARNING else "loadgen.bench.choices.policy_by_name:PolicyByName"
                 setup = wiring.PlannerSetup(region=region, policy=policy, learning=region == LEARNING)
                 group.create_task(wiring.make_planner(bus, setup).run())
                 for settings in cast(region):

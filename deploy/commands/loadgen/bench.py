@@ -24,6 +24,7 @@ from deploy.services.process import EXIT_MISSED
 BENCHES = {
     "slices": "the parts of a cut model over the whole",
     "planner": "search and decision times",
+    "routes": "solution times of the best mix of routes, and HiGHS's",
     "bus": "hops and streams over the bare library",
     "decision": "task submitted to decision received",
     "pipeline": "streams through modelled stages over the bottleneck",

@@ -19,9 +19,9 @@ from deploy.kafka_local.broker import KafkaBroker
 from deploy.services.paired_regions import SLOWDOWN, PairedRegions
 from deploy.services.process import run_on_uvloop
 from deploy.services.wiring import create_missing_topics
+from loadgen.bench.choices.regret import Cell, every_cell, quick_cells
+from loadgen.bench.choices.rounds import Effort, measure
 from loadgen.bench.cpu_load import BusynessWatch
-from loadgen.bench.regret import Cell, every_cell, quick_cells
-from loadgen.bench.regret_rounds import Effort, measure
 from stages.models.profiler import machine_profile
 from stages.zoo.registry import load_model
 

@@ -11,10 +11,10 @@ from bus.errors import UnknownNameError
 from bus.messages import Placed, TaskState
 from bus.values import Kind, Placement
 from deploy.services.paired_regions import RegionPair
-from loadgen.bench import regret
-from loadgen.bench.policy_by_name import task_name
-from loadgen.bench.regret import FIXED, LEARNING, NETWORKS, Cell, Run, every_cell, quick_cells
-from loadgen.bench.regret_rounds import Effort, TaskNotCompletedError, play_rounds, run_of
+from loadgen.bench.choices import regret
+from loadgen.bench.choices.policy_by_name import task_name
+from loadgen.bench.choices.regret import FIXED, LEARNING, NETWORKS, Cell, Run, every_cell, quick_cells
+from loadgen.bench.choices.rounds import Effort, TaskNotCompletedError, play_rounds, run_of
 from loadgen.replay.outcome import Outcome
 from planner.core.core import PlannerCore
 from tests.unit.planner.scenes import cloud, device, edge, only, task
@@ -141,7 +141,7 @@ def test_a_finished_task_is_kept_with_its_prediction() -> None:
     ("policy", "kind"), [("device-only", Kind.DEVICE), ("edge-only", Kind.EDGE), ("cloud-only", Kind.CLOUD)]
 )
 def test_a_task_s_name_selects_its_policy(policy: str, kind: Kind) -> None:
-    core = PlannerCore(0, "loadgen.bench.policy_by_name:PolicyByName")
+    core = PlannerCore(0, "loadgen.bench.choices.policy_by_name:PolicyByName")
     for node in (edge(), cloud(), device()):
         core.handle(node, 0.0)
     placed = only(core.handle(task(task_name("lan-lenet-x10-0", policy)), 0.0), Placed)

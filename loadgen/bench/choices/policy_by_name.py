@@ -1,7 +1,7 @@
 """A policy that a task's name selects: a task `X.edge-only` is placed by `edge-only`.
 
-One planner with this policy (`--policy loadgen.bench.policy_by_name:PolicyByName`) runs all fixed policies of the regret
-benchmark on the same stages, in any order.
+One planner with this policy (`--policy loadgen.bench.choices.policy_by_name:PolicyByName`) runs all fixed policies of the
+regret benchmark on the same stages, in any order.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 from bus.errors import DeeparError
 from bus.messages import SeedInput, TaskState, TaskSubmitted
 from bus.port import Bus
-from loadgen.bench import regret
-from loadgen.bench.policy_by_name import task_name
-from loadgen.bench.regret import FIRST, FIXED, LEARNING, Cell, Run
+from loadgen.bench.choices import regret
+from loadgen.bench.choices.policy_by_name import task_name
+from loadgen.bench.choices.regret import FIRST, FIXED, LEARNING, Cell, Run
 from loadgen.replay.outcome import Outcome
 from loadgen.replay.replay import replay
 from loadgen.replay.schedule import Entry, Schedule

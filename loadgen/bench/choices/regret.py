@@ -1,7 +1,7 @@
 """Regret benchmark (`deepar loadgen bench regret`): the cells, the networks that they play, and what is computed.
 
 A *cell* is a network, a model and a number of samples. In each cell the tasks of the learning planner alternate with the same
-tasks under every fixed policy (`loadgen.bench.regret_rounds`), so that a drift of the machine falls on all alike.
+tasks under every fixed policy (`loadgen.bench.choices.rounds`), so that a drift of the machine falls on all alike.
 
 * regret: mean delay of `deepar` over the mean delay of the best fixed policy
 * error: median of |measured / predicted - 1| over the tasks of `deepar`
