@@ -406,12 +406,12 @@ def test_a_cloud_stage_that_takes_over_in_the_middle_loses_nothing_and_sets_stay
     run_virtual(run())
 
 
-def test_memory_stays_bounded_over_100_000_frames() -> None:
+def test_memory_stays_bounded_over_20_000_frames() -> None:
     async def run() -> None:
         quick = PROFILE.model_copy(update={"layer_s": (1e-6,) * 3})
         async with scripted_region(runner=NumberingRunner([quick])) as r:
             session = await r.open(EVERYWHERE)
-            for burst in range(100_000 // 1000):
+            for burst in range(20_000 // 1000):
                 numbers = range(1000 * burst, 1000 * burst + 1000)
                 assert await all_answered([session.push(frame(number)) for number in numbers], numbers)
                 flows = [flow for name in ("e", "c1", "c2") for flow in r.hop(name).flows.values()]
@@ -419,7 +419,7 @@ def test_memory_stays_bounded_over_100_000_frames() -> None:
                 await asyncio.sleep(0.1)
                 assert [flow.held_bytes for flow in flows] == [0, 0]
                 assert sum(hop.open_records for hop in hops(r)) == 0
-            assert session.answered == 100_000
+            assert session.answered == 20_000
             (known,) = r.device.tasks.values()
             assert known.results == set()
             await r.close(session)
