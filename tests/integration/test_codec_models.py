@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loadgen.bench.codecs import QUICK_SAMPLES, run
+from loadgen.bench.codecs.benchmark import QUICK_SAMPLES, run
 from tests.client_environment import Clients
 
 

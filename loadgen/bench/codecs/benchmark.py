@@ -19,7 +19,7 @@ import numpy as np
 
 from bus.errors import ConfigError
 from bus.values import Codec
-from loadgen.bench.codec_samples import EYE, FACE, Piece, portrait_pieces
+from loadgen.bench.codecs.portraits import EYE, FACE, Piece, portrait_pieces
 from stages.calibration.measurement import MeasuredCodecs, codec_rows, measure_codecs
 from stages.calibration.samples import Calibration, calibration_of
 from stages.models.cuts import useful_positions

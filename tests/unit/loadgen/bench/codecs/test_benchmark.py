@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from bus.errors import ConfigError
-from loadgen.bench import codecs
-from loadgen.bench.codec_samples import EYE, FACE, Piece, portrait_pieces
-from loadgen.bench.codecs import LANDMARKS, QUICK_SAMPLES, run
+from loadgen.bench.codecs import benchmark
+from loadgen.bench.codecs.benchmark import LANDMARKS, QUICK_SAMPLES, run
+from loadgen.bench.codecs.portraits import EYE, FACE, Piece, portrait_pieces
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +32,13 @@ def test_lenet_reaches_its_aim_and_every_cut_has_its_codecs() -> None:
 
 
 def test_an_agreement_below_the_aim_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codecs, "AGREEMENT_AIM", 1.1)
+    monkeypatch.setattr(benchmark, "AGREEMENT_AIM", 1.1)
     (aim,) = run(model=["lenet"], quick=True)["aims"]
     assert (aim["value"], aim["pass"]) == (0.0, False)
 
 
 def test_models_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codecs, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(benchmark, "PACKAGE", "no_such_package")
     found = run(quick=True)
     assert [one["model"] for one in found["models"]] == ["lenet"]
     assert all(name in found["note"] for name in LANDMARKS)
