@@ -35,11 +35,12 @@ from heapq import heapify, heappop, heappush
 from typing import Any, Final, NamedTuple
 
 from bus.messages import TaskSubmitted
+from bus.routes.interleave import interleaved_s
 from bus.unchecked_constructors import maker
 from bus.values import Kind, Objective, Placement, Role, Route
 from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow
 from planner.search.cut_search import CutSearch
-from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, family_of
 from planner.search.ledger import SHORTEST_S, DeviceAccount, EdgeAccount, Timeline
 from planner.search.route_search import Mix, MixedRoute, RouteSearch
 from planner.search.waiting import NO_DEVIATIONS, Deviations, Waits
@@ -453,6 +454,33 @@ class Algorithm:
         """What a comparison of choices goes by: w + delta_t."""
         option = self.request.edge(choice.edge)
         return self.delta_s(None if option is None else option.account, choice.start_s) + choice.delay_s
+
+    def exact(self, choice: Choice) -> Choice | None:
+        """A choice of several routes with its exact delay, sample by sample. None: it is not free for that long."""
+        request = self.request
+        option = request.edge(choice.edge)
+        if option is None:
+            return choice
+        routes = _routes(request, choice)
+        layers, samples = request.device_row.layers, request.samples
+        fill_s = [
+            sum(route.stations_s)
+            + option.overheads.total_s(family_of(route.cut1, route.cut2, layers), samples, request.objective)
+            for route in routes
+        ]
+        shares = [route.share for route in routes]
+        delay_s = interleaved_s(fill_s, [route.stations_s for route in routes], shares, samples)
+        found = choice._replace(delay_s=delay_s)
+        if delay_s > choice.delay_s and not (self.late_s(found) <= 0.0 and self._free(found, option.account)):
+            return None
+        return found
+
+    def _free(self, choice: Choice, account: EdgeAccount) -> bool:
+        """Whether what a choice needs is free during all of it."""
+        start, end, device = choice.start_s, choice.start_s + choice.delay_s, self.request.device
+        return account.timeline.fits(start, end, int(choice.uses_slot), choice.link1_bps, choice.link2_bps) and (
+            device is None or device.timeline.fits(start, end, int(choice.uses_device), choice.link1_bps, 0)
+        )
 
     def late_s(self, choice: Choice) -> float:
         """The time by which a choice is predicted to end after the deadline; 0 or negative: it is in time."""

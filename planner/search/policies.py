@@ -38,6 +38,9 @@ MAX_FAULT: Final = 1_000
 """Limit of characters in the description of a policy's error."""
 
 
+EXACT_BELOW: Final = 50
+"""Tasks with fewer samples are predicted sample by sample if they take several routes: the formula is for many."""
+
 DEVICE_WORTH: Final = 0.15
 """Least share of its time that a task of several routes must save by computing on its device, if the device has other tasks.
 
@@ -76,14 +79,23 @@ class Restriction:
         """The best of the allowed candidates of some families."""
         if not self.mixes:
             return algorithm.best(families, device_computes=self.device_computes, delayed=self.delayed)
-        algorithm = algorithm.with_routes()
-        best = algorithm.best(families, device_computes=self.device_computes, delayed=self.delayed)
+        best = self._mixed(algorithm, families, device_computes=self.device_computes)
         if best is None or not best.uses_device or not algorithm.request.others:
             return best
-        other = algorithm.best(families, device_computes=False, delayed=self.delayed)
+        other = self._mixed(algorithm, families, device_computes=False)
         if other is None or algorithm.value_s(best) <= (1.0 - DEVICE_WORTH) * algorithm.value_s(other):
             return best
         return other
+
+    def _mixed(self, algorithm: Algorithm, families: Collection[int], *, device_computes: bool) -> Choice | None:
+        """The best choice of one or several routes."""
+        mixes = algorithm.with_routes()
+        best = mixes.best(families, device_computes=device_computes, delayed=self.delayed)
+        if best is None or not best.routes or algorithm.request.samples >= EXACT_BELOW:
+            return best
+        single = algorithm.best(families, device_computes=device_computes, delayed=self.delayed)
+        found = [choice for choice in (single, mixes.exact(best)) if choice is not None]
+        return min(found, key=algorithm.value_s, default=None)
 
 
 BUILT_IN: Final[dict[str, Policy]] = {
