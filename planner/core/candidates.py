@@ -21,6 +21,7 @@ from planner.learning.values import FAMILIES, NODE_PRIOR
 from planner.search.algorithm1 import EdgeOption, Reached, Request
 from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow, RowTable
 from planner.search.cut_search import CutSearch, search_bytes
+from planner.search.route_search import route_search_bytes
 
 MAX_SEARCH_BYTES: Final = 256 << 20
 """Memory limit for prepared searches. When it is exceeded, all are dropped and rebuilt on demand."""
@@ -53,10 +54,13 @@ class Candidates:
         max_search_bytes: int = MAX_SEARCH_BYTES,
         *,
         learning: bool = False,
+        mixes: bool = False,
     ) -> None:
+        """`mixes`: whether the policy places tasks of several routes."""
         self.objective = objective
         self.max_search_bytes = max_search_bytes
         self.search_bytes = 0  # memory that the prepared searches hold
+        self._mixes = mixes
         self._region = region
         self._nodes = region.nodes
         self._ledger = region.ledger
@@ -305,7 +309,7 @@ class Candidates:
         for row in self._learned.pop(name, {}).values():
             for key in self._searches_of.pop(row, ()):
                 if self._searches.pop(key, None) is not None:
-                    self.search_bytes -= search_bytes(row.layers, self.objective)
+                    self.search_bytes -= self._bytes_of(row.layers)
 
     def _forget_options(self) -> None:
         self._options.clear()
@@ -412,7 +416,7 @@ class Candidates:
         key = device, edge, cloud
         search = self._searches.get(key)
         if search is None:
-            size_bytes = search_bytes(device.layers, self.objective)
+            size_bytes = self._bytes_of(device.layers)
             if self.search_bytes + size_bytes > self.max_search_bytes:
                 self._forget_searches()
             self.search_bytes += size_bytes
@@ -421,6 +425,10 @@ class Candidates:
                 if row is not None and row in self._searches_of:
                     self._searches_of[row].append(key)
         return search
+
+    def _bytes_of(self, layers: int) -> int:
+        """An upper bound of the memory of one prepared search."""
+        return search_bytes(layers, self.objective) + (route_search_bytes(layers) if self._mixes else 0)
 
     def _forget_searches(self) -> None:
         """Drop all prepared searches and all caches that refer to them."""

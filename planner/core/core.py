@@ -79,7 +79,7 @@ from planner.core.teacher import Teacher
 from planner.learning.table import EstimateTable
 from planner.search.algorithm1 import Choice, Request
 from planner.search.ledger import Ledger
-from planner.search.policies import Policy, check_objective, load_policy
+from planner.search.policies import Policy, check_objective, load_policy, mixes
 
 _admitted = maker(Admitted)  # built without validation: the submission is validated
 
@@ -154,7 +154,9 @@ class PlannerCore:
             remember_ended=options.remember_ended,
             max_estimates=options.max_estimates,
         )
-        self._candidates = Candidates(state, objective, components.max_search_bytes, learning=options.learning)
+        self._candidates = Candidates(
+            state, objective, components.max_search_bytes, learning=options.learning, mixes=mixes(self.policy)
+        )
         self._recorder = ChangeRecorder(state, options.max_attempts)
         self._breakers = CircuitBreakers(state, self._recorder)
         self._membership = Membership(state, self._candidates, self._recorder)

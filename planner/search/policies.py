@@ -130,9 +130,14 @@ def load_policy(name: str) -> Policy:
     raise unknown_name("policy", name, known)
 
 
+def mixes(policy: Policy) -> bool:
+    """Whether a policy may give the samples of a task several routes."""
+    return isinstance(policy, Restriction) and policy.mixes
+
+
 def check_objective(policy: Policy, objective: Objective) -> None:
     """Raise `ConfigError` if a policy cannot minimise an objective."""
-    if isinstance(policy, Restriction) and policy.mixes and objective is not Objective.PIPELINED:
+    if mixes(policy) and objective is not Objective.PIPELINED:
         raise ConfigError(
             f"policy {policy.name} gives the samples of a task several routes at once, which needs objective "
             f"{Objective.PIPELINED}, not {objective}",

@@ -35,6 +35,14 @@ _NOTHING: Final = [0.0, 0.0, 0.0, 0.0]
 _INFINITY: Final = float("inf")
 
 
+_PAIR_BYTES: Final = 320  # upper bound of the memory for each pair of cuts
+
+
+def route_search_bytes(layers: int) -> int:
+    """An upper bound of the memory that a prepared search without codecs holds, beside that of its `CutSearch`."""
+    return (layers + 1) * (layers + 2) // 2 * _PAIR_BYTES + 20_000
+
+
 class Way(NamedTuple):
     """The cuts of a route and the codecs of its crossings."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import tracemalloc
 from itertools import pairwise
 from typing import Any
 
@@ -9,13 +11,16 @@ import pytest
 
 from bus.errors import ConfigError
 from bus.messages import Ended, NodeAnnounced, Placed, TaskCompleted
+from bus.routes.interleave import interleaved_s
 from bus.values import Kind, Objective, Parts, Placement
 from planner.core.core import PlannerCore
 from planner.core.options import CoreOptions
 from planner.search.algorithm1 import Algorithm, Choice, Request
+from planner.search.cut_search import CutSearch
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
-from planner.search.policies import BUILT_IN, DEVICE_WORTH, Restriction
-from tests.unit.planner.scenes import MBPS, RandomRegion, Traffic, cloud, device, edge, only, profile, task
+from planner.search.policies import BUILT_IN, DEVICE_WORTH, EXACT_BELOW, Restriction
+from planner.search.route_search import RouteSearch, route_search_bytes
+from tests.unit.planner.scenes import MBPS, RandomRegion, Traffic, cloud, device, edge, only, profile, random_rows, task
 
 ROUTES = BUILT_IN["routes"]
 SINGLE = BUILT_IN["deepar"]
@@ -289,3 +294,41 @@ def test_families_of_single_and_mixed_choices_do_not_overlap() -> None:
     assert choice.family in (DEVICE, DEVICE_EDGE)
     assert choice.link2_bps == 0
     assert profile().layers == 3
+
+
+def test_a_small_task_is_predicted_sample_by_sample() -> None:
+    mixed = 0
+    for samples in range(1, 60):
+        core = slow_link_region()
+        values = {**LARGE, "samples": samples}
+        placed = only(core.handle(task(**values), 0.0), Placed)
+        single = PlannerCore(0, "deepar", Objective.PIPELINED)
+        for node in (edge(slots=8), cloud(), device()):
+            single.handle(node, 0.0)
+        assert placed.delay_s <= only(single.handle(task(**values), 0.0), Placed).delay_s
+        routes = placed.placement.routes
+        if routes is None:
+            continue
+        stations, shares = [route.stations_s for route in routes], [route.share for route in routes]
+        exact_s = interleaved_s([sum(s) for s in stations], stations, shares, samples)
+        slowest_s = max(sum(a * s[k] for a, s in zip(shares, stations, strict=True)) for k in range(7))
+        formula_s = max(sum(route.stations_s) for route in routes if not route.device_only) + (samples - 1) * slowest_s
+        assert placed.delay_s == pytest.approx(exact_s if samples < EXACT_BELOW else formula_s)
+        assert samples >= EXACT_BELOW or exact_s != pytest.approx(formula_s, rel=1e-6)
+        mixed += 1
+    assert mixed > 20
+
+
+@pytest.mark.parametrize("layers", [1, 13, 92, 200])
+def test_the_memory_of_a_search_is_bounded(layers: int) -> None:
+    rows = random_rows(random.Random(layers), layers, exact=False)
+    search = CutSearch(*rows)
+    tracemalloc.start()
+    try:
+        routes = RouteSearch(search)
+        for family in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE):
+            routes.best(family, 1e8, 1e7, 100, 1000)
+        held_bytes = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert held_bytes <= route_search_bytes(layers)
