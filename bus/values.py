@@ -403,6 +403,10 @@ class ModelProfile(Frozen):
         )
         return self.model_copy(update={"layer_s": tuple(factor * one for one in self.layer_s), "codecs": codecs})
 
+    def without_codecs(self) -> ModelProfile:
+        """The profile as if no codecs had been measured."""
+        return self.model_copy(update={"codecs": None, "agreements": None, "calibration_samples": None})
+
     def cut_name(self, position: int) -> str:
         """The name of the layer before `position`, "input" at 0."""
         return self.layer_names[position - 1] if position else "input"

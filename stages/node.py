@@ -42,6 +42,7 @@ from bus.messages import (
 )
 from bus.port import Bus, Headers, Reader, Record
 from bus.values import Role
+from stages.calibration.announced import fitting
 from stages.components import StageComponents
 from stages.fences import REMEMBERED_ENDS
 from stages.measuring.own_speed import OwnSpeed
@@ -522,6 +523,10 @@ class Node:
         """The announcement of this node."""
         s = self.settings
         latency_s = s.network.mean_latency_s or None
+        measured = self.runner.profiles()
+        models = fitting(measured)
+        if smaller := [one.model for one, whole in zip(models, measured, strict=True) if one is not whole]:
+            self.log.warning("announcement too large; codecs left out", models=smaller)
         return NodeAnnounced(
             node=s.name,
             role=s.role,
@@ -534,7 +539,7 @@ class Node:
             link1_latency_s=latency_s if s.role is Role.DEVICE else None,
             link2_latency_s=latency_s if s.role is not Role.DEVICE else None,
             reachable_edges=s.reachable_edges,
-            models=self.runner.profiles(),
+            models=models,
             draining=True if self._draining else None,
         )
 

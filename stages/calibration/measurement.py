@@ -43,6 +43,9 @@ CODECS = tuple(codec for codec in Codec if codec is not Codec.RAW)
 TIMED = 64
 """Samples whose encoding and decoding are timed at a position; their median counts."""
 
+MAX_HELD_BYTES = 1 << 30
+"""Activations that are held at once; of larger models fewer samples are used."""
+
 Values = list[list[Array]]
 """The tensors at a position, of each sample."""
 
@@ -102,15 +105,18 @@ class _Measuring:
     """One measurement."""
 
     def __init__(self, model: Model, calibration: Calibration, sandbox: Sandbox, step: Step) -> None:
-        self._model, self._calibration, self._sandbox, self._step = model, calibration, sandbox, step
+        self._model, self._sandbox, self._step = model, sandbox, step
         graph = model.graph
+        fitting = MAX_HELD_BYTES // max(1, *(cut.cut_bytes for cut in model.manifest.cuts))
+        self._samples = calibration.samples[: max(1, fitting)]
+        self._file = calibration.file
         self._positions = [position for position in range(graph.depth) if position not in graph.blocked]
         self._cuts = model.manifest.cuts
         ends = [*self._positions, graph.depth]
         self._layers = {begin: self._part(begin, end) for begin, end in pairwise(ends)}
         self._tails = {begin: self._part(begin, graph.depth) for begin in self._positions}
         self._reference = ReferenceOutputs(
-            self._tails[0](calibration.samples), self._cuts[-1].tensors, classes=calibration.classes
+            self._tails[0](self._samples), self._cuts[-1].tensors, classes=calibration.classes
         )
 
     def _part(self, begin: int, end: int) -> Callable[[Sequence[Sequence[Array]]], Values]:
@@ -136,7 +142,7 @@ class _Measuring:
     def run(self, *, pairs: bool) -> MeasuredCodecs:
         """Measure positions, then pairs."""
         by_position: dict[int, list[CodecProfile]] = {}
-        values = [list(sample) for sample in self._calibration.samples]
+        values = [list(sample) for sample in self._samples]
         for number, position in enumerate(self._positions):
             self._step(self._cuts[position].name, number, len(self._positions))
             found = [self._crossing(position, codec, values) for codec in CODECS]
@@ -145,14 +151,13 @@ class _Measuring:
         ranked = self._ranked({position: found for position, found in by_position.items() if found})
         codecs = _of_first(ranked, by_position, MAX_CODEC_PROFILES)
         agreements = self._pairs(worth_pairing(codecs, ranked, MAX_AGREEMENTS)) if pairs else ()
-        file = self._calibration.file
         return MeasuredCodecs(
             sha256=self._model.sha256,
             codecs=codecs,
             agreements=agreements,
-            samples=len(self._calibration.samples),
+            samples=len(self._samples),
             classes=self._reference.classes,
-            calibration_file=None if file is None else str(file),
+            calibration_file=None if self._file is None else str(self._file),
         )
 
     def _ranked(self, by_position: Mapping[int, Sequence[CodecProfile]]) -> list[int]:
@@ -204,7 +209,7 @@ class _Measuring:
 
     def _values_after(self, crossing: CodecProfile) -> Values:
         """The values behind a lossy crossing."""
-        values, at = [list(sample) for sample in self._calibration.samples], 0
+        values, at = [list(sample) for sample in self._samples], 0
         while at < crossing.position:
             values, at = self._layers[at](values), self._next(at)
         return _cross(crossing.codec, values, self._cuts[at].tensors).values

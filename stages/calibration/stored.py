@@ -78,8 +78,11 @@ def with_codecs(
     if remeasure:
         file = None if found.calibration_file is None else Path(found.calibration_file)
         try:
+            calibration = calibration_of(model, file)
+            if say is not None:
+                say(f"measuring the codecs of {model.name} on this machine")
             with measuring_alone(say):
-                found = measure(model, calibration_of(model, file))
+                found = measure(model, calibration)
             cache.store(model, found, say)
         except ConfigError as error:
             if say is not None:

@@ -13,6 +13,7 @@ from bus.codecs.coding import decode, encode
 from bus.errors import ConfigError
 from bus.tensors import Array, TensorHead
 from bus.values import Codec
+from stages.calibration import measurement
 from stages.calibration.measurement import MeasuredCodecs, measure_codecs
 from stages.calibration.samples import Calibration, calibration_of, has_classes, lowest_proven
 from stages.models.model import Model
@@ -107,6 +108,12 @@ def test_positions_that_cannot_be_cut_are_left_out_and_state_does_not_leak(tmp_p
     found = measure_codecs(model, Calibration([sample] * 3, classes=False))
     assert not {one.position for one in found.codecs} & set(model.graph.blocked)
     assert all(one.agreement > 0.9 for one in found.codecs if one.agreement is not None)
+
+
+def test_memory_limits_the_samples(lenet: Model, few: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = max(cut.cut_bytes for cut in lenet.manifest.cuts)
+    monkeypatch.setattr(measurement, "MAX_HELD_BYTES", 3 * largest + 1)
+    assert measure_codecs(lenet, few, pairs=False).samples == 3
 
 
 def test_lenet_has_samples_of_its_own_and_they_are_classes(lenet: Model) -> None:
