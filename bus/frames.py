@@ -5,16 +5,18 @@ A frame is one msgpack map with string keys and without extension types, so ever
     {"v": 1, "kind": "activations" | "result" | "report" | "probe" | "echo", "task": str, "attempt": int, "from": str,
      "plan": {...}                                    (in a task's first frame to a stage)
      "report": {"edge_s": float, ...}                 (kind "report" only; of a session with "samples": float, their number)
+     "totals": [int, ...]                             (once in a task of several routes: how many samples take each route)
      "pieces": [{"sample": int, "at": int, "size": int, "bytes": int, "tensors": [{"dtype", "shape"}, ...],
-                 "codec": str, "raw": int}, ...
-                or {"samples": [int, ...], "size": int, "tensors": [...]}
-                or {"samples": [int, ...], "sizes": [int, ...], "tensors": [...], "codec": str, "raw": int}],
+                 "codec": str, "raw": int, "route": int}, ...
+                or {"samples": [int, ...], "size": int, "tensors": [...], "route": int}
+                or {"samples": [int, ...], "sizes": [int, ...], "tensors": [...], "codec": str, "raw": int, "route": int}],
      "data": bin}
 
 The payload of a sample (`size` bytes) is the concatenation of its tensors' bytes (little-endian, C order). A piece is `bytes`
 of them, starting at `at`. Small samples are one piece each and share a frame; large samples are split over several frames.
 Only the piece at 0 has `tensors`. Whole samples with the same tensors share one description (`samples`, `size` bytes
-each): with 4 kB samples in 20 kB frames, separate descriptions would be 2 % of the traffic. `data` holds the bytes of all
+each): with 4 kB samples in 20 kB frames, separate descriptions would be 2 % of the traffic. `route` is an index of the
+plan's routes; it is absent for the first one, and in results. `data` holds the bytes of all
 pieces in order. It is the last entry and is read in place, since unpacking would copy it: a fifth of the cost of a hop at
 1 MB.
 
@@ -54,7 +56,7 @@ from bus.tensors import (
     to_tensors,
 )
 from bus.validation import first_fault
-from bus.values import Codec, Execution, Frozen, Name, NodeName, Placement
+from bus.values import MAX_ROUTES, Codec, Execution, Frozen, Name, NodeName, Placement
 
 FRAME_VERSION = 1
 MAX_FRAME_BYTES = 1_040_000
@@ -72,7 +74,11 @@ _FIRST_LOOK_BYTES = 16 * 1024  # contains most heads; the unpacker copies its in
 FrameKind = Literal["activations", "result", "report", "probe", "echo"]
 KINDS: tuple[FrameKind, ...] = get_args(FrameKind)
 SAMPLES = "samples"
-"""Key of a report: the number of samples that it covers, where a stage reports more than once."""
+"""Key of a report of a session: the number of samples that it covers."""
+MORE = "more"
+"""Key of a report of a task of several routes: a later report covers what follows."""
+PREDICTED = "_predicted_s"
+"""Ending of a report's keys: what the plan predicts for the busy seconds of a part, in a task of several routes."""
 PROBING: tuple[FrameKind, ...] = ("probe", "echo")
 """Kinds without task data."""
 
@@ -121,7 +127,8 @@ class Frame(NamedTuple):
     source: str  # the node that sends it
     pieces: Sequence[Piece] = ()
     plan: AttemptPlan | None = None
-    report: Mapping[str, float] = MappingProxyType({})  # busy seconds by part, and `SAMPLES`
+    report: Mapping[str, float] = MappingProxyType({})  # busy seconds by part, `SAMPLES`, `MORE` and `PREDICTED`
+    totals: tuple[int, ...] = ()  # samples of each route in this attempt; empty: not known yet, or one route
 
 
 # --- encoding --------------------------------------------------------------------------------------------------------
@@ -134,6 +141,8 @@ def encode_frame(frame: Frame) -> bytes:
         more["plan"] = frame.plan.model_dump(mode="json", exclude_none=True)
     if frame.report:
         more["report"] = dict(frame.report)
+    if frame.totals:
+        more["totals"] = frame.totals
     more["pieces"] = _described(frame.pieces)
     entries = bytes((_MAP | (_SENDER_ENTRIES + len(more) + 1),))
     front = b"".join(
@@ -167,7 +176,7 @@ def _described(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
     sizes: list[int] = []  # of their payloads
     for piece in pieces:
         whole = piece.at == 0 and piece.data.nbytes == piece.size_bytes
-        common = (piece.tensors, piece.encoded) if whole else None
+        common = (piece.tensors, piece.encoded, piece.route) if whole else None
         if whole and common == alike:
             samples.append(piece.sample)
             sizes.append(piece.size_bytes)
@@ -188,6 +197,8 @@ def _described(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
             entry["tensors"] = [{"dtype": tensor.dtype, "shape": tensor.shape} for tensor in piece.tensors]
         if piece.encoded is not None:
             entry |= {"codec": piece.encoded.codec.value, "raw": piece.encoded.raw_bytes}
+        if piece.route:
+            entry["route"] = piece.route
         entries.append(entry)
     return entries
 
@@ -218,7 +229,7 @@ def decode_frame(value: RecordValue | None) -> Frame:
         plan = AttemptPlan.model_validate(head["plan"]) if "plan" in head else None
         return Frame(
             kind, _text(head["task"]), _count(head["attempt"]), _text(head["from"]), _pieces(head["pieces"], data),
-            plan, {_text(key): _seconds(value) for key, value in head.get("report", {}).items()},
+            plan, {_text(key): _seconds(value) for key, value in head.get("report", {}).items()}, _totals(head),
         )  # fmt: skip
     except ValidationError as error:
         raise ProtocolError("undecodable", first_fault(error, "plan")) from None
@@ -331,7 +342,7 @@ def _piece(entry: dict[str, Any], data: memoryview, begin: int) -> Piece:
     tensors = _tensors(entry, size if encoded is None else encoded.raw_bytes) if at == 0 else ()
     part = data[begin:end]
     arrays = to_tensors(tensors, part) if length == size and encoded is None else None
-    return Piece(sample, at, size, part, tensors, arrays, encoded)
+    return Piece(sample, at, size, part, tensors, arrays, encoded, _route(entry))
 
 
 def _alike(entry: dict[str, Any], data: memoryview) -> list[Piece]:
@@ -349,7 +360,7 @@ def _alike(entry: dict[str, Any], data: memoryview) -> list[Piece]:
         raise ProtocolError("wrong_shape", f"sample {samples[:1]}: a piece lies outside its frame")
     arrays = to_arrays(tensors, data[: size * count], count) if count else []
     return [
-        Piece(sample, 0, size, data[number * size : (number + 1) * size], tensors, whole)
+        Piece(sample, 0, size, data[number * size : (number + 1) * size], tensors, whole, None, _route(entry))
         for number, (sample, whole) in enumerate(zip(samples, arrays, strict=True))
     ]
 
@@ -360,7 +371,7 @@ def _alike_encoded(samples: list[int], entry: dict[str, Any], encoded: EncodedAs
     begin = 0
     pieces = []
     for sample, size in zip(samples, [_size(size, encoded) for size in entry["sizes"]], strict=True):
-        pieces.append(Piece(sample, 0, size, data[begin : begin + size], tensors, None, encoded))
+        pieces.append(Piece(sample, 0, size, data[begin : begin + size], tensors, None, encoded, _route(entry)))
         begin += size
     if begin > data.nbytes:
         raise ProtocolError("wrong_shape", f"sample {samples[:1]}: a piece lies outside its frame")
@@ -385,6 +396,24 @@ def _size(value: Any, encoded: EncodedAs | None) -> int:
     if size > limit:
         raise ProtocolError("oversized", f"a sample of {size:,} bytes, over {limit:,}")
     return size
+
+
+def _route(entry: dict[str, Any]) -> int:
+    route = entry.get("route")
+    if route is None:
+        return 0
+    if _count(route) >= MAX_ROUTES:
+        raise ProtocolError("wrong_shape", f"route {route}: a plan has at most {MAX_ROUTES} routes")
+    return int(route)
+
+
+def _totals(head: dict[str, Any]) -> tuple[int, ...]:
+    totals = head.get("totals")
+    if totals is None:
+        return ()
+    if not isinstance(totals, list) or not 0 < len(totals) <= MAX_ROUTES:
+        raise ProtocolError("wrong_shape", f"totals are not an array of 1 to {MAX_ROUTES} numbers")
+    return tuple([_count(total) for total in totals])
 
 
 def _tensors(entry: dict[str, Any], size: int) -> tuple[TensorHead, ...]:

@@ -90,6 +90,7 @@ class Piece(NamedTuple):
     tensors: tuple[TensorHead, ...] = ()  # only if `at` is 0
     arrays: list[Array] | None = None  # tensors of a whole sample that is not encoded: views of the frame
     encoded: EncodedAs | None = None  # None: the payload is the tensors' bytes
+    route: int = 0  # index of the sample's route in its plan
 
 
 @lru_cache(maxsize=4096)
@@ -108,7 +109,7 @@ def heads_of(tensors: Sequence[Array]) -> tuple[TensorHead, ...]:
     return tuple([_head_of(array.dtype, array.shape) for array in tensors])
 
 
-def to_pieces(sample: int, tensors: Sequence[Array] | Encoded, chunk_bytes: int) -> list[Piece]:
+def to_pieces(sample: int, tensors: Sequence[Array] | Encoded, chunk_bytes: int, route: int = 0) -> list[Piece]:
     """Split one sample into pieces of at most `chunk_bytes`; a single contiguous tensor is not copied."""
     encoded = None
     if isinstance(tensors, Encoded):
@@ -118,9 +119,9 @@ def to_pieces(sample: int, tensors: Sequence[Array] | Encoded, chunk_bytes: int)
         heads, payload = heads_of(tensors), _payload_of(tensors)
     size = payload.nbytes
     if size <= chunk_bytes:
-        return [Piece(sample, 0, size, payload, heads, None, encoded)]
+        return [Piece(sample, 0, size, payload, heads, None, encoded, route)]
     return [
-        Piece(sample, at, size, payload[at : at + chunk_bytes], heads if at == 0 else (), None, encoded)
+        Piece(sample, at, size, payload[at : at + chunk_bytes], heads if at == 0 else (), None, encoded, route)
         for at in range(0, size, chunk_bytes)
     ]
 

@@ -83,12 +83,20 @@ class FrameAuthorization:
         placement = plan.placement
         by_edge = sender.role == Role.EDGE.value and sender.name == placement.edge
         by_cloud = sender.role == Role.CLOUD.value and placement.uses_cloud
-        if frame.kind != "report":  # both stages send reports; only the last one sends results
-            by_edge = by_edge and not placement.uses_cloud
+        if frame.kind != "report":  # both stages send reports; only the last one of a route sends results
+            by_edge = by_edge and self._ends_at_edge(plan)
         if frame.source != sender.name or not (by_edge or by_cloud):
             raise refused(
                 f"{sender} sent a {frame.kind} of {frame.task_id} as {frame.source}; the plan does not authorize it"
             )
+
+    def _ends_at_edge(self, plan: AttemptPlan) -> bool:
+        """Whether the edge computes the last layer on some route."""
+        placement = plan.placement
+        if not placement.uses_cloud:
+            return True
+        layers = next((p.layers for p in self._node.runner.profiles() if p.model == plan.model), None)
+        return any(cut1 < cut2 == layers for cut1, cut2 in placement.cut_pairs)
 
     def _owner(self, placed: Placed) -> str:
         """Role and name of the node that sends the task's frames to this stage."""

@@ -145,12 +145,12 @@ class LitertRunner:
             raise ModelError(model.name, f"SHA-256 is {model.sha256}, but the plan was made for {plan.sha256}")
         await self._stores[model.name].ready(first, last)
 
-    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
+    def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
         """A station on the prepared segment."""
         busy_s = sum(profile_of(self._profiles, plan.model).layer_s[first:last])
         segment = self._stores[plan.model].get(first, last)
         if self._paced:
-            return _PacedStation(segment, self._workers, busy_s)
+            return _PacedStation(segment, self._workers, busy_s, pace)
         kind = _InlineStation if busy_s < INLINE_S else _LitertStation
         return kind(segment, self._workers)
 
@@ -217,10 +217,10 @@ class _LitertStation:
 class _PacedStation(_LitertStation):
     """Computes in a worker thread and returns the result when the emulated slower machine would."""
 
-    def __init__(self, segment: Segment, workers: _Workers, busy_s: float) -> None:
+    def __init__(self, segment: Segment, workers: _Workers, busy_s: float, pace: PaceClock) -> None:
         super().__init__(segment, workers)
         self._busy_s = busy_s
-        self._pace_clock = PaceClock()
+        self._pace = pace
 
     @property
     def waited_s(self) -> float:
@@ -228,7 +228,7 @@ class _PacedStation(_LitertStation):
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
         outputs = await super().run(sample, inputs, ready_s)
-        await sleep_until(self._pace_clock.done_at(ready_s, self._busy_s))
+        await sleep_until(self._pace.done_at(ready_s, self._busy_s))
         return outputs
 
 

@@ -10,7 +10,7 @@ from bus.messages import DatasetInput, SeedInput, TaskSubmitted
 from bus.tensors import Assembler, to_pieces
 from bus.values import Execution, Kind, ModelProfile, Placement
 from stages.measuring.clock import exact_clock
-from stages.runner import Runner
+from stages.runner import PaceClock, Runner
 
 FRAME_BYTES = 1 << 16
 """Limit for the data of the frame that a rehearsal packs and unpacks."""
@@ -37,7 +37,7 @@ async def rehearse(runner: Runner, profile: ModelProfile, *, packs: bool = False
         payload = encode_frame(Frame("activations", plan.task_id, plan.attempt, plan.device, pieces, plan))
         Assembler().add(decode_frame(payload).pieces[0])
     await runner.prepare(plan, 0, layers)
-    station = runner.station(plan, 0, layers)
+    station = runner.station(plan, 0, layers, PaceClock())
     try:
         begin_s = exact_clock()()
         await station.run(0, inputs, begin_s)

@@ -56,8 +56,11 @@ class Runner(Protocol):
         Raises `UnknownNameError` for a model it does not have, `ModelError` where the hash differs, `CutError`.
         """
 
-    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
-        """A station for one task's samples; requires a completed `prepare`."""
+    def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
+        """A station for one task's samples; requires a completed `prepare`.
+
+        The stations that share `pace` share the computing time of one platform.
+        """
 
     async def remeasure(self, model: str) -> bool:
         """Measure a model on this machine again; returns whether `profiles` has changed. False if it was not measured."""
@@ -67,7 +70,7 @@ class Runner(Protocol):
 
 
 class PaceClock:
-    """Absolute deadlines of one station: the emulated platform finishes a sample at max(free, ready) + t.
+    """Absolute deadlines of stations that take turns: the emulated platform finishes a sample at max(free, ready) + t.
 
     With absolute deadlines, a busy host does not distort the emulated platform and timer errors do not add up.
     """
@@ -117,10 +120,10 @@ class ModelledRunner:
         """Check that the model has a profile."""
         profile_of(self._profiles, plan.model)
 
-    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
+    def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
         """A station that sleeps instead of computing."""
         profile = profile_of(self._profiles, plan.model)
-        return _ModelledStation(sum(profile.layer_s[first:last]), profile.cut_bytes[last])
+        return _ModelledStation(sum(profile.layer_s[first:last]), profile.cut_bytes[last], pace)
 
     async def remeasure(self, model: str) -> bool:
         """Keep the profile: it is emulated, not measured."""
@@ -133,13 +136,13 @@ class ModelledRunner:
 class _ModelledStation:
     waited_s = 0.0  # an emulated platform computes its tasks side by side
 
-    def __init__(self, busy_s: float, output_bytes: int) -> None:
+    def __init__(self, busy_s: float, output_bytes: int, pace: PaceClock) -> None:
         self._busy_s = busy_s
         self._output = [_blank(output_bytes)]
-        self._pace_clock = PaceClock()
+        self._pace = pace
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        await sleep_until(self._pace_clock.done_at(ready_s, self._busy_s))
+        await sleep_until(self._pace.done_at(ready_s, self._busy_s))
         return self._output
 
     def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from bus.frames import AttemptPlan
+from bus.routes.interleave import LEAST_WINDOW
 from bus.values import Execution
 from stages.measuring.clock import exact_clock
 
@@ -24,14 +25,18 @@ IN_FLIGHT_BYTES = 32 << 20
 def window_of(plan: AttemptPlan, cut_bytes: Sequence[int]) -> int:
     """The window of a plan for a model with these sizes at its cuts.
 
-    It is `window_samples`, plus the samples that are in flight on links with latencies.
+    It is `window_samples`, plus the samples that are in flight on links with latencies. A task of several routes has
+    `LEAST_WINDOW`, without those of the device-only route: with fewer, some station is idle too often; with more, those that
+    skip a station run far ahead of those that wait for it.
     """
     execution = plan.execution if plan.session is None else Execution.STREAMING
-    window, placement = window_samples(execution, cut_bytes), plan.placement
+    window, cuts = window_samples(execution, cut_bytes), plan.placement.cut_pairs
+    if len(cuts) > 1 and execution is Execution.STREAMING:
+        window = LEAST_WINDOW
     if plan.in_flight is None:
         return window
     sizes = (plan.input_bytes, *cut_bytes[1:]) if plan.input_bytes is not None else cut_bytes
-    sent_bytes = max(1, sizes[placement.cut1], sizes[placement.cut2])
+    sent_bytes = max(1, *(sizes[cut] for pair in cuts for cut in pair))
     return min(MAX_WINDOW, window + min(plan.in_flight, IN_FLIGHT_BYTES // sent_bytes))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from bus.frames import AttemptPlan
 from bus.tensors import Array
-from stages.runner import ModelledRunner, Station
+from stages.runner import ModelledRunner, PaceClock, Station
 
 
 def frame(number: int, size: int = 64) -> list[Array]:
@@ -34,9 +34,9 @@ def answers(number: int, outputs: list[Array], layers: int = 3) -> bool:
 class NumberingRunner(ModelledRunner):
     """Takes the profile's times; the outputs have the model's sizes, the input's number, and the layers computed so far."""
 
-    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
+    def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
         (profile,) = (profile for profile in self.profiles() if profile.model == plan.model)
-        return _Numbering(super().station(plan, first, last), last - first, profile.cut_bytes[last])
+        return _Numbering(super().station(plan, first, last, pace), last - first, profile.cut_bytes[last])
 
 
 class _Numbering:

@@ -33,7 +33,7 @@ from planner.service.region_context import PlannerSettings
 from planner.service.service import PlannerService
 from stages.devices.attempt import ResultSink
 from stages.devices.device import Device
-from stages.hop import Hop, hop_of
+from stages.hops.hop import Hop, hop_of
 from stages.node import BusySink, Node, NodeSettings
 from stages.runner import Runner
 

@@ -41,7 +41,7 @@ from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placemen
 from loadgen.replay.readiness import require_unled
 from planner.core.core import PlannerCore
 from stages.devices.device import Device
-from stages.hop import hop_of
+from stages.hops.hop import hop_of
 from stages.node import Node, NodeSettings
 from stages.runner import Runner
 

@@ -37,7 +37,7 @@ from bus.values import BITS_PER_BYTE, STATIONS, Execution, Kind, ModelProfile, P
 from loadgen.bench import lenet
 from loadgen.bench.cpu_load import BusynessWatch
 from loadgen.bench.fixed_placement import TIMEOUT_S, Staged
-from stages.network.frame_sender import FrameSender, Outgoing, Route, SenderHooks
+from stages.network.frame_sender import Destination, FrameSender, Outgoing, SenderHooks
 from stages.network.shaper import Link
 from stages.runner import ModelledRunner
 
@@ -218,7 +218,7 @@ async def _shaped(make: Callable[[str], Bus], rate_bps: int, for_s: float) -> di
         sender = FrameSender(
             watched,  # type: ignore[arg-type]
             _plan(rate_bps),
-            Route("result", topic, "bench", "result", (Link(rate_bps).grant(rate_bps),)),
+            Destination("result", topic, "bench", "result", (Link(rate_bps).grant(rate_bps),)),
             SenderHooks(gate=_open, on_busy=lambda begin_s, end_s: None, on_acknowledged=done),
             source="bench",
         )

@@ -12,7 +12,7 @@ from bus.port import Bus
 from planner.core.core import PlannerCore
 from planner.service.service import PlannerService
 from stages.devices.device import Device
-from stages.hop import Hop, hop_of
+from stages.hops.hop import Hop, hop_of
 from stages.node import Node
 
 

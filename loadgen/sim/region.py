@@ -21,7 +21,7 @@ from loadgen.sim.programs import REAL, Programs
 from planner.service.service import PlannerService, Standing
 from stages.devices.attempt import ResultSink
 from stages.devices.device import Device
-from stages.hop import Hop
+from stages.hops.hop import Hop
 from stages.node import Node, NodeSettings
 from stages.runner import Runner
 

@@ -27,7 +27,7 @@ from loadgen.sim.scenario import Scenario, edge_name
 from loadgen.sim.virtual_loop import run_virtual
 from planner.service.service import PlannerService
 from stages.devices.device import Device
-from stages.hop import Hop, hop_of
+from stages.hops.hop import Hop, hop_of
 from stages.network.played import PlayedNetwork
 from stages.node import BusySink, Node, NodeSettings
 from stages.runner import ModelledRunner

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from bus.errors import ConfigError, DeeparError, InvariantError, ProtocolError
+from bus.errors import ConfigError, DeeparError, InvariantError
 from bus.frames import AttemptPlan, Frame
 from bus.messages import TaskCompleted, TaskSubmitted
 from bus.tensors import Array
 from bus.values import ModelProfile
-from stages.devices.edge_path import DeviceWork, EdgePath, StalledError
+from stages.computing import Computing, Segment
+from stages.devices.device_steps import device_segments, device_steps
+from stages.devices.edge_path import DeviceWork, EdgePath, StalledError, stopped
+from stages.devices.idle_time import IdleTime, IdleWork
+from stages.devices.incoming_results import IncomingResults
+from stages.devices.sample_queue import SampleQueue
 from stages.devices.stage_reports import StageReports
 from stages.measuring.clock import exact_clock
 from stages.network.frame_sender import FrameSender, Outgoing
 from stages.node import Node, cause_of, detail_of
-from stages.runner import Station
 from stages.window import window_of
 
 
@@ -76,17 +80,17 @@ class DeviceAttempt:
         self.known = known
         self.plan = plan
         self.todo = todo
-        self.device_s = 0.0
-        self._began_s: float | None = None  # start of the first computation on this device
-        self._computed_s = float("-inf")  # end of the last computation
-        self._reports = StageReports(plan.placement)
+        self._queue: SampleQueue | None = None  # once the attempt serves
         self._on_result = on_result
         components = device.node.components
         self._missing = components.missing(todo)
-        self._assembler = components.assembler()
+        self._computing = Computing(device.node, plan, "device")
+        self._reports = StageReports(plan.placement)
+        self._results = IncomingResults(components.assembler(), self._reports, self._take_result, self._abort)
         self._window = components.window()
-        self.window = 0  # window size, in samples
-        self.under_way = 0  # samples started without a result yet
+        self.window = 0  # window size, in samples; a sample that is computed in idle time has no place in it
+        self.under_way = 0  # samples in the window without a result yet
+        self._came = asyncio.Event()  # a result came, or a device-only sample was started
         self._complete = asyncio.Event()
         self._last_result_s = asyncio.get_running_loop().time()
         self._failure: Exception | None = None
@@ -102,93 +106,145 @@ class DeviceAttempt:
             await self._finish()
 
     async def _serve(self) -> None:
-        node, plan = self.device.node, self.plan
-        cut1 = plan.placement.cut1
+        plan = self.plan
+        profile = profile_for(self.device.node, plan.model)
         inputs = self.device.open_input(self.known.task)
-        self.window = window_of(plan, profile_for(node, plan.model).cut_bytes)
+        queue = self._queue = SampleQueue(self.todo, plan.placement, profile.layers)
+        segments = device_segments(plan.placement, profile)
+        self.window = window_of(plan, profile.cut_bytes)
         async with contextlib.AsyncExitStack() as stack:
-            station: Station | None = None
-            stack.callback(self._record_span)
-            if cut1:
-                await node.runner.prepare(plan, 0, cut1)
-                station = node.runner.station(plan, 0, cut1)
-                stack.callback(station.close)
+            stack.callback(self._computing.record_span)
+            await self._computing.prepare(segments)
+            self._computing.open(segments)
+            stack.callback(self._computing.close)
             if plan.placement.edge is None:
-                await self._send(inputs, station, None)
+                await self._send(inputs, queue, None)
                 return
             sender = await stack.enter_async_context(self._path.open())
-            await self._send(inputs, station, sender)
+            idle = None if queue.alone is None else self._idle_time(inputs, queue, sender, device_steps(profile))
+            if idle is not None:
+                stack.push_async_callback(stopped, asyncio.create_task(self._guarded(idle.run())))
+            await self._send(inputs, queue, sender, idle)
             self._reports.add("link1_s", sender.busy_s)
 
     async def _send(
-        self, inputs: Callable[[int], list[Array]], station: Station | None, sender: FrameSender | None
+        self,
+        inputs: Callable[[int], list[Array]],
+        queue: SampleQueue,
+        sender: FrameSender | None,
+        idle: IdleTime | None = None,
     ) -> None:
         """Send every sample as the window allows; return when all results have arrived."""
-        node, plan = self.device.node, self.plan
-        clock = exact_clock()
+        compute = self._computing.run if idle is None else idle.interrupt
+        segments = [Segment(0, cut1) for cut1, _ in self.plan.placement.cut_pairs]
         self._window.open(self.window)  # here, so that preparing the model does not count as a sample's time
-        for sample in self.todo:
+        while queue:
             # The time when the place became free, so that waiting in the event loop does not count as computing.
             ready_s = await self._window.take()
+            if idle is not None and await self._left_to_device(queue, idle):
+                ready_s = exact_clock()()
             if self._failure:
                 raise self._failure
+            if not queue:
+                break
+            sample, route = queue.take()
             self.under_way += 1
             tensors = inputs(sample)
-            if station is not None:
-                waited_s = station.waited_s
-                tensors = await station.run(sample, tensors, ready_s)
-                now = clock()
-                begin_s = min(now, max(ready_s, self._computed_s) + station.waited_s - waited_s)
-                self._began_s, self._computed_s = begin_s if self._began_s is None else self._began_s, now
-                self.device_s += now - begin_s
-                node.busy("device_s", plan.task_id, begin_s, now)
-                ready_s = now
+            if segments[route].last:
+                tensors, ready_s = await compute(segments[route], sample, tensors, ready_s)
             if sender is None:
-                self._result(sample, tensors)
-            else:
-                self._path.progress(ready_s)
-                sender.put(Outgoing(sample, tensors, ready_s))
+                self._take_result(sample, tensors)
+                continue
+            self._path.progress(ready_s)
+            sender.put(Outgoing(sample, tensors, ready_s, route))
+            self._conclude(queue, sender)
         await self._complete.wait()
         if self._failure:
             raise self._failure
 
-    def _record_span(self) -> None:
-        """Record the trace span of computing."""
-        self.device.node.span("device", self.plan, self._began_s, self._computed_s, self.device_s)
+    def _conclude(self, queue: SampleQueue, sender: FrameSender) -> None:
+        """Where all samples of several routes have been started, tell the stages how many take each route."""
+        if not queue and len(queue.totals) > 1:
+            sender.conclude(queue.sent, tuple(queue.totals))
 
     def _abort(self, error: Exception) -> None:
         self._failure = error
+        self._came.set()
         self._complete.set()
         self._window.wake()
+
+    # --- the device-only route beside others ---------------------------------------------------------------------------
+
+    def _idle_time(
+        self,
+        inputs: Callable[[int], list[Array]],
+        queue: SampleQueue,
+        sender: FrameSender,
+        steps: Sequence[Segment],
+    ) -> IdleTime:
+        """What computes the samples of the device-only route."""
+
+        def take() -> int | None:
+            if not queue or not queue.time_for_alone(self.under_way):
+                return None
+            sample = queue.take_alone()
+            self._conclude(queue, sender)
+            if not queue:
+                self._window.wake()
+            self._came.set()
+            return sample
+
+        return IdleTime(
+            self._computing,
+            IdleWork(
+                steps=steps,
+                length_s=lambda: queue.alone_s,
+                take=take,
+                inputs=inputs,
+                done=self._keep,
+                more=lambda: bool(queue),
+            ),
+        )
+
+    async def _left_to_device(self, queue: SampleQueue, idle: IdleTime) -> bool:
+        """Wait while the device ends the rest of the task in its idle time soon enough; returns whether it did wait."""
+        waited = False
+        while queue and not self._failure and queue.left_to_device(self.under_way, idle.begun_s):
+            self._came.clear()
+            await self._came.wait()
+            waited = True
+        return waited
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside the samples; its failure ends the attempt."""
+        try:
+            await work
+        except Exception as error:
+            self._abort(error)
 
     # --- results -----------------------------------------------------------------------------------------------------
 
     def take(self, frame: Frame) -> None:
         """Process a frame of results or a report. Raises `ProtocolError` where the frame is unusable."""
-        if frame.kind == "report":
-            self._reports.take(frame)
-            return
-        require_result(frame)
-        for piece in frame.pieces:
-            try:
-                whole = self._assembler.add(piece)
-            except ProtocolError as error:
-                if error.cause == "missing_chunk":
-                    continue  # the sending stage sends the sample again
-                self._abort(error)
-                raise
-            if isinstance(whole, list):
-                self._result(piece.sample, whole)
+        self._results.take(frame)
 
-    def _result(self, sample: int, outputs: list[Array]) -> None:
+    def _take_result(self, sample: int, outputs: list[Array]) -> None:
+        """Take the result of a sample that had a place in the window."""
+        if self._keep(sample, outputs):
+            self.under_way -= 1
+            if self._queue is not None:
+                self._queue.came(self._last_result_s)
+            self._window.give()
+
+    def _keep(self, sample: int, outputs: list[Array]) -> bool:
+        """Keep a result; returns False for a duplicate."""
         if not self._missing.remove(sample):
             self.device.node.status.count("duplicates_suppressed")
-            return
-        self.under_way -= 1
+            return False
         self.known.results.add(sample)
         self._last_result_s = exact_clock()()
         self._path.progress(self._last_result_s)
-        self._window.give()
+        self._came.set()
         if self._on_result is not None:
             try:
                 self._on_result(self.known.task, sample, outputs)
@@ -196,6 +252,7 @@ class DeviceAttempt:
                 self._abort(error)
         if not self._missing:
             self._complete.set()
+        return True
 
     async def _finish(self) -> None:
         await self._reports.arrive()
@@ -205,22 +262,12 @@ class DeviceAttempt:
             task_id=self.plan.task_id,
             attempt=self.plan.attempt,
             node=self.device.node.settings.name,
-            measured=self._reports.parts().model_copy(update={"device_s": self.device_s}),
+            measured=self._reports.parts().model_copy(update={"device_s": self._computing.busy_s}),
             delay_s=max(0.0, self._last_result_s - started_s),
             wait_s=max(0.0, started_s - known.admitted_s),
             cloud=self._reports.cloud,
         )
         await self.device.complete(message)
-
-
-def require_result(frame: Frame) -> None:
-    """Raises `ProtocolError` for a frame that is neither a result nor a report."""
-    if frame.kind != "result":
-        raise ProtocolError(
-            "undecodable", f"a frame of kind {frame.kind} cannot be sent to a device; expected result or report"
-        )
-    if any(piece.encoded is not None for piece in frame.pieces):
-        raise ProtocolError("wrong_codec", "results are not encoded")
 
 
 def profile_for(node: Node, model: str) -> ModelProfile:

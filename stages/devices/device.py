@@ -35,6 +35,7 @@ from bus.port import Bus, Reader, Record
 from bus.tensors import Array
 from bus.values import Role
 from stages.devices.attempt import DeviceAttempt, DeviceTask, ResultSink, RunningAttempt
+from stages.devices.device_steps import device_segments
 from stages.devices.requests import DeviceClient, DeviceRequest
 from stages.devices.session import DeviceSession, Keep
 from stages.devices.session_attempt import SessionAttempt
@@ -297,8 +298,8 @@ class Device:
                         client.place(change)
                     if placement.edge is not None:
                         self._use(placement.edge)
-                    if placement.cut1 and change.task_id not in started:  # a task that starts now prepares itself
-                        self.node.prepare_ahead(change, 0, placement.cut1)
+                    if change.task_id not in started:  # a task that starts now prepares itself
+                        self._prepare_ahead(change)
                 case NodeJoined(node=node) if node.role is Role.EDGE:
                     self._aim()
                     if self._prober is not None:
@@ -319,6 +320,12 @@ class Device:
                     self._end(change)
                 case _:
                     pass
+
+    def _prepare_ahead(self, placed: Placed) -> None:
+        profile = next((p for p in self.node.runner.profiles() if p.model == placed.model), None)
+        if profile is not None:
+            for first, last in device_segments(placed.placement, profile):
+                self.node.prepare_ahead(placed, first, last)
 
     def _end(self, ended: Ended) -> None:
         if (known := self.tasks.pop(ended.task_id, None)) is not None:

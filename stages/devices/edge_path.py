@@ -15,7 +15,7 @@ from bus.messages import TaskCompleted, TaskSubmitted
 from bus.tensors import Array
 from stages.measuring.clock import exact_clock
 from stages.measuring.throughput import LinkThroughput
-from stages.network.frame_sender import FrameSender, Route, SenderHooks, sending
+from stages.network.frame_sender import Destination, FrameSender, SenderHooks, sending
 from stages.network.shaper import Link
 from stages.node import RETRY_S, Node
 
@@ -44,6 +44,12 @@ class DeviceWork(Protocol):
 
     async def fail(self, plan: AttemptPlan, cause: str, detail: str, *, retryable: bool = False) -> None:
         """Report to the planner that the attempt failed."""
+
+
+async def stopped(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait for its end; unlike `await task`, this ends with the caller where that is cancelled."""
+    task.cancel()
+    await asyncio.wait((task,))
 
 
 class EdgePath:
@@ -91,10 +97,7 @@ class EdgePath:
         try:
             yield
         finally:
-            watch.cancel()
-            await asyncio.wait(
-                (watch,)
-            )  # unlike `await watch`, this ends with the attempt where that is cancelled meanwhile
+            await stopped(watch)
 
     async def _watch(self) -> None:
         """Abort the attempt when it makes no progress for longer than `patience_s`, while it waits for results."""
@@ -126,7 +129,7 @@ class EdgePath:
         return node.components.frame_sender(
             node.bus,
             plan,
-            Route("link1", topics.activations_topic(edge), plan.task_id, "activations", grants),
+            Destination("link1", topics.activations_topic(edge), plan.task_id, "activations", grants),
             SenderHooks(
                 gate=node.gate,
                 on_busy=partial(node.busy, "link1_s", plan.task_id),

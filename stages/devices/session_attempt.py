@@ -9,19 +9,20 @@ import asyncio
 import contextlib
 import math
 
-from bus.errors import InvariantError, ProtocolError
+from bus.errors import InvariantError
 from bus.frames import AttemptPlan, Frame
 from bus.messages import TaskCompleted
 from bus.tensors import Array
-from stages.devices.attempt import profile_for, reporting_failures, require_result
+from stages.computing import Computing, Segment
+from stages.devices.attempt import profile_for, reporting_failures
 from stages.devices.edge_path import DeviceWork, EdgePath
 from stages.devices.endings import SampleFailedError
+from stages.devices.incoming_results import IncomingResults
 from stages.devices.session import DeviceSession, Keep, PushedFrame
 from stages.devices.stage_reports import StageReports
 from stages.measuring.clock import exact_clock
 from stages.network.frame_sender import FrameSender, Outgoing
 from stages.node import cause_of, detail_of
-from stages.runner import Station
 from stages.window import window_of
 
 SLACK_S = 0.05
@@ -35,14 +36,13 @@ class SessionAttempt:
         self.plan = plan
         self.window = 0
         self._device, self._session = device, session
-        self._station: Station | None = None
-        self._device_s = self._delay_s = 0.0  # sums over the answered frames
+        self._segment = Segment(0, plan.placement.cut1)  # the layers of this device
+        self._computing = Computing(device.node, plan, "device")
+        self._delay_s = 0.0  # sum over the answered frames
         self._answered = 0
-        self._began_s: float | None = None  # start of the first computation on this device
-        self._computed_s = float("-inf")  # end of the last computation
         components = device.node.components
         self._reports = StageReports(plan.placement)
-        self._assembler = components.assembler()
+        self._results = IncomingResults(components.assembler(), self._reports, self._take_result, self._abort)
         self._window = components.window()
         self._changed = asyncio.Event()  # a frame was answered, or the attempt failed
         self._failure: Exception | None = None
@@ -60,14 +60,13 @@ class SessionAttempt:
             await self._finish()
 
     async def _serve(self) -> None:
-        node, plan = self._device.node, self.plan
         async with contextlib.AsyncExitStack() as stack:
-            stack.callback(self._record_span)
-            if cut1 := plan.placement.cut1:
-                await node.runner.prepare(plan, 0, cut1)
-                self._station = node.runner.station(plan, 0, cut1)
-                stack.callback(self._station.close)
-            if plan.placement.edge is None:
+            stack.callback(self._computing.record_span)
+            if self._segment.last:
+                await self._computing.prepare((self._segment,))
+                self._computing.open((self._segment,))
+                stack.callback(self._computing.close)
+            if self.plan.placement.edge is None:
                 await self._compute_all()
                 return
             sender = await stack.enter_async_context(self._path.open())
@@ -86,20 +85,17 @@ class SessionAttempt:
                 self._answer(number, computed[0])
 
     def _compute_now(self, tensors: list[Array]) -> list[Array] | None:
-        assert self._station is not None
-        clock = exact_clock()
-        begin_s = clock()
         try:
-            outputs = self._station.run_now(tensors)
+            computed = self._computing.run_now(self._segment, tensors)
         except InvariantError:
             raise
         except Exception as error:
             raise SampleFailedError(cause_of(error), detail_of(error), repeatable=False) from error
-        if outputs is not None:
-            now = clock()
-            self._count(begin_s, now)
-            self._delay_s += now - begin_s
-            self._answered += 1
+        if computed is None:
+            return None
+        outputs, took_s = computed
+        self._delay_s += took_s
+        self._answered += 1
         return outputs
 
     async def _compute_or_refuse(self, number: int, frame: PushedFrame) -> tuple[list[Array], float] | None:
@@ -115,19 +111,9 @@ class SessionAttempt:
 
     async def _compute(self, number: int, tensors: list[Array], ready_s: float) -> tuple[list[Array], float]:
         """The outputs of this device's layers, and when they were ready."""
-        station = self._station
-        if station is None:
+        if not self._segment.last:
             return tensors, ready_s
-        waited_s = station.waited_s
-        outputs = await station.run(number, tensors, ready_s)
-        now = exact_clock()()
-        self._count(min(now, max(ready_s, self._computed_s) + station.waited_s - waited_s), now)
-        return outputs, now
-
-    def _count(self, begin_s: float, end_s: float) -> None:
-        self._began_s, self._computed_s = begin_s if self._began_s is None else self._began_s, end_s
-        self._device_s += end_s - begin_s
-        self._device.node.busy("device_s", self.plan.task_id, begin_s, end_s)
+        return await self._computing.run(self._segment, number, tensors, ready_s)
 
     # --- through an edge ---------------------------------------------------------------------------------------------
 
@@ -175,22 +161,13 @@ class SessionAttempt:
 
     def take(self, frame: Frame) -> None:
         """Process a frame of results or a report. Raises `ProtocolError` where the frame is unusable."""
-        if frame.kind == "report":
-            self._reports.take(frame)
-            return
-        require_result(frame)
-        for piece in frame.pieces:
-            try:
-                whole = self._assembler.add(piece)
-            except ProtocolError as error:
-                if error.cause == "missing_chunk":
-                    continue  # the sending stage sends the sample again
-                self._abort(error)
-                raise
-            if isinstance(whole, list) and self._answer(piece.sample, whole):
-                self._path.progress()
-                self._window.give()
-                self._changed.set()
+        self._results.take(frame)
+
+    def _take_result(self, number: int, outputs: list[Array]) -> None:
+        if self._answer(number, outputs):
+            self._path.progress()
+            self._window.give()
+            self._changed.set()
 
     def _answer(self, number: int, outputs: list[Array]) -> bool:
         """Answer a frame; returns False for a duplicate."""
@@ -205,10 +182,6 @@ class SessionAttempt:
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
-    def _record_span(self) -> None:
-        """Record the trace span of computing."""
-        self._device.node.span("device", self.plan, self._began_s, self._computed_s, self._device_s)
-
     async def _finish(self) -> None:
         if self._answered:
             await self._reports.arrive()
@@ -217,7 +190,7 @@ class SessionAttempt:
             task_id=self.plan.task_id,
             attempt=self.plan.attempt,
             node=self._device.node.settings.name,
-            measured=self._reports.parts().model_copy(update={"device_s": self._device_s / count}),
+            measured=self._reports.parts().model_copy(update={"device_s": self._computing.busy_s / count}),
             delay_s=self._delay_s / count,
             cloud=self._reports.cloud,
         )

@@ -1,7 +1,7 @@
 """What the other stages of an attempt report to its device: their busy times.
 
-A stage reports once at the end of a task; in a session it reports every few seconds what came since its last report, with the
-number of samples.
+A stage reports once at the end of a task. In a session it reports every few seconds what came since its last report, with the
+number of samples; in a task of several routes every few samples, with the busy times that the plan predicts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections import Counter
 
-from bus.frames import SAMPLES, Frame
+from bus.frames import MORE, SAMPLES, Frame
 from bus.values import Parts, Placement, is_node_name
 
 REPORTS_S = 1.0
@@ -25,6 +25,7 @@ class StageReports:
         self._expected = _reported_parts(placement)
         self._busy_s: dict[str, float] = {}  # by part
         self._samples: Counter[str] = Counter()  # by part, where reports say it
+        self._last: set[str] = set()  # parts in reports that no other one follows
         self._complete = asyncio.Event()
         if not self._expected:
             self._complete.set()
@@ -32,16 +33,18 @@ class StageReports:
     def take(self, frame: Frame) -> None:
         """Add a report."""
         samples = frame.report.get(SAMPLES, 0.0)
-        for part, busy_s in frame.report.items():
-            if part != SAMPLES:
-                self.add(part, busy_s, int(samples))
+        for key, value in frame.report.items():
+            if key not in (SAMPLES, MORE):
+                self.add(key, value, int(samples))
+        if MORE not in frame.report:
+            self._last |= frame.report.keys()
         if "cloud_s" in frame.report and is_node_name(frame.source):
             self.cloud = frame.source
-        if self._expected <= self._busy_s.keys():
+        if self._expected <= self._last:
             self._complete.set()
 
     def add(self, part: str, busy_s: float, samples: int = 0) -> None:
-        """Add a busy time of one part."""
+        """Add a busy time of one part, or what the plan predicts for it."""
         self._busy_s[part] = self._busy_s.get(part, 0.0) + busy_s
         self._samples[part] += samples
 

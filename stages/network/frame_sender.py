@@ -31,12 +31,14 @@ TENSORS_BYTES = 20
 """Average head size of tensor descriptions, which some frames carry (about 40 bytes) and others do not."""
 LAST_HEADS = 8
 """The last frames of a task shrink, but carry at least this many times the size of their head."""
+UNKNOWN = 1 << 62
+"""Number of samples to come while it is not known."""
 RETRY_S = 0.2
 PLAN_EVERY_S = 5.0
 """A session's frames carry its plan again after this long, for a stage that takes over or has dropped its idle flow."""
 
 
-class Route(NamedTuple):
+class Destination(NamedTuple):
     """Where one task's outputs go, and at what rate."""
 
     part: str  # the part of a task's delay that sending belongs to: link1, link2 or result
@@ -63,6 +65,7 @@ class Outgoing:
     sample: int
     tensors: Sequence[Array]
     ready_s: float  # when it was ready to send, on the loop's clock
+    route: int = 0  # index of its route in the plan
     size_bytes: int = 0  # of its tensors
 
     def __post_init__(self) -> None:
@@ -97,7 +100,7 @@ class FrameSender:
         self,
         bus: Bus,
         plan: AttemptPlan,
-        route: Route,
+        destination: Destination,
         hooks: SenderHooks,
         *,
         source: str,
@@ -108,21 +111,23 @@ class FrameSender:
         """
         self._bus = bus
         self._plan = plan
-        self._route = route
+        self._destination = destination
         self._hooks = hooks
         self._source = source
         self._headers = headers
         self._headers_due = True
-        self._plan_due = route.kind == "activations"
+        self._plan_due = destination.kind == "activations"
         self._plan_sent_s = float("inf")  # when the plan was sent last; never in a task
-        self._rate_bps = min((grant.rate_bps for grant in route.grants), default=1 << 40)
-        self._frame_bytes = 0  # data per frame; chosen at the first sample, because all samples have the same size
+        self._rate_bps = min((grant.rate_bps for grant in destination.grants), default=1 << 40)
+        self._frame_bytes: dict[int, int] = {}  # data per frame, by route: all samples of a route have the same size
         self._last_bytes = 0  # lower limit for the data in a task's last frames
-        self._to_come = plan.todo if plan.session is None else 1 << 62  # samples not passed to `put` yet
+        self._to_come = UNKNOWN  # samples not passed to `put` yet
+        self._totals: tuple[int, ...] = ()  # samples of each route, for the receiver
+        self._totals_due = False
         self._waiting: deque[Outgoing] = deque()
         self._begun: list[Outgoing] = []  # samples in the frame being sent
-        self._traced = tuple(grant for grant in route.grants if grant.link.shares is not None)
-        self._delays = any(grant.link.network.delays for grant in route.grants)
+        self._traced = tuple(grant for grant in destination.grants if grant.link.shares is not None)
+        self._delays = any(grant.link.network.delays for grant in destination.grants)
         self._arriving: DelayLine[_Crossed] = DelayLine()  # frames in flight, where links have latencies
         self._sent: deque[_Sent] = deque()
         self._to_send = asyncio.Event()
@@ -132,9 +137,12 @@ class FrameSender:
         self.began_s: float | None = None  # begin of the first busy interval, on the loop's clock
         self.busy_until_s = float("-inf")  # when the last frame had crossed the links
         self.busy_s = 0.0  # link time: from when frames were ready until they had crossed at the granted rates
+        self.granted_s = 0.0  # what the same frames take at the granted rate
         self._acknowledged_s: float | None = None  # when the last acknowledgement came; None after a failure
         self.frames = 0
         self.resent = 0
+        if plan.session is None and len(plan.placement.cut_pairs) == 1:
+            self.conclude(plan.todo)
 
     @property
     def held_bytes(self) -> int:
@@ -148,6 +156,14 @@ class FrameSender:
         self._waiting.append(outgoing)
         self._to_come -= 1
         self._to_send.set()
+
+    def conclude(self, count: int, totals: tuple[int, ...] = ()) -> None:
+        """Say how many samples `put` gets in all; `totals`, those of each route, are sent with the next frame."""
+        self._to_come += count - UNKNOWN
+        self._totals, self._totals_due = totals, bool(totals)
+        self._to_send.set()
+        if self._to_come <= 0 and not (self._totals_due or self._waiting or self._begun or self._arriving):
+            self.all_posted.set()
 
     async def run(self) -> None:
         """Send until cancelled. Retries when the bus fails; raises where a frame is too large."""
@@ -165,6 +181,10 @@ class FrameSender:
     async def _send_all(self) -> None:
         while True:
             while not self._waiting:
+                if self._totals_due:
+                    self._begun = []
+                    await self._send_frame((), [], exact_clock()(), self._generation)
+                    continue
                 self._to_send.clear()
                 self._rest()
                 await self._to_send.wait()
@@ -179,67 +199,76 @@ class FrameSender:
         """Send the next sample in chunks, or as many small ones as wait together in one frame."""
         first = self._waiting.popleft()
         batch = [first]
-        if not self._frame_bytes:
-            self._frame_bytes = self._choose(first)
-        pieces = to_pieces(first.sample, first.tensors, self._frame_bytes)
+        limit_bytes = self._frame_bytes.get(first.route) or self._choose(first)
+        pieces = to_pieces(first.sample, first.tensors, limit_bytes, first.route)
         if len(pieces) == 1:
-            left_bytes = self._room(first) - first.size_bytes
+            left_bytes = self._room(first, limit_bytes) - first.size_bytes
             while self._waiting and len(pieces) < MAX_PIECES:
                 following = self._waiting[0]
                 left_bytes -= following.size_bytes
                 if left_bytes < 0:
                     break
                 batch.append(self._waiting.popleft())
-                pieces += to_pieces(following.sample, following.tensors, self._frame_bytes)
+                pieces += to_pieces(following.sample, following.tensors, limit_bytes, following.route)
         self._begun = batch
         frames = [(piece,) for piece in pieces] if len(batch) == 1 else [tuple(pieces)]
         for index, frame in enumerate(frames):
-            await self._send_frame(frame, batch if index == len(frames) - 1 else [], generation)
+            ready_s = max([item.ready_s for item in batch])
+            await self._send_frame(frame, batch if index == len(frames) - 1 else [], ready_s, generation)
             if generation != self._generation:
                 return  # the whole batch was queued again
         self._begun = []
 
-    def _room(self, first: Outgoing) -> int:
+    def _room(self, first: Outgoing, limit_bytes: int) -> int:
         """How much data the next frame may carry: half of a task's last waiting samples, else a full frame.
 
         The next stage starts to compute a frame's samples only when the whole frame has crossed. Shrinking the last frames
         shortens the time in which that stage is idle.
         """
         guarded = any(
-            grant.guarded for grant in self._route.grants
+            grant.guarded for grant in self._destination.grants
         )  # then the guard decides when the next frame leaves
-        if self._to_come or self._route.kind != "activations" or guarded:
-            return self._frame_bytes
-        waiting_bytes = first.size_bytes * (1 + len(self._waiting))  # all are of one size
-        return min(self._frame_bytes, max(waiting_bytes // 2, self._last_bytes))
+        if self._to_come or self._destination.kind != "activations" or guarded:
+            return limit_bytes
+        waiting_bytes = first.size_bytes + sum([item.size_bytes for item in self._waiting])
+        return min(limit_bytes, max(waiting_bytes // 2, self._last_bytes))
 
     def _choose(self, first: Outgoing) -> int:
-        """How much data a frame of this task should carry; an encoded frame without data shows the size of its head."""
+        """How much data a frame of this route should carry; an encoded frame without data shows the size of its head."""
         whole = to_pieces(first.sample, first.tensors, MAX_DATA_BYTES)[0]
         empty = Piece(first.sample, whole.size_bytes, whole.size_bytes, memoryview(b""))
-        head = encode_frame(Frame(self._route.kind, self._plan.task_id, self._plan.attempt, self._source, (empty,)))
+        head = encode_frame(
+            Frame(self._destination.kind, self._plan.task_id, self._plan.attempt, self._source, (empty,))
+        )
         head_bytes = len(head) + TENSORS_BYTES
         self._last_bytes = LAST_HEADS * head_bytes
-        return frame_bytes(self._rate_bps, whole.size_bytes, MAX_DATA_BYTES, head_bytes=head_bytes)
+        chosen = frame_bytes(self._rate_bps, whole.size_bytes, MAX_DATA_BYTES, head_bytes=head_bytes)
+        self._frame_bytes[first.route] = chosen
+        return chosen
 
-    async def _send_frame(self, pieces: tuple[Piece, ...], done: list[Outgoing], generation: int) -> None:
+    async def _send_frame(
+        self, pieces: tuple[Piece, ...], done: list[Outgoing], ready_s: float, generation: int
+    ) -> None:
         begun = self._begun
-        ready_s = max(item.ready_s for item in begun)
-        route = self._route
+        destination = self._destination
         clock = exact_clock()
         while True:
             plan = self._plan if self._plan_due or clock() - self._plan_sent_s >= PLAN_EVERY_S else None
+            totals = self._totals if self._totals_due else ()
             payload = encode_frame(
-                Frame(self._route.kind, self._plan.task_id, self._plan.attempt, self._source, pieces, plan)
+                Frame(
+                    destination.kind, self._plan.task_id, self._plan.attempt, self._source, pieces, plan, totals=totals
+                )
             )
             await self._hooks.gate()  # before the link, so that frames do not burst when the gate opens
-            crossed_s = await cross(route.grants, len(payload), ready_s)
+            crossed_s = await cross(destination.grants, len(payload), ready_s)
             waited = self._crossed(ready_s, crossed_s)
+            self.granted_s += len(payload) * BITS_PER_BYTE / self._rate_bps
             if self._delays:
                 if generation == self._generation:
                     headers = self._headers if self._headers_due else ()
-                    self._introduced(plan is not None)
-                    latency_s = sum(grant.link.latency_s(crossed_s) for grant in route.grants)
+                    self._introduced(plan is not None, bool(totals))
+                    latency_s = sum(grant.link.latency_s(crossed_s) for grant in destination.grants)
                     self._arriving.put(_Crossed(payload, headers, done, begun, waited), crossed_s + latency_s)
                 return
             await self._hooks.gate()
@@ -247,7 +276,7 @@ class FrameSender:
                 return
             headers = self._headers if self._headers_due else ()
             try:
-                acknowledgement = await self._bus.post(route.topic, payload, key=route.key, headers=headers)
+                acknowledgement = await self._bus.post(destination.topic, payload, key=destination.key, headers=headers)
                 break
             except MessageTooLargeError:
                 raise
@@ -257,13 +286,14 @@ class FrameSender:
         if generation != self._generation:
             _forget(acknowledgement)
             return
-        self._introduced(plan is not None)
+        self._introduced(plan is not None, bool(totals))
         self._posted(_Sent(acknowledgement, done, begun, len(payload) if waited else 0))
 
-    def _introduced(self, with_plan: bool) -> None:
-        """Note that a frame is on its way that brings the headers, if they were due, and perhaps the plan."""
+    def _introduced(self, with_plan: bool, with_totals: bool) -> None:
+        """Note that a frame is on its way that brings the headers, if they were due, and perhaps the plan and the totals."""
         self._plan_due = self._headers_due = False
-        if with_plan and self._plan.session is not None and self._route.kind == "activations":
+        self._totals_due = self._totals_due and not with_totals
+        if with_plan and self._plan.session is not None and self._destination.kind == "activations":
             self._plan_sent_s = exact_clock()()
 
     def _crossed(self, ready_s: float, now: float) -> bool:
@@ -300,7 +330,7 @@ class FrameSender:
                 continue  # the frame is sent again
             try:
                 acknowledgement = await self._bus.post(
-                    self._route.topic, frame.payload, key=self._route.key, headers=frame.headers
+                    self._destination.topic, frame.payload, key=self._destination.key, headers=frame.headers
                 )
             except MessageTooLargeError:
                 raise
@@ -319,8 +349,8 @@ class FrameSender:
         self.frames += 1
         self._sent.append(sent)
         self._to_await.set()
-        nothing_left = self._to_come <= 0 and not self._waiting and not self._arriving
-        if sent.items and nothing_left and (not self._begun or self._begun is sent.begun):
+        nothing_left = self._to_come <= 0 and not (self._totals_due or self._waiting or self._arriving)
+        if (sent.items or not sent.begun) and nothing_left and (not self._begun or self._begun is sent.begun):
             self.all_posted.set()
 
     async def _await_all(self) -> None:
@@ -358,7 +388,8 @@ class FrameSender:
         self._begun = []
         self._waiting.extendleft(reversed(again.values()))
         self.resent += len(again)
-        self._plan_due, self._headers_due = self._route.kind == "activations", True
+        self._plan_due, self._headers_due = self._destination.kind == "activations", True
+        self._totals_due = bool(self._totals)
         self._to_send.set()
 
 

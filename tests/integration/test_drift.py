@@ -25,7 +25,7 @@ from loadgen.replay.schedule import Entry, Schedule
 from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.network.trace import parse_trace
 from stages.node import Node, NodeSettings
-from stages.runner import ModelledRunner, Station
+from stages.runner import ModelledRunner, PaceClock, Station
 from tests.kafka_broker import OwnBroker
 from tests.known import known
 
@@ -68,8 +68,8 @@ class Machine(ModelledRunner):
         self._slower = ModelledRunner([profile(role, model, SLOWER) for model in INPUT_BYTES])
         self.slow = False
 
-    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
-        return self._slower.station(plan, first, last) if self.slow else super().station(plan, first, last)
+    def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
+        return self._slower.station(plan, first, last, pace) if self.slow else super().station(plan, first, last, pace)
 
 
 def test_the_choice_follows_an_edge_that_becomes_slow_and_a_link_that_falls(kafka_own: OwnBroker) -> None:

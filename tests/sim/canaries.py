@@ -29,15 +29,15 @@ from planner.core.teacher import Teacher
 from planner.search.ledger import Ledger, Reservation, Timeline
 from planner.service.leader_term import LeaderTerm
 from planner.service.service import PlannerService, ServiceComponents
-from stages.cloud_stage import CloudStage
 from stages.components import StageComponents
 from stages.devices.attempt import DeviceAttempt, RunningAttempt
 from stages.devices.device import Device
 from stages.devices.session import DeviceSession, PushedFrame
-from stages.edge_stage import EdgeStage
 from stages.fences import Fences
-from stages.flow import Flow
-from stages.hop import Hop
+from stages.hops.cloud_stage import CloudStage
+from stages.hops.edge_stage import EdgeStage
+from stages.hops.flow import Flow
+from stages.hops.hop import Hop
 from stages.network.frame_sender import FrameSender
 from stages.node import Node
 from stages.offsets import OffsetLedger, Receipt

@@ -36,7 +36,7 @@ from planner.service.service import PlannerService
 from stages.devices.device import Device
 from stages.devices.endings import SessionEndedError
 from stages.devices.session import DeviceSession
-from stages.hop import Hop
+from stages.hops.hop import Hop
 from stages.node import NodeSettings
 from tests.numbered_frames import NumberingRunner, answers, frame
 

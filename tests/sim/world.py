@@ -23,7 +23,7 @@ from loadgen.replay.replay import replay
 from loadgen.replay.schedule import Entry, Schedule
 from planner.service.service import PlannerService
 from stages.devices.device import Device
-from stages.hop import Hop
+from stages.hops.hop import Hop
 from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner

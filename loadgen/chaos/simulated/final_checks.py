@@ -19,8 +19,8 @@ from loadgen.chaos.simulated.oracle import Oracle, Say
 from loadgen.sim.region import VirtualRegion
 from planner.core.core import PlannerCore
 from stages.devices.device import Device
-from stages.edge_stage import EdgeStage
-from stages.hop import Hop
+from stages.hops.edge_stage import EdgeStage
+from stages.hops.hop import Hop
 
 ENDS_OF_PROCESSES = frozenset(("stopped", "draining", "not_ready", "closed"))
 """Causes with which the frames of a session fail when its device ends or stops."""

@@ -23,8 +23,8 @@ from loadgen.chaos.simulated.oracle import Oracle, Say
 from loadgen.chaos.simulated.region import CUT_BYTES, LEASE_S
 from loadgen.sim.region import VirtualStage
 from stages.devices.device import Device
-from stages.flow import Flow
-from stages.hop import ORPHAN_BYTES, Hop
+from stages.hops.flow import Flow
+from stages.hops.hop import ORPHAN_BYTES, Hop
 
 STAGE_S = 1.0
 """Tolerance: the time of the slowest station for one sample plus the planner's reading time."""

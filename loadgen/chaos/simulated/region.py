@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +17,7 @@ from bus.values import Role
 from loadgen.chaos.simulated.oracle import Say
 from loadgen.sim.region import toy_profile
 from stages.node import NodeSettings
-from stages.runner import ModelledRunner, Station
+from stages.runner import ModelledRunner, PaceClock, Station
 
 LEASE_S = 4.0
 CUT_BYTES = (9_000, 14_000, 1_200, 3_000)
@@ -114,25 +115,26 @@ class CheckedRunner(ModelledRunner):
         self._say = say
         self._node = settings.name
         self._slots = settings.slots
-        self._open = 0
+        self._open: Counter[tuple[str, int]] = Counter()  # open stations, by attempt
 
     def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
         """The content of position 0."""
         return lambda sample: [content(task.task_id, sample, 0)]
 
-    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
-        """A station that checks its inputs, and that the node has no more open stations than slots."""
-        inner = super().station(plan, first, last)
+    def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
+        """A station that checks its inputs, and that the node has no more tasks with open stations than slots."""
+        inner = super().station(plan, first, last, pace)
         if plan.session is not None:
-            return _SessionStation(inner, self, plan.task_id, first, last)
-        self._open += 1
-        if self._slots and self._open > self._slots:
-            self._say("G2", f"{self._node} computes {self._open} tasks at once, it has {self._slots} slots")
-        return _CheckedStation(inner, self, plan.task_id, first, last)
+            return _SessionStation(inner, self, plan, first, last)
+        self._open[plan.task_id, plan.attempt] += 1
+        if self._slots and len(self._open) > self._slots:
+            self._say("G2", f"{self._node} computes {len(self._open)} tasks at once, it has {self._slots} slots")
+        return _CheckedStation(inner, self, plan, first, last)
 
-    def closed(self) -> None:
-        """Record that a station was closed."""
-        self._open -= 1
+    def closed(self, plan: AttemptPlan) -> None:
+        """Record that a station of an attempt was closed."""
+        self._open[plan.task_id, plan.attempt] -= 1
+        self._open += Counter()  # drops the attempts without stations
 
     def wrong(self, task_id: str, sample: int, position: int) -> None:
         """Report that a tensor differs from what was sent."""
@@ -142,9 +144,9 @@ class CheckedRunner(ModelledRunner):
 class _CheckedStation:
     """A station that checks its inputs and returns the content that its outputs must have."""
 
-    def __init__(self, inner: Station, runner: CheckedRunner, task_id: str, first: int, last: int) -> None:
-        self._inner, self._runner = inner, runner
-        self._task_id, self._first, self._last = task_id, first, last
+    def __init__(self, inner: Station, runner: CheckedRunner, plan: AttemptPlan, first: int, last: int) -> None:
+        self._inner, self._runner, self._plan = inner, runner, plan
+        self._task_id, self._first, self._last = plan.task_id, first, last
 
     @property
     def waited_s(self) -> float:
@@ -161,7 +163,7 @@ class _CheckedStation:
 
     def close(self) -> None:
         self._inner.close()
-        self._runner.closed()
+        self._runner.closed(self._plan)
 
 
 class _SessionStation(_CheckedStation):

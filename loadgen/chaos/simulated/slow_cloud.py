@@ -20,7 +20,7 @@ from loadgen.sim.process import quiet, task_factory
 from loadgen.sim.programs import REAL, Programs
 from loadgen.sim.region import MODEL, VirtualStage, decided
 from loadgen.sim.virtual_loop import run_virtual
-from stages.hop import ORPHAN_BYTES, Hop
+from stages.hops.hop import ORPHAN_BYTES, Hop
 
 FACTOR = 10.0
 SAMPLES = 300

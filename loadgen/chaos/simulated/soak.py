@@ -31,7 +31,7 @@ from loadgen.sim.programs import REAL, Programs
 from loadgen.sim.region import MODEL, decided
 from loadgen.sim.virtual_loop import run_virtual
 from stages.devices.device import Device
-from stages.hop import Hop
+from stages.hops.hop import Hop
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from planner.core.options import CoreOptions
 from planner.service.region_context import PlannerSettings
 from planner.service.service import PlannerService
 from stages.node import NodeSettings
-from stages.runner import ModelledRunner, Station
+from stages.runner import ModelledRunner, PaceClock, Station
 
 CUT_BYTES = (40_000, 60_000, 10_000, 400)
 LAYER_S = (0.100, 0.010, 0.080)
@@ -66,9 +66,9 @@ class SlowRunner(ModelledRunner):
         slow = said.model_copy(update={"layer_s": tuple(seconds * factor for seconds in said.layer_s)})
         self._real = ModelledRunner([slow])
 
-    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
+    def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
         """A station with the slowed-down times."""
-        return self._real.station(plan, first, last)
+        return self._real.station(plan, first, last, pace)
 
 
 class SoakRegion(VirtualRegion):

@@ -22,7 +22,7 @@ from loadgen.sim.simulator import settings_of
 from loadgen.workers import Worker
 from planner.service.service import PlannerService
 from stages.devices.device import Device
-from stages.hop import hop_of
+from stages.hops.hop import hop_of
 from stages.node import Node
 from stages.runner import ModelledRunner
 

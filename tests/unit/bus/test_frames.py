@@ -78,6 +78,38 @@ def test_whole_samples_that_are_alike_are_described_once() -> None:
     assert [bytes(p.data) for p in again] == [bytes(p.data) for p in pieces]
 
 
+def test_samples_of_several_routes_share_a_frame() -> None:
+    routes = [0, 0, 2, 2, 2, 0, 7]
+    pieces = [to_pieces(sample, [np.zeros(3, np.uint8)], 1000, route)[0] for sample, route in enumerate(routes)]
+    pieces += to_pieces(9, [np.zeros(4, np.uint8)], 3, 5)
+    payload = encode_frame(Frame("activations", "t1", 1, "d1", pieces, totals=(3, 0, 4)))
+    entries = msgpack.unpackb(payload)["pieces"]
+    assert [entry.get("route") for entry in entries] == [None, 2, None, 7, 5, 5]
+    decoded = decode_frame(payload)
+    assert [(piece.sample, piece.route) for piece in decoded.pieces] == [*enumerate(routes), (9, 5), (9, 5)]
+    assert decoded.totals == (3, 0, 4)
+
+
+def test_a_task_of_one_route_has_the_frames_that_it_always_had() -> None:
+    payload = encode_frame(Frame("activations", "t1", 1, "d1", to_pieces(0, [np.zeros(3, np.uint8)], 1000)))
+    assert set(msgpack.unpackb(payload)) == {"v", "kind", "task", "attempt", "from", "pieces", "data"}
+    assert "route" not in msgpack.unpackb(payload)["pieces"][0]
+    assert decode_frame(payload).totals == ()
+
+
+PIECE = {"sample": 0, "at": 0, "size": 12, "bytes": 12, "tensors": [{"dtype": "float32", "shape": [3]}]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"pieces": [PIECE | {"route": route}]} for route in (-1, 8, 1 << 40, 1.0, "1", True)]
+    + [{"totals": totals} for totals in ([], 3, [-1], [1.5], [1] * 9, {"a": 1}, ["1"])],
+)
+def test_routes_and_totals_that_no_plan_can_have_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError):
+        decode_frame(payload_of(**changes))
+
+
 def test_the_layout_of_a_stranger_is_read() -> None:
     piece = decode_frame(payload_of()).pieces[0]
     assert piece.tensors == (TensorHead("float32", (3,)),)

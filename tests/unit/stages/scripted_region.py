@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from bus import messages, topics
-from bus.frames import decode_frame
+from bus.frames import Frame, decode_frame, encode_frame
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import (
     Admitted,
@@ -31,11 +31,12 @@ from bus.messages import (
 from bus.topics import Partitions
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
 from stages.components import StageComponents
+from stages.devices.attempt import ResultSink
 from stages.devices.device import Device
 from stages.devices.session import DeviceSession, Keep
-from stages.hop import Hop, hop_of
+from stages.hops.hop import Hop, hop_of
 from stages.node import Node, NodeSettings
-from stages.runner import ModelledRunner
+from stages.runner import Runner
 from tests.numbered_frames import NumberingRunner
 
 SIZE = 64
@@ -58,18 +59,20 @@ SESSION = TaskSubmitted(
 class ScriptedRegion:
     """The nodes, and the planner's pen."""
 
-    def __init__(self, broker: MemoryBroker, bus: MemoryBus) -> None:
-        self.broker, self._bus = broker, bus
+    def __init__(self, broker: MemoryBroker, bus: MemoryBus, on_result: ResultSink | None = None) -> None:
+        self.broker, self._bus, self._on_result = broker, bus, on_result
         self.nodes: dict[str, Node] = {}
         self.works: dict[str, Device | Hop] = {}
         self.running: dict[str, asyncio.Task[None]] = {}
         self._seq = 0
 
-    def start(self, settings: NodeSettings, runner: ModelledRunner, components: StageComponents | None = None) -> None:
+    def start(self, settings: NodeSettings, runner: Runner, components: StageComponents | None = None) -> None:
         """Start a process of a node."""
         node = Node(self._bus, settings, runner, components=components)
         self.nodes[settings.name] = node
-        work = self.works[settings.name] = Device(node) if settings.role is Role.DEVICE else hop_of(node)
+        work = self.works[settings.name] = (
+            Device(node, self._on_result) if settings.role is Role.DEVICE else hop_of(node)
+        )
         self.running[settings.name] = asyncio.create_task(node.run(work))
 
     async def kill(self, name: str) -> None:
@@ -96,6 +99,10 @@ class ScriptedRegion:
         )
         await self._bus.send(topics.DECISIONS, messages.encode(decision), key="0", partition=0)
         await asyncio.sleep(0.05)
+
+    async def send(self, topic: str, frame: Frame) -> None:
+        """Send a frame as another node would."""
+        await self._bus.send(topic, encode_frame(frame), key=frame.task_id)
 
     async def open(self, placement: Placement, keep: Keep = Keep.ALL) -> DeviceSession:
         """A session that is placed and ready."""
@@ -146,9 +153,10 @@ def placed_and_started(placement: Placement, attempt: int = 1) -> tuple[Change, 
 async def scripted_region(
     *,
     edges: Sequence[str] = ("e",),
-    runner: ModelledRunner | None = None,
+    runner: Runner | None = None,
     components: StageComponents | None = None,
     cloud_region: int = 0,
+    on_result: ResultSink | None = None,
 ) -> AsyncIterator[ScriptedRegion]:
     """A region with the device d, the edges, and the cloud stages c1 and c2, which may belong to another region."""
     broker = MemoryBroker(session_timeout_s=3.0)
@@ -156,7 +164,7 @@ async def scripted_region(
         await bus.create_topics(topics.specs(edges, Partitions(regions=1 + cloud_region, cloud=2)))
         opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=600.0)
         await bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
-        made = ScriptedRegion(broker, bus)
+        made = ScriptedRegion(broker, bus, on_result)
         roles = {"d": Role.DEVICE} | dict.fromkeys(edges, Role.EDGE) | dict.fromkeys(("c1", "c2"), Role.CLOUD)
         for name, role in roles.items():
             settings = NodeSettings(name=name, role=role, region=cloud_region if role is Role.CLOUD else 0)

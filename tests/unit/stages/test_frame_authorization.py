@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+import pytest
+
+from bus.errors import ProtocolError
 from bus.frames import AttemptPlan, Frame
 from bus.identity.keys import Master, Speaker
 from bus.identity.signed_bus import signed
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Admitted, Decision, Placed, SeedInput, TaskSubmitted
-from bus.values import Execution, Kind, Objective, Parts, Placement, Role
+from bus.values import Execution, Kind, Objective, Parts, Placement, Role, Route
 from stages.fences import Fences
 from stages.frame_authorization import FrameAuthorization
 from stages.node import Node, NodeSettings
@@ -63,3 +67,19 @@ async def test_a_task_of_this_region_is_no_other_region_s() -> None:
     assert authorization.usable(stranger, _frame(2, plan), plan)  # a task of which this region has no decision
     node.fences.apply(DECISION)
     assert not authorization.usable(stranger, _frame(2, plan), plan)
+
+
+@pytest.mark.parametrize(
+    ("cuts", "may"), [(((0, 3), (1, 2)), True), (((0, 2), (1, 2)), False), (((3, 3), (1, 2)), False)]
+)
+async def test_the_edge_may_send_results_where_it_computes_the_last_layer_of_a_route(
+    cuts: tuple[tuple[int, int], ...], may: bool
+) -> None:
+    _, authorization = await _stage(Role.DEVICE, "d1")
+    routes = tuple(Route(cut1=a, cut2=b, share=1 / len(cuts), stations_s=(1.0,) * 7) for a, b in cuts)
+    placement = WHERE.model_copy(update={"kind": Kind.DEVICE_EDGE_CLOUD, "routes": routes})
+    plan = AttemptPlan.of(PLACED.model_copy(update={"placement": placement}), region=0, todo=2)
+    authorization.check_result(Speaker("cloud", "c1"), Frame("result", "t", 1, "c1"), plan)
+    authorization.check_result(Speaker("edge", "e1"), Frame("report", "t", 1, "e1"), plan)
+    with contextlib.nullcontext() if may else pytest.raises(ProtocolError, match="does not authorize"):
+        authorization.check_result(Speaker("edge", "e1"), Frame("result", "t", 1, "e1"), plan)

@@ -20,8 +20,8 @@ from bus.port import Position, RecordValue
 from bus.tensors import to_pieces
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
 from loadgen.sim.virtual_loop import run_virtual
-from stages.edge_stage import EdgeStage
-from stages.hop import SWEEP_S, UNKNOWN_TASK_S, Hop, hop_of
+from stages.hops.edge_stage import EdgeStage
+from stages.hops.hop import SWEEP_S, UNKNOWN_TASK_S, Hop, hop_of
 from stages.node import Node, NodeSettings
 from stages.runner import ModelledRunner
 

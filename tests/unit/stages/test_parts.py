@@ -16,7 +16,7 @@ from bus.values import Execution, ModelProfile, Role
 from loadgen.bench.fixed_placement import Staged
 from loadgen.sim.virtual_loop import run_virtual
 from stages.network.frame_sender import Outgoing, sending
-from stages.runner import ModelledRunner, Station
+from stages.runner import ModelledRunner, PaceClock, Station
 
 from .network.test_frame_sender import frame_sender_of
 
@@ -132,8 +132,8 @@ class CrowdedStation:
 
 
 class Crowded(ModelledRunner):
-    def station(self, plan: object, first: int, last: int) -> Station:
-        return CrowdedStation(super().station(plan, first, last))  # type: ignore[arg-type]
+    def station(self, plan: object, first: int, last: int, pace: PaceClock) -> Station:
+        return CrowdedStation(super().station(plan, first, last, pace))  # type: ignore[arg-type]
 
 
 def test_waiting_for_other_tasks_is_no_computing() -> None:

@@ -18,7 +18,7 @@ from loadgen.sim.virtual_loop import run_virtual
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.node import REHEARSAL_S, Node, NodeSettings
 from stages.rehearsal import rehearse
-from stages.runner import ModelledRunner, Station
+from stages.runner import ModelledRunner, PaceClock, Station
 from stages.zoo.registry import digits, load_model
 from tests.unit.stages.test_node import Idle
 
@@ -44,9 +44,9 @@ class Watched(ModelledRunner):
             raise ModelError(plan.model, "cannot be loaded")
         await super().prepare(plan, first, last)
 
-    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
+    def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
         self.ran.append(plan.model)
-        return super().station(plan, first, last)
+        return super().station(plan, first, last, pace)
 
 
 async def announced_after(runner: ModelledRunner, *, rehearses: bool) -> float:

@@ -13,7 +13,7 @@ from bus.port import Headers, Position, RecordValue
 from bus.topics import TopicSpec
 from loadgen.sim.virtual_loop import run_virtual
 from stages.measuring.throughput import HOLD_S, MAX_HOLD_S, LinkThroughput
-from stages.network.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
+from stages.network.frame_sender import Destination, FrameSender, Outgoing, SenderHooks, sending
 from stages.network.shaper import Link
 
 from .network.test_frame_sender import PLAN
@@ -154,7 +154,7 @@ def test_a_sender_measures_a_real_link_by_its_acknowledgements(
             sender = FrameSender(
                 bus,
                 PLAN,
-                Route("link1", "out", "t", "activations", (Link().grant(MBIT),)),
+                Destination("link1", "out", "t", "activations", (Link().grant(MBIT),)),
                 SenderHooks(
                     gate=lambda: asyncio.sleep(0),
                     on_busy=lambda begin_s, end_s: None,

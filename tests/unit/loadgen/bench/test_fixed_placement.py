@@ -18,7 +18,7 @@ from loadgen.bench.fixed_placement import Staged
 from loadgen.sim.virtual_loop import run_virtual
 from planner.core.core import PlannerCore
 from planner.service.service import PlannerService, Standing
-from stages.runner import ModelledRunner, Station
+from stages.runner import ModelledRunner, PaceClock, Station
 
 PROFILE = ModelProfile(
     model="toy",
@@ -63,7 +63,7 @@ def test_a_planner_can_follow_it() -> None:
 
 
 class BrokenRunner(ModelledRunner):
-    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
+    def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
         raise ConfigError("broken")
 
 
@@ -107,8 +107,8 @@ class LateRunner(ModelledRunner):
     async def prepare(self, plan: AttemptPlan, first: int, last: int) -> None:
         await asyncio.sleep(1.0)  # is no part of a sample's time
 
-    def station(self, plan: AttemptPlan, first: int, last: int) -> Station:
-        return LateStation(super().station(plan, first, last))
+    def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
+        return LateStation(super().station(plan, first, last, pace))
 
 
 def test_late_timers_do_not_make_a_device_slower() -> None:

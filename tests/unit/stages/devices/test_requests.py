@@ -23,7 +23,7 @@ from bus.messages import (
 from bus.tensors import Array
 from loadgen.sim.virtual_loop import run_virtual
 from stages.devices.endings import TaskEndedError
-from stages.runner import ModelledRunner
+from stages.runner import ModelledRunner, PaceClock
 from tests.unit.stages.devices.test_device import ALONE, AT_EDGE, PROFILE, TASK, Region, changes, region
 
 ASKED = TASK.model_copy(update={"input": HandleInput(handle="t")})
@@ -33,8 +33,8 @@ SAMPLES = [[np.full(100, sample, np.uint8)] for sample in range(4)]
 class EchoRunner(ModelledRunner):
     """Returns the inputs as outputs."""
 
-    def station(self, plan: Any, first: int, last: int) -> Any:
-        inner = super().station(plan, first, last)
+    def station(self, plan: Any, first: int, last: int, pace: PaceClock) -> Any:
+        inner = super().station(plan, first, last, pace)
 
         class Echo:
             waited_s = 0.0

@@ -25,7 +25,7 @@ from stages.components import StageComponents
 from stages.devices.device import STALL_S
 from stages.devices.endings import FrameDroppedError, SampleFailedError, SessionEndedError
 from stages.devices.session import MAX_WAITING, Keep
-from stages.hop import OTHER_REGION_S
+from stages.hops.hop import OTHER_REGION_S
 from stages.network.frame_sender import PLAN_EVERY_S
 from stages.window import Window
 from tests.numbered_frames import NumberingRunner, answers, broken_frame, frame

@@ -19,7 +19,7 @@ from bus.tensors import Assembler
 from bus.topics import TopicSpec
 from bus.values import Execution, Kind, Placement
 from loadgen.sim.virtual_loop import run_virtual
-from stages.network.frame_sender import FrameSender, Outgoing, Route, SenderHooks, sending
+from stages.network.frame_sender import Destination, FrameSender, Outgoing, SenderHooks, sending
 from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.network.shaper import Link
 from stages.network.trace import parse_trace
@@ -52,7 +52,7 @@ def frame_sender_of(
     return FrameSender(
         bus,
         PLAN,
-        Route("link1", "out", "t", "activations", (link.grant(1_000_000),)),
+        Destination("link1", "out", "t", "activations", (link.grant(1_000_000),)),
         SenderHooks(gate=gate, on_busy=lambda begin_s, end_s: None, on_acknowledged=on_acknowledged),
         source="d",
     )
@@ -225,7 +225,7 @@ def test_the_last_samples_leave_in_ever_smaller_frames_where_somebody_computes_n
             sender = FrameSender(
                 bus,
                 PLAN,
-                Route("link1", "out", "t", kind, (Link().grant(16_000_000),)),
+                Destination("link1", "out", "t", kind, (Link().grant(16_000_000),)),
                 SenderHooks(
                     gate=lambda: asyncio.sleep(0),
                     on_busy=lambda begin_s, end_s: None,

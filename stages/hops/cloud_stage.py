@@ -9,17 +9,16 @@ import contextlib
 from contextlib import AbstractAsyncContextManager
 
 from bus import topics
-from bus.errors import ProtocolError
 from bus.frames import AttemptPlan
-from bus.values import Placement
-from stages.flow import LayerRange
-from stages.network.frame_sender import Route
+from bus.values import MAX_LAYERS, Placement
+from stages.computing import Segment
+from stages.network.frame_sender import Destination
 from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.network.shaper import Link
 
 
 class CloudStage:
-    """The cloud's side of a hop (`stages.flow.HopStage`)."""
+    """The cloud's side of a hop (`stages.hops.flow.HopStage`)."""
 
     part = "cloud"
 
@@ -36,25 +35,24 @@ class CloudStage:
         """Nothing to wait for: the planner does not limit how many tasks the cloud computes at once."""
         return contextlib.nullcontext()
 
-    def layers(self, plan: AttemptPlan) -> LayerRange:
-        """The layers after the plan's second cut. Raises `ProtocolError` where the plan does not use the cloud."""
-        if not plan.placement.uses_cloud:
-            raise ProtocolError("wrong_shape", f"task {plan.task_id}: the plan does not use the cloud")
-        return LayerRange(plan.placement.cut2, None, computes=True)
+    def segment(self, cut1: int, cut2: int, layers: int | None) -> Segment | None:
+        """The layers after the second cut; None where there are none."""
+        last = MAX_LAYERS + 1 if layers is None else layers  # of a model that is unknown here, so nothing is computed
+        return None if cut2 == last else Segment(cut2, last)
 
-    def serves(self, placement: Placement) -> LayerRange | None:
-        """The layers that a placement has for the cloud; None where it does not use the cloud."""
-        return LayerRange(placement.cut2, None, computes=True) if placement.uses_cloud else None
+    def serves(self, placement: Placement) -> bool:
+        """Whether a placement uses the cloud."""
+        return placement.uses_cloud
 
     def echo_topic(self, prober: str) -> str:
         """Answers to an edge's probes go to its own topic. Raises ValueError for a reserved name."""
         return topics.activations_topic(prober)
 
-    def route(self, plan: AttemptPlan) -> Route:
+    def destination(self, plan: AttemptPlan, *, to_cloud: bool) -> Destination:
         """To the device: over link 2, then over link 1."""
         placement = plan.placement
         grants = (self._link2.grant(placement.link2_bps), self._link1.grant(placement.link1_bps))
-        return Route("result", topics.RESULTS, plan.device, "result", grants)
+        return Destination("result", topics.RESULTS, plan.device, "result", grants)
 
     @property
     def sent_bytes(self) -> dict[str, int]:

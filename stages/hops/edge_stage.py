@@ -12,15 +12,15 @@ from contextlib import AbstractAsyncContextManager
 from bus import topics
 from bus.frames import AttemptPlan
 from bus.values import Placement
-from stages.flow import LayerRange
+from stages.computing import Segment
 from stages.measuring.throughput import LinkThroughput
-from stages.network.frame_sender import Route
+from stages.network.frame_sender import Destination
 from stages.network.shaper import Link
 from stages.node import NodeSettings
 
 
 class EdgeStage:
-    """The edge's side of a hop (`stages.flow.HopStage`)."""
+    """The edge's side of a hop (`stages.hops.flow.HopStage`)."""
 
     part = "edge"
 
@@ -39,28 +39,25 @@ class EdgeStage:
         """A compute slot, held while the block runs."""
         return self.slots
 
-    def layers(self, plan: AttemptPlan) -> LayerRange:
-        """The layers between the plan's two cuts."""
-        placement = plan.placement
-        return LayerRange(placement.cut1, placement.cut2, computes=placement.uses_slot)
+    def segment(self, cut1: int, cut2: int, layers: int | None) -> Segment | None:
+        """The layers between the two cuts; None where the device computes all."""
+        return None if cut1 == layers else Segment(cut1, cut2)
 
-    def serves(self, placement: Placement) -> LayerRange | None:
-        """The layers that a placement has for this edge; None where it uses another edge."""
-        if placement.edge != self._name:
-            return None
-        return LayerRange(placement.cut1, placement.cut2, computes=placement.uses_slot)
+    def serves(self, placement: Placement) -> bool:
+        """Whether a placement uses this edge."""
+        return placement.edge == self._name
 
     def echo_topic(self, prober: str) -> str:
         """Answers to a device's probes go where its results go."""
         return topics.RESULTS
 
-    def route(self, plan: AttemptPlan) -> Route:
-        """To the cloud where the plan uses it, else back to the device."""
+    def destination(self, plan: AttemptPlan, *, to_cloud: bool) -> Destination:
+        """To the cloud, or back to the device."""
         placement = plan.placement
-        if placement.uses_cloud:
+        if to_cloud:
             grants = (self._link2.grant(placement.link2_bps),)
-            return Route("link2", topics.ACTIVATIONS_CLOUD, plan.task_id, "activations", grants)
-        return Route("result", topics.RESULTS, plan.device, "result", (self._results.grant(placement.link1_bps),))
+            return Destination("link2", topics.ACTIVATIONS_CLOUD, plan.task_id, "activations", grants)
+        return Destination("result", topics.RESULTS, plan.device, "result", (self._results.grant(placement.link1_bps),))
 
     @property
     def sent_bytes(self) -> dict[str, int]:

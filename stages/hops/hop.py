@@ -22,10 +22,11 @@ from bus.identity.proofs import WRONG_IDENTITY, Speaker
 from bus.messages import Decision, LinkMeasurement, NodeJoined, NodeLost, Placed, TaskFailed
 from bus.port import Bus, Member, Record, TopicPartition
 from bus.values import Role
-from stages.cloud_stage import CloudStage
-from stages.edge_stage import EdgeStage
-from stages.flow import Flow, LayerRange
 from stages.frame_authorization import FrameAuthorization
+from stages.hops.branches import segments_of
+from stages.hops.cloud_stage import CloudStage
+from stages.hops.edge_stage import EdgeStage
+from stages.hops.flow import Flow
 from stages.measuring.peers import CLOUD, Echoes, LinkToPeers
 from stages.measuring.probes import Prober
 from stages.measuring.reports import measurement
@@ -150,8 +151,8 @@ class Hop:
             if not isinstance(change, Placed):
                 continue
             key = (change.task_id, change.attempt)
-            if (layers := self.stage.serves(change.placement)) is not None:
-                self._prepare_ahead(change, layers)
+            if self.stage.serves(change.placement):
+                self._prepare_ahead(change)
             if key in self.flows and self.flows[key].plan.region != decision.region:
                 self.flows.pop(key).stop(discard=True)
         for key in list(self._orphans):
@@ -167,11 +168,11 @@ class Hop:
         if self._prober is not None:
             self._prober.aim([CLOUD] if self.node.fences.names(Role.CLOUD) else [])
 
-    def _prepare_ahead(self, placed: Placed, layers: LayerRange) -> None:
+    def _prepare_ahead(self, placed: Placed) -> None:
         profile = next((p for p in self.node.runner.profiles() if p.model == placed.model), None)
-        if profile is not None and layers.computes:
-            last = profile.layers if layers.last is None else layers.last
-            self.node.prepare_ahead(placed, layers.first, last)
+        if profile is not None:
+            for first, last in segments_of(self.stage, placed.placement, profile.layers):
+                self.node.prepare_ahead(placed, first, last)
 
     @property
     def held_bytes(self) -> int:
