@@ -178,6 +178,8 @@ def _tasks(view: RegionView, rows: int, columns: int) -> RenderableType:
             where = "+".join(STATION_LETTER.get(tier, tier) for tier in where.split("+"))
         if task.placement is not None and task.placement.edge is not None:
             where += f" {task.placement.edge}"
+        if task.placement is not None and task.placement.routes is not None:
+            where += f", {format_count(len(task.placement.routes), 'route')}"
         state = Text(task.state.value.lower(), style=_STATE_STYLE.get(task.state, ""))
         predicted = (_bar(task.predicted, task.predicted_delay_s, longest_s, cells), _seconds(task.predicted_delay_s))
         table.add_row(

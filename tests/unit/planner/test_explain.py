@@ -17,8 +17,8 @@ from tests.unit.planner.core.test_learning import Region, Truth
 from tests.unit.planner.scenes import RandomRegion, Traffic, cloud, completed, device, edge, task
 
 
-def records(*events: Event, policy: str = "deepar") -> list[Decision]:
-    core = PlannerCore(0, policy)
+def records(*events: Event, policy: str = "deepar", objective: Objective = Objective.SEQUENTIAL) -> list[Decision]:
+    core = PlannerCore(0, policy, objective)
     found: list[Decision] = []
     for number, event in enumerate(events):
         now = max(0.0, number * 0.01)
@@ -221,3 +221,39 @@ def test_candidates_are_ordered_by_what_their_wait_counts() -> None:
     assert all((c.margin_s > 0) <= ((c.start_in_s or 0) > 0) for c in counted)
     ends = [(c.start_in_s or 0) + c.margin_s + (c.delay_s or 0) for c in counted]
     assert ends == sorted(ends)
+
+
+def test_a_choice_of_several_routes_is_among_the_candidates_with_its_shares() -> None:
+    mixed = 0
+    for seed in range(3):
+        core = PlannerCore(0, "routes", Objective.PIPELINED)
+        world = RandomRegion(core, seed, Traffic(rate=3.0, devices=5), validate=False).run()
+        for task_id, placed in list(world.placed.items())[::4]:
+            found = explain(world.log, task_id)
+            assert [c.chosen for c in found.candidates].count(True) == 1
+            assert found.candidates[0].placement == placed.placement
+            assert found.candidates[0].delay_s == pytest.approx(placed.delay_s)
+            mixed += placed.placement.routes is not None
+    assert mixed > 15
+
+
+def test_what_a_device_with_other_tasks_could_have_gained_is_explained() -> None:
+    links = {"max_link1_bps": 300_000_000, "max_link2_bps": 10_000_000}
+    other = task("other", tiers=("edge", "cloud"), samples=5000, max_link1_bps=1_000_000)
+    nodes = edge(slots=8, speed=20.0), cloud(), device()
+    told = {
+        count: explain(
+            records(
+                *nodes, *[other][:count], task(samples=500, input_bytes=1_000, **links),
+                policy="routes", objective=Objective.PIPELINED,
+            ),
+            "t1",
+        )
+        for count in (0, 1)
+    }  # fmt: skip
+    first, second = told[0].candidates[0], told[1].candidates[0]
+    assert first.placement is not None
+    assert second.placement is not None
+    assert (first.placement.uses_device, second.placement.uses_device) == (True, False)
+    assert "a gain of 15 % on the device, which has other tasks" in second.lacked
+    assert "a gain" not in first.lacked

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bus.values import DELAY_PARTS, Kind, Placement
+from bus.values import DELAY_PARTS, Kind, Placement, Route
 from deploy.monitor import phrases
 from deploy.monitor.phrases import cut_column, cuts_text, grants_text, place_text
 
@@ -49,6 +49,17 @@ def test_only_links_that_are_used_are_named() -> None:
     both = placement(Kind.DEVICE_CLOUD, 1, 1, 500_000_000, 20_000_000)
     assert place_text(both) == "device+cloud through e1, cut after conv, 500 Mbps on link 1, 20 Mbps on link 2"
     assert place_text(placement(Kind.DEVICE, 3, 3)) == "device, uncut"
+
+
+def test_several_routes_are_named_by_their_shares_and_numbers_of_layers() -> None:
+    routes = (
+        Route(cut1=1, cut2=2, share=0.62, stations_s=(1, 1, 1, 1, 1, 1, 1)),
+        Route(cut1=3, cut2=3, share=0.25, stations_s=(9, 0, 0, 0, 0, 0, 0)),
+        Route(cut1=0, cut2=0, share=0.13, stations_s=(0, 1, 0, 1, 1, 1, 1)),
+    )
+    place = placement(Kind.DEVICE_EDGE_CLOUD, 1, 2, 500_000_000, 20_000_000).model_copy(update={"routes": routes})
+    assert cuts_text(place) == "3 routes: 62 % 1 | 2, 25 % device, 13 % 0 | 0"
+    assert place_text(place).startswith("device+edge+cloud through e1, 3 routes: 62 % 1 | 2, ")
 
 
 def test_the_page_lists_the_parts_of_a_delay_as_the_messages_do() -> None:
