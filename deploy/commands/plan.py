@@ -15,7 +15,15 @@ from rich.table import Table
 
 from bus.errors import ConfigError, unknown_name
 from bus.text.json_text import json_text
-from bus.text.units import format_count, format_rate, format_seconds, parse_duration, parse_rate, parse_size
+from bus.text.units import (
+    format_count,
+    format_rate,
+    format_seconds,
+    format_share,
+    parse_duration,
+    parse_rate,
+    parse_size,
+)
 from bus.values import Kind, ModelProfile, Objective, Role
 from deploy.console_output import completion
 from deploy.console_output.option_groups import with_option_groups
@@ -24,12 +32,16 @@ from deploy.console_output.writable import writable_file
 from deploy.monitor.phrases import STATION_NAMES, cut_column
 from planner.search.cost import NO_OVERHEADS, Overheads
 from planner.search.profiles import PlatformProfiles, load_profile, with_codecs
-from planner.search.what_if import Constraints, Situation, WhatIfPlan, plans, position_of
+from planner.search.route_search import MixedRoute
+from planner.search.what_if import Constraints, Situation, WhatIfPlan, mixed, plans, position_of
 
 Platform = Annotated[
     str | None,
     typer.Option(metavar="P", help="Profile of this tier: a name, or a file such as `deepar profile --out` writes."),
 ]
+
+
+POLICIES = ("deepar", "routes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +75,10 @@ class TaskOptions:
     input_size: Annotated[str | None, typer.Option(help="Bytes of one input: 600KB. Default: from the profile.")] = None
     codecs: Codecs = False
     min_agreement: MinAgreement = None
+    policy: Annotated[
+        str,
+        typer.Option(help="`deepar`: one pair of cuts; `routes`: samples may take several (with objective pipelined)."),
+    ] = "deepar"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,20 +138,31 @@ def plan(
     if output.plot is not None:
         writable_file("--plot", output.plot, suffixes=(".png", ".svg"))
     situation = _situation(model, system, task, limits)
-    found = plans(situation, output.top)
+    found = _found(situation, task.policy, output.top)
     if output.plot is not None:
         from deploy.console_output.plan_chart import draw_plan
 
         draw_plan(situation, output.plot)
         print(f"written: {output.plot}", file=sys.stderr)
     if output.as_json:
-        print(json_text(_plan_json(situation, found)))
+        print(json_text(_plan_json(situation, found, task.policy)))
     elif found:
         console = Console(emoji=False)
         console.print(_plan_table(situation, found, console.width))
     if not found:
         print(_nothing(situation), file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _found(situation: Situation, policy: str, top: int) -> list[WhatIfPlan]:
+    """The best plans; of policy `routes` first the one of several routes."""
+    if policy not in POLICIES:
+        raise unknown_name("policy for a plan called", policy, POLICIES)
+    found = plans(situation, top)
+    if policy == "routes":
+        best = mixed(situation)
+        found = [] if best is None else [best, *(one for one in found if one != best)][:top]
+    return found
 
 
 def _situation(model: str, system: SystemOptions, task: TaskOptions, limits: ConstraintOptions) -> Situation:
@@ -201,7 +228,7 @@ def _matching(device: ModelProfile, other: ModelProfile) -> ModelProfile:
     return other
 
 
-def _plan_json(situation: Situation, found: list[WhatIfPlan]) -> dict[str, Any]:
+def _plan_json(situation: Situation, found: list[WhatIfPlan], policy: str) -> dict[str, Any]:
     return {
         "model": situation.device.model,
         "objective": situation.objective.value,
@@ -224,16 +251,19 @@ def _plan_json(situation: Situation, found: list[WhatIfPlan]) -> dict[str, Any]:
                 "delay_s": one.delay_s,
                 "latency_s": one.latency_s,
                 "parts": one.parts.model_dump(),
-                **({"routes": [_route(one)]} if situation.codecs else {}),
+                **({"routes": _routes(one)} if situation.codecs or policy == "routes" else {}),
             }
             for one in found
         ],
     }
 
 
-def _route(one: WhatIfPlan) -> dict[str, Any]:
-    codec1, codec2 = one.codecs
-    return {"cut1": one.cut1, "cut2": one.cut2, "codec1": codec1.value, "codec2": codec2.value, "share": 1.0}
+def _routes(one: WhatIfPlan) -> list[dict[str, Any]]:
+    routes = one.routes or [MixedRoute(one.cut1, one.cut2, 1.0, one.codecs)]
+    return [
+        {"cut1": cut1, "cut2": cut2, "codec1": codec1.value, "codec2": codec2.value, "share": share}
+        for cut1, cut2, share, (codec1, codec2) in routes
+    ]
 
 
 LATENCY = "latency"
@@ -264,7 +294,7 @@ def _plan_table(situation: Situation, found: list[WhatIfPlan], columns: int) -> 
     for one, row in zip(found, rows, strict=True):
         table.add_row(
             format_seconds(one.delay_s),
-            cut_column(one.kind, one.cut1_name, one.cut2_name),
+            _cuts(situation, one),
             *((_codecs(one),) if situation.codecs else ()),
             *(() if with_parts else (one.kind.value,)),
             *(format_seconds(row[name]) if row[name] else "" for name in shown),
@@ -272,8 +302,24 @@ def _plan_table(situation: Situation, found: list[WhatIfPlan], columns: int) -> 
     return table
 
 
+def _cuts(situation: Situation, one: WhatIfPlan) -> str:
+    """The layers after which the model is cut; of several routes one line for each, with its share."""
+    if not one.routes:
+        return cut_column(one.kind, one.cut1_name, one.cut2_name)
+    name, layers = situation.device.cut_name, situation.device.layers
+    lines = []
+    for cut1, cut2, share, _ in one.routes:
+        kind = Kind.of(cut1, cut2, layers)
+        cut = cut_column(kind, name(cut1), name(cut2))
+        where = f" ({kind.value})" if kind in (Kind.DEVICE_EDGE, Kind.DEVICE_CLOUD, Kind.EDGE_CLOUD) else ""
+        lines.append(f"{format_share(share)} {cut}{where}")
+    return "\n".join(lines)
+
+
 def _codecs(one: WhatIfPlan) -> str:
-    """The codec of each link that is used."""
+    """The codec of each link that is used; of several routes one line for each."""
+    if one.routes:
+        return "\n".join(f"{codec1.value}, {codec2.value}" for *_, (codec1, codec2) in one.routes)
     used = (one.link1_bps, one.link2_bps)
     return ", ".join(codec.value for codec, bps in zip(one.codecs, used, strict=True) if bps)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from bus.errors import ConfigError, CutError
+from bus.routes.interleave import interleaved_s
+from bus.routes.shares import solve_shares
 from bus.values import Codec, Kind, ModelProfile, Objective, Parts, Role
 from planner.search.codec_search import CodecSearch
 from planner.search.cost import (
@@ -21,10 +23,13 @@ from planner.search.cost import (
     Crossing,
     Overheads,
     PlatformRow,
+    SampleParts,
     busy_parts,
     stations_s,
 )
-from planner.search.families import family_of
+from planner.search.families import DEVICE, family_of
+from planner.search.policies import BUILT_IN, EXACT_BELOW, check_objective
+from planner.search.route_search import MixedRoute
 
 _CODECS: Final = tuple(Codec)
 
@@ -78,6 +83,7 @@ class WhatIfPlan:
     latency_s: float  # share of the links' latencies in the delay
     parts: Parts
     codecs: Codecs = RAW
+    routes: tuple[MixedRoute, ...] = ()  # by falling share; empty: one route, cut1 and cut2
 
 
 def position_of(profile: ModelProfile, layer: str) -> int:
@@ -96,13 +102,7 @@ def position_of(profile: ModelProfile, layer: str) -> int:
 def plans(situation: Situation, top: int = 1) -> list[WhatIfPlan]:
     """The best `top` plans, best first; ties as in Algorithm 1. Empty if no plan meets the constraints."""
     s = situation
-    rows = (
-        PlatformRow(s.device),
-        None if s.edge is None else PlatformRow(s.edge),
-        None if s.cloud is None else PlatformRow(s.cloud),
-    )
-    search = CodecSearch(rows, rows[0].consent(s.min_agreement)) if s.codecs else None
-    costs = Costs(*rows) if search is None else search.costs
+    costs, search = _prepared(s)
     ranked = []
     for cut1, cut2, codecs in _allowed(s, search):
         one = costs.sample_parts(cut1, cut2, s.link1_bps or 1, s.link2_bps or 1, s.input_bytes, codecs)
@@ -112,6 +112,62 @@ def plans(situation: Situation, top: int = 1) -> list[WhatIfPlan]:
             ranked.append((delay, family, cut1, cut2, [_CODECS.index(codec) for codec in codecs], codecs))
     ranked.sort()
     return [_plan(s, costs, delay, (cut1, cut2), codecs) for delay, _, cut1, cut2, _, codecs in ranked[:top]]
+
+
+def mixed(situation: Situation) -> WhatIfPlan | None:
+    """The best plan of one or several routes, each of which meets the constraints; None if no plan does.
+
+    Raises `ConfigError` unless the objective is pipelined.
+    """
+    s = situation
+    check_objective(BUILT_IN["routes"], s.objective)
+    costs, search = _prepared(s)
+    routes = list(_allowed(s, search))
+    best = next(iter(plans(s)), None)
+    if best is None:
+        return None
+    stations = [
+        costs.sample_parts(cut1, cut2, s.link1_bps or 1, s.link2_bps or 1, s.input_bytes, codecs)
+        for cut1, cut2, codecs in routes
+    ]
+    families = [family_of(cut1, cut2, costs.layers) for cut1, cut2, _ in routes]
+    fill_s = [
+        sum(one) + s.overheads.total_s(family, s.samples, s.objective)
+        for one, family in zip(stations, families, strict=True)
+    ]
+    found = solve_shares(fill_s, stations, s.samples)
+    used = sorted((r for r, share in enumerate(found.shares) if share), key=lambda r: (-found.shares[r], r))
+    beyond = [r for r in used if families[r] != DEVICE]
+    if len(used) < 2 or not beyond:
+        return best
+    shares = [found.shares[r] for r in used]
+    delay_s = max(fill_s[r] for r in beyond) + (s.samples - 1) * found.slowest_s
+    if s.samples < EXACT_BELOW:
+        delay_s = interleaved_s([fill_s[r] for r in used], [stations[r] for r in used], shares, s.samples)
+    if delay_s >= best.delay_s:
+        return best
+    largest = _plan(s, costs, delay_s, routes[beyond[0]][:2], routes[beyond[0]][2])
+    cut_pairs = [routes[r][:2] for r in used]
+    mean = [sum(found.shares[r] * stations[r][k] for r in used) for k in range(7)]
+    return replace(
+        largest,
+        kind=Kind.of_all(cut_pairs, costs.layers),
+        link2_bps=s.link2_bps if any(cut2 != costs.layers for _, cut2 in cut_pairs) else 0,
+        latency_s=max(s.overheads.latency_s(families[r]) for r in used),
+        parts=busy_parts(SampleParts(*mean), s.samples),
+        routes=tuple(MixedRoute(*routes[r][:2], found.shares[r], routes[r][2]) for r in used),
+    )
+
+
+def _prepared(s: Situation) -> tuple[Costs, CodecSearch | None]:
+    """The costs, and the search that knows the codecs if they may be used."""
+    rows = (
+        PlatformRow(s.device),
+        None if s.edge is None else PlatformRow(s.edge),
+        None if s.cloud is None else PlatformRow(s.cloud),
+    )
+    search = CodecSearch(rows, rows[0].consent(s.min_agreement)) if s.codecs else None
+    return Costs(*rows) if search is None else search.costs, search
 
 
 def _plan(s: Situation, costs: Costs, delay: float, cuts: tuple[int, int], codecs: Codecs) -> WhatIfPlan:

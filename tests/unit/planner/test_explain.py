@@ -238,7 +238,7 @@ def test_a_choice_of_several_routes_is_among_the_candidates_with_its_shares() ->
 
 
 def test_what_a_device_with_other_tasks_could_have_gained_is_explained() -> None:
-    links = {"max_link1_bps": 300_000_000, "max_link2_bps": 10_000_000}
+    links: dict[str, Any] = {"max_link1_bps": 300_000_000, "max_link2_bps": 10_000_000}
     other = task("other", tiers=("edge", "cloud"), samples=5000, max_link1_bps=1_000_000)
     nodes = edge(slots=8, speed=20.0), cloud(), device()
     told = {

@@ -79,6 +79,21 @@ def test_an_agreement_is_a_share_of_lossy_codecs(flags: tuple[str, ...]) -> None
         run("plan", "alexnet", *flags)
 
 
+def test_a_plan_of_several_routes_comes_first_with_the_share_of_each() -> None:
+    several = ("plan", "alexnet", "--policy", "routes", "--objective", "pipelined", "--samples", "200", "--top", "2")
+    first, second = json.loads(run(*several, "--json"))["plans"]
+    assert first["delay_s"] < 0.8 * second["delay_s"]
+    assert len(first["routes"]) > 1
+    assert sum(route["share"] for route in first["routes"]) == pytest.approx(1.0)
+    assert set(first["routes"][0]) == {"cut1", "cut2", "codec1", "codec2", "share"}
+    assert [route["share"] for route in second["routes"]] == [1.0]
+    assert "device alone" in run(*several)
+    with pytest.raises(ConfigError, match="pipelined"):
+        run("plan", "alexnet", "--policy", "routes")
+    with pytest.raises(UnknownNameError, match="did you mean routes"):
+        run("plan", "alexnet", "--policy", "route")
+
+
 def test_no_plan_is_exit_code_1_and_says_so() -> None:
     assert json.loads(run("plan", "alexnet", "--max-delay", "1ms", "--json", code=1))["plans"] == []
 

@@ -11,8 +11,10 @@ from bus.values import Kind, Objective, Role
 from planner.search.codec_search import CodecSearch
 from planner.search.cost import PlatformRow
 from planner.search.cut_search import CutSearch
+from planner.search.families import ALL_THREE, DEVICE_CLOUD, DEVICE_EDGE
 from planner.search.profiles import load_profile, with_codecs
-from planner.search.what_if import Constraints, Situation, WhatIfPlan, plans, position_of, stretches, sweep
+from planner.search.route_search import RouteSearch
+from planner.search.what_if import Constraints, Situation, WhatIfPlan, mixed, plans, position_of, stretches, sweep
 
 PAPER = load_profile("paper")
 
@@ -52,6 +54,47 @@ def test_the_best_plan_with_codecs_is_what_the_search_finds(objective: Objective
     assert (first.delay_s, first.cut1, first.cut2, first.codecs) == best
     assert first.delay_s < plans(replace(asked, codecs=False))[0].delay_s
     assert all(codec.lossless for codec in first.codecs) == (consent is None)
+
+
+@pytest.mark.parametrize("consent", [None, 0.995])
+@pytest.mark.parametrize("samples", [60, 500])
+def test_the_best_plan_of_several_routes_is_what_the_search_finds(consent: float | None, samples: int) -> None:
+    for asked in (situation(objective=Objective.PIPELINED), coded(Objective.PIPELINED, consent)):
+        asked = replace(asked, samples=samples)
+        assert asked.edge is not None
+        assert asked.cloud is not None
+        rows = PlatformRow(asked.device), PlatformRow(asked.edge), PlatformRow(asked.cloud)
+        search = RouteSearch(CodecSearch(rows, consent) if asked.codecs else CutSearch(*rows))
+        mixes = [
+            search.best(f, asked.link1_bps, asked.link2_bps, samples) for f in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE)
+        ]
+        best = min((one for one in mixes if one is not None), key=lambda one: one.delay_s)
+        plan = mixed(asked)
+        assert plan is not None
+        assert plan.delay_s == pytest.approx(best.delay_s)
+        assert plan.delay_s < 0.98 * plans(asked)[0].delay_s
+        assert sum(route.share for route in plan.routes) == pytest.approx(1.0)
+        assert [route[:2] for route in plan.routes] == [route[:2] for route in best.routes]
+
+
+def test_each_of_several_routes_meets_the_constraints() -> None:
+    kept = mixed(replace(situation(objective=Objective.PIPELINED, keep_on_device=2), samples=200))
+    assert kept is not None
+    assert len(kept.routes) > 1
+    assert all(route.cut1 >= 2 for route in kept.routes)
+    near = mixed(replace(situation(objective=Objective.PIPELINED, forbidden=frozenset({Role.CLOUD})), samples=200))
+    assert near is not None
+    assert len(near.routes) > 1
+    assert (near.kind, near.link2_bps) == (Kind.DEVICE_EDGE, 0)
+    assert mixed(situation(objective=Objective.PIPELINED, max_delay_s=1e-6)) is None
+
+
+@pytest.mark.parametrize("samples", [1, 3, 10, 30])
+def test_several_routes_are_never_worse_than_one_however_few_samples(samples: int) -> None:
+    asked = replace(situation(objective=Objective.PIPELINED), samples=samples)
+    plan = mixed(asked)
+    assert plan is not None
+    assert plan.delay_s <= plans(asked)[0].delay_s
 
 
 def test_with_codecs_the_limit_of_bytes_counts_what_the_links_carry() -> None:
