@@ -53,6 +53,9 @@ lock: $(VENV)/.dev ## update the pinned dependencies
 		--custom-compile-command 'make lock' --extra grpc -c requirements.lock -c requirements-otel.lock pyproject.toml \
 		deploy/build-requirements.in -o requirements-grpc.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+		--custom-compile-command 'make lock' --extra solvers pyproject.toml \
+		deploy/build-requirements.in -o requirements-solvers.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 		--custom-compile-command 'make lock' --group dev -c requirements-otel.lock -c requirements-grpc.lock \
 		-o requirements-dev.lock pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \

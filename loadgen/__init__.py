@@ -1,5 +1,5 @@
 """The load generator: submits tasks and measures the system live, in simulation and under faults.
 
 Imports `bus`, `planner` and `stages`; only `deploy` imports it. Every wing runs the real planner, live or in virtual
-time. Wings: `replay`, `sim`, `experiments`, `bench`, `chaos`.
+time. Wings: `replay`, `sim`, `experiments`, `bounds`, `bench`, `chaos`.
 """

@@ -18,16 +18,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bus.errors import ConfigError
 from bus.kafka.bus import KafkaConnection
 from bus.kafka.connection import addresses
 from bus.text.json_text import json_text
 from bus.text.units import format_seconds, parse_duration
 from bus.values import Objective
+from deploy.commands.simulate.bound import bound
 from deploy.commands.simulate.chaos import chaos
+from deploy.commands.simulate.policy_names import Policies, policy_names
 from deploy.commands.simulate.robustness import robustness
 from deploy.commands.simulate.soak import soak
-from deploy.console_output import completion
 from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.options import AsJson
 from deploy.console_output.progress import progress_bar
@@ -45,15 +45,10 @@ from loadgen.experiments.sweep import Axis, SweepOptions, SweepResult
 from loadgen.experiments.sweep import sweep as run_sweep
 from loadgen.sim import scenario
 from loadgen.sim.platforms import platforms
-from planner.search.policies import load_policy
 
 app = typer.Typer(no_args_is_help=True, help="Run the paper's experiments, one command each, and sweeps beyond them.")
 
 Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds.")]
-Policies = Annotated[
-    str,
-    typer.Option(help="Names of policies, a,b,c; your own as module:name.", autocompletion=completion.policies),
-]
 Out = Annotated[Path, typer.Option(file_okay=False, envvar="DEEPAR_FIGURES", help="Folder for CSV, PNG and SVG.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Number of processes; default: the number of cores.")]
 Cluster = Annotated[str | None, typer.Option(help="Address of a Dask scheduler, tcp://host:8786 (extra `cluster`).")]
@@ -65,6 +60,7 @@ ObjectiveFlag = Annotated[
 ]
 
 
+app.command()(bound)
 app.command()(chaos)
 app.command()(robustness)
 app.command()(soak)
@@ -110,7 +106,7 @@ def _figure_command(name: str, doc: str) -> None:
         options = FigureOptions(
             out=out,
             seeds=compared.seeds,
-            policies=_policies(compared.policies),
+            policies=policy_names(compared.policies),
             objective=compared.objective,
             profile=profile,
             jobs=workers.processes(),
@@ -223,7 +219,7 @@ def sweep(
             out=writable_folder("--out", out),
             scenario=scenario.Scenario() if file is None else scenario.read(file),
             axes=tuple(Axis.parse(text) for text in varied.vary or ()),
-            policies=_policies(varied.policies),
+            policies=policy_names(varied.policies),
             seeds=varied.seeds,
             jobs=workers.processes(),
             cluster=workers.cluster,
@@ -374,15 +370,6 @@ def check(
         Console(emoji=False, highlight=False).print(table)
     if not all(one.passed for one in checks):
         raise typer.Exit(EXIT_MISSED)
-
-
-def _policies(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise ConfigError("--policies names no policy")
-    for name in names:
-        load_policy(name)
-    return names
 
 
 def _print_means(console: Console, rows: list[dict[str, Any]], axes: list[str]) -> None:
