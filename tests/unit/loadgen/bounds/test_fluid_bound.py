@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,7 +136,10 @@ def test_the_bound_follows_the_unit_of_time() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_least_costs_are_certified_for_any_prices(seed: int) -> None:
     numbers = np.random.default_rng(seed)
-    routes = [(4.0,), *(numbers.uniform(0.0, 2.0, 7) * (numbers.uniform(size=7) < 0.7) for _ in range(12))]
+    routes: list[Sequence[float]] = [
+        (4.0,),
+        *(numbers.uniform(0.0, 2.0, 7) * (numbers.uniform(size=7) < 0.7) for _ in range(12)),
+    ]
     one = task(*routes, samples=50, arrival_s=3.0)
     times_s = intervals(edge(one, task(DEVICE, arrival_s=9.0)))
     subproblem = FluidPricing(one, (SLOT, LINK2), times_s)
@@ -151,6 +155,6 @@ def test_least_costs_are_certified_for_any_prices(seed: int) -> None:
     ("changes", "named"),
     [({"reachable": 2}, "reach one edge"), ({"noise": 0.5}, "noise"), ({"deadline_s": 9.0}, "deadline_s")],
 )
-def test_scenarios_without_a_bound_are_refused(changes: dict[str, float], named: str) -> None:
+def test_scenarios_without_a_bound_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         edge_cases(replace(Scenario(devices=2), **changes), 0, machines())
