@@ -136,10 +136,8 @@ def test_the_bound_follows_the_unit_of_time() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_least_costs_are_certified_for_any_prices(seed: int) -> None:
     numbers = np.random.default_rng(seed)
-    routes: list[Sequence[float]] = [
-        (4.0,),
-        *(numbers.uniform(0.0, 2.0, 7) * (numbers.uniform(size=7) < 0.7) for _ in range(12)),
-    ]
+    others = numbers.uniform(0.0, 2.0, (12, 7)) * (numbers.uniform(size=(12, 7)) < 0.7)
+    routes: list[list[float]] = [[4.0], *others.tolist()]
     one = task(*routes, samples=50, arrival_s=3.0)
     times_s = intervals(edge(one, task(DEVICE, arrival_s=9.0)))
     subproblem = FluidPricing(one, (SLOT, LINK2), times_s)
