@@ -57,7 +57,7 @@ def test_the_best_plan_with_codecs_is_what_the_search_finds(objective: Objective
 
 
 @pytest.mark.parametrize("consent", [None, 0.995])
-@pytest.mark.parametrize("samples", [60, 500])
+@pytest.mark.parametrize("samples", [200, 2000])
 def test_the_best_plan_of_several_routes_is_what_the_search_finds(consent: float | None, samples: int) -> None:
     for asked in (situation(objective=Objective.PIPELINED), coded(Objective.PIPELINED, consent)):
         asked = replace(asked, samples=samples)
