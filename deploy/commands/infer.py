@@ -56,13 +56,22 @@ class ImageOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PlaceOptions:
-    """Where the request may be computed."""
+    """Where the request may be computed, and how exactly."""
 
     placement: Annotated[
         str | None,
         typer.Option(metavar="TIERS", help="Tiers that may compute, like device+edge, or tiers that may not: -cloud."),
     ] = None
     priority: Annotated[int | None, typer.Option(min=1, help="1 is the most urgent.")] = None
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Allow lossy codecs on the links whose measured agreement is at least this, like 0.995. "
+            "Default: lossless ones only.",
+        ),
+    ] = None
 
     def parameters(self) -> dict[str, Any]:
         """As parameters of the request."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from bus.messages import Placed, SessionTerms
 from bus.tensors import Array
-from bus.values import DELAY_PARTS, Parts, Role
+from bus.values import DELAY_PARTS, Codec, Parts, Placement, Role
 from stages.devices.endings import SessionEndedError, UnansweredError
 from stages.devices.session import DeviceSession, Keep
 from stages.measuring.clock import exact_clock
@@ -472,6 +472,7 @@ def _parameters(found: _Computed, total_s: float) -> dict[str, Any]:
         "deepar_kind": placement.kind.value,
         "deepar_edge": placement.edge or "",
         "deepar_cuts": f"{placement.cut1},{placement.cut2}",
+        **_codecs(placement),
         "deepar_attempt": placed.attempt,
         "deepar_mode": "request" if placed.session is None else "session",
         "deepar_predicted_s": placed.delay_s,
@@ -479,6 +480,13 @@ def _parameters(found: _Computed, total_s: float) -> dict[str, Any]:
         **_parts("predicted", placed.parts),
         **({} if found.measured is None else _parts("measured", found.measured)),
     }
+
+
+def _codecs(placement: Placement) -> dict[str, str]:
+    """The codecs of both links where samples are encoded; of several routes, those of each that encodes."""
+    coded = [route for route in placement.routes or () if (route.codec1, route.codec2) != (Codec.RAW, Codec.RAW)]
+    named = dict.fromkeys(f"{route.codec1.value},{route.codec2.value}" for route in coded)
+    return {"deepar_codecs": " ".join(named)} if named else {}
 
 
 def _parts(word: str, parts: Parts) -> dict[str, float]:

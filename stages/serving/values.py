@@ -94,7 +94,7 @@ class RequestTerms:
     priority: int | None = None  # 1 is the most urgent; 0 on the wire is the default, None
     max_link1_bps: int | None = None
     max_link2_bps: int | None = None
-    min_agreement: float | None = None
+    min_agreement: float | None = None  # of lossy codecs on the links; None: lossless ones only
     mode: Mode = Mode.AUTO  # from `deepar_mode`
     tiers: tuple[Role, ...] | None = None  # from `placement`: tiers that may compute
     session: str | None = None  # `sequence_id`: the session that the request belongs to
@@ -119,7 +119,7 @@ class InferRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferResponse:
-    """The answer: whole tensors, bit-identical to those of the uncut model."""
+    """The answer: whole tensors, bit-identical to those of the uncut model unless `min_agreement` allowed lossy codecs."""
 
     model: str
     version: str

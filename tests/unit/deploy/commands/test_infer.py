@@ -159,7 +159,7 @@ async def test_json_and_the_file_of_the_outputs(typed: Typed) -> None:
     np.save(typed.folder / "own.npy", X)
     fake = FakeInference()
     words = ("--input", "own.npy", "--json", "--output", "out.npz", "--placement", "device+cloud", "--priority", "2")
-    code, out, _ = await typed.on(fake, "double", *words)
+    code, out, _ = await typed.on(fake, "double", *words, "--min-agreement", "0.995")
     assert code == 0
     printed = json.loads(out)
     assert printed["outputs"] == [{"name": "y", "dtype": "float32", "shape": [1, 4], "data": (X + X)[0].tolist()}]
@@ -168,6 +168,7 @@ async def test_json_and_the_file_of_the_outputs(typed: Typed) -> None:
         assert kept["y"].tobytes() == (X + X).tobytes()
     terms = fake.requests[0].terms
     assert (terms.tiers, terms.priority, terms.timeout_s) == (("device", "cloud"), 2, 60.0)
+    assert terms.min_agreement == 0.995
 
 
 def zipped(name: str, content: bytes) -> bytes:

@@ -13,7 +13,7 @@ import pytest
 
 from bus.errors import DeeparError
 from bus.messages import Ended, SessionTerms, TaskState
-from bus.values import Role
+from bus.values import Codec, Role, Route
 from loadgen.sim.virtual_loop import run_virtual
 from stages.devices.endings import FrameDroppedError, SampleFailedError, UnansweredError
 from stages.devices.session import Keep
@@ -140,6 +140,35 @@ async def test_the_agreement_that_a_request_demands_reaches_the_planner() -> Non
         await world.ask(min_agreement=0.9, session="s", session_start=True)
         assert [session.submitted.min_agreement for session in world.device.sessions] == [None, 0.995, 0.9]
         assert [request.submitted.min_agreement for request in world.device.requests] == [0.9]
+
+
+@pytest.mark.parametrize(
+    ("codecs", "named"),
+    [
+        ([], None),
+        ([(Codec.RAW, Codec.RAW)], None),
+        ([(Codec.Q8, Codec.RAW)], "q8,raw"),
+        ([(Codec.Q8, Codec.Q4), (Codec.RAW, Codec.RAW), (Codec.ZSTD, Codec.RAW)], "q8,q4 zstd,raw"),
+    ],
+)
+def test_an_answer_names_the_codecs_of_the_links(codecs: list[tuple[Codec, Codec]], named: str | None) -> None:
+    routes = tuple(
+        Route(cut1=1, cut2=1, share=1 / len(codecs), codec1=codec1, codec2=codec2, stations_s=(0.0,) * 7)
+        for codec1, codec2 in codecs
+    )
+
+    @virtually
+    async def ask() -> None:
+        async with endpoint() as world:
+            await world.ask()
+            (session,) = world.device.sessions
+            assert session.placed is not None
+            placement = session.placed.placement.model_copy(update={"routes": routes or None})
+            session.place(session.placed.model_copy(update={"placement": placement}))
+            answer = await world.ask()
+            assert answer.parameters.get("deepar_codecs") == named
+
+    ask()
 
 
 @virtually
