@@ -107,6 +107,23 @@ def test_the_delay_is_that_of_stations_which_serve_samples_as_they_arrive(seed: 
     assert interleaved_s(fill, routes, shares, samples) == pytest.approx(wanted, rel=1e-12)
 
 
+def test_the_prediction_is_exceeded_by_a_constant_at_most() -> None:
+    """The bound of docs/planner.md: (N + 6) P + R sum F_r; so the excess over max F_r + (N - 1) P does not grow with N."""
+    longer = 0
+    for seed in range(60):
+        rng = random.Random(seed)
+        routes = [_random_stations(rng) for _ in range(12)]
+        fill = [sum(times) for times in routes]
+        for samples in (5, 50, 500):
+            found = solve_shares(fill, routes, samples)
+            used = [r for r, share in enumerate(found.shares) if share]
+            delay = interleaved_s(fill, routes, found.shares, samples)
+            bound = (samples + 6) * found.slowest_s + len(used) * sum(fill[r] for r in used)
+            assert samples * found.slowest_s * 0.7 < delay < bound, f"seed {seed}"
+            longer += delay > max(fill[r] for r in used) + (samples - 1) * found.slowest_s
+    assert longer > 20, "the prediction alone is no bound"
+
+
 def test_no_more_samples_are_under_way_than_the_window_holds() -> None:
     """Route 1 needs the edge, then link 2 for a moment, then the cloud; route 0 needs only link 2.
 
