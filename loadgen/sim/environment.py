@@ -40,16 +40,18 @@ class Ran(NamedTuple):
     """What a task took."""
 
     parts: Parts  # busy times
-    delay_s: float  # from its start to its end
+    delay_s: float  # from its start, or from its latest reroute, to its end
     route_samples: tuple[int, ...] | None = None  # on each route; None: as planned
 
 
 World = Callable[[TaskSubmitted, Placed, float], Ran]
-"""What a task takes that starts now: the task, its placement, virtual time."""
+"""What a task takes that starts, or is rerouted, now: the task, its placement, virtual time."""
 
 
 def as_predicted(task: TaskSubmitted, placed: Placed, now_s: float) -> Ran:
     """A world in which the planner's predictions are exact."""
+    if placed.rest is not None:
+        return Ran(placed.rest.parts, placed.rest.delay_s)
     return Ran(placed.parts, placed.delay_s)
 
 
@@ -61,6 +63,11 @@ def link1(device: str, edge: str) -> str:
 def link2(edge: str) -> str:
     """The name of an edge's link to the cloud."""
     return f"{edge}>cloud"
+
+
+def _samples(placed: Placed) -> int:
+    """The samples that a placement is for: all, or those that were left at the latest reroute."""
+    return placed.samples if placed.rest is None else placed.rest.samples
 
 
 class Environment:
@@ -83,14 +90,14 @@ class Environment:
         """What a task takes; see `World`."""
         if placed.placement.routes is not None:
             return self._mixed(task, placed, now_s)
-        samples, place = task.samples, placed.placement
+        samples, place = _samples(placed), placed.placement
         sample = self._sample_s(task, placed, (place.cut1, place.cut2), now_s)
         delay_s = stations_s(sample, samples, placed.objective)
         return Ran(busy_parts(sample, samples), delay_s + self._latency_s(task, placed, (place.cut1, place.cut2)))
 
     def _mixed(self, task: TaskSubmitted, placed: Placed, now_s: float) -> Ran:
         """What a task of several routes takes. Its device solves the shares again from what it measures; here at once."""
-        pairs, samples = placed.placement.cut_pairs, task.samples
+        pairs, samples = placed.placement.cut_pairs, _samples(placed)
         stations = [self._sample_s(task, placed, cuts, now_s) for cuts in pairs]
         fill_s = [sum(s) + self._latency_s(task, placed, cuts) for s, cuts in zip(stations, pairs, strict=True)]
         found = solve_shares(fill_s, stations, samples)
@@ -110,7 +117,7 @@ class Environment:
     def _latency_s(self, task: TaskSubmitted, placed: Placed, cuts: tuple[int, int]) -> float:
         """The share of the links' latencies in the delay of a task on one route."""
         family = family_of(*cuts, self._costs_of(task.model).layers)
-        return self._latencies.total_s(family, task.samples, placed.objective)
+        return self._latencies.total_s(family, _samples(placed), placed.objective)
 
     def _sample_s(self, task: TaskSubmitted, placed: Placed, cuts: tuple[int, int], now_s: float) -> StationTimes:
         """The station times of one sample."""

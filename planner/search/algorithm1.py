@@ -204,6 +204,12 @@ class Request:
         other._reached = Reached(self.device_row, self.device_search, edges, alone=self.alone, overheads=self.overheads)
         return other
 
+    def rest(self, samples: int) -> Request:
+        """The same task with the samples that are left of it."""
+        other = copy(self)
+        other.samples = samples
+        return other
+
     def kinds(self) -> Sequence[EdgeKind]:
         """The edges, grouped by platforms and caps."""
         cap1, cap2, reached = self.max_link1_bps, self.max_link2_bps, self._reached

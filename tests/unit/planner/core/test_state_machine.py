@@ -23,6 +23,7 @@ from bus.messages import (
     NodeLeft,
     NodeLost,
     Placed,
+    Rerouted,
     Retried,
     SeedInput,
     SessionTerms,
@@ -58,7 +59,7 @@ class Region(RuleBasedStateMachine):
     @initialize(
         objective=st.sampled_from(Objective),
         fair=st.booleans(),
-        policy=st.sampled_from(["deepar", "edge-only", "no-delay"]),
+        policy=st.sampled_from(["deepar", "edge-only", "no-delay", "elastic", "elastic"]),
     )
     def open(self, objective: Objective, fair: bool, policy: str) -> None:
         self.settings: dict[str, Any] = {
@@ -301,6 +302,12 @@ class Region(RuleBasedStateMachine):
                 assert change.task_id not in self.running
                 assert change.at_s <= self.now
                 self.running[change.task_id] = self.placed[change.task_id]
+            elif isinstance(change, Rerouted):
+                running = self.running[change.task_id]
+                assert running.session is None
+                assert change.attempt == self.attempts[change.task_id]
+                assert change.placement.edge is None or not self.joined[change.placement.edge].draining
+                self.running[change.task_id] = running.model_copy(update={"placement": change.placement})
             elif isinstance(change, Retried):
                 assert change.attempt == self.attempts[change.task_id] + 1
                 self.attempts[change.task_id] = change.attempt
