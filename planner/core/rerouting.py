@@ -133,7 +133,7 @@ class Rerouter:
         request = self._candidates.request(task.submitted)
         if not isinstance(request, Request):
             return 0.0
-        delays = []
+        request, delays = request.rest(request.samples), []
         for slots in (0, 1):
             empty = [option._replace(account=_empty(option.account, slots)) for option in request.uncapped]
             choice = self._policy.at_once(Algorithm(request.among(empty, None), 0.0))

@@ -205,9 +205,10 @@ class Request:
         return other
 
     def rest(self, samples: int) -> Request:
-        """The same task with the samples that are left of it."""
+        """The rest of this task, which is running: so many samples."""
         other = copy(self)
         other.samples = samples
+        other.others = max(0, self.others - 1)  # the task itself counts, too
         return other
 
     def kinds(self) -> Sequence[EdgeKind]:

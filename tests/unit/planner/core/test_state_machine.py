@@ -63,7 +63,7 @@ class Region(RuleBasedStateMachine):
     )
     def open(self, objective: Objective, fair: bool, policy: str) -> None:
         self.settings: dict[str, Any] = {
-            "objective": objective,
+            "objective": Objective.PIPELINED if policy == "elastic" else objective,
             "policy": policy,
             "options": CoreOptions(max_waiting=6, patience_s=200.0, fair=fair),
         }
@@ -243,7 +243,7 @@ class Region(RuleBasedStateMachine):
                 assert sum(p.link1_bps for p in here) <= node.link1_capacity_bps
                 assert sum(p.link2_bps for p in here) <= node.link2_capacity_bps
             elif node.role is Role.DEVICE:
-                computing = [p for p in tasks if p.device == name and p.placement.cut1 > 0]
+                computing = [p for p in tasks if p.device == name and p.placement.uses_device]
                 assert len(computing) <= 1
                 assert sum(booked.device_load for device_, _, booked in sessions if device_ == name) <= 0.8
         for placed in self.running.values():
