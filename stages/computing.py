@@ -30,6 +30,7 @@ class Computing:
         self._began_s: float | None = None  # start of the first computation
         self._free_s = float("-inf")  # end of the last one
         self.busy_s = 0.0
+        self.predicted_s = 0.0  # what the plan predicts for the same samples, where the caller says so
 
     async def prepare(self, segments: Iterable[Segment]) -> None:
         """Prepare the models of these segments. Raises what `Runner.prepare` does."""
@@ -53,17 +54,18 @@ class Computing:
         self._stations.clear()
 
     async def run(
-        self, segment: Segment, sample: int, inputs: Sequence[Array], ready_s: float
+        self, segment: Segment, sample: int, inputs: Sequence[Array], ready_s: float, predicted_s: float = 0.0
     ) -> tuple[list[Array], float]:
         """The outputs of a segment for a sample whose inputs were ready at `ready_s`, and when they were ready.
 
-        Call it for one sample at a time.
+        `predicted_s` is what the plan predicts. Call it for one sample at a time.
         """
         station = self._stations[segment]
         waited_s = station.waited_s
         outputs = await station.run(sample, inputs, max(ready_s, self._opened_s))
         now = exact_clock()()
         self._count(min(now, max(ready_s, self._free_s) + station.waited_s - waited_s), now)
+        self.predicted_s += predicted_s
         return outputs, now
 
     def run_now(self, segment: Segment, inputs: Sequence[Array]) -> tuple[list[Array], float] | None:

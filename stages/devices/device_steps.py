@@ -25,6 +25,12 @@ def device_steps(profile: ModelProfile) -> list[Segment]:
     return [*steps, Segment(first, profile.layers)]
 
 
+def weighted_steps(profile: ModelProfile) -> list[tuple[Segment, float]]:
+    """These steps, and the share of each in the model's time."""
+    whole_s = sum(profile.layer_s) or 1.0
+    return [(step, sum(profile.layer_s[step.first : step.last]) / whole_s) for step in device_steps(profile)]
+
+
 def device_segments(placement: Placement, profile: ModelProfile) -> list[Segment]:
     """All segments that a device computes for a placement."""
     alone = (profile.layers, profile.layers)

@@ -32,8 +32,8 @@ from stages.node import Node, cause_of, detail_of
 from stages.offsets import Receipt
 from stages.sample_ranges import SampleRanges
 
-REPORT_SAMPLES = 25
-"""A stage of a task of several routes reports after this many samples."""
+REPORT_SAMPLES = 8
+"""A stage of a task of several routes reports after this many samples: several times before the shares are solved again."""
 
 
 class HopStage(StageSide, Protocol):
@@ -101,7 +101,6 @@ class Flow:
         if not self._mixed and plan.session is None:
             self._totals = (plan.todo,)
         self._computing = Computing(self.node, plan, hop.stage.part)
-        self._predicted_s = 0.0  # what the plan predicts for the samples that were computed
         self._handled = 0  # samples computed or passed on
         self._senders = {to_cloud: self._sender(to_cloud) for to_cloud in self._branches.destinations}
         self._reporter = StageReporter(self.node, plan, self._results_bus(), self._measured)
@@ -267,9 +266,8 @@ class Flow:
                 continue
             sample, route, tensors, ready_s = self._ready.popleft()
             branch = self._branches.of(route)
-            tensors, ready_s = await self._computing.run(branch.segment, sample, tensors, ready_s)
+            tensors, ready_s = await self._computing.run(branch.segment, sample, tensors, ready_s, branch.predicted_s)
             computed += 1
-            self._predicted_s += branch.predicted_s
             self._pass_on(sample, route, branch, tensors, ready_s)
 
     def _to_compute(self) -> float:
@@ -286,7 +284,7 @@ class Flow:
         """What this stage reports: busy times by part; in a session with the number of samples."""
         measured = {f"{self.hop.stage.part}_s": self._computing.busy_s} if self._branches.segments else {}
         if self._mixed and measured:
-            measured[f"{self.hop.stage.part}{PREDICTED}"] = self._predicted_s
+            measured[f"{self.hop.stage.part}{PREDICTED}"] = self._computing.predicted_s
         for to_cloud, sender in self._senders.items():
             part = _part(to_cloud)
             measured[f"{part}_s"] = sender.busy_s
