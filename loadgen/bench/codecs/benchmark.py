@@ -1,8 +1,8 @@
 """Codec benchmark (`deepar loadgen bench codecs`): size, speed and agreement of each codec at each cut of trained models.
 
 LeNet is measured on the digits that it was not trained with, in floats and in 8-bit integers. Landmark models of others are
-measured on variants of one portrait, where the package that ships them is installed (`requirements-models.lock`), or from files
-given with `--model`. Networks with random weights compress unlike trained ones and are not measured.
+measured on variants of one portrait, where the package that ships them is installed (`requirements-models.lock`), or from
+files given with `--model`. Networks with random weights compress unlike trained ones and are not measured.
 """
 
 from __future__ import annotations
