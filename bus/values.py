@@ -399,6 +399,12 @@ class ModelProfile(Frozen):
             None,
         )
 
+    def codec(self, position: int, codec: Codec) -> CodecProfile:
+        """The measurement of a codec at a position; one that was not measured counts as raw."""
+        found = (one for one in self.codecs or () if (one.position, one.codec) == (position, codec))
+        raw = CodecProfile(position=position, codec=codec, bytes=self.cut_bytes[position], encode_s=0.0, decode_s=0.0)
+        return next(found, raw)
+
     def slowed(self, factor: float) -> ModelProfile:
         """The profile of a machine that is `factor` times slower."""
         codecs = self.codecs and tuple(

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 from bus.errors import ConfigError, DeeparError, InvariantError
 from bus.frames import PREDICTED, AttemptPlan, Frame
 from bus.messages import TaskCompleted, TaskSubmitted
-from bus.tensors import Array
+from bus.tensors import Activations, Array
 from bus.values import ModelProfile
-from stages.computing import Computing, Segment
-from stages.devices.device_steps import device_segments, weighted_steps
+from stages.computing import Computing, Segment, tensors_of
+from stages.devices.device_steps import device_segments, front, weighted_steps
 from stages.devices.edge_path import DeviceWork, EdgePath, StalledError, stopped
 from stages.devices.idle_time import IdleTime, IdleWork
 from stages.devices.incoming_results import IncomingResults
@@ -141,8 +141,9 @@ class DeviceAttempt:
     ) -> None:
         """Send every sample as the window allows; return when all results have arrived."""
         compute = self._computing.run if idle is None else idle.interrupt
-        routes = self.plan.placement.routes
-        segments = [Segment(0, cut1) for cut1, _ in self.plan.placement.cut_pairs]
+        placement = self.plan.placement
+        segments = [front(placement, route) for route in range(len(placement.cut_pairs))]
+        routes = placement.routes
         self._window.open(self.window)  # here, so that preparing the model does not count as a sample's time
         while queue:
             # The time when the place became free, so that waiting in the event loop does not count as computing.
@@ -155,15 +156,15 @@ class DeviceAttempt:
                 break
             sample, route = queue.take()
             self.under_way += 1
-            tensors = inputs(sample)
-            if segments[route].last:
+            outputs: Activations = inputs(sample)
+            if segments[route].works:
                 predicted_s = 0.0 if routes is None else routes[route].stations_s[0]
-                tensors, ready_s = await compute(segments[route], sample, tensors, ready_s, predicted_s)
+                outputs, ready_s = await compute(segments[route], sample, outputs, ready_s, predicted_s)
             if sender is None:
-                self._take_result(sample, tensors)
+                self._take_result(sample, tensors_of(outputs))
                 continue
             self._path.progress(ready_s)
-            sender.put(Outgoing(sample, tensors, ready_s, route))
+            sender.put(Outgoing(sample, outputs, ready_s, route))
             self._conclude(queue, sender)
         await self._complete.wait()
         if self._failure:

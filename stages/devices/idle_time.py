@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bus.tensors import Array
-from stages.computing import Computing, Segment
+from bus.tensors import Activations, Array
+from stages.computing import Computing, Segment, tensors_of
 from stages.measuring.clock import exact_clock
 
 LOOKS = 8
@@ -47,8 +47,8 @@ class IdleTime:
         return self._share_left * self._work.length_s()
 
     async def interrupt(
-        self, segment: Segment, sample: int, inputs: Sequence[Array], ready_s: float, predicted_s: float
-    ) -> tuple[list[Array], float]:
+        self, segment: Segment, sample: int, inputs: Activations, ready_s: float, predicted_s: float
+    ) -> tuple[Activations, float]:
         """As `Computing.run`, for a sample of another route: it waits for the end of the present step only."""
         self._idle.clear()
         async with self._device:
@@ -70,7 +70,8 @@ class IdleTime:
                 await self._until_idle()
                 predicted_s = share * self._work.predicted_s
                 async with self._device:
-                    tensors, _ = await self._computing.run(step, sample, tensors, exact_clock()(), predicted_s)
+                    outputs, _ = await self._computing.run(step, sample, tensors, exact_clock()(), predicted_s)
+                tensors = tensors_of(outputs)
                 self._share_left -= share
             self._work.done(sample, tensors)
 

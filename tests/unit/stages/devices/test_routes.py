@@ -311,8 +311,8 @@ def test_the_steps_of_the_device_only_route_are_no_longer_than_the_longest_layer
         model="m", sha256="0" * 64, platform="p", layer_names=tuple("abcdefgh"), cut_bytes=(1,) * 9, forbidden=(5,),
         layer_s=(0.1, 0.2, 0.3, 1.0, 0.4, 0.5, 0.2, 0.8),
     )  # fmt: skip
-    assert device_steps(profile) == [(0, 3), (3, 4), (4, 6), (6, 8)]
-    assert device_steps(PROFILE) == [(0, 1), (1, 2), (2, 3)]
+    assert [step[:2] for step in device_steps(profile)] == [(0, 3), (3, 4), (4, 6), (6, 8)]
+    assert [step[:2] for step in device_steps(PROFILE)] == [(0, 1), (1, 2), (2, 3)]
 
 
 def scaled(stations_s: StationSeconds, device: float, edge: float, cloud: float) -> StationSeconds:
