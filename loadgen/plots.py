@@ -28,7 +28,6 @@ POLICY_LOOKS: dict[str, tuple[str, str, str]] = {
     "no-delay": (VERMILION, "--", "P"),
     "deepar": (BLUE, "", "o"),
     "routes": (BLACK, "oo", "h"),
-    "elastic": (YELLOW, "++", "X"),
     "deepar (sequential)": (GREY, "..", "*"),
 }
 """Policy -> (colour, hatch of a bar, marker of a line)."""
@@ -41,7 +40,6 @@ POLICY_LABELS = {
     "no-delay": "No delay",
     "deepar": "DeePar",
     "routes": "Several routes",
-    "elastic": "DeePar, elastic",
     "deepar (sequential)": "DeePar, sequential",
 }
 

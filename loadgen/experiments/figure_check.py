@@ -87,7 +87,7 @@ def check_figures(
 
 def check(figure: str, case: str, scenario: Scenario, seed: int) -> FigureCheck:
     """Run one scenario on both simulators."""
-    platform = platforms(scenario.profile)
+    platform = platforms(scenario.profile, codecs=scenario.codecs)
     expected = drive(scenario, seed, platform)
     began_s = time.perf_counter()
     found = simulate(scenario, seed, platform).outcomes

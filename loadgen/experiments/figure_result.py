@@ -23,6 +23,8 @@ class FigureOptions:
     seeds: int = 10  # number of seeds
     policies: tuple[str, ...] = POLICIES
     objective: Objective = Objective.SEQUENTIAL
+    codecs: bool = False  # Figure 4 only: whether activations may be encoded on the links
+    min_agreement: float | None = None  # of lossy codecs that the tasks allow; None: lossless ones only
     profile: str = "paper"
     reachable: tuple[int | None, ...] = (1, 2, None)  # E_i of Figure 4: one panel and one set of verdicts for each
     jobs: int = 1
@@ -33,8 +35,9 @@ class FigureOptions:
 
     @property
     def suffix(self) -> str:
-        """Suffix of file names, so that objectives do not overwrite each other's files."""
-        return "" if self.objective is Objective.SEQUENTIAL else f"_{self.objective.value}"
+        """Suffix of file names, so that the figures of other objectives, or with codecs, have files of their own."""
+        objective = "" if self.objective is Objective.SEQUENTIAL else f"_{self.objective.value}"
+        return objective + ("_codecs" if self.codecs else "")
 
     def tell(self, what: str) -> Callable[[int, int], None] | None:
         """Progress callback for one part."""

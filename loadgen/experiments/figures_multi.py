@@ -29,6 +29,9 @@ DEVICES = (20, 40, 60, 80)
 SEQUENTIAL = "deepar (sequential)"
 """Name of the sequential `deepar` beside the pipelined one, when the figure is made for the pipelined objective."""
 
+RAW = "deepar (without codecs)"
+"""Name of the `deepar` without codecs beside the one with them, when the figure is made with codecs."""
+
 ASSUMPTIONS = (
     "arrivals uniform in the interval, one task a device; only G(0), N, the caps and the edges are drawn at random, other "
     "sizes are the model's"
@@ -55,7 +58,7 @@ SETTINGS = {
 def make(name: str, options: FigureOptions) -> FigureResult:
     """Run and draw `fig4a`, `fig4b` or `fig4c`: CSV (one row per run), PNG, SVG."""
     setting = SETTINGS[name]
-    platform = platforms(options.profile)
+    platform = platforms(options.profile, codecs=options.codecs)
     seeds = platform.unused_seeds(options.seeds)
     cells = _cells(setting, options, seeds)
     rows = run_cells(cells, Workers(options.jobs, options.cluster), options.tell(name))
@@ -72,6 +75,8 @@ def make(name: str, options: FigureOptions) -> FigureResult:
     title = f"Fig. 4({name[-1]}): {setting.title}"
     if options.objective is not Objective.SEQUENTIAL:
         title += f"; {options.objective.value} objective, streaming stages"
+    if options.codecs:
+        title += "; codecs on the links"
     finish(fig, Caption(title=title, claims=claims, notes=notes, plain=options.plain), legend=axes[0])
     stem = options.out / f"{name}{options.suffix}"
     files = [write_csv(stem.with_suffix(".csv"), rows), *plots.save(fig, stem)]
@@ -112,12 +117,14 @@ def number_text(numbers: Sequence[int]) -> str:
 
 def _cells(setting: Setting, options: FigureOptions, seeds: Sequence[int]) -> list[Cell]:
     cells = []
-    columns = [(policy, policy, options.objective) for policy in options.policies]
+    columns = [(policy, policy, options.objective, options.codecs) for policy in options.policies]
     if options.objective is not Objective.SEQUENTIAL and "deepar" in options.policies:
-        columns.append((SEQUENTIAL, "deepar", Objective.SEQUENTIAL))
+        columns.append((SEQUENTIAL, "deepar", Objective.SEQUENTIAL, options.codecs))
+    if options.codecs and "deepar" in options.policies:
+        columns.append((RAW, "deepar", options.objective, False))
     for reachable in options.reachable:
         for devices in DEVICES:
-            for column, policy, objective in columns:
+            for column, policy, objective, codecs in columns:
                 for seed in seeds:
                     scenario = Scenario(
                         name=setting.figure,
@@ -127,6 +134,8 @@ def _cells(setting: Setting, options: FigureOptions, seeds: Sequence[int]) -> li
                         reachable=reachable,
                         policy=policy,
                         objective=objective,
+                        codecs=codecs,
+                        min_agreement=options.min_agreement if codecs else None,
                         profile=options.profile,
                     )
                     labels = {"reachable": reachable or "all", "devices": devices, "policy": column}
@@ -209,8 +218,12 @@ PAPER_SAYS: dict[str, tuple[tuple[str, rules.Rule, float], ...]] = {
 def _claims(figure: str, table: _Table, reachable: int | None, fitted: bool) -> list[Claim]:
     if not table.has("deepar"):
         return []
-    # With the pipelined objective the stages stream, which the paper does not cover.
-    paper = [] if table.has(SEQUENTIAL) else rules.as_fitted(_paper_claims(figure, table, reachable), fitted)
+    # The paper has neither stages that stream, as with the pipelined objective, nor codecs.
+    paper = (
+        []
+        if table.has(SEQUENTIAL) or table.has(RAW)
+        else rules.as_fitted(_paper_claims(figure, table, reachable), fitted)
+    )
     return [dataclasses.replace(claim, case=_case(reachable)) for claim in (*paper, *_own_claims(table, reachable))]
 
 
@@ -241,7 +254,7 @@ def _own_claims(table: _Table, reachable: int | None) -> list[Claim]:
     if table.has(SEQUENTIAL):
         found = Reductions.of(deepar, table.of(SEQUENTIAL, reachable))
         claims.append(rules.pays("streaming lowers DeePar's delay on the same tasks", found))
-    if table.has("routes"):
-        found = Reductions.of(table.of("routes", reachable), deepar)
-        claims.append(rules.pays("several routes lower DeePar's delay on the same tasks", found))
+    if table.has(RAW):
+        found = Reductions.of(deepar, table.of(RAW, reachable))
+        claims.append(rules.pays("codecs lower DeePar's delay on the same tasks", found))
     return claims

@@ -41,7 +41,9 @@ def run_cell(cell: Cell, machines: Platforms | None = None) -> Row:
 
     Times are in seconds, over the tasks that completed; `delayed_share` is the share that waited for a resource.
     """
-    outcomes = drive(cell.scenario, cell.seed, machines or platforms(cell.scenario.profile))
+    outcomes = drive(
+        cell.scenario, cell.seed, machines or platforms(cell.scenario.profile, codecs=cell.scenario.codecs)
+    )
     done = completed(outcomes)
     delays = distribution([outcome.delay_s for outcome in done if outcome.delay_s is not None])
     waits = [outcome.wait_s or 0.0 for outcome in done]

@@ -173,7 +173,7 @@ def cells_of(options: SweepOptions) -> list[Cell]:
             labels = {**{name: str(value) for name, value in varied.items()}, "policy": policy}
             cells += [Cell(scenario, seed, labels) for seed in range(options.seeds)]
     for scenario in {(cell.scenario.profile, *cell.scenario.models): cell.scenario for cell in cells}.values():
-        platforms(scenario.profile).require(scenario.models)
+        platforms(scenario.profile, codecs=scenario.codecs).require(scenario.models)
     return cells
 
 

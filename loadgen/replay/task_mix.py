@@ -38,6 +38,7 @@ class Mix:
     max_link2_bps: Range | None = None  # B_i^2
     input_bytes: Range | None = None  # G_i(0)
     deadline_s: float | None = None  # deadline of every task
+    min_agreement: float | None = None  # of lossy codecs that every task allows; None: lossless ones only
     datasets: Mapping[str, str] = field(
         default_factory=dict
     )  # model -> data set that its tasks read; others use a seed
@@ -58,6 +59,8 @@ class Mix:
             raise ConfigError(f"samples: {self.samples[0]:g}..{self.samples[1]:g} must start at 1 or more")
         if self.deadline_s is not None and not self.deadline_s > 0:
             raise ConfigError(f"deadline_s must be greater than 0, not {self.deadline_s:g}")
+        if self.min_agreement is not None and not 0 < self.min_agreement <= 1:
+            raise ConfigError(f"min_agreement must be above 0 and at most 1, not {self.min_agreement:g}")
 
 
 PAPER_MIX = Mix(
@@ -104,6 +107,7 @@ def draw(
                 max_link2_bps=link2[index],
                 input_bytes=sizes[index],
                 deadline_s=mix.deadline_s,
+                min_agreement=mix.min_agreement,
             )
         except ValidationError as error:
             raise ConfigError(f"a task for device {devices[index % len(devices)]!r}: {first_fault(error)}") from None

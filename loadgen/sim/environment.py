@@ -19,11 +19,12 @@ import numpy as np
 
 from bus.messages import Placed, TaskSubmitted
 from bus.routes.shares import solve_shares
-from bus.values import Parts, Role
+from bus.values import Parts, Placement, Role
 from loadgen.random_streams import Streams
 from loadgen.sim.platforms import Platforms
 from planner.search.cost import NO_OVERHEADS, Costs, Overheads, PlatformRow, StationTimes, busy_parts, stations_s
 from planner.search.families import family_of
+from planner.search.route_search import Way
 
 STEP_S = 30.0
 """Time for which a drifting speed stays the same."""
@@ -40,18 +41,16 @@ class Ran(NamedTuple):
     """What a task took."""
 
     parts: Parts  # busy times
-    delay_s: float  # from its start, or from its latest reroute, to its end
+    delay_s: float  # from its start to its end
     route_samples: tuple[int, ...] | None = None  # on each route; None: as planned
 
 
 World = Callable[[TaskSubmitted, Placed, float], Ran]
-"""What a task takes that starts, or is rerouted, now: the task, its placement, virtual time."""
+"""What a task takes that starts now: the task, its placement, virtual time."""
 
 
 def as_predicted(task: TaskSubmitted, placed: Placed, now_s: float) -> Ran:
     """A world in which the planner's predictions are exact."""
-    if placed.rest is not None:
-        return Ran(placed.rest.parts, placed.rest.delay_s)
     return Ran(placed.parts, placed.delay_s)
 
 
@@ -63,11 +62,6 @@ def link1(device: str, edge: str) -> str:
 def link2(edge: str) -> str:
     """The name of an edge's link to the cloud."""
     return f"{edge}>cloud"
-
-
-def _samples(placed: Placed) -> int:
-    """The samples that a placement is for: all, or those that were left at the latest reroute."""
-    return placed.samples if placed.rest is None else placed.rest.samples
 
 
 class Environment:
@@ -88,25 +82,26 @@ class Environment:
 
     def __call__(self, task: TaskSubmitted, placed: Placed, now_s: float) -> Ran:
         """What a task takes; see `World`."""
-        if placed.placement.routes is not None:
-            return self._mixed(task, placed, now_s)
-        samples, place = _samples(placed), placed.placement
-        sample = self._sample_s(task, placed, (place.cut1, place.cut2), now_s)
+        ways, samples = _ways_of(placed.placement), task.samples
+        if len(ways) > 1:
+            return self._mixed(task, placed, ways, now_s)
+        way = ways[0]
+        sample = self._sample_s(task, placed, way, now_s)
         delay_s = stations_s(sample, samples, placed.objective)
-        return Ran(busy_parts(sample, samples), delay_s + self._latency_s(task, placed, (place.cut1, place.cut2)))
+        return Ran(busy_parts(sample, samples), delay_s + self._latency_s(task, placed, way))
 
-    def _mixed(self, task: TaskSubmitted, placed: Placed, now_s: float) -> Ran:
+    def _mixed(self, task: TaskSubmitted, placed: Placed, ways: Sequence[Way], now_s: float) -> Ran:
         """What a task of several routes takes. Its device solves the shares again from what it measures; here at once."""
-        pairs, samples = placed.placement.cut_pairs, _samples(placed)
-        stations = [self._sample_s(task, placed, cuts, now_s) for cuts in pairs]
-        fill_s = [sum(s) + self._latency_s(task, placed, cuts) for s, cuts in zip(stations, pairs, strict=True)]
+        samples = task.samples
+        stations = [self._sample_s(task, placed, way, now_s) for way in ways]
+        fill_s = [sum(s) + self._latency_s(task, placed, way) for s, way in zip(stations, ways, strict=True)]
         found = solve_shares(fill_s, stations, samples)
         parts = [busy_parts(s, samples).model_dump() for s in stations]
         busy = {name: sum(a * one[name] for a, one in zip(found.shares, parts, strict=True)) for name in parts[0]}
         beyond_s = [
             fill
-            for fill, share, (cut1, _) in zip(fill_s, found.shares, pairs, strict=True)
-            if share and cut1 < self._costs_of(task.model).layers
+            for fill, share, way in zip(fill_s, found.shares, ways, strict=True)
+            if share and way.cut1 < self._costs_of(task.model).layers
         ]
         return Ran(
             Parts(**busy),
@@ -114,12 +109,12 @@ class Environment:
             _whole(found.shares, samples),
         )
 
-    def _latency_s(self, task: TaskSubmitted, placed: Placed, cuts: tuple[int, int]) -> float:
+    def _latency_s(self, task: TaskSubmitted, placed: Placed, way: Way) -> float:
         """The share of the links' latencies in the delay of a task on one route."""
-        family = family_of(*cuts, self._costs_of(task.model).layers)
-        return self._latencies.total_s(family, _samples(placed), placed.objective)
+        family = family_of(way.cut1, way.cut2, self._costs_of(task.model).layers)
+        return self._latencies.total_s(family, task.samples, placed.objective)
 
-    def _sample_s(self, task: TaskSubmitted, placed: Placed, cuts: tuple[int, int], now_s: float) -> StationTimes:
+    def _sample_s(self, task: TaskSubmitted, placed: Placed, way: Way, now_s: float) -> StationTimes:
         """The station times of one sample."""
         factor = self._factor(task.task_id)
         place, edge = placed.placement, placed.placement.edge
@@ -129,7 +124,7 @@ class Environment:
             edge_speed = self._speed(edge, now_s)
             bps1 = _carried(bps1, task.max_link1_bps, self._speed(link1(task.device, edge), now_s))
             bps2 = _carried(bps2, task.max_link2_bps, self._speed(link2(edge), now_s))
-        s = self._costs_of(task.model).sample_parts(*cuts, bps1, bps2, task.input_bytes)
+        s = self._costs_of(task.model).sample_parts(way.cut1, way.cut2, bps1, bps2, task.input_bytes, way.codecs)
         return (
             factor * (s.s1 / self._speed(task.device, now_s)),
             factor * s.s2,
@@ -146,6 +141,13 @@ class Environment:
             rows = (PlatformRow(machines.model(role, model)) for role in (Role.DEVICE, Role.EDGE, Role.CLOUD))
             self._costs[model] = Costs(*rows)
         return self._costs[model]
+
+
+def _ways_of(placement: Placement) -> list[Way]:
+    """The cuts and codecs of each route."""
+    if placement.routes is None:
+        return [Way(placement.cut1, placement.cut2)]
+    return [Way(route.cut1, route.cut2, (route.codec1, route.codec2)) for route in placement.routes]
 
 
 def _whole(shares: Sequence[float], samples: int) -> tuple[int, ...]:

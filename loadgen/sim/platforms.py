@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from bus.errors import unknown_name
 from bus.values import ModelProfile, Role
-from planner.search.profiles import parse_profile, profile_text
+from planner.search.profiles import parse_profile, profile_text, with_codecs, without_codecs
 
 FIRST_VERDICT_SEED = 10
 """First seed used for the verdicts of figures; lower seeds are reserved for fits and trials."""
@@ -48,14 +48,19 @@ class Platforms:
         raise unknown_name(f"model profiled on the {role} called", name, [one.model for one in self.profiles[role]])
 
 
-def platforms(name: str) -> Platforms:
-    """Load the platforms of a profile by name (`paper`) or file. Raises `UnknownNameError`, `ConfigError`."""
-    return _platforms(name, profile_text(name))
+def platforms(name: str, *, codecs: bool = False) -> Platforms:
+    """Load the platforms of a profile by name (`paper`) or file. Raises `UnknownNameError`, `ConfigError`.
+
+    `codecs`: with codecs on the links, see `planner.search.profiles.with_codecs`.
+    """
+    return _platforms(name, profile_text(name), codecs)
 
 
 @lru_cache(maxsize=8)
-def _platforms(name: str, text: str) -> Platforms:
+def _platforms(name: str, text: str, codecs: bool) -> Platforms:
     found = parse_profile(name, text)
+    found = with_codecs(found) if codecs else without_codecs(found)
+    origin = f"profile {found.name}" + (f": {found.origin}" if found.origin else "")
     return Platforms(
         profiles={
             Role.DEVICE: tuple(found.device.values()),
@@ -66,7 +71,7 @@ def _platforms(name: str, text: str) -> Platforms:
         link2_bps=found.link2_bps,
         input_bytes={model: found.input_bytes.get(model, found.device[model].cut_bytes[0]) for model in found.models},
         name=f"profile {found.name}",
-        origin=f"profile {found.name}" + (f": {found.origin}" if found.origin else ""),
+        origin=origin + (f"; {found.assumed}" if found.assumed else ""),
         fitted_to=found.fitted_to,
         fit_seeds=found.fit_seeds,
     )

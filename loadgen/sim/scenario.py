@@ -58,6 +58,8 @@ class Scenario:
     edge_link2_bps: Range = (0.1e9, 5e9)  # B_e^2
     slots: Range = (1, 10)  # r_e
     deadline_s: float | None = None  # deadline of every task
+    min_agreement: float | None = None  # of lossy codecs that every task allows; None: lossless ones only
+    codecs: bool = False  # whether activations may be encoded on the links
     profile: str = "paper"  # profile with the speeds of device, edge and cloud
     policy: str = "deepar"
     objective: Objective = Objective.SEQUENTIAL
@@ -105,6 +107,7 @@ class Scenario:
             max_link2_bps=self.max_link2_bps,
             input_bytes=self.input_bytes,
             deadline_s=self.deadline_s,
+            min_agreement=self.min_agreement,
         )
 
     @property
@@ -217,7 +220,16 @@ MOST = 10_000_000
 _RATES = {"max_link1_bps", "max_link2_bps", "edge_link1_bps", "edge_link2_bps"}
 _WHOLE = {"devices", "tasks", "edges", "reachable", "burst_size"}
 _TRACES = {"link1_trace", "link2_trace"}
-_NULLABLE = {"tasks", "reachable", "input_bytes", "max_link1_bps", "max_link2_bps", "deadline_s", "execution"} | _TRACES
+_NULLABLE = {
+    "tasks",
+    "reachable",
+    "input_bytes",
+    "max_link1_bps",
+    "max_link2_bps",
+    "deadline_s",
+    "execution",
+    "min_agreement",
+} | _TRACES
 
 
 def read(path: Path) -> Scenario:
@@ -265,9 +277,9 @@ def coerce(key: str, value: Any) -> Any:
             return Execution(value)
         if key == "policy":
             load_policy(str(value))
-        if key == "learn":
+        if key in ("learn", "codecs"):
             return _flag(value)
-        return _number(value) if key in ("noise", "drift") else str(value)
+        return _number(value) if key in ("noise", "drift", "min_agreement") else str(value)
     except (ValueError, TypeError, ConfigError) as error:
         raise ConfigError(f"{key}: {error}", remedy=getattr(error, "remedy", None)) from None
 

@@ -15,10 +15,11 @@ from bus.messages import NodeAnnounced, Placed, TaskCompleted, TaskSubmitted
 from bus.values import Objective, Role
 from planner.core.region.records import KnownNode
 from planner.core.region.state import RegionState
-from planner.learning.attempts import Attempt, Taken, Work, predicted_parts, routes_taken
+from planner.learning.attempts import Attempt, TierShare, Work, predicted_parts, routes_taken
 from planner.learning.table import EstimateTable
 from planner.learning.values import FAMILIES, NODE_PRIOR
 from planner.search.algorithm1 import EdgeOption, Reached, Request
+from planner.search.codec_search import CodecSearch, PathSearch, codec_search_bytes, may_encode
 from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow, RowTable
 from planner.search.cut_search import CutSearch, search_bytes
 from planner.search.route_search import route_search_bytes
@@ -33,15 +34,23 @@ LOAD_STEPS: Final = 32
 """Steps of the load by which tasks beside sessions are predicted to take longer, so that few searches are prepared."""
 
 
-class _OwnLink(NamedTuple):
-    """What a device announces about its own link 1."""
+_SearchKey = (
+    tuple[PlatformRow, PlatformRow | None, PlatformRow | None]
+    | tuple[PlatformRow, PlatformRow | None, PlatformRow | None, float | None]
+)
+"""The rows of device, edge and cloud; with codecs also the consent."""
 
-    capacity_bps: int  # 0: no limit of its own
-    latency_s: float  # declared; 0 where nothing is declared
+
+class _Terms(NamedTuple):
+    """What distinguishes devices with equal profiles, and their tasks, on the same edge."""
+
+    capacity_bps: int  # of the device's own link 1; 0: no limit of its own
+    latency_s: float  # declared of it; 0 where nothing is declared
+    consent: float | None  # see `PlatformRow.consent`
 
     @classmethod
-    def of(cls, announced: NodeAnnounced) -> _OwnLink:
-        return cls(announced.link1_capacity_bps, announced.link1_latency_s or 0.0)
+    def of(cls, announced: NodeAnnounced, consent: float | None) -> _Terms:
+        return cls(announced.link1_capacity_bps, announced.link1_latency_s or 0.0, consent)
 
 
 class Candidates:
@@ -64,9 +73,9 @@ class Candidates:
         self._region = region
         self._nodes = region.nodes
         self._ledger = region.ledger
-        self._searches: dict[tuple[PlatformRow | None, ...], CutSearch] = {}
-        self._searches_of: dict[PlatformRow, list[tuple[PlatformRow | None, ...]]] = {}  # of learned rows only
-        self._options: dict[str, dict[tuple[PlatformRow, _OwnLink], EdgeOption | None]] = {}  # by edge
+        self._searches: dict[_SearchKey, PathSearch] = {}
+        self._searches_of: dict[PlatformRow, list[_SearchKey]] = {}  # of learned rows only
+        self._options: dict[str, dict[tuple[PlatformRow, _Terms], EdgeOption | None]] = {}  # by edge
         self._option_count = 0
         self._clouds: dict[tuple[str, str], str | None] = {}
         # Without learning, what an earlier planner has learned stays in the state and is not used.
@@ -98,18 +107,20 @@ class Candidates:
             return "unknown_model"
         account, deviations = self._ledger.devices.get(submitted.device), self._estimates.deviations
         others = self._ledger.held_by.get(submitted.device, 0)
+        consent = row.consent(submitted.min_agreement)
         if submitted.session is not None:  # rare, so it is not cached
-            reached = self._reach(device, row, unloaded=True)
+            reached = self._reach(device, row, consent, unloaded=True)
             if avoid:
-                reached = self._without(reached, avoid, device, unloaded=True)
+                reached = self._without(reached, avoid, device, consent, unloaded=True)
             return Request(submitted, reached, account, self.objective, deviations, others)
-        held = device.reach.get(row.model)
+        key = row.model, consent
+        held = device.reach.get(key)
         if held is None or (held[0] != self._version and self._outdated(device, held[0])):
-            held = self._version, self._reach(device, row)
+            held = self._version, self._reach(device, row, consent)
         reached = held[1]
-        device.reach[row.model] = self._version, reached
+        device.reach[key] = self._version, reached
         if avoid:
-            reached = self._without(reached, avoid, device)
+            reached = self._without(reached, avoid, device, consent)
         return Request(submitted, reached, account, self.objective, deviations, others)
 
     def missing(self, submitted: TaskSubmitted) -> tuple[str, ...]:
@@ -138,7 +149,9 @@ class Candidates:
             found.append(f"an edge that runs {model} ({', '.join(there)} {'do' if there[1:] else 'does'} not)")
         return tuple(found)
 
-    def _reach(self, device: KnownNode, profiled: PlatformRow, *, unloaded: bool = False) -> Reached:
+    def _reach(
+        self, device: KnownNode, profiled: PlatformRow, consent: float | None, *, unloaded: bool = False
+    ) -> Reached:
         """The edges and searches that a device can use for one model; cached until a node or a prediction changes.
 
         `unloaded`: with nodes as fast as they are without sessions.
@@ -146,13 +159,13 @@ class Candidates:
         announced = device.announced
         name = announced.node
         row = self._learned_row(name, profiled, unloaded=unloaded)
-        own = _OwnLink.of(announced)
+        terms = _Terms.of(announced, consent)
         options: list[EdgeOption] = []
         for edge in self._reachable(announced):
             if unloaded:
-                option = self._option(edge, row, self._cloud_of(edge, row), own, unloaded=True)
+                option = self._option(edge, row, self._cloud_of(edge, row), terms, unloaded=True)
             else:
-                option = self._shared_option(edge, row, own)
+                option = self._shared_option(edge, row, terms)
             if option is not None:
                 options.append(self._for_device(option, name))
         overheads = self._overheads(name, None, NO_OVERHEADS)
@@ -163,35 +176,41 @@ class Candidates:
         names = device.reachable_edges
         return self._region.edge_names if names is None else sorted(set(names))
 
-    def _shared_option(self, edge: str, row: PlatformRow, own: _OwnLink) -> EdgeOption | None:
+    def _shared_option(self, edge: str, row: PlatformRow, terms: _Terms) -> EdgeOption | None:
         """As `_option`, cached."""
         known = self._options.setdefault(edge, {})
-        key = row, own
+        key = row, terms
         if key not in known:
             if self._option_count >= MAX_OPTIONS:
                 self._options.clear()
                 self._option_count = 0
                 known = self._options.setdefault(edge, {})
             self._option_count += 1
-            known[key] = self._option(edge, row, self._cloud_of(edge, row), own)
+            known[key] = self._option(edge, row, self._cloud_of(edge, row), terms)
         return known[key]
 
     def _without(
-        self, reached: Reached, avoid: Collection[str], device: KnownNode, *, unloaded: bool = False
+        self,
+        reached: Reached,
+        avoid: Collection[str],
+        device: KnownNode,
+        consent: float | None,
+        *,
+        unloaded: bool = False,
     ) -> Reached:
         """`reached` without the nodes in `avoid`."""
-        row, own = reached.row, _OwnLink.of(device.announced)
+        row, terms = reached.row, _Terms.of(device.announced, consent)
         left = [option for option in reached.edges if option.account.name not in avoid]
         if any(name in avoid for name in self._region.cloud_names):
-            local = (self._option(option.account.name, row, None, own, unloaded=unloaded) for option in left)
+            local = (self._option(option.account.name, row, None, terms, unloaded=unloaded) for option in left)
             left = [self._for_device(option, device.announced.node) for option in local if option is not None]
         alone = device.announced.node not in avoid
         return Reached(row, reached.device_search, left, alone=alone, overheads=reached.overheads)
 
     def _option(
-        self, name: str, row: PlatformRow, cloud: PlatformRow | None, own: _OwnLink, *, unloaded: bool = False
+        self, name: str, row: PlatformRow, cloud: PlatformRow | None, terms: _Terms, *, unloaded: bool = False
     ) -> EdgeOption | None:
-        """An edge as seen by devices with equal profiles and links, or None if these devices cannot use it."""
+        """An edge as seen by devices with equal profiles and terms, or None if these devices cannot use it."""
         node = self._nodes.get(name)
         if node is None or node.draining or node.announced.role is not Role.EDGE:
             return None
@@ -204,12 +223,14 @@ class Candidates:
             edge = self._learned_row(name, edge, unloaded=unloaded)
         account = self._ledger.edges[name]
         limit1 = account.link1_capacity_bps
-        if own.capacity_bps and own.capacity_bps < limit1:
-            limit1 = own.capacity_bps
+        if terms.capacity_bps and terms.capacity_bps < limit1:
+            limit1 = terms.capacity_bps
         link2_latency_s = node.announced.link2_latency_s or 0.0
-        declared = own.latency_s or link2_latency_s
-        overheads = Overheads(own.latency_s, link2_latency_s) if declared else NO_OVERHEADS
-        return EdgeOption(account, self._search(row, edge, cloud), limit1, account.link2_capacity_bps, overheads)
+        declared = terms.latency_s or link2_latency_s
+        overheads = Overheads(terms.latency_s, link2_latency_s) if declared else NO_OVERHEADS
+        return EdgeOption(
+            account, self._search(row, edge, cloud, terms.consent), limit1, account.link2_capacity_bps, overheads
+        )
 
     # --- what was learned --------------------------------------------------------------------------------------------
 
@@ -309,7 +330,7 @@ class Candidates:
         for row in self._learned.pop(name, {}).values():
             for key in self._searches_of.pop(row, ()):
                 if self._searches.pop(key, None) is not None:
-                    self.search_bytes -= self._bytes_of(row.layers)
+                    self.search_bytes -= self._held_bytes(key)
 
     def _forget_options(self) -> None:
         self._options.clear()
@@ -324,23 +345,21 @@ class Candidates:
             cloud = completed.cloud or self._cloud_name(edge, *key)
         layers = len(self._nodes[placed.device].rows[placed.model].compute_s) - 1
         taken = routes_taken(placed, completed)
-        tiers: Iterable[tuple[str | None, float, Sequence[Taken]]] = (
-            (placed.device, measured.device_s, [(0, cut1, samples) for cut1, _, samples in taken]),
-            (edge, measured.edge_s, taken),
-            (cloud, measured.cloud_s, [(cut2, layers, samples) for _, cut2, samples in taken]),
+        on_device, on_edge, on_cloud = zip(*(route.by_tier(layers) for route in taken), strict=True)
+        tiers: Iterable[tuple[str | None, float, Sequence[TierShare]]] = (
+            (placed.device, measured.device_s, on_device),
+            (edge, measured.edge_s, on_edge),
+            (cloud, measured.cloud_s, on_cloud),
         )
         work = []
-        for node, busy_s, ranges in tiers:
+        for node, busy_s, shares in tiers:
             row = None if node not in self._nodes else self.row(node, *key)
             if node is None or row is None or row.layers < layers or busy_s <= 0:
                 continue
-            computed = [(first, last, samples) for first, last, samples in ranges if first < last and samples]
+            computed = [share for share in shares if share.first < share.last and share.samples]
             if computed:
-                profile_s = sum(
-                    samples * (row.compute_s[last] - row.compute_s[first]) for first, last, samples in computed
-                )
-                count = max(1, round(sum(samples for *_, samples in computed)))
-                work.append(Work(node, profile_s, busy_s, count))
+                count = max(1, round(sum(share.samples for share in computed)))
+                work.append(Work(node, sum(share.profile_s(row) for share in computed), busy_s, count))
         return Attempt(
             placed, completed, predicted_parts(placed, taken), work, self._known_overheads(placed.device, edge)
         )
@@ -410,25 +429,39 @@ class Candidates:
         row = None if name is None else self.row(name, device.model, device.sha256)
         return None if name is None or row is None else self._learned_row(name, row)
 
-    def _search(self, device: PlatformRow, edge: PlatformRow | None, cloud: PlatformRow | None) -> CutSearch:
+    def _search(
+        self,
+        device: PlatformRow,
+        edge: PlatformRow | None,
+        cloud: PlatformRow | None,
+        consent: float | None = None,
+    ) -> PathSearch:
         if cloud is not None and cloud.layers != device.layers:
             cloud = None
-        key = device, edge, cloud
+        rows = device, edge, cloud
+        key = rows if not may_encode(rows, consent) else (*rows, consent)
         search = self._searches.get(key)
         if search is None:
-            size_bytes = self._bytes_of(device.layers)
+            size_bytes = self._held_bytes(key)
             if self.search_bytes + size_bytes > self.max_search_bytes:
                 self._forget_searches()
             self.search_bytes += size_bytes
-            search = self._searches[key] = CutSearch(device, edge, cloud)
-            for row in key:
+            search = self._searches[key] = CutSearch(*rows) if len(key) == 3 else CodecSearch(rows, consent)
+            for row in rows:
                 if row is not None and row in self._searches_of:
                     self._searches_of[row].append(key)
         return search
 
-    def _bytes_of(self, layers: int) -> int:
-        """An upper bound of the memory of one prepared search."""
-        return search_bytes(layers, self.objective) + (route_search_bytes(layers) if self._mixes else 0)
+    def _held_bytes(self, key: _SearchKey) -> int:
+        """An upper bound of the memory that the search of a key holds."""
+        device = key[0]
+        crossings = device.layers
+        if len(key) == 3:
+            held = search_bytes(device.layers, self.objective)
+        else:
+            held = codec_search_bytes(device.layers, len(device.codings))
+            crossings += len(device.codings)
+        return held + (route_search_bytes(crossings) if self._mixes else 0)
 
     def _forget_searches(self) -> None:
         """Drop all prepared searches and all caches that refer to them."""

@@ -12,6 +12,8 @@ from bus.errors import InvariantError, PolicyError
 from bus.values import MAX_ROUTES
 from planner.core.region.records import NEVER
 from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request
+from planner.search.codec_search import CodecSearch, PathSearch
+from planner.search.cost import RAW
 from planner.search.families import family_of
 from planner.search.policies import Policy, Restriction
 from planner.search.route_search import MixedRoute
@@ -49,6 +51,14 @@ def _consistent(choice: Choice, layers: int) -> bool:
     )
 
 
+def _may_use(request: Request, search: PathSearch, route: MixedRoute) -> bool:
+    """Whether the codecs of a route are measured at its cuts, and agree enough for the task."""
+    own_input = request.input_bytes not in (None, search.costs.cut_bytes[0])
+    return isinstance(search, CodecSearch) and route.codecs in search.codecs_at(
+        route.cut1, route.cut2, own_input=own_input
+    )
+
+
 def check_choice(policy: Policy, request: Request, option: EdgeOption | None, choice: Choice, now: float) -> None:
     """Check that a choice is consistent, within the task's caps (11) and tiers, and free in the ledger.
 
@@ -79,6 +89,7 @@ def check_choice(policy: Policy, request: Request, option: EdgeOption | None, ch
             not {cut for pair in pairs for cut in pair} & forbidden
             and (not choice.uses_slot or costs.edge is not None)
             and (all(cut2 == layers for _, cut2 in pairs) or (costs.cloud is not None and choice.link2_bps >= 1))
+            and all(_may_use(request, option.search, route) for route in choice.routes if route.codecs != RAW)
         )
     if good:
         used = {family_of(cut1, cut2, layers) for cut1, cut2 in pairs}

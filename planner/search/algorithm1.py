@@ -38,7 +38,8 @@ from bus.messages import TaskSubmitted
 from bus.routes.interleave import interleaved_s
 from bus.unchecked_constructors import maker
 from bus.values import Kind, Objective, Placement, Role, Route
-from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow
+from planner.search.codec_search import CodecSearch, PathSearch
+from planner.search.cost import NO_OVERHEADS, RAW, Overheads, PlatformRow
 from planner.search.cut_search import CutSearch
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, family_of
 from planner.search.ledger import SHORTEST_S, DeviceAccount, EdgeAccount, Timeline
@@ -48,6 +49,7 @@ from planner.search.waiting import NO_DEVIATIONS, Deviations, Waits
 EVERY_FAMILY: Final = frozenset({DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE})
 _NEVER: Final = float("inf")
 _MOST_TRIED: Final = 6
+_NO_PRICES: Final = (0.0,) * 7
 _placement, _route = maker(Placement), maker(Route)
 
 
@@ -66,7 +68,7 @@ class EdgeOption(NamedTuple):
     """An edge that a task may use: its account, and the prepared search through it."""
 
     account: EdgeAccount
-    search: CutSearch
+    search: PathSearch
     max_link1_bps: int  # min of the task's B1, the device's own limit and the edge's capacity
     max_link2_bps: int  # min of the task's B2 and the edge's capacity
     overheads: Overheads = NO_OVERHEADS  # latencies and overheads of a task of this device through this edge
@@ -75,7 +77,7 @@ class EdgeOption(NamedTuple):
 class EdgeKind(NamedTuple):
     """Edges with the same platforms, overheads and caps. A result at full caps holds for all of them."""
 
-    search: CutSearch
+    search: PathSearch
     max_link1_bps: int
     max_link2_bps: int
     overheads: Overheads
@@ -100,7 +102,7 @@ class Reached:
     def __init__(
         self,
         row: PlatformRow,
-        device_search: CutSearch,
+        device_search: PathSearch,
         edges: Sequence[EdgeOption],
         *,
         alone: bool = True,
@@ -204,13 +206,6 @@ class Request:
         other._reached = Reached(self.device_row, self.device_search, edges, alone=self.alone, overheads=self.overheads)
         return other
 
-    def rest(self, samples: int) -> Request:
-        """The rest of this task, which is running: so many samples."""
-        other = copy(self)
-        other.samples = samples
-        other.others = max(0, self.others - 1)  # the task itself counts, too
-        return other
-
     def kinds(self) -> Sequence[EdgeKind]:
         """The edges, grouped by platforms and caps."""
         cap1, cap2, reached = self.max_link1_bps, self.max_link2_bps, self._reached
@@ -236,7 +231,7 @@ class Request:
 
 def grouped(edges: Iterable[EdgeOption]) -> list[EdgeKind]:
     """Group edges that have the same search, caps and overheads, and slots or none."""
-    kinds: dict[tuple[CutSearch, int, int, Overheads, bool], list[EdgeAccount]] = {}
+    kinds: dict[tuple[PathSearch, int, int, Overheads, bool], list[EdgeAccount]] = {}
     for account, search, b1, b2, overheads in edges:
         kinds.setdefault((search, b1, b2, overheads, account.slots >= 1), []).append(account)
     return [EdgeKind(*kind, tuple(accounts)) for kind, accounts in kinds.items()]
@@ -262,11 +257,12 @@ class _Candidate(NamedTuple):
 Priced = tuple[float, int, Any]
 """What a search finds for a family at given grants: its delay, cut1 and cut2.
 
-Of several routes: a lower bound of the delay that never rises with a grant, 1 if the device computes (else 0), and the `Mix`.
+Of several routes, or with codecs: a lower bound of the delay that never rises with a grant, 1 if the device computes (else
+0), and the `Mix`.
 """
 
-Search = Callable[[CutSearch, int, float, float, int, Objective, int | None, bool, Overheads], Priced | None]
-"""See `CutSearch.best`."""
+Search = Callable[..., Priced | None]
+"""A prepared search, and the parameters of `CutSearch.best`."""
 
 
 class Choice(NamedTuple):
@@ -280,7 +276,7 @@ class Choice(NamedTuple):
     link2_bps: int
     start_s: float  # ledger time
     delay_s: float  # w
-    routes: tuple[MixedRoute, ...] = ()  # by falling share; empty: one route, cut1 and cut2
+    routes: tuple[MixedRoute, ...] = ()  # by falling share; empty: one route, cut1 and cut2, without codecs
 
     @property
     def cut_pairs(self) -> tuple[tuple[int, int], ...]:
@@ -304,7 +300,7 @@ class Algorithm:
     Placements that are predicted to end after `deadline_s` are not candidates.
     """
 
-    __slots__ = ("_mixes", "_search", "_waits", "deadline_s", "now", "request")
+    __slots__ = ("_mix", "_waits", "deadline_s", "now", "request")
 
     def __init__(self, request: Request, now: float, deadline_s: float = _NEVER) -> None:
         self.request = request
@@ -312,14 +308,19 @@ class Algorithm:
         self.deadline_s = deadline_s  # ledger time
         deviations = request.deviations
         self._waits = Waits(deviations, request.device, now) if deviations else None
-        self._search: Search = CutSearch.best
-        self._mixes = False
+        self._mix: Search | None = None  # what finds several routes, if they are wanted
 
     def with_routes(self) -> Algorithm:
         """The same question for placements of several routes."""
         other = copy(self)
-        other._search, other._mixes = partial(best_mix, alone=self.request.alone), True
+        other._mix = partial(best_mix, alone=self.request.alone)
         return other
+
+    def _finder(self, search: PathSearch) -> Search:
+        """What finds the best cuts, or the best mix, with a prepared search."""
+        if self._mix is not None:
+            return self._mix
+        return CutSearch.best if search.__class__ is CutSearch else best_way
 
     def best(
         self,
@@ -399,13 +400,12 @@ class Algorithm:
         """
         request, now = self.request, self.now
         samples, objective, input_bytes = request.samples, request.objective, request.input_bytes
-        best = self._search
         heap: list[_Candidate] = []
         for kind in request.kinds():
             search, b1, b2, overheads, computes, accounts = kind
             if b1 < 1:
                 continue
-            name = accounts[0].name
+            name, find = accounts[0].name, self._finder(search)
             for family in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE):
                 if (
                     family not in families
@@ -413,7 +413,7 @@ class Algorithm:
                     or (family != DEVICE_CLOUD and not computes)
                 ):
                     continue
-                found = best(
+                found = find(
                     search,
                     family,
                     b1,
@@ -550,7 +550,8 @@ class Algorithm:
         delta = ahead if self._waits is None else self._waits.delta_s(account, start)
         most = self.deadline_s - self.now
         seen = i + 1
-        mixes = self._mixes
+        find = self._finder(search)
+        mixes = find is not CutSearch.best
         while True:
             found: Priced | None
             if at_full and full is not None:
@@ -560,7 +561,7 @@ class Algorithm:
                 for more1, more2, least_w in tried:
                     if b1 <= more1 and b2 <= more2 and least_w > least_delay:
                         return None
-                found = self._search(
+                found = find(
                     search,
                     family,
                     b1,
@@ -616,8 +617,27 @@ class Algorithm:
         return Choice(family, account.name, cut1, cut2, b1, b2, start, delay)
 
 
+def best_way(
+    search: CodecSearch,
+    family: int,
+    link1_bps: float,
+    link2_bps: float,
+    samples: int,
+    objective: Objective,
+    input_bytes: int | None,
+    device_free: bool,
+    overheads: Overheads,
+) -> Priced | None:
+    """The best cuts and codecs of a family, as a mix of one route; see `Priced`."""
+    found = search.best(family, link1_bps, link2_bps, samples, objective, input_bytes, device_free, overheads)
+    if found is None:
+        return None
+    delay_s, cut1, cut2, codecs = found
+    return delay_s, cut1, Mix(delay_s, delay_s, (MixedRoute(cut1, cut2, 1.0, codecs),), delay_s, _NO_PRICES, 0.0)
+
+
 def best_mix(
-    search: CutSearch,
+    search: PathSearch,
     family: int,
     link1_bps: float,
     link2_bps: float,
@@ -647,7 +667,7 @@ def _mixed_choice(
     if family != (ALL_THREE if computes and sends else DEVICE_EDGE if computes else DEVICE_CLOUD):
         return None
     largest = next(route for route in routes if route.cut1 < layers)
-    if len(routes) == 1:
+    if len(routes) == 1 and largest.codecs == RAW:
         routes = ()
     return Choice(family, edge, largest.cut1, largest.cut2, *grants_bps, start_s, mix.delay_s, routes)
 

@@ -165,7 +165,7 @@ class CodecSearch:
     `consent`: the least agreement of lossy codecs; None: lossless ones only. `allowed1` and `allowed2` as in `CutSearch`.
     """
 
-    __slots__ = ("_allowed1", "_allowed2", "_least_agreement", "_rows", "_ways", "costs", "forbidden")
+    __slots__ = ("_allowed1", "_allowed2", "_least_agreement", "_rows", "_ways", "beside", "costs", "forbidden")
 
     def __init__(
         self,
@@ -182,6 +182,7 @@ class CodecSearch:
         self._allowed1 = frozenset(everywhere if allowed1 is None else allowed1) - self.forbidden
         self._allowed2 = frozenset(everywhere if allowed2 is None else allowed2) - self.forbidden
         self._ways: dict[int, Ways | None] = {}
+        self.beside: Any = None  # as of `CutSearch`
 
     def device_s(self, samples: int, objective: Objective, overheads: Overheads = NO_OVERHEADS) -> float | None:
         """w_0, the delay of the whole model on the device; None if not allowed."""

@@ -350,7 +350,8 @@ def parts_s(parts: Parts, placed: Placed) -> float:
 
     Several routes: the predicted share, and by how much the mean sample of these times takes longer than the predicted one.
     """
-    if placed.placement.routes is None:
+    routes = placed.placement.routes
+    if routes is None or len(routes) == 1:
         return _of_mean_s(parts, placed)
     overhead = placed.overhead
     beside_s = 0.0 if overhead is None else max(0.0, overhead.latency_s + overhead.task_s)

@@ -39,7 +39,10 @@ _PAIR_BYTES: Final = 320  # upper bound of the memory for each pair of cuts
 
 
 def route_search_bytes(layers: int) -> int:
-    """An upper bound of the memory that a prepared search without codecs holds, beside that of its `CutSearch`."""
+    """An upper bound of the memory that a prepared search holds, beside that of its search for single routes.
+
+    With codecs, the measured codecs count as layers: each may be one more crossing.
+    """
     return (layers + 1) * (layers + 2) // 2 * _PAIR_BYTES + 20_000
 
 

@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -25,12 +25,11 @@ from bus.text.units import format_seconds, parse_duration
 from bus.values import Objective
 from deploy.commands.simulate.bound import bound
 from deploy.commands.simulate.chaos import chaos
-from deploy.commands.simulate.gain_table import gain_table
 from deploy.commands.simulate.policy_names import Policies, policy_names
 from deploy.commands.simulate.robustness import robustness
 from deploy.commands.simulate.soak import soak
 from deploy.console_output.option_groups import with_option_groups
-from deploy.console_output.options import AsJson
+from deploy.console_output.options import AsJson, Codecs, MinAgreement, checked_agreement
 from deploy.console_output.progress import progress_bar
 from deploy.console_output.writable import writable_folder
 from deploy.kafka_local.broker import KafkaBroker
@@ -42,7 +41,6 @@ from loadgen.experiments.comparison import compare as compared
 from loadgen.experiments.comparison import compare_chart
 from loadgen.experiments.figure_check import check_figures
 from loadgen.experiments.figure_result import POLICIES, FigureOptions, FigureResult, write_csv
-from loadgen.experiments.paired import paired_gains
 from loadgen.experiments.sweep import Axis, SweepOptions, SweepResult
 from loadgen.experiments.sweep import sweep as run_sweep
 from loadgen.sim import scenario
@@ -80,6 +78,8 @@ class ComparisonOptions:
     seeds: Seeds = 10
     policies: Policies = ALL_POLICIES
     objective: ObjectiveFlag = Objective.SEQUENTIAL
+    codecs: Codecs = False
+    min_agreement: MinAgreement = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,8 @@ def _figure_command(name: str, doc: str) -> None:
             seeds=compared.seeds,
             policies=policy_names(compared.policies),
             objective=compared.objective,
+            codecs=compared.codecs,
+            min_agreement=checked_agreement(compared.min_agreement, codecs=compared.codecs),
             profile=profile,
             jobs=workers.processes(),
             cluster=workers.cluster,
@@ -196,6 +198,16 @@ class SweepInput:
     )
     policies: Policies = ALL_POLICIES
     seeds: Seeds = 10
+    codecs: Codecs = False
+    min_agreement: MinAgreement = None
+
+    def scenario(self) -> scenario.Scenario:
+        """The scenario to vary. Raises `ConfigError`."""
+        file = self.scenario_file
+        found = scenario.Scenario() if file is None else scenario.read(file)
+        if not self.codecs and self.min_agreement is None:
+            return found
+        return found.varied(codecs=True, min_agreement=checked_agreement(self.min_agreement, codecs=self.codecs))
 
 
 @app.command()
@@ -216,10 +228,9 @@ def sweep(
     """
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     with progress_bar(log) as tell:
-        file = varied.scenario_file
         options = SweepOptions(
             out=writable_folder("--out", out),
-            scenario=scenario.Scenario() if file is None else scenario.read(file),
+            scenario=varied.scenario(),
             axes=tuple(Axis.parse(text) for text in varied.vary or ()),
             policies=policy_names(varied.policies),
             seeds=varied.seeds,
@@ -228,7 +239,6 @@ def sweep(
             progress=lambda done, total: tell("sweep", done, total),
         )
         done = run_sweep(options)
-    gains = paired_gains(done.rows, [axis.name for axis in options.axes])
     if as_json:
         counts = {
             "runs": len(done.rows),
@@ -236,13 +246,10 @@ def sweep(
             "stale": done.stale,
             "incomplete": len(done.incomplete),
         }
-        files = [str(path) for path in done.files]
-        print(json_text({**counts, "gains": [asdict(gain) for gain in gains], "files": files}))
+        print(json_text({**counts, "files": [str(path) for path in done.files]}))
         return
     console = Console(emoji=False, highlight=False)
     _print_means(console, done.rows, [axis.name for axis in options.axes])
-    if gains:
-        console.print(gain_table(gains[:MOST_POINTS]))
     console.print(_runs_text(done))
     if done.incomplete:
         console.print(_incomplete_text(done), style="yellow", markup=False)
@@ -318,7 +325,7 @@ def compare(
     configure_logging("warning")
     tasks = network.of(compared.SCENARIO if scenario_file is None else scenario.read(scenario_file))
     writable_folder("--out", out)
-    machines = platforms(tasks.profile)
+    machines = platforms(tasks.profile, codecs=tasks.codecs)
     machines.require(tasks.models)
     if bootstrap_servers is not None:
         addresses(bootstrap_servers)

@@ -104,16 +104,11 @@ class Task:
             f"{'|avoids ' + ','.join(self.avoided) if self.avoided else ''}"
             f"{self._line_text()}"
             f"{f'|uncounted {self.uncounted}' if self.uncounted else ''}"
-            f"{self._rest_text()}"
         )
 
     def _line_text(self) -> str:
         line = None if self.placed is None else self.placed.line
         return "" if line is None else f"|line {line.rank_s!r} {line.overtakes}"
-
-    def _rest_text(self) -> str:
-        rest = None if self.placed is None else self.placed.rest
-        return "" if rest is None else f"|rest {rest.from_s!r} {rest.samples} {rest.delay_s!r} {rest.reroutes}"
 
     def __repr__(self) -> str:
         return f"<Task {self.task_id} {self.state} attempt {self.attempt}>"
@@ -142,7 +137,8 @@ class KnownNode:
             for at, profile in enumerate(announced.models)
         }
         self.digest = hash_of("node|" + announced.model_dump_json(exclude=left_out))
-        self.reach: dict[str, tuple[int, Reached]] = {}  # devices only, by model; a cache, not part of the state
+        # devices only, by model and consent to lossy codecs; a cache, not part of the state
+        self.reach: dict[tuple[str, float | None], tuple[int, Reached]] = {}
         self._texts: list[tuple[str, str]] | None = None
 
     def profile_texts(self) -> list[tuple[str, str]]:

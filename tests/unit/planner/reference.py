@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 
 from planner.search.algorithm1 import EVERY_FAMILY, Choice, EdgeOption, Request
+from planner.search.codec_search import PathSearch
 from planner.search.cost import Overheads
 from planner.search.cut_search import CutSearch, Found, exhaustive
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 from planner.search.ledger import MOVES_BORNE, SHORTEST_S, Ledger, Reservation
 
-Search = Callable[[CutSearch, int, int, int, Request, bool, Overheads], Found | None]
+Search = Callable[[PathSearch, int, int, int, Request, bool, Overheads], Found | None]
 
 
 def every_pair(
-    search: CutSearch, family: int, b1: int, b2: int, request: Request, device_free: bool, overheads: Overheads
+    search: PathSearch, family: int, b1: int, b2: int, request: Request, device_free: bool, overheads: Overheads
 ) -> Found | None:
     """The paper's exhaustive search."""
     layers = search.costs.layers
@@ -45,9 +46,10 @@ def every_pair(
 
 
 def fast_pair(
-    search: CutSearch, family: int, b1: int, b2: int, request: Request, device_free: bool, overheads: Overheads
+    search: PathSearch, family: int, b1: int, b2: int, request: Request, device_free: bool, overheads: Overheads
 ) -> Found | None:
     """The planner's search, to see what the rest of the algorithm is worth."""
+    assert isinstance(search, CutSearch)
     return search.best(family, b1, b2, request.samples, request.objective, request.input_bytes, device_free, overheads)
 
 

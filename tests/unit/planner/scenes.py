@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from typing import Any
 
 from bus.messages import (
@@ -17,7 +18,6 @@ from bus.messages import (
     NodeAnnounced,
     NodeLeft,
     Placed,
-    Rerouted,
     SeedInput,
     Start,
     TaskCancelled,
@@ -25,7 +25,7 @@ from bus.messages import (
     TaskFailed,
     TaskSubmitted,
 )
-from bus.values import ModelProfile, Parts, Role
+from bus.values import Codec, CodecProfile, ModelProfile, PairAgreement, Parts, Role
 from planner.core.core import Event, PlannerCore, Tick
 from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow
 
@@ -158,6 +158,7 @@ class Traffic:
     reach: int = 2  # edges that a device reaches
     own_links: bool = False  # whether devices limit their own link
     orderly: bool = False  # every task ends when it was predicted to, and no node leaves
+    codecs: bool = False  # whether nodes have measured codecs, and tasks consent to lossy ones
 
 
 DEFAULT_TRAFFIC = Traffic()
@@ -202,6 +203,9 @@ class RandomRegion:
                 input_bytes=rng.randrange(10_000, 1_000_000),
                 deadline_s=None if orderly else rng.choice((None, None, 50.0)),
             )
+            if traffic.codecs:
+                consent, own_input = (None, 0.9, 0.995, 1.0)[i % 4], submitted.input_bytes if i % 3 else None
+                submitted = submitted.model_copy(update={"min_agreement": consent, "input_bytes": own_input})
             self._push(at_s, submitted)
             if orderly:
                 continue
@@ -239,8 +243,6 @@ class RandomRegion:
             self.counts[change.type] += 1
             if isinstance(change, Start):
                 self._start(change, now)
-            elif isinstance(change, Rerouted):
-                self._reroute(change)
             elif isinstance(change, Placed):
                 self.placed[change.task_id] = change
                 self.counts["delayed"] += change.wait_s > 0
@@ -276,13 +278,6 @@ class RandomRegion:
         if luck > 0.9:
             self._push(ends_s + rng.random(), done)  # a duplicate
 
-    def _reroute(self, change: Rerouted) -> None:
-        """The task ends as it is predicted now; its earlier end comes later, and is then a duplicate."""
-        done = TaskCompleted(
-            task_id=change.task_id, attempt=change.attempt, node=change.device, measured=Parts(), delay_s=change.delay_s
-        )
-        self._push(change.from_s + change.delay_s, done)
-
     def _push(self, at_s: float, event: Event | str) -> None:
         self._count += 1
         heapq.heappush(self._heap, (at_s, self._count, event))
@@ -295,6 +290,8 @@ class RandomRegion:
         incarnation, rng = f"i{self._incarnations[name]}", self.rng
         speed = {"e": 3.0, "c": 10.0, "d": 1.0}[name[0]]
         models = tuple(_random_profile(model, rng, speed) for model in "ab")
+        if self.traffic.codecs and not name.endswith("1"):  # the others are of a version without codecs
+            models = tuple(with_codecs(one, random.Random(f"{name} {one.model}")) for one in models)
         if name[0] == "c":
             return cloud(name, incarnation=incarnation, lease_s=1e6, models=models)
         if name[0] == "d":
@@ -311,6 +308,34 @@ class RandomRegion:
             link1_capacity_bps=rng.randrange(200 * MBPS, 1000 * MBPS),
             link2_capacity_bps=rng.randrange(20 * MBPS, 100 * MBPS),
         )
+
+
+def with_codecs(one: ModelProfile, rng: random.Random) -> ModelProfile:
+    """The profile with codecs at every cut: of one size and agreement for a model, but with times of this platform."""
+    shape = random.Random(one.model)
+    lossy = {Codec.Q8: (0.2, (0.99, 0.996, 1.0)), Codec.Q4: (0.1, (0.8, 0.95, 0.996))}
+    codecs = []
+    for position in range(one.layers):
+        for codec, (share, levels) in {Codec.ZSTD: (0.7, ()), **lossy}.items():
+            codecs.append(
+                CodecProfile(
+                    position=position,
+                    codec=codec,
+                    bytes=round(share * (0.5 + shape.random()) * one.cut_bytes[position]),
+                    encode_s=rng.random() * 0.0006,
+                    decode_s=rng.random() * 0.0003,
+                    agreement=shape.choice(levels) if levels else None,
+                )
+            )
+    pairs = [
+        PairAgreement(
+            position1=cut1, codec1=codec1, position2=cut2, codec2=codec2, agreement=shape.choice((0.8, 0.95, 0.996))
+        )
+        for cut1, cut2 in combinations(range(one.layers), 2)
+        for codec1, codec2 in product(lossy, lossy)
+        if shape.random() < 0.7
+    ]
+    return one.model_copy(update={"codecs": tuple(codecs), "agreements": tuple(pairs)})
 
 
 def _random_profile(model: str, rng: random.Random, speed: float, layers: int = 10) -> ModelProfile:
