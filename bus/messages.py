@@ -263,6 +263,16 @@ class PlacedInLine(Frozen):
     overtakes: Annotated[int, Field(ge=0)] = 0  # scheduled tasks behind which it was not put
 
 
+class PlacedRest(Frozen):
+    """The samples that were left when a running task was last rerouted."""
+
+    from_s: float  # ledger time of the reroute
+    samples: Samples  # left then, as predicted
+    delay_s: Seconds  # their predicted delay
+    parts: Parts  # predicted parts of that delay
+    reroutes: Annotated[int, Field(ge=1)]  # number of reroutes of the attempt so far
+
+
 class Placed(Frozen):
     """The planner places a task: nodes, bandwidth and start time."""
 
@@ -284,6 +294,7 @@ class Placed(Frozen):
     overhead: PlacedOverhead | None = None  # latency and overheads in delay_s; None: all zero
     session: PlacedSession | None = None  # of a session; None: a task with a known number of samples
     line: PlacedInLine | None = None  # None: in order of admission
+    rest: PlacedRest | None = None  # of a task that was rerouted; only in the states of readers, never sent
 
 
 class BandwidthGrant(Frozen):
@@ -331,6 +342,44 @@ class Overran(Frozen):
     attempt: AttemptNumber  # attempt of the task, from 1
     from_s: float  # predicted end, now past
     to_s: float  # end assumed from now on
+
+
+class Rerouted(Frozen):
+    """A running task goes on with another placement: the samples that it has not begun take other cuts, routes or bandwidth.
+
+    The attempt stays the same. Samples under way finish on the route that they began.
+    """
+
+    type: Literal["rerouted"] = "rerouted"  # selects the class
+    task_id: Name  # the task
+    attempt: AttemptNumber  # the running attempt
+    device: NodeName  # the device of the task
+    placement: Placement  # nodes, cuts and bandwidth from now on
+    from_s: float  # ledger time
+    samples: Samples  # left of the task, as predicted
+    delay_s: Seconds  # predicted delay of these samples
+    parts: Parts  # predicted parts of that delay
+    overhead: PlacedOverhead | None = None  # latency and overheads in delay_s; None: all zero
+
+    def applied_to(self, placed: Placed, start_s: float) -> Placed:
+        """The placement of an attempt that started at `start_s`. Delay and parts are those of the whole task."""
+        old = placed.rest
+        samples, parts = (placed.samples, placed.parts) if old is None else (old.samples, old.parts)
+        replaced = self.samples / samples
+        changed = {
+            "placement": self.placement,
+            "delay_s": max(0.0, self.from_s - start_s) + self.delay_s,
+            "parts": placed.parts.plus(parts, -replaced).plus(self.parts),
+            "overhead": self.overhead,
+            "rest": PlacedRest(
+                from_s=self.from_s,
+                samples=self.samples,
+                delay_s=self.delay_s,
+                parts=self.parts,
+                reroutes=1 if old is None else old.reroutes + 1,
+            ),
+        }
+        return placed.model_copy(update=changed)
 
 
 class Retried(Frozen):
@@ -471,6 +520,7 @@ Change = Annotated[
     | Start
     | Moved
     | Overran
+    | Rerouted
     | Retried
     | Ended
     | NodeJoined

@@ -20,6 +20,7 @@ from bus.messages import (
     Moved,
     Overran,
     Placed,
+    Rerouted,
     Retried,
     Start,
     TaskState,
@@ -105,6 +106,12 @@ class RegionTasks:
             case Overran():
                 task = self._known(change.task_id)
                 task.end_s = change.to_s
+            case Rerouted():
+                task = self._known(change.task_id)
+                if task.placed is not None:
+                    start_s = task.placed.start_s if task.start_s is None else task.start_s
+                    task.placed = change.applied_to(task.placed, start_s)
+                task.end_s = change.from_s + change.delay_s
             case Moved():
                 if self._follow_moves:
                     self._move(change)

@@ -72,6 +72,22 @@ class Encoded(NamedTuple):
         return self.payload.nbytes
 
 
+Activations = list[Array] | Encoded
+"""What crosses a link of one sample: its tensors, or what a codec made of them."""
+
+
+def bytes_in(activations: Sequence[Array] | Encoded) -> int:
+    """Their size on a link."""
+    if isinstance(activations, Encoded):
+        return activations.nbytes
+    return activations[0].nbytes if len(activations) == 1 else sum(array.nbytes for array in activations)
+
+
+def codec_of(encoded: EncodedAs | Encoded | None) -> Codec:
+    """The codec of a payload; None: it is the tensors' bytes."""
+    return Codec.RAW if encoded is None else encoded.codec
+
+
 def encoded_limit(raw_bytes: int) -> int:
     """The largest payload that a codec makes of tensors of this size: theirs, and what it says about them."""
     return raw_bytes + raw_bytes // 128 + 1024
@@ -109,7 +125,7 @@ def heads_of(tensors: Sequence[Array]) -> tuple[TensorHead, ...]:
     return tuple([_head_of(array.dtype, array.shape) for array in tensors])
 
 
-def to_pieces(sample: int, tensors: Sequence[Array] | Encoded, chunk_bytes: int, route: int = 0) -> list[Piece]:
+def to_pieces(sample: int, tensors: Activations, chunk_bytes: int, route: int = 0) -> list[Piece]:
     """Split one sample into pieces of at most `chunk_bytes`; a single contiguous tensor is not copied."""
     encoded = None
     if isinstance(tensors, Encoded):

@@ -129,6 +129,10 @@ class Parts(Frozen):
         """The sequential delay (7)."""
         return self.device_s + self.link1_s + self.edge_s + self.link2_s + self.cloud_s + self.result_s
 
+    def plus(self, other: Parts, times: float = 1.0) -> Parts:
+        """These times and those of `other`, multiplied; never below 0."""
+        return Parts(**{name: max(0.0, seconds + times * getattr(other, name)) for name, seconds in self})
+
 
 DELAY_PARTS: Final = tuple(field.removesuffix("_s") for field in Parts.model_fields)
 """The names of the parts, in the order in which a sample passes them: device, link1, ..., result."""
@@ -394,6 +398,12 @@ class ModelProfile(Frozen):
             ),
             None,
         )
+
+    def codec(self, position: int, codec: Codec) -> CodecProfile:
+        """The measurement of a codec at a position; one that was not measured counts as raw."""
+        found = (one for one in self.codecs or () if (one.position, one.codec) == (position, codec))
+        raw = CodecProfile(position=position, codec=codec, bytes=self.cut_bytes[position], encode_s=0.0, decode_s=0.0)
+        return next(found, raw)
 
     def slowed(self, factor: float) -> ModelProfile:
         """The profile of a machine that is `factor` times slower."""

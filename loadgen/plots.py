@@ -28,6 +28,7 @@ POLICY_LOOKS: dict[str, tuple[str, str, str]] = {
     "no-delay": (VERMILION, "--", "P"),
     "deepar": (BLUE, "", "o"),
     "routes": (BLACK, "oo", "h"),
+    "elastic": (YELLOW, "++", "X"),
     "deepar (sequential)": (GREY, "..", "*"),
 }
 """Policy -> (colour, hatch of a bar, marker of a line)."""
@@ -40,6 +41,7 @@ POLICY_LABELS = {
     "no-delay": "No delay",
     "deepar": "DeePar",
     "routes": "Several routes",
+    "elastic": "DeePar, elastic",
     "deepar (sequential)": "DeePar, sequential",
 }
 

@@ -20,6 +20,7 @@ from bus.messages import (
     Moved,
     Overran,
     Placed,
+    Rerouted,
     Retried,
     Start,
     TaskState,
@@ -119,6 +120,8 @@ def explain(decisions: Iterable[Decision], task_id: str) -> Explanation:
                     learned = _lessons(core, lessons, change, candidates)
                     waited_for = _waited_for(core, change)
                     placed, placed_at_s = change, decision.now_s
+                elif isinstance(change, Rerouted) and task.placed is not None:
+                    placed = task.placed  # with the delay of the whole task
                 ended = change if isinstance(change, Ended) else None
             lessons.fold(change)
             core.apply(change, decision.now_s)
@@ -248,6 +251,8 @@ def _candidate(
     edge = None if option is None else option.account.name
     alone = request.through(option)
     algorithm = Algorithm(alone, now)
+    if rules.elastic and placed.start_s <= now:
+        rules = replace(rules, delayed=False)
     choice = rules.best(algorithm, {family})
     if rules.mixes:
         algorithm = algorithm.with_routes()
@@ -368,6 +373,10 @@ def _line(change: Change, task: KnownTask) -> str:
         return f"attempt {change.attempt} starts"
     if isinstance(change, Overran):
         return "overruns its predicted end"
+    if isinstance(change, Rerouted):
+        where = change.placement
+        through = f" through {where.edge}" if where.edge else ""
+        return f"rerouted to {where.kind}{through}, {format_seconds(change.delay_s)} more predicted"
     if isinstance(change, Retried):
         at = f" at {change.failed_at}, which is avoided while other nodes exist" if change.failed_at else ""
         why = f"{change.cause}{at}{': ' + change.detail if change.detail else ''}"

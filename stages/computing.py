@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from bus.frames import AttemptPlan
-from bus.tensors import Array
+from bus.tensors import Activations, Array, Encoded
+from bus.values import Codec
 from stages.measuring.clock import exact_clock
 from stages.node import Node
-from stages.runner import PaceClock, Station
+from stages.runner import Coder, PaceClock, Station
 
 
 class Segment(NamedTuple):
@@ -17,6 +18,19 @@ class Segment(NamedTuple):
 
     first: int
     last: int
+    arrives: Codec = Codec.RAW  # of its inputs
+    leaves: Codec = Codec.RAW  # of its outputs
+
+    @property
+    def works(self) -> bool:
+        """Whether there is anything to do for it: layers, or a codec."""
+        return self.first != self.last or self.arrives is not self.leaves
+
+
+def tensors_of(outputs: Activations) -> list[Array]:
+    """The outputs of a segment that does not encode them."""
+    assert isinstance(outputs, list)
+    return outputs
 
 
 class Computing:
@@ -25,22 +39,28 @@ class Computing:
     def __init__(self, node: Node, plan: AttemptPlan, part: str) -> None:
         """`part` is the part of the delay that computing here belongs to: device, edge or cloud."""
         self._node, self._plan, self._part = node, plan, part
-        self._stations: dict[Segment, Station] = {}
+        self._stations: dict[tuple[int, int], Station] = {}  # by first and last layer
+        self._coders: dict[tuple[int, Codec], Coder] = {}  # by position
         self._opened_s = float("-inf")  # when the stations were ready, where waiting for them is no computing
         self._began_s: float | None = None  # start of the first computation
         self._free_s = float("-inf")  # end of the last one
         self.busy_s = 0.0
+        self.predicted_s = 0.0  # what the plan predicts for the same samples, where the caller says so
 
     async def prepare(self, segments: Iterable[Segment]) -> None:
         """Prepare the models of these segments. Raises what `Runner.prepare` does."""
-        for first, last in dict.fromkeys(segments):
+        for first, last in dict.fromkeys((segment.first, segment.last) for segment in segments):
             await self._node.runner.prepare(self._plan, first, last)
 
     def open(self, segments: Iterable[Segment]) -> None:
         """Make the stations of prepared segments."""
-        pace = PaceClock()
-        for segment in dict.fromkeys(segments):
-            self._stations[segment] = self._node.runner.station(self._plan, *segment, pace)
+        pace, runner, plan = PaceClock(), self._node.runner, self._plan
+        for first, last, arrives, leaves in segments:
+            if first != last and (first, last) not in self._stations:
+                self._stations[first, last] = runner.station(plan, first, last, pace)
+            for crossing in ((first, arrives), (last, leaves)):
+                if crossing[1] is not Codec.RAW and crossing not in self._coders:
+                    self._coders[crossing] = runner.coder(plan, *crossing, pace)
 
     def begin(self) -> None:
         """Count no time before now: samples waited for a slot, or for their models."""
@@ -51,26 +71,44 @@ class Computing:
         for station in self._stations.values():
             station.close()
         self._stations.clear()
+        self._coders.clear()
 
     async def run(
-        self, segment: Segment, sample: int, inputs: Sequence[Array], ready_s: float
-    ) -> tuple[list[Array], float]:
+        self, segment: Segment, sample: int, inputs: Activations, ready_s: float, predicted_s: float = 0.0
+    ) -> tuple[Activations, float]:
         """The outputs of a segment for a sample whose inputs were ready at `ready_s`, and when they were ready.
 
-        Call it for one sample at a time.
+        `predicted_s` is what the plan predicts. Call it for one sample at a time. Raises `ProtocolError` where the inputs are
+        encoded wrongly.
         """
-        station = self._stations[segment]
-        waited_s = station.waited_s
-        outputs = await station.run(sample, inputs, max(ready_s, self._opened_s))
-        now = exact_clock()()
-        self._count(min(now, max(ready_s, self._free_s) + station.waited_s - waited_s), now)
+        waited_s = self._waited_s
+        done_s, outputs = max(ready_s, self._opened_s), inputs
+        clock = exact_clock()
+        if isinstance(outputs, Encoded):
+            outputs = await self._coders[segment.first, segment.arrives].decode(outputs, done_s)
+            done_s = clock()
+        if segment.first != segment.last:
+            outputs = await self._stations[segment.first, segment.last].run(sample, outputs, done_s)
+            done_s = clock()
+        if segment.leaves is not Codec.RAW:
+            outputs = await self._coders[segment.last, segment.leaves].encode(outputs, done_s)
+        now = clock()
+        self._count(min(now, max(ready_s, self._free_s) + self._waited_s - waited_s), now)
+        self.predicted_s += predicted_s
         return outputs, now
+
+    @property
+    def _waited_s(self) -> float:
+        """How long samples have waited because other tasks used the runner."""
+        return sum([one.waited_s for one in self._stations.values()]) + sum(
+            [one.waited_s for one in self._coders.values()]
+        )
 
     def run_now(self, segment: Segment, inputs: Sequence[Array]) -> tuple[list[Array], float] | None:
         """Compute a sample on the event loop: the outputs and the seconds it took; None where other tasks would wait."""
         clock = exact_clock()
         begin_s = clock()
-        outputs = self._stations[segment].run_now(inputs)
+        outputs = self._stations[segment.first, segment.last].run_now(inputs)
         if outputs is None:
             return None
         now = clock()

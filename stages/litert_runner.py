@@ -13,21 +13,25 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
+from bus.codecs.coding import decode_sample, encode_sample
 from bus.errors import ConfigError, ModelError, UnknownNameError
 from bus.frames import AttemptPlan
 from bus.messages import DatasetInput, SeedInput, TaskSubmitted
-from bus.tensors import Array
-from bus.values import ModelProfile, TensorSpec
+from bus.tensors import Array, Encoded, bytes_in
+from bus.values import Codec, CodecProfile, ModelProfile, TensorSpec
 from stages.calibration.stored import with_codecs
 from stages.models.model import Model
 from stages.models.profiler import machine_profile
 from stages.models.runtime.litert import InterpreterOptions
 from stages.models.segments import Segment, SegmentStore, StoreLimits
-from stages.runner import PaceClock, Station, profile_of, sleep_until
+from stages.runner import Coder, PaceClock, Station, profile_of, sleep_until
 from stages.zoo.registry import digits
+
+T = TypeVar("T")
 
 WORKERS = 4 * max(2, os.cpu_count() or 1)
 """More threads than cores, so that a small inference does not queue behind a large one: the system shares the cores."""
@@ -37,6 +41,9 @@ INLINE_S = 0.000_2
 
 SAME_SHARE = 0.1
 """A new measurement that differs by a smaller share confirms the old one."""
+
+INLINE_CODED_BYTES = 60_000
+"""The same for encoding and decoding: tensors that take about as long without loss."""
 
 YIELD_S = 0.001
 """Inline stations give other tasks a turn after computing on the event loop for this long."""
@@ -154,6 +161,13 @@ class LitertRunner:
         kind = _InlineStation if busy_s < INLINE_S else _LitertStation
         return kind(segment, self._workers)
 
+    def coder(self, plan: AttemptPlan, position: int, codec: Codec, pace: PaceClock) -> Coder:
+        """A coder for the model's tensors at a position."""
+        cut, profile = self._model(plan.model).manifest.cuts[position], profile_of(self._profiles, plan.model)
+        limit_bytes = max(cut.cut_bytes, plan.input_bytes or 0 if position == 0 else 0)
+        coder = _LitertCoder(codec, cut.tensors, limit_bytes, self._workers)
+        return _PacedCoder(coder, profile.codec(position, codec), pace) if self._paced else coder
+
     async def close(self) -> None:
         """Stop the worker threads that this runner created."""
         if self._owns_pool:
@@ -174,17 +188,17 @@ class _Workers:
         self._pool = pool
         self._jobs = 0  # samples that are computed or wait for a thread
 
-    async def run(self, segment: Segment, inputs: Sequence[Array]) -> tuple[list[Array], float]:
-        """The outputs, and the seconds that the sample waited because every thread was busy."""
+    async def run(self, work: Callable[[], T]) -> tuple[T, float]:
+        """What `work` returns, and the seconds that the sample waited because every thread was busy."""
         crowded = self._jobs >= WORKERS
         asked_s = time.monotonic()
 
-        def work() -> tuple[float, list[Array]]:
-            return time.monotonic(), segment.run(inputs)
+        def timed() -> tuple[float, T]:
+            return time.monotonic(), work()
 
         self._jobs += 1
         try:
-            begin_s, outputs = await asyncio.get_running_loop().run_in_executor(self._pool, work)
+            begin_s, outputs = await asyncio.get_running_loop().run_in_executor(self._pool, timed)
         finally:
             self._jobs -= 1
         return outputs, begin_s - asked_s if crowded else 0.0  # else it is the time to wake a thread
@@ -203,7 +217,7 @@ class _LitertStation:
         return self._queued_s + self._segment.waited_s
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        outputs, queued_s = await self._workers.run(self._segment, inputs)
+        outputs, queued_s = await self._workers.run(lambda: self._segment.run(inputs))
         self._queued_s += queued_s
         return outputs
 
@@ -212,6 +226,49 @@ class _LitertStation:
 
     def close(self) -> None:
         self._segment.release()
+
+
+class _LitertCoder:
+    """Encodes and decodes large samples in a worker thread, small ones on the event loop."""
+
+    def __init__(self, codec: Codec, specs: Sequence[TensorSpec], limit_bytes: int, workers: _Workers) -> None:
+        """`limit_bytes`: the largest size of the tensors of a sample."""
+        self._codec, self._specs = codec, specs
+        self._limit_bytes = limit_bytes
+        self._workers = workers
+        self.waited_s = 0.0
+
+    async def encode(self, tensors: Sequence[Array], ready_s: float) -> Encoded:
+        return await self._run(partial(encode_sample, self._codec, tensors, self._specs), bytes_in(tensors))
+
+    async def decode(self, encoded: Encoded, ready_s: float) -> list[Array]:
+        return await self._run(partial(decode_sample, encoded, self._limit_bytes), encoded.raw_bytes)
+
+    async def _run(self, work: Callable[[], T], size_bytes: int) -> T:
+        if size_bytes < INLINE_CODED_BYTES:
+            return work()
+        outcome, waited_s = await self._workers.run(work)
+        self.waited_s += waited_s
+        return outcome
+
+
+class _PacedCoder:
+    """Returns when the emulated slower machine would."""
+
+    waited_s = 0.0
+
+    def __init__(self, coder: _LitertCoder, measured: CodecProfile, pace: PaceClock) -> None:
+        self._coder, self._measured, self._pace = coder, measured, pace
+
+    async def encode(self, tensors: Sequence[Array], ready_s: float) -> Encoded:
+        encoded = await self._coder.encode(tensors, ready_s)
+        await sleep_until(self._pace.done_at(ready_s, self._measured.encode_s))
+        return encoded
+
+    async def decode(self, encoded: Encoded, ready_s: float) -> list[Array]:
+        tensors = await self._coder.decode(encoded, ready_s)
+        await sleep_until(self._pace.done_at(ready_s, self._measured.decode_s))
+        return tensors
 
 
 class _PacedStation(_LitertStation):

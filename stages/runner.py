@@ -16,8 +16,8 @@ import numpy as np
 from bus.errors import UnknownNameError
 from bus.frames import AttemptPlan
 from bus.messages import TaskSubmitted
-from bus.tensors import Array
-from bus.values import ModelProfile
+from bus.tensors import Array, Encoded, bytes_in, encoded_limit, heads_of
+from bus.values import Codec, ModelProfile
 from stages.measuring.clock import exact_clock
 
 
@@ -41,6 +41,20 @@ class Station(Protocol):
         """Release the station when the task has ended."""
 
 
+class Coder(Protocol):
+    """Encodes or decodes one task's samples at one position, one after the other."""
+
+    @property
+    def waited_s(self) -> float:
+        """As of a `Station`."""
+
+    async def encode(self, tensors: Sequence[Array], ready_s: float) -> Encoded:
+        """Encode a sample that was ready at `ready_s`. Returns when a platform of the announced speed would be done."""
+
+    async def decode(self, encoded: Encoded, ready_s: float) -> list[Array]:
+        """Decode a sample. Raises `ProtocolError` where its payload is wrong."""
+
+
 class Runner(Protocol):
     """Port through which a stage loads and runs models."""
 
@@ -61,6 +75,9 @@ class Runner(Protocol):
 
         The stations that share `pace` share the computing time of one platform.
         """
+
+    def coder(self, plan: AttemptPlan, position: int, codec: Codec, pace: PaceClock) -> Coder:
+        """A coder for what crosses `position`; requires a `prepare` of any layers. It shares `pace` with the stations."""
 
     async def remeasure(self, model: str) -> bool:
         """Measure a model on this machine again; returns whether `profiles` has changed. False if it was not measured."""
@@ -125,6 +142,10 @@ class ModelledRunner:
         profile = profile_of(self._profiles, plan.model)
         return _ModelledStation(sum(profile.layer_s[first:last]), profile.cut_bytes[last], pace)
 
+    def coder(self, plan: AttemptPlan, position: int, codec: Codec, pace: PaceClock) -> Coder:
+        """A coder that sleeps, and makes as many bytes as the codec does on average."""
+        return _ModelledCoder(profile_of(self._profiles, plan.model), position, codec, pace)
+
     async def remeasure(self, model: str) -> bool:
         """Keep the profile: it is emulated, not measured."""
         return False
@@ -150,6 +171,26 @@ class _ModelledStation:
 
     def close(self) -> None:
         pass
+
+
+class _ModelledCoder:
+    waited_s = 0.0
+
+    def __init__(self, profile: ModelProfile, position: int, codec: Codec, pace: PaceClock) -> None:
+        self._codec, self._pace = codec, pace
+        self._measured = profile.codec(position, codec)
+        self._raw_bytes = profile.cut_bytes[position]
+
+    async def encode(self, tensors: Sequence[Array], ready_s: float) -> Encoded:
+        measured = self._measured
+        await sleep_until(self._pace.done_at(ready_s, measured.encode_s))
+        raw_bytes = bytes_in(tensors)  # a task's inputs may differ in size from the model's
+        size_bytes = min(raw_bytes * measured.bytes // max(1, self._raw_bytes), encoded_limit(raw_bytes))
+        return Encoded(self._codec, heads_of(tensors), _blank(size_bytes).data)
+
+    async def decode(self, encoded: Encoded, ready_s: float) -> list[Array]:
+        await sleep_until(self._pace.done_at(ready_s, self._measured.decode_s))
+        return [_blank(encoded.raw_bytes)]
 
 
 def profile_of(profiles: dict[str, ModelProfile], model: str) -> ModelProfile:

@@ -25,7 +25,7 @@ import numpy as np
 from bus.codecs import affine, byte_planes, zstandard_frames
 from bus.codecs.affine import RANGE_BYTES, Affine
 from bus.errors import ProtocolError
-from bus.tensors import NUMPY_TYPES, Array, TensorHead, bytes_of, to_tensors
+from bus.tensors import NUMPY_TYPES, Array, Encoded, TensorHead, bytes_of, heads_of, to_tensors
 from bus.values import Codec, TensorSpec
 
 _LOSSLESS, _EIGHT_BITS, _FOUR_BITS = 0, 8, 4  # how a tensor is stored: its bytes, or so many bits for each value
@@ -64,6 +64,16 @@ def encode(codec: Codec, tensors: Sequence[Array], specs: Sequence[TensorSpec] |
         at += size
     front = b"".join([bytes((_LOSSLESS,)) if one is None else bytes((one.bits,)) + one.packed() for one in ranges])
     return front + zstandard_frames.compress(body) if body.size else front
+
+
+def encode_sample(codec: Codec, tensors: Sequence[Array], specs: Sequence[TensorSpec] | None = None) -> Encoded:
+    """One sample, ready to be sent."""
+    return Encoded(codec, heads_of(tensors), memoryview(encode(codec, tensors, specs)))
+
+
+def decode_sample(encoded: Encoded, limit_bytes: int) -> list[Array]:
+    """The tensors of a sample that arrived. Raises as `decode`."""
+    return decode(encoded.codec, encoded.tensors, encoded.payload, limit_bytes)
 
 
 def decode(codec: Codec, heads: Sequence[TensorHead], payload: bytes | memoryview, limit_bytes: int) -> list[Array]:

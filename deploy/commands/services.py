@@ -135,7 +135,10 @@ class DecisionOptions:
         str,
         typer.Option(
             envvar="DEEPAR_POLICY",
-            help="Policy: deepar, no-delay, device-only, edge-only, cloud-only, neurosurgeon, or module:name.",
+            help=(
+                "Policy: deepar, no-delay, device-only, edge-only, cloud-only, neurosurgeon, routes, elastic, or "
+                "module:name."
+            ),
             autocompletion=completion.policies,
         ),
     ] = "deepar"

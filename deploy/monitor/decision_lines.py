@@ -29,6 +29,7 @@ from bus.messages import (
     Placed,
     PlannerHeartbeat,
     PlannerLeft,
+    Rerouted,
     Retried,
     Snapshot,
     SnapshotPart,
@@ -151,6 +152,8 @@ def _decision(decision: Decision, region: RegionTasks, on_change: OnChange | Non
                 late = format_seconds(max(0.0, decision.now_s - change.from_s))
                 left = format_seconds(max(0.0, change.to_s - decision.now_s))
                 yield "yellow", change.task_id, "overran", f"by {late} so far; given {left} more"
+            case Rerouted():
+                yield "green", change.task_id, "rerouted", _rerouted(change, placement)
             case Retried():
                 details = f"planned again after {_why(change.cause, change.detail)}"
                 yield "yellow", change.task_id, f"attempt {change.attempt}", details
@@ -181,6 +184,14 @@ def _moved(change: Moved, region: RegionTasks, now_s: float) -> Iterator[Line]:
         if more := len(change.task_ids) - 1:
             details.append(f"and {more} more {'tasks' if more > 1 else 'task'} moved with it")
         yield "yellow", task_id, f"waits {format_seconds(max(0.0, start_s - now_s))}", ", ".join(details)
+
+
+def _rerouted(change: Rerouted, placed: Placed | None) -> str:
+    """Where the rest of a task goes on; the device alone knows how many samples are really left."""
+    left = f"{format_seconds(change.delay_s)} more expected"
+    if placed is None:  # the placement was not read
+        return f"to {change.placement.kind}, {left}"
+    return f"{path_text(placed):<46}  {cuts_text(change.placement):<24}  {left}"
 
 
 def _circuit(change: CircuitChanged, now_s: float) -> Line:

@@ -32,6 +32,7 @@ from bus.messages import (
     Placed,
     PlannerHeartbeat,
     PlannerLeft,
+    Rerouted,
     Retried,
     Start,
     TaskCompleted,
@@ -219,7 +220,7 @@ class RegionView:
             case Moved():
                 for task_id in change.task_ids:
                     self._follow(self._region.tasks[task_id], change)
-            case Placed() | Start() | Overran() | Retried() | Ended() if task is not None:
+            case Placed() | Start() | Overran() | Rerouted() | Retried() | Ended() if task is not None:
                 self._follow(task, change)
             case _:
                 pass

@@ -254,6 +254,9 @@ def _own_claims(table: _Table, reachable: int | None) -> list[Claim]:
     if table.has(SEQUENTIAL):
         found = Reductions.of(deepar, table.of(SEQUENTIAL, reachable))
         claims.append(rules.pays("streaming lowers DeePar's delay on the same tasks", found))
+    if table.has("routes"):
+        found = Reductions.of(table.of("routes", reachable), deepar)
+        claims.append(rules.pays("several routes lower DeePar's delay on the same tasks", found))
     if table.has(RAW):
         found = Reductions.of(deepar, table.of(RAW, reachable))
         claims.append(rules.pays("codecs lower DeePar's delay on the same tasks", found))

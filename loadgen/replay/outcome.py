@@ -15,6 +15,7 @@ from bus.messages import (
     Decision,
     Ended,
     Placed,
+    Rerouted,
     Retried,
     Start,
     TaskCompleted,
@@ -83,6 +84,10 @@ class Outcome:
         self.placement, self.predicted = placed.placement, placed.parts
         self.predicted_delay_s, self.predicted_wait_s = placed.delay_s, placed.wait_s
 
+    def reroute(self, placed: Placed) -> None:
+        """Take over the placement of a running task after a change."""
+        self.placement, self.predicted, self.predicted_delay_s = placed.placement, placed.parts, placed.delay_s
+
 
 class Recorder:
     """Tracks the tasks of one replay. `outcomes` is in due order."""
@@ -123,6 +128,8 @@ class Recorder:
             elif isinstance(change, Start):
                 self.running += outcome.started_s is None
                 outcome.started_s = now_s
+            elif isinstance(change, Rerouted) and task.placed is not None:
+                outcome.reroute(task.placed)
             elif isinstance(change, Retried):
                 self.running -= outcome.started_s is not None
                 outcome.started_s = None

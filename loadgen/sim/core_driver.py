@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, NamedTuple
 
 from bus.errors import ConfigError, InvariantError, PolicyError
 from bus.messages import (
@@ -22,13 +22,14 @@ from bus.messages import (
     NodeAnnounced,
     NodeHeartbeat,
     Placed,
+    Rerouted,
     Retried,
     Start,
     TaskCompleted,
     TaskState,
 )
 from bus.unchecked_constructors import maker
-from bus.values import Role
+from bus.values import Parts, Role
 from loadgen.replay.outcome import Outcome
 from loadgen.replay.schedule import Entry
 from loadgen.sim.environment import Drift, Environment, LogNormal, Ran, World, as_predicted
@@ -36,6 +37,7 @@ from loadgen.sim.platforms import Platforms
 from loadgen.sim.scenario import Scenario
 from planner.core.core import PlannerCore, Tick
 from planner.core.options import CoreOptions
+from planner.core.rerouting import samples_left
 from planner.search.cost import Overheads
 
 _END = 0  # at equal times, resources are freed before new requests are handled
@@ -45,6 +47,17 @@ LINKS_EVERY_S = 5.0
 MOST_LINKS = 100
 """Limit of links in one heartbeat."""
 _completed = maker(TaskCompleted)  # skips validation: the values are computed here
+
+
+class _Run(NamedTuple):
+    """What a running task takes: all of it, or the rest since it was last rerouted."""
+
+    attempt: int
+    samples: int  # at `from_s`
+    from_s: float
+    end_s: float
+    ran: Ran  # from `from_s` on
+    before: Parts  # busy times until then
 
 
 @dataclass(slots=True)
@@ -58,6 +71,7 @@ class Drive:
     _heap: list[tuple[float, int, int, Any]] = field(default_factory=list)
     _sequence: int = 0
     _live: dict[str, Outcome] = field(default_factory=dict)  # tasks that have not ended
+    _runs: dict[str, _Run] = field(default_factory=dict)  # of running tasks
     _wakeup_s: float = math.inf
     _links: list[NodeHeartbeat] = field(default_factory=list)
     _reported_s: float = 0.0  # when the links were last reported
@@ -147,21 +161,21 @@ class Drive:
         self._live[task.task_id] = outcome
         self._handle(task)
 
-    def _complete(self, completion: tuple[str, int, Ran]) -> None:
-        task_id, attempt, ran = completion
+    def _complete(self, completion: tuple[str, _Run]) -> None:
+        task_id, run = completion
         outcome = self._live.get(task_id)
-        if outcome is None or outcome.attempt != attempt:
-            return  # the task ended for another reason, or was retried
+        if outcome is None or self._runs.get(task_id) is not run:
+            return  # the task ended for another reason, was retried or rerouted
         started_s = outcome.started_s if outcome.started_s is not None else self.now_s
         self._handle(
             _completed(
                 task_id=task_id,
-                attempt=attempt,
+                attempt=run.attempt,
                 node=outcome.device,
-                measured=ran.parts,
+                measured=run.before.plus(run.ran.parts),
                 delay_s=self.now_s - started_s,
                 wait_s=started_s - outcome.scheduled_s,
-                route_samples=ran.route_samples,
+                route_samples=run.ran.route_samples,
             )
         )
 
@@ -174,16 +188,19 @@ class Drive:
                 task_id = change.task_id
                 outcome = live[task_id]
                 outcome.started_s = now_s
-                self._sequence += 1
                 task = self.core.tasks.get(task_id)
                 if task is None or task.placed is None:
                     continue  # a later change of the same event ended it
                 ran = self.world(task.submitted, task.placed, now_s)
-                heappush(self._heap, (now_s + ran.delay_s, _END, self._sequence, (task_id, change.attempt, ran)))
+                self._run(task_id, _Run(change.attempt, outcome.samples, now_s, now_s + ran.delay_s, ran, Parts()))
+            elif isinstance(change, Rerouted):
+                self._reroute(change)
             elif isinstance(change, Retried):
                 live[change.task_id].started_s = None
+                self._runs.pop(change.task_id, None)
             elif isinstance(change, Ended):
                 outcome = live.pop(change.task_id)
+                self._runs.pop(change.task_id, None)
                 outcome.state, outcome.cause, outcome.ended_s = change.state, change.cause, now_s
                 outcome.measured, outcome.device_delay_s = change.measured, change.delay_s
                 if change.cause == "policy_error":
@@ -191,6 +208,25 @@ class Drive:
                 self.on_end(outcome)
         wakeup_s = self.core.next_wakeup()
         self._wakeup_s = math.inf if wakeup_s is None else wakeup_s
+
+    def _run(self, task_id: str, run: _Run) -> None:
+        self._runs[task_id] = run
+        self._sequence += 1
+        heappush(self._heap, (run.end_s, _END, self._sequence, (task_id, run)))
+
+    def _reroute(self, change: Rerouted) -> None:
+        """End a task by what is really left of it: the share of its delay that has not passed, on its new placement."""
+        now_s, task_id, old = self.now_s, change.task_id, self._runs[change.task_id]
+        task = self.core.tasks.get(task_id)
+        if task is None or task.placed is None:
+            return  # a later change of the same event ended it
+        self._live[task_id].reroute(task.placed)
+        left = samples_left(old.samples, old.from_s, old.end_s, now_s)
+        ran = self.world(task.submitted, task.placed, now_s)
+        if left != change.samples:  # the planner's prediction was off
+            ran = Ran(Parts().plus(ran.parts, left / change.samples), ran.delay_s * left / change.samples)
+        before = old.before.plus(old.ran.parts, 1.0 - left / old.samples)
+        self._run(task_id, _Run(old.attempt, left, now_s, now_s + ran.delay_s, ran, before))
 
 
 def core_for(scenario: Scenario) -> PlannerCore:

@@ -41,16 +41,18 @@ class Ran(NamedTuple):
     """What a task took."""
 
     parts: Parts  # busy times
-    delay_s: float  # from its start to its end
+    delay_s: float  # from its start, or from its latest reroute, to its end
     route_samples: tuple[int, ...] | None = None  # on each route; None: as planned
 
 
 World = Callable[[TaskSubmitted, Placed, float], Ran]
-"""What a task takes that starts now: the task, its placement, virtual time."""
+"""What a task takes that starts, or is rerouted, now: the task, its placement, virtual time."""
 
 
 def as_predicted(task: TaskSubmitted, placed: Placed, now_s: float) -> Ran:
     """A world in which the planner's predictions are exact."""
+    if placed.rest is not None:
+        return Ran(placed.rest.parts, placed.rest.delay_s)
     return Ran(placed.parts, placed.delay_s)
 
 
@@ -62,6 +64,11 @@ def link1(device: str, edge: str) -> str:
 def link2(edge: str) -> str:
     """The name of an edge's link to the cloud."""
     return f"{edge}>cloud"
+
+
+def _samples(placed: Placed) -> int:
+    """The samples that a placement is for: all, or those that were left at the latest reroute."""
+    return placed.samples if placed.rest is None else placed.rest.samples
 
 
 class Environment:
@@ -82,7 +89,7 @@ class Environment:
 
     def __call__(self, task: TaskSubmitted, placed: Placed, now_s: float) -> Ran:
         """What a task takes; see `World`."""
-        ways, samples = _ways_of(placed.placement), task.samples
+        ways, samples = _ways_of(placed.placement), _samples(placed)
         if len(ways) > 1:
             return self._mixed(task, placed, ways, now_s)
         way = ways[0]
@@ -92,7 +99,7 @@ class Environment:
 
     def _mixed(self, task: TaskSubmitted, placed: Placed, ways: Sequence[Way], now_s: float) -> Ran:
         """What a task of several routes takes. Its device solves the shares again from what it measures; here at once."""
-        samples = task.samples
+        samples = _samples(placed)
         stations = [self._sample_s(task, placed, way, now_s) for way in ways]
         fill_s = [sum(s) + self._latency_s(task, placed, way) for s, way in zip(stations, ways, strict=True)]
         found = solve_shares(fill_s, stations, samples)
@@ -112,7 +119,7 @@ class Environment:
     def _latency_s(self, task: TaskSubmitted, placed: Placed, way: Way) -> float:
         """The share of the links' latencies in the delay of a task on one route."""
         family = family_of(way.cut1, way.cut2, self._costs_of(task.model).layers)
-        return self._latencies.total_s(family, task.samples, placed.objective)
+        return self._latencies.total_s(family, _samples(placed), placed.objective)
 
     def _sample_s(self, task: TaskSubmitted, placed: Placed, way: Way, now_s: float) -> StationTimes:
         """The station times of one sample."""

@@ -74,12 +74,13 @@ from planner.core.placing import CheckChoice, Placer, PlacingRules, QueueLimits
 from planner.core.region.circuits import Circuit
 from planner.core.region.records import EndedTasks, KnownNode, Task
 from planner.core.region.state import RegionState
+from planner.core.rerouting import Rerouter
 from planner.core.settling import Settler, SettlingRules
 from planner.core.teacher import Teacher
 from planner.learning.table import EstimateTable
 from planner.search.algorithm1 import Choice, Request
 from planner.search.ledger import Ledger
-from planner.search.policies import Policy, check_objective, load_policy, mixes
+from planner.search.policies import Policy, Restriction, check_objective, load_policy, mixes
 
 _admitted = maker(Admitted)  # built without validation: the submission is validated
 
@@ -164,7 +165,10 @@ class PlannerCore:
         rules = PlacingRules(self.policy, self.execution, options.when_late, options.fair, components.check_choice)
         limits = components.queue_limits(state, options)
         self._placer = Placer(state, self._candidates, self._recorder, self._breakers, limits, rules)
-        self._settler = Settler(state, self._recorder, self._placer, components.settling)
+        rerouter = None
+        if isinstance(self.policy, Restriction) and self.policy.elastic:
+            rerouter = Rerouter(state, self._candidates, self._recorder, self._placer, self.policy)
+        self._settler = Settler(state, self._recorder, self._placer, components.settling, rerouter)
 
     # --- events ------------------------------------------------------------------------------------------------------
 

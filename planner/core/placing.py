@@ -135,7 +135,7 @@ class Placer:
                 line = None
                 if choice is not None and choice.start_s > now and (self._rules.fair or task.submitted.priority):
                     request, choice, late_s, line = self._in_line(task, request, choice, late_s, now)
-                placed = None if choice is None else self._placement(task, request, choice, now, line)
+                placed = None if choice is None else self.placement(task, request, choice, now, line)
             except (Exception, SystemExit) as error:
                 if isinstance(self._policy, Restriction):
                     raise  # a built-in policy failed: a bug in the planner
@@ -192,6 +192,10 @@ class Placer:
                 return found
         return self._sessions.best(request, task.submitted, now)
 
+    def suspects(self, task: Task, now: float) -> frozenset[str]:
+        """The nodes that a running task does not go over to."""
+        return next(iter(self._avoided(task.avoided, now)), frozenset())
+
     def _avoided(self, failed_at: tuple[str, ...], now: float) -> list[frozenset[str]]:
         """The sets of nodes to leave out, in the order in which placements without them are tried; never an empty set."""
         if not failed_at and not self._region.circuits:
@@ -214,7 +218,7 @@ class Placer:
             return line.request, other, 0.0, _line(rank_s=line.rank_s[other.edge], overtakes=overtakes)
         return request, choice, late_s, _line(rank_s=line.rank_s[choice.edge])
 
-    def _placement(
+    def placement(
         self, task: Task, request: Request, choice: Choice, now: float, line: PlacedInLine | None = None
     ) -> Placed:
         """The placement message for a choice. Raises an error for an invalid choice; the state does not change here."""
@@ -229,7 +233,7 @@ class Placer:
             device=submitted.device,
             model=row.model,
             sha256=row.sha256,
-            samples=submitted.samples,
+            samples=request.samples,
             policy=self._policy.name,
             objective=self._candidates.objective,
             execution=self._rules.execution,
@@ -237,7 +241,7 @@ class Placer:
             start_s=start_s,
             wait_s=start_s - now,
             delay_s=choice.delay_s,
-            parts=_parts(search.costs, placement, submitted),
+            parts=_parts(search.costs, placement, request),
             overhead=_overhead(request, option, choice, submitted.device),
             line=line,
         )
@@ -295,14 +299,14 @@ class Placer:
         return "never_fits", "; ".join(lacks[:10])
 
 
-def _parts(costs: Costs, placement: Placement, submitted: TaskSubmitted) -> Parts:
+def _parts(costs: Costs, placement: Placement, request: Request) -> Parts:
     """The predicted busy times of a placement."""
-    samples = submitted.samples
+    samples = request.samples
     if placement.routes is not None:
         shares = [route.share for route in placement.routes]
         return busy_parts(mean_stations_s(shares, placement.routes), samples)
     cut1, cut2, link1_bps, link2_bps = placement.cut1, placement.cut2, placement.link1_bps, placement.link2_bps
-    return costs.parts(cut1, cut2, link1_bps, link2_bps, samples, submitted.input_bytes)
+    return costs.parts(cut1, cut2, link1_bps, link2_bps, samples, request.input_bytes)
 
 
 def _overhead(request: Request, option: EdgeOption | None, choice: Choice, device: str) -> PlacedOverhead | None:

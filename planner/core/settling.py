@@ -16,6 +16,7 @@ from planner.core.change_recorder import ChangeRecorder
 from planner.core.placing import Placer
 from planner.core.region.records import BESIDE_SESSION, NEVER
 from planner.core.region.state import RegionState
+from planner.core.rerouting import Rerouter
 from planner.search.ledger import Ledger, Reservation
 
 OVERRUN_SHARE: Final = 0.1
@@ -50,11 +51,19 @@ class SettlingRules:
 class Settler:
     """Settles one region."""
 
-    def __init__(self, region: RegionState, recorder: ChangeRecorder, placer: Placer, rules: SettlingRules) -> None:
+    def __init__(
+        self,
+        region: RegionState,
+        recorder: ChangeRecorder,
+        placer: Placer,
+        rules: SettlingRules,
+        rerouter: Rerouter | None = None,
+    ) -> None:
         self._region = region
         self._recorder = recorder
         self._placer = placer
         self._rules = rules
+        self._rerouter = rerouter  # None: running tasks keep their placement
 
     def settle_if_changed(self, now: float) -> None:
         """Settle if an edge or device changed, a task must be placed again, or a running task is overdue."""
@@ -67,17 +76,21 @@ class Settler:
         """Run steps 2 to 4 until nothing changes: expiry and overruns, the walk, and placing of retried or waiting tasks."""
         region, recorder = self._region, self._recorder
         ends, deadlines = region.timers.ends, region.timers.deadlines
+        edges: dict[str, float] = {}  # that changed since running tasks were last rerouted
         while True:
             if deadlines:
                 self._expire_unstarted(now)
             if ends and ends[0][0] <= now:
                 self._prolong_overdue(now)
             if region.changed_edges or region.changed_devices:
+                edges.update(region.changed_edges)
                 self._reschedule(now)
             if region.session_ended:
                 self._replan_sessions()
             if not recorder.replans:
-                return
+                if not edges or self._rerouter is None or not self._rerouter.reroute(edges, now):
+                    return
+                edges.clear()
             for *_, task_id in recorder.take_replans():
                 task = region.tasks.get(task_id)
                 if task is not None and task.state is TaskState.WAITING:

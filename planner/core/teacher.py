@@ -20,11 +20,11 @@ class Teacher:
         self._recorder = recorder
 
     def completed(self, task: Task, completed: TaskCompleted, now: float) -> None:
-        """Learn from a task before it ends. A session or an older attempt teaches nothing."""
+        """Learn from a task before it ends. A session, an older attempt or a rerouted one teaches nothing."""
         placed = task.placed
         if placed is None or task.state is not TaskState.RUNNING or completed.attempt != task.attempt:
             return
-        if placed.session is not None:
+        if placed.session is not None or placed.rest is not None:
             return
         if placed.device in self._region.nodes:
             attempt = self._candidates.attempt(placed, completed)

@@ -206,6 +206,13 @@ class Request:
         other._reached = Reached(self.device_row, self.device_search, edges, alone=self.alone, overheads=self.overheads)
         return other
 
+    def rest(self, samples: int) -> Request:
+        """The rest of this task, which is running: so many samples."""
+        other = copy(self)
+        other.samples = samples
+        other.others = max(0, self.others - 1)  # the task itself counts, too
+        return other
+
     def kinds(self) -> Sequence[EdgeKind]:
         """The edges, grouped by platforms and caps."""
         cap1, cap2, reached = self.max_link1_bps, self.max_link2_bps, self._reached

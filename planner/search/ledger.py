@@ -379,6 +379,7 @@ class Ledger:
         self.own_links: dict[str, int] = {}  # limits that devices announced of their own link, bit/s
         self.reservations: dict[str, Reservation] = {}
         self.held_by: dict[str, int] = {}  # number of reservations of the tasks of each device that has any
+        self.alone: dict[str, Reservation] = {}  # those that use no edge
 
     def open_edge(self, name: str, slots: int, link1_capacity_bps: int, link2_capacity_bps: int) -> None:
         """Add an edge, or change its capacities."""
@@ -424,7 +425,9 @@ class Ledger:
         self.reservations[r.task_id] = r
         if r.sender is not None:
             self.held_by[r.sender] = self.held_by.get(r.sender, 0) + 1
-        if account is not None:
+        if account is None:
+            self.alone[r.task_id] = r
+        else:
             account.timeline.forget_before(now)
             account.reservations[r.task_id] = r
             account.timeline.take(r, now)
@@ -476,6 +479,8 @@ class Ledger:
                 account.timeline.give(r)
             else:  # it ended on time, so nothing of it lies in the future
                 account.timeline.forget_before(now)
+        else:
+            del self.alone[task_id]
         if r.device is not None:
             device = self.devices[r.device]
             del device.reservations[task_id]
@@ -510,6 +515,16 @@ class Ledger:
             account.timeline.take(r)
         if device is not None:
             device.take(r)
+
+    def rebook(self, r: Reservation, wanted: Reservation, now: float) -> None:
+        """Exchange what a running task holds for what another reservation of it names, from now until that one's end."""
+        if not r.running:
+            raise InvariantError(f"{r} cannot be exchanged because it is not running")
+        self.release(r.task_id, now)
+        r.edge, r.computes, r.slots = wanted.edge, wanted.computes, wanted.slots
+        r.link1_bps, r.link2_bps = wanted.link1_bps, wanted.link2_bps
+        r.length_s, r.end_s = wanted.length_s, wanted.end_s
+        self.reserve(r, now)
 
     def prolong(self, task_id: str, end_s: float) -> None:
         """Extend the reservation of a running task until `end_s`."""
@@ -611,6 +626,8 @@ class Ledger:
                 raise InvariantError(f"{r}: its entry in a queue contradicts its state")
         if self.held_by != Counter(r.sender for r in self.reservations.values() if r.sender is not None):
             raise InvariantError("the number of reservations of a device differs from those that the ledger lists")
+        if self.alone.keys() != {name for name, r in self.reservations.items() if r.edge is None}:
+            raise InvariantError("the ledger's list of reservations without an edge is wrong")
         booked = sum(len(account.reservations) for account in self.edges.values())
         if booked != sum(r.edge is not None for r in self.reservations.values()):
             raise InvariantError("an edge has a reservation that the ledger does not list")

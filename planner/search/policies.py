@@ -22,7 +22,7 @@ from __future__ import annotations
 import importlib
 import traceback
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import PurePath
 from types import ModuleType
@@ -47,6 +47,10 @@ DEVICE_WORTH: Final = 0.15
 Several routes make nearly every task compute on its device, which computes one task at a time. So without this price the
 tasks of a busy device wait for small gains of others. It was found by simulation: see docs/planner.md.
 """
+WORTH_STARTING: Final = 3.0
+"""An elastic policy starts a task at once, instead of later on more, if it then ends at most this many times later: it is
+likely to be rerouted before.
+"""
 
 
 @runtime_checkable
@@ -70,10 +74,23 @@ class Restriction:
     device_computes: bool = True  # False: cut1 = 0
     delayed: bool = True  # False: start now, or run locally
     mixes: bool = False  # the samples of a task may take several routes
+    elastic: bool = (
+        False  # start soon, and reroute running tasks when something becomes free (`planner.core.rerouting`)
+    )
 
     def place(self, algorithm: Algorithm) -> Choice | None:
         """The best of the allowed candidates."""
-        return self.best(algorithm, self.families)
+        best = self.best(algorithm, self.families)
+        if self.elastic and best is not None and best.start_s > algorithm.now:
+            soon = self.at_once(algorithm)
+            if soon is not None and soon.delay_s <= WORTH_STARTING * (best.start_s - algorithm.now + best.delay_s):
+                return soon
+        return best
+
+    def at_once(self, algorithm: Algorithm) -> Choice | None:
+        """The best of the allowed candidates that start now."""
+        choice = replace(self, delayed=False).best(algorithm, self.families)
+        return None if choice is None or choice.start_s > algorithm.now else choice
 
     def best(self, algorithm: Algorithm, families: Collection[int]) -> Choice | None:
         """The best of the allowed candidates of some families."""
@@ -109,6 +126,7 @@ BUILT_IN: Final[dict[str, Policy]] = {
         # one cut at any position; a cut after the last layer runs the whole model on the device, as in the original
         Restriction("neurosurgeon", frozenset({DEVICE, DEVICE_CLOUD})),
         Restriction("routes", mixes=True),
+        Restriction("elastic", mixes=True, elastic=True),
     )
 }
 

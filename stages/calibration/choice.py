@@ -29,7 +29,7 @@ def worth_using(found: Sequence[CodecProfile], raw_bytes: int) -> list[CodecProf
     return [
         one
         for one in found
-        if one.bytes <= WORTH_USING * raw_bytes and (one.codec.lossless or one.bytes <= WORTH_USING * exact)
+        if one.bytes < WORTH_USING * raw_bytes and (one.codec.lossless or one.bytes < WORTH_USING * exact)
     ]
 
 

@@ -9,19 +9,21 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from bus.errors import ConfigError, DeeparError, InvariantError
-from bus.frames import AttemptPlan, Frame
+from bus.frames import PREDICTED, AttemptPlan, Frame
 from bus.messages import TaskCompleted, TaskSubmitted
-from bus.tensors import Array
+from bus.tensors import Activations, Array
 from bus.values import ModelProfile
-from stages.computing import Computing, Segment
-from stages.devices.device_steps import device_segments, device_steps
+from stages.computing import Computing, Segment, tensors_of
+from stages.devices.device_steps import device_segments, front, weighted_steps
 from stages.devices.edge_path import DeviceWork, EdgePath, StalledError, stopped
 from stages.devices.idle_time import IdleTime, IdleWork
 from stages.devices.incoming_results import IncomingResults
 from stages.devices.sample_queue import SampleQueue
+from stages.devices.share_feedback import ShareFeedback
 from stages.devices.stage_reports import StageReports
 from stages.measuring.clock import exact_clock
 from stages.network.frame_sender import FrameSender, Outgoing
@@ -81,6 +83,7 @@ class DeviceAttempt:
         self.plan = plan
         self.todo = todo
         self._queue: SampleQueue | None = None  # once the attempt serves
+        self._feedback: ShareFeedback | None = None  # once it sends, where the plan has routes
         self._on_result = on_result
         components = device.node.components
         self._missing = components.missing(todo)
@@ -121,7 +124,9 @@ class DeviceAttempt:
                 await self._send(inputs, queue, None)
                 return
             sender = await stack.enter_async_context(self._path.open())
-            idle = None if queue.alone is None else self._idle_time(inputs, queue, sender, device_steps(profile))
+            if plan.placement.routes is not None:
+                self._feedback = ShareFeedback(plan.placement.routes, queue, partial(self._measured, sender))
+            idle = None if queue.alone is None else self._idle_time(inputs, queue, sender, weighted_steps(profile))
             if idle is not None:
                 stack.push_async_callback(stopped, asyncio.create_task(self._guarded(idle.run())))
             await self._send(inputs, queue, sender, idle)
@@ -136,7 +141,9 @@ class DeviceAttempt:
     ) -> None:
         """Send every sample as the window allows; return when all results have arrived."""
         compute = self._computing.run if idle is None else idle.interrupt
-        segments = [Segment(0, cut1) for cut1, _ in self.plan.placement.cut_pairs]
+        placement = self.plan.placement
+        segments = [front(placement, route) for route in range(len(placement.cut_pairs))]
+        routes = placement.routes
         self._window.open(self.window)  # here, so that preparing the model does not count as a sample's time
         while queue:
             # The time when the place became free, so that waiting in the event loop does not count as computing.
@@ -149,14 +156,15 @@ class DeviceAttempt:
                 break
             sample, route = queue.take()
             self.under_way += 1
-            tensors = inputs(sample)
-            if segments[route].last:
-                tensors, ready_s = await compute(segments[route], sample, tensors, ready_s)
+            outputs: Activations = inputs(sample)
+            if segments[route].works:
+                predicted_s = 0.0 if routes is None else routes[route].stations_s[0]
+                outputs, ready_s = await compute(segments[route], sample, outputs, ready_s, predicted_s)
             if sender is None:
-                self._take_result(sample, tensors)
+                self._take_result(sample, tensors_of(outputs))
                 continue
             self._path.progress(ready_s)
-            sender.put(Outgoing(sample, tensors, ready_s, route))
+            sender.put(Outgoing(sample, outputs, ready_s, route))
             self._conclude(queue, sender)
         await self._complete.wait()
         if self._failure:
@@ -180,7 +188,7 @@ class DeviceAttempt:
         inputs: Callable[[int], list[Array]],
         queue: SampleQueue,
         sender: FrameSender,
-        steps: Sequence[Segment],
+        steps: Sequence[tuple[Segment, float]],
     ) -> IdleTime:
         """What computes the samples of the device-only route."""
 
@@ -198,6 +206,7 @@ class DeviceAttempt:
             self._computing,
             IdleWork(
                 steps=steps,
+                predicted_s=queue.alone_s,
                 length_s=lambda: queue.alone_s,
                 take=take,
                 inputs=inputs,
@@ -222,6 +231,15 @@ class DeviceAttempt:
         except Exception as error:
             self._abort(error)
 
+    def _measured(self, sender: FrameSender) -> dict[str, float]:
+        """Busy times of all stations so far, and what the plan predicts for them."""
+        return self._reports.measured | {
+            "device_s": self._computing.busy_s,
+            f"device{PREDICTED}": self._computing.predicted_s,
+            "link1_s": sender.busy_s,
+            f"link1{PREDICTED}": sender.granted_s,
+        }
+
     # --- results -----------------------------------------------------------------------------------------------------
 
     def take(self, frame: Frame) -> None:
@@ -245,6 +263,8 @@ class DeviceAttempt:
         self._last_result_s = exact_clock()()
         self._path.progress(self._last_result_s)
         self._came.set()
+        if self._feedback is not None:
+            self._feedback.result()
         if self._on_result is not None:
             try:
                 self._on_result(self.known.task, sample, outputs)

@@ -324,8 +324,8 @@ class Device:
     def _prepare_ahead(self, placed: Placed) -> None:
         profile = next((p for p in self.node.runner.profiles() if p.model == placed.model), None)
         if profile is not None:
-            for first, last in device_segments(placed.placement, profile):
-                self.node.prepare_ahead(placed, first, last)
+            for segment in device_segments(placed.placement, profile):
+                self.node.prepare_ahead(placed, segment.first, segment.last)
 
     def _end(self, ended: Ended) -> None:
         if (known := self.tasks.pop(ended.task_id, None)) is not None:

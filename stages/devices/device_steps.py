@@ -25,9 +25,25 @@ def device_steps(profile: ModelProfile) -> list[Segment]:
     return [*steps, Segment(first, profile.layers)]
 
 
+def weighted_steps(profile: ModelProfile) -> list[tuple[Segment, float]]:
+    """These steps, and the share of each in the model's time."""
+    whole_s = sum(profile.layer_s) or 1.0
+    return [(step, sum(profile.layer_s[step.first : step.last]) / whole_s) for step in device_steps(profile)]
+
+
+def front(placement: Placement, route: int) -> Segment:
+    """What the device does for a sample of a route before it sends it."""
+    cut1, _ = placement.cut_pairs[route]
+    if placement.edge is None or placement.routes is None:
+        return Segment(0, cut1)
+    return Segment(0, cut1, leaves=placement.routes[route].codec1)
+
+
 def device_segments(placement: Placement, profile: ModelProfile) -> list[Segment]:
     """All segments that a device computes for a placement."""
     alone = (profile.layers, profile.layers)
     beside = placement.edge is not None and alone in placement.cut_pairs
-    fronts = [Segment(0, cut1) for cut1, cut2 in placement.cut_pairs if cut1 and not (beside and (cut1, cut2) == alone)]
-    return list(dict.fromkeys(fronts + (device_steps(profile) if beside else [])))
+    pairs = placement.cut_pairs
+    fronts = [front(placement, route) for route, pair in enumerate(pairs) if not (beside and pair == alone)]
+    used = [segment for segment in fronts if segment.works]
+    return list(dict.fromkeys(used + (device_steps(profile) if beside else [])))

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bus.tensors import Array
-from stages.computing import Computing, Segment
+from bus.tensors import Activations, Array
+from stages.computing import Computing, Segment, tensors_of
 from stages.measuring.clock import exact_clock
 
 LOOKS = 8
@@ -22,8 +22,9 @@ SHORTEST_S = 0.001
 class IdleWork:
     """What there is to do in idle time."""
 
-    steps: Sequence[Segment]  # of the model, in order
-    length_s: Callable[[], float]  # of a sample
+    steps: Sequence[tuple[Segment, float]]  # of the model, in order, and the share of its time
+    predicted_s: float  # of a sample, in the plan
+    length_s: Callable[[], float]  # of a sample, as far as it is measured
     take: Callable[[], int | None]  # the next sample; None: too little of the task is left now
     inputs: Callable[[int], list[Array]]
     done: Callable[[int, list[Array]], object]  # called with the outputs of a sample
@@ -38,20 +39,20 @@ class IdleTime:
         self._device = asyncio.Lock()
         self._idle = asyncio.Event()  # the other routes do not need the device
         self._idle.set()
-        self._steps_left = 0
+        self._share_left = 0.0  # of the present sample
 
     @property
     def begun_s(self) -> float:
-        """About how long the present sample still takes."""
-        return self._steps_left / len(self._work.steps) * self._work.length_s()
+        """How long the present sample still takes."""
+        return self._share_left * self._work.length_s()
 
     async def interrupt(
-        self, segment: Segment, sample: int, inputs: Sequence[Array], ready_s: float
-    ) -> tuple[list[Array], float]:
+        self, segment: Segment, sample: int, inputs: Activations, ready_s: float, predicted_s: float
+    ) -> tuple[Activations, float]:
         """As `Computing.run`, for a sample of another route: it waits for the end of the present step only."""
         self._idle.clear()
         async with self._device:
-            outputs = await self._computing.run(segment, sample, inputs, ready_s)
+            outputs = await self._computing.run(segment, sample, inputs, ready_s, predicted_s)
         self._idle.set()
         return outputs
 
@@ -64,12 +65,14 @@ class IdleTime:
                 await asyncio.sleep(max(SHORTEST_S, self._work.length_s() / LOOKS))
                 continue
             tensors = self._work.inputs(sample)
-            self._steps_left = len(self._work.steps)
-            for step in self._work.steps:
+            self._share_left = 1.0
+            for step, share in self._work.steps:
                 await self._until_idle()
+                predicted_s = share * self._work.predicted_s
                 async with self._device:
-                    tensors, _ = await self._computing.run(step, sample, tensors, exact_clock()())
-                self._steps_left -= 1
+                    outputs, _ = await self._computing.run(step, sample, tensors, exact_clock()(), predicted_s)
+                tensors = tensors_of(outputs)
+                self._share_left -= share
             self._work.done(sample, tensors)
 
     async def _until_idle(self) -> None:

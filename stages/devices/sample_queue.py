@@ -7,10 +7,10 @@ the device has idle time for: its share is a prediction of that.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from bus.routes.interleave import RouteOrder
-from bus.values import Placement
+from bus.values import Placement, StationSeconds
 from stages.measuring.clock import exact_clock
 
 PACE_RESULTS = 32
@@ -23,19 +23,28 @@ class SampleQueue:
     def __init__(self, samples: Iterable[int], placement: Placement, layers: int) -> None:
         """`layers`: of the model."""
         self._left = deque(samples)
-        self._routes = placement.routes or ()
+        self._stations_s = [route.stations_s for route in placement.routes or ()]  # by route
         alone = [n for n, (cut1, _) in enumerate(placement.cut_pairs) if cut1 == layers and placement.edge is not None]
         self.alone = alone[0] if alone else None  # the device-only route beside others
         self.others = [route for route in range(len(placement.cut_pairs)) if route not in alone]
         self.totals = [0] * len(placement.cut_pairs)  # samples taken so far, by route
-        shares = [1.0] if placement.routes is None else [self._routes[route].share for route in self.others]
-        total = sum(shares)
-        self._shares = [share / total if total else 1.0 / len(shares) for share in shares]
+        self._shares = self._among_others([1.0] if placement.routes is None else [r.share for r in placement.routes])
         self._order = RouteOrder(self._shares)
         self._came_s: deque[float] = deque(maxlen=PACE_RESULTS)  # when the last results came
 
     def __len__(self) -> int:
         return len(self._left)
+
+    def _among_others(self, shares: Sequence[float]) -> list[float]:
+        """The shares of the other routes among each other."""
+        total = sum([shares[route] for route in self.others])
+        return [shares[route] / total if total else 1.0 / len(self.others) for route in self.others]
+
+    def change(self, stations_s: Sequence[StationSeconds], shares: Sequence[float]) -> None:
+        """New station times and shares of the routes, from the next sample on."""
+        self._stations_s = list(stations_s)
+        self._shares = self._among_others(shares)
+        self._order.change(self._shares)
 
     def take(self) -> tuple[int, int]:
         """The next sample of a route that is not device-only, and its route."""
@@ -63,7 +72,7 @@ class SampleQueue:
     @property
     def alone_s(self) -> float:
         """Time of a device-only sample without interruptions."""
-        return 0.0 if self.alone is None else self._routes[self.alone].stations_s[0]
+        return 0.0 if self.alone is None else self._stations_s[self.alone][0]
 
     def time_for_alone(self, under_way: int) -> bool:
         """Whether the device has idle time for one more sample until the others end, of which some are under way."""
@@ -79,9 +88,7 @@ class SampleQueue:
 
     def _means_s(self) -> list[float]:
         """Mean times at the stations of samples that are not device-only."""
-        routes = [
-            (share, self._routes[route].stations_s) for share, route in zip(self._shares, self.others, strict=True)
-        ]
+        routes = [(share, self._stations_s[route]) for share, route in zip(self._shares, self.others, strict=True)]
         return [sum([share * stations_s[k] for share, stations_s in routes]) for k in range(7)]
 
     def _interval_s(self) -> float:

@@ -12,9 +12,10 @@ import math
 from bus.errors import InvariantError
 from bus.frames import AttemptPlan, Frame
 from bus.messages import TaskCompleted
-from bus.tensors import Array
-from stages.computing import Computing, Segment
+from bus.tensors import Activations, Array
+from stages.computing import Computing, tensors_of
 from stages.devices.attempt import profile_for, reporting_failures
+from stages.devices.device_steps import front
 from stages.devices.edge_path import DeviceWork, EdgePath
 from stages.devices.endings import SampleFailedError
 from stages.devices.incoming_results import IncomingResults
@@ -36,7 +37,7 @@ class SessionAttempt:
         self.plan = plan
         self.window = 0
         self._device, self._session = device, session
-        self._segment = Segment(0, plan.placement.cut1)  # the layers of this device
+        self._segment = front(plan.placement, 0)  # what this device does
         self._computing = Computing(device.node, plan, "device")
         self._delay_s = 0.0  # sum over the answered frames
         self._answered = 0
@@ -62,7 +63,7 @@ class SessionAttempt:
     async def _serve(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._computing.record_span)
-            if self._segment.last:
+            if self._segment.works:
                 await self._computing.prepare((self._segment,))
                 self._computing.open((self._segment,))
                 stack.callback(self._computing.close)
@@ -82,7 +83,7 @@ class SessionAttempt:
         while (taken := await self._session.take()) is not None:
             number, frame = taken
             if (computed := await self._compute_or_refuse(number, frame)) is not None:
-                self._answer(number, computed[0])
+                self._answer(number, tensors_of(computed[0]))
 
     def _compute_now(self, tensors: list[Array]) -> list[Array] | None:
         try:
@@ -98,7 +99,7 @@ class SessionAttempt:
         self._answered += 1
         return outputs
 
-    async def _compute_or_refuse(self, number: int, frame: PushedFrame) -> tuple[list[Array], float] | None:
+    async def _compute_or_refuse(self, number: int, frame: PushedFrame) -> tuple[Activations, float] | None:
         """What `_compute` returns; None for a frame that the model cannot compute, though it may compute others."""
         assert frame.taken_s is not None
         try:
@@ -109,9 +110,9 @@ class SessionAttempt:
             self._session.refuse(number, SampleFailedError(cause_of(error), detail_of(error), repeatable=False))
             return None
 
-    async def _compute(self, number: int, tensors: list[Array], ready_s: float) -> tuple[list[Array], float]:
+    async def _compute(self, number: int, tensors: list[Array], ready_s: float) -> tuple[Activations, float]:
         """The outputs of this device's layers, and when they were ready."""
-        if not self._segment.last:
+        if not self._segment.works:
             return tensors, ready_s
         return await self._computing.run(self._segment, number, tensors, ready_s)
 

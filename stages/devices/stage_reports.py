@@ -48,6 +48,11 @@ class StageReports:
         self._busy_s[part] = self._busy_s.get(part, 0.0) + busy_s
         self._samples[part] += samples
 
+    @property
+    def measured(self) -> dict[str, float]:
+        """Totals so far, by key of a report."""
+        return dict(self._busy_s)
+
     async def arrive(self) -> None:
         """Wait until every stage of the placement has reported, for a limited time."""
         with contextlib.suppress(TimeoutError):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from bus.errors import ProtocolError
 from bus.frames import MAX_SAMPLE_BYTES, AttemptPlan
-from bus.values import ModelProfile, Placement
+from bus.tensors import encoded_limit
+from bus.values import Codec, ModelProfile, Placement
 from stages.computing import Segment
 from stages.window import MAX_WINDOW, window_of
 
@@ -18,6 +19,7 @@ class Branch:
 
     segment: Segment  # the layers; none where the stage passes samples on
     to_cloud: bool  # whether the outputs go to the cloud, not to the device
+    arrives: Codec = Codec.RAW  # codec of what arrives
     predicted_s: float = 0.0  # of computing one sample
     expected_bytes: int | None = None  # of one sample that arrives, where the model is known
 
@@ -114,22 +116,28 @@ def _branch(stage: StageSide, plan: AttemptPlan, route: int, layers: int | None)
     segment = stage.segment(cut1, cut2, layers)
     if segment is None:
         return None
-    routes = plan.placement.routes
-    predicted_s = 0.0 if routes is None else routes[route].stations_s[2 if stage.part == "edge" else 4]
-    return Branch(segment, segment.last != layers, predicted_s)
+    to_cloud = segment.last != layers
+    if plan.placement.routes is None:
+        return Branch(segment, to_cloud)
+    taken, on_edge = plan.placement.routes[route], stage.part == "edge"
+    arrives = taken.codec1 if on_edge or cut1 == cut2 else taken.codec2
+    if segment.first != segment.last:  # else it passes on what it gets
+        segment = segment._replace(arrives=arrives, leaves=taken.codec2 if to_cloud else Codec.RAW)
+    return Branch(segment, to_cloud, arrives, taken.stations_s[2 if on_edge else 4])
 
 
 def _sized(branches: Branches, plan: AttemptPlan, profile: ModelProfile) -> Branches:
     """The branches with the sizes of a known model."""
     sizes = profile.cut_bytes
     routes = tuple(
-        None
-        if branch is None
-        else Branch(branch.segment, branch.to_cloud, branch.predicted_s, _arriving_bytes(branch, plan, profile))
+        None if branch is None else replace(branch, expected_bytes=_arriving_bytes(branch, plan, profile))
         for branch in branches.routes
     )
     widest = [size for branch in branches.used for size in sizes[branch.segment.first : branch.segment.last + 1]]
-    return Branches(routes, window_of(plan, sizes), max(plan.input_bytes or 0, *widest))
+    widest_bytes = max(plan.input_bytes or 0, *widest)
+    if any(branch.arrives is not Codec.RAW or branch.segment.leaves is not Codec.RAW for branch in branches.used):
+        widest_bytes = encoded_limit(widest_bytes)
+    return Branches(routes, window_of(plan, sizes), widest_bytes)
 
 
 def _arriving_bytes(branch: Branch, plan: AttemptPlan, profile: ModelProfile) -> int:

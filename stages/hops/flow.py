@@ -14,14 +14,14 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from bus import topics
 from bus.errors import DeeparError, InvariantError, ProtocolError
 from bus.frames import PREDICTED, SAMPLES, AttemptPlan, Frame
 from bus.headers.tracing import parent_in
 from bus.port import Bus, Record, TopicPartition
-from bus.tensors import Array, Piece
+from bus.tensors import Activations, Piece, bytes_in, codec_of
 from stages.computing import Computing
 from stages.hops.branches import Branch, StageSide, branches_of
 from stages.hops.stage_reporter import StageReporter
@@ -32,8 +32,11 @@ from stages.node import Node, cause_of, detail_of
 from stages.offsets import Receipt
 from stages.sample_ranges import SampleRanges
 
-REPORT_SAMPLES = 25
-"""A stage of a task of several routes reports after this many samples."""
+IN_TRANSIT = frozenset(("undecodable", "no_plan", "undecided"))
+"""Causes of dead letters that say nothing about the task: one bad record ends an attempt at a session, not the session."""
+
+REPORT_SAMPLES = 8
+"""A stage of a task of several routes reports after this many samples: several times before the shares are solved again."""
 
 
 class HopStage(StageSide, Protocol):
@@ -77,6 +80,16 @@ class FlowOwner(Protocol):
         """Report to the planner that the attempt failed."""
 
 
+class _Arrived(NamedTuple):
+    """A sample to compute."""
+
+    sample: int
+    route: int
+    inputs: Activations
+    ready_s: float  # when it arrived
+    record: Record  # the last of those that brought it
+
+
 class Flow:
     """One attempt at one task on this stage.
 
@@ -101,13 +114,12 @@ class Flow:
         if not self._mixed and plan.session is None:
             self._totals = (plan.todo,)
         self._computing = Computing(self.node, plan, hop.stage.part)
-        self._predicted_s = 0.0  # what the plan predicts for the samples that were computed
         self._handled = 0  # samples computed or passed on
         self._senders = {to_cloud: self._sender(to_cloud) for to_cloud in self._branches.destinations}
         self._reporter = StageReporter(self.node, plan, self._results_bus(), self._measured)
         self._report_due = asyncio.Event()
         self._assembler = hop.node.components.assembler()
-        self._ready: deque[tuple[int, int, list[Array], float]] = deque()  # sample, route, tensors, when it arrived
+        self._ready: deque[_Arrived] = deque()
         self._arrived = asyncio.Event()
         self._receipts: dict[int, list[Receipt]] = {}  # by sample, until acknowledged downstream
         self._whole: set[int] = set()  # complete samples not yet acknowledged downstream
@@ -137,7 +149,7 @@ class Flow:
     @property
     def held_bytes(self) -> int:
         """Bytes of data held for those samples."""
-        waiting = sum(array.nbytes for _, _, tensors, _ in self._ready for array in tensors)
+        waiting = sum(bytes_in(arrived.inputs) for arrived in self._ready)
         return self._assembler.pending_bytes + waiting + sum(sender.held_bytes for sender in self._senders.values())
 
     @property
@@ -154,11 +166,11 @@ class Flow:
         if record.headers and self.parent_id is None:
             self.parent_id = parent_in(record.headers, self.plan.task_id)
         for piece in frame.pieces:
-            self._take(piece, receipt)
+            self._take(piece, record, receipt)
         if frame.totals and self._totals is None:
             self._conclude(frame.totals)
 
-    def _take(self, piece: Piece, receipt: Receipt) -> None:
+    def _take(self, piece: Piece, record: Record, receipt: Receipt) -> None:
         sample = piece.sample
         if self.closed or sample in self._done:
             self.node.status.count("duplicates_suppressed")
@@ -170,14 +182,15 @@ class Flow:
             self._receipts[sample].append(receipt)
             return
         branch = self._branches.of(piece.route)
-        if branch.expected_bytes is not None and piece.size_bytes != branch.expected_bytes:
+        if (codec := codec_of(piece.encoded)) is not branch.arrives:
+            raise ProtocolError("wrong_codec", f"sample {sample}: codec {codec}, expected {branch.arrives}")
+        raw_bytes = piece.size_bytes if piece.encoded is None else piece.encoded.raw_bytes
+        if branch.expected_bytes is not None and raw_bytes != branch.expected_bytes:
             raise ProtocolError(
                 "wrong_shape",
-                f"sample {sample} of {self.plan.model} at {branch.segment.first}: {piece.size_bytes:,} bytes, "
+                f"sample {sample} of {self.plan.model} at {branch.segment.first}: {raw_bytes:,} bytes, "
                 f"expected {branch.expected_bytes:,}",
             )
-        if piece.encoded is not None:
-            raise ProtocolError("wrong_codec", f"sample {sample}: the plan has no codec {piece.encoded.codec} here")
         try:
             whole = self._assembler.add(piece)
         except ProtocolError as error:
@@ -187,11 +200,11 @@ class Flow:
             return
         receipt.hold()
         self._receipts.setdefault(sample, []).append(receipt)
-        if not isinstance(whole, list):
+        if whole is None:
             return
         self._whole.add(sample)
         if branch.computes:
-            self._ready.append((sample, piece.route, whole, self.active_s))
+            self._ready.append(_Arrived(sample, piece.route, whole, self.active_s, record))
             self._arrived.set()
         else:
             self._pass_on(sample, piece.route, branch, whole, self.active_s)
@@ -227,7 +240,8 @@ class Flow:
             if not isinstance(error, DeeparError):
                 node.log.exception("task failed with an unexpected error", task=self.plan.task_id)
             self._discard()
-            await self.hop.fail(self.plan.task_id, self.plan.attempt, cause, detail_of(error))
+            retryable = self.plan.session is not None and cause in IN_TRANSIT
+            await self.hop.fail(self.plan.task_id, self.plan.attempt, cause, detail_of(error), retryable=retryable)
 
     async def _serve(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
@@ -265,19 +279,24 @@ class Flow:
                 self._arrived.clear()
                 await self._arrived.wait()
                 continue
-            sample, route, tensors, ready_s = self._ready.popleft()
-            branch = self._branches.of(route)
-            tensors, ready_s = await self._computing.run(branch.segment, sample, tensors, ready_s)
+            arrived = self._ready.popleft()
+            branch = self._branches.of(arrived.route)
+            try:
+                outputs, ready_s = await self._computing.run(
+                    branch.segment, arrived.sample, arrived.inputs, arrived.ready_s, branch.predicted_s
+                )
+            except ProtocolError as error:
+                await self.node.dead_letter(arrived.record, error, task_id=self.plan.task_id)
+                raise
             computed += 1
-            self._predicted_s += branch.predicted_s
-            self._pass_on(sample, route, branch, tensors, ready_s)
+            self._pass_on(arrived.sample, arrived.route, branch, outputs, ready_s)
 
     def _to_compute(self) -> float:
         """How many samples this stage computes; infinite while that is not known."""
         return math.inf if self._totals is None else self._branches.total(self._totals, computed=True)
 
-    def _pass_on(self, sample: int, route: int, branch: Branch, tensors: Sequence[Array], ready_s: float) -> None:
-        self._senders[branch.to_cloud].put(Outgoing(sample, tensors, ready_s, route if branch.to_cloud else 0))
+    def _pass_on(self, sample: int, route: int, branch: Branch, outputs: Activations, ready_s: float) -> None:
+        self._senders[branch.to_cloud].put(Outgoing(sample, outputs, ready_s, route if branch.to_cloud else 0))
         self._handled += 1
         if self._mixed and self._handled % REPORT_SAMPLES == 0:
             self._report_due.set()
@@ -286,7 +305,7 @@ class Flow:
         """What this stage reports: busy times by part; in a session with the number of samples."""
         measured = {f"{self.hop.stage.part}_s": self._computing.busy_s} if self._branches.segments else {}
         if self._mixed and measured:
-            measured[f"{self.hop.stage.part}{PREDICTED}"] = self._predicted_s
+            measured[f"{self.hop.stage.part}{PREDICTED}"] = self._computing.predicted_s
         for to_cloud, sender in self._senders.items():
             part = _part(to_cloud)
             measured[f"{part}_s"] = sender.busy_s

@@ -26,7 +26,7 @@ from stages.frame_authorization import FrameAuthorization
 from stages.hops.branches import segments_of
 from stages.hops.cloud_stage import CloudStage
 from stages.hops.edge_stage import EdgeStage
-from stages.hops.flow import Flow
+from stages.hops.flow import IN_TRANSIT, Flow
 from stages.measuring.peers import CLOUD, Echoes, LinkToPeers
 from stages.measuring.probes import Prober
 from stages.measuring.reports import measurement
@@ -46,9 +46,6 @@ OTHER_REGION_S = 600.0
 """The same limit for tasks of other regions, whose decisions this cloud stage does not read."""
 
 SWEEP_S = 5.0
-
-IN_TRANSIT = frozenset(("undecodable", "no_plan", "undecided"))
-"""Causes of dead letters that say nothing about the task: one bad record ends an attempt at a session, not the session."""
 
 PREPARED_S = 1.0
 """Time limit for connecting to the results topic before the node announces itself."""
@@ -171,8 +168,8 @@ class Hop:
     def _prepare_ahead(self, placed: Placed) -> None:
         profile = next((p for p in self.node.runner.profiles() if p.model == placed.model), None)
         if profile is not None:
-            for first, last in segments_of(self.stage, placed.placement, profile.layers):
-                self.node.prepare_ahead(placed, first, last)
+            for segment in segments_of(self.stage, placed.placement, profile.layers):
+                self.node.prepare_ahead(placed, segment.first, segment.last)
 
     @property
     def held_bytes(self) -> int:

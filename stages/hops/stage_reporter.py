@@ -14,6 +14,9 @@ from stages.node import Node
 FIRST_REPORT_S, REPORT_EVERY_S = 0.1, 2.0
 """A session's first report, and the largest interval between two."""
 
+LEAST_PAUSE_S = 0.05
+"""Least interval between two reports of a task of several routes."""
+
 
 class StageReporter:
     """Sends what is new since the last report. Reports are not shaped, because they are not task data."""
@@ -57,3 +60,4 @@ class StageReporter:
             await due.wait()
             due.clear()
             await self.report(more=True)
+            await asyncio.sleep(LEAST_PAUSE_S)

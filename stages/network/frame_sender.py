@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import NamedTuple
 from bus.errors import BusError, MessageTooLargeError
 from bus.frames import MAX_FRAME_BYTES, MAX_PIECES, AttemptPlan, Frame, FrameKind, encode_frame
 from bus.port import Bus, Headers, Position
-from bus.tensors import Array, Piece, to_pieces
+from bus.tensors import Activations, Encoded, Piece, bytes_in, to_pieces
 from bus.values import BITS_PER_BYTE
 from stages.measuring.clock import exact_clock
 from stages.measuring.throughput import LinkThroughput
@@ -63,14 +64,13 @@ class Outgoing:
     """One sample to send."""
 
     sample: int
-    tensors: Sequence[Array]
+    tensors: Activations
     ready_s: float  # when it was ready to send, on the loop's clock
     route: int = 0  # index of its route in the plan
     size_bytes: int = 0  # of its tensors
 
     def __post_init__(self) -> None:
-        tensors = self.tensors
-        self.size_bytes = tensors[0].nbytes if len(tensors) == 1 else sum(array.nbytes for array in tensors)
+        self.size_bytes = bytes_in(self.tensors)
 
 
 class _Crossed(NamedTuple):
@@ -200,7 +200,7 @@ class FrameSender:
         first = self._waiting.popleft()
         batch = [first]
         limit_bytes = self._frame_bytes.get(first.route) or self._choose(first)
-        pieces = to_pieces(first.sample, first.tensors, limit_bytes, first.route)
+        pieces = to_pieces(first.sample, first.tensors, _piece_bytes(first, limit_bytes), first.route)
         if len(pieces) == 1:
             left_bytes = self._room(first, limit_bytes) - first.size_bytes
             while self._waiting and len(pieces) < MAX_PIECES:
@@ -242,7 +242,10 @@ class FrameSender:
         )
         head_bytes = len(head) + TENSORS_BYTES
         self._last_bytes = LAST_HEADS * head_bytes
-        chosen = frame_bytes(self._rate_bps, whole.size_bytes, MAX_DATA_BYTES, head_bytes=head_bytes)
+        size_bytes = whole.size_bytes
+        if isinstance(first.tensors, Encoded):
+            size_bytes += size_bytes // 4  # others are larger: room for most of them
+        chosen = frame_bytes(self._rate_bps, size_bytes, MAX_DATA_BYTES, head_bytes=head_bytes)
         self._frame_bytes[first.route] = chosen
         return chosen
 
@@ -391,6 +394,13 @@ class FrameSender:
         self._plan_due, self._headers_due = self._destination.kind == "activations", True
         self._totals_due = bool(self._totals)
         self._to_send.set()
+
+
+def _piece_bytes(outgoing: Outgoing, limit_bytes: int) -> int:
+    """The size of the pieces of a sample: equal ones for encoded samples, which differ from that which chose the limit."""
+    if not isinstance(outgoing.tensors, Encoded):
+        return limit_bytes
+    return math.ceil(outgoing.size_bytes / max(1, math.ceil(outgoing.size_bytes / limit_bytes))) or 1
 
 
 def _forget(acknowledgement: Awaitable[Position]) -> None:

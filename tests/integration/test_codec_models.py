@@ -17,12 +17,12 @@ def measured(clients: Clients, tmp_path_factory: pytest.TempPathFactory) -> dict
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEEPAR_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         files = [str(folder / f"{name}.tflite") for name in ("face_landmark", "iris_landmark")]
-        return run(model=["lenet", *files], quick=True)
+        return run(model=["lenet_int8", *files], quick=True)
 
 
 def test_three_trained_models_are_measured(measured: dict[str, Any]) -> None:
     assert measured["models"] == [
-        {"model": "lenet", "samples": QUICK_SAMPLES, "compared_by": "class"},
+        {"model": "lenet_int8", "samples": QUICK_SAMPLES, "compared_by": "class"},
         {"model": "face_landmark", "samples": QUICK_SAMPLES, "compared_by": "relative error"},
         {"model": "iris_landmark", "samples": QUICK_SAMPLES, "compared_by": "relative error"},
     ]

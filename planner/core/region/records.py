@@ -104,11 +104,16 @@ class Task:
             f"{'|avoids ' + ','.join(self.avoided) if self.avoided else ''}"
             f"{self._line_text()}"
             f"{f'|uncounted {self.uncounted}' if self.uncounted else ''}"
+            f"{self._rest_text()}"
         )
 
     def _line_text(self) -> str:
         line = None if self.placed is None else self.placed.line
         return "" if line is None else f"|line {line.rank_s!r} {line.overtakes}"
+
+    def _rest_text(self) -> str:
+        rest = None if self.placed is None else self.placed.rest
+        return "" if rest is None else f"|rest {rest.from_s!r} {rest.samples} {rest.delay_s!r} {rest.reroutes}"
 
     def __repr__(self) -> str:
         return f"<Task {self.task_id} {self.state} attempt {self.attempt}>"

@@ -27,6 +27,7 @@ from bus.messages import (
     NodeLost,
     Overran,
     Placed,
+    Rerouted,
     Retried,
     Start,
     TaskState,
@@ -242,6 +243,18 @@ class RegionState:
         self.timers.add_end(task, change.to_s)
         # If the longer reservation overlaps scheduled tasks, the walk must move them; otherwise no other task is affected.
         self._note(r, NEVER if self.ledger.overbooked(r, max(change.from_s, now)) else now)
+
+    def _apply_rerouted(self, change: Rerouted, now: float) -> None:
+        task = self._live(change.task_id, change)
+        self._step(task, Step.REROUTED, change.from_s)
+        placed = task.placed
+        if placed is None or change.attempt != task.attempt or placed.session is not None:
+            raise InvariantError(f"{task!r} has no placement that {change!r} could change")
+        r = self.ledger.reservations[task.task_id]
+        task.placed = placed = change.applied_to(placed, r.start_s)
+        self._note(r, max(r.end_s, now))  # what it takes is free, so only what it gives back affects other tasks
+        self.ledger.rebook(r, reservation_of(task, placed), now)
+        self.timers.add_end(task, r.end_s)
 
     def _apply_retried(self, change: Retried, now: float) -> None:
         task = self._live(change.task_id, change)
@@ -531,6 +544,8 @@ def reservation_of(task: Task, placed: Placed) -> Reservation:
         load=load,
     )
     r.rank = task.rank(placed)
+    if placed.rest is not None:
+        r.end_s = placed.rest.from_s + placed.rest.delay_s
     return r
 
 
@@ -541,6 +556,7 @@ APPLY: Final[dict[type, Callable[[RegionState, Any, float], None]]] = {
     Start: RegionState._apply_start,
     Moved: RegionState._apply_moved,
     Overran: RegionState._apply_overran,
+    Rerouted: RegionState._apply_rerouted,
     Retried: RegionState._apply_retried,
     Ended: RegionState._apply_ended,
     NodeJoined: RegionState._apply_joined,

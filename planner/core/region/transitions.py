@@ -22,6 +22,7 @@ class Step(StrEnum):
     MOVED = "moved"
     START = "start"
     OVERRAN = "overran"
+    REROUTED = "rerouted"
     RETRIED = "retried"
     COMPLETED = "COMPLETED"
     REJECTED = "REJECTED"
@@ -37,6 +38,7 @@ TRANSITIONS: Final[dict[tuple[TaskState | None, Step], TaskState]] = {
     (_SCHEDULED, Step.MOVED): _SCHEDULED,
     (_SCHEDULED, Step.START): _RUNNING,
     (_RUNNING, Step.OVERRAN): _RUNNING,
+    (_RUNNING, Step.REROUTED): _RUNNING,
     (_WAITING, Step.RETRIED): _WAITING,
     (_SCHEDULED, Step.RETRIED): _WAITING,
     (_RUNNING, Step.RETRIED): _WAITING,

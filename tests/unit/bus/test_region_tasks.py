@@ -15,6 +15,7 @@ from bus.messages import (
     NodeLost,
     Overran,
     Placed,
+    Rerouted,
     Retried,
     SeedInput,
     Start,
@@ -24,6 +25,7 @@ from bus.messages import (
 from bus.region_tasks import KnownTask, RegionTasks
 from bus.snapshots import STATE_VERSION
 from bus.values import Execution, Kind, Objective, Parts, Placement
+from tests.known import known
 
 TASK = TaskSubmitted(task_id="t", device="d", model="m", samples=2, input=SeedInput(seed=1))
 WHERE = Placement(kind=Kind.DEVICE, cut1=1, cut2=1, cut1_name="a", cut2_name="a")
@@ -35,6 +37,29 @@ def placed(attempt: int, start_s: float = 5.0, task_id: str = "t") -> Placed:
         objective=Objective.PIPELINED, execution=Execution.STREAMING, placement=WHERE, start_s=start_s, delay_s=2.0,
         parts=Parts(),
     )  # fmt: skip
+
+
+def rerouted(from_s: float, samples: int, delay_s: float, device_s: float = 0.0) -> Rerouted:
+    return Rerouted(
+        task_id="t", attempt=1, device="d", placement=WHERE.model_copy(update={"cut1": 1, "cut1_name": "a"}),
+        from_s=from_s, samples=samples, delay_s=delay_s, parts=Parts(device_s=device_s),
+    )  # fmt: skip
+
+
+def test_the_delay_and_the_parts_of_a_rerouted_task_are_those_of_the_whole_task() -> None:
+    region = RegionTasks()
+    begun = placed(1).model_copy(update={"parts": Parts(edge_s=2.0), "samples": 8})
+    apply(region, Admitted(task=TASK), begun, Start(task_id="t", attempt=1, device="d", at_s=6.0))
+    apply(region, rerouted(7.0, 4, 0.5, 0.4))  # half of its samples are left
+    now = known(region.tasks["t"].placed)
+    assert (now.delay_s, now.placement.cut1, now.samples) == (1.5, 1, 8)
+    assert (now.parts.edge_s, now.parts.device_s) == pytest.approx((1.0, 0.4))
+    apply(region, rerouted(7.25, 2, 0.1, 0.3))  # half of the rest
+    now = known(region.tasks["t"].placed)
+    assert now.delay_s == pytest.approx(1.35)
+    assert (now.parts.edge_s, now.parts.device_s) == pytest.approx((1.0, 0.2 + 0.3))
+    assert known(now.rest).reroutes == 2
+    assert region.tasks["t"].end_s == pytest.approx(7.35)
 
 
 def apply(region: RegionTasks, *changes: Any, now_s: float = 1.0) -> list[KnownTask | None]:
@@ -51,6 +76,7 @@ def test_each_change_is_given_with_the_task_as_it_is_after_that_change() -> None
         (BandwidthGrant(task_id="t", attempt=1, edge="e", link=1, bps=1, from_s=5.0), (TaskState.SCHEDULED, 1, 5.0, 7.0)),
         (Start(task_id="t", attempt=1, device="d", at_s=6.0), (TaskState.RUNNING, 1, 6.0, 8.0)),
         (Overran(task_id="t", attempt=1, from_s=8.0, to_s=9.0), (TaskState.RUNNING, 1, 6.0, 9.0)),
+        (rerouted(7.0, 1, 0.5), (TaskState.RUNNING, 1, 6.0, 7.5)),
         (Retried(task_id="t", attempt=2, cause="node_lost"), (TaskState.WAITING, 2, None, None)),
         (placed(2, 9.0), (TaskState.SCHEDULED, 2, 9.0, 11.0)),
         (ended, (TaskState.FAILED, 2, 9.0, 3.0)),

@@ -18,6 +18,7 @@ from bus.messages import (
     NodeAnnounced,
     NodeLeft,
     Placed,
+    Rerouted,
     SeedInput,
     Start,
     TaskCancelled,
@@ -243,6 +244,8 @@ class RandomRegion:
             self.counts[change.type] += 1
             if isinstance(change, Start):
                 self._start(change, now)
+            elif isinstance(change, Rerouted):
+                self._reroute(change)
             elif isinstance(change, Placed):
                 self.placed[change.task_id] = change
                 self.counts["delayed"] += change.wait_s > 0
@@ -277,6 +280,13 @@ class RandomRegion:
         self._push(ends_s, done)
         if luck > 0.9:
             self._push(ends_s + rng.random(), done)  # a duplicate
+
+    def _reroute(self, change: Rerouted) -> None:
+        """The task ends as it is predicted now; its earlier end comes later, and is then a duplicate."""
+        done = TaskCompleted(
+            task_id=change.task_id, attempt=change.attempt, node=change.device, measured=Parts(), delay_s=change.delay_s
+        )
+        self._push(change.from_s + change.delay_s, done)
 
     def _push(self, at_s: float, event: Event | str) -> None:
         self._count += 1

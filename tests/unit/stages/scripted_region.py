@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -157,8 +157,12 @@ async def scripted_region(
     components: StageComponents | None = None,
     cloud_region: int = 0,
     on_result: ResultSink | None = None,
+    runners: Mapping[str, Runner] | None = None,
 ) -> AsyncIterator[ScriptedRegion]:
-    """A region with the device d, the edges, and the cloud stages c1 and c2, which may belong to another region."""
+    """A region with the device d, the edges, and the cloud stages c1 and c2, which may belong to another region.
+
+    `runners` has the runners of some nodes by name; the others have `runner`.
+    """
     broker = MemoryBroker(session_timeout_s=3.0)
     async with MemoryBus(broker) as bus:
         await bus.create_topics(topics.specs(edges, Partitions(regions=1 + cloud_region, cloud=2)))
@@ -170,7 +174,7 @@ async def scripted_region(
             settings = NodeSettings(name=name, role=role, region=cloud_region if role is Role.CLOUD else 0)
             if role is Role.EDGE:
                 settings = replace(settings, slots=1, link1_capacity_bps=10_000_000, link2_capacity_bps=10_000_000)
-            made.start(settings, runner or NumberingRunner([PROFILE]), components)
+            made.start(settings, (runners or {}).get(name) or runner or NumberingRunner([PROFILE]), components)
         await asyncio.sleep(0.5)
         yield made
         for name, task in list(made.running.items()):

@@ -27,6 +27,7 @@ from bus.messages import (
     NodeLost,
     Overran,
     Placed,
+    Rerouted,
     Retried,
     SeedInput,
     Start,
@@ -348,3 +349,18 @@ def test_what_was_learned_has_a_line_for_a_task_and_one_for_each_link() -> None:
         "d1 learned d1 - e1 20 ms one way",
         "e1 learned e1 - cloud 40 ms one way, carries 5 Mbps",
     ]
+
+
+def test_a_rerouted_task_shows_where_it_goes_on_and_how_long() -> None:
+    where = placed("t1", cuts=(1, 3)).placement
+    change = Rerouted(
+        task_id="t1", attempt=1, device="d1", placement=where, from_s=1.0, samples=5, delay_s=0.25, parts=Parts()
+    )
+    known = RegionTasks()
+    list(lines_of(decision(placed("t1", kind=Kind.DEVICE, edge=None, cuts=(3, 3)), start("t1")), known))
+    ((style, who, what, details),) = lines_of(decision(change), known)
+    assert (style, who, what) == ("green", "t1", "rerouted")
+    assert details.startswith("d1 -117 Mbps-> e1")
+    assert details.endswith("250 ms more expected")
+    ((*_, details),) = lines_of(decision(change), RegionTasks())  # a reader that has not seen the placement
+    assert details == f"to {where.kind}, 250 ms more expected"

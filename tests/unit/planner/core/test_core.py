@@ -660,7 +660,7 @@ def test_a_change_that_cannot_be_is_a_bug() -> None:
 
 def objectives_of(policy: str) -> list[Objective]:
     """Mixes of routes are for streams of samples only."""
-    return [Objective.PIPELINED] if policy == "routes" else list(Objective)
+    return [Objective.PIPELINED] if policy in ("routes", "elastic") else list(Objective)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,20 @@ from planner.core.core import PlannerCore
 from planner.core.options import CoreOptions
 from tests.unit.planner.scenes import RandomRegion, Traffic
 
+CASES = [
+    ("deepar", Objective.SEQUENTIAL, Traffic(rate=2.0)),
+    ("deepar", Objective.PIPELINED, Traffic(rate=2.0)),
+    ("elastic", Objective.PIPELINED, Traffic(rate=8.0, devices=60)),  # running tasks are rerouted
+]
+
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("objective", list(Objective))
-def test_folding_the_records_rebuilds_every_hash(seed: int, objective: Objective) -> None:
-    world = RandomRegion(PlannerCore(0, objective=objective), seed, Traffic(rate=2.0), validate=False).run()
+@pytest.mark.parametrize(("policy", "objective", "traffic"), CASES)
+def test_folding_the_records_rebuilds_every_hash(
+    seed: int, policy: str, objective: Objective, traffic: Traffic
+) -> None:
+    world = RandomRegion(PlannerCore(0, policy, objective), seed, traffic, validate=False).run()
+    assert (world.counts["rerouted"] > 0) == (policy == "elastic")
     assert len(world.log) > 100
     folded = PlannerCore(0, objective=objective)
     for decision in world.log:
@@ -25,21 +34,24 @@ def test_folding_the_records_rebuilds_every_hash(seed: int, objective: Objective
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_from_any_snapshot_on_the_same_decisions_follow(seed: int) -> None:
+@pytest.mark.parametrize(("policy", "objective", "traffic"), CASES)
+def test_from_any_snapshot_on_the_same_decisions_follow(
+    seed: int, policy: str, objective: Objective, traffic: Traffic
+) -> None:
     """Not only the same state: a core restored from JSON decides the rest as the one that went on."""
 
     class Restarting(RandomRegion):
         def step(self, event, now):  # type: ignore[no-untyped-def]
             if len(self.log) % 7 == 6:
                 state = json.loads(json.dumps(self.core.to_state()))
-                restored = PlannerCore.from_state(state)
+                restored = PlannerCore.from_state(state, policy, objective)
                 restored.restart_leases(now)
                 assert restored.state_hash == self.core.state_hash
                 self.core = restored
             return super().step(event, now)
 
-    plain = RandomRegion(PlannerCore(0), seed, Traffic(rate=2.0)).run()
-    restarting = Restarting(PlannerCore(0), seed, Traffic(rate=2.0)).run()
+    plain = RandomRegion(PlannerCore(0, policy, objective), seed, traffic).run()
+    restarting = Restarting(PlannerCore(0, policy, objective), seed, traffic).run()
     assert [d.changes for d in plain.log] == [d.changes for d in restarting.log]
     assert plain.log[-1].ledger_hash == restarting.log[-1].ledger_hash
 

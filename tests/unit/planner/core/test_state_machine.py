@@ -23,6 +23,7 @@ from bus.messages import (
     NodeLeft,
     NodeLost,
     Placed,
+    Rerouted,
     Retried,
     SeedInput,
     SessionTerms,
@@ -58,11 +59,11 @@ class Region(RuleBasedStateMachine):
     @initialize(
         objective=st.sampled_from(Objective),
         fair=st.booleans(),
-        policy=st.sampled_from(["deepar", "edge-only", "no-delay"]),
+        policy=st.sampled_from(["deepar", "edge-only", "no-delay", "elastic", "elastic"]),
     )
     def open(self, objective: Objective, fair: bool, policy: str) -> None:
         self.settings: dict[str, Any] = {
-            "objective": objective,
+            "objective": Objective.PIPELINED if policy == "elastic" else objective,
             "policy": policy,
             "options": CoreOptions(max_waiting=6, patience_s=200.0, fair=fair),
         }
@@ -242,7 +243,7 @@ class Region(RuleBasedStateMachine):
                 assert sum(p.link1_bps for p in here) <= node.link1_capacity_bps
                 assert sum(p.link2_bps for p in here) <= node.link2_capacity_bps
             elif node.role is Role.DEVICE:
-                computing = [p for p in tasks if p.device == name and p.placement.cut1 > 0]
+                computing = [p for p in tasks if p.device == name and p.placement.uses_device]
                 assert len(computing) <= 1
                 assert sum(booked.device_load for device_, _, booked in sessions if device_ == name) <= 0.8
         for placed in self.running.values():
@@ -301,6 +302,12 @@ class Region(RuleBasedStateMachine):
                 assert change.task_id not in self.running
                 assert change.at_s <= self.now
                 self.running[change.task_id] = self.placed[change.task_id]
+            elif isinstance(change, Rerouted):
+                running = self.running[change.task_id]
+                assert running.session is None
+                assert change.attempt == self.attempts[change.task_id]
+                assert change.placement.edge is None or not self.joined[change.placement.edge].draining
+                self.running[change.task_id] = running.model_copy(update={"placement": change.placement})
             elif isinstance(change, Retried):
                 assert change.attempt == self.attempts[change.task_id] + 1
                 self.attempts[change.task_id] = change.attempt

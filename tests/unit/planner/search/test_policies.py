@@ -35,8 +35,8 @@ def test_a_baseline_places_only_as_it_may(policy: str, kinds: set[Kind]) -> None
 
 
 def test_names_of_policies() -> None:
-    wanted = ["deepar", "no-delay", "device-only", "edge-only", "cloud-only", "neurosurgeon"]
-    assert policy_names()[:6] == wanted
+    wanted = ["deepar", "no-delay", "device-only", "edge-only", "cloud-only", "neurosurgeon", "routes", "elastic"]
+    assert policy_names()[:8] == wanted
     assert load_policy("deepar").name == "deepar"
     with pytest.raises(UnknownNameError, match=r"did you mean edge-only\?"):
         load_policy("edge-onyl")

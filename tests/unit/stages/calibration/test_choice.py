@@ -24,6 +24,7 @@ def test_a_codec_must_save_bytes_and_a_lossy_one_more_than_a_lossless_one() -> N
         coded(Q4, 20, 0.9),
     ]
     assert worth_using([coded(ZSTD, 120), coded(Q8, 99, 1.0)], 100) == []
+    assert worth_using([coded(ZSTD, 0), coded(Q8, 0, 1.0)], 0) == []  # where nothing crosses, nothing is encoded
 
 
 def test_the_best_cut_at_any_bandwidth_and_ratio_of_speeds_is_among_the_first() -> None:
