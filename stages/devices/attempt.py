@@ -148,7 +148,7 @@ class DeviceAttempt:
         while queue:
             # The time when the place became free, so that waiting in the event loop does not count as computing.
             ready_s = await self._window.take()
-            if idle is not None and await self._left_to_device(queue, idle):
+            if idle is not None and sender is not None and await self._left_to_device(queue, idle, sender):
                 ready_s = exact_clock()()
             if self._failure:
                 raise self._failure
@@ -215,10 +215,20 @@ class DeviceAttempt:
             ),
         )
 
-    async def _left_to_device(self, queue: SampleQueue, idle: IdleTime) -> bool:
-        """Wait while the device ends the rest of the task in its idle time soon enough; returns whether it did wait."""
+    async def _left_to_device(self, queue: SampleQueue, idle: IdleTime, sender: FrameSender) -> bool:
+        """Wait while samples had better be computed on the device alone; returns whether it did wait.
+
+        That is where the device ends the rest of the task soon enough, or where link 1 is stuck.
+        """
         waited = False
-        while queue and not self._failure and queue.left_to_device(self.under_way, idle.begun_s):
+        while (
+            queue
+            and not self._failure
+            and (
+                queue.left_to_device(self.under_way, idle.begun_s)
+                or (sender.stuck and queue.time_for_alone(self.under_way))
+            )
+        ):
             self._came.clear()
             await self._came.wait()
             waited = True
@@ -286,6 +296,7 @@ class DeviceAttempt:
             delay_s=max(0.0, self._last_result_s - started_s),
             wait_s=max(0.0, started_s - known.admitted_s),
             cloud=self._reports.cloud,
+            route_samples=tuple(self._queue.totals) if self._feedback is not None and self._queue is not None else None,
         )
         await self.device.complete(message)
 

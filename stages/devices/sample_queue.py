@@ -76,8 +76,9 @@ class SampleQueue:
 
     def time_for_alone(self, under_way: int) -> bool:
         """Whether the device has idle time for one more sample until the others end, of which some are under way."""
-        others = len(self._left) - 1
-        return self.alone_s + others * self._means_s()[0] <= (others + under_way) * self._interval_s()
+        interval_s = self._interval_s()
+        idle_s = max(0.0, interval_s - self._means_s()[0]) * (len(self._left) - 1)
+        return self.alone_s <= idle_s + under_way * interval_s  # the last ones under way need the device no more
 
     def left_to_device(self, under_way: int, begun_s: float) -> bool:
         """Whether the device ends the rest in time alone: before the results of the samples that are under way.

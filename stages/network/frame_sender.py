@@ -35,6 +35,8 @@ LAST_HEADS = 8
 UNKNOWN = 1 << 62
 """Number of samples to come while it is not known."""
 RETRY_S = 0.2
+STUCK_SAMPLES, STUCK_S = 4, 0.1
+"""A link is stuck where so many samples wait while a frame has been crossing for so long; a frame should take 20 ms."""
 PLAN_EVERY_S = 5.0
 """A session's frames carry its plan again after this long, for a stage that takes over or has dropped its idle flow."""
 
@@ -137,6 +139,7 @@ class FrameSender:
         self.began_s: float | None = None  # begin of the first busy interval, on the loop's clock
         self.busy_until_s = float("-inf")  # when the last frame had crossed the links
         self.busy_s = 0.0  # link time: from when frames were ready until they had crossed at the granted rates
+        self._crossing_s: float | None = None  # since when a frame crosses the links
         self.granted_s = 0.0  # what the same frames take at the granted rate
         self._acknowledged_s: float | None = None  # when the last acknowledgement came; None after a failure
         self.frames = 0
@@ -164,6 +167,12 @@ class FrameSender:
         self._to_send.set()
         if self._to_come <= 0 and not (self._totals_due or self._waiting or self._begun or self._arriving):
             self.all_posted.set()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether samples wait for a frame that takes much longer to cross than at the granted rate."""
+        since_s = self._crossing_s
+        return since_s is not None and len(self._waiting) >= STUCK_SAMPLES and exact_clock()() - since_s > STUCK_S
 
     async def run(self) -> None:
         """Send until cancelled. Retries when the bus fails; raises where a frame is too large."""
@@ -264,7 +273,9 @@ class FrameSender:
                 )
             )
             await self._hooks.gate()  # before the link, so that frames do not burst when the gate opens
+            self._crossing_s = max(ready_s, self.busy_until_s)
             crossed_s = await cross(destination.grants, len(payload), ready_s)
+            self._crossing_s = None
             waited = self._crossed(ready_s, crossed_s)
             self.granted_s += len(payload) * BITS_PER_BYTE / self._rate_bps
             if self._delays:

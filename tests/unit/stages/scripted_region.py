@@ -158,10 +158,11 @@ async def scripted_region(
     cloud_region: int = 0,
     on_result: ResultSink | None = None,
     runners: Mapping[str, Runner] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> AsyncIterator[ScriptedRegion]:
     """A region with the device d, the edges, and the cloud stages c1 and c2, which may belong to another region.
 
-    `runners` has the runners of some nodes by name; the others have `runner`.
+    `runners` has the runners of some nodes by name; the others have `runner`. `settings` has more settings of some nodes.
     """
     broker = MemoryBroker(session_timeout_s=3.0)
     async with MemoryBus(broker) as bus:
@@ -171,10 +172,11 @@ async def scripted_region(
         made = ScriptedRegion(broker, bus, on_result)
         roles = {"d": Role.DEVICE} | dict.fromkeys(edges, Role.EDGE) | dict.fromkeys(("c1", "c2"), Role.CLOUD)
         for name, role in roles.items():
-            settings = NodeSettings(name=name, role=role, region=cloud_region if role is Role.CLOUD else 0)
+            own = NodeSettings(name=name, role=role, region=cloud_region if role is Role.CLOUD else 0)
             if role is Role.EDGE:
-                settings = replace(settings, slots=1, link1_capacity_bps=10_000_000, link2_capacity_bps=10_000_000)
-            made.start(settings, (runners or {}).get(name) or runner or NumberingRunner([PROFILE]), components)
+                own = replace(own, slots=1, link1_capacity_bps=10_000_000, link2_capacity_bps=10_000_000)
+            own = replace(own, **(settings or {}).get(name, {}))
+            made.start(own, (runners or {}).get(name) or runner or NumberingRunner([PROFILE]), components)
         await asyncio.sleep(0.5)
         yield made
         for name, task in list(made.running.items()):

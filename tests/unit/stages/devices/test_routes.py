@@ -182,6 +182,7 @@ def check_parts(completed: TaskCompleted, placement: Placement, taken: Counter[i
         {route: 200 - sum(taken.values()) for route, c in enumerate(placement.cut_pairs) if c == ALONE}
     )
     sums = [sum(counts[r] * route.stations_s[k] for r, route in enumerate(placement.routes or ())) for k in range(7)]
+    assert completed.route_samples == tuple(counts[route] for route in range(len(placement.routes or ())))
     measured = completed.measured
     assert measured.device_s == pytest.approx(sums[0])
     assert measured.edge_s == pytest.approx(sums[2])
