@@ -18,12 +18,14 @@ from typing import NamedTuple
 import numpy as np
 
 from bus.messages import Placed, TaskSubmitted
+from bus.routes.interleave import interleaved_s
 from bus.routes.shares import solve_shares
 from bus.values import Parts, Placement, Role
 from loadgen.random_streams import Streams
 from loadgen.sim.platforms import Platforms
 from planner.search.cost import NO_OVERHEADS, Costs, Overheads, PlatformRow, StationTimes, busy_parts, stations_s
 from planner.search.families import family_of
+from planner.search.policies import EXACT_BELOW
 from planner.search.route_search import Way
 
 STEP_S = 30.0
@@ -110,11 +112,10 @@ class Environment:
             for fill, share, way in zip(fill_s, found.shares, ways, strict=True)
             if share and way.cut1 < self._costs_of(task.model).layers
         ]
-        return Ran(
-            Parts(**busy),
-            max(beyond_s, default=min(fill_s)) + (samples - 1) * found.slowest_s,
-            _whole(found.shares, samples),
-        )
+        delay_s = max(beyond_s, default=min(fill_s)) + (samples - 1) * found.slowest_s
+        if samples < EXACT_BELOW:
+            delay_s = interleaved_s(fill_s, stations, found.shares, samples)
+        return Ran(Parts(**busy), delay_s, _whole(found.shares, samples))
 
     def _latency_s(self, task: TaskSubmitted, placed: Placed, way: Way) -> float:
         """The share of the links' latencies in the delay of a task on one route."""

@@ -246,9 +246,10 @@ class DecisionFold:
 def _holding(placement: Json) -> Holding | None:
     if placement.get("edge") is None:
         return None
+    routes = placement.get("routes") or [placement]
     return Holding(
         placement["edge"],
-        int(placement["cut1"] != placement["cut2"]),
+        int(any(route["cut1"] != route["cut2"] for route in routes)),
         placement.get("link1_bps", 0),
         placement.get("link2_bps", 0),
     )

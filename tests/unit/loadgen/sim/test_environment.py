@@ -7,13 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from bus.messages import Placed
+from bus.messages import Placed, SeedInput, TaskSubmitted
 from bus.values import Objective, Parts
 from loadgen.sim.core_driver import Drive, core_for
 from loadgen.sim.environment import STEP_S, Drift, Environment, LogNormal, Ran, link1, link2
 from loadgen.sim.scenario import Scenario
 from tests.unit.loadgen.machines import machines
 
+INPUT_BYTES = 200_000
 SCENARIO = Scenario(devices=20, edges=2, within_s=10)
 
 
@@ -38,6 +39,44 @@ def test_without_noise_and_drift_tasks_take_what_is_predicted(objective: Objecti
     for ran, placed in found:
         assert ran.delay_s == pytest.approx(placed.delay_s, rel=1e-12)
         assert ran.parts.model_dump() == pytest.approx(placed.parts.model_dump(), rel=1e-12)
+
+
+def test_tasks_of_several_routes_take_what_is_predicted_too() -> None:
+    found = placements(SCENARIO.varied(objective="pipelined", policy="routes", tasks=100))
+    mixed = [(ran, placed) for ran, placed in found if placed.placement.routes is not None]
+    assert len(mixed) > 10
+    for ran, placed in mixed:
+        assert ran.delay_s == pytest.approx(placed.delay_s, rel=1e-6)
+        assert ran.parts.model_dump() == pytest.approx(placed.parts.model_dump(), rel=1e-6)
+        assert placed.placement.routes is not None
+        assert ran.route_samples is not None
+        assert sum(ran.route_samples) == placed.samples
+        for taken, route in zip(ran.route_samples, placed.placement.routes, strict=True):
+            assert abs(taken - route.share * placed.samples) < 1
+
+
+def test_a_device_shares_its_samples_out_again_where_its_nodes_are_slower_than_predicted() -> None:
+    """So a mix never takes longer than with the planned shares, and mostly less."""
+    slow, gained = {"edge-0000": 0.4, "edge-0001": 2.5}, 0
+    world = Environment(machines(), speed=lambda name, at_s: slow.get(name, 1.0))
+    for _, placed in placements(
+        SCENARIO.varied(objective="pipelined", policy="routes", tasks=100, input_bytes=INPUT_BYTES)
+    ):
+        routes, edge = placed.placement.routes, placed.placement.edge
+        if routes is None or edge is None or placed.samples < 50:
+            continue
+        stations = [[s / slow[edge] if k == 2 else s for k, s in enumerate(route.stations_s)] for route in routes]
+        kept_s = max(sum(one) for one, route in zip(stations, routes, strict=True) if not route.device_only) + (
+            placed.samples - 1
+        ) * max(sum(route.share * one[k] for one, route in zip(stations, routes, strict=True)) for k in range(7))
+        task = TaskSubmitted(
+            task_id=placed.task_id, device=placed.device, model=placed.model, samples=placed.samples,
+            input=SeedInput(seed=1), input_bytes=INPUT_BYTES,
+        )  # fmt: skip
+        ran = world(task, placed, 0.0)
+        assert ran.delay_s <= kept_s * (1 + 1e-2)
+        gained += ran.delay_s < 0.98 * kept_s
+    assert gained > 5
 
 
 def test_a_slow_edge_and_slow_links_lengthen_their_own_parts() -> None:
