@@ -122,6 +122,20 @@ def folded(messages: list[Json]) -> DecisionFold:
     return fold
 
 
+@pytest.mark.parametrize(("released", "honest_end"), [(1, True), (0, False)])
+def test_a_slot_is_held_if_any_of_several_routes_computes_on_the_edge(released: int, honest_end: bool) -> None:
+    change, *grants = placed("t1")
+    routes = [{"cut1": 2, "cut2": 2, "share": 0.7}, {"cut1": 2, "cut2": 4, "share": 0.3}]
+    change["placement"] |= {"cut2": 2, "routes": routes}
+    log = [
+        opened(1, "a"),
+        decision(1, [joined("d1"), EDGE]),
+        decision(2, [admitted("t1"), change, *grants, start("t1")]),
+    ]
+    fold = folded([*log, decision(3, [ended("t1", slots=released)])])
+    assert (fold.violations == []) == honest_end
+
+
 def test_an_honest_log_has_no_violation_and_everything_is_known() -> None:
     fold = folded(honest())
     fold.finish(["t1", "t2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tracemalloc
 from itertools import pairwise
@@ -332,3 +333,15 @@ def test_the_memory_of_a_search_is_bounded(layers: int) -> None:
     finally:
         tracemalloc.stop()
     assert held_bytes <= route_search_bytes(layers)
+
+
+def test_a_snapshot_keeps_the_routes_of_running_and_scheduled_tasks() -> None:
+    core = slow_link_region(edge(slots=1))
+    for number in range(4):
+        core.handle(task(f"t{number}", **LARGE), float(number))
+    other = PlannerCore.from_state(json.loads(json.dumps(core.to_state())), "routes", Objective.PIPELINED)
+    assert other.state_hash == core.state_hash
+    for task_id, known in core.tasks.items():
+        assert other.tasks[task_id].placed == known.placed
+    assert any(known.placed is not None and known.placed.placement.routes for known in core.tasks.values())
+    other.validate()
