@@ -27,7 +27,7 @@ POLICY_LOOKS: dict[str, tuple[str, str, str]] = {
     "neurosurgeon": (GREEN, "..", "D"),
     "no-delay": (VERMILION, "--", "P"),
     "deepar": (BLUE, "", "o"),
-    "routes": (BLACK, "oo", "h"),
+    "routes": (YELLOW, "oo", "h"),
     "elastic": (YELLOW, "++", "X"),
     "deepar (sequential)": (GREY, "..", "*"),
 }

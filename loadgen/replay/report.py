@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bus.text.json_text import json_text
-from bus.values import DELAY_PARTS
+from bus.text.units import format_share
+from bus.values import DELAY_PARTS, Placement
 from loadgen import plots
 from loadgen.replay.metrics import PERCENTILES
 from loadgen.replay.outcome import Outcome, as_row
@@ -135,6 +136,13 @@ def _group_table(groups: dict[str, dict[str, Any]]) -> str:
     return f"<table>{head}</tr>{''.join(rows)}</table>"
 
 
+def _cuts(place: Placement) -> str:
+    """The layers after which a task is cut; of several routes the numbers of the layers, with their shares."""
+    if place.routes is None:
+        return f"{place.cut1_name}, {place.cut2_name}"
+    return "; ".join(f"{format_share(route.share)} {route.cut1}, {route.cut2}" for route in place.routes)
+
+
 def _task_table(outcomes: Sequence[Outcome]) -> str:
     columns = ("task", "model", "samples", "kind", "edge", "cuts", "state", "due", "wait", "predicted", "delay")
     rows = []
@@ -146,7 +154,7 @@ def _task_table(outcomes: Sequence[Outcome]) -> str:
             outcome.samples,
             outcome.kind,
             place.edge or "-" if place else "-",
-            f"{place.cut1_name}, {place.cut2_name}" if place else "-",
+            _cuts(place) if place else "-",
             f"{outcome.state.value if outcome.state else 'UNFINISHED'} {outcome.cause}".strip(),
             _span(outcome.scheduled_s),
             _span(outcome.wait_s),
