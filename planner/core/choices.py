@@ -59,13 +59,28 @@ def _may_use(request: Request, search: PathSearch, route: MixedRoute) -> bool:
     )
 
 
+def _possible(request: Request, option: EdgeOption | None, cut1: int, cut2: int, link2_bps: int) -> bool:
+    """Whether a task may be cut so: its tiers allow it, the tiers run the model, and a link that is used has bandwidth."""
+    layers = request.device_row.layers
+    if family_of(cut1, cut2, layers) not in request.families or (cut1 > 0 and not request.device_computes):
+        return False
+    if option is None:
+        return True
+    costs, forbidden = option.search.costs, option.search.forbidden
+    return (
+        cut1 not in forbidden
+        and cut2 not in forbidden
+        and (cut1 == cut2 or costs.edge is not None)
+        and (cut2 == layers or (costs.cloud is not None and link2_bps >= 1))
+    )
+
+
 def check_choice(policy: Policy, request: Request, option: EdgeOption | None, choice: Choice, now: float) -> None:
     """Check that a choice is consistent, within the task's caps (11) and tiers, and free in the ledger.
 
     Raises `PolicyError` for a user's policy, and `InvariantError` for a built-in one.
     """
     end, layers = choice.start_s + choice.delay_s, request.device_row.layers
-    pairs = choice.cut_pairs
     good = (
         now <= choice.start_s <= end < NEVER
         and 0 <= choice.cut1 <= choice.cut2 <= layers
@@ -83,17 +98,10 @@ def check_choice(policy: Policy, request: Request, option: EdgeOption | None, ch
         )
     if good and request.device is not None:
         good = request.device.timeline.fits(choice.start_s, end, int(choice.uses_device), choice.link1_bps, 0)
-    if good and option is not None:
-        costs, forbidden = option.search.costs, option.search.forbidden
-        good = (
-            not {cut for pair in pairs for cut in pair} & forbidden
-            and (not choice.uses_slot or costs.edge is not None)
-            and (all(cut2 == layers for _, cut2 in pairs) or (costs.cloud is not None and choice.link2_bps >= 1))
-            and all(_may_use(request, option.search, route) for route in choice.routes if route.codecs != RAW)
-        )
-    if good:
-        used = {family_of(cut1, cut2, layers) for cut1, cut2 in pairs}
-        good = used <= request.families and (not choice.uses_device or request.device_computes)
+    for cut1, cut2 in choice.cut_pairs:
+        good = good and _possible(request, option, cut1, cut2, choice.link2_bps)
+    for route in choice.routes:
+        good = good and (route.codecs == RAW or (option is not None and _may_use(request, option.search, route)))
     if not good:
         fault = f"it chose for {request.task_id} what cannot be, or is not free: {choice!r:.300}"
         if isinstance(policy, Restriction):

@@ -288,17 +288,19 @@ class Choice(NamedTuple):
     @property
     def cut_pairs(self) -> tuple[tuple[int, int], ...]:
         """The cuts of each route."""
-        return tuple((route.cut1, route.cut2) for route in self.routes) or ((self.cut1, self.cut2),)
+        if not self.routes:
+            return ((self.cut1, self.cut2),)
+        return tuple((route.cut1, route.cut2) for route in self.routes)
 
     @property
     def uses_device(self) -> bool:
         """The device computes layers."""
-        return self.cut1 > 0 or any(route.cut1 > 0 for route in self.routes)
+        return self.cut1 > 0 or (self.routes != () and any(route.cut1 > 0 for route in self.routes))
 
     @property
     def uses_slot(self) -> bool:
         """The edge computes layers."""
-        return self.cut1 != self.cut2 or any(route.cut1 != route.cut2 for route in self.routes)
+        return self.cut1 != self.cut2 or (self.routes != () and any(cut1 != cut2 for cut1, cut2 in self.cut_pairs))
 
 
 class Algorithm:
