@@ -166,6 +166,8 @@ class DecisionFold:
             self._grants.setdefault(task_id, {})[change["link"]] = change["bps"]
         elif kind == "start":
             self._start(change, seq)
+        elif kind == "rerouted":
+            self._reroute(change, seq)
 
     def _start(self, change: Json, seq: int) -> None:
         task_id = change["task_id"]
@@ -178,6 +180,15 @@ class DecisionFold:
         if change["device"] not in self.joined:
             self._say(f"decision {seq} starts {task_id} on {change['device']}, which is not there")
         self.running[task_id] = _holding(placement)
+
+    def _reroute(self, change: Json, seq: int) -> None:
+        """A running task goes on with another placement and holds what that one reserves."""
+        task_id = change["task_id"]
+        if task_id not in self.running:
+            self._say(f"decision {seq} reroutes {task_id}, which does not run")
+            return
+        self.placements[task_id] = self._placed[task_id] = change["placement"]
+        self.running[task_id] = _holding(change["placement"])
 
     def _check_lesson(self, change: Json, seq: int) -> None:
         """Only the current attempt of a task teaches the planner; a heartbeat teaches without a task."""

@@ -90,6 +90,11 @@ def overran(task: str) -> Json:
     return {"type": "overran", "task_id": task, "attempt": 1, "from_s": 1.0, "to_s": 2.0}
 
 
+def rerouted(task: str, attempt: int = 1, link1: int = 400, link2: int = 100) -> Json:
+    placement = placed(task, attempt, link1, link2)[0]["placement"]
+    return {"type": "rerouted", "task_id": task, "attempt": attempt, "device": "d1", "placement": placement}
+
+
 def circuit(node: str) -> Json:
     return {"type": "circuit_changed", "node": node, "failures": 1, "until_s": None}
 
@@ -108,7 +113,7 @@ def honest() -> list[Json]:
         decision(1, [joined("d1"), EDGE]),
         decision(2, [admitted("t1"), *placed("t1"), start("t1")]),
         decision(3, [admitted("t2"), *placed("t2"), start("t2"), overran("t1")]),
-        decision(4, [learned("t1", 1), ended("t1"), learned()]),
+        decision(4, [rerouted("t1", link1=500), learned("t1", 1), ended("t1", link1=500), learned()]),
         decision(5, [retried("t2", 2), lost("e1"), circuit("e1")]),
         decision(6, [returned, *placed("t2", 2), moved("t2"), start("t2", 2)]),
         decision(7, [ended("t2", 2)]),
@@ -213,6 +218,8 @@ WRONG: dict[str, Mistake] = {
     "which is over": insert(5, decision(5, [ended("t1")])),
     "which is unknown": insert(5, decision(5, [start("t9")])),
     "starts t2, which runs": insert(4, decision(4, [start("t2")])),
+    "reroutes t2, which does not run": insert(6, decision(6, [rerouted("t2", 2)])),
+    "edge e1 gives [2, 1101, 200]": insert(4, decision(4, [rerouted("t2", link1=701)])),
     "moves t2, which runs": insert(4, decision(4, [moved("t2")])),
     "moves t1, which has no place": insert(5, decision(5, [moved("t1")])),
     "moves 1 tasks to 0 starts": replaced(
