@@ -12,7 +12,16 @@ from rich.text import Text
 from bus.messages import Ended, Placed
 from bus.text.units import format_moment, format_rate, format_seconds
 from bus.values import Placement
-from deploy.monitor.phrases import STATION_NAMES, cut_names, cuts_text, route_text, signed_share, taught_by, tiers_text
+from deploy.monitor.phrases import (
+    STATION_NAMES,
+    coded_names,
+    cut_names,
+    cuts_text,
+    route_text,
+    signed_share,
+    taught_by,
+    tiers_text,
+)
 from planner.explain import Candidate, Explanation
 from planner.learning.lessons import name_of, text_of
 from planner.search.cost import parts_s
@@ -68,8 +77,10 @@ def _where(candidate: Candidate) -> str:
 
 def _cuts(where: Placement) -> str:
     """The layers after which a candidate is cut, or its routes."""
-    if where.routes is not None:
+    if where.routes is not None and len(where.routes) > 1:
         return ", ".join(map(route_text, where.routes))
+    if where.routes is not None:
+        return ", ".join(coded_names(where, where.routes[0]))
     return ", ".join(cut_names(where.kind, where.cut1_name, where.cut2_name)) or "uncut"
 
 

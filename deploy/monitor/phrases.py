@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bus.text.units import format_count, format_rate, format_share
-from bus.values import DELAY_PARTS, Kind, Placement, Route
+from bus.values import DELAY_PARTS, Codec, Kind, Placement, Route
 from planner.service.prediction_errors import PredictionErrors
 
 STATION_NAMES = dict(zip(DELAY_PARTS, ("device", "link 1", "edge", "link 2", "cloud", "results"), strict=True))
@@ -20,17 +20,35 @@ def cut_names(kind: Kind, cut1_name: str, cut2_name: str) -> tuple[str, ...]:
 
 
 def cuts_text(placement: Placement) -> str:
-    """`cut after conv | pool`, or `uncut`; several routes by numbers of layers: `2 routes: 82 % 4 | 9, 18 % device`."""
-    if placement.routes is not None:
-        return f"{len(placement.routes)} routes: {', '.join(map(route_text, placement.routes))}"
+    """`cut after conv | pool`, or `uncut`; several routes by numbers of layers: `2 routes: 82 % 4 | 9, 18 % device`.
+
+    One route with codecs: `cut after conv q8 | pool zstd`.
+    """
+    routes = placement.routes
+    if routes is not None and len(routes) > 1:
+        return f"{len(routes)} routes: {', '.join(map(route_text, routes))}"
+    if routes is not None:
+        return f"cut after {' | '.join(coded_names(placement, routes[0]))}"
     names = cut_names(placement.kind, placement.cut1_name, placement.cut2_name)
     return f"cut after {' | '.join(names)}" if names else "uncut"
 
 
+def coded_names(placement: Placement, route: Route) -> list[str]:
+    """The layers after which a placement of one route is cut, with codecs; also `input`, if it is encoded."""
+    crossings = [(placement.cut1_name, route.codec1)] if route.cut1 or route.codec1 is not Codec.RAW else []
+    if route.cut1 != route.cut2 and placement.uses_cloud:
+        crossings.append((placement.cut2_name, route.codec2))
+    return [name if codec is Codec.RAW else f"{name} {codec.value}" for name, codec in crossings]
+
+
 def route_text(route: Route) -> str:
-    """`52 % 4 | 9`: the share of a route, and the numbers of the layers after which the model is cut."""
-    where = "device" if route.device_only else f"{route.cut1} | {route.cut2}"
-    return f"{format_share(route.share)} {where}"
+    """`52 % 4 | 9`: the share of a route, and the numbers of the layers after which the model is cut.
+
+    With codecs: `52 % 4 q8 | 9 zstd`.
+    """
+    crossings = ((route.cut1, route.codec1), (route.cut2, route.codec2))
+    where = " | ".join(f"{cut}" if codec is Codec.RAW else f"{cut} {codec.value}" for cut, codec in crossings)
+    return f"{format_share(route.share)} {'device' if route.device_only else where}"
 
 
 def cut_column(kind: Kind, cut1_name: str, cut2_name: str) -> str:

@@ -14,6 +14,9 @@ from loadgen.experiments.claims import Claim, Verdict
 POLICIES = ("device-only", "edge-only", "cloud-only", "no-delay", "deepar")
 """The paper's bars in the paper's order; `no-delay` is Algorithm 1 without lines 6-8."""
 
+RAW = "deepar (without codecs)"
+"""Name of the `deepar` without codecs beside the one with them, in figures and sweeps that are made with codecs."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FigureOptions:

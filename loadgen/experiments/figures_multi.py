@@ -14,7 +14,7 @@ from loadgen import plots
 from loadgen.experiments import claims as rules
 from loadgen.experiments.captions import Caption, finish
 from loadgen.experiments.claims import Claim, Reductions
-from loadgen.experiments.figure_result import FigureOptions, FigureResult, write_csv
+from loadgen.experiments.figure_result import RAW, FigureOptions, FigureResult, write_csv
 from loadgen.experiments.runs import Cell, Workers, run_cells
 from loadgen.replay.metrics import half_width_95
 from loadgen.sim.platforms import Platforms, platforms
@@ -28,9 +28,6 @@ DEVICES = (20, 40, 60, 80)
 
 SEQUENTIAL = "deepar (sequential)"
 """Name of the sequential `deepar` beside the pipelined one, when the figure is made for the pipelined objective."""
-
-RAW = "deepar (without codecs)"
-"""Name of the `deepar` without codecs beside the one with them, when the figure is made with codecs."""
 
 ASSUMPTIONS = (
     "arrivals uniform in the interval, one task a device; only G(0), N, the caps and the edges are drawn at random, other "

@@ -13,8 +13,10 @@ from typing import Any, Final
 
 import numpy as np
 
-AGAINST: Final = "deepar"
-"""The policy with which others are compared; without it the first one."""
+from loadgen.experiments.figure_result import RAW
+
+AGAINST: Final = (RAW, "deepar")
+"""The policies with which others are compared: the first that was run, or else the first of all."""
 
 RESAMPLES: Final = 4_000
 _MEASURES: Final = ("mean_delay_s", "p99_s")
@@ -41,11 +43,11 @@ class PairedGains:
 
 
 def paired_gains(rows: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[PairedGains]:
-    """The gains of every policy over `AGAINST`, in the order of the rows; from seeds in which both completed tasks."""
+    """The gains of every policy over one of `AGAINST`, in the order of the rows; from seeds in which both completed tasks."""
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     if len(policies) < 2:
         return []
-    against = AGAINST if AGAINST in policies else policies[0]
+    against = next((policy for policy in AGAINST if policy in policies), policies[0])
     points: dict[tuple[str, ...], dict[str, dict[int, Mapping[str, Any]]]] = {}
     for row in rows:
         if all(row[measure] not in ("", None) for measure in _MEASURES):

@@ -22,7 +22,7 @@ import numpy as np
 
 from bus.errors import ConfigError, unknown_name
 from loadgen import plots
-from loadgen.experiments.figure_result import POLICIES
+from loadgen.experiments.figure_result import POLICIES, RAW
 from loadgen.experiments.run_key import KEY_DIGITS, RunKeys
 from loadgen.experiments.runs import Cell, Workers, run_as_completed, run_cell
 from loadgen.replay.metrics import half_width_95
@@ -102,6 +102,14 @@ class SweepOptions:
     run: Callable[[Cell], dict[str, Any]] = run_cell  # runs one cell
     progress: Callable[[int, int], None] | None = None  # (runs done, runs in all)
 
+    @property
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """The runs of one point by name, with what they change in the scenario: each policy, and `deepar` without codecs."""
+        found: dict[str, dict[str, Any]] = {policy: {"policy": policy} for policy in self.policies}
+        if self.scenario.codecs and "deepar" in found and not any(axis.name == "codecs" for axis in self.axes):
+            found[RAW] = {"policy": "deepar", "codecs": False, "min_agreement": None}
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
@@ -158,7 +166,7 @@ def cells_of(options: SweepOptions) -> list[Cell]:
     """Every cell: the axes in the order given, then policies, then seeds. Raises `ConfigError`."""
     if options.seeds < 1:
         raise ConfigError(f"--seeds {options.seeds}: at least one")
-    total = int(np.prod([len(axis.values) for axis in options.axes], initial=1)) * len(options.policies) * options.seeds
+    total = int(np.prod([len(axis.values) for axis in options.axes], initial=1)) * len(options.columns) * options.seeds
     if total > MAX_RUNS:
         raise ConfigError(f"{total:,} runs are more than {MAX_RUNS:,}; vary less at once")
     names = [axis.name for axis in options.axes]
@@ -168,9 +176,9 @@ def cells_of(options: SweepOptions) -> list[Cell]:
     cells = []
     for values in itertools.product(*(axis.values for axis in options.axes)):
         varied = {axis.name: value for axis, value in zip(options.axes, values, strict=True)}
-        for policy in options.policies:
-            scenario = options.scenario.varied(**varied, policy=policy)
-            labels = {**{name: str(value) for name, value in varied.items()}, "policy": policy}
+        for column, changes in options.columns.items():
+            scenario = options.scenario.varied(**{**varied, **changes})
+            labels = {**{name: str(value) for name, value in varied.items()}, "policy": column}
             cells += [Cell(scenario, seed, labels) for seed in range(options.seeds)]
     for scenario in {(cell.scenario.profile, *cell.scenario.models): cell.scenario for cell in cells}.values():
         platforms(scenario.profile, codecs=scenario.codecs).require(scenario.models)
@@ -192,7 +200,7 @@ def picture(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> Figure:
     for index, panel in enumerate(panels):
         axes = grid[index // columns][index % columns]
         here = {axis.name: str(value) for axis, value in zip(others, panel, strict=True)}
-        for number, policy in enumerate(options.policies):
+        for number, policy in enumerate(options.columns):
             means: list[float] = []
             errors: list[float | None] = []
             for value in x_axis.values:
@@ -205,7 +213,7 @@ def picture(options: SweepOptions, rows: Sequence[dict[str, Any]]) -> Figure:
                 means.append(float(np.mean(delays)) if delays else np.nan)
                 errors.append(half_width_95(delays))
             colour, _, marker = plots.look(policy, number)
-            shift = (number - (len(options.policies) - 1) / 2) * dodge
+            shift = (number - (len(options.columns) - 1) / 2) * dodge
             axes.errorbar(
                 [x + shift for x in xs], means, yerr=plots.error_bars(errors), color=colour, marker=marker, markersize=4.5,
                 capsize=2, linewidth=1.3, elinewidth=0.8, label=plots.label(policy),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bus.values import DELAY_PARTS, Kind, Placement, Route
+from bus.values import DELAY_PARTS, Codec, Kind, Placement, Route
 from deploy.monitor import phrases
 from deploy.monitor.phrases import cut_column, cuts_text, grants_text, place_text
 
@@ -49,6 +49,30 @@ def test_only_links_that_are_used_are_named() -> None:
     both = placement(Kind.DEVICE_CLOUD, 1, 1, 500_000_000, 20_000_000)
     assert place_text(both) == "device+cloud through e1, cut after conv, 500 Mbps on link 1, 20 Mbps on link 2"
     assert place_text(placement(Kind.DEVICE, 3, 3)) == "device, uncut"
+
+
+@pytest.mark.parametrize(
+    ("kind", "cuts", "codecs", "text"),
+    [
+        (Kind.DEVICE_EDGE_CLOUD, (1, 2), (Codec.Q8, Codec.RAW), "cut after conv q8 | pool"),
+        (Kind.DEVICE_EDGE, (1, 3), (Codec.ZSTD, Codec.RAW), "cut after conv zstd"),
+        (Kind.DEVICE_CLOUD, (2, 2), (Codec.Q4, Codec.Q4), "cut after pool q4"),
+        (Kind.EDGE_CLOUD, (0, 2), (Codec.RAW, Codec.Q4), "cut after pool q4"),
+        (Kind.EDGE_CLOUD, (0, 2), (Codec.Q8, Codec.Q4), "cut after input q8 | pool q4"),
+        (Kind.CLOUD, (0, 0), (Codec.ZSTD, Codec.ZSTD), "cut after input zstd"),
+    ],
+)
+def test_the_codec_of_each_crossing_is_named(
+    kind: Kind, cuts: tuple[int, int], codecs: tuple[Codec, Codec], text: str
+) -> None:
+    route = Route(
+        cut1=cuts[0], cut2=cuts[1], share=1.0, codec1=codecs[0], codec2=codecs[1], stations_s=(1, 1, 1, 1, 1, 1, 1)
+    )
+    place = placement(kind, *cuts).model_copy(update={"routes": (route,)})
+    assert cuts_text(place) == text
+    other = route.model_copy(update={"share": 0.5})
+    both = cuts_text(place.model_copy(update={"routes": (other, other)}))
+    assert all(codec.value in both for codec in codecs if codec is not Codec.RAW)
 
 
 def test_several_routes_are_named_by_their_shares_and_numbers_of_layers() -> None:

@@ -15,6 +15,8 @@ import pytest
 
 from bus.errors import ConfigError, UnknownNameError
 from loadgen.experiments import sweep as sweeps
+from loadgen.experiments.figure_result import RAW
+from loadgen.experiments.paired import paired_gains
 from loadgen.experiments.run_key import RunKeys
 from loadgen.experiments.runs import Cell, Workers, run_cell, run_cells
 from loadgen.experiments.sweep import Axis, SweepOptions, sweep
@@ -40,6 +42,23 @@ def options(out: Path, *axes: str, **more: object) -> SweepOptions:
         seeds=2,
         **more,  # type: ignore[arg-type]
     )
+
+
+def test_with_codecs_every_policy_has_them_and_deepar_runs_without_them_too(tmp_path: Path) -> None:
+    coded = Scenario(devices=4, edges=2, within_s=5, codecs=True, min_agreement=0.995)
+    wanted = replace(options(tmp_path / "a", "devices=4,8"), scenario=coded, run=run_cell)
+    found = sweep(wanted)
+    raw = sweep(replace(options(tmp_path / "b", "devices=4,8"), run=run_cell, policies=("deepar",)))
+    assert [row["policy"] for row in found.rows[:6:2]] == [*POLICIES, RAW]
+    columns = {name: [row["mean_delay_s"] for row in found.rows if row["policy"] == name] for name in (*POLICIES, RAW)}
+    assert columns[RAW] == [row["mean_delay_s"] for row in raw.rows]
+    assert all(with_codecs < without for with_codecs, without in zip(columns["deepar"], columns[RAW], strict=True))
+    assert {(one.policy, one.against) for one in paired_gains(found.rows, ["devices"])} == {
+        ("edge-only", RAW),
+        ("deepar", RAW),
+    }
+    again = sweep(wanted)
+    assert (again.reused, again.rows) == (12, found.rows)
 
 
 def test_axes() -> None:

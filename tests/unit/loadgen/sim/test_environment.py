@@ -11,6 +11,7 @@ from bus.messages import Placed, SeedInput, TaskSubmitted
 from bus.values import Objective, Parts
 from loadgen.sim.core_driver import Drive, core_for
 from loadgen.sim.environment import STEP_S, Drift, Environment, LogNormal, Ran, link1, link2
+from loadgen.sim.platforms import Platforms, platforms
 from loadgen.sim.scenario import Scenario
 from tests.unit.loadgen.machines import machines
 
@@ -18,16 +19,17 @@ INPUT_BYTES = 200_000
 SCENARIO = Scenario(devices=20, edges=2, within_s=10)
 
 
-def placements(scenario: Scenario) -> list[tuple[Ran, Placed]]:
+def placements(scenario: Scenario, platforms: Platforms | None = None) -> list[tuple[Ran, Placed]]:
     """What the tasks of a scenario take in a world without noise and drift, with their placements."""
-    exact, found = Environment(machines()), []
+    platforms = platforms or machines()
+    exact, found = Environment(platforms), []
 
     def noted(task, placed, now_s):  # type: ignore[no-untyped-def]
         found.append((exact(task, placed, now_s), placed))
         return found[-1][0]
 
     run = Drive(core_for(scenario), lambda outcome: None, noted)
-    run.announce(scenario.nodes(1, machines().profiles))
+    run.announce(scenario.nodes(1, platforms.profiles))
     run.run(scenario.schedule(1).entries)
     return found
 
@@ -39,6 +41,21 @@ def test_without_noise_and_drift_tasks_take_what_is_predicted(objective: Objecti
     for ran, placed in found:
         assert ran.delay_s == pytest.approx(placed.delay_s, rel=1e-12)
         assert ran.parts.model_dump() == pytest.approx(placed.parts.model_dump(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("objective", "policy"), [("sequential", "deepar"), ("pipelined", "deepar"), ("pipelined", "routes")]
+)
+def test_tasks_with_codecs_take_what_is_predicted_and_less_than_without(objective: str, policy: str) -> None:
+    scenario = SCENARIO.varied(objective=objective, policy=policy, codecs=True, min_agreement=0.995, tasks=60)
+    found = placements(scenario, platforms("paper", codecs=True))
+    coded = [(ran, placed) for ran, placed in found if placed.placement.routes is not None]
+    assert len(coded) > 30
+    for ran, placed in coded:
+        assert ran.delay_s == pytest.approx(placed.delay_s, rel=1e-6)
+        assert ran.parts.model_dump() == pytest.approx(placed.parts.model_dump(), rel=1e-6)
+    raw = placements(scenario, platforms("paper"))
+    assert sum(ran.delay_s for ran, _ in found) < 0.8 * sum(ran.delay_s for ran, _ in raw)
 
 
 def test_tasks_of_several_routes_take_what_is_predicted_too() -> None:
