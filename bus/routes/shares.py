@@ -24,8 +24,8 @@ from typing import Final, NamedTuple
 
 from bus.values import StationSeconds
 
-LEAST_SHARE: Final = 1e-10
-"""A route with a smaller share is left out."""
+LEAST_SHARE: Final = 1e-13
+"""A route with a smaller share is left out: it is a rounding error."""
 
 TOLERANCE: Final = 1e-12
 """Relative to the objective: a route that promises less than this does not enter."""
@@ -35,10 +35,10 @@ MAX_PIVOTS: Final = 400
 
 _STATIONS: Final = 7
 _COST: Final = 8  # the row of the objective; row 7 is that of the sum of the shares
-_ROWS: Final = range(8)
 _SLOWEST: Final = -1  # label of P in the basis
 _SLACK: Final = -2  # label of a station's slack, which is in the row of its station
-_LEAST_PIVOT: Final = 1e-11  # relative to the largest entry of the column
+_LEAST_CHANGE: Final = 1e-13  # of a share; of a slack, relative to P
+_LEAST_SLOWEST: Final = 1e-6  # the least P that this is relative to, in the unit
 
 
 class Shares(NamedTuple):
@@ -117,28 +117,39 @@ class ShareProgram:
         for k, column in self._columns.items():
             if s := stations_s[k]:
                 change = _minus(change, -s / unit, column)
-        self._pivot(label, change, self._leaving(change))
+        if self._exchange(label, change) >= 0:
+            self._note_prices()
 
     def release(self, station: int) -> None:
         """Let the slack of a saturated station enter: its price is negative, so the objective falls."""
-        basis = self._basis
-        change = self._columns.pop(station)
-        row = self._leaving(change)
-        self._pivot(_SLACK, change, row)
+        columns, basis = self._columns, self._basis
+        row = self._exchange(_SLACK, columns[station])
+        if row < 0:
+            return
+        del columns[station]
         if row != station:  # a slack is in the row of its station
             basis[row], basis[station] = basis[station], basis[row]
-            for column in (self._values, *self._columns.values()):
+            for column in (self._values, *columns.values()):
                 column[row], column[station] = column[station], column[row]
+        self._note_prices()
 
-    def _pivot(self, label: int, change: list[float], row: int) -> None:
-        columns, basis, values = self._columns, self._basis, self._values
+    def _exchange(self, label: int, change: list[float]) -> int:
+        """Let a variable enter with these changes of the basic ones; returns the row in which it is then.
+
+        -1: rounding errors leave no variable to take its place, so `pivots` is set to `MAX_PIVOTS`.
+        """
+        row = self._leaving(change)
+        if row < 0:
+            self.pivots = MAX_PIVOTS
+            return row
+        columns, basis = self._columns, self._basis
         scale = 1.0 / change[row]
         for k, column in columns.items():
             if factor := column[row] * scale:
                 columns[k] = column = _minus(column, factor, change)
                 column[row] = factor
-        factor = values[row] * scale
-        self._values = values = _minus(values, factor, change)
+        factor = self._values[row] * scale
+        self._values = values = _minus(self._values, factor, change)
         values[row] = factor
         if basis[row] == _SLACK:
             columns[row] = column = [-scale * b for b in change]
@@ -146,7 +157,7 @@ class ShareProgram:
         basis[row] = label
         self.pivots += 1
         self.value_s = -values[_COST] * self._unit
-        self._note_prices()
+        return row
 
     def _note_prices(self) -> None:
         self.prices = prices = [0.0] * _STATIONS
@@ -156,18 +167,22 @@ class ShareProgram:
             unsaturated[k] = 0.0
 
     def _leaving(self, change: list[float]) -> int:
-        """The row whose variable reaches 0 first, in a tie the first one; P never does.
+        """The row whose variable reaches 0 first while the entering one grows, in a tie the first one; P never does.
 
-        With ties the method could circle in theory; in thousands of inputs made of ties it did not, and `MAX_PIVOTS` ends it.
+        Changes that are rounding errors do not count; -1: there are no others. With ties the method could circle in theory;
+        in thousands of inputs made of ties it did not, and `MAX_PIVOTS` ends it.
         """
         values, basis = self._values, self._basis
-        least = _LEAST_PIVOT * max(change[:_COST])
+        least_slack = _LEAST_CHANGE * max(values[basis.index(_SLOWEST)], _LEAST_SLOWEST)
         best, leaving = float("inf"), -1
-        for row in _ROWS:
+        for row, label in enumerate(basis):
             speed = change[row]
-            if speed > least and values[row] < best * speed and basis[row] != _SLOWEST:
+            if (
+                speed > (least_slack if label == _SLACK else _LEAST_CHANGE)
+                and values[row] < best * speed
+                and label != _SLOWEST
+            ):
                 best, leaving = values[row] / speed, row
-        assert leaving >= 0, "the objective is never negative, so some variable reaches 0"
         return leaving
 
 

@@ -110,10 +110,13 @@ class RouteSearch:
         more_s = _NOTHING
         if overheads is not NO_OVERHEADS:
             more_s = [overheads.total_s(one, samples, _PIPELINED) for one in _FAMILIES]
-        alone = alone and device_free and search.device_s(1, _PIPELINED) is not None
+        device_s = search.device_s(samples, _PIPELINED, overheads) if alone and device_free else None
         delay_s, *way = single
         first = Way(*way)
-        found = _solved(_Pricing(table, links, input_bytes, more_s, device_free, alone), first, samples)
+        pricing = _Pricing(table, links, input_bytes, more_s, device_free, device_s is not None)
+        # The program begins with the better of two single routes, which loses the fewest digits.
+        best = first if device_s is None or delay_s <= device_s else Way(search.costs.layers, search.costs.layers)
+        found = _solved(pricing, best, samples)
         only = MixedRoute(first.cut1, first.cut2, 1.0, first.codecs)
         if found.delay_s < delay_s and found.routes != (only,):
             return found

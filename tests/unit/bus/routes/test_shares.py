@@ -109,6 +109,7 @@ def test_routes_that_tie_everywhere_end_soon() -> None:
         stations = [_stations(*(float(rng.randrange(2)) for _ in range(7))) for _ in range(30)]
         program = ShareProgram(0, 0.0, stations[0], 100)
         while True:
+            assert program.pivots < MAX_PIVOTS / 4
             station = program.negative_price()
             if station is not None:
                 program.release(station)
@@ -118,4 +119,3 @@ def test_routes_that_tie_everywhere_end_soon() -> None:
             if sum(p * s for p, s in zip(prices, stations[label], strict=True)) >= program.value_s - 1e-9:
                 break
             program.enter(label, 0.0, stations[label])
-            assert program.pivots < MAX_PIVOTS / 4
