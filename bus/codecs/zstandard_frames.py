@@ -47,9 +47,6 @@ def decompress(frame: memoryview, size_bytes: int) -> bytes:
         content_bytes = zstandard.get_frame_parameters(frame).content_size
         if content_bytes != size_bytes:
             raise ProtocolError("undecodable", f"compressed data of {content_bytes:,} bytes, expected {size_bytes:,}")
-        content = _contexts.decompressor.decompress(frame, allow_extra_data=False)
+        return _contexts.decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ProtocolError("undecodable", f"invalid compressed data: {error}") from None
-    if len(content) != size_bytes:  # a frame of another kind, which zstandard skips
-        raise ProtocolError("undecodable", f"compressed data without {size_bytes:,} bytes of content")
-    return content

@@ -36,8 +36,6 @@ class IncomingResults:
         if any(piece.encoded is not None for piece in frame.pieces):
             raise ProtocolError("wrong_codec", "results are not encoded")
         for piece in frame.pieces:
-            if piece.encoded is not None:
-                raise ProtocolError("wrong_codec", "results are not encoded")
             try:
                 whole = self._assembler.add(piece)
             except ProtocolError as error:

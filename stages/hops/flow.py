@@ -87,7 +87,7 @@ class _Arrived(NamedTuple):
     route: int
     inputs: Activations
     ready_s: float  # when it arrived
-    record: Record  # the last of those that brought it
+    record: Record | None  # the last of those that brought an encoded sample
 
 
 class Flow:
@@ -204,7 +204,7 @@ class Flow:
             return
         self._whole.add(sample)
         if branch.computes:
-            self._ready.append(_Arrived(sample, piece.route, whole, self.active_s, record))
+            self._ready.append(_Arrived(sample, piece.route, whole, self.active_s, record if piece.encoded else None))
             self._arrived.set()
         else:
             self._pass_on(sample, piece.route, branch, whole, self.active_s)
@@ -286,7 +286,8 @@ class Flow:
                     branch.segment, arrived.sample, arrived.inputs, arrived.ready_s, branch.predicted_s
                 )
             except ProtocolError as error:
-                await self.node.dead_letter(arrived.record, error, task_id=self.plan.task_id)
+                if arrived.record is not None:
+                    await self.node.dead_letter(arrived.record, error, task_id=self.plan.task_id)
                 raise
             computed += 1
             self._pass_on(arrived.sample, arrived.route, branch, outputs, ready_s)

@@ -28,6 +28,8 @@ from stages.network.shaper import Grant, cross, frame_bytes
 
 MAX_DATA_BYTES = MAX_FRAME_BYTES - 4096 - MAX_PIECES * 160
 """Limit for data in one frame; the rest is reserved for the head: a plan and the descriptions of the pieces."""
+MAX_DESCRIBED = 700
+"""Limit for the tensors that a frame describes: neighbours of one route share a description, others have their own."""
 TENSORS_BYTES = 20
 """Average head size of tensor descriptions, which some frames carry (about 40 bytes) and others do not."""
 LAST_HEADS = 8
@@ -69,10 +71,15 @@ class Outgoing:
     tensors: Activations
     ready_s: float  # when it was ready to send, on the loop's clock
     route: int = 0  # index of its route in the plan
-    size_bytes: int = 0  # of its tensors
+    size_bytes: int = 0  # of its tensors, or of its payload
 
     def __post_init__(self) -> None:
         self.size_bytes = bytes_in(self.tensors)
+
+    @property
+    def count(self) -> int:
+        """The number of its tensors."""
+        return len(self.tensors.tensors if isinstance(self.tensors, Encoded) else self.tensors)
 
 
 class _Crossed(NamedTuple):
@@ -212,10 +219,13 @@ class FrameSender:
         pieces = to_pieces(first.sample, first.tensors, _piece_bytes(first, limit_bytes), first.route)
         if len(pieces) == 1:
             left_bytes = self._room(first, limit_bytes) - first.size_bytes
+            described = len(pieces[0].tensors)
             while self._waiting and len(pieces) < MAX_PIECES:
                 following = self._waiting[0]
                 left_bytes -= following.size_bytes
-                if left_bytes < 0:
+                if following.route != batch[-1].route:
+                    described += following.count
+                if left_bytes < 0 or described > MAX_DESCRIBED:
                     break
                 batch.append(self._waiting.popleft())
                 pieces += to_pieces(following.sample, following.tensors, limit_bytes, following.route)
@@ -411,7 +421,7 @@ def _piece_bytes(outgoing: Outgoing, limit_bytes: int) -> int:
     """The size of the pieces of a sample: equal ones for encoded samples, which differ from that which chose the limit."""
     if not isinstance(outgoing.tensors, Encoded):
         return limit_bytes
-    return math.ceil(outgoing.size_bytes / max(1, math.ceil(outgoing.size_bytes / limit_bytes))) or 1
+    return math.ceil(outgoing.size_bytes / max(1, math.ceil(outgoing.size_bytes / limit_bytes)))
 
 
 def _forget(acknowledgement: Awaitable[Position]) -> None:

@@ -100,9 +100,9 @@ class ScriptedRegion:
         await self._bus.send(topics.DECISIONS, messages.encode(decision), key="0", partition=0)
         await asyncio.sleep(0.05)
 
-    async def send(self, topic: str, frame: Frame) -> None:
-        """Send a frame as another node would."""
-        await self._bus.send(topic, encode_frame(frame), key=frame.task_id)
+    async def send(self, topic: str, frame: Frame, key: str | None = None) -> None:
+        """Send a frame as another node would; its key is the task's name by default."""
+        await self._bus.send(topic, encode_frame(frame), key=key or frame.task_id)
 
     async def open(self, placement: Placement, keep: Keep = Keep.ALL) -> DeviceSession:
         """A session that is placed and ready."""

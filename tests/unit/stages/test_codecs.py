@@ -315,6 +315,23 @@ def test_a_payload_that_lies_is_a_dead_letter_and_the_other_tasks_go_on(lenet: M
     run_virtual(run())
 
 
+def test_an_encoded_result_is_a_dead_letter_and_the_true_one_counts(lenet: Model) -> None:
+    async def run() -> None:
+        runner = RealRunner(lenet, digit)
+        async with running(runner) as tasks:
+            await tasks.place(placement(runner.profile, route(2, 4, Q8, ZSTD)), 400)
+            sent = encode_sample(Q8, [np.zeros((1, 10), np.float32)])
+            frame = Frame("result", "t", 1, "c1", to_pieces(399, sent, 1000))
+            await tasks.region.send(topics.RESULTS, frame, key="d")
+            results = await tasks.results(400)
+            assert results[-1][0].argmax() == runner.whole(399)[0].argmax()
+            (letters,) = tasks.region.broker.logs(topics.DEAD_LETTER)
+            (letter,) = letters.read(0, letters.end)
+            assert dict(letter.headers)["deepar_cause"] == b"wrong_codec"
+
+    run_virtual(run())
+
+
 def test_a_payload_that_lies_ends_an_attempt_at_a_session_and_not_the_session(lenet: Model) -> None:
     async def run() -> None:
         runner = RealRunner(lenet, digit)

@@ -99,6 +99,14 @@ def test_a_lossy_value_is_off_by_half_a_step_at_most(codec: Codec, tensor: Array
 
 
 @pytest.mark.parametrize("codec", sorted(LOSSY))
+@pytest.mark.parametrize("offset", [0.0, 3.0, -5e2, 1e6, 1e9, -1e12])
+def test_values_far_from_zero_keep_their_differences(codec: Codec, offset: float) -> None:
+    tensor = offset + np.linspace(0, 1, 100)
+    (again,) = back(codec, [tensor])
+    assert np.abs(again - tensor).max() <= 0.57 / LOSSY[codec]
+
+
+@pytest.mark.parametrize("codec", sorted(LOSSY))
 @given(tensor=finite)
 def test_zero_stays_zero(codec: Codec, tensor: Array) -> None:
     both = np.concatenate((tensor, np.zeros(3, tensor.dtype)))
@@ -119,6 +127,13 @@ def test_a_tensor_that_cannot_be_quantised_is_stored_without_loss_and_the_others
     assert same_bits(odd, second)
     assert same_bits(first, third)
     assert not same_bits(first, plain)
+
+
+@pytest.mark.parametrize("values", [(65504, -53280, 0), (65504, -2684, 0), (-65504, 2000)])
+def test_levels_beyond_the_largest_number_of_a_type_are_not_used(values: tuple[int, ...]) -> None:
+    tensor = np.array(values, np.float16)
+    for codec in LOSSY:
+        assert np.isfinite(*back(codec, [tensor])).all()
 
 
 @pytest.mark.parametrize("codec", sorted(LOSSY))
@@ -151,6 +166,16 @@ def test_activations_behind_a_relu_shrink() -> None:
     assert ratios[0] > 1.5
     assert ratios[1] > 7
     assert ratios[2] > 12
+
+
+@pytest.mark.parametrize("codec", list(Codec))
+def test_the_same_tensor_gives_the_same_bytes_whatever_was_encoded_before(codec: Codec) -> None:
+    tensor = np.linspace(-1, 1, 99, dtype=np.float32)
+    payloads = set()
+    for other in (np.zeros(1000, np.float32), np.ones(1000, np.float32), np.linspace(0, 1, 1000, dtype=np.float32)):
+        encode(codec, [other])
+        payloads.add(encode(codec, [tensor]))
+    assert len(payloads) == 1
 
 
 def test_threads_do_not_share_buffers() -> None:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from bus.errors import MessageTooLargeError, ProtocolError
-from bus.frames import AttemptPlan, FrameKind, decode_frame
+from bus.frames import AttemptPlan, Frame, FrameKind, decode_frame
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.memory.faults import Faults
-from bus.tensors import Assembler
+from bus.tensors import Assembler, Encoded, TensorHead
 from bus.topics import TopicSpec
-from bus.values import Execution, Kind, Placement
+from bus.values import Codec, Execution, Kind, Placement
 from loadgen.sim.virtual_loop import run_virtual
 from stages.network.frame_sender import Destination, FrameSender, Outgoing, SenderHooks, sending
 from stages.network.played import NO_NETWORK, PlayedNetwork
@@ -90,6 +90,60 @@ async def _send(
                         if isinstance(whole := assembler.add(piece), list):
                             arrived[piece.sample] = whole[0].tobytes()
         return acknowledged, arrived, plans, sender.resent
+
+
+async def _frames_of(samples: Sequence[Outgoing], rate_bps: int) -> list[Frame]:
+    """The frames in which samples leave that wait together."""
+    async with MemoryBus(MemoryBroker()) as bus:
+        await bus.create_topics([TopicSpec("out", 1)])
+        reader = await bus.reader([("out", 0)], start="start")
+        sender = FrameSender(
+            bus,
+            PLAN,
+            Destination("link1", "out", "t", "activations", (Link().grant(rate_bps),)),
+            SenderHooks(
+                gate=lambda: asyncio.sleep(0), on_busy=lambda begin_s, end_s: None, on_acknowledged=lambda samples: None
+            ),
+            source="d",
+        )
+        for sample in samples:
+            sender.put(sample)
+        frames: list[Frame] = []
+        async with sending(sender):
+            while sum(piece.at + piece.data.nbytes == piece.size_bytes for one in frames for piece in one.pieces) < len(
+                samples
+            ):
+                frames += [decode_frame(record.value) for record in await reader.fetch()]
+        return frames
+
+
+def encoded(sample: int, size: int) -> Outgoing:
+    return Outgoing(sample, Encoded(Codec.Q8, (TensorHead("float32", (size,)),), memoryview(bytes(size))), 0.0)
+
+
+def test_encoded_samples_of_other_sizes_than_the_first_leave_in_equal_pieces() -> None:
+    async def run() -> None:
+        sizes = [40_000, 49_000, 30_000, 150_000, 3_000, 0]
+        samples = [encoded(number, size) for number, size in enumerate(sizes)]
+        found: dict[int, list[int]] = {}
+        for one in await _frames_of(samples, 20_000_000):
+            for piece in one.pieces:
+                found.setdefault(piece.sample, []).append(piece.data.nbytes)
+        assert [sum(found[number]) for number in range(len(sizes))] == sizes
+        assert [len(found[number]) for number in range(len(sizes))] == [2, 2, 2, 6, 1, 1]
+        assert all(max(pieces) - min(pieces) < len(pieces) for pieces in found.values())
+
+    run_virtual(run())
+
+
+def test_frames_of_several_routes_have_room_for_the_descriptions_of_many_tensors() -> None:
+    async def run() -> None:
+        tensors = [np.zeros((1, 1, 1, 2), np.float32) for _ in range(12)]
+        samples = [Outgoing(number, tensors, 0.0, number % 2) for number in range(1000)]
+        frames = await _frames_of(samples, 10_000_000_000)
+        assert len(frames) < 40
+
+    run_virtual(run())
 
 
 @pytest.mark.parametrize("seed", range(10))
