@@ -53,7 +53,7 @@ def test_every_reschedule_of_a_region_equals_the_naive_one(objective: Objective,
 
     settling = SettlingRules(pull=checked("pull", pull), walk=checked("walk", walk))
     components = CoreComponents(settling=settling, ledger=CheckedLedger)
-    for seed in range(4):
+    for seed in range(8):
         RandomRegion(
             PlannerCore(0, policy, objective, components=components),
             seed,
