@@ -15,7 +15,7 @@ passed. A task that is past its predicted end is not rerouted. `MOST_REROUTES` l
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import Final
 
 from bus.messages import Placed, Rerouted
@@ -33,6 +33,8 @@ LEAST_GAIN: Final = 0.05
 """The least share of the rest of its delay that a task must gain."""
 MOST_REROUTES: Final = 8
 """Most reroutes of one attempt."""
+MOST_SAVINGS: Final = 10_000
+"""Most savings that are remembered."""
 
 _rerouted = maker(Rerouted)  # built without validation, from values computed here
 
@@ -54,55 +56,52 @@ class Rerouter:
         self._recorder = recorder
         self._placer = placer
         self._policy = policy
-        self._savings: dict[tuple[str, int], float] = {}  # by task and attempt; a cache, not part of the state
+        self._savings: dict[tuple[str, int, str], float] = {}  # a cache: see `_saving`
 
-    def reroute(self, edges: Collection[str], now: float) -> bool:
+    def reroute(self, edges: Iterable[str], now: float) -> bool:
         """Reroute the tasks that gain by what is free on these edges. Return whether there were any."""
         found = False
-        for task, r in self._concerned(edges, now):
-            better = self._better(task, r, edges, now)
+        for task, r, edge in self._concerned(edges, now):
+            better = self._better(task, r, edge, now) if r.edge in (None, edge) else None
             if better is not None:
                 self._recorder.do(better, now)
                 found = True
         return found
 
-    def _concerned(self, edges: Collection[str], now: float) -> list[tuple[Task, Reservation]]:
-        """The running tasks that may use these edges, by falling saving."""
+    def _concerned(self, edges: Iterable[str], now: float) -> list[tuple[Task, Reservation, str]]:
+        """The running tasks that may use what is free on these edges, by falling saving."""
         region, ledger = self._region, self._region.ledger
-        found = [r for name in edges if name in ledger.edges for r in ledger.edges[name].reservations.values()]
-        found += [r for r in ledger.alone.values() if self._reaches(r, edges)]
         ranked = []
-        for r in found:
-            task = region.tasks[r.task_id]
-            if _changeable(task, r, now) and (saving := self._saving(task)) > 0:
-                ranked.append((-saving, task.seq, task, r))
-        ranked.sort(key=lambda entry: entry[:2])
-        return [(task, r) for _, _, task, r in ranked]
+        for name in edges:
+            account = ledger.edges.get(name)
+            if account is None or not any(account.timeline.at(now)):
+                continue
+            alone = [r for r in ledger.alone.values() if account.timeline.at(now)[0] and self._reaches(r, name)]
+            for r in [*account.reservations.values(), *alone]:
+                task = region.tasks[r.task_id]
+                if _changeable(task, r, now) and (saving := self._saving(task, name, account)) > 0:
+                    ranked.append((-saving, task.seq, name, task, r))
+        ranked.sort(key=lambda entry: entry[:3])
+        return [(task, r, name) for _, _, name, task, r in ranked]
 
-    def _reaches(self, r: Reservation, edges: Collection[str]) -> bool:
+    def _reaches(self, r: Reservation, edge: str) -> bool:
         node = self._region.nodes.get(r.sender or "")
         reach = None if node is None else node.announced.reachable_edges
-        return node is not None and (reach is None or any(name in edges for name in reach))
+        return node is not None and (reach is None or edge in reach)
 
-    def _better(self, task: Task, r: Reservation, edges: Collection[str], now: float) -> Rerouted | None:
-        """The change to a placement that is enough shorter for the rest of a task, or None."""
+    def _better(self, task: Task, r: Reservation, edge: str, now: float) -> Rerouted | None:
+        """The change to a placement on this edge that is enough shorter for the rest of a task, or None."""
         placed = task.placed
         assert placed is not None
         request = self._candidates.request(task.submitted, self._placer.suspects(task, now))
-        if not isinstance(request, Request):
-            return None
-        near = [
-            option
-            for option in request.uncapped
-            if (option.account.name == r.edge if r.edge is not None else option.account.name in edges)
-        ]
-        near = [option for option in near if _room(request.edge(option.account.name), r, now)]
-        if not near:
+        if not isinstance(request, Request) or not _room(request.edge(edge), r, now):
             return None
         left = samples_left(*_span(placed, r), now)
         device = request.device if r.device is None or request.device is None else request.device.without([r])
-        views = [option._replace(account=option.account.without([r])) for option in near] if r.edge else near
-        request = request.rest(left).among(views, device)
+        view = _option(request, edge)
+        if r.edge is not None:
+            view = view._replace(account=view.account.without([r]))
+        request = request.rest(left).among([view], device)
         choice = self._policy.at_once(Algorithm(request, now, task.deadline_s))
         if choice is None or choice.delay_s > (1.0 - LEAST_GAIN) * (r.end_s - now):
             return None
@@ -119,32 +118,33 @@ class Rerouter:
             overhead=new.overhead,
         )
 
-    def _saving(self, task: Task) -> float:
-        """How much shorter a slot makes a task at its full bandwidth, relative to its delay with the slot."""
-        key = task.task_id, task.attempt
+    def _saving(self, task: Task, edge: str, account: EdgeAccount) -> float:
+        """How much shorter a slot of this edge makes a task at its full bandwidth, relative to its delay with the slot."""
+        key = task.task_id, task.attempt, edge
         saving = self._savings.get(key)
         if saving is None:
-            if len(self._savings) > 2 * len(self._region.tasks) + 100:
+            if len(self._savings) > MOST_SAVINGS:
                 self._savings.clear()
-            saving = self._savings[key] = self._computed_saving(task)
+            saving = self._savings[key] = self._computed_saving(task, edge, account)
         return saving
 
-    def _computed_saving(self, task: Task) -> float:
+    def _computed_saving(self, task: Task, edge: str, account: EdgeAccount) -> float:
         request = self._candidates.request(task.submitted)
-        if not isinstance(request, Request):
+        if not isinstance(request, Request) or request.edge(edge) is None:
             return 0.0
-        request, delays = request.rest(request.samples), []
-        for slots in (0, 1):
-            empty = [option._replace(account=_empty(option.account, slots)) for option in request.uncapped]
-            choice = self._policy.at_once(Algorithm(request.among(empty, None), 0.0))
+        option, delays = _option(request, edge), []
+        for slots in (0, min(1, account.slots)):
+            empty = EdgeAccount(edge, slots, account.link1_capacity_bps, account.link2_capacity_bps)
+            alone = request.rest(request.samples).among([option._replace(account=empty)], None)
+            choice = self._policy.at_once(Algorithm(alone, 0.0))
             delays.append(math.inf if choice is None else choice.delay_s)
         without, best = delays
         return math.inf if without == math.inf else (without - best) / best
 
 
-def _empty(account: EdgeAccount, slots: int) -> EdgeAccount:
-    """An edge like this one without reservations, with at most so many slots."""
-    return EdgeAccount(account.name, min(slots, account.slots), account.link1_capacity_bps, account.link2_capacity_bps)
+def _option(request: Request, edge: str) -> EdgeOption:
+    """An edge that a task may use, without the task's caps."""
+    return next(option for option in request.uncapped if option.account.name == edge)
 
 
 def _span(placed: Placed, r: Reservation) -> tuple[int, float, float]:

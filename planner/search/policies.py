@@ -80,12 +80,11 @@ class Restriction:
 
     def place(self, algorithm: Algorithm) -> Choice | None:
         """The best of the allowed candidates."""
-        best = self.best(algorithm, self.families)
-        if self.elastic and best is not None and best.start_s > algorithm.now:
-            soon = self.at_once(algorithm)
-            if soon is not None and soon.delay_s <= WORTH_STARTING * (best.start_s - algorithm.now + best.delay_s):
-                return soon
-        return best
+        soon = self.at_once(algorithm) if self.elastic else None
+        if soon is None:
+            return self.best(algorithm, self.families)
+        end_s = min(algorithm.deadline_s, algorithm.now + soon.delay_s / WORTH_STARTING)
+        return self.best(Algorithm(algorithm.request, algorithm.now, end_s), self.families) or soon
 
     def at_once(self, algorithm: Algorithm) -> Choice | None:
         """The best of the allowed candidates that start now."""
