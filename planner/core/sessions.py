@@ -17,9 +17,11 @@ from planner.core.candidates import Candidates
 from planner.core.region.records import Task
 from planner.core.region.state import RegionState
 from planner.search.algorithm1 import Choice, EdgeOption, Request, placement_of
-from planner.search.cost import busy_parts
+from planner.search.codec_search import CodecSearch
+from planner.search.cost import RAW, busy_parts
 from planner.search.ledger import LOAD_UNITS, DeviceAccount, EdgeAccount, Reservation, bookable
 from planner.search.policies import Policy, Restriction
+from planner.search.route_search import MixedRoute
 from planner.search.session_search import SessionChoice, Site, Wish, held, least
 
 _placed, _session = maker(Placed), maker(PlacedSession)  # built without validation, from values computed here
@@ -118,6 +120,7 @@ class Sessions:
             choice.link2_bps,
             start_s,
             choice.delay_s,
+            () if choice.codecs == RAW else (MixedRoute(choice.cut1, choice.cut2, 1.0, choice.codecs),),
         )
         return _placed(
             task_id=task.task_id,
@@ -168,7 +171,8 @@ class Sessions:
             yield Site(None, search.costs, search.forbidden, request.overheads), None
         for option in request.edges:
             search = option.search
-            yield Site(option.account.name, search.costs, search.forbidden, option.overheads), option
+            coded = search if isinstance(search, CodecSearch) else None
+            yield Site(option.account.name, search.costs, search.forbidden, option.overheads, coded=coded), option
 
     def _wish(self, request: Request, submitted: TaskSubmitted, own: Reservation | None) -> Wish:
         policy, terms = self._policy, _terms(submitted)

@@ -15,7 +15,11 @@ and on the edge (in units of 1/1024 of the time of one slot), and bandwidth. `le
 
 A node that computes for others too needs longer for a sample: its time counts 1/(1 - share of the others).
 
-Ties: the family wins, then the edge by name, cut1, and cut2, as in `planner.search.algorithm1`.
+With codecs every pair of cuts counts once with each pair of codecs that the session allows (`planner.search.codec_search`):
+encoding and decoding join the computing stations, and encoded bytes cross the links. The grant stays 4 times what raw
+activations need, so that codecs shorten the delay at the bandwidth that the session gets anyway.
+
+Ties: the family wins, then the edge by name, cut1, and cut2, as in `planner.search.algorithm1`, then the codecs.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ import numpy.typing as npt
 
 from bus.values import BITS_PER_BYTE, Placement
 from planner.search.algorithm1 import EVERY_FAMILY
-from planner.search.cost import NO_OVERHEADS, Costs, Overheads, StationTimes
+from planner.search.codec_search import CodecSearch
+from planner.search.cost import NO_OVERHEADS, RAW, Codecs, Costs, Overheads, StationTimes
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, family_of
 from planner.search.ledger import LOAD_UNITS
 
@@ -55,6 +60,7 @@ class Site(NamedTuple):
     link2_spare_bps: int = 0
     edge_units: int = 0  # free load
     edge_share: float = 0.0  # share of the edge's time that others have booked
+    coded: CodecSearch | None = None  # the codecs that the session may use; None: none
 
 
 class Wish(NamedTuple):
@@ -84,6 +90,7 @@ class SessionChoice(NamedTuple):
     device_units: int  # load
     edge_units: int
     stations_s: StationTimes
+    codecs: Codecs = RAW
 
 
 class SampleTimes(NamedTuple):
@@ -97,7 +104,12 @@ def held(site: Site, wish: Wish, placement: Placement) -> SampleTimes:
     """What a placement that the session holds on a site gives; the site's load is what is free without the session."""
     link1_bps, link2_bps = placement.link1_bps or 1, placement.link2_bps or 1
     cut1, cut2 = placement.cut1, placement.cut2
-    one = site.costs.sample_parts(cut1, cut2, link1_bps, link2_bps, wish.input_bytes)
+    codecs = RAW
+    if placement.routes is not None and site.coded is not None:
+        route = placement.routes[0]
+        allowed = site.coded.codecs_at(cut1, cut2)  # not those whose measurement is gone
+        codecs = (route.codec1, route.codec2) if (route.codec1, route.codec2) in allowed else RAW
+    one = site.costs.sample_parts(cut1, cut2, link1_bps, link2_bps, wish.input_bytes, codecs)
     device_s, edge_s = one.s1 / (1.0 - wish.device_share), one.s3 / (1.0 - site.edge_share)
     family = family_of(cut1, cut2, site.costs.layers)
     overheads = site.overheads
@@ -137,26 +149,39 @@ def _slowness(choice: SessionChoice) -> tuple[float, float, int, str, int, int]:
     return choice.period_s, *_shortness(choice)
 
 
-class _Table:
-    """All pairs of cuts of one site, ordered by family, cut1 and cut2, with their terms that do not depend on the grants."""
+class _Pairs(NamedTuple):
+    """The pairs of cuts of one site, ordered by family, cut1 and cut2, and what a sample takes there on idle nodes."""
 
-    def __init__(self, site: Site, wish: Wish, cuts: Sequence[tuple[int, int, int]]) -> None:
+    family: _Whole
+    cut1: _Whole
+    cut2: _Whole
+    device_s: _Times
+    edge_s: _Times
+    cloud_s: _Times
+    bytes1: _Times  # that cross link 1, if it is used
+    bytes2: _Times
+    raw1: _Times  # the same without codecs
+    raw2: _Times
+    codecs: Sequence[Codecs] | None = None  # of each pair; None: all raw
+
+
+class _Table:
+    """All pairs of cuts of one site with their terms that do not depend on the grants."""
+
+    def __init__(self, site: Site, wish: Wish, pairs: _Pairs) -> None:
         costs = site.costs
         layers = costs.layers
         self.site, self.wish = site, wish
-        family, c1, c2 = (np.array(column) for column in zip(*cuts, strict=True))
+        family, c1, c2, device, edge, self.cloud_s, bytes1, bytes2, raw1, raw2, self.codecs = pairs
         self.family, self.cut1, self.cut2 = family, c1, c2
         self.alone, self.uses_cloud = c1 == layers, c2 < layers
-        device = np.array(costs.device)[c1]
-        edge = _spent(costs.edge, costs.edge_overhead_s, c1, c2)
-        self.cloud_s = _spent(costs.cloud, costs.cloud_overhead_s, c2, np.full_like(c2, layers))
-        size = np.array(costs.cut_bytes, dtype=np.float64)
-        size[0] = costs.cut_bytes[0] if wish.input_bytes is None else wish.input_bytes
         result = np.full_like(device, costs.cut_bytes[layers])
-        self.up1 = np.where(self.alone, 0.0, BITS_PER_BYTE * size[c1])
-        self.up2 = np.where(self.uses_cloud, BITS_PER_BYTE * size[c2], 0.0)
+        self.up1 = np.where(self.alone, 0.0, BITS_PER_BYTE * bytes1)
+        self.up2 = np.where(self.uses_cloud, BITS_PER_BYTE * bytes2, 0.0)
         self.down1 = np.where(self.alone, 0.0, BITS_PER_BYTE * result)
         self.down2 = np.where(self.uses_cloud, BITS_PER_BYTE * result, 0.0)
+        self.need1 = np.where(self.alone, 0.0, BITS_PER_BYTE * np.maximum(raw1, result))
+        self.need2 = np.where(self.uses_cloud, BITS_PER_BYTE * np.maximum(raw2, result), 0.0)
         self.device_need, self.edge_need = device * LOAD_UNITS, edge * LOAD_UNITS  # load units for one sample a second
         self.device_s = device / (1.0 - wish.device_share)
         self.edge_s = edge / (1.0 - site.edge_share)
@@ -196,9 +221,13 @@ class _Table:
                 cuts += [(DEVICE_CLOUD, cut, cut) for cut in firsts]
             if ALL_THREE in wish.families and costs.edge is not None and costs.cloud is not None:
                 cuts += [(ALL_THREE, one, two) for one in firsts for two in positions if one < two < layers]
-        if not cuts:
+        if site.coded is not None and site.edge is not None:
+            pairs = _coded_pairs(site.coded, wish)
+        else:
+            pairs = _raw_pairs(costs, wish, cuts) if cuts else None
+        if pairs is None:
             return None
-        table = cls(site, wish, cuts)
+        table = cls(site, wish, pairs)
         return table if bool((table.period_s < _NEVER).any()) else None
 
     def shortest(self, *, wide: bool = False) -> SessionChoice:
@@ -219,8 +248,7 @@ class _Table:
         """The seven station times of every pair, and the grants on both links."""
         site = self.site
         spare1, spare2 = (site.link1_bps, site.link2_bps) if wide else (site.link1_spare_bps, site.link2_spare_bps)
-        wanted1 = GRANT * rate * np.maximum(self.up1, self.down1)
-        wanted2 = GRANT * rate * np.maximum(self.up2, self.down2)
+        wanted1, wanted2 = GRANT * rate * self.need1, GRANT * rate * self.need2
         granted1 = _granted(wanted1, spare1, site.link1_bps, ~self.alone)
         granted2 = _granted(wanted2, spare2, site.link2_bps, self.uses_cloud)
         per1, per2 = np.maximum(granted1, 1), np.maximum(granted2, 1)
@@ -257,7 +285,73 @@ class _Table:
             device_units=_units(rate_hz * float(self.device_need[at]), self.wish.device_units, cut1 > 0),
             edge_units=_units(rate_hz * float(self.edge_need[at]), self.site.edge_units, cut1 < cut2),
             stations_s=(s1, s2, s3, s4, s5, s6b, s6a),
+            codecs=RAW if self.codecs is None else self.codecs[at],
         )
+
+
+def _raw_pairs(costs: Costs, wish: Wish, cuts: Sequence[tuple[int, int, int]]) -> _Pairs:
+    """The given families and cuts without codecs."""
+    family, c1, c2 = (np.array(column) for column in zip(*cuts, strict=True))
+    size = np.array(costs.cut_bytes, dtype=np.float64)
+    size[0] = costs.cut_bytes[0] if wish.input_bytes is None else wish.input_bytes
+    return _Pairs(
+        family,
+        c1,
+        c2,
+        np.array(costs.device)[c1],
+        _spent(costs.edge, costs.edge_overhead_s, c1, c2),
+        _spent(costs.cloud, costs.cloud_overhead_s, c2, np.full_like(c2, costs.layers)),
+        size[c1],
+        size[c2],
+        size[c1],
+        size[c2],
+    )
+
+
+def _coded_pairs(search: CodecSearch, wish: Wish) -> _Pairs | None:
+    """All cuts and codecs through an edge that the session allows; None if there are none.
+
+    Inputs of another size than the model's cross raw, because the measured sizes are those of other inputs.
+    """
+    size = np.array(search.costs.cut_bytes, dtype=np.float64)
+    own_bytes = None if wish.input_bytes == size[0] else wish.input_bytes
+    if own_bytes is not None:
+        size[0] = own_bytes
+    found = []
+    for family in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE):
+        ways = search.ways(family) if family in wish.families else None
+        if ways is None:
+            continue
+        used = np.arange(len(ways.first) if wish.device_computes else ways.uncut)
+        bytes1, bytes2 = ways.bytes1, ways.bytes2
+        if own_bytes is not None:
+            raw = ways.raw_inputs
+            used = used[(used < raw) | (used >= ways.uncut)]
+            bytes1 = np.concatenate([np.full(raw, float(own_bytes)), bytes1[raw:]])
+            if family == DEVICE_CLOUD:
+                bytes2 = bytes1
+        first, second = ([crossings[at] for at in used.tolist()] for crossings in (ways.first, ways.second))
+        if first:
+            cuts1, cuts2 = (np.array([cut for cut, _ in crossings]) for crossings in (first, second))
+            found.append(
+                _Pairs(
+                    np.full(len(used), family),
+                    cuts1,
+                    cuts2,
+                    ways.device_s[used],
+                    ways.edge_s[used],
+                    ways.cloud_s[used],
+                    bytes1[used],
+                    bytes2[used],
+                    size[cuts1],
+                    size[cuts2],
+                    [(codec1, codec2) for (_, codec1), (_, codec2) in zip(first, second, strict=True)],
+                )
+            )
+    if not found:
+        return None
+    columns = [np.concatenate(column) for column in zip(*(pairs[:-1] for pairs in found), strict=True)]
+    return _Pairs._make((*columns, [pair for pairs in found for pair in pairs.codecs or ()]))
 
 
 def _spent(row: tuple[float, ...] | None, overhead_s: float, first: _Whole, last: _Whole) -> _Times:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from bus.messages import (
     TaskState,
     TaskSubmitted,
 )
-from bus.values import Kind, Objective, Role
+from bus.values import Codec, Kind, Objective, Role
 from planner.core.core import Event, PlannerCore, Tick
 from planner.core.options import CoreOptions
 from planner.search.what_if import Constraints, Situation, plans
@@ -34,9 +35,12 @@ from tests.unit.planner.scenes import (
     device,
     edge,
     failed,
+    faster,
     only,
+    profile,
     task,
     types,
+    with_codecs,
 )
 
 
@@ -337,3 +341,49 @@ def test_a_session_that_does_not_get_its_rate_moves_to_where_it_does_and_a_satis
     assert moved.session is not None
     assert moved.session.rate_hz == 2.0
     assert {change.task_id for change in changes if isinstance(change, Retried)} == {"s1"}
+
+
+CODED = with_codecs(profile(), random.Random(1))
+
+
+def coded_region(**more: Any) -> Recorded:
+    """Nodes that have measured codecs, and slow links."""
+    found = Recorded()
+    for node in (
+        device(models=(CODED,), **more),
+        edge(models=(faster(CODED, 4.0),), link1_capacity_bps=5 * MBPS),
+        cloud(models=(faster(CODED, 20.0),)),
+    ):
+        found.take(node)
+    return found
+
+
+def test_a_session_uses_lossy_codecs_only_with_consent() -> None:
+    delays_s = []
+    for consent in (None, 0.8):
+        region = coded_region()
+        placed = only(region.take(session(tiers=("edge",), min_agreement=consent)), Placed)
+        assert placed.placement.routes is not None
+        (route,) = placed.placement.routes
+        assert route.codec1.lossless == (consent is None)
+        assert route.codec1 is not Codec.RAW
+        assert placed.parts.link1_s == pytest.approx(route.stations_s[1])
+        assert placed.parts.device_s == pytest.approx(route.stations_s[0])
+        assert placed.parts.device_s > 0  # for encoding its input
+        delays_s.append(placed.delay_s)
+        region.replayed()
+    assert delays_s[1] < delays_s[0]
+
+
+def test_a_session_with_codecs_sustains_a_rate_that_raw_activations_do_not() -> None:
+    rates = []
+    for consent in (None, 0.8):
+        placed = only(coded_region().take(session(rate_hz=1_000.0, tiers=("edge",), min_agreement=consent)), Placed)
+        assert placed.session is not None
+        rates.append(placed.session.rate_hz)
+    assert rates[1] > 1.5 * rates[0]
+
+
+def test_a_session_with_inputs_of_its_own_size_sends_them_raw() -> None:
+    placed = only(coded_region().take(session(tiers=("edge",), min_agreement=0.8, input_bytes=5_000)), Placed)
+    assert placed.placement.routes is None
