@@ -5,7 +5,9 @@ A frame is one msgpack map with string keys and without extension types, so ever
     {"v": 1, "kind": "activations" | "result" | "report" | "probe" | "echo", "task": str, "attempt": int, "from": str,
      "plan": {...}                                    (in a task's first frame to a stage)
      "report": {"edge_s": float, ...}                 (kind "report" only; of a session with "samples": float, their number)
-     "totals": [int, ...]                             (once in a task of several routes: how many samples take each route)
+     "revision": int                                  (of the plan, in an attempt that was rerouted)
+     "totals": [int, ...]                             (how many samples take each route, once all of the plan have begun; of a
+                                                       plan of several routes, or that another one follows)
      "pieces": [{"sample": int, "at": int, "size": int, "bytes": int, "tensors": [{"dtype", "shape"}, ...],
                  "codec": str, "raw": int, "route": int}, ...
                 or {"samples": [int, ...], "size": int, "tensors": [...], "route": int}
@@ -98,6 +100,7 @@ class AttemptPlan(Frozen):
     placement: Placement
     input_bytes: int | None = None  # G(0) of this task; None: the model's
     in_flight: Annotated[int, Field(ge=1)] | None = None  # samples that a full pipeline has on links with latency
+    revision: Annotated[int, Field(ge=1)] | None = None  # how often the attempt was rerouted; None: never
     session: Literal[True] | None = None  # an open-ended task: `samples` and `todo` mean nothing
 
     @classmethod
@@ -114,8 +117,13 @@ class AttemptPlan(Frozen):
             task_id=placed.task_id, attempt=placed.attempt, region=region, device=placed.device, model=placed.model,
             sha256=placed.sha256, samples=placed.samples, todo=todo, execution=placed.execution,
             placement=placed.placement, input_bytes=input_bytes, in_flight=in_flight,
-            session=True if session else None,
+            revision=None if placed.rest is None else placed.rest.reroutes, session=True if session else None,
         )  # fmt: skip
+
+    @property
+    def number(self) -> int:
+        """The revision as a number, 0 where the attempt was never rerouted."""
+        return self.revision or 0
 
 
 class Frame(NamedTuple):
@@ -128,6 +136,7 @@ class Frame(NamedTuple):
     pieces: Sequence[Piece] = ()
     plan: AttemptPlan | None = None
     report: Mapping[str, float] = MappingProxyType({})  # busy seconds by part, `SAMPLES`, `MORE` and `PREDICTED`
+    revision: int = 0  # of the plan that it belongs to
     totals: tuple[int, ...] = ()  # samples of each route in this attempt; empty: not known yet, or one route
 
 
@@ -141,6 +150,8 @@ def encode_frame(frame: Frame) -> bytes:
         more["plan"] = frame.plan.model_dump(mode="json", exclude_none=True)
     if frame.report:
         more["report"] = dict(frame.report)
+    if frame.revision:
+        more["revision"] = frame.revision
     if frame.totals:
         more["totals"] = frame.totals
     more["pieces"] = _described(frame.pieces)
@@ -229,7 +240,8 @@ def decode_frame(value: RecordValue | None) -> Frame:
         plan = AttemptPlan.model_validate(head["plan"]) if "plan" in head else None
         return Frame(
             kind, _text(head["task"]), _count(head["attempt"]), _text(head["from"]), _pieces(head["pieces"], data),
-            plan, {_text(key): _seconds(value) for key, value in head.get("report", {}).items()}, _totals(head),
+            plan, {_text(key): _seconds(value) for key, value in head.get("report", {}).items()},
+            _count(head.get("revision", 0)), _totals(head),
         )  # fmt: skip
     except ValidationError as error:
         raise ProtocolError("undecodable", first_fault(error, "plan")) from None

@@ -17,6 +17,11 @@ REMEMBERED_ENDS = 10_000
 """Number of ended tasks that are remembered, to drop their late frames; the planner remembers as many."""
 
 
+def revision_of(placed: Placed) -> int:
+    """How often the attempt was rerouted before this placement."""
+    return 0 if placed.rest is None else placed.rest.reroutes
+
+
 class Fences:
     """The tasks and nodes of a region as a stage knows them, and the ends that it remembers."""
 
@@ -56,6 +61,13 @@ class Fences:
         """The current placement of a live task."""
         task = self._region.tasks.get(task_id)
         return None if task is None else task.placed
+
+    def revised(self, task_id: str, attempt: int, revision: int) -> Placed | None:
+        """The placement of an attempt after so many reroutes; None where it is not known."""
+        task = self._region.tasks.get(task_id)
+        if task is None or task.placed is None or task.attempt != attempt:
+            return None
+        return next((one for one in (task.placed, *task.earlier) if revision_of(one) == revision), None)
 
     def holds(self, edge: str) -> bool:
         """Whether a live task is placed through this edge."""

@@ -57,8 +57,8 @@ class FrameAuthorization:
         if sender is None:
             return True
         fences = self._node.fences
-        placed = fences.placed(frame.task_id)
-        if placed is None or placed.attempt != frame.attempt:
+        placed = fences.revised(frame.task_id, frame.attempt, frame.revision)
+        if placed is None:
             # A cloud stage reads its own region's decisions only, so it accepts unknown tasks of other regions.
             foreign = plan is not None and plan.region != self._settings.region and frame.task_id not in fences.tasks
             return (

@@ -24,6 +24,7 @@ from bus.messages import (
     NodeJoined,
     NodeLost,
     Placed,
+    Rerouted,
     Retried,
     Start,
     TaskCancelled,
@@ -312,6 +313,8 @@ class Device:
                     for known in self.node.fences.tasks.values():
                         if known.submitted is not None and known.submitted.device == name:
                             self._remember(known.submitted)
+                case Rerouted(device=device) if device == name:
+                    self._reroute(change, decision.region)
                 case Start(device=device) if device == name:
                     self._start(change, decision.region)
                 case Retried() if change.task_id in self.tasks:
@@ -320,6 +323,20 @@ class Device:
                     self._end(change)
                 case _:
                     pass
+
+    def _reroute(self, change: Rerouted, region: int) -> None:
+        """Let a running attempt go on under its new placement."""
+        known, placed = self.tasks.get(change.task_id), self.node.fences.placed(change.task_id)
+        if known is None or placed is None or not isinstance(known.attempt, DeviceAttempt):
+            return
+        if known.attempt.plan.attempt != change.attempt:
+            return
+        if placed.placement.edge is not None:
+            self._use(placed.placement.edge)
+        self._prepare_ahead(placed)
+        known.attempt.reroute(
+            AttemptPlan.of(placed, region=region, todo=placed.samples, input_bytes=known.task.input_bytes)
+        )
 
     def _prepare_ahead(self, placed: Placed) -> None:
         profile = next((p for p in self.node.runner.profiles() if p.model == placed.model), None)

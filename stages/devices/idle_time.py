@@ -27,7 +27,7 @@ class IdleWork:
     length_s: Callable[[], float]  # of a sample, as far as it is measured
     take: Callable[[], int | None]  # the next sample; None: too little of the task is left now
     inputs: Callable[[int], list[Array]]
-    done: Callable[[int, list[Array]], object]  # called with the outputs of a sample
+    done: Callable[[int, list[Array]], None]  # called with the outputs of a sample
     more: Callable[[], bool]  # whether there may be samples to take later
 
 

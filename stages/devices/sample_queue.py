@@ -7,7 +7,7 @@ the device has idle time for: its share is a prediction of that.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from bus.routes.interleave import RouteOrder
 from bus.values import Placement, StationSeconds
@@ -20,9 +20,9 @@ PACE_RESULTS = 32
 class SampleQueue:
     """Gives samples and routes in order."""
 
-    def __init__(self, samples: Iterable[int], placement: Placement, layers: int) -> None:
-        """`layers`: of the model."""
-        self._left = deque(samples)
+    def __init__(self, left: deque[int], placement: Placement, layers: int) -> None:
+        """Takes samples from `left`, for a model of `layers` layers."""
+        self._left = left
         self._stations_s = [route.stations_s for route in placement.routes or ()]  # by route
         alone = [n for n, (cut1, _) in enumerate(placement.cut_pairs) if cut1 == layers and placement.edge is not None]
         self.alone = alone[0] if alone else None  # the device-only route beside others

@@ -42,7 +42,7 @@ class SessionAttempt:
         self._delay_s = 0.0  # sum over the answered frames
         self._answered = 0
         components = device.node.components
-        self._reports = StageReports(plan.placement)
+        self._reports = StageReports(plan)
         self._results = IncomingResults(components.assembler(), self._reports, self._take_result, self._abort)
         self._window = components.window()
         self._changed = asyncio.Event()  # a frame was answered, or the attempt failed

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections import Counter
 
-from bus.frames import MORE, SAMPLES, Frame
+from bus.frames import MORE, SAMPLES, AttemptPlan, Frame
 from bus.values import Parts, Placement, is_node_name
 
 REPORTS_S = 1.0
@@ -20,9 +20,10 @@ REPORTS_S = 1.0
 class StageReports:
     """The reports of one attempt."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, plan: AttemptPlan) -> None:
         self.cloud: str | None = None  # the cloud node that reported
-        self._expected = _reported_parts(placement)
+        self._revision = plan.number
+        self._expected = _reported_parts(plan.placement)
         self._busy_s: dict[str, float] = {}  # by part
         self._samples: Counter[str] = Counter()  # by part, where reports say it
         self._last: set[str] = set()  # parts in reports that no other one follows
@@ -36,11 +37,18 @@ class StageReports:
         for key, value in frame.report.items():
             if key not in (SAMPLES, MORE):
                 self.add(key, value, int(samples))
-        if MORE not in frame.report:
+        if MORE not in frame.report and frame.revision == self._revision:
             self._last |= frame.report.keys()
         if "cloud_s" in frame.report and is_node_name(frame.source):
             self.cloud = frame.source
         if self._expected <= self._last:
+            self._complete.set()
+
+    def follow(self, plan: AttemptPlan) -> None:
+        """Expect the last reports of a later revision of the plan."""
+        self._revision, self._expected, self._last = plan.number, _reported_parts(plan.placement), set()
+        self._complete.clear()
+        if not self._expected:
             self._complete.set()
 
     def add(self, part: str, busy_s: float, samples: int = 0) -> None:

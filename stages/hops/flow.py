@@ -167,7 +167,7 @@ class Flow:
             self.parent_id = parent_in(record.headers, self.plan.task_id)
         for piece in frame.pieces:
             self._take(piece, record, receipt)
-        if frame.totals and self._totals is None:
+        if frame.totals and frame.totals != self._totals and not self.closed:
             self._conclude(frame.totals)
 
     def _take(self, piece: Piece, record: Record, receipt: Receipt) -> None:
@@ -210,8 +210,8 @@ class Flow:
             self._pass_on(sample, piece.route, branch, whole, self.active_s)
 
     def _conclude(self, totals: tuple[int, ...]) -> None:
-        """Note how many samples take each route. Raises `ProtocolError` where the plan has other routes, or one."""
-        if not self._mixed or len(totals) != len(self._branches.routes):
+        """Note how many samples take each route. Raises `ProtocolError` where the plan has another number of routes."""
+        if len(totals) != len(self._branches.routes) or self.plan.session is not None:
             raise ProtocolError("wrong_shape", f"totals of {len(totals)} routes do not fit the plan")
         self._totals = totals
         for to_cloud, sender in self._senders.items():

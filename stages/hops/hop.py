@@ -19,7 +19,7 @@ from bus import topics
 from bus.errors import BusError, ProtocolError
 from bus.frames import PROBING, AttemptPlan, Frame, decode_frame
 from bus.identity.proofs import WRONG_IDENTITY, Speaker
-from bus.messages import Decision, LinkMeasurement, NodeJoined, NodeLost, Placed, TaskFailed
+from bus.messages import Decision, LinkMeasurement, NodeJoined, NodeLost, Placed, Rerouted, TaskFailed
 from bus.port import Bus, Member, Record, TopicPartition
 from bus.values import Role
 from stages.frame_authorization import FrameAuthorization
@@ -145,11 +145,11 @@ class Hop:
             self.flows.pop(key).stop(discard=True)
         # Plans of other regions are accepted without a decision, except under a task name of this region.
         for change in decision.changes:
-            if not isinstance(change, Placed):
+            if not isinstance(change, Placed | Rerouted):
                 continue
             key = (change.task_id, change.attempt)
-            if self.stage.serves(change.placement):
-                self._prepare_ahead(change)
+            if self.stage.serves(change.placement) and (placed := fences.placed(change.task_id)) is not None:
+                self._prepare_ahead(placed)
             if key in self.flows and self.flows[key].plan.region != decision.region:
                 self.flows.pop(key).stop(discard=True)
         for key in list(self._orphans):
@@ -157,7 +157,7 @@ class Hop:
             if fences.fenced(task_id, attempt):
                 for orphan in self._take_orphans(key):
                     orphan.receipt.release()
-            elif (placed := fences.placed(task_id)) is not None and placed.attempt == attempt:
+            elif fences.attempt(task_id) == attempt and fences.placed(task_id) is not None:
                 self._process_buffered(key)
 
     def _aim(self) -> None:
@@ -286,14 +286,23 @@ class Hop:
         if self.node.fences.fenced(*key):
             self.node.status.count("fenced_frames")
             return
-        if frame.plan is not None and (frame.plan.task_id, frame.plan.attempt) != key:
-            raise ProtocolError("wrong_shape", "the plan in the frame is for another task or attempt")
+        if frame.plan is not None and (frame.plan.task_id, frame.plan.attempt, frame.plan.number) != (
+            *key,
+            frame.revision,
+        ):
+            raise ProtocolError("wrong_shape", "the plan in the frame is for another task, attempt or revision")
         if usable:
+            if key in self.flows and self.flows[key].plan.number != frame.revision:
+                if self.flows[key].plan.number > frame.revision:
+                    self.node.status.count("fenced_frames")
+                    return
+                # The device begins a revision when it has all results of the one before.
+                self.flows.pop(key).stop(discard=True)
             if frame.plan is not None:
                 self._start_flow(frame.plan)
             elif key not in self.flows:
-                placed = self.node.fences.placed(frame.task_id)
-                if placed is not None and placed.attempt == frame.attempt:
+                placed = self.node.fences.revised(*key, frame.revision)
+                if placed is not None:
                     self._start_flow(AttemptPlan.of(placed, region=self.node.settings.region, todo=placed.samples))
             if key in self.flows:
                 self.flows[key].take_frame(record, frame, receipt)

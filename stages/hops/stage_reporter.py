@@ -32,7 +32,7 @@ class StageReporter:
         self._add(news, 1.0)  # before the report is sent, because another one may be sent meanwhile
         plan, node = self._plan, self._node
         content = news | ({MORE: 1.0} if more else {})
-        frame = Frame("report", plan.task_id, plan.attempt, node.settings.name, report=content)
+        frame = Frame("report", plan.task_id, plan.attempt, node.settings.name, report=content, revision=plan.number)
         try:
             await self._bus.send(topics.RESULTS, encode_frame(frame), key=plan.device)
         except BusError as error:

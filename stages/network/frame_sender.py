@@ -130,6 +130,7 @@ class FrameSender:
         self._rate_bps = min((grant.rate_bps for grant in destination.grants), default=1 << 40)
         self._frame_bytes: dict[int, int] = {}  # data per frame, by route: all samples of a route have the same size
         self._last_bytes = 0  # lower limit for the data in a task's last frames
+        self._put = 0  # samples passed to `put`
         self._to_come = UNKNOWN  # samples not passed to `put` yet
         self._totals: tuple[int, ...] = ()  # samples of each route, for the receiver
         self._totals_due = False
@@ -164,12 +165,13 @@ class FrameSender:
     def put(self, outgoing: Outgoing) -> None:
         """Queue a sample for sending."""
         self._waiting.append(outgoing)
+        self._put += 1
         self._to_come -= 1
         self._to_send.set()
 
     def conclude(self, count: int, totals: tuple[int, ...] = ()) -> None:
         """Say how many samples `put` gets in all; `totals`, those of each route, are sent with the next frame."""
-        self._to_come += count - UNKNOWN
+        self._to_come = count - self._put
         self._totals, self._totals_due = totals, bool(totals)
         self._to_send.set()
         if self._to_come <= 0 and not (self._totals_due or self._waiting or self._begun or self._arriving):
@@ -279,7 +281,14 @@ class FrameSender:
             totals = self._totals if self._totals_due else ()
             payload = encode_frame(
                 Frame(
-                    destination.kind, self._plan.task_id, self._plan.attempt, self._source, pieces, plan, totals=totals
+                    destination.kind,
+                    self._plan.task_id,
+                    self._plan.attempt,
+                    self._source,
+                    pieces,
+                    plan,
+                    revision=self._plan.number,
+                    totals=totals,
                 )
             )
             await self._hooks.gate()  # before the link, so that frames do not burst when the gate opens

@@ -40,3 +40,15 @@ def test_the_same_seed_gives_the_same_run_twice() -> None:
     first = run()
     assert first == run()
     assert len(first[3]) > 500
+
+
+def test_tasks_of_several_routes_take_as_long_as_predicted() -> None:
+    scenario = BUSY.varied(policy="routes", objective="pipelined")
+    expected = drive(scenario, 0, machines())
+    found = simulate(scenario, 0, machines(), horizon_s=100_000).outcomes
+    assert all(outcome.state is TaskState.COMPLETED for outcome in found)
+    assert sum(len(known(outcome.placement).routes or ()) > 1 for outcome in found) > len(found) // 2
+    same = sum(a.placement == b.placement for a, b in zip(expected, found, strict=True))
+    assert same >= 0.95 * len(expected)
+    found_s, expected_s = (sum(known(outcome.delay_s) for outcome in outcomes) for outcomes in (found, expected))
+    assert found_s == pytest.approx(expected_s, rel=0.02)
