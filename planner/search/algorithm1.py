@@ -34,6 +34,7 @@ from functools import partial
 from heapq import heapify, heappop, heappush
 from typing import Any, Final, NamedTuple
 
+from bus.errors import PolicyError
 from bus.messages import TaskSubmitted
 from bus.routes.interleave import interleaved_s
 from bus.unchecked_constructors import maker
@@ -320,7 +321,9 @@ class Algorithm:
         self._mix: Search | None = None  # what finds several routes, if they are wanted
 
     def with_routes(self) -> Algorithm:
-        """The same question for placements of several routes."""
+        """The same question for placements of several routes. Raises `PolicyError` unless the objective is pipelined."""
+        if self.request.objective is not Objective.PIPELINED:
+            raise PolicyError(f"several routes need objective {Objective.PIPELINED}, not {self.request.objective}")
         other = copy(self)
         other._mix = partial(best_mix, alone=self.request.alone)
         return other

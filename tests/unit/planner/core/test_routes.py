@@ -345,3 +345,22 @@ def test_a_snapshot_keeps_the_routes_of_running_and_scheduled_tasks() -> None:
         assert other.tasks[task_id].placed == known.placed
     assert any(known.placed is not None and known.placed.placement.routes for known in core.tasks.values())
     other.validate()
+
+
+def test_a_users_policy_cannot_mix_routes_for_the_sequential_objective() -> None:
+    class Mixing:
+        name = "mixing"
+
+        def place(self, algorithm: Algorithm) -> Choice | None:
+            return algorithm.with_routes().best()
+
+    for objective, works in ((Objective.SEQUENTIAL, False), (Objective.PIPELINED, True)):
+        core = PlannerCore(0, Mixing(), objective)
+        for node in (edge(slots=8), cloud(), device()):
+            core.handle(node, 0.0)
+        changes = core.handle(task(**LARGE), 0.0)
+        if works:
+            assert only(changes, Placed).placement.routes is not None
+        else:
+            ended = only(changes, Ended)
+            assert (ended.cause, "several routes need objective pipelined" in ended.detail) == ("policy_error", True)
