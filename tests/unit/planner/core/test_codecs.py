@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from bus.messages import Ended, NodeAnnounced, Placed, TaskCompleted
+from bus.messages import Ended, NodeAnnounced, NodeHeartbeat, Placed, SessionTerms, TaskCompleted
 from bus.values import Codec, Objective, Placement
-from planner.core.core import PlannerCore
+from planner.core.core import PlannerCore, Tick
 from planner.core.options import CoreOptions
 from planner.explain import explain
 from planner.search.algorithm1 import Algorithm, Choice
@@ -194,3 +194,21 @@ def test_times_of_codecs_are_not_taken_for_slow_nodes(tiers: tuple[str, ...]) ->
         assert core.estimates.node(node, "m").a == pytest.approx(1.0, rel=0.03)
     again = only(core.handle(task("t2", **terms), placed.delay_s + 1.0), Placed)
     assert again.delay_s == pytest.approx(placed.delay_s, rel=0.03)
+
+
+def test_a_session_uses_codecs_with_consent_and_keeps_them_when_it_is_reviewed() -> None:
+    """A session that finds nothing better at a review stays where it is: what it has is judged with its codecs."""
+    terms = SessionTerms(rate_hz=20.0)
+    slow: dict[str, Any] = {"samples": 1, "session": terms, "max_link1_bps": 4 * MBPS, "tiers": ("edge", "cloud")}
+    raw = only(region().handle(task(**slow), 0.0), Placed)
+    core = region()
+    coded = only(core.handle(task(**slow, min_agreement=0.8), 0.0), Placed)
+    assert codecs_of(coded.placement) & {Codec.Q8, Codec.Q4}
+    assert raw.session is not None
+    assert coded.session is not None
+    assert coded.session.rate_hz > raw.session.rate_hz
+    assert Placed.model_validate_json(coded.model_dump_json()) == coded
+    for node in ("d1", "e1", "c1"):
+        core.handle(NodeHeartbeat(node=node, incarnation="i1"), 100.0)
+    assert core.handle(Tick(), 100.0) == []
+    core.validate()
