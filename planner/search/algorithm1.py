@@ -666,7 +666,7 @@ def best_mix(
     if routes is None:
         routes = search.beside = RouteSearch(search)
     mix = routes.best(family, link1_bps, link2_bps, samples, input_bytes, device_free, overheads, alone)
-    return None if mix is None else (mix.objective_s, int(any(route.cut1 for route in mix.routes)), mix)
+    return None if mix is None else (mix.bound_s, int(any(route.cut1 for route in mix.routes)), mix)
 
 
 def _mixed_choice(

@@ -149,14 +149,12 @@ def _solved(pricing: _Pricing, first: Way, samples: int) -> Mix:
     )
     rest_s = (samples - 1) * slowest_s
     objective_s = sum([-share * fill_s[label] for share, _, label in used]) + rest_s
-    # A mix takes at least its objective without the fill of the device alone, which its prediction leaves out.
-    least_s = objective_s - (pricing.times(pricing.alone)[0] if pricing.alone is not None else 0.0)
     through = [fill_s[label] for _, way, label in used if way.cut1 < pricing.layers]
     return Mix(
         max(through) + rest_s if through else _INFINITY,
         objective_s,
         tuple([MixedRoute(way.cut1, way.cut2, -share, way.codecs) for share, way, _ in used]),
-        least_s,
+        pricing.least_delay_s(objective_s, samples),
         program.proof,
         max(0.0, 1.0 - bound_s / objective_s) if objective_s else 0.0,
     )
@@ -202,6 +200,16 @@ class _Pricing:
         cut1, cut2, codecs = way
         stations = self._costs.sample_parts(cut1, cut2, *self._links, self._input_bytes, codecs)
         return sum(stations) + self._more_s[family_of(cut1, cut2, self.layers)], stations
+
+    def least_delay_s(self, objective_s: float, samples: int) -> float:
+        """A lower bound of w at these or smaller grants.
+
+        It is the least objective there, without what the device alone adds to this and not to w: its share of its fill, which
+        is at most P and its overheads. As w is at least (N - 1) P, it is at least (1 - 1/N) times the rest.
+        """
+        if self.alone is None:
+            return objective_s
+        return (objective_s - self._more_s[DEVICE]) * (1.0 - 1.0 / samples)
 
     def least(self, prices: Sequence[float]) -> tuple[float, Way]:
         """The route with the least F_r + sum_k y_k s_k(r), and this cost."""
