@@ -168,7 +168,7 @@ def _found(situation: Situation, policy: str, top: int) -> list[WhatIfPlan]:
 def _situation(model: str, system: SystemOptions, task: TaskOptions, limits: ConstraintOptions) -> Situation:
     """What the options describe. Raises `ConfigError`, `UnknownNameError`."""
     base = load_profile(system.profile)
-    if task.codecs and base.fitted_to:
+    if task.codecs and base.fitted_to and None in (system.device, system.edge, system.cloud):
         base = with_codecs(base)
         print(f"note: {base.assumed}", file=sys.stderr)
     rows = {

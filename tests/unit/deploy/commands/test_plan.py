@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from bus.errors import ConfigError, DeeparError, UnknownNameError
 from bus.messages import EpochOpened, LinkMeasurement
 from bus.text.units import parse_duration
+from bus.values import Codec, CodecProfile
 from deploy.commands.explain import explain
 from deploy.commands.plan import plan
 from planner.core.core import PlannerCore
@@ -71,6 +72,20 @@ def test_codecs_are_used_with_consent_and_the_assumption_is_noted() -> None:
     result = CliRunner().invoke(app, ["plan", "alexnet", "--codecs"])
     assert "codecs are assumed" in result.stderr
     assert "zstd, zstd" in result.stdout
+
+
+def test_nothing_is_assumed_where_every_tier_has_a_profile_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "here.json"
+    profile = load_profile("paper").device["alexnet"]
+    codec = CodecProfile(position=1, codec=Codec.ZSTD, bytes=1_000, encode_s=0.0, decode_s=0.0)
+    file.write_text(profile.model_copy(update={"codecs": (codec,)}).model_dump_json(exclude_none=True))
+    tiers = [word for tier in ("--device", "--edge", "--cloud") for word in (tier, str(file))]
+    words = ["plan", "alexnet", *tiers, "--codecs", "--json", "--top", "1000"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0
+    assert "assumed" not in result.stderr
+    routes = [route for one in json.loads(result.stdout)["plans"] for route in one.get("routes", ())]
+    assert {route["cut1"] for route in routes if route["codec1"] == "zstd"} == {1}
 
 
 @pytest.mark.parametrize("flags", [("--min-agreement", "0.9"), ("--codecs", "--min-agreement", "1.5")])
