@@ -251,7 +251,10 @@ class RegionState:
         if placed is None or change.attempt != task.attempt or placed.session is not None:
             raise InvariantError(f"{task!r} has no placement that {change!r} could change")
         r = self.ledger.reservations[task.task_id]
-        task.placed = placed = change.applied_to(placed, r.start_s)
+        new = change.applied_to(placed, r.start_s)
+        if self.places(new) != self.places(placed):
+            self._drop_probes(task)
+        task.placed = placed = new
         self._note(r, max(r.end_s, now))  # what it takes is free, so only what it gives back affects other tasks
         self.ledger.rebook(r, reservation_of(task, placed), now)
         self.timers.add_end(task, r.end_s)

@@ -8,14 +8,15 @@ import pytest
 
 from bus.errors import InvariantError
 from bus.messages import Change, Ended, Overran, Placed, Rerouted, Start, TaskState
-from bus.values import Objective
+from bus.values import Kind, Objective, Parts, Placement
 from planner.core.core import Event, PlannerCore
 from planner.core.options import CoreOptions
+from planner.core.region.circuits import OPEN_S, OPENS_AFTER
 from planner.core.rerouting import LEAST_GAIN, MOST_REROUTES, samples_left
 from planner.search.algorithm1 import Algorithm, Request
 from planner.search.policies import BUILT_IN
 from tests.known import known
-from tests.unit.planner.scenes import MBPS, RandomRegion, Traffic, completed, device, edge, only, task, types
+from tests.unit.planner.scenes import MBPS, RandomRegion, Traffic, completed, device, edge, failed, only, task, types
 
 SAMPLES = 100
 
@@ -193,3 +194,20 @@ def test_a_task_starts_at_once_unless_waiting_is_much_better(speed: float, waits
     assert later.start_s > 0
     choice = known(BUILT_IN["elastic"].place(Algorithm(request, 0.0)))
     assert (choice.start_s > 0) == waits
+
+
+def test_a_probe_that_leaves_its_node_lets_another_task_test_it() -> None:
+    """The edge's circuit is half open and t1 tests it; another planner's record then takes t1 to its device alone."""
+    core = core_with(edge(slots=2), device(), device("d2"), policy="edge-only")
+    core.handle(task("t0", "d2", samples=100 * SAMPLES), 0.0)
+    for attempt in range(1, OPENS_AFTER + 1):
+        core.handle(failed("t0", attempt=attempt, retryable=True), 0.0)
+    core.handle(task("t1", samples=SAMPLES), OPEN_S)
+    assert core.circuits["e1"].probe == "t1"
+    alone = Placement(kind=Kind.DEVICE, cut1=3, cut2=3, cut1_name="layer_3", cut2_name="layer_3")
+    change = Rerouted(
+        task_id="t1", attempt=1, device="d1", placement=alone, from_s=OPEN_S, samples=9, delay_s=1.0, parts=Parts()
+    )
+    core.apply(change, OPEN_S)
+    assert core.circuits["e1"].wants_probe(OPEN_S)
+    core.validate()
