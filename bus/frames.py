@@ -182,34 +182,32 @@ def _sender(kind: FrameKind, task_id: str, attempt: int, source: str) -> bytes:
 def _described(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
     """The descriptions of the pieces; consecutive whole samples with the same tensors share an entry."""
     entries: list[dict[str, Any]] = []
-    alike: tuple[object, ...] | None = None  # what samples have in common that share the last entry
+    alike: tuple[TensorHead, ...] | None = None  # tensors of the whole samples that share the last entry
+    encoded: EncodedAs | None = None  # their codec
+    route = 0
     samples: list[int] = []  # samples that share it
     sizes: list[int] = []  # of their payloads
     for piece in pieces:
-        whole = piece.at == 0 and piece.data.nbytes == piece.size_bytes
-        common = (piece.tensors, piece.encoded, piece.route) if whole else None
-        if whole and common == alike:
-            samples.append(piece.sample)
-            sizes.append(piece.size_bytes)
+        sample, at, size, data, tensors, _, own, its_route = piece
+        whole = at == 0 and data.nbytes == size
+        if whole and tensors == alike and own == encoded and its_route == route:
+            samples.append(sample)
+            sizes.append(size)
             if len(samples) == 2:
                 for alone in ("sample", "at", "size", "bytes"):
                     del entries[-1][alone]
                 entries[-1]["samples"] = samples
-                entries[-1] |= {"size": piece.size_bytes} if piece.encoded is None else {"sizes": sizes}
+                entries[-1] |= {"size": size} if own is None else {"sizes": sizes}
             continue
-        alike, samples, sizes = common, [piece.sample], [piece.size_bytes]
-        entry: dict[str, Any] = {
-            "sample": piece.sample,
-            "at": piece.at,
-            "size": piece.size_bytes,
-            "bytes": piece.data.nbytes,
-        }
-        if piece.at == 0:
-            entry["tensors"] = [{"dtype": tensor.dtype, "shape": tensor.shape} for tensor in piece.tensors]
-        if piece.encoded is not None:
-            entry |= {"codec": piece.encoded.codec.value, "raw": piece.encoded.raw_bytes}
-        if piece.route:
-            entry["route"] = piece.route
+        alike, encoded, route = (tensors if whole else None), own, its_route
+        samples, sizes = [sample], [size]
+        entry: dict[str, Any] = {"sample": sample, "at": at, "size": size, "bytes": data.nbytes}
+        if at == 0:
+            entry["tensors"] = [{"dtype": tensor.dtype, "shape": tensor.shape} for tensor in tensors]
+        if own is not None:
+            entry |= {"codec": own.codec.value, "raw": own.raw_bytes}
+        if route:
+            entry["route"] = route
         entries.append(entry)
     return entries
 
@@ -334,7 +332,7 @@ def _pieces(described: Any, data: memoryview) -> list[Piece]:
             begin += pieces[-1].data.nbytes
         else:
             alike = _alike(entry, data[begin:])
-            begin += sum([piece.size_bytes for piece in alike])
+            begin += sum(entry["sizes"]) if "codec" in entry else entry["size"] * len(alike)
             pieces += alike
         if len(pieces) > MAX_PIECES:
             raise ProtocolError("undecodable", f"over {MAX_PIECES} pieces in one frame")
@@ -366,24 +364,24 @@ def _alike(entry: dict[str, Any], data: memoryview) -> list[Piece]:
         _count(sample)
     if encoded is not None:
         return _alike_encoded(samples, entry, encoded, data)
-    size, count = _size(entry["size"], None), len(samples)
+    size, count, route = _size(entry["size"], None), len(samples), _route(entry)
     tensors = _tensors(entry, size)
     if size * count > data.nbytes:
         raise ProtocolError("wrong_shape", f"sample {samples[:1]}: a piece lies outside its frame")
     arrays = to_arrays(tensors, data[: size * count], count) if count else []
     return [
-        Piece(sample, 0, size, data[number * size : (number + 1) * size], tensors, whole, None, _route(entry))
+        Piece(sample, 0, size, data[number * size : (number + 1) * size], tensors, whole, None, route)
         for number, (sample, whole) in enumerate(zip(samples, arrays, strict=True))
     ]
 
 
 def _alike_encoded(samples: list[int], entry: dict[str, Any], encoded: EncodedAs, data: memoryview) -> list[Piece]:
     """The same for encoded samples, each of its own size."""
-    tensors = _tensors(entry, encoded.raw_bytes)
+    tensors, route = _tensors(entry, encoded.raw_bytes), _route(entry)
     begin = 0
     pieces = []
     for sample, size in zip(samples, [_size(size, encoded) for size in entry["sizes"]], strict=True):
-        pieces.append(Piece(sample, 0, size, data[begin : begin + size], tensors, None, encoded, _route(entry)))
+        pieces.append(Piece(sample, 0, size, data[begin : begin + size], tensors, None, encoded, route))
         begin += size
     if begin > data.nbytes:
         raise ProtocolError("wrong_shape", f"sample {samples[:1]}: a piece lies outside its frame")
