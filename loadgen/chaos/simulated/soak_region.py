@@ -63,7 +63,7 @@ class SlowRunner(ModelledRunner):
 
     def __init__(self, said: ModelProfile, factor: float) -> None:
         super().__init__([said])
-        slow = said.model_copy(update={"layer_s": tuple(seconds * factor for seconds in said.layer_s)})
+        slow = said.slowed(factor)
         self._real = ModelledRunner([slow])
 
     def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:

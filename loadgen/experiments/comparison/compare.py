@@ -19,7 +19,7 @@ import uvloop
 from bus import topics
 from bus.kafka.bus import KafkaBus, KafkaConnection
 from bus.messages import TaskState
-from bus.values import STATIONS, ModelProfile
+from bus.values import STATIONS
 from loadgen.experiments.comparison.live_services import running
 from loadgen.replay.outcome import Outcome, Recorder
 from loadgen.replay.readiness import await_nodes
@@ -165,9 +165,6 @@ def stretched(scenario: Scenario, platforms: Platforms, scale: float) -> tuple[S
     Latencies and traces are played as they are.
     """
 
-    def slower(profile: ModelProfile) -> ModelProfile:
-        return profile.model_copy(update={"layer_s": tuple(seconds * scale for seconds in profile.layer_s)})
-
     rates = ("max_link1_bps", "max_link2_bps", "edge_link1_bps", "edge_link2_bps")
     changes: dict[str, Any] = {"within_s": scenario.within_s * scale}
     for name in rates:
@@ -176,7 +173,9 @@ def stretched(scenario: Scenario, platforms: Platforms, scale: float) -> tuple[S
             changes[name] = (limits[0] / scale, limits[1] / scale)
     return dataclasses.replace(scenario, **changes), dataclasses.replace(
         platforms,
-        profiles={role: tuple(map(slower, profiles)) for role, profiles in platforms.profiles.items()},
+        profiles={
+            role: tuple(profile.slowed(scale) for profile in profiles) for role, profiles in platforms.profiles.items()
+        },
         link1_bps=round(platforms.link1_bps / scale),
         link2_bps=round(platforms.link2_bps / scale),
     )

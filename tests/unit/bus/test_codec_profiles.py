@@ -115,3 +115,14 @@ def test_equal_cuts_are_one_crossing_and_nothing_crosses_after_the_last_layer() 
     assert found.agreement((1, RAW), (1, Q8)) == 1.0
     assert found.agreement((1, Q8), (4, Q4)) == 0.998
     assert found.agreement((4, Q8), (4, Q8)) == 1.0
+
+
+def test_a_slower_machine_encodes_and_decodes_more_slowly_too() -> None:
+    slow = profile(codecs=(measured(1, Q8, 0.998),), agreements=(), calibration_samples=9).slowed(3.0)
+    assert slow.layer_s == pytest.approx((0.003,) * 4)
+    assert slow.codecs is not None
+    assert (slow.codecs[0].bytes, slow.codecs[0].agreement, slow.calibration_samples) == (125, 0.998, 9)
+    assert slow.codecs[0].encode_s == pytest.approx(6e-6)
+    assert slow.codecs[0].decode_s == pytest.approx(3e-6)
+    assert profile().slowed(2.0).codecs is None
+    assert slow.without_codecs() == profile().slowed(3.0)
