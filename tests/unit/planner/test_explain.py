@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bus.errors import UnknownNameError
-from bus.messages import Decision, Ended, LinkMeasurement, NodeAnnounced, Placed, TaskState
+from bus.messages import Decision, Ended, LinkMeasurement, NodeAnnounced, Placed, Rerouted, TaskState
 from bus.text.units import parse_duration
 from bus.values import Objective
 from planner.core.core import Event, PlannerCore, Tick
@@ -58,6 +58,32 @@ def test_the_one_that_was_chosen_comes_first_and_is_the_recorded_one() -> None:
             ]
             assert ends == sorted(ends)
             assert bool(found.waited_for) == (placed.wait_s > 0)
+
+
+def test_a_rerouted_task_is_explained_by_its_first_placement_and_measured_against_its_last() -> None:
+    log = records(
+        edge(), device("d1"), device("d2"), task("t1", "d1", samples=100), task("t2", "d2", samples=100),
+        completed("t1"), policy="elastic", objective=Objective.PIPELINED,
+    )  # fmt: skip
+    first = next(c for decision in log for c in decision.changes if isinstance(c, Placed) and c.task_id == "t2")
+    last = log[-1].changes[-1]
+    assert isinstance(last, Rerouted)
+    found = explain(log, "t2")
+    assert found.decided is not None
+    assert found.decided.placement == last.placement
+    assert found.decided.delay_s == pytest.approx(last.from_s - first.start_s + last.delay_s)
+    assert [c.placement for c in found.candidates if c.chosen] == [first.placement]
+    assert "rerouted to" in found.story[-1]
+    assert f"through {last.placement.edge}" in found.story[-1]
+
+
+def test_tasks_that_start_at_once_on_less_are_explained_as_they_were_placed() -> None:
+    world = RandomRegion(PlannerCore(0, "elastic", Objective.PIPELINED), 0, Traffic(rate=8.0, devices=60)).run()
+    for task_id, placed in list(world.placed.items())[::3]:
+        found = explain(world.log, task_id)
+        (chosen,) = [c for c in found.candidates if c.chosen]
+        assert chosen.placement == placed.placement
+        assert chosen.start_in_s == pytest.approx(placed.wait_s)
 
 
 def test_what_was_lacked_and_waited_for_is_said() -> None:
