@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 import planner
-from bus.errors import UnknownNameError
+from bus.errors import ConfigError, UnknownNameError
 from bus.values import Objective
 from deploy.commands.simulate import figures as commands_simulate
 from loadgen.experiments import figures, fit_paper
 from loadgen.experiments.claims import Verdict
-from loadgen.experiments.figure_result import FigureOptions
+from loadgen.experiments.figure_result import RAW, FigureOptions
 from loadgen.experiments.figures_multi import DEVICES, SEQUENTIAL
 
 
@@ -207,3 +208,33 @@ def test_the_sweep_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(commands_simulate.app, [*arguments, "--out", str(tmp_path), "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["runs"] == 2
+
+
+def test_a_figure_with_codecs_has_files_of_its_own_and_says_what_is_assumed(tmp_path: Path) -> None:
+    options = FigureOptions(
+        out=tmp_path, seeds=2, policies=("edge-only", "deepar"), codecs=True, min_agreement=0.995, reachable=(1,)
+    )
+    found = figures.make("fig4b", options)
+    assert {path.name for path in found.files} == {"fig4b_codecs.csv", "fig4b_codecs.png", "fig4b_codecs.svg"}
+    assert any("codecs are assumed" in note and "LeNet" in note for note in found.notes)
+    means = {point["policy"]: point["mean_delay_s"] for point in found.series if point["x"] == 80}
+    assert means["deepar"] < 0.8 * means[RAW]
+    raw = figures.make("fig4b", replace(options, codecs=False, min_agreement=None))
+    assert means[RAW] == next(
+        point["mean_delay_s"] for point in raw.series if (point["x"], point["policy"]) == (80, "deepar")
+    )
+    assert [claim.text for claim in found.claims] == ["codecs lower DeePar's delay on the same tasks"]
+    assert found.claims[0].verdict is Verdict.HOLDS
+    assert not any("assumed" in note for note in raw.notes)
+
+
+@pytest.mark.parametrize("command", ["fig4a", "sweep"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(("--min-agreement", "0.9"), "--codecs"), (("--codecs", "--min-agreement", "0"), "above 0 and at most 1")],
+)
+def test_an_agreement_is_for_codecs(tmp_path: Path, command: str, flags: tuple[str, ...], message: str) -> None:
+    arguments = [command, *flags, "--out", str(tmp_path)]
+    result = CliRunner().invoke(commands_simulate.app, arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert message in f"{result.exception} {result.exception.remedy}"
