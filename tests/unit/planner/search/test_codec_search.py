@@ -13,6 +13,7 @@ from planner.search.codec_search import CodecSearch, CodedFound, codec_search_by
 from planner.search.cost import RAW, Codecs, Crossing, PlatformRow, stations_s
 from planner.search.cut_search import CutSearch
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, family_of
+from planner.search.route_search import RouteSearch, route_search_bytes
 from tests.unit.planner.scenes import profile, random_overheads
 
 FAMILIES = (DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE)
@@ -237,6 +238,11 @@ def test_a_search_of_codecs_holds_no_more_than_it_is_said_to(objective: Objectiv
         for family in FAMILIES:
             assert search.best(family, 1e8, 1e7, 100, objective) is not None
         held_bytes = tracemalloc.get_traced_memory()[0]
+        mixes = RouteSearch(search)
+        for family in FAMILIES[1:]:
+            assert mixes.best(family, 1e8, 1e7, 100) is not None
+        more_bytes = tracemalloc.get_traced_memory()[0] - held_bytes
     finally:
         tracemalloc.stop()
     assert held_bytes <= codec_search_bytes(layers, len(codecs))
+    assert more_bytes <= route_search_bytes(layers + len(codecs))
