@@ -16,11 +16,13 @@ best single route of the family takes less, the mix is that route.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import product
 from operator import mul
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from bus.routes.shares import MAX_PIVOTS, TOLERANCE, ShareProgram
 from bus.values import BITS_PER_BYTE, Codec, Objective, StationSeconds
@@ -247,19 +249,12 @@ class _Table:
     __slots__ = ("_cost_s", "_input_bytes", "_own", "_terms", "_weights", "_weights_view", "costs", "uncut", "ways")
 
     def __init__(self, search: CutSearch | CodecSearch, family: int) -> None:
-        self.costs = costs = search.costs
+        self.costs = search.costs
         families = (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE) if family == ALL_THREE else (family,)
-        rows = []
-        for way in sorted(way for one in families for way in _ways(search, one)):
-            parts = costs.sample_parts(
-                way.cut1, way.cut2, BITS_PER_BYTE, BITS_PER_BYTE, None, way.codecs
-            )  # 1 byte a second
-            kind = family_of(way.cut1, way.cut2, costs.layers)
-            if sum(parts) < _INFINITY:
-                rows.append((way, (*parts[:5], *(float(kind == one) for one in _FAMILIES[1:]))))
-        self.ways = [way for way, _ in rows]
+        self.ways, self._terms = (
+            _coded_terms(search, families) if isinstance(search, CodecSearch) else _raw_terms(search, families)
+        )
         self.uncut = sum(way.cut1 == 0 for way in self.ways)
-        self._terms = np.ascontiguousarray(np.array([terms for _, terms in rows]).T)
         self._own = self._terms[:4, : self.uncut].copy()
         self._input_bytes: int | None = None  # that the terms are for; None: the model's own
         self._weights = array("d", bytes(8 * len(self._terms)))
@@ -292,17 +287,36 @@ class _Table:
         return cost_s.item(at), self.ways[at]
 
 
-def _ways(search: CutSearch | CodecSearch, family: int) -> Iterator[Way]:
-    """The ways of one family that uses a link."""
-    if isinstance(search, CodecSearch):
-        ways = search.ways(family)
-        if ways is not None:
-            for (cut1, codec1), (cut2, codec2) in zip(ways.first, ways.second, strict=True):
-                yield Way(cut1, cut2, (codec1, codec2))
-        return
-    layers = search.costs.layers
-    cuts = [cut for cut in range(layers + 1) if cut not in search.forbidden]
-    for cut1 in cuts[:-1]:
-        for cut2 in cuts:
-            if cut1 <= cut2 and family_of(cut1, cut2, layers) == family:
-                yield Way(cut1, cut2)
+_Terms = npt.NDArray[np.float64]
+
+
+def _raw_terms(search: CutSearch, families: Sequence[int]) -> tuple[list[Way], _Terms]:
+    """All pairs of cuts of these families in order, and their terms."""
+    costs, rows = search.costs, []
+    cuts = [cut for cut in range(costs.layers + 1) if cut not in search.forbidden]
+    for cut1, cut2 in product(cuts[:-1], cuts):
+        kind = family_of(cut1, cut2, costs.layers)
+        if cut1 > cut2 or kind not in families:
+            continue
+        parts = costs.sample_parts(cut1, cut2, BITS_PER_BYTE, BITS_PER_BYTE)  # 1 byte a second
+        if sum(parts) < _INFINITY:
+            rows.append((Way(cut1, cut2), (*parts[:5], *(float(kind == one) for one in _FAMILIES[1:]))))
+    return [way for way, _ in rows], np.ascontiguousarray(np.array([terms for _, terms in rows]).T)
+
+
+def _coded_terms(search: CodecSearch, families: Sequence[int]) -> tuple[list[Way], _Terms]:
+    """All ways of these families in order, and their terms."""
+    ways: list[Way] = []
+    columns = []
+    for family in families:
+        found = search.ways(family)
+        if found is None:
+            continue
+        ways += [
+            Way(cut1, cut2, (codec1, codec2))
+            for (cut1, codec1), (cut2, codec2) in zip(found.first, found.second, strict=True)
+        ]
+        kinds = [np.full(len(found.first), float(family == one)) for one in _FAMILIES[1:]]
+        columns.append(np.array([found.device_s, found.bytes1, found.edge_s, found.bytes2, found.cloud_s, *kinds]))
+    order = sorted(range(len(ways)), key=ways.__getitem__)
+    return [ways[at] for at in order], np.ascontiguousarray(np.concatenate(columns, axis=1)[:, order])
