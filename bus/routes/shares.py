@@ -31,7 +31,7 @@ TOLERANCE: Final = 1e-12
 """Relative to the objective: a route that promises less than this does not enter."""
 
 MAX_PIVOTS: Final = 400
-"""A bound for inputs on which rounding errors keep the method from ending; ordinary ones take 5 to 15."""
+"""A bound for inputs on which rounding errors keep the method from ending; ordinary ones take 2 to 15."""
 
 _STATIONS: Final = 7
 _COST: Final = 8  # the row of the objective; row 7 is that of the sum of the shares

@@ -130,14 +130,14 @@ def _solved(pricing: _Pricing, first: Way, samples: int) -> Mix:
     ways, (fill, stations) = [first], pricing.times(first)
     fill_s, stations_s = [fill], [stations]
     program = ShareProgram(0, fill, stations, samples)
-    bound_s = 0.0
+    least_s = 0.0
     while program.pivots < MAX_PIVOTS:
         station = program.negative_price()
         if station is not None:
             program.release(station)
             continue
-        bound_s, way = pricing.least(program.prices)
-        if bound_s >= program.value_s * (1.0 - TOLERANCE):
+        least_s, way = pricing.least(program.prices)
+        if least_s >= program.value_s * (1.0 - TOLERANCE):
             break
         fill, stations = pricing.times(way)
         program.enter(len(ways), fill, stations)
@@ -158,7 +158,7 @@ def _solved(pricing: _Pricing, first: Way, samples: int) -> Mix:
         tuple([MixedRoute(way.cut1, way.cut2, -share, way.codecs) for share, way, _ in used]),
         pricing.least_delay_s(objective_s, samples),
         program.proof,
-        max(0.0, 1.0 - bound_s / objective_s) if objective_s else 0.0,
+        max(0.0, 1.0 - least_s / objective_s) if objective_s else 0.0,
     )
 
 
