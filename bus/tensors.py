@@ -122,6 +122,8 @@ def _head_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> TensorHead:
 
 def heads_of(tensors: Sequence[Array]) -> tuple[TensorHead, ...]:
     """The descriptions of tensors."""
+    if len(tensors) == 1:
+        return (_head_of(tensors[0].dtype, tensors[0].shape),)
     return tuple([_head_of(array.dtype, array.shape) for array in tensors])
 
 

@@ -21,6 +21,9 @@ class Segment(NamedTuple):
     arrives: Codec = Codec.RAW  # of its inputs
     leaves: Codec = Codec.RAW  # of its outputs
 
+    def __hash__(self) -> int:
+        return hash((self.first, self.last))  # hashing codecs takes longer
+
     @property
     def works(self) -> bool:
         """Whether there is anything to do for it: layers, or a codec."""
@@ -33,14 +36,28 @@ def tensors_of(outputs: Activations) -> list[Array]:
     return outputs
 
 
+class _Works(NamedTuple):
+    """What a segment needs: layers, codecs, or both."""
+
+    station: Station | None
+    decoder: Coder | None
+    encoder: Coder | None
+
+    @property
+    def waited_s(self) -> float:
+        """How long samples have waited because other tasks used the runner."""
+        return sum([one.waited_s for one in self if one is not None])
+
+
 class Computing:
     """The stations of one attempt on one stage, and how long they were busy."""
 
     def __init__(self, node: Node, plan: AttemptPlan, part: str) -> None:
         """`part` is the part of the delay that computing here belongs to: device, edge or cloud."""
         self._node, self._plan, self._part = node, plan, part
-        self._stations: dict[tuple[int, int], Station] = {}  # by first and last layer
-        self._coders: dict[tuple[int, Codec], Coder] = {}  # by position
+        self._works: dict[Segment, _Works] = {}
+        self._busy_part = f"{part}_s"
+        self._clock = exact_clock()
         self._opened_s = float("-inf")  # when the stations were ready, where waiting for them is no computing
         self._began_s: float | None = None  # start of the first computation
         self._free_s = float("-inf")  # end of the last one
@@ -55,23 +72,27 @@ class Computing:
     def open(self, segments: Iterable[Segment]) -> None:
         """Make the stations of prepared segments."""
         pace, runner, plan = PaceClock(), self._node.runner, self._plan
-        for first, last, arrives, leaves in segments:
-            if first != last and (first, last) not in self._stations:
-                self._stations[first, last] = runner.station(plan, first, last, pace)
-            for crossing in ((first, arrives), (last, leaves)):
-                if crossing[1] is not Codec.RAW and crossing not in self._coders:
-                    self._coders[crossing] = runner.coder(plan, *crossing, pace)
+        stations: dict[tuple[int, int], Station] = {}
+        for segment in segments:
+            first, last, arrives, leaves = segment
+            if first != last and (first, last) not in stations:
+                stations[first, last] = runner.station(plan, first, last, pace)
+            self._works[segment] = _Works(
+                stations.get((first, last)),
+                None if arrives is Codec.RAW else runner.coder(plan, first, arrives, pace),
+                None if leaves is Codec.RAW else runner.coder(plan, last, leaves, pace),
+            )
 
     def begin(self) -> None:
         """Count no time before now: samples waited for a slot, or for their models."""
-        self._opened_s = self._free_s = exact_clock()()
+        self._opened_s = self._free_s = self._clock()
 
     def close(self) -> None:
         """Release the stations."""
-        for station in self._stations.values():
-            station.close()
-        self._stations.clear()
-        self._coders.clear()
+        for station in {id(one.station): one.station for one in self._works.values()}.values():
+            if station is not None:
+                station.close()
+        self._works.clear()
 
     async def run(
         self, segment: Segment, sample: int, inputs: Activations, ready_s: float, predicted_s: float = 0.0
@@ -81,37 +102,45 @@ class Computing:
         `predicted_s` is what the plan predicts. Call it for one sample at a time. Raises `ProtocolError` where the inputs are
         encoded wrongly.
         """
-        waited_s = self._waited_s
-        done_s, outputs = max(ready_s, self._opened_s), inputs
-        clock = exact_clock()
-        if isinstance(outputs, Encoded):
-            outputs = await self._coders[segment.first, segment.arrives].decode(outputs, done_s)
-            done_s = clock()
-        if segment.first != segment.last:
-            outputs = await self._stations[segment.first, segment.last].run(sample, outputs, done_s)
-            done_s = clock()
-        if segment.leaves is not Codec.RAW:
-            outputs = await self._coders[segment.last, segment.leaves].encode(outputs, done_s)
-        now = clock()
-        self._count(min(now, max(ready_s, self._free_s) + self._waited_s - waited_s), now)
+        works = self._works[segment]
+        station, decoder, encoder = works
+        if station is None or decoder is not None or encoder is not None:
+            return await self._run_coded(works, sample, inputs, ready_s, predicted_s)
+        waited_s = station.waited_s
+        outputs = await station.run(sample, tensors_of(inputs), max(ready_s, self._opened_s))
+        done_s = self._clock()
+        self._count(min(done_s, max(ready_s, self._free_s) + station.waited_s - waited_s), done_s)
         self.predicted_s += predicted_s
-        return outputs, now
+        return outputs, done_s
 
-    @property
-    def _waited_s(self) -> float:
-        """How long samples have waited because other tasks used the runner."""
-        return sum([one.waited_s for one in self._stations.values()]) + sum(
-            [one.waited_s for one in self._coders.values()]
-        )
+    async def _run_coded(
+        self, works: _Works, sample: int, inputs: Activations, ready_s: float, predicted_s: float
+    ) -> tuple[Activations, float]:
+        station, decoder, encoder = works
+        waited_s = works.waited_s
+        done_s, outputs = max(ready_s, self._opened_s), inputs
+        if decoder is not None and isinstance(outputs, Encoded):
+            outputs = await decoder.decode(outputs, done_s)
+            done_s = self._clock()
+        if station is not None:
+            outputs = await station.run(sample, tensors_of(outputs), done_s)
+            done_s = self._clock()
+        if encoder is not None:
+            outputs = await encoder.encode(tensors_of(outputs), done_s)
+            done_s = self._clock()
+        self._count(min(done_s, max(ready_s, self._free_s) + works.waited_s - waited_s), done_s)
+        self.predicted_s += predicted_s
+        return outputs, done_s
 
     def run_now(self, segment: Segment, inputs: Sequence[Array]) -> tuple[list[Array], float] | None:
         """Compute a sample on the event loop: the outputs and the seconds it took; None where other tasks would wait."""
-        clock = exact_clock()
-        begin_s = clock()
-        outputs = self._stations[segment.first, segment.last].run_now(inputs)
+        station = self._works[segment].station
+        assert station is not None
+        begin_s = self._clock()
+        outputs = station.run_now(inputs)
         if outputs is None:
             return None
-        now = clock()
+        now = self._clock()
         self._count(begin_s, now)
         return outputs, now - begin_s
 
@@ -120,7 +149,7 @@ class Computing:
             self._began_s = begin_s
         self._free_s = end_s
         self.busy_s += end_s - begin_s
-        self._node.busy(f"{self._part}_s", self._plan.task_id, begin_s, end_s)
+        self._node.busy(self._busy_part, self._plan.task_id, begin_s, end_s)
 
     def record_span(self, parent_id: str | None = None) -> None:
         """Record the trace span of computing."""

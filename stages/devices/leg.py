@@ -56,6 +56,7 @@ class Leg:
         )  # a sample that is computed in idle time has no place in it
         self.under_way = 0  # samples in the window without a result yet
         self._alone = 0  # samples in idle time without a result yet
+        self._clock = exact_clock()
         self._stopped = False
         self._failure: Exception | None = None
         self._changed = asyncio.Event()  # a result came, or a device-only sample was started
@@ -106,30 +107,32 @@ class Leg:
     async def _send(self, sender: FrameSender | None, idle: IdleTime | None) -> None:
         computing, queue, placement = self._work.computing, self._queue, self.plan.placement
         compute = computing.run if idle is None else idle.interrupt
-        segments = [front(placement, route) for route in range(len(placement.cut_pairs))]
-        routes = placement.routes
+        fronts = [front(placement, route) for route in range(len(placement.cut_pairs))]
+        segments = [segment if segment.works else None for segment in fronts]
+        routes, left = placement.routes, self._work.left
         self._window.open(self.window)  # here, so that preparing the model does not count as a sample's time
-        while queue and not self._stopped:
+        while left and not self._stopped:
             # The time when the place became free, so that waiting in the event loop does not count as computing.
             ready_s = await self._window.take()
             if idle is not None and sender is not None and await self._left_to_device(idle, sender):
-                ready_s = exact_clock()()
+                ready_s = self._clock()
             if self._failure:
                 raise self._failure
-            if self._stopped or not queue:
+            if self._stopped or not left:
                 break
             sample, route = queue.take()
             self.under_way += 1
             outputs: Activations = self._work.inputs(sample)
-            if segments[route].works:
+            if (segment := segments[route]) is not None:
                 predicted_s = 0.0 if routes is None else routes[route].stations_s[0]
-                outputs, ready_s = await compute(segments[route], sample, outputs, ready_s, predicted_s)
+                outputs, ready_s = await compute(segment, sample, outputs, ready_s, predicted_s)
             if sender is None:
                 self.result(sample, tensors_of(outputs))
                 continue
             self._path.progress(ready_s)
             sender.put(Outgoing(sample, outputs, ready_s, route))
-            self._conclude(sender)
+            if not left:
+                self._conclude(sender)
         if sender is not None and self._stopped:
             self._conclude(sender)
             await sender.all_posted.wait()
@@ -149,13 +152,14 @@ class Leg:
     def result(self, sample: int, outputs: list[Array]) -> None:
         """The result of a sample that has a place in the window."""
         if self._work.keep(sample, outputs):
+            now = self._clock()
             self.under_way -= 1
-            self._queue.came(exact_clock()())
+            self._queue.came(now)
             self._window.give()
-            self._came()
+            self._came(now)
 
-    def _came(self) -> None:
-        self._path.progress()
+    def _came(self, now_s: float) -> None:
+        self._path.progress(now_s)
         self._changed.set()
         if self._feedback is not None:
             self._feedback.result()
@@ -201,7 +205,7 @@ class Leg:
     def _alone_done(self, sample: int, outputs: list[Array]) -> None:
         self._alone -= 1
         if self._work.keep(sample, outputs):
-            self._came()
+            self._came(self._clock())
 
     async def _left_to_device(self, idle: IdleTime, sender: FrameSender) -> bool:
         """Wait while samples had better be computed on the device alone; returns whether it did wait.

@@ -48,7 +48,8 @@ class SampleQueue:
 
     def take(self) -> tuple[int, int]:
         """The next sample of a route that is not device-only, and its route."""
-        route = self.others[self._order.next(range(len(self.others)))]
+        others = self.others
+        route = others[0] if len(others) == 1 else others[self._order.next(range(len(others)))]
         self.totals[route] += 1
         return self._left.popleft(), route
 

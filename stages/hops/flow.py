@@ -22,6 +22,7 @@ from bus.frames import PREDICTED, SAMPLES, AttemptPlan, Frame
 from bus.headers.tracing import parent_in
 from bus.port import Bus, Record, TopicPartition
 from bus.tensors import Activations, Piece, bytes_in, codec_of
+from bus.values import Codec
 from stages.computing import Computing
 from stages.hops.branches import Branch, StageSide, branches_of
 from stages.hops.stage_reporter import StageReporter
@@ -85,6 +86,7 @@ class _Arrived(NamedTuple):
 
     sample: int
     route: int
+    branch: Branch
     inputs: Activations
     ready_s: float  # when it arrived
     record: Record | None  # the last of those that brought an encoded sample
@@ -111,8 +113,9 @@ class Flow:
         self.window = self._branches.window  # samples that its device may have in the pipeline
         self._mixed = len(plan.placement.cut_pairs) > 1  # whether it has several routes
         self._totals: tuple[int, ...] | None = None  # samples of each route; None: not known yet, or a session
+        self._to_finish = self._to_compute = math.inf  # samples that pass this stage, and those that it computes
         if not self._mixed and plan.session is None:
-            self._totals = (plan.todo,)
+            self._expect((plan.todo,))
         self._computing = Computing(self.node, plan, hop.stage.part)
         self._handled = 0  # samples computed or passed on
         self._senders = {to_cloud: self._sender(to_cloud) for to_cloud in self._branches.destinations}
@@ -182,15 +185,8 @@ class Flow:
             self._receipts[sample].append(receipt)
             return
         branch = self._branches.of(piece.route)
-        if (codec := codec_of(piece.encoded)) is not branch.arrives:
-            raise ProtocolError("wrong_codec", f"sample {sample}: codec {codec}, expected {branch.arrives}")
-        raw_bytes = piece.size_bytes if piece.encoded is None else piece.encoded.raw_bytes
-        if branch.expected_bytes is not None and raw_bytes != branch.expected_bytes:
-            raise ProtocolError(
-                "wrong_shape",
-                f"sample {sample} of {self.plan.model} at {branch.segment.first}: {raw_bytes:,} bytes, "
-                f"expected {branch.expected_bytes:,}",
-            )
+        if piece.size_bytes != branch.expected_bytes or piece.encoded is not None or branch.arrives is not Codec.RAW:
+            self._check(piece, branch)
         try:
             whole = self._assembler.add(piece)
         except ProtocolError as error:
@@ -204,20 +200,39 @@ class Flow:
             return
         self._whole.add(sample)
         if branch.computes:
-            self._ready.append(_Arrived(sample, piece.route, whole, self.active_s, record if piece.encoded else None))
+            self._ready.append(
+                _Arrived(sample, piece.route, branch, whole, self.active_s, record if piece.encoded else None)
+            )
             self._arrived.set()
         else:
             self._pass_on(sample, piece.route, branch, whole, self.active_s)
+
+    def _check(self, piece: Piece, branch: Branch) -> None:
+        """Raise `ProtocolError` where the codec or the size of a piece differs from the plan."""
+        if (codec := codec_of(piece.encoded)) is not branch.arrives:
+            raise ProtocolError("wrong_codec", f"sample {piece.sample}: codec {codec}, expected {branch.arrives}")
+        raw_bytes = piece.size_bytes if piece.encoded is None else piece.encoded.raw_bytes
+        if branch.expected_bytes is not None and raw_bytes != branch.expected_bytes:
+            raise ProtocolError(
+                "wrong_shape",
+                f"sample {piece.sample} of {self.plan.model} at {branch.segment.first}: {raw_bytes:,} bytes, "
+                f"expected {branch.expected_bytes:,}",
+            )
 
     def _conclude(self, totals: tuple[int, ...]) -> None:
         """Note how many samples take each route. Raises `ProtocolError` where the plan has another number of routes."""
         if len(totals) != len(self._branches.routes) or self.plan.session is not None:
             raise ProtocolError("wrong_shape", f"totals of {len(totals)} routes do not fit the plan")
-        self._totals = totals
+        self._expect(totals)
         for to_cloud, sender in self._senders.items():
             sender.conclude(self._branches.total(totals, to_cloud=to_cloud), totals if to_cloud else ())
         self._arrived.set()
         self._check_finished()
+
+    def _expect(self, totals: tuple[int, ...]) -> None:
+        self._totals = totals
+        self._to_finish = self._branches.total(totals)
+        self._to_compute = self._branches.total(totals, computed=True)
 
     # --- compute -----------------------------------------------------------------------------------------------------
 
@@ -274,27 +289,23 @@ class Flow:
 
     async def _compute_all(self) -> None:
         computed = 0
-        while computed < self._to_compute():
+        while computed < self._to_compute:
             if not self._ready:
                 self._arrived.clear()
                 await self._arrived.wait()
                 continue
             arrived = self._ready.popleft()
-            branch = self._branches.of(arrived.route)
+            sample, route, branch, inputs, ready_s, _ = arrived
             try:
                 outputs, ready_s = await self._computing.run(
-                    branch.segment, arrived.sample, arrived.inputs, arrived.ready_s, branch.predicted_s
+                    branch.segment, sample, inputs, ready_s, branch.predicted_s
                 )
             except ProtocolError as error:
                 if arrived.record is not None:
                     await self.node.dead_letter(arrived.record, error, task_id=self.plan.task_id)
                 raise
             computed += 1
-            self._pass_on(arrived.sample, arrived.route, branch, outputs, ready_s)
-
-    def _to_compute(self) -> float:
-        """How many samples this stage computes; infinite while that is not known."""
-        return math.inf if self._totals is None else self._branches.total(self._totals, computed=True)
+            self._pass_on(sample, route, branch, outputs, ready_s)
 
     def _pass_on(self, sample: int, route: int, branch: Branch, outputs: Activations, ready_s: float) -> None:
         self._senders[branch.to_cloud].put(Outgoing(sample, outputs, ready_s, route if branch.to_cloud else 0))
@@ -357,7 +368,7 @@ class Flow:
         self._check_finished()
 
     def _check_finished(self) -> None:
-        if self._totals is not None and len(self._done) >= self._branches.total(self._totals):
+        if len(self._done) >= self._to_finish:
             self._finished.set()
 
     def stop(self, *, discard: bool) -> None:
