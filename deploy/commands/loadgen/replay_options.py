@@ -13,7 +13,7 @@ import typer
 from bus.errors import ConfigError
 from bus.text.units import parse_duration, parse_rate, parse_size
 from deploy.console_output import completion
-from deploy.console_output.options import BootstrapFromEnv
+from deploy.console_output.options import BootstrapFromEnv, MinAgreement
 from deploy.services.identities import KeyFile
 from deploy.services.settings import node_name
 from loadgen.replay import arrivals
@@ -106,6 +106,7 @@ class MixOptions:
     deadline: Annotated[str | None, typer.Option(help="Time after which an unfinished task ends as EXPIRED: 30s.")] = (
         None
     )
+    min_agreement: MinAgreement = None
 
     def mix(self, scenario: arrivals.LoadgenScenario | None) -> Mix:
         """The mix that tasks are drawn from. Raises `ConfigError`."""
@@ -121,6 +122,7 @@ class MixOptions:
             max_link2_bps=link2_bps or (PAPER_MIX.max_link2_bps if paper else None),
             input_bytes=input_bytes or (PAPER_MIX.input_bytes if paper else None),
             deadline_s=None if self.deadline is None else parse_duration(self.deadline, "--deadline"),
+            min_agreement=self.min_agreement,
             datasets={"lenet": "digits"},
         )
 

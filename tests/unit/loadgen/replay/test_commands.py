@@ -100,12 +100,14 @@ def test_mlperf_multi_stream_is_closed_with_eight_samples(tmp_path: Path, replay
 
 def test_devices_warm_up_and_caps(tmp_path: Path, replays: PlayedReplays) -> None:
     flags = ["--devices", "x, y", "--warmup", "2", "--max-link2", "10Mbps..20Mbps", "--deadline", "1min"]
+    flags += ["--min-agreement", "0.995"]
     result = invoke(replays, tmp_path, "--tasks", "4", *flags, "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["submitted"] == 4
     assert len(replays[0]) == 6
     assert {entry.task.device for entry in replays[0].entries} == {"x", "y"}
     assert {entry.task.deadline_s for entry in replays[0].entries} == {60.0}
+    assert {entry.task.min_agreement for entry in replays[0].entries} == {0.995}
     assert all(10e6 <= (entry.task.max_link2_bps or 0) <= 20e6 for entry in replays[0].entries)
 
 
@@ -148,6 +150,7 @@ def test_an_interrupted_replay_writes_what_it_has(tmp_path: Path) -> None:
         (["--within", "10"], "--within 10: a duration without a unit"),
         (["--burst-size", "2", "--burst-every", "5"], "--burst-every 5: a duration without a unit"),
         (["--deadline", "3"], "--deadline 3: a duration without a unit"),
+        (["--min-agreement", "1.1"], "min_agreement must be above 0 and at most 1, not 1.1"),
         (["--max-p99", "2"], "--max-p99 2: a duration without a unit"),
         (["--drain-timeout", "60"], "--drain-timeout 60: a duration without a unit"),
         (["--models", "lenet=x"], "weight of lenet"),
