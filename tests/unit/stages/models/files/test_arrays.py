@@ -21,3 +21,9 @@ def test_a_file_that_is_damaged_in_the_middle_is_named_when_its_array_is_read(tm
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"weights\.npz cannot be read"), stored_arrays(file) as arrays:
         _ = arrays["w"]
+
+
+def test_a_single_array_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(ConfigError, match=r"one\.npy holds one array"), stored_arrays(tmp_path / "one.npy"):
+        pass
