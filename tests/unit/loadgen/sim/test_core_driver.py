@@ -257,3 +257,23 @@ def test_a_rerouted_task_takes_what_it_really_takes_where_predictions_are_wrong(
     errors = [known(o.device_delay_s) / known(o.predicted_delay_s) - 1 for o in outcomes]
     assert max(errors) > 0.05
     assert min(errors) < -0.05
+
+
+@pytest.mark.parametrize(
+    ("devices", "tasks", "within_s", "least"),
+    [(80, 80, 300.0, 0.15), (200, 200, 50.0, 0.15), (20, 200, 50.0, 0.0), (10, 80, 300.0, 0.1)],
+    ids=["one task a device", "crowded", "crowded, several tasks a device", "several tasks a device"],
+)
+def test_several_routes_pay_on_figure_4s_tasks_also_where_tasks_share_a_device(
+    devices: int, tasks: int, within_s: float, least: float
+) -> None:
+    """Targets of `routes` against `deepar` with the same objective; the 99th percentile must not rise."""
+    scenario = Scenario(devices=devices, tasks=tasks, within_s=within_s, objective=Objective.PIPELINED)
+    delays = {
+        policy: np.concatenate(
+            [delays_s(drive(replace(scenario, policy=policy), seed, platforms("paper"))) for seed in (100, 101)]
+        )
+        for policy in ("deepar", "routes")
+    }
+    assert delays["routes"].mean() <= (1.0 - least) * delays["deepar"].mean()
+    assert np.percentile(delays["routes"], 99) <= np.percentile(delays["deepar"], 99)
