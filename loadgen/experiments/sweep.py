@@ -119,6 +119,7 @@ class SweepResult:
     files: list[Path]
     reused: int  # rows taken from an earlier sweep
     stale: int  # rows of an earlier sweep whose policy, profile or code has changed; they ran again
+    notes: tuple[str, ...] = ()  # what is assumed
 
     @property
     def incomplete(self) -> list[dict[str, Any]]:
@@ -159,7 +160,13 @@ def sweep(options: SweepOptions, keys: RunKeys | None = None) -> SweepResult:
     rows = [found[index] for index in range(len(cells))]
     _rewrite(path, rows)
     pictures = plots.save(picture(options, rows), options.out / "sweep") if options.axes else []
-    return SweepResult(rows, [path, options.out / "sweep.json", *pictures], reused, stale)
+    return SweepResult(rows, [path, options.out / "sweep.json", *pictures], reused, stale, _notes(cells))
+
+
+def _notes(cells: Iterable[Cell]) -> tuple[str, ...]:
+    """What the codecs of the runs are, where they were not measured on the models themselves."""
+    profiles = dict.fromkeys(cell.scenario.profile for cell in cells if cell.scenario.codecs)
+    return tuple(filter(None, (platforms(profile, codecs=True).assumed for profile in profiles)))
 
 
 def cells_of(options: SweepOptions) -> list[Cell]:

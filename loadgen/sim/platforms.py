@@ -25,6 +25,7 @@ class Platforms:
     input_bytes: Mapping[str, int]  # G(0) of one sample in Figures 1(a) and 3, by model
     name: str  # name in error messages
     origin: str  # source of the numbers, for notes beside plots
+    assumed: str = ""  # source of assumed codecs, for notes; empty: there are none, or they were measured
     fitted_to: tuple[str, ...] = ()  # figures to whose statements the numbers were fitted
     fit_seeds: tuple[int, ...] = ()  # seeds that the fit used; verdicts use different ones
 
@@ -72,6 +73,7 @@ def _platforms(name: str, text: str, codecs: bool) -> Platforms:
         input_bytes={model: found.input_bytes.get(model, found.device[model].cut_bytes[0]) for model in found.models},
         name=f"profile {found.name}",
         origin=origin + (f"; {found.assumed}" if found.assumed else ""),
+        assumed=found.assumed,
         fitted_to=found.fitted_to,
         fit_seeds=found.fit_seeds,
     )

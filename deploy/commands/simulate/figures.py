@@ -249,8 +249,8 @@ def sweep(
             "stale": done.stale,
             "incomplete": len(done.incomplete),
         }
-        files = [str(path) for path in done.files]
-        print(json_text({**counts, "gains": [asdict(gain) for gain in gains], "files": files}))
+        more = {"notes": list(done.notes), "files": [str(path) for path in done.files]}
+        print(json_text({**counts, "gains": [asdict(gain) for gain in gains], **more}))
         return
     console = Console(emoji=False, highlight=False)
     _print_means(console, done.rows, [axis.name for axis in options.axes])
@@ -259,6 +259,8 @@ def sweep(
     console.print(_runs_text(done))
     if done.incomplete:
         console.print(_incomplete_text(done), style="yellow", markup=False)
+    for note in done.notes:
+        console.print(f"note: {note}", style="dim", markup=False)
     for path in done.files:
         console.print(f"  {path}", markup=False)
 

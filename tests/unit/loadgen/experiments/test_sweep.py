@@ -57,6 +57,8 @@ def test_with_codecs_every_policy_has_them_and_deepar_runs_without_them_too(tmp_
         ("edge-only", RAW),
         ("deepar", RAW),
     }
+    assert ["codecs are assumed" in note for note in found.notes] == [True]
+    assert raw.notes == ()
     again = sweep(wanted)
     assert (again.reused, again.rows) == (12, found.rows)
 
