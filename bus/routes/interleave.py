@@ -3,9 +3,9 @@
 Sample i takes the route with the largest i a_r - n_r, where n_r earlier samples took route r: the one furthest behind its
 share. So no route is ever a whole sample ahead of its share, and the stations see nearly the mean load all the time.
 
-Samples of the device-only route fill the time in which the device has no layers of other routes to compute. The others enter
-in order, at most `LEAST_WINDOW` of them at once: with fewer some station is idle too often, with more those that skip a
-station run far ahead of those that queue for it.
+Samples of the device-only route fill the time in which the device has no layers of other routes to compute. The others keep
+their order on the device and on link 1, where even those without layers on the device wait for earlier ones: otherwise they
+run ahead and queue at later stations. At most `LEAST_WINDOW` of them are under way: with fewer a station is idle too often.
 """
 
 from __future__ import annotations
