@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,18 +15,19 @@ from bus import topics
 from bus.codecs.coding import decode_sample, encode, encode_sample
 from bus.errors import ProtocolError
 from bus.frames import AttemptPlan, Frame
-from bus.messages import Admitted, Placed, SeedInput, Start, TaskCompleted, TaskFailed, TaskSubmitted
+from bus.messages import Admitted, Placed, Rerouted, SeedInput, Start, TaskCompleted, TaskFailed, TaskSubmitted
 from bus.tensors import Array, Encoded, TensorHead, to_pieces
 from bus.values import Codec, CodecProfile, Execution, Kind, ModelProfile, Objective, Parts, Placement, Route
 from loadgen.sim.virtual_loop import run_virtual
 from stages import litert_runner
 from stages.devices.session import Keep
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
-from stages.models.model import Model
+from stages.models.model import Model, read_model
 from stages.models.segments import SegmentStore
 from stages.network.frame_sender import RETRY_S
 from stages.runner import Coder, ModelledRunner, PaceClock, Station
 from stages.zoo.registry import digits
+from tests.unit.stages import built_models
 from tests.unit.stages.scripted_region import PROFILE, SESSION, ScriptedRegion, placed_and_started, scripted_region
 
 ENCODE_S, DECODE_S = 0.02, 0.01
@@ -212,6 +214,26 @@ def test_lenet_gives_the_digits_of_the_whole_model_and_without_losses_the_same_b
     run_virtual(run())
 
 
+def test_a_task_that_is_rerouted_goes_on_with_other_codecs(lenet: Model) -> None:
+    async def run() -> None:
+        runner = RealRunner(lenet, digit)
+        async with running(runner) as tasks:
+            await tasks.place(placement(runner.profile, route(2, 4, ZSTD, ZSTD)), 300)
+            changed = placement(runner.profile, route(1, 3, Q8), route(3, 3, ZSTD, share=0.0))
+            change = Rerouted(
+                task_id="t", attempt=1, device="d", placement=changed, from_s=1.0, samples=100, delay_s=1.0,
+                parts=Parts(),
+            )  # fmt: skip
+            await tasks.region.decide(change)
+            for sample, (output,) in enumerate(await tasks.results(300)):
+                assert output.argmax() == runner.whole(sample)[0].argmax()
+            codecs = [codec for codec, _ in tasks.crossed(topics.activations_topic("e")).values()]
+            assert set(codecs) == {ZSTD, Q8}
+            assert codecs.count(Q8) > 30
+
+    run_virtual(run())
+
+
 @pytest.mark.parametrize("codec", [ZSTD, Q8])
 def test_an_edge_without_layers_passes_payloads_on_as_they_are(lenet: Model, codec: Codec) -> None:
     async def run() -> None:
@@ -378,6 +400,31 @@ def test_the_real_runner_encodes_and_decodes_in_threads_or_at_once(
             with pytest.raises(ProtocolError) as caught:  # more than the model has there
                 await coder.decode(encode_sample(ZSTD, [np.zeros(14 * 14 * 6 + 1, np.float32)]), 0.0)
             assert caught.value.cause == "oversized"
+        finally:
+            await runner.close()
+
+    asyncio.run(run())
+
+
+def test_the_real_runner_keeps_the_zero_points_of_quantised_tensors(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "quantised.tflite"
+    path.write_bytes(built_models.quantized().to_bytes())
+    model = read_model(path)
+    position = next(cut.position for cut in model.manifest.cuts if cut.position > 0 and len(cut.tensors) > 1)
+    specs = model.manifest.cuts[position].tensors
+    assert {spec.zero_points for spec in specs} == {(-3,)}
+    rng = np.random.default_rng(1)
+    tensors = [rng.integers(-128, 128, spec.shape).astype(np.int8) for spec in specs]
+    for tensor in tensors:
+        tensor.flat[:20] = -3
+
+    async def run() -> None:
+        runner = LitertRunner([model], RunnerOptions(), prepared=Prepared(profiles={model.name: profile_of(model)}))
+        try:
+            coder = runner.coder(plan_of(model), position, Q4, PaceClock())
+            for tensor, again in zip(tensors, await coder.decode(await coder.encode(tensors, 0.0), 0.0), strict=True):
+                assert (again[tensor == -3] == -3).all()
+                assert len(np.unique(again)) <= 16
         finally:
             await runner.close()
 
