@@ -8,7 +8,7 @@ from bus.messages import Placed, Start
 from bus.values import Kind, Objective
 from planner.core.core import PlannerCore
 from planner.search.algorithm1 import Algorithm, Choice
-from planner.search.policies import BUILT_IN, Restriction
+from planner.search.policies import BUILT_IN, Restriction, mixes
 from planner.search.waiting import NO_DEVIATIONS, Deviations
 from tests.unit.planner import reference
 from tests.unit.planner.scenes import MBPS, RandomRegion, Traffic, cloud, device, edge, only, task
@@ -50,7 +50,9 @@ class Compared:
         return choice
 
 
-@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "routes"])  # it has tests of its own
+@pytest.mark.parametrize(
+    "name", [name for name in BUILT_IN if not mixes(BUILT_IN[name])]
+)  # those have tests of their own
 @pytest.mark.parametrize("own_links", [False, True], ids=["", "own-links"])
 @pytest.mark.parametrize("objective", list(Objective))
 def test_every_decision_equals_the_references(name: str, objective: Objective, own_links: bool) -> None:
