@@ -104,10 +104,10 @@ def _check(scenario: Scenario) -> None:
 
 def check_predictable(scenario: Scenario) -> None:
     """Raise `ConfigError` if a scenario has what no bound of predicted delays covers."""
-    for name in ("noise", "drift", "learn", "deadline_s", "link1_trace", "link2_trace"):
+    for name in ("noise", "drift", "learn", "deadline_s", "link1_trace", "link2_trace", "codecs"):
         if getattr(scenario, name):
             raise ConfigError(
-                f"{name}: the bound covers tasks that take what is predicted and all complete",
+                f"{name}: the bound covers tasks that take what is predicted, all complete, and send raw activations",
                 remedy=f"leave {name} out of the scenario",
             )
 

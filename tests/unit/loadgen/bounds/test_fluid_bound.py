@@ -151,7 +151,12 @@ def test_least_costs_are_certified_for_any_prices(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"reachable": 2}, "reach one edge"), ({"noise": 0.5}, "noise"), ({"deadline_s": 9.0}, "deadline_s")],
+    [
+        ({"reachable": 2}, "reach one edge"),
+        ({"noise": 0.5}, "noise"),
+        ({"codecs": True}, "codecs"),
+        ({"deadline_s": 9.0}, "deadline_s"),
+    ],
 )
 def test_scenarios_without_a_bound_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
