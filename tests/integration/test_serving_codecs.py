@@ -66,7 +66,7 @@ def test_lossy_codecs_are_used_with_consent_and_keep_the_classes(
     terms: dict[str, Any] = {} if min_agreement is None else {"min_agreement": min_agreement}
     answer = client.infer("lenet", images, placement="edge+cloud", deepar_mode=mode, **terms)
     if min_agreement is None:
-        assert codecs(answer) == {Codec.ZSTD, Codec.RAW}
+        assert codecs(answer) in ({Codec.ZSTD}, {Codec.ZSTD, Codec.RAW})  # on both links, or through the edge alone
         assert answer.array.tobytes() == exact.tobytes()
     else:
         assert codecs(answer) & {Codec.Q8, Codec.Q4}
