@@ -24,6 +24,12 @@ _LARGEST, _SMALLEST = 1e37, 1e-36  # sums, products and reciprocals within these
 _LARGEST_OFFSET = 4096.0  # of float64 values, in times of their range: float32 resolves a 16th of a step
 
 
+_LARGEST_OF = {  # levels
+    dtype: min(16 * _LARGEST, float(np.finfo(dtype).max)) for dtype in NUMPY_TYPES.values() if dtype.kind == "f"
+}
+_PAIRS = np.array([(byte & 15, byte >> 4) for byte in range(256)])  # the two levels of a byte with four bits for each
+
+
 class _Buffers(threading.local):
     """Space for one block, for each thread."""
 
@@ -64,7 +70,7 @@ class Affine(NamedTuple):
 
     def held_by(self, dtype: np.dtype[Any]) -> bool:
         """Whether a floating-point type has all levels; integers are clipped to their type."""
-        largest = min(_LARGEST * 16, float(np.finfo(dtype).max)) if dtype.kind == "f" else _LARGEST
+        largest = _LARGEST_OF.get(dtype, _LARGEST)
         return max(abs(self.base), abs(self.base + self.step * ((1 << self.bits) - 1))) <= largest
 
     def quantise(self, values: Array, body: Array) -> None:
@@ -85,10 +91,7 @@ class Affine(NamedTuple):
     def restore(self, body: Array, items: int, dtype: np.dtype[Any]) -> Array:
         """The values (flat) of a body."""
         if self.bits == 4:
-            table = self._levels(dtype)
-            pairs = np.stack(
-                (np.tile(table, 16), np.repeat(table, 16)), axis=1
-            )  # of each byte: its lower four bits first
+            pairs = self._levels(dtype).take(_PAIRS)
             return pairs.view(f"V{2 * dtype.itemsize}").reshape(-1).take(body).view(dtype)[:items]
         if dtype != np.float32:
             return self._levels(dtype).take(body)
@@ -118,7 +121,7 @@ def fit(values: Array, bits: int, *, zero: int = 0) -> Affine | None:
     if not values.size:
         return None
     with np.errstate(all="ignore"):  # NaN is expected
-        low, high = float(values.min()) - zero, float(values.max()) - zero
+        low, high = float(np.minimum.reduce(values)) - zero, float(np.maximum.reduce(values)) - zero
     offset = max(abs(low), abs(high))
     if not (offset == 0 or _SMALLEST <= offset <= _LARGEST) or (
         values.dtype.itemsize > 4 and offset > _LARGEST_OFFSET * (high - low)
