@@ -22,9 +22,7 @@ RANGE_BYTES = _PACKED.size
 _BLOCK = 1 << 15  # values, an even number; float32 and quantised values of a block fit into the second-level cache
 _LARGEST, _SMALLEST = 1e37, 1e-36  # sums, products and reciprocals within these are finite and normal in float32
 _LARGEST_OFFSET = 4096.0  # of float64 values, in times of their range: float32 resolves a 16th of a step
-
-
-_LARGEST_OF = {  # levels
+_LARGEST_OF = {  # limit for the levels of floating-point types
     dtype: min(16 * _LARGEST, float(np.finfo(dtype).max)) for dtype in NUMPY_TYPES.values() if dtype.kind == "f"
 }
 _PAIRS = np.array([(byte & 15, byte >> 4) for byte in range(256)])  # the two levels of a byte with four bits for each
@@ -147,7 +145,7 @@ def _spanned(low: float, high: float, steps: int) -> tuple[int | None, float]:
     if high == 0:
         return steps, -low / steps
     exact = -low / (high - low) * steps
-    candidates = {min(max(round_to(exact), 1), steps - 1) for round_to in (math.floor, math.ceil)}
+    candidates = [min(max(round_to(exact), 1), steps - 1) for round_to in (math.floor, math.ceil)]
     step, below = min((max(high / (steps - below), -low / below), below) for below in candidates)
     return below, step
 
