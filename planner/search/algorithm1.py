@@ -38,7 +38,7 @@ from bus.errors import PolicyError
 from bus.messages import TaskSubmitted
 from bus.routes.interleave import interleaved_s
 from bus.unchecked_constructors import maker
-from bus.values import Kind, Objective, Placement, Role, Route
+from bus.values import MAX_ROUTES, Kind, Objective, Placement, Role, Route
 from planner.search.codec_search import CodecSearch, PathSearch
 from planner.search.cost import NO_OVERHEADS, RAW, Overheads, PlatformRow
 from planner.search.cut_search import CutSearch
@@ -49,6 +49,8 @@ from planner.search.waiting import NO_DEVIATIONS, Deviations, Waits
 
 EVERY_FAMILY: Final = frozenset({DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE})
 _NEVER: Final = float("inf")
+SLOWER_LINKS: Final = (4, 16)
+"""How many times slower than its grant link 1 is thought to be, for the routes that stand by."""
 _MOST_TRIED: Final = 6
 _NO_PRICES: Final = (0.0,) * 7
 _placement, _route = maker(Placement), maker(Route)
@@ -689,7 +691,10 @@ def placement_of(request: Request, choice: Choice) -> Placement:
     row, cut1, cut2 = request.device_row, choice.cut1, choice.cut2
     kind, routes = Kind.of(cut1, cut2, row.layers), None
     if choice.routes:
-        kind, routes = Kind.of_all(choice.cut_pairs, row.layers), _routes(request, choice)
+        kind, routes = (
+            Kind.of_all(choice.cut_pairs, row.layers),
+            _routes(request, choice, _standing_by(request, choice)),
+        )
     return _placement(
         kind=kind,
         edge=choice.edge,
@@ -703,8 +708,33 @@ def placement_of(request: Request, choice: Choice) -> Placement:
     )
 
 
-def _routes(request: Request, choice: Choice) -> tuple[Route, ...]:
-    """The routes of a choice, with their station times at its grants."""
+def _standing_by(request: Request, choice: Choice) -> list[MixedRoute]:
+    """Routes without a share that the task would take if link 1 carried less than its grant. They need nothing more."""
+    option = request.edge(choice.edge)
+    if option is None or len(choice.routes) < 2 or option.search.beside is None:
+        return []
+    known = {(route.cut1, route.cut2) for route in choice.routes}
+    found: list[MixedRoute] = []
+    for factor in SLOWER_LINKS:
+        mix: Mix | None = option.search.beside.best(
+            choice.family,
+            choice.link1_bps / factor,
+            choice.link2_bps,
+            request.samples,
+            request.input_bytes,
+            choice.uses_device,
+            option.overheads,
+            request.alone,
+        )
+        for route in () if mix is None else mix.routes:
+            if (route.cut1, route.cut2) not in known and len(known) < MAX_ROUTES:
+                known.add((route.cut1, route.cut2))
+                found.append(route._replace(share=0.0))
+    return found
+
+
+def _routes(request: Request, choice: Choice, more: Sequence[MixedRoute] = ()) -> tuple[Route, ...]:
+    """The routes of a choice and more, with their station times at its grants."""
     option = request.edge(choice.edge)
     costs = (request.device_search if option is None else option.search).costs
     return tuple(
@@ -720,7 +750,7 @@ def _routes(request: Request, choice: Choice) -> tuple[Route, ...]:
                 )
             ),
         )
-        for cut1, cut2, share, codecs in choice.routes
+        for cut1, cut2, share, codecs in (*choice.routes, *more)
     )
 
 

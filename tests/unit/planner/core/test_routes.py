@@ -104,11 +104,15 @@ def test_what_is_placed_is_reserved_replayed_and_restored() -> None:
 
 
 def consistent(placed: Placed) -> None:
-    """Shares by size, the cuts of the largest route beyond the device, and the kind and grants of what is used."""
+    """Shares by size, the cuts of the largest route beyond the device, and the kind and grants of what is used.
+
+    Routes that stand by have no share, and come last.
+    """
     where = placed.placement
     assert where.routes is not None
     assert len(where.routes) > 1
-    assert all(one.share >= other.share > 0 for one, other in pairwise(where.routes))
+    assert all(one.share >= other.share >= 0 for one, other in pairwise(where.routes))
+    assert sum(route.share > 0 for route in where.routes) > 1
     largest = next(route for route in where.routes if not route.device_only)
     assert (where.cut1, where.cut2) == (largest.cut1, largest.cut2)
     tiers = where.kind.split("+")
@@ -364,3 +368,17 @@ def test_a_users_policy_cannot_mix_routes_for_the_sequential_objective() -> None
         else:
             ended = only(changes, Ended)
             assert (ended.cause, "several routes need objective pipelined" in ended.detail) == ("policy_error", True)
+
+
+def test_routes_stand_by_for_a_link_that_carries_less_and_need_nothing_more() -> None:
+    core = PlannerCore(0, "routes", Objective.PIPELINED)
+    world = RandomRegion(core, 7, Traffic(tasks=150, rate=0.5, edges=4, devices=40), validate=True).run()
+    mixed = [placed.placement for placed in world.placed.values() if placed.placement.routes is not None]
+    standing = [where for where in mixed if any(route.share == 0 for route in where.routes or ())]
+    assert len(standing) > 10
+    for where in standing:
+        used = [route for route in where.routes or () if route.share]
+        assert where.uses_device == any(route.cut1 for route in used)
+        assert where.uses_slot == any(route.cut1 != route.cut2 for route in used)
+        cuts = [(route.cut1, route.cut2) for route in where.routes or ()]
+        assert len(set(cuts)) == len(cuts)
