@@ -210,6 +210,29 @@ def test_the_sweep_command(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["runs"] == 2
 
 
+def test_a_sweep_of_several_routes_says_what_they_gain(tmp_path: Path) -> None:
+    arguments = ["sweep", "--vary", "objective=pipelined", "--vary", "devices=10,20", "--policies", "deepar,routes"]
+    arguments += ["--seeds", "3", "--jobs", "1", "--out", str(tmp_path)]
+    found = json.loads(CliRunner().invoke(commands_simulate.app, [*arguments, "--json"]).stdout)["gains"]
+    assert [(one["point"], one["policy"], one["against"], one["seeds"]) for one in found] == [
+        (["pipelined", devices], "routes", "deepar", 3) for devices in ("10", "20")
+    ]
+    for one in found:
+        low, high = one["mean"]["ci95"]
+        assert 0.05 < low <= one["mean"]["share"] <= high < 0.4
+    printed = CliRunner().invoke(commands_simulate.app, arguments, env={"COLUMNS": "120"}).output
+    assert "Delays below those of deepar" in printed
+    assert f"{100 * found[0]['mean']['share']:.1f} % (" in printed
+
+
+def test_figure_4_judges_whether_several_routes_pay(tmp_path: Path) -> None:
+    options = FigureOptions(
+        out=tmp_path, seeds=3, policies=("deepar", "routes"), objective=Objective.PIPELINED, reachable=(1,)
+    )
+    claims = {claim.text: claim for claim in figures.make("fig4b", options).claims}
+    assert claims["several routes lower DeePar's delay on the same tasks"].verdict is Verdict.HOLDS
+
+
 def test_a_figure_with_codecs_has_files_of_its_own_and_says_what_is_assumed(tmp_path: Path) -> None:
     options = FigureOptions(
         out=tmp_path, seeds=2, policies=("edge-only", "deepar"), codecs=True, min_agreement=0.995, reachable=(1,)
