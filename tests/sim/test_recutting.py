@@ -16,14 +16,17 @@ from typing import Any
 
 import pytest
 
-from bus.messages import Admitted, Placed, SeedInput, Start, TaskCompleted, TaskSubmitted
+from bus.messages import Admitted, Placed, SeedInput, Start, TaskCompleted, TaskState, TaskSubmitted
 from bus.routes.shares import Shares, solve_shares
 from bus.tensors import Array
 from bus.values import BITS_PER_BYTE, Execution, Kind, Objective, Parts, Placement, Role, Route, StationSeconds
 from loadgen.sim.platforms import platforms
+from loadgen.sim.scenario import Scenario
+from loadgen.sim.simulator import simulate
 from loadgen.sim.virtual_loop import run_virtual
 from stages.network.played import PlayedNetwork
 from stages.network.trace import Trace, read_trace
+from tests.known import known
 from tests.numbered_frames import NumberingRunner, answers, frame
 from tests.unit.stages.scripted_region import scripted_region
 
@@ -142,3 +145,22 @@ def test_shares_that_follow_the_link_come_close_to_a_planner_that_knows_the_trac
     # No stall, although the link of the tram carries nothing for up to three seconds: less than a sample takes alone on
     # the route with the largest activations, where the link carries 5 Mbit/s.
     assert longest_s < sum(stations(3, 10, 5_000_000))
+
+
+def test_the_planner_makes_plans_that_follow_the_link() -> None:
+    """The whole region: the policy `routes` lets routes stand by, which the task takes as the link falls."""
+    trace = TRACES / "4g_foot.csv"
+    scenario = Scenario(
+        devices=1, edges=1, within_s=1, arrivals="offline", models={"alexnet": 1.0}, samples=(SAMPLES, SAMPLES),
+        input_bytes=None, max_link1_bps=(LINK1_BPS, LINK1_BPS), max_link2_bps=(LINK2_BPS, LINK2_BPS),
+        objective=Objective.PIPELINED,
+    ).varied(link1_trace=str(trace))  # fmt: skip
+
+    def delay_s(policy: str) -> float:
+        (outcome,) = simulate(scenario.varied(policy=policy), 0, platforms("paper"), horizon_s=10_000).outcomes
+        assert outcome.state is TaskState.COMPLETED
+        return known(outcome.device_delay_s)
+
+    mixed_s = delay_s("routes")
+    assert mixed_s < 1.10 * best_of_known_trace(read_trace(trace))
+    assert mixed_s < 0.75 * delay_s("deepar")
