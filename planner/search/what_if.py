@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from heapq import nsmallest
 from typing import Final
 
 from bus.errors import ConfigError, CutError
@@ -101,17 +102,21 @@ def position_of(profile: ModelProfile, layer: str) -> int:
 
 def plans(situation: Situation, top: int = 1) -> list[WhatIfPlan]:
     """The best `top` plans, best first; ties as in Algorithm 1. Empty if no plan meets the constraints."""
-    s = situation
-    costs, search = _prepared(s)
+    costs, search = _prepared(situation)
+    return _best(situation, costs, _allowed(situation, search), top)
+
+
+def _best(s: Situation, costs: Costs, ways: Iterable[tuple[int, int, Codecs]], top: int) -> list[WhatIfPlan]:
+    """The best `top` plans of some cuts and codecs, best first."""
     ranked = []
-    for cut1, cut2, codecs in _allowed(s, search):
+    for cut1, cut2, codecs in ways:
         one = costs.sample_parts(cut1, cut2, s.link1_bps or 1, s.link2_bps or 1, s.input_bytes, codecs)
         family = family_of(cut1, cut2, costs.layers)
         delay = stations_s(one, s.samples, s.objective) + s.overheads.total_s(family, s.samples, s.objective)
         if s.constraints.max_delay_s is None or delay <= s.constraints.max_delay_s:
             ranked.append((delay, family, cut1, cut2, [_CODECS.index(codec) for codec in codecs], codecs))
-    ranked.sort()
-    return [_plan(s, costs, delay, (cut1, cut2), codecs) for delay, _, cut1, cut2, _, codecs in ranked[:top]]
+    found = nsmallest(top, ranked)
+    return [_plan(s, costs, delay, (cut1, cut2), codecs) for delay, _, cut1, cut2, _, codecs in found]
 
 
 def mixed(situation: Situation) -> WhatIfPlan | None:
@@ -252,10 +257,16 @@ class Stretch:
 
 def sweep(situation: Situation, link: int, bandwidths: Iterable[int]) -> list[WhatIfPlan | None]:
     """The best plan at each bandwidth of one link, with the other link unchanged; None if no plan is allowed."""
+
+    def at(bps: int) -> Situation:
+        return replace(situation, link1_bps=bps) if link == 1 else replace(situation, link2_bps=bps)
+
+    costs, search = _prepared(situation)
+    ways = list(_allowed(at(1), search))  # the same at every bandwidth above 0
     found: list[WhatIfPlan | None] = []
     for bps in bandwidths:
-        changed = replace(situation, link1_bps=bps) if link == 1 else replace(situation, link2_bps=bps)
-        found.append(next(iter(plans(changed)), None))
+        changed = at(bps)
+        found.append(next(iter(_best(changed, costs, ways if bps >= 1 else _allowed(changed, search), 1)), None))
     return found
 
 
