@@ -165,7 +165,7 @@ class Leg:
             self._feedback.result()
 
     def _measured(self, sender: FrameSender) -> dict[str, float]:
-        """Busy times of all stations so far, and what the plan predicts for them."""
+        """Busy times of all stations, and what the plan predicts for them: of the device over the attempt, else this plan."""
         return self._work.reports.measured | {
             "device_s": self._work.computing.busy_s,
             f"device{PREDICTED}": self._work.computing.predicted_s,

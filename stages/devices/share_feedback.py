@@ -32,12 +32,15 @@ class ShareFeedback:
     def __init__(
         self, routes: Sequence[Route], queue: SampleQueue, measured: Callable[[], Mapping[str, float]]
     ) -> None:
-        """`measured` returns totals since the attempt began: for each part busy seconds, and what the plan predicts."""
+        """`measured` returns totals: for each part busy seconds, and what the plan predicts. What it returns now is of an
+        earlier plan of the attempt, and does not count.
+        """
         self._planned = [route.stations_s for route in routes]
         self._queue, self._measured = queue, measured
         self._results = 0
         self._scales: dict[str, float] = {}  # measured over planned times, by part
-        self._seen: dict[str, tuple[float, float]] = {}  # totals at the last measurement, by part
+        before = measured()
+        self._seen = {part: _totals(before, part) for part in DELAY_PARTS}  # at the last measurement
 
     def result(self) -> None:
         """A result came: after some, the shares are solved again."""
@@ -52,14 +55,18 @@ class ShareFeedback:
 
     def _learn(self, measured: Mapping[str, float]) -> None:
         for number, part in enumerate(DELAY_PARTS):
-            busy_s, predicted_s = measured.get(f"{part}_s", 0.0), measured.get(f"{part}{PREDICTED}", 0.0)
-            seen_s = self._seen.get(part, (0.0, 0.0))
+            (busy_s, predicted_s), seen_s = _totals(measured, part), self._seen[part]
             longest_s = max(stations_s[number] for stations_s in self._planned)
             if longest_s and max(busy_s - seen_s[0], predicted_s - seen_s[1]) >= LEAST_SHARE * longest_s:
                 self._seen[part] = busy_s, predicted_s
                 ratio = (busy_s - seen_s[0]) / max(predicted_s - seen_s[1], 1e-9)
                 trust = TRUST if part in self._scales else 1.0
                 self._scales[part] = (1.0 - trust) * self._scales.get(part, 1.0) + trust * ratio
+
+
+def _totals(measured: Mapping[str, float], part: str) -> tuple[float, float]:
+    """Busy and predicted seconds of a part."""
+    return measured.get(f"{part}_s", 0.0), measured.get(f"{part}{PREDICTED}", 0.0)
 
 
 def _scaled(stations_s: StationSeconds, scales: Sequence[float]) -> StationSeconds:

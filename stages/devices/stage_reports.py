@@ -25,6 +25,7 @@ class StageReports:
         self._revision = plan.number
         self._expected = _reported_parts(plan.placement)
         self._busy_s: dict[str, float] = {}  # by part
+        self._present: dict[str, float] = {}  # by key of a report: totals under the present revision
         self._samples: Counter[str] = Counter()  # by part, where reports say it
         self._last: set[str] = set()  # parts in reports that no other one follows
         self._complete = asyncio.Event()
@@ -37,6 +38,8 @@ class StageReports:
         for key, value in frame.report.items():
             if key not in (SAMPLES, MORE):
                 self.add(key, value, int(samples))
+                if frame.revision == self._revision:
+                    self._present[key] = self._present.get(key, 0.0) + value
         if MORE not in frame.report and frame.revision == self._revision:
             self._last |= frame.report.keys()
         if "cloud_s" in frame.report and is_node_name(frame.source):
@@ -47,6 +50,7 @@ class StageReports:
     def follow(self, plan: AttemptPlan) -> None:
         """Expect the last reports of a later revision of the plan."""
         self._revision, self._expected, self._last = plan.number, _reported_parts(plan.placement), set()
+        self._present.clear()
         self._complete.clear()
         if not self._expected:
             self._complete.set()
@@ -58,8 +62,8 @@ class StageReports:
 
     @property
     def measured(self) -> dict[str, float]:
-        """Totals so far, by key of a report."""
-        return dict(self._busy_s)
+        """Totals so far under the present revision of the plan, by key of a report."""
+        return dict(self._present)
 
     async def arrive(self) -> None:
         """Wait until every stage of the placement has reported, for a limited time."""

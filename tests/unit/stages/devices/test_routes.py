@@ -422,6 +422,25 @@ def test_a_rerouted_task_is_as_fast_as_its_plans_and_sends_at_the_new_rate() -> 
     run_virtual(run())
 
 
+@pytest.mark.parametrize("before", [AT_EDGE, ON_DEVICE], ids=lambda placement: str(placement.kind))
+def test_what_was_measured_before_a_reroute_does_not_change_the_shares_of_the_new_plan(before: Placement) -> None:
+    async def run() -> Counter[int]:
+        async with started(before, 800) as task:
+            await asyncio.sleep(5.0)
+            await task.reroute(BEST)
+            await task.completed()
+            pieces = [
+                piece
+                for one in task.region.frames(topics.activations_topic("e"))
+                if one.revision == 1
+                for piece in one.pieces
+            ]
+            return Counter(piece.route for piece in pieces[:200])
+
+    taken = run_virtual(run())
+    assert [taken[0], taken[1]] == pytest.approx([100, 100], abs=10)  # the plan is right, so its shares stay as they are
+
+
 def test_a_stage_that_takes_over_knows_the_plans_of_an_attempt_that_was_rerouted() -> None:
     async def run() -> None:
         async with started(EVERY_KIND, 600) as task:
