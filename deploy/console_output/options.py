@@ -46,7 +46,7 @@ def checked_agreement(min_agreement: float | None, *, codecs: bool) -> float | N
     if min_agreement is not None and not 0 < min_agreement <= 1:
         raise ConfigError(f"--min-agreement {min_agreement:g}: must be above 0 and at most 1")
     if min_agreement is not None and not codecs:
-        raise ConfigError("--min-agreement is for --codecs", remedy="give both, or neither")
+        raise ConfigError("--min-agreement is for --codecs", remedy="--codecs --min-agreement ...")
     return min_agreement
 
 

@@ -438,7 +438,9 @@ def test_what_was_measured_before_a_reroute_does_not_change_the_shares_of_the_ne
             return Counter(piece.route for piece in pieces[:200])
 
     taken = run_virtual(run())
-    assert [taken[0], taken[1]] == pytest.approx([100, 100], abs=10)  # the plan is right, so its shares stay as they are
+    assert [taken[0], taken[1]] == pytest.approx(
+        [100, 100], abs=10
+    )  # the plan is right, so its shares stay as they are
 
 
 def test_a_stage_that_takes_over_knows_the_plans_of_an_attempt_that_was_rerouted() -> None:
