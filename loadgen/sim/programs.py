@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bus.codecs.coding import decode_sample
 from bus.port import Bus
+from bus.tensors import Array, Encoded
 from planner.core.core import PlannerCore
 from planner.service.service import PlannerService
 from stages.devices.device import Device
@@ -29,6 +31,7 @@ class Programs:
     node: Callable[..., Node] = Node
     device: Callable[..., Device] = Device
     hop: Callable[[Node], Hop] = hop_of
+    decode: Callable[[Encoded, int], list[Array]] = decode_sample  # how modelled machines decode a sample
     client_bus: Callable[[Bus], Bus] = _unchanged  # the bus with which tasks are submitted
 
 

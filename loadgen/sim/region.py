@@ -15,7 +15,7 @@ from bus.decisions import DecisionLog
 from bus.errors import BusError
 from bus.memory.bus import MemoryBus
 from bus.messages import Change, Decision
-from bus.values import ModelProfile, Role
+from bus.values import CodecProfile, ModelProfile, Role
 from loadgen.sim.process import Process
 from loadgen.sim.programs import REAL, Programs
 from planner.service.service import PlannerService, Standing
@@ -29,8 +29,13 @@ MODEL = "toy"
 """The model that all tasks of a simulated region run."""
 
 
-def toy_profile(platform: str, layer_s: Iterable[float], cut_bytes: tuple[int, ...]) -> ModelProfile:
-    """Profile of the three-layer toy model on one platform: time per layer and bytes at each of the four cuts."""
+def toy_profile(
+    platform: str,
+    layer_s: Iterable[float],
+    cut_bytes: tuple[int, ...],
+    codecs: tuple[CodecProfile, ...] | None = None,
+) -> ModelProfile:
+    """Profile of the three-layer toy model on one platform: time per layer, bytes at each of the four cuts, codecs."""
     return ModelProfile(
         model=MODEL,
         sha256="0" * 64,
@@ -38,6 +43,7 @@ def toy_profile(platform: str, layer_s: Iterable[float], cut_bytes: tuple[int, .
         layer_names=("conv", "pool", "dense"),
         layer_s=tuple(layer_s),
         cut_bytes=cut_bytes,
+        codecs=codecs,
     )
 
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+import zstandard
+
 from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
 from bus.errors import BusError
@@ -21,6 +24,7 @@ from bus.messages import Decision, Ended, EpochOpened, Message, NodeAnnounced, S
 from bus.port import Bus, Position, Reader, Record, RecordValue, TopicPartition
 from bus.tensors import Array, Assembler, Encoded, Piece
 from bus.values import Role
+from loadgen.chaos.simulated.region import LAYER_S
 from loadgen.sim.programs import Programs
 from planner.core.core import CoreComponents, PlannerCore
 from planner.core.placing import QueueLimits
@@ -314,6 +318,15 @@ class TwiceReleasingFlow(Flow):
         super().take_frame(record, frame, ReleasedTwice(receipt))
 
 
+class RouteIgnoringFlow(Flow):
+    """Takes every sample for one of the plan's first route through the edge."""
+
+    def take_frame(self, record: Record, frame: Frame, receipt: Receipt) -> None:
+        first = [cut1 < len(LAYER_S) for cut1, _ in self.plan.placement.cut_pairs].index(True)
+        pieces = [piece._replace(route=first) for piece in frame.pieces]
+        super().take_frame(record, frame._replace(pieces=pieces), receipt)
+
+
 class LeakingFlow(Flow):
     """Does not release the records of an attempt that is over."""
 
@@ -326,6 +339,12 @@ class DeafHop(Hop):
 
     def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
         return
+
+
+def believing_decode(encoded: Encoded, limit_bytes: int) -> list[Array]:
+    """Decompresses whatever a sender says is a sample of one tensor of bytes."""
+    content = zstandard.ZstdDecompressor().decompress(encoded.payload[1:])
+    return [np.frombuffer(content, np.uint8)]
 
 
 class SlotKept(EdgeStage):
@@ -472,6 +491,10 @@ CANARIES = (
     Canary("chunk order trusted", "chunks are put together as they come", 5, stage(assembler=OrderTrusted)),
     Canary("never sent again", "a failed acknowledgement is overlooked", 30, stage(frame_sender=sender_of_one_try)),
     Canary("receipts leaked", "what a fenced attempt held stays open", 5, hop(make_flow=LeakingFlow)),
+    Canary(
+        "route ignored", "a stage takes every sample for one of the first route", 10, hop(make_flow=RouteIgnoringFlow)
+    ),
+    Canary("codec bomb believed", "a sample decompresses to any size", 20, Programs(decode=believing_decode)),
     Canary("flows kept", "a hop does not follow the decisions", 5, hop(kind=DeafHop)),
     Canary("starts forgotten", "a second attempt is not begun", 5, Programs(device=ForgetfulDevice)),
     Canary("receipt released twice", "a sample gives its records back twice", 20, hop(make_flow=TwiceReleasingFlow)),

@@ -6,23 +6,30 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import zstandard
+
 from bus import messages, topics
 from bus.errors import BusError, ProtocolError
-from bus.frames import decode_frame
+from bus.frames import Frame, decode_frame, encode_frame
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.memory.faults import Faults
+from bus.memory.partition_log import PartitionLog
 from bus.messages import Snapshot, SnapshotPart, TaskCancelled, TaskSubmitted
 from bus.snapshots import PLACES, key_of
+from bus.tensors import Piece
 from loadgen.chaos.simulated.region import LEASE_S, ChaosScenario
 from loadgen.sim.process import Process
 from planner.core.core import PlannerCore
 
 NO_MESSAGE = b"\xc1 no message"
 GARBAGE = (b"\x80", b"", b"{}", b"\xc1" * 100, b'{"type":"task_submitted","v":9}', b"\x81\xa1v\x02")
+BOMBS = 3
+BOMB = zstandard.ZstdCompressor().compress(bytes(4 << 20))
+"""A few hundred bytes that decompress to 4 MiB."""
 CLOCK_S = 600.0
 """Maximum initial skew and maximum jump of a wall clock."""
 CONTROL = (topics.TASKS, topics.EVENTS, topics.NODES, topics.DECISIONS, topics.SNAPSHOTS)
@@ -245,6 +252,30 @@ class Breaker:
             self.poisoned.add(task_id)
         await self._put(client, topic, draw.choice(GARBAGE), key, "poison")
 
+    async def bomb(self, client: MemoryBus, draw: random.Random) -> None:
+        """Write, a few times, a sample whose payload claims to be small and decompresses to a lot.
+
+        It copies the head of an encoded sample that was sent; the task may fail because of it.
+        """
+        for _ in range(BOMBS):
+            await asyncio.sleep(draw.random() * self._scenario.faults_s / BOMBS)
+            found = [(log.tp[0], frame, piece) for log in self._data_logs() for frame, piece in _encoded_in(log)]
+            if not found:
+                continue
+            topic, frame, piece = found[-1]
+            sample = max(one.sample for _, other, one in found if other.task_id == frame.task_id) + draw.randint(1, 2)
+            data = memoryview(b"\0" + BOMB)
+            forged = piece._replace(sample=sample, size_bytes=data.nbytes, data=data, arrays=None)
+            self.poisoned.add(frame.task_id)
+            self._count("codec bomb")
+            self._note("fault", "codec bomb", topic, frame.task_id, sample)
+            with contextlib.suppress(BusError):
+                value = encode_frame(frame._replace(pieces=(forged,), plan=None, totals=()))
+                await client.send(topic, value, key=frame.task_id)
+
+    def _data_logs(self) -> list[PartitionLog]:
+        return [log for topic in self._data_topics() for log in self._broker.logs(topic)]
+
     async def _forge(self, process: Process, client: MemoryBus) -> None:
         """Write a well-formed snapshot, or part of one, of a false state; it replaces a genuine one or is added."""
         draw = self._draw
@@ -306,6 +337,14 @@ class Breaker:
 
     def _data_topics(self) -> list[str]:
         return [topics.ACTIVATIONS_CLOUD, *(topics.activations_topic(edge) for edge in self._scenario.edge_names)]
+
+
+def _encoded_in(log: PartitionLog) -> Iterator[tuple[Frame, Piece]]:
+    """The encoded samples on a partition whose heads are known, with their frames."""
+    for record in log.read(0, 1 << 30):
+        with contextlib.suppress(ProtocolError):
+            frame = decode_frame(record.value)
+            yield from ((frame, piece) for piece in frame.pieces if piece.encoded is not None and piece.at == 0)
 
 
 WEIGHTS = {

@@ -22,13 +22,14 @@ from bus.messages import (
     NodeJoined,
     NodeLost,
     Placed,
+    Rerouted,
     Retried,
     Start,
     TaskState,
     TaskSubmitted,
 )
 from bus.port import Record
-from bus.values import Role
+from bus.values import Codec, Role
 from planner.core.core import PlannerCore
 
 Say = Callable[[str, str], None]
@@ -63,6 +64,9 @@ class Oracle:
         self.lost: set[str] = set()  # nodes that were declared lost at any time
         self.decisions = 0
         self.longest_queue = 0
+        self.mixed = 0  # placements of several routes
+        self.encoded = 0  # placements with codecs
+        self.rerouted = 0
         self.learned = 0  # changes of what the planner has learned
         self._live: dict[str, TaskSubmitted] = {}
         self._deadlines: dict[str, float] = {}
@@ -131,6 +135,10 @@ class Oracle:
                     if change.placement.edge in self._draining or change.device in self._draining:
                         self._say("G9", f"{change.task_id} is placed on a node that drains")
                     self._placed[change.task_id] = change
+                    self.mixed += len(change.placement.cut_pairs) > 1
+                    self.encoded += any({r.codec1, r.codec2} != {Codec.RAW} for r in change.placement.routes or ())
+                case Rerouted():
+                    self._reroute(change, gone)
                 case Start():
                     if change.task_id in self._running:
                         self._say("G2", f"{change.task_id} starts while it runs")
@@ -157,6 +165,17 @@ class Oracle:
             return
         if self.core.state_hash != decision.ledger_hash:
             self._say("G3", f"replaying decision {decision.seq} gives another state")
+
+    def _reroute(self, change: Rerouted, gone: Container[str]) -> None:
+        """G2: only the running attempt goes on elsewhere, and what it holds from now on counts."""
+        self.rerouted += 1
+        placed = self._placed.get(change.task_id)
+        if placed is None or change.task_id not in self._running or placed.attempt != change.attempt:
+            self._say("G2", f"{change.task_id} is rerouted although attempt {change.attempt} does not run")
+            return
+        if change.placement.edge in gone:
+            self._say("G9", f"{change.task_id} is rerouted to a node that is lost")
+        self._placed[change.task_id] = placed.model_copy(update={"placement": change.placement})
 
     def _learn(self, learned: Learned) -> None:
         """G13: only the current attempt of a running task teaches, and only about the nodes that it used."""

@@ -55,6 +55,9 @@ class ChaosRun:
     suppressed: int  # duplicate results that devices suppressed
     silences: tuple[float, ...]  # seconds from a node's last heartbeat until its tasks were retried
     rejected: int  # tasks rejected because of a full queue
+    mixed: int  # placements of several routes
+    encoded: int  # placements with codecs
+    rerouted: int  # changes of the placement of a running task
     trace: tuple[tuple[Any, ...], ...]  # events in order; the same for the same seed
 
 
@@ -72,6 +75,10 @@ class Play:
         self.sites = sites
         self.policy = draw.choice(["deepar", "deepar", "deepar", "edge-only", "cloud-only", "no-delay"])
         self.objective = draw.choice(list(Objective))
+        more = random.Random(f"routes of {seed}")  # apart, so that the rest of a seed does not depend on it
+        if more.random() < scenario.routes:
+            self.policy, self.objective = more.choice(["routes", "elastic"]), Objective.PIPELINED
+        self.codecs = more.random() < scenario.codecs
         self.crowded = scenario.max_waiting is not None or draw.random() < 0.15
         drawn = draw.choice([0, 1, 2]) if self.crowded else DEFAULT_MAX_WAITING
         self.max_waiting = drawn if scenario.max_waiting is None else scenario.max_waiting
@@ -118,7 +125,7 @@ class Play:
             stage = VirtualStage(
                 settings=settings,
                 programs=self.programs,
-                make_runner=partial(CheckedRunner, settings, self.say),
+                make_runner=partial(CheckedRunner, settings, self.say, codecs=self.codecs, decode=self.programs.decode),
                 on_result=self.client.show if settings.role is Role.DEVICE else None,
                 kept=self.client.shown,
                 application=camera.run if filming else None,
@@ -183,8 +190,10 @@ class Play:
             submitting = asyncio.create_task(
                 self.client.submit(self.programs.client_bus(bus), random.Random(self.seed + 1))
             )
+            bombing = asyncio.create_task(self.breaker.bomb(bus, random.Random(f"bombs of {self.seed}")))
             await self.breaker.play(bus)
             self.breaker.heal()
+            await bombing
             await submitting
             ended = await self._until(self._all_ended, self.scenario.converge_s, "not every task ended")
             if ended:
@@ -226,6 +235,9 @@ class Play:
             suppressed=int(sum(stage.counted()["duplicates_suppressed"] for stage in self.region.stages.values())),
             silences=tuple(self.watch.silences),
             rejected=sum(end.cause == "queue_full" for end in ends),
+            mixed=self.oracle.mixed,
+            encoded=self.oracle.encoded,
+            rerouted=self.oracle.rerouted,
             trace=tuple(self.trace),
         )
 
