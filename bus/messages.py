@@ -271,6 +271,9 @@ class PlacedRest(Frozen):
     delay_s: Seconds  # their predicted delay
     parts: Parts  # predicted parts of that delay
     reroutes: Annotated[int, Field(ge=1)]  # number of reroutes of the attempt so far
+    before: tuple[
+        Placement, ...
+    ] = ()  # placements of the attempt before, oldest first: frames under way may follow them
 
 
 class Placed(Frozen):
@@ -377,6 +380,7 @@ class Rerouted(Frozen):
                 delay_s=self.delay_s,
                 parts=self.parts,
                 reroutes=1 if old is None else old.reroutes + 1,
+                before=(placed.placement,) if old is None else (*old.before, placed.placement),
             ),
         }
         return placed.model_copy(update=changed)

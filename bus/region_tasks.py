@@ -44,7 +44,6 @@ class KnownTask:
     end_s: float | None = None  # ledger time, predicted; real once the task has ended
     moved_from_s: float | None = None  # start before the latest move
     cause: str = ""  # of the latest retry or of the end
-    earlier: tuple[Placed, ...] = ()  # placements of the same attempt, before it was rerouted
 
     @property
     def placement(self) -> Placement | None:
@@ -88,7 +87,6 @@ class RegionTasks:
             case Placed():
                 task = self._known(change.task_id)
                 task.state, task.attempt, task.placed = TaskState.SCHEDULED, change.attempt, change
-                task.earlier = ()
                 task.start_at(change.start_s)
                 self.placed[task.task_id] = task
             case Start():
@@ -112,7 +110,6 @@ class RegionTasks:
                 task = self._known(change.task_id)
                 if task.placed is not None:
                     start_s = task.placed.start_s if task.start_s is None else task.start_s
-                    task.earlier = (*task.earlier, task.placed)
                     task.placed = change.applied_to(task.placed, start_s)
                 task.end_s = change.from_s + change.delay_s
             case Moved():

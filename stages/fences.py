@@ -67,7 +67,13 @@ class Fences:
         task = self._region.tasks.get(task_id)
         if task is None or task.placed is None or task.attempt != attempt:
             return None
-        return next((one for one in (task.placed, *task.earlier) if revision_of(one) == revision), None)
+        placed, rest = task.placed, task.placed.rest
+        if rest is None or revision == rest.reroutes:
+            return placed if revision == revision_of(placed) else None
+        if revision >= len(rest.before):
+            return None
+        earlier = rest.model_copy(update={"reroutes": revision, "before": rest.before[:revision]}) if revision else None
+        return placed.model_copy(update={"placement": rest.before[revision], "rest": earlier})
 
     def holds(self, edge: str) -> bool:
         """Whether a live task is placed through this edge."""

@@ -101,6 +101,11 @@ class DeviceAttempt:
         """Samples started without a result yet, but for those that the device computes alone in idle time."""
         return 0 if self._leg is None else self._leg.under_way
 
+    @property
+    def begun(self) -> int:
+        """Samples started under the present plan."""
+        return 0 if self._leg is None else sum(self._leg.totals)
+
     async def run(self) -> None:
         """Send all samples, wait for all results, and report to the planner."""
         async with reporting_failures(self.device, self.plan):

@@ -20,7 +20,7 @@ from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
 from bus.errors import BusError
 from bus.frames import Frame
-from bus.messages import Decision, Ended, EpochOpened, Message, NodeAnnounced, Snapshot, Start, TaskCompleted
+from bus.messages import Decision, Ended, EpochOpened, Message, NodeAnnounced, Rerouted, Snapshot, Start, TaskCompleted
 from bus.port import Bus, Position, Reader, Record, RecordValue, TopicPartition
 from bus.tensors import Array, Assembler, Encoded, Piece
 from bus.values import Role
@@ -134,6 +134,14 @@ class ForgetfulDevice(Device):
     def _has_started(self, task_id: str) -> bool:
         known = self.tasks.get(task_id)
         return known is not None and known.started_s is not None
+
+
+class OldSharesDevice(Device):
+    """Goes on under the plan that it began with when a task is rerouted."""
+
+    def on_decision(self, decision: Decision, fenced: Iterable[str]) -> None:
+        changes = tuple(one for one in decision.changes if not isinstance(one, Rerouted))
+        super().on_decision(decision.model_copy(update={"changes": changes}), fenced)
 
 
 class UnfencedDevice(Device):
@@ -494,7 +502,8 @@ CANARIES = (
     Canary(
         "route ignored", "a stage takes every sample for one of the first route", 10, hop(make_flow=RouteIgnoringFlow)
     ),
-    Canary("codec bomb believed", "a sample decompresses to any size", 20, Programs(decode=believing_decode)),
+    Canary("codec bomb believed", "a sample decompresses to any size", 5, Programs(decode=believing_decode)),
+    Canary("old shares after a reroute", "a running task keeps its plan", 20, Programs(device=OldSharesDevice)),
     Canary("flows kept", "a hop does not follow the decisions", 5, hop(kind=DeafHop)),
     Canary("starts forgotten", "a second attempt is not begun", 5, Programs(device=ForgetfulDevice)),
     Canary("receipt released twice", "a sample gives its records back twice", 20, hop(make_flow=TwiceReleasingFlow)),

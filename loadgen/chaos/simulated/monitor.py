@@ -3,6 +3,7 @@
 * A node whose last acknowledged heartbeat is older than half a lease sends no frames (G9).
 * A stage commits an offset only after every sample that completed before it was sent on or fenced (G5, G6).
 * The memory that a stage holds stays within the bound that it publishes (G8).
+* A device that has read a reroute starts samples under the new plan only (G2).
 * A silent node is declared lost and its tasks are retried in time; a node with recent heartbeats is not (G9).
 """
 
@@ -22,7 +23,9 @@ from loadgen.chaos.simulated.log_scan import Scan, Tap
 from loadgen.chaos.simulated.oracle import Oracle, Say
 from loadgen.chaos.simulated.region import CUT_BYTES, LEASE_S
 from loadgen.sim.region import VirtualStage
+from stages.devices.attempt import DeviceAttempt
 from stages.devices.device import Device
+from stages.fences import revision_of
 from stages.hops.flow import Flow
 from stages.hops.hop import ORPHAN_BYTES, Hop
 
@@ -56,6 +59,7 @@ class SimulatedMonitor:
         self._committed: dict[TopicPartition, int] = {}
         self._seen: dict[Flow, int] = {}
         self._counted: dict[str, list[tuple[Flow, int]]] = {}  # stage -> samples per flow at the last memory check
+        self._begun: dict[tuple[str, str, int, int], int] = {}  # samples begun when a reroute had been read, by plan
         self._said: set[tuple[str, ...]] = set()
 
     def begin(self) -> None:
@@ -119,6 +123,19 @@ class SimulatedMonitor:
             for task in work.tasks.values():
                 if task.attempt is not None:
                     self._peak(stage, task.task.task_id, task.attempt.under_way, task.attempt.window)
+                if isinstance(task.attempt, DeviceAttempt):
+                    self._follow_reroutes(stage, task.attempt)
+
+    def _follow_reroutes(self, stage: VirtualStage, attempt: DeviceAttempt) -> None:
+        """Check that a device which has read a reroute starts no more samples under the plan before."""
+        plan, node = attempt.plan, stage.node
+        placed = None if node is None else node.fences.placed(plan.task_id)
+        if placed is None or placed.attempt != plan.attempt or revision_of(placed) == plan.number:
+            return
+        key = (stage.settings.name, plan.task_id, plan.attempt, plan.number)
+        if attempt.begun > self._begun.setdefault(key, attempt.begun):
+            name = stage.settings.name
+            self._once("G2", f"{name} starts samples of {plan.task_id} under a plan that was replaced", name)
 
     def _weigh_hop(self, stage: VirtualStage, hop: Hop, counts: list[tuple[Flow, int]]) -> None:
         name, more_bytes = stage.settings.name, ORPHANS_HERE_BYTES - ORPHAN_BYTES

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bus.messages import Admitted, Decision, Ended, Placed, Retried, SeedInput, TaskState, TaskSubmitted
+from bus.messages import Admitted, Decision, Ended, Placed, Rerouted, Retried, SeedInput, TaskState, TaskSubmitted
 from bus.snapshots import STATE_VERSION
 from bus.values import Execution, Kind, Objective, Parts, Placement
-from stages.fences import Fences
+from stages.fences import Fences, revision_of
 
 TASK = TaskSubmitted(task_id="t", device="d", model="m", samples=2, input=SeedInput(seed=1))
 
@@ -62,6 +62,24 @@ def test_a_snapshot_brings_live_tasks_and_those_that_are_over() -> None:
     assert fences.fenced("t", 2)
     assert fences.placed("t") == placed(3)
     assert fences.fenced("old", 1)
+
+
+def test_earlier_plans_of_a_rerouted_attempt_are_known_after_a_restart() -> None:
+    """Frames that were under way when the task was rerouted arrive at a stage that reads a snapshot."""
+    cuts = [Placement(kind=Kind.DEVICE, cut1=cut, cut2=cut, cut1_name="a", cut2_name="a") for cut in (1, 2, 3)]
+    now = placed(1)
+    for samples, placement in zip((9, 5), cuts[1:], strict=True):
+        change = Rerouted(
+            task_id="t", attempt=1, device="d", placement=placement, from_s=1.0, samples=samples, delay_s=1.0, parts=Parts()
+        )  # fmt: skip
+        now = change.applied_to(now, 0.0)
+    fences = Fences()
+    live = {"submitted": TASK.model_dump(mode="json"), "attempt": 1, "placed": now.model_dump(mode="json")}
+    fences.restore({"version": STATE_VERSION, "tasks": [live], "ended": []})
+    found = [fences.revised("t", 1, revision) for revision in range(4)]
+    assert [one and one.placement for one in found] == [*cuts, None]
+    assert [revision_of(one) for one in found if one is not None] == [0, 1, 2]
+    assert fences.revised("t", 2, 0) is None
 
 
 @pytest.mark.parametrize("state", [{}, {"version": STATE_VERSION + 1, "jobs": []}])
