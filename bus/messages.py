@@ -348,9 +348,9 @@ class Overran(Frozen):
 
 
 class Rerouted(Frozen):
-    """A running task goes on with another placement: the samples that it has not begun take other cuts, routes or bandwidth.
+    """A running task goes on with another placement: the samples without a result take other cuts, routes or bandwidth.
 
-    The attempt stays the same. Samples under way finish on the route that they began.
+    The attempt stays the same. Samples under way begin again.
     """
 
     type: Literal["rerouted"] = "rerouted"  # selects the class

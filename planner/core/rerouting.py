@@ -103,7 +103,7 @@ class Rerouter:
             view = view._replace(account=view.account.without([r]))
         request = request.rest(left).among([view], device)
         choice = self._policy.at_once(Algorithm(request, now, task.deadline_s))
-        if choice is None or choice.delay_s > (1.0 - LEAST_GAIN) * (r.end_s - now):
+        if choice is None or choice.edge is None or choice.delay_s > (1.0 - LEAST_GAIN) * (r.end_s - now):
             return None
         new = self._placer.placement(task, request, choice, now)
         return _rerouted(

@@ -86,10 +86,14 @@ class DeviceAttempt:
         self._missing = components.missing(todo)
         self._computing = Computing(device.node, plan, "device")
         self._reports = StageReports(plan)
-        self._results = IncomingResults(components.assembler(), self._reports, self._take_result, self._abort)
+        self._results = self._incoming()
         self._leg: Leg | None = None  # the present one
         self._rerouted: AttemptPlan | None = None  # the plan of the next leg
         self._last_result_s = asyncio.get_running_loop().time()
+
+    def _incoming(self) -> IncomingResults:
+        assembler = self.device.node.components.assembler()
+        return IncomingResults(assembler, self._reports, self._take_result, self._abort)
 
     @property
     def window(self) -> int:
@@ -131,13 +135,15 @@ class DeviceAttempt:
                     self.plan = self._rerouted.model_copy(update={"todo": len(self._left)})
                     self._rerouted = None
                     self._reports.follow(self.plan)
+                    self._results = self._incoming()  # without the pieces of results of the leg before
                 self._leg = Leg(work, self.plan)
                 await self._leg.run()
+                self._left.extendleft(reversed(self._leg.unfinished))
         finally:
             self._computing.record_span()
 
     def reroute(self, plan: AttemptPlan) -> None:
-        """Go on under another plan: samples that are started finish under the present one."""
+        """Go on under another plan, which samples without a result follow from their beginning."""
         self._rerouted = plan
         if self._leg is not None:
             self._leg.stop()
@@ -146,6 +152,9 @@ class DeviceAttempt:
 
     def take(self, frame: Frame) -> None:
         """Process a frame of results or a report. Raises `ProtocolError` where the frame is unusable."""
+        if frame.kind == "result" and frame.revision != self.plan.number:
+            self.device.node.status.count("fenced_frames")
+            return
         self._results.take(frame)
 
     def _take_result(self, sample: int, outputs: list[Array]) -> None:

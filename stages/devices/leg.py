@@ -1,7 +1,8 @@
 """The samples of an attempt that are started under one plan.
 
-An attempt has one leg, and another one each time that the planner reroutes its task. A leg ends when all samples that it has
-started have results; so the stages never hold samples of two plans of one task.
+An attempt has one leg, and another one each time that the planner reroutes its task. Then the present leg ends at once, and its
+samples without a result begin again under the new plan: they mostly wait before the slow station that the new plan avoids, and
+the planner's prediction counts them.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Leg:
         )  # a sample that is computed in idle time has no place in it
         self.under_way = 0  # samples in the window without a result yet
         self._alone = 0  # samples in idle time without a result yet
+        self._started: set[int] = set()  # all of these
         self._clock = exact_clock()
         self._stopped = False
         self._failure: Exception | None = None
@@ -70,8 +72,13 @@ class Leg:
         """The samples started so far, by route."""
         return tuple(self._queue.totals)
 
+    @property
+    def unfinished(self) -> list[int]:
+        """The samples that were started and have no result, in order."""
+        return sorted(self._started)
+
     def stop(self) -> None:
-        """Start no more samples."""
+        """Start no more samples, and wait for no result through the edge."""
         self._stopped = True
         self._changed.set()
         self._window.wake()
@@ -85,7 +92,10 @@ class Leg:
     # --- sending -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Start samples; return when all of them have results. Raises the error of a sample, or of `abort`."""
+        """Start samples; return when all of them have results, or after `stop`.
+
+        Raises the error of a sample, or of `abort`.
+        """
         work, placement = self._work, self.plan.placement
         segments = device_segments(placement, work.profile)
         async with contextlib.AsyncExitStack() as stack:
@@ -121,6 +131,7 @@ class Leg:
             if self._stopped or not left:
                 break
             sample, route = queue.take()
+            self._started.add(sample)
             self.under_way += 1
             outputs: Activations = self._work.inputs(sample)
             if (segment := segments[route]) is not None:
@@ -133,10 +144,7 @@ class Leg:
             sender.put(Outgoing(sample, outputs, ready_s, route))
             if not left:
                 self._conclude(sender)
-        if sender is not None and self._stopped:
-            self._conclude(sender)
-            await sender.all_posted.wait()
-        while self.under_way > 0 or self._alone > 0:
+        while (self.under_way > 0 and not self._stopped) or self._alone > 0:
             self._changed.clear()
             await self._changed.wait()
             if self._failure:
@@ -146,13 +154,14 @@ class Leg:
 
     def _conclude(self, sender: FrameSender) -> None:
         """Tell the stages how many samples take each route, where the plan does not say so."""
-        if self._stopped or (not self._queue and len(self._queue.totals) > 1):
+        if not self._queue and len(self._queue.totals) > 1:
             sender.conclude(self._queue.sent, self.totals)
 
     def result(self, sample: int, outputs: list[Array]) -> None:
         """The result of a sample that has a place in the window."""
         if self._work.keep(sample, outputs):
             now = self._clock()
+            self._started.remove(sample)
             self.under_way -= 1
             self._queue.came(now)
             self._window.give()
@@ -196,6 +205,7 @@ class Leg:
             return None
         sample = self._queue.take_alone()
         self._alone += 1
+        self._started.add(sample)
         self._conclude(sender)
         if not self._queue:
             self._window.wake()
@@ -204,6 +214,7 @@ class Leg:
 
     def _alone_done(self, sample: int, outputs: list[Array]) -> None:
         self._alone -= 1
+        self._started.discard(sample)
         if self._work.keep(sample, outputs):
             self._came(self._clock())
 

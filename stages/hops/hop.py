@@ -296,7 +296,7 @@ class Hop:
                 if self.flows[key].plan.number > frame.revision:
                     self.node.status.count("fenced_frames")
                     return
-                # The device begins a revision when it has all results of the one before.
+                # Samples without a result begin again under the new revision.
                 self.flows.pop(key).stop(discard=True)
             if frame.plan is not None:
                 self._start_flow(frame.plan)

@@ -52,3 +52,14 @@ def test_tasks_of_several_routes_take_as_long_as_predicted() -> None:
     assert same >= 0.95 * len(expected)
     found_s, expected_s = (sum(known(outcome.delay_s) for outcome in outcomes) for outcomes in (found, expected))
     assert found_s == pytest.approx(expected_s, rel=0.02)
+
+
+def test_rerouted_tasks_take_as_long_as_predicted() -> None:
+    """Samples under way begin again: where they waited for a slow station, the task does not wait for them."""
+    scenario = BUSY.varied(policy="elastic", objective="pipelined", samples=(15, 60), within_s=9)
+    expected = drive(scenario, 0, machines())
+    found = simulate(scenario, 0, machines(), horizon_s=100_000).outcomes
+    assert all(outcome.state is TaskState.COMPLETED for outcome in found)
+    assert [outcome.attempt for outcome in found] == [1] * len(found)
+    found_s, expected_s = (sum(known(outcome.delay_s) for outcome in outcomes) for outcomes in (found, expected))
+    assert found_s == pytest.approx(expected_s, rel=0.04)

@@ -397,7 +397,8 @@ def test_a_rerouted_task_goes_on_under_its_new_plan_without_a_stall(placements: 
                 taken = {piece.route for one in frames if one.revision == number for piece in one.pieces}
                 assert taken <= set(range(len(where.cut_pairs)))
             cuts = {cuts for where in placements for cuts in where.cut_pairs}
-            assert max(after - before for before, after in pairwise(came_s)) < 1.2 * max(
+            # a sample begins again when its stations have ended what they are at: up to one more sample's time
+            assert max(after - before for before, after in pairwise(came_s)) < 2.0 * max(
                 sum(stations(cut1, cut2)) for cut1, cut2 in cuts
             )
 
