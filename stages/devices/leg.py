@@ -1,8 +1,8 @@
 """The samples of an attempt that are started under one plan.
 
-An attempt has one leg, and another one each time that the planner reroutes its task. Then the present leg ends at once, and its
-samples without a result begin again under the new plan: they mostly wait before the slow station that the new plan avoids, and
-the planner's prediction counts them.
+An attempt has one leg, and another one each time that the planner reroutes its task. Then the present leg ends at once, and
+its samples without a result begin again under the new plan: most of them wait before the slow station that it avoids, and the
+planner's prediction counts them.
 """
 
 from __future__ import annotations
