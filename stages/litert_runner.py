@@ -24,10 +24,11 @@ from bus.messages import DatasetInput, SeedInput, TaskSubmitted
 from bus.tensors import Array, Encoded, bytes_in
 from bus.values import Codec, CodecProfile, ModelProfile, TensorSpec
 from stages.calibration.stored import with_codecs
+from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions, RunsSegment
 from stages.models.model import Model
 from stages.models.profiler import machine_profile
 from stages.models.runtime.litert import InterpreterOptions
-from stages.models.segments import Segment, SegmentStore, StoreLimits
+from stages.models.segments import SegmentStore, StoreLimits
 from stages.runner import Coder, PaceClock, Station, profile_of, sleep_until
 from stages.zoo.registry import digits
 
@@ -58,6 +59,7 @@ class RunnerOptions:
     platform: str = "this machine"  # name of the platform in the announced profiles
     paced: bool = False  # results leave at the profile's times even without a slowdown
     remeasure: bool = False  # measure again instead of reading stored measurements
+    gpu: AcceleratorOptions | None = None  # when segments run on the GPU; None: never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,7 @@ class Prepared:
     stores: Mapping[str, SegmentStore] = field(default_factory=dict)  # by model; the runner makes missing ones
     profiles: Mapping[str, ModelProfile] = field(default_factory=dict)  # by model; other models are measured
     pool: ThreadPoolExecutor | None = None  # None: the runner starts threads of its own
+    accelerator: Accelerator | None = None  # None: made from `RunnerOptions.gpu`
 
 
 class LitertRunner:
@@ -103,6 +106,12 @@ class LitertRunner:
                 profile = self._measure(model, again=options.remeasure)
                 profile = with_codecs(profile, model, remeasure=options.remeasure, say=say)
             self._profiles[model.name] = self._emulated(profile)
+        self._accelerator = prepared.accelerator
+        if options.gpu is not None and self._accelerator is None:
+            self._accelerator = Accelerator(options.gpu)
+        if self._accelerator is not None:
+            for model in models:  # starts the driver, and says early where the models run
+                self._accelerator.prepare(self._stores[model.name], 0, model.graph.depth)
 
     def _measure(self, model: Model, *, again: bool) -> ModelProfile:
         return self._measured(model, num_threads=self._options.num_threads, remeasure=again, say=self._say)
@@ -150,12 +159,17 @@ class LitertRunner:
         model = self._model(plan.model)
         if model.sha256 != plan.sha256:
             raise ModelError(model.name, f"SHA-256 is {model.sha256}, but the plan was made for {plan.sha256}")
-        await self._stores[model.name].ready(first, last)
+        store = self._stores[model.name]
+        await store.ready(first, last)
+        if self._accelerator is not None and not self._accelerator.is_ready(model.name, first, last):
+            place = partial(self._accelerator.prepare, store, first, last)
+            await asyncio.get_running_loop().run_in_executor(self._pool, place)
 
     def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
         """A station on the prepared segment."""
         busy_s = sum(profile_of(self._profiles, plan.model).layer_s[first:last])
-        segment = self._stores[plan.model].get(first, last)
+        cpu = self._stores[plan.model].get(first, last)
+        segment = cpu if self._accelerator is None else self._accelerator.segment(plan.model, cpu)
         if self._paced:
             return _PacedStation(segment, self._workers, busy_s, pace)
         kind = _InlineStation if busy_s < INLINE_S else _LitertStation
@@ -169,9 +183,11 @@ class LitertRunner:
         return _PacedCoder(coder, profile.codec(position, codec), pace) if self._paced else coder
 
     async def close(self) -> None:
-        """Stop the worker threads that this runner created."""
+        """Stop the worker threads and the GPU process of this runner."""
         if self._owns_pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._accelerator is not None:
+            await asyncio.to_thread(self._accelerator.close)
 
     def _model(self, name: str) -> Model:
         try:
@@ -207,7 +223,7 @@ class _Workers:
 class _LitertStation:
     """Computes in a worker thread and returns the result as soon as it is computed."""
 
-    def __init__(self, segment: Segment, workers: _Workers) -> None:
+    def __init__(self, segment: RunsSegment, workers: _Workers) -> None:
         self._segment = segment
         self._workers = workers
         self._queued_s = 0.0
@@ -274,7 +290,7 @@ class _PacedCoder:
 class _PacedStation(_LitertStation):
     """Computes in a worker thread and returns the result when the emulated slower machine would."""
 
-    def __init__(self, segment: Segment, workers: _Workers, busy_s: float, pace: PaceClock) -> None:
+    def __init__(self, segment: RunsSegment, workers: _Workers, busy_s: float, pace: PaceClock) -> None:
         super().__init__(segment, workers)
         self._busy_s = busy_s
         self._pace = pace
@@ -295,7 +311,7 @@ class _InlineStation(_LitertStation):
     It uses a thread where the event loop would have to wait for an interpreter or load one.
     """
 
-    def __init__(self, segment: Segment, workers: _Workers) -> None:
+    def __init__(self, segment: RunsSegment, workers: _Workers) -> None:
         super().__init__(segment, workers)
         self._yielded_s = time.perf_counter()
 

@@ -355,6 +355,30 @@ class Link2Options:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AcceleratorFlags:
+    """What an edge or a cloud worker computes with."""
+
+    accelerator: Annotated[
+        str,
+        typer.Option(
+            envvar="DEEPAR_ACCELERATOR",
+            help="Processor for inference: cpu, gpu (where its results agree with the CPU's), or auto (where it is faster).",
+        ),
+    ] = "cpu"
+    gpu_tolerance: Annotated[
+        float,
+        typer.Option(
+            envvar="DEEPAR_GPU_TOLERANCE",
+            help="Largest difference between the results of GPU and CPU, relative to the largest value of the tensor.",
+        ),
+    ] = 1e-4
+
+    def chosen(self) -> dict[str, Any]:
+        """The part of the stage's options that describes the processor."""
+        return {"accelerator": self.accelerator, "gpu_tolerance": self.gpu_tolerance}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeFlags:
     """How a device serves clients."""
 
@@ -448,6 +472,7 @@ def edge(
     link2: Annotated[str, typer.Option(envvar="DEEPAR_LINK2", help="Capacity of link 2, to the cloud.")] = "100Mbps",
     *,
     network: Link2Options,
+    accelerator: AcceleratorFlags,
     flags: StageFlags,
 ) -> None:
     """Run an edge. It computes the middle layers in its slots and relays between devices and the cloud.
@@ -465,6 +490,7 @@ def edge(
         link1=link1,
         link2=link2,
         **network.played(),
+        **accelerator.chosen(),
         **flags.machine(),
     )
     _run_stage(options, flags)
@@ -476,6 +502,7 @@ def cloud(
     name: Annotated[str, typer.Option(envvar="DEEPAR_NODE", help="Name of the worker.")] = "c1",
     *,
     network: Link2Options,
+    accelerator: AcceleratorFlags,
     flags: StageFlags,
 ) -> None:
     """Run a cloud worker. It computes the last layers; several workers share the tasks as one consumer group.
@@ -484,7 +511,7 @@ def cloud(
 
     Example: `deepar stage cloud --name c2 --model MODEL.tflite --link2-latency 40ms`
     """
-    options = options_of(CloudOptions, name=name, **network.played(), **flags.machine())
+    options = options_of(CloudOptions, name=name, **network.played(), **accelerator.chosen(), **flags.machine())
     _run_stage(options, flags)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 from bus.errors import ConfigError
 from bus.values import ModelProfile, Role
-from deploy.services.settings import NodeOptions, Served, ServedModel
+from deploy.services.settings import NodeOptions, Served, ServedModel, ServerOptions
 from planner.search.profiles import load_profile
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
+from stages.models.gpu.accelerator import AcceleratorOptions
 from stages.runner import ModelledRunner, Runner
 from stages.zoo.registry import load_model
 
@@ -51,6 +52,7 @@ def make_runner(
             platform=platform,
             paced=bool(known),
             remeasure=options.remeasure,
+            gpu=gpu_options(options),
         ),
         say=say,
         prepared=Prepared(profiles=known),
@@ -58,6 +60,13 @@ def make_runner(
     if options.runner == "modelled":
         return ModelledRunner(measured.profiles())
     return measured
+
+
+def gpu_options(options: NodeOptions) -> AcceleratorOptions | None:
+    """When the node computes on a GPU; None: never."""
+    if not isinstance(options, ServerOptions) or options.accelerator == "cpu":
+        return None
+    return AcceleratorOptions(tolerance=options.gpu_tolerance, only_if_faster=options.accelerator == "auto")
 
 
 def scaled(profile: ModelProfile, slowdown: float, platform: str) -> ModelProfile:

@@ -149,7 +149,14 @@ class DeviceOptions(NodeOptions):
         return PlayedNetwork(self.link1_latency, self.link1_trace)
 
 
-class EdgeOptions(NodeOptions):
+class ServerOptions(NodeOptions):
+    """Options that edges and cloud workers share."""
+
+    accelerator: Literal["cpu", "gpu", "auto"] = "cpu"  # gpu: where it is right; auto: where it is faster, too
+    gpu_tolerance: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-4  # largest relative difference from the CPU
+
+
+class EdgeOptions(ServerOptions):
     """An edge."""
 
     slots: Annotated[int, Field(ge=1)] = 2  # r_e, tasks computing at once
@@ -164,7 +171,7 @@ class EdgeOptions(NodeOptions):
         return PlayedNetwork(self.link2_latency, self.link2_trace)
 
 
-class CloudOptions(NodeOptions):
+class CloudOptions(ServerOptions):
     """A cloud stage."""
 
     link2_latency: Latency = 0.0  # one-way latency to play on link 2, in the direction of the edges

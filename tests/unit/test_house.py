@@ -59,6 +59,7 @@ JSON_BETWEEN_OURSELVES = {
     "loadgen/bench/serving/callers.py",  # the bodies of requests that a benchmark sends
     "stages/serving/http/body.py",  # whole tensors, with orjson, which writes null for numbers that are not finite
     "stages/models/sandbox.py",
+    "stages/models/gpu/messages.py",
     "stages/models/runtime/trial_run.py",
     "stages/models/runtime/trial_child.py",  # words between a process and its child
 }

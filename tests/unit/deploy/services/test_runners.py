@@ -7,14 +7,17 @@ import json
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from bus.errors import ConfigError
 from bus.values import Role
 from deploy.commands.services import StageFlags
-from deploy.services.runners import make_runner
-from deploy.services.settings import NodeOptions, Served, ServedModel
+from deploy.services.runners import gpu_options, make_runner
+from deploy.services.settings import CloudOptions, EdgeOptions, NodeOptions, Served, ServedModel, options_of
 from stages.litert_runner import LitertRunner
+from stages.models.gpu.accelerator import AcceleratorOptions
 from stages.zoo.registry import load_model
+from tests.software_gpu import use_driver
 from tests.unit.stages import built_models
 
 
@@ -85,3 +88,36 @@ def test_flags_name_the_signature_and_shapes_of_one_model() -> None:
     assert StageFlags(models=["a,b"]).served() == ["a", "b"]
     with pytest.raises(ConfigError, match="need exactly one --model"):
         StageFlags(models=["a", "b"], signature="decode").served()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (NodeOptions(name="d"), None),
+        (EdgeOptions(name="e"), None),
+        (EdgeOptions(name="e", accelerator="gpu"), AcceleratorOptions()),
+        (
+            CloudOptions(name="c", accelerator="auto", gpu_tolerance=1e-2),
+            AcceleratorOptions(tolerance=1e-2, only_if_faster=True),
+        ),
+    ],
+)
+def test_only_edges_and_clouds_that_ask_for_a_gpu_use_one(
+    options: NodeOptions, expected: AcceleratorOptions | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_driver(monkeypatch, tmp_path / "none.json")
+    model = load_model("lenet")
+    assert gpu_options(options) == expected
+    timed = options.model_copy(update={"profile": profile(tmp_path, model.sha256)})
+    with capture_logs() as logs:
+        runner = make_runner(Role.EDGE, timed, ["lenet"])
+    asyncio.run(runner.close())
+    assert [entry["event"] for entry in logs if "GPU" in entry.get("reason", "")] == (
+        ["segment runs on the CPU"] if expected else []
+    )
+
+
+@pytest.mark.parametrize(("name", "value"), [("accelerator", "tpu"), ("gpu_tolerance", 0)])
+def test_wrong_settings_of_a_gpu_name_the_setting(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=name.replace("_", ".")):
+        options_of(EdgeOptions, name="e", **{name: value})

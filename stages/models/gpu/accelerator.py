@@ -1,0 +1,318 @@
+"""Which segments run on the GPU, and which on the CPU and why.
+
+A segment runs on the GPU only after its results on random inputs agreed with those of the CPU: some drivers compute wrong
+numbers without an error, for example for a fully-connected layer that flattens its input itself. A segment in doubt runs on
+the CPU, and a sample that the GPU fails to compute is computed again on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import structlog
+
+from bus.errors import ModelError
+from bus.tensors import Array
+from bus.values import TensorSpec
+from stages.models.gpu.process import GpuEndedError, GpuFaultError, GpuProcess
+from stages.models.runtime.trial_run import trial_folder
+from stages.models.segments import Segment, SegmentStore
+from stages.models.slicer import slice_model
+
+log = structlog.get_logger("gpu")
+
+CHECKS = 4
+"""Random inputs on which GPU and CPU must agree: normal ones, and as many without negative values as after a ReLU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceleratorOptions:
+    """When a segment runs on the GPU."""
+
+    tolerance: float = 1e-4  # largest difference from the CPU, relative to the largest value of the tensor
+    only_if_faster: bool = False  # use the CPU where it computes the segment faster
+    most_segments: int = 32  # segments on the GPU at a time
+    most_bytes: int = 4 << 30  # weights of all segments on the GPU
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFile:
+    """A segment's file in the GPU process."""
+
+    key: int
+    reads: tuple[TensorSpec, ...]  # its inputs, in its order; other inputs of the segment only pass
+    makes: tuple[TensorSpec, ...]  # its outputs, in its order
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where a segment runs."""
+
+    file: LoadedFile | None  # on the GPU; None: the segment runs on the CPU
+    reason: str = ""  # why it runs on the CPU
+
+
+class RunsSegment(Protocol):
+    """What a station needs of a segment, on the CPU or on the GPU."""
+
+    @property
+    def waited_s(self) -> float:
+        """Total time for which other samples delayed those of this segment."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether `run` would start at once and is short."""
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Compute one sample."""
+
+    def release(self) -> None:
+        """Tell the store that the segment is out of use."""
+
+
+class Accelerator:
+    """The segments of all models of a node, on one GPU. All methods are thread-safe."""
+
+    def __init__(
+        self,
+        options: AcceleratorOptions,
+        process: GpuProcess | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._options = options
+        self._process = process or GpuProcess()
+        self._clock = clock
+        self._placed: dict[tuple[str, int, int], Placed] = {}  # by model, begin and end
+        self._users: dict[tuple[str, int, int], int] = {}  # stations of each segment
+        self._looking = threading.Lock()  # guards both tables; held briefly
+        self._preparing = threading.Lock()  # serializes loading; held for seconds
+
+    def is_ready(self, model: str, begin: int, end: int) -> bool:
+        """Whether it is known where the segment runs."""
+        return self._find((model, begin, end)) is not None
+
+    def prepare(self, store: SegmentStore, begin: int, end: int) -> None:
+        """Load a segment, check it and decide where it runs. Takes seconds: call it in a thread."""
+        name = (store.model.name, begin, end)
+        with self._preparing:
+            if self._find(name) is not None:
+                return
+            segment = store.get(begin, end)
+            try:
+                placed = self._try(segment, store)
+            except (GpuFaultError, OSError) as error:
+                placed = Placed(None, str(error))
+            finally:
+                segment.release()
+            self._place(name, placed)
+
+    def segment(self, model: str, cpu: Segment) -> RunsSegment:
+        """The segment on the GPU if it passed its check, else the given one."""
+        name = (model, cpu.begin, cpu.end)
+        placed = self._find(name)
+        if placed is None or placed.file is None:
+            return cpu
+        with self._looking:
+            self._users[name] = self._users.get(name, 0) + 1
+        return _GpuSegment(self, name, cpu)
+
+    def placements(self) -> dict[tuple[str, int, int], Placed]:
+        """Where each known segment runs, by model, begin and end."""
+        with self._looking:
+            return dict(self._placed)
+
+    def close(self) -> None:
+        """End the GPU process."""
+        self._process.close()
+
+    # --- called by segments ---------------------------------------------------------------------------------------
+
+    def compute(
+        self, name: tuple[str, int, int], cpu: Segment, inputs: Sequence[Array], on_wait: Callable[[float], None]
+    ) -> list[Array] | None:
+        """The results of the GPU; None if the CPU has to compute the sample."""
+        placed = self._find(name)
+        if placed is None or placed.file is None or self._process.loading:
+            return None
+        if not all(_fits(value, spec) for value, spec in zip(inputs, cpu.inputs, strict=True)):
+            return None  # the CPU reports what is wrong
+        try:
+            return self._run(placed.file, cpu, inputs, on_wait)
+        except GpuEndedError:
+            return None  # another sample ended the process; the next task loads the segment again
+        except GpuFaultError as error:
+            self._place(name, Placed(None, str(error)))
+            return None
+
+    def released(self, name: tuple[str, int, int]) -> None:
+        """A station ended."""
+        with self._looking:
+            self._users[name] -= 1
+
+    # --------------------------------------------------------------------------------------------------------------
+
+    def _find(self, name: tuple[str, int, int]) -> Placed | None:
+        """Where it runs; None if it must be loaded first, for example after a crash of the GPU process."""
+        with self._looking:
+            placed = self._placed.get(name)
+            if placed is not None and placed.file is not None and not self._process.holds(placed.file.key):
+                del self._placed[name]
+                return None
+            return placed
+
+    def _place(self, name: tuple[str, int, int], placed: Placed) -> None:
+        with self._looking:
+            self._placed[name] = placed
+        model, begin, end = name
+        if placed.file is not None:
+            log.info("segment runs on the GPU", model=model, layers=f"{begin + 1}..{end}")
+        else:
+            say = log.info if self._options.only_if_faster else log.warning
+            say("segment runs on the CPU", model=model, layers=f"{begin + 1}..{end}", reason=placed.reason)
+
+    def _try(self, segment: Segment, store: SegmentStore) -> Placed:
+        if (reason := _unsuited(segment, store)) is not None:
+            return Placed(None, reason)
+        part = slice_model(store.model, segment.begin + 1, segment.end)
+        if not self._make_room(part.size_bytes):
+            return Placed(None, "the segments in use fill the GPU")
+        specs = {spec.name: spec for spec in (*segment.inputs, *segment.outputs)}
+        reads, makes = (tuple(specs[name] for name in names) for names in (part.reads, part.makes))
+        with tempfile.NamedTemporaryFile(suffix=".tflite", dir=trial_folder()) as copy:
+            for chunk in part.chunks():
+                copy.write(chunk)
+            copy.flush()
+            key = self._process.load(Path(copy.name), _sizes(reads), _sizes(makes))
+        file = LoadedFile(key, reads, makes, part.size_bytes)
+        try:
+            reason = self._check(file, segment)
+        except (GpuFaultError, ModelError) as error:
+            reason = str(error)
+        if reason is not None:
+            self._process.unload(key)
+            return Placed(None, reason)
+        return Placed(file)
+
+    def _check(self, file: LoadedFile, segment: Segment) -> str | None:
+        """Why the CPU has to run the segment; None if the GPU may."""
+        took = {"cpu": math.inf, "gpu": math.inf}
+        for number in range(CHECKS):
+            inputs = [_random(spec, number, index) for index, spec in enumerate(segment.inputs)]
+            begin_s = self._clock()
+            expected = segment.run(inputs)
+            middle_s = self._clock()
+            found = self._run(file, segment, inputs)
+            took = {
+                "cpu": min(took["cpu"], middle_s - begin_s),
+                "gpu": min(took["gpu"], self._clock() - middle_s),
+            }
+            for spec, right, value in zip(segment.outputs, expected, found, strict=True):
+                difference = relative_difference(value, right)
+                if not difference <= self._options.tolerance:
+                    return (
+                        f"the GPU's {spec.name} differs from the CPU's by {difference:.2g} of its largest value, "
+                        f"more than {self._options.tolerance:g}"
+                    )
+        if self._options.only_if_faster and took["gpu"] >= took["cpu"]:
+            return f"the CPU is faster: {took['cpu'] * 1e3:.3g} ms, the GPU {took['gpu'] * 1e3:.3g} ms"
+        return None
+
+    def _run(
+        self,
+        file: LoadedFile,
+        segment: Segment,
+        inputs: Sequence[Array],
+        on_wait: Callable[[float], None] = lambda _: None,
+    ) -> list[Array]:
+        known = {spec.name: value for spec, value in zip(segment.inputs, inputs, strict=True)}
+        sizes = _sizes(file.makes)
+        plain = [np.ascontiguousarray(known[spec.name]) for spec in file.reads]
+        values = np.frombuffer(self._process.run(file.key, plain, sum(sizes), on_wait), np.float32)
+        ends = np.cumsum([0, *sizes])
+        for spec, begin, end in zip(file.makes, ends[:-1], ends[1:], strict=True):
+            known[spec.name] = values[begin:end].reshape(spec.shape)
+        return [known[spec.name] for spec in segment.outputs]
+
+    def _make_room(self, wanted_bytes: int) -> bool:
+        """Unload segments that no task uses, oldest first, until another one fits."""
+        while True:
+            with self._looking:
+                loaded = {name: placed.file for name, placed in self._placed.items() if placed.file is not None}
+                used_bytes = sum(file.weight_bytes for file in loaded.values())
+                fits = used_bytes + wanted_bytes <= self._options.most_bytes
+                if fits and len(loaded) < self._options.most_segments:
+                    return True
+                idle = next((name for name in loaded if not self._users.get(name)), None)
+                if idle is None:
+                    return False
+                del self._placed[idle]
+            self._process.unload(loaded[idle].key)
+
+
+class _GpuSegment:
+    """A segment that runs on the GPU, and on the CPU where the GPU fails."""
+
+    def __init__(self, accelerator: Accelerator, name: tuple[str, int, int], cpu: Segment) -> None:
+        self._accelerator, self._name, self._cpu = accelerator, name, cpu
+        self._released = False
+        self._waited_s = 0.0
+
+    idle = False  # the event loop must not wait for the GPU
+
+    @property
+    def waited_s(self) -> float:
+        return self._waited_s + self._cpu.waited_s
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        found = self._accelerator.compute(self._name, self._cpu, inputs, self._count_wait)
+        return self._cpu.run(inputs) if found is None else found
+
+    def _count_wait(self, seconds: float) -> None:
+        self._waited_s += seconds
+
+    def release(self) -> None:
+        self._cpu.release()
+        if not self._released:
+            self._released = True
+            self._accelerator.released(self._name)
+
+
+def relative_difference(found: Array, right: Array) -> float:
+    """The largest difference, relative to the largest right value; infinite if values that are not finite differ."""
+    finite = np.isfinite(right)
+    if not np.array_equal(found[~finite], right[~finite], equal_nan=True) or not np.isfinite(found[finite]).all():
+        return math.inf
+    difference = float(np.max(np.abs(found[finite] - right[finite]), initial=0.0))
+    largest = float(np.max(np.abs(right[finite]), initial=0.0))
+    return difference if largest == 0.0 else difference / largest
+
+
+def _unsuited(segment: Segment, store: SegmentStore) -> str | None:
+    if segment.begin == segment.end:
+        return "it has no layers"
+    if store.stateful:
+        return "the model keeps state"
+    other = sorted({spec.dtype for spec in (*segment.inputs, *segment.outputs)} - {"float32"})
+    return f"its inputs or outputs are {', '.join(other)}; the GPU takes float32" if other else None
+
+
+def _sizes(specs: Sequence[TensorSpec]) -> list[int]:
+    return [math.prod(spec.shape) for spec in specs]
+
+
+def _fits(value: Array, spec: TensorSpec) -> bool:
+    return value.dtype == np.float32 and value.shape == spec.shape
+
+
+def _random(spec: TensorSpec, number: int, index: int) -> Array:
+    values = np.random.default_rng([number, index]).standard_normal(spec.shape, dtype=np.float32)
+    return values if number % 2 == 0 else np.abs(values)

@@ -1,0 +1,168 @@
+"""The node's side of its GPU process: starts it, sends one order at a time, and notices when it dies or hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from bus.tensors import Array
+from stages.models.gpu.messages import receive, send
+from stages.models.runtime.trial_run import ChildProgram, child_environment
+
+GPU = ChildProgram("from stages.models.gpu.child import main; main()", longest_s=60.0)
+"""Loads and runs files on the GPU; loading VGG-16 takes up to 7 s."""
+
+LONGEST_RUN_S = 10.0
+"""Time limit of one sample, which takes milliseconds."""
+
+MOST_DEATHS = 3
+"""After this many crashes, the GPU is not used again until the node starts anew."""
+
+
+class GpuFaultError(Exception):
+    """The GPU did not do what was ordered; the message says why. The CPU must do it."""
+
+
+class GpuEndedError(GpuFaultError):
+    """The process that held the file has ended; the file can be loaded again."""
+
+
+class GpuProcess:
+    """Starts with the first order; starts again after a crash, at most `MOST_DEATHS` times. All methods are thread-safe."""
+
+    def __init__(self, program: ChildProgram = GPU) -> None:
+        self._program = program
+        self._turn = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._deaths = 0
+        self._absent: str | None = None
+        self._closed = False
+        self._next_key = 0
+        self._living: set[int] = set()  # keys of the files that the running process holds
+        self.loading = False  # a file is being loaded, which takes seconds: other samples should not wait for it
+
+    def load(self, path: Path, input_sizes: Sequence[int], output_sizes: Sequence[int]) -> int:
+        """Load a file; returns its key. Sizes count the float32 values of each tensor. Raises `GpuFaultError`."""
+        with self._turn:
+            if self._absent is not None:
+                raise GpuFaultError(self._absent)
+            self._next_key += 1
+            self.loading = True
+            try:
+                sizes = {"inputs": list(input_sizes), "outputs": list(output_sizes)}
+                words = {"do": "load", "key": self._next_key, "path": str(path), **sizes}
+                self._order(words, (), self._program.longest_s, "loading it")
+            finally:
+                self.loading = False
+            self._living.add(self._next_key)
+            return self._next_key
+
+    def holds(self, key: int) -> bool:
+        """Whether the file is loaded in the process that runs now."""
+        return key in self._living
+
+    def run(
+        self, key: int, inputs: Sequence[Array], output_values: int, on_wait: Callable[[float], None] = lambda _: None
+    ) -> memoryview:
+        """The results of one sample, one after the other: `output_values` float32 values. Raises `GpuFaultError`.
+
+        `on_wait` receives the seconds for which other samples delayed this one.
+        """
+        payload = [value.reshape(-1).view(np.uint8).data for value in inputs]
+        begin_s = time.monotonic()
+        with self._turn:
+            on_wait(time.monotonic() - begin_s)
+            if key not in self._living:
+                raise GpuEndedError("the GPU process ended")
+            words = {"do": "run", "key": key}
+            results = self._order(words, payload, LONGEST_RUN_S, "computing")
+        if results.nbytes != 4 * output_values:
+            raise GpuFaultError(f"the GPU returned {results.nbytes} bytes instead of {4 * output_values}")
+        return results
+
+    def unload(self, key: int) -> None:
+        """Free the device memory of a file."""
+        with self._turn, contextlib.suppress(GpuFaultError):
+            if key in self._living:
+                self._living.discard(key)
+                self._order({"do": "unload", "key": key}, (), LONGEST_RUN_S, "freeing memory")
+
+    def close(self) -> None:
+        """End the process for good, even in the middle of an order."""
+        self._closed = True
+        process = self._process
+        if process is not None:
+            process.kill()
+        with self._turn:
+            self._end()
+
+    def _order(self, words: dict[str, Any], payload: Sequence[memoryview], limit_s: float, doing: str) -> memoryview:
+        process = self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        answer = None
+        late = False
+        with contextlib.suppress(OSError), selectors.DefaultSelector() as selector:
+            send(cast(Any, process.stdin), words, payload)
+            selector.register(process.stdout, selectors.EVENT_READ)
+            late = not selector.select(limit_s)
+            answer = None if late else receive(cast(Any, process.stdout))
+        if answer is None:
+            self._deaths += 1
+            cause = f"did not answer within {limit_s:.0f} s" if late else self._cause(process)
+            self._end()
+            raise GpuFaultError(f"the GPU process {cause} while {doing}")
+        reply, results = answer
+        if "fault" in reply:
+            if reply.get("absent"):
+                self._absent = str(reply["fault"])
+            raise GpuFaultError(str(reply["fault"]))
+        return results
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            if self._closed:
+                raise GpuEndedError("the GPU process was closed")
+            if self._deaths >= MOST_DEATHS:
+                raise GpuFaultError(f"the GPU process died {self._deaths} times")
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", self._program.code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=child_environment(os.environ),
+                start_new_session=True,  # Ctrl-C reaches the node alone, which first finishes its samples
+            )
+        return self._process
+
+    @staticmethod
+    def _cause(process: subprocess.Popen[bytes]) -> str:
+        try:
+            returncode = process.wait(timeout=LONGEST_RUN_S)
+        except subprocess.TimeoutExpired:
+            return "closed its output"
+        return f"died of {signal.Signals(-returncode).name}" if returncode < 0 else f"ended with {returncode}"
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        self._living.clear()
+        if process is None:
+            return
+        with contextlib.suppress(OSError):
+            process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                assert pipe is not None
+                pipe.close()

@@ -1,0 +1,122 @@
+"""LeNet and foreign models through the whole pipeline with a GPU runner, on a software Vulkan driver."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from bus.messages import Admitted, Placed, SeedInput, Start, TaskCompleted, TaskSubmitted
+from bus.tensors import Array
+from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement
+from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
+from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions, relative_difference
+from stages.models.gpu.accelerator import Placed as PlacedSegment
+from stages.models.gpu.process import GpuProcess
+from stages.models.model import Model
+from stages.models.segments import SegmentStore
+from stages.zoo.registry import load_model
+from tests.software_gpu import use_driver, use_software_gpu
+from tests.unit.stages import built_models
+from tests.unit.stages.models.gpu.drivers import program
+from tests.unit.stages.scripted_region import scripted_region
+
+SAMPLES = 60
+LAYER_S = 0.000_5
+TOLERANCE = 1e-4
+
+
+def served(
+    model: Model, cuts: tuple[int, int], process: GpuProcess | None = None
+) -> dict[tuple[int, int], PlacedSegment]:
+    """Run a task on all three tiers; every result must be the CPU's within the tolerance. Returns where segments ran."""
+    profile = ModelProfile(
+        model=model.name, sha256=model.sha256, platform="p", layer_names=tuple(cut.name for cut in model.manifest.cuts[1:]),
+        layer_s=(LAYER_S,) * model.manifest.layers, cut_bytes=tuple(cut.cut_bytes for cut in model.manifest.cuts),
+    )  # fmt: skip
+    accelerator = Accelerator(AcceleratorOptions(tolerance=TOLERANCE), process)
+    prepared = Prepared(profiles={model.name: profile}, accelerator=accelerator)
+    runner = LitertRunner([model], RunnerOptions(slowdown=1.01), prepared=prepared)
+    shown: dict[int, list[Array]] = {}
+
+    def show(task: TaskSubmitted, sample: int, outputs: list[Array]) -> None:
+        shown[sample] = outputs
+
+    cut1, cut2 = cuts
+    names = ("input", *profile.layer_names)
+    placement = Placement(
+        kind=Kind.DEVICE_EDGE_CLOUD, edge="e", cut1=cut1, cut2=cut2, cut1_name=names[cut1], cut2_name=names[cut2],
+        link1_bps=40_000_000, link2_bps=20_000_000,
+    )  # fmt: skip
+    task = TaskSubmitted(task_id="t", device="d", model=model.name, samples=SAMPLES, input=SeedInput(seed=5))
+
+    async def run() -> None:
+        async with scripted_region(runner=runner, on_result=show) as region:
+            placed = Placed(
+                task_id="t", attempt=1, device="d", model=model.name, sha256=model.sha256, samples=SAMPLES, policy="p",
+                objective=Objective.PIPELINED, execution=Execution.STREAMING, placement=placement, start_s=0.0,
+                wait_s=0.0, delay_s=1.0, parts=Parts(),
+            )  # fmt: skip
+            await region.decide(Admitted(task=task), placed, Start(task_id="t", attempt=1, device="d", at_s=0.0))
+            async with asyncio.timeout(60.0):
+                while not region.events():
+                    await asyncio.sleep(0.02)
+            (completed,) = region.events()
+            assert isinstance(completed, TaskCompleted), completed
+
+    placements = {}
+    try:
+        asyncio.run(run())
+        placements = {(begin, end): where for (_, begin, end), where in accelerator.placements().items()}
+    finally:
+        asyncio.run(runner.close())
+    assert len(shown) == SAMPLES
+    store = SegmentStore(model)
+    whole, read = store.get(0, model.graph.depth), runner.open_input(task)
+    for sample, outputs in shown.items():
+        for output, expected in zip(outputs, whole.run(read(sample)), strict=True):
+            assert relative_difference(output, expected) <= 3 * TOLERANCE, f"sample {sample} differs"
+    store.close()
+    return placements
+
+
+def on_gpu(placements: dict[tuple[int, int], PlacedSegment]) -> set[tuple[int, int]]:
+    return {ends for ends, placed in placements.items() if placed.file is not None}
+
+
+def test_lenet_runs_on_the_gpu_except_its_implicit_flatten(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_software_gpu(monkeypatch)
+    placements = served(load_model("lenet"), (2, 4))
+    assert on_gpu(placements) == {(0, 2), (2, 4)}
+    assert "fc_3 differs from the CPU's" in placements[4, 7].reason
+    assert "fc_3 differs from the CPU's" in placements[0, 7].reason
+    placements = served(load_model("lenet"), (4, 5))
+    assert on_gpu(placements) == {(0, 4), (5, 7)}
+    assert "fc_1 differs from the CPU's" in placements[4, 5].reason
+
+
+@pytest.mark.parametrize("build", ["residual", "inverted_residual", "branches"])
+def test_foreign_models_run_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, build: str) -> None:
+    use_software_gpu(monkeypatch)
+    monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / f"{build}.tflite"
+    path.write_bytes(getattr(built_models, build)().to_bytes())
+    model = load_model(path)
+    inner = [cut.position for cut in model.manifest.cuts if 0 < cut.position < model.manifest.layers]
+    cuts = (inner[0], inner[-1])
+    placements = served(model, cuts)
+    needed = {(0, cuts[0]), cuts, (cuts[1], model.manifest.layers)}
+    assert {ends for ends in needed if ends[0] < ends[1]} <= on_gpu(placements), placements
+
+
+def test_without_a_driver_the_cpu_computes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_driver(monkeypatch, tmp_path / "none.json")
+    placements = served(load_model("lenet"), (2, 4))
+    assert on_gpu(placements) == set()
+    assert all("no usable GPU" in placed.reason for placed in placements.values()), placements
+
+
+def test_a_driver_that_dies_in_the_middle_of_a_task_loses_nothing() -> None:
+    placements = served(load_model("lenet"), (2, 4), GpuProcess(program("scripted", dies_at=50)))
+    assert any("died of SIGSEGV while computing" in placed.reason for placed in placements.values()), placements

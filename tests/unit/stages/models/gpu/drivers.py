@@ -1,0 +1,89 @@
+"""GPU processes with scripted drivers: each computes on the CPU, more or less well."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+
+from stages.models.gpu import child
+from stages.models.runtime.litert import SegmentRunner
+from stages.models.runtime.trial_run import ChildProgram
+
+
+def program(driver: str, **options: Any) -> ChildProgram:
+    """A child process with one of the drivers below."""
+    longest_s = options.pop("longest_s", 60.0)
+    return ChildProgram(
+        f"from tests.unit.stages.models.gpu.drivers import {driver}; {driver}(**{options!r})", longest_s=longest_s
+    )
+
+
+class Driver:
+    """Every result is wrong by a share of itself; the process dies at one run of all."""
+
+    runs = 0
+
+    def __init__(self, path: str, sizes: list[int], error: float, dies_at: int | None) -> None:
+        self._runner, self._sizes = SegmentRunner(path), sizes
+        self._shapes = [detail["shape"] for detail in Interpreter(model_path=path).get_input_details()]
+        self._factor = np.float32(1.0 + error)
+        self._dies_at = dies_at
+
+    def run(self, inputs: memoryview) -> list[memoryview]:
+        Driver.runs += 1
+        if Driver.runs == self._dies_at:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        values, at, tensors = np.frombuffer(inputs, np.float32), 0, []
+        for size, shape in zip(self._sizes, self._shapes, strict=True):
+            tensors.append(values[at : at + size].reshape(shape))
+            at += size
+        return [(one * self._factor).reshape(-1).view(np.uint8).data for one in self._runner.run(tensors)]
+
+
+def scripted(error: float = 1e-6, dies_at: int | None = None) -> None:
+    """Wrong by a share; dies at a run."""
+    child.main(lambda path, inputs, outputs: Driver(path, inputs, error, dies_at))
+
+
+def refusing() -> None:
+    """Refuses every file."""
+
+    def load(path: str, inputs: list[int], outputs: list[int]) -> child.Loaded:
+        raise RuntimeError("unknown operator")
+
+    child.main(load)
+
+
+def absent() -> None:
+    """No GPU is there; the runtime says so in its log only."""
+
+    def load(path: str, inputs: list[int], outputs: list[int]) -> child.Loaded:
+        os.write(2, b"E0000 No adapters found\n")
+        raise RuntimeError("ERROR: [compiled_model.cc:1036]")
+
+    child.main(load)
+
+
+def crashing() -> None:
+    """Dies while it loads a file."""
+
+    def load(path: str, inputs: list[int], outputs: list[int]) -> child.Loaded:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        raise AssertionError
+
+    child.main(load)
+
+
+def hanging() -> None:
+    """Never answers."""
+
+    def load(path: str, inputs: list[int], outputs: list[int]) -> child.Loaded:
+        threading.Event().wait()
+        raise AssertionError
+
+    child.main(load)

@@ -1,0 +1,165 @@
+"""A segment runs on the GPU only where it is right there, and on the CPU after anything goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bus.tensors import Array
+from stages.models.gpu.accelerator import CHECKS, Accelerator, AcceleratorOptions, relative_difference
+from stages.models.gpu.process import MOST_DEATHS, GpuProcess
+from stages.models.model import Model
+from stages.models.runtime.trial_run import ChildProgram
+from stages.models.segments import SegmentStore
+from stages.zoo.registry import load_model
+from tests.unit.stages import built_models
+from tests.unit.stages.models.gpu.drivers import program
+
+DEPTH = 7
+
+
+@pytest.fixture
+def store(lenet: Model) -> Iterator[SegmentStore]:
+    store = SegmentStore(lenet)
+    yield store
+    store.close()
+
+
+@contextlib.contextmanager
+def accelerator(
+    child: ChildProgram, clock: Callable[[], float] | None = None, **options: float
+) -> Iterator[Accelerator]:
+    made = Accelerator(AcceleratorOptions(**options), GpuProcess(child), clock or itertools.count().__next__)  # type: ignore[arg-type]
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def sample(seed: int = 1) -> Array:
+    return np.random.default_rng(seed).standard_normal((1, 28, 28, 1), dtype=np.float32)
+
+
+def on_cpu(store: SegmentStore, end: int = DEPTH) -> Array:
+    (output,) = store.get(0, end).run([sample()])
+    return output
+
+
+def computed(accelerator: Accelerator, store: SegmentStore, end: int = DEPTH) -> Array:
+    segment = accelerator.segment("lenet", store.get(0, end))
+    (output,) = segment.run([sample()])
+    segment.release()
+    return output
+
+
+def test_a_segment_that_is_right_runs_on_the_gpu(store: SegmentStore) -> None:
+    with accelerator(program("scripted", error=1e-5)) as gpu:
+        gpu.prepare(store, 0, DEPTH)
+        output, expected = computed(gpu, store), on_cpu(store)
+        assert output.tobytes() != expected.tobytes(), "the CPU computed it"
+        assert relative_difference(output, expected) < 2e-5
+        assert gpu.placements()["lenet", 0, DEPTH].file is not None
+
+
+@pytest.mark.parametrize(("tolerance", "right"), [(1e-4, False), (1e-2, True)])
+def test_the_tolerance_decides_what_is_right(store: SegmentStore, tolerance: float, right: bool) -> None:
+    with accelerator(program("scripted", error=1e-3), tolerance=tolerance) as gpu:
+        gpu.prepare(store, 0, DEPTH)
+        assert (computed(gpu, store).tobytes() != on_cpu(store).tobytes()) == right
+        placed = gpu.placements()["lenet", 0, DEPTH]
+        assert (placed.file is not None) == right
+        assert ("fc_3 differs" in placed.reason) != right
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (program("crashing"), "the GPU process died of SIGSEGV while loading it"),
+        (program("hanging", longest_s=0.5), "did not answer"),
+        (program("refusing"), "unknown operator"),
+        (program("absent"), "no usable GPU"),
+        (program("scripted", dies_at=2), "the GPU process died of SIGSEGV while computing"),
+        (ChildProgram("raise SystemExit(3)"), "ended with 3"),
+    ],
+)
+def test_a_driver_that_fails_leaves_the_segment_on_the_cpu(
+    store: SegmentStore, driver: ChildProgram, reason: str
+) -> None:
+    with accelerator(driver) as gpu:
+        gpu.prepare(store, 0, DEPTH)
+        assert reason in gpu.placements()["lenet", 0, DEPTH].reason
+        assert computed(gpu, store).tobytes() == on_cpu(store).tobytes()
+
+
+def test_a_driver_that_dies_in_the_middle_loses_no_sample_and_other_segments_return(store: SegmentStore) -> None:
+    with accelerator(program("scripted", error=1e-5, dies_at=2 * CHECKS + 2)) as gpu:
+        for end in (2, 3):
+            gpu.prepare(store, 0, end)
+        segments = {end: gpu.segment("lenet", store.get(0, end)) for end in (2, 3)}
+        first, second = (segments[3].run([sample()])[0] for _ in range(2))
+        expected = on_cpu(store, 3)
+        assert first.tobytes() != expected.tobytes()
+        assert second.tobytes() == expected.tobytes()
+        assert "died of SIGSEGV while computing" in gpu.placements()["lenet", 0, 3].reason
+        assert segments[2].run([sample()])[0].tobytes() == on_cpu(store, 2).tobytes()
+        assert not gpu.is_ready("lenet", 0, 2)
+        gpu.prepare(store, 0, 2)
+        assert segments[2].run([sample()])[0].tobytes() != on_cpu(store, 2).tobytes()
+
+
+def test_a_driver_that_dies_again_and_again_is_not_started_again(store: SegmentStore) -> None:
+    with accelerator(program("crashing")) as gpu:
+        for end in range(1, MOST_DEATHS + 2):
+            gpu.prepare(store, 0, end)
+        reasons = [placed.reason for placed in gpu.placements().values()]
+        assert [f"died {MOST_DEATHS} times" in reason for reason in reasons] == [False] * MOST_DEATHS + [True]
+
+
+def test_auto_uses_the_gpu_only_where_it_is_faster(store: SegmentStore) -> None:
+    for cpu_s, gpu_s in ((1.0, 2.0), (2.0, 1.0)):
+        times = itertools.accumulate(itertools.cycle((0.0, cpu_s, gpu_s)))
+        with accelerator(program("scripted"), clock=times.__next__, only_if_faster=True) as gpu:
+            gpu.prepare(store, 0, DEPTH)
+            placed = gpu.placements()["lenet", 0, DEPTH]
+            assert (placed.file is not None) == (gpu_s < cpu_s)
+            assert ("the CPU is faster: 1e+03 ms, the GPU 2e+03 ms" in placed.reason) == (cpu_s < gpu_s)
+
+
+def test_segments_that_no_task_uses_make_room_for_others(store: SegmentStore) -> None:
+    with accelerator(program("scripted"), most_segments=1) as gpu:
+        gpu.prepare(store, 0, 1)
+        used = gpu.segment("lenet", store.get(0, 1))
+        gpu.prepare(store, 0, 2)
+        assert gpu.placements()["lenet", 0, 2].reason == "the segments in use fill the GPU"
+        used.release()
+        used.release()  # a second release counts once
+        gpu.prepare(store, 0, 3)
+        assert gpu.placements()["lenet", 0, 3].file is not None
+        assert ("lenet", 0, 1) not in gpu.placements()
+
+
+@pytest.mark.parametrize(("build", "reason"), [("stateful", "keeps state"), ("quantized", "int8")])
+def test_models_that_a_gpu_does_not_suit_run_on_the_cpu(tmp_path: Path, build: str, reason: str) -> None:
+    path = tmp_path / f"{build}.tflite"
+    path.write_bytes(getattr(built_models, build)().to_bytes())
+    store = SegmentStore(load_model(path))
+    with accelerator(program("scripted")) as gpu:
+        gpu.prepare(store, 0, store.model.graph.depth)
+        ((_, placed),) = gpu.placements().items()
+        assert reason in placed.reason
+    store.close()
+
+
+def test_differences_are_relative_to_the_largest_value_and_infinite_where_one_is_not_finite() -> None:
+    right = np.array([0.001, -10.0, np.inf], np.float32)
+    assert relative_difference(np.array([0.002, -10.0, np.inf], np.float32), right) == pytest.approx(1e-4)
+    assert relative_difference(np.array([0.001, np.nan, np.inf], np.float32), right) == np.inf
+    assert relative_difference(np.array([0.001, -10.0, -np.inf], np.float32), right) == np.inf
+    assert relative_difference(np.array([0.001, -10.0, 1.0], np.float32), right) == np.inf
+    zeros = np.zeros(2, np.float32)
+    assert relative_difference(zeros + 1, zeros) == 1.0
