@@ -150,7 +150,7 @@ def plan(
         console = Console(emoji=False)
         console.print(_plan_table(situation, found, console.width))
     if not found:
-        print(_nothing(situation), file=sys.stderr)
+        print(_nothing(situation, task.policy), file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -338,8 +338,8 @@ def _title(situation: Situation) -> str:
     return f"{situation.device.model}, {samples}, {situation.objective.value}: links {' and '.join(links)}"
 
 
-def _nothing(situation: Situation) -> str:
-    best = next(iter(plans(replace(situation, constraints=Constraints()))), None)
+def _nothing(situation: Situation, policy: str) -> str:
+    best = next(iter(_found(replace(situation, constraints=Constraints()), policy, 1)), None)
     if best is None:
         return "no cut satisfies the constraints"
     took = format_seconds(best.delay_s)

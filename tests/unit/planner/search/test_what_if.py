@@ -89,6 +89,17 @@ def test_each_of_several_routes_meets_the_constraints() -> None:
     assert mixed(situation(objective=Objective.PIPELINED, max_delay_s=1e-6)) is None
 
 
+def test_several_routes_may_be_in_time_where_no_single_one_is() -> None:
+    free = replace(situation(objective=Objective.PIPELINED), samples=200)
+    one_s, mix = plans(free)[0].delay_s, mixed(free)
+    assert mix is not None
+    assert mix.delay_s < one_s
+    limited = replace(free, constraints=replace(free.constraints, max_delay_s=(mix.delay_s + one_s) / 2))
+    assert plans(limited) == []
+    assert mixed(limited) == mix
+    assert mixed(replace(free, constraints=replace(free.constraints, max_delay_s=0.99 * mix.delay_s))) is None
+
+
 @pytest.mark.parametrize("samples", [1, 3, 10, 30])
 def test_several_routes_are_never_worse_than_one_however_few_samples(samples: int) -> None:
     asked = replace(situation(objective=Objective.PIPELINED), samples=samples)
