@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # matplotlib is slow to import, so it is imported when the fi
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
-GREY = "#8A8A8A"
+GREY, WINE = "#8A8A8A", "#882255"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, BLACK)
 
 POLICY_LOOKS: dict[str, tuple[str, str, str]] = {
@@ -28,8 +28,9 @@ POLICY_LOOKS: dict[str, tuple[str, str, str]] = {
     "no-delay": (VERMILION, "--", "P"),
     "deepar": (BLUE, "", "o"),
     "routes": (YELLOW, "oo", "h"),
-    "elastic": (YELLOW, "++", "X"),
+    "elastic": (WINE, "++", "X"),
     "deepar (sequential)": (GREY, "..", "*"),
+    "deepar (without codecs)": (BLACK, "//", "d"),
 }
 """Policy -> (colour, hatch of a bar, marker of a line)."""
 
@@ -43,6 +44,7 @@ POLICY_LABELS = {
     "routes": "Several routes",
     "elastic": "DeePar, elastic",
     "deepar (sequential)": "DeePar, sequential",
+    "deepar (without codecs)": "DeePar, without codecs",
 }
 
 _STYLE: Any = {  # matplotlib types the keys as one large literal
