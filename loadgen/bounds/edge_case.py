@@ -104,6 +104,11 @@ def _check(scenario: Scenario) -> None:
 
 def check_predictable(scenario: Scenario) -> None:
     """Raise `ConfigError` if a scenario has what no bound of predicted delays covers."""
+    if scenario.codecs:
+        raise ConfigError(
+            "codecs: the bound knows activations as they are, so encoded ones may be below it",
+            remedy="leave codecs out of the scenario",
+        )
     for name in ("noise", "drift", "learn", "deadline_s", "link1_trace", "link2_trace", "codecs"):
         if getattr(scenario, name):
             raise ConfigError(

@@ -18,7 +18,8 @@ from loadgen.experiments.runs import Cell, run_cell
 from loadgen.sim.scenario import Scenario
 from tests.unit.loadgen.machines import machines
 
-POLICIES = ("device-only", "edge-only", "cloud-only", "no-delay", "deepar")
+ROUTED = ("routes", "elastic")
+POLICIES = (*ROUTED, "device-only", "edge-only", "cloud-only", "no-delay", "deepar")
 Cases = Sequence[tuple[Scenario, int]]
 
 
@@ -66,6 +67,8 @@ def above_a_policy(cases: Cases, bound_s: Callable[[Scenario, int], float]) -> l
     for scenario, seed in cases:
         bound = bound_s(scenario, seed)
         for policy in POLICIES:
+            if policy in ROUTED and scenario.objective is not Objective.PIPELINED:
+                continue
             mean_s = run_cell(Cell(scenario.varied(policy=policy), seed), machines())["mean_delay_s"]
             if bound > mean_s * (1 + 1e-9):
                 found.append(f"{policy}, {scenario}, seed {seed}: {mean_s} is below {bound}")
@@ -73,7 +76,7 @@ def above_a_policy(cases: Cases, bound_s: Callable[[Scenario, int], float]) -> l
 
 
 def test_the_bound_is_never_above_a_policy() -> None:
-    assert above_a_policy(random_cases(12), mean_bound_s) == []
+    assert above_a_policy(random_cases(8), mean_bound_s) == []
 
 
 def test_a_bound_that_forgets_routes_is_found_out() -> None:
