@@ -9,8 +9,8 @@ from bus.frames import decode_frame
 from bus.memory.partition_log import PartitionLog
 from bus.port import Record
 
-Sample = tuple[str, int, int]
-"""Task, attempt, sample."""
+Sample = tuple[str, int, int, int]
+"""Task, attempt, revision of its plan, sample."""
 
 
 class Tap:
@@ -45,7 +45,7 @@ class Scan:
             except ProtocolError:
                 continue
             for piece in frame.pieces:
-                sample = (frame.task_id, frame.attempt, piece.sample)
+                sample = (frame.task_id, frame.attempt, frame.revision, piece.sample)
                 filled = self._filled.get(sample, 0)
                 if piece.at <= filled:
                     filled = self._filled[sample] = max(filled, piece.at + piece.data.nbytes)

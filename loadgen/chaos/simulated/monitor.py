@@ -101,8 +101,8 @@ class SimulatedMonitor:
             for at, sample in scan.between(before, offset):
                 if any(sample in other.whole for other in downstream):
                     continue
-                task_id, attempt, number = sample
-                if self._exempt(task_id) or self.oracle.fenced(task_id, attempt):
+                task_id, attempt, revision, number = sample
+                if self._exempt(task_id) or self.oracle.superseded(task_id, attempt, revision):
                     continue
                 self._once(
                     "G6",
@@ -161,7 +161,8 @@ class SimulatedMonitor:
         topic_names = [topics.RESULTS] + ([topics.ACTIVATIONS_CLOUD] if stage.settings.role is Role.EDGE else [])
         whole = [self._scan(log).whole for topic in topic_names for log in self.broker.logs(topic)]
         task_id, attempt = flow.plan.task_id, flow.plan.attempt
-        return sum(any((task_id, attempt, sample) in one for one in whole) for sample in flow.whole_samples)
+        number = flow.plan.number
+        return sum(any((task_id, attempt, number, sample) in one for one in whole) for sample in flow.whole_samples)
 
     def _peak(self, stage: VirtualStage, task_id: str, under_way: int, window: int) -> None:
         role = stage.settings.role.value

@@ -67,6 +67,7 @@ class Oracle:
         self.mixed = 0  # placements of several routes
         self.encoded = 0  # placements with codecs
         self.rerouted = 0
+        self.revisions: Counter[tuple[str, int]] = Counter()  # reroutes, by task and attempt
         self.learned = 0  # changes of what the planner has learned
         self._live: dict[str, TaskSubmitted] = {}
         self._deadlines: dict[str, float] = {}
@@ -97,6 +98,10 @@ class Oracle:
     def fenced(self, task_id: str, attempt: int) -> bool:
         """Whether the decisions so far have fenced this attempt."""
         return task_id in self.ends or attempt <= self.attempts[task_id]
+
+    def superseded(self, task_id: str, attempt: int, revision: int) -> bool:
+        """Whether this attempt is fenced, or was rerouted after this revision of its plan."""
+        return self.fenced(task_id, attempt) or revision < self.revisions[task_id, attempt]
 
     def _judge(self, decision: Decision) -> None:
         self.decisions += 1
@@ -169,6 +174,7 @@ class Oracle:
     def _reroute(self, change: Rerouted, gone: Container[str]) -> None:
         """G2: only the running attempt goes on elsewhere, and what it holds from now on counts."""
         self.rerouted += 1
+        self.revisions[change.task_id, change.attempt] += 1
         placed = self._placed.get(change.task_id)
         if placed is None or change.task_id not in self._running or placed.attempt != change.attempt:
             self._say("G2", f"{change.task_id} is rerouted although attempt {change.attempt} does not run")
