@@ -32,6 +32,7 @@ BENCHES = {
     "path": "where the milliseconds of a task go, in the region that runs",
     "regret": "delays of the learning planner over those of fixed policies, live",
     "codecs": "size, speed and agreement of codecs on trained models",
+    "accelerators": "segments on the GPU over those on the CPU",
     "serve": "requests a second of a device's endpoint, beside other servers",
 }
 """Benchmark -> what it measures."""
@@ -56,18 +57,21 @@ def benchmark(name: str) -> Callable[..., dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class CellOptions:
-    """What the benchmarks `regret` and `codecs` measure."""
+    """What the benchmarks `regret`, `codecs` and `accelerators` measure."""
 
     network: Annotated[
         list[str] | None, typer.Option(help="Network (lan, wifi, lte) of benchmark regret; repeatable. Default: all.")
     ] = None
     model: Annotated[
-        list[str] | None, typer.Option("--model", "-m", help="Model of benchmarks regret and codecs; repeatable.")
+        list[str] | None,
+        typer.Option("--model", "-m", help="Model of benchmarks regret, codecs and accelerators; repeatable."),
     ] = None
     samples: Annotated[
         list[int] | None, typer.Option(min=1, metavar="N", help="Samples of a task of benchmark regret; repeatable.")
     ] = None
-    quick: Annotated[bool, typer.Option("--quick", help="Measure less (benchmarks regret, serve, codecs).")] = False
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Measure less (benchmarks regret, serve, codecs, accelerators).")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
