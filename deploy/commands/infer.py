@@ -66,6 +66,7 @@ class PlaceOptions:
     min_agreement: Annotated[
         float | None,
         typer.Option(
+            metavar="SHARE",
             min=0.0,
             max=1.0,
             help="Allow lossy codecs on the links whose measured agreement is at least this, like 0.995. "

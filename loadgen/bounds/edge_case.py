@@ -49,8 +49,7 @@ class FluidTask:
     def ends_s(self) -> tuple[Vector, Vector]:
         """For each station the least time of a sample before it, and behind it, on a route that uses it."""
         times = self.stations_s
-        order = [0, 1, 2, 3, 4, 5, 6]
-        before = np.cumsum(times[:, order], axis=1) - times
+        before = np.cumsum(times, axis=1) - times
         behind = times.sum(axis=1, keepdims=True) - before - times
         used = times > 0
         heads = np.where(used, before, np.inf).min(axis=0)
