@@ -19,8 +19,6 @@ from statistics import fmean
 from typing import Final
 
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import csr_matrix
 
 from bus.errors import InvariantError
 from loadgen.bounds.edge_case import EdgeCase, Vector
@@ -96,6 +94,9 @@ def intervals(case: EdgeCase) -> Vector:
 
 def _master(columns: Sequence[tuple[int, Column]], weights: Vector, room: Vector, merged: int) -> tuple[float, Vector]:
     """The value of the master program over these columns, and its prices, equal in `merged` neighbouring intervals."""
+    from scipy.optimize import linprog  # imported late: loading scipy would slow down every command
+    from scipy.sparse import csr_matrix
+
     firsts = np.arange(0, room.shape[1], merged)
     amounts = np.add.reduceat(room, firsts, axis=1)
     usage = [

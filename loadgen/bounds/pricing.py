@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
-from scipy.optimize import linprog
 
 from bus.errors import InvariantError
 from loadgen.bounds.edge_case import STATIONS, FluidTask, Vector
@@ -102,6 +101,8 @@ class FluidPricing:
 
     def _fastest_s(self) -> float:
         """A lower bound of the delay if everything is free: the least D at which all stations suffice. Notes its routes."""
+        from scipy.optimize import linprog  # imported late: loading scipy would slow down every command
+
         ends = self._heads + self._tails
         routes = len(self._work_s)
         work = np.hstack((self._work_s.T, -np.ones((STATIONS, 1))))
@@ -147,6 +148,8 @@ class FluidPricing:
 
     def _solve_over(self, routes: Sequence[int], at: int, prices: Vector) -> tuple[Vector, Column, float, float]:
         """The same over some routes; also the weighted work of a task on the routes that it takes."""
+        from scipy.optimize import linprog  # imported late: loading scipy would slow down every command
+
         order = self._own + self._shared
         limits = [available[at] for available in self._available]
         cost = np.concatenate((np.zeros(len(routes)), *(np.append(row, 0.0) for row in prices)))

@@ -33,7 +33,7 @@ DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "deepar.json"
 
 def metrics_text() -> str:
     """/metrics with a value of everything that any service counts."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "stages").glob("*.py"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "stages").rglob("*.py"))
     counted = set(re.findall(r"\.count\(\"(\w+)\"", text)) | {*ALARMED}
     counted |= set(re.findall(r"\"(link\d_bytes)\":", text))
     counted |= {f"{part}_busy_seconds" for part in ("device", "link1", "edge", "link2", "cloud", "result")}
