@@ -141,6 +141,13 @@ class LitertRunner:
         """The models that it runs."""
         return tuple(self._models.values())
 
+    def gpu_segments(self) -> dict[str, str] | None:
+        """Segment -> why it runs on the CPU, or "" if it runs on the GPU; None where the options ask for no GPU."""
+        if self._accelerator is None:
+            return None
+        placements = sorted(self._accelerator.placements().items())
+        return {f"{model} {begin + 1}..{end}": placed.reason for (model, begin, end), placed in placements}
+
     def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
         """Samples of a data set, or random samples from a seed. Raises `UnknownNameError`, `ConfigError`."""
         specs = self._model(task.model).manifest.cuts[0].tensors

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -84,6 +84,14 @@ class Runner(Protocol):
 
     async def close(self) -> None:
         """Release threads and memory."""
+
+
+@runtime_checkable
+class UsesGpu(Protocol):
+    """A runner that may have a GPU."""
+
+    def gpu_segments(self) -> dict[str, str] | None:
+        """Segment -> why it runs on the CPU, or "" if it runs on the GPU; None without a GPU to use."""
 
 
 class PaceClock:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -35,7 +35,7 @@ from stages.devices.attempt import ResultSink
 from stages.devices.device import Device
 from stages.hops.hop import Hop, hop_of
 from stages.node import BusySink, Node, NodeSettings
-from stages.runner import Runner
+from stages.runner import Runner, UsesGpu
 
 if TYPE_CHECKING:  # they import the inference runtime
     from deploy.services.serving import Endpoint
@@ -174,6 +174,7 @@ class Stage:
         on_span: SpanSink | None = None,
     ) -> None:
         self._parts = (bus, settings, runner)
+        self._runner = runner
         self._on_result, self._on_busy, self._on_span = on_result, on_busy, on_span
         self.inference: DeviceInference | None = None  # of a device that serves clients
         self._make()
@@ -216,7 +217,7 @@ class Stage:
     def look(self) -> Health:
         """The health that the probes report."""
         status, work = self.node.status, self.work
-        detail = {
+        detail: dict[str, Any] = {
             "caught_up": status.caught_up,
             "warm": status.warm,
             "receiving": status.receiving,
@@ -228,6 +229,12 @@ class Stage:
         else:
             counters["link1_bytes"] = float(work.link1.sent_bytes)
         gauges = {"tasks": float(len(work.flows) if isinstance(work, Hop) else len(work.tasks))}
+        segments = self._runner.gpu_segments() if isinstance(self._runner, UsesGpu) else None
+        if segments is not None:
+            on_cpu = {segment: reason for segment, reason in segments.items() if reason}
+            detail["not_on_gpu"] = on_cpu
+            gauges["gpu_segments"] = float(len(segments) - len(on_cpu))
+            gauges["gpu_refused_segments"] = float(len(on_cpu))
         if self.inference is None:
             return Health(status.ready, detail, gauges, counters)
         gauges["serving_sessions"] = float(self.inference.sessions)

@@ -10,6 +10,8 @@ HELP: Final = {
     "loop_lag_seconds": "Delay of the event loop behind its own timer at the last probe.",
     "missing_topics": "Number of topics that the service needs and the broker lacks.",
     "tasks": "Tasks in progress that this service takes part in.",
+    "gpu_segments": "Segments of models that this stage computes on its GPU.",
+    "gpu_refused_segments": "Segments that this stage computes on the CPU although a GPU was asked for.",
     "serving_sessions": "Sessions of clients that are open at the endpoint.",
     "failing_nodes": "Nodes that the planner avoids after repeated failed attempts.",
     "task_delay_seconds": "Time from the admission of a task to its end, by outcome and kind of placement.",
