@@ -29,6 +29,8 @@ from stages.models.model import Model
 from stages.models.profiler import machine_profile
 from stages.models.runtime.litert import InterpreterOptions
 from stages.models.segments import SegmentStore, StoreLimits
+from stages.models.thread_count import machine_threads
+from stages.models.thread_option import ThreadCount
 from stages.runner import Coder, PaceClock, Station, profile_of, sleep_until
 from stages.zoo.registry import digits
 
@@ -55,7 +57,7 @@ class RunnerOptions:
     """How a runner computes."""
 
     slowdown: float = 1.0  # the emulated machine is this many times slower than this one
-    num_threads: int = 1  # LiteRT threads per inference
+    num_threads: ThreadCount = 1  # LiteRT threads per inference; auto: chosen for each model
     platform: str = "this machine"  # name of the platform in the announced profiles
     paced: bool = False  # results leave at the profile's times even without a slowdown
     remeasure: bool = False  # measure again instead of reading stored measurements
@@ -83,8 +85,12 @@ class LitertRunner:
         say: Callable[[str], None] | None = None,
         prepared: Prepared | None = None,
         measured: Callable[..., ModelProfile] = machine_profile,
+        threads: Callable[..., int] = machine_threads,
     ) -> None:
-        """`say` receives progress messages. `measured` has the parameters of `machine_profile`."""
+        """`say` receives progress messages.
+
+        `measured` and `threads` have the parameters of `machine_profile` and `machine_threads`.
+        """
         prepared = prepared or Prepared()
         self._options, self._say, self._measured = options, say, measured
         self._measured_here = {model.name for model in models if model.name not in prepared.profiles}
@@ -95,9 +101,15 @@ class LitertRunner:
         self._owns_pool = prepared.pool is None
         self._stores = dict(prepared.stores)
         self._profiles: dict[str, ModelProfile] = {}
+        self._num_threads = {
+            model.name: threads(model, remeasure=options.remeasure, say=say)
+            if options.num_threads == "auto"
+            else options.num_threads
+            for model in models
+        }
         for model in models:
             if model.name not in self._stores:
-                interpreters = InterpreterOptions(num_threads=options.num_threads)
+                interpreters = InterpreterOptions(num_threads=self._num_threads[model.name])
                 limits = StoreLimits(replicas=WORKERS)
                 self._stores[model.name] = SegmentStore(model, limits=limits, options=interpreters)
                 self._stores[model.name].warm(say)
@@ -114,7 +126,7 @@ class LitertRunner:
                 self._accelerator.prepare(self._stores[model.name], 0, model.graph.depth)
 
     def _measure(self, model: Model, *, again: bool) -> ModelProfile:
-        return self._measured(model, num_threads=self._options.num_threads, remeasure=again, say=self._say)
+        return self._measured(model, num_threads=self._num_threads[model.name], remeasure=again, say=self._say)
 
     def _emulated(self, profile: ModelProfile) -> ModelProfile:
         """The profile of the emulated, slower machine."""

@@ -16,7 +16,6 @@ from deploy.console_output.model_loading import (
     FileOptions,
     Json,
     ModelArgument,
-    Threads,
     load,
     print_json,
     progress_bar,
@@ -30,14 +29,25 @@ from stages.calibration.stored import measure_and_store
 from stages.models.files.cache import write_whole
 from stages.models.model import Model
 from stages.models.profiler import ProfileCache, TimedRuns, measure_steadily, measuring_alone
+from stages.models.thread_count import machine_threads
+from stages.models.thread_option import parse_threads
 from stages.zoo.networks import LENET
+
+MOST_THREADS = 64
+"""Largest value of --num-threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimingOptions:
     """How layers are timed."""
 
-    num_threads: Threads = 1
+    num_threads: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Number of threads for one inference, at most 64; auto takes the fewest that are about as fast as any.",
+        ),
+    ] = "1"
     num_runs: Annotated[int, typer.Option(min=1, help="Timed runs of the whole and of every layer.")] = 10
     warmup_runs: Annotated[int, typer.Option(min=0, help="Untimed runs before the timed ones.")] = 2
 
@@ -95,6 +105,7 @@ def profile(
     """
     if coding.calibration is not None and not coding.codecs:
         raise ConfigError("--calibration has no effect without --codecs", remedy="add --codecs")
+    wanted = parse_threads(timing.num_threads, most=MOST_THREADS)
     loaded = load(model, file)
     calibration = calibration_of(loaded, coding.calibration) if coding.codecs else None
     log = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
@@ -102,14 +113,15 @@ def profile(
     def say(line: str) -> None:
         log.print(line, style="yellow", markup=False)
 
+    num_threads = machine_threads(loaded, remeasure=True, say=say) if wanted == "auto" else wanted
     with measuring_alone(say), progress_bar(f"profiling {loaded.name}") as bar:
         found = measure_steadily(
             loaded,
-            TimedRuns(num_threads=timing.num_threads, num_runs=timing.num_runs, warmup_runs=timing.warmup_runs),
+            TimedRuns(num_threads=num_threads, num_runs=timing.num_runs, warmup_runs=timing.warmup_runs),
             step=lambda what, done, total: bar(done, total, what),
             say=say,
         )
-        ProfileCache().store(found, num_threads=timing.num_threads, say=say)
+        ProfileCache().store(found, num_threads=num_threads, say=say)
         coded = None if calibration is None else _measured_codecs(loaded, calibration, bar, say)
     profiled = found.profile(output.platform)
     if coded is not None:
@@ -150,7 +162,7 @@ def profile(
             "sum_of_slices_s": found.sum_of_slices_s,
             "agrees": found.agrees,
             "layers": rows,
-            "num_threads": timing.num_threads,
+            "num_threads": num_threads,
             "num_runs": timing.num_runs,
             "files": [str(path) for path in (out, chart) if path is not None],
         }

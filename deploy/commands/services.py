@@ -41,6 +41,7 @@ from deploy.services.wiring import PlannerSetup
 from planner.core.options import WhenLate
 from planner.service.service import PlannerService
 from stages.models.files.choice import parse_shapes, shape_words
+from stages.models.thread_option import parse_threads
 
 stage_app = typer.Typer(no_args_is_help=True, help="Run one stage: a device, an edge or a cloud worker.")
 
@@ -94,7 +95,14 @@ Remeasure = Annotated[
         "--remeasure", envvar="DEEPAR_REMEASURE", help="Measure this machine again and ignore stored measurements."
     ),
 ]
-Threads = Annotated[int, typer.Option("--num-threads", min=1, help="Number of threads for one inference.")]
+Threads = Annotated[
+    str,
+    typer.Option(
+        "--num-threads",
+        metavar="N|auto",
+        help="Number of threads for one inference; auto measures, and takes the fewest that are about as fast as any.",
+    ),
+]
 
 
 Edges = Annotated[
@@ -272,7 +280,7 @@ class StageFlags:
     slowdown: Slowdown = 1.0
     runner: RunnerKind = "litert"
     profile: ProfileName = None
-    num_threads: Threads = 1
+    num_threads: Threads = "1"
     remeasure: Remeasure = False
     bootstrap_servers: Bootstrap = None
     region: Region = 0
@@ -288,7 +296,7 @@ class StageFlags:
             "slowdown": self.slowdown,
             "profile": self.profile,
             "runner": self.runner,
-            "threads": self.num_threads,
+            "threads": parse_threads(self.num_threads),
             "remeasure": self.remeasure,
         }
 

@@ -38,6 +38,7 @@ from pydantic import (
     Discriminator,
     Field,
     InstanceOf,
+    PlainValidator,
     Tag,
     TypeAdapter,
     ValidationError,
@@ -49,6 +50,7 @@ from bus.text.units import parse_duration, parse_rate
 from bus.values import Execution, NodeName, Objective
 from planner.core.options import DEFAULT_PATIENCE_S, WhenLate
 from stages.models.files.choice import ModelChoice, parse_shapes
+from stages.models.thread_option import ThreadCount, parse_threads
 from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.network.trace import MAX_LATENCY_S, Trace, read_trace
 
@@ -68,6 +70,7 @@ Latency = Annotated[float, BeforeValidator(_or_value_error(parse_duration)), Fie
 PlayedTrace = Annotated[InstanceOf[Trace], BeforeValidator(_or_value_error(lambda file: read_trace(Path(file))))]
 """A trace, given as the name of its file."""
 Duration = Annotated[float, BeforeValidator(_or_value_error(parse_duration)), Field(gt=0)]
+Threads = Annotated[ThreadCount, PlainValidator(_or_value_error(lambda value: parse_threads(str(value), "threads")))]
 
 
 class _Strict(BaseModel):
@@ -109,7 +112,7 @@ class NodeOptions(_Strict):
     models: tuple[Served, ...] | None = None  # None: the file's
     profile: str | None = None  # profile with times: a name or a file
     runner: Literal["litert", "modelled"] = "litert"  # compute, or sleep the profile's time
-    threads: Annotated[int, Field(ge=1)] = 1  # threads of the runtime for one inference
+    threads: Threads = 1  # of the runtime for one inference; auto: measured
     remeasure: bool = False  # measure this machine again, ignore stored measurements
     identity_key: str | None = None  # file of the identity key; None: derived from the master of `up`
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 from pathlib import Path
@@ -13,8 +14,11 @@ import typer
 from typer.testing import CliRunner, Result
 
 from bus.errors import ConfigError, CutError, ModelError
-from bus.values import ModelProfile
+from bus.values import ModelProfile, Role
 from deploy.commands import models
+from deploy.services.runners import make_runner
+from deploy.services.settings import NodeOptions
+from stages.models.profiler import ProfileCache
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.verify import pairs_of, verify
 from stages.zoo.registry import digits, load_model
@@ -174,6 +178,33 @@ def test_profile_writes_what_nodes_announce_and_a_chart(app: Any, tmp_path: Path
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "conv_1" in call(app, "profile", "lenet", "--num-runs", "1", "--chart", str(tmp_path / "x.svg")).stdout
     assert (tmp_path / "x.svg").exists()
+
+
+def test_profile_chooses_the_threads_and_stages_use_what_it_measured(
+    app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("stages.models.thread_count.usable_cores", lambda: 2)
+    monkeypatch.setattr("stages.models.thread_count.least_time_s", lambda model, threads: {1: 2.0, 2: 1.0}[threads])
+    words = ("profile", "lenet", "--num-runs", "1")
+    shown = call(app, *words, "--num-threads", "auto", "--json")
+    assert "threads for one inference of lenet: 2 (measured 1: 2e+03 ms, 2: 1e+03 ms)" in shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["num_threads"] == 2
+    stored = ProfileCache().find(load_model("lenet"), 2)
+    assert stored is not None
+    assert stored.whole_s == found["whole_s"]
+    monkeypatch.setattr("stages.models.thread_count.least_time_s", None)  # measured already
+    said: list[str] = []
+    runner = make_runner(Role.EDGE, NodeOptions(name="e", threads="auto"), ["lenet"], said.append)
+    assert runner.profiles()[0].whole_s == found["whole_s"]
+    assert said[0] == "threads for one inference of lenet: 2 (measured 1: 2e+03 ms, 2: 1e+03 ms)"
+    assert not any("measuring" in line for line in said)
+    asyncio.run(runner.close())
+    assert read(app, *words)["num_threads"] == 1
+    for wrong in ("0", "65", "all"):
+        with pytest.raises(ConfigError, match=f"--num-threads {wrong}: must be auto or a number from 1 to 64"):
+            call(app, *words, "--num-threads", wrong)
 
 
 def test_build_writes_a_network_with_the_user_s_own_weights(app: Any, tmp_path: Path) -> None:

@@ -121,3 +121,11 @@ def test_only_edges_and_clouds_that_ask_for_a_gpu_use_one(
 def test_wrong_settings_of_a_gpu_name_the_setting(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name.replace("_", ".")):
         options_of(EdgeOptions, name="e", **{name: value})
+
+
+def test_flags_take_a_number_of_threads_or_choose_it() -> None:
+    asked = {text: StageFlags(num_threads=text).machine()["threads"] for text in ("auto", "1", "65")}
+    assert asked == {"auto": "auto", "1": 1, "65": 65}
+    assert StageFlags().machine()["threads"] == NodeOptions(name="e").threads == 1
+    with pytest.raises(ConfigError, match="--num-threads 0: must be auto or a number of at least 1"):
+        StageFlags(num_threads="0").machine()

@@ -93,6 +93,8 @@ def test_what_is_left_out_has_the_default(tmp_path: Path) -> None:
         (('name = "e1"', 'name = "e1"\nlink1 = "fast"'), "edge.1.link1", "'fast': not a rate; write it like 100Mbps"),
         (('name = "e1"', 'name = "e1"\nlink1 = 200'), "edge.1.link1", "200: a rate without a unit; write 200Mbps"),
         (("models =", "lease = 5\nmodels ="), "lease", "5: a duration without a unit; write 5s"),
+        (('name = "c1"', 'name = "c1"\nthreads = 0'), "cloud.1.threads", "0: must be auto or a number of at least 1"),
+        (('name = "c1"', 'name = "c1"\nthreads = "all"'), "cloud.1.threads", "all: must be auto or a number"),
         (('name = "e1"', 'name = "e 1"'), "edge.1.name", "is not a valid name"),
         (('name = "d1"', 'name = "d1"\nslowdown = 0.5'), "device.1.slowdown", "greater than or equal to 1"),
         (('name = "c1"', 'runner = "litert"'), "cloud.1.name", "required"),
@@ -111,6 +113,12 @@ def test_an_error_names_the_file_the_key_and_the_cause(
     prefix = f"{file}: {key}: " if key else f"{file}: "
     assert str(caught.value).startswith(prefix)
     assert said in str(caught.value)
+
+
+def test_threads_are_a_number_or_chosen(tmp_path: Path) -> None:
+    for given, read in (('"auto"', "auto"), ("3", 3)):
+        file = written(tmp_path, SMALL.replace('name = "c1"', f'name = "c1"\nthreads = {given}'))
+        assert [node.threads for node in (*load_settings(file).cloud, *load_settings(file).edge)] == [read, 1]
 
 
 def test_broken_toml_is_named_with_its_place(tmp_path: Path) -> None:
