@@ -107,8 +107,9 @@ def branches_of(stage: StageSide, plan: AttemptPlan, profile: ModelProfile | Non
 
 
 def _layers_of(placement: Placement, layers: int | None) -> int | None:
-    """The number of layers, which also follows from a placement without the cloud."""
-    return layers if placement.uses_cloud else max(cut2 for _, cut2 in placement.cut_pairs)
+    """The number of layers, which also follows from a placement without the cloud, or with a device-only route."""
+    known = not placement.uses_cloud or any(route.device_only for route in placement.routes or ())
+    return max(cut2 for _, cut2 in placement.cut_pairs) if known else layers
 
 
 def _branch(stage: StageSide, plan: AttemptPlan, route: int, layers: int | None) -> Branch | None:

@@ -423,6 +423,20 @@ def test_a_rerouted_task_is_as_fast_as_its_plans_and_sends_at_the_new_rate() -> 
     run_virtual(run())
 
 
+def test_an_edge_without_the_model_relays_beside_samples_on_the_device_alone() -> None:
+    async def run() -> None:
+        runners = {"e": NumberedRunner([])}
+        async with started(mix((0, 0, 0.4), (1, 1, 0.4), (*ALONE, 0.2)), 200, runners=runners) as task:
+            completed = await task.completed()
+            assert completed.measured.link2_s > 0
+            assert completed.route_samples is not None
+            assert completed.route_samples[2] > 0
+            (flow,) = task.region.hop("e").flows.values()
+            assert flow.closed
+
+    run_virtual(run())
+
+
 @pytest.mark.parametrize("before", [AT_EDGE, ON_DEVICE], ids=lambda placement: str(placement.kind))
 def test_what_was_measured_before_a_reroute_does_not_change_the_shares_of_the_new_plan(before: Placement) -> None:
     async def run() -> Counter[int]:
