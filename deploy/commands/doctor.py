@@ -81,6 +81,7 @@ async def examine(connection: KafkaConnection, models: Sequence[str]) -> list[Ch
     checks = [
         machine_checks.python(),
         *await asyncio.to_thread(machine_checks.runtime, models),
+        *await asyncio.to_thread(machine_checks.gpu, os.environ),
         machine_checks.disk(),
         *identity_checks.key_files(os.environ),
     ]

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,9 @@ from stages.models.files.cache import cache_dir
 NEEDED_DISK_BYTES = 2 << 30
 PROBE_BYTES = 1 << 20
 """Size of a test write, which detects quotas and read-only mounts that the free space does not show."""
+
+GPU_LAYERS = 4
+"""Layers of LeNet that `gpu` runs: those before the fully-connected layer that LiteRT computes wrong on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,31 @@ def _kernels(name: str) -> Check:
             "install a runtime that has it, or convert the model without that operator (`deepar models cuts` shows where)",
         )
     return Check("kernels", True, f"{name}: the runtime has every kernel")
+
+
+def gpu(environment: Mapping[str, str]) -> list[Check]:
+    """Where DEEPAR_ACCELERATOR asks for a GPU: whether it computes the first layers of LeNet as the CPU does."""
+    if environment.get("DEEPAR_ACCELERATOR", "cpu") == "cpu":
+        return []
+    try:
+        from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions
+        from stages.models.segments import SegmentStore
+        from stages.zoo.registry import load_model
+
+        store, accelerator = SegmentStore(load_model("lenet")), Accelerator(AcceleratorOptions())
+    except (ImportError, DeeparError, OSError) as error:
+        return [Check("gpu", False, f"LeNet cannot be loaded: {error}", "see the other checks of this machine")]
+    name = (store.model.name, 0, GPU_LAYERS)
+    try:
+        accelerator.prepare(store, 0, GPU_LAYERS)
+        reason = accelerator.placements()[name].reason
+    finally:
+        accelerator.close()
+        store.close()
+    if reason:
+        remedy = "install the Vulkan loader (libvulkan1) and the GPU's driver, or unset DEEPAR_ACCELERATOR"
+        return [Check("gpu", True, f"stages compute on the CPU: {reason}", remedy, warning=True)]
+    return [Check("gpu", True, f"layers 1 to {GPU_LAYERS} of LeNet give the same results on the GPU and on the CPU")]
 
 
 def disk() -> Check:
