@@ -331,6 +331,8 @@ class Device:
             return
         if known.attempt.plan.attempt != change.attempt:
             return
+        if (client := self._clients.get(change.task_id)) is not None:
+            client.place(placed)
         if placed.placement.edge is not None:
             self._use(placed.placement.edge)
         self._prepare_ahead(placed)

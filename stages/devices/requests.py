@@ -24,7 +24,7 @@ class DeviceClient(Protocol):
         """Whether the application has its answers or gave up; the planner may not know yet."""
 
     def place(self, placed: Placed) -> None:
-        """The planner placed the task, or a new attempt at it."""
+        """The planner placed the task, or a new attempt at it, or rerouted it."""
 
     def complete(self, completed: TaskCompleted) -> None:
         """All results are here."""

@@ -13,6 +13,7 @@ from bus.messages import (
     Decision,
     Ended,
     HandleInput,
+    Rerouted,
     SeedInput,
     SessionTerms,
     TaskCancelled,
@@ -21,6 +22,7 @@ from bus.messages import (
     TaskSubmitted,
 )
 from bus.tensors import Array
+from bus.values import Parts
 from loadgen.sim.virtual_loop import run_virtual
 from stages.devices.endings import TaskEndedError
 from stages.runner import ModelledRunner, PaceClock
@@ -60,6 +62,31 @@ def written(r: Region) -> list[Any]:
 
 def ended(state: TaskState, cause: str = "", detail: str = "") -> Ended:
     return Ended(task_id="t", attempt=1, state=state, cause=cause, detail=detail)
+
+
+def test_a_request_knows_its_placement_after_a_reroute() -> None:
+    async def run() -> None:
+        async with region(runner=EchoRunner([PROFILE])) as r:
+            request = r.device.submit(ASKED, SAMPLES)
+            await r.decide(*changes(ALONE, task=ASKED))
+            await asyncio.sleep(0.02)  # one of four samples
+            rerouted = Rerouted(
+                task_id="t",
+                attempt=1,
+                device="d",
+                placement=AT_EDGE,
+                from_s=0.5,
+                samples=2,
+                delay_s=0.25,
+                parts=Parts(),
+            )
+            await r.decide(rerouted)
+            await asyncio.sleep(0.01)
+            assert request.placed is not None
+            assert request.placed.placement == AT_EDGE
+            assert request.placed.delay_s == pytest.approx(0.75)  # of the whole task
+
+    run_virtual(run())
 
 
 def test_a_request_is_submitted_and_gets_its_outputs_in_order() -> None:
