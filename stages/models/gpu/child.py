@@ -101,4 +101,4 @@ def _captured() -> Iterator[BinaryIO]:
 
 def _reason(error: str) -> str:
     lines = [line.strip(" └") for line in error.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"
+    return lines[-1].partition(". ")[0] if lines else "no reason given"  # what follows is advice to programmers

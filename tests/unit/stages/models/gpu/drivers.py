@@ -54,7 +54,7 @@ def refusing() -> None:
     """Refuses every file."""
 
     def load(path: str, inputs: list[int], outputs: list[int]) -> child.Loaded:
-        raise RuntimeError("unknown operator")
+        raise RuntimeError("ERROR: [x.h:1]\n└ ERROR: unknown operator. Set some option")
 
     child.main(load)
 

@@ -93,6 +93,7 @@ def test_a_driver_that_fails_leaves_the_segment_on_the_cpu(
     with accelerator(driver) as gpu:
         gpu.prepare(store, 0, DEPTH)
         assert reason in gpu.placements()["lenet", 0, DEPTH].reason
+        assert "Set some option" not in gpu.placements()["lenet", 0, DEPTH].reason
         assert computed(gpu, store).tobytes() == on_cpu(store).tobytes()
 
 
