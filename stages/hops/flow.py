@@ -113,6 +113,7 @@ class Flow:
         self.window = self._branches.window  # samples that its device may have in the pipeline
         self._mixed = len(plan.placement.cut_pairs) > 1  # whether it has several routes
         self._totals: tuple[int, ...] | None = None  # samples of each route; None: not known yet, or a session
+        self._samples = plan.samples if plan.session is None else math.inf  # of the task: their numbers are lower
         self._to_finish = self._to_compute = math.inf  # samples that pass this stage, and those that it computes
         if not self._mixed and plan.session is None:
             self._expect((plan.todo,))
@@ -184,6 +185,8 @@ class Flow:
             receipt.hold()
             self._receipts[sample].append(receipt)
             return
+        if sample >= self._samples:
+            raise ProtocolError("wrong_shape", f"sample {sample} of a task with {self.plan.samples} samples")
         branch = self._branches.of(piece.route)
         if piece.size_bytes != branch.expected_bytes or piece.encoded is not None or branch.arrives is not Codec.RAW:
             self._check(piece, branch)

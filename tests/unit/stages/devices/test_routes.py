@@ -303,6 +303,7 @@ def test_flows_close_and_the_slot_is_free_when_the_samples_of_all_routes_have_pa
         (to_pieces(900, frame(900, CUT_BYTES[1]), 1 << 20, 5), ()),  # the device-only route does not pass the edge
         (to_pieces(900, frame(900, CUT_BYTES[1]), 1 << 20, 7), ()),  # the plan has six routes
         (to_pieces(900, frame(900, CUT_BYTES[1]), 1 << 20, 1), ()),  # the input of route 1 is larger
+        (to_pieces(1_000, frame(1_000, CUT_BYTES[0]), 1 << 20, 1), ()),  # the task has 1,000 samples, from 0
         ([], (1, 2)),
     ],
 )
