@@ -186,6 +186,8 @@ WITHOUT_BROKER = (
     "deepar models slice MODEL.tflite --out parts",
     "deepar profile MODEL.tflite --out here.json",
     "deepar plan MODEL.tflite --device here.json --edge here.json --cloud here.json --link1 100Mbps --link2 20Mbps",
+    "deepar plan alexnet --objective pipelined --samples 200 --policy routes",
+    "deepar plan alexnet --objective pipelined --samples 200 --policy routes --codecs",
     (
         "PYTHONPATH=docs/examples deepar simulate sweep --policies deepar,private_first:PrivateFirst"
         " --vary devices=20 --seeds 1 --out sweep"

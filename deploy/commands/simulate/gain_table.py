@@ -12,7 +12,8 @@ from loadgen.experiments.paired import Gain, PairedGains
 
 def gain_table(found: Sequence[PairedGains]) -> Table:
     """One row for each point and policy."""
-    title = f"Delays below those of {found[0].against} on the same tasks, with 95 % intervals"
+    against = found[0].against
+    title = f"By how much delays are below those of {against} on the same tasks (negative: above), with 95 % intervals"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("point", "policy"):
         table.add_column(name, overflow="fold")
