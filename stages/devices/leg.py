@@ -55,9 +55,9 @@ class Leg:
         self.window = window_of(
             plan, work.profile.cut_bytes
         )  # a sample that is computed in idle time has no place in it
-        self.under_way = 0  # samples in the window without a result yet
-        self._alone = 0  # samples in idle time without a result yet
-        self._started: set[int] = set()  # all of these
+        self._in_window: set[int] = set()  # started samples without a result that have a place in the window
+        self._alone: set[int] = set()  # the same in idle time
+        self._concluded = False  # whether the stages know how many samples take each route
         self._clock = exact_clock()
         self._stopped = False
         self._failure: Exception | None = None
@@ -73,9 +73,14 @@ class Leg:
         return tuple(self._queue.totals)
 
     @property
+    def under_way(self) -> int:
+        """Samples in the window without a result yet."""
+        return len(self._in_window)
+
+    @property
     def unfinished(self) -> list[int]:
         """The samples that were started and have no result, in order."""
-        return sorted(self._started)
+        return sorted(self._in_window | self._alone)
 
     def stop(self) -> None:
         """Start no more samples, and wait for no result through the edge."""
@@ -131,8 +136,7 @@ class Leg:
             if self._stopped or not left:
                 break
             sample, route = queue.take()
-            self._started.add(sample)
-            self.under_way += 1
+            self._in_window.add(sample)
             outputs: Activations = self._work.inputs(sample)
             if (segment := segments[route]) is not None:
                 predicted_s = 0.0 if routes is None else routes[route].stations_s[0]
@@ -142,9 +146,10 @@ class Leg:
                 continue
             self._path.progress(ready_s)
             sender.put(Outgoing(sample, outputs, ready_s, route))
-            if not left:
-                self._conclude(sender)
-        while (self.under_way > 0 and not self._stopped) or self._alone > 0:
+            self._conclude(sender)
+        if sender is not None:
+            self._conclude(sender)
+        while (self._in_window and not self._stopped) or self._alone:
             self._changed.clear()
             await self._changed.wait()
             if self._failure:
@@ -154,18 +159,22 @@ class Leg:
 
     def _conclude(self, sender: FrameSender) -> None:
         """Tell the stages how many samples take each route, where the plan does not say so."""
-        if not self._queue and len(self._queue.totals) > 1:
+        if not self._concluded and not self._queue and len(self._queue.totals) > 1:
+            self._concluded = True
             sender.conclude(self._queue.sent, self.totals)
 
     def result(self, sample: int, outputs: list[Array]) -> None:
-        """The result of a sample that has a place in the window."""
-        if self._work.keep(sample, outputs):
-            now = self._clock()
-            self._started.remove(sample)
-            self.under_way -= 1
+        """The result of a sample that is not computed in idle time."""
+        if not self._work.keep(sample, outputs):
+            return
+        now = self._clock()
+        if sample in self._in_window:
+            self._in_window.remove(sample)
             self._queue.came(now)
             self._window.give()
-            self._came(now)
+        elif sample not in self._alone:  # sent before this device restarted, or forged
+            self._queue.drop(sample)
+        self._came(now)
 
     def _came(self, now_s: float) -> None:
         self._path.progress(now_s)
@@ -204,8 +213,7 @@ class Leg:
         if self._stopped or not self._queue or not self._queue.time_for_alone(self.under_way):
             return None
         sample = self._queue.take_alone()
-        self._alone += 1
-        self._started.add(sample)
+        self._alone.add(sample)
         self._conclude(sender)
         if not self._queue:
             self._window.wake()
@@ -213,8 +221,7 @@ class Leg:
         return sample
 
     def _alone_done(self, sample: int, outputs: list[Array]) -> None:
-        self._alone -= 1
-        self._started.discard(sample)
+        self._alone.discard(sample)
         if self._work.keep(sample, outputs):
             self._came(self._clock())
 

@@ -6,6 +6,7 @@ the device has idle time for: its share is a prediction of that.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 
@@ -58,6 +59,11 @@ class SampleQueue:
         assert self.alone is not None
         self.totals[self.alone] += 1
         return self._left.popleft()
+
+    def drop(self, sample: int) -> None:
+        """Do not start a sample whose result is there already."""
+        with contextlib.suppress(ValueError):
+            self._left.remove(sample)
 
     @property
     def sent(self) -> int:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -44,8 +46,15 @@ def infer(system: System, inputs: Mapping[str, Array], **terms: Any) -> Array:
     ]
     body = json.dumps({"inputs": given, "parameters": limits | terms})
     request = urllib.request.Request(f"http://{system.http}/v2/models/lenet/infer", body.encode(), method="POST")
-    with urllib.request.urlopen(request, timeout=60.0) as answer:
-        (output,) = json.loads(answer.read())["outputs"]
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=60.0) as answer:
+                (output,) = json.loads(answer.read())["outputs"]
+            break
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+            time.sleep(0.2)  # until the edge and the cloud have joined
     return np.array(output["data"], np.float32).reshape(output["shape"])
 
 

@@ -51,6 +51,7 @@ class Breaker:
         self._sessions = sessions
         self.counted: Counter[str] = Counter()
         self.poisoned: set[str] = set()  # tasks that may fail because of injected records
+        self.forged: Counter[str] = Counter()  # task -> samples that were written beside its own
         self.missed: set[str] = set()  # tasks that permanently lost a record
         self.cancelled: set[str] = set()
         self.dead_letters: list[str] = []  # origins of the records that must be dead-lettered
@@ -267,6 +268,7 @@ class Breaker:
             data = memoryview(b"\0" + BOMB)
             forged = piece._replace(sample=sample, size_bytes=data.nbytes, data=data, arrays=None)
             self.poisoned.add(frame.task_id)
+            self.forged[frame.task_id] += 1
             self._count("codec bomb")
             self._note("fault", "codec bomb", topic, frame.task_id, sample)
             with contextlib.suppress(BusError):

@@ -41,7 +41,9 @@ ORPHANS_HERE_BYTES = 256 << 10
 class SimulatedMonitor:
     """Monitors the region of one seed and reports violations to `say`."""
 
-    def __init__(self, broker: MemoryBroker, say: Say, oracle: Oracle, exempt: Callable[[str], bool]) -> None:
+    def __init__(
+        self, broker: MemoryBroker, say: Say, oracle: Oracle, exempt: Callable[[str], bool], forged: Mapping[str, int]
+    ) -> None:
         self.broker = broker
         self.oracle = oracle
         self.silences: list[float] = []
@@ -50,6 +52,7 @@ class SimulatedMonitor:
         self.peaks: dict[str, int] = {}  # maximum samples in a task's window, by role
         self._say = say
         self._exempt = exempt  # tasks for which samples need not be preserved, e.g. poisoned ones
+        self._forged = forged  # task -> samples that a fault wrote beside its own, which no window lets wait
         self._heard: dict[str, float] = {}  # node -> send time of its last acknowledged heartbeat
         self._beats: dict[str, float] = {}  # incarnation -> when its last heartbeat was written
         self._members: dict[str, str] = {}  # node -> incarnation, according to the decisions
@@ -140,7 +143,7 @@ class SimulatedMonitor:
     def _weigh_hop(self, stage: VirtualStage, hop: Hop, counts: list[tuple[Flow, int]]) -> None:
         name, more_bytes = stage.settings.name, ORPHANS_HERE_BYTES - ORPHAN_BYTES
         for flow, count in counts:
-            allowed = flow.window + self._again(flow)
+            allowed = flow.window + self._again(flow) + self._forged.get(flow.plan.task_id, 0)
             more_bytes += max(0, count - flow.window) * 2 * max(CUT_BYTES)
             under_way = count - self._sent_on(stage, flow) if count > allowed else count
             self._peak(stage, flow.plan.task_id, under_way, allowed)

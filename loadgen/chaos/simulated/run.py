@@ -90,7 +90,7 @@ class Play:
         self._add_processes()
         self.processes = list(self.region.processes.values())
         self.breaker = Breaker(draw, scenario, self.broker, self.processes, self.note, self.cameras.sessions)
-        self.watch = SimulatedMonitor(self.broker, self.say, self.oracle, self.breaker.harmed)
+        self.watch = SimulatedMonitor(self.broker, self.say, self.oracle, self.breaker.harmed, self.breaker.forged)
 
     def say(self, guarantee: str, what: str) -> None:
         """Record a violated guarantee."""
