@@ -34,9 +34,11 @@ from planner.core.line import ahead
 from planner.core.options import CoreOptions
 from planner.learning.lessons import AnyLesson, Lessons
 from planner.learning.lessons import lines as lessons_of
-from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request, placement_of
+from planner.search.algorithm1 import Algorithm
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.placements import Choice, placement_of
 from planner.search.policies import BUILT_IN, DEVICE_WORTH, Restriction
+from planner.search.request import EdgeOption, Request
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,9 @@
 PYTHONPATH=docs/examples deepar planner --policy private_first:PrivateFirst
 """
 
-from planner.search.algorithm1 import Algorithm, Choice
+from planner.search.algorithm1 import Algorithm
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.placements import Choice
 
 NEAR = frozenset({DEVICE, DEVICE_EDGE})
 FAR = frozenset({DEVICE_CLOUD, ALL_THREE})

@@ -18,10 +18,10 @@ from planner.core.region.state import RegionState
 from planner.learning.attempts import Attempt, TierShare, Work, predicted_parts, routes_taken
 from planner.learning.table import EstimateTable
 from planner.learning.values import FAMILIES, NODE_PRIOR
-from planner.search.algorithm1 import EdgeOption, Reached, Request
 from planner.search.codec_search import CodecSearch, PathSearch, codec_search_bytes, may_encode
 from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow, RowTable
 from planner.search.cut_search import CutSearch, search_bytes
+from planner.search.request import EdgeOption, Reached, Request
 from planner.search.route_search import route_search_bytes
 
 MAX_SEARCH_BYTES: Final = 256 << 20

@@ -11,11 +11,13 @@ from operator import index
 from bus.errors import InvariantError, PolicyError
 from bus.values import MAX_ROUTES
 from planner.core.region.records import NEVER
-from planner.search.algorithm1 import Algorithm, Choice, EdgeOption, Request
+from planner.search.algorithm1 import Algorithm
 from planner.search.codec_search import CodecSearch, PathSearch
 from planner.search.cost import RAW
 from planner.search.families import family_of
+from planner.search.placements import Choice
 from planner.search.policies import Policy, Restriction
+from planner.search.request import EdgeOption, Request
 from planner.search.route_search import MixedRoute
 
 

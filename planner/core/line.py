@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from planner.core.region.records import Task
-from planner.search.algorithm1 import Request
 from planner.search.ledger import EdgeAccount, Rank, Reservation
+from planner.search.request import Request
 
 LONGEST_QUEUED_S: Final = 60.0
 """The longest time by which a task counts as admitted later because its device has others waiting."""

@@ -18,10 +18,12 @@ from planner.core.options import CoreOptions, WhenLate
 from planner.core.region.records import BETTER_PLACE, NEVER, REVIEW_S, Task
 from planner.core.region.state import RegionState
 from planner.core.sessions import SessionPlacement, Sessions
-from planner.search.algorithm1 import EVERY_FAMILY, Algorithm, Choice, EdgeOption, Request, placement_of
+from planner.search.algorithm1 import Algorithm
 from planner.search.cost import NO_OVERHEADS, Costs, busy_parts, mean_stations_s
 from planner.search.families import DEVICE_EDGE
+from planner.search.placements import Choice, placement_of
 from planner.search.policies import Policy, Restriction, policy_fault
+from planner.search.request import EVERY_FAMILY, EdgeOption, Request
 
 # Changes are built without validation: their values come from validated messages or are computed here from them.
 _placed, _granted, _start, _line = maker(Placed), maker(BandwidthGrant), maker(Start), maker(PlacedInLine)

@@ -25,9 +25,10 @@ from planner.core.change_recorder import ChangeRecorder
 from planner.core.placing import Placer
 from planner.core.region.records import Task
 from planner.core.region.state import RegionState
-from planner.search.algorithm1 import Algorithm, EdgeOption, Request
+from planner.search.algorithm1 import Algorithm
 from planner.search.ledger import EdgeAccount, Reservation
 from planner.search.policies import Restriction
+from planner.search.request import EdgeOption, Request
 
 LEAST_GAIN: Final = 0.05
 """The least share of the rest of its delay that a task must gain."""

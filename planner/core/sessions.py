@@ -16,11 +16,12 @@ from bus.values import Execution
 from planner.core.candidates import Candidates
 from planner.core.region.records import Task
 from planner.core.region.state import RegionState
-from planner.search.algorithm1 import Choice, EdgeOption, Request, placement_of
 from planner.search.codec_search import CodecSearch
 from planner.search.cost import RAW, busy_parts
 from planner.search.ledger import LOAD_UNITS, DeviceAccount, EdgeAccount, Reservation, bookable
+from planner.search.placements import Choice, placement_of
 from planner.search.policies import Policy, Restriction
+from planner.search.request import EdgeOption, Request
 from planner.search.route_search import MixedRoute
 from planner.search.session_search import SessionChoice, Site, Wish, held, least
 

@@ -28,223 +28,25 @@ A deadline is one more bound: the predicted end must not be after it. The deviat
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection
 from copy import copy
 from functools import partial
 from heapq import heapify, heappop, heappush
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from bus.errors import PolicyError
-from bus.messages import TaskSubmitted
 from bus.routes.interleave import interleaved_s
-from bus.unchecked_constructors import maker
-from bus.values import MAX_ROUTES, Kind, Objective, Placement, Role, Route
-from planner.search.codec_search import CodecSearch, PathSearch
-from planner.search.cost import NO_OVERHEADS, RAW, Overheads, PlatformRow
+from bus.values import Objective
+from planner.search.codec_search import PathSearch
 from planner.search.cut_search import CutSearch
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, family_of
-from planner.search.ledger import SHORTEST_S, DeviceAccount, EdgeAccount, Timeline
-from planner.search.route_search import Mix, MixedRoute, RouteSearch
-from planner.search.waiting import NO_DEVIATIONS, Deviations, Waits
+from planner.search.ledger import SHORTEST_S, EdgeAccount, Timeline
+from planner.search.placements import Choice, Priced, Search, best_mix, best_way, mixed_choice, routes_of
+from planner.search.request import EVERY_FAMILY, EdgeKind, EdgeOption, Request
+from planner.search.waiting import Waits
 
-EVERY_FAMILY: Final = frozenset({DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE})
 _NEVER: Final = float("inf")
-SLOWER_LINKS: Final = (4, 16)
-"""How many times slower than its grant link 1 is thought to be, for the routes that stand by."""
 _MOST_TRIED: Final = 6
-_NO_PRICES: Final = (0.0,) * 7
-_placement, _route = maker(Placement), maker(Route)
-
-
-def families_of(tiers: Collection[Role]) -> frozenset[int]:
-    """The families in which only these tiers compute. Without the device, only their cut1 = 0 remains."""
-    needs = {
-        DEVICE: {Role.DEVICE},
-        DEVICE_EDGE: {Role.EDGE},
-        DEVICE_CLOUD: {Role.CLOUD},
-        ALL_THREE: {Role.EDGE, Role.CLOUD},
-    }
-    return frozenset(family for family, needed in needs.items() if needed <= set(tiers))
-
-
-class EdgeOption(NamedTuple):
-    """An edge that a task may use: its account, and the prepared search through it."""
-
-    account: EdgeAccount
-    search: PathSearch
-    max_link1_bps: int  # min of the task's B1, the device's own limit and the edge's capacity
-    max_link2_bps: int  # min of the task's B2 and the edge's capacity
-    overheads: Overheads = NO_OVERHEADS  # latencies and overheads of a task of this device through this edge
-
-
-class EdgeKind(NamedTuple):
-    """Edges with the same platforms, overheads and caps. A result at full caps holds for all of them."""
-
-    search: PathSearch
-    max_link1_bps: int
-    max_link2_bps: int
-    overheads: Overheads
-    computes: bool  # whether the edges have any slots
-    accounts: tuple[EdgeAccount, ...]  # in order of name
-
-
-class Reached:
-    """The edges and searches that a device can use for one model. Valid until a node joins or is lost."""
-
-    __slots__ = (
-        "alone",
-        "by_search",
-        "device_search",
-        "edges",
-        "least_link1_bps",
-        "least_link2_bps",
-        "overheads",
-        "row",
-    )
-
-    def __init__(
-        self,
-        row: PlatformRow,
-        device_search: PathSearch,
-        edges: Sequence[EdgeOption],
-        *,
-        alone: bool = True,
-        overheads: Overheads = NO_OVERHEADS,
-    ) -> None:
-        self.row = row
-        self.alone = alone
-        self.device_search = device_search
-        self.overheads = overheads  # of the device alone
-        self.edges = edges  # without the caps of a task, in order of name
-        self.least_link1_bps = min([option.max_link1_bps for option in edges], default=0)
-        self.least_link2_bps = min([option.max_link2_bps for option in edges], default=0)
-        self.by_search = grouped(
-            [EdgeOption(option.account, option.search, 0, 0, option.overheads) for option in edges]
-        )
-
-
-class Request:
-    """The input of Algorithm 1 for one task."""
-
-    __slots__ = (
-        "_edges",
-        "_reached",
-        "alone",
-        "deviations",
-        "device",
-        "device_computes",
-        "device_row",
-        "device_search",
-        "families",
-        "input_bytes",
-        "max_link1_bps",
-        "max_link2_bps",
-        "objective",
-        "others",
-        "overheads",
-        "samples",
-        "task_id",
-    )
-
-    def __init__(
-        self,
-        submitted: TaskSubmitted,
-        reached: Reached,
-        device: DeviceAccount | None,
-        objective: Objective,
-        deviations: Deviations = NO_DEVIATIONS,
-        others: int = 0,
-    ) -> None:
-        self.task_id = submitted.task_id
-        self.samples = submitted.samples
-        self.input_bytes = submitted.input_bytes  # G(0); None: the model's own
-        self.max_link1_bps = submitted.max_link1_bps  # the task's caps B1 and B2; None: no cap
-        self.max_link2_bps = submitted.max_link2_bps
-        self.device_row = reached.row
-        self.device_search = reached.device_search  # without edge and cloud: w_0
-        self.overheads = reached.overheads  # of the device alone
-        tiers = submitted.tiers
-        self.families = EVERY_FAMILY if tiers is None else families_of(tiers)
-        self.device_computes = tiers is None or Role.DEVICE in tiers  # False: only cut1 = 0
-        self.alone = reached.alone and DEVICE in self.families  # whether the device may run it alone
-        self.device = device  # the device's reservations; None: it has none
-        self.objective = objective
-        self.others = others  # number of the device's other tasks that are running or scheduled
-        self.deviations = deviations  # of the predictions for the tasks of edges and devices; empty: taken as exact
-        self._reached = reached
-        self._edges: Sequence[EdgeOption] | None = None
-
-    @property
-    def edges(self) -> Sequence[EdgeOption]:
-        """The edges of E_i that are present, in order of name, with this task's caps."""
-        if self._edges is None:
-            self._edges = [self._capped(option) for option in self._reached.edges]
-        return self._edges
-
-    def edge(self, name: str | None) -> EdgeOption | None:
-        """The edge with this name, with this task's caps, or None."""
-        for option in self._reached.edges:
-            if option.account.name == name:
-                return self._capped(option)
-        return None
-
-    def through(self, option: EdgeOption | None) -> Request:
-        """The same task with one edge, or none."""
-        other = copy(self)
-        other._edges = () if option is None else (option,)
-        other._reached = Reached(
-            self.device_row, self.device_search, other._edges, alone=self.alone, overheads=self.overheads
-        )
-        return other
-
-    @property
-    def uncapped(self) -> Sequence[EdgeOption]:
-        """The edges of E_i that are present, in order of name, without this task's caps."""
-        return self._reached.edges
-
-    def among(self, edges: Sequence[EdgeOption], device: DeviceAccount | None) -> Request:
-        """The same task with other views of its edges (without its caps) and its device."""
-        other = copy(self)
-        other._edges, other.device = None, device
-        other._reached = Reached(self.device_row, self.device_search, edges, alone=self.alone, overheads=self.overheads)
-        return other
-
-    def rest(self, samples: int) -> Request:
-        """The rest of this task, which is running: so many samples."""
-        other = copy(self)
-        other.samples = samples
-        other.others = max(0, self.others - 1)  # the task itself counts, too
-        return other
-
-    def kinds(self) -> Sequence[EdgeKind]:
-        """The edges, grouped by platforms and caps."""
-        cap1, cap2, reached = self.max_link1_bps, self.max_link2_bps, self._reached
-        if cap1 is None or cap2 is None or cap1 > reached.least_link1_bps or cap2 > reached.least_link2_bps:
-            return grouped(self.edges)
-        # No edge has a lower limit than the task's caps, so all edges of one search share these caps.
-        return [
-            EdgeKind(search, cap1, cap2, overheads, computes, accounts)
-            for search, _, _, overheads, computes, accounts in reached.by_search
-        ]
-
-    def _capped(self, option: EdgeOption) -> EdgeOption:
-        account, search, b1, b2, overheads = option
-        cap1, cap2 = self.max_link1_bps, self.max_link2_bps
-        return EdgeOption(
-            account,
-            search,
-            b1 if cap1 is None or b1 < cap1 else cap1,
-            b2 if cap2 is None or b2 < cap2 else cap2,
-            overheads,
-        )
-
-
-def grouped(edges: Iterable[EdgeOption]) -> list[EdgeKind]:
-    """Group edges that have the same search, caps and overheads, and slots or none."""
-    kinds: dict[tuple[PathSearch, int, int, Overheads, bool], list[EdgeAccount]] = {}
-    for account, search, b1, b2, overheads in edges:
-        kinds.setdefault((search, b1, b2, overheads, account.slots >= 1), []).append(account)
-    return [EdgeKind(*kind, tuple(accounts)) for kind, accounts in kinds.items()]
 
 
 class _Candidate(NamedTuple):
@@ -262,48 +64,6 @@ class _Candidate(NamedTuple):
     full: Priced  # w and the cuts at full caps
     tried: list[tuple[int, int, float]]  # w, or the bound of it, at other grants
     accounts: tuple[EdgeAccount, ...]  # the edge; in the first round all edges of its kind
-
-
-Priced = tuple[float, int, Any]
-"""What a search finds for a family at given grants: its delay, cut1 and cut2.
-
-Of several routes, or with codecs: a lower bound of the delay that never rises with a grant, 1 if the device computes (else
-0), and the `Mix`.
-"""
-
-Search = Callable[..., Priced | None]
-"""A prepared search, and the parameters of `CutSearch.best`."""
-
-
-class Choice(NamedTuple):
-    """A placement that fits: the resources to reserve, the start, and the delay."""
-
-    family: int
-    edge: str | None
-    cut1: int  # of several routes: of the one with the largest share that is not on the device alone
-    cut2: int
-    link1_bps: int
-    link2_bps: int
-    start_s: float  # ledger time
-    delay_s: float  # w
-    routes: tuple[MixedRoute, ...] = ()  # by falling share; empty: one route, cut1 and cut2, without codecs
-
-    @property
-    def cut_pairs(self) -> tuple[tuple[int, int], ...]:
-        """The cuts of each route."""
-        if not self.routes:
-            return ((self.cut1, self.cut2),)
-        return tuple((route.cut1, route.cut2) for route in self.routes)
-
-    @property
-    def uses_device(self) -> bool:
-        """The device computes layers."""
-        return self.cut1 > 0 or (self.routes != () and any(route.cut1 > 0 for route in self.routes))
-
-    @property
-    def uses_slot(self) -> bool:
-        """The edge computes layers."""
-        return self.cut1 != self.cut2 or (self.routes != () and any(cut1 != cut2 for cut1, cut2 in self.cut_pairs))
 
 
 class Algorithm:
@@ -482,7 +242,7 @@ class Algorithm:
         option = request.edge(choice.edge)
         if option is None:
             return choice
-        routes = _routes(request, choice)
+        routes = routes_of(request, choice)
         layers, samples = request.device_row.layers, request.samples
         fill_s = [
             sum(route.stations_s)
@@ -627,131 +387,8 @@ class Algorithm:
                 return None
             at_full = False
         if mixes:
-            return _mixed_choice(cut2, family, account.name, (b1, b2), start, search.costs.layers)
+            return mixed_choice(cut2, family, account.name, (b1, b2), start, search.costs.layers)
         return Choice(family, account.name, cut1, cut2, b1, b2, start, delay)
-
-
-def best_way(
-    search: CodecSearch,
-    family: int,
-    link1_bps: float,
-    link2_bps: float,
-    samples: int,
-    objective: Objective,
-    input_bytes: int | None,
-    device_free: bool,
-    overheads: Overheads,
-) -> Priced | None:
-    """The best cuts and codecs of a family, as a mix of one route; see `Priced`."""
-    found = search.best(family, link1_bps, link2_bps, samples, objective, input_bytes, device_free, overheads)
-    if found is None:
-        return None
-    delay_s, cut1, cut2, codecs = found
-    return delay_s, cut1, Mix(delay_s, delay_s, (MixedRoute(cut1, cut2, 1.0, codecs),), delay_s, _NO_PRICES, 0.0)
-
-
-def best_mix(
-    search: PathSearch,
-    family: int,
-    link1_bps: float,
-    link2_bps: float,
-    samples: int,
-    objective: Objective,
-    input_bytes: int | None,
-    device_free: bool,
-    overheads: Overheads,
-    *,
-    alone: bool = True,
-) -> Priced | None:
-    """The best mix of a family's routes; see `Priced`. `alone`: whether the device may compute whole samples."""
-    routes: RouteSearch | None = search.beside
-    if routes is None:
-        routes = search.beside = RouteSearch(search)
-    mix = routes.best(family, link1_bps, link2_bps, samples, input_bytes, device_free, overheads, alone)
-    return None if mix is None else (mix.bound_s, int(any(route.cut1 for route in mix.routes)), mix)
-
-
-def _mixed_choice(
-    mix: Mix, family: int, edge: str, grants_bps: tuple[int, int], start_s: float, layers: int
-) -> Choice | None:
-    """A mix as a choice. None: it does not use all that its family reserves, so a smaller family offers it as well."""
-    routes = mix.routes
-    computes = any(cut1 != cut2 for cut1, cut2, *_ in routes)
-    sends = any(cut2 != layers for _, cut2, *_ in routes)
-    if family != (ALL_THREE if computes and sends else DEVICE_EDGE if computes else DEVICE_CLOUD):
-        return None
-    largest = next(route for route in routes if route.cut1 < layers)
-    if len(routes) == 1 and largest.codecs == RAW:
-        routes = ()
-    return Choice(family, edge, largest.cut1, largest.cut2, *grants_bps, start_s, mix.delay_s, routes)
-
-
-def placement_of(request: Request, choice: Choice) -> Placement:
-    """A choice, as the value that messages carry."""
-    row, cut1, cut2 = request.device_row, choice.cut1, choice.cut2
-    kind, routes = Kind.of(cut1, cut2, row.layers), None
-    if choice.routes:
-        kind, routes = (
-            Kind.of_all(choice.cut_pairs, row.layers),
-            _routes(request, choice, _standing_by(request, choice)),
-        )
-    return _placement(
-        kind=kind,
-        edge=choice.edge,
-        cut1=cut1,
-        cut2=cut2,
-        cut1_name=row.names[cut1 - 1] if cut1 else "input",
-        cut2_name=row.names[cut2 - 1] if cut2 else "input",
-        link1_bps=choice.link1_bps,
-        link2_bps=choice.link2_bps,
-        routes=routes,
-    )
-
-
-def _standing_by(request: Request, choice: Choice) -> list[MixedRoute]:
-    """Routes without a share that the task would take if link 1 carried less than its grant. They need nothing more."""
-    option = request.edge(choice.edge)
-    if option is None or len(choice.routes) < 2 or option.search.beside is None:
-        return []
-    known = {(route.cut1, route.cut2) for route in choice.routes}
-    found: list[MixedRoute] = []
-    for factor in SLOWER_LINKS:
-        mix: Mix | None = option.search.beside.best(
-            choice.family,
-            choice.link1_bps / factor,
-            choice.link2_bps,
-            request.samples,
-            request.input_bytes,
-            choice.uses_device,
-            option.overheads,
-            request.alone,
-        )
-        for route in () if mix is None else mix.routes:
-            if (route.cut1, route.cut2) not in known and len(known) < MAX_ROUTES:
-                known.add((route.cut1, route.cut2))
-                found.append(route._replace(share=0.0))
-    return found
-
-
-def _routes(request: Request, choice: Choice, more: Sequence[MixedRoute] = ()) -> tuple[Route, ...]:
-    """The routes of a choice and more, with their station times at its grants."""
-    option = request.edge(choice.edge)
-    costs = (request.device_search if option is None else option.search).costs
-    return tuple(
-        _route(
-            cut1=cut1,
-            cut2=cut2,
-            share=share,
-            codec1=codecs[0],
-            codec2=codecs[1],
-            stations_s=tuple(
-                costs.sample_parts(
-                    cut1, cut2, choice.link1_bps or 1, choice.link2_bps or 1, request.input_bytes, codecs
-                )
-            ),
-        )
-        for cut1, cut2, share, codecs in (*choice.routes, *more)
-    )
 
 
 def _next_start(timeline: Timeline, family: int, i: int, latest: float) -> tuple[float, int]:

@@ -336,7 +336,7 @@ class CodecSearch:
         return cloud_s
 
     def _allowed(self, sent: _Sent) -> _Sent:
-        """The crossings that are allowed if there is no other."""
+        """The crossings that are allowed where activations cross only once."""
         return sent.at(sent.agreement >= self._least_agreement)
 
     def _allowed_pairs(self, one: _Sent, two: _Sent) -> npt.NDArray[np.bool_]:

@@ -30,8 +30,10 @@ from typing import Final, Protocol, runtime_checkable
 
 from bus.errors import ConfigError, PolicyError, UnknownNameError, unknown_name
 from bus.values import Objective
-from planner.search.algorithm1 import EVERY_FAMILY, Algorithm, Choice
+from planner.search.algorithm1 import Algorithm
 from planner.search.families import DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.placements import Choice
+from planner.search.request import EVERY_FAMILY
 
 ENTRY_POINT_GROUP: Final = "deepar.policies"
 MAX_FAULT: Final = 1_000

@@ -31,11 +31,11 @@ import numpy as np
 import numpy.typing as npt
 
 from bus.values import BITS_PER_BYTE, Placement
-from planner.search.algorithm1 import EVERY_FAMILY
 from planner.search.codec_search import CodecSearch
 from planner.search.cost import NO_OVERHEADS, RAW, Codecs, Costs, Overheads, StationTimes
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, family_of
 from planner.search.ledger import LOAD_UNITS
+from planner.search.request import EVERY_FAMILY
 
 GRANT: Final = 4.0
 """The grant on a link as a multiple of what the rate needs, where that much is free."""

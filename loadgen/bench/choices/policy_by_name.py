@@ -6,7 +6,8 @@ regret benchmark on the same stages, in any order.
 
 from __future__ import annotations
 
-from planner.search.algorithm1 import Algorithm, Choice
+from planner.search.algorithm1 import Algorithm
+from planner.search.placements import Choice
 from planner.search.policies import BUILT_IN
 
 

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 from bus.messages import NodeAnnounced, Placed, TaskState, TaskSubmitted
 from planner.core.region.transitions import Happened
-from planner.search.algorithm1 import Reached
 from planner.search.cost import PlatformRow, RowTable
 from planner.search.ledger import Rank, Reservation
+from planner.search.request import Reached
 
 HISTORY: Final = 12
 """Steps of a task that are kept for the message of an `InvariantError`: at least this many, at most twice as many.

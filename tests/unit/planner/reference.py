@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 
-from planner.search.algorithm1 import EVERY_FAMILY, Choice, EdgeOption, Request
 from planner.search.codec_search import PathSearch
 from planner.search.cost import Overheads
 from planner.search.cut_search import CutSearch, Found, exhaustive
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
 from planner.search.ledger import MOVES_BORNE, SHORTEST_S, Ledger, Reservation
+from planner.search.placements import Choice
+from planner.search.request import EVERY_FAMILY, EdgeOption, Request
 
 Search = Callable[[PathSearch, int, int, int, Request, bool, Overheads], Found | None]
 

@@ -12,7 +12,8 @@ from bus.values import Codec, Objective, Placement
 from planner.core.core import PlannerCore, Tick
 from planner.core.options import CoreOptions
 from planner.explain import explain
-from planner.search.algorithm1 import Algorithm, Choice
+from planner.search.algorithm1 import Algorithm
+from planner.search.placements import Choice
 from planner.search.policies import BUILT_IN
 from planner.search.route_search import MixedRoute
 from tests.unit.planner.core.test_routes import tried_one_by_one

@@ -25,8 +25,9 @@ from bus.values import Execution, Kind, Objective, Role
 from planner.core.core import Event, PlannerCore, Tick
 from planner.core.options import CoreOptions, WhenLate
 from planner.core.region.records import hash_of
-from planner.search.algorithm1 import Algorithm, Choice
+from planner.search.algorithm1 import Algorithm
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_EDGE
+from planner.search.placements import Choice
 from planner.search.policies import BUILT_IN, Policy, Restriction
 from tests.unit.planner.scenes import (
     MBPS,

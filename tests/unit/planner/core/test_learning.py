@@ -30,8 +30,8 @@ from planner.core.core import PlannerCore
 from planner.core.options import CoreOptions
 from planner.learning.estimates import Line
 from planner.learning.values import NODE_PRIOR
-from planner.search.algorithm1 import Request
 from planner.search.cost import Costs, Overheads, PlatformRow
+from planner.search.request import Request
 from tests.unit.planner.scenes import MBPS, cloud, device, edge, faster, only, profile, task
 
 SLOW = profile(layer_s=(0.001, 0.002, 0.003), cut_bytes=(100_000, 50_000, 20_000, 100))

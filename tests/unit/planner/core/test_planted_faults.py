@@ -17,8 +17,9 @@ from planner.core.core import CoreComponents, PlannerCore
 from planner.core.region.records import Task
 from planner.core.settling import SettlingRules
 from planner.search import ledger
-from planner.search.algorithm1 import Algorithm, Choice
+from planner.search.algorithm1 import Algorithm
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.placements import Choice
 from planner.search.policies import BUILT_IN, Policy, Restriction
 from tests.unit.planner.scenes import RandomRegion, Traffic, task
 

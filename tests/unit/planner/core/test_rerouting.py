@@ -13,8 +13,9 @@ from planner.core.core import Event, PlannerCore
 from planner.core.options import CoreOptions
 from planner.core.region.circuits import OPEN_S, OPENS_AFTER
 from planner.core.rerouting import LEAST_GAIN, MOST_REROUTES, samples_left
-from planner.search.algorithm1 import Algorithm, Request
+from planner.search.algorithm1 import Algorithm
 from planner.search.policies import BUILT_IN
+from planner.search.request import Request
 from tests.known import known
 from tests.unit.planner.scenes import MBPS, RandomRegion, Traffic, completed, device, edge, failed, only, task, types
 

@@ -16,10 +16,12 @@ from bus.routes.interleave import interleaved_s
 from bus.values import Kind, Objective, Parts, Placement
 from planner.core.core import PlannerCore
 from planner.core.options import CoreOptions
-from planner.search.algorithm1 import Algorithm, Choice, Request
+from planner.search.algorithm1 import Algorithm
 from planner.search.cut_search import CutSearch
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.placements import Choice
 from planner.search.policies import BUILT_IN, DEVICE_WORTH, EXACT_BELOW, Restriction
+from planner.search.request import Request
 from planner.search.route_search import RouteSearch, route_search_bytes
 from tests.unit.planner.scenes import MBPS, RandomRegion, Traffic, cloud, device, edge, only, profile, random_rows, task
 

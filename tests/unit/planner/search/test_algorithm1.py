@@ -7,7 +7,8 @@ import pytest
 from bus.messages import Placed, Start
 from bus.values import Kind, Objective
 from planner.core.core import PlannerCore
-from planner.search.algorithm1 import Algorithm, Choice
+from planner.search.algorithm1 import Algorithm
+from planner.search.placements import Choice
 from planner.search.policies import BUILT_IN, Restriction, mixes
 from planner.search.waiting import NO_DEVIATIONS, Deviations
 from tests.unit.planner import reference

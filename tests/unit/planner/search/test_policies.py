@@ -13,8 +13,9 @@ from bus.errors import ConfigError, UnknownNameError
 from bus.messages import Ended, NodeLeft, Placed, TaskState
 from bus.values import Kind
 from planner.core.core import PlannerCore
-from planner.search.algorithm1 import Algorithm, Choice
+from planner.search.algorithm1 import Algorithm
 from planner.search.families import DEVICE, DEVICE_EDGE
+from planner.search.placements import Choice
 from planner.search.policies import Policy, load_policy, policy_names
 from tests.unit.planner.scenes import RandomRegion, cloud, device, edge, only, profile, task
 
