@@ -58,7 +58,7 @@ class Computing:
         self._works: dict[Segment, _Works] = {}
         self._busy_part = f"{part}_s"
         self._clock = exact_clock()
-        self._opened_s = float("-inf")  # when the stations were ready, where waiting for them is no computing
+        self._opened_s = float("-inf")  # when the stations were ready; waiting for them does not count as computing
         self._began_s: float | None = None  # start of the first computation
         self._free_s = float("-inf")  # end of the last one
         self.busy_s = 0.0

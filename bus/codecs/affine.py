@@ -47,7 +47,7 @@ class Affine(NamedTuple):
     step: float  # as `base`, exact in float32
 
     def body_bytes(self, items: int) -> int:
-        """The size of so many quantised values."""
+        """The number of bytes that `items` quantised values take."""
         return (items * self.bits + 7) // 8
 
     def packed(self) -> bytes:

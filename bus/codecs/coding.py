@@ -28,7 +28,7 @@ from bus.errors import ProtocolError
 from bus.tensors import NUMPY_TYPES, Array, Encoded, TensorHead, bytes_of, heads_of, to_tensors
 from bus.values import Codec, TensorSpec
 
-_LOSSLESS, _EIGHT_BITS, _FOUR_BITS = 0, 8, 4  # how a tensor is stored: its bytes, or so many bits for each value
+_LOSSLESS, _EIGHT_BITS, _FOUR_BITS = 0, 8, 4  # bits per stored value; 0: the bytes of the tensor
 _FLOATS = tuple(NUMPY_TYPES[name] for name in ("float16", "float32", "float64"))
 _SMALL_INTEGERS = tuple(NUMPY_TYPES[name] for name in ("int8", "uint8"))
 _QUANTISED = {(Codec.Q8, dtype): _EIGHT_BITS for dtype in _FLOATS}

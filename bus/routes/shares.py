@@ -169,8 +169,8 @@ class ShareProgram:
     def _leaving(self, change: list[float]) -> int:
         """The row whose variable reaches 0 first while the entering one grows, in a tie the first one; P never does.
 
-        Changes that are rounding errors do not count; -1: there are no others. With ties the method could circle in theory;
-        in thousands of inputs made of ties it did not, and `MAX_PIVOTS` ends it.
+        Rows whose change is only a rounding error are left out; returns -1 if no row remains. In theory ties could make the
+        method repeat itself forever. Thousands of inputs made of ties did not, and `MAX_PIVOTS` would end it.
         """
         values, basis = self._values, self._basis
         least_slack = _LEAST_CHANGE * max(values[basis.index(_SLOWEST)], _LEAST_SLOWEST)
@@ -206,7 +206,7 @@ def _minus(column: list[float], factor: float, other: list[float]) -> list[float
 def solve_shares(fill_s: Sequence[float], stations_s: Sequence[StationSeconds], samples: int) -> Shares:
     """The best shares of `samples` samples among routes, given the fill and the seven station times of each.
 
-    Raises `ValueError` if there is no route.
+    Raises `ValueError` if no routes are given.
     """
     more = samples - 1
     label = min(range(len(fill_s)), key=lambda r: fill_s[r] + more * max(stations_s[r]))

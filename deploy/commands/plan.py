@@ -136,6 +136,10 @@ def plan(
     Exit code 1 if no cut satisfies the constraints.
     """
     if output.plot is not None:
+        if task.policy != "deepar":
+            raise ConfigError(
+                "--plot draws single pairs of cuts", remedy=f"leave out --policy {task.policy}, or --plot"
+            )
         writable_file("--plot", output.plot, suffixes=(".png", ".svg"))
     situation = _situation(model, system, task, limits)
     found = _found(situation, task.policy, output.top)

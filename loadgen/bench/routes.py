@@ -112,7 +112,7 @@ def case(layers: int, seed: int) -> dict[str, Any]:
 def relative_gap(mix: Mix, routes: Routes) -> float:
     """The distance between an objective and the bound that its prices prove, over the objective.
 
-    Raises `InvariantError` if they are no prices: they must not be negative, and their sum must be N - 1.
+    Raises `InvariantError` if a price is negative, or if the sum of the prices is not N - 1.
     """
     prices = np.array(mix.prices)
     if prices.min() < 0.0 or abs(prices.sum() - (routes.samples - 1)) > 1e-9 * routes.samples:
@@ -137,7 +137,7 @@ def _timed(search: RouteSearch, question: _Question) -> tuple[Mix, float]:
         mix = search.best(ALL_THREE, *question, _INPUT_BYTES)
         least_s = min(least_s, time.thread_time() - began_s)
     if mix is None:
-        raise InvariantError("there is no mix")
+        raise InvariantError("the search found no mix of routes")
     return mix, least_s
 
 

@@ -248,7 +248,7 @@ def _cross(codec: Codec, values: Values, specs: Sequence[TensorSpec]) -> _Crosse
 def _of_first(
     ranked: Sequence[int], by_position: Mapping[int, Sequence[CodecProfile]], most: int
 ) -> tuple[CodecProfile, ...]:
-    """The codecs of the first positions, at most so many, in the order of the positions."""
+    """The codecs of as many of the first `ranked` positions as have at most `most` codecs, in the order of the positions."""
     kept, count = [], 0
     for position in ranked:
         count += len(by_position[position])

@@ -32,7 +32,7 @@ class Calibration:
 
 
 def lowest_proven(samples: int) -> float:
-    """The agreement that is proven with 95 % confidence where all of so many samples agree (the rule of three)."""
+    """The least agreement, with 95 % confidence, of outputs that agree on all of `samples` samples (the rule of three)."""
     return max(0.0, 1.0 - 3.0 / samples)
 
 

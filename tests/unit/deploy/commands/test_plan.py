@@ -135,6 +135,14 @@ def test_the_plot_is_written(tmp_path: Path) -> None:
     assert path.stat().st_size > 10_000
 
 
+def test_a_plot_of_several_routes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plot.svg"
+    with pytest.raises(ConfigError, match="--plot") as caught:
+        run("plan", "alexnet", "--objective", "pipelined", "--policy", "routes", "--plot", str(path))
+    assert "--policy routes" in str(caught.value.remedy)
+    assert not path.exists()
+
+
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RandomRegion]:
     world = RandomRegion(PlannerCore(0), 3, Traffic(rate=6.0), validate=False).run()
