@@ -1,7 +1,7 @@
 """The regions of the regret benchmark as real processes on a broker of their own (`loadgen.bench.choices.rounds.Testbed`).
 
 Each cell gets two new regions with the same processes: in one the planner learns and decides as `deepar`, in the other it
-runs the fixed policies. The device and the edge are slowed down, so that three machines of different speeds share this one.
+runs the fixed policies. The nodes are slowed down, so that three machines of different speeds share this one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from loadgen.bench.choices.rounds import Site, Sites
 from loadgen.chaos.live.faults import Target
 from loadgen.replay.readiness import FETCH_S, await_nodes, await_planner
 
-SLOWDOWN = {"device": 4.0, "edge": 2.0, "cloud": 1.0}
-"""The device is a phone-class machine, the edge a small server, the cloud this machine at full speed."""
+SLOWDOWN = {"device": 8.0, "edge": 4.0, "cloud": 2.0}
+"""Each is slower than this machine, so that the delays follow the emulated pace instead of this machine's other load."""
 
 READY_S = 90.0  # for all processes of a cell, model files and first measurement included
 LINKS_S = 8.0  # for the first measurement of the links; without it the tasks begin anyhow
