@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterable
 from enum import StrEnum
-from itertools import product
-from typing import Annotated, Final, Self
+from itertools import pairwise, product
+from operator import itemgetter
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -321,6 +323,17 @@ class PairAgreement(Frozen):
     agreement: Agreement  # measured
 
 
+MAX_BATCH = 32
+"""Most samples that are computed together."""
+
+
+class BatchSpeed(Frozen):
+    """How fast a platform computes several samples of a model together, layer by layer."""
+
+    batch: Annotated[int, Field(ge=2, le=MAX_BATCH)]  # samples computed together
+    factors: tuple[Annotated[float, Field(ge=0, le=100)], ...]  # time per sample over that of one alone: l factors
+
+
 class ModelProfile(Frozen):
     """The speed of one platform with one model, per sample: a row of the paper's F, and G.
 
@@ -343,6 +356,11 @@ class ModelProfile(Frozen):
         None  # of the measured pairs of lossy crossings; None: none measured
     )
     calibration_samples: Annotated[int, Field(ge=1)] | None = None  # behind each agreement; None: none
+    accelerator: Literal["cpu", "gpu"] | None = None  # what computed in the measurement; None: the CPU
+    batch: Annotated[tuple[BatchSpeed, ...], Field(min_length=1, max_length=MAX_BATCH)] | None = (
+        None  # by rising batch; None: the platform computes samples one by one
+    )
+    executors: Annotated[int, Field(ge=1, le=4096)] | None = None  # batches computed at the same time; None: one
 
     @property
     def layers(self) -> int:
@@ -378,6 +396,38 @@ class ModelProfile(Frozen):
         if any(not pair.position1 < pair.position2 < layers for pair in pairs):
             raise ValueError(f"the positions of a pair are not rising, or not below {layers}")
         return self
+
+    @model_validator(mode="after")
+    def _measured_batches(self) -> Self:
+        batches = self.batch or ()
+        if any(one.batch >= other.batch for one, other in pairwise(batches)):
+            raise ValueError("the batches do not rise")
+        if any(len(one.factors) != len(self.layer_names) for one in batches):
+            raise ValueError(f"a batch needs {len(self.layer_names)} factors, one for each layer")
+        return self
+
+    def together(self, samples: float) -> tuple[float, ...]:
+        """The time of each layer for so many samples together, over its time for one; at least 1.
+
+        Between two measured batches the time is interpolated. More samples than the largest measured batch are computed in
+        several ones. `samples`, at least 1, need not be whole: it may be a mean.
+        """
+        if not self.batch:
+            return (float(samples),) * self.layers
+        known = [(1, (1.0,) * self.layers)]
+        known += [(one.batch, tuple(max(1.0, one.batch * factor) for factor in one.factors)) for one in self.batch]
+        largest, times = known[-1]
+        if samples >= largest:
+            return tuple(time * samples / largest for time in times)
+        at = bisect_right(known, samples, key=itemgetter(0))
+        (low, low_times), (high, high_times) = known[at - 1 : at + 1]
+        share = (samples - low) / (high - low)
+        return tuple(one + share * (other - one) for one, other in zip(low_times, high_times, strict=True))
+
+    def together_s(self, samples: int, first: int, last: int) -> float:
+        """The time of layers first+1..last for so many samples computed together."""
+        times = self.together(samples)
+        return sum(time * layer_s for time, layer_s in zip(times[first:last], self.layer_s[first:last], strict=True))
 
     def agreement(self, crossing1: tuple[int, Codec], crossing2: tuple[int, Codec]) -> float | None:
         """The agreement of a pair of cuts with the codec of each: 1.0 if both are lossless, None if it was not measured.
@@ -416,6 +466,10 @@ class ModelProfile(Frozen):
     def without_codecs(self) -> ModelProfile:
         """The profile as if no codecs had been measured."""
         return self.model_copy(update={"codecs": None, "agreements": None, "calibration_samples": None})
+
+    def without_batches(self) -> ModelProfile:
+        """The profile as if no batches had been measured."""
+        return self.model_copy(update={"batch": None, "executors": None})
 
     def cut_name(self, position: int) -> str:
         """The name of the layer before `position`, "input" at 0."""

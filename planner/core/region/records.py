@@ -122,7 +122,14 @@ class Task:
 ADDED_LATER: Final = ("draining", "link1_latency_s", "link2_latency_s")
 """Optional fields of an announcement that older records do not have."""
 
-ADDED_LATER_TO_PROFILES: Final = ("codecs", "agreements", "calibration_samples")
+ADDED_LATER_TO_PROFILES: Final = (
+    "codecs",
+    "agreements",
+    "calibration_samples",
+    "accelerator",
+    "batch",
+    "executors",
+)
 """Optional fields of a profile that older records do not have."""
 
 

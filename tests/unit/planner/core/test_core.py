@@ -112,13 +112,14 @@ def test_where_nothing_but_a_draining_edge_would_do_a_task_waits_for_another() -
 
 def test_a_node_that_does_not_drain_counts_in_the_hash_as_it_always_did() -> None:
     unknown = {"draining": True, "link1_latency_s": True, "link2_latency_s": True}
-    codecs = {"codecs", "agreements", "calibration_samples"}
-    text = edge().model_dump_json(exclude={**unknown, "models": {"__all__": codecs}})
+    later = {"codecs", "agreements", "calibration_samples", "accelerator", "batch", "executors"}
+    text = edge().model_dump_json(exclude={**unknown, "models": {"__all__": later}})
     assert core_with(edge()).nodes["e1"].digest == hash_of("node|" + text)
     assert core_with(drains(edge())).nodes["e1"].digest != hash_of("node|" + text)
     assert core_with(edge(link2_latency_s=0.04)).nodes["e1"].digest != hash_of("node|" + text)
-    measured = edge().models[0].model_copy(update={"codecs": ()})
-    assert core_with(edge(models=(measured,))).nodes["e1"].digest != hash_of("node|" + text)
+    for more in ({"codecs": ()}, {"accelerator": "cpu"}, {"executors": 2}):
+        measured = edge().models[0].model_copy(update=more)
+        assert core_with(edge(models=(measured,))).nodes["e1"].digest != hash_of("node|" + text)
 
 
 @pytest.mark.parametrize(("policy", "latency_s"), [("edge-only", 0.020), ("cloud-only", 0.060)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bus import messages
 from bus.messages import MAX_MESSAGE_BYTES, NodeAnnounced
-from bus.values import MAX_CODEC_PROFILES, Codec, CodecProfile, ModelProfile, Role
+from bus.values import MAX_CODEC_PROFILES, BatchSpeed, Codec, CodecProfile, ModelProfile, Role
 from stages.calibration.announced import fitting
 
 
@@ -37,3 +37,15 @@ def test_the_largest_ones_are_left_out_until_the_message_fits() -> None:
 def test_profiles_that_are_too_large_by_themselves_stay_as_they_are() -> None:
     models = (profile("a", 0), profile("b", 10))
     assert fitting(models, 1_000) == (models[0], models[1].without_codecs())
+
+
+def test_batches_are_left_out_where_it_is_not_enough_to_leave_out_codecs() -> None:
+    batch = (BatchSpeed(batch=2, factors=(0.5,) * 600),)
+    both = {"batch": batch, "executors": 2}
+    coded, small = (profile(name, codecs).model_copy(update=both) for name, codecs in (("a", 9), ("b", 0)))
+    assert fitting((coded, small)) == (coded, small)
+    plain = (coded.without_codecs(), small)
+    room = sum(len(one.model_dump_json(exclude_none=True)) for one in plain)
+    assert fitting((coded, small), room) == (coded.without_codecs(), small)
+    assert fitting((coded, small), room - 1_000) == (profile("a", 0), small)
+    assert fitting((coded, small), 1_000) == (profile("a", 0), profile("b", 0))
