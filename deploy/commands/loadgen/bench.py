@@ -32,7 +32,7 @@ BENCHES = {
     "path": "where the milliseconds of a task go, in the region that runs",
     "regret": "delays of the learning planner over those of fixed policies, live",
     "codecs": "size, speed and agreement of codecs on trained models",
-    "accelerators": "segments on the GPU over those on the CPU",
+    "accelerators": "segments in batches on the GPU, on the CPU and in PyTorch",
     "serve": "requests a second of a device's endpoint, beside other servers",
 }
 """Benchmark -> what it measures."""
@@ -68,6 +68,13 @@ class CellOptions:
     ] = None
     samples: Annotated[
         list[int] | None, typer.Option(min=1, metavar="N", help="Samples of a task of benchmark regret; repeatable.")
+    ] = None
+    segment: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LAYERS", help="Segment of benchmark accelerators: whole, or 3..7; repeatable."),
+    ] = None
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, metavar="N", help="Batch of benchmark accelerators; repeatable.")
     ] = None
     quick: Annotated[
         bool, typer.Option("--quick", help="Measure less (benchmarks regret, serve, codecs, accelerators).")
@@ -123,6 +130,7 @@ def bench(
         "seed": random_seed,
     }
     wanted |= {"network": cells.network, "model": cells.model, "samples": cells.samples, "quick": cells.quick or None}
+    wanted |= {"segment": cells.segment, "batch": cells.batch}
     wanted["peer_python"] = peers.peer_python
     takes = inspect.signature(measure).parameters
     given = {key: value for key, value in wanted.items() if value is not None and key in takes}

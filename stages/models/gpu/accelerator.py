@@ -8,12 +8,10 @@ the CPU, and a sample that the GPU fails to compute is computed again on the CPU
 from __future__ import annotations
 
 import math
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -23,7 +21,7 @@ from bus.errors import ModelError
 from bus.tensors import Array
 from bus.values import TensorSpec
 from stages.models.gpu.process import GpuEndedError, GpuFaultError, GpuProcess
-from stages.models.runtime.trial_run import trial_folder
+from stages.models.gpu.segment_file import SegmentFile, file_of, relative_difference, unsuited
 from stages.models.segments import Segment, SegmentStore
 from stages.models.slicer import slice_model
 
@@ -44,20 +42,10 @@ class AcceleratorOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedFile:
-    """A segment's file in the GPU process."""
-
-    key: int
-    reads: tuple[TensorSpec, ...]  # its inputs, in its order; other inputs of the segment only pass
-    makes: tuple[TensorSpec, ...]  # its outputs, in its order
-    weight_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Placed:
     """Where a segment runs."""
 
-    file: LoadedFile | None  # on the GPU; None: the segment runs on the CPU
+    file: SegmentFile | None  # on the GPU; None: the segment runs on the CPU
     reason: str = ""  # why it runs on the CPU
 
 
@@ -146,7 +134,8 @@ class Accelerator:
         if not all(_fits(value, spec) for value, spec in zip(inputs, cpu.inputs, strict=True)):
             return None  # the CPU reports what is wrong
         try:
-            return self._run(placed.file, cpu, inputs, on_wait)
+            (found,) = placed.file.run([inputs], on_wait)
+            return found
         except GpuEndedError:
             return None  # another sample ended the process; the next task loads the segment again
         except GpuFaultError as error:
@@ -164,7 +153,7 @@ class Accelerator:
         """Where it runs; None if it must be loaded first, for example after a crash of the GPU process."""
         with self._looking:
             placed = self._placed.get(name)
-            if placed is not None and placed.file is not None and not self._process.holds(placed.file.key):
+            if placed is not None and placed.file is not None and not placed.file.loaded:
                 del self._placed[name]
                 return None
             return placed
@@ -180,29 +169,23 @@ class Accelerator:
             say("segment runs on the CPU", model=model, layers=f"{begin + 1}..{end}", reason=placed.reason)
 
     def _try(self, segment: Segment, store: SegmentStore) -> Placed:
-        if (reason := _unsuited(segment, store)) is not None:
+        if (reason := unsuited(segment, stateful=store.stateful)) is not None:
             return Placed(None, reason)
         part = slice_model(store.model, segment.begin + 1, segment.end)
         if not self._make_room(part.size_bytes):
             return Placed(None, "the segments in use fill the GPU")
-        specs = {spec.name: spec for spec in (*segment.inputs, *segment.outputs)}
-        reads, makes = (tuple(specs[name] for name in names) for names in (part.reads, part.makes))
-        with tempfile.NamedTemporaryFile(suffix=".tflite", dir=trial_folder()) as copy:
-            for chunk in part.chunks():
-                copy.write(chunk)
-            copy.flush()
-            key = self._process.load(Path(copy.name), _sizes(reads), _sizes(makes))
-        file = LoadedFile(key, reads, makes, part.size_bytes)
+        with file_of(part) as path:
+            file = SegmentFile(self._process, segment, part, path)
         try:
             reason = self._check(file, segment)
         except (GpuFaultError, ModelError) as error:
             reason = str(error)
         if reason is not None:
-            self._process.unload(key)
+            file.unload()
             return Placed(None, reason)
         return Placed(file)
 
-    def _check(self, file: LoadedFile, segment: Segment) -> str | None:
+    def _check(self, file: SegmentFile, segment: Segment) -> str | None:
         """Why the CPU has to run the segment; None if the GPU may."""
         took = {"cpu": math.inf, "gpu": math.inf}
         for number in range(CHECKS):
@@ -210,7 +193,7 @@ class Accelerator:
             begin_s = self._clock()
             expected = segment.run(inputs)
             middle_s = self._clock()
-            found = self._run(file, segment, inputs)
+            (found,) = file.run([inputs])
             took = {
                 "cpu": min(took["cpu"], middle_s - begin_s),
                 "gpu": min(took["gpu"], self._clock() - middle_s),
@@ -226,22 +209,6 @@ class Accelerator:
             return f"the CPU is faster: {took['cpu'] * 1e3:.3g} ms, the GPU {took['gpu'] * 1e3:.3g} ms"
         return None
 
-    def _run(
-        self,
-        file: LoadedFile,
-        segment: Segment,
-        inputs: Sequence[Array],
-        on_wait: Callable[[float], None] = lambda _: None,
-    ) -> list[Array]:
-        known = {spec.name: value for spec, value in zip(segment.inputs, inputs, strict=True)}
-        sizes = _sizes(file.makes)
-        plain = [np.ascontiguousarray(known[spec.name]) for spec in file.reads]
-        values = np.frombuffer(self._process.run(file.key, plain, sum(sizes), on_wait), np.float32)
-        ends = np.cumsum([0, *sizes])
-        for spec, begin, end in zip(file.makes, ends[:-1], ends[1:], strict=True):
-            known[spec.name] = values[begin:end].reshape(spec.shape)
-        return [known[spec.name] for spec in segment.outputs]
-
     def _make_room(self, wanted_bytes: int) -> bool:
         """Unload segments that no task uses, oldest first, until another one fits."""
         while True:
@@ -255,7 +222,7 @@ class Accelerator:
                 if idle is None:
                     return False
                 del self._placed[idle]
-            self._process.unload(loaded[idle].key)
+            loaded[idle].unload()
 
 
 class _GpuSegment:
@@ -284,29 +251,6 @@ class _GpuSegment:
         if not self._released:
             self._released = True
             self._accelerator.released(self._name)
-
-
-def relative_difference(found: Array, right: Array) -> float:
-    """The largest difference, relative to the largest right value; infinite if values that are not finite differ."""
-    finite = np.isfinite(right)
-    if not np.array_equal(found[~finite], right[~finite], equal_nan=True) or not np.isfinite(found[finite]).all():
-        return math.inf
-    difference = float(np.max(np.abs(found[finite] - right[finite]), initial=0.0))
-    largest = float(np.max(np.abs(right[finite]), initial=0.0))
-    return difference if largest == 0.0 else difference / largest
-
-
-def _unsuited(segment: Segment, store: SegmentStore) -> str | None:
-    if segment.begin == segment.end:
-        return "it has no layers"
-    if store.stateful:
-        return "the model keeps state"
-    other = sorted({spec.dtype for spec in (*segment.inputs, *segment.outputs)} - {"float32"})
-    return f"its inputs or outputs are {', '.join(other)}; the GPU takes float32" if other else None
-
-
-def _sizes(specs: Sequence[TensorSpec]) -> list[int]:
-    return [math.prod(spec.shape) for spec in specs]
 
 
 def _fits(value: Array, spec: TensorSpec) -> bool:

@@ -23,17 +23,20 @@ class Loaded(Protocol):
     """A file on the GPU."""
 
     def run(self, inputs: memoryview) -> list[memoryview]:
-        """The results of one sample. Raises `RuntimeError`."""
+        """The results of one batch. Raises `RuntimeError`."""
 
 
-Load: TypeAlias = Callable[[str, list[int], list[int]], Loaded]
+Shapes: TypeAlias = list[list[int]]
+
+Load: TypeAlias = Callable[[str, Shapes, Shapes, int], Loaded]
+"""path, shapes of the inputs and of the outputs for one sample, samples in a batch"""
 
 
-def on_gpu(path: str, input_sizes: list[int], output_sizes: list[int]) -> Loaded:
+def on_gpu(path: str, inputs: Shapes, outputs: Shapes, batch: int) -> Loaded:
     """The file, loaded by LiteRT. Raises `RuntimeError` where the driver refuses it."""
     from stages.models.runtime.gpu import GpuModel
 
-    return GpuModel(path, input_sizes, output_sizes)
+    return GpuModel(path, inputs, outputs, batch)
 
 
 def main(load: Load = on_gpu) -> None:
@@ -73,7 +76,7 @@ def _answer(
 def _load(load: Load, models: dict[int, Loaded], words: dict[str, Any]) -> dict[str, Any]:
     with _captured() as log:
         try:
-            models[words["key"]] = load(words["path"], words["inputs"], words["outputs"])
+            models[words["key"]] = load(words["path"], words["inputs"], words["outputs"], words["batch"])
         except (ImportError, RuntimeError, ValueError) as error:
             log.seek(0)
             said = log.read().decode(errors="replace")

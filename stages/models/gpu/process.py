@@ -24,7 +24,7 @@ GPU = ChildProgram("from stages.models.gpu.child import main; main()", longest_s
 """Loads and runs files on the GPU; loading VGG-16 takes up to 7 s."""
 
 LONGEST_RUN_S = 10.0
-"""Time limit of one sample, which takes milliseconds."""
+"""Time limit of one batch, which takes milliseconds."""
 
 MOST_DEATHS = 3
 """After this many crashes, the GPU is not used again until the node starts anew."""
@@ -52,16 +52,21 @@ class GpuProcess:
         self._living: set[int] = set()  # keys of the files that the running process holds
         self.loading = False  # a file is being loaded, which takes seconds: other samples should not wait for it
 
-    def load(self, path: Path, input_sizes: Sequence[int], output_sizes: Sequence[int]) -> int:
-        """Load a file; returns its key. Sizes count the float32 values of each tensor. Raises `GpuFaultError`."""
+    def load(
+        self, path: Path, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], batch: int = 1
+    ) -> int:
+        """Load a file for batches of a size; returns its key. `inputs` and `outputs` are the shapes for one sample.
+
+        Raises `GpuFaultError`.
+        """
         with self._turn:
             if self._absent is not None:
                 raise GpuFaultError(self._absent)
             self._next_key += 1
             self.loading = True
             try:
-                sizes = {"inputs": list(input_sizes), "outputs": list(output_sizes)}
-                words = {"do": "load", "key": self._next_key, "path": str(path), **sizes}
+                shapes = {"inputs": inputs, "outputs": outputs, "batch": batch}
+                words = {"do": "load", "key": self._next_key, "path": str(path), **shapes}
                 self._order(words, (), self._program.longest_s, "loading it")
             finally:
                 self.loading = False
@@ -75,9 +80,9 @@ class GpuProcess:
     def run(
         self, key: int, inputs: Sequence[Array], output_values: int, on_wait: Callable[[float], None] = lambda _: None
     ) -> memoryview:
-        """The results of one sample, one after the other: `output_values` float32 values. Raises `GpuFaultError`.
+        """The results of one batch, one after the other: `output_values` float32 values. Raises `GpuFaultError`.
 
-        `on_wait` receives the seconds for which other samples delayed this one.
+        `on_wait` receives the seconds for which other batches delayed this one.
         """
         payload = [value.reshape(-1).view(np.uint8).data for value in inputs]
         begin_s = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,26 +13,31 @@ from ai_edge_litert.options import Options
 
 
 class GpuModel:
-    """One file on the GPU, in float32. Sizes count the values of each tensor, in the order of the file.
+    """One file on the GPU, in float32, for batches of a fixed size.
 
-    Raises `RuntimeError` if the driver refuses it.
+    Another size would compile the file again, which takes as long as loading it. Raises `RuntimeError` if the driver
+    refuses it.
     """
 
-    def __init__(self, path: str, input_sizes: list[int], output_sizes: list[int]) -> None:
+    def __init__(self, path: str, inputs: list[list[int]], outputs: list[list[int]], batch: int = 1) -> None:
+        """`inputs` and `outputs` are the shapes for one sample, in the order of the file."""
         options = Options(
             hardware_accelerators=HardwareAccelerator.GPU, gpu_options=GpuOptions(enforce_f32=True)
         )  # without enforce_f32 it is slower and less exact
         self._model: Any = CompiledModel.from_file(path, options=options)
-        if not self._model.is_fully_accelerated():
-            raise RuntimeError("the GPU cannot run all of its operators")
+        if batch > 1:
+            for index, shape in enumerate(inputs):
+                self._model.resize_input_tensor(index, [batch, *shape[1:]], 0, strict=False)
         self._inputs = self._model.create_input_buffers(0)
         self._outputs = self._model.create_output_buffers(0)
-        self._input_sizes, self._output_sizes = input_sizes, output_sizes
-        if (len(input_sizes), len(output_sizes)) != (len(self._inputs), len(self._outputs)):
+        if not self._model.is_fully_accelerated():  # after a resize it is known only once the buffers exist
+            raise RuntimeError("the GPU cannot run all of its operators")
+        self._input_sizes, self._output_sizes = ([batch * prod(shape) for shape in side] for side in (inputs, outputs))
+        if (len(inputs), len(outputs)) != (len(self._inputs), len(self._outputs)):
             raise RuntimeError(f"it has {len(self._inputs)} inputs and {len(self._outputs)} outputs there")
 
     def run(self, inputs: memoryview) -> list[memoryview]:
-        """The results of one sample."""
+        """The results of one batch."""
         values, at = np.frombuffer(inputs, np.float32), 0
         for buffer, size in zip(self._inputs, self._input_sizes, strict=True):
             buffer.write(values[at : at + size])

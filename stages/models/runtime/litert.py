@@ -43,7 +43,8 @@ class SegmentRunner:
 
     `source` is a path, which the runtime maps, or bytes, which stay in memory. `delegate` enables the runtime's default
     delegate (XNNPACK, which repacks weights into its own memory). `renew` means that the model writes resource variables,
-    which only a new interpreter resets. Raises `ModelError` if the runtime refuses the model.
+    which only a new interpreter resets. `batch` becomes the first dimension of every input, for files whose own is 1.
+    Raises `ModelError` if the runtime refuses the model.
     """
 
     def __init__(
@@ -54,10 +55,12 @@ class SegmentRunner:
         delegate: bool = True,
         title: str | None = None,
         renew: bool = False,
+        batch: int = 1,
     ) -> None:
         self.title = title or (str(source) if isinstance(source, (Path, str)) else "a model in memory")
         self._turn = threading.Lock()
         self._source, self._num_threads, self._delegate, self._renew = source, num_threads, delegate, renew
+        self._batch = batch
         self._interpreter = self._loaded()
         # in file order
         self._inputs = [(detail["name"], detail["index"]) for detail in self._interpreter.get_input_details()]
@@ -73,6 +76,9 @@ class SegmentRunner:
                 num_threads=self._num_threads,
                 experimental_op_resolver_type=resolver,
             )
+            if self._batch > 1:
+                for detail in interpreter.get_input_details():
+                    interpreter.resize_tensor_input(detail["index"], [self._batch, *detail["shape"][1:]])
             interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise ModelError(self.title, f"the runtime refuses it: {_first_line(error)}") from error

@@ -111,14 +111,14 @@ def last_words(stderr: bytes) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
-def child_environment(own: Mapping[str, str]) -> dict[str, str]:
-    """The environment `own` with DeePar's packages importable and numeric libraries limited to one thread."""
+def child_environment(own: Mapping[str, str], threads: int = 1) -> dict[str, str]:
+    """The environment `own` with DeePar's packages importable and numeric libraries limited to some threads."""
     root = str(Path(__file__).resolve().parents[3])
     known = own.get("PYTHONPATH")
     return {
         **own,
         "PYTHONPATH": root if not known else f"{root}{os.pathsep}{known}",
-        "OPENBLAS_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(threads),
         "PYTHONFAULTHANDLER": "",
     }

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from math import prod
 from typing import Any
 
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
 
 from stages.models.gpu import child
 from stages.models.runtime.litert import SegmentRunner
@@ -28,9 +28,9 @@ class Driver:
 
     runs = 0
 
-    def __init__(self, path: str, sizes: list[int], error: float, dies_at: int | None) -> None:
-        self._runner, self._sizes = SegmentRunner(path), sizes
-        self._shapes = [detail["shape"] for detail in Interpreter(model_path=path).get_input_details()]
+    def __init__(self, path: str, shapes: child.Shapes, batch: int, error: float, dies_at: int | None) -> None:
+        self._runner = SegmentRunner(path, batch=batch)
+        self._shapes = [[batch * first, *rest] for first, *rest in shapes]
         self._factor = np.float32(1.0 + error)
         self._dies_at = dies_at
 
@@ -39,7 +39,8 @@ class Driver:
         if Driver.runs == self._dies_at:
             os.kill(os.getpid(), signal.SIGSEGV)
         values, at, tensors = np.frombuffer(inputs, np.float32), 0, []
-        for size, shape in zip(self._sizes, self._shapes, strict=True):
+        for shape in self._shapes:
+            size = prod(shape)
             tensors.append(values[at : at + size].reshape(shape))
             at += size
         return [(one * self._factor).reshape(-1).view(np.uint8).data for one in self._runner.run(tensors)]
@@ -47,13 +48,13 @@ class Driver:
 
 def scripted(error: float = 1e-6, dies_at: int | None = None) -> None:
     """Wrong by a share; dies at a run."""
-    child.main(lambda path, inputs, outputs: Driver(path, inputs, error, dies_at))
+    child.main(lambda path, inputs, outputs, batch: Driver(path, inputs, batch, error, dies_at))
 
 
 def refusing() -> None:
     """Refuses every file."""
 
-    def load(path: str, inputs: list[int], outputs: list[int]) -> child.Loaded:
+    def load(path: str, inputs: child.Shapes, outputs: child.Shapes, batch: int) -> child.Loaded:
         raise RuntimeError("ERROR: [x.h:1]\n└ ERROR: unknown operator. Set some option")
 
     child.main(load)
@@ -62,7 +63,7 @@ def refusing() -> None:
 def absent() -> None:
     """No GPU is there; the runtime says so in its log only."""
 
-    def load(path: str, inputs: list[int], outputs: list[int]) -> child.Loaded:
+    def load(path: str, inputs: child.Shapes, outputs: child.Shapes, batch: int) -> child.Loaded:
         os.write(2, b"E0000 No adapters found\n")
         raise RuntimeError("ERROR: [compiled_model.cc:1036]")
 
@@ -72,7 +73,7 @@ def absent() -> None:
 def crashing() -> None:
     """Dies while it loads a file."""
 
-    def load(path: str, inputs: list[int], outputs: list[int]) -> child.Loaded:
+    def load(path: str, inputs: child.Shapes, outputs: child.Shapes, batch: int) -> child.Loaded:
         os.kill(os.getpid(), signal.SIGSEGV)
         raise AssertionError
 
@@ -82,7 +83,7 @@ def crashing() -> None:
 def hanging() -> None:
     """Never answers."""
 
-    def load(path: str, inputs: list[int], outputs: list[int]) -> child.Loaded:
+    def load(path: str, inputs: child.Shapes, outputs: child.Shapes, batch: int) -> child.Loaded:
         threading.Event().wait()
         raise AssertionError
 

@@ -1,0 +1,102 @@
+"""A segment's file in the GPU process, for batches of a fixed size."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bus.tensors import Array
+from bus.values import TensorSpec
+from stages.models.gpu.process import GpuProcess
+from stages.models.runtime.trial_run import trial_folder
+from stages.models.segments import Segment
+from stages.models.slicer import SlicedPart
+
+
+class SegmentFile:
+    """Computes up to `batch` samples at a time. The constructor loads the file, which takes seconds.
+
+    All methods raise `GpuFaultError`. A segment that reads its inputs only to pass them on does not send them to the GPU.
+    """
+
+    def __init__(self, process: GpuProcess, segment: Segment, part: SlicedPart, path: Path, batch: int = 1) -> None:
+        """`part` is the segment's slice, which is the file at `path`."""
+        specs = {spec.name: spec for spec in (*segment.inputs, *segment.outputs)}
+        self._reads, self._makes = (tuple(specs[name] for name in names) for names in (part.reads, part.makes))
+        self._inputs, self._outputs = ([spec.name for spec in side] for side in (segment.inputs, segment.outputs))
+        self._process = process
+        self.batch = batch
+        self.weight_bytes = part.size_bytes
+        inputs, outputs = ([list(spec.shape) for spec in side] for side in (self._reads, self._makes))
+        self._key = process.load(path, inputs, outputs, batch)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the process that loaded it still runs."""
+        return self._process.holds(self._key)
+
+    def run(
+        self, samples: Sequence[Sequence[Array]], on_wait: Callable[[float], None] = lambda _: None
+    ) -> list[list[Array]]:
+        """The segment's outputs for each sample. `on_wait` receives the seconds for which other batches delayed this one."""
+        known = [dict(zip(self._inputs, sample, strict=True)) for sample in samples]
+        parts: list[Array] = []
+        for spec in self._reads:
+            parts += [np.ascontiguousarray(values[spec.name]) for values in known]
+            parts += [np.zeros(spec.shape, np.float32)] * (self.batch - len(samples))
+        sizes = [self.batch * _values_of(spec) for spec in self._makes]
+        results = np.frombuffer(self._process.run(self._key, parts, sum(sizes), on_wait), np.float32)
+        ends = np.cumsum([0, *sizes])
+        for spec, begin, end in zip(self._makes, ends[:-1], ends[1:], strict=True):
+            rows = results[begin:end].reshape(self.batch, -1)
+            for values, row in zip(known, rows, strict=False):  # the last rows are padding
+                values[spec.name] = row.reshape(spec.shape)
+        return [[values[name] for name in self._outputs] for values in known]
+
+    def unload(self) -> None:
+        """Free its device memory."""
+        self._process.unload(self._key)
+
+
+@contextlib.contextmanager
+def file_of(part: SlicedPart) -> Iterator[Path]:
+    """A temporary file with the part."""
+    with tempfile.NamedTemporaryFile(suffix=".tflite", dir=trial_folder()) as copy:
+        for chunk in part.chunks():
+            copy.write(chunk)
+        copy.flush()
+        yield Path(copy.name)
+
+
+def batchable(segment: Segment) -> bool:
+    """Whether every input and output has a first dimension of 1, which may stand for samples."""
+    return all(spec.shape[:1] == (1,) for spec in (*segment.inputs, *segment.outputs))
+
+
+def unsuited(segment: Segment, *, stateful: bool) -> str | None:
+    """Why a segment of a model that does or does not keep state cannot run on the GPU; None if it may."""
+    if segment.begin == segment.end:
+        return "it has no layers"
+    if stateful:
+        return "the model keeps state"
+    other = sorted({spec.dtype for spec in (*segment.inputs, *segment.outputs)} - {"float32"})
+    return f"its inputs or outputs are {', '.join(other)}; the GPU takes float32" if other else None
+
+
+def relative_difference(found: Array, right: Array) -> float:
+    """The largest difference, relative to the largest right value; infinite if values that are not finite differ."""
+    finite = np.isfinite(right)
+    if not np.array_equal(found[~finite], right[~finite], equal_nan=True) or not np.isfinite(found[finite]).all():
+        return math.inf
+    difference = float(np.max(np.abs(found[finite] - right[finite]), initial=0.0))
+    largest = float(np.max(np.abs(right[finite]), initial=0.0))
+    return difference if largest == 0.0 else difference / largest
+
+
+def _values_of(spec: TensorSpec) -> int:
+    return math.prod(spec.shape)
