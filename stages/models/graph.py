@@ -4,6 +4,9 @@ A *layer* is an operator of the main subgraph that depends on the input. Two kin
 means copied into every slice that needs them: those that depend only on constants (DEQUANTIZE of fp16 weights, DENSIFY of
 sparse weights, arithmetic on shapes) and those that only name or initialise state (VAR_HANDLE, CALL_ONCE).
 
+A RESHAPE that only flattens what one FULLY_CONNECTED operator reads belongs to that operator's layer: a cut before it and a
+cut after it send the same bytes and leave the same work on either side.
+
 Position p is after layer p in file order, which is the order of execution. The tensors that *cross* it are those made before
 it and read after it; model outputs count as read at the end. A position is *blocked* if layers on both sides share state, if
 a crossing tensor has a shape known only at run time or a type that messages cannot carry, or if the runtime has no kernel for
@@ -12,6 +15,7 @@ its layer.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,7 +65,7 @@ class Layer:
     position: int  # 1..l
     name: str  # of its first output tensor, made unique
     kind: str  # e.g. "CONV_2D"
-    operator: int  # index among the main subgraph's operators
+    operator: int  # index among the main subgraph's operators, without the RESHAPE that belongs to it
     work: float  # estimated multiply-accumulates
     output_bytes: int  # size of its outputs
 
@@ -85,10 +89,14 @@ class Graph:
         self._makers = {out: at for at, operator in enumerate(self.operators) for out in indices(operator.outputs)}
         self._without_elements = constants_without_elements(self._main)
         self.carried, self.unsettled = self._classified()
-        self.layer_operators = [at for at in range(len(self.operators)) if at not in self.carried]
+        flattens = self._flattens()
+        self.layer_operators: list[tuple[int, ...]] = [  # of each layer; the one that names it is the last
+            (flattens[at], at) if at in flattens else (at,)
+            for at in range(len(self.operators))
+            if at not in self.carried and at not in flattens.values()
+        ]
         if not self.layer_operators:
             raise ModelError(path, "has no operator that depends on its input")
-        self._position_of = {at: position for position, at in enumerate(self.layer_operators, start=1)}
 
     @classmethod
     def of(cls, data: ModelBytes, path: str, facts: RuntimeFacts | None = None) -> Graph:
@@ -211,12 +219,31 @@ class Graph:
             return False
         return bool(inputs) and all(tensor in fixed for tensor in inputs)
 
+    def _flattens(self) -> dict[int, int]:
+        """FULLY_CONNECTED operator -> the RESHAPE that belongs to its layer (see the module docstring)."""
+        reads = Counter(tensor for operator in self.operators for tensor in indices(operator.inputs))
+        reads.update(self.outputs)
+        found = {}
+        for at, kind in enumerate(self.kinds):
+            for flat in indices(self.operators[at].inputs)[:1] if kind == "FULLY_CONNECTED" else []:
+                maker = self._makers.get(flat)
+                if maker is not None and reads[flat] == 1 and self._only_flattens(maker, flat):
+                    found[at] = maker
+        return found
+
+    def _only_flattens(self, at: int, made: int) -> bool:
+        """Whether the operator is a RESHAPE that keeps the first dimension and makes one of all others, for every input."""
+        if self.kinds[at] != "RESHAPE" or at in self.carried or made in self.unsettled:
+            return False
+        before, after = self.shape(indices(self.operators[at].inputs)[0]), self.shape(made)
+        return len(before) > len(after) == 2 and before[0] == after[0]
+
     @cached_property
     def layers(self) -> list[Layer]:
         """Layers 1..l."""
         seen: dict[str, int] = {"input": 1}
         layers = []
-        for position, at in enumerate(self.layer_operators, start=1):
+        for position, (*_, at) in enumerate(self.layer_operators, start=1):
             operator, kind = self.operators[at], self.kinds[at]
             outputs = indices(operator.outputs)
             stem = text(self.tensors[outputs[0]].name).split(";")[0].strip() if outputs else ""
@@ -253,12 +280,13 @@ class Graph:
         """tensor -> (position from which it exists, last layer that reads it, or l + 1 for a model output)."""
         begins = dict.fromkeys(self.inputs, 0)
         ends: dict[int, int] = {}
-        for position, at in enumerate(self.layer_operators, start=1):
-            for tensor in indices(self.operators[at].inputs):
-                if tensor >= 0:
-                    ends[tensor] = position
-            for tensor in indices(self.operators[at].outputs):
-                begins[tensor] = position
+        for position, operators in enumerate(self.layer_operators, start=1):
+            for at in operators:
+                for tensor in indices(self.operators[at].inputs):
+                    if tensor >= 0:
+                        ends[tensor] = position
+                for tensor in self.outputs_of(at):
+                    begins[tensor] = position
         for tensor in self.outputs:
             ends[tensor] = self.depth + 1
         return {tensor: (begin, ends[tensor]) for tensor, begin in begins.items() if tensor in ends}
@@ -279,9 +307,12 @@ class Graph:
             for position in range(first, last):
                 reasons.setdefault(position, f"layers {first} to {last} share the state {name}")
         for position in range(1, self.depth):
-            kind = self.kinds[self.layer_operators[position - 1]].removeprefix("CUSTOM:")
-            if kind in self.facts.missing_kernels:
-                reasons.setdefault(position, f"layer {position} is the operator {kind}, for which there is no kernel")
+            for at in self.layer_operators[position - 1]:
+                kind = self.kinds[at].removeprefix("CUSTOM:")
+                if kind in self.facts.missing_kernels:
+                    reasons.setdefault(
+                        position, f"layer {position} is the operator {kind}, for which there is no kernel"
+                    )
             for tensor in self.live(position):
                 why = self._why_confined(tensor)
                 if why is not None:
@@ -380,12 +411,13 @@ class Graph:
         """(name, first layer, last layer) for each written state; these layers must stay in one slice."""
         spans: dict[str, list[int]] = {}
         written = self.written_resources
-        for position, at in enumerate(self.layer_operators, start=1):
-            for name in self.resources_of(at) & written:
-                spans.setdefault(name, []).append(position)
-            for tensor in indices(self.operators[at].inputs):
-                if tensor >= 0 and self.tensors[tensor].isVariable:
-                    spans.setdefault(self.names[tensor], []).append(position)
+        for position, operators in enumerate(self.layer_operators, start=1):
+            for at in operators:
+                for name in self.resources_of(at) & written:
+                    spans.setdefault(name, []).append(position)
+                for tensor in indices(self.operators[at].inputs):
+                    if tensor >= 0 and self.tensors[tensor].isVariable:
+                        spans.setdefault(self.names[tensor], []).append(position)
         return [(name, positions[0], positions[-1]) for name, positions in sorted(spans.items())]
 
     @cached_property

@@ -140,7 +140,7 @@ class _PartBuilder:
     def part(self) -> SlicedPart:
         graph = self._graph
         before, after = graph.live(self._first - 1), graph.live(self._last)
-        chosen = graph.layer_operators[self._first - 1 : self._last]
+        chosen = [at for operators in graph.layer_operators[self._first - 1 : self._last] for at in operators]
         operators = self._with_carried(chosen, after if self._last == graph.depth else ())
         precomputed = {t for at in operators if self._is_precomputed(at) for t in indices(graph.operators[at].outputs)}
         operators = [at for at in operators if not self._is_precomputed(at)]

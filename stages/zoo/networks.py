@@ -1,7 +1,8 @@
 """The networks of the zoo, layer by layer: the paper's LeNet-5, AlexNet, VGG-16 and DeepFace, and MobileNet.
 
 Each is a chain of convolutions, pools and fully-connected layers (AlexNet also normalises) with fused activations;
-the outputs are logits. A layer's name is the name of the tensor it makes. AlexNet is the one-tower form with the paper's
+the outputs are logits. A layer's name is the name of the tensor it makes. The first fully-connected layer reads a RESHAPE:
+where the operator flattens its input itself, GPUs compute wrong numbers. AlexNet is the one-tower form with the paper's
 layer names, without dropout, which has no effect at inference. DeepFace is Parkhi et al., "Deep face recognition" (2015),
 the paper's reference [1]: the layout of VGG-16 (Simonyan and Zisserman, configuration D) with 2,622 outputs. MobileNet is
 the first version (Howard et al., 2017) with width 0.5 on pictures of 128 x 128: a small network for phones.
@@ -247,6 +248,9 @@ def build(network: Network, source: WeightSource) -> GraphBuilder:
                 options = schema.LocalResponseNormalizationOptionsT(radius=2, bias=2.0, alpha=1e-4, beta=0.75)
             case Dense():
                 fan_in = prod(shape[1:])
+                if len(shape) > 2:
+                    shape = (shape[0], fan_in)
+                    inputs = [_flattened(graph, tensor, shape)]
                 inputs += parameters(index, (layer.outputs, fan_in), layer.outputs, fan_in)
                 kind, shape = "FULLY_CONNECTED", (shape[0], layer.outputs)
                 options = schema.FullyConnectedOptionsT(fusedActivationFunction=relu if layer.relu else plain)
@@ -255,6 +259,14 @@ def build(network: Network, source: WeightSource) -> GraphBuilder:
     graph.output(tensor)
     graph.signature("serving_default", {"input": first}, {"logits": tensor})
     return graph
+
+
+def _flattened(graph: GraphBuilder, picture: int, shape: tuple[int, int]) -> int:
+    """The picture as a row of values; -1 leaves the batch open, so that it can be resized."""
+    flat = graph.tensor("flatten", shape)
+    target = graph.constant("flatten/shape", np.array([-1, shape[1]], np.int32))
+    graph.operator("RESHAPE", [picture, target], [flat], schema.ReshapeOptionsT([-1, shape[1]]))
+    return flat
 
 
 def _windowed(shape: tuple[int, ...], size: int, stride: int, same: bool, channels: int) -> tuple[int, ...]:

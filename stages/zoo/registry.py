@@ -20,11 +20,11 @@ from stages.models.model import KnownFile, Model, read_model
 from stages.zoo.networks import LENET, NETWORKS, Network, build, seeded
 
 SHA256 = {
-    "lenet": "c48d45171dc677eda6dc8ff6e4ebfd09929bfb9b26c5d6ef03b1d7f4b52f30f5",
-    "alexnet": "d6aab4343d1da49c46b94f01f3c4b7b010f37b65f331987c0997abf2335e2cd2",
-    "vgg16": "fd11c7464caceb78682d2a7128d8e54cfe0a0231f1f8539739fcbacedc709dec",
-    "deepface": "a3f82562df0656967323d942c9d83250c08916eece7a688d62113a807702d3d6",
-    "mobilenet": "388dd2df9ced5f868683b69ff5db949aa1c5efec993c188bf45f07491c680e3a",
+    "lenet": "5fd05d309177499a3f8261999c56bf696305d92713b9237dd7d20baae98e6b9c",
+    "alexnet": "622772374bf65e0e788e1d4f3d33117d78ff97eba53eccaddaf4f5573d687e3d",
+    "vgg16": "8cc8ca06d5059fd0f0fcf63e15106b63c0e01b779e97f98273ed67b89174cede",
+    "deepface": "5e0c6334e65cfa2138a667921c48051d0b426f76dcf9dd4354094253bd6f5dca",
+    "mobilenet": "4c9147a37fc5a487c19ca52025d256e1ca71df700609443a240671c699c2a455",
 }
 """Expected hashes of the files, so that every node uses the same weights."""
 

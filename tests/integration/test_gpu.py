@@ -86,13 +86,21 @@ def on_gpu(placements: dict[tuple[int, int], PlacedSegment]) -> set[tuple[int, i
     return {ends for ends, placed in placements.items() if placed.file is not None}
 
 
-def test_lenet_runs_on_the_gpu_except_its_implicit_flatten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lenet_runs_wholly_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     use_software_gpu(monkeypatch)
-    placements = served(load_model("lenet"), (2, 4))
+    assert {(0, 7), (0, 2), (2, 4), (4, 7)} <= on_gpu(served(load_model("lenet"), (2, 4)))
+    assert {(0, 4), (4, 5), (5, 7)} <= on_gpu(served(load_model("lenet"), (4, 5)))
+
+
+def test_segments_with_an_implicit_flatten_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_software_gpu(monkeypatch)
+    path = tmp_path / "implicit.tflite"
+    path.write_bytes(built_models.implicit_flatten(bytes(load_model("lenet").data)))
+    placements = served(load_model(path), (2, 4))
     assert on_gpu(placements) == {(0, 2), (2, 4)}
     assert "fc_3 differs from the CPU's" in placements[4, 7].reason
     assert "fc_3 differs from the CPU's" in placements[0, 7].reason
-    placements = served(load_model("lenet"), (4, 5))
+    placements = served(load_model(path), (4, 5))
     assert on_gpu(placements) == {(0, 4), (5, 7)}
     assert "fc_1 differs from the CPU's" in placements[4, 5].reason
 

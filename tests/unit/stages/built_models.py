@@ -9,7 +9,9 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from stages.models.files.flatbuffer_writer import tflite_bytes
 from stages.models.files.graph_builder import GraphBuilder, Quantization
+from stages.models.files.operators import kind_of
 
 RELU, RELU6, NONE = (
     schema.ActivationFunctionType.RELU,
@@ -241,7 +243,7 @@ def looping() -> GraphBuilder:
     return graph
 
 
-def reshaping() -> GraphBuilder:
+def reshaping(*, dense: bool = False) -> GraphBuilder:
     graph = GraphBuilder("a batch left open, shapes computed at run time")
     x = graph.input("input", (1, 4, 4, 2), signature=(-1, 4, 4, 2))
     first = graph.tensor("relu", (1, 4, 4, 2), signature=(-1, 4, 4, 2))
@@ -256,7 +258,10 @@ def reshaping() -> GraphBuilder:
     flat = graph.tensor("flat", (1, 1), signature=(-1, -1))
     graph.operator("RESHAPE", [first, wanted], [flat], schema.ReshapeOptionsT())
     last = graph.tensor("last", (1, 1), signature=(-1, -1))
-    graph.operator("TANH", [flat], [last])
+    if dense:
+        graph.operator("FULLY_CONNECTED", [flat, _weights(graph, "matrix", (3, 32), 9), -1], [last], _PLAIN)
+    else:
+        graph.operator("TANH", [flat], [last])
     graph.output(last)
     return graph
 
@@ -406,11 +411,66 @@ def flattening() -> GraphBuilder:
     return graph
 
 
+def reshaped(*, wanted: Sequence[int] = (-1, 60), branch: bool = False, shown: bool = False) -> GraphBuilder:
+    """FULLY_CONNECTED on a convolution that a RESHAPE flattens; `branch` adds a second reader, `shown` a second output."""
+    graph = GraphBuilder("a convolution, a RESHAPE and a fully-connected layer")
+    shape = (1, 3, 5, 2)
+    x = graph.input("input", shape)
+    first = conv(graph, "conv", x, shape, 4)
+    after = tuple(60 // -int(np.prod(wanted)) if size == -1 else size for size in wanted)
+    flat, y = graph.tensor("flat", after), graph.tensor("fc", (*after[:-1], 6))
+    target = graph.constant("target", np.array(wanted, np.int32))
+    graph.operator("RESHAPE", [first, target], [flat], schema.ReshapeOptionsT(list(wanted)))
+    graph.operator("FULLY_CONNECTED", [flat, _weights(graph, "matrix", (6, after[-1]), 9), -1], [y], _PLAIN)
+    graph.output(y, *([flat] if shown else []))
+    if branch:
+        twice = graph.tensor("tanh", after)
+        graph.operator("TANH", [flat], [twice])
+        graph.output(twice)
+    return graph
+
+
+def flattened() -> GraphBuilder:
+    return reshaped()
+
+
+def flattened_early() -> GraphBuilder:
+    """Between the RESHAPE and the fully-connected layer that reads it are two layers of another branch."""
+    graph = GraphBuilder("a RESHAPE long before its reader")
+    shape = (1, 3, 5, 2)
+    x = graph.input("input", shape)
+    flat, y, last = graph.tensor("flat", (1, 30)), graph.tensor("fc", (1, 4)), graph.tensor("scaled", (1, 3, 5, 4))
+    graph.operator("RESHAPE", [x, graph.constant("target", np.array([1, 30], np.int32))], [flat])
+    side = conv(graph, "conv_2", conv(graph, "conv_1", x, shape, 4), (1, 3, 5, 4), 4)
+    graph.operator("FULLY_CONNECTED", [flat, _weights(graph, "matrix", (4, 30), 9), -1], [y], _PLAIN)
+    graph.operator("MUL", [side, y], [last], schema.MulOptionsT())
+    graph.output(last)
+    return graph
+
+
+def implicit_flatten(data: bytes) -> bytes:
+    """The model without the RESHAPE before its first fully-connected layer, which then flattens its input itself."""
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    for buffer in model.buffers:
+        if not isinstance(buffer.data, np.ndarray):
+            buffer.data = None
+    main = model.subgraphs[0]
+    (at,) = (
+        at
+        for at, operator in enumerate(main.operators)
+        if kind_of(model.operatorCodes[operator.opcodeIndex]) == "RESHAPE"
+    )
+    reshape, reader = main.operators[at : at + 2]
+    reader.inputs = [reshape.inputs[0], *reader.inputs[1:]]
+    del main.operators[at]
+    return tflite_bytes(model, {})
+
+
 IDENTICAL: dict[str, Callable[[], Any]] = {
     make.__name__: make
     for make in (
         residual, inverted_residual, branches, two_in_three_out, fp16_weights, sparse_weights, quantized, wide_integers,
-        branching, looping, reshaping, stateful, blockwise, flattening,
+        branching, looping, reshaping, stateful, blockwise, flattening, flattened, flattened_early,
     )
 }  # fmt: skip
 """Models whose parts must say exactly what the whole says, at every pair of cuts."""

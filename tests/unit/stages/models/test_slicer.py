@@ -100,6 +100,50 @@ def test_a_shape_computed_from_a_fixed_shape_is_a_constant(tmp_path: Path) -> No
     assert kinds(slice_model(model, 2, 2).to_bytes()) == ["STRIDED_SLICE", "PACK", "RESHAPE"]
 
 
+def test_a_reshape_that_only_flattens_belongs_to_the_layer_that_reads_it(tmp_path: Path) -> None:
+    model = load(tmp_path, built_models.reshaped())
+    assert [(layer.name, layer.kind) for layer in model.graph.layers] == [
+        ("conv", "CONV_2D"),
+        ("fc", "FULLY_CONNECTED"),
+    ]
+    assert [[spec.shape for spec in cut.tensors] for cut in manifest(model).cuts] == [
+        [(1, 3, 5, 2)],
+        [(1, 3, 5, 4)],
+        [(1, 6)],
+    ]
+    assert kinds(slice_model(model, 1, 1).to_bytes()) == ["CONV_2D"]
+    assert kinds(slice_model(model, 2, 2).to_bytes()) == ["RESHAPE", "FULLY_CONNECTED"]
+
+
+def test_a_flatten_far_from_its_reader_moves_to_it(tmp_path: Path) -> None:
+    model = load(tmp_path, built_models.flattened_early())
+    crossing = [{spec.name for spec in cut.tensors} for cut in manifest(model).cuts]
+    assert crossing == [{"input"}, {"input", "conv_1"}, {"input", "conv_2"}, {"conv_2", "fc"}, {"scaled"}]
+    assert kinds(slice_model(model, 1, 1).to_bytes()) == ["CONV_2D"]
+    assert kinds(slice_model(model, 3, 3).to_bytes()) == ["RESHAPE", "FULLY_CONNECTED"]
+
+
+def test_a_flatten_to_a_shape_computed_from_a_fixed_shape_belongs_to_its_reader(tmp_path: Path) -> None:
+    model = load(tmp_path, built_models.reshaping(dense=True))
+    assert [layer.kind for layer in model.graph.layers] == ["RELU", "FULLY_CONNECTED"]
+    assert kinds(slice_model(model, 2, 2).to_bytes()) == ["STRIDED_SLICE", "PACK", "RESHAPE", "FULLY_CONNECTED"]
+
+
+@pytest.mark.parametrize(
+    ("graph", "layers"),
+    [
+        (built_models.reshaped(branch=True), ["CONV_2D", "RESHAPE", "FULLY_CONNECTED", "TANH"]),
+        (built_models.reshaped(shown=True), ["CONV_2D", "RESHAPE", "FULLY_CONNECTED"]),
+        (built_models.reshaped(wanted=(15, -1)), ["CONV_2D", "RESHAPE", "FULLY_CONNECTED"]),
+        (built_models.reshaped(wanted=(1, 1, -1)), ["CONV_2D", "RESHAPE", "FULLY_CONNECTED"]),
+        (built_models.reshaping(), ["RELU", "RESHAPE", "TANH"]),
+    ],
+    ids=["another reader", "an output", "another first dimension", "three dimensions", "another operator reads it"],
+)
+def test_any_other_reshape_is_a_layer(tmp_path: Path, graph: GraphBuilder, layers: list[str]) -> None:
+    assert [layer.kind for layer in load(tmp_path, graph).graph.layers] == layers
+
+
 def test_state_is_not_cut_in_two_and_the_rest_can_be(tmp_path: Path) -> None:
     model = load(tmp_path, built_models.stateful())
     assert sorted(model.graph.blocked) == [2, 3, 4]

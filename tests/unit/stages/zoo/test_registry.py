@@ -15,11 +15,15 @@ from stages.models.model import KnownFile, Model, model_name, read_model
 from stages.models.runtime.litert import SegmentRunner
 from stages.zoo.networks import ALEXNET, DEEPFACE, LENET, MOBILENET, NETWORKS, VGG16, build, seeded
 from stages.zoo.registry import SHA256, digits, generate, list_models, load_model
+from tests.unit.stages import built_models
 
 PAPER_ALEXNET = [
     *("conv_1", "norm_1", "maxpool_1", "conv_2", "norm_2", "maxpool_2"),
     *("conv_3", "conv_4", "conv_5", "maxpool_3", "fc_1", "fc_2", "fc_3"),
 ]
+
+FLATTEN_BYTES = 8
+"""The shape to which the RESHAPE before the first fully-connected layer flattens."""
 
 
 def test_lenet_recognises_digits_that_its_training_never_saw(lenet: Model) -> None:
@@ -30,6 +34,22 @@ def test_lenet_recognises_digits_that_its_training_never_saw(lenet: Model) -> No
     )
     assert len(images) >= 300
     assert right / len(images) > 0.95
+
+
+@pytest.mark.parametrize("delegate", [True, False])
+def test_the_reshape_changes_no_bit_of_lenet_s_results(lenet: Model, delegate: bool) -> None:
+    images, _ = digits()
+    explicit = SegmentRunner(lenet.source, delegate=delegate)
+    implicit = SegmentRunner(built_models.implicit_flatten(bytes(lenet.data)), delegate=delegate)
+    for image in images[:50]:
+        assert explicit.run([image[None]])[0].tobytes() == implicit.run([image[None]])[0].tobytes()
+
+
+@pytest.mark.parametrize("name", ["lenet", "alexnet", "mobilenet"])
+def test_no_layer_of_the_zoo_flattens_its_input_itself(name: str) -> None:
+    graph = load_model(name).graph
+    read = [graph.operators[layer.operator].inputs[0] for layer in graph.layers if layer.kind == "FULLY_CONNECTED"]
+    assert {len(graph.shape(tensor)) for tensor in read} == {2}
 
 
 def test_digits_are_pictures_that_nobody_can_change() -> None:
@@ -54,7 +74,7 @@ def test_alexnet_has_the_paper_s_layers(alexnet: Model) -> None:
 )
 def test_vgg_and_deepface_are_the_published_networks(network: object, outputs: int, parameters: int) -> None:
     graph = build(network, seeded(1))  # type: ignore[arg-type]
-    assert graph.size_bytes == 4 * parameters
+    assert graph.size_bytes == 4 * parameters + FLATTEN_BYTES
     layers = network.layers  # type: ignore[attr-defined]
     assert layers[-1].outputs == outputs
     assert len(layers) == 21
@@ -63,7 +83,7 @@ def test_vgg_and_deepface_are_the_published_networks(network: object, outputs: i
 def test_mobilenet_is_the_published_network_with_half_the_width() -> None:
     graph = build(MOBILENET, seeded(1))
     # Its 1.34 million parameters less those of batch normalisation beside the biases.
-    assert graph.size_bytes == 4 * 1_326_120
+    assert graph.size_bytes == 4 * 1_326_120 + FLATTEN_BYTES
     assert len(MOBILENET.layers) == 29
 
 
