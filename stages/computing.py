@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 from bus.frames import AttemptPlan
 from bus.tensors import Activations, Array, Encoded
 from bus.values import Codec
 from stages.measuring.clock import exact_clock
 from stages.node import Node
-from stages.runner import Coder, PaceClock, Station
+from stages.runner import BatchStation, Coder, PaceClock, Station
 
 
 class Segment(NamedTuple):
@@ -36,12 +36,34 @@ def tensors_of(outputs: Activations) -> list[Array]:
     return outputs
 
 
+class Sample(Protocol):
+    """A sample to compute."""
+
+    @property
+    def sample(self) -> int:
+        """Its number in the task."""
+
+    @property
+    def inputs(self) -> Activations:
+        """What the segment takes."""
+
+    @property
+    def ready_s(self) -> float:
+        """When the inputs were ready, on the loop's clock."""
+
+
 class _Works(NamedTuple):
     """What a segment needs: layers, codecs, or both."""
 
     station: Station | None
     decoder: Coder | None
     encoder: Coder | None
+
+    @property
+    def batches(self) -> BatchStation | None:
+        """Its station, where it computes samples together and nothing else is to be done with them."""
+        alone = self.decoder is None and self.encoder is None
+        return self.station if alone and isinstance(self.station, BatchStation) else None
 
     @property
     def waited_s(self) -> float:
@@ -56,6 +78,7 @@ class Computing:
         """`part` is the part of the delay that computing here belongs to: device, edge or cloud."""
         self._node, self._plan, self._part = node, plan, part
         self._works: dict[Segment, _Works] = {}
+        self._together: dict[Segment, BatchStation] = {}  # stations that compute several samples together
         self._busy_part = f"{part}_s"
         self._clock = exact_clock()
         self._opened_s = float("-inf")  # when the stations were ready; waiting for them does not count as computing
@@ -77,11 +100,13 @@ class Computing:
             first, last, arrives, leaves = segment
             if first != last and (first, last) not in stations:
                 stations[first, last] = runner.station(plan, first, last, pace)
-            self._works[segment] = _Works(
+            self._works[segment] = works = _Works(
                 stations.get((first, last)),
                 None if arrives is Codec.RAW else runner.coder(plan, first, arrives, pace),
                 None if leaves is Codec.RAW else runner.coder(plan, last, leaves, pace),
             )
+            if (station := works.batches) is not None:
+                self._together[segment] = station
 
     def begin(self) -> None:
         """Count no time before now: samples waited for a slot, or for their models."""
@@ -93,6 +118,7 @@ class Computing:
             if station is not None:
                 station.close()
         self._works.clear()
+        self._together.clear()
 
     async def run(
         self, segment: Segment, sample: int, inputs: Activations, ready_s: float, predicted_s: float = 0.0
@@ -112,6 +138,31 @@ class Computing:
         self._count(min(done_s, max(ready_s, self._free_s) + station.waited_s - waited_s), done_s)
         self.predicted_s += predicted_s
         return outputs, done_s
+
+    def most_at_once(self, segment: Segment) -> int:
+        """How many samples `run_together` should be given; 1: use `run`."""
+        station = self._together.get(segment)
+        return 1 if station is None else station.most_at_once
+
+    async def run_together(
+        self, segment: Segment, samples: Sequence[Sample], predicted_s: float = 0.0
+    ) -> AsyncGenerator[tuple[Activations, float]]:
+        """What `run` returns, for each of several samples in their order, as soon as it is known."""
+        station, begin_s, busy_s = self._together[segment], self._clock(), 0.0
+        submitted = [
+            station.submit(one.sample, tensors_of(one.inputs), max(one.ready_s, self._opened_s)) for one in samples
+        ]
+        try:
+            for future in submitted:
+                outputs, share_s = await future
+                busy_s += share_s
+                self.predicted_s += predicted_s
+                yield outputs, self._clock()
+        finally:
+            for future in submitted:
+                future.cancel()  # no effect on those that are done
+            done_s = self._clock()
+            self._count(max(begin_s, done_s - busy_s), done_s)
 
     async def _run_coded(
         self, works: _Works, sample: int, inputs: Activations, ready_s: float, predicted_s: float

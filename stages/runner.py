@@ -7,9 +7,10 @@ machine can emulate a region of a hundred nodes, live or in virtual time.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Protocol, runtime_checkable
+from functools import lru_cache, partial
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -18,7 +19,11 @@ from bus.frames import AttemptPlan
 from bus.messages import TaskSubmitted
 from bus.tensors import Array, Encoded, bytes_in, encoded_limit, heads_of
 from bus.values import Codec, ModelProfile
+from stages.batches import Batcher, Computed
 from stages.measuring.clock import exact_clock
+
+MOST_AT_ONCE = 8
+"""Samples of one task that are computed together: more would gain little, and delay those of other tasks."""
 
 
 class Station(Protocol):
@@ -39,6 +44,18 @@ class Station(Protocol):
 
     def close(self) -> None:
         """Release the station when the task has ended."""
+
+
+@runtime_checkable
+class BatchStation(Station, Protocol):
+    """A station whose samples may be computed together, also with samples of other tasks."""
+
+    @property
+    def most_at_once(self) -> int:
+        """How many samples of its task should be submitted before the first of them is done."""
+
+    def submit(self, sample: int, inputs: Sequence[Array], ready_s: float) -> asyncio.Future[Computed[list[Array]]]:
+        """Like `run`, for several samples at a time, which end in any order. Cancel the future to drop the sample."""
 
 
 class Coder(Protocol):
@@ -116,6 +133,14 @@ async def sleep_until(when_s: float) -> None:
         await asyncio.sleep(left_s)
 
 
+async def waited_for(submitted: asyncio.Future[Computed[list[Array]]]) -> tuple[list[Array], float]:
+    """The outputs of a sample that was just submitted, and for how long other samples delayed it."""
+    clock = exact_clock()
+    begin_s = clock()
+    outputs, busy_s = await submitted
+    return outputs, max(0.0, clock() - begin_s - busy_s)
+
+
 @lru_cache(maxsize=64)
 def _blank(size_bytes: int) -> Array:
     array = np.zeros(size_bytes, dtype=np.uint8)
@@ -123,11 +148,31 @@ def _blank(size_bytes: int) -> Array:
     return array
 
 
-class ModelledRunner:
-    """Emulates a platform: each segment sleeps its profile's time and returns as many bytes as the model would."""
+class ModelledSample(NamedTuple):
+    """A sample in a batch of an emulated platform, with layers first+1..last to compute."""
 
-    def __init__(self, profiles: Sequence[ModelProfile]) -> None:
+    plan: AttemptPlan
+    first: int
+    last: int
+    sample: int  # its number in the task
+    inputs: Sequence[Array]
+    ready_s: float  # when the inputs were ready, on the loop's clock
+
+
+ModelledBatcher: TypeAlias = Batcher[ModelledSample, list[Array]]
+
+
+class ModelledRunner:
+    """Emulates a platform: each segment sleeps its profile's time and returns as many bytes as the model would.
+
+    Samples are computed in batches where the profile has times of batches.
+    """
+
+    def __init__(self, profiles: Sequence[ModelProfile], batcher: Callable[..., ModelledBatcher] = Batcher) -> None:
+        """`batcher` has the parameters of `Batcher`."""
         self._profiles = {profile.model: profile for profile in profiles}
+        self._make_batcher = batcher
+        self._batchers: dict[tuple[str, int, int], ModelledBatcher] = {}  # by model and layers
 
     def profiles(self) -> tuple[ModelProfile, ...]:
         """The emulated profiles."""
@@ -148,7 +193,18 @@ class ModelledRunner:
     def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
         """A station that sleeps instead of computing."""
         profile = profile_of(self._profiles, plan.model)
-        return _ModelledStation(sum(profile.layer_s[first:last]), profile.cut_bytes[last], pace)
+        if not profile.batch:
+            return _ModelledStation(sum(profile.layer_s[first:last]), profile.cut_bytes[last], pace)
+        key = (plan.model, first, last)
+        if key not in self._batchers:
+            executors = profile.executors or 1
+            platform = _ModelledBatches(partial(profile.together_s, first=first, last=last), self.compute, executors)
+            self._batchers[key] = self._make_batcher(platform.run, executors=executors)
+        return _ModelledBatchStation(self._batchers[key], plan, first, last)
+
+    def compute(self, one: ModelledSample) -> list[Array]:
+        """The outputs of a sample of a batch."""
+        return [_blank(profile_of(self._profiles, one.plan.model).cut_bytes[one.last])]
 
     def coder(self, plan: AttemptPlan, position: int, codec: Codec, pace: PaceClock) -> Coder:
         """A coder that sleeps, and makes as many bytes as the codec does on average."""
@@ -173,6 +229,50 @@ class _ModelledStation:
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
         await sleep_until(self._pace.done_at(ready_s, self._busy_s))
         return self._output
+
+    def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
+        return None  # it takes time
+
+    def close(self) -> None:
+        pass
+
+
+class _ModelledBatches:
+    """Emulates the executors of one platform for one segment."""
+
+    def __init__(
+        self, together_s: Callable[[int], float], compute: Callable[[ModelledSample], list[Array]], executors: int
+    ) -> None:
+        """`together_s`: the time of a batch by the number of its samples."""
+        self._together_s, self._compute = together_s, compute
+        self._idle = deque(PaceClock() for _ in range(executors))
+
+    async def run(self, batch: Sequence[ModelledSample]) -> tuple[list[list[Array]], float]:
+        busy_s = self._together_s(len(batch))
+        executor = self._idle.popleft()
+        try:
+            await sleep_until(executor.done_at(max(one.ready_s for one in batch), busy_s))
+        finally:
+            self._idle.append(executor)
+        return [self._compute(one) for one in batch], busy_s
+
+
+class _ModelledBatchStation:
+    """A station on an emulated platform that computes in batches."""
+
+    most_at_once = MOST_AT_ONCE
+
+    def __init__(self, batcher: ModelledBatcher, plan: AttemptPlan, first: int, last: int) -> None:
+        self._batcher, self._plan, self._first, self._last = batcher, plan, first, last
+        self.waited_s = 0.0
+
+    def submit(self, sample: int, inputs: Sequence[Array], ready_s: float) -> asyncio.Future[Computed[list[Array]]]:
+        return self._batcher.submit(ModelledSample(self._plan, self._first, self._last, sample, inputs, ready_s))
+
+    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
+        outputs, waited_s = await waited_for(self.submit(sample, inputs, ready_s))
+        self.waited_s += waited_s
+        return outputs
 
     def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
         return None  # it takes time

@@ -297,18 +297,36 @@ class Flow:
                 self._arrived.clear()
                 await self._arrived.wait()
                 continue
-            arrived = self._ready.popleft()
-            sample, route, branch, inputs, ready_s, _ = arrived
-            try:
-                outputs, ready_s = await self._computing.run(
-                    branch.segment, sample, inputs, ready_s, branch.predicted_s
-                )
-            except ProtocolError as error:
-                if arrived.record is not None:
-                    await self.node.dead_letter(arrived.record, error, task_id=self.plan.task_id)
-                raise
-            computed += 1
-            self._pass_on(sample, route, branch, outputs, ready_s)
+            batch = self._take_ready()
+            await (self._compute(batch[0]) if len(batch) == 1 else self._compute_together(batch))
+            computed += len(batch)
+
+    def _take_ready(self) -> list[_Arrived]:
+        """The next sample, and those right behind it that can be computed together with it."""
+        batch = [self._ready.popleft()]
+        branch = batch[0].branch
+        most = self._computing.most_at_once(branch.segment)
+        while self._ready and len(batch) < most and self._ready[0].branch is branch:
+            batch.append(self._ready.popleft())
+        return batch
+
+    async def _compute(self, arrived: _Arrived) -> None:
+        sample, route, branch, inputs, ready_s, record = arrived
+        try:
+            outputs, ready_s = await self._computing.run(branch.segment, sample, inputs, ready_s, branch.predicted_s)
+        except ProtocolError as error:
+            if record is not None:
+                await self.node.dead_letter(record, error, task_id=self.plan.task_id)
+            raise
+        self._pass_on(sample, route, branch, outputs, ready_s)
+
+    async def _compute_together(self, batch: Sequence[_Arrived]) -> None:
+        branch = batch[0].branch
+        computed = self._computing.run_together(branch.segment, batch, branch.predicted_s)
+        async with contextlib.aclosing(computed):
+            for arrived in batch:
+                outputs, ready_s = await anext(computed)
+                self._pass_on(arrived.sample, arrived.route, branch, outputs, ready_s)
 
     def _pass_on(self, sample: int, route: int, branch: Branch, outputs: Activations, ready_s: float) -> None:
         self._senders[branch.to_cloud].put(Outgoing(sample, outputs, ready_s, route if branch.to_cloud else 0))

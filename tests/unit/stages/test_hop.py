@@ -23,7 +23,7 @@ from loadgen.sim.virtual_loop import run_virtual
 from stages.hops.edge_stage import EdgeStage
 from stages.hops.hop import SWEEP_S, UNKNOWN_TASK_S, Hop, hop_of
 from stages.node import Node, NodeSettings
-from stages.runner import ModelledRunner
+from stages.runner import ModelledRunner, Runner
 
 CUT_BYTES = (100, 60, 8)
 PROFILE = ModelProfile(
@@ -104,16 +104,18 @@ class Edge:
 
 
 @contextlib.asynccontextmanager
-async def edge(bus_type: type[MemoryBus] = MemoryBus) -> AsyncIterator[Edge]:
+async def edge(
+    bus_type: type[MemoryBus] = MemoryBus, runner: Runner | None = None, slots: int = 1
+) -> AsyncIterator[Edge]:
     broker = MemoryBroker()
     async with bus_type(broker) as bus:
         await bus.create_topics(topics.specs(["e"]))
         opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=60.0)
         await bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
         settings = NodeSettings(
-            name="e", role=Role.EDGE, slots=1, link1_capacity_bps=10_000_000, link2_capacity_bps=10_000_000
+            name="e", role=Role.EDGE, slots=slots, link1_capacity_bps=10_000_000, link2_capacity_bps=10_000_000
         )
-        node = Node(bus, settings, ModelledRunner([PROFILE]))
+        node = Node(bus, settings, runner or ModelledRunner([PROFILE]))
         hop = hop_of(node)
         task = asyncio.create_task(node.run(hop))
         await asyncio.sleep(1.0)
