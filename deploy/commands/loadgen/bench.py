@@ -179,6 +179,10 @@ def _with_cell(row: dict[str, Any]) -> dict[str, Any]:
         case = f"{row['protocol']} {row['model']} x{row['concurrency']}, {row['mode']}, {row['placement'] or 'nowhere'}"
         left = _without(row, "protocol", "model", "placement", "mode", "concurrency", "input_bytes")
         return {"case": case} | {key.replace("requests_per_s", "per_s"): value for key, value in left.items()}
+    if row.keys() >= {"segment", "platform", "accelerator", "batch"}:
+        on = row["platform"] if row["platform"] == row["accelerator"] else f"{row['platform']}, {row['accelerator']}"
+        left = _without(row, "model", "segment", "platform", "accelerator", "batch", "reason")
+        return {"segment": f"{row['model']} {row['segment']} x{row['batch']}, {on}"} | left
     return row
 
 

@@ -13,7 +13,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Protocol, TypeAlias
 
+from bus.tensors import Array
 from stages.models.gpu.messages import receive, send
+from stages.models.gpu.shared_area import SharedArea
 
 ABSENT = ("No adapters found", "Failed to initialize WebGPU environment", "Failed to register GPU accelerator")
 """Log lines of the runtime that mean that no GPU can be used at all."""
@@ -22,8 +24,8 @@ ABSENT = ("No adapters found", "Failed to initialize WebGPU environment", "Faile
 class Loaded(Protocol):
     """A file on the GPU."""
 
-    def run(self, inputs: memoryview) -> list[memoryview]:
-        """The results of one batch. Raises `RuntimeError`."""
+    def run(self, inputs: Array, outputs: Array) -> None:
+        """Compute the values of the outputs of one batch. Raises `RuntimeError`, `ValueError`."""
 
 
 Shapes: TypeAlias = list[list[int]]
@@ -50,27 +52,26 @@ def main(load: Load = on_gpu) -> None:
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     models: dict[int, Loaded] = {}
+    area = SharedArea(int(sys.argv[1]))
     with contextlib.suppress(BrokenPipeError):
-        while (message := receive(sys.stdin.buffer)) is not None:
-            words, payload = message
-            reply, results = _answer(load, models, words, payload)
-            send(answers, reply, results)
+        while (words := receive(sys.stdin.buffer)) is not None:
+            send(answers, _answer(load, models, area, words))
 
 
-def _answer(
-    load: Load, models: dict[int, Loaded], words: dict[str, Any], payload: memoryview
-) -> tuple[dict[str, Any], list[memoryview]]:
+def _answer(load: Load, models: dict[int, Loaded], area: SharedArea, words: dict[str, Any]) -> dict[str, Any]:
     match words["do"]:
         case "load":
-            return _load(load, models, words), []
+            return _load(load, models, words)
         case "unload":
             models.pop(words["key"], None)
-            return {}, []
+            return {}
         case _:
             try:
-                return {}, models[words["key"]].run(payload)
-            except (RuntimeError, ValueError) as error:
-                return {"fault": f"the GPU failed: {_reason(str(error))}"}, []
+                area.grow(words["inputs"], words["outputs"])
+                models[words["key"]].run(*area.halves(words["inputs"], words["outputs"]))
+            except (RuntimeError, ValueError, OSError) as error:
+                return {"fault": f"the GPU failed: {_reason(str(error))}"}
+            return {}
 
 
 def _load(load: Load, models: dict[int, Loaded], words: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import selectors
 import signal
@@ -14,10 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from bus.tensors import Array
 from stages.models.gpu.messages import receive, send
+from stages.models.gpu.shared_area import SharedArea
 from stages.models.runtime.trial_run import ChildProgram, child_environment
 
 GPU = ChildProgram("from stages.models.gpu.child import main; main()", longest_s=60.0)
@@ -49,7 +49,10 @@ class GpuProcess:
         self._absent: str | None = None
         self._closed = False
         self._next_key = 0
-        self._living: set[int] = set()  # keys of the files that the running process holds
+        self._living: dict[
+            int, tuple[int, int]
+        ] = {}  # files that the running process holds: bytes of inputs and outputs
+        self._area = SharedArea()
         self.loading = False  # a file is being loaded, which takes seconds: other samples should not wait for it
 
     def load(
@@ -67,41 +70,51 @@ class GpuProcess:
             try:
                 shapes = {"inputs": inputs, "outputs": outputs, "batch": batch}
                 words = {"do": "load", "key": self._next_key, "path": str(path), **shapes}
-                self._order(words, (), self._program.longest_s, "loading it")
+                self._order(words, self._program.longest_s, "loading it")
             finally:
                 self.loading = False
-            self._living.add(self._next_key)
+            self._living[self._next_key] = (_bytes(inputs, batch), _bytes(outputs, batch))
             return self._next_key
 
     def holds(self, key: int) -> bool:
         """Whether the file is loaded in the process that runs now."""
         return key in self._living
 
-    def run(
-        self, key: int, inputs: Sequence[Array], output_values: int, on_wait: Callable[[float], None] = lambda _: None
-    ) -> memoryview:
-        """The results of one batch, one after the other: `output_values` float32 values. Raises `GpuFaultError`.
+    def run(self, key: int, parts: Sequence[Array], on_wait: Callable[[float], None] = lambda _: None) -> Array:
+        """The values of the outputs of one batch, one after the other; `parts` are its inputs. Raises `GpuFaultError`.
 
         `on_wait` receives the seconds for which other batches delayed this one.
         """
-        payload = [value.reshape(-1).view(np.uint8).data for value in inputs]
         begin_s = time.monotonic()
         with self._turn:
             on_wait(time.monotonic() - begin_s)
             if key not in self._living:
                 raise GpuEndedError("the GPU process ended")
-            words = {"do": "run", "key": key}
-            results = self._order(words, payload, LONGEST_RUN_S, "computing")
-        if results.nbytes != 4 * output_values:
-            raise GpuFaultError(f"the GPU returned {results.nbytes} bytes instead of {4 * output_values}")
-        return results
+            input_bytes, output_bytes = self._living[key]
+            words = {"do": "run", "key": key, "inputs": input_bytes, "outputs": output_bytes}
+            try:
+                outputs = self._shared(parts, input_bytes, output_bytes)
+            except OSError as error:
+                raise GpuFaultError(f"no memory to share with the GPU process: {error}") from error
+            self._order(words, LONGEST_RUN_S, "computing")
+            return outputs.copy()
+
+    def _shared(self, parts: Sequence[Array], input_bytes: int, output_bytes: int) -> Array:
+        """Copy the inputs into the shared area; returns where the outputs will be."""
+        self._area.grow(input_bytes, output_bytes)
+        inputs, outputs = self._area.halves(input_bytes, output_bytes)
+        at = 0
+        for part in parts:
+            inputs[at : at + part.size].reshape(part.shape)[...] = part
+            at += part.size
+        return outputs
 
     def unload(self, key: int) -> None:
         """Free the device memory of a file."""
         with self._turn, contextlib.suppress(GpuFaultError):
             if key in self._living:
-                self._living.discard(key)
-                self._order({"do": "unload", "key": key}, (), LONGEST_RUN_S, "freeing memory")
+                del self._living[key]
+                self._order({"do": "unload", "key": key}, LONGEST_RUN_S, "freeing memory")
 
     def close(self) -> None:
         """End the process for good, even in the middle of an order."""
@@ -111,15 +124,16 @@ class GpuProcess:
             process.kill()
         with self._turn:
             self._end()
+            self._area.close()
 
-    def _order(self, words: dict[str, Any], payload: Sequence[memoryview], limit_s: float, doing: str) -> memoryview:
+    def _order(self, words: dict[str, Any], limit_s: float, doing: str) -> None:
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
         answer = None
         late = False
         with contextlib.suppress(OSError), selectors.DefaultSelector() as selector:
-            send(cast(Any, process.stdin), words, payload)
+            send(cast(Any, process.stdin), words)
             selector.register(process.stdout, selectors.EVENT_READ)
             late = not selector.select(limit_s)
             answer = None if late else receive(cast(Any, process.stdout))
@@ -128,12 +142,10 @@ class GpuProcess:
             cause = f"did not answer within {limit_s:.0f} s" if late else self._cause(process)
             self._end()
             raise GpuFaultError(f"the GPU process {cause} while {doing}")
-        reply, results = answer
-        if "fault" in reply:
-            if reply.get("absent"):
-                self._absent = str(reply["fault"])
-            raise GpuFaultError(str(reply["fault"]))
-        return results
+        if "fault" in answer:
+            if answer.get("absent"):
+                self._absent = str(answer["fault"])
+            raise GpuFaultError(str(answer["fault"]))
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -142,7 +154,8 @@ class GpuProcess:
             if self._deaths >= MOST_DEATHS:
                 raise GpuFaultError(f"the GPU process died {self._deaths} times")
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", self._program.code],
+                [sys.executable, "-P", "-c", self._program.code, str(self._area.descriptor)],
+                pass_fds=(self._area.descriptor,),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -171,3 +184,7 @@ class GpuProcess:
             with contextlib.suppress(OSError):
                 assert pipe is not None
                 pipe.close()
+
+
+def _bytes(shapes: Sequence[Sequence[int]], batch: int) -> int:
+    return 4 * batch * sum(math.prod(shape) for shape in shapes)

@@ -6,12 +6,12 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from bus.tensors import Array
-from bus.values import TensorSpec
 from stages.models.gpu.process import GpuProcess
 from stages.models.runtime.trial_run import trial_folder
 from stages.models.segments import Segment
@@ -47,11 +47,10 @@ class SegmentFile:
         known = [dict(zip(self._inputs, sample, strict=True)) for sample in samples]
         parts: list[Array] = []
         for spec in self._reads:
-            parts += [np.ascontiguousarray(values[spec.name]) for values in known]
-            parts += [np.zeros(spec.shape, np.float32)] * (self.batch - len(samples))
-        sizes = [self.batch * _values_of(spec) for spec in self._makes]
-        results = np.frombuffer(self._process.run(self._key, parts, sum(sizes), on_wait), np.float32)
-        ends = np.cumsum([0, *sizes])
+            parts += [values[spec.name] for values in known]
+            parts += [_padding(spec.shape)] * (self.batch - len(samples))
+        results = self._process.run(self._key, parts, on_wait)
+        ends = np.cumsum([0, *(self.batch * math.prod(spec.shape) for spec in self._makes)])
         for spec, begin, end in zip(self._makes, ends[:-1], ends[1:], strict=True):
             rows = results[begin:end].reshape(self.batch, -1)
             for values, row in zip(known, rows, strict=False):  # the last rows are padding
@@ -98,5 +97,6 @@ def relative_difference(found: Array, right: Array) -> float:
     return difference if largest == 0.0 else difference / largest
 
 
-def _values_of(spec: TensorSpec) -> int:
-    return math.prod(spec.shape)
+@lru_cache(maxsize=16)
+def _padding(shape: tuple[int, ...]) -> Array:
+    return np.broadcast_to(np.float32(0.0), shape)

@@ -11,6 +11,8 @@ from ai_edge_litert.gpu_options import GpuOptions
 from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 from ai_edge_litert.options import Options
 
+from bus.tensors import Array
+
 
 class GpuModel:
     """One file on the GPU, in float32, for batches of a fixed size.
@@ -36,14 +38,14 @@ class GpuModel:
         if (len(inputs), len(outputs)) != (len(self._inputs), len(self._outputs)):
             raise RuntimeError(f"it has {len(self._inputs)} inputs and {len(self._outputs)} outputs there")
 
-    def run(self, inputs: memoryview) -> list[memoryview]:
-        """The results of one batch."""
-        values, at = np.frombuffer(inputs, np.float32), 0
+    def run(self, inputs: Array, outputs: Array) -> None:
+        """Compute one batch: all values of all inputs, one after the other, to all values of all outputs."""
+        at = 0
         for buffer, size in zip(self._inputs, self._input_sizes, strict=True):
-            buffer.write(values[at : at + size])
+            buffer.write(inputs[at : at + size])
             at += size
         self._model.run_by_index(0, self._inputs, self._outputs)
-        return [
-            np.ascontiguousarray(buffer.read(size, np.float32)).reshape(-1).view(np.uint8).data
-            for buffer, size in zip(self._outputs, self._output_sizes, strict=True)
-        ]
+        at = 0
+        for buffer, size in zip(self._outputs, self._output_sizes, strict=True):
+            outputs[at : at + size] = buffer.read(size, np.float32)  # waits for the GPU
+            at += size
