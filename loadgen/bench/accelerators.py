@@ -22,6 +22,7 @@ from bus.tensors import Array
 from loadgen.bench import pytorch
 from stages.models.cuts import useful_positions
 from stages.models.gpu.accelerator import AcceleratorOptions
+from stages.models.gpu.normalization import for_gpu
 from stages.models.gpu.process import GpuFaultError, GpuProcess
 from stages.models.gpu.segment_file import SegmentFile, batchable, file_of, relative_difference, unsuited
 from stages.models.model import Model
@@ -155,6 +156,7 @@ def _measure(bench: _Bench, model: Model, begin: int, end: int) -> None:
                 bench.add(row | _measured(best[batch], best[batch], _difference(found, right)))
             except ModelError as error:
                 bench.add(row | _failed(str(error)))
+    with file_of(for_gpu(part)) as path:
         for batch in batches:
             row = names | {"platform": "gpu", "accelerator": "gpu", "batch": batch}
             try:

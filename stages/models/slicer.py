@@ -9,8 +9,8 @@ need. A tensor that a later part needs but this one does not use is *forwarded*:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,12 @@ class SlicedPart:
     def chunks(self) -> Iterable[Chunk]:
         """The file's bytes, in order; the weights are read directly from the mapped model."""
         return tflite_chunks(self._model, self._blobs)
+
+    def edited(self, edit: Callable[[Any], None]) -> SlicedPart:
+        """A copy of the part, after `edit` changed its `ModelT`, which lacks the data of large weights."""
+        model = copy.deepcopy(self._model)
+        edit(model)
+        return replace(self, _model=model)
 
     def to_bytes(self) -> bytes:
         """The whole file in memory."""

@@ -105,7 +105,7 @@ def test_segments_with_an_implicit_flatten_run_on_the_cpu(monkeypatch: pytest.Mo
     assert "fc_1 differs from the CPU's" in placements[4, 5].reason
 
 
-@pytest.mark.parametrize("build", ["residual", "inverted_residual", "branches"])
+@pytest.mark.parametrize("build", ["residual", "inverted_residual", "branches", "normalizing"])
 def test_foreign_models_run_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, build: str) -> None:
     use_software_gpu(monkeypatch)
     monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path / "cache"))

@@ -20,6 +20,7 @@ import structlog
 from bus.errors import ModelError
 from bus.tensors import Array
 from bus.values import TensorSpec
+from stages.models.gpu.normalization import for_gpu
 from stages.models.gpu.process import GpuEndedError, GpuFaultError, GpuProcess
 from stages.models.gpu.segment_file import SegmentFile, file_of, relative_difference, unsuited
 from stages.models.segments import Segment, SegmentStore
@@ -171,7 +172,7 @@ class Accelerator:
     def _try(self, segment: Segment, store: SegmentStore) -> Placed:
         if (reason := unsuited(segment, stateful=store.stateful)) is not None:
             return Placed(None, reason)
-        part = slice_model(store.model, segment.begin + 1, segment.end)
+        part = for_gpu(slice_model(store.model, segment.begin + 1, segment.end))
         if not self._make_room(part.size_bytes):
             return Placed(None, "the segments in use fill the GPU")
         with file_of(part) as path:

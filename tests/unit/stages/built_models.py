@@ -448,6 +448,19 @@ def flattened_early() -> GraphBuilder:
     return graph
 
 
+def normalizing(*, radius: int = 1, bias: float = 0.5, alpha: float = 0.3, beta: float = 0.6) -> GraphBuilder:
+    """Two normalisations across channels, as in AlexNet, around a convolution that keeps negative values."""
+    graph = GraphBuilder("normalisation across channels")
+    shape = (1, 5, 4, 7)
+    x = graph.input("input", shape)
+    for number in (1, 2):
+        y, options = graph.tensor(f"norm_{number}", shape), (radius, bias, alpha, beta)
+        graph.operator("LOCAL_RESPONSE_NORMALIZATION", [x], [y], schema.LocalResponseNormalizationOptionsT(*options))
+        x = conv(graph, f"conv_{number}", y, shape, 7, act=NONE)
+    graph.output(x)
+    return graph
+
+
 def implicit_flatten(data: bytes) -> bytes:
     """The model without the RESHAPE before its first fully-connected layer, which then flattens its input itself."""
     model = schema.ModelT.InitFromPackedBuf(data, 0)
@@ -471,6 +484,7 @@ IDENTICAL: dict[str, Callable[[], Any]] = {
     for make in (
         residual, inverted_residual, branches, two_in_three_out, fp16_weights, sparse_weights, quantized, wide_integers,
         branching, looping, reshaping, stateful, blockwise, flattening, flattened, flattened_early,
+        normalizing,
     )
 }  # fmt: skip
 """Models whose parts must say exactly what the whole says, at every pair of cuts."""
