@@ -107,7 +107,7 @@ class AttemptPlan(Frozen):
     def of(cls, placed: Placed, *, region: int, todo: int, input_bytes: int | None = None) -> AttemptPlan:
         """The plan of a placement for `todo` samples."""
         latency_s = placed.overhead.latency_s if placed.overhead is not None else 0.0
-        slowest_s = max(placed.parts.model_dump().values()) / placed.samples
+        slowest_s = placed.slowest_s
         session = placed.session is not None
         streams = (session or placed.execution is Execution.STREAMING) and latency_s > 0 and slowest_s > 0
         in_flight = math.ceil(latency_s / slowest_s) if streams else None

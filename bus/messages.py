@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from bus.errors import ProtocolError
 from bus.validation import first_fault
 from bus.values import (
+    DELAY_PARTS,
     MAX_ROUTES,
     Agreement,
     BitsPerSecond,
@@ -199,6 +200,10 @@ class TaskCompleted(Message):
     route_samples: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=MAX_ROUTES)] | None = (
         None  # number of samples on each route of the placement; None: it has one, or the device does not know
     )
+    edge_batches: Annotated[float, Field(gt=0, le=1e12)] | None = (
+        None  # sum of 1/n over its samples, each in a batch of n, on the edge; None: it was not told, or computed one by one
+    )
+    cloud_batches: Annotated[float, Field(gt=0, le=1e12)] | None = None  # the same in the cloud
 
 
 class TaskFailed(Message):
@@ -298,6 +303,12 @@ class Placed(Frozen):
     session: PlacedSession | None = None  # of a session; None: a task with a known number of samples
     line: PlacedInLine | None = None  # None: in order of admission
     rest: PlacedRest | None = None  # of a task that was rerouted; only in the states of readers, never sent
+
+    @property
+    def slowest_s(self) -> float:
+        """The predicted time between two samples of the task at its slowest station."""
+        busy_s: list[float] = [self.placement.apart(part) * getattr(self.parts, f"{part}_s") for part in DELAY_PARTS]
+        return max(busy_s) / self.samples
 
 
 class BandwidthGrant(Frozen):

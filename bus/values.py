@@ -180,6 +180,14 @@ class Route(Frozen):
         return not any(self.stations_s[1:])
 
 
+class BatchLoad(Frozen):
+    """What the tasks under way are predicted to do to a node that computes their samples in batches."""
+
+    tasks: Annotated[int, Field(ge=1)]  # that compute the same model there, this one included
+    batch: Annotated[float, Field(ge=1)]  # mean samples in a batch
+    apart: Annotated[float, Field(gt=0)]  # time between two samples of this task, over a sample's share of its batch
+
+
 class Placement(Frozen):
     """Where a task runs: layers 1..cut1 on the device, cut1+1..cut2 on the edge, the rest on the cloud.
 
@@ -198,6 +206,8 @@ class Placement(Frozen):
     routes: Annotated[tuple[Route, ...], Field(min_length=1, max_length=MAX_ROUTES)] | None = (
         None  # by falling share; None: one route, cut1 and cut2, without codecs
     )
+    edge_batch: BatchLoad | None = None  # None: the edge does not compute in batches
+    cloud_batch: BatchLoad | None = None  # None: the cloud does not
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -216,6 +226,11 @@ class Placement(Frozen):
         if self.routes is None:
             return ((self.cut1, self.cut2),)
         return tuple((route.cut1, route.cut2) for route in self.routes)
+
+    def apart(self, part: str) -> float:
+        """Time between two samples at a part of the delay, over the busy time of one; other than 1 only with batches."""
+        load = {"edge": self.edge_batch, "cloud": self.cloud_batch}.get(part)
+        return 1.0 if load is None else load.apart
 
     @property
     def uses_device(self) -> bool:

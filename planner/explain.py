@@ -190,12 +190,11 @@ def _lessons(
 def _candidates(core: PlannerCore, submitted: TaskSubmitted, placed: Placed, now: float) -> tuple[Candidate, ...]:
     task = core.tasks.get(submitted.task_id)
     deadline_s = float("inf") if task is None else task.deadline_s
-    request = core.request(submitted)
+    request = core.request(submitted, objective=placed.objective)  # the records do not say which one the core has
     if not isinstance(request, Request) or placed.session is not None:
         return ()  # a session is not placed by Algorithm 1
     if placed.line is not None and placed.line.overtakes and task is not None:
         request = ahead(task, request, fair=True).request
-    request.objective = placed.objective  # the records do not say which objective the core has
     policy = BUILT_IN.get(placed.policy)
     rules = policy if isinstance(policy, Restriction) else Restriction(placed.policy)
     found = [_candidate(request, None, DEVICE, rules, placed, now)]
@@ -262,7 +261,7 @@ def _candidate(
     lacked = _lacked(algorithm, option, family, rules, choice) if allowed else f"{rules.name} does not use it"
     if choice is None:
         return Candidate(None, edge, _FAMILIES[family], None, None, lacked, chosen=False)
-    placement = placement_of(request, choice)
+    placement = placement_of(request, choice, option)
     overheads = request.overheads if option is None else option.overheads
     latency_s, overhead_s = overheads.shares_s(family, request.samples, request.objective)
     counts_s = algorithm.delta_s(None if option is None else option.account, choice.start_s)

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final, NamedTuple
 
-from bus.messages import NodeAnnounced, Placed, TaskCompleted, TaskSubmitted
-from bus.values import Objective, Role
+from bus.messages import NodeAnnounced, Placed, TaskCompleted, TaskState, TaskSubmitted
+from bus.values import BatchLoad, ModelProfile, Objective, Placement, Role
 from planner.core.region.records import KnownNode
 from planner.core.region.state import RegionState
 from planner.learning.attempts import Attempt, TierShare, Work, predicted_parts, routes_taken
 from planner.learning.table import EstimateTable
 from planner.learning.values import FAMILIES, NODE_PRIOR
+from planner.search.batch_load import batch_load, samples_each, share_of_batch
 from planner.search.codec_search import CodecSearch, PathSearch, codec_search_bytes, may_encode
 from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow, RowTable
 from planner.search.cut_search import CutSearch, search_bytes
@@ -47,10 +48,16 @@ class _Terms(NamedTuple):
     capacity_bps: int  # of the device's own link 1; 0: no limit of its own
     latency_s: float  # declared of it; 0 where nothing is declared
     consent: float | None  # see `PlatformRow.consent`
+    each: int  # samples of the task in a batch; 0 where no node computes in batches
+    own: Placement | None = None  # of a task that is running, which does not count beside itself
 
     @classmethod
-    def of(cls, announced: NodeAnnounced, consent: float | None) -> _Terms:
-        return cls(announced.link1_capacity_bps, announced.link1_latency_s or 0.0, consent)
+    def of(cls, announced: NodeAnnounced, consent: float | None, each: int, own: Placement | None = None) -> _Terms:
+        return cls(announced.link1_capacity_bps, announced.link1_latency_s or 0.0, consent, each, own)
+
+
+_OptionKey = tuple[PlatformRow, _Terms, BatchLoad | None, BatchLoad | None]
+"""The row of a device, its terms, and the loads of edge and cloud."""
 
 
 class Candidates:
@@ -75,15 +82,16 @@ class Candidates:
         self._ledger = region.ledger
         self._searches: dict[_SearchKey, PathSearch] = {}
         self._searches_of: dict[PlatformRow, list[_SearchKey]] = {}  # of learned rows only
-        self._options: dict[str, dict[tuple[PlatformRow, _Terms], EdgeOption | None]] = {}  # by edge
+        self._options: dict[str, dict[_OptionKey, EdgeOption | None]] = {}  # by edge
         self._option_count = 0
         self._clouds: dict[tuple[str, str], str | None] = {}
         # Without learning, what an earlier planner has learned stays in the state and is not used.
         self._estimates = region.estimates if learning else EstimateTable()
         self._rows = RowTable()
         self._learned: dict[
-            str, dict[tuple[str, bool, int], PlatformRow]
-        ] = {}  # rows with estimates: node -> (model, alone, load)
+            str, dict[tuple[str, bool, int, BatchLoad | None], PlatformRow]
+        ] = {}  # rows with estimates: node -> (model, alone, load of sessions, of batches)
+        self._batching: set[str] = set()  # nodes that compute in batches
         self._load_steps: dict[str, int] = {}  # load of the sessions of edges and devices, in steps
         # Counts changed predictions; what a device reaches was computed at some count, and at which edges changed last.
         self._version = 0
@@ -91,6 +99,7 @@ class Candidates:
         self._all_changed_at = 0
         region.watch_nodes(self._forget)
         region.watch_loads(self._load_changed)
+        region.under_way.watch(self._tasks_changed)
         self._estimates.watch(self._predictions_changed)
 
     def request(self, submitted: TaskSubmitted, avoid: Collection[str] = ()) -> Request | str | None:
@@ -108,20 +117,30 @@ class Candidates:
         account, deviations = self._ledger.devices.get(submitted.device), self._estimates.deviations
         others = self._ledger.held_by.get(submitted.device, 0)
         consent = row.consent(submitted.min_agreement)
-        if submitted.session is not None:  # rare, so it is not cached
-            reached = self._reach(device, row, consent, unloaded=True)
+        each = samples_each(submitted.samples) if self._batching else 0
+        own = self._running_placement(submitted.task_id) if self._batching else None
+        if submitted.session is not None or own is not None:  # rare, so it is not cached
+            terms, unloaded = _Terms.of(device.announced, consent, each, own), submitted.session is not None
+            reached = self._reach(device, row, terms, unloaded=unloaded)
             if avoid:
-                reached = self._without(reached, avoid, device, consent, unloaded=True)
+                reached = self._without(reached, avoid, device, terms, unloaded=unloaded)
             return Request(submitted, reached, account, self.objective, deviations, others)
-        key = row.model, consent
+        key = row.model, consent, each
         held = device.reach.get(key)
         if held is None or (held[0] != self._version and self._outdated(device, held[0])):
-            held = self._version, self._reach(device, row, consent)
+            held = self._version, self._reach(device, row, _Terms.of(device.announced, consent, each))
         reached = held[1]
         device.reach[key] = self._version, reached
         if avoid:
-            reached = self._without(reached, avoid, device, consent)
+            reached = self._without(reached, avoid, device, _Terms.of(device.announced, consent, each))
         return Request(submitted, reached, account, self.objective, deviations, others)
+
+    def plan_for(self, objective: Objective) -> None:
+        """Minimise this objective from now on."""
+        if objective is not self.objective:
+            self.objective = objective
+            self._version += 1
+            self._all_changed_at = self._version
 
     def missing(self, submitted: TaskSubmitted) -> tuple[str, ...]:
         """The nodes that a waiting task needs, in words. If there are several entries, any of them may be enough."""
@@ -149,9 +168,7 @@ class Candidates:
             found.append(f"an edge that runs {model} ({', '.join(there)} {'do' if there[1:] else 'does'} not)")
         return tuple(found)
 
-    def _reach(
-        self, device: KnownNode, profiled: PlatformRow, consent: float | None, *, unloaded: bool = False
-    ) -> Reached:
+    def _reach(self, device: KnownNode, profiled: PlatformRow, terms: _Terms, *, unloaded: bool = False) -> Reached:
         """The edges and searches that a device can use for one model; cached until a node or a prediction changes.
 
         `unloaded`: with nodes as fast as they are without sessions.
@@ -159,7 +176,6 @@ class Candidates:
         announced = device.announced
         name = announced.node
         row = self._learned_row(name, profiled, unloaded=unloaded)
-        terms = _Terms.of(announced, consent)
         options: list[EdgeOption] = []
         for edge in self._reachable(announced):
             if unloaded:
@@ -179,14 +195,15 @@ class Candidates:
     def _shared_option(self, edge: str, row: PlatformRow, terms: _Terms) -> EdgeOption | None:
         """As `_option`, cached."""
         known = self._options.setdefault(edge, {})
-        key = row, terms
+        edge_load, cloud_load = self._edge_load(edge, row, terms), self._cloud_load(edge, row, terms)
+        key = row, terms, edge_load, cloud_load
         if key not in known:
             if self._option_count >= MAX_OPTIONS:
                 self._options.clear()
                 self._option_count = 0
                 known = self._options.setdefault(edge, {})
             self._option_count += 1
-            known[key] = self._option(edge, row, self._cloud_of(edge, row), terms)
+            known[key] = self._option(edge, row, self._cloud_of(edge, row, cloud_load), terms, edge_load)
         return known[key]
 
     def _without(
@@ -194,21 +211,33 @@ class Candidates:
         reached: Reached,
         avoid: Collection[str],
         device: KnownNode,
-        consent: float | None,
+        terms: _Terms,
         *,
         unloaded: bool = False,
     ) -> Reached:
         """`reached` without the nodes in `avoid`."""
-        row, terms = reached.row, _Terms.of(device.announced, consent)
+        row = reached.row
         left = [option for option in reached.edges if option.account.name not in avoid]
         if any(name in avoid for name in self._region.cloud_names):
-            local = (self._option(option.account.name, row, None, terms, unloaded=unloaded) for option in left)
+            names = [option.account.name for option in left]
+            loads = [None if unloaded else self._edge_load(name, row, terms) for name in names]
+            local = (
+                self._option(name, row, None, terms, load, unloaded=unloaded)
+                for name, load in zip(names, loads, strict=True)
+            )
             left = [self._for_device(option, device.announced.node) for option in local if option is not None]
         alone = device.announced.node not in avoid
         return Reached(row, reached.device_search, left, alone=alone, overheads=reached.overheads)
 
     def _option(
-        self, name: str, row: PlatformRow, cloud: PlatformRow | None, terms: _Terms, *, unloaded: bool = False
+        self,
+        name: str,
+        row: PlatformRow,
+        cloud: PlatformRow | None,
+        terms: _Terms,
+        load: BatchLoad | None = None,
+        *,
+        unloaded: bool = False,
     ) -> EdgeOption | None:
         """An edge as seen by devices with equal profiles and terms, or None if these devices cannot use it."""
         node = self._nodes.get(name)
@@ -220,7 +249,7 @@ class Candidates:
         if edge is None and cloud is None:
             return None
         if edge is not None:
-            edge = self._learned_row(name, edge, unloaded=unloaded)
+            edge = self._learned_row(name, edge, load=load, unloaded=unloaded)
         account = self._ledger.edges[name]
         limit1 = account.link1_capacity_bps
         if terms.capacity_bps and terms.capacity_bps < limit1:
@@ -267,27 +296,82 @@ class Candidates:
         return NO_OVERHEADS if overheads == NO_OVERHEADS else overheads
 
     def _learned_row(
-        self, node: str, profiled: PlatformRow, alone: bool = False, *, unloaded: bool = False
+        self,
+        node: str,
+        profiled: PlatformRow,
+        alone: bool = False,
+        *,
+        load: BatchLoad | None = None,
+        unloaded: bool = False,
     ) -> PlatformRow:
-        """A node's profile row, scaled by what was learned and by the load of its sessions.
+        """A node's profile row, scaled by what was learned, by the tasks in its batches and by the load of its sessions.
 
-        `alone`: of a device that runs the whole model. `unloaded`: without the load.
+        `alone`: of a device that runs the whole model. `load`: of its batches. `unloaded`: without the load of sessions.
         """
         steps = 0 if unloaded else self._load_steps.get(node, 0)
-        if not self._estimates and not steps:
+        if not self._estimates and not steps and load is None:
             return profiled
         known = self._learned.setdefault(node, {})
-        row = known.get((profiled.model, alone, steps))
+        row = known.get((profiled.model, alone, steps, load))
         if row is None:
             line = self._estimates.node(node, profiled.model, alone) if self._estimates else NODE_PRIOR.line
             row = profiled
-            if steps or line != NODE_PRIOR.line:
+            if steps or load is not None or line != NODE_PRIOR.line:
                 profile = next(one for one in self._nodes[node].announced.models if one.model == profiled.model)
                 slower = LOAD_STEPS / (LOAD_STEPS - steps)
-                row = self._rows.row(profile, line.a * slower, line.b * slower)
+                row = self._rows.row(profile, line.a * slower, line.b * slower, load)
                 self._searches_of.setdefault(row, [])
-            known[profiled.model, alone, steps] = row
+            known[profiled.model, alone, steps, load] = row
         return row
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    def _edge_load(self, edge: str, row: PlatformRow, terms: _Terms) -> BatchLoad | None:
+        """What the tasks under way do to an edge that computes in batches; None for another edge."""
+        profile = self._batch_profile(edge, row)
+        if profile is None:
+            return None
+        others = self._region.under_way.on_edge(edge, row.model)
+        if terms.own is not None and terms.own.edge == edge and terms.own.uses_slot:
+            others -= 1
+        return batch_load(profile, others + 1, terms.each)
+
+    def _cloud_load(self, edge: str, row: PlatformRow, terms: _Terms) -> BatchLoad | None:
+        """The same of the cloud node that the prediction for an edge uses."""
+        cloud = self._cloud_name(edge, row.model, row.sha256) if self._batching else None
+        profile = self._batch_profile(cloud, row)
+        if profile is None:
+            return None
+        own = terms.own.edge if terms.own is not None and terms.own.uses_cloud else None
+        others = sum(
+            count - (sender == own)
+            for sender, count in self._region.under_way.in_cloud(row.model)
+            if self._cloud_name(sender, row.model, row.sha256) == cloud
+        )
+        return batch_load(profile, others + 1, terms.each)
+
+    def _batch_profile(self, node: str | None, row: PlatformRow) -> ModelProfile | None:
+        if node not in self._batching or self.objective is not Objective.PIPELINED:
+            return None
+        return self._nodes[node].batching.get(row.model)
+
+    def _running_placement(self, task_id: str) -> Placement | None:
+        """The placement of a task if it runs."""
+        task = self._region.tasks.get(task_id)
+        if task is None or task.state is not TaskState.RUNNING or task.placed is None:
+            return None
+        return task.placed.placement
+
+    def _tasks_changed(self, placed: Placed) -> None:
+        """Take over that a task begins or ends on nodes that compute in batches."""
+        edge = placed.placement.edge
+        if not self._batching or edge is None:
+            return
+        self._version += 1
+        if placed.placement.uses_cloud and self._cloud_name(edge, placed.model, placed.sha256) in self._batching:
+            self._all_changed_at = self._version
+        else:
+            self._changed_at[edge] = self._version
 
     def _load_changed(self, name: str) -> None:
         """Take over the load of the sessions of an edge or device."""
@@ -346,19 +430,21 @@ class Candidates:
         layers = len(self._nodes[placed.device].rows[placed.model].compute_s) - 1
         taken = routes_taken(placed, completed)
         on_device, on_edge, on_cloud = zip(*(route.by_tier(layers) for route in taken), strict=True)
-        tiers: Iterable[tuple[str | None, float, Sequence[TierShare]]] = (
-            (placed.device, measured.device_s, on_device),
-            (edge, measured.edge_s, on_edge),
-            (cloud, measured.cloud_s, on_cloud),
+        tiers: Iterable[tuple[str | None, float, Sequence[TierShare], float | None]] = (
+            (placed.device, measured.device_s, on_device, None),
+            (edge, measured.edge_s, on_edge, completed.edge_batches),
+            (cloud, measured.cloud_s, on_cloud, completed.cloud_batches),
         )
         work = []
-        for node, busy_s, shares in tiers:
+        for node, busy_s, shares, batches in tiers:
             row = None if node not in self._nodes else self.row(node, *key)
             if node is None or row is None or row.layers < layers or busy_s <= 0:
                 continue
             computed = [share for share in shares if share.first < share.last and share.samples]
             if computed:
                 count = max(1, round(sum(share.samples for share in computed)))
+                if batches and (profile := self._nodes[node].batching.get(placed.model)) is not None:
+                    row = self._rows.row(share_of_batch(profile, max(1.0, count / batches)))
                 work.append(Work(node, sum(share.profile_s(row) for share in computed), busy_s, count))
         return Attempt(
             placed, completed, predicted_parts(placed, taken), work, self._known_overheads(placed.device, edge)
@@ -376,6 +462,11 @@ class Candidates:
     def _forget(self, changed: NodeAnnounced) -> None:
         """Clear what is cached about a node that joined, changed or left."""
         self._load_changed(changed.node)
+        node = self._nodes.get(changed.node)
+        if node is not None and node.batching:
+            self._batching.add(changed.node)
+        else:
+            self._batching.discard(changed.node)
         if changed.role is Role.DEVICE:
             self._forget_rows(changed.node)
             return  # a device that joins gets a new `KnownNode` with an empty cache
@@ -423,11 +514,11 @@ class Candidates:
             return last
         return self._fastest_cloud(model, sha256)
 
-    def _cloud_of(self, edge: str, device: PlatformRow) -> PlatformRow | None:
+    def _cloud_of(self, edge: str, device: PlatformRow, load: BatchLoad | None = None) -> PlatformRow | None:
         """The row of the cloud node that the prediction for an edge uses, with what was learned."""
         name = self._cloud_name(edge, device.model, device.sha256)
         row = None if name is None else self.row(name, device.model, device.sha256)
-        return None if name is None or row is None else self._learned_row(name, row)
+        return None if name is None or row is None else self._learned_row(name, row, load=load)
 
     def _search(
         self,

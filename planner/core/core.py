@@ -293,8 +293,12 @@ class PlannerCore:
 
     # --- questions ---------------------------------------------------------------------------------------------------
 
-    def request(self, submitted: TaskSubmitted, avoid: Collection[str] = ()) -> Request | str | None:
-        """The input of Algorithm 1 for a task; see `Candidates.request`."""
+    def request(
+        self, submitted: TaskSubmitted, avoid: Collection[str] = (), objective: Objective | None = None
+    ) -> Request | str | None:
+        """The input of Algorithm 1 for a task; see `Candidates.request`. `objective`: from now on; None: as before."""
+        if objective is not None:
+            self._candidates.plan_for(objective)
         return self._candidates.request(submitted, avoid)
 
     def missing(self, submitted: TaskSubmitted) -> tuple[str, ...]:

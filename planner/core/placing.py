@@ -19,7 +19,7 @@ from planner.core.region.records import BETTER_PLACE, NEVER, REVIEW_S, Task
 from planner.core.region.state import RegionState
 from planner.core.sessions import SessionPlacement, Sessions
 from planner.search.algorithm1 import Algorithm
-from planner.search.cost import NO_OVERHEADS, Costs, busy_parts, mean_stations_s
+from planner.search.cost import NO_OVERHEADS, Costs, mean_stations_s
 from planner.search.families import DEVICE_EDGE
 from planner.search.placements import Choice, placement_of
 from planner.search.policies import Policy, Restriction, policy_fault
@@ -228,7 +228,7 @@ class Placer:
         option = request.edge(choice.edge)
         self._rules.check(self._policy, request, option, choice, now)
         search = request.device_search if option is None else option.search
-        start_s, placement = choice.start_s, placement_of(request, choice)
+        start_s, placement = choice.start_s, placement_of(request, choice, option)
         placed = _placed(
             task_id=task.task_id,
             attempt=task.attempt,
@@ -306,7 +306,7 @@ def _parts(costs: Costs, placement: Placement, request: Request) -> Parts:
     samples = request.samples
     if placement.routes is not None:
         shares = [route.share for route in placement.routes]
-        return busy_parts(mean_stations_s(shares, placement.routes), samples)
+        return costs.busy_parts(mean_stations_s(shares, placement.routes), samples)
     cut1, cut2, link1_bps, link2_bps = placement.cut1, placement.cut2, placement.link1_bps, placement.link2_bps
     return costs.parts(cut1, cut2, link1_bps, link2_bps, samples, request.input_bytes)
 

@@ -133,7 +133,7 @@ class Sessions:
             policy=self._policy.name,
             objective=self._candidates.objective,
             execution=Execution.STREAMING,
-            placement=placement_of(request, placed),
+            placement=placement_of(request, placed, option),
             start_s=start_s,
             wait_s=start_s - now,
             delay_s=choice.delay_s,

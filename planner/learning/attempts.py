@@ -96,4 +96,6 @@ def predicted_parts(placed: Placed, taken: Sequence[Taken]) -> Parts:
     if routes is None:
         return placed.parts
     shares = [one.samples / placed.samples for one in taken]
-    return busy_parts(mean_stations_s(shares, routes), placed.samples)
+    s1, s2, s3, s4, s5, s6b, s6a = mean_stations_s(shares, routes)
+    s3, s5 = s3 / placed.placement.apart("edge"), s5 / placed.placement.apart("cloud")
+    return busy_parts((s1, s2, s3, s4, s5, s6b, s6a), placed.samples)

@@ -19,6 +19,9 @@ All cuts of a family have the same t, u and l, so these do not change which cuts
 With codecs, G(j) becomes G(j, q): the encoded bytes, as the device's profile says. Encoding joins the time of the sender (s_1
 or s_3), decoding that of the receiver (s_3 or s_5), as their profiles say. Where cut1 = cut2 the edge passes on what it gets:
 the device encodes and the cloud decodes.
+
+With batches, s_3 and s_5 are the times between two samples of a task on an edge or cloud that other tasks use as well
+(`planner.search.batch_load`), while busy times are the samples' shares of their batches.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from typing import Final, NamedTuple
 from bus.errors import ConfigError
 from bus.messages import Placed
 from bus.unchecked_constructors import maker
-from bus.values import BITS_PER_BYTE, Codec, ModelProfile, Objective, Parts, Route
+from bus.values import BITS_PER_BYTE, STATIONS, BatchLoad, Codec, ModelProfile, Objective, Parts, Route
+from planner.search.batch_load import under_load
 from planner.search.families import DEVICE, DEVICE_EDGE, family_of
 
 _parts = maker(Parts)
@@ -57,7 +61,8 @@ class Coding(NamedTuple):
 class PlatformRow:
     """One platform's row of F for one model, with the model's G. Compared by identity: see `RowTable`.
 
-    `factor` scales the profile's times: 2.0 if the platform is twice as slow as profiled.
+    `factor` scales the profile's times: 2.0 if the platform is twice as slow as profiled. `load`: what other tasks do to a
+    platform that computes in batches.
     """
 
     __slots__ = (
@@ -68,13 +73,19 @@ class PlatformRow:
         "cut_bytes",
         "forbidden",
         "layers",
+        "load",
         "model",
         "names",
         "overhead_s",
         "sha256",
     )
 
-    def __init__(self, profile: ModelProfile, factor: float = 1.0, overhead_s: float = 0.0) -> None:
+    def __init__(
+        self, profile: ModelProfile, factor: float = 1.0, overhead_s: float = 0.0, load: BatchLoad | None = None
+    ) -> None:
+        if load is not None:
+            profile, overhead_s = under_load(profile, load), overhead_s * load.apart
+        self.load = load
         self.model = profile.model
         self.sha256 = profile.sha256
         self.names = profile.layer_names
@@ -114,8 +125,10 @@ class RowTable:
     def __init__(self) -> None:
         self._rows: dict[tuple[object, ...], PlatformRow] = {}
 
-    def row(self, profile: ModelProfile, factor: float = 1.0, overhead_s: float = 0.0) -> PlatformRow:
-        """The row of a profile; equal profiles with equal factors and overheads get the same object."""
+    def row(
+        self, profile: ModelProfile, factor: float = 1.0, overhead_s: float = 0.0, load: BatchLoad | None = None
+    ) -> PlatformRow:
+        """The row of a profile; equal profiles with equal factors, overheads and loads get the same object."""
         key = (
             profile.model,
             profile.sha256,
@@ -127,12 +140,14 @@ class RowTable:
             profile.agreements,
             factor,
             overhead_s,
+            load,
+            profile.batch if load is not None else None,
         )
         row = self._rows.get(key)
         if row is None:
             if len(self._rows) >= 20_000:  # nodes keep the rows that they use; clearing only ends the sharing
                 self._rows.clear()
-            row = self._rows[key] = PlatformRow(profile, factor, overhead_s)
+            row = self._rows[key] = PlatformRow(profile, factor, overhead_s, load)
         return row
 
 
@@ -196,7 +211,18 @@ class Costs:
     Raises `ConfigError` if the rows belong to different models.
     """
 
-    __slots__ = ("_codings", "cloud", "cloud_overhead_s", "cut_bytes", "device", "edge", "edge_overhead_s", "layers")
+    __slots__ = (
+        "_codings",
+        "cloud",
+        "cloud_load",
+        "cloud_overhead_s",
+        "cut_bytes",
+        "device",
+        "edge",
+        "edge_load",
+        "edge_overhead_s",
+        "layers",
+    )
 
     def __init__(self, device: PlatformRow, edge: PlatformRow | None, cloud: PlatformRow | None) -> None:
         for other in (edge, cloud):
@@ -209,6 +235,8 @@ class Costs:
         self.cloud = cloud.compute_s if cloud is not None else None
         self.edge_overhead_s = edge.overhead_s if edge is not None else 0.0
         self.cloud_overhead_s = cloud.overhead_s if cloud is not None else 0.0
+        self.edge_load = edge.load if edge is not None else None
+        self.cloud_load = cloud.load if cloud is not None else None
         self.cut_bytes = device.cut_bytes
         self._codings = tuple({} if row is None else row.codings for row in (device, edge, cloud))
 
@@ -283,6 +311,18 @@ class Costs:
             result * s_per_byte1,
         )
 
+    def busy_parts(self, sample: StationTimes, samples: int) -> Parts:
+        """The busy seconds of each station for all samples, from the station times of one.
+
+        Of a platform that computes in batches: the samples' shares of their batches.
+        """
+        s1, s2, s3, s4, s5, s6b, s6a = sample
+        if self.edge_load is not None:
+            s3 /= self.edge_load.apart
+        if self.cloud_load is not None:
+            s5 /= self.cloud_load.apart
+        return busy_parts((s1, s2, s3, s4, s5, s6b, s6a), samples)
+
     def parts(
         self,
         cut1: int,
@@ -293,7 +333,7 @@ class Costs:
         input_bytes: int | None = None,
     ) -> Parts:
         """(1)-(6) for all samples: the busy seconds of each station."""
-        return busy_parts(self._sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes), samples)
+        return self.busy_parts(self._sample_parts(cut1, cut2, link1_bps, link2_bps, input_bytes), samples)
 
     def delay_s(
         self,
@@ -365,5 +405,7 @@ def _of_mean_s(parts: Parts, placed: Placed) -> float:
     if placement.link2_bps and placement.link1_bps:  # the result crosses link 2, then link 1
         back_s = result_s * placement.link1_bps / (placement.link1_bps + placement.link2_bps)
     busy = (parts.device_s, parts.link1_s, parts.edge_s, parts.link2_s, parts.cloud_s)
-    s1, s2, s3, s4, s5 = (station_s / samples for station_s in busy)
+    s1, s2, s3, s4, s5 = (
+        placement.apart(part) * station_s / samples for part, station_s in zip(STATIONS, busy, strict=True)
+    )
     return stations_s((s1, s2, s3, s4, s5, back_s, result_s - back_s), samples, objective)

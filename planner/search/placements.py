@@ -10,7 +10,7 @@ from bus.values import MAX_ROUTES, Kind, Objective, Placement, Route
 from planner.search.codec_search import CodecSearch, PathSearch
 from planner.search.cost import RAW, Overheads
 from planner.search.families import ALL_THREE, DEVICE_CLOUD, DEVICE_EDGE
-from planner.search.request import Request
+from planner.search.request import EdgeOption, Request
 from planner.search.route_search import Mix, MixedRoute, RouteSearch
 
 SLOWER_LINKS: Final = (4, 16)
@@ -115,10 +115,11 @@ def mixed_choice(
     return Choice(family, edge, largest.cut1, largest.cut2, *grants_bps, start_s, mix.delay_s, routes)
 
 
-def placement_of(request: Request, choice: Choice) -> Placement:
-    """A choice, as the value that messages carry."""
+def placement_of(request: Request, choice: Choice, option: EdgeOption | None) -> Placement:
+    """A choice of this option, as the value that messages carry."""
     row, cut1, cut2 = request.device_row, choice.cut1, choice.cut2
     kind, routes = Kind.of(cut1, cut2, row.layers), None
+    costs = None if option is None else option.search.costs
     if choice.routes:
         kind, routes = (
             Kind.of_all(choice.cut_pairs, row.layers),
@@ -134,6 +135,8 @@ def placement_of(request: Request, choice: Choice) -> Placement:
         link1_bps=choice.link1_bps,
         link2_bps=choice.link2_bps,
         routes=routes,
+        edge_batch=costs.edge_load if costs is not None and choice.uses_slot else None,
+        cloud_batch=costs.cloud_load if costs is not None and "cloud" in kind.value else None,
     )
 
 

@@ -15,6 +15,7 @@ from bus.errors import ConfigError, CutError
 from bus.routes.interleave import interleaved_s
 from bus.routes.shares import solve_shares
 from bus.values import Codec, Kind, ModelProfile, Objective, Parts, Role
+from planner.search.batch_load import batch_load, samples_each
 from planner.search.codec_search import CodecSearch
 from planner.search.cost import (
     NO_OVERHEADS,
@@ -25,7 +26,6 @@ from planner.search.cost import (
     Overheads,
     PlatformRow,
     SampleParts,
-    busy_parts,
     stations_s,
 )
 from planner.search.families import DEVICE, family_of
@@ -164,20 +164,24 @@ def _mix(s: Situation, costs: Costs, routes: Sequence[tuple[int, int, Codecs]]) 
         kind=Kind.of_all(cut_pairs, costs.layers),
         link2_bps=s.link2_bps if any(cut2 != costs.layers for _, cut2 in cut_pairs) else 0,
         latency_s=max(s.overheads.latency_s(families[r]) for r in used),
-        parts=busy_parts(SampleParts(*mean), s.samples),
+        parts=costs.busy_parts(SampleParts(*mean), s.samples),
         routes=tuple(MixedRoute(*routes[r][:2], found.shares[r], routes[r][2]) for r in used),
     )
 
 
 def _prepared(s: Situation) -> tuple[Costs, CodecSearch | None]:
     """The costs, and the search that knows the codecs if they may be used."""
-    rows = (
-        PlatformRow(s.device),
-        None if s.edge is None else PlatformRow(s.edge),
-        None if s.cloud is None else PlatformRow(s.cloud),
-    )
+    rows = (PlatformRow(s.device), _alone(s.edge, s), _alone(s.cloud, s))
     search = CodecSearch(rows, rows[0].consent(s.min_agreement)) if s.codecs else None
     return Costs(*rows) if search is None else search.costs, search
+
+
+def _alone(profile: ModelProfile | None, s: Situation) -> PlatformRow | None:
+    """The row of an edge or cloud on which no other task runs."""
+    if profile is None:
+        return None
+    batches = profile.batch is not None and s.objective is Objective.PIPELINED
+    return PlatformRow(profile, load=batch_load(profile, 1, samples_each(s.samples)) if batches else None)
 
 
 def _plan(s: Situation, costs: Costs, delay: float, cuts: tuple[int, int], codecs: Codecs) -> WhatIfPlan:
@@ -194,7 +198,7 @@ def _plan(s: Situation, costs: Costs, delay: float, cuts: tuple[int, int], codec
         link2_bps=s.link2_bps if cut2 != costs.layers else 0,
         delay_s=delay,
         latency_s=s.overheads.latency_s(family_of(cut1, cut2, costs.layers)) * crossings,
-        parts=busy_parts(one, s.samples),
+        parts=costs.busy_parts(one, s.samples),
         codecs=codecs,
     )
 

@@ -124,7 +124,8 @@ def _branch(stage: StageSide, plan: AttemptPlan, route: int, layers: int | None)
     arrives = taken.codec1 if on_edge or cut1 == cut2 else taken.codec2
     if segment.first != segment.last:  # else it passes on what it gets
         segment = segment._replace(arrives=arrives, leaves=taken.codec2 if to_cloud else Codec.RAW)
-    return Branch(segment, to_cloud, arrives, taken.stations_s[2 if on_edge else 4])
+    busy_s = taken.stations_s[2 if on_edge else 4] / plan.placement.apart(stage.part)
+    return Branch(segment, to_cloud, arrives, busy_s)
 
 
 def _sized(branches: Branches, plan: AttemptPlan, profile: ModelProfile) -> Branches:

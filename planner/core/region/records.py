@@ -136,11 +136,12 @@ ADDED_LATER_TO_PROFILES: Final = (
 class KnownNode:
     """A node that has joined the region."""
 
-    __slots__ = ("_texts", "announced", "digest", "draining", "reach", "rows")
+    __slots__ = ("_texts", "announced", "batching", "digest", "draining", "reach", "rows")
 
     def __init__(self, announced: NodeAnnounced, table: RowTable) -> None:
         self.announced = announced
         self.rows: dict[str, PlatformRow] = {profile.model: table.row(profile) for profile in announced.models}
+        self.batching = {profile.model: profile for profile in announced.models if profile.batch is not None}
         self.draining = announced.draining is True
         # These are omitted unless set, so that older records, written without these fields, keep their hash.
         left_out: dict[str, Any] = {name: True for name in ADDED_LATER if getattr(announced, name) is None}
@@ -149,8 +150,8 @@ class KnownNode:
             for at, profile in enumerate(announced.models)
         }
         self.digest = hash_of("node|" + announced.model_dump_json(exclude=left_out))
-        # devices only, by model and consent to lossy codecs; a cache, not part of the state
-        self.reach: dict[tuple[str, float | None], tuple[int, Reached]] = {}
+        # devices only, by model, consent to lossy codecs and samples in a batch; a cache, not part of the state
+        self.reach: dict[tuple[str, float | None, int], tuple[int, Reached]] = {}
         self._texts: list[tuple[str, str]] | None = None
 
     def profile_texts(self) -> list[tuple[str, str]]:

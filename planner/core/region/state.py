@@ -48,6 +48,7 @@ from planner.core.region.records import (
 )
 from planner.core.region.timers import Timers
 from planner.core.region.transitions import ENDING, TRANSITIONS, Step, next_state
+from planner.core.region.under_way import UnderWay
 from planner.learning.table import EstimateTable, SavedEstimate
 from planner.search.cost import RowTable
 from planner.search.ledger import FOREVER, LOAD_UNITS, Ledger, Load, Reservation
@@ -100,6 +101,7 @@ class RegionState:
         self.waiting: dict[str, Task] = {}  # WAITING tasks, in the order in which they became WAITING
         self.queued_by_device: Counter[str] = Counter()  # tasks that wait or are scheduled
         self.running = 0  # number of RUNNING tasks
+        self.under_way = UnderWay()  # the same by edge and model
         self.admitted = 0  # tasks admitted so far
         self.ended = EndedTasks(remember_ended)
         self.nodes: dict[str, KnownNode] = {}
@@ -224,6 +226,8 @@ class RegionState:
             self.ledger.move(task.task_id, change.at_s)
         self.ledger.start(task.task_id)
         self.running += 1
+        if task.placed is not None:
+            self.under_way.add(task.placed)
         if r.load is None:
             self.timers.add_end(task, r.end_s)
         else:
@@ -254,6 +258,8 @@ class RegionState:
         new = change.applied_to(placed, r.start_s)
         if self.places(new) != self.places(placed):
             self._drop_probes(task)
+        self.under_way.add(placed, -1)
+        self.under_way.add(new)
         task.placed = placed = new
         self._note(r, max(r.end_s, now))  # what it takes is free, so only what it gives back affects other tasks
         self.ledger.rebook(r, reservation_of(task, placed), now)
@@ -373,6 +379,8 @@ class RegionState:
     def _release(self, task: Task, now: float) -> Reservation:
         r = self.ledger.release(task.task_id, now)
         self.running -= r.running
+        if r.running and task.placed is not None:
+            self.under_way.add(task.placed, -1)
         self._note(r, max(r.end_s, now))  # an end on time (`now`) affects only tasks that are due
         if r.load is not None:
             self.session_ended = True
@@ -497,6 +505,7 @@ class RegionState:
             self._tell_load(r)
         if r.running:
             self.running += 1
+            self.under_way.add(saved.placed)
             if r.load is None:
                 self.timers.add_end(task, r.end_s)
             else:
