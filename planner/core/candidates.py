@@ -334,7 +334,8 @@ class Candidates:
         others = self._region.under_way.on_edge(edge, row.model)
         if terms.own is not None and terms.own.edge == edge and terms.own.uses_slot:
             others -= 1
-        return batch_load(profile, others + 1, terms.each)
+        slots = max(1, self._ledger.edges[edge].slots)
+        return batch_load(profile, min(others + 1, slots), terms.each)
 
     def _cloud_load(self, edge: str, row: PlatformRow, terms: _Terms) -> BatchLoad | None:
         """The same of the cloud node that the prediction for an edge uses."""

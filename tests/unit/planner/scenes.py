@@ -26,7 +26,7 @@ from bus.messages import (
     TaskFailed,
     TaskSubmitted,
 )
-from bus.values import Codec, CodecProfile, ModelProfile, PairAgreement, Parts, Role
+from bus.values import BatchSpeed, Codec, CodecProfile, ModelProfile, PairAgreement, Parts, Role
 from planner.core.core import Event, PlannerCore, Tick
 from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow
 
@@ -160,6 +160,7 @@ class Traffic:
     own_links: bool = False  # whether devices limit their own link
     orderly: bool = False  # every task ends when it was predicted to, and no node leaves
     codecs: bool = False  # whether nodes have measured codecs, and tasks consent to lossy ones
+    batches: bool = False  # whether edges and cloud compute in batches
 
 
 DEFAULT_TRAFFIC = Traffic()
@@ -302,6 +303,8 @@ class RandomRegion:
         models = tuple(_random_profile(model, rng, speed) for model in "ab")
         if self.traffic.codecs and not name.endswith("1"):  # the others are of a version without codecs
             models = tuple(with_codecs(one, random.Random(f"{name} {one.model}")) for one in models)
+        if self.traffic.batches and name[0] != "d" and name != "e1":
+            models = tuple(with_batches(one, random.Random(f"{name} {one.model}")) for one in models)
         if name[0] == "c":
             return cloud(name, incarnation=incarnation, lease_s=1e6, models=models)
         if name[0] == "d":
@@ -318,6 +321,15 @@ class RandomRegion:
             link1_capacity_bps=rng.randrange(200 * MBPS, 1000 * MBPS),
             link2_capacity_bps=rng.randrange(20 * MBPS, 100 * MBPS),
         )
+
+
+def with_batches(one: ModelProfile, rng: random.Random) -> ModelProfile:
+    """The profile of a platform that computes in batches, of which some layers gain more than others."""
+    fixed = [rng.random() for _ in range(one.layers)]  # share of a layer's time that a batch needs once
+    batch = tuple(
+        BatchSpeed(batch=size, factors=tuple(share / size + 1 - share for share in fixed)) for size in (2, 4, 8, 16, 32)
+    )
+    return one.model_copy(update={"batch": batch, "executors": rng.choice((None, 2, 4))})
 
 
 def with_codecs(one: ModelProfile, rng: random.Random) -> ModelProfile:

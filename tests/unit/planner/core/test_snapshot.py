@@ -15,6 +15,8 @@ CASES = [
     ("deepar", Objective.SEQUENTIAL, Traffic(rate=2.0)),
     ("deepar", Objective.PIPELINED, Traffic(rate=2.0)),
     ("elastic", Objective.PIPELINED, Traffic(rate=8.0, devices=60)),  # running tasks are rerouted
+    ("deepar", Objective.PIPELINED, Traffic(rate=6.0, batches=True)),  # predictions depend on the tasks under way
+    ("elastic", Objective.PIPELINED, Traffic(rate=8.0, devices=60, batches=True)),
 ]
 
 
