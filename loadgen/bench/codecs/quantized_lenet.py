@@ -116,7 +116,7 @@ def _weights(model: Model) -> dict[str, Array]:
             tensor.shape
         )
         for tensor in unpacked.subgraphs[0].tensors
-        if b"/" in tensor.name
+        if tensor.name.endswith((b"/kernel", b"/bias"))
     }
 
 
