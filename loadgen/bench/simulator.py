@@ -19,7 +19,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -30,6 +29,7 @@ from bus.errors import ConfigError
 from bus.messages import SeedInput, TaskState, TaskSubmitted
 from bus.unchecked_constructors import maker
 from loadgen.random_streams import Streams
+from loadgen.rare_collection import rare_collection
 from loadgen.replay.outcome import Outcome
 from loadgen.replay.schedule import Entry
 from loadgen.sim.core_driver import Drive, core_for
@@ -140,26 +140,13 @@ def drive_region(tasks: int, seed: int) -> RegionRun:
     counted = _Counted()
     run = Drive(core_for(SCENARIO), counted.end)
     run.announce(SCENARIO.nodes(seed, platforms(SCENARIO.profile).profiles))
-    with rare_collection():
+    gc.collect()
+    with rare_collection(COLLECT_AFTER):
         began_s, worked_s = time.perf_counter(), time.process_time()
         run.run(entries(tasks, seed))
         seconds, processor_seconds = time.perf_counter() - began_s, time.process_time() - worked_s
     in_flight = counted.delay_s / max(run.now_s, 1e-9)
     return RegionRun(tasks, seconds, processor_seconds, counted.waited, counted.completed, in_flight)
-
-
-@contextmanager
-def rare_collection() -> Iterator[None]:
-    """Freeze live objects and run the garbage collector rarely."""
-    thresholds = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(COLLECT_AFTER, *thresholds[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
-        gc.unfreeze()
 
 
 class _Counted:

@@ -18,6 +18,7 @@ from typing import Any
 
 from loadgen.chaos.simulated.region import LEASE_S, ChaosScenario
 from loadgen.chaos.simulated.run import ChaosRun, Play, Sites
+from loadgen.rare_collection import rare_collection
 from loadgen.replay.metrics import distribution
 from loadgen.sim.process import quiet
 from loadgen.sim.programs import REAL, Programs
@@ -26,13 +27,15 @@ from loadgen.workers import worker_pool
 
 CHUNK = 20
 """Number of seeds that a worker process runs before it reports."""
+COLLECT_AFTER = 50_000
+"""Net allocations between two searches of the garbage collector during a seed."""
 
 
 def run_seed(
     seed: int, *, scenario: ChaosScenario | None = None, sites: Sites | None = None, programs: Programs = REAL
 ) -> ChaosRun:
     """Run one seed, including its checks."""
-    with quiet():
+    with quiet(), rare_collection(COLLECT_AFTER):
         return run_virtual(Play(seed, scenario or ChaosScenario(), sites, programs).play(), horizon_s=3_600.0)
 
 

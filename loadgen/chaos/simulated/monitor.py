@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Mapping
 
 from bus import messages, topics
@@ -34,6 +35,8 @@ STAGE_S = 1.0
 QUIET_S = 1.0
 """Silence after which the leader counts as absent and leases restart; a live leader writes five times in two seconds."""
 
+_UNGATED = re.compile(b"report|probe|echo")
+"""Kinds of frames that a node may send without a recent heartbeat."""
 ORPHANS_HERE_BYTES = 256 << 10
 """Allowance for frames that wait for their plan in such a small region."""
 
@@ -85,8 +88,7 @@ class SimulatedMonitor:
         """Check a record that a process sends: activations and results require a recent heartbeat, other frames do not."""
         if topic != topics.RESULTS and not topic.startswith("deepar.activations."):
             return
-        head = bytes(memoryview(value or b"")[:24])
-        if any(kind in head for kind in (b"report", b"probe", b"echo")):
+        if _UNGATED.search(value or b"", 0, 24):
             return
         silent_s = asyncio.get_running_loop().time() - self._heard.get(name, float("-inf"))
         if silent_s > LEASE_S / 2 + 1e-6:

@@ -190,10 +190,12 @@ class Play:
             submitting = asyncio.create_task(
                 self.client.submit(self.programs.client_bus(bus), random.Random(self.seed + 1))
             )
-            bombing = asyncio.create_task(self.breaker.bomb(bus, random.Random(f"bombs of {self.seed}")))
+            bombs = random.Random(f"bombs of {self.seed}")
+            bombing = asyncio.create_task(self.breaker.bomb(bus, bombs)) if self.codecs else None
             await self.breaker.play(bus)
             self.breaker.heal()
-            await bombing
+            if bombing is not None:
+                await bombing
             await submitting
             ended = await self._until(self._all_ended, self.scenario.converge_s, "not every task ended")
             if ended:

@@ -6,7 +6,7 @@ import pytest
 
 from bus.messages import TaskState
 from loadgen.bench import simulator
-from loadgen.bench.simulator import REGIONS, SCENARIO, drive_region, entries, rare_collection
+from loadgen.bench.simulator import REGIONS, SCENARIO, drive_region, entries
 from loadgen.replay.outcome import Outcome
 from loadgen.sim.core_driver import Drive, core_for
 from loadgen.sim.environment import Environment, LogNormal
@@ -59,12 +59,3 @@ def test_the_core_makes_no_cycles(noise: float) -> None:
             gc.enable()
     assert len(ended) == 620
     assert found[1] <= found[0] + 5  # a few generator frames, but not one for each task
-
-
-def test_the_garbage_collector_has_its_old_settings_afterwards() -> None:
-    before = gc.get_threshold()
-    with rare_collection():
-        assert gc.get_threshold()[0] == simulator.COLLECT_AFTER
-        assert gc.isenabled()
-    assert gc.get_threshold() == before
-    assert gc.get_freeze_count() == 0
