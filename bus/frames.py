@@ -81,6 +81,8 @@ MORE = "more"
 """Key of a report of a task of several routes: a later report covers what follows."""
 PREDICTED = "_predicted_s"
 """Ending of a report's keys: what the plan predicts for the busy seconds of a part, in a task of several routes."""
+BATCHES = "_batches"
+"""Ending of a report's keys: the sum of 1/n over the samples that a part computed in batches, each of n samples."""
 PROBING: tuple[FrameKind, ...] = ("probe", "echo")
 """Kinds without task data."""
 
@@ -135,7 +137,9 @@ class Frame(NamedTuple):
     source: str  # the node that sends it
     pieces: Sequence[Piece] = ()
     plan: AttemptPlan | None = None
-    report: Mapping[str, float] = MappingProxyType({})  # busy seconds by part, `SAMPLES`, `MORE` and `PREDICTED`
+    report: Mapping[str, float] = MappingProxyType(
+        {}
+    )  # busy seconds by part, `BATCHES`, `SAMPLES`, `MORE`, `PREDICTED`
     revision: int = 0  # of the plan that it belongs to
     totals: tuple[int, ...] = ()  # samples of each route in this attempt; empty: not known yet, or one route
 

@@ -24,6 +24,7 @@ class Computed(NamedTuple, Generic[Result]):
 
     result: Result
     busy_s: float  # its share of the time of its batch
+    batch: int  # samples in its batch
 
 
 class _Waiting(NamedTuple, Generic[Item, Result]):
@@ -117,7 +118,7 @@ class Batcher(Generic[Item, Result]):
             return
         for one, result in zip(batch, results, strict=True):
             if not one.future.done():  # else its task has ended
-                one.future.set_result(Computed(result, busy_s / len(batch)))
+                one.future.set_result(Computed(result, busy_s / len(batch), len(batch)))
 
 
 def _fail(future: asyncio.Future[Computed[Result]], error: Exception) -> None:

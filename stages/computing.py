@@ -85,6 +85,7 @@ class Computing:
         self._began_s: float | None = None  # start of the first computation
         self._free_s = float("-inf")  # end of the last one
         self.busy_s = 0.0
+        self.batches = 0.0  # sum of 1/n over the samples that were computed in batches, each of n samples
         self.predicted_s = 0.0  # what the plan predicts for the same samples, where the caller says so
 
     async def prepare(self, segments: Iterable[Segment]) -> None:
@@ -154,15 +155,16 @@ class Computing:
         ]
         try:
             for future in submitted:
-                outputs, share_s = await future
+                outputs, share_s, batch = await future
                 busy_s += share_s
+                self.batches += 1.0 / batch
                 self.predicted_s += predicted_s
                 yield outputs, self._clock()
         finally:
             for future in submitted:
                 future.cancel()  # no effect on those that are done
             done_s = self._clock()
-            self._count(max(begin_s, done_s - busy_s), done_s)
+            self._count(max(begin_s, done_s - busy_s), done_s, busy_s)
 
     async def _run_coded(
         self, works: _Works, sample: int, inputs: Activations, ready_s: float, predicted_s: float
@@ -173,13 +175,21 @@ class Computing:
         if decoder is not None and isinstance(outputs, Encoded):
             outputs = await decoder.decode(outputs, done_s)
             done_s = self._clock()
-        if station is not None:
+        others_s = 0.0
+        if isinstance(station, BatchStation):
+            begin_s = self._clock()
+            outputs, share_s, batch = await station.submit(sample, tensors_of(outputs), done_s)
+            done_s = self._clock()
+            self.batches += 1.0 / batch
+            others_s = max(0.0, done_s - begin_s - share_s)
+        elif station is not None:
             outputs = await station.run(sample, tensors_of(outputs), done_s)
             done_s = self._clock()
         if encoder is not None:
             outputs = await encoder.encode(tensors_of(outputs), done_s)
             done_s = self._clock()
-        self._count(min(done_s, max(ready_s, self._free_s) + works.waited_s - waited_s), done_s)
+        waited_s = works.waited_s - waited_s + others_s
+        self._count(min(done_s, max(ready_s, self._free_s) + waited_s), done_s)
         self.predicted_s += predicted_s
         return outputs, done_s
 
@@ -195,11 +205,12 @@ class Computing:
         self._count(begin_s, now)
         return outputs, now - begin_s
 
-    def _count(self, begin_s: float, end_s: float) -> None:
+    def _count(self, begin_s: float, end_s: float, busy_s: float | None = None) -> None:
+        """Count an interval; `busy_s`: where it is not all of it, or several executors worked at once."""
         if self._began_s is None:
             self._began_s = begin_s
         self._free_s = end_s
-        self.busy_s += end_s - begin_s
+        self.busy_s += end_s - begin_s if busy_s is None else busy_s
         self._node.busy(self._busy_part, self._plan.task_id, begin_s, end_s)
 
     def record_span(self, parent_id: str | None = None) -> None:

@@ -137,7 +137,7 @@ async def waited_for(submitted: asyncio.Future[Computed[list[Array]]]) -> tuple[
     """The outputs of a sample that was just submitted, and for how long other samples delayed it."""
     clock = exact_clock()
     begin_s = clock()
-    outputs, busy_s = await submitted
+    outputs, busy_s, _ = await submitted
     return outputs, max(0.0, clock() - begin_s - busy_s)
 
 

@@ -193,6 +193,8 @@ class DeviceAttempt:
             wait_s=max(0.0, started_s - known.admitted_s),
             cloud=self._reports.cloud,
             route_samples=totals if len(totals) > 1 else None,
+            edge_batches=self._reports.batches("edge"),
+            cloud_batches=self._reports.batches("cloud"),
         )
         await self.device.complete(message)
 

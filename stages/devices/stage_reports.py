@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections import Counter
 
-from bus.frames import MORE, SAMPLES, AttemptPlan, Frame
+from bus.frames import BATCHES, MORE, SAMPLES, AttemptPlan, Frame
 from bus.values import Parts, Placement, is_node_name
 
 REPORTS_S = 1.0
@@ -70,6 +70,10 @@ class StageReports:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REPORTS_S):
                 await self._complete.wait()
+
+    def batches(self, part: str) -> float | None:
+        """Sum of 1/n over the samples that a stage computed in batches of n; None: one by one."""
+        return self._busy_s.get(f"{part}{BATCHES}") or None
 
     def parts(self) -> Parts:
         """All busy times; in a session the means per sample."""

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 from bus import topics
 from bus.errors import DeeparError, InvariantError, ProtocolError
-from bus.frames import PREDICTED, SAMPLES, AttemptPlan, Frame
+from bus.frames import BATCHES, PREDICTED, SAMPLES, AttemptPlan, Frame
 from bus.headers.tracing import parent_in
 from bus.port import Bus, Record, TopicPartition
 from bus.tensors import Activations, Piece, bytes_in, codec_of
@@ -298,7 +298,8 @@ class Flow:
                 await self._arrived.wait()
                 continue
             batch = self._take_ready()
-            await (self._compute(batch[0]) if len(batch) == 1 else self._compute_together(batch))
+            together = self._computing.most_at_once(batch[0].branch.segment) > 1
+            await (self._compute_together(batch) if together else self._compute(batch[0]))
             computed += len(batch)
 
     def _take_ready(self) -> list[_Arrived]:
@@ -337,6 +338,8 @@ class Flow:
     def _measured(self) -> dict[str, float]:
         """What this stage reports: busy times by part; in a session with the number of samples."""
         measured = {f"{self.hop.stage.part}_s": self._computing.busy_s} if self._branches.segments else {}
+        if self._computing.batches:
+            measured[f"{self.hop.stage.part}{BATCHES}"] = self._computing.batches
         if self._mixed and measured:
             measured[f"{self.hop.stage.part}{PREDICTED}"] = self._computing.predicted_s
         for to_cloud, sender in self._senders.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,7 +68,9 @@ class World:
         """The bus of a named node or planner, signed if the region requires proofs of identity."""
         return signed(self.bus, None if self.master is None else self.master.key(Speaker(role, name)))
 
-    def add(self, settings: NodeSettings, on_span: SpanSink | None) -> Coroutine[Any, Any, None]:
+    def add(
+        self, settings: NodeSettings, runner: ModelledRunner, on_span: SpanSink | None
+    ) -> Coroutine[Any, Any, None]:
         """Make a node whose work is recorded in `trace`; return the coroutine that runs it."""
 
         def on_busy(node: str, part: str, task_id: str, begin_s: float, end_s: float) -> None:
@@ -77,7 +79,7 @@ class World:
         node = Node(
             self.bus_of(settings.role.value, settings.name),
             settings,
-            ModelledRunner([profile(settings.role)]),
+            runner,
             on_busy=on_busy,
             on_span=on_span,
         )
@@ -116,6 +118,8 @@ class WorldOptions:
     master: Master | None = None  # None: the region requires no proofs of identity
     networks: Mapping[str, PlayedNetwork] = field(default_factory=dict)  # by node
     probes: bool = False  # whether nodes measure their links
+    learning: bool = False  # whether the planner corrects its predictions
+    make_runner: Callable[[Role], ModelledRunner] = lambda role: ModelledRunner([profile(role)])
 
     def nodes(self) -> list[NodeSettings]:
         """The settings of all nodes: clouds, edges, devices."""
@@ -151,15 +155,16 @@ async def world(
         await nodes.create_missing_topics(bus, options.edges)
         objective = options.objective
         setup = nodes.PlannerSetup(
-            policy=options.policy, objective=objective, execution=objective.execution, master=options.master
-        )
+            policy=options.policy, objective=objective, execution=objective.execution, master=options.master,
+            learning=options.learning,
+        )  # fmt: skip
         service = nodes.make_planner(bus, setup)
         service.trace_to(on_span)
         made = World(bus, broker, service, options.master)
         async with nodes.embedded() as group:
             group.create_task(service.run(), name="planner")
             for settings in options.nodes():
-                group.create_task(made.add(settings, on_span), name=settings.name)
+                group.create_task(made.add(settings, options.make_runner(settings.role), on_span), name=settings.name)
             async with asyncio.timeout(60.0):
                 while not all(node.status.joined for node in made.nodes.values()):
                     await asyncio.sleep(0.01)

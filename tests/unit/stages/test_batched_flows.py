@@ -29,8 +29,8 @@ POISON = "t3"
 class WatchedRunner(ModelledRunner):
     """Records its batches; samples of one task may fail."""
 
-    def __init__(self, poison: str | None = None) -> None:
-        super().__init__([BATCHED], self._batcher)
+    def __init__(self, poison: str | None = None, executors: int | None = None) -> None:
+        super().__init__([BATCHED.model_copy(update={"executors": executors})], self._batcher)
         self.sizes: list[int] = []
         self._poison = poison
 
@@ -61,10 +61,10 @@ def results(e: Edge) -> dict[str, list[int]]:
     return found
 
 
-def busy_s(e: Edge) -> dict[str, float]:
-    """What the edge reports as its busy time of each task."""
+def reported(e: Edge, key: str = "edge_s") -> dict[str, float]:
+    """What the edge reports of each task: its busy time, or its number of batches."""
     frames = [decode_frame(value) for _, value, _ in e.read(topics.RESULTS)]
-    return {one.task_id: one.report["edge_s"] for one in frames if one.kind == "report"}
+    return {one.task_id: one.report[key] for one in frames if one.kind == "report" and key in one.report}
 
 
 def test_samples_of_several_tasks_are_computed_together() -> None:
@@ -76,8 +76,8 @@ def test_samples_of_several_tasks_are_computed_together() -> None:
             assert results(e) == {task_id: [0, 1, 2] for task_id in TASKS}  # one by one they would take 24 s
             assert sum(runner.sizes) == 3 * len(TASKS)
             assert max(runner.sizes) >= BATCH
-            reported = busy_s(e)
-            assert sum(reported.values()) == pytest.approx(6.0)  # the tasks share the machine's time
+            assert sum(reported(e).values()) == pytest.approx(6.0)  # the tasks share the machine's time
+            assert sum(reported(e, "edge_batches").values()) == pytest.approx(len(runner.sizes))
             assert e.committed() == 3 * len(TASKS)
 
     run_virtual(run())
@@ -92,7 +92,8 @@ def test_samples_of_one_task_are_computed_together_and_stay_in_order() -> None:
             await asyncio.sleep(6.0)
             assert results(e) == {"t": list(range(samples))}
             assert runner.sizes == [MOST_AT_ONCE, MOST_AT_ONCE, 1]
-            assert busy_s(e)["t"] == pytest.approx(2 * 2.0 + 1.0)
+            assert reported(e)["t"] == pytest.approx(2 * 2.0 + 1.0)
+            assert reported(e, "edge_batches")["t"] == pytest.approx(3.0)
 
     run_virtual(run())
 
@@ -111,6 +112,19 @@ def test_a_bad_sample_of_a_batch_fails_its_own_task_only() -> None:
     run_virtual(run())
 
 
+def test_busy_times_are_shares_of_batches_on_several_executors_too() -> None:
+    async def run() -> None:
+        runner = WatchedRunner(executors=2)
+        async with edge(runner=runner) as e:
+            await play(e, ["t"], MOST_AT_ONCE)
+            await asyncio.sleep(4.0)
+            assert runner.sizes == [MOST_AT_ONCE // 2] * 2
+            assert reported(e)["t"] == pytest.approx(2 * BATCHED.together_s(MOST_AT_ONCE // 2, 0, 2))
+            assert reported(e, "edge_batches")["t"] == pytest.approx(2.0)
+
+    run_virtual(run())
+
+
 def test_a_profile_without_batches_computes_tasks_side_by_side() -> None:
     async def run() -> None:
         runner = ModelledRunner([BATCHED.without_batches()])
@@ -118,5 +132,6 @@ def test_a_profile_without_batches_computes_tasks_side_by_side() -> None:
             await play(e, TASKS, 2)
             await asyncio.sleep(2.5)
             assert results(e) == {task_id: [0, 1] for task_id in TASKS}
+            assert reported(e, "edge_batches") == {}
 
     run_virtual(run())

@@ -9,7 +9,7 @@ import pytest
 
 from bus.errors import InvariantError
 from loadgen.sim.virtual_loop import run_virtual
-from stages.batches import Batcher
+from stages.batches import Batcher, Computed
 
 BATCH_S = 1.0  # of any number of samples
 
@@ -36,7 +36,7 @@ def test_a_sample_alone_is_computed_at_once() -> None:
     async def run() -> None:
         machine = Machine()
         begin_s = asyncio.get_running_loop().time()
-        assert (await Batcher(machine.compute).submit(3)) == (6, BATCH_S)
+        assert (await Batcher(machine.compute).submit(3)) == Computed(6, BATCH_S, 1)
         assert asyncio.get_running_loop().time() - begin_s == BATCH_S
 
     run_virtual(run())
@@ -50,7 +50,10 @@ def test_samples_collect_while_the_executor_is_busy_and_share_the_time_of_their_
         await asyncio.sleep(0.5)
         rest = [batcher.submit(number) for number in range(1, 5)]
         assert batcher.waiting == 4
-        assert await asyncio.gather(first, *rest) == [(0, 1.0), *((2 * number, 0.25) for number in range(1, 5))]
+        assert await asyncio.gather(first, *rest) == [
+            Computed(0, 1.0, 1),
+            *(Computed(2 * number, 0.25, 4) for number in range(1, 5)),
+        ]
         assert machine.batches == [[0], [1, 2, 3, 4]]
 
     run_virtual(run())
@@ -72,7 +75,7 @@ def test_idle_executors_share_what_waits() -> None:
         sizes: list[int] = []
         batcher = Batcher(machine.compute, executors=2, on_batch=sizes.append)
         results = await asyncio.gather(*(batcher.submit(number) for number in range(10)))
-        assert [result for result, _ in results] == [2 * number for number in range(10)]
+        assert [one.result for one in results] == [2 * number for number in range(10)]
         assert machine.batches == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
         assert sizes == [5, 5]
         assert machine.most_at_once == 2
