@@ -11,7 +11,7 @@ from bus.messages import Admitted, Placed, SeedInput, Start, TaskCompleted, Task
 from bus.tensors import Array
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
-from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions
+from stages.models.gpu.accelerator import CHECKS, Accelerator, AcceleratorOptions
 from stages.models.gpu.accelerator import Placed as PlacedSegment
 from stages.models.gpu.process import GpuProcess
 from stages.models.gpu.segment_file import relative_difference
@@ -83,7 +83,7 @@ def served(
 
 
 def on_gpu(placements: dict[tuple[int, int], PlacedSegment]) -> set[tuple[int, int]]:
-    return {ends for ends, placed in placements.items() if placed.file is not None}
+    return {ends for ends, placed in placements.items() if placed.files is not None}
 
 
 def test_lenet_runs_wholly_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,5 +127,7 @@ def test_without_a_driver_the_cpu_computes_everything(monkeypatch: pytest.Monkey
 
 
 def test_a_driver_that_dies_in_the_middle_of_a_task_loses_nothing() -> None:
-    placements = served(load_model("lenet"), (2, 4), GpuProcess(program("scripted", dies_at=50)))
+    batches = AcceleratorOptions().batches
+    checks = 4 * (CHECKS + sum(batches) + 2 * len(batches))  # runs until the whole and three parts are checked
+    placements = served(load_model("lenet"), (2, 4), GpuProcess(program("scripted", dies_at=checks + 4)))
     assert any("died of SIGSEGV while computing" in placed.reason for placed in placements.values()), placements

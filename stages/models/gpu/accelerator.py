@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -20,16 +21,17 @@ import structlog
 from bus.errors import ModelError
 from bus.tensors import Array
 from bus.values import TensorSpec
+from stages.models.gpu.batched_files import BatchedFiles, random_sample
 from stages.models.gpu.normalization import for_gpu
 from stages.models.gpu.process import GpuEndedError, GpuFaultError, GpuProcess
-from stages.models.gpu.segment_file import SegmentFile, file_of, relative_difference, unsuited
+from stages.models.gpu.segment_file import SegmentFile, batchable, file_of, relative_difference, unsuited
 from stages.models.segments import Segment, SegmentStore
-from stages.models.slicer import slice_model
+from stages.models.slicer import SlicedPart, slice_model
 
 log = structlog.get_logger("gpu")
 
 CHECKS = 4
-"""Random inputs on which GPU and CPU must agree: normal ones, and as many without negative values as after a ReLU."""
+"""Random inputs on which GPU and CPU must agree."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,15 +40,16 @@ class AcceleratorOptions:
 
     tolerance: float = 1e-4  # largest difference from the CPU, relative to the largest value of the tensor
     only_if_faster: bool = False  # use the CPU where it computes the segment faster
+    batches: tuple[int, ...] = (4, 16)  # sizes of batches to try beside single samples
     most_segments: int = 32  # segments on the GPU at a time
-    most_bytes: int = 4 << 30  # weights of all segments on the GPU
+    most_bytes: int = 4 << 30  # weights of all segments on the GPU; each size of batch has its own copy
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
     """Where a segment runs."""
 
-    file: SegmentFile | None  # on the GPU; None: the segment runs on the CPU
+    files: BatchedFiles | None  # on the GPU; None: the segment runs on the CPU
     reason: str = ""  # why it runs on the CPU
 
 
@@ -81,6 +84,7 @@ class Accelerator:
         self._process = process or GpuProcess()
         self._clock = clock
         self._placed: dict[tuple[str, int, int], Placed] = {}  # by model, begin and end
+        self._unbatched: set[tuple[str, int, int]] = set()  # segments whose batches caused a fault
         self._users: dict[tuple[str, int, int], int] = {}  # stations of each segment
         self._looking = threading.Lock()  # guards both tables; held briefly
         self._preparing = threading.Lock()  # serializes loading; held for seconds
@@ -108,7 +112,7 @@ class Accelerator:
         """The segment on the GPU if it passed its check, else the given one."""
         name = (model, cpu.begin, cpu.end)
         placed = self._find(name)
-        if placed is None or placed.file is None:
+        if placed is None or placed.files is None:
             return cpu
         with self._looking:
             self._users[name] = self._users.get(name, 0) + 1
@@ -126,22 +130,30 @@ class Accelerator:
     # --- called by segments ---------------------------------------------------------------------------------------
 
     def compute(
-        self, name: tuple[str, int, int], cpu: Segment, inputs: Sequence[Array], on_wait: Callable[[float], None]
-    ) -> list[Array] | None:
-        """The results of the GPU; None if the CPU has to compute the sample."""
+        self,
+        name: tuple[str, int, int],
+        cpu: Segment,
+        samples: Sequence[Sequence[Array]],
+        on_wait: Callable[[float], None],
+    ) -> list[list[Array]] | None:
+        """The results of the GPU; None if the CPU has to compute the samples."""
         placed = self._find(name)
-        if placed is None or placed.file is None or self._process.loading:
+        if placed is None or placed.files is None or self._process.loading:
             return None
-        if not all(_fits(value, spec) for value, spec in zip(inputs, cpu.inputs, strict=True)):
+        if not all(_fits(sample, cpu.inputs) for sample in samples):
             return None  # the CPU reports what is wrong
         try:
-            (found,) = placed.file.run([inputs], on_wait)
-            return found
+            return placed.files.run(samples, on_wait)
         except GpuEndedError:
             return None  # another sample ended the process; the next task loads the segment again
         except GpuFaultError as error:
             self._place(name, Placed(None, str(error)))
             return None
+
+    def most_at_once(self, name: tuple[str, int, int]) -> int:
+        """The largest batch of a segment on the GPU; 1 if it runs on the CPU."""
+        placed = self._find(name)
+        return 1 if placed is None or placed.files is None else placed.files.most_at_once
 
     def released(self, name: tuple[str, int, int]) -> None:
         """A station ended."""
@@ -154,7 +166,7 @@ class Accelerator:
         """Where it runs; None if it must be loaded first, for example after a crash of the GPU process."""
         with self._looking:
             placed = self._placed.get(name)
-            if placed is not None and placed.file is not None and not placed.file.loaded:
+            if placed is not None and placed.files is not None and not placed.files.loaded:
                 del self._placed[name]
                 return None
             return placed
@@ -163,7 +175,7 @@ class Accelerator:
         with self._looking:
             self._placed[name] = placed
         model, begin, end = name
-        if placed.file is not None:
+        if placed.files is not None:
             log.info("segment runs on the GPU", model=model, layers=f"{begin + 1}..{end}")
         else:
             say = log.info if self._options.only_if_faster else log.warning
@@ -177,20 +189,43 @@ class Accelerator:
             return Placed(None, "the segments in use fill the GPU")
         with file_of(part) as path:
             file = SegmentFile(self._process, segment, part, path)
-        try:
-            reason = self._check(file, segment)
-        except (GpuFaultError, ModelError) as error:
-            reason = str(error)
-        if reason is not None:
-            file.unload()
-            return Placed(None, reason)
-        return Placed(file)
+            try:
+                found = self._check(file, segment)
+            except (GpuFaultError, ModelError) as error:
+                found = str(error)
+            if isinstance(found, str):
+                file.unload()
+                return Placed(None, found)
+            files = BatchedFiles(file, found)
+            self._add_batches(files, segment, store, part, path)
+        return Placed(files)
 
-    def _check(self, file: SegmentFile, segment: Segment) -> str | None:
-        """Why the CPU has to run the segment; None if the GPU may."""
+    def _add_batches(
+        self, files: BatchedFiles, segment: Segment, store: SegmentStore, part: SlicedPart, path: Path
+    ) -> None:
+        """Load the file for larger batches, as far as there is room and they pay."""
+        name = (store.model.name, segment.begin, segment.end)
+        if name in self._unbatched or not batchable(segment):
+            return
+        for batch in self._options.batches:
+            if not self._make_room(files.weight_bytes + part.size_bytes):
+                return
+            try:
+                larger = SegmentFile(self._process, segment, part, path, batch)
+                reason = files.add(larger, segment, self._options.tolerance, self._clock)
+            except GpuFaultError as error:
+                self._unbatched.add(name)  # it may have ended the process: the next load tries no batches
+                log.warning("segment runs without batches on the GPU", model=name[0], reason=str(error))
+                return
+            if reason is not None:
+                larger.unload()
+                log.info("size of batch not used on the GPU", model=name[0], reason=reason)
+
+    def _check(self, file: SegmentFile, segment: Segment) -> str | float:
+        """Why the CPU has to run the segment; else the seconds that the GPU takes for one sample."""
         took = {"cpu": math.inf, "gpu": math.inf}
         for number in range(CHECKS):
-            inputs = [_random(spec, number, index) for index, spec in enumerate(segment.inputs)]
+            inputs = random_sample(segment, number)
             begin_s = self._clock()
             expected = segment.run(inputs)
             middle_s = self._clock()
@@ -208,14 +243,14 @@ class Accelerator:
                     )
         if self._options.only_if_faster and took["gpu"] >= took["cpu"]:
             return f"the CPU is faster: {took['cpu'] * 1e3:.3g} ms, the GPU {took['gpu'] * 1e3:.3g} ms"
-        return None
+        return took["gpu"]
 
     def _make_room(self, wanted_bytes: int) -> bool:
         """Unload segments that no task uses, oldest first, until another one fits."""
         while True:
             with self._looking:
-                loaded = {name: placed.file for name, placed in self._placed.items() if placed.file is not None}
-                used_bytes = sum(file.weight_bytes for file in loaded.values())
+                loaded = {name: placed.files for name, placed in self._placed.items() if placed.files is not None}
+                used_bytes = sum(files.weight_bytes for files in loaded.values())
                 fits = used_bytes + wanted_bytes <= self._options.most_bytes
                 if fits and len(loaded) < self._options.most_segments:
                     return True
@@ -241,8 +276,17 @@ class _GpuSegment:
         return self._waited_s + self._cpu.waited_s
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
-        found = self._accelerator.compute(self._name, self._cpu, inputs, self._count_wait)
-        return self._cpu.run(inputs) if found is None else found
+        return self.run_batch([inputs])[0]
+
+    def run_batch(self, samples: Sequence[Sequence[Array]]) -> list[list[Array]]:
+        """Compute several samples, in the batches that take the least time."""
+        found = self._accelerator.compute(self._name, self._cpu, samples, self._count_wait)
+        return [self._cpu.run(inputs) for inputs in samples] if found is None else found
+
+    @property
+    def most_at_once(self) -> int:
+        """The largest batch that pays; 1 after a fault."""
+        return self._accelerator.most_at_once(self._name)
 
     def _count_wait(self, seconds: float) -> None:
         self._waited_s += seconds
@@ -254,10 +298,7 @@ class _GpuSegment:
             self._accelerator.released(self._name)
 
 
-def _fits(value: Array, spec: TensorSpec) -> bool:
-    return value.dtype == np.float32 and value.shape == spec.shape
-
-
-def _random(spec: TensorSpec, number: int, index: int) -> Array:
-    values = np.random.default_rng([number, index]).standard_normal(spec.shape, dtype=np.float32)
-    return values if number % 2 == 0 else np.abs(values)
+def _fits(sample: Sequence[Array], specs: Sequence[TensorSpec]) -> bool:
+    return len(sample) == len(specs) and all(
+        value.dtype == np.float32 and value.shape == spec.shape for value, spec in zip(sample, specs, strict=True)
+    )

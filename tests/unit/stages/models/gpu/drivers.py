@@ -47,9 +47,14 @@ class Driver:
         outputs[...] = np.concatenate([(one * self._factor).reshape(-1) for one in self._runner.run(tensors)])
 
 
-def scripted(error: float = 1e-6, dies_at: int | None = None) -> None:
-    """Wrong by a share; dies at a run."""
-    child.main(lambda path, inputs, outputs, batch: Driver(path, inputs, batch, error, dies_at))
+def scripted(error: float = 1e-6, batch_error: float | None = None, dies_at: int | None = None) -> None:
+    """Wrong by a share, in batches by another one if it is given; dies at a run."""
+
+    def load(path: str, inputs: child.Shapes, outputs: child.Shapes, batch: int) -> child.Loaded:
+        wrong = error if batch == 1 or batch_error is None else batch_error
+        return Driver(path, inputs, batch, wrong, dies_at)
+
+    child.main(load)
 
 
 def refusing() -> None:

@@ -6,17 +6,19 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from bus.tensors import Array
-from stages.models.gpu.accelerator import CHECKS, Accelerator, AcceleratorOptions
+from stages.models.gpu.accelerator import CHECKS, Accelerator, AcceleratorOptions, _GpuSegment
 from stages.models.gpu.process import MOST_DEATHS, GpuProcess
 from stages.models.gpu.segment_file import relative_difference
 from stages.models.model import Model
 from stages.models.runtime.trial_run import ChildProgram
 from stages.models.segments import SegmentStore
+from stages.models.slicer import slice_model
 from stages.zoo.registry import load_model
 from tests.unit.stages import built_models
 from tests.unit.stages.models.gpu.drivers import program
@@ -32,10 +34,9 @@ def store(lenet: Model) -> Iterator[SegmentStore]:
 
 
 @contextlib.contextmanager
-def accelerator(
-    child: ChildProgram, clock: Callable[[], float] | None = None, **options: float
-) -> Iterator[Accelerator]:
-    made = Accelerator(AcceleratorOptions(**options), GpuProcess(child), clock or itertools.count().__next__)  # type: ignore[arg-type]
+def accelerator(child: ChildProgram, clock: Callable[[], float] | None = None, **options: Any) -> Iterator[Accelerator]:
+    wanted = AcceleratorOptions(**{"batches": ()} | options)
+    made = Accelerator(wanted, GpuProcess(child), clock or itertools.count().__next__)
     try:
         yield made
     finally:
@@ -64,7 +65,7 @@ def test_a_segment_that_is_right_runs_on_the_gpu(store: SegmentStore) -> None:
         output, expected = computed(gpu, store), on_cpu(store)
         assert output.tobytes() != expected.tobytes(), "the CPU computed it"
         assert relative_difference(output, expected) < 2e-5
-        assert gpu.placements()["lenet", 0, DEPTH].file is not None
+        assert gpu.placements()["lenet", 0, DEPTH].files is not None
 
 
 @pytest.mark.parametrize(("tolerance", "right"), [(1e-4, False), (1e-2, True)])
@@ -73,7 +74,7 @@ def test_the_tolerance_decides_what_is_right(store: SegmentStore, tolerance: flo
         gpu.prepare(store, 0, DEPTH)
         assert (computed(gpu, store).tobytes() != on_cpu(store).tobytes()) == right
         placed = gpu.placements()["lenet", 0, DEPTH]
-        assert (placed.file is not None) == right
+        assert (placed.files is not None) == right
         assert ("fc_3 differs" in placed.reason) != right
 
 
@@ -128,7 +129,7 @@ def test_auto_uses_the_gpu_only_where_it_is_faster(store: SegmentStore) -> None:
         with accelerator(program("scripted"), clock=times.__next__, only_if_faster=True) as gpu:
             gpu.prepare(store, 0, DEPTH)
             placed = gpu.placements()["lenet", 0, DEPTH]
-            assert (placed.file is not None) == (gpu_s < cpu_s)
+            assert (placed.files is not None) == (gpu_s < cpu_s)
             assert ("the CPU is faster: 1e+03 ms, the GPU 2e+03 ms" in placed.reason) == (cpu_s < gpu_s)
 
 
@@ -141,8 +142,67 @@ def test_segments_that_no_task_uses_make_room_for_others(store: SegmentStore) ->
         used.release()
         used.release()  # a second release counts once
         gpu.prepare(store, 0, 3)
-        assert gpu.placements()["lenet", 0, 3].file is not None
+        assert gpu.placements()["lenet", 0, 3].files is not None
         assert ("lenet", 0, 1) not in gpu.placements()
+
+
+def batched(gpu: Accelerator, store: SegmentStore, count: int) -> list[Array]:
+    """The outputs of samples that are given at once; each must be right."""
+    segment = gpu.segment("lenet", store.get(0, DEPTH))
+    assert isinstance(segment, _GpuSegment)
+    outputs = [output for (output,) in segment.run_batch([[sample(seed)] for seed in range(count)])]
+    for seed, output in enumerate(outputs):
+        (expected,) = store.get(0, DEPTH).run([sample(seed)])
+        assert relative_difference(output, expected) < 2e-5, f"sample {seed}"
+    segment.release()
+    return outputs
+
+
+def test_samples_that_are_given_at_once_are_computed_in_batches(store: SegmentStore) -> None:
+    with accelerator(program("scripted", error=1e-5), batches=(4, 8)) as gpu:
+        gpu.prepare(store, 0, DEPTH)
+        files = gpu.placements()["lenet", 0, DEPTH].files
+        assert files is not None
+        assert sorted(files.times_s) == [1, 4, 8]
+        assert files.most_at_once == 8
+        assert len(batched(gpu, store, 15)) == 15
+
+
+def test_batches_are_used_only_where_they_pay(store: SegmentStore) -> None:
+    times = itertools.accumulate(itertools.chain([0.0, 1.0, 1.0] * CHECKS, itertools.cycle([0.0, 3.8])))
+    with accelerator(program("scripted"), clock=times.__next__, batches=(4, 8)) as gpu:
+        gpu.prepare(store, 0, DEPTH)  # one sample takes 1 s, a batch of any size 3.8 s
+        files = gpu.placements()["lenet", 0, DEPTH].files
+        assert files is not None
+        assert sorted(files.times_s) == [1, 8]
+        assert len(batched(gpu, store, 3)) == 3
+
+
+def test_batches_whose_samples_have_other_results_are_not_used(store: SegmentStore) -> None:
+    with accelerator(program("scripted", batch_error=1e-3), batches=(4,)) as gpu:
+        gpu.prepare(store, 0, DEPTH)
+        assert gpu.segment("lenet", store.get(0, DEPTH)).most_at_once == 1  # type: ignore[attr-defined]
+        assert len(batched(gpu, store, 5)) == 5
+
+
+def test_batches_that_end_the_process_are_not_tried_again(store: SegmentStore) -> None:
+    with accelerator(program("scripted", dies_at=CHECKS + 5, error=1e-5), batches=(4,)) as gpu:
+        gpu.prepare(store, 0, DEPTH)  # dies in the first batch
+        assert not gpu.is_ready("lenet", 0, DEPTH)
+        gpu.prepare(store, 0, DEPTH)
+        files = gpu.placements()["lenet", 0, DEPTH].files
+        assert files is not None
+        assert files.most_at_once == 1
+        assert computed(gpu, store).tobytes() != on_cpu(store).tobytes()
+
+
+def test_without_room_for_a_batch_single_samples_run_on_the_gpu(store: SegmentStore) -> None:
+    part_bytes = slice_model(store.model, 1, DEPTH).size_bytes
+    with accelerator(program("scripted"), batches=(4, 8), most_bytes=2 * part_bytes) as gpu:
+        gpu.prepare(store, 0, DEPTH)
+        files = gpu.placements()["lenet", 0, DEPTH].files
+        assert files is not None
+        assert sorted(files.times_s) == [1, 4]
 
 
 @pytest.mark.parametrize(("build", "reason"), [("stateful", "keeps state"), ("quantized", "int8")])
