@@ -7,7 +7,6 @@ at the absolute deadline that the slower machine would have met. Otherwise it re
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,9 @@ from bus.messages import DatasetInput, SeedInput, TaskSubmitted
 from bus.tensors import Array, Encoded, bytes_in
 from bus.values import Codec, CodecProfile, ModelProfile, TensorSpec
 from stages.calibration.stored import with_codecs
+from stages.litert_batches import LitertBatches
+from stages.models.batch_check import random_input
+from stages.models.batch_option import BatchMode
 from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions, RunsSegment
 from stages.models.model import Model
 from stages.models.profiler import machine_profile
@@ -32,12 +34,10 @@ from stages.models.segments import SegmentStore, StoreLimits
 from stages.models.thread_count import machine_threads
 from stages.models.thread_option import ThreadCount
 from stages.runner import Coder, PaceClock, Station, profile_of, sleep_until
+from stages.workers import WORKERS, Workers
 from stages.zoo.registry import digits
 
 T = TypeVar("T")
-
-WORKERS = 4 * max(2, os.cpu_count() or 1)
-"""More threads than cores, so that a small inference does not queue behind a large one: the system shares the cores."""
 
 INLINE_S = 0.000_2
 """Shorter computations run on the event loop, because passing them to a thread costs several times as much."""
@@ -62,6 +62,7 @@ class RunnerOptions:
     paced: bool = False  # results leave at the profile's times even without a slowdown
     remeasure: bool = False  # measure again instead of reading stored measurements
     gpu: AcceleratorOptions | None = None  # when segments run on the GPU; None: never
+    batches: BatchMode = "off"  # when samples of a segment are computed together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +98,9 @@ class LitertRunner:
         self._models = {model.name: model for model in models}
         self._paced = options.paced or options.slowdown > 1.0
         self._pool = prepared.pool or ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
-        self._workers = _Workers(self._pool)
+        self._workers = Workers(self._pool)
         self._owns_pool = prepared.pool is None
+        self._batches = LitertBatches("off" if self._paced else options.batches, self._workers)
         self._stores = dict(prepared.stores)
         self._profiles: dict[str, ModelProfile] = {}
         self._num_threads = {
@@ -160,6 +162,14 @@ class LitertRunner:
         placements = sorted(self._accelerator.placements().items())
         return {f"{model} {begin + 1}..{end}": placed.reason for (model, begin, end), placed in placements}
 
+    def batch_segments(self) -> dict[str, str] | None:
+        """Segment -> why its samples are computed one by one, or "" for batches; None where the options ask for none."""
+        return None if self._options.batches == "off" else self._batches.refusals()
+
+    def batch_sizes(self) -> Mapping[int, int]:
+        """How many batches were computed, by their number of samples."""
+        return self._batches.sizes
+
     def open_input(self, task: TaskSubmitted) -> Callable[[int], list[Array]]:
         """Samples of a data set, or random samples from a seed. Raises `UnknownNameError`, `ConfigError`."""
         specs = self._model(task.model).manifest.cuts[0].tensors
@@ -167,7 +177,7 @@ class LitertRunner:
             case DatasetInput(name=name, start=start):
                 return _dataset(name, start, specs)
             case SeedInput(seed=seed):
-                return lambda sample: [_random_input(spec, seed, sample) for spec in specs]
+                return lambda sample: [random_input(spec, seed, sample) for spec in specs]
             case _:
                 raise ConfigError(
                     f"task {task.task_id}: this device has no input {task.input.handle!r}; it has the data set digits"
@@ -180,19 +190,31 @@ class LitertRunner:
             raise ModelError(model.name, f"SHA-256 is {model.sha256}, but the plan was made for {plan.sha256}")
         store = self._stores[model.name]
         await store.ready(first, last)
+        if self._predicted_s(plan, first, last) >= INLINE_S:
+            self._batches.prepare(store, first, last, self._num_threads[model.name])
         if self._accelerator is not None and not self._accelerator.is_ready(model.name, first, last):
             place = partial(self._accelerator.prepare, store, first, last)
             await asyncio.get_running_loop().run_in_executor(self._pool, place)
 
     def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
         """A station on the prepared segment."""
-        busy_s = sum(profile_of(self._profiles, plan.model).layer_s[first:last])
-        cpu = self._stores[plan.model].get(first, last)
+        busy_s = self._predicted_s(plan, first, last)
+        store = self._stores[plan.model]
+        cpu = store.get(first, last)
         segment = cpu if self._accelerator is None else self._accelerator.segment(plan.model, cpu)
+        if (
+            segment is cpu
+            and (batched := self._batches.station(store, first, last, self._num_threads[plan.model])) is not None
+        ):
+            cpu.release()
+            return batched
         if self._paced:
             return _PacedStation(segment, self._workers, busy_s, pace)
         kind = _InlineStation if busy_s < INLINE_S else _LitertStation
         return kind(segment, self._workers)
+
+    def _predicted_s(self, plan: AttemptPlan, first: int, last: int) -> float:
+        return sum(profile_of(self._profiles, plan.model).layer_s[first:last])
 
     def coder(self, plan: AttemptPlan, position: int, codec: Codec, pace: PaceClock) -> Coder:
         """A coder for the model's tensors at a position."""
@@ -203,6 +225,7 @@ class LitertRunner:
 
     async def close(self) -> None:
         """Stop the worker threads and the GPU process of this runner."""
+        self._batches.close()
         if self._owns_pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
         if self._accelerator is not None:
@@ -216,33 +239,10 @@ class LitertRunner:
             raise UnknownNameError(f"this node has no model {name!r}; it has {known}") from None
 
 
-class _Workers:
-    """The worker threads of a runner, and how long samples wait while all of them are busy."""
-
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
-        self._jobs = 0  # samples that are computed or wait for a thread
-
-    async def run(self, work: Callable[[], T]) -> tuple[T, float]:
-        """What `work` returns, and the seconds that the sample waited because every thread was busy."""
-        crowded = self._jobs >= WORKERS
-        asked_s = time.monotonic()
-
-        def timed() -> tuple[float, T]:
-            return time.monotonic(), work()
-
-        self._jobs += 1
-        try:
-            begin_s, outputs = await asyncio.get_running_loop().run_in_executor(self._pool, timed)
-        finally:
-            self._jobs -= 1
-        return outputs, begin_s - asked_s if crowded else 0.0  # else it is the time to wake a thread
-
-
 class _LitertStation:
     """Computes in a worker thread and returns the result as soon as it is computed."""
 
-    def __init__(self, segment: RunsSegment, workers: _Workers) -> None:
+    def __init__(self, segment: RunsSegment, workers: Workers) -> None:
         self._segment = segment
         self._workers = workers
         self._queued_s = 0.0
@@ -266,7 +266,7 @@ class _LitertStation:
 class _LitertCoder:
     """Encodes and decodes large samples in a worker thread, small ones on the event loop."""
 
-    def __init__(self, codec: Codec, specs: Sequence[TensorSpec], limit_bytes: int, workers: _Workers) -> None:
+    def __init__(self, codec: Codec, specs: Sequence[TensorSpec], limit_bytes: int, workers: Workers) -> None:
         """`limit_bytes`: the largest size of the tensors of a sample."""
         self._codec, self._specs = codec, specs
         self._limit_bytes = limit_bytes
@@ -309,7 +309,7 @@ class _PacedCoder:
 class _PacedStation(_LitertStation):
     """Computes in a worker thread and returns the result when the emulated slower machine would."""
 
-    def __init__(self, segment: RunsSegment, workers: _Workers, busy_s: float, pace: PaceClock) -> None:
+    def __init__(self, segment: RunsSegment, workers: Workers, busy_s: float, pace: PaceClock) -> None:
         super().__init__(segment, workers)
         self._busy_s = busy_s
         self._pace = pace
@@ -330,7 +330,7 @@ class _InlineStation(_LitertStation):
     It uses a thread where the event loop would have to wait for an interpreter or load one.
     """
 
-    def __init__(self, segment: RunsSegment, workers: _Workers) -> None:
+    def __init__(self, segment: RunsSegment, workers: Workers) -> None:
         super().__init__(segment, workers)
         self._yielded_s = time.perf_counter()
 
@@ -354,15 +354,3 @@ def _dataset(name: str, start: int, specs: Sequence[TensorSpec]) -> Callable[[in
     if len(specs) != 1 or specs[0].shape != (1, *images.shape[1:]):
         raise ConfigError(f"digits have the shape (1, 28, 28, 1), but the model takes {[spec.shape for spec in specs]}")
     return lambda sample: [images[(start + sample) % len(images)][np.newaxis]]
-
-
-def _random_input(spec: TensorSpec, seed: int, sample: int) -> Array:
-    """A random tensor: normal for floats, full range for 8- and 16-bit integers, 0 or 1 for wider ones (often indices)."""
-    rng = np.random.default_rng([seed, sample])
-    dtype = np.dtype(spec.dtype)
-    if dtype.kind == "f":
-        return rng.standard_normal(spec.shape).astype(dtype)
-    if dtype.kind in "iu" and dtype.itemsize <= 2:
-        limits = np.iinfo(dtype)
-        return rng.integers(limits.min, limits.max, spec.shape, dtype, endpoint=True)
-    return rng.integers(0, 2, spec.shape).astype(dtype)

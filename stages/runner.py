@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -109,6 +109,17 @@ class UsesGpu(Protocol):
 
     def gpu_segments(self) -> dict[str, str] | None:
         """Segment -> why it runs on the CPU, or "" if it runs on the GPU; None without a GPU to use."""
+
+
+@runtime_checkable
+class ComputesBatches(Protocol):
+    """A runner that may compute samples of a segment together."""
+
+    def batch_segments(self) -> dict[str, str] | None:
+        """Segment -> why its samples are computed one by one, or "" for batches; None where no batches are wanted."""
+
+    def batch_sizes(self) -> Mapping[int, int]:
+        """How many batches were computed, by their number of samples."""
 
 
 class PaceClock:

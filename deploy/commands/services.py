@@ -380,10 +380,18 @@ class AcceleratorFlags:
             help="Largest difference between the results of GPU and CPU, relative to the largest value of the tensor.",
         ),
     ] = 1e-4
+    batches: Annotated[
+        str,
+        typer.Option(
+            envvar="DEEPAR_BATCHES",
+            help="Compute samples that wait for the same layers together: exact (where results stay the same to the bit), "
+            "any (also where they differ slightly), or off.",
+        ),
+    ] = "exact"
 
     def chosen(self) -> dict[str, Any]:
         """The part of the stage's options that describes the processor."""
-        return {"accelerator": self.accelerator, "gpu_tolerance": self.gpu_tolerance}
+        return {"accelerator": self.accelerator, "gpu_tolerance": self.gpu_tolerance, "batches": self.batches}
 
 
 @dataclass(frozen=True, kw_only=True)

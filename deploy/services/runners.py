@@ -53,6 +53,7 @@ def make_runner(
             paced=bool(known),
             remeasure=options.remeasure,
             gpu=gpu_options(options),
+            batches=options.batches if isinstance(options, ServerOptions) else "off",
         ),
         say=say,
         prepared=Prepared(profiles=known),

@@ -49,6 +49,7 @@ from bus.errors import ConfigError
 from bus.text.units import parse_duration, parse_rate
 from bus.values import Execution, NodeName, Objective
 from planner.core.options import DEFAULT_PATIENCE_S, WhenLate
+from stages.models.batch_option import BatchMode
 from stages.models.files.choice import ModelChoice, parse_shapes
 from stages.models.thread_option import ThreadCount, parse_threads
 from stages.network.played import NO_NETWORK, PlayedNetwork
@@ -157,6 +158,7 @@ class ServerOptions(NodeOptions):
 
     accelerator: Literal["cpu", "gpu", "auto"] = "cpu"  # gpu: where it is right; auto: where it is faster, too
     gpu_tolerance: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-4  # largest relative difference from the CPU
+    batches: BatchMode = "exact"  # when samples that wait for the same layers are computed together
 
 
 class EdgeOptions(ServerOptions):

@@ -35,7 +35,7 @@ from stages.devices.attempt import ResultSink
 from stages.devices.device import Device
 from stages.hops.hop import Hop, hop_of
 from stages.node import BusySink, Node, NodeSettings
-from stages.runner import Runner, UsesGpu
+from stages.runner import ComputesBatches, Runner, UsesGpu
 
 if TYPE_CHECKING:  # they import the inference runtime
     from deploy.services.serving import Endpoint
@@ -235,6 +235,14 @@ class Stage:
             detail["not_on_gpu"] = on_cpu
             gauges["gpu_segments"] = float(len(segments) - len(on_cpu))
             gauges["gpu_refused_segments"] = float(len(on_cpu))
+        batches = self._runner.batch_segments() if isinstance(self._runner, ComputesBatches) else None
+        if batches is not None and isinstance(self._runner, ComputesBatches):
+            alone = {segment: reason for segment, reason in batches.items() if reason}
+            detail["one_by_one"] = alone
+            gauges["batch_segments"] = float(len(batches) - len(alone))
+            sizes = self._runner.batch_sizes()
+            counters["batches"] = float(sum(sizes.values()))
+            counters["batched_samples"] = float(sum(size * count for size, count in sizes.items()))
         if self.inference is None:
             return Health(status.ready, detail, gauges, counters)
         gauges["serving_sessions"] = float(self.inference.sessions)

@@ -21,10 +21,11 @@ from bus.errors import ConfigError, ModelError
 from bus.tensors import Array
 from loadgen.bench import pytorch
 from stages.models.cuts import useful_positions
+from stages.models.difference import relative_difference
 from stages.models.gpu.accelerator import AcceleratorOptions
 from stages.models.gpu.normalization import for_gpu
 from stages.models.gpu.process import GpuFaultError, GpuProcess
-from stages.models.gpu.segment_file import SegmentFile, batchable, file_of, relative_difference, unsuited
+from stages.models.gpu.segment_file import SegmentFile, batchable, file_of, unsuited
 from stages.models.model import Model
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.runtime.trial_run import ChildProgram

@@ -63,8 +63,8 @@ class Sandbox:
                 self._child.end()
                 self._child = None
 
-    def admit(self, part: SlicedPart, source: Path | bytes) -> None:
-        """Runs the slice with the file `source` in the child, unless it passed before.
+    def admit(self, part: SlicedPart, source: Path | bytes, batch: int = 1) -> None:
+        """Runs the slice with the file `source` in the child, on a batch of so many samples, unless it passed before.
 
         Raises `ModelError` if the child dies or does not answer in time.
         """
@@ -74,18 +74,19 @@ class Sandbox:
             # the structure identifies the slice: its weights are the model's, whose hash is in the name of the record
             head = next(iter(part.chunks()))
             verdict = f"{hashlib.sha256(head).hexdigest()}{'' if self._delegate else '-plain'}"
+            verdict += f"-batch{batch}" if batch > 1 else ""
             if verdict in self._admitted:
                 return
-            self._run(part, source)
+            self._run(part, source, batch)
             self._admitted.add(verdict)
             with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:
                 file.write(f"{verdict}\n")
 
-    def _run(self, part: SlicedPart, source: Path | bytes) -> None:
+    def _run(self, part: SlicedPart, source: Path | bytes, batch: int) -> None:
         if self._child is None:
             self._child = _Child(self._model, self._program)
         reads = [self._indices[name] for name in part.reads]
-        fault = self._child.run(source, reads, self._delegate)
+        fault = self._child.run({"reads": reads, "delegate": self._delegate, "batch": batch}, source)
         if fault is not None:
             self._child.end()
             self._child = None
@@ -113,13 +114,15 @@ class _Child:
             bufsize=0,  # unbuffered, so that `select` sees every line
         )
 
-    def run(self, source: Path | bytes, reads: list[int], delegate: bool) -> str | None:
-        """Runs a slice in the child. Returns None if the child survived, else a description of what happened."""
+    def run(self, order: dict[str, Any], source: Path | bytes) -> str | None:
+        """Runs the slice in `source` in the child; `order` has the other parameters of `SliceTrial.run`.
+
+        Returns None if the child survived, else a description of what happened.
+        """
         with _file_of(source) as path:
-            order = {"path": str(path), "reads": reads, "delegate": delegate}
             assert self._process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.write(json.dumps(order).encode() + b"\n")
+                self._process.stdin.write(json.dumps({"path": str(path), **order}).encode() + b"\n")
                 self._process.stdin.flush()
             return self._fate()
 

@@ -26,7 +26,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
-from bus.errors import ConfigError
+import numpy as np
+
+from bus.errors import ConfigError, ModelError
 from bus.tensors import Array
 from bus.values import TensorSpec
 from stages.models.cuts import useful_positions
@@ -95,18 +97,43 @@ class Segment:
             known.update(zip(piece.makes, made, strict=True))
         return [known[name] for name in self._makes]
 
-    def _run_piece(self, piece: LoadedPiece, inputs: Sequence[Array]) -> list[Array]:
+    def run_batch(self, samples: Sequence[Sequence[Array]]) -> list[list[Array]]:
+        """What `run` computes for each of several samples, together; only for segments that passed `check_batches`.
+
+        Raises `ModelError` if the computation fails, or if a tensor of any sample has the wrong type or shape.
+        """
+        if len(samples) == 1:
+            return [self.run(samples[0])]
+        known = {
+            spec.name: _stacked(self, spec, values)
+            for spec, values in zip(self.inputs, zip(*samples, strict=True), strict=True)
+        }
+        for piece in self._pieces():
+            made = self._run_piece(piece, [known[name] for name in piece.reads], len(samples))
+            known.update(zip(piece.makes, made, strict=True))
+        for spec in self.outputs:
+            if known[spec.name].shape != (len(samples), *spec.shape[1:]):
+                raise ModelError(str(self), f"the shape of {spec.name} does not follow the number of samples")
+        # copies, so that a sample that leaves late does not hold the memory of the whole batch
+        return [[known[name][at : at + 1].copy() for name in self._makes] for at in range(len(samples))]
+
+    def _run_piece(self, piece: LoadedPiece, inputs: Sequence[Array], batch: int = 1) -> list[Array]:
         # A context manager would cost as much as running a small piece.
         runner = piece.take(self._store.may_grow, self._count_wait)
         try:
             if self._store.stateful:
                 runner.reset()
-            return runner.run(inputs)
+            return runner.run(inputs, batch)
         finally:
             piece.give(runner)
 
     def _count_wait(self, seconds: float) -> None:
         self.waited_s += seconds
+
+    @property
+    def interpreters(self) -> int:
+        """How many samples, or batches, can be computed at the same time."""
+        return min(self._store.interpreters(piece) for piece in self._pieces())
 
     @property
     def idle(self) -> bool:
@@ -310,6 +337,24 @@ class SegmentStore:
         """Whether the piece may load another interpreter."""
         return piece.loaded < self._limits.replicas and self.loaded_bytes + piece.size_bytes <= self.budget_bytes
 
+    def interpreters(self, piece: LoadedPiece) -> int:
+        """How many interpreters the piece has, or may get."""
+        more = max(0, self.budget_bytes - self.loaded_bytes) // max(1, piece.size_bytes)
+        return min(self._limits.replicas, piece.loaded + more)
+
+    def activation_bytes(self, begin: int, end: int) -> int:
+        """Estimated memory of one sample's tensors while layers begin+1..end are computed."""
+        with self._looking:
+            pairs = self._pairs(begin, end)
+        return max(sum(map(self.model.graph.size_bytes, self._touched(*pair))) for pair in pairs)
+
+    def try_batch(self, begin: int, end: int, batch: int) -> None:
+        """Computes a batch in the sandbox. Raises `ModelError` where that crashes or does not end."""
+        if not self.model.trusted:
+            part = slice_model(self.model, begin + 1, end)
+            with self._sandbox:
+                self._sandbox.admit(part, part.to_bytes(), batch)
+
     def released(self, segment: Segment) -> None:
         """Marks the segment as out of use, so that its bounds may be removed."""
         with self._looking:
@@ -456,6 +501,16 @@ class SegmentStore:
             reverse=True,
         )
         return {*graph.live(begin), *graph.live(end), *inner[:2]}
+
+
+def _stacked(segment: Segment, spec: TensorSpec, values: Sequence[Array]) -> Array:
+    """One tensor of several samples. Raises `ModelError` where a sample's differs in type or shape."""
+    for value in values:
+        if value.shape != spec.shape or value.dtype != spec.dtype:
+            raise ModelError(
+                str(segment), f"{spec.name} is {spec.dtype} {spec.shape}, not {value.dtype} {value.shape} of a sample"
+            )
+    return np.concatenate(values)
 
 
 def _holds(path: Path, part: SlicedPart) -> bool:

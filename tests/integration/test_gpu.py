@@ -11,10 +11,10 @@ from bus.messages import Admitted, Placed, SeedInput, Start, TaskCompleted, Task
 from bus.tensors import Array
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
+from stages.models.difference import relative_difference
 from stages.models.gpu.accelerator import CHECKS, Accelerator, AcceleratorOptions
 from stages.models.gpu.accelerator import Placed as PlacedSegment
 from stages.models.gpu.process import GpuProcess
-from stages.models.gpu.segment_file import relative_difference
 from stages.models.model import Model
 from stages.models.segments import SegmentStore
 from stages.zoo.registry import load_model

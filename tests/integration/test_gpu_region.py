@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import deepar
-from stages.models.gpu.segment_file import relative_difference
+from stages.models.difference import relative_difference
 from stages.models.model import Model
 from stages.models.runtime.litert import SegmentRunner
 from stages.zoo.registry import load_model

@@ -21,10 +21,11 @@ import structlog
 from bus.errors import ModelError
 from bus.tensors import Array
 from bus.values import TensorSpec
+from stages.models.difference import relative_difference
 from stages.models.gpu.batched_files import BatchedFiles, random_sample
 from stages.models.gpu.normalization import for_gpu
 from stages.models.gpu.process import GpuEndedError, GpuFaultError, GpuProcess
-from stages.models.gpu.segment_file import SegmentFile, batchable, file_of, relative_difference, unsuited
+from stages.models.gpu.segment_file import SegmentFile, batchable, file_of, unsuited
 from stages.models.segments import Segment, SegmentStore
 from stages.models.slicer import SlicedPart, slice_model
 

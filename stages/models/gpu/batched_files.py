@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bus.tensors import Array
-from stages.models.gpu.segment_file import SegmentFile, relative_difference
+from stages.models.difference import relative_difference
+from stages.models.gpu.segment_file import SegmentFile
 from stages.models.segments import Segment
 
 PAYS = 1.1

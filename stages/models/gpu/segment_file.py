@@ -87,16 +87,6 @@ def unsuited(segment: Segment, *, stateful: bool) -> str | None:
     return f"its inputs or outputs are {', '.join(other)}; the GPU takes float32" if other else None
 
 
-def relative_difference(found: Array, right: Array) -> float:
-    """The largest difference, relative to the largest right value; infinite if values that are not finite differ."""
-    finite = np.isfinite(right)
-    if not np.array_equal(found[~finite], right[~finite], equal_nan=True) or not np.isfinite(found[finite]).all():
-        return math.inf
-    difference = float(np.max(np.abs(found[finite] - right[finite]), initial=0.0))
-    largest = float(np.max(np.abs(right[finite]), initial=0.0))
-    return difference if largest == 0.0 else difference / largest
-
-
 @lru_cache(maxsize=16)
 def _padding(shape: tuple[int, ...]) -> Array:
     return np.broadcast_to(np.float32(0.0), shape)

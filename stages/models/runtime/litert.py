@@ -43,8 +43,8 @@ class SegmentRunner:
 
     `source` is a path, which the runtime maps, or bytes, which stay in memory. `delegate` enables the runtime's default
     delegate (XNNPACK, which repacks weights into its own memory). `renew` means that the model writes resource variables,
-    which only a new interpreter resets. `batch` becomes the first dimension of every input, for files whose own is 1.
-    Raises `ModelError` if the runtime refuses the model.
+    which only a new interpreter resets. `batch` becomes the first dimension of every input, for files whose own is 1; `run`
+    may change it later. Raises `ModelError` if the runtime refuses the model.
     """
 
     def __init__(
@@ -77,23 +77,34 @@ class SegmentRunner:
                 experimental_op_resolver_type=resolver,
             )
             if self._batch > 1:
-                for detail in interpreter.get_input_details():
-                    interpreter.resize_tensor_input(detail["index"], [self._batch, *detail["shape"][1:]])
+                _set_batch(interpreter, self._batch)
             interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise ModelError(self.title, f"the runtime refuses it: {_first_line(error)}") from error
         return interpreter
+
+    def _resize(self, batch: int) -> None:
+        """Changes the first dimension of every input; the weights stay packed."""
+        before, self._batch = self._batch, batch
+        try:
+            _set_batch(self._interpreter, batch)
+            self._interpreter.allocate_tensors()
+        except (ValueError, RuntimeError) as error:
+            self._batch = before
+            self._interpreter = self._loaded()  # half resized, it cannot be used any more
+            raise ModelError(self.title, f"its batch dimension cannot be resized: {_first_line(error)}") from error
 
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names of the file's inputs, in file order."""
         return tuple(name for name, _ in self._inputs)
 
-    def run(self, inputs: Mapping[str, Array] | Sequence[Array]) -> list[Array]:
+    def run(self, inputs: Mapping[str, Array] | Sequence[Array], batch: int | None = None) -> list[Array]:
         """Runs once and returns copies of the results.
 
-        `inputs` are a sequence in file order or a mapping by tensor name. Raises `ModelError` if their number, a type or a
-        shape is wrong, or if the computation fails.
+        `inputs` are a sequence in file order or a mapping by tensor name. `batch`: the first dimension of every input from
+        now on, for files whose own is 1; None keeps it. Raises `ModelError` if their number, a type or a shape is wrong, or
+        if the computation fails.
         """
         values: Sequence[Array]
         # The list check comes first: an `isinstance` check for a mapping takes as long as running a small model.
@@ -104,6 +115,8 @@ class SegmentRunner:
         if len(values) != len(self._inputs):
             raise ModelError(self.title, f"takes {len(self._inputs)} inputs, not {len(values)}")
         with self._turn:
+            if batch is not None and batch != self._batch:
+                self._resize(batch)
             try:
                 for (_, index), value in zip(self._inputs, values, strict=True):
                     self._interpreter.set_tensor(index, value)
@@ -138,6 +151,11 @@ class SegmentRunner:
                 self._interpreter = self._loaded()
             else:
                 self._interpreter.reset_all_variables()
+
+
+def _set_batch(interpreter: Any, batch: int) -> None:
+    for detail in interpreter.get_input_details():
+        interpreter.resize_tensor_input(detail["index"], [batch, *detail["shape"][1:]])
 
 
 def _first_line(error: Exception) -> str:
@@ -209,18 +227,23 @@ class SliceTrial:
             _invoke_on(whole, 0)
             self._whole = whole
 
-    def run(self, path: str, reads: Sequence[int], *, delegate: bool) -> None:
-        """Runs the slice in file `path`; `reads` are the whole model's tensors that are its inputs."""
+    def run(self, path: str, reads: Sequence[int], *, delegate: bool, batch: int) -> None:
+        """Runs the slice in file `path`; `reads` are the whole model's tensors that are its inputs.
+
+        `batch` above 1 repeats each input so many times along its first dimension.
+        """
         resolver = OpResolverType.BUILTIN if delegate else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         with contextlib.suppress(ValueError, RuntimeError):
             part = Interpreter(model_path=path, num_threads=1, experimental_op_resolver_type=resolver)
+            if batch > 1:
+                _set_batch(part, batch)
             part.allocate_tensors()
             if self._whole is None:
                 _invoke_on(part, 0)
                 return
             for detail, tensor in zip(part.get_input_details(), reads, strict=True):
                 if not _is_text(detail):
-                    part.set_tensor(detail["index"], self._whole.get_tensor(tensor))
+                    part.set_tensor(detail["index"], np.repeat(self._whole.get_tensor(tensor), batch, axis=0))
             part.invoke()
 
 

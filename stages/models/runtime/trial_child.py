@@ -42,7 +42,7 @@ def slices() -> None:
         for line in sys.stdin:
             order = json.loads(line)
             _say(doing="running it")
-            bench.run(order["path"], order["reads"], delegate=order["delegate"])
+            bench.run(order["path"], order["reads"], delegate=order["delegate"], batch=order["batch"])
             _say(done=True)
 
 

@@ -16,6 +16,7 @@ from deploy.services.runners import gpu_options, make_runner
 from deploy.services.settings import CloudOptions, EdgeOptions, NodeOptions, Served, ServedModel, options_of
 from stages.litert_runner import LitertRunner
 from stages.models.gpu.accelerator import AcceleratorOptions
+from stages.runner import ComputesBatches
 from stages.zoo.registry import load_model
 from tests.software_gpu import use_driver
 from tests.unit.stages import built_models
@@ -117,8 +118,8 @@ def test_only_edges_and_clouds_that_ask_for_a_gpu_use_one(
     )
 
 
-@pytest.mark.parametrize(("name", "value"), [("accelerator", "tpu"), ("gpu_tolerance", 0)])
-def test_wrong_settings_of_a_gpu_name_the_setting(name: str, value: object) -> None:
+@pytest.mark.parametrize(("name", "value"), [("accelerator", "tpu"), ("gpu_tolerance", 0), ("batches", "some")])
+def test_wrong_settings_of_inference_name_the_setting(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name.replace("_", ".")):
         options_of(EdgeOptions, name="e", **{name: value})
 
@@ -129,3 +130,22 @@ def test_flags_take_a_number_of_threads_or_choose_it() -> None:
     assert StageFlags().machine()["threads"] == NodeOptions(name="e").threads == 1
     with pytest.raises(ConfigError, match="--num-threads 0: must be auto or a number of at least 1"):
         StageFlags(num_threads="0").machine()
+
+
+@pytest.mark.parametrize(
+    ("options", "batches"),
+    [
+        (NodeOptions(name="d"), False),
+        (EdgeOptions(name="e"), True),
+        (CloudOptions(name="c"), True),
+        (CloudOptions(name="c", batches="off"), False),
+    ],
+)
+def test_edges_and_clouds_compute_in_batches_unless_told_otherwise(
+    options: NodeOptions, batches: bool, tmp_path: Path
+) -> None:
+    timed = options.model_copy(update={"profile": profile(tmp_path, load_model("lenet").sha256)})
+    runner = make_runner(Role.EDGE, timed, ["lenet"])
+    asyncio.run(runner.close())
+    assert isinstance(runner, ComputesBatches)
+    assert (runner.batch_segments() is not None) == batches

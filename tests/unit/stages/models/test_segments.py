@@ -153,7 +153,7 @@ def test_running_tasks_do_not_wait_for_slicing(lenet: Model, sample: list[np.nda
     go_on.set()
 
     class SlowSandbox(Sandbox):
-        def admit(self, part: SlicedPart, source: Path | bytes) -> None:
+        def admit(self, part: SlicedPart, source: Path | bytes, batch: int = 1) -> None:
             slicing.set()
             assert go_on.wait(60)
             super().admit(part, source)

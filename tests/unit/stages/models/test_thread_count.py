@@ -138,7 +138,7 @@ def test_the_shortest_of_several_runs_counts_after_an_untimed_one(
             threads.append(num_threads)
             super().__init__(source, num_threads, title=title)
 
-        def run(self, inputs: object) -> list[Array]:
+        def run(self, inputs: object, batch: int | None = None) -> list[Array]:
             nonlocal now_s
             now_s += next(runs_s)
             return []

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from bus.tensors import Array
+from stages.models.difference import relative_difference
 from stages.models.gpu.accelerator import CHECKS, Accelerator, AcceleratorOptions, _GpuSegment
 from stages.models.gpu.process import MOST_DEATHS, GpuProcess
-from stages.models.gpu.segment_file import relative_difference
 from stages.models.model import Model
 from stages.models.runtime.trial_run import ChildProgram
 from stages.models.segments import SegmentStore

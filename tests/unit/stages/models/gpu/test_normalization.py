@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
+from stages.models.difference import relative_difference
 from stages.models.files.operators import kind_of
 from stages.models.gpu.normalization import MOST_CHANNELS, for_gpu
-from stages.models.gpu.segment_file import relative_difference
 from stages.models.model import Model
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.slicer import SlicedPart, slice_model

@@ -1,0 +1,164 @@
+"""The segments of a LiteRT runner that are computed in batches, and the stations that do so.
+
+A segment is checked in the background when a task first needs it, so that no task waits for the check. The tasks that start
+afterwards are computed in batches if the segment passed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+
+from bus.tensors import Array
+from stages.batches import Batcher, Computed
+from stages.models.batch_check import BatchCheck, check_batches, known_check, store_check
+from stages.models.batch_option import BatchMode
+from stages.models.segments import Segment, SegmentStore
+from stages.models.thread_count import usable_cores
+from stages.runner import MOST_AT_ONCE, waited_for
+from stages.workers import Workers
+
+log = structlog.get_logger("batches")
+
+Inputs = Sequence[Array]
+Key = tuple[str, int, int]
+"""Model, begin and end of a segment."""
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What the open stations of one segment share."""
+
+    segment: Segment
+    batcher: Batcher[Inputs, list[Array]]
+    stations: int = 0
+
+
+class LitertBatches:
+    """Checks segments, and makes stations for those that passed."""
+
+    def __init__(self, mode: BatchMode, workers: Workers) -> None:
+        self._mode, self._workers = mode, workers
+        self._checks: dict[Key, BatchCheck] = {}
+        self._asked: set[Key] = set()
+        self._shared: dict[Key, _Shared] = {}
+        self._checker = ThreadPoolExecutor(1, thread_name_prefix="check-batches")
+        self.sizes: Counter[int] = Counter()  # batches that were computed, by their number of samples
+
+    def refusals(self) -> dict[str, str]:
+        """Checked segment -> why its samples are computed one by one, or "" if they are computed in batches."""
+        checks = sorted(self._checks.items())
+        return {f"{model} {begin + 1}..{end}": check.refusal(self._mode) for (model, begin, end), check in checks}
+
+    def prepare(self, store: SegmentStore, begin: int, end: int, num_threads: int) -> None:
+        """Start the check of a segment, unless it was started before."""
+        key = (store.model.name, begin, end)
+        if self._mode == "off" or key in self._asked:
+            return
+        self._asked.add(key)
+        known = known_check(store, begin, end, num_threads)
+        if known is None:
+            self._checker.submit(self._check, store, begin, end, num_threads)
+        else:
+            self._conclude(key, known)
+
+    def station(self, store: SegmentStore, begin: int, end: int, num_threads: int) -> BatchedStation | None:
+        """A station that computes in batches; None where the segment has not passed the check."""
+        key = (store.model.name, begin, end)
+        check = self._checks.get(key)
+        if check is None or check.refusal(self._mode):
+            return None
+        shared = self._shared.get(key)
+        if shared is None:
+            shared = self._shared[key] = self._open(store.get(begin, end), check.most, num_threads)
+        shared.stations += 1
+        return BatchedStation(shared.batcher, partial(self._closed, key))
+
+    def close(self) -> None:
+        """Start no more checks."""
+        self._checker.shutdown(wait=False, cancel_futures=True)
+
+    def _open(self, segment: Segment, most: int, num_threads: int) -> _Shared:
+        executors = max(1, min(usable_cores() // num_threads, segment.interpreters))
+        compute = partial(self._compute, segment)
+        batcher = Batcher(compute, most=most, executors=executors, on_batch=self._count)
+        return _Shared(segment, batcher)
+
+    async def _compute(self, segment: Segment, samples: Sequence[Inputs]) -> tuple[list[list[Array]], float]:
+        def work() -> tuple[list[list[Array]], float]:
+            begin_s, waited_s = time.monotonic(), segment.waited_s
+            results = segment.run_batch(samples)
+            took_s = time.monotonic() - begin_s
+            return results, max(0.0, took_s - (segment.waited_s - waited_s))
+
+        found, _ = await self._workers.run(work)
+        return found
+
+    def _count(self, size: int) -> None:
+        self.sizes[size] += 1
+
+    def _closed(self, key: Key) -> None:
+        shared = self._shared[key]
+        shared.stations -= 1
+        if not shared.stations:
+            del self._shared[key]
+            shared.segment.release()
+
+    def _check(self, store: SegmentStore, begin: int, end: int, num_threads: int) -> None:
+        try:
+            found = check_batches(store, begin, end)
+        except Exception as error:  # a thread's error would be lost
+            log.exception("batches not checked", model=store.model.name, layers=f"{begin + 1}..{end}")
+            found = BatchCheck(fault=f"the check failed: {error}")
+        else:
+            store_check(found, store, begin, end, num_threads)
+        self._conclude((store.model.name, begin, end), found)
+
+    def _conclude(self, key: Key, check: BatchCheck) -> None:
+        model, begin, end = key
+        refusal = check.refusal(self._mode)
+        layers = f"{begin + 1}..{end}"
+        if refusal:
+            log.info("samples are computed one by one", model=model, layers=layers, reason=refusal)
+        else:
+            speedup = round(check.speedup, 2)
+            log.info("samples are computed in batches", model=model, layers=layers, most=check.most, speedup=speedup)
+        self._checks[key] = check
+
+
+class BatchedStation:
+    """Computes the samples of one task in batches with those of other tasks."""
+
+    most_at_once = MOST_AT_ONCE
+
+    def __init__(self, batcher: Batcher[Inputs, list[Array]], closed: Callable[[], None]) -> None:
+        self._batcher, self._closed = batcher, closed
+        self._open = True
+        self.waited_s = 0.0
+
+    def submit(self, sample: int, inputs: Inputs, ready_s: float) -> asyncio.Future[Computed[list[Array]]]:
+        """See `BatchStation`."""
+        return self._batcher.submit(inputs)
+
+    async def run(self, sample: int, inputs: Inputs, ready_s: float) -> list[Array]:
+        """See `Station`."""
+        outputs, waited_s = await waited_for(self.submit(sample, inputs, ready_s))
+        self.waited_s += waited_s
+        return outputs
+
+    def run_now(self, inputs: Inputs) -> list[Array] | None:
+        """None: only layers that take longer than waking a thread are computed in batches."""
+        return None
+
+    def close(self) -> None:
+        """Release the segment when its last station is closed."""
+        if self._open:
+            self._open = False
+            self._closed()

@@ -1,0 +1,189 @@
+"""The check of whether a segment may be computed in batches: whether the results stay the same, and whether it is faster.
+
+LiteRT can change the batch dimension of most models. Whether the results of a batch are those of its samples one by one, to
+the bit, depends on the operators and on the processor, so they are compared here. The findings are stored beside the
+profiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from bus.errors import DeeparError, ModelError
+from bus.tensors import Array
+from bus.values import MAX_BATCH, TensorSpec
+from stages.models.batch_option import BatchMode
+from stages.models.difference import relative_difference
+from stages.models.files.cache import cache_dir, write_whole
+from stages.models.profiler import METHOD, processor_name
+from stages.models.segments import Segment, SegmentStore
+
+NEARLY = 1e-4
+"""The largest difference that `any` accepts, relative to the largest value of the tensor."""
+
+SPEEDUP = 1.25
+"""A segment is computed in batches if that is so many times faster: the first samples of a batch wait for the last one."""
+
+COMPARED = (2, 3, 5, 8)
+"""Batches whose results are compared, as well as the largest one: runtimes treat odd remainders with other code."""
+
+BATCH_S = 0.5
+"""The largest batch takes about this long; longer ones would delay other work too much."""
+
+ACTIVATION_BYTES = 64 << 20
+"""Limit for the tensors of the largest batch."""
+
+RUNS = 3
+"""Timed runs; the shortest counts."""
+
+
+class BatchCheck(BaseModel):
+    """What was found about batches of one segment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    most: Annotated[int, Field(ge=1, le=MAX_BATCH)] = 1  # the largest batch; 1: no batches are possible
+    exact: bool = False  # whether the results were those of single samples to the bit
+    difference: float = 0.0  # largest one, relative to the largest value of the tensor
+    speedup: float = 0.0  # time of a sample alone over that of a sample in a batch
+    fault: str = ""  # why no batches are possible
+
+    def refusal(self, mode: BatchMode) -> str:
+        """Why the samples are computed one by one; "" if they are computed in batches."""
+        if self.fault:
+            return self.fault
+        if not self.exact and (mode == "exact" or self.difference > NEARLY):
+            return f"results in a batch differ by {self.difference:.2g} of the largest value"
+        if self.speedup < SPEEDUP:
+            return f"a batch is only {self.speedup:.2f} times as fast"
+        return ""
+
+
+def check_batches(
+    store: SegmentStore, begin: int, end: int, clock: Callable[[], float] = time.perf_counter
+) -> BatchCheck:
+    """Compare batches with single samples. Takes seconds: call it in a thread."""
+    segment = store.get(begin, end)
+    try:
+        if fault := _unsuited(segment, store):
+            return BatchCheck(fault=fault)
+        fits = ACTIVATION_BYTES // max(1, store.activation_bytes(begin, end))
+        sizes = [size for size in COMPARED if size <= fits]
+        if not sizes:
+            return BatchCheck(fault="the tensors of a batch would take too much memory")
+        store.try_batch(begin, end, sizes[-1])
+        return _compared(segment, sizes, fits, clock)
+    except DeeparError as error:
+        return BatchCheck(fault=str(error))
+    finally:
+        segment.release()
+
+
+def known_check(store: SegmentStore, begin: int, end: int, num_threads: int) -> BatchCheck | None:
+    """The stored findings."""
+    with contextlib.suppress(OSError, ValueError):
+        return BatchCheck.model_validate_json(_path(store, begin, end, num_threads).read_bytes())
+    return None
+
+
+def store_check(found: BatchCheck, store: SegmentStore, begin: int, end: int, num_threads: int) -> None:
+    """Keep the findings for later starts, if the disk allows."""
+    with contextlib.suppress(ModelError, OSError):
+        write_whole(_path(store, begin, end, num_threads), [found.model_dump_json().encode()], durable=False)
+
+
+def random_input(spec: TensorSpec, seed: int, sample: int) -> Array:
+    """A random tensor: normal for floats, full range for 8- and 16-bit integers, 0 or 1 for wider ones (often indices)."""
+    rng = np.random.default_rng([seed, sample])
+    dtype = np.dtype(spec.dtype)
+    if dtype.kind == "f":
+        return rng.standard_normal(spec.shape).astype(dtype)
+    if dtype.kind in "iu" and dtype.itemsize <= 2:
+        limits = np.iinfo(dtype)
+        return rng.integers(limits.min, limits.max, spec.shape, dtype, endpoint=True)
+    return rng.integers(0, 2, spec.shape).astype(dtype)
+
+
+def _compared(segment: Segment, sizes: Sequence[int], fits: int, clock: Callable[[], float]) -> BatchCheck:
+    samples = [_sample(segment.inputs, number) for number in range(max(COMPARED))]
+    expected = [segment.run(one) for one in samples]
+    differences = [_difference(segment, samples[:size], expected) for size in sizes]
+    largest = sizes[-1]
+    alone_s, each_s = _times_s(segment, samples[:largest], clock)
+    most = min(fits, MAX_BATCH, max(largest, int(BATCH_S / each_s)))
+    if most > largest:
+        differences.append(_difference(segment, [samples[at % len(samples)] for at in range(most)], expected))
+    return BatchCheck(
+        most=most,
+        exact=all(same for same, _ in differences),
+        difference=max(difference for _, difference in differences),
+        speedup=alone_s / each_s,
+    )
+
+
+def _difference(segment: Segment, batch: Sequence[list[Array]], expected: Sequence[list[Array]]) -> tuple[bool, float]:
+    """Whether the results of a batch of the first samples, in turn, are the same to the bit; and the largest difference."""
+    same, largest = True, 0.0
+    for at, found in enumerate(segment.run_batch(batch)):
+        for value, right in zip(found, expected[at % len(expected)], strict=True):
+            if value.tobytes() != right.tobytes():
+                same, largest = (
+                    False,
+                    max(largest, relative_difference(value.astype(np.float64), right.astype(np.float64))),
+                )
+    return same, largest
+
+
+def _sample(specs: Sequence[TensorSpec], number: int) -> list[Array]:
+    """A random sample; half of them have no negative values, as after a ReLU.
+
+    They differ in magnitude, so that operators show that scale a whole batch by its largest value.
+    """
+    values = [random_input(spec, number, index) for index, spec in enumerate(specs)]
+    if number % 2:
+        values = [np.abs(value) if value.dtype.kind == "f" else value for value in values]
+    scale = (1.0, 0.1, 3.0)[number % 3]
+    return [(value * scale).astype(value.dtype) if value.dtype.kind == "f" else value for value in values]
+
+
+def _times_s(segment: Segment, samples: Sequence[list[Array]], clock: Callable[[], float]) -> tuple[float, float]:
+    """The shortest time of a sample alone, and of one in a batch; in turns, so that other load meets both."""
+    alone, together = [], []
+    for _ in range(RUNS):
+        begin_s = clock()
+        for one in samples:
+            segment.run(one)
+        middle_s = clock()
+        segment.run_batch(samples)
+        alone.append((middle_s - begin_s) / len(samples))
+        together.append(max(1e-9, clock() - middle_s) / len(samples))
+    return min(alone), min(together)
+
+
+def _unsuited(segment: Segment, store: SegmentStore) -> str:
+    if store.stateful:
+        return "the model keeps state"
+    for spec in (*segment.inputs, *segment.outputs):
+        if not spec.shape or spec.shape[0] != 1:
+            return f"{spec.name} has no batch dimension of 1"
+        if np.dtype(spec.dtype).kind not in "fiub":
+            return f"{spec.name} is {spec.dtype}"
+    return ""
+
+
+def _path(store: SegmentStore, begin: int, end: int, num_threads: int) -> Path:
+    model = store.model
+    known_by = "\n".join(
+        [str(METHOD), processor_name(), f"{num_threads} threads", model.sha256, metadata.version("ai-edge-litert")]
+    )
+    name = f"{model.name}-batches-{begin + 1}-{end}-{hashlib.sha256(known_by.encode()).hexdigest()[:16]}.json"
+    return cache_dir("profiles") / name

@@ -1,0 +1,143 @@
+"""The runner that computes: samples of several tasks in batches, with the results of single samples."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from bus.errors import ModelError
+from bus.frames import AttemptPlan
+from bus.tensors import Array
+from bus.values import Execution, Kind, ModelProfile, Placement
+from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
+from stages.models.batch_check import BatchCheck, store_check
+from stages.models.model import Model
+from stages.models.runtime.litert import SegmentRunner
+from stages.models.segments import SegmentStore
+from stages.runner import BatchStation, PaceClock, Station
+
+ENDS = (0, 7)
+PASSED = BatchCheck(most=32, exact=True, speedup=4.0)
+
+
+def profile_of(model: Model, layer_s: float = 0.001) -> ModelProfile:
+    cuts = model.manifest.cuts
+    return ModelProfile(
+        model=model.name, sha256=model.sha256, platform="p", layer_names=tuple(cut.name for cut in cuts[1:]),
+        layer_s=(layer_s,) * model.manifest.layers, cut_bytes=tuple(cut.cut_bytes for cut in cuts),
+    )  # fmt: skip
+
+
+def plan_of(model: Model, task_id: str) -> AttemptPlan:
+    return AttemptPlan(
+        task_id=task_id, attempt=1, region=0, device="d", model=model.name, sha256=model.sha256, samples=1, todo=1,
+        execution=Execution.STREAMING,
+        placement=Placement(kind=Kind.DEVICE, cut1=7, cut2=7, cut1_name="", cut2_name=""),
+    )  # fmt: skip
+
+
+@asynccontextmanager
+async def runner_of(
+    model: Model, check: BatchCheck | None = PASSED, layer_s: float = 0.001, **options: object
+) -> AsyncIterator[LitertRunner]:
+    """A runner that knows what a check of the whole model would find."""
+    store = SegmentStore(model)
+    if check is not None:
+        store_check(check, store, *ENDS, 1)
+    chosen = RunnerOptions(**{"batches": "exact"} | options)  # type: ignore[arg-type]
+    prepared = Prepared(profiles={model.name: profile_of(model, layer_s)}, stores={model.name: store})
+    runner = LitertRunner([model], chosen, prepared=prepared)
+    try:
+        await runner.prepare(plan_of(model, "t"), *ENDS)
+        yield runner
+    finally:
+        await runner.close()
+
+
+def station(runner: LitertRunner, model: Model, task_id: str = "t") -> Station:
+    return runner.station(plan_of(model, task_id), *ENDS, PaceClock())
+
+
+def sample(seed: int) -> list[Array]:
+    return [np.random.default_rng(seed).random((1, 28, 28, 1), dtype=np.float32)]
+
+
+def test_each_sample_of_a_batch_gets_the_result_that_it_has_alone(lenet: Model) -> None:
+    async def run() -> None:
+        whole = SegmentRunner(lenet.source)
+        async with runner_of(lenet) as runner:
+            stations = [station(runner, lenet, f"t{number}") for number in range(6)]
+            jobs = [
+                one.run(at, sample(10 * number + at), 0.0) for number, one in enumerate(stations) for at in range(3)
+            ]
+            results = await asyncio.gather(*jobs)
+            for at, (result,) in enumerate(results):
+                assert result.tobytes() == whole.run(sample(10 * (at // 3) + at % 3))[0].tobytes()
+            sizes = runner.batch_sizes()
+            assert max(sizes) > 1
+            assert sum(size * batches for size, batches in sizes.items()) == 18
+            assert runner.batch_segments() == {"lenet 1..7": ""}
+            for one in stations:
+                one.close()
+
+    asyncio.run(run())
+
+
+def test_a_sample_of_the_wrong_shape_fails_alone(lenet: Model) -> None:
+    async def run() -> None:
+        async with runner_of(lenet) as runner:
+            one = station(runner, lenet)
+            wrong = [np.zeros((2, 28, 28, 1), np.float32)]
+            inputs = [sample(1), wrong, sample(2)]
+            jobs = [one.run(at, values, 0.0) for at, values in enumerate(inputs)]
+            found = await asyncio.gather(*jobs, return_exceptions=True)
+            assert isinstance(found[1], ModelError)
+            whole = SegmentRunner(lenet.source)
+            for at in (0, 2):
+                assert found[at][0].tobytes() == whole.run(inputs[at])[0].tobytes()  # type: ignore[index]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("options", "check", "layer_s"),
+    [
+        ({"batches": "off"}, PASSED, 0.001),
+        ({"slowdown": 2.0}, PASSED, 0.001),  # a slower machine is emulated, task by task
+        ({}, PASSED, 0.00001),  # computed on the event loop
+        ({}, BatchCheck(most=8, difference=1e-6, speedup=4.0), 0.001),
+        ({}, BatchCheck(most=8, exact=True, speedup=1.0), 0.001),
+    ],
+)
+def test_other_segments_are_computed_one_by_one(
+    lenet: Model, options: dict[str, object], check: BatchCheck, layer_s: float
+) -> None:
+    async def run() -> None:
+        async with runner_of(lenet, check, layer_s, **options) as runner:
+            assert not isinstance(station(runner, lenet), BatchStation)
+
+    asyncio.run(run())
+
+
+def test_any_accepts_a_segment_whose_results_differ_slightly(lenet: Model) -> None:
+    async def run() -> None:
+        async with runner_of(lenet, BatchCheck(most=8, difference=1e-6, speedup=4.0), batches="any") as runner:
+            assert isinstance(station(runner, lenet), BatchStation)
+
+    asyncio.run(run())
+
+
+def test_an_unknown_segment_is_checked_in_the_background(lenet: Model) -> None:
+    """The task that needs it first does not wait."""
+
+    async def run() -> None:
+        async with runner_of(lenet, None, batches="any") as runner:
+            await runner.prepare(plan_of(lenet, "t"), 2, 7)
+            while "lenet 3..7" not in (runner.batch_segments() or {}):
+                await asyncio.sleep(0)
+
+    asyncio.run(run())
