@@ -33,6 +33,7 @@ BENCHES = {
     "regret": "delays of the learning planner over those of fixed policies, live",
     "codecs": "size, speed and agreement of codecs on trained models",
     "accelerators": "segments in batches on the GPU, on the CPU and in PyTorch",
+    "batches": "a cloud stage that computes samples of several tasks together, over one by one",
     "serve": "requests a second of a device's endpoint, beside other servers",
 }
 """Benchmark -> what it measures."""
@@ -77,7 +78,7 @@ class CellOptions:
         list[int] | None, typer.Option(min=1, metavar="N", help="Batch of benchmark accelerators; repeatable.")
     ] = None
     quick: Annotated[
-        bool, typer.Option("--quick", help="Measure less (benchmarks regret, serve, codecs, accelerators).")
+        bool, typer.Option("--quick", help="Measure less (benchmarks regret, serve, codecs, accelerators, batches).")
     ] = False
 
 
