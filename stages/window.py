@@ -11,13 +11,10 @@ from collections.abc import Iterable, Sequence
 
 from bus.frames import AttemptPlan
 from bus.routes.interleave import LEAST_WINDOW
+from bus.routes.windows import MAX_WINDOW, window_samples
 from bus.values import Execution
 from stages.measuring.clock import exact_clock
 
-MIN_WINDOW = 8
-MAX_WINDOW = 1024
-WINDOW_BYTES = 4 << 20
-"""Limit for the samples of a window, counted at the widest cut, as far as it exceeds `MIN_WINDOW`."""
 IN_FLIGHT_BYTES = 32 << 20
 """Limit for samples that are on their way because of a latency: 250 ms of a link of 1 Gbit/s."""
 
@@ -38,17 +35,6 @@ def window_of(plan: AttemptPlan, cut_bytes: Sequence[int]) -> int:
     sizes = (plan.input_bytes, *cut_bytes[1:]) if plan.input_bytes is not None else cut_bytes
     sent_bytes = max(1, *(sizes[cut] for pair in cuts for cut in pair))
     return min(MAX_WINDOW, window + min(plan.in_flight, IN_FLIGHT_BYTES // sent_bytes))
-
-
-def window_samples(execution: Execution, cut_bytes: Iterable[int]) -> int:
-    """The window of a task whose samples have these sizes at its cuts.
-
-    It is 1 in sequential execution. Otherwise it is as many samples as fit in `WINDOW_BYTES` at the widest cut, so that small
-    samples share frames, and at least `MIN_WINDOW`, which keeps the six parts of the pipeline busy.
-    """
-    if execution is Execution.SEQUENTIAL:
-        return 1
-    return max(MIN_WINDOW, min(MAX_WINDOW, WINDOW_BYTES // max(1, *cut_bytes)))
 
 
 class Window:

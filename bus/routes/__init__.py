@@ -1,4 +1,4 @@
-"""Several routes of one task: the shares of its samples, and the order in which samples take the routes.
+"""The samples of one task under way: how many at once, and of several routes their shares and order.
 
 Start with `shares`. Imports `bus` only; every room may import it.
 """

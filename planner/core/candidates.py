@@ -117,7 +117,7 @@ class Candidates:
         account, deviations = self._ledger.devices.get(submitted.device), self._estimates.deviations
         others = self._ledger.held_by.get(submitted.device, 0)
         consent = row.consent(submitted.min_agreement)
-        each = samples_each(submitted.samples) if self._batching else 0
+        each = samples_each(submitted.samples, row.cut_bytes) if self._batching else 0
         own = self._running_placement(submitted.task_id) if self._batching else None
         if submitted.session is not None or own is not None:  # rare, so it is not cached
             terms, unloaded = _Terms.of(device.announced, consent, each, own), submitted.session is not None

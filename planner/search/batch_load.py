@@ -1,9 +1,11 @@
 """What a platform that computes samples of several tasks in batches needs for a sample of one of them.
 
-Of k pipelined tasks with the same model, each has at least eight samples under way, about half of them where they wait: at
-the slowest station. So a batch there has four samples of each task, spread over the platform's E executors:
+Of k pipelined tasks with the same model, each has a window of samples under way, at least eight
+(`bus.routes.windows`). About half of them wait at the slowest station, and a stage gives at most eight of one task to a batch.
+So a batch there has m samples of each task, spread over the platform's E executors:
 
-* n = min(32, m k / E) samples in a batch, at least 1; m is 4, or 1 for a task of fewer than eight samples
+* m = min(8, half the window, half the samples of the task), at least 1
+* n = min(32, m k / E) samples in a batch, at least 1
 * a sample's share of its batch takes T(n) / n, with T as the profile says; between two samples of one task the platform
   computes one of each other task as well, E batches at a time, so they are c T(n) / n apart, with c = max(k / E, 1 / m)
 
@@ -13,19 +15,20 @@ matter. A sequential task has one sample under way, which rarely meets another o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
-from bus.values import MAX_BATCH, BatchLoad, ModelProfile
+from bus.routes.windows import window_samples
+from bus.values import MAX_BATCH, BatchLoad, Execution, ModelProfile
 
-LONG_TASK: Final = 8
-"""A task of so many samples may have several in a batch."""
-SAMPLES_EACH: Final = 4
-"""Samples of a long task in a batch: half of the least window (`stages.window`)."""
+MOST_OF_A_TASK: Final = 8
+"""Most samples of one task in a batch (`stages.runner`)."""
 
 
-def samples_each(samples: int) -> int:
-    """m, the samples in a batch of a task of so many samples."""
-    return SAMPLES_EACH if samples >= LONG_TASK else 1
+def samples_each(samples: int, cut_bytes: Sequence[int]) -> int:
+    """m, for a task of so many samples of a model with these sizes at its cuts."""
+    window = window_samples(Execution.STREAMING, cut_bytes)
+    return max(1, min(MOST_OF_A_TASK, window // 2, samples // 2))
 
 
 def batch_load(profile: ModelProfile, tasks: int, each: int) -> BatchLoad:

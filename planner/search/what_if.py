@@ -181,7 +181,8 @@ def _alone(profile: ModelProfile | None, s: Situation) -> PlatformRow | None:
     if profile is None:
         return None
     batches = profile.batch is not None and s.objective is Objective.PIPELINED
-    return PlatformRow(profile, load=batch_load(profile, 1, samples_each(s.samples)) if batches else None)
+    load = batch_load(profile, 1, samples_each(s.samples, profile.cut_bytes)) if batches else None
+    return PlatformRow(profile, load=load)
 
 
 def _plan(s: Situation, costs: Costs, delay: float, cuts: tuple[int, int], codecs: Codecs) -> WhatIfPlan:

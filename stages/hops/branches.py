@@ -7,10 +7,11 @@ from typing import Protocol
 
 from bus.errors import ProtocolError
 from bus.frames import MAX_SAMPLE_BYTES, AttemptPlan
+from bus.routes.windows import MAX_WINDOW
 from bus.tensors import encoded_limit
 from bus.values import Codec, ModelProfile, Placement
 from stages.computing import Segment
-from stages.window import MAX_WINDOW, window_of
+from stages.window import window_of
 
 
 @dataclass(frozen=True, slots=True)

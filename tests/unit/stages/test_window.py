@@ -8,9 +8,10 @@ import pytest
 
 from bus.frames import AttemptPlan
 from bus.messages import Placed, PlacedOverhead
+from bus.routes.windows import MAX_WINDOW, window_samples
 from bus.values import Execution, Kind, Objective, Parts, Placement
 from loadgen.sim.virtual_loop import run_virtual
-from stages.window import IN_FLIGHT_BYTES, MAX_WINDOW, MissingResults, Window, window_of, window_samples
+from stages.window import IN_FLIGHT_BYTES, MissingResults, Window, window_of
 
 
 def test_a_sample_waits_until_a_result_frees_a_place() -> None:

@@ -72,18 +72,18 @@ def test_the_cloud_is_predicted_with_the_batch_of_the_tasks_under_way() -> None:
     core = clouded()
     found = [placed(core, number) for number in range(8)]
     loads = [one.placement.cloud_batch for one in found]
-    assert loads == [BatchLoad(tasks=k, batch=min(32, 4 * k), apart=k) for k in range(1, 9)]
+    assert loads == [BatchLoad(tasks=k, batch=min(32, 8 * k), apart=k) for k in range(1, 9)]
     for k, one in enumerate(found, start=1):
-        assert one.parts.cloud_s == pytest.approx(SAMPLES * share_s(min(32, 4 * k)))
-        assert one.delay_s == pytest.approx(SAMPLES * k * share_s(min(32, 4 * k)), rel=0.01)
+        assert one.parts.cloud_s == pytest.approx(SAMPLES * share_s(min(32, 8 * k)))
+        assert one.delay_s == pytest.approx(SAMPLES * k * share_s(min(32, 8 * k)), rel=0.01)
         assert one.placement.edge_batch is None
 
 
 def test_short_tasks_share_batches_only_with_other_tasks() -> None:
     core = clouded()
-    assert placed(core, 0, samples=4).parts.cloud_s == pytest.approx(4 * share_s(1))
-    assert placed(core, 1, samples=4).parts.cloud_s == pytest.approx(4 * share_s(2))
-    assert placed(core, 2).placement.cloud_batch == BatchLoad(tasks=3, batch=12, apart=3)
+    assert placed(core, 0, samples=3).parts.cloud_s == pytest.approx(3 * share_s(1))
+    assert placed(core, 1, samples=3).parts.cloud_s == pytest.approx(3 * share_s(2))
+    assert placed(core, 2).placement.cloud_batch == BatchLoad(tasks=3, batch=24, apart=3)
 
 
 def test_a_task_that_has_ended_does_not_count() -> None:
@@ -91,7 +91,7 @@ def test_a_task_that_has_ended_does_not_count() -> None:
     for number in range(3):
         placed(core, number)
     core.handle(completed("t1", "d1"), 2.0)
-    assert placed(core, 3, 2.0).placement.cloud_batch == BatchLoad(tasks=3, batch=12, apart=3)
+    assert placed(core, 3, 2.0).placement.cloud_batch == BatchLoad(tasks=3, batch=24, apart=3)
 
 
 def test_another_model_and_the_edges_tasks_do_not_count() -> None:
@@ -101,7 +101,7 @@ def test_another_model_and_the_edges_tasks_do_not_count() -> None:
     core = core_with(wide_edge(), cloud(models=(batching(), other)), *both)
     placed(core, 0)
     core.handle(task("other", "d1", model="other", samples=SAMPLES, max_link1_bps=GRANT, max_link2_bps=GRANT), 1.0)
-    assert placed(core, 2).placement.cloud_batch == BatchLoad(tasks=2, batch=8, apart=2)
+    assert placed(core, 2).placement.cloud_batch == BatchLoad(tasks=2, batch=16, apart=2)
 
 
 def test_an_edge_counts_its_own_tasks_and_executors() -> None:
@@ -115,7 +115,7 @@ def test_an_edge_counts_its_own_tasks_and_executors() -> None:
         *(("e1", k) for k in range(1, 6)),
         *(("e2", k) for k in range(1, 4)),
     ]
-    assert found[4].edge_batch == BatchLoad(tasks=5, batch=10, apart=2.5)
+    assert found[4].edge_batch == BatchLoad(tasks=5, batch=20, apart=2.5)
     assert all(one.cloud_batch is None for one in found)
 
 
@@ -150,8 +150,8 @@ def test_what_was_measured_is_compared_with_the_batches_that_there_were(factor: 
         learned = only(core.handle(done, 2.0 * number + 2.0), Learned).nodes[0]
     assert learned.factor == pytest.approx(factor, rel=0.1)
     later = placed(core, 8, 20.0)
-    assert later.parts.cloud_s == pytest.approx(factor * SAMPLES * share_s(4), rel=0.1)
-    assert later.placement.cloud_batch == BatchLoad(tasks=1, batch=4, apart=1)
+    assert later.parts.cloud_s == pytest.approx(factor * SAMPLES * share_s(8), rel=0.1)
+    assert later.placement.cloud_batch == BatchLoad(tasks=1, batch=8, apart=1)
 
 
 def test_delays_that_came_true_leave_no_overhead() -> None:
@@ -161,7 +161,7 @@ def test_delays_that_came_true_leave_no_overhead() -> None:
     for number, one in enumerate(found):
         done = TaskCompleted(
             task_id=f"t{number}", attempt=1, node=f"d{number}", measured=one.parts, delay_s=one.delay_s, cloud="c1",
-            cloud_batches=SAMPLES / min(32, 4 * number + 4),
+            cloud_batches=SAMPLES / min(32, 8 * number + 8),
         )  # fmt: skip
         learned = only(core.handle(done, 100.0), Learned)
         assert learned.paths[0].gap_s == pytest.approx(0.0, abs=1e-4 * one.delay_s)
@@ -180,12 +180,12 @@ def test_a_rerouted_task_does_not_count_beside_itself() -> None:
     assert [one.edge_batch.tasks for one in placements if one.edge_batch is not None] == [1, 2]
     changed = only(core.handle(completed("t0", "d0"), 1.2), Rerouted)
     assert (changed.task_id, changed.placement.link1_bps) == ("t1", 70 * MBPS)
-    assert changed.placement.edge_batch == BatchLoad(tasks=1, batch=4, apart=1)
+    assert changed.placement.edge_batch == BatchLoad(tasks=1, batch=8, apart=1)
     rerouted = core.tasks["t1"].placed
     assert rerouted is not None
     assert rerouted.placement == changed.placement
     core.handle(completed("t1", "d1"), 5.0)
-    assert placed(core, 2, 6.0).placement.edge_batch == BatchLoad(tasks=1, batch=4, apart=1)
+    assert placed(core, 2, 6.0).placement.edge_batch == BatchLoad(tasks=1, batch=8, apart=1)
 
 
 def test_the_explanation_knows_the_batches() -> None:

@@ -12,6 +12,7 @@ from planner.search.cost import Costs, PlatformRow, RowTable
 from planner.search.cut_search import CutSearch
 from planner.search.families import ALL_THREE, DEVICE_CLOUD, DEVICE_EDGE, family_of
 from planner.search.what_if import Situation, plans
+from stages.runner import MOST_AT_ONCE
 from tests.unit.planner.scenes import profile, random_rows, with_batches
 
 HALVES = tuple(BatchSpeed(batch=size, factors=(1.0, 0.5 + 0.5 / size, 1.0 / size)) for size in (2, 4, 8, 16, 32))
@@ -41,8 +42,25 @@ def test_the_load_of_tasks(tasks: int, each: int, executors: int | None, batch: 
     assert batch_load(batching(executors), tasks, each) == BatchLoad(tasks=tasks, batch=batch, apart=apart)
 
 
-def test_a_short_task_has_one_sample_in_a_batch() -> None:
-    assert [samples_each(samples) for samples in (1, 7, 8, 1000)] == [1, 1, 4, 4]
+@pytest.mark.parametrize(
+    ("samples", "widest", "each"),
+    [
+        (1, 100, 1),
+        (3, 100, 1),
+        (4, 100, 2),
+        (15, 100, 7),
+        (16, 100, 8),
+        (1000, 100, 8),
+        (1000, 1 << 20, 4),
+        (4, 1 << 20, 2),
+    ],
+)
+def test_a_task_has_half_its_window_or_of_its_samples_in_a_batch(samples: int, widest: int, each: int) -> None:
+    assert samples_each(samples, (50, widest, 4)) == each
+
+
+def test_no_more_than_a_stage_gives_to_a_batch() -> None:
+    assert samples_each(1000, (50, 4)) == MOST_AT_ONCE
 
 
 def test_times_between_samples_and_shares() -> None:
@@ -116,6 +134,6 @@ def test_a_plan_alone_is_in_batches_of_its_own_samples_where_it_is_pipelined() -
         return plans(situation)[0].parts.cloud_s / samples
 
     plain = batching().without_batches()
-    assert best_s(batching(), Objective.PIPELINED, 100) == pytest.approx(0.010 + 0.00625 + 0.0025)
-    assert best_s(batching(), Objective.PIPELINED, 4) == best_s(plain, Objective.PIPELINED, 4)
+    assert best_s(batching(), Objective.PIPELINED, 100) == pytest.approx(0.010 + 0.005625 + 0.00125)
+    assert best_s(batching(), Objective.PIPELINED, 3) == best_s(plain, Objective.PIPELINED, 3)
     assert best_s(batching(), Objective.SEQUENTIAL, 100) == best_s(plain, Objective.SEQUENTIAL, 100)
