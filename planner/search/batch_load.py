@@ -1,8 +1,8 @@
 """What a platform that computes samples of several tasks in batches needs for a sample of one of them.
 
-Of k pipelined tasks with the same model, each has a window of samples under way, at least eight
-(`bus.routes.windows`). About half of them wait at the slowest station, and a stage gives at most eight of one task to a batch.
-So a batch there has m samples of each task, spread over the platform's E executors:
+Of k pipelined tasks with the same model, each has a window of samples under way, at least eight (`bus.routes.windows`).
+About half of them wait at the slowest station, and a stage gives at most eight of one task to a batch. So a batch there has m
+samples of each task, spread over the platform's E executors:
 
 * m = min(8, half the window, half the samples of the task), at least 1
 * n = min(32, m k / E) samples in a batch, at least 1
