@@ -10,7 +10,6 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -24,6 +23,7 @@ from stages.models.cuts import useful_positions
 from stages.models.difference import relative_difference
 from stages.models.gpu.accelerator import AcceleratorOptions
 from stages.models.gpu.normalization import for_gpu
+from stages.models.gpu.part_for_batch import part_for_batch
 from stages.models.gpu.process import GpuFaultError, GpuProcess
 from stages.models.gpu.segment_file import SegmentFile, batchable, file_of, unsuited
 from stages.models.model import Model
@@ -138,48 +138,44 @@ def _measure(bench: _Bench, model: Model, begin: int, end: int) -> None:
     batches = bench.batches if batchable(segment) else (1,)
     samples = [[_random(rng, spec.shape, spec.dtype) for spec in segment.inputs] for _ in range(max(batches))]
     names = {"model": model.name, "segment": f"{begin + 1}..{end}"}
-    with file_of(part) as path:
-        alone = {
-            threads: _rate(_CpuFile(part, path, threads).run, samples[:1], bench.longest_s)
-            for threads in _thread_counts()
-        }
-        fast = [threads for threads, rate in alone.items() if rate > max(alone.values()) / 2]
-        one_by_one = _CpuFile(part, path, fast[-1])
-        right = [one_by_one.run([sample])[0] for sample in samples]
-        best = {1: max(alone.values())}
-        for batch in batches:
-            row = names | {"platform": "cpu", "accelerator": "cpu", "batch": batch}
-            try:
-                files = [_CpuFile(part, path, threads, batch) for threads in fast]
-                found = files[0].run(samples[:batch])
-                if batch > 1:
-                    best[batch] = max(_rate(file.run, samples[:batch], bench.longest_s) for file in files)
-                bench.add(row | _measured(best[batch], best[batch], _difference(found, right)))
-            except ModelError as error:
-                bench.add(row | _failed(str(error)))
-    with file_of(for_gpu(part)) as path:
-        for batch in batches:
-            row = names | {"platform": "gpu", "accelerator": "gpu", "batch": batch}
-            try:
-                if reason is not None:
-                    raise GpuFaultError(reason)
-                file = SegmentFile(bench.process, segment, part, path, batch)
-                found = file.run(samples[:batch])
-                rate = _rate(file.run, samples[:batch], bench.longest_s)
-                file.unload()
-                bench.add(row | _measured(rate, best.get(batch, best[1]), _difference(found, right)))
-            except GpuFaultError as error:
-                bench.add(row | _failed(str(error)))
+    alone = {threads: _rate(_CpuFile(part, threads).run, samples[:1], bench.longest_s) for threads in _thread_counts()}
+    fast = [threads for threads, rate in alone.items() if rate > max(alone.values()) / 2]
+    one_by_one = _CpuFile(part, fast[-1])
+    right = [one_by_one.run([sample])[0] for sample in samples]
+    best = {1: max(alone.values())}
+    for batch in batches:
+        row = names | {"platform": "cpu", "accelerator": "cpu", "batch": batch}
+        try:
+            files = [_CpuFile(part, threads, batch) for threads in fast]
+            found = files[0].run(samples[:batch])
+            if batch > 1:
+                best[batch] = max(_rate(file.run, samples[:batch], bench.longest_s) for file in files)
+            bench.add(row | _measured(best[batch], best[batch], _difference(found, right)))
+        except ModelError as error:
+            bench.add(row | _failed(str(error)))
+    for batch in batches:
+        row = names | {"platform": "gpu", "accelerator": "gpu", "batch": batch}
+        try:
+            if reason is not None:
+                raise GpuFaultError(reason)
+            file = SegmentFile(bench.process, segment, for_gpu(part), batch)
+            found = file.run(samples[:batch])
+            rate = _rate(file.run, samples[:batch], bench.longest_s)
+            file.unload()
+            bench.add(row | _measured(rate, best.get(batch, best[1]), _difference(found, right)))
+        except GpuFaultError as error:
+            bench.add(row | _failed(str(error)))
     if bench.pytorch is not None and model.name in pytorch.NAMES and (begin, end) == (0, model.graph.depth):
         _add_pytorch(bench, bench.pytorch, names, best, batches)
 
 
 class _CpuFile:
-    """A segment's file on the CPU, for batches of a size. Raises `ModelError` if it cannot be resized to a batch."""
+    """A segment's file on the CPU, for batches of a size. Raises `ModelError` if it has no batches."""
 
-    def __init__(self, part: SlicedPart, path: Path, threads: int, batch: int = 1) -> None:
+    def __init__(self, part: SlicedPart, threads: int, batch: int = 1) -> None:
         self._part, self._batch = part, batch
-        self._runner = SegmentRunner(path, threads, title=f"layers {part.first}..{part.last}", batch=batch)
+        with file_of(part_for_batch(part, batch)) as path:  # the runner maps it until it ends
+            self._runner = SegmentRunner(path, threads, title=f"layers {part.first}..{part.last}")
 
     def run(self, samples: Sequence[Sequence[Array]]) -> list[list[Array]]:
         known = [dict(zip([spec.name for spec in self._part.inputs], sample, strict=True)) for sample in samples]

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -25,7 +24,7 @@ from stages.models.difference import relative_difference
 from stages.models.gpu.batched_files import BatchedFiles, random_sample
 from stages.models.gpu.normalization import for_gpu
 from stages.models.gpu.process import GpuEndedError, GpuFaultError, GpuProcess
-from stages.models.gpu.segment_file import SegmentFile, batchable, file_of, unsuited
+from stages.models.gpu.segment_file import SegmentFile, batchable, unsuited
 from stages.models.segments import Segment, SegmentStore
 from stages.models.slicer import SlicedPart, slice_model
 
@@ -41,7 +40,7 @@ class AcceleratorOptions:
 
     tolerance: float = 1e-4  # largest difference from the CPU, relative to the largest value of the tensor
     only_if_faster: bool = False  # use the CPU where it computes the segment faster
-    batches: tuple[int, ...] = (4, 16)  # sizes of batches to try beside single samples
+    batches: tuple[int, ...] = (8,)  # sizes of batches to try beside single samples
     most_segments: int = 32  # segments on the GPU at a time
     most_bytes: int = 4 << 30  # weights of all segments on the GPU; each size of batch has its own copy
 
@@ -188,22 +187,19 @@ class Accelerator:
         part = for_gpu(slice_model(store.model, segment.begin + 1, segment.end))
         if not self._make_room(part.size_bytes):
             return Placed(None, "the segments in use fill the GPU")
-        with file_of(part) as path:
-            file = SegmentFile(self._process, segment, part, path)
-            try:
-                found = self._check(file, segment)
-            except (GpuFaultError, ModelError) as error:
-                found = str(error)
-            if isinstance(found, str):
-                file.unload()
-                return Placed(None, found)
-            files = BatchedFiles(file, found)
-            self._add_batches(files, segment, store, part, path)
+        file = SegmentFile(self._process, segment, part)
+        try:
+            found = self._check(file, segment)
+        except (GpuFaultError, ModelError) as error:
+            found = str(error)
+        if isinstance(found, str):
+            file.unload()
+            return Placed(None, found)
+        files = BatchedFiles(file, found)
+        self._add_batches(files, segment, store, part)
         return Placed(files)
 
-    def _add_batches(
-        self, files: BatchedFiles, segment: Segment, store: SegmentStore, part: SlicedPart, path: Path
-    ) -> None:
+    def _add_batches(self, files: BatchedFiles, segment: Segment, store: SegmentStore, part: SlicedPart) -> None:
         """Load the file for larger batches, as far as there is room and they pay."""
         name = (store.model.name, segment.begin, segment.end)
         if name in self._unbatched or not batchable(segment):
@@ -212,7 +208,7 @@ class Accelerator:
             if not self._make_room(files.weight_bytes + part.size_bytes):
                 return
             try:
-                larger = SegmentFile(self._process, segment, part, path, batch)
+                larger = SegmentFile(self._process, segment, part, batch)
                 reason = files.add(larger, segment, self._options.tolerance, self._clock)
             except GpuFaultError as error:
                 self._unbatched.add(name)  # it may have ended the process: the next load tries no batches

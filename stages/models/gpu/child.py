@@ -25,20 +25,20 @@ class Loaded(Protocol):
     """A file on the GPU."""
 
     def run(self, inputs: Array, outputs: Array) -> None:
-        """Compute the values of the outputs of one batch. Raises `RuntimeError`, `ValueError`."""
+        """Compute the values of the outputs. Raises `RuntimeError`, `ValueError`."""
 
 
 Shapes: TypeAlias = list[list[int]]
 
-Load: TypeAlias = Callable[[str, Shapes, Shapes, int], Loaded]
-"""path, shapes of the inputs and of the outputs for one sample, samples in a batch"""
+Load: TypeAlias = Callable[[str, Shapes, Shapes], Loaded]
+"""path, shapes of the inputs and of the outputs"""
 
 
-def on_gpu(path: str, inputs: Shapes, outputs: Shapes, batch: int) -> Loaded:
+def on_gpu(path: str, inputs: Shapes, outputs: Shapes) -> Loaded:
     """The file, loaded by LiteRT. Raises `RuntimeError` where the driver refuses it."""
     from stages.models.runtime.gpu import GpuModel
 
-    return GpuModel(path, inputs, outputs, batch)
+    return GpuModel(path, inputs, outputs)
 
 
 def main(load: Load = on_gpu) -> None:
@@ -77,7 +77,7 @@ def _answer(load: Load, models: dict[int, Loaded], area: SharedArea, words: dict
 def _load(load: Load, models: dict[int, Loaded], words: dict[str, Any]) -> dict[str, Any]:
     with _captured() as log:
         try:
-            models[words["key"]] = load(words["path"], words["inputs"], words["outputs"], words["batch"])
+            models[words["key"]] = load(words["path"], words["inputs"], words["outputs"])
         except (ImportError, RuntimeError, ValueError) as error:
             log.seek(0)
             said = log.read().decode(errors="replace")

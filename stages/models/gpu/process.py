@@ -55,25 +55,20 @@ class GpuProcess:
         self._area = SharedArea()
         self.loading = False  # a file is being loaded, which takes seconds: other samples should not wait for it
 
-    def load(
-        self, path: Path, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], batch: int = 1
-    ) -> int:
-        """Load a file for batches of a size; returns its key. `inputs` and `outputs` are the shapes for one sample.
-
-        Raises `GpuFaultError`.
-        """
+    def load(self, path: Path, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> int:
+        """Load a file whose inputs and outputs have these shapes; returns its key. Raises `GpuFaultError`."""
         with self._turn:
             if self._absent is not None:
                 raise GpuFaultError(self._absent)
             self._next_key += 1
             self.loading = True
             try:
-                shapes = {"inputs": inputs, "outputs": outputs, "batch": batch}
+                shapes = {"inputs": inputs, "outputs": outputs}
                 words = {"do": "load", "key": self._next_key, "path": str(path), **shapes}
                 self._order(words, self._program.longest_s, "loading it")
             finally:
                 self.loading = False
-            self._living[self._next_key] = (_bytes(inputs, batch), _bytes(outputs, batch))
+            self._living[self._next_key] = (_bytes(inputs), _bytes(outputs))
             return self._next_key
 
     def holds(self, key: int) -> bool:
@@ -186,5 +181,5 @@ class GpuProcess:
                 pipe.close()
 
 
-def _bytes(shapes: Sequence[Sequence[int]], batch: int) -> int:
-    return 4 * batch * sum(math.prod(shape) for shape in shapes)
+def _bytes(shapes: Sequence[Sequence[int]]) -> int:
+    return 4 * sum(math.prod(shape) for shape in shapes)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bus.tensors import Array
+from stages.models.gpu.part_for_batch import part_for_batch
 from stages.models.gpu.process import GpuProcess
 from stages.models.runtime.trial_run import trial_folder
 from stages.models.segments import Segment
@@ -24,16 +25,17 @@ class SegmentFile:
     All methods raise `GpuFaultError`. A segment that reads its inputs only to pass them on does not send them to the GPU.
     """
 
-    def __init__(self, process: GpuProcess, segment: Segment, part: SlicedPart, path: Path, batch: int = 1) -> None:
-        """`part` is the segment's slice, which is the file at `path`."""
+    def __init__(self, process: GpuProcess, segment: Segment, part: SlicedPart, batch: int = 1) -> None:
+        """`part` is the segment's slice, for one sample."""
         specs = {spec.name: spec for spec in (*segment.inputs, *segment.outputs)}
         self._reads, self._makes = (tuple(specs[name] for name in names) for names in (part.reads, part.makes))
         self._inputs, self._outputs = ([spec.name for spec in side] for side in (segment.inputs, segment.outputs))
         self._process = process
         self.batch = batch
         self.weight_bytes = part.size_bytes
-        inputs, outputs = ([list(spec.shape) for spec in side] for side in (self._reads, self._makes))
-        self._key = process.load(path, inputs, outputs, batch)
+        inputs, outputs = ([_batched(spec.shape, batch) for spec in side] for side in (self._reads, self._makes))
+        with file_of(part_for_batch(part, batch)) as path:
+            self._key = process.load(path, inputs, outputs)
 
     @property
     def loaded(self) -> bool:
@@ -85,6 +87,10 @@ def unsuited(segment: Segment, *, stateful: bool) -> str | None:
         return "the model keeps state"
     other = sorted({spec.dtype for spec in (*segment.inputs, *segment.outputs)} - {"float32"})
     return f"its inputs or outputs are {', '.join(other)}; the GPU takes float32" if other else None
+
+
+def _batched(shape: tuple[int, ...], batch: int) -> list[int]:
+    return list(shape) if batch == 1 else [batch, *shape[1:]]
 
 
 @lru_cache(maxsize=16)

@@ -29,9 +29,8 @@ class Driver:
 
     runs = 0
 
-    def __init__(self, path: str, shapes: child.Shapes, batch: int, error: float, dies_at: int | None) -> None:
-        self._runner = SegmentRunner(path, batch=batch)
-        self._shapes = [[batch * first, *rest] for first, *rest in shapes]
+    def __init__(self, path: str, shapes: child.Shapes, error: float, dies_at: int | None) -> None:
+        self._runner, self._shapes = SegmentRunner(path), shapes
         self._factor = np.float32(1.0 + error)
         self._dies_at = dies_at
 
@@ -50,9 +49,9 @@ class Driver:
 def scripted(error: float = 1e-6, batch_error: float | None = None, dies_at: int | None = None) -> None:
     """Wrong by a share, in batches by another one if it is given; dies at a run."""
 
-    def load(path: str, inputs: child.Shapes, outputs: child.Shapes, batch: int) -> child.Loaded:
-        wrong = error if batch == 1 or batch_error is None else batch_error
-        return Driver(path, inputs, batch, wrong, dies_at)
+    def load(path: str, inputs: child.Shapes, outputs: child.Shapes) -> child.Loaded:
+        wrong = error if inputs[0][0] == 1 or batch_error is None else batch_error
+        return Driver(path, inputs, wrong, dies_at)
 
     child.main(load)
 
@@ -60,7 +59,7 @@ def scripted(error: float = 1e-6, batch_error: float | None = None, dies_at: int
 def refusing() -> None:
     """Refuses every file."""
 
-    def load(path: str, inputs: child.Shapes, outputs: child.Shapes, batch: int) -> child.Loaded:
+    def load(path: str, inputs: child.Shapes, outputs: child.Shapes) -> child.Loaded:
         raise RuntimeError("ERROR: [x.h:1]\n└ ERROR: unknown operator. Set some option")
 
     child.main(load)
@@ -69,7 +68,7 @@ def refusing() -> None:
 def absent() -> None:
     """No GPU is there; the runtime says so in its log only."""
 
-    def load(path: str, inputs: child.Shapes, outputs: child.Shapes, batch: int) -> child.Loaded:
+    def load(path: str, inputs: child.Shapes, outputs: child.Shapes) -> child.Loaded:
         os.write(2, b"E0000 No adapters found\n")
         raise RuntimeError("ERROR: [compiled_model.cc:1036]")
 
@@ -79,7 +78,7 @@ def absent() -> None:
 def crashing() -> None:
     """Dies while it loads a file."""
 
-    def load(path: str, inputs: child.Shapes, outputs: child.Shapes, batch: int) -> child.Loaded:
+    def load(path: str, inputs: child.Shapes, outputs: child.Shapes) -> child.Loaded:
         os.kill(os.getpid(), signal.SIGSEGV)
         raise AssertionError
 
@@ -89,7 +88,7 @@ def crashing() -> None:
 def hanging() -> None:
     """Never answers."""
 
-    def load(path: str, inputs: child.Shapes, outputs: child.Shapes, batch: int) -> child.Loaded:
+    def load(path: str, inputs: child.Shapes, outputs: child.Shapes) -> child.Loaded:
         threading.Event().wait()
         raise AssertionError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stages.models.gpu.process import GpuProcess
-from stages.models.gpu.segment_file import SegmentFile, batchable, file_of
+from stages.models.gpu.segment_file import SegmentFile, batchable
 from stages.models.segments import SegmentStore
 from stages.models.slicer import slice_model
 from stages.zoo.registry import load_model
@@ -29,8 +29,7 @@ def test_each_sample_of_a_batch_has_its_own_results(tmp_path: Path, build: str, 
     rng = np.random.default_rng(3)
     samples = [[rng.random(spec.shape, np.float32) for spec in segment.inputs] for _ in range(count)]
     part = slice_model(model, segment.begin + 1, segment.end)
-    with file_of(part) as copy:
-        file = SegmentFile(process, segment, part, copy, batch=4)
+    file = SegmentFile(process, segment, part, batch=4)
     for inputs, outputs in zip(samples, file.run(samples), strict=True):
         for found, right in zip(outputs, segment.run(inputs), strict=True):
             assert found.shape == right.shape
