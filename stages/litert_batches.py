@@ -20,8 +20,8 @@ from bus.tensors import Array
 from stages.batches import Batcher, Computed
 from stages.models.batch_check import BatchCheck, check_batches, known_check, store_check
 from stages.models.batch_option import BatchMode
-from stages.models.segments import Segment, SegmentStore
-from stages.models.thread_count import usable_cores
+from stages.models.gpu.accelerator import RunsSegment
+from stages.models.segments import SegmentStore
 from stages.runner import MOST_AT_ONCE, waited_for
 from stages.workers import Workers
 
@@ -36,7 +36,7 @@ Key = tuple[str, int, int]
 class _Shared:
     """What the open stations of one segment share."""
 
-    segment: Segment
+    segment: RunsSegment
     batcher: Batcher[Inputs, list[Array]]
     stations: int = 0
 
@@ -69,15 +69,24 @@ class LitertBatches:
         else:
             self._conclude(key, known)
 
-    def station(self, store: SegmentStore, begin: int, end: int, num_threads: int) -> BatchedStation | None:
-        """A station that computes in batches; None where the segment has not passed the check."""
-        key = (store.model.name, begin, end)
+    def most_at_once(self, key: Key) -> int:
+        """The largest batch of a segment on the CPU; 1 if it has not passed the check."""
         check = self._checks.get(key)
-        if check is None or check.refusal(self._mode):
+        return 1 if check is None or check.refusal(self._mode) else check.most
+
+    def station(self, key: Key, segment: RunsSegment, most: int, executors: int) -> BatchedStation | None:
+        """A station for a segment, which it releases at the end; None where its samples are computed one by one.
+
+        `most`: the largest batch. `executors`: how many batches may be computed at the same time.
+        """
+        if most == 1 or self._mode == "off":
             return None
         shared = self._shared.get(key)
         if shared is None:
-            shared = self._shared[key] = self._open(store.get(begin, end), check.most, num_threads)
+            batcher = Batcher(partial(self._compute, segment), most=most, executors=executors, on_batch=self._count)
+            shared = self._shared[key] = _Shared(segment, batcher)
+        else:
+            segment.release()
         shared.stations += 1
         return BatchedStation(shared.batcher, partial(self._closed, key))
 
@@ -85,13 +94,7 @@ class LitertBatches:
         """Start no more checks."""
         self._checker.shutdown(wait=False, cancel_futures=True)
 
-    def _open(self, segment: Segment, most: int, num_threads: int) -> _Shared:
-        executors = max(1, min(usable_cores() // num_threads, segment.interpreters))
-        compute = partial(self._compute, segment)
-        batcher = Batcher(compute, most=most, executors=executors, on_batch=self._count)
-        return _Shared(segment, batcher)
-
-    async def _compute(self, segment: Segment, samples: Sequence[Inputs]) -> tuple[list[list[Array]], float]:
+    async def _compute(self, segment: RunsSegment, samples: Sequence[Inputs]) -> tuple[list[list[Array]], float]:
         def work() -> tuple[list[list[Array]], float]:
             begin_s, waited_s = time.monotonic(), segment.waited_s
             results = segment.run_batch(samples)

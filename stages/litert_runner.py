@@ -30,8 +30,8 @@ from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions, RunsS
 from stages.models.model import Model
 from stages.models.profiler import machine_profile
 from stages.models.runtime.litert import InterpreterOptions
-from stages.models.segments import SegmentStore, StoreLimits
-from stages.models.thread_count import machine_threads
+from stages.models.segments import Segment, SegmentStore, StoreLimits
+from stages.models.thread_count import machine_threads, usable_cores
 from stages.models.thread_option import ThreadCount
 from stages.runner import Coder, PaceClock, Station, profile_of, sleep_until
 from stages.workers import WORKERS, Workers
@@ -202,16 +202,21 @@ class LitertRunner:
         store = self._stores[plan.model]
         cpu = store.get(first, last)
         segment = cpu if self._accelerator is None else self._accelerator.segment(plan.model, cpu)
-        if (
-            segment is cpu
-            and (batched := self._batches.station(store, first, last, self._num_threads[plan.model])) is not None
-        ):
-            cpu.release()
+        if (batched := self._batched((plan.model, first, last), segment, cpu)) is not None:
             return batched
         if self._paced:
             return _PacedStation(segment, self._workers, busy_s, pace)
         kind = _InlineStation if busy_s < INLINE_S else _LitertStation
         return kind(segment, self._workers)
+
+    def _batched(self, key: tuple[str, int, int], segment: RunsSegment, cpu: Segment) -> Station | None:
+        """A station that computes in batches; None where the segment, on the GPU or on the CPU, does not."""
+        if segment is not cpu and self._accelerator is not None:
+            return self._batches.station(key, segment, self._accelerator.most_at_once(key), 1)
+        if (most := self._batches.most_at_once(key)) == 1:
+            return None
+        executors = min(usable_cores() // self._num_threads[key[0]], cpu.interpreters)
+        return self._batches.station(key, cpu, most, max(1, executors))
 
     def _predicted_s(self, plan: AttemptPlan, first: int, last: int) -> float:
         return sum(profile_of(self._profiles, plan.model).layer_s[first:last])

@@ -133,6 +133,8 @@ class Segment:
     @property
     def interpreters(self) -> int:
         """How many samples, or batches, can be computed at the same time."""
+        if not self._store.is_ready(self.begin, self.end):
+            return 1  # looking would load the missing pieces
         return min(self._store.interpreters(piece) for piece in self._pieces())
 
     @property

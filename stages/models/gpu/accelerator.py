@@ -67,6 +67,9 @@ class RunsSegment(Protocol):
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Compute one sample."""
 
+    def run_batch(self, samples: Sequence[Sequence[Array]]) -> list[list[Array]]:
+        """Compute several samples together; only where batches of the segment were found to be right."""
+
     def release(self) -> None:
         """Tell the store that the segment is out of use."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import count
 
 import numpy as np
 import pytest
@@ -15,10 +16,14 @@ from bus.tensors import Array
 from bus.values import Execution, Kind, ModelProfile, Placement
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.models.batch_check import BatchCheck, store_check
+from stages.models.difference import relative_difference
+from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions
+from stages.models.gpu.process import GpuProcess
 from stages.models.model import Model
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.segments import SegmentStore
 from stages.runner import BatchStation, PaceClock, Station
+from tests.unit.stages.models.gpu.drivers import program
 
 ENDS = (0, 7)
 PASSED = BatchCheck(most=32, exact=True, speedup=4.0)
@@ -42,14 +47,19 @@ def plan_of(model: Model, task_id: str) -> AttemptPlan:
 
 @asynccontextmanager
 async def runner_of(
-    model: Model, check: BatchCheck | None = PASSED, layer_s: float = 0.001, **options: object
+    model: Model,
+    check: BatchCheck | None = PASSED,
+    layer_s: float = 0.001,
+    accelerator: Accelerator | None = None,
+    **options: object,
 ) -> AsyncIterator[LitertRunner]:
     """A runner that knows what a check of the whole model would find."""
     store = SegmentStore(model)
     if check is not None:
         store_check(check, store, *ENDS, 1)
     chosen = RunnerOptions(**{"batches": "exact"} | options)  # type: ignore[arg-type]
-    prepared = Prepared(profiles={model.name: profile_of(model, layer_s)}, stores={model.name: store})
+    profiles = {model.name: profile_of(model, layer_s)}
+    prepared = Prepared(profiles=profiles, stores={model.name: store}, accelerator=accelerator)
     runner = LitertRunner([model], chosen, prepared=prepared)
     try:
         await runner.prepare(plan_of(model, "t"), *ENDS)
@@ -103,6 +113,25 @@ def test_a_sample_of_the_wrong_shape_fails_alone(lenet: Model) -> None:
     asyncio.run(run())
 
 
+def test_the_gpu_computes_in_batches_where_it_found_them_right(lenet: Model) -> None:
+    async def run() -> None:
+        ticks = count()  # any run takes one tick, so that batches pay
+        accelerator = Accelerator(
+            AcceleratorOptions(batches=(4,)), GpuProcess(program("scripted")), lambda: float(next(ticks))
+        )
+        async with runner_of(lenet, None, accelerator=accelerator) as runner:
+            one = station(runner, lenet)
+            assert isinstance(one, BatchStation)
+            results = await asyncio.gather(*(one.run(at, sample(at), 0.0) for at in range(4)))
+            whole = SegmentRunner(lenet.source)
+            for at, (result,) in enumerate(results):
+                assert relative_difference(result, whole.run(sample(at))[0]) < 1e-4
+            assert runner.batch_sizes() == {4: 1}
+            one.close()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("options", "check", "layer_s"),
     [
@@ -117,7 +146,7 @@ def test_other_segments_are_computed_one_by_one(
     lenet: Model, options: dict[str, object], check: BatchCheck, layer_s: float
 ) -> None:
     async def run() -> None:
-        async with runner_of(lenet, check, layer_s, **options) as runner:
+        async with runner_of(lenet, check, layer_s, None, **options) as runner:
             assert not isinstance(station(runner, lenet), BatchStation)
 
     asyncio.run(run())
