@@ -39,6 +39,9 @@ COMPARED = (2, 3, 5, 8)
 BATCH_S = 0.5
 """The largest batch takes about this long; longer ones would delay other work too much."""
 
+COMPARED_S = 1.0
+"""No batch is compared that takes longer where a batch is not faster."""
+
 ACTIVATION_BYTES = 64 << 20
 """Limit for the tensors of the largest batch."""
 
@@ -81,6 +84,10 @@ def check_batches(
         if not sizes:
             return BatchCheck(fault="the tensors of a batch would take too much memory")
         store.try_batch(begin, end, sizes[-1])
+        alone_s = _alone_s(segment, clock)
+        sizes = [size for size in sizes if size * alone_s <= COMPARED_S]
+        if not sizes:
+            return BatchCheck(fault=f"a sample alone takes {alone_s:.2g} s")
         return _compared(segment, sizes, fits, clock)
     except DeeparError as error:
         return BatchCheck(fault=str(error))
@@ -114,7 +121,7 @@ def random_input(spec: TensorSpec, seed: int, sample: int) -> Array:
 
 
 def _compared(segment: Segment, sizes: Sequence[int], fits: int, clock: Callable[[], float]) -> BatchCheck:
-    samples = [_sample(segment.inputs, number) for number in range(max(COMPARED))]
+    samples = [_sample(segment.inputs, number) for number in range(sizes[-1])]
     expected = [segment.run(one) for one in samples]
     differences = [_difference(segment, samples[:size], expected) for size in sizes]
     largest = sizes[-1]
@@ -153,6 +160,14 @@ def _sample(specs: Sequence[TensorSpec], number: int) -> list[Array]:
         values = [np.abs(value) if value.dtype.kind == "f" else value for value in values]
     scale = (1.0, 0.1, 3.0)[number % 3]
     return [(value * scale).astype(value.dtype) if value.dtype.kind == "f" else value for value in values]
+
+
+def _alone_s(segment: Segment, clock: Callable[[], float]) -> float:
+    inputs = _sample(segment.inputs, 0)
+    segment.run(inputs)  # the first run is slower
+    begin_s = clock()
+    segment.run(inputs)
+    return clock() - begin_s
 
 
 def _times_s(segment: Segment, samples: Sequence[list[Array]], clock: Callable[[], float]) -> tuple[float, float]:

@@ -30,13 +30,15 @@ def load(tmp_path: Path, graph: GraphBuilder) -> Model:
 
 
 def clock(alone_s: float, together_s: float) -> Callable[[], float]:
-    """A clock that is asked before and after the samples alone, and after the batch."""
-    steps = (0.0, alone_s, alone_s + together_s)
+    """A clock that is asked around one sample, then in turns around eight samples and the batch of them."""
     turns = count()
 
     def now() -> float:
         turn = next(turns)
-        return turn // 3 * (alone_s + together_s) + steps[turn % 3]
+        if turn < 2:
+            return turn * alone_s / 8
+        full, part = divmod(turn - 2, 3)
+        return alone_s + full * (alone_s + together_s) + (0.0, alone_s, alone_s + together_s)[part]
 
     return now
 
@@ -69,8 +71,13 @@ def test_a_batch_that_is_hardly_faster_does_not_pay(lenet: Model) -> None:
 
 
 def test_a_batch_takes_half_a_second_at_most_beyond_the_smallest_useful_one(lenet: Model) -> None:
-    assert check_batches(SegmentStore(lenet), 4, 7, clock(4.0, 0.38)).most == 10
-    assert check_batches(SegmentStore(lenet), 4, 7, clock(80.0, 8.0)).most == 8
+    assert check_batches(SegmentStore(lenet), 4, 7, clock(0.9, 0.38)).most == 10
+    assert check_batches(SegmentStore(lenet), 4, 7, clock(0.9, 0.80)).most == 8
+
+
+def test_slow_samples_are_compared_in_small_batches_or_not_at_all(lenet: Model) -> None:
+    assert check_batches(SegmentStore(lenet), 4, 7, clock(8 * 0.3, 0.8)).most == 3
+    assert "alone takes 1.2 s" in check_batches(SegmentStore(lenet), 4, 7, clock(8 * 1.2, 1.0)).refusal("any")
 
 
 def mixing() -> GraphBuilder:
