@@ -57,6 +57,10 @@ class LitertBatches:
         checks = sorted(self._checks.items())
         return {f"{model} {begin + 1}..{end}": check.refusal(self._mode) for (model, begin, end), check in checks}
 
+    def models(self) -> frozenset[str]:
+        """The models of which a segment is computed in batches."""
+        return frozenset(key[0] for key, check in list(self._checks.items()) if not check.refusal(self._mode))
+
     def prepare(self, store: SegmentStore, begin: int, end: int, num_threads: int) -> None:
         """Start the check of a segment, unless it was started before."""
         key = (store.model.name, begin, end)

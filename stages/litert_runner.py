@@ -22,6 +22,7 @@ from bus.frames import AttemptPlan
 from bus.messages import DatasetInput, SeedInput, TaskSubmitted
 from bus.tensors import Array, Encoded, bytes_in
 from bus.values import Codec, CodecProfile, ModelProfile, TensorSpec
+from stages.calibration.batch_times import measure_missing_batches, with_batches
 from stages.calibration.stored import with_codecs
 from stages.litert_batches import LitertBatches
 from stages.models.batch_check import random_input
@@ -100,7 +101,9 @@ class LitertRunner:
         self._pool = prepared.pool or ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
         self._workers = Workers(self._pool)
         self._owns_pool = prepared.pool is None
-        self._batches = LitertBatches("off" if self._paced else options.batches, self._workers)
+        self._batch_mode: BatchMode = "off" if self._paced else options.batches
+        self._batches = LitertBatches(self._batch_mode, self._workers)
+        self._batches_tried: set[str] = set()  # models whose batches were measured, or could not be
         self._stores = dict(prepared.stores)
         self._profiles: dict[str, ModelProfile] = {}
         self._num_threads = {
@@ -119,6 +122,7 @@ class LitertRunner:
             if profile is None:
                 profile = self._measure(model, again=options.remeasure)
                 profile = with_codecs(profile, model, remeasure=options.remeasure, say=say)
+                profile = self._with_batches(profile, model, remeasure=options.remeasure)
             self._profiles[model.name] = self._emulated(profile)
         self._accelerator = prepared.accelerator
         if options.gpu is not None and self._accelerator is None:
@@ -130,6 +134,28 @@ class LitertRunner:
     def _measure(self, model: Model, *, again: bool) -> ModelProfile:
         return self._measured(model, num_threads=self._num_threads[model.name], remeasure=again, say=self._say)
 
+    def _with_batches(self, profile: ModelProfile, model: Model, *, remeasure: bool = False) -> ModelProfile:
+        num_threads = self._num_threads[model.name]
+        return with_batches(profile, model, self._batch_mode, num_threads, remeasure=remeasure, say=self._say)
+
+    def unmeasured_batches(self) -> str | None:
+        """See `MeasuresBatches`."""
+        wanted = self._batches.models() & self._measured_here - self._batches_tried
+        return min((name for name in wanted if self._lacks_batches(self._profiles[name])), default=None)
+
+    @staticmethod
+    def _lacks_batches(profile: ModelProfile) -> bool:
+        return profile.batch is None and profile.accelerator != "gpu"
+
+    async def measure_batches(self, model: str) -> bool:
+        """Measure the batches of a model in a thread, unless another process has done so meanwhile."""
+        self._batches_tried.add(model)
+        loaded, num_threads = self._model(model), self._num_threads[model]
+        measure = partial(measure_missing_batches, loaded, num_threads, say=self._say)
+        found = await asyncio.get_running_loop().run_in_executor(None, measure)
+        self._profiles[model] = changed = found.added_to(self._profiles[model], self._batch_mode, num_threads)
+        return changed.batch is not None
+
     def _emulated(self, profile: ModelProfile) -> ModelProfile:
         """The profile of the emulated, slower machine."""
         return profile.slowed(self._options.slowdown).model_copy(update={"platform": self._options.platform})
@@ -140,7 +166,7 @@ class LitertRunner:
             return False
         measure = partial(self._measure, self._model(model), again=True)
         measured = await asyncio.get_running_loop().run_in_executor(None, measure)
-        found = self._emulated(with_codecs(measured, self._model(model)))
+        found = self._emulated(self._with_batches(with_codecs(measured, self._model(model)), self._model(model)))
         before_s = sum(self._profiles[model].layer_s)
         if abs(sum(found.layer_s) - before_s) <= SAME_SHARE * before_s:
             return False

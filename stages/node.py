@@ -51,7 +51,7 @@ from stages.measuring.reports import LinkReports
 from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.profile_check import ProfileCheck
 from stages.rehearsal import rehearse
-from stages.runner import Runner
+from stages.runner import MeasuresBatches, Runner
 
 ALARMED = ("dead_letters", "decisions_missed", "declared_lost", "stalled_attempts", "wrong_identity")
 """Counters that alarms use. They and the busy times start at 0, because Prometheus sees no increase in a series that begins
@@ -205,6 +205,8 @@ class Node:
                     )
                     group.create_task(self._own_speed.run(), name=f"{self.settings.name}: own speed")
                 group.create_task(check.run(), name=f"{self.settings.name}: profiles")
+                if isinstance(self.runner, MeasuresBatches):
+                    group.create_task(check.run_batches(self.runner), name=f"{self.settings.name}: batches")
                 group.create_task(work.run(), name=f"{self.settings.name}: work")
                 group.create_task(self._follow(work), name=f"{self.settings.name}: decisions")
                 group.create_task(self._keep_lease(work), name=f"{self.settings.name}: lease")
@@ -526,7 +528,7 @@ class Node:
         measured = self.runner.profiles()
         models = fitting(measured)
         if smaller := [one.model for one, whole in zip(models, measured, strict=True) if one is not whole]:
-            self.log.warning("announcement too large; codecs left out", models=smaller)
+            self.log.warning("announcement too large; codecs or batches left out", models=smaller)
         return NodeAnnounced(
             node=s.name,
             role=s.role,

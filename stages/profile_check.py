@@ -1,4 +1,7 @@
-"""Check of a node's profiles: what the planner learned from completed tasks contradicts some, and they are measured again."""
+"""Check of a node's profiles: what the planner learned from completed tasks contradicts some, and they are measured again.
+
+Batches are measured once a node has computed some.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bus.messages import Learned
-from stages.runner import Runner
+from stages.runner import MeasuresBatches, Runner
 
 CONTRADICTED = 2.0
 """A learned speed factor above this, or below its inverse, contradicts the profile."""
@@ -19,6 +22,8 @@ IDLE_S = 1.0
 AGAIN_S = 600.0
 """Minimum time between two measurements of a model; doubles whenever a measurement confirms the profile."""
 MAX_AGAIN_S = 24 * 3600.0
+BATCHES_S = 5.0
+"""Interval at which a node checks whether it should measure batches."""
 
 
 @dataclass(slots=True)
@@ -63,11 +68,30 @@ class ProfileCheck:
                 due = self._due.setdefault(model, _Due())
                 if clock() < due.from_s:
                     continue  # the next completed task contradicts it again, if it is still wrong
-                while not self._idle():
+                while self.measuring or not self._idle():
                     await asyncio.sleep(IDLE_S)
                 if (factor := self._contradicted.pop(model, None)) is not None:
                     await self._measure(model, factor, due)
                     due.from_s = clock() + due.again_s
+
+    async def run_batches(self, runner: MeasuresBatches) -> None:
+        """Measure batches while the node is idle, until cancelled."""
+        while True:
+            await asyncio.sleep(BATCHES_S)
+            model = runner.unmeasured_batches()
+            if model is None or self.measuring or not self._idle():
+                continue
+            self.measuring = True
+            try:
+                changed = await runner.measure_batches(model)
+            except Exception as error:  # the profile without batches goes on
+                self._log.warning("batches not measured", model=model, error=f"{type(error).__name__}: {error}")
+                changed = False
+            finally:
+                self.measuring = False
+            if changed:
+                self._log.info("batches measured", model=model)
+                await self._announce()
 
     async def _measure(self, model: str, factor: float, due: _Due) -> None:
         self.measuring = True

@@ -122,6 +122,17 @@ class ComputesBatches(Protocol):
         """How many batches were computed, by their number of samples."""
 
 
+@runtime_checkable
+class MeasuresBatches(Protocol):
+    """A runner that measures how fast it computes batches."""
+
+    def unmeasured_batches(self) -> str | None:
+        """A model that it computes in batches and whose profile lacks them; None: there is none, or no need to measure it."""
+
+    async def measure_batches(self, model: str) -> bool:
+        """Measure this model, once; returns whether `profiles` has changed."""
+
+
 class PaceClock:
     """Absolute deadlines of stations that take turns: the emulated platform finishes a sample at max(free, ready) + t.
 

@@ -14,11 +14,11 @@ from bus import messages, topics
 from bus.errors import ModelError
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Decision, EpochOpened, Learned, LearnedNode, LinkMeasurement, NodeAnnounced, NodeJoined
-from bus.values import ModelProfile, Role
+from bus.values import BatchSpeed, ModelProfile, Role
 from loadgen.sim.virtual_loop import run_virtual
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.node import Node, NodeSettings
-from stages.profile_check import AGAIN_S
+from stages.profile_check import AGAIN_S, BATCHES_S
 from stages.runner import ModelledRunner
 from stages.zoo.registry import load_model
 
@@ -67,6 +67,27 @@ class Measured(ModelledRunner):
         return changed
 
 
+BATCH = (BatchSpeed(batch=8, factors=(0.5,)),)
+
+
+class Batching(Measured):
+    """A runner that computes in batches once `started`, and whose measurement of them finds this, or fails (None)."""
+
+    def __init__(self, found: tuple[BatchSpeed, ...] | None) -> None:
+        super().__init__(())
+        self.started, self.found = False, found
+
+    def unmeasured_batches(self) -> str | None:
+        return "toy" if self.started and not self.asked_s else None
+
+    async def measure_batches(self, model: str) -> bool:
+        self.asked_s.append(asyncio.get_running_loop().time())
+        if self.found is None:
+            raise ModelError(model, "the disk is full")
+        self._profiles[model] = PROFILE.model_copy(update={"batch": self.found})
+        return True
+
+
 class Region:
     """One node, and a planner's pen."""
 
@@ -99,19 +120,23 @@ class Region:
         await self.decide(Learned(task_id="t", nodes=(learned,)))
 
     def announced(self) -> list[float]:
+        return [one.layer_s[0] for one in self.profiles()]
+
+    def profiles(self) -> list[ModelProfile]:
+        """Those that were announced."""
         log = self.broker.logs(topics.NODES)[0]
         found = [messages.decode(topics.NODES, record.value) for record in log.read(0, log.end)]
-        return [message.models[0].layer_s[0] for message in found if isinstance(message, NodeAnnounced)]
+        return [message.models[0] for message in found if isinstance(message, NodeAnnounced)]
 
 
 @contextlib.asynccontextmanager
-async def region(*times_s: float | None) -> AsyncIterator[Region]:
+async def region(*times_s: float | None, runner: Measured | None = None) -> AsyncIterator[Region]:
     broker = MemoryBroker()
     async with MemoryBus(broker) as bus:
         await bus.create_topics(topics.specs(["n"]))
         opened = EpochOpened(region=0, epoch=1, nonce="n", planner="p", lease_s=60.0)
         await bus.send(topics.DECISIONS, messages.encode(opened), key="0", partition=0)
-        made = Region(bus, broker, Measured(times_s))
+        made = Region(bus, broker, runner or Measured(times_s))
         task = asyncio.create_task(made.node.run(made.work))
         await asyncio.sleep(0.5)
         await made.decide(NodeJoined(node=made.node.announcement()))
@@ -201,3 +226,31 @@ async def test_the_runner_measures_on_this_machine_and_keeps_a_profile_that_is_c
     assert not await given.remeasure("lenet")
     await runner.close()
     await given.close()
+
+
+def test_batches_are_measured_by_an_idle_node_that_has_computed_some_and_announced() -> None:
+    async def run() -> None:
+        runner = Batching(BATCH)
+        async with region(runner=runner) as place:
+            await asyncio.sleep(3 * BATCHES_S)
+            runner.started, place.work.resting = True, False
+            await asyncio.sleep(3 * BATCHES_S)
+            assert runner.asked_s == []
+            place.work.resting = True
+            await asyncio.sleep(3 * BATCHES_S)
+            assert len(runner.asked_s) == 1
+            assert [one.batch for one in place.profiles()] == [None, BATCH]
+
+    run_virtual(run())
+
+
+def test_a_node_whose_batches_cannot_be_measured_goes_on() -> None:
+    async def run() -> None:
+        runner = Batching(None)
+        async with region(runner=runner) as place:
+            runner.started = True
+            await asyncio.sleep(3 * BATCHES_S)
+            assert len(runner.asked_s) == 1
+            assert [one.batch for one in place.profiles()] == [None]
+
+    run_virtual(run())
