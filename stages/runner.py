@@ -215,18 +215,22 @@ class ModelledRunner:
     def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
         """A station that sleeps instead of computing."""
         profile = profile_of(self._profiles, plan.model)
+        work = _ModelledWork(self, plan, first, last)
         if not profile.batch:
-            return _ModelledStation(sum(profile.layer_s[first:last]), profile.cut_bytes[last], pace)
+            return _ModelledStation(work, sum(profile.layer_s[first:last]), pace)
         key = (plan.model, first, last)
         if key not in self._batchers:
             executors = profile.executors or 1
             platform = _ModelledBatches(partial(profile.together_s, first=first, last=last), self.compute, executors)
             self._batchers[key] = self._make_batcher(platform.run, executors=executors)
-        return _ModelledBatchStation(self._batchers[key], plan, first, last)
+        return _ModelledBatchStation(work, self._batchers[key])
 
     def compute(self, one: ModelledSample) -> list[Array]:
-        """The outputs of a sample of a batch."""
+        """The outputs of a sample whose time has passed."""
         return [_blank(profile_of(self._profiles, one.plan.model).cut_bytes[one.last])]
+
+    def closed(self, plan: AttemptPlan) -> None:
+        """Called when a station of an attempt has been closed."""
 
     def coder(self, plan: AttemptPlan, position: int, codec: Codec, pace: PaceClock) -> Coder:
         """A coder that sleeps, and makes as many bytes as the codec does on average."""
@@ -240,23 +244,36 @@ class ModelledRunner:
         """Do nothing: this runner holds no resources."""
 
 
+class _ModelledWork(NamedTuple):
+    """What a station computes: layers first+1..last of an attempt."""
+
+    runner: ModelledRunner
+    plan: AttemptPlan
+    first: int
+    last: int
+
+    def sample(self, number: int, inputs: Sequence[Array], ready_s: float) -> ModelledSample:
+        return ModelledSample(self.plan, self.first, self.last, number, inputs, ready_s)
+
+    def close(self) -> None:
+        self.runner.closed(self.plan)
+
+
 class _ModelledStation:
     waited_s = 0.0  # an emulated platform computes its tasks side by side
 
-    def __init__(self, busy_s: float, output_bytes: int, pace: PaceClock) -> None:
-        self._busy_s = busy_s
-        self._output = [_blank(output_bytes)]
-        self._pace = pace
+    def __init__(self, work: _ModelledWork, busy_s: float, pace: PaceClock) -> None:
+        self._work, self._busy_s, self._pace = work, busy_s, pace
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
         await sleep_until(self._pace.done_at(ready_s, self._busy_s))
-        return self._output
+        return self._work.runner.compute(self._work.sample(sample, inputs, ready_s))
 
     def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
         return None  # it takes time
 
     def close(self) -> None:
-        pass
+        self._work.close()
 
 
 class _ModelledBatches:
@@ -284,12 +301,12 @@ class _ModelledBatchStation:
 
     most_at_once = MOST_AT_ONCE
 
-    def __init__(self, batcher: ModelledBatcher, plan: AttemptPlan, first: int, last: int) -> None:
-        self._batcher, self._plan, self._first, self._last = batcher, plan, first, last
+    def __init__(self, work: _ModelledWork, batcher: ModelledBatcher) -> None:
+        self._work, self._batcher = work, batcher
         self.waited_s = 0.0
 
     def submit(self, sample: int, inputs: Sequence[Array], ready_s: float) -> asyncio.Future[Computed[list[Array]]]:
-        return self._batcher.submit(ModelledSample(self._plan, self._first, self._last, sample, inputs, ready_s))
+        return self._batcher.submit(self._work.sample(sample, inputs, ready_s))
 
     async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
         outputs, waited_s = await waited_for(self.submit(sample, inputs, ready_s))
@@ -300,7 +317,7 @@ class _ModelledBatchStation:
         return None  # it takes time
 
     def close(self) -> None:
-        pass
+        self._work.close()
 
 
 class _ModelledCoder:

@@ -47,6 +47,7 @@ class Process:
         self.steps = 0
         self.frozen = False
         self.dead = True
+        self.kills = 0
         self.ends: list[str] = []  # errors with which it ended, except kills and bus failures
         self.bus: MemoryBus | None = None
         self._connect = connect
@@ -86,6 +87,7 @@ class Process:
         if self.dead:
             return
         self.dead = True
+        self.kills += 1
         assert self.bus is not None
         self.bus.kill()
         if self._task is not None:
@@ -154,6 +156,13 @@ class Process:
         for future in sleepers:
             if not future.done():
                 future.set_result(None)
+
+
+def running_process() -> Process:
+    """The process whose code runs now, or one that was killed and whose tasks have not ended."""
+    process = _whose.get()
+    assert process is not None
+    return process
 
 
 class _Driven(Coroutine[Any, Any, Any]):

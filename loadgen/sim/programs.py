@@ -13,9 +13,11 @@ from bus.port import Bus
 from bus.tensors import Array, Encoded
 from planner.core.core import PlannerCore
 from planner.service.service import PlannerService
+from stages.batches import Batcher
 from stages.devices.device import Device
 from stages.hops.hop import Hop, hop_of
 from stages.node import Node
+from stages.runner import ModelledBatcher
 
 
 def _unchanged(bus: Bus) -> Bus:
@@ -32,6 +34,7 @@ class Programs:
     device: Callable[..., Device] = Device
     hop: Callable[[Node], Hop] = hop_of
     decode: Callable[[Encoded, int], list[Array]] = decode_sample  # how modelled machines decode a sample
+    batcher: Callable[..., ModelledBatcher] = Batcher  # what forms the batches of modelled machines
     client_bus: Callable[[Bus], Bus] = _unchanged  # the bus with which tasks are submitted
 
 

@@ -15,7 +15,7 @@ from bus.decisions import DecisionLog
 from bus.errors import BusError
 from bus.memory.bus import MemoryBus
 from bus.messages import Change, Decision
-from bus.values import CodecProfile, ModelProfile, Role
+from bus.values import BatchSpeed, CodecProfile, ModelProfile, Role
 from loadgen.sim.process import Process
 from loadgen.sim.programs import REAL, Programs
 from planner.service.service import PlannerService, Standing
@@ -34,8 +34,9 @@ def toy_profile(
     layer_s: Iterable[float],
     cut_bytes: tuple[int, ...],
     codecs: tuple[CodecProfile, ...] | None = None,
+    batch: tuple[BatchSpeed, ...] | None = None,
 ) -> ModelProfile:
-    """Profile of the three-layer toy model on one platform: time per layer, bytes at each of the four cuts, codecs."""
+    """Profile of the three-layer toy model on a platform: time per layer, bytes at each of the four cuts, codecs, batches."""
     return ModelProfile(
         model=MODEL,
         sha256="0" * 64,
@@ -44,6 +45,7 @@ def toy_profile(
         layer_s=tuple(layer_s),
         cut_bytes=cut_bytes,
         codecs=codecs,
+        batch=batch,
     )
 
 

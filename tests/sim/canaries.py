@@ -7,8 +7,9 @@ the programs leaves it alone.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ import zstandard
 
 from bus import messages, snapshots, topics
 from bus.decisions import DecisionLog, DecisionTopicMessage, Dropped
-from bus.errors import BusError
+from bus.errors import BusError, ModelError
 from bus.frames import Frame
 from bus.messages import Decision, Ended, EpochOpened, Message, NodeAnnounced, Rerouted, Snapshot, Start, TaskCompleted
 from bus.port import Bus, Position, Reader, Record, RecordValue, TopicPartition
@@ -33,6 +34,7 @@ from planner.core.teacher import Teacher
 from planner.search.ledger import Ledger, Reservation, Timeline
 from planner.service.leader_term import LeaderTerm
 from planner.service.service import PlannerService, ServiceComponents
+from stages.batches import Batcher, Computed
 from stages.components import StageComponents
 from stages.devices.attempt import DeviceAttempt, RunningAttempt
 from stages.devices.device import Device
@@ -45,8 +47,12 @@ from stages.hops.hop import Hop
 from stages.network.frame_sender import FrameSender
 from stages.node import Node
 from stages.offsets import OffsetLedger, Receipt
+from stages.runner import ModelledSample
 from stages.sample_ranges import SampleRanges
 from stages.window import MissingResults, Window
+
+ComputeBatch = Callable[[Sequence[ModelledSample]], Awaitable[tuple[Sequence[list[Array]], float]]]
+"""See `Batcher`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +361,50 @@ def believing_decode(encoded: Encoded, limit_bytes: int) -> list[Array]:
     return [np.frombuffer(content, np.uint8)]
 
 
+class LosingBatcher(Batcher[ModelledSample, list[Array]]):
+    """Forgets every third sample that finds others waiting."""
+
+    found_others = 0
+
+    def submit(self, item: ModelledSample) -> asyncio.Future[Computed[list[Array]]]:
+        self.found_others += self.waiting > 0
+        if self.found_others == 3:
+            self.found_others = 0
+            return asyncio.get_running_loop().create_future()
+        return super().submit(item)
+
+
+class MixingBatcher(Batcher[ModelledSample, list[Array]]):
+    """Gives each sample of a batch of several tasks the result of the next one."""
+
+    def __init__(self, compute: ComputeBatch, **more: Any) -> None:
+        async def mixed(batch: Sequence[ModelledSample]) -> tuple[Sequence[list[Array]], float]:
+            results, busy_s = await compute(batch)
+            several = len({one.plan.task_id for one in batch}) > 1
+            return ([*results[1:], results[0]] if several else results), busy_s
+
+        super().__init__(mixed, **more)
+
+
+class SpreadingBatcher(Batcher[ModelledSample, list[Array]]):
+    """A bad sample of a batch makes the others fail, too."""
+
+    def __init__(self, compute: ComputeBatch, **more: Any) -> None:
+        failed: set[tuple[str, int]] = set()
+
+        async def spread(batch: Sequence[ModelledSample]) -> tuple[Sequence[list[Array]], float]:
+            names = {(one.plan.task_id, one.sample) for one in batch}
+            if names & failed:
+                raise ModelError("toy", "another sample failed")
+            try:
+                return await compute(batch)
+            except ModelError:
+                failed.update(names)
+                raise
+
+        super().__init__(spread, **more)
+
+
 class SlotKept(EdgeStage):
     """A task that is over keeps its slot."""
 
@@ -522,6 +572,9 @@ CANARIES = (
     Canary(
         "timeline given twice", "a ledger's release is executed twice", 10, core(ledger=partial(Ledger, GivenTwice))
     ),
+    Canary("batch loses a sample", "a sample of a batch gets no result", 30, Programs(batcher=LosingBatcher)),
+    Canary("batch mixes up two tasks", "a sample gets another task's result", 30, Programs(batcher=MixingBatcher)),
+    Canary("bad sample spreads", "a bad sample fails its whole batch", 30, Programs(batcher=SpreadingBatcher)),
     Canary("slot leaked", "an edge's slot is not given back", 5, hop(SlotKept)),
     Canary("slot given back twice", "an edge's slot is given back twice", 5, hop(SlotGivenTwice)),
     Canary("permit leaked", "a result does not open the window", 5, stage(window=NeverGivenBack)),

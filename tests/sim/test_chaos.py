@@ -31,6 +31,7 @@ KINDS = {
         for kind in ("lost_ack", "lost_post", "duplicate", "rebalance", "redelivery", "stale_commit", "late")
     ),
     *(f"{kind} on {topic}" for kind in ("poison", "garbage") for topic in TOPICS),
+    *(f"crash in a batch: {role}" for role in ("edge", "cloud")),
     "broker stop",
     "bus corrupt",
     "bus missing",
@@ -45,11 +46,13 @@ KINDS = {
 
 PLANS = {"placements_of_several_routes", "placements_with_codecs", "rerouted"}
 """What the tasks must meet beside the faults."""
+BATCHES = {"computed", "process_killed", "bad_sample"}
+"""What batches of samples of several tasks must meet."""
 
 
 @pytest.fixture(scope="module")
 def struck() -> set[str]:
-    """Kinds of faults, and of plans, that the blocks of seeds met."""
+    """Kinds of faults, of plans, and of what befell batches, that the blocks of seeds met."""
     return set()
 
 
@@ -66,12 +69,12 @@ def test_whatever_breaks_the_region_converges_and_no_guarantee_is_broken(first: 
     assert found["sessions"] > 20
     assert found["frames"]["answered"] > 10 * found["sessions"]
     assert LEASE_S - STAGE_S < found["replanned_s"]["max"] <= LEASE_S + STAGE_S
-    struck.update(found["faults"], (kind for kind in PLANS if found[kind]))
+    struck.update(found["faults"], (kind for kind in PLANS if found[kind]), found["batches_of_several_tasks"])
 
 
 @pytest.mark.skipif(SEEDS < 200, reason="fewer seeds need not meet everything")
 def test_every_kind_of_fault_struck(struck: set[str]) -> None:
-    assert struck >= KINDS | PLANS
+    assert struck >= KINDS | PLANS | BATCHES
 
 
 def test_killed_before_and_after_every_await() -> None:

@@ -46,7 +46,8 @@ def chaos(
 
     Real planner, real stages, modelled machines. Processes are killed between any two steps, frozen, cut off, terminated;
     the broker stops; records are lost, doubled, corrupted, late, delivered again; clocks jump; garbage and forged snapshots
-    stand on the topics. Exit code 1 when a guarantee did not hold; each violation comes with the command that replays it.
+    stand on the topics; a batch of several tasks has a bad sample, or its process is killed. Exit code 1 when a guarantee did
+    not hold; each violation comes with the command that replays it.
 
     Example, everything, on all cores: `deepar simulate chaos --seeds 10000`
 
@@ -109,7 +110,8 @@ def _print(console: Console, found: dict[str, Any]) -> None:
             f"{found['seeds']} seeds, {found['simulated_hours']:.2f} simulated hours, {found['retries']} further attempts, "
             f"{found['suppressed_duplicates']} duplicates suppressed, "
             f"{found['rejected_queue_full']} tasks rejected by a full queue; {found['sessions']} sessions, "
-            f"{found['frames'].get('answered', 0)} of their frames answered"
+            f"{found['frames'].get('answered', 0)} of their frames answered; "
+            f"{found['batches_of_several_tasks'].get('computed', 0)} batches of samples of several tasks"
         )
         if silent["times"]:
             console.print(

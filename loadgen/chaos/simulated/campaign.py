@@ -89,6 +89,7 @@ def _summary(chunks: Iterable[Sequence[ChaosRun]]) -> dict[str, Any]:
         "rejected_queue_full": sum(run.rejected for run in runs),
         "placements_of_several_routes": sum(run.mixed for run in runs),
         "placements_with_codecs": sum(run.encoded for run in runs),
+        "batches_of_several_tasks": _counted(run.batches for run in runs),
         "rerouted": sum(run.rerouted for run in runs),
         "replanned_s": {"times": len(silences), "lease": LEASE_S} | (distribution(silences) if silences else {}),
     }

@@ -19,7 +19,16 @@ from loadgen.chaos.simulated.oracle import Violation
 from loadgen.chaos.simulated.region import ChaosScenario
 
 SMALL = ChaosScenario(
-    devices=1, edges=1, clouds=1, planners=1, tasks=2, samples=(2, 6), faults=(0, 0), faults_s=4.0, cameras=1.0
+    devices=1,
+    edges=1,
+    clouds=1,
+    planners=1,
+    tasks=2,
+    samples=(2, 6),
+    faults=(0, 0),
+    faults_s=4.0,
+    cameras=1.0,
+    batches=1.0,
 )
 """A region without other faults."""
 

@@ -62,6 +62,7 @@ class Breaker:
         self._broker = broker
         self._processes = processes
         self._note = note
+        self._healed = False
         self._to_damage = 0
         self._spent: Counter[str] = Counter()  # fault counts of replaced `Faults` values
         self._clock_draw = random.Random(draw.random())
@@ -97,6 +98,7 @@ class Breaker:
     def heal(self) -> None:
         """End all faults and restart dead processes."""
         self._note("heal")
+        self._healed = True
         self._spend()
         self._broker.faults = None
         self._broker.resume()
@@ -127,14 +129,24 @@ class Breaker:
 
     async def _crash(self, process: Process, client: MemoryBus) -> None:
         self._count("crash", process)
-        loop = asyncio.get_running_loop()
         away_s = self._draw.choice([0.05, 1.0, 2.0 * LEASE_S])
+        self._crash_in(process, self._draw.randrange(1, 150), away_s)
+
+    def kill_in_batch(self, process: Process, draw: random.Random) -> None:
+        """Kill a process a few steps after it began to compute a batch."""
+        if not self._healed:
+            self._count("crash in a batch:", process)
+            self._note("fault", "crash in a batch", process.name)
+            self._crash_in(process, draw.randrange(1, 8), draw.choice([0.05, 1.0, 2.0 * LEASE_S]))
+
+    def _crash_in(self, process: Process, steps: int, away_s: float) -> None:
+        loop = asyncio.get_running_loop()
 
         def restart() -> None:
             self._note("dead", process.name)
             loop.call_later(away_s, process.start)
 
-        process.crash_in(self._draw.randrange(1, 150), restart)
+        process.crash_in(steps, restart)
 
     async def _freeze(self, process: Process, client: MemoryBus) -> None:
         pause_s = self._draw.uniform(0.2, 2.5 * LEASE_S)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 
 from bus import topics
@@ -36,6 +37,7 @@ class FinalChecks:
     cameras: CameraRecord
     oracle: Oracle
     breaker: Breaker
+    bad: Container[str]  # tasks with a sample on which the model fails
     crowded: bool  # whether the planner may reject tasks because its queue is full
     say: Say
 
@@ -94,6 +96,8 @@ class FinalChecks:
         causes = set()
         if task.task_id in self.breaker.poisoned:
             causes.add("any")
+        if task.task_id in self.bad:
+            causes.add("model")
         if task.task_id in self.breaker.cancelled:
             causes.add("cancelled")
         if task.deadline_s is not None:

@@ -19,9 +19,10 @@ from loadgen.chaos.simulated.camera import Camera, CameraRecord
 from loadgen.chaos.simulated.client import SimulatedClient
 from loadgen.chaos.simulated.faults import Breaker
 from loadgen.chaos.simulated.final_checks import FinalChecks
+from loadgen.chaos.simulated.machines import BatchFaults, CheckedRunner, Machines
 from loadgen.chaos.simulated.monitor import SimulatedMonitor
 from loadgen.chaos.simulated.oracle import Oracle, Violation
-from loadgen.chaos.simulated.region import LEASE_S, ChaosScenario, CheckedRunner
+from loadgen.chaos.simulated.region import LEASE_S, ChaosScenario
 from loadgen.chaos.simulated.watched_bus import WatchedBus
 from loadgen.sim.process import Process, task_factory
 from loadgen.sim.programs import REAL, Programs
@@ -57,6 +58,7 @@ class ChaosRun:
     rejected: int  # tasks rejected because of a full queue
     mixed: int  # placements of several routes
     encoded: int  # placements with codecs
+    batches: Counter[str]  # batches of samples of several tasks, and what they met
     rerouted: int  # changes of the placement of a running task
     trace: tuple[tuple[Any, ...], ...]  # events in order; the same for the same seed
 
@@ -87,10 +89,20 @@ class Play:
         self.cameras = CameraRecord(self.say, self.note)
         self.oracle = Oracle(self._make_core(PlannerCore), self.say)
         self.region = VirtualRegion(self._connect)
-        self._add_processes()
-        self.processes = list(self.region.processes.values())
+        self.processes: list[Process] = []
         self.breaker = Breaker(draw, scenario, self.broker, self.processes, self.note, self.cameras.sessions)
-        self.watch = SimulatedMonitor(self.broker, self.say, self.oracle, self.breaker.harmed, self.breaker.forged)
+        batches = random.Random(f"batches of {seed}")
+        self.batch_faults = BatchFaults(batches, self.breaker.kill_in_batch)
+        self.machines = Machines(
+            say=self.say,
+            codecs=self.codecs,
+            batches=batches.random() < scenario.batches,
+            faults=self.batch_faults if any(scenario.faults) else None,
+            programs=programs,
+        )
+        self._add_processes()
+        self.processes += self.region.processes.values()
+        self.watch = SimulatedMonitor(self.broker, self.say, self.oracle, self._may_fail, self.breaker.forged)
 
     def say(self, guarantee: str, what: str) -> None:
         """Record a violated guarantee."""
@@ -125,13 +137,17 @@ class Play:
             stage = VirtualStage(
                 settings=settings,
                 programs=self.programs,
-                make_runner=partial(CheckedRunner, settings, self.say, codecs=self.codecs, decode=self.programs.decode),
+                make_runner=partial(CheckedRunner, settings, self.machines),
                 on_result=self.client.show if settings.role is Role.DEVICE else None,
                 kept=self.client.shown,
                 application=camera.run if filming else None,
                 drain_s=2.0,
             )
             self.region.add_stage(stage)
+
+    def _may_fail(self, task_id: str) -> bool:
+        """Whether an attempt at the task may fail before all its samples were sent on."""
+        return self.breaker.harmed(task_id) or task_id in self.batch_faults.bad
 
     def _make_core(self, make: Callable[..., PlannerCore]) -> PlannerCore:
         objective = self.objective
@@ -218,6 +234,7 @@ class Play:
             cameras=self.cameras,
             oracle=self.oracle,
             breaker=self.breaker,
+            bad=self.batch_faults.bad,
             crowded=self.crowded,
             say=self.say,
         )
@@ -239,6 +256,7 @@ class Play:
             rejected=sum(end.cause == "queue_full" for end in ends),
             mixed=self.oracle.mixed,
             encoded=self.oracle.encoded,
+            batches=self.batch_faults.met,
             rerouted=self.oracle.rerouted,
             trace=tuple(self.trace),
         )
