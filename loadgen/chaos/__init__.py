@@ -1,4 +1,4 @@
-"""Fault injection: `simulated` breaks a region in virtual time, `live` breaks real processes on a real broker.
+"""Fault injection: `simulated` breaks a region in virtual time, `soak` runs one for hours, `live` breaks real processes.
 
 Only `deploy` and the tests import these wings.
 """

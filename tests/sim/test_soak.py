@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from bus.messages import Decision, Ended
 from deploy.commands.simulate import figures
-from loadgen.chaos.simulated.slow_cloud import slow_cloud
-from loadgen.chaos.simulated.soak import ALLOWED, soak
-from loadgen.chaos.simulated.soak_region import SoakScenario
+from loadgen.chaos.soak.slow_cloud import slow_cloud
+from loadgen.chaos.soak.soak import ALLOWED, soak
+from loadgen.chaos.soak.soak_region import SoakScenario
 from loadgen.sim.programs import Programs
 from stages.devices.device import Device
 from tests.sim.canaries import canary

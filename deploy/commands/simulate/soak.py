@@ -17,10 +17,10 @@ from deploy.console_output.progress import progress_bar
 from deploy.console_output.writable import writable_folder
 from deploy.services.process import EXIT_FAILED, EXIT_MISSED
 from loadgen import plots
-from loadgen.chaos.simulated.slow_cloud import slow_cloud
-from loadgen.chaos.simulated.soak import SoakResult
-from loadgen.chaos.simulated.soak import soak as run_soak
-from loadgen.chaos.simulated.soak_region import SoakScenario
+from loadgen.chaos.soak.slow_cloud import slow_cloud
+from loadgen.chaos.soak.soak import SoakResult
+from loadgen.chaos.soak.soak import soak as run_soak
+from loadgen.chaos.soak.soak_region import SoakScenario
 
 LABELS = {
     "rss_bytes": "memory of the process",

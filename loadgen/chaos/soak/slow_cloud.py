@@ -15,7 +15,7 @@ from bus import messages, topics
 from bus.memory.bus import MemoryBus
 from bus.messages import Ended, Placed, SeedInput, TaskSubmitted
 from bus.topics import Partitions
-from loadgen.chaos.simulated.soak_region import SoakRegion, SoakScenario
+from loadgen.chaos.soak.soak_region import SoakRegion, SoakScenario
 from loadgen.sim.process import quiet, task_factory
 from loadgen.sim.programs import REAL, Programs
 from loadgen.sim.region import MODEL, VirtualStage, decided

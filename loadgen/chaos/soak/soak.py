@@ -25,7 +25,7 @@ from bus import messages, topics
 from bus.memory.bus import MemoryBus
 from bus.messages import Ended, SeedInput, TaskSubmitted
 from bus.topics import Partitions
-from loadgen.chaos.simulated.soak_region import WARM_UP, SoakRegion, SoakScenario
+from loadgen.chaos.soak.soak_region import WARM_UP, SoakRegion, SoakScenario
 from loadgen.sim.process import quiet, task_factory
 from loadgen.sim.programs import REAL, Programs
 from loadgen.sim.region import MODEL, decided
