@@ -106,6 +106,9 @@ class LitertRunner:
         self._batches_tried: set[str] = set()  # models whose batches were measured, or could not be
         self._stores = dict(prepared.stores)
         self._profiles: dict[str, ModelProfile] = {}
+        self._accelerator = prepared.accelerator
+        if options.gpu is not None and self._accelerator is None:
+            self._accelerator = Accelerator(options.gpu)
         self._num_threads = {
             model.name: threads(model, remeasure=options.remeasure, say=say)
             if options.num_threads == "auto"
@@ -123,13 +126,10 @@ class LitertRunner:
                 profile = self._measure(model, again=options.remeasure)
                 profile = with_codecs(profile, model, remeasure=options.remeasure, say=say)
                 profile = self._with_batches(profile, model, remeasure=options.remeasure)
-            self._profiles[model.name] = self._emulated(profile)
-        self._accelerator = prepared.accelerator
-        if options.gpu is not None and self._accelerator is None:
-            self._accelerator = Accelerator(options.gpu)
-        if self._accelerator is not None:
-            for model in models:  # starts the driver, and says early where the models run
+                profile = self._accelerated(profile, model)
+            elif self._accelerator is not None:
                 self._accelerator.prepare(self._stores[model.name], 0, model.graph.depth)
+            self._profiles[model.name] = self._emulated(profile)
 
     def _measure(self, model: Model, *, again: bool) -> ModelProfile:
         return self._measured(model, num_threads=self._num_threads[model.name], remeasure=again, say=self._say)
@@ -156,6 +156,10 @@ class LitertRunner:
         self._profiles[model] = changed = found.added_to(self._profiles[model], self._batch_mode, num_threads)
         return changed.batch is not None
 
+    def _accelerated(self, profile: ModelProfile, model: Model) -> ModelProfile:
+        """The profile of this machine with its GPU, if it has one to use."""
+        return profile if self._accelerator is None else self._accelerator.profile(profile, self._stores[model.name])
+
     def _emulated(self, profile: ModelProfile) -> ModelProfile:
         """The profile of the emulated, slower machine."""
         return profile.slowed(self._options.slowdown).model_copy(update={"platform": self._options.platform})
@@ -164,9 +168,13 @@ class LitertRunner:
         """Measure a model again in a thread, while this process computes nothing else."""
         if model not in self._measured_here:
             return False
-        measure = partial(self._measure, self._model(model), again=True)
-        measured = await asyncio.get_running_loop().run_in_executor(None, measure)
-        found = self._emulated(self._with_batches(with_codecs(measured, self._model(model)), self._model(model)))
+        loaded = self._model(model)
+
+        def measure() -> ModelProfile:
+            measured = with_codecs(self._measure(loaded, again=True), loaded)
+            return self._accelerated(self._with_batches(measured, loaded), loaded)
+
+        found = self._emulated(await asyncio.get_running_loop().run_in_executor(None, measure))
         before_s = sum(self._profiles[model].layer_s)
         if abs(sum(found.layer_s) - before_s) <= SAME_SHARE * before_s:
             return False
@@ -216,11 +224,13 @@ class LitertRunner:
             raise ModelError(model.name, f"SHA-256 is {model.sha256}, but the plan was made for {plan.sha256}")
         store = self._stores[model.name]
         await store.ready(first, last)
+        gpu = self._accelerator
+        if gpu is not None and not gpu.is_ready(model.name, first, last):
+            await asyncio.get_running_loop().run_in_executor(self._pool, partial(gpu.prepare, store, first, last))
+        if gpu is not None and gpu.holds(model.name, first, last):
+            return  # which checks its batches itself
         if self._predicted_s(plan, first, last) >= INLINE_S:
             self._batches.prepare(store, first, last, self._num_threads[model.name])
-        if self._accelerator is not None and not self._accelerator.is_ready(model.name, first, last):
-            place = partial(self._accelerator.prepare, store, first, last)
-            await asyncio.get_running_loop().run_in_executor(self._pool, place)
 
     def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
         """A station on the prepared segment."""

@@ -19,9 +19,10 @@ import structlog
 
 from bus.errors import ModelError
 from bus.tensors import Array
-from bus.values import TensorSpec
+from bus.values import ModelProfile, TensorSpec
 from stages.models.difference import relative_difference
 from stages.models.gpu.batched_files import BatchedFiles, random_sample
+from stages.models.gpu.gpu_profile import on_cpu, on_gpu
 from stages.models.gpu.normalization import for_gpu
 from stages.models.gpu.process import GpuEndedError, GpuFaultError, GpuProcess
 from stages.models.gpu.segment_file import SegmentFile, batchable, unsuited
@@ -32,6 +33,9 @@ log = structlog.get_logger("gpu")
 
 CHECKS = 4
 """Random inputs on which GPU and CPU must agree."""
+
+MEASURE_S = 0.5
+"""Time for measuring one size of batch of a whole model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +125,27 @@ class Accelerator:
             self._users[name] = self._users.get(name, 0) + 1
         return _GpuSegment(self, name, cpu)
 
+    def holds(self, model: str, begin: int, end: int) -> bool:
+        """Whether the segment runs on the GPU."""
+        placed = self._find((model, begin, end))
+        return placed is not None and placed.files is not None
+
+    def profile(self, profile: ModelProfile, store: SegmentStore) -> ModelProfile:
+        """The GPU's profile, made from the CPU's, if it computes the whole model; measuring takes about a second.
+
+        Else the CPU's and the reason, since a segment with a layer that the GPU does not compute runs on the CPU.
+        """
+        name = (store.model.name, 0, store.model.graph.depth)
+        self.prepare(store, *name[1:])
+        placed = self._find(name)
+        if placed is None or placed.files is None:
+            return on_cpu(profile, placed.reason if placed is not None else "the GPU process ended")
+        try:
+            return on_gpu(profile, placed.files.measure(MEASURE_S, self._clock))
+        except GpuFaultError as error:
+            self._place(name, Placed(None, str(error)))
+            return on_cpu(profile, str(error))
+
     def placements(self) -> dict[tuple[str, int, int], Placed]:
         """Where each known segment runs, by model, begin and end."""
         with self._looking:
@@ -198,7 +223,7 @@ class Accelerator:
         if isinstance(found, str):
             file.unload()
             return Placed(None, found)
-        files = BatchedFiles(file, found)
+        files = BatchedFiles(segment, file, found)
         self._add_batches(files, segment, store, part)
         return Placed(files)
 
@@ -212,7 +237,7 @@ class Accelerator:
                 return
             try:
                 larger = SegmentFile(self._process, segment, part, batch)
-                reason = files.add(larger, segment, self._options.tolerance, self._clock)
+                reason = files.add(larger, self._options.tolerance, self._clock)
             except GpuFaultError as error:
                 self._unbatched.add(name)  # it may have ended the process: the next load tries no batches
                 log.warning("segment runs without batches on the GPU", model=name[0], reason=str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import median
 
 import numpy as np
 
@@ -14,12 +15,15 @@ from stages.models.segments import Segment
 PAYS = 1.1
 """A larger batch is used if it is at least so many times faster per sample."""
 
+LEAST_RUNS = 6
+
 
 class BatchedFiles:
     """Runs any number of samples in the batches that take the least time. Methods raise `GpuFaultError`."""
 
-    def __init__(self, alone: SegmentFile, took_s: float) -> None:
+    def __init__(self, segment: Segment, alone: SegmentFile, took_s: float) -> None:
         """`alone` takes `took_s` for its one sample."""
+        self._segment = segment
         self._files = [(alone, took_s)]  # with the time of a batch
 
     @property
@@ -42,12 +46,12 @@ class BatchedFiles:
         """The time of each size of batch, as measured when it was loaded."""
         return {file.batch: took_s for file, took_s in self._files}
 
-    def add(self, file: SegmentFile, segment: Segment, tolerance: float, clock: Callable[[], float]) -> str | None:
+    def add(self, file: SegmentFile, tolerance: float, clock: Callable[[], float]) -> str | None:
         """Use a file for a larger batch, if it is right and faster; returns why it is not used.
 
         Each sample of a batch must have the results that it has alone, within the tolerance.
         """
-        samples = [random_sample(segment, number) for number in range(file.batch)]
+        samples = [random_sample(self._segment, number) for number in range(file.batch)]
         alone, took_alone_s = self._files[0]
         right = [alone.run([sample])[0] for sample in samples]
         took_s = float("inf")
@@ -74,10 +78,26 @@ class BatchedFiles:
             done += file.run(samples[len(done) : len(done) + file.batch], on_wait)
         return done
 
+    def measure(self, longest_s: float, clock: Callable[[], float]) -> dict[int, float]:
+        """The time of each size of batch, once the GPU has been busy for a while: an idle one computes at half its speed."""
+        return {file.batch: _busy_time(file, self._segment, longest_s, clock) for file, _ in self._files}
+
     def unload(self) -> None:
         """Free their device memory."""
         for file, _ in self._files:
             file.unload()
+
+
+def _busy_time(file: SegmentFile, segment: Segment, longest_s: float, clock: Callable[[], float]) -> float:
+    """The median time of the later half of the runs."""
+    samples = [random_sample(segment, number) for number in range(file.batch)]
+    took_s: list[float] = []
+    begin_s = clock()
+    while len(took_s) < LEAST_RUNS or clock() - begin_s < longest_s:
+        before_s = clock()
+        file.run(samples)
+        took_s.append(clock() - before_s)
+    return median(took_s[len(took_s) // 2 :])
 
 
 def random_sample(segment: Segment, number: int) -> list[Array]:
