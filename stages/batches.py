@@ -55,6 +55,15 @@ class Batcher(Generic[Item, Result]):
         self._starting = False  # whether batches are formed later in this turn of the event loop
 
     @property
+    def most(self) -> int:
+        """The largest batch."""
+        return self._most
+
+    def limit(self, most: int, executors: int) -> None:
+        """Change the limits, for batches that are not formed yet."""
+        self._most, self._executors = most, executors
+
+    @property
     def waiting(self) -> int:
         """Samples that are not in a batch yet."""
         return len(self._queue)
@@ -75,7 +84,7 @@ class Batcher(Generic[Item, Result]):
     def _start(self) -> None:
         """Give idle executors equal shares of what waits."""
         self._starting = False
-        while idle := self._executors - len(self._running):
+        while (idle := self._executors - len(self._running)) > 0:
             batch = self._take(idle)
             if not batch:
                 return

@@ -1,7 +1,7 @@
 """The segments of a LiteRT runner that are computed in batches, and the stations that do so.
 
-A segment is checked in the background when a task first needs it, so that no task waits for the check. The tasks that start
-afterwards are computed in batches if the segment passed.
+A segment is checked in the background when a task first needs it, so that no task waits for the check. Until it has passed,
+its samples are computed one by one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import structlog
 
@@ -23,7 +24,7 @@ from stages.models.batch_option import BatchMode
 from stages.models.gpu.accelerator import RunsSegment
 from stages.models.segments import SegmentStore
 from stages.runner import MOST_AT_ONCE, waited_for
-from stages.workers import Workers
+from stages.workers import WORKERS, Workers
 
 log = structlog.get_logger("batches")
 
@@ -32,13 +33,33 @@ Key = tuple[str, int, int]
 """Model, begin and end of a segment."""
 
 
+class BatchLimits(NamedTuple):
+    """How a segment is computed."""
+
+    most: int  # samples in a batch
+    executors: int  # batches at the same time
+
+
+ONE_BY_ONE = BatchLimits(1, WORKERS)
+
+FindLimits: TypeAlias = Callable[[], BatchLimits | None]
+"""The limits of a segment; None while it is being checked."""
+
+
 @dataclass(slots=True)
 class _Shared:
     """What the open stations of one segment share."""
 
     segment: RunsSegment
     batcher: Batcher[Inputs, list[Array]]
+    find_limits: FindLimits | None  # until they are known
     stations: int = 0
+
+    def refresh(self) -> None:
+        """Compute in batches from now on, if the segment has passed its check meanwhile."""
+        if self.find_limits is not None and (limits := self.find_limits()) is not None:
+            self.find_limits = None
+            self.batcher.limit(*limits)
 
 
 class LitertBatches:
@@ -73,26 +94,27 @@ class LitertBatches:
         else:
             self._conclude(key, known)
 
-    def most_at_once(self, key: Key) -> int:
-        """The largest batch of a segment on the CPU; 1 if it has not passed the check."""
+    def most(self, key: Key) -> int | None:
+        """The largest batch of a segment on the CPU: 1 if it has not passed the check, None while it is being checked."""
         check = self._checks.get(key)
-        return 1 if check is None or check.refusal(self._mode) else check.most
+        if check is None:
+            return None if key in self._asked else 1
+        return 1 if check.refusal(self._mode) else check.most
 
-    def station(self, key: Key, segment: RunsSegment, most: int, executors: int) -> BatchedStation | None:
-        """A station for a segment, which it releases at the end; None where its samples are computed one by one.
-
-        `most`: the largest batch. `executors`: how many batches may be computed at the same time.
-        """
-        if most == 1 or self._mode == "off":
+    def station(self, key: Key, segment: RunsSegment, find_limits: FindLimits) -> BatchedStation | None:
+        """A station for a segment, which it releases at the end; None where its samples are computed one by one."""
+        limits = find_limits()
+        if self._mode == "off" or (limits is not None and limits.most == 1):
             return None
         shared = self._shared.get(key)
         if shared is None:
+            most, executors = limits or ONE_BY_ONE
             batcher = Batcher(partial(self._compute, segment), most=most, executors=executors, on_batch=self._count)
-            shared = self._shared[key] = _Shared(segment, batcher)
+            shared = self._shared[key] = _Shared(segment, batcher, None if limits else find_limits)
         else:
             segment.release()
         shared.stations += 1
-        return BatchedStation(shared.batcher, partial(self._closed, key))
+        return BatchedStation(shared, partial(self._closed, key))
 
     def close(self) -> None:
         """Start no more checks."""
@@ -100,10 +122,10 @@ class LitertBatches:
 
     async def _compute(self, segment: RunsSegment, samples: Sequence[Inputs]) -> tuple[list[list[Array]], float]:
         def work() -> tuple[list[list[Array]], float]:
-            begin_s, waited_s = time.monotonic(), segment.waited_s
-            results = segment.run_batch(samples)
-            took_s = time.monotonic() - begin_s
-            return results, max(0.0, took_s - (segment.waited_s - waited_s))
+            waits_s: list[float] = []
+            begin_s = time.monotonic()
+            results = segment.run_batch(samples, waits_s.append)
+            return results, max(0.0, time.monotonic() - begin_s - sum(waits_s))
 
         found, _ = await self._workers.run(work)
         return found
@@ -143,16 +165,21 @@ class LitertBatches:
 class BatchedStation:
     """Computes the samples of one task in batches with those of other tasks."""
 
-    most_at_once = MOST_AT_ONCE
-
-    def __init__(self, batcher: Batcher[Inputs, list[Array]], closed: Callable[[], None]) -> None:
-        self._batcher, self._closed = batcher, closed
+    def __init__(self, shared: _Shared, closed: Callable[[], None]) -> None:
+        self._shared, self._closed = shared, closed
         self._open = True
         self.waited_s = 0.0
 
+    @property
+    def most_at_once(self) -> int:
+        """See `BatchStation`."""
+        self._shared.refresh()
+        return MOST_AT_ONCE if self._shared.batcher.most > 1 else 1
+
     def submit(self, sample: int, inputs: Inputs, ready_s: float) -> asyncio.Future[Computed[list[Array]]]:
         """See `BatchStation`."""
-        return self._batcher.submit(inputs)
+        self._shared.refresh()
+        return self._shared.batcher.submit(inputs)
 
     async def run(self, sample: int, inputs: Inputs, ready_s: float) -> list[Array]:
         """See `Station`."""

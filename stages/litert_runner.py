@@ -24,7 +24,7 @@ from bus.tensors import Array, Encoded, bytes_in
 from bus.values import Codec, CodecProfile, ModelProfile, TensorSpec
 from stages.calibration.batch_times import measure_missing_batches, with_batches
 from stages.calibration.stored import with_codecs
-from stages.litert_batches import LitertBatches
+from stages.litert_batches import BatchLimits, LitertBatches
 from stages.models.batch_check import random_input
 from stages.models.batch_option import BatchMode
 from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions, RunsSegment
@@ -247,12 +247,16 @@ class LitertRunner:
 
     def _batched(self, key: tuple[str, int, int], segment: RunsSegment, cpu: Segment) -> Station | None:
         """A station that computes in batches; None where the segment, on the GPU or on the CPU, does not."""
-        if segment is not cpu and self._accelerator is not None:
-            return self._batches.station(key, segment, self._accelerator.most_at_once(key), 1)
-        if (most := self._batches.most_at_once(key)) == 1:
-            return None
-        executors = min(usable_cores() // self._num_threads[key[0]], cpu.interpreters)
-        return self._batches.station(key, cpu, most, max(1, executors))
+        accelerator = self._accelerator
+        if segment is not cpu and accelerator is not None:
+            return self._batches.station(key, segment, lambda: BatchLimits(accelerator.most_at_once(key), 1))
+
+        def limits() -> BatchLimits | None:
+            if (most := self._batches.most(key)) is None:
+                return None
+            return BatchLimits(most, max(1, min(usable_cores() // self._num_threads[key[0]], cpu.interpreters)))
+
+        return self._batches.station(key, cpu, limits)
 
     def _predicted_s(self, plan: AttemptPlan, first: int, last: int) -> float:
         return sum(profile_of(self._profiles, plan.model).layer_s[first:last])

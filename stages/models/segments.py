@@ -55,6 +55,9 @@ PROCESS_BYTES = 80 << 20
 
 Say: TypeAlias = Callable[[str], None]
 
+OnWait: TypeAlias = Callable[[float], None]
+"""Receives the seconds for which other calls delayed one."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
@@ -86,40 +89,42 @@ class Segment:
         Blocks without holding the GIL: call it from a worker thread. A model that keeps state is reset before every sample.
         Raises `ModelError` if the computation fails.
         """
+        return self._computed(inputs, 1, self._count_wait)
+
+    def _computed(self, inputs: Sequence[Array], batch: int, on_wait: OnWait) -> list[Array]:
         if len(inputs) != len(self.inputs):
             raise ConfigError(f"{self} takes {len(self.inputs)} tensors, not {len(inputs)}")
         pieces = self._pieces()
         if len(pieces) == 1 and pieces[0].reads == self._reads and pieces[0].makes == self._makes:
-            return self._run_piece(pieces[0], inputs)
+            return self._run_piece(pieces[0], inputs, batch, on_wait)
         known = dict(zip(self._reads, inputs, strict=True))
         for piece in pieces:
-            made = self._run_piece(piece, [known[name] for name in piece.reads])
+            made = self._run_piece(piece, [known[name] for name in piece.reads], batch, on_wait)
             known.update(zip(piece.makes, made, strict=True))
         return [known[name] for name in self._makes]
 
-    def run_batch(self, samples: Sequence[Sequence[Array]]) -> list[list[Array]]:
+    def run_batch(self, samples: Sequence[Sequence[Array]], on_wait: OnWait | None = None) -> list[list[Array]]:
         """What `run` computes for each of several samples, together; only for segments that passed `check_batches`.
 
-        Raises `ModelError` if the computation fails, or if a tensor of any sample has the wrong type or shape.
+        `on_wait` receives the seconds for which other calls delayed this one; without it, `waited_s` counts them. Raises
+        `ModelError` if the computation fails, or if a tensor of any sample has the wrong type or shape.
         """
+        on_wait = on_wait or self._count_wait
         if len(samples) == 1:
-            return [self.run(samples[0])]
-        known = {
-            spec.name: _stacked(self, spec, values)
-            for spec, values in zip(self.inputs, zip(*samples, strict=True), strict=True)
-        }
-        for piece in self._pieces():
-            made = self._run_piece(piece, [known[name] for name in piece.reads], len(samples))
-            known.update(zip(piece.makes, made, strict=True))
-        for spec in self.outputs:
-            if known[spec.name].shape != (len(samples), *spec.shape[1:]):
+            return [self._computed(samples[0], 1, on_wait)]
+        stacked = [
+            _stacked(self, spec, values) for spec, values in zip(self.inputs, zip(*samples, strict=True), strict=True)
+        ]
+        made = self._computed(stacked, len(samples), on_wait)
+        for spec, values in zip(self.outputs, made, strict=True):
+            if values.shape != (len(samples), *spec.shape[1:]):
                 raise ModelError(str(self), f"the shape of {spec.name} does not follow the number of samples")
         # copies, so that a sample that leaves late does not hold the memory of the whole batch
-        return [[known[name][at : at + 1].copy() for name in self._makes] for at in range(len(samples))]
+        return [[values[at : at + 1].copy() for values in made] for at in range(len(samples))]
 
-    def _run_piece(self, piece: LoadedPiece, inputs: Sequence[Array], batch: int = 1) -> list[Array]:
+    def _run_piece(self, piece: LoadedPiece, inputs: Sequence[Array], batch: int, on_wait: OnWait) -> list[Array]:
         # A context manager would cost as much as running a small piece.
-        runner = piece.take(self._store.may_grow, self._count_wait)
+        runner = piece.take(self._store.may_grow, on_wait)
         try:
             if self._store.stateful:
                 runner.reset()

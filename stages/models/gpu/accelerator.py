@@ -26,7 +26,7 @@ from stages.models.gpu.gpu_profile import on_cpu, on_gpu
 from stages.models.gpu.normalization import for_gpu
 from stages.models.gpu.process import GpuEndedError, GpuFaultError, GpuProcess
 from stages.models.gpu.segment_file import SegmentFile, batchable, unsuited
-from stages.models.segments import Segment, SegmentStore
+from stages.models.segments import OnWait, Segment, SegmentStore
 from stages.models.slicer import SlicedPart, slice_model
 
 log = structlog.get_logger("gpu")
@@ -71,8 +71,11 @@ class RunsSegment(Protocol):
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Compute one sample."""
 
-    def run_batch(self, samples: Sequence[Sequence[Array]]) -> list[list[Array]]:
-        """Compute several samples together; only where batches of the segment were found to be right."""
+    def run_batch(self, samples: Sequence[Sequence[Array]], on_wait: OnWait | None = None) -> list[list[Array]]:
+        """Compute several samples together; only where batches of the segment were found to be right.
+
+        `on_wait` receives the seconds for which other calls delayed this one; without it, `waited_s` counts them.
+        """
 
     def release(self) -> None:
         """Tell the store that the segment is out of use."""
@@ -303,9 +306,9 @@ class _GpuSegment:
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         return self.run_batch([inputs])[0]
 
-    def run_batch(self, samples: Sequence[Sequence[Array]]) -> list[list[Array]]:
+    def run_batch(self, samples: Sequence[Sequence[Array]], on_wait: OnWait | None = None) -> list[list[Array]]:
         """Compute several samples, in the batches that take the least time."""
-        found = self._accelerator.compute(self._name, self._cpu, samples, self._count_wait)
+        found = self._accelerator.compute(self._name, self._cpu, samples, on_wait or self._count_wait)
         return [self._cpu.run(inputs) for inputs in samples] if found is None else found
 
     @property

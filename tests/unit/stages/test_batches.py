@@ -120,3 +120,17 @@ def test_a_missing_result_is_a_bug_that_every_sample_reports() -> None:
         assert [type(one) for one in found] == [InvariantError] * 3
 
     run_virtual(run())
+
+
+def test_new_limits_hold_for_the_next_batches() -> None:
+    async def run() -> None:
+        machine = Machine()
+        batcher = Batcher(machine.compute, most=1, executors=3)
+        jobs = [batcher.submit(number) for number in range(8)]
+        await asyncio.sleep(0.5)
+        assert machine.batches == [[0], [1], [2]]
+        batcher.limit(4, 1)
+        await asyncio.gather(*jobs)
+        assert machine.batches[3:] == [[3, 4, 5, 6], [7]]
+
+    run_virtual(run())

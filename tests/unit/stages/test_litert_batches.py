@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from bus.errors import ModelError
 from bus.frames import AttemptPlan
 from bus.tensors import Array
 from bus.values import Execution, Kind, ModelProfile, Placement
+from stages import litert_batches
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.models.batch_check import BatchCheck, store_check
 from stages.models.difference import relative_difference
@@ -160,13 +163,33 @@ def test_any_accepts_a_segment_whose_results_differ_slightly(lenet: Model) -> No
     asyncio.run(run())
 
 
-def test_an_unknown_segment_is_checked_in_the_background(lenet: Model) -> None:
-    """The task that needs it first does not wait."""
+def test_an_unknown_segment_is_checked_in_the_background(
+    lenet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task that needs it first does not wait for the check, and is computed in batches after it."""
+    checking, go_on = threading.Event(), threading.Event()
+
+    def check(store: SegmentStore, begin: int, end: int) -> BatchCheck:
+        checking.set()
+        assert go_on.wait(60)
+        return PASSED
+
+    monkeypatch.setattr(litert_batches, "check_batches", check)
+    monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path))  # knows no checks
 
     async def run() -> None:
-        async with runner_of(lenet, None, batches="any") as runner:
-            await runner.prepare(plan_of(lenet, "t"), 2, 7)
-            while "lenet 3..7" not in (runner.batch_segments() or {}):
+        async with runner_of(lenet, None) as runner:
+            one = station(runner, lenet)
+            assert isinstance(one, BatchStation)
+            await asyncio.to_thread(checking.wait, 60)
+            assert one.most_at_once == 1
+            alone = await asyncio.gather(*(one.run(at, sample(at), 0.0) for at in range(4)))
+            assert runner.batch_sizes() == {1: 4}
+            go_on.set()
+            while one.most_at_once == 1:
                 await asyncio.sleep(0)
+            together = await asyncio.gather(*(one.run(at, sample(at), 0.0) for at in range(4)))
+            assert max(runner.batch_sizes()) > 1
+            assert [result.tobytes() for (result,) in together] == [result.tobytes() for (result,) in alone]
 
     asyncio.run(run())
