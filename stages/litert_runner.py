@@ -136,7 +136,11 @@ class LitertRunner:
 
     def _with_batches(self, profile: ModelProfile, model: Model, *, remeasure: bool = False) -> ModelProfile:
         num_threads = self._num_threads[model.name]
-        return with_batches(profile, model, self._batch_mode, num_threads, remeasure=remeasure, say=self._say)
+        found = with_batches(profile, model, self._batch_mode, num_threads, remeasure=remeasure, say=self._say)
+        if found.executors is None or found is profile:
+            return found
+        fitting = self._stores[model.name].budget_bytes // max(1, model.size_bytes)
+        return found.model_copy(update={"executors": max(1, min(found.executors, fitting))})
 
     def unmeasured_batches(self) -> str | None:
         """See `MeasuresBatches`."""
@@ -152,9 +156,10 @@ class LitertRunner:
         self._batches_tried.add(model)
         loaded, num_threads = self._model(model), self._num_threads[model]
         measure = partial(measure_missing_batches, loaded, num_threads, say=self._say)
-        found = await asyncio.get_running_loop().run_in_executor(None, measure)
-        self._profiles[model] = changed = found.added_to(self._profiles[model], self._batch_mode, num_threads)
-        return changed.batch is not None
+        await asyncio.get_running_loop().run_in_executor(None, measure)
+        before = self._profiles[model]
+        self._profiles[model] = self._with_batches(before, loaded)
+        return self._profiles[model] != before
 
     def _accelerated(self, profile: ModelProfile, model: Model) -> ModelProfile:
         """The profile of this machine with its GPU, if it has one to use."""

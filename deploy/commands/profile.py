@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from bus.errors import ConfigError
+from deploy.console_output.batch_tables import batch_rows, batches_table
 from deploy.console_output.codec_tables import agreement_line, codecs_report, codecs_table
 from deploy.console_output.model_loading import (
     FileOptions,
@@ -23,6 +24,7 @@ from deploy.console_output.model_loading import (
 from deploy.console_output.model_tables import profile_table
 from deploy.console_output.option_groups import with_option_groups
 from deploy.console_output.profile_chart import draw_profile
+from stages.calibration.batch_times import MeasuredBatches, measure_and_store_batches
 from stages.calibration.measurement import MeasuredCodecs
 from stages.calibration.samples import Calibration, calibration_of
 from stages.calibration.stored import measure_and_store
@@ -72,6 +74,19 @@ class CodecOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """Whether batches are measured."""
+
+    batches: Annotated[
+        bool,
+        typer.Option(
+            "--batches",
+            help="Measure every layer in batches of 2 to 32 samples as well: speed, and whether results stay.",
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileOutput:
     """Where a profile is written, and its name."""
 
@@ -90,6 +105,7 @@ def profile(
     model: ModelArgument,
     timing: TimingOptions,
     coding: CodecOptions,
+    batching: BatchOptions,
     output: ProfileOutput,
     as_json: Json = False,
     *,
@@ -99,7 +115,7 @@ def profile(
 
     Each layer is timed as a separate slice, then the layer times are scaled to add up to the time of the whole model.
     The measurement is repeated until both agree within 25 %, at most five times. Stages on this machine use the result,
-    and announce the measured codecs.
+    and announce the measured codecs and batches.
 
     Example: `deepar profile lenet --num-threads 2 --out here.json`
     """
@@ -123,9 +139,12 @@ def profile(
         )
         ProfileCache().store(found, num_threads=num_threads, say=say)
         coded = None if calibration is None else _measured_codecs(loaded, calibration, bar, say)
+        together = _measured_batches(loaded, num_threads, bar, say) if batching.batches else None
     profiled = found.profile(output.platform)
     if coded is not None:
         profiled = coded.added_to(profiled)
+    if together is not None:
+        profiled = together.added_to(profiled, "exact", num_threads)
     out = output.out
     if out is not None:
         write_whole(out.absolute(), [profiled.model_dump_json(indent=2, exclude_none=True).encode() + b"\n"])
@@ -138,6 +157,8 @@ def profile(
         if coded is not None:
             console.print(codecs_table(loaded, coded))
             console.print(agreement_line(coded), soft_wrap=True, markup=False, highlight=False)
+        if together is not None:
+            console.print(batches_table(loaded, together))
         for path in filter(None, (out, chart)):
             console.print(f"written: {path}")
         return
@@ -167,6 +188,7 @@ def profile(
             "files": [str(path) for path in (out, chart) if path is not None],
         }
         | ({} if coded is None else codecs_report(loaded, coded))
+        | ({} if together is None else {"batches": batch_rows(loaded, together), "executors": profiled.executors})
     )
 
 
@@ -177,4 +199,12 @@ def _measured_codecs(
         say(f"{model.name} has random weights: its ratios and agreements say nothing about a trained network")
     return measure_and_store(
         model, calibration, step=lambda what, done, total: bar(done, total, f"codecs: {what}"), say=say
+    )
+
+
+def _measured_batches(
+    model: Model, num_threads: int, bar: Callable[[int, int, str], None], say: Callable[[str], None]
+) -> MeasuredBatches:
+    return measure_and_store_batches(
+        model, num_threads, step=lambda what, done, total: bar(done, total, f"batches: {what}"), say=say
     )

@@ -168,6 +168,24 @@ def test_profile_measures_codecs_on_real_inputs(app: Any, tmp_path: Path) -> Non
             call(app, *wrong)
 
 
+def test_profile_measures_batches_of_every_layer(app: Any, tmp_path: Path) -> None:
+    words = ("profile", "lenet", "--num-runs", "1", "--batches")
+    found = read(app, *words, "--out", str(tmp_path / "profile.json"))
+    assert [row["name"] for row in found["batches"]] == [row["name"] for row in found["layers"]]
+    for row in found["batches"]:
+        assert list(row["factors"]) == ["2", "4", "8", "16", "32"]
+        assert row["max_rel_diff"] == 0
+    written = ModelProfile.model_validate_json((tmp_path / "profile.json").read_bytes())
+    assert written.executors == found["executors"] >= 1
+    assert written.batch is not None
+    assert [one.batch for one in written.batch] == [2, 4, 8, 16, 32]
+    assert written.batch[2].factors == tuple(row["factors"]["8"] for row in found["batches"])
+    shown = call(app, *words).stdout
+    assert "times as fast per sample, in batches of" in shown
+    assert shown.count("exact") == 7
+    assert "batches" not in read(app, *words[:-1])
+
+
 def test_profile_writes_what_nodes_announce_and_a_chart(app: Any, tmp_path: Path) -> None:
     out = tmp_path / "profile.json"
     found = read(app, "profile", "lenet", "--num-runs", "2", "--out", str(out), "--platform", "bench")
