@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bus.messages import Ended, Placed
-from bus.text.units import format_moment, format_rate, format_seconds
+from bus.text.units import format_count, format_moment, format_rate, format_seconds
 from bus.values import Placement
 from deploy.monitor.phrases import (
     STATION_NAMES,
@@ -55,12 +55,32 @@ def show(found: Explanation, console: Console) -> None:
         console.print("What each lacked for an immediate start:", highlight=False)
         for note in notes:
             console.print(f"  {note.strip()}", highlight=False, markup=False)
+    for line in _batches(found.decided):
+        console.print(line, highlight=False)
     if found.waited_for:
         console.print(f"It waited for {', '.join(found.waited_for)}.", highlight=False)
     if found.ended is not None and found.ended.measured is not None:
         console.print(_measured_table(found, found.decided, found.ended))
     if found.lessons:
         console.print(_learned_table(found))
+
+
+def _batches(placed: Placed) -> list[str]:
+    """The predicted batches of a placement, a line for each tier that computes in batches."""
+    lines = []
+    for tier, where, load in (
+        ("edge", placed.placement.edge, placed.placement.edge_batch),
+        ("cloud", "the cloud", placed.placement.cloud_batch),
+    ):
+        if load is None:
+            continue
+        share_s = getattr(placed.parts, f"{tier}_s") / placed.samples
+        with_others = f"with {format_count(load.tasks - 1, 'other task')}" if load.tasks > 1 else "with no other task"
+        lines.append(
+            f"Predicted for {where}, {with_others}: {load.batch:.3g} samples in a batch, each with a share of "
+            f"{format_seconds(share_s)}; a sample of this task every {format_seconds(load.apart * share_s)}."
+        )
+    return lines
 
 
 def _any_of(names: Sequence[str]) -> str:

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 from bus.errors import ConfigError, DeeparError, UnknownNameError
 from bus.messages import EpochOpened, LinkMeasurement
 from bus.text.units import parse_duration
-from bus.values import Codec, CodecProfile
+from bus.values import BatchSpeed, Codec, CodecProfile, Objective
 from deploy.commands.explain import explain
 from deploy.commands.plan import plan
 from planner.core.core import PlannerCore
 from planner.search.profiles import load_profile
 from tests.unit.planner.core.test_learning import Region, Truth
-from tests.unit.planner.scenes import RandomRegion, Traffic, cloud, device, edge, task
+from tests.unit.planner.scenes import RandomRegion, Traffic, cloud, device, edge, profile, task
 from tests.unit.planner.test_explain import records
 
 app = typer.Typer()
@@ -201,6 +201,26 @@ def test_explain_says_what_a_task_waits_for_and_since_when(tmp_path: Path) -> No
     assert "10 ms before the last record" in shown
     found = json.loads(run("explain", "t1", "--from", str(path), "--json"))
     assert (found["state"], found["waits_for"], found["waiting_since_s"]) == ("WAITING", ["a cloud to join"], 0.02)
+
+
+def test_explain_says_which_batches_were_predicted(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    fixed = tuple(BatchSpeed(batch=size, factors=(1 / size,) * 3) for size in (2, 4, 8, 16, 32))
+    batching = edge(slots=9, models=(profile(layer_s=(0.001,) * 3).model_copy(update={"batch": fixed}),))
+    tasks = [task(f"t{number}", f"d{number}", samples=100) for number in range(3)]
+    nodes = [batching, *(device(f"d{number}", models=(profile(layer_s=(9.0,) * 3),)) for number in range(3))]
+    decided = records(*nodes, *tasks, policy="edge-only", objective=Objective.PIPELINED)
+    path.write_text("\n".join(decision.model_dump_json() for decision in decided))
+    for number, with_others, batch, share, every in (
+        (0, "with no other task", "8", "375 us", "375 us"),
+        (2, "with 2 other tasks", "24", "125 us", "375 us"),
+    ):
+        shown = " ".join(run("explain", f"t{number}", "--from", str(path)).split())
+        assert f"Predicted for e1, {with_others}: {batch} samples in a batch, each with a share of {share};" in shown
+        assert f"a sample of this task every {every}." in shown
+    found = json.loads(run("explain", "t2", "--from", str(path), "--json"))
+    assert found["decided"]["placement"]["edge_batch"] == {"tasks": 3, "batch": 24.0, "apart": 3.0}
+    assert found["decided"]["placement"]["cloud_batch"] is None
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
