@@ -20,6 +20,7 @@ from bus.text.json_text import json_text
 from deploy.doctor import identity_checks, machine_checks, region_checks, site_checks, size_checks, topic_checks
 from deploy.doctor.machine_checks import Check
 from deploy.services.process import EXIT_FAILED, run_on_uvloop
+from deploy.services.telemetry.log_setup import configure_logging
 
 MARKS = {"ok": "[green]ok  [/]", "warning": "[bold yellow]WARN[/]", "failed": "[bold red]BAD [/]"}
 
@@ -51,6 +52,7 @@ def doctor(
 
     Example: `deepar doctor --model alexnet`
     """
+    configure_logging("error")  # the checks say what the log would
     connection = KafkaConnection.from_env(bootstrap_servers=bootstrap_servers)
     with Console(emoji=False, stderr=True).status("checking this machine, then the system; takes some seconds"):
         checks = run_on_uvloop(examine(connection, models or ["lenet"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from bus.errors import ConfigError, CutError, unknown_name
+from bus.tensors import Array
 from deploy.commands.profile import profile
 from deploy.console_output.model_loading import (
     FileOptions,
@@ -22,15 +23,28 @@ from deploy.console_output.model_loading import (
     print_json,
     progress_bar,
 )
-from deploy.console_output.model_tables import cuts_table, models_table, parts_table, show_tree, size, verify_lines
+from deploy.console_output.model_tables import (
+    cuts_table,
+    gpu_lines,
+    models_table,
+    parts_table,
+    show_tree,
+    size,
+    verify_lines,
+)
 from deploy.console_output.option_groups import with_option_groups
+from deploy.console_output.options import GpuTolerance, Processor
 from deploy.console_output.writable import writable_folder
 from deploy.services.process import EXIT_FAILED
+from deploy.services.telemetry.log_setup import configure_logging
 from stages.models.cuts import even_cuts, useful_positions, work_shares
 from stages.models.files.arrays import stored_arrays
 from stages.models.files.cache import write_whole
+from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions
+from stages.models.gpu.verdicts import Verdict, verify_on_gpu
 from stages.models.model import Model
 from stages.models.runtime.litert import InterpreterOptions
+from stages.models.segments import SegmentStore
 from stages.models.slicer import position_of, write_parts
 from stages.models.verify import Report, named_inputs, pairs_of, random_inputs
 from stages.models.verify import verify as verify_parts
@@ -224,6 +238,10 @@ class VerifyOptions:
     seed: Annotated[int, typer.Option(min=0, help="Random seed for pairs and samples.")] = 0
     num_threads: Threads = 1
     delegate: Annotated[bool, typer.Option(help="Use the runtime's default delegate (XNNPACK).")] = True
+    accelerator: Annotated[
+        Processor, typer.Option(help="cpu: compare bit by bit; gpu: also compare each part on the GPU with the CPU.")
+    ] = Processor.CPU
+    gpu_tolerance: GpuTolerance = 1e-4
 
 
 @app.command()
@@ -238,6 +256,7 @@ def verify(
     """Run the whole model and its parts on the same inputs and compare the results bit by bit.
 
     Exit code 0 if all results are identical, or if every difference is proven to come from the runtime; otherwise 1.
+    With `--accelerator gpu`, also 1 if the GPU must not compute a part.
 
     Example: `deepar models verify lenet --cuts all`
     """
@@ -247,19 +266,45 @@ def verify(
     chosen = [*given, *(random_inputs(loaded, rng) for _ in range(how.samples))]
     if not chosen:
         raise ConfigError("no inputs to run: --samples 0 needs --inputs")
+    pairs = pairs_of(loaded, how.cuts, how.seed)
+    verdicts = None
     with progress_bar(f"verifying {loaded.name}") as bar:
         report = verify_parts(
             loaded,
-            pairs_of(loaded, how.cuts, how.seed),
+            pairs,
             chosen,
             InterpreterOptions(num_threads=how.num_threads, delegate=how.delegate),
             step=lambda done, total: bar(done, total, ""),
         )
-    print_verdict(report, loaded, len(chosen), as_json=as_json)
+        if how.accelerator is Processor.GPU:
+            verdicts = _on_gpu(loaded, pairs, chosen, how.gpu_tolerance, lambda done, total: bar(done, total, "GPU"))
+    print_verdict(report, loaded, len(chosen), verdicts, as_json=as_json)
 
 
-def print_verdict(report: Report, loaded: Model, samples: int, *, as_json: bool) -> None:
-    """Print the result of `verify`; raises `typer.Exit` with code 1 for a difference that is not explained."""
+def _on_gpu(
+    loaded: Model,
+    pairs: list[tuple[int, int]],
+    samples: list[list[Array]],
+    tolerance: float,
+    step: Callable[[int, int], None],
+) -> list[Verdict]:
+    configure_logging("error")  # what the log says of each part is in the verdicts
+    store = SegmentStore(loaded)
+    accelerator = Accelerator(AcceleratorOptions(tolerance=tolerance, batches=()))
+    try:
+        return verify_on_gpu(store, pairs, samples, accelerator, step=step)
+    finally:
+        accelerator.close()
+        store.close()
+
+
+def print_verdict(
+    report: Report, loaded: Model, samples: int, verdicts: list[Verdict] | None = None, *, as_json: bool
+) -> None:
+    """Print the result of `verify`; raises `typer.Exit` with code 1 for a difference that is not explained.
+
+    `verdicts` are those on the GPU, if it was asked for.
+    """
     if as_json:
         worst = None if report.worst is None else {"cut1": report.worst[0], "cut2": report.worst[1]}
         print_json(
@@ -277,11 +322,23 @@ def print_verdict(report: Report, loaded: Model, samples: int, *, as_json: bool)
                 "signature": report.signature,
                 "unseen": list(report.unseen),
             }
+            | ({} if verdicts is None else {"gpu": [_verdict_row(verdict) for verdict in verdicts]})
         )
     else:
         Console(emoji=False).print(verify_lines(report, samples))
-    if not report.bit_identical and not report.explained:
+        if verdicts is not None:
+            Console(emoji=False).print(gpu_lines(verdicts))
+    if (not report.bit_identical and not report.explained) or any(verdict.reason for verdict in verdicts or ()):
         raise typer.Exit(EXIT_FAILED)
+
+
+def _verdict_row(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "segment": f"{verdict.begin + 1}..{verdict.end}",
+        "max_rel_diff": verdict.max_rel_diff,
+        "trusted": not verdict.reason,
+        "reason": verdict.reason,
+    }
 
 
 def _asked_cuts(loaded: Model, cut1: str | None, cut2: str | None) -> tuple[int, int]:

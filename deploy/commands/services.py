@@ -18,7 +18,7 @@ from bus.text.units import parse_duration
 from bus.values import Objective
 from deploy.console_output import completion
 from deploy.console_output.option_groups import with_option_groups
-from deploy.console_output.options import Bootstrap, ProbeOptions, Region
+from deploy.console_output.options import Bootstrap, GpuTolerance, ProbeOptions, Region
 from deploy.services import wiring
 from deploy.services.identities import KeyFile, MasterFile, key_of, master_of
 from deploy.services.planner_process import parse_regions, run_planner, run_regions
@@ -373,13 +373,7 @@ class AcceleratorFlags:
             help="Processor for inference: cpu, gpu (where its results agree with the CPU's), or auto (where it is faster).",
         ),
     ] = "cpu"
-    gpu_tolerance: Annotated[
-        float,
-        typer.Option(
-            envvar="DEEPAR_GPU_TOLERANCE",
-            help="Largest difference between the results of GPU and CPU, relative to the largest value of the tensor.",
-        ),
-    ] = 1e-4
+    gpu_tolerance: GpuTolerance = 1e-4
     batches: Annotated[
         str,
         typer.Option(

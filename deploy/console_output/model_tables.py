@@ -13,6 +13,7 @@ from rich.tree import Tree
 
 from bus.text.units import format_seconds
 from bus.values import CutPoint, ModelProfile, TensorSpec
+from stages.models.gpu.verdicts import Verdict
 from stages.models.model import Model
 from stages.models.profiler import Measurement
 from stages.models.verify import Report
@@ -142,6 +143,22 @@ def verify_lines(report: Report, samples: int) -> Text:
         text.append(f"\nnot cut at {position}: {reason}", "dim")
     if len(report.uncuttable) > 8:
         text.append(f"\nand at {len(report.uncuttable) - 8} more positions", "dim")
+    return text
+
+
+def gpu_lines(verdicts: Sequence[Verdict]) -> Text:
+    """The verdicts on a model's parts on the GPU as text."""
+    refused = [verdict for verdict in verdicts if verdict.reason]
+    largest = max((verdict.max_rel_diff or 0.0 for verdict in verdicts), default=0.0)
+    text = Text()
+    text.append("refused" if refused else "right", "bold red" if refused else "bold green")
+    text.append(
+        f" on the GPU: {len(refused) or len(verdicts)} of {len(verdicts)} parts; largest difference {largest:.2g}"
+    )
+    for verdict in refused[:8]:
+        text.append(f"\nlayers {verdict.begin + 1}..{verdict.end}: {verdict.reason}", "dim")
+    if len(refused) > 8:
+        text.append(f"\nand {len(refused) - 8} more", "dim")
     return text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -39,6 +40,22 @@ MinAgreement = Annotated[
     float | None,
     typer.Option(metavar="SHARE", help="Least agreement of lossy codecs: 0.995. Default: only lossless codecs."),
 ]
+
+GpuTolerance = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        envvar="DEEPAR_GPU_TOLERANCE",
+        help="Largest difference between the results of GPU and CPU, relative to the largest value of the tensor.",
+    ),
+]
+
+
+class Processor(StrEnum):
+    """What computes."""
+
+    CPU = "cpu"
+    GPU = "gpu"
 
 
 def checked_agreement(min_agreement: float | None, *, codecs: bool) -> float | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from bus.messages import Admitted, Placed, SeedInput, Start, TaskCompleted, TaskSubmitted
 from bus.tensors import Array
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement
+from deploy.commands.models import app
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.models.difference import relative_difference
 from stages.models.gpu.accelerator import CHECKS, Accelerator, AcceleratorOptions
@@ -117,6 +120,15 @@ def test_foreign_models_run_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path
     placements = served(model, cuts)
     needed = {(0, cuts[0]), cuts, (cuts[1], model.manifest.layers)}
     assert {ends for ends in needed if ends[0] < ends[1]} <= on_gpu(placements), placements
+
+
+def test_verify_finds_the_parts_of_lenet_right_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_software_gpu(monkeypatch)
+    result = CliRunner().invoke(app, ["verify", "lenet", "--cuts", "single", "--accelerator", "gpu", "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["gpu"]
+    assert len(rows) == 13
+    assert all(row["trusted"] and 0 < row["max_rel_diff"] < TOLERANCE for row in rows if row["segment"] != "2..2")
 
 
 def test_without_a_driver_the_cpu_computes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -99,6 +99,11 @@ class Accelerator:
         self._looking = threading.Lock()  # guards both tables; held briefly
         self._preparing = threading.Lock()  # serializes loading; held for seconds
 
+    @property
+    def tolerance(self) -> float:
+        """Largest difference from the CPU, relative to the largest value of a tensor."""
+        return self._options.tolerance
+
     def is_ready(self, model: str, begin: int, end: int) -> bool:
         """Whether it is known where the segment runs."""
         return self._find((model, begin, end)) is not None

@@ -22,6 +22,7 @@ from stages.models.profiler import ProfileCache
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.verify import pairs_of, verify
 from stages.zoo.registry import digits, load_model
+from tests.software_gpu import use_driver
 from tests.unit.stages import built_models
 
 runner = CliRunner()
@@ -223,6 +224,24 @@ def test_profile_chooses_the_threads_and_stages_use_what_it_measured(
     for wrong in ("0", "65", "all"):
         with pytest.raises(ConfigError, match=f"--num-threads {wrong}: must be auto or a number from 1 to 64"):
             call(app, *words, "--num-threads", wrong)
+
+
+def test_verify_says_which_parts_the_gpu_must_not_compute(
+    app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_driver(monkeypatch, tmp_path / "none.json")  # no GPU
+    words = ("models", "verify", "lenet", "--cuts", "single", "--accelerator", "gpu")
+    result = call(app, *words, "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert found["bit_identical"] is True
+    assert {"1..2", "3..7", "1..7"} <= {row["segment"] for row in found["gpu"]}
+    for row in found["gpu"]:
+        assert (row["max_rel_diff"], row["trusted"]) == (None, False)
+        assert "no usable GPU" in row["reason"]
+    shown = call(app, *words).stdout
+    assert "refused on the GPU: 13 of 13 parts" in shown
+    assert "and 5 more" in shown
 
 
 def test_build_writes_a_network_with_the_user_s_own_weights(app: Any, tmp_path: Path) -> None:

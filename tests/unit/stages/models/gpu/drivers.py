@@ -29,10 +29,10 @@ class Driver:
 
     runs = 0
 
-    def __init__(self, path: str, shapes: child.Shapes, error: float, dies_at: int | None) -> None:
+    def __init__(self, path: str, shapes: child.Shapes, error: float, wrong_above: float, dies_at: int | None) -> None:
         self._runner, self._shapes = SegmentRunner(path), shapes
         self._factor = np.float32(1.0 + error)
-        self._dies_at = dies_at
+        self._wrong_above, self._dies_at = wrong_above, dies_at
 
     def run(self, inputs: Array, outputs: Array) -> None:
         Driver.runs += 1
@@ -43,15 +43,21 @@ class Driver:
             size = prod(shape)
             tensors.append(inputs[at : at + size].reshape(shape))
             at += size
-        outputs[...] = np.concatenate([(one * self._factor).reshape(-1) for one in self._runner.run(tensors)])
+        factor = self._factor if np.max(inputs) < self._wrong_above else np.float32(1.5)
+        outputs[...] = np.concatenate([(one * factor).reshape(-1) for one in self._runner.run(tensors)])
 
 
-def scripted(error: float = 1e-6, batch_error: float | None = None, dies_at: int | None = None) -> None:
-    """Wrong by a share, in batches by another one if it is given; dies at a run."""
+def scripted(
+    error: float = 1e-6,
+    batch_error: float | None = None,
+    wrong_above: float = float("inf"),
+    dies_at: int | None = None,
+) -> None:
+    """Wrong by a share, in batches by another one if it is given, by half above a value; dies at a run."""
 
     def load(path: str, inputs: child.Shapes, outputs: child.Shapes) -> child.Loaded:
         wrong = error if inputs[0][0] == 1 or batch_error is None else batch_error
-        return Driver(path, inputs, wrong, dies_at)
+        return Driver(path, inputs, wrong, wrong_above, dies_at)
 
     child.main(load)
 
