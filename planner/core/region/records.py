@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, Final
 
 from bus.messages import NodeAnnounced, Placed, TaskState, TaskSubmitted
+from bus.values import ModelProfile
 from planner.core.region.transitions import Happened
 from planner.search.cost import PlatformRow, RowTable
 from planner.search.ledger import Rank, Reservation
@@ -122,13 +123,10 @@ class Task:
 ADDED_LATER: Final = ("draining", "link1_latency_s", "link2_latency_s")
 """Optional fields of an announcement that older records do not have."""
 
-ADDED_LATER_TO_PROFILES: Final = (
-    "codecs",
-    "agreements",
-    "calibration_samples",
-    "accelerator",
-    "batch",
-    "executors",
+ADDED_LATER_TO_PROFILES: Final = tuple(
+    name
+    for name, field in ModelProfile.model_fields.items()
+    if field.default is None and name not in ("whole_s", "sum_of_slices_s")
 )
 """Optional fields of a profile that older records do not have."""
 

@@ -21,7 +21,7 @@ from bus.messages import (
     TaskProgress,
     TaskState,
 )
-from bus.values import Execution, Kind, Objective, Role
+from bus.values import Execution, Kind, ModelProfile, Objective, Role
 from planner.core.core import Event, PlannerCore, Tick
 from planner.core.options import CoreOptions, WhenLate
 from planner.core.region.records import hash_of
@@ -112,12 +112,23 @@ def test_where_nothing_but_a_draining_edge_would_do_a_task_waits_for_another() -
 
 def test_a_node_that_does_not_drain_counts_in_the_hash_as_it_always_did() -> None:
     unknown = {"draining": True, "link1_latency_s": True, "link2_latency_s": True}
-    later = {"codecs", "agreements", "calibration_samples", "accelerator", "batch", "executors"}
+    first = {
+        "model",
+        "sha256",
+        "platform",
+        "layer_names",
+        "layer_s",
+        "cut_bytes",
+        "forbidden",
+        "whole_s",
+        "sum_of_slices_s",
+    }
+    later = set(ModelProfile.model_fields) - first
     text = edge().model_dump_json(exclude={**unknown, "models": {"__all__": later}})
     assert core_with(edge()).nodes["e1"].digest == hash_of("node|" + text)
     assert core_with(drains(edge())).nodes["e1"].digest != hash_of("node|" + text)
     assert core_with(edge(link2_latency_s=0.04)).nodes["e1"].digest != hash_of("node|" + text)
-    for more in ({"codecs": ()}, {"accelerator": "cpu"}, {"executors": 2}):
+    for more in ({"codecs": ()}, {"accelerator": "cpu"}, {"not_on_gpu": "no driver"}, {"executors": 2}):
         measured = edge().models[0].model_copy(update=more)
         assert core_with(edge(models=(measured,))).nodes["e1"].digest != hash_of("node|" + text)
 
