@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
+from bus.errors import ProtocolError
 from bus.frames import AttemptPlan
 from bus.tensors import Activations, Array, Encoded
 from bus.values import Codec
 from stages.measuring.clock import exact_clock
 from stages.node import Node
 from stages.runner import BatchStation, Coder, PaceClock, Station
+
+T = TypeVar("T")
 
 
 class Segment(NamedTuple):
@@ -60,12 +63,6 @@ class _Works(NamedTuple):
     encoder: Coder | None
 
     @property
-    def batches(self) -> BatchStation | None:
-        """Its station, where it computes samples together and nothing else is to be done with them."""
-        alone = self.decoder is None and self.encoder is None
-        return self.station if alone and isinstance(self.station, BatchStation) else None
-
-    @property
     def waited_s(self) -> float:
         """How long samples have waited because other tasks used the runner."""
         return sum([one.waited_s for one in self if one is not None])
@@ -101,12 +98,13 @@ class Computing:
             first, last, arrives, leaves = segment
             if first != last and (first, last) not in stations:
                 stations[first, last] = runner.station(plan, first, last, pace)
-            self._works[segment] = works = _Works(
-                stations.get((first, last)),
+            station = stations.get((first, last))
+            self._works[segment] = _Works(
+                station,
                 None if arrives is Codec.RAW else runner.coder(plan, first, arrives, pace),
                 None if leaves is Codec.RAW else runner.coder(plan, last, leaves, pace),
             )
-            if (station := works.batches) is not None:
+            if isinstance(station, BatchStation):
                 self._together[segment] = station
 
     def begin(self) -> None:
@@ -148,23 +146,56 @@ class Computing:
     async def run_together(
         self, segment: Segment, samples: Sequence[Sample], predicted_s: float = 0.0
     ) -> AsyncGenerator[tuple[Activations, float]]:
-        """What `run` returns, for each of several samples in their order, as soon as it is known."""
-        station, begin_s, busy_s = self._together[segment], self._clock(), 0.0
-        submitted = [
-            station.submit(one.sample, tensors_of(one.inputs), max(one.ready_s, self._opened_s)) for one in samples
-        ]
+        """What `run` returns, for each of several samples in their order, as soon as it is known.
+
+        A sample that is encoded wrongly raises its `ProtocolError` after the samples before it.
+        """
+        works, station, begin_s = self._works[segment], self._together[segment], self._clock()
+        decoded, fault, busy_s = await self._decoded(works.decoder, samples)
+        submitted = [station.submit(sample, tensors, ready_s) for sample, tensors, ready_s in decoded]
         try:
             for future in submitted:
+                outputs: Activations
                 outputs, share_s, batch = await future
+                if works.encoder is not None:
+                    encoding = works.encoder.encode(outputs, self._clock())
+                    outputs, took_s = await self._timed(works.encoder, encoding)
+                    busy_s += took_s
                 busy_s += share_s
                 self.batches += 1.0 / batch
                 self.predicted_s += predicted_s
                 yield outputs, self._clock()
+            if fault is not None:
+                raise fault
         finally:
             for future in submitted:
                 future.cancel()  # no effect on those that are done
             done_s = self._clock()
             self._count(max(begin_s, done_s - busy_s), done_s, busy_s)
+
+    async def _decoded(
+        self, decoder: Coder | None, samples: Sequence[Sample]
+    ) -> tuple[list[tuple[int, list[Array], float]], ProtocolError | None, float]:
+        """Number, tensors and readiness of each sample up to the first that is encoded wrongly; its error; the time taken."""
+        found: list[tuple[int, list[Array], float]] = []
+        busy_s = 0.0
+        for one in samples:
+            inputs, ready_s = one.inputs, max(one.ready_s, self._opened_s)
+            if decoder is not None and isinstance(inputs, Encoded):
+                try:
+                    inputs, took_s = await self._timed(decoder, decoder.decode(inputs, self._clock()))
+                except ProtocolError as error:
+                    return found, error, busy_s
+                busy_s += took_s
+                ready_s = self._clock()
+            found.append((one.sample, tensors_of(inputs), ready_s))
+        return found, None, busy_s
+
+    async def _timed(self, coder: Coder, work: Awaitable[T]) -> tuple[T, float]:
+        """What a coder returns, and how long it took without waiting for other tasks."""
+        begin_s, waited_s = self._clock(), coder.waited_s
+        found = await work
+        return found, max(0.0, self._clock() - begin_s - (coder.waited_s - waited_s))
 
     async def _run_coded(
         self, works: _Works, sample: int, inputs: Activations, ready_s: float, predicted_s: float

@@ -312,12 +312,11 @@ class Flow:
         return batch
 
     async def _compute(self, arrived: _Arrived) -> None:
-        sample, route, branch, inputs, ready_s, record = arrived
+        sample, route, branch, inputs, ready_s, _ = arrived
         try:
             outputs, ready_s = await self._computing.run(branch.segment, sample, inputs, ready_s, branch.predicted_s)
         except ProtocolError as error:
-            if record is not None:
-                await self.node.dead_letter(record, error, task_id=self.plan.task_id)
+            await self._dead_letter(arrived, error)
             raise
         self._pass_on(sample, route, branch, outputs, ready_s)
 
@@ -326,8 +325,17 @@ class Flow:
         computed = self._computing.run_together(branch.segment, batch, branch.predicted_s)
         async with contextlib.aclosing(computed):
             for arrived in batch:
-                outputs, ready_s = await anext(computed)
+                try:
+                    outputs, ready_s = await anext(computed)
+                except ProtocolError as error:
+                    await self._dead_letter(arrived, error)
+                    raise
                 self._pass_on(arrived.sample, arrived.route, branch, outputs, ready_s)
+
+    async def _dead_letter(self, arrived: _Arrived, error: ProtocolError) -> None:
+        """Copy the record of a sample that is encoded wrongly to the dead-letter topic."""
+        if arrived.record is not None:
+            await self.node.dead_letter(arrived.record, error, task_id=self.plan.task_id)
 
     def _pass_on(self, sample: int, route: int, branch: Branch, outputs: Activations, ready_s: float) -> None:
         self._senders[branch.to_cloud].put(Outgoing(sample, outputs, ready_s, route if branch.to_cloud else 0))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,24 @@ import pytest
 from bus import topics
 from bus.codecs.coding import decode_sample, encode, encode_sample
 from bus.errors import ProtocolError
-from bus.frames import AttemptPlan, Frame
+from bus.frames import AttemptPlan, Frame, decode_frame
 from bus.messages import Admitted, Placed, Rerouted, SeedInput, Start, TaskCompleted, TaskFailed, TaskSubmitted
 from bus.tensors import Array, Encoded, TensorHead, to_pieces
-from bus.values import Codec, CodecProfile, Execution, Kind, ModelProfile, Objective, Parts, Placement, Route
+from bus.values import (
+    BatchSpeed,
+    Codec,
+    CodecProfile,
+    Execution,
+    Kind,
+    ModelProfile,
+    Objective,
+    Parts,
+    Placement,
+    Route,
+)
 from loadgen.sim.virtual_loop import run_virtual
 from stages import litert_runner
+from stages.batches import Batcher
 from stages.devices.session import Keep
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.models.model import Model, read_model
@@ -289,6 +302,76 @@ def test_encoding_belongs_to_the_sender_and_decoding_to_the_receiver() -> None:
                 assert (parts.device_s, parts.edge_s, parts.cloud_s) == pytest.approx([10 * one for one in expected])
             sizes = {len(payload) for _, payload in tasks.crossed(topics.activations_topic("e")).values()}
             assert sizes == {16}  # as measured
+
+    run_virtual(run())
+
+
+def test_encoded_samples_are_computed_in_batches() -> None:
+    together = (BatchSpeed(batch=8, factors=(0.25,) * 3),)
+    measured = tuple(
+        CodecProfile(position=position, codec=Q8, bytes=16, encode_s=0.001, decode_s=0.001) for position in range(3)
+    )
+    profile = PROFILE.model_copy(update={"codecs": measured, "batch": together, "layer_s": (0.001, 0.04, 0.04)})
+
+    async def run() -> None:
+        sizes: list[int] = []
+        async with running(ModelledRunner([profile], partial(Batcher, on_batch=sizes.append))) as tasks:
+            await tasks.place(placement(profile, route(1, 2, Q8, Q8)), 40)
+            completed = await tasks.ended()
+            assert isinstance(completed, TaskCompleted)
+            parts = completed.measured
+            assert max(sizes) > 1
+            # 40 samples of a stage take 1.6 s one by one; decoding and encoding count one by one
+            assert 40 * (0.01 + 0.002) <= parts.edge_s < 1.0
+            assert 40 * (0.01 + 0.001) <= parts.cloud_s < 1.0
+
+    run_virtual(run())
+
+
+BAD = 3  # the sample that cannot be decoded
+
+
+class ChokingRunner(ModelledRunner):
+    """Cannot decode the fourth sample that the edge decodes of a task."""
+
+    def coder(self, plan: AttemptPlan, position: int, codec: Codec, pace: PaceClock) -> Coder:
+        inner = super().coder(plan, position, codec, pace)
+        return Choking(inner) if position == 1 and plan.task_id == "bad" else inner
+
+
+class Choking:
+    waited_s = 0.0
+
+    def __init__(self, inner: Coder) -> None:
+        self._inner, self._decoded = inner, 0
+
+    async def encode(self, tensors: Sequence[Array], ready_s: float) -> Encoded:
+        return await self._inner.encode(tensors, ready_s)
+
+    async def decode(self, encoded: Encoded, ready_s: float) -> list[Array]:
+        self._decoded += 1
+        if self._decoded == BAD + 1:
+            raise ProtocolError("undecodable", "garbage")
+        return await self._inner.decode(encoded, ready_s)
+
+
+def test_a_sample_of_a_batch_that_cannot_be_decoded_is_a_dead_letter_and_other_tasks_go_on() -> None:
+    together = (BatchSpeed(batch=8, factors=(0.25,) * 3),)
+    profile = PROFILE.model_copy(update={"batch": together, "layer_s": (0.001, 0.04, 0.04)})
+
+    async def run() -> None:
+        async with running(ChokingRunner([profile])) as tasks:
+            placed = placement(profile, route(1, 2, Q8, Q8))
+            await tasks.place(placed, 40, "bad")
+            await tasks.place(placed, 40, "good")
+            failed = await tasks.ended("bad")
+            assert isinstance(failed, TaskFailed)
+            assert (failed.cause, failed.node) == ("undecodable", "e")
+            assert isinstance(await tasks.ended("good"), TaskCompleted)
+            (letters,) = tasks.region.broker.logs(topics.DEAD_LETTER)
+            (letter,) = letters.read(0, letters.end)
+            assert letter.value is not None
+            assert BAD in [piece.sample for piece in decode_frame(letter.value).pieces]
 
     run_virtual(run())
 
