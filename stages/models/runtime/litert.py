@@ -76,8 +76,9 @@ class SegmentRunner:
                 num_threads=self._num_threads,
                 experimental_op_resolver_type=resolver,
             )
+            self._shapes = _input_shapes(interpreter)
             if self._batch > 1:
-                _set_batch(interpreter, self._batch)
+                _set_batch(interpreter, self._shapes, self._batch)
             interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise ModelError(self.title, f"the runtime refuses it: {_first_line(error)}") from error
@@ -85,9 +86,11 @@ class SegmentRunner:
 
     def _resize(self, batch: int) -> None:
         """Changes the first dimension of every input; the weights stay packed."""
+        if batch > 1 and any(tuple(shape[:1]) != (1,) for shape in self._shapes.values()):
+            raise ModelError(self.title, "its batch dimension cannot be resized: an input has no first dimension of 1")
         before, self._batch = self._batch, batch
         try:
-            _set_batch(self._interpreter, batch)
+            _set_batch(self._interpreter, self._shapes, batch)
             self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             self._batch = before
@@ -153,9 +156,15 @@ class SegmentRunner:
                 self._interpreter.reset_all_variables()
 
 
-def _set_batch(interpreter: Any, batch: int) -> None:
-    for detail in interpreter.get_input_details():
-        interpreter.resize_tensor_input(detail["index"], [batch, *detail["shape"][1:]])
+def _input_shapes(interpreter: Any) -> dict[int, list[int]]:
+    """The shape of each input, by its index."""
+    return {detail["index"]: [int(size) for size in detail["shape"]] for detail in interpreter.get_input_details()}
+
+
+def _set_batch(interpreter: Any, shapes: Mapping[int, Sequence[int]], batch: int) -> None:
+    """Resizes every input for a batch; `shapes` are those in the file."""
+    for index, shape in shapes.items():
+        interpreter.resize_tensor_input(index, [batch, *shape[1:]] if batch > 1 else list(shape))
 
 
 def _first_line(error: Exception) -> str:
@@ -236,7 +245,7 @@ class SliceTrial:
         with contextlib.suppress(ValueError, RuntimeError):
             part = Interpreter(model_path=path, num_threads=1, experimental_op_resolver_type=resolver)
             if batch > 1:
-                _set_batch(part, batch)
+                _set_batch(part, _input_shapes(part), batch)
             part.allocate_tensors()
             if self._whole is None:
                 _invoke_on(part, 0)

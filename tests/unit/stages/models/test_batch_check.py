@@ -19,7 +19,7 @@ from stages.models.model import Model, read_model
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.runtime.trial_run import ChildProgram
 from stages.models.sandbox import Sandbox
-from stages.models.segments import SegmentStore
+from stages.models.segments import SegmentStore, StoreLimits
 from tests.unit.stages import built_models
 
 
@@ -149,6 +149,38 @@ def test_a_file_whose_batch_cannot_be_resized_runs_single_samples_afterwards(tmp
     with pytest.raises(ModelError):
         runner.run([np.repeat(value, 2, axis=0)], batch=2)
     assert runner.run([value], batch=1)[0].tobytes() == before[0].tobytes()
+
+
+def in_rows() -> GraphBuilder:
+    """Twelve values as three rows of four, then in one row again."""
+    graph = GraphBuilder("rows")
+    x, one = graph.input("input", (1, 12)), graph.tensor("one", (1, 12))
+    graph.operator("TANH", [x], [one])
+    rows, last = graph.tensor("rows", (3, 4)), graph.tensor("last", (3, 4))
+    target = graph.constant("rows/shape", np.array([-1, 4], np.int32))
+    graph.operator("RESHAPE", [one, target], [rows], schema.ReshapeOptionsT([-1, 4]))
+    graph.operator("LOGISTIC", [rows], [last])
+    whole = graph.tensor("whole", (1, 12))
+    target = graph.constant("whole/shape", np.array([-1, 12], np.int32))
+    graph.operator("RESHAPE", [last, target], [whole], schema.ReshapeOptionsT([-1, 12]))
+    graph.output(whole)
+    return graph
+
+
+def test_a_cut_without_a_batch_dimension_fails_batches_but_no_single_sample(tmp_path: Path) -> None:
+    """A later task may cut where a tensor counts no samples, within a segment that passed the check."""
+    model = load(tmp_path, in_rows())
+    store = SegmentStore(model, limits=StoreLimits(joined_bytes=0))
+    ends = 0, model.graph.depth
+    assert check_batches(store, *ends).exact
+    store.prepare(0, 2)
+    segment = store.prepare(*ends)
+    (values,) = samples_of(segment, range(1))
+    before = segment.run(values)
+    for size in (2, 3, 6):
+        with pytest.raises(ModelError, match="first dimension"):
+            segment.run_batch([values] * size)
+        assert segment.run(values)[0].tobytes() == before[0].tobytes()
 
 
 def test_findings_are_kept_for_the_next_start(lenet: Model) -> None:
