@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from bus.errors import ConfigError
+from bus.values import ModelProfile
 from deploy.console_output.batch_tables import batch_rows, batches_table
 from deploy.console_output.codec_tables import agreement_line, codecs_report, codecs_table
 from deploy.console_output.model_loading import (
@@ -21,16 +22,20 @@ from deploy.console_output.model_loading import (
     print_json,
     progress_bar,
 )
-from deploy.console_output.model_tables import profile_table
+from deploy.console_output.model_tables import gpu_line, profile_table
 from deploy.console_output.option_groups import with_option_groups
+from deploy.console_output.options import GpuTolerance, Processor
 from deploy.console_output.profile_chart import draw_profile
+from deploy.services.telemetry.log_setup import configure_logging
 from stages.calibration.batch_times import MeasuredBatches, measure_and_store_batches
 from stages.calibration.measurement import MeasuredCodecs
 from stages.calibration.samples import Calibration, calibration_of
 from stages.calibration.stored import measure_and_store
 from stages.models.files.cache import write_whole
+from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions
 from stages.models.model import Model
 from stages.models.profiler import ProfileCache, TimedRuns, measure_steadily, measuring_alone
+from stages.models.segments import SegmentStore
 from stages.models.thread_count import machine_threads
 from stages.models.thread_option import parse_threads
 from stages.zoo.networks import LENET
@@ -87,6 +92,19 @@ class BatchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GpuOptions:
+    """Whether the GPU is measured."""
+
+    accelerator: Annotated[
+        Processor,
+        typer.Option(
+            help="cpu, or gpu: the profile of a node with the GPU of this machine, if that computes the model."
+        ),
+    ] = Processor.CPU
+    gpu_tolerance: GpuTolerance = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileOutput:
     """Where a profile is written, and its name."""
 
@@ -106,6 +124,7 @@ def profile(
     timing: TimingOptions,
     coding: CodecOptions,
     batching: BatchOptions,
+    gpu: GpuOptions,
     output: ProfileOutput,
     as_json: Json = False,
     *,
@@ -115,7 +134,7 @@ def profile(
 
     Each layer is timed as a separate slice, then the layer times are scaled to add up to the time of the whole model.
     The measurement is repeated until both agree within 25 %, at most five times. Stages on this machine use the result,
-    and announce the measured codecs and batches.
+    and announce the measured codecs and batches. A GPU is timed on the whole model; its layers share that time as the CPU's.
 
     Example: `deepar profile lenet --num-threads 2 --out here.json`
     """
@@ -145,6 +164,8 @@ def profile(
         profiled = coded.added_to(profiled)
     if together is not None:
         profiled = together.added_to(profiled, "exact", num_threads)
+    if gpu.accelerator is Processor.GPU:
+        profiled = _on_gpu(profiled, loaded, gpu.gpu_tolerance)
     out = output.out
     if out is not None:
         write_whole(out.absolute(), [profiled.model_dump_json(indent=2, exclude_none=True).encode() + b"\n"])
@@ -159,6 +180,8 @@ def profile(
             console.print(agreement_line(coded), soft_wrap=True, markup=False, highlight=False)
         if together is not None:
             console.print(batches_table(loaded, together))
+        if gpu.accelerator is Processor.GPU:
+            console.print(gpu_line(profiled), soft_wrap=True, markup=False, highlight=False)
         for path in filter(None, (out, chart)):
             console.print(f"written: {path}")
         return
@@ -189,7 +212,28 @@ def profile(
         }
         | ({} if coded is None else codecs_report(loaded, coded))
         | ({} if together is None else {"batches": batch_rows(loaded, together), "executors": profiled.executors})
+        | ({} if gpu.accelerator is Processor.CPU else {"gpu": _gpu_report(profiled)})
     )
+
+
+def _on_gpu(profiled: ModelProfile, model: Model, tolerance: float) -> ModelProfile:
+    configure_logging("error")  # the output has the reason that the log would give
+    store, accelerator = SegmentStore(model), Accelerator(AcceleratorOptions(tolerance=tolerance))
+    try:
+        return accelerator.profile(profiled, store)
+    finally:
+        accelerator.close()
+        store.close()
+
+
+def _gpu_report(profiled: ModelProfile) -> dict[str, Any]:
+    used = profiled.accelerator == "gpu"
+    sizes = [speed.batch for speed in profiled.batch or ()] if used else []
+    return {
+        "whole_s": profiled.whole_s if used else None,
+        "batches": [{"batch": size, "batch_s": profiled.together_s(size, 0, profiled.layers)} for size in sizes],
+        "reason": profiled.not_on_gpu or "",
+    }
 
 
 def _measured_codecs(

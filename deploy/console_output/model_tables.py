@@ -162,6 +162,15 @@ def gpu_lines(verdicts: Sequence[Verdict]) -> Text:
     return text
 
 
+def gpu_line(profile: ModelProfile) -> str:
+    """The speed of the GPU in one line, or why it does not compute the model."""
+    if profile.accelerator != "gpu":
+        return f"not on the GPU: {profile.not_on_gpu}"
+    sizes = [speed.batch for speed in profile.batch or ()]
+    batches = [f", {size} together {format_seconds(profile.together_s(size, 0, profile.layers))}" for size in sizes]
+    return f"on the GPU: {format_seconds(sum(profile.layer_s))} in one piece{''.join(batches)}"
+
+
 def profile_table(found: Measurement, profile: ModelProfile, columns: int = 120) -> Table:
     """A table of the time and output size of each layer, with bars; a narrow terminal gets no kinds and shorter bars."""
     room = columns - max(len(layer.name) for layer in found.layers) - NUMBERS_WIDTH

@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from bus.messages import Admitted, Placed, SeedInput, Start, TaskCompleted, TaskSubmitted
 from bus.tensors import Array
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement
 from deploy.commands.models import app
+from deploy.commands.profile import profile
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.models.difference import relative_difference
 from stages.models.gpu.accelerator import CHECKS, Accelerator, AcceleratorOptions
@@ -25,6 +27,10 @@ from tests.software_gpu import use_driver, use_software_gpu
 from tests.unit.stages import built_models
 from tests.unit.stages.models.gpu.drivers import program
 from tests.unit.stages.scripted_region import scripted_region
+
+commands = typer.Typer()
+commands.command("profile")(profile)
+commands.add_typer(app, name="models")
 
 SAMPLES = 60
 LAYER_S = 0.000_5
@@ -124,11 +130,26 @@ def test_foreign_models_run_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_verify_finds_the_parts_of_lenet_right_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     use_software_gpu(monkeypatch)
-    result = CliRunner().invoke(app, ["verify", "lenet", "--cuts", "single", "--accelerator", "gpu", "--json"])
+    result = CliRunner().invoke(
+        commands, ["models", "verify", "lenet", "--cuts", "single", "--accelerator", "gpu", "--json"]
+    )
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["gpu"]
     assert len(rows) == 13
     assert all(row["trusted"] and 0 < row["max_rel_diff"] < TOLERANCE for row in rows if row["segment"] != "2..2")
+
+
+def test_profile_measures_lenet_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_software_gpu(monkeypatch)
+    out = tmp_path / "profile.json"
+    words = ["profile", "lenet", "--num-runs", "1", "--accelerator", "gpu", "--out", str(out), "--json"]
+    result = CliRunner().invoke(commands, words)
+    assert result.exit_code == 0, result.output
+    found, written = json.loads(result.stdout), ModelProfile.model_validate_json(out.read_text())
+    assert written.accelerator == "gpu"
+    assert found["gpu"]["reason"] == ""
+    assert sum(written.layer_s) == pytest.approx(found["gpu"]["whole_s"])
+    assert found["gpu"]["whole_s"] > 2 * found["whole_s"], "a software driver is slower than the CPU"
 
 
 def test_without_a_driver_the_cpu_computes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

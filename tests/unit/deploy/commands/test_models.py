@@ -244,6 +244,21 @@ def test_verify_says_which_parts_the_gpu_must_not_compute(
     assert "and 5 more" in shown
 
 
+def test_profile_says_why_the_gpu_does_not_compute_a_model(
+    app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_driver(monkeypatch, tmp_path / "none.json")  # no GPU
+    out = tmp_path / "profile.json"
+    words = ("profile", "lenet", "--num-runs", "1", "--accelerator", "gpu")
+    found = read(app, *words, "--out", str(out))
+    assert (found["gpu"]["whole_s"], found["gpu"]["batches"]) == (None, [])
+    assert "no usable GPU" in found["gpu"]["reason"]
+    written = ModelProfile.model_validate_json(out.read_text())
+    assert (written.accelerator, written.not_on_gpu) == ("cpu", found["gpu"]["reason"])
+    assert f"not on the GPU: {written.not_on_gpu}" in call(app, *words).stdout
+    assert "gpu" not in read(app, *words[:4])
+
+
 def test_build_writes_a_network_with_the_user_s_own_weights(app: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     shapes = {"conv_1": (6, 5, 5, 1), "conv_2": (16, 5, 5, 6), "fc_1": (120, 400), "fc_2": (84, 120), "fc_3": (10, 84)}
