@@ -7,6 +7,7 @@ its samples are computed one by one.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -70,6 +71,7 @@ class LitertBatches:
         self._checks: dict[Key, BatchCheck] = {}
         self._asked: set[Key] = set()
         self._shared: dict[Key, _Shared] = {}
+        self._stopped = threading.Event()
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="check-batches")
         self.sizes: Counter[int] = Counter()  # batches that were computed, by their number of samples
 
@@ -117,7 +119,8 @@ class LitertBatches:
         return BatchedStation(shared, partial(self._closed, key))
 
     def close(self) -> None:
-        """Start no more checks."""
+        """Start no more checks, and end the one that runs."""
+        self._stopped.set()
         self._checker.shutdown(wait=False, cancel_futures=True)
 
     async def _compute(self, segment: RunsSegment, samples: Sequence[Inputs]) -> tuple[list[list[Array]], float]:
@@ -142,13 +145,14 @@ class LitertBatches:
 
     def _check(self, store: SegmentStore, begin: int, end: int, num_threads: int) -> None:
         try:
-            found = check_batches(store, begin, end)
+            found = check_batches(store, begin, end, stopped=self._stopped.is_set)
         except Exception as error:  # a thread's error would be lost
             log.exception("batches not checked", model=store.model.name, layers=f"{begin + 1}..{end}")
             found = BatchCheck(fault=f"the check failed: {error}")
-        else:
+        if not found.fault:  # else it is found again quickly, and may have been the disk's
             store_check(found, store, begin, end, num_threads)
-        self._conclude((store.model.name, begin, end), found)
+        if not self._stopped.is_set():
+            self._conclude((store.model.name, begin, end), found)
 
     def _conclude(self, key: Key, check: BatchCheck) -> None:
         model, begin, end = key

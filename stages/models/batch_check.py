@@ -72,10 +72,15 @@ class BatchCheck(BaseModel):
 
 
 def check_batches(
-    store: SegmentStore, begin: int, end: int, clock: Callable[[], float] = time.perf_counter
+    store: SegmentStore,
+    begin: int,
+    end: int,
+    clock: Callable[[], float] = time.perf_counter,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> BatchCheck:
-    """Compare batches with single samples. Takes seconds: call it in a thread."""
+    """Compare batches with single samples. Takes seconds: call it in a thread; it ends soon after `stopped` says so."""
     segment = store.get(begin, end)
+    runs = _Runs(segment, clock, stopped)
     try:
         if fault := _unsuited(segment, store):
             return BatchCheck(fault=fault)
@@ -84,15 +89,37 @@ def check_batches(
         if not sizes:
             return BatchCheck(fault="the tensors of a batch would take too much memory")
         store.try_batch(begin, end, sizes[-1])
-        alone_s = _alone_s(segment, clock)
+        alone_s = _alone_s(runs)
         sizes = [size for size in sizes if size * alone_s <= COMPARED_S]
         if not sizes:
             return BatchCheck(fault=f"a sample alone takes {alone_s:.2g} s")
-        return _compared(segment, sizes, fits, clock)
+        return _compared(runs, sizes, fits)
     except DeeparError as error:
         return BatchCheck(fault=str(error))
     finally:
         segment.release()
+
+
+class _Runs:
+    """Runs of a segment, none after the check was stopped."""
+
+    def __init__(self, segment: Segment, clock: Callable[[], float], stopped: Callable[[], bool]) -> None:
+        self.segment, self.clock = segment, clock
+        self._stopped = stopped
+
+    def alone(self, inputs: Sequence[Array]) -> list[Array]:
+        """The results of one sample."""
+        self._go_on()
+        return self.segment.run(inputs)
+
+    def together(self, samples: Sequence[Sequence[Array]]) -> list[list[Array]]:
+        """The results of several samples in a batch."""
+        self._go_on()
+        return self.segment.run_batch(samples)
+
+    def _go_on(self) -> None:
+        if self._stopped():
+            raise ModelError(str(self.segment), "the check of batches was stopped")
 
 
 def known_check(store: SegmentStore, begin: int, end: int, num_threads: int) -> BatchCheck | None:
@@ -120,15 +147,15 @@ def random_input(spec: TensorSpec, seed: int, sample: int) -> Array:
     return rng.integers(0, 2, spec.shape).astype(dtype)
 
 
-def _compared(segment: Segment, sizes: Sequence[int], fits: int, clock: Callable[[], float]) -> BatchCheck:
-    samples = [_sample(segment.inputs, number) for number in range(sizes[-1])]
-    expected = [segment.run(one) for one in samples]
-    differences = [_difference(segment, samples[:size], expected) for size in sizes]
+def _compared(runs: _Runs, sizes: Sequence[int], fits: int) -> BatchCheck:
+    samples = [_sample(runs.segment.inputs, number) for number in range(sizes[-1])]
+    expected = [runs.alone(one) for one in samples]
+    differences = [_difference(runs, samples[:size], expected) for size in sizes]
     largest = sizes[-1]
-    alone_s, each_s = _times_s(segment, samples[:largest], clock)
+    alone_s, each_s = _times_s(runs, samples[:largest])
     most = min(fits, MAX_BATCH, max(largest, int(BATCH_S / each_s)))
     if most > largest:
-        differences.append(_difference(segment, [samples[at % len(samples)] for at in range(most)], expected))
+        differences.append(_difference(runs, [samples[at % len(samples)] for at in range(most)], expected))
     return BatchCheck(
         most=most,
         exact=all(same for same, _ in differences),
@@ -137,16 +164,14 @@ def _compared(segment: Segment, sizes: Sequence[int], fits: int, clock: Callable
     )
 
 
-def _difference(segment: Segment, batch: Sequence[list[Array]], expected: Sequence[list[Array]]) -> tuple[bool, float]:
+def _difference(runs: _Runs, batch: Sequence[list[Array]], expected: Sequence[list[Array]]) -> tuple[bool, float]:
     """Whether the results of a batch of the first samples, in turn, are the same to the bit; and the largest difference."""
     same, largest = True, 0.0
-    for at, found in enumerate(segment.run_batch(batch)):
+    for at, found in enumerate(runs.together(batch)):
         for value, right in zip(found, expected[at % len(expected)], strict=True):
             if value.tobytes() != right.tobytes():
-                same, largest = (
-                    False,
-                    max(largest, relative_difference(value.astype(np.float64), right.astype(np.float64))),
-                )
+                difference = relative_difference(value.astype(np.float64), right.astype(np.float64))
+                same, largest = False, max(largest, difference)
     return same, largest
 
 
@@ -162,25 +187,25 @@ def _sample(specs: Sequence[TensorSpec], number: int) -> list[Array]:
     return [(value * scale).astype(value.dtype) if value.dtype.kind == "f" else value for value in values]
 
 
-def _alone_s(segment: Segment, clock: Callable[[], float]) -> float:
-    inputs = _sample(segment.inputs, 0)
-    segment.run(inputs)  # the first run is slower
-    begin_s = clock()
-    segment.run(inputs)
-    return clock() - begin_s
+def _alone_s(runs: _Runs) -> float:
+    inputs = _sample(runs.segment.inputs, 0)
+    runs.alone(inputs)  # the first run is slower
+    begin_s = runs.clock()
+    runs.alone(inputs)
+    return runs.clock() - begin_s
 
 
-def _times_s(segment: Segment, samples: Sequence[list[Array]], clock: Callable[[], float]) -> tuple[float, float]:
+def _times_s(runs: _Runs, samples: Sequence[list[Array]]) -> tuple[float, float]:
     """The shortest time of a sample alone, and of one in a batch; in turns, so that other load meets both."""
     alone, together = [], []
     for _ in range(RUNS):
-        begin_s = clock()
+        begin_s = runs.clock()
         for one in samples:
-            segment.run(one)
-        middle_s = clock()
-        segment.run_batch(samples)
+            runs.alone(one)
+        middle_s = runs.clock()
+        runs.together(samples)
         alone.append((middle_s - begin_s) / len(samples))
-        together.append(max(1e-9, clock() - middle_s) / len(samples))
+        together.append(max(1e-9, runs.clock() - middle_s) / len(samples))
     return min(alone), min(together)
 
 

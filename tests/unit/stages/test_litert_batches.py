@@ -169,7 +169,7 @@ def test_an_unknown_segment_is_checked_in_the_background(
     """The task that needs it first does not wait for the check, and is computed in batches after it."""
     checking, go_on = threading.Event(), threading.Event()
 
-    def check(store: SegmentStore, begin: int, end: int) -> BatchCheck:
+    def check(store: SegmentStore, begin: int, end: int, **more: object) -> BatchCheck:
         checking.set()
         assert go_on.wait(60)
         return PASSED

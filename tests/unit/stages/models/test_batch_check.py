@@ -190,3 +190,10 @@ def test_findings_are_kept_for_the_next_start(lenet: Model) -> None:
     store_check(found, store, 3, 7, 1)
     assert known_check(store, 3, 7, 1) == found
     assert known_check(store, 3, 7, 2) is None  # other threads, another time
+
+
+def test_a_check_ends_soon_when_the_process_ends(lenet: Model) -> None:
+    runs = count()
+    found = check_batches(SegmentStore(lenet), 4, 7, stopped=lambda: next(runs) == 5)
+    assert "stopped" in found.fault
+    assert next(runs) == 6  # nothing ran after that
