@@ -30,6 +30,8 @@ GARBAGE = (b"\x80", b"", b"{}", b"\xc1" * 100, b'{"type":"task_submitted","v":9}
 BOMBS = 3
 BOMB = zstandard.ZstdCompressor().compress(bytes(4 << 20))
 """A few hundred bytes that decompress to 4 MiB."""
+RARER = {"rebalance": 0.2, "redelivery": 0.2}
+"""Factors of the probabilities of faults that strike fetches: more of them than records would leave no time for work."""
 CLOCK_S = 600.0
 """Maximum initial skew and maximum jump of a wall clock."""
 CONTROL = (topics.TASKS, topics.EVENTS, topics.NODES, topics.DECISIONS, topics.SNAPSHOTS)
@@ -201,7 +203,8 @@ class Breaker:
         draw = self._draw
         kinds = ("lost_ack", "lost_post", "duplicate", "rebalance", "redelivery", "stale_commit", "late")
         chosen: dict[str, Any] = {
-            kind: draw.choice([0.02, 0.1, 0.3]) for kind in draw.sample(kinds, draw.randint(1, 4))
+            kind: draw.choice([0.02, 0.1, 0.3]) * RARER.get(kind, 1.0)
+            for kind in draw.sample(kinds, draw.randint(1, 4))
         }
         self.lossy = self.lossy or "lost_ack" in chosen or "lost_post" in chosen
         self._spend()
