@@ -100,6 +100,9 @@ class Batcher(Generic[Item, Result]):
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
+        if task.cancelled():  # the event loop or the runner is closing
+            for one in self._queue:
+                one.future.cancel()
         self._start()
 
     async def _run(self, batch: Sequence[_Waiting[Item, Result]]) -> None:
@@ -121,9 +124,14 @@ class Batcher(Generic[Item, Result]):
                 for one in batch:
                     _fail(one.future, error)
                 return
-            for one in batch:  # one by one, so that a bad sample fails alone
+            wanted = [one for one in batch if not one.future.done()]
+            for one in wanted:  # one by one, so that a bad sample fails alone
                 if not one.future.done():
                     await self._settle([one])
+            if len(wanted) == len(batch) and all(_succeeded(one.future) for one in batch):
+                self._most = (
+                    1  # the samples are good: batches fail, for example after another task cut the model elsewhere
+                )
             return
         for one, result in zip(batch, results, strict=True):
             if not one.future.done():  # else its task has ended
@@ -133,3 +141,7 @@ class Batcher(Generic[Item, Result]):
 def _fail(future: asyncio.Future[Computed[Result]], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
+
+
+def _succeeded(future: asyncio.Future[Computed[Result]]) -> bool:
+    return not future.cancelled() and future.exception() is None

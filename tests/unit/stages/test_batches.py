@@ -95,6 +95,55 @@ def test_a_bad_sample_fails_alone() -> None:
     run_virtual(run())
 
 
+def test_batches_of_good_samples_that_fail_are_not_tried_again() -> None:
+    async def run() -> None:
+        sizes: list[int] = []
+
+        async def compute(items: Sequence[int]) -> tuple[list[int], float]:
+            sizes.append(len(items))
+            if len(items) > 1:
+                raise ValueError("no batches")
+            return list(items), BATCH_S
+
+        batcher = Batcher(compute)
+        for _ in range(2):
+            found = await asyncio.gather(*(batcher.submit(number) for number in range(3)))
+            assert [one.result for one in found] == [0, 1, 2]
+        assert sizes == [3, 1, 1, 1, 1, 1, 1]
+        assert batcher.most == 1
+
+    run_virtual(run())
+
+
+def test_a_bad_sample_does_not_end_batches() -> None:
+    async def run() -> None:
+        machine = Machine()
+        batcher = Batcher(machine.compute)
+        await asyncio.gather(*(batcher.submit(number) for number in (1, -1)), return_exceptions=True)
+        await asyncio.gather(*(batcher.submit(number) for number in (1, 2)))
+        assert machine.batches[-1] == [1, 2]
+
+    run_virtual(run())
+
+
+def test_a_cancelled_batch_cancels_what_waits() -> None:
+    """As when the event loop closes: nothing may be computed afterwards."""
+
+    async def run() -> None:
+        machine = Machine()
+        batcher = Batcher(machine.compute, most=1)
+        first, second = batcher.submit(1), batcher.submit(2)
+        await asyncio.sleep(0.5)
+        (running,) = (task for task in asyncio.all_tasks() if task is not asyncio.current_task())
+        running.cancel()
+        await asyncio.wait((first, second))
+        assert first.cancelled()
+        assert second.cancelled()
+        assert machine.batches == [[1]]
+
+    run_virtual(run())
+
+
 def test_a_dropped_sample_is_not_computed_and_does_not_delay_the_others() -> None:
     async def run() -> None:
         machine = Machine()
