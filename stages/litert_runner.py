@@ -163,7 +163,10 @@ class LitertRunner:
 
     def _accelerated(self, profile: ModelProfile, model: Model) -> ModelProfile:
         """The profile of this machine with its GPU, if it has one to use."""
-        return profile if self._accelerator is None else self._accelerator.profile(profile, self._stores[model.name])
+        if self._accelerator is None:
+            return profile
+        found = self._accelerator.profile(profile, self._stores[model.name])
+        return found.without_batches() if self._batch_mode == "off" else found
 
     def _emulated(self, profile: ModelProfile) -> ModelProfile:
         """The profile of the emulated, slower machine."""

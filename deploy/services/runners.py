@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from bus.errors import ConfigError
 from bus.values import ModelProfile, Role
@@ -67,7 +68,8 @@ def gpu_options(options: NodeOptions) -> AcceleratorOptions | None:
     """When the node computes on a GPU; None: never."""
     if not isinstance(options, ServerOptions) or options.accelerator == "cpu":
         return None
-    return AcceleratorOptions(tolerance=options.gpu_tolerance, only_if_faster=options.accelerator == "auto")
+    how = AcceleratorOptions(tolerance=options.gpu_tolerance, only_if_faster=options.accelerator == "auto")
+    return replace(how, batches=()) if options.batches == "off" else how
 
 
 def scaled(profile: ModelProfile, slowdown: float, platform: str) -> ModelProfile:

@@ -97,6 +97,7 @@ def test_flags_name_the_signature_and_shapes_of_one_model() -> None:
         (NodeOptions(name="d"), None),
         (EdgeOptions(name="e"), None),
         (EdgeOptions(name="e", accelerator="gpu"), AcceleratorOptions()),
+        (EdgeOptions(name="e", accelerator="gpu", batches="off"), AcceleratorOptions(batches=())),
         (
             CloudOptions(name="c", accelerator="auto", gpu_tolerance=1e-2),
             AcceleratorOptions(tolerance=1e-2, only_if_faster=True),

@@ -48,12 +48,14 @@ def test_a_model_that_the_gpu_refuses_keeps_the_times_of_the_cpu(lenet: Model) -
     assert (found.accelerator, found.not_on_gpu) == ("cpu", "x" * 300)
 
 
-def announced(lenet: Model, child: ChildProgram, prepared: dict[str, ModelProfile] | None = None) -> ModelProfile:
+def announced(
+    lenet: Model, child: ChildProgram, prepared: dict[str, ModelProfile] | None = None, **how: Any
+) -> ModelProfile:
     """What a stage announces whose samples take one second on CPU and GPU, and whose batches take one second, too."""
     accelerator = Accelerator(AcceleratorOptions(), GpuProcess(child), itertools.count().__next__)
     runner = LitertRunner(
         [lenet],
-        RunnerOptions(slowdown=2.0, platform="edge e"),
+        RunnerOptions(**({"slowdown": 2.0} | how), platform="edge e"),
         prepared=Prepared(profiles=prepared or {}, accelerator=accelerator),
         measured=lambda model, **_: profile_of(model),
     )
@@ -67,8 +69,24 @@ def test_a_stage_announces_the_speed_of_its_gpu(lenet: Model) -> None:
     found = announced(lenet, program("scripted"))
     assert found.accelerator == "gpu"
     assert sum(found.layer_s) == pytest.approx(2.0), "one second, on an emulated machine that is half as fast"
-    assert found.together_s(8, 0, 7) == pytest.approx(2.0)
     assert found.platform == "edge e"
+
+
+@pytest.mark.parametrize(
+    ("how", "batches"),
+    [
+        ({"slowdown": 1.0, "batches": "exact"}, [8]),
+        ({"slowdown": 1.0, "batches": "off"}, []),
+        ({"slowdown": 2.0, "batches": "exact"}, []),  # an emulated machine computes samples one by one
+    ],
+)
+def test_a_stage_announces_batches_of_its_gpu_only_if_it_uses_them(
+    lenet: Model, how: dict[str, Any], batches: list[int]
+) -> None:
+    found = announced(lenet, program("scripted"), **how)
+    assert found.accelerator == "gpu"
+    assert [speed.batch for speed in found.batch or ()] == batches
+    assert sum(found.layer_s) == pytest.approx(how["slowdown"])
 
 
 @pytest.mark.parametrize(
