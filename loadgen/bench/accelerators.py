@@ -138,7 +138,9 @@ def _measure(bench: _Bench, model: Model, begin: int, end: int) -> None:
     batches = bench.batches if batchable(segment) else (1,)
     samples = [[_random(rng, spec.shape, spec.dtype) for spec in segment.inputs] for _ in range(max(batches))]
     names = {"model": model.name, "segment": f"{begin + 1}..{end}"}
-    alone = {threads: _rate(_CpuFile(part, threads).run, samples[:1], bench.longest_s) for threads in _thread_counts()}
+    alone = {
+        threads: _rate(_CpuFile(part, threads).run, samples[:1], bench.longest_s)[0] for threads in _thread_counts()
+    }
     fast = [threads for threads, rate in alone.items() if rate > max(alone.values()) / 2]
     one_by_one = _CpuFile(part, fast[-1])
     right = [one_by_one.run([sample])[0] for sample in samples]
@@ -146,11 +148,13 @@ def _measure(bench: _Bench, model: Model, begin: int, end: int) -> None:
     for batch in batches:
         row = names | {"platform": "cpu", "accelerator": "cpu", "batch": batch}
         try:
-            files = [_CpuFile(part, threads, batch) for threads in fast]
-            found = files[0].run(samples[:batch])
-            if batch > 1:
-                best[batch] = max(_rate(file.run, samples[:batch], bench.longest_s) for file in files)
-            bench.add(row | _measured(best[batch], best[batch], _difference(found, right)))
+            settings = fast if batch > 1 else fast[:1]
+            tried = [
+                _rate(_CpuFile(part, threads, batch).run, samples[:batch], bench.longest_s) for threads in settings
+            ]
+            best[batch] = max(best.get(batch, 0.0), *(rate for rate, _ in tried))
+            difference = max(_difference(found, right) for _, found in tried)
+            bench.add(row | _measured(best[batch], best[batch], difference))
         except ModelError as error:
             bench.add(row | _failed(str(error)))
     for batch in batches:
@@ -159,8 +163,7 @@ def _measure(bench: _Bench, model: Model, begin: int, end: int) -> None:
             if reason is not None:
                 raise GpuFaultError(reason)
             file = SegmentFile(bench.process, segment, for_gpu(part), batch)
-            found = file.run(samples[:batch])
-            rate = _rate(file.run, samples[:batch], bench.longest_s)
+            rate, found = _rate(file.run, samples[:batch], bench.longest_s)
             file.unload()
             bench.add(row | _measured(rate, best.get(batch, best[1]), _difference(found, right)))
         except GpuFaultError as error:
@@ -190,16 +193,22 @@ class _CpuFile:
 
 def _rate(
     run: Callable[[Sequence[Sequence[Array]]], list[list[Array]]], samples: Sequence[Sequence[Array]], longest_s: float
-) -> float:
-    """Samples a second, from the median time of a batch after one that is dropped."""
-    run(samples)
-    took_s: list[float] = []
+) -> tuple[float, list[list[Array]]]:
+    """Samples a second, from the median time of a batch after the first one, and the outputs.
+
+    If the first one takes longer than all should, it is the only one.
+    """
+    first_s = perf_counter()
+    found = run(samples)
     begin_s = perf_counter()
-    while len(took_s) < LEAST_RUNS or perf_counter() - begin_s < longest_s:
+    took_s = [begin_s - first_s]
+    if took_s[0] > 2 * longest_s:
+        return len(samples) / took_s[0], found
+    while len(took_s) <= LEAST_RUNS or perf_counter() - begin_s < longest_s:
         before_s = perf_counter()
         run(samples)
         took_s.append(perf_counter() - before_s)
-    return len(samples) / median(took_s)
+    return len(samples) / median(took_s[1:]), found
 
 
 def _difference(found: Sequence[Sequence[Array]], right: Sequence[Sequence[Array]]) -> float:

@@ -151,7 +151,8 @@ class Accelerator:
         try:
             return on_gpu(profile, placed.files.measure(MEASURE_S, self._clock))
         except GpuFaultError as error:
-            self._place(name, Placed(None, str(error)))
+            if not isinstance(error, GpuEndedError):  # else another segment ended the process
+                self._place(name, Placed(None, str(error)))
             return on_cpu(profile, str(error))
 
     def placements(self) -> dict[tuple[str, int, int], Placed]:

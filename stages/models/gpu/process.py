@@ -148,16 +148,22 @@ class GpuProcess:
                 raise GpuEndedError("the GPU process was closed")
             if self._deaths >= MOST_DEATHS:
                 raise GpuFaultError(f"the GPU process died {self._deaths} times")
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", self._program.code, str(self._area.descriptor)],
-                pass_fds=(self._area.descriptor,),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=child_environment(os.environ),
-                start_new_session=True,  # Ctrl-C reaches the node alone, which first finishes its samples
-            )
+            try:
+                self._process = self._started()
+            except (OSError, ValueError) as error:  # Windows passes no descriptors
+                raise GpuFaultError(f"the GPU process cannot be started: {error}") from error
         return self._process
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-c", self._program.code, str(self._area.descriptor)],
+            pass_fds=(self._area.descriptor,),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=child_environment(os.environ),
+            start_new_session=True,  # Ctrl-C reaches the node alone, which first finishes its samples
+        )
 
     @staticmethod
     def _cause(process: subprocess.Popen[bytes]) -> str:
