@@ -363,6 +363,19 @@ class Candidates:
             return None
         return task.placed.placement
 
+    def _beside_others(self, placed: Placed) -> Placed:
+        """The placement of a task that ends, with the mean of the loads of its batches at its placement and now."""
+        placement = placed.placement
+        if placement.edge is None or (placement.edge_batch is None and placement.cloud_batch is None):
+            return placed
+        device = self._nodes[placed.device]
+        row = device.rows[placed.model]
+        terms = _Terms.of(device.announced, None, samples_each(placed.samples, row.cut_bytes), placement)
+        now = (self._edge_load(placement.edge, row, terms), self._cloud_load(placement.edge, row, terms))
+        edge, cloud = map(_mean_load, (placement.edge_batch, placement.cloud_batch), now)
+        loads = {"edge_batch": edge, "cloud_batch": cloud}
+        return placed.model_copy(update={"placement": placement.model_copy(update=loads)})
+
     def _tasks_changed(self, placed: Placed) -> None:
         """Take over that a task begins or ends on nodes that compute in batches."""
         edge = placed.placement.edge
@@ -429,6 +442,7 @@ class Candidates:
         if placement.uses_cloud and edge is not None:
             cloud = completed.cloud or self._cloud_name(edge, *key)
         layers = len(self._nodes[placed.device].rows[placed.model].compute_s) - 1
+        placed = self._beside_others(placed)
         taken = routes_taken(placed, completed)
         on_device, on_edge, on_cloud = zip(*(route.by_tier(layers) for route in taken), strict=True)
         tiers: Iterable[tuple[str | None, float, Sequence[TierShare], float | None]] = (
@@ -564,3 +578,9 @@ class Candidates:
         for node in self._nodes.values():
             node.reach.clear()
         self.search_bytes = 0
+
+
+def _mean_load(before: BatchLoad | None, now: BatchLoad | None) -> BatchLoad | None:
+    if before is None or now is None:
+        return before
+    return before.model_copy(update={"apart": (before.apart + now.apart) / 2})

@@ -19,7 +19,7 @@ from stages.runner import ModelledRunner
 from tests.sim.world import World, WorldOptions, profile, task, world
 
 DEVICES = tuple(f"d{number}" for number in range(8))
-ROUNDS = 5
+ROUNDS = 6
 HORIZON_S = 3600.0
 FAST_BPS = 10**10
 

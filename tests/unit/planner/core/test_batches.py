@@ -158,7 +158,7 @@ def test_delays_that_came_true_leave_no_overhead() -> None:
     """The measured shares of batches explain the delay, with the times between samples."""
     core = clouded()
     found = [placed(core, number) for number in range(8)]
-    for number, one in enumerate(found):
+    for number, one in reversed(list(enumerate(found))):  # so that each has as many tasks beside it as at its placement
         done = TaskCompleted(
             task_id=f"t{number}", attempt=1, node=f"d{number}", measured=one.parts, delay_s=one.delay_s, cloud="c1",
             cloud_batches=SAMPLES / min(32, 8 * number + 8),
@@ -166,6 +166,21 @@ def test_delays_that_came_true_leave_no_overhead() -> None:
         learned = only(core.handle(done, 100.0), Learned)
         assert learned.paths[0].gap_s == pytest.approx(0.0, abs=1e-4 * one.delay_s)
         assert learned.nodes[0].profile_s == pytest.approx(one.parts.cloud_s, rel=1e-4)
+
+
+def test_a_delay_is_explained_by_the_tasks_at_the_placement_and_at_the_end() -> None:
+    """A task that others joined later waits for them: that is no overhead of its path."""
+    core = clouded()
+    first = placed(core, 0)
+    for number in range(1, 3):
+        placed(core, number)
+    share = SAMPLES * share_s(24)
+    done = TaskCompleted(
+        task_id="t0", attempt=1, node="d0", measured=first.parts.model_copy(update={"cloud_s": share}),
+        delay_s=2 * share, cloud="c1", cloud_batches=SAMPLES / 24,
+    )  # fmt: skip
+    gap_s = only(core.handle(done, 5.0), Learned).paths[0].gap_s
+    assert gap_s == pytest.approx(0.0, abs=0.001)  # two samples of the cloud's for each of this task: 1 to 3 tasks
 
 
 def test_a_rerouted_task_does_not_count_beside_itself() -> None:
