@@ -1,7 +1,7 @@
 """The segments of a LiteRT runner that are computed in batches, and the stations that do so.
 
-A segment is checked in the background when a task first needs it, so that no task waits for the check. Until it has passed,
-its samples are computed one by one.
+Segments are checked in the background, so that no task waits: at the start those that most placements need, and others when a
+task first needs them. Until a segment has passed, its samples are computed one by one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from stages.batches import Batcher, Computed
 from stages.models.batch_check import BatchCheck, check_batches, known_check, store_check
 from stages.models.batch_option import BatchMode
 from stages.models.gpu.accelerator import RunsSegment
+from stages.models.profiler import measuring_alone
 from stages.models.segments import SegmentStore
 from stages.runner import MOST_AT_ONCE, waited_for
 from stages.workers import WORKERS, Workers
@@ -40,6 +41,8 @@ class BatchLimits(NamedTuple):
     most: int  # samples in a batch
     executors: int  # batches at the same time
 
+
+UNCHECKED = "not checked yet"
 
 ONE_BY_ONE = BatchLimits(1, WORKERS)
 
@@ -76,9 +79,13 @@ class LitertBatches:
         self.sizes: Counter[int] = Counter()  # batches that were computed, by their number of samples
 
     def refusals(self) -> dict[str, str]:
-        """Checked segment -> why its samples are computed one by one, or "" if they are computed in batches."""
-        checks = sorted(self._checks.items())
-        return {f"{model} {begin + 1}..{end}": check.refusal(self._mode) for (model, begin, end), check in checks}
+        """Segment -> why its samples are computed one by one, or "" if they are computed in batches."""
+        found = {}
+        for key in sorted(self._asked):
+            model, begin, end = key
+            check = self._checks.get(key)
+            found[f"{model} {begin + 1}..{end}"] = UNCHECKED if check is None else check.refusal(self._mode)
+        return found
 
     def models(self) -> frozenset[str]:
         """The models of which a segment is computed in batches."""
@@ -145,7 +152,10 @@ class LitertBatches:
 
     def _check(self, store: SegmentStore, begin: int, end: int, num_threads: int) -> None:
         try:
-            found = check_batches(store, begin, end, stopped=self._stopped.is_set)
+            with measuring_alone():
+                found = known_check(store, begin, end, num_threads)  # by the process that held the lock
+                if found is None:
+                    found = check_batches(store, begin, end, stopped=self._stopped.is_set)
         except Exception as error:  # a thread's error would be lost
             log.exception("batches not checked", model=store.model.name, layers=f"{begin + 1}..{end}")
             found = BatchCheck(fault=f"the check failed: {error}")

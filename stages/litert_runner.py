@@ -27,6 +27,7 @@ from stages.calibration.stored import with_codecs
 from stages.litert_batches import BatchLimits, LitertBatches
 from stages.models.batch_check import random_input
 from stages.models.batch_option import BatchMode
+from stages.models.cuts import useful_positions
 from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions, RunsSegment
 from stages.models.model import Model
 from stages.models.profiler import machine_profile
@@ -130,6 +131,16 @@ class LitertRunner:
             elif self._accelerator is not None:
                 self._accelerator.prepare(self._stores[model.name], 0, model.graph.depth)
             self._profiles[model.name] = self._emulated(profile)
+        if self._accelerator is None:  # else its segments are checked as they are placed
+            for model in models:
+                self._check_batches(model)
+
+    def _check_batches(self, model: Model) -> None:
+        """Start the checks of the layers behind each useful cut, which most placements need; the shortest first."""
+        depth = model.graph.depth
+        for begin in reversed(useful_positions(model.manifest)):
+            if begin < depth and self._predicted_s(model.name, begin, depth) >= INLINE_S:
+                self._batches.prepare(self._stores[model.name], begin, depth, self._num_threads[model.name])
 
     def _measure(self, model: Model, *, again: bool) -> ModelProfile:
         return self._measured(model, num_threads=self._num_threads[model.name], remeasure=again, say=self._say)
@@ -237,12 +248,12 @@ class LitertRunner:
             await asyncio.get_running_loop().run_in_executor(self._pool, partial(gpu.prepare, store, first, last))
         if gpu is not None and gpu.holds(model.name, first, last):
             return  # which checks its batches itself
-        if self._predicted_s(plan, first, last) >= INLINE_S:
+        if self._predicted_s(plan.model, first, last) >= INLINE_S:
             self._batches.prepare(store, first, last, self._num_threads[model.name])
 
     def station(self, plan: AttemptPlan, first: int, last: int, pace: PaceClock) -> Station:
         """A station on the prepared segment."""
-        busy_s = self._predicted_s(plan, first, last)
+        busy_s = self._predicted_s(plan.model, first, last)
         store = self._stores[plan.model]
         cpu = store.get(first, last)
         segment = cpu if self._accelerator is None else self._accelerator.segment(plan.model, cpu)
@@ -266,8 +277,8 @@ class LitertRunner:
 
         return self._batches.station(key, cpu, limits)
 
-    def _predicted_s(self, plan: AttemptPlan, first: int, last: int) -> float:
-        return sum(profile_of(self._profiles, plan.model).layer_s[first:last])
+    def _predicted_s(self, model: str, first: int, last: int) -> float:
+        return sum(profile_of(self._profiles, model).layer_s[first:last])
 
     def coder(self, plan: AttemptPlan, position: int, codec: Codec, pace: PaceClock) -> Coder:
         """A coder for the model's tensors at a position."""

@@ -28,6 +28,7 @@ from bus.topics import Partitions
 from bus.values import Execution, Kind, ModelProfile, Placement, Role
 from loadgen.bench.cpu_load import BusynessWatch
 from stages.hops.hop import hop_of
+from stages.litert_batches import UNCHECKED
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.models.batch_check import random_input
 from stages.models.batch_option import BatchMode
@@ -55,7 +56,7 @@ RATE_BPS = 1 << 36
 """A rate high enough that no link limits the stage."""
 
 CHECKED_S = 120.0
-"""Time limit for the check of the segment."""
+"""Time limit for the checks of segments."""
 
 
 class _Stage:
@@ -193,9 +194,9 @@ async def _ended(work: Sequence[asyncio.Task[None]]) -> None:
 
 
 async def _checked(stage: _Stage) -> None:
-    """Wait until the stage knows whether it computes the segment in batches."""
+    """Wait until the stage knows which segments it computes in batches, and does nothing in the background."""
     async with asyncio.timeout(CHECKED_S):
-        while not stage.runner.batch_segments():
+        while UNCHECKED in (stage.runner.batch_segments() or {}).values():
             await asyncio.sleep(0.02)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import tempfile
 import threading
 import weakref
 from bisect import bisect_left, bisect_right, insort
@@ -38,6 +39,7 @@ from stages.models.loaded_piece import LoadedPiece
 from stages.models.model import Model
 from stages.models.runtime.litert import DEFAULT_INTERPRETER, InterpreterOptions, SegmentRunner
 from stages.models.runtime.malloc_trim import give_back, map_large_blocks
+from stages.models.runtime.trial_run import trial_folder
 from stages.models.sandbox import Sandbox
 from stages.models.slicer import SlicedPart, slice_model
 
@@ -359,8 +361,11 @@ class SegmentStore:
         """Computes a batch in the sandbox. Raises `ModelError` where that crashes or does not end."""
         if not self.model.trusted:
             part = slice_model(self.model, begin + 1, end)
-            with self._sandbox:
-                self._sandbox.admit(part, part.to_bytes(), batch)
+            with self._sandbox, tempfile.NamedTemporaryFile(suffix=".tflite", dir=trial_folder()) as copy:
+                for chunk in part.chunks():
+                    copy.write(chunk)
+                copy.flush()
+                self._sandbox.admit(part, Path(copy.name), batch)
 
     def released(self, segment: Segment) -> None:
         """Marks the segment as out of use, so that its bounds may be removed."""

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
-from bus.frames import AttemptPlan
 from bus.tensors import Array
-from bus.values import Execution, Kind, ModelProfile, Placement
+from bus.values import ModelProfile
 from stages.calibration import batch_times
 from stages.calibration.batch_times import (
     LONG_S,
@@ -150,24 +149,15 @@ def test_batches_are_measured_again_only_if_asked(lenet: Model, monkeypatch: pyt
     assert said == ["measuring batches of lenet on this machine"]
 
 
-def plan_of(model: Model) -> AttemptPlan:
-    return AttemptPlan(
-        task_id="t", attempt=1, region=0, device="d", model=model.name, sha256=model.sha256, samples=1, todo=1,
-        execution=Execution.STREAMING,
-        placement=Placement(kind=Kind.DEVICE, cut1=7, cut2=7, cut1_name="", cut2_name=""),
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("passes", [True, False])
 def test_a_stage_that_computes_batches_measures_them_once(lenet: Model, passes: bool) -> None:
     async def run() -> None:
         store = SegmentStore(lenet)
-        store_check(BatchCheck(most=32, exact=passes, difference=1.0, speedup=4.0), store, 0, 7, 1)
+        for begin in (0, 4, 5, 6):  # the segments that a stage checks at its start
+            store_check(BatchCheck(most=32, exact=passes, difference=1.0, speedup=4.0), store, begin, 7, 1)
         options, prepared = RunnerOptions(batches="exact"), Prepared(stores={"lenet": store})
         runner = LitertRunner([lenet], options, prepared=prepared, measured=lambda model, **more: profile(model))
         try:
-            assert runner.unmeasured_batches() is None
-            await runner.prepare(plan_of(lenet), 0, 7)
             assert runner.unmeasured_batches() == ("lenet" if passes else None)
             if not passes:
                 return
