@@ -150,8 +150,8 @@ class LitertRunner:
         found = with_batches(profile, model, self._batch_mode, num_threads, remeasure=remeasure, say=self._say)
         if found.executors is None or found is profile:
             return found
-        fitting = self._stores[model.name].budget_bytes // max(1, model.size_bytes)
-        return found.model_copy(update={"executors": max(1, min(found.executors, fitting))})
+        whole = self._stores[model.name].get(0, model.graph.depth)
+        return found.model_copy(update={"executors": min(found.executors, whole.interpreters)})
 
     def unmeasured_batches(self) -> str | None:
         """See `MeasuresBatches`."""

@@ -29,7 +29,7 @@ from stages.models.batch_check import BatchCheck, store_check
 from stages.models.files.graph_builder import GraphBuilder
 from stages.models.model import Model, read_model
 from stages.models.runtime.litert import SegmentRunner
-from stages.models.segments import SegmentStore
+from stages.models.segments import SegmentStore, StoreLimits
 from tests.unit.stages import built_models
 
 EXACT = LayerBatches(factors=(0.7, 0.5, 0.4, 0.3, 0.25), difference=0.0)
@@ -152,7 +152,8 @@ def test_batches_are_measured_again_only_if_asked(lenet: Model, monkeypatch: pyt
 @pytest.mark.parametrize("passes", [True, False])
 def test_a_stage_that_computes_batches_measures_them_once(lenet: Model, passes: bool) -> None:
     async def run() -> None:
-        store = SegmentStore(lenet)
+        store = SegmentStore(lenet, limits=StoreLimits(replicas=64))
+        store.warm()
         for begin in (0, 4, 5, 6):  # the segments that a stage checks at its start
             store_check(BatchCheck(most=32, exact=passes, difference=1.0, speedup=4.0), store, begin, 7, 1)
         options, prepared = RunnerOptions(batches="exact"), Prepared(stores={"lenet": store})
@@ -171,3 +172,17 @@ def test_a_stage_that_computes_batches_measures_them_once(lenet: Model, passes: 
             await runner.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("interpreters", "executors"), [(1, 1), (3, 3), (64, 4)])
+def test_a_stage_announces_no_more_executors_than_it_has_interpreters(
+    lenet: Model, interpreters: int, executors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_times, "usable_cores", lambda: 4)
+    measure_missing_batches(lenet, 1)
+    store = SegmentStore(lenet, limits=StoreLimits(replicas=interpreters))
+    store.warm()
+    options, prepared = RunnerOptions(batches="exact"), Prepared(stores={"lenet": store})
+    runner = LitertRunner([lenet], options, prepared=prepared, measured=lambda model, **more: profile(model))
+    assert runner.profiles()[0].executors == executors
+    asyncio.run(runner.close())
