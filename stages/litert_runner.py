@@ -110,6 +110,8 @@ class LitertRunner:
         self._accelerator = prepared.accelerator
         if options.gpu is not None and self._accelerator is None:
             self._accelerator = Accelerator(options.gpu)
+        # one thread of its own, since loads take seconds, one after the other, while other tasks compute
+        self._gpu_loader = ThreadPoolExecutor(1, thread_name_prefix="gpu-loader")
         self._num_threads = {
             model.name: threads(model, remeasure=options.remeasure, say=say)
             if options.num_threads == "auto"
@@ -245,7 +247,8 @@ class LitertRunner:
         await store.ready(first, last)
         gpu = self._accelerator
         if gpu is not None and not gpu.is_ready(model.name, first, last):
-            await asyncio.get_running_loop().run_in_executor(self._pool, partial(gpu.prepare, store, first, last))
+            load = partial(gpu.prepare, store, first, last)
+            await asyncio.get_running_loop().run_in_executor(self._gpu_loader, load)
         if gpu is not None and gpu.holds(model.name, first, last):
             return  # which checks its batches itself
         if self._predicted_s(plan.model, first, last) >= INLINE_S:
@@ -290,6 +293,7 @@ class LitertRunner:
     async def close(self) -> None:
         """Stop the worker threads and the GPU process of this runner."""
         self._batches.close()
+        self._gpu_loader.shutdown(wait=False, cancel_futures=True)
         if self._owns_pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
         if self._accelerator is not None:
