@@ -150,18 +150,17 @@ class Computing:
 
         A sample that is encoded wrongly raises its `ProtocolError` after the samples before it.
         """
-        works, station, begin_s = self._works[segment], self._together[segment], self._clock()
-        decoded, fault, busy_s = await self._decoded(works.decoder, samples)
+        works, station = self._works[segment], self._together[segment]
+        begin_s, before_s = self._clock(), self.busy_s
+        decoded, fault = await self._decoded(works.decoder, samples)
         submitted = [station.submit(sample, tensors, ready_s) for sample, tensors, ready_s in decoded]
         try:
             for future in submitted:
                 outputs: Activations
                 outputs, share_s, batch = await future
                 if works.encoder is not None:
-                    encoding = works.encoder.encode(outputs, self._clock())
-                    outputs, took_s = await self._timed(works.encoder, encoding)
-                    busy_s += took_s
-                busy_s += share_s
+                    outputs = await self._timed(works.encoder, works.encoder.encode(outputs, self._clock()))
+                self.busy_s += share_s  # at once, since a report may be sent before the last sample is done
                 self.batches += 1.0 / batch
                 self.predicted_s += predicted_s
                 yield outputs, self._clock()
@@ -171,31 +170,30 @@ class Computing:
             for future in submitted:
                 future.cancel()  # no effect on those that are done
             done_s = self._clock()
-            self._count(max(begin_s, done_s - busy_s), done_s, busy_s)
+            self._note_interval(max(begin_s, done_s - (self.busy_s - before_s)), done_s)
 
     async def _decoded(
         self, decoder: Coder | None, samples: Sequence[Sample]
-    ) -> tuple[list[tuple[int, list[Array], float]], ProtocolError | None, float]:
-        """Number, tensors and readiness of each sample up to the first that is encoded wrongly; its error; the time taken."""
+    ) -> tuple[list[tuple[int, list[Array], float]], ProtocolError | None]:
+        """Number, tensors and readiness of each sample up to the first that is encoded wrongly, and its error."""
         found: list[tuple[int, list[Array], float]] = []
-        busy_s = 0.0
         for one in samples:
             inputs, ready_s = one.inputs, max(one.ready_s, self._opened_s)
             if decoder is not None and isinstance(inputs, Encoded):
                 try:
-                    inputs, took_s = await self._timed(decoder, decoder.decode(inputs, self._clock()))
+                    inputs = await self._timed(decoder, decoder.decode(inputs, self._clock()))
                 except ProtocolError as error:
-                    return found, error, busy_s
-                busy_s += took_s
+                    return found, error
                 ready_s = self._clock()
             found.append((one.sample, tensors_of(inputs), ready_s))
-        return found, None, busy_s
+        return found, None
 
-    async def _timed(self, coder: Coder, work: Awaitable[T]) -> tuple[T, float]:
-        """What a coder returns, and how long it took without waiting for other tasks."""
+    async def _timed(self, coder: Coder, work: Awaitable[T]) -> T:
+        """What a coder returns; counts how long it took without waiting for other tasks."""
         begin_s, waited_s = self._clock(), coder.waited_s
         found = await work
-        return found, max(0.0, self._clock() - begin_s - (coder.waited_s - waited_s))
+        self.busy_s += max(0.0, self._clock() - begin_s - (coder.waited_s - waited_s))
+        return found
 
     async def _run_coded(
         self, works: _Works, sample: int, inputs: Activations, ready_s: float, predicted_s: float
@@ -236,12 +234,15 @@ class Computing:
         self._count(begin_s, now)
         return outputs, now - begin_s
 
-    def _count(self, begin_s: float, end_s: float, busy_s: float | None = None) -> None:
-        """Count an interval; `busy_s`: where it is not all of it, or several executors worked at once."""
+    def _count(self, begin_s: float, end_s: float) -> None:
+        self.busy_s += end_s - begin_s
+        self._note_interval(begin_s, end_s)
+
+    def _note_interval(self, begin_s: float, end_s: float) -> None:
+        """Note when it computed, whose time is in `busy_s`."""
         if self._began_s is None:
             self._began_s = begin_s
         self._free_s = end_s
-        self.busy_s += end_s - begin_s if busy_s is None else busy_s
         self._node.busy(self._busy_part, self._plan.task_id, begin_s, end_s)
 
     def record_span(self, parent_id: str | None = None) -> None:

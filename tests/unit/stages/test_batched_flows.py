@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, ClassVar
 
 import pytest
 
 from bus import messages, topics
 from bus.frames import decode_frame
 from bus.messages import TaskFailed
-from bus.tensors import Array
+from bus.tensors import Activations, Array
 from bus.values import BatchSpeed
 from loadgen.sim.virtual_loop import run_virtual
 from stages.batches import Batcher
+from stages.computing import Computing
+from stages.hops import flow
 from stages.runner import MOST_AT_ONCE, ModelledRunner, ModelledSample
 
 from .test_hop import PROFILE, Edge, edge, frame, plan
@@ -123,6 +126,30 @@ def test_busy_times_are_shares_of_batches_on_several_executors_too() -> None:
             assert reported(e, "edge_batches")["t"] == pytest.approx(2.0)
 
     run_virtual(run())
+
+
+def test_a_sample_counts_as_busy_time_when_it_is_done() -> None:
+    """A report may be sent while later samples of the group are still computed."""
+
+    class Watched(Computing):
+        seen: ClassVar[list[tuple[float, float]]] = []
+
+        async def run_together(self, *args: Any) -> AsyncGenerator[tuple[Activations, float]]:
+            async for found in super().run_together(*args):
+                self.seen.append((self.busy_s, self.batches))
+                yield found
+
+    async def run() -> None:
+        async with edge(runner=WatchedRunner()) as e:
+            await play(e, ["t"], 3)
+            await asyncio.sleep(5.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "Computing", Watched)
+        run_virtual(run())
+    third = BATCHED.together_s(3, 0, 2) / 3
+    assert [busy_s for busy_s, _ in Watched.seen] == pytest.approx([third, 2 * third, 3 * third])
+    assert [batches for _, batches in Watched.seen] == pytest.approx([1 / 3, 2 / 3, 1.0])
 
 
 def test_a_profile_without_batches_computes_tasks_side_by_side() -> None:
