@@ -12,8 +12,13 @@ from rich.console import Console
 
 from bus.errors import ConfigError
 from bus.values import ModelProfile
-from deploy.console_output.batch_tables import batch_rows, batches_table
-from deploy.console_output.codec_tables import agreement_line, codecs_report, codecs_table
+from deploy.console_output.measurement_tables import (
+    agreement_line,
+    batch_rows,
+    batches_table,
+    codecs_report,
+    codecs_table,
+)
 from deploy.console_output.model_loading import (
     FileOptions,
     Json,
