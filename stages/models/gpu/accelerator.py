@@ -210,7 +210,10 @@ class Accelerator:
 
     def _place(self, name: tuple[str, int, int], placed: Placed) -> None:
         with self._looking:
+            before = self._placed.get(name)
             self._placed[name] = placed
+        if before is not None and before.files is not None:
+            before.files.unload()
         model, begin, end = name
         if placed.files is not None:
             log.info("segment runs on the GPU", model=model, layers=f"{begin + 1}..{end}")
@@ -244,10 +247,13 @@ class Accelerator:
         for batch in self._options.batches:
             if not self._make_room(files.weight_bytes + part.size_bytes):
                 return
+            larger = None
             try:
                 larger = SegmentFile(self._process, segment, part, batch)
                 reason = files.add(larger, self._options.tolerance, self._clock)
-            except GpuFaultError as error:
+            except (GpuFaultError, OSError) as error:
+                if larger is not None:
+                    larger.unload()
                 self._unbatched.add(name)  # it may have ended the process: the next load tries no batches
                 log.warning("segment runs without batches on the GPU", model=name[0], reason=str(error))
                 return
@@ -315,7 +321,7 @@ class _GpuSegment:
     def run_batch(self, samples: Sequence[Sequence[Array]], on_wait: OnWait | None = None) -> list[list[Array]]:
         """Compute several samples, in the batches that take the least time."""
         found = self._accelerator.compute(self._name, self._cpu, samples, on_wait or self._count_wait)
-        return [self._cpu.run(inputs) for inputs in samples] if found is None else found
+        return [self._cpu.run_batch([one], on_wait)[0] for one in samples] if found is None else found
 
     @property
     def most_at_once(self) -> int:

@@ -25,19 +25,23 @@ def program(driver: str, **options: Any) -> ChildProgram:
 
 
 class Driver:
-    """Every result is wrong by a share of itself; the process dies at one run of all."""
+    """Every result is wrong by a share of itself; the process dies at one run of all, another one fails."""
 
     runs = 0
+    dies_at: int | None = None
+    fails_at: int | None = None
 
-    def __init__(self, path: str, shapes: child.Shapes, error: float, wrong_above: float, dies_at: int | None) -> None:
+    def __init__(self, path: str, shapes: child.Shapes, error: float, wrong_above: float) -> None:
         self._runner, self._shapes = SegmentRunner(path), shapes
         self._factor = np.float32(1.0 + error)
-        self._wrong_above, self._dies_at = wrong_above, dies_at
+        self._wrong_above = wrong_above
 
     def run(self, inputs: Array, outputs: Array) -> None:
         Driver.runs += 1
-        if Driver.runs == self._dies_at:
+        if Driver.runs == self.dies_at:
             os.kill(os.getpid(), signal.SIGSEGV)
+        if Driver.runs == self.fails_at:
+            raise RuntimeError("device lost")
         at, tensors = 0, []
         for shape in self._shapes:
             size = prod(shape)
@@ -52,12 +56,14 @@ def scripted(
     batch_error: float | None = None,
     wrong_above: float = float("inf"),
     dies_at: int | None = None,
+    fails_at: int | None = None,
 ) -> None:
-    """Wrong by a share, in batches by another one if it is given, by half above a value; dies at a run."""
+    """Wrong by a share, in batches by another one if it is given, by half above a value; dies at a run, fails at a run."""
+    Driver.dies_at, Driver.fails_at = dies_at, fails_at
 
     def load(path: str, inputs: child.Shapes, outputs: child.Shapes) -> child.Loaded:
         wrong = error if inputs[0][0] == 1 or batch_error is None else batch_error
-        return Driver(path, inputs, wrong, wrong_above, dies_at)
+        return Driver(path, inputs, wrong, wrong_above)
 
     child.main(load)
 

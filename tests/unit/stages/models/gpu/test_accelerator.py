@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from stages.models.gpu.accelerator import CHECKS, Accelerator, AcceleratorOption
 from stages.models.gpu.process import MOST_DEATHS, GpuProcess
 from stages.models.model import Model
 from stages.models.runtime.trial_run import ChildProgram
-from stages.models.segments import SegmentStore
+from stages.models.segments import OnWait, Segment, SegmentStore
 from stages.models.slicer import slice_model
 from stages.zoo.registry import load_model
 from tests.unit.stages import built_models
@@ -115,6 +115,24 @@ def test_a_driver_that_dies_in_the_middle_loses_no_sample_and_other_segments_ret
         assert segments[2].run([sample()])[0].tobytes() != on_cpu(store, 2).tobytes()
 
 
+def test_a_batch_that_the_cpu_computes_reports_its_waiting_time(store: SegmentStore) -> None:
+    class Busy(Segment):
+        """Other tasks use its interpreters for a second each time."""
+
+        def run_batch(self, samples: Sequence[Sequence[Array]], on_wait: OnWait | None = None) -> list[list[Array]]:
+            if on_wait is not None:
+                on_wait(1.0)
+            return super().run_batch(samples, on_wait)
+
+    waits_s: list[float] = []
+    with accelerator(program("scripted", dies_at=CHECKS + 1)) as gpu:
+        gpu.prepare(store, 0, DEPTH)
+        segment = gpu.segment("lenet", Busy(store, 0, DEPTH))
+        outputs = segment.run_batch([[sample()], [sample()]], waits_s.append)
+        assert [output.tobytes() for (output,) in outputs] == [on_cpu(store).tobytes()] * 2
+        assert waits_s[-2:] == [1.0, 1.0]
+
+
 def test_a_driver_that_dies_again_and_again_is_not_started_again(store: SegmentStore) -> None:
     with accelerator(program("crashing")) as gpu:
         for end in range(1, MOST_DEATHS + 2):
@@ -194,6 +212,33 @@ def test_batches_that_end_the_process_are_not_tried_again(store: SegmentStore) -
         assert files is not None
         assert files.most_at_once == 1
         assert computed(gpu, store).tobytes() != on_cpu(store).tobytes()
+
+
+class Counting(GpuProcess):
+    """Counts the files in the device's memory."""
+
+    files = 0
+
+    def load(self, *args: Any) -> int:
+        key = super().load(*args)
+        self.files += 1
+        return key
+
+    def unload(self, key: int) -> None:
+        self.files -= self.holds(key)
+        super().unload(key)
+
+
+@pytest.mark.parametrize(("fails_at", "files"), [(CHECKS + 5, 1), (CHECKS + 7, 0)])
+def test_files_that_failed_leave_the_memory_of_the_device(store: SegmentStore, fails_at: int, files: int) -> None:
+    """A batch fails while it is tried, or a sample after the check."""
+    process = Counting(program("scripted", fails_at=fails_at))
+    with contextlib.closing(Accelerator(AcceleratorOptions(batches=(4,)), process)) as gpu:
+        gpu.prepare(store, 0, DEPTH)
+        computed(gpu, store)
+        assert process.files == files
+        placed = gpu.placements()["lenet", 0, DEPTH]
+        assert (placed.files is None) == (files == 0)
 
 
 def test_without_room_for_a_batch_single_samples_run_on_the_gpu(store: SegmentStore) -> None:
