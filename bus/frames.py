@@ -137,9 +137,7 @@ class Frame(NamedTuple):
     source: str  # the node that sends it
     pieces: Sequence[Piece] = ()
     plan: AttemptPlan | None = None
-    report: Mapping[str, float] = MappingProxyType(
-        {}
-    )  # busy seconds by part, `BATCHES`, `SAMPLES`, `MORE`, `PREDICTED`
+    report: Mapping[str, float] = MappingProxyType({})  # busy seconds by part, and the other keys above
     revision: int = 0  # of the plan that it belongs to
     totals: tuple[int, ...] = ()  # samples of each route in this attempt; empty: not known yet, or one route
 

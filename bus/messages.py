@@ -201,7 +201,7 @@ class TaskCompleted(Message):
         None  # number of samples on each route of the placement; None: it has one, or the device does not know
     )
     edge_batches: Annotated[float, Field(gt=0, le=1e12)] | None = (
-        None  # sum of 1/n over its samples, each in a batch of n, on the edge; None: it was not told, or computed one by one
+        None  # sum of 1/n over the samples that the edge computed, each in a batch of n; None: unknown, or one by one
     )
     cloud_batches: Annotated[float, Field(gt=0, le=1e12)] | None = None  # the same in the cloud
 

@@ -373,7 +373,7 @@ class ModelProfile(Frozen):
     calibration_samples: Annotated[int, Field(ge=1)] | None = None  # behind each agreement; None: none
     accelerator: Literal["cpu", "gpu"] | None = None  # what computed in the measurement; None: the CPU
     not_on_gpu: Annotated[str, Field(max_length=300)] | None = (
-        None  # why the platform's GPU does not compute the whole model
+        None  # why the platform's GPU does not compute the whole model; None: it does, or none is used
     )
     batch: Annotated[tuple[BatchSpeed, ...], Field(min_length=1, max_length=MAX_BATCH)] | None = (
         None  # by rising batch; None: the platform computes samples one by one

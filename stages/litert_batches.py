@@ -21,7 +21,7 @@ import structlog
 from bus.tensors import Array
 from stages.batches import Batcher, Computed
 from stages.models.batch_check import BatchCheck, check_batches, known_check, store_check
-from stages.models.batch_option import BatchMode
+from stages.models.compute_options import BatchMode
 from stages.models.gpu.accelerator import RunsSegment
 from stages.models.profiler import measuring_alone
 from stages.models.segments import SegmentStore

@@ -25,16 +25,15 @@ from bus.values import Codec, CodecProfile, ModelProfile, TensorSpec
 from stages.calibration.batch_times import measure_missing_batches, with_batches
 from stages.calibration.stored import with_codecs
 from stages.litert_batches import BatchLimits, LitertBatches
-from stages.models.batch_check import random_input
-from stages.models.batch_option import BatchMode
+from stages.models.compute_options import BatchMode, ThreadCount
 from stages.models.cuts import useful_positions
 from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions, RunsSegment
 from stages.models.model import Model
 from stages.models.profiler import machine_profile
+from stages.models.random_samples import random_input
 from stages.models.runtime.litert import InterpreterOptions
 from stages.models.segments import Segment, SegmentStore, StoreLimits
 from stages.models.thread_count import machine_threads, usable_cores
-from stages.models.thread_option import ThreadCount
 from stages.runner import Coder, PaceClock, Station, profile_of, sleep_until
 from stages.workers import WORKERS, Workers
 from stages.zoo.registry import digits

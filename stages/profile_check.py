@@ -1,6 +1,6 @@
-"""Check of a node's profiles: what the planner learned from completed tasks contradicts some, and they are measured again.
+"""Check of a node's profiles: one that the planner's learned values contradict is measured again.
 
-Batches are measured once a node has computed some.
+Batches are measured once the node has computed some.
 """
 
 from __future__ import annotations

@@ -36,13 +36,13 @@ from stages.calibration.batch_times import MeasuredBatches, measure_and_store_ba
 from stages.calibration.measurement import MeasuredCodecs
 from stages.calibration.samples import Calibration, calibration_of
 from stages.calibration.stored import measure_and_store
+from stages.models.compute_options import parse_threads
 from stages.models.files.cache import write_whole
 from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions
 from stages.models.model import Model
 from stages.models.profiler import ProfileCache, TimedRuns, measure_steadily, measuring_alone
 from stages.models.segments import SegmentStore
 from stages.models.thread_count import machine_threads
-from stages.models.thread_option import parse_threads
 from stages.zoo.networks import LENET
 
 MOST_THREADS = 64

@@ -40,8 +40,8 @@ from deploy.services.settings import (
 from deploy.services.wiring import PlannerSetup
 from planner.core.options import WhenLate
 from planner.service.service import PlannerService
+from stages.models.compute_options import parse_threads
 from stages.models.files.choice import parse_shapes, shape_words
-from stages.models.thread_option import parse_threads
 
 stage_app = typer.Typer(no_args_is_help=True, help="Run one stage: a device, an edge or a cloud worker.")
 

@@ -49,9 +49,8 @@ from bus.errors import ConfigError
 from bus.text.units import parse_duration, parse_rate
 from bus.values import Execution, NodeName, Objective
 from planner.core.options import DEFAULT_PATIENCE_S, WhenLate
-from stages.models.batch_option import BatchMode
+from stages.models.compute_options import BatchMode, ThreadCount, parse_threads
 from stages.models.files.choice import ModelChoice, parse_shapes
-from stages.models.thread_option import ThreadCount, parse_threads
 from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.network.trace import MAX_LATENCY_S, Trace, read_trace
 

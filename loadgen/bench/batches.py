@@ -30,9 +30,9 @@ from loadgen.bench.cpu_load import BusynessWatch
 from stages.hops.hop import hop_of
 from stages.litert_batches import UNCHECKED
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
-from stages.models.batch_check import random_input
-from stages.models.batch_option import BatchMode
+from stages.models.compute_options import BatchMode
 from stages.models.model import Model
+from stages.models.random_samples import random_input
 from stages.models.segments import SegmentStore, StoreLimits
 from stages.node import Node, NodeSettings
 from stages.window import window_of
@@ -115,7 +115,7 @@ class _Stage:
         await self._bus.send(topics.ACTIVATIONS_CLOUD, encode_frame(frame), key=plan.task_id)
 
     def _plan(self, task_id: str) -> AttemptPlan:
-        """A task that never ends, so that the stage keeps nothing of it back."""
+        """A task with far more samples than the benchmark sends."""
         placement = Placement(
             kind=Kind.EDGE_CLOUD, edge="e", cut1=0, cut2=self._cut, cut1_name="input", cut2_name=CUT,
             link1_bps=RATE_BPS, link2_bps=RATE_BPS,

@@ -1,5 +1,4 @@
-"""Codecs measured on a model's own activations: their sizes, their speed on this machine, and what they do to the outputs;
-and the speed of layers in batches.
+"""Measurements on a model's own activations: of codecs (sizes, speed, agreement of the outputs) and of layers in batches.
 
 Start at `measurement`. Imports `bus`, `stages.models` and `stages.zoo`; the runner of a stage and the commands import it.
 """

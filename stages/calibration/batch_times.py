@@ -8,7 +8,6 @@ batches (`stages.models.batch_check`); what is measured here says only how fast 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from itertools import pairwise
@@ -22,9 +21,9 @@ from bus.errors import ModelError
 from bus.tensors import Array, bytes_in
 from bus.values import BatchSpeed, Frozen, ModelProfile
 from stages.models.batch_check import ACTIVATION_BYTES, NEARLY
-from stages.models.batch_option import BatchMode
+from stages.models.compute_options import BatchMode
 from stages.models.difference import relative_difference
-from stages.models.files.cache import cache_dir, write_whole
+from stages.models.files.cache import measured_path, write_whole
 from stages.models.model import Model
 from stages.models.profiler import Say, Step, measuring_alone, processor_name
 from stages.models.runtime.litert import SegmentRunner
@@ -224,7 +223,5 @@ def with_batches(
 
 
 def _path(model: Model, num_threads: int) -> Path:
-    known_by = "\n".join(
-        [str(METHOD), processor_name(), str(num_threads), model.sha256, metadata.version("ai-edge-litert")]
-    )
-    return cache_dir("profiles") / f"{model.name}-{hashlib.sha256(known_by.encode()).hexdigest()[:16]}.batches.json"
+    known_by = [str(METHOD), processor_name(), str(num_threads), model.sha256, metadata.version("ai-edge-litert")]
+    return measured_path(model.name, known_by, ".batches.json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -13,7 +12,7 @@ from bus.errors import ConfigError, ModelError
 from bus.values import ModelProfile
 from stages.calibration.measurement import MeasuredCodecs, Step, measure_codecs
 from stages.calibration.samples import Calibration, calibration_of
-from stages.models.files.cache import cache_dir, write_whole
+from stages.models.files.cache import measured_path, write_whole
 from stages.models.model import Model
 from stages.models.profiler import Say, measuring_alone, processor_name
 
@@ -46,8 +45,8 @@ class CodecCache:
 
     def _path(self, model: Model) -> Path:
         versions = [metadata.version(package) for package in ("ai-edge-litert", "zstandard", "numpy")]
-        known_by = "\n".join([str(self.method), self.processor, model.sha256, *versions])
-        return cache_dir("profiles") / f"{model.name}-{hashlib.sha256(known_by.encode()).hexdigest()[:16]}.codecs.json"
+        known_by = [str(self.method), self.processor, model.sha256, *versions]
+        return measured_path(model.name, known_by, ".codecs.json")
 
 
 def measure_and_store(

@@ -8,7 +8,6 @@ profiles.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -21,10 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from bus.errors import DeeparError, ModelError
 from bus.tensors import Array
 from bus.values import MAX_BATCH, TensorSpec
-from stages.models.batch_option import BatchMode
+from stages.models.compute_options import BatchMode
 from stages.models.difference import relative_difference
-from stages.models.files.cache import cache_dir, write_whole
+from stages.models.files.cache import measured_path, write_whole
 from stages.models.profiler import METHOD, processor_name
+from stages.models.random_samples import random_sample
 from stages.models.segments import Segment, SegmentStore
 
 NEARLY = 1e-4
@@ -34,13 +34,13 @@ SPEEDUP = 1.25
 """A segment is computed in batches if that is so many times faster: the first samples of a batch wait for the last one."""
 
 COMPARED = (2, 3, 5, 8)
-"""Batches whose results are compared, as well as the largest one: runtimes treat odd remainders with other code."""
+"""Sizes of batch whose results are compared, and the largest one: runtimes compute odd remainders with other code."""
 
 BATCH_S = 0.5
 """The largest batch takes about this long; longer ones would delay other work too much."""
 
 COMPARED_S = 1.0
-"""No batch is compared that takes longer where a batch is not faster."""
+"""Batches are compared only up to the size that would take so long if its samples were computed one by one."""
 
 ACTIVATION_BYTES = 64 << 20
 """Limit for the tensors of the largest batch."""
@@ -135,18 +135,6 @@ def store_check(found: BatchCheck, store: SegmentStore, begin: int, end: int, nu
         write_whole(_path(store, begin, end, num_threads), [found.model_dump_json().encode()], durable=False)
 
 
-def random_input(spec: TensorSpec, seed: int, sample: int) -> Array:
-    """A random tensor: normal for floats, full range for 8- and 16-bit integers, 0 or 1 for wider ones (often indices)."""
-    rng = np.random.default_rng([seed, sample])
-    dtype = np.dtype(spec.dtype)
-    if dtype.kind == "f":
-        return rng.standard_normal(spec.shape).astype(dtype)
-    if dtype.kind in "iu" and dtype.itemsize <= 2:
-        limits = np.iinfo(dtype)
-        return rng.integers(limits.min, limits.max, spec.shape, dtype, endpoint=True)
-    return rng.integers(0, 2, spec.shape).astype(dtype)
-
-
 def _compared(runs: _Runs, sizes: Sequence[int], fits: int) -> BatchCheck:
     samples = [_sample(runs.segment.inputs, number) for number in range(sizes[-1])]
     expected = [runs.alone(one) for one in samples]
@@ -176,14 +164,9 @@ def _difference(runs: _Runs, batch: Sequence[list[Array]], expected: Sequence[li
 
 
 def _sample(specs: Sequence[TensorSpec], number: int) -> list[Array]:
-    """A random sample; half of them have no negative values, as after a ReLU.
-
-    They differ in magnitude, so that operators show that scale a whole batch by its largest value.
-    """
-    values = [random_input(spec, number, index) for index, spec in enumerate(specs)]
-    if number % 2:
-        values = [np.abs(value) if value.dtype.kind == "f" else value for value in values]
+    """Random inputs of different magnitudes, which reveal operators that scale a whole batch by its largest value."""
     scale = (1.0, 0.1, 3.0)[number % 3]
+    values = random_sample(specs, number)
     return [(value * scale).astype(value.dtype) if value.dtype.kind == "f" else value for value in values]
 
 
@@ -221,9 +204,6 @@ def _unsuited(segment: Segment, store: SegmentStore) -> str:
 
 
 def _path(store: SegmentStore, begin: int, end: int, num_threads: int) -> Path:
-    model = store.model
-    known_by = "\n".join(
-        [str(METHOD), processor_name(), f"{num_threads} threads", model.sha256, metadata.version("ai-edge-litert")]
-    )
-    name = f"{model.name}-batches-{begin + 1}-{end}-{hashlib.sha256(known_by.encode()).hexdigest()[:16]}.json"
-    return cache_dir("profiles") / name
+    model, threads, runtime = store.model, f"{num_threads} threads", metadata.version("ai-edge-litert")
+    known_by = [str(METHOD), processor_name(), threads, model.sha256, runtime]
+    return measured_path(f"{model.name}-batches-{begin + 1}-{end}", known_by)

@@ -13,7 +13,6 @@ thread is timed by its processor time, and a measurement is repeated until the w
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import platform as machine
 import statistics
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ import numpy as np
 
 from bus.errors import ConfigError, ModelError
 from bus.values import ModelProfile
-from stages.models.files.cache import cache_dir, locked, write_whole
+from stages.models.files.cache import cache_dir, locked, measured_path, write_whole
 from stages.models.model import Model
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.sandbox import Sandbox
@@ -276,10 +275,8 @@ class ProfileCache:
         return None
 
     def _path(self, model: Model, num_threads: int) -> Path:
-        known_by = "\n".join(
-            [str(self.method), self.processor, str(num_threads), model.sha256, metadata.version("ai-edge-litert")]
-        )
-        return cache_dir("profiles") / f"{model.name}-{hashlib.sha256(known_by.encode()).hexdigest()[:16]}.json"
+        runtime = metadata.version("ai-edge-litert")
+        return measured_path(model.name, [str(self.method), self.processor, str(num_threads), model.sha256, runtime])
 
 
 def _median_and_spread(times_s: list[float]) -> tuple[float, float]:

@@ -64,7 +64,7 @@ class Sandbox:
                 self._child = None
 
     def admit(self, part: SlicedPart, source: Path | bytes, batch: int = 1) -> None:
-        """Runs the slice with the file `source` in the child, on a batch of so many samples, unless it passed before.
+        """Runs the slice with the file `source` in the child, on `batch` samples together, unless it passed before.
 
         Raises `ModelError` if the child dies or does not answer in time.
         """

@@ -7,7 +7,6 @@ profiles, so a restarted stage does not measure again.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -19,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
 
 from bus.errors import ModelError
-from stages.models.files.cache import cache_dir, write_whole
+from stages.models.files.cache import measured_path, write_whole
 from stages.models.model import Model
 from stages.models.profiler import METHOD, Say, measuring_alone, processor_name
 from stages.models.runtime.litert import SegmentRunner
@@ -126,7 +125,5 @@ def _store(path: Path, found: ThreadTimes, say: Say | None) -> None:
 
 
 def _path(model: Model, cores: int) -> Path:
-    known_by = "\n".join(
-        [str(METHOD), processor_name(), f"up to {cores}", model.sha256, metadata.version("ai-edge-litert")]
-    )
-    return cache_dir("profiles") / f"{model.name}-threads-{hashlib.sha256(known_by.encode()).hexdigest()[:16]}.json"
+    known_by = [str(METHOD), processor_name(), f"up to {cores}", model.sha256, metadata.version("ai-edge-litert")]
+    return measured_path(f"{model.name}-threads", known_by)

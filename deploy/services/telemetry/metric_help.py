@@ -14,7 +14,7 @@ HELP: Final = {
     "gpu_refused_segments": "Segments that this stage computes on the CPU although a GPU was asked for.",
     "batch_segments": "Segments of models whose samples this stage computes in batches.",
     "batches": "Batches that this stage computed, those of a single sample included.",
-    "batched_samples": "Samples in these batches.",
+    "batched_samples": "Samples that this stage computed in batches, those of a single sample included.",
     "serving_sessions": "Sessions of clients that are open at the endpoint.",
     "failing_nodes": "Nodes that the planner avoids after repeated failed attempts.",
     "task_delay_seconds": "Time from the admission of a task to its end, by outcome and kind of placement.",

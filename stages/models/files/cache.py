@@ -43,6 +43,12 @@ def cache_dir(*parts: str) -> Path:
     return folder
 
 
+def measured_path(name: str, known_by: Iterable[str], ending: str = ".json") -> Path:
+    """The file of a measurement on this machine; another one if anything differs in `known_by`."""
+    digest = hashlib.sha256("\n".join(known_by).encode()).hexdigest()
+    return cache_dir("profiles") / f"{name}-{digest[:16]}{ending}"
+
+
 @contextlib.contextmanager
 def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Locks `path` against other processes of this machine; calls `on_wait` if it must wait for another process."""

@@ -21,11 +21,12 @@ from bus.errors import ModelError
 from bus.tensors import Array
 from bus.values import ModelProfile, TensorSpec
 from stages.models.difference import relative_difference
-from stages.models.gpu.batched_files import BatchedFiles, random_sample
+from stages.models.gpu.batched_files import BatchedFiles
 from stages.models.gpu.gpu_profile import on_cpu, on_gpu
 from stages.models.gpu.normalization import for_gpu
 from stages.models.gpu.process import GpuEndedError, GpuFaultError, GpuProcess
 from stages.models.gpu.segment_file import SegmentFile, batchable, unsuited
+from stages.models.random_samples import random_sample
 from stages.models.segments import OnWait, Segment, SegmentStore
 from stages.models.slicer import SlicedPart, slice_model
 
@@ -265,7 +266,7 @@ class Accelerator:
         """Why the CPU has to run the segment; else the seconds that the GPU takes for one sample."""
         took = {"cpu": math.inf, "gpu": math.inf}
         for number in range(CHECKS):
-            inputs = random_sample(segment, number)
+            inputs = random_sample(segment.inputs, number)
             begin_s = self._clock()
             expected = segment.run(inputs)
             middle_s = self._clock()

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import median
 
-import numpy as np
-
 from bus.tensors import Array
 from stages.models.difference import relative_difference
 from stages.models.gpu.segment_file import SegmentFile
+from stages.models.random_samples import random_sample
 from stages.models.segments import Segment
 
 PAYS = 1.1
@@ -33,7 +32,7 @@ class BatchedFiles:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all files."""
+        """The weights of all files."""
         return sum(file.weight_bytes for file, _ in self._files)
 
     @property
@@ -51,7 +50,7 @@ class BatchedFiles:
 
         Each sample of a batch must have the results that it has alone, within the tolerance.
         """
-        samples = [random_sample(self._segment, number) for number in range(file.batch)]
+        samples = [random_sample(self._segment.inputs, number) for number in range(file.batch)]
         alone, took_alone_s = self._files[0]
         right = [alone.run([sample])[0] for sample in samples]
         took_s = float("inf")
@@ -90,7 +89,7 @@ class BatchedFiles:
 
 def _busy_time(file: SegmentFile, segment: Segment, longest_s: float, clock: Callable[[], float]) -> float:
     """The median time of the later half of the runs."""
-    samples = [random_sample(segment, number) for number in range(file.batch)]
+    samples = [random_sample(segment.inputs, number) for number in range(file.batch)]
     took_s: list[float] = []
     begin_s = clock()
     while len(took_s) < LEAST_RUNS or clock() - begin_s < longest_s:
@@ -98,12 +97,3 @@ def _busy_time(file: SegmentFile, segment: Segment, longest_s: float, clock: Cal
         file.run(samples)
         took_s.append(clock() - before_s)
     return median(took_s[len(took_s) // 2 :])
-
-
-def random_sample(segment: Segment, number: int) -> list[Array]:
-    """Random inputs; those with an odd number have no negative values, as after a ReLU."""
-    sample = [
-        np.random.default_rng([number, index]).standard_normal(spec.shape, dtype=np.float32)
-        for index, spec in enumerate(segment.inputs)
-    ]
-    return sample if number % 2 == 0 else [np.abs(value) for value in sample]

@@ -8,10 +8,10 @@ from bus.values import BatchSpeed, ModelProfile
 
 
 def on_gpu(profile: ModelProfile, times_s: Mapping[int, float]) -> ModelProfile:
-    """The profile of this machine with a GPU that takes so long for the whole model, by the size of the batch.
+    """The profile of this machine with its GPU; `times_s`: what the GPU takes for the whole model, by the size of the batch.
 
-    The layers share the time of the whole as they do on the CPU, since a GPU computes them in one piece and its layers cannot
-    be timed one by one: the way to the device and back would be longer than most layers.
+    The layers share the time of the whole as they do on the CPU, since a GPU's layers cannot be timed one by one: the copies
+    to the device and back would take longer than most layers.
     """
     alone_s, on_cpu_s = times_s[1], sum(profile.layer_s)
     factor = alone_s / on_cpu_s if on_cpu_s > 0 else 1.0

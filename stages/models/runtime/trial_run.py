@@ -112,7 +112,7 @@ def last_words(stderr: bytes) -> str:
 
 
 def child_environment(own: Mapping[str, str], threads: int = 1) -> dict[str, str]:
-    """The environment `own` with DeePar's packages importable and numeric libraries limited to some threads."""
+    """The environment `own` with DeePar's packages importable and numeric libraries limited to `threads` threads."""
     root = str(Path(__file__).resolve().parents[3])
     known = own.get("PYTHONPATH")
     return {

@@ -13,13 +13,13 @@ from bus.errors import ConfigError
 from bus.tensors import Array
 from bus.values import ModelProfile
 from stages.litert_runner import LitertRunner, RunnerOptions
+from stages.models.compute_options import parse_threads
 from stages.models.files.cache import cache_dir
 from stages.models.model import Model
 from stages.models.profiler import machine_profile, measuring_alone
 from stages.models.runtime.litert import InterpreterOptions, SegmentRunner
 from stages.models.segments import SegmentStore, StoreLimits
 from stages.models.thread_count import RUNS, ThreadTimes, candidates, least_time_s, machine_threads
-from stages.models.thread_option import parse_threads
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The value of `--num-threads`. It does not import the inference runtime, which is slow to import."""
+"""Values of `--num-threads` and `--batches`, apart from modules that load the inference runtime, which is slow."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from bus.errors import ConfigError
 
 ThreadCount: TypeAlias = int | Literal["auto"]
 """Threads for one inference; `auto` chooses them for each model by measuring."""
+
+BatchMode: TypeAlias = Literal["exact", "any", "off"]
+"""exact: batches where their results are those of single samples to the bit; any: where they are nearly so; off: none."""
 
 
 def parse_threads(text: str, name: str = "--num-threads", *, most: int | None = None) -> ThreadCount:
