@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -93,7 +94,7 @@ def check_batches(
         sizes = [size for size in sizes if size * alone_s <= COMPARED_S]
         if not sizes:
             return BatchCheck(fault=f"a sample alone takes {alone_s:.2g} s")
-        return _compared(runs, sizes, fits)
+        return _compared(runs, sizes, fits, partial(store.try_batch, begin, end))
     except DeeparError as error:
         return BatchCheck(fault=str(error))
     finally:
@@ -135,7 +136,7 @@ def store_check(found: BatchCheck, store: SegmentStore, begin: int, end: int, nu
         write_whole(_path(store, begin, end, num_threads), [found.model_dump_json().encode()], durable=False)
 
 
-def _compared(runs: _Runs, sizes: Sequence[int], fits: int) -> BatchCheck:
+def _compared(runs: _Runs, sizes: Sequence[int], fits: int, try_batch: Callable[[int], None]) -> BatchCheck:
     samples = [_sample(runs.segment.inputs, number) for number in range(sizes[-1])]
     expected = [runs.alone(one) for one in samples]
     differences = [_difference(runs, samples[:size], expected) for size in sizes]
@@ -143,6 +144,7 @@ def _compared(runs: _Runs, sizes: Sequence[int], fits: int) -> BatchCheck:
     alone_s, each_s = _times_s(runs, samples[:largest])
     most = min(fits, MAX_BATCH, max(largest, int(BATCH_S / each_s)))
     if most > largest:
+        try_batch(most)
         differences.append(_difference(runs, [samples[at % len(samples)] for at in range(most)], expected))
     return BatchCheck(
         most=most,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +19,8 @@ from bus.tensors import Array
 from stages.models.batch_check import NEARLY, BatchCheck, check_batches, known_check, store_check
 from stages.models.files.graph_builder import GraphBuilder
 from stages.models.model import Model, read_model
-from stages.models.runtime.litert import SegmentRunner
+from stages.models.runtime import litert, trial_child
+from stages.models.runtime.litert import SegmentRunner, SliceTrial
 from stages.models.runtime.trial_run import ChildProgram
 from stages.models.sandbox import Sandbox
 from stages.models.segments import SegmentStore, StoreLimits
@@ -131,6 +135,28 @@ def test_a_batch_that_crashes_the_runtime_crashes_the_sandbox_only(tmp_path: Pat
     death = ChildProgram("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     found = check_batches(SegmentStore(model, sandbox=Sandbox(model, program=death)), 0, model.graph.depth)
     assert "died of SIGSEGV" in found.refusal("any")
+
+
+def test_the_largest_batch_runs_in_the_sandbox_first(tmp_path: Path) -> None:
+    model = load(tmp_path, built_models.residual())
+    SegmentStore(model).warm()
+    program = ChildProgram("from tests.unit.stages.models.test_batch_check import crashing_above; crashing_above(8)")
+    store = SegmentStore(model, sandbox=Sandbox(model, program=program))
+    found = check_batches(store, 0, model.graph.depth, clock(0.008, 0.002))
+    assert "died of SIGSEGV" in found.refusal("any")
+
+
+def crashing_above(batch: int) -> None:
+    """The sandbox's child process, which dies in larger batches."""
+
+    class Crashing(SliceTrial):
+        def run(self, *args: Any, **order: Any) -> None:
+            if order["batch"] > batch:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            super().run(*args, **order)
+
+    litert.SliceTrial = Crashing  # type: ignore[misc]
+    trial_child.slices()
 
 
 def test_a_sample_of_another_shape_or_type_fails_its_batch(lenet: Model) -> None:
