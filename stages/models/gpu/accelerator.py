@@ -24,7 +24,7 @@ from stages.models.difference import relative_difference
 from stages.models.gpu.batched_files import BatchedFiles
 from stages.models.gpu.gpu_profile import on_cpu, on_gpu
 from stages.models.gpu.normalization import for_gpu
-from stages.models.gpu.process import GpuEndedError, GpuFaultError, GpuProcess
+from stages.models.gpu.process import LONGEST_RUN_S, GpuEndedError, GpuFaultError, GpuProcess
 from stages.models.gpu.segment_file import SegmentFile, batchable, unsuited
 from stages.models.random_samples import random_sample
 from stages.models.segments import OnWait, Segment, SegmentStore
@@ -248,6 +248,8 @@ class Accelerator:
         for batch in self._options.batches:
             if not self._make_room(files.weight_bytes + part.size_bytes):
                 return
+            if batch * files.times_s[1] > LONGEST_RUN_S:
+                return  # the process would be ended for being late
             larger = None
             try:
                 larger = SegmentFile(self._process, segment, part, batch)

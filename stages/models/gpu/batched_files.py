@@ -14,8 +14,6 @@ from stages.models.segments import Segment
 PAYS = 1.1
 """A larger batch is used if it is at least so many times faster per sample."""
 
-LEAST_RUNS = 6
-
 
 class BatchedFiles:
     """Runs any number of samples in the batches that take the least time. Methods raise `GpuFaultError`."""
@@ -92,7 +90,7 @@ def _busy_time(file: SegmentFile, segment: Segment, longest_s: float, clock: Cal
     samples = [random_sample(segment.inputs, number) for number in range(file.batch)]
     took_s: list[float] = []
     begin_s = clock()
-    while len(took_s) < LEAST_RUNS or clock() - begin_s < longest_s:
+    while not took_s or clock() - begin_s < longest_s:
         before_s = clock()
         file.run(samples)
         took_s.append(clock() - before_s)

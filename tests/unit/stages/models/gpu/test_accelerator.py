@@ -14,7 +14,7 @@ import pytest
 from bus.tensors import Array
 from stages.models.difference import relative_difference
 from stages.models.gpu.accelerator import CHECKS, Accelerator, AcceleratorOptions, _GpuSegment
-from stages.models.gpu.process import MOST_DEATHS, GpuProcess
+from stages.models.gpu.process import LONGEST_RUN_S, MOST_DEATHS, GpuProcess
 from stages.models.model import Model
 from stages.models.runtime.trial_run import ChildProgram
 from stages.models.segments import OnWait, Segment, SegmentStore
@@ -201,6 +201,16 @@ def test_batches_whose_samples_have_other_results_are_not_used(store: SegmentSto
         gpu.prepare(store, 0, DEPTH)
         assert gpu.segment("lenet", store.get(0, DEPTH)).most_at_once == 1  # type: ignore[attr-defined]
         assert len(batched(gpu, store, 5)) == 5
+
+
+def test_a_batch_that_would_exceed_the_time_limit_is_not_tried(store: SegmentStore) -> None:
+    times = itertools.accumulate(itertools.cycle([0.0, 1.0, LONGEST_RUN_S / 6]))
+    with accelerator(program("scripted", dies_at=CHECKS + 4 + 3), clock=times.__next__, batches=(4, 8)) as gpu:
+        gpu.prepare(store, 0, DEPTH)  # a batch of 8 would end the process
+        files = gpu.placements()["lenet", 0, DEPTH].files
+        assert files is not None
+        assert files.loaded
+        assert 8 not in files.times_s
 
 
 def test_batches_that_end_the_process_are_not_tried_again(store: SegmentStore) -> None:
