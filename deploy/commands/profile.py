@@ -91,7 +91,7 @@ class BatchOptions:
         bool,
         typer.Option(
             "--batches",
-            help="Measure every layer in batches of 2 to 32 samples as well: speed, and whether results stay.",
+            help="Measure every layer in batches of 2 to 32 samples as well: speed, and whether the results stay the same.",
         ),
     ] = False
 
@@ -103,7 +103,7 @@ class GpuOptions:
     accelerator: Annotated[
         Processor,
         typer.Option(
-            help="cpu, or gpu: the profile of a node with the GPU of this machine, if that computes the model."
+            help="Processor that is measured: cpu, or gpu (for the whole model, if its results agree with the CPU's)."
         ),
     ] = Processor.CPU
     gpu_tolerance: GpuTolerance = 1e-4
@@ -139,7 +139,8 @@ def profile(
 
     Each layer is timed as a separate slice, then the layer times are scaled to add up to the time of the whole model.
     The measurement is repeated until both agree within 25 %, at most five times. Stages on this machine use the result,
-    and announce the measured codecs and batches. A GPU is timed on the whole model; its layers share that time as the CPU's.
+    and announce the measured codecs and batches. On a GPU the whole model is timed, and the layers share that time as on
+    the CPU.
 
     Example: `deepar profile lenet --num-threads 2 --out here.json`
     """
