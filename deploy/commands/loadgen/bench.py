@@ -75,7 +75,8 @@ class CellOptions:
         typer.Option(metavar="LAYERS", help="Segment of benchmark accelerators: whole, or 3..7; repeatable."),
     ] = None
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, metavar="N", help="Samples in a batch of benchmark accelerators; repeatable.")
+        list[int] | None,
+        typer.Option(min=1, metavar="N", help="Samples in a batch of benchmark accelerators; repeatable."),
     ] = None
     quick: Annotated[
         bool, typer.Option("--quick", help="Measure less (benchmarks regret, serve, codecs, accelerators, batches).")
