@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Final, NamedTuple
 
 from bus.messages import NodeAnnounced, Placed, TaskCompleted, TaskState, TaskSubmitted
-from bus.values import BatchLoad, ModelProfile, Objective, Placement, Role
+from bus.values import MAX_BATCH, BatchLoad, ModelProfile, Objective, Placement, Role
 from planner.core.region.records import KnownNode
 from planner.core.region.state import RegionState
 from planner.learning.attempts import Attempt, TierShare, Work, predicted_parts, routes_taken
@@ -459,7 +459,8 @@ class Candidates:
             if computed:
                 count = max(1, round(sum(share.samples for share in computed)))
                 if batches and (profile := self._nodes[node].batching.get(placed.model)) is not None:
-                    row = self._rows.row(share_of_batch(profile, max(1.0, count / batches)))
+                    batch = min(float(MAX_BATCH), max(1.0, count / batches))
+                    row = PlatformRow(share_of_batch(profile, batch))  # not kept: hardly another task has the same
                 work.append(Work(node, sum(share.profile_s(row) for share in computed), busy_s, count))
         return Attempt(
             placed, completed, predicted_parts(placed, taken), work, self._known_overheads(placed.device, edge)

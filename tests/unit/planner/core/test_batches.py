@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from bus.values import BatchLoad, BatchSpeed, ModelProfile, Objective, Parts
 from planner.core.core import Event, PlannerCore
 from planner.core.options import CoreOptions
 from planner.explain import explain
+from planner.search.cost import PlatformRow
 from tests.unit.planner.scenes import (
     MBPS,
     RandomRegion,
@@ -152,6 +154,38 @@ def test_what_was_measured_is_compared_with_the_batches_that_there_were(factor: 
     later = placed(core, 8, 20.0)
     assert later.parts.cloud_s == pytest.approx(factor * SAMPLES * share_s(8), rel=0.1)
     assert later.placement.cloud_batch == BatchLoad(tasks=1, batch=8, apart=1)
+
+
+@pytest.mark.parametrize("batches", [1e-320, 1e-9, 1e12])
+def test_impossible_batches_in_a_report_count_as_the_nearest_possible_ones(batches: float) -> None:
+    core = clouded()
+    one = placed(core, 0)
+    done = TaskCompleted(
+        task_id="t0", attempt=1, node="d0", measured=one.parts, delay_s=one.delay_s, cloud="c1", cloud_batches=batches
+    )
+    nearest = min(32.0, max(1.0, SAMPLES / max(batches, 1e-9)))
+    learned = only(core.handle(done, 2.0), Learned).nodes[0]
+    assert learned.profile_s == pytest.approx(SAMPLES * share_s(nearest))
+
+
+def test_rows_of_measured_batches_are_not_kept() -> None:
+    """Each task has another mean batch."""
+    tasks = 20
+    core = core_with(wide_edge(), cloud(models=(batching(),)), *devices(tasks))
+    found = [placed(core, number) for number in range(tasks)]
+
+    def rows() -> set[int]:
+        gc.collect()
+        return {id(one) for one in gc.get_objects() if isinstance(one, PlatformRow)}
+
+    before = rows()
+    for number, one in enumerate(found):
+        done = TaskCompleted(
+            task_id=f"t{number}", attempt=1, node=f"d{number}", measured=one.parts, delay_s=one.delay_s, cloud="c1",
+            cloud_batches=SAMPLES / (2.0 + 0.1 * number),
+        )  # fmt: skip
+        only(core.handle(done, 2.0), Learned)
+    assert len(rows() - before) < tasks
 
 
 def test_delays_that_came_true_leave_no_overhead() -> None:
