@@ -40,11 +40,10 @@ from deploy.services.telemetry.log_setup import configure_logging
 from stages.models.cuts import even_cuts, useful_positions, work_shares
 from stages.models.files.arrays import stored_arrays
 from stages.models.files.cache import write_whole
-from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions
+from stages.models.gpu.accelerator import AcceleratorOptions, accelerated
 from stages.models.gpu.verdicts import Verdict, verify_on_gpu
 from stages.models.model import Model
 from stages.models.runtime.litert import InterpreterOptions
-from stages.models.segments import SegmentStore
 from stages.models.slicer import position_of, write_parts
 from stages.models.verify import Report, named_inputs, pairs_of, random_inputs
 from stages.models.verify import verify as verify_parts
@@ -289,13 +288,8 @@ def _on_gpu(
     step: Callable[[int, int], None],
 ) -> list[Verdict]:
     configure_logging("error")  # what the log says of each part is in the verdicts
-    store = SegmentStore(loaded)
-    accelerator = Accelerator(AcceleratorOptions(tolerance=tolerance, batches=()))
-    try:
+    with accelerated(loaded, AcceleratorOptions(tolerance=tolerance, batches=())) as (store, accelerator):
         return verify_on_gpu(store, pairs, samples, accelerator, step=step)
-    finally:
-        accelerator.close()
-        store.close()
 
 
 def print_verdict(

@@ -38,10 +38,9 @@ from stages.calibration.samples import Calibration, calibration_of
 from stages.calibration.stored import measure_and_store
 from stages.models.compute_options import parse_threads
 from stages.models.files.cache import write_whole
-from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions
+from stages.models.gpu.accelerator import AcceleratorOptions, accelerated
 from stages.models.model import Model
 from stages.models.profiler import ProfileCache, TimedRuns, measure_steadily, measuring_alone
-from stages.models.segments import SegmentStore
 from stages.models.thread_count import machine_threads
 from stages.zoo.networks import LENET
 
@@ -224,12 +223,8 @@ def profile(
 
 def _on_gpu(profiled: ModelProfile, model: Model, tolerance: float) -> ModelProfile:
     configure_logging("error")  # the output has the reason that the log would give
-    store, accelerator = SegmentStore(model), Accelerator(AcceleratorOptions(tolerance=tolerance))
-    try:
+    with accelerated(model, AcceleratorOptions(tolerance=tolerance)) as (store, accelerator):
         return accelerator.profile(profiled, store)
-    finally:
-        accelerator.close()
-        store.close()
 
 
 def _gpu_report(profiled: ModelProfile) -> dict[str, Any]:

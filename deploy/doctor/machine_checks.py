@@ -95,20 +95,15 @@ def gpu(environment: Mapping[str, str]) -> list[Check]:
     if environment.get("DEEPAR_ACCELERATOR", "cpu") == "cpu":
         return []
     try:
-        from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions
-        from stages.models.segments import SegmentStore
+        from stages.models.gpu.accelerator import AcceleratorOptions, accelerated
         from stages.zoo.registry import load_model
 
-        store, accelerator = SegmentStore(load_model("lenet")), Accelerator(AcceleratorOptions())
+        model = load_model("lenet")
     except (ImportError, DeeparError, OSError) as error:
         return [Check("gpu", False, f"LeNet cannot be loaded: {error}", "see the other checks of this machine")]
-    name = (store.model.name, 0, GPU_LAYERS)
-    try:
+    with accelerated(model, AcceleratorOptions(batches=())) as (store, accelerator):
         accelerator.prepare(store, 0, GPU_LAYERS)
-        reason = accelerator.placements()[name].reason
-    finally:
-        accelerator.close()
-        store.close()
+        reason = accelerator.placements()[model.name, 0, GPU_LAYERS].reason
     if reason:
         remedy = "install the Vulkan loader (libvulkan1) and the GPU's driver, or unset DEEPAR_ACCELERATOR"
         return [Check("gpu", True, f"stages compute on the CPU: {reason}", remedy, warning=True)]

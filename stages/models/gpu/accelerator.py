@@ -7,10 +7,11 @@ the CPU, and a sample that the GPU fails to compute is computed again on the CPU
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from stages.models.gpu.gpu_profile import on_cpu, on_gpu
 from stages.models.gpu.normalization import for_gpu
 from stages.models.gpu.process import LONGEST_RUN_S, GpuEndedError, GpuFaultError, GpuProcess
 from stages.models.gpu.segment_file import SegmentFile, batchable, unsuited
+from stages.models.model import Model
 from stages.models.random_samples import random_sample
 from stages.models.segments import OnWait, Segment, SegmentStore
 from stages.models.slicer import SlicedPart, slice_model
@@ -302,6 +304,17 @@ class Accelerator:
                     return False
                 del self._placed[idle]
             loaded[idle].unload()
+
+
+@contextlib.contextmanager
+def accelerated(model: Model, options: AcceleratorOptions) -> Iterator[tuple[SegmentStore, Accelerator]]:
+    """The segments of a model, and an accelerator for them; both are closed at the end."""
+    store, accelerator = SegmentStore(model), Accelerator(options)
+    try:
+        yield store, accelerator
+    finally:
+        accelerator.close()
+        store.close()
 
 
 class _GpuSegment:
