@@ -24,15 +24,13 @@ from stages.models.batch_check import BatchCheck, check_batches, known_check, st
 from stages.models.compute_options import BatchMode
 from stages.models.gpu.accelerator import RunsSegment
 from stages.models.profiler import measuring_alone
-from stages.models.segments import SegmentStore
+from stages.models.segments import SegmentKey, SegmentStore
 from stages.runner import MOST_AT_ONCE, waited_for
 from stages.workers import WORKERS, Workers
 
 log = structlog.get_logger("batches")
 
 Inputs = Sequence[Array]
-Key = tuple[str, int, int]
-"""Model, begin and end of a segment."""
 
 
 class BatchLimits(NamedTuple):
@@ -71,9 +69,9 @@ class LitertBatches:
 
     def __init__(self, mode: BatchMode, workers: Workers) -> None:
         self._mode, self._workers = mode, workers
-        self._checks: dict[Key, BatchCheck] = {}
-        self._asked: set[Key] = set()
-        self._shared: dict[Key, _Shared] = {}
+        self._checks: dict[SegmentKey, BatchCheck] = {}
+        self._asked: set[SegmentKey] = set()
+        self._shared: dict[SegmentKey, _Shared] = {}
         self._stopped = threading.Event()
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="check-batches")
         self.sizes: Counter[int] = Counter()  # batches that were computed, by their number of samples
@@ -103,14 +101,14 @@ class LitertBatches:
         else:
             self._conclude(key, known)
 
-    def most(self, key: Key) -> int | None:
+    def most(self, key: SegmentKey) -> int | None:
         """The largest batch of a segment on the CPU: 1 if it has not passed the check, None while it is being checked."""
         check = self._checks.get(key)
         if check is None:
             return None if key in self._asked else 1
         return 1 if check.refusal(self._mode) else check.most
 
-    def station(self, key: Key, segment: RunsSegment, find_limits: FindLimits) -> BatchedStation | None:
+    def station(self, key: SegmentKey, segment: RunsSegment, find_limits: FindLimits) -> BatchedStation | None:
         """A station for a segment, which it releases at the end; None where its samples are computed one by one."""
         limits = find_limits()
         if self._mode == "off" or (limits is not None and limits.most == 1):
@@ -143,7 +141,7 @@ class LitertBatches:
     def _count(self, size: int) -> None:
         self.sizes[size] += 1
 
-    def _closed(self, key: Key) -> None:
+    def _closed(self, key: SegmentKey) -> None:
         shared = self._shared[key]
         shared.stations -= 1
         if not shared.stations:
@@ -164,7 +162,7 @@ class LitertBatches:
         if not self._stopped.is_set():
             self._conclude((store.model.name, begin, end), found)
 
-    def _conclude(self, key: Key, check: BatchCheck) -> None:
+    def _conclude(self, key: SegmentKey, check: BatchCheck) -> None:
         model, begin, end = key
         refusal = check.refusal(self._mode)
         layers = f"{begin + 1}..{end}"

@@ -32,7 +32,7 @@ from stages.models.model import Model
 from stages.models.profiler import machine_profile
 from stages.models.random_samples import random_input
 from stages.models.runtime.litert import InterpreterOptions
-from stages.models.segments import Segment, SegmentStore, StoreLimits
+from stages.models.segments import Segment, SegmentKey, SegmentStore, StoreLimits
 from stages.models.thread_count import machine_threads, usable_cores
 from stages.runner import Coder, PaceClock, Station, profile_of, sleep_until
 from stages.workers import WORKERS, Workers
@@ -266,7 +266,7 @@ class LitertRunner:
         kind = _InlineStation if busy_s < INLINE_S else _LitertStation
         return kind(segment, self._workers)
 
-    def _batched(self, key: tuple[str, int, int], segment: RunsSegment, cpu: Segment) -> Station | None:
+    def _batched(self, key: SegmentKey, segment: RunsSegment, cpu: Segment) -> Station | None:
         """A station that computes in batches; None where the segment, on the GPU or on the CPU, does not."""
         accelerator = self._accelerator
         if segment is not cpu and accelerator is not None:

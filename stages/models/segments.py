@@ -57,6 +57,9 @@ PROCESS_BYTES = 80 << 20
 
 Say: TypeAlias = Callable[[str], None]
 
+SegmentKey: TypeAlias = tuple[str, int, int]
+"""Model, begin and end of a segment."""
+
 OnWait: TypeAlias = Callable[[float], None]
 """Receives the seconds for which other calls delayed one."""
 

@@ -29,7 +29,7 @@ from stages.models.gpu.process import LONGEST_RUN_S, GpuEndedError, GpuFaultErro
 from stages.models.gpu.segment_file import SegmentFile, batchable, unsuited
 from stages.models.model import Model
 from stages.models.random_samples import random_sample
-from stages.models.segments import OnWait, Segment, SegmentStore
+from stages.models.segments import OnWait, Segment, SegmentKey, SegmentStore
 from stages.models.slicer import SlicedPart, slice_model
 
 log = structlog.get_logger("gpu")
@@ -96,10 +96,10 @@ class Accelerator:
         self._options = options
         self._process = process or GpuProcess()
         self._clock = clock
-        self._placed: dict[tuple[str, int, int], Placed] = {}  # by model, begin and end
-        self._unbatched: set[tuple[str, int, int]] = set()  # segments whose batches caused a fault
-        self._users: dict[tuple[str, int, int], int] = {}  # stations of each segment
-        self._looking = threading.Lock()  # guards both tables; held briefly
+        self._placed: dict[SegmentKey, Placed] = {}
+        self._unbatched: set[SegmentKey] = set()  # segments whose batches caused a fault
+        self._users: dict[SegmentKey, int] = {}  # stations of each segment
+        self._looking = threading.Lock()  # guards `_placed` and `_users`; held briefly
         self._preparing = threading.Lock()  # serializes loading; held for seconds
 
     @property
@@ -158,8 +158,8 @@ class Accelerator:
                 self._place(name, Placed(None, str(error)))
             return on_cpu(profile, str(error))
 
-    def placements(self) -> dict[tuple[str, int, int], Placed]:
-        """Where each known segment runs, by model, begin and end."""
+    def placements(self) -> dict[SegmentKey, Placed]:
+        """Where each known segment runs."""
         with self._looking:
             return dict(self._placed)
 
@@ -171,7 +171,7 @@ class Accelerator:
 
     def compute(
         self,
-        name: tuple[str, int, int],
+        name: SegmentKey,
         cpu: Segment,
         samples: Sequence[Sequence[Array]],
         on_wait: Callable[[float], None],
@@ -190,19 +190,19 @@ class Accelerator:
             self._place(name, Placed(None, str(error)))
             return None
 
-    def most_at_once(self, name: tuple[str, int, int]) -> int:
+    def most_at_once(self, name: SegmentKey) -> int:
         """The largest batch of a segment on the GPU; 1 if it runs on the CPU."""
         placed = self._find(name)
         return 1 if placed is None or placed.files is None else placed.files.most_at_once
 
-    def released(self, name: tuple[str, int, int]) -> None:
+    def released(self, name: SegmentKey) -> None:
         """A station ended."""
         with self._looking:
             self._users[name] -= 1
 
     # --------------------------------------------------------------------------------------------------------------
 
-    def _find(self, name: tuple[str, int, int]) -> Placed | None:
+    def _find(self, name: SegmentKey) -> Placed | None:
         """Where it runs; None if it must be loaded first, for example after a crash of the GPU process."""
         with self._looking:
             placed = self._placed.get(name)
@@ -211,7 +211,7 @@ class Accelerator:
                 return None
             return placed
 
-    def _place(self, name: tuple[str, int, int], placed: Placed) -> None:
+    def _place(self, name: SegmentKey, placed: Placed) -> None:
         with self._looking:
             before = self._placed.get(name)
             self._placed[name] = placed
@@ -320,7 +320,7 @@ def accelerated(model: Model, options: AcceleratorOptions) -> Iterator[tuple[Seg
 class _GpuSegment:
     """A segment that runs on the GPU, and on the CPU where the GPU fails."""
 
-    def __init__(self, accelerator: Accelerator, name: tuple[str, int, int], cpu: Segment) -> None:
+    def __init__(self, accelerator: Accelerator, name: SegmentKey, cpu: Segment) -> None:
         self._accelerator, self._name, self._cpu = accelerator, name, cpu
         self._released = False
         self._waited_s = 0.0
