@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from stages.models.gpu.segment_file import SegmentFile, batchable, file_of, unsu
 from stages.models.model import Model
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.runtime.trial_run import ChildProgram
-from stages.models.segments import SegmentStore
+from stages.models.segments import Segment, SegmentStore
 from stages.models.slicer import SlicedPart, slice_model
 from stages.zoo.registry import load_model
 
@@ -127,6 +127,17 @@ def _segments(model: Model, wanted: Sequence[str]) -> list[tuple[int, int]]:
     return found
 
 
+class _Case(NamedTuple):
+    """A segment to measure."""
+
+    names: Row  # what its rows say of it
+    segment: Segment
+    part: SlicedPart
+    batches: Sequence[int]
+    samples: Sequence[Sequence[Array]]  # as many as the largest batch has
+    right: Sequence[Sequence[Array]]  # the CPU's results for each sample alone
+
+
 def _measure(bench: _Bench, model: Model, begin: int, end: int) -> None:
     """Add the rows of one segment."""
     store = SegmentStore(model)
@@ -137,39 +148,52 @@ def _measure(bench: _Bench, model: Model, begin: int, end: int) -> None:
     rng = np.random.default_rng(bench.seed)
     batches = bench.batches if batchable(segment) else (1,)
     samples = [[_random(rng, spec.shape, spec.dtype) for spec in segment.inputs] for _ in range(max(batches))]
-    names = {"model": model.name, "segment": f"{begin + 1}..{end}"}
     alone = {
         threads: _rate(_CpuFile(part, threads).run, samples[:1], bench.longest_s)[0] for threads in _thread_counts()
     }
     fast = [threads for threads, rate in alone.items() if rate > max(alone.values()) / 2]
     one_by_one = _CpuFile(part, fast[-1])
     right = [one_by_one.run([sample])[0] for sample in samples]
-    best = {1: max(alone.values())}
-    for batch in batches:
-        row = names | {"platform": "cpu", "accelerator": "cpu", "batch": batch}
+    names = {"model": model.name, "segment": f"{begin + 1}..{end}"}
+    case = _Case(names, segment, part, batches, samples, right)
+    best = _add_cpu(bench, case, fast, max(alone.values()))
+    _add_gpu(bench, case, best, reason)
+    if bench.pytorch is not None and model.name in pytorch.NAMES and (begin, end) == (0, model.graph.depth):
+        _add_pytorch(bench, bench.pytorch, names, best, batches)
+
+
+def _add_cpu(bench: _Bench, case: _Case, fast: Sequence[int], alone: float) -> dict[int, float]:
+    """Rows of the CPU with the faster numbers of threads; returns the best rate of each batch, `alone` of a single sample."""
+    best = {1: alone}
+    for batch in case.batches:
+        row = case.names | {"platform": "cpu", "accelerator": "cpu", "batch": batch}
         try:
             settings = fast if batch > 1 else fast[:1]
             tried = [
-                _rate(_CpuFile(part, threads, batch).run, samples[:batch], bench.longest_s) for threads in settings
+                _rate(_CpuFile(case.part, threads, batch).run, case.samples[:batch], bench.longest_s)
+                for threads in settings
             ]
             best[batch] = max(best.get(batch, 0.0), *(rate for rate, _ in tried))
-            difference = max(_difference(found, right) for _, found in tried)
+            difference = max(_difference(found, case.right) for _, found in tried)
             bench.add(row | _measured(best[batch], best[batch], difference))
         except ModelError as error:
             bench.add(row | _failed(str(error)))
-    for batch in batches:
-        row = names | {"platform": "gpu", "accelerator": "gpu", "batch": batch}
+    return best
+
+
+def _add_gpu(bench: _Bench, case: _Case, cpu: Mapping[int, float], unsuited_because: str | None) -> None:
+    """Rows of the GPU; `cpu` has the CPU's best rate of each batch."""
+    for batch in case.batches:
+        row = case.names | {"platform": "gpu", "accelerator": "gpu", "batch": batch}
         try:
-            if reason is not None:
-                raise GpuFaultError(reason)
-            file = SegmentFile(bench.process, segment, for_gpu(part), batch)
-            rate, found = _rate(file.run, samples[:batch], bench.longest_s)
+            if unsuited_because is not None:
+                raise GpuFaultError(unsuited_because)
+            file = SegmentFile(bench.process, case.segment, for_gpu(case.part), batch)
+            rate, found = _rate(file.run, case.samples[:batch], bench.longest_s)
             file.unload()
-            bench.add(row | _measured(rate, best.get(batch, best[1]), _difference(found, right)))
+            bench.add(row | _measured(rate, cpu.get(batch, cpu[1]), _difference(found, case.right)))
         except GpuFaultError as error:
             bench.add(row | _failed(str(error)))
-    if bench.pytorch is not None and model.name in pytorch.NAMES and (begin, end) == (0, model.graph.depth):
-        _add_pytorch(bench, bench.pytorch, names, best, batches)
 
 
 class _CpuFile:
