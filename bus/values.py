@@ -419,7 +419,7 @@ class ModelProfile(Frozen):
     def _measured_batches(self) -> Self:
         batches = self.batch or ()
         if any(one.batch >= other.batch for one, other in pairwise(batches)):
-            raise ValueError("the batches do not rise")
+            raise ValueError("the sizes of the batches must rise")
         if any(len(one.factors) != len(self.layer_names) for one in batches):
             raise ValueError(f"a batch needs {len(self.layer_names)} factors, one for each layer")
         return self

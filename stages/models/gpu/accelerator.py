@@ -217,12 +217,11 @@ class Accelerator:
             self._placed[name] = placed
         if before is not None and before.files is not None:
             before.files.unload()
-        model, begin, end = name
         if placed.files is not None:
-            log.info("segment runs on the GPU", model=model, layers=f"{begin + 1}..{end}")
+            log.info("segment runs on the GPU", **_named(name))
         else:
             say = log.info if self._options.only_if_faster else log.warning
-            say("segment runs on the CPU", model=model, layers=f"{begin + 1}..{end}", reason=placed.reason)
+            say("segment runs on the CPU", **_named(name), reason=placed.reason)
 
     def _try(self, segment: Segment, store: SegmentStore) -> Placed:
         if (reason := unsuited(segment, stateful=store.stateful)) is not None:
@@ -260,11 +259,11 @@ class Accelerator:
                 if larger is not None:
                     larger.unload()
                 self._unbatched.add(name)  # it may have ended the process: the next load tries no batches
-                log.warning("segment runs without batches on the GPU", model=name[0], reason=str(error))
+                log.warning("segment runs without batches on the GPU", **_named(name), reason=str(error))
                 return
             if reason is not None:
                 larger.unload()
-                log.info("size of batch not used on the GPU", model=name[0], reason=reason)
+                log.info("batch size not used on the GPU", **_named(name), reason=reason)
 
     def _check(self, file: SegmentFile, segment: Segment) -> str | float:
         """Why the CPU has to run the segment; else the seconds that the GPU takes for one sample."""
@@ -352,6 +351,12 @@ class _GpuSegment:
         if not self._released:
             self._released = True
             self._accelerator.released(self._name)
+
+
+def _named(key: SegmentKey) -> dict[str, str]:
+    """A segment in the fields of a log event."""
+    model, begin, end = key
+    return {"model": model, "layers": f"{begin + 1}..{end}"}
 
 
 def _fits(sample: Sequence[Array], specs: Sequence[TensorSpec]) -> bool:
