@@ -9,7 +9,7 @@ Stale estimates: see `planner.learning.values`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from hashlib import blake2b
 from itertools import chain, islice
 from statistics import median
@@ -222,12 +222,15 @@ class EstimateTable:
                 self._put(table, key, found._replace(age=age))
                 self._tell(key[0])
 
-    def joined(self, node: str, whole_s: Iterable[tuple[str, float]]) -> None:
-        """A node announced the times of one sample by model: forget what was learned with another profile."""
+    def joined(self, node: str, whole_s: Iterable[tuple[str, float]], changed: Collection[str] = ()) -> None:
+        """A node announced the times of one sample by model: forget what was learned with another profile.
+
+        `changed`: models whose batches have changed.
+        """
         for model, now_s in whole_s:
             for key in ((node, model, False), (node, model, True)):
                 found = self.nodes.get(key)
-                if found is not None and found.whole_s != now_s:
+                if found is not None and (found.whole_s != now_s or model in changed):
                     self._drop(self.nodes, key)
                     self._tell(node)
             speed = self.speeds.get((node, model))

@@ -152,6 +152,11 @@ class KnownNode:
         self.reach: dict[tuple[str, float | None, int], tuple[int, Reached]] = {}
         self._texts: list[tuple[str, str]] | None = None
 
+    def other_batches(self, before: KnownNode) -> list[str]:
+        """The models that it computes in other batches than before."""
+        batches, old = ({model: one.batch for model, one in node.batching.items()} for node in (self, before))
+        return [model for model in self.rows if batches.get(model) != old.get(model)]
+
     def profile_texts(self) -> list[tuple[str, str]]:
         """Each profile as JSON without its platform, paired with the platform; computed once."""
         if self._texts is None:

@@ -318,7 +318,8 @@ class RegionState:
         elif announced.role is Role.CLOUD and old is None:
             insort(self.cloud_names, name)
         self._tell_watchers(announced)
-        self.estimates.joined(name, [(row.model, row.compute_s[-1]) for row in node.rows.values()])
+        changed = node.other_batches(old) if old is not None else ()
+        self.estimates.joined(name, [(row.model, row.compute_s[-1]) for row in node.rows.values()], changed)
 
     def _apply_lost(self, change: NodeLost, now: float) -> None:
         node = self.nodes.pop(change.node, None)

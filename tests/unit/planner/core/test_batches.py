@@ -156,6 +156,22 @@ def test_what_was_measured_is_compared_with_the_batches_that_there_were(factor: 
     assert later.placement.cloud_batch == BatchLoad(tasks=1, batch=8, apart=1)
 
 
+def test_a_node_that_announces_its_batches_is_as_fast_as_it_says() -> None:
+    """What was learned of its batches without knowing them must not count on top of them."""
+    plain = batching().without_batches()
+    core = core_with(wide_edge(), cloud(models=(plain,)), *devices(9))
+    for number in range(4):
+        one = placed(core, number)
+        done = TaskCompleted(
+            task_id=f"t{number}", attempt=1, node=f"d{number}", measured=Parts(cloud_s=SAMPLES * share_s(20)),
+            delay_s=one.delay_s, cloud="c1", cloud_batches=SAMPLES / 20,
+        )  # fmt: skip
+        core.handle(done, 2.0)
+    assert placed(core, 4, 3.0).parts.cloud_s == pytest.approx(SAMPLES * share_s(20), rel=0.1)
+    core.handle(cloud(models=(batching(),)), 4.0)
+    assert placed(core, 5, 5.0).parts.cloud_s == pytest.approx(SAMPLES * share_s(16), rel=0.01)
+
+
 @pytest.mark.parametrize("batches", [1e-320, 1e-9, 1e12])
 def test_impossible_batches_in_a_report_count_as_the_nearest_possible_ones(batches: float) -> None:
     core = clouded()
