@@ -48,6 +48,14 @@ FindLimits: TypeAlias = Callable[[], BatchLimits | None]
 """The limits of a segment; None while it is being checked."""
 
 
+PAUSE_S = 0.5
+"""How often a check asks whether another process has ended its measurement."""
+
+
+class _StoppedError(Exception):
+    """The runner was closed."""
+
+
 @dataclass(slots=True)
 class _Shared:
     """What the open stations of one segment share."""
@@ -150,10 +158,12 @@ class LitertBatches:
 
     def _check(self, store: SegmentStore, begin: int, end: int, num_threads: int) -> None:
         try:
-            with measuring_alone():
+            with measuring_alone(pause=self._pause):
                 found = known_check(store, begin, end, num_threads)  # by the process that held the lock
                 if found is None:
                     found = check_batches(store, begin, end, stopped=self._stopped.is_set)
+        except _StoppedError:
+            return
         except Exception as error:  # a thread's error would be lost
             log.exception("batches not checked", model=store.model.name, layers=f"{begin + 1}..{end}")
             found = BatchCheck(fault=f"the check failed: {error}")
@@ -161,6 +171,10 @@ class LitertBatches:
             store_check(found, store, begin, end, num_threads)
         if not self._stopped.is_set():
             self._conclude((store.model.name, begin, end), found)
+
+    def _pause(self) -> None:
+        if self._stopped.wait(PAUSE_S):
+            raise _StoppedError
 
     def _conclude(self, key: SegmentKey, check: BatchCheck) -> None:
         model, begin, end = key

@@ -210,13 +210,16 @@ def measure_steadily(
 
 
 @contextlib.contextmanager
-def measuring_alone(say: Say | None = None) -> Iterator[None]:
-    """Holds the lock that lets only one of this user's processes on this machine measure at a time."""
+def measuring_alone(say: Say | None = None, pause: Callable[[], None] | None = None) -> Iterator[None]:
+    """Holds the lock that lets only one of this user's processes on this machine measure at a time.
+
+    `pause`: see `locked`.
+    """
     with contextlib.ExitStack() as stack:
         try:
             waiting = "waiting for another process that is measuring this machine"
             on_wait = None if say is None else lambda: say(waiting)
-            stack.enter_context(locked(cache_dir("profiles") / "measuring", on_wait))
+            stack.enter_context(locked(cache_dir("profiles") / "measuring", on_wait, pause))
         except OSError as error:
             if say is not None:
                 say(f"measuring without the lock that prevents parallel measurements: {error}")

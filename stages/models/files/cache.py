@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 from platformdirs import user_cache_dir
 
@@ -50,8 +50,13 @@ def measured_path(name: str, known_by: Iterable[str], ending: str = ".json") -> 
 
 
 @contextlib.contextmanager
-def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Locks `path` against other processes of this machine; calls `on_wait` if it must wait for another process."""
+def locked(
+    path: Path, on_wait: Callable[[], None] | None = None, pause: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Locks `path` against other processes of this machine; calls `on_wait` if it must wait for another process.
+
+    With `pause`, it calls that between attempts instead of blocking; an exception of `pause` ends the waiting.
+    """
     with open(path.with_name(path.name + ".lock"), "a") as handle:
         if fcntl is not None:
             try:
@@ -59,8 +64,19 @@ def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[No
             except BlockingIOError:
                 if on_wait is not None:
                     on_wait()
+                while pause is not None and not _free(handle):
+                    pause()
                 fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def _free(handle: IO[str]) -> bool:
+    """Locks an open file unless another process holds it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_whole(

@@ -23,6 +23,7 @@ from stages.models.difference import relative_difference
 from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions
 from stages.models.gpu.process import GpuProcess
 from stages.models.model import Model
+from stages.models.profiler import measuring_alone
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.segments import SegmentStore
 from stages.runner import BatchStation, PaceClock, Station
@@ -201,5 +202,22 @@ def test_the_layers_behind_useful_cuts_are_checked_from_the_start(lenet: Model) 
             assert (runner.batch_segments() or {}).keys() == {f"lenet {begin}..7" for begin in (1, 5, 6, 7)}
         async with runner_of(lenet, layer_s=0.0001) as runner:  # the last layer is computed on the event loop
             assert (runner.batch_segments() or {}).keys() == {f"lenet {begin}..7" for begin in (1, 5, 6)}
+
+    asyncio.run(run())
+
+
+def test_closing_ends_a_check_that_waits_for_another_process_that_measures(
+    lenet: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path))
+    known = set(threading.enumerate())
+
+    async def run() -> None:
+        with measuring_alone():
+            async with runner_of(lenet, None):
+                checks = [one for one in set(threading.enumerate()) - known if one.name.startswith("check-batches")]
+            (checker,) = checks
+            await asyncio.to_thread(checker.join, 10)
+            assert not checker.is_alive()
 
     asyncio.run(run())
