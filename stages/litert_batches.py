@@ -79,7 +79,7 @@ class LitertBatches:
         self._mode, self._workers = mode, workers
         self._checks: dict[SegmentKey, BatchCheck] = {}
         self._asked: set[SegmentKey] = set()
-        self._shared: dict[SegmentKey, _Shared] = {}
+        self._shared: dict[tuple[SegmentKey, type], _Shared] = {}  # apart on the GPU and, after a fault, on the CPU
         self._stopped = threading.Event()
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="check-batches")
         self.sizes: Counter[int] = Counter()  # batches that were computed, by their number of samples
@@ -121,15 +121,16 @@ class LitertBatches:
         limits = find_limits()
         if self._mode == "off" or (limits is not None and limits.most == 1):
             return None
-        shared = self._shared.get(key)
+        place = key, type(segment)
+        shared = self._shared.get(place)
         if shared is None:
             most, executors = limits or ONE_BY_ONE
             batcher = Batcher(partial(self._compute, segment), most=most, executors=executors, on_batch=self._count)
-            shared = self._shared[key] = _Shared(segment, batcher, None if limits else find_limits)
+            shared = self._shared[place] = _Shared(segment, batcher, None if limits else find_limits)
         else:
             segment.release()
         shared.stations += 1
-        return BatchedStation(shared, partial(self._closed, key))
+        return BatchedStation(shared, partial(self._closed, place))
 
     def close(self) -> None:
         """Start no more checks, and end the one that runs."""
@@ -149,11 +150,11 @@ class LitertBatches:
     def _count(self, size: int) -> None:
         self.sizes[size] += 1
 
-    def _closed(self, key: SegmentKey) -> None:
-        shared = self._shared[key]
+    def _closed(self, place: tuple[SegmentKey, type]) -> None:
+        shared = self._shared[place]
         shared.stations -= 1
         if not shared.stations:
-            del self._shared[key]
+            del self._shared[place]
             shared.segment.release()
 
     def _check(self, store: SegmentStore, begin: int, end: int, num_threads: int) -> None:

@@ -20,7 +20,7 @@ from stages import litert_batches
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.models.batch_check import BatchCheck, store_check
 from stages.models.difference import relative_difference
-from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions
+from stages.models.gpu.accelerator import CHECKS, Accelerator, AcceleratorOptions
 from stages.models.gpu.process import GpuProcess
 from stages.models.model import Model
 from stages.models.profiler import measuring_alone
@@ -132,6 +132,29 @@ def test_the_gpu_computes_in_batches_where_it_found_them_right(lenet: Model) -> 
                 assert relative_difference(result, whole.run(sample(at))[0]) < 1e-4
             assert runner.batch_sizes() == {4: 1}
             one.close()
+
+    asyncio.run(run())
+
+
+def test_after_a_fault_of_the_gpu_new_tasks_are_computed_in_batches_of_the_cpu(lenet: Model) -> None:
+    """Although a task that began on the GPU goes on."""
+
+    async def run() -> None:
+        ticks = count()
+        options, driver = AcceleratorOptions(batches=(4,)), program("scripted", dies_at=CHECKS + 10)
+        accelerator = Accelerator(options, GpuProcess(driver), lambda: float(next(ticks)))
+        async with runner_of(lenet, accelerator=accelerator) as runner:
+            before = station(runner, lenet)
+            assert isinstance(before, BatchStation)
+            while accelerator.holds("lenet", *ENDS):
+                await before.run(0, sample(0), 0.0)
+            await runner.prepare(plan_of(lenet, "later"), *ENDS)
+            sizes = dict(runner.batch_sizes())
+            later = station(runner, lenet, "later")
+            await asyncio.gather(*(later.run(at, sample(at), 0.0) for at in range(64)))
+            assert set(runner.batch_sizes()) - set(sizes) == {32}
+            for one in (before, later):
+                one.close()
 
     asyncio.run(run())
 
