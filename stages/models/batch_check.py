@@ -93,7 +93,7 @@ def check_batches(
         alone_s = _alone_s(runs)
         sizes = [size for size in sizes if size * alone_s <= COMPARED_S]
         if not sizes:
-            return BatchCheck(fault=f"a sample alone takes {alone_s:.2g} s")
+            return BatchCheck(fault=f"a sample alone takes {alone_s:.2g} s, too long for batches")
         return _compared(runs, sizes, fits, partial(store.try_batch, begin, end))
     except DeeparError as error:
         return BatchCheck(fault=str(error))
@@ -124,7 +124,7 @@ class _Runs:
 
 
 def known_check(store: SegmentStore, begin: int, end: int, num_threads: int) -> BatchCheck | None:
-    """The stored findings."""
+    """The stored findings; None if there are none."""
     with contextlib.suppress(OSError, ValueError):
         return BatchCheck.model_validate_json(_path(store, begin, end, num_threads).read_bytes())
     return None
