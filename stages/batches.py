@@ -12,8 +12,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from math import ceil
 from typing import Generic, NamedTuple, TypeVar
 
+import structlog
+
 from bus.errors import InvariantError
 from bus.values import MAX_BATCH
+
+log = structlog.get_logger("batches")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -129,9 +133,9 @@ class Batcher(Generic[Item, Result]):
                 if not one.future.done():
                     await self._settle([one])
             if len(wanted) == len(batch) and all(_succeeded(one.future) for one in batch):
-                self._most = (
-                    1  # the samples are good: batches fail, for example after another task cut the model elsewhere
-                )
+                # The samples are good: batches fail, for example because another task cut the model elsewhere meanwhile.
+                log.warning("batch failed, its samples did not: computing one by one", error=str(error))
+                self._most = 1
             return
         for one, result in zip(batch, results, strict=True):
             if not one.future.done():  # else its task has ended

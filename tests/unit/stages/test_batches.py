@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+from structlog.testing import capture_logs
 
 from bus.errors import InvariantError
 from loadgen.sim.virtual_loop import run_virtual
@@ -106,9 +107,11 @@ def test_batches_of_good_samples_that_fail_are_not_tried_again() -> None:
             return list(items), BATCH_S
 
         batcher = Batcher(compute)
-        for _ in range(2):
-            found = await asyncio.gather(*(batcher.submit(number) for number in range(3)))
-            assert [one.result for one in found] == [0, 1, 2]
+        with capture_logs() as logged:
+            for _ in range(2):
+                found = await asyncio.gather(*(batcher.submit(number) for number in range(3)))
+                assert [one.result for one in found] == [0, 1, 2]
+        assert [entry["error"] for entry in logged] == ["no batches"]
         assert sizes == [3, 1, 1, 1, 1, 1, 1]
         assert batcher.most == 1
 
