@@ -7,24 +7,22 @@ at the absolute deadline that the slower machine would have met. Otherwise it re
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 
-from bus.codecs.coding import decode_sample, encode_sample
 from bus.errors import ConfigError, ModelError, UnknownNameError
 from bus.frames import AttemptPlan
 from bus.messages import DatasetInput, SeedInput, TaskSubmitted
-from bus.tensors import Array, Encoded, bytes_in
-from bus.values import Codec, CodecProfile, ModelProfile, TensorSpec
+from bus.tensors import Array
+from bus.values import Codec, ModelProfile, TensorSpec
 from stages.calibration.batch_times import measure_missing_batches, with_batches
 from stages.calibration.stored import with_codecs
 from stages.litert_batches import BatchLimits, LitertBatches
+from stages.litert_stations import WORKERS, InlineStation, LitertCoder, LitertStation, PacedCoder, PacedStation, Workers
 from stages.models.compute_options import BatchMode, ThreadCount
 from stages.models.cuts import useful_positions
 from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions, RunsSegment
@@ -34,23 +32,14 @@ from stages.models.random_samples import random_input
 from stages.models.runtime.litert import InterpreterOptions
 from stages.models.segments import Segment, SegmentKey, SegmentStore, StoreLimits
 from stages.models.thread_count import machine_threads, usable_cores
-from stages.runner import Coder, PaceClock, Station, profile_of, sleep_until
-from stages.workers import WORKERS, Workers
+from stages.runner import Coder, PaceClock, Station, profile_of
 from stages.zoo.registry import digits
-
-T = TypeVar("T")
 
 INLINE_S = 0.000_2
 """Shorter computations run on the event loop, because passing them to a thread costs several times as much."""
 
 SAME_SHARE = 0.1
 """A new measurement that differs by a smaller share confirms the old one."""
-
-INLINE_CODED_BYTES = 60_000
-"""The same for encoding and decoding: tensors that take about as long without loss."""
-
-YIELD_S = 0.001
-"""Inline stations give other tasks a turn after computing on the event loop for this long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,8 +251,8 @@ class LitertRunner:
         if (batched := self._batched((plan.model, first, last), segment, cpu)) is not None:
             return batched
         if self._paced:
-            return _PacedStation(segment, self._workers, busy_s, pace)
-        kind = _InlineStation if busy_s < INLINE_S else _LitertStation
+            return PacedStation(segment, self._workers, busy_s, pace)
+        kind = InlineStation if busy_s < INLINE_S else LitertStation
         return kind(segment, self._workers)
 
     def _batched(self, key: SegmentKey, segment: RunsSegment, cpu: Segment) -> Station | None:
@@ -286,8 +275,8 @@ class LitertRunner:
         """A coder for the model's tensors at a position."""
         cut, profile = self._model(plan.model).manifest.cuts[position], profile_of(self._profiles, plan.model)
         limit_bytes = max(cut.cut_bytes, plan.input_bytes or 0 if position == 0 else 0)
-        coder = _LitertCoder(codec, cut.tensors, limit_bytes, self._workers)
-        return _PacedCoder(coder, profile.codec(position, codec), pace) if self._paced else coder
+        coder = LitertCoder(codec, cut.tensors, limit_bytes, self._workers)
+        return PacedCoder(coder, profile.codec(position, codec), pace) if self._paced else coder
 
     async def close(self) -> None:
         """Stop the worker threads and the GPU process of this runner."""
@@ -304,114 +293,6 @@ class LitertRunner:
         except KeyError:
             known = ", ".join(sorted(self._models))
             raise UnknownNameError(f"this node has no model {name!r}; it has {known}") from None
-
-
-class _LitertStation:
-    """Computes in a worker thread and returns the result as soon as it is computed."""
-
-    def __init__(self, segment: RunsSegment, workers: Workers) -> None:
-        self._segment = segment
-        self._workers = workers
-        self._queued_s = 0.0
-
-    @property
-    def waited_s(self) -> float:
-        return self._queued_s + self._segment.waited_s
-
-    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        outputs, queued_s = await self._workers.run(lambda: self._segment.run(inputs))
-        self._queued_s += queued_s
-        return outputs
-
-    def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
-        return None
-
-    def close(self) -> None:
-        self._segment.release()
-
-
-class _LitertCoder:
-    """Encodes and decodes large samples in a worker thread, small ones on the event loop."""
-
-    def __init__(self, codec: Codec, specs: Sequence[TensorSpec], limit_bytes: int, workers: Workers) -> None:
-        """`limit_bytes`: the largest size of the tensors of a sample."""
-        self._codec, self._specs = codec, specs
-        self._limit_bytes = limit_bytes
-        self._workers = workers
-        self.waited_s = 0.0
-
-    async def encode(self, tensors: Sequence[Array], ready_s: float) -> Encoded:
-        return await self._run(partial(encode_sample, self._codec, tensors, self._specs), bytes_in(tensors))
-
-    async def decode(self, encoded: Encoded, ready_s: float) -> list[Array]:
-        return await self._run(partial(decode_sample, encoded, self._limit_bytes), encoded.raw_bytes)
-
-    async def _run(self, work: Callable[[], T], size_bytes: int) -> T:
-        if size_bytes < INLINE_CODED_BYTES:
-            return work()
-        outcome, waited_s = await self._workers.run(work)
-        self.waited_s += waited_s
-        return outcome
-
-
-class _PacedCoder:
-    """Returns when the emulated slower machine would."""
-
-    waited_s = 0.0
-
-    def __init__(self, coder: _LitertCoder, measured: CodecProfile, pace: PaceClock) -> None:
-        self._coder, self._measured, self._pace = coder, measured, pace
-
-    async def encode(self, tensors: Sequence[Array], ready_s: float) -> Encoded:
-        encoded = await self._coder.encode(tensors, ready_s)
-        await sleep_until(self._pace.done_at(ready_s, self._measured.encode_s))
-        return encoded
-
-    async def decode(self, encoded: Encoded, ready_s: float) -> list[Array]:
-        tensors = await self._coder.decode(encoded, ready_s)
-        await sleep_until(self._pace.done_at(ready_s, self._measured.decode_s))
-        return tensors
-
-
-class _PacedStation(_LitertStation):
-    """Computes in a worker thread and returns the result when the emulated slower machine would."""
-
-    def __init__(self, segment: RunsSegment, workers: Workers, busy_s: float, pace: PaceClock) -> None:
-        super().__init__(segment, workers)
-        self._busy_s = busy_s
-        self._pace = pace
-
-    @property
-    def waited_s(self) -> float:
-        return 0.0  # an emulated platform computes its tasks side by side
-
-    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        outputs = await super().run(sample, inputs, ready_s)
-        await sleep_until(self._pace.done_at(ready_s, self._busy_s))
-        return outputs
-
-
-class _InlineStation(_LitertStation):
-    """Computes on the event loop, for layers that take less time than waking a thread.
-
-    It uses a thread where the event loop would have to wait for an interpreter or load one.
-    """
-
-    def __init__(self, segment: RunsSegment, workers: Workers) -> None:
-        super().__init__(segment, workers)
-        self._yielded_s = time.perf_counter()
-
-    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        if (now := time.perf_counter()) - self._yielded_s > YIELD_S:
-            await asyncio.sleep(0)
-            self._yielded_s = time.perf_counter()
-            self._queued_s += self._yielded_s - now
-        if not self._segment.idle:  # checked after the sleep, during which another task may take the interpreter
-            return await super().run(sample, inputs, ready_s)
-        return self._segment.run(inputs)
-
-    def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
-        return self._segment.run(inputs) if self._segment.idle else None
 
 
 def _dataset(name: str, start: int, specs: Sequence[TensorSpec]) -> Callable[[int], list[Array]]:

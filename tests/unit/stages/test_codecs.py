@@ -31,7 +31,7 @@ from bus.values import (
     Route,
 )
 from loadgen.sim.virtual_loop import run_virtual
-from stages import litert_runner
+from stages import litert_stations
 from stages.batches import Batcher
 from stages.devices.session import Keep
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
@@ -471,7 +471,7 @@ def plan_of(model: Model) -> AttemptPlan:
 def test_the_real_runner_encodes_and_decodes_in_threads_or_at_once(
     lenet: Model, inline_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(litert_runner, "INLINE_CODED_BYTES", inline_bytes)
+    monkeypatch.setattr(litert_stations, "INLINE_CODED_BYTES", inline_bytes)
 
     async def run() -> None:
         runner = LitertRunner([lenet], RunnerOptions(), prepared=Prepared(profiles={lenet.name: profile_of(lenet)}))
