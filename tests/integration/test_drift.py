@@ -29,12 +29,12 @@ from stages.runner import ModelledRunner, PaceClock, Station
 from tests.kafka_broker import OwnBroker
 from tests.known import known
 
-SAMPLES = 20
-DEVICE_S, EDGE_S = 0.016, 0.008  # of one sample
+SAMPLES = 10
+DEVICE_S, EDGE_S = 0.032, 0.016  # of one sample
 SLOWER = 3.0
-LINK_BPS = 100_000_000
-INPUT_BYTES = {"small": 4_000, "large": 100_000}  # of one sample; 8 ms of link time for the large one
-CUT_BYTES = 400_000  # between the layers; 32 ms of link time for one sample
+LINK_BPS = 50_000_000
+INPUT_BYTES = {"small": 4_000, "large": 100_000}  # of one sample; 16 ms of link time for the large one
+CUT_BYTES = 400_000  # between the layers; 64 ms of link time for one sample
 BEGIN_S, EACH_S = 10.0, 1.2  # of the tasks, after the nodes were made
 BEFORE, WHILE, AFTER = 8, 11, 11  # tasks of each device
 SLOW_S = BEGIN_S + (BEFORE - 0.5) * EACH_S
