@@ -14,7 +14,7 @@ from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import EpochOpened
 from bus.tensors import to_pieces
 from bus.topics import Partitions
-from bus.values import Execution, Kind, ModelProfile, Placement, Role
+from bus.values import Execution, Kind, Placement, Role
 from stages.hops.hop import hop_of
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.models.batch_check import BatchCheck, store_check
@@ -22,6 +22,7 @@ from stages.models.model import Model
 from stages.models.segments import SegmentStore
 from stages.node import Node, NodeSettings
 from stages.zoo.registry import digits, load_model
+from tests.model_plans import profile_of
 
 CUT, LAYERS = 4, 7
 TASKS, SAMPLES = 6, 10
@@ -40,15 +41,6 @@ def plan_of(model: Model, task_id: str) -> AttemptPlan:
     )  # fmt: skip
 
 
-def profile_of(model: Model) -> ModelProfile:
-    """Times that are too long for the event loop."""
-    cuts = model.manifest.cuts
-    return ModelProfile(
-        model=model.name, sha256=model.sha256, platform="p", layer_names=tuple(cut.name for cut in cuts[1:]),
-        layer_s=(0.01,) * LAYERS, cut_bytes=tuple(cut.cut_bytes for cut in cuts),
-    )  # fmt: skip
-
-
 def test_tasks_that_are_computed_together_get_their_own_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,7 +55,7 @@ def test_tasks_that_are_computed_together_get_their_own_results(
     }
 
     async def run() -> dict[tuple[str, int], bytes]:
-        prepared = Prepared(stores={model.name: store}, profiles={model.name: profile_of(model)})
+        prepared = Prepared(stores={model.name: store}, profiles={model.name: profile_of(model, layer_s=0.01)})
         runner = LitertRunner([model], RunnerOptions(batches="exact"), prepared=prepared)
         async with MemoryBus(MemoryBroker(), "test") as bus:
             await bus.create_topics(topics.specs(["e"], Partitions(cloud=1, results=1)))

@@ -23,6 +23,7 @@ from stages.models.gpu.process import GpuProcess
 from stages.models.model import Model
 from stages.models.segments import SegmentStore
 from stages.zoo.registry import load_model
+from tests.model_plans import profile_of
 from tests.software_gpu import use_driver, use_software_gpu
 from tests.unit.stages import built_models
 from tests.unit.stages.models.gpu.drivers import program
@@ -41,10 +42,7 @@ def served(
     model: Model, cuts: tuple[int, int], process: GpuProcess | None = None
 ) -> dict[tuple[int, int], PlacedSegment]:
     """Run a task on all three tiers; every result must be the CPU's within the tolerance. Returns where segments ran."""
-    profile = ModelProfile(
-        model=model.name, sha256=model.sha256, platform="p", layer_names=tuple(cut.name for cut in model.manifest.cuts[1:]),
-        layer_s=(LAYER_S,) * model.manifest.layers, cut_bytes=tuple(cut.cut_bytes for cut in model.manifest.cuts),
-    )  # fmt: skip
+    profile = profile_of(model, LAYER_S)
     accelerator = Accelerator(AcceleratorOptions(tolerance=TOLERANCE), process)
     prepared = Prepared(profiles={model.name: profile}, accelerator=accelerator)
     runner = LitertRunner([model], RunnerOptions(slowdown=1.01), prepared=prepared)

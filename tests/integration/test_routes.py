@@ -7,10 +7,11 @@ import asyncio
 from bus import topics
 from bus.messages import Admitted, DatasetInput, Placed, Start, TaskCompleted, TaskSubmitted
 from bus.tensors import Array
-from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Route
+from bus.values import Execution, Kind, Objective, Parts, Placement, Route
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.models.runtime.litert import SegmentRunner
 from stages.zoo.registry import digits, load_model
+from tests.model_plans import profile_of
 from tests.unit.stages.scripted_region import scripted_region
 
 SAMPLES = 400
@@ -22,10 +23,7 @@ CUTS = ((1, 3), (0, 0), (2, 7), (0, 7), (4, 4), (7, 7))
 def test_lenet_on_six_routes_gives_the_same_bits_as_the_whole_model() -> None:
     lenet = load_model("lenet")
     layers = lenet.manifest.layers
-    profile = ModelProfile(
-        model="lenet", sha256=lenet.sha256, platform="p", layer_names=tuple(cut.name for cut in lenet.manifest.cuts[1:]),
-        layer_s=(LAYER_S,) * layers, cut_bytes=tuple(cut.cut_bytes for cut in lenet.manifest.cuts),
-    )  # fmt: skip
+    profile = profile_of(lenet, LAYER_S)
     runner = LitertRunner([lenet], RunnerOptions(slowdown=1.01), prepared=Prepared(profiles={"lenet": profile}))
     shown: dict[int, list[Array]] = {}
 

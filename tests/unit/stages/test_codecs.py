@@ -40,6 +40,7 @@ from stages.models.segments import SegmentStore
 from stages.network.frame_sender import RETRY_S
 from stages.runner import Coder, ModelledRunner, PaceClock, Station
 from stages.zoo.registry import digits
+from tests.model_plans import plan_of, profile_of
 from tests.unit.stages import built_models
 from tests.unit.stages.scripted_region import PROFILE, SESSION, ScriptedRegion, placed_and_started, scripted_region
 
@@ -84,11 +85,7 @@ class RealRunner(ModelledRunner):
     """Computes with a real model."""
 
     def __init__(self, model: Model, inputs: Callable[[int], list[Array]]) -> None:
-        cuts = model.manifest.cuts
-        self.profile = ModelProfile(
-            model=model.name, sha256=model.sha256, platform="p", layer_names=tuple(cut.name for cut in cuts[1:]),
-            layer_s=(0.001,) * (len(cuts) - 1), cut_bytes=tuple(cut.cut_bytes for cut in cuts),
-        )  # fmt: skip
+        self.profile = profile_of(model)
         super().__init__([self.profile])
         self._store, self.inputs = SegmentStore(model), inputs
 
@@ -459,14 +456,6 @@ def test_a_payload_that_lies_ends_an_attempt_at_a_session_and_not_the_session(le
     run_virtual(run())
 
 
-def plan_of(model: Model) -> AttemptPlan:
-    return AttemptPlan(
-        task_id="t", attempt=1, region=0, device="d", model=model.name, sha256=model.sha256, samples=1, todo=1,
-        execution=Execution.STREAMING,
-        placement=Placement(kind=Kind.DEVICE, cut1=7, cut2=7, cut1_name="", cut2_name=""),
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("inline_bytes", [0, 1 << 20])
 def test_the_real_runner_encodes_and_decodes_in_threads_or_at_once(
     lenet: Model, inline_bytes: int, monkeypatch: pytest.MonkeyPatch
@@ -533,8 +522,3 @@ def test_a_slower_machine_takes_longer_to_encode(lenet: Model) -> None:
             await runner.close()
 
     asyncio.run(run())
-
-
-def profile_of(model: Model) -> ModelProfile:
-    """A profile in which all layers are fast."""
-    return RealRunner(model, digit).profile

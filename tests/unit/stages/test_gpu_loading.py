@@ -8,14 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from bus.frames import AttemptPlan
-from bus.values import Execution, Kind, ModelProfile, Placement
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions
 from stages.models.gpu.process import GpuProcess
 from stages.models.model import Model
 from stages.models.segments import SegmentStore
 from stages.runner import PaceClock
+from tests.model_plans import plan_of, profile_of
 from tests.unit.stages.models.gpu.drivers import program
 
 THREADS = 2
@@ -41,24 +40,10 @@ class SlowAccelerator(Accelerator):
         super().prepare(store, begin, end)
 
 
-def plan_of(model: Model) -> AttemptPlan:
-    return AttemptPlan(
-        task_id="t", attempt=1, region=0, device="d", model=model.name, sha256=model.sha256, samples=1, todo=1,
-        execution=Execution.STREAMING,
-        placement=Placement(kind=Kind.DEVICE, cut1=7, cut2=7, cut1_name="", cut2_name=""),
-    )  # fmt: skip
-
-
 def test_loads_on_the_gpu_take_no_thread_from_tasks_that_compute(lenet: Model) -> None:
-    cuts = lenet.manifest.cuts
-    profile = ModelProfile(
-        model=lenet.name, sha256=lenet.sha256, platform="p", layer_names=tuple(cut.name for cut in cuts[1:]),
-        layer_s=(0.001,) * 7, cut_bytes=tuple(cut.cut_bytes for cut in cuts),
-    )  # fmt: skip
-
     async def run() -> None:
         accelerator, pool = SlowAccelerator(), ThreadPoolExecutor(THREADS)
-        prepared = Prepared(profiles={"lenet": profile}, pool=pool, accelerator=accelerator)
+        prepared = Prepared(profiles={"lenet": profile_of(lenet)}, pool=pool, accelerator=accelerator)
         runner = LitertRunner([lenet], RunnerOptions(), prepared=prepared)
         plan = plan_of(lenet)
         loads = [asyncio.create_task(runner.prepare(plan, 0, end)) for end in range(1, 2 + THREADS)]

@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 
 from bus.errors import ModelError
-from bus.frames import AttemptPlan
 from bus.tensors import Array
-from bus.values import Execution, Kind, ModelProfile, Placement
 from stages import litert_batches
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.models.batch_check import BatchCheck, store_check
@@ -27,26 +25,11 @@ from stages.models.profiler import measuring_alone
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.segments import SegmentStore
 from stages.runner import BatchStation, PaceClock, Station
+from tests.model_plans import plan_of, profile_of
 from tests.unit.stages.models.gpu.drivers import program
 
 ENDS = (0, 7)
 PASSED = BatchCheck(most=32, exact=True, speedup=4.0)
-
-
-def profile_of(model: Model, layer_s: float = 0.001) -> ModelProfile:
-    cuts = model.manifest.cuts
-    return ModelProfile(
-        model=model.name, sha256=model.sha256, platform="p", layer_names=tuple(cut.name for cut in cuts[1:]),
-        layer_s=(layer_s,) * model.manifest.layers, cut_bytes=tuple(cut.cut_bytes for cut in cuts),
-    )  # fmt: skip
-
-
-def plan_of(model: Model, task_id: str) -> AttemptPlan:
-    return AttemptPlan(
-        task_id=task_id, attempt=1, region=0, device="d", model=model.name, sha256=model.sha256, samples=1, todo=1,
-        execution=Execution.STREAMING,
-        placement=Placement(kind=Kind.DEVICE, cut1=7, cut2=7, cut1_name="", cut2_name=""),
-    )  # fmt: skip
 
 
 @asynccontextmanager

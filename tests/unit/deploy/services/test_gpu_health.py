@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from bus.memory.bus import MemoryBroker, MemoryBus
-from bus.values import ModelProfile, Role
+from bus.values import Role
 from deploy.services.telemetry.metric_help import HELP
 from deploy.services.telemetry.probes import Health
 from deploy.services.wiring import Stage
@@ -15,17 +15,13 @@ from stages.models.gpu.process import GpuProcess
 from stages.models.model import Model
 from stages.node import NodeSettings
 from stages.zoo.registry import load_model
+from tests.model_plans import profile_of
 from tests.unit.stages.models.gpu.drivers import program
 
 
 def health(model: Model, accelerator: Accelerator | None) -> Health:
-    profile = ModelProfile(
-        model=model.name, sha256=model.sha256, platform="p", layer_names=tuple(cut.name for cut in model.manifest.cuts[1:]),
-        layer_s=(0.001,) * model.manifest.layers, cut_bytes=tuple(cut.cut_bytes for cut in model.manifest.cuts),
-    )  # fmt: skip
-
     async def look() -> Health:
-        prepared = Prepared(profiles={model.name: profile}, accelerator=accelerator)
+        prepared = Prepared(profiles={model.name: profile_of(model)}, accelerator=accelerator)
         runner = LitertRunner([model], RunnerOptions(), prepared=prepared)
         try:
             async with MemoryBus(MemoryBroker(), "n") as bus:

@@ -15,21 +15,18 @@ from stages.models.gpu.gpu_profile import on_cpu, on_gpu
 from stages.models.gpu.process import GpuProcess
 from stages.models.model import Model
 from stages.models.runtime.trial_run import ChildProgram
+from tests.model_plans import profile_of
 from tests.unit.stages.models.gpu.drivers import program
 
 LAYER_S = (4.0, 1.0, 5.0, 2.0, 4.0, 3.0, 1.0)
 
 
-def profile_of(model: Model, **values: Any) -> ModelProfile:
-    cuts = model.manifest.cuts
-    return ModelProfile(
-        model=model.name, sha256=model.sha256, platform="p", layer_names=tuple(cut.name for cut in cuts[1:]),
-        layer_s=LAYER_S, cut_bytes=tuple(cut.cut_bytes for cut in cuts), **values,
-    )  # fmt: skip
+def measured(model: Model, **values: Any) -> ModelProfile:
+    return profile_of(model).model_copy(update={"layer_s": LAYER_S, **values})
 
 
 def test_layers_share_the_time_of_the_whole_and_batches_take_as_long_as_measured(lenet: Model) -> None:
-    found = on_gpu(profile_of(lenet, sum_of_slices_s=21.0, not_on_gpu="no"), {1: 2.0, 8: 6.0})
+    found = on_gpu(measured(lenet, sum_of_slices_s=21.0, not_on_gpu="no"), {1: 2.0, 8: 6.0})
     assert found.layer_s == pytest.approx([one / 10.0 for one in LAYER_S])
     assert (found.whole_s, found.sum_of_slices_s, found.accelerator, found.not_on_gpu) == (2.0, None, "gpu", None)
     assert found.together_s(8, 0, 7) == pytest.approx(6.0)
@@ -38,12 +35,12 @@ def test_layers_share_the_time_of_the_whole_and_batches_take_as_long_as_measured
 
 
 def test_a_gpu_without_batches_that_pay_has_none_in_its_profile(lenet: Model) -> None:
-    found = on_gpu(profile_of(lenet), {1: 2.0})
+    found = on_gpu(measured(lenet), {1: 2.0})
     assert (found.batch, found.executors) == (None, None)
 
 
 def test_a_model_that_the_gpu_refuses_keeps_the_times_of_the_cpu(lenet: Model) -> None:
-    found = on_cpu(profile_of(lenet), "x" * 1000)
+    found = on_cpu(measured(lenet), "x" * 1000)
     assert found.layer_s == LAYER_S
     assert (found.accelerator, found.not_on_gpu) == ("cpu", "x" * 300)
 
@@ -57,7 +54,7 @@ def announced(
         [lenet],
         RunnerOptions(**({"slowdown": 2.0} | how), platform="edge e"),
         prepared=Prepared(profiles=prepared or {}, accelerator=accelerator),
-        measured=lambda model, **_: profile_of(model),
+        measured=lambda model, **_: measured(model),
     )
     (found,) = runner.profiles()
     assert asyncio.run(runner.remeasure("lenet")) is False, "the same machine was measured again"
@@ -105,6 +102,6 @@ def test_a_stage_announces_why_its_gpu_does_not_compute_a_model(lenet: Model, ch
 
 
 def test_a_profile_that_was_given_is_kept(lenet: Model) -> None:
-    found = announced(lenet, program("scripted"), {"lenet": profile_of(lenet)})
+    found = announced(lenet, program("scripted"), {"lenet": measured(lenet)})
     assert found.layer_s == pytest.approx([2.0 * one for one in LAYER_S])
     assert found.accelerator is None
