@@ -425,7 +425,7 @@ class ModelProfile(Frozen):
         return self
 
     def together(self, samples: float) -> tuple[float, ...]:
-        """The time of each layer for so many samples together, over its time for one; at least 1.
+        """The time of each layer for a batch of `samples`, divided by its time for one sample; at least 1.
 
         Between two measured batches the time is interpolated. More samples than the largest measured batch are computed in
         several ones. `samples`, at least 1, need not be whole: it may be a mean.
@@ -443,7 +443,7 @@ class ModelProfile(Frozen):
         return tuple(one + share * (other - one) for one, other in zip(low_times, high_times, strict=True))
 
     def together_s(self, samples: int, first: int, last: int) -> float:
-        """The time of layers first+1..last for so many samples computed together."""
+        """The time of layers first+1..last for a batch of `samples`."""
         times = self.together(samples)
         return sum(time * layer_s for time, layer_s in zip(times[first:last], self.layer_s[first:last], strict=True))
 

@@ -16,7 +16,7 @@ from bus.tensors import Array
 _LEVEL = 1
 _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(_LEVEL, min_match=7, hash_log=10)
 """Level 1 with a smaller search for repetitions: quantised activations have few long ones, so that encoding is a third faster
-and the ratio is no worse.
+and compresses as well.
 """
 
 

@@ -81,7 +81,7 @@ class _Stage:
                         self._arrived[frame.task_id].put_nowait(piece.sample)
 
     async def round(self, tasks: int, window: int | None, seconds: float) -> dict[str, Any]:
-        """Samples a second of so many tasks at once, and the delays of the samples. `window` None: that of a device."""
+        """Samples a second of `tasks` tasks at once, and the delay of each sample. `window` None: the window of a device."""
         until_s = perf_counter() + seconds
         begin_s = perf_counter()
         delays = await asyncio.gather(*(self._task(window, until_s) for _ in range(tasks)))
@@ -154,7 +154,7 @@ def run(*, quick: bool = False, progress: Callable[[str], None] = lambda line: N
 async def measure(
     model: Model, cut_name: str, seconds: float, rounds: int, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measure the layers of a model after a cut, in so many rounds of twice so many seconds for each stage."""
+    """Measure the layers of a model after a cut. In each round each stage computes twice, for `seconds` each time."""
     cut = next(point.position for point in model.manifest.cuts if point.name == cut_name)
     store = SegmentStore(model, limits=StoreLimits(replicas=WORKERS))
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")

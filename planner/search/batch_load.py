@@ -26,7 +26,7 @@ MOST_OF_A_TASK: Final = 8
 
 
 def samples_each(samples: int, cut_bytes: Sequence[int]) -> int:
-    """m, for a task of so many samples of a model with these sizes at its cuts."""
+    """m, for a task of `samples` samples of a model with these sizes at its cuts."""
     window = window_samples(Execution.STREAMING, cut_bytes)
     return max(1, min(MOST_OF_A_TASK, window // 2, samples // 2))
 

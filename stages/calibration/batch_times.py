@@ -170,7 +170,7 @@ def _measured(
 
 
 def stored_batches(model: Model, num_threads: int) -> MeasuredBatches | None:
-    """What was measured on this machine with so many threads for an inference; None: nothing."""
+    """What was measured on this machine with `num_threads` threads an inference; None: nothing was."""
     with contextlib.suppress(OSError, ValueError):
         found = MeasuredBatches.model_validate_json(_path(model, num_threads).read_bytes())
         if found.sha256 == model.sha256:

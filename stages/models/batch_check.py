@@ -32,7 +32,10 @@ NEARLY = 1e-4
 """The largest difference that `any` accepts, relative to the largest value of the tensor."""
 
 SPEEDUP = 1.25
-"""A segment is computed in batches if that is so many times faster: the first samples of a batch wait for the last one."""
+"""A segment is computed in batches if that makes a sample at least this many times as fast.
+
+A smaller gain would not pay, since the first samples of a batch wait for its last.
+"""
 
 COMPARED = (2, 3, 5, 8)
 """Sizes of batch whose results are compared, and the largest one: runtimes compute odd remainders with other code."""

@@ -43,7 +43,7 @@ CODECS = tuple(
 BATCHES = (BatchSpeed(batch=2, factors=(0.9, 1.0, 0.6)), BatchSpeed(batch=8, factors=(0.8, 1.0, 0.25)))
 
 FIRST_BATCHES = 4
-"""A fault strikes one of so many batches of samples of several tasks."""
+"""A fault strikes one of this many first batches with samples of several tasks."""
 
 Computed: TypeAlias = tuple[Sequence[list[Array]], float]
 """The results of a batch, and the seconds it took."""

@@ -12,7 +12,7 @@ from stages.models.random_samples import random_sample
 from stages.models.segments import Segment
 
 PAYS = 1.1
-"""A larger batch is used if it is at least so many times faster per sample."""
+"""A larger batch is used if it makes a sample at least this many times as fast."""
 
 
 class BatchedFiles:

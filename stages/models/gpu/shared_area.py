@@ -46,7 +46,7 @@ class SharedArea:
 
 
 def _aligned(size_bytes: int) -> int:
-    """Where the outputs begin behind so many bytes of inputs."""
+    """Where the outputs begin: `size_bytes` of inputs, rounded up to the alignment."""
     return -(-size_bytes // ALIGNED_BYTES) * ALIGNED_BYTES
 
 

@@ -239,7 +239,7 @@ class SliceTrial:
     def run(self, path: str, reads: Sequence[int], *, delegate: bool, batch: int) -> None:
         """Runs the slice in file `path`; `reads` are the whole model's tensors that are its inputs.
 
-        `batch` above 1 repeats each input so many times along its first dimension.
+        `batch` above 1 repeats each input that many times along its first dimension.
         """
         resolver = OpResolverType.BUILTIN if delegate else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         with contextlib.suppress(ValueError, RuntimeError):
