@@ -78,7 +78,7 @@ from planner.core.rerouting import Rerouter
 from planner.core.settling import Settler, SettlingRules
 from planner.core.teacher import Teacher
 from planner.learning.table import EstimateTable
-from planner.search.ledger import Ledger
+from planner.search.ledger.ledger import Ledger
 from planner.search.placements import Choice
 from planner.search.policies import Policy, Restriction, check_objective, load_policy, mixes
 from planner.search.request import Request

@@ -10,7 +10,7 @@ A task that cannot start at once is ranked by the time of its admission, correct
 
 Both corrections are bounded, so a task is overtaken only by tasks that are admitted at most two minutes after it. Tasks of
 one device keep their order, unless one has the higher priority. Running tasks, sessions, and tasks that go first because they
-were moved too often (`planner.search.ledger.MOVES_BORNE`) are never overtaken.
+were moved too often (`planner.search.ledger.reservation.MOVES_BORNE`) are never overtaken.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from planner.core.region.records import Task
-from planner.search.ledger import EdgeAccount, Rank, Reservation
+from planner.search.ledger.accounts import EdgeAccount
+from planner.search.ledger.reservation import Rank, Reservation
 from planner.search.request import Request
 
 LONGEST_QUEUED_S: Final = 60.0

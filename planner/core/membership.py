@@ -15,7 +15,7 @@ from planner.core.change_recorder import ChangeRecorder
 from planner.core.region.records import KnownNode, Task
 from planner.core.region.state import RegionState
 from planner.search.cost import PlatformRow
-from planner.search.ledger import LOAD_UNITS, Amounts, Reservation, bookable
+from planner.search.ledger.reservation import LOAD_UNITS, Amounts, Reservation, bookable
 
 NO_LIMIT: Final = 1 << 62
 

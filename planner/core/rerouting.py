@@ -26,7 +26,8 @@ from planner.core.placing import Placer
 from planner.core.region.records import Task
 from planner.core.region.state import RegionState
 from planner.search.algorithm1 import Algorithm
-from planner.search.ledger import EdgeAccount, Reservation
+from planner.search.ledger.accounts import EdgeAccount
+from planner.search.ledger.reservation import Reservation
 from planner.search.policies import Restriction
 from planner.search.request import EdgeOption, Request
 

@@ -25,7 +25,10 @@ from collections.abc import Iterable, Mapping
 from heapq import heappop, heappush
 from typing import Final
 
-from planner.search.ledger import FOREVER, LONG_AGO, DeviceAccount, EdgeAccount, Ledger, Queued, Reservation, Timeline
+from planner.search.ledger.accounts import DeviceAccount, EdgeAccount, Queued
+from planner.search.ledger.ledger import Ledger
+from planner.search.ledger.reservation import FOREVER, Reservation
+from planner.search.ledger.timeline import LONG_AGO, Timeline
 
 _FIRST: Final = (LONG_AGO, -1)
 _MOST_FLOORS: Final = 24

@@ -18,7 +18,8 @@ from planner.core.region.records import Task
 from planner.core.region.state import RegionState
 from planner.search.codec_search import CodecSearch
 from planner.search.cost import RAW, busy_parts
-from planner.search.ledger import LOAD_UNITS, DeviceAccount, EdgeAccount, Reservation, bookable
+from planner.search.ledger.accounts import DeviceAccount, EdgeAccount
+from planner.search.ledger.reservation import LOAD_UNITS, Reservation, bookable
 from planner.search.placements import Choice, placement_of
 from planner.search.policies import Policy, Restriction
 from planner.search.request import EdgeOption, Request

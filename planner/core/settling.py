@@ -17,7 +17,8 @@ from planner.core.placing import Placer
 from planner.core.region.records import BESIDE_SESSION, NEVER
 from planner.core.region.state import RegionState
 from planner.core.rerouting import Rerouter
-from planner.search.ledger import Ledger, Reservation
+from planner.search.ledger.ledger import Ledger
+from planner.search.ledger.reservation import Reservation
 
 OVERRUN_SHARE: Final = 0.1
 """Share of its delay by which an overrunning task is prolonged, unless it is already later than that."""

@@ -16,6 +16,7 @@ from bus.snapshots import STATE_VERSION
 from planner.core.region.circuits import Circuit
 from planner.core.region.records import HASH_MASK, NEVER, hash_of
 from planner.core.region.state import RegionState, SavedRegion, SavedTask
+from planner.search.ledger.audit import audit
 
 Lists = dict[str, list[bytes]]
 """Parts of the long lists of the state, by list name; each entry is JSON."""
@@ -178,7 +179,7 @@ def validate(region: RegionState) -> None:
     These are (8)-(11) and (13), one computing task per device, a live task for every reservation, the counts, and the hash.
     Raises `InvariantError`. The check visits the whole state and is slow; it is meant for tests.
     """
-    region.ledger.audit(region.now_s)
+    audit(region.ledger, region.now_s)
     for task in region.tasks.values():
         r = region.ledger.reservations.get(task.task_id)
         placed = task.placed

@@ -40,7 +40,9 @@ from bus.values import Objective
 from planner.search.codec_search import PathSearch
 from planner.search.cut_search import CutSearch
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, family_of
-from planner.search.ledger import SHORTEST_S, EdgeAccount, Timeline
+from planner.search.ledger.accounts import EdgeAccount
+from planner.search.ledger.reservation import SHORTEST_S
+from planner.search.ledger.timeline import Timeline
 from planner.search.placements import Choice, Priced, Search, best_mix, best_way, mixed_choice, routes_of
 from planner.search.request import EVERY_FAMILY, EdgeKind, EdgeOption, Request
 from planner.search.waiting import Waits

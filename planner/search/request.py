@@ -11,7 +11,7 @@ from bus.values import Objective, Role
 from planner.search.codec_search import PathSearch
 from planner.search.cost import NO_OVERHEADS, Overheads, PlatformRow
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
-from planner.search.ledger import DeviceAccount, EdgeAccount
+from planner.search.ledger.accounts import DeviceAccount, EdgeAccount
 from planner.search.waiting import NO_DEVIATIONS, Deviations
 
 EVERY_FAMILY: Final = frozenset({DEVICE, DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE})

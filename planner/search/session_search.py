@@ -34,7 +34,7 @@ from bus.values import BITS_PER_BYTE, Placement
 from planner.search.codec_search import CodecSearch
 from planner.search.cost import NO_OVERHEADS, RAW, Codecs, Costs, Overheads, StationTimes
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE, family_of
-from planner.search.ledger import LOAD_UNITS
+from planner.search.ledger.reservation import LOAD_UNITS
 from planner.search.request import EVERY_FAMILY
 
 GRANT: Final = 4.0

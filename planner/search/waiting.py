@@ -23,7 +23,8 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Final
 
-from planner.search.ledger import DeviceAccount, EdgeAccount, Reservation
+from planner.search.ledger.accounts import DeviceAccount, EdgeAccount
+from planner.search.ledger.reservation import Reservation
 
 Deviations = Mapping[str, float]
 """Relative deviation of the predictions for the tasks of an edge or device, by its name; a missing name counts as 0."""

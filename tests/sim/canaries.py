@@ -31,7 +31,9 @@ from planner.core.core import CoreComponents, PlannerCore
 from planner.core.placing import QueueLimits
 from planner.core.region.records import Task
 from planner.core.teacher import Teacher
-from planner.search.ledger import Ledger, Reservation, Timeline
+from planner.search.ledger.ledger import Ledger
+from planner.search.ledger.reservation import Reservation
+from planner.search.ledger.timeline import Timeline
 from planner.service.leader_term import LeaderTerm
 from planner.service.service import PlannerService, ServiceComponents
 from stages.batches import Batcher, Computed

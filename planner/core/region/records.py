@@ -11,7 +11,7 @@ from bus.messages import NodeAnnounced, Placed, TaskState, TaskSubmitted
 from bus.values import ModelProfile
 from planner.core.region.transitions import Happened
 from planner.search.cost import PlatformRow, RowTable
-from planner.search.ledger import Rank, Reservation
+from planner.search.ledger.reservation import Rank, Reservation
 from planner.search.request import Reached
 
 HISTORY: Final = 12

@@ -51,7 +51,8 @@ from planner.core.region.transitions import ENDING, TRANSITIONS, Step, next_stat
 from planner.core.region.under_way import UnderWay
 from planner.learning.table import EstimateTable, SavedEstimate
 from planner.search.cost import RowTable
-from planner.search.ledger import FOREVER, LOAD_UNITS, Ledger, Load, Reservation
+from planner.search.ledger.ledger import Ledger
+from planner.search.ledger.reservation import FOREVER, LOAD_UNITS, Load, Reservation
 
 _SESSIONS_FIRST: Final = 1 << 120  # of tasks with the same start, sessions come first, ...
 _OVERTAKERS_FIRST: Final = 1 << 100  # ... then those that were put before others, by rank

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from heapq import heapify, heappop, heappush
 
 from planner.core.region.records import NEVER, KnownNode, Task
-from planner.search.ledger import Reservation
+from planner.search.ledger.reservation import Reservation
 
 Entry = tuple[float, int, str]
 """Ledger time, order of admission, and id of a task."""

@@ -12,7 +12,8 @@ from planner.search.codec_search import PathSearch
 from planner.search.cost import Overheads
 from planner.search.cut_search import CutSearch, Found, exhaustive
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
-from planner.search.ledger import MOVES_BORNE, SHORTEST_S, Ledger, Reservation
+from planner.search.ledger.ledger import Ledger
+from planner.search.ledger.reservation import MOVES_BORNE, SHORTEST_S, Reservation
 from planner.search.placements import Choice
 from planner.search.request import EVERY_FAMILY, EdgeOption, Request
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.search.ledger import MOVES_BORNE, EdgeAccount, Ledger, Reservation
+from planner.search.ledger.accounts import EdgeAccount
+from planner.search.ledger.ledger import Ledger
+from planner.search.ledger.reservation import MOVES_BORNE, Reservation
 
 NEVER = float("inf")
 

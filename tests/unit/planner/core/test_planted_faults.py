@@ -16,9 +16,12 @@ from bus.messages import Decision, EpochOpened
 from planner.core.core import CoreComponents, PlannerCore
 from planner.core.region.records import Task
 from planner.core.settling import SettlingRules
-from planner.search import ledger
 from planner.search.algorithm1 import Algorithm
 from planner.search.families import ALL_THREE, DEVICE, DEVICE_CLOUD, DEVICE_EDGE
+from planner.search.ledger.accounts import DeviceAccount, EdgeAccount
+from planner.search.ledger.ledger import Ledger
+from planner.search.ledger.reservation import Reservation
+from planner.search.ledger.timeline import Timeline
 from planner.search.placements import Choice
 from planner.search.policies import BUILT_IN, Policy, Restriction
 from tests.unit.planner.scenes import RandomRegion, Traffic, task
@@ -37,29 +40,29 @@ def run(components: CoreComponents | None = None, policy: Policy = BUILT_IN["dee
 # --- faults of the ledger --------------------------------------------------------------------------------------------
 
 
-def one_slot_too_many(slots: int, link1_bps: int, link2_bps: int) -> ledger.Timeline:
+def one_slot_too_many(slots: int, link1_bps: int, link2_bps: int) -> Timeline:
     """Off by one: an edge hands out r_e + 1 slots."""
-    return ledger.Timeline(slots + 1, link1_bps, link2_bps)
+    return Timeline(slots + 1, link1_bps, link2_bps)
 
 
-class ReleasedTwice(ledger.Timeline):
+class ReleasedTwice(Timeline):
     """A running task's resources are given back to the timeline twice."""
 
-    def give(self, r: ledger.Reservation) -> None:
+    def give(self, r: Reservation) -> None:
         super().give(r)
         if r.running:
             super().give(r)
 
 
-class NeverReleased(ledger.Timeline):
+class NeverReleased(Timeline):
     """A running task keeps its bandwidth for good."""
 
-    def give(self, r: ledger.Reservation) -> None:
+    def give(self, r: Reservation) -> None:
         if not r.running:
             super().give(r)
 
 
-class AlwaysFree(ledger.DeviceAccount):
+class AlwaysFree(DeviceAccount):
     """Two tasks compute on one device at once."""
 
     def free(self, start_s: float, end_s: float) -> bool:
@@ -82,7 +85,7 @@ class StartOnly(Restriction):
             timeline = option.account.timeline
             for start_s in (now, *(at_s for at_s in timeline.times if at_s > now)):
                 # An edge that is at all times as free as it is at the start.
-                always = ledger.EdgeAccount(option.account.name, *timeline.at(start_s))
+                always = EdgeAccount(option.account.name, *timeline.at(start_s))
                 for family in (DEVICE_EDGE, DEVICE_CLOUD, ALL_THREE):
                     choice = algorithm.at(option._replace(account=always), family, start_s)
                     if choice is not None:
@@ -98,10 +101,10 @@ START_ONLY = StartOnly("start-only")
 @pytest.mark.parametrize(
     "components",
     [
-        CoreComponents(ledger=partial(ledger.Ledger, one_slot_too_many)),
-        CoreComponents(ledger=partial(ledger.Ledger, ReleasedTwice)),
-        CoreComponents(ledger=partial(ledger.Ledger, NeverReleased)),
-        CoreComponents(ledger=partial(ledger.Ledger, make_device=AlwaysFree)),
+        CoreComponents(ledger=partial(Ledger, one_slot_too_many)),
+        CoreComponents(ledger=partial(Ledger, ReleasedTwice)),
+        CoreComponents(ledger=partial(Ledger, NeverReleased)),
+        CoreComponents(ledger=partial(Ledger, make_device=AlwaysFree)),
         # the reservation of a task that overruns ends at its predicted end
         CoreComponents(settling=SettlingRules(prolonged_end=lambda r, now: None)),
     ],
@@ -126,13 +129,13 @@ def test_the_audit_of_the_ledger_finds_a_choice_that_was_not_checked() -> None:
 class WithoutReservation(Task):
     """A planted fault: the text that enters the state hash leaves out the reservation."""
 
-    def text(self, r: ledger.Reservation | None) -> str:
+    def text(self, r: Reservation | None) -> str:
         return super().text(None)
 
 
 @pytest.mark.parametrize(("kind", "distinct"), [(Task, 2), (WithoutReservation, 1)])
 def test_two_states_that_differ_in_a_reservation_have_different_texts(kind: type[Task], distinct: int) -> None:
-    reserved = (ledger.Reservation("t1", 1, "e1", "d1", start_s, 1.0, 1, 1, 1) for start_s in (0.0, 1.0))
+    reserved = (Reservation("t1", 1, "e1", "d1", start_s, 1.0, 1, 1, 1) for start_s in (0.0, 1.0))
     assert len({kind(task("t1"), 1, 0.0).text(r) for r in reserved}) == distinct
 
 

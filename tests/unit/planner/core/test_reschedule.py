@@ -18,7 +18,9 @@ from planner.core.core import CoreComponents, PlannerCore
 from planner.core.options import CoreOptions
 from planner.core.reschedule import pull, walk
 from planner.core.settling import MOVES_A_CHANGE, SettlingRules
-from planner.search.ledger import MOVES_BORNE, Ledger, Reservation
+from planner.search.ledger.audit import audit
+from planner.search.ledger.ledger import Ledger
+from planner.search.ledger.reservation import MOVES_BORNE, Reservation
 from tests.unit.planner.rescheduler import first_instants
 from tests.unit.planner.scenes import MBPS, RandomRegion, Traffic, cloud, completed, device, edge, only, profile, task
 
@@ -176,7 +178,7 @@ def follow(ledger: Ledger, wanted: Starts, now: float) -> None:
         ledger.move(task_id, start)
         if start <= now:
             ledger.start(task_id)
-    ledger.audit(now)
+    audit(ledger, now)
 
 
 def settle(ledger: Ledger, now: float) -> None:

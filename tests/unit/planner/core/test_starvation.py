@@ -8,7 +8,7 @@ import pytest
 from bus.messages import Moved, Placed, Start
 from planner.core.core import PlannerCore
 from planner.explain import explain
-from planner.search.ledger import MOVES_BORNE
+from planner.search.ledger.reservation import MOVES_BORNE
 from tests.unit.planner.core.test_circuits import Region
 from tests.unit.planner.scenes import MBPS, RandomRegion, Traffic, cloud, completed, device, edge, task
 

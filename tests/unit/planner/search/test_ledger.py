@@ -5,7 +5,10 @@ import random
 import pytest
 
 from bus.errors import InvariantError
-from planner.search.ledger import FOREVER, LONG_AGO, Ledger, Reservation, Timeline
+from planner.search.ledger.audit import audit
+from planner.search.ledger.ledger import Ledger
+from planner.search.ledger.reservation import FOREVER, Reservation
+from planner.search.ledger.timeline import LONG_AGO, Timeline
 
 
 def reservation(
@@ -92,6 +95,6 @@ def test_the_audit_sees_each_constraint_broken_later_on(amount: tuple[int, int, 
     r = Reservation("t", 1, "e1", None, 5.0, 1.0, slots, link1, link2)
     ledger.reserve(r, 0.0)
     with pytest.raises(InvariantError) as caught:
-        ledger.audit(0.0)
+        audit(ledger, 0.0)
     assert number in str(caught.value)
-    ledger.audit(6.0)
+    audit(ledger, 6.0)
