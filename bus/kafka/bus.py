@@ -13,16 +13,14 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import (
     InvalidConfigurationError,
-    InvalidReplicationFactorError,
     KafkaError,
-    TopicAlreadyExistsError,
     TopicAuthorizationFailedError,
     for_code,
 )
 
 from bus.errors import BusError, BusUnavailableError, ConfigError, MessageTooLargeError
 from bus.kafka.connection import REQUEST_S, KafkaConnection, patience_s
-from bus.kafka.errors import translated, unknown_topic
+from bus.kafka.errors import check_created, translated, unknown_topic
 from bus.kafka.members import KafkaMember
 from bus.kafka.readers import KafkaReader, cut_off, end_offsets
 from bus.kafka.sender import KafkaSender
@@ -276,16 +274,11 @@ class _Site:
     async def create_topics(self, specs: list[TopicSpec]) -> None:
         async def create(admin: AIOKafkaAdminClient) -> None:
             brokers = len((await admin.describe_cluster())["brokers"])
-            copies = self._connection.replication or min(brokers, _MAX_COPIES)
+            copies = self._connection.replication or max(1, min(brokers, _MAX_COPIES))
             made = await _create(admin, specs, copies)
             if any(code == InvalidConfigurationError.errno for _, code, *_ in made):
                 made = await _create(admin, specs, copies, older_kafka=True)
-            for name, code, *message in made:
-                kind = for_code(code)
-                if kind.retriable:  # another controller is being elected
-                    raise kind()
-                if code != 0 and kind is not TopicAlreadyExistsError:
-                    raise _not_created(name, kind, message[0] if message else "")
+            check_created(made, enough_brokers=copies <= max(1, brokers))
 
         await self._ask(create, "its topics")
         deadline = asyncio.get_running_loop().time() + REQUEST_S
@@ -389,13 +382,6 @@ class _Site:
 
 async def _has_several_brokers(admin: AIOKafkaAdminClient) -> bool:
     return len((await admin.describe_cluster())["brokers"]) > 1
-
-
-def _not_created(name: str, kind: type[KafkaError], message: str) -> BusError:
-    remedy = None
-    if kind is InvalidReplicationFactorError:
-        remedy = "set DEEPAR_KAFKA_REPLICATION to at most the number of brokers"
-    return BusError(f"topic {name} cannot be created: {message or kind.__name__}", remedy=remedy)
 
 
 async def _create(

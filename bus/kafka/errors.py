@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from aiokafka.errors import (
     ClusterAuthorizationFailedError,
     GroupAuthorizationFailedError,
+    InvalidReplicationFactorError,
     KafkaError,
     MessageSizeTooLargeError,
+    TopicAlreadyExistsError,
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
+    for_code,
 )
 
 from bus.errors import BusError, BusUnavailableError, MessageTooLargeError, UnknownTopicError
@@ -41,3 +47,23 @@ def unknown_topic(topic: str) -> UnknownTopicError:
         remedy="`deepar topics create` creates missing topics; with access control lists the topic may exist but be hidden "
         "from this user (`deepar acls`)",
     )
+
+
+def check_created(answers: Iterable[tuple[Any, ...]], *, enough_brokers: bool) -> None:
+    """Check the answers to a request for topics: name, error code and perhaps a message of each.
+
+    `enough_brokers`: the cluster has as many brokers as each topic was to have copies. Then a refusal for lack of brokers is
+    temporary: the controller has not heard from one of them for a while.
+
+    Raises `KafkaError` where another try may succeed, else `BusError`.
+    """
+    for name, code, *message in answers:
+        kind = for_code(code)
+        few_brokers = kind is InvalidReplicationFactorError
+        if kind.retriable or (few_brokers and enough_brokers):  # retriable: another controller is being elected
+            raise kind()
+        if code != 0 and kind is not TopicAlreadyExistsError:
+            remedy = "set DEEPAR_KAFKA_REPLICATION to at most the number of brokers" if few_brokers else None
+            raise BusError(
+                f"topic {name} cannot be created: {' '.join(filter(None, message)) or kind.__name__}", remedy=remedy
+            )
