@@ -95,7 +95,15 @@ class Settler:
             for *_, task_id in recorder.take_replans():
                 task = region.tasks.get(task_id)
                 if task is not None and task.state is TaskState.WAITING:
+                    if self._overbooked():
+                        edges.update(region.changed_edges)
+                        self._reschedule(now)
                     self._placer.place(task, now)
+
+    def _overbooked(self) -> bool:
+        """Whether a task was put before scheduled ones that have not moved yet."""
+        region = self._region
+        return NEVER in region.changed_edges.values() or NEVER in region.changed_devices.values()
 
     def _replan_sessions(self) -> None:
         """Place the sessions again that wait until others end."""

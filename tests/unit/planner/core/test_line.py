@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from bus.messages import Change, Decision, Moved, Start, TaskSubmitted
+from bus.messages import Change, Decision, Moved, NodeLeft, Placed, Start, TaskSubmitted
 from bus.values import Role
 from planner.core.core import Event, PlannerCore
 from planner.core.options import CoreOptions
-from tests.unit.planner.scenes import MBPS, completed, decision_of, device, edge, task
+from tests.unit.planner.scenes import MBPS, cloud, completed, decision_of, device, edge, task
 
 
 class Queue:
@@ -68,6 +68,25 @@ def test_an_urgent_task_goes_before_those_that_wait_and_after_the_one_that_runs(
     queue.submit("c2", priority=1)
     assert queue.finish() == ["a1", "c2", "b1", "c1", "a2"]
     assert all(change.overtaken for change in moved(queue.log))
+
+
+def test_a_task_that_is_placed_in_the_same_step_as_an_overtaking_one_finds_the_others_moved() -> None:
+    """Both lose their edge: one is put before what waits for their device, the other needs only the device's link."""
+    core = PlannerCore()
+    for node in (edge("e1"), cloud(), device()):
+        core.handle(node, 0.0)
+    core.handle(task("runs", tiers=(Role.DEVICE,), samples=1_000), 0.0)
+    core.handle(task("waits", tiers=(Role.DEVICE,), samples=1_000), 0.0)
+    core.handle(task("urgent", tiers=(Role.DEVICE, Role.EDGE), priority=1), 0.0)
+    core.handle(task("relayed", tiers=(Role.CLOUD,), samples=10_000), 0.0)
+    core.handle(edge("e2", slots=0), 1.0)
+    changes = core.handle(NodeLeft(node="e1", incarnation="i1"), 2.0)
+    placed = {change.task_id: change for change in changes if isinstance(change, Placed)}
+    assert placed["urgent"].line is not None
+    assert placed["urgent"].line.overtakes == 1
+    assert (placed["relayed"].placement.edge, placed["relayed"].wait_s) == ("e2", 0.0)
+    assert placed["relayed"].start_s + placed["relayed"].delay_s > placed["urgent"].start_s
+    core.validate()
 
 
 def test_more_urgent_goes_before_less_urgent() -> None:
