@@ -29,6 +29,7 @@ from bus.values import (
     Parts,
     Placement,
     Role,
+    SampleSeconds,
     Seconds,
 )
 
@@ -130,8 +131,8 @@ class NodeAnnounced(Message):
     slots: Annotated[int, Field(ge=0, le=1_000_000)] = 0  # r_e, tasks that compute concurrently; edges only
     link1_capacity_bps: BitsPerSecond = 0  # B_e^1 of an edge; limit of a device, 0: no limit
     link2_capacity_bps: BitsPerSecond = 0  # B_e^2 of an edge
-    link1_latency_s: Seconds | None = None  # declared one-way latency of a device's link 1; None: not declared
-    link2_latency_s: Seconds | None = None  # the same of link 2; of an edge, and of a cloud, which plays it
+    link1_latency_s: SampleSeconds | None = None  # declared one-way latency of a device's link 1; None: not declared
+    link2_latency_s: SampleSeconds | None = None  # the same of link 2; of an edge, and of a cloud, which plays it
     reachable_edges: tuple[NodeName, ...] | None = None  # E_i, edges that a device reaches; None: all
     models: tuple[ModelProfile, ...] = ()  # models that the node runs, with their speed
     draining: Literal[True] | None = None  # drains: finishes running tasks and accepts no new ones
@@ -154,8 +155,8 @@ class LinkMeasurement(Frozen):
 
     link: Literal[1, 2]  # 1: device to edge, 2: edge to cloud
     edge: NodeName  # the edge at one end of the link
-    latency_s: Seconds  # one-way latency of network and bus: half of a round trip, robust over recent probes
-    deviation_s: Seconds = 0.0  # deviation of the recent latencies
+    latency_s: SampleSeconds  # one-way latency of network and bus: half of a round trip, robust over recent probes
+    deviation_s: SampleSeconds = 0.0  # deviation of the recent latencies
     bps: Annotated[int, Field(gt=0, le=1 << 50)] | None = None  # carried while more was to send; None: never so
 
 

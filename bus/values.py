@@ -29,6 +29,9 @@ NodeName = Annotated[str, Field(min_length=1, max_length=100, pattern=_NODE_NAME
 Seconds = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 """A duration. Its limit keeps sums and products of a few durations finite."""
 
+SampleSeconds = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+"""A time that each sample takes. Its limit, about eleven days, keeps the predicted times of all tasks within `Seconds`."""
+
 Bytes = Annotated[int, Field(ge=0, le=1 << 40)]
 BitsPerSecond = Annotated[int, Field(ge=0, le=1 << 50)]
 
@@ -323,8 +326,8 @@ class CodecProfile(Frozen):
     position: Annotated[int, Field(ge=0)]  # 0..l-1; a result crosses raw
     codec: Codec  # not raw, whose size is G(position) and which takes no time
     bytes: Bytes  # G(position, codec): encoded bytes of one sample that cross
-    encode_s: Seconds  # on the sending platform
-    decode_s: Seconds  # on the receiving platform
+    encode_s: SampleSeconds  # on the sending platform
+    decode_s: SampleSeconds  # on the receiving platform
     agreement: Agreement | None = None  # if this is the only lossy crossing; None: not measured, or lossless
 
 

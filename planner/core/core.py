@@ -190,7 +190,9 @@ class PlannerCore:
         self._recorder.do(_admitted(task=submitted), now)
         # Overruns and due starts come first, so that the new task is placed against the actual state.
         self._settler.settle(now)
-        self._placer.place(region.tasks[task_id], now, fresh=True)
+        task = region.tasks.get(task_id)
+        if task is not None:  # None: its deadline is so short that it has passed
+            self._placer.place(task, now, fresh=True)
 
     def _on_completed(self, completed: TaskCompleted, now: float) -> None:
         task = self._region.tasks.get(completed.task_id)

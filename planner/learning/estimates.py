@@ -156,7 +156,12 @@ def differences(times: Iterable[tuple[float, float]]) -> list[float]:
 
     A change of speed shows in one difference only.
     """
-    logs = [math.log(measured_s / predicted_s) for measured_s, predicted_s in times if measured_s > 0.0 < predicted_s]
+    # the ratio of a time that a node makes up may be 0 or infinite, its logarithms are not
+    logs = [
+        math.log(measured_s) - math.log(predicted_s)
+        for measured_s, predicted_s in times
+        if measured_s > 0.0 < predicted_s
+    ]
     return [abs(new - old) for old, new in pairwise(logs)]
 
 
