@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -19,10 +19,11 @@ from aiokafka.errors import (
 )
 
 from bus.errors import BusError, BusUnavailableError, ConfigError, MessageTooLargeError
-from bus.kafka.connection import REQUEST_S, KafkaConnection, patience_s
+from bus.kafka.brokers import Brokers
+from bus.kafka.connection import FAILOVER_S, KafkaConnection, patience_s
 from bus.kafka.errors import check_created, translated, unknown_topic
 from bus.kafka.members import KafkaMember
-from bus.kafka.readers import KafkaReader, cut_off, end_offsets
+from bus.kafka.readers import KafkaReader, cut_off, end_offsets, started
 from bus.kafka.sender import KafkaSender
 from bus.kafka.settings import found_topics
 from bus.limits import record_bytes
@@ -33,13 +34,9 @@ from bus.topics import TopicSpec, partition_of
 __all__ = ["KafkaBus", "KafkaConnection"]
 
 _RETRY_S = 0.1
-_TRY_S = 1.5  # with several brokers: timeout of one attempt, after which another broker is tried
-_CLOSE_S = 3.0
 _COUNT_AGE_S = 5.0  # maximum age of a partition count: the topic may have been recreated
 _SPREAD_S = 1.0  # time until all brokers know a new topic
 _MAX_COPIES = 3  # default number of replicas, if there are enough brokers
-
-T = TypeVar("T")
 
 _partition_of = lru_cache(maxsize=1 << 12)(partition_of)
 
@@ -267,7 +264,7 @@ class _Site:
         self._connection = connection
         self._servers = servers
         self.sender = KafkaSender(connection, servers, self._limit_of)
-        self._admin: AIOKafkaAdminClient | None = None
+        self._brokers = Brokers(connection, servers)
         self._asker: AIOKafkaConsumer | None = None  # reads end offsets
         self._starting = asyncio.Lock()
 
@@ -280,19 +277,23 @@ class _Site:
                 made = await _create(admin, specs, copies, older_kafka=True)
             check_created(made, enough_brokers=copies <= max(1, brokers))
 
-        await self._ask(create, "its topics")
-        deadline = asyncio.get_running_loop().time() + REQUEST_S
+        await self._brokers.ask(create, "its topics")
+        deadline = asyncio.get_running_loop().time() + FAILOVER_S
         missing = [spec.name for spec in specs]
         while missing:  # a created topic is not known to every broker at once
             known = await self._topics()
             missing = [name for name in missing if name not in known]
             if missing:
-                await self._retry(deadline, None, ", ".join(missing))
+                if asyncio.get_running_loop().time() > deadline:
+                    raise BusUnavailableError(
+                        f"{self._servers} created topics and does not list them: {', '.join(missing)}"
+                    )
+                await asyncio.sleep(_RETRY_S)
 
     async def partitions(self, topic: str) -> int:
         """Partition count of a topic. Requests all topics, since requesting one could create it automatically."""
         count = (await self._topics()).get(topic)
-        if count is None and await self._ask(_has_several_brokers, "its brokers"):
+        if count is None and self._brokers.are_several:
             await asyncio.sleep(_SPREAD_S)  # some brokers learn about a new topic later
             count = (await self._topics()).get(topic)
         if count is None:
@@ -302,7 +303,7 @@ class _Site:
         return count
 
     async def found(self, names: Iterable[str] | None = None) -> list[FoundTopic]:
-        return await self._ask(lambda admin: found_topics(admin, self._servers, names), "its topics")
+        return await self._brokers.ask(lambda admin: found_topics(admin, self._servers, names), "its topics")
 
     async def _limit_of(self, topic: str) -> int | None:
         limits = [int(found.settings.get("max.message.bytes", 0)) for found in await self.found([topic])]
@@ -318,15 +319,14 @@ class _Site:
 
     async def close(self) -> None:
         await self.sender.close()
-        if self._admin is not None:
-            await asyncio.wait([asyncio.ensure_future(self._admin.close())], timeout=_CLOSE_S)
+        await self._brokers.close()
         if self._asker is not None:
             await cut_off(self._asker)  # it reads without a consumer group
 
     async def _topics(self) -> dict[str, int | BusError]:
         """Partition count of every available topic, or the error if this user may not see it."""
         known: dict[str, int | BusError] = {}
-        for topic in await self._ask(AIOKafkaAdminClient.describe_topics, "its topics"):
+        for topic in await self._brokers.ask(lambda admin: admin.describe_topics(), "its topics"):
             error_type = for_code(topic["error_code"])
             if error_type is TopicAuthorizationFailedError:
                 known[topic["topic"]] = translated(error_type(), topic["topic"])
@@ -334,54 +334,15 @@ class _Site:
                 known[topic["topic"]] = len(topic["partitions"])
         return known
 
-    async def _ask(self, request: Callable[[AIOKafkaAdminClient], Awaitable[T]], what: str) -> T:
-        """Send a request to the cluster and return the answer; retried, since the chosen broker may have just failed."""
-        admin = await self._started_admin()
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        while True:
-            deadline = began + patience_s(admin._client)
-            has_others = len(admin._client.cluster.brokers()) > 1
-            try:
-                async with asyncio.timeout_at(min(deadline, loop.time() + _TRY_S) if has_others else deadline):
-                    return await request(admin)
-            except (KafkaError, TimeoutError) as error:
-                await self._retry(deadline, error, what)
-
-    async def _retry(self, deadline: float, error: BaseException | None, what: str) -> None:
-        if asyncio.get_running_loop().time() > deadline:
-            raise BusUnavailableError(f"{self._servers} did not answer in time about {what}") from error
-        await asyncio.sleep(_RETRY_S)
-
-    async def _started_admin(self) -> AIOKafkaAdminClient:
-        async with self._starting:
-            if self._admin is None:
-                admin = AIOKafkaAdminClient(**self._connection.client_settings(self._servers))
-                try:
-                    async with asyncio.timeout(REQUEST_S):
-                        await admin.start()
-                except (KafkaError, TimeoutError) as error:
-                    await admin.close()
-                    raise translated(error, self._servers) from error
-                self._admin = admin
-            return self._admin
-
     async def _started_asker(self) -> AIOKafkaConsumer:
         async with self._starting:
             if self._asker is None:
-                asker = AIOKafkaConsumer(**self._connection.client_settings(self._servers), enable_auto_commit=False)
+                settings = self._connection.client_settings(self._servers) | {"enable_auto_commit": False}
                 try:
-                    async with asyncio.timeout(REQUEST_S):
-                        await asker.start()
+                    self._asker = await started(lambda: AIOKafkaConsumer(**settings), AIOKafkaConsumer.start)
                 except (KafkaError, TimeoutError) as error:
-                    await cut_off(asker)
                     raise translated(error, self._servers) from error
-                self._asker = asker
             return self._asker
-
-
-async def _has_several_brokers(admin: AIOKafkaAdminClient) -> bool:
-    return len((await admin.describe_cluster())["brokers"]) > 1
 
 
 async def _create(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from aiokafka.client import AIOKafkaClient
-from aiokafka.conn import create_conn
+from aiokafka.conn import AIOKafkaConnection, create_conn
 from aiokafka.errors import (
     IllegalSaslStateError,
     IncompatibleBrokerVersion,
@@ -23,24 +24,29 @@ from aiokafka.helpers import create_ssl_context
 from aiokafka.protocol.metadata import MetadataRequest
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from bus.errors import BusUnavailableError, ConfigError
+from bus.errors import BusUnavailableError, ConfigError, DeeparError
 from bus.kafka import aiokafka_patches
 from bus.limits import MAX_RECORD_BYTES
 
 aiokafka_patches.apply()
 
-CHECK_TIMEOUT_S = 3.0
-"""Timeout of the handshake with one broker."""
+CHECK_TIMEOUT_S = 10.0
+"""Timeout of the handshake with one broker, Kafka's own for a connection. On an overloaded machine it has taken 8 s."""
 
 REQUEST_S = 5.0
-"""Timeout of a request about topics or offsets, including retries, in a cluster of one broker."""
+"""Timeout of a request about topics or offsets, including retries, while no broker can be reached."""
 
-FAILOVER_S = 20.0
-"""The same timeout in a larger cluster: another broker replaces a dead one after `broker.session.timeout.ms` (9 s)."""
+FAILOVER_S = 60.0
+"""Timeout of such a request while brokers can be reached, Kafka's own (`default.api.timeout.ms`).
+
+A dead broker is replaced after `broker.session.timeout.ms` (9 s), a dead controller after an election (2-4 s). On an
+overloaded machine live brokers then miss their deadlines as well, and requests have taken up to 35 s.
+"""
 
 HANG_UP_S = 1.0
 """Timeout for closing the connections of a client; see `hang_up`."""
 
+_LIST_RETRY_S = 0.25
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 _ENVIRONMENT = {
     "KAFKA_BOOTSTRAP_SERVERS": "bootstrap_servers",
@@ -164,20 +170,27 @@ class KafkaConnection(BaseModel):
 
         Raises `BusUnavailableError` with the cause and a remedy.
         """
-        failures: list[BusUnavailableError] = []
-        for server in addresses(servers or self.bootstrap_servers):
-            try:
-                advertised = await self._shake_hands(server)
-            except BusUnavailableError as error:
-                failures.append(error)
-                continue
-            if server in advertised:
-                return
-            wrong = await self._unreachable(server, advertised)
-            if len(wrong) < len(advertised):
-                return
-            raise wrong[0]
-        raise failures[0]
+
+        async def usable(server: str) -> None:
+            found = await self._shake_hands(server)
+            if server not in found and (wrong := await _all_failed(self._look(server, address) for address in found)):
+                raise wrong[0]
+
+        wrong = await _all_failed(usable(server) for server in addresses(servers or self.bootstrap_servers))
+        if wrong:  # that of a server that answers tells more
+            raise next((error for error in wrong if isinstance(error.__cause__, DeeparError)), wrong[0])
+
+    async def connect(self, server: str, request_s: float) -> AIOKafkaConnection:
+        """A connection to one broker, on which a request may take `request_s`. Raises `KafkaError` or `OSError`."""
+        host, port = _host_and_port(server)
+        return await create_conn(
+            host,
+            port,
+            client_id=self.client_id,
+            security_protocol=self.security_protocol,
+            request_timeout_ms=int(request_s * 1000),
+            **self._security(),
+        )
 
     async def unreachable(self, servers: str | None = None) -> list[BusUnavailableError]:
         """An error for each address that cannot be used, of those given and those that the brokers advertise."""
@@ -197,40 +210,35 @@ class KafkaConnection(BaseModel):
 
     async def _unreachable(self, server: str, advertised: Iterable[str]) -> list[BusUnavailableError]:
         """An error for each address that `server` advertises and that cannot be used."""
+        found = await asyncio.gather(*(self._look(server, address) for address in advertised), return_exceptions=True)
+        wrong = [error for error in found if error is not None]
+        for error in wrong:
+            if not isinstance(error, BusUnavailableError):
+                raise error
+        return [error for error in wrong if isinstance(error, BusUnavailableError)]
 
-        async def look(address: str) -> BusUnavailableError | None:
-            try:
-                await self._shake_hands(address)
-            except (BusUnavailableError, ConfigError) as error:
-                return BusUnavailableError(
-                    f"{server} answers but advertises {address}, which cannot be used from this machine: {error}",
-                    remedy=f"set advertised.listeners of that broker (KAFKA_ADVERTISED_LISTENERS in containers) to an"
-                    f" address that this machine reaches, such as {server}; or make {address} reachable",
-                )
-            return None
-
-        return [wrong for wrong in await asyncio.gather(*map(look, advertised)) if wrong is not None]
+    async def _look(self, server: str, address: str) -> None:
+        """Check an address that `server` advertises. Raises `BusUnavailableError`."""
+        try:
+            await self._shake_hands(address)
+        except (BusUnavailableError, ConfigError) as error:
+            raise BusUnavailableError(
+                f"{server} answers but advertises {address}, which cannot be used from this machine: {error}",
+                remedy=f"set advertised.listeners of that broker (KAFKA_ADVERTISED_LISTENERS in containers) to an"
+                f" address that this machine reaches, such as {server}; or make {address} reachable",
+            ) from error
 
     async def _shake_hands(self, server: str) -> list[str]:
         """The addresses (host:port) that the cluster behind `server` advertises. Raises `BusUnavailableError`."""
-        host, port = _host_and_port(server)
         try:
             async with asyncio.timeout(CHECK_TIMEOUT_S):
-                connection = await create_conn(
-                    host,
-                    port,
-                    client_id=self.client_id,
-                    security_protocol=self.security_protocol,
-                    request_timeout_ms=int(CHECK_TIMEOUT_S * 1000),
-                    **self._security(),
-                )
+                connection = await self.connect(server, CHECK_TIMEOUT_S)
                 try:
-                    answer = await connection.send(MetadataRequest([]))
+                    brokers = await _listed(connection)
                 finally:
                     connection.close()
         except (OSError, KafkaError, EOFError, asyncio.IncompleteReadError) as error:  # TimeoutError is an OSError
             raise self._explain(server, error) from error
-        brokers = [_address(host, port) for _node, host, port, *_rack in answer.brokers]
         if not brokers:
             raise _serves_no_clients(server)
         return brokers
@@ -325,13 +333,49 @@ def _host_and_port(server: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _address(host: str, port: int) -> str:
+def address_of(host: str, port: int) -> str:
+    """host:port, also of an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def advertised(answer: Any) -> list[str]:
+    """The addresses of the brokers that an answer to `MetadataRequest` lists."""
+    return [address_of(host, port) for _node, host, port, *_rack in answer.brokers]
+
+
+async def _listed(connection: AIOKafkaConnection) -> list[str]:
+    """The brokers that the cluster lists; asked again for `REQUEST_S` if there is none, as it may lack CPU time."""
+    for _ in range(int(REQUEST_S / _LIST_RETRY_S)):
+        if brokers := advertised(await connection.send(MetadataRequest([]))):
+            return brokers
+        await asyncio.sleep(_LIST_RETRY_S)
+    return []
+
+
 def patience_s(client: AIOKafkaClient) -> float:
-    """Timeout for a request to the cluster; it depends on the number of known brokers."""
-    return FAILOVER_S if len(client.cluster.brokers()) > 1 else REQUEST_S
+    """Timeout for a request to the cluster: longer if another broker may replace a dead one.
+
+    The brokers that are listed now do not decide alone: one that lacked CPU time is not listed for some seconds.
+    """
+    cluster = client.cluster
+    replicas = [len(one.replicas) for topic in cluster._partitions.values() for one in topic.values()]
+    known = max(len(cluster.brokers()), len(client.hosts), *replicas, 0)
+    return FAILOVER_S if known > 1 else REQUEST_S
+
+
+async def _all_failed(checks: Iterable[Coroutine[Any, Any, None]]) -> list[BusUnavailableError]:
+    """The error of each check, or an empty list as soon as one has passed; the others are then cancelled."""
+    tasks = [asyncio.ensure_future(check) for check in checks]
+    try:
+        for finished in asyncio.as_completed(tasks):
+            with suppress(BusUnavailableError):
+                await finished
+                return []
+        return [error for task in tasks if isinstance(error := task.exception(), BusUnavailableError)]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def hang_up(client: AIOKafkaClient) -> None:

@@ -10,6 +10,7 @@ from aiokafka.errors import (
     GroupAuthorizationFailedError,
     InvalidReplicationFactorError,
     KafkaError,
+    KafkaTimeoutError,
     MessageSizeTooLargeError,
     TopicAlreadyExistsError,
     TopicAuthorizationFailedError,
@@ -32,7 +33,7 @@ def translated(error: BaseException, topic: str, *, size_bytes: int = 0, limit_b
         return unknown_topic(topic)
     if isinstance(error, _FORBIDDEN):
         return BusError(f"not allowed on {topic}: {error!r}", remedy="`deepar acls` prints what each role needs")
-    if isinstance(error, KafkaError) and not error.retriable:
+    if isinstance(error, KafkaError) and not (error.retriable or isinstance(error, KafkaTimeoutError)):
         return BusError(f"{topic}: {error!r}")
     return BusUnavailableError(
         f"the broker of {topic} does not answer: {error!r}",

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import KafkaError
 
-from bus.errors import BusUnavailableError
-from bus.kafka.connection import KafkaConnection, hang_up
+from bus.kafka.brokers import Brokers
+from bus.kafka.connection import KafkaConnection, address_of
 
-_REQUEST_S = 5.0
+_WHAT = "its limits"
 _TOPIC_KEY = "max.message.bytes"
 _BROKER_KEYS = ("message.max.bytes", "replica.fetch.max.bytes", "socket.request.max.bytes")
 
@@ -43,27 +43,31 @@ async def read_limits(connection: KafkaConnection, prefix: str) -> list[SiteLimi
     """The limits of every topic below `prefix`, and of the brokers that hold them. Raises `BusUnavailableError`."""
     found = []
     for servers in connection.sites:
-        admin = AIOKafkaAdminClient(**connection.client_settings(servers))
+        brokers = Brokers(connection, servers)
         try:
-            async with asyncio.timeout(2 * _REQUEST_S):
-                await admin.start()
-                names = sorted(name for name in await admin.list_topics() if name.startswith(prefix))
-                found.append(await _site(admin, servers, names))
-        except (KafkaError, TimeoutError) as error:
-            raise BusUnavailableError(f"{servers} does not tell its limits: {error!r}") from error
+            found.append(await _site(brokers, servers, prefix))
         finally:
-            await hang_up(admin._client)
+            await brokers.close()
     return found
 
 
-async def _site(admin: AIOKafkaAdminClient, servers: str, names: Iterable[str]) -> SiteLimits:
-    nodes = sorted(int(broker["node_id"]) for broker in (await admin.describe_cluster())["brokers"])
+async def _site(brokers: Brokers, servers: str, prefix: str) -> SiteLimits:
+    names = sorted(
+        name for name in await brokers.ask(lambda admin: admin.list_topics(), _WHAT) if name.startswith(prefix)
+    )
     wanted = [ConfigResource(ConfigResourceType.TOPIC, name, {_TOPIC_KEY: None}) for name in names]
-    wanted += [ConfigResource(ConfigResourceType.BROKER, str(node), dict.fromkeys(_BROKER_KEYS)) for node in nodes]
+    responses = list(await brokers.ask(lambda admin: admin.describe_configs(wanted), _WHAT))
+    cluster = await brokers.ask(lambda admin: admin.describe_cluster(), _WHAT)
+    for broker in sorted(cluster["brokers"], key=itemgetter("node_id")):
+        own = [ConfigResource(ConfigResourceType.BROKER, str(broker["node_id"]), dict.fromkeys(_BROKER_KEYS))]
+        at = address_of(broker["host"], broker["port"])
+        responses += await brokers.ask(
+            partial(AIOKafkaAdminClient.describe_configs, config_resources=own), _WHAT, at=at
+        )
     topics: dict[str, int] = {}
-    brokers: list[BrokerLimits] = []
+    limits: list[BrokerLimits] = []
     hidden: list[str] = []
-    for response in await admin.describe_configs(wanted):
+    for response in responses:
         for code, _message, kind, name, entries in (tuple(resource) for resource in response.resources):
             values = {entry[0]: entry[1] for entry in entries}
             if code:
@@ -71,8 +75,8 @@ async def _site(admin: AIOKafkaAdminClient, servers: str, names: Iterable[str]) 
             elif kind == ConfigResourceType.TOPIC:
                 topics[name] = int(values[_TOPIC_KEY])
             else:
-                brokers.append(_broker(int(name), values))
-    return SiteLimits(servers, dict(sorted(topics.items())), tuple(brokers), tuple(hidden))
+                limits.append(_broker(int(name), values))
+    return SiteLimits(servers, dict(sorted(topics.items())), tuple(limits), tuple(hidden))
 
 
 def _broker(node: int, values: Mapping[str, Any]) -> BrokerLimits:

@@ -12,18 +12,23 @@ from aiokafka import TopicPartition as KafkaPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
 from bus.errors import BusUnavailableError
-from bus.kafka.connection import KafkaConnection
+from bus.kafka.connection import KafkaConnection, patience_s
 from bus.kafka.errors import translated
 from bus.kafka.readers import KafkaReader
 from bus.port import RebalanceCallback, TopicPartition
 
-COMMIT_TIMEOUT_S = 3.0
-"""Timeout of one commit attempt, of three: aiokafka's commit may hang while the coordinator is unavailable."""
+COMMIT_TRY_S = 3.0
+"""Timeout of the first attempt to commit, twice as long for the second and so on: aiokafka's commit may hang while the
+coordinator is unavailable.
+"""
+
+COMMIT_S = 9.0
+"""Timeout of a commit in a cluster of one broker; in a larger one another coordinator takes over (`patience_s`)."""
 
 SESSION_TIMEOUT_S = 6.0
 """How long a group waits for a killed member."""
 
-_COMMIT_TRIES = 3
+_RETRY_S = 0.1
 _REBALANCE_TIMEOUT_S = 10.0
 _GRACE_S = 0.25  # what a fetch may take beyond its timeout, during a rebalance
 
@@ -56,13 +61,17 @@ class KafkaMember(KafkaReader):
         ours = {KafkaPartition(*partition): offset for partition, offset in offsets.items() if partition in self._held}
         if not ours:
             return
+        loop = asyncio.get_running_loop()
+        began_s, try_s, limit_s = loop.time(), 0.0, COMMIT_S
         cause: BaseException | None = None
-        for _ in range(_COMMIT_TRIES):
+        while (left_s := began_s + limit_s - loop.time()) > 0:
             consumer = self._consumer
             if consumer is None:
                 return
+            limit_s = max(COMMIT_S, patience_s(consumer._client))
+            try_s += COMMIT_TRY_S
             try:
-                async with asyncio.timeout(COMMIT_TIMEOUT_S):
+                async with asyncio.timeout(min(try_s, left_s)):
                     await consumer.commit(ours)
                 return
             except (CommitFailedError, IllegalStateError):
@@ -73,8 +82,9 @@ class KafkaMember(KafkaReader):
                 if not error.retriable:
                     raise translated(error, self._what()) from error
                 cause = error
+                await asyncio.sleep(_RETRY_S)
         raise BusUnavailableError(
-            f"the offsets of group {self._group} could not be committed within {COMMIT_TIMEOUT_S * _COMMIT_TRIES:g} s"
+            f"the offsets of group {self._group} could not be committed within {limit_s:g} s"
         ) from cause
 
     async def close(self) -> None:
@@ -150,8 +160,9 @@ class KafkaMember(KafkaReader):
             async with asyncio.timeout(_REBALANCE_TIMEOUT_S):
                 for partition in partitions:
                     self._positions[partition.topic, partition.partition] = await consumer.position(partition)
-        except (TimeoutError, KafkaError):
-            return  # the broker is unavailable again: another rebalance follows
+        except (TimeoutError, KafkaError):  # the coordinator is unavailable again
+            consumer._coordinator.request_rejoin()
+            return
         await self._tell(self._on_assigned, self._held)
         if not self._closed:
             consumer.resume(*partitions)

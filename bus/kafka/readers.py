@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer
 from aiokafka import TopicPartition as KafkaPartition
-from aiokafka.errors import ConsumerStoppedError, KafkaError
+from aiokafka.errors import ConsumerStoppedError, KafkaConnectionError, KafkaError, KafkaTimeoutError
 
 from bus.errors import BusError
-from bus.kafka.connection import KafkaConnection, hang_up, patience_s
+from bus.kafka.connection import REQUEST_S, KafkaConnection, hang_up, patience_s
 from bus.kafka.errors import translated
 from bus.port import Record, TopicPartition
 
@@ -20,6 +20,8 @@ FETCH_BYTES = 4 << 20
 
 _CLOSE_S = 3.0
 _RETRY_S = 0.1
+_START_TRIES = 3
+_START_RETRY_S = 0.5  # aiokafka logs each failed attempt
 _WATCH_S = 2.0  # how often an idle reader checks whether records are available
 
 
@@ -50,15 +52,10 @@ class KafkaReader:
 
     async def open(self) -> None:
         """Connect and resolve every position. Raises `BusError`."""
-        consumer = AIOKafkaConsumer(**self._settings())
         try:
-            await self._begin(consumer)
+            consumer = await started(lambda: AIOKafkaConsumer(**self._settings()), self._begin)
         except (KafkaError, TimeoutError) as error:
-            await cut_off(consumer)
             raise translated(error, self._what()) from error
-        except BaseException:
-            await cut_off(consumer)
-            raise
         self._consumer = consumer
         self._watch_at = asyncio.get_running_loop().time() + _WATCH_S
 
@@ -225,10 +222,35 @@ async def end_offsets(
             async with asyncio.timeout_at(deadline):
                 ends = await consumer.end_offsets(wanted)
             return {(partition.topic, partition.partition): offset for partition, offset in ends.items()}
-        except KafkaError as error:
-            if not error.retriable or loop.time() > deadline:
+        except KafkaError as error:  # KafkaTimeoutError: aiokafka's own timeout of one attempt, 5 s
+            if not (error.retriable or isinstance(error, KafkaTimeoutError)) or loop.time() > deadline:
                 raise
             await asyncio.sleep(_RETRY_S)
+
+
+async def started(
+    make: Callable[[], AIOKafkaConsumer], begin: Callable[[AIOKafkaConsumer], Awaitable[None]]
+) -> AIOKafkaConsumer:
+    """A consumer that `begin` has started. Raises `KafkaError` or `TimeoutError`.
+
+    aiokafka asks each bootstrap server once. Here they are tried for `REQUEST_S`, and three times if they are slow.
+    """
+    loop = asyncio.get_running_loop()
+    began_s, tries = loop.time(), 0
+    while True:
+        tries += 1
+        consumer = make()
+        try:
+            await begin(consumer)
+            return consumer
+        except KafkaConnectionError:
+            await cut_off(consumer)
+            if tries >= _START_TRIES and loop.time() > began_s + REQUEST_S:
+                raise
+            await asyncio.sleep(_START_RETRY_S)
+        except BaseException:
+            await cut_off(consumer)
+            raise
 
 
 async def stop_consumer(consumer: AIOKafkaConsumer) -> None:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import KafkaError, for_code
+from aiokafka.errors import for_code
 
 from bus import topics
 from bus.errors import BusError
-from bus.kafka.connection import KafkaConnection, hang_up
-from bus.kafka.errors import translated
+from bus.kafka.brokers import Brokers
+from bus.kafka.connection import KafkaConnection
 from bus.port import FoundTopic
 from bus.topic_settings import KEYS, PARTITIONS, Contradiction
 
-_REQUEST_S = 10.0
 _SET_ON_TOPIC = 1  # Kafka's ConfigSource DYNAMIC_TOPIC_CONFIG
 
 
@@ -57,22 +56,20 @@ async def repair(connection: KafkaConnection, wrong: Iterable[Contradiction]) ->
     for one in wrong:
         by_site[one.servers].append(one)
     for servers, there in by_site.items():
-        admin = AIOKafkaAdminClient(**connection.client_settings(servers))
+        brokers = Brokers(connection, servers)
         try:
-            async with asyncio.timeout(_REQUEST_S):
-                await admin.start()
-                await _repair(admin, there)
-        except (KafkaError, TimeoutError) as error:
-            raise translated(error, servers) from error
+            await brokers.ask(partial(_repair, wrong=there), "its settings")
         finally:
-            await hang_up(admin._client)
+            await brokers.close()
 
 
 async def _repair(admin: AIOKafkaAdminClient, wrong: Iterable[Contradiction]) -> None:
     settings: dict[str, dict[str, str]] = defaultdict(dict)
+    counts = {topic["topic"]: len(topic["partitions"]) for topic in await admin.describe_topics()}
     for one in wrong:
         if one.key == PARTITIONS:
-            await admin.create_partitions({one.topic: NewPartitions(int(one.repair))})
+            if counts.get(one.topic) != int(one.repair):  # an earlier attempt may have been slow, not in vain
+                await admin.create_partitions({one.topic: NewPartitions(int(one.repair))})
         else:
             settings[one.topic][one.key] = one.repair
     if not settings:

@@ -22,8 +22,10 @@ listener.security.protocol.map=INTERNAL:PLAINTEXT,EXTERNAL:PLAINTEXT,CONTROLLER:
 inter.broker.listener.name=INTERNAL
 controller.quorum.voters=${KAFKA_VOTERS:-1@127.0.0.1:29093}
 log.dirs=$data
-# Containers of one machine start together: with two seconds, a broker that lacks CPU time would never rejoin.
+# Containers of one machine start together: with two seconds, a broker that lacks CPU time would never rejoin. The interval is
+# also the time that a heartbeat may take: with half a second, heartbeats of live brokers fail while a dead one is replaced.
 broker.session.timeout.ms=6000
+broker.heartbeat.interval.ms=2000
 END
 if [ "${KAFKA_COPIES:-1}" -gt 1 ]; then
     cat >> "$settings" <<END

@@ -17,6 +17,7 @@ import pytest
 
 from bus.errors import BusUnavailableError, ConfigError
 from bus.kafka.bus import KafkaBus, KafkaConnection
+from bus.kafka.connection import CHECK_TIMEOUT_S
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -55,10 +56,11 @@ async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     await reader.read(4)
 
 
-def broker_that(*advertised: str, serves_clients: bool = True) -> Handler:
+def broker_that(*advertised: str, serves_clients: bool = True, unlisted: int = 0) -> Handler:
     """Answers `ApiVersions` and `Metadata`, knows SCRAM, and refuses every password. It advertises these addresses, where
-    none is given its own.
+    none is given its own, after so many answers without any.
     """
+    left_out = iter(range(unlisted))
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         own = "{}:{}".format(*writer.get_extra_info("sockname")[:2])
@@ -74,6 +76,8 @@ def broker_that(*advertised: str, serves_clients: bool = True) -> Handler:
                     )
                 elif api == 3:  # Metadata v1: [node, host, port, rack], controller, [topic]
                     named = advertised or (own,)
+                    if next(left_out, None) is not None:
+                        named = ()
                     body = struct.pack(">i", len(named))
                     for node, address in enumerate(named):
                         host, _, port = address.rpartition(":")
@@ -139,6 +143,12 @@ async def test_a_broker_that_answers_passes() -> None:
         await KafkaConnection(bootstrap_servers=server).check()
 
 
+async def test_a_broker_that_is_not_listed_for_a_moment_passes() -> None:
+    """A live broker that lacked CPU time missed its heartbeats: its cluster lists it again after the next one."""
+    async with peer(broker_that(unlisted=2)) as server:
+        await KafkaConnection(bootstrap_servers=server).check()
+
+
 async def test_nobody_listens() -> None:
     async with peer(silent) as server:
         pass
@@ -200,10 +210,28 @@ async def test_a_name_that_does_not_exist() -> None:
     assert "no broker at" in str(await complaint("does-not-exist.invalid:9092"))
 
 
-async def test_a_peer_that_says_nothing() -> None:
+async def test_a_peer_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bus.kafka.connection.CHECK_TIMEOUT_S", 1.0)
     async with peer(silent) as server:
         error = await complaint(server)
-    assert "sends nothing for 3 s" in str(error)
+    assert "sends nothing for 1 s" in str(error)
+
+
+async def test_a_peer_that_says_nothing_delays_no_other() -> None:
+    async with peer(silent) as first, peer(silent) as second, peer(broker) as server:
+        async with asyncio.timeout(CHECK_TIMEOUT_S / 2):
+            await KafkaConnection(bootstrap_servers=f"{first},{second},{server}").check()
+    async with peer(silent) as other, peer(broker) as advertised, peer(broker_that(other, advertised)) as server:
+        async with asyncio.timeout(CHECK_TIMEOUT_S / 2):
+            await KafkaConnection(bootstrap_servers=server).check()
+
+
+async def test_of_several_that_fail_the_one_that_answers_is_named() -> None:
+    async with peer(silent) as closed:
+        pass
+    async with peer(broker_that(closed)) as server:
+        error = await complaint(f"{closed},{server}")
+    assert f"{server} answers but advertises {closed}" in str(error)
 
 
 async def test_a_peer_that_hangs_up() -> None:
