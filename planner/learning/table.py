@@ -326,8 +326,9 @@ class EstimateTable:
             return priors[Kind.DEVICE_EDGE_CLOUD]
         if kind is Kind.DEVICE_EDGE_CLOUD and Kind.DEVICE_CLOUD in priors:
             return priors[Kind.DEVICE_CLOUD]
-        if kind in (Kind.DEVICE_CLOUD, Kind.DEVICE_EDGE_CLOUD) and Kind.DEVICE_EDGE in priors:
-            return priors[Kind.DEVICE_EDGE]  # a longer path costs at least as much
+        for shorter in (Kind.DEVICE_EDGE, Kind.DEVICE):  # a longer path costs at least as much
+            if shorter in priors:
+                return priors[shorter]
         return NO_PATH.line
 
     def _refresh(self, path: PathKey) -> None:

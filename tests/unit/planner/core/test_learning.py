@@ -260,6 +260,15 @@ def test_measured_latency_decides_before_any_task_was_tried() -> None:
     assert placed.placement.edge is None
 
 
+def test_what_a_device_needs_to_begin_a_task_counts_on_every_path() -> None:
+    """Else the first task alone would make an edge look better, which needs the same and more."""
+    on_device = profile(layer_s=(0.001, 0.002, 0.003), cut_bytes=(100_000, 100_000, 100_000, 100))
+    region = Region(Truth(task_s=0.05), device(models=(on_device,)), edge(models=(faster(on_device, 10.0),)))
+    region.run(5, samples=10)
+    assert [placed.placement.edge for placed in region.placed] == [None] * 5
+    assert region.errors(3) == pytest.approx([0.0] * 3, abs=0.05)
+
+
 def test_a_placement_says_how_much_of_its_delay_is_latency_and_overhead() -> None:
     region = Region(Truth(latency_s={(1, "e1"): 0.02}, task_s=0.05), *nodes(), policy="edge-only")
     region.heartbeat(LinkMeasurement(link=1, edge="e1", latency_s=0.02))
