@@ -250,10 +250,10 @@ class LitertRunner:
         segment = cpu if self._accelerator is None else self._accelerator.segment(plan.model, cpu)
         if (batched := self._batched((plan.model, first, last), segment, cpu)) is not None:
             return batched
-        if self._paced:
-            return PacedStation(segment, self._workers, busy_s, pace)
-        kind = InlineStation if busy_s < INLINE_S else LitertStation
-        return kind(segment, self._workers)
+        here_s = busy_s / self._options.slowdown  # unknown where the profile is that of another machine
+        kind = InlineStation if here_s < INLINE_S and not self._options.paced else LitertStation
+        station = kind(segment, self._workers)
+        return PacedStation(station, busy_s, pace) if self._paced else station
 
     def _batched(self, key: SegmentKey, segment: RunsSegment, cpu: Segment) -> Station | None:
         """A station that computes in batches; None where the segment, on the GPU or on the CPU, does not."""

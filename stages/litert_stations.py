@@ -118,24 +118,6 @@ class PacedCoder:
         return tensors
 
 
-class PacedStation(LitertStation):
-    """Computes in a worker thread and returns the result when the emulated slower machine would."""
-
-    def __init__(self, segment: RunsSegment, workers: Workers, busy_s: float, pace: PaceClock) -> None:
-        super().__init__(segment, workers)
-        self._busy_s = busy_s
-        self._pace = pace
-
-    @property
-    def waited_s(self) -> float:
-        return 0.0  # an emulated platform computes its tasks side by side
-
-    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
-        outputs = await super().run(sample, inputs, ready_s)
-        await sleep_until(self._pace.done_at(ready_s, self._busy_s))
-        return outputs
-
-
 class InlineStation(LitertStation):
     """Computes on the event loop, for layers that take less time than waking a thread.
 
@@ -157,3 +139,25 @@ class InlineStation(LitertStation):
 
     def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
         return self._segment.run(inputs) if self._segment.idle else None
+
+
+class PacedStation:
+    """Computes as another station does and returns the result when the emulated slower machine would."""
+
+    waited_s = 0.0  # an emulated platform computes its tasks side by side
+
+    def __init__(self, station: LitertStation, busy_s: float, pace: PaceClock) -> None:
+        self._station = station
+        self._busy_s = busy_s
+        self._pace = pace
+
+    async def run(self, sample: int, inputs: Sequence[Array], ready_s: float) -> list[Array]:
+        outputs = await self._station.run(sample, inputs, ready_s)
+        await sleep_until(self._pace.done_at(ready_s, self._busy_s))
+        return outputs
+
+    def run_now(self, inputs: Sequence[Array]) -> list[Array] | None:
+        return None  # it takes the emulated time
+
+    def close(self) -> None:
+        self._station.close()
