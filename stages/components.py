@@ -13,7 +13,7 @@ from bus.decisions import DecisionLog
 from bus.messages import Snapshot
 from bus.port import Bus, Reader
 from bus.tensors import Assembler
-from stages.fences import Fences
+from stages.membership.fences import Fences
 from stages.network.frame_sender import FrameSender
 from stages.offsets import OffsetLedger
 from stages.sample_ranges import SampleRanges

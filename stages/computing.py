@@ -247,4 +247,4 @@ class Computing:
 
     def record_span(self, parent_id: str | None = None) -> None:
         """Record the trace span of computing."""
-        self._node.span(self._part, self._plan, self._began_s, self._free_s, self.busy_s, parent_id)
+        self._node.spans.record(self._part, self._plan, self._began_s, self._free_s, self.busy_s, parent_id)

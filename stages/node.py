@@ -12,24 +12,21 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import structlog
 
-from bus import messages, snapshots, topics
+from bus import messages, topics
 from bus.dead_letter import DeadLetterLimiter, write_dead_letter
-from bus.decisions import DecisionLog, DecisionsLostError
-from bus.errors import BusError, ConfigError, DeeparError, ProtocolError
+from bus.decisions import DecisionsLostError
+from bus.errors import BusError, ProtocolError
 from bus.frames import AttemptPlan
 from bus.headers.envelope import Envelope
-from bus.headers.tracing import TRACEPARENT, Attribute, Span, SpanSink, parent_of, part_span_id, traceparent
+from bus.headers.tracing import SpanSink
 from bus.identity.proofs import WRONG_IDENTITY
-from bus.identity.signed_bus import satisfy_region
 from bus.messages import (
     Decision,
-    EpochOpened,
     Learned,
     LinkMeasurement,
     Message,
@@ -40,31 +37,26 @@ from bus.messages import (
     NodeLost,
     Placed,
 )
-from bus.port import Bus, Headers, Reader, Record
+from bus.port import Bus, Record
 from bus.values import Role
 from stages.calibration.announced import fitting
 from stages.components import StageComponents
-from stages.fences import REMEMBERED_ENDS
 from stages.measuring.own_speed import OwnSpeed
 from stages.measuring.peers import ProbingNode
 from stages.measuring.reports import LinkReports
-from stages.network.played import NO_NETWORK, PlayedNetwork
+from stages.membership.failures import detail_of
+from stages.membership.fences import Fences
+from stages.membership.lease import Lease
+from stages.membership.settings import NodeSettings
+from stages.membership.spans import TaskSpans
+from stages.membership.status import MEASURED, NodeStatus
 from stages.profile_check import ProfileCheck
+from stages.region_decisions import RegionDecisions
 from stages.rehearsal import rehearse
 from stages.runner import MeasuresBatches, Runner
 
-ALARMED = ("dead_letters", "decisions_missed", "declared_lost", "stalled_attempts", "wrong_identity")
-"""Counters that alarms use. They and the busy times start at 0, because Prometheus sees no increase in a series that begins
-with its first event.
-"""
-MEASURED = {Role.DEVICE: ("device", "link1"), Role.EDGE: ("edge", "link2", "result"), Role.CLOUD: ("cloud", "result")}
-"""The parts of a delay that each role measures."""
 HEARTBEATS_PER_LEASE = 5
 RETRY_S = 0.5
-LOST_RETRY_S = 2.0
-"""Retry interval while a node waits for a snapshot that covers deleted decisions."""
-WAIT_LOG_S = 60.0
-"""Interval at which a waiting node logs that it still waits."""
 DRAIN_ACKNOWLEDGED_S = 2.0
 """Timeout for the planner's acknowledgement of a drain."""
 REHEARSAL_S = 2.0
@@ -75,44 +67,6 @@ DRAINED_S = 0.05
 """Interval at which a draining node checks whether its work has ended."""
 
 log = structlog.get_logger("stage")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeSettings:
-    """Configuration of a node; validated again when the node announces itself."""
-
-    name: str
-    role: Role
-    region: int = 0
-    lease_s: float = 10.0
-    slots: int = 0  # compute slots of an edge (r_e)
-    link1_capacity_bps: int = 0  # of an edge (B_e^1) or of a device; 0: unlimited
-    link2_capacity_bps: int = 0  # of an edge (B_e^2); 0: unlimited
-    network: PlayedNetwork = NO_NETWORK  # the network that the node plays on its own link
-    reachable_edges: tuple[str, ...] | None = None  # of a device (E_i); None: all edges
-    remembered_ends: int = REMEMBERED_ENDS  # number of ended tasks remembered, to drop their late frames
-    probes: bool = False  # measure the latency of links with probes
-    rehearses: bool = False  # run each model once in memory before it announces itself, and rarely while idle
-
-
-@dataclass(slots=True)
-class NodeStatus:
-    """State of a node for `/readyz`, `/metrics` and tests."""
-
-    caught_up: bool = False  # has read the decisions to their end
-    warm: bool = False  # its models are ready
-    receiving: bool = False  # its partitions are assigned
-    joined: bool = False  # the planner has accepted it
-    counters: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ALARMED, 0.0))
-
-    @property
-    def ready(self) -> bool:
-        """Whether the node can receive work."""
-        return self.caught_up and self.warm and self.receiving
-
-    def count(self, name: str, by: float = 1) -> None:
-        """Add to a counter."""
-        self.counters[name] = self.counters.get(name, 0) + by
 
 
 class BusySink(Protocol):
@@ -156,18 +110,17 @@ class Node:
         self.bus = bus
         self.components = StageComponents() if components is None else components
         self._on_busy = on_busy
-        self._on_span = on_span
         self.settings = settings
         self.runner = runner
-        self.fences = self.components.fences(settings.remembered_ends)
+        self.lease = Lease(settings.lease_s)
+        self.spans = TaskSpans(settings.name, settings.role, on_span)
         self.status = NodeStatus()
         for part in MEASURED[settings.role]:
             self.status.count(f"{part}_busy_seconds", 0.0)
         self.incarnation = uuid.uuid4().hex[:12]
         self._envelope = Envelope(f"/deepar/{settings.region}/{settings.role.value}/{settings.name}", self.incarnation)
         self.log = log.bind(node=settings.name, role=settings.role.value)
-        self._decisions = DecisionLog()
-        self._reader: Reader  # of the decisions; set by `run`
+        self.decisions = RegionDecisions(bus, settings, self.components, self.log)
         self._dead_letter_limiter = DeadLetterLimiter()
         self.serving = asyncio.Event()  # set by the work when it can receive; the node announces itself after that
         self._announced_s = float("-inf")  # time of the last announcement
@@ -175,8 +128,6 @@ class Node:
         self._preparing = 0  # models being prepared ahead
         self._draining = False  # announcements say that the node accepts no new tasks
         self._drain_acknowledged = asyncio.Event()  # set when the planner has acknowledged the drain
-        self._lease_start_s = float("-inf")  # send time of the last acknowledged heartbeat or announcement
-        self._renewed = asyncio.Event()
         self._link_reports = LinkReports()
         self._own_speed: OwnSpeed | None = None  # set by `run`, where the node measures itself
         self._profile_check: ProfileCheck | None = None  # set by `run`
@@ -189,7 +140,7 @@ class Node:
         Raises `BusError` where the bus cannot be reached at the start, and `ConfigError` where the region requires proofs of
         identity that this bus does not create (`bus.identity.signed_bus`).
         """
-        self._reader = await self._catch_up()
+        await self._catch_up()
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
@@ -211,7 +162,12 @@ class Node:
                 group.create_task(self._follow(work), name=f"{self.settings.name}: decisions")
                 group.create_task(self._keep_lease(work), name=f"{self.settings.name}: lease")
         finally:
-            await self._reader.close()
+            await self.decisions.close()
+
+    @property
+    def fences(self) -> Fences:
+        """What the decisions say of attempts, tasks and nodes."""
+        return self.decisions.fences
 
     async def drain(self) -> None:
         """Announce that this node accepts no new tasks, and return when the tasks placed on it have ended.
@@ -254,56 +210,13 @@ class Node:
     @property
     def probing(self) -> ProbingNode:
         """What probes of this node's links use of it."""
-        return ProbingNode(name=self.settings.name, bus=self.bus, gate=self.gate, count=self.status.count)
-
-    @property
-    def alive(self) -> bool:
-        """Whether the planner cannot have declared this node lost yet.
-
-        Computed at each call, so that it is correct after the process was suspended.
-        """
-        return asyncio.get_running_loop().time() - self._lease_start_s <= self.settings.lease_s / 2
-
-    async def gate(self) -> None:
-        """Wait while this node may have been declared lost."""
-        while not self.alive:
-            self._renewed.clear()
-            await self._renewed.wait()
+        return ProbingNode(name=self.settings.name, bus=self.bus, gate=self.lease.gate, count=self.status.count)
 
     def busy(self, part: str, task_id: str, begin_s: float, end_s: float) -> None:
         """Record an interval of work on one part of a task's delay; times are on the loop's clock."""
         self.status.count(f"{part.removesuffix('_s')}_busy_seconds", end_s - begin_s)
         if self._on_busy is not None:
             self._on_busy(self.settings.name, part, task_id, begin_s, end_s)
-
-    def span(
-        self,
-        part: str,
-        plan: AttemptPlan,
-        begin_s: float | None,
-        end_s: float,
-        busy_s: float,
-        parent_id: str | None = None,
-    ) -> None:
-        """Record the trace span of one part of a task's delay. No span is recorded where `begin_s` is None (no work)."""
-        if self._on_span is None or begin_s is None:
-            return
-        name = self.settings.name
-        attributes: dict[str, Attribute] = {
-            "deepar.attempt": plan.attempt,
-            "deepar.model": plan.model,
-            "deepar.kind": plan.placement.kind.value,
-            "deepar.node": name,
-            "deepar.role": self.settings.role.value,
-            "deepar.samples": plan.todo,
-            "deepar.busy_s": busy_s,
-        }
-        parent_id = parent_id or parent_of(part, plan, name)
-        self._on_span(Span(plan.task_id, part, part_span_id(part, plan, name), parent_id, begin_s, end_s, attributes))
-
-    def trace_header(self, part: str, plan: AttemptPlan) -> Headers:
-        """Headers for a record that make the receiver's spans children of this part's span."""
-        return ((TRACEPARENT, traceparent(plan.task_id, part_span_id(part, plan, self.settings.name))),)
 
     def prepare_ahead(self, placed: Placed, first: int, last: int) -> None:
         """Prepare layers first+1..last of a placed task in the background, before its samples arrive.
@@ -350,78 +263,10 @@ class Node:
 
     # --- decisions ---------------------------------------------------------------------------------------------------
 
-    async def _catch_up(self) -> Reader:
-        """Read the decisions; retry while deleted decisions are not covered by a snapshot, until the planner writes one."""
-        logged_s = float("-inf")
-        while True:
-            try:
-                return await self._read_decisions()
-            except DecisionsLostError as error:
-                now_s = asyncio.get_running_loop().time()
-                if now_s - logged_s >= WAIT_LOG_S:
-                    logged_s = now_s
-                    self.log.error(
-                        "not ready: waiting for a snapshot",
-                        error=str(error),
-                        remedy="the planner writes one with its next decisions (--snapshot-every); see deepar doctor",
-                    )
-            await asyncio.sleep(LOST_RETRY_S)
-
-    async def _read_decisions(self) -> Reader:
-        """Read the region's decisions to their end, from the newest snapshot that they confirm, else from the start.
-
-        Raises `DecisionsLostError` where deleted decisions are not covered by a snapshot.
-        """
-        fences, log = self.components.fences(self.settings.remembered_ends), self.components.decision_log(next_offset=0)
-        begin, reader = await self.components.open_decisions(self.bus, self.settings.region)
-        if begin is not None:
-            try:
-                fences.restore(begin.state)
-                log = snapshots.log_behind(begin, self.components.decision_log)
-            except (LookupError, TypeError, ValueError) as error:
-                # Another version wrote it: read all decisions instead.
-                self.log.warning("unusable snapshot skipped", seq=begin.seq, error=str(error))
-                fences = self.components.fences(self.settings.remembered_ends)
-                await reader.seek((topics.DECISIONS, self.settings.region), 0)
-        try:
-            while await reader.lag():
-                for record in await reader.fetch(timeout_s=0.2):
-                    message = log.read(record)
-                    if isinstance(message, Decision):
-                        fences.apply(message)
-            self.fences, self._decisions = fences, log
-            await self._wait_for_identity_rule(reader)
-        except BaseException:
-            await reader.close()
-            raise
+    async def _catch_up(self) -> None:
+        await self.decisions.catch_up()
         self.status.caught_up = True
         self._log_readiness()
-        return reader
-
-    async def _wait_for_identity_rule(self, reader: Reader) -> None:
-        """Check this node's identity; where it does not fit the last planner in the topic, wait for the current planner.
-
-        A planner with another master key may have replaced the last one. Raises `ConfigError` where the current planner, too,
-        requires another identity.
-        """
-        try:
-            self._check_identity()
-            return
-        except ConfigError as error:
-            self.log.warning("identity not accepted by the last planner; waiting for the current one", error=str(error))
-        found = False
-        while not found:
-            for record in await reader.fetch(timeout_s=0.2):
-                message = self._decisions.read(record)
-                if isinstance(message, Decision):
-                    self.fences.apply(message)
-                found = found or isinstance(message, Message)
-        self._check_identity()
-
-    def _check_identity(self) -> None:
-        """Check the identity. Raises `ConfigError` where the region requires proofs that this bus does not create."""
-        settings = self.settings
-        satisfy_region(self.bus, self._decisions.demanded, f"{settings.role.value} {settings.name}")
 
     async def _follow(self, work: Work) -> None:
         await self.serving.wait()
@@ -430,7 +275,7 @@ class Node:
         await self._announce()
         while True:
             try:
-                for record in await self._reader.fetch():
+                for record in await self.decisions.fetch():
                     self._handle(record, work)
             except DecisionsLostError as error:
                 await self._recover(error, work)
@@ -440,14 +285,12 @@ class Node:
 
     def _handle(self, record: Record, work: Work) -> None:
         """Handle one record of the decisions topic."""
-        message = self._decisions.read(record)
-        if isinstance(message, EpochOpened):
-            self._check_identity()
-        if not isinstance(message, Decision):
+        read = self.decisions.read(record)
+        if read is None:
             return
-        fenced = self.fences.apply(message)
+        decision, fenced = read
         lost = False
-        for change in message.changes:
+        for change in decision.changes:
             match change:
                 case NodeJoined(node=node) if node.incarnation == self.incarnation:
                     if not self.status.joined:
@@ -463,7 +306,7 @@ class Node:
                     self._profile_check.learned(change)
                 case _:
                     pass
-        work.on_decision(message, sorted(fenced))
+        work.on_decision(decision, sorted(fenced))
         if lost:
             self.log.warning("declared lost; work dropped, announcing again")
             self.status.count("declared_lost")
@@ -491,9 +334,8 @@ class Node:
         self.status.caught_up = self.status.joined = False
         self._log_readiness()
         while not self.status.caught_up:
-            await self._reader.close()
             try:
-                self._reader = await self._catch_up()
+                await self._catch_up()
             except BusError as away:
                 self.log.warning("decisions not read; retrying", error=str(away))
                 await asyncio.sleep(RETRY_S)
@@ -523,27 +365,11 @@ class Node:
 
     def announcement(self) -> NodeAnnounced:
         """The announcement of this node."""
-        s = self.settings
-        latency_s = s.network.mean_latency_s or None
         measured = self.runner.profiles()
         models = fitting(measured)
         if smaller := [one.model for one, whole in zip(models, measured, strict=True) if one is not whole]:
             self.log.warning("announcement too large; codecs or batches left out", models=smaller)
-        return NodeAnnounced(
-            node=s.name,
-            role=s.role,
-            region=s.region,
-            incarnation=self.incarnation,
-            lease_s=s.lease_s,
-            slots=s.slots,
-            link1_capacity_bps=s.link1_capacity_bps,
-            link2_capacity_bps=s.link2_capacity_bps,
-            link1_latency_s=latency_s if s.role is Role.DEVICE else None,
-            link2_latency_s=latency_s if s.role is not Role.DEVICE else None,
-            reachable_edges=s.reachable_edges,
-            models=models,
-            draining=True if self._draining else None,
-        )
+        return self.settings.announcement(self.incarnation, models, draining=self._draining)
 
     async def _announce_again(self) -> None:
         """Announce changed profiles; the node goes on as it is."""
@@ -556,7 +382,7 @@ class Node:
         sent_s = asyncio.get_running_loop().time()
         await self.publish(topics.NODES, self.announcement(), self.settings.name)
         self._announced_s = asyncio.get_running_loop().time()
-        self._renew(sent_s)
+        self.lease.renew(sent_s)
 
     def heartbeat_now(self) -> None:
         """Send the next heartbeat at once, because the node has measured something new."""
@@ -591,30 +417,10 @@ class Node:
                 self.log.warning("heartbeat not acknowledged", error=str(error))
                 await asyncio.sleep(min(interval_s, RETRY_S))
                 continue
-            self._renew(sent_s)
+            self.lease.renew(sent_s)
             self._link_reports.told(links)
             if self._own_speed is not None:
                 self._own_speed.told(speeds)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(interval_s):
                     await self._heartbeat_due.wait()
-
-    def _renew(self, sent_s: float) -> None:
-        """Renew the lease; it counts from `sent_s`, the time when the acknowledged message was sent."""
-        self._lease_start_s = max(self._lease_start_s, sent_s)
-        self._renewed.set()
-
-
-def detail_of(error: Exception) -> str:
-    """Text of an error for `TaskFailed`; includes the type of errors from outside DeePar."""
-    return str(error) if isinstance(error, DeeparError) else f"{type(error).__name__}: {error}"
-
-
-def cause_of(error: Exception) -> str:
-    """Short, stable cause of an error for `TaskFailed`."""
-    if isinstance(error, ProtocolError):
-        return error.cause
-    if not isinstance(error, DeeparError):
-        return "stage_error"
-    name = type(error).__name__.removesuffix("Error")
-    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")

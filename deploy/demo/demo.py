@@ -25,11 +25,12 @@ from loadgen.replay.schedule import Entry, Schedule
 from stages.devices.attempt import ResultSink
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.litert_stations import WORKERS
+from stages.membership.settings import NodeSettings
 from stages.models.model import Model
 from stages.models.profiler import machine_profile
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.segments import SegmentStore, StoreLimits
-from stages.node import Node, NodeSettings
+from stages.node import Node
 from stages.zoo.registry import digits, load_model
 
 POLICIES = ("deepar", "edge-only", "cloud-only", "device-only")

@@ -20,7 +20,7 @@ from deploy.services.settings import NodeOptions, PlannerOptions, UpSettings
 from deploy.services.telemetry.otel import tracing
 from deploy.services.topic_watch import TopicWatch, used_by
 from deploy.services.wiring import PlannerSetup, Stage, node_settings
-from stages.node import NodeSettings
+from stages.membership.settings import NodeSettings
 
 
 async def run_up(

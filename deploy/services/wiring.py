@@ -34,7 +34,8 @@ from planner.service.service import PlannerService
 from stages.devices.attempt import ResultSink
 from stages.devices.device import Device
 from stages.hops.hop import Hop, hop_of
-from stages.node import BusySink, Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import BusySink, Node
 from stages.runner import ComputesBatches, Runner, UsesGpu
 
 if TYPE_CHECKING:  # they import the inference runtime

@@ -31,11 +31,12 @@ from stages.hops.hop import hop_of
 from stages.litert_batches import UNCHECKED
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.litert_stations import WORKERS
+from stages.membership.settings import NodeSettings
 from stages.models.compute_options import BatchMode
 from stages.models.model import Model
 from stages.models.random_samples import random_input
 from stages.models.segments import SegmentStore, StoreLimits
-from stages.node import Node, NodeSettings
+from stages.node import Node
 from stages.window import window_of
 from stages.zoo.registry import load_model
 

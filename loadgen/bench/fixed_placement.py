@@ -42,7 +42,8 @@ from loadgen.replay.readiness import require_unled
 from planner.core.core import PlannerCore
 from stages.devices.device import Device
 from stages.hops.hop import hop_of
-from stages.node import Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.runner import Runner
 
 TIMEOUT_S = 120.0

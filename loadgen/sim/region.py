@@ -22,7 +22,8 @@ from planner.service.service import PlannerService, Standing
 from stages.devices.attempt import ResultSink
 from stages.devices.device import Device
 from stages.hops.hop import Hop
-from stages.node import Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.runner import Runner
 
 MODEL = "toy"

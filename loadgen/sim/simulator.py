@@ -28,8 +28,9 @@ from loadgen.sim.virtual_loop import run_virtual
 from planner.service.service import PlannerService
 from stages.devices.device import Device
 from stages.hops.hop import Hop, hop_of
+from stages.membership.settings import NodeSettings
 from stages.network.played import PlayedNetwork
-from stages.node import BusySink, Node, NodeSettings
+from stages.node import BusySink, Node
 from stages.runner import ModelledRunner
 
 JOIN_TIMEOUT_S = 120.0

@@ -23,7 +23,8 @@ from stages.devices.incoming_results import IncomingResults
 from stages.devices.leg import Leg, LegWork
 from stages.devices.stage_reports import StageReports
 from stages.measuring.clock import exact_clock
-from stages.node import Node, cause_of, detail_of
+from stages.membership.failures import cause_of, detail_of
+from stages.node import Node
 
 
 class ResultSink(Protocol):

@@ -86,7 +86,7 @@ class EdgePath:
                     yield sender
         finally:
             span = (sender.began_s, sender.busy_until_s, sender.busy_s)
-            self._device.node.span("link1", self._plan, *span)
+            self._device.node.spans.record("link1", self._plan, *span)
 
     @contextlib.asynccontextmanager
     async def _watched(self) -> AsyncIterator[None]:
@@ -104,7 +104,7 @@ class EdgePath:
         clock = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(self._patience_s / 4)
-            if not self._device.node.alive or not self._missing():
+            if not self._device.node.lease.alive or not self._missing():
                 self._progress_s = clock()  # while the bus is away, missing results are expected
             elif clock() - self._progress_s > self._patience_s:
                 self._failure = StalledError(f"{self._missing()} samples without a result for {self._patience_s:.0f} s")
@@ -131,11 +131,11 @@ class EdgePath:
             plan,
             Destination("link1", topics.activations_topic(edge), plan.task_id, "activations", grants),
             SenderHooks(
-                gate=node.gate,
+                gate=node.lease.gate,
                 on_busy=partial(node.busy, "link1_s", plan.task_id),
                 on_acknowledged=lambda samples: self.progress(),
                 throughput=self._device.throughput(edge),
             ),
             source=node.settings.name,
-            headers=node.trace_header("link1", plan),
+            headers=node.spans.header("link1", plan),
         )

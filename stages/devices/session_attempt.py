@@ -22,8 +22,8 @@ from stages.devices.incoming_results import IncomingResults
 from stages.devices.session import DeviceSession, Keep, PushedFrame
 from stages.devices.stage_reports import StageReports
 from stages.measuring.clock import exact_clock
+from stages.membership.failures import cause_of, detail_of
 from stages.network.frame_sender import FrameSender, Outgoing
-from stages.node import cause_of, detail_of
 from stages.window import window_of
 
 SLACK_S = 0.05

@@ -14,9 +14,9 @@ from bus.frames import AttemptPlan
 from bus.values import Placement
 from stages.computing import Segment
 from stages.measuring.throughput import LinkThroughput
+from stages.membership.settings import NodeSettings
 from stages.network.frame_sender import Destination
 from stages.network.shaper import Link
-from stages.node import NodeSettings
 
 
 class EdgeStage:

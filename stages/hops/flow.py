@@ -28,8 +28,9 @@ from stages.hops.branches import Branch, StageSide, branches_of
 from stages.hops.stage_reporter import StageReporter
 from stages.measuring.clock import exact_clock
 from stages.measuring.throughput import LinkThroughput
+from stages.membership.failures import cause_of, detail_of
 from stages.network.frame_sender import Destination, FrameSender, Outgoing, SenderHooks, sending
-from stages.node import Node, cause_of, detail_of
+from stages.node import Node
 from stages.offsets import Receipt
 from stages.sample_ranges import SampleRanges
 
@@ -363,7 +364,7 @@ class Flow:
         follows = None if self._branches.segments else self.parent_id
         for to_cloud, sender in self._senders.items():
             span = (sender.began_s, sender.busy_until_s, sender.busy_s)
-            self.node.span(_part(to_cloud), self.plan, *span, follows)
+            self.node.spans.record(_part(to_cloud), self.plan, *span, follows)
 
     def _sender(self, to_cloud: bool) -> FrameSender:
         node, plan = self.node, self.plan
@@ -373,13 +374,13 @@ class Flow:
             plan,
             destination,
             SenderHooks(
-                gate=node.gate,
+                gate=node.lease.gate,
                 on_busy=partial(node.busy, f"{destination.part}_s", plan.task_id),
                 on_acknowledged=self._acknowledged,
                 throughput=self.hop.stage.throughput if to_cloud else None,
             ),
             source=node.settings.name,
-            headers=node.trace_header(destination.part, plan),
+            headers=node.spans.header(destination.part, plan),
         )
 
     def _results_bus(self) -> Bus:

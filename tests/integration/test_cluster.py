@@ -29,7 +29,8 @@ from loadgen.replay.outcome import Recorder
 from loadgen.replay.replay import Observers, replay
 from loadgen.replay.schedule import Entry, Schedule
 from planner.core.core import PlannerCore
-from stages.node import Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.runner import ModelledRunner
 from tests.kafka_broker import apache_required, choose
 from tests.sim.world import profile, task

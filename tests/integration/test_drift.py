@@ -22,9 +22,10 @@ from loadgen.bench.choices.policy_by_name import task_name
 from loadgen.replay.outcome import Outcome
 from loadgen.replay.replay import replay
 from loadgen.replay.schedule import Entry, Schedule
+from stages.membership.settings import NodeSettings
 from stages.network.played import NO_NETWORK, PlayedNetwork
 from stages.network.trace import parse_trace
-from stages.node import Node, NodeSettings
+from stages.node import Node
 from stages.runner import ModelledRunner, PaceClock, Station
 from tests.kafka_broker import OwnBroker
 from tests.known import known

@@ -23,7 +23,8 @@ from deploy.services import wiring
 from loadgen.replay.replay import replay
 from loadgen.replay.schedule import Entry, Schedule
 from planner.core.core import PlannerCore
-from stages.node import Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.runner import ModelledRunner
 from tests.decision_story import read_story
 from tests.integration import planner_process

@@ -30,7 +30,8 @@ from deploy.generated_docs import acls
 from deploy.services import wiring
 from loadgen.replay.replay import replay
 from loadgen.replay.schedule import Entry, Schedule
-from stages.node import Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.runner import ModelledRunner
 from tests.integration.deepar_processes import Processes
 from tests.kafka_broker import apache_required, choose

@@ -41,11 +41,11 @@ from stages.components import StageComponents
 from stages.devices.attempt import DeviceAttempt, RunningAttempt
 from stages.devices.device import Device
 from stages.devices.session import DeviceSession, PushedFrame
-from stages.fences import Fences
 from stages.hops.cloud_stage import CloudStage
 from stages.hops.edge_stage import EdgeStage
 from stages.hops.flow import Flow
 from stages.hops.hop import Hop
+from stages.membership.fences import Fences
 from stages.network.frame_sender import FrameSender
 from stages.node import Node
 from stages.offsets import OffsetLedger, Receipt

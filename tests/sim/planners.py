@@ -22,7 +22,8 @@ from deploy.services.wiring import make_work
 from planner.core.core import PlannerCore
 from planner.service.region_context import PlannerSettings
 from planner.service.service import PlannerService
-from stages.node import Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.runner import ModelledRunner
 from tests.decision_story import Story, read_story
 from tests.sim.world import profile, task

@@ -11,7 +11,8 @@ from bus.values import Role
 from deploy.services import wiring
 from loadgen.sim.virtual_loop import run_virtual
 from planner.core.core import PlannerCore
-from stages.node import Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.runner import ModelledRunner
 from tests.decision_story import Story, read_story
 from tests.sim.world import World, WorldOptions, profile, task, world

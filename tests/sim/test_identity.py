@@ -29,7 +29,8 @@ from loadgen.sim.virtual_loop import run_virtual
 from planner.core.core import PlannerCore
 from planner.service.input_filter import InputFilter
 from planner.service.service import PlannerService
-from stages.node import Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.runner import Runner
 from tests.decision_story import Story
 from tests.sim.forgeries import FORGERIES, HORIZON_S, IDS, MASTER, TASKS, dead_letters_of, leading, lost_in

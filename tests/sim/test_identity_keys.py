@@ -20,7 +20,8 @@ from bus.values import Role
 from loadgen.replay.replay import replay
 from loadgen.replay.schedule import Entry, Schedule
 from loadgen.sim.virtual_loop import run_virtual
-from stages.node import Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.runner import ModelledRunner
 from tests.sim.forgeries import HORIZON_S, MASTER, dead_letters_of, leading
 from tests.sim.planners import Town, town

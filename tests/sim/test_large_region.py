@@ -25,7 +25,7 @@ from loadgen.sim.virtual_loop import run_virtual
 from planner.core.core import PlannerCore
 from planner.core.options import CoreOptions
 from planner.service.service import Standing
-from stages.fences import Fences
+from stages.membership.fences import Fences
 from tests.decision_story import read_story
 from tests.sim.planners import FOREVER_S, Condition, CountingCore, Process, Town, town
 from tests.sim.world import profile, task

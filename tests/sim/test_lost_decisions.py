@@ -18,7 +18,9 @@ from bus.values import Role
 from deploy.services.wiring import make_work
 from loadgen.sim.virtual_loop import run_virtual
 from planner.service.service import Standing
-from stages.node import WAIT_LOG_S, Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
+from stages.region_decisions import WAIT_LOG_S
 from stages.runner import ModelledRunner
 from tests.sim.planners import Process, Town, town
 from tests.sim.world import profile

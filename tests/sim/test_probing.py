@@ -19,10 +19,11 @@ from deploy.services import wiring as nodes
 from loadgen.sim.virtual_loop import run_virtual
 from stages.measuring.peers import LinkToPeers, ProbingNode
 from stages.measuring.probes import FIRST_PROBES, REFRESH_S, Prober
+from stages.membership.settings import NodeSettings
 from stages.network.played import PlayedNetwork
 from stages.network.shaper import Link
 from stages.network.trace import parse_trace
-from stages.node import Node, NodeSettings
+from stages.node import Node
 from stages.runner import ModelledRunner
 from tests.sim.world import World, WorldOptions, profile, task, world
 

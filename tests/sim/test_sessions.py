@@ -37,7 +37,7 @@ from stages.devices.device import Device
 from stages.devices.endings import SessionEndedError
 from stages.devices.session import DeviceSession
 from stages.hops.hop import Hop
-from stages.node import NodeSettings
+from stages.membership.settings import NodeSettings
 from tests.numbered_frames import NumberingRunner, answers, frame
 
 CUT_BYTES = (4_000, 6_000, 1_000, 40)

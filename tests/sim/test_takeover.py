@@ -17,7 +17,8 @@ from bus.values import Role
 from deploy.services.wiring import make_work
 from loadgen.sim.virtual_loop import run_virtual
 from planner.service.service import Standing
-from stages.node import Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.runner import ModelledRunner
 from tests.sim.planners import Process, Story, Town, town
 from tests.sim.world import profile

@@ -24,8 +24,9 @@ from loadgen.replay.schedule import Entry, Schedule
 from planner.service.service import PlannerService
 from stages.devices.device import Device
 from stages.hops.hop import Hop
+from stages.membership.settings import NodeSettings
 from stages.network.played import NO_NETWORK, PlayedNetwork
-from stages.node import Node, NodeSettings
+from stages.node import Node
 from stages.runner import ModelledRunner
 
 LAYERS = ("conv", "pool", "dense")

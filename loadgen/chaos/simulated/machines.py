@@ -32,7 +32,7 @@ from loadgen.chaos.simulated.region import (
 from loadgen.sim.process import Process, running_process
 from loadgen.sim.programs import Programs
 from loadgen.sim.region import toy_profile
-from stages.node import NodeSettings
+from stages.membership.settings import NodeSettings
 from stages.runner import Coder, ModelledBatcher, ModelledRunner, ModelledSample, PaceClock, Station
 
 CODECS = tuple(

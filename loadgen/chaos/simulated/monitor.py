@@ -26,9 +26,9 @@ from loadgen.chaos.simulated.region import CUT_BYTES, LEASE_S
 from loadgen.sim.region import VirtualStage
 from stages.devices.attempt import DeviceAttempt
 from stages.devices.device import Device
-from stages.fences import revision_of
 from stages.hops.flow import Flow
 from stages.hops.hop import ORPHAN_BYTES, Hop
+from stages.membership.fences import revision_of
 
 STAGE_S = 1.0
 """Tolerance: the time of the slowest station for one sample plus the planner's reading time."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from bus.tensors import Array
 from bus.values import Role
-from stages.node import NodeSettings
+from stages.membership.settings import NodeSettings
 
 LEASE_S = 4.0
 CUT_BYTES = (9_000, 14_000, 1_200, 3_000)

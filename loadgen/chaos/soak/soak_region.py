@@ -16,7 +16,7 @@ from planner.core.core import PlannerCore
 from planner.core.options import CoreOptions
 from planner.service.region_context import PlannerSettings
 from planner.service.service import PlannerService
-from stages.node import NodeSettings
+from stages.membership.settings import NodeSettings
 from stages.runner import ModelledRunner, PaceClock, Station
 
 CUT_BYTES = (40_000, 60_000, 10_000, 400)

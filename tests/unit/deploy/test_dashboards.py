@@ -21,7 +21,7 @@ from deploy.services.telemetry.learned_gauges import MOST, by_region, learned_ga
 from deploy.services.telemetry.probes import Health, _Collector
 from planner.core.core import PlannerCore
 from planner.service.task_statistics import TaskStatistics
-from stages.node import ALARMED
+from stages.membership.status import ALARMED
 from tests.prometheus import configuration, find_programs
 from tests.unit.planner.core.test_learning import Region, Truth
 from tests.unit.planner.scenes import RandomRegion, device, edge

@@ -35,7 +35,8 @@ from stages.devices.attempt import ResultSink
 from stages.devices.device import Device
 from stages.devices.session import DeviceSession, Keep
 from stages.hops.hop import Hop, hop_of
-from stages.node import Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.runner import Runner
 from tests.numbered_frames import NumberingRunner
 

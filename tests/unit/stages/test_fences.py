@@ -7,7 +7,7 @@ import pytest
 from bus.messages import Admitted, Decision, Ended, Placed, Rerouted, Retried, SeedInput, TaskState, TaskSubmitted
 from bus.snapshots import STATE_VERSION
 from bus.values import Execution, Kind, Objective, Parts, Placement
-from stages.fences import Fences, revision_of
+from stages.membership.fences import Fences, revision_of
 
 TASK = TaskSubmitted(task_id="t", device="d", model="m", samples=2, input=SeedInput(seed=1))
 

@@ -14,9 +14,10 @@ from bus.identity.signed_bus import signed
 from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Admitted, Decision, Placed, SeedInput, TaskSubmitted
 from bus.values import Execution, Kind, Objective, Parts, Placement, Role, Route
-from stages.fences import Fences
 from stages.frame_authorization import FrameAuthorization
-from stages.node import Node, NodeSettings
+from stages.membership.fences import Fences
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.runner import ModelledRunner
 from tests.sim.world import profile
 
@@ -47,9 +48,9 @@ def _frame(attempt: int, plan: AttemptPlan | None = None) -> Frame:
 
 
 async def test_a_stage_that_begins_anew_with_the_decisions_believes_what_it_reads_then() -> None:
-    """`Node` takes fresh fences where a snapshot cannot be used."""
+    """`RegionDecisions` takes fresh fences where a snapshot cannot be used."""
     node, authorization = await _stage(Role.EDGE, "e1")
-    node.fences = Fences()
+    node.decisions.fences = Fences()
     node.fences.apply(DECISION)
     assert authorization.usable(Speaker("device", "d1"), _frame(1), None)
     assert authorization.may_send(Speaker("device", "d1"), "t")

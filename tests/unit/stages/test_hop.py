@@ -22,7 +22,8 @@ from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placemen
 from loadgen.sim.virtual_loop import run_virtual
 from stages.hops.edge_stage import EdgeStage
 from stages.hops.hop import SWEEP_S, UNKNOWN_TASK_S, Hop, hop_of
-from stages.node import Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.runner import ModelledRunner, Runner
 
 CUT_BYTES = (100, 60, 8)

@@ -12,7 +12,8 @@ from bus.memory.bus import MemoryBroker, MemoryBus
 from bus.messages import Decision, LinkMeasurement
 from bus.values import Role
 from loadgen.sim.virtual_loop import run_virtual
-from stages.node import HEARTBEATS_PER_LEASE, Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import HEARTBEATS_PER_LEASE, Node
 from stages.runner import ModelledRunner
 
 LEASE_S = 10.0
@@ -53,17 +54,17 @@ def test_work_stops_while_the_bus_is_away_and_goes_on_at_once_when_it_is_back(aw
             node = Node(bus, NodeSettings(name="n", role=Role.EDGE, slots=1, lease_s=LEASE_S), ModelledRunner([]))
             serving = asyncio.create_task(node.run(Idle(node)))
             await asyncio.sleep(3.1)
-            await node.gate()
+            await node.lease.gate()
             broker.pause()
             gone_s = clock()
-            while node.alive:
+            while node.lease.alive:
                 await asyncio.sleep(0.01)
             stopped_s = clock() - gone_s
             await asyncio.sleep(gone_s + away_s - clock())
-            assert not node.alive
+            assert not node.lease.alive
             broker.resume()
             back_s = clock()
-            await node.gate()
+            await node.lease.gate()
             resumed_s = clock() - back_s
             serving.cancel()
             await asyncio.wait([serving])

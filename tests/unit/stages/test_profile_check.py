@@ -17,7 +17,8 @@ from bus.messages import Decision, EpochOpened, Learned, LearnedNode, LinkMeasur
 from bus.values import BatchSpeed, ModelProfile, Role
 from loadgen.sim.virtual_loop import run_virtual
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
-from stages.node import Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.profile_check import AGAIN_S, BATCHES_S
 from stages.runner import ModelledRunner
 from stages.zoo.registry import load_model

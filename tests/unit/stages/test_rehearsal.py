@@ -16,7 +16,8 @@ from bus.tensors import Array
 from bus.values import ModelProfile, Role
 from loadgen.sim.virtual_loop import run_virtual
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
-from stages.node import REHEARSAL_S, Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import REHEARSAL_S, Node
 from stages.rehearsal import rehearse
 from stages.runner import ModelledRunner, PaceClock, Station
 from stages.zoo.registry import digits, load_model

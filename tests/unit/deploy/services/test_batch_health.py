@@ -8,7 +8,7 @@ from deploy.services.telemetry.metric_help import HELP
 from deploy.services.telemetry.probes import Health
 from deploy.services.wiring import Stage
 from loadgen.sim.virtual_loop import run_virtual
-from stages.node import NodeSettings
+from stages.membership.settings import NodeSettings
 from stages.runner import ModelledRunner
 
 

@@ -17,7 +17,7 @@ from bus.values import Role
 from deploy.services.broker_wait import Patience
 from deploy.services.wiring import Stage
 from loadgen.sim.virtual_loop import run_virtual
-from stages.node import NodeSettings
+from stages.membership.settings import NodeSettings
 from stages.runner import ModelledRunner
 
 

@@ -10,10 +10,10 @@ from deploy.services.telemetry.metric_help import HELP
 from deploy.services.telemetry.probes import Health
 from deploy.services.wiring import Stage
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
+from stages.membership.settings import NodeSettings
 from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions
 from stages.models.gpu.process import GpuProcess
 from stages.models.model import Model
-from stages.node import NodeSettings
 from stages.zoo.registry import load_model
 from tests.model_plans import profile_of
 from tests.unit.stages.models.gpu.drivers import program

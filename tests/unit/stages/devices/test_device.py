@@ -30,7 +30,8 @@ from bus.topics import TopicSpec
 from bus.values import Execution, Kind, ModelProfile, Objective, Parts, Placement, Role
 from loadgen.sim.virtual_loop import run_virtual
 from stages.devices.device import PARTITION_S, STALL_S, Device
-from stages.node import Node, NodeSettings
+from stages.membership.settings import NodeSettings
+from stages.node import Node
 from stages.runner import ModelledRunner
 
 PROFILE = ModelProfile(

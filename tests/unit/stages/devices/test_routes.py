@@ -33,7 +33,7 @@ from bus.values import (
 from loadgen.sim.virtual_loop import run_virtual
 from stages.devices.device_steps import device_steps
 from stages.hops.edge_stage import EdgeStage
-from stages.node import NodeSettings
+from stages.membership.settings import NodeSettings
 from tests.numbered_frames import NumberingRunner, answers, frame
 from tests.unit.stages.scripted_region import ScriptedRegion, scripted_region
 

@@ -1,0 +1,4 @@
+"""How a node takes part in its region: settings, readiness, lease, fences, spans of its work.
+
+`stages.node` puts the parts together. Imports `bus` and `stages.network`; the stages room imports it.
+"""
