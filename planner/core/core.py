@@ -64,7 +64,8 @@ from bus.messages import (
 from bus.unchecked_constructors import maker
 from bus.values import Execution, Objective
 from planner.core import snapshot
-from planner.core.candidates import MAX_SEARCH_BYTES, Candidates
+from planner.core.candidates.candidates import Candidates
+from planner.core.candidates.searches import MAX_SEARCH_BYTES
 from planner.core.change_recorder import ChangeRecorder
 from planner.core.choices import check_choice
 from planner.core.circuit_breakers import CircuitBreakers
@@ -161,7 +162,7 @@ class PlannerCore:
         )
         self._recorder = ChangeRecorder(state, options.max_attempts)
         self._breakers = CircuitBreakers(state, self._recorder)
-        self._membership = Membership(state, self._candidates, self._recorder)
+        self._membership = Membership(state, self._candidates.clouds, self._recorder)
         self._teacher = components.teacher(state, self._candidates, self._recorder)
         rules = PlacingRules(self.policy, self.execution, options.when_late, options.fair, components.check_choice)
         limits = components.queue_limits(state, options)
@@ -381,7 +382,7 @@ class PlannerCore:
     @property
     def search_bytes(self) -> int:
         """Memory that the prepared searches hold."""
-        return self._candidates.search_bytes
+        return self._candidates.searches.held_bytes
 
     @property
     def state_hash(self) -> str:

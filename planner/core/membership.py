@@ -10,7 +10,7 @@ from typing import Final
 
 from bus.messages import HandleInput, NodeAnnounced, NodeJoined, NodeLeft, NodeLost, TaskState
 from bus.values import Role
-from planner.core.candidates import Candidates
+from planner.core.candidates.clouds import Clouds
 from planner.core.change_recorder import ChangeRecorder
 from planner.core.region.records import KnownNode, Task
 from planner.core.region.state import RegionState
@@ -23,9 +23,9 @@ NO_LIMIT: Final = 1 << 62
 class Membership:
     """Handles the events of nodes in one region."""
 
-    def __init__(self, region: RegionState, candidates: Candidates, recorder: ChangeRecorder) -> None:
+    def __init__(self, region: RegionState, clouds: Clouds, recorder: ChangeRecorder) -> None:
         self._region = region
-        self._candidates = candidates
+        self._clouds = clouds
         self._recorder = recorder
 
     def announced(self, announced: NodeAnnounced, now: float) -> None:
@@ -89,7 +89,7 @@ class Membership:
                 for task in self._region.tasks.values()
                 if task.placed is not None
                 and task.placed.placement.uses_cloud
-                and self._candidates.fastest_cloud(others, task.placed.model, task.placed.sha256) is None
+                and self._clouds.fastest_row_of(others, task.placed.model, task.placed.sha256) is None
             ]
         for task in sorted(touched, key=_seq):
             if announced.role is Role.DEVICE and isinstance(task.submitted.input, HandleInput):
@@ -129,17 +129,17 @@ class Membership:
             placement, cause = placed.placement, ""
             if announced.role is Role.DEVICE and task.submitted.device == name:
                 reach = announced.reachable_edges
-                if self._candidates.row(name, placed.model, placed.sha256) is None:
+                if self._clouds.row(name, placed.model, placed.sha256) is None:
                     cause = "model_gone"
                 elif placement.edge is not None and reach is not None and placement.edge not in reach:
                     cause = "edge_unreachable"
             elif announced.role is Role.EDGE and placement.edge == name and placement.uses_slot:
-                if self._candidates.row(name, placed.model, placed.sha256) is None:
+                if self._clouds.row(name, placed.model, placed.sha256) is None:
                     cause = "model_gone"
             elif (
                 announced.role is Role.CLOUD
                 and placement.uses_cloud
-                and self._candidates.fastest_cloud(self._region.cloud_names, placed.model, placed.sha256) is None
+                and self._clouds.fastest_row_of(self._region.cloud_names, placed.model, placed.sha256) is None
             ):
                 cause = "model_gone"
             if (
@@ -156,7 +156,7 @@ class Membership:
         """The cloud's profile row of every model (name and hash) that a placed task runs in the cloud."""
         placed = [task.placed for task in self._region.tasks.values() if task.placed is not None]
         used = {(one.model, one.sha256) for one in placed if one.placement.uses_cloud}
-        return {key: self._candidates.cloud_row(*key) for key in used}
+        return {key: self._clouds.fastest_row(*key) for key in used}
 
     def _retry_changed(self, before: KnownNode, clouds: dict[tuple[str, str], PlatformRow | None], now: float) -> None:
         """Retry the scheduled tasks whose placement was based on values that a node has changed."""
@@ -179,7 +179,7 @@ class Membership:
                 changed = changed or (placement.uses_cloud and _latencies(before) != _latencies(after))
             else:
                 rests = placement.uses_cloud
-                changed = clouds.get(model) is not self._candidates.cloud_row(*model)
+                changed = clouds.get(model) is not self._clouds.fastest_row(*model)
             if rests and changed:
                 self._recorder.retry(task, "node_changed", now, name)
 
@@ -191,7 +191,7 @@ class Membership:
             return task.submitted.device == draining.node
         if draining.role is Role.EDGE:
             return placement.edge == draining.node
-        return placement.uses_cloud and self._candidates.cloud_row(placed.model, placed.sha256) is None
+        return placement.uses_cloud and self._clouds.fastest_row(placed.model, placed.sha256) is None
 
 
 def _latencies(node: KnownNode) -> tuple[float | None, float | None]:

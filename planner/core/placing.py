@@ -9,7 +9,7 @@ from bus.messages import BandwidthGrant, Placed, PlacedInLine, PlacedOverhead, S
 from bus.text.units import format_count, format_rate, format_seconds
 from bus.unchecked_constructors import maker
 from bus.values import Execution, Objective, Parts, Placement
-from planner.core.candidates import Candidates
+from planner.core.candidates.candidates import Candidates
 from planner.core.change_recorder import ChangeRecorder
 from planner.core.choices import ask, check_choice
 from planner.core.circuit_breakers import CircuitBreakers

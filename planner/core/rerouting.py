@@ -20,7 +20,7 @@ from typing import Final
 
 from bus.messages import Placed, Rerouted
 from bus.unchecked_constructors import maker
-from planner.core.candidates import Candidates
+from planner.core.candidates.candidates import Candidates
 from planner.core.change_recorder import ChangeRecorder
 from planner.core.placing import Placer
 from planner.core.region.records import Task

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from bus.messages import Placed, PlacedOverhead, PlacedSession, SessionTerms, TaskSubmitted
 from bus.unchecked_constructors import maker
 from bus.values import Execution
-from planner.core.candidates import Candidates
+from planner.core.candidates.candidates import Candidates
 from planner.core.region.records import Task
 from planner.core.region.state import RegionState
 from planner.search.codec_search import CodecSearch

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from bus.messages import Learned, LearnedLink, LinkMeasurement, NodeHeartbeat, TaskCompleted, TaskState
-from bus.values import Role
-from planner.core.candidates import Candidates
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bus.messages import Learned, LearnedLink, LinkMeasurement, NodeHeartbeat, Placed, TaskCompleted, TaskState
+from bus.values import MAX_BATCH, Objective, Role
+from planner.core.candidates.candidates import Candidates
 from planner.core.change_recorder import ChangeRecorder
 from planner.core.region.records import KnownNode, Task
 from planner.core.region.state import RegionState
+from planner.learning.attempts import Attempt, TierShare, Work, predicted_parts, routes_taken
 from planner.learning.learner import Carried, from_attempt, from_link, from_speed
+from planner.search.batch_load import share_of_batch
+from planner.search.cost import PlatformRow
+
+
+class _Tier(NamedTuple):
+    """What a completed task reports of one tier."""
+
+    node: str | None  # None: it used no such node
+    busy_s: float
+    shares: Sequence[TierShare]
+    batches: float | None
 
 
 class Teacher:
@@ -27,8 +42,44 @@ class Teacher:
         if placed.session is not None or placed.rest is not None:
             return
         if placed.device in self._region.nodes:
-            attempt = self._candidates.attempt(placed, completed)
+            attempt = self._attempt(placed, completed)
             self._recorder.do(from_attempt(self._region.estimates, attempt, now), now)
+
+    def _attempt(self, placed: Placed, completed: TaskCompleted) -> Attempt:
+        """A completed attempt with what the region knows of the nodes that it used."""
+        placement, edge, candidates = placed.placement, placed.placement.edge, self._candidates
+        measured = completed.measured
+        cloud = None
+        if placement.uses_cloud and edge is not None:
+            cloud = completed.cloud or candidates.clouds.predicted(edge, placed.model, placed.sha256)
+        layers = self._region.nodes[placed.device].rows[placed.model].layers
+        if candidates.objective is Objective.PIPELINED:
+            placed = candidates.loads.averaged(placed)
+        taken = routes_taken(placed, completed)
+        on_device, on_edge, on_cloud = zip(*(route.by_tier(layers) for route in taken), strict=True)
+        tiers = (
+            _Tier(placed.device, measured.device_s, on_device, None),
+            _Tier(edge, measured.edge_s, on_edge, completed.edge_batches),
+            _Tier(cloud, measured.cloud_s, on_cloud, completed.cloud_batches),
+        )
+        work = [found for tier in tiers if (found := self._work(placed, layers, tier)) is not None]
+        overheads = candidates.learned.path_overheads(placed.device, edge)
+        return Attempt(placed, completed, predicted_parts(placed, taken), work, overheads)
+
+    def _work(self, placed: Placed, layers: int, tier: _Tier) -> Work | None:
+        """What a tier computed of the task, and the time for it by the profile; None if the tier computed nothing."""
+        node, region = tier.node, self._region
+        if node is None or node not in region.nodes or tier.busy_s <= 0:
+            return None
+        row = self._candidates.clouds.row(node, placed.model, placed.sha256)
+        computed = [share for share in tier.shares if share.first < share.last and share.samples]
+        if row is None or row.layers < layers or not computed:
+            return None
+        count = max(1, round(sum(share.samples for share in computed)))
+        if tier.batches and (profile := region.nodes[node].batching.get(placed.model)) is not None:
+            batch = min(float(MAX_BATCH), max(1.0, count / tier.batches))
+            row = PlatformRow(share_of_batch(profile, batch))  # not kept: hardly another task has the same
+        return Work(node, sum(share.profile_s(row) for share in computed), tier.busy_s, count)
 
     def heartbeat(self, heartbeat: NodeHeartbeat, now: float) -> None:
         """Learn the links and the speed of a node that is present in this incarnation."""
