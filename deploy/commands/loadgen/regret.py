@@ -25,7 +25,7 @@ from loadgen.bench.cpu_load import BusynessWatch
 from stages.models.profiler import machine_profile
 from stages.zoo.registry import load_model
 
-QUICK = Effort(tasks=10, limit_s=20.0)
+QUICK = Effort(tasks=10, most_tasks=20, limit_s=20.0)
 """The effort of `--quick`."""
 
 
@@ -46,7 +46,7 @@ def run(
     cells = quick_cells() if quick else every_cell(network or None, model or None, samples or None)
     effort = QUICK if quick else Effort()
     if tasks is not None:
-        effort = replace(effort, tasks=tasks, least_tasks=min(tasks, effort.least_tasks))
+        effort = replace(effort, tasks=tasks, most_tasks=tasks, least_tasks=min(tasks, effort.least_tasks))
     folder = Path(tempfile.mkdtemp(prefix="deepar-regret-"))
     progress(f"logs of the processes, kept if a task fails: {folder}")
     with contextlib.ExitStack() as stack:

@@ -7,20 +7,24 @@ tasks under every fixed policy (`loadgen.bench.choices.rounds`), so that a drift
 * error: median of |measured / predicted - 1| over the tasks of `deepar`
 
 `_first` is over the first five tasks, while the planner still learns; the other values are over the later ones. `_s` is the
-same difference in seconds. A delay counts from the device's start of the task to its last result, on the device's clock.
+same difference in seconds, `_se` the standard error of a regret. A delay counts from the device's start of the task to its
+last result, on the device's clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, median
+from math import hypot, sqrt
+from statistics import fmean, median, stdev
 from typing import Any, Final
 
 from bus.errors import unknown_name
 
 FIRST: Final = 5
 """Number of tasks that count as the first ones: the planner has hardly learned yet."""
+LATER: Final = slice(FIRST, None)
+"""The other tasks."""
 
 LEARNING: Final = "deepar"
 FIXED: Final = ("device-only", "edge-only", "cloud-only", "neurosurgeon")
@@ -117,42 +121,76 @@ def drop_hopeless(runs: Mapping[str, Sequence[Run]], factor: float) -> set[str]:
     return {policy for policy, tasks in fixed.items() if min(run.delay_s for run in tasks) > limit_s}
 
 
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """Mean delays over a part of the tasks: of `LEARNING` and of the best fixed policy, with their standard errors."""
+
+    ours_s: float
+    ours_se_s: float
+    best_s: float
+    best_se_s: float
+    best: str  # the fixed policy with the least mean
+
+    @classmethod
+    def of(cls, runs: Mapping[str, Sequence[Run]], part: slice) -> _Means:
+        """The means over a part of each policy's tasks; over all of its tasks where that part is empty."""
+        delays_s = {policy: [run.delay_s for run in tasks[part] or tasks] for policy, tasks in runs.items() if tasks}
+        means_s = {policy: fmean(delays_s[policy]) for policy in FIXED if policy in delays_s}
+        best = min(means_s, key=means_s.__getitem__)
+        ours_s = fmean(delays_s[LEARNING])
+        return cls(ours_s, _standard_error(delays_s[LEARNING]), means_s[best], _standard_error(delays_s[best]), best)
+
+    @property
+    def regret(self) -> float:
+        return self.ours_s / self.best_s
+
+    @property
+    def regret_se(self) -> float:
+        return self.regret * hypot(self.ours_se_s / self.ours_s, self.best_se_s / self.best_s)
+
+    @property
+    def known(self) -> bool:
+        """Whether the tasks show that the aim is reached or missed: it is two standard errors away."""
+        over_s = self.ours_s - max(REGRET_AIM * self.best_s, self.best_s + REGRET_S_AIM)
+        return abs(over_s) >= 2.0 * hypot(self.ours_se_s, self.best_se_s)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def known(runs: Mapping[str, Sequence[Run]]) -> bool:
+    """Whether more tasks would hardly change if the aim of `regret` is reached."""
+    return _Means.of(runs, LATER).known
+
+
 def judge(cell: Cell, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """The row of a cell. `runs` has the tasks of `LEARNING` and of each policy of `FIXED`, in the order of the rounds."""
     ours = runs[LEARNING]
-    first, later = ours[:FIRST], ours[FIRST:] or ours
-    best, best_s = _best(runs, slice(FIRST, None))
-    _, best_first_s = _best(runs, slice(FIRST))
-    mean_s = fmean(run.delay_s for run in later)
+    first, later = ours[:FIRST], ours[LATER] or ours
+    means, means_first = _Means.of(runs, LATER), _Means.of(runs, slice(FIRST))
     return {
         "network": cell.network.name,
         "model": cell.model,
         "samples": cell.samples,
-        "regret_first": fmean(run.delay_s for run in first) / best_first_s,
-        "regret": mean_s / best_s,
-        "regret_s": mean_s - best_s,
+        "regret_first": means_first.regret,
+        "regret_first_se": means_first.regret_se,
+        "regret": means.regret,
+        "regret_se": means.regret_se,
+        "regret_s": means.ours_s - means.best_s,
         "error_first": median(abs(run.delay_s / run.predicted_s - 1.0) for run in first),
         "error": median(abs(run.delay_s / run.predicted_s - 1.0) for run in later),
         "error_s": median(abs(run.delay_s - run.predicted_s) for run in later),
-        "best_policy": best,
+        "best_policy": means.best,
         "tasks": len(ours),
     }
-
-
-def _best(runs: Mapping[str, Sequence[Run]], part: slice) -> tuple[str, float]:
-    """The fixed policy with the least mean delay over a part of its tasks; over all of them where that part is empty."""
-    means_s = {
-        policy: fmean(run.delay_s for run in runs[policy][part] or runs[policy]) for policy in FIXED if runs.get(policy)
-    }
-    best = min(means_s, key=means_s.__getitem__)
-    return best, means_s[best]
 
 
 def policy_rows(cell: Cell, runs: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
     """What each policy did in a cell: the means over its tasks after the first five, where it has as many."""
     rows = []
     for policy, tasks in runs.items():
-        later = tasks[FIRST:] or tasks
+        later = tasks[LATER] or tasks
         rows.append(
             {
                 "network": cell.network.name,

@@ -62,7 +62,8 @@ class Testbed(Protocol):
 class Effort:
     """How much is measured in a cell."""
 
-    tasks: int = 15  # of each policy
+    tasks: int = 15  # of each policy...
+    most_tasks: int = 40  # ...and up to so many while these do not show whether the aim of regret is reached
     least_tasks: int = FIRST + 2  # of each policy, in cells that reach the time limit
     limit_s: float = 40.0  # no further round begins after this time
     hopeless: float = 1.5  # a fixed policy that is this much slower than the best is not run again
@@ -89,8 +90,8 @@ async def measure(
 
 def _in_words(row: dict[str, Any]) -> str:
     return (
-        f"{row['tasks']} tasks each, regret {row['regret']:.2f} ({row['regret_s'] * 1000:+.1f} ms, "
-        f"first {row['regret_first']:.2f}), "
+        f"{row['tasks']} tasks each, regret {row['regret']:.2f}±{row['regret_se']:.2f} "
+        f"({row['regret_s'] * 1000:+.1f} ms, first {row['regret_first']:.2f}±{row['regret_first_se']:.2f}), "
         f"error {row['error']:.0%} ({row['error_s'] * 1000:.1f} ms, first {row['error_first']:.0%}), "
         f"best fixed policy {row['best_policy']}"
     )
@@ -101,13 +102,17 @@ async def play_rounds(
 ) -> dict[str, list[Run]]:
     """The tasks of a cell: each round plays one task under each policy, and the order rotates from round to round.
 
+    More rounds than `effort.tasks` are played only while it is uncertain on which side of its aim the regret is.
+
     `play` runs a task under a policy; its second argument is the number of the round.
     """
     runs: dict[str, list[Run]] = {policy: [] for policy in (LEARNING, *FIXED)}
     hopeless: set[str] = set()
     begun_s = clock()
-    for number in range(effort.tasks):
+    for number in range(max(effort.tasks, effort.most_tasks)):
         if number >= effort.least_tasks and clock() - begun_s > effort.limit_s:
+            break
+        if number >= effort.tasks and regret.known(runs):
             break
         policies = [policy for policy in runs if policy not in hopeless]
         turn = number % len(policies)

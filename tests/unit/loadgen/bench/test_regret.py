@@ -118,6 +118,51 @@ def test_hopeless_policies_are_not_run_again_but_the_learning_one_is() -> None:
     assert regret.judge(CELL, runs)["best_policy"] == "device-only"
 
 
+def test_a_regret_has_a_standard_error() -> None:
+    runs = {LEARNING: runs_of(*[1.0] * 5, 2.0, 4.0), "edge-only": runs_of(*[1.0] * 5, 2.0, 2.0)}
+    row = regret.judge(CELL, runs)
+    assert row["regret"] == pytest.approx(1.5)
+    assert row["regret_se"] == pytest.approx(0.5)  # 3 +- 1 over 2
+    assert row["regret_first_se"] == 0.0
+    runs["edge-only"] = runs_of(*[1.0] * 5, 1.0, 3.0)
+    assert regret.judge(CELL, runs)["regret_se"] == pytest.approx(1.5 * (1 / 9 + 1 / 4) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("ours_s", "others_s", "enough"),
+    [
+        ([1.0, 1.0], [1.0, 1.0], True),
+        ([1.2, 1.2], [1.0, 1.0], True),  # a miss is as certain as a success
+        ([1.0, 1.1], [1.0, 1.0], False),
+        ([1.0, 1.0], [0.9, 1.1], False),
+        ([0.5, 0.6], [1.0, 1.2], True),
+        ([0.003, 0.004], [0.003, 0.003], True),  # milliseconds are allowed
+        ([0.003, 0.010], [0.003, 0.003], False),
+    ],
+)
+def test_a_cell_whose_tasks_differ_needs_more_of_them(ours_s: list[float], others_s: list[float], enough: bool) -> None:
+    runs = {LEARNING: runs_of(*[9.0] * 5, *ours_s), "edge-only": runs_of(*[9.0] * 5, *others_s)}
+    assert regret.known(runs) is enough
+
+
+def test_more_rounds_are_played_until_the_regret_is_known() -> None:
+    delays_s = {LEARNING: 1.0, "device-only": 1.0}
+    noise_s = [0.0, 0.4, -0.4]
+
+    def rounds(effort: Effort, noisy: int) -> int:
+        """How many rounds are played where this many of the first ones are noisy."""
+
+        async def one(policy: str, number: int) -> Run:
+            delay_s = delays_s.get(policy, 3.0)
+            return runs_of(delay_s + (noise_s[number % 3] if number < noisy and policy == LEARNING else 0.0))[0]
+
+        return len(asyncio.run(play_rounds(one, effort, clock=lambda: 0.0))[LEARNING])
+
+    assert rounds(Effort(tasks=8, most_tasks=100), 0) == 8
+    assert 8 < rounds(Effort(tasks=8, most_tasks=100), 12) < 100
+    assert rounds(Effort(tasks=8, most_tasks=20), 20) == 20
+
+
 def test_a_slow_cell_ends_after_its_time_but_not_before_its_least_tasks() -> None:
     even = dict.fromkeys([LEARNING, *FIXED], 1.0)
     assert len(play(Effort(tasks=20, least_tasks=7, limit_s=40.0), even, seconds_a_task=10.0)[0][LEARNING]) == 7
