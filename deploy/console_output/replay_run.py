@@ -27,8 +27,8 @@ from loadgen.replay.replay import Observers, ReplayResult, utc_now
 from loadgen.replay.replay import replay as play
 from loadgen.replay.schedule import Schedule
 
-PLANNER_TIMEOUT_S = 10.0
-"""Listening time for a planner: a leading one sends a record about once a second."""
+PLANNER_TIMEOUT_S = 30.0
+"""Listening time for a planner: a leading one sends a record a second, but none while a dead broker is replaced."""
 
 TELL_EVERY_S = 10.0
 """Interval of progress lines if stderr is not a terminal."""

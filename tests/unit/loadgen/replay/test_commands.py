@@ -11,11 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from bus.errors import ConfigError, UnknownNameError
+from bus.kafka.connection import KafkaConnection
 from bus.messages import NodeAnnounced, TaskState
 from bus.values import Kind, Parts, Placement, Role
 from deploy.commands.loadgen import replay
 from deploy.commands.loadgen.bench import BenchmarkSource
-from deploy.console_output.replay_run import ReplayRun, devices_for, require_models
+from deploy.console_output.replay_run import PLANNER_TIMEOUT_S, ReplayRun, devices_for, require_models
 from loadgen.replay import arrivals, schedule
 from loadgen.replay.schedule import Schedule
 from loadgen.replay.task_mix import Mix, parse_models
@@ -109,6 +110,11 @@ def test_devices_warm_up_and_caps(tmp_path: Path, replays: PlayedReplays) -> Non
     assert {entry.task.deadline_s for entry in replays[0].entries} == {60.0}
     assert {entry.task.min_agreement for entry in replays[0].entries} == {0.995}
     assert all(10e6 <= (entry.task.max_link2_bps or 0) <= 20e6 for entry in replays[0].entries)
+
+
+def test_a_planner_may_be_silent_for_as_long_as_its_records_may_wait_for_a_broker() -> None:
+    """With Kafka's defaults a dead broker is replaced after 9 s, later on a busy machine; until then no planner can write."""
+    assert KafkaConnection().delivery_timeout_s <= PLANNER_TIMEOUT_S
 
 
 @pytest.mark.parametrize(("limit", "code"), [("400ms", 99), ("600ms", 0)])
