@@ -322,7 +322,8 @@ class Link1Options:
         str,
         typer.Option(
             envvar="DEEPAR_LINK1_LATENCY",
-            help="One-way latency to play on link 1, like 20ms: what the device sends and its results arrive later.",
+            help="One-way latency to play on link 1, like 20ms: what the device sends and its results arrive later. "
+            "Or a CSV file: see --link1-trace.",
         ),
     ] = "0"
     link1_trace: Annotated[
@@ -346,7 +347,8 @@ class Link2Options:
         str,
         typer.Option(
             envvar="DEEPAR_LINK2_LATENCY",
-            help="One-way latency to play on link 2, like 40ms: what this stage sends over it arrives later.",
+            help="One-way latency to play on link 2, like 40ms: what this stage sends over it arrives later. "
+            "Or a CSV file: see --link2-trace.",
         ),
     ] = "0"
     link2_trace: Annotated[

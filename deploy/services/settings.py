@@ -52,7 +52,7 @@ from planner.core.options import DEFAULT_PATIENCE_S, WhenLate
 from stages.models.compute_options import BatchMode, ThreadCount, parse_threads
 from stages.models.files.choice import ModelChoice, parse_shapes
 from stages.network.played import NO_NETWORK, PlayedNetwork
-from stages.network.trace import MAX_LATENCY_S, Trace, read_trace
+from stages.network.trace import MAX_LATENCY_S, Trace, is_trace_file, read_trace
 
 
 def _or_value_error(parse: Any) -> Any:
@@ -115,6 +115,18 @@ class NodeOptions(_Strict):
     threads: Threads = 1  # of the runtime for one inference; auto: measured
     remeasure: bool = False  # measure this machine again, ignore stored measurements
     identity_key: str | None = None  # file of the identity key; None: derived from the master of `up`
+
+    @model_validator(mode="before")
+    @classmethod
+    def _latency_from_file(cls, values: Any) -> Any:
+        """`link1_latency = "lte.csv"` is another way to write `link1_trace = "lte.csv"`."""
+        for latency, trace in (("link1_latency", "link1_trace"), ("link2_latency", "link2_trace")):
+            given = values.get(latency) if isinstance(values, dict) else None
+            if isinstance(given, str) and is_trace_file(given):
+                if values.get(trace) is not None:
+                    raise ValueError(f"{latency} and {trace} both name a trace; leave out one of them")
+                values = {**values, latency: 0.0, trace: given}
+        return values
 
     @property
     def network(self) -> PlayedNetwork:

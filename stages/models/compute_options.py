@@ -14,13 +14,16 @@ BatchMode: TypeAlias = Literal["exact", "any", "off"]
 """exact: batches where their results are those of single samples to the bit; any: where they are nearly so; off: none."""
 
 
-def parse_threads(text: str, name: str = "--num-threads", *, most: int | None = None) -> ThreadCount:
+MOST_THREADS = 1024
+"""More threads than any machine has cores: starting them would take minutes."""
+
+
+def parse_threads(text: str, name: str = "--num-threads", *, most: int = MOST_THREADS) -> ThreadCount:
     """The value of the option `name`: `auto`, or a number from 1 to `most`. Raises `ConfigError`."""
     if text == "auto":
         return "auto"
     with contextlib.suppress(ValueError):
         number = int(text)
-        if number >= 1 and (most is None or number <= most):
+        if 1 <= number <= most:
             return number
-    limits = "of at least 1" if most is None else f"from 1 to {most}"
-    raise ConfigError(f"{name} {text}: must be auto or a number {limits}")
+    raise ConfigError(f"{name} {text}: must be auto or a number from 1 to {most}")

@@ -61,6 +61,11 @@ class Trace:
         return self.rows[max(0, bisect_right(self.begin_s, elapsed_s % self.period_s) - 1)].latency_s
 
 
+def is_trace_file(text: str) -> bool:
+    """Whether the value of a latency names the file of a trace instead."""
+    return text.lower().endswith(".csv")
+
+
 def read_trace(path: Path) -> Trace:
     """Read and check a file. Raises `ConfigError` naming the file and the line."""
     try:

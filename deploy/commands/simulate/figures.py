@@ -18,6 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bus.errors import ConfigError
 from bus.kafka.bus import KafkaConnection
 from bus.kafka.connection import addresses
 from bus.text.json_text import json_text
@@ -47,6 +48,7 @@ from loadgen.experiments.sweep import Axis, SweepOptions, SweepResult
 from loadgen.experiments.sweep import sweep as run_sweep
 from loadgen.sim import scenario
 from loadgen.sim.platforms import platforms
+from stages.network.trace import is_trace_file
 
 app = typer.Typer(no_args_is_help=True, help="Run the paper's experiments, one command each, and sweeps beyond them.")
 
@@ -284,10 +286,11 @@ class NetworkOptions:
     """The network that the nodes of both runs play; each option replaces the scenario's value."""
 
     link1_latency: Annotated[
-        str | None, typer.Option(help="One-way latency of link 1 for every device, like 20ms.")
+        str | None, typer.Option(help="One-way latency of link 1 for every device, like 20ms, or a CSV file.")
     ] = None
     link2_latency: Annotated[
-        str | None, typer.Option(help="One-way latency of link 2 for every edge and the cloud, like 40ms.")
+        str | None,
+        typer.Option(help="One-way latency of link 2 for every edge and the cloud, like 40ms, or a CSV file."),
     ] = None
     link1_trace: Annotated[
         Path | None,
@@ -301,9 +304,15 @@ class NetworkOptions:
     def of(self, tasks: scenario.Scenario) -> scenario.Scenario:
         """The scenario with these networks. Raises `ConfigError`."""
         changes: dict[str, Any] = {"link1_trace": self.link1_trace, "link2_trace": self.link2_trace}
-        for name in ("link1_latency", "link2_latency"):
-            if (text := getattr(self, name)) is not None:
-                changes[f"{name}_s"] = parse_duration(text, f"--{name.replace('_', '-')}")
+        for link, text in (("link1", self.link1_latency), ("link2", self.link2_latency)):
+            if text is not None and is_trace_file(text):
+                if changes[f"{link}_trace"] is not None:
+                    raise ConfigError(
+                        f"--{link}-latency and --{link}-trace both name a trace", remedy="leave out one of them"
+                    )
+                changes[f"{link}_trace"] = Path(text)
+            elif text is not None:
+                changes[f"{link}_latency_s"] = parse_duration(text, f"--{link}-latency")
         return tasks.varied(**{key: value for key, value in changes.items() if value is not None})
 
 

@@ -129,7 +129,7 @@ def test_flags_take_a_number_of_threads_or_choose_it() -> None:
     asked = {text: StageFlags(num_threads=text).machine()["threads"] for text in ("auto", "1", "65")}
     assert asked == {"auto": "auto", "1": 1, "65": 65}
     assert StageFlags().machine()["threads"] == NodeOptions(name="e").threads == 1
-    with pytest.raises(ConfigError, match="--num-threads 0: must be auto or a number of at least 1"):
+    with pytest.raises(ConfigError, match="--num-threads 0: must be auto or a number from 1 to 1024"):
         StageFlags(num_threads="0").machine()
 
 

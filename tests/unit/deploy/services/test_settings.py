@@ -93,7 +93,7 @@ def test_what_is_left_out_has_the_default(tmp_path: Path) -> None:
         (('name = "e1"', 'name = "e1"\nlink1 = "fast"'), "edge.1.link1", "'fast': not a rate; write it like 100Mbps"),
         (('name = "e1"', 'name = "e1"\nlink1 = 200'), "edge.1.link1", "200: a rate without a unit; write 200Mbps"),
         (("models =", "lease = 5\nmodels ="), "lease", "5: a duration without a unit; write 5s"),
-        (('name = "c1"', 'name = "c1"\nthreads = 0'), "cloud.1.threads", "0: must be auto or a number of at least 1"),
+        (('name = "c1"', 'name = "c1"\nthreads = 0'), "cloud.1.threads", "0: must be auto or a number from 1 to 1024"),
         (('name = "c1"', 'name = "c1"\nthreads = "all"'), "cloud.1.threads", "all: must be auto or a number"),
         (('name = "e1"', 'name = "e 1"'), "edge.1.name", "is not a valid name"),
         (('name = "d1"', 'name = "d1"\nslowdown = 0.5'), "device.1.slowdown", "greater than or equal to 1"),
@@ -155,7 +155,7 @@ def test_a_played_network_becomes_what_the_node_announces(tmp_path: Path) -> Non
     trace.write_text("t_s,bps,latency_s\n0,5000000,0.03\n1,0,0.05\n2,0,0.05\n", encoding="utf-8")
     text = SMALL.replace('name = "e1"', 'name = "e1"\nlink2_latency = "40ms"')
     text = text.replace('name = "c1"', f'name = "c1"\nlink2_trace = "{trace}"')
-    text = text.replace('name = "d1"', f'name = "d1"\nlink1_trace = "{trace}"')
+    text = text.replace('name = "d1"', f'name = "d1"\nlink1_latency = "{trace}"')  # a file here is a trace, too
     settings = load_settings(written(tmp_path, text))
     nodes = (*settings.device, *settings.edge, *settings.cloud)
     networks = {node.name: node_settings(node, region=0, lease_s=1.0).network for node in nodes}
@@ -170,6 +170,7 @@ def test_a_played_network_becomes_what_the_node_announces(tmp_path: Path) -> Non
     [
         (DeviceOptions, {"edges": ("a b",)}, "--edge 1: 'a b' is not a valid name"),
         (EdgeOptions, {"link2_latency": "1"}, "--link2-latency: '1': a duration without a unit; write 1s"),
+        (DeviceOptions, {"link1_latency": "gone.csv"}, "--link1-trace: trace gone.csv: No such file or directory"),
         (DeviceOptions, {"link1_trace": "gone.csv"}, "--link1-trace: trace gone.csv: No such file or directory"),
     ],
 )

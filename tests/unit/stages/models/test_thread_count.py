@@ -155,7 +155,7 @@ def test_a_real_model_runs_with_each_number_of_threads(lenet: Model) -> None:
 
 @pytest.mark.parametrize("text", ["0", "-1", "many", "", "1.5", "AUTO"])
 def test_other_values_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--num-threads .*must be auto or a number of at least 1"):
+    with pytest.raises(ConfigError, match=r"--num-threads .*must be auto or a number from 1 to 1024"):
         parse_threads(text)
 
 
