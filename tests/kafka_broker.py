@@ -207,7 +207,7 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     yield broker
     died = isinstance(broker, KafkaBroker) and not broker.running
     tail = broker.log_tail() if isinstance(broker, KafkaBroker) else ""
-    broker.stop()
+    broker.kill()  # a clean stop takes half a second of processor time
     if died:
         pytest.fail(f"the session's broker died during the tests; its log ends:\n{tail}", pytrace=False)
 
@@ -218,4 +218,4 @@ def kafka_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OwnBr
     monkeypatch.delenv("KAFKA_BOOTSTRAP_SERVERS", raising=False)
     broker = start_broker(choose(), tmp_path / "kafka")
     yield broker
-    broker.stop()
+    broker.kill()
