@@ -22,6 +22,7 @@ BootstrapFromEnv = Annotated[
     str | None,
     typer.Option("--bootstrap-servers", "-b", envvar="KAFKA_BOOTSTRAP_SERVERS", help="Kafka, host:port."),
 ]
+Lease = Annotated[str, typer.Option(envvar="DEEPAR_LEASE", help="Maximum silence before a process counts as lost: 5s.")]
 Region = Annotated[int, typer.Option(min=0, envvar="DEEPAR_REGION", help="Region: a partition of the control topics.")]
 HttpPort = Annotated[
     int | None,

@@ -248,7 +248,7 @@ def test_off_by_default_and_nothing_imported() -> None:
     assert not wanted({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_SDK_DISABLED": "true"})
     assert not wanted({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_TRACES_EXPORTER": "none"})
     script = (
-        "import asyncio, sys, deploy.commands.services, deploy.commands.loadgen.replay\n"
+        "import asyncio, sys, deploy.commands.services.stage, deploy.commands.loadgen.replay\n"
         "from deploy.services.telemetry.otel import tracing\n"
         "async def main():\n"
         "    async with tracing('x', {}) as sink:\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bus.memory.bus import MemoryBroker, MemoryBus
-from deploy.commands.services import (
+from deploy.commands.services.planner import (
     DecisionOptions,
     LeadershipOptions,
     PlannerRegionOptions,

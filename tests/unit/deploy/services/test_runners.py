@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from bus.errors import ConfigError
 from bus.values import Role
-from deploy.commands.services import StageFlags
+from deploy.commands.services.stage_options import StageFlags
 from deploy.services.runners import gpu_options, make_runner
 from deploy.services.settings import CloudOptions, EdgeOptions, NodeOptions, Served, ServedModel, options_of
 from stages.litert_runner import LitertRunner

@@ -1,0 +1,1 @@
+"""The commands that run services: `deepar planner`, `stage`, `gateway`, `up`. Only `deploy.cli` and the tests import it."""
