@@ -46,7 +46,7 @@ COMMANDS = (
     _Command("broker", RUN, "deploy.commands.kafka.broker", "broker", "Start an Apache Kafka broker on this machine."),
     _Command("up", RUN, "deploy.commands.services.up", "up", "Start a planner and stages from a TOML file, in one process."),
     _Command("planner", RUN, "deploy.commands.services.planner", "planner", "Run the planner: it decides where tasks run."),
-    _Command("stage", RUN, "deploy.commands.services.stage", "stage_app", "Run a stage: a device, an edge or a cloud worker."),
+    _Command("stage", RUN, "deploy.commands.services.stage", "stage_app", "Run a stage: device, edge or cloud worker."),
     _Command("gateway", RUN, "deploy.commands.services.stage", "gateway", "Serve clients that have no device of their own."),
     _Command("topics", RUN, "deploy.commands.kafka.topics", "topics_app", "Create or list the topics on Kafka."),
     _Command("acls", RUN, "deploy.commands.kafka.acls", "acls", "Show or set the access control lists of the topics."),

@@ -21,11 +21,12 @@ import structlog
 from bus.tensors import Array
 from stages.batches import Batcher, Computed
 from stages.litert_stations import WORKERS, Workers
-from stages.models.batch_check import BatchCheck, check_batches, known_check, store_check
 from stages.models.compute_options import BatchMode
 from stages.models.gpu.accelerator import RunsSegment
 from stages.models.profiler import measuring_alone
-from stages.models.segments import SegmentKey, SegmentStore
+from stages.models.segments.batch_check import BatchCheck, check_batches, known_check, store_check
+from stages.models.segments.segment import SegmentKey
+from stages.models.segments.store import SegmentStore
 from stages.runner import MOST_AT_ONCE, waited_for
 
 log = structlog.get_logger("batches")

@@ -30,7 +30,8 @@ from stages.models.model import Model
 from stages.models.profiler import machine_profile
 from stages.models.random_samples import random_input
 from stages.models.runtime.litert import InterpreterOptions
-from stages.models.segments import Segment, SegmentKey, SegmentStore, StoreLimits
+from stages.models.segments.segment import Segment, SegmentKey
+from stages.models.segments.store import SegmentStore, StoreLimits
 from stages.models.thread_count import machine_threads, usable_cores
 from stages.runner import Coder, PaceClock, Station, profile_of
 from stages.zoo.registry import digits

@@ -29,7 +29,7 @@ from stages.membership.settings import NodeSettings
 from stages.models.model import Model
 from stages.models.profiler import machine_profile
 from stages.models.runtime.litert import SegmentRunner
-from stages.models.segments import SegmentStore, StoreLimits
+from stages.models.segments.store import SegmentStore, StoreLimits
 from stages.node import Node
 from stages.zoo.registry import digits, load_model
 

@@ -29,7 +29,8 @@ from stages.models.gpu.segment_file import SegmentFile, batchable, file_of, unsu
 from stages.models.model import Model
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.runtime.trial_run import ChildProgram
-from stages.models.segments import Segment, SegmentStore
+from stages.models.segments.segment import Segment
+from stages.models.segments.store import SegmentStore
 from stages.models.slicer import SlicedPart, slice_model
 from stages.zoo.registry import load_model
 

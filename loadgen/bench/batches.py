@@ -35,7 +35,7 @@ from stages.membership.settings import NodeSettings
 from stages.models.compute_options import BatchMode
 from stages.models.model import Model
 from stages.models.random_samples import random_input
-from stages.models.segments import SegmentStore, StoreLimits
+from stages.models.segments.store import SegmentStore, StoreLimits
 from stages.node import Node
 from stages.window import window_of
 from stages.zoo.registry import load_model

@@ -23,7 +23,7 @@ import numpy as np
 from loadgen.workers import worker_pool
 from stages.models.model import Model
 from stages.models.runtime.litert import InterpreterOptions, SegmentRunner
-from stages.models.segments import SegmentStore
+from stages.models.segments.store import SegmentStore
 from stages.models.slicer import slice_model
 from stages.models.verify import random_inputs, run_part
 from stages.zoo.registry import load_model

@@ -2,7 +2,7 @@
 
 Each layer is cut out and timed on batches, as `stages.models.profiler` times it on one sample. The findings are stored
 beside the profiles, and stages that compute in batches announce them. Each segment is still checked before it is computed in
-batches (`stages.models.batch_check`); what is measured here says only how fast that will be.
+batches (`stages.models.segments.batch_check`); what is measured here says only how fast that will be.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pydantic import Field
 from bus.errors import ModelError
 from bus.tensors import Array, bytes_in
 from bus.values import BatchSpeed, Frozen, ModelProfile
-from stages.models.batch_check import ACTIVATION_BYTES, NEARLY
 from stages.models.compute_options import BatchMode
 from stages.models.difference import relative_difference
 from stages.models.files.cache import measured_path, write_whole
@@ -28,6 +27,7 @@ from stages.models.model import Model
 from stages.models.profiler import Say, Step, measuring_alone, processor_name
 from stages.models.runtime.litert import SegmentRunner
 from stages.models.sandbox import Sandbox
+from stages.models.segments.batch_check import ACTIVATION_BYTES, NEARLY
 from stages.models.slicer import SlicedPart, slice_model
 from stages.models.thread_count import usable_cores
 from stages.models.verify import random_inputs, run_part

@@ -18,9 +18,9 @@ from bus.values import Execution, Kind, Placement, Role
 from stages.hops.hop import hop_of
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.membership.settings import NodeSettings
-from stages.models.batch_check import BatchCheck, store_check
 from stages.models.model import Model
-from stages.models.segments import SegmentStore
+from stages.models.segments.batch_check import BatchCheck, store_check
+from stages.models.segments.store import SegmentStore
 from stages.node import Node
 from stages.zoo.registry import digits, load_model
 from tests.model_plans import profile_of

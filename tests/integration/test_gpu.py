@@ -21,7 +21,7 @@ from stages.models.gpu.accelerator import CHECKS, Accelerator, AcceleratorOption
 from stages.models.gpu.accelerator import Placed as PlacedSegment
 from stages.models.gpu.process import GpuProcess
 from stages.models.model import Model
-from stages.models.segments import SegmentStore
+from stages.models.segments.store import SegmentStore
 from stages.zoo.registry import load_model
 from tests.model_plans import profile_of
 from tests.software_gpu import use_driver, use_software_gpu

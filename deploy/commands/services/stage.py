@@ -28,7 +28,7 @@ from deploy.services.settings import (
     options_of,
 )
 
-stage_app = typer.Typer(no_args_is_help=True, help="Run a stage: a device, an edge or a cloud worker.")
+stage_app = typer.Typer(no_args_is_help=True, help="Run a stage: device, edge or cloud worker.")
 
 Edges = Annotated[
     list[str] | None,

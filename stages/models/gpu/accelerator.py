@@ -29,7 +29,8 @@ from stages.models.gpu.process import LONGEST_RUN_S, GpuEndedError, GpuFaultErro
 from stages.models.gpu.segment_file import SegmentFile, batchable, unsuited
 from stages.models.model import Model
 from stages.models.random_samples import random_sample
-from stages.models.segments import OnWait, Segment, SegmentKey, SegmentStore
+from stages.models.segments.segment import OnWait, Segment, SegmentKey
+from stages.models.segments.store import SegmentStore
 from stages.models.slicer import SlicedPart, slice_model
 
 log = structlog.get_logger("gpu")

@@ -9,7 +9,7 @@ from bus.tensors import Array
 from stages.models.difference import relative_difference
 from stages.models.gpu.segment_file import SegmentFile
 from stages.models.random_samples import random_sample
-from stages.models.segments import Segment
+from stages.models.segments.segment import Segment
 
 PAYS = 1.1
 """A larger batch is used if it makes a sample at least this many times as fast."""

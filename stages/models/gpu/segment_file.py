@@ -15,7 +15,7 @@ from bus.tensors import Array
 from stages.models.gpu.part_for_batch import part_for_batch
 from stages.models.gpu.process import GpuProcess
 from stages.models.runtime.trial_run import trial_folder
-from stages.models.segments import Segment
+from stages.models.segments.segment import Segment
 from stages.models.slicer import SlicedPart
 
 

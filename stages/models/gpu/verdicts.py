@@ -9,7 +9,7 @@ from itertools import pairwise
 from bus.tensors import Array
 from stages.models.difference import relative_difference
 from stages.models.gpu.accelerator import Accelerator
-from stages.models.segments import SegmentStore
+from stages.models.segments.store import SegmentStore
 from stages.models.verify import runnable_depth
 
 

@@ -36,7 +36,7 @@ from stages.batches import Batcher
 from stages.devices.session import Keep
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.models.model import Model, read_model
-from stages.models.segments import SegmentStore
+from stages.models.segments.store import SegmentStore
 from stages.network.frame_sender import RETRY_S
 from stages.runner import Coder, ModelledRunner, PaceClock, Station
 from stages.zoo.registry import digits

@@ -12,7 +12,7 @@ from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
 from stages.models.gpu.accelerator import Accelerator, AcceleratorOptions
 from stages.models.gpu.process import GpuProcess
 from stages.models.model import Model
-from stages.models.segments import SegmentStore
+from stages.models.segments.store import SegmentStore
 from stages.runner import PaceClock
 from tests.model_plans import plan_of, profile_of
 from tests.unit.stages.models.gpu.drivers import program

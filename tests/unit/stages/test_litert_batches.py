@@ -16,14 +16,14 @@ from bus.errors import ModelError
 from bus.tensors import Array
 from stages import litert_batches
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
-from stages.models.batch_check import BatchCheck, store_check
 from stages.models.difference import relative_difference
 from stages.models.gpu.accelerator import CHECKS, Accelerator, AcceleratorOptions
 from stages.models.gpu.process import GpuProcess
 from stages.models.model import Model
 from stages.models.profiler import measuring_alone
 from stages.models.runtime.litert import SegmentRunner
-from stages.models.segments import SegmentStore
+from stages.models.segments.batch_check import BatchCheck, store_check
+from stages.models.segments.store import SegmentStore
 from stages.runner import BatchStation, PaceClock, Station
 from tests.model_plans import plan_of, profile_of
 from tests.unit.stages.models.gpu.drivers import program

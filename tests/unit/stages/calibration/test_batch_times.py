@@ -25,11 +25,11 @@ from stages.calibration.batch_times import (
     with_batches,
 )
 from stages.litert_runner import LitertRunner, Prepared, RunnerOptions
-from stages.models.batch_check import BatchCheck, store_check
 from stages.models.files.graph_builder import GraphBuilder
 from stages.models.model import Model, read_model
 from stages.models.runtime.litert import SegmentRunner
-from stages.models.segments import SegmentStore, StoreLimits
+from stages.models.segments.batch_check import BatchCheck, store_check
+from stages.models.segments.store import SegmentStore, StoreLimits
 from tests.unit.stages import built_models
 
 EXACT = LayerBatches(factors=(0.7, 0.5, 0.4, 0.3, 0.25), difference=0.0)

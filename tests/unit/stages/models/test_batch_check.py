@@ -16,14 +16,14 @@ from ai_edge_litert import schema_py_generated as schema
 
 from bus.errors import ModelError
 from bus.tensors import Array
-from stages.models.batch_check import NEARLY, BatchCheck, check_batches, known_check, store_check
 from stages.models.files.graph_builder import GraphBuilder
 from stages.models.model import Model, read_model
 from stages.models.runtime import litert, trial_child
 from stages.models.runtime.litert import SegmentRunner, SliceTrial
 from stages.models.runtime.trial_run import ChildProgram
 from stages.models.sandbox import Sandbox
-from stages.models.segments import SegmentStore, StoreLimits
+from stages.models.segments.batch_check import NEARLY, BatchCheck, check_batches, known_check, store_check
+from stages.models.segments.store import SegmentStore, StoreLimits
 from tests.unit.stages import built_models
 
 

@@ -14,7 +14,7 @@ from stages.models.model import Model
 from stages.models.profiler import TimedRuns, measure
 from stages.models.runtime.trial_run import ChildProgram
 from stages.models.sandbox import Sandbox
-from stages.models.segments import SegmentStore
+from stages.models.segments.store import SegmentStore
 from stages.models.slicer import slice_model
 from stages.models.verify import random_inputs, verify
 from stages.zoo.registry import load_model

@@ -14,7 +14,7 @@ from bus.errors import ConfigError, CutError
 from stages.models.model import Model
 from stages.models.runtime.litert import InterpreterOptions, SegmentRunner
 from stages.models.sandbox import Sandbox
-from stages.models.segments import SegmentStore, StoreLimits
+from stages.models.segments.store import SegmentStore, StoreLimits
 from stages.models.slicer import SlicedPart
 from stages.models.verify import random_inputs
 from stages.zoo.registry import load_model

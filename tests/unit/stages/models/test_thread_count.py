@@ -18,7 +18,7 @@ from stages.models.files.cache import cache_dir
 from stages.models.model import Model
 from stages.models.profiler import machine_profile, measuring_alone
 from stages.models.runtime.litert import InterpreterOptions, SegmentRunner
-from stages.models.segments import SegmentStore, StoreLimits
+from stages.models.segments.store import SegmentStore, StoreLimits
 from stages.models.thread_count import RUNS, ThreadTimes, candidates, least_time_s, machine_threads
 
 

@@ -15,7 +15,7 @@ from stages.models.files.graph_builder import GraphBuilder
 from stages.models.files.validation import validated
 from stages.models.profiler import TimedRuns, measure
 from stages.models.runtime.litert import SegmentRunner
-from stages.models.segments import SegmentStore
+from stages.models.segments.store import SegmentStore
 from stages.models.slicer import slice_model
 from stages.models.verify import pairs_of, random_inputs, verify
 from stages.zoo.registry import load_model

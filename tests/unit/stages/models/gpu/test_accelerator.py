@@ -17,7 +17,8 @@ from stages.models.gpu.accelerator import CHECKS, Accelerator, AcceleratorOption
 from stages.models.gpu.process import LONGEST_RUN_S, MOST_DEATHS, GpuProcess
 from stages.models.model import Model
 from stages.models.runtime.trial_run import ChildProgram
-from stages.models.segments import OnWait, Segment, SegmentStore
+from stages.models.segments.segment import OnWait, Segment
+from stages.models.segments.store import SegmentStore
 from stages.models.slicer import slice_model
 from stages.zoo.registry import load_model
 from tests.unit.stages import built_models

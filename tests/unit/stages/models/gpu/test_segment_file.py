@@ -9,7 +9,7 @@ import pytest
 
 from stages.models.gpu.process import GpuProcess
 from stages.models.gpu.segment_file import SegmentFile, batchable
-from stages.models.segments import SegmentStore
+from stages.models.segments.store import SegmentStore
 from stages.models.slicer import slice_model
 from stages.zoo.registry import load_model
 from tests.unit.stages import built_models

@@ -10,7 +10,7 @@ from stages.models.gpu.process import GpuProcess
 from stages.models.gpu.verdicts import verify_on_gpu
 from stages.models.model import Model
 from stages.models.runtime.trial_run import ChildProgram
-from stages.models.segments import SegmentStore
+from stages.models.segments.store import SegmentStore
 from tests.unit.stages.models.gpu.drivers import program
 
 PAIRS = [(0, 0), (2, 4), (4, 4)]

@@ -26,7 +26,8 @@ from stages.models.difference import relative_difference
 from stages.models.files.cache import measured_path, write_whole
 from stages.models.profiler import METHOD, processor_name
 from stages.models.random_samples import random_sample
-from stages.models.segments import Segment, SegmentStore
+from stages.models.segments.segment import Segment
+from stages.models.segments.store import SegmentStore
 
 NEARLY = 1e-4
 """The largest difference that `any` accepts, relative to the largest value of the tensor."""

@@ -13,35 +13,30 @@ uses, oldest first, then unloads the least recently used pieces.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import tempfile
 import threading
 import weakref
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
-
-from bus.errors import ConfigError, ModelError
-from bus.tensors import Array
-from bus.values import TensorSpec
+from bus.errors import ConfigError
 from stages.models.cuts import useful_positions
-from stages.models.files.cache import cache_dir, write_whole
-from stages.models.files.flatbuffer_writer import forget_pages
-from stages.models.loaded_piece import LoadedPiece
+from stages.models.files.cache import cache_dir
 from stages.models.model import Model
-from stages.models.runtime.litert import DEFAULT_INTERPRETER, InterpreterOptions, SegmentRunner
+from stages.models.runtime.litert import DEFAULT_INTERPRETER, InterpreterOptions
 from stages.models.runtime.malloc_trim import give_back, map_large_blocks
 from stages.models.runtime.trial_run import trial_folder
 from stages.models.sandbox import Sandbox
-from stages.models.slicer import SlicedPart, slice_model
+from stages.models.segments.loaded_piece import LoadedPiece
+from stages.models.segments.piece_loader import PieceLoader, weight_factor
+from stages.models.segments.segment import Segment
+from stages.models.slicer import slice_model
 
 IN_MEMORY_BYTES = 4 << 20
 """Pieces up to this size stay in memory without a file, and keep their interpreter between samples."""
@@ -57,12 +52,6 @@ PROCESS_BYTES = 80 << 20
 
 Say: TypeAlias = Callable[[str], None]
 
-SegmentKey: TypeAlias = tuple[str, int, int]
-"""Model, begin and end of a segment."""
-
-OnWait: TypeAlias = Callable[[float], None]
-"""Receives the seconds for which other calls delayed one."""
-
 
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
@@ -72,111 +61,6 @@ class StoreLimits:
     in_memory_bytes: int = IN_MEMORY_BYTES  # the largest piece without a file
     joined_bytes: int = JOINED_BYTES  # of all joined pieces
     replicas: int = 1  # interpreters of one piece, for as many parallel tasks
-
-
-class Segment:
-    """Layers begin+1..end, which any thread may run. If begin = end, it returns its inputs."""
-
-    def __init__(self, store: SegmentStore, begin: int, end: int) -> None:
-        self.begin, self.end = begin, end
-        graph = store.model.graph
-        self.inputs: tuple[TensorSpec, ...] = tuple(graph.spec(tensor) for tensor in graph.live(begin))
-        self.outputs: tuple[TensorSpec, ...] = tuple(graph.spec(tensor) for tensor in graph.live(end))
-        self._reads = tuple(spec.name for spec in self.inputs)
-        self._makes = tuple(spec.name for spec in self.outputs)
-        self._store = store
-        self._chain: tuple[int, list[LoadedPiece]] = (-1, [])  # (store.changes at the lookup, pieces)
-        self.waited_s = 0.0  # time that calls of `run` have waited for interpreters that others used
-
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
-        """Computes the tensors that cross `end` from those that cross `begin`, each in the boundary's order.
-
-        Blocks without holding the GIL: call it from a worker thread. A model that keeps state is reset before every sample.
-        Raises `ModelError` if the computation fails.
-        """
-        return self._computed(inputs, 1, self._count_wait)
-
-    def _computed(self, inputs: Sequence[Array], batch: int, on_wait: OnWait) -> list[Array]:
-        if len(inputs) != len(self.inputs):
-            raise ConfigError(f"{self} takes {len(self.inputs)} tensors, not {len(inputs)}")
-        pieces = self._pieces()
-        if len(pieces) == 1 and pieces[0].reads == self._reads and pieces[0].makes == self._makes:
-            return self._run_piece(pieces[0], inputs, batch, on_wait)
-        known = dict(zip(self._reads, inputs, strict=True))
-        for piece in pieces:
-            made = self._run_piece(piece, [known[name] for name in piece.reads], batch, on_wait)
-            known.update(zip(piece.makes, made, strict=True))
-        return [known[name] for name in self._makes]
-
-    def run_batch(self, samples: Sequence[Sequence[Array]], on_wait: OnWait | None = None) -> list[list[Array]]:
-        """What `run` computes for each of several samples, together; only for segments that passed `check_batches`.
-
-        `on_wait` receives the seconds for which other calls delayed this one; without it, `waited_s` counts them. Raises
-        `ModelError` if the computation fails, or if a tensor of any sample has the wrong type or shape.
-        """
-        on_wait = on_wait or self._count_wait
-        if len(samples) == 1:
-            return [self._computed(samples[0], 1, on_wait)]
-        stacked = [
-            _stacked(self, spec, values) for spec, values in zip(self.inputs, zip(*samples, strict=True), strict=True)
-        ]
-        made = self._computed(stacked, len(samples), on_wait)
-        for spec, values in zip(self.outputs, made, strict=True):
-            if values.shape != (len(samples), *spec.shape[1:]):
-                raise ModelError(str(self), f"the shape of {spec.name} does not follow the number of samples")
-        # copies, so that a sample that leaves late does not hold the memory of the whole batch
-        return [[values[at : at + 1].copy() for values in made] for at in range(len(samples))]
-
-    def _run_piece(self, piece: LoadedPiece, inputs: Sequence[Array], batch: int, on_wait: OnWait) -> list[Array]:
-        # A context manager would cost as much as running a small piece.
-        runner = piece.take(self._store.may_grow, on_wait)
-        try:
-            if self._store.stateful:
-                runner.reset()
-            return runner.run(inputs, batch)
-        finally:
-            piece.give(runner)
-
-    def _count_wait(self, seconds: float) -> None:
-        self.waited_s += seconds
-
-    @property
-    def interpreters(self) -> int:
-        """How many samples, or batches, can be computed at the same time."""
-        if not self._store.is_ready(self.begin, self.end):
-            return 1  # looking would load the missing pieces
-        return min(self._store.interpreters(piece) for piece in self._pieces())
-
-    @property
-    def idle(self) -> bool:
-        """Whether the model is small and every piece of the segment is loaded and has a free interpreter."""
-        store = self._store
-        if not store.small:
-            return False
-        if self._chain[0] != store.changes and not store.is_ready(self.begin, self.end):
-            return False
-        return all(piece.idle for piece in self._pieces())
-
-    def _pieces(self) -> list[LoadedPiece]:
-        """The pieces to run. For a small model, whose lookup costs as much as its computation, they are cached.
-
-        A large model's pieces are looked up every time, so that the store can unload them.
-        """
-        store = self._store
-        if not store.small:
-            return store.chain(self.begin, self.end)
-        changes = store.changes
-        if self._chain[0] != changes:
-            joined = store.joined(self.begin, self.end)
-            self._chain = (changes, store.chain(self.begin, self.end) if joined is None else [joined])
-        return self._chain[1]
-
-    def release(self) -> None:
-        """Tells the store that this segment is out of use; garbage collection of the segment has the same effect."""
-        self._store.released(self)
-
-    def __repr__(self) -> str:
-        return f"{self._store.model.name} {self.begin + 1}..{self.end}"
 
 
 class SegmentStore:
@@ -203,14 +87,12 @@ class SegmentStore:
             map_large_blocks()
         self.model = model
         self.stateful = model.graph.stateful
-        self._folder = folder or cache_dir("segments", model.sha256[:16])
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._options = options
-        self._weight_factor = 2 if options.delegate else 1
         spare_bytes = max(SPARE_BYTES, model.size_bytes // 5 - PROCESS_BYTES)
-        default_bytes = self._weight_factor * model.size_bytes + spare_bytes
+        default_bytes = weight_factor(options) * model.size_bytes + spare_bytes
         self.budget_bytes = default_bytes if self._limits.budget_bytes is None else self._limits.budget_bytes
         self._sandbox = sandbox or Sandbox(model, delegate=options.delegate)
+        folder = folder or cache_dir("segments", model.sha256[:16])
+        self._loader = PieceLoader(model, folder, options, self._sandbox, self._limits.in_memory_bytes)
         self._bounds: list[int] = sorted({0, *useful_positions(model.manifest), model.graph.depth})
         self._asked: OrderedDict[int, None] = OrderedDict()  # bounds added by `prepare`, least recently used first
         self._pieces: OrderedDict[tuple[int, int], LoadedPiece] = OrderedDict()  # least recently used first
@@ -358,7 +240,7 @@ class SegmentStore:
         """Estimated memory of one sample's tensors while layers begin+1..end are computed."""
         with self._looking:
             pairs = self._pairs(begin, end)
-        return max(sum(map(self.model.graph.size_bytes, self._touched(*pair))) for pair in pairs)
+        return max(self._loader.tensor_bytes(*pair) for pair in pairs)
 
     def try_batch(self, begin: int, end: int, batch: int) -> None:
         """Computes a batch in the sandbox. Raises `ModelError` where that crashes or does not end."""
@@ -394,7 +276,7 @@ class SegmentStore:
             with self._looking:
                 piece = self._pieces.get((begin, end))
             if piece is None:
-                piece = self._load(begin, end)
+                piece = self._loader.load(begin, end)
                 with self._looking:
                     self._pieces[begin, end] = piece
                     self.changes += 1
@@ -408,7 +290,7 @@ class SegmentStore:
                 self._joined.move_to_end((begin, end))
         if known:
             return
-        piece = self._load(begin, end)
+        piece = self._loader.load(begin, end)
         with self._looking:
             self._joined[begin, end] = piece
             while self._joined_bytes() > self._limits.joined_bytes:
@@ -427,14 +309,14 @@ class SegmentStore:
             was_loaded = (begin, end) in self._pieces
         halves = {}
         if was_loaded:
-            halves = {pair: self._load(*pair) for pair in ((begin, position), (position, end))}
+            halves = {pair: self._loader.load(*pair) for pair in ((begin, position), (position, end))}
         with self._looking:
             insort(self._bounds, position)
             self.changes += 1
             self._asked[position] = None
             self._pieces.update(halves)
             self._pieces.pop((begin, end), None)
-        self._delete(begin, end)
+        self._loader.delete(begin, end)
 
     def _trim(self) -> None:
         """Frees memory until the budget holds: joined pieces first, then pieces at unused bounds, then unused pieces."""
@@ -456,7 +338,7 @@ class SegmentStore:
                     return
                 del self._pieces[idle]
                 self.changes += 1
-            self._delete(*idle)
+            self._loader.delete(*idle)
 
     def _join_at(self, position: int) -> None:
         """Removes a bound. If a segment in use spans it, the merged piece is loaded before the halves are removed."""
@@ -464,7 +346,7 @@ class SegmentStore:
             at = self._bounds.index(position)
             begin, end = self._bounds[at - 1], self._bounds[at + 1]
             spanned = any(segment.begin < position < segment.end for segment in self._segments)
-        joined = self._load(begin, end) if spanned else None
+        joined = self._loader.load(begin, end) if spanned else None
         with self._looking:
             self._bounds.remove(position)
             self.changes += 1
@@ -474,65 +356,4 @@ class SegmentStore:
             if joined is not None:
                 self._pieces[begin, end] = joined
         for pair in ((begin, position), (position, end)):
-            self._delete(*pair)
-
-    def _path(self, begin: int, end: int) -> Path:
-        return self._folder / f"{begin + 1}-{end}.tflite"
-
-    def _delete(self, begin: int, end: int) -> None:
-        # an interpreter that maps the file keeps its content until it is closed
-        with contextlib.suppress(OSError):
-            self._path(begin, end).unlink()
-
-    def _load(self, begin: int, end: int) -> LoadedPiece:
-        part = slice_model(self.model, begin + 1, end)
-        source: Path | bytes
-        small = part.size_bytes <= self._limits.in_memory_bytes
-        if small:
-            source = part.to_bytes()
-        else:
-            source = self._path(begin, end)
-            if not _holds(source, part):
-                write_whole(source, part.chunks(), size_bytes=part.size_bytes, durable=False)
-            forget_pages(self.model.data)  # the pages were needed only for the copy
-        self._sandbox.admit(part, source)
-        crossing = sum(spec_bytes for spec_bytes in map(self.model.graph.size_bytes, self._touched(begin, end)))
-
-        def load() -> SegmentRunner:
-            title = f"{self.model.name} {begin + 1}..{end}"
-            return SegmentRunner(
-                source, self._options.num_threads, delegate=self._options.delegate, title=title, renew=part.renew
-            )
-
-        size_bytes = self._weight_factor * part.size_bytes + crossing
-        return LoadedPiece(part, load, size_bytes, keep=self._options.delegate or small)
-
-    def _touched(self, begin: int, end: int) -> set[int]:
-        """The tensors at the ends of the piece and its two largest inner ones: an estimate of its interpreter's memory."""
-        graph = self.model.graph
-        inner = sorted(
-            (out for layer in graph.layers[begin:end] for out in graph.outputs_of(layer.operator)),
-            key=graph.size_bytes,
-            reverse=True,
-        )
-        return {*graph.live(begin), *graph.live(end), *inner[:2]}
-
-
-def _stacked(segment: Segment, spec: TensorSpec, values: Sequence[Array]) -> Array:
-    """One tensor of several samples. Raises `ModelError` where a sample's differs in type or shape."""
-    for value in values:
-        if value.shape != spec.shape or value.dtype != spec.dtype:
-            raise ModelError(
-                str(segment), f"{spec.name} is {spec.dtype} {spec.shape}, not {value.dtype} {value.shape} of a sample"
-            )
-    return np.concatenate(values)
-
-
-def _holds(path: Path, part: SlicedPart) -> bool:
-    """Whether an existing file is this part: it has the same structure in front and the same size."""
-    head = bytes(next(iter(part.chunks())))
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(head)) == head and os.fstat(file.fileno()).st_size == part.file_bytes(len(head))
-    except OSError:
-        return False
+            self._loader.delete(*pair)

@@ -1,0 +1,4 @@
+"""Loaded segments of models: the store of pieces, their interpreters, and the check of batches.
+
+Start with `store`. Imports `bus`, `stages.models`, `stages.models.files` and `stages.models.runtime`.
+"""
