@@ -14,6 +14,7 @@ from bus.messages import Snapshot
 from bus.port import Bus, Reader
 from bus.tensors import Assembler
 from stages.membership.fences import Fences
+from stages.membership.lease import Lease
 from stages.network.frame_sender import FrameSender
 from stages.offsets import OffsetLedger
 from stages.sample_ranges import SampleRanges
@@ -30,6 +31,7 @@ class StageComponents:
     open_decisions: OpenDecisions = snapshots.open_decisions  # finds the snapshot from which a node starts
     decision_log: Callable[..., DecisionLog] = DecisionLog
     fences: Callable[[int], Fences] = Fences
+    lease: Callable[[float], Lease] = Lease
     offsets: Callable[[], OffsetLedger] = OffsetLedger  # of an edge or cloud node
     assembler: Callable[[], Assembler] = Assembler  # of one attempt on one stage
     done: Callable[[], SampleRanges] = SampleRanges  # of one attempt on an edge or cloud node

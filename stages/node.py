@@ -46,7 +46,6 @@ from stages.measuring.peers import ProbingNode
 from stages.measuring.reports import LinkReports
 from stages.membership.failures import detail_of
 from stages.membership.fences import Fences
-from stages.membership.lease import Lease
 from stages.membership.settings import NodeSettings
 from stages.membership.spans import TaskSpans
 from stages.membership.status import MEASURED, NodeStatus
@@ -112,7 +111,7 @@ class Node:
         self._on_busy = on_busy
         self.settings = settings
         self.runner = runner
-        self.lease = Lease(settings.lease_s)
+        self.lease = self.components.lease(settings.lease_s)
         self.spans = TaskSpans(settings.name, settings.role, on_span)
         self.status = NodeStatus()
         for part in MEASURED[settings.role]:

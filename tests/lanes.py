@@ -29,7 +29,9 @@ LANE_OF_PREFIX = {
     "tests/integration/test_lost_decisions.py": "patient",
     "tests/integration/test_page_numbers.py": "patient",
     "tests/integration/test_topic_settings.py": "patient",
+    "tests/integration/test_codec_models.py": "",
     "tests/integration/test_docs.py": "",  # commands that need no broker
+    "tests/integration/test_exact_optimum.py": "",  # its solver's effort is not counted in seconds
     "tests/integration/test_interrupts.py": "",  # its moments are counted in processor time
     "tests/integration/test_wheel.py": "",
     "tests/integration/": "live",

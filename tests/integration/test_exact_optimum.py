@@ -29,7 +29,7 @@ def python() -> Path:
 @pytest.fixture(scope="module")
 def cases(python: Path) -> Sequence[Case]:
     command = [str(python), "-m", "tests.solvers.exact_cases", "8"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return list(json.loads(done.stdout))
 

@@ -46,6 +46,7 @@ from stages.hops.edge_stage import EdgeStage
 from stages.hops.flow import Flow
 from stages.hops.hop import Hop
 from stages.membership.fences import Fences
+from stages.membership.lease import Lease
 from stages.network.frame_sender import FrameSender
 from stages.node import Node
 from stages.offsets import OffsetLedger, Receipt
@@ -226,8 +227,8 @@ def sender_of_one_try(bus: Bus, *arguments: Any, **more: Any) -> FrameSender:
     return FrameSender(overlooking, *arguments, **more)
 
 
-class UngatedNode(Node):
-    """Goes on sending when it may have been declared lost."""
+class IgnoredLease(Lease):
+    """Lets a node send when it may have been declared lost."""
 
     async def gate(self) -> None:
         return
@@ -581,7 +582,7 @@ CANARIES = (
     Canary("slot given back twice", "an edge's slot is given back twice", 5, hop(SlotGivenTwice)),
     Canary("permit leaked", "a result does not open the window", 5, stage(window=NeverGivenBack)),
     Canary("window ignored", "a device sends without waiting for results", 5, stage(window=Boundless)),
-    Canary("gate ignored", "a node goes on sending after half a lease", 30, Programs(node=UngatedNode)),
+    Canary("gate ignored", "a node goes on sending after half a lease", 30, stage(lease=IgnoredLease)),
     Canary(
         "no watchdog",
         "a device waits for results for ever",
