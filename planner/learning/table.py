@@ -50,6 +50,13 @@ DEFAULT_LIMIT: Final = 5_000
 
 SavedEstimate = Sequence[Any]  # sort, key and value of an estimate, as JSON can hold them
 _SHOWN: Final = 8  # last changed estimates that show what to assume of others
+_SHORTER: Final = {
+    Kind.DEVICE: (),
+    Kind.DEVICE_EDGE: (Kind.DEVICE,),
+    Kind.DEVICE_CLOUD: (Kind.DEVICE_EDGE, Kind.DEVICE),
+    Kind.DEVICE_EDGE_CLOUD: (Kind.DEVICE_EDGE, Kind.DEVICE),
+}
+"""Families whose paths are part of those of a family, the longest first."""
 _RECENT: Final = 64  # last changed nodes among which those are looked for that show a scatter
 
 
@@ -326,7 +333,7 @@ class EstimateTable:
             return priors[Kind.DEVICE_EDGE_CLOUD]
         if kind is Kind.DEVICE_EDGE_CLOUD and Kind.DEVICE_CLOUD in priors:
             return priors[Kind.DEVICE_CLOUD]
-        for shorter in (Kind.DEVICE_EDGE, Kind.DEVICE):  # a longer path costs at least as much
+        for shorter in _SHORTER[kind]:  # a longer path costs at least as much
             if shorter in priors:
                 return priors[shorter]
         return NO_PATH.line

@@ -14,7 +14,8 @@ import pytest
 from tests.kafka_broker import apache_required, choose
 
 KEYS = {
-    *("network", "model", "samples", "regret_first", "regret_first_se", "regret", "regret_se", "regret_s"),
+    *("network", "model", "samples", "regret", "regret_se", "regret_s"),
+    *("regret_first", "regret_first_se", "regret_first_s"),
     *("error_first", "error", "error_s", "best_policy", "tasks"),
 }
 

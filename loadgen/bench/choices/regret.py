@@ -175,6 +175,7 @@ def judge(cell: Cell, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
         "samples": cell.samples,
         "regret_first": means_first.regret,
         "regret_first_se": means_first.regret_se,
+        "regret_first_s": means_first.ours_s - means_first.best_s,
         "regret": means.regret,
         "regret_se": means.regret_se,
         "regret_s": means.ours_s - means.best_s,

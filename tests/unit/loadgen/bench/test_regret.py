@@ -35,6 +35,7 @@ def test_a_cell_is_judged_before_and_after_learning() -> None:
     }
     row = regret.judge(CELL, runs)
     assert (row["network"], row["model"], row["samples"]) == ("lan", "lenet", 10)
+    assert row["regret_first_s"] == pytest.approx(2.0)
     assert row["regret_first"] == pytest.approx(2.0)  # over device-only, the best of the first five
     assert row["regret"] == pytest.approx(1.2)  # over edge-only, the best later
     assert row["regret_s"] == pytest.approx(0.2)

@@ -269,6 +269,14 @@ def test_what_a_device_needs_to_begin_a_task_counts_on_every_path() -> None:
     assert region.errors(3) == pytest.approx([0.0] * 3, abs=0.05)
 
 
+def test_what_an_edge_needs_does_not_count_for_the_device_alone() -> None:
+    on_device = profile(layer_s=(0.001, 0.002, 0.003), cut_bytes=(10_000, 10_000, 10_000, 100))
+    region = Region(Truth(task_s=0.2), device(models=(on_device,)), edge(models=(faster(on_device, 10.0),)))
+    region.run(2, samples=10)
+    assert region.placed[0].placement.edge == "e1"
+    assert region.placed[1].placement.edge is None, "the device alone may need less, and is tried"
+
+
 def test_a_placement_says_how_much_of_its_delay_is_latency_and_overhead() -> None:
     region = Region(Truth(latency_s={(1, "e1"): 0.02}, task_s=0.05), *nodes(), policy="edge-only")
     region.heartbeat(LinkMeasurement(link=1, edge="e1", latency_s=0.02))
