@@ -12,18 +12,16 @@ from aiokafka import TopicPartition as KafkaPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
 from bus.errors import BusUnavailableError
-from bus.kafka.connection import KafkaConnection, patience_s
+from bus.kafka.connection import KafkaConnection
 from bus.kafka.errors import translated
 from bus.kafka.readers import KafkaReader
 from bus.port import RebalanceCallback, TopicPartition
 
 COMMIT_TRY_S = 3.0
-"""Timeout of the first attempt to commit, twice as long for the second and so on: aiokafka's commit may hang while the
-coordinator is unavailable.
-"""
+"""Timeout of the first attempt to commit, and 3 s more for each further one: aiokafka's may hang without a coordinator."""
 
 COMMIT_S = 9.0
-"""Timeout of a commit in a cluster of one broker; in a larger one another coordinator takes over (`patience_s`)."""
+"""Timeout of a commit. Whoever commits tries again later, with newer positions, and can end in between."""
 
 SESSION_TIMEOUT_S = 6.0
 """How long a group waits for a killed member."""
@@ -62,13 +60,12 @@ class KafkaMember(KafkaReader):
         if not ours:
             return
         loop = asyncio.get_running_loop()
-        began_s, try_s, limit_s = loop.time(), 0.0, COMMIT_S
+        began_s, try_s = loop.time(), 0.0
         cause: BaseException | None = None
-        while (left_s := began_s + limit_s - loop.time()) > 0:
+        while (left_s := began_s + COMMIT_S - loop.time()) > 0:
             consumer = self._consumer
             if consumer is None:
                 return
-            limit_s = max(COMMIT_S, patience_s(consumer._client))
             try_s += COMMIT_TRY_S
             try:
                 async with asyncio.timeout(min(try_s, left_s)):
@@ -84,7 +81,7 @@ class KafkaMember(KafkaReader):
                 cause = error
                 await asyncio.sleep(_RETRY_S)
         raise BusUnavailableError(
-            f"the offsets of group {self._group} could not be committed within {limit_s:g} s"
+            f"the offsets of group {self._group} could not be committed within {COMMIT_S:g} s"
         ) from cause
 
     async def close(self) -> None:

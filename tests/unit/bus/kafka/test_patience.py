@@ -74,19 +74,19 @@ def test_end_offsets_wait_for_a_new_leader_beyond_one_attempt_of_the_library() -
     run_virtual(main())
 
 
-@pytest.mark.parametrize("late", [LateConsumer(ready_s=25.0), LateConsumer(answer_s=11.0)])
+@pytest.mark.parametrize("late", [LateConsumer(ready_s=7.0), LateConsumer(answer_s=5.0)])
 def test_a_commit_waits_until_another_broker_coordinates_the_group(late: LateConsumer) -> None:
     async def main() -> None:
         await member_of(late).commit({("t", 0): 5})
-        assert asyncio.get_running_loop().time() < FAILOVER_S
+        assert asyncio.get_running_loop().time() <= COMMIT_S
 
     run_virtual(main())
 
 
-def test_a_commit_to_a_single_broker_that_is_away_fails_in_seconds() -> None:
+def test_a_commit_without_a_coordinator_fails_in_seconds() -> None:
     async def main() -> None:
         with pytest.raises(BusUnavailableError, match="within 9 s"):
-            await member_of(LateConsumer(brokers=1, ready_s=1e9)).commit({("t", 0): 5})
+            await member_of(LateConsumer(ready_s=1e9)).commit({("t", 0): 5})
         assert asyncio.get_running_loop().time() <= COMMIT_S + 1.0
 
     run_virtual(main())
