@@ -47,7 +47,7 @@ class Sandbox:
         self._path = findings_file(model.sha256, "slices")
         self._admitted: set[str] = set()
         if not model.trusted:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UnicodeDecodeError):
                 self._admitted.update(self._path.read_text(encoding="utf-8").split())
 
     def __enter__(self) -> Self:

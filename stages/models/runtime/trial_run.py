@@ -14,8 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,13 @@ LONGEST_S = 30.0
 
 TRIAL_VERSION = 3
 """Version of the child's report. Increase it when the report changes, so that cached findings are replaced."""
+
+
+FINDINGS = frozenset({"shapes", "late", "missing_kernels"})
+"""What the child reports of a model that passes."""
+
+LEFTOVER_S = 86_400.0
+"""A temporary file of this age belongs to a process that was killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +55,7 @@ WHOLE_MODEL = ChildProgram("from stages.models.runtime.trial_child import main; 
 def trial(source: Path | bytes, sha256: str, shown: str, child: ChildProgram = WHOLE_MODEL) -> RuntimeFacts:
     """The findings of a trial run, from the cache if possible. Raises `ModelError` if the run fails."""
     path = findings_file(sha256, "json")
-    found: dict[str, Any] | None = None
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_bytes())
+    found = _stored(path)
     if found is None:
         found = _run(source, child)
         if not found.get("passing"):
@@ -60,6 +67,15 @@ def trial(source: Path | bytes, sha256: str, shown: str, child: ChildProgram = W
         late={int(tensor): None if shape is None else tuple(shape) for tensor, shape in found["late"].items()},
         missing_kernels=frozenset(found["missing_kernels"]),
     )
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """The stored findings; None if there are none, or the file is damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict) and ("fault" in found or found.keys() >= FINDINGS):
+            return found
+    return None
 
 
 def _run(source: Path | bytes, child: ChildProgram) -> dict[str, Any]:
@@ -97,7 +113,18 @@ def _run(source: Path | bytes, child: ChildProgram) -> dict[str, Any]:
 
 def trial_folder() -> Path:
     """The folder of findings, and of temporary files that a child runs."""
-    return cache_dir("trials")
+    folder = cache_dir("trials")
+    _tidy(folder)
+    return folder
+
+
+@lru_cache(maxsize=1)
+def _tidy(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed; once for each process."""
+    with contextlib.suppress(OSError):
+        for file in folder.glob("tmp*.tflite"):
+            if time.time() - file.stat().st_mtime > LEFTOVER_S:
+                file.unlink(missing_ok=True)
 
 
 def findings_file(sha256: str, kind: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ai_edge_litert import schema_py_generated as schema
 from bus.errors import ModelError
 from stages.models.model import Model
 from stages.models.profiler import TimedRuns, measure
-from stages.models.runtime.trial_run import ChildProgram
+from stages.models.runtime.trial_run import ChildProgram, findings_file, trial_folder
 from stages.models.sandbox import Sandbox
 from stages.models.segments.store import SegmentStore
 from stages.models.slicer import slice_model
@@ -101,6 +102,35 @@ def test_slices_are_tried_without_asking_for_it(
     work(model)
     part = slice_model(model, *layers)
     Sandbox(model, program=DEATH).admit(part, part.to_bytes())
+
+
+@pytest.mark.parametrize("damaged", [b"", b"[]", b"{}", b"3", b"null", b"\xff\xfe", b'{"shapes": ', b"\0" * 64])
+def test_damaged_findings_are_found_again(model: Model, damaged: bytes) -> None:
+    with Sandbox(model) as sandbox:
+        part = slice_model(model, 1, 2)
+        sandbox.admit(part, part.to_bytes())
+    stored = [findings_file(model.sha256, kind) for kind in ("json", "slices")]
+    before = stored[0].read_bytes()
+    for file in stored:
+        assert file.stat().st_size > 0
+        file.write_bytes(damaged)
+    again = load_model(model.path)
+    assert stored[0].read_bytes() == before
+    with Sandbox(again) as sandbox:
+        sandbox.admit(part, part.to_bytes())
+
+
+def test_temporary_files_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPAR_CACHE_DIR", str(tmp_path / "other"))
+    trials = tmp_path / "other" / "trials"
+    trials.mkdir(parents=True)
+    old, fresh, findings = (trials / name for name in ("tmpold.tflite", "tmpnew.tflite", "0123-2.3.0-3.slices"))
+    for file in (old, fresh, findings):
+        file.touch()
+    for file in (old, findings):
+        os.utime(file, (1.0, 1.0))
+    assert trial_folder() == trials
+    assert (old.exists(), fresh.exists(), findings.exists()) == (False, True, True)
 
 
 def test_a_child_that_hangs_is_given_up(model: Model) -> None:
