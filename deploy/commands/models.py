@@ -238,7 +238,8 @@ class VerifyOptions:
     num_threads: Threads = 1
     delegate: Annotated[bool, typer.Option(help="Use the runtime's default delegate (XNNPACK).")] = True
     accelerator: Annotated[
-        Processor, typer.Option(help="cpu: compare bit by bit; gpu: also compare each part on the GPU with the CPU.")
+        Processor,
+        typer.Option(help="cpu: compare the parts with the whole bit by bit; gpu: also compare each with the CPU."),
     ] = Processor.CPU
     gpu_tolerance: GpuTolerance = 1e-4
 
@@ -255,7 +256,7 @@ def verify(
     """Run the whole model and its parts on the same inputs and compare the results bit by bit.
 
     Exit code 0 if all results are identical, or if every difference is proven to come from the runtime; otherwise 1.
-    With `--accelerator gpu`, also 1 if the GPU must not compute a part.
+    With `--accelerator gpu`, also 1 if a part's results on the GPU are wrong or the GPU cannot compute it.
 
     Example: `deepar models verify lenet --cuts all`
     """

@@ -65,7 +65,7 @@ class TimingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecOptions:
-    """Whether codecs are measured, and on what."""
+    """Whether codecs are measured, and with which inputs."""
 
     codecs: Annotated[
         bool,
@@ -102,7 +102,7 @@ class GpuOptions:
     accelerator: Annotated[
         Processor,
         typer.Option(
-            help="Processor that is measured: cpu, or gpu (for the whole model, if its results agree with the CPU's)."
+            help="Processor to measure: cpu, or gpu (only if the results of the whole model agree with the CPU's)."
         ),
     ] = Processor.CPU
     gpu_tolerance: GpuTolerance = 1e-4

@@ -36,10 +36,10 @@ HttpPort = Annotated[
 ]
 HttpHost = Annotated[str, typer.Option(envvar="DEEPAR_HTTP_HOST", help="Address that --http-port listens on.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Codecs = Annotated[bool, typer.Option("--codecs", help="Let activations be encoded on the links.")]
+Codecs = Annotated[bool, typer.Option("--codecs", help="Allow codecs on the links.")]
 MinAgreement = Annotated[
     float | None,
-    typer.Option(metavar="SHARE", help="Least agreement of lossy codecs: 0.995. Default: only lossless codecs."),
+    typer.Option(metavar="SHARE", help="Minimum agreement of lossy codecs, like 0.995. Default: only lossless codecs."),
 ]
 
 GpuTolerance = Annotated[
@@ -53,7 +53,7 @@ GpuTolerance = Annotated[
 
 
 class Processor(StrEnum):
-    """What computes."""
+    """The processor that computes."""
 
     CPU = "cpu"
     GPU = "gpu"

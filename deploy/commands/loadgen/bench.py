@@ -22,19 +22,19 @@ from deploy.console_output.options import AsJson, BootstrapFromEnv
 from deploy.services.process import EXIT_MISSED
 
 BENCHES = {
-    "slices": "the parts of a cut model over the whole",
-    "planner": "search and decision times",
-    "routes": "solution times of the best mix of routes, and HiGHS's",
-    "bus": "hops and streams over the bare library",
-    "decision": "task submitted to decision received",
-    "pipeline": "streams through modelled stages over the bottleneck",
-    "simulator": "a million tasks through the core",
-    "path": "where the milliseconds of a task go, in the region that runs",
-    "regret": "delays of the learning planner over those of fixed policies, live",
+    "slices": "time of the parts of a cut model, relative to the whole model",
+    "planner": "times of searches and decisions",
+    "routes": "time to find the best mix of routes, compared with HiGHS",
+    "bus": "hops and streams, compared with the bare Kafka library",
+    "decision": "time from the submission of a task to its decision",
+    "pipeline": "throughput of modelled stages, relative to the slowest station",
+    "simulator": "a million tasks through the planner's core",
+    "path": "time of each step of a task in a running region",
+    "regret": "delays of the learning planner, relative to the best fixed policy",
     "codecs": "size, speed and agreement of codecs on trained models",
     "accelerators": "segments in batches on the GPU, on the CPU and in PyTorch",
-    "batches": "a cloud stage that computes samples of several tasks together, over one by one",
-    "serve": "requests a second of a device's endpoint, beside other servers",
+    "batches": "a cloud stage that computes samples of several tasks together, compared with one by one",
+    "serve": "requests a second of a device's endpoint, compared with other servers",
 }
 """Benchmark -> what it measures."""
 
@@ -43,7 +43,7 @@ STARTS_PROCESSES = ("regret", "serve")
 
 
 class BenchBus(StrEnum):
-    """What a benchmark's records travel over."""
+    """The bus that a benchmark measures."""
 
     MEMORY = "memory"
     KAFKA = "kafka"
@@ -79,7 +79,8 @@ class CellOptions:
         typer.Option(min=1, metavar="N", help="Samples in a batch of benchmark accelerators; repeatable."),
     ] = None
     quick: Annotated[
-        bool, typer.Option("--quick", help="Measure less (benchmarks regret, serve, codecs, accelerators, batches).")
+        bool,
+        typer.Option("--quick", help="Measure fewer cases (benchmarks regret, serve, codecs, accelerators, batches)."),
     ] = False
 
 
@@ -88,7 +89,8 @@ class PeerOptions:
     """What the benchmark `serve` compares with."""
 
     peer_python: Annotated[
-        Path | None, typer.Option(help="Python with mlserver or kserve and ai-edge-litert (benchmark serve).")
+        Path | None,
+        typer.Option(help="Python interpreter that has ai-edge-litert and mlserver or kserve (benchmark serve)."),
     ] = None
 
 

@@ -174,7 +174,7 @@ class Link2Options:
 
 @dataclass(frozen=True, kw_only=True)
 class AcceleratorFlags:
-    """What an edge or a cloud worker computes with."""
+    """The processor of an edge or a cloud worker, and its batches."""
 
     accelerator: Annotated[
         str,

@@ -31,7 +31,7 @@ MOST_DEATHS = 3
 
 
 class GpuFaultError(Exception):
-    """The GPU did not do what was ordered; the message says why. The CPU must do it."""
+    """The GPU process failed at an order; the message says why. The CPU computes the samples instead."""
 
 
 class GpuEndedError(GpuFaultError):
