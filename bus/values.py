@@ -184,11 +184,11 @@ class Route(Frozen):
 
 
 class BatchLoad(Frozen):
-    """What the tasks under way are predicted to do to a node that computes their samples in batches."""
+    """The predicted batches of a node that computes the samples of several tasks together."""
 
-    tasks: Annotated[int, Field(ge=1)]  # that compute the same model there, this one included
+    tasks: Annotated[int, Field(ge=1)]  # tasks with the same model on the node, this one included
     batch: Annotated[float, Field(ge=1)]  # mean samples in a batch
-    apart: Annotated[float, Field(gt=0)]  # time between two samples of this task, over a sample's share of its batch
+    apart: Annotated[float, Field(gt=0)]  # time between two samples of this task, in shares of a sample in its batch
 
 
 class Placement(Frozen):

@@ -1,16 +1,16 @@
-"""What a platform that computes samples of several tasks in batches needs for a sample of one of them.
+"""The time that a sample takes on a platform that computes the samples of several tasks in batches.
 
-Of k pipelined tasks with the same model, each has a window of samples under way, at least eight (`bus.routes.windows`).
-About half of them wait at the slowest station, and a stage gives at most eight of one task to a batch. So a batch there has m
-samples of each task, spread over the platform's E executors:
+Of k pipelined tasks with the same model, each has a window of samples under way, at least eight (`bus.routes.windows`). About
+half of them wait at the slowest station, and a stage puts at most eight of one task into a batch. A platform with E executors
+computes E batches at the same time. So:
 
-* m = min(8, half the window, half the samples of the task), at least 1
-* n = min(32, m k / E) samples in a batch, at least 1
-* a sample's share of its batch takes T(n) / n, with T as the profile says; between two samples of one task the platform
-  computes one of each other task as well, E batches at a time, so they are c T(n) / n apart, with c = max(k / E, 1 / m)
+* m = min(8, half the window, half the samples of the task), at least 1: the samples of one task in a batch
+* n = min(32, m k / E), at least 1: the samples in a batch
+* T(n) / n: a sample's share of the time of its batch, which the profile gives
+* c T(n) / n, with c = max(k / E, 1 / m): the time between the ends of two samples of one task
 
-Where another station is the slowest one, batches are smaller and samples are further apart than that, but then it does not
-matter. A sequential task has one sample under way, which rarely meets another one: no batch is predicted for it.
+If another station is the slowest one, batches are smaller and samples are further apart, but then this platform does not
+determine the delay. A sequential task has one sample under way, which rarely meets another one: no batch is predicted for it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MOST_OF_A_TASK: Final = 8
 
 
 def samples_each(samples: int, cut_bytes: Sequence[int]) -> int:
-    """m, for a task of `samples` samples of a model with these sizes at its cuts."""
+    """m, for a task with this number of samples and a model with these sizes at its cuts."""
     window = window_samples(Execution.STREAMING, cut_bytes)
     return max(1, min(MOST_OF_A_TASK, window // 2, samples // 2))
 
 
 def batch_load(profile: ModelProfile, tasks: int, each: int) -> BatchLoad:
-    """What `tasks` tasks with `each` samples in a batch do to a platform that computes in batches."""
+    """The load of a platform that computes in batches by `tasks` tasks with `each` samples in a batch."""
     tasks_each = tasks / (profile.executors or 1)
     batch = min(float(MAX_BATCH), max(1.0, each * tasks_each))
     return BatchLoad(tasks=tasks, batch=batch, apart=max(tasks_each, 1.0 / each))
