@@ -10,8 +10,13 @@ import asyncio
 import contextlib
 from collections import Counter
 
-from bus.frames import BATCHES, MORE, SAMPLES, AttemptPlan, Frame
-from bus.values import Parts, Placement, is_node_name
+from bus.frames import BATCHES, MORE, PREDICTED, SAMPLES, AttemptPlan, Frame
+from bus.values import DELAY_PARTS, Parts, Placement, is_node_name
+
+KEYS = frozenset(
+    {"edge" + BATCHES, "cloud" + BATCHES, *(part + ending for part in DELAY_PARTS for ending in ("_s", PREDICTED))}
+)
+"""What a report says of a part. Other keys, for example of a later version, are ignored."""
 
 REPORTS_S = 1.0
 """Timeout for the reports of the other stages, counted from the last result."""
@@ -23,6 +28,7 @@ class StageReports:
     def __init__(self, plan: AttemptPlan) -> None:
         self.cloud: str | None = None  # the cloud node that reported
         self._revision = plan.number
+        self._most_batches = float(plan.samples)  # each sample in a batch of its own
         self._expected = _reported_parts(plan.placement)
         self._busy_s: dict[str, float] = {}  # by part
         self._present: dict[str, float] = {}  # by key of a report: totals under the present revision
@@ -36,7 +42,7 @@ class StageReports:
         """Add a report."""
         samples = frame.report.get(SAMPLES, 0.0)
         for key, value in frame.report.items():
-            if key not in (SAMPLES, MORE):
+            if key in KEYS:
                 self.add(key, value, int(samples))
                 if frame.revision == self._revision:
                     self._present[key] = self._present.get(key, 0.0) + value
@@ -73,7 +79,8 @@ class StageReports:
 
     def batches(self, part: str) -> float | None:
         """Sum of 1/n over the samples that a stage computed in batches of n; None: one by one."""
-        return self._busy_s.get(f"{part}{BATCHES}") or None
+        found = min(self._busy_s.get(f"{part}{BATCHES}", 0.0), self._most_batches)
+        return found or None
 
     def parts(self) -> Parts:
         """All busy times; in a session the means per sample."""
