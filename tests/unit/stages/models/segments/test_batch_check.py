@@ -140,7 +140,9 @@ def test_a_batch_that_crashes_the_runtime_crashes_the_sandbox_only(tmp_path: Pat
 def test_the_largest_batch_runs_in_the_sandbox_first(tmp_path: Path) -> None:
     model = load(tmp_path, built_models.residual())
     SegmentStore(model).warm()
-    program = ChildProgram("from tests.unit.stages.models.test_batch_check import crashing_above; crashing_above(8)")
+    program = ChildProgram(
+        "from tests.unit.stages.models.segments.test_batch_check import crashing_above; crashing_above(8)"
+    )
     store = SegmentStore(model, sandbox=Sandbox(model, program=program))
     found = check_batches(store, 0, model.graph.depth, clock(0.008, 0.002))
     assert "died of SIGSEGV" in found.refusal("any")
