@@ -46,7 +46,8 @@ class Lessons:
         self.nodes: OrderedDict[NodeKey, Lesson[LearnedNode]] = OrderedDict()  # least recently changed first
         self.paths: OrderedDict[PathKey, Lesson[LearnedPath]] = OrderedDict()
         self.links: OrderedDict[LinkKey, Lesson[LearnedLink]] = OrderedDict()
-        self._whole_s: dict[tuple[str, str], float] = {}  # node, model -> time of one sample by the announced profile
+        # node, model -> time of one sample by the announced profile; least recently announced first
+        self._whole_s: OrderedDict[tuple[str, str], float] = OrderedDict()
 
     def fold(self, change: Change) -> None:
         """Fold a change of a decision; most teach nothing."""
@@ -81,6 +82,9 @@ class Lessons:
                 for alone in (False, True):
                     self.nodes.pop((*key, alone), None)
             self._whole_s[key] = whole_s
+            self._whole_s.move_to_end(key)
+            if len(self._whole_s) > self._limit:
+                self._whole_s.popitem(last=False)
 
     def _add(
         self, table: OrderedDict[Key, Lesson[Value]], key: Key, value: Value, taught: tuple[str, ...], kept: int

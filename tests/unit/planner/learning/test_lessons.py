@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
 from bus.messages import Learned, LearnedLink, LearnedNode, LearnedPath, NodeAnnounced, StaleEstimate
@@ -65,6 +67,19 @@ def test_the_number_of_lessons_is_bounded_and_the_oldest_goes_first() -> None:
         lessons.learn(Learned(task_id=f"t{number}", nodes=(speed(f"e{number}"),)))
     assert [node for node, _, _ in lessons.nodes] == ["e2", "e3", "e4"]
     assert len(lessons) == 3
+
+
+def test_nodes_that_come_once_are_forgotten() -> None:
+    lessons = Lessons(limit=10)
+    node = NodeAnnounced(node="e1", role=Role.EDGE, incarnation="i1", models=(profile(Role.EDGE),))
+    tracemalloc.start()
+    try:
+        for i in range(3_000):
+            lessons.join(node.model_copy(update={"node": f"e{i}"}))
+        held_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held_bytes < 100_000
 
 
 def test_another_profile_makes_a_lesson_void_and_the_same_one_does_not() -> None:
