@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import FrameType
 
+import structlog
+
 PR_SET_PDEATHSIG = 1
 """Linux, `prctl`: the signal that a process receives when the thread that started it ends."""
 
@@ -39,6 +41,7 @@ class Worker(SpawnProcess):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
             if os.getppid() != self._starter:
                 os._exit(1)  # the parent ended during our imports
+        structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout is for the result
         super().run()
 
 
