@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -177,6 +180,14 @@ def test_an_interrupt_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     assert run(monkeypatch, "planner", prepare=interrupted) == 105
+    assert gc.isenabled()
+
+
+def test_a_command_runs_with_garbage_collection_which_passes_over_what_was_imported() -> None:
+    program = "import gc\nfrom deploy import cli\ngc.disable()\ncli.prepare_process('info')\n"
+    program += "print(gc.isenabled(), gc.get_freeze_count() > 1000)"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60.0, check=True)
+    assert said.stdout.split() == ["True", "True"]
 
 
 @pytest.mark.parametrize(
