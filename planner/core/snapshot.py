@@ -38,6 +38,7 @@ class Image:
             "admitted": saved.admitted,
             "circuits": [[name, *circuit] for name, circuit in saved.circuits],
             "taught": saved.taught,
+            "reviewed_s": None if saved.reviewed_s == float("-inf") else saved.reviewed_s,
         }
         self._nodes = list(region.nodes.values())
         self._tasks = saved.tasks
@@ -151,6 +152,7 @@ def restore(region: RegionState, state: dict[str, Any]) -> None:
             state.get("ended", []),
             state.get("taught", 0),
             state.get("estimates", []),
+            float("-inf") if (reviewed_s := state.get("reviewed_s")) is None else reviewed_s,
         )
     )
 
