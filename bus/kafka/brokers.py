@@ -88,7 +88,10 @@ class Brokers:
         finally:
             await _cancel(attempts)
         cause = "" if last is None else f": {last!r}"
-        raise BusUnavailableError(f"{at or self._servers} did not answer in time about {what}{cause}") from last
+        raise BusUnavailableError(
+            f"{at or self._servers} did not answer in time about {what}{cause}",
+            remedy="check that the brokers run and reach each other; `deepar doctor` says what is wrong",
+        ) from last
 
     async def close(self) -> None:
         """Close the connections."""
@@ -150,7 +153,7 @@ class _OneBroker(AIOKafkaAdminClient):  # type: ignore[misc]
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether another try may succeed; with `check_created` also where brokers are missing for a while."""
+    """Whether another try may succeed. `check_created` raises `InvalidReplicationFactorError` only where it may."""
     temporary = isinstance(error, OSError | EOFError | InvalidReplicationFactorError)
     return temporary or (isinstance(error, KafkaError) and error.retriable)
 

@@ -286,7 +286,8 @@ class _Site:
             if missing:
                 if asyncio.get_running_loop().time() > deadline:
                     raise BusUnavailableError(
-                        f"{self._servers} created topics and does not list them: {', '.join(missing)}"
+                        f"{self._servers} created topics but does not list them: {', '.join(missing)}",
+                        remedy="see the logs of the brokers, and try again",
                     )
                 await asyncio.sleep(_RETRY_S)
 

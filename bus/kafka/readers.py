@@ -233,7 +233,7 @@ async def started(
 ) -> AIOKafkaConsumer:
     """A consumer that `begin` has started. Raises `KafkaError` or `TimeoutError`.
 
-    aiokafka asks each bootstrap server once. Here they are tried for `REQUEST_S`, and three times if they are slow.
+    aiokafka asks each bootstrap server once. Here they are asked at least three times, and for at least `REQUEST_S`.
     """
     loop = asyncio.get_running_loop()
     began_s, tries = loop.time(), 0

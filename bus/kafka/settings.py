@@ -68,7 +68,7 @@ async def _repair(admin: AIOKafkaAdminClient, wrong: Iterable[Contradiction]) ->
     counts = {topic["topic"]: len(topic["partitions"]) for topic in await admin.describe_topics()}
     for one in wrong:
         if one.key == PARTITIONS:
-            if counts.get(one.topic) != int(one.repair):  # an earlier attempt may have been slow, not in vain
+            if counts.get(one.topic) != int(one.repair):  # else an earlier, slow attempt has done it
                 await admin.create_partitions({one.topic: NewPartitions(int(one.repair))})
         else:
             settings[one.topic][one.key] = one.repair

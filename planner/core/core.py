@@ -29,8 +29,8 @@ So a task starts only when the resources reserved for it are free of running tas
   draining device wait.
 * Handling an input raised an error: `planner.service.leader_term` rolls the input back, and its task is REJECTED or FAILED
   (`planner_error`). A user's policy raised an error or made an invalid choice: the task is REJECTED (`policy_error`).
-* A scheduled task is past its start: with a built-in policy it starts at once elsewhere, if that is better than to wait on
-  (`planner.core.late_waits`).
+* A scheduled task is past its start: with a built-in policy it starts at once elsewhere, if that is better than waiting
+  longer (`planner.core.late_waits`).
 * A session (an open-ended task) is placed by rate instead of length and holds its reservation until its device ends it
   (`planner.core.sessions`). Every 30 s the core looks for a better place for it.
 * Progress, heartbeats of unknown nodes or old incarnations, and events of tasks that are not live change nothing.

@@ -156,7 +156,7 @@ def differences(times: Iterable[tuple[float, float]]) -> list[float]:
 
     A change of speed shows in one difference only.
     """
-    # the ratio of a time that a node makes up may be 0 or infinite, its logarithms are not
+    # the ratio with a made-up time may be 0 or infinite; both logarithms are finite
     logs = [
         math.log(measured_s) - math.log(predicted_s)
         for measured_s, predicted_s in times

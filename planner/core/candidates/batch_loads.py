@@ -21,7 +21,7 @@ class BatchLoads:
         self.nodes: set[str] = set()  # those that compute in batches
 
     def node_changed(self, name: str) -> None:
-        """Take over that a node joined, changed or left."""
+        """Update `nodes`: a node joined, changed or left."""
         node = self._nodes.get(name)
         if node is not None and node.batching:
             self.nodes.add(name)

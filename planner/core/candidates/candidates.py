@@ -155,8 +155,7 @@ class Candidates:
         key = row, terms, edge_load, cloud_load
         if key not in known:
             if self._option_count >= MAX_OPTIONS:
-                self._options.clear()
-                self._option_count = 0
+                self._forget_options()
                 known = self._options.setdefault(edge, {})
             self._option_count += 1
             known[key] = self._option(edge, row, self._cloud_of(edge, row, cloud_load), terms, edge_load)
@@ -255,7 +254,7 @@ class Candidates:
                 node.reach.clear()
 
     def _tasks_changed(self, placed: Placed) -> None:
-        """Take over that a task begins or ends on nodes that compute in batches."""
+        """Drop predictions of batches that change because a task begins or ends."""
         edge = placed.placement.edge
         if not self.loads.nodes or edge is None:
             return
@@ -266,7 +265,7 @@ class Candidates:
             self._changed_at[edge] = self._version
 
     def _load_changed(self, name: str) -> None:
-        """Take over the load of the sessions of an edge or device."""
+        """Update the load of the sessions of an edge or device."""
         if self.learned.load_changed(name):
             self._predictions_changed(name)
 

@@ -66,7 +66,7 @@ class LearnedRows:
             self._searches.forget(row)
 
     def load_changed(self, name: str) -> bool:
-        """Take over the load of the sessions of an edge or device; whether this changes predictions."""
+        """Update the load of the sessions of an edge or device; returns whether this changes predictions."""
         steps = self._ledger.load_steps(name, LOAD_STEPS)
         if steps == self._load_steps.get(name, 0):
             return False
