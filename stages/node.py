@@ -2,7 +2,7 @@
 
 A node first reads the region's decisions to their end, so that it knows what is fenced, then announces itself under a new
 incarnation and begins to work. Heartbeats renew its lease. After half a lease without an acknowledged heartbeat it stops
-sending (`gate`), so that none of its frames are in flight when the planner declares it lost. When it reads that it was
+sending (`Lease.gate`), so that none of its frames are in flight when the planner declares it lost. When it reads that it was
 declared lost, it drops all work and announces itself again.
 """
 

@@ -15,7 +15,7 @@ pytest_plugins = ["tests.kafka_broker", "tests.lanes", "tests.client_environment
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Collect no garbage while tests are collected, and visit what that made no more: a third of its processor time."""
+    """Collect no garbage while tests are collected, and set aside what exists then: collection takes half the time."""
     gc.disable()
     try:
         return (yield)
