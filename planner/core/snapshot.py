@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from math import isfinite
 from typing import Any
 
 from bus.errors import ConfigError, InvariantError
@@ -126,7 +127,7 @@ def spliced(payload: bytes, lists: Lists) -> bytes:
 def restore(region: RegionState, state: dict[str, Any]) -> None:
     """Load a state of `to_state` into a new core. Leases: see `restart_leases`.
 
-    Raises `ConfigError` for a state of another version or region.
+    Raises `ConfigError` for a state of another version or region, other errors for one that no planner wrote.
     """
     if state.get("version") != STATE_VERSION or state.get("region") != region.region:
         raise ConfigError(
@@ -135,7 +136,7 @@ def restore(region: RegionState, state: dict[str, Any]) -> None:
         )
     if region.tasks or region.nodes:
         raise InvariantError("cannot restore a state into a core that has tasks or nodes; create a new core")
-    now_s = float("-inf") if state["now_s"] is None else state["now_s"]
+    now_s, reviewed_s = _time_s(state["now_s"]), _time_s(state.get("reviewed_s"))
     profiles = state.get("profiles", [])
     for entry in state.get("nodes", []):
         models = [{**profiles[index], "platform": platform} for index, platform in entry["models"]]
@@ -152,9 +153,18 @@ def restore(region: RegionState, state: dict[str, Any]) -> None:
             state.get("ended", []),
             state.get("taught", 0),
             state.get("estimates", []),
-            float("-inf") if (reviewed_s := state.get("reviewed_s")) is None else reviewed_s,
+            reviewed_s,
         )
     )
+
+
+def _time_s(saved: object) -> float:
+    """A ledger time; None: before all others. Raises `ValueError`."""
+    if saved is None:
+        return float("-inf")
+    if not isinstance(saved, int | float) or not isfinite(saved):
+        raise ValueError(f"{saved!r} is not a time")
+    return saved
 
 
 def _saved_task(entry: dict[str, Any]) -> SavedTask:
