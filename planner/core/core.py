@@ -29,8 +29,6 @@ So a task starts only when the resources reserved for it are free of running tas
   draining device wait.
 * Handling an input raised an error: `planner.service.leader_term` rolls the input back, and its task is REJECTED or FAILED
   (`planner_error`). A user's policy raised an error or made an invalid choice: the task is REJECTED (`policy_error`).
-* A scheduled task is past its start: with a built-in policy it starts at once elsewhere, if that is better than waiting
-  longer (`planner.core.late_waits`).
 * A session (an open-ended task) is placed by rate instead of length and holds its reservation until its device ends it
   (`planner.core.sessions`). Every 30 s the core looks for a better place for it.
 * Progress, heartbeats of unknown nodes or old incarnations, and events of tasks that are not live change nothing.
@@ -39,8 +37,8 @@ With `CoreOptions.learning`, a completed attempt and the links in a heartbeat co
 (`Learned`) says what was observed and what follows (`planner.learning`). Running tasks keep their predictions.
 
 Heartbeats are soft state: they renew leases and, except for changed links, are neither recorded nor hashed. After a restart
-every lease starts again in full (`restart_leases`). Leases, deadlines, patience and late waits are checked only on `Tick`,
-so a planner that is still catching up declares no node lost.
+every lease starts again in full (`restart_leases`). Leases, deadlines and patience are checked only on `Tick`, so a planner
+that is still catching up declares no node lost.
 """
 
 from __future__ import annotations
@@ -71,7 +69,6 @@ from planner.core.candidates.searches import MAX_SEARCH_BYTES
 from planner.core.change_recorder import ChangeRecorder
 from planner.core.choices import check_choice
 from planner.core.circuit_breakers import CircuitBreakers
-from planner.core.late_waits import LateWaits
 from planner.core.membership import Membership
 from planner.core.options import CoreOptions
 from planner.core.placing import CheckChoice, Placer, PlacingRules, QueueLimits
@@ -170,7 +167,6 @@ class PlannerCore:
         rules = PlacingRules(self.policy, self.execution, options.when_late, options.fair, components.check_choice)
         limits = components.queue_limits(state, options)
         self._placer = Placer(state, self._candidates, self._recorder, self._breakers, limits, rules)
-        self._late_waits = LateWaits(state, self._candidates, self._recorder, self._placer, self.policy)
         rerouter = None
         if isinstance(self.policy, Restriction) and self.policy.elastic:
             rerouter = Rerouter(state, self._candidates, self._recorder, self._placer, self.policy)
@@ -263,9 +259,6 @@ class PlannerCore:
         while (expired := timers.pop_expired(now)) is not None:
             recorder.end(expired, TaskState.EXPIRED, now, cause="deadline")
         self._placer.review_sessions(now)
-        if timers.next_late_start() <= now:
-            self._settler.settle(now)  # the review needs the present predicted ends
-            self._late_waits.review(now)
         while region.next_impatience() <= now:
             task = next(iter(region.waiting.values()))
             device = task.submitted.device
@@ -383,9 +376,8 @@ class PlannerCore:
 
     @property
     def timer_entries(self) -> int:
-        """The number of entries in the heaps of deadlines, ends and late starts, outdated ones included."""
-        timers = self._region.timers
-        return len(timers.ends) + len(timers.deadlines) + len(timers.late_starts)
+        """The number of entries in the heaps of deadlines and ends, outdated ones included."""
+        return len(self._region.timers.ends) + len(self._region.timers.deadlines)
 
     @property
     def search_bytes(self) -> int:

@@ -39,7 +39,6 @@ class Image:
             "admitted": saved.admitted,
             "circuits": [[name, *circuit] for name, circuit in saved.circuits],
             "taught": saved.taught,
-            "reviewed_s": None if saved.reviewed_s == float("-inf") else saved.reviewed_s,
         }
         self._nodes = list(region.nodes.values())
         self._tasks = saved.tasks
@@ -136,7 +135,7 @@ def restore(region: RegionState, state: dict[str, Any]) -> None:
         )
     if region.tasks or region.nodes:
         raise InvariantError("cannot restore a state into a core that has tasks or nodes; create a new core")
-    now_s, reviewed_s = _time_s(state["now_s"]), _time_s(state.get("reviewed_s"))
+    now_s = _time_s(state["now_s"])
     profiles = state.get("profiles", [])
     for entry in state.get("nodes", []):
         models = [{**profiles[index], "platform": platform} for index, platform in entry["models"]]
@@ -153,7 +152,6 @@ def restore(region: RegionState, state: dict[str, Any]) -> None:
             state.get("ended", []),
             state.get("taught", 0),
             state.get("estimates", []),
-            reviewed_s,
         )
     )
 

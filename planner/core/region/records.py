@@ -25,14 +25,8 @@ BESIDE_SESSION: Final = "beside_session"
 """Cause of the retry of a scheduled task that no longer fits beside a session."""
 BETTER_PLACE: Final = "better_place"
 """Cause of the retry of a session that moves."""
-AWAITED_LATE: Final = "awaited_late"
-"""Cause of the retry of a scheduled task that starts at once elsewhere, because what it waits for is late."""
-UNCOUNTED: Final = frozenset({BESIDE_SESSION, BETTER_PLACE, AWAITED_LATE})
+UNCOUNTED: Final = frozenset({BESIDE_SESSION, BETTER_PLACE})
 """Causes of retries that do not count against the limit of attempts."""
-LATE_SHARE: Final = 0.1
-"""Share of its predicted delay by which a scheduled task is past its start when its wait is reviewed."""
-LATE_LEAST_S: Final = 0.1
-"""Shortest time by which it is past its start then."""
 REVIEW_S: Final = 30.0
 """Time between two looks for a better place for a running session."""
 HEAD_START_S: Final = 60.0

@@ -85,7 +85,6 @@ class SavedRegion(NamedTuple):
     ended: list[list[str]]
     taught: int  # tasks that have taught something
     estimates: list[SavedEstimate]
-    reviewed_s: float
 
 
 class RegionState:
@@ -98,7 +97,6 @@ class RegionState:
         self.region = region
         self.patience_s = patience_s
         self.now_s = float("-inf")  # the latest `now` seen
-        self.reviewed_s = float("-inf")  # when late waits were last reviewed; like `now_s`, not part of the hash
         self.ledger = ledger
         self.tasks: dict[str, Task] = {}  # live tasks
         self.waiting: dict[str, Task] = {}  # WAITING tasks, in the order in which they became WAITING
@@ -198,8 +196,6 @@ class RegionState:
         del self.waiting[task.task_id]
         r = reservation_of(task, change)
         self.ledger.reserve(r, now)
-        if change.start_s > now:
-            self.timers.add_late_start(task, change, self.reviewed_s)
         if r.load is not None:
             self._note(r, NEVER)  # a session goes before all scheduled tasks, which the walk moves
             self._tell_load(r)
@@ -424,12 +420,6 @@ class RegionState:
         known = self.ended.content(submitted.task_id) if task is None else content_of(task.submitted)
         return known is not None and known != content_of(submitted)
 
-    def late_wait(self, now: float) -> Task | None:
-        """The next scheduled task whose wait is to be reviewed at a `Tick`; None: no other one."""
-        task = self.timers.pop_late_start(now)
-        self.reviewed_s = now
-        return task
-
     # --- leases and timers -------------------------------------------------------------------------------------------
 
     def renew(self, name: str, incarnation: str, now: float) -> None:
@@ -457,7 +447,7 @@ class RegionState:
             wakeup = min(wakeup, timers.next_deadline())
         if self.waiting:
             wakeup = min(wakeup, self.next_impatience())
-        wakeup = min(wakeup, timers.next_review(), timers.next_late_start())
+        wakeup = min(wakeup, timers.next_review())
         return None if wakeup == NEVER else wakeup
 
     # --- the state as a value ----------------------------------------------------------------------------------------
@@ -482,13 +472,11 @@ class RegionState:
             for task in self.tasks.values()
         ]
         circuits, ended, estimates = sorted(self.circuits.items()), self.ended.to_state(), self.estimates
-        return SavedRegion(
-            self.now_s, self.admitted, circuits, tasks, ended, estimates.taught, estimates.export(), self.reviewed_s
-        )
+        return SavedRegion(self.now_s, self.admitted, circuits, tasks, ended, estimates.taught, estimates.export())
 
     def load(self, saved: SavedRegion) -> None:
         """Load an exported state into a region that has only nodes. Its nodes must have joined before."""
-        self.now_s, self.reviewed_s = saved.now_s, saved.reviewed_s
+        self.now_s = saved.now_s
         for task in saved.tasks:
             self._load_task(task)
         for name, circuit in saved.circuits:
@@ -524,8 +512,6 @@ class RegionState:
                 self.timers.add_end(task, r.end_s)
             else:
                 self.timers.add_review(task, r.start_s + REVIEW_S)
-        else:
-            self.timers.add_late_start(task, saved.placed, self.reviewed_s)
 
     @property
     def state_hash(self) -> str:

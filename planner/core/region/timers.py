@@ -1,4 +1,4 @@
-"""The timers of a region: leases, deadlines, predicted ends of running tasks, reviews of sessions and of late waits.
+"""The timers of a region: leases of nodes, deadlines of tasks, predicted ends of running tasks, and reviews of sessions.
 
 Each heap may hold outdated entries. They are dropped when they reach the top.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from heapq import heapify, heappop, heappush
 
-from bus.messages import Placed, TaskState
-from planner.core.region.records import LATE_LEAST_S, LATE_SHARE, NEVER, KnownNode, Task
+from planner.core.region.records import NEVER, KnownNode, Task
 from planner.search.ledger.reservation import Reservation
 
 Entry = tuple[float, int, str]
@@ -22,7 +21,6 @@ class Timers:
     def __init__(self, tasks: Mapping[str, Task], reservations: Mapping[str, Reservation]) -> None:
         self.ends: list[Entry] = []  # heap of predicted ends of running tasks
         self.deadlines: list[Entry] = []  # heap
-        self.late_starts: list[tuple[float, int, str, int]] = []  # heap of reviews of late waits; with their attempt
         self._reviews: list[tuple[float, int, str, int]] = []  # heap of sessions to look at again; with their attempt
         self._tasks = tasks
         self._reservations = reservations
@@ -107,35 +105,6 @@ class Timers:
     def pop_review(self, now: float) -> Task | None:
         """Remove the earliest review that is due, and return its session."""
         return self._tasks[heappop(self._reviews)[2]] if self.next_review() <= now else None
-
-    # --- reviews of waits that last longer than planned ---------------------------------------------------------------
-
-    def add_late_start(self, task: Task, placed: Placed, reviewed_s: float) -> None:
-        """Review the wait of a scheduled task when it is late, twice as late, and so on: the first time after `reviewed_s`.
-
-        A session waits as long as it must.
-        """
-        if placed.session is None:
-            self.next_late_start()  # drops outdated entries
-            late_s = max(LATE_SHARE * placed.delay_s, LATE_LEAST_S)
-            while placed.start_s + late_s <= reviewed_s:
-                late_s *= 2.0
-            heappush(self.late_starts, (placed.start_s + late_s, task.seq, task.task_id, task.attempt))
-
-    def next_late_start(self) -> float:
-        """Ledger time of the next review of a scheduled task."""
-        heap = self.late_starts
-        while heap:
-            at_s, seq, task_id, attempt = heap[0]
-            task = self._tasks.get(task_id)
-            if task is not None and (task.seq, task.attempt) == (seq, attempt) and task.state is TaskState.SCHEDULED:
-                return at_s
-            heappop(heap)
-        return NEVER
-
-    def pop_late_start(self, now: float) -> Task | None:
-        """Remove the earliest review that is due, and return its scheduled task."""
-        return self._tasks[heappop(self.late_starts)[2]] if self.next_late_start() <= now else None
 
     # --- ends --------------------------------------------------------------------------------------------------------
 

@@ -77,9 +77,8 @@ class EdgeAccount:
     def without(self, gone: Sequence[Reservation]) -> EdgeAccount:
         """The edge without some scheduled tasks, as a copy to look at."""
         other = EdgeAccount(self.name, self.slots, self.link1_capacity_bps, self.link2_capacity_bps)
+        other.first_served, other.sessions = self.first_served, self.sessions
         left_out = {r.task_id for r in gone}
-        other.first_served = [item for item in self.first_served if item[2].task_id not in left_out]
-        other.sessions = self.sessions
         other.queue = [item for item in self.queue if item[2].task_id not in left_out]
         other.reservations = {name: r for name, r in self.reservations.items() if name not in left_out}
         other.timeline = self.timeline.copy()
