@@ -228,7 +228,7 @@ def test_links_take_what_the_plan_says_and_a_narrower_wire_is_noticed(sites: Sit
 
     # The counter-proof: where the wire gives less than was granted, tasks take longer, and later grants are smaller.
     sites.link.set_rate(LINK_BPS // 2)
-    narrow = sites.play("narrow", tasks=3, samples=20)
+    narrow = sites.play("narrow", tasks=3, samples=SAMPLES)
     sites.link.set_rate(LINK_BPS)
     assert all(outcome.state is TaskState.COMPLETED for outcome in narrow), sites.logs()
     first, *_, last = (known(outcome.placement).link2_bps for outcome in narrow)
