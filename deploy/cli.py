@@ -188,7 +188,7 @@ def _root(
 
 
 def main(prepare: Callable[[str], None] = prepare_process) -> NoReturn:
-    """Run the command line, without garbage collection until the command is imported: there is no garbage yet.
+    """Run the command line. Garbage collection is off until the command is imported, since imports leave hardly any garbage.
 
     `prepare` sets up the process for a log level before the command runs.
     """

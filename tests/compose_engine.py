@@ -132,9 +132,10 @@ class Engine:
         self._overrides.clear()
 
     def _build_override(self, files: Sequence[Path]) -> Path:
-        """A compose file that builds on the host's network (there is no bridge) with its package sources as secrets.
+        """A compose file with the changes that tests need, to be read after `files`.
 
-        Its brokers run without the slow compiler of Java.
+        Images are built on the host's network, as there is no bridge, and get its package sources as secrets. Brokers run
+        without Java's slow compiler, since they live only for seconds.
         """
         said = run(
             [*self._compose, *(w for f in files for w in ("-f", f)), "config", "--format", "json"], env=self._env

@@ -160,7 +160,7 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def known(runs: Mapping[str, Sequence[Run]]) -> bool:
-    """Whether more tasks would hardly change if the aim of `regret` is reached."""
+    """Whether the tasks show that the aim of `regret` is reached or missed; more tasks would hardly change that."""
     return _Means.of(runs, LATER).known
 
 

@@ -62,8 +62,8 @@ class Testbed(Protocol):
 class Effort:
     """How much is measured in a cell."""
 
-    tasks: int = 15  # of each policy...
-    most_tasks: int = 40  # ...and up to so many while these do not show whether the aim of regret is reached
+    tasks: int = 15  # of each policy
+    most_tasks: int = 40  # of each policy, if the first `tasks` do not show whether the aim of regret is reached
     least_tasks: int = FIRST + 2  # of each policy, in cells that reach the time limit
     limit_s: float = 40.0  # no further round begins after this time
     hopeless: float = 1.5  # a fixed policy that is this much slower than the best is not run again

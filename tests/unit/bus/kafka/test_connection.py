@@ -57,8 +57,9 @@ async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 
 def broker_that(*advertised: str, serves_clients: bool = True, unlisted: int = 0) -> Handler:
-    """Answers `ApiVersions` and `Metadata`, knows SCRAM, and refuses every password. It advertises these addresses, where
-    none is given its own, after so many answers without any.
+    """Answers `ApiVersions` and `Metadata`, knows SCRAM, and refuses every password.
+
+    It advertises the given addresses, or its own if none is given. The first `unlisted` answers list no broker at all.
     """
     left_out = iter(range(unlisted))
 
